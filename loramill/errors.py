@@ -1,0 +1,237 @@
+"""Every error loramill raises on purpose, in one tree.
+
+    LoramillError                    500 internal_error
+    ├── InvalidRequest               400 invalid_request
+    │   ├── UnsupportedParameter     400 unsupported_parameter
+    │   ├── ContextLengthExceeded    400 context_length_exceeded
+    │   └── DatasetInvalid           400 invalid_dataset
+    ├── Unauthenticated              401 invalid_api_key
+    ├── Forbidden                    403 forbidden
+    ├── NotFound                     404 not_found
+    │   └── ModelNotFound            404 model_not_found
+    ├── Conflict                     409 conflict
+    ├── Overloaded                   429 overloaded
+    ├── Unavailable                  503 unavailable
+    ├── SetupError                   500 setup_error            this machine can't run it as it is
+    │   ├── SettingsInvalid          500 settings_invalid
+    │   ├── PortTaken                500 port_taken
+    │   ├── DiskFull                 500 disk_full
+    │   ├── DatabaseUnusable         500 database_unusable
+    │   ├── BaseUnusable             500 base_unusable
+    │   └── NotRunning               500 not_running
+    ├── ArtifactError                500 artifact_error
+    │   ├── ArtifactMissing          500 artifact_missing
+    │   └── ArtifactCorrupt          500 artifact_corrupt
+    ├── AdapterInvalid               500 adapter_invalid        an adapter the engine can't serve
+    └── JobError                     500 job_failed
+        ├── LeaseLost                500 lease_lost
+        ├── JobCancelled             500 job_cancelled
+        └── TrainingDiverged         500 training_diverged
+
+A message says what was wrong, where, and what to do; it is written for whoever caused the error.
+Every class is picklable, so an error raised in a Ray worker is the same error in the gateway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+
+class LoramillError(Exception):
+    """Root of the tree.
+
+    Attributes:
+        message: one or two sentences for the person who can mend it.
+        param: the request parameter at fault, if it is one.
+        code, status: what the API answers with.
+    """
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    @property
+    def type(self) -> str:
+        """OpenAI's coarse class of an error: who has to act."""
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(cls: type[LoramillError], args: tuple[Any, ...], state: dict[str, Any]) -> LoramillError:
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(state)
+    return error
+
+
+class InvalidRequest(LoramillError):
+    """The request can't be carried out as it is written."""
+
+    status = 400
+    code = "invalid_request"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """A parameter of OpenAI's API that loramill doesn't have; `param` names it."""
+
+    code = "unsupported_parameter"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and answer together don't fit the base's context."""
+
+    code = "context_length_exceeded"
+
+
+class DatasetInvalid(InvalidRequest):
+    """A dataset has errors; `problems` lists them all, each with file, line and field."""
+
+    code = "invalid_dataset"
+
+    def __init__(self, message: str, *, problems: Sequence[str] = (), param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.problems = tuple(problems)
+
+
+class Unauthenticated(LoramillError):
+    """No API key, or one that isn't known, has expired or was revoked."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(LoramillError):
+    """The key may not do this. Says nothing about whether the thing exists."""
+
+    status = 403
+    code = "forbidden"
+
+
+class NotFound(LoramillError):
+    """Nothing of this name or id that the key may see."""
+
+    status = 404
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """`model` names no base, adapter, alias or version that the key may use."""
+
+    code = "model_not_found"
+
+
+class Conflict(LoramillError):
+    """The thing exists already, or its state forbids the change."""
+
+    status = 409
+    code = "conflict"
+
+
+class Overloaded(LoramillError):
+    """A queue is full; try again after a moment."""
+
+    status = 429
+    code = "overloaded"
+
+
+class Unavailable(LoramillError):
+    """A part that is needed isn't up (yet); try again."""
+
+    status = 503
+    code = "unavailable"
+
+
+class SetupError(LoramillError):
+    """This machine can't run loramill as it is set up."""
+
+    code = "setup_error"
+
+
+class SettingsInvalid(SetupError):
+    """A setting is unknown or has a value that makes no sense."""
+
+    code = "settings_invalid"
+
+
+class PortTaken(SetupError):
+    """Another program listens on the port."""
+
+    code = "port_taken"
+
+
+class DiskFull(SetupError):
+    """Too little free space for what is about to be written."""
+
+    code = "disk_full"
+
+
+class DatabaseUnusable(SetupError):
+    """The record can't be opened: broken file, wrong version, no server."""
+
+    code = "database_unusable"
+
+
+class BaseUnusable(SetupError):
+    """A base model can't be found, read, or is of an unknown architecture."""
+
+    code = "base_unusable"
+
+
+class NotRunning(SetupError):
+    """Nothing answers at the address of the gateway."""
+
+    code = "not_running"
+
+
+class ArtifactError(LoramillError):
+    """A stored artifact can't be used."""
+
+    code = "artifact_error"
+
+
+class ArtifactMissing(ArtifactError):
+    """No artifact of this hash in the store."""
+
+    code = "artifact_missing"
+
+
+class ArtifactCorrupt(ArtifactError):
+    """An artifact's bytes aren't those that its hash names."""
+
+    code = "artifact_corrupt"
+
+
+class AdapterInvalid(LoramillError):
+    """An adapter doesn't fit the base, or holds what the engine can't serve."""
+
+    code = "adapter_invalid"
+
+
+class JobError(LoramillError):
+    """A fine-tune job can't go on."""
+
+    code = "job_failed"
+
+
+class LeaseLost(JobError):
+    """The job was leased to another worker meanwhile; this one may publish nothing."""
+
+    code = "lease_lost"
+
+
+class JobCancelled(JobError):
+    """The job's owner asked it to stop."""
+
+    code = "job_cancelled"
+
+
+class TrainingDiverged(JobError):
+    """Loss or gradient became NaN or infinite."""
+
+    code = "training_diverged"

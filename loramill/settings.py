@@ -1,0 +1,122 @@
+"""Settings: defaults, then `loramill.toml`, then `LORAMILL_*` variables, then what a command says.
+
+Nested fields are written `LORAMILL_JOBS__SESSIONS=2` or, in the file, `[jobs]` / `sessions = 2`.
+An unknown key is an error. Nothing else in the project reads an environment variable to decide something.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from loramill.errors import SettingsInvalid
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ServeSettings(_Section):
+    """The gateway and the engine replica."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8400, ge=1, le=65535)
+    threads: int = Field(default=1, ge=1, description="CPU threads of one engine replica")
+    max_batch_tokens: int = Field(default=512, ge=16, description="tokens of one engine step")
+    max_sequences: int = Field(default=64, ge=1, description="requests that decode at once")
+    kv_tokens: int = Field(default=32768, ge=512, description="tokens of KV cache")
+    adapter_slots: int = Field(default=64, ge=1, description="adapters resident at once")
+
+
+class JobSettings(_Section):
+    """The fine-tune sessions."""
+
+    sessions: int = Field(default=max(1, min(8, os.cpu_count() or 1)), ge=1, description="jobs that train at once")
+    threads: int = Field(default=1, ge=1, description="CPU threads of one session")
+    use_gpu: bool = False
+    lease_seconds: float = Field(default=15.0, gt=0, description="a worker silent for so long has lost its job")
+    idle_seconds: float = Field(default=120.0, gt=0, description="a session without jobs for so long ends")
+    max_attempts: int = Field(default=5, ge=1, description="leases of a job before it counts as failed")
+    min_examples: int = Field(default=10, ge=1, description="examples below which a training file is refused")
+
+
+class Settings(BaseSettings):
+    """All of loramill's settings; `Settings.load()` is how to get them."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LORAMILL_",
+        env_nested_delimiter="__",
+        toml_file="loramill.toml",
+        extra="forbid",
+        frozen=True,
+    )
+
+    home: Path = Field(default=Path("~/.loramill"), description="the record, artifacts, admin key and logs")
+    cache: Path = Field(default=Path("~/.cache/loramill"), description="converted bases; may be deleted at any time")
+    database_url: str | None = Field(default=None, description="SQLAlchemy URL; None: SQLite under home")
+    artifacts_url: str | None = Field(default=None, description="fsspec URL; None: a folder under home")
+    base: str = Field(default="smollm2-135m", description="built-in name, local folder or hub id")
+    url: str | None = Field(default=None, description="gateway that the client calls; None: this machine's")
+    api_key: str | None = Field(default=None, description="key that the client uses; None: the admin key under home")
+    serve: ServeSettings = ServeSettings()
+    jobs: JobSettings = JobSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Puts the file below the environment."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @classmethod
+    def load(cls, **said: Any) -> Settings:
+        """Reads the settings; `said` is what a command line gives and wins over everything.
+
+        Raises:
+            SettingsInvalid: a key is unknown or a value makes no sense; the message names it.
+        """
+        try:
+            settings = cls(**said)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise SettingsInvalid(
+                f"Setting '{where}': {first['msg']}. Correct it in loramill.toml or in the LORAMILL_* variables."
+            ) from error
+        known = {f"LORAMILL_{name}".upper() for name in cls.model_fields}
+        for variable in os.environ:
+            top = variable.split("__")[0].upper()
+            if top.startswith("LORAMILL_") and top not in known | {"LORAMILL_KERNELS"}:
+                raise SettingsInvalid(f"The variable {variable} is no setting of loramill; remove or correct it.")
+        return settings.model_copy(
+            update={"home": settings.home.expanduser().absolute(), "cache": settings.cache.expanduser().absolute()}
+        )
+
+    @property
+    def database(self) -> str:
+        """The database's URL, resolved."""
+        return self.database_url or f"sqlite:///{self.home / 'loramill.db'}"
+
+    @property
+    def artifacts(self) -> str:
+        """The artifact store's URL, resolved."""
+        return self.artifacts_url or (self.home / "artifacts").as_uri()
+
+    @property
+    def gateway(self) -> str:
+        """The address that clients call, without `/v1`."""
+        return (self.url or f"http://{self.serve.host}:{self.serve.port}").rstrip("/")
+
+    @property
+    def admin_key_file(self) -> Path:
+        """Where `up` leaves the admin's key."""
+        return self.home / "admin.key"

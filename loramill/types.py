@@ -1,0 +1,213 @@
+"""The vocabulary: frozen values that cross between the rooms.
+
+Times are seconds since the epoch (UTC). Ids carry their kind in a prefix, as OpenAI's do
+(`file-…`, `ftjob-…`, `key-…`); versions, artifacts and bases are identified by a sha256 in hex.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loramill.names import AdapterName
+
+
+class Value(BaseModel):
+    """A frozen value; unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", from_attributes=True)
+
+
+class JobStatus(StrEnum):
+    """States of a fine-tune job: OpenAI's, and `paused`."""
+
+    VALIDATING = "validating_files"
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        """Whether a job in this state never changes again."""
+        return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
+
+
+class Alias(StrEnum):
+    """The names that move between an adapter's versions."""
+
+    CHAMPION = "champion"
+    CHALLENGER = "challenger"
+    PREVIOUS = "previous"
+
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class JobSpec(Value):
+    """What one fine-tune run does, frozen at submit: every "auto" is already a number."""
+
+    base: str = Field(description="fingerprint of the base")
+    adapter: str = Field(description="tenant/adapter that gets the new version")
+    train: str = Field(description="id of the training dataset")
+    valid: str | None = Field(default=None, description="id of the validation dataset")
+    start_from: str | None = Field(default=None, description="version whose weights training begins from; None: fresh")
+    rank: int = Field(default=16, ge=1, le=256)
+    alpha: float = Field(default=32.0, gt=0)
+    rslora: bool = False
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    targets: tuple[Target, ...] = Field(default=TARGETS, min_length=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    steps: int = Field(ge=1, le=1_000_000, description="optimizer steps")
+    batch_size: int = Field(ge=1, le=4096, description="examples a step")
+    warmup_ratio: float = Field(default=0.06, ge=0.0, le=1.0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_length: int = Field(default=1024, ge=8, description="tokens of the longest example")
+    checkpoint_every: int = Field(default=10, ge=1, description="optimizer steps between checkpoints")
+    seed: int = 0
+
+    @property
+    def adapter_name(self) -> AdapterName:
+        """The adapter as a parsed name."""
+        return AdapterName.parse(self.adapter)
+
+
+class TenantRecord(Value):
+    """An owner of data, jobs, adapters and keys."""
+
+    id: int
+    name: str
+    created_at: float
+
+
+class KeyRecord(Value):
+    """An API key as the record knows it: its hash is kept, the secret isn't."""
+
+    id: str
+    tenant: str | None = Field(description="None: an admin's key")
+    hint: str = Field(description="the secret's last four characters")
+    created_at: float
+    revoked_at: float | None = None
+
+
+class DatasetRecord(Value):
+    """An immutable, validated snapshot of a tenant's examples."""
+
+    id: str
+    tenant: str
+    filename: str
+    artifact: str
+    bytes: int
+    examples: int
+    created_at: float
+
+
+class JobRecord(Value):
+    """A fine-tune job and how far it is. `attempt` counts leases and is the fencing token."""
+
+    id: str
+    tenant: str
+    spec: JobSpec
+    status: JobStatus
+    attempt: int = 0
+    owner: str | None = None
+    lease_until: float | None = None
+    cancel_requested: bool = False
+    step: int = 0
+    trained_tokens: int = 0
+    version: str | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    metadata: dict[str, str] = Field(default_factory=dict)
+    created_at: float
+    started_at: float | None = None
+    finished_at: float | None = None
+
+
+class JobEvent(Value):
+    """One line of a job's history; `data` holds the numbers of a metrics event."""
+
+    id: int
+    job: str
+    created_at: float
+    level: Literal["info", "warn", "error"]
+    kind: Literal["message", "metrics"]
+    message: str
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class VersionRecord(Value):
+    """The immutable result of a job; `id` is the hash of its content, and its artifact's name."""
+
+    id: str
+    adapter: str
+    job: str | None
+    base: str
+    bytes: int
+    created_at: float
+
+
+class AliasChange(Value):
+    """One move of an alias; the newest tells where it points."""
+
+    alias: Alias
+    version: str | None
+    reason: str
+    created_at: float
+
+
+class AdapterRecord(Value):
+    """An adapter with where its aliases point now."""
+
+    name: str
+    tenant: str
+    created_at: float
+    champion: str | None = None
+    challenger: str | None = None
+    previous: str | None = None
+
+
+class EvaluationRecord(Value):
+    """What a model (a version, or the base as None) scored on one slice of held-out examples."""
+
+    id: int
+    adapter: str
+    version: str | None
+    dataset: str
+    slice: str
+    examples: int
+    metrics: dict[str, float]
+    created_at: float
+
+
+class StepStatus(StrEnum):
+    """States of one step of a night."""
+
+    PENDING = "pending"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class NightlyStep(Value):
+    """One step of a night for one adapter; `result` is what the next step needs."""
+
+    run: str
+    adapter: str
+    step: str
+    status: StepStatus
+    result: dict[str, Any] = Field(default_factory=dict)
+    finished_at: float | None = None
+
+
+class NightlyRun(Value):
+    """One nightly run; open while `finished_at` is None."""
+
+    id: str
+    created_at: float
+    finished_at: float | None = None

@@ -1,0 +1,1 @@
+"""Nightly pipelines: collect, train, evaluate, gate, promote. Floor 2."""
