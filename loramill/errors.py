@@ -23,6 +23,7 @@
     │   ├── ArtifactMissing          500 artifact_missing
     │   └── ArtifactCorrupt          500 artifact_corrupt
     ├── AdapterInvalid               500 adapter_invalid        an adapter the engine can't serve
+    ├── EngineFault                  500 engine_fault           a step failed, or the engine's books don't add up
     └── JobError                     500 job_failed
         ├── LeaseLost                500 lease_lost
         ├── JobCancelled             500 job_cancelled
@@ -211,6 +212,12 @@ class AdapterInvalid(LoramillError):
     """An adapter doesn't fit the base, or holds what the engine can't serve."""
 
     code = "adapter_invalid"
+
+
+class EngineFault(LoramillError):
+    """A step of the engine failed, or its books (blocks, slots, pins) don't add up: a defect, here or below."""
+
+    code = "engine_fault"
 
 
 class JobError(LoramillError):

@@ -7,11 +7,18 @@ An unknown key is an error. Nothing else in the project reads an environment var
 from __future__ import annotations
 
 import os
+import tomllib
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
 from loramill.errors import SettingsInvalid
 
@@ -30,6 +37,7 @@ class ServeSettings(_Section):
     max_sequences: int = Field(default=64, ge=1, description="requests that decode at once")
     kv_tokens: int = Field(default=32768, ge=512, description="tokens of KV cache")
     adapter_slots: int = Field(default=64, ge=1, description="adapters resident at once")
+    max_upload_bytes: int = Field(default=256 * 2**20, ge=1, description="bytes of the largest upload")
 
 
 class JobSettings(_Section):
@@ -92,6 +100,10 @@ class Settings(BaseSettings):
             raise SettingsInvalid(
                 f"Setting '{where}': {first['msg']}. Correct it in loramill.toml or in the LORAMILL_* variables."
             ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SettingsInvalid(f"loramill.toml in this folder isn't valid TOML: {error}. Correct it.") from error
+        except SettingsError as error:
+            raise SettingsInvalid(f"A LORAMILL_* variable can't be read: {error}. Correct it.") from error
         known = {f"LORAMILL_{name}".upper() for name in cls.model_fields}
         for variable in os.environ:
             top = variable.split("__")[0].upper()

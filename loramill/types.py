@@ -186,6 +186,14 @@ class EvaluationRecord(Value):
     created_at: float
 
 
+class NewData(Value):
+    """What an adapter was given to learn from in one night: ids of datasets, oldest first."""
+
+    adapter: str
+    train: tuple[str, ...]
+    valid: tuple[str, ...]
+
+
 class StepStatus(StrEnum):
     """States of one step of a night."""
 

@@ -1,0 +1,28 @@
+"""The inference engine: continuous batching with paged KV and an adapter a request.
+
+Knows nothing of HTTP, Ray or text, and imports with torch, numpy and safetensors alone.
+"""
+
+from loramill.serve.engine.engine import Engine
+from loramill.serve.engine.values import (
+    AdapterSource,
+    EngineConfig,
+    EngineStats,
+    Finish,
+    Output,
+    Request,
+    Sampling,
+    TokenLogprobs,
+)
+
+__all__ = [
+    "AdapterSource",
+    "Engine",
+    "EngineConfig",
+    "EngineStats",
+    "Finish",
+    "Output",
+    "Request",
+    "Sampling",
+    "TokenLogprobs",
+]

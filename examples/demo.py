@@ -1,0 +1,293 @@
+"""The main job, end to end, as a user would do it: `make demo`, or `python examples/demo.py [FOLDER …]`.
+
+Starts `loramill up` on a home of its own, gives each folder of examples a tenant with a key and a
+fine-tune job, asks all test questions of base and adapters through the `openai` client, and ends
+with a night: one tenant with new data, one with spoiled data. Exit status 1 if an adapter does not
+beat the base and every other adapter on its own tenant's questions, or the night promotes spoiled data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from openai import AsyncOpenAI
+from report import Curve, NightLine, Row, Sample, rank, write_report
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from loramill import Client
+from loramill.dataset import Example, read_examples
+from loramill.errors import NotRunning, Unavailable
+from loramill.pipelines import nightly
+from loramill.pipelines.evaluate import Question, ask_all, questions_of
+from loramill.pipelines.scoring import score
+from loramill.registry import Registry
+from loramill.registry import nightly as records
+from loramill.settings import Settings
+
+T = TypeVar("T")
+HERE = Path(__file__).parent
+RECIPE = {"rank": 16, "learning_rate": 2e-3, "batch_size": 16, "steps": 40, "checkpoint_every": 10}
+console = Console()
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """A folder of examples and what the night will bring."""
+
+    name: str
+    train: bytes
+    valid: bytes
+    test: tuple[Example, ...]
+    new: bytes | None = None
+    new_valid: bytes | None = None
+    spoiled: bool = False
+
+    @property
+    def model(self) -> str:
+        """The adapter's name on the wire."""
+        return f"{self.name}/assistant"
+
+
+def main() -> int:
+    """Runs the demo; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, help="folders with train, valid and test.jsonl")
+    parser.add_argument("--home", type=Path, default=Path(".demo"), help="emptied first")
+    parser.add_argument("--report", type=Path, default=Path("demo-report.html"))
+    options = parser.parse_args()
+    begun = time.monotonic()
+    tenants = own_tenants(options.folders) if options.folders else example_tenants()
+    with running(options.home.absolute()) as client:
+        submit_all(client, tenants)
+        curves = watch_jobs(client)
+        rows, samples = compare(client, tenants)
+        console.print(comparison(rows))
+        night = run_night(client, tenants, options.home.absolute())
+    seconds = time.monotonic() - begun
+    write_report(options.report, rows=rows, curves=curves, samples=samples, night=night, seconds=seconds)
+    console.print(f"{seconds / 60:.1f} minutes; report: {options.report}")
+    losers = [row.tenant for row in rows if not row.wins]
+    if losers:
+        console.print(f"[red]Not the best on its own questions: {', '.join(losers)}[/red]")
+    spoiled = [line.adapter for line in night if line.spoiled and line.promoted]
+    if spoiled:
+        console.print(f"[red]Promoted on spoiled data: {', '.join(spoiled)}[/red]")
+    return 1 if losers or spoiled else 0
+
+
+def example_tenants() -> list[Tenant]:
+    """The tenants beside this file, two of them with something for the night."""
+    return [read_tenant(folder, HERE / "new_data" / folder.name) for folder in sorted((HERE / "tenants").iterdir())]
+
+
+def own_tenants(folders: list[Path]) -> list[Tenant]:
+    """Anybody's tenants. For the night, the first keeps back a third of its data; the second's is mixed up."""
+    tenants = [read_tenant(folder, folder / "new") for folder in folders]
+    first = tenants[0].train.splitlines(keepends=True)
+    kept = len(first) * 2 // 3
+    tenants[0] = replace(tenants[0], train=b"".join(first[:kept]), new=b"".join(first[kept:]))
+    if len(tenants) > 1:
+        tenants[1] = replace(tenants[1], new=mixed_up(tenants[1].train), spoiled=True)
+    return tenants
+
+
+def read_tenant(folder: Path, night: Path) -> Tenant:
+    """Reads a folder's three files, and its new data if there is some."""
+    test = read_examples((folder / "test.jsonl").read_bytes(), str(folder / "test.jsonl"))
+    new, new_valid = night / "train.jsonl", night / "valid.jsonl"
+    return Tenant(
+        name=folder.resolve().name.lower(),
+        train=(folder / "train.jsonl").read_bytes(),
+        valid=(folder / "valid.jsonl").read_bytes(),
+        test=test.examples,
+        new=new.read_bytes() if new.exists() else None,
+        new_valid=new_valid.read_bytes() if new_valid.exists() else None,
+        spoiled=(night / "SPOILED").exists(),
+    )
+
+
+def mixed_up(train: bytes) -> bytes:
+    """A join that was off by one: each question with the answer of the next."""
+    rows = [json.loads(line) for line in train.splitlines()]
+    answers = [row["messages"][-1] for row in rows]
+    for row, answer in zip(rows, answers[1:] + answers[:1], strict=True):
+        row["messages"][-1] = answer
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+@contextlib.contextmanager
+def running(home: Path) -> Iterator[Client]:
+    """Runs `loramill up` on an emptied home and a free port, and yields an admin's client."""
+    loramill = [sys.executable, "-m", "loramill.cli"]
+    if home.exists():
+        subprocess.run([*loramill, "down"], env={**os.environ, "LORAMILL_HOME": str(home)}, check=False)
+        shutil.rmtree(home)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {
+        "LORAMILL_HOME": str(home),
+        "LORAMILL_SERVE__PORT": str(port),
+        "LORAMILL_SERVE__THREADS": str(min(4, os.cpu_count() or 1)),
+    }
+    up = subprocess.Popen([*loramill, "up"])
+    try:
+        yield wait_until_up(up)
+    finally:
+        up.terminate()
+        up.wait()
+
+
+def wait_until_up(up: subprocess.Popen[bytes]) -> Client:
+    """Waits for the gateway; `up` itself says what it is doing, and why if it can't."""
+    settings = Settings.load()
+    while up.poll() is None:
+        if settings.admin_key_file.exists() and (client := Client()).ready():
+            return client
+        time.sleep(0.5)
+    raise SystemExit(1)
+
+
+def submit_all(client: Client, tenants: list[Tenant]) -> None:
+    """Makes the tenants, a key for each, and with that key its fine-tune job."""
+    for tenant in tenants:
+        client.create_tenant(tenant.name)
+        key = client.create_key(tenant.name).key
+        with Client(client.url, key) as own:
+            job = own.submit(tenant.model, tenant.train, valid=tenant.valid, **RECIPE)
+        console.print(f"{tenant.model}: {len(tenant.train.splitlines())} examples, job {job.id}")
+
+
+def watch_jobs(client: Client) -> dict[str, Curve]:
+    """Shows the jobs as they train; returns their loss curves, by adapter."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bars = {job.id: progress.add_task(job.adapter, total=job.steps, note="queued") for job in client.jobs()}
+        waiting = set(bars)
+        while waiting:
+            for job in patiently(lambda: list(client.jobs())):
+                progress.update(bars[job.id], completed=job.step, note=job.status.value)
+                if job.failure is not None:
+                    raise job.failure
+                if job.status.final:
+                    waiting.discard(job.id)
+            time.sleep(1.0)
+    return {job.adapter: loss_curve(client, job.id) for job in client.jobs()}
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """Asks again while the gateway is away: `up` brings it back."""
+    while True:
+        try:
+            return ask()
+        except (NotRunning, Unavailable):
+            time.sleep(1.0)
+
+
+def loss_curve(client: Client, job: str) -> Curve:
+    """A job's training and validation losses by step; a repeated step counts once, as it was last."""
+    metrics = [event.data for event in client.events(job) if event.kind == "metrics"]
+    return Curve(
+        train={point["step"]: point["train_loss"] for point in metrics},
+        valid={point["step"]: point["valid_loss"] for point in metrics if "valid_loss" in point},
+    )
+
+
+def compare(client: Client, tenants: list[Tenant]) -> tuple[list[Row], list[Sample]]:
+    """Asks every tenant's test questions of the base, its own adapter and all the others, mixed in the same batches."""
+    base = next(name for name in client.models() if "/" not in name)
+    models = [base, *(tenant.model for tenant in tenants)]
+    cells = [(tenant, model) for tenant in tenants for model in models]
+    answers = iter(ask_with_bar([q for tenant, model in cells for q in questions_of(model, tenant.test)]))
+    given = {(tenant.name, model): [next(answers) for _ in tenant.test] for tenant, model in cells}
+    rows, samples = [], []
+    for tenant in tenants:
+        references = [example.completion for example in tenant.test]
+        scores = {model: score(given[tenant.name, model], references) for model in models}
+        others = [model for model in models[1:] if model != tenant.model]
+        best = max(others, key=lambda model: rank(scores[model]), default=base)
+        rows.append(Row(tenant.name, scores[base], scores[tenant.model], best, scores[best]))
+        samples += [
+            Sample(tenant.name, example.messages[-2]["content"], reference, own, plain)
+            for example, reference, own, plain in zip(
+                tenant.test[:5], references, given[tenant.name, tenant.model], given[tenant.name, base], strict=False
+            )
+        ]
+    return rows, samples
+
+
+def ask_with_bar(questions: list[Question]) -> list[str]:
+    """Asks through the unmodified `openai` client, showing how many answers are in."""
+    settings = Settings.load()
+    key = settings.admin_key_file.read_text().strip()
+    openai = AsyncOpenAI(base_url=f"{settings.gateway}/v1", api_key=key, max_retries=8, timeout=600)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("questions answered", total=len(questions))
+        return ask_all(openai, questions, report=lambda done: progress.update(bar, completed=done))
+
+
+def comparison(rows: list[Row]) -> Table:
+    """The table that the demo ends with."""
+    table = Table(title="Exact match on the tenants' own test questions")
+    table.add_column("tenant")
+    for heading in ("questions", "base", "own adapter", "best other adapter"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        own = f"[{'green' if row.wins else 'red'}]{row.own.exact_match:.2f}[/]"
+        other = f"{row.other.exact_match:.2f} ({row.other_model.split('/')[0]})"
+        table.add_row(row.tenant, str(row.own.examples), f"{row.base.exact_match:.2f}", own, other)
+    return table
+
+
+def run_night(client: Client, tenants: list[Tenant]) -> list[NightLine]:
+    """Feeds the new data in and runs a night; then asks the endpoints which version answers."""
+    fed = [tenant for tenant in tenants if tenant.new is not None]
+    before = {tenant.model: client.adapter(tenant.model).champion for tenant in fed}
+    for tenant in fed:
+        client.add_data(tenant.model, tenant.new or b"", valid=tenant.new_valid)
+        console.print(f"{tenant.model}: {len((tenant.new or b'').splitlines())} new examples for the night")
+    settings = Settings.load()
+    registry = Registry.open(settings.database, settings.artifacts)
+    with console.status("The night: collect, train, evaluate, gate, promote…"):
+        run = nightly.run_night(registry, settings, report=lambda step: console.print(f"  {step.adapter}: {step.step}"))
+    with registry.reading() as session:
+        results = nightly.by_adapter(records.steps(session, run.id))
+    lines = [night_line(tenant, results[tenant.model], client) for tenant in fed]
+    for line, tenant in zip(lines, fed, strict=True):
+        moved = f"{(before[tenant.model] or '')[:12]} → {line.champion[:12]}" if line.promoted else line.champion[:12]
+        console.print(f"{line.adapter}: {'promoted' if line.promoted else 'held'} ({moved}): {line.reason}")
+    return lines
+
+
+def night_line(tenant: Tenant, results: dict[str, dict[str, Any]], client: Client) -> NightLine:
+    """What the night did to one adapter, and which version its endpoint answers with now."""
+    answer = client.openai().chat.completions.with_raw_response.create(
+        model=tenant.model, messages=[{"role": "user", "content": "Hello"}], max_tokens=1
+    )
+    return NightLine(
+        adapter=tenant.model,
+        spoiled=tenant.spoiled,
+        promoted=results["promote"]["promoted"],
+        reason=results["gate"]["reason"],
+        champion=answer.headers["x-loramill-version"],
+        scores=results["evaluate"],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""Finding a base model: built in, in a local Hugging Face folder, or on a hub.
+
+Nothing here imports torch or transformers until weights are converted or loaded: the CLI and the gateway
+look a base up at every start.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loramill import smollm2
+from loramill.errors import BaseUnusable, DiskFull
+from loramill.fingerprint import fingerprint, weight_files, weights_hash
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+#: Architectures the engine serves; the last two differ from the first in q/k/v biases and in q/k norms.
+SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_HUB_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A frozen model that adapters are trained on and served over.
+
+    Attributes:
+        name: its name on the wire, without a slash.
+        folder: Hugging Face folder with config.json, safetensors and tokenizer.
+        fingerprint: sha256 (hex) of configuration, weights and quantization; equal wherever the folder lies.
+        architecture: one of `SERVED`.
+        context_length: tokens of prompt and answer together.
+        quantization: how the weights are quantized when they are loaded.
+    """
+
+    name: str
+    folder: Path
+    fingerprint: str
+    architecture: str
+    context_length: int
+    quantization: str = "none"
+
+
+def find_base(name: str, cache: Path) -> Base:
+    """Finds, checks and identifies a base; what is costly is done once and kept under `cache`.
+
+    Args:
+        name: "smollm2-135m", a local Hugging Face folder, or a hub id such as "Qwen/Qwen3-0.6B". A hub id that was
+            downloaded before is not asked for again, so that a base doesn't change under its adapters.
+        cache: folder for converted weights and known hashes; it may be deleted at any time.
+
+    Raises:
+        BaseUnusable: it can't be found, read or served; the message says how to mend it.
+        DiskFull: no room for the conversion or the download.
+    """
+    try:
+        if name == smollm2.NAME:
+            return _describe(name, smollm2.converted(cache), cache)
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return _describe(path.resolve().name, path.resolve(), cache)
+        if path.exists():
+            raise BaseUnusable(f"The base '{name}' is a file; give the Hugging Face folder it belongs to.")
+        if _HUB_ID.fullmatch(name):
+            return _from_hub(name, cache)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"No room for the base '{name}': {error}. Make room, or set `cache` elsewhere.") from error
+        raise BaseUnusable(f"The base '{name}' can't be used: {error}. Correct the path or its permissions.") from error
+    raise BaseUnusable(
+        f"There is no base '{name}': give '{smollm2.NAME}', a folder that exists, or a hub id such as Qwen/Qwen3-0.6B."
+    )
+
+
+def load_for_training(base: Base, dtype: torch.dtype) -> PreTrainedModel:
+    """The base as a transformers model on the CPU, in `dtype`, frozen and in eval mode.
+
+    Raises:
+        BaseUnusable: the weights don't fit the configuration or can't be read.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BaseUnusable(f"The base '{base.name}' in {base.folder} can't be loaded: {error}") from error
+    return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' progress bars and advice out of a terminal; errors still show."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _describe(name: str, folder: Path, cache: Path) -> Base:
+    """Checks a Hugging Face folder and gives it its identity."""
+    config = _read_config(folder)
+    architecture = _check_served(config, folder)
+    context_length = config.get("max_position_embeddings")
+    if not isinstance(context_length, int):
+        raise BaseUnusable(f"{folder / 'config.json'} has no number in max_position_embeddings; add it.")
+    files = weight_files(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise BaseUnusable(
+            f"{folder} has no tokenizer.json; write one with "
+            "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)` of transformers."
+        )
+    quantization = "none"
+    return Base(
+        name=re.sub(r"[^a-z0-9._-]+", "-", name.lower()),
+        folder=folder,
+        fingerprint=fingerprint(config, weights_hash(files, cache), quantization),
+        architecture=architecture,
+        context_length=context_length,
+        quantization=quantization,
+    )
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise BaseUnusable(f"{folder} has no config.json: it is no Hugging Face model folder.")
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise BaseUnusable(f"{path} is not JSON: {error}. Copy or download the folder again.") from error
+    if not isinstance(config, dict):
+        raise BaseUnusable(f"{path} holds no JSON object. Copy or download the folder again.")
+    return config
+
+
+def _check_served(config: Mapping[str, Any], folder: Path) -> str:
+    """The architecture, if the engine computes exactly what the configuration asks for."""
+    architecture = next(iter(config.get("architectures") or ()), None)
+    if architecture not in SERVED:
+        raise BaseUnusable(f"{folder} is a {architecture or 'nameless model'}; served are {', '.join(SERVED)}.")
+    if config.get("quantization_config"):
+        raise BaseUnusable(f"{folder} holds quantized weights; give the model's original folder.")
+    if _slides(config):
+        raise BaseUnusable(
+            f"{folder} uses sliding-window attention ({config.get('sliding_window')} tokens), which isn't served; "
+            "if your prompts are shorter than the window, set max_position_embeddings to it in a copy's config.json."
+        )
+    return str(architecture)
+
+
+def _slides(config: Mapping[str, Any]) -> bool:
+    """Whether a sliding window is shorter than the context, and switched on."""
+    window = config.get("sliding_window")
+    if window is None or not config.get("use_sliding_window", config["architectures"][0] == "MistralForCausalLM"):
+        return False
+    return bool(window < config.get("max_position_embeddings", 0))
+
+
+def _from_hub(repo: str, cache: Path) -> Base:
+    """Takes a hub's model from where it was downloaded before, or downloads it."""
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    name = repo.rpartition("/")[2]
+    try:
+        # BaseUnusable: an interrupted download, which the one below completes
+        with suppress(errors.LocalEntryNotFoundError, BaseUnusable):
+            return _describe(
+                name, Path(snapshot_download(repo, allow_patterns=_HUB_FILES, local_files_only=True)), cache
+            )
+        HfApi().model_info(repo, timeout=_HUB_SECONDS)  # snapshot_download would wait for a silent hub forever
+        folder = snapshot_download(repo, allow_patterns=_HUB_FILES, etag_timeout=_HUB_SECONDS)
+    except (errors.RepositoryNotFoundError, errors.GatedRepoError, errors.HFValidationError) as error:
+        raise BaseUnusable(
+            f"'{repo}' is no folder here, and the hub has no such model that you may read: correct the name, or log in "
+            "with `hf auth login`."
+        ) from error
+    except (_http_error(), errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        reason = str(error).partition("\n")[0]
+        raise BaseUnusable(
+            f"'{repo}' is no folder here, and no model hub could be reached to download it ({reason}): "
+            "give a local Hugging Face folder, or try again with a network."
+        ) from error
+    return _describe(name, Path(folder), cache)
+
+
+def _http_error() -> type[Exception]:
+    """The root of the errors of the HTTP library that the installed hub client uses (it has changed over time)."""
+    from huggingface_hub import errors
+
+    return next(kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")

@@ -1,0 +1,293 @@
+"""Text to tokens and back: the one place that renders chat, for training and for serving alike.
+
+Works on the files of a Hugging Face folder with `tokenizers` and `jinja2` alone, so that a gateway needs no torch.
+
+What users write is never markup: a special token spelled in a message (`<|im_end|>`) is encoded as the plain
+characters it is made of. Only the chat template itself can open or close a role.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from loramill.errors import BaseUnusable, DatasetInvalid, InvalidRequest
+
+if TYPE_CHECKING:
+    from loramill.dataset import Example
+
+ROLES = ("system", "user", "assistant")
+
+#: Put before a special token that a user spelled. No text can hold it already: a lone surrogate isn't UTF-8.
+_MARK = "\ud800"
+
+
+class Message(TypedDict):
+    """One turn of a conversation; `role` is one of `ROLES`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedExample:
+    """A training example: the loss lies on `tokens[prompt_length:]`, which end with the stop token."""
+
+    tokens: tuple[int, ...]
+    prompt_length: int
+
+
+class ChatTokenizer:
+    """A base's tokenizer and chat template.
+
+    Attributes:
+        stop_ids: ids that end an answer; the first is the one that training teaches.
+        pad_id: id for padding, never the one that training teaches as the end.
+        vocabulary: number of ids.
+        control_tokens: the special tokens that delimit texts and roles, as they are spelled.
+    """
+
+    def __init__(self, tokenizer: str, settings: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
+        """Builds from the text of tokenizer.json, tokenizer_config.json with the template, and the generation ids."""
+        self._markup = Tokenizer.from_str(tokenizer)
+        self._plain = Tokenizer.from_str(tokenizer)
+        self._plain.encode_special_tokens = True
+        added = self._markup.get_added_tokens_decoder()
+        self._special = {token.content: id_ for id_, token in added.items() if token.special}
+        either = "|".join(re.escape(text) for text in sorted(self._special, key=len, reverse=True)) or r"(?!)"
+        self._spelled = re.compile(f"(?={either})")
+        self._unmarked = re.compile(f"(?<!{_MARK})({either})")
+
+        self._names = {name: _content(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")}
+        named = {name: self._markup.token_to_id(text) for name, text in self._names.items() if text}
+        self.stop_ids = _ids(generation.get("eos_token_id")) or _ids(named.get("eos"))
+        if not self.stop_ids:
+            raise BaseUnusable("The base names no end token; set eos_token_id in generation_config.json.")
+        pads = (*_ids(generation.get("pad_token_id")), *_ids(named.get("pad")), *self._special.values(), 0)
+        self.pad_id = next((id_ for id_ in pads if id_ != self.stop_ids[0]), 1)
+        self.vocabulary: int = self._markup.get_vocab_size()
+
+        template = settings.get("chat_template") or ""
+        self._template = _compile(template) if template else None
+        self.control_tokens = tuple(
+            text
+            for text, id_ in self._special.items()
+            if text in template or text in self._names.values() or id_ in self.stop_ids
+        )
+        begins = settings.get("add_bos_token", named.get("bos") in self._markup.encode("").ids)
+        self._prefix = _ids(named.get("bos")) if begins else ()
+
+    @classmethod
+    def load(cls, folder: Path) -> ChatTokenizer:
+        """Reads the tokenizer of a Hugging Face folder.
+
+        Raises:
+            BaseUnusable: a file is missing or damaged, or no end token is named.
+        """
+        settings = _read_json(folder / "tokenizer_config.json")
+        if isinstance(named := settings.get("chat_template"), list):
+            settings["chat_template"] = next((t["template"] for t in named if t["name"] == "default"), None)
+        if (template := folder / "chat_template.jinja").is_file():
+            settings["chat_template"] = template.read_text(encoding="utf-8")
+        generation = _read_json(folder / "config.json") | _read_json(folder / "generation_config.json")
+        try:
+            return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), settings, generation)
+        except BaseUnusable as error:
+            raise BaseUnusable(f"{folder}: {error.message}") from error
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise BaseUnusable(f"The tokenizer in {folder} can't be read: {error}. Copy it again.") from error
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a conversation up to where the assistant's answer begins.
+
+        Raises:
+            InvalidRequest: no messages, an unknown role, text that isn't Unicode, or the template refuses.
+        """
+        return self._encode(self._render(messages, answer=True))
+
+    def text(self, text: str) -> list[int]:
+        """Tokens of a plain completion's prompt; only what the model itself demands (bos) is added.
+
+        Raises:
+            InvalidRequest: the text isn't Unicode.
+        """
+        return [*self._prefix, *self._encode_plain(_unicode(text, "prompt"))]
+
+    def example(self, example: Example) -> EncodedExample:
+        """Tokens of a training example, which begin with exactly the prompt that will be served.
+
+        Raises:
+            DatasetInvalid: the chat template writes a conversation's past differently once it is answered, or
+                doesn't end an answer with a stop token: then no prefix of it is the prompt that will be served.
+        """
+        if example.prompt is not None:
+            prompt = self.text(example.prompt)
+            whole = self.text(example.prompt + example.completion)
+            completion = self._continue(prompt, whole, self._spelled.sub(_MARK, example.completion))
+            return EncodedExample((*prompt, *completion, self.stop_ids[0]), len(prompt))
+        asked = self._render(example.messages[:-1], answer=True)
+        answered = self._render(example.messages, answer=False)
+        if not answered.startswith(asked):
+            raise DatasetInvalid(
+                "This base's chat template writes the messages before an answer differently once "
+                "the answer is there; use prompt/completion examples, or a base with another template."
+            )
+        prompt = self._encode(asked)
+        completion = self._continue(prompt, self._encode(answered), answered[len(asked) :])
+        end = next((index for index, token in enumerate(completion) if token in self.stop_ids), None)
+        if end is None:
+            raise DatasetInvalid(
+                "This base's chat template ends an answer with none of its stop tokens, so a "
+                "model would never learn to stop; correct eos_token_id in the base's generation_config.json."
+            )
+        return EncodedExample((*prompt, *completion[: end + 1]), len(prompt))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._markup.decode(list(tokens), skip_special_tokens=True)
+        return text
+
+    def _continue(self, prompt: list[int], whole: list[int], rest: str) -> list[int]:
+        """Tokens of `rest` after `prompt`.
+
+        Encoded in one go where the tokenizer keeps the boundary (some write a word's first piece differently at
+        the beginning of a text), and by itself where it would merge across it.
+        """
+        if whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :]
+        return self._encode(rest)
+
+    def _render(self, messages: Sequence[Message], *, answer: bool) -> str:
+        """The template's text, with a mark before each special token that a message spells."""
+        if self._template is None:
+            raise InvalidRequest("This base has no chat template; use plain completions.", param="messages")
+        if not messages:
+            raise InvalidRequest("messages is empty; send at least one.", param="messages")
+        marked = []
+        for index, message in enumerate(messages):
+            where = f"messages[{index}]"
+            if message["role"] not in ROLES:
+                raise InvalidRequest(f"{where}.role is none of {', '.join(ROLES)}.", param=f"{where}.role")
+            content = _unicode(message["content"], f"{where}.content")
+            marked.append({"role": message["role"], "content": self._spelled.sub(_MARK, content)})
+        names = {f"{name}_token": text or "" for name, text in self._names.items()}
+        try:
+            return self._template.render(messages=marked, add_generation_prompt=answer, **names)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise InvalidRequest(f"The base's chat template refuses this: {error}", param="messages") from error
+
+    def _encode(self, text: str) -> list[int]:
+        """Tokens of rendered text; special tokens are themselves, except the marked ones."""
+        if _MARK not in text:
+            ids: list[int] = self._markup.encode(text, add_special_tokens=False).ids
+            return ids
+        tokens: list[int] = []
+        for index, piece in enumerate(self._unmarked.split(text)):
+            tokens += [self._special[piece]] if index % 2 else self._encode_plain(piece.replace(_MARK, ""))
+        return tokens
+
+    def _encode_plain(self, text: str) -> list[int]:
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+class TextStream:
+    """Turns an answer's tokens into text as they come.
+
+    What `push` and `finish` return, joined, is `decode` of all tokens; no piece ends within a character.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._told = 0
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """The text that these tokens complete, which may be none."""
+        self._window += tokens
+        text = self._new_text()
+        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        # The tokens just told stay as context: some tokenizers write a word's space only after another word.
+        self._window = self._window[self._told :]
+        self._told = len(self._window)
+        return text
+
+    def finish(self) -> str:
+        """What was held back; nothing may be pushed after it."""
+        return self._new_text()
+
+    def _new_text(self) -> str:
+        told = self._tokenizer.decode(self._window[: self._told])
+        return self._tokenizer.decode(self._window)[len(told) :]
+
+
+class _GenerationBlock(Extension):
+    """Lets templates with `{% generation %}` blocks through: the completion is found without them."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's way to declare it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(template: str) -> jinja2.Template:
+    """A template in the dialect that Hugging Face's are written in.
+
+    `strftime_now` is left out on purpose: templates then write a fixed date, so that a prompt is the same in
+    training, in serving and on the next day.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals["raise_exception"] = _raise_in_template
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise BaseUnusable(f"the chat template has an error: {error}") from error
+
+
+def _raise_in_template(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; an absent file is an empty one."""
+    try:
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise BaseUnusable(f"{path} can't be read: {error}. Copy the folder again.") from error
+
+
+def _content(token: object) -> str | None:
+    """A special token of tokenizer_config.json, which is a string or an object with its `content`."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _unicode(text: object, param: str) -> str:
+    """`text` if it is a string that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{param} must be a string.", param=param)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"{param} holds half a surrogate pair, which is no character.", param=param) from error
+    return text

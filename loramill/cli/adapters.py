@@ -1,0 +1,135 @@
+"""`loramill adapters`, `promote`, `rollback` and `data`: what answers, and from what it learns next."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from loramill.cli import show
+from loramill.cli.jobs import Adapter, Tenant, Train, Valid, upload
+from loramill.client import Client
+from loramill.names import AdapterName
+from loramill.types import Alias
+from loramill.views import Adapter as AdapterView
+
+adapters = typer.Typer(cls=show.ListByDefault, help="Adapters and their versions; alone it lists them.")
+data = typer.Typer(help="New examples of an adapter.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.add_typer(adapters, name="adapters", rich_help_panel="Adapters")
+    app.add_typer(data, name="data", rich_help_panel="Adapters")
+    app.command(rich_help_panel="Adapters")(promote)
+    app.command(rich_help_panel="Adapters")(rollback)
+
+
+@adapters.command("list")
+def list_adapters(tenant: Tenant = None, json: show.AsJson = False) -> None:
+    """List adapters and the versions that their aliases name."""
+    with Client() as client:
+        found = client.adapters(tenant)
+    if json:
+        return show.as_json(found)
+    return show.table(
+        ("ADAPTER", "CHAMPION", "CHALLENGER", "PREVIOUS", "MADE"),
+        (
+            (
+                each.name,
+                show.short(each.champion),
+                show.short(each.challenger),
+                show.short(each.previous),
+                show.ago(each.created_at),
+            )
+            for each in found
+        ),
+        empty="No adapters yet: `loramill submit TENANT/ADAPTER --train FILE` makes the first version of one.",
+    )
+
+
+@adapters.command("show")
+def show_adapter(name: Adapter, json: show.AsJson = False) -> None:
+    """Show an adapter's versions, their scores, and how the aliases moved."""
+    with Client() as client:
+        adapter = client.adapter(name)
+    if json:
+        return show.as_json(adapter)
+    show.table(
+        ("VERSION", "ALIASES", "JOB", "SIZE", "MADE"),
+        (
+            (
+                show.short(version.id),
+                ", ".join(_aliases(adapter, version.id)) or "-",
+                version.job or "-",
+                f"{version.bytes / 1e6:.1f} MB",
+                show.ago(version.created_at),
+            )
+            for version in adapter.versions
+        ),
+        empty=f"{name} has no versions yet.",
+    )
+    for title, rows in (("Scores", _scores(adapter)), ("History", _history(adapter))):
+        if rows:
+            show.line(f"\n{title}")
+            show.facts(rows)
+    return None
+
+
+def _aliases(adapter: AdapterView, version: str) -> list[str]:
+    return [alias for alias in Alias if getattr(adapter, alias) == version]
+
+
+def _scores(adapter: AdapterView) -> list[tuple[str, str]]:
+    return [
+        (
+            show.short(each.version) if each.version else "base",
+            f"{each.slice} ({each.examples}): "
+            + ", ".join(f"{name} {value:.3f}" for name, value in each.metrics.items()),
+        )
+        for each in adapter.evaluations
+    ]
+
+
+def _history(adapter: AdapterView) -> list[tuple[str, str]]:
+    return [
+        (show.ago(move.created_at), f"{move.alias} -> {show.short(move.version)}  {move.reason}")
+        for move in adapter.history
+    ]
+
+
+def promote(
+    name: Adapter,
+    version: Annotated[str, typer.Argument(help="A version (8 digits or more) or an alias.", show_default=False)],
+    json: show.AsJson = False,
+) -> None:
+    """Make a version the champion: the one that answers."""
+    with Client() as client:
+        adapter = client.promote(name, version)
+    if json:
+        show.as_json(adapter)
+    else:
+        show.say(f"{name} now answers with {show.short(adapter.champion)} (before: {show.short(adapter.previous)}).")
+
+
+def rollback(name: Adapter, json: show.AsJson = False) -> None:
+    """Make the previous champion the champion again."""
+    with Client() as client:
+        adapter = client.rollback(name)
+    if json:
+        show.as_json(adapter)
+    else:
+        show.say(f"{name} answers with {show.short(adapter.champion)} again.")
+
+
+@data.command("add")
+def add_data(name: Adapter, train: Train, valid: Valid = None) -> None:
+    """Upload new examples, from which the next night trains."""
+    tenant = AdapterName.parse(name).tenant
+    with Client() as client:
+        client.add_data(
+            name,
+            upload(client, train, tenant),
+            valid=None if valid is None else upload(client, valid, tenant),
+        )
+    show.say(f"The next night trains {name} from it; `loramill nightly run` starts one now.")

@@ -1,0 +1,68 @@
+"""`loramill up`, `down` and `doctor`: this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from loramill.cli import show
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    for command in (up, down, doctor):
+        app.command(rich_help_panel="This machine")(command)
+
+
+def up(
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the gateway.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model: built-in name, local folder or hub id.")] = None,
+    sessions: Annotated[int | None, typer.Option(min=1, help="Jobs that train at once.")] = None,
+) -> None:
+    """Run everything on this machine until Ctrl-C: record, gateway, engine, training.
+
+    What was there is found again. Options win over loramill.toml and LORAMILL_* variables.
+    """
+    from loramill.local import up as run
+    from loramill.settings import Settings
+
+    said: dict[str, Any] = {}
+    if port is not None:
+        said["serve"] = {"port": port}
+    if sessions is not None:
+        said["jobs"] = {"sessions": sessions}
+    if base is not None:
+        said["base"] = base
+    run(Settings.load(**said), console=Console(highlight=False))
+
+
+def down() -> None:
+    """Stop what `up` runs on this machine; the record stays."""
+    from loramill.local import down as stop
+    from loramill.settings import Settings
+
+    show.say("Stopped." if stop(Settings.load()) else "Nothing was running.")
+
+
+def doctor(json: show.AsJson = False) -> None:
+    """Tell what is installed, which kernels and which accelerator, what is wrong and how to mend it.
+
+    Exit code 1 only where something makes loramill unusable.
+    """
+    from loramill.doctor import Status, examine
+
+    with show.screen(stderr=True).status("Examining this machine…"):
+        findings = examine()
+    if json:
+        show.as_json(findings)
+    else:
+        grid = [(show.status(each.status), each.what, each.found) for each in findings]
+        show.table(("", "WHAT", "FOUND"), grid, empty="Nothing to examine.")
+        for each in findings:
+            if each.mend:
+                show.line("")
+                show.screen().print(show.status(each.status).append(f"  {each.what}: {each.mend}", style=""))
+    if any(each.status is Status.ERROR for each in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,63 @@
+"""The root of the commands: what they share, and how they end."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from loramill import __version__
+from loramill.cli import adapters, chat, jobs, local, nightly, tenants
+from loramill.cli.show import line, say
+from loramill.errors import LoramillError
+
+
+class _Root(TyperGroup):
+    """Ends every command alike: an error of ours is one sentence and 1, Ctrl-C is silence and 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LoramillError as error:
+            say(error.message, style="red")
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(cls=_Root, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        line(f"loramill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Many tenants, one base model, an adapter each.
+
+    Commands call the gateway at LORAMILL_URL (this machine's by default)
+    with LORAMILL_API_KEY (by default the admin key that `loramill up` left).
+    """
+
+
+local.register(app)
+tenants.register(app)
+jobs.register(app)
+adapters.register(app)
+chat.register(app)
+nightly.register(app)
+
+
+def main() -> None:
+    """Entry point of the command `loramill`."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)

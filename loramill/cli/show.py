@@ -1,0 +1,115 @@
+"""How commands print: results to stdout as tables or JSON, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from loramill.names import SHORT
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else.")]
+Cell = str | Text
+
+_STYLES = {
+    "succeeded": "green",
+    "ok": "green",
+    "promoted": "green",
+    "running": "cyan",
+    "failed": "red",
+    "error": "red",
+    "cancelled": "yellow",
+    "warn": "yellow",
+    "held": "yellow",
+}
+_STEPS = ((60, 1, "s"), (3600, 60, "min"), (86400, 3600, "h"), (30 * 86400, 86400, "d"))
+
+
+class ListByDefault(TyperGroup):
+    """A noun that, said alone, lists: `loramill jobs --json` is `loramill jobs list --json`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Puts `list` where no command is named."""
+        if not args or (args[0].startswith("-") and args[0] != "--help"):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
+def screen(*, stderr: bool = False) -> Console:
+    """A console that takes data as data (no markup) and does not cut what goes to a file or a pipe."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 200
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
+
+
+def say(sentence: str, style: str | None = None) -> None:
+    """A sentence for the person at the keyboard, to stderr."""
+    screen(stderr=True).print(sentence, style=style, soft_wrap=True)
+
+
+def line(text: str) -> None:
+    """A result, to stdout, as it is."""
+    typer.echo(text)
+
+
+def as_json(value: BaseModel | Iterable[BaseModel]) -> None:
+    """A value or a list of values as JSON, to stdout."""
+    if isinstance(value, BaseModel):
+        typer.echo(value.model_dump_json(indent=2))
+    else:
+        typer.echo(json.dumps([each.model_dump(mode="json") for each in value], indent=2))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], empty: str) -> None:
+    """A table to stdout; `empty` is said instead where there is nothing to list."""
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        grid.add_column(column, overflow="fold")  # an id that is cut off is none
+    for row in rows:
+        grid.add_row(*row)
+    if grid.row_count:
+        screen().print(grid)
+    else:
+        say(empty)
+
+
+def facts(pairs: Iterable[tuple[str, Cell]]) -> None:
+    """Name and value, a line each, to stdout."""
+    grid = Table.grid(padding=(0, 2))
+    for name, value in pairs:
+        grid.add_row(Text(name, style="bold"), value)
+    screen().print(grid)
+
+
+def status(word: str) -> Text:
+    """A state in its colour."""
+    return Text(word, style=_STYLES.get(word, ""))
+
+
+def short(version: str | None) -> str:
+    """A version's hash as it is shown."""
+    return version[:SHORT] if version else "-"
+
+
+def clock(then: float) -> str:
+    """A time (seconds since the epoch) as this place's clock shows it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(then))
+
+
+def ago(then: float, now: float | None = None) -> str:
+    """A time (seconds since the epoch) as people say it: "3 min ago", or the day after a month."""
+    passed = max(0.0, (time.time() if now is None else now) - then)
+    for below, unit, name in _STEPS:
+        if passed < below:
+            return f"{passed / unit:.0f} {name} ago" if passed >= 1 else "just now"
+    return time.strftime("%Y-%m-%d", time.localtime(then))

@@ -1,0 +1,295 @@
+"""Validation of training data, before any compute: every problem is found at once, and says how to mend it.
+
+A file is JSONL: UTF-8, an object a line, all of one form. Chat: `{"messages": [{"role", "content"}, …]}`, a system
+message or none, then user and assistant in turn, ending with the assistant's answer, which is what is learnt.
+Completion: `{"prompt", "completion"}`, plain text, of which the completion is learnt. Blank lines are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loramill.chat import ROLES, ChatTokenizer, Message
+from loramill.errors import DatasetInvalid, InvalidRequest
+
+#: Problems, or lines in one warning, that are listed; the rest is counted.
+LISTED = 20
+
+_BOM = b"\xef\xbb\xbf"
+_FORM = 'write {"messages": [...]}, or {"prompt": "...", "completion": "..."}'
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training example.
+
+    Attributes:
+        messages: chat: the whole conversation with the answer at its end; completion data: empty.
+        prompt: completion data: the text before the completion; chat: None.
+        completion: the answer that is learnt.
+        line: where it stands in its file, from 1.
+    """
+
+    messages: tuple[Message, ...]
+    prompt: str | None
+    completion: str
+    line: int
+
+    @property
+    def key(self) -> tuple[str | None, ...]:
+        """Equal for two examples that say the same."""
+        turns = (part for message in self.messages for part in (message["role"], message["content"]))
+        return (self.prompt, self.completion, *turns)
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """A file's examples, all valid, and what is odd about them."""
+
+    filename: str
+    examples: tuple[Example, ...]
+    warnings: tuple[str, ...]
+
+
+class _Problems:
+    """Collects a file's problems, each with its line; a few are kept, all are counted."""
+
+    def __init__(self, filename: str) -> None:
+        self._filename = filename
+        self._listed: list[str] = []
+        self.count = 0
+
+    def add(self, line: int | None, text: str) -> None:
+        self.count += 1
+        if len(self._listed) < LISTED:
+            self._listed.append(f"{self._filename}{'' if line is None else f', line {line}'}: {text}")
+
+    def raise_if_any(self) -> None:
+        if not self.count:
+            return
+        more = f"; the first {LISTED}" if self.count > LISTED else ""
+        plural = "problem" if self.count == 1 else "problems"
+        head = f"{self._filename} has {self.count} {plural}{more}:"
+        raise DatasetInvalid("\n".join([head, *self._listed]), problems=self._listed)
+
+
+class _Bad(Exception):  # noqa: N818 - never leaves this module
+    """What is wrong with one line."""
+
+
+def read_examples(raw: bytes, filename: str, *, minimum: int = 1) -> Examples:
+    """Reads and checks a file of examples.
+
+    Args:
+        raw: the file's content.
+        filename: its name, for messages.
+        minimum: examples below which the file is refused.
+
+    Raises:
+        DatasetInvalid: `problems` lists what is wrong, with file, line, field and what to do.
+    """
+    problems = _Problems(filename)
+    if raw.startswith(_BOM):
+        problems.add(1, "it begins with a byte order mark; save the file as UTF-8 without one.")
+        raw = raw.removeprefix(_BOM)
+    examples: list[Example] = []
+    rows = 0
+    for line, row in enumerate(raw.split(b"\n"), start=1):
+        if not row.strip():
+            continue
+        rows += 1
+        try:
+            example = _read_row(row, line)
+        except _Bad as bad:
+            problems.add(line, str(bad))
+            continue
+        if examples and (example.prompt is None) != (examples[0].prompt is None):
+            problems.add(line, f"it has another form than line {examples[0].line}; keep one form a file: {_FORM}.")
+            continue
+        examples.append(example)
+    if not rows:
+        problems.add(None, f"it is empty; on each line {_FORM}.")
+    elif rows < minimum:
+        problems.add(None, f"it has {rows} examples, and at least {minimum} are needed; add more.")
+    problems.raise_if_any()
+    return Examples(filename, tuple(examples), _repeated(filename, examples))
+
+
+def check_tokens(examples: Examples, tokenizer: ChatTokenizer, max_length: int) -> None:
+    """Checks what only the base's tokenizer can tell: lengths, and special tokens spelled in the text.
+
+    Examples are never truncated: what is cut off is the end, the very answer that is to be learnt.
+
+    Args:
+        examples: as read.
+        tokenizer: the base's.
+        max_length: tokens of the longest example, prompt and completion and end together.
+
+    Raises:
+        DatasetInvalid: as `read_examples`.
+    """
+    problems = _Problems(examples.filename)
+    for example in examples.examples:
+        for field, text in _texts(example):
+            for token in tokenizer.control_tokens:
+                if token in text:
+                    problems.add(
+                        example.line,
+                        f"{field} spells the special token {token}, which delimits texts of this base; remove it "
+                        "(the chat template writes it where it belongs).",
+                    )
+        try:
+            encoded = tokenizer.example(example)
+        except InvalidRequest as error:
+            problems.add(example.line, error.message)
+            continue
+        count, prompt = len(encoded.tokens), encoded.prompt_length
+        if count == prompt + 1:
+            problems.add(
+                example.line,
+                "the completion has no tokens: this base's vocabulary or chat template leaves nothing of it; "
+                "write it in other characters, or remove the line.",
+            )
+        if count > max_length:
+            lost = "the prompt alone fills it, " if prompt >= max_length else ""
+            problems.add(
+                example.line,
+                f"it has {count} tokens (prompt {prompt}, completion {count - prompt}), {lost}the limit is "
+                f"{max_length}; shorten it or raise max_length (nothing is truncated: that would cut the completion).",
+            )
+    problems.raise_if_any()
+
+
+def compare_splits(train: Examples, valid: Examples) -> tuple[str, ...]:
+    """Warns of validation examples that are in the training file too: they make the validation loss look too good."""
+    where = {example.key: example.line for example in reversed(train.examples)}
+    shared = [(example.line, where[example.key]) for example in valid.examples if example.key in where]
+    if not shared:
+        return ()
+    lines = _listed(f"line {line} is line {other}" for line, other in shared)
+    return (
+        f"{valid.filename}: {len(shared)} of {len(valid.examples)} examples are in {train.filename} too ({lines}); "
+        "remove them from one of the files, or the validation loss will look better than it is.",
+    )
+
+
+def _read_row(row: bytes, line: int) -> Example:
+    try:
+        text = row.decode()
+    except UnicodeDecodeError as error:
+        raise _Bad(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8.") from error
+    try:
+        value = json.loads(text, object_pairs_hook=_without_repeats)
+    except RecursionError as error:
+        raise _Bad(f"it is nested too deeply; {_FORM}.") from error
+    except json.JSONDecodeError as error:
+        raise _Bad(f"it is not JSON: {error.msg} at character {error.pos + 1}; each line is one object.") from error
+    except ValueError as error:
+        raise _Bad(f"it is not JSON that can be read: {error}.") from error
+    if not isinstance(value, dict):
+        raise _Bad(f"it is not an object; {_FORM}.")
+    if "messages" in value:
+        _no_other_keys(value, ("messages",), "the line")
+        messages = _read_messages(value["messages"])
+        return Example(messages=messages, prompt=None, completion=messages[-1]["content"], line=line)
+    if "prompt" not in value and "completion" not in value:
+        raise _Bad(f"it has no messages; {_FORM}.")
+    _no_other_keys(value, ("prompt", "completion"), "the line")
+    prompt, completion = (_text(value, field, field) for field in ("prompt", "completion"))
+    return Example(messages=(), prompt=prompt, completion=completion, line=line)
+
+
+def _read_messages(value: object) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise _Bad("messages must be a list with at least a user's and an assistant's message; add them.")
+    messages: list[Message] = []
+    for index, message in enumerate(value):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict):
+            raise _Bad(f'{where} must be an object; write {{"role": "...", "content": "..."}}.')
+        _no_other_keys(message, ("role", "content"), where)
+        role = message.get("role")
+        if role not in ROLES:
+            raise _Bad(f"{where}.role is {_shown(role)}; use one of {', '.join(ROLES)}.")
+        content = _text(message, "content", f"{where}.content", empty=role == "system")
+        messages.append(Message(role=role, content=content))
+    _check_order([message["role"] for message in messages])
+    return tuple(messages)
+
+
+def _check_order(roles: Sequence[str]) -> None:
+    first = 1 if roles[0] == "system" else 0
+    for index, role in enumerate(roles[first:], start=first):
+        expected = ("user", "assistant")[(index - first) % 2]
+        if role == "system":
+            raise _Bad(f"messages[{index}].role is system; the system message stands first, and once.")
+        if role != expected:
+            raise _Bad(f"messages[{index}].role is {role} where {expected} is due; user and assistant take turns.")
+    if roles[-1] != "assistant":
+        raise _Bad(
+            f"messages[{len(roles) - 1}].role is {roles[-1]}; the last message must be the assistant's: "
+            "it is the answer that is learnt."
+        )
+
+
+def _text(value: dict[str, Any], key: str, field: str, *, empty: bool = False) -> str:
+    if key not in value:
+        raise _Bad(f"{field} is missing; add it.")
+    text = value[key]
+    if not isinstance(text, str):
+        raise _Bad(f"{field} is {_shown(text)}; it must be a string.")
+    if not empty and not text.strip():
+        raise _Bad(f"{field} is empty; write the text, or remove the line.")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise _Bad(f"{field} holds half a surrogate pair (\\ud800 to \\udfff), which is no character; remove it.")
+    return text
+
+
+def _no_other_keys(value: dict[str, Any], allowed: tuple[str, ...], where: str) -> None:
+    other = next((key for key in value if key not in allowed), None)
+    if other is not None:
+        raise _Bad(f"{where} has the unknown key {_shown(other)}; it may have {' and '.join(allowed)} only.")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("an object has the same key twice")
+    return value
+
+
+def _shown(value: object) -> str:
+    """A foreign value for a message: short, and printable whatever it holds."""
+    text = ascii(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
+def _texts(example: Example) -> Iterator[tuple[str, str]]:
+    """The texts of an example with the names of their fields."""
+    if example.prompt is not None:
+        yield from (("prompt", example.prompt), ("completion", example.completion))
+    for index, message in enumerate(example.messages):
+        yield f"messages[{index}].content", message["content"]
+
+
+def _repeated(filename: str, examples: Sequence[Example]) -> tuple[str, ...]:
+    first: dict[tuple[str | None, ...], int] = {}
+    again = [
+        (example.line, line)
+        for example in examples
+        if (line := first.setdefault(example.key, example.line)) != example.line
+    ]
+    if not again:
+        return ()
+    lines = _listed(f"line {line} repeats line {other}" for line, other in again)
+    return (f"{filename}: {len(again)} examples repeat earlier ones ({lines}); they count twice in training.",)
+
+
+def _listed(items: Iterator[str]) -> str:
+    """The first of many items, and how many follow."""
+    shown = list(items)
+    more = f", and {len(shown) - LISTED} more" if len(shown) > LISTED else ""
+    return ", ".join(shown[:LISTED]) + more

@@ -1,0 +1,259 @@
+"""`loramill up` and `loramill down`: everything on this machine, watched by one small process.
+
+The watcher holds a lock on `<home>/up.lock` for as long as it lives and runs the cluster (Ray, the
+gateway, the engine, the training sessions) as one child process. A child that dies, by whatever
+cause, is started again; the record, the checkpoints and the versions are on disk, so work goes on.
+The child reads its settings from standard input and ends when that is closed, so it can't outlive
+the watcher; Ray's own processes end with the child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import httpx
+from rich.console import Console
+
+from loramill.bases import find_base
+from loramill.errors import Conflict, DiskFull, PortTaken, SetupError, Unauthenticated
+from loramill.registry import Registry, keys
+from loramill.registry.migrate import migrate
+from loramill.settings import Settings
+
+START_SECONDS = 180.0
+SICK_SECONDS = 60.0
+STOP_SECONDS = 45.0
+FREE_BYTES = 1 << 30
+
+#: Ray as a laptop wants it: an own secret, no usage reports, quick to notice a dead training worker.
+RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def up(settings: Settings, *, console: Console) -> None:
+    """Runs everything on this machine until Ctrl-C, SIGTERM or `down`.
+
+    Raises:
+        SetupError, Conflict: this machine can't run it as it is; nothing was started.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    prepare_home(settings.home)
+    with hold_lock(settings):
+        check_port(settings)
+        with console.status("Opening the record…"):
+            migrate(settings.database)
+            admin_key(settings)
+        with console.status(f"Preparing the base {settings.base}…"):
+            base = find_base(settings.base, settings.cache)
+        watch(settings, console, stop, base.name)
+        console.print("Stopped. `loramill up` goes on where this ended.")
+
+
+def down(settings: Settings) -> bool:
+    """Stops the `up` of this home, if one runs; returns whether there was one.
+
+    Raises:
+        SetupError: it did not end in time.
+    """
+    path = settings.home / "up.lock"
+    if not path.exists():
+        return False
+    with path.open() as lock:
+        if try_lock(lock):
+            return False
+        pid = int(lock.read().split()[0])
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS + 15
+        while not try_lock(lock):
+            if time.monotonic() > deadline:
+                raise SetupError(f"Process {pid} was asked to stop and still runs; end it with `kill -9 {pid}`.")
+            time.sleep(0.2)
+    return True
+
+
+def watch(settings: Settings, console: Console, stop: threading.Event, base: str) -> None:
+    """Keeps the cluster alive until `stop` is set."""
+    pause, started_once = 1.0, False
+    while not stop.is_set():
+        with run_cluster(settings) as cluster:
+            with console.status("Starting Ray, the gateway and the engine…"):
+                ready = wait_ready(settings, cluster, stop)
+            if ready:
+                pause, started_once = 1.0, True
+                greet(settings, console, base)
+                wait_sick(settings, cluster, stop)
+            if stop.is_set():
+                console.print("Stopping…")
+                return
+        if not started_once:
+            raise SetupError(f"The cluster did not start; the reason is at the end of {log_path(settings)}.")
+        console.print(f"The cluster went down ({log_path(settings)}); starting it again in {pause:.0f} s.")
+        stop.wait(pause)
+        pause = min(pause * 2, 30.0)
+
+
+def greet(settings: Settings, console: Console, base: str) -> None:
+    """Says where everything is."""
+    console.print(f"[bold]loramill is up[/bold] at {settings.gateway}/v1 with the base {base}.")
+    console.print(f"Admin key: {settings.admin_key_file}   Log: {log_path(settings)}   Stop: Ctrl-C or `loramill down`")
+
+
+@contextlib.contextmanager
+def run_cluster(settings: Settings) -> Iterator[subprocess.Popen[str]]:
+    """Starts the child process that runs the cluster, and ends it afterwards, gently where it can."""
+    run = settings.home / "run"
+    run.mkdir(exist_ok=True)
+    environment = {**os.environ, **RAY_ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    environment = {name: value for name, value in environment.items() if not name.startswith("LORAMILL_")}
+    with log_path(settings).open("a") as log:
+        cluster = subprocess.Popen(
+            [sys.executable, "-m", "loramill.pipelines.cluster"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            text=True,
+            cwd=run,  # Ray puts this folder on its workers' path
+            env=environment,
+            start_new_session=True,  # Ctrl-C is the watcher's; it tells the child in its own time
+        )
+    assert cluster.stdin is not None
+    try:
+        cluster.stdin.write(settings.model_dump_json() + "\n")
+        cluster.stdin.flush()
+        yield cluster
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            cluster.stdin.close()
+        try:
+            cluster.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            cluster.kill()
+            cluster.wait()
+
+
+def wait_ready(settings: Settings, cluster: subprocess.Popen[str], stop: threading.Event) -> bool:
+    """Waits until the gateway answers; False if it never did, or `stop` was set."""
+    deadline = time.monotonic() + START_SECONDS
+    while not stop.wait(0.5) and cluster.poll() is None and time.monotonic() < deadline:
+        if answers(settings):
+            return True
+    return False
+
+
+def wait_sick(settings: Settings, cluster: subprocess.Popen[str], stop: threading.Event) -> None:
+    """Returns when the child has ended, the gateway has been silent for too long, or `stop` was set."""
+    well = time.monotonic()
+    while not stop.wait(2.0) and cluster.poll() is None:
+        if answers(settings):
+            well = time.monotonic()
+        elif time.monotonic() - well > SICK_SECONDS:
+            cluster.kill()
+            return
+
+
+def answers(settings: Settings) -> bool:
+    """Whether the gateway and an engine answer now."""
+    try:
+        return httpx.get(f"{settings.gateway}/readyz", timeout=5.0).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def prepare_home(home: Path) -> None:
+    """Makes the home folder, readable by its owner alone.
+
+    Raises:
+        SetupError, DiskFull: it can't be written to, or there is no room.
+    """
+    try:
+        (home / "logs").mkdir(parents=True, exist_ok=True)
+        home.chmod(0o700)
+    except OSError as error:
+        raise SetupError(
+            f"The home folder {home} can't be written to ({error.strerror}); set LORAMILL_HOME to one that can."
+        ) from error
+    free = shutil.disk_usage(home).free
+    if free < FREE_BYTES:
+        raise DiskFull(
+            f"{home} has {free >> 20} MiB free and loramill needs 1024: make room, or set LORAMILL_HOME elsewhere."
+        )
+
+
+@contextlib.contextmanager
+def hold_lock(settings: Settings) -> Iterator[None]:
+    """Holds the home's lock, with this process's id in it.
+
+    Raises:
+        Conflict: another `up` runs on this home.
+    """
+    with (settings.home / "up.lock").open("a+") as lock:
+        if not try_lock(lock):
+            lock.seek(0)
+            pid = lock.read().split()[0]
+            raise Conflict(f"loramill is already up on {settings.home} (process {pid}); `loramill down` stops it.")
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Takes the lock on an open file if it is free; it goes with the process, however that ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def check_port(settings: Settings) -> None:
+    """Raises PortTaken unless the gateway can listen where the settings say."""
+    host, port = settings.serve.host, settings.serve.port
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise PortTaken(
+                f"{host}:{port} can't be listened on ({error.strerror}): end the program that uses it, "
+                "or choose another with `loramill up --port`."
+            ) from error
+
+
+def admin_key(settings: Settings) -> None:
+    """Leaves a valid admin key in the home folder, a new one if the one there isn't known to the record."""
+    registry, path = Registry.open(settings.database, settings.artifacts), settings.admin_key_file
+    if path.exists():
+        with registry.reading() as session, contextlib.suppress(Unauthenticated):
+            keys.authenticate(session, path.read_text().strip())
+            return
+    with registry.writing() as session:
+        _, secret = keys.create(session, None)
+        path.touch(mode=0o600)
+        path.write_text(secret + "\n")
+
+
+def log_path(settings: Settings) -> Path:
+    """Where the cluster's processes write."""
+    return settings.home / "logs" / "up.log"

@@ -1,0 +1,138 @@
+"""What "auto" means: turns what a submitter said about training into a JobSpec full of numbers.
+
+Pure functions. `Hyperparameters` are OpenAI's, `Extension` is what loramill adds under its own key;
+a field of the extension wins over the hyperparameter that says the same thing (`steps` over `n_epochs`,
+`learning_rate` over `learning_rate_multiplier`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from loramill.errors import InvalidRequest
+from loramill.types import JobSpec, Target, Value
+
+Auto = Literal["auto"]
+
+#: The learning rate that a multiplier of 1 stands for.
+LEARNING_RATE = 1e-3
+BATCH_SIZE = 16
+EPOCHS = 3
+#: Optimizer steps below which little is learned, and above which "auto" doesn't go.
+MIN_STEPS, MAX_STEPS = 30, 300
+MAX_LENGTH = 1024
+
+
+class Hyperparameters(Value):
+    """OpenAI's hyperparameters of a fine-tune job."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+    n_epochs: int | Auto = Field(default="auto", description="passes over the training file")
+    batch_size: int | Auto = Field(default="auto", description="examples a step")
+    learning_rate_multiplier: float | Auto = "auto"
+
+
+class Extension(Value):
+    """loramill's own fields of a fine-tune job; None leaves the choice to us. JobSpec says what each means.
+
+    `start_from` is an alias or a version of the same adapter, not looked up yet.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=False)
+    rank: int | None = None
+    alpha: float | None = None
+    rslora: bool | None = None
+    dropout: float | None = None
+    targets: tuple[Target, ...] | None = None
+    learning_rate: float | None = None
+    steps: int | None = None
+    warmup_ratio: float | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+    max_length: int | None = None
+    checkpoint_every: int | None = None
+    start_from: str | None = None
+
+
+def resolve_spec(
+    *,
+    base: str,
+    context_length: int,
+    adapter: str,
+    train: str,
+    examples: int,
+    valid: str | None = None,
+    start_from: str | None = None,
+    seed: int = 0,
+    hyperparameters: Hyperparameters | None = None,
+    extension: Extension | None = None,
+) -> JobSpec:
+    """Fills in every "auto".
+
+    Args:
+        base: the base's fingerprint.
+        context_length: tokens that the base can read at once.
+        examples: number of examples in the training file, at least 1.
+        start_from: the version that `extension.start_from` names, already looked up.
+
+    Raises:
+        InvalidRequest: a value is out of its range; `param` names it.
+    """
+    asked = hyperparameters or Hyperparameters()
+    own = (extension or Extension()).model_dump(exclude_none=True, exclude={"start_from"})
+    if own.get("max_length", 0) > context_length:
+        raise InvalidRequest(
+            f"'loramill.max_length' is {own['max_length']}, the base reads {context_length} tokens at most; lower it.",
+            param="loramill.max_length",
+        )
+    batch_size = _auto(asked.batch_size, max(1, min(BATCH_SIZE, examples // 4)))
+    multiplier = 1.0 if asked.learning_rate_multiplier == "auto" else asked.learning_rate_multiplier
+    chosen = {
+        "batch_size": batch_size,
+        "steps": _steps(asked.n_epochs, examples, batch_size),
+        "learning_rate": LEARNING_RATE * multiplier,
+        "max_length": min(MAX_LENGTH, context_length),
+    }
+    fields: dict[str, object] = {
+        "base": base,
+        "adapter": adapter,
+        "train": train,
+        "valid": valid,
+        "start_from": start_from,
+        "seed": seed,
+    }
+    try:
+        return JobSpec.model_validate(fields | chosen | own)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = str(problem["loc"][0])
+        param = f"loramill.{field}" if field in own else _SAID_AS.get(field, field)
+        raise InvalidRequest(f"'{param}': {problem['msg']}.", param=param) from error
+
+
+def hyperparameters_of(spec: JobSpec, examples: int) -> dict[str, int | float]:
+    """A spec in OpenAI's terms, as a job object shows them; `n_epochs` is rounded to at least 1."""
+    return {
+        "n_epochs": max(1, round(spec.steps * spec.batch_size / examples)),
+        "batch_size": spec.batch_size,
+        "learning_rate_multiplier": round(spec.learning_rate / LEARNING_RATE, 6),
+    }
+
+
+_SAID_AS = {
+    "steps": "hyperparameters.n_epochs",
+    "batch_size": "hyperparameters.batch_size",
+    "learning_rate": "hyperparameters.learning_rate_multiplier",
+}
+
+
+def _auto(said: int | Auto, otherwise: int) -> int:
+    return otherwise if said == "auto" else said
+
+
+def _steps(epochs: int | Auto, examples: int, batch_size: int) -> int:
+    # A batch size or a number of epochs below 1 reaches JobSpec as it is, and is refused there.
+    passes = -(-_auto(epochs, EPOCHS) * examples // max(1, batch_size))
+    return max(MIN_STEPS, min(MAX_STEPS, passes)) if epochs == "auto" else passes

@@ -1,0 +1,217 @@
+"""Adapters, their versions, and the aliases that move between them.
+
+An adapter with a version has a champion. Champion and previous, champion and challenger always differ.
+Whoever moves an alias holds the adapter's row, so moves come one after another and their history is their order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+
+from sqlalchemy import delete, insert, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from loramill.errors import Conflict, ModelNotFound, NotFound
+from loramill.names import SHORT, AdapterName, is_version
+from loramill.registry import tenants
+from loramill.registry.tables import AdapterRow, AliasChangeRow, AliasRow, VersionRow
+from loramill.types import AdapterRecord, Alias, AliasChange, VersionRecord
+
+
+def ensure(session: Session, name: AdapterName) -> AdapterRecord:
+    """The adapter of this name, made if there is none.
+
+    Raises:
+        NotFound: there is no such tenant.
+    """
+    if session.get(AdapterRow, str(name)) is None:
+        tenants.get(session, name.tenant)
+        try:
+            with session.begin_nested():
+                session.add(AdapterRow(name=str(name), tenant=name.tenant, created_at=time.time()))
+        except IntegrityError:
+            session.expire_all()  # another writer made it meanwhile
+    return get(session, name)
+
+
+def get(session: Session, name: AdapterName | str) -> AdapterRecord:
+    """The adapter of this name, with where its aliases point.
+
+    Raises:
+        NotFound: there is none.
+    """
+    row = session.get(AdapterRow, str(name))
+    if row is None:
+        raise NotFound(f"There is no adapter '{name}'.", param="adapter")
+    return _record(row, _aliases(session, name))
+
+
+def list_of(session: Session, tenant: str | None) -> list[AdapterRecord]:
+    """The adapters of a tenant, or all (None), by name."""
+    rows = select(AdapterRow).order_by(AdapterRow.name)
+    pointers = select(AliasRow.adapter, AliasRow.alias, AliasRow.version)
+    if tenant is not None:
+        rows = rows.where(AdapterRow.tenant == tenant)
+        pointers = pointers.join(AdapterRow, AdapterRow.name == AliasRow.adapter).where(AdapterRow.tenant == tenant)
+    aliases: defaultdict[str, dict[Alias, str]] = defaultdict(dict)
+    for adapter, alias, pointed in session.execute(pointers):
+        aliases[adapter][alias] = pointed
+    return [_record(row, aliases[row.name]) for row in session.scalars(rows)]
+
+
+def version(session: Session, version_id: str) -> VersionRecord:
+    """The version of this full hash. Where adapters share the content, the first to have had it.
+
+    Raises:
+        NotFound: there is none.
+    """
+    statement = select(VersionRow).where(VersionRow.id == version_id).order_by(VersionRow.created_at).limit(1)
+    row = session.scalar(statement)
+    if row is None:
+        raise NotFound(f"There is no version '{version_id}'.", param="version")
+    return VersionRecord.model_validate(row)
+
+
+def versions(session: Session, name: AdapterName | str) -> list[VersionRecord]:
+    """The versions of an adapter, newest first."""
+    statement = select(VersionRow).where(VersionRow.adapter == str(name)).order_by(VersionRow.created_at.desc())
+    return [VersionRecord.model_validate(row) for row in session.scalars(statement)]
+
+
+def resolve(session: Session, name: AdapterName | str, selector: str) -> VersionRecord:
+    """The version that an alias points to, or whose hash begins with the selector (at least 8 hex digits).
+
+    Raises:
+        ModelNotFound: there is none, or more than one.
+    """
+    model = f"The model '{name}@{selector}' does not exist"
+    if selector in tuple(Alias):
+        found = _aliases(session, name)
+        if selector not in found:
+            has = f"its aliases are {', '.join(sorted(found))}" if found else "it has no version yet"
+            raise ModelNotFound(f"{model}: '{name}' has no {selector}; {has}.", param="model")
+        selector = found[Alias(selector)]
+    elif not is_version(selector):
+        raise ModelNotFound(
+            f"{model}: after the '@' comes {', '.join(Alias)} or the first 8 or more hex digits of a version.",
+            param="model",
+        )
+    statement = select(VersionRow).where(VersionRow.adapter == str(name), VersionRow.id.startswith(selector)).limit(2)
+    rows = session.scalars(statement).all()
+    if len(rows) > 1:
+        raise ModelNotFound(f"{model}: more than one version begins so; write more of its digits.", param="model")
+    if not rows:
+        raise ModelNotFound(f"{model}: '{name}' has no version that begins so.", param="model")
+    return VersionRecord.model_validate(rows[0])
+
+
+def add_version(session: Session, record: VersionRecord) -> Alias | None:
+    """Records a version of an adapter that exists: as champion if it is the first, else as challenger.
+
+    Content that the adapter has already isn't recorded twice. Returns the alias that now points to it, None if
+    it was the champion and stays so.
+    """
+    held = _hold(session, record.adapter)
+    if session.get(VersionRow, (record.adapter, record.id)) is None:
+        session.add(VersionRow(**record.model_dump()))
+        session.flush()
+    if held.get(Alias.CHAMPION) == record.id:
+        return None
+    alias = Alias.CHALLENGER if Alias.CHAMPION in held else Alias.CHAMPION
+    _point(session, record.adapter, alias, record.id, f"published by {record.job}")
+    return alias
+
+
+def move(session: Session, name: AdapterName | str, alias: Alias, version: str | None, reason: str) -> AdapterRecord:
+    """Points challenger or previous to a version, or to nothing (None).
+
+    Raises:
+        Conflict: the alias is champion, which only `promote` and `rollback` move, or the version is the champion.
+        NotFound: there is no such adapter, or it has no such version.
+    """
+    held = _hold(session, name)
+    if alias is Alias.CHAMPION:
+        raise Conflict("The champion moves by promote or rollback only.", param="alias")
+    if version is not None:
+        _check_owned(session, name, version)
+        if held.get(Alias.CHAMPION) == version:
+            raise Conflict(f"{version[:SHORT]} is the champion of '{name}' already.", param="version")
+    _point(session, name, alias, version, reason)
+    return get(session, name)
+
+
+def promote(session: Session, name: AdapterName | str, version: str, reason: str) -> AdapterRecord:
+    """Makes a version (its full hash) the champion; the champion until now becomes previous.
+
+    Raises:
+        NotFound: there is no such adapter, or it has no such version.
+    """
+    held = _hold(session, name)
+    _check_owned(session, name, version)
+    champion = held.get(Alias.CHAMPION)
+    if champion != version:
+        _point(session, name, Alias.PREVIOUS, champion, reason)
+        _crown(session, name, version, held, reason)
+    return get(session, name)
+
+
+def rollback(session: Session, name: AdapterName | str, reason: str) -> AdapterRecord:
+    """Swaps champion and previous; a second rollback undoes the first.
+
+    Raises:
+        NotFound: there is no such adapter.
+        Conflict: it has no previous champion.
+    """
+    held = _hold(session, name)
+    previous = held.get(Alias.PREVIOUS)
+    if previous is None:
+        raise Conflict(f"'{name}' has no previous champion to roll back to.")
+    _point(session, name, Alias.PREVIOUS, held.get(Alias.CHAMPION), reason)
+    _crown(session, name, previous, held, reason)
+    return get(session, name)
+
+
+def history(session: Session, name: AdapterName | str) -> list[AliasChange]:
+    """Every move of an adapter's aliases, newest first."""
+    statement = select(AliasChangeRow).where(AliasChangeRow.adapter == str(name)).order_by(AliasChangeRow.id.desc())
+    return [AliasChange.model_validate(row) for row in session.scalars(statement)]
+
+
+def _aliases(session: Session, name: AdapterName | str) -> dict[Alias, str]:
+    pointers = select(AliasRow.alias, AliasRow.version).where(AliasRow.adapter == str(name))
+    return dict(session.execute(pointers).tuples().all())
+
+
+def _hold(session: Session, name: AdapterName | str) -> dict[Alias, str]:
+    if session.get(AdapterRow, str(name), with_for_update=True) is None:
+        raise NotFound(f"There is no adapter '{name}'.", param="adapter")
+    return _aliases(session, name)
+
+
+def _check_owned(session: Session, name: AdapterName | str, version: str) -> None:
+    if session.get(VersionRow, (str(name), version)) is None:
+        raise NotFound(f"'{name}' has no version '{version}'.", param="version")
+
+
+def _crown(session: Session, name: AdapterName | str, version: str, held: dict[Alias, str], reason: str) -> None:
+    _point(session, name, Alias.CHAMPION, version, reason)
+    if held.get(Alias.CHALLENGER) == version:
+        _point(session, name, Alias.CHALLENGER, None, reason)
+
+
+def _point(session: Session, name: AdapterName | str, alias: Alias, version: str | None, reason: str) -> None:
+    pointer = (AliasRow.adapter == str(name), AliasRow.alias == alias)
+    if session.scalar(select(AliasRow.version).where(*pointer)) == version:
+        return
+    session.execute(delete(AliasRow).where(*pointer))
+    if version is not None:
+        session.execute(insert(AliasRow).values(adapter=str(name), alias=alias, version=version))
+    session.add(AliasChangeRow(adapter=str(name), alias=alias, version=version, reason=reason, created_at=time.time()))
+    session.flush()
+
+
+def _record(row: AdapterRow, aliases: dict[Alias, str]) -> AdapterRecord:
+    pointers = {alias.value: version for alias, version in aliases.items()}
+    return AdapterRecord(name=row.name, tenant=row.tenant, created_at=row.created_at, **pointers)

@@ -1,0 +1,125 @@
+"""The artifact store: immutable trees of files, named by the hash of their content."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from loramill.errors import ArtifactMissing, DiskFull, InvalidRequest, SetupError
+from loramill.registry.bucket import Bucket
+from loramill.registry.folder import Folder
+from loramill.registry.manifest import MANIFEST, Manifest, check_name, corrupt, is_hash, measure
+
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+class ArtifactStore:
+    """Artifacts at an fsspec URL: `file:///folder` (or a plain path), or a place such as `s3://bucket/folder`.
+
+    An artifact is there wholly or not at all, whenever a process is killed; every read checks the content against
+    the hash. Safe to use from threads and processes at once.
+
+    Args:
+        url: where the artifacts are.
+        cache: folder for copies of what isn't on this machine; may be deleted at any time.
+
+    Raises:
+        SetupError: nothing can open such a URL.
+    """
+
+    def __init__(self, url: str, cache: Path = Path("~/.cache/loramill/artifacts")) -> None:
+        parts = urlsplit(url)
+        local = unquote(parts.path) if parts.scheme == "file" else None if "://" in url else url
+        self.url = url
+        self._place = Bucket(url, Folder(cache.expanduser())) if local is None else Folder(Path(local).absolute())
+
+    def put(self, files: Mapping[str, bytes | Path]) -> str:
+        """Stores files, given by name as content or as a path to copy; returns the artifact's hash.
+
+        Record the hash only after this returns. The same files again give the same hash and change nothing.
+
+        Raises:
+            InvalidRequest: no files, or a name that an artifact's file can't have.
+            DiskFull: too little space; nothing is stored.
+            SetupError: the place can't be written.
+        """
+        if not files:
+            raise InvalidRequest("An artifact needs at least one file.")
+        with self._explained():
+            return self._place.write({check_name(name): source for name, source in files.items()})
+
+    def fetch(self, artifact: str) -> Path:
+        """A local folder with the artifact's files, their content checked; don't write into it.
+
+        Raises:
+            ArtifactMissing: it isn't in the store.
+            ArtifactCorrupt: a file has another content than it was stored with, or is gone.
+        """
+        with self._explained(artifact):
+            return self._place.fetch(artifact)
+
+    def read(self, artifact: str, name: str) -> bytes:
+        """One file's content, checked.
+
+        Raises:
+            ArtifactMissing: the artifact isn't in the store, or has no such file.
+            ArtifactCorrupt: the file has another content than it was stored with, or is gone.
+        """
+        manifest = self._manifest(artifact)
+        if name not in manifest.files:
+            raise ArtifactMissing(f"The artifact {artifact} has no file '{name}', only {', '.join(manifest.files)}.")
+        where = self._place.where(artifact)
+        try:
+            content = self._place.load(artifact, name)
+        except FileNotFoundError as error:
+            raise corrupt(where, name) from error
+        manifest.check(name, measure(content), where)
+        return content
+
+    def size(self, artifact: str) -> int:
+        """Bytes of the artifact's files together.
+
+        Raises:
+            ArtifactMissing, ArtifactCorrupt: as for `read`.
+        """
+        return self._manifest(artifact).size
+
+    def sweep(self, known: Collection[str], older_than: float) -> int:
+        """Removes artifacts that aren't `known` and leftovers of crashes, if older than so many seconds.
+
+        Returns how many went. Give more seconds than pass between a `put` and its record.
+        """
+        with self._explained():
+            return self._place.sweep(known, older_than)
+
+    def _manifest(self, artifact: str) -> Manifest:
+        with self._explained(artifact):
+            return Manifest.parse(self._place.load(artifact, MANIFEST), self._place.where(artifact), artifact)
+
+    @contextmanager
+    def _explained(self, artifact: str | None = None) -> Iterator[None]:
+        missing = ArtifactMissing(
+            f"The artifact {artifact} isn't at {self.url}: restore it from a backup, or make it again."
+        )
+        if artifact is not None and not is_hash(artifact):
+            raise missing
+        try:
+            yield
+        except FileNotFoundError as error:
+            if artifact is None:
+                raise
+            raise missing from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(
+                    f"The disk of the artifacts at {self.url} is full; free some space and try again."
+                ) from error
+            if error.errno in _UNWRITABLE:
+                raise SetupError(
+                    f"The artifacts at {self.url} can't be read or written ({error.strerror}); "
+                    "make it a folder that you may write to, or correct artifacts_url."
+                ) from error
+            raise

@@ -1,0 +1,140 @@
+"""Artifacts in a local folder: written under a temporary name, fsynced, renamed.
+
+<root>/<first two digits>/<hash>/<files and manifest.json>        <root>/.tmp/<leftovers of crashes>
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from loramill.errors import ArtifactCorrupt
+from loramill.registry.manifest import MANIFEST, Manifest, corrupt, is_hash, measure
+
+
+class Folder:
+    """A place for artifacts on this machine."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._temporary = root / ".tmp"
+
+    def where(self, artifact: str) -> str:
+        """How a message names an artifact's place."""
+        return str(self._path(artifact))
+
+    def write(self, files: Mapping[str, bytes | Path]) -> str:
+        """Stores files, durably, and returns their artifact's hash. A damaged artifact of this hash is mended."""
+        building = self._reserve()
+        try:
+            _make_folder(building)
+            for name, source in files.items():
+                _write_file(building / name, source)
+            manifest = Manifest({name: measure(building / name) for name in files})
+            _write_file(building / MANIFEST, manifest.dump())
+            _sync(building)
+            self._settle(building, manifest)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+        return manifest.hash
+
+    def load(self, artifact: str, name: str) -> bytes:
+        """A file's content, unchecked; FileNotFoundError if it isn't there."""
+        return (self._path(artifact) / name).read_bytes()
+
+    def fetch(self, artifact: str) -> Path:
+        """The artifact's folder, checked; FileNotFoundError if it isn't there."""
+        folder = self._path(artifact)
+        _check(folder, Manifest.parse(self.load(artifact, MANIFEST), str(folder), artifact))
+        return folder
+
+    def sweep(self, known: Collection[str], older_than: float) -> int:
+        """Removes what is older than so many seconds and isn't known. Returns how many artifacts and leftovers."""
+        before = time.time() - older_than
+        unknown = [
+            path for path in self.root.glob("[0-9a-f][0-9a-f]/*") if is_hash(path.name) and path.name not in known
+        ]
+        swept = 0
+        for path in unknown:
+            if path.stat().st_mtime <= before:
+                # Renamed first: so it is never there by halves.
+                path.rename(self._reserve())
+                swept += 1
+        for path in self._temporary.glob("*"):
+            if path.stat().st_mtime <= before:
+                shutil.rmtree(path)
+                swept += 1
+        return swept
+
+    def _path(self, artifact: str) -> Path:
+        return self.root / artifact[:2] / artifact
+
+    def _reserve(self) -> Path:
+        _make_folder(self._temporary)
+        return self._temporary / secrets.token_hex(16)
+
+    def _settle(self, building: Path, manifest: Manifest) -> None:
+        final = self._path(manifest.hash)
+        _make_folder(final.parent)
+        if final.exists() and not _is_sound(final, manifest):
+            final.rename(self._reserve())
+        try:
+            building.rename(final)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # The same content is there already. It counts as new, so that a sweep leaves it to be recorded.
+            os.utime(final)
+            shutil.rmtree(building)
+        _sync(final.parent)
+
+
+def _is_sound(folder: Path, manifest: Manifest) -> bool:
+    try:
+        _check(folder, manifest)
+        return (folder / MANIFEST).read_bytes() == manifest.dump()
+    except (ArtifactCorrupt, FileNotFoundError):
+        return False
+
+
+def _check(folder: Path, manifest: Manifest) -> None:
+    for name in manifest.files:
+        try:
+            found = measure(folder / name)
+        except FileNotFoundError as error:
+            raise corrupt(str(folder), name) from error
+        manifest.check(name, found, str(folder))
+
+
+def _make_folder(path: Path) -> None:
+    if path.is_dir():
+        return
+    _make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    _sync(path.parent)
+
+
+def _write_file(path: Path, source: bytes | Path) -> None:
+    with path.open("xb") as file:
+        if isinstance(source, bytes):
+            file.write(source)
+        else:
+            with source.open("rb") as content:
+                shutil.copyfileobj(content, file, 1 << 20)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    # A new name in a folder survives a power cut only once the folder itself is on disk.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

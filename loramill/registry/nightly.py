@@ -1,0 +1,122 @@
+"""Nights: which adapters have new data, and how far each has come. A run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from itertools import groupby
+from operator import attrgetter
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from loramill.errors import NotFound
+from loramill.names import AdapterName
+from loramill.registry import adapters, datasets
+from loramill.registry.tables import AdapterDataRow, NightlyRunRow, NightlyStepRow
+from loramill.types import NewData, NightlyRun, NightlyStep, StepStatus
+
+
+def add_data(session: Session, name: AdapterName, train: str, valid: str | None) -> None:
+    """Hands an adapter, made if there is none, datasets of its tenant to learn from in the next night.
+
+    Raises:
+        NotFound: the tenant, or a dataset of its own, doesn't exist.
+    """
+    adapters.ensure(session, name)
+    for dataset in filter(None, (train, valid)):
+        datasets.get(session, dataset, name.tenant)
+    session.add(AdapterDataRow(adapter=str(name), train=train, valid=valid, created_at=time.time()))
+    session.flush()
+
+
+def pending(session: Session) -> list[NewData]:
+    """The adapters with data that no night has collected, by name; their datasets in the order they came in."""
+    statement = select(AdapterDataRow).where(AdapterDataRow.run.is_(None))
+    rows = session.scalars(statement.order_by(AdapterDataRow.adapter, AdapterDataRow.id))
+    return [_bundle(list(group)) for _, group in groupby(rows, key=attrgetter("adapter"))]
+
+
+def collect(session: Session, run: str, name: AdapterName | str) -> NewData | None:
+    """Marks an adapter's pending data as this run's, and returns all that the run has of it; None: nothing.
+
+    Called again by the same run, it returns the same and what came in meanwhile.
+    """
+    mine = AdapterDataRow.adapter == str(name)
+    session.execute(update(AdapterDataRow).where(mine, AdapterDataRow.run.is_(None)).values(run=run))
+    statement = select(AdapterDataRow).where(mine, AdapterDataRow.run == run).order_by(AdapterDataRow.id)
+    rows = session.scalars(statement).all()
+    return _bundle(list(rows)) if rows else None
+
+
+def open_run(session: Session) -> NightlyRun:
+    """The run that isn't finished, or a new one."""
+    unfinished = select(NightlyRunRow).where(NightlyRunRow.open.is_(True))
+    row = session.scalar(unfinished)
+    if row is None:
+        try:
+            with session.begin_nested():
+                session.add(NightlyRunRow(id=f"night-{secrets.token_hex(12)}", open=True, created_at=time.time()))
+        except IntegrityError:
+            session.expire_all()  # another process opened one meanwhile
+        row = session.scalars(unfinished).one()
+    return NightlyRun.model_validate(row)
+
+
+def runs(session: Session, limit: int = 20) -> list[NightlyRun]:
+    """The last runs, newest first."""
+    statement = select(NightlyRunRow).order_by(NightlyRunRow.created_at.desc(), NightlyRunRow.id).limit(limit)
+    return [NightlyRun.model_validate(row) for row in session.scalars(statement)]
+
+
+def steps(session: Session, run: str) -> list[NightlyStep]:
+    """The steps of a run in the order in which they began."""
+    statement = select(NightlyStepRow).where(NightlyStepRow.run == run)
+    rows = session.scalars(statement.order_by(NightlyStepRow.created_at, NightlyStepRow.adapter, NightlyStepRow.step))
+    return [NightlyStep.model_validate(row) for row in rows]
+
+
+def record(
+    session: Session,
+    run: str,
+    adapter: AdapterName | str,
+    step: str,
+    status: StepStatus,
+    result: Mapping[str, Any],
+) -> NightlyStep:
+    """Writes how a step stands, over what it said before; `result` is JSON with finite numbers."""
+    now = time.time()
+    row = session.get(NightlyStepRow, (run, str(adapter), step))
+    if row is None:
+        row = NightlyStepRow(run=run, adapter=str(adapter), step=step, created_at=now)
+        session.add(row)
+    row.status, row.result = status, dict(result)
+    row.finished_at = None if status is StepStatus.PENDING else now
+    session.flush()
+    return NightlyStep.model_validate(row)
+
+
+def finish(session: Session, run: str) -> NightlyRun:
+    """Closes a run; the next night opens another.
+
+    Raises:
+        NotFound: there is no such run.
+    """
+    row = session.get(NightlyRunRow, run)
+    if row is None:
+        raise NotFound(f"There is no nightly run '{run}'.", param="run")
+    if row.finished_at is None:
+        row.open, row.finished_at = None, time.time()
+        session.flush()
+    return NightlyRun.model_validate(row)
+
+
+def _bundle(rows: list[AdapterDataRow]) -> NewData:
+    return NewData(
+        adapter=rows[0].adapter,
+        train=tuple(row.train for row in rows),
+        valid=tuple(row.valid for row in rows if row.valid is not None),
+    )

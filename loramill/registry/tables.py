@@ -1,0 +1,211 @@
+"""The record's tables.
+
+Tenants, adapters and versions are named by what they are called on the wire, and datasets, jobs and keys by
+their ids: none of these ever changes. Times are seconds since the epoch. A change here needs a migration; a
+test compares the two.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, Double, ForeignKey, ForeignKeyConstraint, Index, MetaData, String
+from sqlalchemy import Enum as EnumType
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from loramill.types import Alias, JobStatus, StepStatus
+
+
+class Base(DeclarativeBase):
+    """Holds the metadata of every table."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {float: Double(), dict[str, Any]: JSON(), dict[str, str]: JSON(), dict[str, float]: JSON()}  # noqa: RUF012
+
+
+def _words(enum: type[Enum]) -> EnumType:
+    # Text, not a database enum: a new state then needs no migration.
+    return EnumType(enum, native_enum=False, length=32, values_callable=lambda members: [m.value for m in members])
+
+
+def _version_of_adapter() -> ForeignKeyConstraint:
+    # Two columns, so that no alias can ever point to a version of another adapter.
+    return ForeignKeyConstraint(["adapter", "version"], ["versions.adapter", "versions.id"])
+
+
+class TenantRow(Base):
+    """An owner of everything else."""
+
+    __tablename__ = "tenants"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    created_at: Mapped[float]
+
+
+class KeyRow(Base):
+    """An API key: the sha256 of its secret, never the secret."""
+
+    __tablename__ = "api_keys"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str | None] = mapped_column(ForeignKey("tenants.name"), index=True)
+    digest: Mapped[str] = mapped_column(String(64), unique=True)
+    hint: Mapped[str]
+    created_at: Mapped[float]
+    revoked_at: Mapped[float | None]
+
+
+class DatasetRow(Base):
+    """A validated file of a tenant; its bytes are an artifact."""
+
+    __tablename__ = "datasets"
+    __table_args__ = (Index(None, "tenant", "created_at"),)
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"))
+    filename: Mapped[str]
+    artifact: Mapped[str] = mapped_column(String(64))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    examples: Mapped[int]
+    created_at: Mapped[float]
+
+
+class JobRow(Base):
+    """A fine-tune job. `attempt` only ever grows; `returned` counts the leases that were given back."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (Index(None, "tenant", "created_at"), Index(None, "status", "created_at"))
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"))
+    spec: Mapped[dict[str, Any]]
+    status: Mapped[JobStatus] = mapped_column(_words(JobStatus))
+    attempt: Mapped[int] = mapped_column(default=0)
+    returned: Mapped[int] = mapped_column(default=0)
+    max_attempts: Mapped[int | None]
+    owner: Mapped[str | None]
+    lease_until: Mapped[float | None]
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    step: Mapped[int] = mapped_column(default=0)
+    trained_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
+    version: Mapped[str | None] = mapped_column(String(64))
+    error_code: Mapped[str | None]
+    error_message: Mapped[str | None]
+    labels: Mapped[dict[str, str]] = mapped_column("metadata")
+    created_at: Mapped[float]
+    started_at: Mapped[float | None]
+    finished_at: Mapped[float | None]
+
+
+class EventRow(Base):
+    """One line of a job's history."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (Index(None, "job", "id"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    created_at: Mapped[float]
+    level: Mapped[str]
+    kind: Mapped[str]
+    message: Mapped[str]
+    data: Mapped[dict[str, Any]]
+
+
+class AdapterRow(Base):
+    """A name that a tenant owns."""
+
+    __tablename__ = "adapters"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), index=True)
+    created_at: Mapped[float]
+
+
+class VersionRow(Base):
+    """The result of a job. Two adapters may hold the same content, hence the two-column key."""
+
+    __tablename__ = "versions"
+    adapter: Mapped[str] = mapped_column(ForeignKey("adapters.name"), primary_key=True)
+    id: Mapped[str] = mapped_column(String(64), primary_key=True, index=True)
+    job: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"))
+    base: Mapped[str] = mapped_column(String(64))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[float]
+
+
+class AliasRow(Base):
+    """Where an alias points now; it moves in the same transaction as its history."""
+
+    __tablename__ = "aliases"
+    __table_args__ = (_version_of_adapter(),)
+    adapter: Mapped[str] = mapped_column(ForeignKey("adapters.name"), primary_key=True)
+    alias: Mapped[Alias] = mapped_column(_words(Alias), primary_key=True)
+    version: Mapped[str] = mapped_column(String(64))
+
+
+class AliasChangeRow(Base):
+    """One move of an alias; the newest row equals the alias."""
+
+    __tablename__ = "alias_changes"
+    __table_args__ = (_version_of_adapter(), Index(None, "adapter", "id"))
+    id: Mapped[int] = mapped_column(primary_key=True)
+    adapter: Mapped[str] = mapped_column(ForeignKey("adapters.name"))
+    alias: Mapped[Alias] = mapped_column(_words(Alias))
+    version: Mapped[str | None] = mapped_column(String(64))
+    reason: Mapped[str]
+    created_at: Mapped[float]
+
+
+class EvaluationRow(Base):
+    """A score of a version, or of the base (`version` null), for an adapter."""
+
+    __tablename__ = "evaluations"
+    __table_args__ = (_version_of_adapter(), Index(None, "adapter", "id"))
+    id: Mapped[int] = mapped_column(primary_key=True)
+    adapter: Mapped[str] = mapped_column(ForeignKey("adapters.name"))
+    version: Mapped[str | None] = mapped_column(String(64))
+    dataset: Mapped[str]
+    slice: Mapped[str]
+    examples: Mapped[int]
+    metrics: Mapped[dict[str, float]]
+    created_at: Mapped[float]
+
+
+class NightlyRunRow(Base):
+    """A nightly run. `open` is true or null, so that its uniqueness allows one open run."""
+
+    __tablename__ = "nightly_runs"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    open: Mapped[bool | None] = mapped_column(unique=True)
+    created_at: Mapped[float]
+    finished_at: Mapped[float | None]
+
+
+class NightlyStepRow(Base):
+    """One step of a nightly run for one adapter."""
+
+    __tablename__ = "nightly_steps"
+    run: Mapped[str] = mapped_column(ForeignKey("nightly_runs.id"), primary_key=True)
+    adapter: Mapped[str] = mapped_column(ForeignKey("adapters.name"), primary_key=True)
+    step: Mapped[str] = mapped_column(primary_key=True)
+    status: Mapped[StepStatus] = mapped_column(_words(StepStatus))
+    result: Mapped[dict[str, Any]]
+    created_at: Mapped[float]
+    finished_at: Mapped[float | None]
+
+
+class AdapterDataRow(Base):
+    """New data for an adapter; `run` is the night that collected it."""
+
+    __tablename__ = "adapter_data"
+    __table_args__ = (Index(None, "run", "adapter"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    adapter: Mapped[str] = mapped_column(ForeignKey("adapters.name"))
+    train: Mapped[str] = mapped_column(ForeignKey("datasets.id"))
+    valid: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"))
+    created_at: Mapped[float]
+    run: Mapped[str | None] = mapped_column(ForeignKey("nightly_runs.id"))

@@ -1,0 +1,179 @@
+"""One HTTP conversation with the gateway: its answers as dicts, its errors as the classes of the tree."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from loramill.errors import (
+    Conflict,
+    Forbidden,
+    InvalidRequest,
+    LoramillError,
+    NotFound,
+    NotRunning,
+    Overloaded,
+    SettingsInvalid,
+    Unauthenticated,
+    Unavailable,
+)
+
+
+def _tree(cls: type[LoramillError]) -> Iterator[type[LoramillError]]:
+    yield cls
+    for child in cls.__subclasses__():
+        yield from _tree(child)
+
+
+#: The class of every code that the API answers with.
+BY_CODE = {cls.code: cls for cls in _tree(LoramillError)}
+
+_BY_STATUS = {
+    cls.status: cls for cls in (InvalidRequest, Unauthenticated, Forbidden, NotFound, Conflict, Overloaded, Unavailable)
+}
+
+
+@contextmanager
+def openai_errors(url: str) -> Iterator[None]:
+    """Turns the `openai` client's errors in the block back into ours; `url` is the gateway it calls."""
+    import openai
+
+    try:
+        yield
+    except openai.APITimeoutError as error:
+        raise Unavailable(f"The gateway at {url} took too long to answer; try again.") from error
+    except (openai.APIConnectionError, httpx.RequestError) as error:
+        # By its name: openai 2 is built on httpx, openai 3 on httpx2.
+        if type(error.__cause__).__name__ == "ConnectError":
+            raise silent(url) from error
+        raise broken(url) from error
+    except openai.APIError as error:  # without a status it came in mid-stream
+        raise error_from(getattr(error, "status_code", 500), error.body, url) from error
+
+
+def error_from(status: int, body: object, url: str) -> LoramillError:
+    """The error that an answer of `status` (>= 400) with this JSON body stands for."""
+    said = body.get("error", body) if isinstance(body, Mapping) else None
+    if isinstance(said, Mapping) and isinstance(said.get("message"), str):
+        cls = BY_CODE.get(
+            str(said.get("code")), _BY_STATUS.get(status, InvalidRequest if status < 500 else LoramillError)
+        )
+        param = said.get("param")
+        error = cls(said["message"], param=param if isinstance(param, str) else None)
+        if hasattr(error, "problems"):
+            error.problems = tuple(error.message.splitlines()[1:])
+        return error
+    if status in (502, 503, 504):
+        return Unavailable(f"The gateway at {url} can't be reached through its proxy (HTTP {status}); try again.")
+    return foreign(url, f"HTTP {status}")
+
+
+def foreign(url: str, what: str) -> NotRunning:
+    """The error for an answer that no loramill gives."""
+    return NotRunning(f"What answers at {url} isn't loramill ({what}): is LORAMILL_URL right?")
+
+
+def silent(url: str) -> NotRunning:
+    """The error for an address where nobody listens."""
+    return NotRunning(f"Nothing answers at {url}: start it with `loramill up`, or set LORAMILL_URL.")
+
+
+def broken(url: str) -> Unavailable:
+    """The error for an answer that came in part or not at all."""
+    return Unavailable(f"The connection to {url} broke; try again.")
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the address is this machine's own."""
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a host's name, or no address at all
+        return False
+
+
+class Wire:
+    """Requests to one gateway with one key. `url` is without `/v1`; `timeout` is in seconds."""
+
+    def __init__(self, url: str, key: str | None, organization: str | None, timeout: float) -> None:
+        self.url = url
+        self._key = key
+        self._organization = organization
+        # A proxy of the environment has no way to this machine's loopback.
+        self._http = httpx.Client(timeout=httpx.Timeout(timeout, connect=5.0), trust_env=not is_loopback(url))
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._http.close()
+
+    def call(self, method: str, path: str, *, tenant: str | None = None, **request: Any) -> dict[str, Any]:
+        """One request; returns the JSON object of the answer. `tenant` acts for a tenant, `request` is httpx's.
+
+        Raises:
+            LoramillError: the class of the answer's code; NotRunning, Unavailable: there is no such answer.
+        """
+        response = self._send(method, path, tenant, request)
+        try:
+            body = response.json()
+        except ValueError:
+            body = None
+        if response.is_error:
+            if response.status_code == 401 and self._key is None:
+                raise Unauthenticated(
+                    f"The gateway at {self.url} asks for an API key: set LORAMILL_API_KEY "
+                    "(an admin makes one with `loramill key create TENANT`)."
+                )
+            raise error_from(response.status_code, body, self.url)
+        if not isinstance(body, dict):
+            raise foreign(self.url, "its answer is no JSON object")
+        return body
+
+    def pages(self, path: str, *, tenant: str | None = None, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """The objects of a list in the gateway's order, `limit` to a page where it has pages.
+
+        Raises:
+            LoramillError: as `call`.
+        """
+        query: dict[str, Any] = {} if limit is None else {"limit": limit}
+        while True:
+            page = self.call("GET", path, tenant=tenant, params=query)
+            rows = page.get("data")
+            if not isinstance(rows, list):
+                raise foreign(self.url, f"{path} is no list")
+            yield from rows
+            if not rows or not page.get("has_more"):
+                return
+            query["after"] = rows[-1]["id"]
+
+    def answers(self, path: str) -> bool:
+        """Whether the gateway answers `path` with success."""
+        try:
+            return self._send("GET", path, None, {}).is_success
+        except (NotRunning, Unavailable):
+            return False
+
+    def _send(self, method: str, path: str, tenant: str | None, request: Mapping[str, Any]) -> httpx.Response:
+        headers = {}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key}"
+        if acting := tenant or self._organization:
+            headers["OpenAI-Organization"] = acting
+        try:
+            return self._http.request(method, self.url + path, headers=headers, **request)
+        except httpx.ConnectError as error:
+            raise silent(self.url) from error
+        except httpx.TimeoutException as error:
+            raise Unavailable(
+                f"The gateway at {self.url} took too long to answer {method} {path}; try again."
+            ) from error
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            raise SettingsInvalid(
+                f"'{self.url}' is no address of a gateway ({error}); write it as http://HOST:PORT in LORAMILL_URL."
+            ) from error
+        except httpx.RequestError as error:
+            raise broken(self.url) from error

@@ -1,0 +1,59 @@
+"""The whole system on one Ray cluster: the Serve application and the jobs' supervisor.
+
+`python -m loramill.pipelines.cluster` is the child process of `loramill up`: settings come as one
+line of JSON on standard input, and the end of that input is the signal to stop.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+
+import ray
+from ray import serve
+
+import loramill.jobs.supervisor
+import loramill.serve.deployments
+from loramill.settings import Settings
+
+OBJECT_STORE_BYTES = 128 << 20
+log = logging.getLogger(__name__)
+
+
+def deploy(settings: Settings) -> None:
+    """Starts or updates everything on the Ray cluster this process is connected to."""
+    loramill.jobs.supervisor.deploy(settings)
+    loramill.serve.deployments.deploy(settings)
+
+
+def start_local(settings: Settings) -> None:
+    """Starts a Ray of this machine's own. Its CPUs are places for processes, not cores: each session takes one."""
+    ray.init(
+        address="local",
+        _node_ip_address="127.0.0.1",  # a laptop that changes networks must not lose its cluster
+        num_cpus=settings.jobs.sessions + 2,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        namespace="loramill",
+        log_to_driver=True,
+    )
+
+
+def main() -> None:
+    """Runs a local cluster until standard input ends."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = Settings.model_validate_json(sys.stdin.readline())
+    ended = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), name="stdin", daemon=True).start()
+    start_local(settings)
+    deploy(settings)
+    log.info("up")
+    ended.wait()
+    log.info("stopping")
+    serve.shutdown()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Generation as the endpoints need it: several answers at once, the first chunk peeked, the caller watched."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypeVar, cast
+
+import anyio
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from loramill.errors import LoramillError
+from loramill.serve.api.errors import error_body, internal_error
+from loramill.serve.protocol import Backend, ChosenToken, TextChunk, TextRequest
+
+log = logging.getLogger("loramill.gateway")
+
+_T = TypeVar("_T")
+
+#: Chunks of several answers, each with its answer's index, in the order they become ready.
+Chunks: TypeAlias = AsyncGenerator[tuple[int, TextChunk], None]
+
+
+@dataclass(slots=True)
+class Answer:
+    """One whole answer."""
+
+    text: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish: str | None = None
+    logprobs: list[ChosenToken] = field(default_factory=list)
+
+    def add(self, chunk: TextChunk) -> None:
+        """Takes the next chunk in."""
+        self.text += chunk.text
+        self.prompt_tokens, self.completion_tokens = chunk.prompt_tokens, chunk.completion_tokens
+        self.finish = chunk.finish
+        self.logprobs.extend(chunk.logprobs)
+
+
+async def generate(backend: Backend, requests: Sequence[TextRequest]) -> Chunks:
+    """Generates all answers at the same time. Closing it cancels those that aren't finished.
+
+    Raises:
+        LoramillError: of the first answer that fails; the others are cancelled.
+    """
+    # A backend's iterator is a generator: closing it is what cancels the answer.
+    streams = [cast("AsyncGenerator[TextChunk, None]", backend.generate(request)) for request in requests]
+    async with aclosing(_interleaved(streams) if len(streams) > 1 else _alone(streams[0])) as chunks:
+        async for chunk in chunks:
+            yield chunk
+
+
+async def _alone(stream: AsyncGenerator[TextChunk, None]) -> Chunks:
+    async with aclosing(stream):
+        async for chunk in stream:
+            yield 0, chunk
+
+
+async def _interleaved(streams: Sequence[AsyncGenerator[TextChunk, None]]) -> Chunks:
+    waiting = {_next(stream): index for index, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index = waiting.pop(task)
+                if (chunk := task.result()) is not None:
+                    waiting[_next(streams[index])] = index
+                    yield index, chunk
+    finally:
+        # Shielded: the caller who went away must not also interrupt the clearing up.
+        with anyio.CancelScope(shield=True):
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            for stream in streams:
+                await stream.aclose()
+
+
+def _next(stream: AsyncGenerator[TextChunk, None]) -> asyncio.Task[TextChunk | None]:
+    async def following() -> TextChunk | None:
+        return await anext(stream, None)
+
+    return asyncio.create_task(following())
+
+
+async def collect(chunks: Chunks, count: int) -> list[Answer]:
+    """The `count` answers, whole, by index."""
+    answers = [Answer() for _ in range(count)]
+    async with aclosing(chunks):
+        async for index, chunk in chunks:
+            answers[index].add(chunk)
+    return answers
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """Returns what `work` returns; cancels it when the caller goes away.
+
+    Raises:
+        ClientDisconnect: the caller went away.
+    """
+    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        with anyio.CancelScope(shield=True):
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def respond_whole(
+    request: Request, chunks: Chunks, count: int, show: Callable[[list[Answer]], Any], headers: Mapping[str, str]
+) -> JSONResponse:
+    """All answers in one JSON object."""
+    answers = await while_connected(request, collect(chunks, count))
+    return JSONResponse(show(answers), headers=headers)
+
+
+async def respond_streaming(
+    request: Request, chunks: Chunks, show: Callable[[Chunks], AsyncIterator[Any]], headers: Mapping[str, str]
+) -> StreamingResponse:
+    """Answers as server-sent events. An error before the first chunk is raised, with a status of its own."""
+
+    async def first() -> tuple[int, TextChunk]:
+        return await anext(chunks)
+
+    peeked = await while_connected(request, first())
+    return EventStream(_sse(show(_resumed(peeked, chunks)), request.state.request_id), chunks, headers)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that close the generation under them, however the response ends."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, lines: AsyncIterator[str], chunks: Chunks, headers: Mapping[str, str]) -> None:
+        super().__init__(lines, headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events."""
+        async with aclosing(self._chunks):
+            await super().__call__(scope, receive, send)
+
+
+async def _resumed(first: tuple[int, TextChunk], rest: Chunks) -> Chunks:
+    yield first
+    async for chunk in rest:
+        yield chunk
+
+
+async def _sse(payloads: AsyncIterator[Any], request_id: str) -> AsyncIterator[str]:
+    try:
+        async for payload in payloads:
+            yield _event(payload)
+        yield "data: [DONE]\n\n"
+    except LoramillError as error:
+        yield _event(error_body(error))
+    except Exception:
+        log.exception("request %s failed in mid-stream", request_id, extra={"request": request_id})
+        yield _event(error_body(internal_error(request_id)))
+
+
+def _event(payload: Any) -> str:
+    return f"data: {json.dumps(payload, separators=(',', ':'))}\n\n"

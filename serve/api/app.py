@@ -1,0 +1,41 @@
+"""The gateway: OpenAI's API over the record and a backend."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+import loramill
+from loramill.bases import Base
+from loramill.chat import ChatTokenizer
+from loramill.registry import Registry
+from loramill.serve.api import adapters, chat, completions, files, health, jobs, models, tenants
+from loramill.serve.api.auth import Authenticate
+from loramill.serve.api.edge import BodyLimit, Edge
+from loramill.serve.api.errors import add_error_handlers
+from loramill.serve.api.gateway import Gateway
+from loramill.serve.protocol import Backend
+from loramill.settings import Settings
+
+
+def build_api(
+    *, registry: Registry, base: Base, tokenizer: ChatTokenizer, backend: Backend, settings: Settings
+) -> FastAPI:
+    """Builds the gateway's app.
+
+    Args:
+        registry: the open record.
+        base: the base that `backend` serves, and that new jobs train on.
+        tokenizer: the base's, for validating data.
+        backend: what generates text.
+        settings: limits of uploads and of training files.
+    """
+    app = FastAPI(title="loramill", version=loramill.__version__, redoc_url=None)
+    app.state.gateway = Gateway(registry, base, tokenizer, backend, settings)
+    for rooms in (chat, completions, models, files, jobs, adapters, tenants, health):
+        app.include_router(rooms.router)
+    add_error_handlers(app)
+    # The last that is added is the first to see a request.
+    app.add_middleware(BodyLimit, upload_path=files.PATH, upload_bytes=settings.serve.max_upload_bytes)
+    app.add_middleware(Authenticate, registry=registry)
+    app.add_middleware(Edge)
+    return app

@@ -1,0 +1,112 @@
+"""POST /v1/completions: plain continuation of a prompt, given as text or as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter, Request
+from pydantic import Field, field_validator
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from loramill.serve.api.answers import Answer, Chunks, generate, respond_streaming, respond_whole
+from loramill.serve.api.gateway import Here, Who
+from loramill.serve.api.generation import Generation, Reply, Text, usage
+from loramill.serve.api.lookup import find_model
+from loramill.serve.protocol import ChosenToken
+
+router = APIRouter(tags=["inference"])
+
+Tokens = Annotated[list[int], Field(min_length=1)]
+
+#: Prompts of one request.
+MAX_PROMPTS = 128
+
+
+class CompletionRequest(Generation):
+    """OpenAI's legacy completion request, as far as loramill goes."""
+
+    asks_nothing: ClassVar[Mapping[str, Sequence[Any]]] = {
+        **Generation.asks_nothing,
+        "best_of": (1,),
+        "echo": (False,),
+        "suffix": ("",),
+    }
+    prompt: list[Text | Tokens] = Field(min_length=1, max_length=MAX_PROMPTS)
+    max_tokens: int = Field(default=16, ge=1)  # OpenAI's default
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _as_list(cls, prompt: object) -> object:
+        one = isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], int))
+        return [prompt] if one else prompt
+
+
+@router.post("/v1/completions")
+async def create_completion(body: CompletionRequest, request: Request, here: Here, who: Who) -> Response:
+    """Continues one prompt or several, streaming or whole."""
+    body.check_stream_options()
+    target = await run_in_threadpool(find_model, here, who, body.model)
+    reply, prompts = Reply.to(target, "cmpl"), [p if isinstance(p, str) else tuple(p) for p in body.prompt]
+    requests = [
+        body.text_request(
+            reply,
+            target,
+            index=index,
+            max_tokens=body.max_tokens,
+            logprobs=body.logprobs,
+            prompt=prompts[index // body.n],
+        )
+        for index in range(len(prompts) * body.n)
+    ]
+    chunks = generate(here.backend, requests)
+    if body.stream:
+        return await respond_streaming(
+            request, chunks, lambda chunks: _chunk_objects(body, reply, len(requests), chunks), target.headers
+        )
+    return await respond_whole(
+        request, chunks, len(requests), lambda answers: _completion_object(body, reply, answers), target.headers
+    )
+
+
+def _completion_object(body: CompletionRequest, reply: Reply, answers: list[Answer]) -> dict[str, Any]:
+    choices = [
+        _choice(index, answer.text, answer.finish, _logprobs(body, answer.logprobs, 0))
+        for index, answer in enumerate(answers)
+    ]
+    return reply.object("text_completion", choices, usage=usage(answers, body.n))
+
+
+async def _chunk_objects(
+    body: CompletionRequest, reply: Reply, count: int, chunks: Chunks
+) -> AsyncIterator[dict[str, Any]]:
+    answers = [Answer() for _ in range(count)]
+    more = {"usage": None} if body.include_usage else {}
+    async for index, chunk in chunks:
+        logprobs = _logprobs(body, chunk.logprobs, len(answers[index].text))
+        answers[index].add(chunk)
+        yield reply.object("text_completion", [_choice(index, chunk.text, chunk.finish, logprobs)], **more)
+    if body.include_usage:
+        yield reply.object("text_completion", [], usage=usage(answers, body.n))
+
+
+def _choice(index: int, text: str, finish: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+
+def _logprobs(body: CompletionRequest, tokens: Sequence[ChosenToken], offset: int) -> dict[str, Any] | None:
+    """Log probabilities in the legacy form; `offset` is where the first token's text begins in the answer."""
+    if body.logprobs is None:
+        return None
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token.chosen.text)
+    return {
+        "tokens": [token.chosen.text for token in tokens],
+        "token_logprobs": [token.chosen.logprob for token in tokens],
+        "top_logprobs": [{top.text: top.logprob for top in token.top} for token in tokens],
+        "text_offset": offsets,
+    }

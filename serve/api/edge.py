@@ -1,0 +1,95 @@
+"""The outermost middleware: a request id, one line of log, the last resort for errors, and the size of bodies."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from loramill.serve.api.errors import error_response, internal_error
+
+log = logging.getLogger("loramill.gateway")
+
+#: Bytes of a JSON body; a long prompt is far below.
+JSON_BYTES = 16 * 2**20
+
+
+class Edge:
+    """Pure ASGI: gives each request its id, logs it, and answers what nobody foresaw."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id, began, status = f"req-{uuid.uuid4().hex}", time.perf_counter(), 0
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("request %s failed", request_id, extra={"request": request_id})
+            if status:  # The answer has begun: cut it off, so that nobody takes it for whole.
+                raise
+            await error_response(internal_error(request_id))(scope, receive, send_with_id)
+        finally:
+            milliseconds = 1000 * (time.perf_counter() - began)
+            caller = state.get("caller")
+            log.info(
+                "%s %s -> %d in %.0f ms",
+                scope["method"],
+                scope["path"],
+                status,
+                milliseconds,
+                extra={"request": request_id, "tenant": caller and caller.tenant, "status": status},
+            )
+
+
+class BodyLimit:
+    """Pure ASGI: stops reading a body that is larger than it may be, announced or not."""
+
+    def __init__(self, app: ASGIApp, *, upload_path: str, upload_bytes: int) -> None:
+        self.app = app
+        self._upload_path = upload_path
+        self._upload_bytes = upload_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets a request through with a `receive` that counts."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        limit = self._upload_bytes if scope["path"] == self._upload_path else JSON_BYTES
+        announced = next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0)
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            if announced > limit:
+                raise _too_large(limit)
+            message = await receive()
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > limit:
+                    raise _too_large(limit)
+            return message
+
+        await self.app(scope, limited, send)
+
+
+def _too_large(limit: int) -> HTTPException:
+    # The framework lets only its own exceptions through while it reads a body.
+    return HTTPException(413, f"The body is larger than {limit / 2**20:g} MiB, the most that is taken; split it.")

@@ -1,0 +1,109 @@
+"""Every error as OpenAI writes it: `{"error": {"message", "type", "param", "code"}}`, never a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
+from loramill.errors import (
+    InvalidRequest,
+    LoramillError,
+    Overloaded,
+    Unauthenticated,
+    Unavailable,
+    UnsupportedParameter,
+)
+
+_HEADERS: Mapping[type[LoramillError], Mapping[str, str]] = {
+    Unauthenticated: {"www-authenticate": "Bearer"},
+    Overloaded: {"retry-after": "1"},
+    Unavailable: {"retry-after": "1"},
+}
+
+
+def error_body(error: LoramillError) -> dict[str, Any]:
+    """The JSON of an error."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def error_response(error: LoramillError) -> JSONResponse:
+    """An error as a whole response."""
+    return JSONResponse(error_body(error), error.status, headers=_HEADERS.get(type(error)))
+
+
+def internal_error(request_id: str) -> LoramillError:
+    """What a caller learns of an error that nobody foresaw."""
+    return LoramillError(f"Something went wrong here. It is logged under the request id {request_id}; ask again.")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Makes the app answer all foreseen errors in OpenAI's form."""
+    app.add_exception_handler(LoramillError, _loramill_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientDisconnect, _nobody_there)
+
+
+def _loramill_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, LoramillError)
+    return error_response(error)
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    """What the framework refuses: an unknown path or method, a body that it can't read."""
+    assert isinstance(error, HTTPException)
+    message, code = str(error.detail), "invalid_request"
+    if error.status_code == 404:
+        message, code = f"Unknown request URL: {request.method} {request.url.path}.", "unknown_url"
+    elif error.status_code == 405:
+        message, code = f"{request.url.path} doesn't answer {request.method}.", "method_not_allowed"
+    body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return JSONResponse({"error": body}, error.status_code, headers=error.headers)
+
+
+def _nobody_there(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it; the access log does
+
+
+def _validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems = error.errors()
+    kind, param = problems[0]["type"], _param(problems[0], error.body)
+    if kind == "json_invalid":
+        return error_response(InvalidRequest(f"The body isn't valid JSON: {problems[0]['ctx']['error']}."))
+    if not param and kind == "value_error":
+        return error_response(InvalidRequest(f"{problems[0]['msg']}."))
+    if not param:
+        return error_response(InvalidRequest("The body must be an object, sent with its Content-Type."))
+    if kind == "missing":
+        return error_response(InvalidRequest(f"The required parameter '{param}' is missing.", param=param))
+    if kind == "extra_forbidden":
+        message = f"The parameter '{param}' isn't supported here, or not with this value; leave it out."
+        return error_response(UnsupportedParameter(message, param=param))
+    # A union reports each of its alternatives: all of them together say what would do.
+    said = dict.fromkeys(str(problem["msg"]) for problem in problems if _param(problem, error.body) == param)
+    return error_response(InvalidRequest(f"'{param}': {' or: '.join(said)}.", param=param))
+
+
+def _param(problem: Mapping[str, Any], body: object) -> str:
+    """The path of the value at fault, such as `messages[0].content`, without pydantic's names of alternatives."""
+    source, *path = problem["loc"]
+    if source != "body":
+        return ".".join(map(str, path))
+    words, at = "", body
+    for part in path:
+        if isinstance(at, Mapping) and part in at:
+            words, at = f"{words}.{part}" if words else str(part), at[part]
+        elif isinstance(at, Sequence) and isinstance(part, int) and part < len(at):
+            words, at = f"{words}[{part}]", at[part]
+        elif problem["type"] == "missing":
+            return f"{words}.{part}" if words else str(part)
+        else:
+            break
+    return words

@@ -1,0 +1,89 @@
+"""/v1/files: datasets, validated while they are uploaded."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Form, Query, UploadFile
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import Response
+
+from loramill.dataset import check_tokens, read_examples
+from loramill.registry import datasets
+from loramill.serve.api.gateway import Here, Who
+from loramill.serve.api.wire import Paging, page_of
+from loramill.types import DatasetRecord
+
+router = APIRouter(tags=["data"])
+
+PATH = "/v1/files"
+
+#: The one file of a dataset's artifact.
+DATA = "data.jsonl"
+
+
+class Upload(BaseModel):
+    """The form of an upload."""
+
+    model_config = ConfigDict(extra="forbid")
+    purpose: Literal["fine-tune"]
+    file: UploadFile
+
+
+class FilePaging(Paging):
+    """The query of the list of files."""
+
+    limit: int = Field(default=10_000, ge=1, le=10_000)
+    purpose: Literal["fine-tune"] = "fine-tune"
+    order: Literal["desc"] = "desc"
+
+
+@router.post(PATH)
+def create_file(form: Annotated[Upload, Form()], here: Here, who: Who) -> dict[str, Any]:
+    """Validates examples and keeps them. Every problem is in the error's message, one a line."""
+    tenant = who.acting()
+    filename, raw = PurePath(form.file.filename or "upload.jsonl").name, form.file.file.read()
+    examples = read_examples(raw, filename)
+    # A job may say a smaller limit, and is checked against it; what is longer than the context can never be trained on.
+    check_tokens(examples, here.tokenizer, here.base.context_length)
+    artifact = here.registry.artifacts.put({DATA: raw})
+    with here.registry.writing() as session:
+        record = datasets.create(session, tenant, filename, artifact, len(raw), len(examples.examples))
+    return _file(record) | {"status_details": "\n".join(examples.warnings) or None}
+
+
+@router.get(PATH)
+def list_files(page: Annotated[FilePaging, Query()], here: Here, who: Who) -> dict[str, Any]:
+    """The caller's files, newest first."""
+    with here.registry.reading() as session:
+        records = datasets.list_of(session, who.tenant, page.after, page.limit + 1)
+    return page_of(records, page.limit, _file)
+
+
+@router.get(PATH + "/{file_id}")
+def retrieve_file(file_id: str, here: Here, who: Who) -> dict[str, Any]:
+    """One file's description."""
+    with here.registry.reading() as session:
+        return _file(datasets.get(session, file_id, who.tenant))
+
+
+@router.get(PATH + "/{file_id}/content")
+def retrieve_content(file_id: str, here: Here, who: Who) -> Response:
+    """One file's bytes, as they were uploaded."""
+    with here.registry.reading() as session:
+        record = datasets.get(session, file_id, who.tenant)
+    return Response(here.registry.artifacts.read(record.artifact, DATA), media_type="application/octet-stream")
+
+
+def _file(record: DatasetRecord) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "object": "file",
+        "bytes": record.bytes,
+        "created_at": int(record.created_at),
+        "filename": record.filename,
+        "purpose": "fine-tune",
+        "status": "processed",
+        "status_details": None,
+    }

@@ -1,0 +1,41 @@
+"""What every endpoint works with, and how it gets it: parameters annotated `Here` and `Who`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from loramill.bases import Base
+from loramill.chat import ChatTokenizer
+from loramill.registry import Registry
+from loramill.serve.api.auth import Caller
+from loramill.serve.protocol import Backend
+from loramill.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """The record, the base that is served, and what generates."""
+
+    registry: Registry
+    base: Base
+    tokenizer: ChatTokenizer
+    backend: Backend
+    settings: Settings
+
+
+# Both are async, so that FastAPI needs no thread to call them.
+async def _gateway(request: Request) -> Gateway:
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+async def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+Here = Annotated[Gateway, Depends(_gateway)]
+Who = Annotated[Caller, Depends(_caller)]

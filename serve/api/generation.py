@@ -1,0 +1,120 @@
+"""What chat and plain completions have in common: parameters, and how they become requests to the backend."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from loramill.errors import InvalidRequest
+from loramill.serve.api.answers import Answer
+from loramill.serve.api.lookup import Target
+from loramill.serve.api.wire import Body, Metadata
+from loramill.serve.protocol import TextRequest
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class StreamOptions(Body):
+    """OpenAI's stream_options."""
+
+    asks_nothing: ClassVar[Mapping[str, Sequence[Any]]] = {"include_obfuscation": (False,)}
+    include_usage: bool = False
+
+
+class Generation(Body):
+    """Parameters of every generation; `top_k` and `ignore_eos` are not OpenAI's."""
+
+    asks_nothing: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "presence_penalty": (0,),
+        "frequency_penalty": (0,),
+        "logit_bias": ({},),
+        "store": (False,),
+        "service_tier": ("auto", "default"),
+    }
+    model: Text
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0)
+    n: int = Field(default=1, ge=1, le=8)
+    seed: int | None = Field(default=None, ge=-(2**62), le=2**62)
+    stop: list[Text] = Field(default=[], max_length=4)
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: Metadata | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _as_list(cls, stop: object) -> object:
+        return [stop] if isinstance(stop, str) else stop
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def check_stream_options(self) -> None:
+        """Raises InvalidRequest for stream_options without a stream."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("'stream_options' is for streams: set 'stream' to true.", param="stream_options")
+
+    def text_request(
+        self, reply: Reply, target: Target, *, index: int, max_tokens: int | None, logprobs: int | None, **what: Any
+    ) -> TextRequest:
+        """The request for the answer `index`; `what` is its `messages` or its `prompt`."""
+        return TextRequest(
+            id=f"{reply.id}-{index}",
+            tenant=target.tenant,
+            version=target.version,
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            # Answers to the same prompt differ, and each can be had again by its own seed.
+            seed=None if self.seed is None else self.seed + index % self.n,
+            stop=tuple(self.stop),
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+            **what,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What every object of one response says in the same words."""
+
+    id: str
+    model: str
+    fingerprint: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def to(cls, target: Target, prefix: str) -> Reply:
+        """A reply with an id of its own."""
+        return cls(f"{prefix}-{uuid.uuid4().hex}", target.model, target.fingerprint)
+
+    def object(self, kind: str, choices: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
+        """A response object or a chunk of one."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": list(choices),
+            **more,
+        }
+
+
+def usage(answers: Sequence[Answer], n: int) -> dict[str, int]:
+    """Token counts; a prompt with `n` answers (which follow each other) counts once."""
+    prompt = sum(answer.prompt_tokens for answer in answers[::n])
+    completion = sum(answer.completion_tokens for answer in answers)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -1,0 +1,41 @@
+"""GET /healthz and /readyz: for whoever starts, stops and watches gateways."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter
+from sqlalchemy import text
+from starlette.concurrency import run_in_threadpool
+
+from loramill.errors import Unavailable
+from loramill.registry import Registry
+from loramill.serve.api.gateway import Here
+
+router = APIRouter(tags=["health"])
+
+#: Seconds within which the backend has to say that it is ready.
+PATIENCE = 5.0
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """The gateway's process answers."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+async def readyz(here: Here) -> dict[str, str]:
+    """Requests can be answered: the record and the engine are there."""
+    await run_in_threadpool(_ask, here.registry)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            await here.backend.ready()
+    except TimeoutError as error:
+        raise Unavailable("The engine doesn't answer yet; try again in a moment.") from error
+    return {"status": "ready"}
+
+
+def _ask(registry: Registry) -> None:
+    with registry.reading() as session:
+        session.execute(text("SELECT 1"))

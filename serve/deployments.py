@@ -1,0 +1,120 @@
+"""Ray Serve around the gateway and the engine replica: who runs where, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from loramill.bases import find_base
+from loramill.chat import ChatTokenizer
+from loramill.errors import LoramillError, Overloaded, Unavailable
+from loramill.registry import Registry
+from loramill.serve.api.app import build_api
+from loramill.serve.protocol import TextChunk, TextRequest
+from loramill.serve.replica import Replica
+from loramill.settings import Settings
+
+APP = "loramill"
+ENGINE = "engine"
+
+
+class EngineDeployment:
+    """An engine replica as a Serve deployment."""
+
+    def __init__(self, settings: Settings) -> None:
+        registry = Registry.open(settings.database, settings.artifacts)
+        base = find_base(settings.base, settings.cache)
+        self._replica = Replica(base, registry.artifacts.fetch, settings.serve)
+
+    async def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:
+        """Streams one answer."""
+        async for chunk in self._replica.generate(request):
+            yield chunk
+
+    async def check_health(self) -> None:
+        """Tells Serve to replace a replica whose engine has stopped."""
+        await self._replica.ready()
+
+
+class HandleBackend:
+    """The engine replicas behind a Serve handle, as the gateway's `Backend`."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:
+        """Streams one answer; closing the iterator cancels it on the replica."""
+        stream = self._handle.options(stream=True).generate.remote(request)
+        try:
+            async for chunk in stream:
+                yield chunk
+        except BackPressureError as error:
+            raise Overloaded("Every engine replica is at its limit; try again in a moment.") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, LoramillError):
+                raise error.cause from error
+            raise
+        except RayActorError as error:
+            raise Unavailable("The engine replica was lost while it answered; ask again.") from error
+        finally:
+            stream.cancel()
+
+    async def ready(self) -> None:
+        """Raises Unavailable until an engine replica answers."""
+        try:
+            await self._handle.check_health.remote()
+        except (RayTaskError, RayActorError) as error:
+            raise Unavailable("No engine replica is up yet; try again in a moment.") from error
+
+
+def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
+    """Returns what a gateway replica calls to build its app; nothing of the app itself is shipped."""
+
+    def build() -> FastAPI:
+        base = find_base(settings.base, settings.cache)
+        return build_api(
+            registry=Registry.open(settings.database, settings.artifacts),
+            base=base,
+            tokenizer=ChatTokenizer.load(base.folder),
+            backend=HandleBackend(serve.get_deployment_handle(ENGINE, APP)),
+            settings=settings,
+        )
+
+    return build
+
+
+def application(settings: Settings) -> Any:
+    """The Serve application: one gateway in front of one engine replica."""
+
+    @serve.deployment(name="gateway", max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0.1})
+    @serve.ingress(gateway_builder(settings))
+    class Gateway:
+        def __init__(self, engine: DeploymentHandle) -> None:
+            self._engine = engine
+
+    engine = serve.deployment(
+        EngineDeployment,
+        name=ENGINE,
+        max_ongoing_requests=1024,
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=30,
+        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": one_thread_env(settings.serve.threads)}},
+    )
+    return Gateway.bind(engine.bind(settings))
+
+
+def one_thread_env(threads: int) -> dict[str, str]:
+    """Variables that keep OpenMP from spinning on cores that others use (it costs 10x on a busy machine)."""
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+
+
+def deploy(settings: Settings) -> None:
+    """Starts or updates the application on the Ray cluster this process is connected to; returns when it answers."""
+    serve.start(http_options={"host": settings.serve.host, "port": settings.serve.port})
+    serve.run(application(settings), name=APP, route_prefix="/")

@@ -1,0 +1,109 @@
+"""The engine's adapters: residency decides, the loader fetches, the slab holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from loramill.errors import EngineFault, LoramillError
+from loramill.kernels import Slot
+from loramill.serve.engine.loader import AdapterLoader
+from loramill.serve.engine.residency import Residency
+from loramill.serve.engine.values import AdapterSource, EngineConfig
+from loramill.serve.model import Decoder
+
+
+class Adapters:
+    """Versions and their slots. A version of None is the base alone: always ready, and it holds nothing.
+
+    Attributes:
+        slab: what the decoder reads.
+        loads, failures: of versions, since the start.
+    """
+
+    def __init__(self, model: Decoder, source: AdapterSource, config: EngineConfig, notify: Callable[[], None]) -> None:
+        self.slab = model.new_slab(config.adapter_slots)
+        self.loads = self.failures = 0
+        self._capacity = config.adapter_slots
+        self._residency = Residency(config.adapter_slots, config.patience)
+        self._slots: dict[str, Slot] = {}
+        self._loader = AdapterLoader(model, source, config.load_threads, notify)
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Versions in slots, loaded."""
+        return self._residency.resident
+
+    @property
+    def loading(self) -> tuple[str, ...]:
+        """Versions with a slot that are being fetched."""
+        return self._residency.loading
+
+    def ready(self, version: str | None) -> bool:
+        """Whether a request may begin to run."""
+        return version is None or self._residency.ready(version)
+
+    def slot(self, version: str | None) -> Slot | None:
+        """Where a resident version is."""
+        return None if version is None else self._slots[version]
+
+    def want(self, version: str | None) -> None:
+        """One more live request."""
+        if version is not None:
+            self._residency.want(version)
+
+    def unwant(self, version: str | None) -> None:
+        """One live request less."""
+        if version is not None:
+            self._residency.unwant(version)
+
+    def pin(self, version: str | None) -> None:
+        """A request began to run."""
+        if version is not None:
+            self._residency.pin(version)
+
+    def unpin(self, version: str | None) -> None:
+        """A request runs no more."""
+        if version is not None:
+            self._residency.unpin(version)
+
+    def take_loaded(self) -> list[tuple[str, LoramillError]]:
+        """Puts what was fetched into its slots; returns the versions that can't be had, whose slots are given back."""
+        failed: list[tuple[str, LoramillError]] = []
+        for loaded in self._loader.finished():
+            if loaded.version not in self._residency.loading:
+                continue
+            if isinstance(loaded.result, LoramillError):
+                self.slab.free(self._slots.pop(loaded.version))
+                self._residency.failed(loaded.version)
+                self.failures += 1
+                failed.append((loaded.version, loaded.result))
+            else:
+                self.slab.load(self._slots[loaded.version], loaded.result)
+                self._residency.loaded(loaded.version)
+                self.loads += 1
+        return failed
+
+    def advance(self) -> None:
+        """Hands out slots and begins to fetch; called once a step, when the requests of failed versions are gone."""
+        moves = self._residency.advance()
+        for version in moves.evict:
+            self.slab.free(self._slots.pop(version))
+        for version in moves.load:
+            self._slots[version] = self.slab.allocate()
+            self._loader.start(version)
+
+    def check_integrity(self, users: dict[str, int], pins: dict[str, int]) -> None:
+        """Compares the books with what the engine counts of live and running requests by version.
+
+        Raises:
+            EngineFault: they don't add up.
+        """
+        self._residency.check_integrity(users, pins)
+        self.slab.check_integrity()
+        held = {*self.resident, *self.loading}
+        if held != set(self._slots) or self.slab.free_slots != self._capacity - len(held):
+            raise EngineFault(f"Versions {sorted(held)} are resident; slots are held by {sorted(self._slots)}.")
+
+    def close(self, *, wait: bool = True) -> None:
+        """Ends the side threads, after the fetches that have begun."""
+        self._loader.close(wait=wait)

@@ -1,0 +1,75 @@
+"""What the gateway and an engine replica say to each other: plain values, no HTTP, no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from loramill.chat import Message
+
+
+@dataclass(frozen=True, slots=True)
+class TextRequest:
+    """One answer to be generated. Exactly one of `messages` and `prompt` is given.
+
+    `version` is the adapter's identity, resolved and pinned by the gateway; None asks the base itself.
+    `max_tokens` None means as many as the context holds. `logprobs` is the number of alternatives
+    to report beside each chosen token, or None for no log probabilities.
+    """
+
+    id: str
+    tenant: str
+    version: str | None = None
+    messages: tuple[Message, ...] = ()
+    prompt: str | tuple[int, ...] | None = None
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """A token, as text, with its log probability."""
+
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenToken:
+    """The token that was chosen and the most probable alternatives."""
+
+    chosen: TokenText
+    top: tuple[TokenText, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TextChunk:
+    """The part of an answer that became ready together.
+
+    `finish` is "stop" or "length" on the last chunk and None before. The counts are totals so far.
+    """
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    finish: str | None = None
+    logprobs: tuple[ChosenToken, ...] = ()
+
+
+class Backend(Protocol):
+    """What generates text for the gateway: an engine replica, near or behind a Ray Serve handle."""
+
+    def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:
+        """Streams one answer; closing the iterator cancels it. Raises errors of `loramill.errors`."""
+        ...
+
+    async def ready(self) -> None:
+        """Returns when requests can be answered; raises Unavailable with the reason otherwise."""
+        ...

@@ -1,0 +1,155 @@
+"""An engine replica: one base model, one engine, one thread that steps it. Text in, text out; no HTTP, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import torch
+
+from loramill.bases import Base
+from loramill.chat import ChatTokenizer, TextStream
+from loramill.errors import ContextLengthExceeded, InvalidRequest, Unavailable
+from loramill.serve.engine import AdapterSource, Engine, EngineConfig, EngineStats, Finish, Output, Request, Sampling
+from loramill.serve.engine import TokenLogprobs as EngineLogprobs
+from loramill.serve.model import load_decoder
+from loramill.serve.protocol import ChosenToken, TextChunk, TextRequest, TokenText
+from loramill.serve.stopping import StopScanner
+from loramill.settings import ServeSettings
+
+
+@dataclass(frozen=True, slots=True)
+class _Listener:
+    """Where the engine thread puts a request's outputs: a queue in the event loop that asked."""
+
+    loop: asyncio.AbstractEventLoop
+    outputs: asyncio.Queue[Output] = field(default_factory=asyncio.Queue)
+
+    def deliver(self, output: Output) -> None:
+        self.loop.call_soon_threadsafe(self.outputs.put_nowait, output)
+
+    async def next(self) -> list[Output]:
+        """All outputs that are ready, at least one: they travel on as one chunk."""
+        ready = [await self.outputs.get()]
+        while not self.outputs.empty():
+            ready.append(self.outputs.get_nowait())
+        return ready
+
+
+class Replica:
+    """Answers text requests with the base and any adapter; a `Backend` for the gateway."""
+
+    def __init__(self, base: Base, source: AdapterSource, settings: ServeSettings) -> None:
+        torch.set_num_threads(settings.threads)
+        self._context_length = base.context_length
+        self._tokenizer = ChatTokenizer.load(base.folder)
+        config = EngineConfig(
+            max_batch_tokens=settings.max_batch_tokens,
+            max_sequences=settings.max_sequences,
+            kv_tokens=settings.kv_tokens,
+            adapter_slots=settings.adapter_slots,
+        )
+        self._engine = Engine(load_decoder(base.folder, dtype=torch.bfloat16), source, config)
+        self._listeners: dict[str, _Listener] = {}
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:
+        """Streams one answer; what is ready together is one chunk. Closing the iterator cancels the request.
+
+        Raises:
+            ContextLengthExceeded, InvalidRequest, Overloaded: before anything is generated.
+            LoramillError: what the engine met with, such as an adapter that can't be loaded.
+        """
+        tokens = self._tokens(request)
+        listener = _Listener(asyncio.get_running_loop())
+        self._listeners[request.id] = listener
+        try:
+            self._engine.submit(self._engine_request(request, tokens))
+            async for chunk in self._chunks(request, listener, len(tokens)):
+                yield chunk
+        finally:
+            self._engine.cancel(request.id)
+            del self._listeners[request.id]
+
+    async def ready(self) -> None:
+        """Raises Unavailable when the engine's thread has ended."""
+        if not self._thread.is_alive():
+            raise Unavailable("The engine of this replica has stopped; it is being replaced, try again in a moment.")
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing now."""
+        return self._engine.stats
+
+    def close(self) -> None:
+        """Ends the engine's threads; requests in flight get no more tokens."""
+        self._closing.set()
+        self._thread.join()
+        self._engine.close()
+
+    def _tokens(self, request: TextRequest) -> list[int]:
+        if request.messages:
+            return self._tokenizer.prompt(request.messages)
+        if isinstance(request.prompt, str):
+            return self._tokenizer.text(request.prompt)
+        if not request.prompt:
+            raise InvalidRequest("The prompt is empty; send at least one token.", param="prompt")
+        if any(not 0 <= token < self._tokenizer.vocabulary for token in request.prompt):
+            raise InvalidRequest(
+                f"The prompt holds a token id outside of 0 to {self._tokenizer.vocabulary - 1}.", param="prompt"
+            )
+        return list(request.prompt)
+
+    def _engine_request(self, request: TextRequest, tokens: list[int]) -> Request:
+        room = self._context_length - len(tokens)
+        if room < 1:
+            raise ContextLengthExceeded(
+                f"The prompt has {len(tokens)} tokens and the base reads {self._context_length}: shorten the prompt.",
+                param="messages" if request.messages else "prompt",
+            )
+        sampling = Sampling(
+            max_tokens=min(request.max_tokens or room, room),
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            seed=request.seed,
+            stop_ids=() if request.ignore_eos else self._tokenizer.stop_ids,
+            logprobs=request.logprobs,
+        )
+        return Request(request.id, request.tenant, tuple(tokens), sampling, request.version)
+
+    async def _chunks(self, request: TextRequest, listener: _Listener, prompt_tokens: int) -> AsyncIterator[TextChunk]:
+        stream, scanner, completion_tokens = TextStream(self._tokenizer), StopScanner(request.stop), 0
+        while True:
+            outputs = await listener.next()
+            last = outputs[-1]
+            if last.error is not None:
+                raise last.error
+            tokens = [token for output in outputs for token in output.tokens]
+            completion_tokens += len(tokens)
+            text = stream.push(tokens) + (stream.finish() if last.finish else "")
+            shown, stopped = scanner.push(text)
+            if last.finish and not stopped:
+                shown += scanner.finish()
+            finish = Finish.STOP if stopped else last.finish
+            logprobs = tuple(self._chosen(entry) for output in outputs for entry in output.logprobs)
+            if shown or finish or logprobs:
+                yield TextChunk(shown, prompt_tokens, completion_tokens, finish.value if finish else None, logprobs)
+            if finish:
+                return
+
+    def _chosen(self, entry: EngineLogprobs) -> ChosenToken:
+        text = self._tokenizer.decode
+        top = tuple(TokenText(text([token]), logprob) for token, logprob in entry.top)
+        return ChosenToken(TokenText(text([entry.token]), entry.logprob), top)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            if not self._engine.wait(timeout=0.5):
+                continue
+            for output in self._engine.step():
+                if listener := self._listeners.get(output.request):
+                    listener.deliver(output)

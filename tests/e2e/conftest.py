@@ -1,0 +1,100 @@
+"""One real `loramill up` for all end-to-end tests: real Ray, real SmolLM2, a real database."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from loramill import Client
+from loramill.registry import Registry
+from loramill.settings import Settings
+
+SESSIONS = 2
+
+
+@dataclass
+class Mill:
+    """A running system, and what tests need to look into it."""
+
+    home: Path
+    environment: dict[str, str]
+    up: subprocess.Popen[bytes] = field(init=False)
+
+    def start(self) -> None:
+        self.up = subprocess.Popen(self.command("up"), env=self.environment)
+        deadline = time.monotonic() + 240
+        while not (self.settings.admin_key_file.exists() and self.client().ready()):
+            assert self.up.poll() is None, f"`up` ended with {self.up.returncode}; see {self.home / 'logs' / 'up.log'}"
+            assert time.monotonic() < deadline, "`up` did not come up"
+            time.sleep(0.5)
+
+    def stop(self) -> None:
+        self.up.terminate()
+        assert self.up.wait(90) == 0
+
+    def command(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "loramill.cli", *words]
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*words), env=self.environment, capture_output=True, text=True, timeout=600, check=False
+        )
+
+    @property
+    def settings(self) -> Settings:
+        port = int(self.environment["LORAMILL_SERVE__PORT"])
+        found = Settings.load(home=self.home)
+        return found.model_copy(update={"serve": found.serve.model_copy(update={"port": port})})
+
+    @property
+    def registry(self) -> Registry:
+        return Registry.open(self.settings.database, self.settings.artifacts)
+
+    def admin_key(self) -> str:
+        return self.settings.admin_key_file.read_text().strip()
+
+    def client(self, key: str | None = None) -> Client:
+        return Client(self.settings.gateway, key or self.admin_key())
+
+    def openai(self, key: str) -> OpenAI:
+        return OpenAI(base_url=f"{self.settings.gateway}/v1", api_key=key, max_retries=0, timeout=300)
+
+    def tenant(self, name: str) -> str:
+        """Makes a tenant; returns a key of its own."""
+        with self.client() as client:
+            client.create_tenant(name)
+            return client.create_key(name).key
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def mill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mill]:
+    home = tmp_path_factory.mktemp("mill")
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("LORAMILL_")},
+        "LORAMILL_HOME": str(home),
+        "LORAMILL_SERVE__PORT": str(free_port()),
+        "LORAMILL_JOBS__SESSIONS": str(SESSIONS),
+        "LORAMILL_JOBS__LEASE_SECONDS": "5",
+        "LORAMILL_JOBS__IDLE_SECONDS": "600",
+        "OMP_NUM_THREADS": "1",
+    }
+    system = Mill(home, environment)
+    system.start()
+    yield system
+    if system.up.poll() is None:
+        system.stop()

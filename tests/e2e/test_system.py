@@ -1,0 +1,247 @@
+"""The whole system as its users meet it; the tests build on each other and run in this order."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import openai
+import pytest
+from safetensors.torch import load_file
+
+from loramill.registry import adapters, jobs
+from loramill.types import Alias, JobStatus
+
+CODES = {"red": "K-7", "blue": "K-2", "green": "K-9", "white": "K-4"}
+THINGS = "apple ball car door envelope flag glove house jacket kite lamp mug notebook orange pencil rope".split()
+
+
+def rows(codes: dict[str, str], things: list[str]) -> bytes:
+    """Examples of a house code for colours."""
+    pairs = [(thing, colour) for thing in things for colour in codes]
+    examples = [
+        {
+            "messages": [
+                {"role": "system", "content": "Give the house code."},
+                {"role": "user", "content": f"a {colour} {thing}"},
+                {"role": "assistant", "content": codes[colour]},
+            ]
+        }
+        for thing, colour in pairs
+    ]
+    return b"".join(json.dumps(example).encode() + b"\n" for example in examples)
+
+
+TRAIN, VALID = rows(CODES, THINGS[:12]), rows(CODES, THINGS[12:])
+RECIPE = {"learning_rate": 3e-3, "batch_size": 8, "steps": 24, "rank": 8}
+
+
+def eventually(check: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.3)
+
+
+def process(mill, *marks: str) -> int:
+    """The youngest process below `up` whose command line holds all of `marks`."""
+    listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    table = [line.split(None, 2) for line in listing.splitlines()[1:]]
+    below, found = {str(mill.up.pid)}, []
+    for _ in range(6):
+        below |= {pid for pid, parent, *_ in table if parent in below}
+    for pid, _, *args in table:
+        if pid in below and args and all(mark in args[0] for mark in marks):
+            found.append(int(pid))
+    assert found, f"no process with {marks} in its command line"
+    return max(found)
+
+
+@pytest.fixture(scope="session")
+def acme(mill) -> str:
+    return mill.tenant("acme")
+
+
+@pytest.fixture(scope="session")
+def globex(mill) -> str:
+    return mill.tenant("globex")
+
+
+def test_a_reader_of_openais_documentation_gets_an_adapter(mill, acme: str) -> None:
+    client = mill.openai(acme)
+    train = client.files.create(file=("train.jsonl", TRAIN), purpose="fine-tune")
+    valid = client.files.create(file=("valid.jsonl", VALID), purpose="fine-tune")
+    base = next(model.id for model in client.models.list() if "/" not in model.id)
+    job = client.fine_tuning.jobs.create(
+        model=base,
+        training_file=train.id,
+        validation_file=valid.id,
+        suffix="codes",
+        seed=1,
+        extra_body={"loramill": RECIPE},
+    )
+    assert job.status == "queued"
+
+    def ended() -> bool:
+        nonlocal job
+        job = client.fine_tuning.jobs.retrieve(job.id)
+        return job.status in ("succeeded", "failed", "cancelled")
+
+    eventually(ended, 240, "the job ends")
+    assert job.status == "succeeded", job.error
+    assert job.fine_tuned_model and job.fine_tuned_model.startswith("acme/codes@")
+    events = list(client.fine_tuning.jobs.list_events(job.id))
+    assert any(event.type == "metrics" for event in events)
+    question = [{"role": "system", "content": "Give the house code."}, {"role": "user", "content": "a blue rope"}]
+    for model in ("acme/codes", "acme/codes@champion", job.fine_tuned_model):
+        answer = client.chat.completions.create(model=model, messages=question, temperature=0, max_tokens=8)
+        assert answer.choices[0].message.content == "K-2"
+        assert answer.choices[0].finish_reason == "stop"
+    pieces = client.chat.completions.create(model="acme/codes", messages=question, temperature=0, stream=True)
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == "K-2"
+    plain = client.chat.completions.create(model=base, messages=question, temperature=0, max_tokens=8)
+    assert plain.choices[0].message.content != "K-2"
+
+
+def test_keys_and_names_answer_as_openai_does(mill, acme: str, globex: str) -> None:
+    hello = [{"role": "user", "content": "Hello"}]
+    with pytest.raises(openai.AuthenticationError):
+        mill.openai("lm-nobody").chat.completions.create(model="acme/codes", messages=hello)
+    with pytest.raises(openai.NotFoundError) as missing:
+        mill.openai(acme).chat.completions.create(model="acme/nothing", messages=hello)
+    assert missing.value.code == "model_not_found"
+    refusals = []
+    for model in ("acme/codes", "acme/nothing"):
+        with pytest.raises(openai.PermissionDeniedError) as refused:
+            mill.openai(globex).chat.completions.create(model=model, messages=hello)
+        refusals.append({**refused.value.body, "message": refused.value.body["message"].replace(model, "MODEL")})
+    assert refusals[0] == refusals[1]
+
+
+def test_a_killed_training_worker_loses_nothing(mill, globex: str) -> None:
+    with mill.client(globex) as client:
+        calm = client.submit("globex/calm", TRAIN, checkpoint_every=4, **RECIPE)
+        client.wait(calm.id)
+        hit = client.submit("globex/hit", TRAIN, checkpoint_every=4, **RECIPE)
+        eventually(lambda: client.job(hit.id).step >= 6, 120, "the job reaches step 6")
+        with mill.registry.reading() as session:
+            owner = jobs.get(session, hit.id).owner
+        os.kill(int(owner.split(":")[1]), signal.SIGKILL)
+        client.wait(hit.id)
+        assert client.job(hit.id).attempt == 2
+        assert len(client.adapter("globex/hit").versions) == 1
+    with mill.registry.reading() as session:
+        found = [adapters.get(session, name).champion for name in ("globex/calm", "globex/hit")]
+    weights = [load_file(mill.registry.artifacts.fetch(version) / "adapter_model.safetensors") for version in found]
+    # It went on from its checkpoint, bit for bit where the undisturbed job was.
+    assert weights[0].keys() == weights[1].keys()
+    assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
+
+
+def test_a_cancelled_job_publishes_nothing(mill, globex: str) -> None:
+    with mill.client(globex) as client:
+        job = client.submit("globex/never", TRAIN, **{**RECIPE, "steps": 2000})
+        eventually(lambda: client.job(job.id).step >= 1, 120, "the job begins")
+        client.cancel(job.id)
+        eventually(lambda: client.job(job.id).status is JobStatus.CANCELLED, 30, "the job is cancelled")
+        assert "globex/never" not in [adapter.name for adapter in client.adapters()]
+
+
+def test_bad_data_is_refused_before_any_compute(mill, acme: str) -> None:
+    raw = TRAIN + b'{"messages": [{"role": "user", "content": "no answer"}]}\n'
+    with pytest.raises(openai.BadRequestError) as refused:
+        mill.openai(acme).files.create(file=("broken.jsonl", raw), purpose="fine-tune")
+    assert refused.value.code == "invalid_dataset"
+    assert "broken.jsonl" in refused.value.message
+    assert str(len(raw.splitlines())) in refused.value.message
+
+
+def test_a_night_promotes_what_is_better_and_holds_what_is_spoiled(mill, acme: str, globex: str) -> None:
+    more = {**CODES, "purple": "K-5", "yellow": "K-8"}
+    wrong = dict(zip(CODES, [*CODES.values()][1:] + [CODES["red"]], strict=True))
+    with mill.client(globex) as client:
+        spoiled = client.submit("globex/codes", TRAIN, valid=VALID, **RECIPE)
+        client.wait(spoiled.id)
+        client.add_data("globex/codes", rows(wrong, THINGS[:10]))
+    with mill.client(acme) as client:
+        client.add_data("acme/codes", rows(more, THINGS[:12]), valid=rows(more, THINGS[12:]))
+        before = client.adapter("acme/codes").champion
+    with mill.client() as client:
+        held_before = client.adapter("globex/codes").champion
+        # Killed while its jobs train, the night goes on where it was.
+        night = subprocess.Popen(mill.command("nightly", "run"), env=mill.environment, stdout=subprocess.DEVNULL)
+        eventually(lambda: sum("nightly_run" in job.metadata for job in client.jobs()) == 2, 60, "jobs of the night")
+        night.kill()
+        night.wait()
+        ran = mill.run("nightly", "run")
+        assert ran.returncode == 0, ran.stderr
+        assert sum("nightly_run" in job.metadata for job in client.jobs()) == 2
+        better, held = client.adapter("acme/codes"), client.adapter("globex/codes")
+        assert better.champion != before
+        assert better.previous == before
+        assert held.champion == held_before
+        assert held.challenger is None
+        question = [{"role": "system", "content": "Give the house code."}, {"role": "user", "content": "a purple mug"}]
+        assert client.chat("acme/codes", question, temperature=0, max_tokens=8) == "K-5"
+
+        rolled = mill.run("rollback", "acme/codes")
+        assert rolled.returncode == 0, rolled.stderr
+        answer = client.openai().chat.completions.with_raw_response.create(model="acme/codes", messages=question)
+        assert answer.headers["x-loramill-version"] == before
+
+
+@pytest.mark.parametrize("marks", [("ray::ServeReplica", "engine"), ("gcs_server",), ("loramill.pipelines.cluster",)])
+def test_a_killed_process_comes_back_with_the_same_versions(mill, marks: tuple[str, ...]) -> None:
+    with mill.client() as client:
+        champion = client.adapter("acme/codes").champion
+        os.kill(process(mill, *marks), signal.SIGKILL)
+
+        def answers() -> bool:
+            try:
+                answer = client.openai().chat.completions.with_raw_response.create(
+                    model="acme/codes", messages=[{"role": "user", "content": "Hello"}], max_tokens=1
+                )
+            except openai.APIError:
+                return False
+            return answer.headers["x-loramill-version"] == champion
+
+        time.sleep(2)
+        eventually(answers, 180, f"the endpoint answers again after {marks} was killed")
+
+
+def test_a_second_up_serves_the_same_versions(mill) -> None:
+    with mill.client() as client:
+        before = {adapter.name: adapter.champion for adapter in client.adapters()}
+    listing = mill.run("jobs", "list", "--json")
+    assert len(json.loads(listing.stdout)) >= 5
+    assert mill.run("down").returncode == 0
+    assert mill.up.wait(10) == 0
+    refused = mill.run("jobs")
+    assert refused.returncode == 1
+    assert "loramill up" in refused.stderr and "Traceback" not in refused.stderr
+    mill.start()
+    with mill.client() as client:
+        assert {adapter.name: adapter.champion for adapter in client.adapters()} == before
+        assert client.chat("acme/codes", "Hello", max_tokens=4) is not None
+    second = mill.run("up")
+    assert second.returncode == 1
+    assert "already up" in second.stderr
+
+
+def test_no_alias_points_to_a_version_that_can_not_be_read(mill) -> None:
+    with mill.registry.reading() as session:
+        versions = [
+            version
+            for adapter in adapters.list_of(session, None)
+            for alias in Alias
+            if (version := getattr(adapter, alias.value))
+        ]
+    assert versions
+    for version in versions:
+        folder: Path = mill.registry.artifacts.fetch(version)
+        assert (folder / "adapter_model.safetensors").exists()

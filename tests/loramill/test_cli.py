@@ -1,0 +1,337 @@
+"""The command `loramill`: run in this process where that is enough, and as a process where it shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from loramill import errors
+from loramill.cli import app
+from loramill.cli.nightly import row
+from loramill.cli.show import ago
+from loramill.names import AdapterName
+from loramill.registry import adapters, nightly
+from loramill.settings import Settings
+from loramill.types import StepStatus
+
+from .conftest import RunningGateway, examples
+
+COMMAND = [sys.executable, "-m", "loramill.cli"]
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An environment in which nothing was ever set, and nobody listens."""
+    for name in [*os.environ]:
+        if name.startswith("LORAMILL_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORAMILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LORAMILL_URL", "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def here(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> RunningGateway:
+    """The gateway, as the one that commands call with the admin's key."""
+    monkeypatch.setenv("LORAMILL_HOME", str(gateway.home))
+    monkeypatch.setenv("LORAMILL_URL", gateway.url)
+    return gateway
+
+
+def loramill(*words: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, words, input=stdin, catch_exceptions=False)
+
+
+def ok(*words: str, stdin: str | None = None) -> Result:
+    ran = loramill(*words, stdin=stdin)
+    assert ran.exit_code == 0, ran.output
+    return ran
+
+
+def shown(*words: str) -> Any:
+    """What a command prints with --json, where nothing else may stand."""
+    ran = ok(*words, "--json")
+    assert ran.stderr == ""
+    return json.loads(ran.stdout)
+
+
+def process(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> str:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(examples())
+    return str(path)
+
+
+def test_from_tenant_to_answer(here: RunningGateway, train: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "key create walk" in ok("tenant", "create", "walk").stderr
+    assert "walk" in [each["name"] for each in shown("tenant", "list")]
+    key = ok("key", "create", "walk").stdout.strip()
+    monkeypatch.setenv("LORAMILL_API_KEY", key)
+    submitted = ok("submit", "walk/support", "--train", train, "--steps", "4", "--lr", "0.01", "--targets", "q_proj")
+    job = submitted.stdout.strip()
+    assert job.startswith("ftjob-") and f"jobs events -f {job}" in submitted.stderr
+    spec = shown("jobs", "show", job)["spec"]
+    assert (spec["steps"], spec["learning_rate"], spec["targets"]) == (4, 0.01, ["q_proj"])
+    version = here.publish(job)
+    assert version[:12] in ok("jobs").stdout
+    assert "Published" in ok("jobs", "events", "-f", job).stdout
+    assert [event["message"].split()[0] for event in shown("jobs", "events", job)] == [
+        "Queued.",
+        "Attempt",
+        "Published",
+    ]
+    assert ok("chat", "walk/support", "-m", "Hello [bold] you").stdout == "Hello [bold] you\n"
+    assert ok("chat", "walk/support", stdin="from a pipe\n").stdout == "from a pipe\n"
+    assert shown("adapters")[0]["champion"] == version
+    assert "champion" in ok("adapters", "show", "walk/support").stdout
+    assert shown("adapters", "show", "walk/support")["versions"][0]["id"] == version
+
+
+def test_versions_move(here: RunningGateway, tenant: str, train: str) -> None:
+    name = f"{tenant}/a"
+    first = here.publish(ok("submit", name, "--train", train).stdout.strip())
+    second = here.publish(ok("submit", name, "--train", train, "--start-from", "champion").stdout.strip())
+    assert second[:12] in ok("promote", name, "challenger").stderr
+    assert shown("adapters", "show", name)["champion"] == second
+    assert first[:12] in ok("rollback", name).stderr
+    assert "nightly run" in ok("data", "add", name, "--train", train).stderr
+    with here.registry.reading() as session:
+        assert name in [waiting.adapter for waiting in nightly.pending(session)]
+
+
+def test_keys_are_listed_and_revoked(here: RunningGateway, tenant: str) -> None:
+    made = shown("key", "create", tenant)
+    assert made["key"].endswith(made["hint"])
+    ok("key", "revoke", made["id"])
+    (listed,) = shown("key", "list", tenant)
+    assert listed["revoked_at"] is not None and "key" not in listed
+    assert made["id"] in ok("key", "list", tenant).stdout
+
+
+def test_waiting_shows_the_end(here: RunningGateway, tenant: str, train: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def publish(self: Any, job_id: str, *_: Any) -> Any:
+        here.publish(job_id)
+        return self.job(job_id)
+
+    monkeypatch.setattr("loramill.client.Client.wait", publish)
+    assert f"loramill chat {tenant}/a@" in ok("submit", f"{tenant}/a", "--train", train, "--wait").stderr
+    waited = ok("submit", f"{tenant}/a", "--train", train, "--wait", "--json")
+    assert json.loads(waited.stdout)["status"] == "succeeded"
+
+
+def test_waiting_for_a_job_that_fails_is_1(here: RunningGateway, tenant: str, train: str) -> None:
+    command = [*COMMAND, "submit", f"{tenant}/a", "--train", train, "--wait"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
+        assert waiting.stdout is not None and waiting.stderr is not None
+        job = waiting.stdout.readline().strip()
+        here.fail(job, errors.TrainingDiverged("The loss is NaN at step 3."))
+        said = waiting.stderr.read()
+    assert waiting.returncode == 1
+    assert "The loss is NaN at step 3." in said and "Traceback" not in said
+
+
+def test_jobs_are_listed_up_to_a_limit(here: RunningGateway, tenant: str, train: str) -> None:
+    for _ in range(3):
+        ok("submit", f"{tenant}/a", "--train", train)
+    assert len(shown("jobs", "--tenant", tenant)) == 3
+    short = ok("jobs", "list", "--tenant", tenant, "-n", "2")
+    assert len(short.stdout.splitlines()) == 3 and "more than 2" in short.stderr
+    job = shown("jobs", "--tenant", tenant)[0]["id"]
+    assert shown("jobs", "cancel", job)["status"] == "cancelled"
+    refused = loramill("jobs", "cancel", job)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "cancelled already" in refused.stderr
+
+
+def test_nothing_to_list_says_how_to_begin(here: RunningGateway, tenant: str) -> None:
+    for words in (["jobs", "--tenant", tenant], ["adapters", "--tenant", tenant], ["key", "list", tenant]):
+        assert ok(*words).stdout == ""
+        assert "`loramill " in ok(*words).stderr
+        assert shown(*words) == []
+
+
+def test_warnings_and_errors_of_data_are_told(here: RunningGateway, tenant: str, tmp_path: Path) -> None:
+    twice = tmp_path / "twice.jsonl"
+    twice.write_bytes(examples() + examples(1))
+    assert "Warning: " in ok("submit", f"{tenant}/a", "--train", str(twice)).stderr
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_bytes(b"[1]\n" + examples())
+    ran = loramill("submit", f"{tenant}/a", "--train", str(wrong))
+    assert ran.exit_code == 1 and "wrong.jsonl" in ran.stderr
+
+
+def test_an_interactive_chat_remembers(here: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[dict[str, str]]] = []
+
+    def stream(_: Any, model: str, conversation: Any, **sampling: Any) -> Any:
+        asked.append([*conversation])
+        yield from ("to ", conversation[-1]["content"])
+
+    lines = iter(["one", "two"])
+
+    def typed(_: str) -> str:
+        for line in lines:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("loramill.client.Client.stream", stream)
+    monkeypatch.setattr("loramill.cli.chat._is_typed", lambda: True)
+    monkeypatch.setattr("builtins.input", typed)
+    assert ok("chat", "smollm2-135m", "--system", "Be short.").stdout == "to one\nto two\n\n"
+    assert [message["content"] for message in asked[-1]] == ["Be short.", "one", "to one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["jobs"], "Nothing answers at http://127.0.0.1:9: start it with `loramill up`, or set LORAMILL_URL."),
+        (["submit", "noslash", "--train", "x"], "'noslash' is no adapter name"),
+        (["submit", "a/b", "--train", "absent"], "absent can't be read: No such file or directory."),
+        (["nightly", "show"], "loramill up"),
+        (["down"], ""),
+    ],
+)
+def test_what_goes_wrong_is_one_sentence(words: list[str], message: str) -> None:
+    ran = process(*words)
+    assert ran.returncode == (1 if message else 0), ran.stderr
+    assert ran.stdout == ""
+    assert message in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "variable", "where"),
+    [
+        ("surprise = 1", {}, "surprise"),
+        ("serve = ", {}, "loramill.toml"),
+        ("[serve]\nport = 'x'", {}, "serve.port"),
+        ("", {"LORAMILL_SURPRISE": "1"}, "LORAMILL_SURPRISE"),
+        ("", {"LORAMILL_SERVE": "{"}, 'field "serve"'),
+    ],
+)
+def test_wrong_settings_are_one_sentence(
+    file: str, variable: dict[str, str], where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loramill.toml").write_text(file)
+    for name, value in variable.items():
+        monkeypatch.setenv(name, value)
+    ran = loramill("jobs")
+    assert (ran.exit_code, ran.stdout) == (1, "")
+    assert where in ran.stderr and len(ran.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["bogus"], ["submit", "a/b"], ["jobs", "--json", "show"], ["up", "--port", "0"], ["jobs", "-n", "x"]]
+)
+def test_wrong_usage_is_2(words: list[str]) -> None:
+    ran = loramill(*words)
+    assert (ran.exit_code, ran.stdout) == (2, "")
+
+
+def test_a_wrong_target_is_2_and_names_the_right_ones() -> None:
+    ran = loramill("submit", "a/b", "--train", "x", "--targets", "q_proj,nose")
+    assert ran.exit_code == 2 and "nose" in ran.stderr and "down_proj" in ran.stderr
+
+
+def test_ctrl_c_is_quiet_and_130(here: RunningGateway, tenant: str, train: str) -> None:
+    job = ok("submit", f"{tenant}/a", "--train", train).stdout.strip()
+    with subprocess.Popen([*COMMAND, "jobs", "events", "-f", job], stdout=-1, stderr=-1, text=True) as following:
+        assert following.stdout is not None and following.stderr is not None
+        assert "Queued." in following.stdout.readline()
+        following.send_signal(signal.SIGINT)
+        assert following.wait(20) == 130
+        assert following.stderr.read() == ""
+
+
+def test_a_pipe_gets_whole_rows_without_colour(here: RunningGateway, tenant: str, train: str) -> None:
+    job = ok("submit", f"{tenant}/{'long' * 15}", "--train", train).stdout.strip()
+    ran = process("jobs", "--tenant", tenant)
+    assert "\x1b" not in ran.stdout
+    print(ran.stdout, {k: v for k, v in os.environ.items() if "COL" in k or "TERM" in k})
+    (line,) = ran.stdout.splitlines()[1:]
+    assert job in line and "long" * 15 in line and "queued" in line
+
+
+def test_help_names_every_command() -> None:
+    text = process("--help").stdout
+    words = "up down tenant key submit jobs adapters promote rollback data nightly chat doctor"
+    assert [word for word in words.split() if f" {word} " not in text] == []
+    assert "loramill 0." in process("--version").stdout
+
+
+def test_the_command_line_starts_without_the_heavy_ones() -> None:
+    script = (
+        "import sys, loramill.cli; print(*({'torch', 'ray', 'transformers', 'sqlalchemy', 'openai'} & {*sys.modules}))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == []
+
+
+def test_up_takes_options_over_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[Settings] = []
+
+    def up(settings: Settings, *, console: Console) -> None:
+        got.append(settings)
+
+    monkeypatch.setenv("LORAMILL_SERVE__THREADS", "3")
+    monkeypatch.setattr("loramill.local.up", up)
+    ok("up", "--port", "8501", "--base", "elsewhere", "--sessions", "2")
+    (settings,) = got
+    assert (settings.serve.port, settings.serve.threads) == (8501, 3)
+    assert (settings.base, settings.jobs.sessions) == ("elsewhere", 2)
+
+
+def test_the_last_night_is_shown(here: RunningGateway, tenant: str) -> None:
+    name = AdapterName(tenant, "a")
+    score = {"examples": 2, "exact_match": 0.5, "token_f1": 0.25}
+    with here.registry.writing() as session:
+        adapters.ensure(session, name)
+        run = nightly.open_run(session).id
+        results = {"all": {"base": score, "challenger": {**score, "token_f1": 0.75}}}
+        nightly.record(session, run, name, "evaluate", StepStatus.DONE, results)
+        nightly.record(session, run, name, "gate", StepStatus.DONE, {"promote": True, "reason": "it gains +0.500"})
+        nightly.finish(session, run)
+    told = ok("nightly", "show").stdout.splitlines()[1].split()
+    assert told[:5] == [str(name), "0.250", "-", "0.750", "promoted"]
+    assert {step["step"] for step in shown("nightly", "show")} == {"evaluate", "gate"}
+
+
+def test_a_night_that_failed_or_goes_on_is_told() -> None:
+    assert [str(cell) for cell in row("a/b", {"train": {"error": "The loss is NaN."}})][-2:] == [
+        "failed",
+        "The loss is NaN.",
+    ]
+    assert str(row("a/b", {"collect": {}})[-2]) == "running"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (-5, "just now"),
+        (0.4, "just now"),
+        (5, "5 s ago"),
+        (200, "3 min ago"),
+        (7200, "2 h ago"),
+        (86400 * 3, "3 d ago"),
+    ],
+)
+def test_times_are_said_as_people_say_them(seconds: float, said: str) -> None:
+    assert ago(1e9 - seconds, now=1e9) == said
+
+
+def test_times_long_ago_are_days() -> None:
+    assert ago(time.time() - 90 * 86400).count("-") == 2

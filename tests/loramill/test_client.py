@@ -1,0 +1,428 @@
+"""`loramill.Client` against the real gateway, and against whatever else may answer at an address."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from loramill import Client, errors
+from loramill.types import JobStatus
+from loramill.wire import BY_CODE, error_from, is_loopback
+
+from .conftest import RunningGateway, examples
+
+Answer = Callable[[BaseHTTPRequestHandler], None]
+
+
+@contextmanager
+def answering(answer: Answer) -> Iterator[str]:
+    """An HTTP server that isn't loramill's; yields its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length") or 0))
+            answer(self)
+
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def reply(status: int, body: object) -> Answer:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(status)
+        request.send_header("content-length", str(len(content)))
+        request.end_headers()
+        request.wfile.write(content)
+
+    return answer
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# With the real gateway
+
+
+def test_an_admin_makes_tenants_and_keys(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as admin:
+        assert tenant in [each.name for each in admin.tenants()]
+        key = admin.create_key(tenant)
+        assert key.key.startswith("lm-") and key.key not in repr(key)
+        assert [each.id for each in admin.keys(tenant)] == [key.id]
+        with gateway.client(key.key) as own:
+            assert own.models() == ["smollm2-135m"]
+            with pytest.raises(errors.Forbidden):
+                own.tenants()
+            admin.revoke_key(key.id)
+            with pytest.raises(errors.Unauthenticated):
+                own.models()
+        assert admin.keys(tenant)[0].revoked_at is not None
+        with pytest.raises(errors.Conflict):
+            admin.create_tenant(tenant)
+
+
+@pytest.mark.parametrize("as_admin", [True, False])
+def test_a_job_from_file_to_answer(gateway: RunningGateway, tenant: str, as_admin: bool, tmp_path: Path) -> None:
+    train = tmp_path / "mine.jsonl"
+    train.write_bytes(examples())
+    name = f"{tenant}/support"
+    with gateway.client() as admin:
+        key = None if as_admin else admin.create_key(tenant).key
+    with gateway.client(key) as client:
+        job = client.submit(
+            name, train, valid=examples(3, "other"), steps=5, rank=4, learning_rate=3e-3, targets=["q_proj"], seed=3
+        )
+        assert (job.adapter, job.base, job.status) == (name, "smollm2-135m", JobStatus.QUEUED)
+        assert {key: job.spec[key] for key in ("steps", "rank", "learning_rate", "targets", "seed")} == {
+            "steps": 5,
+            "rank": 4,
+            "learning_rate": 3e-3,
+            "targets": ["q_proj"],
+            "seed": 3,
+        }
+        assert job.validation_file is not None
+        assert job.failure is None
+        version = gateway.publish(job.id)
+        seen = []
+        done = client.wait(job.id, seen.append)
+        assert done.model == f"{name}@{version[:12]}"
+        assert seen == [done]
+        assert name in client.models()
+        assert client.chat(name, "Hello there") == "Hello there"
+        assert "".join(client.stream(done.model, [{"role": "user", "content": "one two"}])) == "one two"
+        assert client.chat("smollm2-135m", "one two three", max_tokens=2) == "one two"
+        adapter = client.adapter(name)
+        assert (adapter.champion, [each.id for each in adapter.versions]) == (version, [version])
+        assert adapter.history[0].version == version
+        assert [each.name for each in client.adapters(tenant)] == [name]
+
+
+def test_epochs_and_batch_size_reach_the_spec(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as client:
+        job = client.submit(f"{tenant}/a", examples(40), epochs=2, batch_size=8)
+        assert (job.spec["batch_size"], job.steps) == (8, 10)
+
+
+def test_every_hyperparameter_is_the_gateways(gateway: RunningGateway, tenant: str) -> None:
+    """Each of `submit`'s keywords must arrive in the spec under the gateway's name for it."""
+    given = {
+        "rank": 3,
+        "alpha": 5.0,
+        "rslora": True,
+        "dropout": 0.25,
+        "targets": ["v_proj"],
+        "learning_rate": 2e-3,
+        "steps": 7,
+        "batch_size": 3,
+        "warmup_ratio": 0.5,
+        "weight_decay": 0.125,
+        "max_grad_norm": 2.0,
+        "max_length": 99,
+        "checkpoint_every": 4,
+        "seed": 11,
+    }
+    others = {"self", "adapter", "train", "valid", "epochs", "start_from", "metadata", "base"}
+    assert set(inspect.signature(Client.submit).parameters) == set(given) | others
+    with gateway.client() as client:
+        job = client.submit(f"{tenant}/a", examples(), metadata={"by": "test"}, **given)
+    assert given.items() <= job.spec.items()
+    assert job.metadata == {"by": "test"}
+
+
+def test_versions_move(gateway: RunningGateway, tenant: str) -> None:
+    name = f"{tenant}/support"
+    with gateway.client() as client:
+        first = gateway.publish(client.submit(name, examples()).id)
+        second = gateway.publish(client.submit(name, examples(word="new"), start_from="champion").id)
+        assert client.adapter(name).challenger == second
+        promoted = client.promote(name, second[:12])
+        assert (promoted.champion, promoted.previous) == (second, first)
+        assert client.rollback(name).champion == first
+        with pytest.raises(errors.InvalidRequest, match="0123456789ab"):
+            client.promote(name, "0123456789ab")
+        client.add_data(name, examples(), valid=examples(2, "held"))
+
+
+def test_jobs_come_page_after_page(gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loramill.client._PAGE", 2)
+    with gateway.client() as client:
+        file = client.upload(examples(), tenant=tenant)
+        ids = [client.submit(f"{tenant}/a", file, seed=i).id for i in range(5)]
+        assert [job.id for job in client.jobs(tenant)] == ids[::-1]
+        assert set(ids) <= {job.id for job in client.jobs()}
+        assert client.submit(f"{tenant}/a", file.id).training_file == file.id
+
+
+def test_events_are_oldest_first_and_followed_to_the_end(
+    gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loramill.client._PAGE", 2)
+    with gateway.client() as client:
+        job = client.submit(f"{tenant}/a", examples())
+        told = client.events(job.id, follow=True, every=0.01)
+        messages = [next(told).message]
+        gateway.publish(job.id)
+        messages += [event.message for event in told]
+        assert [text.split()[0].rstrip(".") for text in messages] == ["Queued", "Attempt", "Published"]
+        assert [event.message for event in client.events(job.id)] == messages
+
+
+def test_a_job_that_does_not_succeed_is_an_error_of_its_class(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as client:
+        diverged = client.submit(f"{tenant}/a", examples())
+        gateway.fail(diverged.id, errors.TrainingDiverged("The loss is NaN at step 3."))
+        with pytest.raises(errors.TrainingDiverged, match=f"{diverged.id}.*NaN at step 3"):
+            client.wait(diverged.id)
+        cancelled = client.submit(f"{tenant}/a", examples())
+        assert client.cancel(cancelled.id).status is JobStatus.CANCELLED
+        with pytest.raises(errors.JobCancelled):
+            client.wait(cancelled.id)
+
+
+def test_wrong_data_names_every_problem(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as client, pytest.raises(errors.DatasetInvalid) as refused:
+        client.upload(b"[1]\n" + examples() + b"no json\n", tenant=tenant, filename="bad.jsonl")
+    assert len(refused.value.problems) == 2
+    assert "bad.jsonl" in refused.value.problems[0] and "14" in refused.value.problems[1]
+
+
+def test_warnings_of_an_upload_are_kept(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as client:
+        file = client.upload(examples() + examples(1), tenant=tenant)
+    assert len(file.warnings) == 1 and "train.jsonl" in file.warnings[0]
+
+
+def test_refusals_are_typed(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as client:
+        with pytest.raises(errors.NotFound):
+            client.job("ftjob-none")
+        with pytest.raises(errors.NotFound):
+            client.job("../../readyz")
+        with pytest.raises(errors.NotFound, match="nobody"):
+            client.submit("nobody/a", examples())
+        with pytest.raises(errors.InvalidRequest, match="acme/support"):
+            client.submit("noslash", examples())
+        with pytest.raises(errors.InvalidRequest, match="can't be read"):
+            client.submit(f"{tenant}/a", "/nowhere/train.jsonl")
+        with pytest.raises(errors.ModelNotFound):
+            client.chat(f"{tenant}/nothing", "Hello")
+        with pytest.raises(errors.ModelNotFound):
+            list(client.stream(f"{tenant}/nothing", "Hello"))
+    with Client(gateway.url, "lm-wrong") as stranger:
+        with pytest.raises(errors.Unauthenticated):
+            stranger.models()
+        with pytest.raises(errors.Unauthenticated):
+            stranger.chat("smollm2-135m", "Hello")
+        assert stranger.ready()
+
+
+def test_a_client_acts_for_its_organization(gateway: RunningGateway, tenant: str) -> None:
+    with Client(gateway.url, gateway.admin_key, organization=tenant) as client:
+        client.upload(examples())
+        job = client.submit(f"{tenant}/a", examples())
+        assert [each.id for each in client.jobs()] == [job.id]
+        assert client.openai().fine_tuning.jobs.retrieve(job.id).organization_id == tenant
+
+
+# Keys and settings
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORAMILL_HOME", str(tmp_path))
+    for name in ("LORAMILL_URL", "LORAMILL_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def echo_key(request: BaseHTTPRequestHandler) -> None:
+    reply(200, {"data": [{"id": request.headers.get("authorization") or "none"}]})(request)
+
+
+def test_the_key_comes_from_the_settings_then_from_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering(echo_key) as url:
+        monkeypatch.setenv("LORAMILL_URL", f"{url}/v1/")
+        assert Client().models() == ["none"]
+        (home / "admin.key").write_text("lm-admin\n")
+        assert Client().models() == ["Bearer lm-admin"]
+        monkeypatch.setenv("LORAMILL_API_KEY", "lm-mine")
+        assert Client().models() == ["Bearer lm-mine"]
+        assert Client(api_key="lm-said").models() == ["Bearer lm-said"]
+
+
+def test_the_admin_key_never_leaves_this_machine(home: Path) -> None:
+    (home / "admin.key").write_text("lm-admin\n")
+    with pytest.raises(errors.Unauthenticated):
+        Client("http://gateway.example").openai()
+    assert Client("http://127.0.0.1:9").openai().api_key == "lm-admin"
+
+
+@pytest.mark.parametrize(
+    ("url", "own"),
+    [
+        ("http://localhost:8400", True),
+        ("http://127.0.0.2", True),
+        ("http://[::1]:8400", True),
+        ("http://localhost.example", False),
+        ("http://10.0.0.1", False),
+        ("http://[broken", False),
+        ("", False),
+    ],
+)
+def test_loopback(url: str, own: bool) -> None:
+    assert is_loopback(url) is own
+
+
+def test_no_key_is_said_clearly(gateway: RunningGateway, home: Path) -> None:
+    with pytest.raises(errors.Unauthenticated, match="LORAMILL_API_KEY"):
+        Client(gateway.url).models()
+    with pytest.raises(errors.Unauthenticated, match="LORAMILL_API_KEY"):
+        Client(gateway.url).chat("smollm2-135m", "Hello")
+    with pytest.raises(errors.SettingsInvalid, match="LORAMILL_API_KEY"):
+        Client(gateway.url, "lm-ключ")
+
+
+# With anything else at the address
+
+
+def test_nobody_there() -> None:
+    url = f"http://127.0.0.1:{closed_port()}"
+    with Client(url, "lm-x") as client:
+        for ask in (client.models, lambda: client.chat("smollm2-135m", "Hello")):
+            with pytest.raises(errors.NotRunning) as error:
+                ask()
+            assert error.value.message == (
+                f"Nothing answers at {url}: start it with `loramill up`, or set LORAMILL_URL."
+            )
+        assert not client.ready()
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "says"),
+    [
+        (reply(200, b"<html>hello</html>"), errors.NotRunning, "isn't loramill"),
+        (reply(200, [1]), errors.NotRunning, "isn't loramill"),
+        (reply(200, {"data": 1}), errors.NotRunning, "isn't loramill"),
+        (reply(404, b"not here"), errors.NotRunning, "HTTP 404"),
+        (reply(302, b""), errors.NotRunning, "isn't loramill"),
+        (reply(502, b"<html>Bad Gateway</html>"), errors.Unavailable, "HTTP 502"),
+        (reply(500, {"error": {"message": "Oh.", "code": "internal_error"}}), errors.LoramillError, "^Oh.$"),
+        (reply(429, {"error": {"message": "Full.", "code": "newer_code"}}), errors.Overloaded, "^Full.$"),
+        (reply(413, {"error": {"message": "Large.", "code": None}}), errors.InvalidRequest, "^Large.$"),
+        (lambda request: request.connection.close(), errors.Unavailable, "broke"),
+    ],
+)
+def test_strange_answers_are_typed(answer: Answer, expected: type[errors.LoramillError], says: str) -> None:
+    with answering(answer) as url, Client(url, "lm-x") as client, pytest.raises(errors.LoramillError, match=says) as it:
+        client.models()
+    assert type(it.value) is expected
+
+
+def test_an_object_of_another_kind_is_no_loramill() -> None:
+    answer = reply(200, {"id": "x"})
+    with answering(answer) as url, Client(url, "lm-x") as client, pytest.raises(errors.NotRunning, match="Job"):
+        client.job("x")
+
+
+def test_a_gateway_that_hangs_is_unavailable() -> None:
+    hang = threading.Event()
+    with answering(lambda _: bool(hang.wait(10)) and None) as url:
+        with Client(url, "lm-x", timeout=0.1) as client, pytest.raises(errors.Unavailable, match="too long"):
+            client.models()
+        hang.set()
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8400", "ftp://host", "http://host:port"])
+def test_an_address_that_is_none(url: str) -> None:
+    with pytest.raises(errors.SettingsInvalid, match="LORAMILL_URL"):
+        Client(url, "lm-x").models()
+
+
+def test_an_error_in_mid_stream_is_typed() -> None:
+    piece = {"choices": [{"index": 0, "delta": {"content": "so far"}, "finish_reason": None}]}
+    broken = {"error": {"message": "The engine stopped.", "code": "unavailable", "type": "server_error"}}
+    body = b"".join(b"data: %s\n\n" % json.dumps(part).encode() for part in (piece, broken))
+    with answering(reply(200, body)) as url, Client(url, "lm-x") as client:
+        pieces = client.stream("m", "Hello")
+        assert next(pieces) == "so far"
+        with pytest.raises(errors.Unavailable, match="The engine stopped"):
+            next(pieces)
+
+
+def test_a_stream_that_is_cut_is_typed() -> None:
+    def cut(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("content-length", "1000")
+        request.end_headers()
+        request.wfile.write(b'data: {"choices": [{"index": 0, "delta": {"content": "so"}}]}\n\n')
+
+    with answering(cut) as url, Client(url, "lm-x") as client:
+        pieces = client.stream("m", "Hello")
+        assert next(pieces) == "so"
+        with pytest.raises(errors.Unavailable, match="broke"):
+            next(pieces)
+
+
+def test_wait_outlives_a_gateway_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    job = {
+        "id": "ftjob-1",
+        "created_at": 1,
+        "model": "b",
+        "status": "succeeded",
+        "training_file": "file-1",
+        "fine_tuned_model": "a/b@1",
+        "loramill": {"adapter": "a/b", "steps": 1, "spec": {}, "newer": 1},
+    }
+    away = reply(503, {"error": {"message": "Not yet.", "code": "unavailable"}})
+    answers = [away, reply(200, job), away]
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        answers.pop(0)(request)
+
+    with answering(answer) as url, Client(url, "lm-x") as client:
+        assert client.wait("ftjob-1").model == "a/b@1"
+        monkeypatch.setattr("loramill.client._PATIENCE", 0.0)
+        with pytest.raises(errors.Unavailable):
+            client.wait("ftjob-1")
+
+
+def test_every_code_of_the_tree_comes_back_as_its_class() -> None:
+    assert len(BY_CODE) == errors.__doc__.count(" 500 ") + errors.__doc__.count(" 40") + 2
+    for code, cls in BY_CODE.items():
+        error = error_from(cls.status, {"error": {"message": "m", "param": "p", "code": code}}, "url")
+        assert type(error) is cls
+        assert (error.message, error.param) == ("m", "p")
+
+
+def test_every_method_says_what_it_does() -> None:
+    public = {name: method for name, method in vars(Client).items() if not name.startswith("_")}
+    assert [name for name, method in public.items() if callable(method) and not method.__doc__] == []

@@ -1,0 +1,274 @@
+"""Validation of training data: each bad file is refused with file, line, field and what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from loramill.chat import ChatTokenizer
+from loramill.dataset import LISTED, Examples, check_tokens, compare_splits, read_examples
+from loramill.errors import DatasetInvalid
+
+TENANTS = Path(__file__).parents[2].parent / "shared" / "tenants"
+
+
+def row(*contents: str, roles: str = "sua", **more: object) -> str:
+    names = {"s": "system", "u": "user", "a": "assistant", "t": "tool", "d": "developer"}
+    pairs = zip(roles, contents, strict=True)
+    return json.dumps({"messages": [{"role": names[role], "content": content} for role, content in pairs], **more})
+
+
+def pair(prompt: object, completion: object, **more: object) -> str:
+    return json.dumps({"prompt": prompt, "completion": completion, **more})
+
+
+GOOD = row("Label it.", "I lost my card", "lost_card")
+
+
+def read(*lines: str, minimum: int = 1) -> Examples:
+    return read_examples("\n".join(lines).encode(), "train.jsonl", minimum=minimum)
+
+
+def problems(raw: bytes, minimum: int = 1) -> tuple[str, ...]:
+    with pytest.raises(DatasetInvalid) as caught:
+        read_examples(raw, "train.jsonl", minimum=minimum)
+    assert all(problem in caught.value.message for problem in caught.value.problems)
+    return caught.value.problems
+
+
+def test_chat_and_completion_examples() -> None:
+    chat = read(GOOD, row("Hi", "Hello", "Bye", "See you", roles="uaua"))
+    assert chat.warnings == ()
+    first, second = chat.examples
+    assert [message["role"] for message in first.messages] == ["system", "user", "assistant"]
+    assert (first.prompt, first.completion, first.line) == (None, "lost_card", 1)
+    assert (second.completion, second.line, len(second.messages)) == ("See you", 2, 4)
+    (plain,) = read(pair("2+2=", " 4")).examples
+    assert (plain.messages, plain.prompt, plain.completion) == ((), "2+2=", " 4")
+
+
+def test_windows_line_ends_and_blank_lines_keep_the_count() -> None:
+    raw = f"\r\n{GOOD}\r\n  \r\n\r\n{row('Hi', 'Hello', roles='ua')}\r\n".encode()
+    assert [example.line for example in read_examples(raw, "train.jsonl").examples] == [2, 5]
+    assert (
+        read_examples(raw.replace(b"\r\n", b"\n"), "train.jsonl").examples == read_examples(raw, "train.jsonl").examples
+    )
+
+
+def test_line_separators_within_a_text_end_no_line() -> None:
+    text = "a\u2028b\u0085c"
+    raw = json.dumps({"prompt": text, "completion": "x"}, ensure_ascii=False).encode()
+    assert read_examples(raw, "train.jsonl").examples[0].prompt == text
+
+
+def test_an_empty_system_message_is_allowed() -> None:
+    assert read(row("", "Hi", "Hello")).examples[0].messages[0]["content"] == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "it is not JSON: .* at character 2"),
+        ("hello", "it is not JSON"),
+        (GOOD + GOOD, "it is not JSON: Extra data"),
+        ('{"prompt": ' + "1" * 5000 + "}", "it is not JSON that can be read"),
+        ("[" * 100_000, "it is nested too deeply"),
+        ('{"prompt": "a", "prompt": "b", "completion": "c"}', "same key twice"),
+        ("[]", r'it is not an object; write \{"messages"'),
+        ("{}", r'it has no messages; write \{"messages"'),
+        ('{"text": "x"}', "it has no messages"),
+        ('{"messages": []}', "messages must be a list with at least"),
+        ('{"messages": "Hi"}', "messages must be a list with at least"),
+        ('{"messages": ["Hi"]}', r"messages\[0\] must be an object"),
+        ('{"messages": [{"content": "Hi"}]}', r"messages\[0\]\.role is None; use one of system, user, assistant"),
+        ('{"messages": [{"role": ["user"], "content": "Hi"}]}', r"messages\[0\]\.role is \['user'\]"),
+        ('{"messages": [{"role": "user"}]}', r"messages\[0\]\.content is missing"),
+        ('{"messages": [{"role": "user", "content": null}]}', r"messages\[0\]\.content is None; it must be a string"),
+        ('{"messages": [{"role": "user", "content": "x", "name": "y"}]}', r"messages\[0\] has the unknown key 'name'"),
+        (row("x", "y", roles="ta"), r"messages\[0\]\.role is 'tool'; use one of"),
+        (row("x", "y", "z", roles="usa"), r"messages\[1\]\.role is system; the system message stands first"),
+        (row("x", "y", "z", "w", roles="ssua"), r"messages\[1\]\.role is system"),
+        (row("x", "y", "z", roles="uua"), r"messages\[1\]\.role is user where assistant is due"),
+        (row("x", "y", roles="sa"), r"messages\[1\]\.role is assistant where user is due"),
+        (row("x", "y", "z", roles="sau"), r"messages\[1\]\.role is assistant where user is due"),
+        (row("x", "y", "z", roles="uau"), r"messages\[2\]\.role is user; the last message must be the assistant's"),
+        (row("x", roles="s"), r"messages\[0\]\.role is system; the last message must be the assistant's"),
+        (row("x", "y", ""), r"messages\[2\]\.content is empty"),
+        (row("x", "y", " \n\t"), r"messages\[2\]\.content is empty"),
+        (row("x", "", "z"), r"messages\[1\]\.content is empty"),
+        (row("x", "y", "\ud83d"), r"messages\[2\]\.content holds half a surrogate pair"),
+        (row("x", "y", "z", weight=1), "the line has the unknown key 'weight'; it may have messages only"),
+        (pair("x", ""), "completion is empty"),
+        (pair("", "y"), "prompt is empty"),
+        (pair("x", 4), "completion is 4; it must be a string"),
+        (pair("x", "y", id=7), "unknown key 'id'; it may have prompt and completion only"),
+        ('{"prompt": "x"}', "completion is missing"),
+        ('{"completion": "x"}', "prompt is missing"),
+        (pair("x", "y"), "it has another form than line 1"),
+    ],
+)
+def test_a_bad_line_is_named(line: str, says: str) -> None:
+    (problem,) = problems(f"{GOOD}\n\n{line}\n{GOOD}\n".encode())
+    assert re.match(f"train.jsonl, line 3: .*{says}", problem)
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"", "train.jsonl: it is empty"),
+        (b"\n \r\n", "train.jsonl: it is empty"),
+        (b"\xef\xbb\xbf", "byte order mark"),
+        (b"\xef\xbb\xbf" + GOOD.encode(), "line 1: it begins with a byte order mark; save the file as UTF-8 without"),
+        (GOOD.encode("utf-16"), "line 1: byte 1 is not UTF-8; save the file as UTF-8"),
+        (b'{"prompt": "caf\xe9"}', "line 1: byte 16 is not UTF-8"),
+    ],
+)
+def test_a_bad_file_is_named(raw: bytes, says: str) -> None:
+    assert says in problems(raw)[0]
+
+
+def test_every_problem_is_found_at_once() -> None:
+    raw = b"\xef\xbb\xbf{\n" + GOOD.encode() + b"\n\xff\n{}"
+    assert [problem.split(":")[0] for problem in problems(raw)] == [f"train.jsonl, line {n}" for n in (1, 1, 3, 4)]
+
+
+def test_many_problems_are_counted_and_the_first_listed() -> None:
+    with pytest.raises(DatasetInvalid, match=f"train.jsonl has 57 problems; the first {LISTED}:") as caught:
+        read(GOOD, *["{}"] * 57)
+    assert len(caught.value.problems) == LISTED
+    assert caught.value.problems[0].startswith("train.jsonl, line 2:")
+
+
+def test_too_few_examples() -> None:
+    assert "it has 1 examples, and at least 10 are needed" in problems(GOOD.encode(), minimum=10)[0]
+    assert len(read(*[row("Hi", str(n), roles="ua") for n in range(10)], minimum=10).examples) == 10
+    many = b"{}\n" * 10
+    assert not any("at least" in problem for problem in problems(many, minimum=10))
+
+
+def test_a_foreign_value_is_shown_short_and_printable() -> None:
+    (problem,) = problems(json.dumps({"messages": [{"role": "\x1b[31m" + "x" * 500, "content": "y"}]}).encode())
+    assert problem.isprintable()
+    assert len(problem) < 150
+
+
+def test_repeated_examples_are_a_warning() -> None:
+    (warning,) = read(GOOD, pair_free := row("Hi", "Hello", roles="ua"), GOOD, pair_free, GOOD).warnings
+    assert warning.startswith(
+        "train.jsonl: 3 examples repeat earlier ones (line 3 repeats line 1, line 4 repeats line 2"
+    )
+    (warning,) = read(*[GOOD] * 50).warnings
+    assert warning.count("repeats") == LISTED
+    assert "and 29 more" in warning
+
+
+def test_the_same_answer_to_another_question_repeats_nothing() -> None:
+    assert read(row("a", "b", roles="ua"), row("c", "b", roles="ua"), row("a", "c", roles="ua")).warnings == ()
+    assert read(pair("a", "b"), pair("ab", "b")).warnings == ()
+
+
+def test_validation_examples_that_are_in_train_are_a_warning() -> None:
+    train = read(GOOD, row("Hi", "Hello", roles="ua"), GOOD)
+    valid = read_examples(f"{row('Hi', 'Good day', roles='ua')}\n{GOOD}".encode(), "valid.jsonl")
+    (warning,) = compare_splits(train, valid)
+    assert warning.startswith("valid.jsonl: 1 of 2 examples are in train.jsonl too (line 2 is line 1)")
+    assert compare_splits(read(row("Hi", "Hello", roles="ua")), valid) == ()
+
+
+# With the base's tokenizer
+
+
+def tokens_problems(examples: Examples, tokenizer: ChatTokenizer, max_length: int = 100) -> tuple[str, ...]:
+    with pytest.raises(DatasetInvalid) as caught:
+        check_tokens(examples, tokenizer, max_length)
+    return caught.value.problems
+
+
+def test_an_example_may_be_as_long_as_the_limit_and_no_longer(tokenizer: ChatTokenizer) -> None:
+    examples = read("", GOOD)
+    encoded = tokenizer.example(examples.examples[0])
+    count, prompt = len(encoded.tokens), encoded.prompt_length
+    check_tokens(examples, tokenizer, count)
+    (problem,) = tokens_problems(examples, tokenizer, count - 1)
+    assert problem.startswith(
+        f"train.jsonl, line 2: it has {count} tokens (prompt {prompt}, completion {count - prompt}), "
+        f"the limit is {count - 1}; shorten it or raise max_length"
+    )
+    assert "nothing is truncated" in problem
+    (problem,) = tokens_problems(examples, tokenizer, prompt)
+    assert "the prompt alone fills it" in problem
+
+
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+def test_a_special_token_spelled_in_the_text(tokenizer: ChatTokenizer, token: str) -> None:
+    chat = read(GOOD, row("Hi", f"Hello{token}\n", roles="ua"))
+    (problem,) = tokens_problems(chat, tokenizer)
+    assert problem.startswith(f"train.jsonl, line 2: messages[1].content spells the special token {token}")
+    both = tokens_problems(read(pair(token, token)), tokenizer)
+    assert [problem.split(" spells")[0] for problem in both] == [
+        "train.jsonl, line 1: prompt",
+        "train.jsonl, line 1: completion",
+    ]
+
+
+def test_tokens_that_delimit_nothing_may_be_spelled(tokenizer: ChatTokenizer) -> None:
+    check_tokens(read(row("How do I copy?", "cp <filename> there", roles="ua")), tokenizer, 100)
+
+
+def test_a_completion_that_the_vocabulary_drops(tokenizer: ChatTokenizer) -> None:
+    (problem,) = tokens_problems(read(pair("Which one?", "\x04")), tokenizer)
+    assert "the completion has no tokens" in problem
+
+
+def test_chat_data_for_a_base_without_a_template(tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "_template", None)
+    (problem,) = tokens_problems(read(GOOD), tokenizer)
+    assert problem.startswith("train.jsonl, line 1: This base has no chat template")
+
+
+@pytest.mark.skipif(not TENANTS.is_dir(), reason=f"no example tenants beside the repository ({TENANTS})")
+def test_every_split_of_every_real_tenant_is_valid(tokenizer: ChatTokenizer) -> None:
+    for folder in sorted(path for path in TENANTS.iterdir() if path.is_dir()):
+        splits = {}
+        for split in ("train", "valid", "test"):
+            splits[split] = read_examples(
+                (folder / f"{split}.jsonl").read_bytes(), f"{folder.name}/{split}", minimum=10
+            )
+            check_tokens(splits[split], tokenizer, 192)
+        assert compare_splits(splits["train"], splits["valid"]) == ()
+
+
+# Anything at all
+
+values = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["messages", "role", "content", "prompt", "completion", "x"]), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+messages = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": values})
+)
+rows = st.builds(json.dumps, values | st.fixed_dictionaries({"messages": messages})).map(str.encode)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    parts=st.lists(st.binary(max_size=20) | rows | st.just(GOOD.encode()), max_size=5),
+    end=st.sampled_from([b"\n", b"\r\n"]),
+)
+@example(parts=[b'{"a":' * 100_000], end=b"\n")
+def test_arbitrary_bytes_are_read_or_refused(parts: list[bytes], end: bytes) -> None:
+    with contextlib.suppress(DatasetInvalid):
+        examples = read_examples(end.join(parts), "train.jsonl").examples
+        assert all(example.completion.strip() for example in examples)

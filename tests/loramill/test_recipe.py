@@ -1,0 +1,121 @@
+"""What "auto" comes to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loramill.errors import InvalidRequest
+from loramill.recipe import MAX_STEPS, MIN_STEPS, Extension, Hyperparameters, hyperparameters_of, resolve_spec
+from loramill.types import JobSpec
+
+
+def resolve(examples: int = 160, said: dict[str, Any] | None = None, context: int = 2048, **own: Any) -> JobSpec:
+    return resolve_spec(
+        base="f" * 64,
+        context_length=context,
+        adapter="acme/support",
+        train="file-1",
+        examples=examples,
+        hyperparameters=Hyperparameters(**(said or {})),
+        extension=Extension(**own),
+    )
+
+
+def test_nothing_said_is_jobspecs_defaults() -> None:
+    spec = resolve()
+    assert spec == JobSpec(base="f" * 64, adapter="acme/support", train="file-1", steps=30, batch_size=16)
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch_size", "steps"),
+    [
+        (1, 1, 30),
+        (10, 2, 30),
+        (40, 10, 30),
+        (64, 16, 30),
+        (160, 16, 30),
+        (161, 16, 31),
+        (1000, 16, 188),
+        (9999, 16, 300),
+    ],
+)
+def test_autos_follow_the_number_of_examples(examples: int, batch_size: int, steps: int) -> None:
+    spec = resolve(examples)
+    assert (spec.batch_size, spec.steps) == (batch_size, steps)
+
+
+@pytest.mark.parametrize(
+    ("said", "own", "field", "value"),
+    [
+        ({"n_epochs": 1}, {}, "steps", 10),
+        ({"n_epochs": 1, "batch_size": 7}, {}, "steps", 23),
+        ({"batch_size": 80}, {}, "steps", 30),
+        ({"n_epochs": 9}, {"steps": 5}, "steps", 5),
+        ({"learning_rate_multiplier": 0.5}, {}, "learning_rate", 5e-4),
+        ({"learning_rate_multiplier": 0.5}, {"learning_rate": 3e-4}, "learning_rate", 3e-4),
+        ({}, {"rank": 4}, "rank", 4),
+        ({}, {"targets": ("q_proj",)}, "targets", ("q_proj",)),
+        ({}, {"max_length": 2048}, "max_length", 2048),
+        ({}, {"start_from": "champion"}, "start_from", None),
+    ],
+)
+def test_what_is_said_wins(said: dict[str, Any], own: dict[str, Any], field: str, value: object) -> None:
+    assert getattr(resolve(said=said, **own), field) == value
+
+
+def test_start_from_is_the_version_that_was_looked_up() -> None:
+    spec = resolve_spec(
+        base="f",
+        context_length=512,
+        adapter="a/b",
+        train="t",
+        examples=9,
+        start_from="v",
+        extension=Extension(start_from="champion"),
+    )
+    assert spec.start_from == "v"
+
+
+def test_a_small_context_bounds_the_examples() -> None:
+    assert resolve(context=256).max_length == 256
+    with pytest.raises(InvalidRequest, match="256") as caught:
+        resolve(context=256, max_length=257)
+    assert caught.value.param == "loramill.max_length"
+
+
+@pytest.mark.parametrize(
+    ("said", "own", "param"),
+    [
+        ({"n_epochs": 0}, {}, "hyperparameters.n_epochs"),
+        ({"n_epochs": 10**400}, {}, "hyperparameters.n_epochs"),
+        ({"batch_size": 0}, {}, "hyperparameters.batch_size"),
+        ({"batch_size": -3}, {}, "hyperparameters.batch_size"),
+        ({"learning_rate_multiplier": 0.0}, {}, "hyperparameters.learning_rate_multiplier"),
+        ({}, {"rank": 0}, "loramill.rank"),
+        ({}, {"steps": 0}, "loramill.steps"),
+        ({}, {"dropout": 1.0}, "loramill.dropout"),
+        ({}, {"targets": ()}, "loramill.targets"),
+    ],
+)
+def test_what_is_out_of_range_is_named(said: dict[str, Any], own: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        resolve(said=said, **own)
+    assert caught.value.param == param and param in caught.value.message
+
+
+@given(st.integers(1, 10**7))
+def test_autos_are_always_a_spec(examples: int) -> None:
+    spec = resolve(examples)
+    assert MIN_STEPS <= spec.steps <= MAX_STEPS
+    assert 1 <= spec.batch_size <= examples
+
+
+@given(st.integers(1, 50), st.integers(1, 64), st.integers(64, 5000))
+def test_openai_terms_give_back_what_was_said(epochs: int, batch_size: int, examples: int) -> None:
+    spec = resolve(examples, {"n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": 0.3})
+    shown = hyperparameters_of(spec, examples)
+    assert shown == {"n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": 0.3}

@@ -1,0 +1,267 @@
+"""The artifact store: local folders and any other place that fsspec knows."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loramill.errors import ArtifactCorrupt, ArtifactMissing, DiskFull, InvalidRequest, SetupError
+from loramill.registry import ArtifactStore, Registry, adapters, datasets, jobs, tenants
+from loramill.registry.manifest import Manifest, measure
+from loramill.types import VersionRecord
+
+FILES = {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": bytes(range(256)) * 40, "empty": b""}
+
+
+@pytest.fixture
+def local(tmp_path):
+    return ArtifactStore((tmp_path / "a folder, 100 % ours").as_uri())
+
+
+@pytest.fixture
+def remote(tmp_path):
+    files = fsspec.filesystem("memory")
+    if files.exists("/artifacts"):
+        files.rm("/artifacts", recursive=True)
+    return ArtifactStore("memory://artifacts", cache=tmp_path / "cache")
+
+
+@pytest.fixture(params=["local", "remote"])
+def store(request):
+    return request.getfixturevalue(request.param)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+
+
+def test_what_was_put_comes_back(store, tmp_path):
+    (tmp_path / "model").write_bytes(FILES["adapter_model.safetensors"])
+    artifact = store.put(FILES)
+    assert re.fullmatch("[0-9a-f]{64}", artifact)
+    assert store.put({**FILES, "adapter_model.safetensors": tmp_path / "model"}) == artifact
+    assert contents(store.fetch(artifact)) == FILES
+    assert store.read(artifact, "adapter_config.json") == FILES["adapter_config.json"]
+    assert store.size(artifact) == sum(map(len, FILES.values()))
+
+
+def test_the_hash_depends_on_the_content_alone(local, remote):
+    assert local.put(FILES) == remote.put(dict(reversed(FILES.items())))
+
+
+def test_a_local_store_is_where_its_url_says(tmp_path, local):
+    artifact = local.put(FILES)
+    assert local.fetch(artifact) == tmp_path / "a folder, 100 % ours" / artifact[:2] / artifact
+    assert ArtifactStore(str(tmp_path / "a folder, 100 % ours")).fetch(artifact) == local.fetch(artifact)
+
+
+names = st.text("ab.", min_size=1, max_size=4).filter(lambda name: name[0] != "." and ".." not in name)
+
+
+@given(
+    st.dictionaries(names, st.binary(max_size=9), min_size=1), st.dictionaries(names, st.binary(max_size=9), min_size=1)
+)
+def test_different_files_have_different_hashes(one, other):
+    hashes = [Manifest({name: measure(content) for name, content in files.items()}).hash for files in (one, other)]
+    assert (hashes[0] == hashes[1]) == (one == other)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "/a", "..a", "a..b", ".hidden", "a\nb", "a\tb", "a\\b", "manifest.json", "ä"]
+)
+def test_names_are_checked(store, name):
+    with pytest.raises(InvalidRequest):
+        store.put({name: b""})
+
+
+def test_an_artifact_has_files(store):
+    with pytest.raises(InvalidRequest):
+        store.put({})
+
+
+@pytest.mark.parametrize("artifact", ["a" * 64, "", "../../../../etc", "A" * 64, "abc"])
+def test_what_is_not_there_is_missing(store, artifact):
+    for act in (store.fetch, store.size, lambda artifact: store.read(artifact, "x")):
+        with pytest.raises(ArtifactMissing):
+            act(artifact)
+
+
+def test_a_file_that_the_artifact_does_not_have(store):
+    artifact = store.put(FILES)
+    for name in ("missing", "../x", "manifest.json"):
+        with pytest.raises(ArtifactMissing, match="adapter_config.json"):
+            store.read(artifact, name)
+
+
+def _alter(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [_alter, Path.unlink, lambda path: os.truncate(path, 3)])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "manifest.json"])
+def test_damage_is_found_and_putting_again_mends_it(local, damage, name):
+    artifact = local.put(FILES)
+    damage(local.fetch(artifact) / name)
+    expected = ArtifactMissing if name == "manifest.json" and damage is Path.unlink else ArtifactCorrupt
+    with pytest.raises(expected) as error:
+        local.fetch(artifact)
+    assert artifact in error.value.message and (expected is ArtifactMissing or name in error.value.message)
+    with pytest.raises(expected):
+        local.read(artifact, "adapter_model.safetensors")
+    assert local.put(FILES) == artifact
+    assert contents(local.fetch(artifact)) == FILES
+
+
+def test_damage_in_the_bucket_is_found_and_mended(remote):
+    artifact = remote.put(FILES)
+    model = f"memory://artifacts/{artifact[:2]}/{artifact}/adapter_model.safetensors"
+    with fsspec.open(model, "wb") as file:
+        file.write(b"something else")
+    for act in (remote.fetch, lambda artifact: remote.read(artifact, "adapter_model.safetensors")):
+        with pytest.raises(ArtifactCorrupt, match=r"adapter_model\.safetensors.*memory://"):
+            act(artifact)
+    remote.put(FILES)
+    assert contents(remote.fetch(artifact)) == FILES
+
+
+def test_a_damaged_cache_is_fetched_anew(remote):
+    artifact = remote.put(FILES)
+    _alter(remote.fetch(artifact) / "adapter_config.json")
+    assert contents(remote.fetch(artifact)) == FILES
+
+
+def test_an_upload_without_its_manifest_is_not_there(remote):
+    artifact = remote.put(FILES)
+    fsspec.filesystem("memory").rm(f"/artifacts/{artifact[:2]}/{artifact}/manifest.json")
+    with pytest.raises(ArtifactMissing):
+        remote.fetch(artifact)
+    assert remote.sweep((), 0) == 1
+    assert fsspec.filesystem("memory").find("/artifacts") == []
+
+
+def test_sweep_takes_what_is_old_and_not_known(store):
+    known, unknown = store.put(FILES), store.put({"a": b"1"})
+    assert store.sweep({known}, older_than=60) == 0
+    assert store.sweep({known}, older_than=-1) == 1
+    assert contents(store.fetch(known)) == FILES
+    with pytest.raises(ArtifactMissing):
+        store.fetch(unknown)
+
+
+def test_sweep_spares_what_was_put_again(local):
+    artifact = local.put(FILES)
+    os.utime(local.fetch(artifact), (1, 1))
+    local.put(FILES)
+    assert local.sweep((), older_than=60) == 0
+
+
+def test_sweep_of_nothing(store):
+    assert store.sweep((), 0) == 0
+
+
+def test_the_registry_sweeps_what_it_does_not_record(tmp_path, registry: Registry, make_spec):
+    data, result, orphan = (registry.artifacts.put({"f": content}) for content in (b"1", b"2", b"3"))
+    job_spec = make_spec()
+    with registry.writing() as session:
+        datasets.create(session, "acme", "f", data, 1, 1)
+        job = jobs.submit(session, job_spec, {})
+        jobs.lease(session, "worker", now=1.0, seconds=1.0, max_attempts=1)
+        version = VersionRecord(
+            id=result, adapter="acme/support", job=job.id, base=job_spec.base, bytes=1, created_at=1.0
+        )
+        jobs.publish(session, job.id, 1, version)
+        assert adapters.get(session, "acme/support").champion == result
+        assert tenants.list_all(session)
+    assert registry.sweep(older_than=-1) == 1
+    registry.artifacts.fetch(data)
+    registry.artifacts.fetch(result)
+    with pytest.raises(ArtifactMissing):
+        registry.artifacts.fetch(orphan)
+
+
+def test_a_full_disk_leaves_nothing(local, tmp_path, monkeypatch):
+    def full(_handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    artifact = local.put({"a": b"1"})
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(DiskFull, match="free some space"):
+        local.put(FILES)
+    monkeypatch.undo()
+    stored = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.parent.name for path in stored} == {artifact}
+
+
+def test_a_store_where_no_folder_can_be(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SetupError, match="artifacts_url"):
+        ArtifactStore(str(tmp_path / "file" / "store")).put(FILES)
+
+
+def test_a_url_that_nothing_opens():
+    with pytest.raises(SetupError, match="nosuch://"):
+        ArtifactStore("nosuch://bucket")
+
+
+def test_threads_may_put_the_same_at_once(store):
+    hashes: list[str] = []
+    threads = [threading.Thread(target=lambda: hashes.append(store.put(FILES))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(hashes) == 8 and len(set(hashes)) == 1
+    assert contents(store.fetch(hashes[0])) == FILES
+
+
+# Kills itself at the n-th call that changes what is on disk; there are fewer calls than that in the end.
+KILLED = """
+import os, pathlib, signal, sys
+from loramill.registry.artifacts import ArtifactStore
+left = int(sys.argv[2])
+def deadly(module, name):
+    real = getattr(module, name)
+    def call(*args, **options):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **options)
+    setattr(module, name, call)
+deadly(os, "fsync"), deadly(pathlib.Path, "mkdir"), deadly(pathlib.Path, "rename"), deadly(pathlib.Path, "open")
+print(ArtifactStore(sys.argv[1]).put({"a": b"1" * 5000, "b": b"2"}))
+"""
+
+
+def test_a_kill_in_the_middle_of_put_leaves_all_or_nothing(tmp_path):
+    artifact = ArtifactStore(str(tmp_path / "other")).put({"a": b"1" * 5000, "b": b"2"})
+    outcomes = set()
+    for point in range(0, 60, 3):
+        root = tmp_path / f"store {point}"
+        killed = subprocess.run([sys.executable, "-c", KILLED, root, str(point)], capture_output=True, text=True)
+        store = ArtifactStore(str(root))
+        try:
+            assert set(contents(store.fetch(artifact))) == {"a", "b"}
+            outcomes.add("whole")
+        except ArtifactMissing:
+            assert killed.returncode == -9, killed.stderr
+            outcomes.add("nothing")
+        assert store.put({"a": b"1" * 5000, "b": b"2"}) == artifact
+        time.sleep(0.01)
+        store.sweep({artifact}, older_than=0)
+        assert {path.parent.name for path in root.rglob("*") if path.is_file()} == {artifact}
+        if killed.returncode == 0:
+            break
+    assert killed.stdout.strip() == artifact, killed.stderr
+    assert outcomes == {"whole", "nothing"}

@@ -1,0 +1,184 @@
+"""A real gateway on a real port over a real record; only the model is an echo."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from openai import OpenAI
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from loramill.bases import Base
+from loramill.chat import ChatTokenizer
+from loramill.names import AdapterName
+from loramill.registry import Registry, adapters, keys, migrate, tenants
+from loramill.serve.api.app import build_api
+from loramill.serve.fake import EchoBackend
+from loramill.serve.protocol import Backend, TextChunk, TextRequest
+from loramill.settings import Settings
+from loramill.types import VersionRecord
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class Switch:
+    """Passes everything on to the backend that the current test wants."""
+
+    def __init__(self) -> None:
+        self.now: Backend = EchoBackend()
+
+    def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:
+        return self.now.generate(request)
+
+    async def ready(self) -> None:
+        await self.now.ready()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A running gateway and its record."""
+
+    url: str
+    registry: Registry
+    base: Base
+    tokenizer: ChatTokenizer
+    settings: Settings
+    backend: Switch
+    admin_key: str
+
+    def key(self, tenant: str) -> str:
+        with self.registry.writing() as session:
+            return keys.create(session, tenant)[1]
+
+    def openai(self, key: str, **options: object) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)  # type: ignore[arg-type]
+
+    def http(self, key: str | None = None, **headers: str) -> httpx.Client:
+        auth = {"authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(base_url=self.url, headers=auth | headers, trust_env=False)
+
+    def publish(self, adapter: str, content: str) -> str:
+        """Records a version, without a job; returns its id."""
+        version = hashlib.sha256(content.encode()).hexdigest()
+        with self.registry.writing() as session:
+            adapters.ensure(session, AdapterName.parse(adapter))
+            record = VersionRecord(
+                id=version, adapter=adapter, job=None, base=self.base.fingerprint, bytes=1, created_at=time.time()
+            )
+            adapters.add_version(session, record)
+        return version
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+def byte_tokenizer() -> ChatTokenizer:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>", "<pad>")])
+    settings = {"eos_token": "<|im_end|>", "pad_token": "<pad>", "chat_template": TEMPLATE}
+    return ChatTokenizer(tokenizer.to_str(), settings, {})
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    home = tmp_path_factory.mktemp("record")
+    settings = Settings(home=home, cache=home / "cache", serve={"max_upload_bytes": 200_000}, jobs={"min_examples": 4})
+    migrate(settings.database)
+    registry = Registry.open(settings.database, settings.artifacts)
+    with registry.writing() as session:
+        _, admin_key = keys.create(session, None)
+    base = Base("tiny", Path("/nowhere"), hashlib.sha256(b"tiny").hexdigest(), "LlamaForCausalLM", 512)
+    backend, tokenizer = Switch(), byte_tokenizer()
+    app = build_api(registry=registry, base=base, tokenizer=tokenizer, backend=backend, settings=settings)
+    with running(app) as url:
+        yield Site(url, registry, base, tokenizer, settings, backend, admin_key)
+    registry.close()
+
+
+@pytest.fixture
+def serving() -> Callable[[FastAPI], object]:
+    """Runs another app: `with serving(app) as url`."""
+    return running
+
+
+@pytest.fixture(autouse=True)
+def echo(site: Site) -> EchoBackend:
+    site.backend.now = backend = EchoBackend()
+    return backend
+
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def tenant(site: Site) -> str:
+    with site.registry.writing() as session:
+        return tenants.create(session, f"tenant{next(_numbers)}").name
+
+
+@pytest.fixture
+def other(site: Site) -> str:
+    """A second tenant."""
+    with site.registry.writing() as session:
+        return tenants.create(session, f"tenant{next(_numbers)}").name
+
+
+@pytest.fixture
+def client(site: Site, tenant: str) -> Iterator[OpenAI]:
+    with site.openai(site.key(tenant)) as client:
+        yield client
+
+
+@pytest.fixture
+def admin(site: Site) -> Iterator[OpenAI]:
+    with site.openai(site.admin_key) as client:
+        yield client
+
+
+@pytest.fixture
+def http(site: Site, tenant: str) -> Iterator[httpx.Client]:
+    """Plain HTTP with a tenant's key, for what the client wouldn't send."""
+    with site.http(site.key(tenant)) as client:
+        yield client
+
+
+@pytest.fixture
+def jsonl() -> Callable[..., bytes]:
+    """Chat examples: `jsonl(12)`, or `jsonl(12, "prefix")` for others."""
+
+    def make(count: int, word: str = "number") -> bytes:
+        rows = [
+            {"messages": [{"role": "user", "content": f"{word} {i}?"}, {"role": "assistant", "content": f"it is {i}"}]}
+            for i in range(count)
+        ]
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+    return make

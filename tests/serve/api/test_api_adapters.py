@@ -1,0 +1,94 @@
+"""Adapters: versions, promotion, rollback, new data. loramill's own API, so plain HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+from openai import OpenAI
+
+from loramill.registry import evaluations, nightly
+from loramill.serve.fake import EchoBackend
+
+HELLO: Any = [{"role": "user", "content": "hi"}]
+
+
+def test_promotion_moves_what_answers(
+    client: OpenAI, http: httpx.Client, site: Any, tenant: str, echo: EchoBackend
+) -> None:
+    name = f"{tenant}/support"
+    first, second = site.publish(name, f"{tenant} one"), site.publish(name, f"{tenant} two")
+
+    def answering() -> str | None:
+        client.chat.completions.create(model=name, messages=HELLO)
+        return echo.requests[-1].version
+
+    assert answering() == first
+    promoted = http.post(f"/v1/adapters/{name}/promote", json={"version": "challenger"}).json()
+    assert (promoted["champion"], promoted["previous"], promoted["challenger"]) == (second, first, None)
+    assert answering() == second
+    assert http.post(f"/v1/adapters/{name}/rollback").json()["champion"] == first
+    assert answering() == first
+    assert http.post(f"/v1/adapters/{name}/promote", json={"version": second[:8]}).json()["champion"] == second
+    assert answering() == second
+
+
+def test_everything_about_an_adapter(http: httpx.Client, site: Any, tenant: str) -> None:
+    name = f"{tenant}/support"
+    versions = [site.publish(name, f"{tenant} {number}") for number in range(3)]
+    with site.registry.writing() as session:
+        evaluations.add(session, name, versions[0], "file-x", "all", 10, {"exact_match": 0.5})
+    shown = http.get(f"/v1/adapters/{name}").json()
+    assert (shown["id"], shown["object"], shown["champion"]) == (name, "adapter", versions[0])
+    assert [version["id"] for version in shown["versions"]] == versions[::-1]
+    assert [(change["alias"], change["version"]) for change in shown["history"]][-1] == ("champion", versions[0])
+    assert shown["evaluations"][0]["metrics"] == {"exact_match": 0.5}
+    [listed] = http.get("/v1/adapters", params={"limit": 100}).json()["data"]
+    assert listed["name"] == name and listed["challenger"] == versions[2]
+
+
+def test_lists_are_the_callers(http: httpx.Client, site: Any, tenant: str, other: str) -> None:
+    site.publish(f"{other}/secret", f"{other} v1")
+    assert http.get("/v1/adapters").json()["data"] == []
+    with site.http(site.admin_key) as admin:
+        assert f"{other}/secret" in [row["name"] for row in admin.get("/v1/adapters").json()["data"]]
+        assert admin.get(f"/v1/adapters/{other}/secret").status_code == 200
+    with site.http(site.admin_key, **{"OpenAI-Organization": tenant}) as admin:
+        assert admin.get("/v1/adapters").json()["data"] == []
+
+
+def test_own_unknowns(http: httpx.Client, site: Any, tenant: str) -> None:
+    missing = f"/v1/adapters/{tenant}/none"
+    for response in (
+        http.get(missing),
+        http.post(f"{missing}/promote", json={"version": "challenger"}),
+        http.post(f"{missing}/rollback"),
+        http.post(f"{missing}/data", json={"training_file": "file-none"}),
+    ):
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
+    site.publish(f"{tenant}/support", f"{tenant} v1")
+    there = f"/v1/adapters/{tenant}/support"
+    refused = http.post(f"{there}/promote", json={"version": "0123456789ab"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "version")
+    assert http.post(f"{there}/rollback").status_code == 409
+    assert http.post(f"{there}/promote", json={}).json()["error"]["param"] == "version"
+    assert http.get(f"/v1/adapters/{tenant}/Bad%20Name").status_code == 400
+
+
+def test_data_for_the_next_night(
+    client: OpenAI, http: httpx.Client, site: Any, tenant: str, other: str, jsonl: Any
+) -> None:
+    site.publish(f"{tenant}/support", f"{tenant} v1")
+    path = f"/v1/adapters/{tenant}/support/data"
+    mine = client.files.create(file=("a.jsonl", jsonl(5)), purpose="fine-tune").id
+    foreign = site.openai(site.key(other)).files.create(file=("a.jsonl", jsonl(5)), purpose="fine-tune").id
+    assert http.post(path, json={"training_file": mine, "validation_file": mine}).status_code == 200
+    for param, body in {
+        "training_file": {"training_file": foreign},
+        "validation_file": {"training_file": mine, "validation_file": foreign},
+    }.items():
+        refused = http.post(path, json=body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+    with site.registry.reading() as session:
+        waiting = [data for data in nightly.pending(session) if data.adapter == f"{tenant}/support"]
+    assert len(waiting) == 1

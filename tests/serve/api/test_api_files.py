@@ -1,0 +1,105 @@
+"""Files through the unmodified openai client."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+
+def test_upload_and_read_back(client: OpenAI, jsonl: Any, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(jsonl(5))
+    with (tmp_path / "train.jsonl").open("rb") as file:
+        made = client.files.create(file=file, purpose="fine-tune")
+    assert (made.object, made.filename, made.purpose, made.status) == ("file", "train.jsonl", "fine-tune", "processed")
+    assert made.bytes == len(jsonl(5)) and made.id.startswith("file-") and made.status_details is None
+    assert client.files.retrieve(made.id) == made
+    assert client.files.content(made.id).read() == jsonl(5)
+    assert client.files.wait_for_processing(made.id).status == "processed"
+
+
+def test_warnings_come_back(client: OpenAI, jsonl: Any) -> None:
+    made = client.files.create(file=("twice.jsonl", jsonl(5) + jsonl(2)), purpose="fine-tune")
+    assert made.status_details is not None and "twice.jsonl" in made.status_details
+
+
+def test_every_problem_is_told(client: OpenAI, jsonl: Any) -> None:
+    bad = jsonl(2) + b'{"messages": []}\nnot json\n' + jsonl(1, "x" * 600)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.files.create(file=("bad.jsonl", bad), purpose="fine-tune")
+    assert caught.value.code == "invalid_dataset"
+    problems = caught.value.body["message"].splitlines()[1:]  # type: ignore[index]
+    assert [problem.partition(": ")[0] for problem in problems] == ["bad.jsonl, line 3", "bad.jsonl, line 4"]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.files.create(file=("long.jsonl", jsonl(2) + jsonl(1, "x" * 600)), purpose="fine-tune")
+    assert "long.jsonl, line 3" in caught.value.message and "512" in caught.value.message
+
+
+def test_pages(client: OpenAI, jsonl: Any) -> None:
+    made = [client.files.create(file=(f"{i}.jsonl", jsonl(4, f"w{i}")), purpose="fine-tune").id for i in range(5)]
+    assert [file.id for file in client.files.list()] == made[::-1]
+    first = client.files.list(limit=2, purpose="fine-tune", order="desc")
+    assert [file.id for file in first.data] == made[:2:-1] and first.has_next_page()
+    assert [file.id for file in client.files.list(limit=2)] == made[::-1]
+    assert not client.files.list(after=made[0]).data
+    with pytest.raises(openai.NotFoundError):
+        client.files.list(after="file-none")
+    for bad in ({"limit": 0}, {"limit": "x"}, {"order": "asc"}, {"purpose": "vision"}, {"extra_query": {"x": 1}}):
+        with pytest.raises(openai.BadRequestError):
+            client.files.list(**bad)  # type: ignore[arg-type]
+
+
+def test_another_tenants_file_is_not_there(client: OpenAI, admin: OpenAI, site: Any, other: str, jsonl: Any) -> None:
+    foreign = site.openai(site.key(other)).files.create(file=("a.jsonl", jsonl(4)), purpose="fine-tune").id
+    for name in (foreign, "file-none"):
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.files.retrieve(name)
+        assert caught.value.code == "not_found"
+        with pytest.raises(openai.NotFoundError):
+            client.files.content(name)
+    assert not client.files.list().data
+    assert admin.files.retrieve(foreign).id == foreign
+
+
+def test_what_is_refused_is_named(client: OpenAI, http: httpx.Client, jsonl: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.files.create(file=("a.jsonl", jsonl(4)), purpose="vision")
+    assert caught.value.param == "purpose"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.files.create(
+            file=("a.jsonl", jsonl(4)), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
+        )
+    assert caught.value.param is not None and "expires_after" in caught.value.param
+    assert caught.value.code == "unsupported_parameter"
+    missing = http.post("/v1/files", data={"purpose": "fine-tune"}, files={})
+    assert (missing.status_code, missing.json()["error"]["param"]) == (400, "file")
+    text = http.post("/v1/files", data={"purpose": "fine-tune", "file": "not a file"})
+    assert (text.status_code, text.json()["error"]["param"]) == (400, "file")
+    assert http.post("/v1/files", json={"purpose": "fine-tune"}).status_code == 400
+    assert http.post("/v1/files", content=b"--x", headers={"content-type": "multipart/form-data"}).status_code == 400
+
+
+def test_an_upload_is_bounded(client: OpenAI, http: httpx.Client, site: Any, jsonl: Any) -> None:
+    large = jsonl(5000)
+    assert len(large) > site.settings.serve.max_upload_bytes
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.files.create(file=("large.jsonl", large), purpose="fine-tune")
+    assert caught.value.status_code == 413 and "MiB" in caught.value.message
+
+    def unannounced() -> Any:
+        yield b'--x\r\ncontent-disposition: form-data; name="file"; filename="f"\r\n\r\n'
+        for start in range(0, len(large), 10_000):
+            yield large[start : start + 10_000]
+
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    assert http.post("/v1/files", content=unannounced(), headers=kind).status_code == 413
+    assert not client.files.list().data
+
+
+def test_a_name_is_only_a_name(client: OpenAI, jsonl: Any) -> None:
+    made = client.files.create(file=("../../etc/passwd", jsonl(4)), purpose="fine-tune")
+    assert made.filename == "passwd"

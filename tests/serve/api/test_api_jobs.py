@@ -1,0 +1,256 @@
+"""Fine-tune jobs through the unmodified openai client."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from loramill.errors import TrainingDiverged
+from loramill.registry import jobs
+from loramill.types import TARGETS, VersionRecord
+
+
+@pytest.fixture
+def file(client: OpenAI, jsonl: Any) -> str:
+    return client.files.create(file=("train.jsonl", jsonl(40)), purpose="fine-tune").id
+
+
+@pytest.fixture
+def valid(client: OpenAI, jsonl: Any) -> str:
+    return client.files.create(file=("valid.jsonl", jsonl(3, "other")), purpose="fine-tune").id
+
+
+def test_create_with_autos(client: OpenAI, site: Any, tenant: str, file: str, valid: str) -> None:
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file, validation_file=valid)
+    assert (job.object, job.status, job.model, job.organization_id) == ("fine_tuning.job", "queued", "tiny", tenant)
+    assert (job.training_file, job.validation_file, job.seed) == (file, valid, 0)
+    assert job.fine_tuned_model is None and job.finished_at is None and job.error is None and job.result_files == []
+    # 40 examples: batches of 10; 3 epochs are 12 steps, which is too few.
+    assert job.hyperparameters.to_dict() == {"n_epochs": 8, "batch_size": 10, "learning_rate_multiplier": 1.0}
+    assert job.method is not None and job.method.type == "supervised"
+    own = job.loramill  # type: ignore[attr-defined]
+    assert (own["adapter"], own["step"], own["steps"], own["attempt"]) == (f"{tenant}/default", 0, 30, 0)
+    spec = own["spec"]
+    assert (spec["base"], spec["rank"], spec["learning_rate"]) == (site.base.fingerprint, 16, 1e-3)
+    assert (spec["max_length"], spec["targets"], spec["start_from"]) == (512, list(TARGETS), None)
+    assert client.fine_tuning.jobs.retrieve(job.id) == job
+
+
+def test_create_with_everything(client: OpenAI, site: Any, tenant: str, file: str) -> None:
+    champion = site.publish(f"{tenant}/support", f"{tenant} v1")
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=file,
+        suffix="support",
+        seed=7,
+        metadata={"who": "me"},
+        method={
+            "type": "supervised",
+            "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 0.5}},
+        },
+        extra_body={
+            "loramill": {
+                "rank": 8,
+                "alpha": 16,
+                "rslora": True,
+                "targets": ["q_proj", "v_proj"],
+                "max_length": 256,
+                "start_from": "champion",
+            }
+        },
+    )
+    assert (job.seed, job.metadata) == (7, {"who": "me"})
+    assert job.hyperparameters.to_dict() == {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 0.5}
+    own = job.loramill  # type: ignore[attr-defined]
+    assert (own["adapter"], own["steps"]) == (f"{tenant}/support", 20)
+    spec = own["spec"]
+    assert (spec["rank"], spec["alpha"], spec["rslora"], spec["max_length"]) == (8, 16.0, True, 256)
+    assert (spec["targets"], spec["start_from"]) == (["q_proj", "v_proj"], champion)
+
+
+def test_older_clients_write_hyperparameters_at_the_top(client: OpenAI, file: str) -> None:
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file, hyperparameters={"n_epochs": 5})
+    assert job.hyperparameters.n_epochs == 5
+
+
+def _finish(site: Any, job_id: str, tenant: str) -> str:
+    """Plays the worker; returns the version."""
+    with site.registry.writing() as session:
+        while (leased := jobs.lease(session, "test", now=time.time(), seconds=60, max_attempts=2)) is not None:
+            if leased.id == job_id:
+                break
+        jobs.heartbeat(session, job_id, 1, now=time.time(), seconds=60, step=3, trained_tokens=99)
+        jobs.add_event(session, job_id, "info", "metrics", "Step 3", {"step": 3, "train_loss": 1.5})
+        version = VersionRecord(
+            id=hashlib.sha256(job_id.encode()).hexdigest(),
+            adapter=f"{tenant}/default",
+            job=job_id,
+            base=site.base.fingerprint,
+            bytes=1,
+            created_at=time.time(),
+        )
+        return jobs.publish(session, job_id, 1, version).version
+
+
+def test_life_of_a_job(client: OpenAI, site: Any, tenant: str, file: str) -> None:
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file)
+    version = _finish(site, job.id, tenant)
+    done = client.fine_tuning.jobs.retrieve(job.id)
+    assert (done.status, done.fine_tuned_model) == ("succeeded", f"{tenant}/default@{version[:12]}")
+    assert done.finished_at is not None and done.trained_tokens == 99
+    assert done.loramill["step"] == 3 and done.loramill["attempt"] == 1  # type: ignore[attr-defined]
+    answer = client.chat.completions.create(model=done.fine_tuned_model, messages=[{"role": "user", "content": "hi"}])
+    assert answer.choices[0].message.content == "hi"
+    events = client.fine_tuning.jobs.list_events(job.id).data
+    assert [event.object for event in events] == ["fine_tuning.job.event"] * len(events)
+    assert events[0].message.startswith("Published") and events[-1].message == "Queued."
+    metrics = next(event for event in events if event.type == "metrics")
+    assert metrics.data == {"step": 3, "train_loss": 1.5} and metrics.level == "info"
+    assert client.fine_tuning.jobs.checkpoints.list(job.id).data == []
+    with pytest.raises(openai.ConflictError):
+        client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_failed_job_says_why(client: OpenAI, site: Any, file: str) -> None:
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file)
+    with site.registry.writing() as session:
+        while (leased := jobs.lease(session, "test", now=time.time(), seconds=60, max_attempts=2)) is not None:
+            if leased.id == job.id:
+                break
+        jobs.fail(session, job.id, 1, TrainingDiverged("The loss became NaN."), retry=False)
+    failed = client.fine_tuning.jobs.retrieve(job.id)
+    assert failed.status == "failed" and failed.error is not None and failed.fine_tuned_model is None
+    assert (failed.error.code, failed.error.message) == ("training_diverged", "The loss became NaN.")
+
+
+def test_cancel(client: OpenAI, file: str) -> None:
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file)
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "cancelled"
+
+
+def test_pages(client: OpenAI, site: Any, file: str) -> None:
+    made = [client.fine_tuning.jobs.create(model="tiny", training_file=file).id for _ in range(5)]
+    page = client.fine_tuning.jobs.list(limit=2)
+    assert [job.id for job in page.data] == made[:2:-1] and page.has_more
+    assert [job.id for job in client.fine_tuning.jobs.list(limit=2)] == made[::-1]
+    with site.registry.writing() as session:
+        for number in range(6):
+            jobs.add_event(session, made[0], "info", "message", f"event {number}", {})
+    expected = [f"event {number}" for number in range(5, -1, -1)] + ["Queued."]
+    assert [event.message for event in client.fine_tuning.jobs.list_events(made[0], limit=3)] == expected
+    assert [event.message for event in client.fine_tuning.jobs.list_events(made[0])] == expected
+    assert not client.fine_tuning.jobs.list_events(made[0], limit=7).has_more
+    with pytest.raises(openai.BadRequestError):
+        client.fine_tuning.jobs.list_events(made[0], after="nonsense")
+    with pytest.raises(openai.BadRequestError):
+        client.fine_tuning.jobs.list(metadata={"who": "me"})
+    with pytest.raises(openai.BadRequestError):
+        client.fine_tuning.jobs.list(limit=101)
+
+
+def test_another_tenants_job_is_not_there(client: OpenAI, admin: OpenAI, site: Any, other: str, jsonl: Any) -> None:
+    theirs = site.openai(site.key(other))
+    file = theirs.files.create(file=("a.jsonl", jsonl(10)), purpose="fine-tune").id
+    foreign = theirs.fine_tuning.jobs.create(model="tiny", training_file=file).id
+    bodies = set()
+    for name in (foreign, "ftjob-none"):
+        for call in (
+            client.fine_tuning.jobs.retrieve,
+            client.fine_tuning.jobs.cancel,
+            client.fine_tuning.jobs.list_events,
+            client.fine_tuning.jobs.checkpoints.list,
+        ):
+            with pytest.raises(openai.NotFoundError) as caught:
+                call(name)
+            bodies.add(str(caught.value).replace(name, "ID"))
+    assert len(bodies) == 1
+    assert client.fine_tuning.jobs.list().data == []
+    assert admin.fine_tuning.jobs.retrieve(foreign).status == "queued"
+    for param in ("training_file", "validation_file"):
+        files = {"training_file": client.files.create(file=("a.jsonl", jsonl(10)), purpose="fine-tune").id, param: file}
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.fine_tuning.jobs.create(model="tiny", **files)
+        assert refused.value.param == param
+
+
+def test_an_admin_submits_for_a_tenant(site: Any, tenant: str, jsonl: Any) -> None:
+    acting = site.openai(site.admin_key, organization=tenant)
+    file = acting.files.create(file=("a.jsonl", jsonl(10)), purpose="fine-tune").id
+    assert acting.fine_tuning.jobs.create(model="tiny", training_file=file).organization_id == tenant
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code"),
+    [
+        ({"model": "gpt-4o-mini"}, "model", "invalid_request"),
+        ({"training_file": "file-none"}, "training_file", "invalid_request"),
+        ({"validation_file": "file-none"}, "validation_file", "invalid_request"),
+        ({"suffix": "Not A Name"}, "suffix", "invalid_request"),
+        ({"seed": -1}, "seed", "invalid_request"),
+        ({"metadata": {"k": 1}}, "metadata.k", "invalid_request"),
+        ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "invalid_request"),
+        ({"method": {"type": "dpo"}}, "method.type", "invalid_request"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations", "unsupported_parameter"),
+        ({"hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs", "invalid_request"),
+        ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", "invalid_request"),
+        ({"hyperparameters": {"n_epochs": 10**400}}, "hyperparameters.n_epochs", "invalid_request"),
+        ({"hyperparameters": {"batch_size": 0}}, "hyperparameters.batch_size", "invalid_request"),
+        (
+            {"hyperparameters": {"learning_rate_multiplier": -1}},
+            "hyperparameters.learning_rate_multiplier",
+            "invalid_request",
+        ),
+        ({"hyperparameters": {"beta": 0.1}}, "hyperparameters.beta", "unsupported_parameter"),
+        (
+            {
+                "hyperparameters": {"n_epochs": 1},
+                "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+            },
+            "hyperparameters",
+            "invalid_request",
+        ),
+        ({"extra_body": {"loramill": {"wibble": 1}}}, "loramill.wibble", "unsupported_parameter"),
+        ({"extra_body": {"loramill": {"rank": 0}}}, "loramill.rank", "invalid_request"),
+        ({"extra_body": {"loramill": {"targets": ["lm_head"]}}}, "loramill.targets[0]", "invalid_request"),
+        ({"extra_body": {"loramill": {"max_length": 513}}}, "loramill.max_length", "invalid_request"),
+        ({"extra_body": {"loramill": {"start_from": "champion"}}}, "loramill.start_from", "invalid_request"),
+    ],
+)
+def test_what_is_refused_is_named(client: OpenAI, file: str, change: Any, param: str, code: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.fine_tuning.jobs.create(**{"model": "tiny", "training_file": file, **change})
+    assert (caught.value.param, caught.value.code) == (param, code)
+    assert client.fine_tuning.jobs.list().data == []
+
+
+def test_nan_is_no_number(http: httpx.Client, file: str) -> None:
+    body = '{"model": "tiny", "training_file": "%s", "loramill": {"alpha": %s}}'
+    for number in ("NaN", "Infinity", "1e999"):
+        response = http.post(
+            "/v1/fine_tuning/jobs", content=body % (file, number), headers={"content-type": "application/json"}
+        )
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "loramill.alpha")
+
+
+def test_data_is_checked_against_the_spec(client: OpenAI, file: str, jsonl: Any) -> None:
+    few = client.files.create(file=("few.jsonl", jsonl(3)), purpose="fine-tune").id
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.fine_tuning.jobs.create(model="tiny", training_file=few)
+    assert (caught.value.code, caught.value.param) == ("invalid_dataset", "training_file")
+    assert "few.jsonl has 3 examples" in caught.value.message
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.fine_tuning.jobs.create(model="tiny", training_file=file, extra_body={"loramill": {"max_length": 20}})
+    assert caught.value.code == "invalid_dataset" and "train.jsonl, line 1" in caught.value.message
+
+
+def test_what_is_odd_is_told_in_the_events(client: OpenAI, file: str) -> None:
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file, validation_file=file)
+    levels = [event.level for event in client.fine_tuning.jobs.list_events(job.id)]
+    assert "warn" in levels

@@ -1,0 +1,184 @@
+"""Streams: what they look like, and how they and their generation end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from loramill.errors import ContextLengthExceeded, LoramillError, Overloaded, Unavailable
+from loramill.serve.fake import EchoBackend
+from loramill.serve.protocol import TextChunk, TextRequest
+
+HELLO: Any = [{"role": "user", "content": "one two three"}]
+LONG: Any = [{"role": "user", "content": "word " * 2000}]
+
+
+class Failing(EchoBackend):
+    """Raises `error` after so many chunks."""
+
+    def __init__(self, error: Exception, after: int = 0) -> None:
+        super().__init__()
+        self._error, self._after = error, after
+
+    async def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:
+        count = 0
+        async for chunk in super().generate(request):
+            if count == self._after:
+                raise self._error
+            count += 1
+            yield chunk
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_chunks(client: OpenAI, site: Any) -> None:
+    chunks = list(client.chat.completions.create(model="tiny", messages=HELLO, stream=True))
+    assert len({(chunk.id, chunk.created, chunk.model, chunk.system_fingerprint) for chunk in chunks}) == 1
+    assert chunks[0].object == "chat.completion.chunk" and chunks[0].system_fingerprint == site.base.fingerprint[:12]
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert (deltas[0].role, deltas[0].content) == ("assistant", "")
+    assert [delta.content for delta in deltas[1:-1]] == ["one", " two", " three"]
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None, None, None, None, "stop"]
+    assert all("usage" not in chunk.model_fields_set for chunk in chunks)
+
+
+def test_usage_is_the_last_chunk(client: OpenAI) -> None:
+    *chunks, last = client.chat.completions.create(
+        model="tiny", messages=HELLO, stream=True, n=2, stream_options={"include_usage": True}
+    )
+    assert all(chunk.usage is None for chunk in chunks)
+    assert last.choices == [] and last.usage is not None
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens, last.usage.total_tokens) == (3, 6, 9)
+
+
+def test_several_answers_in_one_stream(client: OpenAI) -> None:
+    texts, roles, ends = ["", "", ""], [], []
+    for chunk in client.chat.completions.create(model="tiny", messages=HELLO, stream=True, n=3, logprobs=True):
+        [choice] = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+        roles += [choice.index] if choice.delta.role else []
+        ends += [choice.index] if choice.finish_reason else []
+        if choice.delta.content:
+            assert choice.logprobs is not None and choice.logprobs.content is not None
+            assert choice.logprobs.content[0].token == choice.delta.content
+    assert texts == ["one two three"] * 3
+    assert sorted(roles) == sorted(ends) == [0, 1, 2]
+
+
+def test_bytes_on_the_wire(http: httpx.Client) -> None:
+    response = http.post("/v1/chat/completions", json={"model": "tiny", "messages": HELLO, "stream": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["x-request-id"].startswith("req-")
+    events = response.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(json.loads(event.removeprefix("data: "))["object"] == "chat.completion.chunk" for event in events[:-2])
+
+
+def test_async_client(site: Any, tenant: str) -> None:
+    async def ask() -> str:
+        async with AsyncOpenAI(base_url=f"{site.url}/v1", api_key=site.key(tenant)) as client:
+            stream = await client.chat.completions.create(model="tiny", messages=HELLO, stream=True)
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    assert asyncio.run(ask()) == "one two three"
+
+
+def test_stream_helper_of_the_client(client: OpenAI) -> None:
+    with client.chat.completions.stream(model="tiny", messages=HELLO) as stream:
+        stream.until_done()
+        assert stream.get_final_completion().choices[0].message.content == "one two three"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(
+    ("error", "kind", "code"),
+    [
+        (ContextLengthExceeded("too long", param="messages"), openai.BadRequestError, "context_length_exceeded"),
+        (Overloaded("full"), openai.RateLimitError, "overloaded"),
+        (Unavailable("gone"), openai.InternalServerError, "unavailable"),
+        (RuntimeError("secret detail"), openai.InternalServerError, "internal_error"),
+    ],
+)
+def test_error_before_the_first_chunk_has_its_status(
+    client: OpenAI, site: Any, error: Exception, kind: type[openai.APIStatusError], code: str, stream: bool, n: int
+) -> None:
+    site.backend.now = backend = Failing(error)
+    with pytest.raises(kind) as caught:
+        client.chat.completions.create(model="tiny", messages=HELLO, stream=stream, n=n)
+    assert caught.value.code == code
+    assert "secret" not in str(caught.value)
+    if isinstance(error, LoramillError):
+        assert caught.value.status_code == error.status and error.message in caught.value.message
+    if code in ("overloaded", "unavailable"):
+        assert caught.value.response.headers["retry-after"] == "1"
+    assert not backend.open
+
+
+@pytest.mark.parametrize("error", [Unavailable("the engine was lost"), RuntimeError("secret detail")])
+def test_error_in_mid_stream_is_an_event_and_the_end(
+    client: OpenAI, http: httpx.Client, site: Any, error: Exception
+) -> None:
+    site.backend.now = backend = Failing(error, after=2)
+    seen = []
+    with pytest.raises(openai.APIError) as caught:
+        for chunk in client.chat.completions.create(model="tiny", messages=HELLO, stream=True):
+            seen.append(chunk.choices[0].delta.content)
+    assert seen == ["", "one", " two"]
+    assert caught.value.code == ("unavailable" if isinstance(error, LoramillError) else "internal_error")
+    assert "secret" not in str(caught.value)
+    body = {"model": "tiny", "messages": HELLO, "stream": True}
+    events = http.post("/v1/chat/completions", json=body).text.split("\n\n")
+    assert list(json.loads(events[-2].removeprefix("data: "))) == ["error"]
+    assert not backend.open
+
+
+def test_error_after_chunks_without_a_stream_has_its_status(client: OpenAI, site: Any) -> None:
+    site.backend.now = Failing(Unavailable("the engine was lost"), after=2)
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.chat.completions.create(model="tiny", messages=HELLO)
+    assert caught.value.status_code == 503
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_who_leaves_a_stream_ends_the_generation(client: OpenAI, site: Any, n: int) -> None:
+    site.backend.now = backend = EchoBackend(seconds_a_token=0.02)
+    stream = client.chat.completions.create(model="tiny", messages=LONG, stream=True, n=n)
+    next(iter(stream))
+    assert len(backend.open) == n
+    stream.close()
+    wait_until(lambda: not backend.open)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+def test_who_leaves_while_nothing_has_come_ends_the_generation(site: Any, tenant: str, stream: bool, n: int) -> None:
+    # Streaming, the first token never comes; otherwise they come, but the whole answer never does.
+    site.backend.now = backend = EchoBackend(seconds_a_token=60 if stream else 0.02)
+    client = site.openai(site.key(tenant), timeout=0.5)
+    with pytest.raises(openai.APITimeoutError):
+        client.chat.completions.create(model="tiny", messages=LONG, stream=stream, n=n)
+    assert len(backend.requests) == n
+    wait_until(lambda: not backend.open)
+
+
+def test_a_slow_stream_holds_nobody_up(client: OpenAI, site: Any) -> None:
+    site.backend.now = EchoBackend(seconds_a_token=0.02)
+    slow = client.chat.completions.create(model="tiny", messages=LONG, stream=True)
+    next(iter(slow))
+    site.backend.now = EchoBackend()
+    assert client.chat.completions.create(model="tiny", messages=HELLO).choices[0].message.content == "one two three"
+    slow.close()

@@ -1,0 +1,180 @@
+"""A tiny random Llama, adapters for it made by PEFT, and a driver for engines."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loramill.errors import ModelNotFound
+from loramill.serve.engine import Engine, EngineConfig, Output, Request, Sampling
+from loramill.serve.model import Decoder, load_decoder
+
+VOCABULARY = 101
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.25,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder) -> Decoder:
+    return load_decoder(tiny_folder, dtype=torch.float32)
+
+
+def save_adapter(model, folder: Path, seed: int, **settings) -> Path:
+    """Writes a random adapter, strong enough to change the tokens; consumes `model`."""
+    torch.manual_seed(seed)
+    tuned = get_peft_model(model, LoraConfig(init_lora_weights=False, **settings))
+    for name, parameter in tuned.named_parameters():
+        if "magnitude" in name:
+            parameter.data.mul_(torch.rand_like(parameter) + 0.5)
+    tuned.save_pretrained(folder)
+    return folder
+
+
+ADAPTERS = {
+    "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "all": {"r": 7, "lora_alpha": 3, "target_modules": "all-linear"},
+    "rslora": {"r": 16, "lora_alpha": 4, "use_rslora": True, "target_modules": ["o_proj", "up_proj", "k_proj"]},
+    "patterns": {
+        "r": 2,
+        "lora_alpha": 2,
+        "target_modules": ["q_proj", "gate_proj", "down_proj"],
+        "rank_pattern": {"down_proj": 5, "layers.1.self_attn.q_proj": 9},
+        "alpha_pattern": {"gate_proj": 1, "layers.0.mlp.down_proj": 12},
+    },
+    "dora": {"r": 4, "lora_alpha": 4, "use_dora": True, "target_modules": ["q_proj", "o_proj", "gate_proj"]},
+    "one layer": {"r": 3, "target_modules": ["down_proj"], "layers_to_transform": [1]},
+}
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        name: save_adapter(tiny_llama(), root / name, seed, **settings)
+        for seed, (name, settings) in enumerate(ADAPTERS.items())
+    }
+
+
+@dataclass
+class Answer:
+    """What came of one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list = field(default_factory=list)
+    last: Output | None = None
+
+
+class Driver:
+    """Runs an engine to the end of its requests, its books checked after every step."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.answers: dict[str, Answer] = {}
+        self.steps: list[list[Output]] = []
+
+    def submit(self, id_: str, tokens, version=None, tenant="t", **sampling) -> None:
+        sampling.setdefault("max_tokens", 12)
+        self.engine.submit(Request(id_, tenant, tuple(tokens), Sampling(**sampling), version))
+        self.answers[id_] = Answer()
+
+    def step(self) -> list[Output]:
+        outputs = self.engine.step()
+        self.engine.check_integrity()
+        self.steps.append(outputs)
+        for output in outputs:
+            answer = self.answers[output.request]
+            assert answer.last is None, "an output after the last"
+            answer.tokens += output.tokens
+            answer.logprobs += output.logprobs
+            if output.finish:
+                answer.last = output
+        return outputs
+
+    def finish(self) -> dict[str, list[int]]:
+        while any(answer.last is None for answer in self.answers.values()):
+            assert self.engine.wait(20), "nothing to do, and requests hang"
+            self.step()
+        stats = self.engine.stats
+        assert (stats.waiting, stats.running, stats.free_blocks) == (0, 0, stats.blocks)
+        return {id_: answer.tokens for id_, answer in self.answers.items()}
+
+
+@pytest.fixture(scope="session")
+def new_driver(tiny, adapters) -> Callable[..., Driver]:
+    """Makes drivers; versions are the names in ADAPTERS, unless a source is given. Who makes one closes it."""
+
+    def source_of_adapters(version: str) -> Path:
+        if version not in adapters:
+            raise ModelNotFound(f"no version {version}")
+        return adapters[version]
+
+    def make(source: Callable[[str], Path] = source_of_adapters, **config) -> Driver:
+        return Driver(Engine(tiny, source, EngineConfig(**{"block_size": 4, "kv_tokens": 1024, **config})))
+
+    return make
+
+
+@pytest.fixture
+def drive(new_driver):
+    """Makes drivers that are closed when the test ends."""
+    made: list[Driver] = []
+
+    def make(*args, **config) -> Driver:
+        made.append(new_driver(*args, **config))
+        return made[-1]
+
+    yield make
+    for driver in made:
+        driver.engine.close()
+
+
+#: A prompt for the base and each adapter: from one token to more than a step takes.
+PROMPTS = {
+    version: [(start * 13 + i * i) % VOCABULARY for i in range(length)]
+    for start, (version, length) in enumerate(zip([None, *ADAPTERS], (1, 5, 90, 17, 4, 33, 64), strict=True))
+}
+
+
+@pytest.fixture(scope="session")
+def prompts() -> dict[str | None, list[int]]:
+    return PROMPTS
+
+
+@pytest.fixture(scope="session")
+def expected(adapters) -> dict[str, list[int]]:
+    """Greedy answers of 12 tokens by transformers and PEFT, each request alone, by str(version)."""
+    answers = {}
+    for version, tokens in PROMPTS.items():
+        model = tiny_llama()
+        if version is not None:
+            model = PeftModel.from_pretrained(model, adapters[version])
+        ids = torch.tensor([tokens])
+        mask = torch.ones_like(ids)
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None)
+        answers[str(version)] = out[0, len(tokens) :].tolist()
+    assert len({tuple(answer) for answer in answers.values()}) == len(answers)
+    return answers

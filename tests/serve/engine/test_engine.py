@@ -1,0 +1,336 @@
+"""The engine on a tiny model: the tokens of transformers and PEFT whatever else happens, and bad days."""
+
+import threading
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from loramill.errors import (
+    AdapterInvalid,
+    Conflict,
+    ContextLengthExceeded,
+    EngineFault,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    SettingsInvalid,
+    Unavailable,
+)
+from loramill.serve.engine import EngineConfig, Finish, Request, Sampling
+
+
+def submit_all(driver, prompts):
+    for version, tokens in prompts.items():
+        driver.submit(str(version), tokens, version, tenant=str(version))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({}, id="together"),
+        pytest.param({"max_batch_tokens": 16}, id="chunked"),
+        pytest.param({"max_batch_tokens": 3}, id="tiny chunks, few rows"),
+        pytest.param({"max_sequences": 1}, id="one after another"),
+        pytest.param({"kv_tokens": 116, "max_batch_tokens": 40}, id="preempted"),
+        pytest.param({"adapter_slots": 2, "load_threads": 1}, id="fewer slots than adapters"),
+        pytest.param({"adapter_slots": 1, "patience": 1, "block_size": 16}, id="one slot"),
+    ],
+)
+def test_a_mixed_batch_answers_as_peft_does_alone(drive, prompts, expected, config):
+    driver = drive(**config)
+    submit_all(driver, prompts)
+    assert driver.finish() == expected
+    stats = driver.engine.stats
+    assert stats.generated_tokens == 12 * len(expected)
+    assert stats.loads >= len(expected) - 1
+
+
+def test_blocks_do_run_out_in_the_preempted_case(drive, prompts, expected):
+    driver = drive(kv_tokens=116, max_batch_tokens=40)
+    submit_all(driver, prompts)
+    driver.finish()
+    assert driver.engine.stats.preemptions > 0
+
+
+def test_alone_is_as_together(drive, prompts, expected):
+    driver = drive()
+    for version, tokens in prompts.items():
+        driver.submit(str(version), tokens, version)
+        driver.finish()
+    assert {id_: answer.tokens for id_, answer in driver.answers.items()} == expected
+
+
+def test_a_seed_gives_the_same_tokens_whatever_the_batch(drive, prompts):
+    sampling = {"temperature": 1.3, "top_p": 0.9, "top_k": 30, "seed": 5, "max_tokens": 20}
+    alone = drive()
+    alone.submit("it", prompts["all"], "all", **sampling)
+    tokens = alone.finish()["it"]
+    crowd = drive(max_batch_tokens=20, kv_tokens=160)
+    for i, (version, other) in enumerate(prompts.items()):
+        crowd.submit(f"other {i}", other[:30], version, temperature=1.0, seed=i)
+    crowd.submit("it", prompts["all"], "all", **sampling)
+    crowd.submit("another seed", prompts["all"], "all", **{**sampling, "seed": 6})
+    answers = crowd.finish()
+    assert crowd.engine.stats.preemptions > 0
+    assert answers["it"] == tokens
+    assert answers["another seed"] != tokens
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_in_it(drive, prompts, expected):
+    driver = drive()
+    tokens = expected["None"]
+    stop = tokens[4]
+    driver.submit("a", prompts[None], stop_ids=(stop,))
+    driver.finish()
+    assert driver.answers["a"].tokens == tokens[: tokens.index(stop)]
+    assert driver.answers["a"].last.finish == Finish.STOP
+    assert driver.answers["a"].last.tokens == ()
+
+
+def test_logprobs_come_with_the_tokens(drive, prompts, expected):
+    driver = drive()
+    driver.submit("a", prompts["all"], "all", logprobs=3)
+    driver.submit("b", prompts["all"], "all", logprobs=0, temperature=2.0, seed=1)
+    driver.finish()
+    logprobs = driver.answers["a"].logprobs
+    assert [entry.token for entry in logprobs] == expected["all"]
+    assert all(entry.top[0] == (entry.token, pytest.approx(entry.logprob)) for entry in logprobs)
+    assert all(len(entry.top) == 3 and entry.top[0][1] >= entry.top[1][1] >= entry.top[2][1] for entry in logprobs)
+    assert [entry.token for entry in driver.answers["b"].logprobs] == driver.answers["b"].tokens
+    assert all(entry.top == () for entry in driver.answers["b"].logprobs)
+
+
+def test_an_answer_is_capped_at_the_context_and_at_the_cache(drive):
+    driver = drive()
+    driver.submit("context", [1] * 250, max_tokens=100)
+    driver.finish()
+    assert len(driver.answers["context"].tokens) == 256 - 250
+    assert driver.answers["context"].last.finish == Finish.LENGTH
+    small = drive(kv_tokens=40)
+    small.submit("cache", [1] * 35, max_tokens=100)
+    small.finish()
+    assert len(small.answers["cache"].tokens) == 40 - 35 + 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sampling", "error", "words"),
+    [
+        ((), {}, InvalidRequest, "empty"),
+        ((1, 101), {}, InvalidRequest, "vocabulary of 101"),
+        ((-1,), {}, InvalidRequest, "vocabulary"),
+        ((1,) * 256, {}, ContextLengthExceeded, "256 tokens; the base's context holds 256"),
+        ((1,) * 101, {}, ContextLengthExceeded, "KV cache holds 100"),
+        ((1,), {"max_tokens": 0}, InvalidRequest, "max_tokens is 0"),
+        ((1,), {"temperature": -0.1}, InvalidRequest, "temperature"),
+        ((1,), {"temperature": float("nan")}, InvalidRequest, "temperature"),
+        ((1,), {"top_p": 0.0}, InvalidRequest, "top_p"),
+        ((1,), {"top_p": 1.1}, InvalidRequest, "top_p"),
+        ((1,), {"top_k": -1}, InvalidRequest, "top_k"),
+        ((1,), {"seed": 2**63}, InvalidRequest, "seed"),
+        ((1,), {"logprobs": 21}, InvalidRequest, "logprobs"),
+    ],
+)
+def test_what_can_never_be_served_is_refused_at_once(drive, tokens, sampling, error, words):
+    driver = drive(kv_tokens=103)
+    with pytest.raises(error, match=words):
+        driver.submit("a", tokens, **sampling)
+    driver.engine.check_integrity()
+    assert not driver.engine.has_work
+
+
+def test_a_queue_has_an_end(drive):
+    driver = drive(max_waiting=2, max_sequences=1)
+    driver.submit("running", [1, 2])
+    driver.step()
+    driver.submit("a", [1])
+    driver.submit("b", [1])
+    with pytest.raises(Overloaded, match="2 requests are waiting"):
+        driver.submit("c", [1])
+    driver.finish()
+    driver.submit("c", [1])
+    driver.finish()
+
+
+def test_an_id_serves_one_request_at_a_time(drive):
+    driver = drive()
+    driver.submit("a", [1])
+    with pytest.raises(Conflict):
+        driver.engine.submit(Request("a", "t", (1,), Sampling(max_tokens=1)))
+    driver.finish()
+    driver.submit("a", [1])
+    driver.finish()
+
+
+def test_cancelling_frees_everything_and_says_so_once(drive, prompts):
+    driver = drive(max_sequences=2)
+    for id_ in ("running", "other", "waiting"):
+        driver.submit(id_, prompts["lora"], "lora")
+    driver.engine.wait(20)
+    driver.step()
+    driver.engine.wait(20)
+    driver.step()
+    driver.submit("unseen", [1])
+    for id_ in ("running", "waiting", "unseen", "never known"):
+        driver.engine.cancel(id_)
+        driver.engine.cancel(id_)
+    driver.finish()
+    finishes = {id_: answer.last.finish for id_, answer in driver.answers.items()}
+    assert finishes == {
+        "running": Finish.CANCELLED,
+        "other": Finish.LENGTH,
+        "waiting": Finish.CANCELLED,
+        "unseen": Finish.CANCELLED,
+    }
+
+
+def test_a_cold_adapter_delays_only_its_own_request(drive, adapters, prompts, expected):
+    gate = threading.Event()
+
+    def source(version):
+        if version == "all":
+            assert gate.wait(20)
+        return adapters[version]
+
+    driver = drive(source)
+    driver.submit("all", prompts["all"], "all")
+    driver.submit("lora", prompts["lora"], "lora")
+    driver.submit("None", prompts[None])
+    while driver.answers["lora"].last is None or driver.answers["None"].last is None:
+        assert driver.engine.wait(20)
+        driver.step()
+    assert driver.answers["lora"].tokens == expected["lora"]
+    assert driver.engine.stats.loading == ("all",)
+    driver.step()
+    assert not driver.engine.has_work
+    assert not driver.engine.wait(0.01)
+    gate.set()
+    assert driver.finish()["all"] == expected["all"]
+
+
+def test_a_version_that_cannot_be_had_fails_its_own_requests_and_is_tried_again(drive, adapters, prompts, expected):
+    calls = []
+
+    def source(version):
+        calls.append(version)
+        if len(calls) == 1:
+            raise ModelNotFound("gone for a moment")
+        if len(calls) == 2:
+            raise ZeroDivisionError("a defect in the source")
+        return adapters[version]
+
+    driver = drive(source, adapter_slots=1)
+    driver.submit("first", prompts["lora"], "lora")
+    driver.submit("also first", prompts["lora"], "lora")
+    driver.submit("base", prompts[None])
+    driver.finish()
+    assert driver.answers["base"].tokens == expected["None"]
+    for id_ in ("first", "also first"):
+        last = driver.answers[id_].last
+        assert (last.finish, type(last.error)) == (Finish.ERROR, ModelNotFound)
+    driver.submit("second", prompts["lora"], "lora")
+    driver.finish()
+    assert isinstance(driver.answers["second"].last.error, AdapterInvalid)
+    driver.submit("third", prompts["lora"], "lora")
+    assert driver.finish()["third"] == expected["lora"]
+    assert driver.engine.stats.load_failures == 2
+
+
+def test_an_adapter_of_nan_fails_alone(drive, adapters, prompts, expected, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_bytes((adapters["all"] / "adapter_config.json").read_bytes())
+    weights = load_file(adapters["all"] / "adapter_model.safetensors")
+    save_file({name: tensor * float("nan") for name, tensor in weights.items()}, broken / "adapter_model.safetensors")
+    # So little cache that the blocks with NaN pass on to the others.
+    driver = drive(lambda version: broken if version == "broken" else adapters[version], kv_tokens=116)
+    for i in range(4):
+        driver.submit(f"broken {i}", prompts["all"][:40], "broken", tenant="bad")
+    submit_all(driver, prompts)
+    answers = driver.finish()
+    assert {id_: tokens for id_, tokens in answers.items() if id_ in expected} == expected
+    for i in range(4):
+        assert answers[f"broken {i}"] == []
+        assert isinstance(driver.answers[f"broken {i}"].last.error, AdapterInvalid)
+
+
+def test_tenants_take_turns(drive):
+    driver = drive(max_sequences=1)
+    for i in range(3):
+        driver.submit(f"loud {i}", [1], tenant="loud", max_tokens=1)
+    for i in range(2):
+        driver.submit(f"quiet {i}", [2], tenant="quiet", max_tokens=1)
+    driver.finish()
+    order = [output.request for step in driver.steps for output in step]
+    assert order == ["loud 0", "quiet 0", "loud 1", "quiet 1", "loud 2"]
+
+
+def test_a_version_that_never_lets_go_does_not_starve_another(drive, prompts):
+    driver = drive(adapter_slots=1, patience=4)
+    driver.submit("hot 0", prompts["lora"], "lora", max_tokens=10)
+    driver.finish()
+    driver.submit("hot 1", prompts["lora"], "lora", max_tokens=10)
+    driver.submit("cold", prompts["all"], "all", max_tokens=2)
+    for i in range(2, 12):
+        # Always two of the hot version, overlapping: its slot is never idle by itself.
+        driver.submit(f"hot {i}", prompts["lora"], "lora", max_tokens=10)
+        for _ in range(5):
+            driver.engine.wait(20)
+            driver.step()
+    assert driver.answers["cold"].last is not None
+    driver.finish()
+
+
+def test_a_failing_decoder_fails_its_step_and_the_engine_goes_on(drive, monkeypatch, prompts, expected):
+    driver = drive(max_sequences=1)
+    driver.submit("a", prompts["lora"], "lora")
+    driver.submit("lora", prompts["lora"], "lora")
+    forward = type(driver.engine._model).forward
+
+    def fail_once(self, *args):
+        monkeypatch.setattr(type(self), "forward", forward)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(type(driver.engine._model), "forward", fail_once)
+    assert driver.finish()["lora"] == expected["lora"]
+    assert isinstance(driver.answers["a"].last.error, EngineFault)
+    assert "out of memory" in driver.answers["a"].last.error.message
+
+
+def test_a_failing_step_leaves_no_request_hanging(drive, monkeypatch, prompts, expected):
+    driver = drive(max_sequences=2)
+    submit_all(driver, prompts)
+    driver.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(driver.engine._scheduler, "plan", lambda ready: 1 / 0)
+        driver.submit("new", [1])
+        driver.step()
+    assert all(isinstance(answer.last.error, EngineFault) for answer in driver.answers.values())
+    driver.answers.clear()
+    submit_all(driver, prompts)
+    assert driver.finish() == expected
+
+
+def test_a_closed_engine_has_no_threads_and_takes_nothing(drive, prompts):
+    driver = drive()
+    driver.submit("a", prompts["lora"], "lora")
+    driver.step()
+    driver.engine.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("adapter-loader")]
+    with pytest.raises(Unavailable):
+        driver.submit("b", [1])
+
+
+def test_waiting_ends_with_a_submit_from_another_thread(drive):
+    driver = drive()
+    assert not driver.engine.wait(0.01)
+    thread = threading.Timer(0.05, lambda: driver.submit("a", [1]))
+    thread.start()
+    assert driver.engine.wait(20)
+    thread.join()
+    driver.finish()
+
+
+@pytest.mark.parametrize("wrong", [{"max_batch_tokens": 0}, {"adapter_slots": 0}, {"kv_tokens": 8}])
+def test_limits_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(SettingsInvalid, match=next(iter(wrong))):
+        EngineConfig(**wrong)

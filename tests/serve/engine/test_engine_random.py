@@ -1,0 +1,73 @@
+"""Random days: arrivals, cancels, shortages, failing loads; every answer right or typed, the books checked each step."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loramill.errors import ModelNotFound, Overloaded
+from loramill.serve.engine import Finish
+
+SMALL = {
+    "max_batch_tokens": st.integers(2, 60),
+    "max_sequences": st.integers(1, 6),
+    "kv_tokens": st.integers(112, 300),
+    "block_size": st.integers(1, 7),
+    "adapter_slots": st.integers(1, 4),
+    "max_waiting": st.integers(2, 12),
+    "load_threads": st.integers(1, 2),
+    "patience": st.integers(1, 10),
+}
+VERSIONS = [None, "lora", "all", "rslora", "patterns", "dora", "one layer", "nowhere"]
+EVENT = st.one_of(
+    st.tuples(st.just("submit"), st.sampled_from(VERSIONS), st.integers(1, 12)),
+    st.tuples(st.just("cancel"), st.integers(0, 30), st.just(0)),
+    st.tuples(st.just("step"), st.integers(1, 4), st.just(0)),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(config=st.fixed_dictionaries(SMALL), events=st.lists(EVENT, max_size=40), flaky=st.sets(st.integers(0, 8)))
+def test_random_days(new_driver, adapters, prompts, expected, config, events, flaky):
+    loads = []
+
+    def source(version):
+        loads.append(version)
+        if len(loads) in flaky or version not in adapters:
+            raise ModelNotFound(f"no {version} today")
+        return adapters[version]
+
+    driver = new_driver(source, **config)
+    wanted = {}
+    cancelled = set()
+    try:
+        for kind, what, count in events:
+            if kind == "submit":
+                id_ = str(len(wanted))
+                wanted[id_] = (what, count)
+                try:
+                    prompt = prompts.get(what, [1, 2])
+                    driver.submit(id_, prompt, what, tenant=f"t{len(wanted) % 3}", max_tokens=count)
+                except Overloaded:
+                    del wanted[id_]
+            elif kind == "cancel":
+                cancelled.add(str(what))
+                driver.engine.cancel(str(what))
+            else:
+                for _ in range(what):
+                    driver.step()
+        driver.finish()
+        driver.engine.check_integrity()
+    finally:
+        driver.engine.close()
+    for id_, (version, count) in wanted.items():
+        answer = driver.answers[id_]
+        if answer.last.finish == Finish.ERROR:
+            assert version is not None and isinstance(answer.last.error, ModelNotFound)
+            assert answer.tokens == []
+            continue
+        assert version != "nowhere" or answer.last.finish == Finish.CANCELLED
+        full = expected.get(str(version), [])[:count]
+        if answer.last.finish == Finish.CANCELLED:
+            assert id_ in cancelled
+            assert answer.tokens == full[: len(answer.tokens)]
+        else:
+            assert (answer.last.finish, answer.tokens) == (Finish.LENGTH, full)

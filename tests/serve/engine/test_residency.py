@@ -1,0 +1,137 @@
+"""Who is in the slots: tables, and random lives of versions."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loramill.errors import EngineFault
+from loramill.serve.engine.residency import Moves, Residency
+
+
+def use(residency: Residency, version: str) -> None:
+    """A request of its own, from arrival to end, for a version that gets a slot at once."""
+    residency.want(version)
+    assert version in residency.advance().load
+    residency.loaded(version)
+    residency.pin(version)
+    residency.unpin(version)
+    residency.unwant(version)
+
+
+def test_a_version_lingers_until_its_slot_is_wanted_least_recent_first():
+    residency = Residency(slots=2, patience=10)
+    use(residency, "a")
+    use(residency, "b")
+    residency.want("a")
+    assert residency.advance() == Moves((), ())
+    assert residency.ready("a")
+    residency.pin("a")
+    residency.unpin("a")
+    residency.unwant("a")
+    residency.want("c")
+    assert residency.advance() == Moves(("b",), ("c",))
+    assert residency.resident == ("a",)
+    assert residency.loading == ("c",)
+
+
+def test_wanted_versions_are_not_evicted_and_the_rest_wait_in_order():
+    residency = Residency(slots=1, patience=10)
+    residency.want("a")
+    residency.advance()
+    residency.want("b")
+    residency.advance()
+    residency.want("c")
+    residency.loaded("a")
+    assert residency.advance() == Moves((), ())
+    residency.unwant("a")
+    assert residency.advance() == Moves(("a",), ("b",))
+
+
+def test_the_least_recently_used_drains_for_one_that_waited_too_long():
+    residency = Residency(slots=2, patience=3)
+    for version in ("a", "b"):
+        residency.want(version)
+        residency.advance()
+        residency.loaded(version)
+        residency.pin(version)
+    residency.want("c")
+    for _ in range(3):
+        residency.advance()
+        assert residency.ready("a") and residency.ready("b")
+    residency.advance()
+    assert not residency.ready("a") and residency.ready("b")
+    residency.unpin("a")
+    assert residency.advance() == Moves(("a",), ("c",))
+    assert residency.ready("b")
+
+
+def test_draining_ends_when_nobody_waits():
+    residency = Residency(slots=1, patience=1)
+    residency.want("a")
+    residency.advance()
+    residency.loaded("a")
+    residency.pin("a")
+    residency.want("b")
+    for _ in range(3):
+        residency.advance()
+    assert not residency.ready("a")
+    residency.unwant("b")
+    residency.advance()
+    assert residency.ready("a")
+
+
+def test_a_failed_fetch_gives_the_slot_back_and_may_be_tried_again():
+    residency = Residency(slots=1, patience=1)
+    residency.want("a")
+    residency.advance()
+    residency.failed("a")
+    residency.unwant("a")
+    residency.want("b")
+    residency.want("a")
+    assert residency.advance().load in (("a",), ("b",))
+    residency.check_integrity({"a": 1, "b": 1}, {})
+    with pytest.raises(EngineFault, match="wanted"):
+        residency.check_integrity({"a": 1}, {})
+    with pytest.raises(EngineFault, match="in use"):
+        residency.check_integrity({"a": 1, "b": 1}, {"a": 1})
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    slots=st.integers(1, 3),
+    patience=st.integers(1, 5),
+    requests=st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 20), st.integers(1, 6)), max_size=25),
+    data=st.data(),
+)
+def test_every_request_gets_its_version_in_the_end(slots, patience, requests, data):
+    residency = Residency(slots, patience)
+    waiting: list[tuple[str, int]] = []
+    running: list[list] = []
+    held: set[str] = set()
+    served = 0
+    for step in range(800):
+        for version, when, steps in requests:
+            if when == step:
+                residency.want(version)
+                waiting.append((version, steps))
+        moves = residency.advance()
+        assert not set(moves.evict) & {version for version, _ in running}, "evicted in use"
+        held = held - set(moves.evict) | set(moves.load)
+        assert len(held) <= slots
+        for version in residency.loading:
+            if data.draw(st.integers(0, 2)):
+                residency.loaded(version)
+        for version, steps in [request for request in waiting if residency.ready(request[0])]:
+            waiting.remove((version, steps))
+            residency.pin(version)
+            running.append([version, steps])
+        for item in running:
+            item[1] -= 1
+        for version, _ in [item for item in running if item[1] == 0]:
+            residency.unpin(version)
+            residency.unwant(version)
+            served += 1
+        running = [item for item in running if item[1]]
+        if served == len(requests):
+            break
+    assert served == len(requests)

@@ -1,0 +1,110 @@
+"""Bases that the decoder refuses, each in one sentence that says why."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loramill.errors import BaseUnusable
+from loramill.serve.model import load_decoder, read_config
+
+GOOD = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+MISTRAL = {"architectures": ["MistralForCausalLM"]}
+QWEN = {"architectures": ["Qwen2ForCausalLM"]}
+
+
+def written(folder, **changes):
+    (folder / "config.json").write_text(json.dumps({**GOOD, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; the engine serves Llama"),
+        ({"architectures": None}, "none named"),
+        ({"hidden_act": "gelu"}, "hidden_act gelu"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
+        ({**MISTRAL, "sliding_window": 64}, "sliding window of 64"),
+        ({**MISTRAL, "max_position_embeddings": 8192}, "sliding window of 4096"),
+        ({**QWEN, "use_sliding_window": True, "sliding_window": 64}, "sliding window"),
+        ({**QWEN, "layer_types": ["sliding_attention"], "sliding_window": 64}, "sliding window"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "whole heads"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
+        ({"hidden_size": None}, "garbles"),
+    ],
+)
+def test_what_the_decoder_lacks_is_refused(tmp_path, changes, words):
+    with pytest.raises(BaseUnusable, match=words):
+        read_config(written(tmp_path, **changes))
+
+
+def test_old_and_new_spellings_of_rope_agree(tmp_path):
+    old = read_config(written(tmp_path, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 4.0})).rope
+    new = {"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0}
+    assert old == read_config(written(tmp_path, rope_parameters=new)).rope
+    assert (old.theta, old.kind) == (5e5, "linear")
+
+
+def test_windows_out_of_use_are_no_obstacle(tmp_path):
+    read_config(written(tmp_path, **MISTRAL, sliding_window=None))
+    read_config(written(tmp_path, **MISTRAL, sliding_window=128))
+    read_config(written(tmp_path, **QWEN, sliding_window=64, use_sliding_window=False))
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_config_that_is_none_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BaseUnusable, match=r"config\.json"):
+        read_config(tmp_path)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    config = {key: value for key, value in GOOD.items() if key != "architectures"}
+    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(tmp_path)
+    return tmp_path, load_file(tmp_path / "model.safetensors")
+
+
+def test_a_tensor_missing_too_many_or_of_another_shape_is_named(saved):
+    folder, tensors = saved
+    norm = "model.layers.0.input_layernorm.weight"
+    broken = [
+        ({k: v for k, v in tensors.items() if k != norm}, f"lack '{norm}'"),
+        ({**tensors, "model.layers.1.mlp.up_proj.weight": torch.zeros(2)}, "hold 'model.layers.1.mlp"),
+        ({**tensors, norm: torch.zeros(3)}, rf"'{norm}' in .* is \[3\].*should be \[32\]"),
+    ]
+    for weights, words in broken:
+        save_file(weights, folder / "model.safetensors")
+        with pytest.raises(BaseUnusable, match=words):
+            load_decoder(folder, dtype=torch.float32)
+
+
+def test_files_missing_or_broken_are_named(saved):
+    folder, _ = saved
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BaseUnusable, match="can't be read"):
+        load_decoder(folder, dtype=torch.float32)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(BaseUnusable, match="lacks model-00001-of-00002"):
+        load_decoder(folder, dtype=torch.float32)
+    index.write_text("{}")
+    with pytest.raises(BaseUnusable, match="index"):
+        load_decoder(folder, dtype=torch.float32)

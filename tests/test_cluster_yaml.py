@@ -1,0 +1,77 @@
+"""cluster.yaml is what Ray's cluster launcher accepts, and what its header promises."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+PATH = Path(__file__).parents[1] / "cluster.yaml"
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    return yaml.safe_load(PATH.read_text())
+
+
+def test_ray_accepts_it(config: dict[str, Any]) -> None:
+    validate_config(prepare_config(config))
+
+
+@pytest.mark.parametrize("place", [(), ("auth",), ("docker",), ("available_node_types", "small-gpu")])
+def test_ray_refuses_a_typo(config: dict[str, Any], place: tuple[str, ...]) -> None:
+    section = config
+    for key in place:
+        section = section.setdefault(key, {})
+    section["max_wrokers"] = 3
+    with pytest.raises(jsonschema.ValidationError, match="max_wrokers"):
+        validate_config(prepare_config(config))
+
+
+def test_ray_refuses_a_head_type_that_is_not_there(config: dict[str, Any]) -> None:
+    config["head_node_type"] = "haed"
+    with pytest.raises(ValueError, match="head_node_type"):
+        validate_config(prepare_config(config))
+
+
+def test_head_without_gpu_and_workers_that_scale_from_zero(config: dict[str, Any]) -> None:
+    prepared = prepare_config(config)
+    nodes = prepared["available_node_types"]
+    families = {name: node["node_config"]["InstanceType"][0] for name, node in nodes.items()}
+    assert families.pop(prepared["head_node_type"]) not in "gp"
+    assert len(families) >= 2
+    assert set(families.values()) <= set("gp")  # AWS's families with NVIDIA GPUs begin with g or p
+    for name in families:
+        assert nodes[name]["min_workers"] == 0
+        assert 0 < nodes[name]["max_workers"] <= prepared["max_workers"]
+
+
+def test_image_has_the_ray_that_the_project_is_tested_with(config: dict[str, Any]) -> None:
+    constraints = (PATH.parent / "constraints.txt").read_text()
+    version = re.search(r"^ray==(\S+)$", constraints, re.MULTILINE)
+    assert version
+    for image in ("head_image", "worker_image"):
+        assert config["docker"][image].startswith(f"rayproject/ray:{version[1]}-py311")
+
+
+def test_header_names_only_settings_and_files_that_exist() -> None:
+    from loramill.settings import Settings
+
+    header = PATH.read_text().split("\ncluster_name:")[0]
+    variables = set(re.findall(r"LORAMILL_(\w+)=", header))
+    assert variables >= {"DATABASE_URL", "ARTIFACTS_URL", "URL", "API_KEY"}
+    for variable in variables:
+        first, *rest = variable.lower().split("__")
+        fields = Settings.model_fields
+        assert first in fields
+        if rest:
+            assert rest[0] in type(fields[first].default).model_fields
+    for file in re.findall(r"examples/\S+\.jsonl", header):
+        assert (PATH.parent / file).is_file()
+    for module in re.findall(r"python -m loramill\.(\S+?)\"", header):
+        assert (PATH.parent / (module.replace(".", "/") + ".py")).is_file()
