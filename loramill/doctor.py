@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from loramill import __version__
-from loramill.errors import BaseUnusable, LoramillError, SettingsInvalid
+from loramill.errors import LoramillError, SettingsInvalid
 from loramill.settings import Settings
 from loramill.types import Value
 
@@ -34,6 +34,8 @@ TESTED = {
     "fsspec": "2026.9.0",
     "gguf": "0.19.0",
     "httpx": "0.28.1",
+    "huggingface-hub": "2.4.0",
+    "jinja2": "3.1.6",
     "numpy": "2.4.6",
     "openai": "3.54.0",
     "peft": "0.21.2",
@@ -44,6 +46,7 @@ TESTED = {
     "rich": "15.0.0",
     "safetensors": "0.8.0",
     "sqlalchemy": "2.1.9",
+    "tokenizers": "0.23.3",
     "torch": "2.13.0",
     "transformers": "5.23.0",
     "typer": "0.29.2",
@@ -62,7 +65,8 @@ print(json.dumps({
 """
 _KERNELS = "import json; from loramill.kernels import backend; print(json.dumps(backend()))"
 _RAY = "import json, ray; from ray import serve, train; print(json.dumps(ray.__version__))"
-_PROBE_SECONDS = 180
+_PROBE_SECONDS = 180.0
+_GATEWAY_SECONDS = 3.0
 
 
 class Status(StrEnum):
@@ -118,16 +122,16 @@ def python(_: Settings) -> Iterable[Finding]:
 def packages(_: Settings) -> Iterable[Finding]:
     """loramill and what it depends on: there, within what is asked for, within what was tested."""
     from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
 
     yield Finding(what="loramill", status=Status.OK, found=__version__)
-    for text in importlib.metadata.requires("loramill") or ():
-        wanted = Requirement(text)
-        if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
-            try:
-                version = importlib.metadata.version(wanted.name)
-            except importlib.metadata.PackageNotFoundError:
-                version = None
-            yield judge(wanted.name, str(wanted.specifier), version, TESTED.get(wanted.name))
+    texts = (text for text in importlib.metadata.requires("loramill") or () if "extra ==" not in text)
+    for wanted in map(Requirement, texts):
+        try:
+            version = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        yield judge(wanted.name, str(wanted.specifier), version, TESTED.get(canonicalize_name(wanted.name)))
 
 
 def judge(name: str, wanted: str, version: str | None, tested: str | None) -> Finding:
@@ -222,7 +226,7 @@ def base(settings: Settings) -> Iterable[Finding]:
         return
     try:
         found = find_base(name, settings.cache)
-    except BaseUnusable as error:
+    except LoramillError as error:
         yield Finding(what="base", status=Status.ERROR, found=f"{name}: unusable", mend=error.message)
     else:
         described = f"{found.name}: {found.architecture}, {found.context_length} tokens, in {found.folder}"
@@ -281,7 +285,7 @@ def gateway(settings: Settings) -> Iterable[Finding]:
 
     url = settings.gateway
     try:
-        with httpx.Client(timeout=3.0, trust_env=False) as http:
+        with httpx.Client(timeout=_GATEWAY_SECONDS, trust_env=False) as http:
             alive, ready = http.get(f"{url}/healthz"), http.get(f"{url}/readyz")
     except httpx.ConnectError:
         yield Finding(what="gateway", status=Status.OK, found=f"not running at {url}; `loramill up` starts it")
@@ -328,7 +332,7 @@ def _probe(code: str) -> Any:
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
-        raise _ProbeError(f"doesn't start within {_PROBE_SECONDS} s") from error
+        raise _ProbeError(f"doesn't start within {_PROBE_SECONDS:.0f} s") from error
     if ended.returncode < 0:
         raise _ProbeError(f"is ended by {signal.Signals(-ended.returncode).name} as it starts")
     if ended.returncode:

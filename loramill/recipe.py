@@ -113,9 +113,9 @@ def resolve_spec(
 
 
 def hyperparameters_of(spec: JobSpec, examples: int) -> dict[str, int | float]:
-    """A spec in OpenAI's terms, as a job object shows them; `n_epochs` is rounded to at least 1."""
+    """A spec in OpenAI's terms, as a job object shows them; `n_epochs` counts whole passes, at least 1."""
     return {
-        "n_epochs": max(1, round(spec.steps * spec.batch_size / examples)),
+        "n_epochs": max(1, spec.steps * spec.batch_size // examples),
         "batch_size": spec.batch_size,
         "learning_rate_multiplier": round(spec.learning_rate / LEARNING_RATE, 6),
     }

@@ -17,7 +17,6 @@ from loramill.errors import LoramillError, Overloaded, Unavailable
 from loramill.registry import Registry
 from loramill.serve.api.app import build_api
 from loramill.serve.protocol import TextChunk, TextRequest
-from loramill.serve.replica import Replica
 from loramill.settings import Settings
 
 APP = "loramill"
@@ -28,6 +27,8 @@ class EngineDeployment:
     """An engine replica as a Serve deployment."""
 
     def __init__(self, settings: Settings) -> None:
+        from loramill.serve.replica import Replica  # torch, which the gateway and the driver can do without
+
         registry = Registry.open(settings.database, settings.artifacts)
         base = find_base(settings.base, settings.cache)
         self._replica = Replica(base, registry.artifacts.fetch, settings.serve)

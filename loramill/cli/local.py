@@ -60,9 +60,9 @@ def doctor(json: show.AsJson = False) -> None:
     else:
         grid = [(show.status(each.status), each.what, each.found) for each in findings]
         show.table(("", "WHAT", "FOUND"), grid, empty="Nothing to examine.")
-        for each in findings:
-            if each.mend:
-                show.line("")
-                show.screen().print(show.status(each.status).append(f"  {each.what}: {each.mend}", style=""))
+        mends = [(show.status(each.status), each.what, each.mend) for each in findings if each.mend]
+        if mends:
+            show.line("")
+            show.table(("", "WHAT", "HOW TO MEND IT"), mends, empty="")
     if any(each.status is Status.ERROR for each in findings):
         raise typer.Exit(1)

@@ -57,20 +57,14 @@ class Folder:
     def sweep(self, known: Collection[str], older_than: float) -> int:
         """Removes what is older than so many seconds and isn't known. Returns how many artifacts and leftovers."""
         before = time.time() - older_than
-        unknown = [
-            path for path in self.root.glob("[0-9a-f][0-9a-f]/*") if is_hash(path.name) and path.name not in known
-        ]
-        swept = 0
-        for path in unknown:
-            if path.stat().st_mtime <= before:
-                # Renamed first: so it is never there by halves.
-                path.rename(self._reserve())
-                swept += 1
-        for path in self._temporary.glob("*"):
-            if path.stat().st_mtime <= before:
-                shutil.rmtree(path)
-                swept += 1
-        return swept
+        discarded = [path for path in self._temporary.glob("*") if _is_old(path, before)]
+        for path in self.root.glob("[0-9a-f][0-9a-f]/*"):
+            if is_hash(path.name) and path.name not in known and _is_old(path, before):
+                # Renamed first, so that it is never there by halves.
+                discarded.append(path.rename(self._reserve()))
+        for path in discarded:
+            shutil.rmtree(path)
+        return len(discarded)
 
     def _path(self, artifact: str) -> Path:
         return self.root / artifact[:2] / artifact
@@ -110,6 +104,13 @@ def _check(folder: Path, manifest: Manifest) -> None:
         except FileNotFoundError as error:
             raise corrupt(str(folder), name) from error
         manifest.check(name, found, str(folder))
+
+
+def _is_old(path: Path, before: float) -> bool:
+    try:
+        return path.stat().st_mtime <= before
+    except FileNotFoundError:
+        return False  # renamed by the `put` that was building it
 
 
 def _make_folder(path: Path) -> None:

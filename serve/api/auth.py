@@ -37,10 +37,6 @@ class Caller:
             )
         return self.tenant
 
-    def sees(self, tenant: str) -> bool:
-        """Whether what belongs to `tenant` exists for this caller."""
-        return self.tenant == tenant or (self.admin and self.tenant is None)
-
     def check_adapter(self, tenant: str) -> None:
         """Raises Forbidden unless the caller may use the adapters of `tenant`; looks nothing up, so tells nothing."""
         if not self.admin and self.tenant != tenant:

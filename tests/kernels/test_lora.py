@@ -35,7 +35,7 @@ def owners(popularity: str, rows: int) -> list[int | None]:
     if popularity == "distinct":
         return [i % 12 for i in range(rows)]
     if popularity == "zipf":
-        return sorted((min(11, int(1 / (draw.random() + 1e-9)) - 1) for _ in range(rows)))
+        return sorted(min(11, int(1 / (draw.random() + 1e-9)) - 1) for _ in range(rows))
     if popularity == "skewed":
         return [None if i < rows // 2 else 3 if i < rows - 1 else 5 for i in range(rows)]
     return [draw.choice([None, *range(12)]) for _ in range(rows)]
@@ -97,7 +97,8 @@ def test_a_view_of_a_wider_output_is_written_in_place(loaded):
 def test_an_adapter_of_nan_touches_its_own_rows_alone():
     slab = Slab([SITE], slots=2)
     good, bad = slab.allocate(), slab.allocate()
-    nan = {m: Delta(torch.full((4, 37), torch.nan), torch.full((w, 4), torch.nan)) for m, w in zip("qkv", (29, 5, 11))}
+    sizes = {"q": 29, "k": 5, "v": 11}
+    nan = {m: Delta(torch.full((4, 37), torch.nan), torch.full((w, 4), torch.nan)) for m, w in sizes.items()}
     slab.load(good, pack([SITE], random_adapter(1)))
     slab.load(bad, pack([SITE], nan))
     x, y = torch.randn(5, 37), torch.randn(5, 45)

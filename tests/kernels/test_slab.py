@@ -67,14 +67,14 @@ def test_broken_books_are_found(broken):
     slot = slab.allocate()
     slab.load(slot, pack(SITES, {}))
     slab._free.append(slab._free[0] if broken == "twice" else slot.index)
-    with pytest.raises(EngineFault, match="[Ff]ree"):
+    with pytest.raises(EngineFault, match=r"[Ff]ree"):
         slab.check_integrity()
 
 
 def test_an_unknown_backend_is_a_setting_to_correct(monkeypatch):
     kernels.backend.cache_clear()
     monkeypatch.setenv("LORAMILL_KERNELS", "abacus")
-    with pytest.raises(SettingsInvalid, match="abacus.*reference"):
+    with pytest.raises(SettingsInvalid, match=r"abacus.*reference"):
         kernels.backend()
     monkeypatch.setenv("LORAMILL_KERNELS", "reference")
     assert kernels.backend() == "reference"

@@ -357,7 +357,13 @@ def test_weights_are_hashed_once_and_again_when_they_change(
         os.utime(folder / "model.safetensors")
         with pytest.raises(pytest.fail.Exception):
             find_base(str(folder), cache)
-    next((cache / "weights").iterdir()).write_text("half")  # a cache that something damaged
+
+
+def test_a_damaged_hash_in_the_cache_is_not_used(folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = find_base(str(folder), cache)
+    (known,) = (cache / "weights").iterdir()
+    known.write_text("half")
     assert find_base(str(folder), cache) == first
 
 

@@ -304,3 +304,10 @@ def test_a_stream_ends_with_what_it_has(tokenizer: ChatTokenizer) -> None:
     said = [stream.push([token]) for token in tokens[:-1]]
     assert "".join(said) == "ok"
     assert stream.finish() == " \ufffd"  # the space shares a token with half the crab
+
+
+def test_a_long_stream_keeps_little(tokenizer: ChatTokenizer) -> None:
+    stream = TextStream(tokenizer)
+    for token in tokenizer.text("word " * 200):
+        stream.push([token])
+        assert len(stream._window) <= 3

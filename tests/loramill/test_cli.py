@@ -66,7 +66,8 @@ def shown(*words: str) -> Any:
 
 
 def process(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
+    # os.environ, not the process's own: the readline that pytest loads puts a COLUMNS into that.
+    return subprocess.run([*COMMAND, *words], env={**os.environ}, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -261,7 +262,6 @@ def test_a_pipe_gets_whole_rows_without_colour(here: RunningGateway, tenant: str
     job = ok("submit", f"{tenant}/{'long' * 15}", "--train", train).stdout.strip()
     ran = process("jobs", "--tenant", tenant)
     assert "\x1b" not in ran.stdout
-    print(ran.stdout, {k: v for k, v in os.environ.items() if "COL" in k or "TERM" in k})
     (line,) = ran.stdout.splitlines()[1:]
     assert job in line and "long" * 15 in line and "queued" in line
 

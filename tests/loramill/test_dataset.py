@@ -133,6 +133,10 @@ def test_a_bad_file_is_named(raw: bytes, says: str) -> None:
     assert says in problems(raw)[0]
 
 
+def test_a_byte_order_mark_is_the_only_problem_it_makes() -> None:
+    assert len(problems(b"\xef\xbb\xbf" + GOOD.encode())) == 1
+
+
 def test_every_problem_is_found_at_once() -> None:
     raw = b"\xef\xbb\xbf{\n" + GOOD.encode() + b"\n\xff\n{}"
     assert [problem.split(":")[0] for problem in problems(raw)] == [f"train.jsonl, line {n}" for n in (1, 1, 3, 4)]

@@ -146,7 +146,7 @@ def make_spec(registry: Registry) -> Callable[..., JobSpec]:
     files: dict[str, str] = {}
 
     def make(adapter: str = "acme/support", **changes: object) -> JobSpec:
-        tenant = adapter.split("/")[0]
+        tenant = adapter.partition("/")[0]
         if tenant not in files:
             with registry.writing() as session:
                 tenants.create(session, tenant)

@@ -114,7 +114,7 @@ def test_a_version_of_another_adapter_is_refused(session):
     adapters.ensure(session, other)
     adapters.add_version(session, a_version("aaaaaaaa1"))
     adapters.add_version(session, a_version("cccccccc", other))
-    with pytest.raises(NotFound, match="acme/support.*has no version"):
+    with pytest.raises(NotFound, match=r"acme/support.*has no version"):
         adapters.promote(session, NAME, a_version("cccccccc").id, "mixed up")
     with pytest.raises(NotFound):
         adapters.move(session, NAME, Alias.CHALLENGER, a_version("cccccccc").id, "mixed up")

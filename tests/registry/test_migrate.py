@@ -103,7 +103,7 @@ def test_a_newer_database_is_left_alone(database_url):
     with engine.execution_options(loramill_writing=True).begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     for attempt in (migrate, open_at):
-        with pytest.raises(DatabaseUnusable, match="'9999'.*newer loramill"):
+        with pytest.raises(DatabaseUnusable, match=r"'9999'.*newer loramill"):
             attempt(database_url)
     with engine.connect() as connection:
         assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "9999"
@@ -144,7 +144,7 @@ def test_a_broken_file_is_left_as_it_was(tmp_path, breakage):
     migrate(f"sqlite:///{path}")
     breakage(path)
     before = hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.raises(DatabaseUnusable, match="left as it is.*backup") as error:
+    with pytest.raises(DatabaseUnusable, match=r"left as it is.*backup") as error:
         migrate(f"sqlite:///{path}")
     assert str(path) in error.value.message
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before
@@ -160,7 +160,7 @@ def test_opening_a_file_that_is_no_database(tmp_path):
 
 
 def test_opening_does_not_create(tmp_path):
-    with pytest.raises(DatabaseUnusable, match="no database at.*loramill up"):
+    with pytest.raises(DatabaseUnusable, match=r"no database at.*loramill up"):
         open_at(f"sqlite:///{tmp_path / 'loramill.db'}")
     assert list(tmp_path.iterdir()) == []
 
@@ -173,7 +173,7 @@ def test_a_folder_in_place_of_the_file(tmp_path):
 
 def test_a_folder_that_can_not_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DatabaseUnusable, match="folder .* can't be created"):
+    with pytest.raises(DatabaseUnusable, match=r"folder .* can't be created"):
         migrate(f"sqlite:///{tmp_path / 'file' / 'sub' / 'loramill.db'}")
 
 
@@ -202,7 +202,7 @@ def test_urls_that_can_not_work(url, message):
 
 
 def test_a_database_that_the_server_does_not_have(postgresql_server):
-    with pytest.raises(DatabaseUnusable, match="can't be reached.*does not exist"):
+    with pytest.raises(DatabaseUnusable, match=r"can't be reached.*does not exist"):
         open_at(f"{postgresql_server}/nowhere")
 
 

@@ -32,7 +32,7 @@ def test_create_with_autos(client: OpenAI, site: Any, tenant: str, file: str, va
     assert (job.training_file, job.validation_file, job.seed) == (file, valid, 0)
     assert job.fine_tuned_model is None and job.finished_at is None and job.error is None and job.result_files == []
     # 40 examples: batches of 10; 3 epochs are 12 steps, which is too few.
-    assert job.hyperparameters.to_dict() == {"n_epochs": 8, "batch_size": 10, "learning_rate_multiplier": 1.0}
+    assert job.hyperparameters.to_dict() == {"n_epochs": 7, "batch_size": 10, "learning_rate_multiplier": 1.0}
     assert job.method is not None and job.method.type == "supervised"
     own = job.loramill  # type: ignore[attr-defined]
     assert (own["adapter"], own["step"], own["steps"], own["attempt"]) == (f"{tenant}/default", 0, 30, 0)
@@ -104,7 +104,7 @@ def test_life_of_a_job(client: OpenAI, site: Any, tenant: str, file: str) -> Non
     done = client.fine_tuning.jobs.retrieve(job.id)
     assert (done.status, done.fine_tuned_model) == ("succeeded", f"{tenant}/default@{version[:12]}")
     assert done.finished_at is not None and done.trained_tokens == 99
-    assert done.loramill["step"] == 3 and done.loramill["attempt"] == 1  # type: ignore[attr-defined]
+    assert done.loramill["step"] == 30 and done.loramill["attempt"] == 1  # type: ignore[attr-defined]
     answer = client.chat.completions.create(model=done.fine_tuned_model, messages=[{"role": "user", "content": "hi"}])
     assert answer.choices[0].message.content == "hi"
     events = client.fine_tuning.jobs.list_events(job.id).data

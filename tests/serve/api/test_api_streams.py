@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any, cast
 
 import httpx
 import openai
@@ -30,11 +31,12 @@ class Failing(EchoBackend):
 
     async def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:
         count = 0
-        async for chunk in super().generate(request):
-            if count == self._after:
-                raise self._error
-            count += 1
-            yield chunk
+        async with aclosing(cast("AsyncGenerator[TextChunk, None]", super().generate(request))) as chunks:
+            async for chunk in chunks:
+                if count == self._after:
+                    raise self._error
+                count += 1
+                yield chunk
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

@@ -1,4 +1,4 @@
-"""Random days: arrivals, cancels, shortages, failing loads; every answer right or typed, the books checked each step."""
+"""Random days: arrivals, cancels, shortages, failing loads. Answers are right or typed, the books hold at each step."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -101,13 +101,14 @@ def test_a_failed_fetch_gives_the_slot_back_and_may_be_tried_again():
     slots=st.integers(1, 3),
     patience=st.integers(1, 5),
     requests=st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 20), st.integers(1, 6)), max_size=25),
-    data=st.data(),
+    delay=st.integers(0, 4),
 )
-def test_every_request_gets_its_version_in_the_end(slots, patience, requests, data):
+def test_every_request_gets_its_version_in_the_end(slots, patience, requests, delay):
     residency = Residency(slots, patience)
     waiting: list[tuple[str, int]] = []
     running: list[list] = []
     held: set[str] = set()
+    due: dict[str, int] = {}
     served = 0
     for step in range(800):
         for version, when, steps in requests:
@@ -118,8 +119,9 @@ def test_every_request_gets_its_version_in_the_end(slots, patience, requests, da
         assert not set(moves.evict) & {version for version, _ in running}, "evicted in use"
         held = held - set(moves.evict) | set(moves.load)
         assert len(held) <= slots
+        due.update(dict.fromkeys(moves.load, step + delay))
         for version in residency.loading:
-            if data.draw(st.integers(0, 2)):
+            if due[version] == step:
                 residency.loaded(version)
         for version, steps in [request for request in waiting if residency.ready(request[0])]:
             waiting.remove((version, steps))

@@ -1,0 +1,132 @@
+"""A worker on a real record and the real base, without Ray."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from loramill.bases import Base, load_for_training
+from loramill.chat import ChatTokenizer
+from loramill.errors import TrainingDiverged
+from loramill.jobs import worker as worker_module
+from loramill.jobs.worker import Worker, run_next, work
+from loramill.names import AdapterName
+from loramill.registry import Registry, adapters, datasets, jobs, migrate, tenants
+from loramill.settings import JobSettings
+from loramill.types import JobRecord, JobSpec, JobStatus
+
+ROWS = b"".join(
+    json.dumps(
+        {"messages": [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word.upper()}]}
+    ).encode()
+    + b"\n"
+    for word in "one two three four five six seven eight".split()
+)
+
+
+@pytest.fixture(scope="module")
+def model(base: Base) -> torch.nn.Module:
+    return load_for_training(base, torch.bfloat16)
+
+
+@pytest.fixture
+def worker(tmp_path: Path, base: Base, model: torch.nn.Module) -> Worker:
+    database = f"sqlite:///{tmp_path / 'record.db'}"
+    migrate(database)
+    registry = Registry.open(database, (tmp_path / "artifacts").as_uri())
+    with registry.writing() as session:
+        tenants.create(session, "acme")
+    settings = JobSettings(lease_seconds=20, max_attempts=2)
+    return Worker("w1", registry, base, model, ChatTokenizer.load(base.folder), tmp_path / "checkpoints", settings)
+
+
+def submit(worker: Worker, raw: bytes = ROWS, **fields: object) -> JobRecord:
+    artifact = worker.registry.artifacts.put({"data.jsonl": raw})
+    with worker.registry.writing() as session:
+        dataset = datasets.create(session, "acme", "rows.jsonl", artifact, len(raw), 8).id
+        spec = {"base": worker.base.fingerprint, "adapter": "acme/loud", "train": dataset, "steps": 2, "batch_size": 2}
+        return jobs.submit(session, JobSpec.model_validate(spec | {"rank": 4} | fields), {})
+
+
+def now(worker: Worker, job: JobRecord) -> JobRecord:
+    with worker.registry.reading() as session:
+        return jobs.get(session, job.id)
+
+
+def test_a_job_becomes_a_version_that_peft_loads(worker: Worker) -> None:
+    job = submit(worker)
+    assert run_next(worker)
+    done = now(worker, job)
+    assert (done.status, done.step) == (JobStatus.SUCCEEDED, 2)
+    folder = worker.registry.artifacts.fetch(done.version or "")
+    tuned = PeftModel.from_pretrained(load_for_training(worker.base, torch.bfloat16), folder)
+    assert tuned.peft_config["default"].r == 4
+    origin = json.loads((folder / "loramill.json").read_text())
+    assert (origin["job"], origin["base"]) == (job.id, worker.base.fingerprint)
+    with worker.registry.reading() as session:
+        assert adapters.get(session, AdapterName("acme", "loud")).champion == done.version
+        metrics = [event for event in jobs.events(session, job.id) if event.kind == "metrics"]
+    assert [event.data["step"] for event in metrics] == [1, 2]
+    assert not (worker.checkpoints / job.id).exists()
+
+
+def test_what_would_fail_again_is_not_tried_again(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(*_: object, **__: object) -> None:
+        raise TrainingDiverged("NaN")
+
+    monkeypatch.setattr(worker_module, "run_job", diverge)
+    job = submit(worker)
+    assert run_next(worker)
+    assert (now(worker, job).status, now(worker, job).error_code) == (JobStatus.FAILED, "training_diverged")
+
+
+def test_what_may_pass_is_tried_until_attempts_are_used_up(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stumble(*_: object, **__: object) -> None:
+        raise OSError("the network went away")
+
+    monkeypatch.setattr(worker_module, "run_job", stumble)
+    job = submit(worker)
+    assert run_next(worker)
+    assert now(worker, job).status is JobStatus.QUEUED
+    assert run_next(worker)
+    assert now(worker, job).status is JobStatus.FAILED
+    assert "the network went away" in (now(worker, job).error_message or "")
+    assert not run_next(worker)
+
+
+def test_a_job_for_another_base_says_so(worker: Worker) -> None:
+    job = submit(worker, base="0" * 64)
+    assert run_next(worker)
+    assert now(worker, job).error_code == "base_unusable"
+
+
+def test_a_worker_that_lost_its_lease_publishes_nothing(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = submit(worker)
+    publish = worker_module.publish
+
+    def slow_publish(*arguments: object) -> None:
+        with worker.registry.writing() as session:
+            assert jobs.lease(session, "w2", now=time.time() + 60, seconds=20, max_attempts=5) is not None
+        publish(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(worker_module, "publish", slow_publish)
+    assert run_next(worker)
+    other = now(worker, job)
+    assert (other.status, other.owner, other.version) == (JobStatus.RUNNING, "w2", None)
+    with worker.registry.reading() as session:
+        assert adapters.list_of(session, None) == []
+
+
+def test_work_goes_on_until_told(worker: Worker) -> None:
+    first, second = submit(worker), submit(worker, seed=1)
+    assert work(worker, until=lambda idle: idle > 0.1) == 2
+    assert {now(worker, first).status, now(worker, second).status} == {JobStatus.SUCCEEDED}
+    with worker.registry.reading() as session:
+        found = adapters.get(session, AdapterName("acme", "loud"))
+    assert found.champion == now(worker, first).version
+    assert found.challenger == now(worker, second).version

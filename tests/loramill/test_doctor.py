@@ -1,0 +1,214 @@
+"""`loramill doctor`: findings of the checks, each well and ill, and the command as a whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from typer.testing import CliRunner
+
+from loramill import doctor, smollm2
+from loramill.cli import app
+from loramill.doctor import Finding, Status
+from loramill.registry.migrate import migrate
+from loramill.settings import Settings
+
+from .conftest import RunningGateway
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [*os.environ]:
+        if name.startswith("LORAMILL_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORAMILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LORAMILL_URL", "http://127.0.0.1:9")
+
+
+def one(check: Callable[[Settings], Iterable[Finding]], **said: object) -> Finding:
+    (finding,) = check(Settings.load(**said))
+    assert bool(finding.mend) == (finding.status is not Status.OK), "what isn't well says how to mend it, and only that"
+    return finding
+
+
+def test_what_was_tested_is_what_the_constraints_pin() -> None:
+    lines = (line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    pins = {canonicalize_name(name): version for name, version in lines}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [canonicalize_name(Requirement(text).name) for text in project["dependencies"]]
+    assert {name: pins.get(name) for name in wanted} == doctor.TESTED
+
+
+@pytest.mark.parametrize(
+    ("version", "status", "says"),
+    [
+        (None, Status.ERROR, "not installed"),
+        ("2.59.0", Status.ERROR, "needs"),
+        ("3.0.0", Status.ERROR, "needs"),
+        ("2.60.0", Status.OK, "2.60.0"),
+        ("2.60.3", Status.OK, "2.60.3"),
+        ("2.61.0", Status.WARN, "tested"),
+        ("2.60.0+cpu", Status.OK, "cpu"),
+    ],
+)
+def test_a_package_is_judged_by_its_version(version: str | None, status: Status, says: str) -> None:
+    finding = doctor.judge("ray", ">=2.60,<3", version, "2.60.0")
+    assert (finding.what, finding.status) == ("ray", status)
+    assert says in finding.found
+    assert ("pip install" in finding.mend) == (status is not Status.OK)
+
+
+def test_this_machine_has_what_loramill_needs() -> None:
+    found = {finding.what: finding for finding in doctor.packages(Settings.load())}
+    assert {"loramill", "torch", "ray"} <= set(found)
+    assert {finding.status for finding in found.values()} <= {Status.OK, Status.WARN}
+
+
+def test_the_processor_and_gpu_are_told() -> None:
+    flags = frozenset({"avx2", "avx512_bf16"})
+    assert doctor.cpu("AVX512", flags, 2, 1).found == "AVX2, AVX512-BF16; 2 cores, torch uses 1 threads"
+    assert doctor.cpu("DEFAULT", frozenset(), 2, 1).status is not Status.ERROR
+    assert "H100 (80 GiB), CUDA 13.0" in doctor.gpu([("H100", 80 << 30)], "13.0", True).found
+    assert doctor.gpu([], None, False).status is Status.OK
+    assert "CUDA" in doctor.gpu([], None, True).mend
+    assert "nvidia-smi" in doctor.gpu([], "13.0", True).mend
+
+
+def test_a_torch_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_TORCH", "raise ImportError('libtorch.so: no such file')")
+    assert "libtorch.so" in one(doctor.hardware).found
+    monkeypatch.setattr(doctor, "_TORCH", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
+    finding = one(doctor.hardware)
+    assert finding.status is Status.ERROR and "SIGILL" in finding.found
+    monkeypatch.setattr(doctor, "_TORCH", "import time; time.sleep(60)")
+    monkeypatch.setattr(doctor, "_PROBE_SECONDS", 0.2)
+    assert "doesn't start" in one(doctor.hardware).found
+
+
+def test_the_kernels_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_KERNELS", "print('\"cpu\"')")
+    backend, compiler = doctor.kernels(Settings.load())
+    assert (backend.status, backend.found, compiler.status) == (Status.OK, "cpu", Status.OK)
+    monkeypatch.undo()
+    monkeypatch.setenv("LORAMILL_KERNELS", "none")
+    monkeypatch.setenv("PATH", "")
+    backend, compiler = doctor.kernels(Settings.load())
+    assert (backend.status, compiler.status) == (Status.ERROR, Status.WARN)
+    assert "LORAMILL_KERNELS=none" in backend.found
+
+
+def test_the_base_is_told_and_never_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    assert "converted at first use" in one(doctor.base, cache=cache).found
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    missing = one(doctor.base, cache=cache)
+    assert missing.status is Status.ERROR and "pip install" in missing.mend
+    assert "hub" in one(doctor.base, cache=cache, base="Qwen/Qwen3-0.6B").found
+    assert one(doctor.base, cache=cache, base="nothing").status is Status.ERROR
+    assert one(doctor.base, cache=cache, base="./nothing").status is Status.ERROR
+    assert not (cache / "bases" / f"{smollm2.NAME}-{smollm2.REVISION}").exists()
+
+
+def test_a_usable_base_is_described(base: object) -> None:
+    finding = one(doctor.base)
+    assert finding.status is Status.OK and "LlamaForCausalLM, 8192 tokens" in finding.found
+
+
+def test_folders_are_examined_and_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, cache = doctor.folders(Settings.load(home=tmp_path / "a/b", cache=tmp_path))
+    assert (home.status, cache.status) == (Status.OK, Status.OK)
+    assert "made at first use" in home.found and "made" not in cache.found
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    home, _ = doctor.folders(Settings.load(home=tmp_path / "file/home", cache=tmp_path))
+    assert home.status is Status.ERROR and "LORAMILL_HOME" in home.mend
+    monkeypatch.setattr("loramill.local.FREE_BYTES", 1 << 62)
+    home, cache = doctor.folders(Settings.load(home=tmp_path, cache=tmp_path))
+    assert (home.status, cache.status) == (Status.ERROR, Status.ERROR) and "LORAMILL_CACHE" in cache.mend
+
+
+def test_the_database_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "loramill.db"
+    assert "not there yet" in one(doctor.database, home=tmp_path).found
+    assert not path.exists()
+    migrate(f"sqlite:///{path}")
+    assert "newest migration" in one(doctor.database, home=tmp_path).found
+    with sqlite3.connect(path) as connection:
+        connection.execute("DELETE FROM alembic_version")
+    connection.close()
+    assert "migrat" in one(doctor.database, home=tmp_path).mend
+    path.write_bytes(b"no database at all, but long enough to be looked at" * 99)
+    broken = one(doctor.database, home=tmp_path)
+    assert broken.status is Status.ERROR and str(path) in broken.mend
+    assert one(doctor.database, database_url="mysql://host/name").status is Status.ERROR
+
+
+def test_the_gateway_is_told(gateway: RunningGateway) -> None:
+    assert "up and ready" in one(doctor.gateway, url=gateway.url).found
+    assert "not running" in one(doctor.gateway).found
+    assert one(doctor.gateway, url="nonsense").status is Status.WARN
+
+
+def test_another_program_on_the_port_is_told() -> None:
+    script = "import http.server as h; s = h.HTTPServer(('127.0.0.1', 0), h.SimpleHTTPRequestHandler)"
+    script += "; print(s.server_port, flush=True); s.serve_forever()"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as other:
+        assert other.stdout is not None
+        finding = one(doctor.gateway, url=f"http://127.0.0.1:{int(other.stdout.readline())}")
+        other.kill()
+    assert finding.status is Status.ERROR and "another program" in finding.found
+
+
+def test_a_port_that_speaks_no_http_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "_GATEWAY_SECONDS", 0.2)
+        assert one(doctor.gateway, url=f"http://127.0.0.1:{listener.getsockname()[1]}").status is Status.WARN
+
+
+def test_wrong_settings_are_a_finding_and_the_rest_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAMILL_SURPRISE", "1")
+    settings, (finding,) = doctor.read_settings()
+    assert finding.status is Status.ERROR and "LORAMILL_SURPRISE" in finding.mend
+    assert settings.home == Path("~/.loramill").expanduser()
+
+
+def test_a_check_that_breaks_is_a_finding_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Settings) -> Iterable[Finding]:
+        yield Finding(what="half", status=Status.OK, found="done")
+        raise ModuleNotFoundError("No module named 'sqlalchemy'")
+
+    monkeypatch.setattr(doctor, "CHECKS", (broken, doctor.python))
+    settings, half, error, python = doctor.examine()
+    assert (settings.status, half.what, python.what) == (Status.OK, "half", "python")
+    assert error.status is Status.ERROR and "sqlalchemy" in error.found and error.what == "broken"
+
+
+def test_the_command_tells_all_and_is_0_where_loramill_is_usable() -> None:
+    command = [sys.executable, "-m", "loramill.cli", "doctor", "--json"]
+    ran = subprocess.run(command, env={**os.environ}, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    whats = {finding["what"] for finding in json.loads(ran.stdout)}
+    assert {"settings", "python", "torch", "ray", "cpu", "gpu", "kernels", "C compiler", "base", "home"} <= whats
+    assert {"cache", "database", "gateway", "ray starts"} <= whats
+
+
+def test_the_command_is_1_where_something_must_be_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.python, doctor.base))
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
+    monkeypatch.setenv("LORAMILL_BASE", "nothing")
+    ran = CliRunner().invoke(app, ["doctor"])
+    assert ran.exit_code == 1
+    assert "error" in ran.stdout and "There is no base 'nothing'" in ran.stdout
