@@ -39,7 +39,10 @@ from loramill.registry import nightly as records
 from loramill.settings import Settings
 
 T = TypeVar("T")
+Up = subprocess.Popen[bytes]
 HERE = Path(__file__).parent
+#: The example tenant whose new data are an accident (see README.md).
+SPOILED = "copperline"
 RECIPE = {"rank": 16, "learning_rate": 2e-3, "batch_size": 16, "steps": 40, "checkpoint_every": 10}
 console = Console()
 
@@ -71,12 +74,12 @@ def main() -> int:
     options = parser.parse_args()
     begun = time.monotonic()
     tenants = own_tenants(options.folders) if options.folders else example_tenants()
-    with running(options.home.absolute()) as client:
+    with running(options.home.absolute()) as (client, up):
         submit_all(client, tenants)
-        curves = watch_jobs(client)
+        curves = watch_jobs(client, up)
         rows, samples = compare(client, tenants)
         console.print(comparison(rows))
-        night = run_night(client, tenants, options.home.absolute())
+        night = run_night(client, tenants)
     seconds = time.monotonic() - begun
     write_report(options.report, rows=rows, curves=curves, samples=samples, night=night, seconds=seconds)
     console.print(f"{seconds / 60:.1f} minutes; report: {options.report}")
@@ -116,7 +119,7 @@ def read_tenant(folder: Path, night: Path) -> Tenant:
         test=test.examples,
         new=new.read_bytes() if new.exists() else None,
         new_valid=new_valid.read_bytes() if new_valid.exists() else None,
-        spoiled=(night / "SPOILED").exists(),
+        spoiled=folder.name == SPOILED and new.exists(),
     )
 
 
@@ -130,8 +133,8 @@ def mixed_up(train: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def running(home: Path) -> Iterator[Client]:
-    """Runs `loramill up` on an emptied home and a free port, and yields an admin's client."""
+def running(home: Path) -> Iterator[tuple[Client, Up]]:
+    """Runs `loramill up` on an emptied home and a free port, and yields an admin's client and the process."""
     loramill = [sys.executable, "-m", "loramill.cli"]
     if home.exists():
         subprocess.run([*loramill, "down"], env={**os.environ, "LORAMILL_HOME": str(home)}, check=False)
@@ -146,13 +149,13 @@ def running(home: Path) -> Iterator[Client]:
     }
     up = subprocess.Popen([*loramill, "up"])
     try:
-        yield wait_until_up(up)
+        yield wait_until_up(up), up
     finally:
         up.terminate()
         up.wait()
 
 
-def wait_until_up(up: subprocess.Popen[bytes]) -> Client:
+def wait_until_up(up: Up) -> Client:
     """Waits for the gateway; `up` itself says what it is doing, and why if it can't."""
     settings = Settings.load()
     while up.poll() is None:
@@ -172,14 +175,14 @@ def submit_all(client: Client, tenants: list[Tenant]) -> None:
         console.print(f"{tenant.model}: {len(tenant.train.splitlines())} examples, job {job.id}")
 
 
-def watch_jobs(client: Client) -> dict[str, Curve]:
+def watch_jobs(client: Client, up: Up) -> dict[str, Curve]:
     """Shows the jobs as they train; returns their loss curves, by adapter."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         bars = {job.id: progress.add_task(job.adapter, total=job.steps, note="queued") for job in client.jobs()}
         waiting = set(bars)
         while waiting:
-            for job in patiently(lambda: list(client.jobs())):
+            for job in patiently(lambda: list(client.jobs()), up):
                 progress.update(bars[job.id], completed=job.step, note=job.status.value)
                 if job.failure is not None:
                     raise job.failure
@@ -189,12 +192,14 @@ def watch_jobs(client: Client) -> dict[str, Curve]:
     return {job.adapter: loss_curve(client, job.id) for job in client.jobs()}
 
 
-def patiently(ask: Callable[[], T]) -> T:
-    """Asks again while the gateway is away: `up` brings it back."""
+def patiently(ask: Callable[[], T], up: Up) -> T:
+    """Asks again while the gateway is away, as long as `up` lives to bring it back."""
     while True:
         try:
             return ask()
         except (NotRunning, Unavailable):
+            if up.poll() is not None:
+                raise
             time.sleep(1.0)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from typing import Any
 
 import torch
+from fsspec.core import url_to_fs
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -20,8 +20,7 @@ from loramill.settings import Settings
 
 def run_session(settings: Settings) -> None:
     """Runs one session until it has been idle for `idle_seconds`. A killed worker is restarted by Ray Train."""
-    name, storage = f"session-{uuid.uuid4().hex[:12]}", settings.home / "sessions"
-    jobs = settings.jobs
+    name, jobs = f"session-{uuid.uuid4().hex[:12]}", settings.jobs
     trainer = TorchTrainer(
         lease_and_train,
         train_loop_config={"settings": settings.model_dump(mode="json"), "name": name},
@@ -29,13 +28,14 @@ def run_session(settings: Settings) -> None:
         scaling_config=ScalingConfig(
             num_workers=1, use_gpu=jobs.use_gpu, resources_per_worker={"GPU": 1} if jobs.use_gpu else {"CPU": 1}
         ),
-        run_config=RunConfig(name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=-1)),
+        run_config=RunConfig(name=name, storage_path=settings.sessions, failure_config=FailureConfig(max_failures=-1)),
     )
     try:
         trainer.fit()
     finally:
         # The name is never used again, and everything that matters is in the record.
-        shutil.rmtree(storage / name, ignore_errors=True)
+        files, root = url_to_fs(settings.sessions)
+        files.rm(f"{root}/{name}", recursive=True)
 
 
 def lease_and_train(config: dict[str, Any]) -> None:

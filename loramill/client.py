@@ -47,6 +47,9 @@ class Client:
     A tenant's key acts for its tenant. An admin's key acts for `organization`, and for the tenant in
     the adapter's name where there is one. `timeout` (seconds) bounds the wait for one answer.
 
+    A `Source` of examples is a JSONL file's path, its content as bytes, or an uploaded file (or its id,
+    `file-…`); `Messages` are a list such as [{"role": "user", "content": "Hello"}], or what the user says.
+
     Every method raises errors of `loramill.errors`: NotRunning and Unavailable where no gateway answers,
     Unauthenticated and Forbidden about the key, otherwise what the gateway found wrong.
     """

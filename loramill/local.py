@@ -4,7 +4,8 @@ The watcher holds a lock on `<home>/up.lock` for as long as it lives and runs th
 gateway, the engine, the training sessions) as one child process. A child that dies, by whatever
 cause, is started again; the record, the checkpoints and the versions are on disk, so work goes on.
 The child reads its settings from standard input and ends when that is closed, so it can't outlive
-the watcher; Ray's own processes end with the child.
+the watcher; Ray's own processes end with the child. Until then it holds a lock of its own, for which
+the next `up` waits.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def up(settings: Settings, *, console: Console) -> None:
         signal.signal(number, lambda *_: stop.set())
     prepare_home(settings.home)
     with hold_lock(settings):
-        check_port(settings)
+        with console.status("Waiting for the cluster of the last `up` to end…"), cluster_lock(settings):
+            check_port(settings)
         with console.status("Opening the record…"):
             migrate(settings.database)
             admin_key(settings)
@@ -122,18 +124,17 @@ def greet(settings: Settings, console: Console, base: str) -> None:
 @contextlib.contextmanager
 def run_cluster(settings: Settings) -> Iterator[subprocess.Popen[str]]:
     """Starts the child process that runs the cluster, and ends it afterwards, gently where it can."""
-    run = settings.home / "run"
-    run.mkdir(exist_ok=True)
     environment = {**os.environ, **RAY_ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     environment = {name: value for name, value in environment.items() if not name.startswith("LORAMILL_")}
-    with log_path(settings).open("a") as log:
+    with log_path(settings).open("a") as log, cluster_lock(settings) as lock:
         cluster = subprocess.Popen(
             [sys.executable, "-m", "loramill.pipelines.cluster"],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             text=True,
-            cwd=run,  # Ray puts this folder on its workers' path
+            cwd=settings.home / "run",  # Ray puts this folder on its workers' path
+            pass_fds=[lock.fileno()],
             env=environment,
             start_new_session=True,  # Ctrl-C is the watcher's; it tells the child in its own time
         )
@@ -150,6 +151,22 @@ def run_cluster(settings: Settings) -> Iterator[subprocess.Popen[str]]:
         except subprocess.TimeoutExpired:
             cluster.kill()
             cluster.wait()
+
+
+@contextlib.contextmanager
+def cluster_lock(settings: Settings) -> Iterator[IO[str]]:
+    """Holds the lock of the cluster's process, once an earlier one has ended.
+
+    Raises:
+        Conflict: that one doesn't end.
+    """
+    with (settings.home / "run" / "cluster.lock").open("a") as lock:
+        deadline = time.monotonic() + STOP_SECONDS
+        while not try_lock(lock):
+            if time.monotonic() > deadline:
+                raise Conflict(f"The cluster of an earlier `up` on {settings.home} still runs; end its processes.")
+            time.sleep(0.2)
+        yield lock
 
 
 def wait_ready(settings: Settings, cluster: subprocess.Popen[str], stop: threading.Event) -> bool:
@@ -187,7 +204,8 @@ def prepare_home(home: Path) -> None:
         SetupError, DiskFull: it can't be written to, or there is no room.
     """
     try:
-        (home / "logs").mkdir(parents=True, exist_ok=True)
+        for folder in ("logs", "run"):
+            (home / folder).mkdir(parents=True, exist_ok=True)
         home.chmod(0o700)
     except OSError as error:
         raise SetupError(

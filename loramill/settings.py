@@ -124,6 +124,11 @@ class Settings(BaseSettings):
         return self.artifacts_url or (self.home / "artifacts").as_uri()
 
     @property
+    def sessions(self) -> str:
+        """Where Ray Train keeps its own notes on the sessions, beside the artifacts: every node must reach it."""
+        return self.artifacts.rstrip("/") + "-sessions"
+
+    @property
     def gateway(self) -> str:
         """The address that clients call, without `/v1`."""
         return (self.url or f"http://{self.serve.host}:{self.serve.port}").rstrip("/")

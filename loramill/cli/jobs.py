@@ -174,8 +174,14 @@ def show_job(job_id: JobId, json: show.AsJson = False) -> None:
         pairs.append(("result", job.model))
     if job.error:
         pairs.append(("error", f"{job.error_code}: {job.error}"))
-    pairs += [(f"spec.{name}", str(value)) for name, value in job.spec.items()]
+    pairs += [(f"spec.{name}", _value(value)) for name, value in job.spec.items()]
     return show.facts(pairs)
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "-" if value is None else str(value)
 
 
 @jobs.command("events")

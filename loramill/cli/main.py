@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +14,7 @@ from loramill.errors import LoramillError
 
 
 class _Root(TyperGroup):
-    """Ends every command alike: an error of ours is one sentence and 1, Ctrl-C is silence and 130."""
+    """Ends every command alike: an error of ours is one sentence and 1. (Typer's own: usage 2, Ctrl-C 130.)"""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -23,8 +22,6 @@ class _Root(TyperGroup):
         except LoramillError as error:
             say(error.message, style="red")
             raise typer.Exit(1) from error
-        except KeyboardInterrupt as error:
-            raise typer.Exit(130) from error
 
 
 app = typer.Typer(cls=_Root, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -57,7 +54,4 @@ nightly.register(app)
 
 def main() -> None:
     """Entry point of the command `loramill`."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    app()

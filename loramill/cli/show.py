@@ -73,8 +73,8 @@ def as_json(value: BaseModel | Iterable[BaseModel]) -> None:
 def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], empty: str) -> None:
     """A table to stdout; `empty` is said instead where there is nothing to list."""
     grid = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        grid.add_column(column, overflow="fold")  # an id that is cut off is none
+    for number, column in enumerate(columns):
+        grid.add_column(column, no_wrap=number == 0, overflow="fold")  # an id that is cut off is none
     for row in rows:
         grid.add_row(*row)
     if grid.row_count:

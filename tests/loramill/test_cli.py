@@ -201,7 +201,7 @@ def test_an_interactive_chat_remembers(here: RunningGateway, tenant: str, monkey
     [
         (["jobs"], "Nothing answers at http://127.0.0.1:9: start it with `loramill up`, or set LORAMILL_URL."),
         (["submit", "noslash", "--train", "x"], "'noslash' is no adapter name"),
-        (["submit", "a/b", "--train", "absent"], "absent can't be read: No such file or directory."),
+        (["submit", "a/b", "--train", "[red]x"], "[red]x can't be read: No such file or directory."),
         (["nightly", "show"], "loramill up"),
         (["down"], ""),
     ],

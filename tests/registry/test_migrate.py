@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -59,15 +60,20 @@ def test_migrating_again_changes_nothing(empty_url):
 
 
 def test_processes_may_migrate_at_once(empty_url):
-    code = "import sys; from loramill.registry import migrate; sys.stdin.read(1); migrate(sys.argv[1])"
+    code = "import sys; from loramill.registry import migrate; print(flush=True); input(); migrate(sys.argv[1])"
     workers = [
-        subprocess.Popen([sys.executable, "-c", code, empty_url], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", code, empty_url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         for _ in range(4)
     ]
     for worker in workers:
-        worker.stdin.write(b".")
+        assert worker.stdout.readline()
+    for worker in workers:
+        worker.stdin.write("go\n")
         worker.stdin.flush()
-    assert [worker.communicate()[1] for worker in workers] == [b""] * len(workers)
+    for worker in workers:
+        worker.communicate()
     assert [worker.returncode for worker in workers] == [0] * len(workers)
     open_at(empty_url).close()
 
@@ -148,6 +154,25 @@ def test_a_broken_file_is_left_as_it_was(tmp_path, breakage):
         migrate(f"sqlite:///{path}")
     assert str(path) in error.value.message
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before
+
+
+def test_what_a_crash_left_beside_a_broken_file_stays_too(tmp_path):
+    living, crashed = tmp_path / "living", tmp_path / "crashed"
+    migrate(f"sqlite:///{living / 'loramill.db'}")
+    registry = open_at(f"sqlite:///{living / 'loramill.db'}")
+    with registry.writing() as session:
+        tenants.create(session, "acme")
+    shutil.copytree(living, crashed)
+    registry.close()
+    _scratch(crashed / "loramill.db")
+    before = fingerprints(crashed)
+    assert before.keys() >= {"loramill.db", "loramill.db-wal"}
+    with pytest.raises(DatabaseUnusable):
+        migrate(f"sqlite:///{crashed / 'loramill.db'}")
+    after = fingerprints(crashed)
+    assert {name: after.get(name) for name in ("loramill.db", "loramill.db-wal")} == {
+        name: before[name] for name in ("loramill.db", "loramill.db-wal")
+    }
 
 
 def test_opening_a_file_that_is_no_database(tmp_path):

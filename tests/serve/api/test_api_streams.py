@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
@@ -15,11 +16,12 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from loramill.errors import ContextLengthExceeded, LoramillError, Overloaded, Unavailable
+from loramill.serve.api.answers import EventStream, generate
 from loramill.serve.fake import EchoBackend
 from loramill.serve.protocol import TextChunk, TextRequest
 
 HELLO: Any = [{"role": "user", "content": "one two three"}]
-LONG: Any = [{"role": "user", "content": "word " * 2000}]
+LONG: Any = [{"role": "user", "content": "word " * 20_000}]
 
 
 class Failing(EchoBackend):
@@ -39,7 +41,7 @@ class Failing(EchoBackend):
                 yield chunk
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -169,11 +171,15 @@ def test_who_leaves_a_stream_ends_the_generation(client: OpenAI, site: Any, n: i
 @pytest.mark.parametrize("n", [1, 3])
 def test_who_leaves_while_nothing_has_come_ends_the_generation(site: Any, tenant: str, stream: bool, n: int) -> None:
     # Streaming, the first token never comes; otherwise they come, but the whole answer never does.
-    site.backend.now = backend = EchoBackend(seconds_a_token=60 if stream else 0.02)
-    client = site.openai(site.key(tenant), timeout=0.5)
-    with pytest.raises(openai.APITimeoutError):
-        client.chat.completions.create(model="tiny", messages=LONG, stream=stream, n=n)
-    assert len(backend.requests) == n
+    site.backend.now = backend = EchoBackend(seconds_a_token=600 if stream else 0.02)
+    body = json.dumps({"model": "tiny", "messages": LONG, "stream": stream, "n": n}).encode()
+    address = httpx.URL(site.url)
+    with socket.create_connection((address.host, address.port)) as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"
+            b"authorization: Bearer %s\r\ncontent-length: %d\r\n\r\n" % (site.key(tenant).encode(), len(body)) + body
+        )
+        wait_until(lambda: len(backend.open) == n)
     wait_until(lambda: not backend.open)
 
 
@@ -184,3 +190,57 @@ def test_a_slow_stream_holds_nobody_up(client: OpenAI, site: Any) -> None:
     site.backend.now = EchoBackend()
     assert client.chat.completions.create(model="tiny", messages=HELLO).choices[0].message.content == "one two three"
     slow.close()
+
+
+class Keeping(EchoBackend):
+    """Keeps its iterators, so that only closing them can end them, not their disappearance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[AsyncIterator[TextChunk]] = []
+
+    def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:
+        self.kept.append(super().generate(request))
+        return self.kept[-1]
+
+
+def _requests(n: int) -> list[TextRequest]:
+    return [TextRequest(id=str(index), tenant="t", prompt="a b c d") for index in range(n)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_closing_ends_what_is_ready_but_not_taken(n: int) -> None:
+    async def take_one() -> None:
+        backend = Keeping()
+        chunks = generate(backend, _requests(n))
+        await anext(chunks)
+        assert len(backend.open) == n
+        await chunks.aclose()
+        assert not backend.open
+
+    asyncio.run(take_one())
+
+
+def test_who_leaves_without_having_read_ends_the_generation() -> None:
+    async def leave() -> None:
+        backend, blocked = Keeping(), asyncio.Event()
+        chunks = generate(backend, _requests(1))
+
+        async def lines() -> AsyncIterator[str]:
+            async for _, chunk in chunks:
+                yield chunk.text
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                blocked.set()
+                await asyncio.Event().wait()
+
+        async def receive() -> Any:
+            await blocked.wait()
+            return {"type": "http.disconnect"}
+
+        scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+        await EventStream(lines(), chunks, {})(scope, receive, send)
+        assert len(backend.requests) == 1 and not backend.open
+
+    asyncio.run(leave())

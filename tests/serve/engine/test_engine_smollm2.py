@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loramill.serve.engine import Engine, EngineConfig, Request, Sampling
 from loramill.serve.model import load_decoder
 
-NEW = 12
+NEW = 8
 SETTINGS = {
     "attention": LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
     "everything": LoraConfig(
@@ -23,7 +23,7 @@ def cases(base, tmp_path_factory):
     root = tmp_path_factory.mktemp("smollm2-adapters")
     tokenizer = AutoTokenizer.from_pretrained(base.folder)
     story = "The history of the steam engine begins with a simple observation: heated water expands. "
-    prompts = ["Hello", "The capital of France is", story * 8, "1, 2, 3, 4,"]
+    prompts = [story * 8, "The capital of France is", "Hello", "1, 2, 3, 4,"]
     found = []
     for seed, version in enumerate([None, *SETTINGS]):
         model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32).eval()
@@ -32,10 +32,10 @@ def cases(base, tmp_path_factory):
             tuned = get_peft_model(model, SETTINGS[version])
             for name, parameter in tuned.named_parameters():
                 if "lora_" in name:
-                    parameter.data.mul_(0.3)
+                    parameter.data.mul_(2.0)
             tuned.save_pretrained(root / version)
             model = PeftModel.from_pretrained(tuned.unload(), root / version).eval()
-        for text in prompts[: 4 if version is None else 3]:
+        for text in prompts[: 4 if version is None else 2]:
             ids = tokenizer(text, return_tensors="pt").input_ids
             out = model.generate(
                 input_ids=ids,
