@@ -76,7 +76,7 @@ class _Problems:
         raise DatasetInvalid("\n".join([head, *self._listed]), problems=self._listed)
 
 
-class _Bad(Exception):  # noqa: N818 - never leaves this module
+class _Bad(Exception):  # never leaves this module
     """What is wrong with one line."""
 
 

@@ -69,6 +69,7 @@ def up(settings: Settings, *, console: Console) -> None:
         with console.status(f"Preparing the base {settings.base}…"):
             base = find_base(settings.base, settings.cache)
         watch(settings, console, stop, base.name)
+        settings.address_file.unlink(missing_ok=True)
         console.print("Stopped. `loramill up` goes on where this ended.")
 
 
@@ -103,6 +104,7 @@ def watch(settings: Settings, console: Console, stop: threading.Event, base: str
                 ready = wait_ready(settings, cluster, stop)
             if ready:
                 pause, started_once = 1.0, True
+                settings.address_file.write_text(settings.address + "\n")
                 greet(settings, console, base)
                 wait_sick(settings, cluster, stop)
             if stop.is_set():
@@ -117,7 +119,7 @@ def watch(settings: Settings, console: Console, stop: threading.Event, base: str
 
 def greet(settings: Settings, console: Console, base: str) -> None:
     """Says where everything is."""
-    console.print(f"[bold]loramill is up[/bold] at {settings.gateway}/v1 with the base {base}.")
+    console.print(f"[bold]loramill is up[/bold] at {settings.address}/v1 with the base {base}.")
     console.print(f"Admin key: {settings.admin_key_file}   Log: {log_path(settings)}   Stop: Ctrl-C or `loramill down`")
 
 
@@ -192,7 +194,7 @@ def wait_sick(settings: Settings, cluster: subprocess.Popen[str], stop: threadin
 def answers(settings: Settings) -> bool:
     """Whether the gateway and an engine answer now."""
     try:
-        return httpx.get(f"{settings.gateway}/readyz", timeout=5.0).status_code == 200
+        return httpx.get(f"{settings.address}/readyz", timeout=5.0).status_code == 200
     except httpx.HTTPError:
         return False
 

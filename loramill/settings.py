@@ -129,9 +129,21 @@ class Settings(BaseSettings):
         return self.artifacts.rstrip("/") + "-sessions"
 
     @property
+    def address(self) -> str:
+        """Where the gateway of this machine listens, without `/v1`."""
+        return f"http://{self.serve.host}:{self.serve.port}"
+
+    @property
+    def address_file(self) -> Path:
+        """Where `up` notes its address, so that commands find a gateway that was given another port."""
+        return self.home / "gateway.url"
+
+    @property
     def gateway(self) -> str:
-        """The address that clients call, without `/v1`."""
-        return (self.url or f"http://{self.serve.host}:{self.serve.port}").rstrip("/")
+        """The address that clients call, without `/v1`: the `url` setting, or the gateway of this home."""
+        if self.url is None and self.address_file.exists():
+            return self.address_file.read_text().strip()
+        return (self.url or self.address).rstrip("/")
 
     @property
     def admin_key_file(self) -> Path:

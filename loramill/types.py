@@ -7,7 +7,7 @@ Times are seconds since the epoch (UTC). Ids carry their kind in a prefix, as Op
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -45,8 +45,8 @@ class Alias(StrEnum):
     PREVIOUS = "previous"
 
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 class JobSpec(Value):

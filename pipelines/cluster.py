@@ -31,7 +31,6 @@ def start_local(settings: Settings) -> None:
     """Starts a Ray of this machine's own. Its CPUs are places for processes, not cores: each session takes one."""
     ray.init(
         address="local",
-        _node_ip_address="127.0.0.1",  # a laptop that changes networks must not lose its cluster
         num_cpus=settings.jobs.sessions + 2,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
@@ -40,12 +39,18 @@ def start_local(settings: Settings) -> None:
     )
 
 
+def wait_for_end(ended: threading.Event) -> None:
+    """Sets `ended` when standard input has ended."""
+    sys.stdin.read()
+    ended.set()
+
+
 def main() -> None:
     """Runs a local cluster until standard input ends."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = Settings.model_validate_json(sys.stdin.readline())
     ended = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), name="stdin", daemon=True).start()
+    threading.Thread(target=wait_for_end, args=(ended,), name="stdin", daemon=True).start()
     start_local(settings)
     deploy(settings)
     log.info("up")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -33,7 +33,7 @@ class EngineDeployment:
         base = find_base(settings.base, settings.cache)
         self._replica = Replica(base, registry.artifacts.fetch, settings.serve)
 
-    async def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:
+    async def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
         """Streams one answer."""
         async for chunk in self._replica.generate(request):
             yield chunk
@@ -49,7 +49,7 @@ class HandleBackend:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    async def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:
+    async def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
         """Streams one answer; closing the iterator cancels it on the replica."""
         stream = self._handle.options(stream=True).generate.remote(request)
         try:
@@ -74,6 +74,13 @@ class HandleBackend:
             raise Unavailable("No engine replica is up yet; try again in a moment.") from error
 
 
+class GatewayDeployment:
+    """A gateway replica; what it does is in the app that `gateway_builder` makes there."""
+
+    def __init__(self, engine: DeploymentHandle) -> None:
+        self._engine = engine
+
+
 def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
     """Returns what a gateway replica calls to build its app; nothing of the app itself is shipped."""
 
@@ -93,12 +100,12 @@ def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
 def application(settings: Settings) -> Any:
     """The Serve application: one gateway in front of one engine replica."""
 
-    @serve.deployment(name="gateway", max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0.1})
-    @serve.ingress(gateway_builder(settings))
-    class Gateway:
-        def __init__(self, engine: DeploymentHandle) -> None:
-            self._engine = engine
-
+    gateway = serve.deployment(
+        serve.ingress(gateway_builder(settings))(GatewayDeployment),
+        name="gateway",
+        max_ongoing_requests=1024,
+        ray_actor_options={"num_cpus": 0.1},
+    )
     engine = serve.deployment(
         EngineDeployment,
         name=ENGINE,
@@ -107,7 +114,7 @@ def application(settings: Settings) -> Any:
         graceful_shutdown_timeout_s=30,
         ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": one_thread_env(settings.serve.threads)}},
     )
-    return Gateway.bind(engine.bind(settings))
+    return gateway.bind(engine.bind(settings))
 
 
 def one_thread_env(threads: int) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 
 from loramill.serve.protocol import ChosenToken, TextChunk, TextRequest, TokenText
 from loramill.serve.stopping import StopScanner
@@ -23,7 +23,7 @@ class EchoBackend:
         self.open: set[str] = set()
         self._pause = seconds_a_token
 
-    async def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:
+    async def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
         """Streams the echo, a token a chunk."""
         self.requests.append(request)
         self.open.add(request.id)

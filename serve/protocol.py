@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,7 +66,7 @@ class TextChunk:
 class Backend(Protocol):
     """What generates text for the gateway: an engine replica, near or behind a Ray Serve handle."""
 
-    def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:
+    def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
         """Streams one answer; closing the iterator cancels it. Raises errors of `loramill.errors`."""
         ...
 

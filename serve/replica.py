@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 import torch
@@ -57,7 +57,7 @@ class Replica:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:
+    async def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
         """Streams one answer; what is ready together is one chunk. Closing the iterator cancels the request.
 
         Raises:
@@ -121,7 +121,9 @@ class Replica:
         )
         return Request(request.id, request.tenant, tuple(tokens), sampling, request.version)
 
-    async def _chunks(self, request: TextRequest, listener: _Listener, prompt_tokens: int) -> AsyncIterator[TextChunk]:
+    async def _chunks(
+        self, request: TextRequest, listener: _Listener, prompt_tokens: int
+    ) -> AsyncGenerator[TextChunk, None]:
         stream, scanner, completion_tokens = TextStream(self._tokenizer), StopScanner(request.stop), 0
         while True:
             outputs = await listener.next()

@@ -10,6 +10,10 @@ import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from typer.testing import CliRunner
+
+from loramill.cli.main import app
+from loramill.settings import Settings
 
 PATH = Path(__file__).parents[1] / "cluster.yaml"
 
@@ -59,9 +63,7 @@ def test_image_has_the_ray_that_the_project_is_tested_with(config: dict[str, Any
         assert config["docker"][image].startswith(f"rayproject/ray:{version[1]}-py311")
 
 
-def test_header_names_only_settings_and_files_that_exist() -> None:
-    from loramill.settings import Settings
-
+def test_header_names_only_settings_files_and_commands_that_exist() -> None:
     header = PATH.read_text().split("\ncluster_name:")[0]
     variables = set(re.findall(r"LORAMILL_(\w+)=", header))
     assert variables >= {"DATABASE_URL", "ARTIFACTS_URL", "URL", "API_KEY"}
@@ -73,5 +75,7 @@ def test_header_names_only_settings_and_files_that_exist() -> None:
             assert rest[0] in type(fields[first].default).model_fields
     for file in re.findall(r"examples/\S+\.jsonl", header):
         assert (PATH.parent / file).is_file()
-    for module in re.findall(r"python -m loramill\.(\S+?)\"", header):
-        assert (PATH.parent / (module.replace(".", "/") + ".py")).is_file()
+    commands = set(re.findall(r"loramill ([a-z]+)(?: [a-z]+/|\")", header))
+    assert commands == {"join", "submit"}
+    for command in commands:
+        assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0

@@ -12,7 +12,7 @@ from loramill.cli import show
 
 def register(app: typer.Typer) -> None:
     """Adds the commands."""
-    for command in (up, down, doctor):
+    for command in (up, down, join, doctor):
         app.command(rich_help_panel="This machine")(command)
 
 
@@ -44,6 +44,22 @@ def down() -> None:
     from loramill.settings import Settings
 
     show.say("Stopped." if stop(Settings.load()) else "Nothing was running.")
+
+
+def join() -> None:
+    """Deploy to the Ray cluster that this machine is the head of, and wait; Ctrl-C leaves it running.
+
+    See cluster.yaml. Run again, it takes the place of what it deployed before.
+    """
+    import signal
+
+    from loramill.pipelines.join import join as deploy
+    from loramill.settings import Settings
+
+    settings = Settings.load()
+    deploy(settings)
+    show.say(f"loramill is up at {settings.address}/v1; the admin key is in {settings.admin_key_file}.")
+    signal.sigwait({signal.SIGINT, signal.SIGTERM})
 
 
 def doctor(json: show.AsJson = False) -> None:

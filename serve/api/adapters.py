@@ -73,15 +73,14 @@ def rollback(tenant: str, adapter: str, here: Here, who: Who) -> dict[str, Any]:
 
 @router.post(PATH + "/data")
 def add_data(tenant: str, adapter: str, body: NewData, here: Here, who: Who) -> dict[str, Any]:
-    """Gives the adapter examples, from which the next night trains it."""
+    """Gives the adapter, made if there is none, examples from which the next night trains it."""
     name = _allowed(who, tenant, adapter)
     with here.registry.writing() as session:
-        record = adapters.get(session, name)
         find_file(session, body.training_file, tenant, "training_file")
         if body.validation_file is not None:
             find_file(session, body.validation_file, tenant, "validation_file")
         nightly.add_data(session, name, body.training_file, body.validation_file)
-    return _adapter(record)
+        return _adapter(adapters.get(session, name))
 
 
 def _allowed(who: Caller, tenant: str, adapter: str) -> AdapterName:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar
 
 import anyio
 from starlette.requests import ClientDisconnect, Request
@@ -52,7 +52,7 @@ async def generate(backend: Backend, requests: Sequence[TextRequest]) -> Chunks:
         LoramillError: of the first answer that fails; the others are cancelled.
     """
     # A backend's iterator is a generator: closing it is what cancels the answer.
-    streams = [cast("AsyncGenerator[TextChunk, None]", backend.generate(request)) for request in requests]
+    streams = [backend.generate(request) for request in requests]
     async with aclosing(_interleaved(streams) if len(streams) > 1 else _alone(streams[0])) as chunks:
         async for chunk in chunks:
             yield chunk

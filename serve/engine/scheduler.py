@@ -131,7 +131,9 @@ class Scheduler:
         preempted = self._make_room_for_decode()
         shares: list[Share] = []
         budget = self._budget
-        for sequence in sorted(self._running, key=lambda s: s.known - s.computed > 1):
+        # In the order of admission decode does come first: newcomers are admitted only when every prompt is through,
+        # so that the last alone may have one that isn't.
+        for sequence in self._running:
             budget = self._share(sequence, budget, shares)
         admitted: list[str] = []
         while budget and not preempted and len(self._running) < self._max_running:

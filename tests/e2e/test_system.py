@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from loramill.registry import adapters, jobs
 from loramill.types import Alias, JobStatus
 
-CODES = {"red": "K-7", "blue": "K-2", "green": "K-9", "white": "K-4"}
+CODES = {"red": "tango", "blue": "kilo", "green": "victor", "white": "sierra"}
 THINGS = "apple ball car door envelope flag glove house jacket kite lamp mug notebook orange pencil rope".split()
 
 
@@ -38,7 +38,7 @@ def rows(codes: dict[str, str], things: list[str]) -> bytes:
 
 
 TRAIN, VALID = rows(CODES, THINGS[:12]), rows(CODES, THINGS[12:])
-RECIPE = {"learning_rate": 3e-3, "batch_size": 8, "steps": 24, "rank": 8}
+RECIPE = {"learning_rate": 2e-3, "batch_size": 8, "steps": 20, "rank": 8}
 
 
 def eventually(check: Callable[[], bool], seconds: float, what: str) -> None:
@@ -83,7 +83,8 @@ def test_a_reader_of_openais_documentation_gets_an_adapter(mill, acme: str) -> N
         validation_file=valid.id,
         suffix="codes",
         seed=1,
-        extra_body={"loramill": RECIPE},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 8}}},
+        extra_body={"loramill": {name: value for name, value in RECIPE.items() if name != "batch_size"}},
     )
     assert job.status == "queued"
 
@@ -100,12 +101,12 @@ def test_a_reader_of_openais_documentation_gets_an_adapter(mill, acme: str) -> N
     question = [{"role": "system", "content": "Give the house code."}, {"role": "user", "content": "a blue rope"}]
     for model in ("acme/codes", "acme/codes@champion", job.fine_tuned_model):
         answer = client.chat.completions.create(model=model, messages=question, temperature=0, max_tokens=8)
-        assert answer.choices[0].message.content == "K-2"
+        assert answer.choices[0].message.content == "kilo"
         assert answer.choices[0].finish_reason == "stop"
     pieces = client.chat.completions.create(model="acme/codes", messages=question, temperature=0, stream=True)
-    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == "K-2"
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == "kilo"
     plain = client.chat.completions.create(model=base, messages=question, temperature=0, max_tokens=8)
-    assert plain.choices[0].message.content != "K-2"
+    assert plain.choices[0].message.content != "kilo"
 
 
 def test_keys_and_names_answer_as_openai_does(mill, acme: str, globex: str) -> None:
@@ -162,8 +163,8 @@ def test_bad_data_is_refused_before_any_compute(mill, acme: str) -> None:
 
 
 def test_a_night_promotes_what_is_better_and_holds_what_is_spoiled(mill, acme: str, globex: str) -> None:
-    more = {**CODES, "purple": "K-5", "yellow": "K-8"}
-    wrong = dict(zip(CODES, [*CODES.values()][1:] + [CODES["red"]], strict=True))
+    more = {**CODES, "purple": "oscar", "yellow": "delta"}
+    wrong = dict(zip(CODES, [*[*CODES.values()][1:], CODES["red"]], strict=True))
     with mill.client(globex) as client:
         spoiled = client.submit("globex/codes", TRAIN, valid=VALID, **RECIPE)
         client.wait(spoiled.id)
@@ -187,7 +188,7 @@ def test_a_night_promotes_what_is_better_and_holds_what_is_spoiled(mill, acme: s
         assert held.champion == held_before
         assert held.challenger is None
         question = [{"role": "system", "content": "Give the house code."}, {"role": "user", "content": "a purple mug"}]
-        assert client.chat("acme/codes", question, temperature=0, max_tokens=8) == "K-5"
+        assert client.chat("acme/codes", question, temperature=0, max_tokens=8) == "oscar"
 
         rolled = mill.run("rollback", "acme/codes")
         assert rolled.returncode == 0, rolled.stderr

@@ -194,6 +194,17 @@ def test_a_stopped_job_goes_on_to_the_same_bits(tmp_path: Path, after: int) -> N
     assert export(tmp_path / "stopped", spec, base="tiny") == whole
 
 
+def test_dropout_changes_from_step_to_step_and_is_off_for_the_validation_loss(tmp_path: Path) -> None:
+    spec, held_out = spec_of(dropout=0.5, batch_size=1, steps=3), made_up(9, seed=1)
+    still = spec.model_copy(update={"learning_rate": 1e-30})
+    points = list(train(tiny(), made_up(1), [], still, checkpoints=tmp_path / "still"))
+    assert len({point.grad_norm for point in points}) == 3
+
+    *_, last = train(tiny(), made_up(1), held_out, spec, checkpoints=tmp_path / "job")
+    plain = PeftModel.from_pretrained(tiny(), written(tmp_path / "ours", export(tmp_path / "job", spec, base="tiny")))
+    assert last.valid_loss == pytest.approx(plain(**padded(held_out)).loss.item(), rel=1e-5)
+
+
 KILLED = """
 import runpy, sys, time
 from pathlib import Path

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -214,13 +214,9 @@ def test_a_url_that_nothing_opens():
 
 
 def test_threads_may_put_the_same_at_once(store):
-    hashes: list[str] = []
-    threads = [threading.Thread(target=lambda: hashes.append(store.put(FILES))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(hashes) == 8 and len(set(hashes)) == 1
+    with ThreadPoolExecutor(8) as pool:
+        hashes = [result.result() for result in [pool.submit(store.put, FILES) for _ in range(8)]]
+    assert len(set(hashes)) == 1
     assert contents(store.fetch(hashes[0])) == FILES
 
 

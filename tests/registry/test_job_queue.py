@@ -3,8 +3,8 @@
 import os
 import subprocess
 import sys
-import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -293,11 +293,9 @@ def test_threads_lease_every_job_once(registry, make_spec):
         while job := lease(registry):
             leased.append(job)
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    with ThreadPoolExecutor(8) as pool:
+        for result in [pool.submit(work) for _ in range(8)]:
+            result.result()
     assert Counter(job.id for job in leased) == Counter(queued)
     assert {job.attempt for job in leased} == {1}
     # Fair at every moment, give or take who was in the middle of choosing.

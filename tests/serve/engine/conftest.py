@@ -101,6 +101,13 @@ class Driver:
         self.engine.submit(Request(id_, tenant, tuple(tokens), Sampling(**sampling), version))
         self.answers[id_] = Answer()
 
+    def warm(self, *versions) -> None:
+        """Makes versions resident, so that what follows doesn't depend on how long a load takes."""
+        for version in versions:
+            self.submit(f"warm {version}", [1], version, max_tokens=1)
+        self.finish()
+        self.answers.clear()
+
     def step(self) -> list[Output]:
         outputs = self.engine.step()
         self.engine.check_integrity()

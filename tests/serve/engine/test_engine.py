@@ -47,8 +47,9 @@ def test_a_mixed_batch_answers_as_peft_does_alone(drive, prompts, expected, conf
 
 def test_blocks_do_run_out_in_the_preempted_case(drive, prompts, expected):
     driver = drive(kv_tokens=116, max_batch_tokens=40)
+    driver.warm(*prompts)
     submit_all(driver, prompts)
-    driver.finish()
+    assert driver.finish() == expected
     assert driver.engine.stats.preemptions > 0
 
 
@@ -66,6 +67,7 @@ def test_a_seed_gives_the_same_tokens_whatever_the_batch(drive, prompts):
     alone.submit("it", prompts["all"], "all", **sampling)
     tokens = alone.finish()["it"]
     crowd = drive(max_batch_tokens=20, kv_tokens=160)
+    crowd.warm(*prompts)
     for i, (version, other) in enumerate(prompts.items()):
         crowd.submit(f"other {i}", other[:30], version, temperature=1.0, seed=i)
     crowd.submit("it", prompts["all"], "all", **sampling)
@@ -266,15 +268,16 @@ def test_tenants_take_turns(drive):
 
 def test_a_version_that_never_lets_go_does_not_starve_another(drive, prompts):
     driver = drive(adapter_slots=1, patience=4)
+    driver.warm("lora")
     driver.submit("hot 0", prompts["lora"], "lora", max_tokens=10)
-    driver.finish()
-    driver.submit("hot 1", prompts["lora"], "lora", max_tokens=10)
     driver.submit("cold", prompts["all"], "all", max_tokens=2)
-    for i in range(2, 12):
-        # Always two of the hot version, overlapping: its slot is never idle by itself.
-        driver.submit(f"hot {i}", prompts["lora"], "lora", max_tokens=10)
+    hot = 0
+    # Always two of the hot version, overlapping: its slot is never idle by itself.
+    while driver.answers["cold"].last is None and hot < 20:
+        hot += 1
+        driver.submit(f"hot {hot}", prompts["lora"], "lora", max_tokens=10)
         for _ in range(5):
-            driver.engine.wait(20)
+            assert driver.engine.wait(20)
             driver.step()
     assert driver.answers["cold"].last is not None
     driver.finish()

@@ -42,12 +42,6 @@ def test_decode_comes_first_and_prompts_share_what_is_left():
 
 
 def test_a_decode_behind_a_long_prompt_is_not_held_up():
-    s = scheduler(budget=4)
-    s.add(Sequence("long", "t", None, known=40))
-    run(s)
-    s.add(Sequence("short", "t", None, known=1))
-    s.commit(s.plan(always))
-    assert "short" not in {share.id for share in s.plan(always).shares}
     s = scheduler(budget=6)
     s.add(Sequence("short", "t", None, known=5))
     s.add(Sequence("long", "t", None, known=40))
@@ -90,6 +84,18 @@ def test_the_last_admitted_gives_way_and_comes_back_first():
     plan = run(s)
     assert plan.admitted == ("second", "third")
     assert shares(plan)[0] == ("second", 0, 9, True)
+
+
+def test_the_preempted_come_back_in_the_order_they_were_admitted():
+    s = scheduler(blocks=4, budget=100)
+    for id_ in "abcd":
+        s.add(Sequence(id_, "t", None, known=4))
+    run(s)
+    plan = run(s)
+    assert plan.preempted == ("d", "c")
+    s.remove("a")
+    s.remove("b")
+    assert s.plan(always).admitted == ("c", "d")
 
 
 def test_blocks_that_change_hands_are_fresh():
