@@ -50,7 +50,7 @@ def eventually(check: Callable[[], bool], seconds: float, what: str) -> None:
 
 def process(mill, *marks: str) -> int:
     """The youngest process below `up` whose command line holds all of `marks`."""
-    listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(["ps", "-eww", "-o", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     table = [line.split(None, 2) for line in listing.splitlines()[1:]]
     below, found = {str(mill.up.pid)}, []
     for _ in range(6):
