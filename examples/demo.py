@@ -137,7 +137,7 @@ def running(home: Path) -> Iterator[tuple[Client, Up]]:
     """Runs `loramill up` on an emptied home and a free port, and yields an admin's client and the process."""
     loramill = [sys.executable, "-m", "loramill.cli"]
     if home.exists():
-        subprocess.run([*loramill, "down"], env={**os.environ, "LORAMILL_HOME": str(home)}, check=False)
+        subprocess.run([*loramill, "down"], env={**os.environ, "LORAMILL_HOME": str(home)}, capture_output=True, check=False)
         shutil.rmtree(home)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

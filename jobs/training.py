@@ -11,7 +11,7 @@ checkpoint holds the weights and AdamW's moments. (On another number of threads 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +66,7 @@ def train(
     *,
     checkpoints: Path,
     start_from: Path | None = None,
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, None]:
     """Trains as `spec` says, from the last checkpoint in `checkpoints` if there is one; yields after every step.
 
     Args:

@@ -19,13 +19,14 @@ class Slab:
         self._sites = tuple(sites)
         self._generations = [0] * slots
         self._adapters: list[PackedAdapter | None] = [None] * slots
+        self._bytes = [0] * slots
         self._free = list(reversed(range(slots)))
         self.views = tuple(SiteSlab(self, index) for index in range(len(self._sites)))
 
     @property
     def bytes(self) -> int:
         """Bytes of weights in all slots."""
-        return sum(site.bytes for adapter in self._adapters if adapter for site in adapter if site)
+        return sum(self._bytes)
 
     @property
     def free_slots(self) -> int:
@@ -53,6 +54,7 @@ class Slab:
         if len(adapter) != len(self._sites):
             raise EngineFault(f"An adapter of {len(adapter)} sites doesn't fit a slab of {len(self._sites)}.")
         self._adapters[slot.index] = adapter
+        self._bytes[slot.index] = sum(site.bytes for site in adapter if site)
 
     def free(self, slot: Slot) -> None:
         """Empties a slot and makes every handle to it stale.
@@ -62,6 +64,7 @@ class Slab:
         """
         self._check(slot)
         self._adapters[slot.index] = None
+        self._bytes[slot.index] = 0
         self._generations[slot.index] += 1
         self._free.append(slot.index)
 
@@ -85,7 +88,7 @@ class Slab:
         """
         if len(set(self._free)) != len(self._free):
             raise EngineFault(f"Slots are free twice: {sorted(self._free)}.")
-        full = [index for index in self._free if self._adapters[index] is not None]
+        full = [index for index in self._free if self._adapters[index] is not None or self._bytes[index]]
         if full:
             raise EngineFault(f"Free slots hold adapters: {full}.")
 

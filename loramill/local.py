@@ -39,11 +39,12 @@ SICK_SECONDS = 60.0
 STOP_SECONDS = 45.0
 FREE_BYTES = 1 << 30
 
-#: Ray as a laptop wants it: an own secret, no usage reports, quick to notice a dead training worker.
+#: Ray as a laptop wants it: a secret of its own, no usage reports, quick to notice what died.
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -70,8 +70,6 @@ class Adapters:
         """Puts what was fetched into its slots; returns the versions that can't be had, whose slots are given back."""
         failed: list[tuple[str, LoramillError]] = []
         for loaded in self._loader.finished():
-            if loaded.version not in self._residency.loading:
-                continue
             if isinstance(loaded.result, LoramillError):
                 self.slab.free(self._slots.pop(loaded.version))
                 self._residency.failed(loaded.version)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from loramill.errors import AdapterInvalid, Conflict, EngineFault, LoramillError, Overloaded, Unavailable
-from loramill.kernels import Batch
+from loramill.kernels import Batch, backend
 from loramill.serve.engine.adapters import Adapters
 from loramill.serve.engine.admission import answer_limit
 from loramill.serve.engine.sampling import GREEDY_BELOW, logprobs_of, new_generator, sample
@@ -42,6 +42,8 @@ class Engine:
     """
 
     def __init__(self, model: Decoder, source: AdapterSource, config: EngineConfig) -> None:
+        # A wrong setting shows now, and not in the first step with an adapter.
+        backend()
         self._model = model
         self._source = source
         self._config = config

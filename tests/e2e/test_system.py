@@ -9,14 +9,17 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import openai
 import pytest
 from safetensors.torch import load_file
 
+from loramill.errors import NotRunning, Unavailable
 from loramill.registry import adapters, jobs
 from loramill.types import Alias, JobStatus
 
+T = TypeVar("T")
 CODES = {"red": "tango", "blue": "kilo", "green": "victor", "white": "sierra"}
 THINGS = "apple ball car door envelope flag glove house jacket kite lamp mug notebook orange pencil rope".split()
 
@@ -46,6 +49,17 @@ def eventually(check: Callable[[], bool], seconds: float, what: str) -> None:
     while not check():
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
         time.sleep(0.3)
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """Asks until the gateway is there."""
+    deadline = time.monotonic() + 180
+    while True:
+        try:
+            return ask()
+        except (NotRunning, Unavailable):
+            assert time.monotonic() < deadline, "the gateway did not come back"
+            time.sleep(0.5)
 
 
 def process(mill, *marks: str) -> int:
@@ -213,13 +227,16 @@ def test_a_killed_process_comes_back_with_the_same_versions(mill, marks: tuple[s
 
         time.sleep(2)
         eventually(answers, 180, f"the endpoint answers again after {marks} was killed")
+        # An endpoint may outlive its cluster for a while; new work can't.
+        job = patiently(lambda: client.submit("acme/again", TRAIN, **{**RECIPE, "steps": 2}))
+        assert client.wait(job.id).status is JobStatus.SUCCEEDED
 
 
 def test_a_second_up_serves_the_same_versions(mill) -> None:
     with mill.client() as client:
         before = {adapter.name: adapter.champion for adapter in client.adapters()}
     listing = mill.run("jobs", "list", "--json")
-    assert len(json.loads(listing.stdout)) >= 5
+    assert json.loads(listing.stdout)
     assert mill.run("down").returncode == 0
     assert mill.up.wait(10) == 0
     refused = mill.run("jobs")

@@ -1,11 +1,14 @@
-"""What of PEFT's format is served, and what is refused with its name. (That it is served right: test_engine.)"""
+"""What of PEFT's format is served, module by module as PEFT computes it, and what is refused with its name."""
 
 import json
 import shutil
 
 import pytest
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from loramill.errors import AdapterInvalid
 from loramill.serve.engine.peft_folder import read_adapter
@@ -16,6 +19,27 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.fixture
 def folder(adapters, tmp_path):
     return shutil.copytree(adapters["lora"], tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("name", ["lora", "all", "rslora", "patterns", "dora", "one layer"])
+def test_every_module_computes_what_it_does_in_peft(adapters, tiny, tiny_folder, name):
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, adapters[name]).eval()
+    tuned = {
+        path.removeprefix("base_model.model."): module
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    deltas = read_adapter(adapters[name], tiny.target_weight)
+    assert set(deltas) == set(tuned)
+    for path, delta in deltas.items():
+        weight = tiny.target_weight(path)
+        x = torch.randn(5, weight.shape[1])
+        y = x @ weight.T + x @ delta.a.T @ delta.b.T
+        with torch.inference_mode():
+            expected = tuned[path](x)
+        torch.testing.assert_close(y if delta.gain is None else delta.gain * y, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(expected, x @ weight.T, atol=1e-2)
 
 
 def change_config(folder, **changes):
