@@ -39,11 +39,12 @@ from loramill.registry import nightly as records
 from loramill.settings import Settings
 
 T = TypeVar("T")
-Up = subprocess.Popen[bytes]
 HERE = Path(__file__).parent
 #: The example tenant whose new data are an accident (see README.md).
 SPOILED = "copperline"
-RECIPE = {"rank": 16, "learning_rate": 2e-3, "batch_size": 16, "steps": 40, "checkpoint_every": 10}
+#: Answers of each tenant that the report shows.
+SAMPLES = 4
+RECIPE = {"rank": 16, "learning_rate": 2e-3, "batch_size": 8, "steps": 60, "checkpoint_every": 15}
 console = Console()
 
 
@@ -65,6 +66,27 @@ class Tenant:
         return f"{self.name}/assistant"
 
 
+class Up:
+    """`loramill up` as a process; killed from outside, it is started again and finds everything as it was."""
+
+    command = (sys.executable, "-m", "loramill.cli", "up")
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(self.command)
+
+    def revive(self) -> bool:
+        """Starts it again if a signal ended it; False if it ended by itself, having said why."""
+        ended = self.process.poll()
+        if ended is not None and ended < 0:
+            self.process = subprocess.Popen(self.command)
+        return ended is None or ended < 0
+
+    def stop(self) -> None:
+        """Ends it cleanly."""
+        self.process.terminate()
+        self.process.wait()
+
+
 def main() -> int:
     """Runs the demo; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,6 +94,8 @@ def main() -> int:
     parser.add_argument("--home", type=Path, default=Path(".demo"), help="emptied first")
     parser.add_argument("--report", type=Path, default=Path("demo-report.html"))
     options = parser.parse_args()
+    if options.home.exists() and any(options.home.iterdir()) and not (options.home / "up.lock").exists():
+        parser.error(f"{options.home} holds something else than a demo's home; name another folder")
     begun = time.monotonic()
     tenants = own_tenants(options.folders) if options.folders else example_tenants()
     with running(options.home.absolute()) as (client, up):
@@ -135,9 +159,9 @@ def mixed_up(train: bytes) -> bytes:
 @contextlib.contextmanager
 def running(home: Path) -> Iterator[tuple[Client, Up]]:
     """Runs `loramill up` on an emptied home and a free port, and yields an admin's client and the process."""
-    loramill = [sys.executable, "-m", "loramill.cli"]
     if home.exists():
-        subprocess.run([*loramill, "down"], env={**os.environ, "LORAMILL_HOME": str(home)}, capture_output=True, check=False)
+        environment = {**os.environ, "LORAMILL_HOME": str(home)}
+        subprocess.run([*Up.command[:-1], "down"], env=environment, capture_output=True, check=True)
         shutil.rmtree(home)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -147,18 +171,17 @@ def running(home: Path) -> Iterator[tuple[Client, Up]]:
         "LORAMILL_SERVE__PORT": str(port),
         "LORAMILL_SERVE__THREADS": str(min(4, os.cpu_count() or 1)),
     }
-    up = subprocess.Popen([*loramill, "up"])
+    up = Up()
     try:
         yield wait_until_up(up), up
     finally:
-        up.terminate()
-        up.wait()
+        up.stop()
 
 
 def wait_until_up(up: Up) -> Client:
     """Waits for the gateway; `up` itself says what it is doing, and why if it can't."""
     settings = Settings.load()
-    while up.poll() is None:
+    while up.revive():
         if settings.admin_key_file.exists() and (client := Client()).ready():
             return client
         time.sleep(0.5)
@@ -193,12 +216,12 @@ def watch_jobs(client: Client, up: Up) -> dict[str, Curve]:
 
 
 def patiently(ask: Callable[[], T], up: Up) -> T:
-    """Asks again while the gateway is away, as long as `up` lives to bring it back."""
+    """Asks again while the gateway is away, as long as `up` can bring it back."""
     while True:
         try:
             return ask()
         except (NotRunning, Unavailable):
-            if up.poll() is not None:
+            if not up.revive():
                 raise
             time.sleep(1.0)
 
@@ -229,9 +252,9 @@ def compare(client: Client, tenants: list[Tenant]) -> tuple[list[Row], list[Samp
         samples += [
             Sample(tenant.name, example.messages[-2]["content"], reference, own, plain)
             for example, reference, own, plain in zip(
-                tenant.test[:5], references, given[tenant.name, tenant.model], given[tenant.name, base], strict=False
+                tenant.test, references, given[tenant.name, tenant.model], given[tenant.name, base], strict=True
             )
-        ]
+        ][:: max(1, len(references) // SAMPLES)]
     return rows, samples
 
 
@@ -268,15 +291,34 @@ def run_night(client: Client, tenants: list[Tenant]) -> list[NightLine]:
         console.print(f"{tenant.model}: {len((tenant.new or b'').splitlines())} new examples for the night")
     settings = Settings.load()
     registry = Registry.open(settings.database, settings.artifacts)
-    with console.status("The night: collect, train, evaluate, gate, promote…"):
-        run = nightly.run_night(registry, settings, report=lambda step: console.print(f"  {step.adapter}: {step.step}"))
+    with console.status("The night begins…") as status:
+        run = nightly.run_night(
+            registry, settings, report=lambda step: status.update(f"The night: {step.adapter} is past '{step.step}'…")
+        )
     with registry.reading() as session:
         results = nightly.by_adapter(records.steps(session, run.id))
     lines = [night_line(tenant, results[tenant.model], client) for tenant in fed]
-    for line, tenant in zip(lines, fed, strict=True):
-        moved = f"{(before[tenant.model] or '')[:12]} → {line.champion[:12]}" if line.promoted else line.champion[:12]
-        console.print(f"{line.adapter}: {'promoted' if line.promoted else 'held'} ({moved}): {line.reason}")
+    console.print(night_table(lines))
+    for line in lines:
+        old, new = (before[line.adapter] or "")[:12], line.champion[:12]
+        console.print(f"{line.adapter} answers with {new}" + (f", {old} before the night" if line.promoted else ""))
     return lines
+
+
+def night_table(lines: list[NightLine]) -> Table:
+    """Token F1 of the three candidates on each held-out slice, and what the gate decided."""
+    table = Table(title="The night: token F1 on held-out examples")
+    for heading in ("adapter", "slice", "base", "champion", "challenger", "decision"):
+        table.add_column(heading, justify="right" if heading in ("base", "champion", "challenger") else "left")
+    for line in lines:
+        decision = (
+            f"[{'green' if line.promoted else 'yellow'}]{'promoted' if line.promoted else 'held'}[/]: {line.reason}"
+        )
+        for number, (part, roles) in enumerate(line.scores.items()):
+            scores = [f"{roles[role]['token_f1']:.2f}" for role in ("base", "champion", "challenger")]
+            first = number == 0
+            table.add_row(line.adapter if first else "", part, *scores, decision if first else "")
+    return table
 
 
 def night_line(tenant: Tenant, results: dict[str, dict[str, Any]], client: Client) -> NightLine:

@@ -125,7 +125,8 @@ PAGE = """<!doctype html>
  .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1rem; }
  figure { margin: 0; } figcaption { font-weight: 600; } svg { width: 100%; }
  svg text { font-size: 10px; fill: currentColor; opacity: .7; }
- code { font-size: 13px; white-space: pre-wrap; } small { opacity: .7; }
+ .answers { table-layout: fixed; } .answers th:first-child { width: 6.5em; }
+ code { font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere; } small { opacity: .7; }
 </style></head><body>
 <h1>loramill demo</h1>
 <p>{{ rows|length }} tenants, one base model, an adapter each. {{ date }}, {{ "%.1f"|format(minutes) }} minutes.</p>
@@ -161,7 +162,7 @@ PAGE = """<!doctype html>
 </div>
 
 <h2>Answers</h2>
-<table><thead><tr><th>tenant<th>question<th>right answer<th>own adapter<th>base</tr></thead><tbody>
+<table class="answers"><thead><tr><th>tenant<th>question<th>right answer<th>own adapter<th>base</tr></thead><tbody>
 {% for sample in samples %}
 <tr><td>{{ sample.tenant }}<td>{{ sample.question }}<td><code>{{ sample.reference }}</code>
 <td class="{{ 'good' if sample.own.strip() == sample.reference.strip() else 'bad' }}"><code>{{ sample.own }}</code>

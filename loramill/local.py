@@ -112,7 +112,7 @@ def watch(settings: Settings, console: Console, stop: threading.Event, base: str
                 console.print("Stopping…")
                 return
         if not started_once:
-            raise SetupError(f"The cluster did not start; the reason is at the end of {log_path(settings)}.")
+            raise SetupError(f"The cluster did not start: {last_words(settings)} More is in {log_path(settings)}.")
         console.print(f"The cluster went down ({log_path(settings)}); starting it again in {pause:.0f} s.")
         stop.wait(pause)
         pause = min(pause * 2, 30.0)
@@ -273,6 +273,12 @@ def admin_key(settings: Settings) -> None:
         _, secret = keys.create(session, None)
         path.touch(mode=0o600)
         path.write_text(secret + "\n")
+
+
+def last_words(settings: Settings) -> str:
+    """The last line that the cluster's processes wrote."""
+    lines = log_path(settings).read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing."
 
 
 def log_path(settings: Settings) -> Path:

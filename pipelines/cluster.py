@@ -15,6 +15,9 @@ from ray import serve
 
 import loramill.jobs.supervisor
 import loramill.serve.deployments
+from loramill.bases import find_base
+from loramill.errors import LoramillError
+from loramill.serve.model import read_config
 from loramill.settings import Settings
 
 OBJECT_STORE_BYTES = 128 << 20
@@ -46,9 +49,13 @@ def wait_for_end(ended: threading.Event) -> None:
 
 
 def main() -> None:
-    """Runs a local cluster until standard input ends."""
+    """Runs a local cluster until standard input ends; why it could not is the last line on standard error."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = Settings.model_validate_json(sys.stdin.readline())
+    try:
+        read_config(find_base(settings.base, settings.cache).folder)
+    except LoramillError as error:
+        sys.exit(error.message)
     ended = threading.Event()
     threading.Thread(target=wait_for_end, args=(ended,), name="stdin", daemon=True).start()
     start_local(settings)

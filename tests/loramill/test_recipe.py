@@ -27,7 +27,9 @@ def resolve(examples: int = 160, said: dict[str, Any] | None = None, context: in
 
 def test_nothing_said_is_jobspecs_defaults() -> None:
     spec = resolve()
-    assert spec == JobSpec(base="f" * 64, adapter="acme/support", train="file-1", steps=30, batch_size=16)
+    assert spec == JobSpec(
+        base="f" * 64, adapter="acme/support", train="file-1", steps=60, batch_size=8, checkpoint_every=15
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,12 +37,11 @@ def test_nothing_said_is_jobspecs_defaults() -> None:
     [
         (1, 1, 30),
         (10, 2, 30),
-        (40, 10, 30),
-        (64, 16, 30),
-        (160, 16, 30),
-        (161, 16, 31),
-        (1000, 16, 188),
-        (9999, 16, 300),
+        (40, 8, 30),
+        (80, 8, 30),
+        (160, 8, 60),
+        (161, 8, 61),
+        (9999, 8, 300),
     ],
 )
 def test_autos_follow_the_number_of_examples(examples: int, batch_size: int, steps: int) -> None:
@@ -51,9 +52,10 @@ def test_autos_follow_the_number_of_examples(examples: int, batch_size: int, ste
 @pytest.mark.parametrize(
     ("said", "own", "field", "value"),
     [
-        ({"n_epochs": 1}, {}, "steps", 10),
+        ({"n_epochs": 1}, {}, "steps", 20),
         ({"n_epochs": 1, "batch_size": 7}, {}, "steps", 23),
         ({"batch_size": 80}, {}, "steps", 30),
+        ({}, {"steps": 1000}, "checkpoint_every", 100),
         ({"n_epochs": 9}, {"steps": 5}, "steps", 5),
         ({"learning_rate_multiplier": 0.5}, {}, "learning_rate", 5e-4),
         ({"learning_rate_multiplier": 0.5}, {"learning_rate": 3e-4}, "learning_rate", 3e-4),
