@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
+from loramill.durable import sync
 from loramill.errors import DiskFull
 from loramill.types import JobSpec
 
@@ -112,8 +113,4 @@ def _write_whole(file: Path, content: bytes) -> None:
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
-    directory = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync(file.parent)

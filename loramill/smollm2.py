@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from loramill.durable import sync
 from loramill.errors import BaseUnusable, DiskFull
 
 NAME = "smollm2-135m"
@@ -84,10 +85,10 @@ def _convert_into(target: Path, source: Path) -> None:
     try:
         _run_conversion(source, half)
         for path in (*half.iterdir(), half):
-            _fsync(path)
+            sync(path)
         half.chmod(0o755)
         half.rename(target)
-        _fsync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(half, ignore_errors=True)
 
@@ -119,14 +120,6 @@ def _disk_full(folder: Path) -> DiskFull:
         f"Converting the base '{NAME}' needs {NEEDED / 1e6:.0f} MB in {folder}, where {free / 1e6:.0f} MB are free: "
         "make room, or set `cache` (LORAMILL_CACHE) to a folder on another disk."
     )
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_folder(source: Path, folder: Path) -> None:

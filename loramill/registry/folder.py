@@ -13,6 +13,7 @@ import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from loramill.durable import sync
 from loramill.errors import ArtifactCorrupt
 from loramill.registry.manifest import MANIFEST, Manifest, corrupt, is_hash, measure
 
@@ -37,7 +38,7 @@ class Folder:
                 _write_file(building / name, source)
             manifest = Manifest({name: measure(building / name) for name in files})
             _write_file(building / MANIFEST, manifest.dump())
-            _sync(building)
+            sync(building)
             self._settle(building, manifest)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
@@ -86,7 +87,7 @@ class Folder:
             # The same content is there already. It counts as new, so that a sweep leaves it to be recorded.
             os.utime(final)
             shutil.rmtree(building)
-        _sync(final.parent)
+        sync(final.parent)
 
 
 def _is_sound(folder: Path, manifest: Manifest) -> bool:
@@ -118,7 +119,7 @@ def _make_folder(path: Path) -> None:
         return
     _make_folder(path.parent)
     path.mkdir(exist_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _write_file(path: Path, source: bytes | Path) -> None:
@@ -130,12 +131,3 @@ def _write_file(path: Path, source: bytes | Path) -> None:
                 shutil.copyfileobj(content, file, 1 << 20)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    # A new name in a folder survives a power cut only once the folder itself is on disk.
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -62,18 +62,14 @@ def patiently(ask: Callable[[], T]) -> T:
             time.sleep(0.5)
 
 
-def process(mill, *marks: str) -> int:
-    """The youngest process below `up` whose command line holds all of `marks`."""
+def processes(mill, *marks: str) -> list[int]:
+    """The processes below `up` whose command line holds all of `marks`."""
     listing = subprocess.run(["ps", "-eww", "-o", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     table = [line.split(None, 2) for line in listing.splitlines()[1:]]
-    below, found = {str(mill.up.pid)}, []
+    below = {str(mill.up.pid)}
     for _ in range(6):
         below |= {pid for pid, parent, *_ in table if parent in below}
-    for pid, _, *args in table:
-        if pid in below and args and all(mark in args[0] for mark in marks):
-            found.append(int(pid))
-    assert found, f"no process with {marks} in its command line"
-    return max(found)
+    return [int(pid) for pid, _, *args in table if pid in below and args and all(mark in args[0] for mark in marks)]
 
 
 @pytest.fixture(scope="session")
@@ -214,7 +210,9 @@ def test_a_night_promotes_what_is_better_and_holds_what_is_spoiled(mill, acme: s
 def test_a_killed_process_comes_back_with_the_same_versions(mill, marks: tuple[str, ...]) -> None:
     with mill.client() as client:
         champion = client.adapter("acme/codes").champion
-        os.kill(process(mill, *marks), signal.SIGKILL)
+        (victim,) = processes(mill, *marks)
+        os.kill(victim, signal.SIGKILL)
+        eventually(lambda: processes(mill, *marks) not in ([], [victim]), 180, f"another process of {marks}")
 
         def answers() -> bool:
             try:
@@ -225,9 +223,7 @@ def test_a_killed_process_comes_back_with_the_same_versions(mill, marks: tuple[s
                 return False
             return answer.headers["x-loramill-version"] == champion
 
-        time.sleep(2)
         eventually(answers, 180, f"the endpoint answers again after {marks} was killed")
-        # An endpoint may outlive its cluster for a while; new work can't.
         job = patiently(lambda: client.submit("acme/again", TRAIN, **{**RECIPE, "steps": 2}))
         assert client.wait(job.id).status is JobStatus.SUCCEEDED
 
