@@ -169,7 +169,6 @@ def running(home: Path) -> Iterator[tuple[Client, Up]]:
     os.environ |= {
         "LORAMILL_HOME": str(home),
         "LORAMILL_SERVE__PORT": str(port),
-        "LORAMILL_SERVE__THREADS": str(min(4, os.cpu_count() or 1)),
     }
     up = Up()
     try:
