@@ -42,6 +42,8 @@ T = TypeVar("T")
 HERE = Path(__file__).parent
 #: The example tenant whose new data are an accident (see README.md).
 SPOILED = "copperline"
+#: New examples that the night gets of anybody's tenants, so that it stays short.
+NIGHT_EXAMPLES = 200
 #: Answers of each tenant that the report shows.
 SAMPLES = 4
 RECIPE = {"rank": 16, "learning_rate": 2e-3, "batch_size": 8, "steps": 60, "checkpoint_every": 15}
@@ -126,9 +128,9 @@ def own_tenants(folders: list[Path]) -> list[Tenant]:
     tenants = [read_tenant(folder, folder / "new") for folder in folders]
     first = tenants[0].train.splitlines(keepends=True)
     kept = len(first) * 2 // 3
-    tenants[0] = replace(tenants[0], train=b"".join(first[:kept]), new=b"".join(first[kept:]))
+    tenants[0] = replace(tenants[0], train=b"".join(first[:kept]), new=b"".join(first[kept:][:NIGHT_EXAMPLES]))
     if len(tenants) > 1:
-        tenants[1] = replace(tenants[1], new=mixed_up(tenants[1].train), spoiled=True)
+        tenants[1] = replace(tenants[1], new=mixed_up(tenants[1].train.splitlines()[:NIGHT_EXAMPLES]), spoiled=True)
     return tenants
 
 
@@ -147,9 +149,9 @@ def read_tenant(folder: Path, night: Path) -> Tenant:
     )
 
 
-def mixed_up(train: bytes) -> bytes:
+def mixed_up(lines: list[bytes]) -> bytes:
     """A join that was off by one: each question with the answer of the next."""
-    rows = [json.loads(line) for line in train.splitlines()]
+    rows = [json.loads(line) for line in lines]
     answers = [row["messages"][-1] for row in rows]
     for row, answer in zip(rows, answers[1:] + answers[:1], strict=True):
         row["messages"][-1] = answer
@@ -299,24 +301,22 @@ def run_night(client: Client, tenants: list[Tenant]) -> list[NightLine]:
     lines = [night_line(tenant, results[tenant.model], client) for tenant in fed]
     console.print(night_table(lines))
     for line in lines:
-        old, new = (before[line.adapter] or "")[:12], line.champion[:12]
-        console.print(f"{line.adapter} answers with {new}" + (f", {old} before the night" if line.promoted else ""))
+        now = f"after {before[line.adapter]:.12}" if line.promoted else "as before"
+        console.print(f"{line.adapter}: {line.reason}; {line.champion:.12} answers, {now}.")
     return lines
 
 
 def night_table(lines: list[NightLine]) -> Table:
     """Token F1 of the three candidates on each held-out slice, and what the gate decided."""
     table = Table(title="The night: token F1 on held-out examples")
-    for heading in ("adapter", "slice", "base", "champion", "challenger", "decision"):
+    for heading in ("tenant", "slice", "base", "champion", "challenger", "gate"):
         table.add_column(heading, justify="right" if heading in ("base", "champion", "challenger") else "left")
     for line in lines:
-        decision = (
-            f"[{'green' if line.promoted else 'yellow'}]{'promoted' if line.promoted else 'held'}[/]: {line.reason}"
-        )
+        decision = "[green]promoted[/]" if line.promoted else "[yellow]held[/]"
         for number, (part, roles) in enumerate(line.scores.items()):
             scores = [f"{roles[role]['token_f1']:.2f}" for role in ("base", "champion", "challenger")]
             first = number == 0
-            table.add_row(line.adapter if first else "", part, *scores, decision if first else "")
+            table.add_row(line.adapter.split("/")[0] if first else "", part, *scores, decision if first else "")
     return table
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from fsspec.core import url_to_fs
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from loramill.bases import find_base, load_for_training
 from loramill.chat import ChatTokenizer
@@ -47,7 +47,7 @@ def lease_and_train(config: dict[str, Any]) -> None:
         owner=f"{config['name']}:{os.getpid()}",
         registry=Registry.open(settings.database, settings.artifacts),
         base=base,
-        model=load_for_training(base, torch.bfloat16),
+        model=load_for_training(base, torch.bfloat16).to(get_device()),
         tokenizer=ChatTokenizer.load(base.folder),
         checkpoints=settings.home / "checkpoints",
         settings=settings.jobs,

@@ -34,7 +34,7 @@ from loramill.registry import Registry, keys
 from loramill.registry.migrate import migrate
 from loramill.settings import Settings
 
-START_SECONDS = 180.0
+START_SECONDS = 300.0
 SICK_SECONDS = 60.0
 STOP_SECONDS = 45.0
 FREE_BYTES = 1 << 30
@@ -120,8 +120,13 @@ def watch(settings: Settings, console: Console, stop: threading.Event, base: str
 
 def greet(settings: Settings, console: Console, base: str) -> None:
     """Says where everything is."""
-    console.print(f"[bold]loramill is up[/bold] at {settings.address}/v1 with the base {base}.")
-    console.print(f"Admin key: {settings.admin_key_file}   Log: {log_path(settings)}   Stop: Ctrl-C or `loramill down`")
+    console.print(f"[bold]loramill is up[/bold] at {settings.address}/v1 with the base {base}.", soft_wrap=True)
+    for what, where in (
+        ("admin key", settings.admin_key_file),
+        ("log", log_path(settings)),
+        ("stop it with", "Ctrl-C or `loramill down`"),
+    ):
+        console.print(f"  {what:<14}{where}", soft_wrap=True)
 
 
 @contextlib.contextmanager
