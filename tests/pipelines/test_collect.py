@@ -1,0 +1,135 @@
+"""What a night trains on and is judged by."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loramill.bases import Base
+from loramill.names import AdapterName
+from loramill.pipelines.collect import REPLAY, collect, hold_out, lines, sample
+from loramill.registry import Registry, adapters, datasets, jobs, migrate, nightly, tenants
+from loramill.types import JobSpec, VersionRecord
+
+NAME = AdapterName("acme", "support")
+
+
+def row(question: str, answer: str) -> bytes:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return json.dumps({"messages": messages}).encode()
+
+
+OLD = [row(f"old question {i}", "old") for i in range(100)]
+OLD_VALID = [row(f"old held-out question {i}", "old") for i in range(10)]
+NEW = [row(f"new question {i}", "new") for i in range(40)]
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    database = f"sqlite:///{tmp_path / 'record.db'}"
+    migrate(database)
+    registry = Registry.open(database, (tmp_path / "artifacts").as_uri())
+    with registry.writing() as session:
+        tenants.create(session, "acme")
+    return registry
+
+
+def dataset(registry: Registry, rows: list[bytes]) -> str:
+    raw = b"\n".join(rows) + b"\n"
+    artifact = registry.artifacts.put({"data.jsonl": raw})
+    with registry.writing() as session:
+        return datasets.create(session, "acme", "rows.jsonl", artifact, len(raw), len(rows)).id
+
+
+def rows_of(registry: Registry, dataset_id: str) -> list[bytes]:
+    with registry.reading() as session:
+        return lines(registry.artifacts.read(datasets.get(session, dataset_id).artifact, "data.jsonl"))
+
+
+def champion(registry: Registry, base: Base) -> JobSpec:
+    """An adapter with a champion, as a finished job leaves it."""
+    spec = JobSpec(
+        base=base.fingerprint,
+        adapter=str(NAME),
+        train=dataset(registry, OLD),
+        valid=dataset(registry, OLD_VALID),
+        steps=7,
+        batch_size=8,
+        learning_rate=2e-3,
+        rank=4,
+    )
+    version = registry.artifacts.put({"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"})
+    with registry.writing() as session:
+        job = jobs.submit(session, spec, {})
+        jobs.lease(session, "worker", now=time.time(), seconds=60, max_attempts=1)
+        record = VersionRecord(
+            id=version, adapter=str(NAME), job=job.id, base=base.fingerprint, bytes=7, created_at=time.time()
+        )
+        jobs.publish(session, job.id, 1, record)
+    return spec
+
+
+def collected(registry: Registry, base: Base, train: list[bytes], valid: list[bytes] | None) -> dict:
+    train_id, valid_id = dataset(registry, train), dataset(registry, valid) if valid else None
+    with registry.writing() as session:
+        nightly.add_data(session, NAME, train_id, valid_id)
+        run = nightly.open_run(session)
+        new_data = nightly.collect(session, run.id, NAME)
+        assert new_data is not None
+        return collect(session, registry.artifacts, NAME, new_data, base)
+
+
+def test_a_champion_goes_on_from_its_weights_with_a_replay_of_what_it_knew(registry: Registry, base: Base) -> None:
+    old = champion(registry, base)
+    plan = collected(registry, base, NEW, None)
+    spec = JobSpec.model_validate(plan["spec"])
+    with registry.reading() as session:
+        now = adapters.get(session, NAME).champion
+    assert (spec.start_from, plan["champion"]) == (now, now)
+    assert (spec.rank, spec.learning_rate) == (old.rank, old.learning_rate / 2)
+    train = rows_of(registry, spec.train)
+    held = rows_of(registry, plan["slices"]["new"])
+    assert len(held) == 4
+    assert not set(train) & set(held)
+    assert set(train) | set(held) >= set(NEW)
+    assert len(set(train) & set(OLD)) == REPLAY
+    assert plan["slices"]["before"] == old.valid
+    assert rows_of(registry, spec.valid or "") == OLD_VALID + held
+    assert spec.steps == -(-2 * len(train) // 8)
+
+
+def test_validation_data_of_its_own_is_what_new_data_is_judged_by(registry: Registry, base: Base) -> None:
+    champion(registry, base)
+    mine = [row(f"new held-out question {i}", "new") for i in range(5)]
+    plan = collected(registry, base, NEW, mine)
+    assert rows_of(registry, plan["slices"]["new"]) == mine
+    assert set(rows_of(registry, plan["spec"]["train"])) >= set(NEW)
+
+
+def test_a_first_version_begins_afresh(registry: Registry, base: Base) -> None:
+    plan = collected(registry, base, NEW, None)
+    spec = JobSpec.model_validate(plan["spec"])
+    assert (spec.start_from, plan["champion"], list(plan["slices"])) == (None, None, ["new"])
+    assert len(rows_of(registry, spec.train)) + len(rows_of(registry, plan["slices"]["new"])) == len(NEW)
+
+
+answers = st.lists(st.integers(0, 50), min_size=2, max_size=40).map(lambda ns: [row(str(n), "x") for n in ns])
+
+
+@given(rows=answers)
+def test_the_same_row_is_never_on_both_sides(rows: list[bytes]) -> None:
+    train, held = hold_out(rows)
+    assert held
+    assert not set(train) & set(held)
+    assert set(train) | set(held) == set(rows)
+
+
+@given(rows=answers, count=st.integers(0, 10))
+def test_a_sample_does_not_depend_on_the_order(rows: list[bytes], count: int) -> None:
+    assert sample(rows, count) == sample(rows[::-1], count)
+    assert len(sample(rows, count)) == min(count, len(rows))
