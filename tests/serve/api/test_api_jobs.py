@@ -31,8 +31,8 @@ def test_create_with_autos(client: OpenAI, site: Any, tenant: str, file: str, va
     assert (job.object, job.status, job.model, job.organization_id) == ("fine_tuning.job", "queued", "tiny", tenant)
     assert (job.training_file, job.validation_file, job.seed) == (file, valid, 0)
     assert job.fine_tuned_model is None and job.finished_at is None and job.error is None and job.result_files == []
-    # 40 examples: batches of 10; 3 epochs are 12 steps, which is too few.
-    assert job.hyperparameters.to_dict() == {"n_epochs": 7, "batch_size": 10, "learning_rate_multiplier": 1.0}
+    # 40 examples in batches of 8: 3 epochs are 15 steps, which is too few.
+    assert job.hyperparameters.to_dict() == {"n_epochs": 6, "batch_size": 8, "learning_rate_multiplier": 1.0}
     assert job.method is not None and job.method.type == "supervised"
     own = job.loramill  # type: ignore[attr-defined]
     assert (own["adapter"], own["step"], own["steps"], own["attempt"]) == (f"{tenant}/default", 0, 30, 0)
