@@ -26,7 +26,7 @@ def run_session(settings: Settings) -> None:
         train_loop_config={"settings": settings.model_dump(mode="json"), "name": name},
         torch_config=TorchConfig(backend="nccl" if jobs.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=1, use_gpu=jobs.use_gpu, resources_per_worker={"GPU": 1} if jobs.use_gpu else {"CPU": 1}
+            num_workers=1, use_gpu=jobs.use_gpu, resources_per_worker={"GPU": 1} if jobs.use_gpu else {"CPU": jobs.cpus}
         ),
         run_config=RunConfig(name=name, storage_path=settings.sessions, failure_config=FailureConfig(max_failures=-1)),
     )

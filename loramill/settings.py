@@ -46,6 +46,9 @@ class JobSettings(_Section):
     sessions: int = Field(default=max(1, min(8, os.cpu_count() or 1)), ge=1, description="jobs that train at once")
     threads: int = Field(default=1, ge=1, description="CPU threads of one session")
     use_gpu: bool = False
+    cpus: float = Field(
+        default=1.0, gt=0, description="of the Ray cluster's CPUs, what one session takes without a GPU"
+    )
     lease_seconds: float = Field(default=15.0, gt=0, description="a worker silent for so long has lost its job")
     idle_seconds: float = Field(default=120.0, gt=0, description="a session without jobs for so long ends")
     max_attempts: int = Field(default=5, ge=1, description="leases of a job before it counts as failed")

@@ -21,6 +21,11 @@ from loramill.serve.model import read_config
 from loramill.settings import Settings
 
 OBJECT_STORE_BYTES = 128 << 20
+
+#: What a session on this machine takes of Ray's CPUs. Not a whole one: a Train controller that is killed leaves its
+#: placement group behind (Ray's cleaner asks the dashboard, which a laptop does without), and a few of those would
+#: leave no room for sessions.
+NOMINAL_CPUS = 0.01
 log = logging.getLogger(__name__)
 
 
@@ -30,11 +35,11 @@ def deploy(settings: Settings) -> None:
     loramill.serve.deployments.deploy(settings)
 
 
-def start_local(settings: Settings) -> None:
-    """Starts a Ray of this machine's own. Its CPUs are places for processes, not cores: each session takes one."""
+def start_local() -> None:
+    """Starts a Ray of this machine's own. Its CPUs stand for nothing: what runs here is bounded by the settings."""
     ray.init(
         address="local",
-        num_cpus=settings.jobs.sessions + 2,
+        num_cpus=2,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         namespace="loramill",
@@ -58,8 +63,8 @@ def main() -> None:
         sys.exit(error.message)
     ended = threading.Event()
     threading.Thread(target=wait_for_end, args=(ended,), name="stdin", daemon=True).start()
-    start_local(settings)
-    deploy(settings)
+    start_local()
+    deploy(settings.model_copy(update={"jobs": settings.jobs.model_copy(update={"cpus": NOMINAL_CPUS})}))
     log.info("up")
     ended.wait()
     log.info("stopping")
