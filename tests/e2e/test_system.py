@@ -154,6 +154,17 @@ def test_a_killed_training_worker_loses_nothing(mill, globex: str) -> None:
     assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
 
 
+def test_killed_train_controllers_leave_room_for_the_next(mill, globex: str) -> None:
+    with mill.client(globex) as client:
+        job = client.submit("globex/stubborn", TRAIN, checkpoint_every=4, **RECIPE)
+        for attempt in (1, 2):
+            eventually(lambda attempt=attempt: client.job(job.id).attempt == attempt, 120, f"attempt {attempt}")
+            eventually(lambda: client.job(job.id).step >= 1, 120, "the job begins")
+            for controller in processes(mill, "ray::TrainController"):
+                os.kill(controller, signal.SIGKILL)
+        assert client.wait(job.id).attempt == 3
+
+
 def test_a_cancelled_job_publishes_nothing(mill, globex: str) -> None:
     with mill.client(globex) as client:
         job = client.submit("globex/never", TRAIN, **{**RECIPE, "steps": 2000})
