@@ -1,13 +1,16 @@
-"""The normal form of an adapter, and where in a base it acts."""
+"""The normal form of an adapter, where in a base it acts, and how its bytes lie in a slab."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from loramill.errors import AdapterInvalid
+from loramill.kernels.memory import aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,42 +44,55 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedModule:
-    """One target module within a packed site.
+class Layout:
+    """How a backend wants the weights to lie.
 
     Attributes:
-        columns: its columns of the site's y.
-        ranks: its rows of the site's `a`.
-        b: [r, d_out] float32, transposed, so that the expansion is a plain product.
-        gain: [d_out] float32, or None.
+        a, b: turn a [r, d_in] and b [d_out, r] into what is stored, in their dtype.
     """
 
-    columns: slice
-    ranks: slice
-    b: torch.Tensor
-    gain: torch.Tensor | None
+    a: Callable[[torch.Tensor], torch.Tensor]
+    b: Callable[[torch.Tensor], torch.Tensor]
+
+
+#: Both matrices as they are, row by row.
+ROWS = Layout(torch.Tensor.contiguous, torch.Tensor.contiguous)
+
+#: Fields of a table's last axis: bytes from the start to a, b and gain (-1: no gain), and the rank (0: no target).
+A, B, GAIN, RANK = range(4)
 
 
 @dataclass(frozen=True, slots=True)
-class PackedSite:
-    """An adapter's weights at one site: the shrink matrices of its modules as one, [d_in, sum of r] float32."""
+class PackedAdapter:
+    """An adapter as a slab takes it: one run of bytes.
 
-    a: torch.Tensor
-    modules: tuple[PackedModule, ...]
+    Attributes:
+        data: uint8 [bytes]; each matrix begins on a cache line; a and b in the slab's dtype, gains in float32.
+        table: int64 [sites, modules of the widest site, 4]: where what lies.
+    """
+
+    data: torch.Tensor
+    table: NDArray[np.int64]
 
     @property
     def bytes(self) -> int:
-        """Bytes of weights."""
-        tensors = [self.a, *(m.b for m in self.modules), *(m.gain for m in self.modules if m.gain is not None)]
-        return sum(tensor.nbytes for tensor in tensors)
+        """Bytes that it takes up in a slab."""
+        return self.data.numel()
 
 
-#: An adapter as a slab holds it: an entry a site, None where it has no target there.
-PackedAdapter = tuple[PackedSite | None, ...]
+def modules_per_site(sites: Sequence[Site]) -> int:
+    """Modules of the widest site."""
+    return max((len(site.modules) for site in sites), default=0)
 
 
-def pack(sites: Sequence[Site], deltas: Mapping[str, Delta]) -> PackedAdapter:
+def pack(sites: Sequence[Site], deltas: Mapping[str, Delta], layout: Layout, dtype: torch.dtype) -> PackedAdapter:
     """Lays an adapter out for a slab over `sites`; touches no shared state, so any thread may do it.
+
+    Args:
+        sites: of the base.
+        deltas: by module.
+        layout: the backend's.
+        dtype: of a and b in the slab.
 
     Raises:
         AdapterInvalid: a delta names no module of `sites`, or its shapes don't fit the module.
@@ -85,27 +101,30 @@ def pack(sites: Sequence[Site], deltas: Mapping[str, Delta]) -> PackedAdapter:
     for module in deltas:
         if module not in known:
             raise AdapterInvalid(f"The adapter targets '{module}', which this base can't adapt.")
-    return tuple(_pack_site(site, deltas) for site in sites)
+    table = np.zeros((len(sites), modules_per_site(sites), 4), dtype=np.int64)
+    table[..., GAIN] = -1
+    parts: list[torch.Tensor] = []
+    end = 0
 
+    def place(tensor: torch.Tensor) -> int:
+        nonlocal end
+        raw = tensor.reshape(-1).view(torch.uint8)
+        start, end = end, end + aligned(raw.numel())
+        parts.extend((raw, raw.new_zeros(end - start - raw.numel())))
+        return start
 
-def _pack_site(site: Site, deltas: Mapping[str, Delta]) -> PackedSite | None:
-    shrinks: list[torch.Tensor] = []
-    modules: list[PackedModule] = []
-    column = rank = 0
-    for module, width in zip(site.modules, site.widths, strict=True):
-        delta = deltas.get(module)
-        if delta is not None:
-            _check(module, site.d_in, width, delta)
-            r = delta.a.shape[0]
-            gain = None if delta.gain is None else delta.gain.float().contiguous()
-            b = delta.b.float().T.contiguous()
-            modules.append(PackedModule(slice(column, column + width), slice(rank, rank + r), b, gain))
-            shrinks.append(delta.a.float())
-            rank += r
-        column += width
-    if not modules:
-        return None
-    return PackedSite(torch.cat(shrinks).T.contiguous(), tuple(modules))
+    for s, site in enumerate(sites):
+        present = [(m, deltas[name]) for m, name in enumerate(site.modules) if name in deltas]
+        for m, delta in present:
+            _check(site.modules[m], site.d_in, site.widths[m], delta)
+            table[s, m, RANK] = delta.a.shape[0]
+            table[s, m, A] = place(layout.a(delta.a.to(dtype)))
+        # The shrink of a fused site reads all its a first, one after the other.
+        for m, delta in present:
+            table[s, m, B] = place(layout.b(delta.b.to(dtype)))
+            if delta.gain is not None:
+                table[s, m, GAIN] = place(delta.gain.float().contiguous())
+    return PackedAdapter(torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8), table)
 
 
 def _check(module: str, d_in: int, d_out: int, delta: Delta) -> None:
@@ -114,7 +133,12 @@ def _check(module: str, d_in: int, d_out: int, delta: Delta) -> None:
     if delta.gain is not None:
         expected.append(("gain", delta.gain, (d_out,)))
     for name, tensor, shape in expected:
-        if r < 1 or tuple(tensor.shape) != shape:
+        if not 1 <= r <= MAX_RANK or tuple(tensor.shape) != shape:
             raise AdapterInvalid(
-                f"{name} of '{module}' is {list(tensor.shape)}; this base needs {list(shape)} and a rank above 0."
+                f"{name} of '{module}' is {list(tensor.shape)}; this base needs {list(shape)} and a rank from 1 to "
+                f"{MAX_RANK}."
             )
+
+
+#: The kernels keep a row's shrunk values on the stack.
+MAX_RANK = 256

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -22,17 +27,19 @@ class Run:
     rows: slice
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Batch:
     """The rows of one step, built once and used by every layer.
 
     Attributes:
         rows: rows of x and y.
         runs: the runs that have an adapter, in the order of their rows; all other rows are the base's alone.
+        memo: what backends and slabs work out once for all layers, by a key of theirs.
     """
 
     rows: int
     runs: tuple[Run, ...]
+    memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, counts: Iterable[tuple[Slot | None, int]]) -> Batch:
@@ -47,3 +54,9 @@ class Batch:
                 start = runs.pop().rows.start
             runs.append(Run(slot, slice(start, rows)))
         return cls(rows, tuple(runs))
+
+    @cached_property
+    def segments(self) -> NDArray[np.int32]:
+        """The runs as int32 [runs, 3]: index of the slot, first row, row after the last."""
+        numbers = [(run.slot.index, run.rows.start, run.rows.stop) for run in self.runs]
+        return np.array(numbers, dtype=np.int32).reshape(-1, 3)

@@ -1,24 +1,26 @@
-"""The specification: batched LoRA in float32, run by run, in plain torch."""
+"""The specification: every operation in float32 and in the plainest torch, run by run and sequence by sequence."""
 
 from __future__ import annotations
 
 import torch
 
+from loramill.kernels.adapter import ROWS
 from loramill.kernels.batch import Batch
 from loramill.kernels.slab import SiteSlab
 
+name = "reference"
+layout = ROWS
+
 
 def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
-    """Adds to y, in place, what each run's adapter makes of x; see `loramill.kernels.lora` for the contract."""
+    """Adds each run's adapter; the contract is that of `loramill.kernels.lora`."""
+    slab.slab.check(batch)
     for run in batch.runs:
-        weights = slab.weights(run.slot)
-        if weights is None:
-            continue
-        rows = y[run.rows]
-        shrunk = x[run.rows].float() @ weights.a
-        for module in weights.modules:
-            target = rows[:, module.columns]
-            total = torch.addmm(target.float(), shrunk[:, module.ranks], module.b)
-            if module.gain is not None:
-                total *= module.gain
-            target.copy_(total)
+        column = 0
+        for module, width in enumerate(slab.site.widths):
+            delta = slab.rows(run.slot.index, module)
+            if delta is not None:
+                target = y[run.rows, column : column + width]
+                total = target.float() + x[run.rows].float() @ delta.a.float().T @ delta.b.float().T
+                target.copy_(total if delta.gain is None else delta.gain * total)
+            column += width

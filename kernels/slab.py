@@ -1,60 +1,113 @@
-"""The slots that adapters live in."""
+"""The arena that resident adapters live in."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from loramill.errors import EngineFault
-from loramill.kernels.adapter import PackedAdapter, PackedSite, Site
-from loramill.kernels.batch import Slot
+from loramill.kernels.adapter import A, B, GAIN, RANK, Delta, Layout, PackedAdapter, Site, modules_per_site, pack
+from loramill.kernels.batch import Batch, Slot
+from loramill.kernels.memory import Extents, host_memory
+
+
+@dataclass(slots=True)
+class _Place:
+    """One slot's part of the arena; `loaded` once its weights are all there."""
+
+    generation: int = 0
+    offset: int = 0
+    bytes: int = 0
+    taken: bool = False
+    loaded: bool = False
 
 
 class Slab:
-    """A fixed number of slots, each empty or holding one adapter of any ranks and targets.
+    """Adapters of any ranks and targets in one arena of bytes, each behind a numbered slot.
 
-    One thread allocates, loads and frees; loading is taking over an adapter that `pack` has laid out.
+    One thread allocates, frees and runs kernels. Any thread may pack, and may load a slot that was allocated for it:
+    nothing reads the slot before `load` returns.
+
+    Attributes:
+        sites: where the adapters act.
+        dtype: of their matrices.
+        layout: how these lie; the backend's.
+        arena: uint8 [bytes], on the device.
+        table: int64 [sites, slots, modules of the widest site, 4], on the host: bytes from the arena's start to a, b
+            and gain (-1: none), and the rank (0: no target).
+        changes: how often a slot was loaded or freed; what was worked out for another count is out of date.
+        views: the slab at each site, what `lora` takes.
     """
 
-    def __init__(self, sites: Sequence[Site], slots: int) -> None:
-        self._sites = tuple(sites)
-        self._generations = [0] * slots
-        self._adapters: list[PackedAdapter | None] = [None] * slots
-        self._bytes = [0] * slots
-        self._free = list(reversed(range(slots)))
-        self.views = tuple(SiteSlab(self, index) for index in range(len(self._sites)))
+    def __init__(
+        self, sites: Sequence[Site], *, slots: int, bytes: int, dtype: torch.dtype, layout: Layout, device: str = "cpu"
+    ) -> None:
+        self.sites = tuple(sites)
+        self.dtype = dtype
+        self.layout = layout
+        self.arena = host_memory(bytes) if device == "cpu" else torch.zeros(bytes, dtype=torch.uint8, device=device)
+        self.table = np.zeros((len(self.sites), slots, modules_per_site(self.sites), 4), dtype=np.int64)
+        self.changes = 0
+        self._places = [_Place() for _ in range(slots)]
+        self._extents = Extents(bytes)
+        self.views = tuple(SiteSlab(self, index) for index in range(len(self.sites)))
 
     @property
     def bytes(self) -> int:
-        """Bytes of weights in all slots."""
-        return sum(self._bytes)
+        """Bytes of the adapters in all slots."""
+        return sum(place.bytes for place in self._places)
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of the arena that no slot has."""
+        return self._extents.free
 
     @property
     def free_slots(self) -> int:
-        """Slots that `allocate` can still give."""
-        return len(self._free)
+        """Slots that nobody has."""
+        return sum(not place.taken for place in self._places)
 
-    def allocate(self) -> Slot:
-        """Takes an empty slot.
+    def pack(self, deltas: Mapping[str, Delta]) -> PackedAdapter:
+        """Lays an adapter out for `load`; any thread may do it.
 
         Raises:
-            EngineFault: all are taken.
+            AdapterInvalid: a delta names no module of the base, or its shapes don't fit.
         """
-        if not self._free:
-            raise EngineFault("The slab has no free slot; free one first.")
-        index = self._free.pop()
-        return Slot(index, self._generations[index])
+        return pack(self.sites, deltas, self.layout, self.dtype)
+
+    def allocate(self, bytes: int) -> Slot | None:
+        """Takes a slot with room for `bytes`; None: there is no slot, or no free part of the arena is large enough."""
+        index = next((i for i, place in enumerate(self._places) if not place.taken), None)
+        offset = None if index is None else self._extents.take(bytes)
+        if index is None or offset is None:
+            return None
+        place = self._places[index]
+        place.offset, place.bytes, place.taken, place.loaded = offset, bytes, True, False
+        return Slot(index, place.generation)
 
     def load(self, slot: Slot, adapter: PackedAdapter) -> None:
-        """Puts an adapter, packed for the same sites, into an allocated slot.
+        """Copies an adapter into a slot that was allocated for its bytes.
 
         Raises:
-            EngineFault: the handle is stale, or the adapter was packed for other sites.
+            EngineFault: the handle is stale, the slot is loaded already or was allocated for another size, or the
+                adapter was packed for other sites.
         """
-        self._check(slot)
-        if len(adapter) != len(self._sites):
-            raise EngineFault(f"An adapter of {len(adapter)} sites doesn't fit a slab of {len(self._sites)}.")
-        self._adapters[slot.index] = adapter
-        self._bytes[slot.index] = sum(site.bytes for site in adapter if site)
+        place = self._place(slot)
+        if place.loaded or adapter.bytes != place.bytes:
+            raise EngineFault(f"Slot {slot.index} is loaded, or was allocated for {place.bytes} bytes and no other size.")
+        if adapter.table.shape != self.table[:, slot.index].shape:
+            raise EngineFault(f"An adapter of {len(adapter.table)} sites doesn't fit a slab of {len(self.sites)}.")
+        self.arena[place.offset : place.offset + place.bytes].copy_(adapter.data)
+        table = adapter.table.copy()
+        table[..., [A, B]] += place.offset
+        table[..., GAIN] += np.where(table[..., GAIN] < 0, 0, place.offset)
+        self.table[:, slot.index] = table
+        self.changes += 1
+        place.loaded = True
 
     def free(self, slot: Slot) -> None:
         """Empties a slot and makes every handle to it stale.
@@ -62,57 +115,105 @@ class Slab:
         Raises:
             EngineFault: the handle is stale already.
         """
-        self._check(slot)
-        self._adapters[slot.index] = None
-        self._bytes[slot.index] = 0
-        self._generations[slot.index] += 1
-        self._free.append(slot.index)
+        place = self._place(slot)
+        self._extents.give(place.offset, place.bytes)
+        self.table[:, slot.index] = 0
+        self._places[slot.index] = _Place(generation=place.generation + 1)
+        self.changes += 1
 
-    def adapter(self, slot: Slot) -> PackedAdapter:
-        """What a slot holds.
+    def evict(self, bytes: int, idle: Sequence[Slot]) -> list[Slot] | None:
+        """Frees slots, in the order of `idle`, until `allocate(bytes)` would succeed.
+
+        Returns:
+            The slots that were freed; None, and nothing is freed, if all of them together wouldn't make the room.
 
         Raises:
-            EngineFault: the handle is stale, or nothing was loaded.
+            EngineFault: a handle is stale.
         """
-        self._check(slot)
-        adapter = self._adapters[slot.index]
-        if adapter is None:
-            raise EngineFault(f"Slot {slot.index} is used before an adapter was loaded into it.")
-        return adapter
+        trial = self._extents.copy()
+        slots = self.free_slots
+        for count, slot in enumerate([None, *idle]):
+            if slot is not None:
+                place = self._place(slot)
+                trial.give(place.offset, place.bytes)
+                slots += 1
+            if slots and trial.fits(bytes):
+                for freed in idle[:count]:
+                    self.free(freed)
+                return list(idle[:count])
+        return None
+
+    def check(self, batch: Batch) -> None:
+        """Makes sure that a batch's handles are good; costs next to nothing until a slot changes.
+
+        Raises:
+            EngineFault: a run's slot was freed since, or nothing was loaded into it.
+        """
+        if batch.memo.get(self) == self.changes:
+            return
+        changes = self.changes
+        for run in batch.runs:
+            if not self._place(run.slot).loaded:
+                raise EngineFault(f"Slot {run.slot.index} is used before an adapter was loaded into it.")
+        batch.memo[self] = changes
 
     def check_integrity(self) -> None:
         """Compares the books.
 
         Raises:
-            EngineFault: a slot is free twice, or free and full.
+            EngineFault: parts of the arena overlap or are lost, or a table points out of its slot's part.
         """
-        if len(set(self._free)) != len(self._free):
-            raise EngineFault(f"Slots are free twice: {sorted(self._free)}.")
-        full = [index for index in self._free if self._adapters[index] is not None or self._bytes[index]]
-        if full:
-            raise EngineFault(f"Free slots hold adapters: {full}.")
+        faults = self._extents.faults([(place.offset, place.bytes) for place in self._places if place.taken])
+        for index, place in enumerate(self._places):
+            table = self.table[:, index]
+            used = table[table[..., RANK] > 0]
+            if used.size and not place.loaded:
+                faults.append(f"slot {index} has targets and no adapter")
+            offsets = used[:, [A, B, GAIN]]
+            inside = (offsets >= place.offset) & (offsets < place.offset + max(place.bytes, 1))
+            if not (inside | (offsets == -1)).all():
+                faults.append(f"slot {index} points out of its part of the arena")
+        if faults:
+            raise EngineFault(f"The slab's books don't add up: {'; '.join(faults)}.")
 
-    def _check(self, slot: Slot) -> None:
-        if self._generations[slot.index] != slot.generation:
+    def _place(self, slot: Slot) -> _Place:
+        place = self._places[slot.index]
+        if place.generation != slot.generation or not place.taken:
             raise EngineFault(
-                f"Slot {slot.index} is of generation {self._generations[slot.index]}, the handle of {slot.generation}: "
+                f"Slot {slot.index} is of generation {place.generation}, the handle of {slot.generation}: "
                 "it was freed meanwhile."
             )
+        return place
 
 
 class SiteSlab:
-    """One site of a slab: what `lora` works on."""
+    """One site of a slab.
 
-    __slots__ = ("_index", "_slab")
+    Attributes:
+        slab: the whole.
+        site: where.
+        table: int64 [slots, modules, 4], as the slab's.
+    """
+
+    __slots__ = ("site", "slab", "table")
 
     def __init__(self, slab: Slab, index: int) -> None:
-        self._slab = slab
-        self._index = index
+        self.slab = slab
+        self.site = slab.sites[index]
+        self.table: NDArray[np.int64] = slab.table[index]
 
-    def weights(self, slot: Slot) -> PackedSite | None:
-        """The weights that a slot's adapter has here; None: no target.
+    def rows(self, slot: int, module: int) -> Delta | None:
+        """A module's matrices as they lie in a slab of layout ROWS, without a copy; None: no target."""
+        a, b, gain, rank = self.table[slot, module].tolist()
+        if not rank:
+            return None
+        width = self.site.widths[module]
+        return Delta(
+            self._tensor(a, (rank, self.site.d_in), self.slab.dtype),
+            self._tensor(b, (width, rank), self.slab.dtype),
+            None if gain < 0 else self._tensor(gain, (width,), torch.float32),
+        )
 
-        Raises:
-            EngineFault: the handle is stale, or nothing was loaded.
-        """
-        return self._slab.adapter(slot)[self._index]
+    def _tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        size = int(np.prod(shape)) * dtype.itemsize
+        return self.slab.arena[offset : offset + size].view(dtype).view(shape)

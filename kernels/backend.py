@@ -1,0 +1,107 @@
+"""What a backend of the kernels offers: the operations of a decoder's step, over weights that it lays out itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from loramill.kernels.adapter import Layout
+from loramill.kernels.batch import Batch
+from loramill.kernels.paging import Pages
+from loramill.kernels.slab import SiteSlab
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A frozen matrix [d_out, d_in] as its backend laid it out."""
+
+    data: torch.Tensor
+    d_out: int
+    d_in: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """One layer's paged keys and values as their backend laid them out, in blocks of `block_size` positions."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    block_size: int
+    kv_heads: int
+    head_dim: int
+
+
+class Backend(Protocol):
+    """Operations on rows of bfloat16 or float32; sums are in float32. Each says what it does in torch.
+
+    Attributes:
+        name: as in LORAMILL_KERNELS.
+        layout: how adapters lie in a slab for `lora`.
+    """
+
+    name: str
+    layout: Layout
+
+    def lora(self, x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
+        """Adds each run's adapter; the contract is that of `loramill.kernels.lora`."""
+
+    def pack(self, weight: torch.Tensor) -> Weight:
+        """Lays a matrix [d_out, d_in] out for `linear`, `adapted_linear` and `embed`."""
+
+    def embed(self, tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """Rows of the matrix: `weight[tokens]`, for int64 tokens [rows]; returns [rows, d_in]."""
+
+    def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """`x @ weight.T` for x [rows, d_in], whose rows may be strided; returns [rows, d_out] of x's dtype."""
+
+    def adapted_linear(self, x: torch.Tensor, weight: Weight, slab: SiteSlab, batch: Batch) -> torch.Tensor:
+        """`linear`, then `lora` on its result."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """`x / sqrt(mean(x ** 2) + eps) * weight` over the last of x [..., d], whose rows may be strided."""
+
+    def add_rms_norm(
+        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """Adds x to the residual in place, both [rows, d]; returns `rms_norm(residual, weight, eps)`."""
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """`silu(gate) * up` for [gate, up] side by side in [rows, 2 d]; returns [rows, d]."""
+
+    def new_kv(
+        self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> tuple[LayerKV, ...]:
+        """Paged keys and values of all layers; memory is taken up only as blocks are written."""
+
+    def rope_write(
+        self, qkv: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKV, pages: Pages
+    ) -> None:
+        """Rotates queries and keys by their rows' angles, the queries in place; writes keys and values to the pages.
+
+        Args:
+            qkv: [rows, (heads + 2 kv_heads) * head_dim].
+            heads: of the queries.
+            cos: [rows, head_dim / 2] float32; the halves of a head are the pairs that turn.
+            sin: as cos.
+            kv: of the layer.
+            pages: of the step.
+        """
+
+    def attention(
+        self, qkv: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None = None
+    ) -> torch.Tensor:
+        """Each row's queries over its sequence's keys up to its own position, once `rope_write` wrote them.
+
+        Args:
+            qkv: as `rope_write` left it; only the queries are read.
+            heads: of the queries; a multiple of kv_heads, neighbours share one.
+            kv: of the layer.
+            pages: of the step.
+            scale: of the scores.
+            window: positions that a row sees, its own counted; None: all.
+
+        Returns:
+            [rows, heads * head_dim].
+        """

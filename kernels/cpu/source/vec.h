@@ -1,0 +1,285 @@
+// The vector operations that the kernels are written in, for one element type and one tier a compilation.
+//
+// A `vec` is 16 floats. Weights lie in panels of 16 outputs: PAIR neighbouring inputs of each output side by side, so
+// that one `panel` meets one broadcast `pair` of x. Along the inputs, rows are read in `chunk`s of CHUNK elements.
+//
+//                     element  PAIR  CHUNK  registers of a vec
+//   avx512, bfloat16  bf16     2     32     1 (vdpbf16ps multiplies pairs and adds in float32)
+//   avx512, float32   float    1     16     1
+//   avx2, bfloat16    bf16     2     16     2 (widened to float32 on the fly)
+//   avx2, float32     float    1     16     2
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+#ifdef BFLOAT16
+typedef uint16_t element;
+#define PAIR 2
+#else
+typedef float element;
+#define PAIR 1
+#endif
+
+#define LANES 16
+#define PANEL (LANES * PAIR)
+
+INLINE float widen(element x) {
+#ifdef BFLOAT16
+    const uint32_t bits = (uint32_t)x << 16;
+    float wide;
+    memcpy(&wide, &bits, 4);
+    return wide;
+#else
+    return x;
+#endif
+}
+
+// To the nearest, halves to even; a NaN stays one.
+INLINE element narrow(float x) {
+#ifdef BFLOAT16
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return (element)(bits >> 16 | 0x40);
+    return (element)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+#else
+    return x;
+#endif
+}
+
+// A tile is what the registers hold: ROWS rows times PANELS panels. EACH_ROW_COUNT expands a macro for 1 to ROWS.
+#ifdef __AVX512F__
+#define ROWS 12
+#define PANELS 2
+#define EACH_ROW_COUNT(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
+#elif defined(BFLOAT16)
+#define ROWS 4
+#define PANELS 1
+#define EACH_ROW_COUNT(X) X(1) X(2) X(3) X(4)
+#else
+#define ROWS 6
+#define PANELS 1
+#define EACH_ROW_COUNT(X) X(1) X(2) X(3) X(4) X(5) X(6)
+#endif
+
+#ifdef __AVX512F__
+
+typedef __m512 vec;
+INLINE vec zero(void) { return _mm512_setzero_ps(); }
+INLINE vec splat(float x) { return _mm512_set1_ps(x); }
+INLINE vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
+INLINE vec sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+INLINE vec mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+INLINE vec quotient(vec a, vec b) { return _mm512_div_ps(a, b); }
+INLINE vec madd(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vec larger(vec a, vec b) { return _mm512_max_ps(a, b); }
+INLINE vec smaller(vec a, vec b) { return _mm512_min_ps(a, b); }
+INLINE vec whole(vec a) { return _mm512_roundscale_ps(a, 0); }
+INLINE vec times_power(vec a, vec n) { return _mm512_scalef_ps(a, n); }
+INLINE vec load_floats(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void store_floats(float *p, vec a) { _mm512_storeu_ps(p, a); }
+// The first n lanes of a, the others of b.
+INLINE vec first(int n, vec a, vec b) { return _mm512_mask_blend_ps((__mmask16)((1u << n) - 1), b, a); }
+INLINE float sum(vec a) { return _mm512_reduce_add_ps(a); }
+INLINE float largest(vec a) { return _mm512_reduce_max_ps(a); }
+
+INLINE __m128 sum_lanes(vec a) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// The sums of four vectors.
+INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
+    const vec ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const vec cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    return sum_lanes(add((vec)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), (vec)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd)));
+}
+
+#ifdef BFLOAT16
+
+typedef __m512bh panel, pair, chunk;
+#define CHUNK 32
+INLINE vec load(const element *p) {
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+}
+INLINE vec load_first(int n, const element *p) {
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p)), 16);
+}
+INLINE void store(element *p, vec a) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(a)); }
+INLINE void store_first(int n, element *p, vec a) {
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)_mm512_cvtneps_pbh(a));
+}
+INLINE void store4(element *p, __m128 a) { _mm_storel_epi64((__m128i *)p, (__m128i)_mm_cvtneps_pbh(a)); }
+INLINE panel load_panel(const element *p) { return (panel)_mm512_loadu_si512(p); }
+INLINE pair load_pair(const element *p) {
+    int32_t both;
+    memcpy(&both, p, 4);
+    return (pair)_mm512_set1_epi32(both);
+}
+INLINE pair load_half_pair(const element *p) { return (pair)_mm512_set1_epi32(*p); }
+INLINE vec fma_panel(vec acc, panel w, pair x) { return _mm512_dpbf16_ps(acc, w, x); }
+INLINE chunk load_chunk(const element *p) { return (chunk)_mm512_loadu_si512(p); }
+INLINE chunk load_chunk_first(int n, const element *p) {
+    return (chunk)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
+}
+INLINE vec fma_chunk(vec acc, chunk a, chunk b) { return _mm512_dpbf16_ps(acc, a, b); }
+
+#else
+
+typedef __m512 panel, pair, chunk;
+#define CHUNK 16
+INLINE vec load(const element *p) { return _mm512_loadu_ps(p); }
+INLINE vec load_first(int n, const element *p) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+INLINE void store(element *p, vec a) { _mm512_storeu_ps(p, a); }
+INLINE void store_first(int n, element *p, vec a) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), a); }
+INLINE void store4(element *p, __m128 a) { _mm_storeu_ps(p, a); }
+INLINE panel load_panel(const element *p) { return _mm512_loadu_ps(p); }
+INLINE pair load_pair(const element *p) { return _mm512_set1_ps(*p); }
+INLINE pair load_half_pair(const element *p) { return load_pair(p); }
+INLINE vec fma_panel(vec acc, panel w, pair x) { return _mm512_fmadd_ps(w, x, acc); }
+INLINE chunk load_chunk(const element *p) { return load(p); }
+INLINE chunk load_chunk_first(int n, const element *p) { return load_first(n, p); }
+INLINE vec fma_chunk(vec acc, chunk a, chunk b) { return _mm512_fmadd_ps(a, b, acc); }
+
+#endif
+#else // AVX2
+
+typedef struct { __m256 lo, hi; } vec;
+#define BOTH(expression_lo, expression_hi) ((vec){(expression_lo), (expression_hi)})
+INLINE vec zero(void) { return BOTH(_mm256_setzero_ps(), _mm256_setzero_ps()); }
+INLINE vec splat(float x) { return BOTH(_mm256_set1_ps(x), _mm256_set1_ps(x)); }
+INLINE vec add(vec a, vec b) { return BOTH(_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)); }
+INLINE vec sub(vec a, vec b) { return BOTH(_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)); }
+INLINE vec mul(vec a, vec b) { return BOTH(_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)); }
+INLINE vec quotient(vec a, vec b) { return BOTH(_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)); }
+INLINE vec madd(vec a, vec b, vec c) {
+    return BOTH(_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi));
+}
+INLINE vec larger(vec a, vec b) { return BOTH(_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)); }
+INLINE vec smaller(vec a, vec b) { return BOTH(_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)); }
+INLINE vec whole(vec a) { return BOTH(_mm256_round_ps(a.lo, 8), _mm256_round_ps(a.hi, 8)); }
+INLINE __m256 power(__m256 n) {
+    return (__m256)_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+}
+INLINE vec times_power(vec a, vec n) { return BOTH(_mm256_mul_ps(a.lo, power(n.lo)), _mm256_mul_ps(a.hi, power(n.hi))); }
+INLINE vec load_floats(const float *p) { return BOTH(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
+INLINE void store_floats(float *p, vec a) {
+    _mm256_storeu_ps(p, a.lo);
+    _mm256_storeu_ps(p + 8, a.hi);
+}
+// The first n lanes of a, the others of b.
+INLINE vec first(int n, vec a, vec b) {
+    const __m256i count = _mm256_set1_epi32(n), low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i high = _mm256_add_epi32(low, _mm256_set1_epi32(8));
+    return BOTH(_mm256_blendv_ps(b.lo, a.lo, (__m256)_mm256_cmpgt_epi32(count, low)),
+                _mm256_blendv_ps(b.hi, a.hi, (__m256)_mm256_cmpgt_epi32(count, high)));
+}
+INLINE __m128 halves(__m256 a) { return _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)); }
+INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
+    const __m256 ab = _mm256_hadd_ps(_mm256_add_ps(a.lo, a.hi), _mm256_add_ps(b.lo, b.hi));
+    const __m256 cd = _mm256_hadd_ps(_mm256_add_ps(c.lo, c.hi), _mm256_add_ps(d.lo, d.hi));
+    return halves(_mm256_hadd_ps(ab, cd));
+}
+INLINE float sum(vec a) {
+    const __m128 four = halves(_mm256_add_ps(a.lo, a.hi)), two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+INLINE float largest(vec a) {
+    const __m256 m = _mm256_max_ps(a.lo, a.hi);
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+#define CHUNK 16
+#ifdef BFLOAT16
+
+typedef struct { __m256 lo[2], hi[2]; } panel;
+typedef struct { __m256 half[2]; } pair;
+INLINE __m256 widen8(__m128i a) { return (__m256)_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16); }
+INLINE vec load(const element *p) {
+    return BOTH(widen8(_mm_loadu_si128((const __m128i *)p)), widen8(_mm_loadu_si128((const __m128i *)(p + 8))));
+}
+INLINE __m128i narrow8(__m256 a) {
+    const __m256i bits = (__m256i)a, odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i near = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256 nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
+    const __m256i high = _mm256_srli_epi32((__m256i)_mm256_blendv_ps((__m256)near, (__m256)quiet, nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+INLINE void store(element *p, vec a) {
+    _mm_storeu_si128((__m128i *)p, narrow8(a.lo));
+    _mm_storeu_si128((__m128i *)(p + 8), narrow8(a.hi));
+}
+INLINE void store4(element *p, __m128 a) { _mm_storel_epi64((__m128i *)p, narrow8(_mm256_castps128_ps256(a))); }
+INLINE __m256 even(__m256i pairs) { return (__m256)_mm256_slli_epi32(pairs, 16); }
+INLINE __m256 odd(__m256i pairs) { return (__m256)_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)); }
+INLINE panel load_panel(const element *p) {
+    const __m256i lo = _mm256_loadu_si256((const __m256i *)p), hi = _mm256_loadu_si256((const __m256i *)(p + 16));
+    return (panel){{even(lo), odd(lo)}, {even(hi), odd(hi)}};
+}
+INLINE pair load_pair(const element *p) {
+    int32_t both;
+    memcpy(&both, p, 4);
+    const __m256i all = _mm256_set1_epi32(both);
+    return (pair){{even(all), odd(all)}};
+}
+INLINE pair load_half_pair(const element *p) { return (pair){{_mm256_set1_ps(widen(*p)), _mm256_setzero_ps()}}; }
+INLINE vec fma_panel(vec acc, panel w, pair x) {
+    acc.lo = _mm256_fmadd_ps(w.lo[0], x.half[0], acc.lo);
+    acc.hi = _mm256_fmadd_ps(w.hi[0], x.half[0], acc.hi);
+    acc.lo = _mm256_fmadd_ps(w.lo[1], x.half[1], acc.lo);
+    acc.hi = _mm256_fmadd_ps(w.hi[1], x.half[1], acc.hi);
+    return acc;
+}
+
+#else
+
+typedef vec panel;
+typedef __m256 pair;
+INLINE vec load(const element *p) { return load_floats(p); }
+INLINE void store(element *p, vec a) { store_floats(p, a); }
+INLINE void store4(element *p, __m128 a) { _mm_storeu_ps(p, a); }
+INLINE panel load_panel(const element *p) { return load_floats(p); }
+INLINE pair load_pair(const element *p) { return _mm256_set1_ps(*p); }
+INLINE pair load_half_pair(const element *p) { return load_pair(p); }
+INLINE vec fma_panel(vec acc, panel w, pair x) {
+    return BOTH(_mm256_fmadd_ps(w.lo, x, acc.lo), _mm256_fmadd_ps(w.hi, x, acc.hi));
+}
+
+#endif
+
+typedef vec chunk;
+INLINE vec load_first(int n, const element *p) {
+    element part[LANES] = {0};
+    memcpy(part, p, (size_t)n * sizeof(element));
+    return load(part);
+}
+INLINE void store_first(int n, element *p, vec a) {
+    element part[LANES];
+    store(part, a);
+    memcpy(p, part, (size_t)n * sizeof(element));
+}
+INLINE chunk load_chunk(const element *p) { return load(p); }
+INLINE chunk load_chunk_first(int n, const element *p) { return load_first(n, p); }
+INLINE vec fma_chunk(vec acc, chunk a, chunk b) { return madd(a, b, acc); }
+
+#endif
+
+// e to the x, which counts as -87 or 88 beyond those, within 2 units in the last place of float32 (Cephes' expf).
+INLINE vec exponential(vec x) {
+    x = smaller(splat(88.0f), larger(splat(-87.0f), x));  // the second operand is what a NaN comes through
+    const vec n = whole(mul(x, splat(1.44269504088896341f)));
+    const vec r = madd(n, splat(2.12194440e-4f), madd(n, splat(-0.693359375f), x));
+    vec p = splat(1.9875691500e-4f);
+    p = madd(p, r, splat(1.3981999507e-3f));
+    p = madd(p, r, splat(8.3334519073e-3f));
+    p = madd(p, r, splat(4.1665795894e-2f));
+    p = madd(p, r, splat(1.6666665459e-1f));
+    p = madd(p, r, splat(5.0000001201e-1f));
+    return times_power(madd(p, mul(r, r), add(r, splat(1.0f))), n);
+}

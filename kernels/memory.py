@@ -1,0 +1,90 @@
+"""Memory that weights live in, and who has which part of it."""
+
+from __future__ import annotations
+
+import mmap
+from bisect import insort
+
+import torch
+
+#: Every block begins on a cache line.
+ALIGNMENT = 64
+_HUGE_PAGE = 2 << 20
+
+
+def aligned(size: int) -> int:
+    """`size` rounded up to whole cache lines."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def host_memory(size: int) -> torch.Tensor:
+    """Zeroed bytes [size] at a cache line's start, on huge pages where the system has them.
+
+    A page takes up memory only once it is written. Weights are read once a step from end to end: with pages of 4 KiB
+    a good part of the time would go into address translation.
+    """
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    pages = mmap.mmap(-1, -(-size // _HUGE_PAGE) * _HUGE_PAGE + _HUGE_PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    start = -memory.data_ptr() % _HUGE_PAGE
+    return memory[start : start + size]
+
+
+class Extents:
+    """Which parts of `size` bytes are free: first fit, neighbours joined, so that nothing is lost to crumbs for ever."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._free: list[tuple[int, int]] = [(0, size)] if size else []
+
+    @property
+    def free(self) -> int:
+        """Free bytes, adjacent or not."""
+        return sum(size for _, size in self._free)
+
+    def copy(self) -> Extents:
+        """Another book of the same state."""
+        other = Extents(0)
+        other.size, other._free = self.size, list(self._free)
+        return other
+
+    def fits(self, size: int) -> bool:
+        """Whether `take(size)` would find a place."""
+        return any(free >= aligned(size) for _, free in self._free) or not size
+
+    def take(self, size: int) -> int | None:
+        """The offset of `size` adjacent bytes, rounded up to cache lines; None: no free part is that large."""
+        size = aligned(size)
+        if not size:
+            return 0
+        for index, (offset, free) in enumerate(self._free):
+            if free >= size:
+                self._free[index : index + 1] = [(offset + size, free - size)] if free > size else []
+                return offset
+        return None
+
+    def give(self, offset: int, size: int) -> None:
+        """Takes back what `take` gave."""
+        if not size:
+            return
+        insort(self._free, (offset, aligned(size)))
+        joined: list[tuple[int, int]] = []
+        for start, length in self._free:
+            if joined and sum(joined[-1]) == start:
+                joined[-1] = (joined[-1][0], joined[-1][1] + length)
+            else:
+                joined.append((start, length))
+        self._free = joined
+
+    def faults(self, taken: list[tuple[int, int]]) -> list[str]:
+        """What is wrong if `taken` (offset, size) is all that is in use: overlaps and gaps, in words; empty if nothing."""
+        parts = sorted([*self._free, *((offset, aligned(size)) for offset, size in taken if size)])
+        end, faults = 0, []
+        for offset, size in [*parts, (self.size, 0)]:
+            if offset != end:
+                faults.append(f"bytes {min(end, offset)} to {max(end, offset)} are {'lost' if offset > end else 'taken twice'}")
+            end = offset + size
+        return faults

@@ -1,0 +1,229 @@
+"""The training counterpart of `lora`: several adapters trained at once over one frozen linear, each as if alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from loramill.errors import AdapterInvalid, EngineFault
+from loramill.kernels.batch import Batch, Slot
+
+#: A frozen weight [d_out, d_in], or, for one kept in another form, a function that makes it: called once in the forward
+#: and once in the backward, its result is not kept. For a bitsandbytes `Params4bit` (NF4) this is
+#: `functools.partial(bitsandbytes.functional.dequantize_4bit, weight.data, weight.quant_state)`.
+Frozen = torch.Tensor | Callable[[], torch.Tensor]
+
+#: Dropout compares 16 random bits an element, so its probability is rounded to this fraction.
+DROPOUT_STEPS = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class Trainable:
+    """One adapter's parameters at one linear.
+
+    Attributes:
+        a: [r, d_in].
+        b: [d_out, r], of a's dtype, in which the adapter computes, whatever x's.
+        scale: of the delta: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732).
+        dropout: probability that an element of x is hidden from the adapter, to the nearest 1 / DROPOUT_STEPS.
+        seed: of the dropout, see `dropout_seed`.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    dropout: float = 0.0
+    seed: int = 0
+
+
+def dropout_seed(adapter: str, step: int, site: str) -> int:
+    """The seed of an adapter's dropout at one linear in one forward.
+
+    Args:
+        adapter: whose; nothing of its neighbours enters.
+        step: of the adapter's own training; with gradient accumulation, counted in micro-batches.
+        site: name of the linear.
+    """
+    return int.from_bytes(hashlib.blake2b(repr((adapter, step, site)).encode(), digest_size=8).digest(), "big")
+
+
+def grouped_lora(
+    x: torch.Tensor,
+    base: Frozen,
+    adapters: Mapping[Slot, Trainable],
+    batch: Batch,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A frozen linear, and on the rows of every adapter its LoRA; differentiable once, in x, a and b.
+
+    With `rows` all rows of an adapter in their order, x_a = x[rows] in the adapter's dtype, p its dropout, and a
+    generator of x's device:
+
+        y = F.linear(x, base, bias)
+        words = torch.empty(ceil(x_a.numel() / 4), dtype=torch.int64)
+        words.random_(-(2**63), None, generator=generator.manual_seed(seed))
+        kept = words.view(torch.int16)[: x_a.numel()].view_as(x_a) >= p * 2**16 - 2**15
+        y[rows] += (x_a * kept / (1 - p)) @ a.T @ b.T * scale
+
+    (LoRA: arXiv 2106.09685, equation 3.) What an adapter adds, and its gradients, are a function of its own rows,
+    parameters and seed alone: a NaN in one reaches no other. Rows whose slot is in no run or not in `adapters` are the
+    base's alone, bit for bit. Products are in the dtypes given, within autocast too. Works under
+    `torch.utils.checkpoint`. DoRA's gain is not trained here.
+
+    Args:
+        x: [rows, d_in].
+        base: the frozen weight [d_out, d_in], of x's dtype.
+        adapters: those that have a target at this linear; one without rows gets no gradient (None, not zeros).
+        batch: whose rows are whose.
+        bias: [d_out], frozen, of x's dtype.
+
+    Returns:
+        y, [rows, d_out], of x's dtype.
+
+    Raises:
+        AdapterInvalid: an adapter's shapes, dtypes or dropout don't fit.
+        EngineFault: x, base and batch don't fit together, or the base isn't frozen.
+    """
+    with torch.no_grad():
+        dense = _dense(base)
+    _check_base(x, dense, bias, batch)
+    rows: dict[Slot, list[slice]] = {}
+    for run in batch.runs:
+        if run.slot in adapters:
+            rows.setdefault(run.slot, []).append(run.rows)
+    parts: list[_Part] = []
+    weights: list[torch.Tensor] = []
+    for slot, own in rows.items():
+        adapter = adapters[slot]
+        _check_adapter(slot, adapter, dense)
+        parts.append(_Part(tuple(own), adapter.scale, round(adapter.dropout * DROPOUT_STEPS), adapter.seed))
+        weights += (adapter.a, adapter.b)
+    y: torch.Tensor = _GroupedLora.apply(x, dense, base, bias, parts, *weights)  # type: ignore[no-untyped-call]
+    return y
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """An adapter's rows of a batch, and all of the adapter that is no tensor; `hidden` is its dropout in steps."""
+
+    rows: tuple[slice, ...]
+    scale: float
+    hidden: int
+    seed: int
+
+    def take(self, whole: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Its rows of `whole`, in order; a view where it can be one."""
+        own = whole[self.rows[0]] if len(self.rows) == 1 else torch.cat([whole[rows] for rows in reversed(self.rows)])
+        return own.to(dtype)
+
+    def add(self, whole: torch.Tensor, own: torch.Tensor) -> None:
+        """Adds to its rows of `whole`, rounding once where that has the narrower dtype."""
+        pieces = torch.split(own, [rows.stop - rows.start for rows in self.rows])
+        for rows, piece in zip(self.rows, pieces, strict=True):
+            whole[rows] += piece
+
+    def kept(self, rows: int, d_in: int, device: torch.device) -> torch.Tensor | None:
+        """The dropout's mask [rows, d_in]; None: all is kept.
+
+        It is drawn in the forward and once more in the backward: twice this costs less than half of one
+        `F.dropout`, while masks that are stored would about double what a layer holds for its backward.
+        """
+        if not self.hidden:
+            return None
+        generator = torch.Generator(device).manual_seed(self.seed)
+        words = torch.empty(-(-rows * d_in // 4), dtype=torch.int64, device=device)
+        words.random_(-(2**63), None, generator=generator)
+        return words.view(torch.int16)[: rows * d_in].view(rows, d_in) >= self.hidden - DROPOUT_STEPS // 2
+
+    def drop(self, x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        """Dropout of x; the same for a gradient on its way back."""
+        return x if kept is None else (x * kept).div_(1 - self.hidden / DROPOUT_STEPS)
+
+
+class _GroupedLora(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        dense: torch.Tensor,
+        base: Frozen,
+        bias: torch.Tensor | None,
+        parts: Sequence[_Part],
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
+        # The base is not among the saved tensors: hooks on those (offloading) would copy it for every linear and step.
+        ctx.base, ctx.parts = base, parts
+        saved = [x if any(ctx.needs_input_grad[5::2]) else None]
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.linear(x, dense, bias)
+            for part, a, b in zip(parts, weights[::2], weights[1::2], strict=True):
+                own = part.take(x, a.dtype)
+                h = (part.drop(own, part.kept(len(own), x.shape[1], x.device)) @ a.T).mul_(part.scale)
+                part.add(y, h @ b.T)
+                saved += (a, b, h)
+        ctx.save_for_backward(*saved)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        grads: list[torch.Tensor | None] = []
+        with torch.autocast(dy.device.type, enabled=False):
+            dx = dy @ _dense(ctx.base) if ctx.needs_input_grad[0] else None
+            for i, part in enumerate(ctx.parts):
+                a, b, h = saved[3 * i : 3 * i + 3]
+                needs_a, needs_b = ctx.needs_input_grad[5 + 2 * i : 7 + 2 * i]
+                own = part.take(dy, b.dtype)
+                da = db = None
+                if needs_b:
+                    db = own.T @ h
+                if needs_a or dx is not None:
+                    dh = (own @ b).mul_(part.scale)
+                    kept = part.kept(len(dh), a.shape[1], a.device)
+                    if needs_a:
+                        da = dh.T @ part.drop(part.take(x, a.dtype), kept)
+                    if dx is not None:
+                        part.add(dx, part.drop(dh @ a, kept))
+                grads += (da, db)
+        return (dx, None, None, None, None, *grads)
+
+
+def _dense(base: Frozen) -> torch.Tensor:
+    return base if isinstance(base, torch.Tensor) else base()
+
+
+def _check_base(x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None, batch: Batch) -> None:
+    if x.ndim != 2 or x.shape[0] != batch.rows:
+        raise EngineFault(f"x is {list(x.shape)}, but the batch has {batch.rows} rows; pass x as [rows, d_in].")
+    if dense.ndim != 2 or dense.shape[1] != x.shape[1] or dense.dtype != x.dtype:
+        raise EngineFault(
+            f"The base is {list(dense.shape)} {dense.dtype} and x {list(x.shape)} {x.dtype}; the base must be "
+            "[d_out, d_in] of x's dtype, or, if it is quantized, a function that returns that."
+        )
+    if bias is not None and (bias.shape != dense.shape[:1] or bias.dtype != x.dtype):
+        raise EngineFault(f"The bias is {list(bias.shape)} {bias.dtype}; it must be [{dense.shape[0]}] {x.dtype}.")
+    if dense.requires_grad or (bias is not None and bias.requires_grad):
+        raise EngineFault("The base wants a gradient, but only adapters are trained here; freeze weight and bias.")
+
+
+def _check_adapter(slot: Slot, adapter: Trainable, dense: torch.Tensor) -> None:
+    a, b = adapter.a, adapter.b
+    d_out, d_in = dense.shape
+    if a.ndim != 2 or len(a) < 1 or a.shape[1] != d_in or b.shape != (d_out, len(a)):
+        raise AdapterInvalid(
+            f"A is {list(a.shape)} and B {list(b.shape)} in slot {slot.index}; this linear needs [r, {d_in}] and "
+            f"[{d_out}, r], with a rank r above 0."
+        )
+    if a.dtype != b.dtype or not a.is_floating_point():
+        raise AdapterInvalid(f"A is {a.dtype} and B {b.dtype} in slot {slot.index}; give both one floating dtype.")
+    if not 0 <= adapter.dropout <= 1 - 1 / DROPOUT_STEPS:
+        raise AdapterInvalid(
+            f"The dropout of slot {slot.index} is {adapter.dropout}; it must be 0 or more and below 1."
+        )
