@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from loramill.kernels.adapter import Layout
 from loramill.kernels.batch import Batch
-from loramill.kernels.paging import Pages
 from loramill.kernels.slab import SiteSlab
+
+if TYPE_CHECKING:
+    from loramill.kernels.paging import Pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +64,7 @@ class Backend(Protocol):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """`x / sqrt(mean(x ** 2) + eps) * weight` over the last of x [..., d], whose rows may be strided."""
 
-    def add_rms_norm(
-        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor:
+    def add_rms_norm(self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Adds x to the residual in place, both [rows, d]; returns `rms_norm(residual, weight, eps)`."""
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:

@@ -85,6 +85,8 @@ class Extents:
         end, faults = 0, []
         for offset, size in [*parts, (self.size, 0)]:
             if offset != end:
-                faults.append(f"bytes {min(end, offset)} to {max(end, offset)} are {'lost' if offset > end else 'taken twice'}")
+                faults.append(
+                    f"bytes {min(end, offset)} to {max(end, offset)} are {'lost' if offset > end else 'taken twice'}"
+                )
             end = offset + size
         return faults

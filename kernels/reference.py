@@ -1,15 +1,17 @@
-"""The specification: every operation in float32 and in the plainest torch, run by run and sequence by sequence."""
+"""The specification: every operation in float32 and in the plainest torch, run by run and row by row."""
 
 from __future__ import annotations
 
 import torch
 
-from loramill.kernels.adapter import ROWS
+from loramill.kernels.adapter import ROWS, Layout
+from loramill.kernels.backend import LayerKV, Weight
 from loramill.kernels.batch import Batch
+from loramill.kernels.paging import Pages
 from loramill.kernels.slab import SiteSlab
 
-name = "reference"
-layout = ROWS
+name: str = "reference"
+layout: Layout = ROWS
 
 
 def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
@@ -24,3 +26,87 @@ def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None
                 total = target.float() + x[run.rows].float() @ delta.a.float().T @ delta.b.float().T
                 target.copy_(total if delta.gain is None else delta.gain * total)
             column += width
+
+
+def pack(weight: torch.Tensor) -> Weight:
+    """Keeps the matrix [d_out, d_in] as it is."""
+    return Weight(weight, *weight.shape)
+
+
+def embed(tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """The tokens' rows of the matrix, [rows, d_in]."""
+    return weight.data[tokens]
+
+
+def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """`x @ weight.T`, [rows, d_out]."""
+    return (x.float() @ weight.data.float().T).to(x.dtype)
+
+
+def adapted_linear(x: torch.Tensor, weight: Weight, slab: SiteSlab, batch: Batch) -> torch.Tensor:
+    """`linear`, then `lora` on its result."""
+    y = linear(x, weight)
+    lora(x, y, slab, batch)
+    return y
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Each row over the root of its mean square, times the weight [d] (Zhang and Sennrich 2019, equation 4)."""
+    wide = x.float()
+    return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.float()).to(x.dtype)
+
+
+def add_rms_norm(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Adds x to the residual in place and norms that."""
+    residual.copy_(residual.float() + x.float())
+    return rms_norm(residual, weight, eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up`, [rows, d] (Shazeer 2020, equation 6: SwiGLU)."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (gate / (1 + (-gate).exp()) * up).to(gate_up.dtype)
+
+
+def new_kv(
+    layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[LayerKV, ...]:
+    """Keys and values [blocks, block_size, kv_heads, head_dim] a layer."""
+    shape = (2, layers, blocks, block_size, kv_heads, head_dim)
+    keys, values = torch.zeros(shape, dtype=dtype)
+    return tuple(LayerKV(k, v, block_size, kv_heads, head_dim) for k, v in zip(keys, values, strict=True))
+
+
+def rope_write(
+    qkv: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKV, pages: Pages
+) -> None:
+    """Rotates queries and keys (Su et al. 2021, equation 34, halves of a head as pairs); writes keys and values."""
+    pages.check(len(qkv), len(kv.keys), kv.block_size)
+    split = qkv.unflatten(1, (-1, kv.head_dim))
+    turned = heads + kv.kv_heads
+    first, second = split[:, :turned].float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(qkv.dtype)
+    split[:, :heads] = rotated[:, :heads]
+    slots = pages.on(qkv.device).slots
+    kv.keys.flatten(0, 1)[slots] = rotated[:, heads:]
+    kv.values.flatten(0, 1)[slots] = split[:, turned:]
+
+
+def attention(
+    qkv: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None = None
+) -> torch.Tensor:
+    """`softmax(scale * q k^T) v` (Vaswani et al. 2017, equation 1), a row at a time."""
+    pages.check(len(qkv), len(kv.keys), kv.block_size)
+    queries = qkv[:, : heads * kv.head_dim].float().view(len(qkv), kv.kv_heads, -1, kv.head_dim)
+    out = torch.empty_like(queries)
+    row = 0
+    for span in pages.spans:
+        blocks = torch.tensor(span.blocks, device=qkv.device)
+        keys, values = (part[blocks].flatten(0, 1).float().transpose(0, 1) for part in (kv.keys, kv.values))
+        for stop in range(span.start + 1, span.stop + 1):
+            seen = slice(0 if window is None else max(0, stop - window), stop)
+            scores = scale * queries[row] @ keys[:, seen].mT
+            out[row] = scores.softmax(-1) @ values[:, seen]
+            row += 1
+    return out.flatten(1).to(qkv.dtype)

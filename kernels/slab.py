@@ -21,7 +21,7 @@ class _Place:
 
     generation: int = 0
     offset: int = 0
-    bytes: int = 0
+    size: int = 0
     taken: bool = False
     loaded: bool = False
 
@@ -36,7 +36,8 @@ class Slab:
         sites: where the adapters act.
         dtype: of their matrices.
         layout: how these lie; the backend's.
-        arena: uint8 [bytes], on the device.
+        arena: uint8 [size], on the device.
+        arena_address: of the arena's first byte.
         table: int64 [sites, slots, modules of the widest site, 4], on the host: bytes from the arena's start to a, b
             and gain (-1: none), and the rank (0: no target).
         changes: how often a slot was loaded or freed; what was worked out for another count is out of date.
@@ -44,22 +45,23 @@ class Slab:
     """
 
     def __init__(
-        self, sites: Sequence[Site], *, slots: int, bytes: int, dtype: torch.dtype, layout: Layout, device: str = "cpu"
+        self, sites: Sequence[Site], *, slots: int, size: int, dtype: torch.dtype, layout: Layout, device: str = "cpu"
     ) -> None:
         self.sites = tuple(sites)
         self.dtype = dtype
         self.layout = layout
-        self.arena = host_memory(bytes) if device == "cpu" else torch.zeros(bytes, dtype=torch.uint8, device=device)
+        self.arena = host_memory(size) if device == "cpu" else torch.zeros(size, dtype=torch.uint8, device=device)
+        self.arena_address = self.arena.data_ptr()
         self.table = np.zeros((len(self.sites), slots, modules_per_site(self.sites), 4), dtype=np.int64)
         self.changes = 0
         self._places = [_Place() for _ in range(slots)]
-        self._extents = Extents(bytes)
+        self._extents = Extents(size)
         self.views = tuple(SiteSlab(self, index) for index in range(len(self.sites)))
 
     @property
     def bytes(self) -> int:
         """Bytes of the adapters in all slots."""
-        return sum(place.bytes for place in self._places)
+        return sum(place.size for place in self._places)
 
     @property
     def free_bytes(self) -> int:
@@ -79,14 +81,14 @@ class Slab:
         """
         return pack(self.sites, deltas, self.layout, self.dtype)
 
-    def allocate(self, bytes: int) -> Slot | None:
-        """Takes a slot with room for `bytes`; None: there is no slot, or no free part of the arena is large enough."""
+    def allocate(self, size: int) -> Slot | None:
+        """Takes a slot with room for `size` bytes; None: there is no slot, or no free part of the arena is large enough."""
         index = next((i for i, place in enumerate(self._places) if not place.taken), None)
-        offset = None if index is None else self._extents.take(bytes)
+        offset = None if index is None else self._extents.take(size)
         if index is None or offset is None:
             return None
         place = self._places[index]
-        place.offset, place.bytes, place.taken, place.loaded = offset, bytes, True, False
+        place.offset, place.size, place.taken, place.loaded = offset, size, True, False
         return Slot(index, place.generation)
 
     def load(self, slot: Slot, adapter: PackedAdapter) -> None:
@@ -97,11 +99,13 @@ class Slab:
                 adapter was packed for other sites.
         """
         place = self._place(slot)
-        if place.loaded or adapter.bytes != place.bytes:
-            raise EngineFault(f"Slot {slot.index} is loaded, or was allocated for {place.bytes} bytes and no other size.")
+        if place.loaded or adapter.bytes != place.size:
+            raise EngineFault(
+                f"Slot {slot.index} is loaded, or was allocated for {place.size} bytes and no other size."
+            )
         if adapter.table.shape != self.table[:, slot.index].shape:
             raise EngineFault(f"An adapter of {len(adapter.table)} sites doesn't fit a slab of {len(self.sites)}.")
-        self.arena[place.offset : place.offset + place.bytes].copy_(adapter.data)
+        self.arena[place.offset : place.offset + place.size].copy_(adapter.data)
         table = adapter.table.copy()
         table[..., [A, B]] += place.offset
         table[..., GAIN] += np.where(table[..., GAIN] < 0, 0, place.offset)
@@ -116,13 +120,13 @@ class Slab:
             EngineFault: the handle is stale already.
         """
         place = self._place(slot)
-        self._extents.give(place.offset, place.bytes)
+        self._extents.give(place.offset, place.size)
         self.table[:, slot.index] = 0
         self._places[slot.index] = _Place(generation=place.generation + 1)
         self.changes += 1
 
-    def evict(self, bytes: int, idle: Sequence[Slot]) -> list[Slot] | None:
-        """Frees slots, in the order of `idle`, until `allocate(bytes)` would succeed.
+    def evict(self, size: int, idle: Sequence[Slot]) -> list[Slot] | None:
+        """Frees slots, in the order of `idle`, until `allocate(size)` would succeed.
 
         Returns:
             The slots that were freed; None, and nothing is freed, if all of them together wouldn't make the room.
@@ -135,9 +139,9 @@ class Slab:
         for count, slot in enumerate([None, *idle]):
             if slot is not None:
                 place = self._place(slot)
-                trial.give(place.offset, place.bytes)
+                trial.give(place.offset, place.size)
                 slots += 1
-            if slots and trial.fits(bytes):
+            if slots and trial.fits(size):
                 for freed in idle[:count]:
                     self.free(freed)
                 return list(idle[:count])
@@ -163,14 +167,14 @@ class Slab:
         Raises:
             EngineFault: parts of the arena overlap or are lost, or a table points out of its slot's part.
         """
-        faults = self._extents.faults([(place.offset, place.bytes) for place in self._places if place.taken])
+        faults = self._extents.faults([(place.offset, place.size) for place in self._places if place.taken])
         for index, place in enumerate(self._places):
             table = self.table[:, index]
             used = table[table[..., RANK] > 0]
             if used.size and not place.loaded:
                 faults.append(f"slot {index} has targets and no adapter")
             offsets = used[:, [A, B, GAIN]]
-            inside = (offsets >= place.offset) & (offsets < place.offset + max(place.bytes, 1))
+            inside = (offsets >= place.offset) & (offsets < place.offset + max(place.size, 1))
             if not (inside | (offsets == -1)).all():
                 faults.append(f"slot {index} points out of its part of the arena")
         if faults:
@@ -193,14 +197,18 @@ class SiteSlab:
         slab: the whole.
         site: where.
         table: int64 [slots, modules, 4], as the slab's.
+        table_address, widths_address: of the table, and of the site's widths as int64, for kernels in C.
     """
 
-    __slots__ = ("site", "slab", "table")
+    __slots__ = ("_widths", "site", "slab", "table", "table_address", "widths_address")
 
     def __init__(self, slab: Slab, index: int) -> None:
         self.slab = slab
         self.site = slab.sites[index]
         self.table: NDArray[np.int64] = slab.table[index]
+        self._widths = np.array(self.site.widths, dtype=np.int64)
+        self.table_address = self.table.ctypes.data
+        self.widths_address = self._widths.ctypes.data
 
     def rows(self, slot: int, module: int) -> Delta | None:
         """A module's matrices as they lie in a slab of layout ROWS, without a copy; None: no target."""

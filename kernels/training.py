@@ -71,10 +71,10 @@ def grouped_lora(
         kept = words.view(torch.int16)[: x_a.numel()].view_as(x_a) >= p * 2**16 - 2**15
         y[rows] += (x_a * kept / (1 - p)) @ a.T @ b.T * scale
 
-    (LoRA: arXiv 2106.09685, equation 3.) What an adapter adds, and its gradients, are a function of its own rows,
-    parameters and seed alone: a NaN in one reaches no other. Rows whose slot is in no run or not in `adapters` are the
-    base's alone, bit for bit. Products are in the dtypes given, within autocast too. Works under
-    `torch.utils.checkpoint`. DoRA's gain is not trained here.
+    (LoRA: arXiv 2106.09685, equation 3.) What an adapter adds, and the gradients of a and b, are a function of its own
+    rows of x and dy, its parameters and its seed alone: a NaN in one reaches no other. Rows without a slot, or whose
+    slot is not in `adapters`, are the base's alone, bit for bit. Products are in the dtypes given, within autocast too.
+    Works under `torch.utils.checkpoint`. DoRA's gain is not trained here.
 
     Args:
         x: [rows, d_in].
@@ -102,7 +102,8 @@ def grouped_lora(
     for slot, own in rows.items():
         adapter = adapters[slot]
         _check_adapter(slot, adapter, dense)
-        parts.append(_Part(tuple(own), adapter.scale, round(adapter.dropout * DROPOUT_STEPS), adapter.seed))
+        hidden = round(adapter.dropout * DROPOUT_STEPS)
+        parts.append(_Part(tuple(own), adapter.scale / (1 - hidden / DROPOUT_STEPS), hidden, adapter.seed))
         weights += (adapter.a, adapter.b)
     y: torch.Tensor = _GroupedLora.apply(x, dense, base, bias, parts, *weights)  # type: ignore[no-untyped-call]
     return y
@@ -110,7 +111,11 @@ def grouped_lora(
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """An adapter's rows of a batch, and all of the adapter that is no tensor; `hidden` is its dropout in steps."""
+    """An adapter's rows of a batch, and all of the adapter that is no tensor.
+
+    `hidden` is its dropout in steps. `scale` has the dropout's 1 / (1 - p) in it: every product with the thinned x or
+    its gradient also has the scale as a factor.
+    """
 
     rows: tuple[slice, ...]
     scale: float
@@ -119,7 +124,7 @@ class _Part:
 
     def take(self, whole: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Its rows of `whole`, in order; a view where it can be one."""
-        own = whole[self.rows[0]] if len(self.rows) == 1 else torch.cat([whole[rows] for rows in reversed(self.rows)])
+        own = whole[self.rows[0]] if len(self.rows) == 1 else torch.cat([whole[rows] for rows in self.rows])
         return own.to(dtype)
 
     def add(self, whole: torch.Tensor, own: torch.Tensor) -> None:
@@ -141,10 +146,6 @@ class _Part:
         words.random_(-(2**63), None, generator=generator)
         return words.view(torch.int16)[: rows * d_in].view(rows, d_in) >= self.hidden - DROPOUT_STEPS // 2
 
-    def drop(self, x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-        """Dropout of x; the same for a gradient on its way back."""
-        return x if kept is None else (x * kept).div_(1 - self.hidden / DROPOUT_STEPS)
-
 
 class _GroupedLora(torch.autograd.Function):
     @staticmethod
@@ -164,7 +165,7 @@ class _GroupedLora(torch.autograd.Function):
             y = F.linear(x, dense, bias)
             for part, a, b in zip(parts, weights[::2], weights[1::2], strict=True):
                 own = part.take(x, a.dtype)
-                h = (part.drop(own, part.kept(len(own), x.shape[1], x.device)) @ a.T).mul_(part.scale)
+                h = (_thinned(own, part.kept(len(own), x.shape[1], x.device)) @ a.T).mul_(part.scale)
                 part.add(y, h @ b.T)
                 saved += (a, b, h)
         ctx.save_for_backward(*saved)
@@ -188,11 +189,15 @@ class _GroupedLora(torch.autograd.Function):
                     dh = (own @ b).mul_(part.scale)
                     kept = part.kept(len(dh), a.shape[1], a.device)
                     if needs_a:
-                        da = dh.T @ part.drop(part.take(x, a.dtype), kept)
+                        da = dh.T @ _thinned(part.take(x, a.dtype), kept)
                     if dx is not None:
-                        part.add(dx, part.drop(dh @ a, kept))
+                        part.add(dx, _thinned(dh @ a, kept))
                 grads += (da, db)
         return (dx, None, None, None, None, *grads)
+
+
+def _thinned(x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    return x if kept is None else x * kept
 
 
 def _dense(base: Frozen) -> torch.Tensor:

@@ -1,4 +1,4 @@
-// y = x w^T, with w in panels of 16 outputs: the base's linears, for any number of rows.
+// y = x w^T: the base's linears, for any number of rows.
 #include "threads.h"
 #include "vec.h"
 
@@ -15,14 +15,14 @@ typedef struct {
 
 INLINE void tile(const int rows, const int panels, const element *x, int64_t ldx, const element *w, int64_t d_in,
                  element *y, int64_t ldy, int64_t columns) {
-    const int64_t steps = d_in / PAIR, stride = (d_in + PAIR - 1) / PAIR * PANEL;
+    const int64_t steps = d_in / PAIR;
     vec acc[ROWS][PANELS];
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int p = 0; p < panels; p++) acc[m][p] = zero();
     for (int64_t k = 0; k < steps; k++) {
         panel now[PANELS];
         UNROLL for (int p = 0; p < panels; p++) {
-            _mm_prefetch((const char *)(w + p * stride + k * PANEL) + AHEAD, _MM_HINT_T0);
-            now[p] = load_panel(w + p * stride + k * PANEL);
+            _mm_prefetch((const char *)(w + k * STEP + p * PANEL) + AHEAD, _MM_HINT_T0);
+            now[p] = load_panel(w + k * STEP + p * PANEL);
         }
         UNROLL for (int m = 0; m < rows; m++) {
             const pair both = load_pair(x + m * ldx + k * PAIR);
@@ -31,7 +31,7 @@ INLINE void tile(const int rows, const int panels, const element *x, int64_t ldx
     }
     if (steps * PAIR < d_in)
         UNROLL for (int p = 0; p < panels; p++) {
-            const panel last = load_panel(w + p * stride + steps * PANEL);
+            const panel last = load_panel(w + steps * STEP + p * PANEL);
             UNROLL for (int m = 0; m < rows; m++) acc[m][p] = fma_panel(acc[m][p], last, load_half_pair(x + m * ldx + d_in - 1));
         }
     UNROLL for (int p = 0; p < panels; p++) {
@@ -54,18 +54,19 @@ static void any_tile(int rows, int panels, const element *x, int64_t ldx, const 
 #undef CASE
 }
 
-// Groups `from` to `to` of PANELS panels.
+// Blocks `from` to `to` of PANELS panels.
 static void run(const void *arguments, int64_t from, int64_t to) {
     const task *t = arguments;
-    const int64_t stride = (t->d_in + PAIR - 1) / PAIR * PANEL, panels = (t->d_out + LANES - 1) / LANES;
+    const int64_t block = (t->d_in + PAIR - 1) / PAIR * STEP;  // elements of two panels
     for (int64_t begin = 0; begin < t->rows; begin += PASS) {
         const int64_t rows = t->rows - begin < PASS ? t->rows - begin : PASS, tiles = (rows + ROWS - 1) / ROWS;
         for (int64_t g = from; g < to; g++) {
-            const int64_t p = g * PANELS, column = p * LANES;
+            const int64_t p = g * PANELS, column = p * LANES, left = t->d_out - column;
+            const element *w = t->w + p / 2 * block + p % 2 * PANEL;
             for (int64_t i = 0; i < tiles; i++) {  // of nearly equal height
                 const int64_t top = begin + rows * i / tiles, bottom = begin + rows * (i + 1) / tiles;
-                any_tile((int)(bottom - top), panels - p < PANELS ? 1 : PANELS, t->x + top * t->ldx, t->ldx,
-                         t->w + p * stride, t->d_in, t->y + top * t->ldy + column, t->ldy, t->d_out - column);
+                any_tile((int)(bottom - top), left > LANES ? PANELS : 1, t->x + top * t->ldx, t->ldx, w, t->d_in,
+                         t->y + top * t->ldy + column, t->ldy, left);
             }
         }
     }

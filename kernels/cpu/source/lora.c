@@ -32,46 +32,35 @@ typedef struct {
 #define SHRINK_ROWS 1
 #define EACH_SHRINK(X) X(1)
 #endif
-#define AHEAD 2048
+#define AHEAD 4096
 
-// h[rows][0..4] = x a^T for `ranks` rows of a; those that are missing count as zeros.
-INLINE void shrink_tile(const int rows, const int ranks, const element *x, int64_t ldx, const element *a, int64_t lda,
-                        int64_t d_in, element *h) {
+// h[rows][4] = x a^T for four ranks of a, which lie a cache line of each side by side.
+INLINE void shrink_tile(const int rows, const element *x, int64_t ldx, const element *a, int64_t d_in, element *h) {
     vec acc[SHRINK_ROWS][4];
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int r = 0; r < 4; r++) acc[m][r] = zero();
-    int64_t k = 0;
-    for (; k + CHUNK <= d_in; k += CHUNK) {
-        chunk now[4];
-        UNROLL for (int r = 0; r < ranks; r++) {
-            _mm_prefetch((const char *)(a + r * lda + k) + 4 * lda * (int64_t)sizeof(element), _MM_HINT_T0);
-            now[r] = load_chunk(a + r * lda + k);
-        }
-        UNROLL for (int m = 0; m < rows; m++) {
-            const chunk row = load_chunk(x + m * ldx + k);
-            UNROLL for (int r = 0; r < ranks; r++) acc[m][r] = fma_chunk(acc[m][r], now[r], row);
-        }
-    }
-    if (k < d_in)
-        UNROLL for (int m = 0; m < rows; m++) {
-            const chunk row = load_chunk_first((int)(d_in - k), x + m * ldx + k);
-            UNROLL for (int r = 0; r < ranks; r++) acc[m][r] = fma_chunk(acc[m][r], load_chunk(a + r * lda + k), row);
+    for (int64_t line = 0; line < d_in; line += LINE, a += 4 * LINE)
+        UNROLL for (int part = 0; part < LINE; part += CHUNK) {
+            const int64_t left = d_in - line - part;
+            chunk now[4];
+            UNROLL for (int r = 0; r < 4; r++) {
+                if (!part) _mm_prefetch((const char *)(a + r * LINE) + AHEAD, _MM_HINT_T0);
+                now[r] = load_chunk(a + r * LINE + part);
+            }
+            UNROLL for (int m = 0; m < rows; m++) {
+                const element *from = x + m * ldx + line + part;
+                const chunk row = left >= CHUNK ? load_chunk(from) : load_chunk_first(left > 0 ? (int)left : 0, from);
+                UNROLL for (int r = 0; r < 4; r++) acc[m][r] = fma_chunk(acc[m][r], now[r], row);
+            }
         }
     UNROLL for (int m = 0; m < rows; m++) store4(h + m * MAX_RANK, sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]));
 }
 
 static void shrink(int rows, const element *x, int64_t ldx, const element *a, int64_t rank, int64_t d_in, element *h) {
-    const int64_t lda = (d_in * (int64_t)sizeof(element) + 63) / 64 * (64 / (int64_t)sizeof(element));
+    const int64_t quad = (d_in + LINE - 1) / LINE * LINE * 4;
     for (int64_t r = 0; r < rank; r += 4)
         for (int m = 0; m < rows; m += SHRINK_ROWS) {
-            const element *from = x + m * ldx;
-            element *to = h + m * MAX_RANK + r;
-#define CASE(n)                                                                            \
-    case n:                                                                                \
-        if (rank - r >= 4) shrink_tile(n, 4, from, ldx, a + r * lda, lda, d_in, to);       \
-        else if (rank - r == 3) shrink_tile(n, 3, from, ldx, a + r * lda, lda, d_in, to);  \
-        else if (rank - r == 2) shrink_tile(n, 2, from, ldx, a + r * lda, lda, d_in, to);  \
-        else shrink_tile(n, 1, from, ldx, a + r * lda, lda, d_in, to);                     \
-        break;
+#define CASE(n) \
+    case n: shrink_tile(n, x + m * ldx, ldx, a + r / 4 * quad, d_in, h + m * MAX_RANK + r); break;
             switch (rows - m < SHRINK_ROWS ? rows - m : SHRINK_ROWS) { EACH_SHRINK(CASE) }
 #undef CASE
         }
@@ -79,7 +68,7 @@ static void shrink(int rows, const element *x, int64_t ldx, const element *a, in
 
 INLINE void expand_tile(const int rows, const int panels, const element *h, const element *b, int64_t rank, element *y,
                         int64_t ldy, int64_t columns, const float *gain) {
-    const int64_t steps = (rank + PAIR - 1) / PAIR, stride = steps * PANEL;
+    const int64_t steps = (rank + PAIR - 1) / PAIR;
     vec acc[ROWS][PANELS];
     UNROLL for (int p = 0; p < panels; p++) {
         const int left = columns - p * LANES < LANES ? (int)(columns - p * LANES) : LANES;
@@ -89,8 +78,8 @@ INLINE void expand_tile(const int rows, const int panels, const element *h, cons
     for (int64_t k = 0; k < steps; k++) {
         panel now[PANELS];
         UNROLL for (int p = 0; p < panels; p++) {
-            _mm_prefetch((const char *)(b + p * stride + k * PANEL) + AHEAD, _MM_HINT_T0);
-            now[p] = load_panel(b + p * stride + k * PANEL);
+            _mm_prefetch((const char *)(b + k * STEP + p * PANEL) + AHEAD, _MM_HINT_T0);
+            now[p] = load_panel(b + k * STEP + p * PANEL);
         }
         UNROLL for (int m = 0; m < rows; m++) {
             const pair both = load_pair(h + m * MAX_RANK + k * PAIR);
@@ -109,19 +98,19 @@ INLINE void expand_tile(const int rows, const int panels, const element *h, cons
 
 static void expand(int rows, const element *h, const element *b, int64_t rank, element *y, int64_t ldy, int64_t width,
                    const float *gain) {
-    const int64_t stride = (rank + PAIR - 1) / PAIR * PANEL, panels = (width + LANES - 1) / LANES;
+    const int64_t block = (rank + PAIR - 1) / PAIR * STEP;
     const int tiles = (rows + ROWS - 1) / ROWS;
-    for (int64_t p = 0; p < panels; p += PANELS)
+    for (int64_t p = 0; p * LANES < width; p += PANELS)
         for (int i = 0; i < tiles; i++) {  // of nearly equal height
             const int top = rows * i / tiles, bottom = rows * (i + 1) / tiles;
-            const element *from = h + top * MAX_RANK;
-            element *to = y + top * ldy + p * LANES;
+            const element *from = h + top * MAX_RANK, *with = b + p / 2 * block + p % 2 * PANEL;
             const float *scale = gain ? gain + p * LANES : 0;
             const int64_t left = width - p * LANES;
-#define CASE(n)                                                                                    \
-    case n:                                                                                        \
-        if (panels - p >= PANELS) expand_tile(n, PANELS, from, b + p * stride, rank, to, ldy, left, scale); \
-        else expand_tile(n, 1, from, b + p * stride, rank, to, ldy, left, scale);                  \
+            element *to = y + top * ldy + p * LANES;
+#define CASE(n)                                                                       \
+    case n:                                                                           \
+        if (left > LANES) expand_tile(n, PANELS, from, with, rank, to, ldy, left, scale); \
+        else expand_tile(n, 1, from, with, rank, to, ldy, left, scale);               \
         break;
             switch (bottom - top) { EACH_ROW_COUNT(CASE) }
 #undef CASE
@@ -147,7 +136,10 @@ static void run(const void *arguments, int64_t from, int64_t to) {
 }
 
 void lora(const element *x, int64_t ldx, element *y, int64_t ldy, int64_t d_in, int64_t modules, const int64_t *widths,
-          const char *arena, const target *table, int64_t stride, const piece *pieces, int64_t count, int64_t cost) {
+          const char *arena, const target *table, int64_t stride, const piece *pieces, int64_t count) {
     const task t = {x, y, arena, table, widths, pieces, ldx, ldy, d_in, modules, stride};
+    int64_t cost = 0;
+    for (int64_t m = 0; m < modules; m++)
+        cost += (pieces->to - pieces->from) * table[pieces->slot * stride + m].rank * (d_in + widths[m]);
     share(run, &t, count, cost);
 }

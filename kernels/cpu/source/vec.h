@@ -1,7 +1,8 @@
 // The vector operations that the kernels are written in, for one element type and one tier a compilation.
 //
-// A `vec` is 16 floats. Weights lie in panels of 16 outputs: PAIR neighbouring inputs of each output side by side, so
-// that one `panel` meets one broadcast `pair` of x. Along the inputs, rows are read in `chunk`s of CHUNK elements.
+// A `vec` is 16 floats. A `panel` is PAIR neighbouring inputs of each of 16 outputs, and meets one broadcast `pair` of
+// x; a matrix lies in memory so that two panels, one cache line each, make a step along its inputs. Along the inputs
+// themselves, rows are read in `chunk`s of CHUNK elements.
 //
 //                     element  PAIR  CHUNK  registers of a vec
 //   avx512, bfloat16  bf16     2     32     1 (vdpbf16ps multiplies pairs and adds in float32)
@@ -26,6 +27,8 @@ typedef float element;
 
 #define LANES 16
 #define PANEL (LANES * PAIR)
+#define STEP (2 * PANEL)
+#define LINE (64 / (int)sizeof(element))
 
 INLINE float widen(element x) {
 #ifdef BFLOAT16
@@ -80,6 +83,7 @@ INLINE vec smaller(vec a, vec b) { return _mm512_min_ps(a, b); }
 INLINE vec whole(vec a) { return _mm512_roundscale_ps(a, 0); }
 INLINE vec times_power(vec a, vec n) { return _mm512_scalef_ps(a, n); }
 INLINE vec load_floats(const float *p) { return _mm512_loadu_ps(p); }
+INLINE vec load_floats_first(int n, const float *p) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 INLINE void store_floats(float *p, vec a) { _mm512_storeu_ps(p, a); }
 // The first n lanes of a, the others of b.
 INLINE vec first(int n, vec a, vec b) { return _mm512_mask_blend_ps((__mmask16)((1u << n) - 1), b, a); }
@@ -114,6 +118,10 @@ INLINE void store_first(int n, element *p, vec a) {
 }
 INLINE void store4(element *p, __m128 a) { _mm_storel_epi64((__m128i *)p, (__m128i)_mm_cvtneps_pbh(a)); }
 INLINE panel load_panel(const element *p) { return (panel)_mm512_loadu_si512(p); }
+// A panel whose pairs' second halves count as zeros.
+INLINE panel load_half_panel(const element *p) {
+    return (panel)_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(0xffff));
+}
 INLINE pair load_pair(const element *p) {
     int32_t both;
     memcpy(&both, p, 4);
@@ -137,6 +145,7 @@ INLINE void store(element *p, vec a) { _mm512_storeu_ps(p, a); }
 INLINE void store_first(int n, element *p, vec a) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), a); }
 INLINE void store4(element *p, __m128 a) { _mm_storeu_ps(p, a); }
 INLINE panel load_panel(const element *p) { return _mm512_loadu_ps(p); }
+INLINE panel load_half_panel(const element *p) { return load_panel(p); }
 INLINE pair load_pair(const element *p) { return _mm512_set1_ps(*p); }
 INLINE pair load_half_pair(const element *p) { return load_pair(p); }
 INLINE vec fma_panel(vec acc, panel w, pair x) { return _mm512_fmadd_ps(w, x, acc); }
@@ -222,6 +231,10 @@ INLINE panel load_panel(const element *p) {
     const __m256i lo = _mm256_loadu_si256((const __m256i *)p), hi = _mm256_loadu_si256((const __m256i *)(p + 16));
     return (panel){{even(lo), odd(lo)}, {even(hi), odd(hi)}};
 }
+INLINE panel load_half_panel(const element *p) {
+    const panel all = load_panel(p);
+    return (panel){{all.lo[0], _mm256_setzero_ps()}, {all.hi[0], _mm256_setzero_ps()}};
+}
 INLINE pair load_pair(const element *p) {
     int32_t both;
     memcpy(&both, p, 4);
@@ -245,6 +258,7 @@ INLINE vec load(const element *p) { return load_floats(p); }
 INLINE void store(element *p, vec a) { store_floats(p, a); }
 INLINE void store4(element *p, __m128 a) { _mm_storeu_ps(p, a); }
 INLINE panel load_panel(const element *p) { return load_floats(p); }
+INLINE panel load_half_panel(const element *p) { return load_panel(p); }
 INLINE pair load_pair(const element *p) { return _mm256_set1_ps(*p); }
 INLINE pair load_half_pair(const element *p) { return load_pair(p); }
 INLINE vec fma_panel(vec acc, panel w, pair x) {
@@ -254,6 +268,11 @@ INLINE vec fma_panel(vec acc, panel w, pair x) {
 #endif
 
 typedef vec chunk;
+INLINE vec load_floats_first(int n, const float *p) {
+    float part[LANES] = {0};
+    memcpy(part, p, (size_t)n * sizeof(float));
+    return load_floats(part);
+}
 INLINE vec load_first(int n, const element *p) {
     element part[LANES] = {0};
     memcpy(part, p, (size_t)n * sizeof(element));

@@ -1,0 +1,123 @@
+"""Which rows of a step belong to which sequence, and where its keys and values are in a paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loramill.errors import EngineFault
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """New tokens of one sequence, adjacent rows of a step.
+
+    Attributes:
+        start: position of the first; all before it are in the cache.
+        count: of new tokens.
+        blocks: the sequence's, in order, at least enough for `start + count` positions.
+    """
+
+    start: int
+    count: int
+    blocks: Sequence[int]
+
+    @property
+    def stop(self) -> int:
+        """Positions that the sequence has after the step."""
+        return self.start + self.count
+
+
+class Rows(NamedTuple):
+    """A step's rows on a device: int64 [rows] each, as in `Pages`."""
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+
+
+#: Fields of `Pages.table`'s last axis.
+FIRST, COUNT, START, BLOCKS = range(4)
+
+
+@dataclass(frozen=True, eq=False)
+class Pages:
+    """The paging of one step, built once and used by every layer.
+
+    Attributes:
+        block_size: positions of a block.
+        spans: in the order of their rows.
+        table: int32 [spans, 4]: first row, number of rows, position of the first, and where in `blocks` its own begin.
+        blocks: int32 [blocks in use]: of all spans, each as many as its positions need.
+        positions: int32 [rows]: of each row in its sequence.
+        slots: int32 [rows]: where each row's keys and values go, `block * block_size + offset`.
+        end: one more than the highest block.
+        memo: what backends work out once for all layers, by a key of theirs.
+    """
+
+    block_size: int
+    spans: tuple[Span, ...]
+    table: NDArray[np.int32]
+    blocks: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    slots: NDArray[np.int32]
+    end: int
+    memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], block_size: int) -> Pages:
+        """Builds the paging of the sequences' spans.
+
+        Raises:
+            EngineFault: a span is empty or begins before its sequence, its blocks don't suffice, or one is negative.
+        """
+        used = [-(-span.stop // block_size) for span in spans]
+        for number, (span, need) in enumerate(zip(spans, used, strict=True)):
+            if span.count < 1 or span.start < 0 or len(span.blocks) < need:
+                raise EngineFault(
+                    f"Span {number} has {len(span.blocks)} blocks of {block_size} for {span.count} rows from position "
+                    f"{span.start}; it needs {need} blocks, a row and no negative position."
+                )
+        listed = chain.from_iterable(span.blocks[:need] for span, need in zip(spans, used, strict=True))
+        blocks = np.fromiter(listed, np.int32, sum(used))
+        if blocks.min(initial=0) < 0:
+            raise EngineFault(f"Block {blocks.min()} is negative; blocks are numbered from 0.")
+        table = np.zeros((len(spans), 4), np.int32)
+        table[:, COUNT] = [span.count for span in spans]
+        table[:, START] = [span.start for span in spans]
+        table[1:, FIRST] = np.cumsum(table[:-1, COUNT])
+        table[1:, BLOCKS] = np.cumsum(used[:-1])
+        of_rows = np.repeat(table, table[:, COUNT], axis=0)
+        positions = of_rows[:, START] + np.arange(len(of_rows), dtype=np.int32) - of_rows[:, FIRST]
+        slots = blocks[of_rows[:, BLOCKS] + positions // block_size] * block_size + positions % block_size
+        return cls(block_size, tuple(spans), table, blocks, positions, slots, int(blocks.max(initial=-1)) + 1)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the step."""
+        return len(self.positions)
+
+    def on(self, device: torch.device) -> Rows:
+        """The rows' positions and slots on a device."""
+        rows: Rows | None = self.memo.get(device)
+        if rows is None:
+            rows = Rows(*(torch.from_numpy(array).long().to(device) for array in (self.positions, self.slots)))
+            self.memo[device] = rows
+        return rows
+
+    def check(self, rows: int, blocks: int, block_size: int) -> None:
+        """Makes sure that the paging is of `rows` rows over a cache of `blocks` blocks.
+
+        Raises:
+            EngineFault: it is of other rows or blocks: a kernel would write where it must not.
+        """
+        if rows != len(self.positions) or block_size != self.block_size or blocks < self.end:
+            raise EngineFault(
+                f"The paging is of {self.rows} rows and {self.end} blocks of {self.block_size}, "
+                f"the step of {rows} rows and a cache of {blocks} blocks of {block_size}."
+            )
