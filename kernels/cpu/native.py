@@ -21,8 +21,10 @@ from loramill.kernels.slab import SiteSlab
 #: Rows of a run that `lora` takes at once: PIECE in lora.c.
 _PIECE = 96
 _SIGNATURES = {
-    "linear": [c_void_p, c_int64, c_void_p, c_void_p, *[c_int64] * 4],
-    "lora": [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, *[c_void_p] * 3, c_int64, c_void_p, c_int64],
+    "adapted_linear": [
+        *(c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64),
+        *(c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64),
+    ],
 }
 
 
@@ -38,20 +40,8 @@ class Native:
 
     def lora(self, x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
         """Adds each run's adapter; the contract is that of `loramill.kernels.lora`."""
-        if not batch.runs:
-            return
-        slab.slab.check(batch)
-        pieces = _pieces(batch)
-        if x.dtype != slab.slab.dtype or y.dtype != x.dtype or len(x) != batch.rows or len(y) != batch.rows:
-            raise EngineFault(
-                f"x is {x.dtype} {list(x.shape)}, y {y.dtype} {list(y.shape)}; a batch of {batch.rows} rows on a slab "
-                f"of {slab.slab.dtype} was expected."
-            )
-        self._library(x.dtype).lora(
-            x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), slab.site.d_in, len(slab.site.widths),
-            slab.widths_address, slab.slab.arena_address, slab.table_address, slab.table.shape[1],
-            pieces.address, pieces.count,
-        )  # fmt: skip
+        if batch.runs:
+            self._adapt(x, None, y, slab, batch)
 
     def pack(self, weight: torch.Tensor) -> Weight:
         """Lays a matrix [d_out, d_in] out for `linear` and `embed`."""
@@ -67,16 +57,39 @@ class Native:
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """`x @ weight.T`."""
         y = torch.empty(len(x), weight.d_out, dtype=x.dtype)
-        self._library(x.dtype).linear(
-            x.data_ptr(), x.stride(0), weight.data.data_ptr(), y.data_ptr(), weight.d_out, len(x), weight.d_in, weight.d_out
-        )  # fmt: skip
+        self._library(x.dtype).adapted_linear(
+            *(x.data_ptr(), x.stride(0), weight.data.data_ptr(), y.data_ptr(), weight.d_out, len(x), weight.d_in),
+            *(1, ctypes.byref(c_int64(weight.d_out)), None, None, 0, None, 0),
+        )
         return y
 
     def adapted_linear(self, x: torch.Tensor, weight: Weight, slab: SiteSlab, batch: Batch) -> torch.Tensor:
         """`linear`, then `lora` on its result."""
-        y = self.linear(x, weight)
-        self.lora(x, y, slab, batch)
+        if not batch.runs:
+            return self.linear(x, weight)
+        if any(width % OUTPUTS for width in slab.site.widths[:-1]):
+            y = self.linear(x, weight)
+            self.lora(x, y, slab, batch)
+            return y
+        y = torch.empty(len(x), weight.d_out, dtype=x.dtype)
+        self._adapt(x, weight.data.data_ptr(), y, slab, batch)
         return y
+
+    def _adapt(self, x: torch.Tensor, weight: int | None, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
+        slab.slab.check(batch)
+        if x.dtype != slab.slab.dtype or y.dtype != x.dtype or len(x) != batch.rows or len(y) != batch.rows:
+            raise EngineFault(
+                f"x is {x.dtype} {list(x.shape)}, y {y.dtype} {list(y.shape)}; a batch of {batch.rows} rows on a slab "
+                f"of {slab.slab.dtype} was expected."
+            )
+        pieces = _pieces(batch)
+        failed = self._library(x.dtype).adapted_linear(
+            *(x.data_ptr(), x.stride(0), weight, y.data_ptr(), y.stride(0), len(x), slab.site.d_in),
+            *(len(slab.site.widths), slab.widths_address, slab.slab.arena_address, slab.table_address),
+            *(slab.table.shape[1], pieces.address, pieces.count),
+        )
+        if failed:
+            raise MemoryError
 
     def _library(self, dtype: torch.dtype) -> ctypes.CDLL:
         if dtype not in self._libraries:
@@ -90,7 +103,7 @@ def _open(tier: str, dtype: torch.dtype) -> ctypes.CDLL:
     opened = library(tier, dtype)
     for name, arguments in _SIGNATURES.items():
         function = getattr(opened, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes = arguments
     return opened
 
 

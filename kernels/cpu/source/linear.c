@@ -1,80 +1,289 @@
-// y = x w^T: the base's linears, for any number of rows.
+// The base's linears with their rows' adapters: y = gain (x w^T + (x a^T) b^T), for any number of rows and adapters.
+//
+// All of it waits for memory at few rows, so everything is read in the order in which it lies there: the base's matrix
+// first, then one adapter after the other. Where runs of rows are long it is the sums that take the time; there the
+// adapter's part is added while a tile of y is still in the registers.
+#include <stdbool.h>
+#include <stdlib.h>
+
 #include "threads.h"
 #include "vec.h"
 
-// Rows of x that one pass over the weights takes: few enough to stay in the second-level cache.
-#define PASS (16 * ROWS)
-// How far ahead of its use a panel is asked for, in bytes.
-#define AHEAD 4096
+// Neighbouring rows of one adapter.
+typedef struct {
+    int32_t slot, from, to;
+} piece;
+
+// Where an adapter has the matrices of one module, in bytes from the arena's start; no gain: -1; no target: rank 0.
+typedef struct {
+    int64_t a, b, gain, rank;
+} target;
 
 typedef struct {
-    const element *x, *w;
-    element *y;
-    int64_t ldx, ldy, rows, d_in, d_out;
+    const element *x, *w;  // w is null where y holds the base's product already
+    element *y, *h;
+    const char *arena;
+    const target *table;
+    const int64_t *widths;
+    const piece *pieces;
+    int64_t ldx, ldy, ldh, rows, d_in, modules, stride, count;
 } task;
 
-INLINE void tile(const int rows, const int panels, const element *x, int64_t ldx, const element *w, int64_t d_in,
-                 element *y, int64_t ldy, int64_t columns) {
-    const int64_t steps = d_in / PAIR;
-    vec acc[ROWS][PANELS];
-    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int p = 0; p < panels; p++) acc[m][p] = zero();
-    for (int64_t k = 0; k < steps; k++) {
-        panel now[PANELS];
-        UNROLL for (int p = 0; p < panels; p++) {
-            _mm_prefetch((const char *)(w + k * STEP + p * PANEL) + AHEAD, _MM_HINT_T0);
-            now[p] = load_panel(w + k * STEP + p * PANEL);
+// What one tile adds to the base's product.
+typedef struct {
+    const element *h, *b;
+    const float *gain;
+    int64_t steps;
+} delta;
+
+// Rows of x that one pass over the weights takes: few enough to stay in the second-level cache.
+#define PASS (16 * ROWS)
+// How far ahead of its use a stream is asked for, in bytes; an adapter's is short.
+#define BASE_AHEAD 8192
+#define AHEAD 4096
+
+// A tile of the shrink: SHRINK_ROWS rows times four ranks.
+#ifdef __AVX512F__
+#define SHRINK_ROWS 6
+#define EACH_SHRINK(X) X(1) X(2) X(3) X(4) X(5) X(6)
+#else
+#define SHRINK_ROWS 1
+#define EACH_SHRINK(X) X(1)
+#endif
+
+INLINE int64_t quads(int64_t rank) { return (rank + 3) / 4; }
+INLINE int64_t steps(int64_t d_in) { return (d_in + PAIR - 1) / PAIR; }
+
+// h[rows][4] = x a^T for four ranks of a, a cache line of each side by side.
+INLINE void shrink_tile(const int rows, const element *x, int64_t ldx, const element *a, int64_t d_in, element *h,
+                        int64_t ldh) {
+    vec acc[SHRINK_ROWS][4];
+    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int r = 0; r < 4; r++) acc[m][r] = zero();
+    for (int64_t line = 0; line < d_in; line += LINE, a += 4 * LINE)
+        UNROLL for (int part = 0; part < LINE; part += CHUNK) {
+            const int64_t left = d_in - line - part;
+            chunk now[4];
+            UNROLL for (int r = 0; r < 4; r++) {
+                if (!part) _mm_prefetch((const char *)(a + r * LINE) + AHEAD, _MM_HINT_T0);
+                now[r] = load_chunk(a + r * LINE + part);
+            }
+            UNROLL for (int m = 0; m < rows; m++) {
+                const element *from = x + m * ldx + line + part;
+                const chunk row = left >= CHUNK ? load_chunk(from) : load_chunk_first(left > 0 ? (int)left : 0, from);
+                UNROLL for (int r = 0; r < 4; r++) acc[m][r] = fma_chunk(acc[m][r], now[r], row);
+            }
         }
-        UNROLL for (int m = 0; m < rows; m++) {
-            const pair both = load_pair(x + m * ldx + k * PAIR);
-            UNROLL for (int p = 0; p < panels; p++) acc[m][p] = fma_panel(acc[m][p], now[p], both);
+    UNROLL for (int m = 0; m < rows; m++) store4(h + m * ldh, sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]));
+}
+
+// h[to - from][rank] = x a^T for one module.
+static void shrink(const task *t, const target *at, int64_t from, int64_t to, element *h) {
+    const int64_t quad = (t->d_in + LINE - 1) / LINE * LINE * 4;
+    const element *a = (const element *)(t->arena + at->a);
+    for (int64_t q = 0; q < quads(at->rank); q++, a += quad, h += 4)
+        for (int64_t row = from; row < to; row += SHRINK_ROWS) {
+#define CASE(n) \
+    case n: shrink_tile(n, t->x + row * t->ldx, t->ldx, a, t->d_in, h + (row - from) * t->ldh, t->ldh); break;
+            switch (to - row < SHRINK_ROWS ? to - row : SHRINK_ROWS) { EACH_SHRINK(CASE) }
+#undef CASE
         }
-    }
-    if (steps * PAIR < d_in)
-        UNROLL for (int p = 0; p < panels; p++) {
-            const panel last = load_panel(w + steps * STEP + p * PANEL);
-            UNROLL for (int m = 0; m < rows; m++) acc[m][p] = fma_panel(acc[m][p], last, load_half_pair(x + m * ldx + d_in - 1));
-        }
-    UNROLL for (int p = 0; p < panels; p++) {
-        const int64_t left = columns - p * LANES;
-        UNROLL for (int m = 0; m < rows; m++) {
-            if (left >= LANES) store(y + m * ldy + p * LANES, acc[m][p]);
-            else store_first((int)left, y + m * ldy + p * LANES, acc[m][p]);
+}
+
+// Shrinks the rows of pieces `from` to `to`, all modules of a row side by side in h.
+static void shrink_all(const void *arguments, int64_t from, int64_t to) {
+    const task *t = arguments;
+    for (const piece *p = t->pieces + from; p < t->pieces + to; p++) {
+        element *h = t->h + p->from * t->ldh;
+        for (int64_t m = 0; m < t->modules; m++) {
+            const target *at = t->table + p->slot * t->stride + m;
+            shrink(t, at, p->from, p->to, h);
+            h += quads(at->rank) * 4;
         }
     }
 }
 
-static void any_tile(int rows, int panels, const element *x, int64_t ldx, const element *w, int64_t d_in, element *y,
-                     int64_t ldy, int64_t columns) {
-#define CASE(n)                                                              \
-    case n:                                                                  \
-        if (panels > 1) tile(n, PANELS, x, ldx, w, d_in, y, ldy, columns);   \
-        else tile(n, 1, x, ldx, w, d_in, y, ldy, columns);                   \
+INLINE void tile(const int rows, const int panels, const task *t, const element *x, const element *w, element *y,
+                 int64_t columns, const delta *d) {
+    vec acc[ROWS][PANELS];
+    UNROLL for (int p = 0; p < panels; p++) {
+        const int left = columns - p * LANES < LANES ? (int)(columns - p * LANES) : LANES;
+        UNROLL for (int m = 0; m < rows; m++) {
+            const element *from = y + m * t->ldy + p * LANES;
+            acc[m][p] = w ? zero() : left == LANES ? load(from) : load_first(left, from);
+        }
+    }
+    const int64_t whole = w ? t->d_in / PAIR : 0;
+    for (int64_t k = 0; k < whole; k++) {
+        panel now[PANELS];
+        UNROLL for (int p = 0; p < panels; p++) {
+            _mm_prefetch((const char *)(w + k * STEP + p * PANEL) + BASE_AHEAD, _MM_HINT_T0);
+            now[p] = load_panel(w + k * STEP + p * PANEL);
+        }
+        UNROLL for (int m = 0; m < rows; m++) {
+            const pair both = load_pair(x + m * t->ldx + k * PAIR);
+            UNROLL for (int p = 0; p < panels; p++) acc[m][p] = fma_panel(acc[m][p], now[p], both);
+        }
+    }
+    if (w && whole * PAIR < t->d_in)
+        UNROLL for (int p = 0; p < panels; p++) {
+            const panel last = load_panel(w + whole * STEP + p * PANEL);
+            UNROLL for (int m = 0; m < rows; m++)
+                acc[m][p] = fma_panel(acc[m][p], last, load_half_pair(x + m * t->ldx + t->d_in - 1));
+        }
+    for (int64_t k = 0; k < d->steps; k++) {
+        panel now[PANELS];
+        UNROLL for (int p = 0; p < panels; p++) {
+            _mm_prefetch((const char *)(d->b + k * STEP + p * PANEL) + AHEAD, _MM_HINT_T0);
+            now[p] = load_panel(d->b + k * STEP + p * PANEL);
+        }
+        UNROLL for (int m = 0; m < rows; m++) {
+            const pair both = load_pair(d->h + m * t->ldh + k * PAIR);
+            UNROLL for (int p = 0; p < panels; p++) acc[m][p] = fma_panel(acc[m][p], now[p], both);
+        }
+    }
+    UNROLL for (int p = 0; p < panels; p++) {
+        const int left = columns - p * LANES < LANES ? (int)(columns - p * LANES) : LANES;
+        if (d->gain) UNROLL for (int m = 0; m < rows; m++) acc[m][p] = mul(acc[m][p], load_floats(d->gain + p * LANES));
+        UNROLL for (int m = 0; m < rows; m++) {
+            if (left == LANES) store(y + m * t->ldy + p * LANES, acc[m][p]);
+            else store_first(left, y + m * t->ldy + p * LANES, acc[m][p]);
+        }
+    }
+}
+
+static void any_tile(int64_t rows, int64_t top, const task *t, const element *w, int64_t column, int64_t columns,
+                     const delta *d) {
+    const element *x = t->x + top * t->ldx;
+    element *y = t->y + top * t->ldy + column;
+#define CASE(n)                                                                          \
+    case n:                                                                              \
+        if (columns > LANES) tile(n, PANELS, t, x, w, y, columns, d);    \
+        else tile(n, 1, t, x, w, y, columns, d);                         \
         break;
     switch (rows) { EACH_ROW_COUNT(CASE) }
 #undef CASE
 }
 
-// Blocks `from` to `to` of PANELS panels.
+// A block of columns, at most two panels, of one module.
+typedef struct {
+    int64_t module, within, column, columns;  // within: the module's first column is 0
+} block;
+
+static delta delta_of(const task *t, const piece *p, const block *at, int64_t row) {
+    const target *targets = t->table + p->slot * t->stride, *its = targets + at->module;
+    if (!its->rank) return (delta){0};
+    int64_t before = 0;
+    for (int64_t m = 0; m < at->module; m++) before += quads(targets[m].rank) * 4;
+    const int64_t half = at->within / LANES;
+    return (delta){
+        .h = t->h + row * t->ldh + before,
+        .b = (const element *)(t->arena + its->b) + half / 2 * steps(its->rank) * STEP + half % 2 * PANEL,
+        .gain = its->gain < 0 ? 0 : (const float *)(t->arena + its->gain) + at->within,
+        .steps = steps(its->rank),
+    };
+}
+
+// Rows `top` to `bottom` of a block, of which pieces from p on have an adapter. Returns the first that may reach further.
+static const piece *rows_of_block(const task *t, const element *w, const block *at, int64_t top, int64_t bottom,
+                                  const piece *p) {
+    static const delta nothing;
+    const piece *end = t->pieces + t->count;
+    while (p < end && p->to <= top) p++;
+    if (p < end && p->from <= top && p->to >= bottom) {
+        const delta all = delta_of(t, p, at, top);
+        any_tile(bottom - top, top, t, w, at->column, at->columns, &all);
+        return p;
+    }
+    any_tile(bottom - top, top, t, w, at->column, at->columns, &nothing);
+    for (const piece *q = p; q < end && q->from < bottom; q++) {  // each takes its own rows up again
+        const int64_t from = q->from > top ? q->from : top, to = q->to < bottom ? q->to : bottom;
+        const delta its = delta_of(t, q, at, from);
+        if (its.steps) any_tile(to - from, from, t, 0, at->column, at->columns, &its);
+    }
+    return p;
+}
+
+static block block_at(const task *t, int64_t index) {
+    int64_t module = 0, column = 0, blocks;
+    for (; index >= (blocks = (t->widths[module] + PANELS * LANES - 1) / (PANELS * LANES)); module++) {
+        index -= blocks;
+        column += t->widths[module];
+    }
+    const int64_t within = index * PANELS * LANES, left = t->widths[module] - within;
+    return (block){module, within, column + within, left < PANELS * LANES ? left : PANELS * LANES};
+}
+
+// Blocks `from` to `to`.
 static void run(const void *arguments, int64_t from, int64_t to) {
     const task *t = arguments;
-    const int64_t block = (t->d_in + PAIR - 1) / PAIR * STEP;  // elements of two panels
     for (int64_t begin = 0; begin < t->rows; begin += PASS) {
         const int64_t rows = t->rows - begin < PASS ? t->rows - begin : PASS, tiles = (rows + ROWS - 1) / ROWS;
         for (int64_t g = from; g < to; g++) {
-            const int64_t p = g * PANELS, column = p * LANES, left = t->d_out - column;
-            const element *w = t->w + p / 2 * block + p % 2 * PANEL;
-            for (int64_t i = 0; i < tiles; i++) {  // of nearly equal height
-                const int64_t top = begin + rows * i / tiles, bottom = begin + rows * (i + 1) / tiles;
-                any_tile((int)(bottom - top), left > LANES ? PANELS : 1, t->x + top * t->ldx, t->ldx, w, t->d_in,
-                         t->y + top * t->ldy + column, t->ldy, left);
+            const block at = block_at(t, g);
+            const int64_t half = at.column / LANES;
+            const element *w = t->w + half / 2 * steps(t->d_in) * STEP + half % 2 * PANEL;
+            const piece *p = t->pieces;
+            for (int64_t i = 0; i < tiles; i++)  // of nearly equal height
+                p = rows_of_block(t, w, &at, begin + rows * i / tiles, begin + rows * (i + 1) / tiles, p);
+        }
+    }
+}
+
+// Adds the adapters of pieces `from` to `to`, one after the other.
+static void adapt(const void *arguments, int64_t from, int64_t to) {
+    const task *t = arguments;
+    for (const piece *p = t->pieces + from; p < t->pieces + to; p++) {
+        const target *its = t->table + p->slot * t->stride, *next = p + 1 < t->pieces + to ? t->table + p[1].slot * t->stride : 0;
+        for (int64_t m = 0, column = 0; m < t->modules; column += t->widths[m++]) {
+            if (!its[m].rank) continue;
+            shrink(t, its + m, p->from, p->to, t->h + p->from * t->ldh);
+            if (next && m + 1 == t->modules)
+                for (int64_t line = 0; line < AHEAD; line += 64) _mm_prefetch(t->arena + next->a + line, _MM_HINT_T0);
+            for (int64_t within = 0; within < t->widths[m]; within += PANELS * LANES) {
+                const int64_t left = t->widths[m] - within;
+                const block at = {m, within, column + within, left < PANELS * LANES ? left : PANELS * LANES};
+                for (int64_t row = p->from; row < p->to; row += ROWS) {
+                    delta d = delta_of(t, p, &at, row);
+                    d.h = t->h + row * t->ldh;
+                    any_tile(p->to - row < ROWS ? p->to - row : ROWS, row, t, 0, at.column, at.columns, &d);
+                }
             }
         }
     }
 }
 
-void linear(const element *x, int64_t ldx, const element *w, element *y, int64_t ldy, int64_t rows, int64_t d_in,
-            int64_t d_out) {
-    const task t = {x, w, y, ldx, ldy, rows, d_in, d_out};
-    const int64_t groups = (d_out + PANELS * LANES - 1) / (PANELS * LANES);
-    share(run, &t, groups, rows * d_in * PANELS * LANES);
+// Room for `elements`, which the thread keeps; null: there is none.
+static element *scratch(int64_t elements) {
+    static _Thread_local element *room;
+    static _Thread_local int64_t size;
+    if (elements > size) {
+        free(room);
+        room = aligned_alloc(64, (size_t)(elements * (int64_t)sizeof(element) + 63) / 64 * 64);
+        size = room ? elements : 0;
+    }
+    return room;
+}
+
+// Returns 0, or -1 if memory is out. Blocks of a module must begin with a block of w: widths of modules but the last are
+// multiples of 32, or w is null.
+int adapted_linear(const element *x, int64_t ldx, const element *w, element *y, int64_t ldy, int64_t rows, int64_t d_in,
+                   int64_t modules, const int64_t *widths, const char *arena, const target *table, int64_t stride,
+                   const piece *pieces, int64_t count) {
+    task t = {x, w, y, 0, arena, table, widths, pieces, ldx, ldy, 0, rows, d_in, modules, stride, count};
+    int64_t blocks = 0, ranks = 0, d_out = 0;
+    for (int64_t m = 0; m < modules; m++) d_out += widths[m], blocks += (widths[m] + PANELS * LANES - 1) / (PANELS * LANES);
+    for (const piece *p = pieces; p < pieces + count; p++) {
+        int64_t wide = 0;
+        for (int64_t m = 0; m < modules; m++) wide += quads(table[p->slot * stride + m].rank) * 4;
+        if (wide > t.ldh) t.ldh = wide;
+        ranks += wide * (p->to - p->from);
+    }
+    if (t.ldh && !(t.h = scratch(rows * t.ldh))) return -1;
+    const bool together = w && ranks && rows >= count * ROWS;
+    if (together) share(shrink_all, &t, count, ranks * d_in / count);
+    if (!together) t.count = 0;
+    if (w) share(run, &t, blocks, (rows * d_in + ranks) * PANELS * LANES);
+    t.count = count;
+    if (!together && t.ldh) share(adapt, &t, count, ranks * (d_in + d_out) / count);
+    return 0;
 }
