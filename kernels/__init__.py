@@ -1,3 +1,116 @@
-from loramill.kernels.adapter import ROWS, Delta, Layout, PackedAdapter, Site
+"""Batched multi-LoRA operations: one contract, a backend for each kind of machine. Floor 0; never imports Ray."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+
+import torch
+
+from loramill.errors import SettingsInvalid, SetupError
+from loramill.kernels.adapter import Delta, PackedAdapter, Site
+from loramill.kernels.backend import Backend, LayerKV, Weight
 from loramill.kernels.batch import Batch, Run, Slot
+from loramill.kernels.paging import Pages, Span
 from loramill.kernels.slab import SiteSlab, Slab
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Batch",
+    "Delta",
+    "LayerKV",
+    "PackedAdapter",
+    "Pages",
+    "Run",
+    "Site",
+    "SiteSlab",
+    "Slab",
+    "Slot",
+    "Span",
+    "Weight",
+    "backend",
+    "lora",
+]
+
+log = logging.getLogger(__name__)
+
+#: What LORAMILL_KERNELS may say; `cpu` is the best tier that the processor has.
+BACKENDS = ("reference", "torch", "cpu", "cpu-avx512", "cpu-avx2", "triton")
+
+
+@functools.cache
+def backend(device: str = "cpu") -> Backend:
+    """The backend for a kind of device, chosen once: what LORAMILL_KERNELS says, or the best there is.
+
+    Without a C compiler, or on a processor without AVX2, the CPU's is `torch`, and the log says so.
+
+    Raises:
+        SettingsInvalid: the variable names no backend, or one that can't run here.
+    """
+    name = os.environ.get("LORAMILL_KERNELS")
+    if name is None:
+        return _best(device)
+    if name not in BACKENDS:
+        raise SettingsInvalid(f"LORAMILL_KERNELS={name} is no backend; use {', '.join(BACKENDS)}.")
+    try:
+        return _open(name)
+    except (SetupError, ImportError) as error:
+        raise SettingsInvalid(f"LORAMILL_KERNELS={name} can't run here: {error}") from error
+
+
+def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
+    """Adds to y, in place, what each run's adapter makes of x.
+
+    For every run of `batch` and every target module of its adapter at this site, with a [r, d_in], b [d_out, r]
+    (scale folded in) and gain [d_out] (1 without DoRA), and sums in float32:
+
+        y[rows, columns] = gain * (y[rows, columns] + x[rows] @ a.T @ b.T)
+
+    Rows without an adapter, and columns of modules that an adapter doesn't target, stay as they are bit for bit, and
+    no weight of an adapter, were it NaN, meets a row that isn't its own. y is the base's output before any bias
+    (DoRA's gain scales the weights alone).
+
+    Args:
+        x: [rows, d_in] of the slab's dtype; its rows may be strided.
+        y: [rows, sum of the site's widths], of x's dtype; may be a view of wider rows.
+        slab: this site of a slab in the layout of the device's backend.
+        batch: whose rows are whose.
+
+    Raises:
+        EngineFault: a run's slot was freed since, or the shapes and dtypes don't fit each other.
+    """
+    backend(x.device.type).lora(x, y, slab, batch)
+
+
+def _best(device: str) -> Backend:
+    if device == "cuda":
+        try:
+            return _open("triton")
+        except ImportError:
+            log.warning("triton isn't installed: adapters run on plain torch operations; install loramill[triton]")
+            return _open("torch")
+    try:
+        return _open("cpu")
+    except SetupError as error:
+        log.warning("native kernels can't run, plain torch operations do: %s", error)
+        return _open("torch")
+
+
+def _open(name: str) -> Backend:
+    if name == "triton":
+        from loramill.kernels import triton
+
+        return triton
+    if name == "torch":
+        from loramill.kernels import plain
+
+        return plain
+    if name == "reference":
+        from loramill.kernels import reference
+
+        return reference
+    from loramill.kernels.cpu.native import open_native
+
+    return open_native(name.removeprefix("cpu").removeprefix("-") or None)

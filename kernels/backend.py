@@ -46,6 +46,9 @@ class Backend(Protocol):
     name: str
     layout: Layout
 
+    def set_threads(self, threads: int) -> None:
+        """So many CPU threads share an operation from now on, in the whole process."""
+
     def lora(self, x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
         """Adds each run's adapter; the contract is that of `loramill.kernels.lora`."""
 

@@ -82,7 +82,7 @@ class Extents:
         self._free = joined
 
     def faults(self, taken: list[tuple[int, int]]) -> list[str]:
-        """What is wrong if `taken` (offset, size) is all that is in use: overlaps and gaps, in words; empty if nothing."""
+        """What is wrong, in words, if `taken` (offset, size) is all that is in use: what overlaps and what is lost."""
         parts = sorted([*self._free, *((offset, aligned(size)) for offset, size in taken if size)])
         end, faults = 0, []
         for offset, size in [*parts, (self.size, 0)]:

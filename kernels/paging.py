@@ -92,9 +92,10 @@ class Pages:
         table[:, START] = [span.start for span in spans]
         table[1:, FIRST] = np.cumsum(table[:-1, COUNT])
         table[1:, BLOCKS] = np.cumsum(used[:-1])
-        of_rows = np.repeat(table, table[:, COUNT], axis=0)
-        positions = of_rows[:, START] + np.arange(len(of_rows), dtype=np.int32) - of_rows[:, FIRST]
-        slots = blocks[of_rows[:, BLOCKS] + positions // block_size] * block_size + positions % block_size
+        of_rows: NDArray[np.int32] = np.repeat(table, table[:, COUNT], axis=0)
+        row = np.arange(len(of_rows), dtype=np.int32)
+        positions = of_rows[:, START] + (row - of_rows[:, FIRST])
+        slots = blocks[of_rows[:, BLOCKS] + positions // block_size] * np.int32(block_size) + positions % block_size
         return cls(block_size, tuple(spans), table, blocks, positions, slots, int(blocks.max(initial=-1)) + 1)
 
     @property

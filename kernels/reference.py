@@ -14,6 +14,11 @@ name: str = "reference"
 layout: Layout = ROWS
 
 
+def set_threads(threads: int) -> None:
+    """So many CPU threads share an operation from now on, in the whole process."""
+    torch.set_num_threads(threads)
+
+
 def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
     """Adds each run's adapter; the contract is that of `loramill.kernels.lora`."""
     slab.slab.check(batch)
@@ -77,12 +82,10 @@ def new_kv(
     return tuple(LayerKV(k, v, block_size, kv_heads, head_dim) for k, v in zip(keys, values, strict=True))
 
 
-def rope_write(
-    qkv: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKV, pages: Pages
-) -> None:
+def rope_write(qkv: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKV, pages: Pages) -> None:
     """Rotates queries and keys (Su et al. 2021, equation 34, halves of a head as pairs); writes keys and values."""
     pages.check(len(qkv), len(kv.keys), kv.block_size)
-    split = qkv.unflatten(1, (-1, kv.head_dim))
+    split = qkv.view(len(qkv), heads + 2 * kv.kv_heads, kv.head_dim)
     turned = heads + kv.kv_heads
     first, second = split[:, :turned].float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
@@ -98,7 +101,7 @@ def attention(
 ) -> torch.Tensor:
     """`softmax(scale * q k^T) v` (Vaswani et al. 2017, equation 1), a row at a time."""
     pages.check(len(qkv), len(kv.keys), kv.block_size)
-    queries = qkv[:, : heads * kv.head_dim].float().view(len(qkv), kv.kv_heads, -1, kv.head_dim)
+    queries = qkv[:, : heads * kv.head_dim].float().view(len(qkv), kv.kv_heads, heads // kv.kv_heads, kv.head_dim)
     out = torch.empty_like(queries)
     row = 0
     for span in pages.spans:

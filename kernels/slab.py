@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from loramill.errors import EngineFault
-from loramill.kernels.adapter import A, B, GAIN, RANK, Delta, Layout, PackedAdapter, Site, modules_per_site, pack
+from loramill.kernels.adapter import GAIN, RANK, A, B, Delta, Layout, PackedAdapter, Site, modules_per_site, pack
 from loramill.kernels.batch import Batch, Slot
 from loramill.kernels.memory import Extents, host_memory
 
@@ -64,6 +64,11 @@ class Slab:
         return sum(place.size for place in self._places)
 
     @property
+    def size(self) -> int:
+        """Bytes of the arena."""
+        return self._extents.size
+
+    @property
     def free_bytes(self) -> int:
         """Bytes of the arena that no slot has."""
         return self._extents.free
@@ -82,7 +87,7 @@ class Slab:
         return pack(self.sites, deltas, self.layout, self.dtype)
 
     def allocate(self, size: int) -> Slot | None:
-        """Takes a slot with room for `size` bytes; None: there is no slot, or no free part of the arena is large enough."""
+        """Takes a slot with room for `size` bytes; None: all slots are taken, or no free part is large enough."""
         index = next((i for i, place in enumerate(self._places) if not place.taken), None)
         offset = None if index is None else self._extents.take(size)
         if index is None or offset is None:

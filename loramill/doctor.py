@@ -63,7 +63,7 @@ print(json.dumps({
              for i in range(torch.cuda.device_count())] if cuda else [],
 }))
 """
-_KERNELS = "import json; from loramill.kernels import backend; print(json.dumps(backend()))"
+_KERNELS = "import json; from loramill.kernels import backend; print(json.dumps(backend().name))"
 _RAY = "import json, ray; from ray import serve, train; print(json.dumps(ray.__version__))"
 _PROBE_SECONDS = 180.0
 _GATEWAY_SECONDS = 3.0

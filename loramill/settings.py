@@ -37,6 +37,7 @@ class ServeSettings(_Section):
     max_sequences: int = Field(default=64, ge=1, description="requests that decode at once")
     kv_tokens: int = Field(default=32768, ge=512, description="tokens of KV cache")
     adapter_slots: int = Field(default=64, ge=1, description="adapters resident at once")
+    adapter_bytes: int = Field(default=2**30, ge=2**20, description="what these may take together")
     max_upload_bytes: int = Field(default=256 * 2**20, ge=1, description="bytes of the largest upload")
 
 

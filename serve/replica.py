@@ -42,7 +42,6 @@ class Replica:
     """Answers text requests with the base and any adapter; a `Backend` for the gateway."""
 
     def __init__(self, base: Base, source: AdapterSource, settings: ServeSettings) -> None:
-        torch.set_num_threads(settings.threads)
         self._context_length = base.context_length
         self._tokenizer = ChatTokenizer.load(base.folder)
         config = EngineConfig(
@@ -50,8 +49,9 @@ class Replica:
             max_sequences=settings.max_sequences,
             kv_tokens=settings.kv_tokens,
             adapter_slots=settings.adapter_slots,
+            adapter_bytes=settings.adapter_bytes,
         )
-        self._engine = Engine(load_decoder(base.folder, dtype=torch.bfloat16), source, config)
+        self._engine = Engine(load_decoder(base.folder, dtype=torch.bfloat16, threads=settings.threads), source, config)
         self._listeners: dict[str, _Listener] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)

@@ -37,15 +37,17 @@ SIGNATURES: dict[str, list[Any]] = {
 
 def rms_norm(library: ctypes.CDLL, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Norms the last of x [..., d]."""
-    if x.dim() > 3:
-        return rms_norm(library, x.flatten(0, -3), weight, eps).view(x.shape)
-    _check(x, weight, x.shape[-1:])
-    y = torch.empty(x.shape, dtype=x.dtype)
-    groups, members, d = (1, 1, 1, *x.shape)[-3:]
-    ld_group, ld_member, _ = (0, 0, 0, *x.stride())[-3:]
-    library.rms_norm(
-        x.data_ptr(), groups, members, ld_group, ld_member, weight.data_ptr(), y.data_ptr(), d, eps
-    )  # fmt: skip
+    if x.dim() == 2:
+        (rows, d), (ld, step) = x.shape, x.stride()
+        members, ld_member = 1, 0
+    elif x.dim() == 3:
+        (rows, members, d), (ld, ld_member, step) = x.shape, x.stride()
+    else:
+        return rms_norm(library, x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
+    if step != 1 or weight.dtype != x.dtype or weight.shape != (d,) or not weight.is_contiguous():
+        raise _misfit(x, weight)
+    y = x.new_empty(*x.shape)
+    library.rms_norm(x.data_ptr(), rows, members, ld, ld_member, weight.data_ptr(), y.data_ptr(), d, eps)
     return y
 
 
@@ -53,13 +55,15 @@ def add_rms_norm(
     library: ctypes.CDLL, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
     """Adds x [rows, d] to the residual in place and norms that."""
-    rows, d = shape = x.shape
-    _check(residual, x, shape)
-    _check(x, weight, (d,))
-    y = torch.empty(shape, dtype=x.dtype)
+    (rows, d), (ldx, step) = x.shape, x.stride()
+    ld, residual_step = residual.stride()
+    if step != 1 or residual_step != 1 or residual.dtype != x.dtype or residual.shape != (rows, d):
+        raise _misfit(x, residual)
+    if weight.dtype != x.dtype or weight.shape != (d,) or not weight.is_contiguous():
+        raise _misfit(x, weight)
+    y = x.new_empty(rows, d)
     library.add_rms_norm(
-        residual.data_ptr(), residual.stride()[0], x.data_ptr(), x.stride()[0], weight.data_ptr(), y.data_ptr(), rows, d,
-        eps,
+        residual.data_ptr(), ld, x.data_ptr(), ldx, weight.data_ptr(), y.data_ptr(), rows, d, eps
     )  # fmt: skip
     return y
 
@@ -69,8 +73,8 @@ def silu_mul(library: ctypes.CDLL, gate_up: torch.Tensor) -> torch.Tensor:
     rows, both = gate_up.shape
     ld, step = gate_up.stride()
     if step != 1:
-        raise _strided(gate_up)
-    y = torch.empty(rows, both // 2, dtype=gate_up.dtype)
+        raise _misfit(gate_up, gate_up)
+    y = gate_up.new_empty(rows, both // 2)
     library.silu_mul(gate_up.data_ptr(), ld, y.data_ptr(), rows, both // 2)
     return y
 
@@ -93,12 +97,10 @@ def new_kv(
     of_values = (blocks, kv_heads, block_size // pair, width, pair)
     sizes = [prod(of_keys) * dtype.itemsize, prod(of_values) * dtype.itemsize]
     memory = host_memory(layers * sum(sizes))
-    parts = iter(memory.split(sizes * layers))
+    parts = torch.split(memory, sizes * layers)
     return tuple(
-        LayerKV(
-            next(parts).view(dtype).view(of_keys), next(parts).view(dtype).view(of_values), block_size, kv_heads, head_dim
-        )
-        for _ in range(layers)
+        LayerKV(keys.view(dtype).view(of_keys), values.view(dtype).view(of_values), block_size, kv_heads, head_dim)
+        for keys, values in zip(parts[::2], parts[1::2], strict=True)
     )
 
 
@@ -113,15 +115,17 @@ def rope_write(
 ) -> None:
     """Rotates queries in place; rotates keys and writes them, and the values, to their pages."""
     rows, columns = qkv.shape
-    pages.check(rows, len(kv.keys), kv.block_size)
+    pages.check(rows, kv.keys.shape[0], kv.block_size)
     angles = (rows, kv.head_dim // 2)
-    if columns != (heads + 2 * kv.kv_heads) * kv.head_dim or qkv.stride()[1] != 1:
-        raise _strided(qkv)
-    if not (cos.shape == sin.shape == angles and cos.is_contiguous() and sin.is_contiguous()):
-        raise EngineFault(f"cos {list(cos.shape)} and sin {list(sin.shape)} must be contiguous, {list(angles)}.")
+    ld, step = qkv.stride()
+    if step != 1 or columns != (heads + 2 * kv.kv_heads) * kv.head_dim or qkv.dtype != kv.keys.dtype:
+        raise _misfit(qkv, kv.keys)
+    for angle in (cos, sin):
+        if angle.shape != angles or angle.dtype != torch.float32 or not angle.is_contiguous():
+            raise _misfit(qkv, angle)
     library.rope_write(
-        qkv.data_ptr(), qkv.stride()[0], rows, heads, kv.kv_heads, kv.head_dim, cos.data_ptr(), sin.data_ptr(),
-        kv.keys.data_ptr(), kv.values.data_ptr(), _addresses(pages).slots, kv.block_size,
+        qkv.data_ptr(), ld, rows, heads, kv.kv_heads, kv.head_dim, cos.data_ptr(), sin.data_ptr(),
+        kv.keys.data_ptr(), kv.values.data_ptr(), _slots(pages), kv.block_size,
     )  # fmt: skip
 
 
@@ -135,17 +139,17 @@ def attention(
     window: int | None = None,
 ) -> torch.Tensor:
     """Each row's queries over its sequence's keys; returns [rows, heads * head_dim]."""
-    rows = qkv.shape[0]
-    pages.check(rows, len(kv.keys), kv.block_size)
+    rows, columns = qkv.shape
+    pages.check(rows, kv.keys.shape[0], kv.block_size)
     ld, step = qkv.stride()
-    if step != 1 or heads % kv.kv_heads:
-        raise _strided(qkv)
-    at, units = _addresses(pages), _units(pages, heads // kv.kv_heads)
-    y = torch.empty(rows, heads * kv.head_dim, dtype=qkv.dtype)
+    if step != 1 or heads % kv.kv_heads or columns < heads * kv.head_dim or qkv.dtype != kv.keys.dtype:
+        raise _misfit(qkv, kv.keys)
+    plan = _plan(pages, heads // kv.kv_heads)
+    y = qkv.new_empty(rows, heads * kv.head_dim)
     library.attention(
-        qkv.data_ptr(), ld, y.data_ptr(), kv.keys.data_ptr(), kv.values.data_ptr(), at.blocks, at.table, units.address,
-        units.count, heads, kv.kv_heads, kv.head_dim, kv.block_size, _UNLIMITED if window is None else window, scale,
-        units.scores * kv.head_dim,
+        qkv.data_ptr(), ld, y.data_ptr(), kv.keys.data_ptr(), kv.values.data_ptr(), plan.blocks, plan.spans,
+        plan.address, plan.count, heads, kv.kv_heads, kv.head_dim, kv.block_size,
+        _UNLIMITED if window is None else window, scale, plan.scores * kv.head_dim,
     )  # fmt: skip
     return y
 
@@ -153,61 +157,51 @@ def attention(
 _UNLIMITED = 1 << 40
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if x.stride()[-1] != 1 or weight.stride()[-1] != 1 or weight.shape != shape or weight.dtype != x.dtype:
-        raise EngineFault(
-            f"{x.dtype} {list(x.shape)} of strides {x.stride()} meets {weight.dtype} {list(weight.shape)} of strides "
-            f"{weight.stride()}; {list(shape)} of one type was expected, and rows without gaps."
-        )
+def _misfit(x: torch.Tensor, other: torch.Tensor) -> EngineFault:
+    return EngineFault(
+        f"{x.dtype} {list(x.shape)} of strides {x.stride()} and {other.dtype} {list(other.shape)} of strides "
+        f"{other.stride()} don't go together: the kernels need one type, matching sizes, and rows without gaps."
+    )
 
 
-def _strided(x: torch.Tensor) -> EngineFault:
-    return EngineFault(f"{list(x.shape)} of strides {x.stride()} has gaps in its rows, or is of other heads.")
-
-
-@dataclass(frozen=True, slots=True)
-class _Addresses:
-    """Where the arrays of `Pages` are."""
-
-    blocks: int
-    table: int
-    slots: int
-
-
-def _addresses(pages: Pages) -> _Addresses:
-    found = pages.memo.get(_Addresses)
-    if found is None:
-        found = _Addresses(*(array.ctypes.data for array in (pages.blocks, pages.table, pages.slots)))
-        pages.memo[_Addresses] = found
-    assert isinstance(found, _Addresses)
-    return found
+def _slots(pages: Pages) -> int:
+    """The address of the rows' slots."""
+    address = pages.memo.get(_slots)
+    if address is None:
+        address = pages.memo[_slots] = pages.slots.ctypes.data
+    return int(address)
 
 
 @dataclass(frozen=True, slots=True)
-class _Units:
-    """How attention is shared out; `address` is that of int32 [count, 3] in `numbers`: span, first and last query + 1.
+class _Plan:
+    """How attention is shared out.
 
     Attributes:
-        scores: products of a query and a key, of an average unit at one KV head.
+        units: int32 [count, 3]: span, and its queries from and to; each unit is a part at each KV head.
+        address, blocks, spans: of the units, and of the arrays in `Pages`.
+        scores: products of a query and a key, of an average part, and as many of a probability and a value.
     """
 
-    numbers: NDArray[np.int32]
+    units: NDArray[np.int32]
     address: int
+    blocks: int
+    spans: int
     count: int
     scores: int
 
 
-def _units(pages: Pages, group: int) -> _Units:
-    found = pages.memo.get((_Units, group))
-    if found is None:
-        queries = pages.table[:, COUNT] * group
+def _plan(pages: Pages, group: int) -> _Plan:
+    plan = pages.memo.get((_Plan, group))
+    if plan is None:
+        queries = pages.table[:, COUNT].astype(np.int64) * group
         pieces = -(-queries // _QUERIES)
         span = np.repeat(np.arange(len(queries)), pieces)
         piece = np.arange(len(span)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         # Pieces of nearly equal size.
         cuts = [queries[span] * (piece + end) // pieces[span] for end in (0, 1)]
-        numbers = np.stack([span, *cuts], axis=1).astype(np.int32)
-        scores = int((queries * (pages.table[:, START] + pages.table[:, COUNT] / 2)).sum() * 2 / max(1, len(numbers)))
-        found = pages.memo[_Units, group] = _Units(numbers, numbers.ctypes.data, len(numbers), scores)
-    assert isinstance(found, _Units)
-    return found
+        units = np.stack([span, *cuts], axis=1).astype(np.int32)
+        scores = int((queries * (pages.table[:, START] + pages.table[:, COUNT] / 2)).sum() * 2 / max(1, len(units)))
+        plan = _Plan(units, units.ctypes.data, pages.blocks.ctypes.data, pages.table.ctypes.data, len(units), scores)
+        pages.memo[_Plan, group] = plan
+    assert isinstance(plan, _Plan)
+    return plan

@@ -3,39 +3,53 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int64, c_void_p
+from ctypes import c_int, c_int64, c_void_p
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loramill.errors import EngineFault
-from loramill.kernels.backend import Weight
+from loramill.errors import EngineFault, SetupError
+from loramill.kernels.backend import LayerKV, Weight
 from loramill.kernels.batch import Batch
-from loramill.kernels.cpu.build import library
+from loramill.kernels.cpu import decoder_ops
+from loramill.kernels.cpu.build import library, supported_tiers
 from loramill.kernels.cpu.layout import OUTPUTS, PANELS, panels
 from loramill.kernels.memory import host_memory
+from loramill.kernels.paging import Pages
 from loramill.kernels.slab import SiteSlab
 
 #: Rows of a run that `lora` takes at once: PIECE in lora.c.
 _PIECE = 96
-_SIGNATURES = {
-    "adapted_linear": [
-        *(c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64),
-        *(c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64),
-    ],
-}
+#: Counts and strides are declared as pointers too, as in `decoder_ops`.
+_SIGNATURES: dict[str, list[Any]] = {"adapted_linear": [c_void_p] * 14, "set_threads": [c_int], **decoder_ops.SIGNATURES}
+
+
+def open_native(tier: str | None = None) -> Native:
+    """The backend of a tier, by default the best that the processor has, with its kernels compiled.
+
+    Raises:
+        SetupError: the processor hasn't got the tier or any, or there is no compiler that can make the kernels.
+    """
+    tiers = supported_tiers()
+    if not tiers or tier not in (None, *tiers):
+        raise SetupError(f"The native kernels need {tier or 'AVX2'}; this processor has {', '.join(tiers) or 'none'}.")
+    native = Native(tier or tiers[0])
+    native.warm()
+    return native
 
 
 class Native:
     """The operations of `Backend` on a processor of `tier`, for bfloat16 and float32."""
 
-    name = "cpu"
     layout = PANELS
 
     def __init__(self, tier: str) -> None:
-        self.tier = tier
+        self.name = f"cpu-{tier}"
+        self._tier = tier
+        self._threads = 1
         self._libraries: dict[torch.dtype, ctypes.CDLL] = {}
 
     def lora(self, x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
@@ -91,9 +105,55 @@ class Native:
         if failed:
             raise MemoryError
 
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Norms the last of x [..., d]."""
+        return decoder_ops.rms_norm(self._library(x.dtype), x, weight, eps)
+
+    def add_rms_norm(self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Adds x to the residual in place and norms that."""
+        return decoder_ops.add_rms_norm(self._library(x.dtype), residual, x, weight, eps)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """`silu(gate) * up`."""
+        return decoder_ops.silu_mul(self._library(gate_up.dtype), gate_up)
+
+    def new_kv(
+        self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> tuple[LayerKV, ...]:
+        """Paged keys and values of all layers."""
+        return decoder_ops.new_kv(layers, blocks, block_size, kv_heads, head_dim, dtype)
+
+    def rope_write(
+        self, qkv: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKV, pages: Pages
+    ) -> None:
+        """Rotates queries in place; rotates keys and writes them, and the values, to their pages."""
+        decoder_ops.rope_write(self._library(qkv.dtype), qkv, heads, cos, sin, kv, pages)
+
+    def attention(
+        self, qkv: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None = None
+    ) -> torch.Tensor:
+        """Each row's queries over its sequence's keys."""
+        return decoder_ops.attention(self._library(qkv.dtype), qkv, heads, kv, pages, scale, window)
+
+    def set_threads(self, threads: int) -> None:
+        """So many threads share an operation from now on, in the whole process; they sleep between operations."""
+        torch.set_num_threads(threads)
+        self._threads = threads
+        for opened in self._libraries.values():
+            opened.set_threads(threads)
+
+    def warm(self) -> None:
+        """Compiles what isn't in the cache yet.
+
+        Raises:
+            SetupError: there is no compiler, or it can't.
+        """
+        self._library(torch.bfloat16)
+
     def _library(self, dtype: torch.dtype) -> ctypes.CDLL:
         if dtype not in self._libraries:
-            self._libraries[dtype] = _open(self.tier, dtype)
+            self._libraries[dtype] = _open(self._tier, dtype)
+            self._libraries[dtype].set_threads(self._threads)
         return self._libraries[dtype]
 
 

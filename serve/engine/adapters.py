@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from loramill.errors import EngineFault, LoramillError
-from loramill.kernels import Slot
+from loramill.kernels import PackedAdapter, Slot
 from loramill.serve.engine.loader import AdapterLoader
 from loramill.serve.engine.residency import Residency
 from loramill.serve.engine.values import AdapterSource, EngineConfig
@@ -21,12 +21,13 @@ class Adapters:
     """
 
     def __init__(self, model: Decoder, source: AdapterSource, config: EngineConfig, notify: Callable[[], None]) -> None:
-        self.slab = model.new_slab(config.adapter_slots)
+        self.slab = model.new_slab(config.adapter_slots, config.adapter_bytes)
         self.loads = self.failures = 0
         self._capacity = config.adapter_slots
         self._residency = Residency(config.adapter_slots, config.patience)
         self._slots: dict[str, Slot] = {}
-        self._loader = AdapterLoader(model, source, config.load_threads, notify)
+        self._arrived: dict[str, PackedAdapter] = {}
+        self._loader = AdapterLoader(self.slab, model.target_weight, source, config.load_threads, notify)
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -67,28 +68,43 @@ class Adapters:
             self._residency.unpin(version)
 
     def take_loaded(self) -> list[tuple[str, LoramillError]]:
-        """Puts what was fetched into its slots; returns the versions that can't be had, whose slots are given back."""
+        """Puts what was fetched into the slab; returns the versions that can't be had, whose slots are given back."""
         failed: list[tuple[str, LoramillError]] = []
         for loaded in self._loader.finished():
             if isinstance(loaded.result, LoramillError):
-                self.slab.free(self._slots.pop(loaded.version))
                 self._residency.failed(loaded.version)
                 self.failures += 1
                 failed.append((loaded.version, loaded.result))
             else:
-                self.slab.load(self._slots[loaded.version], loaded.result)
-                self._residency.loaded(loaded.version)
+                self._arrived[loaded.version] = loaded.result
+        for version, adapter in list(self._arrived.items()):
+            slot = self._room(adapter.bytes)
+            if slot is not None:
+                self.slab.load(slot, adapter)
+                self._slots[version] = slot
+                self._residency.loaded(version)
                 self.loads += 1
+                del self._arrived[version]
         return failed
 
     def advance(self) -> None:
         """Hands out slots and begins to fetch; called once a step, when the requests of failed versions are gone."""
-        moves = self._residency.advance()
+        moves = self._residency.advance(crowded=len(self._arrived))
         for version in moves.evict:
             self.slab.free(self._slots.pop(version))
         for version in moves.load:
-            self._slots[version] = self.slab.allocate()
             self._loader.start(version)
+
+    def _room(self, size: int) -> Slot | None:
+        slot = self.slab.allocate(size)
+        if slot is None:
+            idle = {version: self._slots[version] for version in self._residency.idle}
+            freed = self.slab.evict(size, tuple(idle.values())) or ()
+            for version in [version for version, its in idle.items() if its in freed]:
+                del self._slots[version]
+                self._residency.leave(version)
+            slot = self.slab.allocate(size)
+        return slot
 
     def check_integrity(self, users: dict[str, int], pins: dict[str, int]) -> None:
         """Compares the books with what the engine counts of live and running requests by version.
@@ -98,9 +114,12 @@ class Adapters:
         """
         self._residency.check_integrity(users, pins)
         self.slab.check_integrity()
-        held = {*self.resident, *self.loading}
-        if held != set(self._slots) or self.slab.free_slots != self._capacity - len(held):
-            raise EngineFault(f"Versions {sorted(held)} are resident; slots are held by {sorted(self._slots)}.")
+        if set(self.resident) != set(self._slots) or self.slab.free_slots != self._capacity - len(self._slots):
+            raise EngineFault(
+                f"Versions {sorted(self.resident)} are resident; slots are held by {sorted(self._slots)}."
+            )
+        if not set(self._arrived) <= set(self.loading):
+            raise EngineFault(f"Versions {sorted(self._arrived)} wait for room; {sorted(self.loading)} are loading.")
 
     def close(self, *, wait: bool = True) -> None:
         """Ends the side threads, after the fetches that have begun."""

@@ -188,7 +188,7 @@ class Engine:
         # Sorted by adapter, so that each is one run of rows.
         shares = sorted(plan.shares, key=lambda share: self._slot_order(share.id))
         try:
-            logits = self._forward(shares, plan.fresh)
+            logits = self._forward(shares)
             highest, likeliest = logits.max(-1)
         except Exception as error:
             log.exception("the decoder failed", extra={"requests": [share.id for share in shares]})
@@ -204,8 +204,7 @@ class Engine:
         slot = self._adapters.slot(self._live[id_].request.version)
         return -1 if slot is None else slot.index
 
-    def _forward(self, shares: list[Share], fresh: tuple[int, ...]) -> torch.Tensor:
-        self._cache.clear(fresh)
+    def _forward(self, shares: list[Share]) -> torch.Tensor:
         chunks: list[Chunk] = []
         for share in shares:
             tokens = self._live[share.id].tokens[share.start : share.start + share.count]

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import torch
+
 from loramill.errors import AdapterInvalid, LoramillError
-from loramill.kernels import PackedAdapter, pack
+from loramill.kernels import PackedAdapter, Slab
 from loramill.serve.engine.peft_folder import read_adapter
 from loramill.serve.engine.values import AdapterSource
-from loramill.serve.model import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,16 @@ class Loaded:
 class AdapterLoader:
     """Loads versions in a few threads, so that one slow source holds up no other; results queue up for the engine."""
 
-    def __init__(self, model: Decoder, source: AdapterSource, threads: int, notify: Callable[[], None]) -> None:
-        self._model = model
+    def __init__(
+        self,
+        slab: Slab,
+        target_weight: Callable[[str], torch.Tensor | None],
+        source: AdapterSource,
+        threads: int,
+        notify: Callable[[], None],
+    ) -> None:
+        self._slab = slab
+        self._target_weight = target_weight
         self._source = source
         self._notify = notify
         self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
@@ -49,8 +58,13 @@ class AdapterLoader:
 
     def _run(self, version: str) -> None:
         try:
-            deltas = read_adapter(self._source(version), self._model.target_weight)
-            result = Loaded(version, pack(self._model.sites, deltas))
+            adapter = self._slab.pack(read_adapter(self._source(version), self._target_weight))
+            if adapter.bytes > self._slab.size:
+                raise AdapterInvalid(
+                    f"Version {version} takes {adapter.bytes} bytes, all adapters together have {self._slab.size}; "
+                    "raise serve.adapter_bytes."
+                )
+            result = Loaded(version, adapter)
         except LoramillError as error:
             log.warning("adapter not loaded", extra={"version": version, "error": error.message})
             result = Loaded(version, error)

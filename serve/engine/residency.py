@@ -89,8 +89,31 @@ class Residency:
         if not entry.users:
             del self._entries[version]
 
-    def advance(self) -> Moves:
-        """Hands out slots; called once a step."""
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Versions that may leave their slots now, the best to lose first."""
+        idle = [
+            (not entry.draining, entry.used, version)
+            for version, entry in self._entries.items()
+            if entry.ready and not entry.pins and (entry.draining or not entry.users)
+        ]
+        return tuple(version for _, _, version in sorted(idle))
+
+    def leave(self, version: str) -> None:
+        """An idle version has lost its slot; if it is wanted, it waits for another."""
+        entry = self._entries[version]
+        if not entry.users:
+            del self._entries[version]
+            return
+        entry.slotted = entry.ready = entry.draining = False
+        entry.waiting_since = self._clock
+
+    def advance(self, crowded: int = 0) -> Moves:
+        """Hands out slots; called once a step.
+
+        Args:
+            crowded: versions that have a slot and are fetched, but find no memory: as many others begin to drain.
+        """
         self._clock += 1
         evict: list[str] = []
         load: list[str] = []
@@ -100,14 +123,13 @@ class Residency:
             if free:
                 free -= 1
             else:
-                victim = self._victim()
-                if victim is None:
+                if not self.idle:
                     break
-                self._evict(victim)
-                evict.append(victim)
+                evict.append(self.idle[0])
+                self.leave(evict[-1])
             self._entries[version].slotted = True
             load.append(version)
-        self._drain(sum(self._clock - since > self._patience for since, _ in queue[len(load) :]))
+        self._drain(crowded + sum(self._clock - since > self._patience for since, _ in queue[len(load) :]))
         return Moves(tuple(evict), tuple(load))
 
     def check_integrity(self, users: dict[str, int], pins: dict[str, int]) -> None:
@@ -125,22 +147,6 @@ class Residency:
         slotted = sum(entry.slotted for entry in self._entries.values())
         if slotted > self._slots or any(e.pins and not e.ready for e in self._entries.values()):
             raise EngineFault(f"{slotted} of {self._slots} slots are given, or one is in use before it is loaded.")
-
-    def _victim(self) -> str | None:
-        idle = [
-            (not entry.draining, entry.used, version)
-            for version, entry in self._entries.items()
-            if entry.ready and not entry.pins and (entry.draining or not entry.users)
-        ]
-        return min(idle)[2] if idle else None
-
-    def _evict(self, version: str) -> None:
-        entry = self._entries[version]
-        if not entry.users:
-            del self._entries[version]
-            return
-        entry.slotted = entry.ready = entry.draining = False
-        entry.waiting_since = self._clock
 
     def _drain(self, wanted: int) -> None:
         # Those that drain already come first, and stop draining once nobody waits for them. A version that is ready

@@ -50,13 +50,11 @@ class Plan:
         shares: what runs.
         admitted: requests that began to run.
         preempted: requests that wait again.
-        fresh: blocks with a new owner; they must be cleared.
     """
 
     shares: tuple[Share, ...]
     admitted: tuple[str, ...]
     preempted: tuple[str, ...]
-    fresh: tuple[int, ...]
 
 
 class Scheduler:
@@ -68,7 +66,6 @@ class Scheduler:
         self._budget = max_batch_tokens
         self._max_running = min(max_sequences, max_batch_tokens)
         self._free = list(reversed(range(blocks)))
-        self._fresh: list[int] = []
         self._running: list[Sequence] = []
         self._returning: deque[Sequence] = deque()
         self._tenants: OrderedDict[str, deque[Sequence]] = OrderedDict()
@@ -127,7 +124,6 @@ class Scheduler:
         Args:
             ready: whether a request of a version may begin to run now; the others wait and hold up nobody.
         """
-        self._fresh = []
         preempted = self._make_room_for_decode()
         shares: list[Share] = []
         budget = self._budget
@@ -143,7 +139,7 @@ class Scheduler:
             self._admit(newcomer)
             admitted.append(newcomer.id)
             budget = self._share(newcomer, budget, shares)
-        return Plan(tuple(shares), tuple(admitted), tuple(preempted), tuple(self._fresh))
+        return Plan(tuple(shares), tuple(admitted), tuple(preempted))
 
     def commit(self, plan: Plan) -> None:
         """Notes that a step was computed."""
@@ -219,9 +215,7 @@ class Scheduler:
             del self._tenants[sequence.tenant]
 
     def _take(self, sequence: Sequence, count: int) -> None:
-        taken = [self._free.pop() for _ in range(count)]
-        sequence.blocks += taken
-        self._fresh += taken
+        sequence.blocks += [self._free.pop() for _ in range(count)]
 
     def _release(self, sequence: Sequence) -> None:
         self._free += reversed(sequence.blocks)

@@ -87,6 +87,7 @@ class EngineConfig:
         kv_tokens: tokens of KV cache, rounded down to whole blocks.
         block_size: tokens of one block.
         adapter_slots: adapters resident at once.
+        adapter_bytes: what they may take together.
         max_waiting: requests that may wait; more are refused.
         load_threads: adapters that are fetched and read at once.
         patience: steps that a version waits for a slot before one is taken from a version in use.
@@ -97,6 +98,7 @@ class EngineConfig:
     kv_tokens: int = 32768
     block_size: int = 16
     adapter_slots: int = 64
+    adapter_bytes: int = 1 << 30
     max_waiting: int = 1024
     load_threads: int = 4
     patience: int = 64
@@ -105,6 +107,8 @@ class EngineConfig:
         for name in self.__slots__:
             if getattr(self, name) < 1:
                 raise SettingsInvalid(f"The engine's {name} is {getattr(self, name)}; it must be at least 1.")
+        if self.block_size % 16:
+            raise SettingsInvalid(f"The engine's block_size is {self.block_size}; it must be a multiple of 16.")
         if self.kv_tokens < self.block_size:
             raise SettingsInvalid(f"The engine's kv_tokens ({self.kv_tokens}) don't hold a block of {self.block_size}.")
 

@@ -1,8 +1,7 @@
 """The decoder of the Llama family over paged KV, with adapters at every linear. Imports with torch and safetensors."""
 
 from loramill.serve.model.config import DecoderConfig, read_config
-from loramill.serve.model.decoder import Decoder
-from loramill.serve.model.kv import Chunk, KVCache
+from loramill.serve.model.decoder import Chunk, Decoder
 from loramill.serve.model.loading import load_decoder
 
-__all__ = ["Chunk", "Decoder", "DecoderConfig", "KVCache", "load_decoder", "read_config"]
+__all__ = ["Chunk", "Decoder", "DecoderConfig", "load_decoder", "read_config"]

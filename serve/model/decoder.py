@@ -6,19 +6,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from loramill.kernels import Batch, Site, Slab, lora
+from loramill.kernels import Backend, Batch, LayerKV, Pages, Site, Slab, Span, Weight
 from loramill.serve.model.config import DecoderConfig
-from loramill.serve.model.kv import AttentionPlan, Chunk, KVCache
-from loramill.serve.model.rope import angles, inverse_frequencies, rotate
+from loramill.serve.model.rope import angles, inverse_frequencies
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens of one sequence that pass the decoder in this step.
+
+    Attributes:
+        tokens: the new ones, at least one.
+        start: position of the first of them; all before it are in the cache.
+        blocks: the sequence's blocks in order, enough for `start + len(tokens)` positions.
+        sampled: whether the logits after the last token are wanted.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+    sampled: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """One linear, or several fused by rows: weight [d_out, d_in], bias [d_out] or None, and its adapters' site."""
+    """One linear, or several fused by rows: its weight, bias [d_out] or None, and its adapters' site."""
 
-    weight: torch.Tensor
+    weight: Weight
     bias: torch.Tensor | None
     site: int
 
@@ -39,12 +54,12 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """All tensors of a decoder, in one dtype; `head` is `embedding` where they are tied."""
+    """All tensors of a decoder, in one dtype, as the backend laid them out; `head` is `embedding` if they are tied."""
 
-    embedding: torch.Tensor
+    embedding: Weight
     layers: tuple[Layer, ...]
     norm: torch.Tensor
-    head: torch.Tensor
+    head: Weight
 
 
 class Decoder:
@@ -56,20 +71,22 @@ class Decoder:
         sites: where adapters act; `forward` wants a slab over exactly these.
     """
 
-    def __init__(self, config: DecoderConfig, weights: Weights, sites: Sequence[Site]) -> None:
+    def __init__(self, config: DecoderConfig, weights: Weights, sites: Sequence[Site], backend: Backend) -> None:
         self.config = config
         self.sites = tuple(sites)
-        self.dtype = weights.embedding.dtype
+        self.dtype = weights.norm.dtype
         self._weights = weights
+        self._backend = backend
         self._frequencies = inverse_frequencies(config.rope, config.head_dim)
 
-    def new_cache(self, blocks: int, block_size: int) -> KVCache:
+    def new_cache(self, blocks: int, block_size: int) -> tuple[LayerKV, ...]:
         """An empty KV cache of `blocks` blocks, each of `block_size` positions, for `forward`."""
-        return KVCache(self.config, blocks, block_size, self.dtype)
+        c = self.config
+        return self._backend.new_kv(c.layers, blocks, block_size, c.kv_heads, c.head_dim, self.dtype)
 
-    def new_slab(self, slots: int) -> Slab:
-        """An empty slab of `slots` adapters for `forward`."""
-        return Slab(self.sites, slots)
+    def new_slab(self, slots: int, size: int) -> Slab:
+        """An empty slab of `slots` adapters in `size` bytes for `forward`."""
+        return Slab(self.sites, slots=slots, size=size, dtype=self.dtype, layout=self._backend.layout)
 
     def target_weight(self, module: str) -> torch.Tensor | None:
         """The weight [d_out, d_in] of a module by its name in the checkpoint; None if adapters can't target it."""
@@ -77,11 +94,13 @@ class Decoder:
             if module in site.modules:
                 layer = self._weights.layers[index // 4]
                 fused = (layer.qkv, layer.o, layer.gate_up, layer.down)[index % 4].weight
-                return torch.split(fused, list(site.widths))[site.modules.index(module)]
+                part = site.modules.index(module)
+                start = sum(site.widths[:part])
+                return self._backend.embed(torch.arange(start, start + site.widths[part]), fused)
         return None
 
     @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk], cache: KVCache, slab: Slab, batch: Batch) -> torch.Tensor:
+    def forward(self, chunks: Sequence[Chunk], cache: Sequence[LayerKV], slab: Slab, batch: Batch) -> torch.Tensor:
         """Runs one step over the chunks' tokens, in order.
 
         Args:
@@ -93,46 +112,46 @@ class Decoder:
         Returns:
             float32 logits [sampled chunks, vocabulary].
         """
-        weights, c = self._weights, self.config
-        positions = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks])
-        turns = angles(positions, self._frequencies, self.dtype)
-        step = _Step(turns, cache, cache.plan(chunks), slab, batch)
-        x = F.embedding(torch.tensor([token for chunk in chunks for token in chunk.tokens]), weights.embedding)
-        for index, layer in enumerate(weights.layers):
-            h = F.rms_norm(x, (c.hidden,), layer.input_norm, c.norm_eps)
-            x = x + self._attention(index, layer, h, step)
-            h = F.rms_norm(x, (c.hidden,), layer.post_norm, c.norm_eps)
-            gate, up = step.linear(h, layer.gate_up).chunk(2, dim=-1)
-            x = x + step.linear(F.silu(gate) * up, layer.down)
-        x = F.rms_norm(x[_sampled_rows(chunks)], (c.hidden,), weights.norm, c.norm_eps)
-        return F.linear(x, weights.head).float()
+        weights, c, ops = self._weights, self.config, self._backend
+        spans = [Span(chunk.start, len(chunk.tokens), chunk.blocks) for chunk in chunks]
+        pages = Pages.of(spans, cache[0].block_size)
+        step = _Step(ops, *angles(torch.from_numpy(pages.positions), self._frequencies), pages, slab, batch)
+        x = ops.embed(torch.tensor([token for chunk in chunks for token in chunk.tokens]), weights.embedding)
+        h = ops.rms_norm(x, weights.layers[0].input_norm, c.norm_eps)
+        next_norms = [*(layer.input_norm for layer in weights.layers[1:]), weights.norm]
+        for layer, kv, next_norm in zip(weights.layers, cache, next_norms, strict=True):
+            h = ops.add_rms_norm(x, self._attention(layer, h, kv, step), layer.post_norm, c.norm_eps)
+            h = step.linear(ops.silu_mul(step.linear(h, layer.gate_up)), layer.down)
+            h = ops.add_rms_norm(x, h, next_norm, c.norm_eps)
+        return ops.linear(h[_sampled_rows(chunks)], weights.head).float()
 
-    def _attention(self, index: int, layer: Layer, h: torch.Tensor, step: _Step) -> torch.Tensor:
-        c = self.config
-        heads = step.linear(h, layer.qkv).view(len(h), -1, c.head_dim)
-        q, k, v = torch.split(heads, [c.heads, c.kv_heads, c.kv_heads], dim=1)
+    def _attention(self, layer: Layer, h: torch.Tensor, kv: LayerKV, step: _Step) -> torch.Tensor:
+        c, ops = self.config, self._backend
+        qkv = step.linear(h, layer.qkv)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = F.rms_norm(q, (c.head_dim,), layer.q_norm, c.norm_eps)
-            k = F.rms_norm(k, (c.head_dim,), layer.k_norm, c.norm_eps)
-        out = step.cache.attend(index, rotate(q, *step.turns), rotate(k, *step.turns), v, step.plan)
-        return step.linear(out, layer.o)
+            heads = qkv.view(len(qkv), -1, c.head_dim)
+            q, k = heads[:, : c.heads], heads[:, c.heads : c.heads + c.kv_heads]
+            q.copy_(ops.rms_norm(q, layer.q_norm, c.norm_eps))
+            k.copy_(ops.rms_norm(k, layer.k_norm, c.norm_eps))
+        ops.rope_write(qkv, c.heads, step.cos, step.sin, kv, step.pages)
+        return step.linear(ops.attention(qkv, c.heads, kv, step.pages, c.head_dim**-0.5), layer.o)
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
     """What all layers of a step share."""
 
-    turns: tuple[torch.Tensor, torch.Tensor]
-    cache: KVCache
-    plan: AttentionPlan
+    ops: Backend
+    cos: torch.Tensor
+    sin: torch.Tensor
+    pages: Pages
     slab: Slab
     batch: Batch
 
     def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
-        y = F.linear(x, linear.weight)
-        lora(x, y, self.slab.views[linear.site], self.batch)
+        y = self.ops.adapted_linear(x, linear.weight, self.slab.views[linear.site], self.batch)
         # After the adapter: DoRA's gain doesn't scale the bias.
-        return y if linear.bias is None else y + linear.bias
+        return y if linear.bias is None else y.add_(linear.bias)
 
 
 def _sampled_rows(chunks: Sequence[Chunk]) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loramill.errors import BaseUnusable
-from loramill.kernels import Site
+from loramill.kernels import Backend, Site, backend
 from loramill.serve.model.config import DecoderConfig, read_config
 from loramill.serve.model.decoder import Decoder, Layer, Linear, Weights
 
@@ -30,18 +30,19 @@ def load_decoder(folder: Path, *, dtype: torch.dtype, threads: int | None = None
         BaseUnusable: files are missing or broken, or the architecture has something that the decoder lacks.
     """
     config = read_config(folder)
+    ops = backend()
     if threads is not None:
-        torch.set_num_threads(threads)
+        ops.set_threads(threads)
     with ExitStack() as stack:
         try:
             files = [stack.enter_context(safe_open(path, framework="pt")) for path in _weight_files(folder)]
             owners = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
             tensors = _Tensors(folder, owners, dtype)
-            weights, sites = _build(config, tensors)
+            weights, sites = _build(config, tensors, ops)
         except (OSError, SafetensorError) as error:
             raise BaseUnusable(f"The weights in {folder} can't be read ({error}); fetch them again.") from error
         tensors.refuse_leftovers()
-    return Decoder(config, weights, sites)
+    return Decoder(config, weights, sites, ops)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -91,18 +92,18 @@ class _Tensors:
             )
 
 
-def _build(c: DecoderConfig, tensors: _Tensors) -> tuple[Weights, list[Site]]:
-    embedding = tensors.take("model.embed_tokens.weight", c.vocabulary, c.hidden)
+def _build(c: DecoderConfig, tensors: _Tensors, ops: Backend) -> tuple[Weights, list[Site]]:
+    embedding = ops.pack(tensors.take("model.embed_tokens.weight", c.vocabulary, c.hidden))
     sites: list[Site] = []
-    layers = tuple(_build_layer(c, tensors, f"model.layers.{index}", sites) for index in range(c.layers))
+    layers = tuple(_build_layer(c, tensors, ops, f"model.layers.{index}", sites) for index in range(c.layers))
     norm = tensors.take("model.norm.weight", c.hidden)
     if c.tied:
         tensors.skip("lm_head.weight")
-    head = embedding if c.tied else tensors.take("lm_head.weight", c.vocabulary, c.hidden)
+    head = embedding if c.tied else ops.pack(tensors.take("lm_head.weight", c.vocabulary, c.hidden))
     return Weights(embedding, layers, norm, head), sites
 
 
-def _build_layer(c: DecoderConfig, tensors: _Tensors, prefix: str, sites: list[Site]) -> Layer:
+def _build_layer(c: DecoderConfig, tensors: _Tensors, ops: Backend, prefix: str, sites: list[Site]) -> Layer:
     def fuse(parent: str, d_in: int, widths: dict[str, int]) -> Linear:
         names = [f"{prefix}.{parent}.{part}" for part in widths]
         sites.append(Site(d_in, tuple(names), tuple(widths.values())))
@@ -113,7 +114,7 @@ def _build_layer(c: DecoderConfig, tensors: _Tensors, prefix: str, sites: list[S
             if part in c.biased:
                 biases.append(tensors.take(f"{name}.bias", width))
         # An architecture biases all parts of a fused linear or none.
-        return Linear(torch.cat(weights), torch.cat(biases) if biases else None, len(sites) - 1)
+        return Linear(ops.pack(torch.cat(weights)), torch.cat(biases) if biases else None, len(sites) - 1)
 
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
     return Layer(

@@ -27,14 +27,7 @@ def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
     return kept * frequencies + (1 - kept) * frequencies / rope.factors["factor"]
 
 
-def angles(positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine for positions [rows]: two of [rows, 1, head_dim]."""
-    angle = positions.float()[:, None] * frequencies
-    both = torch.cat((angle, angle), dim=-1)[:, None]
-    return both.cos().to(dtype), both.sin().to(dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns x [rows, heads, head_dim] by the angles of its rows."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def angles(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine for positions [rows]: two of [rows, head_dim / 2] float32."""
+    turns = positions.float()[:, None] * frequencies
+    return turns.cos(), turns.sin()

@@ -18,7 +18,7 @@
 #define MAX_HEAD 256
 // Queries (rows times heads of one KV head) that share a pass over the keys and values.
 #define QUERIES 48
-#define GROUPS 8  // of 16 positions
+#define GROUPS 4  // of 16 positions
 #define TILE (GROUPS * LANES)
 
 // New rows of one sequence; its blocks begin at blocks[first_block].

@@ -140,7 +140,7 @@ def new_driver(tiny, adapters) -> Callable[..., Driver]:
         return adapters[version]
 
     def make(source: Callable[[str], Path] = source_of_adapters, **config) -> Driver:
-        return Driver(Engine(tiny, source, EngineConfig(**{"block_size": 4, "kv_tokens": 1024, **config})))
+        return Driver(Engine(tiny, source, EngineConfig(**{"block_size": 16, "kv_tokens": 1024, **config})))
 
     return make
 

@@ -31,9 +31,9 @@ def submit_all(driver, prompts):
         pytest.param({"max_batch_tokens": 16}, id="chunked"),
         pytest.param({"max_batch_tokens": 3}, id="tiny chunks, few rows"),
         pytest.param({"max_sequences": 1}, id="one after another"),
-        pytest.param({"kv_tokens": 116, "max_batch_tokens": 40}, id="preempted"),
+        pytest.param({"kv_tokens": 160, "max_batch_tokens": 40}, id="preempted"),
         pytest.param({"adapter_slots": 2, "load_threads": 1}, id="fewer slots than adapters"),
-        pytest.param({"adapter_slots": 1, "patience": 1, "block_size": 16}, id="one slot"),
+        pytest.param({"adapter_slots": 1, "patience": 1}, id="one slot"),
     ],
 )
 def test_a_mixed_batch_answers_as_peft_does_alone(drive, prompts, expected, config):
@@ -46,7 +46,7 @@ def test_a_mixed_batch_answers_as_peft_does_alone(drive, prompts, expected, conf
 
 
 def test_blocks_do_run_out_in_the_preempted_case(drive, prompts, expected):
-    driver = drive(kv_tokens=116, max_batch_tokens=40)
+    driver = drive(kv_tokens=160, max_batch_tokens=40)
     driver.warm(*prompts)
     submit_all(driver, prompts)
     assert driver.finish() == expected
@@ -108,10 +108,10 @@ def test_an_answer_is_capped_at_the_context_and_at_the_cache(drive):
     driver.finish()
     assert len(driver.answers["context"].tokens) == 256 - 250
     assert driver.answers["context"].last.finish == Finish.LENGTH
-    small = drive(kv_tokens=40)
-    small.submit("cache", [1] * 35, max_tokens=100)
+    small = drive(kv_tokens=48)
+    small.submit("cache", [1] * 43, max_tokens=100)
     small.finish()
-    assert len(small.answers["cache"].tokens) == 40 - 35 + 1
+    assert len(small.answers["cache"].tokens) == 48 - 43 + 1
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_an_answer_is_capped_at_the_context_and_at_the_cache(drive):
         ((1, 101), {}, InvalidRequest, "vocabulary of 101"),
         ((-1,), {}, InvalidRequest, "vocabulary"),
         ((1,) * 256, {}, ContextLengthExceeded, "256 tokens; the base's context holds 256"),
-        ((1,) * 101, {}, ContextLengthExceeded, "KV cache holds 100"),
+        ((1,) * 97, {}, ContextLengthExceeded, "KV cache holds 96"),
         ((1,), {"max_tokens": 0}, InvalidRequest, "max_tokens is 0"),
         ((1,), {"temperature": -0.1}, InvalidRequest, "temperature"),
         ((1,), {"temperature": float("nan")}, InvalidRequest, "temperature"),
@@ -333,7 +333,7 @@ def test_waiting_ends_with_a_submit_from_another_thread(drive):
     driver.finish()
 
 
-@pytest.mark.parametrize("wrong", [{"max_batch_tokens": 0}, {"adapter_slots": 0}, {"kv_tokens": 8}])
+@pytest.mark.parametrize("wrong", [{"max_batch_tokens": 0}, {"adapter_slots": 0}, {"kv_tokens": 8}, {"block_size": 8}])
 def test_limits_that_make_no_sense_are_refused(wrong):
     with pytest.raises(SettingsInvalid, match=next(iter(wrong))):
         EngineConfig(**wrong)

@@ -9,8 +9,8 @@ from loramill.serve.engine import Finish
 SMALL = {
     "max_batch_tokens": st.integers(2, 60),
     "max_sequences": st.integers(1, 6),
-    "kv_tokens": st.integers(112, 300),
-    "block_size": st.integers(1, 7),
+    "kv_tokens": st.integers(128, 320),
+    "block_size": st.sampled_from([16, 32]),
     "adapter_slots": st.integers(1, 4),
     "max_waiting": st.integers(2, 12),
     "load_threads": st.integers(1, 2),

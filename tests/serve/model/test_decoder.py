@@ -55,7 +55,7 @@ def random_model(config, folder: Path, **options):
 
 def run(decoder, cache, *chunks: Chunk) -> torch.Tensor:
     batch = Batch.of([(None, sum(len(chunk.tokens) for chunk in chunks))])
-    return decoder.forward(chunks, cache, decoder.new_slab(1), batch)
+    return decoder.forward(chunks, cache, decoder.new_slab(1, 1 << 20), batch)
 
 
 def tokens(count: int, seed: int) -> list[int]:
@@ -71,8 +71,7 @@ def last_logits(model, prompt: list[int]) -> torch.Tensor:
 def test_logits_are_those_of_transformers(name, tmp_path):
     model = random_model(CONFIGS[name], tmp_path)
     decoder = load_decoder(tmp_path, dtype=torch.float32)
-    cache = decoder.new_cache(blocks=24, block_size=8)
-    cache.clear(range(24))
+    cache = decoder.new_cache(blocks=24, block_size=16)
     one, two = tokens(100, 1), tokens(21, 2)
     one_blocks, two_blocks = list(range(13, 0, -1)), [20, 14, 22]
     # A whole prompt and the beginning of another; then the other's middle beside a decode; then two decodes.
@@ -97,8 +96,7 @@ def test_sharded_checkpoints_and_other_dtypes_load(tmp_path):
     exact = last_logits(model, prompt)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
         decoder = load_decoder(tmp_path, dtype=dtype)
-        cache = decoder.new_cache(blocks=4, block_size=8)
-        cache.clear(range(4))
+        cache = decoder.new_cache(blocks=4, block_size=16)
         got = run(decoder, cache, Chunk(prompt, 0, [0, 1, 2, 3], sampled=True))[0]
         assert got.dtype == torch.float32
         assert (got - exact).norm() < tolerance * exact.norm()
@@ -107,33 +105,21 @@ def test_sharded_checkpoints_and_other_dtypes_load(tmp_path):
 def test_no_row_is_worked_out_beyond_those_sampled(tmp_path):
     random_model(CONFIGS["llama"], tmp_path)
     decoder = load_decoder(tmp_path, dtype=torch.float32)
-    cache = decoder.new_cache(blocks=4, block_size=8)
-    cache.clear(range(4))
+    cache = decoder.new_cache(blocks=4, block_size=16)
     assert run(decoder, cache, Chunk(tokens(9, 1), 0, [0, 1], sampled=False)).shape == (0, 97)
 
 
-def test_a_block_cleared_keeps_nothing_of_its_last_owner(tmp_path):
-    # NaN in the tail of a block would pass a mask: it is multiplied by zero, not left out.
+def test_a_block_keeps_nothing_of_its_last_owner(tmp_path):
+    # NaN behind a sequence's end would pass a mask: it is multiplied by zero, not left out.
     random_model(CONFIGS["llama"], tmp_path)
     decoder = load_decoder(tmp_path, dtype=torch.float32)
-    cache = decoder.new_cache(blocks=2, block_size=16)
-    cache._keys[:, :2] = cache._values[:, :2] = torch.nan
-    cache.clear([1])
-    prompt = tokens(3, 1)
-    run(decoder, cache, Chunk(prompt[:2], 0, [1], sampled=False))
-    assert run(decoder, cache, Chunk(prompt[2:], 2, [1], sampled=True)).isfinite().all()
-
-
-def test_padding_reads_no_block_of_another_sequence(tmp_path):
-    # Two decodes of one group, of different width: the shorter one's padding must not be the NaN block 0.
-    random_model(CONFIGS["llama"], tmp_path)
-    decoder = load_decoder(tmp_path, dtype=torch.float32)
-    cache = decoder.new_cache(blocks=8, block_size=4)
-    cache.clear(range(8))
-    cache._keys[:, 0] = cache._values[:, 0] = torch.nan
-    short, long = tokens(8, 1), tokens(12, 2)
-    run(decoder, cache, Chunk(short[:7], 0, [1, 2], sampled=False), Chunk(long[:11], 0, [3, 4, 5], sampled=False))
+    cache = decoder.new_cache(blocks=8, block_size=16)
+    for layer in cache:
+        layer.keys.fill_(torch.nan)
+        layer.values.fill_(torch.nan)
+    short, long = tokens(8, 1), tokens(40, 2)
+    run(decoder, cache, Chunk(short[:7], 0, [1, 2], sampled=False), Chunk(long[:39], 0, [3, 4, 5], sampled=False))
     logits = run(
-        decoder, cache, Chunk(short[7:], 7, [1, 2], sampled=True), Chunk(long[11:], 11, [3, 4, 5], sampled=True)
+        decoder, cache, Chunk(short[7:], 7, [1, 2], sampled=True), Chunk(long[39:], 39, [3, 4, 5], sampled=True)
     )
     assert logits.isfinite().all()

@@ -1,0 +1,214 @@
+"""The operations in plain torch, on any device and in x's own type: where there is no native kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from loramill.kernels.adapter import ROWS, Layout
+from loramill.kernels.backend import LayerKV, Weight
+from loramill.kernels.batch import Batch
+from loramill.kernels.paging import Pages, Span
+from loramill.kernels.slab import SiteSlab
+
+name: str = "torch"
+layout: Layout = ROWS
+
+
+def set_threads(threads: int) -> None:
+    """So many CPU threads share an operation from now on, in the whole process."""
+    torch.set_num_threads(threads)
+
+
+def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
+    """Adds each run's adapter; the contract is that of `loramill.kernels.lora`."""
+    slab.slab.check(batch)
+    for run in batch.runs:
+        rows, column = x[run.rows], 0
+        for module, width in enumerate(slab.site.widths):
+            delta = slab.rows(run.slot.index, module)
+            if delta is not None:
+                target = y[run.rows, column : column + width]
+                target.addmm_(rows @ delta.a.to(x.dtype).T, delta.b.to(x.dtype).T)
+                if delta.gain is not None:
+                    target.mul_(delta.gain)
+            column += width
+
+
+def pack(weight: torch.Tensor) -> Weight:
+    """Keeps the matrix [d_out, d_in] as it is."""
+    return Weight(weight, *weight.shape)
+
+
+def embed(tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """The tokens' rows of the matrix, [rows, d_in]."""
+    return F.embedding(tokens, weight.data)
+
+
+def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """`x @ weight.T`, [rows, d_out]."""
+    return F.linear(x, weight.data)
+
+
+def adapted_linear(x: torch.Tensor, weight: Weight, slab: SiteSlab, batch: Batch) -> torch.Tensor:
+    """`linear`, then `lora` on its result."""
+    y = linear(x, weight)
+    lora(x, y, slab, batch)
+    return y
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Norms the last of x [..., d]."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Adds x to the residual in place and norms that."""
+    return rms_norm(residual.add_(x), weight, eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up` for gate_up [rows, 2 d]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def new_kv(
+    layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[LayerKV, ...]:
+    """Keys and values [blocks, block_size, kv_heads, head_dim] a layer, on torch's default device."""
+    shape = (layers, blocks, block_size, kv_heads, head_dim)
+    # Not filled, hence not yet there on the host; `attention` trusts nothing that was not written.
+    keys, values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+    return tuple(LayerKV(k, v, block_size, kv_heads, head_dim) for k, v in zip(keys, values, strict=True))
+
+
+def rope_write(qkv: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKV, pages: Pages) -> None:
+    """Rotates queries in place; rotates keys and writes them, and the values, to their pages."""
+    pages.check(len(qkv), len(kv.keys), kv.block_size)
+    split = qkv.view(len(qkv), heads + 2 * kv.kv_heads, kv.head_dim)
+    turned = heads + kv.kv_heads
+    first, second = split[:, :turned].chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(qkv.dtype)
+    split[:, :heads] = rotated[:, :heads]
+    slots = pages.on(qkv.device).slots
+    kv.keys.flatten(0, 1).index_copy_(0, slots, rotated[:, heads:])
+    kv.values.flatten(0, 1).index_copy_(0, slots, split[:, turned:])
+
+
+def attention(
+    qkv: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None = None
+) -> torch.Tensor:
+    """Each row's queries over its sequence's keys; returns [rows, heads * head_dim]."""
+    pages.check(len(qkv), len(kv.keys), kv.block_size)
+    decodes, prefills = _plan(pages, window, qkv.device)
+    # The query heads of one KV head stand in the place of a decode's query positions: nothing is repeated.
+    q = qkv[:, : heads * kv.head_dim].view(len(qkv), kv.kv_heads, heads // kv.kv_heads, kv.head_dim)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    for decode in decodes:
+        keys, values = (_gather(part, decode.blocks, len(decode.rows)) for part in (kv.keys, kv.values))
+        for gathered in (keys, values):
+            # A masked position is still multiplied by zero, which somebody else's NaN would survive.
+            gathered.flatten(0, 1).index_fill_(0, decode.stale, 0)
+        out[decode.rows] = F.scaled_dot_product_attention(
+            q[decode.rows], keys.transpose(1, 2), values.transpose(1, 2), attn_mask=decode.mask, scale=scale
+        )
+    for prefill in prefills:
+        keys, values = (_gather(part, prefill.blocks, 1)[:, : prefill.length] for part in (kv.keys, kv.values))
+        done = F.scaled_dot_product_attention(
+            q[prefill.rows].flatten(1, 2).transpose(0, 1)[None], keys.transpose(1, 2), values.transpose(1, 2),
+            attn_mask=prefill.mask, is_causal=prefill.mask is None, scale=scale, enable_gqa=True,
+        )  # fmt: skip
+        out[prefill.rows] = done[0].transpose(0, 1).reshape(out[prefill.rows].shape)
+    return out.flatten(1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Decode:
+    """Sequences with one new row and of similar length.
+
+    Attributes:
+        rows: int64 [n].
+        blocks: int64 [n * width]: of each sequence, filled up with block 0.
+        stale: int64 [...]: those of the n * width * block_size positions that are not the sequence's own.
+        mask: bool [n, 1, 1, width * block_size]: what the row sees.
+    """
+
+    rows: torch.Tensor
+    blocks: torch.Tensor
+    stale: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    """A sequence with several new rows.
+
+    Attributes:
+        rows: of the step.
+        blocks: int64 [...]: those that any of the rows sees.
+        length: positions of these that are the sequence's own.
+        mask: bool [count, length]; None where plain causality says it all.
+    """
+
+    rows: slice
+    blocks: torch.Tensor
+    length: int
+    mask: torch.Tensor | None
+
+
+def _plan(pages: Pages, window: int | None, device: torch.device) -> tuple[list[_Decode], list[_Prefill]]:
+    key = (_Decode, window, device)
+    if key not in pages.memo:
+        groups: dict[int, list[tuple[int, Span]]] = {}
+        prefills = []
+        row = 0
+        for span in pages.spans:
+            if span.count == 1:
+                # Lengths within a factor of two share a gather: what it is filled up with stays below the real work.
+                used = len(_seen(span, window, pages.block_size)[1])
+                groups.setdefault(used.bit_length(), []).append((row, span))
+            else:
+                prefills.append(_prefill(row, span, window, pages.block_size, device))
+            row += span.count
+        pages.memo[key] = [_decode(g, window, pages.block_size, device) for g in groups.values()], prefills
+    plan: tuple[list[_Decode], list[_Prefill]] = pages.memo[key]
+    return plan
+
+
+def _seen(span: Span, window: int | None, block_size: int) -> tuple[int, list[int]]:
+    """The first position of the first block that any row of the span sees, and all those blocks."""
+    first = 0 if window is None else max(0, span.start + 1 - window) // block_size
+    return first * block_size, list(span.blocks[first : -(-span.stop // block_size)])
+
+
+def _decode(members: list[tuple[int, Span]], window: int | None, block_size: int, device: torch.device) -> _Decode:
+    seen = [_seen(span, window, block_size) for _, span in members]
+    width = max(len(blocks) for _, blocks in seen)
+    tables = torch.tensor([blocks + [0] * (width - len(blocks)) for _, blocks in seen])
+    positions = torch.tensor([start for start, _ in seen])[:, None] + torch.arange(width * block_size)
+    stops = torch.tensor([span.stop for _, span in members])[:, None]
+    own = positions < stops
+    mask = own if window is None else own & (positions >= stops - window)
+    stale = (~own).flatten().nonzero()[:, 0]
+    rows = torch.tensor([row for row, _ in members])
+    return _Decode(rows.to(device), tables.flatten().to(device), stale.to(device), mask[:, None, None].to(device))
+
+
+def _prefill(row: int, span: Span, window: int | None, block_size: int, device: torch.device) -> _Prefill:
+    start, blocks = _seen(span, window, block_size)
+    mask = None
+    if span.start > 0 or window is not None:
+        positions = torch.arange(start, span.stop, device=device)
+        own = torch.arange(span.start, span.stop, device=device)[:, None]
+        mask = positions <= own if window is None else (positions <= own) & (positions > own - window)
+    rows = slice(row, row + span.count)
+    return _Prefill(rows, torch.tensor(blocks, device=device), span.stop - start, mask)
+
+
+def _gather(part: torch.Tensor, blocks: torch.Tensor, sequences: int) -> torch.Tensor:
+    """The blocks of a layer's keys or values as [sequences, positions, kv_heads, head_dim]."""
+    return part.index_select(0, blocks).view(sequences, -1, *part.shape[2:])

@@ -1,0 +1,376 @@
+"""Multi-LoRA by the Triton kernels against the contract in float64; test_triton.py runs this under the interpreter.
+
+bfloat16 is left to the kernels without `tl.dot`: the interpreter multiplies its bits as integers there.
+"""
+
+import gc
+import importlib
+import random
+import weakref
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loramill.errors import EngineFault
+from loramill.kernels import Batch, Delta, Site, Slab
+from loramill.kernels.adapter import ROWS
+from loramill.kernels.triton import StaticPlan, adapted_linear, layout, lora, pack, plans
+
+host = importlib.import_module("loramill.kernels.triton.lora")
+
+#: Odd dimensions; a sum over d_in of several splits; modules of several blocks of columns.
+SITES = (
+    Site(37, ("q", "k", "v"), (29, 5, 11)),
+    Site(300, ("o",), (70,)),
+    Site(16, ("gate", "up"), (520, 520)),
+)
+RANKS = (1, 3, 8, 17, 64, 128, 256, 16)
+COUNTS = (1, 2, 7, 8, 33, 128)
+POPULARITY = ("none", "one", "distinct", "uniform", "zipf", "skewed")
+ADAPTERS = 12
+#: Unit roundoffs that a result may be off, of the sum of its terms' magnitudes: h and y are rounded once each, and
+#: float32's own sums of up to 300 terms are most of what there is for float32.
+UNITS = {torch.float32: 16, torch.float16: 2, torch.bfloat16: 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nan_in_fresh_memory():
+    """Makes `torch.empty` return NaN, so that a read of what nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random_adapter(dtype, ranks=RANKS, absent=0.25, gains=0.3):
+    """Deltas of their own rank in every module, some with a gain, some modules without any."""
+    deltas = {}
+    for site in SITES:
+        for module, width in zip(site.modules, site.widths, strict=True):
+            r = random.choice(ranks)
+            a, b = torch.randn(r, site.d_in) / site.d_in**0.5, torch.randn(width, r) / r**0.5
+            gain = torch.rand(width) + 0.5 if random.random() < gains else None
+            if random.random() >= absent:
+                deltas[module] = Delta(a.to(dtype), b.to(dtype), gain)
+    return deltas
+
+
+class Loaded:
+    """A slab whose free memory is NaN, with `adapters` in it."""
+
+    def __init__(self, adapters, dtype, size=4 << 20):
+        self.slab = Slab(SITES, slots=len(adapters) + 1, size=size, dtype=dtype, layout=layout)
+        self.slab.arena.view(dtype).fill_(torch.nan)
+        self.adapters = adapters
+        self.slots = [self.load(deltas) for deltas in adapters]
+
+    def load(self, deltas):
+        packed = self.slab.pack(deltas)
+        slot = self.slab.allocate(packed.bytes)
+        self.slab.load(slot, packed)
+        return slot
+
+    def batch(self, owner):
+        return Batch.of((None if who is None else self.slots[who], 1) for who in owner)
+
+
+def owners(popularity, rows):
+    draws = {
+        "none": lambda _: None,
+        "one": lambda _: 0,
+        "distinct": lambda row: row % ADAPTERS,
+        "uniform": lambda _: random.choice([None, *range(ADAPTERS)]),
+        "zipf": lambda _: min(ADAPTERS, int(1 / (1 - random.random()))) - 1,
+        "skewed": lambda row: None if row < rows // 3 else 3 if row < rows - 1 else 5,
+    }
+    drawn = [draws[popularity](row) for row in range(rows)]
+    return sorted(drawn) if popularity == "zipf" else drawn
+
+
+def contract(x, y, site, adapters, owner):
+    """The docstring of `lora` in float64, a row and a module at a time, and the magnitude of what was added up."""
+    expected, magnitude = y.double(), y.double().abs()
+    for row, who in enumerate(owner):
+        column = 0
+        for module, width in zip(site.modules, site.widths, strict=True):
+            delta = None if who is None else adapters[who].get(module)
+            if delta is not None:
+                part = slice(column, column + width)
+                gain = 1 if delta.gain is None else delta.gain.double()
+                a, b = delta.a.double(), delta.b.double()
+                expected[row, part] = gain * (expected[row, part] + b @ (a @ x[row].double()))
+                magnitude[row, part] = gain * (magnitude[row, part] + b.abs() @ (a.abs() @ x[row].double().abs()))
+            column += width
+    return expected, magnitude
+
+
+def assert_close(got, expected, magnitude):
+    error = (got.double() - expected).abs() / (magnitude * torch.finfo(got.dtype).eps * UNITS[got.dtype])
+    # A NaN is no small error.
+    error = torch.where(error.isnan(), torch.inf, error)
+    worst = error.flatten().topk(min(5, error.numel())).indices.tolist()
+    lines = [
+        f"row {i // got.shape[1]}, column {i % got.shape[1]}: {got.flatten()[i].item()} for "
+        f"{expected.flatten()[i].item()}, off by {error.flatten()[i].item():.2f} times the tolerance"
+        for i in worst
+    ]
+    assert error.max() <= 1, "\n".join(lines)
+
+
+def inputs(site, rows, dtype):
+    return torch.randn(rows, site.d_in).to(dtype), torch.randn(rows, sum(site.widths)).to(dtype)
+
+
+def check(loaded, owner, dtype):
+    """One step over all sites, as a decoder's layers make it: one batch."""
+    batch = loaded.batch(owner)
+    for site, view in zip(SITES, loaded.slab.views, strict=True):
+        x, y = inputs(site, len(owner), dtype)
+        got = y.clone()
+        lora(x, got, view, batch)
+        assert_close(got, *contract(x, y, site, loaded.adapters, owner))
+        base = [row for row, who in enumerate(owner) if who is None]
+        assert torch.equal(got[base], y[base])
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return {dtype: Loaded([random_adapter(dtype) for _ in range(ADAPTERS)], dtype) for dtype in UNITS}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", COUNTS)
+@pytest.mark.parametrize("popularity", POPULARITY)
+def test_every_mix_of_adapters_keeps_the_contract(loaded, popularity, rows, dtype):
+    check(loaded[dtype], owners(popularity, rows), dtype)
+
+
+@pytest.mark.parametrize("dtype", UNITS, ids=str)
+@pytest.mark.parametrize("ranks", [(8, 1, 16), RANKS])
+def test_single_rows_keep_the_contract_fused_and_in_two_launches(dtype, ranks):
+    loaded = Loaded([random_adapter(dtype, ranks) for _ in range(ADAPTERS)], dtype)
+    check(loaded, random.sample([*range(ADAPTERS), None], ADAPTERS + 1), dtype)
+
+
+@pytest.mark.parametrize("plan", [plan for _, _, plan in plans.TABLE])
+def test_every_plan_keeps_the_contract(loaded, monkeypatch, plan):
+    monkeypatch.setattr(plans, "choose", lambda longest, rank: plan)
+    monkeypatch.setattr(plans, "PROGRAMS", random.choice([1, 4, 512]))
+    owner = [2] * 20 + [None] * 2 + [7] * 67 + [4, 5]
+    check(loaded[torch.float16], owner, torch.float16)
+
+
+@given(data=st.data())
+def test_any_batch_keeps_the_contract(loaded, data):
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16]))
+    runs = data.draw(
+        st.lists(st.tuples(st.none() | st.integers(0, ADAPTERS - 1), st.integers(1, 40)), min_size=1, max_size=4)
+    )
+    check(loaded[dtype], [who for who, count in runs for _ in range(count)], dtype)
+
+
+@pytest.mark.parametrize("owner", [[0, 1, 2, 3], [0] * 30 + [1] * 3], ids=["rows", "runs"])
+def test_the_same_call_gives_the_same_bits(loaded, owner):
+    slab, batch = loaded[torch.float16].slab, loaded[torch.float16].batch(owner)
+    for site, view in zip(SITES, slab.views, strict=True):
+        x, y = inputs(site, len(owner), torch.float16)
+        first, second = y.clone(), y.clone()
+        lora(x, first, view, batch)
+        lora(x, second, view, batch)
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("ranks", [(4,), (4, 70)])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("owner", [[0, 0, 1, 2, None], [0] * 9 + [1] * 7 + [2] * 2 + [None]], ids=["rows", "runs"])
+def test_an_adapter_of_nan_touches_its_own_rows_alone(owner, poison, ranks):
+    adapters = [random_adapter(torch.float32, ranks, absent=0, gains=0.5) for _ in range(3)]
+    adapters[1] = {
+        module: Delta(torch.full_like(delta.a, poison), torch.full_like(delta.b, poison), delta.gain)
+        for module, delta in adapters[1].items()
+    }
+    loaded = Loaded(adapters, torch.float32)
+    mine = torch.tensor([who == 1 for who in owner])
+    sane = [None if who == 1 else who for who in owner]
+    for site, view in zip(SITES, loaded.slab.views, strict=True):
+        x, y = inputs(site, len(owner), torch.float32)
+        with_poison, without = y.clone(), y.clone()
+        lora(x, with_poison, view, loaded.batch(owner))
+        lora(x, without, view, loaded.batch(sane))
+        assert not with_poison[mine].isfinite().any()
+        assert torch.equal(with_poison[~mine], without[~mine])
+
+
+@pytest.mark.parametrize("rank", [3, 70])
+@pytest.mark.parametrize("rows", [3, 20])
+def test_a_row_of_nan_is_its_own_trouble(rows, rank):
+    loaded = Loaded([random_adapter(torch.float32, (rank,), absent=0)], torch.float32)
+    owner, bad = [0] * rows, rows // 2
+    others = [row for row in range(rows) if row != bad]
+    for site, view in zip(SITES, loaded.slab.views, strict=True):
+        x, y = inputs(site, rows, torch.float32)
+        x[bad, 0] = torch.inf
+        got = y.clone()
+        lora(x, got, view, loaded.batch(owner))
+        expected, magnitude = contract(x, y, site, loaded.adapters, owner)
+        assert_close(got[others], expected[others], magnitude[others])
+        assert not got[bad].isfinite().any()
+
+
+@pytest.mark.parametrize("owner", [[4, None, 2], [4] * 12 + [2]], ids=["rows", "runs"])
+def test_strided_rows_of_x_and_y_are_read_and_written_in_place(loaded, owner):
+    site, view = SITES[0], loaded[torch.float32].slab.views[0]
+    wide_x, wide_y = torch.randn(len(owner), 50), torch.randn(len(owner), 60)
+    before = wide_y.clone()
+    x, y = wide_x[:, 3:40], wide_y[:, 7:52]
+    expected = contract(x, y, site, loaded[torch.float32].adapters, owner)
+    lora(x, y, view, loaded[torch.float32].batch(owner))
+    assert_close(y, *expected)
+    outside = [*range(7), *range(52, 60)]
+    assert torch.equal(wide_y[:, outside], before[:, outside])
+
+
+def test_an_adapted_linear_is_the_linear_and_the_adapter(loaded):
+    site, view = SITES[1], loaded[torch.float32].slab.views[1]
+    x, weight = torch.randn(5, site.d_in), torch.randn(70, site.d_in)
+    owner = [1, 1, None, 6, 7]
+    got = adapted_linear(x, pack(weight), view, loaded[torch.float32].batch(owner))
+    assert_close(got, *contract(x, x @ weight.T, site, loaded[torch.float32].adapters, owner))
+
+
+def sends(monkeypatch):
+    sent = []
+    send = host._send
+    monkeypatch.setattr(host, "_send", lambda numbers, to: (sent.append(to.shape), send(numbers, to)))
+    return sent
+
+
+def test_a_step_sends_its_tiles_once_and_the_table_only_after_a_change(monkeypatch):
+    sent = sends(monkeypatch)
+    loaded = Loaded([random_adapter(torch.float32, absent=0) for _ in range(3)], torch.float32)
+    for slots, transfers in (([0, 1], 2), ([1, 2, 2], 1), ([0], 1)):
+        sent.clear()
+        check(loaded, slots, torch.float32)
+        assert len(sent) == transfers, sent
+    loaded.slab.free(loaded.slots[0])
+    loaded.adapters[0] = random_adapter(torch.float32)
+    loaded.slots[0] = loaded.load(loaded.adapters[0])
+    sent.clear()
+    check(loaded, [0, 1], torch.float32)
+    assert len(sent) == 2, sent
+
+
+def test_a_step_without_adapters_or_targets_launches_nothing(monkeypatch):
+    loaded = Loaded([{}], torch.float32)
+    monkeypatch.setattr(host, "_start", lambda *_, **__: pytest.fail("a kernel was started"))
+    check(loaded, [None, 0, 0], torch.float32)
+
+
+def test_a_slab_is_forgotten_with_its_device_copies():
+    loaded = Loaded([random_adapter(torch.float32)], torch.float32)
+    check(loaded, [0], torch.float32)
+    slab = weakref.ref(loaded.slab)
+    del loaded
+    gc.collect()
+    assert slab() is None
+
+
+@pytest.mark.parametrize("rows", [8, 40])
+def test_a_graph_replays_any_batch_that_fits(rows):
+    """A capture records launches: the same tensors, grid and constants. Here the launches themselves are repeated."""
+    dtype = torch.float32
+    loaded = Loaded([random_adapter(dtype, (1, 8, 40)) for _ in range(ADAPTERS)], dtype)
+    static = StaticPlan(loaded.slab, rows=rows, rank=64)
+    tiles = static.batch.memo[host.Work, loaded.slab].tiles
+    address = tiles.data_ptr()
+    batches = [[0] * rows, [None] * rows, [row % ADAPTERS for row in range(rows)], [5, None, 7]]
+    for step, owner in enumerate(batches):
+        if step == 2:
+            loaded.slab.free(loaded.slots[1])
+            loaded.adapters[1] = random_adapter(dtype, (64,))
+            loaded.slots[1] = loaded.load(loaded.adapters[1])
+        static.refresh(loaded.batch(owner))
+        padded = owner + [None] * (rows - len(owner))
+        for site, view in zip(SITES, loaded.slab.views, strict=True):
+            x, y = inputs(site, rows, dtype)
+            got = y.clone()
+            lora(x, got, view, static.batch)
+            assert_close(got, *contract(x, y, site, loaded.adapters, padded))
+            assert torch.equal(got[len(owner) :], y[len(owner) :])
+    assert tiles.data_ptr() == address
+
+
+def test_a_graph_refuses_what_it_was_not_sized_for(loaded):
+    own = loaded[torch.float32]
+    large = next(i for i, deltas in enumerate(own.adapters) if max(d.a.shape[0] for d in deltas.values()) > 64)
+    static = StaticPlan(own.slab, rows=4, rank=64)
+    for owner in ([None] * 5, [large]):
+        with pytest.raises(EngineFault, match="take the graph of a larger bucket"):
+            static.refresh(own.batch(owner))
+
+
+def test_a_stale_handle_is_an_error_and_never_the_next_owner():
+    loaded = Loaded([random_adapter(torch.float32, absent=0)], torch.float32)
+    batch, static = loaded.batch([0]), StaticPlan(loaded.slab, rows=1, rank=256)
+    x, y = inputs(SITES[0], 1, torch.float32)
+    lora(x, y.clone(), loaded.slab.views[0], batch)
+    loaded.slab.free(loaded.slots[0])
+    loaded.load(random_adapter(torch.float32))
+    before = y.clone()
+    for use in (lambda: lora(x, y, loaded.slab.views[0], batch), lambda: static.refresh(batch)):
+        with pytest.raises(EngineFault, match="freed meanwhile"):
+            use()
+    assert torch.equal(y, before)
+
+
+def test_wrong_tensors_and_slabs_are_errors(loaded):
+    view, batch = loaded[torch.float32].slab.views[0], loaded[torch.float32].batch([0, 0])
+    x, y = inputs(SITES[0], 2, torch.float32)
+    for bad_x, bad_y in ((x.half(), y), (x, y.half()), (x[:1], y), (x[:, 1:], y), (x, y[:, 1:]), (x, y.T.clone().T)):
+        with pytest.raises(EngineFault, match="elements adjacent"):
+            lora(bad_x, bad_y, view, batch)
+    other = Slab(SITES, slots=1, size=1 << 20, dtype=torch.float32, layout=ROWS)
+    with pytest.raises(EngineFault, match="another backend's layout"):
+        lora(x, y, other.views[0], Batch.of([(None, 2)]))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(1, 70), st.integers(0, 256))),
+    st.sampled_from([1, 16, 64]),
+    st.sampled_from([16, 64]),
+)
+def test_tiles_cover_live_rows_and_ranks_once_and_nothing_else(runs, rows, ranks_per_tile):
+    starts = np.cumsum([0, *(gap + count for _, gap, count, _ in runs)])
+    segments = [(slot, end - count, end) for (slot, _, count, _), (_, end) in zip(runs, pairwise(starts), strict=True)]
+    ranks = np.array([rank for *_, rank in runs], dtype=np.int64)
+    first, more = host.tile_list(np.array(segments, dtype=np.int32).reshape(-1, 3), ranks, rows, ranks_per_tile)
+    assert not first[:, 3].any()
+    assert more[:, 3].all()
+    expected = {
+        (slot, row, rank): 1
+        for (slot, start, end), limit in zip(segments, ranks.tolist(), strict=True)
+        for row, rank in product(range(start, end), range(0, limit, ranks_per_tile))
+    }
+    covered = {}
+    for slot, start, end, rank in np.concatenate([first, more]).tolist():
+        assert 0 < end - start <= rows
+        for row in range(start, end):
+            covered[slot, row, rank] = covered.get((slot, row, rank), 0) + 1
+    assert covered == expected
+
+
+@given(
+    st.integers(1, 40_000), st.sampled_from([2, 4]), st.sampled_from([plan for _, _, plan in plans.TABLE]),
+    st.integers(1, 10_000),
+)  # fmt: skip
+def test_the_steps_of_all_splits_cover_the_sum(d_in, itemsize, plan, programs):
+    steps = plans.steps(d_in, itemsize, plan, programs)
+    launch = plans.shrink(plan, itemsize, steps)
+    depth = launch.constants["DEPTH"]
+    splits = -(-d_in // (depth * steps))
+    assert steps.bit_count() == 1
+    assert splits * steps * depth >= d_in
+    assert splits <= plan.shrink.splits == plans.expand(plan).constants["SPLITS"]
