@@ -211,4 +211,5 @@ def _prefill(row: int, span: Span, window: int | None, block_size: int, device: 
 
 def _gather(part: torch.Tensor, blocks: torch.Tensor, sequences: int) -> torch.Tensor:
     """The blocks of a layer's keys or values as [sequences, positions, kv_heads, head_dim]."""
-    return part.index_select(0, blocks).view(sequences, -1, *part.shape[2:])
+    # index_select over more than two dimensions goes element by element on a CPU.
+    return F.embedding(blocks, part.flatten(1)).view(sequences, -1, *part.shape[2:])

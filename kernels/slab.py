@@ -10,7 +10,19 @@ import torch
 from numpy.typing import NDArray
 
 from loramill.errors import EngineFault
-from loramill.kernels.adapter import GAIN, RANK, A, B, Delta, Layout, PackedAdapter, Site, modules_per_site, pack
+from loramill.kernels.adapter import (
+    GAIN,
+    RANK,
+    A,
+    B,
+    Delta,
+    Layout,
+    PackedAdapter,
+    Site,
+    modules_per_site,
+    pack,
+    scales_before,
+)
 from loramill.kernels.batch import Batch, Slot
 from loramill.kernels.memory import Extents, host_memory
 
@@ -34,7 +46,7 @@ class Slab:
 
     Attributes:
         sites: where the adapters act.
-        dtype: of their matrices.
+        dtype: of their matrices; float32, bfloat16 or float16 as x, or int8.
         layout: how these lie; the backend's.
         arena: uint8 [size], on the device.
         arena_address: of the arena's first byte.
@@ -202,30 +214,32 @@ class SiteSlab:
         slab: the whole.
         site: where.
         table: int64 [slots, modules, 4], as the slab's.
+        columns: of y.
         table_address, widths_address: of the table, and of the site's widths as int64, for kernels in C.
     """
 
-    __slots__ = ("_widths", "site", "slab", "table", "table_address", "widths_address")
+    __slots__ = ("_widths", "columns", "site", "slab", "table", "table_address", "widths_address")
 
     def __init__(self, slab: Slab, index: int) -> None:
         self.slab = slab
         self.site = slab.sites[index]
         self.table: NDArray[np.int64] = slab.table[index]
+        self.columns = sum(self.site.widths)
         self._widths = np.array(self.site.widths, dtype=np.int64)
         self.table_address = self.table.ctypes.data
         self.widths_address = self._widths.ctypes.data
 
     def rows(self, slot: int, module: int) -> Delta | None:
-        """A module's matrices as they lie in a slab of layout ROWS, without a copy; None: no target."""
+        """A module's matrices as they lie in a slab of layout ROWS, int8 ones as floats again; None: no target."""
         a, b, gain, rank = self.table[slot, module].tolist()
         if not rank:
             return None
         width = self.site.widths[module]
-        return Delta(
-            self._tensor(a, (rank, self.site.d_in), self.slab.dtype),
-            self._tensor(b, (width, rank), self.slab.dtype),
-            None if gain < 0 else self._tensor(gain, (width,), torch.float32),
-        )
+        matrix_a = self._tensor(a, (rank, self.site.d_in), self.slab.dtype)
+        matrix_b = self._tensor(b, (width, rank), self.slab.dtype)
+        if self.slab.dtype == torch.int8:
+            matrix_a = matrix_a * self._tensor(scales_before(a, rank), (rank, 1), torch.float32)
+        return Delta(matrix_a, matrix_b, None if gain < 0 else self._tensor(gain, (width,), torch.float32))
 
     def _tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         size = int(np.prod(shape)) * dtype.itemsize

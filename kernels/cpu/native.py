@@ -24,7 +24,11 @@ from loramill.kernels.slab import SiteSlab
 #: Rows of a run that `lora` takes at once: PIECE in lora.c.
 _PIECE = 96
 #: Counts and strides are declared as pointers too, as in `decoder_ops`.
-_SIGNATURES: dict[str, list[Any]] = {"adapted_linear": [c_void_p] * 14, "set_threads": [c_int], **decoder_ops.SIGNATURES}
+_SIGNATURES: dict[str, list[Any]] = {
+    "adapted_linear": [c_void_p] * 15,
+    "set_threads": [c_int],
+    **decoder_ops.SIGNATURES,
+}
 
 
 def open_native(tier: str | None = None) -> Native:
@@ -70,10 +74,11 @@ class Native:
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """`x @ weight.T`."""
+        _check(x, weight)
         y = torch.empty(len(x), weight.d_out, dtype=x.dtype)
         self._library(x.dtype).adapted_linear(
             *(x.data_ptr(), x.stride(0), weight.data.data_ptr(), y.data_ptr(), weight.d_out, len(x), weight.d_in),
-            *(1, ctypes.byref(c_int64(weight.d_out)), None, None, 0, None, 0),
+            *(1, ctypes.byref(c_int64(weight.d_out)), None, None, 0, None, 0, 0),
         )
         return y
 
@@ -85,22 +90,28 @@ class Native:
             y = self.linear(x, weight)
             self.lora(x, y, slab, batch)
             return y
+        _check(x, weight)
         y = torch.empty(len(x), weight.d_out, dtype=x.dtype)
         self._adapt(x, weight.data.data_ptr(), y, slab, batch)
         return y
 
     def _adapt(self, x: torch.Tensor, weight: int | None, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
         slab.slab.check(batch)
-        if x.dtype != slab.slab.dtype or y.dtype != x.dtype or len(x) != batch.rows or len(y) != batch.rows:
+        (rows, d_in), (ld, step), shape, (ldy, step_y) = x.shape, x.stride(), y.shape, y.stride()
+        fits = rows == batch.rows and d_in == slab.site.d_in and shape == (rows, slab.columns)
+        of_bytes = slab.slab.dtype == torch.int8
+        dtype = torch.bfloat16 if of_bytes else slab.slab.dtype
+        if not fits or not x.dtype == y.dtype == dtype or step != 1 or step_y != 1:
             raise EngineFault(
-                f"x is {x.dtype} {list(x.shape)}, y {y.dtype} {list(y.shape)}; a batch of {batch.rows} rows on a slab "
-                f"of {slab.slab.dtype} was expected."
+                f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}, y {y.dtype} {list(shape)} of {y.stride()}; "
+                f"{dtype} {[batch.rows, slab.site.d_in]} and {[batch.rows, slab.columns]} was expected, rows "
+                "without gaps."
             )
         pieces = _pieces(batch)
         failed = self._library(x.dtype).adapted_linear(
-            *(x.data_ptr(), x.stride(0), weight, y.data_ptr(), y.stride(0), len(x), slab.site.d_in),
+            *(x.data_ptr(), ld, weight, y.data_ptr(), ldy, rows, d_in),
             *(len(slab.site.widths), slab.widths_address, slab.slab.arena_address, slab.table_address),
-            *(slab.table.shape[1], pieces.address, pieces.count),
+            *(slab.table.shape[1], pieces.address, pieces.count, of_bytes),
         )
         if failed:
             raise MemoryError
@@ -155,6 +166,14 @@ class Native:
             self._libraries[dtype] = _open(self._tier, dtype)
             self._libraries[dtype].set_threads(self._threads)
         return self._libraries[dtype]
+
+
+def _check(x: torch.Tensor, weight: Weight) -> None:
+    if x.dtype != weight.data.dtype or x.shape[1] != weight.d_in or x.stride(1) != 1:
+        raise EngineFault(
+            f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}; {weight.data.dtype} [rows, {weight.d_in}] was "
+            "expected, rows without gaps."
+        )
 
 
 def _open(tier: str, dtype: torch.dtype) -> ctypes.CDLL:

@@ -1,141 +1,245 @@
-"""The reference against the contract's own words, over popularity, rows, ranks, odd sizes and dtypes."""
-
-import random
+"""Every backend against the contract's own words, over popularity, rows, ranks, odd sizes and dtypes."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loramill.errors import EngineFault
-from loramill.kernels import Batch, Delta, Site, Slab, lora, pack
+from loramill.kernels import Batch, Delta, Site, backend, lora, reference
 
-SITE = Site(d_in=37, modules=("q", "k", "v"), widths=(29, 5, 11))
-RANKS = (1, 3, 8, 17, 64, 128)
-ROWS = (1, 2, 7, 8, 33, 128, 511)
-POPULARITY = ("none", "one", "distinct", "uniform", "zipf", "skewed")
+from .conftest import BACKENDS, open_backend
+from .oracle import (
+    POPULARITY,
+    ROWS,
+    TOLERANCE,
+    assert_near,
+    contract,
+    filled_slab,
+    owners,
+    random_adapter,
+    random_delta,
+)
 
-
-def random_delta(seed: int, d_in: int, d_out: int) -> Delta:
-    generator = torch.Generator().manual_seed(seed)
-    r = RANKS[seed % len(RANKS)]
-    gain = torch.rand(d_out, generator=generator) + 0.5 if seed % 3 == 0 else None
-    return Delta(torch.randn(r, d_in, generator=generator), torch.randn(d_out, r, generator=generator), gain)
-
-
-def random_adapter(seed: int) -> dict[str, Delta]:
-    modules = [(m, w) for i, (m, w) in enumerate(zip(SITE.modules, SITE.widths, strict=True)) if (seed >> i) % 4 != 1]
-    return {m: random_delta(seed * 7 + i, SITE.d_in, w) for i, (m, w) in enumerate(modules)}
-
-
-def owners(popularity: str, rows: int) -> list[int | None]:
-    draw = random.Random(rows)
-    if popularity == "none":
-        return [None] * rows
-    if popularity == "one":
-        return [0] * rows
-    if popularity == "distinct":
-        return [i % 12 for i in range(rows)]
-    if popularity == "zipf":
-        return sorted(min(11, int(1 / (draw.random() + 1e-9)) - 1) for _ in range(rows))
-    if popularity == "skewed":
-        return [None if i < rows // 2 else 3 if i < rows - 1 else 5 for i in range(rows)]
-    return [draw.choice([None, *range(12)]) for _ in range(rows)]
-
-
-def contract(x, y, adapters, owner):
-    """The docstring of `lora`, a row and a module at a time."""
-    expected = y.clone()
-    for row, who in enumerate(owner):
-        column = 0
-        for module, width in zip(SITE.modules, SITE.widths, strict=True):
-            delta = None if who is None else adapters[who].get(module)
-            if delta is not None:
-                part = slice(column, column + width)
-                total = y[row, part].float() + x[row].float() @ delta.a.T @ delta.b.T
-                expected[row, part] = (total if delta.gain is None else delta.gain * total).to(y.dtype)
-            column += width
-    return expected
+ODD = Site(d_in=37, modules=("q", "k", "v"), widths=(29, 5, 11))
+EVEN = Site(d_in=64, modules=("q", "k"), widths=(64, 40))
+RANKS = [1, 2, 3, 8, 16, 17, 64, 128]
+ADAPTERS = 12
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    slab = Slab([SITE], slots=12)
-    adapters = [random_adapter(seed) for seed in range(12)]
-    slots = []
-    for adapter in adapters:
-        slots.append(slab.allocate())
-        slab.load(slots[-1], pack([SITE], adapter))
-    return slab, adapters, slots
+def adapters():
+    torch.manual_seed(torch.seed() % 2**31)
+    return {site: [random_adapter(site, RANKS, seed) for seed in range(ADAPTERS)] for site in (ODD, EVEN)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", ROWS)
+def batch_of(slots, owner) -> Batch:
+    return Batch.of((None if who is None else slots[who], 1) for who in owner)
+
+
+@pytest.mark.parametrize("site", [ODD, EVEN], ids=["odd", "even"])
 @pytest.mark.parametrize("popularity", POPULARITY)
-def test_the_reference_does_what_the_contract_says(loaded, popularity, rows, dtype):
-    slab, adapters, slots = loaded
-    owner = owners(popularity, rows)
-    x, y = torch.randn(rows, SITE.d_in).to(dtype), torch.randn(rows, sum(SITE.widths)).to(dtype)
-    expected = contract(x, y, adapters, owner)
+def test_the_grid(ops, dtype, adapters, site, popularity):
+    slab, slots = filled_slab([site], adapters[site], dtype, ops.layout)
+    for rows in ROWS:
+        owner = owners(popularity, rows, ADAPTERS)
+        x, y = torch.randn(rows, site.d_in).to(dtype), torch.randn(rows, sum(site.widths)).to(dtype)
+        got = y.clone()
+        ops.lora(x, got, slab.views[0], batch_of(slots, owner))
+        assert_near(got, contract(x, y, site, adapters[site], owner, dtype), TOLERANCE[dtype])
+        alone = torch.tensor([who is None for who in owner])
+        assert torch.equal(got[alone], y[alone])
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_random_batches(data):
+    ops = open_backend(data.draw(st.sampled_from([name for name in BACKENDS if name != "reference"])))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    widths = tuple(data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=3)))
+    site = Site(data.draw(st.integers(1, 130)), tuple("qkv"[: len(widths)]), widths)
+    ranks = data.draw(st.lists(st.integers(1, 256), min_size=1, max_size=4))
+    adapters = [random_adapter(site, ranks, seed) for seed in range(3)]
+    counts = data.draw(st.lists(st.tuples(st.sampled_from([None, 0, 1, 2]), st.integers(0, 30)), max_size=8))
+    owner = [who for who, count in counts for _ in range(count)]
+    slab, slots = filled_slab([site], adapters, dtype, ops.layout)
+    exact, exact_slots = filled_slab([site], adapters, dtype, reference.layout)
+    x, y = torch.randn(len(owner), site.d_in).to(dtype), torch.randn(len(owner), sum(widths)).to(dtype)
+    got, expected = y.clone(), y.float()
+    ops.lora(x, got, slab.views[0], batch_of(slots, owner))
+    reference.lora(x.float(), expected, exact.views[0], batch_of(exact_slots, owner))
+    assert_near(got, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("site", [ODD, EVEN], ids=["odd", "even"])
+@pytest.mark.parametrize("rows", [1, 8, 33, 200])
+def test_an_adapted_linear_is_the_linear_and_its_adapters(ops, dtype, adapters, site, rows):
+    slab, slots = filled_slab([site], adapters[site], dtype, ops.layout)
+    weight = (torch.randn(sum(site.widths), site.d_in) / site.d_in**0.5).to(dtype)
+    packed = ops.pack(weight)
+    x = torch.randn(rows, site.d_in).to(dtype)
+    for popularity in POPULARITY:
+        owner = owners(popularity, rows, ADAPTERS)
+        base = x.double() @ weight.double().T
+        expected = contract(x, base, site, adapters[site], owner, dtype)
+        got = ops.adapted_linear(x, packed, slab.views[0], batch_of(slots, owner))
+        assert_near(got, expected, TOLERANCE[dtype])
+        alone = torch.tensor([who is None for who in owner])
+        assert torch.equal(got[alone], ops.linear(x, packed)[alone]), "rows of the base alone"
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_adapters_of_int8_are_what_their_rounding_says(name, adapters, rows):
+    ops, dtype = open_backend(name), torch.bfloat16
+    for site in (ODD, EVEN):
+        slab, slots = filled_slab([site], adapters[site], torch.int8, ops.layout)
+        rounded, rounded_slots = filled_slab([site], adapters[site], torch.int8, reference.layout)
+        for popularity in POPULARITY:
+            owner = owners(popularity, rows, ADAPTERS)
+            x, y = torch.randn(rows, site.d_in).to(dtype), torch.randn(rows, sum(site.widths)).to(dtype)
+            got, expected = y.clone(), y.float()
+            ops.lora(x, got, slab.views[0], batch_of(slots, owner))
+            reference.lora(x.float(), expected, rounded.views[0], batch_of(rounded_slots, owner))
+            assert_near(got, expected, TOLERANCE[dtype])
+    assert slab.bytes < 0.6 * filled_slab([EVEN], adapters[EVEN], dtype, ops.layout)[0].bytes
+
+
+def test_rounding_to_int8_errs_by_about_a_hundredth_of_the_delta(adapters):
+    exact, rounded = (
+        filled_slab([EVEN], adapters[EVEN], dtype, reference.layout) for dtype in (torch.float32, torch.int8)
+    )
+    x = torch.randn(ADAPTERS, 64)
+    deltas = []
+    for slab, slots in (exact, rounded):
+        y = torch.zeros(ADAPTERS, 104)
+        reference.lora(x, y, slab.views[0], batch_of(slots, range(ADAPTERS)))
+        deltas.append(y)
+    assert (deltas[1] - deltas[0]).norm() < 0.015 * deltas[0].norm()
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_broken_rank_shows_through_int8_too(native, poison):
+    bad = random_delta(6, 37, 29)
+    bad.a[3, 5] = poison
+    slab, (slot,) = filled_slab([ODD], [{"q": bad}], torch.int8, native.layout)
+    x, y = torch.randn(2, 37).bfloat16(), torch.randn(2, 45).bfloat16()
     got = y.clone()
-    lora(x, got, slab.views[0], Batch.of((None if who is None else slots[who], 1) for who in owner))
-    tolerance = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
-    torch.testing.assert_close(got, expected, **tolerance)
-    alone = torch.tensor([who is None for who in owner])
-    assert torch.equal(got[alone], y[alone])
+    native.lora(x, got, slab.views[0], Batch.of([(slot, 1), (None, 1)]))
+    assert not got[0, :29].isfinite().any()
+    assert torch.equal(got[1], y[1])
 
 
-def test_a_view_of_a_wider_output_is_written_in_place(loaded):
-    slab, adapters, slots = loaded
-    wide = torch.randn(4, 60)
+def test_views_are_read_and_written_in_place(ops, dtype, adapters):
+    slab, slots = filled_slab([ODD], adapters[ODD], dtype, ops.layout)
+    wide, x = torch.randn(4, 60).to(dtype), torch.randn(4, 90).to(dtype)[:, 50:87]
     before = wide.clone()
-    x = torch.randn(4, SITE.d_in)
-    lora(x, wide[:, 7:52], slab.views[0], Batch.of([(slots[2], 4)]))
-    torch.testing.assert_close(wide[:, 7:52], contract(x, before[:, 7:52], adapters, [2] * 4), rtol=1e-4, atol=1e-3)
+    ops.lora(x, wide[:, 7:52], slab.views[0], Batch.of([(slots[2], 4)]))
+    expected = contract(x, before[:, 7:52], ODD, adapters[ODD], [2] * 4, dtype)
+    assert_near(wide[:, 7:52], expected, TOLERANCE[dtype])
     assert torch.equal(wide[:, :7], before[:, :7])
     assert torch.equal(wide[:, 52:], before[:, 52:])
 
 
-def test_an_adapter_of_nan_touches_its_own_rows_alone():
-    slab = Slab([SITE], slots=2)
-    good, bad = slab.allocate(), slab.allocate()
-    sizes = {"q": 29, "k": 5, "v": 11}
-    nan = {m: Delta(torch.full((4, 37), torch.nan), torch.full((w, 4), torch.nan)) for m, w in sizes.items()}
-    slab.load(good, pack([SITE], random_adapter(1)))
-    slab.load(bad, pack([SITE], nan))
-    x, y = torch.randn(5, 37), torch.randn(5, 45)
-    with_bad, without = y.clone(), y.clone()
-    lora(x, with_bad, slab.views[0], Batch.of([(good, 2), (bad, 1), (None, 2)]))
-    lora(x, without, slab.views[0], Batch.of([(good, 2), (None, 3)]))
-    assert with_bad[2].isnan().all()
-    keep = [0, 1, 3, 4]
-    assert torch.equal(with_bad[keep], without[keep])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_an_adapter_of_nan_touches_its_own_rows_alone(ops, dtype, adapters, poison, rows):
+    sizes = dict(zip(ODD.modules, ODD.widths, strict=True))
+    bad = {m: Delta(torch.full((3, 37), poison), torch.full((w, 3), poison), torch.ones(w)) for m, w in sizes.items()}
+    good = {m: random_delta(3, 37, w) for m, w in sizes.items()}
+    slab, (one, two) = filled_slab([ODD], [good, bad], dtype, ops.layout)
+    weight = ops.pack(torch.randn(45, 37).to(dtype))
+    x, y = torch.randn(5 * rows, 37).to(dtype), torch.randn(5 * rows, 45).to(dtype)
+    mixed = Batch.of([(one, 2 * rows), (two, rows), (None, 2 * rows)])
+    healthy = Batch.of([(one, 2 * rows), (None, 3 * rows)])
+    results = []
+    for batch in (mixed, healthy):
+        got = y.clone()
+        ops.lora(x, got, slab.views[0], batch)
+        results.append((got, ops.adapted_linear(x, weight, slab.views[0], batch)))
+    bad_rows = torch.arange(2 * rows, 3 * rows)
+    keep = torch.tensor([row for row in range(5 * rows) if row not in bad_rows])
+    for with_bad, without in zip(*results, strict=True):
+        assert not with_bad[bad_rows].isfinite().any()
+        assert torch.equal(with_bad[keep], without[keep])
 
 
-def test_neighbours_of_one_adapter_are_one_run():
-    slab = Slab([SITE], slots=2)
-    one, two = slab.allocate(), slab.allocate()
-    batch = Batch.of([(None, 3), (one, 2), (one, 1), (two, 4), (None, 1), (two, 0), (two, 1)])
-    assert batch.rows == 12
-    assert [(run.slot, run.rows.start, run.rows.stop) for run in batch.runs] == [
-        (one, 3, 6),
-        (two, 6, 10),
-        (two, 11, 12),
-    ]
+def test_a_row_of_nan_stays_alone(ops, dtype, adapters):
+    slab, slots = filled_slab([ODD], adapters[ODD], dtype, ops.layout)
+    weight = ops.pack(torch.randn(45, 37).to(dtype))
+    x = torch.randn(9, 37).to(dtype)
+    batch = Batch.of([(slots[0], 3), (None, 2), (slots[1], 1), (slots[2], 3)])
+    clean = ops.adapted_linear(x, weight, slab.views[0], batch)
+    for row in range(9):
+        broken = x.clone()
+        broken[row] = torch.nan
+        got = ops.adapted_linear(broken, weight, slab.views[0], batch)
+        assert got[row].isnan().all()
+        others = torch.arange(9) != row
+        assert torch.equal(got[others], clean[others])
 
 
-def test_a_stale_handle_is_an_error_and_never_the_next_owner():
-    slab = Slab([SITE], slots=1)
-    old = slab.allocate()
-    slab.load(old, pack([SITE], random_adapter(1)))
+def test_what_lies_around_an_adapter_is_never_read_as_part_of_it(ops, dtype):
+    # The arena is poisoned wherever the adapter isn't, padding between its own parts excepted.
+    sizes = dict(zip(ODD.modules, ODD.widths, strict=True))
+    adapter = {m: random_delta(5, 37, w, gain=True) for m, w in sizes.items()}
+    slab, (slot,) = filled_slab([ODD], [adapter], dtype, ops.layout)
+    used = slab.bytes
+    slab.arena[used:].view(torch.int8).fill_(-1)
+    x, y = torch.randn(20, 37).to(dtype), torch.randn(20, 45).to(dtype)
+    got = y.clone()
+    ops.lora(x, got, slab.views[0], Batch.of([(slot, 20)]))
+    assert_near(got, contract(x, y, ODD, [adapter], [0] * 20, dtype), TOLERANCE[dtype])
+
+
+def test_a_stale_handle_is_an_error_and_never_the_next_owner(ops, dtype, adapters):
+    slab, slots = filled_slab([ODD], adapters[ODD][:1], dtype, ops.layout)
+    old = slots[0]
+    stale = Batch.of([(old, 1)])
+    x, y = torch.randn(1, 37).to(dtype), torch.zeros(1, 45, dtype=dtype)
+    ops.lora(x, y.clone(), slab.views[0], stale)
     slab.free(old)
-    new = slab.allocate()
+    packed = slab.pack(adapters[ODD][1])
+    new = slab.allocate(packed.bytes)
+    slab.load(new, packed)
     assert new.index == old.index
-    slab.load(new, pack([SITE], random_adapter(2)))
-    x, y = torch.randn(1, 37), torch.zeros(1, 45)
-    with pytest.raises(EngineFault, match="freed meanwhile"):
-        lora(x, y, slab.views[0], Batch.of([(old, 1)]))
-    assert not y.any()
-    for use in (slab.free, slab.adapter, lambda slot: slab.load(slot, pack([SITE], {}))):
+    for batch in (stale, Batch.of([(old, 1)])):
         with pytest.raises(EngineFault, match="freed meanwhile"):
-            use(old)
-    lora(x, y, slab.views[0], Batch.of([(new, 1)]))
+            ops.lora(x, y, slab.views[0], batch)
+    assert not y.any()
+    ops.lora(x, y, slab.views[0], Batch.of([(new, 1)]))
     assert y.any()
+
+
+def test_shapes_and_dtypes_that_do_not_fit_are_refused(native, adapters):
+    slab, slots = filled_slab([ODD], adapters[ODD][:1], torch.float32, native.layout)
+    batch = Batch.of([(slots[0], 2)])
+    for x, y in [
+        (torch.randn(2, 37).bfloat16(), torch.randn(2, 45).bfloat16()),
+        (torch.randn(2, 37), torch.randn(2, 45).bfloat16()),
+        (torch.randn(3, 37), torch.randn(3, 45)),
+        (torch.randn(2, 36), torch.randn(2, 45)),
+        (torch.randn(2, 37), torch.randn(2, 44)),
+        (torch.randn(37, 2).T, torch.randn(2, 45)),
+    ]:
+        before = y.clone()
+        with pytest.raises(EngineFault, match="expected"):
+            native.lora(x, y, slab.views[0], batch)
+        assert torch.equal(y, before)
+
+
+def test_the_same_bits_every_time(ops, dtype, adapters):
+    slab, slots = filled_slab([EVEN], adapters[EVEN], dtype, ops.layout)
+    x, weight = torch.randn(40, 64).to(dtype), ops.pack(torch.randn(104, 64).to(dtype))
+    batch = batch_of(slots, owners("uniform", 40, ADAPTERS))
+    first = ops.adapted_linear(x, weight, slab.views[0], batch)
+    assert all(torch.equal(first, ops.adapted_linear(x, weight, slab.views[0], batch)) for _ in range(3))
+
+
+def test_the_chosen_backend_computes_lora(adapters):
+    slab, slots = filled_slab([ODD], adapters[ODD], torch.float32, backend().layout)
+    x, y = torch.randn(6, 37), torch.randn(6, 45)
+    owner = [0, 0, None, 1, 2, 2]
+    got = y.clone()
+    lora(x, got, slab.views[0], batch_of(slots, owner))
+    assert_near(got, contract(x, y, ODD, adapters[ODD], owner, torch.float32), TOLERANCE[torch.float32])

@@ -1,11 +1,19 @@
-"""Slots: allocation, accounting, what doesn't fit, which backend."""
+"""The arena's books: slots, bytes, generations, eviction, loading beside the kernels; which backend there is."""
+
+import threading
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loramill import kernels
 from loramill.errors import AdapterInvalid, EngineFault, SettingsInvalid
-from loramill.kernels import Delta, Site, Slab, pack
+from loramill.kernels import Batch, Delta, Site, Slab, reference
+from loramill.kernels.adapter import ROWS
+from loramill.kernels.memory import Extents, host_memory
+
+from .oracle import random_delta
 
 SITES = [Site(8, ("q", "k"), (8, 4)), Site(8, ("o",), (8,))]
 
@@ -14,36 +22,85 @@ def delta(r: int, d_in: int = 8, d_out: int = 8, *, gain: bool = False) -> Delta
     return Delta(torch.ones(r, d_in), torch.ones(d_out, r), torch.ones(d_out) if gain else None)
 
 
-def test_a_full_slab_refuses_and_a_freed_slot_comes_again():
-    slab = Slab(SITES, slots=2)
-    first, second = slab.allocate(), slab.allocate()
+def new_slab(slots: int = 2, size: int = 1 << 16, sites=SITES) -> Slab:
+    return Slab(sites, slots=slots, size=size, dtype=torch.float32, layout=ROWS)
+
+
+def put(slab: Slab, deltas):
+    packed = slab.pack(deltas)
+    slot = slab.allocate(packed.bytes)
+    assert slot is not None
+    slab.load(slot, packed)
+    return slot
+
+
+def test_a_full_slab_gives_nothing_and_a_freed_slot_comes_again():
+    slab = new_slab(slots=2)
+    first, second = slab.allocate(64), slab.allocate(64)
     assert slab.free_slots == 0
-    with pytest.raises(EngineFault, match="no free slot"):
-        slab.allocate()
+    assert slab.allocate(64) is None
     slab.free(first)
-    assert slab.allocate() not in (first, second)
+    assert slab.allocate(64) not in (None, first, second)
     slab.check_integrity()
 
 
-def test_bytes_count_what_is_loaded_without_padding():
-    slab = Slab(SITES, slots=2)
-    slot = slab.allocate()
-    slab.load(slot, pack(SITES, {"q": delta(3), "k": delta(1, d_out=4), "o": delta(2, gain=True)}))
-    assert slab.bytes == 4 * ((3 * 8 + 3 * 8) + (8 + 4) + (2 * 8 + 2 * 8 + 8))
+def test_bytes_are_counted_to_the_last():
+    slab = new_slab(size=4096)
+    slot = put(slab, {"q": delta(3), "k": delta(1, d_out=4), "o": delta(2, gain=True)})
+    line = 64
+    of_q, of_k, of_o = 2 * 2 * line, 2 * line, 3 * line  # a and b [3, 8] take two lines each, the others one
+    assert slab.bytes == of_q + of_k + of_o
+    assert slab.bytes + slab.free_bytes == slab.size == 4096
+    slab.check_integrity()
     slab.free(slot)
-    assert slab.bytes == 0
+    assert (slab.bytes, slab.free_bytes) == (0, 4096)
 
 
-def test_a_slot_used_before_it_is_loaded_is_an_error():
-    slab = Slab(SITES, slots=1)
-    with pytest.raises(EngineFault, match="before an adapter was loaded"):
-        slab.views[0].weights(slab.allocate())
+def test_ranks_differ_by_module_and_take_no_more_than_their_own():
+    slab = new_slab()
+    small, large = (slab.pack({"q": delta(r)}).bytes for r in (8, 64))
+    assert (small, large) == (2 * 8 * 8 * 4, 2 * 64 * 8 * 4)
 
 
-def test_an_adapter_packed_for_other_sites_is_refused():
-    slab = Slab(SITES, slots=1)
-    with pytest.raises(EngineFault, match="1 sites"):
-        slab.load(slab.allocate(), pack(SITES[:1], {}))
+def test_room_is_made_by_as_few_as_it_takes():
+    slab = new_slab(slots=4, size=1024)
+    slots = [slab.allocate(256) for _ in range(4)]
+    assert slab.evict(256, slots[1:]) == [slots[1]]
+    assert slab.evict(100, slots[2:]) == []
+    taken = slab.allocate(256)
+    # Slots 0 and 2 are not neighbours: the third is needed to make them one piece.
+    assert slab.evict(512, [slots[0], slots[2], taken]) == [slots[0], slots[2], taken]
+    assert slab.allocate(512) is not None
+    slab.check_integrity()
+
+
+def test_nobody_leaves_when_it_would_not_help():
+    slab = new_slab(slots=2, size=1024)
+    first, second = slab.allocate(512), slab.allocate(512)
+    assert slab.evict(1024, [first]) is None
+    assert slab.evict(2048, [first, second]) is None
+    slab.free(first)
+    slab.free(second)
+    assert slab.allocate(1024) is not None
+
+
+@pytest.mark.parametrize("sites", [SITES[:1], [SITES[0], SITES[0], SITES[1]]])
+def test_an_adapter_packed_for_other_sites_is_refused(sites):
+    slab = new_slab()
+    packed = new_slab(sites=sites).pack({"q": delta(2)})
+    with pytest.raises(EngineFault, match="sites"):
+        slab.load(slab.allocate(packed.bytes), packed)
+
+
+def test_a_slot_takes_one_adapter_of_the_size_it_was_allocated_for():
+    slab = new_slab()
+    packed = slab.pack({"q": delta(2)})
+    wrong = slab.allocate(packed.bytes + 64)
+    with pytest.raises(EngineFault, match="no other size"):
+        slab.load(wrong, packed)
+    slot = put(slab, {"q": delta(2)})
+    with pytest.raises(EngineFault, match="is loaded"):
+        slab.load(slot, packed)
 
 
 @pytest.mark.parametrize(
@@ -52,30 +109,147 @@ def test_an_adapter_packed_for_other_sites_is_refused():
         ({"z": delta(2)}, "targets 'z'"),
         ({"k": delta(2)}, r"B of 'k' is \[8, 2\].*needs \[4, 2\]"),
         ({"q": delta(2, d_in=7)}, r"A of 'q' is \[2, 7\]"),
-        ({"q": delta(0)}, "rank above 0"),
+        ({"q": delta(0)}, "rank from 1 to 256"),
+        ({"q": delta(257)}, "rank from 1 to 256"),
         ({"q": Delta(torch.ones(2, 8), torch.ones(8, 2), torch.ones(3))}, "gain of 'q'"),
     ],
 )
 def test_deltas_that_do_not_fit_are_named(deltas, words):
     with pytest.raises(AdapterInvalid, match=words):
-        pack(SITES, deltas)
+        new_slab().pack(deltas)
 
 
-@pytest.mark.parametrize("broken", ["twice", "full"])
+def test_stale_handles_are_errors_everywhere():
+    slab = new_slab(slots=1)
+    old = put(slab, {"q": delta(2)})
+    slab.free(old)
+    put(slab, {"q": delta(1)})
+    packed = slab.pack({"q": delta(2)})
+    for use in (slab.free, lambda slot: slab.load(slot, packed), lambda slot: slab.evict(1 << 16, [slot])):
+        with pytest.raises(EngineFault, match="freed meanwhile"):
+            use(old)
+    with pytest.raises(EngineFault, match="freed meanwhile"):
+        slab.check(Batch.of([(old, 1)]))
+
+
+def test_a_slot_used_before_it_is_loaded_is_an_error():
+    slab = new_slab()
+    slot = slab.allocate(64)
+    with pytest.raises(EngineFault, match="before an adapter was loaded"):
+        slab.check(Batch.of([(slot, 1)]))
+
+
+def test_neighbours_of_one_adapter_are_one_run():
+    slab = new_slab()
+    one, two = slab.allocate(0), slab.allocate(0)
+    batch = Batch.of([(None, 3), (one, 2), (one, 1), (two, 4), (None, 1), (two, 0), (two, 1)])
+    assert batch.rows == 12
+    assert batch.segments.tolist() == [[one.index, 3, 6], [two.index, 6, 10], [two.index, 11, 12]]
+
+
+@settings(deadline=None, max_examples=80)
+@given(data=st.data(), slots=st.integers(1, 6), size=st.integers(0, 40).map(lambda n: 64 * n))
+def test_books_balance_whatever_comes(data, slots, size):
+    slab = new_slab(slots=slots, size=size)
+    held = {}
+    for _ in range(data.draw(st.integers(0, 30))):
+        if held and data.draw(st.booleans()):
+            slot = data.draw(st.sampled_from(sorted(held)))
+            slab.free(slot)
+            del held[slot]
+        else:
+            packed = slab.pack({"q": delta(data.draw(st.integers(1, 20)))})
+            slot = slab.allocate(packed.bytes)
+            if slot is None:
+                order = data.draw(st.permutations(sorted(held)))
+                for freed in slab.evict(packed.bytes, order) or []:
+                    del held[freed]
+                slot = slab.allocate(packed.bytes)
+                assert (slot is not None) == (packed.bytes <= size)
+            if slot is not None:
+                slab.load(slot, packed)
+                held[slot] = packed.bytes
+        slab.check_integrity()
+        assert slab.bytes == sum(held.values())
+        assert slab.free_bytes == size - slab.bytes
+        assert slab.free_slots == slots - len(held)
+
+
+@pytest.mark.parametrize("broken", ["overlap", "lost", "pointer", "ghost"])
 def test_broken_books_are_found(broken):
-    slab = Slab(SITES, slots=2)
-    slot = slab.allocate()
-    slab.load(slot, pack(SITES, {}))
-    slab._free.append(slab._free[0] if broken == "twice" else slot.index)
-    with pytest.raises(EngineFault, match=r"[Ff]ree"):
+    slab = new_slab()
+    slot = put(slab, {"q": delta(2)})
+    place = slab._places[slot.index]
+    if broken == "overlap":
+        slab._extents.give(place.offset, 64)
+    elif broken == "lost":
+        place.size -= 64
+    elif broken == "pointer":
+        slab.table[0, slot.index, 0, 1] = slab.bytes + 64
+    else:
+        place.loaded = False
+    with pytest.raises(EngineFault, match=r"taken twice|lost|points out|no adapter"):
         slab.check_integrity()
 
 
-def test_an_unknown_backend_is_a_setting_to_correct(monkeypatch):
+def test_loading_beside_the_kernels_disturbs_nobody(ops):
+    site = Site(64, ("q",), (96,))
+    adapters = [{"q": random_delta(r, 64, 96)} for r in (4, 16, 40)]
+    slab = Slab([site], slots=2, size=1 << 17, dtype=torch.float32, layout=ops.layout)
+    steady = put(slab, adapters[0])
+    x = torch.randn(7, 64)
+    alone = torch.zeros(7, 96)
+    ops.lora(x, alone, slab.views[0], Batch.of([(steady, 7)]))
+    packed = [slab.pack(adapter) for adapter in adapters]
+    wanted, loaded = [], []
+    stop = threading.Event()
+
+    def load():
+        while not stop.is_set():
+            while wanted:
+                slot, adapter = wanted.pop()
+                slab.load(slot, adapter)
+                loaded.append(slot)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        for turn in range(60):
+            adapter = packed[turn % 3]
+            wanted.append((slab.allocate(adapter.bytes), adapter))
+            while not loaded:
+                y = torch.zeros(7, 96)
+                ops.lora(x, y, slab.views[0], Batch.of([(steady, 7)]))
+                assert torch.equal(y, alone)
+            slab.free(loaded.pop())
+    finally:
+        stop.set()
+        thread.join()
+    slab.check_integrity()
+
+
+def test_host_memory_is_zero_aligned_and_lazy():
+    memory = host_memory(1 << 34)  # more than would be there if it were taken up
+    assert memory.data_ptr() % 64 == 0
+    assert not memory[:4096].any()
+    assert not memory[-4096:].any()
+    assert host_memory(0).numel() == 0
+
+
+def test_extents_join_what_comes_back():
+    extents = Extents(256)
+    parts = [extents.take(64) for _ in range(4)]
+    assert extents.take(1) is None
+    for offset in (parts[2], parts[0], parts[3], parts[1]):
+        extents.give(offset, 64)
+    assert extents.take(256) == 0
+
+
+def test_backends_are_chosen_by_the_variable(monkeypatch):
     kernels.backend.cache_clear()
     monkeypatch.setenv("LORAMILL_KERNELS", "abacus")
     with pytest.raises(SettingsInvalid, match=r"abacus.*reference"):
         kernels.backend()
     monkeypatch.setenv("LORAMILL_KERNELS", "reference")
-    assert kernels.backend() == "reference"
+    assert kernels.backend() is reference
     kernels.backend.cache_clear()

@@ -27,13 +27,16 @@ typedef struct {
     const int64_t *widths;
     const piece *pieces;
     int64_t ldx, ldy, ldh, rows, d_in, modules, stride, count;
+    bool bytes;  // the adapters are of int8
 } task;
 
 // What one tile adds to the base's product.
 typedef struct {
-    const element *h, *b;
+    const element *h;
+    const char *b;
     const float *gain;
     int64_t steps;
+    bool bytes;
 } delta;
 
 // Rows of x that one pass over the weights takes: few enough to stay in the second-level cache.
@@ -53,19 +56,37 @@ typedef struct {
 
 INLINE int64_t quads(int64_t rank) { return (rank + 3) / 4; }
 INLINE int64_t steps(int64_t d_in) { return (d_in + PAIR - 1) / PAIR; }
+INLINE int64_t size_of(bool bytes) { return bytes ? 1 : (int64_t)sizeof(element); }
 
-// h[rows][4] = x a^T for four ranks of a, a cache line of each side by side.
-INLINE void shrink_tile(const int rows, const element *x, int64_t ldx, const element *a, int64_t d_in, element *h,
-                        int64_t ldh) {
+// An adapter's weights, of the element type or of int8; the latter go with bfloat16 alone.
+INLINE chunk weights_chunk(const char *p, const bool bytes) {
+#ifdef BFLOAT16
+    if (bytes) return load_chunk8((const int8_t *)p);
+#endif
+    (void)bytes;
+    return load_chunk((const element *)p);
+}
+INLINE panel weights_panel(const char *p, const bool bytes) {
+#ifdef BFLOAT16
+    if (bytes) return load_panel8((const int8_t *)p);
+#endif
+    (void)bytes;
+    return load_panel((const element *)p);
+}
+
+// h[rows][4] = x a^T for four ranks of a, LINE inputs of each side by side; in int8 with a scale for each.
+INLINE void shrink_tile(const int rows, const bool bytes, const element *x, int64_t ldx, const char *a,
+                        const float *scale, int64_t d_in, element *h, int64_t ldh) {
+    const int64_t row_size = LINE * size_of(bytes);
     vec acc[SHRINK_ROWS][4];
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int r = 0; r < 4; r++) acc[m][r] = zero();
-    for (int64_t line = 0; line < d_in; line += LINE, a += 4 * LINE)
+    for (int64_t line = 0; line < d_in; line += LINE, a += 4 * row_size)
         UNROLL for (int part = 0; part < LINE; part += CHUNK) {
             const int64_t left = d_in - line - part;
             chunk now[4];
             UNROLL for (int r = 0; r < 4; r++) {
-                if (!part) _mm_prefetch((const char *)(a + r * LINE) + AHEAD, _MM_HINT_T0);
-                now[r] = load_chunk(a + r * LINE + part);
+                if (!part && r * row_size % 64 == 0) _mm_prefetch(a + r * row_size + AHEAD, _MM_HINT_T0);
+                now[r] = weights_chunk(a + r * row_size + part * size_of(bytes), bytes);
             }
             UNROLL for (int m = 0; m < rows; m++) {
                 const element *from = x + m * ldx + line + part;
@@ -73,17 +94,26 @@ INLINE void shrink_tile(const int rows, const element *x, int64_t ldx, const ele
                 UNROLL for (int r = 0; r < 4; r++) acc[m][r] = fma_chunk(acc[m][r], now[r], row);
             }
         }
-    UNROLL for (int m = 0; m < rows; m++) store4(h + m * ldh, sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]));
+    UNROLL for (int m = 0; m < rows; m++) {
+        const __m128 sums = sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+        store4(h + m * ldh, bytes ? _mm_mul_ps(sums, _mm_loadu_ps(scale)) : sums);
+    }
 }
 
 // h[to - from][rank] = x a^T for one module.
 static void shrink(const task *t, const target *at, int64_t from, int64_t to, element *h) {
-    const int64_t quad = (t->d_in + LINE - 1) / LINE * LINE * 4;
-    const element *a = (const element *)(t->arena + at->a);
-    for (int64_t q = 0; q < quads(at->rank); q++, a += quad, h += 4)
+    const int64_t quad = (t->d_in + LINE - 1) / LINE * LINE * 4 * size_of(t->bytes);
+    const char *a = t->arena + at->a;
+    const float *scale = (const float *)(a - (at->rank * 4 + 63) / 64 * 64);
+    for (int64_t q = 0; q < quads(at->rank); q++, a += quad, scale += 4, h += 4)
         for (int64_t row = from; row < to; row += SHRINK_ROWS) {
-#define CASE(n) \
-    case n: shrink_tile(n, t->x + row * t->ldx, t->ldx, a, t->d_in, h + (row - from) * t->ldh, t->ldh); break;
+            const element *x = t->x + row * t->ldx;
+            element *to_h = h + (row - from) * t->ldh;
+#define CASE(n)                                                                               \
+    case n:                                                                                   \
+        if (t->bytes) shrink_tile(n, true, x, t->ldx, a, scale, t->d_in, to_h, t->ldh);       \
+        else shrink_tile(n, false, x, t->ldx, a, scale, t->d_in, to_h, t->ldh);               \
+        break;
             switch (to - row < SHRINK_ROWS ? to - row : SHRINK_ROWS) { EACH_SHRINK(CASE) }
 #undef CASE
         }
@@ -98,6 +128,23 @@ static void shrink_all(const void *arguments, int64_t from, int64_t to) {
             const target *at = t->table + p->slot * t->stride + m;
             shrink(t, at, p->from, p->to, h);
             h += quads(at->rank) * 4;
+        }
+    }
+}
+
+INLINE void add_delta(const int rows, const int panels, const bool bytes, const task *t, const delta *d,
+                      vec acc[ROWS][PANELS]) {
+    const char *b = d->b;
+    _Pragma("GCC unroll 4") for (int64_t k = 0; k < d->steps; k++, b += STEP * size_of(bytes)) {
+        panel now[PANELS];
+        UNROLL for (int p = 0; p < panels; p++) {
+            const char *at = b + p * PANEL * size_of(bytes);
+            if (!p || !bytes) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+            now[p] = weights_panel(at, bytes);
+        }
+        UNROLL for (int m = 0; m < rows; m++) {
+            const pair both = load_pair(d->h + m * t->ldh + k * PAIR);
+            UNROLL for (int p = 0; p < panels; p++) acc[m][p] = fma_panel(acc[m][p], now[p], both);
         }
     }
 }
@@ -130,17 +177,8 @@ INLINE void tile(const int rows, const int panels, const task *t, const element 
             UNROLL for (int m = 0; m < rows; m++)
                 acc[m][p] = fma_panel(acc[m][p], last, load_half_pair(x + m * t->ldx + t->d_in - 1));
         }
-    for (int64_t k = 0; k < d->steps; k++) {
-        panel now[PANELS];
-        UNROLL for (int p = 0; p < panels; p++) {
-            _mm_prefetch((const char *)(d->b + k * STEP + p * PANEL) + AHEAD, _MM_HINT_T0);
-            now[p] = load_panel(d->b + k * STEP + p * PANEL);
-        }
-        UNROLL for (int m = 0; m < rows; m++) {
-            const pair both = load_pair(d->h + m * t->ldh + k * PAIR);
-            UNROLL for (int p = 0; p < panels; p++) acc[m][p] = fma_panel(acc[m][p], now[p], both);
-        }
-    }
+    if (d->bytes) add_delta(rows, panels, true, t, d, acc);
+    else add_delta(rows, panels, false, t, d, acc);
     UNROLL for (int p = 0; p < panels; p++) {
         const int left = columns - p * LANES < LANES ? (int)(columns - p * LANES) : LANES;
         if (d->gain) UNROLL for (int m = 0; m < rows; m++) acc[m][p] = mul(acc[m][p], load_floats(d->gain + p * LANES));
@@ -177,9 +215,10 @@ static delta delta_of(const task *t, const piece *p, const block *at, int64_t ro
     const int64_t half = at->within / LANES;
     return (delta){
         .h = t->h + row * t->ldh + before,
-        .b = (const element *)(t->arena + its->b) + half / 2 * steps(its->rank) * STEP + half % 2 * PANEL,
+        .b = t->arena + its->b + (half / 2 * steps(its->rank) * STEP + half % 2 * PANEL) * size_of(t->bytes),
         .gain = its->gain < 0 ? 0 : (const float *)(t->arena + its->gain) + at->within,
         .steps = steps(its->rank),
+        .bytes = t->bytes,
     };
 }
 
@@ -268,8 +307,8 @@ static element *scratch(int64_t elements) {
 // multiples of 32, or w is null.
 int adapted_linear(const element *x, int64_t ldx, const element *w, element *y, int64_t ldy, int64_t rows, int64_t d_in,
                    int64_t modules, const int64_t *widths, const char *arena, const target *table, int64_t stride,
-                   const piece *pieces, int64_t count) {
-    task t = {x, w, y, 0, arena, table, widths, pieces, ldx, ldy, 0, rows, d_in, modules, stride, count};
+                   const piece *pieces, int64_t count, int64_t bytes) {
+    task t = {x, w, y, 0, arena, table, widths, pieces, ldx, ldy, 0, rows, d_in, modules, stride, count, bytes != 0};
     int64_t blocks = 0, ranks = 0, d_out = 0;
     for (int64_t m = 0; m < modules; m++) d_out += widths[m], blocks += (widths[m] + PANELS * LANES - 1) / (PANELS * LANES);
     for (const piece *p = pieces; p < pieces + count; p++) {

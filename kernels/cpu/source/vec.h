@@ -128,11 +128,17 @@ INLINE pair load_pair(const element *p) {
     return (pair)_mm512_set1_epi32(both);
 }
 INLINE pair load_half_pair(const element *p) { return (pair)_mm512_set1_epi32(*p); }
+INLINE __m512bh widen32(__m256i a) {
+    const vec low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(a)));
+    return _mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(a, 1))), low);
+}
+INLINE panel load_panel8(const int8_t *p) { return widen32(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE vec fma_panel(vec acc, panel w, pair x) { return _mm512_dpbf16_ps(acc, w, x); }
 INLINE chunk load_chunk(const element *p) { return (chunk)_mm512_loadu_si512(p); }
 INLINE chunk load_chunk_first(int n, const element *p) {
     return (chunk)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
 }
+INLINE chunk load_chunk8(const int8_t *p) { return load_panel8(p); }
 INLINE vec fma_chunk(vec acc, chunk a, chunk b) { return _mm512_dpbf16_ps(acc, a, b); }
 
 #else
@@ -242,6 +248,13 @@ INLINE pair load_pair(const element *p) {
     return (pair){{even(all), odd(all)}};
 }
 INLINE pair load_half_pair(const element *p) { return (pair){{_mm256_set1_ps(widen(*p)), _mm256_setzero_ps()}}; }
+INLINE __m256 even8(__m256i pairs) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 16), 16)); }
+INLINE __m256 odd8(__m256i pairs) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs, 16)); }
+INLINE panel load_panel8(const int8_t *p) {
+    const __m256i lo = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+    const __m256i hi = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(p + 16)));
+    return (panel){{even8(lo), odd8(lo)}, {even8(hi), odd8(hi)}};
+}
 INLINE vec fma_panel(vec acc, panel w, pair x) {
     acc.lo = _mm256_fmadd_ps(w.lo[0], x.half[0], acc.lo);
     acc.hi = _mm256_fmadd_ps(w.hi[0], x.half[0], acc.hi);
@@ -285,6 +298,12 @@ INLINE void store_first(int n, element *p, vec a) {
 }
 INLINE chunk load_chunk(const element *p) { return load(p); }
 INLINE chunk load_chunk_first(int n, const element *p) { return load_first(n, p); }
+#ifdef BFLOAT16
+INLINE chunk load_chunk8(const int8_t *p) {
+    const __m128i all = _mm_loadu_si128((const __m128i *)p);
+    return BOTH(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(all)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(all, 8))));
+}
+#endif
 INLINE vec fma_chunk(vec acc, chunk a, chunk b) { return madd(a, b, acc); }
 
 #endif

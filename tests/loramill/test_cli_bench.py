@@ -1,0 +1,182 @@
+"""`loramill bench kernels`: what it prints, writes, records and exits with. What it measures is the kernels' test."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import click
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from loramill.cli import bench as command
+from loramill.errors import InvalidRequest, SetupError
+from loramill.kernels import bench
+from loramill.kernels.bench import Effort, Model, Result
+from loramill.kernels.bench.record import COLUMNS, results_file
+
+MET = Result("lora 8/8/16: added", 0.2341, "of base", 0.25, "lower", 0.12)
+MISSED = Result("lora 8/8/16: PEFT's loop over added", 11.0, "x", 12, "higher")
+INFORMS = Result("linear limits: GEMM peak", 437.9123, "GFLOP/s", better="higher")
+
+
+@pytest.fixture
+def invoke() -> Callable[..., click.testing.Result]:
+    app = typer.Typer()
+    command.register(app)
+    return lambda *words: CliRunner().invoke(app, ["bench", "kernels", *words])
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[str, str]]]:
+    """Lets the bench come to given results; returns what it was asked for."""
+
+    def these(*results: Result) -> list[tuple[str, str]]:
+        asked = []
+
+        def run(device: str, only: str, report: Callable[[str], object]) -> list[Result]:
+            asked.append((device, only))
+            report("lora 8/8/16")
+            return list(results)
+
+        monkeypatch.setattr(bench, "run", run)
+        return asked
+
+    return these
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with an empty record, of one commit, to stand in."""
+    file = tmp_path / "checkout/benchmarks/results.csv"
+    (file.parent / "deeper").mkdir(parents=True)
+    file.write_text(",".join(COLUMNS) + "\n")
+    git("init", "--quiet", at=file.parents[1])
+    git("add", ".", at=file.parents[1])
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "empty", at=file.parents[1])
+    monkeypatch.chdir(file.parent / "deeper")
+    return file
+
+
+def git(*words: str, at: Path) -> str:
+    return subprocess.run(["git", *words], cwd=at, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_prints_results_to_stdout_and_progress_to_stderr(invoke, measured) -> None:
+    asked = measured(MET, MISSED, INFORMS)
+    ran = invoke("--only", "8/8", "--device", "cuda")
+    assert ran.exit_code == 0, ran.output
+    assert asked == [("cuda", "8/8")]
+    lines = [line.split("  ") for line in ran.stdout.splitlines()]
+    rows = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    assert rows == [
+        ["CASE", "VALUE", "TARGET", "VERDICT", "FLOOR"],
+        [MET.case, "0.234 of base", "<= 0.25", "met", "0.12"],
+        [MISSED.case, "11 x", ">= 12", "missed", "-"],
+        [INFORMS.case, "438 GFLOP/s", "-", "-", "-"],
+    ]
+    assert ran.stderr.strip() == "Measuring lora 8/8/16…"
+
+
+@pytest.mark.parametrize(
+    ("results", "words", "code"),
+    [
+        ([MET, MISSED], ["--check"], 1),
+        ([MISSED], ["--check"], 1),
+        ([MET, MISSED], [], 0),
+        ([MET, INFORMS], ["--check"], 0),
+        ([INFORMS], ["--check"], 0),
+    ],
+)
+def test_check_exits_with_1_where_a_target_is_missed(invoke, measured, results, words, code) -> None:
+    measured(*results)
+    ran = invoke(*words)
+    assert ran.exit_code == code
+    assert (f"Missed targets: {MISSED.case}." in ran.stderr) == (code == 1)
+    assert MET.case not in ran.stderr
+
+
+def test_json_holds_every_result_even_if_a_target_is_missed(invoke, measured, tmp_path: Path) -> None:
+    measured(MET, MISSED, INFORMS)
+    file = tmp_path / "results.json"
+    assert invoke("--check", "--json", str(file)).exit_code == 1
+    met, missed, informs = json.loads(file.read_text())
+    assert met == {
+        "case": MET.case,
+        "value": 0.2341,
+        "unit": "of base",
+        "target": 0.25,
+        "better": "lower",
+        "floor": 0.12,
+        "met": True,
+    }
+    assert (missed["met"], informs["met"], informs["target"]) == (False, None, None)
+
+
+@pytest.mark.parametrize("dirty", [False, True])
+def test_record_adds_rows_to_the_checkout(invoke, measured, checkout: Path, dirty: bool) -> None:
+    measured(MET, MISSED, INFORMS)
+    commit = git("rev-parse", "--short", "HEAD", at=checkout.parent)
+    if dirty:
+        (checkout.parent / "other").write_text("")
+        git("add", ".", at=checkout.parent)
+    before = date.today()
+    assert invoke("--record").exit_code == 0
+    header, *rows = list(csv.reader(checkout.open(newline="")))
+    assert header == list(COLUMNS)
+    assert [row[4:] for row in rows] == [
+        [MET.case, "0.2341", "of base", "<= 0.25", "0.12"],
+        [MISSED.case, "11", "x", ">= 12", ""],
+        [INFORMS.case, "437.9", "GFLOP/s", "", ""],
+    ]
+    for when, at, device, versions, *_ in rows:
+        assert abs((date.fromisoformat(when) - before).days) <= 1
+        assert at == commit + "-dirty" * dirty
+        assert device
+        assert versions.startswith("python 3.")
+        assert " torch " in versions
+    assert invoke("--record").exit_code == 0
+    assert len(checkout.read_text().splitlines()) == 1 + 2 * 3
+
+
+@pytest.mark.parametrize("broken", ["no file", "other columns", "no checkout"])
+def test_record_refuses_before_it_measures(
+    invoke, measured, checkout: Path, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = measured(MET)
+    if broken == "no file":
+        checkout.unlink()
+    elif broken == "other columns":
+        checkout.write_text("case,value\n")
+    else:
+        monkeypatch.chdir(tmp_path)
+    ran = invoke("--record")
+    assert isinstance(ran.exception, SetupError)
+    assert asked == []
+
+
+def test_measures_for_real_with_one_thread(invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = Model(layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96)
+    monkeypatch.setattr(bench, "run", partial(bench.run, model=tiny, effort=Effort(0, 1)))
+    ran = invoke("--only", "attention")
+    assert ran.exit_code == 0, ran.output
+    assert "attention 32x512" in ran.stdout
+    assert isinstance(invoke("--only", "nothing").exception, InvalidRequest)
+
+
+def test_this_record_is_well_formed() -> None:
+    file = results_file(Path(__file__).parent)
+    with file.open(newline="") as opened:
+        for row in csv.DictReader(opened, strict=True):
+            assert row.keys() == set(COLUMNS), row
+            date.fromisoformat(row["date"])
+            float(row["value"])
+            assert row["commit"] and row["device"] and row["versions"] and row["case"] and row["unit"], row
+            assert not row["target"] or row["target"].startswith(("<= ", ">= ")), row
+            assert not row["floor"] or float(row["floor"]) >= 0, row
