@@ -36,7 +36,7 @@ def host_memory(size: int) -> torch.Tensor:
 
 
 class Extents:
-    """Which parts of `size` bytes are free: first fit, neighbours joined, so that nothing is lost to crumbs for ever."""
+    """Which parts of `size` bytes are free: first fit; neighbours are joined, so that crumbs don't stay for ever."""
 
     def __init__(self, size: int) -> None:
         self.size = size

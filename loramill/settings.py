@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import (
@@ -38,6 +38,7 @@ class ServeSettings(_Section):
     kv_tokens: int = Field(default=32768, ge=512, description="tokens of KV cache")
     adapter_slots: int = Field(default=64, ge=1, description="adapters resident at once")
     adapter_bytes: int = Field(default=2**30, ge=2**20, description="what these may take together")
+    adapter_bits: Literal[16, 8] = Field(default=16, description="of a weight of theirs; 8 halves memory and traffic")
     max_upload_bytes: int = Field(default=256 * 2**20, ge=1, description="bytes of the largest upload")
 
 

@@ -50,6 +50,7 @@ class Replica:
             kv_tokens=settings.kv_tokens,
             adapter_slots=settings.adapter_slots,
             adapter_bytes=settings.adapter_bytes,
+            adapter_bits=settings.adapter_bits,
         )
         self._engine = Engine(load_decoder(base.folder, dtype=torch.bfloat16, threads=settings.threads), source, config)
         self._listeners: dict[str, _Listener] = {}

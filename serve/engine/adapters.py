@@ -21,7 +21,7 @@ class Adapters:
     """
 
     def __init__(self, model: Decoder, source: AdapterSource, config: EngineConfig, notify: Callable[[], None]) -> None:
-        self.slab = model.new_slab(config.adapter_slots, config.adapter_bytes)
+        self.slab = model.new_slab(config.adapter_slots, config.adapter_bytes, config.adapter_bits)
         self.loads = self.failures = 0
         self._capacity = config.adapter_slots
         self._residency = Residency(config.adapter_slots, config.patience)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Literal
 
 from loramill.errors import LoramillError, SettingsInvalid
 
@@ -88,6 +89,8 @@ class EngineConfig:
         block_size: tokens of one block.
         adapter_slots: adapters resident at once.
         adapter_bytes: what they may take together.
+        adapter_bits: 16 keeps them in the base's own type; 8 halves their memory and the time that many different ones
+            take in a step, and errs by about 1% of what an adapter adds.
         max_waiting: requests that may wait; more are refused.
         load_threads: adapters that are fetched and read at once.
         patience: steps that a version waits for a slot before one is taken from a version in use.
@@ -99,6 +102,7 @@ class EngineConfig:
     block_size: int = 16
     adapter_slots: int = 64
     adapter_bytes: int = 1 << 30
+    adapter_bits: Literal[16, 8] = 16
     max_waiting: int = 1024
     load_threads: int = 4
     patience: int = 64

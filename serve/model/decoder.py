@@ -84,9 +84,10 @@ class Decoder:
         c = self.config
         return self._backend.new_kv(c.layers, blocks, block_size, c.kv_heads, c.head_dim, self.dtype)
 
-    def new_slab(self, slots: int, size: int) -> Slab:
-        """An empty slab of `slots` adapters in `size` bytes for `forward`."""
-        return Slab(self.sites, slots=slots, size=size, dtype=self.dtype, layout=self._backend.layout)
+    def new_slab(self, slots: int, size: int, bits: int = 16) -> Slab:
+        """An empty slab of `slots` adapters in `size` bytes for `forward`; of int8 if `bits` is 8, else of our dtype."""
+        dtype = torch.int8 if bits == 8 else self.dtype
+        return Slab(self.sites, slots=slots, size=size, dtype=dtype, layout=self._backend.layout)
 
     def target_weight(self, module: str) -> torch.Tensor | None:
         """The weight [d_out, d_in] of a module by its name in the checkpoint; None if adapters can't target it."""
