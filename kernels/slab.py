@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ class Slab:
         arena_address: of the arena's first byte.
         table: int64 [sites, slots, modules of the widest site, 4], on the host: bytes from the arena's start to a, b
             and gain (-1: none), and the rank (0: no target).
-        changes: how often a slot was loaded or freed; what was worked out for another count is out of date.
+        changes: another number each time a slot is loaded or freed; what was worked out for another is out of date.
         views: the slab at each site, what `lora` takes.
     """
 
@@ -65,6 +66,7 @@ class Slab:
         self.arena = host_memory(size) if device == "cpu" else torch.zeros(size, dtype=torch.uint8, device=device)
         self.arena_address = self.arena.data_ptr()
         self.table = np.zeros((len(self.sites), slots, modules_per_site(self.sites), 4), dtype=np.int64)
+        self._ticks = itertools.count(1)
         self.changes = 0
         self._places = [_Place() for _ in range(slots)]
         self._extents = Extents(size)
@@ -127,7 +129,7 @@ class Slab:
         table[..., [A, B]] += place.offset
         table[..., GAIN] += np.where(table[..., GAIN] < 0, 0, place.offset)
         self.table[:, slot.index] = table
-        self.changes += 1
+        self.changes = next(self._ticks)
         place.loaded = True
 
     def free(self, slot: Slot) -> None:
@@ -140,7 +142,7 @@ class Slab:
         self._extents.give(place.offset, place.size)
         self.table[:, slot.index] = 0
         self._places[slot.index] = _Place(generation=place.generation + 1)
-        self.changes += 1
+        self.changes = next(self._ticks)
 
     def evict(self, size: int, idle: Sequence[Slot]) -> list[Slot] | None:
         """Frees slots, in the order of `idle`, until `allocate(size)` would succeed.
@@ -213,16 +215,18 @@ class SiteSlab:
     Attributes:
         slab: the whole.
         site: where.
+        index: of the site.
         table: int64 [slots, modules, 4], as the slab's.
         columns: of y.
         table_address, widths_address: of the table, and of the site's widths as int64, for kernels in C.
     """
 
-    __slots__ = ("_widths", "columns", "site", "slab", "table", "table_address", "widths_address")
+    __slots__ = ("_widths", "columns", "index", "site", "slab", "table", "table_address", "widths_address")
 
     def __init__(self, slab: Slab, index: int) -> None:
         self.slab = slab
         self.site = slab.sites[index]
+        self.index = index
         self.table: NDArray[np.int64] = slab.table[index]
         self.columns = sum(self.site.widths)
         self._widths = np.array(self.site.widths, dtype=np.int64)

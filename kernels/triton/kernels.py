@@ -3,80 +3,79 @@
 Arguments that the kernels share:
     x, y: [rows, ...] in the slab's dtype; a row's elements are adjacent, `x_row` and `y_row` apart from the next row's.
     weights, gains: the slab's arena as elements of its dtype, and as float32.
-    table: int64 [slots, modules, 4]: elements from the start to a [rank, d_in], to the transposed b [rank, width] and to
-        the gain [width] (-1: none), and the rank (0: no target).
-    columns: int32 [modules + 1]: where in y each module begins, and the end.
+    table: int64 [slots, STRIDE, 4]: for each of a site's MODULES, elements from the start to a [rank, d_in], to the
+        transposed b [rank, width] and to the gain [width] (-1: none), and the rank (0: no target).
+    starts: int32 [MODULES + 1]: the columns of y at which modules begin, and the end.
     tiles: int32 [tiles, 4]: slot (-1: nothing to do), first row, row after the last, first rank.
-    h: float32 [splits, modules, rows, h_row]: the parts of each sum over d_in that a split added up.
+    h: float32 [splits, MODULES, rows, h_row]: the parts of each sum over d_in that a split added up.
+    ALIGN, ALIGN_Y: what offsets into the weights, and columns of y, are multiples of.
 
-The grid is (tiles, modules, splits or blocks of columns). Each program writes what no other writes, and each sum has one
-order, so the same call gives the same bits. Nothing outside a run's rows or an adapter's rank is loaded: masked values
-are zeros, never another's NaN.
+The grid is (tiles, modules, splits or blocks of columns). Each program writes what no other writes, and each sum has
+one order, so the same call gives the same bits. Nothing outside a run's rows or an adapter's rank is loaded: masked
+values are zeros, never another's NaN.
 """
+
+# Compile-time arguments are in capitals, and types are Triton's own.
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+#: Integers that vary from step to step: Triton would compile anew for a 1 or a multiple of 16.
+_VARYING = ["rows", "splits"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_VARYING)
 def shrink_row(
     x, weights, table, tiles, h, d_in, rows, x_row, h_row,
-    MODULES: tl.constexpr, ALIGN: tl.constexpr, RANKS: tl.constexpr, DEPTH: tl.constexpr, STEPS: tl.constexpr,
+    MODULES: tl.constexpr, STRIDE: tl.constexpr, ALIGN: tl.constexpr,
+    RANKS: tl.constexpr, DEPTH: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of one row, without the matrix units: a is read once, 16 bytes a thread, all of it in flight at once."""
+    """Tiles of one row, without the matrix units: a is read once, in adjacent columns, for live ranks alone."""
     tile = tiles + tl.program_id(0) * 4
     slot = tl.load(tile)
     if slot < 0:
         return
-    row = tl.load(tile + 1).to(tl.int64)
-    rank_first = tl.load(tile + 3)
     module = tl.program_id(1)
-    entry = table + (slot * MODULES + module) * 4
+    entry = table + (slot * STRIDE + module) * 4
     rank = tl.load(entry + 3).to(tl.int32)
+    rank_first = tl.load(tile + 3)
     if rank_first >= rank:
         return
-    a = weights + tl.multiple_of(tl.load(entry), ALIGN)
-    r = rank_first + tl.arange(0, RANKS)
-    live = r < rank
+    row = tl.load(tile + 1).to(tl.int64)
     split = tl.program_id(2)
-    total = tl.zeros((RANKS, DEPTH), tl.float32)
-    for step in range(STEPS):
-        k = (split * STEPS + step) * DEPTH + tl.arange(0, DEPTH)
-        inside = k < d_in
-        x_part = tl.load(x + row * x_row + k, mask=inside, other=0.0).to(tl.float32)
-        a_part = tl.load(a + r[:, None] * d_in + k[None, :], mask=live[:, None] & inside[None, :], other=0.0)
-        total += a_part.to(tl.float32) * x_part[None, :]
+    r = rank_first + tl.arange(0, RANKS)
+    a = weights + tl.multiple_of(tl.load(entry), ALIGN)
     part = h + ((split * MODULES + module) * rows + row) * h_row
-    tl.store(part + r, tl.sum(total, axis=1), mask=live)
+    tl.store(part + r, _times_row(a, x + row * x_row, r, rank, d_in, split * STEPS, DEPTH, STEPS), mask=r < rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def shrink_rows(
     x, weights, table, tiles, h, d_in, rows, x_row, h_row,
-    MODULES: tl.constexpr, ALIGN: tl.constexpr, RANKS: tl.constexpr, DEPTH: tl.constexpr, STEPS: tl.constexpr,
-    ROWS: tl.constexpr,
+    MODULES: tl.constexpr, STRIDE: tl.constexpr, ALIGN: tl.constexpr,
+    RANKS: tl.constexpr, DEPTH: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of up to ROWS rows, on the matrix units."""
     tile = tiles + tl.program_id(0) * 4
     slot = tl.load(tile)
     if slot < 0:
         return
-    end = tl.load(tile + 2)
-    rank_first = tl.load(tile + 3)
     module = tl.program_id(1)
-    entry = table + (slot * MODULES + module) * 4
+    entry = table + (slot * STRIDE + module) * 4
     rank = tl.load(entry + 3).to(tl.int32)
+    rank_first = tl.load(tile + 3)
     if rank_first >= rank:
         return
-    a = weights + tl.multiple_of(tl.load(entry), ALIGN)
+    row = tl.load(tile + 1) + tl.arange(0, ROWS)
+    mine = row < tl.load(tile + 2)
     r = rank_first + tl.arange(0, RANKS)
     live = r < rank
-    row = tl.load(tile + 1) + tl.arange(0, ROWS)
-    mine = row < end
     x_rows = x + row.to(tl.int64)[:, None] * x_row
-    a_ranks = a + r[None, :] * d_in
+    a_ranks = weights + tl.multiple_of(tl.load(entry), ALIGN) + r[None, :] * d_in
     split = tl.program_id(2)
     total = tl.zeros((ROWS, RANKS), tl.float32)
     for step in range(STEPS):
@@ -89,53 +88,49 @@ def shrink_rows(
     tl.store(part[:, None] + r[None, :], total, mask=mine[:, None] & live[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def expand_row(
-    y, weights, gains, table, columns, tiles, h, splits, rows, y_row, h_row,
-    MODULES: tl.constexpr, ALIGN: tl.constexpr, ALIGN_Y: tl.constexpr,
+    y, weights, gains, table, starts, tiles, h, splits, rows, y_row, h_row,
+    MODULES: tl.constexpr, STRIDE: tl.constexpr, ALIGN: tl.constexpr, ALIGN_Y: tl.constexpr,
     SPLITS: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of one row: the transposed b is read once, in adjacent columns, for the adapter's own ranks alone."""
+    """Tiles of one row: b is read once, in adjacent columns, for live ranks alone."""
     tile = tiles + tl.program_id(0) * 4
     slot = tl.load(tile)
     if slot < 0:
         return
     module = tl.program_id(1)
-    column = tl.multiple_of(tl.load(columns + module), ALIGN_Y)
-    width = tl.multiple_of(tl.load(columns + module + 1) - column, ALIGN_Y)
+    start = tl.multiple_of(tl.load(starts + module), ALIGN_Y)
+    width = tl.multiple_of(tl.load(starts + module + 1) - start, ALIGN_Y)
     if tl.program_id(2) * WIDTH >= width:
         return
-    row = tl.load(tile + 1).to(tl.int64)
-    entry = table + (slot * MODULES + module) * 4
+    entry = table + (slot * STRIDE + module) * 4
     rank = tl.load(entry + 3).to(tl.int32)
     if rank == 0:
         return
-    b = weights + tl.multiple_of(tl.load(entry + 1), ALIGN)
-    gain = tl.load(entry + 2)
+    row = tl.load(tile + 1).to(tl.int64)
     n = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
     inside = n < width
+    b = weights + tl.multiple_of(tl.load(entry + 1), ALIGN)
     split = tl.arange(0, SPLITS)
-    part = h + (split[:, None] * MODULES + module) * rows * h_row + row * h_row
+    part = h + ((split * MODULES + module) * rows + row) * h_row
     total = tl.zeros((WIDTH,), tl.float32)
     rank_first = 0
     while rank_first < rank:
         r = rank_first + tl.arange(0, RANKS)
         live = r < rank
         b_part = tl.load(b + r[:, None] * width + n[None, :], mask=live[:, None] & inside[None, :], other=0.0)
-        parts = tl.load(part + r[None, :], mask=(split < splits)[:, None] & live[None, :], other=0.0)
+        parts = tl.load(part[:, None] + r[None, :], mask=(split < splits)[:, None] & live[None, :], other=0.0)
         total += tl.sum(tl.sum(parts, axis=0)[:, None] * b_part.to(tl.float32), axis=0)
         rank_first += RANKS
-    scale = tl.load(gains + gain + n, mask=inside & (gain >= 0), other=1.0)
-    target = y + row * y_row + column + n
-    result = scale * (tl.load(target, mask=inside, other=0.0).to(tl.float32) + total)
-    tl.store(target, result.to(y.dtype.element_ty), mask=inside)
+    _add_to_row(y + row * y_row + start, n, inside, total, gains, tl.load(entry + 2))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def expand_rows(
-    y, weights, gains, table, columns, tiles, h, splits, rows, y_row, h_row,
-    MODULES: tl.constexpr, ALIGN: tl.constexpr, ALIGN_Y: tl.constexpr,
-    RANKS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    y, weights, gains, table, starts, tiles, h, splits, rows, y_row, h_row,
+    MODULES: tl.constexpr, STRIDE: tl.constexpr, ALIGN: tl.constexpr, ALIGN_Y: tl.constexpr,
+    SPLITS: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of up to ROWS rows, on the matrix units; h is rounded to the weights' dtype, as a linear's output is."""
     tile = tiles + tl.program_id(0) * 4
@@ -143,21 +138,19 @@ def expand_rows(
     if slot < 0:
         return
     module = tl.program_id(1)
-    column = tl.multiple_of(tl.load(columns + module), ALIGN_Y)
-    width = tl.multiple_of(tl.load(columns + module + 1) - column, ALIGN_Y)
+    start = tl.multiple_of(tl.load(starts + module), ALIGN_Y)
+    width = tl.multiple_of(tl.load(starts + module + 1) - start, ALIGN_Y)
     if tl.program_id(2) * WIDTH >= width:
         return
-    end = tl.load(tile + 2)
-    entry = table + (slot * MODULES + module) * 4
+    entry = table + (slot * STRIDE + module) * 4
     rank = tl.load(entry + 3).to(tl.int32)
     if rank == 0:
         return
-    b = weights + tl.multiple_of(tl.load(entry + 1), ALIGN)
-    gain = tl.load(entry + 2)
     row = tl.load(tile + 1) + tl.arange(0, ROWS)
-    mine = row < end
+    mine = row < tl.load(tile + 2)
     n = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
     inside = n < width
+    b = weights + tl.multiple_of(tl.load(entry + 1), ALIGN)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     rank_first = 0
     while rank_first < rank:
@@ -165,15 +158,15 @@ def expand_rows(
         live = r < rank
         b_part = tl.load(b + r[:, None] * width + n[None, :], mask=live[:, None] & inside[None, :], other=0.0)
         h_part = tl.zeros((ROWS, RANKS), tl.float32)
-        split = 0
-        while split < splits:
+        for split in tl.static_range(SPLITS):
             part = h + ((split * MODULES + module) * rows + row.to(tl.int64)) * h_row
-            h_part += tl.load(part[:, None] + r[None, :], mask=mine[:, None] & live[None, :], other=0.0)
-            split += 1
+            known = mine[:, None] & live[None, :] & (split < splits)
+            h_part += tl.load(part[:, None] + r[None, :], mask=known, other=0.0)
         total = tl.dot(h_part.to(b_part.dtype), b_part, total, input_precision="ieee")
         rank_first += RANKS
+    gain = tl.load(entry + 2)
     scale = tl.load(gains + gain + n, mask=inside & (gain >= 0), other=1.0)
-    target = y + row.to(tl.int64)[:, None] * y_row + column + n[None, :]
+    target = y + row.to(tl.int64)[:, None] * y_row + start + n[None, :]
     known = mine[:, None] & inside[None, :]
     result = scale[None, :] * (tl.load(target, mask=known, other=0.0).to(tl.float32) + total)
     tl.store(target, result.to(y.dtype.element_ty), mask=known)
@@ -181,8 +174,8 @@ def expand_rows(
 
 @triton.jit
 def fused_row(
-    x, y, weights, gains, table, columns, tiles, d_in, x_row, y_row,
-    MODULES: tl.constexpr, ALIGN: tl.constexpr, ALIGN_Y: tl.constexpr,
+    x, y, weights, gains, table, starts, tiles, d_in, x_row, y_row,
+    MODULES: tl.constexpr, STRIDE: tl.constexpr, ALIGN: tl.constexpr, ALIGN_Y: tl.constexpr,
     RANKS: tl.constexpr, DEPTH: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Shrink and expand of one row in one launch, for ranks up to RANKS: each block of columns shrinks for itself."""
@@ -191,33 +184,46 @@ def fused_row(
     if slot < 0:
         return
     module = tl.program_id(1)
-    column = tl.multiple_of(tl.load(columns + module), ALIGN_Y)
-    width = tl.multiple_of(tl.load(columns + module + 1) - column, ALIGN_Y)
+    start = tl.multiple_of(tl.load(starts + module), ALIGN_Y)
+    width = tl.multiple_of(tl.load(starts + module + 1) - start, ALIGN_Y)
     if tl.program_id(2) * WIDTH >= width:
         return
-    row = tl.load(tile + 1).to(tl.int64)
-    entry = table + (slot * MODULES + module) * 4
+    entry = table + (slot * STRIDE + module) * 4
     rank = tl.load(entry + 3).to(tl.int32)
     if rank == 0:
         return
-    a = weights + tl.multiple_of(tl.load(entry), ALIGN)
-    b = weights + tl.multiple_of(tl.load(entry + 1), ALIGN)
-    gain = tl.load(entry + 2)
+    row = tl.load(tile + 1).to(tl.int64)
     r = tl.arange(0, RANKS)
     live = r < rank
     n = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
     inside = n < width
-    parts = tl.zeros((RANKS, DEPTH), tl.float32)
-    for step in range(STEPS):
-        k = step * DEPTH + tl.arange(0, DEPTH)
-        x_part = tl.load(x + row * x_row + k, mask=k < d_in, other=0.0).to(tl.float32)
-        a_part = tl.load(a + r[:, None] * d_in + k[None, :], mask=live[:, None] & (k < d_in)[None, :], other=0.0)
-        parts += a_part.to(tl.float32) * x_part[None, :]
-    # x may hold an Inf or NaN, which times the zeros of a dead rank is NaN.
-    shrunk = tl.where(live, tl.sum(parts, axis=1), 0.0)
+    b = weights + tl.multiple_of(tl.load(entry + 1), ALIGN)
     b_part = tl.load(b + r[:, None] * width + n[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+    a = weights + tl.multiple_of(tl.load(entry), ALIGN)
+    shrunk = _times_row(a, x + row * x_row, r, rank, d_in, 0, DEPTH, STEPS)
+    # x may hold an Inf or NaN, which times the zeros of a dead rank is NaN.
+    shrunk = tl.where(live, shrunk, 0.0)
     total = tl.sum(shrunk[:, None] * b_part.to(tl.float32), axis=0)
+    _add_to_row(y + row * y_row + start, n, inside, total, gains, tl.load(entry + 2))
+
+
+@triton.jit
+def _times_row(a, x, r, rank, d_in, first_step, DEPTH: tl.constexpr, STEPS: tl.constexpr):
+    """Rows r of a [rank, d_in] times x [d_in], summed over STEPS steps of DEPTH columns from `first_step` on."""
+    total = tl.zeros((r.shape[0], DEPTH), tl.float32)
+    for step in range(STEPS):
+        k = (first_step + step) * DEPTH + tl.arange(0, DEPTH)
+        inside = k < d_in
+        x_part = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
+        known = (r < rank)[:, None] & inside[None, :]
+        a_part = tl.load(a + r[:, None] * d_in + k[None, :], mask=known, other=0.0)
+        total += a_part.to(tl.float32) * x_part[None, :]
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def _add_to_row(y, n, inside, total, gains, gain):
+    """Columns n of y become gain * (y + total); without a gain, it is 1, which changes no bit."""
     scale = tl.load(gains + gain + n, mask=inside & (gain >= 0), other=1.0)
-    target = y + row * y_row + column + n
-    result = scale * (tl.load(target, mask=inside, other=0.0).to(tl.float32) + total)
-    tl.store(target, result.to(y.dtype.element_ty), mask=inside)
+    result = scale * (tl.load(y + n, mask=inside, other=0.0).to(tl.float32) + total)
+    tl.store(y + n, result.to(y.dtype.element_ty), mask=inside)

@@ -12,14 +12,16 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill.errors import EngineFault
 from loramill.kernels import Batch, Delta, Site, Slab
 from loramill.kernels.adapter import ROWS
+from loramill.kernels.bench import cuda
 from loramill.kernels.triton import StaticPlan, adapted_linear, layout, lora, pack, plans
 
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 host = importlib.import_module("loramill.kernels.triton.lora")
 
 #: Odd dimensions; a sum over d_in of several splits; modules of several blocks of columns.
@@ -28,10 +30,11 @@ SITES = (
     Site(300, ("o",), (70,)),
     Site(16, ("gate", "up"), (520, 520)),
 )
-RANKS = (1, 3, 8, 17, 64, 128, 256, 16)
+#: Of each adapter; a module has one of the two.
+RANKS = ((1, 1), (3, 8), (8, 8), (17, 1), (16, 4), (64, 3), (8, 1), (256, 16), (2, 5), (16, 16), (8, 3), (128, 7))
 COUNTS = (1, 2, 7, 8, 33, 128)
 POPULARITY = ("none", "one", "distinct", "uniform", "zipf", "skewed")
-ADAPTERS = 12
+ADAPTERS = len(RANKS)
 #: Unit roundoffs that a result may be off, of the sum of its terms' magnitudes: h and y are rounded once each, and
 #: float32's own sums of up to 300 terms are most of what there is for float32.
 UNITS = {torch.float32: 16, torch.float16: 2, torch.bfloat16: 2}
@@ -45,7 +48,7 @@ def nan_in_fresh_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def random_adapter(dtype, ranks=RANKS, absent=0.25, gains=0.3):
+def random_adapter(dtype, ranks=(1, 8, 20), absent=0.25, gains=0.3):
     """Deltas of their own rank in every module, some with a gain, some modules without any."""
     deltas = {}
     for site in SITES:
@@ -124,10 +127,11 @@ def inputs(site, rows, dtype):
     return torch.randn(rows, site.d_in).to(dtype), torch.randn(rows, sum(site.widths)).to(dtype)
 
 
-def check(loaded, owner, dtype):
-    """One step over all sites, as a decoder's layers make it: one batch."""
+def check(loaded, owner, dtype, sites=SITES):
+    """One step over several sites, as a decoder's layers make it: one batch."""
     batch = loaded.batch(owner)
-    for site, view in zip(SITES, loaded.slab.views, strict=True):
+    for site in sites:
+        view = loaded.slab.views[SITES.index(site)]
         x, y = inputs(site, len(owner), dtype)
         got = y.clone()
         lora(x, got, view, batch)
@@ -138,31 +142,35 @@ def check(loaded, owner, dtype):
 
 @pytest.fixture(scope="module")
 def loaded():
-    return {dtype: Loaded([random_adapter(dtype) for _ in range(ADAPTERS)], dtype) for dtype in UNITS}
+    return {dtype: Loaded([random_adapter(dtype, ranks) for ranks in RANKS], dtype) for dtype in UNITS}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", COUNTS)
 @pytest.mark.parametrize("popularity", POPULARITY)
 def test_every_mix_of_adapters_keeps_the_contract(loaded, popularity, rows, dtype):
-    check(loaded[dtype], owners(popularity, rows), dtype)
+    # The interpreter takes a millisecond a program: many rows at one site alone.
+    check(
+        loaded[dtype], owners(popularity, rows), dtype, SITES if rows < 8 else SITES[:1] if rows < 128 else SITES[1:2]
+    )
 
 
 @pytest.mark.parametrize("dtype", UNITS, ids=str)
-@pytest.mark.parametrize("ranks", [(8, 1, 16), RANKS])
+@pytest.mark.parametrize("ranks", [(8, 1, 16), (70, 3)])
 def test_single_rows_keep_the_contract_fused_and_in_two_launches(dtype, ranks):
-    loaded = Loaded([random_adapter(dtype, ranks) for _ in range(ADAPTERS)], dtype)
-    check(loaded, random.sample([*range(ADAPTERS), None], ADAPTERS + 1), dtype)
+    loaded = Loaded([random_adapter(dtype, ranks) for _ in range(5)], dtype)
+    check(loaded, random.sample([*range(5), None], 6), dtype)
 
 
 @pytest.mark.parametrize("plan", [plan for _, _, plan in plans.TABLE])
 def test_every_plan_keeps_the_contract(loaded, monkeypatch, plan):
     monkeypatch.setattr(plans, "choose", lambda longest, rank: plan)
-    monkeypatch.setattr(plans, "PROGRAMS", random.choice([1, 4, 512]))
-    owner = [2] * 20 + [None] * 2 + [7] * 67 + [4, 5]
+    monkeypatch.setattr(plans, "PROGRAMS", random.choice([1, 40, 512]))
+    owner = [2] * 17 + [None] * 2 + [5] * 3 + [4, 6]
     check(loaded[torch.float16], owner, torch.float16)
 
 
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_any_batch_keeps_the_contract(loaded, data):
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16]))
@@ -183,8 +191,7 @@ def test_the_same_call_gives_the_same_bits(loaded, owner):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("ranks", [(4,), (4, 70)])
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("poison", "ranks"), [(torch.nan, (4,)), (torch.inf, (4, 70))])
 @pytest.mark.parametrize("owner", [[0, 0, 1, 2, None], [0] * 9 + [1] * 7 + [2] * 2 + [None]], ids=["rows", "runs"])
 def test_an_adapter_of_nan_touches_its_own_rows_alone(owner, poison, ranks):
     adapters = [random_adapter(torch.float32, ranks, absent=0, gains=0.5) for _ in range(3)]
@@ -195,7 +202,7 @@ def test_an_adapter_of_nan_touches_its_own_rows_alone(owner, poison, ranks):
     loaded = Loaded(adapters, torch.float32)
     mine = torch.tensor([who == 1 for who in owner])
     sane = [None if who == 1 else who for who in owner]
-    for site, view in zip(SITES, loaded.slab.views, strict=True):
+    for site, view in zip(SITES[:2], loaded.slab.views, strict=False):
         x, y = inputs(site, len(owner), torch.float32)
         with_poison, without = y.clone(), y.clone()
         lora(x, with_poison, view, loaded.batch(owner))
@@ -204,20 +211,20 @@ def test_an_adapter_of_nan_touches_its_own_rows_alone(owner, poison, ranks):
         assert torch.equal(with_poison[~mine], without[~mine])
 
 
-@pytest.mark.parametrize("rank", [3, 70])
-@pytest.mark.parametrize("rows", [3, 20])
-def test_a_row_of_nan_is_its_own_trouble(rows, rank):
+@pytest.mark.parametrize(("rows", "rank"), [(3, 1), (3, 70), (20, 1), (20, 70)])
+def test_an_infinite_x_is_its_own_rows_trouble(rows, rank):
     loaded = Loaded([random_adapter(torch.float32, (rank,), absent=0)], torch.float32)
     owner, bad = [0] * rows, rows // 2
     others = [row for row in range(rows) if row != bad]
-    for site, view in zip(SITES, loaded.slab.views, strict=True):
+    for site, view in zip(SITES[:2], loaded.slab.views, strict=False):
         x, y = inputs(site, rows, torch.float32)
         x[bad, 0] = torch.inf
         got = y.clone()
         lora(x, got, view, loaded.batch(owner))
         expected, magnitude = contract(x, y, site, loaded.adapters, owner)
         assert_close(got[others], expected[others], magnitude[others])
-        assert not got[bad].isfinite().any()
+        assert not expected[bad].isfinite().any()
+        torch.testing.assert_close(got[bad], expected[bad].float(), equal_nan=True)
 
 
 @pytest.mark.parametrize("owner", [[4, None, 2], [4] * 12 + [2]], ids=["rows", "runs"])
@@ -278,7 +285,7 @@ def test_a_slab_is_forgotten_with_its_device_copies():
     assert slab() is None
 
 
-@pytest.mark.parametrize("rows", [8, 40])
+@pytest.mark.parametrize("rows", [8, 33])
 def test_a_graph_replays_any_batch_that_fits(rows):
     """A capture records launches: the same tensors, grid and constants. Here the launches themselves are repeated."""
     dtype = torch.float32
@@ -294,7 +301,7 @@ def test_a_graph_replays_any_batch_that_fits(rows):
             loaded.slots[1] = loaded.load(loaded.adapters[1])
         static.refresh(loaded.batch(owner))
         padded = owner + [None] * (rows - len(owner))
-        for site, view in zip(SITES, loaded.slab.views, strict=True):
+        for site, view in zip(SITES[:2], loaded.slab.views, strict=False):
             x, y = inputs(site, rows, dtype)
             got = y.clone()
             lora(x, got, view, static.batch)
@@ -329,14 +336,26 @@ def test_a_stale_handle_is_an_error_and_never_the_next_owner():
 def test_wrong_tensors_and_slabs_are_errors(loaded):
     view, batch = loaded[torch.float32].slab.views[0], loaded[torch.float32].batch([0, 0])
     x, y = inputs(SITES[0], 2, torch.float32)
-    for bad_x, bad_y in ((x.half(), y), (x, y.half()), (x[:1], y), (x[:, 1:], y), (x, y[:, 1:]), (x, y.T.clone().T)):
+    for bad_x, bad_y in (
+        (x.half(), y),
+        (x, y.half()),
+        (x[:1], y),
+        (x[:, 1:], y),
+        (x, y[:, 1:]),
+        (x, y.T.contiguous().T),
+    ):
         with pytest.raises(EngineFault, match="elements adjacent"):
             lora(bad_x, bad_y, view, batch)
-    other = Slab(SITES, slots=1, size=1 << 20, dtype=torch.float32, layout=ROWS)
-    with pytest.raises(EngineFault, match="another backend's layout"):
-        lora(x, y, other.views[0], Batch.of([(None, 2)]))
+    for dtype, laid_out, match in (
+        (torch.float32, ROWS, "another backend's layout"),
+        (torch.int8, layout, "no torch.int8 adapters"),
+    ):
+        other = Slab(SITES, slots=1, size=1 << 20, dtype=dtype, layout=laid_out)
+        with pytest.raises(EngineFault, match=match):
+            lora(x, y, other.views[0], Batch.of([(None, 2)]))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(1, 70), st.integers(0, 256))),
     st.sampled_from([1, 16, 64]),
@@ -362,6 +381,7 @@ def test_tiles_cover_live_rows_and_ranks_once_and_nothing_else(runs, rows, ranks
     assert covered == expected
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 40_000), st.sampled_from([2, 4]), st.sampled_from([plan for _, _, plan in plans.TABLE]),
     st.integers(1, 10_000),
@@ -374,3 +394,50 @@ def test_the_steps_of_all_splits_cover_the_sum(d_in, itemsize, plan, programs):
     assert steps.bit_count() == 1
     assert splits * steps * depth >= d_in
     assert splits <= plan.shrink.splits == plans.expand(plan).constants["SPLITS"]
+
+
+def test_the_bench_checks_what_it_can_here_and_would_see_an_error(monkeypatch):
+    arguments = {"device": "cpu", "sites": SITES[:1], "dtypes": [torch.float32, torch.float16]}
+    runs = [[(0, 1), (None, 1), (2, 2)], [(3, 20), (1, 2)]]
+    checks = list(cuda.check(runs=runs, **arguments))
+    assert [check.dtype for check in checks] == ["torch.float32"] * 2 + ["torch.float16"] * 2
+    assert all(check.passed for check in checks), checks
+    monkeypatch.setattr(cuda.reference, "lora", lambda *_: None)
+    assert not any(check.passed for check in cuda.check(runs=runs, **arguments))
+
+
+def test_the_contenders_of_the_bench_compute_the_same():
+    site, case = Site(48, ("gate", "up"), (32, 16)), cuda.Case(rows=6, adapters=3, rank=4)
+    problem = cuda.pose(site, case, torch.float32, "cpu")
+    results = []
+    for contend in (
+        cuda.lora_launches(problem),
+        cuda.static_launches(problem),
+        cuda.fused_launch(problem),
+        lambda: cuda.gather_bmm(problem),
+    ):
+        problem.y.zero_()
+        contend()
+        results.append(problem.y.clone())
+    assert results[0].any()
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_floor_counts_live_adapters_and_the_rows_once():
+    site, case = Site(48, ("gate", "up"), (32, 16)), cuda.Case(rows=6, adapters=3, rank=4)
+    problem = cuda.pose(site, case, torch.bfloat16, "cpu")
+    moved = (*problem.a, *problem.b, problem.x, problem.y, problem.y)
+    assert cuda.floor_bytes(site, case, 2) == sum(tensor.nbytes for tensor in moved)
+
+
+def test_the_bench_measures_the_punica_operators_only_where_they_are(monkeypatch):
+    problem = cuda.pose(Site(48, ("o",), (32,)), cuda.Case(2, 2, 4), torch.float32, "cpu")
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda _: None)
+    assert cuda.punica_operators(problem) is None
+
+
+def test_the_bench_has_a_fused_time_only_where_the_kernel_could_run():
+    site = Site(48, ("o",), (32,))
+    assert cuda.fused_launch(cuda.pose(site, cuda.Case(20, 1, 4), torch.float32, "cpu")) is None
+    assert cuda.fused_launch(cuda.pose(site, cuda.Case(2, 2, 17), torch.float32, "cpu")) is None

@@ -6,12 +6,13 @@ import csv
 import json
 import subprocess
 from collections.abc import Callable
-from datetime import date
+from datetime import UTC, date, datetime
 from functools import partial
 from pathlib import Path
 
 import click
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -126,7 +127,7 @@ def test_record_adds_rows_to_the_checkout(invoke, measured, checkout: Path, dirt
     if dirty:
         (checkout.parent / "other").write_text("")
         git("add", ".", at=checkout.parent)
-    before = date.today()
+    before = datetime.now(UTC).date()
     assert invoke("--record").exit_code == 0
     header, *rows = list(csv.reader(checkout.open(newline="")))
     assert header == list(COLUMNS)
@@ -164,7 +165,13 @@ def test_record_refuses_before_it_measures(
 def test_measures_for_real_with_one_thread(invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Model(layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96)
     monkeypatch.setattr(bench, "run", partial(bench.run, model=tiny, effort=Effort(0, 1)))
-    ran = invoke("--only", "attention")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ran = invoke("--only", "attention")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
     assert ran.exit_code == 0, ran.output
     assert "attention 32x512" in ran.stdout
     assert isinstance(invoke("--only", "nothing").exception, InvalidRequest)

@@ -1,0 +1,44 @@
+"""A decode step's paged attention in all layers, against reading its keys and values."""
+
+from __future__ import annotations
+
+import torch
+
+from loramill.kernels.backend import Backend, LayerKV
+from loramill.kernels.bench.measure import Effort, Result, interleaved, pure_read
+from loramill.kernels.bench.model import Model
+from loramill.kernels.paging import Pages, Span
+
+_BATCH, _CONTEXT, _BLOCK = 32, 512, 16
+_DTYPE = torch.bfloat16
+
+
+def measure(kernels: Backend, model: Model, effort: Effort) -> list[Result]:
+    """One new position in each of 32 sequences of 512, whose blocks lie in no order."""
+    own = _CONTEXT // _BLOCK
+    blocks = torch.randperm(_BATCH * own).view(_BATCH, own).tolist()
+    cache = kernels.new_kv(model.layers, _BATCH * own, _BLOCK, model.kv_heads, model.head_dim, _DTYPE)
+    _fill(kernels, model, cache, Pages.of([Span(0, _CONTEXT, its) for its in blocks], _BLOCK))
+    pages = Pages.of([Span(_CONTEXT - 1, 1, its) for its in blocks], _BLOCK)
+    qkv = _random_qkv(model, _BATCH)
+    scale = model.head_dim**-0.5
+
+    def attend() -> None:
+        for kv in cache:
+            kernels.attention(qkv, model.heads, kv, pages, scale)
+
+    size = 2 * model.layers * _BATCH * _CONTEXT * model.kv_heads * model.head_dim * _DTYPE.itemsize
+    spent = interleaved({"attention": attend, "read": pure_read(size)}, effort)
+    return [Result(f"attention {_BATCH}x{_CONTEXT}", spent["attention"] / spent["read"], "of pure read", 1.5)]
+
+
+def _fill(kernels: Backend, model: Model, cache: tuple[LayerKV, ...], pages: Pages) -> None:
+    """Writes every position: pages of memory that were never written would all be one, and in the cache."""
+    qkv = _random_qkv(model, pages.rows)
+    angles = torch.rand(pages.rows, model.head_dim // 2)
+    for kv in cache:
+        kernels.rope_write(qkv, model.heads, angles.cos(), angles.sin(), kv, pages)
+
+
+def _random_qkv(model: Model, rows: int) -> torch.Tensor:
+    return torch.randn(rows, (model.heads + 2 * model.kv_heads) * model.head_dim, dtype=_DTYPE)

@@ -1,0 +1,381 @@
+"""The Triton kernels on a real GPU: right in every dtype, and how near to the time that their bytes take to be read.
+
+What is timed is a CUDA graph's replay between two events, with nothing of its data left in the L2 cache: the median.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from loramill.kernels import reference
+from loramill.kernels.adapter import Delta, Layout, Site
+from loramill.kernels.batch import Batch, Slot
+from loramill.kernels.memory import aligned
+from loramill.kernels.slab import SiteSlab, Slab
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A step: `rows` rows in equal runs of `adapters` adapters of one rank."""
+
+    rows: int
+    adapters: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The largest error of a step, relative to the largest number of the result, and what it may be."""
+
+    site: str
+    dtype: str
+    runs: str
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """False for NaN too."""
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Microseconds at one site.
+
+    Attributes:
+        site: modules and dimensions.
+        case: the step.
+        us: of `lora`.
+        graph_us: of `lora` in a graph for any batch of as many rows and the same rank; None: more rows than
+            `GRAPH_ROWS`.
+        fused_us: of the kernel that shrinks and expands in one launch; None: not for these rows or ranks.
+        floor_us: of copying as many bytes as the step must read and write at least.
+        gather_us: of gathering each row's matrices and torch.bmm.
+        punica_us: of vLLM's Punica operators; None: not installed.
+        linear_us: of the base's own linear.
+    """
+
+    site: str
+    case: Case
+    us: float
+    graph_us: float | None
+    fused_us: float | None
+    floor_us: float
+    gather_us: float
+    punica_us: float | None
+    linear_us: float
+
+    @property
+    def ratio(self) -> float:
+        """Times the floor."""
+        return self.us / self.floor_us
+
+
+#: The linears of a layer of Llama-3-8B.
+LLAMA_3_8B = (
+    Site(4096, ("q", "k", "v"), (4096, 1024, 1024)),
+    Site(4096, ("o",), (4096,)),
+    Site(4096, ("gate", "up"), (14336, 14336)),
+    Site(14336, ("down",), (4096,)),
+)
+CASES = tuple(
+    Case(*numbers)
+    for numbers in (
+        *((8, 8, 16), (32, 32, 16), (32, 1, 16), (128, 128, 16), (8, 8, 64)),
+        *((512, 1, 16), (512, 4, 16), (4096, 8, 16)),
+    )
+)
+
+#: Rows up to which an engine would keep a graph: decode, not prefill.
+GRAPH_ROWS = 256
+
+#: What `check` goes through: odd dimensions, and one of each kind of site.
+CHECKED_SITES = (
+    Site(37, ("q", "k", "v"), (29, 5, 11)),
+    Site(1024, ("q", "k", "v"), (1024, 256, 256)),
+    Site(4096, ("gate", "up"), (1536, 1536)),
+)
+#: Runs as (adapter, None for the base; rows).
+CHECKED_RUNS: tuple[tuple[tuple[int | None, int], ...], ...] = (
+    ((None, 3),),
+    ((0, 1),),
+    ((0, 1), (1, 1), (None, 1), (2, 1), (3, 1), (4, 1), (5, 2)),
+    ((5, 7), (None, 2), (1, 33)),
+    ((3, 128), (0, 1), (None, 1), (4, 200), (2, 65)),
+)
+CHECKED_RANKS = (8, 1, 17, 64, 256, 16)
+#: Twice the roundoff of one rounding of h and one of y, or of float32's own sums.
+LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def check(
+    device: str = "cuda",
+    *,
+    sites: Iterable[Site] = CHECKED_SITES,
+    dtypes: Iterable[torch.dtype] = tuple(LIMITS),
+    runs: Iterable[Iterable[tuple[int | None, int]]] = CHECKED_RUNS,
+) -> Iterator[Check]:
+    """Compares `lora` with the reference in float32, called and, on a GPU, replayed from a graph."""
+    from loramill.kernels import triton
+
+    steps = [tuple(step) for step in runs]
+    for dtype in dtypes:
+        for site in sites:
+            adapters = [adapter(site, rank, gain=rank == 17) for rank in CHECKED_RANKS]
+            plain, slots = filled(site, adapters, dtype, reference.layout, "cpu")
+            slab, _ = filled(site, adapters, dtype, triton.layout, device)
+            for step in steps:
+                batch = Batch.of((None if who is None else slots[who], count) for who, count in step)
+                x, y = inputs(site, batch.rows, dtype, "cpu")
+                expected = y.to(torch.float32, copy=True)
+                reference.lora(x, expected, plain.views[0], batch)
+                for mode, got in _results(slab, batch, x.to(device), y.to(device)):
+                    error = (got.cpu().float() - expected).abs().max() / expected.abs().max()
+                    yield Check(name(site), str(dtype), f"{mode}: {step}", error.item(), LIMITS[dtype])
+
+
+def _results(slab: Slab, batch: Batch, x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    from loramill.kernels import triton
+
+    called = y.clone()
+    triton.lora(x, called, slab.views[0], batch)
+    yield "called", called
+    if y.is_cuda:
+        # Its kernels are compiled now: another step like it must not wait for the device.
+        again, fresh = y.clone(), Batch(batch.rows, batch.runs)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            triton.lora(x, again, slab.views[0], fresh)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        yield "called again", again
+        static = triton.StaticPlan(slab, rows=batch.rows, rank=max(CHECKED_RANKS))
+        replayed = y.clone()
+        graph = captured(lambda: triton.lora(x, replayed, slab.views[0], static.batch))
+        static.refresh(batch)
+        replayed.copy_(y)
+        graph.replay()
+        yield "replayed", replayed
+
+
+def timings(
+    cases: Iterable[Case] = CASES, sites: Iterable[Site] = LLAMA_3_8B, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[Timing]:
+    """Times every case at every site on the current GPU."""
+    bandwidth = copy_bandwidth()
+    steps = tuple(cases)
+    for site in sites:
+        weight = torch.randn(sum(site.widths), site.d_in, device="cuda", dtype=dtype)
+        for case in steps:
+            problem = pose(site, case, dtype, "cuda")
+            punica = punica_operators(problem)
+            fused = fused_launch(problem)
+            yield Timing(
+                site=name(site),
+                case=case,
+                us=median_us(lora_launches(problem)),
+                graph_us=median_us(static_launches(problem)) if case.rows <= GRAPH_ROWS else None,
+                fused_us=None if fused is None else median_us(fused),
+                floor_us=floor_bytes(site, case, dtype.itemsize) / bandwidth * 1e6,
+                gather_us=median_us(partial(gather_bmm, problem)),
+                punica_us=None if punica is None else median_us(punica),
+                linear_us=median_us(partial(F.linear, problem.x, weight)),
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A case at a site, as each contender wants it.
+
+    Attributes:
+        slab: one site, in the layout of the Triton kernels.
+        batch: the runs.
+        x: [rows, d_in].
+        y: [rows, sum of widths].
+        a, b: a module [adapters, rank, d_in] and [adapters, width, rank].
+        owner: int64 [rows]: each row's adapter.
+    """
+
+    slab: Slab
+    batch: Batch
+    x: torch.Tensor
+    y: torch.Tensor
+    a: tuple[torch.Tensor, ...]
+    b: tuple[torch.Tensor, ...]
+    owner: torch.Tensor
+
+    @property
+    def view(self) -> SiteSlab:
+        """The slab at its site."""
+        return self.slab.views[0]
+
+
+def pose(site: Site, case: Case, dtype: torch.dtype, device: str) -> Problem:
+    """Draws a case at random."""
+    from loramill.kernels import triton
+
+    adapters = [adapter(site, case.rank) for _ in range(case.adapters)]
+    slab, slots = filled(site, adapters, dtype, triton.layout, device)
+    each = case.rows // case.adapters
+    x, y = inputs(site, case.rows, dtype, device)
+    return Problem(
+        slab=slab,
+        batch=Batch.of((slot, each) for slot in slots),
+        x=x,
+        y=y,
+        a=tuple(torch.stack([deltas[module].a for deltas in adapters]).to(device, dtype) for module in site.modules),
+        b=tuple(torch.stack([deltas[module].b for deltas in adapters]).to(device, dtype) for module in site.modules),
+        owner=torch.arange(case.adapters, device=device).repeat_interleave(each),
+    )
+
+
+def adapter(site: Site, rank: int, *, gain: bool = False) -> dict[str, Delta]:
+    """Random deltas of one rank for all modules of a site, whose results are about as large as a standard normal."""
+    return {
+        module: Delta(
+            torch.randn(rank, site.d_in) / site.d_in**0.5,
+            torch.randn(width, rank) / rank**0.5,
+            torch.rand(width) + 0.5 if gain else None,
+        )
+        for module, width in zip(site.modules, site.widths, strict=True)
+    }
+
+
+def inputs(site: Site, rows: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random x and y."""
+    x, y = torch.randn(rows, site.d_in), torch.randn(rows, sum(site.widths))
+    return x.to(device, dtype), y.to(device, dtype)
+
+
+def filled(
+    site: Site, adapters: list[dict[str, Delta]], dtype: torch.dtype, layout: Layout, device: str
+) -> tuple[Slab, list[Slot]]:
+    """A slab of one site with adapters in its slots, and no room for more."""
+    empty = Slab([site], slots=0, size=0, dtype=dtype, layout=layout)
+    packed = [empty.pack(deltas) for deltas in adapters]
+    size = sum(aligned(each.bytes) for each in packed)
+    slab = Slab([site], slots=len(packed), size=size, dtype=dtype, layout=layout, device=device)
+    slots = []
+    for each in packed:
+        slot = slab.allocate(each.bytes)
+        assert slot is not None, "the slab was made to measure"
+        slab.load(slot, each)
+        slots.append(slot)
+    return slab, slots
+
+
+def name(site: Site) -> str:
+    """For people: `q+k+v 4096 -> 4096+1024+1024`."""
+    return f"{'+'.join(site.modules)} {site.d_in} -> {'+'.join(map(str, site.widths))}"
+
+
+def floor_bytes(site: Site, case: Case, itemsize: int) -> int:
+    """Bytes that a step has to move: its adapters and x once, y in and out."""
+    columns = sum(site.widths)
+    weights = case.adapters * case.rank * (len(site.modules) * site.d_in + columns)
+    return (weights + case.rows * (site.d_in + 2 * columns)) * itemsize
+
+
+def lora_launches(problem: Problem) -> Callable[[], None]:
+    """`lora` on a batch known beforehand."""
+    from loramill.kernels import triton
+
+    return lambda: triton.lora(problem.x, problem.y, problem.view, problem.batch)
+
+
+def static_launches(problem: Problem) -> Callable[[], None]:
+    """`lora` as an engine's graph of that many rows holds it, with the batch as its present work."""
+    from loramill.kernels import triton
+
+    static = triton.StaticPlan(problem.slab, rows=len(problem.x), rank=problem.a[0].shape[1])
+    static.refresh(problem.batch)
+    return lambda: triton.lora(problem.x, problem.y, problem.view, static.batch)
+
+
+def fused_launch(problem: Problem) -> Callable[[], None] | None:
+    """The one-launch kernel, chosen or not; None: its tiles are single rows of few ranks."""
+    from loramill.kernels.triton import plans
+
+    host = importlib.import_module("loramill.kernels.triton.lora")
+    work = host.work_of(problem.slab, problem.batch)
+    if work.plan.rows > 1 or work.rank > plans.FUSED.ranks:
+        return None
+    site = work.resident.sites[problem.view.index]
+    return lambda: host.fused(problem.x, problem.y, site, work)
+
+
+def gather_bmm(problem: Problem) -> None:
+    """What one writes first in torch: each row's own matrices, gathered, and two batched products."""
+    column = 0
+    for a, b in zip(problem.a, problem.b, strict=True):
+        part = problem.y[:, column : column + b.shape[1]]
+        h = torch.bmm(a[problem.owner], problem.x[:, :, None])
+        part += torch.bmm(b[problem.owner], h)[:, :, 0]
+        column += b.shape[1]
+
+
+def punica_operators(problem: Problem) -> Callable[[], None] | None:
+    """vLLM's shrink and expand (vllm/lora/ops/triton_ops); None: vLLM isn't installed."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    operators = importlib.import_module("vllm.lora.ops.triton_ops")
+    meta = operators.LoRAKernelMeta.make(len(problem.a[0]), len(problem.x), device=problem.x.device)
+    meta.prepare_tensors(problem.owner.int())
+    # Newer versions ask whether the grid is for the active adapters alone.
+    more = [True] * (len(inspect.signature(meta.meta_args).parameters) - 1)
+    arguments = meta.meta_args(len(problem.x), *more)
+    a, b = list(problem.a), list(problem.b)
+    h = torch.empty(len(a), len(problem.x), a[0].shape[1], dtype=torch.float32, device=problem.x.device)
+
+    def run() -> None:
+        operators.lora_shrink(problem.x, a, h, *arguments, 1.0)
+        operators.lora_expand(h, b, problem.y, *arguments, offset_start=0, add_inputs=True)
+
+    return run
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy within the GPU's memory reads and writes."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_us(lambda: target.copy_(source)) * 1e6
+
+
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of what `run` launches, once it has run a few times on a stream of its own."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def median_us(run: Callable[[], object], repeats: int = 50) -> float:
+    """Microseconds of a replay of `run`'s graph with a cold L2 cache."""
+    graph = captured(run)
+    # Writing twice as much as the L2 caches of GPUs hold leaves nothing else in it.
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]  # type: ignore[no-untyped-call]
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    milliseconds: list[float] = [start.elapsed_time(end) for start, end in events]
+    return statistics.median(milliseconds) * 1e3

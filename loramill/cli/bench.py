@@ -1,0 +1,64 @@
+"""`loramill bench`: what this machine reaches, and what it should."""
+
+from __future__ import annotations
+
+import json as encoding
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.text import Text
+
+from loramill.cli import show
+
+if TYPE_CHECKING:
+    from loramill.kernels.bench import Result
+
+bench = typer.Typer(help="Benchmarks: ratios within one process.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.add_typer(bench, name="bench", rich_help_panel="This machine")
+
+
+@bench.callback()
+def _root() -> None:
+    """Keeps `kernels` a command of its own name, the only one that it is."""
+
+
+@bench.command()
+def kernels(
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Whose kernels.")] = "cpu",
+    only: Annotated[str, typer.Option(metavar="TEXT", help="Only groups of cases with this in their name.")] = "",
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="Write the results there, too.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a target is missed.")] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Add the results to this checkout's benchmarks/results.csv.")
+    ] = False,
+) -> None:
+    """Measure the kernels on one thread, about three minutes; medians, against their targets."""
+    from loramill.kernels.bench import run
+    from loramill.kernels.bench.record import append, results_file
+
+    file = results_file(Path.cwd()) if record else None  # minutes later would be too late to find out
+    results = run(device, only, lambda group: show.say(f"Measuring {group}…", style="dim"))
+    show.table(("CASE", "VALUE", "TARGET", "VERDICT", "FLOOR"), map(_row, results), empty="Nothing was measured.")
+    if json is not None:
+        values = [{**asdict(result), "met": result.met} for result in results]
+        json.write_text(encoding.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if file is not None:
+        append(file, results, device)
+    missed = [result.case for result in results if result.met is False]
+    if check and missed:
+        show.say(f"Missed targets: {'; '.join(missed)}.", style="red")
+        raise typer.Exit(1)
+
+
+def _row(result: Result) -> tuple[show.Cell, ...]:
+    verdict = {True: Text("met", style="green"), False: Text("missed", style="red"), None: Text("-")}[result.met]
+    floor = "-" if result.floor is None else f"{result.floor:.3g}"
+    return (result.case, f"{result.value:.3g} {result.unit}", result.goal or "-", verdict, floor)
