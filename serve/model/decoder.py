@@ -85,7 +85,7 @@ class Decoder:
         return self._backend.new_kv(c.layers, blocks, block_size, c.kv_heads, c.head_dim, self.dtype)
 
     def new_slab(self, slots: int, size: int, bits: int = 16) -> Slab:
-        """An empty slab of `slots` adapters in `size` bytes for `forward`; of int8 if `bits` is 8, else of our dtype."""
+        """An empty slab of `slots` adapters in `size` bytes for `forward`; of int8 if `bits` is 8."""
         dtype = torch.int8 if bits == 8 else self.dtype
         return Slab(self.sites, slots=slots, size=size, dtype=dtype, layout=self._backend.layout)
 
