@@ -35,6 +35,25 @@ def host_memory(size: int) -> torch.Tensor:
     return memory[start : start + size]
 
 
+class HostPool:
+    """Host memory for many tensors that live equally long: next to each other, so that none takes up pages of its own.
+
+    A chunk of it is given back when nothing that was carved from it is left.
+    """
+
+    def __init__(self, chunk: int = 64 << 20) -> None:
+        self._chunk = chunk
+        self._left = host_memory(0)
+
+    def take(self, size: int) -> torch.Tensor:
+        """Zeroed bytes [size] at a cache line's start."""
+        whole = aligned(size)
+        if whole > self._left.numel():
+            self._left = host_memory(max(whole, self._chunk))
+        taken, self._left = self._left[:size], self._left[whole:]
+        return taken
+
+
 class Extents:
     """Which parts of `size` bytes are free: first fit; neighbours are joined, so that crumbs don't stay for ever."""
 

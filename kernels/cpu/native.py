@@ -17,7 +17,7 @@ from loramill.kernels.batch import Batch
 from loramill.kernels.cpu import decoder_ops
 from loramill.kernels.cpu.build import library, supported_tiers
 from loramill.kernels.cpu.layout import OUTPUTS, PANELS, panels
-from loramill.kernels.memory import host_memory
+from loramill.kernels.memory import HostPool
 from loramill.kernels.paging import Pages
 from loramill.kernels.slab import SiteSlab
 
@@ -54,6 +54,7 @@ class Native:
         self.name = f"cpu-{tier}"
         self._tier = tier
         self._threads = 1
+        self._pool = HostPool()
         self._libraries: dict[torch.dtype, ctypes.CDLL] = {}
 
     def lora(self, x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
@@ -64,7 +65,7 @@ class Native:
     def pack(self, weight: torch.Tensor) -> Weight:
         """Lays a matrix [d_out, d_in] out for `linear` and `embed`."""
         packed = panels(weight)
-        memory = host_memory(packed.nbytes).view(packed.dtype).view(packed.shape)
+        memory = self._pool.take(packed.nbytes).view(packed.dtype).view(packed.shape)
         return Weight(memory.copy_(packed), *weight.shape)
 
     def embed(self, tokens: torch.Tensor, weight: Weight) -> torch.Tensor:

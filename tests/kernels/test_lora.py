@@ -236,6 +236,23 @@ def test_the_same_bits_every_time(ops, dtype, adapters):
     assert all(torch.equal(first, ops.adapted_linear(x, weight, slab.views[0], batch)) for _ in range(3))
 
 
+@pytest.mark.parametrize("site", [ODD, EVEN], ids=["odd", "even"])
+@pytest.mark.parametrize("popularity", POPULARITY)
+def test_a_row_has_the_same_bits_alone_and_in_any_company(native, dtype, adapters, site, popularity):
+    slab, slots = filled_slab([site], adapters[site], dtype, native.layout)
+    weight = native.pack(torch.randn(sum(site.widths), site.d_in).to(dtype))
+    for rows in (7, 33, 130):
+        owner = owners(popularity, rows, ADAPTERS)
+        x, batch = torch.randn(rows, site.d_in).to(dtype), batch_of(slots, owner)
+        together = native.adapted_linear(x, weight, slab.views[0], batch)
+        in_two_steps = native.linear(x, weight)
+        native.lora(x, in_two_steps, slab.views[0], batch)
+        assert torch.equal(together, in_two_steps)
+        for row in range(0, rows, 3):
+            alone = native.adapted_linear(x[row : row + 1], weight, slab.views[0], batch_of(slots, owner[row : row + 1]))
+            assert torch.equal(alone[0], together[row])
+
+
 def test_the_chosen_backend_computes_lora(adapters):
     slab, slots = filled_slab([ODD], adapters[ODD], torch.float32, backend().layout)
     x, y = torch.randn(6, 37), torch.randn(6, 45)

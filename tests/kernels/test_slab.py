@@ -11,7 +11,7 @@ from loramill import kernels
 from loramill.errors import AdapterInvalid, EngineFault, SettingsInvalid
 from loramill.kernels import Batch, Delta, Site, Slab, reference
 from loramill.kernels.adapter import ROWS
-from loramill.kernels.memory import Extents, host_memory
+from loramill.kernels.memory import Extents, HostPool, host_memory
 
 from .oracle import random_delta
 
@@ -234,6 +234,16 @@ def test_host_memory_is_zero_aligned_and_lazy():
     assert not memory[:4096].any()
     assert not memory[-4096:].any()
     assert host_memory(0).numel() == 0
+
+
+def test_a_pool_s_parts_lie_side_by_side_and_never_on_each_other():
+    pool = HostPool(chunk=1 << 20)
+    sizes = [100, 64, 1, 500_000, 600_000, 3 << 20, 10]
+    parts = [pool.take(size).fill_(index) for index, size in enumerate(sizes)]
+    assert [part.numel() for part in parts] == sizes
+    assert all(part.data_ptr() % 64 == 0 for part in parts)
+    assert all((part == index).all() for index, part in enumerate(parts))
+    assert parts[1].data_ptr() == parts[0].data_ptr() + 128
 
 
 def test_extents_join_what_comes_back():

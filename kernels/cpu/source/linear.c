@@ -1,5 +1,8 @@
 // The base's linears with their rows' adapters: y = gain (x w^T + (x a^T) b^T), for any number of rows and adapters.
 //
+// A row's sums run over the inputs in one order and are rounded at the same points whatever else is in the batch: it has
+// the same bits alone and in any company.
+//
 // All of it waits for memory at few rows, so everything is read in the order in which it lies there: the base's matrix
 // first, then one adapter after the other. Where runs of rows are long it is the sums that take the time; there the
 // adapter's part is added while a tile of y is still in the registers.
@@ -177,6 +180,8 @@ INLINE void tile(const int rows, const int panels, const task *t, const element 
             UNROLL for (int m = 0; m < rows; m++)
                 acc[m][p] = fma_panel(acc[m][p], last, load_half_pair(x + m * t->ldx + t->d_in - 1));
         }
+    // The same bits as if it had been stored and taken up again: a row must not depend on its neighbours.
+    if (w && d->steps) UNROLL for (int m = 0; m < rows; m++) UNROLL for (int p = 0; p < panels; p++) acc[m][p] = rounded(acc[m][p]);
     if (d->bytes) add_delta(rows, panels, true, t, d, acc);
     else add_delta(rows, panels, false, t, d, acc);
     UNROLL for (int p = 0; p < panels; p++) {
@@ -195,8 +200,8 @@ static void any_tile(int64_t rows, int64_t top, const task *t, const element *w,
     element *y = t->y + top * t->ldy + column;
 #define CASE(n)                                                                          \
     case n:                                                                              \
-        if (columns > LANES) tile(n, PANELS, t, x, w, y, columns, d);    \
-        else tile(n, 1, t, x, w, y, columns, d);                         \
+        if (columns > LANES) tile(n, PANELS, t, x, w, y, columns, d);                    \
+        else tile(n, 1, t, x, w, y, columns, d);                                         \
         break;
     switch (rows) { EACH_ROW_COUNT(CASE) }
 #undef CASE

@@ -308,6 +308,17 @@ INLINE vec fma_chunk(vec acc, chunk a, chunk b) { return madd(a, b, acc); }
 
 #endif
 
+// What is left of a after a store and a load.
+INLINE vec rounded(vec a) {
+#ifdef BFLOAT16
+    element kept[LANES];
+    store(kept, a);
+    return load(kept);
+#else
+    return a;
+#endif
+}
+
 // e to the x, which counts as -87 or 88 beyond those, within 2 units in the last place of float32 (Cephes' expf).
 INLINE vec exponential(vec x) {
     x = smaller(splat(88.0f), larger(splat(-87.0f), x));  // the second operand is what a NaN comes through
