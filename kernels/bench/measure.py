@@ -67,17 +67,17 @@ def interleaved(variants: Mapping[str, Callable[[], object]], effort: Effort) ->
     """Median CPU seconds of this thread in each variant; a round runs each once, so that all meet the same noise.
 
     What the first round does is not counted: it warms up. Each variant finds a cache that something else has filled,
-    the same for all, and not what the one before it has left there.
+    and every second round is in the reverse order: none profits from what runs before it.
     """
     refill = pure_read(_CACHE)
     spent: dict[str, list[float]] = {name: [] for name in variants}
     end = time.monotonic() + effort.seconds
     done = -1
     while done < effort.rounds or time.monotonic() < end:
-        for name, variant in variants.items():
+        for name in list(variants)[:: 1 if done % 2 else -1]:
             refill()
             began = time.thread_time()
-            variant()
+            variants[name]()
             spent[name].append(time.thread_time() - began)
         done += 1
     return {name: statistics.median(times[1:]) for name, times in spent.items()}

@@ -249,7 +249,9 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company(native, dtype, adapter
         native.lora(x, in_two_steps, slab.views[0], batch)
         assert torch.equal(together, in_two_steps)
         for row in range(0, rows, 3):
-            alone = native.adapted_linear(x[row : row + 1], weight, slab.views[0], batch_of(slots, owner[row : row + 1]))
+            alone = native.adapted_linear(
+                x[row : row + 1], weight, slab.views[0], batch_of(slots, owner[row : row + 1])
+            )
             assert torch.equal(alone[0], together[row])
 
 

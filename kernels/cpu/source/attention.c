@@ -20,6 +20,8 @@
 #define QUERIES 48
 #define GROUPS 4  // of 16 positions
 #define TILE (GROUPS * LANES)
+// Cache lines of the next keys that are asked for while a row's softmax runs.
+#define SOON 16
 
 // New rows of one sequence; its blocks begin at blocks[first_block].
 typedef struct {
@@ -222,6 +224,9 @@ static void tile(const task *t, const work *w, int64_t position, const place *he
         const int top = count * i / pieces, rows = count * (i + 1) / pieces - top;
         scores(rows, groups, now->q + top * t->head_dim, here, t->head_dim, t->scale, s);
         for (int m = 0; m < rows; m++) {
+            // Memory would be idle meanwhile.
+            for (int64_t line = 0; i == 0 && line < SOON && line < t->head_dim / PAIR; line++)
+                _mm_prefetch((const char *)(next->keys[m % GROUPS] + line * PANEL), _MM_HINT_T0);
             const int64_t stop = w->of->start + (w->from + top + m) / w->group + 1 - position;
             factor[m] = soften(s + m * TILE, p + m * TILE, groups, stop - t->window, stop, now->most + top + m,
                                now->total + top + m);

@@ -33,14 +33,16 @@ typedef struct {
     bool bytes;  // the adapters are of int8
 } task;
 
-// What one tile adds to the base's product.
+// What a block of columns gets from an adapter on top of the base's product.
 typedef struct {
-    const element *h;
+    const element *h;  // of row 0
     const char *b;
     const float *gain;
     int64_t steps;
     bool bytes;
 } delta;
+
+#define MAX_RANK 256
 
 // Rows of x that one pass over the weights takes: few enough to stay in the second-level cache.
 #define PASS (16 * ROWS)
@@ -77,9 +79,34 @@ INLINE panel weights_panel(const char *p, const bool bytes) {
     return load_panel((const element *)p);
 }
 
-// h[rows][4] = x a^T for four ranks of a, LINE inputs of each side by side; in int8 with a scale for each.
-INLINE void shrink_tile(const int rows, const bool bytes, const element *x, int64_t ldx, const char *a,
-                        const float *scale, int64_t d_in, element *h, int64_t ldh) {
+// `count` weights of int8, a multiple of LINE, as elements.
+static const char *widened(const char *from, element *to, int64_t count) {
+#ifdef BFLOAT16
+    for (int64_t i = 0; i < count; i += CHUNK) {
+        if (i % 64 == 0) _mm_prefetch(from + i + AHEAD, _MM_HINT_T0);
+        store_chunk(to + i, load_chunk8((const int8_t *)from + i));
+    }
+#else
+    (void)from, (void)count;
+#endif
+    return (const char *)to;
+}
+
+// Room for `elements`, which the thread keeps, for each of two uses; null: there is none.
+static element *scratch(int use, int64_t elements) {
+    static _Thread_local element *room[2];
+    static _Thread_local int64_t size[2];
+    if (elements > size[use]) {
+        free(room[use]);
+        room[use] = aligned_alloc(64, (size_t)(elements * (int64_t)sizeof(element) + 63) / 64 * 64);
+        size[use] = room[use] ? elements : 0;
+    }
+    return room[use];
+}
+
+// h[rows][4] = x a^T for four ranks of a, LINE inputs of each side by side, times a scale for each.
+INLINE void shrink_tile(const int rows, const bool bytes, const element *x, int64_t ldx, const char *a, __m128 scale,
+                        int64_t d_in, element *h, int64_t ldh) {
     const int64_t row_size = LINE * size_of(bytes);
     vec acc[SHRINK_ROWS][4];
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int r = 0; r < 4; r++) acc[m][r] = zero();
@@ -99,27 +126,32 @@ INLINE void shrink_tile(const int rows, const bool bytes, const element *x, int6
         }
     UNROLL for (int m = 0; m < rows; m++) {
         const __m128 sums = sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
-        store4(h + m * ldh, bytes ? _mm_mul_ps(sums, _mm_loadu_ps(scale)) : sums);
+        store4(h + m * ldh, _mm_mul_ps(sums, scale));
     }
 }
 
 // h[to - from][rank] = x a^T for one module.
 static void shrink(const task *t, const target *at, int64_t from, int64_t to, element *h) {
-    const int64_t quad = (t->d_in + LINE - 1) / LINE * LINE * 4 * size_of(t->bytes);
+    const int64_t quad = (t->d_in + LINE - 1) / LINE * LINE * 4;
     const char *a = t->arena + at->a;
-    const float *scale = (const float *)(a - (at->rank * 4 + 63) / 64 * 64);
-    for (int64_t q = 0; q < quads(at->rank); q++, a += quad, scale += 4, h += 4)
+    const float *scales = (const float *)(a - (at->rank * 4 + 63) / 64 * 64);
+    // What many rows need is widened once for all of them.
+    element *wide = t->bytes && to - from > SHRINK_ROWS ? scratch(1, quad) : 0;
+    for (int64_t q = 0; q < quads(at->rank); q++, a += quad * size_of(t->bytes), h += 4) {
+        const __m128 scale = t->bytes ? _mm_loadu_ps(scales + 4 * q) : _mm_set1_ps(1.0f);
+        const char *now = wide ? widened(a, wide, quad) : a;
         for (int64_t row = from; row < to; row += SHRINK_ROWS) {
             const element *x = t->x + row * t->ldx;
             element *to_h = h + (row - from) * t->ldh;
-#define CASE(n)                                                                               \
-    case n:                                                                                   \
-        if (t->bytes) shrink_tile(n, true, x, t->ldx, a, scale, t->d_in, to_h, t->ldh);       \
-        else shrink_tile(n, false, x, t->ldx, a, scale, t->d_in, to_h, t->ldh);               \
+#define CASE(n)                                                                                         \
+    case n:                                                                                             \
+        if (t->bytes && !wide) shrink_tile(n, true, x, t->ldx, now, scale, t->d_in, to_h, t->ldh);      \
+        else shrink_tile(n, false, x, t->ldx, now, scale, t->d_in, to_h, t->ldh);                       \
         break;
             switch (to - row < SHRINK_ROWS ? to - row : SHRINK_ROWS) { EACH_SHRINK(CASE) }
 #undef CASE
         }
+    }
 }
 
 // Shrinks the rows of pieces `from` to `to`, all modules of a row side by side in h.
@@ -135,7 +167,7 @@ static void shrink_all(const void *arguments, int64_t from, int64_t to) {
     }
 }
 
-INLINE void add_delta(const int rows, const int panels, const bool bytes, const task *t, const delta *d,
+INLINE void add_delta(const int rows, const int panels, const bool bytes, const delta *d, const element *h, int64_t ldh,
                       vec acc[ROWS][PANELS]) {
     const char *b = d->b;
     _Pragma("GCC unroll 4") for (int64_t k = 0; k < d->steps; k++, b += STEP * size_of(bytes)) {
@@ -146,14 +178,14 @@ INLINE void add_delta(const int rows, const int panels, const bool bytes, const 
             now[p] = weights_panel(at, bytes);
         }
         UNROLL for (int m = 0; m < rows; m++) {
-            const pair both = load_pair(d->h + m * t->ldh + k * PAIR);
+            const pair both = load_pair(h + m * ldh + k * PAIR);
             UNROLL for (int p = 0; p < panels; p++) acc[m][p] = fma_panel(acc[m][p], now[p], both);
         }
     }
 }
 
 INLINE void tile(const int rows, const int panels, const task *t, const element *x, const element *w, element *y,
-                 int64_t columns, const delta *d) {
+                 int64_t columns, const delta *d, const element *h) {
     vec acc[ROWS][PANELS];
     UNROLL for (int p = 0; p < panels; p++) {
         const int left = columns - p * LANES < LANES ? (int)(columns - p * LANES) : LANES;
@@ -182,8 +214,8 @@ INLINE void tile(const int rows, const int panels, const task *t, const element 
         }
     // The same bits as if it had been stored and taken up again: a row must not depend on its neighbours.
     if (w && d->steps) UNROLL for (int m = 0; m < rows; m++) UNROLL for (int p = 0; p < panels; p++) acc[m][p] = rounded(acc[m][p]);
-    if (d->bytes) add_delta(rows, panels, true, t, d, acc);
-    else add_delta(rows, panels, false, t, d, acc);
+    if (d->bytes) add_delta(rows, panels, true, d, h, t->ldh, acc);
+    else add_delta(rows, panels, false, d, h, t->ldh, acc);
     UNROLL for (int p = 0; p < panels; p++) {
         const int left = columns - p * LANES < LANES ? (int)(columns - p * LANES) : LANES;
         if (d->gain) UNROLL for (int m = 0; m < rows; m++) acc[m][p] = mul(acc[m][p], load_floats(d->gain + p * LANES));
@@ -197,11 +229,12 @@ INLINE void tile(const int rows, const int panels, const task *t, const element 
 static void any_tile(int64_t rows, int64_t top, const task *t, const element *w, int64_t column, int64_t columns,
                      const delta *d) {
     const element *x = t->x + top * t->ldx;
+    const element *h = d->h + top * t->ldh;
     element *y = t->y + top * t->ldy + column;
 #define CASE(n)                                                                          \
     case n:                                                                              \
-        if (columns > LANES) tile(n, PANELS, t, x, w, y, columns, d);                    \
-        else tile(n, 1, t, x, w, y, columns, d);                                         \
+        if (columns > LANES) tile(n, PANELS, t, x, w, y, columns, d, h);                 \
+        else tile(n, 1, t, x, w, y, columns, d, h);                                      \
         break;
     switch (rows) { EACH_ROW_COUNT(CASE) }
 #undef CASE
@@ -212,39 +245,58 @@ typedef struct {
     int64_t module, within, column, columns;  // within: the module's first column is 0
 } block;
 
-static delta delta_of(const task *t, const piece *p, const block *at, int64_t row) {
-    const target *targets = t->table + p->slot * t->stride, *its = targets + at->module;
+// An adapter's part in a module's first block; `before`: its ranks that lie before the module's in a row of h.
+static delta delta_of(const task *t, const target *its, int64_t before) {
     if (!its->rank) return (delta){0};
-    int64_t before = 0;
-    for (int64_t m = 0; m < at->module; m++) before += quads(targets[m].rank) * 4;
-    const int64_t half = at->within / LANES;
     return (delta){
-        .h = t->h + row * t->ldh + before,
-        .b = t->arena + its->b + (half / 2 * steps(its->rank) * STEP + half % 2 * PANEL) * size_of(t->bytes),
-        .gain = its->gain < 0 ? 0 : (const float *)(t->arena + its->gain) + at->within,
+        .h = t->h + before,
+        .b = t->arena + its->b,
+        .gain = its->gain < 0 ? 0 : (const float *)(t->arena + its->gain),
         .steps = steps(its->rank),
         .bytes = t->bytes,
     };
 }
 
-// Rows `top` to `bottom` of a block, of which pieces from p on have an adapter. Returns the first that may reach further.
-static const piece *rows_of_block(const task *t, const element *w, const block *at, int64_t top, int64_t bottom,
-                                  const piece *p) {
-    static const delta nothing;
-    const piece *end = t->pieces + t->count;
-    while (p < end && p->to <= top) p++;
-    if (p < end && p->from <= top && p->to >= bottom) {
-        const delta all = delta_of(t, p, at, top);
-        any_tile(bottom - top, top, t, w, at->column, at->columns, &all);
-        return p;
+// The same for the block that begins `within` columns from the module's first.
+static delta at_block(delta d, int64_t within) {
+    const int64_t half = within / LANES;
+    d.b += (half / 2 * d.steps * STEP + half % 2 * PANEL) * size_of(d.bytes);
+    if (d.gain) d.gain += within;
+    return d;
+}
+
+static delta delta_at(const task *t, const piece *p, const block *at) {
+    const target *targets = t->table + p->slot * t->stride;
+    int64_t before = 0;
+    for (int64_t m = 0; m < at->module; m++) before += quads(targets[m].rank) * 4;
+    return at_block(delta_of(t, targets + at->module, before), at->within);
+}
+
+// All rows of a pass, `begin` to `end`, of one block.
+static void rows_of_block(const task *t, const element *w, const block *at, int64_t begin, int64_t end) {
+    const int64_t tiles = (end - begin + ROWS - 1) / ROWS;
+    const piece *p = t->pieces, *last = t->pieces + t->count, *known = 0;
+    element wide[MAX_RANK * PANELS * LANES + STEP];
+    const delta nothing = {0};
+    delta d = nothing;
+    for (int64_t i = 0; i < tiles; i++) {  // of nearly equal height
+        const int64_t top = begin + (end - begin) * i / tiles, bottom = begin + (end - begin) * (i + 1) / tiles;
+        while (p < last && p->to <= top) p++;
+        if (p < last && p->from <= top && p->to >= bottom) {
+            if (known != p) d = delta_at(t, p, at);
+            // What several tiles need is widened once for all of them.
+            if (known != p && d.bytes && PANELS == 2) d.b = widened(d.b, wide, d.steps * STEP), d.bytes = false;
+            known = p;
+            any_tile(bottom - top, top, t, w, at->column, at->columns, &d);
+            continue;
+        }
+        any_tile(bottom - top, top, t, w, at->column, at->columns, &nothing);
+        for (const piece *q = p; q < last && q->from < bottom; q++) {  // each takes its own rows up again
+            const int64_t from = q->from > top ? q->from : top, to = q->to < bottom ? q->to : bottom;
+            const delta its = delta_at(t, q, at);
+            if (its.steps) any_tile(to - from, from, t, 0, at->column, at->columns, &its);
+        }
     }
-    any_tile(bottom - top, top, t, w, at->column, at->columns, &nothing);
-    for (const piece *q = p; q < end && q->from < bottom; q++) {  // each takes its own rows up again
-        const int64_t from = q->from > top ? q->from : top, to = q->to < bottom ? q->to : bottom;
-        const delta its = delta_of(t, q, at, from);
-        if (its.steps) any_tile(to - from, from, t, 0, at->column, at->columns, &its);
-    }
-    return p;
 }
 
 static block block_at(const task *t, int64_t index) {
@@ -260,52 +312,35 @@ static block block_at(const task *t, int64_t index) {
 // Blocks `from` to `to`.
 static void run(const void *arguments, int64_t from, int64_t to) {
     const task *t = arguments;
-    for (int64_t begin = 0; begin < t->rows; begin += PASS) {
-        const int64_t rows = t->rows - begin < PASS ? t->rows - begin : PASS, tiles = (rows + ROWS - 1) / ROWS;
+    for (int64_t begin = 0; begin < t->rows; begin += PASS)
         for (int64_t g = from; g < to; g++) {
             const block at = block_at(t, g);
             const int64_t half = at.column / LANES;
             const element *w = t->w + half / 2 * steps(t->d_in) * STEP + half % 2 * PANEL;
-            const piece *p = t->pieces;
-            for (int64_t i = 0; i < tiles; i++)  // of nearly equal height
-                p = rows_of_block(t, w, &at, begin + rows * i / tiles, begin + rows * (i + 1) / tiles, p);
+            rows_of_block(t, w, &at, begin, t->rows - begin < PASS ? t->rows : begin + PASS);
         }
-    }
 }
 
 // Adds the adapters of pieces `from` to `to`, one after the other.
 static void adapt(const void *arguments, int64_t from, int64_t to) {
     const task *t = arguments;
-    for (const piece *p = t->pieces + from; p < t->pieces + to; p++) {
-        const target *its = t->table + p->slot * t->stride, *next = p + 1 < t->pieces + to ? t->table + p[1].slot * t->stride : 0;
+    for (const piece *p = t->pieces + from, *end = t->pieces + to; p < end; p++) {
+        const target *its = t->table + p->slot * t->stride;
         for (int64_t m = 0, column = 0; m < t->modules; column += t->widths[m++]) {
             if (!its[m].rank) continue;
+            const delta whole = delta_of(t, its + m, 0);
             shrink(t, its + m, p->from, p->to, t->h + p->from * t->ldh);
-            if (next && m + 1 == t->modules)
-                for (int64_t line = 0; line < AHEAD; line += 64) _mm_prefetch(t->arena + next->a + line, _MM_HINT_T0);
+            if (p + 1 < end && m + 1 == t->modules) {  // the next adapter lies elsewhere
+                const char *next = t->arena + t->table[p[1].slot * t->stride].a;
+                for (int64_t line = 0; line < AHEAD; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
+            }
             for (int64_t within = 0; within < t->widths[m]; within += PANELS * LANES) {
-                const int64_t left = t->widths[m] - within;
-                const block at = {m, within, column + within, left < PANELS * LANES ? left : PANELS * LANES};
-                for (int64_t row = p->from; row < p->to; row += ROWS) {
-                    delta d = delta_of(t, p, &at, row);
-                    d.h = t->h + row * t->ldh;
-                    any_tile(p->to - row < ROWS ? p->to - row : ROWS, row, t, 0, at.column, at.columns, &d);
-                }
+                const delta d = at_block(whole, within);
+                for (int64_t row = p->from; row < p->to; row += ROWS)
+                    any_tile(p->to - row < ROWS ? p->to - row : ROWS, row, t, 0, column + within, t->widths[m] - within, &d);
             }
         }
     }
-}
-
-// Room for `elements`, which the thread keeps; null: there is none.
-static element *scratch(int64_t elements) {
-    static _Thread_local element *room;
-    static _Thread_local int64_t size;
-    if (elements > size) {
-        free(room);
-        room = aligned_alloc(64, (size_t)(elements * (int64_t)sizeof(element) + 63) / 64 * 64);
-        size = room ? elements : 0;
-    }
-    return room;
 }
 
 // Returns 0, or -1 if memory is out. Blocks of a module must begin with a block of w: widths of modules but the last are
@@ -322,7 +357,7 @@ int adapted_linear(const element *x, int64_t ldx, const element *w, element *y, 
         if (wide > t.ldh) t.ldh = wide;
         ranks += wide * (p->to - p->from);
     }
-    if (t.ldh && !(t.h = scratch(rows * t.ldh))) return -1;
+    if (t.ldh && !(t.h = scratch(0, rows * t.ldh))) return -1;
     const bool together = w && ranks && rows >= count * ROWS;
     if (together) share(shrink_all, &t, count, ranks * d_in / count);
     if (!together) t.count = 0;

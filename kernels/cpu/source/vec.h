@@ -139,6 +139,7 @@ INLINE chunk load_chunk_first(int n, const element *p) {
     return (chunk)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
 }
 INLINE chunk load_chunk8(const int8_t *p) { return load_panel8(p); }
+INLINE void store_chunk(element *p, chunk a) { _mm512_storeu_si512(p, (__m512i)a); }
 INLINE vec fma_chunk(vec acc, chunk a, chunk b) { return _mm512_dpbf16_ps(acc, a, b); }
 
 #else
@@ -303,6 +304,7 @@ INLINE chunk load_chunk8(const int8_t *p) {
     const __m128i all = _mm_loadu_si128((const __m128i *)p);
     return BOTH(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(all)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(all, 8))));
 }
+INLINE void store_chunk(element *p, chunk a) { store(p, a); }
 #endif
 INLINE vec fma_chunk(vec acc, chunk a, chunk b) { return madd(a, b, acc); }
 

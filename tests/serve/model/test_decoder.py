@@ -133,7 +133,17 @@ def test_in_bfloat16_too_a_sequence_has_the_same_bits_in_any_company(tmp_path):
     prompt, other = tokens(40, 1), tokens(55, 2)
     cache = decoder.new_cache(blocks=12, block_size=16)
     alone = run(decoder, cache, Chunk(prompt, 0, [0, 1, 2], sampled=True))
-    run(decoder, cache, Chunk(prompt[:11], 0, [3, 4, 5], sampled=False), Chunk(other[:54], 0, [6, 7, 8, 9], sampled=True))
-    run(decoder, cache, Chunk(other[54:], 54, [6, 7, 8, 9], sampled=True), Chunk(prompt[11:39], 11, [3, 4, 5], sampled=False))
+    run(
+        decoder,
+        cache,
+        Chunk(prompt[:11], 0, [3, 4, 5], sampled=False),
+        Chunk(other[:54], 0, [6, 7, 8, 9], sampled=True),
+    )
+    run(
+        decoder,
+        cache,
+        Chunk(other[54:], 54, [6, 7, 8, 9], sampled=True),
+        Chunk(prompt[11:39], 11, [3, 4, 5], sampled=False),
+    )
     cut = run(decoder, cache, Chunk(prompt[39:], 39, [3, 4, 5], sampled=True))
     assert torch.equal(cut, alone)
