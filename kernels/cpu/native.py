@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_int, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ class Native:
         """`linear`, then `lora` on its result."""
         if not batch.runs:
             return self.linear(x, weight)
-        if any(width % OUTPUTS for width in slab.site.widths[:-1]):
+        if not _in_blocks(slab.site.widths):
             y = self.linear(x, weight)
             self.lora(x, y, slab, batch)
             return y
@@ -167,6 +168,12 @@ class Native:
             self._libraries[dtype] = _open(self._tier, dtype)
             self._libraries[dtype].set_threads(self._threads)
         return self._libraries[dtype]
+
+
+@cache
+def _in_blocks(widths: tuple[int, ...]) -> bool:
+    """Whether each module but the last fills whole blocks of the weight's outputs."""
+    return not any(width % OUTPUTS for width in widths[:-1])
 
 
 def _check(x: torch.Tensor, weight: Weight) -> None:

@@ -132,7 +132,7 @@ INLINE void shrink_tile(const int rows, const bool bytes, const element *x, int6
 
 // h[to - from][rank] = x a^T for one module.
 static void shrink(const task *t, const target *at, int64_t from, int64_t to, element *h) {
-    const int64_t quad = (t->d_in + LINE - 1) / LINE * LINE * 4;
+    const int64_t quad = (t->d_in + LINE - 1) / LINE * LINE * 4, tiles = (to - from + SHRINK_ROWS - 1) / SHRINK_ROWS;
     const char *a = t->arena + at->a;
     const float *scales = (const float *)(a - (at->rank * 4 + 63) / 64 * 64);
     // What many rows need is widened once for all of them.
@@ -140,15 +140,16 @@ static void shrink(const task *t, const target *at, int64_t from, int64_t to, el
     for (int64_t q = 0; q < quads(at->rank); q++, a += quad * size_of(t->bytes), h += 4) {
         const __m128 scale = t->bytes ? _mm_loadu_ps(scales + 4 * q) : _mm_set1_ps(1.0f);
         const char *now = wide ? widened(a, wide, quad) : a;
-        for (int64_t row = from; row < to; row += SHRINK_ROWS) {
-            const element *x = t->x + row * t->ldx;
-            element *to_h = h + (row - from) * t->ldh;
+        for (int64_t i = 0; i < tiles; i++) {  // of nearly equal height
+            const int64_t top = (to - from) * i / tiles, bottom = (to - from) * (i + 1) / tiles;
+            const element *x = t->x + (from + top) * t->ldx;
+            element *to_h = h + top * t->ldh;
 #define CASE(n)                                                                                         \
     case n:                                                                                             \
         if (t->bytes && !wide) shrink_tile(n, true, x, t->ldx, now, scale, t->d_in, to_h, t->ldh);      \
         else shrink_tile(n, false, x, t->ldx, now, scale, t->d_in, to_h, t->ldh);                       \
         break;
-            switch (to - row < SHRINK_ROWS ? to - row : SHRINK_ROWS) { EACH_SHRINK(CASE) }
+            switch (bottom - top) { EACH_SHRINK(CASE) }
 #undef CASE
         }
     }
