@@ -1,7 +1,7 @@
 // The base's linears with their rows' adapters: y = gain (x w^T + (x a^T) b^T), for any number of rows and adapters.
 //
-// A row's sums run over the inputs in one order and are rounded at the same points whatever else is in the batch: it has
-// the same bits alone and in any company.
+// A row's sums run over the inputs in one order and are rounded at the same points whatever else is in the batch: the
+// row has the same bits alone and in any company.
 //
 // All of it waits for memory at few rows, so everything is read in the order in which it lies there: the base's matrix
 // first, then one adapter after the other. Where runs of rows are long it is the sums that take the time; there the
@@ -168,14 +168,15 @@ static void shrink_all(const void *arguments, int64_t from, int64_t to) {
     }
 }
 
-INLINE void add_delta(const int rows, const int panels, const bool bytes, const delta *d, const element *h, int64_t ldh,
-                      vec acc[ROWS][PANELS]) {
+// `cold`: b comes from memory, in one stream.
+INLINE void add_delta(const int rows, const int panels, const bool bytes, const bool cold, const delta *d,
+                      const element *h, int64_t ldh, vec acc[ROWS][PANELS]) {
     const char *b = d->b;
     _Pragma("GCC unroll 4") for (int64_t k = 0; k < d->steps; k++, b += STEP * size_of(bytes)) {
         panel now[PANELS];
         UNROLL for (int p = 0; p < panels; p++) {
             const char *at = b + p * PANEL * size_of(bytes);
-            if (!p || !bytes) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+            if (cold && (!p || !bytes)) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
             now[p] = weights_panel(at, bytes);
         }
         UNROLL for (int m = 0; m < rows; m++) {
@@ -214,9 +215,11 @@ INLINE void tile(const int rows, const int panels, const task *t, const element 
                 acc[m][p] = fma_panel(acc[m][p], last, load_half_pair(x + m * t->ldx + t->d_in - 1));
         }
     // The same bits as if it had been stored and taken up again: a row must not depend on its neighbours.
-    if (w && d->steps) UNROLL for (int m = 0; m < rows; m++) UNROLL for (int p = 0; p < panels; p++) acc[m][p] = rounded(acc[m][p]);
-    if (d->bytes) add_delta(rows, panels, true, d, h, t->ldh, acc);
-    else add_delta(rows, panels, false, d, h, t->ldh, acc);
+    if (w && d->steps)
+        UNROLL for (int m = 0; m < rows; m++) UNROLL for (int p = 0; p < panels; p++) acc[m][p] = rounded(acc[m][p]);
+    if (d->bytes) add_delta(rows, panels, true, true, d, h, t->ldh, acc);
+    else if (w) add_delta(rows, panels, false, false, d, h, t->ldh, acc);
+    else add_delta(rows, panels, false, true, d, h, t->ldh, acc);
     UNROLL for (int p = 0; p < panels; p++) {
         const int left = columns - p * LANES < LANES ? (int)(columns - p * LANES) : LANES;
         if (d->gain) UNROLL for (int m = 0; m < rows; m++) acc[m][p] = mul(acc[m][p], load_floats(d->gain + p * LANES));
@@ -284,10 +287,14 @@ static void rows_of_block(const task *t, const element *w, const block *at, int6
         const int64_t top = begin + (end - begin) * i / tiles, bottom = begin + (end - begin) * (i + 1) / tiles;
         while (p < last && p->to <= top) p++;
         if (p < last && p->from <= top && p->to >= bottom) {
-            if (known != p) d = delta_at(t, p, at);
-            // What several tiles need is widened once for all of them.
-            if (known != p && d.bytes && PANELS == 2) d.b = widened(d.b, wide, d.steps * STEP), d.bytes = false;
-            known = p;
+            if (known != p) {
+                known = p;
+                d = delta_at(t, p, at);
+                const int64_t size = d.steps * STEP * size_of(d.bytes);
+                for (int64_t line = 0; line < size; line += 64) _mm_prefetch(d.b + size + line, _MM_HINT_T0);
+                // What several tiles need is widened once for all of them.
+                if (d.bytes && PANELS == 2) d.b = widened(d.b, wide, d.steps * STEP), d.bytes = false;
+            }
             any_tile(bottom - top, top, t, w, at->column, at->columns, &d);
             continue;
         }
@@ -337,21 +344,25 @@ static void adapt(const void *arguments, int64_t from, int64_t to) {
             }
             for (int64_t within = 0; within < t->widths[m]; within += PANELS * LANES) {
                 const delta d = at_block(whole, within);
+                const int64_t columns = t->widths[m] - within;
                 for (int64_t row = p->from; row < p->to; row += ROWS)
-                    any_tile(p->to - row < ROWS ? p->to - row : ROWS, row, t, 0, column + within, t->widths[m] - within, &d);
+                    any_tile(p->to - row < ROWS ? p->to - row : ROWS, row, t, 0, column + within, columns, &d);
             }
         }
     }
 }
 
-// Returns 0, or -1 if memory is out. Blocks of a module must begin with a block of w: widths of modules but the last are
-// multiples of 32, or w is null.
+// Returns 0, or -1 if memory is out. Blocks of a module must begin with a block of w: the widths of all modules but the
+// last are multiples of 32, or w is null.
 int adapted_linear(const element *x, int64_t ldx, const element *w, element *y, int64_t ldy, int64_t rows, int64_t d_in,
                    int64_t modules, const int64_t *widths, const char *arena, const target *table, int64_t stride,
                    const piece *pieces, int64_t count, int64_t bytes) {
     task t = {x, w, y, 0, arena, table, widths, pieces, ldx, ldy, 0, rows, d_in, modules, stride, count, bytes != 0};
     int64_t blocks = 0, ranks = 0, d_out = 0;
-    for (int64_t m = 0; m < modules; m++) d_out += widths[m], blocks += (widths[m] + PANELS * LANES - 1) / (PANELS * LANES);
+    for (int64_t m = 0; m < modules; m++) {
+        d_out += widths[m];
+        blocks += (widths[m] + PANELS * LANES - 1) / (PANELS * LANES);
+    }
     for (const piece *p = pieces; p < pieces + count; p++) {
         int64_t wide = 0;
         for (int64_t m = 0; m < modules; m++) wide += quads(table[p->slot * stride + m].rank) * 4;

@@ -99,7 +99,8 @@ INLINE __m128 sum_lanes(vec a) {
 INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
     const vec ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     const vec cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    return sum_lanes(add((vec)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), (vec)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd)));
+    const __m512d low = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), high = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+    return sum_lanes(add((vec)low, (vec)high));
 }
 
 #ifdef BFLOAT16
@@ -302,7 +303,8 @@ INLINE chunk load_chunk_first(int n, const element *p) { return load_first(n, p)
 #ifdef BFLOAT16
 INLINE chunk load_chunk8(const int8_t *p) {
     const __m128i all = _mm_loadu_si128((const __m128i *)p);
-    return BOTH(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(all)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(all, 8))));
+    const __m128i low = all, high = _mm_srli_si128(all, 8);
+    return BOTH(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high)));
 }
 INLINE void store_chunk(element *p, chunk a) { store(p, a); }
 #endif
