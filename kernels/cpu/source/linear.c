@@ -46,6 +46,8 @@ typedef struct {
 
 // Rows of x that one pass over the weights takes: few enough to stay in the second-level cache.
 #define PASS (16 * ROWS)
+// Steps that are summed up by themselves: a long sum's error grows with the length of its parts.
+#define SPAN (PAIR * 256)
 // How far ahead of its use a stream is asked for, in bytes; an adapter's is short.
 #define BASE_AHEAD 8192
 #define AHEAD 4096
@@ -197,16 +199,22 @@ INLINE void tile(const int rows, const int panels, const task *t, const element 
         }
     }
     const int64_t whole = w ? t->d_in / PAIR : 0;
-    for (int64_t k = 0; k < whole; k++) {
-        panel now[PANELS];
-        UNROLL for (int p = 0; p < panels; p++) {
-            _mm_prefetch((const char *)(w + k * STEP + p * PANEL) + BASE_AHEAD, _MM_HINT_T0);
-            now[p] = load_panel(w + k * STEP + p * PANEL);
+    for (int64_t begin = 0; begin < whole; begin += SPAN) {
+        const int64_t end = whole - begin < SPAN ? whole : begin + SPAN;
+        vec part[ROWS][PANELS];
+        UNROLL for (int m = 0; m < rows; m++) UNROLL for (int p = 0; p < panels; p++) part[m][p] = zero();
+        for (int64_t k = begin; k < end; k++) {
+            panel now[PANELS];
+            UNROLL for (int p = 0; p < panels; p++) {
+                _mm_prefetch((const char *)(w + k * STEP + p * PANEL) + BASE_AHEAD, _MM_HINT_T0);
+                now[p] = load_panel(w + k * STEP + p * PANEL);
+            }
+            UNROLL for (int m = 0; m < rows; m++) {
+                const pair both = load_pair(x + m * t->ldx + k * PAIR);
+                UNROLL for (int p = 0; p < panels; p++) part[m][p] = fma_panel(part[m][p], now[p], both);
+            }
         }
-        UNROLL for (int m = 0; m < rows; m++) {
-            const pair both = load_pair(x + m * t->ldx + k * PAIR);
-            UNROLL for (int p = 0; p < panels; p++) acc[m][p] = fma_panel(acc[m][p], now[p], both);
-        }
+        UNROLL for (int m = 0; m < rows; m++) UNROLL for (int p = 0; p < panels; p++) acc[m][p] = add(acc[m][p], part[m][p]);
     }
     if (w && whole * PAIR < t->d_in)
         UNROLL for (int p = 0; p < panels; p++) {
