@@ -208,7 +208,7 @@ class Engine:
         chunks: list[Chunk] = []
         for share in shares:
             tokens = self._live[share.id].tokens[share.start : share.start + share.count]
-            chunks.append(Chunk(tokens, share.start, self._scheduler.get(share.id).blocks, share.sampled))
+            chunks.append(Chunk(tokens, share.start, self._scheduler.get(share.id).blocks, int(share.sampled)))
         runs = [(self._adapters.slot(self._live[share.id].request.version), share.count) for share in shares]
         return self._model.forward(chunks, self._cache, self._adapters.slab, Batch.of(runs))
 

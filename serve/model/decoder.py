@@ -20,13 +20,13 @@ class Chunk:
         tokens: the new ones, at least one.
         start: position of the first of them; all before it are in the cache.
         blocks: the sequence's blocks in order, enough for `start + len(tokens)` positions.
-        sampled: whether the logits after the last token are wanted.
+        wanted: of how many of its last tokens the logits are wanted.
     """
 
     tokens: Sequence[int]
     start: int
     blocks: Sequence[int]
-    sampled: bool
+    wanted: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Decoder:
             batch: whose rows are whose; a row a token.
 
         Returns:
-            float32 logits [sampled chunks, vocabulary].
+            float32 logits [wanted of all chunks, vocabulary], in the order of the rows.
         """
         weights, c, ops = self._weights, self.config, self._backend
         spans = [Span(chunk.start, len(chunk.tokens), chunk.blocks) for chunk in chunks]
@@ -124,7 +124,7 @@ class Decoder:
             h = ops.add_rms_norm(x, self._attention(layer, h, kv, step), layer.post_norm, c.norm_eps)
             h = step.linear(ops.silu_mul(step.linear(h, layer.gate_up)), layer.down)
             h = ops.add_rms_norm(x, h, next_norm, c.norm_eps)
-        return ops.linear(h[_sampled_rows(chunks)], weights.head).float()
+        return ops.linear(h[_wanted_rows(chunks)], weights.head).float()
 
     def _attention(self, layer: Layer, h: torch.Tensor, kv: LayerKV, step: _Step) -> torch.Tensor:
         c, ops = self.config, self._backend
@@ -155,11 +155,10 @@ class _Step:
         return y if linear.bias is None else y.add_(linear.bias)
 
 
-def _sampled_rows(chunks: Sequence[Chunk]) -> torch.Tensor:
+def _wanted_rows(chunks: Sequence[Chunk]) -> torch.Tensor:
     rows: list[int] = []
     stop = 0
     for chunk in chunks:
         stop += len(chunk.tokens)
-        if chunk.sampled:
-            rows.append(stop - 1)
+        rows += range(stop - chunk.wanted, stop)
     return torch.tensor(rows, dtype=torch.long)

@@ -75,15 +75,9 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     one, two = tokens(100, 1), tokens(21, 2)
     one_blocks, two_blocks = list(range(13, 0, -1)), [20, 14, 22]
     # A whole prompt and the beginning of another; then the other's middle beside a decode; then two decodes.
-    first = run(
-        decoder, cache, Chunk(two[:5], 0, two_blocks, sampled=False), Chunk(one[:98], 0, one_blocks, sampled=True)
-    )
-    second = run(
-        decoder, cache, Chunk(one[98:99], 98, one_blocks, sampled=True), Chunk(two[5:20], 5, two_blocks, sampled=True)
-    )
-    third = run(
-        decoder, cache, Chunk(one[99:], 99, one_blocks, sampled=True), Chunk(two[20:], 20, two_blocks, sampled=True)
-    )
+    first = run(decoder, cache, Chunk(two[:5], 0, two_blocks, wanted=0), Chunk(one[:98], 0, one_blocks, wanted=1))
+    second = run(decoder, cache, Chunk(one[98:99], 98, one_blocks, wanted=1), Chunk(two[5:20], 5, two_blocks, wanted=1))
+    third = run(decoder, cache, Chunk(one[99:], 99, one_blocks, wanted=1), Chunk(two[20:], 20, two_blocks, wanted=1))
     got = torch.cat((first, second, third))
     expected = [last_logits(model, p) for p in (one[:98], one[:99], two[:20], one, two)]
     torch.testing.assert_close(got, torch.stack(expected), rtol=2e-4, atol=2e-4)
@@ -97,16 +91,16 @@ def test_sharded_checkpoints_and_other_dtypes_load(tmp_path):
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
         decoder = load_decoder(tmp_path, dtype=dtype)
         cache = decoder.new_cache(blocks=4, block_size=16)
-        got = run(decoder, cache, Chunk(prompt, 0, [0, 1, 2, 3], sampled=True))[0]
+        got = run(decoder, cache, Chunk(prompt, 0, [0, 1, 2, 3], wanted=1))[0]
         assert got.dtype == torch.float32
         assert (got - exact).norm() < tolerance * exact.norm()
 
 
-def test_no_row_is_worked_out_beyond_those_sampled(tmp_path):
+def test_no_row_is_worked_out_beyond_those_wanted(tmp_path):
     random_model(CONFIGS["llama"], tmp_path)
     decoder = load_decoder(tmp_path, dtype=torch.float32)
     cache = decoder.new_cache(blocks=4, block_size=16)
-    assert run(decoder, cache, Chunk(tokens(9, 1), 0, [0, 1], sampled=False)).shape == (0, 97)
+    assert run(decoder, cache, Chunk(tokens(9, 1), 0, [0, 1], wanted=0)).shape == (0, 97)
 
 
 def test_a_block_keeps_nothing_of_its_last_owner(tmp_path):
@@ -118,10 +112,8 @@ def test_a_block_keeps_nothing_of_its_last_owner(tmp_path):
         layer.keys.fill_(torch.nan)
         layer.values.fill_(torch.nan)
     short, long = tokens(8, 1), tokens(40, 2)
-    run(decoder, cache, Chunk(short[:7], 0, [1, 2], sampled=False), Chunk(long[:39], 0, [3, 4, 5], sampled=False))
-    logits = run(
-        decoder, cache, Chunk(short[7:], 7, [1, 2], sampled=True), Chunk(long[39:], 39, [3, 4, 5], sampled=True)
-    )
+    run(decoder, cache, Chunk(short[:7], 0, [1, 2], wanted=0), Chunk(long[:39], 0, [3, 4, 5], wanted=0))
+    logits = run(decoder, cache, Chunk(short[7:], 7, [1, 2], wanted=1), Chunk(long[39:], 39, [3, 4, 5], wanted=1))
     assert logits.isfinite().all()
 
 
@@ -132,18 +124,18 @@ def test_in_bfloat16_too_a_sequence_has_the_same_bits_in_any_company(tmp_path):
         pytest.skip("plain torch sums in another order for other numbers of rows")
     prompt, other = tokens(40, 1), tokens(55, 2)
     cache = decoder.new_cache(blocks=12, block_size=16)
-    alone = run(decoder, cache, Chunk(prompt, 0, [0, 1, 2], sampled=True))
+    alone = run(decoder, cache, Chunk(prompt, 0, [0, 1, 2], wanted=1))
     run(
         decoder,
         cache,
-        Chunk(prompt[:11], 0, [3, 4, 5], sampled=False),
-        Chunk(other[:54], 0, [6, 7, 8, 9], sampled=True),
+        Chunk(prompt[:11], 0, [3, 4, 5], wanted=0),
+        Chunk(other[:54], 0, [6, 7, 8, 9], wanted=1),
     )
     run(
         decoder,
         cache,
-        Chunk(other[54:], 54, [6, 7, 8, 9], sampled=True),
-        Chunk(prompt[11:39], 11, [3, 4, 5], sampled=False),
+        Chunk(other[54:], 54, [6, 7, 8, 9], wanted=1),
+        Chunk(prompt[11:39], 11, [3, 4, 5], wanted=0),
     )
-    cut = run(decoder, cache, Chunk(prompt[39:], 39, [3, 4, 5], sampled=True))
+    cut = run(decoder, cache, Chunk(prompt[39:], 39, [3, 4, 5], wanted=1))
     assert torch.equal(cut, alone)
