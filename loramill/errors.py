@@ -12,6 +12,7 @@
     ├── Conflict                     409 conflict
     ├── Overloaded                   429 overloaded
     ├── Unavailable                  503 unavailable
+    ├── DeadlineExceeded             504 deadline_exceeded
     ├── SetupError                   500 setup_error            this machine can't run it as it is
     │   ├── SettingsInvalid          500 settings_invalid
     │   ├── PortTaken                500 port_taken
@@ -146,6 +147,13 @@ class Unavailable(LoramillError):
 
     status = 503
     code = "unavailable"
+
+
+class DeadlineExceeded(LoramillError):
+    """An answer wasn't finished in the time that its request gave it."""
+
+    status = 504
+    code = "deadline_exceeded"
 
 
 class SetupError(LoramillError):

@@ -1,4 +1,4 @@
-"""The engine's adapters: residency decides, the loader fetches, the slab holds."""
+"""The engine's adapters: residency decides, the loader fetches and copies, the slab holds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from loramill.errors import EngineFault, LoramillError
 from loramill.kernels import PackedAdapter, Slot
+from loramill.kernels.adapter import RANK
+from loramill.serve.engine.host_cache import HostCache
 from loramill.serve.engine.loader import AdapterLoader
 from loramill.serve.engine.residency import Residency
 from loramill.serve.engine.values import AdapterSource, EngineConfig
@@ -26,8 +28,16 @@ class Adapters:
         self._capacity = config.adapter_slots
         self._residency = Residency(config.adapter_slots, config.patience)
         self._slots: dict[str, Slot] = {}
+        self._ranks: dict[str, int] = {}
+        # Fetched, and waiting for room.
         self._arrived: dict[str, PackedAdapter] = {}
-        self._loader = AdapterLoader(self.slab, model.target_weight, source, config.load_threads, notify)
+        self._cache = HostCache(config.host_bytes)
+        self._loader = AdapterLoader(self.slab, self._cache, model.target_weight, source, config.load_threads, notify)
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the adapters in the host cache."""
+        return self._cache.bytes
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -46,6 +56,10 @@ class Adapters:
     def slot(self, version: str | None) -> Slot | None:
         """Where a resident version is."""
         return None if version is None else self._slots[version]
+
+    def rank(self, version: str) -> int:
+        """The largest rank in a resident version."""
+        return self._ranks[version]
 
     def want(self, version: str | None) -> None:
         """One more live request."""
@@ -68,32 +82,42 @@ class Adapters:
             self._residency.unpin(version)
 
     def take_loaded(self) -> list[tuple[str, LoramillError]]:
-        """Puts what was fetched into the slab; returns the versions that can't be had, whose slots are given back."""
+        """Takes in what was fetched and copied; returns the versions that can't be had, whose slots are given back."""
         failed: list[tuple[str, LoramillError]] = []
         for loaded in self._loader.finished():
-            if isinstance(loaded.result, LoramillError):
-                self._residency.failed(loaded.version)
+            version, result = loaded.version, loaded.result
+            if isinstance(result, LoramillError):
+                self._residency.failed(version)
+                self._give_back(version)
                 self.failures += 1
-                failed.append((loaded.version, loaded.result))
+                failed.append((version, result))
+            elif isinstance(result, Slot):
+                self._residency.loaded(version)
+                self.loads += 1
             else:
-                self._arrived[loaded.version] = loaded.result
+                self._arrived[version] = result
         for version, adapter in list(self._arrived.items()):
             slot = self._room(adapter.bytes)
             if slot is not None:
-                self.slab.load(slot, adapter)
-                self._slots[version] = slot
-                self._residency.loaded(version)
-                self.loads += 1
                 del self._arrived[version]
+                self._slots[version] = slot
+                self._ranks[version] = int(adapter.table[..., RANK].max())
+                self._loader.copy(version, adapter, slot)
         return failed
 
     def advance(self) -> None:
         """Hands out slots and begins to fetch; called once a step, when the requests of failed versions are gone."""
         moves = self._residency.advance(crowded=len(self._arrived))
         for version in moves.evict:
-            self.slab.free(self._slots.pop(version))
+            self._give_back(version)
         for version in moves.load:
-            self._loader.start(version)
+            self._loader.fetch(version)
+
+    def _give_back(self, version: str) -> None:
+        slot = self._slots.pop(version, None)
+        if slot is not None:
+            self.slab.free(slot)
+            del self._ranks[version]
 
     def _room(self, size: int) -> Slot | None:
         slot = self.slab.allocate(size)
@@ -101,7 +125,7 @@ class Adapters:
             idle = {version: self._slots[version] for version in self._residency.idle}
             freed = self.slab.evict(size, tuple(idle.values())) or ()
             for version in [version for version, its in idle.items() if its in freed]:
-                del self._slots[version]
+                del self._slots[version], self._ranks[version]
                 self._residency.leave(version)
             slot = self.slab.allocate(size)
         return slot
@@ -114,11 +138,15 @@ class Adapters:
         """
         self._residency.check_integrity(users, pins)
         self.slab.check_integrity()
-        if set(self.resident) != set(self._slots) or self.slab.free_slots != self._capacity - len(self._slots):
+        coming = self._slots.keys() - set(self.resident)
+        if not set(self.resident) <= self._slots.keys() or not coming <= set(self.loading):
             raise EngineFault(
-                f"Versions {sorted(self.resident)} are resident; slots are held by {sorted(self._slots)}."
+                f"Versions {sorted(self.resident)} are resident and {sorted(self.loading)} loading; slots are held by "
+                f"{sorted(self._slots)}."
             )
-        if not set(self._arrived) <= set(self.loading):
+        if self.slab.free_slots != self._capacity - len(self._slots) or self._ranks.keys() != self._slots.keys():
+            raise EngineFault(f"{len(self._slots)} versions hold slots; the slab has {self.slab.free_slots} free.")
+        if not set(self._arrived) <= set(self.loading) - coming:
             raise EngineFault(f"Versions {sorted(self._arrived)} wait for room; {sorted(self.loading)} are loading.")
 
     def close(self, *, wait: bool = True) -> None:

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
 import threading
+import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from loramill.errors import AdapterInvalid, Conflict, EngineFault, LoramillError, Overloaded, Unavailable
+from loramill.errors import (
+    AdapterInvalid,
+    Conflict,
+    DeadlineExceeded,
+    EngineFault,
+    LoramillError,
+    Overloaded,
+    Unavailable,
+)
 from loramill.kernels import Batch, backend
 from loramill.serve.engine.adapters import Adapters
 from loramill.serve.engine.admission import answer_limit
-from loramill.serve.engine.sampling import GREEDY_BELOW, logprobs_of, new_generator, sample
+from loramill.serve.engine.answer import Answer
+from loramill.serve.engine.sampling import Chooser, choose, token_logprobs
 from loramill.serve.engine.scheduler import Plan, Scheduler, Sequence, Share
-from loramill.serve.engine.values import AdapterSource, EngineConfig, EngineStats, Finish, Output, Request
-from loramill.serve.model import Chunk, Decoder
+from loramill.serve.engine.values import (
+    AdapterSource,
+    EngineConfig,
+    EngineStats,
+    Finish,
+    Output,
+    Request,
+    TokenLogprobs,
+)
+from loramill.serve.model import Chunk, Model
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class _Live:
-    """A request between its submit and its last output; `limit` in tokens of the answer."""
-
-    request: Request
-    limit: int
-    tokens: list[int]
-    generator: torch.Generator
-
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - len(self.request.tokens)
 
 
 class Engine:
@@ -41,7 +47,7 @@ class Engine:
     One thread calls `step` and `check_integrity`; any thread may call the rest.
     """
 
-    def __init__(self, model: Decoder, source: AdapterSource, config: EngineConfig) -> None:
+    def __init__(self, model: Model, source: AdapterSource, config: EngineConfig) -> None:
         # A wrong setting shows now, and not in the first step with an adapter.
         backend()
         self._model = model
@@ -50,9 +56,12 @@ class Engine:
         self._changed = threading.Condition()
         self._stirred = False
         self._closed = False
-        # In the order of the calls: requests, and ids to cancel.
-        self._inbox: list[_Live | str] = []
-        self._live: dict[str, _Live] = {}
+        # In the order of the calls: answers to be given, and ids of requests to cancel.
+        self._inbox: list[Answer | str] = []
+        self._numbers = itertools.count()
+        self._live: dict[int, Answer] = {}
+        self._requests: dict[str, set[int]] = {}
+        self._deadlines: list[tuple[float, int]] = []
         self._totals: Counter[str] = Counter()
         self._open_books()
         self._stats = self._look()
@@ -61,8 +70,15 @@ class Engine:
         c = self._config
         blocks = c.kv_tokens // c.block_size
         self._cache = self._model.new_cache(blocks, c.block_size)
-        self._scheduler = Scheduler(blocks, c.block_size, c.max_batch_tokens, c.max_sequences)
         self._adapters = Adapters(self._model, self._source, c, self._stir)
+        self._scheduler = Scheduler(
+            blocks,
+            c.block_size,
+            c.max_batch_tokens,
+            c.max_sequences,
+            rank_budget=c.rank_budget,
+            rank_of=self._adapters.rank,
+        )
 
     def submit(self, request: Request) -> None:
         """Takes a request; its outputs come from `step`.
@@ -74,29 +90,26 @@ class Engine:
             Overloaded: too many are waiting.
             Unavailable: the engine is closed.
         """
-        c = self._config
-        limit = answer_limit(
-            request,
-            vocabulary=self._model.config.vocabulary,
-            context_length=self._model.config.context_length,
-            kv_tokens=c.kv_tokens // c.block_size * c.block_size,
-        )
-        live = _Live(request, limit, list(request.tokens), new_generator(request.sampling))
+        answers = self._answers(request)
         with self._changed:
             if self._closed:
                 raise Unavailable("The engine is closed.")
-            if request.id in self._live:
+            if request.id in self._requests:
                 raise Conflict(f"A request with the id {request.id} is being served; ids must differ.")
             # Stats count what the last step left waiting or running; the rest of the live came since.
             waiting = len(self._live) - self._stats.running
-            if waiting >= c.max_waiting:
+            if waiting >= self._config.max_waiting:
                 raise Overloaded(f"{waiting} requests are waiting already; try again after a moment.")
-            self._live[request.id] = live
-            self._inbox.append(live)
+            self._requests[request.id] = {answer.sequence.id for answer in answers}
+            for answer in answers:
+                self._live[answer.sequence.id] = answer
+                if request.timeout is not None:
+                    heapq.heappush(self._deadlines, (time.monotonic() + request.timeout, answer.sequence.id))
+            self._inbox += answers
         self._stir()
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request with an output CANCELLED from the next step; nothing happens if it has ended."""
+        """Ends a request's answers with outputs CANCELLED from the next step; nothing happens if it has ended."""
         with self._changed:
             self._inbox.append(request_id)
         self._stir()
@@ -104,21 +117,23 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step may get something done now; False also while requests wait for adapters being fetched."""
-        return self._stirred
+        with self._changed:
+            return self._stirred or self._seconds_left() <= 0
 
     def wait(self, timeout: float) -> bool:
         """Blocks until there may be work for `step`, at most `timeout` seconds; tells whether there is."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._stirred, timeout)
+            self._changed.wait_for(lambda: self._stirred, max(0.0, min(timeout, self._seconds_left())))
+            return self.has_work
 
     @property
     def stats(self) -> EngineStats:
-        """A look at the engine after its last step, with the requests that wait by now."""
+        """A look at the engine after its last step, with the answers that wait by now."""
         with self._changed:
             return replace(self._stats, waiting=max(0, len(self._live) - self._stats.running))
 
     def step(self) -> list[Output]:
-        """Takes in what was submitted, cancelled and loaded, then runs the decoder once.
+        """Takes in what was submitted, cancelled and loaded, then runs the model once.
 
         Never raises for what a request or an adapter does: it gets an output with an error, and the engine goes on.
         """
@@ -129,16 +144,16 @@ class Engine:
         try:
             self._take_in(inbox, outputs)
             plan = self._scheduler.plan(self._adapters.ready)
-            for id_ in plan.admitted:
-                self._adapters.pin(self._live[id_].request.version)
-            for id_ in plan.preempted:
-                self._adapters.unpin(self._live[id_].request.version)
+            for number in plan.admitted:
+                self._adapters.pin(self._live[number].request.version)
+            for number in plan.preempted:
+                self._adapters.unpin(self._live[number].request.version)
             if plan.shares:
                 self._run(plan, outputs)
             self._count(plan, outputs)
         except Exception as error:
             # The books may be half written and nobody's state can be trusted: all end, and the books begin anew.
-            log.exception("a step failed outside the decoder")
+            log.exception("a step failed outside the model")
             outputs += self._start_over(error)
         with self._changed:
             self._stirred |= bool(outputs) or bool(self._scheduler.running)
@@ -156,9 +171,11 @@ class Engine:
         pins = Counter(s.version for s in self._scheduler.running if s.version is not None)
         self._adapters.check_integrity(dict(users), dict(pins))
         with self._changed:
-            fresh = [live.request.id for live in self._inbox if isinstance(live, _Live)]
+            fresh = [answer.sequence.id for answer in self._inbox if isinstance(answer, Answer)]
             if {*fresh, *(s.id for s in self._scheduler.sequences)} != set(self._live):
-                raise EngineFault(f"{len(self._live)} requests live; {len(fresh)} are new, the scheduler's differ.")
+                raise EngineFault(f"{len(self._live)} answers live; {len(fresh)} are new, the scheduler's differ.")
+            if set().union(*self._requests.values()) != set(self._live):
+                raise EngineFault(f"{len(self._requests)} requests are open; the answers that live aren't theirs.")
 
     def close(self) -> None:
         """Refuses further requests and ends the side threads; live requests get no further output."""
@@ -166,99 +183,153 @@ class Engine:
             self._closed = True
         self._adapters.close()
 
+    def _answers(self, request: Request) -> list[Answer]:
+        c, sampling = self._config, request.sampling
+        limit = answer_limit(
+            request,
+            vocabulary=self._model.vocabulary,
+            context_length=self._model.context_length,
+            kv_tokens=c.kv_tokens // c.block_size * c.block_size,
+        )
+        # An echo with log probabilities needs every position's logits, which no cache holds.
+        reuse = c.prefix_cache and not (sampling.echo and sampling.logprobs is not None)
+        return [
+            Answer(
+                request,
+                index,
+                Sequence(
+                    next(self._numbers),
+                    request.tenant,
+                    request.version,
+                    list(request.tokens),
+                    priority=request.priority,
+                    reuse=reuse,
+                ),
+                Chooser(sampling, request.tokens, index),
+                limit,
+                sampling.echo,
+            )
+            for index in range(sampling.n)
+        ]
+
     def _stir(self) -> None:
         with self._changed:
             self._stirred = True
             self._changed.notify_all()
 
-    def _take_in(self, inbox: list[_Live | str], outputs: list[Output]) -> None:
+    def _seconds_left(self) -> float:
+        """Until the next answer's time is up."""
+        while self._deadlines and self._deadlines[0][1] not in self._live:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] - time.monotonic() if self._deadlines else threading.TIMEOUT_MAX
+
+    def _take_in(self, inbox: list[Answer | str], outputs: list[Output]) -> None:
         for item in inbox:
-            if isinstance(item, _Live):
-                request = item.request
-                self._scheduler.add(Sequence(request.id, request.tenant, request.version, known=len(request.tokens)))
-                self._adapters.want(request.version)
-            elif item in self._scheduler:
-                outputs.append(self._finish(item, Finish.CANCELLED))
+            if isinstance(item, Answer):
+                self._scheduler.add(item.sequence)
+                self._adapters.want(item.request.version)
+            else:
+                known = [number for number in self._requests.get(item, ()) if number in self._scheduler]
+                outputs += [self._end(number, Finish.CANCELLED) for number in sorted(known)]
+        outputs += [self._end(number, Finish.ERROR, _too_late(self._live[number])) for number in self._overdue()]
         for version, error in self._adapters.take_loaded():
             waiting = [sequence.id for sequence in self._scheduler.sequences if sequence.version == version]
-            outputs += [self._finish(id_, Finish.ERROR, error=error) for id_ in waiting]
+            outputs += [self._end(number, Finish.ERROR, error) for number in waiting]
         self._adapters.advance()
+
+    def _overdue(self) -> list[int]:
+        """Takes the answers whose time is up."""
+        with self._changed:
+            late = []
+            while self._seconds_left() <= 0:
+                late.append(heapq.heappop(self._deadlines))
+            # Those that came since the step began are for the next.
+            for entry in late:
+                if entry[1] not in self._scheduler:
+                    heapq.heappush(self._deadlines, entry)
+        return [number for _, number in late if number in self._scheduler]
 
     def _run(self, plan: Plan, outputs: list[Output]) -> None:
         # Sorted by adapter, so that each is one run of rows.
-        shares = sorted(plan.shares, key=lambda share: self._slot_order(share.id))
+        shares = sorted(plan.shares, key=self._slot_order)
+        chunks = [self._chunk(share) for share in shares]
+        sampled = [self._live[share.id] for share in shares if share.sampled]
         try:
-            logits = self._forward(shares)
-            highest, likeliest = logits.max(-1)
+            logits = self._forward(shares, chunks)
+            ends = list(itertools.accumulate(chunk.wanted for chunk in chunks))
+            last = logits
+            if len(sampled) < len(logits):
+                last = logits[[end - 1 for end, share in zip(ends, shares, strict=True) if share.sampled]]
+            chosen = choose(last, [answer.chooser for answer in sampled])
+            told = _logprobs(sampled, chosen, last)
+            for share, end in zip(shares, ends, strict=True):
+                _note_prompt(self._live[share.id], share, logits[:end])
         except Exception as error:
-            log.exception("the decoder failed", extra={"requests": [share.id for share in shares]})
-            fault = EngineFault(f"The decoder failed in a step with {len(shares)} requests: {error!r}.")
-            outputs += [self._finish(share.id, Finish.ERROR, error=fault) for share in shares]
+            log.exception("the model failed", extra={"requests": [self._live[share.id].request.id for share in shares]})
+            fault = EngineFault(f"The model failed in a step with {len(shares)} answers: {error!r}.")
+            outputs += [self._end(share.id, Finish.ERROR, fault) for share in shares]
             return
         self._scheduler.commit(plan)
-        sampled = [share.id for share in shares if share.sampled]
-        for id_, row, good, first in zip(sampled, logits, highest.isfinite().tolist(), likeliest.tolist(), strict=True):
-            outputs.append(self._next_token(id_, row, first) if good else self._finish_broken(id_))
+        outputs += map(self._next_token, sampled, chosen, told)
 
-    def _slot_order(self, id_: str) -> int:
-        slot = self._adapters.slot(self._live[id_].request.version)
+    def _slot_order(self, share: Share) -> int:
+        slot = self._adapters.slot(self._live[share.id].request.version)
         return -1 if slot is None else slot.index
 
-    def _forward(self, shares: list[Share]) -> torch.Tensor:
-        chunks: list[Chunk] = []
-        for share in shares:
-            tokens = self._live[share.id].tokens[share.start : share.start + share.count]
-            chunks.append(Chunk(tokens, share.start, self._scheduler.get(share.id).blocks, int(share.sampled)))
+    def _chunk(self, share: Share) -> Chunk:
+        answer = self._live[share.id]
+        tokens = answer.sequence.tokens[share.start : share.start + share.count]
+        return Chunk(tokens, share.start, answer.sequence.blocks, answer.wanted(share))
+
+    def _forward(self, shares: list[Share], chunks: list[Chunk]) -> torch.Tensor:
         runs = [(self._adapters.slot(self._live[share.id].request.version), share.count) for share in shares]
         return self._model.forward(chunks, self._cache, self._adapters.slab, Batch.of(runs))
 
-    def _next_token(self, id_: str, logits: torch.Tensor, likeliest: int) -> Output:
-        live = self._live[id_]
-        sampling = live.request.sampling
-        greedy = sampling.temperature < GREEDY_BELOW
-        token = likeliest if greedy else sample(logits, sampling, live.generator)
-        if token in sampling.stop_ids:
-            return self._finish(id_, Finish.STOP)
-        live.tokens.append(token)
-        if live.generated == live.limit:
-            output = self._finish(id_, Finish.LENGTH, tokens=(token,))
-        else:
-            self._scheduler.extend(id_)
-            output = Output(id_, (token,))
-        if sampling.logprobs is None:
-            return output
-        return replace(output, logprobs=(logprobs_of(logits, token, sampling.logprobs),))
+    def _next_token(self, answer: Answer, token: int | None, logprobs: tuple[TokenLogprobs, ...]) -> Output:
+        if answer.limit == 0:
+            return self._finish(answer, answer.output((), Finish.LENGTH))
+        if token is None:
+            return self._end(answer.sequence.id, Finish.ERROR, _broken(answer))
+        if token in answer.request.sampling.stop_ids:
+            return self._finish(answer, answer.output((), Finish.STOP))
+        answer.add(token)
+        if answer.full:
+            return self._finish(answer, answer.output((token,), Finish.LENGTH, logprobs))
+        return answer.output((token,), None, logprobs)
 
-    def _finish_broken(self, id_: str) -> Output:
-        version = self._live[id_].request.version
-        error: LoramillError = EngineFault("The base gave logits that are no numbers.")
-        if version is not None:
-            error = AdapterInvalid(f"Version {version} gives logits that are no numbers: its weights are broken.")
-        return self._finish(id_, Finish.ERROR, error=error)
+    def _end(self, number: int, finish: Finish, error: LoramillError | None = None) -> Output:
+        """Ends an answer that got no token now."""
+        answer = self._live[number]
+        return self._finish(answer, Output(answer.request.id, (), finish, error, index=answer.index))
 
-    def _finish(
-        self, id_: str, finish: Finish, *, tokens: tuple[int, ...] = (), error: LoramillError | None = None
-    ) -> Output:
-        sequence = self._scheduler.get(id_)
+    def _finish(self, answer: Answer, output: Output) -> Output:
+        sequence = answer.sequence
         if sequence in self._scheduler.running:
             self._adapters.unpin(sequence.version)
         self._adapters.unwant(sequence.version)
-        self._scheduler.remove(id_)
+        self._scheduler.remove(sequence.id)
         with self._changed:
-            del self._live[id_]
-        return Output(id_, tokens, finish, error)
+            self._forget(answer)
+        return output
+
+    def _forget(self, answer: Answer) -> None:
+        del self._live[answer.sequence.id]
+        open_ = self._requests[answer.request.id]
+        open_.remove(answer.sequence.id)
+        if not open_:
+            del self._requests[answer.request.id]
 
     def _start_over(self, error: Exception) -> list[Output]:
         with self._changed:
-            fresh = {item.request.id for item in self._inbox if isinstance(item, _Live)}
-            ended = [id_ for id_ in self._live if id_ not in fresh]
-            for id_ in ended:
-                del self._live[id_]
+            fresh = {item.sequence.id for item in self._inbox if isinstance(item, Answer)}
+            ended = [answer for number, answer in self._live.items() if number not in fresh]
+            for answer in ended:
+                self._forget(answer)
         # Not waiting for fetches: what they bring is of no use any more, and a slow one would hold up everybody.
         self._adapters.close(wait=False)
         self._open_books()
         fault = EngineFault(f"A step failed: {error!r}.")
-        return [Output(id_, (), Finish.ERROR, fault) for id_ in ended]
+        return [Output(answer.request.id, (), Finish.ERROR, fault, index=answer.index) for answer in ended]
 
     def _count(self, plan: Plan, outputs: list[Output]) -> None:
         self._totals["steps"] += bool(plan.shares)
@@ -275,10 +346,50 @@ class Engine:
             resident=self._adapters.resident,
             loading=self._adapters.loading,
             adapter_bytes=self._adapters.slab.bytes,
+            host_bytes=self._adapters.host_bytes,
             loads=self._adapters.loads,
             load_failures=self._adapters.failures,
             steps=self._totals["steps"],
             computed_tokens=self._totals["computed_tokens"],
+            reused_tokens=self._scheduler.reused,
             generated_tokens=self._totals["generated_tokens"],
             preemptions=self._totals["preemptions"],
         )
+
+
+def _logprobs(answers: list[Answer], tokens: list[int | None], logits: torch.Tensor) -> list[tuple[TokenLogprobs, ...]]:
+    """What is told of each chosen token: one, or nothing where nobody asked."""
+    asked = [
+        (row, token, answer.request.sampling.logprobs)
+        for row, (answer, token) in enumerate(zip(answers, tokens, strict=True))
+        if answer.request.sampling.logprobs is not None and token is not None
+    ]
+    told: list[tuple[TokenLogprobs, ...]] = [()] * len(answers)
+    if asked:
+        rows, its, tops = zip(*asked, strict=True)
+        for row, entry in zip(rows, token_logprobs(logits[list(rows)], its, tops), strict=True):
+            told[row] = (entry,)
+    return told
+
+
+def _note_prompt(answer: Answer, share: Share, logits: torch.Tensor) -> None:
+    """Keeps the log probabilities of an echoed prompt's tokens; the share's rows are the last of the logits."""
+    top = answer.request.sampling.logprobs
+    if answer.wanted(share) == share.count and answer.echo and top is not None:
+        followers = answer.request.tokens[share.start + 1 : share.start + share.count + 1]
+        rows = logits[len(logits) - share.count :][: len(followers)]
+        # A preempted answer begins anew.
+        answer.prompt_logprobs[share.start :] = token_logprobs(rows, followers, [top] * len(followers))
+
+
+def _broken(answer: Answer) -> LoramillError:
+    version = answer.request.version
+    if version is None:
+        return EngineFault("The base gave logits that are no numbers.")
+    return AdapterInvalid(f"Version {version} gives logits that are no numbers: its weights are broken.")
+
+
+def _too_late(answer: Answer) -> LoramillError:
+    return DeadlineExceeded(
+        f"The answer wasn't finished within its {answer.request.timeout} seconds; allow more, or try again later."
+    )

@@ -1,4 +1,4 @@
-"""The side threads that fetch, read and pack adapters while the engine steps."""
+"""The side threads that fetch, read, pack and copy adapters while the engine steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from loramill.errors import AdapterInvalid, LoramillError
-from loramill.kernels import PackedAdapter, Slab
+from loramill.kernels import PackedAdapter, Slab, Slot
+from loramill.serve.engine.host_cache import HostCache
 from loramill.serve.engine.peft_folder import read_adapter
 from loramill.serve.engine.values import AdapterSource
 
@@ -20,10 +21,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """How a fetch ended: with an adapter, or with the error that its requests get."""
+    """How a version's fetch or copy ended: an adapter to find room for, a slot that is filled, or an error."""
 
     version: str
-    result: PackedAdapter | LoramillError
+    result: PackedAdapter | Slot | LoramillError
 
 
 class AdapterLoader:
@@ -32,45 +33,66 @@ class AdapterLoader:
     def __init__(
         self,
         slab: Slab,
+        cache: HostCache,
         target_weight: Callable[[str], torch.Tensor | None],
         source: AdapterSource,
         threads: int,
         notify: Callable[[], None],
     ) -> None:
         self._slab = slab
+        self._cache = cache
         self._target_weight = target_weight
         self._source = source
         self._notify = notify
         self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter-loader")
+        # Copies have a thread of their own: they must not wait for slow sources.
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copier")
 
-    def start(self, version: str) -> None:
-        """Begins to load a version."""
-        self._threads.submit(self._run, version)
+    def fetch(self, version: str) -> None:
+        """Begins to read a version."""
+        self._threads.submit(self._finish, version, self._read)
+
+    def copy(self, version: str, adapter: PackedAdapter, slot: Slot) -> None:
+        """Begins to copy an adapter into a slot that was allocated for it."""
+
+        def into_slot(version: str) -> Slot:
+            self._slab.load(slot, adapter)
+            return slot
+
+        self._copier.submit(self._finish, version, into_slot)
 
     def finished(self) -> list[Loaded]:
         """Takes the results that are there."""
         return [self._done.get() for _ in range(self._done.qsize())]
 
     def close(self, *, wait: bool) -> None:
-        """Drops the fetches that have not begun; the others go on to their end, which may be waited for."""
-        self._threads.shutdown(wait=wait, cancel_futures=True)
+        """Drops what has not begun; the rest goes on to its end, which may be waited for."""
+        for threads in (self._threads, self._copier):
+            threads.shutdown(wait=wait, cancel_futures=True)
 
-    def _run(self, version: str) -> None:
+    def _finish(self, version: str, work: Callable[[str], PackedAdapter | Slot]) -> None:
+        result: PackedAdapter | Slot | LoramillError
         try:
+            result = work(version)
+        except LoramillError as error:
+            log.warning("adapter not loaded", extra={"version": version, "error": error.message})
+            result = error
+        except Exception as error:
+            # The source is the caller's and the files are a tenant's: whatever they do must end as an answer.
+            log.exception("adapter not loaded", extra={"version": version})
+            result = AdapterInvalid(f"Version {version} can't be loaded: {error!r}.")
+        self._done.put(Loaded(version, result))
+        self._notify()
+
+    def _read(self, version: str) -> PackedAdapter:
+        adapter = self._cache.get(version)
+        if adapter is None:
             adapter = self._slab.pack(read_adapter(self._source(version), self._target_weight))
             if adapter.bytes > self._slab.size:
                 raise AdapterInvalid(
                     f"Version {version} takes {adapter.bytes} bytes, all adapters together have {self._slab.size}; "
                     "raise serve.adapter_bytes."
                 )
-            result = Loaded(version, adapter)
-        except LoramillError as error:
-            log.warning("adapter not loaded", extra={"version": version, "error": error.message})
-            result = Loaded(version, error)
-        except Exception as error:
-            # The source is the caller's and the files are a tenant's: whatever they do must end as an answer.
-            log.exception("adapter not loaded", extra={"version": version})
-            result = Loaded(version, AdapterInvalid(f"Version {version} can't be loaded: {error!r}."))
-        self._done.put(result)
-        self._notify()
+            self._cache.put(version, adapter)
+        return adapter

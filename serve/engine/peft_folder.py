@@ -5,19 +5,32 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 
 from loramill.errors import AdapterInvalid
 from loramill.kernels import Delta
 
-_WEIGHT = re.compile(
-    r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)"
-)
+#: From a module's name to the base's weight [d_out, d_in], or [vocabulary, hidden] of an embedding; None if adapters
+#: can't target it.
+TargetWeight = Callable[[str], torch.Tensor | None]
+
+_PREFIX = "base_model.model."
+_A, _B, _E, _RANKS = "lora_A", "lora_B", "lora_E", "ranknum"
+_EMBEDDING_A, _EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
+_MAGNITUDE, _BASE = "lora_magnitude_vector", "base_layer.weight"
+#: Ends of the tensors' names, and what each is; AdaLoRA's A and B are no modules and so have no `.weight`.
+_PARTS = {
+    **{f"{part}.weight": part for part in (_A, _B)},
+    **{part: part for part in (_A, _B, _E, _RANKS, _EMBEDDING_A, _EMBEDDING_B, _MAGNITUDE, _BASE)},
+    "weight": _BASE,
+}
+_NAME = re.compile(rf"{re.escape(_PREFIX)}(.+?)\.({'|'.join(map(re.escape, _PARTS))})")
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 #: Settings of PEFT's LoraConfig that change what an adapter computes and have no place in the normal form.
 _UNSUPPORTED = (
@@ -25,7 +38,6 @@ _UNSUPPORTED = (
     "target_parameters",
     "trainable_token_indices",
     "layer_replication",
-    "fan_in_fan_out",
     "lora_bias",
     "use_qalora",
     "use_bdlora",
@@ -40,12 +52,14 @@ _UNSUPPORTED = (
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def read_adapter(folder: Path, target_weight: Callable[[str], torch.Tensor | None]) -> dict[str, Delta]:
-    """Reads `adapter_config.json` and `adapter_model.safetensors`.
+def read_adapter(folder: Path, target_weight: TargetWeight) -> dict[str, Delta]:
+    """Reads `adapter_config.json` and `adapter_model.safetensors`, of LoRA or raw AdaLoRA.
+
+    Whether the modules are there and of these shapes in the base, `kernels.adapter.pack` checks.
 
     Args:
         folder: as PEFT's `save_pretrained` writes it.
-        target_weight: the base's weight [d_out, d_in] of a module, or None if adapters can't target it.
+        target_weight: called for modules of DoRA, and for those whose base layer lies beside the adapter.
 
     Returns:
         The adapter's deltas by module.
@@ -53,16 +67,20 @@ def read_adapter(folder: Path, target_weight: Callable[[str], torch.Tensor | Non
     Raises:
         AdapterInvalid: broken files, another method, or something that the engine can't serve; it is named.
     """
+    name = folder.name
     config = _read_config(folder)
-    parts = _read_weights(folder)
-    if not parts:
-        raise AdapterInvalid(f"The adapter in {folder.name} has no weights.")
+    modules = _read_weights(folder)
+    if not modules:
+        raise AdapterInvalid(f"The adapter in {name} has no weights.")
+    _check_base_layers(name, modules, target_weight)
+    if config["peft_type"] == "ADALORA":
+        found = {module: _adalora(name, module, parts, config) for module, parts in modules.items()}
+        return {module: delta for module, delta in found.items() if delta is not None}
+    ranks, alphas = (_Patterns(name, config, key) for key in ("rank_pattern", "alpha_pattern"))
     deltas: dict[str, Delta] = {}
-    for module, tensors in parts.items():
-        weight = target_weight(module)
-        if weight is None:
-            raise AdapterInvalid(f"The adapter in {folder.name} targets '{module}', which this base can't adapt.")
-        deltas[module] = _delta(folder.name, module, tensors, config, weight)
+    for module, parts in modules.items():
+        rank, scale = _rank_and_scale(name, module, config, ranks, alphas)
+        deltas[module] = _lora(name, module, parts, rank, scale, bool(config.get("use_dora")), target_weight)
     return deltas
 
 
@@ -71,80 +89,174 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AdapterInvalid(f"adapter_config.json in {folder.name} can't be read: {error}.") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise AdapterInvalid(f"The adapter in {folder.name} is no LoRA adapter of PEFT (peft_type LORA).")
-    for key in _UNSUPPORTED:
-        if config.get(key):
-            raise AdapterInvalid(f"The adapter in {folder.name} uses '{key}', which the engine can't serve.")
+    if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", "ADALORA"):
+        raise AdapterInvalid(f"adapter_config.json in {folder.name} is of no LoRA adapter; the engine serves LoRA.")
+    used = [key for key in _UNSUPPORTED if config.get(key)]
+    if used:
+        raise AdapterInvalid(f"The adapter in {folder.name} uses {', '.join(used)}, which the engine can't serve.")
     if config.get("bias", "none") != "none":
-        raise AdapterInvalid(f"The adapter in {folder.name} trains biases; train with bias='none'.")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise AdapterInvalid(f"The adapter in {folder.name} trains biases; the engine serves bias='none' only.")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
         raise AdapterInvalid(
-            f"The adapter in {folder.name} was initialised by '{start}', which changes the base's weights; "
-            "convert it to a plain LoRA when saving (path_initial_model_for_weight_conversion)."
+            f"The adapter in {folder.name} was started with {start}, which changes the base; convert it to the "
+            "unmodified base when saving (path_initial_model_for_weight_conversion)."
         )
     return config
 
 
 def _read_weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    parts: dict[str, dict[str, torch.Tensor]] = {}
+    """The tensors by module and part, in the file's dtypes."""
+    modules: dict[str, dict[str, torch.Tensor]] = {}
     try:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
-                match = _WEIGHT.fullmatch(name)
-                if match is None:
-                    raise AdapterInvalid(f"The adapter in {folder.name} holds '{name}', which the engine can't serve.")
-                tensor = file.get_tensor(name)
-                if not tensor.is_floating_point():
-                    raise AdapterInvalid(f"'{name}' of the adapter in {folder.name} is {tensor.dtype}, not a float.")
-                parts.setdefault(match["module"], {})[match["part"]] = tensor.float()
+        entries = deserialize((folder / "adapter_model.safetensors").read_bytes())
     except (OSError, SafetensorError) as error:
         raise AdapterInvalid(f"adapter_model.safetensors in {folder.name} can't be read: {error}.") from error
-    return parts
+    for name, entry in entries:
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise AdapterInvalid(f"The adapter in {folder.name} holds '{name}', which the engine can't serve.")
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise AdapterInvalid(
+                f"'{name}' of the adapter in {folder.name} is {entry['dtype']}; it must be {', '.join(_DTYPES)}."
+            )
+        # frombuffer takes no empty buffer.
+        flat = torch.frombuffer(entry["data"], dtype=dtype) if entry["data"] else torch.empty(0, dtype=dtype)
+        modules.setdefault(match[1], {})[_PARTS[match[2]]] = flat.view(entry["shape"])
+    return modules
 
 
-def _delta(
-    name: str, module: str, tensors: dict[str, torch.Tensor], config: dict[str, Any], weight: torch.Tensor
+def _check_base_layers(name: str, modules: dict[str, dict[str, torch.Tensor]], target_weight: TargetWeight) -> None:
+    """Takes out the base's own layers, which PEFT saves beside adapters of embeddings and heads."""
+    for module, parts in list(modules.items()):
+        saved = parts.pop(_BASE, None)
+        if saved is None:
+            continue
+        weight = target_weight(module)
+        if weight is None or not _equal(saved, weight):
+            raise AdapterInvalid(
+                f"The adapter in {name} comes with its own base layer '{module}', which is not this base's: train on "
+                "the unmodified base, or save with save_embedding_layers=False if that is what it was trained on."
+            )
+        if not parts:
+            del modules[module]
+
+
+def _equal(saved: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether both are the same numbers, once rounded to the coarser of the dtypes."""
+    return torch.equal(saved.to(weight.dtype), weight) or torch.equal(saved, weight.to(saved.dtype))
+
+
+def _lora(
+    name: str,
+    module: str,
+    parts: dict[str, torch.Tensor],
+    rank: int,
+    scale: float,
+    dora: bool,
+    target_weight: TargetWeight,
 ) -> Delta:
-    dora = bool(config.get("use_dora"))
-    wanted = {"lora_A.weight", "lora_B.weight"} | ({"lora_magnitude_vector"} if dora else set())
-    if set(tensors) != wanted:
-        raise AdapterInvalid(f"'{module}' of the adapter in {name} has {sorted(tensors)}; it needs {sorted(wanted)}.")
-    a, b = tensors["lora_A.weight"], tensors["lora_B.weight"]
-    rank, scale = _rank_and_scale(name, module, config)
-    d_out, d_in = weight.shape
-    _check_shape(name, module, "lora_A", a, (rank, d_in))
-    _check_shape(name, module, "lora_B", b, (d_out, rank))
-    b = b * scale
+    lookup = _EMBEDDING_A in parts
+    of_a, of_b = (_EMBEDDING_A, _EMBEDDING_B) if lookup else (_A, _B)
+    _check_parts(name, module, parts, {of_a, of_b} | ({_MAGNITUDE} if dora else set()))
+    if dora and lookup:
+        raise AdapterInvalid(f"The adapter in {name} uses DoRA on the embedding '{module}', which isn't served.")
+    a, b = parts[of_a], parts[of_b]
+    _check_rank(name, module, rank, a, b)
+    b = _scaled(b, scale)
     if not dora:
-        return Delta(a, b)
-    magnitude = tensors["lora_magnitude_vector"]
-    _check_shape(name, module, "lora_magnitude_vector", magnitude, (d_out,))
+        return Delta(a, b, lookup=lookup)
+    weight, magnitude = target_weight(module), parts[_MAGNITUDE].float()
+    if weight is None:
+        raise AdapterInvalid(f"The adapter in {name} targets '{module}', which this base can't adapt.")
+    if (len(b), a.shape[1]) != weight.shape or magnitude.shape != weight.shape[:1]:
+        raise AdapterInvalid(
+            f"lora_A, lora_B and {_MAGNITUDE} of '{module}' of the adapter in {name} are {list(a.shape)}, "
+            f"{list(b.shape)} and {list(magnitude.shape)}, which don't fit this base's {list(weight.shape)}."
+        )
     # DoRA (Liu et al. 2024, eq. 5): each row of the merged weight gets the learned length.
-    return Delta(a, b, magnitude / torch.linalg.vector_norm(weight.float() + b @ a, dim=1))
+    return Delta(a, b, magnitude / torch.linalg.vector_norm(weight.float() + b @ a.float(), dim=1))
 
 
-def _rank_and_scale(name: str, module: str, config: dict[str, Any]) -> tuple[int, float]:
+def _adalora(name: str, module: str, parts: dict[str, torch.Tensor], config: dict[str, Any]) -> Delta | None:
+    """B diag(E) A (Zhang et al. 2023, eq. 3) without the ranks whose singular value is 0; None if all are."""
+    ranknum = parts.pop(_RANKS, None)
+    _check_parts(name, module, parts, {_A, _B, _E})
+    a, b, e = parts[_A], parts[_B], parts[_E].float().flatten()
     try:
-        rank = int(_by_pattern(config.get("rank_pattern") or {}, module, config["r"]))
-        alpha = float(_by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"]))
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        rank = int(config["init_r"])
+        # PEFT divides by the rank before any was pruned, and doesn't save it since 0.18.
+        divisor = (float(rank) if ranknum is None else ranknum.float().item()) + 1e-5
+        kept = (config.get("rank_pattern") or {}).get(f"{module}.{_E}")
+        rank = rank if kept is None else sum(map(bool, kept))
+        alpha = float(config["lora_alpha"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise AdapterInvalid(f"adapter_config.json in {name} lacks or garbles rank or alpha: {error!r}.") from error
+    _check_rank(name, module, rank, a, b)
+    if len(e) != rank:
+        raise AdapterInvalid(f"lora_E of '{module}' of the adapter in {name} has {len(e)} ranks, lora_A {rank}.")
+    alive = e != 0
+    scale = (alpha if alpha > 0 else float(rank)) / divisor
+    return Delta(a[alive], b.float()[:, alive] * (e[alive] * scale)) if alive.any() else None
+
+
+def _scaled(b: torch.Tensor, scale: float) -> torch.Tensor:
+    """b times the scale, in float32: it is rounded only once, when it is packed."""
+    if scale == 1.0:
+        return b
+    return b * scale if b.dtype == torch.float32 else b.float().mul_(scale)
+
+
+def _rank_and_scale(
+    name: str, module: str, config: dict[str, Any], ranks: _Patterns, alphas: _Patterns
+) -> tuple[int, float]:
+    try:
+        rank, alpha = int(ranks.of(module, config["r"])), float(alphas.of(module, config["lora_alpha"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AdapterInvalid(f"adapter_config.json in {name} lacks or garbles rank or alpha: {error!r}.") from error
     if rank < 1:
         raise AdapterInvalid(f"'{module}' of the adapter in {name} has rank {rank}; it must be at least 1.")
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    # PEFT's rule: the first key that, as a regular expression, matches the name's end at a dot.
-    matching: Iterable[Any] = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-    return next(iter(matching), default)
+class _Patterns:
+    """PEFT's rule: the first key that, as a regular expression, matches the module's end at a dot.
+
+    Plain names are looked up: an adapter may have one for each module.
+    """
+
+    def __init__(self, name: str, config: dict[str, Any], key: str) -> None:
+        self._plain: dict[str, tuple[int, Any]] = {}
+        self._others: list[tuple[int, re.Pattern[str], Any]] = []
+        try:
+            for index, (pattern, value) in enumerate((config.get(key) or {}).items()):
+                if re.fullmatch(r"[\w.]+", pattern):
+                    self._plain[pattern] = (index, value)
+                else:
+                    self._others.append((index, re.compile(rf"(.*\.)?({pattern})$"), value))
+        except (AttributeError, re.error) as error:
+            raise AdapterInvalid(f"adapter_config.json in {name} lacks or garbles rank or alpha: {error!r}.") from error
+
+    def of(self, module: str, default: Any) -> Any:
+        """The module's value."""
+        if not self._plain and not self._others:
+            return default
+        parts = module.split(".")
+        ends = (".".join(parts[start:]) for start in range(len(parts)))
+        matching = [self._plain[end] for end in ends if end in self._plain]
+        matching += [(index, value) for index, pattern, value in self._others if pattern.match(module)]
+        return min(matching, key=lambda match: match[0])[1] if matching else default
 
 
-def _check_shape(name: str, module: str, part: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
+def _check_parts(name: str, module: str, parts: dict[str, torch.Tensor], wanted: set[str]) -> None:
+    if set(parts) != wanted:
+        raise AdapterInvalid(f"'{module}' of the adapter in {name} has {sorted(parts)}; it needs {sorted(wanted)}.")
+
+
+def _check_rank(name: str, module: str, rank: int, a: torch.Tensor, b: torch.Tensor) -> None:
+    if a.ndim != 2 or b.ndim != 2 or len(a) != rank or b.shape[1] != rank:
         raise AdapterInvalid(
-            f"{part} of '{module}' of the adapter in {name} is {list(tensor.shape)}; "
-            f"this base and the adapter's config need {list(shape)}."
+            f"lora_A of '{module}' of the adapter in {name} is {list(a.shape)} and lora_B {list(b.shape)}; by the "
+            f"adapter's config their rank is {rank}."
         )

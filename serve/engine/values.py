@@ -17,36 +17,60 @@ AdapterSource = Callable[[str], Path]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen.
+    """How tokens are chosen: penalties and bias change the logits, then temperature, top_k, top_p and min_p choose.
 
     Attributes:
-        max_tokens: at most so many; capped to what fits the context.
+        max_tokens: at most so many; capped to what fits the context. 0 is for `echo` alone.
         temperature: 0 takes the likeliest token.
         top_p: of the likeliest tokens as many as hold this share of the probability.
         top_k: of the likeliest tokens so many; 0 for all.
+        min_p: only tokens at least this share as likely as the likeliest.
+        repetition_penalty: divides positive logits, multiplies negative ones, of tokens in the prompt or the answer
+            (Keskar et al. 2019, section 4.1).
+        presence_penalty: taken off the logits of tokens in the answer.
+        frequency_penalty: the same, once for each time that a token is in the answer.
+        logit_bias: (token, added to its logit).
         seed: the same seed gives the same tokens, whatever else is in the batch; None: another each time.
         stop_ids: tokens that end the answer, and aren't part of it.
+        min_tokens: no stop token is chosen before so many.
+        n: answers to the one prompt; each has the seed plus its number.
         logprobs: report each token's log probability and that of so many likeliest (0 to 20); None: don't.
+        echo: the answer begins with the prompt.
     """
 
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    n: int = 1
     logprobs: int | None = None
+    echo: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Prompt tokens to go on from, for a tenant, by a version of an adapter (None: the base alone)."""
+    """Prompt tokens to go on from, for a tenant, by a version of an adapter (None: the base alone).
+
+    Attributes:
+        priority: higher runs first, and takes the place of lower where there is none.
+        timeout: seconds from the submit after which it ends with DeadlineExceeded; None: never.
+    """
 
     id: str
     tenant: str
     tokens: tuple[int, ...]
     sampling: Sampling
     version: str | None = None
+    priority: int = 0
+    timeout: float | None = None
 
 
 class Finish(StrEnum):
@@ -60,22 +84,26 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural log probabilities, before temperature: of the chosen token, and of the likeliest, best first."""
+    """Natural log probabilities, before penalties and temperature: of the token, and of the likeliest, best first.
+
+    An echoed prompt's first token has no log probability: nothing comes before it.
+    """
 
     token: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """New tokens of a request; the last one of a request has `finish`, and `error` if that is ERROR."""
+    """New tokens of a request's answer `index`; its last has `finish`, and `error` if that is ERROR."""
 
     request: str
     tokens: tuple[int, ...]
     finish: Finish | None = None
     error: LoramillError | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +111,15 @@ class EngineConfig:
     """Limits of one engine.
 
     Attributes:
-        max_batch_tokens: tokens of one step.
+        max_batch_tokens: tokens of one step; on a CPU more make answers come in larger jerks, and no faster.
         max_sequences: requests that run at once.
         kv_tokens: tokens of KV cache, rounded down to whole blocks.
+        prefix_cache: whether prompts that begin alike, under one version, share what was computed.
         block_size: tokens of one block.
         adapter_slots: adapters resident at once.
         adapter_bytes: what they may take together.
+        host_bytes: what adapters may take that were read and lost their slot; 0 reads them anew.
+        rank_budget: the ranks of the different adapters of one step sum up to this at most; one adapter always runs.
         adapter_bits: 16 keeps them in the base's own type; 8 halves their memory and the time that many different ones
             take in a step, and errs by about 1% of what an adapter adds.
         max_waiting: requests that may wait; more are refused.
@@ -96,12 +127,15 @@ class EngineConfig:
         patience: steps that a version waits for a slot before one is taken from a version in use.
     """
 
-    max_batch_tokens: int = 512
+    max_batch_tokens: int = 128
     max_sequences: int = 64
     kv_tokens: int = 32768
+    prefix_cache: bool = True
     block_size: int = 16
     adapter_slots: int = 64
     adapter_bytes: int = 1 << 30
+    host_bytes: int = 1 << 28
+    rank_budget: int = 1024
     adapter_bits: Literal[16, 8] = 16
     max_waiting: int = 1024
     load_threads: int = 4
@@ -109,8 +143,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if getattr(self, name) < 1:
-                raise SettingsInvalid(f"The engine's {name} is {getattr(self, name)}; it must be at least 1.")
+            least = 0 if name in ("prefix_cache", "host_bytes") else 1
+            if getattr(self, name) < least:
+                raise SettingsInvalid(f"The engine's {name} is {getattr(self, name)}; it must be at least {least}.")
         if self.block_size % 16:
             raise SettingsInvalid(f"The engine's block_size is {self.block_size}; it must be a multiple of 16.")
         if self.kv_tokens < self.block_size:
@@ -128,8 +163,10 @@ class EngineStats:
         resident: versions in slots, ready to use.
         loading: versions being fetched.
         adapter_bytes: of the resident adapters.
+        host_bytes: of the adapters that were read and may have no slot.
         steps, generated_tokens, preemptions, loads, load_failures: since the start.
         computed_tokens: rows that passed the decoder since the start, prompts and answers.
+        reused_tokens: rows that the prefix cache spared.
     """
 
     waiting: int = 0
@@ -139,8 +176,10 @@ class EngineStats:
     resident: tuple[str, ...] = ()
     loading: tuple[str, ...] = ()
     adapter_bytes: int = 0
+    host_bytes: int = 0
     steps: int = 0
     computed_tokens: int = 0
+    reused_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
     loads: int = 0

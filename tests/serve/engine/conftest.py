@@ -88,6 +88,10 @@ class Answer:
     last: Output | None = None
 
 
+def name(request: str, index: int) -> str:
+    return f"{request}/{index}" if index else request
+
+
 class Driver:
     """Runs an engine to the end of its requests, its books checked after every step."""
 
@@ -96,10 +100,11 @@ class Driver:
         self.answers: dict[str, Answer] = {}
         self.steps: list[list[Output]] = []
 
-    def submit(self, id_: str, tokens, version=None, tenant="t", **sampling) -> None:
-        sampling.setdefault("max_tokens", 12)
-        self.engine.submit(Request(id_, tenant, tuple(tokens), Sampling(**sampling), version))
-        self.answers[id_] = Answer()
+    def submit(self, id_: str, tokens, version=None, tenant="t", priority=0, timeout=None, **sampling) -> None:
+        """The answers are `id_`, and `id_/1` … if there are several."""
+        asked = Sampling(**{"max_tokens": 12, **sampling})
+        self.engine.submit(Request(id_, tenant, tuple(tokens), asked, version, priority, timeout))
+        self.answers |= {name(id_, index): Answer() for index in range(asked.n)}
 
     def warm(self, *versions) -> None:
         """Makes versions resident, so that what follows doesn't depend on how long a load takes."""
@@ -113,7 +118,7 @@ class Driver:
         self.engine.check_integrity()
         self.steps.append(outputs)
         for output in outputs:
-            answer = self.answers[output.request]
+            answer = self.answers[name(output.request, output.index)]
             assert answer.last is None, "an output after the last"
             answer.tokens += output.tokens
             answer.logprobs += output.logprobs
@@ -185,3 +190,15 @@ def expected(adapters) -> dict[str, list[int]]:
         answers[str(version)] = out[0, len(tokens) :].tolist()
     assert len({tuple(answer) for answer in answers.values()}) == len(answers)
     return answers
+
+
+@pytest.fixture(scope="session")
+def tiny_reference() -> Callable[[list[int]], torch.Tensor]:
+    """Log probabilities [positions, vocabulary] of what follows each token of a prompt, by transformers."""
+    model = tiny_llama()
+
+    @torch.inference_mode()
+    def logprobs(tokens: list[int]) -> torch.Tensor:
+        return model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+
+    return logprobs

@@ -9,6 +9,7 @@ from loramill.errors import (
     AdapterInvalid,
     Conflict,
     ContextLengthExceeded,
+    DeadlineExceeded,
     EngineFault,
     InvalidRequest,
     ModelNotFound,
@@ -17,6 +18,9 @@ from loramill.errors import (
     Unavailable,
 )
 from loramill.serve.engine import EngineConfig, Finish, Request, Sampling
+
+#: Bytes of the tests' largest adapter.
+LARGEST = 31488
 
 
 def submit_all(driver, prompts):
@@ -34,6 +38,10 @@ def submit_all(driver, prompts):
         pytest.param({"kv_tokens": 160, "max_batch_tokens": 40}, id="preempted"),
         pytest.param({"adapter_slots": 2, "load_threads": 1}, id="fewer slots than adapters"),
         pytest.param({"adapter_slots": 1, "patience": 1}, id="one slot"),
+        pytest.param({"adapter_bytes": LARGEST, "patience": 1}, id="room for the largest adapter alone"),
+        pytest.param({"host_bytes": 0, "adapter_slots": 1, "max_sequences": 1}, id="nothing kept in the host"),
+        pytest.param({"rank_budget": 16}, id="few ranks a step"),
+        pytest.param({"prefix_cache": False}, id="no prefix cache"),
     ],
 )
 def test_a_mixed_batch_answers_as_peft_does_alone(drive, prompts, expected, config):
@@ -76,6 +84,154 @@ def test_a_seed_gives_the_same_tokens_whatever_the_batch(drive, prompts):
     assert crowd.engine.stats.preemptions > 0
     assert answers["it"] == tokens
     assert answers["another seed"] != tokens
+
+
+def test_the_prefix_cache_changes_no_token(drive, prompts, expected):
+    driver = drive()
+    for round_ in range(2):
+        for version, tokens in prompts.items():
+            driver.submit(f"{version} {round_}", tokens, version)
+        driver.finish()
+    stats = driver.engine.stats
+    assert stats.reused_tokens == sum((len(tokens) - 1) // 16 * 16 for tokens in prompts.values())
+    for id_, answer in driver.answers.items():
+        assert answer.tokens == expected[id_[:-2]]
+
+
+def test_another_version_or_a_new_one_of_the_same_adapter_meets_no_kv_of_the_first(drive, adapters, prompts, expected):
+    # The same folder is served first as one adapter, then, retrained, as another: only the version differs.
+    folders = {"monday": adapters["lora"], "tuesday": adapters["all"]}
+    driver = drive(lambda version: folders[version])
+    prompt = prompts["all"]
+    assert len(prompt) > 64
+    for version in ("monday", "tuesday", None):
+        driver.submit(f"{version}", prompt, version)
+        driver.finish()
+        assert driver.engine.stats.reused_tokens == 0
+    assert driver.answers["tuesday"].tokens == expected["all"]
+    assert len({tuple(answer.tokens) for answer in driver.answers.values()}) == 3
+
+
+def test_n_answers_share_the_prompt_and_have_seeds_of_their_own(drive, prompts):
+    driver = drive(kv_tokens=2048)
+    prompt = prompts["all"]
+    sampling = {"temperature": 1.0, "max_tokens": 8}
+    driver.submit("it", prompt, "all", n=4, seed=11, **sampling)
+    for index in range(4):
+        driver.submit(f"alone {index}", prompt, "all", seed=11 + index, **sampling)
+    answers = driver.finish()
+    several = [answers[id_] for id_ in ("it", "it/1", "it/2", "it/3")]
+    assert several == [answers[f"alone {index}"] for index in range(4)]
+    assert len({tuple(tokens) for tokens in several}) == 4
+    assert driver.engine.stats.reused_tokens == 7 * ((len(prompt) - 1) // 16 * 16)
+    driver.answers.clear()
+    driver.submit("it", prompt, "all", n=3)
+    driver.step()
+    driver.engine.cancel("it")
+    driver.finish()
+    assert {answer.last.finish for answer in driver.answers.values()} == {Finish.CANCELLED}
+
+
+def test_penalties_bias_and_min_tokens_reach_the_choice(drive, prompts, expected):
+    driver = drive()
+    tokens = expected["None"]
+    prompt = prompts[None]
+    driver.submit("banned", prompt, logit_bias=((tokens[0], -100.0),))
+    driver.submit("wanted", prompt, logit_bias=((42, 100.0),))
+    driver.submit("often", prompt, frequency_penalty=50.0)
+    driver.submit("stopped late", prompt, stop_ids=(tokens[0],), min_tokens=3)
+    answers = driver.finish()
+    assert answers["banned"][0] != tokens[0]
+    assert answers["wanted"] == [42] * 12
+    assert len(set(answers["often"])) == 12
+    assert len(answers["stopped late"]) >= 3
+    assert tokens[0] not in answers["stopped late"][:3]
+
+
+@pytest.mark.parametrize("config", [{}, {"max_batch_tokens": 7}], ids=["whole", "chunked"])
+def test_echo_tells_the_prompt_and_its_log_probabilities(drive, prompts, expected, config, tiny_reference):
+    driver = drive(**config)
+    prompt = prompts["rslora"]
+    driver.submit("echo", prompt, echo=True, logprobs=2, max_tokens=3)
+    driver.submit("bare", prompt, echo=True, max_tokens=2)
+    driver.submit("alone", prompt, echo=True, logprobs=0, max_tokens=0)
+    driver.submit("one token", prompt[:1], echo=True, logprobs=1, max_tokens=0)
+    driver.finish()
+    logprobs = tiny_reference(prompt)
+    answer = driver.answers["echo"]
+    assert answer.tokens[: len(prompt)] == prompt
+    assert len(answer.tokens) == len(prompt) + 3
+    assert [entry.token for entry in answer.logprobs] == answer.tokens
+    assert answer.logprobs[0].logprob is None
+    told = [entry.logprob for entry in answer.logprobs[1 : len(prompt)]]
+    assert told == pytest.approx([float(logprobs[i, token]) for i, token in enumerate(prompt[1:])], abs=2e-4)
+    assert answer.logprobs[5].top[0][0] == int(logprobs[4].argmax())
+    assert driver.answers["bare"].tokens == answer.tokens[:-1]
+    assert driver.answers["alone"].tokens == prompt
+    assert len(driver.answers["alone"].logprobs) == len(prompt)
+    assert driver.answers["one token"].tokens == prompt[:1]
+    assert driver.answers["one token"].last.finish == Finish.LENGTH
+
+
+def test_a_request_whose_time_is_up_ends_alone(drive, adapters, prompts, expected):
+    gate = threading.Event()
+
+    def source(version):
+        assert gate.wait(20)
+        return adapters[version]
+
+    driver = drive(source)
+    driver.submit("late", prompts["lora"], "lora", timeout=0.05)
+    driver.submit("patient", prompts["lora"], "lora", timeout=60)
+    driver.step()
+    # Nothing happens but that the time passes.
+    assert driver.engine.wait(20)
+    driver.step()
+    last = driver.answers["late"].last
+    assert (last.finish, type(last.error)) == (Finish.ERROR, DeadlineExceeded)
+    assert "0.05 seconds" in last.error.message
+    gate.set()
+    assert driver.finish()["patient"] == expected["lora"]
+    driver.submit("running", prompts["lora"], "lora", max_tokens=150, timeout=0.02)
+    driver.finish()
+    assert isinstance(driver.answers["running"].last.error, DeadlineExceeded)
+
+
+def test_a_high_priority_takes_the_place_of_a_low_one(drive, prompts, expected):
+    driver = drive(max_sequences=1)
+    driver.warm("lora")
+    driver.submit("low", prompts[None])
+    for _ in range(3):
+        driver.step()
+    driver.submit("lora", prompts["lora"], "lora", priority=1, tenant="other")
+    answers = driver.finish()
+    assert (answers["low"], answers["lora"]) == (expected["None"], expected["lora"])
+    ended = [output.request for step in driver.steps for output in step if output.finish]
+    assert ended[-2:] == ["lora", "low"]
+
+
+def test_an_adapter_larger_than_all_room_says_what_to_raise(drive, prompts):
+    driver = drive(adapter_bytes=LARGEST - 1)
+    driver.submit("a", prompts["all"], "all")
+    driver.finish()
+    assert isinstance(driver.answers["a"].last.error, AdapterInvalid)
+    assert "serve.adapter_bytes" in driver.answers["a"].last.error.message
+
+
+def test_what_was_read_once_comes_from_the_host_cache(drive, adapters, prompts, expected):
+    read = []
+
+    def source(version):
+        read.append(version)
+        return adapters[version]
+
+    driver = drive(source, adapter_slots=1, host_bytes=LARGEST + 4096)
+    for number, version in enumerate(["all", "lora", "all", "lora", "rslora", "all"]):
+        driver.submit(f"{number}", prompts[version], version)
+        assert driver.finish()[f"{number}"] == expected[version]
+        assert driver.engine.stats.host_bytes <= LARGEST + 4096
+    # There is room for two of them, and not beside the third.
+    assert read == ["all", "lora", "rslora", "all"]
 
 
 def test_a_stop_token_ends_the_answer_and_is_not_in_it(drive, prompts, expected):
@@ -123,6 +279,16 @@ def test_an_answer_is_capped_at_the_context_and_at_the_cache(drive):
         ((1,) * 256, {}, ContextLengthExceeded, "256 tokens; the base's context holds 256"),
         ((1,) * 97, {}, ContextLengthExceeded, "KV cache holds 96"),
         ((1,), {"max_tokens": 0}, InvalidRequest, "max_tokens is 0"),
+        ((1,), {"max_tokens": 0, "logprobs": 1}, InvalidRequest, "max_tokens is 0"),
+        ((1,), {"min_tokens": 13}, InvalidRequest, "min_tokens is 13"),
+        ((1,), {"min_p": 1.5}, InvalidRequest, "min_p"),
+        ((1,), {"repetition_penalty": 0.0}, InvalidRequest, "repetition_penalty"),
+        ((1,), {"presence_penalty": float("nan")}, InvalidRequest, "presence_penalty"),
+        ((1,), {"frequency_penalty": float("inf")}, InvalidRequest, "frequency_penalty"),
+        ((1,), {"logit_bias": ((101, 1.0),)}, InvalidRequest, "token 101"),
+        ((1,), {"logit_bias": ((5, float("nan")),)}, InvalidRequest, "logit_bias"),
+        ((1,), {"n": 0}, InvalidRequest, "n is 0"),
+        ((1,), {"timeout": 0.0}, InvalidRequest, "timeout"),
         ((1,), {"temperature": -0.1}, InvalidRequest, "temperature"),
         ((1,), {"temperature": float("nan")}, InvalidRequest, "temperature"),
         ((1,), {"top_p": 0.0}, InvalidRequest, "top_p"),

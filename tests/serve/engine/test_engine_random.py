@@ -11,7 +11,11 @@ SMALL = {
     "max_sequences": st.integers(1, 6),
     "kv_tokens": st.integers(128, 320),
     "block_size": st.sampled_from([16, 32]),
+    "prefix_cache": st.booleans(),
     "adapter_slots": st.integers(1, 4),
+    "adapter_bytes": st.sampled_from([31_488, 1 << 20]),
+    "host_bytes": st.sampled_from([0, 40_000]),
+    "rank_budget": st.sampled_from([8, 1024]),
     "max_waiting": st.integers(2, 12),
     "load_threads": st.integers(1, 2),
     "patience": st.integers(1, 10),
@@ -45,7 +49,8 @@ def test_random_days(new_driver, adapters, prompts, expected, config, events, fl
                 wanted[id_] = (what, count)
                 try:
                     prompt = prompts.get(what, [1, 2])
-                    driver.submit(id_, prompt, what, tenant=f"t{len(wanted) % 3}", max_tokens=count)
+                    priority = len(wanted) % 4 // 3
+                    driver.submit(id_, prompt, what, f"t{len(wanted) % 3}", priority, max_tokens=count)
                 except Overloaded:
                     del wanted[id_]
             elif kind == "cancel":

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -21,25 +21,172 @@ def folder(adapters, tmp_path):
     return shutil.copytree(adapters["lora"], tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("name", ["lora", "all", "rslora", "patterns", "dora", "one layer"])
-def test_every_module_computes_what_it_does_in_peft(adapters, tiny, tiny_folder, name):
-    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, adapters[name]).eval()
+def base_of(tiny_folder):
+    return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+
+
+def assert_as_in_peft(folder, tiny, tiny_folder):
+    """Every module of the folder computes what it does in PEFT; returns the deltas."""
+    model = PeftModel.from_pretrained(base_of(tiny_folder), folder).eval()
     tuned = {
         path.removeprefix("base_model.model."): module
         for path, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
-    deltas = read_adapter(adapters[name], tiny.target_weight)
-    assert set(deltas) == set(tuned)
-    for path, delta in deltas.items():
+    deltas = read_adapter(folder, tiny.target_weight)
+    for path, module in tuned.items():
         weight = tiny.target_weight(path)
-        x = torch.randn(5, weight.shape[1])
-        y = x @ weight.T + x @ delta.a.T @ delta.b.T
         with torch.inference_mode():
-            expected = tuned[path](x)
-        torch.testing.assert_close(y if delta.gain is None else delta.gain * y, expected, rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(expected, x @ weight.T, atol=1e-2)
+            if isinstance(module.get_base_layer(), torch.nn.Embedding):
+                x = torch.tensor([3, 0, 99])
+                expected, y = module(x), weight[x]
+                x = torch.nn.functional.one_hot(x, len(weight)).float()
+            else:
+                x = torch.randn(5, weight.shape[1])
+                expected, y = module(x), x @ weight.T
+        if path in deltas:
+            delta = deltas[path]
+            assert delta.lookup == isinstance(module.get_base_layer(), torch.nn.Embedding)
+            assert not torch.allclose(expected, y, atol=1e-2)
+            y = y + x @ delta.a.T @ delta.b.T
+            y = y if delta.gain is None else delta.gain * y
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    tiny.new_slab(1, 1 << 20).pack(deltas)
+    assert set(deltas) <= set(tuned)
+    return deltas, tuned
+
+
+@pytest.mark.parametrize("name", ["lora", "all", "rslora", "patterns", "dora", "one layer"])
+def test_every_module_computes_what_it_does_in_peft(adapters, tiny, tiny_folder, name):
+    deltas, tuned = assert_as_in_peft(adapters[name], tiny, tiny_folder)
+    assert set(deltas) == set(tuned)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_heads_and_embeddings_are_read_with_the_base_layers_that_peft_saves_beside_them(
+    tiny, tiny_folder, tmp_path, dora
+):
+    targets = ["lm_head", "v_proj"] if dora else ["embed_tokens", "lm_head", "v_proj"]
+    config = LoraConfig(r=4, lora_alpha=9, target_modules=targets, init_lora_weights=False, use_dora=dora)
+    get_peft_model(base_of(tiny_folder), config).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert any("base_layer" in name for name in saved)
+    deltas, _ = assert_as_in_peft(tmp_path, tiny, tiny_folder)
+    assert {module.rpartition(".")[2] for module in deltas} == set(targets)
+    assert not dora or deltas["lm_head"].gain is not None
+
+    def lower(tensors):
+        tensors.update({name: t.bfloat16() for name, t in tensors.items() if "base_layer" in name})
+
+    change_weights(tmp_path, lower)
+    assert set(read_adapter(tmp_path, tiny.target_weight)) == set(deltas)
+
+    def disturb(tensors):
+        name = next(name for name in tensors if "lm_head.base_layer" in name)
+        tensors[name][3, 3] += 1
+
+    change_weights(tmp_path, disturb)
+    with pytest.raises(AdapterInvalid, match=r"its own base layer 'lm_head', which is not this base's"):
+        read_adapter(tmp_path, tiny.target_weight)
+
+
+def test_embeddings_that_peft_saves_untargeted_are_compared_too(tiny, tiny_folder, tmp_path):
+    model = get_peft_model(base_of(tiny_folder), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    assert len(read_adapter(tmp_path, tiny.target_weight)) == 2
+    change_weights(tmp_path, lambda tensors: tensors["base_model.model.lm_head.weight"].zero_())
+    with pytest.raises(AdapterInvalid, match="'lm_head'"):
+        read_adapter(tmp_path, tiny.target_weight)
+
+
+def test_dora_on_an_embedding_is_refused(tiny, tiny_folder, tmp_path):
+    config = LoraConfig(target_modules=["embed_tokens", "q_proj"], use_dora=True)
+    get_peft_model(base_of(tiny_folder), config).save_pretrained(tmp_path)
+    with pytest.raises(AdapterInvalid, match=r"DoRA on the embedding 'model\.embed_tokens'|lora_embedding"):
+        read_adapter(tmp_path, tiny.target_weight)
+
+
+def save_adalora(model, folder, *, prune: bool, alpha: int = 20):
+    torch.manual_seed(5)
+    config = AdaLoraConfig(
+        init_r=6, target_r=3, lora_alpha=alpha, target_modules=["q_proj", "down_proj"], total_step=10
+    )
+    tuned = get_peft_model(model, config)
+    pattern = {}
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+        if "lora_E" in name:
+            keep = [True, False, True, True, False, True]
+            if "layers.1.mlp" in name:
+                keep = [False] * 6
+            parameter.data.mul_(torch.tensor(keep)[:, None])
+            pattern[name.removeprefix("base_model.model.")] = keep
+    if prune:
+        tuned.peft_config["default"].rank_pattern = pattern
+    tuned.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("prune", [False, True])
+def test_raw_adalora_loses_its_dead_ranks_and_nothing_else(tiny, tiny_folder, tmp_path, prune):
+    folder = save_adalora(base_of(tiny_folder), tmp_path, prune=prune)
+    deltas, tuned = assert_as_in_peft(folder, tiny, tiny_folder)
+    assert set(tuned) - set(deltas) == {"model.layers.1.mlp.down_proj"}
+    assert {len(delta.a) for delta in deltas.values()} == {4}
+
+
+def test_adalora_that_saved_its_own_divisor_uses_it(tiny, tiny_folder, tmp_path):
+    folder = save_adalora(base_of(tiny_folder), tmp_path, prune=False)
+    (path,) = {
+        name
+        for name in load_file(folder / "adapter_model.safetensors")
+        if "layers.0.self_attn" in name and "_E" in name
+    }
+    module = path.removeprefix("base_model.model.").removesuffix(".lora_E")
+    before = read_adapter(folder, tiny.target_weight)[module].b
+    change_weights(folder, lambda t: t.update({path.replace("lora_E", "ranknum"): torch.tensor([3.0])}))
+    torch.testing.assert_close(read_adapter(folder, tiny.target_weight)[module].b, 2 * before, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"init_r": 5}, "their rank is 5"),
+        ({"init_r": None}, "garbles rank or alpha"),
+        ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True, False]}}, "their rank is 1"),
+    ],
+)
+def test_adalora_that_contradicts_its_config_is_refused(tiny, tiny_folder, tmp_path, changes, words):
+    folder = save_adalora(base_of(tiny_folder), tmp_path, prune=False)
+    change_config(folder, **changes)
+    with pytest.raises(AdapterInvalid, match=words):
+        read_adapter(folder, tiny.target_weight)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_that_change_the_base_are_read_once_converted(tiny, tiny_folder, tmp_path, start):
+    config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=start)
+    torch.manual_seed(2)
+    model = get_peft_model(base_of(tiny_folder), config)
+    model.save_pretrained(tmp_path / "initial")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "raw")
+    with pytest.raises(AdapterInvalid, match=f"started with {start}"):
+        read_adapter(tmp_path / "raw", tiny.target_weight)
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    deltas, _ = assert_as_in_peft(tmp_path / "converted", tiny, tiny_folder)
+    assert {len(delta.a) for delta in deltas.values()} == {8}
+    x = torch.arange(9)[None]
+    with torch.inference_mode():
+        trained, converted = (
+            model.eval()(x).logits,
+            PeftModel.from_pretrained(base_of(tiny_folder), tmp_path / "converted")(x).logits,
+        )
+    torch.testing.assert_close(trained, converted, rtol=1e-3, atol=1e-3)
 
 
 def change_config(folder, **changes):
@@ -61,19 +208,20 @@ def change_weights(folder, change):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias='none'"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"target_parameters": ["x"]}, "target_parameters"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"use_dora": True}, "lora_magnitude_vector"),
-        ({"r": 5}, r"lora_A .* is \[4, 32\].*need \[5, 32\]"),
+        ({"r": 5}, r"lora_A .* is \[4, 32\] and lora_B \[32, 4\].*rank is 5"),
         ({"r": 0}, "rank 0"),
         ({"r": None}, "garbles rank or alpha"),
         ({"lora_alpha": "much"}, "garbles rank or alpha"),
         ({"rank_pattern": {"(": 3}}, "garbles rank or alpha"),
-        ({"rank_pattern": {"q_proj": 3}}, r"need \[3, 32\]"),
+        ({"rank_pattern": {"q_proj": 3}}, "rank is 3"),
+        ({"rank_pattern": {"(q|v)_proj": 3}}, "rank is 3"),
+        ({"rank_pattern": [1]}, "garbles rank or alpha"),
     ],
 )
 def test_settings_that_cannot_be_served_are_named(folder, tiny, changes, words):
@@ -92,9 +240,9 @@ def rename(old, new):
         (lambda t: t.clear(), "no weights"),
         (rename(f"{Q}.lora_A.weight", "base_model.model.lm_head.lora_A.weight"), r"'lm_head'.*can't adapt|needs"),
         (rename(f"{Q}.lora_A.weight", f"{Q}.lora_embedding_A"), "lora_embedding_A"),
-        (lambda t: t.pop(f"{Q}.lora_B.weight"), r"has \['lora_A.weight'\]"),
-        (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(31, 4)}), r"lora_B .* is \[31, 4\]"),
-        (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(32, 4, dtype=torch.int32)}), "int32"),
+        (lambda t: t.pop(f"{Q}.lora_B.weight"), r"has \['lora_A'\]"),
+        (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(31, 4)}), r"B of .* is \[31, 4\]"),
+        (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(32, 4, dtype=torch.int32)}), "is I32"),
         (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(32)}), "magnitude"),
         (lambda t: t.update({Q.replace("layers.0", "layers.7") + ".lora_A.weight": torch.zeros(4, 32)}), "layers.7"),
     ],
@@ -102,7 +250,7 @@ def rename(old, new):
 def test_weights_that_cannot_be_served_are_named(folder, tiny, change, words):
     change_weights(folder, change)
     with pytest.raises(AdapterInvalid, match=words):
-        read_adapter(folder, tiny.target_weight)
+        tiny.new_slab(1, 1 << 20).pack(read_adapter(folder, tiny.target_weight))
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
@@ -131,4 +279,10 @@ def test_lower_precision_and_weights_that_are_no_numbers_are_read(folder, tiny):
 
     change_weights(folder, halve)
     deltas = read_adapter(folder, tiny.target_weight)
-    assert all(delta.a.dtype == torch.float32 and delta.a.isnan().all() for delta in deltas.values())
+    assert deltas
+    for delta in deltas.values():
+        assert delta.a.dtype == torch.bfloat16
+        # Not rounded again by the scale.
+        assert delta.b.dtype == torch.float32
+        assert delta.a.isnan().all()
+        assert delta.b.isnan().all()

@@ -1,20 +1,29 @@
 """The scheduler by itself: numbers in, plans out."""
 
+import itertools
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill.serve.engine.scheduler import Scheduler, Sequence
 
+fresh = itertools.count(1000)
 
-def scheduler(blocks=100, block_size=4, budget=8, sequences=4) -> Scheduler:
-    return Scheduler(blocks, block_size, budget, sequences)
+
+def scheduler(blocks=100, block_size=4, budget=8, sequences=4, **more) -> Scheduler:
+    return Scheduler(blocks, block_size, budget, sequences, **more)
+
+
+def sequence(id_, tenant="t", version=None, known=1, **more) -> Sequence:
+    """Its tokens are like no other's, so that none is found in the prefix cache."""
+    return Sequence(id_, tenant, version, [next(fresh) for _ in range(known)], **more)
 
 
 def always(version: str | None) -> bool:
     return True
 
 
-def shares(plan) -> list[tuple[str, int, int, bool]]:
+def shares(plan) -> list[tuple[int, int, int, bool]]:
     return [(share.id, share.start, share.count, share.sampled) for share in plan.shares]
 
 
@@ -24,17 +33,17 @@ def run(s: Scheduler, ready=always):
     s.commit(plan)
     for share in plan.shares:
         if share.sampled:
-            s.extend(share.id)
+            s.get(share.id).tokens.append(next(fresh))
     s.check_integrity()
     return plan
 
 
 def test_decode_comes_first_and_prompts_share_what_is_left():
     s = scheduler()
-    s.add(Sequence("a", "t", None, known=3))
-    s.add(Sequence("b", "t", None, known=20))
+    s.add(sequence("a", known=3))
+    s.add(sequence("b", known=20))
     assert shares(run(s)) == [("a", 0, 3, True), ("b", 0, 5, False)]
-    s.add(Sequence("c", "t", None, known=2))
+    s.add(sequence("c", known=2))
     assert shares(run(s)) == [("a", 3, 1, True), ("b", 5, 7, False)]
     assert shares(run(s)) == [("a", 4, 1, True), ("b", 12, 7, False)]
     assert shares(run(s)) == [("a", 5, 1, True), ("b", 19, 1, True), ("c", 0, 2, True)]
@@ -43,8 +52,8 @@ def test_decode_comes_first_and_prompts_share_what_is_left():
 
 def test_a_decode_behind_a_long_prompt_is_not_held_up():
     s = scheduler(budget=6)
-    s.add(Sequence("short", "t", None, known=5))
-    s.add(Sequence("long", "t", None, known=40))
+    s.add(sequence("short", known=5))
+    s.add(sequence("long", known=40))
     run(s)
     assert shares(run(s)) == [("short", 5, 1, True), ("long", 1, 5, False)]
 
@@ -52,29 +61,99 @@ def test_a_decode_behind_a_long_prompt_is_not_held_up():
 def test_tenants_take_turns_and_unready_versions_are_passed_over():
     s = scheduler(sequences=10, budget=100)
     for id_, tenant, version in [("a1", "a", "cold"), ("a2", "a", None), ("a3", "a", None), ("b1", "b", None)]:
-        s.add(Sequence(id_, tenant, version, known=1))
+        s.add(sequence(id_, tenant, version))
     assert s.plan(lambda version: version != "cold").admitted == ("a2", "b1", "a3")
     assert s.waiting == 1
     assert s.plan(always).admitted == ("a1",)
 
 
+def test_the_tenant_that_was_served_less_goes_first():
+    s = scheduler(sequences=1, budget=100)
+    s.add(sequence("long", "a", known=50))
+    for number in range(8):
+        s.add(sequence(f"short {number}", "b", known=10))
+    s.add(sequence("next", "a", known=50))
+    order = []
+    for _ in range(10):
+        order += run(s).admitted
+        s.remove(s.running[0].id)
+    assert order == ["long", *(f"short {number}" for number in range(5)), "next", *(f"short {n}" for n in (5, 6, 7))]
+
+
+def test_who_was_away_has_no_claim_on_what_he_did_not_use():
+    s = scheduler(blocks=1000, block_size=16, sequences=1, budget=10_000)
+    s.add(sequence("a", "a", known=9000))
+    run(s)
+    for number in range(12):
+        s.add(sequence(f"b{number}", "b", known=100))
+        s.add(sequence(f"a{number}", "a", known=100))
+    s.remove("a")
+    order = []
+    for _ in range(20):
+        order += run(s).admitted
+        s.remove(s.running[0].id)
+    # Not 90 of b's first: it is ahead by the credit of a newcomer alone, and then they take turns.
+    whose = "".join(id_[0] for id_ in order)
+    assert whose.startswith("b" * 5)
+    assert "aa" not in whose[:18] and "bb" not in whose[6:]
+
+
+def test_a_full_batch_makes_room_for_a_tenant_that_has_no_place():
+    s = scheduler(sequences=4, budget=100)
+    for number in range(6):
+        s.add(sequence(f"flood {number}", "flood", known=4))
+    run(s)
+    s.add(sequence("other", "quiet", known=4))
+    plan = run(s)
+    assert plan.preempted == ("flood 3",)
+    assert plan.admitted == ("other",)
+    for number in range(2, 5):
+        s.add(sequence(f"other {number}", "quiet", known=4))
+    for _ in range(12):
+        run(s)
+    # Two each: nobody takes more than his share.
+    assert [other.tenant for other in s.running] == ["flood", "flood", "quiet", "quiet"]
+
+
+def test_a_newcomer_is_computed_before_the_rest_of_a_flood_s_prompt():
+    s = scheduler(budget=8)
+    s.add(sequence("long", "flood", known=40))
+    run(s)
+    s.add(sequence("short", "quiet", known=6))
+    assert shares(run(s)) == [("short", 0, 6, True), ("long", 8, 2, False)]
+
+
+def test_priority_goes_first_and_takes_places():
+    s = scheduler(sequences=2, budget=100)
+    s.add(sequence("low", known=4, priority=-1))
+    s.add(sequence("low too", known=4, priority=-1))
+    s.add(sequence("normal", "u", known=4))
+    s.add(sequence("high", known=4, priority=5))
+    assert run(s).admitted == ("high", "normal")
+    s.add(sequence("higher", known=4, priority=6))
+    plan = run(s)
+    assert (plan.preempted, plan.admitted) == (("normal",), ("higher",))
+    s.remove("high")
+    s.remove("higher")
+    assert run(s).admitted == ("normal", "low")
+
+
 def test_no_newcomer_jumps_over_one_that_lacks_blocks():
     s = scheduler(blocks=4)
-    s.add(Sequence("a", "t", None, known=8))
-    s.add(Sequence("large", "t", None, known=12))
-    s.add(Sequence("small", "u", None, known=1))
-    s.add(Sequence("small too", "t", None, known=1))
+    s.add(sequence("a", known=8))
+    s.add(sequence("large", known=12))
+    s.add(sequence("small", known=1))
     assert s.plan(always).admitted == ("a",)
     s.remove("a")
-    assert s.plan(always).admitted[:2] == ("small", "large")
+    assert s.plan(always).admitted == ("large",)
 
 
 def test_the_last_admitted_gives_way_and_comes_back_first():
     s = scheduler(blocks=4, budget=100)
-    s.add(Sequence("first", "t", None, known=8))
-    s.add(Sequence("second", "t", None, known=8))
+    s.add(sequence("first", known=8))
+    s.add(sequence("second", known=8))
     run(s)
-    s.add(Sequence("third", "u", None, known=1))
+    s.add(sequence("third", known=1))
     plan = run(s)
     assert plan.preempted == ("second",)
     assert plan.admitted == ()
@@ -83,13 +162,14 @@ def test_the_last_admitted_gives_way_and_comes_back_first():
     s.remove("first")
     plan = run(s)
     assert plan.admitted == ("second", "third")
-    assert shares(plan)[0] == ("second", 0, 9, True)
+    # The first had taken the end of what the second left behind.
+    assert shares(plan)[0] == ("second", 4, 5, True)
 
 
 def test_the_preempted_come_back_in_the_order_they_were_admitted():
     s = scheduler(blocks=4, budget=100)
     for id_ in "abcd":
-        s.add(Sequence(id_, "t", None, known=4))
+        s.add(sequence(id_, known=4))
     run(s)
     plan = run(s)
     assert plan.preempted == ("d", "c")
@@ -98,50 +178,125 @@ def test_the_preempted_come_back_in_the_order_they_were_admitted():
     assert s.plan(always).admitted == ("c", "d")
 
 
+def test_a_prefix_is_computed_once_a_version():
+    s = scheduler(budget=100, sequences=10)
+    tokens = list(range(20))
+    for id_, version in [("base", None), ("v", "v"), ("v too", "v"), ("w", "w")]:
+        s.add(Sequence(id_, id_, version, list(tokens)))
+    # "v too" waits for the blocks that "v" is about to fill.
+    assert shares(run(s)) == [("base", 0, 20, True), ("v", 0, 20, True), ("w", 0, 20, True)]
+    plan = run(s)
+    # Of 20 known tokens at least one is computed, so the last full block can't be shared.
+    assert ("v too", 16, 4, True) in shares(plan)
+    assert s.reused == 16
+    assert s.get("v too").blocks[:4] == s.get("v").blocks[:4]
+    assert not set(s.get("v").blocks) & set(s.get("w").blocks)
+    # A conversation goes on: the answer's blocks are known, too.
+    s.get("v").tokens += [77] * 8
+    longer = [*s.get("v").tokens]
+    while s.get("v").computed < len(longer):
+        run(s)
+    s.remove("v")
+    s.add(Sequence("next turn", "v", "v", [*longer, 5, 6]))
+    reused = s.reused
+    run(s)
+    assert s.reused - reused == len(longer) // 4 * 4
+
+
+def test_who_wants_every_position_computed_shares_nothing():
+    s = scheduler(budget=100, sequences=10)
+    tokens = list(range(20))
+    for id_ in ("a", "b"):
+        s.add(Sequence(id_, "t", None, list(tokens), reuse=False))
+    assert shares(run(s)) == [("a", 0, 20, True), ("b", 0, 20, True)]
+
+
+def test_a_step_has_so_many_ranks_and_nobody_starves():
+    ranks = {"v": 16, "w": 16, "x": 8, "huge": 64}
+    s = scheduler(budget=100, sequences=10, rank_budget=30, rank_of=ranks.__getitem__)
+    for id_, version in [("v1", "v"), ("w1", "w"), ("x1", "x"), ("v2", "v"), ("none", None)]:
+        s.add(sequence(id_, version=version, tenant=id_))
+    assert set(run(s).admitted) == {"v1", "x1", "v2", "none"}
+    alone = scheduler(budget=100, sequences=10, rank_budget=30, rank_of=ranks.__getitem__)
+    alone.add(sequence("huge", version="huge"))
+    assert run(alone).admitted == ("huge",)
+    # Those of a version that runs keep coming, and yet the one that doesn't fit gets in.
+    came = 0
+    while "w1" not in [other.id for other in s.running]:
+        came += 1
+        assert came < 1000
+        s.add(sequence(f"more {came}", version="v", tenant="v"))
+        for running in s.running:
+            if len(running.tokens) > 4:
+                s.remove(running.id)
+        run(s)
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     blocks=st.integers(4, 14),
     block_size=st.integers(1, 5),
     budget=st.integers(1, 12),
     sequences=st.integers(1, 6),
+    rank_budget=st.sampled_from([None, 4, 8]),
     arrivals=st.lists(
-        st.tuples(st.integers(0, 12), st.integers(1, 60), st.integers(1, 20), st.sampled_from("abc")), max_size=14
+        st.tuples(
+            st.integers(0, 12),
+            st.integers(1, 60),
+            st.integers(1, 20),
+            st.sampled_from("abc"),
+            st.sampled_from([None, "v", "w", "x"]),
+            st.sampled_from([0, 0, 0, 1]),
+            st.booleans(),
+        ),
+        max_size=14,
     ),
 )
-def test_everyone_gets_every_token_once(blocks, block_size, budget, sequences, arrivals):
-    s = Scheduler(blocks, block_size, budget, sequences)
+def test_everyone_gets_every_token_once(blocks, block_size, budget, sequences, rank_budget, arrivals):
+    s = Scheduler(blocks, block_size, budget, sequences, rank_budget=rank_budget, rank_of=lambda version: 4)
     room = blocks * block_size
-    todo = [
-        (when, f"{i}", min(prompt, room), tenant, min(answer, room + 1 - min(prompt, room)))
-        for i, (when, prompt, answer, tenant) in enumerate(arrivals)
-    ]
-    left = {id_: answer for _, id_, _, _, answer in todo}
-    computed: dict[str, int] = {}
+    left: dict[int, int] = {}
+    held: dict[int, list] = {}
     for step in range(5000):
-        for when, id_, prompt, tenant, _ in todo:
+        for number, (when, prompt, answer, tenant, version, priority, alike) in enumerate(arrivals):
             if when == step:
-                s.add(Sequence(id_, tenant, None, known=prompt))
+                known = min(prompt, room)
+                tokens = list(range(known)) if alike else [next(fresh) for _ in range(known)]
+                left[number] = min(answer, room + 1 - known)
+                s.add(Sequence(number, tenant, version, tokens, priority))
+        before = {other.id: other.computed for other in s.sequences}
         plan = s.plan(always)
         s.check_integrity()
         assert sum(share.count for share in plan.shares) <= budget
         assert len(s.running) <= sequences
-        owned = [block for sequence in s.running for block in sequence.blocks]
-        assert len(set(owned)) == len(owned)
-        for id_ in plan.preempted:
-            computed[id_] = 0
+        versions = {other.version for other in s.running} - {None}
+        assert rank_budget is None or len(versions) <= max(1, rank_budget // 4)
         for share in plan.shares:
-            assert share.start == computed.get(share.id, 0), "a position skipped or computed twice"
-            computed[share.id] = share.start + share.count
+            its = s.get(share.id)
+            # A block that is written has one holder, and positions come one after the other.
+            first = share.start // block_size
+            for index in range(first, -(-(share.start + share.count) // block_size)):
+                assert sum(its.blocks[index] in other.blocks for other in s.running) == 1
+            if share.id not in plan.admitted and share.id not in plan.preempted:
+                assert share.start == before[share.id], "a position skipped or computed twice"
+            # What is taken from the cache was computed for the same tokens of the same version.
+            for index, block in enumerate(its.blocks[:first]):
+                content = (its.version, tuple(its.tokens[: (index + 1) * block_size]))
+                assert held.get(block, content) == content
         s.commit(plan)
         for share in plan.shares:
+            its = s.get(share.id)
+            for index in range(its.computed // block_size):
+                held[its.blocks[index]] = (its.version, tuple(its.tokens[: (index + 1) * block_size]))
             if share.sampled:
                 left[share.id] -= 1
                 if left[share.id]:
-                    s.extend(share.id)
+                    its.tokens.append(7)
                 else:
                     s.remove(share.id)
-        if not any(left.values()):
+        if step >= 12 and not any(left.values()):
             break
         assert plan.shares or step <= 12, "nobody gets on"
     assert not any(left.values())
     assert s.free_blocks == blocks
+    assert s.waiting == 0

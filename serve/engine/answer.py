@@ -1,0 +1,59 @@
+"""One answer between its request's submit and its last output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from loramill.serve.engine.sampling import Chooser
+from loramill.serve.engine.scheduler import Sequence, Share
+from loramill.serve.engine.values import Finish, Output, Request, TokenLogprobs
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """The `index`-th of a request's answers.
+
+    Attributes:
+        sequence: what the scheduler knows of it; its tokens are the prompt's and the answer's.
+        chooser: how its tokens are chosen.
+        limit: tokens that it may have.
+        echo: whether the prompt is still to be told.
+        prompt_logprobs: of the prompt's tokens, as far as they were computed.
+    """
+
+    request: Request
+    index: int
+    sequence: Sequence
+    chooser: Chooser
+    limit: int
+    echo: bool
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def full(self) -> bool:
+        """Whether it has all the tokens that it may have."""
+        return len(self.sequence.tokens) == len(self.request.tokens) + self.limit
+
+    def wanted(self, share: Share) -> int:
+        """Of how many of a share's last tokens the logits are wanted."""
+        tells = self.echo and self.request.sampling.logprobs is not None
+        if tells and share.start < len(self.request.tokens):
+            return share.count
+        return int(share.sampled)
+
+    def add(self, token: int) -> None:
+        """Takes the token that was chosen."""
+        self.sequence.tokens.append(token)
+        self.chooser.take(token)
+
+    def output(
+        self, tokens: tuple[int, ...], finish: Finish | None = None, logprobs: tuple[TokenLogprobs, ...] = ()
+    ) -> Output:
+        """New tokens of it; the first ones come behind the prompt if that is to be echoed."""
+        if self.echo:
+            self.echo = False
+            tokens = (*self.request.tokens, *tokens)
+            if self.request.sampling.logprobs is not None:
+                first = TokenLogprobs(self.request.tokens[0], None, ())
+                logprobs = (first, *self.prompt_logprobs, *logprobs)
+        return Output(self.request.id, tokens, finish, logprobs=logprobs, index=self.index)

@@ -1,0 +1,91 @@
+"""A flood of one tenant, played out: the scheduler's own decisions, and time that passes as it does on a CPU."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from loramill.serve.engine import EngineConfig
+from loramill.serve.engine.scheduler import Scheduler, Sequence
+
+#: Seconds of a step: reading the weights, and each row's products.
+FIXED, ROW = 0.006, 0.0006
+SECONDS = 40.0
+
+
+@dataclass(frozen=True)
+class Arrival:
+    at: float
+    tenant: str
+    prompt: int
+    answer: int
+
+
+def quiet(seed: int) -> list[Arrival]:
+    """Three tenants who together ask once a second."""
+    rng, arrivals = random.Random(seed), []
+    for tenant in ("a", "b", "c"):
+        at = rng.expovariate(1 / 3)
+        while at < SECONDS:
+            arrivals.append(Arrival(at, tenant, rng.randint(32, 256), rng.randint(16, 64)))
+            at += rng.expovariate(1 / 3)
+    return arrivals
+
+
+def flood(seed: int, tenant: str) -> list[Arrival]:
+    """A hundred requests at once, then fifty a second: several times what the machine can do."""
+    rng = random.Random(seed)
+    return [Arrival(max(0, i - 100) / 50, tenant, rng.randint(64, 600), rng.randint(20, 200)) for i in range(2000)]
+
+
+def first_tokens(arrivals: list[Arrival]) -> dict[Arrival, float]:
+    """Seconds to the first token of those who aren't the flood."""
+    c = EngineConfig()
+    s = Scheduler(c.kv_tokens // c.block_size, c.block_size, c.max_batch_tokens, c.max_sequences)
+    coming = sorted(arrivals, key=lambda arrival: -arrival.at)
+    here: dict[int, Arrival] = {}
+    left: dict[int, int] = {}
+    waited: dict[Arrival, float] = {}
+    now = 0.0
+    while any(arrival.tenant in "abc" for arrival in [*coming, *(here[number] for number in left)]):
+        while coming and coming[-1].at <= now:
+            arrival, number = coming.pop(), len(here)
+            here[number], left[number] = arrival, arrival.answer
+            s.add(Sequence(number, arrival.tenant, None, [number * 1000 + i for i in range(arrival.prompt)]))
+        plan = s.plan(lambda version: True)
+        if not plan.shares:
+            now = coming[-1].at
+            continue
+        now += FIXED + ROW * sum(share.count for share in plan.shares)
+        s.commit(plan)
+        for share in plan.shares:
+            if share.sampled:
+                if here[share.id].tenant in "abc":
+                    waited.setdefault(here[share.id], now - here[share.id].at)
+                left[share.id] -= 1
+                s.get(share.id).tokens.append(0)
+                if not left[share.id]:
+                    del left[share.id]
+                    s.remove(share.id)
+    return waited
+
+
+def p95(waited: dict[Arrival, float]) -> float:
+    return sorted(waited.values())[int(len(waited) * 0.95)]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_flood_leaves_the_others_their_time_to_first_token(seed):
+    alone = first_tokens(quiet(seed))
+    beside = first_tokens([*quiet(seed), *flood(seed, "flood")])
+    assert beside.keys() == alone.keys()
+    assert len(alone) > 25
+    assert p95(beside) <= 2 * p95(alone)
+
+
+def test_without_fairness_it_would_not():
+    # The same flood under the name of one of them: that one waits behind its own, the others don't.
+    alone = first_tokens(quiet(1))
+    beside = first_tokens([*quiet(1), *flood(1, "a")])
+    own = {arrival: seconds for arrival, seconds in beside.items() if arrival in alone and arrival.tenant == "a"}
+    assert p95(own) > 10 * p95(alone)
