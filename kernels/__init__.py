@@ -10,7 +10,7 @@ import torch
 
 from loramill.errors import SettingsInvalid, SetupError
 from loramill.kernels.adapter import Delta, PackedAdapter, Site
-from loramill.kernels.backend import Backend, LayerKV, Weight
+from loramill.kernels.backend import Backend, LayerKV, Quantized, Weight
 from loramill.kernels.batch import Batch, Run, Slot
 from loramill.kernels.paging import Pages, Span
 from loramill.kernels.slab import SiteSlab, Slab
@@ -23,6 +23,7 @@ __all__ = [
     "LayerKV",
     "PackedAdapter",
     "Pages",
+    "Quantized",
     "Run",
     "Site",
     "SiteSlab",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,11 +21,14 @@ class Site:
         d_in: columns of x.
         modules: names of the target modules, in the order of their columns in y.
         widths: d_out of each module; y has `sum(widths)` columns.
+        lookup: the one module is an embedding: x are one-hot rows over a vocabulary of `d_in`, given as their tokens.
+            Such adapters lie as `LOOKUP` says, whatever the backend's layout.
     """
 
     d_in: int
     modules: tuple[str, ...]
     widths: tuple[int, ...]
+    lookup: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +36,16 @@ class Delta:
     """What an adapter does to one target module: y becomes `gain * (y + b @ (a @ x))`.
 
     Attributes:
-        a: [r, d_in].
+        a: [r, d_in], of any floating dtype, as b.
         b: [d_out, r], with the adapter's scale folded in.
         gain: [d_out], DoRA's magnitude over the norm of the merged weight's rows; None: 1.
+        lookup: the module is an embedding; a is [r, vocabulary].
     """
 
     a: torch.Tensor
     b: torch.Tensor
     gain: torch.Tensor | None = None
+    lookup: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,8 @@ class Layout:
     """How a backend wants the weights to lie.
 
     Attributes:
-        a, b: turn a [r, d_in] and b [d_out, r] into what is stored, in their dtype.
+        a, b: turn a [r, d_in] and b [d_out, r] into what is stored, in their dtype. They are called under `torch.vmap`:
+            for the matrices of many modules at once.
     """
 
     a: Callable[[torch.Tensor], torch.Tensor]
@@ -57,6 +63,9 @@ class Layout:
 
 #: Both matrices as they are, row by row.
 ROWS = Layout(torch.Tensor.contiguous, torch.Tensor.contiguous)
+
+#: Both transposed: a token's row of a is read alone, and b one rank after the other.
+LOOKUP = Layout(lambda a: a.T.contiguous(), lambda b: b.T.contiguous())
 
 #: Fields of a table's last axis: bytes from the start to a, b and gain (-1: no gain), and the rank (0: no target).
 A, B, GAIN, RANK = range(4)
@@ -98,47 +107,91 @@ def pack(sites: Sequence[Site], deltas: Mapping[str, Delta], layout: Layout, dty
     Raises:
         AdapterInvalid: a delta names no module of `sites`, or its shapes don't fit the module.
     """
-    known = {module for site in sites for module in site.modules}
-    for module in deltas:
-        if module not in known:
-            raise AdapterInvalid(f"The adapter targets '{module}', which this base can't adapt.")
+    targets = _targets(sites, deltas)
+    stored = _lay_out(targets, deltas, layout, dtype)
     table = np.zeros((len(sites), modules_per_site(sites), 4), dtype=np.int64)
     table[..., GAIN] = -1
-    parts: list[torch.Tensor] = []
+    parts: list[tuple[int, NDArray[np.uint8]]] = []
     end = 0
 
-    def place(tensor: torch.Tensor) -> int:
+    def place(raw: NDArray[np.uint8]) -> int:
         nonlocal end
-        raw = tensor.reshape(-1).view(torch.uint8)
-        start, end = end, end + aligned(raw.numel())
-        parts.extend((raw, raw.new_zeros(end - start - raw.numel())))
+        start, end = end, end + aligned(raw.size)
+        parts.append((start, raw))
         return start
 
-    for s, site in enumerate(sites):
-        for m, (name, width) in enumerate(zip(site.modules, site.widths, strict=True)):
-            if name not in deltas:
-                continue
-            delta = deltas[name]
-            _check(name, site.d_in, width, delta)
-            a, b = delta.a.to(dtype), delta.b.to(dtype)
-            if dtype == torch.int8:
-                a, b, scale = _quantize(delta)
-                place(scale)
-            # In the order in which a kernel reads them.
-            table[s, m] = place(layout.a(a)), place(layout.b(b)), -1, len(a)
-            if delta.gain is not None:
-                table[s, m, GAIN] = place(delta.gain.float().contiguous())
-    return PackedAdapter(torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8), table)
+    for name, (s, m, _) in targets.items():
+        raw, delta = stored[name], deltas[name]
+        # In the order in which a kernel reads them.
+        if raw.scale is not None:
+            place(raw.scale)
+        table[s, m] = place(raw.a), place(raw.b), -1, len(delta.a)
+        if delta.gain is not None:
+            table[s, m, GAIN] = place(_bytes(delta.gain.float()[None])[0])
+    data = np.zeros(end, dtype=np.uint8)
+    for start, raw_part in parts:
+        data[start : start + raw_part.size] = raw_part
+    return PackedAdapter(torch.from_numpy(data), table)
 
 
-def _quantize(delta: Delta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Matrices of int8 with one scale a rank: b @ a is about b8 @ diag(scale) @ a8.
+def _targets(sites: Sequence[Site], deltas: Mapping[str, Delta]) -> dict[str, tuple[int, int, Site]]:
+    """Each delta's place in the table, and its site; in the table's order."""
+    targets = {
+        name: (s, m, site) for s, site in enumerate(sites) for m, name in enumerate(site.modules) if name in deltas
+    }
+    for module in deltas:
+        if module not in targets:
+            raise AdapterInvalid(f"The adapter targets '{module}', which this base can't adapt.")
+    for module, (_, m, site) in targets.items():
+        _check(module, site, site.widths[m], deltas[module])
+    return targets
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """The bytes of one module's matrices, and in int8 of its scales."""
+
+    a: NDArray[np.uint8]
+    b: NDArray[np.uint8]
+    scale: NDArray[np.uint8] | None
+
+
+def _lay_out(
+    targets: Mapping[str, tuple[int, int, Site]], deltas: Mapping[str, Delta], layout: Layout, dtype: torch.dtype
+) -> dict[str, _Stored]:
+    """Lays out all modules of equal shapes at once: one by one, torch's calls would take longer than their work."""
+    alike: dict[Hashable, list[str]] = {}
+    for name, (_, _, site) in targets.items():
+        a, b = deltas[name].a, deltas[name].b
+        alike.setdefault((site.lookup, a.shape, b.shape, a.dtype, b.dtype), []).append(name)
+    stored: dict[str, _Stored] = {}
+    for names in alike.values():
+        a, b = torch.stack([deltas[name].a for name in names]), torch.stack([deltas[name].b for name in names])
+        scales: NDArray[np.uint8] | None = None
+        if dtype == torch.int8:
+            a, b, scale = _quantize(a, b)
+            scales = _bytes(scale)
+        laid = LOOKUP if deltas[names[0]].lookup else layout
+        of_a, of_b = (_bytes(torch.vmap(lay)(m.to(dtype))) for lay, m in ((laid.a, a), (laid.b, b)))
+        for index, name in enumerate(names):
+            stored[name] = _Stored(of_a[index], of_b[index], None if scales is None else scales[index])
+    return stored
+
+
+def _bytes(tensors: torch.Tensor) -> NDArray[np.uint8]:
+    """The bytes [n, bytes of one] of tensors [n, ...]."""
+    raw: NDArray[np.uint8] = tensors.contiguous().flatten(1).view(torch.uint8).numpy()
+    return raw
+
+
+def _quantize(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Matrices of int8 with one scale a rank: b @ a is about b8 @ diag(scale) @ a8, for each of a stack.
 
     A rank with a value that is no number gets a scale that is none: what it touches must show it.
     """
-    a, b = delta.a.float(), delta.b.float()
-    of_a, of_b = a.abs().amax(1) / 127, b.abs().amax(0) / 127
-    a8, b8 = ((m / s).nan_to_num(0, 0, 0).round().to(torch.int8) for m, s in ((a, of_a[:, None]), (b, of_b)))
+    a, b = a.float(), b.float()
+    of_a, of_b = a.abs().amax(-1) / 127, b.abs().amax(-2) / 127
+    a8, b8 = ((m / s).nan_to_num(0, 0, 0).round().to(torch.int8) for m, s in ((a, of_a[..., None]), (b, of_b[:, None])))
     return a8, b8, of_a * of_b
 
 
@@ -147,9 +200,17 @@ def scales_before(a: int, rank: int) -> int:
     return a - aligned(4 * rank)
 
 
-def _check(module: str, d_in: int, d_out: int, delta: Delta) -> None:
+def _check(module: str, site: Site, d_out: int, delta: Delta) -> None:
+    if delta.lookup != site.lookup or (delta.lookup and delta.gain is not None):
+        raise AdapterInvalid(
+            f"'{module}' is {'an embedding' if site.lookup else 'a linear'} of this base; the adapter has for it a "
+            f"{'lookup' if delta.lookup else 'linear'} {'with' if delta.gain is not None else 'without'} a gain."
+        )
     r = delta.a.shape[0]
-    expected: list[tuple[str, torch.Tensor, tuple[int, ...]]] = [("A", delta.a, (r, d_in)), ("B", delta.b, (d_out, r))]
+    expected: list[tuple[str, torch.Tensor, tuple[int, ...]]] = [
+        ("A", delta.a, (r, site.d_in)),
+        ("B", delta.b, (d_out, r)),
+    ]
     if delta.gain is not None:
         expected.append(("gain", delta.gain, (d_out,)))
     for name, tensor, shape in expected:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from loramill.errors import EngineFault
 from loramill.kernels.adapter import Layout
 from loramill.kernels.batch import Batch
 from loramill.kernels.slab import SiteSlab
@@ -16,12 +17,66 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Quantized:
+    """A matrix [d_out, d_in] of small codes: in a dtype it is `(levels[codes] * scales).to(dtype)`, in float32 first.
+
+    Attributes:
+        codes: [d_out, d_in]: uint8, each one of the levels; or int8, where they are the numbers themselves.
+        levels: float32 [16]; None: the codes are int8.
+        scales: float32 [d_out, d_in / group]: of `group` neighbouring inputs each, a multiple of four or all.
+
+    Raises:
+        EngineFault: these don't fit each other.
+    """
+
+    codes: torch.Tensor
+    levels: torch.Tensor | None
+    scales: torch.Tensor
+
+    def __post_init__(self) -> None:
+        codes, levels, scales = self.codes, self.levels, self.scales
+        if levels is None:
+            fits = codes.dtype == torch.int8
+        else:
+            fits = codes.dtype == torch.uint8 and levels.dtype == torch.float32 and levels.shape == (16,)
+        fits = fits and scales.dtype == torch.float32 and codes.ndim == scales.ndim == 2 and scales.numel() > 0
+        fits = fits and len(codes) == len(scales) and codes.shape[1] % scales.shape[1] == 0
+        fits = fits and (scales.shape[1] == 1 or self.group % 4 == 0) and (levels is None or bool(codes.max() < 16))
+        if not fits:
+            raise EngineFault(
+                f"Codes {codes.dtype} {list(codes.shape)} and scales {scales.dtype} {list(scales.shape)} with "
+                f"{'no' if levels is None else list(levels.shape)} levels make no matrix."
+            )
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    def values(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix itself, [d_out, d_in]."""
+        numbers = self.codes.float() if self.levels is None else self.levels[self.codes.int()]
+        return (numbers * self.scales.repeat_interleave(self.group, dim=1)).to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Codebook:
+    """What the codes of a quantized weight stand for, as its backend laid it out."""
+
+    levels: torch.Tensor | None
+    scales: torch.Tensor
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
 class Weight:
-    """A frozen matrix [d_out, d_in] as its backend laid it out."""
+    """A frozen matrix [d_out, d_in] as its backend laid it out, for x of `dtype`; with a codebook, `data` are codes."""
 
     data: torch.Tensor
+    dtype: torch.dtype
     d_out: int
     d_in: int
+    codebook: Codebook | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +108,10 @@ class Backend(Protocol):
         """Adds each run's adapter; the contract is that of `loramill.kernels.lora`."""
 
     def pack(self, weight: torch.Tensor) -> Weight:
-        """Lays a matrix [d_out, d_in] out for `linear`, `adapted_linear` and `embed`."""
+        """Lays a matrix [d_out, d_in] out for `linear`, `adapted_linear` and `embed`, for x of its dtype."""
+
+    def pack_quantized(self, matrix: Quantized, dtype: torch.dtype) -> Weight:
+        """The same for x of a dtype: all results are those of `pack(matrix.values(dtype))`, in less memory."""
 
     def embed(self, tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
         """Rows of the matrix: `weight[tokens]`, for int64 tokens [rows]; returns [rows, d_in]."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mmap
 from bisect import insort
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 #: Every block begins on a cache line.
 ALIGNMENT = 64
@@ -33,6 +35,21 @@ def host_memory(size: int) -> torch.Tensor:
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     start = -memory.data_ptr() % _HUGE_PAGE
     return memory[start : start + size]
+
+
+def send(numbers: NDArray[Any], to: torch.Tensor) -> None:
+    """Copies to a device without waiting; torch keeps the page-locked memory until the stream has read it."""
+    to.copy_(_page_locked(numbers, to.device), non_blocking=True)
+
+
+def sent(numbers: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The numbers on a device, copied as `send` does; on the CPU they are the tensor's own memory."""
+    return _page_locked(numbers, device).to(device, non_blocking=True)
+
+
+def _page_locked(numbers: NDArray[Any], device: torch.device) -> torch.Tensor:
+    host = torch.from_numpy(numbers)
+    return host.pin_memory() if device.type == "cuda" else host
 
 
 class HostPool:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from loramill.kernels.adapter import ROWS, Layout
-from loramill.kernels.backend import LayerKV, Weight
+from loramill.kernels.backend import Codebook, LayerKV, Quantized, Weight
 from loramill.kernels.batch import Batch
 from loramill.kernels.paging import Pages, Span
 from loramill.kernels.slab import SiteSlab
@@ -39,17 +39,40 @@ def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None
 
 def pack(weight: torch.Tensor) -> Weight:
     """Keeps the matrix [d_out, d_in] as it is."""
-    return Weight(weight, *weight.shape)
+    return Weight(weight, weight.dtype, *weight.shape)
+
+
+def pack_quantized(matrix: Quantized, dtype: torch.dtype) -> Weight:
+    """Keeps the codes, those that choose a level two a byte; every operation makes values of them."""
+    codes, levels = matrix.codes, matrix.levels
+    if levels is not None:
+        codes = F.pad(codes, (0, codes.shape[1] % 2))
+        codes = codes[:, 0::2] | codes[:, 1::2] << 4
+        # A byte finds both of its levels at once.
+        levels = torch.stack([levels.repeat(16), levels.repeat_interleave(16)], dim=1)
+    book = Codebook(levels, matrix.scales, matrix.group)
+    return Weight(codes, dtype, *matrix.codes.shape, codebook=book)
 
 
 def embed(tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
     """The tokens' rows of the matrix, [rows, d_in]."""
-    return F.embedding(tokens, weight.data)
+    if weight.codebook is None:
+        return F.embedding(tokens, weight.data)
+    return _values(weight, weight.data[tokens], weight.codebook, weight.codebook.scales[tokens])
 
 
 def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """`x @ weight.T`, [rows, d_out]."""
-    return F.linear(x, weight.data)
+    if weight.codebook is None:
+        return F.linear(x, weight.data)
+    return F.linear(x, _values(weight, weight.data, weight.codebook, weight.codebook.scales))
+
+
+def _values(weight: Weight, codes: torch.Tensor, book: Codebook, scales: torch.Tensor) -> torch.Tensor:
+    """Some rows of the matrix from their codes and scales."""
+    numbers = codes.float() if book.levels is None else F.embedding(codes.int(), book.levels).flatten(1)
+    groups = numbers[:, : weight.d_in].reshape(*scales.shape, book.group)
+    return (groups * scales[..., None]).flatten(1).to(weight.dtype)
 
 
 def adapted_linear(x: torch.Tensor, weight: Weight, slab: SiteSlab, batch: Batch) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from loramill.kernels.adapter import ROWS, Layout
-from loramill.kernels.backend import LayerKV, Weight
+from loramill.kernels.backend import LayerKV, Quantized, Weight
 from loramill.kernels.batch import Batch
 from loramill.kernels.paging import Pages
 from loramill.kernels.slab import SiteSlab
@@ -35,7 +35,12 @@ def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None
 
 def pack(weight: torch.Tensor) -> Weight:
     """Keeps the matrix [d_out, d_in] as it is."""
-    return Weight(weight, *weight.shape)
+    return Weight(weight, weight.dtype, *weight.shape)
+
+
+def pack_quantized(matrix: Quantized, dtype: torch.dtype) -> Weight:
+    """Keeps the matrix's values."""
+    return pack(matrix.values(dtype))
 
 
 def embed(tokens: torch.Tensor, weight: Weight) -> torch.Tensor:

@@ -239,12 +239,13 @@ class SiteSlab:
         if not rank:
             return None
         width = self.site.widths[module]
-        matrix_a = self._tensor(a, (rank, self.site.d_in), self.slab.dtype)
-        matrix_b = self._tensor(b, (width, rank), self.slab.dtype)
+        matrix_a = self.tensor(a, (rank, self.site.d_in), self.slab.dtype)
+        matrix_b = self.tensor(b, (width, rank), self.slab.dtype)
         if self.slab.dtype == torch.int8:
-            matrix_a = matrix_a * self._tensor(scales_before(a, rank), (rank, 1), torch.float32)
-        return Delta(matrix_a, matrix_b, None if gain < 0 else self._tensor(gain, (width,), torch.float32))
+            matrix_a = matrix_a * self.tensor(scales_before(a, rank), (rank, 1), torch.float32)
+        return Delta(matrix_a, matrix_b, None if gain < 0 else self.tensor(gain, (width,), torch.float32))
 
-    def _tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A view of the arena from byte `offset` on."""
         size = int(np.prod(shape)) * dtype.itemsize
         return self.slab.arena[offset : offset + size].view(dtype).view(shape)

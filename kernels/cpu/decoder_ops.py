@@ -125,7 +125,7 @@ def rope_write(
             raise _misfit(qkv, angle)
     library.rope_write(
         qkv.data_ptr(), ld, rows, heads, kv.kv_heads, kv.head_dim, cos.data_ptr(), sin.data_ptr(),
-        kv.keys.data_ptr(), kv.values.data_ptr(), _slots(pages), kv.block_size,
+        kv.keys.data_ptr(), kv.values.data_ptr(), slot_address(pages), kv.block_size,
     )  # fmt: skip
 
 
@@ -144,17 +144,17 @@ def attention(
     ld, step = qkv.stride()
     if step != 1 or heads % kv.kv_heads or columns < heads * kv.head_dim or qkv.dtype != kv.keys.dtype:
         raise _misfit(qkv, kv.keys)
-    plan = _plan(pages, heads // kv.kv_heads)
+    plan = attention_plan(pages, heads // kv.kv_heads)
     y = qkv.new_empty(rows, heads * kv.head_dim)
     library.attention(
         qkv.data_ptr(), ld, y.data_ptr(), kv.keys.data_ptr(), kv.values.data_ptr(), plan.blocks, plan.spans,
         plan.address, plan.count, heads, kv.kv_heads, kv.head_dim, kv.block_size,
-        _UNLIMITED if window is None else window, scale, plan.scores * kv.head_dim,
+        UNLIMITED if window is None else window, scale, plan.scores * kv.head_dim,
     )  # fmt: skip
     return y
 
 
-_UNLIMITED = 1 << 40
+UNLIMITED = 1 << 40
 
 
 def _misfit(x: torch.Tensor, other: torch.Tensor) -> EngineFault:
@@ -164,17 +164,17 @@ def _misfit(x: torch.Tensor, other: torch.Tensor) -> EngineFault:
     )
 
 
-def _slots(pages: Pages) -> int:
+def slot_address(pages: Pages) -> int:
     """The address of the rows' slots."""
-    address = pages.memo.get(_slots)
+    address = pages.memo.get(slot_address)
     if address is None:
-        address = pages.memo[_slots] = pages.slots.ctypes.data
+        address = pages.memo[slot_address] = pages.slots.ctypes.data
     return int(address)
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """How attention is shared out.
+class AttentionPlan:
+    """How attention is shared out among threads.
 
     Attributes:
         units: int32 [count, 3]: span, and its queries from and to; each unit is a part at each KV head.
@@ -190,8 +190,9 @@ class _Plan:
     scores: int
 
 
-def _plan(pages: Pages, group: int) -> _Plan:
-    plan = pages.memo.get((_Plan, group))
+def attention_plan(pages: Pages, group: int) -> AttentionPlan:
+    """The plan of a step, where `group` query heads share a KV head."""
+    plan = pages.memo.get((AttentionPlan, group))
     if plan is None:
         queries = pages.table[:, COUNT].astype(np.int64) * group
         pieces = -(-queries // _QUERIES)
@@ -201,7 +202,9 @@ def _plan(pages: Pages, group: int) -> _Plan:
         cuts = [queries[span] * (piece + end) // pieces[span] for end in (0, 1)]
         units = np.stack([span, *cuts], axis=1).astype(np.int32)
         scores = int((queries * (pages.table[:, START] + pages.table[:, COUNT] / 2)).sum() * 2 / max(1, len(units)))
-        plan = _Plan(units, units.ctypes.data, pages.blocks.ctypes.data, pages.table.ctypes.data, len(units), scores)
-        pages.memo[_Plan, group] = plan
-    assert isinstance(plan, _Plan)
+        plan = AttentionPlan(
+            units, units.ctypes.data, pages.blocks.ctypes.data, pages.table.ctypes.data, len(units), scores
+        )
+        pages.memo[AttentionPlan, group] = plan
+    assert isinstance(plan, AttentionPlan)
     return plan

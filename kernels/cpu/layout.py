@@ -11,6 +11,8 @@ from loramill.kernels.adapter import Layout
 OUTPUTS = 32
 #: Ranks of `a` that lie side by side.
 RANKS = 4
+#: Inputs whose codes lie side by side.
+INPUTS = 4
 
 
 def panels(weight: torch.Tensor) -> torch.Tensor:
@@ -19,10 +21,40 @@ def panels(weight: torch.Tensor) -> torch.Tensor:
     The kernels read it from end to end: a step along the inputs takes p inputs of 32 outputs, two cache lines or, in
     int8, one.
     """
-    pair = _lane(weight)
-    d_out, d_in = weight.shape
-    padded = F.pad(weight, (0, -d_in % pair, 0, -d_out % OUTPUTS))
-    return padded.view(-1, OUTPUTS, padded.shape[1] // pair, pair).transpose(1, 2).contiguous()
+    return _panels(weight, _lane(weight.dtype), _lane(weight.dtype))
+
+
+def byte_panels(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Codes [d_out, d_in] as [ceil(d_out / 32), ceil(d_in / 4), 128], padded with zeros: in the order of `panels`."""
+    return _panels(codes, _lane(dtype), INPUTS).view(-1, -(-codes.shape[1] // INPUTS), INPUTS * OUTPUTS)
+
+
+def nibble_panels(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Codes [d_out, d_in] below 16 as bytes [ceil(d_out / 32), ceil(d_in / 4), 64].
+
+    The kernels take 64 bytes for 16 numbers of 32 bits: of number l, the n-th four bits from the lowest are the code
+    16 n + l of 128 in `byte_panels`.
+    """
+    ordered = byte_panels(codes, dtype)
+    nibbles = ordered.view(*ordered.shape[:2], 8, 16).transpose(2, 3)
+    return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).flatten(2)
+
+
+def rows_of_bytes(packed: torch.Tensor, outputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows [n, d_in padded] of the codes that `byte_panels` packed, for int64 outputs [n]."""
+    return packed[outputs[:, None] // OUTPUTS, :, _places(outputs, dtype)].transpose(1, 2).flatten(1)
+
+
+def rows_of_nibbles(packed: torch.Tensor, outputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same of what `nibble_panels` packed."""
+    nibble, number = _places(outputs, dtype) // 16, _places(outputs, dtype) % 16
+    pairs = packed[outputs[:, None] // OUTPUTS, :, number * 4 + nibble // 2]
+    return (pairs >> (nibble % 2 * 4)[..., None] & 15).transpose(1, 2).flatten(1)
+
+
+def scale_panels(scales: torch.Tensor) -> torch.Tensor:
+    """Scales [d_out, groups] as [ceil(d_out / 32), groups, 32], padded with zeros."""
+    return _panels(scales, 1, 1)[..., 0]
 
 
 def quads(a: torch.Tensor) -> torch.Tensor:
@@ -30,14 +62,27 @@ def quads(a: torch.Tensor) -> torch.Tensor:
 
     Read from end to end like `panels`: a step along the inputs takes n of them for each of four ranks.
     """
-    line = 16 * _lane(a)
+    line = 16 * _lane(a.dtype)
     padded = F.pad(a, (0, -a.shape[1] % line, 0, -a.shape[0] % RANKS))
     return padded.view(-1, RANKS, padded.shape[1] // line, line).transpose(1, 2).contiguous()
 
 
-def _lane(matrix: torch.Tensor) -> int:
-    """Inputs that a 32-bit lane of the kernels' registers holds; int8 is widened to bfloat16."""
-    return 1 if matrix.dtype == torch.float32 else 2
+def _places(outputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Which of 128 in `byte_panels` are the codes of each output [n] and four inputs, [n, 4]."""
+    lane, inputs = _lane(dtype), torch.arange(INPUTS)
+    return (inputs // lane * OUTPUTS + outputs[:, None] % OUTPUTS) * lane + inputs % lane
+
+
+def _panels(matrix: torch.Tensor, lane: int, inputs: int) -> torch.Tensor:
+    """The matrix [d_out, d_in] as [ceil(d_out / 32), d_in / lane, 32, lane], d_in padded to a multiple of `inputs`."""
+    d_out, d_in = matrix.shape
+    padded = F.pad(matrix, (0, -d_in % inputs, 0, -d_out % OUTPUTS))
+    return padded.view(-1, OUTPUTS, padded.shape[1] // lane, lane).transpose(1, 2).contiguous()
+
+
+def _lane(dtype: torch.dtype) -> int:
+    """Inputs that a 32-bit lane of the kernels' registers holds; an adapter's int8 is widened to bfloat16."""
+    return 1 if dtype == torch.float32 else 2
 
 
 PANELS = Layout(a=quads, b=panels)

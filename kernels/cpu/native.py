@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_int, c_int64, c_void_p
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,22 @@ import torch
 from numpy.typing import NDArray
 
 from loramill.errors import EngineFault, SetupError
-from loramill.kernels.backend import LayerKV, Weight
+from loramill.kernels.backend import Codebook, LayerKV, Quantized, Weight
 from loramill.kernels.batch import Batch
 from loramill.kernels.cpu import decoder_ops
 from loramill.kernels.cpu.build import library, supported_tiers
-from loramill.kernels.cpu.layout import OUTPUTS, PANELS, panels
+from loramill.kernels.cpu.layers import in_blocks, matrix, run_layers
+from loramill.kernels.cpu.layout import (
+    OUTPUTS,
+    PANELS,
+    byte_panels,
+    nibble_panels,
+    panels,
+    rows_of_bytes,
+    rows_of_nibbles,
+    scale_panels,
+)
+from loramill.kernels.layers import Stack, Step
 from loramill.kernels.memory import HostPool
 from loramill.kernels.paging import Pages
 from loramill.kernels.slab import SiteSlab
@@ -27,6 +38,7 @@ _PIECE = 96
 #: Counts and strides are declared as pointers too, as in `decoder_ops`.
 _SIGNATURES: dict[str, list[Any]] = {
     "adapted_linear": [c_void_p] * 15,
+    "run_layers": [c_void_p] * 3,
     "set_threads": [c_int],
     **decoder_ops.SIGNATURES,
 }
@@ -65,39 +77,58 @@ class Native:
 
     def pack(self, weight: torch.Tensor) -> Weight:
         """Lays a matrix [d_out, d_in] out for `linear` and `embed`."""
-        packed = panels(weight)
-        memory = self._pool.take(packed.nbytes).view(packed.dtype).view(packed.shape)
-        return Weight(memory.copy_(packed), *weight.shape)
+        return Weight(self._kept(panels(weight)), weight.dtype, *weight.shape)
+
+    def pack_quantized(self, matrix: Quantized, dtype: torch.dtype) -> Weight:
+        """Lays the codes out in the order of `pack`, those that choose a level two a byte."""
+        levels = None if matrix.levels is None else matrix.levels.contiguous()
+        lay_out = byte_panels if levels is None else nibble_panels
+        book = Codebook(levels, self._kept(scale_panels(matrix.scales)), matrix.group)
+        return Weight(self._kept(lay_out(matrix.codes, dtype)), dtype, *matrix.codes.shape, codebook=book)
+
+    def _kept(self, laid_out: torch.Tensor) -> torch.Tensor:
+        memory = self._pool.take(laid_out.nbytes).view(laid_out.dtype).view(laid_out.shape)
+        return memory.copy_(laid_out)
 
     def embed(self, tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
         """Rows of the matrix."""
-        rows = weight.data[tokens // OUTPUTS, :, tokens % OUTPUTS]
-        return rows.flatten(1)[:, : weight.d_in].contiguous()
+        book, block, output = weight.codebook, tokens // OUTPUTS, tokens % OUTPUTS
+        if book is None:
+            rows = weight.data[block, :, output]
+            return rows.flatten(1)[:, : weight.d_in].contiguous()
+        if book.levels is None:
+            numbers = rows_of_bytes(weight.data, tokens, weight.dtype).float()
+        else:
+            numbers = book.levels[rows_of_nibbles(weight.data, tokens, weight.dtype).int()]
+        scales = book.scales[block, :, output].repeat_interleave(book.group, dim=1)
+        return (numbers[:, : weight.d_in] * scales).to(weight.dtype)
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """`x @ weight.T`."""
         _check(x, weight)
         y = torch.empty(len(x), weight.d_out, dtype=x.dtype)
-        self._library(x.dtype).adapted_linear(
-            *(x.data_ptr(), x.stride(0), weight.data.data_ptr(), y.data_ptr(), weight.d_out, len(x), weight.d_in),
+        failed = self._library(x.dtype).adapted_linear(
+            *(x.data_ptr(), x.stride(0), ctypes.byref(matrix(weight)), y.data_ptr(), weight.d_out, *x.shape),
             *(1, ctypes.byref(c_int64(weight.d_out)), None, None, 0, None, 0, 0),
         )
+        if failed:
+            raise MemoryError
         return y
 
     def adapted_linear(self, x: torch.Tensor, weight: Weight, slab: SiteSlab, batch: Batch) -> torch.Tensor:
         """`linear`, then `lora` on its result."""
         if not batch.runs:
             return self.linear(x, weight)
-        if not _in_blocks(slab.site.widths):
+        if not in_blocks(slab.site.widths):
             y = self.linear(x, weight)
             self.lora(x, y, slab, batch)
             return y
         _check(x, weight)
         y = torch.empty(len(x), weight.d_out, dtype=x.dtype)
-        self._adapt(x, weight.data.data_ptr(), y, slab, batch)
+        self._adapt(x, weight, y, slab, batch)
         return y
 
-    def _adapt(self, x: torch.Tensor, weight: int | None, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
+    def _adapt(self, x: torch.Tensor, weight: Weight | None, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
         slab.slab.check(batch)
         (rows, d_in), (ld, step), shape, (ldy, step_y) = x.shape, x.stride(), y.shape, y.stride()
         fits = rows == batch.rows and d_in == slab.site.d_in and shape == (rows, slab.columns)
@@ -111,7 +142,7 @@ class Native:
             )
         pieces = _pieces(batch)
         failed = self._library(x.dtype).adapted_linear(
-            *(x.data_ptr(), ld, weight, y.data_ptr(), ldy, rows, d_in),
+            *(x.data_ptr(), ld, weight and ctypes.byref(matrix(weight)), y.data_ptr(), ldy, rows, d_in),
             *(len(slab.site.widths), slab.widths_address, slab.slab.arena_address, slab.table_address),
             *(slab.table.shape[1], pieces.address, pieces.count, of_bytes),
         )
@@ -148,6 +179,11 @@ class Native:
         """Each row's queries over its sequence's keys."""
         return decoder_ops.attention(self._library(qkv.dtype), qkv, heads, kv, pages, scale, window)
 
+    def run_layers(self, stack: Stack, x: torch.Tensor, cache: Sequence[LayerKV], step: Step) -> torch.Tensor:
+        """All layers in one call."""
+        pieces = _pieces(step.batch)
+        return run_layers(self._library(x.dtype), stack, x, cache, step, (pieces.address, pieces.count))
+
     def set_threads(self, threads: int) -> None:
         """So many threads share an operation from now on, in the whole process; they sleep between operations."""
         torch.set_num_threads(threads)
@@ -170,16 +206,10 @@ class Native:
         return self._libraries[dtype]
 
 
-@cache
-def _in_blocks(widths: tuple[int, ...]) -> bool:
-    """Whether each module but the last fills whole blocks of the weight's outputs."""
-    return not any(width % OUTPUTS for width in widths[:-1])
-
-
 def _check(x: torch.Tensor, weight: Weight) -> None:
-    if x.dtype != weight.data.dtype or x.shape[1] != weight.d_in or x.stride(1) != 1:
+    if x.dtype != weight.dtype or x.shape[1] != weight.d_in or x.stride(1) != 1:
         raise EngineFault(
-            f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}; {weight.data.dtype} [rows, {weight.d_in}] was "
+            f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}; {weight.dtype} [rows, {weight.d_in}] was "
             "expected, rows without gaps."
         )
 

@@ -15,19 +15,19 @@ from safetensors import SafetensorError, deserialize
 from loramill.errors import AdapterInvalid
 from loramill.kernels import Delta
 
-#: From a module's name to the base's weight [d_out, d_in], or [vocabulary, hidden] of an embedding; None if adapters
-#: can't target it.
+#: `Model.target_weight`.
 TargetWeight = Callable[[str], torch.Tensor | None]
 
 _PREFIX = "base_model.model."
 _A, _B, _E, _RANKS = "lora_A", "lora_B", "lora_E", "ranknum"
 _EMBEDDING_A, _EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
-_MAGNITUDE, _BASE = "lora_magnitude_vector", "base_layer.weight"
+_MAGNITUDE = "lora_magnitude_vector"
+#: Of the base's own layers, and how `TargetWeight` calls them.
+_BASE = {"base_layer.weight": "", "weight": "", "base_layer.bias": ".bias", "bias": ".bias"}
 #: Ends of the tensors' names, and what each is; AdaLoRA's A and B are no modules and so have no `.weight`.
 _PARTS = {
     **{f"{part}.weight": part for part in (_A, _B)},
-    **{part: part for part in (_A, _B, _E, _RANKS, _EMBEDDING_A, _EMBEDDING_B, _MAGNITUDE, _BASE)},
-    "weight": _BASE,
+    **{part: part for part in (_A, _B, _E, _RANKS, _EMBEDDING_A, _EMBEDDING_B, _MAGNITUDE, *_BASE)},
 }
 _NAME = re.compile(rf"{re.escape(_PREFIX)}(.+?)\.({'|'.join(map(re.escape, _PARTS))})")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -109,7 +109,7 @@ def _read_weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors by module and part, in the file's dtypes."""
     modules: dict[str, dict[str, torch.Tensor]] = {}
     try:
-        entries = deserialize((folder / "adapter_model.safetensors").read_bytes())
+        entries = deserialize((folder / "adapter_model.safetensors").read_bytes())  # type: ignore[no-untyped-call]
     except (OSError, SafetensorError) as error:
         raise AdapterInvalid(f"adapter_model.safetensors in {folder.name} can't be read: {error}.") from error
     for name, entry in entries:
@@ -130,15 +130,13 @@ def _read_weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 def _check_base_layers(name: str, modules: dict[str, dict[str, torch.Tensor]], target_weight: TargetWeight) -> None:
     """Takes out the base's own layers, which PEFT saves beside adapters of embeddings and heads."""
     for module, parts in list(modules.items()):
-        saved = parts.pop(_BASE, None)
-        if saved is None:
-            continue
-        weight = target_weight(module)
-        if weight is None or not _equal(saved, weight):
-            raise AdapterInvalid(
-                f"The adapter in {name} comes with its own base layer '{module}', which is not this base's: train on "
-                "the unmodified base, or save with save_embedding_layers=False if that is what it was trained on."
-            )
+        for part in parts.keys() & _BASE.keys():
+            saved, own = parts.pop(part), target_weight(module + _BASE[part])
+            if own is None or not _equal(saved, own):
+                raise AdapterInvalid(
+                    f"The adapter in {name} comes with its own base layer '{module}', which is not this base's: train "
+                    "on the unmodified base, or save with save_embedding_layers=False if it was trained on just that."
+                )
         if not parts:
             del modules[module]
 

@@ -1,7 +1,8 @@
-"""The decoder of the Llama family over paged KV, with adapters at every linear. Imports with torch and safetensors."""
+"""Base models over paged KV, with adapters at every linear and embedding. Imports with torch and safetensors."""
 
 from loramill.serve.model.config import DecoderConfig, read_config
-from loramill.serve.model.decoder import Chunk, Decoder
-from loramill.serve.model.loading import load_decoder
+from loramill.serve.model.decoder import Decoder
+from loramill.serve.model.loading import load_decoder, load_model
+from loramill.serve.model.protocol import Chunk, Model, Quantization
 
-__all__ = ["Chunk", "Decoder", "DecoderConfig", "load_decoder", "read_config"]
+__all__ = ["Chunk", "Decoder", "DecoderConfig", "Model", "Quantization", "load_decoder", "load_model", "read_config"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +19,22 @@ _BIASED = {
     "Qwen3ForCausalLM": (),
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+#: Of the kernels.
+_MAX_HEAD = 256
 _MLP = ("gate_proj", "up_proj", "down_proj")
+#: The numbers that a kind of rope can't do without.
 _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary embedding: `kind` is default, linear or llama3; `factors` holds that kind's numbers by name."""
+    """Rotary embedding: `kind` is default, linear, dynamic, yarn or llama3; `factors` holds its numbers by name."""
 
     theta: float
     kind: str
@@ -37,7 +43,10 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """Shapes and switches of one decoder; `context_length` in tokens."""
+    """Shapes and switches of one decoder; `context_length` in tokens.
+
+    `windows` holds, for each layer, the positions that a row sees, its own counted; None: all before it.
+    """
 
     architecture: str
     vocabulary: int
@@ -53,6 +62,7 @@ class DecoderConfig:
     qk_norm: bool
     biased: frozenset[str]
     rope: Rope
+    windows: tuple[int | None, ...]
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -62,25 +72,39 @@ def read_config(folder: Path) -> DecoderConfig:
         BaseUnusable: no readable config, another architecture, or a feature that the decoder lacks.
     """
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BaseUnusable(f"{path} can't be read ({error}); the folder must hold a Hugging Face model.") from error
-    if not isinstance(raw, dict):
-        raise BaseUnusable(f"{path} is no JSON object; the folder must hold a Hugging Face model.")
+    raw = read_raw(folder)
     try:
         return _parse(raw, path)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise BaseUnusable(f"{path} lacks or garbles a field: {error!r}.") from error
 
 
+def read_raw(folder: Path) -> dict[str, Any]:
+    """`config.json` as it is.
+
+    Raises:
+        BaseUnusable: there is none, or it is no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BaseUnusable(f"{path} can't be read ({error}); the folder must hold a Hugging Face model.") from error
+    if not isinstance(raw, dict):
+        raise BaseUnusable(f"{path} is no JSON object; the folder must hold a Hugging Face model.")
+    return raw
+
+
 def _parse(raw: dict[str, Any], path: Path) -> DecoderConfig:
     architecture = str((raw.get("architectures") or ["none named"])[0])
     if architecture not in _BIASED:
-        raise BaseUnusable(f"{path}: architecture {architecture}; the engine serves {', '.join(_BIASED)}.")
+        raise BaseUnusable(f"{path}: architecture {architecture}; the decoder knows {', '.join(_BIASED)}.")
     context = int(raw["max_position_embeddings"])
-    _refuse_unknown_features(raw, context, path)
+    _refuse_unknown_features(raw, path)
     heads = int(raw["num_attention_heads"])
+    head_dim = int(raw.get("head_dim") or int(raw["hidden_size"]) // heads)
+    if head_dim % 2 or head_dim > _MAX_HEAD:
+        raise BaseUnusable(f"{path}: head_dim {head_dim}; the decoder knows even ones up to {_MAX_HEAD}.")
     biased = set(_BIASED[architecture])
     if raw.get("attention_bias") and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM"):
         biased.update(_ATTENTION)
@@ -94,39 +118,77 @@ def _parse(raw: dict[str, Any], path: Path) -> DecoderConfig:
         layers=int(raw["num_hidden_layers"]),
         heads=heads,
         kv_heads=int(raw.get("num_key_value_heads") or heads),
-        head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // heads),
+        head_dim=head_dim,
         context_length=context,
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         tied=bool(raw.get("tie_word_embeddings", False)),
         qk_norm=architecture == "Qwen3ForCausalLM",
         biased=frozenset(biased),
         rope=_parse_rope(raw, context, path),
+        windows=_parse_windows(raw, path),
     )
 
 
-def _refuse_unknown_features(raw: dict[str, Any], context: int, path: Path) -> None:
+def _refuse_unknown_features(raw: dict[str, Any], path: Path) -> None:
     if raw.get("hidden_act", "silu") != "silu":
-        raise BaseUnusable(f"{path}: hidden_act {raw['hidden_act']}; the engine knows silu.")
+        raise BaseUnusable(f"{path}: hidden_act {raw['hidden_act']}; the decoder knows silu.")
     if raw.get("quantization_config"):
-        raise BaseUnusable(f"{path}: the weights are quantized; the engine reads bfloat16, float16 or float32.")
-    # Mistral has a window unless its config says null; Qwen has one where a switch or a layer's type says so.
-    mistral = raw["architectures"][0] == "MistralForCausalLM"
-    window = raw.get("sliding_window", 4096 if mistral else None)
-    used = mistral or raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ())
-    if window is not None and used and int(window) < context:
+        raise BaseUnusable(f"{path}: the weights are quantized; loramill reads bfloat16, float16 or float32.")
+
+
+def _parse_windows(raw: dict[str, Any], path: Path) -> tuple[int | None, ...]:
+    layers = int(raw["num_hidden_layers"])
+    architecture = raw["architectures"][0]
+    if architecture == "MistralForCausalLM":
+        # A window unless the config says null, at every layer whatever its `layer_types`.
+        window = raw.get("sliding_window", 4096)
+        return (None if window is None else int(window),) * layers
+    if architecture not in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        return (None,) * layers
+    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        first = layers if window is None else int(raw.get("max_window_layers", 28))
+        kinds = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
+    sliding = "sliding_attention"
+    if len(kinds) != layers or set(kinds) - {"full_attention", sliding} or (sliding in kinds and window is None):
         raise BaseUnusable(
-            f"{path}: a sliding window of {window} tokens in a context of {context}, which the engine lacks; "
-            f"set max_position_embeddings to {window} to serve within the window."
+            f"{path}: layer_types {kinds} of {layers} layers with a window of {window}; the decoder knows one of "
+            f"full_attention and {sliding} for each layer, the latter with a window in use."
         )
+    return tuple(int(window) if kind == sliding and window is not None else None for kind in kinds)
 
 
 def _parse_rope(raw: dict[str, Any], context: int, path: Path) -> Rope:
-    fields = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    fields = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     kind = str(fields.get("rope_type", fields.get("type", "default")))
-    partial = fields.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-    if kind not in _ROPE_KEYS or partial != 1.0:
-        raise BaseUnusable(f"{path}: rope {fields}; the engine knows {', '.join(_ROPE_KEYS)} over whole heads.")
+    partial = fields.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if kind not in _ROPE_KEYS or partial not in (None, 1.0):
+        raise BaseUnusable(f"{path}: rope {fields}; the decoder knows {', '.join(_ROPE_KEYS)} over whole heads.")
     factors = {key: float(fields[key]) for key in _ROPE_KEYS[kind]}
-    if kind == "llama3":
-        factors["original_context"] = float(fields.get("original_max_position_embeddings", context))
+    if kind in ("llama3", "yarn"):
+        original = raw.get("original_max_position_embeddings") or fields.get("original_max_position_embeddings")
+        factors["original_context"] = float(original or context)
+    if kind == "yarn":
+        factors |= _yarn(fields, context / factors["original_context"])
     return Rope(float(fields.get("rope_theta", raw.get("rope_theta", 10000.0))), kind, factors)
+
+
+def _yarn(fields: dict[str, Any], stretch: float) -> dict[str, float]:
+    # YaRN (Peng et al. 2023): section 3.2 for beta (their names: alpha and beta), section 3.4 for the attention's
+    # factor (there 1 / sqrt(t)); mscale and mscale_all_dim are DeepSeek's.
+    def growth(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    factor = float(fields.get("factor") or stretch)
+    over, under = fields.get("mscale"), fields.get("mscale_all_dim")
+    attention = fields.get("attention_factor")
+    if attention is None:
+        attention = growth(over) / growth(under) if over and under else growth(1.0)
+    return {
+        "factor": factor,
+        "attention_factor": float(attention),
+        "beta_fast": float(fields.get("beta_fast") or 32),
+        "beta_slow": float(fields.get("beta_slow") or 1),
+        "truncate": float(fields.get("truncate", True)),
+    }

@@ -8,76 +8,42 @@ from dataclasses import dataclass
 import torch
 
 from loramill.kernels import Backend, Batch, LayerKV, Pages, Site, Slab, Span, Weight
+from loramill.kernels.embedding import adapt_embedding, batch_of_rows
+from loramill.kernels.layers import Linear, Stack, Step, run_layers
 from loramill.serve.model.config import DecoderConfig
-from loramill.serve.model.rope import angles, inverse_frequencies
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens of one sequence that pass the decoder in this step.
-
-    Attributes:
-        tokens: the new ones, at least one.
-        start: position of the first of them; all before it are in the cache.
-        blocks: the sequence's blocks in order, enough for `start + len(tokens)` positions.
-        wanted: of how many of its last tokens the logits are wanted.
-    """
-
-    tokens: Sequence[int]
-    start: int
-    blocks: Sequence[int]
-    wanted: int
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """One linear, or several fused by rows: its weight, bias [d_out] or None, and its adapters' site."""
-
-    weight: Weight
-    bias: torch.Tensor | None
-    site: int
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One block; the q and k norms are Qwen3's."""
-
-    input_norm: torch.Tensor
-    qkv: Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    o: Linear
-    post_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+from loramill.serve.model.protocol import Chunk, wanted_rows
+from loramill.serve.model.rope import amplitude, angles, inverse_frequencies
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """All tensors of a decoder, in one dtype, as the backend laid them out; `head` is `embedding` if they are tied."""
+    """All tensors of a decoder, in one dtype, as the backend laid them out; `head` has `embedding` if they are tied."""
 
     embedding: Weight
-    layers: tuple[Layer, ...]
-    norm: torch.Tensor
-    head: Weight
+    embedding_site: int
+    stack: Stack
+    head: Linear
 
 
 class Decoder:
-    """A frozen base model.
+    """A frozen base model; a `Model`.
 
     Attributes:
         config: shapes and switches.
-        dtype: of weights and activations.
-        sites: where adapters act; `forward` wants a slab over exactly these.
+        vocabulary, context_length, dtype, sites: as in `Model`.
     """
 
     def __init__(self, config: DecoderConfig, weights: Weights, sites: Sequence[Site], backend: Backend) -> None:
         self.config = config
+        self.vocabulary = config.vocabulary
+        self.context_length = config.context_length
         self.sites = tuple(sites)
-        self.dtype = weights.norm.dtype
+        self.dtype = weights.stack.norm.dtype
         self._weights = weights
+        self._targets = _targets(weights, self.sites)
         self._backend = backend
         self._frequencies = inverse_frequencies(config.rope, config.head_dim)
+        self._amplitude = amplitude(config.rope)
 
     def new_cache(self, blocks: int, block_size: int) -> tuple[LayerKV, ...]:
         """An empty KV cache of `blocks` blocks, each of `block_size` positions, for `forward`."""
@@ -90,75 +56,37 @@ class Decoder:
         return Slab(self.sites, slots=slots, size=size, dtype=dtype, layout=self._backend.layout)
 
     def target_weight(self, module: str) -> torch.Tensor | None:
-        """The weight [d_out, d_in] of a module by its name in the checkpoint; None if adapters can't target it."""
-        for index, site in enumerate(self.sites):
-            if module in site.modules:
-                layer = self._weights.layers[index // 4]
-                fused = (layer.qkv, layer.o, layer.gate_up, layer.down)[index % 4].weight
-                part = site.modules.index(module)
-                start = sum(site.widths[:part])
-                return self._backend.embed(torch.arange(start, start + site.widths[part]), fused)
-        return None
+        """The weight of a module by its name in the checkpoint; None if adapters can't target it."""
+        if module not in self._targets:
+            return None
+        weight, start, width = self._targets[module]
+        return self._backend.embed(torch.arange(start, start + width), weight)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], cache: Sequence[LayerKV], slab: Slab, batch: Batch) -> torch.Tensor:
-        """Runs one step over the chunks' tokens, in order.
-
-        Args:
-            chunks: at least one.
-            cache: of `new_cache`; gets the new keys and values.
-            slab: the adapters.
-            batch: whose rows are whose; a row a token.
-
-        Returns:
-            float32 logits [wanted of all chunks, vocabulary], in the order of the rows.
-        """
-        weights, c, ops = self._weights, self.config, self._backend
+        """Runs one step over the chunks' tokens, as `Model.forward` says."""
+        weights, ops = self._weights, self._backend
         spans = [Span(chunk.start, len(chunk.tokens), chunk.blocks) for chunk in chunks]
         pages = Pages.of(spans, cache[0].block_size)
-        step = _Step(ops, *angles(torch.from_numpy(pages.positions), self._frequencies), pages, slab, batch)
-        x = ops.embed(torch.tensor([token for chunk in chunks for token in chunk.tokens]), weights.embedding)
-        h = ops.rms_norm(x, weights.layers[0].input_norm, c.norm_eps)
-        next_norms = [*(layer.input_norm for layer in weights.layers[1:]), weights.norm]
-        for layer, kv, next_norm in zip(weights.layers, cache, next_norms, strict=True):
-            h = ops.add_rms_norm(x, self._attention(layer, h, kv, step), layer.post_norm, c.norm_eps)
-            h = step.linear(ops.silu_mul(step.linear(h, layer.gate_up)), layer.down)
-            h = ops.add_rms_norm(x, h, next_norm, c.norm_eps)
-        return ops.linear(h[_wanted_rows(chunks)], weights.head).float()
-
-    def _attention(self, layer: Layer, h: torch.Tensor, kv: LayerKV, step: _Step) -> torch.Tensor:
-        c, ops = self.config, self._backend
-        qkv = step.linear(h, layer.qkv)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            heads = qkv.view(len(qkv), -1, c.head_dim)
-            q, k = heads[:, : c.heads], heads[:, c.heads : c.heads + c.kv_heads]
-            q.copy_(ops.rms_norm(q, layer.q_norm, c.norm_eps))
-            k.copy_(ops.rms_norm(k, layer.k_norm, c.norm_eps))
-        ops.rope_write(qkv, c.heads, step.cos, step.sin, kv, step.pages)
-        return step.linear(ops.attention(qkv, c.heads, kv, step.pages, c.head_dim**-0.5), layer.o)
+        cos, sin = angles(torch.from_numpy(pages.positions), self._frequencies, self._amplitude)
+        tokens = torch.tensor([token for chunk in chunks for token in chunk.tokens])
+        x = ops.embed(tokens, weights.embedding)
+        adapt_embedding(tokens, x, slab.views[weights.embedding_site], batch)
+        h = run_layers(ops, weights.stack, x, cache, Step(cos, sin, pages, slab, batch))
+        wanted = wanted_rows(chunks)
+        of_head = slab.views[weights.head.site]
+        wanted_batch = batch_of_rows(batch, wanted, of_head)
+        return ops.adapted_linear(h[wanted], weights.head.weight, of_head, wanted_batch).float()
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What all layers of a step share."""
-
-    ops: Backend
-    cos: torch.Tensor
-    sin: torch.Tensor
-    pages: Pages
-    slab: Slab
-    batch: Batch
-
-    def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
-        y = self.ops.adapted_linear(x, linear.weight, self.slab.views[linear.site], self.batch)
-        # After the adapter: DoRA's gain doesn't scale the bias.
-        return y if linear.bias is None else y.add_(linear.bias)
-
-
-def _wanted_rows(chunks: Sequence[Chunk]) -> torch.Tensor:
-    rows: list[int] = []
-    stop = 0
-    for chunk in chunks:
-        stop += len(chunk.tokens)
-        rows += range(stop - chunk.wanted, stop)
-    return torch.tensor(rows, dtype=torch.long)
+def _targets(weights: Weights, sites: Sequence[Site]) -> dict[str, tuple[Weight, int, int]]:
+    """Where the weight of each module is: the matrix that it was fused into, its first row, and its rows."""
+    embedding = sites[weights.embedding_site].modules[0]
+    targets = {embedding: (weights.embedding, 0, weights.embedding.d_out)}
+    of_layers = [linear for layer in weights.stack.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    for linear in (*of_layers, weights.head):
+        start = 0
+        for module, width in zip(sites[linear.site].modules, sites[linear.site].widths, strict=True):
+            targets[module] = (linear.weight, start, width)
+            start += width
+    return targets

@@ -2,46 +2,84 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
-from contextlib import ExitStack
+import logging
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from loramill.errors import BaseUnusable
-from loramill.kernels import Backend, Site, backend
+from loramill.kernels import Backend, Quantized, Site, Weight, backend
+from loramill.kernels.layers import Layer, Linear, Stack
 from loramill.serve.model.config import DecoderConfig, read_config
-from loramill.serve.model.decoder import Decoder, Layer, Linear, Weights
+from loramill.serve.model.decoder import Decoder, Weights
+from loramill.serve.model.protocol import Model, Quantization
+from loramill.serve.model.quantization import concatenate, quantize
 
+#: Elements that are read at once.
+_PIECE = 4 << 20
 #: Tensors that old checkpoints hold and nobody needs.
 _IGNORED = ("rotary_emb.inv_freq",)
 
 
-def load_decoder(folder: Path, *, dtype: torch.dtype, threads: int | None = None) -> Decoder:
-    """Loads a base.
+log = logging.getLogger(__name__)
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype, quantization: Quantization = "none", threads: int | None = None
+) -> Model:
+    """Loads any base: by the decoder if it knows the architecture, else through transformers, which is slower.
+
+    Args:
+        folder: a Hugging Face model.
+        dtype: bfloat16 or float32, whatever the files hold.
+        quantization: of the layers' linears; embedding, head and norms stay in `dtype`.
+        threads: CPU threads of this whole process from now on; None: leave them.
+
+    Raises:
+        BaseUnusable: neither can serve it.
+        SetupError: NF4 was asked for, and bitsandbytes isn't installed.
+    """
+    try:
+        read_config(folder)
+    except BaseUnusable as reason:
+        from loramill.serve.model.hf import load_hf
+
+        loaded = load_hf(folder, dtype=dtype, quantization=quantization, threads=threads)
+        log.info("base loaded through transformers: %s", reason.message)
+        return loaded
+    decoder = load_decoder(folder, dtype=dtype, quantization=quantization, threads=threads)
+    log.info("base loaded by the decoder: %s", folder)
+    return decoder
+
+
+def load_decoder(
+    folder: Path, *, dtype: torch.dtype, quantization: Quantization = "none", threads: int | None = None
+) -> Decoder:
+    """Loads a base of a family that the decoder knows, in little more memory than it takes up in the end.
 
     Args:
         folder: config.json and *.safetensors, sharded or not.
         dtype: bfloat16 or float32, whatever the files hold.
+        quantization: of the layers' linears; embedding, head and norms stay in `dtype`, as transformers keeps them.
         threads: CPU threads of this whole process from now on; None: leave them.
 
     Raises:
         BaseUnusable: files are missing or broken, or the architecture has something that the decoder lacks.
+        SetupError: NF4 was asked for, and bitsandbytes isn't installed.
     """
     config = read_config(folder)
     ops = backend()
     if threads is not None:
         ops.set_threads(threads)
-    with ExitStack() as stack:
-        try:
-            files = [stack.enter_context(safe_open(path, framework="pt")) for path in _weight_files(folder)]
-            owners = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-            tensors = _Tensors(folder, owners, dtype)
-            weights, sites = _build(config, tensors, ops)
-        except (OSError, SafetensorError) as error:
-            raise BaseUnusable(f"The weights in {folder} can't be read ({error}); fetch them again.") from error
-        tensors.refuse_leftovers()
+    try:
+        tensors = _Tensors(folder, dtype)
+        weights, sites = _build(config, tensors, ops, quantization)
+    except (OSError, SafetensorError) as error:
+        raise BaseUnusable(f"The weights in {folder} can't be read ({error}); fetch them again.") from error
+    tensors.refuse_leftovers()
     return Decoder(config, weights, sites, ops)
 
 
@@ -63,22 +101,31 @@ def _weight_files(folder: Path) -> list[Path]:
 class _Tensors:
     """The folder's tensors by name; remembers which were taken."""
 
-    def __init__(self, folder: Path, owners: dict[str, safe_open], dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self._folder = folder
-        self._owners = owners
-        self._dtype = dtype
-        self._left = set(owners)
+        self._owners: dict[str, Path] = {}
+        for path in _weight_files(folder):
+            with safe_open(path, framework="pt") as file:
+                self._owners |= dict.fromkeys(file.keys(), path)
+        self._left = set(self._owners)
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
         if name not in self._owners:
             raise BaseUnusable(f"The weights in {self._folder} lack '{name}', which config.json promises.")
-        tensor: torch.Tensor = self._owners[name].get_tensor(name)  # type: ignore[no-untyped-call]
-        if tuple(tensor.shape) != shape:
-            raise BaseUnusable(
-                f"'{name}' in {self._folder} is {list(tensor.shape)}; by config.json it should be {list(shape)}."
-            )
+        taken = torch.empty(shape, dtype=self.dtype)
+        rows = max(1, _PIECE * shape[0] // taken.numel())
+        for start in range(0, shape[0], rows):
+            # What was read of a mapped file counts as this process's memory until the file is closed.
+            with safe_open(self._owners[name], framework="pt") as file:
+                piece = file.get_slice(name)
+                if tuple(piece.get_shape()) != shape:
+                    raise BaseUnusable(
+                        f"'{name}' in {self._folder} is {piece.get_shape()}; by config.json it should be {list(shape)}."
+                    )
+                taken[start : start + rows] = piece[start : start + rows]
         self._left.discard(name)
-        return tensor.to(self._dtype)
+        return taken
 
     def skip(self, name: str) -> None:
         self._left.discard(name)
@@ -92,18 +139,29 @@ class _Tensors:
             )
 
 
-def _build(c: DecoderConfig, tensors: _Tensors, ops: Backend) -> tuple[Weights, list[Site]]:
+def _build(c: DecoderConfig, tensors: _Tensors, ops: Backend, quantization: Quantization) -> tuple[Weights, list[Site]]:
+    # The largest first: what packing them takes beside them is free again when the layers come.
     embedding = ops.pack(tensors.take("model.embed_tokens.weight", c.vocabulary, c.hidden))
-    sites: list[Site] = []
-    layers = tuple(_build_layer(c, tensors, ops, f"model.layers.{index}", sites) for index in range(c.layers))
-    norm = tensors.take("model.norm.weight", c.hidden)
     if c.tied:
         tensors.skip("lm_head.weight")
     head = embedding if c.tied else ops.pack(tensors.take("lm_head.weight", c.vocabulary, c.hidden))
-    return Weights(embedding, layers, norm, head), sites
+    sites: list[Site] = []
+    layers: list[Layer] = []
+    for index in range(c.layers):
+        layers.append(_build_layer(c, tensors, ops, quantization, index, sites))
+        _trim_heap()
+    norm = tensors.take("model.norm.weight", c.hidden)
+    sites.append(Site(c.vocabulary, ("model.embed_tokens",), (c.hidden,), lookup=True))
+    sites.append(Site(c.hidden, ("lm_head",), (c.vocabulary,)))
+    stack = Stack(tuple(layers), norm, c.heads, c.norm_eps)
+    return Weights(embedding, len(sites) - 2, stack, Linear(head, None, len(sites) - 1)), sites
 
 
-def _build_layer(c: DecoderConfig, tensors: _Tensors, ops: Backend, prefix: str, sites: list[Site]) -> Layer:
+def _build_layer(
+    c: DecoderConfig, tensors: _Tensors, ops: Backend, quantization: Quantization, index: int, sites: list[Site]
+) -> Layer:
+    prefix = f"model.layers.{index}"
+
     def fuse(parent: str, d_in: int, widths: dict[str, int]) -> Linear:
         names = [f"{prefix}.{parent}.{part}" for part in widths]
         sites.append(Site(d_in, tuple(names), tuple(widths.values())))
@@ -114,7 +172,8 @@ def _build_layer(c: DecoderConfig, tensors: _Tensors, ops: Backend, prefix: str,
             if part in c.biased:
                 biases.append(tensors.take(f"{name}.bias", width))
         # An architecture biases all parts of a fused linear or none.
-        return Linear(ops.pack(torch.cat(weights)), torch.cat(biases) if biases else None, len(sites) - 1)
+        packed = _pack(weights, tensors.dtype, ops, quantization)
+        return Linear(packed, torch.cat(biases) if biases else None, len(sites) - 1)
 
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
     return Layer(
@@ -126,4 +185,23 @@ def _build_layer(c: DecoderConfig, tensors: _Tensors, ops: Backend, prefix: str,
         post_norm=tensors.take(f"{prefix}.post_attention_layernorm.weight", c.hidden),
         gate_up=fuse("mlp", c.hidden, {"gate_proj": c.intermediate, "up_proj": c.intermediate}),
         down=fuse("mlp", c.intermediate, {"down_proj": c.hidden}),
+        window=c.windows[index],
     )
+
+
+def _trim_heap() -> None:
+    """Gives free pages back: glibc would keep some of each layer's passing tensors, more with every layer."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _pack(weights: list[torch.Tensor], dtype: torch.dtype, ops: Backend, quantization: Quantization) -> Weight:
+    """Weights that read the same x as one, a module below the other."""
+    if quantization == "none":
+        return ops.pack(torch.cat(weights))
+    parts = [quantize(weight, quantization) for weight in weights]
+    codes = [part for part in parts if isinstance(part, Quantized)]
+    if codes:
+        return ops.pack_quantized(concatenate(codes), dtype)
+    return ops.pack(torch.cat([part for part in parts if isinstance(part, torch.Tensor)]).to(dtype))

@@ -16,7 +16,15 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
         return frequencies / rope.factors["factor"]
     if rope.kind == "llama3":
         return _llama3(frequencies, rope)
+    if rope.kind == "yarn":
+        return _yarn(frequencies, rope, head_dim)
+    # Of the dynamic kind too: it stretches only beyond the context, which nothing here exceeds.
     return frequencies
+
+
+def amplitude(rope: Rope) -> float:
+    """What cosine and sine are multiplied by: YaRN's temperature of the attention, half of it at the queries."""
+    return rope.factors.get("attention_factor", 1.0)
 
 
 def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
@@ -27,7 +35,22 @@ def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
     return kept * frequencies + (1 - kept) * frequencies / rope.factors["factor"]
 
 
-def angles(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine for positions [rows]: two of [rows, head_dim / 2] float32."""
+def _yarn(frequencies: torch.Tensor, rope: Rope, head_dim: int) -> torch.Tensor:
+    # YaRN (Peng et al. 2023, section 3.2): as Llama 3.1's, but blended by the channel instead of its turns.
+    def channel(turns: float) -> float:
+        span = math.log(rope.factors["original_context"] / (turns * 2 * math.pi))
+        return head_dim * span / (2 * math.log(rope.theta))
+
+    low, high = channel(rope.factors["beta_fast"]), channel(rope.factors["beta_slow"])
+    if rope.factors["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low or 0.001
+    stretched = ((torch.arange(head_dim // 2).float() - low) / width).clamp(0.0, 1.0)
+    return (1 - stretched) * frequencies + stretched * frequencies / rope.factors["factor"]
+
+
+def angles(positions: torch.Tensor, frequencies: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine for positions [rows], times `scale`: two of [rows, head_dim / 2] float32."""
     turns = positions.float()[:, None] * frequencies
-    return turns.cos(), turns.sin()
+    return turns.cos().mul_(scale), turns.sin().mul_(scale)

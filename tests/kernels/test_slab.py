@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from loramill import kernels
 from loramill.errors import AdapterInvalid, EngineFault, SettingsInvalid
 from loramill.kernels import Batch, Delta, Site, Slab, reference
-from loramill.kernels.adapter import ROWS
+from loramill.kernels.adapter import LOOKUP, ROWS, pack
+from loramill.kernels.cpu.layout import PANELS
 from loramill.kernels.memory import Extents, HostPool, host_memory
 
 from .oracle import random_delta
@@ -60,6 +61,56 @@ def test_ranks_differ_by_module_and_take_no_more_than_their_own():
     slab = new_slab()
     small, large = (slab.pack({"q": delta(r)}).bytes for r in (8, 64))
     assert (small, large) == (2 * 8 * 8 * 4, 2 * 64 * 8 * 4)
+
+
+def packed_one_by_one(sites, deltas, layout, dtype):
+    """The bytes and table of `pack`, a module at a time."""
+    table = torch.zeros(len(sites), max(len(site.modules) for site in sites), 4, dtype=torch.int64)
+    table[..., 2] = -1
+    data: list[int] = []
+
+    def place(tensor: torch.Tensor) -> int:
+        start, raw = len(data), tensor.reshape(-1).view(torch.uint8).tolist()
+        data.extend(raw + [0] * (-len(raw) % 64))
+        return start
+
+    for s, site in enumerate(sites):
+        for m, name in enumerate(site.modules):
+            if name in deltas:
+                a, b, laid = deltas[name].a, deltas[name].b, LOOKUP if site.lookup else layout
+                if dtype == torch.int8:
+                    of_a, of_b = a.float().abs().amax(1) / 127, b.float().abs().amax(0) / 127
+                    place(of_a * of_b)
+                    a, b = (a.float() / of_a[:, None]).round(), (b.float() / of_b).round()
+                table[s, m, 0], table[s, m, 1] = place(laid.a(a.to(dtype))), place(laid.b(b.to(dtype)))
+                table[s, m, 3] = len(a)
+                if deltas[name].gain is not None:
+                    table[s, m, 2] = place(deltas[name].gain)
+    return torch.tensor(data, dtype=torch.uint8), table
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int8]))
+@pytest.mark.parametrize("layout", [ROWS, PANELS], ids=["rows", "panels"])
+def test_modules_packed_together_have_the_bytes_of_modules_packed_alone(layout, data, dtype):
+    widths = st.sampled_from([5, 32, 50])
+    sites, deltas = [Site(23, ("embed",), (9,), lookup=True)], {}
+    for s in range(data.draw(st.integers(1, 5))):
+        modules = tuple(f"{s}.{m}" for m in range(data.draw(st.integers(1, 3))))
+        site = Site(data.draw(st.sampled_from([8, 33])), modules, tuple(data.draw(widths) for _ in modules))
+        sites.append(site)
+        for name, width in zip(site.modules, site.widths, strict=True):
+            rank = data.draw(st.sampled_from([0, 1, 3, 8]))
+            if rank:
+                whole = random_delta(rank, site.d_in, width, gain=data.draw(st.booleans()))
+                kind = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+                deltas[name] = Delta(whole.a.to(kind), whole.b.to(kind), whole.gain)
+    if data.draw(st.booleans()):
+        deltas["embed"] = Delta(torch.randn(3, 23), torch.randn(9, 3), lookup=True)
+    got = pack(sites, deltas, layout, dtype)
+    expected, table = packed_one_by_one(sites, deltas, layout, dtype)
+    assert torch.equal(got.data, expected)
+    assert torch.equal(torch.from_numpy(got.table), table)
 
 
 def test_room_is_made_by_as_few_as_it_takes():

@@ -12,8 +12,8 @@
 #include <math.h>
 #include <stdbool.h>
 
+#include "operations.h"
 #include "threads.h"
-#include "vec.h"
 
 #define MAX_HEAD 256
 // Queries (rows times heads of one KV head) that share a pass over the keys and values.
@@ -22,16 +22,6 @@
 #define TILE (GROUPS * LANES)
 // Cache lines of the next keys that are asked for while a row's softmax runs.
 #define SOON 16
-
-// New rows of one sequence; its blocks begin at blocks[first_block].
-typedef struct {
-    int32_t row, count, start, first_block;
-} span;
-
-// Queries `from` to `to` of a span, counted row by row and, within it, over the heads that share one KV head.
-typedef struct {
-    int32_t span, from, to;
-} unit;
 
 typedef struct {
     const element *q, *keys, *values;

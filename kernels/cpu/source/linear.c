@@ -6,24 +6,17 @@
 // All of it waits for memory at few rows, so everything is read in the order in which it lies there: the base's matrix
 // first, then one adapter after the other. Where runs of rows are long it is the sums that take the time; there the
 // adapter's part is added while a tile of y is still in the registers.
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
 
+#include "operations.h"
 #include "threads.h"
-#include "vec.h"
-
-// Neighbouring rows of one adapter.
-typedef struct {
-    int32_t slot, from, to;
-} piece;
-
-// Where an adapter has the matrices of one module, in bytes from the arena's start; no gain: -1; no target: rank 0.
-typedef struct {
-    int64_t a, b, gain, rank;
-} target;
 
 typedef struct {
-    const element *x, *w;  // w is null where y holds the base's product already
+    const element *x;
+    const matrix *w;  // null where y holds the base's product already
+    atomic_bool *failed;  // memory is out
     element *y, *h;
     const char *arena;
     const target *table;
@@ -32,6 +25,14 @@ typedef struct {
     int64_t ldx, ldy, ldh, rows, d_in, modules, stride, count;
     bool bytes;  // the adapters are of int8
 } task;
+
+// The elements of the base's panels from a block of columns on, and what to ask for while they are read: `pace` bytes a
+// step from `next` on, which are needed soon.
+typedef struct {
+    const element *data;
+    const char *next;
+    int64_t pace;
+} base;
 
 // What a block of columns gets from an adapter on top of the base's product.
 typedef struct {
@@ -94,10 +95,10 @@ static const char *widened(const char *from, element *to, int64_t count) {
     return (const char *)to;
 }
 
-// Room for `elements`, which the thread keeps, for each of two uses; null: there is none.
+// Room for `elements`, which the thread keeps, for each of three uses; null: there is none.
 static element *scratch(int use, int64_t elements) {
-    static _Thread_local element *room[2];
-    static _Thread_local int64_t size[2];
+    static _Thread_local element *room[3];
+    static _Thread_local int64_t size[3];
     if (elements > size[use]) {
         free(room[use]);
         room[use] = aligned_alloc(64, (size_t)(elements * (int64_t)sizeof(element) + 63) / 64 * 64);
@@ -188,8 +189,9 @@ INLINE void add_delta(const int rows, const int panels, const bool bytes, const 
     }
 }
 
-INLINE void tile(const int rows, const int panels, const task *t, const element *x, const element *w, element *y,
+INLINE void tile(const int rows, const int panels, const task *t, const element *x, const base *weights, element *y,
                  int64_t columns, const delta *d, const element *h) {
+    const element *w = weights ? weights->data : 0;
     vec acc[ROWS][PANELS];
     UNROLL for (int p = 0; p < panels; p++) {
         const int left = columns - p * LANES < LANES ? (int)(columns - p * LANES) : LANES;
@@ -206,7 +208,7 @@ INLINE void tile(const int rows, const int panels, const task *t, const element 
         for (int64_t k = begin; k < end; k++) {
             panel now[PANELS];
             UNROLL for (int p = 0; p < panels; p++) {
-                _mm_prefetch((const char *)(w + k * STEP + p * PANEL) + BASE_AHEAD, _MM_HINT_T0);
+                _mm_prefetch(weights->next + k * weights->pace + p * (weights->pace / 2), _MM_HINT_T0);
                 now[p] = load_panel(w + k * STEP + p * PANEL);
             }
             UNROLL for (int m = 0; m < rows; m++) {
@@ -238,7 +240,7 @@ INLINE void tile(const int rows, const int panels, const task *t, const element 
     }
 }
 
-static void any_tile(int64_t rows, int64_t top, const task *t, const element *w, int64_t column, int64_t columns,
+static void any_tile(int64_t rows, int64_t top, const task *t, const base *w, int64_t column, int64_t columns,
                      const delta *d) {
     const element *x = t->x + top * t->ldx;
     const element *h = d->h + top * t->ldh;
@@ -285,7 +287,7 @@ static delta delta_at(const task *t, const piece *p, const block *at) {
 }
 
 // All rows of a pass, `begin` to `end`, of one block.
-static void rows_of_block(const task *t, const element *w, const block *at, int64_t begin, int64_t end) {
+static void rows_of_block(const task *t, const base *w, const block *at, int64_t begin, int64_t end) {
     const int64_t tiles = (end - begin + ROWS - 1) / ROWS;
     const piece *p = t->pieces, *last = t->pieces + t->count, *known = 0;
     element wide[MAX_RANK * PANELS * LANES + STEP];
@@ -325,15 +327,65 @@ static block block_at(const task *t, int64_t index) {
     return (block){module, within, column + within, left < PANELS * LANES ? left : PANELS * LANES};
 }
 
+// Codes come by four inputs of 32 outputs: eight vectors of 16, in the order of the elements.
+#define FOUR (4 * 2 * LANES)
+
+INLINE int64_t fours(int64_t d_in) { return (d_in + 3) / 4; }
+
+// The values of the codes of a block's panels, as elements: each where it would be in a matrix of elements.
+INLINE void decode(const bool bytes, const matrix *w, int64_t d_in, int64_t column, element *to) {
+    const int64_t wide = 2 * LANES, index = column / wide, size = bytes ? FOUR : FOUR / 2;
+    const int first = (int)(column % wide / LANES) * PAIR;  // vector of a step
+    const float *scales = w->scales + index * (d_in / w->group) * wide;
+    const char *codes = w->data + index * fours(d_in) * size;
+    const vec levels = bytes ? zero() : load_floats(w->levels);
+    for (int64_t begin = 0; begin < d_in; begin += w->group, scales += wide) {
+        vec scale[PANELS * PAIR];
+        UNROLL for (int v = 0; v < PANELS * PAIR; v++)
+            scale[v] = PAIR == 2 ? load_floats_twice(scales + (first + v) * 8) : load_floats(scales + (first + v) * 16);
+        for (int64_t i = begin; i < begin + w->group; i += 4, codes += size, to += FOUR) {
+            for (int64_t line = 0; line < size; line += 64) _mm_prefetch(codes + line + AHEAD, _MM_HINT_T0);
+            UNROLL for (int step = 0; step < 8; step += 2 * PAIR) UNROLL for (int p = 0; p < PANELS; p++) {
+                vec parts[PAIR];
+                const int top = step + first + p * PAIR;
+                UNROLL for (int v = 0; v < PAIR; v++) {
+                    const vec plain = bytes ? load_bytes(codes + (top + v) * LANES) : look_up(levels, codes, top + v);
+                    parts[v] = mul(plain, scale[p * PAIR + v]);
+                }
+                store_panel(to + top * LANES, parts);
+            }
+        }
+    }
+}
+
+// The base from a column on; without data: memory is out.
+static base base_at(const matrix *w, int64_t d_in, int64_t column) {
+    const int64_t index = column / (2 * LANES), within = column / LANES % 2 * PANEL;
+    if (!w->scales) {
+        const element *data = (const element *)w->data + index * steps(d_in) * STEP + within;
+        return (base){data, (const char *)data + BASE_AHEAD, STEP * sizeof(element)};
+    }
+    element *to = scratch(2, fours(d_in) * FOUR);
+    if (!to) return (base){0};
+    if (w->levels) decode(false, w, d_in, column, to);
+    else decode(true, w, d_in, column, to);
+    // The processor would wait for the next block's codes if they were first asked for when they are decoded.
+    const int64_t size = w->levels ? FOUR / 2 : FOUR;
+    return (base){to + within, w->data + (index + 1) * fours(d_in) * size, size * PAIR / 4};
+}
+
 // Blocks `from` to `to`.
 static void run(const void *arguments, int64_t from, int64_t to) {
     const task *t = arguments;
     for (int64_t begin = 0; begin < t->rows; begin += PASS)
         for (int64_t g = from; g < to; g++) {
             const block at = block_at(t, g);
-            const int64_t half = at.column / LANES;
-            const element *w = t->w + half / 2 * steps(t->d_in) * STEP + half % 2 * PANEL;
-            rows_of_block(t, w, &at, begin, t->rows - begin < PASS ? t->rows : begin + PASS);
+            const base w = base_at(t->w, t->d_in, at.column);
+            if (!w.data) {
+                *t->failed = true;
+                return;
+            }
+            rows_of_block(t, &w, &at, begin, t->rows - begin < PASS ? t->rows : begin + PASS);
         }
 }
 
@@ -362,10 +414,12 @@ static void adapt(const void *arguments, int64_t from, int64_t to) {
 
 // Returns 0, or -1 if memory is out. Blocks of a module must begin with a block of w: the widths of all modules but the
 // last are multiples of 32, or w is null.
-int adapted_linear(const element *x, int64_t ldx, const element *w, element *y, int64_t ldy, int64_t rows, int64_t d_in,
+int adapted_linear(const element *x, int64_t ldx, const matrix *w, element *y, int64_t ldy, int64_t rows, int64_t d_in,
                    int64_t modules, const int64_t *widths, const char *arena, const target *table, int64_t stride,
                    const piece *pieces, int64_t count, int64_t bytes) {
-    task t = {x, w, y, 0, arena, table, widths, pieces, ldx, ldy, 0, rows, d_in, modules, stride, count, bytes != 0};
+    atomic_bool failed = false;
+    task t = {x,   w,   &failed, y,    0,    arena,   table,  widths, pieces,
+              ldx, ldy, 0,       rows, d_in, modules, stride, count,  bytes != 0};
     int64_t blocks = 0, ranks = 0, d_out = 0;
     for (int64_t m = 0; m < modules; m++) {
         d_out += widths[m];
@@ -382,6 +436,7 @@ int adapted_linear(const element *x, int64_t ldx, const element *w, element *y, 
     if (together) share(shrink_all, &t, count, ranks * d_in / count);
     if (!together) t.count = 0;
     if (w) share(run, &t, blocks, (rows * d_in + ranks) * PANELS * LANES);
+    if (failed) return -1;
     t.count = count;
     if (!together && t.ldh) share(adapt, &t, count, ranks * (d_in + d_out) / count);
     return 0;

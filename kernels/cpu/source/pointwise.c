@@ -1,8 +1,8 @@
 // What lies between the products: norms, SwiGLU, and the rotation that writes keys and values to their pages.
 #include <math.h>
 
+#include "operations.h"
 #include "threads.h"
-#include "vec.h"
 
 #define MAX_HEAD 256
 
@@ -73,6 +73,18 @@ void add_rms_norm(element *residual, int64_t ld_residual, const element *x, int6
                   element *y, int64_t rows, int64_t d, float eps) {
     const norm_task t = {x, weight, residual, y, 1, ldx, 0, ld_residual, d, eps};
     share(add_norm_rows, &t, rows, 3 * d);
+}
+
+// Adds a row to each of y's.
+void add_rows(element *y, const element *bias, int64_t rows, int64_t d) {
+    for (int64_t i = 0; i < rows; i++, y += d) {
+        int64_t k = 0;
+        for (; k + LANES <= d; k += LANES) store(y + k, add(load(y + k), load(bias + k)));
+        if (k < d) {
+            const int n = (int)(d - k);
+            store_first(n, y + k, add(load_first(n, y + k), load_first(n, bias + k)));
+        }
+    }
 }
 
 typedef struct {

@@ -84,6 +84,17 @@ INLINE vec whole(vec a) { return _mm512_roundscale_ps(a, 0); }
 INLINE vec times_power(vec a, vec n) { return _mm512_scalef_ps(a, n); }
 INLINE vec load_floats(const float *p) { return _mm512_loadu_ps(p); }
 INLINE vec load_floats_first(int n, const float *p) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+INLINE vec load_floats_twice(const float *p) {  // eight of them, each in two neighbouring lanes
+    const __m512i from = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    return _mm512_permutexvar_ps(from, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
+}
+INLINE vec load_bytes(const char *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+// Of the 32 bits in each lane's place, the n-th four say which of 16 floats it gets.
+INLINE vec look_up(vec table, const char *p, const int n) {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_loadu_si512(p), 4 * n), table);
+}
 INLINE void store_floats(float *p, vec a) { _mm512_storeu_ps(p, a); }
 // The first n lanes of a, the others of b.
 INLINE vec first(int n, vec a, vec b) { return _mm512_mask_blend_ps((__mmask16)((1u << n) - 1), b, a); }
@@ -118,6 +129,9 @@ INLINE void store_first(int n, element *p, vec a) {
     _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)_mm512_cvtneps_pbh(a));
 }
 INLINE void store4(element *p, __m128 a) { _mm_storel_epi64((__m128i *)p, (__m128i)_mm_cvtneps_pbh(a)); }
+INLINE void store_panel(element *p, const vec *parts) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(parts[1], parts[0]));
+}
 INLINE panel load_panel(const element *p) { return (panel)_mm512_loadu_si512(p); }
 // A panel whose pairs' second halves count as zeros.
 INLINE panel load_half_panel(const element *p) {
@@ -152,6 +166,7 @@ INLINE vec load_first(int n, const element *p) { return _mm512_maskz_loadu_ps((_
 INLINE void store(element *p, vec a) { _mm512_storeu_ps(p, a); }
 INLINE void store_first(int n, element *p, vec a) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), a); }
 INLINE void store4(element *p, __m128 a) { _mm_storeu_ps(p, a); }
+INLINE void store_panel(element *p, const vec *parts) { store(p, *parts); }
 INLINE panel load_panel(const element *p) { return _mm512_loadu_ps(p); }
 INLINE panel load_half_panel(const element *p) { return load_panel(p); }
 INLINE pair load_pair(const element *p) { return _mm512_set1_ps(*p); }
@@ -183,6 +198,25 @@ INLINE __m256 power(__m256 n) {
 }
 INLINE vec times_power(vec a, vec n) { return BOTH(_mm256_mul_ps(a.lo, power(n.lo)), _mm256_mul_ps(a.hi, power(n.hi))); }
 INLINE vec load_floats(const float *p) { return BOTH(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
+INLINE vec load_floats_twice(const float *p) {  // eight of them, each in two neighbouring lanes
+    const __m256 all = _mm256_loadu_ps(p);
+    return BOTH(_mm256_permutevar8x32_ps(all, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3)),
+                _mm256_permutevar8x32_ps(all, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7)));
+}
+INLINE vec load_bytes(const char *p) {
+    const __m128i all = _mm_loadu_si128((const __m128i *)p);
+    return BOTH(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(all)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(all, 8))));
+}
+INLINE __m256 look_up8(vec table, const char *p, const int n) {
+    const __m256i index = _mm256_srli_epi32(_mm256_loadu_si256((const __m256i *)p), 4 * n);
+    const __m256 low = _mm256_permutevar8x32_ps(table.lo, index), high = _mm256_permutevar8x32_ps(table.hi, index);
+    return _mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32(index, 28));
+}
+// Of the 32 bits in each lane's place, the n-th four say which of 16 floats it gets.
+INLINE vec look_up(vec table, const char *p, const int n) {
+    return BOTH(look_up8(table, p, n), look_up8(table, p + 32, n));
+}
 INLINE void store_floats(float *p, vec a) {
     _mm256_storeu_ps(p, a.lo);
     _mm256_storeu_ps(p + 8, a.hi);
@@ -233,6 +267,10 @@ INLINE void store(element *p, vec a) {
     _mm_storeu_si128((__m128i *)(p + 8), narrow8(a.hi));
 }
 INLINE void store4(element *p, __m128 a) { _mm_storel_epi64((__m128i *)p, narrow8(_mm256_castps128_ps256(a))); }
+INLINE void store_panel(element *p, const vec *parts) {
+    store(p, parts[0]);
+    store(p + LANES, parts[1]);
+}
 INLINE __m256 even(__m256i pairs) { return (__m256)_mm256_slli_epi32(pairs, 16); }
 INLINE __m256 odd(__m256i pairs) { return (__m256)_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)); }
 INLINE panel load_panel(const element *p) {
@@ -272,6 +310,7 @@ typedef __m256 pair;
 INLINE vec load(const element *p) { return load_floats(p); }
 INLINE void store(element *p, vec a) { store_floats(p, a); }
 INLINE void store4(element *p, __m128 a) { _mm_storeu_ps(p, a); }
+INLINE void store_panel(element *p, const vec *parts) { store(p, *parts); }
 INLINE panel load_panel(const element *p) { return load_floats(p); }
 INLINE panel load_half_panel(const element *p) { return load_panel(p); }
 INLINE pair load_pair(const element *p) { return _mm256_set1_ps(*p); }
@@ -301,11 +340,7 @@ INLINE void store_first(int n, element *p, vec a) {
 INLINE chunk load_chunk(const element *p) { return load(p); }
 INLINE chunk load_chunk_first(int n, const element *p) { return load_first(n, p); }
 #ifdef BFLOAT16
-INLINE chunk load_chunk8(const int8_t *p) {
-    const __m128i all = _mm_loadu_si128((const __m128i *)p);
-    const __m128i low = all, high = _mm_srli_si128(all, 8);
-    return BOTH(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high)));
-}
+INLINE chunk load_chunk8(const int8_t *p) { return load_bytes((const char *)p); }
 INLINE void store_chunk(element *p, chunk a) { store(p, a); }
 #endif
 INLINE vec fma_chunk(vec acc, chunk a, chunk b) { return madd(a, b, acc); }

@@ -1,13 +1,14 @@
 """The decoder against transformers, architecture by architecture, in float32."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from peft import LoraConfig
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from loramill.kernels import Batch, backend
+from loramill.kernels import Batch, Delta, backend
 from loramill.serve.model import Chunk, load_decoder
+
+from .models import assert_adapts_as_peft, assert_computes_as, last_logits, random_model, run, tokens
 
 SMALL = {
     "vocab_size": 97,
@@ -27,6 +28,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "beta_slow": 0.5,
+    "original_max_position_embeddings": 32,
+}
 CONFIGS = {
     "llama": LlamaConfig(**SMALL),
     "llama tied, biased": LlamaConfig(**SMALL, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
@@ -35,52 +43,80 @@ CONFIGS = {
         **SMALL, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
     ),
     "llama 3.1 rope": LlamaConfig(**SMALL, rope_parameters=LLAMA3),
+    "llama dynamic rope": LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    ),
+    "yarn": LlamaConfig(**SMALL, rope_parameters=YARN),
+    "yarn, its own factor": LlamaConfig(**SMALL, rope_parameters=YARN | {"attention_factor": 0.7}),
+    "yarn of deepseek": LlamaConfig(**SMALL, rope_parameters=YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}),
+    "yarn, whole channels": Qwen2Config(**SMALL, rope_parameters=YARN | {"truncate": False, "beta_fast": 4}),
     "mistral": MistralConfig(**SMALL, sliding_window=None),
     "mistral, window beyond the context": MistralConfig(**SMALL, sliding_window=256),
+    "mistral, window": MistralConfig(**SMALL, sliding_window=19),
+    "mistral, window of one": MistralConfig(**SMALL, sliding_window=1),
+    "qwen2, window from layer 1 on": Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=16, max_window_layers=1
+    ),
+    "qwen3, window by layer": Qwen3Config(
+        **SMALL,
+        head_dim=16,
+        use_sliding_window=True,
+        sliding_window=33,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "qwen2": Qwen2Config(**SMALL),
     "qwen3": Qwen3Config(**SMALL, head_dim=16),
     "qwen3 biased": Qwen3Config(**SMALL, head_dim=16, attention_bias=True, rope_parameters={"rope_theta": 1e6}),
 }
 
 
-def random_model(config, folder: Path, **options):
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "norm.weight", "layernorm.weight")):
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    model.save_pretrained(folder, **options)
-    return model
-
-
-def run(decoder, cache, *chunks: Chunk) -> torch.Tensor:
-    batch = Batch.of([(None, sum(len(chunk.tokens) for chunk in chunks))])
-    return decoder.forward(chunks, cache, decoder.new_slab(1, 1 << 20), batch)
-
-
-def tokens(count: int, seed: int) -> list[int]:
-    return torch.randint(0, 97, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-@torch.inference_mode()
-def last_logits(model, prompt: list[int]) -> torch.Tensor:
-    return model(torch.tensor([prompt])).logits[0, -1]
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_transformers(name, tmp_path):
     model = random_model(CONFIGS[name], tmp_path)
+    assert_computes_as(model, load_decoder(tmp_path, dtype=torch.float32))
+
+
+ADAPTERS = [
+    LoraConfig(r=4, lora_alpha=6, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False),
+    LoraConfig(r=3, lora_alpha=2, target_modules=["lm_head", "down_proj"], init_lora_weights=False),
+    LoraConfig(r=5, target_modules="all-linear", init_lora_weights=False),
+    LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"], use_rslora=True, init_lora_weights=False),
+    LoraConfig(r=4, target_modules=["lm_head", "o_proj"], use_dora=True, init_lora_weights=False),
+]
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_of_embedding_head_and_layers_do_what_they_do_in_peft(tied, bits, tmp_path):
+    random_model(LlamaConfig(**SMALL, tie_word_embeddings=tied), tmp_path / "base")
+    decoder = load_decoder(tmp_path / "base", dtype=torch.float32)
+    if bits == 8 and backend().name.startswith("cpu"):
+        decoder = load_decoder(tmp_path / "base", dtype=torch.bfloat16)
+    assert_adapts_as_peft(tmp_path / "base", decoder, tmp_path, ADAPTERS, bits)
+
+
+def test_a_head_that_no_adapter_of_the_step_targets_costs_nothing_more(tmp_path, monkeypatch):
+    random_model(CONFIGS["llama"], tmp_path)
     decoder = load_decoder(tmp_path, dtype=torch.float32)
-    cache = decoder.new_cache(blocks=24, block_size=16)
-    one, two = tokens(100, 1), tokens(21, 2)
-    one_blocks, two_blocks = list(range(13, 0, -1)), [20, 14, 22]
-    # A whole prompt and the beginning of another; then the other's middle beside a decode; then two decodes.
-    first = run(decoder, cache, Chunk(two[:5], 0, two_blocks, wanted=0), Chunk(one[:98], 0, one_blocks, wanted=1))
-    second = run(decoder, cache, Chunk(one[98:99], 98, one_blocks, wanted=1), Chunk(two[5:20], 5, two_blocks, wanted=1))
-    third = run(decoder, cache, Chunk(one[99:], 99, one_blocks, wanted=1), Chunk(two[20:], 20, two_blocks, wanted=1))
-    got = torch.cat((first, second, third))
-    expected = [last_logits(model, p) for p in (one[:98], one[:99], two[:20], one, two)]
-    torch.testing.assert_close(got, torch.stack(expected), rtol=2e-4, atol=2e-4)
+    slab = decoder.new_slab(1, 1 << 20)
+    packed = slab.pack({"model.layers.0.self_attn.q_proj": Delta(torch.ones(2, 48), torch.ones(48, 2))})
+    slot = slab.allocate(packed.bytes)
+    slab.load(slot, packed)
+    batches = []
+    ops = type(backend())
+    if ops.__name__ == "module":
+        pytest.skip("a backend that is a module can't be watched")
+    adapted = ops.adapted_linear
+
+    def watch(self, x, weight, view, batch):
+        if view.site.modules == ("lm_head",):
+            batches.append(batch)
+        return adapted(self, x, weight, view, batch)
+
+    monkeypatch.setattr(ops, "adapted_linear", watch)
+    cache = decoder.new_cache(blocks=4, block_size=16)
+    run(decoder, cache, Chunk(tokens(9, 1), 0, [0, 1], wanted=3), slab=slab, slots=[slot])
+    assert batches == [Batch(3, ())]
 
 
 def test_sharded_checkpoints_and_other_dtypes_load(tmp_path):

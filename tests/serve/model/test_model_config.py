@@ -32,16 +32,16 @@ def written(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; the engine serves Llama"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; the decoder knows Llama"),
         ({"architectures": None}, "none named"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
-        ({**MISTRAL, "sliding_window": 64}, "sliding window of 64"),
-        ({**MISTRAL, "max_position_embeddings": 8192}, "sliding window of 4096"),
-        ({**QWEN, "use_sliding_window": True, "sliding_window": 64}, "sliding window"),
-        ({**QWEN, "layer_types": ["sliding_attention"], "sliding_window": 64}, "sliding window"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({**QWEN, "layer_types": ["sliding_attention"], "sliding_window": 64}, "layer_types.*window of None"),
+        ({**QWEN, "layer_types": ["chunked_attention"]}, "chunked_attention"),
+        ({**QWEN, "layer_types": []}, "of 1 layers"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"head_dim": 15}, "head_dim 15"),
+        ({"head_dim": 512}, "head_dim 512"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "whole heads"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
         ({"hidden_size": None}, "garbles"),
@@ -59,10 +59,25 @@ def test_old_and_new_spellings_of_rope_agree(tmp_path):
     assert (old.theta, old.kind) == (5e5, "linear")
 
 
-def test_windows_out_of_use_are_no_obstacle(tmp_path):
-    read_config(written(tmp_path, **MISTRAL, sliding_window=None))
-    read_config(written(tmp_path, **MISTRAL, sliding_window=128))
-    read_config(written(tmp_path, **QWEN, sliding_window=64, use_sliding_window=False))
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({"sliding_window": 64}, (None, None)),
+        ({**MISTRAL, "sliding_window": None}, (None, None)),
+        (MISTRAL, (4096, 4096)),
+        ({**MISTRAL, "sliding_window": 64, "layer_types": ["full_attention"] * 2}, (64, 64)),
+        ({**QWEN, "sliding_window": 64, "use_sliding_window": False}, (None, None)),
+        ({**QWEN, "sliding_window": 64, "use_sliding_window": True}, (None, None)),
+        ({**QWEN, "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, (None, 64)),
+        ({**QWEN, "use_sliding_window": True, "max_window_layers": 0}, (4096, 4096)),
+        (
+            {**QWEN, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
+            (4096, None),
+        ),
+    ],
+)
+def test_each_layer_has_its_window(tmp_path, changes, windows):
+    assert read_config(written(tmp_path, num_hidden_layers=2, **changes)).windows == windows
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]"])

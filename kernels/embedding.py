@@ -1,0 +1,60 @@
+"""Adapters on embeddings: the same plain torch on every backend, since a row reads but r numbers of a."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import torch
+
+from loramill.kernels.adapter import RANK, scales_before
+from loramill.kernels.batch import Batch, Run
+from loramill.kernels.slab import SiteSlab
+
+
+def adapt_embedding(
+    tokens: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch, scale: float | torch.Tensor = 1.0
+) -> None:
+    """Adds to y, in place, what each run's adapter makes of its tokens.
+
+    For every run whose adapter targets this site, with a [r, vocabulary] and b [d, r], and sums in float32:
+
+        y[rows] += scale * (a.T[tokens[rows]] @ b.T)
+
+    Rows of other runs stay as they are bit for bit, and a row's bits don't depend on the rows beside it.
+
+    Args:
+        tokens: int64 [rows].
+        y: [rows, d].
+        slab: a lookup's site of a slab.
+        batch: whose rows are whose.
+        scale: what the base's embedding is multiplied by, as in the Gemma family.
+
+    Raises:
+        EngineFault: a run's slot was freed since.
+    """
+    slab.slab.check(batch)
+    dtype, width = slab.slab.dtype, slab.columns
+    for run in batch.runs:
+        a, b, _, rank = slab.table[run.slot.index, 0].tolist()
+        if not rank:
+            continue
+        shrunk = slab.tensor(a, (slab.site.d_in, rank), dtype)[tokens[run.rows]].float()
+        if dtype == torch.int8:
+            shrunk *= slab.tensor(scales_before(a, rank), (rank,), torch.float32)
+        expand = slab.tensor(b, (rank, width), dtype).float()
+        delta = torch.zeros(len(shrunk), width, device=y.device)
+        # Rank by rank: a matrix product sums in another order for another number of rows.
+        for column, row in zip(shrunk.T, expand, strict=True):
+            delta.addcmul_(column[:, None], row)
+        y[run.rows] = (y[run.rows].float() + delta * scale).to(y.dtype)
+
+
+def batch_of_rows(batch: Batch, rows: Sequence[int], slab: SiteSlab) -> Batch:
+    """The batch of some of a batch's rows, in rising order, with only the runs whose adapters target this site."""
+    runs = []
+    for run in batch.runs:
+        part = slice(bisect_left(rows, run.rows.start), bisect_left(rows, run.rows.stop))
+        if part.start < part.stop and slab.table[run.slot.index, :, RANK].any():
+            runs.append(Run(run.slot, part))
+    return Batch(len(rows), tuple(runs))

@@ -1,0 +1,115 @@
+"""The layers of a Llama-like decoder, and a step through all of them over a backend's operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+
+from loramill.kernels.batch import Batch
+from loramill.kernels.slab import Slab
+
+if TYPE_CHECKING:
+    from loramill.kernels.backend import Backend, LayerKV, Weight
+    from loramill.kernels.paging import Pages
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One linear, or several fused by rows: its weight, bias [d_out] or None, and its adapters' site."""
+
+    weight: Weight
+    bias: torch.Tensor | None
+    site: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer; the q and k norms are Qwen3's. `window`: positions that a row sees, its own counted; None: all."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    window: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """All layers, at least one, and the norm behind them; `heads` of the queries, `eps` of all norms."""
+
+    layers: tuple[Layer, ...]
+    norm: torch.Tensor
+    heads: int
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all layers of a step share: the rows' angles [rows, head_dim / 2] float32, pages and adapters."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    pages: Pages
+    slab: Slab
+    batch: Batch
+
+
+@runtime_checkable
+class RunsLayers(Protocol):
+    """A backend that takes all layers at once, to the same bits."""
+
+    def run_layers(self, stack: Stack, x: torch.Tensor, cache: Sequence[LayerKV], step: Step) -> torch.Tensor:
+        """What `run_layers` does."""
+
+
+def run_layers(ops: Backend, stack: Stack, x: torch.Tensor, cache: Sequence[LayerKV], step: Step) -> torch.Tensor:
+    """Takes the rows of a step through all layers.
+
+    Args:
+        ops: the backend that laid out the weights, the cache and the slab.
+        stack: the layers.
+        x: [rows, d], the embedded tokens; becomes the residual behind the last layer.
+        cache: a `LayerKV` a layer; gets the rows' keys and values.
+        step: what is the rows' own.
+
+    Returns:
+        [rows, d], the normed residual.
+    """
+    if isinstance(ops, RunsLayers):
+        return ops.run_layers(stack, x, cache, step)
+    return run_one_by_one(ops, stack, x, cache, step)
+
+
+def run_one_by_one(ops: Backend, stack: Stack, x: torch.Tensor, cache: Sequence[LayerKV], step: Step) -> torch.Tensor:
+    """`run_layers` by the backend's other operations."""
+    h = ops.rms_norm(x, stack.layers[0].input_norm, stack.eps)
+    next_norms = [*(layer.input_norm for layer in stack.layers[1:]), stack.norm]
+    for layer, kv, next_norm in zip(stack.layers, cache, next_norms, strict=True):
+        h = ops.add_rms_norm(x, _attention(ops, stack, layer, h, kv, step), layer.post_norm, stack.eps)
+        h = _linear(ops, layer.down, ops.silu_mul(_linear(ops, layer.gate_up, h, step)), step)
+        h = ops.add_rms_norm(x, h, next_norm, stack.eps)
+    return h
+
+
+def _attention(ops: Backend, stack: Stack, layer: Layer, h: torch.Tensor, kv: LayerKV, step: Step) -> torch.Tensor:
+    qkv = _linear(ops, layer.qkv, h, step)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        heads = qkv.view(len(qkv), -1, kv.head_dim)
+        q, k = heads[:, : stack.heads], heads[:, stack.heads : stack.heads + kv.kv_heads]
+        q.copy_(ops.rms_norm(q, layer.q_norm, stack.eps))
+        k.copy_(ops.rms_norm(k, layer.k_norm, stack.eps))
+    ops.rope_write(qkv, stack.heads, step.cos, step.sin, kv, step.pages)
+    return _linear(ops, layer.o, ops.attention(qkv, stack.heads, kv, step.pages, kv.head_dim**-0.5, layer.window), step)
+
+
+def _linear(ops: Backend, linear: Linear, x: torch.Tensor, step: Step) -> torch.Tensor:
+    y = ops.adapted_linear(x, linear.weight, step.slab.views[linear.site], step.batch)
+    # After the adapter: DoRA's gain doesn't scale the bias.
+    return y if linear.bias is None else y.add_(linear.bias)

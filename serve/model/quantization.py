@@ -1,0 +1,62 @@
+"""Base weights in few bits, as the kernels take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from loramill.errors import SetupError
+from loramill.kernels import Quantized
+
+#: Inputs that share a scale in NF4, as QLoRA trains.
+_BLOCK = 64
+
+
+def quantize(weight: torch.Tensor, kind: Literal["int8", "nf4"]) -> Quantized | torch.Tensor:
+    """Rounds a linear's weight [d_out, d_in], of any floating dtype, to few bits.
+
+    "int8" keeps each output's weights as multiples of a 127th of the largest. "nf4" is what bitsandbytes makes of the
+    weight in bfloat16, with doubly quantized scales (Dettmers et al. 2023, QLoRA, sections 3 and 4), bit for bit: an
+    adapter trained over `Linear4bit` meets the very base that it was trained on.
+
+    A fused linear is quantized a module at a time and joined by `concatenate`, since the scales of NF4 depend on the
+    whole module.
+
+    Returns:
+        The codes; or float32 [d_out, d_in], the rounded values themselves, where bitsandbytes' blocks of 64 weights
+        cross the rows: in NF4, if d_in is no multiple of 64. All modules of a fused linear give the same of the two.
+
+    Raises:
+        SetupError: NF4 was asked for, and bitsandbytes isn't installed.
+    """
+    if kind == "nf4":
+        return _nf4(weight.to(torch.bfloat16))
+    wide = weight.float()
+    scales = wide.abs().amax(dim=1, keepdim=True) / 127
+    # A row of zeros has no scale to divide by; one with a NaN has that for its scale.
+    codes = (wide / scales).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8)
+    return Quantized(codes, None, scales)
+
+
+def concatenate(parts: Sequence[Quantized]) -> Quantized:
+    """Matrices of one kind and d_in, one below the other; at least one."""
+    codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
+    return Quantized(codes, parts[0].levels, scales)
+
+
+def _nf4(weight: torch.Tensor) -> Quantized | torch.Tensor:
+    try:
+        from bitsandbytes import functional
+    except ImportError as error:
+        raise SetupError("A base in NF4 needs bitsandbytes; pip install bitsandbytes, or serve it in int8.") from error
+    packed, state = functional.quantize_4bit(weight, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4")
+    if weight.shape[1] % _BLOCK:
+        state.dtype = torch.float32
+        values: torch.Tensor = functional.dequantize_4bit(packed, state)
+        return values
+    # The first of a byte's two weights is in its upper half.
+    codes = torch.stack([packed >> 4, packed & 15], dim=-1).view(weight.shape)
+    scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return Quantized(codes, state.code, scales.view(len(weight), -1))
