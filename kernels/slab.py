@@ -190,8 +190,9 @@ class Slab:
         for index, place in enumerate(self._places):
             table = self.table[:, index]
             used = table[table[..., RANK] > 0]
-            if used.size and not place.loaded:
-                faults.append(f"slot {index} has targets and no adapter")
+            # One that is taken may be on its way: the table is written before the place counts as loaded.
+            if used.size and not place.taken:
+                faults.append(f"slot {index} has targets and no owner")
             offsets = used[:, [A, B, GAIN]]
             inside = (offsets >= place.offset) & (offsets < place.offset + max(place.size, 1))
             if not (inside | (offsets == -1)).all():

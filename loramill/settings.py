@@ -33,12 +33,15 @@ class ServeSettings(_Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8400, ge=1, le=65535)
     threads: int = Field(default=1, ge=1, description="CPU threads of one engine replica")
-    max_batch_tokens: int = Field(default=512, ge=16, description="tokens of one engine step")
+    max_batch_tokens: int = Field(default=128, ge=16, description="tokens of one engine step; more on a GPU")
     max_sequences: int = Field(default=64, ge=1, description="requests that decode at once")
     kv_tokens: int = Field(default=32768, ge=512, description="tokens of KV cache")
+    prefix_cache: bool = Field(default=True, description="share what prompts that begin alike have in common")
     adapter_slots: int = Field(default=64, ge=1, description="adapters resident at once")
     adapter_bytes: int = Field(default=2**30, ge=2**20, description="what these may take together")
     adapter_bits: Literal[16, 8] = Field(default=16, description="of a weight of theirs; 8 halves memory and traffic")
+    host_bytes: int = Field(default=2**28, ge=0, description="of adapters that were read and have no slot now")
+    rank_budget: int = Field(default=1024, ge=1, description="sum of the different adapters' ranks in one step")
     max_upload_bytes: int = Field(default=256 * 2**20, ge=1, description="bytes of the largest upload")
 
 

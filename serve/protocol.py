@@ -15,7 +15,8 @@ class TextRequest:
 
     `version` is the adapter's identity, resolved and pinned by the gateway; None asks the base itself.
     `max_tokens` None means as many as the context holds. `logprobs` is the number of alternatives
-    to report beside each chosen token, or None for no log probabilities.
+    to report beside each chosen token, or None for no log probabilities. What the numbers that choose tokens do,
+    the engine's `Sampling` says.
     """
 
     id: str
@@ -27,6 +28,12 @@ class TextRequest:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False

@@ -48,9 +48,12 @@ class Replica:
             max_batch_tokens=settings.max_batch_tokens,
             max_sequences=settings.max_sequences,
             kv_tokens=settings.kv_tokens,
+            prefix_cache=settings.prefix_cache,
             adapter_slots=settings.adapter_slots,
             adapter_bytes=settings.adapter_bytes,
             adapter_bits=settings.adapter_bits,
+            host_bytes=settings.host_bytes,
+            rank_budget=settings.rank_budget,
         )
         self._engine = Engine(load_decoder(base.folder, dtype=torch.bfloat16, threads=settings.threads), source, config)
         self._listeners: dict[str, _Listener] = {}
@@ -116,6 +119,12 @@ class Replica:
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,
+            min_p=request.min_p,
+            repetition_penalty=request.repetition_penalty,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            logit_bias=request.logit_bias,
+            min_tokens=min(request.min_tokens, room),
             seed=request.seed,
             stop_ids=() if request.ignore_eos else self._tokenizer.stop_ids,
             logprobs=request.logprobs,

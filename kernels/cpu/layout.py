@@ -13,6 +13,7 @@ OUTPUTS = 32
 RANKS = 4
 #: Inputs whose codes lie side by side.
 INPUTS = 4
+_WORDS = {2: torch.int16, 4: torch.int32}
 
 
 def panels(weight: torch.Tensor) -> torch.Tensor:
@@ -76,8 +77,13 @@ def _places(outputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _panels(matrix: torch.Tensor, lane: int, inputs: int) -> torch.Tensor:
     """The matrix [d_out, d_in] as [ceil(d_out / 32), d_in / lane, 32, lane], d_in padded to a multiple of `inputs`."""
     d_out, d_in = matrix.shape
-    padded = F.pad(matrix, (0, -d_in % inputs, 0, -d_out % OUTPUTS))
-    return padded.view(-1, OUTPUTS, padded.shape[1] // lane, lane).transpose(1, 2).contiguous()
+    padded = F.pad(matrix, (0, -d_in % inputs, 0, -d_out % OUTPUTS)).contiguous()
+    if lane == 1:
+        return padded.view(-1, OUTPUTS, padded.shape[1], 1).transpose(1, 2).contiguous()
+    # A lane moves as one number: torch would copy element by element.
+    lanes = padded.view(_WORDS[padded.itemsize * lane])
+    moved = lanes.view(-1, OUTPUTS, lanes.shape[1], 1).transpose(1, 2).contiguous()
+    return moved.view(matrix.dtype)
 
 
 def _lane(dtype: torch.dtype) -> int:

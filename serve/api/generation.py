@@ -17,6 +17,8 @@ from loramill.serve.api.wire import Body, Metadata
 from loramill.serve.protocol import TextRequest
 
 Text = Annotated[str, Field(min_length=1)]
+#: A JSON key.
+TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 
 
 class StreamOptions(Body):
@@ -27,12 +29,9 @@ class StreamOptions(Body):
 
 
 class Generation(Body):
-    """Parameters of every generation; `top_k` and `ignore_eos` are not OpenAI's."""
+    """Parameters of every generation; top_k, min_p, repetition_penalty, min_tokens and ignore_eos aren't OpenAI's."""
 
     asks_nothing: ClassVar[Mapping[str, Sequence[Any]]] = {
-        "presence_penalty": (0,),
-        "frequency_penalty": (0,),
-        "logit_bias": ({},),
         "store": (False,),
         "service_tier": ("auto", "default"),
     }
@@ -41,6 +40,12 @@ class Generation(Body):
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(default={}, max_length=1024)
+    min_tokens: int = Field(default=0, ge=0)
     n: int = Field(default=1, ge=1, le=8)
     seed: int | None = Field(default=None, ge=-(2**62), le=2**62)
     stop: list[Text] = Field(default=[], max_length=4)
@@ -77,6 +82,12 @@ class Generation(Body):
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple((int(token), bias) for token, bias in self.logit_bias.items()),
+            min_tokens=self.min_tokens,
             # Answers to the same prompt differ, and each can be had again by its own seed.
             seed=None if self.seed is None else self.seed + index % self.n,
             stop=tuple(self.stop),

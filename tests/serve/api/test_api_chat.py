@@ -43,15 +43,18 @@ def test_parameters_reach_the_backend(client: OpenAI, echo: EchoBackend) -> None
         user="u",
         metadata={"a": "b"},
         store=False,
-        presence_penalty=0,
-        frequency_penalty=0.0,
+        presence_penalty=0.5,
+        frequency_penalty=-1,
+        logit_bias={"17": 3, "4": -100},
         response_format={"type": "text"},
-        extra_body={"top_k": 5, "ignore_eos": True},
+        extra_body={"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 2, "ignore_eos": True},
     )
     [asked] = echo.requests
     assert asked.messages == ({"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"})
     assert (asked.max_tokens, asked.temperature, asked.top_p, asked.top_k) == (7, 0.0, 0.5, 5)
     assert (asked.seed, asked.stop, asked.ignore_eos, asked.logprobs) == (11, ("END",), True, None)
+    assert (asked.presence_penalty, asked.frequency_penalty, asked.repetition_penalty) == (0.5, -1.0, 1.2)
+    assert (asked.min_p, asked.min_tokens, asked.logit_bias) == (0.1, 2, ((17, 3.0), (4, -100.0)))
 
 
 def test_finish_reasons(client: OpenAI) -> None:
@@ -150,7 +153,9 @@ def test_models_are_the_base_and_own_champions(
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_parameter"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "invalid_request"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", "invalid_request"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_request"),
         ({"store": True}, "store", "unsupported_parameter"),
         ({"extra_body": {"wibble": 1}}, "wibble", "unsupported_parameter"),
         ({"temperature": 2.5}, "temperature", "invalid_request"),
