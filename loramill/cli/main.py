@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from loramill import __version__
-from loramill.cli import adapters, bench, chat, jobs, local, nightly, tenants
+from loramill.cli import adapters, bench, chat, generate, jobs, local, nightly, tenants
 from loramill.cli.show import line, say
 from loramill.errors import LoramillError
 
@@ -49,6 +49,7 @@ tenants.register(app)
 jobs.register(app)
 adapters.register(app)
 chat.register(app)
+generate.register(app)
 nightly.register(app)
 bench.register(app)
 

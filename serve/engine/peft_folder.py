@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ def _read_weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
         entries = deserialize((folder / "adapter_model.safetensors").read_bytes())  # type: ignore[no-untyped-call]
     except (OSError, SafetensorError) as error:
         raise AdapterInvalid(f"adapter_model.safetensors in {folder.name} can't be read: {error}.") from error
-    for name, entry in entries:
+    # In order of name: the first fault is always the same one.
+    for name, entry in sorted(entries, key=itemgetter(0)):
         match = _NAME.fullmatch(name)
         if match is None:
             raise AdapterInvalid(f"The adapter in {folder.name} holds '{name}', which the engine can't serve.")
@@ -174,7 +176,7 @@ def _lora(
             f"{list(b.shape)} and {list(magnitude.shape)}, which don't fit this base's {list(weight.shape)}."
         )
     # DoRA (Liu et al. 2024, eq. 5): each row of the merged weight gets the learned length.
-    return Delta(a, b, magnitude / torch.linalg.vector_norm(weight.float() + b @ a.float(), dim=1))
+    return Delta(a, b, magnitude / torch.linalg.vector_norm(weight.float() + b.float() @ a.float(), dim=1))
 
 
 def _adalora(name: str, module: str, parts: dict[str, torch.Tensor], config: dict[str, Any]) -> Delta | None:
@@ -200,10 +202,8 @@ def _adalora(name: str, module: str, parts: dict[str, torch.Tensor], config: dic
 
 
 def _scaled(b: torch.Tensor, scale: float) -> torch.Tensor:
-    """b times the scale, in float32: it is rounded only once, when it is packed."""
-    if scale == 1.0:
-        return b
-    return b * scale if b.dtype == torch.float32 else b.float().mul_(scale)
+    """b times the scale, in float32, to which one dimension promotes it: it is rounded only once, when it is packed."""
+    return b if scale == 1.0 else b * torch.tensor([scale])
 
 
 def _rank_and_scale(

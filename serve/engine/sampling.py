@@ -80,7 +80,7 @@ class Chooser:
         if self.sampling.temperature < GREEDY_BELOW:
             return int(row.argmax())
         # SplitMix64 at the token's place in the answer.
-        return _draw(_weights(row, self.sampling.temperature), self.sampling, _mix(self._key + self.count * _GOLDEN))
+        return _draw(row, self.sampling, _mix(self._key + self.count * _GOLDEN))
 
     @property
     def _changes(self) -> bool:
@@ -147,7 +147,16 @@ def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], tops: Sequence[i
     return entries
 
 
-def _draw(weights: Row, s: Sampling, word: int) -> int:
+def _draw(row: Row, s: Sampling, word: int) -> int:
+    """The token that 64 random bits choose from a row of logits, of which the highest is finite."""
+    if not 0 < s.top_k < len(row):
+        return _draw_weighted(_weights(row, s.temperature), s, word)
+    # With the rest gone, which is none of the top_k, nothing costs much.
+    tokens = np.flatnonzero(row >= np.partition(row, -s.top_k)[-s.top_k])
+    return int(tokens[_draw_weighted(_weights(row[tokens], s.temperature), s, word)])
+
+
+def _draw_weighted(weights: Row, s: Sampling, word: int) -> int:
     """A token of what top_k, top_p and min_p leave of a distribution, without sorting it; the highest weight is 1.
 
     A token is drawn from all. If it isn't one of those left, neither is any after it in the order of their weights: it
@@ -171,8 +180,9 @@ def _draw(weights: Row, s: Sampling, word: int) -> int:
         # Of equal weights the lower token comes first.
         before[:token] |= weights[:token] == weights[token]
         left = weights * before
-        # A token is kept while those before it don't hold the share yet, so the first always is.
-        if np.count_nonzero(before) < limit and left.sum() < share and weights[token] >= s.min_p:
+        rank = np.count_nonzero(before)
+        # A token is kept while those before it don't hold the share yet, and the first always is.
+        if not rank or (rank < limit and left.sum() < share and weights[token] >= s.min_p):
             return token
         weights, word = left, _mix(word + _GOLDEN)
 
@@ -190,9 +200,10 @@ def _token_at(random: float, weights: Row) -> int:
 
 def _weights(row: Row, temperature: float) -> Row:
     """The probabilities times some number, the highest being 1."""
-    weights = row - row.max()
+    weights: Row = row - row.max()
     weights /= np.float32(temperature)
-    return np.exp(weights, out=weights)
+    np.exp(weights, out=weights)
+    return weights
 
 
 def _passed(steps: Doubles, random: float) -> int:
@@ -206,58 +217,3 @@ def _mix(word: int) -> int:
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
     return word ^ (word >> 31)
-
-
-# --- the old functions, until the engine calls the new ones ---
-_HEAD = 256
-
-
-def new_generator(sampling: Sampling) -> torch.Generator:
-    """A request's own source of randomness: its tokens depend on nothing else in the batch."""
-    generator = torch.Generator()
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
-    return generator
-
-
-def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Chooses a token by temperature, then top_k, then top_p; one random number a token.
-
-    Args:
-        logits: [vocabulary] float32, finite.
-        sampling: how.
-        generator: the request's.
-    """
-    if sampling.temperature < GREEDY_BELOW:
-        return int(logits.argmax())
-    probabilities = ((logits - logits.max()) / sampling.temperature).softmax(-1)
-    tokens = None
-    if sampling.top_k or sampling.top_p < 1.0:
-        probabilities, tokens = _old_likeliest(probabilities, sampling)
-    steps = probabilities.double().cumsum(0)
-    point = torch.rand(1, generator=generator, dtype=torch.float64) * steps[-1]
-    choice = torch.searchsorted(steps, point, right=True).clamp_(max=len(steps) - 1)
-    return int(choice if tokens is None else tokens[choice])
-
-
-def logprobs_of(logits: torch.Tensor, token: int, top: int) -> TokenLogprobs:
-    """The log probability of a token and of the `top` likeliest, from logits [vocabulary]."""
-    logprobs = logits.log_softmax(-1)
-    values, tokens = logprobs.topk(min(top, len(logprobs)))
-    return TokenLogprobs(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
-
-
-def _old_likeliest(probabilities: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    vocabulary = len(probabilities)
-    limit = min(sampling.top_k or vocabulary, vocabulary)
-    values, tokens = probabilities.topk(min(limit, _HEAD))
-    if len(values) < limit and float(values.sum()) < sampling.top_p:
-        values, tokens = probabilities.topk(limit)
-    if sampling.top_k and len(values) == limit:
-        values = values / values.sum()
-    # A token is kept while those before it don't hold the share yet, so the first always is.
-    kept = values.double().cumsum(0) - values < sampling.top_p
-    kept[0] = True
-    return values[kept], tokens[kept]

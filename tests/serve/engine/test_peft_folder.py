@@ -62,6 +62,43 @@ def test_every_module_computes_what_it_does_in_peft(adapters, tiny, tiny_folder,
     assert set(deltas) == set(tuned)
 
 
+def test_the_first_pattern_that_matches_counts_however_it_is_written(tiny, tiny_folder, tmp_path):
+    config = LoraConfig(
+        r=2,
+        lora_alpha=7,
+        target_modules=["q_proj", "v_proj", "up_proj", "gate_proj"],
+        # As PEFT sorts them when it saves.
+        rank_pattern={
+            "(up|gate)_proj": 5,
+            "layers.1.self_attn.q_proj": 9,
+            "model.layers.0.self_attn.v_proj": 6,
+            "self_attn.q_proj": 3,
+            "up_proj": 4,
+            "v_proj": 8,
+        },
+        alpha_pattern={"up_proj": 3, r".*\.mlp\.(up|gate)_proj": 11},
+        init_lora_weights=False,
+    )
+    get_peft_model(base_of(tiny_folder), config).save_pretrained(tmp_path)
+    deltas, _ = assert_as_in_peft(tmp_path, tiny, tiny_folder)
+    assert {module[13:]: len(delta.a) for module, delta in deltas.items()} == {
+        "0.self_attn.q_proj": 3,
+        "1.self_attn.q_proj": 9,
+        "0.self_attn.v_proj": 6,
+        "1.self_attn.v_proj": 8,
+        **{f"{layer}.mlp.{part}_proj": 5 for layer in (0, 1) for part in ("up", "gate")},
+    }
+
+
+def test_dora_in_lower_precision_is_normed_in_float32(adapters, tiny, tmp_path):
+    folder = shutil.copytree(adapters["dora"], tmp_path / "adapter")
+    exact = read_adapter(folder, tiny.target_weight)
+    change_weights(folder, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items()}))
+    for module, delta in read_adapter(folder, tiny.target_weight).items():
+        assert delta.gain.dtype == torch.float32
+        torch.testing.assert_close(delta.gain, exact[module].gain, rtol=2e-2, atol=0)
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_heads_and_embeddings_are_read_with_the_base_layers_that_peft_saves_beside_them(
     tiny, tiny_folder, tmp_path, dora
@@ -214,7 +251,7 @@ def change_weights(folder, change):
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"use_dora": True}, "lora_magnitude_vector"),
-        ({"r": 5}, r"lora_A .* is \[4, 32\] and lora_B \[32, 4\].*rank is 5"),
+        ({"r": 5}, r"q_proj.* is \[4, 32\] and lora_B \[32, 4\].*rank is 5"),
         ({"r": 0}, "rank 0"),
         ({"r": None}, "garbles rank or alpha"),
         ({"lora_alpha": "much"}, "garbles rank or alpha"),

@@ -1,0 +1,210 @@
+"""`loramill generate`: answers to prompts on this machine, without a gateway."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from loramill.cli import show
+
+if TYPE_CHECKING:
+    from loramill.bases import Base
+    from loramill.settings import Settings
+
+Completion = Any  # of loramill.serve.offline, to which the door opens only inside functions
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command(rich_help_panel="Adapters")(generate)
+
+
+def generate(
+    model: Annotated[
+        str,
+        typer.Argument(help="The base, TENANT/ADAPTER, TENANT/ADAPTER@VERSION, or a PEFT folder.", show_default=False),
+    ],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be said again.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", exists=True, dir_okay=False, help='JSONL of {"prompt": …} or {"messages": […]}, or .txt.'
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSONL there, not to stdout.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over the file that is there.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0: always the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the probability to choose from.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed, the same answers.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be said again.")] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Prompts are questions, or texts to go on with; by default questions, save a JSONL's.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Answer prompts with the engine in this process: no gateway, no Ray.
+
+    Prompts come from --prompt, from --file, or as one from a pipe. Answers come in their order: as text, or with --file
+    or --out as JSONL, a line as soon as it can be written. What a line of the file says wins over the options.
+    Exit code 1 if a prompt failed.
+    """
+    texts = prompt or ([] if file or sys.stdin.isatty() else [sys.stdin.read().strip()])
+    if (prompt and file) or not (file or any(texts)):
+        raise typer.BadParameter("give prompts by --prompt or by --file, or pipe one in.")
+    _check_out(out, file, force)
+    from loramill.serve.offline import OfflineEngine, PromptFile, ask
+    from loramill.serve.protocol import TextRequest
+    from loramill.settings import Settings
+
+    settings = Settings.load()
+    base, version, source = _find(model, settings)
+    like = TextRequest(
+        "", "", version, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop or ())
+    )
+    prompts: list[TextRequest] | PromptFile
+    if file is not None:
+        prompts = PromptFile(file, like, chat=chat)
+    else:
+        numbered = ((replace(like, id=str(number)), text) for number, text in enumerate(texts, start=1))
+        prompts = [ask(text, each, chat=chat is not False) for each, text in numbered]
+    with show.screen(stderr=True).status(f"Loading {base.name}…"):
+        engine = OfflineEngine(base, source, settings.serve)
+    with engine, ExitStack() as stack:
+        write = stack.enter_context(_lines(out, force)) if file or out else _text
+        bar = file is not None and (out is not None or not sys.stdout.isatty())
+        failed = _answer(engine.generate(prompts, ordered=True), len(prompts), write, bar=bar)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _find(model: str, settings: Settings) -> tuple[Base, str | None, Callable[[str], Path]]:
+    """The base, the version on it (None: the base alone), and where that is found.
+
+    Raises:
+        ModelNotFound: no base, version or PEFT folder of this name, or one for another base.
+        LoramillError: the record or the artifact can't be read.
+    """
+    from loramill.bases import find_base
+    from loramill.errors import ModelNotFound
+    from loramill.names import ModelName
+    from loramill.registry import Registry, adapters
+
+    base = find_base(settings.base, settings.cache)
+    folder = Path(model).expanduser()
+    if (folder / "adapter_config.json").is_file():
+        return base, str(folder.resolve()), Path
+    try:
+        name = ModelName.parse(model)
+        if name.base not in (None, base.name):
+            raise ModelNotFound(f"The model '{model}' does not exist: the base here is '{base.name}'.")
+    except ModelNotFound as error:
+        raise ModelNotFound(f"{error.message} Nor is it a folder with an adapter_config.json.") from error
+    if name.adapter is None:
+        return base, None, Path
+    registry = Registry.open(settings.database, settings.artifacts)
+    with registry.reading() as session:
+        version = adapters.resolve(session, name.adapter, name.selector)
+    if version.base != base.fingerprint:
+        raise ModelNotFound(f"The model '{model}' was trained on another base than '{base.name}'.")
+    registry.artifacts.fetch(version.id)  # before the base is loaded, which takes longer
+    return base, version.id, registry.artifacts.fetch
+
+
+def _answer(completions: Iterable[Completion], total: int, write: Callable[[Completion], None], *, bar: bool) -> int:
+    """Writes the answers, shows how far they are, and tells how many failed."""
+    columns = (
+        TextColumn("prompts answered"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    failed, first, tokens, start = 0, "", 0, time.monotonic()
+    # Rich would take what goes to stdout for the terminal's, too.
+    with Progress(*columns, console=show.screen(stderr=True), disable=not bar, redirect_stdout=False) as progress:
+        task = progress.add_task("", total=total, speed=0.0)
+        for completion in completions:
+            write(completion)
+            tokens += completion.completion_tokens
+            progress.update(task, advance=1, speed=tokens / (time.monotonic() - start))
+            if completion.error is not None:
+                first = first or f"{completion.request.id}: {completion.error.message}"
+                failed += 1
+    if failed:
+        show.say(f"{failed} of {total} prompts failed; the first, {first}", style="red")
+    return failed
+
+
+def _text(completion: Completion) -> None:
+    if completion.error is None:
+        show.line(completion.text)
+
+
+def _check_out(out: Path | None, file: Path | None, force: bool) -> None:
+    """Refuses what would fail, or destroy something, only after the answers are made."""
+    from loramill.errors import InvalidRequest
+
+    if out is None:
+        return
+    if not out.parent.is_dir() or out.is_dir():
+        raise InvalidRequest(f"{out} can't be written: name a file in a folder that is there.")
+    if out.exists() and file is not None and out.samefile(file):
+        raise InvalidRequest(f"{out} holds the prompts; write the answers to another file.")
+    if out.exists() and not force:
+        raise InvalidRequest(f"{out} is there already; name another file, or write over it with --force.")
+
+
+@contextmanager
+def _lines(out: Path | None, force: bool) -> Iterator[Callable[[Completion], None]]:
+    """Writes answers as JSONL."""
+    if out is None:
+        yield lambda completion: show.line(_json(completion))
+        return
+    with out.open("wb" if force else "xb", buffering=0) as file:
+        yield lambda completion: _append(file, _json(completion).encode() + b"\n")
+
+
+def _append(file: FileIO, line: bytes) -> None:
+    """Appends a line by one write: a killed run, or a full disk, leaves whole lines."""
+    from loramill.errors import DiskFull
+
+    start = file.tell()
+    try:
+        written = file.write(line)
+        if written < len(line):
+            file.write(line[written:])  # the disk is full, which this says
+    except OSError as error:
+        file.truncate(start)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(f"No room for more answers in {file.name}; those that are there are whole.") from error
+
+
+def _json(completion: Completion) -> str:
+    row: dict[str, Any] = {"id": completion.request.id}
+    if completion.error is not None:
+        row["error"] = {"code": completion.error.code, "message": completion.error.message}
+    else:
+        row["text"] = completion.text
+        row["finish_reason"] = completion.finish
+    row["usage"] = {
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": completion.completion_tokens,
+    }
+    return json.dumps(row, ensure_ascii=False)
