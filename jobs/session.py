@@ -42,7 +42,7 @@ def lease_and_train(config: dict[str, Any]) -> None:
     """The train function of a session."""
     settings = Settings.model_validate(config["settings"])
     torch.set_num_threads(settings.jobs.threads)
-    base = find_base(settings.base, settings.cache)
+    base = find_base(settings.base, settings.cache, settings.quantization)
     worker = Worker(
         owner=f"{config['name']}:{os.getpid()}",
         registry=Registry.open(settings.database, settings.artifacts),

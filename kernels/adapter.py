@@ -163,7 +163,7 @@ def _lay_out(
     alike: dict[Hashable, list[str]] = {}
     for name, (_, _, site) in targets.items():
         a, b = deltas[name].a, deltas[name].b
-        alike.setdefault((site.lookup, a.shape, b.shape, a.dtype, b.dtype), []).append(name)
+        alike.setdefault((site.lookup, a.shape, b.shape), []).append(name)
     stored: dict[str, _Stored] = {}
     for names in alike.values():
         a, b = torch.stack([deltas[name].a for name in names]), torch.stack([deltas[name].b for name in names])

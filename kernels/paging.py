@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from loramill.errors import EngineFault
+from loramill.kernels.memory import sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +108,7 @@ class Pages:
         """The rows' positions and slots on a device."""
         rows: Rows | None = self.memo.get(device)
         if rows is None:
-            rows = Rows(*(torch.from_numpy(array).long().to(device) for array in (self.positions, self.slots)))
-            self.memo[device] = rows
+            rows = self.memo[device] = Rows(*sent(np.stack([self.positions, self.slots]).astype(np.int64), device))
         return rows
 
     def check(self, rows: int, blocks: int, block_size: int) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from loramill.kernels.adapter import ROWS, Layout
 from loramill.kernels.backend import Codebook, LayerKV, Quantized, Weight
 from loramill.kernels.batch import Batch
-from loramill.kernels.paging import Pages, Span
+from loramill.kernels.paging import FIRST, Pages, Span
 from loramill.kernels.slab import SiteSlab
 
 name: str = "torch"
@@ -127,26 +127,42 @@ def attention(
 ) -> torch.Tensor:
     """Each row's queries over its sequence's keys; returns [rows, heads * head_dim]."""
     pages.check(len(qkv), len(kv.keys), kv.block_size)
-    decodes, prefills = _plan(pages, window, qkv.device)
+    out = torch.empty(len(qkv), heads * kv.head_dim, dtype=qkv.dtype, device=qkv.device)
+    _attend_decodes(qkv, out, heads, kv, pages, scale, window)
+    attend_prefills(qkv, out, heads, kv, pages, scale, window)
+    return out
+
+
+def attend_prefills(
+    qkv: torch.Tensor, out: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None
+) -> None:
+    """`attention` of the sequences with several rows, into these rows of out [rows, heads * head_dim]."""
+    prefills = _prefills(pages, window, qkv.device)
+    q, results = (part[:, : heads * kv.head_dim].view(len(qkv), heads, kv.head_dim) for part in (qkv, out))
+    for prefill in prefills:
+        keys, values = (_gather(part, prefill.blocks, 1)[:, : prefill.length] for part in (kv.keys, kv.values))
+        done = F.scaled_dot_product_attention(
+            q[prefill.rows].transpose(0, 1)[None], keys.transpose(1, 2), values.transpose(1, 2),
+            attn_mask=prefill.mask, is_causal=prefill.mask is None, scale=scale, enable_gqa=True,
+        )  # fmt: skip
+        results[prefill.rows] = done[0].transpose(0, 1)
+
+
+def _attend_decodes(
+    qkv: torch.Tensor, out: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None
+) -> None:
+    """`attention` of the sequences with one row."""
     # The query heads of one KV head stand in the place of a decode's query positions: nothing is repeated.
-    q = qkv[:, : heads * kv.head_dim].view(len(qkv), kv.kv_heads, heads // kv.kv_heads, kv.head_dim)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for decode in decodes:
+    shape = (len(qkv), kv.kv_heads, heads // kv.kv_heads, kv.head_dim)
+    q, results = qkv[:, : heads * kv.head_dim].view(shape), out.view(shape)
+    for decode in _decodes(pages, window, qkv.device):
         keys, values = (_gather(part, decode.blocks, len(decode.rows)) for part in (kv.keys, kv.values))
         for gathered in (keys, values):
             # A masked position is still multiplied by zero, which somebody else's NaN would survive.
             gathered.flatten(0, 1).index_fill_(0, decode.stale, 0)
-        out[decode.rows] = F.scaled_dot_product_attention(
+        results[decode.rows] = F.scaled_dot_product_attention(
             q[decode.rows], keys.transpose(1, 2), values.transpose(1, 2), attn_mask=decode.mask, scale=scale
         )
-    for prefill in prefills:
-        keys, values = (_gather(part, prefill.blocks, 1)[:, : prefill.length] for part in (kv.keys, kv.values))
-        done = F.scaled_dot_product_attention(
-            q[prefill.rows].flatten(1, 2).transpose(0, 1)[None], keys.transpose(1, 2), values.transpose(1, 2),
-            attn_mask=prefill.mask, is_causal=prefill.mask is None, scale=scale, enable_gqa=True,
-        )  # fmt: skip
-        out[prefill.rows] = done[0].transpose(0, 1).reshape(out[prefill.rows].shape)
-    return out.flatten(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,23 +199,30 @@ class _Prefill:
     mask: torch.Tensor | None
 
 
-def _plan(pages: Pages, window: int | None, device: torch.device) -> tuple[list[_Decode], list[_Prefill]]:
+def _decodes(pages: Pages, window: int | None, device: torch.device) -> list[_Decode]:
     key = (_Decode, window, device)
     if key not in pages.memo:
         groups: dict[int, list[tuple[int, Span]]] = {}
-        prefills = []
-        row = 0
-        for span in pages.spans:
+        for row, span in zip(pages.table[:, FIRST].tolist(), pages.spans, strict=True):
             if span.count == 1:
                 # Lengths within a factor of two share a gather: what it is filled up with stays below the real work.
                 used = len(_seen(span, window, pages.block_size)[1])
                 groups.setdefault(used.bit_length(), []).append((row, span))
-            else:
-                prefills.append(_prefill(row, span, window, pages.block_size, device))
-            row += span.count
-        pages.memo[key] = [_decode(g, window, pages.block_size, device) for g in groups.values()], prefills
-    plan: tuple[list[_Decode], list[_Prefill]] = pages.memo[key]
-    return plan
+        pages.memo[key] = [_decode(group, window, pages.block_size, device) for group in groups.values()]
+    decodes: list[_Decode] = pages.memo[key]
+    return decodes
+
+
+def _prefills(pages: Pages, window: int | None, device: torch.device) -> list[_Prefill]:
+    key = (_Prefill, window, device)
+    if key not in pages.memo:
+        pages.memo[key] = [
+            _prefill(row, span, window, pages.block_size, device)
+            for row, span in zip(pages.table[:, FIRST].tolist(), pages.spans, strict=True)
+            if span.count > 1
+        ]
+    prefills: list[_Prefill] = pages.memo[key]
+    return prefills
 
 
 def _seen(span: Span, window: int | None, block_size: int) -> tuple[int, list[int]]:

@@ -23,8 +23,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-#: Architectures the engine serves; the last two differ from the first in q/k/v biases and in q/k norms.
+    from loramill.kernels.quantization import Quantization
+
+#: Architectures that the engine has a fast decoder for; the last two differ from the first in q/k/v biases and in q/k
+#: norms. Other causal language models of transformers are served through transformers.
 SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+
+#: Keys of config.json that reach no further than the attention's windows, which `fingerprint` takes for unused.
+_WINDOWS = ("layer_types", "max_window_layers", "sliding_window", "sliding_window_pattern", "use_sliding_window")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -39,9 +46,9 @@ class Base:
         name: its name on the wire, without a slash.
         folder: Hugging Face folder with config.json, safetensors and tokenizer.
         fingerprint: sha256 (hex) of configuration, weights and quantization; equal wherever the folder lies.
-        architecture: one of `SERVED`.
+        architecture: one of `SERVED`, or another causal language model of transformers.
         context_length: tokens of prompt and answer together.
-        quantization: how the weights are quantized when they are loaded.
+        quantization: of the layers' linears, when the weights are loaded.
     """
 
     name: str
@@ -49,16 +56,17 @@ class Base:
     fingerprint: str
     architecture: str
     context_length: int
-    quantization: str = "none"
+    quantization: Quantization = "none"
 
 
-def find_base(name: str, cache: Path) -> Base:
+def find_base(name: str, cache: Path, quantization: Quantization = "none") -> Base:
     """Finds, checks and identifies a base; what is costly is done once and kept under `cache`.
 
     Args:
         name: "smollm2-135m", a local Hugging Face folder, or a hub id such as "Qwen/Qwen3-0.6B". A hub id that was
             downloaded before is not asked for again, so that a base doesn't change under its adapters.
         cache: folder for converted weights and known hashes; it may be deleted at any time.
+        quantization: of its linears when it is loaded, to serve or to train on: a base in fewer bits is another base.
 
     Raises:
         BaseUnusable: it can't be found, read or served; the message says how to mend it.
@@ -66,14 +74,14 @@ def find_base(name: str, cache: Path) -> Base:
     """
     try:
         if name == smollm2.NAME:
-            return _describe(name, smollm2.converted(cache), cache)
+            return _describe(name, smollm2.converted(cache), cache, quantization)
         path = Path(name).expanduser()
         if path.is_dir():
-            return _describe(path.resolve().name, path.resolve(), cache)
+            return _describe(path.resolve().name, path.resolve(), cache, quantization)
         if path.exists():
             raise BaseUnusable(f"The base '{name}' is a file; give the Hugging Face folder it belongs to.")
         if _HUB_ID.fullmatch(name):
-            return _from_hub(name, cache)
+            return _from_hub(name, cache, quantization)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"No room for the base '{name}': {error}. Make room, or set `cache` elsewhere.") from error
@@ -86,17 +94,27 @@ def find_base(name: str, cache: Path) -> Base:
 def load_for_training(base: Base, dtype: torch.dtype) -> PreTrainedModel:
     """The base as a transformers model on the CPU, in `dtype`, frozen and in eval mode.
 
+    Of a quantized base the linears hold the very values that the engine serves with, in `dtype`.
+
     Raises:
         BaseUnusable: the weights don't fit the configuration or can't be read.
+        SetupError: the base is in NF4, and bitsandbytes isn't installed.
     """
     from safetensors import SafetensorError
+    from torch.nn import Linear
     from transformers import AutoModelForCausalLM
+
+    from loramill.kernels.quantization import rounded
 
     try:
         with _quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BaseUnusable(f"The base '{base.name}' in {base.folder} can't be loaded: {error}") from error
+    if base.quantization != "none":
+        for module in model.modules():
+            if isinstance(module, Linear) and module is not model.get_output_embeddings():
+                module.weight.data = rounded(module.weight.data, base.quantization)
     return model.requires_grad_(False).eval()
 
 
@@ -116,12 +134,12 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _describe(name: str, folder: Path, cache: Path) -> Base:
+def _describe(name: str, folder: Path, cache: Path, quantization: Quantization) -> Base:
     """Checks a Hugging Face folder and gives it its identity."""
     config = _read_config(folder)
     architecture = _check_served(config, folder)
-    context_length = config.get("max_position_embeddings")
-    if not isinstance(context_length, int):
+    context = context_length(config)
+    if context is None:
         raise BaseUnusable(f"{folder / 'config.json'} has no number in max_position_embeddings; add it.")
     files = weight_files(folder)
     if not (folder / "tokenizer.json").is_file():
@@ -129,13 +147,12 @@ def _describe(name: str, folder: Path, cache: Path) -> Base:
             f"{folder} has no tokenizer.json; write one with "
             "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)` of transformers."
         )
-    quantization = "none"
     return Base(
         name=re.sub(r"[^a-z0-9._-]+", "-", name.lower()),
         folder=folder,
-        fingerprint=fingerprint(config, weights_hash(files, cache), quantization),
+        fingerprint=fingerprint(_identity(config, architecture), weights_hash(files, cache), quantization),
         architecture=architecture,
-        context_length=context_length,
+        context_length=context,
         quantization=quantization,
     )
 
@@ -154,29 +171,50 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
 
 
 def _check_served(config: Mapping[str, Any], folder: Path) -> str:
-    """The architecture, if the engine computes exactly what the configuration asks for."""
+    """The architecture, if it is one that the engine may serve."""
     architecture = next(iter(config.get("architectures") or ()), None)
-    if architecture not in SERVED:
-        raise BaseUnusable(f"{folder} is a {architecture or 'nameless model'}; served are {', '.join(SERVED)}.")
+    if not str(architecture).endswith(_CAUSAL):
+        raise BaseUnusable(
+            f"{folder} is a {architecture or 'nameless model'}; served are causal language models: "
+            f"{', '.join(SERVED)}, and others of transformers."
+        )
     if config.get("quantization_config"):
         raise BaseUnusable(f"{folder} holds quantized weights; give the model's original folder.")
-    if _slides(config):
-        raise BaseUnusable(
-            f"{folder} uses sliding-window attention ({config.get('sliding_window')} tokens), which isn't served; "
-            "if your prompts are shorter than the window, set max_position_embeddings to it in a copy's config.json."
-        )
     return str(architecture)
 
 
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """The tokens that a base of this config.json sees; None if it doesn't say.
+
+    Of a longrope only those that it was first trained on: beyond, all frequencies change with the longest sequence of a
+    batch, and a sequence's keys would depend on its neighbours.
+    """
+    context = config.get("max_position_embeddings") or config.get("n_positions")
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if "longrope" in (rope.get("rope_type"), rope.get("type")):
+        context = config.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", context))
+    return context if isinstance(context, int) else None
+
+
+def _identity(config: Mapping[str, Any], architecture: str) -> Mapping[str, Any]:
+    """The config for a fingerprint: with the windows where they are in use, and with what is switched off by false
+    where another family's default may be true."""
+    if architecture in SERVED:
+        return {**config, "windows": {key: config.get(key) for key in _WINDOWS}} if _slides(config) else config
+    windows = {key: config.get(key) for key in _WINDOWS}
+    return {**config, "windows": windows, "off": sorted(key for key, value in config.items() if value is False)}
+
+
 def _slides(config: Mapping[str, Any]) -> bool:
-    """Whether a sliding window is shorter than the context, and switched on."""
-    window = config.get("sliding_window")
-    if window is None or not config.get("use_sliding_window", config["architectures"][0] == "MistralForCausalLM"):
+    """Whether a sliding window may be shorter than the context, and is switched on."""
+    mistral = config["architectures"][0] == "MistralForCausalLM"
+    if not mistral and (not config["architectures"][0].startswith("Qwen") or not config.get("use_sliding_window")):
         return False
-    return bool(window < config.get("max_position_embeddings", 0))
+    window = config.get("sliding_window", 4096)
+    return window is not None and bool(window < (context_length(config) or 0))
 
 
-def _from_hub(repo: str, cache: Path) -> Base:
+def _from_hub(repo: str, cache: Path, quantization: Quantization) -> Base:
     """Takes a hub's model from where it was downloaded before, or downloads it."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
@@ -185,7 +223,10 @@ def _from_hub(repo: str, cache: Path) -> Base:
         # BaseUnusable: an interrupted download, which the one below completes
         with suppress(errors.LocalEntryNotFoundError, BaseUnusable):
             return _describe(
-                name, Path(snapshot_download(repo, allow_patterns=_HUB_FILES, local_files_only=True)), cache
+                name,
+                Path(snapshot_download(repo, allow_patterns=_HUB_FILES, local_files_only=True)),
+                cache,
+                quantization,
             )
         HfApi().model_info(repo, timeout=_HUB_SECONDS)  # snapshot_download would wait for a silent hub forever
         folder = snapshot_download(repo, allow_patterns=_HUB_FILES, etag_timeout=_HUB_SECONDS)
@@ -200,7 +241,7 @@ def _from_hub(repo: str, cache: Path) -> Base:
             f"'{repo}' is no folder here, and no model hub could be reached to download it ({reason}): "
             "give a local Hugging Face folder, or try again with a network."
         ) from error
-    return _describe(name, Path(folder), cache)
+    return _describe(name, Path(folder), cache, quantization)
 
 
 def _http_error() -> type[Exception]:

@@ -225,7 +225,7 @@ def base(settings: Settings) -> Iterable[Finding]:
         yield Finding(what="base", status=Status.OK, found=f"{name}: of a model hub, looked for by `loramill up`")
         return
     try:
-        found = find_base(name, settings.cache)
+        found = find_base(name, settings.cache, settings.quantization)
     except LoramillError as error:
         yield Finding(what="base", status=Status.ERROR, found=f"{name}: unusable", mend=error.message)
     else:

@@ -17,8 +17,8 @@ from loramill.errors import BaseUnusable
 
 _CHUNK = 1 << 22
 
-#: Keys of config.json that leave the forward pass as it is. Sliding windows are here because no base that is
-#: served has one in use; every key that isn't listed counts.
+#: Keys of config.json that leave the forward pass as it is; every key that isn't listed counts. Sliding windows are
+#: here because most configs have one that isn't in use; where it is, `bases` adds it under another key.
 _NOT_MATHEMATICS = {
     "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range", "layer_types",
     "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",

@@ -68,7 +68,7 @@ def up(settings: Settings, *, console: Console) -> None:
             migrate(settings.database)
             admin_key(settings)
         with console.status(f"Preparing the base {settings.base}…"):
-            base = find_base(settings.base, settings.cache)
+            base = find_base(settings.base, settings.cache, settings.quantization)
         watch(settings, console, stop, base.name)
         settings.address_file.unlink(missing_ok=True)
         console.print("Stopped. `loramill up` goes on where this ended.")

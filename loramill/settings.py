@@ -76,6 +76,9 @@ class Settings(BaseSettings):
     database_url: str | None = Field(default=None, description="SQLAlchemy URL; None: SQLite under home")
     artifacts_url: str | None = Field(default=None, description="fsspec URL; None: a folder under home")
     base: str = Field(default="smollm2-135m", description="built-in name, local folder or hub id")
+    quantization: Literal["none", "int8", "nf4"] = Field(
+        default="none", description="of the base's linears, where it is served and where adapters are trained"
+    )
     url: str | None = Field(default=None, description="gateway that the client calls; None: this machine's")
     api_key: str | None = Field(default=None, description="key that the client uses; None: the admin key under home")
     serve: ServeSettings = ServeSettings()

@@ -17,7 +17,6 @@ import loramill.jobs.supervisor
 import loramill.serve.deployments
 from loramill.bases import find_base
 from loramill.errors import LoramillError
-from loramill.serve.model import read_config
 from loramill.settings import Settings
 
 OBJECT_STORE_BYTES = 128 << 20
@@ -58,7 +57,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = Settings.model_validate_json(sys.stdin.readline())
     try:
-        read_config(find_base(settings.base, settings.cache).folder)
+        find_base(settings.base, settings.cache, settings.quantization)
     except LoramillError as error:
         sys.exit(error.message)
     ended = threading.Event()

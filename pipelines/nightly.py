@@ -76,7 +76,7 @@ def run_night(registry: Registry, settings: Settings, *, report: Report = lambda
     """
     with registry.writing() as session:
         run = nightly.open_run(session)
-    night = Night(run, registry, settings, find_base(settings.base, settings.cache), report)
+    night = Night(run, registry, settings, find_base(settings.base, settings.cache, settings.quantization), report)
     collect_all(night)
     train_all(night)
     evaluate_all(night)

@@ -30,7 +30,7 @@ class EngineDeployment:
         from loramill.serve.replica import Replica  # torch, which the gateway and the driver can do without
 
         registry = Registry.open(settings.database, settings.artifacts)
-        base = find_base(settings.base, settings.cache)
+        base = find_base(settings.base, settings.cache, settings.quantization)
         self._replica = Replica(base, registry.artifacts.fetch, settings.serve)
 
     async def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
@@ -85,7 +85,7 @@ def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
     """Returns what a gateway replica calls to build its app; nothing of the app itself is shipped."""
 
     def build() -> FastAPI:
-        base = find_base(settings.base, settings.cache)
+        base = find_base(settings.base, settings.cache, settings.quantization)
         return build_api(
             registry=Registry.open(settings.database, settings.artifacts),
             base=base,

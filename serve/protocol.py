@@ -42,10 +42,10 @@ class TextRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenText:
-    """A token, as text, with its log probability."""
+    """A token, as text, with its log probability; the first of an echoed prompt has none."""
 
     text: str
-    logprob: float
+    logprob: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from loramill.chat import ChatTokenizer, TextStream
 from loramill.errors import ContextLengthExceeded, InvalidRequest, Unavailable
 from loramill.serve.engine import AdapterSource, Engine, EngineConfig, EngineStats, Finish, Output, Request, Sampling
 from loramill.serve.engine import TokenLogprobs as EngineLogprobs
-from loramill.serve.model import load_decoder
+from loramill.serve.model import load_model
 from loramill.serve.protocol import ChosenToken, TextChunk, TextRequest, TokenText
 from loramill.serve.stopping import StopScanner
 from loramill.settings import ServeSettings
@@ -55,7 +55,8 @@ class Replica:
             host_bytes=settings.host_bytes,
             rank_budget=settings.rank_budget,
         )
-        self._engine = Engine(load_decoder(base.folder, dtype=torch.bfloat16, threads=settings.threads), source, config)
+        model = load_model(base.folder, dtype=torch.bfloat16, quantization=base.quantization, threads=settings.threads)
+        self._engine = Engine(model, source, config)
         self._listeners: dict[str, _Listener] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)

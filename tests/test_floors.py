@@ -34,8 +34,12 @@ UNPICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "m
 #: What imports on a GPU machine that has torch and little else, and what it may use there.
 LEAN = ("kernels/*", "serve/engine/*", "serve/model/*")
 LEAN_LIBRARIES = {"torch", "numpy", "safetensors", "triton"}
-#: The benchmark's rival, where it is installed.
-GUESTS = {"kernels/bench/cuda.py": "vllm.lora.ops.triton_ops"}
+#: What one lean module imports inside functions, where it is installed.
+GUESTS = {
+    "kernels/bench/cuda.py": "vllm",
+    "serve/model/hf.py": "transformers",
+    "kernels/quantization.py": "bitsandbytes",
+}
 LEAN_MODULES = ("loramill.errors", "loramill.kernels", "loramill.serve.engine", "loramill.serve.model")
 
 
@@ -117,7 +121,7 @@ def fault(path: str, found: Import) -> str | None:
         return "nothing here unpickles"
     if top == "ray" and not any_match(path, RAY_SHELLS):
         return f"only {', '.join(RAY_SHELLS)} may import ray"
-    if any_match(path, LEAN) and not is_lean(found.module) and GUESTS.get(path) != found.module:
+    if any_match(path, LEAN) and not is_lean(found.module) and not (found.in_function and GUESTS.get(path) == top):
         return f"{', '.join(LEAN)} import only {', '.join(sorted(LEAN_LIBRARIES))} and {', '.join(LEAN_MODULES)}"
     if there is None or is_cli(module_name(path)):
         upward = there in ("jobs", "serve", "pipelines")

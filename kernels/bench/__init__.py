@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 
-from loramill.errors import InvalidRequest, SetupError
+from loramill.errors import SetupError
 from loramill.kernels.bench import on_cpu, on_cuda
-from loramill.kernels.bench.measure import Effort, Result
+from loramill.kernels.bench.measure import Effort, Result, measured
 from loramill.kernels.bench.model import SMOLLM2_135M, Model
 
 __all__ = ["Device", "Effort", "Model", "Result", "run"]
@@ -46,11 +46,4 @@ def run(
     if device == "cuda" and not torch.cuda.is_available():
         raise SetupError("torch finds no CUDA device on this machine; measure the CPU, or run this where there is one.")
     groups = on_cuda.groups() if device == "cuda" else on_cpu.groups(model, effort)
-    chosen = {name: measure for name, measure in groups.items() if only in name}
-    if not chosen:
-        raise InvalidRequest(f"No case has '{only}' in its name; there are {', '.join(groups)}.", param="only")
-    results = []
-    for name, measure in chosen.items():
-        report(name)
-        results += measure()
-    return results
+    return measured(groups, only, report)

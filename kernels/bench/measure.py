@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from loramill.errors import InvalidRequest
 from loramill.kernels.memory import host_memory
 
 
@@ -63,12 +64,38 @@ class Effort:
 _CACHE = 128 << 20
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]], effort: Effort) -> dict[str, float]:
-    """Median CPU seconds of this thread in each variant; a round runs each once, so that all meet the same noise.
+def measured(
+    groups: Mapping[str, Callable[[], list[Result]]], only: str, report: Callable[[str], object]
+) -> list[Result]:
+    """The results of the groups whose name contains `only`, each of which is reported before it is measured.
+
+    Raises:
+        InvalidRequest: that leaves nothing over.
+    """
+    chosen = {name: measure for name, measure in groups.items() if only in name}
+    if not chosen:
+        raise InvalidRequest(f"No case has '{only}' in its name; there are {', '.join(groups)}.", param="only")
+    results = []
+    for name, measure in chosen.items():
+        report(name)
+        results += measure()
+    return results
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], effort: Effort, clock: Callable[[], float] | None = None
+) -> dict[str, float]:
+    """Median seconds in each variant; a round runs each once, so that all meet the same noise.
 
     What the first round does is not counted: it warms up. Each variant finds a cache that something else has filled,
     and every second round is in the reverse order: none profits from what runs before it.
+
+    Args:
+        variants: what to run.
+        effort: how often.
+        clock: in seconds; None: the CPU time of this thread.
     """
+    clock = clock or time.thread_time
     refill = pure_read(_CACHE)
     spent: dict[str, list[float]] = {name: [] for name in variants}
     end = time.monotonic() + effort.seconds
@@ -76,9 +103,9 @@ def interleaved(variants: Mapping[str, Callable[[], object]], effort: Effort) ->
     while done < effort.rounds or time.monotonic() < end:
         for name in list(variants)[:: 1 if done % 2 else -1]:
             refill()
-            began = time.thread_time()
+            began = clock()
             variants[name]()
-            spent[name].append(time.thread_time() - began)
+            spent[name].append(clock() - began)
         done += 1
     return {name: statistics.median(times[1:]) for name, times in spent.items()}
 

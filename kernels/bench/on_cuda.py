@@ -5,27 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 import torch
 
-from loramill.kernels.bench import cuda
+from loramill.kernels.bench import cuda, cuda_attention
 from loramill.kernels.bench.measure import Result
 
 
 def groups() -> dict[str, Callable[[], list[Result]]]:
     """What measures each group."""
-    checks = {f"cuda check {str(dtype).removeprefix('torch.')}": partial(_checked, dtype) for dtype in cuda.LIMITS}
-    return {**checks, **{_name(case): partial(_timed, case) for case in cuda.CASES}}
+    measures: dict[str, Callable[[], list[Result]]] = {}
+    for kind, source in (("check", cuda), ("attention check", cuda_attention)):
+        for dtype in cuda.LIMITS:
+            name = f"cuda {kind} {str(dtype).removeprefix('torch.')}"
+            measures[name] = partial(_checked, name, source, dtype)
+    measures |= {_name(case): partial(_timed, case) for case in cuda.CASES}
+    return measures | {f"cuda attention {case}": partial(_timed_attention, case) for case in cuda_attention.CASES}
 
 
 def _name(case: cuda.Case) -> str:
     return f"cuda {case.rows}/{case.adapters}/{case.rank}"
 
 
-def _checked(dtype: torch.dtype) -> list[Result]:
-    worst = max(cuda.check(dtypes=[dtype]), key=lambda each: math.inf if math.isnan(each.error) else each.error)
-    name = str(dtype).removeprefix("torch.")
-    return [Result(f"cuda check {name}: worst error", worst.error, "of the largest value", worst.limit)]
+def _checked(name: str, source: ModuleType, dtype: torch.dtype) -> list[Result]:
+    worst = max(source.check(dtypes=[dtype]), key=lambda each: math.inf if math.isnan(each.error) else each.error)
+    return [Result(f"{name}: worst error", worst.error, "of the largest value", worst.limit)]
 
 
 def _timed(case: cuda.Case) -> list[Result]:
@@ -45,3 +50,12 @@ def _timed(case: cuda.Case) -> list[Result]:
             if us is not None
         ]
     return results
+
+
+def _timed_attention(case: cuda_attention.Case) -> list[Result]:
+    timing = cuda_attention.timing(case)
+    name = f"cuda attention {case}"
+    return [
+        Result(f"{name}: decode", timing.us, "us", floor=timing.floor_us),
+        Result(f"{name}: gather + sdpa", timing.gather_us, "us", floor=timing.floor_us),
+    ]

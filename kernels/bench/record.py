@@ -37,13 +37,19 @@ def results_file(here: Path) -> Path:
     return found
 
 
-def append(file: Path, results: Iterable[Result], device: Device) -> None:
+def append(file: Path, results: Iterable[Result], device: Device, rivals: Iterable[str] = ()) -> None:
     """Adds a row a result.
+
+    Args:
+        file: of `results_file`.
+        results: the rows.
+        device: what they were measured on.
+        rivals: packages that they were measured against; their versions are recorded, too.
 
     Raises:
         SetupError: git can't tell the checkout's commit.
     """
-    common = (datetime.now(UTC).date().isoformat(), _commit(file.parent), _device(device), _versions(device))
+    common = (datetime.now(UTC).date().isoformat(), _commit(file.parent), _device(device), _versions(device, rivals))
     with file.open("a", newline="", encoding="utf-8") as opened:
         csv.writer(opened, lineterminator="\n").writerows((*common, *_cells(result)) for result in results)
 
@@ -70,6 +76,7 @@ def _device(device: Device) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _versions(device: Device) -> str:
+def _versions(device: Device, rivals: Iterable[str]) -> str:
     kernels = f"triton {importlib.metadata.version('triton')}" if device == "cuda" else f"kernels {backend().name}"
-    return f"python {platform.python_version()} torch {torch.__version__} {kernels}"
+    others = [f"{name} {importlib.metadata.version(name)}" for name in rivals]
+    return " ".join([f"python {platform.python_version()} torch {torch.__version__} {kernels}", *others])

@@ -1,15 +1,17 @@
-"""The backend of NVIDIA GPUs: adapters by Triton kernels, the rest of a step by torch's own operations."""
+"""The backend of NVIDIA GPUs: adapters and decodes' attention by Triton kernels, the rest by torch's operations."""
 
 from loramill.kernels.plain import add_rms_norm as add_rms_norm
-from loramill.kernels.plain import attention as attention
 from loramill.kernels.plain import embed as embed
 from loramill.kernels.plain import linear as linear
 from loramill.kernels.plain import new_kv as new_kv
 from loramill.kernels.plain import pack as pack
+from loramill.kernels.plain import pack_quantized as pack_quantized
 from loramill.kernels.plain import rms_norm as rms_norm
 from loramill.kernels.plain import rope_write as rope_write
 from loramill.kernels.plain import set_threads as set_threads
 from loramill.kernels.plain import silu_mul as silu_mul
+from loramill.kernels.triton.attention import StaticPages as StaticPages
+from loramill.kernels.triton.attention import attention as attention
 from loramill.kernels.triton.lora import StaticPlan as StaticPlan
 from loramill.kernels.triton.lora import adapted_linear as adapted_linear
 from loramill.kernels.triton.lora import layout as layout

@@ -16,7 +16,7 @@ from loramill.kernels import plain
 from loramill.kernels.adapter import RANK, Layout, Site
 from loramill.kernels.backend import Weight
 from loramill.kernels.batch import Batch
-from loramill.kernels.memory import ALIGNMENT, aligned
+from loramill.kernels.memory import ALIGNMENT, aligned, send
 from loramill.kernels.slab import SiteSlab, Slab
 from loramill.kernels.triton import kernels, plans
 
@@ -113,7 +113,7 @@ class Resident:
         if changes != self._changes:
             table = slab.table // self._units
             self.ranks = table[..., RANK].max(axis=(0, 2), initial=0)
-            _send(table, self._table)
+            send(table, self._table)
             self._changes = changes
 
 
@@ -178,7 +178,7 @@ class StaticPlan:
         tiles = np.full(self._work.tiles.shape, -1, dtype=np.int32)
         tiles[: len(first)] = first
         tiles[self._rows : self._rows + len(more)] = more
-        _send(tiles, self._work.tiles)
+        send(tiles, self._work.tiles)
 
 
 def tile_list(
@@ -283,14 +283,8 @@ def work_of(slab: Slab, batch: Batch) -> Work:
     plan = plans.choose(int((segments[:, 2] - segments[:, 1]).max(initial=0)), rank)
     first, more = tile_list(segments, ranks, plan.rows, plan.shrink.ranks)
     tiles = torch.empty((len(first) + len(more), 4), dtype=torch.int32, device=slab.arena.device)
-    _send(np.concatenate([first, more]), tiles)
+    send(np.concatenate([first, more]), tiles)
     return Work(resident, plan, tiles, len(first), batch.rows, rank)
-
-
-def _send(numbers: NDArray[np.int32] | NDArray[np.int64], to: torch.Tensor) -> None:
-    """Copies to the device without waiting; torch keeps the page-locked memory until the stream has read it."""
-    host = torch.from_numpy(numbers)
-    to.copy_(host.pin_memory() if to.is_cuda else host, non_blocking=True)
 
 
 def _copies(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

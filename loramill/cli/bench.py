@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as encoding
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,6 +16,13 @@ from loramill.cli import show
 if TYPE_CHECKING:
     from loramill.kernels.bench import Result
 
+Only = Annotated[str, typer.Option(metavar="TEXT", help="Only groups of cases with this in their name.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="Write the results there, too.")
+]
+Check = Annotated[bool, typer.Option("--check", help="Exit with 1 if a target is missed.")]
+Record = Annotated[bool, typer.Option("--record", help="Add the results to this checkout's benchmarks/results.csv.")]
+
 bench = typer.Typer(help="Benchmarks: ratios within one process.", no_args_is_help=True)
 
 
@@ -23,35 +31,58 @@ def register(app: typer.Typer) -> None:
     app.add_typer(bench, name="bench", rich_help_panel="This machine")
 
 
-@bench.callback()
-def _root() -> None:
-    """Keeps `kernels` a command of its own name, the only one that it is."""
-
-
 @bench.command()
 def kernels(
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Whose kernels.")] = "cpu",
-    only: Annotated[str, typer.Option(metavar="TEXT", help="Only groups of cases with this in their name.")] = "",
-    json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="Write the results there, too.")
-    ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a target is missed.")] = False,
-    record: Annotated[
-        bool, typer.Option("--record", help="Add the results to this checkout's benchmarks/results.csv.")
-    ] = False,
+    only: Only = "",
+    json: Json = None,
+    check: Check = False,
+    record: Record = False,
 ) -> None:
     """Measure the kernels on one thread, about three minutes; medians, against their targets."""
     from loramill.kernels.bench import run
     from loramill.kernels.bench.record import append, results_file
 
     file = results_file(Path.cwd()) if record else None  # minutes later would be too late to find out
-    results = run(device, only, lambda group: show.say(f"Measuring {group}…", style="dim"))
+    results = run(device, only, _report)
+    _show(results, json)
+    if file is not None:
+        append(file, results, device)
+    _judge(results, check)
+
+
+@bench.command()
+def engine(only: Only = "", json: Json = None, check: Check = False, record: Record = False) -> None:
+    """Measure the engine on the built-in base and one thread, about eight minutes; medians, against their targets.
+
+    Its rivals are PEFT, transformers' continuous batching and what the machine's memory and arithmetic allow.
+    """
+    from loramill.bases import find_base
+    from loramill.kernels.bench.record import append, results_file
+    from loramill.serve.bench import RIVALS, run
+    from loramill.settings import Settings
+    from loramill.smollm2 import NAME
+
+    file = results_file(Path.cwd()) if record else None
+    results = run(find_base(NAME, Settings.load().cache), only, _report)
+    _show(results, json)
+    if file is not None:
+        append(file, results, "cpu", RIVALS)
+    _judge(results, check)
+
+
+def _report(group: str) -> None:
+    show.say(f"Measuring {group}…", style="dim")
+
+
+def _show(results: Sequence[Result], json: Path | None) -> None:
     show.table(("CASE", "VALUE", "TARGET", "VERDICT", "FLOOR"), map(_row, results), empty="Nothing was measured.")
     if json is not None:
         values = [{**asdict(result), "met": result.met} for result in results]
         json.write_text(encoding.dumps(values, indent=2) + "\n", encoding="utf-8")
-    if file is not None:
-        append(file, results, device)
+
+
+def _judge(results: Sequence[Result], check: bool) -> None:
     missed = [result.case for result in results if result.met is False]
     if check and missed:
         show.say(f"Missed targets: {'; '.join(missed)}.", style="red")

@@ -105,7 +105,7 @@ def _find(model: str, settings: Settings) -> tuple[Base, str | None, Callable[[s
     from loramill.names import ModelName
     from loramill.registry import Registry, adapters
 
-    base = find_base(settings.base, settings.cache)
+    base = find_base(settings.base, settings.cache, settings.quantization)
     folder = Path(model).expanduser()
     if (folder / "adapter_config.json").is_file():
         return base, str(folder.resolve()), Path

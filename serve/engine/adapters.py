@@ -11,7 +11,7 @@ from loramill.serve.engine.host_cache import HostCache
 from loramill.serve.engine.loader import AdapterLoader
 from loramill.serve.engine.residency import Residency
 from loramill.serve.engine.values import AdapterSource, EngineConfig
-from loramill.serve.model import Decoder
+from loramill.serve.model import Model
 
 
 class Adapters:
@@ -22,7 +22,7 @@ class Adapters:
         loads, failures: of versions, since the start.
     """
 
-    def __init__(self, model: Decoder, source: AdapterSource, config: EngineConfig, notify: Callable[[], None]) -> None:
+    def __init__(self, model: Model, source: AdapterSource, config: EngineConfig, notify: Callable[[], None]) -> None:
         self.slab = model.new_slab(config.adapter_slots, config.adapter_bytes, config.adapter_bits)
         self.loads = self.failures = 0
         self._capacity = config.adapter_slots

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from loramill.errors import EngineFault
 from loramill.serve.engine.blocks import BlockPool, block_key, root_key
 
-#: How often a sequence may be kept out by the rank budget before no other version is let in before its own.
+#: Steps that a sequence may be kept out by the rank budget before no other version is let in before its own.
 _PATIENCE = 64
 #: Tokens by which a tenant that comes anew is ahead of the others: its first prompt must not be their equal halfway.
 _CREDIT = 512
@@ -38,7 +38,7 @@ class Sequence:
         sealed: blocks that are full, and known by their keys.
         promised: of its blocks, those that were full of known tokens when it was admitted.
         charged: tokens that its tenant was charged for.
-        passed: how often the rank budget kept it out.
+        kept_out: the step in which the rank budget first kept it out.
     """
 
     id: int
@@ -53,7 +53,7 @@ class Sequence:
     sealed: int = 0
     promised: int = 0
     charged: int = 0
-    passed: int = 0
+    kept_out: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +128,7 @@ class Scheduler:
         # Keys of blocks that a running sequence is about to fill: whoever needs them next waits for them.
         self._promised: Counter[bytes] = Counter()
         self._starving: Sequence | None = None
+        self._steps = 0
 
     @property
     def blocks(self) -> int:
@@ -189,6 +190,7 @@ class Scheduler:
         Args:
             ready: whether a sequence of a version may begin to run now; the others wait and hold up nobody.
         """
+        self._steps += 1
         preempted = self._grow()
         # Who has just lost his blocks would only take them back.
         open_ = not preempted
@@ -304,8 +306,9 @@ class Scheduler:
                 return False
         if sequence.version is None or self._has_rank_for(sequence.version):
             return True
-        sequence.passed += 1
-        if self._starving is None and sequence.passed > _PATIENCE:
+        if sequence.kept_out is None:
+            sequence.kept_out = self._steps
+        elif self._starving is None and self._steps - sequence.kept_out > _PATIENCE:
             self._starving = sequence
         return False
 

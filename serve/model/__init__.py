@@ -3,6 +3,6 @@
 from loramill.serve.model.config import DecoderConfig, read_config
 from loramill.serve.model.decoder import Decoder
 from loramill.serve.model.loading import load_decoder, load_model
-from loramill.serve.model.protocol import Chunk, Model, Quantization
+from loramill.serve.model.protocol import Chunk, Model
 
-__all__ = ["Chunk", "Decoder", "DecoderConfig", "Model", "Quantization", "load_decoder", "load_model", "read_config"]
+__all__ = ["Chunk", "Decoder", "DecoderConfig", "Model", "load_decoder", "load_model", "read_config"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from loramill.kernels import Backend, Batch, LayerKV, Pages, Site, Slab, Span, Weight
 from loramill.kernels.embedding import adapt_embedding, batch_of_rows
 from loramill.kernels.layers import Linear, Stack, Step, run_layers
+from loramill.kernels.memory import sent
 from loramill.serve.model.config import DecoderConfig
 from loramill.serve.model.protocol import Chunk, wanted_rows
 from loramill.serve.model.rope import amplitude, angles, inverse_frequencies
@@ -31,6 +33,7 @@ class Decoder:
     Attributes:
         config: shapes and switches.
         vocabulary, context_length, dtype, sites: as in `Model`.
+        device: of the weights, and of a step.
     """
 
     def __init__(self, config: DecoderConfig, weights: Weights, sites: Sequence[Site], backend: Backend) -> None:
@@ -39,44 +42,65 @@ class Decoder:
         self.context_length = config.context_length
         self.sites = tuple(sites)
         self.dtype = weights.stack.norm.dtype
+        self.device = weights.stack.norm.device
         self._weights = weights
         self._targets = _targets(weights, self.sites)
         self._backend = backend
-        self._frequencies = inverse_frequencies(config.rope, config.head_dim)
+        self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self.device)
         self._amplitude = amplitude(config.rope)
 
     def new_cache(self, blocks: int, block_size: int) -> tuple[LayerKV, ...]:
         """An empty KV cache of `blocks` blocks, each of `block_size` positions, for `forward`."""
         c = self.config
-        return self._backend.new_kv(c.layers, blocks, block_size, c.kv_heads, c.head_dim, self.dtype)
+        with self.device:
+            return self._backend.new_kv(c.layers, blocks, block_size, c.kv_heads, c.head_dim, self.dtype)
 
     def new_slab(self, slots: int, size: int, bits: int = 16) -> Slab:
         """An empty slab of `slots` adapters in `size` bytes for `forward`; of int8 if `bits` is 8."""
         dtype = torch.int8 if bits == 8 else self.dtype
-        return Slab(self.sites, slots=slots, size=size, dtype=dtype, layout=self._backend.layout)
+        return Slab(
+            self.sites, slots=slots, size=size, dtype=dtype, layout=self._backend.layout, device=str(self.device)
+        )
 
     def target_weight(self, module: str) -> torch.Tensor | None:
         """The weight of a module by its name in the checkpoint; None if adapters can't target it."""
         if module not in self._targets:
             return None
         weight, start, width = self._targets[module]
-        return self._backend.embed(torch.arange(start, start + width), weight)
+        rows = torch.arange(start, start + width, device=self.device)
+        return self._backend.embed(rows, weight).cpu()
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], cache: Sequence[LayerKV], slab: Slab, batch: Batch) -> torch.Tensor:
         """Runs one step over the chunks' tokens, as `Model.forward` says."""
-        weights, ops = self._weights, self._backend
-        spans = [Span(chunk.start, len(chunk.tokens), chunk.blocks) for chunk in chunks]
-        pages = Pages.of(spans, cache[0].block_size)
-        cos, sin = angles(torch.from_numpy(pages.positions), self._frequencies, self._amplitude)
-        tokens = torch.tensor([token for chunk in chunks for token in chunk.tokens])
-        x = ops.embed(tokens, weights.embedding)
+        x = self.embed(chunks, slab, batch)
+        h = self.layers(x, cache, self.pages(chunks, cache), slab, batch)
+        return self.head(h, chunks, slab, batch)
+
+    def pages(self, chunks: Sequence[Chunk], cache: Sequence[LayerKV]) -> Pages:
+        """The paging of a step."""
+        return Pages.of([Span(chunk.start, len(chunk.tokens), chunk.blocks) for chunk in chunks], cache[0].block_size)
+
+    def embed(self, chunks: Sequence[Chunk], slab: Slab, batch: Batch) -> torch.Tensor:
+        """The chunks' tokens as the first layer takes them, [rows, hidden]."""
+        numbers = np.array([token for chunk in chunks for token in chunk.tokens], np.int64)
+        tokens, weights = sent(numbers, self.device), self._weights
+        x = self._backend.embed(tokens, weights.embedding)
         adapt_embedding(tokens, x, slab.views[weights.embedding_site], batch)
-        h = run_layers(ops, weights.stack, x, cache, Step(cos, sin, pages, slab, batch))
-        wanted = wanted_rows(chunks)
-        of_head = slab.views[weights.head.site]
-        wanted_batch = batch_of_rows(batch, wanted, of_head)
-        return ops.adapted_linear(h[wanted], weights.head.weight, of_head, wanted_batch).float()
+        return x
+
+    def layers(self, x: torch.Tensor, cache: Sequence[LayerKV], pages: Pages, slab: Slab, batch: Batch) -> torch.Tensor:
+        """The normed states [rows, hidden] behind the layers; x [rows, hidden] becomes the residual there."""
+        turns = angles(pages.on(self.device).positions, self._frequencies, self._amplitude)
+        return run_layers(self._backend, self._weights.stack, x, cache, Step(*turns, pages, slab, batch))
+
+    def head(self, h: torch.Tensor, chunks: Sequence[Chunk], slab: Slab, batch: Batch) -> torch.Tensor:
+        """The wanted logits, float32 [wanted, vocabulary], of the states [rows, hidden]."""
+        wanted, head = wanted_rows(chunks), self._weights.head
+        if len(wanted) < len(h):
+            h = h[sent(np.array(wanted, np.int64), self.device)]
+        view = slab.views[head.site]
+        return self._backend.adapted_linear(h, head.weight, view, batch_of_rows(batch, wanted, view)).float()
 
 
 def _targets(weights: Weights, sites: Sequence[Site]) -> dict[str, tuple[Weight, int, int]]:

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from loramill.errors import BaseUnusable
+from loramill.errors import BaseUnusable, SetupError
 from loramill.kernels import Backend, Quantized, Site, Weight, backend
 from loramill.kernels.layers import Layer, Linear, Stack
+from loramill.kernels.quantization import Quantization, concatenate, quantize
 from loramill.serve.model.config import DecoderConfig, read_config
 from loramill.serve.model.decoder import Decoder, Weights
-from loramill.serve.model.protocol import Model, Quantization
-from loramill.serve.model.quantization import concatenate, quantize
+from loramill.serve.model.graphs import GraphedDecoder
+from loramill.serve.model.protocol import Model
 
 #: Elements that are read at once.
 _PIECE = 4 << 20
@@ -28,35 +29,50 @@ log = logging.getLogger(__name__)
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype, quantization: Quantization = "none", threads: int | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    quantization: Quantization = "none",
+    threads: int | None = None,
+    device: str = "cpu",
 ) -> Model:
     """Loads any base: by the decoder if it knows the architecture, else through transformers, which is slower.
+
+    On a GPU it must be the decoder; with Triton's kernels its decodes are replayed from graphs.
 
     Args:
         folder: a Hugging Face model.
         dtype: bfloat16 or float32, whatever the files hold.
         quantization: of the layers' linears; embedding, head and norms stay in `dtype`.
         threads: CPU threads of this whole process from now on; None: leave them.
+        device: "cpu" or "cuda": where the weights live and the steps run.
 
     Raises:
         BaseUnusable: neither can serve it.
-        SetupError: NF4 was asked for, and bitsandbytes isn't installed.
+        SetupError: NF4 was asked for, and bitsandbytes isn't installed; or there is no GPU.
     """
     try:
         read_config(folder)
     except BaseUnusable as reason:
+        if device != "cpu":
+            raise BaseUnusable(f"{reason.message} Bases loaded through transformers run on the CPU alone.") from reason
         from loramill.serve.model.hf import load_hf
 
         loaded = load_hf(folder, dtype=dtype, quantization=quantization, threads=threads)
         log.info("base loaded through transformers: %s", reason.message)
         return loaded
-    decoder = load_decoder(folder, dtype=dtype, quantization=quantization, threads=threads)
+    decoder = load_decoder(folder, dtype=dtype, quantization=quantization, threads=threads, device=device)
     log.info("base loaded by the decoder: %s", folder)
-    return decoder
+    return GraphedDecoder(decoder) if device == "cuda" and backend(device).name == "triton" else decoder
 
 
 def load_decoder(
-    folder: Path, *, dtype: torch.dtype, quantization: Quantization = "none", threads: int | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    quantization: Quantization = "none",
+    threads: int | None = None,
+    device: str = "cpu",
 ) -> Decoder:
     """Loads a base of a family that the decoder knows, in little more memory than it takes up in the end.
 
@@ -65,17 +81,22 @@ def load_decoder(
         dtype: bfloat16 or float32, whatever the files hold.
         quantization: of the layers' linears; embedding, head and norms stay in `dtype`, as transformers keeps them.
         threads: CPU threads of this whole process from now on; None: leave them.
+        device: "cpu" or "cuda": where the weights live and the steps run.
 
     Raises:
         BaseUnusable: files are missing or broken, or the architecture has something that the decoder lacks.
-        SetupError: NF4 was asked for, and bitsandbytes isn't installed.
+        SetupError: NF4 was asked for, and bitsandbytes isn't installed; or there is no GPU.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SetupError(
+            "torch finds no CUDA device on this machine; serve on the CPU, or run this where there is one."
+        )
     config = read_config(folder)
-    ops = backend()
+    ops = backend(device)
     if threads is not None:
         ops.set_threads(threads)
     try:
-        tensors = _Tensors(folder, dtype)
+        tensors = _Tensors(folder, dtype, device)
         weights, sites = _build(config, tensors, ops, quantization)
     except (OSError, SafetensorError) as error:
         raise BaseUnusable(f"The weights in {folder} can't be read ({error}); fetch them again.") from error
@@ -101,8 +122,9 @@ def _weight_files(folder: Path) -> list[Path]:
 class _Tensors:
     """The folder's tensors by name; remembers which were taken."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, device: str) -> None:
         self.dtype = dtype
+        self._device = device
         self._folder = folder
         self._owners: dict[str, Path] = {}
         for path in _weight_files(folder):
@@ -113,7 +135,7 @@ class _Tensors:
     def take(self, name: str, *shape: int) -> torch.Tensor:
         if name not in self._owners:
             raise BaseUnusable(f"The weights in {self._folder} lack '{name}', which config.json promises.")
-        taken = torch.empty(shape, dtype=self.dtype)
+        taken = torch.empty(shape, dtype=self.dtype, device=self._device)
         rows = max(1, _PIECE * shape[0] // taken.numel())
         for start in range(0, shape[0], rows):
             # What was read of a mapped file counts as this process's memory until the file is closed.

@@ -147,6 +147,14 @@ def test_variants_take_turns_and_the_first_round_warms_up(rounds: int, monkeypat
     assert medians == {"a": {1: 1.0, 2: 5.0, 5: 2.0}[rounds], "b": 4.0}
 
 
+def test_another_clock_tells_the_seconds() -> None:
+    ticks = itertools.count(0, 3)
+    assert interleaved({"a": lambda: next(ticks), "b": lambda: None}, Effort(0, 3), lambda: next(ticks)) == {
+        "a": 6,
+        "b": 3,
+    }
+
+
 def test_rounds_go_on_until_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     now = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: next(now))

@@ -250,8 +250,8 @@ def test_an_adapted_linear_is_the_linear_and_the_adapter(loaded):
 
 def sends(monkeypatch):
     sent = []
-    send = host._send
-    monkeypatch.setattr(host, "_send", lambda numbers, to: (sent.append(to.shape), send(numbers, to)))
+    send = host.send
+    monkeypatch.setattr(host, "send", lambda numbers, to: (sent.append(to.shape), send(numbers, to)))
     return sent
 
 

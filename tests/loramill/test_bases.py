@@ -230,10 +230,8 @@ def test_the_real_folder_is_the_same_base_by_another_name(base: Base, tmp_path: 
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; served are LlamaForCausalLM"),
+        ({"architectures": ["T5ForConditionalGeneration"]}, r"a T5For.* LlamaForCausalLM.* and others of transformers"),
         ({"architectures": None}, "nameless"),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 64}, "sliding-window"),
-        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 64}, "sliding-window"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
         ({"max_position_embeddings": None}, "max_position_embeddings"),
     ],
@@ -249,13 +247,33 @@ def test_configurations_that_cannot_be_served(folder: Path, tmp_path: Path, keys
     [
         {"architectures": ["MistralForCausalLM"], "sliding_window": None},
         {"architectures": ["MistralForCausalLM"], "sliding_window": 256},
+        {"architectures": ["MistralForCausalLM"], "sliding_window": 64},
         {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False, "sliding_window": 64},
+        {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 64},
         {"architectures": ["Qwen3ForCausalLM"]},
+        {"architectures": ["Gemma2ForCausalLM"], "sliding_window": 64},
+        {"architectures": ["GPT2LMHeadModel"]},
     ],
 )
 def test_configurations_that_can(folder: Path, tmp_path: Path, keys: dict[str, object]) -> None:
     change(folder, **keys)
     assert find_base(str(folder), tmp_path / "cache").architecture == keys["architectures"][0]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("keys", "tokens"),
+    [
+        ({"max_position_embeddings": None, "n_positions": 77}, 77),
+        ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 64}, 64),
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 32}}, 32),
+        ({"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 32}}, 256),
+    ],
+)
+def test_contexts_as_each_family_writes_them(
+    folder: Path, tmp_path: Path, keys: dict[str, object], tokens: int
+) -> None:
+    change(folder, **keys)
+    assert find_base(str(folder), tmp_path / "cache").context_length == tokens
 
 
 @pytest.mark.parametrize(
@@ -338,6 +356,24 @@ def test_the_fingerprint_changes_with_weights_and_mathematics(folder: Path, tmp_
     assert len(set(seen)) == len(seen)
 
 
+def test_the_fingerprint_changes_with_windows_in_use_and_no_others(folder: Path, tmp_path: Path) -> None:
+    def now(**keys: object) -> str:
+        change(folder, **keys)
+        return find_base(str(folder), tmp_path / "cache").fingerprint
+
+    llama = now()
+    assert now(sliding_window=64, layer_types=["full_attention"]) == llama
+    qwen = now(architectures=["Qwen2ForCausalLM"], use_sliding_window=False)
+    assert now(sliding_window=32) == qwen
+    sliding = {now(use_sliding_window=True), now(sliding_window=64), now(max_window_layers=1)}
+    mistral = [now(architectures=["MistralForCausalLM"]), now(sliding_window=32), now(sliding_window=None)]
+    other = [now(architectures=["Gemma2ForCausalLM"]), now(sliding_window=32), now(layer_types=None)]
+    # What another family takes for true unless it is told otherwise.
+    other += [now(scale_attn_weights=True), now(scale_attn_weights=False)]
+    assert len({qwen, *sliding, *mistral, *other}) == 1 + 3 + 3 + 5
+    assert now(architectures=["LlamaForCausalLM"], sliding_window=None, scale_attn_weights=None) == llama
+
+
 def test_old_and_new_ways_to_write_a_configuration_are_one() -> None:
     scaled = {"rope_type": "llama3", "factor": 8.0}
     old = CONFIG | {"rope_scaling": {"type": "llama3", "factor": 8.0}, "num_key_value_heads": 4, "dtype": "float32"}
@@ -414,3 +450,21 @@ def test_a_hub_model_is_downloaded_once(folder: Path, tmp_path: Path, monkeypatc
     assert (first.name, first.folder) == ("model-1b", stored)
     assert find_base("Owner/Model-1B", tmp_path / "cache") == first
     assert calls == [True, False, True]
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_quantized_base_is_another_one_whose_trained_and_served_values_are_equal(base, quantization):
+    import torch
+
+    from loramill.serve.model import load_decoder
+
+    cache = base.folder.parents[1]
+    other = find_base("smollm2-135m", cache, quantization)
+    assert other.fingerprint != base.fingerprint
+    trained = load_for_training(other, torch.bfloat16)
+    served = load_decoder(other.folder, dtype=torch.bfloat16, quantization=other.quantization)
+    plain = load_for_training(base, torch.bfloat16)
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.29.mlp.down_proj"):
+        assert torch.equal(trained.get_submodule(name).weight, served.target_weight(name))
+        assert not torch.equal(trained.get_submodule(name).weight, plain.get_submodule(name).weight)
+    assert torch.equal(trained.get_output_embeddings().weight, plain.get_output_embeddings().weight)

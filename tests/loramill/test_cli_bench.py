@@ -1,4 +1,4 @@
-"""`loramill bench kernels`: what it prints, writes, records and exits with. What it measures is the kernels' test."""
+"""`loramill bench`: what it prints, writes, records and exits with. What it measures is tested beside the measures."""
 
 from __future__ import annotations
 
@@ -16,37 +16,47 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from loramill import bases
 from loramill.cli import bench as command
 from loramill.errors import InvalidRequest, SetupError
 from loramill.kernels import bench
 from loramill.kernels.bench import Effort, Model, Result
 from loramill.kernels.bench.record import COLUMNS, results_file
+from loramill.serve import bench as engine_bench
 
 MET = Result("lora 8/8/16: added", 0.2341, "of base", 0.25, "lower", 0.12)
 MISSED = Result("lora 8/8/16: PEFT's loop over added", 11.0, "x", 12, "higher")
 INFORMS = Result("linear limits: GEMM peak", 437.9123, "GFLOP/s", better="higher")
 
 
+@pytest.fixture(params=["kernels", "engine"])
+def name(request) -> str:
+    """The command; a test that isn't about one of them is about each."""
+    return request.param
+
+
 @pytest.fixture
-def invoke() -> Callable[..., click.testing.Result]:
+def invoke(name: str) -> Callable[..., click.testing.Result]:
     app = typer.Typer()
     command.register(app)
-    return lambda *words: CliRunner().invoke(app, ["bench", "kernels", *words])
+    return lambda *words: CliRunner().invoke(app, ["bench", name, *words])
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[str, str]]]:
-    """Lets the bench come to given results; returns what it was asked for."""
+    """Lets the benches come to given results; returns what they were asked for: a device or a base, and `only`."""
 
     def these(*results: Result) -> list[tuple[str, str]]:
         asked = []
 
-        def run(device: str, only: str, report: Callable[[str], object]) -> list[Result]:
-            asked.append((device, only))
+        def run(what: str, only: str, report: Callable[[str], object]) -> list[Result]:
+            asked.append((what, only))
             report("lora 8/8/16")
             return list(results)
 
         monkeypatch.setattr(bench, "run", run)
+        monkeypatch.setattr(engine_bench, "run", run)
+        monkeypatch.setattr(bases, "find_base", lambda name, cache: f"the base {name}")
         return asked
 
     return these
@@ -69,11 +79,11 @@ def git(*words: str, at: Path) -> str:
     return subprocess.run(["git", *words], cwd=at, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_prints_results_to_stdout_and_progress_to_stderr(invoke, measured) -> None:
+def test_prints_results_to_stdout_and_progress_to_stderr(name, invoke, measured) -> None:
     asked = measured(MET, MISSED, INFORMS)
-    ran = invoke("--only", "8/8", "--device", "cuda")
+    ran = invoke("--only", "8/8", *(["--device", "cuda"] if name == "kernels" else []))
     assert ran.exit_code == 0, ran.output
-    assert asked == [("cuda", "8/8")]
+    assert asked == [("cuda" if name == "kernels" else "the base smollm2-135m", "8/8")]
     lines = [line.split("  ") for line in ran.stdout.splitlines()]
     rows = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     assert rows == [
@@ -121,7 +131,7 @@ def test_json_holds_every_result_even_if_a_target_is_missed(invoke, measured, tm
 
 
 @pytest.mark.parametrize("dirty", [False, True])
-def test_record_adds_rows_to_the_checkout(invoke, measured, checkout: Path, dirty: bool) -> None:
+def test_record_adds_rows_to_the_checkout(name, invoke, measured, checkout: Path, dirty: bool) -> None:
     measured(MET, MISSED, INFORMS)
     commit = git("rev-parse", "--short", "HEAD", at=checkout.parent)
     if dirty:
@@ -142,6 +152,7 @@ def test_record_adds_rows_to_the_checkout(invoke, measured, checkout: Path, dirt
         assert device
         assert versions.startswith("python 3.")
         assert " torch " in versions
+        assert (" transformers " in versions and " peft " in versions) == (name == "engine")
     assert invoke("--record").exit_code == 0
     assert len(checkout.read_text().splitlines()) == 1 + 2 * 3
 
@@ -162,6 +173,7 @@ def test_record_refuses_before_it_measures(
     assert asked == []
 
 
+@pytest.mark.parametrize("name", ["kernels"], indirect=True)
 def test_measures_for_real_with_one_thread(invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Model(layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96)
     monkeypatch.setattr(bench, "run", partial(bench.run, model=tiny, effort=Effort(0, 1)))

@@ -1,5 +1,6 @@
 """Tiny random models, and what transformers and PEFT make of them."""
 
+from copy import deepcopy
 from itertools import accumulate
 from pathlib import Path
 
@@ -61,14 +62,14 @@ def assert_adapts_as_peft(folder: Path, loaded: Model, root: Path, configs: list
     slab, slots, models = loaded.new_slab(len(configs), 1 << 22, bits), [None], [base_of(folder)]
     for index, config in enumerate(configs):
         torch.manual_seed(index)
-        get_peft_model(base_of(folder), config).save_pretrained(root / str(index))
+        get_peft_model(base_of(folder), deepcopy(config)).save_pretrained(root / str(index))
         packed = slab.pack(read_adapter(root / str(index), loaded.target_weight))
         slots.append(slab.allocate(packed.bytes))
         slab.load(slots[-1], packed)
         models.append(PeftModel.from_pretrained(base_of(folder), root / str(index)).eval())
     prompts = [tokens(17 + 8 * index, index) for index in range(len(slots))]
-    cache = loaded.new_cache(blocks=4 * len(slots), block_size=16)
-    blocks = [list(range(index * 4, index * 4 + 4)) for index in range(len(slots))]
+    cache = loaded.new_cache(blocks=5 * len(slots), block_size=16)
+    blocks = [list(range(index * 5, index * 5 + 5)) for index in range(len(slots))]
     starts = [0] * len(slots)
 
     def step(counts: list[int], wanted: list[int]) -> torch.Tensor:

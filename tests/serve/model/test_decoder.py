@@ -82,6 +82,7 @@ ADAPTERS = [
     LoraConfig(r=5, target_modules="all-linear", init_lora_weights=False),
     LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"], use_rslora=True, init_lora_weights=False),
     LoraConfig(r=4, target_modules=["lm_head", "o_proj"], use_dora=True, init_lora_weights=False),
+    LoraConfig(r=4, target_modules=["embed_tokens"], ensure_weight_tying=True, init_lora_weights=False),
 ]
 
 

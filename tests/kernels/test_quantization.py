@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from loramill.errors import EngineFault, SetupError
 from loramill.kernels import Quantized
-from loramill.serve.model.quantization import concatenate, quantize
+from loramill.kernels.quantization import concatenate, quantize
 
 functional = pytest.importorskip("bitsandbytes.functional")
 

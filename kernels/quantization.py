@@ -8,7 +8,10 @@ from typing import Literal
 import torch
 
 from loramill.errors import SetupError
-from loramill.kernels import Quantized
+from loramill.kernels.backend import Quantized
+
+#: How a base's linears are kept: as they are, or in eight or four bits.
+Quantization = Literal["none", "int8", "nf4"]
 
 #: Inputs that share a scale in NF4, as QLoRA trains.
 _BLOCK = 64
@@ -38,6 +41,12 @@ def quantize(weight: torch.Tensor, kind: Literal["int8", "nf4"]) -> Quantized | 
     # A row of zeros has no scale to divide by; one with a NaN has that for its scale.
     codes = (wide / scales).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8)
     return Quantized(codes, None, scales)
+
+
+def rounded(weight: torch.Tensor, kind: Literal["int8", "nf4"]) -> torch.Tensor:
+    """The values [d_out, d_in] that `quantize` leaves of a weight, in its dtype."""
+    codes = quantize(weight, kind)
+    return codes.values(weight.dtype) if isinstance(codes, Quantized) else codes.to(weight.dtype)
 
 
 def concatenate(parts: Sequence[Quantized]) -> Quantized:

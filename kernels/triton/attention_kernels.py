@@ -1,0 +1,112 @@
+"""The device code of the decode attention: one split of a sequence (`attend`), and what its splits come to (`combine`).
+
+The grid is (sequences, KV heads, splits or query heads of a KV head). Each program writes what no other writes, and
+each sum has one order, so the same call gives the same bits. Nothing but a sequence's own positions is loaded: masked
+values are zeros, never another's NaN.
+"""
+
+# Compile-time arguments are in capitals, and types are Triton's own.
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: The least float32, not -inf: a split whose scores are all -inf then has weights of zero, and no NaN.
+_LEAST = tl.constexpr(-3.4e38)
+
+
+# The blocks lie behind a table of any length.
+@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["blocks"])
+def attend(
+    qkv, keys, values, totals, peaks, table, blocks, scale, window, q_row,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """One split of one sequence, for the query heads of one KV head.
+
+    Args:
+        qkv: [rows, ...]: queries first, a row's elements adjacent and `q_row` apart from the next row's.
+        keys, values: [blocks, BLOCK_SIZE, KV heads, HEAD_DIM].
+        totals: float32 [sequences, KV heads, GROUP, splits, DIM]: the values, weighted by exp2(score - peak).
+        peaks: float32 [sequences, KV heads, GROUP, splits, 2]: the peak, and the sum of the weights.
+        table, blocks: of `Decodes`.
+        scale: of scores, over log 2.
+        window: positions that a row sees.
+    """
+    entry = table + tl.program_id(0) * 3
+    length = tl.load(entry + 1)
+    begin, tiles, share = _shares(length, window, tl.num_programs(2), KEYS)
+    tile = begin + tl.program_id(2) * share
+    stop = tl.minimum(tile + share, tiles)
+    if tile >= stop:
+        return
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    own = blocks + tl.load(entry + 2)
+    member = tl.arange(0, GROUPS)
+    d = tl.arange(0, DIM)
+    known = (member < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+    query = qkv + tl.load(entry).to(tl.int64) * q_row + head * (GROUP * HEAD_DIM)
+    q = tl.load(query + member[:, None] * HEAD_DIM + d[None, :], mask=known, other=0.0)
+    peak = tl.full((GROUPS,), _LEAST, tl.float32)
+    weights = tl.zeros((GROUPS,), tl.float32)
+    total = tl.zeros((GROUPS, DIM), tl.float32)
+    for step in range(tile, stop):
+        position = step * KEYS + tl.arange(0, KEYS)
+        seen = (position < length) & (position >= length - window)
+        # Nothing else is read: what isn't the sequence's own may be NaN.
+        block = tl.load(own + position // BLOCK_SIZE, mask=seen, other=0)
+        slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+        place = (slot * heads + head) * HEAD_DIM
+        k = tl.load(keys + place[None, :] + d[:, None], mask=seen[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
+        score = tl.dot(q, k, input_precision="ieee") * scale
+        score = tl.where(seen[None, :], score, float("-inf"))
+        higher = tl.maximum(peak, tl.max(score, axis=1))
+        shrunk = tl.exp2(peak - higher)
+        weight = tl.exp2(score - higher[:, None])
+        weights = weights * shrunk + tl.sum(weight, axis=1)
+        v = tl.load(values + place[:, None] + d[None, :], mask=seen[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        total = tl.dot(weight.to(v.dtype), v, total * shrunk[:, None], input_precision="ieee")
+        peak = higher
+    part = ((tl.program_id(0) * heads + head).to(tl.int64) * GROUP + member) * tl.num_programs(2) + tl.program_id(2)
+    tl.store(totals + part[:, None] * DIM + d[None, :], total, mask=known)
+    tl.store(peaks + part * 2, peak, mask=member < GROUP)
+    tl.store(peaks + part * 2 + 1, weights, mask=member < GROUP)
+
+
+@triton.jit(do_not_specialize=["window"])
+def combine(
+    out, totals, peaks, table, window, out_row,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Adds up the splits of one sequence and query head, with arguments as those of `attend`."""
+    entry = table + tl.program_id(0) * 3
+    length = tl.load(entry + 1)
+    if length == 0:
+        return
+    begin, tiles, share = _shares(length, window, SPLITS, KEYS)
+    split = tl.arange(0, SPLITS)
+    # The others have written nothing.
+    live = split < tl.cdiv(tiles - begin, share)
+    head = tl.program_id(1) * GROUP + tl.program_id(2)
+    part = (tl.program_id(0) * tl.num_programs(1) * GROUP + head).to(tl.int64) * SPLITS + split
+    peak = tl.load(peaks + part * 2, mask=live, other=_LEAST)
+    scale = tl.exp2(peak - tl.max(peak, axis=0))
+    weights = tl.sum(tl.load(peaks + part * 2 + 1, mask=live, other=0.0) * scale, axis=0)
+    d = tl.arange(0, DIM)
+    known = live[:, None] & (d < HEAD_DIM)[None, :]
+    total = tl.load(totals + part[:, None] * DIM + d[None, :], mask=known, other=0.0)
+    result = tl.sum(total * scale[:, None], axis=0) / weights
+    target = out + tl.load(entry).to(tl.int64) * out_row + head * HEAD_DIM
+    tl.store(target + d, result.to(out.dtype.element_ty), mask=d < HEAD_DIM)
+
+
+@triton.jit
+def _shares(length, window, splits, KEYS: tl.constexpr):
+    """Of a sequence's tiles: the first that a row sees, the one after the last, and how many a split goes through."""
+    begin = tl.maximum(length - window, 0) // KEYS
+    tiles = tl.cdiv(length, KEYS)
+    return begin, tiles, tl.cdiv(tiles - begin, splits)

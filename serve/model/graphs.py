@@ -1,0 +1,211 @@
+"""Decode steps replayed from CUDA graphs: launching a step's kernels one by one takes longer than running them.
+
+A graph repeats launches with the same tensors and grids, so there is one for each of a few numbers of rows, and for
+each of a few largest ranks. A step takes the smallest that holds it; the rows that it lacks write to a block that no
+sequence has.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from loramill.kernels import Batch, LayerKV, Pages, Site, Slab
+from loramill.kernels.adapter import RANK
+from loramill.serve.model.decoder import Decoder
+from loramill.serve.model.protocol import Chunk
+
+#: Rows that there are graphs for.
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+#: Largest ranks that there are graphs for; without adapters a graph has none of their kernels.
+RANKS = (0, 16, 64, 256)
+
+#: Records what a function launches; the result launches it again, and returns the same tensor.
+Capture = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
+
+
+class StaticPlan(Protocol):
+    """Whose rows are whose, in buffers of fixed size; as `loramill.kernels.triton.StaticPlan`."""
+
+    batch: Batch
+
+    def refresh(self, batch: Batch) -> None:
+        """Replaces it by a batch."""
+
+
+class StaticPages(Protocol):
+    """Where sequences are in the cache, in buffers of fixed size; as `loramill.kernels.triton.StaticPages`."""
+
+    pages: Pages
+
+    def refresh(self, pages: Pages) -> None:
+        """Replaces it by a paging."""
+
+
+class Statics(Protocol):
+    """What a backend offers for graphs; `loramill.kernels.triton` does."""
+
+    @property
+    def StaticPlan(self) -> Callable[..., StaticPlan]:  # noqa: N802
+        """Makes a plan from (slab, rows=, rank=)."""
+
+    @property
+    def StaticPages(self) -> Callable[..., StaticPages]:  # noqa: N802
+        """Makes a paging from (rows=, blocks=, block_size=, scratch=, device=)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """A step of some number of rows.
+
+    Attributes:
+        x: [rows, hidden]: the embedded tokens; a replay overwrites them.
+        pages: of the step.
+        plan: of its adapters; None: it has none.
+        replay: returns the hidden states [rows, hidden], always in the same memory.
+    """
+
+    x: torch.Tensor
+    pages: StaticPages
+    plan: StaticPlan | None
+    replay: Callable[[], torch.Tensor]
+
+
+class GraphedDecoder:
+    """A decoder on a GPU whose decode steps are replayed from graphs; a `Model`.
+
+    Steps with a prompt's tokens, of more rows or of larger ranks than there are graphs for run as the decoder runs
+    them. A graph is captured when the first step needs it, which takes as long as some steps do, and holds for one
+    cache and one slab: the graphs of others are dropped.
+
+    Attributes:
+        vocabulary, context_length, dtype, sites: as in `Model`.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        rows: Sequence[int] = ROWS,
+        ranks: Sequence[int] = RANKS,
+        capture: Capture | None = None,
+        statics: Statics | None = None,
+    ) -> None:
+        """
+        Args:
+            decoder: with its weights on the GPU.
+            rows: that there are graphs for, rising.
+            ranks: likewise.
+            capture: None: into a CUDA graph.
+            statics: of the decoder's backend; None: Triton's.
+        """
+        if statics is None:
+            from loramill.kernels import triton
+
+            statics = triton
+        self.vocabulary = decoder.vocabulary
+        self.context_length = decoder.context_length
+        self.dtype = decoder.dtype
+        self.sites: tuple[Site, ...] = decoder.sites
+        self._decoder = decoder
+        self._rows, self._ranks = tuple(rows), tuple(ranks)
+        self._capture = capture or CudaCapture()
+        self._statics = statics
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._owners: tuple[Sequence[LayerKV], Slab] | None = None
+        self._slot_ranks = (-1, np.zeros(0, np.int64))
+
+    def new_cache(self, blocks: int, block_size: int) -> tuple[LayerKV, ...]:
+        """An empty KV cache of `blocks` blocks for `forward`, and one more for rows that a step lacks."""
+        self._drop()
+        return self._decoder.new_cache(blocks + 1, block_size)
+
+    def new_slab(self, slots: int, size: int, bits: int = 16) -> Slab:
+        """An empty slab of `slots` adapters in `size` bytes for `forward`; of int8 if `bits` is 8."""
+        return self._decoder.new_slab(slots, size, bits)
+
+    def target_weight(self, module: str) -> torch.Tensor | None:
+        """As `Model.target_weight` says."""
+        return self._decoder.target_weight(module)
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[Chunk], cache: Sequence[LayerKV], slab: Slab, batch: Batch) -> torch.Tensor:
+        """Runs one step over the chunks' tokens, as `Model.forward` says; the cache is one of `new_cache`."""
+        bucket = self._bucket(chunks, slab, batch)
+        if bucket is None:
+            return self._decoder.forward(chunks, cache, slab, batch)
+        if self._owners is None or self._owners[0] is not cache or self._owners[1] is not slab:
+            self._drop()
+            self._owners = cache, slab
+        if bucket not in self._graphs:
+            self._graphs[bucket] = self._record(*bucket, cache, slab)
+        graph, count = self._graphs[bucket], len(chunks)
+        graph.pages.refresh(self._decoder.pages(chunks, cache))
+        if graph.plan is not None:
+            graph.plan.refresh(batch)
+        # The other rows keep what the last replay left there: no row depends on another.
+        graph.x[:count] = self._decoder.embed(chunks, slab, batch)
+        return self._decoder.head(graph.replay()[:count], chunks, slab, batch)
+
+    def _bucket(self, chunks: Sequence[Chunk], slab: Slab, batch: Batch) -> tuple[int, int] | None:
+        """Rows and largest rank of the graph that holds a step; None: no graph does."""
+        if any(len(chunk.tokens) != 1 or chunk.wanted != 1 for chunk in chunks):
+            return None
+        rows = bisect_left(self._rows, len(chunks))
+        rank = bisect_left(self._ranks, self._largest_rank(slab, batch))
+        if rows == len(self._rows) or rank == len(self._ranks):
+            return None
+        return self._rows[rows], self._ranks[rank]
+
+    def _largest_rank(self, slab: Slab, batch: Batch) -> int:
+        if slab.changes != self._slot_ranks[0]:
+            self._slot_ranks = slab.changes, slab.table[..., RANK].max(axis=(0, 2), initial=0)
+        return int(self._slot_ranks[1][batch.segments[:, 0]].max(initial=0))
+
+    def _record(self, rows: int, rank: int, cache: Sequence[LayerKV], slab: Slab) -> _Graph:
+        decoder, block_size = self._decoder, cache[0].block_size
+        pages = self._statics.StaticPages(
+            rows=rows,
+            blocks=rows * -(-self.context_length // block_size),
+            block_size=block_size,
+            scratch=len(cache[0].keys) - 1,
+            device=decoder.device,
+        )
+        plan = self._statics.StaticPlan(slab, rows=rows, rank=rank) if rank else None
+        batch = Batch(rows, ()) if plan is None else plan.batch
+        x = torch.zeros(rows, decoder.config.hidden, dtype=self.dtype, device=decoder.device)
+        return _Graph(x, pages, plan, self._capture(lambda: decoder.layers(x, cache, pages.pages, slab, batch)))
+
+    def _drop(self) -> None:
+        self._graphs.clear()
+        self._owners = None
+
+
+class CudaCapture:
+    """Captures into CUDA graphs that share one pool of memory: none is replayed while another's result is needed."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Runs the function once beside the current stream, so that its kernels are compiled, and captures it."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads load adapters meanwhile; what they do is none of the graph's business.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = run()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay

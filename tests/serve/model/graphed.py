@@ -1,0 +1,146 @@
+"""What the tests of graphs share: a tiny base, and its decodes with and without graphs side by side."""
+
+import json
+import random
+from dataclasses import dataclass, field
+
+import torch
+from safetensors.torch import save_file
+
+from loramill.kernels import Batch, Delta
+from loramill.serve.model import Chunk
+
+VOCABULARY, BLOCK = 61, 16
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "use_sliding_window": True,
+    "sliding_window": 21,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+
+
+def write_base(folder, seed=0):
+    """A random base with a window in its first layer; returns the folder."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def matrix(d_out, d_in):
+        return torch.randn(d_out, d_in, generator=draw) / d_in**0.5
+
+    def norm(size):
+        return torch.rand(size, generator=draw) + 0.5
+
+    tensors = {
+        "model.embed_tokens.weight": matrix(VOCABULARY, 32) * 6,
+        "lm_head.weight": matrix(VOCABULARY, 32),
+        "model.norm.weight": norm(32),
+    }
+    shapes = {"self_attn.q_proj": (64, 32), "self_attn.k_proj": (32, 32), "self_attn.v_proj": (32, 32)}
+    shapes |= {"self_attn.o_proj": (32, 64), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32)}
+    shapes |= {"mlp.down_proj": (32, 48)}
+    norms = {"input_layernorm": 32, "post_attention_layernorm": 32, "self_attn.q_norm": 16, "self_attn.k_norm": 16}
+    for layer in range(2):
+        tensors |= {f"model.layers.{layer}.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
+        tensors |= {f"model.layers.{layer}.{name}.weight": norm(size) for name, size in norms.items()}
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def adapter(sites, rank, seed, share=0.7):
+    """Deltas at a share of all modules, some with a gain, in float32."""
+    draw, deltas = torch.Generator().manual_seed(seed), {}
+    for site in sites:
+        for module, width in zip(site.modules, site.widths, strict=True):
+            a = torch.randn(rank, site.d_in, generator=draw) / (1 if site.lookup else site.d_in**0.5)
+            b = torch.randn(width, rank, generator=draw) / rank**0.5
+            gain = torch.rand(width, generator=draw) + 0.5
+            has, gains = torch.rand(2, generator=draw).tolist()
+            if has < share:
+                deltas[module] = Delta(a, b, gain if gains < 0.3 and not site.lookup else None, lookup=site.lookup)
+    return deltas
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens of which all but the last are in the cache; `who` is the adapter's number."""
+
+    tokens: list[int]
+    who: int | None
+    blocks: list[int] = field(default_factory=list)
+
+
+class Side:
+    """A model with a cache and a slab, and how it is given adapters."""
+
+    def __init__(self, model, blocks, slots=4):
+        self.model = model
+        self.cache = model.new_cache(blocks, BLOCK)
+        self.slab = model.new_slab(slots, 1 << 20)
+        self.slots = {}
+
+    def load(self, who, deltas):
+        if who in self.slots:
+            self.slab.free(self.slots[who])
+        packed = self.slab.pack(deltas)
+        self.slots[who] = self.slab.allocate(packed.bytes)
+        self.slab.load(self.slots[who], packed)
+
+    def forward(self, chunks, owners):
+        slots = [None if who is None else self.slots[who] for who in owners]
+        batch = Batch.of((slot, len(chunk.tokens)) for slot, chunk in zip(slots, chunks, strict=True))
+        return self.model.forward(chunks, self.cache, self.slab, batch)
+
+
+class Session:
+    """Sequences that come, grow and go on both sides alike; every step's logits are compared."""
+
+    def __init__(self, graphed, plain, *, blocks=40, tolerance=2e-5, seed=0):
+        self.sides = Side(graphed, blocks), Side(plain, blocks)
+        self.random, self.tolerance = random.Random(seed), tolerance
+        self.free = list(range(blocks))
+        self.random.shuffle(self.free)
+
+    def load(self, who, rank, seed=0, share=0.7):
+        for side in self.sides:
+            side.load(who, adapter(side.model.sites, rank, 100 * who + seed, share))
+
+    def begin(self, length, who):
+        """A sequence with its prompt in the cache, all but the last token."""
+        sequence = Sequence([self.random.randrange(VOCABULARY) for _ in range(length)], who)
+        if length > 1:
+            self.check([self.chunk(sequence, 0, length - 1)], [who])
+        return sequence
+
+    def end(self, sequence):
+        self.free += sequence.blocks
+
+    def chunk(self, sequence, start, count, wanted=1):
+        while len(sequence.blocks) * BLOCK < start + count:
+            sequence.blocks.append(self.free.pop())
+        return Chunk(sequence.tokens[start : start + count], start, sequence.blocks, wanted)
+
+    def decode(self, sequences):
+        """One token more of each; the next is drawn."""
+        sequences = sorted(sequences, key=lambda s: -1 if s.who is None else s.who)
+        chunks = [self.chunk(s, len(s.tokens) - 1, 1) for s in sequences]
+        logits = self.check(chunks, [s.who for s in sequences])
+        for sequence, row in zip(sequences, logits, strict=True):
+            sequence.tokens.append(int(row.argmax()))
+
+    def check(self, chunks, owners):
+        got, expected = (side.forward(chunks, owners).cpu() for side in self.sides)
+        assert got.dtype == torch.float32
+        error = (got - expected).norm(dim=1) / expected.norm(dim=1)
+        assert got.shape == expected.shape
+        assert error.max() <= self.tolerance, f"rows of {owners} off by {error.tolist()}"
+        return expected

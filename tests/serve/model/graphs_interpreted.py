@@ -1,0 +1,57 @@
+"""Decodes over the Triton backend's own static buffers, interpreted in float32; test_graphs.py runs this."""
+
+import importlib
+
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from loramill.kernels import plain, triton
+from loramill.serve.model import load_decoder, loading
+from loramill.serve.model.graphs import GraphedDecoder
+
+from .graphed import Session, write_base
+
+
+@pytest.fixture(autouse=True)
+def interpreter_ranges(monkeypatch):
+    """As in tests/kernels/triton_attention_interpreted.py."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+def loaded(folder, backend, monkeypatch):
+    monkeypatch.setattr(loading, "backend", lambda *_: backend)
+    return load_decoder(folder, dtype=torch.float32)
+
+
+def test_decodes_of_the_triton_backend_in_graphs(tmp_path, monkeypatch):
+    # The interpreter takes a millisecond a program, whether or not there is something to do.
+    monkeypatch.setattr(importlib.import_module("loramill.kernels.triton.attention"), "SPLITS", (2, 2))
+    folder, recorded = write_base(tmp_path / "base"), []
+
+    def capture(run):
+        """A capture records launches on fixed tensors; here they are launched again."""
+        recorded.append(run().clone())
+        return run
+
+    decoder, eager = (loaded(folder, backend, monkeypatch) for backend in (triton, plain))
+    session = Session(GraphedDecoder(decoder, rows=(1, 3), ranks=(0, 4, 8), capture=capture), eager)
+    for who, rank in enumerate((3, 8)):
+        session.load(who, rank, share=0.4)
+    sequences = [session.begin(length, who) for length, who in ((18, None), (3, 0), (33, 1))]
+    session.decode(sequences)
+    session.decode(sequences[:2])
+    session.load(1, 5, seed=7, share=0.4)
+    session.decode(sequences)
+    # Rows change places, and one is missing.
+    session.decode([sequences[2], sequences[0]])
+    session.decode([sequences[0]])
+    session.load(0, 9, share=0.2)
+    session.decode([sequences[1]])  # too large for a graph
+    assert [len(h) for h in recorded] == [3, 3, 1]

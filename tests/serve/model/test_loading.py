@@ -1,0 +1,107 @@
+"""How much memory loading takes, and what quantization leaves alone."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from loramill.kernels import Batch
+from loramill.kernels.quantization import quantize
+from loramill.serve.model import Chunk, load_decoder
+
+LARGE = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+}
+MEASURE = """
+import gc, sys
+import torch
+from loramill.kernels import backend
+from loramill.serve.model import load_decoder
+
+def status(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) << 10
+
+dtype = getattr(torch, sys.argv[2])
+backend().linear(torch.zeros(1, 64, dtype=dtype), backend().pack(torch.zeros(32, 64, dtype=dtype)))
+gc.collect()
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+decoder = load_decoder(__import__("pathlib").Path(sys.argv[1]), dtype=dtype)
+print(status("VmHWM") - before, status("VmRSS") - before)
+"""
+
+
+def write_zeros(folder, config, dtype):
+    """A model folder of that many zeros; returns how many."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    save_file({name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}, folder / "model.safetensors")
+    return sum(shape.numel() for shape in shapes.values())
+
+
+@pytest.mark.parametrize(
+    ("of_file", "of_weights", "tied", "vocabulary"),
+    [(torch.bfloat16, "bfloat16", True, 32000), (torch.float32, "bfloat16", False, 16000)],
+)
+def test_loading_takes_little_more_than_the_weights(tmp_path, of_file, of_weights, tied, vocabulary):
+    config = LlamaConfig(**LARGE, vocab_size=vocabulary, tie_word_embeddings=tied)
+    weights = write_zeros(tmp_path, config, of_file) * getattr(torch, of_weights).itemsize
+    assert weights > 130 << 20
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), of_weights], capture_output=True, text=True, check=True
+    )
+    peak, kept = map(int, done.stdout.split())
+    assert weights < kept < 1.1 * weights
+    assert peak < 1.3 * weights
+
+
+@pytest.mark.parametrize("hidden", [64, 48])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_the_layers_linears_are_quantized_and_nothing_else(tmp_path, kind, hidden):
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=97,
+        hidden_size=hidden,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path)
+    prompt = list(range(1, 30))
+
+    def logits(model):
+        with torch.inference_mode():
+            return model(torch.tensor([prompt])).logits[0, -1]
+
+    whole = logits(model)
+    for layer in model.model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                rounded = quantize(module.weight.detach(), kind)
+                module.weight.data = rounded if isinstance(rounded, torch.Tensor) else rounded.values(torch.float32)
+    decoder = load_decoder(tmp_path, dtype=torch.float32, quantization=kind)
+    cache = decoder.new_cache(blocks=2, block_size=16)
+    chunk = Chunk(prompt, 0, [0, 1], wanted=1)
+    got = decoder.forward([chunk], cache, decoder.new_slab(1, 1 << 10), Batch.of([(None, len(prompt))]))[0]
+    torch.testing.assert_close(got, logits(model), rtol=2e-4, atol=2e-4)
+    assert (got - whole).norm() > 0.01 * whole.norm()
+    # What DoRA's gain is worked out from.
+    k_proj = "model.layers.1.self_attn.k_proj"
+    assert torch.equal(decoder.target_weight(k_proj), model.get_submodule(k_proj).weight)
+    assert torch.equal(decoder.target_weight("lm_head"), model.lm_head.weight)
