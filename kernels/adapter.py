@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from loramill.errors import AdapterInvalid
-from loramill.kernels.memory import aligned
+from loramill.kernels.memory import aligned, host_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +33,21 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What an adapter does to one target module: y becomes `gain * (y + b @ (a @ x))`.
+    """What an adapter does to one target module: y becomes `gain * (y + scale * b @ (a @ x))`.
 
     Attributes:
         a: [r, d_in], of any floating dtype, as b.
-        b: [d_out, r], with the adapter's scale folded in.
+        b: [d_out, r]; what is stored is b times the scale.
         gain: [d_out], DoRA's magnitude over the norm of the merged weight's rows; None: 1.
         lookup: the module is an embedding; a is [r, vocabulary].
+        scale: alpha over the rank, or over its root.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     gain: torch.Tensor | None = None
     lookup: bool = False
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,30 +110,37 @@ def pack(sites: Sequence[Site], deltas: Mapping[str, Delta], layout: Layout, dty
         AdapterInvalid: a delta names no module of `sites`, or its shapes don't fit the module.
     """
     targets = _targets(sites, deltas)
-    stored = _lay_out(targets, deltas, layout, dtype)
+    stacks = [_lay_out(names, deltas, layout, dtype) for names in _alike(targets, deltas)]
+    sizes = {name: stack.sizes for stack in stacks for name in stack.names}
     table = np.zeros((len(sites), modules_per_site(sites), 4), dtype=np.int64)
     table[..., GAIN] = -1
-    parts: list[tuple[int, NDArray[np.uint8]]] = []
+    starts: dict[str, list[int]] = {}
     end = 0
-
-    def place(raw: NDArray[np.uint8]) -> int:
-        nonlocal end
-        start, end = end, end + aligned(raw.size)
-        parts.append((start, raw))
-        return start
-
     for name, (s, m, _) in targets.items():
-        raw, delta = stored[name], deltas[name]
-        # In the order in which a kernel reads them.
-        if raw.scale is not None:
-            place(raw.scale)
-        table[s, m] = place(raw.a), place(raw.b), -1, len(delta.a)
-        if delta.gain is not None:
-            table[s, m, GAIN] = place(_bytes(delta.gain.float()[None])[0])
-    data = np.zeros(end, dtype=np.uint8)
-    for start, raw_part in parts:
-        data[start : start + raw_part.size] = raw_part
-    return PackedAdapter(torch.from_numpy(data), table)
+        starts[name] = []
+        for size in sizes[name]:
+            starts[name].append(end)
+            end += aligned(size)
+        _, table[s, m, A], table[s, m, B], gain = starts[name]
+        table[s, m, RANK] = len(deltas[name].a)
+        if deltas[name].gain is not None:
+            table[s, m, GAIN] = gain
+    data = host_memory(end)
+    for stack in stacks:
+        for part, parts in enumerate(stack.parts):
+            _place(data.numpy(), [starts[name][part] for name in stack.names], parts)
+    return PackedAdapter(data, table)
+
+
+def _place(data: NDArray[np.uint8], starts: Sequence[int], parts: NDArray[np.uint8]) -> None:
+    """Copies rows of bytes [n, size] to where each is to start; equally far apart, all at once."""
+    steps = np.diff(starts)
+    if len(parts) > 1 and parts.shape[1] and (steps == steps[0]).all():
+        rows = np.lib.stride_tricks.as_strided(data[starts[0] :], parts.shape, (int(steps[0]), 1))
+        rows[:] = parts
+        return
+    for start, raw in zip(starts, parts, strict=True):
+        data[start : start + raw.size] = raw
 
 
 def _targets(sites: Sequence[Site], deltas: Mapping[str, Delta]) -> dict[str, tuple[int, int, Site]]:
@@ -148,34 +157,55 @@ def _targets(sites: Sequence[Site], deltas: Mapping[str, Delta]) -> dict[str, tu
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
-    """The bytes of one module's matrices, and in int8 of its scales."""
+class _Stack:
+    """Modules of equal shapes, as they are stored.
 
-    a: NDArray[np.uint8]
-    b: NDArray[np.uint8]
-    scale: NDArray[np.uint8] | None
+    Attributes:
+        names: of the modules.
+        parts: the bytes of their scales (none, but in int8), a, b and gains (none, but in DoRA), [names, size] each; in
+            the order in which a kernel reads them.
+    """
+
+    names: list[str]
+    parts: tuple[NDArray[np.uint8], ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each part of one module."""
+        return tuple(part.shape[1] for part in self.parts)
 
 
-def _lay_out(
-    targets: Mapping[str, tuple[int, int, Site]], deltas: Mapping[str, Delta], layout: Layout, dtype: torch.dtype
-) -> dict[str, _Stored]:
-    """Lays out all modules of equal shapes at once: one by one, torch's calls would take longer than their work."""
+def _alike(targets: Mapping[str, tuple[int, int, Site]], deltas: Mapping[str, Delta]) -> Iterable[list[str]]:
+    """The modules by shape: one by one, torch's calls would take longer than their work."""
     alike: dict[Hashable, list[str]] = {}
-    for name, (_, _, site) in targets.items():
-        a, b = deltas[name].a, deltas[name].b
-        alike.setdefault((site.lookup, a.shape, b.shape), []).append(name)
-    stored: dict[str, _Stored] = {}
-    for names in alike.values():
-        a, b = torch.stack([deltas[name].a for name in names]), torch.stack([deltas[name].b for name in names])
-        scales: NDArray[np.uint8] | None = None
-        if dtype == torch.int8:
-            a, b, scale = _quantize(a, b)
-            scales = _bytes(scale)
-        laid = LOOKUP if deltas[names[0]].lookup else layout
-        of_a, of_b = (_bytes(torch.vmap(lay)(m.to(dtype))) for lay, m in ((laid.a, a), (laid.b, b)))
-        for index, name in enumerate(names):
-            stored[name] = _Stored(of_a[index], of_b[index], None if scales is None else scales[index])
-    return stored
+    for name in targets:
+        delta = deltas[name]
+        key = (delta.lookup, delta.a.shape, delta.b.shape, delta.a.dtype, delta.b.dtype, delta.gain is None)
+        alike.setdefault(key, []).append(name)
+    return alike.values()
+
+
+def _lay_out(names: list[str], deltas: Mapping[str, Delta], layout: Layout, dtype: torch.dtype) -> _Stack:
+    a, b = torch.stack([deltas[name].a for name in names]), torch.stack([deltas[name].b for name in names])
+    b = _scaled(b, torch.tensor([deltas[name].scale for name in names]))
+    nothing = np.empty((len(names), 0), dtype=np.uint8)
+    scales, gains = nothing, nothing
+    if dtype == torch.int8:
+        a, b, scale = _quantize(a, b)
+        scales = _bytes(scale)
+    with_gain = [gain.float() for name in names if (gain := deltas[name].gain) is not None]
+    if with_gain:
+        gains = _bytes(torch.stack(with_gain))
+    laid = LOOKUP if deltas[names[0]].lookup else layout
+    of_a, of_b = (_bytes(torch.vmap(lay)(m.to(dtype))) for lay, m in ((laid.a, a), (laid.b, b)))
+    return _Stack(names, (scales, of_a, of_b, gains))
+
+
+def _scaled(b: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Each of b [n, ...] times its scale: in place by powers of two, which cost no digit, else in float32."""
+    if ((scales.frexp().mantissa == 0.5) & (scales >= 1)).all():
+        return b.mul_(scales.to(b.dtype)[:, None, None])
+    return b * scales[:, None, None]
 
 
 def _bytes(tensors: torch.Tensor) -> NDArray[np.uint8]:

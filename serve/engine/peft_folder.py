@@ -6,15 +6,14 @@ import json
 import math
 import re
 from collections.abc import Callable
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, deserialize
 
 from loramill.errors import AdapterInvalid
 from loramill.kernels import Delta
+from loramill.serve.engine.safetensors_file import read_tensors
 
 #: `Model.target_weight`.
 TargetWeight = Callable[[str], torch.Tensor | None]
@@ -31,7 +30,6 @@ _PARTS = {
     **{part: part for part in (_A, _B, _E, _RANKS, _EMBEDDING_A, _EMBEDDING_B, _MAGNITUDE, *_BASE)},
 }
 _NAME = re.compile(rf"{re.escape(_PREFIX)}(.+?)\.({'|'.join(map(re.escape, _PARTS))})")
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 #: Settings of PEFT's LoraConfig that change what an adapter computes and have no place in the normal form.
 _UNSUPPORTED = (
@@ -110,22 +108,14 @@ def _read_weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors by module and part, in the file's dtypes."""
     modules: dict[str, dict[str, torch.Tensor]] = {}
     try:
-        entries = deserialize((folder / "adapter_model.safetensors").read_bytes())  # type: ignore[no-untyped-call]
-    except (OSError, SafetensorError) as error:
+        tensors = read_tensors(folder / "adapter_model.safetensors")
+    except (OSError, ValueError) as error:
         raise AdapterInvalid(f"adapter_model.safetensors in {folder.name} can't be read: {error}.") from error
-    # In order of name: the first fault is always the same one.
-    for name, entry in sorted(entries, key=itemgetter(0)):
+    for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
         if match is None:
             raise AdapterInvalid(f"The adapter in {folder.name} holds '{name}', which the engine can't serve.")
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise AdapterInvalid(
-                f"'{name}' of the adapter in {folder.name} is {entry['dtype']}; it must be {', '.join(_DTYPES)}."
-            )
-        # frombuffer takes no empty buffer.
-        flat = torch.frombuffer(entry["data"], dtype=dtype) if entry["data"] else torch.empty(0, dtype=dtype)
-        modules.setdefault(match[1], {})[_PARTS[match[2]]] = flat.view(entry["shape"])
+        modules.setdefault(match[1], {})[_PARTS[match[2]]] = tensor
     return modules
 
 
@@ -164,9 +154,8 @@ def _lora(
         raise AdapterInvalid(f"The adapter in {name} uses DoRA on the embedding '{module}', which isn't served.")
     a, b = parts[of_a], parts[of_b]
     _check_rank(name, module, rank, a, b)
-    b = _scaled(b, scale)
     if not dora:
-        return Delta(a, b, lookup=lookup)
+        return Delta(a, b, lookup=lookup, scale=scale)
     weight, magnitude = target_weight(module), parts[_MAGNITUDE].float()
     if weight is None:
         raise AdapterInvalid(f"The adapter in {name} targets '{module}', which this base can't adapt.")
@@ -176,7 +165,8 @@ def _lora(
             f"{list(b.shape)} and {list(magnitude.shape)}, which don't fit this base's {list(weight.shape)}."
         )
     # DoRA (Liu et al. 2024, eq. 5): each row of the merged weight gets the learned length.
-    return Delta(a, b, magnitude / torch.linalg.vector_norm(weight.float() + b.float() @ a.float(), dim=1))
+    length = torch.linalg.vector_norm(weight.float() + scale * (b.float() @ a.float()), dim=1)
+    return Delta(a, b, magnitude / length, scale=scale)
 
 
 def _adalora(name: str, module: str, parts: dict[str, torch.Tensor], config: dict[str, Any]) -> Delta | None:
@@ -199,11 +189,6 @@ def _adalora(name: str, module: str, parts: dict[str, torch.Tensor], config: dic
     alive = e != 0
     scale = (alpha if alpha > 0 else float(rank)) / divisor
     return Delta(a[alive], b.float()[:, alive] * (e[alive] * scale)) if alive.any() else None
-
-
-def _scaled(b: torch.Tensor, scale: float) -> torch.Tensor:
-    """b times the scale, in float32, to which one dimension promotes it: it is rounded only once, when it is packed."""
-    return b if scale == 1.0 else b * torch.tensor([scale])
 
 
 def _rank_and_scale(

@@ -77,7 +77,8 @@ def packed_one_by_one(sites, deltas, layout, dtype):
     for s, site in enumerate(sites):
         for m, name in enumerate(site.modules):
             if name in deltas:
-                a, b, laid = deltas[name].a, deltas[name].b, LOOKUP if site.lookup else layout
+                a, laid = deltas[name].a, LOOKUP if site.lookup else layout
+                b = deltas[name].b.float() * deltas[name].scale
                 if dtype == torch.int8:
                     of_a, of_b = a.float().abs().amax(1) / 127, b.float().abs().amax(0) / 127
                     place(of_a * of_b)
@@ -104,7 +105,8 @@ def test_modules_packed_together_have_the_bytes_of_modules_packed_alone(layout, 
             if rank:
                 whole = random_delta(rank, site.d_in, width, gain=data.draw(st.booleans()))
                 kind = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
-                deltas[name] = Delta(whole.a.to(kind), whole.b.to(kind), whole.gain)
+                scale = data.draw(st.sampled_from([1.0, 2.0, 0.5, 0.3]))
+                deltas[name] = Delta(whole.a.to(kind), whole.b.to(kind), whole.gain, scale=scale)
     if data.draw(st.booleans()):
         deltas["embed"] = Delta(torch.randn(3, 23), torch.randn(9, 3), lookup=True)
     got = pack(sites, deltas, layout, dtype)
