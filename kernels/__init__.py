@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 #: What LORAMILL_KERNELS may say; `cpu` is the best tier that the processor has.
 BACKENDS = ("reference", "torch", "cpu", "cpu-avx512", "cpu-avx2", "triton")
+#: Those that run on one kind of device alone.
+_DEVICES = {"cpu": "cpu", "cpu-avx512": "cpu", "cpu-avx2": "cpu", "triton": "cuda"}
 
 
 @functools.cache
@@ -48,13 +50,18 @@ def backend(device: str = "cpu") -> Backend:
     Without a C compiler, or on a processor without AVX2, the CPU's is `torch`, and the log says so.
 
     Raises:
-        SettingsInvalid: the variable names no backend, or one that can't run here.
+        SettingsInvalid: the variable names no backend, or one that can't run here or on such a device.
     """
     name = os.environ.get("LORAMILL_KERNELS")
     if name is None:
         return _best(device)
     if name not in BACKENDS:
         raise SettingsInvalid(f"LORAMILL_KERNELS={name} is no backend; use {', '.join(BACKENDS)}.")
+    if _DEVICES.get(name, device) != device:
+        raise SettingsInvalid(
+            f"LORAMILL_KERNELS={name} doesn't run on {device}; unset it there, or use "
+            f"{', '.join(other for other in BACKENDS if _DEVICES.get(other, device) == device)}."
+        )
     try:
         return _open(name)
     except (SetupError, ImportError) as error:

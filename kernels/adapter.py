@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from loramill.errors import AdapterInvalid
-from loramill.kernels.memory import aligned, host_memory
+from loramill.kernels.memory import Memory, aligned, host_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,13 @@ def modules_per_site(sites: Sequence[Site]) -> int:
     return max((len(site.modules) for site in sites), default=0)
 
 
-def pack(sites: Sequence[Site], deltas: Mapping[str, Delta], layout: Layout, dtype: torch.dtype) -> PackedAdapter:
+def pack(
+    sites: Sequence[Site],
+    deltas: Mapping[str, Delta],
+    layout: Layout,
+    dtype: torch.dtype,
+    memory: Memory = host_memory,
+) -> PackedAdapter:
     """Lays an adapter out for a slab over `sites`; touches no shared state, so any thread may do it.
 
     Args:
@@ -105,6 +111,7 @@ def pack(sites: Sequence[Site], deltas: Mapping[str, Delta], layout: Layout, dty
         deltas: by module.
         layout: the backend's.
         dtype: of a and b in the slab; int8 comes with a scale a rank, and errs by about 1% of the delta.
+        memory: where the bytes go.
 
     Raises:
         AdapterInvalid: a delta names no module of `sites`, or its shapes don't fit the module.
@@ -125,7 +132,7 @@ def pack(sites: Sequence[Site], deltas: Mapping[str, Delta], layout: Layout, dty
         table[s, m, RANK] = len(deltas[name].a)
         if deltas[name].gain is not None:
             table[s, m, GAIN] = gain
-    data = host_memory(end)
+    data = memory(end)
     for stack in stacks:
         for part, parts in enumerate(stack.parts):
             _place(data.numpy(), [starts[name][part] for name in stack.names], parts)

@@ -25,7 +25,7 @@ from loramill.kernels.adapter import (
     scales_before,
 )
 from loramill.kernels.batch import Batch, Slot
-from loramill.kernels.memory import Extents, host_memory
+from loramill.kernels.memory import Extents, Memory, host_memory, populate
 
 
 @dataclass(slots=True)
@@ -92,13 +92,13 @@ class Slab:
         """Slots that nobody has."""
         return sum(not place.taken for place in self._places)
 
-    def pack(self, deltas: Mapping[str, Delta]) -> PackedAdapter:
-        """Lays an adapter out for `load`; any thread may do it.
+    def pack(self, deltas: Mapping[str, Delta], memory: Memory = host_memory) -> PackedAdapter:
+        """Lays an adapter out for `load`, in bytes that come from `memory`; any thread may do it.
 
         Raises:
             AdapterInvalid: a delta names no module of the base, or its shapes don't fit.
         """
-        return pack(self.sites, deltas, self.layout, self.dtype)
+        return pack(self.sites, deltas, self.layout, self.dtype, memory)
 
     def allocate(self, size: int) -> Slot | None:
         """Takes a slot with room for `size` bytes; None: all slots are taken, or no free part is large enough."""
@@ -131,6 +131,12 @@ class Slab:
         self.table[:, slot.index] = table
         self.changes = next(self._ticks)
         place.loaded = True
+
+    def prepare(self, size: int) -> None:
+        """Has pages ready for the next `size` bytes of adapters, as far as the arena goes; any thread may do it."""
+        end = max(place.offset + place.size for place in self._places) if self._places else 0
+        if self.arena.device.type == "cpu":
+            populate(self.arena[end : end + size])
 
     def free(self, slot: Slot) -> None:
         """Empties a slot and makes every handle to it stale.

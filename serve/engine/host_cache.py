@@ -6,10 +6,13 @@ import threading
 from collections import OrderedDict
 
 from loramill.kernels import PackedAdapter
+from loramill.kernels.memory import host_memory
 
 
 class HostCache:
-    """Packed adapters by version, in at most `size` bytes; the one used longest ago leaves first. Any thread may call.
+    """Packed adapters by version, in at most `size` bytes; the one used longest ago leaves first.
+
+    Any thread may `get`, one at a time may `put`.
 
     Attributes:
         bytes: that they take.
@@ -29,12 +32,18 @@ class HostCache:
             return self._adapters.get(version)
 
     def put(self, version: str, adapter: PackedAdapter) -> None:
-        """Keeps an adapter, in place of others if need be; one larger than the whole cache isn't kept."""
+        """Keeps a copy of an adapter, in place of others if need be; one larger than the whole cache isn't kept.
+
+        A copy: the next one is packed sooner into memory that this one has just used than into memory that is new.
+        """
+        if adapter.bytes > self._size or self.get(version) is not None:
+            return
         with self._lock:
-            if version in self._adapters or adapter.bytes > self._size:
-                return
-            self._adapters[version] = adapter
-            self.bytes += adapter.bytes
-            while self.bytes > self._size:
+            while self.bytes + adapter.bytes > self._size:
                 _, gone = self._adapters.popitem(last=False)
                 self.bytes -= gone.bytes
+        data = host_memory(adapter.bytes)
+        data.copy_(adapter.data)
+        with self._lock:
+            self._adapters[version] = PackedAdapter(data, adapter.table)
+            self.bytes += adapter.bytes

@@ -13,6 +13,7 @@ import torch
 
 from loramill.errors import AdapterInvalid
 from loramill.kernels import Delta
+from loramill.kernels.memory import Memory, host_memory
 from loramill.serve.engine.safetensors_file import read_tensors
 
 #: `Model.target_weight`.
@@ -51,7 +52,7 @@ _UNSUPPORTED = (
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def read_adapter(folder: Path, target_weight: TargetWeight) -> dict[str, Delta]:
+def read_adapter(folder: Path, target_weight: TargetWeight, memory: Memory = host_memory) -> dict[str, Delta]:
     """Reads `adapter_config.json` and `adapter_model.safetensors`, of LoRA or raw AdaLoRA.
 
     Whether the modules are there and of these shapes in the base, `kernels.adapter.pack` checks.
@@ -59,16 +60,17 @@ def read_adapter(folder: Path, target_weight: TargetWeight) -> dict[str, Delta]:
     Args:
         folder: as PEFT's `save_pretrained` writes it.
         target_weight: called for modules of DoRA, and for those whose base layer lies beside the adapter.
+        memory: where the file's bytes go.
 
     Returns:
-        The adapter's deltas by module.
+        The adapter's deltas by module, over these bytes.
 
     Raises:
         AdapterInvalid: broken files, another method, or something that the engine can't serve; it is named.
     """
     name = folder.name
     config = _read_config(folder)
-    modules = _read_weights(folder)
+    modules = _read_weights(folder, memory)
     if not modules:
         raise AdapterInvalid(f"The adapter in {name} has no weights.")
     _check_base_layers(name, modules, target_weight)
@@ -104,11 +106,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+def _read_weights(folder: Path, memory: Memory) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors by module and part, in the file's dtypes."""
     modules: dict[str, dict[str, torch.Tensor]] = {}
     try:
-        tensors = read_tensors(folder / "adapter_model.safetensors")
+        tensors = read_tensors(folder / "adapter_model.safetensors", memory)
     except (OSError, ValueError) as error:
         raise AdapterInvalid(f"adapter_model.safetensors in {folder.name} can't be read: {error}.") from error
     for name, tensor in tensors.items():

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from loramill.kernels.memory import host_memory
+from loramill.kernels.memory import Memory, host_memory
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file by name; they share its bytes, which are the process's own.
+def read_tensors(path: Path, memory: Memory = host_memory) -> dict[str, torch.Tensor]:
+    """The tensors of a file by name; they share its bytes, which go to `memory`.
 
     Raises:
         OSError: it can't be read.
@@ -26,7 +26,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     with path.open("rb") as file:
         size = path.stat().st_size
-        content = memoryview(host_memory(size).numpy())
+        content = memoryview(memory(size).numpy())
         if file.readinto(content) != size:
             raise ValueError("the file was cut short while it was read")
     length = int.from_bytes(content[:8], "little")

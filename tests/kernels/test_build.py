@@ -117,6 +117,16 @@ def test_without_a_compiler_torch_computes_and_the_log_says_so(monkeypatch, capl
         kernels.backend()
 
 
+@pytest.mark.parametrize(
+    ("name", "device", "instead"), [("cpu", "cuda", "triton"), ("cpu-avx2", "cuda", "torch"), ("triton", "cpu", "cpu")]
+)
+def test_kernels_of_another_device_are_refused(name, device, instead, monkeypatch):
+    kernels.backend.cache_clear()
+    monkeypatch.setenv("LORAMILL_KERNELS", name)
+    with pytest.raises(SettingsInvalid, match=f"LORAMILL_KERNELS={name} doesn't run on {device}.* {instead}"):
+        kernels.backend(device)
+
+
 def test_without_a_compiler_on_the_path(tmp_path):
     done = compute(PATH=str(tmp_path), CC="", XDG_CACHE_HOME=str(tmp_path))
     assert done.stdout == "torch [[6.0, 22.0, 38.0]]\n", done.stderr

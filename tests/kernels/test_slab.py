@@ -12,7 +12,7 @@ from loramill.errors import AdapterInvalid, EngineFault, SettingsInvalid
 from loramill.kernels import Batch, Delta, Site, Slab, reference
 from loramill.kernels.adapter import LOOKUP, ROWS, pack
 from loramill.kernels.cpu.layout import PANELS
-from loramill.kernels.memory import Extents, HostPool, host_memory
+from loramill.kernels.memory import Extents, HostPool, Recycler, host_memory, populate
 
 from .oracle import random_delta
 
@@ -316,3 +316,31 @@ def test_backends_are_chosen_by_the_variable(monkeypatch):
     monkeypatch.setenv("LORAMILL_KERNELS", "reference")
     assert kernels.backend() is reference
     kernels.backend.cache_clear()
+
+
+def test_given_memory_is_lent_again_whole():
+    room = Recycler(16 << 20)
+    with room.lending() as lend:
+        large, small = lend(6 << 20), lend(100)
+        assert large.data_ptr() % 64 == 0
+        assert large.data_ptr() != small.data_ptr()
+    assert room.take(90).data_ptr() == small.data_ptr(), "the smallest that suffices"
+    again = room.take((6 << 20) + 5)
+    assert (again.data_ptr(), again.numel()) == (large.data_ptr(), (6 << 20) + 5), "its pages hold a little more"
+    huge = host_memory(20 << 20)
+    room.give(huge)
+    assert room.take(20 << 20).data_ptr() != huge.data_ptr(), "more than it may keep"
+
+
+def test_pages_are_made_ready_without_a_change():
+    memory = host_memory(3 << 20)
+    memory[::1000] = 7
+    populate(memory[5 : 2 << 20])
+    assert memory.count_nonzero() == len(memory[::1000])
+    slab = new_slab()
+    slot = put(slab, {"q": delta(2)})
+    before = slab.arena.clone()
+    slab.prepare(1 << 20)
+    assert torch.equal(slab.arena, before)
+    slab.free(slot)
+    slab.prepare(1 << 20)

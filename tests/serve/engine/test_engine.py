@@ -484,7 +484,7 @@ def test_a_closed_engine_has_no_threads_and_takes_nothing(drive, prompts):
     driver.submit("a", prompts["lora"], "lora")
     driver.step()
     driver.engine.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("adapter-loader")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("adapter-")]
     with pytest.raises(Unavailable):
         driver.submit("b", [1])
 
