@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loramill.errors import AdapterInvalid, LoramillError
+from loramill.errors import AdapterInvalid, LoramillError, Unavailable
 from loramill.kernels import PackedAdapter, Slab, Slot
 from loramill.kernels.memory import Recycler
 from loramill.serve.engine.host_cache import HostCache
@@ -57,6 +57,10 @@ class AdapterLoader:
         self._source = source
         self._notify = notify
         self._room = Recycler(_SPARE)
+        # Adapters that are packed and not yet copied: beyond so many they would take more memory than the bounds say.
+        self._packs = threading.Semaphore(threads)
+        self._packed: set[int] = set()
+        self._closed = False
         self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter-loader", initializer=_step_back)
         # Copies have a thread of their own, as they must not wait for slow sources, and so has what nobody waits for.
@@ -84,6 +88,7 @@ class AdapterLoader:
 
     def close(self, *, wait: bool) -> None:
         """Drops what has not begun; the rest goes on to its end, which may be waited for."""
+        self._closed = True
         for threads in (self._threads, self._copier, self._keeper):
             threads.shutdown(wait=wait, cancel_futures=True)
 
@@ -102,17 +107,23 @@ class AdapterLoader:
         self._notify()
 
     def _keep(self, version: str, adapter: PackedAdapter) -> None:
-        known = self._cache.get(version)
-        if known is None:
+        if id(adapter) in self._packed:
             self._cache.put(version, adapter)
-        if known is not adapter:
             self._room.give(adapter.data)
+            self._packed.remove(id(adapter))
+            self._packs.release()
         self._slab.prepare(_AHEAD)
 
     def _read(self, version: str) -> PackedAdapter:
         adapter = self._cache.get(version)
-        if adapter is None:
-            folder = self._source(version)
+        return self._pack(version) if adapter is None else adapter
+
+    def _pack(self, version: str) -> PackedAdapter:
+        folder = self._source(version)
+        while not self._packs.acquire(timeout=0.1):
+            if self._closed:
+                raise Unavailable("The engine is closed.")
+        try:
             with self._room.lending() as lend:
                 adapter = self._slab.pack(read_adapter(folder, self._target_weight, lend), self._room.take)
             if adapter.bytes > self._slab.size:
@@ -120,6 +131,10 @@ class AdapterLoader:
                     f"Version {version} takes {adapter.bytes} bytes, all adapters together have {self._slab.size}; "
                     "raise serve.adapter_bytes."
                 )
+        except BaseException:
+            self._packs.release()
+            raise
+        self._packed.add(id(adapter))
         return adapter
 
 
