@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,8 +117,11 @@ def pack(
         AdapterInvalid: a delta names no module of `sites`, or its shapes don't fit the module.
     """
     targets = _targets(sites, deltas)
-    stacks = [_lay_out(names, deltas, layout, dtype) for names in _alike(targets, deltas)]
-    sizes = {name: stack.sizes for stack in stacks for name in stack.names}
+    alike = _alike(targets, deltas)
+    sizes: dict[str, list[int]] = {}
+    for names in alike:
+        one = [part.shape[1] for part in _lay_out(names[:1], deltas, layout, dtype)]
+        sizes |= dict.fromkeys(names, one)
     table = np.zeros((len(sites), modules_per_site(sites), 4), dtype=np.int64)
     table[..., GAIN] = -1
     starts: dict[str, list[int]] = {}
@@ -133,9 +136,10 @@ def pack(
         if deltas[name].gain is not None:
             table[s, m, GAIN] = gain
     data = memory(end)
-    for stack in stacks:
-        for part, parts in enumerate(stack.parts):
-            _place(data.numpy(), [starts[name][part] for name in stack.names], parts)
+    for names in alike:
+        # One shape after the other: what that takes beside the adapter is soon free again.
+        for part, rows in enumerate(_lay_out(names, deltas, layout, dtype)):
+            _place(data.numpy(), [starts[name][part] for name in names], rows)
     return PackedAdapter(data, table)
 
 
@@ -163,36 +167,23 @@ def _targets(sites: Sequence[Site], deltas: Mapping[str, Delta]) -> dict[str, tu
     return targets
 
 
-@dataclass(frozen=True, slots=True)
-class _Stack:
-    """Modules of equal shapes, as they are stored.
-
-    Attributes:
-        names: of the modules.
-        parts: the bytes of their scales (none, but in int8), a, b and gains (none, but in DoRA), [names, size] each; in
-            the order in which a kernel reads them.
-    """
-
-    names: list[str]
-    parts: tuple[NDArray[np.uint8], ...]
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Bytes of each part of one module."""
-        return tuple(part.shape[1] for part in self.parts)
-
-
-def _alike(targets: Mapping[str, tuple[int, int, Site]], deltas: Mapping[str, Delta]) -> Iterable[list[str]]:
+def _alike(targets: Mapping[str, tuple[int, int, Site]], deltas: Mapping[str, Delta]) -> list[list[str]]:
     """The modules by shape: one by one, torch's calls would take longer than their work."""
     alike: dict[Hashable, list[str]] = {}
     for name in targets:
         delta = deltas[name]
         key = (delta.lookup, delta.a.shape, delta.b.shape, delta.a.dtype, delta.b.dtype, delta.gain is None)
         alike.setdefault(key, []).append(name)
-    return alike.values()
+    return list(alike.values())
 
 
-def _lay_out(names: list[str], deltas: Mapping[str, Delta], layout: Layout, dtype: torch.dtype) -> _Stack:
+def _lay_out(
+    names: list[str], deltas: Mapping[str, Delta], layout: Layout, dtype: torch.dtype
+) -> tuple[NDArray[np.uint8], ...]:
+    """Bytes [names, size] of modules of equal shapes, in the order in which a kernel reads them.
+
+    These are the scales (none, but in int8), a, b, and the gains (none, but in DoRA).
+    """
     a, b = torch.stack([deltas[name].a for name in names]), torch.stack([deltas[name].b for name in names])
     b = _scaled(b, torch.tensor([deltas[name].scale for name in names]))
     nothing = np.empty((len(names), 0), dtype=np.uint8)
@@ -205,7 +196,7 @@ def _lay_out(names: list[str], deltas: Mapping[str, Delta], layout: Layout, dtyp
         gains = _bytes(torch.stack(with_gain))
     laid = LOOKUP if deltas[names[0]].lookup else layout
     of_a, of_b = (_bytes(torch.vmap(lay)(m.to(dtype))) for lay, m in ((laid.a, a), (laid.b, b)))
-    return _Stack(names, (scales, of_a, of_b, gains))
+    return scales, of_a, of_b, gains
 
 
 def _scaled(b: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -3,47 +3,72 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
 
 from loramill.kernels import PackedAdapter
-from loramill.kernels.memory import host_memory
+from loramill.kernels.memory import Extents, host_memory
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    adapter: PackedAdapter
+    offset: int
 
 
 class HostCache:
-    """Packed adapters by version, in at most `size` bytes; the one used longest ago leaves first.
+    """Packed adapters by version, in one piece of memory; the one used longest ago leaves first. Any thread may call.
 
-    Any thread may `get`, one at a time may `put`.
-
-    Attributes:
-        bytes: that they take.
+    Args:
+        size: bytes; they take up memory only once they are written.
     """
 
     def __init__(self, size: int) -> None:
-        self.bytes = 0
-        self._size = size
-        self._adapters: OrderedDict[str, PackedAdapter] = OrderedDict()
+        self._memory = host_memory(size)
+        self._extents = Extents(size)
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._borrowed: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def get(self, version: str) -> PackedAdapter | None:
-        """A version's adapter, if it is here."""
+    @property
+    def bytes(self) -> int:
+        """That the adapters take."""
+        return self._extents.size - self._extents.free
+
+    def borrow(self, version: str) -> PackedAdapter | None:
+        """A version's adapter, if it is here; it stays until `give_back`."""
         with self._lock:
-            if version in self._adapters:
-                self._adapters.move_to_end(version)
-            return self._adapters.get(version)
+            kept = self._kept.get(version)
+            if kept is None:
+                return None
+            self._kept.move_to_end(version)
+            self._borrowed[version] += 1
+            return kept.adapter
+
+    def give_back(self, version: str) -> None:
+        """Ends a `borrow`."""
+        with self._lock:
+            self._borrowed[version] -= 1
 
     def put(self, version: str, adapter: PackedAdapter) -> None:
-        """Keeps a copy of an adapter, in place of others if need be; one larger than the whole cache isn't kept.
+        """Keeps a copy of an adapter, in place of others if need be; without it, where they don't make the room."""
+        with self._lock:
+            offset = None if version in self._kept else self._room(adapter.bytes)
+            if offset is not None:
+                data = self._memory[offset : offset + adapter.bytes]
+                data.copy_(adapter.data)
+                self._kept[version] = _Kept(PackedAdapter(data, adapter.table), offset)
 
-        A copy: the next one is packed sooner into memory that this one has just used than into memory that is new.
-        """
-        if adapter.bytes > self._size or self.get(version) is not None:
-            return
-        with self._lock:
-            while self.bytes + adapter.bytes > self._size:
-                _, gone = self._adapters.popitem(last=False)
-                self.bytes -= gone.bytes
-        data = host_memory(adapter.bytes)
-        data.copy_(adapter.data)
-        with self._lock:
-            self._adapters[version] = PackedAdapter(data, adapter.table)
-            self.bytes += adapter.bytes
+    def _room(self, size: int) -> int | None:
+        trial, leaving = self._extents.copy(), []
+        idle = iter([version for version in self._kept if not self._borrowed[version]])
+        while not trial.fits(size):
+            version = next(idle, None)
+            if version is None:
+                return None
+            trial.give(self._kept[version].offset, self._kept[version].adapter.bytes)
+            leaving.append(version)
+        for version in leaving:
+            kept = self._kept.pop(version)
+            self._extents.give(kept.offset, kept.adapter.bytes)
+        return self._extents.take(size)

@@ -23,8 +23,10 @@ from loramill.serve.engine.values import AdapterSource
 log = logging.getLogger(__name__)
 
 
-#: Bytes for reading and packing that are kept for the next adapters.
-_SPARE = 64 << 20
+#: Adapters that are packed at once and not yet copied: more would take more memory than the engine's bounds say.
+_PACKS = 2
+#: Bytes for reading and packing that are kept for the next ones.
+_SPARE = 24 << 20
 #: Bytes of the slab that have pages before they are wanted.
 _AHEAD = 32 << 20
 #: Where the engine's thread wants the same core, it gets three quarters of it.
@@ -57,8 +59,7 @@ class AdapterLoader:
         self._source = source
         self._notify = notify
         self._room = Recycler(_SPARE)
-        # Adapters that are packed and not yet copied: beyond so many they would take more memory than the bounds say.
-        self._packs = threading.Semaphore(threads)
+        self._packs = threading.Semaphore(_PACKS)
         self._packed: set[int] = set()
         self._closed = False
         self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
@@ -112,10 +113,12 @@ class AdapterLoader:
             self._room.give(adapter.data)
             self._packed.remove(id(adapter))
             self._packs.release()
+        else:
+            self._cache.give_back(version)
         self._slab.prepare(_AHEAD)
 
     def _read(self, version: str) -> PackedAdapter:
-        adapter = self._cache.get(version)
+        adapter = self._cache.borrow(version)
         return self._pack(version) if adapter is None else adapter
 
     def _pack(self, version: str) -> PackedAdapter:

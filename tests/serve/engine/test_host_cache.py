@@ -1,0 +1,75 @@
+"""The host cache by itself."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loramill.kernels import PackedAdapter
+from loramill.serve.engine.host_cache import HostCache
+
+
+def packed(size: int, content: int) -> PackedAdapter:
+    return PackedAdapter(torch.full((size,), content, dtype=torch.uint8), np.zeros((1, 1, 4), np.int64))
+
+
+def has(cache: HostCache, version: str) -> bool:
+    found = cache.borrow(version)
+    if found is not None:
+        cache.give_back(version)
+    return found is not None
+
+
+def test_the_one_used_longest_ago_leaves_first():
+    cache = HostCache(300 * 64)
+    for version in "abc":
+        cache.put(version, packed(100 * 64, ord(version)))
+    assert has(cache, "a")
+    cache.put("d", packed(100 * 64, 1))
+    assert [has(cache, version) for version in "abcd"] == [True, False, True, True]
+    assert cache.bytes == 300 * 64
+
+
+def test_what_is_borrowed_stays_as_it_is():
+    cache = HostCache(200 * 64)
+    cache.put("a", packed(100 * 64, 1))
+    cache.put("b", packed(100 * 64, 2))
+    a = cache.borrow("a")
+    cache.put("c", packed(150 * 64, 3))
+    assert [has(cache, version) for version in "abc"] == [True, True, False], "nobody leaves in vain"
+    cache.put("c", packed(100 * 64, 3))
+    assert [has(cache, version) for version in "abc"] == [True, False, True]
+    assert a.data.eq(1).all()
+    cache.give_back("a")
+    cache.put("d", packed(200 * 64, 4))
+    assert [has(cache, version) for version in "acd"] == [False, False, True]
+
+
+def test_one_larger_than_all_of_it_is_not_kept():
+    cache = HostCache(64)
+    cache.put("a", packed(65, 1))
+    assert not has(cache, "a")
+    assert cache.bytes == 0
+    nothing = HostCache(0)
+    nothing.put("a", packed(1, 1))
+    assert not has(nothing, "a")
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 40), st.booleans()), max_size=40))
+def test_an_adapter_is_there_whole_or_not_at_all(events):
+    cache = HostCache(64 * 64)
+    sizes: dict[str, int] = {}
+    lent = []
+    for version, size, keep in events:
+        sizes.setdefault(version, size * 64)
+        cache.put(version, packed(sizes[version], ord(version)))
+        found = cache.borrow(version)
+        if found is not None:
+            assert found.bytes == sizes[version]
+            lent.append((version, found))
+        if lent and not keep:
+            cache.give_back(lent.pop(0)[0])
+        for other, adapter in lent:
+            assert adapter.data.eq(ord(other)).all()
+        assert cache.bytes <= 64 * 64
