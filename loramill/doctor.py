@@ -63,7 +63,12 @@ print(json.dumps({
              for i in range(torch.cuda.device_count())] if cuda else [],
 }))
 """
-_KERNELS = "import json; from loramill.kernels import backend; print(json.dumps(backend().name))"
+_KERNELS = """
+import json, sys, torch
+from loramill.kernels import backend
+device = sys.argv[1] if sys.argv[1] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+print(json.dumps([device, backend(device).name]))
+"""
 _RAY = "import json, ray; from ray import serve, train; print(json.dumps(ray.__version__))"
 _PROBE_SECONDS = 180.0
 _GATEWAY_SECONDS = 3.0
@@ -151,7 +156,7 @@ def judge(name: str, wanted: str, version: str | None, tested: str | None) -> Fi
     return Finding(what=name, status=Status.OK, found=version)
 
 
-def hardware(_: Settings) -> Iterable[Finding]:
+def hardware(settings: Settings) -> Iterable[Finding]:
     """What torch sees: the processor's features, threads, GPUs."""
     try:
         seen = _probe(_TORCH)
@@ -160,7 +165,7 @@ def hardware(_: Settings) -> Iterable[Finding]:
         yield Finding(what="torch starts", status=Status.ERROR, found=str(error), mend=mend)
         return
     yield cpu(seen["capability"], _cpu_flags(), os.cpu_count() or 1, seen["threads"])
-    yield gpu(seen["gpus"], seen["cuda"], shutil.which("nvidia-smi") is not None)
+    yield gpu(seen["gpus"], seen["cuda"], shutil.which("nvidia-smi") is not None, settings.serve.device)
 
 
 def cpu(capability: str, flags: frozenset[str], cores: int, threads: int) -> Finding:
@@ -174,22 +179,28 @@ def cpu(capability: str, flags: frozenset[str], cores: int, threads: int) -> Fin
     return Finding(what="cpu", status=Status.OK, found=found)
 
 
-def gpu(gpus: list[tuple[str, int]], cuda: str | None, driver: bool) -> Finding:
-    """The GPUs (name, bytes) that torch sees, the CUDA it was built for, whether there is a driver."""
+def gpu(gpus: list[tuple[str, int]], cuda: str | None, driver: bool, device: str) -> Finding:
+    """The GPUs (name, bytes) that torch sees, the CUDA it was built for, whether there is a driver; `serve.device`."""
     if gpus:
-        found = ", ".join(f"{name} ({memory / 2**30:.0f} GiB)" for name, memory in gpus)
-        return Finding(what="gpu", status=Status.OK, found=f"{found}, CUDA {cuda}")
+        found = f"{', '.join(f'{name} ({memory / 2**30:.0f} GiB)' for name, memory in gpus)}, CUDA {cuda}"
+        if device != "cuda":
+            found += "; `loramill up` serves on the CPU until LORAMILL_SERVE__DEVICE is cuda"
+        return Finding(what="gpu", status=Status.OK, found=found)
     if driver:
         mend = "Install a torch built for CUDA (pytorch.org says how)." if cuda is None else "See what nvidia-smi says."
         found = "there is a driver, but torch sees no GPU"
         return Finding(what="gpu", status=Status.WARN, found=found, mend=mend)
+    if device == "cuda":
+        mend = "Set LORAMILL_SERVE__DEVICE to auto, unless it is another node that serves."
+        return Finding(what="gpu", status=Status.WARN, found="none, but serve.device is cuda", mend=mend)
     return Finding(what="gpu", status=Status.OK, found="none; everything runs on the CPU")
 
 
-def kernels(_: Settings) -> Iterable[Finding]:
-    """Which backend computes the adapters, and what could compile a native one."""
+def kernels(settings: Settings) -> Iterable[Finding]:
+    """Which backend computes the adapters on the device of the engine, and what could compile a native one."""
     try:
-        yield Finding(what="kernels", status=Status.OK, found=_probe(_KERNELS))
+        device, name = _probe(_KERNELS, settings.serve.device)
+        yield Finding(what="kernels", status=Status.OK, found=f"{name}, on {device}")
     except _ProbeError as error:
         mend = "Unset LORAMILL_KERNELS; if that doesn't help, reinstall loramill."
         yield Finding(what="kernels", status=Status.ERROR, found=str(error), mend=mend)
@@ -326,9 +337,9 @@ def _safely(check: Callable[[Settings], Iterable[Finding]], settings: Settings) 
         yield Finding(what=check.__name__, status=Status.ERROR, found=found, mend=mend)
 
 
-def _probe(code: str) -> Any:
+def _probe(code: str, *arguments: str) -> Any:
     """What a piece of Python prints as JSON in a process of its own."""
-    command = [sys.executable, "-P", "-c", code]
+    command = [sys.executable, "-P", "-c", code, *arguments]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:

@@ -33,7 +33,13 @@ class ServeSettings(_Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8400, ge=1, le=65535)
     threads: int = Field(default=1, ge=1, description="CPU threads of one engine replica")
-    max_batch_tokens: int = Field(default=128, ge=16, description="tokens of one engine step; more on a GPU")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="where the base runs; auto: a GPU if torch finds one, but on Ray the CPU",
+    )
+    max_batch_tokens: int | None = Field(
+        default=None, ge=16, description="tokens of one engine step; None: 128 on a CPU, 2048 on a GPU"
+    )
     max_sequences: int = Field(default=64, ge=1, description="requests that decode at once")
     kv_tokens: int = Field(default=32768, ge=512, description="tokens of KV cache")
     prefix_cache: bool = Field(default=True, description="share what prompts that begin alike have in common")

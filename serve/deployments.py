@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
@@ -17,7 +19,9 @@ from loramill.errors import LoramillError, Overloaded, Unavailable
 from loramill.registry import Registry
 from loramill.serve.api.app import build_api
 from loramill.serve.protocol import TextChunk, TextRequest
-from loramill.settings import Settings
+from loramill.settings import ServeSettings, Settings
+
+log = logging.getLogger(__name__)
 
 APP = "loramill"
 ENGINE = "engine"
@@ -112,9 +116,25 @@ def application(settings: Settings) -> Any:
         max_ongoing_requests=1024,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=30,
-        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": one_thread_env(settings.serve.threads)}},
+        ray_actor_options=engine_options(settings.serve),
     )
-    return gateway.bind(engine.bind(settings))
+    return gateway.bind(engine.bind(settings.model_copy(update={"serve": on_ray(settings.serve)})))
+
+
+def on_ray(settings: ServeSettings) -> ServeSettings:
+    """The settings of a replica that Ray places: there, "auto" is the CPU.
+
+    Where it runs must not hang on which nodes are up just now; nor may it take a GPU that Ray knows nothing of: a
+    replica that asks for none sees all of its node's, those of jobs included.
+    """
+    return settings.model_copy(update={"device": "cpu"}) if settings.device == "auto" else settings
+
+
+def engine_options(settings: ServeSettings) -> dict[str, Any]:
+    """What Ray is asked for on behalf of the engine replica: a whole GPU if the settings say cuda, and else none."""
+    gpus = 1 if settings.device == "cuda" else 0
+    environment = {"env_vars": one_thread_env(settings.threads)}
+    return {"num_cpus": 0.1, "num_gpus": gpus, "runtime_env": environment}
 
 
 def one_thread_env(threads: int) -> dict[str, str]:
@@ -124,5 +144,8 @@ def one_thread_env(threads: int) -> dict[str, str]:
 
 def deploy(settings: Settings) -> None:
     """Starts or updates the application on the Ray cluster this process is connected to; returns when it answers."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if gpus and settings.serve.device == "auto":
+        log.warning("the engine runs on a CPU of a cluster with %d GPUs: set serve.device to cuda or cpu", gpus)
     serve.start(http_options={"host": settings.serve.host, "port": settings.serve.port})
     serve.run(application(settings), name=APP, route_prefix="/")

@@ -71,8 +71,33 @@ def engine(only: Only = "", json: Json = None, check: Check = False, record: Rec
     _judge(results, check)
 
 
+@bench.command()
+def soak(
+    minutes: Annotated[float, typer.Option(min=0.01, help="Of requests.")] = 30.0,
+    seed: Annotated[int, typer.Option(help="Of the requests; when they come depends on the machine.")] = 0,
+    json: Json = None,
+) -> None:
+    """Let the engine serve random requests, cancels, timeouts and failing loads for long, and look for faults.
+
+    Exits with 1 if an answer is lost, late, given twice or not what it is alone, if the books don't add up, or if
+    memory grows.
+    """
+    from loramill.bases import find_base
+    from loramill.serve.bench.soak import soak as run
+    from loramill.settings import Settings
+    from loramill.smollm2 import NAME
+
+    results = run(find_base(NAME, Settings.load().cache), 60 * minutes, _note, seed=seed)
+    _show(results, json)
+    _judge(results, check=True)
+
+
 def _report(group: str) -> None:
-    show.say(f"Measuring {group}…", style="dim")
+    _note(f"Measuring {group}…")
+
+
+def _note(sentence: str) -> None:
+    show.say(sentence, style="dim")
 
 
 def _show(results: Sequence[Result], json: Path | None) -> None:
@@ -92,4 +117,5 @@ def _judge(results: Sequence[Result], check: bool) -> None:
 def _row(result: Result) -> tuple[show.Cell, ...]:
     verdict = {True: Text("met", style="green"), False: Text("missed", style="red"), None: Text("-")}[result.met]
     floor = "-" if result.floor is None else f"{result.floor:.3g}"
-    return (result.case, f"{result.value:.3g} {result.unit}", result.goal or "-", verdict, floor)
+    value = f"{result.value:.3g}" if abs(result.value) < 1000 else f"{result.value:.0f}"
+    return (result.case, f"{value} {result.unit}", result.goal or "-", verdict, floor)

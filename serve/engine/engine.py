@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
 import logging
@@ -21,7 +22,7 @@ from loramill.errors import (
     Overloaded,
     Unavailable,
 )
-from loramill.kernels import Batch, backend
+from loramill.kernels import Batch
 from loramill.serve.engine.adapters import Adapters
 from loramill.serve.engine.admission import answer_limit
 from loramill.serve.engine.answer import Answer
@@ -48,12 +49,12 @@ class Engine:
     """
 
     def __init__(self, model: Model, source: AdapterSource, config: EngineConfig) -> None:
-        # A wrong setting shows now, and not in the first step with an adapter.
-        backend()
         self._model = model
         self._source = source
         self._config = config
         self._changed = threading.Condition()
+        # Held during a step, so that nothing is closed or begun anew under it.
+        self._stepping = threading.Lock()
         self._stirred = False
         self._closed = False
         # In the order of the calls: answers to be given, and ids of requests to cancel.
@@ -118,7 +119,7 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step may get something done now; False also while requests wait for adapters being fetched."""
         with self._changed:
-            return self._stirred or self._seconds_left() <= 0
+            return not self._closed and (self._stirred or self._seconds_left() <= 0)
 
     def wait(self, timeout: float) -> bool:
         """Blocks until there may be work for `step`, at most `timeout` seconds; tells whether there is."""
@@ -136,11 +137,19 @@ class Engine:
         """Takes in what was submitted, cancelled and loaded, then runs the model once.
 
         Never raises for what a request or an adapter does: it gets an output with an error, and the engine goes on.
+        It raises if even the cache can't be made anew after a fault; then the engine is closed.
         """
+        with self._stepping:
+            return self._step()
+
+    def _step(self) -> list[Output]:
         with self._changed:
             self._stirred = False
+            if self._closed:
+                return []
             inbox, self._inbox = self._inbox, []
         outputs: list[Output] = []
+        fault: EngineFault | None = None
         try:
             self._take_in(inbox, outputs)
             plan = self._scheduler.plan(self._adapters.ready)
@@ -152,9 +161,11 @@ class Engine:
                 self._run(plan, outputs)
             self._count(plan, outputs)
         except Exception as error:
-            # The books may be half written and nobody's state can be trusted: all end, and the books begin anew.
             log.exception("a step failed outside the model")
-            outputs += self._start_over(error)
+            fault = EngineFault(f"A step failed: {error!r}.")
+        # Here the exception is gone, and with it what its frames held of the old books.
+        if fault is not None:
+            outputs += self._start_over(fault)
         with self._changed:
             self._stirred |= bool(outputs) or bool(self._scheduler.running)
             self._stats = self._look()
@@ -178,10 +189,15 @@ class Engine:
                 raise EngineFault(f"{len(self._requests)} requests are open; the answers that live aren't theirs.")
 
     def close(self) -> None:
-        """Refuses further requests and ends the side threads; live requests get no further output."""
-        with self._changed:
-            self._closed = True
-        self._adapters.close()
+        """Refuses further requests and ends the side threads; live requests get no further output.
+
+        It waits for the step and the fetches that have begun.
+        """
+        with self._stepping:
+            with self._changed:
+                closed, self._closed = self._closed, True
+            if not closed:
+                self._adapters.close()
 
     def _answers(self, request: Request) -> list[Answer]:
         c, sampling = self._config, request.sampling
@@ -230,11 +246,11 @@ class Engine:
                 self._adapters.want(item.request.version)
             else:
                 known = [number for number in self._requests.get(item, ()) if number in self._scheduler]
-                outputs += [self._end(number, Finish.CANCELLED) for number in sorted(known)]
-        outputs += [self._end(number, Finish.ERROR, _too_late(self._live[number])) for number in self._overdue()]
+                outputs += (self._end(number, Finish.CANCELLED) for number in sorted(known))
+        outputs += (self._end(number, Finish.ERROR, _too_late(self._live[number])) for number in self._overdue())
         for version, error in self._adapters.take_loaded():
             waiting = [sequence.id for sequence in self._scheduler.sequences if sequence.version == version]
-            outputs += [self._end(number, Finish.ERROR, error) for number in waiting]
+            outputs += (self._end(number, Finish.ERROR, error) for number in waiting)
         self._adapters.advance()
 
     def _overdue(self) -> list[int]:
@@ -267,7 +283,7 @@ class Engine:
         except Exception as error:
             log.exception("the model failed", extra={"requests": [self._live[share.id].request.id for share in shares]})
             fault = EngineFault(f"The model failed in a step with {len(shares)} answers: {error!r}.")
-            outputs += [self._end(share.id, Finish.ERROR, fault) for share in shares]
+            outputs += (self._end(share.id, Finish.ERROR, fault) for share in shares)
             return
         self._scheduler.commit(plan)
         outputs += map(self._next_token, sampled, chosen, told)
@@ -319,7 +335,8 @@ class Engine:
         if not open_:
             del self._requests[answer.request.id]
 
-    def _start_over(self, error: Exception) -> list[Output]:
+    def _start_over(self, fault: EngineFault) -> list[Output]:
+        """The books may be half written and nobody's state can be trusted: all end, and the books begin anew."""
         with self._changed:
             fresh = {item.sequence.id for item in self._inbox if isinstance(item, Answer)}
             ended = [answer for number, answer in self._live.items() if number not in fresh]
@@ -327,8 +344,16 @@ class Engine:
                 self._forget(answer)
         # Not waiting for fetches: what they bring is of no use any more, and a slow one would hold up everybody.
         self._adapters.close(wait=False)
-        self._open_books()
-        fault = EngineFault(f"A step failed: {error!r}.")
+        self._keep_totals()
+        # A GPU may have no room for two caches and two slabs. A slab is part of a cycle: its views know it.
+        del self._cache, self._scheduler, self._adapters
+        gc.collect()
+        try:
+            self._open_books()
+        except Exception:
+            with self._changed:
+                self._closed = True
+            raise
         return [Output(answer.request.id, (), Finish.ERROR, fault, index=answer.index) for answer in ended]
 
     def _count(self, plan: Plan, outputs: list[Output]) -> None:
@@ -336,6 +361,12 @@ class Engine:
         self._totals["computed_tokens"] += sum(share.count for share in plan.shares)
         self._totals["generated_tokens"] += sum(len(output.tokens) for output in outputs)
         self._totals["preemptions"] += len(plan.preempted)
+
+    def _keep_totals(self) -> None:
+        """Adds what the books counted to the totals since the start."""
+        self._totals["loads"] += self._adapters.loads
+        self._totals["load_failures"] += self._adapters.failures
+        self._totals["reused_tokens"] += self._scheduler.reused
 
     def _look(self) -> EngineStats:
         return EngineStats(
@@ -347,11 +378,11 @@ class Engine:
             loading=self._adapters.loading,
             adapter_bytes=self._adapters.slab.bytes,
             host_bytes=self._adapters.host_bytes,
-            loads=self._adapters.loads,
-            load_failures=self._adapters.failures,
+            loads=self._totals["loads"] + self._adapters.loads,
+            load_failures=self._totals["load_failures"] + self._adapters.failures,
             steps=self._totals["steps"],
             computed_tokens=self._totals["computed_tokens"],
-            reused_tokens=self._scheduler.reused,
+            reused_tokens=self._totals["reused_tokens"] + self._scheduler.reused,
             generated_tokens=self._totals["generated_tokens"],
             preemptions=self._totals["preemptions"],
         )

@@ -152,6 +152,10 @@ class Residency:
         # Those that drain already come first, and stop draining once nobody waits for them. A version that is ready
         # but not in use has yet to get its turn.
         ready = [(version, entry) for version, entry in self._entries.items() if entry.ready]
-        candidates = sorted((not e.draining, e.used, version) for version, e in ready if e.draining or e.pins)
-        for index, (_, _, version) in enumerate(candidates):
+        for _, entry in ready:
+            # What it leaves wasn't enough, or it would be gone: it stays free for who waits, and another drains, too.
+            if not entry.pins:
+                entry.draining &= wanted > 0
+        in_use = sorted((not entry.draining, entry.used, version) for version, entry in ready if entry.pins)
+        for index, (_, _, version) in enumerate(in_use):
             self._entries[version].draining = index < wanted

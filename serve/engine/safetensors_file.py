@@ -26,7 +26,7 @@ def read_tensors(path: Path, memory: Memory = host_memory) -> dict[str, torch.Te
     """
     with path.open("rb") as file:
         size = path.stat().st_size
-        content = memoryview(memory(size).numpy())
+        content = memory(size).numpy().data
         if file.readinto(content) != size:
             raise ValueError("the file was cut short while it was read")
     length = int.from_bytes(content[:8], "little")

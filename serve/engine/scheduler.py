@@ -38,7 +38,7 @@ class Sequence:
         sealed: blocks that are full, and known by their keys.
         promised: of its blocks, those that were full of known tokens when it was admitted.
         charged: tokens that its tenant was charged for.
-        kept_out: the step in which the rank budget first kept it out.
+        kept_out: the step in which the rank budget first kept it out since it last ran.
     """
 
     id: int
@@ -191,6 +191,9 @@ class Scheduler:
             ready: whether a sequence of a version may begin to run now; the others wait and hold up nobody.
         """
         self._steps += 1
+        if self._starving is not None and not ready(self._starving.version):
+            # Its version waits for a slot, and those that it would keep out may have them all.
+            self._starving = None
         preempted = self._grow()
         # Who has just lost his blocks would only take them back.
         open_ = not preempted
@@ -302,7 +305,7 @@ class Scheduler:
         if sequence.reuse:
             keys = self._prefix(sequence)
             known = len(self._pool.match(keys))
-            if known < len(keys) and self._promised[keys[known]]:
+            if known < len(keys) and self._is_coming(keys[known], sequence.priority):
                 return False
         if sequence.version is None or self._has_rank_for(sequence.version):
             return True
@@ -311,6 +314,12 @@ class Scheduler:
         elif self._starving is None and self._steps - sequence.kept_out > _PATIENCE:
             self._starving = sequence
         return False
+
+    def _is_coming(self, key: bytes, priority: int) -> bool:
+        """Whether a running sequence is about to fill a block; a lower priority may be put off for ever."""
+        return self._promised[key] > 0 and any(
+            key in s.keys[s.sealed : s.promised] for s in self._running if s.priority >= priority
+        )
 
     def _has_rank_for(self, version: str) -> bool:
         if self._rank_budget is None:
@@ -330,6 +339,7 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> None:
         if sequence is self._starving:
             self._starving = None
+        sequence.kept_out = None
         tenant = self._tenants[sequence.tenant]
         tenant.queue.remove(sequence)
         tenant.running += 1

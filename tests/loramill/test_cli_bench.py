@@ -17,12 +17,14 @@ import typer
 from typer.testing import CliRunner
 
 from loramill import bases
+from loramill.cli import app as root
 from loramill.cli import bench as command
-from loramill.errors import InvalidRequest, SetupError
+from loramill.errors import EngineFault, InvalidRequest, SetupError
 from loramill.kernels import bench
 from loramill.kernels.bench import Effort, Model, Result
 from loramill.kernels.bench.record import COLUMNS, results_file
 from loramill.serve import bench as engine_bench
+from loramill.serve.bench import soak
 
 MET = Result("lora 8/8/16: added", 0.2341, "of base", 0.25, "lower", 0.12)
 MISSED = Result("lora 8/8/16: PEFT's loop over added", 11.0, "x", 12, "higher")
@@ -155,6 +157,46 @@ def test_record_adds_rows_to_the_checkout(name, invoke, measured, checkout: Path
         assert (" transformers " in versions and " peft " in versions) == (name == "engine")
     assert invoke("--record").exit_code == 0
     assert len(checkout.read_text().splitlines()) == 1 + 2 * 3
+
+
+@pytest.mark.parametrize("name", ["soak"], indirect=True)
+@pytest.mark.parametrize(("grew", "code"), [(1.02, 0), (1.07, 1)])
+def test_soak_exits_with_1_where_memory_grows(
+    invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, grew: float, code: int
+) -> None:
+    asked = []
+
+    def run(what: str, seconds: float, report: Callable[[str], object], *, seed: int) -> list[Result]:
+        asked.append((what, seconds, seed))
+        report("30 s: 17 length; 2 open; 900 MiB")
+        return [
+            Result("soak: answers: length", 123456, "in all"),
+            Result("soak: memory growth", grew, "of the second third's", 1.05),
+        ]
+
+    monkeypatch.setattr(soak, "soak", run)
+    monkeypatch.setattr(bases, "find_base", lambda name, cache: f"the base {name}")
+    ran = invoke("--minutes", "1.5", "--seed", "7", "--json", str(tmp_path / "soak.json"))
+    assert ran.exit_code == code, ran.output
+    assert asked == [("the base smollm2-135m", 90, 7)]
+    assert "30 s: 17 length; 2 open; 900 MiB" in ran.stderr.splitlines()
+    assert "123456 in all" in ran.stdout
+    assert ("Missed targets: soak: memory growth." in ran.stderr) == (code == 1)
+    told = json.loads((tmp_path / "soak.json").read_text())
+    assert [(each["value"], each["met"]) for each in told] == [(123456, None), (grew, code == 0)]
+
+
+@pytest.mark.parametrize("name", ["soak"], indirect=True)
+def test_a_fault_ends_the_soak_in_one_sentence_and_1(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def run(*what: object, seed: int) -> list[Result]:
+        raise EngineFault("Answer ('3', 0) says too much.")
+
+    monkeypatch.setattr(soak, "soak", run)
+    monkeypatch.setattr(bases, "find_base", lambda name, cache: f"the base {name}")
+    ran = CliRunner().invoke(root, ["bench", name, "--minutes", "1"])
+    assert ran.exit_code == 1
+    assert ran.stderr == "Answer ('3', 0) says too much.\n"
+    assert ran.stdout == ""
 
 
 @pytest.mark.parametrize("broken", ["no file", "other columns", "no checkout"])

@@ -81,10 +81,12 @@ def test_the_processor_and_gpu_are_told() -> None:
     flags = frozenset({"avx2", "avx512_bf16"})
     assert doctor.cpu("AVX512", flags, 2, 1).found == "AVX2, AVX512-BF16; 2 cores, torch uses 1 threads"
     assert doctor.cpu("DEFAULT", frozenset(), 2, 1).status is not Status.ERROR
-    assert "H100 (80 GiB), CUDA 13.0" in doctor.gpu([("H100", 80 << 30)], "13.0", True).found
-    assert doctor.gpu([], None, False).status is Status.OK
-    assert "CUDA" in doctor.gpu([], None, True).mend
-    assert "nvidia-smi" in doctor.gpu([], "13.0", True).mend
+    assert "H100 (80 GiB), CUDA 13.0; `loramill up`" in doctor.gpu([("H100", 80 << 30)], "13.0", True, "auto").found
+    assert doctor.gpu([("H100", 80 << 30)], "13.0", True, "cuda").found.endswith("CUDA 13.0")
+    assert doctor.gpu([], None, False, "auto").status is Status.OK
+    assert "SERVE__DEVICE" in doctor.gpu([], None, False, "cuda").mend
+    assert "CUDA" in doctor.gpu([], None, True, "auto").mend
+    assert "nvidia-smi" in doctor.gpu([], "13.0", True, "cuda").mend
 
 
 def test_a_torch_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,10 +101,13 @@ def test_a_torch_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_kernels_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_KERNELS", "print('\"cpu\"')")
-    backend, compiler = doctor.kernels(Settings.load())
-    assert (backend.status, backend.found, compiler.status) == (Status.OK, "cpu", Status.OK)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor, "_KERNELS", "import json, sys; print(json.dumps([sys.argv[1], 'some']))")
+        backend, compiler = doctor.kernels(Settings.load(serve={"device": "cuda"}))
+    assert (backend.status, backend.found, compiler.status) == (Status.OK, "some, on cuda", Status.OK)
+    monkeypatch.setenv("LORAMILL_KERNELS", "torch")
+    backend, _ = doctor.kernels(Settings.load(serve={"device": "cpu"}))
+    assert backend.found == "torch, on cpu"
     monkeypatch.setenv("LORAMILL_KERNELS", "none")
     monkeypatch.setenv("PATH", "")
     backend, compiler = doctor.kernels(Settings.load())

@@ -18,8 +18,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loramill.serve.engine import Sampling
-from loramill.serve.engine.sampling import Chooser, _mix, choose, token_logprobs
+from loramill.serve.engine import Sampling, sampling
+from loramill.serve.engine.sampling import Chooser, _mix, choose, likeliest_by_torch, token_logprobs
 
 LOGITS = torch.tensor([1.0, 3.0, 0.5, 2.0, -1.0])
 
@@ -341,6 +341,30 @@ def test_rows_that_are_no_numbers_are_told_apart(broken, temperature):
     got = choose(logits, rows)
     assert [token is None for token in got] == [False, True, True, False]
     assert got[3] != 1
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 40).flatmap(
+        lambda width: st.lists(
+            st.lists(st.sampled_from([0.0, 1.0, -1.0, math.nan, math.inf, -math.inf]), min_size=width, max_size=width),
+            max_size=6,
+        )
+    )
+)
+def test_the_likeliest_tokens_are_the_same_where_a_gpu_finds_them(rows):
+    logits = torch.tensor(rows or [[0.0]])[: len(rows)]
+    assert likeliest_by_torch(logits) == choose(logits, [Chooser(Sampling(9), []) for _ in rows])
+
+
+def test_what_a_gpu_finds_is_taken_and_the_other_rows_are_drawn_from(monkeypatch):
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    logits[4, 7] = math.nan
+    sampled = [Sampling(9), Sampling(9, 1.0, seed=1), Sampling(9, logit_bias=((3, 99.0),))] * 2
+    due = choose(logits, [Chooser(one, []) for one in sampled])
+    monkeypatch.setattr(sampling, "_likeliest_by_numpy", likeliest_by_torch)
+    assert choose(logits, [Chooser(one, []) for one in sampled]) == due
+    assert due[2] == 3 and due[4] is None
 
 
 def test_logprobs_are_natural_and_sum_to_one():

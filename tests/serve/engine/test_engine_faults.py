@@ -1,0 +1,197 @@
+"""Bad luck in the engine's books: what once hung, leaked or was told wrongly."""
+
+import threading
+import weakref
+
+import pytest
+
+from loramill.errors import EngineFault, Unavailable
+from loramill.serve.engine import Finish
+from loramill.serve.engine.residency import Residency
+from loramill.serve.engine.scheduler import Scheduler, Sequence
+
+
+def always(version: str | None) -> bool:
+    return True
+
+
+def run(s: Scheduler, ready=always):
+    """One step as an engine does it: whoever was sampled gets a token."""
+    plan = s.plan(ready)
+    s.commit(plan)
+    for share in plan.shares:
+        if share.sampled:
+            s.get(share.id).tokens.append(7)
+    s.check_integrity()
+    return plan
+
+
+def test_one_that_the_rank_budget_starved_and_that_lost_its_slot_keeps_nobody_out():
+    s = Scheduler(100, 4, 100, 10, rank_budget=30, rank_of=lambda version: 16)
+    s.add(Sequence("v", "t", "v", [1]))
+    run(s)
+    s.add(Sequence("w", "u", "w", [2]))
+    for _ in range(100):
+        run(s)
+    s.add(Sequence("x", "u", "x", [3]))
+    s.remove("v")
+    # Its version waits for a slot, all of which may be held for those that it would keep out.
+    assert run(s, lambda version: version != "w").admitted == ("x",)
+
+
+def test_the_patience_of_one_that_was_let_in_begins_anew():
+    s = Scheduler(4, 4, 100, 10, rank_budget=30, rank_of=lambda version: 16)
+    s.add(Sequence("v", "t", "v", [1]))
+    run(s)
+    s.add(Sequence("w", "u", "w", [2]))
+    run(s)
+    assert s.get("w").kept_out is not None
+    s.remove("v")
+    assert run(s).admitted == ("w",)
+    assert s.get("w").kept_out is None
+
+
+def test_a_prefix_that_a_lower_priority_is_computing_is_not_waited_for():
+    s = Scheduler(100, 4, 4, 10)
+    tokens = list(range(40))
+    s.add(Sequence("low", "t", None, list(tokens)))
+    run(s)
+    s.add(Sequence("first", "u", None, [100 + i for i in range(8)], priority=1))
+    s.add(Sequence("alike", "u", None, list(tokens), priority=1))
+    for number in range(20):
+        s.add(Sequence(f"other {number}", "u", None, [1000 * number + i for i in range(8)], priority=1))
+    admitted = [id_ for _ in range(6) for id_ in run(s).admitted]
+    assert admitted[:2] == ["first", "alike"]
+
+
+def test_an_adapter_as_large_as_two_others_gets_their_room():
+    residency = Residency(slots=3, patience=3)
+    for version in ("a", "b"):
+        for _ in range(2):
+            residency.want(version)
+        residency.advance()
+        residency.loaded(version)
+        residency.pin(version)
+    residency.want("large")
+    assert residency.advance().load == ("large",)
+    residency.advance(crowded=1)
+    assert not residency.ready("a") and residency.ready("b")
+    residency.unpin("a")
+    # What "a" alone leaves isn't enough.
+    residency.advance(crowded=1)
+    assert residency.idle == ("a",) and not residency.ready("b")
+    residency.unpin("b")
+    assert set(residency.idle) == {"a", "b"}
+    residency.advance()
+    assert residency.ready("a") and residency.ready("b")
+
+
+def fail(driver, monkeypatch) -> None:
+    """A step that fails outside the model."""
+    with monkeypatch.context() as patch:
+        # No Python function: pytest keeps what is logged, and with it what a failing function's frame holds.
+        patch.setattr(Scheduler, "plan", staticmethod(int))
+        driver.step()
+
+
+def test_starting_over_drops_the_old_cache_and_slab_before_it_makes_new_ones(drive, monkeypatch):
+    driver = drive()
+    engine = driver.engine
+    # What the side threads have begun holds the slab to its end.
+    engine._adapters._loader._keeper.submit(lambda: None).result()
+    old = [weakref.ref(engine._adapters.slab), *(weakref.ref(kv.keys) for kv in engine._cache)]
+    left: list[list[bool]] = []
+    kind = type(engine._model)
+
+    def watched(make):
+        def made(*args):
+            left.append([there() is not None for there in old])
+            return make(*args)
+
+        return made
+
+    for name in ("new_cache", "new_slab"):
+        monkeypatch.setattr(kind, name, watched(getattr(kind, name)))
+    driver.submit("a", [1])
+    fail(driver, monkeypatch)
+    assert isinstance(driver.answers["a"].last.error, EngineFault)
+    assert len(left) == 2 and not any(map(any, left))
+
+
+def test_an_engine_that_can_not_start_over_is_closed(drive, monkeypatch):
+    driver = drive()
+    monkeypatch.setattr(type(driver.engine._model), "new_cache", lambda *args: 1 / 0)
+    driver.submit("a", [1])
+    with pytest.raises(ZeroDivisionError):
+        fail(driver, monkeypatch)
+    with pytest.raises(Unavailable):
+        driver.submit("b", [1])
+    driver.engine.close()
+
+
+def test_what_is_counted_since_the_start_is_not_forgotten_by_a_failing_step(drive, monkeypatch, prompts):
+    driver = drive()
+    for _ in range(2):
+        driver.submit("a", prompts["all"], "all")
+        driver.finish()
+    before = driver.engine.stats
+    assert before.loads == 1 and before.reused_tokens > 0
+    fail(driver, monkeypatch)
+    after = driver.engine.stats
+    assert (after.loads, after.reused_tokens) == (before.loads, before.reused_tokens)
+    driver.submit("b", prompts["all"], "all")
+    driver.finish()
+    assert driver.engine.stats.loads == 2
+
+
+def test_a_closed_engine_has_nothing_to_do_and_starts_nothing(drive, prompts):
+    driver = drive()
+    driver.submit("running", prompts[None], max_tokens=50)
+    driver.step()
+    driver.submit("cold", prompts["lora"], "lora")
+    driver.engine.close()
+    assert not driver.engine.has_work
+    assert not driver.engine.wait(0.01)
+    assert driver.engine.step() == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("adapter-")]
+
+
+def test_closing_waits_for_the_step_under_way(drive, monkeypatch):
+    driver = drive()
+    begun, go = threading.Event(), threading.Event()
+    plan = driver.engine._scheduler.plan
+
+    def slowly(ready):
+        begun.set()
+        assert go.wait(20)
+        return plan(ready)
+
+    monkeypatch.setattr(driver.engine._scheduler, "plan", slowly)
+    driver.submit("a", [1])
+    stepping = threading.Thread(target=driver.step)
+    closing = threading.Thread(target=driver.engine.close)
+    stepping.start()
+    assert begun.wait(20)
+    closing.start()
+    closing.join(0.05)
+    assert closing.is_alive()
+    go.set()
+    for thread in (stepping, closing):
+        thread.join(20)
+    assert len(driver.answers["a"].tokens) == 1
+
+
+def test_some_of_n_answers_are_done_when_the_rest_is_cancelled(drive, prompts, expected):
+    driver = drive()
+    prompt, tokens = prompts[None], expected["None"]
+    # One of the seeds meets its stop token early.
+    driver.submit("it", prompt, n=3, temperature=1.0, seed=3, max_tokens=100, stop_ids=tuple(range(0, 101, 9)))
+    while all(answer.last is None for answer in driver.answers.values()):
+        driver.step()
+    driver.engine.cancel("it")
+    driver.finish()
+    finishes = [answer.last.finish for answer in driver.answers.values()]
+    assert set(finishes) == {Finish.STOP, Finish.CANCELLED}
+    driver.answers.clear()
+    driver.submit("it", prompt)
+    assert driver.finish()["it"] == tokens

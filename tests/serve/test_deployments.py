@@ -1,0 +1,56 @@
+"""Where the engine replica runs: what Ray is asked for, and what the replica makes of its settings."""
+
+import pytest
+import torch
+
+from loramill.serve import replica
+from loramill.serve.deployments import engine_options, on_ray
+from loramill.serve.replica import Replica, find_device
+from loramill.settings import ServeSettings
+
+
+@pytest.mark.parametrize(("device", "gpus", "there"), [("auto", 0, "cpu"), ("cpu", 0, "cpu"), ("cuda", 1, "cuda")])
+def test_ray_gives_a_gpu_to_who_says_so_and_nobody_takes_another(device, gpus, there, monkeypatch):
+    # Ray shows all of a node's GPUs to a replica that asked for none.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    settings = ServeSettings(device=device, threads=3)
+    options = engine_options(settings)
+    assert options["num_gpus"] == gpus
+    assert options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "3"
+    assert find_device(on_ray(settings)) == there
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_without_ray_auto_is_what_torch_finds(there, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert find_device(ServeSettings()) == ("cuda" if there else "cpu")
+    assert find_device(ServeSettings(device="cpu")) == "cpu"
+    assert find_device(ServeSettings(device="cuda")) == "cuda"
+
+
+class Started(Exception):
+    """Far enough."""
+
+
+@pytest.mark.parametrize(
+    ("said", "device", "tokens"),
+    [({"device": "cpu"}, "cpu", 128), ({"device": "cuda"}, "cuda", 2048)]
+    + [({"device": device, "max_batch_tokens": 64}, device, 64) for device in ("cpu", "cuda")],
+)
+def test_the_device_decides_where_the_base_is_loaded_and_how_many_tokens_a_step_has(
+    said, device, tokens, base, monkeypatch
+):
+    seen = {}
+
+    def load(folder, **asked):
+        seen.update(asked)
+
+    def engine(model, source, config):
+        seen["tokens"] = config.max_batch_tokens
+        raise Started
+
+    monkeypatch.setattr(replica, "load_model", load)
+    monkeypatch.setattr(replica, "Engine", engine)
+    with pytest.raises(Started):
+        Replica(base, lambda version: base.folder, ServeSettings(**said))
+    assert (seen["device"], seen["tokens"]) == (device, tokens)
