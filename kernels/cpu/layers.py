@@ -99,6 +99,8 @@ def run_layers(
     step.pages.check(rows, kv.keys.shape[0], kv.block_size)
     step.slab.check(step.batch)
     angles = (rows, kv.head_dim // 2)
+    if step.slab.dtype != x.dtype and (step.slab.dtype, x.dtype) != (torch.int8, torch.bfloat16):
+        raise EngineFault(f"Adapters in {step.slab.dtype} don't go with rows in {x.dtype}.")
     if ld != hidden or gap != 1 or step.batch.rows != rows or not x.dtype == kv.keys.dtype == first.qkv.weight.dtype:
         raise EngineFault(
             f"x is {x.dtype} {[rows, hidden]} of strides {x.stride()} for a batch of {step.batch.rows} rows; "

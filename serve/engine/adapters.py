@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from loramill.errors import EngineFault, LoramillError
-from loramill.kernels import PackedAdapter, Slot
+from loramill.kernels import Slot
 from loramill.kernels.adapter import RANK
 from loramill.serve.engine.host_cache import HostCache
-from loramill.serve.engine.loader import AdapterLoader
+from loramill.serve.engine.loader import AdapterLoader, Fetched
 from loramill.serve.engine.residency import Residency
 from loramill.serve.engine.values import AdapterSource, EngineConfig
 from loramill.serve.model import Model
@@ -29,8 +29,10 @@ class Adapters:
         self._residency = Residency(config.adapter_slots, config.patience)
         self._slots: dict[str, Slot] = {}
         self._ranks: dict[str, int] = {}
-        # Fetched, and waiting for room.
-        self._arrived: dict[str, PackedAdapter] = {}
+        # Those waiting for room, and how many steps the first of them has.
+        self._arrived: dict[str, Fetched] = {}
+        self._patience = config.patience
+        self._waited = 0
         self._cache = HostCache(config.host_bytes)
         self._loader = AdapterLoader(self.slab, self._cache, model.target_weight, source, config.load_threads, notify)
 
@@ -96,14 +98,26 @@ class Adapters:
                 self.loads += 1
             else:
                 self._arrived[version] = result
-        for version, adapter in list(self._arrived.items()):
-            slot = self._room(adapter.bytes)
+        self._settle()
+        return failed
+
+    def _settle(self) -> None:
+        """Finds room for those that wait for it, smaller ones before larger ones for a while."""
+        first = next(iter(self._arrived), None)
+        for version, fetched in list(self._arrived.items()):
+            if version != first and self._waited > self._patience:
+                break
+            slot = self._room(fetched.adapter.bytes)
             if slot is not None:
                 del self._arrived[version]
                 self._slots[version] = slot
-                self._ranks[version] = int(adapter.table[..., RANK].max())
-                self._loader.copy(version, adapter, slot)
-        return failed
+                self._ranks[version] = int(fetched.adapter.table[..., RANK].max())
+                self._loader.copy(version, fetched, slot)
+            elif not self._residency.wanted(version):
+                del self._arrived[version]
+                self._residency.failed(version)
+                self._loader.leave(version, fetched)
+        self._waited = self._waited + 1 if first in self._arrived else 0
 
     def advance(self) -> None:
         """Hands out slots and begins to fetch; called once a step, when the requests of failed versions are gone."""

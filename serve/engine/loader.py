@@ -23,7 +23,7 @@ from loramill.serve.engine.values import AdapterSource
 log = logging.getLogger(__name__)
 
 
-#: Adapters that are packed at once and not yet copied: more would take more memory than the engine's bounds say.
+#: Adapters that are packed before the engine has seen them: more would take more memory than its bounds say.
 _PACKS = 2
 #: Bytes for reading and packing that are kept for the next ones.
 _SPARE = 24 << 20
@@ -34,11 +34,19 @@ _NICE = 5
 
 
 @dataclass(frozen=True, slots=True)
+class Fetched:
+    """An adapter to find room for; `borrowed` from the host cache, or in memory that the next one gets."""
+
+    adapter: PackedAdapter
+    borrowed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
     """How a version's fetch or copy ended: an adapter to find room for, a slot that is filled, or an error."""
 
     version: str
-    result: PackedAdapter | Slot | LoramillError
+    result: Fetched | Slot | LoramillError
 
 
 class AdapterLoader:
@@ -60,7 +68,6 @@ class AdapterLoader:
         self._notify = notify
         self._room = Recycler(_SPARE)
         self._packs = threading.Semaphore(_PACKS)
-        self._packed: set[int] = set()
         self._closed = False
         self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter-loader", initializer=_step_back)
@@ -70,22 +77,38 @@ class AdapterLoader:
         self._keeper.submit(self._slab.prepare, _AHEAD)
 
     def fetch(self, version: str) -> None:
-        """Begins to read a version."""
-        self._threads.submit(self._finish, version, self._read)
+        """Takes a version from the host cache, or begins to read it."""
+        known = self._cache.borrow(version)
+        if known is None:
+            self._threads.submit(self._finish, version, self._read)
+        else:
+            self._done.put(Loaded(version, Fetched(known, borrowed=True)))
+            self._notify()
 
-    def copy(self, version: str, adapter: PackedAdapter, slot: Slot) -> None:
+    def copy(self, version: str, fetched: Fetched, slot: Slot) -> None:
         """Begins to copy an adapter into a slot that was allocated for it."""
 
         def into_slot(version: str) -> Slot:
-            self._slab.load(slot, adapter)
-            self._keeper.submit(self._keep, version, adapter)
+            try:
+                self._slab.load(slot, fetched.adapter)
+            finally:
+                self.leave(version, fetched)
             return slot
 
         self._copier.submit(self._finish, version, into_slot)
 
+    def leave(self, version: str, fetched: Fetched) -> None:
+        """Ends the use of what was fetched; it stays in the host cache if that has room."""
+        self._keeper.submit(self._keep, version, fetched)
+
     def finished(self) -> list[Loaded]:
         """Takes the results that are there."""
-        return [self._done.get() for _ in range(self._done.qsize())]
+        finished = [self._done.get() for _ in range(self._done.qsize())]
+        for loaded in finished:
+            # Not once it is copied: one that waits long for room must not keep others from being read.
+            if isinstance(loaded.result, Fetched) and not loaded.result.borrowed:
+                self._packs.release()
+        return finished
 
     def close(self, *, wait: bool) -> None:
         """Drops what has not begun; the rest goes on to its end, which may be waited for."""
@@ -93,8 +116,8 @@ class AdapterLoader:
         for threads in (self._threads, self._copier, self._keeper):
             threads.shutdown(wait=wait, cancel_futures=True)
 
-    def _finish(self, version: str, work: Callable[[str], PackedAdapter | Slot]) -> None:
-        result: PackedAdapter | Slot | LoramillError
+    def _finish(self, version: str, work: Callable[[str], Fetched | Slot]) -> None:
+        result: Fetched | Slot | LoramillError
         try:
             result = work(version)
         except LoramillError as error:
@@ -107,21 +130,15 @@ class AdapterLoader:
         self._done.put(Loaded(version, result))
         self._notify()
 
-    def _keep(self, version: str, adapter: PackedAdapter) -> None:
-        if id(adapter) in self._packed:
-            self._cache.put(version, adapter)
-            self._room.give(adapter.data)
-            self._packed.remove(id(adapter))
-            self._packs.release()
-        else:
+    def _keep(self, version: str, fetched: Fetched) -> None:
+        if fetched.borrowed:
             self._cache.give_back(version)
+        else:
+            self._cache.put(version, fetched.adapter)
+            self._room.give(fetched.adapter.data)
         self._slab.prepare(_AHEAD)
 
-    def _read(self, version: str) -> PackedAdapter:
-        adapter = self._cache.borrow(version)
-        return self._pack(version) if adapter is None else adapter
-
-    def _pack(self, version: str) -> PackedAdapter:
+    def _read(self, version: str) -> Fetched:
         folder = self._source(version)
         while not self._packs.acquire(timeout=0.1):
             if self._closed:
@@ -137,8 +154,7 @@ class AdapterLoader:
         except BaseException:
             self._packs.release()
             raise
-        self._packed.add(id(adapter))
-        return adapter
+        return Fetched(adapter, borrowed=False)
 
 
 def _step_back() -> None:

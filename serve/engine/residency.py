@@ -67,6 +67,10 @@ class Residency:
         if not entry.users and not entry.slotted:
             del self._entries[version]
 
+    def wanted(self, version: str) -> bool:
+        """Whether a live request asks for a version."""
+        return version in self._entries and self._entries[version].users > 0
+
     def pin(self, version: str) -> None:
         """A request began to run."""
         entry = self._entries[version]
@@ -83,7 +87,7 @@ class Residency:
         entry.ready, entry.used = True, self._clock
 
     def failed(self, version: str) -> None:
-        """A fetch has failed, and its requests have been told: the next request tries again."""
+        """A fetch has failed, and its requests have been told, or nobody wants it: the next request tries again."""
         entry = self._entries[version]
         entry.slotted = False
         if not entry.users:

@@ -7,6 +7,7 @@ sequence has.
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,10 @@ class GraphedDecoder:
         self._statics = statics
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._owners: tuple[Sequence[LayerKV], Slab] | None = None
-        self._slot_ranks = (-1, np.zeros(0, np.int64))
+        # The largest rank in each slot, of which slab and after which of its changes.
+        self._slot_ranks = np.zeros(0, np.int64)
+        self._ranked: Callable[[], Slab | None] = lambda: None
+        self._ranked_changes = -1
 
     def new_cache(self, blocks: int, block_size: int) -> tuple[LayerKV, ...]:
         """An empty KV cache of `blocks` blocks for `forward`, and one more for rows that a step lacks."""
@@ -163,9 +167,10 @@ class GraphedDecoder:
         return self._rows[rows], self._ranks[rank]
 
     def _largest_rank(self, slab: Slab, batch: Batch) -> int:
-        if slab.changes != self._slot_ranks[0]:
-            self._slot_ranks = slab.changes, slab.table[..., RANK].max(axis=(0, 2), initial=0)
-        return int(self._slot_ranks[1][batch.segments[:, 0]].max(initial=0))
+        if (self._ranked(), self._ranked_changes) != (slab, slab.changes):
+            self._ranked, self._ranked_changes = weakref.ref(slab), slab.changes
+            self._slot_ranks = slab.table[..., RANK].max(axis=(0, 2), initial=0)
+        return int(self._slot_ranks[batch.segments[:, 0]].max(initial=0))
 
     def _record(self, rows: int, rank: int, cache: Sequence[LayerKV], slab: Slab) -> _Graph:
         decoder, block_size = self._decoder, cache[0].block_size

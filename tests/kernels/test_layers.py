@@ -126,6 +126,7 @@ def test_what_does_not_fit_is_refused(native):
     good = Step(angles, angles, pages, slab, Batch.of([(None, 4)]))
     x = torch.randn(4, 48)
     run_layers(native, stack, x, cache, good)
+    bytes_ = Slab(sites, slots=1, size=1 << 16, dtype=torch.int8, layout=native.layout)
     stale = Step(angles, angles, pages, slab, Batch.of([(slots[2], 4)]))
     slab.free(slots[2])
     for wrong_x, step in (
@@ -133,6 +134,7 @@ def test_what_does_not_fit_is_refused(native):
         (torch.randn(48, 4).T, good),
         (torch.randn(4, 48).bfloat16(), good),
         (x, stale),
+        (x, Step(angles, angles, pages, bytes_, Batch.of([(None, 4)]))),
         (x, Step(angles[:, :7], angles, pages, slab, Batch.of([(None, 4)]))),
         (x, Step(angles, angles, pages, slab, Batch.of([(None, 3)]))),
     ):

@@ -195,3 +195,21 @@ def test_some_of_n_answers_are_done_when_the_rest_is_cancelled(drive, prompts, e
     driver.answers.clear()
     driver.submit("it", prompt)
     assert driver.finish()["it"] == tokens
+
+
+def test_large_adapters_that_wait_for_room_keep_no_small_one_from_being_read(drive, adapters, prompts, expected):
+    # "all" is nearly eight times as large as "lora", and there is room for one of it.
+    driver = drive(lambda version: adapters[version.split()[0]], adapter_bytes=31_488 + 4096, patience=1000)
+    driver.submit("busy", prompts["all"], "all", max_tokens=150)
+    while not driver.answers["busy"].tokens:
+        assert driver.engine.wait(20)
+        driver.step()
+    for number in range(4):
+        driver.submit(f"large {number}", prompts["all"], f"all {number}", max_tokens=1)
+    driver.submit("lora", prompts["lora"], "lora")
+    while driver.answers["lora"].last is None:
+        assert driver.engine.wait(20)
+        driver.step()
+    assert driver.answers["busy"].last is None
+    assert driver.answers["lora"].tokens == expected["lora"]
+    driver.finish()

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from loramill.errors import BaseUnusable, EngineFault, SetupError
-from loramill.kernels import Batch, Pages, Span, plain
+from loramill.kernels import Batch, Delta, Pages, Span, plain
 from loramill.serve.engine import Engine, EngineConfig, Request, Sampling
 from loramill.serve.model import Chunk, load_decoder, load_model, loading
 from loramill.serve.model.graphs import GraphedDecoder
@@ -331,3 +331,21 @@ def test_on_a_gpu_a_replayed_step_is_the_eager_one_and_waits_for_nothing(folder)
         session.sides[0].forward(chunks, [None, 0, 0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_largest_rank_is_that_of_the_slab_at_hand(tmp_path):
+    write_base(tmp_path)
+    graphed = GraphedDecoder(
+        load_decoder(tmp_path, dtype=torch.float32), capture=lambda run: run, statics=SimpleNamespace()
+    )
+    module, d_in, width = next(
+        (site.modules[0], site.d_in, site.widths[0]) for site in graphed.sites if not site.lookup
+    )
+    found = []
+    for rank in (4, 12):
+        slab = graphed.new_slab(1, 1 << 20)
+        packed = slab.pack({module: Delta(torch.ones(rank, d_in), torch.ones(width, rank))})
+        slot = slab.allocate(packed.bytes)
+        slab.load(slot, packed)
+        found.append((slab.changes, graphed._largest_rank(slab, Batch.of([(slot, 1)]))))
+    assert found == [(1, 4), (1, 12)]
