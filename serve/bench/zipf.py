@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import random
@@ -59,15 +60,19 @@ class _Seconds:
     cpu: float
     wall: float
 
+    def and_then(self, other: _Seconds) -> _Seconds:
+        """Of both."""
+        return _Seconds(self.cpu + other.cpu, self.wall + other.wall)
+
 
 def measure(subject: Subject, traffic: Traffic, rounds: int) -> list[Result]:
-    """A run each, in a process of its own: what other cases have left in memory would blur how much this one takes.
+    """Two runs each, in a process of its own: what other cases have left in memory would blur how much this one takes.
 
     Every run begins with no adapter loaded. `rounds` has no say.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
         one, many, memory = alone.submit(_measure, subject.base, subject.adapters, traffic).result()
-    tokens, name = traffic.requests * traffic.new, traffic.name
+    tokens, name = 2 * traffic.requests * traffic.new, traffic.name
     results = [
         Result(f"{name}: speed", one.cpu / many.cpu, "of one adapter's", 0.9, "higher"),
         Result(f"{name}: speed by the clock", one.wall / many.wall, "of one adapter's", better="higher"),
@@ -84,14 +89,16 @@ def _measure(base: Base, adapters: tuple[Path, ...], traffic: Traffic) -> tuple[
     before = _resident()
     decoder = load_decoder(base.folder, dtype=torch.bfloat16, threads=1)
     subject = Subject(base, decoder, adapters)
-    one = _run(subject, traffic, ["0"] * traffic.requests)
     most = before
 
     def look() -> None:
         nonlocal most
         most = max(most, _resident())
 
-    many = _run(subject, traffic, drawn(traffic), look)
+    # In this order, so that what drifts in a minute hits both alike.
+    alike = ["0"] * traffic.requests
+    runs = [_run(subject, traffic, versions, look) for versions in (alike, drawn(traffic), drawn(traffic), alike)]
+    one, many = runs[0].and_then(runs[3]), runs[1].and_then(runs[2])
     return one, many, (most - before) / _bounds(decoder, _config(subject, traffic)) if before else None
 
 
@@ -112,7 +119,11 @@ def _run(
         while load.open:
             load.step()
             look()
-        return _Seconds(time.thread_time() - cpu, time.perf_counter() - wall)
+        spent = _Seconds(time.thread_time() - cpu, time.perf_counter() - wall)
+    del engine, load
+    # A slab and its views refer to each other.
+    gc.collect()
+    return spent
 
 
 def _config(subject: Subject, traffic: Traffic) -> EngineConfig:

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -70,8 +72,10 @@ class AdapterLoader:
         self._packs = threading.Semaphore(_PACKS)
         self._closed = False
         self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter-loader", initializer=_step_back)
-        # Copies have a thread of their own, as they must not wait for slow sources, and so has what nobody waits for.
+        # A stage waits for nothing but the one before it, and what nobody waits for comes last. Few threads pack, as
+        # each keeps what memory it ever took.
+        self._sources = ThreadPoolExecutor(threads, thread_name_prefix="adapter-source", initializer=_step_back)
+        self._packers = ThreadPoolExecutor(_PACKS, thread_name_prefix="adapter-packer", initializer=_step_back)
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copier", initializer=_step_back)
         self._keeper = ThreadPoolExecutor(1, thread_name_prefix="adapter-keeper", initializer=_step_back)
         self._keeper.submit(self._slab.prepare, _AHEAD)
@@ -80,7 +84,7 @@ class AdapterLoader:
         """Takes a version from the host cache, or begins to read it."""
         known = self._cache.borrow(version)
         if known is None:
-            self._threads.submit(self._finish, version, self._read)
+            self._sources.submit(self._finish, version, self._locate)
         else:
             self._done.put(Loaded(version, Fetched(known, borrowed=True)))
             self._notify()
@@ -113,11 +117,11 @@ class AdapterLoader:
     def close(self, *, wait: bool) -> None:
         """Drops what has not begun; the rest goes on to its end, which may be waited for."""
         self._closed = True
-        for threads in (self._threads, self._copier, self._keeper):
+        for threads in (self._sources, self._packers, self._copier, self._keeper):
             threads.shutdown(wait=wait, cancel_futures=True)
 
-    def _finish(self, version: str, work: Callable[[str], Fetched | Slot]) -> None:
-        result: Fetched | Slot | LoramillError
+    def _finish(self, version: str, work: Callable[[str], Fetched | Slot | None]) -> None:
+        result: Fetched | Slot | LoramillError | None
         try:
             result = work(version)
         except LoramillError as error:
@@ -127,8 +131,9 @@ class AdapterLoader:
             # The source is the caller's and the files are a tenant's: whatever they do must end as an answer.
             log.exception("adapter not loaded", extra={"version": version})
             result = AdapterInvalid(f"Version {version} can't be loaded: {error!r}.")
-        self._done.put(Loaded(version, result))
-        self._notify()
+        if result is not None:
+            self._done.put(Loaded(version, result))
+            self._notify()
 
     def _keep(self, version: str, fetched: Fetched) -> None:
         if fetched.borrowed:
@@ -138,8 +143,11 @@ class AdapterLoader:
             self._room.give(fetched.adapter.data)
         self._slab.prepare(_AHEAD)
 
-    def _read(self, version: str) -> Fetched:
+    def _locate(self, version: str) -> None:
         folder = self._source(version)
+        self._packers.submit(self._finish, version, partial(self._read, folder))
+
+    def _read(self, folder: Path, version: str) -> Fetched:
         while not self._packs.acquire(timeout=0.1):
             if self._closed:
                 raise Unavailable("The engine is closed.")
