@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,10 +58,19 @@ class Layout:
     Attributes:
         a, b: turn a [r, d_in] and b [d_out, r] into what is stored, in their dtype. They are called under `torch.vmap`:
             for the matrices of many modules at once.
+        place: does the same to matrices of the slab's own dtype or float32, straight to where they go; None: can't.
     """
 
     a: Callable[[torch.Tensor], torch.Tensor]
     b: Callable[[torch.Tensor], torch.Tensor]
+    place: Callable[[NDArray[np.void], torch.dtype], None] | None = None
+
+
+#: What `Layout.place` takes, a record a matrix: the addresses from and to, its shape, whether it is a b, whether it
+#: is of float32, and its scale.
+PLACING = np.dtype(
+    [(name, np.int64) for name in ("from", "to", "rows", "columns", "of_b", "floats")] + [("scale", np.float64)]
+)
 
 
 #: Both matrices as they are, row by row.
@@ -118,10 +128,11 @@ def pack(
     """
     targets = _targets(sites, deltas)
     alike = _alike(targets, deltas)
-    sizes: dict[str, list[int]] = {}
+    sizes: dict[str, tuple[int, ...]] = {}
     for names in alike:
-        one = [part.shape[1] for part in _lay_out(names[:1], deltas, layout, dtype)]
-        sizes |= dict.fromkeys(names, one)
+        one = deltas[names[0]]
+        shapes = (one.a.shape, one.b.shape, one.gain is not None, one.lookup)
+        sizes |= dict.fromkeys(names, _sizes(layout, dtype, *shapes))
     table = np.zeros((len(sites), modules_per_site(sites), 4), dtype=np.int64)
     table[..., GAIN] = -1
     starts: dict[str, list[int]] = {}
@@ -137,10 +148,32 @@ def pack(
             table[s, m, GAIN] = gain
     data = memory(end)
     for names in alike:
+        if layout.place is not None and all(_is_plain(deltas[name], dtype) for name in names):
+            layout.place(_placings(names, deltas, starts, data.data_ptr()), dtype)
+            continue
         # One shape after the other: what that takes beside the adapter is soon free again.
         for part, rows in enumerate(_lay_out(names, deltas, layout, dtype)):
             _place(data.numpy(), [starts[name][part] for name in names], rows)
     return PackedAdapter(data, table)
+
+
+def _is_plain(delta: Delta, dtype: torch.dtype) -> bool:
+    """Whether its two matrices are all of it, row by row, and in a slab's dtype or float32."""
+    plain = delta.a.dtype == delta.b.dtype and delta.a.dtype in (dtype, torch.float32) and dtype != torch.int8
+    return plain and delta.gain is None and not delta.lookup and delta.a.is_contiguous() and delta.b.is_contiguous()
+
+
+def _placings(
+    names: list[str], deltas: Mapping[str, Delta], starts: Mapping[str, list[int]], address: int
+) -> NDArray[np.void]:
+    """The records of these modules, for data at an address."""
+    records = []
+    for name in names:
+        delta, (_, a, b, _) = deltas[name], starts[name]
+        floats = delta.a.dtype == torch.float32
+        records.append((delta.a.data_ptr(), address + a, *delta.a.shape, 0, floats, 1.0))
+        records.append((delta.b.data_ptr(), address + b, *delta.b.shape, 1, floats, delta.scale))
+    return np.array(records, dtype=PLACING)
 
 
 def _place(data: NDArray[np.uint8], starts: Sequence[int], parts: NDArray[np.uint8]) -> None:
@@ -175,6 +208,15 @@ def _alike(targets: Mapping[str, tuple[int, int, Site]], deltas: Mapping[str, De
         key = (delta.lookup, delta.a.shape, delta.b.shape, delta.a.dtype, delta.b.dtype, delta.gain is None)
         alike.setdefault(key, []).append(name)
     return list(alike.values())
+
+
+@functools.lru_cache(maxsize=1024)
+def _sizes(
+    layout: Layout, dtype: torch.dtype, a: torch.Size, b: torch.Size, gain: bool, lookup: bool
+) -> tuple[int, ...]:
+    """The sizes of `_lay_out`, for matrices of these shapes."""
+    one = Delta(torch.zeros(a), torch.zeros(b), torch.zeros(b[0]) if gain else None, lookup)
+    return tuple(part.shape[1] for part in _lay_out(["one"], {"one": one}, layout, dtype))
 
 
 def _lay_out(

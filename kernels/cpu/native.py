@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_int, c_int64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ _PIECE = 96
 #: Counts and strides are declared as pointers too, as in `decoder_ops`.
 _SIGNATURES: dict[str, list[Any]] = {
     "adapted_linear": [c_void_p] * 15,
+    "lay_out": [c_void_p] * 2,
     "run_layers": [c_void_p] * 3,
     "set_threads": [c_int],
     **decoder_ops.SIGNATURES,
@@ -61,9 +62,8 @@ def open_native(tier: str | None = None) -> Native:
 class Native:
     """The operations of `Backend` on a processor of `tier`, for bfloat16 and float32."""
 
-    layout = PANELS
-
     def __init__(self, tier: str) -> None:
+        self.layout = replace(PANELS, place=self._place)
         self.name = f"cpu-{tier}"
         self._tier = tier
         self._threads = 1
@@ -198,6 +198,9 @@ class Native:
             SetupError: there is no compiler, or it can't.
         """
         self._library(torch.bfloat16)
+
+    def _place(self, placings: NDArray[np.void], dtype: torch.dtype) -> None:
+        self._library(dtype).lay_out(placings.ctypes.data, len(placings))
 
     def _library(self, dtype: torch.dtype) -> ctypes.CDLL:
         if dtype not in self._libraries:

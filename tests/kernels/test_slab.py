@@ -1,6 +1,7 @@
 """The arena's books: slots, bytes, generations, eviction, loading beside the kernels; which backend there is."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from loramill.kernels.adapter import LOOKUP, ROWS, pack
 from loramill.kernels.cpu.layout import PANELS
 from loramill.kernels.memory import Extents, HostPool, Recycler, host_memory, populate
 
+from .conftest import NATIVE, open_backend
 from .oracle import random_delta
 
 SITES = [Site(8, ("q", "k"), (8, 4)), Site(8, ("o",), (8,))]
@@ -63,6 +65,9 @@ def test_ranks_differ_by_module_and_take_no_more_than_their_own():
     assert (small, large) == (2 * 8 * 8 * 4, 2 * 64 * 8 * 4)
 
 
+NATIVE_LAYOUTS = [partial(lambda name: open_backend(name).layout, name) for name in NATIVE]
+
+
 def packed_one_by_one(sites, deltas, layout, dtype):
     """The bytes and table of `pack`, a module at a time."""
     table = torch.zeros(len(sites), max(len(site.modules) for site in sites), 4, dtype=torch.int64)
@@ -92,8 +97,9 @@ def packed_one_by_one(sites, deltas, layout, dtype):
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int8]))
-@pytest.mark.parametrize("layout", [ROWS, PANELS], ids=["rows", "panels"])
-def test_modules_packed_together_have_the_bytes_of_modules_packed_alone(layout, data, dtype):
+@pytest.mark.parametrize("lay", [lambda: ROWS, lambda: PANELS, *NATIVE_LAYOUTS], ids=["rows", "panels", *NATIVE])
+def test_modules_packed_together_have_the_bytes_of_modules_packed_alone(lay, data, dtype):
+    layout = lay()
     widths = st.sampled_from([5, 32, 50])
     sites, deltas = [Site(23, ("embed",), (9,), lookup=True)], {}
     for s in range(data.draw(st.integers(1, 5))):
