@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -17,12 +16,11 @@ import torch
 from loramill.bases import Base
 from loramill.kernels.bench.measure import Result
 from loramill.serve.bench.load import Load
+from loramill.serve.bench.memory import resident
 from loramill.serve.bench.shapes import kv_bytes, weight_count
 from loramill.serve.bench.subject import Subject, weights_file
 from loramill.serve.engine import EngineConfig
 from loramill.serve.model import Decoder, load_decoder
-
-_STATM = Path("/proc/self/statm")  # of Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +84,14 @@ def measure(subject: Subject, traffic: Traffic, rounds: int) -> list[Result]:
 
 def _measure(base: Base, adapters: tuple[Path, ...], traffic: Traffic) -> tuple[_Seconds, _Seconds, float | None]:
     """With one adapter, with many, and the most memory that the latter took over its bounds; None: it can't be told."""
-    before = _resident()
+    before = resident()
     decoder = load_decoder(base.folder, dtype=torch.bfloat16, threads=1)
     subject = Subject(base, decoder, adapters)
     most = before
 
     def look() -> None:
         nonlocal most
-        most = max(most, _resident())
+        most = max(most, resident())
 
     # In this order, so that what drifts in a minute hits both alike.
     alike = ["0"] * traffic.requests
@@ -143,8 +141,3 @@ def _bounds(decoder: Decoder, config: EngineConfig) -> int:
     """Bytes that the base and an engine over it may take."""
     weights = weight_count(decoder) * decoder.dtype.itemsize
     return weights + config.kv_tokens * kv_bytes(decoder) + config.adapter_bytes + config.host_bytes
-
-
-def _resident() -> int:
-    """Bytes of memory that this process has now; 0 where the system doesn't say."""
-    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if _STATM.exists() else 0

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from loramill.bases import Base
 from loramill.errors import EngineFault, Unavailable
 from loramill.kernels.bench.measure import Result
+from loramill.serve.bench import ledger, memory
 from loramill.serve.bench import soak as soaks
 from loramill.serve.bench import subject as subjects
 from loramill.serve.bench.soak import soak
@@ -37,25 +37,8 @@ MET = (
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Base:
-    """A tiny random Llama."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.25,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return Base("tiny", folder, "0" * 64, "LlamaForCausalLM", 1024)
+def base(tiny_base) -> Base:
+    return tiny_base
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +76,7 @@ def time_of(results: list[Result]) -> float:
 
 def lose_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some answers' last output isn't handed out."""
-    monkeypatch.setattr(soaks, "_PATIENCE", 0.5)
+    monkeypatch.setattr(ledger, "PATIENCE", 0.5)
     _alter_outputs(monkeypatch, lambda output: [], when=lambda output: output.finish == Finish.LENGTH)
 
 
@@ -109,7 +92,7 @@ def go_on_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def find_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a sudden the engine sees no work."""
-    monkeypatch.setattr(soaks, "_PATIENCE", 0.5)
+    monkeypatch.setattr(ledger, "PATIENCE", 0.5)
     count, wait = itertools.count(), Engine.wait
 
     def blind(self: Engine, timeout: float) -> bool:
@@ -218,8 +201,8 @@ def test_what_a_client_meets_ends_the_soak(base, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("step", "met"), [(0, True), (50 << 20, False)])
 def test_growing_memory_misses_its_target(base, monkeypatch: pytest.MonkeyPatch, step: int, met: bool) -> None:
-    memory = itertools.count(200 << 20, step)
-    monkeypatch.setattr(soaks, "_resident", lambda: next(memory))
+    sizes = itertools.count(200 << 20, step)
+    monkeypatch.setattr(memory, "resident", lambda: next(sizes))
     monkeypatch.setattr(soaks, "_LOOK", 0.05)
     *_, growth = soak(base, 1.0, lambda line: None)
     assert growth.case == "soak: memory growth"
@@ -227,6 +210,6 @@ def test_growing_memory_misses_its_target(base, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_memory_that_cannot_be_told_is_left_out(base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(soaks, "_STATM", tmp_path / "nothing")
+    monkeypatch.setattr(memory, "_STATM", tmp_path / "nothing")
     cases = [result.case for result in soak(base, 0.2, lambda line: None)]
     assert not any("memory" in case for case in cases)
