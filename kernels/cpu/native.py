@@ -39,6 +39,7 @@ _PIECE = 96
 _SIGNATURES: dict[str, list[Any]] = {
     "adapted_linear": [c_void_p] * 15,
     "lay_out": [c_void_p] * 2,
+    "take_rows": [c_void_p] * 5,
     "run_layers": [c_void_p] * 3,
     "set_threads": [c_int],
     **decoder_ops.SIGNATURES,
@@ -92,16 +93,27 @@ class Native:
 
     def embed(self, tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
         """Rows of the matrix."""
-        book, block, output = weight.codebook, tokens // OUTPUTS, tokens % OUTPUTS
+        book = weight.codebook
         if book is None:
-            rows = weight.data[block, :, output]
-            return rows.flatten(1)[:, : weight.d_in].contiguous()
+            return self._rows(tokens, weight)
+        block, output = tokens // OUTPUTS, tokens % OUTPUTS
         if book.levels is None:
             numbers = rows_of_bytes(weight.data, tokens, weight.dtype).float()
         else:
             numbers = book.levels[rows_of_nibbles(weight.data, tokens, weight.dtype).int()]
         scales = book.scales[block, :, output].repeat_interleave(book.group, dim=1)
         return (numbers[:, : weight.d_in] * scales).to(weight.dtype)
+
+    def _rows(self, tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
+        y = torch.empty(len(tokens), weight.d_in, dtype=weight.dtype)
+        indices: NDArray[np.int64] = tokens.numpy()
+        if len(indices) and not 0 <= indices.min() <= indices.max() < weight.d_out:
+            raise EngineFault(f"Rows {indices.min()} to {indices.max()} of a matrix of {weight.d_out} are asked for.")
+        indices = np.ascontiguousarray(indices)
+        self._library(weight.dtype).take_rows(
+            indices.ctypes.data, len(indices), weight.data.data_ptr(), weight.d_in, y.data_ptr()
+        )
+        return y
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """`x @ weight.T`."""

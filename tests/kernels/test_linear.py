@@ -35,7 +35,15 @@ def test_rows_of_the_matrix(ops, dtype):
     weight = torch.randn(70, 37).to(dtype)
     tokens = torch.tensor([0, 69, 31, 32, 33, 5, 5])
     assert torch.equal(ops.embed(tokens, ops.pack(weight)), weight[tokens])
+    assert torch.equal(ops.embed(tokens[::2], ops.pack(weight)), weight[tokens[::2]])
     assert ops.embed(tokens[:0], ops.pack(weight)).shape == (0, 37)
+
+
+def test_a_row_that_is_not_there_is_refused(native):
+    weight = native.pack(torch.randn(70, 37))
+    for token in (70, -1):
+        with pytest.raises(EngineFault, match="matrix of 70"):
+            native.embed(torch.tensor([0, token]), weight)
 
 
 def test_a_row_of_nan_stays_alone_in_odd_widths(native, dtype):

@@ -75,6 +75,15 @@ void add_rms_norm(element *residual, int64_t ld_residual, const element *x, int6
     share(add_norm_rows, &t, rows, 3 * d);
 }
 
+// Rows of a matrix in panels; linear.c says how these lie.
+void take_rows(const int64_t *indices, int64_t count, const element *panels, int64_t d_in, element *y) {
+    const int64_t steps = (d_in + PAIR - 1) / PAIR;
+    for (int64_t i = 0; i < count; i++, y += d_in) {
+        const element *from = panels + indices[i] / (2 * LANES) * steps * STEP + indices[i] % (2 * LANES) * PAIR;
+        for (int64_t k = 0; k < d_in; k++) y[k] = from[k / PAIR * STEP + k % PAIR];
+    }
+}
+
 // Adds a row to each of y's.
 void add_rows(element *y, const element *bias, int64_t rows, int64_t d) {
     for (int64_t i = 0; i < rows; i++, y += d) {
