@@ -116,19 +116,20 @@ def test_64_prompts_answer_as_transformers_and_peft_and_in_any_company(base, fol
         )
         assert tuple(out[0, ids.shape[1] :].tolist()) == got[own[len(own) // 2]]
     # A shortage of blocks and rows, slots and ranks; the second time round the prefixes are known.
+    chosen = [*range(16, 58), *range(16, 24)]
     tight, engine = answers(
         decoder,
         folders,
-        prompts[:40] + prompts[:8],
+        [prompts[i] for i in chosen],
         max_batch_tokens=48,
-        kv_tokens=640,
+        kv_tokens=480,
         max_sequences=24,
         adapter_slots=3,
         rank_budget=32,
         patience=8,
     )
-    assert tight == got[:40] + got[:8]
-    assert engine.stats.preemptions > 0
+    assert tight == [got[i] for i in chosen]
+    assert engine.stats.preemptions > 0, engine.stats
     again, engine = answers(decoder, folders, [prompts[i] for i in (50, 51, 52, 50, 51, 52)], max_sequences=2)
     assert again == [got[i] for i in (50, 51, 52, 50, 51, 52)]
     assert engine.stats.reused_tokens > 500
