@@ -139,8 +139,10 @@ class AdapterLoader:
         if fetched.borrowed:
             self._cache.give_back(version)
         else:
-            self._cache.put(version, fetched.adapter)
-            self._room.give(fetched.adapter.data)
+            try:
+                self._cache.put(version, fetched.adapter)
+            finally:
+                self._room.give(fetched.adapter.data)
         self._slab.prepare(_AHEAD)
 
     def _locate(self, version: str) -> None:

@@ -18,19 +18,15 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels can't be compiled", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from loramill.kernels.bench import cuda_attention, on_cuda  # noqa: E402
 
+from .hopper import HOPPER, NAMES, SHARED, empty_cache, spilled  # noqa: E402, F401
+
 host = importlib.import_module("loramill.kernels.triton.attention")
 
 TESTS = Path(__file__).with_name("triton_attention_interpreted.py")
-HOPPER = GPUTarget("cuda", 90, 32)
-#: Bytes of shared memory that a program can have there.
-SHARED = 227 << 10
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 IN_KV_DTYPE = ("qkv", "keys", "values", "out")
 TYPES = {"totals": "*fp32", "peaks": "*fp32", "table": "*i32", "blocks": "*i32", "scale": "fp32"}
 #: What Triton knows to be multiples of 16; the blocks lie behind a table of any length.
@@ -56,21 +52,6 @@ def compiled(kernel, launch, dtype):
         attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in MULTIPLES if name in signature},
     )
     return triton.compile(source, target=HOPPER, options=dict(launch.options))
-
-
-def spilled(binary, folder):
-    """Bytes of stack and of local memory that a compiled kernel's threads use: what didn't fit the registers."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-    usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    return sum(int(number) for number in re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage)), usage
-
-
-@pytest.fixture(scope="module", autouse=True)
-def empty_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
 
 
 def test_the_kernels_are_right_in_the_interpreter():

@@ -2,9 +2,7 @@
 
 import os
 import re
-import subprocess
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,17 +11,13 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels can't be compiled", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from loramill.kernels.memory import ALIGNMENT  # noqa: E402
 from loramill.kernels.triton import kernels, plans  # noqa: E402
 
-HOPPER = GPUTarget("cuda", 90, 32)
-#: Bytes of shared memory that a program can have there.
-SHARED = 227 << 10
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+from .hopper import HOPPER, NAMES, SHARED, empty_cache, spilled  # noqa: E402, F401
+
 POINTERS = {"gains": "*fp32", "h": "*fp32", "table": "*i64", "starts": "*i32", "tiles": "*i32"}
 IN_SLAB_DTYPE = ("x", "y", "weights")
 #: Widths, and distances between rows, that Triton knows to be multiples of 16 where they are.
@@ -61,21 +55,6 @@ def compiled(launch, dtype, aligned):
         attrs={(i,): [["tt.divisibility", 16]] for i in multiples},
     )
     return triton.compile(source, target=HOPPER, options=dict(launch.options))
-
-
-def spilled(binary, folder):
-    """Bytes of stack and of local memory that a compiled kernel's threads use: what didn't fit the registers."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-    usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    return sum(int(number) for number in re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage)), usage
-
-
-@pytest.fixture(scope="module", autouse=True)
-def empty_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
 
 
 def test_there_is_a_plan_for_every_step_and_the_gate_sees_them_all():
