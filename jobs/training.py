@@ -26,7 +26,7 @@ from loramill.errors import ArtifactMissing, DatasetInvalid, TrainingDiverged
 from loramill.jobs import checkpoint
 from loramill.jobs.batches import choose, pack, split, supervised
 from loramill.jobs.checkpoint import Checkpoint
-from loramill.jobs.lora import adapter_files, attached, read_weights, seeded, set_dropout, trainable
+from loramill.jobs.methods.lora import adapter_files, attached, read_weights, seeded, set_dropout, trainable
 from loramill.types import JobSpec
 
 #: Tokens of one forward pass: enough for full speed of a CPU's matrix products, few enough that attention,

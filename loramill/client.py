@@ -12,7 +12,7 @@ from urllib.parse import quote
 from loramill.errors import InvalidRequest, NotRunning, Overloaded, SettingsInvalid, Unauthenticated, Unavailable
 from loramill.names import AdapterName
 from loramill.settings import Settings
-from loramill.types import AdapterRecord, KeyRecord, Target, TenantRecord
+from loramill.types import AdapterRecord, KeyRecord, TenantRecord
 from loramill.views import Adapter, Event, File, Job, NewKey, view
 from loramill.wire import Wire, foreign, is_loopback, openai_errors
 
@@ -154,7 +154,7 @@ class Client:
         alpha: float | None = None,
         rslora: bool | None = None,
         dropout: float | None = None,
-        targets: Sequence[Target] | None = None,
+        targets: Sequence[str] | None = None,
         learning_rate: float | None = None,
         epochs: int | None = None,
         steps: int | None = None,

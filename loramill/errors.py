@@ -4,13 +4,15 @@
     ├── InvalidRequest               400 invalid_request
     │   ├── UnsupportedParameter     400 unsupported_parameter
     │   ├── ContextLengthExceeded    400 context_length_exceeded
-    │   └── DatasetInvalid           400 invalid_dataset
+    │   ├── DatasetInvalid           400 invalid_dataset
+    │   └── DoesNotFit               400 does_not_fit           a job that no GPU of the pool can hold
     ├── Unauthenticated              401 invalid_api_key
     ├── Forbidden                    403 forbidden
     ├── NotFound                     404 not_found
     │   └── ModelNotFound            404 model_not_found
     ├── Conflict                     409 conflict
     ├── Overloaded                   429 overloaded
+    ├── QuotaExceeded                429 quota_exceeded
     ├── Unavailable                  503 unavailable
     ├── DeadlineExceeded             504 deadline_exceeded
     ├── SetupError                   500 setup_error            this machine can't run it as it is
@@ -28,6 +30,9 @@
     └── JobError                     500 job_failed
         ├── LeaseLost                500 lease_lost
         ├── JobCancelled             500 job_cancelled
+        ├── JobPaused                500 job_paused
+        ├── JobPreempted             500 job_preempted
+        ├── OutOfMemory              500 out_of_memory
         └── TrainingDiverged         500 training_diverged
 
 A message says what was wrong, where, and what to do; it is written for whoever caused the error.
@@ -101,6 +106,16 @@ class DatasetInvalid(InvalidRequest):
         self.problems = tuple(problems)
 
 
+class DoesNotFit(InvalidRequest):
+    """A job needs more memory than one GPU of the pool has; `nearest` describes the nearest ones that fit."""
+
+    code = "does_not_fit"
+
+    def __init__(self, message: str, *, nearest: Sequence[str] = (), param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.nearest = tuple(nearest)
+
+
 class Unauthenticated(LoramillError):
     """No API key, or one that isn't known, has expired or was revoked."""
 
@@ -140,6 +155,13 @@ class Overloaded(LoramillError):
 
     status = 429
     code = "overloaded"
+
+
+class QuotaExceeded(LoramillError):
+    """A tenant has as many jobs waiting as its quota allows."""
+
+    status = 429
+    code = "quota_exceeded"
 
 
 class Unavailable(LoramillError):
@@ -246,7 +268,29 @@ class JobCancelled(JobError):
     code = "job_cancelled"
 
 
+class JobPaused(JobError):
+    """The job's owner asked it to wait; it goes on from its checkpoint when resumed."""
+
+    code = "job_paused"
+
+
+class JobPreempted(JobError):
+    """A job of a higher priority takes the place; this one goes on from its checkpoint later."""
+
+    code = "job_preempted"
+
+
+class OutOfMemory(JobError):
+    """A forward or backward pass found no memory."""
+
+    code = "out_of_memory"
+
+
 class TrainingDiverged(JobError):
-    """Loss or gradient became NaN or infinite."""
+    """Loss or gradient became NaN or infinite; `examples` are those of the step, counted from 1 in their file."""
 
     code = "training_diverged"
+
+    def __init__(self, message: str, *, examples: Sequence[int] = (), param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.examples = tuple(examples)

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field, ValidationError
 
 from loramill.errors import InvalidRequest
-from loramill.types import JobSpec, Target, Value
+from loramill.types import Executor, JobSpec, Method, Quantization, Schedule, Value
 
 Auto = Literal["auto"]
 
@@ -20,6 +20,8 @@ Auto = Literal["auto"]
 LEARNING_RATE = 1e-3
 #: Small: what was learned from 50 steps of 16 was learned from 60 of 8, at about half the price.
 BATCH_SIZE = 8
+#: LoRA+'s own choice (Hayou et al. 2024, section 5) where the job only names the method.
+LORAPLUS_LR_RATIO = 16.0
 EPOCHS = 3
 #: Optimizer steps below which little is learned, and above which "auto" doesn't go.
 MIN_STEPS, MAX_STEPS = 30, 300
@@ -42,19 +44,38 @@ class Extension(Value):
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
+    method: Method | Literal["rslora", "qlora", "lora+"] | None = None
+    quantization: Quantization | None = Field(default=None, description="must be the base's; says so if it isn't")
     rank: int | None = None
     alpha: float | None = None
     rslora: bool | None = None
     dropout: float | None = None
-    targets: tuple[Target, ...] | None = None
+    targets: tuple[str, ...] | str | None = None
+    layers: tuple[int, ...] | str | None = Field(default=None, description='indices, or ranges such as "0-7,20"')
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    init_rank: int | None = None
+    loraplus_lr_ratio: float | None = None
+    learn: Literal["last", "all"] | None = None
     learning_rate: float | None = None
+    schedule: Schedule | None = None
     steps: int | None = None
     warmup_ratio: float | None = None
     weight_decay: float | None = None
     max_grad_norm: float | None = None
     max_length: int | None = None
+    packing: bool | None = None
+    micro_tokens: int | None = None
+    gradient_checkpointing: bool | None = None
+    offload: Literal["none", "optimizer", "all"] | None = None
+    gpus: int | None = None
     checkpoint_every: int | None = None
+    eval_every: int | None = None
+    patience: int | None = None
+    keep: Literal["best", "last"] | None = None
     start_from: str | None = None
+    priority: int = Field(default=0, ge=-100, le=100, description="jobs of a higher one go first, and may preempt")
+    executor: Executor | None = Field(default=None, description="None: a session, unless the job is long or large")
 
 
 def resolve_spec(
@@ -67,6 +88,7 @@ def resolve_spec(
     valid: str | None = None,
     start_from: str | None = None,
     seed: int = 0,
+    quantization: Quantization = "none",
     hyperparameters: Hyperparameters | None = None,
     extension: Extension | None = None,
 ) -> JobSpec:
@@ -77,12 +99,14 @@ def resolve_spec(
         context_length: tokens that the base can read at once.
         examples: number of examples in the training file, at least 1.
         start_from: the version that `extension.start_from` names, already looked up.
+        quantization: the base's.
 
     Raises:
         InvalidRequest: a value is out of its range; `param` names it.
     """
     asked = hyperparameters or Hyperparameters()
-    own = (extension or Extension()).model_dump(exclude_none=True, exclude={"start_from"})
+    said = extension or Extension()
+    own = said.model_dump(exclude_none=True, exclude=_NOT_OF_THE_SPEC) | _method(said, quantization) | _places(said)
     if own.get("max_length", 0) > context_length:
         raise InvalidRequest(
             f"'loramill.max_length' is {own['max_length']}, the base reads {context_length} tokens at most; lower it.",
@@ -125,6 +149,9 @@ def hyperparameters_of(spec: JobSpec, examples: int) -> dict[str, int | float]:
     }
 
 
+#: What the extension says of the job besides its spec, or in other words than the spec's.
+_NOT_OF_THE_SPEC = {"start_from", "quantization", "method", "targets", "layers", "priority", "executor"}
+
 _SAID_AS = {
     "steps": "hyperparameters.n_epochs",
     "batch_size": "hyperparameters.batch_size",
@@ -140,3 +167,59 @@ def _steps(epochs: int | Auto, examples: int, batch_size: int) -> int:
     # A batch size or a number of epochs below 1 reaches JobSpec as it is, and is refused there.
     passes = -(-_auto(epochs, EPOCHS) * examples // max(1, batch_size))
     return max(MIN_STEPS, min(MAX_STEPS, passes)) if epochs == "auto" else passes
+
+
+def _method(said: Extension, quantization: Quantization) -> dict[str, object]:
+    """The method's fields; three names are of a method that others are a variant of.
+
+    Raises:
+        InvalidRequest: the method needs a base in other bits than the one that is served.
+    """
+    wanted = said.quantization or ("nf4" if said.method == "qlora" else None)
+    if wanted not in (None, quantization):
+        raise InvalidRequest(
+            f"The base is served with quantization '{quantization}', and an adapter is trained on the very weights "
+            f"that it is served with: leave 'quantization' away, or set the setting quantization to '{wanted}'.",
+            param="loramill.quantization" if said.quantization else "loramill.method",
+        )
+    match said.method:
+        case None:
+            return {}
+        case "loftq" if quantization == "none":
+            raise InvalidRequest(
+                "LoftQ begins with what quantization took from the base, and this base is served with all its bits: "
+                "use 'lora' or 'pissa', or set the setting quantization to 'nf4'.",
+                param="loramill.method",
+            )
+        case "qlora":
+            return {"method": "lora"}
+        case "rslora":
+            return {"method": "lora", "rslora": True if said.rslora is None else said.rslora}
+        case "lora+":
+            return {"method": "lora", "loraplus_lr_ratio": said.loraplus_lr_ratio or LORAPLUS_LR_RATIO}
+        case method:
+            return {"method": method}
+
+
+def _places(said: Extension) -> dict[str, object]:
+    """The targets and layers, as tuples."""
+    places: dict[str, object] = {}
+    if said.targets is not None:
+        places["targets"] = (said.targets,) if isinstance(said.targets, str) else said.targets
+    if said.layers is not None:
+        places["layers"] = _layers(said.layers) if isinstance(said.layers, str) else said.layers
+    return places
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """Reads "0-7,20" as the indices of layers."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()) or int(last or first) < int(first):
+            raise InvalidRequest(
+                f"'loramill.layers': '{part}' is no index or range of layers; write for instance 0-7,20.",
+                param="loramill.layers",
+            )
+        layers.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(layers))

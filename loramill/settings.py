@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from loramill.errors import SettingsInvalid
+from loramill.types import Quantization
 
 
 class _Section(BaseModel):
@@ -52,18 +53,29 @@ class ServeSettings(_Section):
 
 
 class JobSettings(_Section):
-    """The fine-tune sessions."""
+    """The pool that fine-tune jobs run on."""
 
     sessions: int = Field(default=max(1, min(8, os.cpu_count() or 1)), ge=1, description="jobs that train at once")
     threads: int = Field(default=1, ge=1, description="CPU threads of one session")
     use_gpu: bool = False
+    per_gpu: int = Field(default=1, ge=1, le=16, description="jobs that share one GPU, each with 1/k of its memory")
+    device_bytes: int | None = Field(
+        default=None, ge=2**28, description="memory of one GPU, or of a session without; None: jobs aren't sized"
+    )
     cpus: float = Field(
         default=1.0, gt=0, description="of the Ray cluster's CPUs, what one session takes without a GPU"
     )
     lease_seconds: float = Field(default=15.0, gt=0, description="a worker silent for so long has lost its job")
     idle_seconds: float = Field(default=120.0, gt=0, description="a session without jobs for so long ends")
     max_attempts: int = Field(default=5, ge=1, description="leases of a job before it counts as failed")
+    backoff_seconds: float = Field(default=2.0, ge=0, description="before a first retry; each further one waits twice")
     min_examples: int = Field(default=10, ge=1, description="examples below which a training file is refused")
+    dedicated_tokens: float = Field(
+        default=50e6, gt=0, description="training tokens from which a job gets a trainer of its own"
+    )
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        default=(), description="where training's numbers go besides the record"
+    )
 
 
 class Settings(BaseSettings):
@@ -82,7 +94,7 @@ class Settings(BaseSettings):
     database_url: str | None = Field(default=None, description="SQLAlchemy URL; None: SQLite under home")
     artifacts_url: str | None = Field(default=None, description="fsspec URL; None: a folder under home")
     base: str = Field(default="smollm2-135m", description="built-in name, local folder or hub id")
-    quantization: Literal["none", "int8", "nf4"] = Field(
+    quantization: Quantization = Field(
         default="none", description="of the base's linears, where it is served and where adapters are trained"
     )
     url: str | None = Field(default=None, description="gateway that the client calls; None: this machine's")

@@ -45,37 +45,78 @@ class Alias(StrEnum):
     PREVIOUS = "previous"
 
 
-Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TARGETS: tuple[Target, ...] = get_args(Target)
+#: The linears of a Llama-like layer, which a job adapts unless it says otherwise.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+#: Stands alone among a job's targets: every linear of the base's layers, whatever they are called.
+ALL_LINEAR = "all-linear"
+
+Method = Literal["lora", "dora", "adalora", "pissa", "loftq", "full"]
+METHODS: tuple[Method, ...] = get_args(Method)
+Schedule = Literal["linear", "cosine", "constant"]
+Quantization = Literal["none", "int8", "nf4"]
 
 
 class JobSpec(Value):
     """What one fine-tune run does, frozen at submit: every "auto" is already a number."""
 
-    base: str = Field(description="fingerprint of the base")
+    base: str = Field(description="fingerprint of the base; its quantization is part of it")
     adapter: str = Field(description="tenant/adapter that gets the new version")
     train: str = Field(description="id of the training dataset")
     valid: str | None = Field(default=None, description="id of the validation dataset")
     start_from: str | None = Field(default=None, description="version whose weights training begins from; None: fresh")
-    rank: int = Field(default=16, ge=1, le=256)
-    alpha: float = Field(default=32.0, gt=0)
-    rslora: bool = False
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    targets: tuple[Target, ...] = Field(default=TARGETS, min_length=1)
+
+    method: Method = "lora"
+    rank: int = Field(
+        default=16,
+        ge=1,
+        le=256,
+        description="of every target; AdaLoRA: the mean after pruning; full: of the LoRA that is extracted",
+    )
+    alpha: float = Field(default=32.0, gt=0, description="a delta is scaled by alpha / rank")
+    rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank)")
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="before the adapter")
+    targets: tuple[str, ...] = Field(default=TARGETS, min_length=1, description='names of linears, or "all-linear"')
+    layers: tuple[int, ...] | None = Field(default=None, description="indices of the layers adapted; None: all")
+    rank_pattern: dict[str, int] = Field(default={}, description="rank of the modules whose names end so")
+    alpha_pattern: dict[str, float] = Field(default={}, description="alpha of the modules whose names end so")
+    init_rank: int | None = Field(default=None, ge=1, le=256, description="AdaLoRA: before pruning; None: 1.5 x rank")
+    loraplus_lr_ratio: float = Field(default=1.0, gt=0, description="LoRA+: B's learning rate over A's")
+
+    learn: Literal["last", "all"] = Field(default="last", description="of a conversation's answers; weights go before")
     learning_rate: float = Field(default=1e-3, gt=0)
-    steps: int = Field(ge=1, le=1_000_000, description="optimizer steps")
-    batch_size: int = Field(ge=1, le=4096, description="examples a step")
+    schedule: Schedule = Field(default="linear", description="of the learning rate after the warm-up")
     warmup_ratio: float = Field(default=0.06, ge=0.0, le=1.0)
     weight_decay: float = Field(default=0.0, ge=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    steps: int = Field(ge=1, le=1_000_000, description="optimizer steps")
+    batch_size: int = Field(ge=1, le=4096, description="examples a step")
     max_length: int = Field(default=1024, ge=8, description="tokens of the longest example")
-    checkpoint_every: int = Field(default=10, ge=1, description="optimizer steps between checkpoints")
+    packing: bool = Field(default=True, description="examples share rows without padding; the arithmetic is the same")
+    micro_tokens: int = Field(
+        default=256, ge=1, description="tokens of one forward pass, but at least one example; the rest is accumulated"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations instead of keeping them")
+    offload: Literal["none", "optimizer", "all"] = Field(default="none", description="full: what lies in host memory")
+    gpus: int = Field(default=1, ge=1, le=64, description="processes that share one step's examples")
     seed: int = 0
+
+    checkpoint_every: int = Field(default=10, ge=1, description="optimizer steps between checkpoints")
+    eval_every: int | None = Field(default=None, ge=1, description="steps between validations; None: at checkpoints")
+    patience: int | None = Field(default=None, ge=1, description="validations without gain before an early stop")
+    keep: Literal["best", "last"] = Field(
+        default="best", description="which weights become the version; best: of the lowest validation loss, if known"
+    )
 
     @property
     def adapter_name(self) -> AdapterName:
         """The adapter as a parsed name."""
         return AdapterName.parse(self.adapter)
+
+
+#: What an owner or the scheduler may ask of a running job; "preempt" queues it again, for one of a higher priority.
+Asked = Literal["cancel", "pause", "preempt"]
+#: Who runs a job: a session that takes one after another, or a trainer of its own.
+Executor = Literal["session", "dedicated"]
 
 
 class TenantRecord(Value):
@@ -84,6 +125,9 @@ class TenantRecord(Value):
     id: int
     name: str
     created_at: float
+    weight: float = Field(default=1.0, description="share of the pool relative to the other tenants'")
+    max_running: int | None = Field(default=None, description="jobs that run at once; None: as many as there is room")
+    max_queued: int | None = Field(default=None, description="jobs that may wait; None: any number")
 
 
 class KeyRecord(Value):
@@ -118,10 +162,18 @@ class JobRecord(Value):
     attempt: int = 0
     owner: str | None = None
     lease_until: float | None = None
-    cancel_requested: bool = False
+    asked: Asked | None = Field(default=None, description="what a running job was asked to do at its next moment")
+    priority: int = 0
+    executor: Executor = "session"
+    not_before: float | None = Field(default=None, description="when a retry may begin")
+    micro_tokens: int | None = Field(default=None, description="instead of the spec's, since memory ran out")
     step: int = 0
     trained_tokens: int = 0
+    loss: float | None = Field(default=None, description="of the last step, in nats a token")
+    valid_loss: float | None = None
+    tokens_per_second: float | None = None
     version: str | None = None
+    result: str | None = Field(default=None, description="artifact of a full fine-tune's weights")
     error_code: str | None = None
     error_message: str | None = None
     metadata: dict[str, str] = Field(default_factory=dict)
@@ -140,6 +192,17 @@ class JobEvent(Value):
     kind: Literal["message", "metrics"]
     message: str
     data: dict[str, Any] = Field(default_factory=dict)
+
+
+class CheckpointRecord(Value):
+    """Where a running job's weights were validated; `version` can be asked until newer checkpoints push it out."""
+
+    id: str
+    job: str
+    step: int
+    version: str | None
+    metrics: dict[str, float]
+    created_at: float
 
 
 class VersionRecord(Value):

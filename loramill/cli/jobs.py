@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from loramill.cli import show
 from loramill.client import Client
 from loramill.names import AdapterName
-from loramill.types import TARGETS, Target
 from loramill.views import Event, File, Job
 
 jobs = typer.Typer(cls=show.ListByDefault, help="Fine-tune jobs; alone it lists them.")
@@ -29,13 +28,8 @@ def register(app: typer.Typer) -> None:
     app.add_typer(jobs, name="jobs", rich_help_panel="Fine-tuning")
 
 
-def _targets(text: str | None) -> tuple[Target, ...] | None:
-    if text is None:
-        return None
-    names = tuple(name.strip() for name in text.split(","))
-    if unknown := set(names) - set(TARGETS):
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: targets are {', '.join(TARGETS)}.")
-    return cast(tuple[Target, ...], names)
+def _targets(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(","))
 
 
 def submit(

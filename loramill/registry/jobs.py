@@ -151,7 +151,7 @@ def fail(session: Session, job_id: str, attempt: int, error: LoramillError, *, r
         LeaseLost: another worker has the job, or it has ended.
     """
     row = _held(session, job_id, attempt)
-    if row.cancel_requested or isinstance(error, JobCancelled):
+    if row.asked == "cancel" or isinstance(error, JobCancelled):
         _cancel(session, row)
     elif retry and row.attempt - row.returned < (row.max_attempts or 0):
         _requeue(row)
@@ -168,7 +168,7 @@ def release(session: Session, job_id: str, attempt: int) -> JobRecord:
         LeaseLost: another worker has the job, or it has ended.
     """
     row = _held(session, job_id, attempt)
-    if row.cancel_requested:
+    if row.asked == "cancel":
         _cancel(session, row)
     else:
         _requeue(row)
@@ -189,8 +189,8 @@ def cancel(session: Session, job_id: str) -> JobRecord:
         raise Conflict(f"Job {job_id} can't be cancelled: it is {row.status} already.")
     if row.status is not JobStatus.RUNNING:
         _cancel(session, row)
-    elif not row.cancel_requested:
-        row.cancel_requested = True
+    elif row.asked != "cancel":
+        row.asked = "cancel"
         _tell(session, row, "Asked to stop.")
     return _record(row)
 
@@ -227,7 +227,7 @@ def _check_start(session: Session, tenant: str, version_id: str) -> None:
 
 
 def _settle(session: Session, row: JobRow) -> None:
-    if row.cancel_requested:
+    if row.asked == "cancel":
         _cancel(session, row)
         return
     message = (
@@ -259,7 +259,7 @@ def _check_held(row: JobRow, attempt: int) -> None:
 
 
 def _check_wanted(row: JobRow) -> None:
-    if row.cancel_requested:
+    if row.asked == "cancel":
         raise JobCancelled(f"Job {row.id} was cancelled by its owner.")
 
 
@@ -273,7 +273,7 @@ def _finish(session: Session, row: JobRow, status: JobStatus) -> None:
 
 
 def _cancel(session: Session, row: JobRow) -> None:
-    row.cancel_requested = True
+    row.asked = "cancel"
     _finish(session, row, JobStatus.CANCELLED)
     _tell(session, row, "Cancelled.")
 

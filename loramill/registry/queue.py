@@ -44,7 +44,7 @@ def lost_for_good(session: Session, now: float, max_attempts: int) -> Sequence[J
     used_up = JobRow.attempt - JobRow.returned >= max_attempts
     statement = (
         select(JobRow)
-        .where(_expired(now), or_(used_up, JobRow.cancel_requested))
+        .where(_expired(now), or_(used_up, JobRow.asked == "cancel"))
         .with_for_update(skip_locked=True)
         .execution_options(populate_existing=True)
     )

@@ -48,6 +48,11 @@ class TenantRow(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[float]
+    weight: Mapped[float] = mapped_column(default=1.0, server_default="1")
+    max_running: Mapped[int | None]
+    max_queued: Mapped[int | None]
+    #: Tokens leased to its jobs over its weight: who has had least comes next. Lifted when a tenant was idle.
+    served: Mapped[float] = mapped_column(default=0.0, server_default="0")
 
 
 class KeyRow(Base):
@@ -77,7 +82,10 @@ class DatasetRow(Base):
 
 
 class JobRow(Base):
-    """A fine-tune job. `attempt` only ever grows; `returned` counts the leases that were given back."""
+    """A fine-tune job. `attempt` only ever grows; `returned` counts the leases that were given back.
+
+    `cost` is the tokens that it is expected to train on, what its tenant's share of the pool is counted in.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (Index(None, "tenant", "created_at"), Index(None, "status", "created_at"))
@@ -90,16 +98,38 @@ class JobRow(Base):
     max_attempts: Mapped[int | None]
     owner: Mapped[str | None]
     lease_until: Mapped[float | None]
-    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    asked: Mapped[str | None] = mapped_column(String(32))
+    priority: Mapped[int] = mapped_column(default=0, server_default="0")
+    executor: Mapped[str] = mapped_column(String(32), default="session", server_default="session")
+    cost: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    not_before: Mapped[float | None]
+    micro_tokens: Mapped[int | None]
     step: Mapped[int] = mapped_column(default=0)
     trained_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
+    loss: Mapped[float | None]
+    valid_loss: Mapped[float | None]
+    tokens_per_second: Mapped[float | None]
     version: Mapped[str | None] = mapped_column(String(64))
+    result: Mapped[str | None] = mapped_column(String(64))
     error_code: Mapped[str | None]
     error_message: Mapped[str | None]
     labels: Mapped[dict[str, str]] = mapped_column("metadata")
     created_at: Mapped[float]
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
+
+
+class CheckpointRow(Base):
+    """A validated point of a job; its version goes when newer checkpoints push it out."""
+
+    __tablename__ = "job_checkpoints"
+    __table_args__ = (Index(None, "job", "step"),)
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    step: Mapped[int]
+    version: Mapped[str | None] = mapped_column(String(64))
+    metrics: Mapped[dict[str, float]]
+    created_at: Mapped[float]
 
 
 class EventRow(Base):

@@ -21,7 +21,7 @@ from loramill.chat import ChatTokenizer, EncodedExample
 from loramill.errors import AdapterInvalid, ArtifactMissing, DatasetInvalid, TrainingDiverged
 from loramill.jobs import training
 from loramill.jobs.batches import choose
-from loramill.jobs.lora import lora_config, seeded
+from loramill.jobs.methods.lora import lora_config, seeded
 from loramill.jobs.training import Progress, export, learning_rate, train
 from loramill.types import JobSpec
 

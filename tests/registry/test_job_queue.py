@@ -193,7 +193,7 @@ def test_a_running_job_learns_that_it_is_cancelled(registry, submit):
     with registry.writing() as session:
         asked = jobs.cancel(session, job.id)
         assert jobs.cancel(session, job.id) == asked
-    assert asked.status is JobStatus.RUNNING and asked.cancel_requested
+    assert asked.status is JobStatus.RUNNING and asked.asked == "cancel"
     with pytest.raises(JobCancelled) as cancelled, registry.writing() as session:
         jobs.heartbeat(session, job.id, 1, now=1001.0, seconds=10.0, step=2, trained_tokens=2)
     with pytest.raises(JobCancelled), registry.writing() as session:
