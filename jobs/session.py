@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,43 +15,94 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from loramill.bases import find_base, load_for_training
 from loramill.chat import ChatTokenizer
+from loramill.jobs.pool import owner_at
+from loramill.jobs.processes import ONE, Processes
 from loramill.jobs.worker import Worker, work
-from loramill.registry import Registry
-from loramill.settings import Settings
+from loramill.registry import Registry, places
+from loramill.settings import JobSettings, Settings
+from loramill.types import Executor
+
+log = logging.getLogger(__name__)
 
 
-def run_session(settings: Settings) -> None:
-    """Runs one session until it has been idle for `idle_seconds`. A killed worker is restarted by Ray Train."""
-    name, jobs = f"session-{uuid.uuid4().hex[:12]}", settings.jobs
-    trainer = TorchTrainer(
+def run_session(settings: Settings, place: str, holder: str) -> None:
+    """Runs one session at a place until it has been idle for `idle_seconds`, or the place isn't the holder's any more.
+
+    A killed worker is restarted by Ray Train.
+    """
+    jobs = settings.jobs
+    resources = {"GPU": 1 / jobs.per_gpu} if jobs.use_gpu else {"CPU": jobs.cpus}
+    fit(
         lease_and_train,
-        train_loop_config={"settings": settings.model_dump(mode="json"), "name": name},
-        torch_config=TorchConfig(backend="nccl" if jobs.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=1, use_gpu=jobs.use_gpu, resources_per_worker={"GPU": 1} if jobs.use_gpu else {"CPU": jobs.cpus}
-        ),
-        run_config=RunConfig(name=name, storage_path=settings.sessions, failure_config=FailureConfig(max_failures=-1)),
+        {"settings": settings.model_dump(mode="json"), "place": place, "holder": holder},
+        settings,
+        ScalingConfig(num_workers=1, use_gpu=jobs.use_gpu, resources_per_worker=resources),
+        max_failures=-1,
+    )
+
+
+def fit(train: Any, config: dict[str, Any], settings: Settings, scaling: ScalingConfig, *, max_failures: int) -> None:
+    """Runs a train function on Ray Train's workers, under a name of its own, and removes Ray's notes on it.
+
+    Gloo connects them, on a GPU, too: what has to cross GPUs takes a group of its own.
+    """
+    name = f"{config['place']}-{uuid.uuid4().hex[:12]}"
+    run = RunConfig(name=name, storage_path=settings.sessions, failure_config=FailureConfig(max_failures=max_failures))
+    trainer = TorchTrainer(
+        train,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=scaling,
+        run_config=run,
     )
     try:
         trainer.fit()
     finally:
         # The name is never used again, and everything that matters is in the record.
         files, root = url_to_fs(settings.sessions)
-        files.rm(f"{root}/{name}", recursive=True)
+        if files.exists(f"{root}/{name}"):
+            files.rm(f"{root}/{name}", recursive=True)
 
 
 def lease_and_train(config: dict[str, Any]) -> None:
     """The train function of a session."""
     settings = Settings.model_validate(config["settings"])
-    torch.set_num_threads(settings.jobs.threads)
+    worker = resident(settings, config["place"], "session")
+    worker.model()  # before the first job is leased
+
+    def over(idle: float) -> bool:
+        if idle > settings.jobs.idle_seconds:
+            return True
+        with worker.registry.reading() as session:
+            return not places.is_open(session, config["place"], config["holder"])
+
+    work(worker, until=over)
+
+
+def resident(settings: Settings, place: str, executor: Executor, processes: Processes = ONE) -> Worker:
+    """A worker in this process."""
+    device = prepare(settings.jobs)
     base = find_base(settings.base, settings.cache, settings.quantization)
-    worker = Worker(
-        owner=f"{config['name']}:{os.getpid()}",
+    return Worker(
+        owner=owner_at(place, os.getpid()),
         registry=Registry.open(settings.database, settings.artifacts),
         base=base,
-        model=load_for_training(base, torch.bfloat16).to(get_device()),
+        model=cache(lambda: load_for_training(base, torch.bfloat16).to(device)),
+        device=device,
         tokenizer=ChatTokenizer.load(base.folder),
-        checkpoints=settings.home / "checkpoints",
+        checkpoints=settings.checkpoints,
+        logs=settings.home / "tensorboard",
         settings=settings.jobs,
+        executor=executor,
+        processes=processes,
     )
-    work(worker, until=lambda idle: idle > settings.jobs.idle_seconds)
+
+
+def prepare(settings: JobSettings) -> torch.device:
+    """The device that Ray gave to this process, of which it takes no more than its share."""
+    torch.set_num_threads(settings.threads)
+    device: torch.device = get_device()
+    if device.type == "cuda":
+        # Ray counts fractions of a GPU and keeps nobody from taking all of its memory.
+        torch.cuda.set_per_process_memory_fraction(1 / settings.per_gpu, device)
+    return device

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from fsspec.core import url_to_fs
 from transformers import PreTrainedModel
 
 from loramill.bases import Base
@@ -19,124 +18,131 @@ from loramill.chat import ChatTokenizer, EncodedExample
 from loramill.dataset import read_examples
 from loramill.errors import (
     AdapterInvalid,
+    ArtifactError,
     BaseUnusable,
     InvalidRequest,
     JobCancelled,
     JobError,
+    JobPaused,
+    JobPreempted,
     LeaseLost,
     LoramillError,
     NotFound,
 )
-from loramill.jobs.training import Progress, export, train
-from loramill.registry import Registry, adapters, datasets, jobs
+from loramill.jobs import publishing
+from loramill.jobs.lease import Lease, insist
+from loramill.jobs.loggers import opened
+from loramill.jobs.processes import ONE, Processes
+from loramill.jobs.training import Progress, train
+from loramill.registry import Registry, datasets, jobs
 from loramill.settings import JobSettings
-from loramill.types import JobRecord, VersionRecord
+from loramill.types import Executor, JobRecord
 
 log = logging.getLogger(__name__)
 
-#: A job's history keeps at most about this many metrics events, whatever its number of steps.
-METRICS_EVENTS = 200
+#: What another attempt would meet again: bad or unreadable data, a spec that fits nothing, divergence.
+PERMANENT = (InvalidRequest, NotFound, AdapterInvalid, BaseUnusable, ArtifactError, JobError)
 
-#: What another attempt would meet again: bad data, a spec that fits nothing, divergence, a cancelled job.
-PERMANENT = (InvalidRequest, NotFound, AdapterInvalid, BaseUnusable, JobError)
+#: Seconds between looks at an empty queue, and after a database that did not answer: its workers' heartbeats go first.
+LOOK_SECONDS, AWAY_SECONDS = 0.25, 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """What a worker needs, all of it kept from job to job; `owner` names it in the record."""
+    """What a worker needs, all of it kept from job to job.
+
+    Attributes:
+        owner: names it in the record.
+        model: gives the resident base on `device`, always the same one; a full fine-tune loads one of its own.
+        checkpoints: folder or fsspec URL that all of the pool's machines reach.
+        logs: where TensorBoard's runs are, if the settings ask for these.
+        executor: whose jobs it takes; None: any.
+        processes: that share each job's passes; the first alone leases, reports and publishes.
+    """
 
     owner: str
     registry: Registry
     base: Base
-    model: PreTrainedModel
+    model: Callable[[], PreTrainedModel]
+    device: torch.device
     tokenizer: ChatTokenizer
-    checkpoints: Path
+    checkpoints: Path | str
+    logs: Path
     settings: JobSettings
+    executor: Executor | None = None
+    processes: Processes = ONE
+
+    def place(self, job: JobRecord) -> Path | str:
+        """Where the job keeps its checkpoints."""
+        return f"{self.checkpoints}/{job.id}" if isinstance(self.checkpoints, str) else self.checkpoints / job.id
 
 
 def work(worker: Worker, *, until: Callable[[float], bool]) -> int:
     """Runs jobs as long as there are any; returns how many. `until(idle)` says, between jobs, whether to end."""
     done, idle_since = 0, time.monotonic()
     while not until(time.monotonic() - idle_since):
-        if run_next(worker):
+        try:
+            ran = run_next(worker)
+        except LoramillError as error:
+            log.warning("no job could be leased, trying again: %s", error.message)
+            time.sleep(AWAY_SECONDS)
+            continue
+        if ran:
             done, idle_since = done + 1, time.monotonic()
         else:
-            time.sleep(0.5)
+            time.sleep(LOOK_SECONDS)
     return done
 
 
 def run_next(worker: Worker) -> bool:
     """Leases a job and takes it to its end, or to the point where it is another's; False if none waits."""
-    settings = worker.settings
-    with worker.registry.writing() as session:
-        job = jobs.lease(
-            session, worker.owner, now=time.time(), seconds=settings.lease_seconds, max_attempts=settings.max_attempts
-        )
+    job = take(worker)
     if job is None:
         return False
-    log.info("job %s of %s: attempt %d", job.id, job.tenant, job.attempt)
-    try:
-        with Lease(worker, job) as lease:
-            run_job(worker, job, lease)
-    except LeaseLost:
-        log.warning("job %s: the lease was lost; another worker has it", job.id)
-    except PERMANENT as error:
-        give_up(worker, job, error, retry=False)
-    except LoramillError as error:
-        give_up(worker, job, error, retry=True)
-    except Exception as error:  # a job must not take its session down with it
-        log.exception("job %s: failed", job.id)
-        give_up(worker, job, LoramillError(f"{type(error).__name__}: {error}"), retry=True)
+    carry_out(worker, job)
     return True
 
 
-class Lease:
-    """Keeps a job's lease alive from a thread of its own, and tells the training when it is over."""
+def take(worker: Worker, job_id: str | None = None) -> JobRecord | None:
+    """Leases the next job, or that of this id; None if it doesn't wait.
 
-    def __init__(self, worker: Worker, job: JobRecord) -> None:
-        self._worker, self._job = worker, job
-        self._step, self._tokens = job.step, job.trained_tokens
-        self._ended = threading.Event()
-        self._error: LoramillError | None = None
-        self._thread = threading.Thread(target=self._beat_until_end, name=f"lease {job.id}", daemon=True)
+    Raises:
+        Unavailable, DiskFull, DatabaseUnusable: the record can't be reached.
+    """
+    settings = worker.settings
+    with worker.registry.writing() as session:
+        return jobs.lease(
+            session,
+            worker.owner,
+            now=time.time(),
+            seconds=settings.lease_seconds,
+            max_attempts=settings.max_attempts,
+            executor=worker.executor,
+            job_id=job_id,
+        )
 
-    def __enter__(self) -> Lease:
-        self._thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
+def carry_out(worker: Worker, job: JobRecord) -> LoramillError | None:
+    """Takes a leased job to its end, or to the point where it is another's; returns what ended it before, if anything.
 
-    def progress(self, step: int, tokens: int) -> None:
-        """Notes how far the job is.
-
-        Raises:
-            LeaseLost, JobCancelled: the job is not this worker's any more.
-        """
-        self._step, self._tokens = step, tokens
-        if self._error is not None:
-            raise self._error
-
-    def _beat_until_end(self) -> None:
-        settings = self._worker.settings
-        while not self._ended.wait(min(1.0, settings.lease_seconds / 4)):
-            try:
-                with self._worker.registry.writing() as session:
-                    jobs.heartbeat(
-                        session,
-                        self._job.id,
-                        self._job.attempt,
-                        now=time.time(),
-                        seconds=settings.lease_seconds,
-                        step=self._step,
-                        trained_tokens=self._tokens,
-                    )
-            except (LeaseLost, JobCancelled) as error:
-                self._error = error
-                return
-            except LoramillError:
-                log.exception("job %s: the heartbeat did not reach the record; trying again", self._job.id)
+    Whatever happens is in the record, or, if that can't be reached, follows from the lease, which runs out.
+    """
+    log.info("job %s of %s: attempt %d", job.id, job.tenant, job.attempt)
+    try:
+        with Lease(worker.registry, job, worker.settings) as lease:
+            run_job(worker, job, lease)
+    except LeaseLost as error:
+        log.warning("job %s: the lease was lost; another worker has it", job.id)
+        return error
+    except LoramillError as error:
+        give_up(worker, job, error)
+        return error
+    except Exception as error:  # a job must not take its session down with it
+        log.exception("job %s: failed", job.id)
+        failed = LoramillError(f"{type(error).__name__}: {error}")
+        give_up(worker, job, failed)
+        return failed
+    return None
 
 
 def run_job(worker: Worker, job: JobRecord, lease: Lease) -> None:
@@ -145,81 +151,100 @@ def run_job(worker: Worker, job: JobRecord, lease: Lease) -> None:
     Raises:
         LoramillError: the job can't succeed (bad data, divergence, another base), or isn't this worker's any more.
     """
+    loggers = opened(worker.settings.loggers, run=job.id, spec=job.spec, folder=worker.logs)
+    try:
+        with loggers as tell, closing(steps(worker, job, lease.check)) as progress:
+            for point in progress:
+                lease.progress(point)
+                tell(point)
+                if point.valid_loss is not None:
+                    publishing.checkpoint(worker, job, point)
+    finally:
+        lease.flush()
+    publishing.version(worker, job, lease.last)
+    discard(worker.place(job))
+
+
+def steps(worker: Worker, job: JobRecord, check: Callable[[], None]) -> Generator[Progress, None, None]:
+    """The job's steps, each taken when it is asked for.
+
+    Raises:
+        LoramillError: as `train` does; BaseUnusable if the job is for another base, NotFound or ArtifactError if its
+            data can't be read.
+    """
     spec, registry = job.spec, worker.registry
     if spec.base != worker.base.fingerprint:
         raise BaseUnusable(
             f"The job was submitted for the base {spec.base[:12]}, and this pool serves {worker.base.fingerprint[:12]} "
             f"('{worker.base.name}'): submit it again."
         )
-    checkpoints = worker.checkpoints / job.id
-    progress = train(
-        worker.model,
-        encoded(worker, job.tenant, spec.train),
-        encoded(worker, job.tenant, spec.valid) if spec.valid else [],
+    data = encoded(worker, job, spec.train), encoded(worker, job, spec.valid) if spec.valid else []
+    start_from = registry.artifacts.fetch(spec.start_from) if spec.start_from else None
+    if spec.method == "full":
+        from loramill.jobs.full import train_full  # with DeepSpeed, which nothing else needs
+
+        return train_full(
+            worker.base,
+            *data,
+            spec,
+            device=worker.device,
+            checkpoints=worker.place(job),
+            start_from=start_from,
+            check=check,
+            micro_tokens=job.micro_tokens,
+            processes=worker.processes,
+        )
+    return train(
+        worker.model(),
+        *data,
         spec,
-        checkpoints=checkpoints,
-        start_from=registry.artifacts.fetch(spec.start_from) if spec.start_from else None,
+        folder=worker.base.folder,
+        checkpoints=worker.place(job),
+        start_from=start_from,
+        check=check,
+        micro_tokens=job.micro_tokens,
+        processes=worker.processes,
     )
-    with closing(progress):
-        for point in progress:
-            lease.progress(point.step, point.tokens)
-            record(worker, job, point)
-    publish(worker, job, checkpoints)
-    shutil.rmtree(checkpoints)
 
 
-def encoded(worker: Worker, tenant: str, dataset: str) -> list[EncodedExample]:
-    """The tokens of a dataset of the tenant."""
+def encoded(worker: Worker, job: JobRecord, dataset: str) -> list[EncodedExample]:
+    """The tokens of a dataset of the job's tenant."""
     with worker.registry.reading() as session:
-        found = datasets.get(session, dataset, tenant=tenant)
+        found = datasets.get(session, dataset, tenant=job.tenant)
     examples = read_examples(worker.registry.artifacts.read(found.artifact, "data.jsonl"), found.filename)
-    return [worker.tokenizer.example(example) for example in examples.examples]
+    return [worker.tokenizer.example(example, job.spec.learn) for example in examples.examples]
 
 
-def record(worker: Worker, job: JobRecord, point: Progress) -> None:
-    """Writes a metrics event, at most `METRICS_EVENTS` a job and always where the validation loss is known."""
-    every = max(1, point.steps // METRICS_EVENTS)
-    if point.step % every and point.step != point.steps and point.valid_loss is None:
-        return
-    data = {
-        "step": point.step,
-        "total_steps": point.steps,
-        "train_loss": point.loss,
-        "learning_rate": point.learning_rate,
-        "grad_norm": point.grad_norm,
-        "trained_tokens": point.tokens,
-    }
-    if point.valid_loss is not None:
-        data["valid_loss"] = point.valid_loss
-    message = f"Step {point.step}/{point.steps}: training loss={point.loss:.3f}"
-    with worker.registry.writing() as session:
-        jobs.add_event(session, job.id, "info", "metrics", message, data)
+def give_up(worker: Worker, job: JobRecord, error: LoramillError) -> None:
+    """Records why an attempt ended before its job; the job waits again if it is to go on or that may help."""
+    settings = worker.settings
 
-
-def publish(worker: Worker, job: JobRecord, checkpoints: Path) -> None:
-    """Stores the trained adapter, then records it as a version: a crash between the two leaves only garbage."""
-    spec, artifacts = job.spec, worker.registry.artifacts
-    files = export(checkpoints, spec, base=worker.base.name)
-    origin = {"job": job.id, "adapter": spec.adapter, "base": spec.base, "spec": spec.model_dump(mode="json")}
-    version = artifacts.put({**files, "loramill.json": json.dumps(origin, indent=1, sort_keys=True).encode()})
-    found = VersionRecord(
-        id=version,
-        adapter=spec.adapter,
-        job=job.id,
-        base=spec.base,
-        bytes=artifacts.size(version),
-        created_at=time.time(),
-    )
-    with worker.registry.writing() as session:
-        jobs.publish(session, job.id, job.attempt, found)
-        pointing = adapters.get(session, spec.adapter_name)
-    log.info("job %s: published %s, champion %s", job.id, spec.adapter_name.at(version), pointing.champion)
-
-
-def give_up(worker: Worker, job: JobRecord, error: LoramillError, *, retry: bool) -> None:
-    """Records why an attempt failed; the job is queued again if that may help."""
-    try:
+    def end_attempt() -> None:
         with worker.registry.writing() as session:
-            jobs.fail(session, job.id, job.attempt, error, retry=retry)
+            if isinstance(error, JobPaused | JobPreempted | JobCancelled):
+                jobs.release(session, job.id, job.attempt)
+            else:
+                jobs.fail(
+                    session,
+                    job.id,
+                    job.attempt,
+                    error,
+                    retry=not isinstance(error, PERMANENT),
+                    backoff_seconds=settings.backoff_seconds,
+                )
+
+    try:
+        insist(settings.lease_seconds, end_attempt)
     except LeaseLost:
-        log.warning("job %s: failed, but the lease was lost before: %s", job.id, error)
+        log.warning("job %s: ended, but the lease was lost before: %s", job.id, error)
+    except LoramillError:
+        log.exception("job %s: ended (%s), and the record can't be reached; its lease runs out", job.id, error)
+    if isinstance(error, JobCancelled):
+        discard(worker.place(job))
+
+
+def discard(place: Path | str) -> None:
+    """Removes a job's checkpoints."""
+    files, root = url_to_fs(str(place))
+    if files.exists(root):
+        files.rm(root, recursive=True)

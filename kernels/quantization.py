@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
+from torch import nn
 
 from loramill.errors import SetupError
 from loramill.kernels.backend import Quantized
@@ -49,6 +50,26 @@ def rounded(weight: torch.Tensor, kind: Literal["int8", "nf4"]) -> torch.Tensor:
     return codes.values(weight.dtype) if isinstance(codes, Quantized) else codes.to(weight.dtype)
 
 
+def packed_nf4(linear: nn.Linear) -> nn.Linear:
+    """A linear as bitsandbytes' Linear4bit of the very codes of `quantize`, which computes in the linear's dtype.
+
+    Raises:
+        SetupError: bitsandbytes isn't installed.
+    """
+    data, state = _bitsandbytes(linear.weight.data.to(torch.bfloat16))
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    dtype = state.dtype = linear.weight.dtype
+    packed = Linear4bit(
+        linear.in_features, linear.out_features, linear.bias is not None, dtype, quant_type="nf4", device="meta"
+    )
+    packed.weight = Params4bit(
+        data, requires_grad=False, quant_state=state, quant_type="nf4", module=packed, bnb_quantized=True
+    )
+    packed.bias, packed.quant_state = linear.bias, state
+    return cast(nn.Linear, packed)
+
+
 def concatenate(parts: Sequence[Quantized]) -> Quantized:
     """Matrices of one kind and d_in, one below the other; at least one."""
     codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
@@ -56,11 +77,9 @@ def concatenate(parts: Sequence[Quantized]) -> Quantized:
 
 
 def _nf4(weight: torch.Tensor) -> Quantized | torch.Tensor:
-    try:
-        from bitsandbytes import functional
-    except ImportError as error:
-        raise SetupError("A base in NF4 needs bitsandbytes; pip install bitsandbytes, or serve it in int8.") from error
-    packed, state = functional.quantize_4bit(weight, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4")
+    packed, state = _bitsandbytes(weight)
+    from bitsandbytes import functional
+
     if weight.shape[1] % _BLOCK:
         state.dtype = torch.float32
         values: torch.Tensor = functional.dequantize_4bit(packed, state)
@@ -69,3 +88,13 @@ def _nf4(weight: torch.Tensor) -> Quantized | torch.Tensor:
     codes = torch.stack([packed >> 4, packed & 15], dim=-1).view(weight.shape)
     scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     return Quantized(codes, state.code, scales.view(len(weight), -1))
+
+
+def _bitsandbytes(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """The packed codes of a bfloat16 weight, and bitsandbytes' QuantState of their scales."""
+    try:
+        from bitsandbytes import functional
+    except ImportError as error:
+        raise SetupError("A base in NF4 needs bitsandbytes; pip install bitsandbytes, or serve it in int8.") from error
+    packed, state = functional.quantize_4bit(weight, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4")
+    return packed, state

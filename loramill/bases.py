@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -91,10 +92,14 @@ def find_base(name: str, cache: Path, quantization: Quantization = "none") -> Ba
     )
 
 
-def load_for_training(base: Base, dtype: torch.dtype) -> PreTrainedModel:
+def load_for_training(base: Base, dtype: torch.dtype, *, packed: bool = False) -> PreTrainedModel:
     """The base as a transformers model on the CPU, in `dtype`, frozen and in eval mode.
 
     Of a quantized base the linears hold the very values that the engine serves with, in `dtype`.
+
+    Args:
+        packed: keep NF4 in four bits, as bitsandbytes' Linear4bit with doubly quantized scales (QLoRA), which computes
+            with the same values. For a GPU: on a CPU unpacking takes several times as long as multiplying.
 
     Raises:
         BaseUnusable: the weights don't fit the configuration or can't be read.
@@ -104,25 +109,32 @@ def load_for_training(base: Base, dtype: torch.dtype) -> PreTrainedModel:
     from torch.nn import Linear
     from transformers import AutoModelForCausalLM
 
-    from loramill.kernels.quantization import rounded
+    from loramill.kernels.quantization import packed_nf4, rounded
 
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BaseUnusable(f"The base '{base.name}' in {base.folder} can't be loaded: {error}") from error
     if base.quantization != "none":
-        for module in model.modules():
-            if isinstance(module, Linear) and module is not model.get_output_embeddings():
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, Linear) or module is model.get_output_embeddings():
+                continue
+            if packed and base.quantization == "nf4":
+                model.set_submodule(name, packed_nf4(module))
+            else:
                 module.weight.data = rounded(module.weight.data, base.quantization)
     return model.requires_grad_(False).eval()
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' progress bars and advice out of a terminal; errors still show."""
+def quiet_transformers() -> Iterator[None]:
+    """Keeps the progress bars and the advice of transformers out of a terminal; errors still show."""
+    from torch import cuda
     from transformers.utils import logging
 
+    if not cuda.is_available():  # transformers imports DeepSpeed, which would say so to stdout
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -39,11 +39,37 @@ class Message(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """An answer within an example: the loss lies on its tokens from `start` to before `stop`, times `weight`."""
+
+    start: int
+    stop: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """A training example: the loss lies on `tokens[prompt_length:]`, which end with the stop token."""
+    """A training example, up to the end of the last answer that is learnt.
+
+    Attributes:
+        tokens: all of it; what is before an answer is exactly the prompt that will be served, and each answer that is
+            learnt ends with the stop token.
+        prompt_length: tokens before the last answer.
+        weight: of the last answer's loss, above 0.
+        earlier: the answers before that are learnt, too.
+        line: where it stands in its file, from 1; 0: in none.
+    """
 
     tokens: tuple[int, ...]
     prompt_length: int
+    weight: float = 1.0
+    earlier: tuple[Span, ...] = ()
+    line: int = 0
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """All answers that are learnt, in order."""
+        return (*self.earlier, Span(self.prompt_length, len(self.tokens), self.weight))
 
 
 class ChatTokenizer:
@@ -122,8 +148,11 @@ class ChatTokenizer:
         """
         return [*self._prefix, *self._encode_plain(_unicode(text, "prompt"))]
 
-    def example(self, example: Example) -> EncodedExample:
-        """Tokens of a training example, which begin with exactly the prompt that will be served.
+    def example(self, example: Example, learn: Literal["last", "all"] = "last") -> EncodedExample:
+        """Tokens of a training example; every answer follows exactly the prompt that will be served.
+
+        Args:
+            learn: which answers of a conversation that gives them no weights.
 
         Raises:
             DatasetInvalid: the chat template writes a conversation's past differently once it is answered, or
@@ -133,9 +162,27 @@ class ChatTokenizer:
             prompt = self.text(example.prompt)
             whole = self.text(example.prompt + example.completion)
             completion = self._continue(prompt, whole, self._spelled.sub(_MARK, example.completion))
-            return EncodedExample((*prompt, *completion, self.stop_ids[0]), len(prompt))
-        asked = self._render(example.messages[:-1], answer=True)
-        answered = self._render(example.messages, answer=False)
+            weight = 1.0 if example.weights is None else example.weights[0]
+            return EncodedExample((*prompt, *completion, self.stop_ids[0]), len(prompt), weight, line=example.line)
+        tokens: list[int] = []
+        spans: list[Span] = []
+        for index, weight in example.learnt(learn):
+            prompt, completion = self._answer(example.messages[: index + 1])
+            if prompt[: len(tokens)] != tokens:
+                raise DatasetInvalid(
+                    f"messages[{index}] is served after other tokens than the answers before it are learnt as: one "
+                    "begins with white space that joins the markup before it, or the template rewrites it. Take the "
+                    "white space away, or learn one answer a line ('weight': 0 on the others)."
+                )
+            tokens = [*prompt, *completion]
+            spans.append(Span(len(prompt), len(tokens), weight))
+        *earlier, last = spans
+        return EncodedExample(tuple(tokens), last.start, last.weight, tuple(earlier), example.line)
+
+    def _answer(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """Tokens of the prompt of the last message, which is an answer, and of the answer with its end."""
+        asked = self._render(messages[:-1], answer=True)
+        answered = self._render(messages, answer=False)
         if not answered.startswith(asked):
             raise DatasetInvalid(
                 "This base's chat template writes the messages before an answer differently once "
@@ -149,7 +196,7 @@ class ChatTokenizer:
                 "This base's chat template ends an answer with none of its stop tokens, so a "
                 "model would never learn to stop; correct eos_token_id in the base's generation_config.json."
             )
-        return EncodedExample((*prompt, *completion[: end + 1]), len(prompt))
+        return prompt, completion[: end + 1]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special tokens; bytes that are no UTF-8 become U+FFFD."""

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import quote
 
-from loramill.errors import InvalidRequest, NotRunning, Overloaded, SettingsInvalid, Unauthenticated, Unavailable
+from loramill.download import download
+from loramill.errors import SettingsInvalid, Unauthenticated
+from loramill.fine_tuning import FineTuning, Source
 from loramill.names import AdapterName
+from loramill.options import given
 from loramill.settings import Settings
 from loramill.types import AdapterRecord, KeyRecord, TenantRecord
-from loramill.views import Adapter, Event, File, Job, NewKey, view
-from loramill.wire import Wire, foreign, is_loopback, openai_errors
+from loramill.views import Adapter, NewKey, view
+from loramill.wire import Wire, is_loopback, openai_errors
 
 if TYPE_CHECKING:
     import openai
 
-#: Where examples come from: a JSONL file (its path), its content, or an uploaded file (or its id, `file-…`).
-Source = Path | str | bytes | File
+#: A number of jobs, or no limit; None leaves it as it is.
+Quota = int | Literal["unlimited"] | None
 
 #: A conversation, such as `[{"role": "user", "content": "Hello"}]`, or just what the user says.
 Messages = str | Iterable[Mapping[str, str]]
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-#: Seconds for which `wait` and `events` bear with a gateway that is away.
-_PATIENCE = 60.0
 
-_PAGE = 100
-_JOBS = "/v1/fine_tuning/jobs"
-
-
-class Client:
+class Client(FineTuning):
     """Everything a tenant or an admin does with a gateway.
 
         with loramill.Client() as mill:
@@ -124,134 +118,6 @@ class Client:
         """Whether the gateway is up and its models answer."""
         return self._wire.answers("/readyz")
 
-    # Data and jobs
-
-    def upload(self, data: Source, *, tenant: str | None = None, filename: str = "train.jsonl") -> File:
-        """Uploads examples, which the gateway validates at once; `filename` names bytes.
-
-        Raises:
-            DatasetInvalid: examples are wrong; the message gives file, line and field of every problem.
-            InvalidRequest: the file can't be read.
-        """
-        if isinstance(data, File):
-            return data
-        if isinstance(data, bytes):
-            content = data
-        else:
-            filename, content = Path(data).name, _read(Path(data))
-        form = {"purpose": "fine-tune"}
-        return File.read(
-            self._wire.call("POST", "/v1/files", tenant=tenant, data=form, files={"file": (filename, content)})
-        )
-
-    def submit(
-        self,
-        adapter: str,
-        train: Source,
-        *,
-        valid: Source | None = None,
-        rank: int | None = None,
-        alpha: float | None = None,
-        rslora: bool | None = None,
-        dropout: float | None = None,
-        targets: Sequence[str] | None = None,
-        learning_rate: float | None = None,
-        epochs: int | None = None,
-        steps: int | None = None,
-        batch_size: int | None = None,
-        warmup_ratio: float | None = None,
-        weight_decay: float | None = None,
-        max_grad_norm: float | None = None,
-        max_length: int | None = None,
-        checkpoint_every: int | None = None,
-        start_from: str | None = None,
-        seed: int | None = None,
-        metadata: Mapping[str, str] | None = None,
-        base: str | None = None,
-    ) -> Job:
-        """Submits a fine-tune job that makes a new version of `adapter`, and returns at once.
-
-        Args:
-            adapter: `tenant/adapter`; the adapter comes into being with its first job.
-            train: examples to learn from, chat or prompt/completion JSONL.
-            valid: examples to measure the loss on.
-            start_from: "champion" or a version to go on from; fresh by default.
-            epochs, steps: passes over the examples, or optimizer steps; `steps` wins.
-            base: the model to tune, by default the gateway's.
-
-        Hyperparameters that aren't given are chosen by the gateway; `Job.spec` tells them all.
-        """
-        name = AdapterName.parse(adapter)
-        usual = {"n_epochs": epochs, "batch_size": batch_size}
-        own = {
-            "rank": rank,
-            "alpha": alpha,
-            "rslora": rslora,
-            "dropout": dropout,
-            "targets": None if targets is None else list(targets),
-            "learning_rate": learning_rate,
-            "steps": steps,
-            "warmup_ratio": warmup_ratio,
-            "weight_decay": weight_decay,
-            "max_grad_norm": max_grad_norm,
-            "max_length": max_length,
-            "checkpoint_every": checkpoint_every,
-            "start_from": start_from,
-        }
-        request = {
-            "model": base or self._base(),
-            "suffix": name.adapter,
-            "training_file": self._file_id(train, name.tenant, "train.jsonl"),
-            "validation_file": None if valid is None else self._file_id(valid, name.tenant, "valid.jsonl"),
-            "method": {"type": "supervised", "supervised": {"hyperparameters": _given(usual)}},
-            "loramill": _given(own),
-            "seed": seed,
-            "metadata": None if metadata is None else dict(metadata),
-        }
-        return Job.read(self._wire.call("POST", _JOBS, tenant=name.tenant, json=_given(request)))
-
-    def jobs(self, tenant: str | None = None) -> Iterator[Job]:
-        """Jobs, newest first: a tenant's own; an admin's key sees those of `tenant`, or of all."""
-        return (Job.read(row) for row in self._wire.pages(_JOBS, tenant=tenant, limit=_PAGE))
-
-    def job(self, job_id: str) -> Job:
-        """One job as it is now."""
-        return Job.read(self._wire.call("GET", f"{_JOBS}/{quote(job_id, safe='')}"))
-
-    def cancel(self, job_id: str) -> Job:
-        """Asks a job to stop; it publishes nothing from then on."""
-        return Job.read(self._wire.call("POST", f"{_JOBS}/{quote(job_id, safe='')}/cancel"))
-
-    def events(self, job_id: str, *, follow: bool = False, every: float = 1.0) -> Iterator[Event]:
-        """A job's history, oldest first; `follow` waits for more, looking `every` so many seconds, until it ends."""
-        last: str | None = None
-        while True:
-            final = not follow or self._patiently(self.job, job_id).status.final
-            for event in self._patiently(self._events_after, job_id, last):
-                last = event.id
-                yield event
-            if final:
-                return
-            time.sleep(every)
-
-    def wait(self, job_id: str, on_progress: Callable[[Job], None] | None = None, *, every: float = 1.0) -> Job:
-        """Waits until a job has succeeded; `on_progress` sees it as it is `every` so many seconds.
-
-        Outlives a gateway that is away for up to a minute.
-
-        Raises:
-            JobError: it failed (the class tells how), or, as JobCancelled, it was cancelled.
-        """
-        while True:
-            job = self._patiently(self.job, job_id)
-            if on_progress is not None:
-                on_progress(job)
-            if (failure := job.failure) is not None:
-                raise failure
-            if job.status.final:
-                return job
-            time.sleep(every)
-
     # Adapters
 
     def adapters(self, tenant: str | None = None) -> list[AdapterRecord]:
@@ -270,6 +136,20 @@ class Client:
         """Makes the previous champion the champion again."""
         return view(AdapterRecord, self._wire.call("POST", f"{_path(name)}/rollback"))
 
+    def export(
+        self, name: str, to: Path, *, full: bool = False, on_bytes: Callable[[int, int], None] | None = None
+    ) -> str:
+        """Writes a version's files, as PEFT and vLLM load them, into the new folder `to`; returns the version.
+
+        Args:
+            name: `tenant/adapter`, or with `@` an alias or version.
+            full: the whole weights of a full fine-tune, as a Hugging Face folder, instead of the adapter.
+            on_bytes: called with the bytes that have come and those that will in all.
+
+        All files are there in the end, each with the content that was stored, or none.
+        """
+        return download(self._wire, name, to, full=full, on_bytes=on_bytes)
+
     def add_data(self, name: str, train: Source, *, valid: Source | None = None) -> None:
         """Gives an adapter new examples, from which the next night trains it."""
         tenant = AdapterName.parse(name).tenant
@@ -277,9 +157,28 @@ class Client:
             "training_file": self._file_id(train, tenant, "train.jsonl"),
             "validation_file": None if valid is None else self._file_id(valid, tenant, "valid.jsonl"),
         }
-        self._wire.call("POST", f"{_path(name)}/data", json=_given(request))
+        self._wire.call("POST", f"{_path(name)}/data", json=given(request))
 
     # Tenants and keys: an admin's key
+
+    def set_share(
+        self,
+        tenant: str,
+        *,
+        weight: float | None = None,
+        max_running: Quota = None,
+        max_queued: Quota = None,
+    ) -> TenantRecord:
+        """Sets a tenant's share of the pool and its quotas; what isn't given stays as it is.
+
+        Args:
+            weight: tokens that it may train on, relative to the other tenants'.
+            max_running: jobs that run at once.
+            max_queued: jobs that may wait.
+        """
+        share = {"weight": weight, "max_running": max_running, "max_queued": max_queued}
+        path = f"/v1/tenants/{quote(tenant, safe='')}/share"
+        return view(TenantRecord, self._wire.call("POST", path, json=given(share)))
 
     def create_tenant(self, name: str) -> TenantRecord:
         """Makes a tenant. Conflict: the name is taken."""
@@ -301,37 +200,6 @@ class Client:
         """Makes a key (by its id) worthless at once."""
         self._wire.call("DELETE", f"/v1/keys/{quote(key_id, safe='')}")
 
-    # How it is done
-
-    def _base(self) -> str:
-        for name in self.models():
-            if "/" not in name:
-                return name
-        raise foreign(self.url, "it serves no base model")
-
-    def _file_id(self, source: Source, tenant: str, filename: str) -> str:
-        if isinstance(source, str) and source.startswith("file-"):
-            return source
-        return self.upload(source, tenant=tenant, filename=filename).id
-
-    def _events_after(self, job_id: str, last: str | None) -> list[Event]:
-        fresh = []
-        for row in self._wire.pages(f"{_JOBS}/{quote(job_id, safe='')}/events", limit=_PAGE):  # newest first
-            if row.get("id") == last:
-                break
-            fresh.append(Event.read(row))
-        return fresh[::-1]
-
-    def _patiently(self, ask: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        deadline = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                return ask(*args, **kwargs)
-            except (NotRunning, Unavailable, Overloaded):
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(1.0)
-
 
 def _key_of(settings: Settings, url: str) -> str | None:
     """The key of the settings, or this machine's admin key, which no other machine must ever see."""
@@ -345,19 +213,8 @@ def _key_of(settings: Settings, url: str) -> str | None:
         raise Unauthenticated(f"The admin key in {settings.admin_key_file} can't be read: {error.strerror}.") from error
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidRequest(f"{path} can't be read: {error.strerror}.") from error
-
-
 def _path(adapter: str) -> str:
     return f"/v1/adapters/{AdapterName.parse(adapter)}"
-
-
-def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _conversation(messages: Messages) -> Any:

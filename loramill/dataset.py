@@ -3,6 +3,9 @@
 A file is JSONL: UTF-8, an object a line, all of one form. Chat: `{"messages": [{"role", "content"}, …]}`, a system
 message or none, then user and assistant in turn, ending with the assistant's answer, which is what is learnt.
 Completion: `{"prompt", "completion"}`, plain text, of which the completion is learnt. Blank lines are skipped.
+
+An assistant's message, or a line of completion data, may have a `"weight"`: 0 isn't learnt, 2 counts twice. As in
+OpenAI's format, an answer without one has weight 1 where another of its conversation has one.
 """
 
 from __future__ import annotations
@@ -10,13 +13,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from loramill.chat import ROLES, ChatTokenizer, Message
 from loramill.errors import DatasetInvalid, InvalidRequest
 
 #: Problems, or lines in one warning, that are listed; the rest is counted.
 LISTED = 20
+
+#: Of an answer's loss.
+MAX_WEIGHT = 1e6
 
 _BOM = b"\xef\xbb\xbf"
 _FORM = 'write {"messages": [...]}, or {"prompt": "...", "completion": "..."}'
@@ -29,20 +35,29 @@ class Example:
     Attributes:
         messages: chat: the whole conversation with the answer at its end; completion data: empty.
         prompt: completion data: the text before the completion; chat: None.
-        completion: the answer that is learnt.
+        completion: the last answer.
         line: where it stands in its file, from 1.
+        weights: of the loss of each answer, in order, at least one above 0; None: the file gives none.
     """
 
     messages: tuple[Message, ...]
     prompt: str | None
     completion: str
     line: int
+    weights: tuple[float, ...] | None = None
 
     @property
     def key(self) -> tuple[str | None, ...]:
         """Equal for two examples that say the same."""
         turns = (part for message in self.messages for part in (message["role"], message["content"]))
         return (self.prompt, self.completion, *turns)
+
+    def learnt(self, learn: Literal["last", "all"]) -> list[tuple[int, float]]:
+        """The messages whose loss counts, by index, and its weight; without weights, `learn` says which they are."""
+        answers = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
+        if self.weights is None:
+            return [(index, 1.0) for index in (answers if learn == "all" else answers[-1:])]
+        return [(index, weight) for index, weight in zip(answers, self.weights, strict=True) if weight]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +133,9 @@ def read_examples(raw: bytes, filename: str, *, minimum: int = 1) -> Examples:
     return Examples(filename, tuple(examples), _repeated(filename, examples))
 
 
-def check_tokens(examples: Examples, tokenizer: ChatTokenizer, max_length: int) -> None:
+def check_tokens(
+    examples: Examples, tokenizer: ChatTokenizer, max_length: int, learn: Literal["last", "all"] = "last"
+) -> None:
     """Checks what only the base's tokenizer can tell: lengths, and special tokens spelled in the text.
 
     Examples are never truncated: what is cut off is the end, the very answer that is to be learnt.
@@ -127,6 +144,7 @@ def check_tokens(examples: Examples, tokenizer: ChatTokenizer, max_length: int) 
         examples: as read.
         tokenizer: the base's.
         max_length: tokens of the longest example, prompt and completion and end together.
+        learn: which answers of a conversation that gives them no weights.
 
     Raises:
         DatasetInvalid: as `read_examples`.
@@ -142,12 +160,12 @@ def check_tokens(examples: Examples, tokenizer: ChatTokenizer, max_length: int) 
                         "(the chat template writes it where it belongs).",
                     )
         try:
-            encoded = tokenizer.example(example)
+            encoded = tokenizer.example(example, learn)
         except InvalidRequest as error:
             problems.add(example.line, error.message)
             continue
         count, prompt = len(encoded.tokens), encoded.prompt_length
-        if count == prompt + 1:
+        if any(span.stop == span.start + 1 for span in encoded.spans):
             problems.add(
                 example.line,
                 "the completion has no tokens: this base's vocabulary or chat template leaves nothing of it; "
@@ -193,31 +211,53 @@ def _read_row(row: bytes, line: int) -> Example:
         raise _Bad(f"it is not an object; {_FORM}.")
     if "messages" in value:
         _no_other_keys(value, ("messages",), "the line")
-        messages = _read_messages(value["messages"])
-        return Example(messages=messages, prompt=None, completion=messages[-1]["content"], line=line)
+        messages, weights = _read_messages(value["messages"])
+        return Example(messages=messages, prompt=None, completion=messages[-1]["content"], line=line, weights=weights)
     if "prompt" not in value and "completion" not in value:
         raise _Bad(f"it has no messages; {_FORM}.")
-    _no_other_keys(value, ("prompt", "completion"), "the line")
+    _no_other_keys(value, ("prompt", "completion", "weight"), "the line")
     prompt, completion = (_text(value, field, field) for field in ("prompt", "completion"))
-    return Example(messages=(), prompt=prompt, completion=completion, line=line)
+    weights = _weights([_weight(value, "weight")])
+    return Example(messages=(), prompt=prompt, completion=completion, line=line, weights=weights)
 
 
-def _read_messages(value: object) -> tuple[Message, ...]:
+def _read_messages(value: object) -> tuple[tuple[Message, ...], tuple[float, ...] | None]:
     if not isinstance(value, list) or not value:
         raise _Bad("messages must be a list with at least a user's and an assistant's message; add them.")
     messages: list[Message] = []
+    weights: list[float | None] = []
     for index, message in enumerate(value):
         where = f"messages[{index}]"
         if not isinstance(message, dict):
             raise _Bad(f'{where} must be an object; write {{"role": "...", "content": "..."}}.')
-        _no_other_keys(message, ("role", "content"), where)
         role = message.get("role")
         if role not in ROLES:
             raise _Bad(f"{where}.role is {_shown(role)}; use one of {', '.join(ROLES)}.")
+        if role == "assistant":
+            weights.append(_weight(message, f"{where}.weight"))
+        _no_other_keys(message, ("role", "content", "weight")[: 3 if role == "assistant" else 2], where)
         content = _text(message, "content", f"{where}.content", empty=role == "system")
         messages.append(Message(role=role, content=content))
     _check_order([message["role"] for message in messages])
-    return tuple(messages)
+    return tuple(messages), _weights(weights)
+
+
+def _weight(value: dict[str, Any], field: str) -> float | None:
+    """The weight that is said, if one is."""
+    if "weight" not in value:
+        return None
+    weight = value["weight"]
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MAX_WEIGHT:
+        raise _Bad(f"{field} is {_shown(weight)}; it must be a number from 0 (not learnt) to {MAX_WEIGHT:g}.")
+    return float(weight)
+
+
+def _weights(said: Sequence[float | None]) -> tuple[float, ...] | None:
+    if all(weight is None for weight in said):
+        return None
+    if not any(weight is None or weight for weight in said):
+        raise _Bad("weight is 0 for every answer, so that nothing is learnt; give one more, or remove the line.")
+    return tuple(1.0 if weight is None else weight for weight in said)
 
 
 def _check_order(roles: Sequence[str]) -> None:
@@ -251,7 +291,7 @@ def _text(value: dict[str, Any], key: str, field: str, *, empty: bool = False) -
 def _no_other_keys(value: dict[str, Any], allowed: tuple[str, ...], where: str) -> None:
     other = next((key for key in value if key not in allowed), None)
     if other is not None:
-        raise _Bad(f"{where} has the unknown key {_shown(other)}; it may have {' and '.join(allowed)} only.")
+        raise _Bad(f"{where} has the unknown key {_shown(other)}; it may have {', '.join(allowed)} only.")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,9 +1,16 @@
-"""Files that survive a power cut."""
+"""Files that survive a power cut, and folders that are there wholly or not at all."""
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from loramill.errors import DiskFull, InvalidRequest
 
 
 def sync(path: Path) -> None:
@@ -13,3 +20,33 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def new_folder(to: Path) -> Iterator[Path]:
+    """A folder to write files into, which becomes `to` at the end; after an error there is nothing.
+
+    Raises:
+        InvalidRequest: `to` holds something already, or can't be made.
+        DiskFull: no room.
+    """
+    to = to.expanduser().absolute()
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise InvalidRequest(f"{to} is there already: name a folder that isn't.")
+    building = to.parent / f".{to.name}.{secrets.token_hex(4)}"
+    try:
+        building.mkdir(parents=True)
+        yield building
+        for file in building.iterdir():
+            sync(file)
+        sync(building)
+        building.rename(to)
+        sync(to.parent)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise InvalidRequest(f"{to} can't be written ({error.strerror}): name another folder.") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(f"No room for {to}: make some, or name another folder. Nothing was written.") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)

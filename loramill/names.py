@@ -13,6 +13,14 @@ _VERSION = re.compile(r"[0-9a-f]{8,64}")
 #: Characters of a version's hash that are shown; any prefix of at least 8 is understood.
 SHORT = 12
 
+#: Ids of jobs' results files begin so; the job's id follows.
+RESULTS = "file-results-"
+
+
+def results_id(job_id: str) -> str:
+    """The id of a job's results file: a CSV of what was measured at each step."""
+    return RESULTS + job_id
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterName:

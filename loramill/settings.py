@@ -10,6 +10,7 @@ import os
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import (
@@ -156,6 +157,12 @@ class Settings(BaseSettings):
     def sessions(self) -> str:
         """Where Ray Train keeps its own notes on the sessions, beside the artifacts: every node must reach it."""
         return self.artifacts.rstrip("/") + "-sessions"
+
+    @property
+    def checkpoints(self) -> str:
+        """Where jobs keep their checkpoints, beside the artifacts: every node must reach it. A local one is a path."""
+        place = self.artifacts.rstrip("/") + "-checkpoints"
+        return unquote(urlsplit(place).path) if place.startswith("file:") else place
 
     @property
     def address(self) -> str:

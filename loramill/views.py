@@ -11,7 +11,17 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import Field, ValidationError
 
 from loramill.errors import JobCancelled, JobError, LoramillError, NotRunning
-from loramill.types import AdapterRecord, AliasChange, EvaluationRecord, JobStatus, KeyRecord, Value, VersionRecord
+from loramill.types import (
+    AdapterRecord,
+    AliasChange,
+    Asked,
+    EvaluationRecord,
+    Executor,
+    JobStatus,
+    KeyRecord,
+    Value,
+    VersionRecord,
+)
 from loramill.wire import BY_CODE
 
 _V = TypeVar("_V", bound=Value)
@@ -58,7 +68,8 @@ class Job(Value):
     """A fine-tune job.
 
     `model` is the name that asks its result (`tenant/adapter@version`), once it succeeded;
-    `step` of `steps` optimizer steps are done; `spec` is what was frozen at submit.
+    `step` of `steps` optimizer steps are done; `spec` is what was frozen at submit. Losses are in nats a token,
+    the last that are known; `estimated_finish` is when it will be done if it goes on as it does.
     """
 
     id: str
@@ -69,7 +80,14 @@ class Job(Value):
     step: int = 0
     steps: int
     attempt: int = 0
+    asked: Asked | None = None
+    priority: int = 0
+    executor: Executor = "session"
+    micro_tokens: int | None = None
     trained_tokens: int | None = None
+    loss: float | None = None
+    valid_loss: float | None = None
+    tokens_per_second: float | None = None
     error_code: str | None = None
     error: str | None = None
     training_file: str
@@ -77,7 +95,9 @@ class Job(Value):
     seed: int = 0
     metadata: dict[str, str] = Field(default_factory=dict)
     created_at: float
+    started_at: float | None = None
     finished_at: float | None = None
+    estimated_finish: float | None = None
     spec: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
@@ -120,6 +140,44 @@ class Event(Value):
     def read(cls, wire: Mapping[str, Any]) -> Self:
         """Reads OpenAI's event object."""
         return view(cls, {**wire, "kind": wire.get("type"), "data": wire.get("data") or {}})
+
+
+class Checkpoint(Value):
+    """Where a job's weights were validated; `model` asks them, while they are kept."""
+
+    id: str
+    step: int
+    model: str | None
+    metrics: dict[str, float]
+    created_at: float
+
+    @classmethod
+    def read(cls, wire: Mapping[str, Any]) -> Self:
+        """Reads OpenAI's checkpoint object."""
+        own = {"step": wire.get("step_number"), "model": wire.get("fine_tuned_model_checkpoint") or None}
+        return view(cls, {**wire, **own})
+
+
+class Point(Value):
+    """What was measured at one step of a job; losses are in nats a token, accuracies are shares of learnt tokens."""
+
+    step: int
+    train_loss: float | None = None
+    train_mean_token_accuracy: float | None = None
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    trained_tokens: int | None = None
+    tokens_per_second: float | None = None
+
+
+class Submitted(Value):
+    """What became of one job of many: `where` it was asked for, and whether it is `new` or was there before."""
+
+    where: str
+    job: Job
+    new: bool
 
 
 class Adapter(AdapterRecord):

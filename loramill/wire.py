@@ -118,10 +118,7 @@ class Wire:
             LoramillError: the class of the answer's code; NotRunning, Unavailable: there is no such answer.
         """
         response = self._send(method, path, tenant, request)
-        try:
-            body = response.json()
-        except ValueError:
-            body = None
+        body = _json(response)
         if response.is_error:
             if response.status_code == 401 and self._key is None:
                 raise Unauthenticated(
@@ -132,6 +129,22 @@ class Wire:
         if not isinstance(body, dict):
             raise foreign(self.url, "its answer is no JSON object")
         return body
+
+    @contextmanager
+    def stream(self, path: str, **request: Any) -> Iterator[Iterator[bytes]]:
+        """The bytes of the answer to a GET, piece by piece as they come; `request` is httpx's.
+
+        Raises:
+            LoramillError: as `call`; Unavailable: the answer was cut off.
+        """
+        with (
+            self._explained("GET", path),
+            self._http.stream("GET", self.url + path, headers=self._headers(None), **request) as response,
+        ):
+            if response.is_error:
+                response.read()
+                raise error_from(response.status_code, _json(response), self.url)
+            yield response.iter_bytes(1 << 20)
 
     def pages(self, path: str, *, tenant: str | None = None, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """The objects of a list in the gateway's order, `limit` to a page where it has pages.
@@ -158,13 +171,21 @@ class Wire:
             return False
 
     def _send(self, method: str, path: str, tenant: str | None, request: Mapping[str, Any]) -> httpx.Response:
+        with self._explained(method, path):
+            return self._http.request(method, self.url + path, headers=self._headers(tenant), **request)
+
+    def _headers(self, tenant: str | None) -> dict[str, str]:
         headers = {}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
         if acting := tenant or self._organization:
             headers["OpenAI-Organization"] = acting
+        return headers
+
+    @contextmanager
+    def _explained(self, method: str, path: str) -> Iterator[None]:
         try:
-            return self._http.request(method, self.url + path, headers=headers, **request)
+            yield
         except httpx.ConnectError as error:
             raise silent(self.url) from error
         except httpx.TimeoutException as error:
@@ -177,3 +198,10 @@ class Wire:
             ) from error
         except httpx.RequestError as error:
             raise broken(self.url) from error
+
+
+def _json(response: httpx.Response) -> object:
+    try:
+        return response.json()
+    except ValueError:
+        return None

@@ -28,7 +28,14 @@ BELOW = {
     "serve": {"loramill", "kernels"},
     "pipelines": {"loramill", "kernels", "jobs", "serve"},
 }
-RAY_SHELLS = ("jobs/supervisor.py", "jobs/session.py", "serve/deployments.py", "serve/local.py", "pipelines/*")
+RAY_SHELLS = (
+    "jobs/supervisor.py",
+    "jobs/session.py",
+    "jobs/dedicated.py",
+    "serve/deployments.py",
+    "serve/local.py",
+    "pipelines/*",
+)
 UNPICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 #: What imports on a GPU machine that has torch and little else, and what it may use there.

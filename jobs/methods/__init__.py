@@ -1,1 +1,126 @@
 """What a job trains on a frozen base: one module a method, all with the same face."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from loramill.errors import AdapterInvalid
+from loramill.jobs.methods import peft_folder
+from loramill.jobs.methods.adalora import adalora_files, adalora_layers, allocator, start_adalora
+from loramill.jobs.methods.layers import DoraLinear, LoraLinear, inserted
+from loramill.jobs.methods.lora import dora_layers, lora_files, lora_layers, rates, start_lora
+from loramill.jobs.methods.places import Place, places
+from loramill.jobs.methods.residual import ResidualLinear, loftq_layers, pissa_files, pissa_layers, start_pissa
+from loramill.jobs.methods.tuned import Tuned
+from loramill.types import JobSpec
+
+__all__ = ["Tuned", "adapter_files", "attached", "start"]
+
+_STARTS = {"adalora": start_adalora, "pissa": start_pissa}
+_FILES = {"adalora": adalora_files, "pissa": pissa_files}
+
+
+@contextmanager
+def attached(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[Tuned]:
+    """`model` with the fp32 layers of `spec`'s method, all that is trained; afterwards it is as before.
+
+    The layers are a function of the base, the spec and its seed; their dropout is off.
+
+    Args:
+        folder: the base's files; LoftQ reads there what quantization took away.
+
+    Raises:
+        AdapterInvalid: targets, layers, patterns or ranks don't fit the base; `param` says which.
+    """
+    found = places(model, spec)
+    layers = _layers(model, found, spec, folder)
+    with inserted(model, layers, found):
+        yield _tuned(model, layers, spec)
+
+
+@torch.no_grad()
+def start(tuned: Tuned, folder: Path, spec: JobSpec) -> None:
+    """Continues from the adapter in a PEFT folder, which a job of the same method, targets, ranks and scale made.
+
+    Raises:
+        AdapterInvalid: the folder can't be read, or its adapter is another; `param` is "start_from".
+    """
+    _STARTS.get(spec.method, start_lora)(tuned, peft_folder.read(folder), spec)
+
+
+def adapter_files(
+    spec: JobSpec, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], base: str
+) -> dict[str, bytes]:
+    """The adapter in PEFT's files, as a LoRA or DoRA on the unmodified base.
+
+    Args:
+        weights, state: what a checkpoint holds of `Tuned`.
+        base: the base's name on the wire.
+    """
+    return _FILES.get(spec.method, lora_files)(spec, weights, state, base)
+
+
+def _layers(model: PreTrainedModel, found: list[Place], spec: JobSpec, folder: Path) -> dict[str, LoraLinear]:
+    match spec.method:
+        case "lora":
+            return lora_layers(found, spec)
+        case "dora":
+            return dora_layers(found, spec)
+        case "adalora":
+            return adalora_layers(found, spec)
+        case "pissa":
+            return pissa_layers(found, spec)
+        case "loftq":
+            return loftq_layers(found, spec, model, folder)
+        case "full":
+            raise AdapterInvalid("Full fine-tuning attaches nothing to the base; it has a trainer of its own.")
+
+
+def _tuned(model: PreTrainedModel, layers: Mapping[str, LoraLinear], spec: JobSpec) -> Tuned:
+    named = {
+        peft_folder.tensor_name(name, part): parameter
+        for name, layer in layers.items()
+        for part, parameter in layer.trained().items()
+    }
+    weights = dict(sorted(named.items()))
+    if spec.method == "adalora":
+        ranks = allocator(spec, weights)
+        return Tuned(
+            model=model,
+            weights=weights,
+            set_dropout=lambda on: _set_dropout(layers, on),
+            rates=rates(spec, weights),
+            state=ranks.state,
+            penalty=ranks.penalty,
+            after_step=ranks.after_step,
+        )
+    kept = {
+        peft_folder.tensor_name(name, part): tensor
+        for name, layer in layers.items()
+        if isinstance(layer, ResidualLinear)
+        for part, tensor in layer.kept().items()
+    }
+    return Tuned(
+        model=model,
+        weights=weights,
+        set_dropout=lambda on: _set_dropout(layers, on),
+        rates=rates(spec, weights),
+        state=kept,
+        after_step=lambda step: _forget(layers),
+    )
+
+
+def _forget(layers: Mapping[str, LoraLinear]) -> None:
+    for layer in layers.values():
+        if isinstance(layer, DoraLinear):
+            layer.forget()
+
+
+def _set_dropout(layers: Mapping[str, LoraLinear], on: bool) -> None:
+    for layer in layers.values():
+        layer.dropping = on

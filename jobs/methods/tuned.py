@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from peft import PeftModel
+from torch import nn
+
+from loramill.jobs.update import Update
 
 
 def no_penalty() -> torch.Tensor | None:
@@ -29,13 +31,15 @@ class Tuned:
         rates: factors of the learning rate, by name; 1 where there is none (LoRA+).
         state: other tensors that training changes, in place, and that a checkpoint has to hold (AdaLoRA's importances).
         penalty: what is added to a step's mean loss, with a gradient; None: nothing (AdaLoRA's orthogonality).
+        update: what changes the weights; None: AdamW where the model is.
         after_step: called with the number of steps done, after each optimizer step and before gradients are cleared.
     """
 
-    model: PeftModel
-    weights: Mapping[str, torch.nn.Parameter]
+    model: nn.Module
+    weights: Mapping[str, nn.Parameter]
     set_dropout: Callable[[bool], None]
     rates: Mapping[str, float] = field(default_factory=dict)
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     penalty: Callable[[], torch.Tensor | None] = no_penalty
+    update: Update | None = None
     after_step: Callable[[int], None] = nothing_after

@@ -7,7 +7,10 @@ from typing import Annotated
 import typer
 
 from loramill.cli import show
-from loramill.cli.jobs import Adapter, Tenant, Train, Valid, upload
+from loramill.cli.export import export
+from loramill.cli.jobs import Tenant
+from loramill.cli.merge import merge
+from loramill.cli.submit import Valid, upload
 from loramill.client import Client
 from loramill.names import AdapterName
 from loramill.types import Alias
@@ -16,9 +19,14 @@ from loramill.views import Adapter as AdapterView
 adapters = typer.Typer(cls=show.ListByDefault, help="Adapters and their versions; alone it lists them.")
 data = typer.Typer(help="New examples of an adapter.", no_args_is_help=True)
 
+Adapter = Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", help="Such as acme/support.", show_default=False)]
+Train = Annotated[str, typer.Option(metavar="FILE", help="JSONL examples to learn from, or an uploaded file's id.")]
+
 
 def register(app: typer.Typer) -> None:
     """Adds the commands."""
+    adapters.command("export")(export)
+    adapters.command("merge")(merge)
     app.add_typer(adapters, name="adapters", rich_help_panel="Adapters")
     app.add_typer(data, name="data", rich_help_panel="Adapters")
     app.command(rich_help_panel="Adapters")(promote)

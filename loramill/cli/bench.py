@@ -92,6 +92,24 @@ def soak(
     _judge(results, check=True)
 
 
+@bench.command()
+def quality(
+    tenants: Annotated[
+        Path, typer.Option(metavar="FOLDER", exists=True, file_okay=False, help="Of tenants' folders with real data.")
+    ],
+    only: Only = "",
+    json: Json = None,
+    check: Check = False,
+) -> None:
+    """Train the built-in base on real tenants with a job's defaults, for an hour, and judge the test answers."""
+    from loramill.pipelines.compare.quality import results
+    from loramill.settings import Settings
+
+    found = results(tenants, Settings.load(), only, _report)
+    _show(found, json)
+    _judge(found, check)
+
+
 def _report(group: str) -> None:
     _note(f"Measuring {group}…")
 

@@ -73,7 +73,7 @@ def generate(
     from loramill.settings import Settings
 
     settings = Settings.load()
-    base, version, source = _find(model, settings)
+    base, version, source = find_model(model, settings)
     like = TextRequest(
         "", "", version, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop or ())
     )
@@ -93,7 +93,7 @@ def generate(
         raise typer.Exit(1)
 
 
-def _find(model: str, settings: Settings) -> tuple[Base, str | None, Callable[[str], Path]]:
+def find_model(model: str, settings: Settings) -> tuple[Base, str | None, Callable[[str], Path]]:
     """The base, the version on it (None: the base alone), and where that is found.
 
     Raises:

@@ -2,118 +2,34 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from loramill.cli import show
+from loramill.cli.plot import plot
+from loramill.cli.submit import submit
+from loramill.cli.watch import watch
 from loramill.client import Client
-from loramill.names import AdapterName
-from loramill.views import Event, File, Job
+from loramill.errors import Conflict, NotFound
+from loramill.views import Event, Job
 
 jobs = typer.Typer(cls=show.ListByDefault, help="Fine-tune jobs; alone it lists them.")
 
-Train = Annotated[str, typer.Option(metavar="FILE", help="JSONL examples to learn from, or an uploaded file's id.")]
-Valid = Annotated[str | None, typer.Option(metavar="FILE", help="JSONL examples to measure on, or a file's id.")]
-Adapter = Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", help="Such as acme/support.", show_default=False)]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id (ftjob-…).", show_default=False)]
+JobIds = Annotated[list[str], typer.Argument(metavar="JOB…", help="The jobs' ids (ftjob-…).", show_default=False)]
 Tenant = Annotated[str | None, typer.Option("--tenant", help="Of this tenant only (for an admin's key).")]
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands."""
     app.command(rich_help_panel="Fine-tuning")(submit)
+    jobs.command("watch")(watch)
+    jobs.command("plot")(plot)
     app.add_typer(jobs, name="jobs", rich_help_panel="Fine-tuning")
-
-
-def _targets(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(name.strip() for name in text.split(","))
-
-
-def submit(
-    adapter: Adapter,
-    *,
-    train: Train,
-    valid: Valid = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Scale of the adapter: alpha / rank.")] = None,
-    rslora: Annotated[bool | None, typer.Option(help="Scale by alpha / sqrt(rank).")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the examples, instead of --steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="Dropout before the adapter, 0 to 1.")] = None,
-    targets: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Linear layers, with commas, such as q_proj,v_proj.")
-    ] = None,
-    warmup_ratio: Annotated[float | None, typer.Option(help="Part of the steps that warms up, 0 to 1.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Weight decay.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of the longest example.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
-    start_from: Annotated[
-        str | None, typer.Option(metavar="VERSION", help='Go on from "champion" or a version; else fresh.')
-    ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Show progress until the job ends.")] = False,
-    json: show.AsJson = False,
-) -> None:
-    """Upload examples, submit a fine-tune job, and print its id.
-
-    What isn't given is chosen by the gateway; `loramill jobs show JOB` tells it all.
-    """
-    chosen = _targets(targets)
-    tenant = AdapterName.parse(adapter).tenant
-    with Client() as client:
-        job = client.submit(
-            adapter,
-            upload(client, train, tenant),
-            valid=None if valid is None else upload(client, valid, tenant),
-            rank=rank,
-            alpha=alpha,
-            rslora=rslora,
-            learning_rate=lr,
-            steps=steps,
-            epochs=epochs,
-            batch_size=batch_size,
-            dropout=dropout,
-            targets=chosen,
-            warmup_ratio=warmup_ratio,
-            weight_decay=weight_decay,
-            max_length=max_length,
-            seed=seed,
-            start_from=start_from,
-        )
-        if not json:
-            show.line(job.id)
-        if wait:
-            job = _watch(client, job)
-            show.say(f"{job.model} is ready: `loramill chat {job.model}`")
-        elif not json:
-            show.say(f"Queued; `loramill jobs events -f {job.id}` follows it.")
-    if json:
-        show.as_json(job)
-
-
-def upload(client: Client, source: str, tenant: str) -> File | str:
-    """Uploads a file, saying what the gateway warns of; an uploaded file's id stays as it is."""
-    if source.startswith("file-"):
-        return source
-    file = client.upload(source, tenant=tenant)
-    for warning in file.warnings:
-        show.say(f"Warning: {warning}", style="yellow")
-    return file
-
-
-def _watch(client: Client, job: Job) -> Job:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=show.screen(stderr=True)) as progress:
-        task = progress.add_task(f"{job.adapter} {job.status}", total=job.steps)
-
-        def advance(now: Job) -> None:
-            progress.update(task, completed=now.step, description=f"{now.adapter} {now.status}")
-
-        return client.wait(job.id, advance)
 
 
 @jobs.command("list")
@@ -162,6 +78,19 @@ def show_job(job_id: JobId, json: show.AsJson = False) -> None:
         ("attempt", str(job.attempt)),
         ("submitted", show.ago(job.created_at)),
     ]
+    pairs += [
+        (name, str(value))
+        for name, value in (
+            ("priority", job.priority or None),
+            ("executor", job.executor),
+            ("training loss", job.loss),
+            ("validation loss", job.valid_loss),
+            ("tokens", job.trained_tokens),
+        )
+        if value is not None
+    ]
+    if job.estimated_finish:
+        pairs.append(("finishes in", show.duration(job.estimated_finish - time.time())))
     if job.finished_at:
         pairs.append(("finished", show.ago(job.finished_at)))
     if job.model:
@@ -199,12 +128,65 @@ def _told(event: Event) -> str:
     return f"{show.clock(event.created_at)}  {event.level:<5}  {event.message}  {numbers}".rstrip()
 
 
-@jobs.command("cancel")
-def cancel(job_id: JobId, json: show.AsJson = False) -> None:
-    """Ask a job to stop; it publishes nothing from then on."""
+@jobs.command("checkpoints")
+def checkpoints(job_id: JobId, json: show.AsJson = False) -> None:
+    """List where a job's weights were validated; those that are kept can be asked by their model's name."""
     with Client() as client:
-        job = client.cancel(job_id)
+        found = client.checkpoints(job_id)
     if json:
-        show.as_json(job)
+        return show.as_json(found)
+    return show.table(
+        ("STEP", "VALIDATION LOSS", "TRAINING LOSS", "WRITTEN", "MODEL"),
+        (
+            (
+                str(each.step),
+                _number(each.metrics.get("valid_loss")),
+                _number(each.metrics.get("train_loss")),
+                show.ago(each.created_at),
+                each.model or "-",
+            )
+            for each in found
+        ),
+        empty=f"{job_id} has no checkpoints yet.",
+    )
+
+
+@jobs.command("cancel")
+def cancel(job_ids: JobIds, json: show.AsJson = False) -> None:
+    """Ask jobs to stop; they publish nothing from then on."""
+    _change(job_ids, Client.cancel, "is asked to stop", json=json)
+
+
+@jobs.command("pause")
+def pause(job_ids: JobIds, json: show.AsJson = False) -> None:
+    """Ask jobs to wait; they keep what they have learnt so far."""
+    _change(job_ids, Client.pause, "is asked to pause", json=json)
+
+
+@jobs.command("resume")
+def resume(job_ids: JobIds, json: show.AsJson = False) -> None:
+    """Let paused jobs go on where they were."""
+    _change(job_ids, Client.resume, "goes on", json=json)
+
+
+def _change(job_ids: Sequence[str], change: Callable[[Client, str], Job], told: str, *, json: bool) -> None:
+    """Changes every job that can be; those that can't are told, and make the command fail."""
+    changed, refused = [], False
+    with Client() as client:
+        for job_id in job_ids:
+            try:
+                changed.append(change(client, job_id))
+            except (Conflict, NotFound) as error:
+                refused = True
+                show.say(error.message, style="red")
+    if json:
+        show.as_json(changed)
     else:
-        show.say(f"{job.id} is asked to stop (now {job.status}).")
+        for job in changed:
+            show.say(f"{job.id} {told} (now {job.status}).")
+    if refused:
+        raise typer.Exit(1)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

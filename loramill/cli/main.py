@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from loramill import __version__
-from loramill.cli import adapters, bench, chat, generate, jobs, local, nightly, tenants
+from loramill.cli import adapters, bench, chat, compare, generate, jobs, local, nightly, plan, tenants
 from loramill.cli.show import line, say
 from loramill.errors import LoramillError
 
@@ -47,10 +47,12 @@ def root(
 local.register(app)
 tenants.register(app)
 jobs.register(app)
+plan.register(app)
 adapters.register(app)
 chat.register(app)
 generate.register(app)
 nightly.register(app)
+compare.register(app)
 bench.register(app)
 
 

@@ -31,6 +31,7 @@ _STYLES = {
     "cancelled": "yellow",
     "warn": "yellow",
     "held": "yellow",
+    "paused": "yellow",
 }
 _STEPS = ((60, 1, "s"), (3600, 60, "min"), (86400, 3600, "h"), (30 * 86400, 86400, "d"))
 
@@ -92,8 +93,8 @@ def facts(pairs: Iterable[tuple[str, Cell]]) -> None:
 
 
 def status(word: str) -> Text:
-    """A state in its colour."""
-    return Text(word, style=_STYLES.get(word, ""))
+    """A state in its colour; what follows the first word goes with it."""
+    return Text(word, style=_STYLES.get(word.partition(" ")[0], ""))
 
 
 def short(version: str | None) -> str:
@@ -113,3 +114,14 @@ def ago(then: float, now: float | None = None) -> str:
         if passed < below:
             return f"{passed / unit:.0f} {name} ago" if passed >= 1 else "just now"
     return time.strftime("%Y-%m-%d", time.localtime(then))
+
+
+def duration(seconds: float) -> str:
+    """A span of time as people say it: "40 s", "3 min", "2 h 05 min", "3 d 4 h"."""
+    minutes = round(max(0.0, seconds) / 60)
+    if seconds < 60:
+        return f"{max(0.0, seconds):.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60:02} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"

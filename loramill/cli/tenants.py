@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from loramill.cli import show
-from loramill.client import Client
+from loramill.client import Client, Quota
 
 tenant = typer.Typer(help="Owners of data, jobs, adapters and keys.", no_args_is_help=True)
 key = typer.Typer(help="API keys of a tenant.", no_args_is_help=True)
@@ -40,10 +40,58 @@ def list_tenants(json: show.AsJson = False) -> None:
     if json:
         return show.as_json(found)
     return show.table(
-        ("TENANT", "MADE"),
-        ((each.name, show.ago(each.created_at)) for each in found),
+        ("TENANT", "MADE", "WEIGHT", "RUNNING", "WAITING"),
+        (
+            (
+                each.name,
+                show.ago(each.created_at),
+                f"{each.weight:g}",
+                _quota(each.max_running),
+                _quota(each.max_queued),
+            )
+            for each in found
+        ),
         empty="No tenants yet: `loramill tenant create NAME` makes one.",
     )
+
+
+@tenant.command("share")
+def set_share(
+    name: Tenant,
+    weight: Annotated[float | None, typer.Option(help="Tokens it may train on, relative to other tenants'.")] = None,
+    max_running: Annotated[
+        str | None, typer.Option(metavar="JOBS", help="Jobs that run at once: a number, or unlimited.")
+    ] = None,
+    max_queued: Annotated[
+        str | None, typer.Option(metavar="JOBS", help="Jobs that may wait: a number, or unlimited.")
+    ] = None,
+    json: show.AsJson = False,
+) -> None:
+    """Set a tenant's share of the pool; what isn't given stays as it is."""
+    running, queued = _read_quota(max_running, "--max-running"), _read_quota(max_queued, "--max-queued")
+    with Client() as client:
+        set_to = client.set_share(name, weight=weight, max_running=running, max_queued=queued)
+    if json:
+        show.as_json(set_to)
+    else:
+        show.say(
+            f"{set_to.name} has the weight {set_to.weight:g}; running at most: {_quota(set_to.max_running)}, "
+            f"waiting at most: {_quota(set_to.max_queued)}."
+        )
+
+
+def _read_quota(text: str | None, option: str) -> Quota:
+    if text is None:
+        return None
+    if text == "unlimited":
+        return "unlimited"
+    if not text.isdecimal():
+        raise typer.BadParameter("give a number of jobs, or unlimited.", param_hint=option)
+    return int(text)
+
+
+def _quota(jobs: int | None) -> str:
+    return "unlimited" if jobs is None else str(jobs)
 
 
 @key.command("create")

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from loramill.registry.artifacts import ArtifactStore
 from loramill.registry.database import explained, for_reading, for_writing, make_engine, parse_url
 from loramill.registry.migrate import check_current, migrate
-from loramill.registry.tables import DatasetRow, VersionRow
+from loramill.registry.tables import DatasetRow, JobRow, VersionRow
 
 __all__ = ["ArtifactStore", "Registry", "migrate"]
 
@@ -79,7 +79,8 @@ class Registry:
         Give more than the longest time between `artifacts.put` and recording its hash. Returns how many went.
         """
         with self.reading() as session:
-            known = {*session.scalars(select(DatasetRow.artifact)), *session.scalars(select(VersionRow.id))}
+            recorded = (DatasetRow.artifact, VersionRow.id, JobRow.result)
+            known = {artifact for column in recorded for artifact in session.scalars(select(column)) if artifact}
         return self.artifacts.sweep(known, older_than)
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from loramill.errors import ArtifactMissing, DiskFull, InvalidRequest, SetupError
@@ -68,16 +69,25 @@ class ArtifactStore:
             ArtifactMissing: the artifact isn't in the store, or has no such file.
             ArtifactCorrupt: the file has another content than it was stored with, or is gone.
         """
-        manifest = self._manifest(artifact)
-        if name not in manifest.files:
-            raise ArtifactMissing(f"The artifact {artifact} has no file '{name}', only {', '.join(manifest.files)}.")
-        where = self._place.where(artifact)
-        try:
-            content = self._place.load(artifact, name)
-        except FileNotFoundError as error:
-            raise corrupt(where, name) from error
-        manifest.check(name, measure(content), where)
+        with self.open(artifact, name) as file:
+            content = file.read()
+        self.manifest(artifact).check(name, measure(content), self._place.where(artifact))
         return content
+
+    def open(self, artifact: str, name: str) -> BinaryIO:
+        """One file's content as a stream, unchecked: whoever reads it compares it with the manifest.
+
+        Raises:
+            ArtifactMissing: the artifact isn't in the store, or has no such file.
+            ArtifactCorrupt: the file is gone.
+        """
+        files = self.manifest(artifact).files
+        if name not in files:
+            raise ArtifactMissing(f"The artifact {artifact} has no file '{name}', only {', '.join(files)}.")
+        try:
+            return self._place.open(artifact, name)
+        except FileNotFoundError as error:
+            raise corrupt(self._place.where(artifact), name) from error
 
     def size(self, artifact: str) -> int:
         """Bytes of the artifact's files together.
@@ -85,7 +95,16 @@ class ArtifactStore:
         Raises:
             ArtifactMissing, ArtifactCorrupt: as for `read`.
         """
-        return self._manifest(artifact).size
+        return self.manifest(artifact).size
+
+    def manifest(self, artifact: str) -> Manifest:
+        """The artifact's files with their hashes.
+
+        Raises:
+            ArtifactMissing, ArtifactCorrupt: as for `fetch`.
+        """
+        with self._explained(artifact), self._place.open(artifact, MANIFEST) as file:
+            return Manifest.parse(file.read(), self._place.where(artifact), artifact)
 
     def sweep(self, known: Collection[str], older_than: float) -> int:
         """Removes artifacts that aren't `known` and leftovers of crashes, if older than so many seconds.
@@ -94,10 +113,6 @@ class ArtifactStore:
         """
         with self._explained():
             return self._place.sweep(known, older_than)
-
-    def _manifest(self, artifact: str) -> Manifest:
-        with self._explained(artifact):
-            return Manifest.parse(self._place.load(artifact, MANIFEST), self._place.where(artifact), artifact)
 
     @contextmanager
     def _explained(self, artifact: str | None = None) -> Iterator[None]:

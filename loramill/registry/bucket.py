@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import fsspec
 
@@ -43,9 +44,9 @@ class Bucket:
         self._files.pipe_file(self._path(manifest.hash, MANIFEST), manifest.dump())
         return manifest.hash
 
-    def load(self, artifact: str, name: str) -> bytes:
+    def open(self, artifact: str, name: str) -> BinaryIO:
         """A file's content, unchecked; FileNotFoundError if it isn't there."""
-        return bytes(self._files.cat_file(self._path(artifact, name)))
+        return cast("BinaryIO", self._files.open(self._path(artifact, name), "rb"))
 
     def fetch(self, artifact: str) -> Path:
         """A local copy, checked; FileNotFoundError if there is no such artifact."""
@@ -74,7 +75,8 @@ class Bucket:
         return "/".join((self._root.rstrip("/"), artifact[:2], artifact, *name))
 
     def _download(self, artifact: str) -> None:
-        manifest = Manifest.parse(self.load(artifact, MANIFEST), self.where(artifact), artifact)
+        with self.open(artifact, MANIFEST) as file:
+            manifest = Manifest.parse(file.read(), self.where(artifact), artifact)
         with tempfile.TemporaryDirectory() as folder:
             files = {name: Path(folder) / name for name in manifest.files}
             for name, path in files.items():

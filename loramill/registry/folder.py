@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from loramill.durable import sync
 from loramill.errors import ArtifactCorrupt
@@ -45,14 +46,15 @@ class Folder:
             raise
         return manifest.hash
 
-    def load(self, artifact: str, name: str) -> bytes:
+    def open(self, artifact: str, name: str) -> BinaryIO:
         """A file's content, unchecked; FileNotFoundError if it isn't there."""
-        return (self._path(artifact) / name).read_bytes()
+        return (self._path(artifact) / name).open("rb")
 
     def fetch(self, artifact: str) -> Path:
         """The artifact's folder, checked; FileNotFoundError if it isn't there."""
         folder = self._path(artifact)
-        _check(folder, Manifest.parse(self.load(artifact, MANIFEST), str(folder), artifact))
+        with self.open(artifact, MANIFEST) as file:
+            _check(folder, Manifest.parse(file.read(), str(folder), artifact))
         return folder
 
     def sweep(self, known: Collection[str], older_than: float) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
-from sqlalchemy import select, tuple_
+from sqlalchemy import ColumnElement, select, tuple_
 from sqlalchemy.orm import Session
 
 from loramill.errors import NotFound
@@ -13,13 +14,22 @@ from loramill.registry.tables import DatasetRow, JobRow
 Listed = TypeVar("Listed", DatasetRow, JobRow)
 
 
-def newest(session: Session, table: type[Listed], tenant: str | None, after: str | None, limit: int) -> list[Listed]:
-    """At most `limit` rows of a tenant, or of all (None); ask for one more to learn whether there are more.
+def newest(
+    session: Session,
+    table: type[Listed],
+    tenant: str | None,
+    after: str | None,
+    limit: int,
+    having: Sequence[ColumnElement[bool]] = (),
+) -> list[Listed]:
+    """At most `limit` rows of a tenant, or of all (None), for which all of `having` is true.
+
+    Ask for one more to learn whether there are more.
 
     Raises:
         NotFound: `after` is no id that the tenant has.
     """
-    statement = select(table).order_by(table.created_at.desc(), table.id.desc()).limit(limit)
+    statement = select(table).where(*having).order_by(table.created_at.desc(), table.id.desc()).limit(limit)
     if tenant is not None:
         statement = statement.where(table.tenant == tenant)
     if after is not None:

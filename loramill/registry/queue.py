@@ -1,50 +1,105 @@
-"""Which job comes next."""
+"""Which jobs wait, in which order, and when a failed one may try again."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
 
-from sqlalchemy import ColumnElement, and_, func, or_, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
-from loramill.registry.tables import JobRow
-from loramill.types import JobStatus
+from loramill.registry.shares import OPEN
+from loramill.registry.tables import JobRow, TenantRow
+from loramill.types import Executor, JobStatus
+
+#: No retry waits longer than so many seconds, give or take its jitter.
+LONGEST_BACKOFF = 600.0
+#: Names the lock of a choice among jobs, for PostgreSQL.
+_CHOICE = 0x10AA
 
 
-def next_job(session: Session, now: float) -> JobRow | None:
-    """The oldest waiting job of the tenant with the fewest running jobs, locked; None when nothing waits."""
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A job that may start now."""
+
+    id: str
+    executor: Executor
+    priority: int
+
+
+def waiting(session: Session, now: float, *, executor: Executor | None, limit: int) -> list[Waiting]:
+    """The jobs that may start now, the next first.
+
+    By priority, then what their tenants were served, then how many jobs these have running, then age.
+    """
     running = (
         select(JobRow.tenant, func.count().label("jobs"))
-        .where(JobRow.status == JobStatus.RUNNING, JobRow.lease_until > now)
+        .where(JobRow.status == JobStatus.RUNNING)
         .group_by(JobRow.tenant)
         .subquery()
     )
-    # A tenant's second waiting job comes as late as if its first ran already: so two workers that choose at the
-    # same moment, one skipping the row that the other has locked, are as fair as one after the other.
-    place = func.row_number().over(partition_by=JobRow.tenant, order_by=(JobRow.created_at, JobRow.id))
-    turns = (
-        select(JobRow.id, (func.coalesce(running.c.jobs, 0) + place).label("turn"))
+    statement = (
+        select(JobRow.id, JobRow.executor, JobRow.priority)
+        .join(TenantRow, TenantRow.name == JobRow.tenant)
         .outerjoin(running, running.c.tenant == JobRow.tenant)
-        .where(_waits(now))
-        .subquery()
+        .where(
+            JobRow.status == JobStatus.QUEUED,
+            or_(JobRow.not_before.is_(None), JobRow.not_before <= now),
+            or_(TenantRow.max_running.is_(None), func.coalesce(running.c.jobs, 0) < TenantRow.max_running),
+        )
+        .order_by(
+            JobRow.priority.desc(), TenantRow.served, func.coalesce(running.c.jobs, 0), JobRow.created_at, JobRow.id
+        )
+        .limit(limit)
     )
-    return session.scalar(
-        select(JobRow)
-        .join(turns, turns.c.id == JobRow.id)
-        .where(_waits(now))
-        .order_by(turns.c.turn, JobRow.created_at, JobRow.id)
-        .limit(1)
-        .with_for_update(of=JobRow, skip_locked=True)
-        .execution_options(populate_existing=True)
-    )
+    if executor is not None:
+        statement = statement.where(JobRow.executor == executor)
+    return [Waiting(row.id, cast(Executor, row.executor), row.priority) for row in session.execute(statement)]
 
 
-def lost_for_good(session: Session, now: float, max_attempts: int) -> Sequence[JobRow]:
-    """Running jobs whose lease has run out and that must not start again: cancelled, or out of attempts; locked."""
-    used_up = JobRow.attempt - JobRow.returned >= max_attempts
+def next_job(session: Session, now: float, executor: Executor | None) -> JobRow | None:
+    """The next job, locked; None when nothing may start.
+
+    Raises:
+        Unavailable: the database failed meanwhile.
+    """
+    # The first look, which finds nothing for most of an idle pool's workers, keeps nobody waiting.
+    while waiting(session, now, executor=executor, limit=1):
+        choose_alone(session)
+        for found in waiting(session, now, executor=executor, limit=1):
+            row = _still_queued(session, found.id)
+            if row is not None:
+                return row
+    return None
+
+
+def this_job(session: Session, job_id: str) -> JobRow | None:
+    """The job of this id, locked, if it waits and its tenant may have one more running; None if not."""
+    choose_alone(session)
+    row = _still_queued(session, job_id)
+    if row is None:
+        return None
+    limit = session.scalar(select(TenantRow.max_running).where(TenantRow.name == row.tenant))
+    running = select(func.count()).where(JobRow.tenant == row.tenant, JobRow.status == JobStatus.RUNNING)
+    return row if limit is None or (session.scalar(running) or 0) < limit else None
+
+
+def choose_alone(session: Session) -> None:
+    """Lets one worker choose at a time, so that each sees what the one before took: shares and quotas hold exactly.
+
+    SQLite's writers are alone anyway.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(_CHOICE)))
+
+
+def lost(session: Session, now: float) -> Sequence[JobRow]:
+    """Running jobs whose lease has run out, locked; those that somebody else looks at are left out."""
     statement = (
         select(JobRow)
-        .where(_expired(now), or_(used_up, JobRow.asked == "cancel"))
+        .where(JobRow.status == JobStatus.RUNNING, JobRow.lease_until <= now)
         .with_for_update(skip_locked=True)
         .execution_options(populate_existing=True)
     )
@@ -53,13 +108,27 @@ def lost_for_good(session: Session, now: float, max_attempts: int) -> Sequence[J
 
 def count_open(session: Session) -> int:
     """How many jobs are queued or running."""
-    open_states = (JobStatus.QUEUED, JobStatus.RUNNING)
-    return session.scalar(select(func.count()).select_from(JobRow).where(JobRow.status.in_(open_states))) or 0
+    return session.scalar(select(func.count()).select_from(JobRow).where(JobRow.status.in_(OPEN))) or 0
 
 
-def _waits(now: float) -> ColumnElement[bool]:
-    return or_(JobRow.status == JobStatus.QUEUED, _expired(now))
+def backoff(seconds: float, failures: int, job_id: str, attempt: int) -> float:
+    """Seconds before the next attempt: twice as long after each failure, give or take half.
+
+    The jitter is a function of the job and the attempt, so jobs that failed together don't come back together.
+
+    Args:
+        seconds: before the first retry.
+        failures: so far, at least 1.
+    """
+    digest = hashlib.sha256(f"{job_id} {attempt}".encode()).digest()
+    jitter = 0.5 + int.from_bytes(digest[:8], "big") / 2**64
+    return float(min(seconds * 2.0 ** min(failures - 1, 60), LONGEST_BACKOFF) * jitter)
 
 
-def _expired(now: float) -> ColumnElement[bool]:
-    return and_(JobRow.status == JobStatus.RUNNING, JobRow.lease_until <= now)
+def _still_queued(session: Session, job_id: str) -> JobRow | None:
+    return session.scalar(
+        select(JobRow)
+        .where(JobRow.id == job_id, JobRow.status == JobStatus.QUEUED)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    )

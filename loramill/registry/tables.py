@@ -84,11 +84,17 @@ class DatasetRow(Base):
 class JobRow(Base):
     """A fine-tune job. `attempt` only ever grows; `returned` counts the leases that were given back.
 
-    `cost` is the tokens that it is expected to train on, what its tenant's share of the pool is counted in.
+    `cost` is the tokens that it is expected to train on, what its tenant's share of the pool is counted in;
+    `lost_step` is how far it was when its worker last vanished.
     """
 
     __tablename__ = "jobs"
-    __table_args__ = (Index(None, "tenant", "created_at"), Index(None, "status", "created_at"))
+    __table_args__ = (
+        Index(None, "tenant", "created_at"),
+        Index(None, "tenant", "status"),
+        # All that choosing the next job reads: of thousands that wait, no row is touched but the chosen one's.
+        Index("ix_jobs_queue", "status", "executor", "priority", "tenant", "created_at", "id", "not_before"),
+    )
     id: Mapped[str] = mapped_column(primary_key=True)
     tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"))
     spec: Mapped[dict[str, Any]]
@@ -104,6 +110,7 @@ class JobRow(Base):
     cost: Mapped[float] = mapped_column(default=0.0, server_default="0")
     not_before: Mapped[float | None]
     micro_tokens: Mapped[int | None]
+    lost_step: Mapped[int | None]
     step: Mapped[int] = mapped_column(default=0)
     trained_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
     loss: Mapped[float | None]
@@ -130,6 +137,20 @@ class CheckpointRow(Base):
     version: Mapped[str | None] = mapped_column(String(64))
     metrics: Mapped[dict[str, float]]
     created_at: Mapped[float]
+
+
+class PlaceRow(Base):
+    """A place in the pool that a supervisor holds, for a session or for one job's own trainer.
+
+    `until` passes when its supervisor vanishes, and the session with it; `ending` asks a session to end after its job.
+    """
+
+    __tablename__ = "places"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    holder: Mapped[str]
+    until: Mapped[float]
+    size: Mapped[int]
+    ending: Mapped[bool]
 
 
 class EventRow(Base):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from loramill.errors import Conflict, NotFound
+from loramill.errors import Conflict, InvalidRequest, NotFound
 from loramill.names import check_name
 from loramill.registry.tables import TenantRow
 from loramill.types import TenantRecord
@@ -45,3 +46,30 @@ def get(session: Session, name: str) -> TenantRecord:
 def list_all(session: Session) -> list[TenantRecord]:
     """All tenants, by name."""
     return [TenantRecord.model_validate(row) for row in session.scalars(select(TenantRow).order_by(TenantRow.name))]
+
+
+def set_share(
+    session: Session,
+    name: str,
+    *,
+    weight: float = 1.0,
+    max_running: int | None = None,
+    max_queued: int | None = None,
+) -> TenantRecord:
+    """Sets what a tenant may have of the pool: its share against the others', and its quotas (None: no limit).
+
+    Raises:
+        NotFound: there is no such tenant.
+        InvalidRequest: the weight isn't above 0, or a quota is below 0.
+    """
+    if not 0 < weight < math.inf:
+        raise InvalidRequest(f"A weight of {weight} is no share; give a number above 0.", param="weight")
+    for param, quota in (("max_running", max_running), ("max_queued", max_queued)):
+        if quota is not None and quota < 0:
+            raise InvalidRequest(f"'{param}' is {quota}; give 0 or more jobs, or nothing for no limit.", param=param)
+    row = session.scalar(select(TenantRow).where(TenantRow.name == name).with_for_update())
+    if row is None:
+        raise NotFound(f"There is no tenant '{name}'.", param="tenant")
+    row.weight, row.max_running, row.max_queued = weight, max_running, max_queued
+    session.flush()
+    return TenantRecord.model_validate(row)

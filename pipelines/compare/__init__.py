@@ -1,1 +1,1 @@
-"""Methods side by side on a user's own data."""
+"""Ways to fine-tune one base on one task, measured side by side: `loramill compare`."""

@@ -1,19 +1,23 @@
-"""/v1/adapters: versions, promotion, rollback, and data for the next night."""
+"""/v1/adapters: versions and their files, promotion, rollback, and data for the next night."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, BinaryIO
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy.orm import Session
+from starlette.responses import StreamingResponse
 
-from loramill.names import AdapterName
-from loramill.registry import adapters, evaluations, nightly
+from loramill.errors import NotFound
+from loramill.names import SHORT, AdapterName
+from loramill.registry import adapters, evaluations, jobs, nightly
 from loramill.serve.api.auth import Caller
 from loramill.serve.api.gateway import Here, Who
 from loramill.serve.api.references import find_file, named_by
 from loramill.serve.api.wire import Body, list_of
-from loramill.types import AdapterRecord, Value
+from loramill.types import AdapterRecord, Alias, Value, VersionRecord
 
 router = APIRouter(tags=["adapters"])
 
@@ -33,6 +37,20 @@ class NewData(Body):
     validation_file: str | None = None
 
 
+class Wanted(BaseModel):
+    """The query for a version's files: which version, and whether its files or a full fine-tune's whole weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    version: str = Alias.CHAMPION.value
+    full: bool = False
+
+
+Files = Annotated[Wanted, Query()]
+
+#: Bytes of a file that are sent at once.
+_CHUNK = 1 << 20
+
+
 @router.get("/v1/adapters")
 def list_adapters(here: Here, who: Who) -> dict[str, Any]:
     """The caller's adapters."""
@@ -50,6 +68,35 @@ def retrieve_adapter(tenant: str, adapter: str, here: Here, who: Who) -> dict[st
             "history": _dump(adapters.history(session, name)),
             "evaluations": _dump(evaluations.list_of(session, name)),
         }
+
+
+@router.get(PATH + "/files")
+def list_files(tenant: str, adapter: str, wanted: Files, here: Here, who: Who) -> dict[str, Any]:
+    """A version's files with their sizes and hashes, and the hash over all of them, its artifact's."""
+    name = _allowed(who, tenant, adapter)
+    with here.registry.reading() as session:
+        version, artifact = _find(session, name, wanted)
+    manifest = here.registry.artifacts.manifest(artifact)
+    files = {file: {"sha256": entry.sha256, "bytes": entry.bytes} for file, entry in manifest.files.items()}
+    return {
+        "object": "adapter.files",
+        "adapter": str(name),
+        "version": version.id,
+        "artifact": artifact,
+        "files": files,
+    }
+
+
+@router.get(PATH + "/files/{file}")
+def retrieve_file(tenant: str, adapter: str, file: str, wanted: Files, here: Here, who: Who) -> StreamingResponse:
+    """One file's bytes, unchecked: whoever reads them has the hash to check them by."""
+    name = _allowed(who, tenant, adapter)
+    with here.registry.reading() as session:
+        _, artifact = _find(session, name, wanted)
+    if file not in here.registry.artifacts.manifest(artifact).files:
+        raise NotFound(f"The version has no file '{file}'.", param="file")
+    content = here.registry.artifacts.open(artifact, file)
+    return StreamingResponse(_chunks(content), media_type="application/octet-stream")
 
 
 @router.post(PATH + "/promote")
@@ -86,6 +133,32 @@ def add_data(tenant: str, adapter: str, body: NewData, here: Here, who: Who) -> 
 def _allowed(who: Caller, tenant: str, adapter: str) -> AdapterName:
     who.check_adapter(tenant)
     return AdapterName.parse(f"{tenant}/{adapter}")
+
+
+def _find(session: Session, name: AdapterName, wanted: Wanted) -> tuple[VersionRecord, str]:
+    """The version and the artifact that are wanted.
+
+    Raises:
+        NotFound: there is no such adapter or version, or it isn't of a full fine-tune.
+    """
+    adapters.get(session, name)
+    version = adapters.resolve(session, name, wanted.version)
+    if not wanted.full:
+        return version, version.id
+    result = jobs.get(session, version.job).result if version.job else None
+    if result is None:
+        raise NotFound(
+            f"{name.at(version.id)} wasn't made by full fine-tuning, so it has no whole weights: leave 'full' out, or "
+            f"merge it (`loramill adapters merge {name}@{version.id[:SHORT]}`).",
+            param="full",
+        )
+    return version, result
+
+
+def _chunks(content: BinaryIO) -> Iterator[bytes]:
+    with content:
+        while chunk := content.read(_CHUNK):
+            yield chunk
 
 
 def _adapter(record: AdapterRecord) -> dict[str, Any]:

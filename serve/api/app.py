@@ -8,11 +8,12 @@ import loramill
 from loramill.bases import Base
 from loramill.chat import ChatTokenizer
 from loramill.registry import Registry
-from loramill.serve.api import adapters, chat, completions, files, health, jobs, models, tenants
+from loramill.serve.api import adapters, batches, chat, completions, files, health, jobs, models, tenants
 from loramill.serve.api.auth import Authenticate
 from loramill.serve.api.edge import BodyLimit, Edge
 from loramill.serve.api.errors import add_error_handlers
 from loramill.serve.api.gateway import Gateway
+from loramill.serve.api.readings import Readings
 from loramill.serve.protocol import Backend
 from loramill.settings import Settings
 
@@ -30,8 +31,8 @@ def build_api(
         settings: limits of uploads and of training files.
     """
     app = FastAPI(title="loramill", version=loramill.__version__, redoc_url=None)
-    app.state.gateway = Gateway(registry, base, tokenizer, backend, settings)
-    for rooms in (chat, completions, models, files, jobs, adapters, tenants, health):
+    app.state.gateway = Gateway(registry, base, tokenizer, backend, settings, Readings(registry.artifacts, tokenizer))
+    for rooms in (chat, completions, models, files, jobs, batches, adapters, tenants, health):
         app.include_router(rooms.router)
     add_error_handlers(app)
     # The last that is added is the first to see a request.

@@ -73,22 +73,26 @@ def _nobody_there(_: Request, __: Exception) -> Response:
 
 def _validation_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    problems = error.errors()
-    kind, param = problems[0]["type"], _param(problems[0], error.body)
+    return error_response(invalid(error.errors(), error.body))
+
+
+def invalid(problems: Sequence[Mapping[str, Any]], body: object) -> InvalidRequest:
+    """What pydantic found in a request, as an error about its first problem; each `loc` begins with "body" or so."""
+    kind, param = problems[0]["type"], _param(problems[0], body)
     if kind == "json_invalid":
-        return error_response(InvalidRequest(f"The body isn't valid JSON: {problems[0]['ctx']['error']}."))
+        return InvalidRequest(f"The body isn't valid JSON: {problems[0]['ctx']['error']}.")
     if not param and kind == "value_error":
-        return error_response(InvalidRequest(f"{problems[0]['msg']}."))
+        return InvalidRequest(f"{problems[0]['msg']}.")
     if not param:
-        return error_response(InvalidRequest("The body must be an object, sent with its Content-Type."))
+        return InvalidRequest("The body must be an object, sent with its Content-Type.")
     if kind == "missing":
-        return error_response(InvalidRequest(f"The required parameter '{param}' is missing.", param=param))
+        return InvalidRequest(f"The required parameter '{param}' is missing.", param=param)
     if kind == "extra_forbidden":
         message = f"The parameter '{param}' isn't supported here, or not with this value; leave it out."
-        return error_response(UnsupportedParameter(message, param=param))
+        return UnsupportedParameter(message, param=param)
     # A union reports each of its alternatives: all of them together say what would do.
-    said = dict.fromkeys(str(problem["msg"]) for problem in problems if _param(problem, error.body) == param)
-    return error_response(InvalidRequest(f"'{param}': {' or: '.join(said)}.", param=param))
+    said = dict.fromkeys(str(problem["msg"]) for problem in problems if _param(problem, body) == param)
+    return InvalidRequest(f"'{param}': {' or: '.join(said)}.", param=param)
 
 
 def _param(problem: Mapping[str, Any], body: object) -> str:

@@ -1,4 +1,4 @@
-"""/v1/files: datasets, validated while they are uploaded."""
+"""/v1/files: datasets, validated while they are uploaded, and the results of jobs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from loramill.dataset import check_tokens, read_examples
-from loramill.registry import datasets
+from loramill.names import results_id
+from loramill.registry import datasets, jobs, results
 from loramill.serve.api.gateway import Here, Who
+from loramill.serve.api.readings import DATA
 from loramill.serve.api.wire import Paging, page_of
-from loramill.types import DatasetRecord
+from loramill.types import DatasetRecord, JobRecord
 
 router = APIRouter(tags=["data"])
 
 PATH = "/v1/files"
-
-#: The one file of a dataset's artifact.
-DATA = "data.jsonl"
 
 
 class Upload(BaseModel):
@@ -29,6 +28,7 @@ class Upload(BaseModel):
     model_config = ConfigDict(extra="forbid")
     purpose: Literal["fine-tune"]
     file: UploadFile
+    reuse: bool = Field(default=False, description="answer with the tenant's file of this content, if it has one")
 
 
 class FilePaging(Paging):
@@ -49,7 +49,8 @@ def create_file(form: Annotated[Upload, Form()], here: Here, who: Who) -> dict[s
     check_tokens(examples, here.tokenizer, here.base.context_length)
     artifact = here.registry.artifacts.put({DATA: raw})
     with here.registry.writing() as session:
-        record = datasets.create(session, tenant, filename, artifact, len(raw), len(examples.examples))
+        record = datasets.find(session, tenant, artifact) if form.reuse else None
+        record = record or datasets.create(session, tenant, filename, artifact, len(raw), len(examples.examples))
     return _file(record) | {"status_details": "\n".join(examples.warnings) or None}
 
 
@@ -65,25 +66,47 @@ def list_files(page: Annotated[FilePaging, Query()], here: Here, who: Who) -> di
 def retrieve_file(file_id: str, here: Here, who: Who) -> dict[str, Any]:
     """One file's description."""
     with here.registry.reading() as session:
+        if (job_id := results.job_of(file_id)) is not None:
+            return _results(jobs.get(session, job_id, who.tenant), results.write(session, job_id))
         return _file(datasets.get(session, file_id, who.tenant))
 
 
 @router.get(PATH + "/{file_id}/content")
 def retrieve_content(file_id: str, here: Here, who: Who) -> Response:
-    """One file's bytes, as they were uploaded."""
+    """One file's bytes, as they were uploaded; or a job's metrics, at any time, as a CSV."""
     with here.registry.reading() as session:
+        if (job_id := results.job_of(file_id)) is not None:
+            jobs.get(session, job_id, who.tenant)
+            return Response(results.write(session, job_id), media_type="text/csv")
         record = datasets.get(session, file_id, who.tenant)
     return Response(here.registry.artifacts.read(record.artifact, DATA), media_type="application/octet-stream")
 
 
+@router.delete(PATH + "/{file_id}")
+def delete_file(file_id: str, here: Here, who: Who) -> dict[str, Any]:
+    """Forgets a file that nothing needs any more."""
+    with here.registry.writing() as session:
+        datasets.delete(session, file_id, who.tenant)
+    return {"id": file_id, "object": "file", "deleted": True}
+
+
 def _file(record: DatasetRecord) -> dict[str, Any]:
+    return _object(record.id, record.bytes, record.created_at, record.filename, "fine-tune")
+
+
+def _results(job: JobRecord, content: bytes) -> dict[str, Any]:
+    made = job.finished_at or job.created_at
+    return _object(results_id(job.id), len(content), made, results.FILENAME, "fine-tune-results")
+
+
+def _object(file_id: str, size: int, created_at: float, filename: str, purpose: str) -> dict[str, Any]:
     return {
-        "id": record.id,
+        "id": file_id,
         "object": "file",
-        "bytes": record.bytes,
-        "created_at": int(record.created_at),
-        "filename": record.filename,
-        "purpose": "fine-tune",
+        "bytes": size,
+        "created_at": int(created_at),
+        "filename": filename,
+        "purpose": purpose,
         "status": "processed",
         "status_details": None,
     }

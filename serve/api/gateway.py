@@ -11,19 +11,21 @@ from loramill.bases import Base
 from loramill.chat import ChatTokenizer
 from loramill.registry import Registry
 from loramill.serve.api.auth import Caller
+from loramill.serve.api.readings import Readings
 from loramill.serve.protocol import Backend
 from loramill.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """The record, the base that is served, and what generates."""
+    """The record, the base that is served, what generates, and what is known of files."""
 
     registry: Registry
     base: Base
     tokenizer: ChatTokenizer
     backend: Backend
     settings: Settings
+    readings: Readings
 
 
 # Both are async, so that FastAPI needs no thread to call them.

@@ -1,18 +1,19 @@
-"""Fine-tune jobs and their events as OpenAI writes them."""
+"""Fine-tune jobs, their events and checkpoints as OpenAI writes them."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from loramill.bases import Base
-from loramill.errors import InvalidRequest
-from loramill.names import SHORT
+from loramill.errors import InvalidRequest, UnsupportedParameter
+from loramill.names import SHORT, results_id
 from loramill.recipe import Extension, Hyperparameters, hyperparameters_of
 from loramill.serve.api.wire import Body, Metadata
-from loramill.types import JobEvent, JobRecord, JobStatus
+from loramill.types import CheckpointRecord, JobEvent, JobRecord, JobStatus
 
 #: An event's id on the wire begins so; its number follows.
 EVENT = "ftevent-"
@@ -25,10 +26,12 @@ class Supervised(Body):
 
 
 class Method(Body):
-    """OpenAI's method; only supervised training is there."""
+    """OpenAI's method; what it says of the two that aren't there is not looked at."""
 
-    type: Literal["supervised"]
+    type: Literal["supervised", "dpo", "reinforcement"]
     supervised: Supervised | None = None
+    dpo: dict[str, Any] | None = None
+    reinforcement: dict[str, Any] | None = None
 
 
 class NewJob(Body):
@@ -43,14 +46,26 @@ class NewJob(Body):
     metadata: Metadata = Field(default={})
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
+    integrations: list[dict[str, Any]] | None = None
     loramill: Extension = Extension()
 
     def asked(self) -> Hyperparameters:
         """The hyperparameters, wherever they stand.
 
         Raises:
+            UnsupportedParameter: another method than supervised training, or an integration.
             InvalidRequest: they stand in both places and differ.
         """
+        if self.method and self.method.type != "supervised":
+            raise UnsupportedParameter(
+                f"Training by '{self.method.type}' isn't there; 'method.type' is 'supervised'.", param="method.type"
+            )
+        if self.integrations:
+            raise UnsupportedParameter(
+                "A job has no integrations of its own: whoever runs the pool sets jobs.loggers "
+                "(such as LORAMILL_JOBS__LOGGERS='[\"wandb\"]') for all jobs; leave 'integrations' out.",
+                param="integrations",
+            )
         supervised = self.method.supervised if self.method else None
         newer = supervised.hyperparameters if supervised else None
         if newer and self.hyperparameters and newer != self.hyperparameters:
@@ -60,37 +75,78 @@ class NewJob(Body):
         return newer or self.hyperparameters or Hyperparameters()
 
 
-def job_object(job: JobRecord, base: Base, examples: int) -> dict[str, Any]:
-    """A job; `base` is what the gateway serves, `examples` is the length of the job's training file."""
-    spec, hyperparameters = job.spec, hyperparameters_of(job.spec, examples)
-    failed = job.status is JobStatus.FAILED
+def job_object(job: JobRecord, base: Base, examples: int | None, now: float | None = None) -> dict[str, Any]:
+    """A job.
+
+    OpenAI's types know no state `paused`: it is `queued` there, and itself in `loramill.status`.
+
+    Args:
+        job: as it is.
+        base: what the gateway serves.
+        examples: length of the job's training file; None: it was deleted, and so nobody knows the epochs.
+        now: seconds since the epoch.
+    """
+    spec = job.spec
+    hyperparameters: dict[str, Any] = hyperparameters_of(spec, examples or 1)
+    if examples is None:
+        hyperparameters["n_epochs"] = None
+    failed, waits = job.status is JobStatus.FAILED, job.status is JobStatus.PAUSED
     return {
         "id": job.id,
         "object": "fine_tuning.job",
         "created_at": int(job.created_at),
         "finished_at": int(job.finished_at) if job.finished_at else None,
-        "estimated_finish": None,
+        "estimated_finish": _estimated_finish(job, time.time() if now is None else now),
         "model": base.name if spec.base == base.fingerprint else spec.base[:SHORT],
         "fine_tuned_model": spec.adapter_name.at(job.version) if job.version else None,
         "organization_id": job.tenant,
-        "status": job.status,
+        "status": JobStatus.QUEUED if waits else job.status,
         "error": {"code": job.error_code, "message": job.error_message, "param": None} if failed else None,
         "hyperparameters": hyperparameters,
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "integrations": [],
         "training_file": spec.train,
         "validation_file": spec.valid,
-        "result_files": [],
+        "result_files": [results_id(job.id)] if job.status.final and job.step else [],
         "trained_tokens": job.trained_tokens,
         "seed": spec.seed,
         "metadata": job.metadata,
-        "loramill": {
-            "adapter": spec.adapter,
-            "spec": spec.model_dump(mode="json"),
-            "step": job.step,
-            "steps": spec.steps,
-            "attempt": job.attempt,
-        },
+        "loramill": _own(job),
     }
+
+
+def _own(job: JobRecord) -> dict[str, Any]:
+    """What OpenAI's object has no field for."""
+    return {
+        "adapter": job.spec.adapter,
+        "status": job.status,
+        "asked": job.asked,
+        "spec": job.spec.model_dump(mode="json"),
+        "priority": job.priority,
+        "executor": job.executor,
+        "attempt": job.attempt,
+        "micro_tokens": job.micro_tokens or job.spec.micro_tokens,
+        "step": job.step,
+        "steps": job.spec.steps,
+        "loss": job.loss,
+        "valid_loss": job.valid_loss,
+        "tokens_per_second": job.tokens_per_second,
+        "started_at": job.started_at,
+        "result": job.result,
+    }
+
+
+def _estimated_finish(job: JobRecord, now: float) -> int | None:
+    """When a running job will be done if it goes on as it does; None while nobody can tell.
+
+    By its speed where that is known: since the start it may have been paused, or begun again.
+    """
+    if job.status is not JobStatus.RUNNING or not job.step or not job.started_at:
+        return None
+    left = job.spec.steps - job.step
+    if job.tokens_per_second:
+        return int(now + left * (job.trained_tokens / job.step) / job.tokens_per_second)
+    return int(now + left * (now - job.started_at) / job.step)
 
 
 def event_object(event: JobEvent) -> dict[str, Any]:
@@ -116,3 +172,16 @@ def event_number(event_id: str) -> int:
     if not (number.isascii() and number.isdecimal()):
         raise InvalidRequest(f"'{event_id}' is no id of an event.", param="after")
     return int(number)
+
+
+def checkpoint_object(checkpoint: CheckpointRecord, job: JobRecord) -> dict[str, Any]:
+    """A point of a job whose weights were validated, and that can be asked like a version."""
+    return {
+        "id": checkpoint.id,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": int(checkpoint.created_at),
+        "fine_tuning_job_id": job.id,
+        "fine_tuned_model_checkpoint": job.spec.adapter_name.at(checkpoint.version) if checkpoint.version else "",
+        "step_number": checkpoint.step,
+        "metrics": {"step": checkpoint.step, **checkpoint.metrics},
+    }

@@ -17,7 +17,7 @@ def named_by(param: str) -> Iterator[None]:
     """Makes "there is no such thing" an error about the parameter that names the thing (400, not the URL's 404)."""
     try:
         yield
-    except NotFound as error:
+    except (NotFound, InvalidRequest) as error:
         raise InvalidRequest(error.message, param=param) from error
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
+from pydantic import Field
 
 from loramill.errors import Forbidden
 from loramill.registry import keys, tenants
@@ -15,10 +16,21 @@ from loramill.types import KeyRecord, TenantRecord
 router = APIRouter(tags=["tenants"])
 
 
+Quota = Annotated[int, Field(ge=0)] | Literal["unlimited"] | None
+
+
 class NewTenant(Body):
     """What a tenant is made of."""
 
     name: str
+
+
+class Share(Body):
+    """A tenant's part of the pool; what isn't given stays as it is."""
+
+    weight: float | None = Field(default=None, gt=0)
+    max_running: Quota = None
+    max_queued: Quota = None
 
 
 @router.post("/v1/tenants")
@@ -35,6 +47,31 @@ def list_tenants(here: Here, who: Who) -> dict[str, Any]:
     who.check_admin()
     with here.registry.reading() as session:
         return list_of(tenants.list_all(session), _tenant)
+
+
+@router.get("/v1/tenants/{tenant}")
+def retrieve_tenant(tenant: str, here: Here, who: Who) -> dict[str, Any]:
+    """A tenant with its share of the pool."""
+    who.check_admin()
+    with here.registry.reading() as session:
+        return _tenant(tenants.get(session, tenant))
+
+
+@router.post("/v1/tenants/{tenant}/share")
+def set_share(tenant: str, body: Share, here: Here, who: Who) -> dict[str, Any]:
+    """Sets a tenant's share of the pool, relative to the other tenants', and its quotas."""
+    who.check_admin()
+    with here.registry.writing() as session:
+        now = tenants.get(session, tenant)
+        return _tenant(
+            tenants.set_share(
+                session,
+                tenant,
+                weight=body.weight or now.weight,
+                max_running=_quota(body.max_running, now.max_running),
+                max_queued=_quota(body.max_queued, now.max_queued),
+            )
+        )
 
 
 @router.post("/v1/tenants/{tenant}/keys")
@@ -62,6 +99,12 @@ def revoke_key(key_id: str, here: Here, who: Who) -> dict[str, Any]:
     who.check_admin()
     with here.registry.writing() as session:
         return _key(keys.revoke(session, key_id)) | {"deleted": True}
+
+
+def _quota(said: int | Literal["unlimited"] | None, now: int | None) -> int | None:
+    if said is None:
+        return now
+    return None if said == "unlimited" else said
 
 
 def _tenant(record: TenantRecord) -> dict[str, Any]:

@@ -1,15 +1,16 @@
-"""Order and layout: every example once an epoch, and a packed row that says the same as separate examples."""
+"""Order and layout: every example once an epoch, and rows that say the same as separate examples."""
 
 from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.chat import EncodedExample
-from loramill.jobs.batches import choose, pack, shared_prefix, split, supervised
+from loramill.chat import EncodedExample, Span
+from loramill.jobs.batches import choose, grouped, pack, pad, shared_prefix, supervised, weight
 
 sizes = st.integers(1, 40)
 
@@ -32,30 +33,42 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
 @st.composite
 def examples(draw: st.DrawFn) -> list[EncodedExample]:
     opening = draw(st.lists(st.integers(0, 3), max_size=6))
+    weights = st.sampled_from([0.5, 1.0, 3.0])
     drawn = []
     for _ in range(draw(st.integers(1, 12))):
-        prompt = opening + draw(st.lists(st.integers(0, 3), max_size=5))
-        completion = draw(st.lists(st.integers(0, 3), min_size=0 if len(prompt) > 1 else 2, max_size=6))
-        drawn.append(EncodedExample(tuple(prompt + completion), len(prompt)))
+        tokens = opening + draw(st.lists(st.integers(0, 3), max_size=5))
+        earlier = []
+        for _ in range(draw(st.integers(0, 2))):
+            start = len(tokens)
+            tokens += draw(st.lists(st.integers(0, 3), min_size=2, max_size=4))
+            earlier.append(Span(start, len(tokens), draw(weights)))
+            tokens += draw(st.lists(st.integers(0, 3), min_size=1, max_size=3))
+        prompt = len(tokens)
+        tokens += draw(st.lists(st.integers(0, 3), min_size=0 if prompt > 1 else 2, max_size=6))
+        drawn.append(EncodedExample(tuple(tokens), prompt, draw(weights), tuple(earlier)))
     return drawn
 
 
-@given(examples=examples())
-def test_a_row_says_what_its_examples_say(examples: list[EncodedExample]) -> None:
-    row = pack(examples)
-    tokens, positions = row.tokens[0], row.positions[0]
+@given(examples=examples(), layout=st.sampled_from([pack, pad]))
+def test_rows_say_what_their_examples_say(examples: list[EncodedExample], layout: type) -> None:
+    rows = layout(examples)
+    count, width = rows.tokens.shape
+    assert (count, rows.sees.shape) == (1 if layout is pack else len(examples), (count, width, width))
     learned = []
-    for place, label in zip(row.predicting.tolist(), row.labels.tolist(), strict=True):
-        visible = row.sees[place].nonzero().flatten()
-        assert positions[visible].tolist() == list(range(len(visible)))
-        learned.append(((*tokens[visible].tolist(),), label))
+    for place, label, share in zip(rows.predicting.tolist(), rows.labels.tolist(), rows.weights.tolist(), strict=True):
+        row, column = divmod(place, width)
+        visible = rows.sees[row, column].nonzero().flatten()
+        assert rows.positions[row, visible].tolist() == list(range(len(visible)))
+        learned.append((tuple(rows.tokens[row, visible].tolist()), label, share))
     expected = [
-        (example.tokens[:place], example.tokens[place])
+        (example.tokens[:place], example.tokens[place], span.weight)
         for example in examples
-        for place in range(max(1, example.prompt_length), len(example.tokens))
+        for span in example.spans
+        for place in range(max(1, span.start), span.stop)
     ]
     assert learned == expected
     assert len(expected) == sum(map(supervised, examples))
+    assert sum(share for *_, share in expected) == pytest.approx(sum(map(weight, examples)))
 
 
 def test_the_shared_prefix_stands_once() -> None:
@@ -66,20 +79,31 @@ def test_the_shared_prefix_stands_once() -> None:
 
 def test_equal_prompts_keep_the_place_that_predicts_the_completion() -> None:
     assert shared_prefix([EncodedExample((7, 8, 1), 2), EncodedExample((7, 8, 2), 2)]) == 1
+    earlier = (Span(1, 2, 1.0),)
+    assert shared_prefix([EncodedExample((7, 8, 1), 2, earlier=earlier), EncodedExample((7, 8, 2), 2)]) == 0
 
 
-@given(examples=examples(), limit=st.integers(1, 60))
-def test_groups_are_few_even_and_whole(examples: list[EncodedExample], limit: int) -> None:
-    groups = split(examples, limit)
+@given(examples=examples(), limit=st.integers(1, 60), parts=st.integers(1, 4), packing=st.booleans())
+def test_groups_are_few_even_and_whole(examples: list[EncodedExample], limit: int, parts: int, packing: bool) -> None:
+    groups = grouped(examples, limit, packing=packing, parts=parts)
     assert [example for group in groups for example in group] == examples
     assert all(groups)
     prefix = shared_prefix(examples)
     longest = max(len(example.tokens) for example in examples) - prefix
     for group in groups:
-        assert sum(len(example.tokens) - prefix for example in group) < limit + longest
+        if packing:
+            assert sum(len(example.tokens) - prefix for example in group) < limit + longest
+        else:
+            assert len(group) == 1 or max(len(example.tokens) for example in group) * len(group) <= limit
+
+
+def test_processes_get_a_group_each_where_there_are_examples_enough() -> None:
+    equal = [EncodedExample((number, 6, 7, 8), 2) for number in range(8)]
+    assert [len(group) for group in grouped(equal, 1000, parts=4)] == [2, 2, 2, 2]
+    assert [len(group) for group in grouped(equal, 1000, parts=1)] == [8]
 
 
 def test_one_long_example_has_a_row_of_its_own() -> None:
     long, short = EncodedExample(tuple(range(900)), 3), EncodedExample((5, 6, 7), 2)
-    assert [len(group) for group in split([short, long, short], 256)] == [2, 1]
-    assert torch.equal(pack([long]).sees, torch.ones(900, 900, dtype=torch.bool).tril())
+    assert [len(group) for group in grouped([short, long, short], 256)] == [2, 1]
+    assert torch.equal(pack([long]).sees[0], torch.ones(900, 900, dtype=torch.bool).tril())

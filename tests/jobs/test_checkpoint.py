@@ -4,40 +4,88 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
-from loramill.errors import DiskFull
-from loramill.jobs.checkpoint import Checkpoint, latest, write
+from loramill.errors import ArtifactCorrupt, DiskFull, SetupError
+from loramill.jobs.checkpoint import Checkpoint, Standing, best, latest, write
+from loramill.jobs.place import place_at
 from loramill.types import JobSpec
 
 SPEC = JobSpec(base="f" * 64, adapter="acme/support", train="file-1", steps=30, batch_size=4)
 
 
-def at(step: int) -> Checkpoint:
+def at(step: int, best_step: int | None = None, *, pending: bool = False) -> Checkpoint:
     generator = torch.Generator().manual_seed(step)
-    parts = [{"b.lora_A.weight": torch.randn(3, 5, generator=generator), "a": torch.randn(2)} for _ in range(3)]
-    return Checkpoint(step, step * 100, *parts)
+    parts = [{"b.lora_A.weight": torch.randn(3, 5, generator=generator), "a": torch.randn(2)} for _ in range(4)]
+    figures = {"loss": 0.1 + step, "grad_norm": 1e-300}
+    standing = Standing(step, step * 100, figures, pending, best_step, None if best_step is None else 1 / 3, stale=2)
+    return Checkpoint(standing, *parts)
 
 
-def test_comes_back_as_it_was(tmp_path: Path) -> None:
-    written = at(7)
-    write(tmp_path / "new", SPEC, written)
-    read = latest(tmp_path / "new", SPEC)
+def step_of(found: Checkpoint | None) -> int | None:
+    return None if found is None else found.standing.step
+
+
+@pytest.fixture(params=["folder", "file", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path | str]:
+    """A place for checkpoints that isn't there yet."""
+    folder = tmp_path / "a job"
+    yield {"folder": folder, "file": folder.as_uri(), "memory": f"memory://{tmp_path.name}/job"}[request.param]
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_comes_back_as_it_was(place: Path | str) -> None:
+    written = at(7, best_step=5)
+    assert latest(place, SPEC) is None
+    write(place, SPEC, written)
+    read = latest(place, SPEC)
     assert read is not None
-    assert (read.step, read.tokens) == (7, 700)
-    for part in ("weights", "first_moments", "second_moments"):
+    assert read.standing == written.standing
+    for part in ("weights", "first_moments", "second_moments", "state"):
         torch.testing.assert_close(getattr(read, part), getattr(written, part), rtol=0, atol=0)
 
 
-def test_keeps_the_last_two(tmp_path: Path) -> None:
+def test_keeps_the_last_two(place: Path | str) -> None:
     for step in (5, 10, 15):
-        write(tmp_path, SPEC, at(step))
-    assert len(list(tmp_path.iterdir())) == 2
-    read = latest(tmp_path, SPEC)
-    assert read is not None and read.step == 15
+        write(place, SPEC, at(step))
+    assert files(place) == [10, 15]
+    assert step_of(latest(place, SPEC)) == 15
+    assert step_of(best(place, SPEC)) == 15
+
+
+def test_keeps_the_best_as_well_also_of_the_one_before(place: Path | str) -> None:
+    for step, best_step in ((5, 5), (10, 10), (15, 10), (20, 10), (25, 10)):
+        write(place, SPEC, at(step, best_step))
+    assert files(place) == [10, 20, 25]
+    assert step_of(best(place, SPEC)) == 10
+    write(place, SPEC, at(30, 30))
+    assert files(place) == [10, 25, 30]  # were the last damaged, 10 would still be the best
+    assert step_of(best(place, SPEC)) == 30
+
+
+def files(place: Path | str) -> list[int]:
+    return sorted(int(name.split("-")[1].rstrip("ab")) for name in place_at(place).names())
+
+
+def test_one_whose_validation_is_due_comes_before_the_validated(place: Path | str) -> None:
+    write(place, SPEC, at(8, pending=True))
+    write(place, SPEC, at(8, best_step=8))
+    read = latest(place, SPEC)
+    assert read is not None and not read.standing.pending
+    assert best(place, SPEC) is not None
+
+
+def test_a_best_one_that_is_gone_is_told(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        write(tmp_path, SPEC, at(step, 5))
+    next(tmp_path.glob("*-00000005b-*")).unlink()
+    with pytest.raises(ArtifactCorrupt, match="of step 5, is damaged or gone"):
+        best(tmp_path, SPEC)
 
 
 def test_another_spec_has_no_checkpoint_here_and_loses_none(tmp_path: Path) -> None:
@@ -46,20 +94,18 @@ def test_another_spec_has_no_checkpoint_here_and_loses_none(tmp_path: Path) -> N
     assert latest(tmp_path, other) is None
     for step in (5, 10, 15):
         write(tmp_path, other, at(step))
-    read = latest(tmp_path, SPEC)
-    assert read is not None and read.step == 25
+    assert step_of(latest(tmp_path, SPEC)) == 25
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "empty"])
 def test_a_damaged_one_gives_way_to_the_one_before(tmp_path: Path, damage: str) -> None:
     write(tmp_path, SPEC, at(10))
     write(tmp_path, SPEC, at(20))
-    (last,) = tmp_path.glob("*-00000020-*")
+    (last,) = tmp_path.glob("*-00000020b-*")
     content = last.read_bytes()
     flipped = content[:-1] + bytes([content[-1] ^ 1])
     last.write_bytes({"torn": content[:-20], "flipped": flipped, "empty": b""}[damage])
-    read = latest(tmp_path, SPEC)
-    assert read is not None and read.step == 10
+    assert step_of(latest(tmp_path, SPEC)) == 10
 
 
 def test_a_half_written_one_is_nothing(tmp_path: Path) -> None:
@@ -77,5 +123,9 @@ def test_a_full_disk_keeps_the_one_before(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(DiskFull, match="free some space"):
         write(tmp_path, SPEC, at(20))
     assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
-    read = latest(tmp_path, SPEC)
-    assert read is not None and read.step == 10
+    assert step_of(latest(tmp_path, SPEC)) == 10
+
+
+def test_a_url_that_nothing_opens_is_told() -> None:
+    with pytest.raises(SetupError, match="can't be kept at 'nosuch://x'"):
+        latest("nosuch://x", SPEC)

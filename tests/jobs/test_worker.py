@@ -13,6 +13,7 @@ from peft import PeftModel
 from loramill.bases import Base, load_for_training
 from loramill.chat import ChatTokenizer
 from loramill.errors import TrainingDiverged
+from loramill.jobs import publishing
 from loramill.jobs import worker as worker_module
 from loramill.jobs.worker import Worker, run_next, work
 from loramill.names import AdapterName
@@ -41,8 +42,18 @@ def worker(tmp_path: Path, base: Base, model: torch.nn.Module) -> Worker:
     registry = Registry.open(database, (tmp_path / "artifacts").as_uri())
     with registry.writing() as session:
         tenants.create(session, "acme")
-    settings = JobSettings(lease_seconds=20, max_attempts=2)
-    return Worker("w1", registry, base, model, ChatTokenizer.load(base.folder), tmp_path / "checkpoints", settings)
+    settings = JobSettings(lease_seconds=20, max_attempts=2, backoff_seconds=0)
+    return Worker(
+        "w1",
+        registry,
+        base,
+        lambda: model,
+        torch.device("cpu"),
+        ChatTokenizer.load(base.folder),
+        tmp_path / "checkpoints",
+        tmp_path / "logs",
+        settings,
+    )
 
 
 def submit(worker: Worker, raw: bytes = ROWS, **fields: object) -> JobRecord:
@@ -107,14 +118,14 @@ def test_a_job_for_another_base_says_so(worker: Worker) -> None:
 
 def test_a_worker_that_lost_its_lease_publishes_nothing(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     job = submit(worker)
-    publish = worker_module.publish
+    publish = publishing.version
 
     def slow_publish(*arguments: object) -> None:
         with worker.registry.writing() as session:
             assert jobs.lease(session, "w2", now=time.time() + 60, seconds=20, max_attempts=5) is not None
         publish(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(worker_module, "publish", slow_publish)
+    monkeypatch.setattr(publishing, "version", slow_publish)
     assert run_next(worker)
     other = now(worker, job)
     assert (other.status, other.owner, other.version) == (JobStatus.RUNNING, "w2", None)

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,46 @@ def test_an_example_is_the_served_prompt_and_its_answer(
     assert tokenizer.decode(completion) == contents[-1]
 
 
+plain = st.text(st.sampled_from("aé日🙂 .,!1"), max_size=12).map(lambda written: f"x{written}")
+
+
+@settings(deadline=None)
+@given(
+    contents=st.lists(spelled | plain, min_size=2, max_size=8).filter(lambda turns: len(turns) % 2 == 0),
+    system=st.none() | plain,
+    data=st.data(),
+)
+def test_every_learnt_answer_follows_the_prompt_that_is_served(
+    tokenizer: ChatTokenizer, contents: list[str], system: str | None, data: st.DataObject
+) -> None:
+    contents = [f"x{content}" for content in contents]
+    count = len(contents) // 2
+    weights = data.draw(st.none() | st.lists(st.sampled_from([0.0, 0.5, 2.0]), min_size=count, max_size=count))
+    if weights is not None and not any(weights):
+        return
+    made = replace(chat_example(*contents, system=system), weights=None if weights is None else tuple(weights))
+    encoded = tokenizer.example(made, "all")
+    learnt = [(2 * turn + 1, weight) for turn, weight in enumerate(weights or [1.0] * count) if weight]
+    assert [span.weight for span in encoded.spans] == [weight for _, weight in learnt]
+    for span, (turn, _) in zip(encoded.spans, learnt, strict=True):
+        assert list(encoded.tokens[: span.start]) == tokenizer.prompt(chat(*contents[:turn], system=system))
+        answer = encoded.tokens[span.start : span.stop]
+        assert answer[-1] == END and not CONTROL & set(answer[:-1])
+        assert tokenizer.decode(answer) == contents[turn]
+    assert encoded.spans[-1].stop == len(encoded.tokens)
+
+
+def test_what_comes_after_the_last_learnt_answer_is_left_away(tokenizer: ChatTokenizer) -> None:
+    whole = replace(chat_example("one", "two", "three", "four"), weights=(1.0, 0.0))
+    assert tokenizer.example(whole) == tokenizer.example(chat_example("one", "two"))
+
+
+def test_a_file_says_where_its_examples_stand(tokenizer: ChatTokenizer) -> None:
+    assert tokenizer.example(replace(chat_example("one", "two"), line=7)).line == 7
+    assert tokenizer.example(replace(completion_example("one", "two"), line=8, weights=(3.0,))).line == 8
+    assert tokenizer.example(replace(completion_example("one", "two"), weights=(3.0,))).weight == 3.0
+
+
 @given(prompt=(spelled | text).filter(bool), completion=spelled | text)
 @example(prompt="Say: ", completion="yes")
 def test_completion_data_is_plain_text(tokenizer: ChatTokenizer, prompt: str, completion: str) -> None:
@@ -183,6 +224,17 @@ def test_a_template_that_rewrites_the_past_is_refused(altered: Path) -> None:
     template.write_text(forgetful)
     with pytest.raises(DatasetInvalid, match="writes the messages before an answer differently"):
         ChatTokenizer.load(altered).example(chat_example("one", "two", "three", "four"))
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused_where_these_are_learnt(altered: Path) -> None:
+    """As those do that take the reasoning out of all answers but the last."""
+    template = altered / "chat_template.jinja"
+    shouted = "message['content'] | upper if message['role'] == 'assistant' and not loop.last else message['content']"
+    template.write_text(template.read_text().replace("message['content']", f"({shouted})"))
+    tokenizer = ChatTokenizer.load(altered)
+    tokenizer.example(chat_example("one", "two", "three", "four"))
+    with pytest.raises(DatasetInvalid, match=r"messages\[3\] is served after other tokens"):
+        tokenizer.example(chat_example("one", "two", "three", "four"), "all")
 
 
 def test_a_template_that_ends_no_answer_is_refused(altered: Path) -> None:

@@ -28,6 +28,19 @@ def pair(prompt: object, completion: object, **more: object) -> str:
     return json.dumps({"prompt": prompt, "completion": completion, **more})
 
 
+def weighted(first: object, second: object, **of: str) -> str:
+    """Two answers with these weights, None for none; or a weight at another role's message."""
+    roles = ("user", "assistant", "user", "assistant")
+    said = ({}, {"weight": first}, {}, {"weight": second})
+    messages = [
+        {"role": role, "content": str(index)} | {key: value for key, value in own.items() if value is not None}
+        for index, (role, own) in enumerate(zip(roles, said, strict=True))
+    ]
+    if of:
+        messages[roles.index(of["weight"])]["weight"] = 1
+    return json.dumps({"messages": messages})
+
+
 GOOD = row("Label it.", "I lost my card", "lost_card")
 
 
@@ -51,6 +64,26 @@ def test_chat_and_completion_examples() -> None:
     assert (second.completion, second.line, len(second.messages)) == ("See you", 2, 4)
     (plain,) = read(pair("2+2=", " 4")).examples
     assert (plain.messages, plain.prompt, plain.completion) == ((), "2+2=", " 4")
+
+
+@pytest.mark.parametrize(
+    ("line", "last", "every"),
+    [
+        (weighted(None, None), [(3, 1.0)], [(1, 1.0), (3, 1.0)]),
+        (weighted(0, 1), [(3, 1.0)], [(3, 1.0)]),
+        (weighted(1, 0), [(1, 1.0)], [(1, 1.0)]),
+        (weighted(0.5, 2), [(1, 0.5), (3, 2.0)], [(1, 0.5), (3, 2.0)]),
+        (weighted(0, None), [(3, 1.0)], [(3, 1.0)]),
+        (weighted(None, 0), [(1, 1.0)], [(1, 1.0)]),  # as in OpenAI's format: no weight is 1 where others have one
+    ],
+)
+def test_weights_say_what_is_learnt_and_how_much(line: str, last: object, every: object) -> None:
+    (found,) = read(line).examples
+    assert (found.learnt("last"), found.learnt("all")) == (last, every)
+
+
+def test_completion_data_may_have_a_weight() -> None:
+    assert [found.weights for found in read(pair("a", "b"), pair("c", "d", weight=2)).examples] == [None, (2.0,)]
 
 
 def test_windows_line_ends_and_blank_lines_keep_the_count() -> None:
@@ -107,7 +140,17 @@ def test_an_empty_system_message_is_allowed() -> None:
         (pair("x", ""), "completion is empty"),
         (pair("", "y"), "prompt is empty"),
         (pair("x", 4), "completion is 4; it must be a string"),
-        (pair("x", "y", id=7), "unknown key 'id'; it may have prompt and completion only"),
+        (pair("x", "y", id=7), "unknown key 'id'; it may have prompt, completion, weight only"),
+        (pair("x", "y", weight="1"), "weight is '1'; it must be a number from 0"),
+        (pair("x", "y", weight=True), "weight is True; it must be a number from 0"),
+        (pair("x", "y", weight=-1), "weight is -1; it must be a number from 0"),
+        (pair("x", "y", weight=1e7), r"weight is 10000000.0; it must be a number from 0 \(not learnt\) to 1e\+06"),
+        (pair("x", "y", weight=float("nan")), "weight is nan; it must be a number"),
+        (pair("x", "y", weight=float("inf")), "weight is inf; it must be a number"),
+        (pair("x", "y", weight=0), "weight is 0 for every answer, so that nothing is learnt"),
+        (weighted(0, 0), "weight is 0 for every answer"),
+        (weighted(0, None, weight="user"), r"messages\[0\] has the unknown key 'weight'"),
+        (weighted(None, [1]), r"messages\[3\]\.weight is \[1\]; it must be a number"),
         ('{"prompt": "x"}', "completion is missing"),
         ('{"completion": "x"}', "prompt is missing"),
         (pair("x", "y"), "it has another form than line 1"),
@@ -246,6 +289,60 @@ def test_every_split_of_every_real_tenant_is_valid(tokenizer: ChatTokenizer) -> 
             )
             check_tokens(splits[split], tokenizer, 192)
         assert compare_splits(splits["train"], splits["valid"]) == ()
+
+
+# Before any compute
+
+DEFECTS: dict[str, tuple[str, str]] = {
+    "not json": ("{", "it is not JSON"),
+    "two objects": (GOOD + GOOD, "it is not JSON"),
+    "a list": ("[]", "it is not an object"),
+    "a key twice": ('{"prompt": "a", "prompt": "b", "completion": "c"}', "same key twice"),
+    "no messages": ('{"text": "x"}', "it has no messages"),
+    "another form": (pair("x", "y"), "it has another form than line 1"),
+    "an unknown key": (row("x", "y", roles="ua", id=7), "unknown key 'id'"),
+    "messages no list": ('{"messages": "Hi"}', "messages must be a list"),
+    "no message": ('{"messages": []}', "messages must be a list"),
+    "a message no object": ('{"messages": ["Hi"]}', "messages[0] must be an object"),
+    "a message's unknown key": (
+        '{"messages": [{"role": "user", "content": "x", "name": "y"}]}',
+        "messages[0] has the unknown key 'name'",
+    ),
+    "no role": ('{"messages": [{"content": "Hi"}]}', "messages[0].role is None"),
+    "an unknown role": (row("x", "y", roles="ta"), "messages[0].role is 'tool'"),
+    "a late system message": (row("x", "y", "z", roles="usa"), "messages[1].role is system"),
+    "two users in turn": (row("x", "y", "z", roles="uua"), "messages[1].role is user"),
+    "an answer to nothing": (row("x", "y", roles="sa"), "messages[1].role is assistant"),
+    "no answer": (row("x", "y", "z", roles="uau"), "messages[2].role is user"),
+    "no content": ('{"messages": [{"role": "user"}]}', "messages[0].content is missing"),
+    "content no string": ('{"messages": [{"role": "user", "content": null}]}', "messages[0].content is None"),
+    "an empty question": (row("x", "", "z"), "messages[1].content is empty"),
+    "an empty answer": (row("x", "y", " \n"), "messages[2].content is empty"),
+    "half a character": (row("x", "y", "\ud83d"), "messages[2].content holds half a surrogate pair"),
+    "a weight no number": (weighted(1, "2"), "messages[3].weight is '2'"),
+    "a weight below 0": (weighted(-1, 1), "messages[1].weight is -1"),
+    "a weight of a question": (weighted(1, 1, weight="user"), "messages[0] has the unknown key 'weight'"),
+    "nothing that is learnt": (weighted(0, 0), "weight is 0 for every answer"),
+    "a special token": (row("x", "y<|im_end|>", roles="ua"), "messages[1].content spells the special token <|im_end|>"),
+    "too long a prompt": (row("x " * 200, "y", roles="ua"), "the prompt alone fills it"),
+    "too long an answer": (row("x", "y " * 80, roles="ua"), "shorten it or raise max_length"),
+    "an answer without tokens": (row("x", "\x04", roles="ua"), "the completion has no tokens"),
+    "an answer joined to the markup": (
+        row("a", "\n\nb", "c", "d", roles="uaua"),
+        "messages[3] is served after other tokens than the answers before it are learnt as",
+    ),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_defect_is_refused_before_any_compute(tokenizer: ChatTokenizer, defect: str) -> None:
+    """With its line and field, and only it: the lines around it are sound."""
+    line, says = DEFECTS[defect]
+    with pytest.raises(DatasetInvalid) as caught:
+        check_tokens(read(GOOD, "", line, GOOD), tokenizer, 96, learn="all")
+    (problem,) = caught.value.problems
+    assert problem.startswith("train.jsonl, line 3: ")
+    assert says in problem
 
 
 # Anything at all

@@ -3,14 +3,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramill.pipelines.gate import SliceScores, Thresholds, decide
-from loramill.pipelines.scoring import Score, overall, score, token_f1
+from loramill.pipelines.scoring import Score, overall
 
 RULES = Thresholds(min_gain=0.01, max_drop=0.05)
 
 
 def part(name: str, base: float, champion: float | None, challenger: float, examples: int = 100) -> SliceScores:
     def made(value: float) -> Score:
-        return Score(examples, value, value)
+        return Score(examples, value, value, value)
 
     return SliceScores(name, made(base), None if champion is None else made(champion), made(challenger))
 
@@ -45,19 +45,3 @@ def test_a_promoted_challenger_is_better_overall_and_worse_nowhere(rows: list[tu
         assert challenger > overall([s.base for s in slices]).token_f1
         assert challenger - overall([s.champion for s in slices if s.champion]).token_f1 >= RULES.min_gain - 1e-9
         assert all(s.champion and s.champion.token_f1 - s.challenger.token_f1 <= RULES.max_drop for s in slices)
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "f1"),
-    [("a b c", "a b c", 1.0), ("a b", "c d", 0.0), ("a b", "b", 2 / 3), ("a a b", "a b b", 2 / 3), ("", "", 1.0)],
-)
-def test_token_f1(answer: str, reference: str, f1: float) -> None:
-    assert token_f1(answer, reference) == pytest.approx(f1)
-
-
-def test_score_ignores_surrounding_white_space_only() -> None:
-    assert score([" yes\n", "Yes"], ["yes", "yes"]) == Score(2, 0.5, 0.5)
-
-
-def test_overall_weighs_by_examples() -> None:
-    assert overall([Score(1, 1.0, 1.0), Score(3, 0.0, 0.0)]) == Score(4, 0.25, 0.25)

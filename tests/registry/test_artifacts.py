@@ -170,7 +170,7 @@ def test_sweep_of_nothing(store):
 
 
 def test_the_registry_sweeps_what_it_does_not_record(tmp_path, registry: Registry, make_spec):
-    data, result, orphan = (registry.artifacts.put({"f": content}) for content in (b"1", b"2", b"3"))
+    data, result, whole, orphan = (registry.artifacts.put({"f": content}) for content in (b"1", b"2", b"3", b"4"))
     job_spec = make_spec()
     with registry.writing() as session:
         datasets.create(session, "acme", "f", data, 1, 1)
@@ -179,12 +179,12 @@ def test_the_registry_sweeps_what_it_does_not_record(tmp_path, registry: Registr
         version = VersionRecord(
             id=result, adapter="acme/support", job=job.id, base=job_spec.base, bytes=1, created_at=1.0
         )
-        jobs.publish(session, job.id, 1, version)
+        jobs.publish(session, job.id, 1, version, result=whole)
         assert adapters.get(session, "acme/support").champion == result
         assert tenants.list_all(session)
     assert registry.sweep(older_than=-1) == 1
-    registry.artifacts.fetch(data)
-    registry.artifacts.fetch(result)
+    for artifact in (data, result, whole):
+        registry.artifacts.fetch(artifact)
     with pytest.raises(ArtifactMissing):
         registry.artifacts.fetch(orphan)
 

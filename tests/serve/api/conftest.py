@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import pytest
@@ -34,6 +33,20 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+#: All that the gateway itself ever reads of a base.
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
 
 
 class Switch:
@@ -115,7 +128,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     registry = Registry.open(settings.database, settings.artifacts)
     with registry.writing() as session:
         _, admin_key = keys.create(session, None)
-    base = Base("tiny", Path("/nowhere"), hashlib.sha256(b"tiny").hexdigest(), "LlamaForCausalLM", 512)
+    (home / "config.json").write_text(json.dumps(CONFIG))
+    base = Base("tiny", home, hashlib.sha256(b"tiny").hexdigest(), "LlamaForCausalLM", 512)
     backend, tokenizer = Switch(), byte_tokenizer()
     app = build_api(registry=registry, base=base, tokenizer=tokenizer, backend=backend, settings=settings)
     with running(app) as url:

@@ -10,6 +10,8 @@ import openai
 import pytest
 from openai import OpenAI
 
+from loramill.registry import nightly
+
 
 def test_upload_and_read_back(client: OpenAI, jsonl: Any, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_bytes(jsonl(5))
@@ -103,3 +105,57 @@ def test_an_upload_is_bounded(client: OpenAI, http: httpx.Client, site: Any, jso
 def test_a_name_is_only_a_name(client: OpenAI, jsonl: Any) -> None:
     made = client.files.create(file=("../../etc/passwd", jsonl(4)), purpose="fine-tune")
     assert made.filename == "passwd"
+
+
+def test_the_same_content_is_one_file_where_that_is_asked(
+    http: httpx.Client, site: Any, client: OpenAI, other: str, jsonl: Any
+) -> None:
+    def made(name: str, content: bytes, by: httpx.Client = http, **form: str) -> str:
+        sent = by.post("/v1/files", data={"purpose": "fine-tune", **form}, files={"file": (name, content)})
+        assert sent.status_code == 200, sent.text
+        return str(sent.json()["id"])
+
+    first = made("a.jsonl", jsonl(5))
+    assert made("a.jsonl", jsonl(5)) != first
+    assert made("b.jsonl", jsonl(5), reuse="true") == first
+    assert made("a.jsonl", jsonl(6), reuse="true") != first
+    with site.http(site.key(other)) as theirs:
+        assert made("a.jsonl", jsonl(5), theirs, reuse="true") != first
+    assert len(client.files.list().data) == 3
+
+
+def test_a_file_that_is_deleted_is_gone(client: OpenAI, site: Any, other: str, jsonl: Any) -> None:
+    made = client.files.create(file=("a.jsonl", jsonl(5)), purpose="fine-tune").id
+    with pytest.raises(openai.NotFoundError):
+        site.openai(site.key(other)).files.delete(made)
+    deleted = client.files.delete(made)
+    assert (deleted.id, deleted.deleted, deleted.object) == (made, True, "file")
+    with pytest.raises(openai.NotFoundError):
+        client.files.delete(made)
+    assert client.files.list().data == []
+
+
+def test_a_file_that_a_night_needs_stays(
+    client: OpenAI, http: httpx.Client, site: Any, tenant: str, jsonl: Any
+) -> None:
+    train, valid = (client.files.create(file=(f"{i}.jsonl", jsonl(5)), purpose="fine-tune").id for i in range(2))
+    given = http.post(f"/v1/adapters/{tenant}/a/data", json={"training_file": train, "validation_file": valid})
+    assert given.status_code == 200, given.text
+    with site.registry.writing() as session:
+        night = nightly.open_run(session)
+    for file in (train, valid):
+        with pytest.raises(openai.ConflictError, match=f"{tenant}/a"):
+            client.files.delete(file)
+    with site.registry.writing() as session:
+        nightly.collect(session, night.id, f"{tenant}/a")
+    with pytest.raises(openai.ConflictError):
+        client.files.delete(train)
+    with site.registry.writing() as session:
+        nightly.finish(session, night.id)
+    assert client.files.delete(train).deleted and client.files.delete(valid).deleted
+
+
+def test_results_of_no_job_are_not_there(client: OpenAI) -> None:
+    for read in (client.files.retrieve, client.files.content):
+        with pytest.raises(openai.NotFoundError):
+            read("file-results-ftjob-none")

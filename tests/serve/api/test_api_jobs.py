@@ -149,10 +149,31 @@ def test_pages(client: OpenAI, site: Any, file: str) -> None:
     assert not client.fine_tuning.jobs.list_events(made[0], limit=7).has_more
     with pytest.raises(openai.BadRequestError):
         client.fine_tuning.jobs.list_events(made[0], after="nonsense")
-    with pytest.raises(openai.BadRequestError):
-        client.fine_tuning.jobs.list(metadata={"who": "me"})
-    with pytest.raises(openai.BadRequestError):
-        client.fine_tuning.jobs.list(limit=101)
+    for bad in ({"limit": 101}, {"extra_query": {"status": "queued"}}, {"extra_query": {"metadata": "null"}}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.fine_tuning.jobs.list(**bad)  # type: ignore[arg-type]
+        assert caught.value.param in ("limit", "status", "metadata")
+
+
+def test_jobs_are_found_by_their_metadata(client: OpenAI, file: str) -> None:
+    def made(**metadata: str) -> str:
+        return client.fine_tuning.jobs.create(model="tiny", training_file=file, metadata=metadata).id
+
+    def found(**metadata: str) -> list[str]:
+        return [job.id for job in client.fine_tuning.jobs.list(metadata=metadata, limit=1)]
+
+    first, second, third = made(team="a", run="1"), made(team="a", run="2"), made(team="b", run="")
+    assert found(team="a") == [second, first]
+    assert found(team="a", run="1") == [first]
+    assert found(run="") == [third]
+    assert found(team="c") == found(nothing="a") == found(**{"te.am": "a"}) == []
+    odd = "'so' [1] $.a"
+    assert found(**{odd: "1"}) == []
+    fourth = made(**{odd: "1"})
+    assert found(**{odd: "1"}) == [fourth]
+    for unnameable in ('"', "\\", "é"):
+        with pytest.raises(openai.BadRequestError, match="quote"):
+            found(**{unnameable: "1"})
 
 
 def test_another_tenants_job_is_not_there(client: OpenAI, admin: OpenAI, site: Any, other: str, jsonl: Any) -> None:
@@ -196,7 +217,13 @@ def test_an_admin_submits_for_a_tenant(site: Any, tenant: str, jsonl: Any) -> No
         ({"seed": -1}, "seed", "invalid_request"),
         ({"metadata": {"k": 1}}, "metadata.k", "invalid_request"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "invalid_request"),
-        ({"method": {"type": "dpo"}}, "method.type", "invalid_request"),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}}},
+            "method.type",
+            "unsupported_parameter",
+        ),
+        ({"method": {"type": "reinforcement"}}, "method.type", "unsupported_parameter"),
+        ({"method": {"type": "wishing"}}, "method.type", "invalid_request"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations", "unsupported_parameter"),
         ({"hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs", "invalid_request"),
         ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", "invalid_request"),
@@ -218,7 +245,13 @@ def test_an_admin_submits_for_a_tenant(site: Any, tenant: str, jsonl: Any) -> No
         ),
         ({"extra_body": {"loramill": {"wibble": 1}}}, "loramill.wibble", "unsupported_parameter"),
         ({"extra_body": {"loramill": {"rank": 0}}}, "loramill.rank", "invalid_request"),
-        ({"extra_body": {"loramill": {"targets": ["lm_head"]}}}, "loramill.targets[0]", "invalid_request"),
+        ({"extra_body": {"loramill": {"targets": ["lm_head"]}}}, "loramill.targets", "invalid_request"),
+        ({"extra_body": {"loramill": {"layers": "0-2"}}}, "loramill.layers", "invalid_request"),
+        ({"extra_body": {"loramill": {"rank_pattern": {"nose": 4}}}}, "loramill.rank_pattern", "invalid_request"),
+        ({"extra_body": {"loramill": {"quantization": "nf4"}}}, "loramill.quantization", "invalid_request"),
+        ({"extra_body": {"loramill": {"method": "qlora"}}}, "loramill.method", "invalid_request"),
+        ({"extra_body": {"loramill": {"priority": 101}}}, "loramill.priority", "invalid_request"),
+        ({"extra_body": {"loramill": {"gpus": 2, "executor": "session"}}}, "loramill.executor", "invalid_request"),
         ({"extra_body": {"loramill": {"max_length": 513}}}, "loramill.max_length", "invalid_request"),
         ({"extra_body": {"loramill": {"start_from": "champion"}}}, "loramill.start_from", "invalid_request"),
     ],

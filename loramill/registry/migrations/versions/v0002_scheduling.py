@@ -22,6 +22,7 @@ def upgrade() -> None:
         jobs.add_column(sa.Column("cost", sa.Double(), nullable=False, server_default="0"))
         jobs.add_column(sa.Column("not_before", sa.Double()))
         jobs.add_column(sa.Column("micro_tokens", sa.Integer()))
+        jobs.add_column(sa.Column("lost_step", sa.Integer()))
         jobs.add_column(sa.Column("loss", sa.Double()))
         jobs.add_column(sa.Column("valid_loss", sa.Double()))
         jobs.add_column(sa.Column("tokens_per_second", sa.Double()))
@@ -29,6 +30,19 @@ def upgrade() -> None:
     op.execute("UPDATE jobs SET asked = 'cancel' WHERE cancel_requested AND status = 'running'")
     with op.batch_alter_table("jobs") as jobs:
         jobs.drop_column("cancel_requested")
+    op.drop_index("ix_jobs_status_created_at", "jobs")
+    op.create_index("ix_jobs_tenant_status", "jobs", ["tenant", "status"])
+    queue = ["status", "executor", "priority", "tenant", "created_at", "id", "not_before"]
+    op.create_index("ix_jobs_queue", "jobs", queue)
+    op.create_table(
+        "places",
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("holder", sa.String(), nullable=False),
+        sa.Column("until", sa.Double(), nullable=False),
+        sa.Column("size", sa.Integer(), nullable=False),
+        sa.Column("ending", sa.Boolean(), nullable=False),
+        sa.PrimaryKeyConstraint("name", name="pk_places"),
+    )
     op.create_table(
         "job_checkpoints",
         sa.Column("id", sa.String(), nullable=False),

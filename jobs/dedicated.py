@@ -1,0 +1,87 @@
+"""A `TorchTrainer` of one job's own, for long jobs and those of several GPUs. No attempt is Ray's: all are the queue's.
+
+The first process leases the job, reports and publishes; the others follow its passes. When it can't go on, for
+whatever reason, that is in the record, and the group ends.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ray.train import ScalingConfig
+
+from loramill.errors import JobError
+from loramill.jobs.processes import ONE, Processes
+from loramill.jobs.session import fit, prepare, resident
+from loramill.jobs.worker import Worker, carry_out, steps, take
+from loramill.settings import Settings
+from loramill.types import JobRecord
+
+log = logging.getLogger(__name__)
+
+
+def run_dedicated(settings: Settings, job_id: str, gpus: int) -> None:
+    """Runs one attempt of a job in `gpus` processes, each with a GPU, or without any where the pool has none."""
+    jobs = settings.jobs
+    resources = {"GPU": 1.0} if jobs.use_gpu else {"CPU": jobs.cpus}
+    # The whole GPU is this job's, whatever fraction a session takes.
+    alone = settings.model_copy(update={"jobs": jobs.model_copy(update={"per_gpu": 1})})
+    fit(
+        lease_and_train,
+        {"settings": alone.model_dump(mode="json"), "place": job_id},
+        settings,
+        ScalingConfig(num_workers=gpus, use_gpu=jobs.use_gpu, resources_per_worker=resources),
+        max_failures=0,
+    )
+
+
+def lease_and_train(config: dict[str, Any]) -> None:
+    """The train function of each process."""
+    settings = Settings.model_validate(config["settings"])
+    device = prepare(settings.jobs)
+    worker = resident(settings, config["place"], "dedicated", processes_of(device))
+    job = same_for_all(take(worker, config["place"]) if worker.processes.rank == 0 else None)
+    if job is None:
+        return  # it was cancelled meanwhile, or another supervisor's trainer has it
+    if worker.processes.rank == 0:
+        carry_out(worker, job)
+    else:
+        follow(worker, job)
+
+
+def processes_of(device: torch.device) -> Processes:
+    """The processes of this trainer, which sum tensors over Gloo or, on GPUs, over NCCL."""
+    if device.type == "cuda":
+        _regroup("cpu:gloo,cuda:nccl")
+    size = dist.get_world_size()
+    return Processes(dist.get_rank(), size, dist.all_reduce) if size > 1 else ONE
+
+
+def _regroup(backend: str) -> None:
+    """Connects the same processes by another backend.
+
+    Ray would have to be told of it where the supervisor runs, and that machine may have no GPU.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store = dist.PrefixStore(backend, dist.distributed_c10d._get_default_store())
+    dist.destroy_process_group()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
+def same_for_all(job: JobRecord | None) -> JobRecord | None:
+    """The first process's job, in every process."""
+    found = [None if job is None else job.model_dump_json()]
+    dist.broadcast_object_list(found, src=0)
+    return None if found[0] is None else JobRecord.model_validate_json(found[0])
+
+
+def follow(worker: Worker, job: JobRecord) -> None:
+    """Takes this process's part of each step; ends when the first process does."""
+    try:
+        for _ in steps(worker, job, check=lambda: None):
+            pass
+    except JobError as error:
+        log.info("job %s: this process ends with the first: %s", job.id, error)

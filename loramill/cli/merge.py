@@ -1,0 +1,126 @@
+"""`loramill adapters merge`: an adapter made part of this machine's base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from loramill.cli import show
+from loramill.cli.export import To
+
+if TYPE_CHECKING:
+    from loramill.bases import Base
+    from loramill.chat import EncodedExample
+    from loramill.jobs.merge import MergeReport
+    from loramill.settings import Settings
+
+
+def merge(
+    name: Annotated[
+        str, typer.Argument(metavar="TENANT/ADAPTER[@VERSION]", help="Or a PEFT folder.", show_default=False)
+    ],
+    to: To,
+    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the merged weights.")] = "bf16",
+    into: Annotated[
+        Literal["original", "dequantised"] | None,
+        typer.Option(help="Of a quantized base: which values. By default those the adapter was trained on."),
+    ] = None,
+    valid: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="JSONL to compare on. By default the validation or training file of the adapter's job.",
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0, help="Nats a token from which it is refused.", show_default="0.02")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write it however far it is.")] = False,
+    json: show.AsJson = False,
+) -> None:
+    """Merge an adapter into the base of the settings, as a Hugging Face folder.
+
+    What the merged model says is compared with what the adapter says unmerged, as it is served: the mean divergence
+    in nats a token is told, kept in the folder, and refused above a bound.
+    """
+    from loramill.cli.generate import find_model
+    from loramill.errors import InvalidRequest
+    from loramill.jobs.merge import MAX_KL
+    from loramill.jobs.merge import merge as merge_into
+    from loramill.settings import Settings
+
+    settings = Settings.load()
+    base, version, source = find_model(name, settings)
+    if version is None:
+        raise InvalidRequest(f"'{name}' is the base alone: name an adapter to merge into it.")
+    with show.screen(stderr=True).status(f"Merging into {base.name} and comparing…"):
+        report = merge_into(
+            base,
+            source(version),
+            _examples(base, name, valid, settings),
+            to,
+            name=name if Path(version).is_dir() else f"{name.partition('@')[0]}@{version}",
+            into=into,
+            dtype=dtype,
+            max_kl=MAX_KL if max_kl is None else max_kl,
+            force=force,
+        )
+    if json:
+        return show.as_json(report)
+    _tell(report, to)
+    return None
+
+
+def _examples(base: Base, name: str, file: Path | None, settings: Settings) -> list[EncodedExample]:
+    """Those of the file, or those that the version's job was validated or trained on.
+
+    Raises:
+        InvalidRequest: nothing tells them.
+        DatasetInvalid: the file is no data.
+    """
+    from loramill.chat import ChatTokenizer
+    from loramill.dataset import read_examples
+
+    raw, filename = (file.read_bytes(), file.name) if file is not None else _data_of(name, settings)
+    tokenizer = ChatTokenizer.load(base.folder)
+    return [tokenizer.example(example) for example in read_examples(raw, filename).examples]
+
+
+def _data_of(name: str, settings: Settings) -> tuple[bytes, str]:
+    from loramill.errors import InvalidRequest
+    from loramill.names import ModelName
+    from loramill.registry import Registry, adapters, datasets, jobs
+
+    missing = InvalidRequest(f"No job is known that made {name}: give examples to compare on with --valid FILE.")
+    if Path(name).expanduser().is_dir():
+        raise missing
+    model = ModelName.parse(name)
+    assert model.adapter is not None  # it was found by this name
+    registry = Registry.open(settings.database, settings.artifacts)
+    with registry.reading() as session:
+        made_by = adapters.resolve(session, model.adapter, model.selector).job
+        if made_by is None:
+            raise missing
+        spec = jobs.get(session, made_by).spec
+        dataset = datasets.get(session, spec.valid or spec.train, tenant=model.adapter.tenant)
+    return registry.artifacts.read(dataset.artifact, "data.jsonl"), dataset.filename
+
+
+def _tell(report: MergeReport, to: Path) -> None:
+    found = report.divergence
+    show.facts(
+        [
+            ("folder", str(to)),
+            ("adapter", report.adapter),
+            ("base", f"{report.base}, {report.into} values ({report.quantization})"),
+            ("weights", report.dtype),
+            ("divergence", f"{found.kl:.2e} nats a token, at most {found.largest:.2e} (bound: {report.max_kl:g})"),
+            ("same choice", f"{found.agreement:.2%} of {found.tokens} tokens of {found.examples} examples"),
+        ]
+    )
+    if found.kl > report.max_kl:
+        show.say("It is farther from the unmerged adapter than the bound; it was written since you asked.", "yellow")

@@ -1,0 +1,193 @@
+"""`loramill plan`: whether a job fits a GPU, told from the base's config.json alone."""
+
+from __future__ import annotations
+
+import json as encoding
+import tomllib
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from loramill.cli import show
+from loramill.errors import DoesNotFit, InvalidRequest
+from loramill.settings import Settings
+
+if TYPE_CHECKING:
+    from loramill.sizing import Plan, Pool, Question
+    from loramill.types import JobSpec, Quantization
+
+#: What a spec's file may say besides a job's own fields.
+_AROUND = ("base", "gpu", "cpu", "per_gpu", "length", "batch_size", "answers")
+
+SpecFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="[SPEC]", help="TOML or JSON with the options below and a job's other fields."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command(rich_help_panel="Fine-tuning")(plan)
+
+
+def plan(
+    spec: SpecFile = None,
+    *,
+    base: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Folder, config.json, hub id, or a Llama's size such as 65B.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="GPU", help="Its size or name: 24GB, h100.")] = None,
+    cpu: Annotated[str | None, typer.Option(metavar="SIZE", help="Instead: memory of a session without a GPU.")] = None,
+    per_gpu: Annotated[int | None, typer.Option(help="Jobs that share the GPU.")] = None,
+    method: Annotated[str | None, typer.Option(help="lora, qlora, dora, adalora, pissa, loftq, full.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="Of the base: none, int8, nf4.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
+    targets: Annotated[str | None, typer.Option(metavar="LIST", help="Linears, with commas, or all-linear.")] = None,
+    layers: Annotated[str | None, typer.Option(metavar="LIST", help="Only these, such as 0-7,20.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of the longest example.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
+    answers: Annotated[float | None, typer.Option(help="Part of the tokens that is learnt, 0 to 1.")] = None,
+    micro_tokens: Annotated[int | None, typer.Option(help="Tokens a forward pass; else chosen.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="Recompute activations; else chosen.", show_default=False)
+    ] = None,
+    offload: Annotated[str | None, typer.Option(help="full: none, optimizer, all; else chosen.")] = None,
+    json: show.AsJson = False,
+) -> None:
+    """Tell what memory a job needs and what makes it fit, from the base's config.json alone.
+
+    Without --gpu or --cpu it is the pool of the settings; if that doesn't tell its size, nothing is chosen. Exits
+    with 1 if the job doesn't fit, and names the nearest that do.
+    """
+    from loramill.sizing import plan as planned
+    from loramill.sizing.pool import sized
+
+    options = {
+        "base": base, "gpu": gpu, "cpu": cpu, "per_gpu": per_gpu, "method": method, "quantization": quantization,
+        "rank": rank, "targets": None if targets is None else _names(targets), "layers": layers, "length": length,
+        "batch_size": batch_size, "answers": answers, "micro_tokens": micro_tokens,
+        "gradient_checkpointing": gradient_checkpointing, "offload": offload,
+    }  # fmt: skip
+    said = _read(spec) | {name: value for name, value in options.items() if value is not None}
+    question, known = _question(said)
+    try:
+        found = planned(question) if known else sized(question, question.spec)
+    except DoesNotFit as error:
+        if json:
+            show.line(encoding.dumps({"fits": False, "message": error.message, "nearest": error.nearest}, indent=2))
+            raise typer.Exit(1) from error
+        raise
+    if json:
+        show.line(encoding.dumps(_values(found, known), indent=2))
+    else:
+        _show(found, known)
+
+
+def _question(said: dict[str, Any]) -> tuple[Question, bool]:
+    """What is to be planned, and whether the device's size is known."""
+    from loramill.sizing import FREE, Question, anatomy, find_config
+
+    settings = Settings.load()
+    pool = _pool(said, settings)
+    config = anatomy(find_config(said.get("base", settings.base), settings.cache))
+    spec, quantization = _spec(said, config.context, settings)
+    question = Question(
+        spec=spec,
+        base=config,
+        quantization=quantization,
+        lengths=(spec.max_length,),
+        pool=pool,
+        open=frozenset(FREE) - spec.model_fields_set,
+        learnt=float(said.get("answers", 1.0)),
+    )
+    return question, pool.bytes > 0
+
+
+def _spec(said: dict[str, Any], context: int, settings: Settings) -> tuple[JobSpec, Quantization]:
+    from loramill.recipe import BATCH_SIZE, Extension, Hyperparameters, resolve_spec
+
+    own = {name: value for name, value in said.items() if name not in _AROUND}
+    if "length" in said:
+        own["max_length"] = said["length"]
+    quantization = own.pop("quantization", "nf4" if own.get("method") == "qlora" else settings.quantization)
+    try:
+        extension = Extension.model_validate({**own, "quantization": quantization})
+        asked = Hyperparameters(batch_size=said.get("batch_size", BATCH_SIZE))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"]))
+        raise InvalidRequest(f"'{field}': {problem['msg']}.", param=field) from error
+    spec = resolve_spec(
+        base="0" * 64,
+        context_length=context,
+        adapter="plan/plan",
+        train="plan",
+        examples=1000,
+        quantization=extension.quantization or "none",
+        hyperparameters=asked,
+        extension=extension,
+    )
+    return spec, extension.quantization or "none"
+
+
+def _pool(said: dict[str, Any], settings: Settings) -> Pool:
+    """The device that is meant; of 0 bytes if its size isn't known."""
+    from loramill.sizing import Pool
+    from loramill.sizing.devices import gpu_bytes, memory_bytes
+
+    sharers = int(said.get("per_gpu", settings.jobs.per_gpu))
+    if "gpu" in said and "cpu" in said:
+        raise InvalidRequest("'gpu' and 'cpu' exclude each other; give one.", param="gpu")
+    if "gpu" in said:
+        return Pool("cuda", gpu_bytes(str(said["gpu"])), sharers)
+    if "cpu" in said:
+        return Pool("cpu", memory_bytes(str(said["cpu"])))
+    return Pool.of(settings.jobs) or Pool("cuda" if settings.jobs.use_gpu else "cpu", 0)
+
+
+def _read(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = encoding.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"The spec {file} can't be read: {error}. Give TOML, or JSON in a .json file.") from error
+    if not isinstance(values, dict):
+        raise InvalidRequest(f"The spec {file} holds no table of fields.")
+    return values
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _values(found: Plan, known: bool) -> dict[str, Any]:
+    spec = found.spec
+    return {
+        "fits": True if known else None,
+        "bytes": found.need.bytes,
+        "budget": found.pool.budget if known else None,
+        "sharers": found.sharers if known else None,
+        "host_bytes": found.need.host,
+        "items": [asdict(item) for item in found.need.items],
+        "row_tokens": found.row.tokens,
+        "passes": found.passes,
+        "micro_tokens": spec.micro_tokens,
+        "gradient_checkpointing": spec.gradient_checkpointing,
+        "offload": spec.offload,
+    }
+
+
+def _show(found: Plan, known: bool) -> None:
+    from loramill.sizing import gb
+
+    total = found.need.bytes
+    rows = [(item.name, gb(item.bytes), f"{item.bytes / total:.0%}", item.what) for item in found.need.items]
+    show.table(("ITEM", "BYTES", "SHARE", ""), [*rows, ("total", gb(total), "100%", "")], empty="")
+    if found.need.host:
+        show.line(f"In the host's memory besides: {gb(found.need.host)}.")
+    show.line(found.told if known else "Give --gpu or --cpu to learn whether that fits, and what would make it fit.")

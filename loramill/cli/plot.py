@@ -1,0 +1,131 @@
+"""`loramill jobs plot`: a job's losses as a picture, in the terminal or as a PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loramill.cli import show
+from loramill.client import Client
+from loramill.errors import DiskFull, SetupError
+from loramill.views import Job, Point
+
+_INK, _QUIET, _TRAIN, _VALID = "#1f2933", "#9aa5b1", "#2b6cb0", "#c2410c"
+#: Of a smoothed loss, what each step leaves of the one before.
+_SMOOTH = 0.75
+
+
+def plot(
+    job_id: Annotated[str, typer.Argument(metavar="JOB", help="The job's id (ftjob-…).", show_default=False)],
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a PNG instead.")] = None,
+    json: show.AsJson = False,
+) -> None:
+    """Draw the losses of a job, while it runs or later."""
+    with Client() as client:
+        job, points = client.job(job_id), client.curve(job_id)
+    if json:
+        show.as_json(points)
+    elif not points:
+        show.say(f"{job.id} has no numbers yet: it is {job.status} at step {job.step}.")
+    elif png is None:
+        show.line(as_text(job, points, *_size()))
+    else:
+        write_png(png, job, points)
+        show.say(f"{png} shows {len(points)} steps of {job.id}.")
+
+
+def as_text(job: Job, points: Sequence[Point], width: int, height: int) -> str:
+    """The picture in characters, so many of them wide and high."""
+    import plotext
+
+    plotext.terminal.limit(False, False)
+    figure = plotext.figure
+    figure.clear()
+    figure.plot_size(width, height - 1)
+    figure.theme("colorless")
+    figure.legend(False)  # it would lie on the curve
+    steps, losses = _series(points, "train_loss")
+    figure.draw(figure.signal(steps, losses, marker="braille").lines())
+    steps, losses = _series(points, "valid_loss")
+    if steps:
+        figure.draw(figure.signal(steps, losses, marker="o"))
+    head = f"{job.adapter}: training (line) and validation (o) loss in nats a token"
+    return "\n".join([head, *(line.rstrip() for line in plotext.uncolorize(figure.build().string()).splitlines())])
+
+
+def write_png(path: Path, job: Job, points: Sequence[Point]) -> None:
+    """The picture as a file.
+
+    Raises:
+        DiskFull, SetupError: the file can't be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _draw(axes, points)
+    axes.set_title(f"{job.adapter}", loc="left", color=_INK, fontsize=13, fontweight="bold")
+    axes.set_title(_facts(job), loc="right", color=_QUIET, fontsize=9)
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        kind = DiskFull if error.errno == 28 else SetupError
+        raise kind(f"{path} can't be written: {error.strerror}.") from error
+
+
+def _draw(axes: Any, points: Sequence[Point]) -> None:
+    steps, losses = _series(points, "train_loss")
+    axes.plot(steps, losses, color=_TRAIN, alpha=0.3, linewidth=1, marker="." if len(steps) == 1 else None)
+    axes.plot(steps, smoothed(losses), color=_TRAIN, linewidth=2, label="training, smoothed")
+    steps, losses = _series(points, "valid_loss")
+    if steps:
+        axes.plot(steps, losses, color=_VALID, linewidth=1.5, marker="o", markersize=4, label="validation")
+        best = min(range(len(losses)), key=losses.__getitem__)
+        axes.annotate(
+            f"{losses[best]:.3f}",
+            (steps[best], losses[best]),
+            textcoords="offset points",
+            xytext=(0, 9),
+            ha="center",
+            color=_VALID,
+            fontsize=9,
+        )
+    axes.set_xlabel("step", color=_INK)
+    axes.set_ylabel("loss, nats a token", color=_INK)
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
+    axes.grid(axis="y", color=_QUIET, alpha=0.25)
+    axes.tick_params(colors=_INK, labelsize=9)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_QUIET)
+    axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+
+
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """An exponential mean that begins at the first loss without being bound to it (as Adam's, Kingma & Ba 2015)."""
+    means, mean = [], 0.0
+    for count, loss in enumerate(losses, start=1):
+        mean = _SMOOTH * mean + (1 - _SMOOTH) * loss
+        means.append(mean / (1 - _SMOOTH**count))
+    return means
+
+
+def _series(points: Sequence[Point], name: str) -> tuple[list[int], list[float]]:
+    known = [(point.step, value) for point in points if (value := getattr(point, name)) is not None]
+    return [step for step, _ in known], [value for _, value in known]
+
+
+def _facts(job: Job) -> str:
+    spec = job.spec
+    return f"{spec.get('method')}, rank {spec.get('rank')}, {job.status} at step {job.step} of {job.steps}   {job.id}"
+
+
+def _size() -> tuple[int, int]:
+    screen = show.screen()
+    return min(screen.width, 100), min(max(12, screen.height - 4), 28) if screen.is_terminal else 24

@@ -1,0 +1,236 @@
+"""`loramill submit`: one fine-tune job, or a file of hundreds."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from loramill.batch import read_jobs
+from loramill.cli import show
+from loramill.cli.watch import watch_until_done
+from loramill.client import Client
+from loramill.names import AdapterName
+from loramill.options import Options, from_text
+from loramill.views import File, Job, Submitted
+
+Adapter = Annotated[str | None, typer.Argument(metavar="TENANT/ADAPTER", help="Such as acme/support.")]
+Train = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Examples to learn from: JSONL, CSV, Parquet, JSON, hf:org/name or a file's id."),
+]
+Valid = Annotated[str | None, typer.Option(metavar="FILE", help="Examples to measure the loss on.")]
+Columns = Annotated[
+    str | None, typer.Option(metavar="LIST", help="Columns of a table: prompt=question,completion=answer.")
+]
+Jobs = Annotated[
+    Path | None,
+    typer.Option("--file", metavar="JOBS", help="Submit all jobs of a TOML, JSONL or CSV file; options are defaults."),
+]
+Name = Annotated[str, typer.Option(help="With --file: another name submits the same jobs again.")]
+Retry = Annotated[bool, typer.Option("--retry", help="With --file: submit again what failed or was cancelled.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Show progress until all has ended.")]
+
+#: What can be said of a job, by panel of the help.
+_HELP: Mapping[str, Mapping[str, str]] = {
+    "Method": {
+        "method": "How the base is adapted.",
+        "rank": "Rank of the adapter.",
+        "alpha": "Scale of the adapter: alpha / rank.",
+        "rslora": "Scale by alpha / sqrt(rank).",
+        "dropout": "Dropout before the adapter, 0 to 1.",
+        "targets": "Linears that are adapted: all-linear, or names such as q_proj,v_proj.",
+        "layers": "Layers that are adapted, such as 0-7,20.",
+        "rank_pattern": "Other ranks by the end of a linear's name: down_proj=32,0.q_proj=4.",
+        "alpha_pattern": "Other alphas, likewise.",
+        "init_rank": "AdaLoRA: rank before pruning.",
+        "loraplus_lr_ratio": "LoRA+: learning rate of B over that of A.",
+        "quantization": "What the base must be served with.",
+        "start_from": 'Go on from "champion" or a version; else fresh.',
+        "base": "Model to tune; else the gateway's.",
+    },
+    "Training": {
+        "epochs": "Passes over the examples.",
+        "steps": "Optimizer steps, instead of --epochs.",
+        "batch_size": "Examples a step.",
+        "learning_rate": "Learning rate.",
+        "schedule": "Of the learning rate after the warm-up.",
+        "warmup_ratio": "Part of the steps that warms up, 0 to 1.",
+        "weight_decay": "Weight decay.",
+        "max_grad_norm": "Norm that gradients are clipped to.",
+        "max_length": "Tokens of the longest example.",
+        "learn": "Answers of a conversation that are learnt.",
+        "packing": "Let examples share rows without padding.",
+        "eval_every": "Steps between validations.",
+        "patience": "Validations without gain before an early stop.",
+        "keep": "Weights that become the version.",
+        "checkpoint_every": "Steps between checkpoints.",
+        "seed": "Seed of the run.",
+    },
+    "Placement": {
+        "priority": "Jobs of a higher one go first, -100 to 100.",
+        "executor": "A session, or a trainer of its own.",
+        "gpus": "GPUs that share one step.",
+        "micro_tokens": "Tokens of one forward pass.",
+        "gradient_checkpointing": "Recompute activations instead of keeping them.",
+        "offload": "Full fine-tuning: what lies in host memory.",
+        "metadata": "Up to 16 NAME=VALUE pairs that are kept with the job.",
+    },
+}
+_SHORT = {"learning_rate": ("--lr",)}
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for everything that can be said of a job, in place of its `**options`."""
+    signature = inspect.signature(command, eval_str=True)
+    fixed = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[_kind(name) | None, _option(name, help_text, panel)],
+        )
+        for panel, helps in _HELP.items()
+        for name, help_text in helps.items()
+    ]
+    command.__signature__ = signature.replace(parameters=[*fixed, *options])  # type: ignore[attr-defined]
+    return command
+
+
+def _option(name: str, help_text: str, panel: str) -> Any:
+    flag = f"--{name.replace('_', '-')}"
+    if _kind(name) is bool:
+        flag = f"{flag}/--no-{name.replace('_', '-')}"
+    return typer.Option(flag, *_SHORT.get(name, ()), help=help_text, rich_help_panel=panel)
+
+
+def _kind(name: str) -> Any:
+    """The type of an option: what its field has; text where that is no single word or number."""
+    choices: list[str] = []
+    for kind in get_args(Options.model_fields[name].annotation) or (Options.model_fields[name].annotation,):
+        if kind in (int, float, bool):
+            return kind
+        if get_origin(kind) is Literal:
+            choices += get_args(kind)
+        elif kind is not NoneType:
+            return str
+    return Literal[tuple(choices)]
+
+
+@with_options
+def submit(
+    adapter: Adapter = None,
+    *,
+    train: Train = None,
+    valid: Valid = None,
+    columns: Columns = None,
+    file: Jobs = None,
+    name: Name = "",
+    retry: Retry = False,
+    wait: Wait = False,
+    json: show.AsJson = False,
+    **options: Any,
+) -> None:
+    """Upload examples, submit a fine-tune job, and print its id; or all jobs of a file.
+
+    What isn't given is chosen by the gateway; `loramill jobs show JOB` tells it all.
+    """
+    said = {
+        name: from_text(name, value) if isinstance(value, str) else value
+        for name, value in {**options, "columns": columns}.items()
+        if value is not None
+    }
+    if file is not None:
+        if adapter or train or valid:
+            raise typer.BadParameter("a file of jobs names adapters and data itself.", param_hint="--file")
+        _submit_file(file, said, name=name, retry=retry, wait=wait, json=json)
+    elif adapter and train:
+        _submit_one(adapter, train, valid, said, wait=wait, json=json)
+    else:
+        raise typer.BadParameter("give TENANT/ADAPTER and --train FILE, or --file JOBS.")
+
+
+def _submit_one(adapter: str, train: str, valid: str | None, said: dict[str, Any], *, wait: bool, json: bool) -> None:
+    tenant, columns = AdapterName.parse(adapter).tenant, said.pop("columns", None)
+    with Client() as client:
+        files = [upload(client, source, tenant, columns) for source in (train, valid) if source is not None]
+        job = client.submit(adapter, files[0], valid=files[1] if valid is not None else None, **said)
+        if not json:
+            show.line(job.id)
+        if wait:
+            job = _watch(client, job)
+            show.say(f"{job.model} is ready: `loramill chat {job.model}`")
+        elif not json:
+            show.say(f"Queued; `loramill jobs events -f {job.id}` follows it.")
+    if json:
+        show.as_json(job)
+
+
+def _submit_file(file: Path, said: Mapping[str, Any], *, name: str, retry: bool, wait: bool, json: bool) -> None:
+    read_jobs(file, said)  # before anything is asked of a gateway
+    with Client() as client:
+        with _progress() as progress:
+            tasks: dict[str, Any] = {}
+
+            def tell(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = progress.add_task(what, total=total)
+                progress.update(tasks[what], completed=done)
+
+            found = client.submit_many(file, defaults=said, name=name, retry=retry, on_progress=tell)
+        if json and not wait:
+            return show.as_json(found)
+        new = [each for each in found if each.new]
+        if not json:
+            _print(found)
+            before = f", {len(found) - len(new)} were submitted before" if len(new) < len(found) else ""
+            show.say(f"{len(new)} jobs submitted{before}; `loramill jobs watch` shows them all.")
+        if wait:
+            jobs = watch_until_done(client, [each.job.id for each in found], quiet=json)
+            if json:
+                show.as_json(jobs)
+            if any(job.failure for job in jobs):
+                raise typer.Exit(1)
+    return None
+
+
+def _print(found: Iterable[Submitted]) -> None:
+    show.table(
+        ("JOB", "ADAPTER", "STATUS", ""),
+        (
+            (each.job.id, each.job.adapter, show.status(each.job.status), "new" if each.new else "there before")
+            for each in found
+        ),
+        empty="",
+    )
+
+
+def upload(client: Client, source: str, tenant: str, columns: Mapping[str, str] | None = None) -> File | str:
+    """Uploads a file, saying what the gateway warns of; an uploaded file's id stays as it is."""
+    if source.startswith("file-"):
+        return source
+    file = client.upload(source, tenant=tenant, columns=columns, reuse=True)
+    for warning in file.warnings:
+        show.say(f"Warning: {warning}", style="yellow")
+    return file
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=show.screen(stderr=True))
+
+
+def _watch(client: Client, job: Job) -> Job:
+    with _progress() as progress:
+        task = progress.add_task(f"{job.adapter} {job.status}", total=job.steps)
+
+        def advance(now: Job) -> None:
+            progress.update(task, completed=now.step, description=f"{now.adapter} {now.status}")
+
+        return client.wait(job.id, advance)

@@ -1,0 +1,71 @@
+"""Fair shares: a tenant's `served` is the tokens its jobs were leased for, over its weight; who has least comes next.
+
+That is weighted fair queueing with tokens for bytes (Demers, Keshav, Shenker 1989): what a job has left to do is
+charged when it is leased, and what it did not do is given back when it stops. A tenant that was idle is lifted to the
+least of those with open jobs, so that nobody saves up a claim to the whole pool.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import ColumnElement, Exists, exists, func, select, update
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from loramill.errors import QuotaExceeded
+from loramill.registry.tables import JobRow, TenantRow
+from loramill.types import JobStatus
+
+OPEN = (JobStatus.QUEUED, JobStatus.RUNNING)
+WAITING = (JobStatus.QUEUED, JobStatus.PAUSED)
+
+
+def charge(session: Session, job: JobRow) -> None:
+    """Charges the tenant with what a leased job has left to do."""
+    _add(session, job, job.cost - job.trained_tokens)
+
+
+def settle(session: Session, job: JobRow) -> None:
+    """Corrects what was charged to what was done; the same for a job that took more than its cost."""
+    _add(session, job, job.trained_tokens - job.cost)
+
+
+def admit(session: Session, tenant: str) -> None:
+    """Makes sure that the tenant may have one more job waiting.
+
+    Raises:
+        QuotaExceeded: it has as many as its quota allows.
+    """
+    # Held until the job is there: of two that submit at once, the second counts the first one's.
+    limit = session.scalar(select(TenantRow.max_queued).where(TenantRow.name == tenant).with_for_update())
+    if limit is None:
+        return
+    waiting = session.scalar(select(func.count()).where(JobRow.tenant == tenant, JobRow.status.in_(WAITING))) or 0
+    if waiting >= limit:
+        raise QuotaExceeded(
+            f"'{tenant}' has {waiting} jobs waiting and may have {limit}: submit again when some have started, cancel "
+            "one, or ask an admin for a larger quota."
+        )
+
+
+def lift(session: Session, tenant: str) -> None:
+    """Lifts a tenant without open jobs to the least of those that have some; call it before it has one."""
+    if session.scalar(select(_open_jobs(tenant))):
+        return
+    least = session.scalar(select(func.min(TenantRow.served)).where(_open_jobs(TenantRow.name)))
+    if least is not None:
+        session.execute(
+            update(TenantRow).where(TenantRow.name == tenant, TenantRow.served < least).values(served=least),
+            execution_options={"synchronize_session": False},
+        )
+
+
+def _open_jobs(tenant: str | ColumnElement[str] | InstrumentedAttribute[str]) -> Exists:
+    return exists().where(JobRow.tenant == tenant, JobRow.status.in_(OPEN))
+
+
+def _add(session: Session, job: JobRow, tokens: float) -> None:
+    statement = (
+        update(TenantRow)
+        .where(TenantRow.name == job.tenant)
+        .values(served=TenantRow.served + tokens / TenantRow.weight)
+    )
+    session.execute(statement, execution_options={"synchronize_session": False})

@@ -1,0 +1,265 @@
+"""What a base is made of, from its config.json alone: no weights are read.
+
+The families that loramill decodes itself are computed from their numbers; other architectures are built by
+transformers on torch's meta device, which costs a second and no memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from loramill import smollm2
+from loramill.bases import SERVED
+from loramill.errors import BaseUnusable, InvalidRequest
+
+_BILLIONS = re.compile(r"(\d+(?:\.\d+)?)([bm])", re.IGNORECASE)
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear of a layer: its full name, as `model.layers.0.self_attn.q_proj`, and its dimensions."""
+
+    name: str
+    layer: int
+    d_in: int
+    d_out: int
+
+    @property
+    def last(self) -> str:
+        """The name that targets know it by."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def weights(self) -> int:
+        """Without a bias."""
+        return self.d_in * self.d_out
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """The numbers of a base that memory depends on.
+
+    Attributes:
+        architecture: as config.json names it.
+        layers: how many; `linears` are theirs.
+        hidden, intermediate, heads, kv_heads, head_dim, vocabulary: as in config.json.
+        embedding: weights of the embedding and, if it isn't tied to that, of the head.
+        rest: all other weights: norms, biases.
+        llama: whether the layers are like Llama's (RMS norms, rotary positions, a gated MLP).
+    """
+
+    architecture: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    context: int
+    linears: tuple[Linear, ...]
+    embedding: int
+    rest: int
+    llama: bool
+
+    @property
+    def parameters(self) -> int:
+        """All weights."""
+        return sum(linear.weights for linear in self.linears) + self.embedding + self.rest
+
+
+def anatomy(config: Mapping[str, Any]) -> Anatomy:
+    """The anatomy of a base with this config.json.
+
+    Raises:
+        BaseUnusable: a number is missing, or transformers knows no such model.
+    """
+    return _anatomy(json.dumps(config, sort_keys=True, default=str))
+
+
+def linears(config: Mapping[str, Any]) -> tuple[Linear, ...]:
+    """The linears of the layers, in the order of the model; the head is none of them.
+
+    Raises:
+        BaseUnusable: as `anatomy`.
+    """
+    return anatomy(config).linears
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """The config of a local folder or config.json, or of a Llama of a size such as "65B".
+
+    Raises:
+        InvalidRequest: it is none of them.
+        BaseUnusable: the file can't be read.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() or path.is_file():
+        file = path / "config.json" if path.is_dir() else path
+        try:
+            config = json.loads(file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise BaseUnusable(f"{file} can't be read as a model's config: {error}.") from error
+        if not isinstance(config, dict):
+            raise BaseUnusable(f"{file} holds no JSON object: give a Hugging Face config.json.")
+        return config
+    if size := _BILLIONS.fullmatch(name):
+        return llama_of(float(size[1]) * (1e9 if size[2] in "bB" else 1e6))
+    raise InvalidRequest(
+        f"There is no base '{name}' here: give a Hugging Face folder, a config.json, or a size such as 8B.",
+        param="base",
+    )
+
+
+def find_config(name: str, cache: Path) -> dict[str, Any]:
+    """The config of what `read_config` reads, of the built-in base, or of a hub id; no weights are downloaded.
+
+    Raises:
+        InvalidRequest: it is none of them.
+        BaseUnusable: the file can't be read, or the hub not reached.
+    """
+    if name == smollm2.NAME:
+        return read_config(str(smollm2.converted(cache)))
+    if Path(name).expanduser().exists() or "/" not in name:
+        return read_config(name)
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return read_config(hf_hub_download(name, "config.json"))
+    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
+        raise BaseUnusable(
+            f"'{name}' is no folder here, and its config.json couldn't be had from a model hub ({error}): give a "
+            "folder, a config.json, or a size such as 8B."
+        ) from error
+
+
+def llama_of(parameters: float) -> dict[str, Any]:
+    """The config of a Llama with about so many parameters, in the proportions of Llama 1 (7B, 13B, 65B).
+
+    That is heads of 128, a width of 128 times the layers, an MLP of 8/3 of the width, 32,000 words, and no sharing of
+    keys and values, which asks for more memory than sharing them.
+    """
+    configs = (_llama(hidden) for hidden in range(256, 65536, 128))
+    return min(configs, key=lambda config: abs(anatomy(config).parameters - parameters))
+
+
+def _llama(hidden: int) -> dict[str, Any]:
+    heads = hidden // 128
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": -(-hidden * 8 // 3 // 256) * 256,
+        "num_hidden_layers": heads,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    }
+
+
+@lru_cache(maxsize=1024)
+def _anatomy(text: str) -> Anatomy:
+    config = json.loads(text)
+    architecture = str(next(iter(config.get("architectures") or ()), "a nameless model"))
+    if architecture not in SERVED:
+        return _built(config, architecture)
+    try:
+        return _computed(config, architecture)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise BaseUnusable(f"The base's config.json lacks {error} or holds no number there; correct it.") from error
+
+
+def _computed(config: Mapping[str, Any], architecture: str) -> Anatomy:
+    """Of Llama, Mistral, Qwen2 and Qwen3, by their numbers."""
+    hidden, intermediate = int(config["hidden_size"]), int(config["intermediate_size"])
+    layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
+    kv_heads, head_dim = int(config.get("num_key_value_heads") or heads), int(config.get("head_dim") or hidden // heads)
+    q, kv = heads * head_dim, kv_heads * head_dim
+    shapes = {
+        "self_attn.q_proj": (hidden, q),
+        "self_attn.k_proj": (hidden, kv),
+        "self_attn.v_proj": (hidden, kv),
+        "self_attn.o_proj": (q, hidden),
+        "mlp.gate_proj": (hidden, intermediate),
+        "mlp.up_proj": (hidden, intermediate),
+        "mlp.down_proj": (intermediate, hidden),
+    }
+    attention_bias = config.get("attention_bias") and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
+    biases = q + 2 * kv if architecture == "Qwen2ForCausalLM" else (q + 2 * kv + hidden) * bool(attention_bias)
+    biases += (2 * intermediate + hidden) * bool(config.get("mlp_bias") and architecture == "LlamaForCausalLM")
+    norms = 2 * hidden + 2 * head_dim * (architecture == "Qwen3ForCausalLM")
+    tied = bool(config.get("tie_word_embeddings"))
+    vocabulary = int(config["vocab_size"])
+    return Anatomy(
+        architecture=architecture,
+        layers=layers,
+        hidden=hidden,
+        intermediate=intermediate,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocabulary=vocabulary,
+        context=int(config.get("max_position_embeddings") or 4096),
+        linears=tuple(
+            Linear(f"model.layers.{layer}.{name}", layer, *shape)
+            for layer in range(layers)
+            for name, shape in shapes.items()
+        ),
+        embedding=vocabulary * hidden * (1 if tied else 2),
+        rest=layers * (biases + norms) + hidden,
+        llama=True,
+    )
+
+
+def _built(config: Mapping[str, Any], architecture: str) -> Anatomy:
+    """Of any other causal language model of transformers, by looking at it without weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {name: value for name, value in config.items() if name not in ("model_type", "dtype", "torch_dtype")}
+    try:
+        known = AutoConfig.for_model(config["model_type"], **values)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(known)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise BaseUnusable(f"transformers can't build {architecture} from its config.json: {error}") from error
+    head = model.get_output_embeddings()
+    found = tuple(_linears_of(model, head))
+    embedding = {id(each.weight): each.weight.numel() for each in (model.get_input_embeddings(), head) if each}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    hidden, heads = known.hidden_size, known.num_attention_heads
+    return Anatomy(
+        architecture=architecture,
+        layers=known.num_hidden_layers,
+        hidden=hidden,
+        intermediate=max((linear.d_out for linear in found), default=hidden),
+        heads=heads,
+        kv_heads=getattr(known, "num_key_value_heads", None) or heads,
+        head_dim=getattr(known, "head_dim", None) or hidden // heads,
+        vocabulary=known.vocab_size,
+        context=getattr(known, "max_position_embeddings", None) or 4096,
+        linears=found,
+        embedding=sum(embedding.values()),
+        rest=total - sum(embedding.values()) - sum(linear.weights for linear in found),
+        llama=False,
+    )
+
+
+def _linears_of(model: Any, head: Any) -> Iterator[Linear]:
+    for name, module in model.named_modules():
+        place = _LAYER.search(f".{name}.")
+        weight = getattr(module, "weight", None)
+        if module is head or place is None or weight is None or type(module).__name__ not in ("Linear", "Conv1D"):
+            continue
+        d_out, d_in = weight.shape if type(module).__name__ == "Linear" else reversed(weight.shape)
+        if prod(weight.shape):
+            yield Linear(name, int(place[1]), d_in, d_out)

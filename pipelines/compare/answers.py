@@ -1,0 +1,122 @@
+"""Test questions, who answers them, and how long a token takes them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from transformers import PreTrainedModel
+
+from loramill.chat import ChatTokenizer
+from loramill.dataset import Example
+from loramill.kernels.bench.measure import Effort, interleaved
+from loramill.pipelines.compare.by_transformers import MakeCache, empty, greedy
+from loramill.pipelines.scoring import Score, score
+from loramill.serve.offline import OfflineEngine
+from loramill.serve.protocol import TextRequest
+
+#: Tokens of the answer whose speed is measured, and how often.
+TOKENS, ROUNDS = 32, 9
+
+Report = Callable[[int], None]
+
+
+class Answerer(Protocol):
+    """Something that answers greedily."""
+
+    def answer(self, examples: Sequence[Example], limits: Sequence[int], report: Report) -> list[str]:
+        """The answers in order, of at most so many tokens each."""
+        ...
+
+    def spend(self, example: Example, tokens: int) -> None:
+        """Answers one example with exactly so many tokens."""
+        ...
+
+
+class ByEngine:
+    """The engine that serves, with a version or the base alone."""
+
+    def __init__(self, engine: OfflineEngine, version: str | None = None) -> None:
+        self._engine = engine
+        self._version = version
+
+    def answer(self, examples: Sequence[Example], limits: Sequence[int], report: Report) -> list[str]:
+        """As `Answerer`; what the engine refuses is raised."""
+        asked = [self._request(each, limit) for each, limit in zip(examples, limits, strict=True)]
+        texts = []
+        for completion in self._engine.generate(asked, ordered=True):
+            if completion.error is not None:
+                raise completion.error
+            texts.append(completion.text)
+            report(len(texts))
+        return texts
+
+    def spend(self, example: Example, tokens: int) -> None:
+        """As `Answerer`."""
+        (completion,) = self._engine.generate([self._request(example, tokens, ignore_eos=True)])
+        if completion.error is not None:
+            raise completion.error
+
+    def _request(self, example: Example, limit: int, *, ignore_eos: bool = False) -> TextRequest:
+        return TextRequest(
+            id="",
+            tenant="",
+            version=self._version,
+            messages=example.messages[:-1],
+            prompt=example.prompt,
+            max_tokens=limit,
+            temperature=0.0,
+            ignore_eos=ignore_eos,
+        )
+
+
+class ByTransformers:
+    """A transformers model, with what hangs on it."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: ChatTokenizer, cache: MakeCache = empty) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._cache = cache
+
+    def answer(self, examples: Sequence[Example], limits: Sequence[int], report: Report) -> list[str]:
+        """As `Answerer`."""
+        prompts = [self._prompt(example) for example in examples]
+        stop_ids = self._tokenizer.stop_ids
+        answers = greedy(self._model, prompts, limits, stop_ids, cache=self._cache, report=report)
+        return [self._tokenizer.decode(tokens) for tokens in answers]
+
+    def spend(self, example: Example, tokens: int) -> None:
+        """As `Answerer`."""
+        greedy(self._model, [self._prompt(example)], [tokens], (), cache=self._cache)
+
+    def _prompt(self, example: Example) -> list[int]:
+        if example.prompt is not None:
+            return self._tokenizer.text(example.prompt)
+        return self._tokenizer.prompt(example.messages[:-1])
+
+
+def quality(answerer: Answerer, examples: Sequence[Example], tokenizer: ChatTokenizer, report: Report) -> Score:
+    """Scores the answers to all test examples.
+
+    An answer may be half as long again as its reference: one that rambles costs little, and still can't be right.
+    """
+    lengths = [len(tokenizer.text(example.completion)) for example in examples]
+    texts = answerer.answer(examples, [length * 3 // 2 + 8 for length in lengths], report)
+    return score(texts, [example.completion for example in examples])
+
+
+def token_seconds(answerers: Mapping[str, Answerer], example: Example, device: str) -> dict[str, float]:
+    """Median seconds of a token after the first, one answer at a time, side by side: every round asks each."""
+
+    def asking(answerer: Answerer, tokens: int) -> Callable[[], None]:
+        return lambda: answerer.spend(example, tokens)
+
+    variants = {
+        f"{name} {tokens}": asking(answerer, tokens)
+        for name, answerer in answerers.items()
+        for tokens in (1, 1 + TOKENS)
+    }
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    spent = interleaved(variants, Effort(seconds=0, rounds=ROUNDS), clock)
+    return {name: (spent[f"{name} {1 + TOKENS}"] - spent[f"{name} 1"]) / TOKENS for name in answerers}

@@ -1,0 +1,70 @@
+"""What a task trains on and is asked, read and checked before anything is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loramill.bases import Base, find_base
+from loramill.chat import ChatTokenizer, EncodedExample
+from loramill.dataset import Example, check_tokens, read_examples
+from loramill.pipelines.compare.values import RATES, Task
+from loramill.recipe import Extension, Hyperparameters, resolve_spec
+from loramill.types import JobSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What a task names, in hand.
+
+    Attributes:
+        base: in the bits that the subject trains on.
+        spec: what the training loop does; of prefix tuning and bottleneck adapters it knows all but the method.
+    """
+
+    base: Base
+    tokenizer: ChatTokenizer
+    spec: JobSpec
+    train: tuple[EncodedExample, ...]
+    valid: tuple[EncodedExample, ...]
+    test: tuple[Example, ...]
+
+
+def read(task: Task) -> Data:
+    """Finds the base and reads the examples.
+
+    Raises:
+        BaseUnusable: there is no such base.
+        DatasetInvalid: an example is bad, or too long for the base.
+        InvalidRequest: a number makes no sense.
+    """
+    base = find_base(task.base, task.cache, "nf4" if task.subject == "qlora" else "none")
+    tokenizer = ChatTokenizer.load(base.folder)
+    files = [read_examples(path.read_bytes(), path.name) for path in (task.train, task.valid, task.test)]
+    spec = _spec(task, base, len(files[0].examples))
+    for file in files:
+        check_tokens(file, tokenizer, spec.max_length)
+    train, valid = (tuple(map(tokenizer.example, file.examples)) for file in files[:2])
+    return Data(base, tokenizer, spec, train, valid, files[2].examples)
+
+
+def _spec(task: Task, base: Base, examples: int) -> JobSpec:
+    method = "lora" if task.subject in ("base", "prefix", "bottleneck") else task.subject
+    extension = {
+        "method": method,
+        "rank": task.rank,
+        "steps": task.steps,
+        "learning_rate": task.learning_rate or RATES.get(task.subject),
+    }
+    hyperparameters = {} if task.batch_size is None else {"batch_size": task.batch_size}
+    return resolve_spec(
+        base=base.fingerprint,
+        context_length=base.context_length,
+        adapter=f"compare/{task.subject}",
+        train=task.train.name,
+        valid=task.valid.name,
+        examples=examples,
+        seed=task.seed,
+        quantization=base.quantization,
+        hyperparameters=Hyperparameters.model_validate(hyperparameters),
+        extension=Extension.model_validate(extension),
+    )

@@ -1,0 +1,123 @@
+"""Runs each task in a process of its own: its memory is then its own, and so is its failure."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from loramill.errors import InvalidRequest
+from loramill.pipelines.compare.data import read
+from loramill.pipelines.compare.values import TUNINGS, Row, Stage, Subject, Task, Tuning
+from loramill.serve.replica import find_device
+from loramill.settings import Settings
+
+#: Of what a failed process wrote, what a row keeps.
+LOG_CHARACTERS = 4000
+
+#: Without the working folder on its path (-P): it may hold folders that are called as packages are.
+COMMAND = (sys.executable, "-P", "-m", "loramill.pipelines.compare.alone")
+
+#: What a task's process writes: a line of JSON each.
+SAID: TypeAdapter[Stage | Row] = TypeAdapter(Stage | Row)
+
+
+def run(task: Task, report: Callable[[Stage], None] = lambda stage: None) -> Row:
+    """Measures a task; the row says so if it failed, however it did."""
+    task.folder.mkdir(parents=True, exist_ok=True)
+    asked = task.folder / "task.json"
+    asked.write_text(task.model_dump_json(), encoding="utf-8")
+    row = None
+    with asked.open("rb") as question, (task.folder / "log").open("w+b") as log:
+        # In a session of its own: Ctrl-C is for this process alone, and what the task's started ends with it.
+        process = subprocess.Popen(COMMAND, stdin=question, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+        assert process.stdout
+        try:
+            for line in process.stdout:
+                said = SAID.validate_json(line)
+                if isinstance(said, Row):
+                    row = said
+                else:
+                    report(said)
+            process.wait()
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            process.stdout.close()
+        log.seek(0)
+        written = log.read().decode(errors="replace")[-LOG_CHARACTERS:]
+    return row if row is not None else _lost(task, process.returncode, written)
+
+
+def _lost(task: Task, code: int, written: str) -> Row:
+    """The row of a process that ended without one."""
+    last = next((line.strip() for line in reversed(written.splitlines()) if line.strip()), "it wrote nothing")
+    if code == -signal.SIGKILL:
+        return Row(subject=task.subject, error="Its process was killed: memory ran out, most likely.", log=written)
+    return Row(subject=task.subject, error=f"Its process ended with code {code}: {last}", log=written)
+
+
+def plan(
+    settings: Settings,
+    folder: Path,
+    *,
+    methods: Sequence[str],
+    rates: Sequence[str] = (),
+    **said: Any,
+) -> list[Task]:
+    """The tasks of a comparison: the base as it is, then each method; their numbers and data are all checked.
+
+    Args:
+        folder: for what they leave behind.
+        methods: names of `TUNINGS`, in order.
+        rates: learning rates, as "lora=5e-4".
+        said: the other fields of `Task`.
+
+    Raises:
+        InvalidRequest: a method or a number makes no sense.
+        DatasetInvalid, BaseUnusable: of the data or the base.
+    """
+    subjects: list[Subject] = ["base", *dict.fromkeys(_method(name.strip()) for name in methods)]
+    own: dict[Subject, float] = dict(_rate(text) for text in rates)
+    for subject in own.keys() - set(subjects):
+        raise InvalidRequest(f"--rate names '{subject}', which --methods leaves out.", param="rate")
+    tasks = [
+        Task(
+            subject=subject,
+            cache=settings.cache,
+            folder=folder / subject,
+            device="cuda" if find_device(settings.serve) == "cuda" else "cpu",
+            threads=settings.jobs.threads,
+            learning_rate=own.get(subject),
+            **said,
+        )
+        for subject in subjects
+    ]
+    for task in tasks:
+        read(task)
+    return tasks
+
+
+def _method(name: str) -> Tuning:
+    known = next((tuning for tuning in TUNINGS if tuning == name), None)
+    if known is None:
+        raise InvalidRequest(f"There is no method '{name}'; there are {', '.join(TUNINGS)}.", param="methods")
+    return known
+
+
+def _rate(text: str) -> tuple[Tuning, float]:
+    name, _, number = text.partition("=")
+    try:
+        rate = float(number)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < 1:
+        raise InvalidRequest(f"'{text}' gives no method a learning rate; write for instance lora=5e-4.", param="rate")
+    return _method(name), rate

@@ -1,0 +1,95 @@
+"""What all subjects share: the same examples in the same order, the same loop, the same watch and scales."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from loramill.bases import load_for_training
+from loramill.jobs.training import Progress
+from loramill.pipelines.compare import memory
+from loramill.pipelines.compare.answers import Answerer, quality, token_seconds
+from loramill.pipelines.compare.data import Data
+from loramill.pipelines.compare.values import Memory, Report, Serving, Stage, Task, Training
+from loramill.pipelines.scoring import Score
+from loramill.settings import ServeSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Workbench:
+    """A task, its data, and who wants to hear how far it is."""
+
+    task: Task
+    data: Data
+    report: Report
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the loop keeps its own."""
+        return self.task.folder / "checkpoints"
+
+    @property
+    def engine(self) -> ServeSettings:
+        """How the engine is to run."""
+        return ServeSettings(threads=self.task.threads, device=self.task.device)
+
+    def load(self) -> PreTrainedModel:
+        """The base as it is trained on."""
+        return load_for_training(self.data.base, torch.bfloat16).to(self.task.device)
+
+    def quality(self, answerer: Answerer) -> Score:
+        """Scores the answers to the test questions."""
+
+        def report(done: int) -> None:
+            self.report(Stage(name="answering", done=done, total=len(self.data.test)))
+
+        return quality(answerer, self.data.test, self.data.tokenizer, report)
+
+    def serving(self, by: Literal["engine", "transformers"], **answerers: Answerer) -> Serving | None:
+        """What a token takes each of `base`, `unmerged` and `merged`; None if nobody wants to know."""
+        if not self.task.serving:
+            return None
+        self.report(Stage(name="timing tokens"))
+        return Serving(by=by, **token_seconds(answerers, self.data.test[0], self.task.device))
+
+
+def watched(bench: Workbench, progress: Iterable[Progress], *, base: int, of: int) -> Training:
+    """Trains to the end, with an eye on memory and clock; `parameters` and `artifact_bytes` are for others to fill in.
+
+    A step's time leaves out those with a validation, and the first, which warms up, where there are others.
+
+    Args:
+        base: bytes held with the base loaded.
+        of: parameters of the base.
+    """
+    device = bench.task.device
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    memory.forget_peak(device)
+    seconds, plain, losses = [], [], []
+    begun = clock()
+    for point in progress:
+        seconds.append(clock() - begun)
+        if point.valid_loss is None:
+            plain.append(seconds[-1])
+        else:
+            losses.append(point.valid_loss)
+        bench.report(Stage(name="training", done=point.step, total=point.steps))
+        begun = clock()
+    return Training(
+        parameters=0,
+        of=of,
+        learning_rate=bench.data.spec.learning_rate,
+        steps=len(seconds),
+        batch_size=bench.data.spec.batch_size,
+        memory=Memory(base=base, peak=memory.peak(device)),
+        step_seconds=statistics.median(plain[1:] or plain or seconds),
+        valid_loss=min(losses, default=None),
+        artifact_bytes=0,
+    )

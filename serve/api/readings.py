@@ -1,0 +1,53 @@
+"""What the gateway knows of files that it has read: a file never changes, and one is often submitted many times."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal
+
+from loramill.chat import ChatTokenizer
+from loramill.dataset import Examples, check_tokens, compare_splits, read_examples
+from loramill.registry import ArtifactStore
+from loramill.types import DatasetRecord
+
+#: The one file of a dataset's artifact.
+DATA = "data.jsonl"
+
+Learn = Literal["last", "all"]
+
+#: Files that are remembered; of each only its lengths are.
+_KEPT = 4096
+
+
+class Readings:
+    """Checks files against jobs' specs, each file once for each spec that differs in what is checked."""
+
+    def __init__(self, artifacts: ArtifactStore, tokenizer: ChatTokenizer) -> None:
+        self._artifacts, self._tokenizer = artifacts, tokenizer
+        self._lengths = lru_cache(_KEPT)(self._measure)
+        self._shared = lru_cache(_KEPT)(self._compare)
+
+    def lengths(self, file: DatasetRecord, max_length: int, learn: Learn) -> Sequence[int]:
+        """Tokens of each of the file's examples.
+
+        Raises:
+            DatasetInvalid: an example is longer than `max_length`, or can't be learnt from in this way.
+        """
+        return self._lengths(file.artifact, file.filename, max_length, learn)
+
+    def warnings(self, train: DatasetRecord, valid: DatasetRecord) -> tuple[str, ...]:
+        """What is odd about two files together."""
+        return self._shared(train.artifact, train.filename, valid.artifact, valid.filename)
+
+    def _measure(self, artifact: str, filename: str, max_length: int, learn: Learn) -> Sequence[int]:
+        examples = self._read(artifact, filename)
+        check_tokens(examples, self._tokenizer, max_length, learn)
+        return array("L", (len(self._tokenizer.example(example, learn).tokens) for example in examples.examples))
+
+    def _compare(self, train: str, train_name: str, valid: str, valid_name: str) -> tuple[str, ...]:
+        return compare_splits(self._read(train, train_name), self._read(valid, valid_name))
+
+    def _read(self, artifact: str, filename: str) -> Examples:
+        return read_examples(self._artifacts.read(artifact, DATA), filename)

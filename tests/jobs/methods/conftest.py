@@ -1,0 +1,48 @@
+"""A tiny base on disk, and what a job makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loramill.bases import Base
+from loramill.jobs.methods.seeds import seeded
+from loramill.kernels.quantization import Quantization
+from loramill.types import JobSpec
+
+from .driven import CPU, VOCABULARY, loaded, logits_of, stored, trained
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """A random Llama of three layers whose head is its embedding; rows are of whole NF4 blocks."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+    )
+    folder = tmp_path_factory.mktemp("small")
+    with seeded(CPU, "small"):
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return Base("small", folder, "0" * 64, "LlamaForCausalLM", 128)
+
+
+@pytest.fixture
+def exported(small: Base, tmp_path: Path) -> Callable[..., tuple[Path, torch.Tensor]]:
+    """Trains a spec and returns its folder with the logits of the model it was trained on."""
+
+    def export(spec: JobSpec, quantization: Quantization = "none") -> tuple[Path, torch.Tensor]:
+        with trained(loaded(small, quantization), spec, small.folder) as tuned:
+            return stored(tuned, spec, tmp_path / "adapter"), logits_of(tuned.model)
+
+    return export

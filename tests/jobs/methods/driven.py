@@ -1,0 +1,92 @@
+"""Jobs' methods, driven as the training loop drives them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from loramill.bases import Base, load_for_training
+from loramill.jobs.methods import adapter_files, attached
+from loramill.jobs.methods.seeds import seeded
+from loramill.jobs.methods.tuned import Tuned
+from loramill.kernels.quantization import Quantization
+from loramill.types import JobSpec
+
+VOCABULARY = 64
+CPU = torch.device("cpu")
+
+
+def loaded(
+    base: Base, quantization: Quantization = "none", dtype: torch.dtype = torch.float32, **more: Any
+) -> PreTrainedModel:
+    return copy.deepcopy(_read(replace(base, quantization=quantization), dtype, **more))
+
+
+@lru_cache
+def _read(base: Base, dtype: torch.dtype, **more: Any) -> PreTrainedModel:
+    return load_for_training(base, dtype, **more)
+
+
+def spec_of(**changes: Any) -> JobSpec:
+    fields: dict[str, Any] = {"base": "f" * 64, "adapter": "acme/support", "train": "file-1", "rank": 4, "alpha": 6.0}
+    return JobSpec(**fields | {"steps": 5, "batch_size": 2, "learning_rate": 1e-2} | changes)
+
+
+def tokens(rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def learn(tuned: Tuned, spec: JobSpec, steps: int | None = None, begin: int = 0) -> None:
+    """Steps as the training loop takes them."""
+    groups = [{"params": [p], "lr": spec.learning_rate * tuned.rates.get(n, 1.0)} for n, p in tuned.weights.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=spec.weight_decay, fused=True)
+    tuned.set_dropout(True)
+    for step in range(begin, spec.steps if steps is None else steps):
+        with seeded(CPU, spec.seed, step):
+            loss = loss_of(tuned.model, tokens(seed=step))
+        penalty = tuned.penalty()
+        (loss if penalty is None else loss + penalty).backward()
+        optimizer.step()
+        tuned.after_step(step + 1)
+        optimizer.zero_grad()
+    tuned.set_dropout(False)
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=tokens(seed=99)).logits
+    return logits.clone()
+
+
+@contextmanager
+def trained(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[Tuned]:
+    """A model in training, at the job's end."""
+    with attached(model, spec, folder) as tuned:
+        learn(tuned, spec)
+        yield tuned
+
+
+def stored(tuned: Tuned, spec: JobSpec, folder: Path) -> Path:
+    """The adapter's files."""
+    folder.mkdir()
+    for name, content in adapter_files(spec, tuned.weights, tuned.state, "small").items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def by_peft(model: PreTrainedModel, folder: Path) -> torch.Tensor:
+    return logits_of(PeftModel.from_pretrained(model, folder))

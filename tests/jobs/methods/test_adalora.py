@@ -1,0 +1,164 @@
+"""AdaLoRA's allocation against PEFT's own, and its budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import AdaLoraConfig, get_peft_model
+from peft.tuners.adalora.layer import RankAllocator
+from safetensors.torch import load_file
+
+from loramill.bases import Base
+from loramill.errors import AdapterInvalid
+from loramill.jobs.methods import adalora, adapter_files, attached
+from loramill.jobs.methods.adalora import budget, init_rank
+from loramill.jobs.methods.peft_folder import modules_of, tensor_name
+from loramill.types import JobSpec
+
+from .driven import learn, loaded, loss_of, spec_of, stored, tokens, trained
+
+
+def singular_values(weights: Any) -> torch.Tensor:
+    return torch.stack([weights[tensor_name(module, "lora_E")].detach().flatten() for module in modules_of(weights)])
+
+
+def test_prunes_as_peft_does(small: Base) -> None:
+    """The same gradients, the same importances, the same triples dead, the same penalty; step by step to the end."""
+    spec = spec_of(method="adalora", rank=4, init_rank=6, steps=20)
+    first, last = int(adalora.BEGIN * 20), int(adalora.END * 20)
+    config = AdaLoraConfig(
+        init_r=6,
+        target_r=4,
+        tinit=first,
+        tfinal=20 - last,
+        deltaT=1,
+        total_step=20,
+        lora_alpha=6.0 / 4 * 6,
+        target_modules=list(spec.targets),
+        task_type="CAUSAL_LM",
+    )
+    plain = get_peft_model(loaded(small), config)
+    theirs = {n.replace(".default", ""): p for n, p in plain.named_parameters() if p.requires_grad}
+    with attached(loaded(small), spec, small.folder) as tuned:
+        ours = {name.removesuffix(".weight"): weight for name, weight in tuned.weights.items()}
+        assert ours.keys() == theirs.keys()
+        with torch.no_grad():
+            for name, weight in ours.items():
+                theirs[name].copy_(weight)
+        allocator = RankAllocator(plain.base_model.model, config, "default")
+        optimizers = [torch.optim.AdamW(weights.values(), lr=1e-2) for weights in (ours, theirs)]
+        for step in range(1, 21):
+            output = plain(input_ids=tokens(seed=step), labels=tokens(seed=step))
+            penalty = tuned.penalty()
+            assert penalty is not None
+            loss = loss_of(tuned.model, tokens(seed=step)) + penalty
+            torch.testing.assert_close(loss, output.loss, rtol=1e-4, atol=1e-5)
+            loss.backward()
+            output.loss.backward()
+            for name, weight in ours.items():
+                theirs[name].grad = weight.grad.clone()  # beyond rounding, rankings would part
+            for optimizer in optimizers:
+                optimizer.step()
+            if step < last:
+                allocator.update_ipt(plain.base_model.model)
+            if step > first:
+                # PEFT rounds the budget of all modules down
+                allocator.mask_to_budget(
+                    plain.base_model.model, int(budget(spec, step) * len(modules_of(tuned.weights)))
+                )
+            tuned.after_step(step)
+            for name, weight in ours.items():
+                torch.testing.assert_close(weight, theirs[name], rtol=1e-4, atol=1e-6, msg=f"{step} {name}")
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+        assert (singular_values(tuned.weights) != 0).sum() == 4 * len(modules_of(tuned.weights))
+
+
+def test_ends_at_its_rank_in_the_mean_and_stores_no_more(small: Base, tmp_path: Path) -> None:
+    spec = spec_of(method="adalora", rank=3, steps=8)
+    with trained(loaded(small), spec, small.folder) as tuned:
+        alive = (singular_values(tuned.weights) != 0).sum(dim=1)
+        folder = stored(tuned, spec, tmp_path / "adapter")
+    assert alive.float().mean() == 3 and alive.min() < 3 < alive.max()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    ranks = [len(tensors[tensor_name(module, "lora_A.weight")]) for module in modules_of(tensors)]
+    assert ranks == [max(1, rank) for rank in alive.tolist()]
+
+
+def test_a_module_without_a_rank_is_stored_as_zeros(small: Base) -> None:
+    spec = spec_of(method="adalora", targets=("q_proj",))
+    with attached(loaded(small), spec, small.folder) as tuned, torch.no_grad():
+        for name, weight in tuned.weights.items():
+            weight.fill_(0.0 if "lora_E" in name else 1.0)
+        files = adapter_files(spec, tuned.weights, tuned.state, "small")
+    from safetensors.torch import load
+
+    tensors = load(files["adapter_model.safetensors"])
+    assert {len(t) for n, t in tensors.items() if "lora_A" in n} == {1}
+    assert not any(t.any() for n, t in tensors.items() if "lora_B" in n)
+
+
+def test_state_and_weights_are_all_of_it(small: Base) -> None:
+    """A run that stops, and goes on from copies of both, ends at the same bits (the moments aside: plain SGD)."""
+    spec = spec_of(method="adalora", steps=8)
+
+    def run(tuned: Any, begin: int, end: int) -> None:
+        for step in range(begin, end):
+            (loss_of(tuned.model, tokens(seed=step)) + tuned.penalty()).backward()
+            with torch.no_grad():
+                for weight in tuned.weights.values():
+                    weight.sub_(weight.grad, alpha=0.3)
+            tuned.after_step(step + 1)
+            for weight in tuned.weights.values():
+                weight.grad = None
+
+    with attached(loaded(small), spec, small.folder) as whole:
+        run(whole, 0, 8)
+    with attached(loaded(small), spec, small.folder) as first:
+        run(first, 0, 3)
+    with attached(loaded(small), spec.model_copy(update={"seed": 7}), small.folder) as rest, torch.no_grad():
+        for mine, theirs in ((rest.weights, first.weights), (rest.state, first.state)):
+            assert mine.keys() == theirs.keys()
+            for name, tensor in mine.items():
+                tensor.copy_(theirs[name])
+        with torch.enable_grad():
+            run(rest, 3, 8)
+    assert all(torch.equal(weight, whole.weights[name]) for name, weight in rest.weights.items())
+
+
+@given(steps=st.integers(1, 500), rank=st.integers(1, 64), more=st.integers(0, 64))
+def test_the_budget_only_falls_from_first_to_last(steps: int, rank: int, more: int) -> None:
+    spec = spec_of(steps=steps, rank=rank, init_rank=rank + more)
+    ranks = [budget(spec, step) for step in range(steps + 1)]
+    assert ranks[0] == rank + more and ranks[-1] == rank
+    assert ranks == sorted(ranks, reverse=True)
+
+
+def test_the_rank_before_pruning(small: Base) -> None:
+    assert [init_rank(spec_of(rank=rank)) for rank in (1, 4, 5)] == [2, 6, 8]
+    assert init_rank(spec_of(rank=4, init_rank=4)) == 4
+
+
+@pytest.mark.parametrize(
+    ("param", "changes"),
+    [("init_rank", {"rank": 8, "init_rank": 7}), ("rank_pattern", {"rank_pattern": {"q_proj": 2}})],
+)
+def test_refuses_what_has_no_meaning(small: Base, param: str, changes: dict[str, Any]) -> None:
+    model = loaded(small)
+    with pytest.raises(AdapterInvalid) as refused, attached(model, spec_of(method="adalora", **changes), small.folder):
+        pass
+    assert refused.value.param == param
+
+
+def test_dead_ranks_stay_dead_to_the_end(small: Base) -> None:
+    spec: JobSpec = spec_of(method="adalora", steps=10)
+    with attached(loaded(small), spec, small.folder) as tuned:
+        learn(tuned, spec, steps=7)
+        dead = singular_values(tuned.weights) == 0
+        learn(tuned, spec, begin=7)
+        assert torch.equal(singular_values(tuned.weights) == 0, dead)

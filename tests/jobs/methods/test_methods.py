@@ -1,0 +1,280 @@
+"""Every method, over the grid of what a spec may say: what is stored is what was trained, to PEFT and to the engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from loramill.bases import Base
+from loramill.errors import AdapterInvalid
+from loramill.jobs.methods import attached, start
+from loramill.jobs.methods.peft_folder import lora_config
+from loramill.kernels.quantization import Quantization
+from loramill.serve.engine.peft_folder import read_adapter
+from loramill.types import JobSpec
+
+from .driven import by_peft, learn, loaded, logits_of, loss_of, spec_of, stored, tokens, trained
+
+QUANTIZATIONS: tuple[Quantization, ...] = ("none", "int8", "nf4")
+METHODS = ("lora", "dora", "adalora", "pissa", "loftq")
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"rslora": True},
+    "layers": {"layers": (0, 2), "targets": ("q_proj", "down_proj")},
+    "all-linear": {"targets": ("all-linear",), "layers": (1,)},
+    "patterns": {"rank_pattern": {"k_proj": 2, r"layers\.1\..*": 3}, "alpha_pattern": {"mlp.up_proj": 1.5}},
+    "rslora patterns": {"rslora": True, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"k_proj": 1.5}},
+}
+
+
+def combined(method: str, shape: str) -> JobSpec:
+    changes = dict(SHAPES[shape])
+    if method == "adalora":
+        changes.pop("rank_pattern", None)
+    return spec_of(method=method, **changes)
+
+
+@torch.no_grad()
+def by_engine(model: PreTrainedModel, folder: Path) -> torch.Tensor:
+    """The logits of the normal form that the engine reads, in fp32."""
+    for module, delta in read_adapter(folder, lambda name: model.get_submodule(name).weight).items():
+        linear = model.get_submodule(module)
+        merged = linear.weight + delta.scale * delta.b.float() @ delta.a.float()
+        linear.weight = torch.nn.Parameter(merged if delta.gain is None else delta.gain[:, None] * merged)
+    return logits_of(model)
+
+
+#: Every method over every shape, and every method over every kind of base.
+GRID = [
+    (method, shape, quantization)
+    for method in METHODS
+    for number, shape in enumerate(SHAPES)
+    for quantization in QUANTIZATIONS
+    if (shape == "patterns" or quantization == QUANTIZATIONS[(number + METHODS.index(method)) % 3])
+    and not (method == "loftq" and quantization == "none")
+]
+
+
+@pytest.mark.parametrize(("method", "shape", "quantization"), GRID)
+def test_what_is_stored_is_what_was_trained(
+    small: Base,
+    exported: Callable[..., tuple[Path, torch.Tensor]],
+    method: str,
+    shape: str,
+    quantization: Quantization,
+) -> None:
+    folder, expected = exported(combined(method, shape), quantization)
+    assert not torch.allclose(expected, logits_of(loaded(small, quantization)), atol=1e-2)
+    torch.testing.assert_close(by_peft(loaded(small, quantization), folder), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(by_engine(loaded(small, quantization), folder), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_base_is_left_as_it_was(small: Base, method: str, dtype: torch.dtype) -> None:
+    model = loaded(small, "nf4", dtype)
+    model.lm_head.weight.requires_grad_(True)
+    before = str(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}, logits_of(model)
+    drawn, modules = torch.random.get_rng_state(), dict(model.named_modules())
+    with pytest.raises(KeyboardInterrupt), attached(model, spec_of(method=method, dropout=0.5), small.folder) as tuned:
+        assert all(weight.dtype == torch.float32 for weight in tuned.weights.values())
+        assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in tuned.weights.values()}
+        learn(tuned, spec_of(dropout=0.5), steps=2)
+        raise KeyboardInterrupt
+    assert str(model) == before[0] and dict(model.named_modules()) == modules
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["model.embed_tokens.weight"]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(tensor, before[1][name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(logits_of(model), before[2]) and torch.equal(torch.random.get_rng_state(), drawn)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_refusal_leaves_the_base_as_it_was(small: Base, method: str) -> None:
+    model = loaded(small, "int8")
+    before = str(model)
+    with pytest.raises(AdapterInvalid), attached(model, spec_of(method=method, targets=("nope",)), small.folder):
+        pass
+    assert str(model) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_seed_alone_decides(small: Base, method: str) -> None:
+    model = loaded(small, "nf4")
+
+    def run(seed: int, **changes: Any) -> list[torch.Tensor]:
+        torch.rand(3)
+        with trained(model, spec_of(method=method, seed=seed, steps=3, dropout=0.3), small.folder) as tuned:
+            return [weight.detach().clone() for weight in tuned.weights.values()]
+
+    first = run(1)
+    assert all(map(torch.equal, run(1), first))
+    assert not all(map(torch.equal, run(2), first))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_begins_from_the_base(small: Base, method: str) -> None:
+    """All but LoftQ's first logits are the base's; LoftQ's are nearer to those of the base before quantization."""
+    model = loaded(small, "nf4")
+    base = logits_of(model)
+    with attached(model, spec_of(method=method, rank=16), small.folder) as tuned:
+        first = logits_of(tuned.model)
+    if method == "loftq":
+        original = logits_of(loaded(small))
+        assert (first - original).norm() < 0.8 * (base - original).norm()
+    else:
+        torch.testing.assert_close(first, base, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_goes_on_from_what_it_stored(small: Base, tmp_path: Path, method: str) -> None:
+    spec, model = spec_of(method=method, rank=8, init_rank=12), loaded(small, "nf4")
+    with trained(model, spec, small.folder) as tuned:
+        folder, expected = stored(tuned, spec, tmp_path / "first"), logits_of(tuned.model)
+    again = spec.model_copy(update={"seed": 5})
+    with attached(model, again, small.folder) as tuned:
+        start(tuned, folder, again)
+        torch.testing.assert_close(logits_of(tuned.model), expected, rtol=1e-5, atol=1e-5)
+        learn(tuned, again)
+        second, learned = stored(tuned, again, tmp_path / "second"), logits_of(tuned.model)
+    assert not torch.allclose(learned, expected, atol=1e-2)
+    torch.testing.assert_close(by_peft(loaded(small, "nf4"), second), learned, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rank": 2, "alpha": 3.0, "init_rank": 3},
+        {"alpha": 7.0},
+        {"rslora": True},
+        {"targets": ("q_proj",)},
+        {"layers": (0,)},
+        {"alpha_pattern": {"k_proj": 1.0}},
+        {"method": "other"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_refuses_to_go_on_from_another_kind(small: Base, tmp_path: Path, method: str, change: dict[str, Any]) -> None:
+    # Untrained, AdaLoRA's ranks would all be pruned away, and those of any job be enough for them.
+    spec, model = spec_of(method=method, steps=2), loaded(small, "nf4")
+    with trained(model, spec, small.folder) as tuned:
+        folder = stored(tuned, spec, tmp_path / "first")
+    other = {"lora": "dora", "loftq": "dora", "adalora": "dora"}.get(method, "lora")
+    wanted = spec_of(**{"method": method} | change | ({"method": other} if "method" in change else {}))
+    with (
+        attached(model, wanted, small.folder) as tuned,
+        pytest.raises(AdapterInvalid, match="start afresh") as refused,
+    ):
+        start(tuned, folder, wanted)
+    assert refused.value.param == "start_from"
+
+
+@pytest.mark.parametrize("config", [None, "{", "[]", '{"peft_type": "PREFIX_TUNING"}'])
+def test_refuses_to_go_on_from_what_is_no_adapter(small: Base, tmp_path: Path, config: str | None) -> None:
+    with trained(loaded(small), spec_of(steps=1), small.folder) as tuned:
+        folder = stored(tuned, spec_of(), tmp_path / "first")
+        (folder / "adapter_config.json").unlink()
+        if config is not None:
+            (folder / "adapter_config.json").write_text(config)
+        with pytest.raises(AdapterInvalid, match=r"can't be read|no LoRA"):
+            start(tuned, folder, spec_of())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_gradients_are_those_of_peft(small: Base, method: str, rslora: bool) -> None:
+    """Of weights in the middle of training, where DoRA's magnitudes differ from the norms."""
+    spec = spec_of(method=method, rslora=rslora)
+    plain = get_peft_model(loaded(small), lora_config(spec))
+    with trained(loaded(small), spec, small.folder) as tuned:
+        theirs = {
+            name.replace(".default", "").replace("vector.weight", "vector"): p for name, p in plain.named_parameters()
+        }
+        with torch.no_grad():
+            for name, weight in tuned.weights.items():
+                weight.add_(torch.randn(weight.shape), alpha=0.05)
+                theirs[name].copy_(weight)
+        loss, expected = loss_of(tuned.model, tokens()), loss_of(plain, tokens())
+        loss.backward()
+        expected.backward()
+        torch.testing.assert_close(loss, expected)
+        for name, weight in tuned.weights.items():
+            torch.testing.assert_close(weight.grad, theirs[name].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_dora_takes_its_norms_anew_after_every_step(small: Base) -> None:
+    spec = spec_of(method="dora", steps=4)
+    with trained(loaded(small), spec, small.folder) as tuned:
+        for name, layer in tuned.model.named_modules():
+            if hasattr(layer, "magnitude"):
+                merged = layer.linear.weight + layer.scale * layer.b @ layer.a
+                torch.testing.assert_close(layer.lengths(), merged.norm(dim=1), msg=name)
+                assert not torch.allclose(layer.lengths(), layer.linear.weight.norm(dim=1))
+
+
+def test_dropout_is_off_until_it_is_turned_on(small: Base) -> None:
+    spec = spec_of(dropout=0.5)
+    with trained(loaded(small), spec, small.folder) as tuned:
+        still = logits_of(tuned.model)
+        assert torch.equal(logits_of(tuned.model), still)
+        tuned.set_dropout(True)
+        assert not torch.equal(logits_of(tuned.model), logits_of(tuned.model))
+        tuned.set_dropout(False)
+        assert torch.equal(logits_of(tuned.model), still)
+
+
+def test_loraplus_gives_b_its_own_rate(small: Base) -> None:
+    for method in ("lora", "dora", "pissa", "adalora"):
+        with attached(loaded(small), spec_of(method=method, loraplus_lr_ratio=16.0), small.folder) as tuned:
+            parts = {name.split(".lora_")[1]: rate for name, rate in tuned.rates.items()}
+            assert parts["B.weight"] == 16.0 and "A.weight" not in parts
+    with attached(loaded(small), spec_of(), small.folder) as tuned:
+        assert not tuned.rates
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"), [(method, "qwen2") for method in METHODS] + [(method, "gpt2") for method in METHODS[:-1]]
+)
+def test_other_families(tmp_path: Path, method: str, kind: str) -> None:
+    """GPT-2's weights lie the other way round; Qwen2's q, k and v have biases, which DoRA doesn't scale."""
+    sizes = {"vocab_size": 64, "num_attention_heads": 4}
+    family, config = {
+        "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4)),
+        "qwen2": (
+            Qwen2ForCausalLM,
+            Qwen2Config(**sizes, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_key_value_heads=2),
+        ),
+    }[kind]
+    model = family(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "base")
+    base = Base("other", tmp_path / "base", "0" * 64, "", 128, "nf4" if method == "loftq" else "none")
+    model, spec = loaded(base, base.quantization), spec_of(method=method, targets=("all-linear",), steps=4)
+    with trained(model, spec, base.folder) as tuned:
+        folder, expected = stored(tuned, spec, tmp_path / "adapter"), logits_of(tuned.model)
+    torch.testing.assert_close(by_peft(loaded(base, base.quantization), folder), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_files_are_the_same_for_the_same_weights_and_name_no_machine(small: Base, tmp_path: Path, method: str) -> None:
+    spec, model = spec_of(method=method, targets=("all-linear",), steps=3), loaded(small, "nf4")
+    folders = []
+    for name in ("first", "second"):
+        with trained(model, spec, small.folder) as tuned:
+            folders.append(stored(tuned, spec, tmp_path / name))
+    for file in folders[0].iterdir():
+        assert file.read_bytes() == (folders[1] / file.name).read_bytes()
+    config = json.loads((folders[0] / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "small" and config["peft_type"] == "LORA"
+    assert config["init_lora_weights"] is True and config["inference_mode"]
+    PeftModel.from_pretrained(loaded(small), folders[0])

@@ -1,0 +1,61 @@
+"""A base in four bits computes as one of dense rounded values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loramill.bases import Base
+from loramill.jobs.methods import attached
+from loramill.jobs.methods.residual import weight_of
+
+from .driven import loaded, logits_of, loss_of, spec_of, tokens
+
+
+@pytest.fixture(scope="module", params=[64, 80], ids=["whole blocks", "blocks across rows"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=request.param,
+        intermediate_size=2 * request.param,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    )
+    folder: Path = tmp_path_factory.mktemp("packed")
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return Base("packed", folder, "0" * 64, "LlamaForCausalLM", 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "loftq"])
+def test_values_logits_and_gradients_are_the_same(base: Base, method: str, dtype: torch.dtype) -> None:
+    spec, results = spec_of(method=method, targets=("all-linear",)), []
+    dense = dict(loaded(base, "nf4", dtype).named_modules())
+    for packed in (False, True):
+        model = loaded(base, "nf4", dtype, packed=packed)
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+        assert len(linears) == (14 if packed else 0)
+        for name, linear in linears.items():
+            assert linear.weight.dtype == torch.uint8 and linear.weight.quant_state.nested
+            assert torch.equal(weight_of(linear), dense[name].weight)
+        with attached(model, spec, base.folder) as tuned:
+            with torch.no_grad():
+                for name, weight in tuned.weights.items():
+                    drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
+                    weight.add_(drawn, alpha=0.02)
+            loss_of(tuned.model, tokens()).backward()
+            results.append([logits_of(tuned.model), *(weight.grad.clone() for weight in tuned.weights.values())])
+    assert all(map(torch.equal, *results))
+
+
+def test_int8_stays_dense(base: Base) -> None:
+    packed, dense = loaded(base, "int8", packed=True), loaded(base, "int8")
+    assert all(map(torch.equal, packed.parameters(), dense.parameters()))

@@ -1,0 +1,85 @@
+"""Which linears a spec adapts: PEFT's choice, or a refusal that says what matches nothing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from peft import get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from loramill.bases import Base
+from loramill.errors import AdapterInvalid
+from loramill.jobs.methods.peft_folder import lora_config
+from loramill.jobs.methods.places import Place, places
+from loramill.types import JobSpec
+
+from .driven import loaded, spec_of
+
+
+def of_peft(model: PreTrainedModel, spec: JobSpec, found: list[Place]) -> dict[str, tuple[int, float]]:
+    """Rank and scale by module, as PEFT would load what is written."""
+    modules = get_peft_model(model, lora_config(spec, modules=[place.name for place in found])).named_modules()
+    found = {name: module for name, module in modules if hasattr(module, "lora_A")}
+    return {
+        name.removeprefix("base_model.model."): (module.r["default"], pytest.approx(module.scaling["default"]))
+        for name, module in found.items()
+    }
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("layers", [None, (1,), (0, 2)])
+@pytest.mark.parametrize("targets", [("q_proj", "down_proj"), ("all-linear",), ("self_attn.k_proj", "lm_head")])
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {},
+        {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"k_proj": 3.5}},
+        {"rank_pattern": {r"model\.layers\..*\.self_attn\.k_proj": 8, "k_proj": 2, ".*_proj": 3}},
+    ],
+    ids=["plain", "names", "expressions"],
+)
+def test_they_are_those_of_peft(
+    small: Base, targets: tuple[str, ...], layers: tuple[int, ...] | None, patterns: dict[str, Any], rslora: bool
+) -> None:
+    spec = spec_of(targets=targets, layers=layers, rslora=rslora)
+    spec = spec.model_copy(update=patterns if "q_proj" not in targets else {"alpha_pattern": {"down_proj": 7.0}})
+    found = places(loaded(small), spec)
+    assert {place.name: (place.rank, place.scale) for place in found} == of_peft(loaded(small), spec, found)
+
+
+def test_all_linear_leaves_the_head_alone(small: Base) -> None:
+    names = {place.name for place in places(loaded(small), spec_of(targets=("all-linear",)))}
+    assert len(names) == 3 * 7 and not any("lm_head" in name for name in names)
+
+
+def test_a_layer_of_transposed_weights_is_a_linear_too() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=64))
+    spec = spec_of(targets=("all-linear",), layers=(1,))
+    found = places(model, spec)
+    assert {place.name: (place.rank, place.scale) for place in found} == of_peft(model, spec, found)
+    assert {place.name.rpartition(".")[2]: place.shape for place in found}["c_attn"] == (48, 16)
+    assert math.isclose(found[0].scale, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("param", "says", "changes"),
+    [
+        ("targets", "no linears named nope, v", {"targets": ("q_proj", "nope", "v")}),
+        ("targets", "no linears named embed_tokens", {"targets": ("embed_tokens",)}),
+        ("targets", "stands alone", {"targets": ("all-linear", "q_proj")}),
+        ("layers", "names 3, 9; .* 0 to 2", {"layers": (1, 3, 9)}),
+        ("layers", "names none", {"layers": ()}),
+        ("layers", "names 0; .* none", {"targets": ("lm_head",), "layers": (0,)}),
+        ("rank_pattern", "'gate' matches", {"rank_pattern": {"q_proj": 2, "gate": 2}}),
+        ("rank_pattern", "'down_proj' matches", {"targets": ("q_proj",), "rank_pattern": {"down_proj": 2}}),
+        ("rank_pattern", "no regular expression", {"rank_pattern": {"(": 2}}),
+        ("rank_pattern", "rank 0", {"rank_pattern": {"q_proj": 0}}),
+        ("alpha_pattern", "'layers.7.q_proj' matches", {"alpha_pattern": {"layers.7.q_proj": 2.0}}),
+    ],
+)
+def test_says_what_matches_nothing(small: Base, param: str, says: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(AdapterInvalid, match=says) as refused:
+        places(loaded(small), spec_of(**changes))
+    assert refused.value.param == param

@@ -1,0 +1,98 @@
+"""PiSSA and LoftQ against plain LoRA on a changed base, and against exact singular values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from peft.utils.loftq_utils import _low_rank_decomposition
+
+from loramill.bases import Base
+from loramill.errors import AdapterInvalid, BaseUnusable
+from loramill.jobs.methods import attached
+from loramill.jobs.methods.peft_folder import lora_config, modules_of, tensor_name
+from loramill.jobs.methods.residual import A0, B0
+
+from .driven import learn, loaded, logits_of, loss_of, spec_of, tokens, trained
+
+
+def test_pissa_is_lora_on_the_base_less_its_beginning(small: Base) -> None:
+    """The paper's form, by plain PEFT: the same loss and gradients, and the same logits after the same change."""
+    spec = spec_of(method="pissa", targets=("q_proj", "up_proj"))
+    changed = loaded(small)
+    with attached(loaded(small), spec, small.folder) as tuned, torch.no_grad():
+        for module in modules_of(tuned.weights):
+            a, b = (tuned.state[tensor_name(module, part)] for part in (A0, B0))
+            changed.get_submodule(module).weight.sub_(b @ a, alpha=1.5)
+        plain = get_peft_model(changed, lora_config(spec))
+        theirs = {name.replace(".default", ""): p for name, p in plain.named_parameters() if p.requires_grad}
+        assert theirs.keys() == tuned.weights.keys()
+        for name, weight in tuned.weights.items():
+            theirs[name].copy_(weight)
+        with torch.enable_grad():
+            loss, expected = loss_of(tuned.model, tokens()), loss_of(plain, tokens())
+            loss.backward()
+            expected.backward()
+        torch.testing.assert_close(loss, expected)
+        for name, weight in tuned.weights.items():
+            torch.testing.assert_close(weight.grad, theirs[name].grad, rtol=1e-4, atol=1e-5)
+            weight.sub_(0.1)
+            theirs[name].sub_(0.1)
+        torch.testing.assert_close(logits_of(tuned.model), logits_of(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_weight_decay_leaves_the_frozen_half_alone(small: Base) -> None:
+    spec = spec_of(method="pissa", weight_decay=0.5)
+    with attached(loaded(small), spec, small.folder) as tuned:
+        frozen = {name: tensor.clone() for name, tensor in tuned.state.items()}
+        trainable = {name: weight.detach().clone() for name, weight in tuned.weights.items()}
+        learn(tuned, spec)
+        assert frozen and all(torch.equal(tensor, frozen[name]) for name, tensor in tuned.state.items())
+        assert not any(torch.equal(weight, trainable[name]) for name, weight in tuned.weights.items())
+
+
+@pytest.mark.parametrize("method", ["pissa", "loftq"])
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_begins_with_nearly_the_best_approximation(small: Base, method: str, quantization: str) -> None:
+    model, originals = loaded(small, quantization), loaded(small)
+    with attached(model, spec_of(method=method, rslora=True), small.folder) as tuned:
+        for module in modules_of(tuned.weights):
+            a, b = (tuned.weights[tensor_name(module, part)] for part in ("lora_A.weight", "lora_B.weight"))
+            weight = model.get_submodule(module).linear.weight
+            sought = originals.get_submodule(module).weight - weight if method == "loftq" else weight
+            exact = _low_rank_decomposition(sought, reduced_rank=4)
+            least = (sought - exact["L"] @ exact["R"]).norm()
+            assert (sought - 6.0 / 2 * b @ a).norm() <= 1.01 * least
+
+
+def test_loftq_changes_what_training_begins_with_alone(small: Base) -> None:
+    with attached(loaded(small, "nf4"), spec_of(method="loftq"), small.folder) as tuned:
+        assert not tuned.state and not tuned.rates
+
+
+def test_loftq_begins_plainly_where_nothing_was_lost(small: Base) -> None:
+    spec = spec_of(method="loftq", targets=("q_proj", "lm_head"), steps=2)
+    with trained(loaded(small, "nf4"), spec, small.folder) as tuned:
+        assert all(weight.any() for name, weight in tuned.weights.items())
+
+
+def test_loftq_needs_a_quantized_base_and_its_files(small: Base, tmp_path: Path) -> None:
+    whole, spec = loaded(small, dtype=torch.bfloat16), spec_of(method="loftq")
+    with pytest.raises(AdapterInvalid, match="all its bits") as refused, attached(whole, spec, small.folder):
+        pass
+    assert refused.value.param == "method"
+    with pytest.raises(BaseUnusable), attached(loaded(small, "nf4"), spec_of(method="loftq"), tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("method", ["pissa", "loftq"])
+def test_refuses_a_rank_above_the_singular_values(small: Base, method: str) -> None:
+    model, spec = loaded(small, "int8"), spec_of(method=method, rank=33)
+    with (
+        pytest.raises(AdapterInvalid, match=r"k_proj.* 32 singular values") as refused,
+        attached(model, spec, small.folder),
+    ):
+        pass
+    assert refused.value.param == "rank"

@@ -1,0 +1,166 @@
+"""A small mill: a tiny random base with a real tokenizer, a record, data, and jobs; as a script, a pool of workers.
+
+    python mill.py SETTINGS     each line "PLACE HOLDER" on standard input starts a worker, whose pid is the answer
+
+The workers are forked from a process that has imported and loaded everything, and so start at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from loramill.bases import Base, find_base, load_for_training
+from loramill.chat import ChatTokenizer
+from loramill.jobs.pool import owner_at
+from loramill.jobs.worker import Worker, work
+from loramill.registry import Registry, datasets, jobs, migrate, places, tenants
+from loramill.settings import JobSettings, Settings
+from loramill.types import JobRecord, JobSpec
+
+WORDS = "one two three four five six seven eight".split()
+
+
+def rows(words: list[str] = WORDS) -> bytes:
+    return b"".join(
+        json.dumps(
+            {"messages": [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word.upper()}]}
+        ).encode()
+        + b"\n"
+        for word in words
+    )
+
+
+def tiny_base(folder: Path, tokenizer: Path) -> Path:
+    """Writes a base that trains in milliseconds and reads as the one whose tokenizer it gets."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        initializer_range=0.25,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (tokenizer / name).exists():
+            shutil.copy(tokenizer / name, folder / name)
+    return folder
+
+
+@dataclass(frozen=True)
+class Mill:
+    """A record in a home of its own, and what a worker there needs."""
+
+    settings: Settings
+    registry: Registry
+    base: Base
+    model: PreTrainedModel
+
+    @classmethod
+    def at(cls, home: Path, base: Path, **fields: Any) -> Mill:
+        quick = {"lease_seconds": 20, "backoff_seconds": 0, "max_attempts": 3, "sessions": 4}
+        settings = Settings.load(
+            home=home, cache=home / "cache", base=str(base), jobs=JobSettings.model_validate(quick | fields)
+        )
+        migrate(settings.database)
+        return cls.opened(settings)
+
+    @classmethod
+    def opened(cls, settings: Settings) -> Mill:
+        base = find_base(settings.base, settings.cache)
+        registry = Registry.open(settings.database, settings.artifacts)
+        return cls(settings, registry, base, load_for_training(base, torch.float32))
+
+    def worker(self, owner: str = "w1", **fields: Any) -> Worker:
+        given = {
+            "owner": owner,
+            "registry": self.registry,
+            "base": self.base,
+            "model": lambda: self.model,
+            "device": torch.device("cpu"),
+            "tokenizer": ChatTokenizer.load(self.base.folder),
+            "checkpoints": Path(self.settings.checkpoints),
+            "logs": self.settings.home / "logs",
+            "settings": self.settings.jobs,
+        }
+        return Worker(**given | fields)
+
+    def data(self, tenant: str, raw: bytes | None = None) -> str:
+        """A dataset of a tenant, which is made if need be."""
+        raw = rows() if raw is None else raw
+        artifact = self.registry.artifacts.put({"data.jsonl": raw})
+        with self.registry.writing() as session:
+            if tenant not in {known.name for known in tenants.list_all(session)}:
+                tenants.create(session, tenant)
+            return datasets.create(session, tenant, "rows.jsonl", artifact, len(raw), raw.count(b"\n")).id
+
+    def spec(self, adapter: str, train: str, **fields: Any) -> JobSpec:
+        given = {"base": self.base.fingerprint, "adapter": adapter, "train": train, "steps": 2, "batch_size": 2}
+        return JobSpec.model_validate(given | {"rank": 4, "dropout": 0.1, "checkpoint_every": 2} | fields)
+
+    def submit(
+        self, adapter: str = "acme/loud", *, priority: int = 0, executor: str = "session", **fields: Any
+    ) -> JobRecord:
+        fields = {"train": self.data(adapter.partition("/")[0])} | fields
+        spec = self.spec(adapter, **fields)
+        with self.registry.writing() as session:
+            return jobs.submit(session, spec, {}, priority=priority, executor=executor, cost=100.0)  # type: ignore[arg-type]
+
+    def now(self, job: JobRecord) -> JobRecord:
+        with self.registry.reading() as session:
+            return jobs.get(session, job.id)
+
+    def messages(self, job: JobRecord) -> list[str]:
+        with self.registry.reading() as session:
+            return [event.message for event in jobs.events(session, job.id) if event.kind == "message"]
+
+    def weights(self, version: str | None) -> bytes:
+        return self.registry.artifacts.read(version or "", "adapter_model.safetensors")
+
+
+def serve_places() -> None:
+    """Starts workers as they are asked for; each ends when its place is not its holder's any more."""
+    torch.set_num_threads(1)
+    mill = Mill.opened(Settings.model_validate_json(sys.argv[1]))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    tell("ready")
+    for line in sys.stdin:
+        place, holder = line.split()
+        pid = os.fork()
+        if pid == 0:
+            run_worker(mill, place, holder)
+            os._exit(0)
+        tell(str(pid))
+
+
+def tell(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def run_worker(mill: Mill, place: str, holder: str) -> None:
+    registry = Registry.open(mill.settings.database, mill.settings.artifacts)
+
+    def over(idle: float) -> bool:
+        with registry.reading() as session:
+            return idle > mill.settings.jobs.idle_seconds or not places.is_open(session, place, holder)
+
+    work(mill.worker(owner_at(place, os.getpid()), registry=registry, executor="session"), until=over)
+
+
+if __name__ == "__main__":
+    serve_places()

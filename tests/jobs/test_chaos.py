@@ -1,0 +1,146 @@
+"""200 jobs of 20 tenants on four workers, which are killed all the time, as are the supervisors."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from loramill.bases import Base
+from loramill.jobs.pool import Keeper
+from loramill.registry import adapters, jobs, tenants
+from loramill.types import JobRecord, JobStatus
+
+from . import mill as mill_module
+from .mill import Mill, tiny_base
+
+TENANTS, EACH, KILL_SECONDS = 20, 10, 0.6
+#: Of every second tenant; the others' is 1.
+WEIGHT = 2.0
+
+
+class Pool:
+    """Worker processes, forked on demand; they die with the supervisor that asked for them, as with Ray."""
+
+    def __init__(self, mill: Mill) -> None:
+        script = Path(mill_module.__file__)
+        command = [sys.executable, str(script), mill.settings.model_dump_json()]
+        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._lock = threading.Lock()
+        self.alive: dict[str, tuple[str, int]] = {}
+        assert self._server.stdout is not None and self._server.stdout.readline() == "ready\n"
+
+    def run_session(self, place: str, holder: str) -> None:
+        with self._lock:
+            assert self._server.stdin is not None and self._server.stdout is not None
+            self._server.stdin.write(f"{place} {holder}\n")
+            self._server.stdin.flush()
+            pid = int(self._server.stdout.readline())
+            self.alive[f"{place} {holder}"] = holder, pid
+        while is_alive(pid):
+            time.sleep(0.1)
+        self.alive.pop(f"{place} {holder}")
+
+    def kill(self, chance: random.Random, holder: str | None = None) -> int:
+        """Kills a worker, or all of a holder; returns how many."""
+        victims = [pid for of, pid in list(self.alive.values()) if holder in (None, of)]
+        victims = victims if holder else chance.sample(victims, min(1, len(victims)))
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        return len(victims)
+
+    def end(self) -> None:
+        self._server.communicate(timeout=20)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def start(mill: Mill, pool: Pool) -> tuple[Keeper, threading.Event]:
+    keeper = Keeper(mill.registry, mill.settings.jobs, run_session=pool.run_session, run_trainer=None)  # type: ignore[arg-type]
+    ended = threading.Event()
+    threading.Thread(target=keeper.watch, args=(ended,), daemon=True).start()
+    return keeper, ended
+
+
+def submitted(mill: Mill) -> list[JobRecord]:
+    """All tenants' jobs, on the same data, so that the same weights must come of them."""
+    data = {f"tenant{n}": mill.data(f"tenant{n}") for n in range(TENANTS)}
+    with mill.registry.writing() as session:
+        for n in range(TENANTS):
+            tenants.set_share(session, f"tenant{n}", weight=WEIGHT if n % 2 else 1.0)
+        return [
+            jobs.submit(session, mill.spec(f"{tenant}/bot", train, checkpoint_every=1), {}, cost=100.0)
+            for _ in range(EACH)
+            for tenant, train in data.items()
+        ]
+
+
+def test_each_job_ends_once_whatever_is_killed(tmp_path: Path, base: Base) -> None:
+    folder = tiny_base(tmp_path / "tiny", base.folder)
+    mill = Mill.at(tmp_path, folder, lease_seconds=2, idle_seconds=600, max_attempts=99)
+    pool, chance, killed = Pool(mill), random.Random(0), Counter[str]()
+    queued = submitted(mill)
+    keepers = [start(mill, pool), start(mill, pool)]
+    began = last_kill = time.monotonic()
+    while left(mill):
+        assert time.monotonic() < began + 240, f"{left(mill)} jobs are left, after kills of {killed}"
+        time.sleep(0.1)
+        if time.monotonic() < last_kill + KILL_SECONDS:
+            continue
+        last_kill = time.monotonic()
+        if sum(killed.values()) % 10 == 9:
+            keeper, ended = keepers.pop(0)
+            ended.set()
+            pool.kill(chance, keeper.holder)
+            killed["supervisor"] += 1
+            keepers.append(start(mill, pool))
+        else:
+            killed["worker"] += pool.kill(chance)
+    for keeper, ended in keepers:
+        ended.set()
+        pool.kill(chance, keeper.holder)
+    pool.end()
+    assert killed["worker"] >= 5, "too few kills to tell"
+    check(mill, queued)
+
+
+def left(mill: Mill) -> int:
+    with mill.registry.reading() as session:
+        return jobs.count_open(session)
+
+
+def check(mill: Mill, queued: list[JobRecord]) -> None:
+    published: dict[str, list[str]] = defaultdict(list)
+    contents = set()
+    with mill.registry.reading() as session:
+        done = [jobs.get(session, job.id) for job in queued]
+        for tenant in {job.tenant for job in queued}:
+            for version in adapters.versions(session, f"{tenant}/bot"):
+                published[version.job or ""].append(version.id)
+        for job in done:
+            told = [event for event in jobs.events(session, job.id) if event.message.startswith("Published")]
+            assert (job.status, len(told)) == (JobStatus.SUCCEEDED, 1), job
+    # Each once, whole, and to the same bits as if nothing had been killed.
+    assert {job.id: [job.version] for job in done} == published
+    for job in done:
+        mill.registry.artifacts.fetch(job.version or "")
+        contents.add(mill.weights(job.version))
+    assert len(contents) == 1
+    # Fair as long as every tenant has jobs waiting.
+    first = Counter(job.tenant for job in sorted(done, key=lambda job: job.finished_at or 0)[:120])
+    heavy = sum(count for tenant, count in first.items() if int(tenant.removeprefix("tenant")) % 2)
+    assert 0.9 * 80 <= heavy <= 1.1 * 80, first
+    for tenant, count in first.items():
+        assert abs(count - (8 if int(tenant.removeprefix("tenant")) % 2 else 4)) <= 2, first

@@ -1,0 +1,309 @@
+"""Full fine-tuning by DeepSpeed against a plain loop, across stops, and what comes of it as PEFT, transformers and the
+engine load it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from loramill.bases import Base, find_base, load_for_training
+from loramill.errors import ArtifactMissing, JobPaused, TrainingDiverged
+from loramill.jobs import checkpoint
+from loramill.jobs.batches import choose
+from loramill.jobs.full import REPORT_FILE, FullResult, export_full, train_full
+from loramill.jobs.methods.seeds import seeded
+from loramill.jobs.methods.tuned import Tuned
+from loramill.jobs.schedule import learning_rate
+from loramill.jobs.training import ONE, Progress
+from loramill.jobs.zero import zero
+from loramill.kernels.quantization import Quantization
+from loramill.serve.offline import OfflineEngine
+from loramill.serve.protocol import TextRequest
+from loramill.settings import ServeSettings
+from loramill.types import JobSpec
+
+from .tiny import adapter, made_up, spec_of, textbook, tiny, train, written
+
+CPU = torch.device("cpu")
+OFFLOAD = ("none", "optimizer", "all")
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama in bfloat16 with a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny"
+    config = LlamaConfig(
+        vocab_size=272,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=257,
+    )
+    with seeded(CPU, "full"):
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": TEMPLATE}))
+    return folder
+
+
+def base_of(folder: Path, tmp_path: Path, quantization: Quantization = "none") -> Base:
+    return find_base(str(folder), tmp_path / "cache", quantization)
+
+
+@pytest.fixture
+def tiny_base(folder: Path, tmp_path: Path) -> Base:
+    return base_of(folder, tmp_path)
+
+
+def full(**changes: Any) -> JobSpec:
+    return spec_of(**{"method": "full", "learning_rate": 1e-2, "weight_decay": 0.1, "rank": 8} | changes)
+
+
+def points(base: Base, spec: JobSpec, checkpoints: Path, valid: int = 0, **more: Any) -> list[Progress]:
+    held_out = made_up(valid, seed=1)
+    return list(train_full(base, made_up(23), held_out, spec, device=CPU, checkpoints=checkpoints, **more))
+
+
+def exported(base: Base, spec: JobSpec, checkpoints: Path, folder: Path) -> FullResult:
+    folder.mkdir()
+    return export_full(checkpoints, spec, base=base, folder=folder)
+
+
+@pytest.mark.parametrize("micro_tokens", [16, 1000])
+@pytest.mark.parametrize("offload", OFFLOAD)
+def test_deepspeed_does_what_torch_does(tmp_path: Path, offload: str, micro_tokens: int) -> None:
+    """In float32: figures and weights of the whole run are those of torch's AdamW on all parameters."""
+    spec = full(offload=offload, micro_tokens=micro_tokens)
+
+    @contextmanager
+    def by_torch(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[Tuned]:
+        yield Tuned(model, dict(model.named_parameters()), lambda on: None)
+
+    @contextmanager
+    def by_deepspeed(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[Tuned]:
+        with zero(model, spec, CPU, ONE) as update:
+            yield Tuned(update.model, update.weights, lambda on: None, update=update)
+
+    found = {}
+    for name, attach in (("torch", by_torch), ("deepspeed", by_deepspeed)):
+        model, place = tiny().requires_grad_(True), tmp_path / name
+        found[name] = list(train(model, made_up(23), made_up(7, seed=1), spec, checkpoints=place, attach=attach))
+    for ours, theirs in zip(found["deepspeed"], found["torch"], strict=True):
+        assert (ours.step, ours.tokens, ours.learning_rate) == (theirs.step, theirs.tokens, theirs.learning_rate)
+        assert (ours.loss, ours.grad_norm) == pytest.approx((theirs.loss, theirs.grad_norm), rel=2e-4)
+        assert ours.valid_loss == (theirs.valid_loss and pytest.approx(theirs.valid_loss, rel=2e-4))
+    one, other = (checkpoint.latest(tmp_path / name, spec) for name in ("torch", "deepspeed"))
+    assert one is not None and other is not None
+    for part in ("weights", "first_moments", "second_moments"):
+        for name, tensor in getattr(one, part).items():
+            torch.testing.assert_close(getattr(other, part)[name], tensor, rtol=2e-3, atol=1e-5)
+
+
+def test_the_model_is_in_bfloat16_and_what_is_kept_in_float32(tiny_base: Base, tmp_path: Path) -> None:
+    """The mixed precision of the plain loop that everybody writes; norms and the embedding are trained, too."""
+    spec = full(learning_rate=2e-3)
+    found = points(tiny_base, spec, tmp_path / "job", valid=7)
+    model = load_for_training(tiny_base, torch.bfloat16).requires_grad_(True)
+    masters = [parameter.detach().float() for parameter in model.parameters()]
+    start = [master.clone() for master in masters]
+    optimizer = torch.optim.AdamW(masters, weight_decay=0.1)
+    examples = made_up(23)
+    for step, point in enumerate(found):
+        loss, _ = textbook(model, [examples[index] for index in choose(23, 5, step, spec.seed)])
+        loss.backward()
+        for master, parameter in zip(masters, model.parameters(), strict=True):
+            assert parameter.grad is not None
+            master.grad, parameter.grad = parameter.grad.float(), None
+        norm = torch.nn.utils.clip_grad_norm_(masters, spec.max_grad_norm)
+        # Both round to bfloat16 at each operation, but in other places.
+        assert point.loss == pytest.approx(loss.item(), rel=1e-2)
+        assert point.grad_norm == pytest.approx(norm.item(), rel=6e-2)
+        optimizer.param_groups[0]["lr"] = learning_rate(spec, step)
+        optimizer.step()
+        with torch.no_grad():
+            for master, parameter in zip(masters, model.parameters(), strict=True):
+                parameter.copy_(master)
+    last = checkpoint.latest(tmp_path / "job", spec)
+    assert last is not None
+    for (name, _), master, before in zip(model.named_parameters(), masters, start, strict=True):
+        assert (last.weights[name] - master).norm() < 0.2 * (master - before).norm(), name
+        assert not torch.equal(last.weights[name], last.weights[name].bfloat16().float())
+
+
+@pytest.mark.parametrize("offload", OFFLOAD)
+@pytest.mark.parametrize("after", [1, 3, 4])
+def test_a_stopped_job_goes_on_to_the_same_bits(tiny_base: Base, tmp_path: Path, offload: str, after: int) -> None:
+    spec = full(offload=offload, gradient_checkpointing=offload == "all")
+    whole = points(tiny_base, spec, tmp_path / "whole", valid=3)
+    running = train_full(tiny_base, made_up(23), made_up(3, seed=1), spec, device=CPU, checkpoints=tmp_path / "stopped")
+    for _ in range(after):
+        next(running)
+    running.close()
+    rest = points(tiny_base, spec, tmp_path / "stopped", valid=3)
+    assert rest == whole[after - after % 2 :]
+    # A checkpoint's name has the hash of its content: weights, both moments, and where the job stands.
+    names = [sorted(file.name for file in (tmp_path / job).iterdir()) for job in ("whole", "stopped")]
+    assert names[0] == names[1]
+
+
+def test_a_paused_job_keeps_its_last_step(tiny_base: Base, tmp_path: Path) -> None:
+    spec = full(checkpoint_every=6, micro_tokens=16)
+    whole = points(tiny_base, spec, tmp_path / "whole")
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 18:
+            raise JobPaused("asked")
+
+    with pytest.raises(JobPaused):
+        points(tiny_base, spec, tmp_path / "paused", check=check)
+    rest = points(tiny_base, spec, tmp_path / "paused")
+    assert 1 <= len(rest) < 6 and rest == whole[-len(rest) :]
+
+
+def test_the_process_is_left_as_it_was(tiny_base: Base, tmp_path: Path) -> None:
+    lora = spec_of(dropout=0.2)
+    before = adapter(tiny(), lora, tmp_path / "before")
+    environment, drawn = dict(os.environ), torch.random.get_rng_state()
+    with pytest.raises(TrainingDiverged, match="lower learning rate"):
+        points(tiny_base, full(learning_rate=1e38), tmp_path / "job")
+    running = train_full(tiny_base, made_up(23), [], full(offload="all"), device=CPU, checkpoints=tmp_path / "left")
+    next(running)
+    assert torch.distributed.is_initialized()
+    running.close()
+    assert not torch.distributed.is_initialized()
+    assert dict(os.environ) == environment and torch.equal(torch.random.get_rng_state(), drawn)
+    assert adapter(tiny(), lora, tmp_path / "after") == before
+
+
+def test_begins_from_an_adapter(tiny_base: Base, tmp_path: Path) -> None:
+    spec = spec_of(rank=8, learning_rate=3e-2, base=tiny_base.fingerprint)
+    first = written(tmp_path / "first", adapter(load_for_training(tiny_base, torch.bfloat16), spec, tmp_path / "job"))
+    still = full(steps=1, learning_rate=1e-12)
+    (fresh,) = points(tiny_base, still, tmp_path / "fresh", valid=9)
+    (point,) = points(tiny_base, still, tmp_path / "next", valid=9, start_from=first)
+    plain = PeftModel.from_pretrained(load_for_training(tiny_base, torch.float32), first)
+    expected = textbook(plain, made_up(9, seed=1))[0].item()
+    assert point.valid_loss == pytest.approx(expected, rel=2e-3)
+    assert fresh.valid_loss != pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+def test_the_result_is_a_lora_and_a_base(folder: Path, tmp_path: Path, quantization: Quantization) -> None:
+    """The LoRA stands on the base as it is served; the whole weights are what was trained, and are served."""
+    base = base_of(folder, tmp_path, quantization)
+    spec = full(rank=64, targets=("all-linear",), steps=2, batch_size=3)
+    points(base, spec, tmp_path / "job")
+    found = exported(base, spec, tmp_path / "job", tmp_path / "whole")
+    last = checkpoint.latest(tmp_path / "job", spec)
+    assert last is not None
+
+    assert found.report.error < 1e-4  # 64 is every linear's full rank: only norms and embedding are left out
+    assert set(found.report.left) == {name for name in last.weights if "norm" in name or "embed" in name}
+    assert found.report == type(found.report).model_validate_json(found.files[REPORT_FILE])
+    served = load_for_training(base, torch.bfloat16).float()
+    tuned = PeftModel.from_pretrained(served, written(tmp_path / "lora", found.files)).merge_and_unload()
+    for name, parameter in tuned.named_parameters():
+        if name not in found.report.left:
+            torch.testing.assert_close(parameter, last.weights[name], rtol=1e-3, atol=1e-5)
+
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert whole.dtype == torch.bfloat16 and {file.parent for file in found.whole.values()} == {tmp_path / "whole"}
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, last.weights[name].bfloat16()), name
+    as_base = find_base(str(tmp_path / "whole"), tmp_path / "cache")
+    assert as_base.fingerprint != base.fingerprint and as_base.context_length == base.context_length
+    with OfflineEngine(as_base, Path, ServeSettings()) as engine:
+        (answer,) = engine.generate([TextRequest("1", "acme", prompt="hello", max_tokens=8, temperature=0.0)])
+    prompt = torch.tensor([list(as_bytes(as_base, "hello"))])
+    tokens = whole.float().generate(prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
+    assert answer.error is None and answer.completion_tokens == len(tokens)
+
+
+def as_bytes(base: Base, text: str) -> list[int]:
+    return Tokenizer.from_file(str(base.folder / "tokenizer.json")).encode(text).ids
+
+
+def test_an_unfinished_job_has_no_result(tiny_base: Base, tmp_path: Path) -> None:
+    running = train_full(tiny_base, made_up(23), [], full(), device=CPU, checkpoints=tmp_path / "job")
+    for _ in range(3):
+        next(running)
+    running.close()
+    with pytest.raises(ArtifactMissing):
+        exported(tiny_base, full(), tmp_path / "job", tmp_path / "whole")
+
+
+TOGETHER = """
+import runpy, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+torch.set_num_threads(1)
+here = runpy.run_path(sys.argv[1], run_name="tests.jobs.test_full")
+rank, root, calls = int(sys.argv[2]), Path(sys.argv[3]), 0
+dist.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=2)
+from loramill.jobs.training import Processes
+def check():
+    global calls
+    calls += 1
+    if rank == 0 and calls == int(sys.argv[4]):
+        raise here["JobPaused"]("asked")
+base = here["base_of"](root / "base", root)
+spec = here["full"](offload=sys.argv[5], micro_tokens=16, checkpoint_every=6)
+for stop in (check, lambda: None):
+    try:
+        here["points"](base, spec, root / "job", valid=3, check=stop, processes=Processes(rank, 2, dist.all_reduce))
+    except here["JobPaused"]:
+        print("paused")
+assert dist.is_initialized()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("offload", ["optimizer", "all"])
+def test_two_processes_share_a_job_across_a_pause(folder: Path, tmp_path: Path, offload: str) -> None:
+    (tmp_path / "base").symlink_to(folder)
+    command = [sys.executable, "-c", TOGETHER, __file__]
+    both = [
+        subprocess.Popen([*command, str(rank), str(tmp_path), "9", offload], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    assert [process.communicate(timeout=120)[0].count("paused") for process in both] == [1, 1]
+    assert [process.returncode for process in both] == [0, 0]
+    spec = full(offload=offload, micro_tokens=16, checkpoint_every=6)
+    points(base_of(folder, tmp_path), spec, tmp_path / "alone", valid=3)
+    ours, theirs = (checkpoint.latest(tmp_path / job, spec) for job in ("alone", "job"))
+    assert ours is not None and theirs is not None and theirs.standing.finished
+    assert theirs.standing.figures == pytest.approx(ours.standing.figures, rel=2e-2)
+    start = load_for_training(base_of(folder, tmp_path), torch.float32)
+    for name, parameter in start.named_parameters():
+        moved = (ours.weights[name] - parameter).norm()
+        assert (ours.weights[name] - theirs.weights[name]).norm() < 0.15 * moved, name

@@ -1,0 +1,142 @@
+"""TensorBoard's files as it reads them itself; the others by what they are told."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from loramill.errors import SetupError
+from loramill.jobs.loggers import opened
+from loramill.jobs.training import Progress
+
+from .tiny import spec_of
+
+POINTS = [
+    Progress(1, 2, 2.5, 0.25, 1e-3, 3.0, 100),
+    Progress(2, 2, 1.5, 0.5, 5e-4, 2.0, 210, valid_loss=1.75, valid_accuracy=0.4, best=True),
+]
+
+
+def told(names: list[Any], folder: Path) -> None:
+    with opened(names, run="ftjob-1", spec=spec_of(), folder=folder) as tell:
+        for point in POINTS:
+            tell(point)
+
+
+def test_tensorboard_reads_every_figure(tmp_path: Path) -> None:
+    told(["tensorboard"], tmp_path)
+    read = EventAccumulator(str(tmp_path / "ftjob-1")).Reload()
+    scalars = {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+    assert scalars["train_loss"] == [(1, 2.5), (2, 1.5)]
+    assert scalars["valid_loss"] == [(2, 1.75)]
+    assert scalars["learning_rate"] == [(1, pytest.approx(1e-3)), (2, pytest.approx(5e-4))]
+    assert scalars["trained_tokens"] == [(1, 100), (2, 210)]
+    assert {"grad_norm", "train_mean_token_accuracy", "valid_mean_token_accuracy"} <= scalars.keys()
+    assert "spec/text_summary" in read.Tags()["tensors"]
+
+
+class Wandb(ModuleType):
+    """Takes the place of wandb, and notes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.begun: dict[str, Any] = {}
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.finished = 0
+
+    def init(self, **said: Any) -> Wandb:
+        self.begun = said
+        return self
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        self.logged.append((step, figures))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_wandb_is_told_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    told(["wandb"], tmp_path)
+    assert (wandb.begun["id"], wandb.begun["resume"], wandb.begun["config"]["rank"]) == ("ftjob-1", "allow", 4)
+    assert [step for step, _ in wandb.logged] == [1, 2]
+    assert wandb.logged[1][1]["valid_loss"] == 1.75
+    assert wandb.finished == 1
+
+
+class Client:
+    """Takes the place of mlflow's; its server outlives it."""
+
+    experiments: dict[str, str]
+    runs: dict[str, dict[str, Any]]
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        return SimpleNamespace(experiment_id=self.experiments[name]) if name in self.experiments else None
+
+    def create_experiment(self, name: str) -> str:
+        self.experiments[name] = "7"
+        return "7"
+
+    def search_runs(self, where: list[str], wanted: str, max_results: int) -> list[Any]:
+        assert where == ["7"]
+        found = [id_ for id_, run in self.runs.items() if wanted == f"tags.job = '{run['tags']['job']}'"]
+        return [SimpleNamespace(info=SimpleNamespace(run_id=id_)) for id_ in found]
+
+    def create_run(self, where: str, tags: dict[str, str]) -> Any:
+        id_ = f"run-{len(self.runs)}"
+        self.runs[id_] = {"tags": tags, "params": {}, "metrics": [], "ended": 0}
+        return SimpleNamespace(info=SimpleNamespace(run_id=id_))
+
+    def log_param(self, run: str, name: str, value: Any) -> None:
+        self.runs[run]["params"][name] = value
+
+    def log_metric(self, run: str, name: str, value: float, step: int) -> None:
+        self.runs[run]["metrics"].append((step, name, value))
+
+    def set_terminated(self, run: str) -> None:
+        self.runs[run]["ended"] += 1
+
+
+def test_mlflow_is_told_every_figure_in_one_run_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Client, "experiments", {}, raising=False)
+    monkeypatch.setattr(Client, "runs", {}, raising=False)
+    module = ModuleType("mlflow")
+    monkeypatch.setattr(module, "MlflowClient", Client, raising=False)
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    told(["mlflow"], tmp_path)
+    told(["mlflow"], tmp_path)  # another attempt of the job
+    ((run, kept),) = Client.runs.items()
+    assert (run, kept["tags"]["job"], kept["params"]["rank"], kept["ended"]) == ("run-0", "ftjob-1", 4, 2)
+    assert (2, "valid_loss", 1.75) in kept["metrics"] and (1, "train_loss", 2.5) in kept["metrics"]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_one_that_is_not_installed_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for module in (name, "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SetupError, match=rf"names {name}.*pip install 'loramill\[{name}\]'"):
+        told([name], tmp_path)
+
+
+def test_one_that_fails_is_left_out_and_costs_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wandb = Wandb()
+    monkeypatch.setattr(wandb, "log", lambda *_, **__: 1 / 0)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    told(["wandb", "tensorboard"], tmp_path)
+    assert caplog.text.count("wandb takes no more figures") == 1
+    assert EventAccumulator(str(tmp_path / "ftjob-1")).Reload().Scalars("train_loss")[1].value == 1.5
+
+
+def test_none_is_nothing(tmp_path: Path) -> None:
+    told([], tmp_path)
+    assert not list(tmp_path.iterdir())

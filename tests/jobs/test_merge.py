@@ -1,0 +1,149 @@
+"""Merging against the unmerged adapter and against PEFT, and what it costs on each kind of base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from loramill.bases import Base, find_base, load_for_training
+from loramill.chat import EncodedExample
+from loramill.errors import AdapterInvalid, Conflict, InvalidRequest
+from loramill.jobs.merge import REPORT_FILE, MergeReport, merge, merged
+from loramill.jobs.methods.seeds import seeded
+
+from .test_full import base_of, folder  # noqa: F401  a fixture
+from .tiny import made_up
+
+CPU = torch.device("cpu")
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def saved(base: Base, to: Path, config: LoraConfig, size: float = 0.02) -> Path:
+    """An adapter whose every matrix does something, as PEFT saves it."""
+    with seeded(CPU, "adapter"):
+        tuned = get_peft_model(load_for_training(base, torch.bfloat16).float(), config)
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                parameter.data += size * torch.randn_like(parameter)
+            if "magnitude" in name:
+                parameter.data *= 1 + 0.1 * torch.randn_like(parameter)
+    tuned.save_pretrained(to)
+    return to
+
+
+def lora(**more: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LINEARS, "task_type": "CAUSAL_LM"} | more)
+
+
+KINDS = {
+    "lora": lora(),
+    "rslora": lora(use_rslora=True),
+    "patterns": lora(rank_pattern={"q_proj": 7}, alpha_pattern={"down_proj": 3}),
+    "dora": lora(use_dora=True),
+    "adalora": AdaLoraConfig(init_r=6, target_r=3, lora_alpha=8, target_modules=LINEARS, total_step=10),
+    "embeddings": lora(target_modules=[*LINEARS, "embed_tokens"]),
+    "head": lora(target_modules=["q_proj", "lm_head"]),
+    "both": lora(target_modules=["embed_tokens", "lm_head"]),
+}
+
+
+@torch.no_grad()
+def logits(model: Any, examples: list[EncodedExample]) -> torch.Tensor:
+    return torch.cat([model(input_ids=torch.tensor([example.tokens])).logits[0].float() for example in examples])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_float32_the_merged_model_says_what_the_adapter_says(folder: Path, tmp_path: Path, kind: str) -> None:
+    base = base_of(folder, tmp_path)
+    adapter = saved(base, tmp_path / "adapter", KINDS[kind])
+    report = merge(base, adapter, made_up(12), tmp_path / "merged", name="acme/a", dtype="fp32")
+    assert report.divergence.kl < 1e-6 and report.divergence.agreement == 1.0
+    plain = PeftModel.from_pretrained(load_for_training(base, torch.bfloat16).float(), adapter)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    wanted = logits(plain, made_up(5))
+    assert not torch.allclose(wanted, logits(load_for_training(base, torch.float32), made_up(5)), atol=1e-2)
+    torch.testing.assert_close(logits(whole, made_up(5)), wanted, rtol=1e-3, atol=1e-3)
+    # An embedding and a head that were one are two, once an adapter changes only one of them.
+    assert whole.config.tie_word_embeddings == (kind not in ("embeddings", "head", "both"))
+
+
+def test_the_folder_is_a_base_with_a_report(folder: Path, tmp_path: Path) -> None:
+    base = base_of(folder, tmp_path)
+    adapter = saved(base, tmp_path / "adapter", lora())
+    report = merge(base, adapter, made_up(12), tmp_path / "merged", name="acme/a@12345678")
+    assert MergeReport.model_validate_json((tmp_path / "merged" / REPORT_FILE).read_bytes()) == report
+    assert (report.adapter, report.base, report.into, report.dtype) == ("acme/a@12345678", "tiny", "original", "bf16")
+    assert report.divergence.tokens == sum(len(each.tokens) - each.prompt_length for each in made_up(12))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert whole.dtype == torch.bfloat16
+    new = find_base(str(tmp_path / "merged"), tmp_path / "cache")
+    assert new.fingerprint != base.fingerprint
+    exact = merged(load_for_training(base, torch.bfloat16), adapter)
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, exact.get_parameter(name)), name
+
+
+@torch.no_grad()
+def test_the_divergence_is_the_mean_of_kl(folder: Path, tmp_path: Path) -> None:
+    """By its definition, an example at a time, of the files that were written."""
+    base = base_of(folder, tmp_path, "nf4")
+    adapter = saved(base, tmp_path / "adapter", lora(), size=0.1)
+    examples = made_up(12)
+    report = merge(base, adapter, examples, tmp_path / "merged", name="a", into="original", max_kl=100.0)
+    plain = PeftModel.from_pretrained(load_for_training(base, torch.bfloat16).float(), adapter)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").float()
+    kls, same = [], []
+    for example in examples:
+        places = slice(example.prompt_length - 1, len(example.tokens) - 1)
+        p, q = (logits(model, [example])[places].double().log_softmax(-1) for model in (plain, whole))
+        kls.append((p.exp() * (p - q)).sum(-1))
+        same.append(p.argmax(-1) == q.argmax(-1))
+    assert report.divergence.kl > 1e-3
+    assert report.divergence.kl == pytest.approx(torch.cat(kls).mean().item(), rel=1e-3)
+    assert report.divergence.largest == pytest.approx(torch.cat(kls).max().item(), rel=1e-3)
+    assert report.divergence.agreement == pytest.approx(torch.cat(same).double().mean().item())
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_an_adapter_of_a_quantized_base_belongs_to_its_values(folder: Path, tmp_path: Path, quantization: Any) -> None:
+    base = base_of(folder, tmp_path, quantization)
+    adapter = saved(base, tmp_path / "adapter", lora())
+    by_default = merge(base, adapter, made_up(12), tmp_path / "by-default", name="a")
+    original = merge(base, adapter, made_up(12), tmp_path / "original", name="a", into="original", force=True)
+    assert (by_default.into, original.into) == ("dequantised", "original")
+    assert by_default.divergence.kl < original.divergence.kl / 3
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
+    exact = merged(load_for_training(base_of(folder, tmp_path), torch.bfloat16), adapter)
+    assert torch.equal(found.model.layers[0].mlp.up_proj.weight, exact.model.layers[0].mlp.up_proj.weight)
+
+
+def test_what_is_too_far_is_refused_unless_forced(folder: Path, tmp_path: Path) -> None:
+    base = base_of(folder, tmp_path, "nf4")
+    adapter = saved(base, tmp_path / "adapter", lora(), size=0.1)
+    to = tmp_path / "merged"
+    with pytest.raises(Conflict, match=r"nats a token.*--into dequantised.*--force"):
+        merge(base, adapter, made_up(12), to, name="a", into="original", max_kl=1e-4)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "cache"]  # not even a part of it
+    report = merge(base, adapter, made_up(12), to, name="a", into="original", max_kl=1e-4, force=True)
+    assert report.divergence.kl > report.max_kl == 1e-4
+    assert json.loads((to / REPORT_FILE).read_text())["divergence"]["kl"] == report.divergence.kl
+
+
+def test_what_can_not_be_merged_is_refused(folder: Path, tmp_path: Path) -> None:
+    base, to = base_of(folder, tmp_path), tmp_path / "merged"
+    adapter = saved(base, tmp_path / "adapter", lora())
+    with pytest.raises(InvalidRequest, match="isn't quantized"):
+        merge(base, adapter, made_up(3), to, name="a", into="dequantised")
+    with pytest.raises(AdapterInvalid, match="PEFT can't"):
+        merge(base, tmp_path, made_up(3), to, name="a")
+    with pytest.raises(InvalidRequest, match="no completion"):
+        merge(base, adapter, [], to, name="a")
+    with pytest.raises(InvalidRequest, match="is there already"):
+        merge(base, adapter, made_up(3), adapter, name="a")
+    assert not to.exists()

@@ -1,0 +1,133 @@
+"""Several processes share a step's passes: the result is one's, to rounding."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loramill.errors import JobError, JobPaused, LeaseLost, LoramillError, TrainingDiverged
+from loramill.jobs.checkpoint import latest
+from loramill.jobs.training import Processes, Progress
+from loramill.types import JobSpec
+
+from .tiny import made_up, spec_of, tiny, train
+
+HELD_OUT = made_up(5, seed=1, weighed=True)
+
+
+class Group:
+    """Threads in place of processes, of which one at a time runs: torch's generators are all threads'."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._turn, self._arrived = size, threading.Lock(), threading.Barrier(size, timeout=60)
+        self._tensors: list[torch.Tensor] = []
+
+    def run(self, task: Callable[[Processes], Any]) -> list[Any]:
+        """What `task`, or its error, comes to in each."""
+        results: list[Any] = [None] * self._size
+
+        def work(rank: int) -> None:
+            with self._turn:
+                try:
+                    results[rank] = task(Processes(rank, self._size, self._all_reduce))
+                except LoramillError as error:
+                    results[rank] = error
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self._size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    def _all_reduce(self, tensor: torch.Tensor) -> None:
+        self._tensors.append(tensor.clone())
+        self._meet()
+        total = torch.stack(self._tensors).sum(0)
+        self._meet()
+        self._tensors = []
+        tensor.copy_(total)
+        self._meet()
+
+    def _meet(self) -> None:
+        self._turn.release()
+        self._arrived.wait()
+        self._turn.acquire()
+
+
+def points(spec: JobSpec, place: Path, processes: Processes, **more: Any) -> list[Progress]:
+    return list(
+        train(tiny(), made_up(23, weighed=True), HELD_OUT, spec, checkpoints=place, processes=processes, **more)
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"), [(2, {}), (3, {"micro_tokens": 20}), (4, {"batch_size": 2, "packing": False})]
+)
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_the_result_is_that_of_one(tmp_path: Path, size: int, changes: dict[str, Any], method: str) -> None:
+    """Also where a process has nothing to do, as with two examples for four."""
+    spec = spec_of(method=method, **changes)
+    alone = points(spec, tmp_path / "alone", Processes(0, 1, lambda _: None))
+    ranks = Group(size).run(lambda processes: points(spec, tmp_path / str(processes.rank), processes))
+    assert all(rank == ranks[0] for rank in ranks)
+    for ours, theirs in zip(ranks[0], alone, strict=True):
+        assert (ours.step, ours.tokens, ours.best) == (theirs.step, theirs.tokens, theirs.best)
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+        assert ours.accuracy == pytest.approx(theirs.accuracy, abs=1e-9)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
+        assert ours.valid_loss == (None if theirs.valid_loss is None else pytest.approx(theirs.valid_loss, rel=1e-5))
+    assert latest(tmp_path / "0", spec) is not None
+    assert not any((tmp_path / str(rank)).exists() for rank in range(1, size))  # the first alone writes
+
+
+def test_all_go_on_from_the_firsts_checkpoint(tmp_path: Path) -> None:
+    spec = spec_of(dropout=0.3)
+    whole = Group(2).run(lambda processes: points(spec, tmp_path / "whole", processes))
+
+    def half(processes: Processes) -> list[Progress]:
+        running = train(
+            tiny(), made_up(23, weighed=True), HELD_OUT, spec, checkpoints=tmp_path / "job", processes=processes
+        )
+        return [next(running) for _ in range(3)]
+
+    begun = Group(2).run(half)
+    rest = Group(2).run(lambda processes: points(spec, tmp_path / "job", processes))
+    assert begun[0] + rest[0][1:] == whole[0]
+    assert rest[0] == rest[1]
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "says"),
+    [
+        (JobPaused("now"), JobPaused, "Another of this job's 3 processes was asked to stop"),
+        (LeaseLost("gone"), JobError, "Another of this job's 3 processes stopped"),
+    ],
+)
+def test_one_that_stops_stops_the_others(tmp_path: Path, own: JobError, others: type[JobError], says: str) -> None:
+    def stop(processes: Processes) -> list[Progress]:
+        passes = iter(range(4))
+
+        def check() -> None:
+            if processes.rank == 1 and next(passes, None) is None:
+                raise own
+
+        return points(spec_of(checkpoint_every=50), tmp_path, processes, check=check)
+
+    first, second, third = Group(3).run(stop)
+    assert second is own
+    assert type(first) is type(third) is others
+    assert says in str(first)
+    assert (latest(tmp_path, spec_of(checkpoint_every=50)) is not None) == (others is JobPaused)
+
+
+def test_all_see_that_training_diverges(tmp_path: Path) -> None:
+    spec = spec_of(learning_rate=1e38)
+    errors = Group(2).run(lambda processes: points(spec, tmp_path, processes))
+    assert [type(error) for error in errors] == [TrainingDiverged, TrainingDiverged]
+    assert str(errors[0]).partition(" The last")[0] == str(errors[1]).partition(" The last")[0]

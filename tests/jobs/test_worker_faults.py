@@ -1,0 +1,291 @@
+"""What can go wrong while a worker has a job, and what its owner may ask meanwhile; on a tiny base."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy.orm import Session
+
+from loramill.bases import Base
+from loramill.errors import DiskFull, LoramillError, OutOfMemory, TrainingDiverged, Unavailable
+from loramill.jobs import worker as worker_module
+from loramill.jobs.lease import Lease, insist
+from loramill.jobs.worker import run_next, take, work
+from loramill.registry import Registry, adapters, checkpoints, jobs
+from loramill.types import JobRecord, JobStatus
+
+from .mill import Mill, rows, tiny_base
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("bases") / "tiny", base.folder)
+
+
+@pytest.fixture
+def mill(tmp_path: Path, folder: Path) -> Iterator[Mill]:
+    mill = Mill.at(tmp_path, folder)
+    yield mill
+    mill.registry.close()
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that can be interrupted."""
+    check = Lease.check
+
+    def slowly(lease: Lease) -> None:
+        time.sleep(0.04)
+        check(lease)
+
+    monkeypatch.setattr(Lease, "check", slowly)
+
+
+@contextmanager
+def in_thread(task: Callable[[], object]) -> Iterator[None]:
+    thread = threading.Thread(target=task)
+    thread.start()
+    yield
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def eventually(check: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+def ask(mill: Mill, act: Callable[..., Any], *arguments: Any) -> Any:
+    with mill.registry.writing() as session:
+        return act(session, *arguments)
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("how", ["pause", "preempt"])
+def test_a_job_that_makes_room_goes_on_to_the_same_weights(mill: Mill, how: str) -> None:
+    calm = mill.submit("acme/calm", steps=24)
+    assert run_next(mill.worker())
+    job = mill.submit("acme/asked", steps=24)
+    with in_thread(lambda: run_next(mill.worker())):
+        eventually(lambda: mill.now(job).step >= 3)
+        asked = time.monotonic()
+        ask(mill, jobs.pause, job.id) if how == "pause" else ask(mill, jobs.preempt, job.id, 1)
+        left = JobStatus.PAUSED if how == "pause" else JobStatus.QUEUED
+        eventually(lambda: mill.now(job).status is left, 10)
+        took = time.monotonic() - asked
+    stopped = mill.now(job)
+    assert 3 <= stopped.step < 24
+    assert took < 5, "two seconds on a machine that has nothing else to do"
+    assert list((Path(mill.settings.checkpoints) / job.id).iterdir())
+    if how == "pause":
+        assert not run_next(mill.worker())
+        ask(mill, jobs.resume, job.id)
+    steps: list[int] = []
+    progress = Lease.progress
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lease, "progress", lambda lease, point: (steps.append(point.step), progress(lease, point)))
+        assert run_next(mill.worker("w2"))
+    assert steps == list(range(stopped.step + 1, 25))
+    done = mill.now(job)
+    assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 2)
+    assert mill.weights(done.version) == mill.weights(mill.now(calm).version)
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_cancelled_job_stops_and_leaves_nothing(mill: Mill) -> None:
+    job = mill.submit(steps=5000)
+    with in_thread(lambda: run_next(mill.worker())):
+        eventually(lambda: mill.now(job).step >= 3)
+        ask(mill, jobs.cancel, job.id)
+        eventually(lambda: mill.now(job).status is JobStatus.CANCELLED, 10)
+    assert not (Path(mill.settings.checkpoints) / job.id).exists()
+    with mill.registry.reading() as session:
+        assert adapters.list_of(session, None) == []
+
+
+def test_validated_checkpoints_can_be_asked_and_no_alias_moves(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def add(session: Session, *arguments: Any) -> Any:
+        found = real(session, *arguments)
+        seen.append(adapters.get(session, "acme/loud").champion)
+        return found
+
+    real = checkpoints.add
+    monkeypatch.setattr(checkpoints, "add", add)
+    job = mill.submit(steps=5, eval_every=1, valid=mill.data("acme", rows(["nine", "ten"])))
+    assert run_next(mill.worker())
+    assert seen == [None] * 5
+    with mill.registry.reading() as session:
+        found = checkpoints.list_of(session, job.id)
+        known = {version.id for version in adapters.versions(session, "acme/loud")}
+    assert [point.step for point in found] == [5, 4, 3, 2, 1]
+    asked = [point.version for point in found if point.version]
+    assert len(asked) == len({*asked}) == 3
+    done = mill.now(job)
+    assert known == {*asked, done.version}
+    for version in asked:
+        mill.registry.artifacts.fetch(version)
+    assert {"step", "train_loss", "valid_loss"} <= found[0].metrics.keys()
+    assert done.valid_loss == found[0].metrics["valid_loss"]
+
+
+def test_the_record_knows_every_step_once(mill: Mill) -> None:
+    job = mill.submit(steps=7)
+    assert run_next(mill.worker())
+    with mill.registry.reading() as session:
+        events = [event for event in jobs.events(session, job.id) if event.kind == "metrics"]
+    assert [event.data["step"] for event in events] == [1, 2, 3, 4, 5, 6, 7]
+    done = mill.now(job)
+    assert (done.step, done.trained_tokens) == (7, events[-1].data["trained_tokens"])
+    assert done.loss == events[-1].data["train_loss"]
+
+
+class Outage:
+    """A database that doesn't answer for a while."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+        self.until, self.met, writing = time.monotonic() + seconds, 0, Registry.writing
+
+        def unreachable(registry: Registry) -> Any:
+            if time.monotonic() < self.until:
+                self.met += 1
+                raise Unavailable("The connection was lost.")
+            return writing(registry)
+
+        monkeypatch.setattr(Registry, "writing", unreachable)
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_job_outlives_a_database_that_is_away(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = mill.submit(steps=30)
+    with in_thread(lambda: run_next(mill.worker())):
+        eventually(lambda: mill.now(job).step >= 2)
+        outage = Outage(monkeypatch, 2.5)  # past the job's last step
+    assert outage.met >= 2
+    done = mill.now(job)
+    assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 1)
+
+
+def test_a_worker_waits_for_a_database_that_is_away(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "AWAY_SECONDS", 0.1)
+    job, worker = mill.submit(), mill.worker()
+    outage = Outage(monkeypatch, 0.4)
+    assert work(worker, until=lambda idle: mill.now(job).status.final) == 1
+    assert outage.met >= 2
+
+
+def test_insisting_has_an_end() -> None:
+    def away() -> None:
+        raise Unavailable("away")
+
+    with pytest.raises(Unavailable):
+        insist(0.1, away)
+    assert insist(0.1, lambda: 7) == 7
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int = 1) -> list[Any]:
+    """Lets so many attempts fail; the micro_tokens of all of them."""
+    seen: list[Any] = []
+    train = worker_module.train
+
+    def sometimes(*arguments: Any, **named: Any) -> Any:
+        seen.append(named["micro_tokens"])
+        if len(seen) <= times:
+            raise error
+        return train(*arguments, **named)
+
+    monkeypatch.setattr(worker_module, "train", sometimes)
+    return seen
+
+
+@pytest.mark.parametrize("error", [DiskFull("No room."), Unavailable("Away."), OSError("The network went away.")])
+def test_what_may_pass_is_tried_again_later(mill: Mill, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    failing(monkeypatch, error)
+    job = mill.submit()
+    waiting = mill.worker(settings=mill.settings.jobs.model_copy(update={"backoff_seconds": 100}))
+    assert run_next(waiting)
+    queued = mill.now(job)
+    assert queued.status is JobStatus.QUEUED
+    assert time.time() + 40 < (queued.not_before or 0) < time.time() + 151
+    assert str(error) in mill.messages(job)[-1]
+    assert not run_next(waiting)
+    with mill.registry.writing() as session:
+        leased = jobs.lease(session, "w", now=time.time() + 200, seconds=20, max_attempts=3)
+    assert leased is not None and worker_module.carry_out(waiting, leased) is None
+    assert mill.now(job).status is JobStatus.SUCCEEDED
+
+
+def test_out_of_memory_is_tried_with_half_the_tokens_and_then_fails(
+    mill: Mill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = failing(monkeypatch, OutOfMemory("No room for a pass."), times=3)
+    saved, lost = mill.submit(micro_tokens=64), None
+    assert run_next(mill.worker()) and mill.now(saved).status is JobStatus.QUEUED
+    seen.extend([0, 0])  # from here on there is room
+    assert run_next(mill.worker())
+    assert mill.now(saved).status is JobStatus.SUCCEEDED
+    assert (seen[0], seen[-1]) == (None, 32)
+    del seen[:]
+    lost = mill.submit(micro_tokens=64)
+    assert run_next(mill.worker()) and run_next(mill.worker())
+    assert (mill.now(lost).status, mill.now(lost).error_code) == (JobStatus.FAILED, "out_of_memory")
+    assert seen == [None, 32]
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_unreadable_data_fails_at_once(mill: Mill, damage: str) -> None:
+    job = mill.submit()
+    (file,) = (mill.settings.home / "artifacts").glob("**/data.jsonl")
+    file.chmod(0o600)
+    file.write_bytes(b"{}\n") if damage == "changed" else file.unlink()
+    assert run_next(mill.worker())
+    failed = mill.now(job)
+    assert (failed.status, failed.error_code, failed.attempt) == (JobStatus.FAILED, "artifact_corrupt", 1)
+
+
+def test_divergence_keeps_the_last_checkpoint(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = mill.submit(steps=6)
+    progress = Lease.progress
+
+    def diverge(lease: Lease, point: Any) -> None:
+        progress(lease, point)
+        if point.step == 5:
+            raise TrainingDiverged("NaN", examples=[3])
+
+    monkeypatch.setattr(Lease, "progress", diverge)
+    assert run_next(mill.worker())
+    failed = mill.now(job)
+    assert (failed.status, failed.error_code, failed.step) == (JobStatus.FAILED, "training_diverged", 5)
+    assert list((Path(mill.settings.checkpoints) / job.id).iterdir())
+
+
+def test_a_worker_takes_what_its_executor_takes(mill: Mill) -> None:
+    job = mill.submit(executor="dedicated")
+    assert take(mill.worker(executor="session")) is None
+    leased = take(mill.worker(executor="dedicated"), job.id)
+    assert leased is not None and leased.id == job.id
+    assert take(mill.worker(executor="dedicated"), job.id) is None
+
+
+def test_a_lost_lease_stops_the_training(mill: Mill) -> None:
+    job = mill.submit(steps=5000)
+    ended: list[LoramillError | None] = []
+    leased = take(mill.worker())
+    assert leased is not None
+    with in_thread(lambda: ended.append(worker_module.carry_out(mill.worker(), leased))):
+        eventually(lambda: mill.now(job).step >= 2)
+        with mill.registry.writing() as session:
+            other = jobs.lease(session, "w2", now=time.time() + 60, seconds=60, max_attempts=3)
+    assert other is not None and other.attempt == 2
+    assert [error.code for error in ended if error] == ["lease_lost"]
+    now: JobRecord = mill.now(job)
+    assert (now.status, now.owner) == (JobStatus.RUNNING, "w2")

@@ -1,0 +1,96 @@
+"""A base that trains in milliseconds, examples for it, and the textbook's loss over them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from loramill.chat import EncodedExample, Span
+from loramill.jobs import training
+from loramill.jobs.methods.seeds import seeded
+from loramill.jobs.training import Progress
+from loramill.types import JobSpec
+
+NOWHERE = Path("/nowhere")
+
+
+def tiny(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
+    with seeded(torch.device("cpu"), "tiny"):
+        return LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval()
+
+
+def spec_of(**changes: Any) -> JobSpec:
+    fields: dict[str, Any] = {"base": "f" * 64, "adapter": "acme/support", "train": "file-1", "rank": 4, "alpha": 8.0}
+    fields |= {"steps": 6, "batch_size": 5, "checkpoint_every": 2, "learning_rate": 1e-2, "keep": "last"}
+    return JobSpec(**fields | changes)
+
+
+def made_up(count: int, seed: int = 0, *, weighed: bool = False) -> list[EncodedExample]:
+    """Random examples with a common beginning; weighed, many have two answers of different weights."""
+    draw = random.Random(seed)
+    examples = []
+    for line in range(1, count + 1):
+        tokens = [1, 2, 3, *draw.choices(range(60), k=draw.randint(1, 9))]
+        earlier = []
+        if weighed and draw.random() < 0.6:
+            begin = len(tokens)
+            tokens += draw.choices(range(60), k=draw.randint(1, 5))
+            earlier.append(Span(begin, len(tokens), draw.choice([0.25, 1.0, 3.0])))
+            tokens += draw.choices(range(60), k=draw.randint(1, 5))
+        prompt = len(tokens)
+        tokens += draw.choices(range(60), k=draw.randint(1, 7))
+        weight = draw.choice([0.5, 1.0, 2.0]) if weighed else 1.0
+        examples.append(EncodedExample(tuple(tokens), prompt, weight, tuple(earlier), line))
+    return examples
+
+
+def train(model: PreTrainedModel, *arguments: Any, **more: Any) -> Generator[Progress, None, None]:
+    """`training.train` of a base whose files its method doesn't read."""
+    return training.train(model, *arguments, **{"folder": NOWHERE} | more)
+
+
+def adapter(model: PreTrainedModel, spec: JobSpec, place: Path | str, **more: Any) -> dict[str, bytes]:
+    """The files of the job, from its last checkpoint on."""
+    for _ in train(model, more.pop("train", made_up(23)), more.pop("valid", []), spec, checkpoints=place, **more):
+        pass
+    return training.export(place, spec, base="tiny")
+
+
+def written(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def textbook(model: Any, examples: Sequence[EncodedExample]) -> tuple[torch.Tensor, float]:
+    """Weighted mean cross-entropy and accuracy of padded examples, by transformers' own mask and positions."""
+    width = max(len(example.tokens) for example in examples)
+    tokens, mask = torch.zeros(len(examples), width, dtype=torch.long), torch.zeros(len(examples), width)
+    weights = torch.zeros(len(examples), width)
+    for line, example in enumerate(examples):
+        tokens[line, : len(example.tokens)] = torch.tensor(example.tokens)
+        mask[line, : len(example.tokens)] = 1
+        for span in example.spans:
+            weights[line, span.start : span.stop] = span.weight
+    logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1].flatten(0, 1).float()
+    labels, weights = tokens[:, 1:].flatten(), weights[:, 1:].flatten()
+    losses = cross_entropy(logits, labels, reduction="none")
+    right = ((logits.argmax(-1) == labels) * weights).sum() / weights.sum()
+    return (losses * weights).sum() / weights.sum(), right.item()

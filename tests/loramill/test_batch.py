@@ -1,0 +1,134 @@
+"""Files of hundreds of jobs: three forms, one meaning, and every problem by its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loramill.batch import check_entries, read_jobs
+from loramill.errors import InvalidRequest
+
+TOML = """
+[defaults]
+epochs = 2
+rank = 8
+
+[[jobs]]
+adapter = "acme/support"
+train = "acme.jsonl"
+targets = ["q_proj", "v_proj"]
+
+[[jobs]]
+adapter = "bolt/sales"
+train = "sub/bolt.csv"
+valid = "file-123"
+columns = {prompt = "q", completion = "a"}
+rank = 4
+metadata = {team = "b"}
+"""
+JSONL = """
+{"defaults": {"epochs": 2, "rank": 8}}
+{"adapter": "acme/support", "train": "acme.jsonl", "targets": ["q_proj", "v_proj"]}
+
+{"adapter": "bolt/sales", "train": "sub/bolt.csv", "valid": "file-123", "columns": {"prompt": "q", "completion": "a"}, \
+"rank": 4, "metadata": {"team": "b"}}
+""".replace("\\\n", "")
+CSV = """adapter,train,valid,columns,epochs,rank,targets,metadata
+acme/support,acme.jsonl,,,2,8,"q_proj,v_proj",
+bolt/sales,sub/bolt.csv,file-123,"prompt=q, completion=a",2,4,,team=b
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "sub").mkdir()
+    for name in ("acme.jsonl", "sub/bolt.csv"):
+        (tmp_path / name).write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("jobs.toml", TOML, ("line 6", "line 11")),
+        ("jobs.jsonl", JSONL, ("line 3", "line 5")),
+        ("jobs.csv", CSV, ("line 2", "line 3")),
+    ],
+)
+def test_three_forms(folder: Path, name: str, content: str, where: tuple[str, str]) -> None:
+    (folder / name).write_text(content)
+    first, second = check_entries(read_jobs(folder / name, {"seed": 3}))
+    assert (first.where, second.where) == tuple(f"{name}, {line}" for line in where)
+    assert (str(first.adapter), first.train, first.valid) == ("acme/support", str(folder / "acme.jsonl"), None)
+    assert (second.train, second.valid) == (str(folder / "sub" / "bolt.csv"), "file-123")
+    assert second.columns == {"prompt": "q", "completion": "a"}
+    assert (first.options.epochs, first.options.rank, second.options.rank, first.options.seed) == (2, 8, 4, 3)
+    assert first.options.targets == ("q_proj", "v_proj")
+    assert (first.options.metadata, second.options.metadata) == (None, {"team": "b"})
+
+
+def test_what_the_command_says_wins_over_defaults_but_not_over_a_job(folder: Path) -> None:
+    (folder / "jobs.toml").write_text(TOML)
+    first, second = check_entries(read_jobs(folder / "jobs.toml", {"rank": 2, "epochs": 9}))
+    assert (first.options.rank, second.options.rank, second.options.epochs) == (2, 4, 9)
+
+
+def test_all_problems_are_told_by_line(folder: Path) -> None:
+    (folder / "jobs.csv").write_text(
+        "adapter,train,rank,rnak,dropout\n"
+        "acme/support,acme.jsonl,8,,\n"
+        "noslash,acme.jsonl,8,,\n"
+        ",nowhere.jsonl,x,,\n"
+        "acme/support,acme.jsonl,,3,lots\n"
+    )
+    with pytest.raises(InvalidRequest) as caught:
+        check_entries(read_jobs(folder / "jobs.csv", {}))
+    head, *problems = caught.value.message.splitlines()
+    assert head == "6 problems; nothing was submitted:"
+    for problem, (line, says) in zip(
+        problems,
+        [
+            (3, "'noslash' is no adapter name"),
+            (4, "adapter is missing"),
+            (4, "train: there is no file"),
+            (4, "rank: Input should be a valid integer"),
+            (5, "dropout: Input should be a valid number"),
+            (5, "there is no option 'rnak'; did you mean 'rank'?"),
+        ],
+        strict=True,
+    ):
+        assert problem.startswith(f"jobs.csv, line {line}: ") and says in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("jobs.toml", "x = ", "jobs.toml can't be read"),
+        ("jobs.toml", "[wibble]", "nothing else"),
+        ("jobs.toml", "jobs = 3", "nothing else"),
+        ("jobs.toml", "[defaults]\nrank = 3", "holds no jobs"),
+        ("jobs.jsonl", "{\n", "line 1 is not JSON"),
+        ("jobs.jsonl", "[1]\n", "line 1 is no object"),
+        ("jobs.csv", "adapter,train\na,b,c\n", "line 2 has not as many cells"),
+        ("jobs.csv", "adapter,train\na\n", "line 2 has not as many cells"),
+        ("jobs.csv", "adapter,train,metadata\na,b,c\n", "write it as NAME=VALUE"),
+        ("jobs.csv", "", "holds no jobs"),
+        ("jobs.yaml", "", "it is named .toml, .jsonl or .csv"),
+    ],
+)
+def test_what_is_no_file_of_jobs(tmp_path: Path, name: str, content: str, says: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InvalidRequest) as caught:
+        read_jobs(tmp_path / name, {})
+    assert says in caught.value.message
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"jobs\.toml can't be read"):
+        read_jobs(tmp_path / "jobs.toml", {})
+
+
+def test_lines_are_counted_where_a_text_looks_like_a_table(tmp_path: Path) -> None:
+    (tmp_path / "jobs.toml").write_text('[[jobs]]\nadapter = "a/b"\nmetadata = {x = """\n[[jobs]]\n"""}\n')
+    assert [where for where, _ in read_jobs(tmp_path / "jobs.toml", {})] == ["jobs.toml, job 1"]

@@ -1,0 +1,283 @@
+"""What a job needs, what is chosen so that it fits, and what would fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loramill.bases import Base
+from loramill.errors import DoesNotFit, InvalidRequest
+from loramill.settings import JobSettings
+from loramill.sizing import FREE, Pool, Question, anatomy, check_targets, fitted, plan
+from loramill.sizing.devices import gpu_bytes, memory_bytes
+from loramill.sizing.need import NF4_BYTES, base_bytes, need, row_of
+from loramill.sizing.pool import fitting, nearest
+from loramill.types import JobSpec
+
+GIB = 2**30
+
+
+def llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, object]:
+    """A published Llama's config, as far as memory depends on it."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 8192,
+    }
+
+
+LLAMA_65B = llama(8192, 22016, 80, 64, 64, 32000)
+LLAMA_2_70B = llama(8192, 28672, 80, 64, 8, 32000)
+LLAMA_3_8B = llama(4096, 14336, 32, 32, 8, 128256)
+SMALL = llama(64, 160, 4, 4, 2, 500)
+
+
+def spec(**fields: object) -> JobSpec:
+    return JobSpec.model_validate(
+        {"base": "0" * 64, "adapter": "a/b", "train": "t", "steps": 10, "batch_size": 8, "max_length": 512} | fields
+    )
+
+
+def question(config: dict[str, object], quantization: str, gpu: str, job: JobSpec, sharers: int = 1) -> Question:
+    return Question(
+        spec=job,
+        base=anatomy(config),
+        quantization=quantization,
+        lengths=(job.max_length,),
+        pool=Pool("cuda", gpu_bytes(gpu), sharers),
+        open=frozenset(FREE) - job.model_fields_set,
+    )
+
+
+def test_65b_in_nf4_at_rank_64_fits_48_gb() -> None:
+    found = plan(question(LLAMA_65B, "nf4", "48GB", spec(rank=64)))
+    assert found.need.bytes <= 48 * GIB
+    assert found.spec.gradient_checkpointing
+
+
+def test_65b_in_bf16_does_not_fit_48_gb_and_nf4_is_named() -> None:
+    with pytest.raises(DoesNotFit) as refused:
+        plan(question(LLAMA_65B, "none", "48GB", spec(rank=64)))
+    assert any("nf4" in words for words in refused.value.nearest)
+
+
+def test_70b_in_nf4_does_not_fit_24_gb() -> None:
+    with pytest.raises(DoesNotFit, match="most of it is base"):
+        plan(question(LLAMA_2_70B, "nf4", "24GB", spec(rank=1, max_length=8)))
+
+
+def test_8b_in_nf4_at_rank_16_and_2048_tokens_fits_24_gb() -> None:
+    found = plan(question(LLAMA_3_8B, "nf4", "24GB", spec(rank=16, max_length=2048)))
+    assert found.row.tokens >= 2048
+    assert found.need.bytes <= 24 * GIB
+
+
+def test_full_fine_tuning_of_8b_fits_80_gb_by_offload_alone() -> None:
+    found = plan(question(LLAMA_3_8B, "none", "80GB", spec(method="full")))
+    assert found.spec.offload != "none"
+    assert found.need.host > 12 * found.need.items[1].bytes / 2
+    with pytest.raises(DoesNotFit) as refused:
+        plan(question(LLAMA_3_8B, "none", "80GB", spec(method="full", offload="none")))
+    assert any("offload" in words for words in refused.value.nearest)
+
+
+def test_what_was_said_stays_and_what_was_not_is_chosen() -> None:
+    said = spec(max_length=2048, gradient_checkpointing=False, micro_tokens=4096)
+    with pytest.raises(DoesNotFit) as refused:
+        plan(question(LLAMA_3_8B, "nf4", "12GB", said))
+    assert "gradient_checkpointing = true" in " ".join(refused.value.nearest)
+    assert plan(question(LLAMA_3_8B, "nf4", "12GB", spec(max_length=2048))).spec.gradient_checkpointing
+
+
+def test_a_share_of_a_gpu_is_what_must_hold_the_job() -> None:
+    whole = plan(question(LLAMA_3_8B, "nf4", "80GB", spec()))
+    half = plan(question(LLAMA_3_8B, "nf4", "80GB", spec(), sharers=2))
+    assert half.need.bytes <= half.pool.bytes // 2 < whole.need.bytes * 2
+    assert half.sharers >= 2
+
+
+def test_a_gpu_is_given_longer_passes_than_a_cpu() -> None:
+    asked = question(SMALL, "none", "24GB", spec(batch_size=64))
+    assert plan(asked).spec.micro_tokens > 256
+    assert plan(Question(**{**vars_of(asked), "pool": Pool("cpu", 24 * GIB)})).spec.micro_tokens == 256
+
+
+def vars_of(asked: Question) -> dict[str, object]:
+    return {name: getattr(asked, name) for name in Question.__slots__}
+
+
+def test_nf4_bytes_are_those_of_bitsandbytes() -> None:
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = torch.randn(1024, 2048).bfloat16()
+    packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    kept = [packed, state.absmax, state.state2.absmax]
+    assert sum(each.nbytes for each in kept) == NF4_BYTES * weight.numel()
+
+
+def test_only_a_gpu_keeps_nf4_in_four_bits() -> None:
+    base = anatomy(LLAMA_3_8B)
+    assert base_bytes(base, "nf4", "cuda") == pytest.approx(6.98e9 * NF4_BYTES + 2 * 1.0506e9, rel=1e-3)
+    assert base_bytes(base, "nf4", "cpu") == base_bytes(base, "none", "cpu") == 2 * base.parameters
+
+
+@pytest.mark.parametrize(
+    ("said", "param"),
+    [
+        ({"targets": ("w_pack",)}, "loramill.targets"),
+        ({"targets": ("all-linear", "q_proj")}, "loramill.targets"),
+        ({"layers": (3, 4)}, "loramill.layers"),
+        ({"layers": (-1,)}, "loramill.layers"),
+        ({"rank_pattern": {"lm_head": 4}}, "loramill.rank_pattern"),
+        ({"rank_pattern": {"layers.3.mlp.up_proj": 4}, "layers": (0,)}, "loramill.rank_pattern"),
+        ({"alpha_pattern": {"(": 4.0}}, "loramill.alpha_pattern"),
+    ],
+)
+def test_what_matches_nothing_is_refused_by_name(tmp_path: Path, said: dict[str, object], param: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    base = Base("small", tmp_path, "0" * 64, "LlamaForCausalLM", 8192)
+    with pytest.raises(InvalidRequest) as refused:
+        check_targets(spec(**said), base)
+    assert refused.value.param == param
+
+
+def test_targets_layers_and_patterns_that_match_pass(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    base = Base("small", tmp_path, "0" * 64, "LlamaForCausalLM", 8192)
+    check_targets(spec(targets=("all-linear",), rank_pattern={r"layers\.[01]\.mlp\.up_proj": 4}), base)
+    check_targets(spec(targets=("self_attn.q_proj", "up_proj"), layers=(0, 3), alpha_pattern={"up_proj": 1.0}), base)
+
+
+def test_fitted_leaves_a_spec_alone_where_the_pool_is_not_sized(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    base = Base("small", tmp_path, "0" * 64, "LlamaForCausalLM", 8192)
+    job = spec()
+    assert fitted(job, base, [100], JobSettings()) == (job, None)
+    chosen, told = fitted(job, base, [100], JobSettings(device_bytes=4 * GIB))
+    assert (chosen, "of 4.29 GB" in (told or "")) == (job, True)
+    with pytest.raises(DoesNotFit) as refused:
+        fitted(job.model_copy(update={"rank": 256}), base, [100], JobSettings(device_bytes=GIB // 4))
+    assert refused.value.nearest == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "gib"), [("24GB", 23.52), ("48 gib", 47.04), ("h100", 79.1), ("NVIDIA H100", 79.1), ("512MB", 0.49)]
+)
+def test_gpus_by_size_or_name(text: str, gib: float) -> None:
+    assert gpu_bytes(text) == pytest.approx(gib * GIB, rel=1e-3)
+
+
+@pytest.mark.parametrize("text", ["", "big", "-3GB", "24TB2"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        memory_bytes(text)
+
+
+CONFIGS = (SMALL, LLAMA_3_8B, LLAMA_2_70B)
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> JobSpec:
+    return spec(
+        method=draw(st.sampled_from(["lora", "dora", "adalora", "pissa", "full"])),
+        rank=draw(st.integers(1, 256)),
+        dropout=draw(st.sampled_from([0.0, 0.1])),
+        batch_size=draw(st.integers(1, 64)),
+        max_length=draw(st.integers(8, 4096)),
+        packing=draw(st.booleans()),
+        **draw(st.dictionaries(st.just("micro_tokens"), st.integers(1, 8192))),
+        **draw(st.dictionaries(st.just("gradient_checkpointing"), st.booleans())),
+        **draw(st.dictionaries(st.just("offload"), st.sampled_from(["none", "optimizer", "all"]))),
+    )
+
+
+@given(
+    jobs(),
+    st.sampled_from(CONFIGS),
+    st.sampled_from(["none", "int8", "nf4"]),
+    st.integers(1, 80),
+    st.integers(1, 4),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_plan_fits_and_so_do_the_nearest_of_a_refusal(job, config, quantization, gib, sharers, cpu) -> None:
+    pool = Pool("cpu", gib * GIB) if cpu else Pool("cuda", gib * GIB, sharers)
+    asked = Question(job, anatomy(config), quantization, (job.max_length,), pool, frozenset(FREE) - job.model_fields_set)
+    try:
+        found = plan(asked)
+    except DoesNotFit as refused:
+        assert fitting(asked) is None
+        others = nearest(asked)
+        assert [words for words, _ in others] == list(refused.nearest)
+        assert all(plan(changed).need.bytes <= changed.pool.budget for _, changed in others)
+    else:
+        assert found.need.bytes <= pool.budget
+        assert found.sharers >= pool.sharers
+        same = {name: getattr(job, name) for name in job.model_fields_set - {"micro_tokens"}}
+        assert {name: getattr(found.spec, name) for name in same} == same
+
+
+GROWTH = ("rank", "max_length", "micro_tokens", "batch_size", "layers", "hidden", "vocabulary")
+
+
+@given(jobs(), st.sampled_from(GROWTH), st.integers(1, 500), st.sampled_from(["none", "int8", "nf4"]))
+@settings(max_examples=150, deadline=None)
+def test_more_of_anything_never_needs_less(job, what, more, quantization) -> None:
+    grown, config, larger = job, SMALL, SMALL
+    if what == "layers":
+        larger = {**SMALL, "num_hidden_layers": 4 + more}
+    elif what == "hidden":
+        larger = {**SMALL, "hidden_size": 64 + 4 * more}
+    elif what == "vocabulary":
+        larger = {**SMALL, "vocab_size": 500 + more}
+    else:
+        grown = job.model_copy(update={what: getattr(job, what) + more})
+    assert bytes_of(job, config, quantization) <= bytes_of(grown, larger, quantization)
+
+
+def bytes_of(job: JobSpec, config: dict[str, object], quantization: str) -> int:
+    asked = question(config, quantization, "24GB", job)
+    from loramill.sizing.pool import sized
+
+    return sized(asked, job).need.bytes
+
+
+@given(jobs().filter(lambda job: job.method != "full"), st.lists(st.integers(1, 3000), min_size=1, max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_no_pass_of_a_step_is_larger_than_its_row(job, lengths) -> None:
+    import random
+
+    from loramill.chat import EncodedExample
+    from loramill.jobs.batches import grouped, pack, pad
+
+    cut = [max(2, min(length, job.max_length)) for length in lengths]
+    draw = random.Random(0)
+    examples = [EncodedExample(tuple(draw.randrange(4) for _ in range(length)), length // 2) for length in cut]
+    row = row_of(job, cut)
+    batch = draw.choices(examples, k=job.batch_size) if job.batch_size > len(examples) else examples[: job.batch_size]
+    if job.batch_size > len(examples):
+        batch = [examples[place % len(examples)] for place in range(job.batch_size)]
+    for group in grouped(batch, job.micro_tokens, packing=job.packing):
+        if sum(map(len, (example.tokens for example in group))) > 20_000:
+            continue
+        rows = pack(group) if job.packing else pad(group)
+        assert rows.tokens.numel() <= row.tokens
+        assert rows.tokens.shape[1] <= row.width
+
+
+def test_need_of_an_item_is_whole_bytes() -> None:
+    job = spec()
+    needed = need(job, anatomy(SMALL), "nf4", row_of(job, [100]), "cuda")
+    assert all(isinstance(item.bytes, int) and item.bytes > 0 for item in needed.items)
+    assert needed.tensors == needed.bytes - needed.items[0].bytes

@@ -1,0 +1,108 @@
+"""A base's anatomy from its numbers, against transformers' own model of the same config."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loramill.errors import BaseUnusable, InvalidRequest
+from loramill.sizing.anatomy import _built, anatomy, find_config, linears, read_config
+from tests.loramill.test_sizing import LLAMA_2_70B, LLAMA_3_8B, LLAMA_65B
+
+COMMON = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 101,
+    "max_position_embeddings": 256,
+}
+FAMILIES = {
+    "llama": ("LlamaForCausalLM", {}),
+    "llama, biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    "llama, tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "mistral": ("MistralForCausalLM", {"head_dim": 16}),
+    "qwen2": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32}),
+    "qwen3, biases": ("Qwen3ForCausalLM", {"head_dim": 32, "attention_bias": True}),
+}
+
+
+def config_of(family: str) -> dict[str, Any]:
+    architecture, own = FAMILIES[family]
+    return {"architectures": [architecture], "model_type": family.partition(",")[0], **COMMON, **own}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_numbers_are_the_models_own(family: str) -> None:
+    config = config_of(family)
+    computed, built = anatomy(config), _built(config, config["architectures"][0])
+    assert (computed.linears, computed.embedding, computed.rest) == (built.linears, built.embedding, built.rest)
+    assert (computed.heads, computed.kv_heads, computed.head_dim) == (built.heads, built.kv_heads, built.head_dim)
+    assert (computed.hidden, computed.intermediate, computed.vocabulary) == (48, 80, 101)
+
+
+def test_the_built_in_base_is_what_its_name_says(base) -> None:
+    found = anatomy(read_config(str(base.folder)))
+    assert found.parameters == 134_515_008
+    assert len(found.linears) == 30 * 7
+    assert linears(read_config(str(base.folder / "config.json"))) == found.linears
+
+
+def test_an_architecture_that_transformers_alone_knows_is_built_without_weights() -> None:
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 32, "n_head": 2, "n_layer": 2}
+    found = anatomy(config)
+    assert {(each.last, each.d_in, each.d_out) for each in found.linears} == {
+        ("c_attn", 32, 96),
+        ("c_proj", 32, 32),
+        ("c_fc", 32, 128),
+        ("c_proj", 128, 32),
+    }
+    assert found.embedding == 50257 * 32
+
+
+@pytest.mark.parametrize(
+    ("size", "published"), [("7B", None), ("8B", LLAMA_3_8B), ("65B", LLAMA_65B), ("70b", LLAMA_2_70B), ("135M", None)]
+)
+def test_a_size_is_a_llama_of_about_so_many_weights(size: str, published: dict[str, object] | None) -> None:
+    found = anatomy(read_config(size)).parameters
+    wanted = float(size[:-1]) * (1e6 if size.endswith("M") else 1e9)
+    assert found == pytest.approx(wanted, rel=0.12)
+    if published is not None:
+        assert anatomy(published).parameters == pytest.approx(wanted, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [("{", "can't be read"), ("[1]", "no JSON object"), ('{"architectures": ["LlamaForCausalLM"]}', "hidden_size")],
+)
+def test_a_damaged_config_is_named(tmp_path: Path, content: str, fragment: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BaseUnusable, match=fragment):
+        anatomy(read_config(str(tmp_path)))
+
+
+def test_an_architecture_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(BaseUnusable, match="NoSuchForCausalLM"):
+        anatomy({"architectures": ["NoSuchForCausalLM"], "model_type": "no-such"})
+
+
+def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="no base 'nothing'"):
+        find_config("nothing", tmp_path)
+
+
+def test_sizing_a_llama_imports_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    code = (
+        "import sys; from loramill.sizing import fitted, anatomy, read_config;"
+        f"anatomy(read_config({str(tmp_path)!r}));"
+        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,232 @@
+"""`loramill compare`: each subject measured on a tiny base, in this process and in one of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from loramill.errors import DatasetInvalid, InvalidRequest
+from loramill.pipelines.compare import alone, answers, memory, run
+from loramill.pipelines.compare.measure import measure
+from loramill.pipelines.compare.values import Stage, Subject, Task
+from loramill.settings import Settings
+
+#: Parameters of the tiny base, and of what is trained on it at rank 4: 2 layers of width 32, keys of width 16, MLP 48.
+TINY = 49152 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32
+LORA = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
+PARAMETERS = {
+    "lora": LORA,
+    "qlora": LORA,
+    "bottleneck": 2 * 2 * (32 * 16 + 16 + 16 * 32 + 32),
+    "prefix": 8 * 2 * 2 * 16,
+    "full": TINY,
+}
+
+
+@pytest.fixture
+def task(tiny: Path, examples: Path, tmp_path: Path):
+    def make(subject: Subject, **said) -> Task:
+        values = {
+            "subject": subject,
+            "base": str(tiny),
+            "cache": tmp_path / "cache",
+            "train": examples / "train.jsonl",
+            "valid": examples / "valid.jsonl",
+            "test": examples / "test.jsonl",
+            "folder": tmp_path / subject,
+            "steps": 2,
+            "batch_size": 4,
+            "rank": 4,
+        }
+        made = Task.model_validate(values | said)
+        made.folder.mkdir(parents=True, exist_ok=True)
+        return made
+
+    return make
+
+
+def ignored(stage: Stage) -> None:
+    """Nobody listens."""
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are timed once, briefly."""
+    monkeypatch.setattr(answers, "TOKENS", 2)
+    monkeypatch.setattr(answers, "ROUNDS", 1)
+
+
+@pytest.mark.parametrize("subject", ["lora", "qlora", "adalora", "full", "bottleneck", "prefix"])
+def test_a_row_says_what_a_method_costs_and_comes_to(subject: Subject, task, quick: None) -> None:
+    stages: list[Stage] = []
+    row = measure(task(subject), stages.append)
+    assert row.subject == subject
+    assert row.error is None
+    training, serving = row.training, row.serving
+    assert training is not None and serving is not None and row.quality is not None
+    assert training.of == TINY
+    assert training.parameters == PARAMETERS.get(subject, training.parameters)
+    assert training.steps == 2
+    assert training.memory.peak >= training.memory.base > 0
+    assert training.step_seconds > 0
+    assert training.valid_loss is not None and 5 < training.valid_loss < 20  # of a random base: about ln 49152
+    assert training.artifact_bytes > (2 if subject == "full" else 4) * PARAMETERS.get(subject, 0)
+    assert row.quality.examples == 4
+    assert serving.by == ("transformers" if subject in ("bottleneck", "prefix") else "engine")
+    assert (serving.merged is None) == (serving.by == "transformers")
+    assert {stage.name for stage in stages} == {"reading", "training", "answering", "timing tokens"}
+    assert Stage(name="training", done=2, total=2) in stages
+
+
+def test_the_base_is_measured_without_training(task, quick: None) -> None:
+    row = measure(task("base"), ignored)
+    assert row.training is None
+    assert row.quality is not None and row.quality.examples == 4
+    assert row.serving is not None and row.serving.unmerged is None and row.serving.merged is None
+
+
+@pytest.mark.parametrize("subject", ["bottleneck", "prefix"])
+def test_what_is_trained_here_learns(subject: Subject, task) -> None:
+    """Of few steps at a high rate the validation loss falls well below that of one step."""
+
+    def loss(steps: int) -> float:
+        folder = task(subject).folder / str(steps)
+        row = measure(task(subject, steps=steps, learning_rate=0.1, serving=False, folder=folder), ignored)
+        assert row.training is not None and row.training.valid_loss is not None
+        return row.training.valid_loss
+
+    assert loss(20) < loss(1) - 0.5
+
+
+@pytest.mark.parametrize("subject", ["bottleneck", "prefix"])
+def test_the_same_seed_gives_the_same_weights(subject: Subject, task) -> None:
+    def weights(name: str, seed: int) -> bytes:
+        folder = task(subject).folder / name
+        measure(task(subject, folder=folder, seed=seed, serving=False), ignored)
+        return (folder / "adapter" / "adapter.safetensors").read_bytes()
+
+    assert weights("one", 1) == weights("again", 1) != weights("other", 2)
+
+
+def test_a_task_runs_in_a_process_of_its_own(task) -> None:
+    stages: list[Stage] = []
+    row = run.run(task("bottleneck", serving=False), stages.append)
+    assert row.error is None and row.training is not None
+    assert stages[-1] == Stage(name="answering", done=4, total=4)
+
+
+def test_an_error_is_a_row(task, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n")
+    row = alone.row_of(task("lora", train=bad), ignored)
+    assert row.training is None
+    assert row.error is not None and "bad.jsonl, line 1" in row.error
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch):
+    """Lets a script stand for a task's process."""
+
+    def stand_in(script: str) -> None:
+        monkeypatch.setattr(run, "COMMAND", (sys.executable, "-c", script))
+
+    return stand_in
+
+
+def test_a_crash_is_a_row_with_its_traceback(task, child) -> None:
+    child("import sys; sys.stderr.write('Of old\\n'); raise ZeroDivisionError('of a test')")
+    row = run.run(task("lora"))
+    assert row.error == "Its process ended with code 1: ZeroDivisionError: of a test"
+    assert row.log.startswith("Of old\nTraceback")
+
+
+def test_a_process_that_says_nothing_is_a_row(task, child) -> None:
+    child("raise SystemExit(3)")
+    assert run.run(task("lora")).error == "Its process ended with code 3: it wrote nothing"
+
+
+STAGE = 'import sys, time; print(\'{"name": "training"}\', flush=True); '
+
+
+def test_a_killed_process_is_a_row(task, child) -> None:
+    """As the kernel does where memory runs out."""
+    child(STAGE + "import os; os.kill(os.getpid(), 9)")
+    stages: list[Stage] = []
+    row = run.run(task("lora"), stages.append)
+    assert stages == [Stage(name="training")]
+    assert row.error is not None and "memory ran out" in row.error
+
+
+def test_whoever_stops_listening_ends_the_process_and_what_it_started(task, child, tmp_path: Path) -> None:
+    child(
+        "import subprocess, sys; from pathlib import Path\n"
+        "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"Path({str(tmp_path / 'pid')!r}).write_text(str(other.pid))\n" + STAGE + "time.sleep(60)"
+    )
+
+    def interrupt(stage: Stage) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run(task("lora"), interrupt)
+    status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/status")
+    deadline = time.monotonic() + 5
+    while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not status.exists() or "State:\tZ" in status.read_text()
+
+
+def test_memory_counts_what_was_held_and_let_go() -> None:
+    memory.forget_peak("cpu")
+    held = memory.held("cpu")
+    block = bytearray(os.urandom(1 << 20) * 64)
+    assert held + (60 << 20) < memory.held("cpu")
+    del block
+    assert held + (60 << 20) < memory.peak("cpu") < held + (200 << 20)
+    assert memory.held("cpu") < held + (30 << 20)
+    memory.forget_peak("cpu")
+    assert memory.peak("cpu") < held + (30 << 20)
+
+
+def plan(tiny: Path, examples: Path, tmp_path: Path, **said) -> list[Task]:
+    files = {name: examples / f"{name}.jsonl" for name in ("train", "valid", "test")}
+    values = {"methods": ["lora", "prefix"], "base": str(tiny), "rank": 4, "seed": 3}
+    return run.plan(Settings(cache=tmp_path), tmp_path, **(values | files | said))
+
+
+def test_a_plan_begins_with_the_base_and_keeps_the_order(tiny: Path, examples: Path, tmp_path: Path) -> None:
+    tasks = plan(tiny, examples, tmp_path, methods=["prefix", " lora", "prefix"], rates=["lora=5e-4"], steps=7)
+    assert [task.subject for task in tasks] == ["base", "prefix", "lora"]
+    assert [task.learning_rate for task in tasks] == [None, None, 5e-4]
+    assert {task.steps for task in tasks} == {7} and {task.seed for task in tasks} == {3}
+    assert len({task.folder for task in tasks}) == 3
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "words"),
+    [
+        ({"methods": ["lora", "lorra"]}, InvalidRequest, "no method 'lorra'; there are full, lora"),
+        ({"rates": ["lora"]}, InvalidRequest, "'lora' gives no method a learning rate"),
+        ({"rates": ["lora=fast"]}, InvalidRequest, "'lora=fast' gives"),
+        ({"rates": ["lora=0"]}, InvalidRequest, "'lora=0' gives"),
+        ({"rates": ["dora=1e-3"]}, InvalidRequest, "names 'dora', which --methods leaves out"),
+        ({"batch_size": 5000}, InvalidRequest, "batch_size"),
+        ({"base": "nowhere"}, Exception, "no base 'nowhere'"),
+    ],
+)
+def test_a_plan_is_checked_before_anything_runs(
+    said, error: type[Exception], words: str, tiny: Path, examples: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=words.replace("(", r"\(")):
+        plan(tiny, examples, tmp_path, **said)
+
+
+def test_bad_data_are_refused_with_their_line(tiny: Path, examples: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "test.jsonl"
+    bad.write_text((examples / "test.jsonl").read_text() + "{}\n")
+    with pytest.raises(DatasetInvalid, match=r"test\.jsonl, line 5"):
+        plan(tiny, examples, tmp_path, test=bad)
