@@ -112,8 +112,9 @@ def merge(
         wanted = _log_probabilities(tuned.get_base_model(), chosen)
         if quantized and into == "original":
             tuned = unmerged(_served(replace(base, quantization="none")), adapter)
-        model = _merged(tuned).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
-        divergence = _compare(wanted, _log_probabilities(model.float(), chosen), len(chosen))
+        precision = torch.bfloat16 if dtype == "bf16" else torch.float32
+        model = _cast(_cast(_merged(tuned), precision), torch.float32)  # rounded, to be measured as it is written
+        divergence = _compare(wanted, _log_probabilities(model, chosen), len(chosen))
         if divergence.kl > max_kl and not force:
             raise Conflict(
                 f"Merged, {name} says something else: {divergence.kl:.3g} nats a token from the unmerged adapter, over "
@@ -131,14 +132,21 @@ def merge(
             max_kl=max_kl,
             divergence=divergence,
         )
-        write_whole(model.to(torch.bfloat16 if dtype == "bf16" else torch.float32), base.folder, folder)
+        write_whole(_cast(model, precision), base.folder, folder)
         (folder / REPORT_FILE).write_text(report.model_dump_json(indent=1))
     return report
 
 
 def _served(base: Base) -> PreTrainedModel:
     """The base with the values that it is served with, to compute with in float32."""
-    return load_for_training(base, torch.bfloat16).float()
+    return _cast(load_for_training(base, torch.bfloat16), torch.float32)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its weights in `dtype`; `to` would round the rotary embedding's frequencies, too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def unmerged(model: PreTrainedModel, adapter: Path) -> PeftModel:
@@ -162,7 +170,7 @@ def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
         AdapterInvalid: PEFT can't read the adapter, or it doesn't fit the base.
     """
     dtype = model.dtype
-    return _merged(unmerged(model.float(), adapter)).to(dtype)
+    return _cast(_merged(unmerged(_cast(model, torch.float32), adapter)), dtype)
 
 
 def _merged(tuned: PeftModel) -> PreTrainedModel:

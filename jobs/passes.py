@@ -9,14 +9,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from loramill.bases import SERVED
 from loramill.chat import EncodedExample
 from loramill.errors import OutOfMemory
+from loramill.jobs import attention
 from loramill.jobs.batches import Rows, pack, pad
+from loramill.jobs.loss import cross_entropy
+from loramill.jobs.norm import rms_norm
 
 #: Up to this many tokens a row, plain matrix products beat torch's fused attention on a CPU (1.3x a step).
 EAGER_TOKENS = 512
@@ -36,17 +40,19 @@ def losses(
 
     Returns:
         The sums of weight / total times the cross-entropy in nats (float32, with a gradient), and times 1 where the
-        token is the likeliest one (float64): scalars on the base's device.
+        token is the likeliest one: float32 scalars on the base's device.
     """
     rows = pack(examples) if packing else pad(examples)
-    labels, weights = rows.labels.to(base.device), (rows.weights / total).to(base.device)
-    logits = predictions(model, base, rows)
-    loss = (cross_entropy(logits, labels, reduction="none") * weights.float()).sum()
-    return loss, (logits.detach().argmax(-1) == labels).double() @ weights
+    weights = (rows.weights / total).float()
+    return cross_entropy(_logits(model, base, rows), rows.labels.to(base.device), weights.to(base.device))
 
 
 def predictions(model: Callable[..., Any], base: PreTrainedModel, rows: Rows) -> torch.Tensor:
     """The logits of the supervised tokens alone, float32 [S, vocabulary]; `model` and `base` as for `losses`."""
+    return _logits(model, base, rows).float()
+
+
+def _logits(model: Callable[..., Any], base: PreTrainedModel, rows: Rows) -> torch.Tensor:
     mask = torch.zeros(rows.sees.shape, dtype=base.dtype).masked_fill(~rows.sees, -math.inf)
     with _head_of(base, rows.predicting.to(base.device)):
         output = model(
@@ -56,27 +62,42 @@ def predictions(model: Callable[..., Any], base: PreTrainedModel, rows: Rows) ->
             use_cache=False,
         )
     logits: torch.Tensor = output.logits
-    return logits.float()
+    return logits
 
 
 @contextmanager
 def prepared(model: PreTrainedModel, longest: int, *, checkpointing: bool) -> Iterator[None]:
-    """Makes `model` attend in the way that is fastest for rows of `longest` tokens; afterwards it is as before.
+    """Makes `model` compute in the way that is fastest for rows of `longest` tokens; afterwards it is as before.
 
     Args:
         checkpointing: whether a layer's activations are computed again in the backward pass, not kept: the same
             gradients to the bit, dropout included.
     """
+    known = type(model).__name__ in SERVED
     with ExitStack() as stack:
         if model.device.type == "cpu" and longest <= EAGER_TOKENS:
             stack.callback(model.set_attn_implementation, model.config._attn_implementation)
-            model.set_attn_implementation("eager")
-        if checkpointing:
-            for layer in (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)):
+            model.set_attn_implementation(attention.NAME if known else "eager")
+        for module in model.modules():
+            if known and _is_frozen_norm(module):
+                _replace_forward(module, partial(rms_norm, module), stack)
+            if checkpointing and isinstance(module, GradientCheckpointingLayer):
                 # transformers' own switch works in train mode alone, which turns on the base's dropout
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-                stack.callback(layer.__delattr__, "forward")
+                _replace_forward(module, partial(checkpoint, module.forward, use_reentrant=False), stack)
         yield
+
+
+def _is_frozen_norm(module: nn.Module) -> bool:
+    return (
+        type(module).__name__.endswith("RMSNorm")
+        and module.weight.device.type == "cpu"
+        and not module.weight.requires_grad
+    )
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Any], stack: ExitStack) -> None:
+    module.forward = forward
+    stack.callback(module.__delattr__, "forward")
 
 
 @contextmanager

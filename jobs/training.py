@@ -260,8 +260,9 @@ class _Run:
         loss, accuracy = self._over(self._valid, learning=False)
         if not math.isfinite(loss):
             raise self._diverged(f"validation loss {loss}", [])
-        better = now.best_loss is None or loss < now.best_loss
-        stale = 0 if better else now.stale + 1
+        settled = now.step >= self._tuned.settled
+        better = settled and (now.best_loss is None or loss < now.best_loss)
+        stale = 0 if better or not settled else now.stale + 1
         return replace(
             now,
             figures={**(now.figures or {}), "valid_loss": loss, "valid_accuracy": accuracy},
@@ -288,7 +289,7 @@ class _Run:
                 loss, correct = losses(self._tuned.model, self._model, group, total, packing=spec.packing)
                 if learning:
                     self._update.backward(loss * counts, last=number == len(shares))
-                sums += torch.stack([loss.detach().double(), correct]) * counts
+                sums += torch.stack([loss.detach(), correct]).double() * counts
             if learning and us.rank == 0 and (penalty := self._tuned.penalty()) is not None:
                 self._update.backward(penalty, last=True)
         return sums[0].item(), sums[1].item()

@@ -127,6 +127,13 @@ class _Part:
         own = whole[self.rows[0]] if len(self.rows) == 1 else torch.cat([whole[rows] for rows in self.rows])
         return own.to(dtype)
 
+    def add_product(self, whole: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Adds left @ right to its rows of `whole`, in one go where these are one run of the same dtype."""
+        if len(self.rows) == 1 and whole.dtype == left.dtype:
+            whole[self.rows[0]].addmm_(left, right)
+        else:
+            self.add(whole, left @ right)
+
     def add(self, whole: torch.Tensor, own: torch.Tensor) -> None:
         """Adds to its rows of `whole`, rounding once where that has the narrower dtype."""
         pieces = torch.split(own, [rows.stop - rows.start for rows in self.rows])
@@ -166,7 +173,7 @@ class _GroupedLora(torch.autograd.Function):
             for part, a, b in zip(parts, weights[::2], weights[1::2], strict=True):
                 own = part.take(x, a.dtype)
                 h = (_thinned(own, part.kept(len(own), x.shape[1], x.device)) @ a.T).mul_(part.scale)
-                part.add(y, h @ b.T)
+                part.add_product(y, h, b.T)
                 saved += (a, b, h)
         ctx.save_for_backward(*saved)
         return y
@@ -190,8 +197,10 @@ class _GroupedLora(torch.autograd.Function):
                     kept = part.kept(len(dh), a.shape[1], a.device)
                     if needs_a:
                         da = dh.T @ _thinned(part.take(x, a.dtype), kept)
-                    if dx is not None:
-                        part.add(dx, _thinned(dh @ a, kept))
+                    if dx is not None and kept is None:
+                        part.add_product(dx, dh, a)
+                    elif dx is not None:
+                        part.add(dx, dh @ a * kept)
                 grads += (da, db)
         return (dx, None, None, None, None, *grads)
 

@@ -31,7 +31,7 @@ _PATIENCE = 60.0
 
 _PAGE = 100
 #: Jobs of one request: their files are tokenized while it is waited for.
-_BATCH = 50
+_BATCH = 100
 _JOBS = "/v1/fine_tuning/jobs"
 
 
@@ -145,8 +145,9 @@ class FineTuning:
         requests = self._upload_all(entries, name, tell)
         _refuse_repeated(entries, requests)
         parts = [(entries[i : i + _BATCH], requests[i : i + _BATCH]) for i in range(0, len(entries), _BATCH)]
-        checked = [self._send_batch(*part, check_only=True, retry=retry) for part in _each(parts, "checking", tell)]
-        refuse([problem for problems, _ in checked for problem in problems])
+        if len(parts) > 1:  # one request is all or nothing by itself
+            checked = [self._send_batch(*part, check_only=True, retry=retry) for part in _each(parts, "checking", tell)]
+            refuse([problem for problems, _ in checked for problem in problems])
         submitted: list[Submitted] = []
         for part in _each(parts, "submitting", tell):
             problems, done = self._send_batch(*part, check_only=False, retry=retry)

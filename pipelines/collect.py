@@ -31,7 +31,8 @@ def collect(
     """Makes the night's datasets and says what to train: `{spec, champion, slices: {name: dataset}}`.
 
     Training sees the new examples and a replay of old ones. Two slices are held out: `before`, what the
-    champion was judged by, and `new`, the new data's own. The challenger's validation set is both.
+    champion was judged by, and `new`, the new data's own. The challenger's validation set is both. Old data that
+    its tenant has deleted is left out.
     """
     champion = adapters.get(session, name).champion
     origin = adapters.version(session, champion).job if champion else None
@@ -49,10 +50,12 @@ def collect(
     new_valid = [row for dataset in new_data.valid for row in rows(dataset)]
     if not new_valid:
         new, new_valid = hold_out(new)
-    before = rows(old.valid) if old else []
-    train = freeze("train", new + sample(rows(old.train) if old else [], REPLAY))
+    there = datasets.counts(session, filter(None, (old.train, old.valid))) if old else {}
+    known, judge = (file if file in there else None for file in ((old.train, old.valid) if old else (None, None)))
+    before = rows(judge)
+    train = freeze("train", new + sample(rows(known), REPLAY))
     valid = freeze("valid", before + new_valid)
-    slices = {"new": freeze("new", new_valid).id} | ({"before": old.valid} if old and old.valid else {})
+    slices = {"new": freeze("new", new_valid).id} | ({"before": judge} if judge else {})
     spec = next_spec(old, champion, train, valid) if old and champion else first_spec(name, train, valid, base)
     return {"spec": spec.model_dump(mode="json"), "champion": champion, "slices": slices}
 

@@ -113,7 +113,7 @@ def predicted(case: Case, device: Device) -> Need:
         spec,
         anatomy(read_config(str(base.folder))),
         case.quantization,
-        row_of(spec, [case.length] * _EXAMPLES, case.learnt),
+        row_of(spec, [case.length] * _EXAMPLES, case.learnt, alike=False),
         device,
         4 if case.dtype == "float32" else 2,
     )
@@ -142,7 +142,7 @@ def main(case: Case) -> str:
     torch.set_num_threads(1)
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     base = find_base(NAME, Settings.load().cache, case.quantization)
-    model = load_for_training(base, getattr(torch, case.dtype)).to(device)
+    model = load_for_training(base, getattr(torch, case.dtype), packed=device == "cuda").to(device)
     draw = random.Random(0)
     examples = [
         EncodedExample(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from loramill.bases import Base
 from loramill.chat import EncodedExample
@@ -63,6 +63,7 @@ class Rival(TrainerCallback):
             optimizers=(optimizer, rates),
             callbacks=[self],
         )
+        self._trainer.remove_callback(PrinterCallback)
         self._asked, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._ending, self._loss = False, 0.0
         self._failed: Exception | None = None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -12,14 +14,16 @@ from transformers import PreTrainedModel
 from loramill.errors import AdapterInvalid
 from loramill.jobs.methods import peft_folder
 from loramill.jobs.methods.adalora import adalora_files, adalora_layers, allocator, start_adalora
-from loramill.jobs.methods.layers import DoraLinear, LoraLinear, inserted
+from loramill.jobs.methods.layers import LoraLinear, inserted
 from loramill.jobs.methods.lora import dora_layers, lora_files, lora_layers, rates, start_lora
 from loramill.jobs.methods.places import Place, places
-from loramill.jobs.methods.residual import ResidualLinear, loftq_layers, pissa_files, pissa_layers, start_pissa
+from loramill.jobs.methods.residual import loftq_layers, pissa_files, pissa_layers, start_pissa
 from loramill.jobs.methods.tuned import Tuned
 from loramill.types import JobSpec
 
 __all__ = ["Tuned", "adapter_files", "attached", "start"]
+
+_Tensor = TypeVar("_Tensor", bound=torch.Tensor)
 
 _STARTS = {"adalora": start_adalora, "pissa": start_pissa}
 _FILES = {"adalora": adalora_files, "pissa": pissa_files}
@@ -82,45 +86,34 @@ def _layers(model: PreTrainedModel, found: list[Place], spec: JobSpec, folder: P
 
 
 def _tuned(model: PreTrainedModel, layers: Mapping[str, LoraLinear], spec: JobSpec) -> Tuned:
-    named = {
-        peft_folder.tensor_name(name, part): parameter
-        for name, layer in layers.items()
-        for part, parameter in layer.trained().items()
-    }
-    weights = dict(sorted(named.items()))
-    if spec.method == "adalora":
-        ranks = allocator(spec, weights)
-        return Tuned(
-            model=model,
-            weights=weights,
-            set_dropout=lambda on: _set_dropout(layers, on),
-            rates=rates(spec, weights),
-            state=ranks.state,
-            penalty=ranks.penalty,
-            after_step=ranks.after_step,
-        )
-    kept = {
-        peft_folder.tensor_name(name, part): tensor
-        for name, layer in layers.items()
-        if isinstance(layer, ResidualLinear)
-        for part, tensor in layer.kept().items()
-    }
-    return Tuned(
+    weights = _named({name: layer.trained() for name, layer in layers.items()})
+    tuned = Tuned(
         model=model,
         weights=weights,
         set_dropout=lambda on: _set_dropout(layers, on),
         rates=rates(spec, weights),
-        state=kept,
+        state=_named({name: layer.kept() for name, layer in layers.items()}),
         after_step=lambda step: _forget(layers),
     )
+    if spec.method != "adalora":
+        return tuned
+    ranks = allocator(spec, weights)
+    return replace(tuned, state=ranks.state, penalty=ranks.penalty, after_step=ranks.after_step, settled=ranks.settled)
 
 
-def _forget(layers: Mapping[str, LoraLinear]) -> None:
-    for layer in layers.values():
-        if isinstance(layer, DoraLinear):
-            layer.forget()
+def _named(parts: Mapping[str, Mapping[str, _Tensor]]) -> dict[str, _Tensor]:
+    """Tensors of modules under their whole names, sorted."""
+    pairs = (
+        (peft_folder.tensor_name(module, part), tensor) for module, own in parts.items() for part, tensor in own.items()
+    )
+    return dict(sorted(pairs))
 
 
 def _set_dropout(layers: Mapping[str, LoraLinear], on: bool) -> None:
     for layer in layers.values():
         layer.dropping = on
+
+
+def _forget(layers: Mapping[str, LoraLinear]) -> None:
+    for layer in layers.values():
+        layer.forget()

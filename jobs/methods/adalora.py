@@ -87,10 +87,15 @@ class Allocator:
     weights: Mapping[str, nn.Parameter]
     state: Mapping[str, torch.Tensor]
 
+    @property
+    def settled(self) -> int:
+        """The first step after which no more than the job's rank is alive in the mean."""
+        return math.ceil(END * self.spec.steps)
+
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Notes the importances and prunes; to be called with gradients, after the update of step `step` (from 1)."""
-        if step < END * self.spec.steps:
+        if step == 1 or step < END * self.spec.steps:
             self._observe()
         if step > BEGIN * self.spec.steps:
             self._prune(budget(self.spec, step) * len(self._modules))

@@ -45,6 +45,16 @@ class LoraLinear(nn.Module):
         """The parameters under the ends of their names in PEFT's files."""
         return {"lora_A.weight": self.a, "lora_B.weight": self.b}
 
+    def kept(self) -> dict[str, torch.Tensor]:
+        """What else a checkpoint has to hold, under the ends of its names there."""
+        return {}
+
+    def forget(self) -> None:
+        """Drops what was worked out of the weights: to be called after an optimizer's step.
+
+        Torch's fused optimizers leave no trace in the weights' versions, by which it could be known.
+        """
+
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The matrices that x meets: A and B."""
         return self.a, self.b
@@ -66,7 +76,7 @@ class LoraLinear(nn.Module):
 class DoraLinear(LoraLinear):
     """y = m / |W + scale B A| (W x + scale B A x), the norm a row's (Liu et al. 2024, 2402.09353, equation 5).
 
-    The norm is taken for a constant in the backward pass (section 4.3), and worked out once a step: `forget` it after.
+    The norm is taken for a constant in the backward pass (section 4.3), and worked out once a step.
     """
 
     def __init__(self, place: Place, a: torch.Tensor, b: torch.Tensor, dropout: float) -> None:
@@ -86,7 +96,7 @@ class DoraLinear(LoraLinear):
         return y if bias is None else y + bias
 
     def forget(self) -> None:
-        """To be called after an optimizer's step: torch's fused ones leave no trace in the weights' versions."""
+        """Drops the norms."""
         self._lengths = None
 
     @torch.no_grad()

@@ -48,7 +48,7 @@ class ResidualLinear(LoraLinear):
         self.register_buffer("b0", b)
 
     def kept(self) -> dict[str, torch.Tensor]:
-        """What isn't trained, under the ends of its names in a checkpoint."""
+        """The half that isn't trained."""
         return {A0: self.a0, B0: self.b0}
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,7 +32,9 @@ class Tuned:
         state: other tensors that training changes, in place, and that a checkpoint has to hold (AdaLoRA's importances).
         penalty: what is added to a step's mean loss, with a gradient; None: nothing (AdaLoRA's orthogonality).
         update: what changes the weights; None: AdamW where the model is.
-        after_step: called with the number of steps done, after each optimizer step and before gradients are cleared.
+        after_step: called with the number of steps done, after each optimizer step and before gradients are cleared
+            (AdaLoRA prunes; DoRA's norms are out of date).
+        settled: the first step whose weights may be the best and end the job early (AdaLoRA's ranks are pruned then).
     """
 
     model: nn.Module
@@ -43,3 +45,4 @@ class Tuned:
     penalty: Callable[[], torch.Tensor | None] = no_penalty
     update: Update | None = None
     after_step: Callable[[int], None] = nothing_after
+    settled: int = 0

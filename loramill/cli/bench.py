@@ -72,6 +72,26 @@ def engine(only: Only = "", json: Json = None, check: Check = False, record: Rec
 
 
 @bench.command()
+def train(only: Only = "", json: Json = None, check: Check = False, record: Record = False) -> None:
+    """Measure training and the queue on the built-in base and one thread, about fifteen minutes, against their targets.
+
+    The rival of a job's speed is PEFT with transformers' Trainer; of what sizing foretells, the memory that is used.
+    """
+    from loramill.bases import find_base
+    from loramill.jobs.bench.train import RIVALS, run
+    from loramill.kernels.bench.record import append, results_file
+    from loramill.settings import Settings
+    from loramill.smollm2 import NAME
+
+    file = results_file(Path.cwd()) if record else None
+    results = run(find_base(NAME, Settings.load().cache), only, _report)
+    _show(results, json)
+    if file is not None:
+        append(file, results, "cpu", RIVALS)
+    _judge(results, check)
+
+
+@bench.command()
 def soak(
     minutes: Annotated[float, typer.Option(min=0.01, help="Of requests.")] = 30.0,
     seed: Annotated[int, typer.Option(help="Of the requests; when they come depends on the machine.")] = 0,

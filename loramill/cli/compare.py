@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from loramill.cli import show
 
-Task = Any  # of loramill.pipelines.compare, to which the door opens only inside functions
-Stage = Any
+Stage = Any  # of loramill.pipelines.compare, to which the door opens only inside functions
 
 METHODS = "full,lora,qlora,dora,adalora,prefix,bottleneck"
 
@@ -55,8 +54,7 @@ def compare(
     Each method runs in a process of its own, one after another. Exits with 1 if one failed, after the others' results.
     """
     from loramill.pipelines.compare.chart import draw
-    from loramill.pipelines.compare.run import plan, run
-    from loramill.pipelines.compare.values import Comparison
+    from loramill.pipelines.compare.run import compare_all, plan
     from loramill.settings import Settings
 
     settings = Settings.load()
@@ -77,23 +75,13 @@ def compare(
                 rank=rank,
                 seed=seed,
             )
-        with _progress(tasks) as report:
-            rows = [run(task, report(task)) for task in tasks]
-    comparison = Comparison(
-        base=tasks[0].base,
-        device=tasks[0].device,
-        threads=tasks[0].threads,
-        seed=seed,
-        train=str(train),
-        test=str(test),
-        rows=tuple(rows),
-    )
+        comparison = compare_all(tasks, _progress)
     if json is not None:
         json.write_text(comparison.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    if chart is not None and any(row.training for row in rows):
+    if chart is not None and any(row.training for row in comparison.rows):
         draw(comparison, chart)
     _show(comparison)
-    if any(row.error for row in rows):
+    if any(row.error for row in comparison.rows):
         raise typer.Exit(1)
 
 
@@ -120,28 +108,19 @@ def _check_writable(*files: Path | None) -> None:
 
 
 @contextmanager
-def _progress(tasks: Sequence[Task]) -> Iterator[Callable[[Task], Callable[[Stage], None]]]:
-    """A line a task; yields what makes the hearer of a task's stages."""
-    from loramill.pipelines.compare.values import TITLES
-
+def _progress(title: str) -> Iterator[Callable[[Stage], None]]:
+    """A line for one method; yields what hears its stages."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description:<20}"),
         BarColumn(),
         TextColumn("{task.fields[stage]}"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=show.screen(stderr=True), redirect_stdout=False) as progress:
-        lines = {
-            task.subject: progress.add_task(TITLES[task.subject], start=False, total=None, stage="") for task in tasks
-        }
+        line = progress.add_task(title, total=None, stage="")
 
-        def report(task: Task) -> Callable[[Stage], None]:
-            line = lines[task.subject]
-            progress.start_task(line)
+        def hear(stage: Stage) -> None:
+            progress.update(line, stage=stage.name, completed=stage.done, total=stage.total)
 
-            def hear(stage: Stage) -> None:
-                progress.update(line, stage=stage.name, completed=stage.done, total=stage.total)
-
-            return hear
-
-        yield report
+        yield hear
+        progress.update(line, stage="done", completed=1, total=1)

@@ -102,6 +102,7 @@ def _question(said: dict[str, Any]) -> tuple[Question, bool]:
         pool=pool,
         open=frozenset(FREE) - spec.model_fields_set,
         learnt=float(said.get("answers", 1.0)),
+        alike=False,
     )
     return question, pool.bytes > 0
 
@@ -118,7 +119,7 @@ def _spec(said: dict[str, Any], context: int, settings: Settings) -> tuple[JobSp
         asked = Hyperparameters(batch_size=said.get("batch_size", BATCH_SIZE))
     except ValidationError as error:
         problem = error.errors()[0]
-        field = ".".join(map(str, problem["loc"]))
+        field = str(problem["loc"][0])
         raise InvalidRequest(f"'{field}': {problem['msg']}.", param=field) from error
     spec = resolve_spec(
         base="0" * 64,

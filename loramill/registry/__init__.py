@@ -32,6 +32,7 @@ class Registry:
 
     def __init__(self, engine: Engine, artifacts: ArtifactStore) -> None:
         self._engine = engine
+        self._reading, self._writing = for_reading(engine), for_writing(engine)
         self.artifacts = artifacts
 
     @classmethod
@@ -60,7 +61,7 @@ class Registry:
         Raises:
             DatabaseUnusable, Unavailable: the database failed meanwhile.
         """
-        with explained(self._engine.url), Session(for_reading(self._engine)) as session:
+        with explained(self._engine.url), Session(self._reading) as session:
             yield session
 
     @contextmanager
@@ -70,7 +71,7 @@ class Registry:
         Raises:
             DatabaseUnusable, DiskFull, Unavailable: the database failed meanwhile; nothing was written.
         """
-        with explained(self._engine.url), Session(for_writing(self._engine)) as session, session.begin():
+        with explained(self._engine.url), Session(self._writing) as session, session.begin():
             yield session
 
     def sweep(self, older_than: float) -> int:

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from loramill.errors import Conflict, NotFound
-from loramill.registry import datasets, shares, tenants, transitions
+from loramill.registry import datasets, shares, transitions
 from loramill.registry.leases import fail, heartbeat, lease, publish, release, settle_lost
 from loramill.registry.pages import newest
 from loramill.registry.queue import count_open
@@ -60,13 +60,11 @@ def submit(
         QuotaExceeded: the tenant has as many jobs waiting as it may have.
     """
     tenant = spec.adapter_name.tenant
-    tenants.get(session, tenant)
+    shares.admit(session, tenant)
     for dataset in filter(None, (spec.train, spec.valid)):
         datasets.get(session, dataset, tenant)
     if spec.start_from is not None:
         _check_start(session, tenant, spec.start_from)
-    shares.admit(session, tenant)
-    shares.lift(session, tenant)
     row = JobRow(
         id=f"ftjob-{secrets.token_hex(12)}",
         tenant=tenant,
@@ -164,7 +162,7 @@ def resume(session: Session, job_id: str) -> JobRecord:
     """
     row = transitions.locked(session, job_id)
     if row.status is JobStatus.PAUSED:
-        shares.lift(session, row.tenant)
+        shares.rejoin(session, row.tenant)
         transitions.stop(session, row, JobStatus.QUEUED)
     elif row.status is JobStatus.RUNNING and row.asked == "pause":
         row.asked = None

@@ -7,10 +7,10 @@ least of those with open jobs, so that nobody saves up a claim to the whole pool
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, Exists, exists, func, select, update
+from sqlalchemy import ColumnElement, Exists, bindparam, exists, func, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from loramill.errors import QuotaExceeded
+from loramill.errors import NotFound, QuotaExceeded
 from loramill.registry.tables import JobRow, TenantRow
 from loramill.types import JobStatus
 
@@ -29,27 +29,34 @@ def settle(session: Session, job: JobRow) -> None:
 
 
 def admit(session: Session, tenant: str) -> None:
-    """Makes sure that the tenant may have one more job waiting.
+    """Makes room in the queue for one more of the tenant's jobs, and lifts a tenant that had none open.
 
     Raises:
-        QuotaExceeded: it has as many as its quota allows.
+        NotFound: there is no such tenant.
+        QuotaExceeded: it has as many jobs waiting as its quota allows.
     """
     # Held until the job is there: of two that submit at once, the second counts the first one's.
-    limit = session.scalar(select(TenantRow.max_queued).where(TenantRow.name == tenant).with_for_update())
-    if limit is None:
-        return
-    waiting = session.scalar(select(func.count()).where(JobRow.tenant == tenant, JobRow.status.in_(WAITING))) or 0
-    if waiting >= limit:
-        raise QuotaExceeded(
-            f"'{tenant}' has {waiting} jobs waiting and may have {limit}: submit again when some have started, cancel "
-            "one, or ask an admin for a larger quota."
-        )
+    found = session.execute(_TENANT, {"tenant": tenant}).one_or_none()
+    if found is None:
+        raise NotFound(f"There is no tenant '{tenant}'.", param="tenant")
+    if found.max_queued is not None:
+        waiting = session.scalar(select(func.count()).where(JobRow.tenant == tenant, JobRow.status.in_(WAITING))) or 0
+        if waiting >= found.max_queued:
+            raise QuotaExceeded(
+                f"'{tenant}' has {waiting} jobs waiting and may have {found.max_queued}: submit again when some have "
+                "started, cancel one, or ask an admin for a larger quota."
+            )
+    if not found.busy:
+        _lift(session, tenant)
 
 
-def lift(session: Session, tenant: str) -> None:
-    """Lifts a tenant without open jobs to the least of those that have some; call it before it has one."""
-    if session.scalar(select(_open_jobs(tenant))):
-        return
+def rejoin(session: Session, tenant: str) -> None:
+    """Lifts a tenant, one of whose jobs goes on, if it has no open one."""
+    if not session.execute(_TENANT, {"tenant": tenant}).one().busy:
+        _lift(session, tenant)
+
+
+def _lift(session: Session, tenant: str) -> None:
     least = session.scalar(select(func.min(TenantRow.served)).where(_open_jobs(TenantRow.name)))
     if least is not None:
         session.execute(
@@ -58,8 +65,15 @@ def lift(session: Session, tenant: str) -> None:
         )
 
 
-def _open_jobs(tenant: str | ColumnElement[str] | InstrumentedAttribute[str]) -> Exists:
+def _open_jobs(tenant: ColumnElement[str] | InstrumentedAttribute[str]) -> Exists:
     return exists().where(JobRow.tenant == tenant, JobRow.status.in_(OPEN))
+
+
+_TENANT = (
+    select(TenantRow.max_queued, _open_jobs(TenantRow.name).label("busy"))
+    .where(TenantRow.name == bindparam("tenant"))
+    .with_for_update(of=TenantRow)
+)
 
 
 def _add(session: Session, job: JobRow, tokens: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -147,12 +148,12 @@ def llama_of(parameters: float) -> dict[str, Any]:
     That is heads of 128, a width of 128 times the layers, an MLP of 8/3 of the width, 32,000 words, and no sharing of
     keys and values, which asks for more memory than sharing them.
     """
-    configs = (_llama(hidden) for hidden in range(256, 65536, 128))
-    return min(configs, key=lambda config: abs(anatomy(config).parameters - parameters))
+    heads = bisect_left(range(1, 512), parameters, key=lambda heads: anatomy(_llama(heads)).parameters) + 1
+    return min(_llama(max(1, heads - 1)), _llama(heads), key=lambda each: abs(anatomy(each).parameters - parameters))
 
 
-def _llama(hidden: int) -> dict[str, Any]:
-    heads = hidden // 128
+def _llama(heads: int) -> dict[str, Any]:
+    hidden = 128 * heads
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -162,7 +163,7 @@ def _llama(hidden: int) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "vocab_size": 32000,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 131072,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loramill.sizing.anatomy import Anatomy
-from loramill.sizing.need import Device, Item, Need, Row, activations, composed, logits_of
+from loramill.sizing.need import Device, Item, Need, Row, activations, composed, logits_of, scratch
 from loramill.sizing.places import Tuning
 from loramill.types import JobSpec
 
@@ -19,7 +19,7 @@ def need_full(spec: JobSpec, base: Anatomy, row: Row, device: Device) -> Need:
     offload = spec.offload if device == "cuda" else "none"
     held = min(count, _LIVE) if offload == "all" else count
     passing = count if offload == "none" else min(count, max(_BUCKET, base.embedding))
-    logits = logits_of(base, row)
+    logits, everything = logits_of(base, row), _everything(base)
     needed = composed(
         device,
         [
@@ -28,8 +28,9 @@ def need_full(spec: JobSpec, base: Anatomy, row: Row, device: Device) -> Need:
         ],
         [
             Item("gradients", _GRADIENT * passing, "in fp32"),
-            activations(spec, base, _everything(base), row, device, logits),
+            activations(spec, base, everything, row, device),
             logits,
+            scratch(spec, base, everything, row, device, logits),
         ],
         written=_OPTIMIZER * count,
     )

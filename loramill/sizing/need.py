@@ -21,6 +21,18 @@ Device = Literal["cpu", "cuda"]
 #: (Dettmers et al. 2023, QLoRA, section 3, double quantization).
 NF4_BYTES = 4 / 8 + 1 / 64 + 4 / (64 * 256)
 
+#: What a process with torch and transformers takes before it has a tensor, and after its first step.
+_PROCESS = 605 * 10**6
+#: The CUDA context with its libraries, and cuBLAS's workspace, which torch counts among the tensors.
+_CONTEXT, _CUBLAS = 700 * 2**20, 32 * 2**20
+
+#: What glibc's malloc can't reuse between tensors that stay: parts of the activations and of the logits, as measured
+#: (`loramill bench train --only memory`) after a few passes with its own thresholds, which grow to 32 MiB.
+_TORN_ACTIVATIONS, _TORN_LOGITS = 0.33, 0.25
+
+#: Copies that safetensors makes of a checkpoint: of each tensor, of all in Rust, and of that in Python.
+_COPIES = 3
+
 #: Up to this many tokens, training on a CPU attends by plain matrix products.
 EAGER_TOKENS = 512
 
@@ -67,24 +79,25 @@ class Need:
 
     @property
     def tensors(self) -> int:
-        """Without the framework's floor: on a GPU, what torch.cuda.max_memory_allocated tells."""
-        return sum(item.bytes for item in self.items if item.name != "framework")
+        """Those of torch alone: on a GPU what torch.cuda.max_memory_allocated tells."""
+        return sum(item.bytes for item in self.items if item.name not in ("framework", "fragments"))
 
 
-def row_of(spec: JobSpec, lengths: Sequence[int], learnt: float = 1.0) -> Row:
+def row_of(spec: JobSpec, lengths: Sequence[int], learnt: float = 1.0, *, alike: bool = True) -> Row:
     """The largest row that a step may have.
 
     Args:
         spec: its micro_tokens, batch_size, packing and max_length count.
         lengths: tokens of the examples; nothing is longer than max_length.
         learnt: the largest share of a row's tokens that have a loss.
+        alike: whether examples may begin with the same tokens, which a packed row has once, and so holds more of them.
     """
     cut = sorted((min(length, spec.max_length) for length in lengths), reverse=True) or [spec.max_length]
     longest, shortest = cut[0], cut[-1]
     step = sum(cut[place % len(cut)] for place in range(spec.batch_size))
     # A packed row is closed once it has its tokens, so the last example may stand out by all but one.
     tokens = spec.micro_tokens + longest - 1 if spec.packing else max(spec.micro_tokens, longest)
-    if longest == shortest:
+    if longest == shortest and not alike:
         tokens -= tokens % longest
     tokens = max(longest, min(tokens, step if spec.packing else longest * spec.batch_size))
     return Row(
@@ -124,96 +137,120 @@ def need(
         ],
         [
             Item("gradients", 4 * tuned.gradients, "in fp32"),
-            activations(spec, base, tuned, row, device, logits, dtype_bytes),
+            activations(spec, base, tuned, row, device, dtype_bytes),
             logits,
-            Item("scratch", _scratch(base, quantization, device), "weights that are dequantised for a product"),
+            scratch(spec, base, tuned, row, device, logits, quantization, dtype_bytes),
         ],
-        written=(12 + 4 * tuned.state) * tuned.weights,
+        written=(12 + 4 * tuned.state) * tuned.weights + 4 * tuned.fixed,
+        converted=2 * base.parameters if dtype_bytes == 4 else 0,
     )
 
 
-def composed(device: Device, kept: Sequence[Item], passing: Sequence[Item], written: int) -> Need:
-    """What is kept all the time, and what a pass or the writing of a checkpoint of `written` bytes needs besides."""
-    # safetensors makes bytes of each tensor, and then one of them all.
-    writing = 2 * written - sum(item.bytes for item in passing) if device == "cpu" else 0
-    items = [framework(device), *kept, *passing, Item("checkpoint", max(0, writing), "while it is written")]
+def composed(device: Device, kept: Sequence[Item], passing: Sequence[Item], written: int, converted: int = 0) -> Need:
+    """What is kept all the time, and what a pass or, on a CPU, the writing of a checkpoint needs besides.
+
+    Args:
+        written: bytes of a checkpoint.
+        converted: bytes of a base's file that went through memory when its weights were made another dtype.
+    """
+    items = [framework(device), *kept, *passing]
+    if device == "cpu":
+        sizes = {item.name: item.bytes for item in passing}
+        torn = converted + round(_TORN_ACTIVATIONS * sizes["activations"] + _TORN_LOGITS * sizes["logits"])
+        writing = max(0, _COPIES * written - sum(sizes.values()))
+        items += [
+            Item("fragments", torn, "of freed memory that malloc can't reuse"),
+            Item("checkpoint", writing, "while it is written"),
+        ]
     return Need(tuple(item for item in items if item.bytes))
 
 
 def framework(device: Device) -> Item:
     """What is there before any tensor."""
     if device == "cpu":
-        return Item("framework", 600 * 2**20, "the process with its libraries")
-    return Item("framework", 700 * 2**20, "the CUDA context and its libraries")
+        return Item("framework", _PROCESS, "the process with its libraries")
+    return Item("framework", _CONTEXT, "the CUDA context with its libraries")
 
 
 def base_bytes(base: Anatomy, quantization: Quantization, device: Device, dtype_bytes: int = 2) -> int:
-    """The base's weights as training keeps them: NF4 packed on a GPU, all else as dense values."""
+    """The base's weights as training keeps them.
+
+    NF4 is packed on a GPU. A CPU has the rounded values as dense ones, beside the file's, which stay mapped.
+    """
     weights = sum(linear.weights for linear in base.linears)
-    each = NF4_BYTES if quantization == "nf4" and device == "cuda" else dtype_bytes
-    return round(weights * each + (base.embedding + base.rest) * dtype_bytes)
+    whole = base.parameters * dtype_bytes
+    if quantization == "none" or (device, quantization) == ("cuda", "int8"):
+        return whole
+    return whole + weights * dtype_bytes if device == "cpu" else round(whole + weights * (NF4_BYTES - dtype_bytes))
 
 
 def logits_of(base: Anatomy, row: Row) -> Item:
-    """The logits' logarithms and two gradients, in fp32."""
-    return Item("logits", 12 * row.learnt * base.vocabulary, f"of {row.learnt:,} learnt tokens")
+    """The logits and their gradient in the base's dtype, and a copy in fp32; in fp32 the copy is the gradient."""
+    return Item("logits", 8 * row.learnt * base.vocabulary, f"of {row.learnt:,} learnt tokens")
 
 
-def activations(
-    spec: JobSpec, base: Anatomy, tuned: Tuning, row: Row, device: Device, logits: Item, dtype_bytes: int = 2
-) -> Item:
-    """What the layers keep for the backward pass; recomputed, what enters each, and what one keeps.
-
-    What comes and goes in a layer's backward pass does so when the logits are gone: only what exceeds these counts.
-    """
-    b, layers = dtype_bytes, base.layers - tuned.first
-    copies = b if b < 4 or tuned.fixed else 0
-    passing = _passing(base, row, device, b)
+def activations(spec: JobSpec, base: Anatomy, tuned: Tuning, row: Row, device: Device, dtype_bytes: int = 2) -> Item:
+    """What the layers keep for the backward pass: all that it needs, or only what enters each of them."""
+    layers = base.layers - tuned.first
     if spec.gradient_checkpointing:
-        total = row.tokens * base.hidden * b * layers
-        passing += row.tokens * (_layer(base, row, device, b, bool(tuned.attended)) + b * tuned.most_kept)
-        passing += copies * tuned.most_copied
+        kept = row.tokens * base.hidden * dtype_bytes * layers
+        how = ", which are recomputed"
     else:
-        own = sum(
-            count * _layer(base, row, device, b, attended)
-            for count, attended in ((tuned.attended, True), (layers - tuned.attended, False))
-        )
-        total = row.tokens * (own + b * tuned.kept) + copies * tuned.copied
-    how = ", recomputed" if spec.gradient_checkpointing else ""
-    return Item(
-        "activations",
-        total + max(0, passing - logits.bytes),
-        f"of {row.tokens:,} tokens in {layers} layers{how}",
-    )
+        own = tuned.attended * _layer(base, row, device, dtype_bytes, True)
+        own += (layers - tuned.attended) * _layer(base, row, device, dtype_bytes, False)
+        kept = row.tokens * (own + dtype_bytes * tuned.kept) + _cast(tuned, dtype_bytes) * tuned.copied
+        how = ""
+    return Item("activations", kept, f"of {row.tokens:,} tokens in {layers} layers{how}")
+
+
+def scratch(
+    spec: JobSpec,
+    base: Anatomy,
+    tuned: Tuning,
+    row: Row,
+    device: Device,
+    logits: Item,
+    quantization: Quantization = "none",
+    dtype_bytes: int = 2,
+) -> Item:
+    """What comes and goes in the backward pass of a layer: only what exceeds the logits, which are gone by then."""
+    b = dtype_bytes
+    mlp = 4 * b * base.intermediate
+    # Attention's come when those of the MLP, and what that kept, are gone.
+    scores = 2 * b * base.heads * row.width - mlp if _eager(row, device) else 0
+    passing = row.tokens * max(mlp, scores)
+    if spec.gradient_checkpointing:
+        passing += row.tokens * (_layer(base, row, device, b, bool(tuned.attended)) + b * tuned.most_kept)
+        passing += _cast(tuned, b) * tuned.most_copied
+    if device == "cuda" and quantization == "nf4":
+        passing += b * max(linear.weights for linear in base.linears)
+    fixed = _CUBLAS if device == "cuda" else 0
+    return Item("scratch", fixed + max(0, passing - logits.bytes), "what comes and goes in a layer")
+
+
+def _cast(tuned: Tuning, b: int) -> int:
+    """Bytes of a weight of A or B in the base's dtype, where that is not the weight itself."""
+    return b if b < 4 or tuned.fixed else 0
 
 
 def _layer(base: Anatomy, row: Row, device: Device, b: int, attended: bool) -> int:
     """Bytes a token that a layer keeps of its own: two norms in fp32, attention, and the gated MLP.
 
-    Attention's output is kept by a fused kernel, and where it enters an adapted linear.
+    A fused kernel keeps queries, keys and values of all heads, its output, and a sum a head; plain products, as
+    `jobs.attention` has them, keys and values once and each share; those of transformers these in fp32, too.
+    Attention's output is also kept where it enters an adapted linear.
     """
-    q = base.heads * base.head_dim
-    scores = _scores(row, device, b)
-    attention = (3 + (attended or not _eager(row, device))) * b * q + base.heads * scores
+    q, kv = base.heads * base.head_dim, base.kv_heads * base.head_dim
+    if not _eager(row, device):
+        attention = 4 * b * q + 4 * base.heads
+    elif base.llama:
+        attention = b * (q + 2 * kv + base.heads * row.width)
+    else:
+        attention = b * 3 * q + base.heads * row.width * (4 + b * (b < 4))
+    if attended and _eager(row, device):
+        attention += b * q
     return 8 * base.hidden + attention + 3 * b * base.intermediate
 
 
 def _eager(row: Row, device: Device) -> bool:
     return device == "cpu" and row.eager
-
-
-def _scores(row: Row, device: Device, b: int) -> int:
-    """Bytes a token and head that attention keeps: the scores in fp32 and b, or by a fused kernel output and sum."""
-    return row.width * (4 + b * (b < 4)) if _eager(row, device) else 4
-
-
-def _passing(base: Anatomy, row: Row, device: Device, b: int) -> int:
-    """What comes and goes in the backward pass of a layer: gradients of its widest part."""
-    scores = base.heads * row.width * 10 if _eager(row, device) else 0
-    return row.tokens * max(4 * b * base.intermediate, scores)
-
-
-def _scratch(base: Anatomy, quantization: Quantization, device: Device) -> int:
-    if quantization != "nf4" or device == "cpu":
-        return 0
-    return 2 * max(linear.weights for linear in base.linears)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain
 from typing import Any
 
 from loramill.errors import DoesNotFit
@@ -68,6 +68,7 @@ class Question:
     Attributes:
         open: names of `FREE` that may be chosen.
         learnt: the largest share of a row's tokens with a loss.
+        alike: whether examples may begin with the same tokens.
     """
 
     spec: JobSpec
@@ -77,6 +78,7 @@ class Question:
     pool: Pool
     open: frozenset[str]
     learnt: float = 1.0
+    alike: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +97,18 @@ class Plan:
 
     @property
     def passes(self) -> int:
-        """Forward passes whose gradients make a step."""
-        return -(-self.row.step // self.spec.micro_tokens)
+        """Forward passes whose gradients make a step; each is of one example at least."""
+        return min(self.spec.batch_size, -(-self.row.step // self.spec.micro_tokens))
 
     @property
     def told(self) -> str:
         """It in a sentence."""
         spec = self.spec
-        how = ["activations recomputed (gradient checkpointing)"] if spec.gradient_checkpointing else []
+        how = ["gradient_checkpointing = true"] if spec.gradient_checkpointing else []
         how += [f"offload = {spec.offload}"] if spec.offload != "none" else []
-        passes = f"{spec.micro_tokens} tokens a pass, {self.passes} passes a step"
+        passes = (
+            f"micro_tokens = {spec.micro_tokens} ({self.passes} passes a step, of up to {self.row.tokens:,} tokens)"
+        )
         sharing = f"; {self.sharers} such jobs fit one device" if self.sharers > 1 else ""
         return f"Fits: about {gb(self.need.bytes)} of {gb(self.pool.budget)} with {', '.join([passes, *how])}{sharing}."
 
@@ -145,7 +149,7 @@ def sizes(question: Question) -> Iterator[Plan]:
 
 def sized(question: Question, spec: JobSpec, tuned: Tuning | None = None) -> Plan:
     """What a spec needs, as it is."""
-    row = row_of(spec, question.lengths, question.learnt)
+    row = row_of(spec, question.lengths, question.learnt, alike=question.alike)
     if spec.method == "full":
         needed = need_full(spec, question.base, row, question.pool.device)
     else:
@@ -172,17 +176,28 @@ def choices(question: Question) -> Iterator[JobSpec]:
 
 
 def nearest(question: Question) -> list[tuple[str, Question]]:
-    """Questions that have an answer, each with its words: of one change, else of two, else of all switches and one."""
-    return (
-        _answered(_changes(question))
-        or _answered(
-            (f"{first} and {second}", both)
-            for first, once in _switches(question)
-            for second, both in _changes(once)
-            if first < second or second not in [words for words, _ in _switches(question)]
-        )
-        or _answered(_everything(question))
+    """Questions that have an answer, each with its words, at most 4: the nearest first.
+
+    Near is one thing changed, a number by no more than a factor of 4; then two; then a number by any factor; then
+    everything at once.
+    """
+    pairs = [
+        (f"{first} and {second}", both)
+        for first, once in _switches(question)
+        for second, both in [*_switches(once), *_numbers(once)]
+    ]
+    ways: Iterable[tuple[str, Question]] = chain(
+        _switches(question), _numbers(question), pairs, _numbers(question, far=True), _everything(question)
     )
+    found: dict[str, Question] = {}
+    for words, changed in ways:
+        parts = words.split(" and ")
+        beyond = any(set(known.split(" and ")) <= set(parts) for known in found)
+        if not beyond and fitting(changed):
+            found[words] = changed
+        if len(found) == _MOST_NEAREST:
+            break
+    return list(found.items())
 
 
 def gb(size: float) -> str:
@@ -209,15 +224,6 @@ def _micro_tokens(question: Question) -> list[int]:
     return halves + last + (doubles if question.pool.device == "cuda" else [])
 
 
-def _answered(questions: Iterable[tuple[str, Question]]) -> list[tuple[str, Question]]:
-    return list(islice(((words, changed) for words, changed in questions if fitting(changed)), _MOST_NEAREST))
-
-
-def _changes(question: Question) -> Iterator[tuple[str, Question]]:
-    yield from _switches(question)
-    yield from _numbers(question)
-
-
 def _switches(question: Question) -> Iterator[tuple[str, Question]]:
     """What is one way or another, turned to where it takes less."""
     spec = question.spec
@@ -235,24 +241,27 @@ def _switches(question: Question) -> Iterator[tuple[str, Question]]:
         yield "a whole GPU (per_gpu = 1)", replace(question, pool=replace(question.pool, sharers=1))
 
 
-def _numbers(question: Question) -> Iterator[tuple[str, Question]]:
-    """What is a number, as large as fits."""
+def _numbers(question: Question, *, far: bool = False) -> Iterator[tuple[str, Question]]:
+    """What is a number, as large as fits; `far` allows less than a quarter of what was asked."""
     spec = question.spec
-    if spec.method != "full" and (rank := _largest(spec.rank, lambda value: _with(question, rank=value))):
+    lowest = 1 if far else -(-spec.rank // 4)
+    if spec.method != "full" and (rank := _largest(spec.rank, lowest, lambda value: _with(question, rank=value))):
         yield f"rank = {rank}", _with(question, rank=rank)
     length = min(spec.max_length, max(question.lengths, default=spec.max_length))
-    if shorter := _largest(length, lambda value: _with(question, max_length=value), least=8):
+    lowest = 8 if far else max(8, -(-length // 4))
+    if shorter := _largest(length, lowest, lambda value: _with(question, max_length=value)):
         yield f"max_length = {shorter}", _with(question, max_length=shorter)
 
 
 def _everything(question: Question) -> Iterator[tuple[str, Question]]:
-    """All switches at once, alone and with one number."""
+    """All switches at once, alone and with one number, whatever it takes."""
     words: list[str] = []
     while switch := next(_switches(question), None):
         words.append(switch[0])
         question = switch[1]
-    yield " and ".join(words), question
-    for number, changed in _numbers(question):
+    if words:
+        yield " and ".join(words), question
+    for number, changed in _numbers(question, far=True):
         yield " and ".join([*words, number]), changed
 
 
@@ -260,10 +269,12 @@ def _with(question: Question, **fields: Any) -> Question:
     return replace(question, spec=question.spec.model_copy(update=fields))
 
 
-def _largest(below: int, change: Callable[[int], Question], least: int = 1) -> int | None:
-    """The largest value from `least` to below `below` that fits; more never needs less."""
-    low, high = least - 1, below - 1
+def _largest(below: int, lowest: int, change: Callable[[int], Question]) -> int | None:
+    """The largest value from `lowest` to before `below` that fits; None if that one doesn't."""
+    if lowest >= below or not fitting(change(lowest)):
+        return None
+    low, high = lowest, below - 1
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fitting(change(middle)) else (low, middle - 1)
-    return low if low >= least else None
+    return low

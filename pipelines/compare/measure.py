@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from transformers import PreTrainedModel
 
-from loramill.bases import Base
+from loramill.bases import Base, load_for_training
 from loramill.jobs.full import export_full, train_full
 from loramill.jobs.merge import merged
 from loramill.jobs.methods import Tuned, attached
@@ -81,7 +81,7 @@ def _adapter(bench: Workbench) -> Row:
         )
         if not bench.task.serving:
             return row
-        with OfflineEngine(_folder_of(bench, merged(bench.load().cpu(), folder)), Path, bench.engine) as other:
+        with OfflineEngine(_merged(bench, folder), Path, bench.engine) as other:
             timed = bench.serving("engine", base=ByEngine(engine), unmerged=tuned, merged=ByEngine(other))
     return row.model_copy(update={"serving": timed})
 
@@ -90,7 +90,7 @@ def _full(bench: Workbench) -> Row:
     """What ends as a base of its own."""
     task, data = bench.task, bench.data
     model = bench.load()
-    base, of = memory.held(task.device), model.num_parameters()
+    base = memory.held(task.device)
     del model  # the trainer loads its own
     progress = train_full(
         data.base,
@@ -100,7 +100,7 @@ def _full(bench: Workbench) -> Row:
         device=torch.device(task.device),
         checkpoints=bench.checkpoints,
     )
-    training = watched(bench, progress, base=base, of=of)
+    training = watched(bench, progress, base=base)
     folder = task.folder / "whole"
     folder.mkdir()
     result = export_full(bench.checkpoints, data.spec, base=data.base, folder=folder)
@@ -108,7 +108,7 @@ def _full(bench: Workbench) -> Row:
         tuned = ByEngine(engine)
         row = Row(
             subject="full",
-            training=_with_artifact(training.model_copy(update={"parameters": of}), folder),
+            training=_with_artifact(training.model_copy(update={"parameters": training.of}), folder),
             quality=bench.quality(tuned),
             notes=(
                 f"as a LoRA of rank {data.spec.rank} {result.report.energy_of_all:.0%} of the change would be kept.",
@@ -166,7 +166,7 @@ def _trained(bench: Workbench, model: PreTrainedModel, attach: Attach) -> Traini
         checkpoints=bench.checkpoints,
         attach=attach,
     )
-    training = watched(bench, progress, base=memory.held(bench.task.device), of=model.num_parameters())
+    training = watched(bench, progress, base=memory.held(bench.task.device))
     return training.model_copy(update={"parameters": sum(weight.numel() for weight in _kept(bench).values())})
 
 
@@ -175,12 +175,12 @@ def _kept(bench: Workbench) -> dict[str, torch.Tensor]:
     return kept(bench.checkpoints, bench.data.spec).weights
 
 
-def _folder_of(bench: Workbench, model: PreTrainedModel) -> Base:
-    """A model with the base's deltas in its own weights, written as a base of its own."""
-    folder = bench.task.folder / "merged"
+def _merged(bench: Workbench, adapter: Path) -> Base:
+    """The base with an adapter's deltas in its own weights, those it was trained on; in bfloat16."""
+    base, folder = bench.data.base, bench.task.folder / "merged"
     folder.mkdir()
-    write_whole(model, bench.data.base.folder, folder)
-    return replace(bench.data.base, folder=folder, fingerprint="", quantization="none")
+    write_whole(merged(load_for_training(base, torch.bfloat16), adapter), base.folder, folder)
+    return replace(base, folder=folder, fingerprint="", quantization="none")
 
 
 def _written(files: Mapping[str, bytes], folder: Path) -> Path:

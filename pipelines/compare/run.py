@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from pydantic import TypeAdapter
 
 from loramill.errors import InvalidRequest
 from loramill.pipelines.compare.data import read
-from loramill.pipelines.compare.values import TUNINGS, Row, Stage, Subject, Task, Tuning
+from loramill.pipelines.compare.values import TITLES, TUNINGS, Comparison, Report, Row, Stage, Subject, Task, Tuning
 from loramill.serve.replica import find_device
 from loramill.settings import Settings
 
@@ -28,32 +30,38 @@ COMMAND = (sys.executable, "-P", "-m", "loramill.pipelines.compare.alone")
 SAID: TypeAdapter[Stage | Row] = TypeAdapter(Stage | Row)
 
 
-def run(task: Task, report: Callable[[Stage], None] = lambda stage: None) -> Row:
-    """Measures a task; the row says so if it failed, however it did."""
+def run(task: Task, report: Report = lambda stage: None) -> Row:
+    """Measures a task, and removes its folder; the row says so if it failed, however it did."""
     task.folder.mkdir(parents=True, exist_ok=True)
-    asked = task.folder / "task.json"
-    asked.write_text(task.model_dump_json(), encoding="utf-8")
+    try:
+        (task.folder / "task.json").write_text(task.model_dump_json(), encoding="utf-8")
+        row, code = _followed(task, report)
+        log = (task.folder / "log").read_bytes().decode(errors="replace")[-LOG_CHARACTERS:]
+    finally:
+        shutil.rmtree(task.folder)  # a whole model and its checkpoints, perhaps
+    return _lost(task, code, log) if row is None else row
+
+
+def _followed(task: Task, report: Report) -> tuple[Row | None, int]:
+    """Runs the task's process to its end; the row, if there was one, and the exit code."""
     row = None
-    with asked.open("rb") as question, (task.folder / "log").open("w+b") as log:
+    with (task.folder / "task.json").open("rb") as asked, (task.folder / "log").open("wb") as log:
         # In a session of its own: Ctrl-C is for this process alone, and what the task's started ends with it.
-        process = subprocess.Popen(COMMAND, stdin=question, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
-        assert process.stdout
-        try:
-            for line in process.stdout:
-                said = SAID.validate_json(line)
-                if isinstance(said, Row):
-                    row = said
-                else:
-                    report(said)
+        process = subprocess.Popen(COMMAND, stdin=asked, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            said = SAID.validate_json(line)
+            if isinstance(said, Row):
+                row = said
+            else:
+                report(said)
+        return row, process.wait()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            process.stdout.close()
-        log.seek(0)
-        written = log.read().decode(errors="replace")[-LOG_CHARACTERS:]
-    return row if row is not None else _lost(task, process.returncode, written)
+        process.stdout.close()
 
 
 def _lost(task: Task, code: int, written: str) -> Row:
@@ -103,6 +111,28 @@ def plan(
     for task in tasks:
         read(task)
     return tasks
+
+
+def compare_all(tasks: Sequence[Task], following: Callable[[str], AbstractContextManager[Report]]) -> Comparison:
+    """Runs all tasks of a plan, one after another.
+
+    Args:
+        following: entered with a task's title while it runs; hears its stages.
+    """
+    rows = []
+    for task in tasks:
+        with following(TITLES[task.subject]) as report:
+            rows.append(run(task, report))
+    first = tasks[0]
+    return Comparison(
+        base=first.base,
+        device=first.device,
+        threads=first.threads,
+        seed=first.seed,
+        train=str(first.train),
+        test=str(first.test),
+        rows=tuple(rows),
+    )
 
 
 def _method(name: str) -> Tuning:

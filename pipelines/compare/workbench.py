@@ -20,6 +20,7 @@ from loramill.pipelines.compare.data import Data
 from loramill.pipelines.compare.values import Memory, Report, Serving, Stage, Task, Training
 from loramill.pipelines.scoring import Score
 from loramill.settings import ServeSettings
+from loramill.sizing.anatomy import anatomy, read_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,9 @@ class Workbench:
         return ServeSettings(threads=self.task.threads, device=self.task.device)
 
     def load(self) -> PreTrainedModel:
-        """The base as it is trained on."""
-        return load_for_training(self.data.base, torch.bfloat16).to(self.task.device)
+        """The base as it is trained on: on a GPU a quantized one stays in its few bits."""
+        packed = self.task.device == "cuda"
+        return load_for_training(self.data.base, torch.bfloat16, packed=packed).to(self.task.device)
 
     def quality(self, answerer: Answerer) -> Score:
         """Scores the answers to the test questions."""
@@ -60,14 +62,13 @@ class Workbench:
         return Serving(by=by, **token_seconds(answerers, self.data.test[0], self.task.device))
 
 
-def watched(bench: Workbench, progress: Iterable[Progress], *, base: int, of: int) -> Training:
+def watched(bench: Workbench, progress: Iterable[Progress], *, base: int) -> Training:
     """Trains to the end, with an eye on memory and clock; `parameters` and `artifact_bytes` are for others to fill in.
 
     A step's time leaves out those with a validation, and the first, which warms up, where there are others.
 
     Args:
         base: bytes held with the base loaded.
-        of: parameters of the base.
     """
     device = bench.task.device
     clock = time.perf_counter if device == "cuda" else time.process_time
@@ -84,7 +85,7 @@ def watched(bench: Workbench, progress: Iterable[Progress], *, base: int, of: in
         begun = clock()
     return Training(
         parameters=0,
-        of=of,
+        of=anatomy(read_config(str(bench.data.base.folder))).parameters,
         learning_rate=bench.data.spec.learning_rate,
         steps=len(seconds),
         batch_size=bench.data.spec.batch_size,

@@ -3,7 +3,6 @@ engine load it."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,15 +14,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loramill.bases import Base, find_base, load_for_training
 from loramill.errors import ArtifactMissing, JobPaused, TrainingDiverged
 from loramill.jobs import checkpoint
 from loramill.jobs.batches import choose
 from loramill.jobs.full import REPORT_FILE, FullResult, export_full, train_full
-from loramill.jobs.methods.seeds import seeded
 from loramill.jobs.methods.tuned import Tuned
 from loramill.jobs.schedule import learning_rate
 from loramill.jobs.training import ONE, Progress
@@ -34,52 +32,16 @@ from loramill.serve.protocol import TextRequest
 from loramill.settings import ServeSettings
 from loramill.types import JobSpec
 
+from .conftest import base_of
 from .tiny import adapter, made_up, spec_of, textbook, tiny, train, written
 
 CPU = torch.device("cpu")
 OFFLOAD = ("none", "optimizer", "all")
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama in bfloat16 with a tokenizer of bytes."""
-    folder = tmp_path_factory.mktemp("bases") / "tiny"
-    config = LlamaConfig(
-        vocab_size=272,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=257,
-    )
-    with seeded(CPU, "full"):
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": TEMPLATE}))
-    return folder
-
-
-def base_of(folder: Path, tmp_path: Path, quantization: Quantization = "none") -> Base:
-    return find_base(str(folder), tmp_path / "cache", quantization)
 
 
 @pytest.fixture
-def tiny_base(folder: Path, tmp_path: Path) -> Base:
-    return base_of(folder, tmp_path)
+def tiny_base(llama: Path, tmp_path: Path) -> Base:
+    return base_of(llama, tmp_path)
 
 
 def full(**changes: Any) -> JobSpec:
@@ -218,9 +180,9 @@ def test_begins_from_an_adapter(tiny_base: Base, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
-def test_the_result_is_a_lora_and_a_base(folder: Path, tmp_path: Path, quantization: Quantization) -> None:
+def test_the_result_is_a_lora_and_a_base(llama: Path, tmp_path: Path, quantization: Quantization) -> None:
     """The LoRA stands on the base as it is served; the whole weights are what was trained, and are served."""
-    base = base_of(folder, tmp_path, quantization)
+    base = base_of(llama, tmp_path, quantization)
     spec = full(rank=64, targets=("all-linear",), steps=2, batch_size=3)
     points(base, spec, tmp_path / "job")
     found = exported(base, spec, tmp_path / "job", tmp_path / "whole")
@@ -243,14 +205,11 @@ def test_the_result_is_a_lora_and_a_base(folder: Path, tmp_path: Path, quantizat
     as_base = find_base(str(tmp_path / "whole"), tmp_path / "cache")
     assert as_base.fingerprint != base.fingerprint and as_base.context_length == base.context_length
     with OfflineEngine(as_base, Path, ServeSettings()) as engine:
-        (answer,) = engine.generate([TextRequest("1", "acme", prompt="hello", max_tokens=8, temperature=0.0)])
-    prompt = torch.tensor([list(as_bytes(as_base, "hello"))])
-    tokens = whole.float().generate(prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
-    assert answer.error is None and answer.completion_tokens == len(tokens)
-
-
-def as_bytes(base: Base, text: str) -> list[int]:
-    return Tokenizer.from_file(str(base.folder / "tokenizer.json")).encode(text).ids
+        asked = TextRequest("1", "acme", prompt="hello", max_tokens=1, temperature=0.0, logprobs=0)
+        (answer,) = engine.generate([asked])
+    prompt = torch.tensor([Tokenizer.from_file(str(tmp_path / "whole" / "tokenizer.json")).encode("hello").ids])
+    likeliest = whole.float()(prompt).logits[0, -1].log_softmax(-1).max().item()
+    assert answer.error is None and answer.logprobs[0].chosen.logprob == pytest.approx(likeliest, abs=0.15)
 
 
 def test_an_unfinished_job_has_no_result(tiny_base: Base, tmp_path: Path) -> None:
@@ -263,47 +222,50 @@ def test_an_unfinished_job_has_no_result(tiny_base: Base, tmp_path: Path) -> Non
 
 
 TOGETHER = """
-import runpy, sys
+import sys
 from pathlib import Path
-import torch, torch.distributed as dist
-torch.set_num_threads(1)
-here = runpy.run_path(sys.argv[1], run_name="tests.jobs.test_full")
-rank, root, calls = int(sys.argv[2]), Path(sys.argv[3]), 0
+import torch.distributed as dist
+from loramill.errors import JobPaused
+from loramill.jobs.processes import Processes
+from tests.jobs.test_full import SHARED, base_of, points
+rank, root, calls = int(sys.argv[1]), Path(sys.argv[2]), 0
 dist.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=2)
-from loramill.jobs.training import Processes
 def check():
     global calls
     calls += 1
-    if rank == 0 and calls == int(sys.argv[4]):
-        raise here["JobPaused"]("asked")
-base = here["base_of"](root / "base", root)
-spec = here["full"](offload=sys.argv[5], micro_tokens=16, checkpoint_every=6)
+    if rank == 0 and calls == 9:
+        raise JobPaused("asked")
+base = base_of(root / "base", root)
 for stop in (check, lambda: None):
     try:
-        here["points"](base, spec, root / "job", valid=3, check=stop, processes=Processes(rank, 2, dist.all_reduce))
-    except here["JobPaused"]:
+        points(base, SHARED, root / "job", valid=3, check=stop, processes=Processes(rank, 2, dist.all_reduce))
+    except JobPaused:
         print("paused")
 assert dist.is_initialized()
 dist.destroy_process_group()
 """
+SHARED = full(offload="all", micro_tokens=16, checkpoint_every=6)
 
 
-@pytest.mark.parametrize("offload", ["optimizer", "all"])
-def test_two_processes_share_a_job_across_a_pause(folder: Path, tmp_path: Path, offload: str) -> None:
-    (tmp_path / "base").symlink_to(folder)
-    command = [sys.executable, "-c", TOGETHER, __file__]
+def test_two_processes_share_a_job_across_a_pause(llama: Path, tmp_path: Path) -> None:
+    """Only one of them is told to pause, when they are in the midst of a step."""
+    (tmp_path / "base").symlink_to(llama)
     both = [
-        subprocess.Popen([*command, str(rank), str(tmp_path), "9", offload], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
         for rank in range(2)
     ]
     assert [process.communicate(timeout=120)[0].count("paused") for process in both] == [1, 1]
     assert [process.returncode for process in both] == [0, 0]
-    spec = full(offload=offload, micro_tokens=16, checkpoint_every=6)
-    points(base_of(folder, tmp_path), spec, tmp_path / "alone", valid=3)
-    ours, theirs = (checkpoint.latest(tmp_path / job, spec) for job in ("alone", "job"))
+    points(base_of(llama, tmp_path), SHARED, tmp_path / "alone", valid=3)
+    ours, theirs = (checkpoint.latest(tmp_path / job, SHARED) for job in ("alone", "job"))
     assert ours is not None and theirs is not None and theirs.standing.finished
     assert theirs.standing.figures == pytest.approx(ours.standing.figures, rel=2e-2)
-    start = load_for_training(base_of(folder, tmp_path), torch.float32)
+    start = load_for_training(base_of(llama, tmp_path), torch.float32)
     for name, parameter in start.named_parameters():
         moved = (ours.weights[name] - parameter).norm()
         assert (ours.weights[name] - theirs.weights[name]).norm() < 0.15 * moved, name

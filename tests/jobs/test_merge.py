@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,21 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
 
 from loramill.bases import Base, find_base, load_for_training
 from loramill.chat import EncodedExample
+from loramill.cli import app
 from loramill.errors import AdapterInvalid, Conflict, InvalidRequest
 from loramill.jobs.merge import REPORT_FILE, MergeReport, merge, merged
 from loramill.jobs.methods.seeds import seeded
+from loramill.registry import Registry, datasets, jobs, tenants
+from loramill.registry.migrate import migrate
+from loramill.settings import Settings
+from loramill.types import VersionRecord
 
-from .test_full import base_of, folder  # noqa: F401  a fixture
-from .tiny import made_up
+from .conftest import base_of
+from .tiny import made_up, spec_of
 
 CPU = torch.device("cpu")
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -59,9 +67,9 @@ def logits(model: Any, examples: list[EncodedExample]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_in_float32_the_merged_model_says_what_the_adapter_says(folder: Path, tmp_path: Path, kind: str) -> None:
-    base = base_of(folder, tmp_path)
-    adapter = saved(base, tmp_path / "adapter", KINDS[kind])
+def test_in_float32_the_merged_model_says_what_the_adapter_says(llama: Path, tmp_path: Path, kind: str) -> None:
+    base = base_of(llama, tmp_path)
+    adapter = saved(base, tmp_path / "adapter", KINDS[kind], size=0.2)
     report = merge(base, adapter, made_up(12), tmp_path / "merged", name="acme/a", dtype="fp32")
     assert report.divergence.kl < 1e-6 and report.divergence.agreement == 1.0
     plain = PeftModel.from_pretrained(load_for_training(base, torch.bfloat16).float(), adapter)
@@ -73,8 +81,8 @@ def test_in_float32_the_merged_model_says_what_the_adapter_says(folder: Path, tm
     assert whole.config.tie_word_embeddings == (kind not in ("embeddings", "head", "both"))
 
 
-def test_the_folder_is_a_base_with_a_report(folder: Path, tmp_path: Path) -> None:
-    base = base_of(folder, tmp_path)
+def test_the_folder_is_a_base_with_a_report(llama: Path, tmp_path: Path) -> None:
+    base = base_of(llama, tmp_path)
     adapter = saved(base, tmp_path / "adapter", lora())
     report = merge(base, adapter, made_up(12), tmp_path / "merged", name="acme/a@12345678")
     assert MergeReport.model_validate_json((tmp_path / "merged" / REPORT_FILE).read_bytes()) == report
@@ -90,9 +98,9 @@ def test_the_folder_is_a_base_with_a_report(folder: Path, tmp_path: Path) -> Non
 
 
 @torch.no_grad()
-def test_the_divergence_is_the_mean_of_kl(folder: Path, tmp_path: Path) -> None:
+def test_the_divergence_is_the_mean_of_kl(llama: Path, tmp_path: Path) -> None:
     """By its definition, an example at a time, of the files that were written."""
-    base = base_of(folder, tmp_path, "nf4")
+    base = base_of(llama, tmp_path, "nf4")
     adapter = saved(base, tmp_path / "adapter", lora(), size=0.1)
     examples = made_up(12)
     report = merge(base, adapter, examples, tmp_path / "merged", name="a", into="original", max_kl=100.0)
@@ -111,20 +119,20 @@ def test_the_divergence_is_the_mean_of_kl(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_an_adapter_of_a_quantized_base_belongs_to_its_values(folder: Path, tmp_path: Path, quantization: Any) -> None:
-    base = base_of(folder, tmp_path, quantization)
+def test_an_adapter_of_a_quantized_base_belongs_to_its_values(llama: Path, tmp_path: Path, quantization: Any) -> None:
+    base = base_of(llama, tmp_path, quantization)
     adapter = saved(base, tmp_path / "adapter", lora())
     by_default = merge(base, adapter, made_up(12), tmp_path / "by-default", name="a")
     original = merge(base, adapter, made_up(12), tmp_path / "original", name="a", into="original", force=True)
     assert (by_default.into, original.into) == ("dequantised", "original")
     assert by_default.divergence.kl < original.divergence.kl / 3
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
-    exact = merged(load_for_training(base_of(folder, tmp_path), torch.bfloat16), adapter)
+    exact = merged(load_for_training(base_of(llama, tmp_path), torch.bfloat16), adapter)
     assert torch.equal(found.model.layers[0].mlp.up_proj.weight, exact.model.layers[0].mlp.up_proj.weight)
 
 
-def test_what_is_too_far_is_refused_unless_forced(folder: Path, tmp_path: Path) -> None:
-    base = base_of(folder, tmp_path, "nf4")
+def test_what_is_too_far_is_refused_unless_forced(llama: Path, tmp_path: Path) -> None:
+    base = base_of(llama, tmp_path, "nf4")
     adapter = saved(base, tmp_path / "adapter", lora(), size=0.1)
     to = tmp_path / "merged"
     with pytest.raises(Conflict, match=r"nats a token.*--into dequantised.*--force"):
@@ -135,8 +143,8 @@ def test_what_is_too_far_is_refused_unless_forced(folder: Path, tmp_path: Path) 
     assert json.loads((to / REPORT_FILE).read_text())["divergence"]["kl"] == report.divergence.kl
 
 
-def test_what_can_not_be_merged_is_refused(folder: Path, tmp_path: Path) -> None:
-    base, to = base_of(folder, tmp_path), tmp_path / "merged"
+def test_what_can_not_be_merged_is_refused(llama: Path, tmp_path: Path) -> None:
+    base, to = base_of(llama, tmp_path), tmp_path / "merged"
     adapter = saved(base, tmp_path / "adapter", lora())
     with pytest.raises(InvalidRequest, match="isn't quantized"):
         merge(base, adapter, made_up(3), to, name="a", into="dequantised")
@@ -147,3 +155,78 @@ def test_what_can_not_be_merged_is_refused(folder: Path, tmp_path: Path) -> None
     with pytest.raises(InvalidRequest, match="is there already"):
         merge(base, adapter, made_up(3), adapter, name="a")
     assert not to.exists()
+
+
+def loramill(*words: str) -> Result:
+    return CliRunner().invoke(app, words, catch_exceptions=False)
+
+
+@pytest.fixture
+def home(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The settings of a machine with this base, and its folder."""
+    for name in [*os.environ]:
+        if name.startswith("LORAMILL_"):
+            monkeypatch.delenv(name)
+    for name, value in {"HOME": tmp_path / "home", "CACHE": tmp_path / "cache", "BASE": llama}.items():
+        monkeypatch.setenv(f"LORAMILL_{name}", str(value))
+    return tmp_path / "home"
+
+
+def published(home: Path, base: Base, adapter: Path, rows: str) -> str:
+    """A version in the record, of a job that was validated on these rows."""
+    (home / "artifacts").mkdir(parents=True)
+    settings = Settings.load()
+    migrate(settings.database)
+    registry = Registry.open(settings.database, settings.artifacts)
+    version = registry.artifacts.put({file.name: file for file in adapter.iterdir() if file.suffix != ".md"})
+    data = registry.artifacts.put({"data.jsonl": rows.encode()})
+    with registry.writing() as session:
+        tenants.create(session, "acme")
+        train = datasets.create(session, "acme", "train.jsonl", "0" * 64, 1, 1).id
+        valid = datasets.create(session, "acme", "valid.jsonl", data, 1, 1).id
+        job = jobs.submit(session, spec_of(base=base.fingerprint, train=train, valid=valid), {}).id
+        leased = jobs.lease(session, "worker", now=time.time(), seconds=60, max_attempts=1)
+        record = VersionRecord(
+            id=version, adapter="acme/support", job=job, base=base.fingerprint, bytes=1, created_at=time.time()
+        )
+        assert leased is not None
+        jobs.publish(session, job, leased.attempt, record)
+    registry.close()
+    return version
+
+
+ROWS = "".join(json.dumps({"prompt": f"number {row}: ", "completion": f"is {row}"}) + "\n" for row in range(5))
+
+
+def test_the_command_merges_a_version_and_compares_on_its_jobs_data(llama: Path, tmp_path: Path, home: Path) -> None:
+    base = base_of(llama, tmp_path)
+    version = published(home, base, saved(base, tmp_path / "adapter", lora()), ROWS)
+    ran = loramill("adapters", "merge", "acme/support", "--to", str(tmp_path / "merged"), "--json")
+    assert ran.exit_code == 0, ran.output
+    report = MergeReport.model_validate_json(ran.stdout)
+    assert (report.adapter, report.divergence.examples) == (f"acme/support@{version}", 5)
+    assert report == MergeReport.model_validate_json((tmp_path / "merged" / REPORT_FILE).read_bytes())
+    told = loramill(
+        "adapters", "merge", f"acme/support@{version[:8]}", "--to", str(tmp_path / "text"), "--dtype", "fp32"
+    )
+    assert "nats a token" in told.stdout and "original values" in told.stdout
+    again = loramill("adapters", "merge", "acme/support", "--to", str(tmp_path / "merged"))
+    assert again.exit_code == 1 and "is there already" in again.stderr
+
+
+def test_the_command_takes_a_peft_folder_and_says_what_is_missing(llama: Path, tmp_path: Path, home: Path) -> None:
+    base = base_of(llama, tmp_path)
+    adapter, to, rows = saved(base, tmp_path / "adapter", lora()), tmp_path / "merged", tmp_path / "rows.jsonl"
+    rows.write_text(ROWS)
+    command = ("adapters", "merge", str(adapter), "--to", str(to))
+    for words, code, said in (
+        (command, 1, "--valid FILE"),
+        (("adapters", "merge", "tiny", "--to", str(to)), 1, "the base alone"),
+        ((*command, "--valid", str(rows), "--into", "dequantised"), 1, "isn't quantized"),
+        ((*command, "--valid", str(rows), "--max-kl", "0"), 1, "--force"),
+        ((*command, "--valid", str(rows), "--max-kl", "-1"), 2, ""),
+    ):
+        ran = loramill(*words)
+        assert ran.exit_code == code and said in ran.stderr and not to.exists(), ran.output
+    assert loramill(*command, "--valid", str(rows), "--max-kl", "0", "--force").exit_code == 0
+    assert (to / "model.safetensors").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill.bases import Base
+from loramill.chat import EncodedExample
 from loramill.errors import DoesNotFit, InvalidRequest
+from loramill.jobs.batches import grouped, pack, pad
 from loramill.settings import JobSettings
 from loramill.sizing import FREE, Pool, Question, anatomy, check_targets, fitted, plan
 from loramill.sizing.devices import gpu_bytes, memory_bytes
 from loramill.sizing.need import NF4_BYTES, base_bytes, need, row_of
-from loramill.sizing.pool import fitting, nearest
+from loramill.sizing.pool import fitting, nearest, sized
 from loramill.types import JobSpec
 
 GIB = 2**30
@@ -129,7 +132,9 @@ def test_nf4_bytes_are_those_of_bitsandbytes() -> None:
 def test_only_a_gpu_keeps_nf4_in_four_bits() -> None:
     base = anatomy(LLAMA_3_8B)
     assert base_bytes(base, "nf4", "cuda") == pytest.approx(6.98e9 * NF4_BYTES + 2 * 1.0506e9, rel=1e-3)
-    assert base_bytes(base, "nf4", "cpu") == base_bytes(base, "none", "cpu") == 2 * base.parameters
+    # The file's pages stay mapped beside the rounded values.
+    assert base_bytes(base, "nf4", "cpu") == pytest.approx(2 * base.parameters + 2 * 6.98e9, rel=1e-3)
+    assert base_bytes(base, "none", "cpu") == base_bytes(base, "int8", "cuda") == 2 * base.parameters
 
 
 @pytest.mark.parametrize(
@@ -210,10 +215,12 @@ def jobs(draw: st.DrawFn) -> JobSpec:
     st.integers(1, 4),
     st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_plan_fits_and_so_do_the_nearest_of_a_refusal(job, config, quantization, gib, sharers, cpu) -> None:
     pool = Pool("cpu", gib * GIB) if cpu else Pool("cuda", gib * GIB, sharers)
-    asked = Question(job, anatomy(config), quantization, (job.max_length,), pool, frozenset(FREE) - job.model_fields_set)
+    asked = Question(
+        job, anatomy(config), quantization, (job.max_length,), pool, frozenset(FREE) - job.model_fields_set
+    )
     try:
         found = plan(asked)
     except DoesNotFit as refused:
@@ -232,7 +239,7 @@ GROWTH = ("rank", "max_length", "micro_tokens", "batch_size", "layers", "hidden"
 
 
 @given(jobs(), st.sampled_from(GROWTH), st.integers(1, 500), st.sampled_from(["none", "int8", "nf4"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_more_of_anything_never_needs_less(job, what, more, quantization) -> None:
     grown, config, larger = job, SMALL, SMALL
     if what == "layers":
@@ -248,32 +255,28 @@ def test_more_of_anything_never_needs_less(job, what, more, quantization) -> Non
 
 def bytes_of(job: JobSpec, config: dict[str, object], quantization: str) -> int:
     asked = question(config, quantization, "24GB", job)
-    from loramill.sizing.pool import sized
-
     return sized(asked, job).need.bytes
 
 
-@given(jobs().filter(lambda job: job.method != "full"), st.lists(st.integers(1, 3000), min_size=1, max_size=40))
+@given(st.integers(1, 16), st.integers(1, 600), st.booleans(), st.integers(0, 40), st.data())
 @settings(max_examples=60, deadline=None)
-def test_no_pass_of_a_step_is_larger_than_its_row(job, lengths) -> None:
-    import random
-
-    from loramill.chat import EncodedExample
-    from loramill.jobs.batches import grouped, pack, pad
-
-    cut = [max(2, min(length, job.max_length)) for length in lengths]
+def test_no_pass_of_a_step_is_larger_than_its_row(size, limit, packing, prefix, data) -> None:
+    job = spec(batch_size=size, micro_tokens=limit, packing=packing, max_length=512)
+    same = data.draw(st.booleans())
+    lengths = [300] * 5 if same else data.draw(st.lists(st.integers(2, 512), min_size=1, max_size=16))
     draw = random.Random(0)
-    examples = [EncodedExample(tuple(draw.randrange(4) for _ in range(length)), length // 2) for length in cut]
-    row = row_of(job, cut)
-    batch = draw.choices(examples, k=job.batch_size) if job.batch_size > len(examples) else examples[: job.batch_size]
-    if job.batch_size > len(examples):
-        batch = [examples[place % len(examples)] for place in range(job.batch_size)]
-    for group in grouped(batch, job.micro_tokens, packing=job.packing):
-        if sum(map(len, (example.tokens for example in group))) > 20_000:
-            continue
-        rows = pack(group) if job.packing else pad(group)
+    start = tuple(draw.randrange(1000) for _ in range(prefix))
+    examples = [
+        EncodedExample((*start, *(draw.randrange(1000) for _ in range(length)))[:length], max(1, length - 2))
+        for length in lengths
+    ]
+    row = row_of(job, lengths, alike=prefix > 0)
+    for group in grouped([examples[place % len(examples)] for place in range(size)], limit, packing=packing):
+        rows = pack(group) if packing else pad(group)
         assert rows.tokens.numel() <= row.tokens
         assert rows.tokens.shape[1] <= row.width
+        if same and packing and not prefix and size <= len(examples):
+            assert row.tokens <= -(-limit // 300) * 300
 
 
 def test_need_of_an_item_is_whole_bytes() -> None:

@@ -111,6 +111,17 @@ def test_validation_data_of_its_own_is_what_new_data_is_judged_by(registry: Regi
     assert set(rows_of(registry, plan["spec"]["train"])) >= set(NEW)
 
 
+def test_old_data_that_was_deleted_is_left_out(registry: Registry, base: Base) -> None:
+    old = champion(registry, base)
+    with registry.writing() as session:
+        for gone in (old.train, old.valid):
+            datasets.delete(session, gone or "")
+    plan = collected(registry, base, NEW, None)
+    assert list(plan["slices"]) == ["new"] and plan["spec"]["start_from"] == plan["champion"]
+    assert set(rows_of(registry, plan["spec"]["train"])) <= set(NEW)
+    assert rows_of(registry, plan["spec"]["valid"]) == rows_of(registry, plan["slices"]["new"])
+
+
 def test_a_first_version_begins_afresh(registry: Registry, base: Base) -> None:
     plan = collected(registry, base, NEW, None)
     spec = JobSpec.model_validate(plan["spec"])

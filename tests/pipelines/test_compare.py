@@ -116,6 +116,7 @@ def test_a_task_runs_in_a_process_of_its_own(task) -> None:
     stages: list[Stage] = []
     row = run.run(task("bottleneck", serving=False), stages.append)
     assert row.error is None and row.training is not None
+    assert not task("bottleneck").folder.joinpath("checkpoints").exists()
     assert stages[-1] == Stage(name="answering", done=4, total=4)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from loramill.chat import EncodedExample
 from loramill.errors import AdapterInvalid
-from loramill.jobs.passes import losses
+from loramill.jobs.passes import losses, prepared
 from loramill.pipelines.compare import bottleneck, by_transformers, prefix
 
 PROMPTS = [[5, 6, 7], [11, 12, 13, 14, 15, 16, 17], [21], [5, 6, 7, 8, 9]]
@@ -120,9 +120,10 @@ def test_a_prefix_begins_as_the_base_reading_its_text(model: LlamaForCausalLM) -
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_packed_prefix_trains_as_peft_does(model: LlamaForCausalLM, packing: bool) -> None:
-    """The loss and the gradient against PEFT's own forward pass, an example at a time."""
-    with prefix.attached(model, [31, 32, 33]) as tuned:
+@pytest.mark.parametrize("longest", [64, 4096])
+def test_a_packed_prefix_trains_as_peft_does(model: LlamaForCausalLM, packing: bool, longest: int) -> None:
+    """The loss and the gradient, in each way to attend, against PEFT's own forward pass, an example at a time."""
+    with prefix.attached(model, [31, 32, 33]) as tuned, prepared(model, longest, checkpointing=False):
         drawn_prefix(tuned)
         loss, _ = losses(tuned.model, model, EXAMPLES, 1.0, packing=packing)
         torch.autograd.backward(loss)

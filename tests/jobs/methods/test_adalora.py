@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.adalora.layer import RankAllocator
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from loramill.bases import Base
 from loramill.errors import AdapterInvalid
@@ -67,10 +68,7 @@ def test_prunes_as_peft_does(small: Base) -> None:
             if step < last:
                 allocator.update_ipt(plain.base_model.model)
             if step > first:
-                # PEFT rounds the budget of all modules down
-                allocator.mask_to_budget(
-                    plain.base_model.model, int(budget(spec, step) * len(modules_of(tuned.weights)))
-                )
+                allocator.mask_to_budget(plain.base_model.model, allocator.budget_schedule(step)[0])
             tuned.after_step(step)
             for name, weight in ours.items():
                 torch.testing.assert_close(weight, theirs[name], rtol=1e-4, atol=1e-6, msg=f"{step} {name}")
@@ -85,6 +83,8 @@ def test_ends_at_its_rank_in_the_mean_and_stores_no_more(small: Base, tmp_path: 
         alive = (singular_values(tuned.weights) != 0).sum(dim=1)
         folder = stored(tuned, spec, tmp_path / "adapter")
     assert alive.float().mean() == 3 and alive.min() < 3 < alive.max()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["lora_alpha"] / config["r"] == 6.0 / 3, "readers that know of no patterns need the scale, too"
     tensors = load_file(folder / "adapter_model.safetensors")
     ranks = [len(tensors[tensor_name(module, "lora_A.weight")]) for module in modules_of(tensors)]
     assert ranks == [max(1, rank) for rank in alive.tolist()]
@@ -96,8 +96,6 @@ def test_a_module_without_a_rank_is_stored_as_zeros(small: Base) -> None:
         for name, weight in tuned.weights.items():
             weight.fill_(0.0 if "lora_E" in name else 1.0)
         files = adapter_files(spec, tuned.weights, tuned.state, "small")
-    from safetensors.torch import load
-
     tensors = load(files["adapter_model.safetensors"])
     assert {len(t) for n, t in tensors.items() if "lora_A" in n} == {1}
     assert not any(t.any() for n, t in tensors.items() if "lora_B" in n)
@@ -155,10 +153,15 @@ def test_refuses_what_has_no_meaning(small: Base, param: str, changes: dict[str,
     assert refused.value.param == param
 
 
-def test_dead_ranks_stay_dead_to_the_end(small: Base) -> None:
+def test_the_last_part_of_the_steps_is_at_the_final_ranks(small: Base) -> None:
     spec: JobSpec = spec_of(method="adalora", steps=10)
     with attached(loaded(small), spec, small.folder) as tuned:
-        learn(tuned, spec, steps=7)
-        dead = singular_values(tuned.weights) == 0
-        learn(tuned, spec, begin=7)
+        assert tuned.settled == 6
+        learn(tuned, spec, steps=2)
+        assert (singular_values(tuned.weights) != 0).float().sum(dim=1).mean() > 4
+        learn(tuned, spec, steps=6, begin=2)
+        dead, state = singular_values(tuned.weights) == 0, [tensor.clone() for tensor in tuned.state.values()]
+        assert (~dead).float().sum(dim=1).mean() == 4
+        learn(tuned, spec, begin=6)
         assert torch.equal(singular_values(tuned.weights) == 0, dead)
+        assert all(map(torch.equal, tuned.state.values(), state))

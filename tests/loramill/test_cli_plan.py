@@ -1,0 +1,105 @@
+"""`loramill plan`: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import pytest
+from typer.testing import CliRunner
+
+from loramill.cli import app
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORAMILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def run(*words: str) -> click.testing.Result:
+    return CliRunner().invoke(app, ["plan", *words])
+
+
+def test_a_table_and_the_choice() -> None:
+    done = run("--base", "8B", "--gpu", "24GB", "--method", "qlora", "--length", "2048")
+    assert done.exit_code == 0, done.output
+    items = [line.split()[0] for line in done.stdout.splitlines()]
+    assert items[1:6] == ["framework", "base", "adapter", "optimizer", "gradients"]
+    assert "total" in items
+    assert "Fits: about" in done.stdout
+    assert "of 25.3 GB" in done.stdout
+
+
+def test_json_adds_up() -> None:
+    done = run("--base", "8B", "--gpu", "h100", "--rank", "64", "--targets", "q_proj, v_proj", "--json")
+    found = json.loads(done.stdout)
+    assert found["fits"] is True
+    assert sum(item["bytes"] for item in found["items"]) == found["bytes"] <= found["budget"]
+    assert found["sharers"] == found["budget"] // found["bytes"]
+
+
+def test_a_refusal_names_what_would_fit() -> None:
+    words = ("--base", "65B", "--gpu", "48GB", "--quantization", "none", "--rank", "64", "--length", "512")
+    done = run(*words)
+    assert done.exit_code == 1
+    assert "nf4" in done.stderr
+    refused = json.loads(run(*words, "--json").stdout)
+    assert refused["fits"] is False
+    assert any("nf4" in words for words in refused["nearest"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("job.toml", 'base = "8B"\ngpu = "24GB"\nquantization = "nf4"\nrank = 8\nlength = 512\nlayers = "0-7"\n'),
+        ("job.json", '{"base": "8B", "gpu": "24GB", "quantization": "nf4", "rank": 8, "length": 512, "layers": "0-7"}'),
+    ],
+)
+def test_a_file_says_the_same_as_options_which_win(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    options = ("--base", "8B", "--gpu", "24GB", "--quantization", "nf4", "--length", "512", "--layers", "0-7", "--json")
+    assert json.loads(run(name, "--json").stdout) == json.loads(run(*options, "--rank", "8").stdout)
+    assert json.loads(run(name, "--rank", "4", "--json").stdout) == json.loads(run(*options, "--rank", "4").stdout)
+
+
+def test_without_a_device_it_is_what_the_job_says_that_is_told(tmp_path: Path) -> None:
+    found = json.loads(run("--base", "8B", "--micro-tokens", "128", "--length", "64", "--json").stdout)
+    assert (found["fits"], found["budget"], found["micro_tokens"]) == (None, None, 128)
+    (tmp_path / "loramill.toml").write_text(f"[jobs]\nuse_gpu = true\nper_gpu = 2\ndevice_bytes = {80 * 2**30}\n")
+    found = json.loads(run("--base", "8B", "--length", "64", "--json").stdout)
+    assert (found["fits"], found["budget"]) == (True, 40 * 2**30)
+
+
+def test_what_deepspeed_moves_to_the_host_is_told() -> None:
+    done = run("--base", "8B", "--gpu", "80GB", "--method", "full")
+    assert "In the host's memory besides" in done.stdout
+    assert "offload = " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "fragment"),
+    [
+        (("--base", "nothing"), "no base 'nothing'"),
+        (("--base", "8B", "--gpu", "huge"), "'huge' is no size"),
+        (("--base", "8B", "--gpu", "24GB", "--cpu", "8GB"), "exclude each other"),
+        (("--base", "8B", "--method", "magic"), "'method'"),
+        (("--base", "8B", "--rank", "0"), "rank"),
+        (("--base", "8B", "--targets", "w_pack"), "no linears named w_pack"),
+        (("no.toml",), "no.toml"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(words: tuple[str, ...], fragment: str) -> None:
+    done = run(*words)
+    assert done.exit_code == 1
+    assert fragment in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_an_unknown_field_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text('base = "8B"\nrnk = 8\n')
+    done = run("job.toml")
+    assert done.exit_code == 1
+    assert "rnk" in done.stderr

@@ -1,0 +1,138 @@
+"""A version brought to this machine: whole and checked, or not at all."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loramill.client import Client
+from loramill.durable import new_folder
+from loramill.errors import ArtifactCorrupt, DiskFull, Forbidden, InvalidRequest, ModelNotFound, NotFound, Unavailable
+from loramill.registry import keys
+
+from .conftest import RunningGateway, examples
+
+
+@pytest.fixture
+def version(gateway: RunningGateway, tenant: str) -> str:
+    with gateway.client() as client:
+        return gateway.publish(client.submit(f"{tenant}/a", examples()).id)
+
+
+def stored(gateway: RunningGateway, version: str) -> Path:
+    return gateway.registry.artifacts.fetch(version) / "adapter_model.safetensors"
+
+
+def test_the_folder_holds_what_was_stored(gateway: RunningGateway, tenant: str, version: str, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    to = tmp_path / "new" / "adapter"
+    with gateway.client() as client:
+        assert client.export(f"{tenant}/a", to, on_bytes=lambda *each: told.append(each)) == version
+        client.export(f"{tenant}/a@{version[:8]}", tmp_path / "pinned")
+    content = stored(gateway, version).read_bytes()
+    for folder in (to, tmp_path / "pinned"):
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == {"adapter_model.safetensors": content}
+        assert stat.S_IMODE(folder.stat().st_mode) & 0o500 == 0o500
+    assert told[-1] == (len(content), len(content))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "pinned"]
+
+
+def damaged(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize("harm", [damaged, cut, Path.unlink])
+def test_what_was_altered_is_refused_and_leaves_nothing(
+    gateway: RunningGateway, tenant: str, version: str, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    harm(stored(gateway, version))
+    with gateway.client() as client, pytest.raises(ArtifactCorrupt, match=r"adapter_model\.safetensors"):
+        client.export(f"{tenant}/a", tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gateway_that_lies_about_the_hashes_is_caught(
+    gateway: RunningGateway, tenant: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The version's own hash is over its files' hashes: altered with them, it isn't that version any more."""
+    with gateway.client() as client:
+        call = client._wire.call
+
+        def lies(*arguments: Any, **more: Any) -> dict[str, Any]:
+            answer = call(*arguments, **more)
+            answer["files"]["adapter_model.safetensors"]["sha256"] = "0" * 64
+            return answer
+
+        monkeypatch.setattr(client._wire, "call", lies)
+        with pytest.raises(ArtifactCorrupt):
+            client.export(f"{tenant}/a", tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_connection_that_breaks_leaves_nothing(
+    gateway: RunningGateway, tenant: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import httpx
+
+    def breaks(*_: Any) -> Any:
+        yield b"some"
+        raise httpx.ReadError("gone")
+
+    monkeypatch.setattr(httpx.Response, "iter_bytes", breaks)
+    with gateway.client() as client, pytest.raises(Unavailable):
+        client.export(f"{tenant}/a", tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_ones_own(gateway: RunningGateway, tenant: str, version: str, tmp_path: Path) -> None:
+    with gateway.client() as admin:
+        admin.create_tenant(f"{tenant}-rival")
+    with gateway.registry.writing() as session:
+        _, secret = keys.create(session, f"{tenant}-rival")
+    with gateway.client(secret) as rival, pytest.raises(Forbidden):
+        rival.export(f"{tenant}/a", tmp_path / "adapter")
+    with gateway.client() as client:
+        for name, error in (
+            (f"{tenant}/none", NotFound),
+            (f"{tenant}/a@previous", ModelNotFound),
+            ("smollm2-135m", InvalidRequest),
+        ):
+            with pytest.raises(error):
+                client.export(name, tmp_path / "adapter")
+        with pytest.raises(NotFound, match="full fine-tuning"):
+            client.export(f"{tenant}/a", tmp_path / "adapter", full=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_written_over(gateway: RunningGateway, tenant: str, version: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    with gateway.client() as client:
+        for taken in (tmp_path, tmp_path / "mine", tmp_path / "mine" / "below"):
+            with pytest.raises(InvalidRequest):
+                client.export(f"{tenant}/a", taken)
+        client.export(f"{tenant}/a", tmp_path / "empty")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine"]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DiskFull, match="Nothing was written"), new_folder(tmp_path / "to") as folder:
+        (folder / "part").write_bytes(b"1")
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_who_answers(tmp_path: Path) -> None:
+    from loramill.errors import NotRunning
+
+    with Client("http://127.0.0.1:9", "lm-key") as client, pytest.raises(NotRunning):
+        client.export("acme/a", tmp_path / "adapter")
