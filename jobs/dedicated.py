@@ -66,7 +66,7 @@ def _regroup(backend: str) -> None:
     Ray would have to be told of it where the supervisor runs, and that machine may have no GPU.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    store = dist.PrefixStore(backend, dist.distributed_c10d._get_default_store())
+    store = dist.distributed_c10d.PrefixStore(backend, dist.distributed_c10d._get_default_store())
     dist.destroy_process_group()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 
 class _RmsNorm(torch.autograd.Function):
-    """x / sqrt(mean x^2 + eps) * w (Zhang & Sennrich 2019, arXiv 1910.07467), in about half of autograd's operations."""
+    """x / sqrt(mean x^2 + eps) * w (Zhang & Sennrich 2019, arXiv 1910.07467): about half of autograd's operations."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

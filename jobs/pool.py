@@ -81,7 +81,7 @@ class Keeper:
                 case StartSession(name):
                     self._start(name, 1, lambda name=name: self._run_session(name, self.holder))  # type: ignore[misc]
                 case StartTrainer(job, size):
-                    self._start(job, size, lambda job=job: self._run_trainer(job, self._gpus(job)))  # type: ignore[misc]
+                    self._start(job, size, lambda job=job: self._train(job))  # type: ignore[misc]
                 case EndSession(name):
                     with self._registry.writing() as session:
                         places.end(session, name)
@@ -100,9 +100,17 @@ class Keeper:
         self._threads = {name: thread for name, thread in self._threads.items() if thread.is_alive()} | {name: thread}
         thread.start()
 
-    def _gpus(self, job_id: str) -> int:
+    def _train(self, job_id: str) -> None:
+        """Runs a job's own trainer; what ends it before the job is told in the job's history."""
         with self._registry.reading() as session:
-            return jobs.get(session, job_id).spec.gpus
+            gpus = jobs.get(session, job_id).spec.gpus
+        try:
+            self._run_trainer(job_id, gpus)
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            with self._registry.writing() as session:
+                jobs.add_event(session, job_id, "warn", "message", f"Its trainer ended: {reason[-1]}", {})
+            raise
 
 
 def observe(session: Session, settings: JobSettings, now: float) -> Pool:

@@ -15,6 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from loramill.bases import find_base, load_for_training
 from loramill.chat import ChatTokenizer
+from loramill.jobs.leftovers import remove_leftovers
 from loramill.jobs.pool import owner_at
 from loramill.jobs.processes import ONE, Processes
 from loramill.jobs.worker import Worker, work
@@ -46,6 +47,7 @@ def fit(train: Any, config: dict[str, Any], settings: Settings, scaling: Scaling
 
     Gloo connects them, on a GPU, too: what has to cross GPUs takes a group of its own.
     """
+    remove_leftovers()
     name = f"{config['place']}-{uuid.uuid4().hex[:12]}"
     run = RunConfig(name=name, storage_path=settings.sessions, failure_config=FailureConfig(max_failures=max_failures))
     trainer = TorchTrainer(
@@ -101,8 +103,9 @@ def resident(settings: Settings, place: str, executor: Executor, processes: Proc
 def prepare(settings: JobSettings) -> torch.device:
     """The device that Ray gave to this process, of which it takes no more than its share."""
     torch.set_num_threads(settings.threads)
+    if not torch.cuda.is_available():  # Ray's GPUs may stand for nothing, as in tests
+        return torch.device("cpu")
     device: torch.device = get_device()
-    if device.type == "cuda":
-        # Ray counts fractions of a GPU and keeps nobody from taking all of its memory.
-        torch.cuda.set_per_process_memory_fraction(1 / settings.per_gpu, device)
+    # Ray counts fractions of a GPU and keeps nobody from taking all of its memory.
+    torch.cuda.set_per_process_memory_fraction(1 / settings.per_gpu, device)
     return device

@@ -16,8 +16,10 @@ from loramill.types import Executor, JobSpec, Method, Quantization, Schedule, Va
 
 Auto = Literal["auto"]
 
-#: The learning rate that a multiplier of 1 stands for.
+#: The learning rate that a multiplier of 1 stands for, of adapters.
 LEARNING_RATE = 1e-3
+#: The same where every weight is trained: a tenth (Schulman et al. 2025, "LoRA without regret").
+FULL_LEARNING_RATE = 1e-4
 #: Small: what was learned from 50 steps of 16 was learned from 60 of 8, at about half the price.
 BATCH_SIZE = 8
 #: LoRA+'s own choice (Hayou et al. 2024, section 5) where the job only names the method.
@@ -118,7 +120,7 @@ def resolve_spec(
     chosen = {
         "batch_size": batch_size,
         "steps": steps,
-        "learning_rate": LEARNING_RATE * multiplier,
+        "learning_rate": _rate(said.method) * multiplier,
         "max_length": min(MAX_LENGTH, context_length),
         # A checkpoint, with its validation, costs as much as a few steps; a crash costs those since the last.
         "checkpoint_every": max(10, min(100, own.get("steps", steps) // 4)),
@@ -145,7 +147,7 @@ def hyperparameters_of(spec: JobSpec, examples: int) -> dict[str, int | float]:
     return {
         "n_epochs": max(1, spec.steps * spec.batch_size // examples),
         "batch_size": spec.batch_size,
-        "learning_rate_multiplier": round(spec.learning_rate / LEARNING_RATE, 6),
+        "learning_rate_multiplier": round(spec.learning_rate / _rate(spec.method), 6),
     }
 
 
@@ -157,6 +159,10 @@ _SAID_AS = {
     "batch_size": "hyperparameters.batch_size",
     "learning_rate": "hyperparameters.learning_rate_multiplier",
 }
+
+
+def _rate(method: str | None) -> float:
+    return FULL_LEARNING_RATE if method == "full" else LEARNING_RATE
 
 
 def _auto(said: int | Auto, otherwise: int) -> int:

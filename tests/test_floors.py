@@ -32,6 +32,7 @@ RAY_SHELLS = (
     "jobs/supervisor.py",
     "jobs/session.py",
     "jobs/dedicated.py",
+    "jobs/leftovers.py",
     "jobs/bench/fresh.py",
     "serve/deployments.py",
     "serve/local.py",

@@ -22,7 +22,7 @@ from loramill.types import JobSpec
 log = logging.getLogger(__name__)
 
 
-class Rival(TrainerCallback):
+class Rival(TrainerCallback):  # type: ignore[misc]
     """Trainer's own loop, held after each optimizer step until it is asked for the next.
 
     Args:

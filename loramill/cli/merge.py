@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,8 +13,9 @@ from loramill.cli.export import To
 if TYPE_CHECKING:
     from loramill.bases import Base
     from loramill.chat import EncodedExample
-    from loramill.jobs.merge import MergeReport
     from loramill.settings import Settings
+
+MergeReport = Any  # of loramill.jobs.merge, to which the door opens only inside functions
 
 
 def merge(

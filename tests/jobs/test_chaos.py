@@ -126,6 +126,7 @@ def left(mill: Mill) -> int:
 
 
 def check(mill: Mill, queued: list[JobRecord]) -> None:
+    """Each job has ended once, with a version that is whole, and every tenant has had its share."""
     published: dict[str, list[str]] = defaultdict(list)
     contents = set()
     with mill.registry.reading() as session:

@@ -3,6 +3,7 @@ engine load it."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loramill.bases import Base, find_base, load_for_training
+from loramill.chat import ChatTokenizer
 from loramill.errors import ArtifactMissing, JobPaused, TrainingDiverged
 from loramill.jobs import checkpoint
 from loramill.jobs.batches import choose
@@ -25,11 +27,14 @@ from loramill.jobs.full import REPORT_FILE, FullResult, export_full, train_full
 from loramill.jobs.methods.tuned import Tuned
 from loramill.jobs.schedule import learning_rate
 from loramill.jobs.training import ONE, Progress
+from loramill.jobs.worker import Worker, run_next
 from loramill.jobs.zero import zero
 from loramill.kernels.quantization import Quantization
+from loramill.registry import Registry, datasets, jobs, tenants
+from loramill.registry.migrate import migrate
 from loramill.serve.offline import OfflineEngine
 from loramill.serve.protocol import TextRequest
-from loramill.settings import ServeSettings
+from loramill.settings import JobSettings, ServeSettings
 from loramill.types import JobSpec
 
 from .conftest import base_of
@@ -269,3 +274,35 @@ def test_two_processes_share_a_job_across_a_pause(llama: Path, tmp_path: Path) -
     for name, parameter in start.named_parameters():
         moved = (ours.weights[name] - parameter).norm()
         assert (ours.weights[name] - theirs.weights[name]).norm() < 0.15 * moved, name
+
+
+def test_a_worker_publishes_both_results_without_a_resident_base(llama: Path, tmp_path: Path) -> None:
+    base = base_of(llama, tmp_path)
+    migrate(f"sqlite:///{tmp_path / 'record.db'}")
+    registry = Registry.open(f"sqlite:///{tmp_path / 'record.db'}", (tmp_path / "artifacts").as_uri())
+    worker = Worker(
+        owner="w1",
+        registry=registry,
+        base=base,
+        model=lambda: pytest.fail("the resident base was asked for"),
+        device=CPU,
+        tokenizer=ChatTokenizer.load(llama),
+        checkpoints=tmp_path / "checkpoints",
+        logs=tmp_path / "logs",
+        settings=JobSettings(),
+    )
+    rows = "".join(json.dumps({"prompt": f"say {word}", "completion": word}) + "\n" for word in "abcdefghij").encode()
+    data = registry.artifacts.put({"data.jsonl": rows})
+    with registry.writing() as session:
+        tenants.create(session, "acme")
+        train = datasets.create(session, "acme", "rows.jsonl", data, len(rows), 10).id
+        job = jobs.submit(session, full(base=base.fingerprint, train=train, steps=2), {}, executor="dedicated").id
+    assert run_next(worker)
+    with registry.reading() as session:
+        done = jobs.get(session, job)
+    assert done.status == "succeeded" and done.version is not None and done.result is not None, done.error_message
+    assert (registry.artifacts.fetch(done.version) / REPORT_FILE).is_file()
+    PeftModel.from_pretrained(load_for_training(base, torch.bfloat16), registry.artifacts.fetch(done.version))
+    AutoModelForCausalLM.from_pretrained(registry.artifacts.fetch(done.result))
+    assert registry.sweep(older_than=-1) == 0
+    registry.close()

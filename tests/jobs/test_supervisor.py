@@ -180,7 +180,19 @@ def test_a_run_that_fails_at_once_is_not_started_again_at_once(registry, make, r
     assert failing.alive == ["session-1"]
 
 
-def fail(name: str, holder: str) -> None:
+def test_why_a_trainer_ended_is_in_the_jobs_history(registry):
+    (job,) = submit(registry, executor="dedicated", gpus=2)
+    keeper = Keeper(registry, JobSettings(sessions=2), run_session=fail, run_trainer=fail)
+    keeper.look()
+
+    def messages() -> list[str]:
+        with registry.reading() as session:
+            return [event.message for event in jobs.events(session, job.id)]
+
+    eventually(lambda: "Its trainer ended: no GPU" in messages())
+
+
+def fail(name: str, holder: object) -> None:
     raise RuntimeError("no GPU")
 
 

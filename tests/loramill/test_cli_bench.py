@@ -20,6 +20,7 @@ from loramill import bases
 from loramill.cli import app as root
 from loramill.cli import bench as command
 from loramill.errors import EngineFault, InvalidRequest, SetupError
+from loramill.jobs.bench import train as train_bench
 from loramill.kernels import bench
 from loramill.kernels.bench import Effort, Model, Result
 from loramill.kernels.bench.record import COLUMNS, results_file
@@ -31,7 +32,7 @@ MISSED = Result("lora 8/8/16: PEFT's loop over added", 11.0, "x", 12, "higher")
 INFORMS = Result("linear limits: GEMM peak", 437.9123, "GFLOP/s", better="higher")
 
 
-@pytest.fixture(params=["kernels", "engine"])
+@pytest.fixture(params=["kernels", "engine", "train"])
 def name(request) -> str:
     """The command; a test that isn't about one of them is about each."""
     return request.param
@@ -58,6 +59,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[str, s
 
         monkeypatch.setattr(bench, "run", run)
         monkeypatch.setattr(engine_bench, "run", run)
+        monkeypatch.setattr(train_bench, "run", run)
         monkeypatch.setattr(bases, "find_base", lambda name, cache: f"the base {name}")
         return asked
 
@@ -154,7 +156,7 @@ def test_record_adds_rows_to_the_checkout(name, invoke, measured, checkout: Path
         assert device
         assert versions.startswith("python 3.")
         assert " torch " in versions
-        assert (" transformers " in versions and " peft " in versions) == (name == "engine")
+        assert (" transformers " in versions and " peft " in versions) == (name != "kernels")
     assert invoke("--record").exit_code == 0
     assert len(checkout.read_text().splitlines()) == 1 + 2 * 3
 

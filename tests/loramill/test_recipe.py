@@ -59,6 +59,7 @@ def test_autos_follow_the_number_of_examples(examples: int, batch_size: int, ste
         ({"n_epochs": 9}, {"steps": 5}, "steps", 5),
         ({"learning_rate_multiplier": 0.5}, {}, "learning_rate", 5e-4),
         ({"learning_rate_multiplier": 0.5}, {"learning_rate": 3e-4}, "learning_rate", 3e-4),
+        ({"learning_rate_multiplier": 0.5}, {"method": "full"}, "learning_rate", 5e-5),
         ({}, {"rank": 4}, "rank", 4),
         ({}, {"targets": ("q_proj",)}, "targets", ("q_proj",)),
         ({}, {"max_length": 2048}, "max_length", 2048),

@@ -15,10 +15,12 @@ from peft.tuners.adalora.layer import RankAllocator
 from safetensors.torch import load, load_file
 
 from loramill.bases import Base
+from loramill.chat import EncodedExample
 from loramill.errors import AdapterInvalid
 from loramill.jobs.methods import adalora, adapter_files, attached
 from loramill.jobs.methods.adalora import budget, init_rank
 from loramill.jobs.methods.peft_folder import modules_of, tensor_name
+from loramill.jobs.training import export, train
 from loramill.types import JobSpec
 
 from .driven import learn, loaded, loss_of, spec_of, stored, tokens, trained
@@ -165,3 +167,14 @@ def test_the_last_part_of_the_steps_is_at_the_final_ranks(small: Base) -> None:
         learn(tuned, spec, begin=6)
         assert torch.equal(singular_values(tuned.weights) == 0, dead)
         assert all(map(torch.equal, tuned.state.values(), state))
+
+
+def test_no_unpruned_weights_become_the_version(small: Base, tmp_path: Path) -> None:
+    """Nor do they end a job early, however bad their validation losses."""
+    spec = spec_of(method="adalora", steps=10, eval_every=1, patience=1, learning_rate=0.5)
+    examples = [EncodedExample(tuple(row), 6) for row in tokens(rows=4).tolist()]
+    points = list(train(loaded(small), examples, examples, spec, folder=small.folder, checkpoints=tmp_path / "job"))
+    assert next(point.step for point in points if point.best) == 6
+    assert len(points) >= 7
+    tensors = load(export(tmp_path / "job", spec, base="small")["adapter_model.safetensors"])
+    assert sum(len(tensor) for name, tensor in tensors.items() if "lora_A" in name) <= 4 * 21 + 21

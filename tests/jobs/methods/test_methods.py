@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,14 +109,30 @@ def test_a_refusal_leaves_the_base_as_it_was(small: Base, method: str) -> None:
 def test_the_seed_alone_decides(small: Base, method: str) -> None:
     model = loaded(small, "nf4")
 
-    def run(seed: int, **changes: Any) -> list[torch.Tensor]:
+    def run(seed: int, steps: int) -> list[torch.Tensor]:
         torch.rand(3)
-        with trained(model, spec_of(method=method, seed=seed, steps=3, dropout=0.3), small.folder) as tuned:
+        spec = spec_of(method=method, seed=seed, dropout=0.3)
+        with attached(model, spec, small.folder) as tuned:
+            learn(tuned, spec, steps)
             return [weight.detach().clone() for weight in tuned.weights.values()]
 
-    first = run(1)
-    assert all(map(torch.equal, run(1), first))
-    assert not all(map(torch.equal, run(2), first))
+    learned, begun = run(1, steps=3), run(1, steps=0)
+    assert all(map(torch.equal, run(1, steps=3), learned))
+    assert all(map(torch.equal, run(1, steps=0), begun))
+    assert not all(map(torch.equal, run(2, steps=3), learned))
+    if method in ("lora", "dora", "adalora"):
+        assert not all(map(torch.equal, run(2, steps=0), begun))
+
+
+def test_begins_as_peft_does(small: Base) -> None:
+    with attached(loaded(small), spec_of(rank=64), small.folder) as tuned:
+        for name, weight in tuned.weights.items():
+            bound = 1 / math.sqrt(weight.shape[1])
+            if "lora_A" in name:
+                assert 0.999 * bound < weight.abs().max().item() <= bound
+                assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+            else:
+                assert not weight.any()
 
 
 @pytest.mark.parametrize("method", METHODS)

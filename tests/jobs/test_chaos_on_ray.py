@@ -1,0 +1,85 @@
+"""The same on a real Ray with fake GPUs: minutes, and so only where SLOW is set."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from loramill.bases import Base
+from loramill.jobs.supervisor import deploy
+from loramill.types import JobStatus
+
+from .mill import Mill, tiny_base
+from .test_chaos import PACE, check, left, submitted
+
+pytestmark = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes minutes; set SLOW=1")
+
+#: What is killed, by the beginning of its process's title.
+VICTIMS = {"worker": "ray::RayTrainWorker", "controller": "ray::TrainController", "supervisor": "ray::Supervisor"}
+
+
+@pytest.fixture
+def mill(tmp_path: Path, base: Base) -> Iterator[Mill]:
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(address="local", num_cpus=8, num_gpus=4, include_dashboard=False, object_store_memory=128 << 20)
+    fields = {"use_gpu": True, "lease_seconds": 5, "idle_seconds": 600, "max_attempts": 99}
+    yield Mill.at(tmp_path, tiny_base(tmp_path / "tiny", base.folder), **fields)
+    ray.shutdown()
+
+
+def kill(chance: random.Random, what: str) -> int:
+    """Kills one of our processes of this kind; returns how many."""
+    alive = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            title = " ".join(process.cmdline())
+        except psutil.NoSuchProcess:
+            continue
+        if title.startswith(VICTIMS[what]):
+            alive.append(process.pid)
+    for pid in chance.sample(alive, min(1, len(alive))):
+        os.kill(pid, signal.SIGKILL)
+    return min(1, len(alive))
+
+
+def test_each_job_ends_once_whatever_is_killed(mill: Mill) -> None:
+    queued, chance, killed = submitted(mill), random.Random(0), Counter[str]()
+    deploy(mill.settings)
+    deadline = time.monotonic() + 1200
+    for goal in range(len(queued) - 2 * PACE, -1, -4 * PACE):
+        while left(mill) > goal:
+            assert time.monotonic() < deadline, f"{left(mill)} jobs are left, after kills of {killed}"
+            time.sleep(0.3)
+        what = ("worker", "controller", "worker", "supervisor")[sum(killed.values()) % 4]
+        killed[what] += kill(chance, what)
+    while left(mill):
+        assert time.monotonic() < deadline, f"{left(mill)} jobs are left at the end"
+        time.sleep(0.3)
+    assert set(killed) == set(VICTIMS)
+    check(mill, queued)
+
+
+def test_a_trainer_of_two_processes_that_loses_one(mill: Mill) -> None:
+    spec = {"steps": 60, "batch_size": 6, "checkpoint_every": 5, "micro_tokens": 16, "dropout": 0.0}
+    job = mill.submit("acme/two", executor="dedicated", gpus=2, **spec)
+    deploy(mill.settings)
+
+    def until(status: JobStatus, step: int) -> None:
+        deadline = time.monotonic() + 300
+        while (now := mill.now(job)).status is not status or now.step < step:
+            assert time.monotonic() < deadline, now
+            time.sleep(0.1)
+
+    until(JobStatus.RUNNING, 6)
+    assert kill(random.Random(1), "worker")
+    until(JobStatus.SUCCEEDED, 60)
+    assert mill.now(job).attempt == 2
