@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loramill.sizing.anatomy import Anatomy
-from loramill.sizing.need import Device, Item, Need, Row, activations, composed, logits_of, scratch
+from loramill.sizing.need import Device, Item, Need, Row, activations, composed, logits_of, one_layer, scratch
 from loramill.sizing.places import Tuning
 from loramill.types import JobSpec
 
@@ -33,6 +33,7 @@ def need_full(spec: JobSpec, base: Anatomy, row: Row, device: Device) -> Need:
             scratch(spec, base, everything, row, device, logits),
         ],
         written=_OPTIMIZER * count,
+        layer=one_layer(base, everything, row, device, 2),
     )
     host = 0 if offload == "none" else (_GRADIENT + _OPTIMIZER) * count + (_WEIGHT * count) * (offload == "all")
     return Need(needed.items, host)

@@ -22,13 +22,13 @@ Device = Literal["cpu", "cuda"]
 NF4_BYTES = 4 / 8 + 1 / 64 + 4 / (64 * 256)
 
 #: What a process with torch and transformers takes before it has a tensor, and after its first step.
-_PROCESS = 605 * 10**6
+_PROCESS = 580 * 10**6
 #: The CUDA context with its libraries, and cuBLAS's workspace, which torch counts among the tensors.
 _CONTEXT, _CUBLAS = 700 * 2**20, 32 * 2**20
 
-#: What glibc's malloc can't reuse between tensors that stay: parts of the activations and of the logits, as measured
-#: (`loramill bench train --only memory`) after a few passes with its own thresholds, which grow to 32 MiB.
-_TORN_ACTIVATIONS, _TORN_LOGITS = 0.33, 0.25
+#: What glibc's malloc can't reuse, with its own thresholds, which grow to 32 MiB: what comes and goes in a layer leaves
+#: holes between what stays. As measured by `jobs.bench.memory`: parts of the activations, and times a layer's.
+_TORN_KEPT, _TORN_LAYER = 0.12, 4
 
 #: Copies that safetensors makes of a checkpoint: of each tensor, of all in Rust, and of that in Python.
 _COPIES = 3
@@ -142,21 +142,26 @@ def need(
             scratch(spec, base, tuned, row, device, logits, quantization, dtype_bytes),
         ],
         written=(12 + 4 * tuned.state) * tuned.weights + 4 * tuned.fixed,
-        converted=2 * base.parameters if dtype_bytes == 4 else 0,
+        layer=one_layer(base, tuned, row, device, dtype_bytes),
+        # A base in another dtype than its file's went through memory in that.
+        loading=2 * base.parameters if dtype_bytes == 4 else 0,
     )
 
 
-def composed(device: Device, kept: Sequence[Item], passing: Sequence[Item], written: int, converted: int = 0) -> Need:
+def composed(
+    device: Device, kept: Sequence[Item], passing: Sequence[Item], *, written: int, layer: int, loading: int = 0
+) -> Need:
     """What is kept all the time, and what a pass or, on a CPU, the writing of a checkpoint needs besides.
 
     Args:
         written: bytes of a checkpoint.
-        converted: bytes of a base's file that went through memory when its weights were made another dtype.
+        layer: bytes of a layer's activations.
+        loading: bytes that were freed when the base had been loaded.
     """
     items = [framework(device), *kept, *passing]
     if device == "cpu":
         sizes = {item.name: item.bytes for item in passing}
-        torn = converted + round(_TORN_ACTIVATIONS * sizes["activations"] + _TORN_LOGITS * sizes["logits"])
+        torn = loading + round(_TORN_KEPT * sizes["activations"]) + _TORN_LAYER * layer
         writing = max(0, _COPIES * written - sum(sizes.values()))
         items += [
             Item("fragments", torn, "of freed memory that malloc can't reuse"),
@@ -220,12 +225,17 @@ def scratch(
     scores = 2 * b * base.heads * row.width - mlp if _eager(row, device) else 0
     passing = row.tokens * max(mlp, scores)
     if spec.gradient_checkpointing:
-        passing += row.tokens * (_layer(base, row, device, b, bool(tuned.attended)) + b * tuned.most_kept)
-        passing += _cast(tuned, b) * tuned.most_copied
+        passing += one_layer(base, tuned, row, device, b)
     if device == "cuda" and quantization == "nf4":
         passing += b * max(linear.weights for linear in base.linears)
     fixed = _CUBLAS if device == "cuda" else 0
     return Item("scratch", fixed + max(0, passing - logits.bytes), "what comes and goes in a layer")
+
+
+def one_layer(base: Anatomy, tuned: Tuning, row: Row, device: Device, b: int) -> int:
+    """Bytes that the layer with the most adapters keeps in a pass."""
+    own = _layer(base, row, device, b, bool(tuned.attended)) + b * tuned.most_kept
+    return row.tokens * own + _cast(tuned, b) * tuned.most_copied
 
 
 def _cast(tuned: Tuning, b: int) -> int:
