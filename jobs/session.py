@@ -15,7 +15,6 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from loramill.bases import find_base, load_for_training
 from loramill.chat import ChatTokenizer
-from loramill.jobs.leftovers import remove_leftovers
 from loramill.jobs.pool import owner_at
 from loramill.jobs.processes import ONE, Processes
 from loramill.jobs.worker import Worker, work
@@ -47,7 +46,6 @@ def fit(train: Any, config: dict[str, Any], settings: Settings, scaling: Scaling
 
     Gloo connects them, on a GPU, too: what has to cross GPUs takes a group of its own.
     """
-    remove_leftovers()
     name = f"{config['place']}-{uuid.uuid4().hex[:12]}"
     run = RunConfig(name=name, storage_path=settings.sessions, failure_config=FailureConfig(max_failures=max_failures))
     trainer = TorchTrainer(
@@ -89,7 +87,7 @@ def resident(settings: Settings, place: str, executor: Executor, processes: Proc
         owner=owner_at(place, os.getpid()),
         registry=Registry.open(settings.database, settings.artifacts),
         base=base,
-        model=cache(lambda: load_for_training(base, torch.bfloat16).to(device)),
+        model=cache(lambda: load_for_training(base, torch.bfloat16, packed=device.type == "cuda").to(device)),
         device=device,
         tokenizer=ChatTokenizer.load(base.folder),
         checkpoints=settings.checkpoints,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 import ray
 
 from loramill.jobs.dedicated import run_dedicated
+from loramill.jobs.leftovers import remove_leftovers
 from loramill.jobs.pool import Keeper
 from loramill.jobs.session import run_session
 from loramill.registry import Registry
@@ -15,6 +17,8 @@ from loramill.settings import Settings
 
 NAME = "loramill-supervisor"
 NAMESPACE = "loramill"
+#: Seconds between looks for what dead trainers left.
+TIDY_SECONDS = 5.0
 log = logging.getLogger(__name__)
 
 
@@ -29,10 +33,20 @@ class Supervisor:
             run_trainer=lambda job, gpus: run_dedicated(settings, job, gpus),
         )
         threading.Thread(target=self._keeper.watch, args=(threading.Event(),), name="watch", daemon=True).start()
+        threading.Thread(target=_tidy, name="tidy", daemon=True).start()
 
     def ping(self) -> list[str]:
         """Answers with the names of the places where something runs."""
         return self._keeper.alive
+
+
+def _tidy() -> None:
+    while True:
+        try:
+            remove_leftovers()
+        except Exception:  # Ray's head may be away; it is looked at again
+            log.exception("what dead trainers left could not be removed; trying again")
+        time.sleep(TIDY_SECONDS)
 
 
 def deploy(settings: Settings) -> None:

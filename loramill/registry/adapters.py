@@ -1,7 +1,8 @@
 """Adapters, their versions, and the aliases that move between them.
 
-An adapter with a version has a champion. Champion and previous, champion and challenger always differ.
-Whoever moves an alias holds the adapter's row, so moves come one after another and their history is their order.
+An adapter with a published version has a champion; before, it may have those of a running job's checkpoints. Champion
+and previous, champion and challenger always differ. Whoever moves an alias holds the adapter's row, so moves come one
+after another and their history is their order.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def need_full(spec: JobSpec, base: Anatomy, row: Row, device: Device) -> Need:
     offload = spec.offload if device == "cuda" else "none"
     held = min(count, _LIVE) if offload == "all" else count
     passing = count if offload == "none" else min(count, max(_BUCKET, base.embedding))
-    logits, everything = logits_of(base, row), _everything(base)
+    logits, everything = logits_of(base, row), _everything(base, device)
     needed = composed(
         device,
         [
@@ -39,9 +39,9 @@ def need_full(spec: JobSpec, base: Anatomy, row: Row, device: Device) -> Need:
     return Need(needed.items, host)
 
 
-def _everything(base: Anatomy) -> Tuning:
-    """All weights: each linear keeps its input, each norm its output."""
-    kept = 4 * base.hidden + base.intermediate
+def _everything(base: Anatomy, device: Device) -> Tuning:
+    """All weights: each linear keeps its input, each norm its output, and on a CPU its input in fp32."""
+    kept = (2 + 2 + 2 * (device == "cpu")) * base.hidden + base.intermediate
     return Tuning(
         weights=base.parameters,
         fixed=0,

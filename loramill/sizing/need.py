@@ -205,6 +205,8 @@ def activations(spec: JobSpec, base: Anatomy, tuned: Tuning, row: Row, device: D
         own += (layers - tuned.attended) * _layer(base, row, device, dtype_bytes, False)
         kept = row.tokens * (own + dtype_bytes * tuned.kept) + _cast(tuned, dtype_bytes) * tuned.copied
         how = ""
+    # The mask, and on a CPU what it was made of.
+    kept += row.tokens * row.width * (dtype_bytes + (device == "cpu"))
     return Item("activations", kept, f"of {row.tokens:,} tokens in {layers} layers{how}")
 
 
@@ -244,8 +246,9 @@ def _cast(tuned: Tuning, b: int) -> int:
 
 
 def _layer(base: Anatomy, row: Row, device: Device, b: int, attended: bool) -> int:
-    """Bytes a token that a layer keeps of its own: two norms in fp32, attention, and the gated MLP.
+    """Bytes a token that a layer keeps of its own: two norms, attention, and the gated MLP.
 
+    A norm keeps its input: as `jobs.norm` has it in the base's dtype, as transformers has it in fp32.
     A fused kernel keeps queries, keys and values of all heads, its output, and a sum a head; plain products, as
     `jobs.attention` has them, keys and values once and each share; those of transformers these in fp32, too.
     Attention's output is also kept where it enters an adapted linear.
@@ -259,7 +262,8 @@ def _layer(base: Anatomy, row: Row, device: Device, b: int, attended: bool) -> i
         attention = b * 3 * q + base.heads * row.width * (4 + b * (b < 4))
     if attended and _eager(row, device):
         attention += b * q
-    return 8 * base.hidden + attention + 3 * b * base.intermediate
+    norms = 2 * base.hidden * (b if device == "cpu" and base.llama else 4)
+    return norms + attention + 3 * b * base.intermediate
 
 
 def _eager(row: Row, device: Device) -> bool:

@@ -154,6 +154,20 @@ def test_a_killed_training_worker_loses_nothing(mill, globex: str) -> None:
     assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
 
 
+def test_a_paused_job_goes_on_where_it_was(mill, globex: str) -> None:
+    with mill.client(globex) as client:
+        job = client.submit("globex/paused", TRAIN, checkpoint_every=4, **RECIPE)
+        eventually(lambda: client.job(job.id).step >= 2, 120, "the job begins")
+        client.pause(job.id)
+        eventually(lambda: client.job(job.id).status is JobStatus.PAUSED, 30, "the job is paused")
+        client.resume(job.id)
+        assert client.wait(job.id).status is JobStatus.SUCCEEDED
+    with mill.registry.reading() as session:
+        found = [adapters.get(session, name).champion for name in ("globex/calm", "globex/paused")]
+    weights = [mill.registry.artifacts.read(version, "adapter_model.safetensors") for version in found]
+    assert weights[0] == weights[1]
+
+
 def test_killed_train_controllers_leave_room_for_the_next(mill, globex: str) -> None:
     with mill.client(globex) as client:
         job = client.submit("globex/stubborn", TRAIN, checkpoint_every=4, **RECIPE)

@@ -56,14 +56,14 @@ def test_what_torch_allocates_is_foretold(config: LlamaConfig, said: dict[str, o
     own = {name: value for name, value in said.items() if name != "dtype"}
     dtype = said.get("dtype", torch.bfloat16)
     spec = JobSpec.model_validate(
-        {"base": "0" * 64, "adapter": "a/b", "train": "t", "steps": 2, "batch_size": 16, "micro_tokens": 256} | own
+        {"base": "0" * 64, "adapter": "a/b", "train": "t", "steps": 2, "batch_size": 32, "micro_tokens": 256} | own
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval()
     draw = random.Random(0)
     examples = [
         EncodedExample(tuple(draw.randrange(2000) for _ in range(LENGTH)), round(LENGTH * (1 - LEARNT)))
-        for _ in range(16)
+        for _ in range(32)
     ]
     steps = train(model, examples, [], spec, folder=tmp_path, checkpoints=tmp_path / "checkpoints")
     with closing(steps), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
