@@ -9,6 +9,7 @@ import time
 import ray
 
 from loramill.jobs.dedicated import run_dedicated
+from loramill.jobs.housekeeping import tidy_for_ever
 from loramill.jobs.leftovers import remove_leftovers
 from loramill.jobs.pool import Keeper
 from loramill.jobs.session import run_session
@@ -17,8 +18,8 @@ from loramill.settings import Settings
 
 NAME = "loramill-supervisor"
 NAMESPACE = "loramill"
-#: Seconds between looks for what dead trainers left.
-TIDY_SECONDS = 5.0
+#: Seconds between looks for what dead trainers left, and for what the store need not keep.
+LEFTOVERS_SECONDS, TIDY_SECONDS = 5.0, 3600.0
 log = logging.getLogger(__name__)
 
 
@@ -26,27 +27,30 @@ class Supervisor:
     """Watches the queue; each session and trainer runs in a thread here, which waits for its `fit()`."""
 
     def __init__(self, settings: Settings) -> None:
+        registry = Registry.open(settings.database, settings.artifacts)
         self._keeper = Keeper(
-            Registry.open(settings.database, settings.artifacts),
+            registry,
             settings.jobs,
             run_session=lambda place, holder: run_session(settings, place, holder),
             run_trainer=lambda job, gpus: run_dedicated(settings, job, gpus),
         )
         threading.Thread(target=self._keeper.watch, args=(threading.Event(),), name="watch", daemon=True).start()
-        threading.Thread(target=_tidy, name="tidy", daemon=True).start()
+        threading.Thread(target=_free_leftovers, name="leftovers", daemon=True).start()
+        tidying = {"registry": registry, "checkpoints": settings.checkpoints, "every": TIDY_SECONDS}
+        threading.Thread(target=tidy_for_ever, kwargs=tidying, name="tidy", daemon=True).start()
 
     def ping(self) -> list[str]:
         """Answers with the names of the places where something runs."""
         return self._keeper.alive
 
 
-def _tidy() -> None:
+def _free_leftovers() -> None:
     while True:
         try:
             remove_leftovers()
         except Exception:  # Ray's head may be away; it is looked at again
             log.exception("what dead trainers left could not be removed; trying again")
-        time.sleep(TIDY_SECONDS)
+        time.sleep(LEFTOVERS_SECONDS)
 
 
 def deploy(settings: Settings) -> None:

@@ -193,7 +193,7 @@ def nearest(question: Question) -> list[tuple[str, Question]]:
     for words, changed in ways:
         parts = words.split(" and ")
         beyond = any(set(known.split(" and ")) <= set(parts) for known in found)
-        if not beyond:
+        if not beyond and fitting(changed):
             found[words] = changed
         if len(found) == _MOST_NEAREST:
             break

@@ -1,0 +1,65 @@
+"""What nobody needs any more: artifacts that nothing records, and checkpoints of jobs that have ended. No Ray."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from fsspec.core import url_to_fs
+from sqlalchemy import select
+
+from loramill.registry import Registry
+from loramill.registry.tables import JobRow
+from loramill.types import JobStatus
+
+log = logging.getLogger(__name__)
+
+#: Seconds for which an artifact may wait to be recorded; an upload of a large file is the longest.
+ARTIFACT_SECONDS = 24 * 3600.0
+#: Seconds for which an ended job's checkpoints are left to its worker, and those of a failed one to be looked at.
+ENDED_SECONDS, FAILED_SECONDS = 3600.0, 7 * 24 * 3600.0
+
+
+def tidy(registry: Registry, checkpoints: Path | str, *, now: float) -> int:
+    """Removes what has outlived its use; returns how many artifacts and jobs' checkpoints went.
+
+    Raises:
+        LoramillError: the record or the store of artifacts can't be reached.
+    """
+    return registry.sweep(ARTIFACT_SECONDS) + discard_ended(registry, checkpoints, now=now)
+
+
+def discard_ended(registry: Registry, checkpoints: Path | str, *, now: float) -> int:
+    """Removes the checkpoints of jobs that ended an hour ago, or failed a week ago. Returns of how many.
+
+    A worker removes its own; these are of jobs that were cancelled while they waited, or whose worker vanished.
+    """
+    files, root = url_to_fs(str(checkpoints))
+    if not files.exists(root):
+        return 0
+    places = {path.rstrip("/").rpartition("/")[2]: path for path in files.ls(root, detail=False)}
+    ended = select(JobRow.id, JobRow.status, JobRow.finished_at).where(
+        JobRow.status.in_([status for status in JobStatus if status.final])
+    )
+    with registry.reading() as session:
+        gone = [
+            id_
+            for id_, status, finished_at in session.execute(ended)
+            if id_ in places and finished_at <= now - (FAILED_SECONDS if status is JobStatus.FAILED else ENDED_SECONDS)
+        ]
+    for id_ in gone:
+        files.rm(places[id_], recursive=True)
+    if gone:
+        log.info("removed the checkpoints of %d jobs that have ended", len(gone))
+    return len(gone)
+
+
+def tidy_for_ever(registry: Registry, checkpoints: Path | str, *, every: float) -> None:
+    """Tidies `every` so many seconds, whatever happens."""
+    while True:
+        try:
+            tidy(registry, checkpoints, now=time.time())
+        except Exception:  # a database or a disk that is away is back one day
+            log.exception("could not tidy up; trying again")
+        time.sleep(every)

@@ -1,0 +1,75 @@
+"""What is removed, and above all what isn't."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from loramill.errors import TrainingDiverged
+from loramill.jobs.housekeeping import ARTIFACT_SECONDS, ENDED_SECONDS, FAILED_SECONDS, discard_ended, tidy
+from loramill.registry import Registry, datasets, jobs, migrate, tenants
+from loramill.types import JobSpec
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    database = f"sqlite:///{tmp_path / 'record.db'}"
+    migrate(database)
+    opened = Registry.open(database, (tmp_path / "artifacts").as_uri())
+    with opened.writing() as session:
+        tenants.create(session, "acme")
+    return opened
+
+
+def submitted(registry: Registry, checkpoints: Path) -> str:
+    """A job that waits, and a checkpoint of it."""
+    artifact = registry.artifacts.put({"data.jsonl": b"{}\n"})
+    with registry.writing() as session:
+        data = datasets.create(session, "acme", "rows.jsonl", artifact, 3, 1).id
+        spec = JobSpec(base="0" * 64, adapter="acme/loud", train=data, steps=1, batch_size=1)
+        job = jobs.submit(session, spec, {}).id
+    (checkpoints / job).mkdir(parents=True)
+    (checkpoints / job / "whole.safetensors").write_bytes(b"weights")
+    return job
+
+
+def fail(registry: Registry, job: str) -> None:
+    with registry.writing() as session:
+        leased = jobs.lease(session, "w", now=time.time(), seconds=60, max_attempts=5, job_id=job)
+        assert leased is not None
+        jobs.fail(session, job, leased.attempt, TrainingDiverged("NaN"), retry=False)
+
+
+def test_only_what_ended_goes_and_a_failed_jobs_checkpoints_stay_for_a_week(registry: Registry, tmp_path: Path) -> None:
+    place = tmp_path / "checkpoints"
+    waiting, cancelled, failed = (submitted(registry, place) for _ in range(3))
+    with registry.writing() as session:
+        jobs.cancel(session, cancelled)
+    fail(registry, failed)
+    (place / "not-a-job").mkdir()
+
+    def left() -> set[str]:
+        return {folder.name for folder in place.iterdir()}
+
+    now = time.time()
+    assert discard_ended(registry, place, now=now) == 0  # its worker may be about to
+    assert discard_ended(registry, place.as_uri(), now=now + ENDED_SECONDS + 1) == 1
+    assert left() == {waiting, failed, "not-a-job"}
+    assert discard_ended(registry, place, now=now + FAILED_SECONDS + 1) == 1
+    assert left() == {waiting, "not-a-job"}
+
+
+def test_artifacts_go_when_nothing_records_them(registry: Registry, tmp_path: Path) -> None:
+    submitted(registry, tmp_path / "checkpoints")
+    forgotten = registry.artifacts.put({"data.jsonl": b"gone\n"})
+    yesterday = time.time() - ARTIFACT_SECONDS - 60
+    for folder in (tmp_path / "artifacts").glob("[0-9a-f][0-9a-f]/*"):
+        os.utime(folder, (yesterday, yesterday))
+    assert tidy(registry, tmp_path / "nowhere", now=time.time()) == 1
+    assert not (tmp_path / "artifacts" / forgotten[:2] / forgotten).exists()
+    with registry.reading() as session:
+        (kept,) = datasets.list_of(session, "acme", None, 10)
+    assert registry.artifacts.read(kept.artifact, "data.jsonl") == b"{}\n"
