@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from fsspec.core import url_to_fs
-from sqlalchemy import select
+from sqlalchemy import and_, or_, select
 
 from loramill.registry import Registry
 from loramill.registry.tables import JobRow
@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 ARTIFACT_SECONDS = 24 * 3600.0
 #: Seconds for which an ended job's checkpoints are left to its worker, and those of a failed one to be looked at.
 ENDED_SECONDS, FAILED_SECONDS = 3600.0, 7 * 24 * 3600.0
+_DONE = (JobStatus.SUCCEEDED, JobStatus.CANCELLED)
 
 
 def tidy(registry: Registry, checkpoints: Path | str, *, now: float) -> int:
@@ -39,15 +40,14 @@ def discard_ended(registry: Registry, checkpoints: Path | str, *, now: float) ->
     if not files.exists(root):
         return 0
     places = {path.rstrip("/").rpartition("/")[2]: path for path in files.ls(root, detail=False)}
-    ended = select(JobRow.id, JobRow.status, JobRow.finished_at).where(
-        JobRow.status.in_([status for status in JobStatus if status.final])
+    ended = select(JobRow.id).where(
+        or_(
+            and_(JobRow.status == JobStatus.FAILED, JobRow.finished_at <= now - FAILED_SECONDS),
+            and_(JobRow.status.in_(_DONE), JobRow.finished_at <= now - ENDED_SECONDS),
+        )
     )
     with registry.reading() as session:
-        gone = [
-            id_
-            for id_, status, finished_at in session.execute(ended)
-            if id_ in places and finished_at <= now - (FAILED_SECONDS if status is JobStatus.FAILED else ENDED_SECONDS)
-        ]
+        gone = [id_ for id_ in session.scalars(ended) if id_ in places]
     for id_ in gone:
         files.rm(places[id_], recursive=True)
     if gone:

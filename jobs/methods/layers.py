@@ -21,6 +21,9 @@ from loramill.kernels.training import Frozen, Trainable, grouped_lora
 #: There is one adapter in training, and all rows are its own.
 _SLOT = Slot(0, 0)
 
+#: Rows of a weight that are merged at once where only their norms are wanted.
+_ROWS = 256
+
 
 class LoraLinear(nn.Module):
     """y = W x + scale B A x (Hu et al. 2021, 2106.09685, equation 3).
@@ -105,8 +108,10 @@ class DoraLinear(LoraLinear):
         versions = self.a._version, self.b._version
         if self._lengths is None or self._lengths[0] != versions:
             weight = self.frozen if isinstance(self.frozen, torch.Tensor) else self.frozen()
-            merged = torch.addmm(weight.float(), self.b, self.a, alpha=self.scale)
-            self._lengths = versions, torch.linalg.vector_norm(merged, dim=1)
+            # Some rows at a time: whole merged weights in fp32, made and dropped once a step, tear the heap.
+            parts = zip(weight.split(_ROWS), self.b.split(_ROWS), strict=True)
+            norms = [torch.addmm(w.float(), b, self.a, alpha=self.scale).norm(dim=1) for w, b in parts]
+            self._lengths = versions, torch.cat(norms)
         return self._lengths[1]
 
 

@@ -144,24 +144,24 @@ def need(
         written=(12 + 4 * tuned.state) * tuned.weights + 4 * tuned.fixed,
         layer=one_layer(base, tuned, row, device, dtype_bytes),
         # A base in another dtype than its file's went through memory in that.
-        loading=2 * base.parameters if dtype_bytes == 4 else 0,
+        holes=2 * base.parameters if dtype_bytes == 4 else 0,
     )
 
 
 def composed(
-    device: Device, kept: Sequence[Item], passing: Sequence[Item], *, written: int, layer: int, loading: int = 0
+    device: Device, kept: Sequence[Item], passing: Sequence[Item], *, written: int, layer: int, holes: int = 0
 ) -> Need:
     """What is kept all the time, and what a pass or, on a CPU, the writing of a checkpoint needs besides.
 
     Args:
         written: bytes of a checkpoint.
         layer: bytes of a layer's activations.
-        loading: bytes that were freed when the base had been loaded.
+        holes: bytes that were freed when the base had been loaded.
     """
     items = [framework(device), *kept, *passing]
     if device == "cpu":
         sizes = {item.name: item.bytes for item in passing}
-        torn = loading + round(_TORN_KEPT * sizes["activations"]) + _TORN_LAYER * layer
+        torn = holes + round(_TORN_KEPT * sizes["activations"]) + _TORN_LAYER * layer
         writing = max(0, _COPIES * written - sum(sizes.values()))
         items += [
             Item("fragments", torn, "of freed memory that malloc can't reuse"),
@@ -204,9 +204,9 @@ def activations(spec: JobSpec, base: Anatomy, tuned: Tuning, row: Row, device: D
         own = tuned.attended * _layer(base, row, device, dtype_bytes, True)
         own += (layers - tuned.attended) * _layer(base, row, device, dtype_bytes, False)
         kept = row.tokens * (own + dtype_bytes * tuned.kept) + _cast(tuned, dtype_bytes) * tuned.copied
+        # The mask, and on a CPU what it was made of.
+        kept += row.tokens * row.width * (dtype_bytes + (device == "cpu"))
         how = ""
-    # The mask, and on a CPU what it was made of.
-    kept += row.tokens * row.width * (dtype_bytes + (device == "cpu"))
     return Item("activations", kept, f"of {row.tokens:,} tokens in {layers} layers{how}")
 
 
