@@ -1,4 +1,4 @@
-"""A base's folder that trains in milliseconds, and can be served."""
+"""Folders of bases that train in milliseconds: one that can be served too, and one with the real tokenizer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from loramill.bases import Base, find_base
-from loramill.jobs.methods.seeds import seeded
 from loramill.kernels.quantization import Quantization
+
+from ..llama import tiny_llama, write_base
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -24,21 +24,17 @@ TEMPLATE = (
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama in bfloat16 with a tokenizer of bytes."""
     folder = tmp_path_factory.mktemp("bases") / "tiny"
-    config = LlamaConfig(
+    model = tiny_llama(
+        torch.bfloat16,
         vocab_size=272,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
         initializer_range=0.2,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=257,
     )
-    with seeded(torch.device("cpu"), "llama"):
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    write_base(folder, model)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -47,6 +43,22 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": TEMPLATE}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def spoken(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama that reads as the real base."""
+    model = tiny_llama(
+        vocab_size=49152,
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        initializer_range=0.25,
+        tie_word_embeddings=True,
+    )
+    return write_base(tmp_path_factory.mktemp("bases") / "spoken", model, tokenizer=base.folder)
 
 
 def base_of(folder: Path, tmp_path: Path, quantization: Quantization = "none") -> Base:

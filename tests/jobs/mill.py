@@ -1,4 +1,4 @@
-"""A small mill: a tiny random base with a real tokenizer, a record, data, and jobs; as a script, a pool of workers.
+"""A small mill: a base, a record, data, and jobs; as a script, a pool of workers.
 
     python mill.py SETTINGS     each line "PLACE HOLDER" on standard input starts a worker, whose pid is the answer
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sys
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from loramill.bases import Base, find_base, load_for_training
 from loramill.chat import ChatTokenizer
@@ -38,27 +37,6 @@ def rows(words: list[str] = WORDS) -> bytes:
         + b"\n"
         for word in words
     )
-
-
-def tiny_base(folder: Path, tokenizer: Path) -> Path:
-    """Writes a base that trains in milliseconds and reads as the one whose tokenizer it gets."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        initializer_range=0.25,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (tokenizer / name).exists():
-            shutil.copy(tokenizer / name, folder / name)
-    return folder
 
 
 @dataclass(frozen=True)

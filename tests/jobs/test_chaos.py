@@ -12,13 +12,12 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from loramill.bases import Base
 from loramill.jobs.pool import Keeper
 from loramill.registry import adapters, jobs, tenants
 from loramill.types import JobRecord, JobStatus
 
 from . import mill as mill_module
-from .mill import Mill, tiny_base
+from .mill import Mill
 
 TENANTS, EACH = 20, 10
 #: Jobs that end between two kills.
@@ -89,9 +88,8 @@ def submitted(mill: Mill) -> list[JobRecord]:
         ]
 
 
-def test_each_job_ends_once_whatever_is_killed(tmp_path: Path, base: Base) -> None:
-    folder = tiny_base(tmp_path / "tiny", base.folder)
-    mill = Mill.at(tmp_path, folder, lease_seconds=2, idle_seconds=600, max_attempts=99)
+def test_each_job_ends_once_whatever_is_killed(tmp_path: Path, spoken: Path) -> None:
+    mill = Mill.at(tmp_path, spoken, lease_seconds=2, idle_seconds=600, max_attempts=99)
     pool, chance, killed = Pool(mill), random.Random(0), Counter[str]()
     queued = submitted(mill)
     keepers = [start(mill, pool), start(mill, pool)]

@@ -14,11 +14,10 @@ import psutil
 import pytest
 import ray
 
-from loramill.bases import Base
 from loramill.jobs.supervisor import deploy
 from loramill.types import JobStatus
 
-from .mill import Mill, tiny_base
+from .mill import Mill
 from .test_chaos import PACE, check, left, submitted
 
 pytestmark = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes minutes; set SLOW=1")
@@ -28,11 +27,11 @@ VICTIMS = {"worker": "ray::RayTrainWorker", "controller": "ray::TrainController"
 
 
 @pytest.fixture
-def mill(tmp_path: Path, base: Base) -> Iterator[Mill]:
+def mill(tmp_path: Path, spoken: Path) -> Iterator[Mill]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     ray.init(address="local", num_cpus=8, num_gpus=4, include_dashboard=False, object_store_memory=128 << 20)
     fields = {"use_gpu": True, "lease_seconds": 5, "idle_seconds": 600, "max_attempts": 99}
-    yield Mill.at(tmp_path, tiny_base(tmp_path / "tiny", base.folder), **fields)
+    yield Mill.at(tmp_path, spoken, **fields)
     ray.shutdown()
 
 

@@ -30,7 +30,6 @@ from loramill.jobs.batches import choose
 from loramill.jobs.checkpoint import latest
 from loramill.jobs.training import export
 
-from . import tiny as helpers
 from .tiny import adapter, made_up, spec_of, tiny, train
 
 HELD_OUT = made_up(4, seed=1)
@@ -140,11 +139,11 @@ def test_a_cancelled_job_ends_before_its_next_pass(tmp_path: Path) -> None:
 
 
 KILLED = """
-import runpy, sys, time
+import sys, time
 from pathlib import Path
-here = runpy.run_path(sys.argv[1])
-spec = here["spec_of"](dropout=0.2, steps=40)
-for point in here["train"](here["tiny"](), here["made_up"](23), [], spec, checkpoints=Path(sys.argv[2])):
+from tests.jobs.tiny import made_up, spec_of, tiny, train
+spec = spec_of(dropout=0.2, steps=40)
+for point in train(tiny(), made_up(23), [], spec, checkpoints=Path(sys.argv[1])):
     print(point.step, flush=True)
     time.sleep(0.02)
 """
@@ -153,8 +152,8 @@ for point in here["train"](here["tiny"](), here["made_up"](23), [], spec, checkp
 def test_a_job_killed_with_9_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     spec = spec_of(dropout=0.2, steps=40)
     whole = adapter(tiny(), spec, tmp_path / "whole")
-    command = [sys.executable, "-c", KILLED, str(helpers.__file__), str(tmp_path / "killed")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if int(line) == 13:

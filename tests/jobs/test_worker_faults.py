@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
-from loramill.bases import Base
 from loramill.errors import DiskFull, LoramillError, OutOfMemory, TrainingDiverged, Unavailable
 from loramill.jobs import worker as worker_module
 from loramill.jobs.lease import Lease, insist
@@ -20,17 +19,12 @@ from loramill.jobs.worker import run_next, take, work
 from loramill.registry import Registry, adapters, checkpoints, jobs
 from loramill.types import JobRecord, JobStatus
 
-from .mill import Mill, rows, tiny_base
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("bases") / "tiny", base.folder)
+from .mill import Mill, rows
 
 
 @pytest.fixture
-def mill(tmp_path: Path, folder: Path) -> Iterator[Mill]:
-    mill = Mill.at(tmp_path, folder)
+def mill(tmp_path: Path, spoken: Path) -> Iterator[Mill]:
+    mill = Mill.at(tmp_path, spoken)
     yield mill
     mill.registry.close()
 

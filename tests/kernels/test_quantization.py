@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from loramill.errors import EngineFault, SetupError
 from loramill.kernels import Quantized
 from loramill.kernels.quantization import concatenate, quantize
+
+from ..llama import tiny_llama
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -44,11 +46,7 @@ def test_nf4_has_the_bits_of_bitsandbytes(d_out, d_in, dtype, size):
 
 @pytest.mark.parametrize("hidden", [64, 48], ids=["whole blocks", "blocks across rows"])
 def test_nf4_is_the_base_that_transformers_trains_on(tmp_path, hidden):
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=hidden, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.2,
-    )  # fmt: skip
-    plain = AutoModelForCausalLM.from_config(config)
+    plain = tiny_llama(hidden_size=hidden, intermediate_size=128, initializer_range=0.2)
     plain.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path,

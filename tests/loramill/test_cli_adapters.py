@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from loramill.cli import app
 from loramill.registry import jobs
 from loramill.types import VersionRecord
 
+from ..llama import tiny_llama
 from .conftest import RunningGateway, examples
 
 
@@ -29,9 +30,7 @@ def here(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=64, **sizes))
+    return tiny_llama(vocab_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64)
 
 
 def published(gateway: RunningGateway, adapter: str, folder: Path, whole: Path | None = None) -> str:
@@ -58,6 +57,7 @@ def loramill(*words: str) -> Result:
 def test_what_is_exported_is_loaded_by_peft_and_transformers(
     gateway: RunningGateway, tenant: str, tmp_path: Path
 ) -> None:
+    torch.manual_seed(1)
     tuned = get_peft_model(model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     tuned.save_pretrained(tmp_path / "adapter")
     whole = model()

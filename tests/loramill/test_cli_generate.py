@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from loramill.bases import Base, find_base
@@ -29,36 +29,30 @@ from loramill.registry.migrate import migrate
 from loramill.settings import Settings
 from loramill.types import VersionRecord
 
+from ..llama import tiny_llama, write_base
 
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
+
+def random_model() -> LlamaForCausalLM:
+    return tiny_llama(
+        torch.bfloat16,
         vocab_size=49152,
-        hidden_size=32,
-        intermediate_size=48,
         num_hidden_layers=1,
         num_attention_heads=2,
-        num_key_value_heads=2,
         max_position_embeddings=128,
         initializer_range=0.4,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Path:
-    folder = tmp_path_factory.mktemp("bases") / "tiny"
-    tiny_llama().save_pretrained(folder)
-    for file in base.folder.iterdir():
-        if file.name.startswith(("tokenizer", "chat_template", "generation_config")):
-            shutil.copy(file, folder)
-    return folder
+    return write_base(tmp_path_factory.mktemp("bases") / "tiny", random_model(), tokenizer=base.folder)
 
 
 @pytest.fixture(scope="module")
 def peft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters") / "peft"
-    model = tiny_llama()
+    model = random_model()
+    torch.manual_seed(1)
     lora = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     get_peft_model(model, lora).save_pretrained(folder)
     return folder

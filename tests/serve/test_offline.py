@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from loramill.bases import Base, find_base
 from loramill.chat import ChatTokenizer
@@ -32,23 +31,14 @@ from loramill.serve.offline import Completion, OfflineEngine, PromptFile, ask
 from loramill.serve.protocol import TextRequest
 from loramill.settings import ServeSettings
 
+from ..llama import tiny_llama, write_base
+
 LIKE = TextRequest("", "", max_tokens=8, temperature=0.0)
 SETTINGS = ServeSettings(max_sequences=4, kv_tokens=2048)
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.4,
-    )
-    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+def random_model() -> LlamaForCausalLM:
+    model = tiny_llama(torch.bfloat16, vocab_size=49152, initializer_range=0.4)
     # Few tokens ever come, so that bfloat16 seldom decides between two.
     for rows in (slice(0, 1000), slice(1016, None)):
         model.lm_head.weight.data[rows] = 0
@@ -57,11 +47,7 @@ def tiny_llama() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Base:
-    folder = tmp_path_factory.mktemp("bases") / "tiny"
-    tiny_llama().save_pretrained(folder)
-    for file in base.folder.iterdir():
-        if file.name.startswith(("tokenizer", "chat_template", "generation_config")):
-            shutil.copy(file, folder)
+    folder = write_base(tmp_path_factory.mktemp("bases") / "tiny", random_model(), tokenizer=base.folder)
     return find_base(str(folder), folder.parent / "cache")
 
 
@@ -69,7 +55,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Base:
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {name: tmp_path_factory.mktemp("adapters") / name for name in ("one", "two")}
     for seed, folder in enumerate(folders.values()):
-        model = tiny_llama()
+        model = random_model()
         torch.manual_seed(seed)
         lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
         get_peft_model(model, lora).save_pretrained(folder)
@@ -103,7 +89,7 @@ def prompts(count: int, **said: Any) -> list[TextRequest]:
 
 def by_transformers(folder: Path | None, request: TextRequest, tokenizer: ChatTokenizer) -> str:
     """The greedy answer up to the first token that rounding to bfloat16 may change."""
-    model: Any = tiny_llama().float()
+    model: Any = random_model().float()
     if folder is not None:
         model = PeftModel.from_pretrained(model, folder)
     tokens = tokenizer.prompt(request.messages) if request.messages else tokenizer.text(str(request.prompt))

@@ -7,33 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from loramill.bases import Base
-from loramill.jobs.methods.seeds import seeded
 from loramill.kernels.quantization import Quantization
 from loramill.types import JobSpec
 
-from .driven import CPU, VOCABULARY, loaded, logits_of, stored, trained
+from ...llama import tiny_llama, write_base
+from .driven import VOCABULARY, loaded, logits_of, stored, trained
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Base:
     """A random Llama of three layers whose head is its embedding; rows are of whole NF4 blocks."""
-    config = LlamaConfig(
+    model = tiny_llama(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=128,
         initializer_range=0.1,
         tie_word_embeddings=True,
     )
-    folder = tmp_path_factory.mktemp("small")
-    with seeded(CPU, "small"):
-        LlamaForCausalLM(config).save_pretrained(folder)
+    folder = write_base(tmp_path_factory.mktemp("small"), model)
     return Base("small", folder, "0" * 64, "LlamaForCausalLM", 128)
 
 

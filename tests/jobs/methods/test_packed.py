@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from loramill.bases import Base
 from loramill.jobs.methods import attached
 from loramill.jobs.methods.residual import weight_of
 
+from ...llama import tiny_llama, write_base
 from .driven import loaded, logits_of, loss_of, spec_of, tokens
 
 
 @pytest.fixture(scope="module", params=[64, 80], ids=["whole blocks", "blocks across rows"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
-    config = LlamaConfig(
+    model = tiny_llama(
         vocab_size=64,
         hidden_size=request.param,
         intermediate_size=2 * request.param,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        max_position_embeddings=128,
         attention_bias=True,
-        tie_word_embeddings=False,
     )
-    folder: Path = tmp_path_factory.mktemp("packed")
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    folder = write_base(tmp_path_factory.mktemp("packed"), model)
     return Base("packed", folder, "0" * 64, "LlamaForCausalLM", 128)
 
 

@@ -7,35 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from loramill.errors import ModelNotFound
 from loramill.serve.engine import Engine, EngineConfig, Output, Request, Sampling
 from loramill.serve.model import Decoder, load_decoder
 
+from ...llama import tiny_llama, write_base
+
 VOCABULARY = 101
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.25,
-    )
-    return LlamaForCausalLM(config).eval()
+def base_model() -> LlamaForCausalLM:
+    return tiny_llama(vocab_size=VOCABULARY, initializer_range=0.25)
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    tiny_llama().save_pretrained(folder)
-    return folder
+    return write_base(tmp_path_factory.mktemp("tiny-llama"), base_model())
 
 
 @pytest.fixture(scope="session")
@@ -68,13 +57,15 @@ ADAPTERS = {
     "dora": {"r": 4, "lora_alpha": 4, "use_dora": True, "target_modules": ["q_proj", "o_proj", "gate_proj"]},
     "one layer": {"r": 3, "target_modules": ["down_proj"], "layers_to_transform": [1]},
 }
+#: Bytes of the largest of them.
+LARGEST = 31488
 
 
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
     return {
-        name: save_adapter(tiny_llama(), root / name, seed, **settings)
+        name: save_adapter(base_model(), root / name, seed, **settings)
         for seed, (name, settings) in enumerate(ADAPTERS.items())
     }
 
@@ -105,6 +96,11 @@ class Driver:
         asked = Sampling(**{"max_tokens": 12, **sampling})
         self.engine.submit(Request(id_, tenant, tuple(tokens), asked, version, priority, timeout))
         self.answers |= {name(id_, index): Answer() for index in range(asked.n)}
+
+    def submit_all(self, prompts) -> None:
+        """The prompt of each version, by str(version), which is its tenant too."""
+        for version, tokens in prompts.items():
+            self.submit(str(version), tokens, version, tenant=str(version))
 
     def warm(self, *versions) -> None:
         """Makes versions resident, so that what follows doesn't depend on how long a load takes."""
@@ -181,7 +177,7 @@ def expected(adapters) -> dict[str, list[int]]:
     """Greedy answers of 12 tokens by transformers and PEFT, each request alone, by str(version)."""
     answers = {}
     for version, tokens in PROMPTS.items():
-        model = tiny_llama()
+        model = base_model()
         if version is not None:
             model = PeftModel.from_pretrained(model, adapters[version])
         ids = torch.tensor([tokens])
@@ -195,7 +191,7 @@ def expected(adapters) -> dict[str, list[int]]:
 @pytest.fixture(scope="session")
 def tiny_reference() -> Callable[[list[int]], torch.Tensor]:
     """Log probabilities [positions, vocabulary] of what follows each token of a prompt, by transformers."""
-    model = tiny_llama()
+    model = base_model()
 
     @torch.inference_mode()
     def logprobs(tokens: list[int]) -> torch.Tensor:

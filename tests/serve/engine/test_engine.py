@@ -1,31 +1,12 @@
-"""The engine on a tiny model: the tokens of transformers and PEFT whatever else happens, and bad days."""
+"""The engine on a tiny model: the tokens of transformers and PEFT whatever else happens."""
 
 import threading
 
 import pytest
-from safetensors.torch import load_file, save_file
 
-from loramill.errors import (
-    AdapterInvalid,
-    Conflict,
-    ContextLengthExceeded,
-    DeadlineExceeded,
-    EngineFault,
-    InvalidRequest,
-    ModelNotFound,
-    Overloaded,
-    SettingsInvalid,
-    Unavailable,
-)
-from loramill.serve.engine import EngineConfig, Finish, Request, Sampling
+from loramill.serve.engine import Finish
 
-#: Bytes of the tests' largest adapter.
-LARGEST = 31488
-
-
-def submit_all(driver, prompts):
-    for version, tokens in prompts.items():
-        driver.submit(str(version), tokens, version, tenant=str(version))
+from .conftest import LARGEST
 
 
 @pytest.mark.parametrize(
@@ -46,7 +27,7 @@ def submit_all(driver, prompts):
 )
 def test_a_mixed_batch_answers_as_peft_does_alone(drive, prompts, expected, config):
     driver = drive(**config)
-    submit_all(driver, prompts)
+    driver.submit_all(prompts)
     assert driver.finish() == expected
     stats = driver.engine.stats
     assert stats.generated_tokens == 12 * len(expected)
@@ -56,7 +37,7 @@ def test_a_mixed_batch_answers_as_peft_does_alone(drive, prompts, expected, conf
 def test_blocks_do_run_out_in_the_preempted_case(drive, prompts, expected):
     driver = drive(kv_tokens=160, max_batch_tokens=40)
     driver.warm(*prompts)
-    submit_all(driver, prompts)
+    driver.submit_all(prompts)
     assert driver.finish() == expected
     assert driver.engine.stats.preemptions > 0
 
@@ -173,30 +154,6 @@ def test_echo_tells_the_prompt_and_its_log_probabilities(drive, prompts, expecte
     assert driver.answers["one token"].last.finish == Finish.LENGTH
 
 
-def test_a_request_whose_time_is_up_ends_alone(drive, adapters, prompts, expected):
-    gate = threading.Event()
-
-    def source(version):
-        assert gate.wait(20)
-        return adapters[version]
-
-    driver = drive(source)
-    driver.submit("late", prompts["lora"], "lora", timeout=0.05)
-    driver.submit("patient", prompts["lora"], "lora", timeout=60)
-    driver.step()
-    # Nothing happens but that the time passes.
-    assert driver.engine.wait(20)
-    driver.step()
-    last = driver.answers["late"].last
-    assert (last.finish, type(last.error)) == (Finish.ERROR, DeadlineExceeded)
-    assert "0.05 seconds" in last.error.message
-    gate.set()
-    assert driver.finish()["patient"] == expected["lora"]
-    driver.submit("running", prompts["lora"], "lora", max_tokens=150, timeout=0.02)
-    driver.finish()
-    assert isinstance(driver.answers["running"].last.error, DeadlineExceeded)
-
-
 def test_a_high_priority_takes_the_place_of_a_low_one(drive, prompts, expected):
     driver = drive(max_sequences=1)
     driver.warm("lora")
@@ -208,14 +165,6 @@ def test_a_high_priority_takes_the_place_of_a_low_one(drive, prompts, expected):
     assert (answers["low"], answers["lora"]) == (expected["None"], expected["lora"])
     ended = [output.request for step in driver.steps for output in step if output.finish]
     assert ended[-2:] == ["lora", "low"]
-
-
-def test_an_adapter_larger_than_all_room_says_what_to_raise(drive, prompts):
-    driver = drive(adapter_bytes=LARGEST - 1)
-    driver.submit("a", prompts["all"], "all")
-    driver.finish()
-    assert isinstance(driver.answers["a"].last.error, AdapterInvalid)
-    assert "serve.adapter_bytes" in driver.answers["a"].last.error.message
 
 
 def test_what_was_read_once_comes_from_the_host_cache(drive, adapters, prompts, expected):
@@ -271,87 +220,6 @@ def test_an_answer_is_capped_at_the_context_and_at_the_cache(drive):
     assert len(small.answers["cache"].tokens) == 48 - 43 + 1
 
 
-@pytest.mark.parametrize(
-    ("tokens", "sampling", "error", "words"),
-    [
-        ((), {}, InvalidRequest, "empty"),
-        ((1, 101), {}, InvalidRequest, "vocabulary of 101"),
-        ((-1,), {}, InvalidRequest, "vocabulary"),
-        ((1,) * 256, {}, ContextLengthExceeded, "256 tokens; the base's context holds 256"),
-        ((1,) * 97, {}, ContextLengthExceeded, "KV cache holds 96"),
-        ((1,), {"max_tokens": 0}, InvalidRequest, "max_tokens is 0"),
-        ((1,), {"max_tokens": 0, "logprobs": 1}, InvalidRequest, "max_tokens is 0"),
-        ((1,), {"min_tokens": 13}, InvalidRequest, "min_tokens is 13"),
-        ((1,), {"min_p": 1.5}, InvalidRequest, "min_p"),
-        ((1,), {"repetition_penalty": 0.0}, InvalidRequest, "repetition_penalty"),
-        ((1,), {"presence_penalty": float("nan")}, InvalidRequest, "presence_penalty"),
-        ((1,), {"frequency_penalty": float("inf")}, InvalidRequest, "frequency_penalty"),
-        ((1,), {"logit_bias": ((101, 1.0),)}, InvalidRequest, "token 101"),
-        ((1,), {"logit_bias": ((5, float("nan")),)}, InvalidRequest, "logit_bias"),
-        ((1,), {"n": 0}, InvalidRequest, "n is 0"),
-        ((1,), {"timeout": 0.0}, InvalidRequest, "timeout"),
-        ((1,), {"temperature": -0.1}, InvalidRequest, "temperature"),
-        ((1,), {"temperature": float("nan")}, InvalidRequest, "temperature"),
-        ((1,), {"top_p": 0.0}, InvalidRequest, "top_p"),
-        ((1,), {"top_p": 1.1}, InvalidRequest, "top_p"),
-        ((1,), {"top_k": -1}, InvalidRequest, "top_k"),
-        ((1,), {"seed": 2**63}, InvalidRequest, "seed"),
-        ((1,), {"logprobs": 21}, InvalidRequest, "logprobs"),
-    ],
-)
-def test_what_can_never_be_served_is_refused_at_once(drive, tokens, sampling, error, words):
-    driver = drive(kv_tokens=103)
-    with pytest.raises(error, match=words):
-        driver.submit("a", tokens, **sampling)
-    driver.engine.check_integrity()
-    assert not driver.engine.has_work
-
-
-def test_a_queue_has_an_end(drive):
-    driver = drive(max_waiting=2, max_sequences=1)
-    driver.submit("running", [1, 2])
-    driver.step()
-    driver.submit("a", [1])
-    driver.submit("b", [1])
-    with pytest.raises(Overloaded, match="2 requests are waiting"):
-        driver.submit("c", [1])
-    driver.finish()
-    driver.submit("c", [1])
-    driver.finish()
-
-
-def test_an_id_serves_one_request_at_a_time(drive):
-    driver = drive()
-    driver.submit("a", [1])
-    with pytest.raises(Conflict):
-        driver.engine.submit(Request("a", "t", (1,), Sampling(max_tokens=1)))
-    driver.finish()
-    driver.submit("a", [1])
-    driver.finish()
-
-
-def test_cancelling_frees_everything_and_says_so_once(drive, prompts):
-    driver = drive(max_sequences=2)
-    for id_ in ("running", "other", "waiting"):
-        driver.submit(id_, prompts["lora"], "lora")
-    driver.engine.wait(20)
-    driver.step()
-    driver.engine.wait(20)
-    driver.step()
-    driver.submit("unseen", [1])
-    for id_ in ("running", "waiting", "unseen", "never known"):
-        driver.engine.cancel(id_)
-        driver.engine.cancel(id_)
-    driver.finish()
-    finishes = {id_: answer.last.finish for id_, answer in driver.answers.items()}
-    assert finishes == {
-        "running": Finish.CANCELLED,
-        "other": Finish.LENGTH,
-        "waiting": Finish.CANCELLED,
-        "unseen": Finish.CANCELLED,
-    }
-
-
 def test_a_cold_adapter_delays_only_its_own_request(drive, adapters, prompts, expected):
     gate = threading.Event()
 
@@ -374,52 +242,6 @@ def test_a_cold_adapter_delays_only_its_own_request(drive, adapters, prompts, ex
     assert not driver.engine.wait(0.01)
     gate.set()
     assert driver.finish()["all"] == expected["all"]
-
-
-def test_a_version_that_cannot_be_had_fails_its_own_requests_and_is_tried_again(drive, adapters, prompts, expected):
-    calls = []
-
-    def source(version):
-        calls.append(version)
-        if len(calls) == 1:
-            raise ModelNotFound("gone for a moment")
-        if len(calls) == 2:
-            raise ZeroDivisionError("a defect in the source")
-        return adapters[version]
-
-    driver = drive(source, adapter_slots=1)
-    driver.submit("first", prompts["lora"], "lora")
-    driver.submit("also first", prompts["lora"], "lora")
-    driver.submit("base", prompts[None])
-    driver.finish()
-    assert driver.answers["base"].tokens == expected["None"]
-    for id_ in ("first", "also first"):
-        last = driver.answers[id_].last
-        assert (last.finish, type(last.error)) == (Finish.ERROR, ModelNotFound)
-    driver.submit("second", prompts["lora"], "lora")
-    driver.finish()
-    assert isinstance(driver.answers["second"].last.error, AdapterInvalid)
-    driver.submit("third", prompts["lora"], "lora")
-    assert driver.finish()["third"] == expected["lora"]
-    assert driver.engine.stats.load_failures == 2
-
-
-def test_an_adapter_of_nan_fails_alone(drive, adapters, prompts, expected, tmp_path):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "adapter_config.json").write_bytes((adapters["all"] / "adapter_config.json").read_bytes())
-    weights = load_file(adapters["all"] / "adapter_model.safetensors")
-    save_file({name: tensor * float("nan") for name, tensor in weights.items()}, broken / "adapter_model.safetensors")
-    # So little cache that the blocks with NaN pass on to the others.
-    driver = drive(lambda version: broken if version == "broken" else adapters[version], kv_tokens=116)
-    for i in range(4):
-        driver.submit(f"broken {i}", prompts["all"][:40], "broken", tenant="bad")
-    submit_all(driver, prompts)
-    answers = driver.finish()
-    assert {id_: tokens for id_, tokens in answers.items() if id_ in expected} == expected
-    for i in range(4):
-        assert answers[f"broken {i}"] == []
-        assert isinstance(driver.answers[f"broken {i}"].last.error, AdapterInvalid)
 
 
 def test_tenants_take_turns(drive):
@@ -450,46 +272,6 @@ def test_a_version_that_never_lets_go_does_not_starve_another(drive, prompts):
     driver.finish()
 
 
-def test_a_failing_decoder_fails_its_step_and_the_engine_goes_on(drive, monkeypatch, prompts, expected):
-    driver = drive(max_sequences=1)
-    driver.submit("a", prompts["lora"], "lora")
-    driver.submit("lora", prompts["lora"], "lora")
-    forward = type(driver.engine._model).forward
-
-    def fail_once(self, *args):
-        monkeypatch.setattr(type(self), "forward", forward)
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(type(driver.engine._model), "forward", fail_once)
-    assert driver.finish()["lora"] == expected["lora"]
-    assert isinstance(driver.answers["a"].last.error, EngineFault)
-    assert "out of memory" in driver.answers["a"].last.error.message
-
-
-def test_a_failing_step_leaves_no_request_hanging(drive, monkeypatch, prompts, expected):
-    driver = drive(max_sequences=2)
-    submit_all(driver, prompts)
-    driver.step()
-    with monkeypatch.context() as patch:
-        patch.setattr(driver.engine._scheduler, "plan", lambda ready: 1 / 0)
-        driver.submit("new", [1])
-        driver.step()
-    assert all(isinstance(answer.last.error, EngineFault) for answer in driver.answers.values())
-    driver.answers.clear()
-    submit_all(driver, prompts)
-    assert driver.finish() == expected
-
-
-def test_a_closed_engine_has_no_threads_and_takes_nothing(drive, prompts):
-    driver = drive()
-    driver.submit("a", prompts["lora"], "lora")
-    driver.step()
-    driver.engine.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("adapter-")]
-    with pytest.raises(Unavailable):
-        driver.submit("b", [1])
-
-
 def test_waiting_ends_with_a_submit_from_another_thread(drive):
     driver = drive()
     assert not driver.engine.wait(0.01)
@@ -498,9 +280,3 @@ def test_waiting_ends_with_a_submit_from_another_thread(drive):
     assert driver.engine.wait(20)
     thread.join()
     driver.finish()
-
-
-@pytest.mark.parametrize("wrong", [{"max_batch_tokens": 0}, {"adapter_slots": 0}, {"kv_tokens": 8}, {"block_size": 8}])
-def test_limits_that_make_no_sense_are_refused(wrong):
-    with pytest.raises(SettingsInvalid, match=next(iter(wrong))):
-        EngineConfig(**wrong)

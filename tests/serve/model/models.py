@@ -13,6 +13,16 @@ from loramill.serve.engine.peft_folder import read_adapter
 from loramill.serve.model import Chunk, Model
 
 VOCABULARY = 97
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
 
 
 def random_model(config, folder: Path, **options):

@@ -8,18 +8,8 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from loramill.kernels import Batch, Delta, backend
 from loramill.serve.model import Chunk, load_decoder
 
-from .models import assert_adapts_as_peft, assert_computes_as, last_logits, random_model, run, tokens
+from .models import SMALL, assert_adapts_as_peft, assert_computes_as, last_logits, random_model, run, tokens
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 56,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,

@@ -26,28 +26,16 @@ from loramill.kernels import Delta
 from loramill.serve.model import Chunk, Decoder, load_model
 from loramill.serve.model.hf import load_hf
 
-from .models import assert_adapts_as_peft, assert_computes_as, base_of, last_logits, random_model, run, tokens
+from .models import SMALL, assert_adapts_as_peft, assert_computes_as, base_of, last_logits, random_model, run, tokens
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 56,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-WHOLE_HEADS = SMALL | {"num_key_value_heads": 4}
+SIZES = SMALL | {"hidden_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+WHOLE_HEADS = SIZES | {"num_key_value_heads": 4}
 CONFIGS = {
     "gemma2": Gemma2Config(
-        **SMALL, head_dim=16, sliding_window=19, query_pre_attn_scalar=20, attn_logit_softcapping=2.0
+        **SIZES, head_dim=16, sliding_window=19, query_pre_attn_scalar=20, attn_logit_softcapping=2.0
     ),
     "gemma3": Gemma3TextConfig(
-        **SMALL, head_dim=32, sliding_window=19, layer_types=["sliding_attention", "full_attention"]
+        **SIZES, head_dim=32, sliding_window=19, layer_types=["sliding_attention", "full_attention"]
     ),
     "phi": PhiConfig(**WHOLE_HEADS),
     "gpt2": GPT2Config(
@@ -71,10 +59,10 @@ CONFIGS = {
         word_embed_proj_dim=64,
         init_std=0.2,
     ),
-    "stablelm": StableLmConfig(**SMALL),
-    "llama": LlamaConfig(**SMALL),
+    "stablelm": StableLmConfig(**SIZES),
+    "llama": LlamaConfig(**SIZES),
     "longrope": LlamaConfig(
-        **SMALL | {"max_position_embeddings": 4096},
+        **SIZES | {"max_position_embeddings": 4096},
         rope_parameters={
             "rope_type": "longrope",
             "rope_theta": 1e4,
@@ -151,10 +139,10 @@ def test_linears_are_quantized_but_for_the_head(kind, tmp_path):
     ("config", "words"),
     [
         (FalconConfig(vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4), "registry"),
-        (GptOssConfig(**SMALL, head_dim=16, num_local_experts=4), "sinks"),
-        (Llama4TextConfig(**SMALL, head_dim=16, intermediate_size_mlp=56, num_local_experts=2), "chunked_attention"),
-        (DeepseekV3Config(**SMALL), "can't be served through transformers"),
-        (BertConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}), "other logits than in one"),
+        (GptOssConfig(**SIZES, head_dim=16, num_local_experts=4), "sinks"),
+        (Llama4TextConfig(**SIZES, head_dim=16, intermediate_size_mlp=56, num_local_experts=2), "chunked_attention"),
+        (DeepseekV3Config(**SIZES), "can't be served through transformers"),
+        (BertConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}), "other logits than in one"),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
@@ -166,7 +154,7 @@ def test_what_pages_cannot_do_is_refused(config, words, tmp_path):
 
 def test_windows_that_the_attention_is_not_told_are_refused(tmp_path):
     # StableLM knows none: whatever its config says, each row sees everything.
-    random_model(StableLmConfig(**SMALL, sliding_window=8), tmp_path)
+    random_model(StableLmConfig(**SIZES, sliding_window=8), tmp_path)
     with pytest.raises(BaseUnusable, match="of its layers slide"):
         load_hf(tmp_path, dtype=torch.float32)
 
@@ -181,7 +169,7 @@ def test_a_folder_that_is_no_model_is_refused_in_one_sentence(tmp_path):
 
 def test_the_decoder_is_taken_where_it_can_be(tmp_path, caplog):
     random_model(CONFIGS["llama"], tmp_path / "llama")
-    random_model(CohereConfig(**SMALL), tmp_path / "cohere")
+    random_model(CohereConfig(**SIZES), tmp_path / "cohere")
     with caplog.at_level(logging.INFO, "loramill"):
         decoder, other = (load_model(tmp_path / name, dtype=torch.float32) for name in ("llama", "cohere"))
     assert isinstance(decoder, Decoder)

@@ -12,6 +12,8 @@ from loramill.kernels import Batch
 from loramill.kernels.quantization import quantize
 from loramill.serve.model import Chunk, load_decoder
 
+from .models import SMALL
+
 LARGE = {
     "hidden_size": 768,
     "intermediate_size": 2048,
@@ -70,17 +72,7 @@ def test_loading_takes_little_more_than_the_weights(tmp_path, of_file, of_weight
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_the_layers_linears_are_quantized_and_nothing_else(tmp_path, kind, hidden):
     torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=97,
-        hidden_size=hidden,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
+    config = Qwen3Config(**SMALL | {"hidden_size": hidden, "intermediate_size": 128}, head_dim=16)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.save_pretrained(tmp_path)
     prompt = list(range(1, 30))
