@@ -101,14 +101,13 @@ def latest(folder: Path | str, spec: JobSpec) -> Checkpoint | None:
     return next((found for name in _names(place, spec) if (found := _read(place, name)) is not None), None)
 
 
-def best(folder: Path | str, spec: JobSpec) -> Checkpoint | None:
-    """The checkpoint of the lowest validation loss that `latest` knows of; the latest if it knows none.
+def best(folder: Path | str, spec: JobSpec, last: Checkpoint) -> Checkpoint:
+    """The checkpoint of the lowest validation loss that `last` knows of; `last` if it knows none.
 
     Raises:
         ArtifactCorrupt: it is damaged or gone.
     """
-    last = latest(folder, spec)
-    if last is None or last.standing.best_step in (None, last.standing.step):
+    if last.standing.best_step in (None, last.standing.step):
         return last
     place = place_at(folder)
     for name in _names(place, spec):

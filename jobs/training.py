@@ -158,9 +158,7 @@ def kept(checkpoints: Path | str, spec: JobSpec, *, best: bool = True) -> Checkp
             f"{checkpoints} holds no whole checkpoint of {'the end of ' if best else ''}this job, which is step "
             f"{spec.steps} or an early stop: train to the end first."
         )
-    chosen = checkpoint.best(checkpoints, spec) if best and spec.keep == "best" else last
-    assert chosen is not None
-    return chosen
+    return checkpoint.best(checkpoints, spec, last) if best and spec.keep == "best" else last
 
 
 class _Run:
@@ -198,6 +196,9 @@ class _Run:
             if start_from is not None:
                 start(self._tuned, start_from, self._spec)
             self._update.begin(0, None)
+            return
+        if last.standing.finished:
+            self.standing = self._saved = last.standing
             return
         _fill(self._tuned.state, last.state)
         self._update.begin(last.standing.step, Masters(last.weights, last.first_moments, last.second_moments))
@@ -300,11 +301,12 @@ class _Run:
             return
         masters = self._update.masters()
         if self._processes.rank == 0:
+            # From the end nothing goes on, so that its checkpoint needs no moments: a third of the bytes.
             content = Checkpoint(
                 standing=self.standing,
                 weights=masters.weights,
-                first_moments=masters.first_moments,
-                second_moments=masters.second_moments,
+                first_moments={} if self.standing.finished else masters.first_moments,
+                second_moments={} if self.standing.finished else masters.second_moments,
                 state=dict(self._tuned.state),
             )
             checkpoint.write(self._checkpoints, self._spec, content)
