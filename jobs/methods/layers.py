@@ -109,7 +109,7 @@ class DoraLinear(LoraLinear):
         if self._lengths is None or self._lengths[0] != versions:
             weight = self.frozen if isinstance(self.frozen, torch.Tensor) else self.frozen()
             # Some rows at a time: whole merged weights in fp32, made and dropped once a step, tear the heap.
-            parts = zip(weight.split(_ROWS), self.b.split(_ROWS), strict=True)
+            parts = zip(torch.split(weight, _ROWS), torch.split(self.b, _ROWS), strict=True)
             norms = [torch.addmm(w.float(), b, self.a, alpha=self.scale).norm(dim=1) for w, b in parts]
             self._lengths = versions, torch.cat(norms)
         return self._lengths[1]
