@@ -55,7 +55,9 @@ class Case:
         """Its job."""
         around = {"name", "quantization", "dtype", "length", "learnt"}
         own = {name: value for name, value in asdict(self).items() if name not in around}
-        return JobSpec(base=base, adapter="bench/memory", train="bench", steps=_STEPS, max_length=8192, **own)
+        return JobSpec(
+            base=base, adapter="bench/memory", train="bench", steps=_STEPS, checkpoint_every=1, max_length=8192, **own
+        )
 
 
 CASES = (
