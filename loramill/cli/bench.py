@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as encoding
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,6 +14,7 @@ from rich.text import Text
 from loramill.cli import show
 
 if TYPE_CHECKING:
+    from loramill.bases import Base
     from loramill.kernels.bench import Result
 
 Only = Annotated[str, typer.Option(metavar="TEXT", help="Only groups of cases with this in their name.")]
@@ -41,14 +42,8 @@ def kernels(
 ) -> None:
     """Measure the kernels on one thread, about three minutes; medians, against their targets."""
     from loramill.kernels.bench import run
-    from loramill.kernels.bench.record import append, results_file
 
-    file = results_file(Path.cwd()) if record else None  # minutes later would be too late to find out
-    results = run(device, only, _report)
-    _show(results, json)
-    if file is not None:
-        append(file, results, device)
-    _judge(results, check)
+    _carry_out(lambda: run(device, only, _report), json, check, record, device)
 
 
 @bench.command()
@@ -57,18 +52,9 @@ def engine(only: Only = "", json: Json = None, check: Check = False, record: Rec
 
     Its rivals are PEFT, transformers' continuous batching and what the machine's memory and arithmetic allow.
     """
-    from loramill.bases import find_base
-    from loramill.kernels.bench.record import append, results_file
     from loramill.serve.bench import RIVALS, run
-    from loramill.settings import Settings
-    from loramill.smollm2 import NAME
 
-    file = results_file(Path.cwd()) if record else None
-    results = run(find_base(NAME, Settings.load().cache), only, _report)
-    _show(results, json)
-    if file is not None:
-        append(file, results, "cpu", RIVALS)
-    _judge(results, check)
+    _carry_out(lambda: run(_built_in(), only, _report), json, check, record, rivals=RIVALS)
 
 
 @bench.command()
@@ -77,18 +63,9 @@ def train(only: Only = "", json: Json = None, check: Check = False, record: Reco
 
     The rival of a job's speed is PEFT with transformers' Trainer; of what sizing foretells, the memory that is used.
     """
-    from loramill.bases import find_base
     from loramill.jobs.bench.train import RIVALS, run
-    from loramill.kernels.bench.record import append, results_file
-    from loramill.settings import Settings
-    from loramill.smollm2 import NAME
 
-    file = results_file(Path.cwd()) if record else None
-    results = run(find_base(NAME, Settings.load().cache), only, _report)
-    _show(results, json)
-    if file is not None:
-        append(file, results, "cpu", RIVALS)
-    _judge(results, check)
+    _carry_out(lambda: run(_built_in(), only, _report), json, check, record, rivals=RIVALS)
 
 
 @bench.command()
@@ -102,14 +79,9 @@ def soak(
     Exits with 1 if an answer is lost, late, given twice or not what it is alone, if the books don't add up, or if
     memory grows.
     """
-    from loramill.bases import find_base
     from loramill.serve.bench.soak import soak as run
-    from loramill.settings import Settings
-    from loramill.smollm2 import NAME
 
-    results = run(find_base(NAME, Settings.load().cache), 60 * minutes, _note, seed=seed)
-    _show(results, json)
-    _judge(results, check=True)
+    _carry_out(lambda: run(_built_in(), 60 * minutes, _note, seed=seed), json, check=True)
 
 
 @bench.command()
@@ -125,9 +97,34 @@ def quality(
     from loramill.pipelines.compare.quality import results
     from loramill.settings import Settings
 
-    found = results(tenants, Settings.load(), only, _report)
-    _show(found, json)
-    _judge(found, check)
+    _carry_out(lambda: results(tenants, Settings.load(), only, _report), json, check)
+
+
+def _built_in() -> Base:
+    from loramill.bases import find_base
+    from loramill.settings import Settings
+    from loramill.smollm2 import NAME
+
+    return find_base(NAME, Settings.load().cache)
+
+
+def _carry_out(
+    measure: Callable[[], list[Result]],
+    json: Path | None,
+    check: bool,
+    record: bool = False,
+    device: Literal["cpu", "cuda"] = "cpu",
+    rivals: Sequence[str] = (),
+) -> None:
+    """Measures, then shows, records and judges the results."""
+    from loramill.kernels.bench.record import append, results_file
+
+    file = results_file(Path.cwd()) if record else None  # minutes later would be too late to find out
+    results = measure()
+    _show(results, json)
+    if file is not None:
+        append(file, results, device, rivals)
+    _judge(results, check)
 
 
 def _report(group: str) -> None:
