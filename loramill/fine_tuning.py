@@ -235,25 +235,28 @@ class FineTuning:
         problems: list[str] = []
         requests = []
         for entry in _each(entries, "uploading", tell):
-            ids: list[str | None] = []
-            for source, filename in ((entry.train, "train.jsonl"), (entry.valid, "valid.jsonl")):
-                what = (entry.adapter.tenant, source, *sorted((entry.columns or {}).items()))
-                if what not in known:
-                    try:
-                        known[what] = self._file_id(source, entry.adapter.tenant, filename, entry.columns)
-                    except (NotRunning, Unavailable):
-                        raise
-                    except LoramillError as error:
-                        known[what] = error
-                found = known[what]
-                if isinstance(found, LoramillError):
-                    problems += [f"{entry.where}: {line}" for line in _told(found)]
-                else:
-                    ids.append(found)
-            if len(ids) == 2:
-                requests.append(request_of(entry, str(ids[0]), ids[1], entry.options.base or base, name))
+            train = self._uploaded(known, entry, entry.train, "train.jsonl")
+            valid = self._uploaded(known, entry, entry.valid, "valid.jsonl")
+            wrong = [found for found in (train, valid) if isinstance(found, LoramillError)]
+            problems += [f"{entry.where}: {line}" for error in wrong for line in _told(error)]
+            if not wrong:
+                requests.append(request_of(entry, train, valid, entry.options.base or base, name))
         refuse(problems)
         return requests
+
+    def _uploaded(
+        self, known: dict[tuple[object, ...], str | LoramillError | None], entry: Entry, source: Any, filename: str
+    ) -> Any:
+        """The id of a source's file, or what is wrong with the source; noted in `known`, and looked up there first."""
+        what = (entry.adapter.tenant, source, *sorted((entry.columns or {}).items()))
+        if what not in known:
+            try:
+                known[what] = self._file_id(source, entry.adapter.tenant, filename, entry.columns)
+            except (NotRunning, Unavailable):
+                raise
+            except LoramillError as error:
+                known[what] = error
+        return known[what]
 
     def _send_batch(
         self, entries: Sequence[Entry], requests: Sequence[Mapping[str, Any]], *, check_only: bool, retry: bool

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from itertools import islice
+from time import sleep, time
 from typing import Annotated
 
 import typer
@@ -102,7 +102,7 @@ def watch_until_done(client: Client, only: Collection[str], *, quiet: bool = Fal
 def _print(jobs: Sequence[Job]) -> None:
     if jobs:
         screen = show.screen()
-        screen.print(table(jobs, time.time(), screen.width))
+        screen.print(table(jobs, time(), screen.width))
     else:
         show.say("No jobs yet: `loramill submit TENANT/ADAPTER --train FILE` submits one.")
 
@@ -115,10 +115,8 @@ def _follow(look: Callable[[], list[Job]], every: float, *, quiet: bool = False)
     with live or nullcontext():
         while not all(job.status.final for job in jobs):
             if live is not None:
-                live.update(
-                    table(jobs, time.time(), screen.width, rows=screen.height - _AROUND, away=away), refresh=True
-                )
-            time.sleep(every)
+                live.update(table(jobs, time(), screen.width, rows=screen.height - _AROUND, away=away), refresh=True)
+            sleep(every)
             try:
                 jobs, away = look(), None
             except (NotRunning, Unavailable, Overloaded) as error:

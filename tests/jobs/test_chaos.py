@@ -49,15 +49,22 @@ class Pool:
         self.alive.pop(f"{place} {holder}")
 
     def kill(self, chance: random.Random, holder: str | None = None) -> int:
-        """Kills a worker, or all of a holder; returns how many."""
+        """Kills a worker, or all of a holder; returns how many were there to be killed."""
         victims = [pid for of, pid in list(self.alive.values()) if holder in (None, of)]
         victims = victims if holder else chance.sample(victims, min(1, len(victims)))
-        for pid in victims:
-            os.kill(pid, signal.SIGKILL)
-        return len(victims)
+        return sum(was_killed(pid) for pid in victims)
 
     def end(self) -> None:
         self._server.communicate(timeout=20)
+
+
+def was_killed(pid: int) -> bool:
+    """False for one that has just ended by itself."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def is_alive(pid: int) -> bool:

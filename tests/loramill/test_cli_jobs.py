@@ -145,7 +145,7 @@ def test_a_file_is_waited_for(gateway: RunningGateway, tenant: str, monkeypatch:
                 if job.status is JobStatus.QUEUED:
                     gateway.publish(job.id)
 
-    monkeypatch.setattr("loramill.cli.watch.time.sleep", work)
+    monkeypatch.setattr("loramill.cli.watch.sleep", work)
     ran = ok("submit", "--file", "jobs.jsonl", "--wait")
     assert "3 jobs: 3 succeeded" in ran.stdout
 

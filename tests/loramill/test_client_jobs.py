@@ -1,0 +1,286 @@
+"""Data and jobs by `loramill.Client`, against the real gateway."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loramill import errors
+from loramill.fine_tuning import FineTuning
+from loramill.options import Options, Said
+from loramill.registry import checkpoints, jobs
+from loramill.types import JobStatus
+
+from .conftest import RunningGateway, examples
+
+
+@pytest.mark.parametrize("as_admin", [True, False])
+def test_a_job_from_file_to_answer(gateway: RunningGateway, tenant: str, as_admin: bool, tmp_path: Path) -> None:
+    train = tmp_path / "mine.jsonl"
+    train.write_bytes(examples())
+    name = f"{tenant}/support"
+    with gateway.client() as admin:
+        key = None if as_admin else admin.create_key(tenant).key
+    with gateway.client(key) as client:
+        job = client.submit(
+            name, train, valid=examples(3, "other"), steps=5, rank=4, learning_rate=3e-3, targets=["q_proj"], seed=3
+        )
+        assert (job.adapter, job.base, job.status) == (name, "smollm2-135m", JobStatus.QUEUED)
+        assert {key: job.spec[key] for key in ("steps", "rank", "learning_rate", "targets", "seed")} == {
+            "steps": 5,
+            "rank": 4,
+            "learning_rate": 3e-3,
+            "targets": ["q_proj"],
+            "seed": 3,
+        }
+        assert job.validation_file is not None
+        assert job.failure is None
+        version = gateway.publish(job.id)
+        seen = []
+        done = client.wait(job.id, seen.append)
+        assert done.model == f"{name}@{version[:12]}"
+        assert seen == [done]
+        assert name in client.models()
+        assert client.chat(name, "Hello there") == "Hello there"
+        assert "".join(client.stream(done.model, [{"role": "user", "content": "one two"}])) == "one two"
+        assert client.chat("smollm2-135m", "one two three", max_tokens=2) == "one two"
+        adapter = client.adapter(name)
+        assert (adapter.champion, [each.id for each in adapter.versions]) == (version, [version])
+        assert adapter.history[0].version == version
+        assert [each.name for each in client.adapters(tenant)] == [name]
+
+
+def test_epochs_and_batch_size_reach_the_spec(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as client:
+        job = client.submit(f"{tenant}/a", examples(40), epochs=2, batch_size=8)
+        assert (job.spec["batch_size"], job.steps) == (8, 10)
+
+
+#: A value of each option that the gateway puts into the spec as it is.
+OPTIONS: dict[str, object] = {
+    "method": "dora",
+    "rank": 3,
+    "alpha": 5.0,
+    "rslora": True,
+    "dropout": 0.25,
+    "targets": ["v_proj", "q_proj"],
+    "layers": [0, 3],
+    "rank_pattern": {"v_proj": 2},
+    "alpha_pattern": {"v_proj": 1.5},
+    "init_rank": 9,
+    "loraplus_lr_ratio": 4.0,
+    "learn": "all",
+    "learning_rate": 2e-3,
+    "schedule": "cosine",
+    "steps": 7,
+    "batch_size": 3,
+    "warmup_ratio": 0.5,
+    "weight_decay": 0.125,
+    "max_grad_norm": 2.0,
+    "max_length": 99,
+    "packing": False,
+    "micro_tokens": 100,
+    "gradient_checkpointing": True,
+    "offload": "optimizer",
+    "gpus": 2,
+    "checkpoint_every": 4,
+    "eval_every": 2,
+    "patience": 3,
+    "keep": "last",
+    "seed": 11,
+}
+#: Those that mean something else than a field of the spec.
+OTHERS = {"epochs", "base", "metadata", "quantization", "start_from", "priority", "executor"}
+
+
+def test_every_option_is_the_gateways(gateway: RunningGateway, tenant: str) -> None:
+    """Each of `submit`'s keywords must arrive in the spec under the gateway's name for it."""
+    assert set(Options.model_fields) == set(Said.__annotations__) == set(OPTIONS) | OTHERS
+    with gateway.client() as client:
+        job = client.submit(
+            f"{tenant}/a",
+            examples(),
+            metadata={"by": "test"},
+            base="smollm2-135m",
+            quantization="none",
+            priority=-3,
+            executor="dedicated",
+            **OPTIONS,  # type: ignore[typeddict-item]
+        )
+    assert OPTIONS.items() <= job.spec.items()
+    assert (job.metadata, job.priority, job.executor) == ({"by": "test"}, -3, "dedicated")
+
+
+def test_options_that_make_no_sense_are_refused_together(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as client:
+        with pytest.raises(errors.InvalidRequest) as caught:
+            client.submit(f"{tenant}/a", examples(), rnak=3, alpha="much")  # type: ignore[call-arg, arg-type]
+        assert "did you mean 'rank'?" in caught.value.message and "alpha: " in caught.value.message
+        assert client.submit(f"{tenant}/a", examples(), rank=None, layers="0-2,5").spec["layers"] == [0, 1, 2, 5]
+
+
+def test_a_job_waits_and_goes_on(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as client:
+        job = client.submit(f"{tenant}/a", examples(), steps=10)
+        assert client.pause(job.id).status is JobStatus.PAUSED
+        assert client.job(job.id).failure is None
+        assert client.resume(job.id).status is JobStatus.QUEUED
+        assert (client.curve(job.id), client.checkpoints(job.id)) == ([], [])
+        attempt = gateway.begin(job.id, step=4)
+        assert client.pause(job.id).asked == "pause"
+        with gateway.registry.writing() as session:
+            for step in (2, 1, 2):
+                data = {"step": step, "train_loss": 1 / step, "trained_tokens": 5 * step}
+                jobs.add_event(session, job.id, "info", "metrics", "", data)
+            jobs.add_event(session, job.id, "info", "metrics", "", {"step": 2, "valid_loss": 0.75})
+            checkpoints.add(session, job.id, attempt, 4, None, {"valid_loss": 0.5})
+        points = client.curve(job.id)
+        assert [(point.step, point.train_loss, point.valid_loss) for point in points] == [(1, 1, None), (2, 0.5, 0.75)]
+        assert points[1].trained_tokens == 10
+        (checkpoint,) = client.checkpoints(job.id)
+        assert (checkpoint.step, checkpoint.model, checkpoint.metrics["valid_loss"]) == (4, None, 0.5)
+        with pytest.raises(errors.NotFound):
+            client.curve("ftjob-none")
+
+
+def test_files_go(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as client:
+        file = client.upload(examples(), tenant=tenant)
+        assert client.upload(examples(), tenant=tenant, reuse=True).id == file.id
+        assert client.upload(examples(), tenant=tenant).id != file.id
+        client.delete_file(file.id)
+        with pytest.raises(errors.NotFound):
+            client.delete_file(file.id)
+
+
+# Many jobs
+
+
+def test_many_are_submitted_once(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(examples())
+    told = []
+    rows = [{"adapter": f"{tenant}/a{i}", "train": tmp_path / "a.jsonl", "rank": 4 + i} for i in range(5)]
+    with gateway.client() as client:
+        found = client.submit_many(rows, defaults={"steps": 5}, on_progress=lambda *now: told.append(now))
+        assert [(each.job.adapter, each.job.spec["rank"], each.job.steps, each.new) for each in found] == [
+            (f"{tenant}/a{i}", 4 + i, 5, True) for i in range(5)
+        ]
+        assert len({each.job.training_file for each in found}) == 1  # uploaded once
+        assert told[0] == ("uploading", 0, 5) and told[-1] == ("submitting", 1, 1)
+        # After a crash, say, with one job more: what is there is known again, file and all.
+        again = client.submit_many([*rows, {**rows[0], "seed": 1}], defaults={"steps": 5})
+        assert [each.new for each in again] == [False] * 5 + [True]
+        assert [each.job.id for each in again[:5]] == [each.job.id for each in found]
+        assert again[5].job.training_file == found[0].job.training_file
+        client.cancel(found[1].job.id)
+        retried = client.submit_many(rows, defaults={"steps": 5}, retry=True)
+        assert [each.new for each in retried] == [False, True, False, False, False]
+        assert all(each.new for each in client.submit_many(rows, defaults={"steps": 5}, name="second"))
+        (tmp_path / "a.jsonl").write_bytes(examples(13))
+        assert all(each.new for each in client.submit_many(rows, defaults={"steps": 5}))
+
+
+def test_many_are_checked_before_one_is_submitted(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(b"[1]\n" + examples())
+    good: dict[str, object] = {"adapter": f"{tenant}/a", "train": examples(), "steps": 5}
+
+    def refused(*rows: dict[str, object]) -> list[str]:
+        with pytest.raises(errors.InvalidRequest) as caught:
+            client.submit_many([good, *rows])
+        assert list(client.jobs(tenant)) == []
+        head, *problems = caught.value.message.splitlines()
+        assert head == f"{len(problems)} problem{'s' * (len(problems) > 1)}; nothing was submitted:"
+        return problems
+
+    with gateway.client() as client:
+        # What this machine can tell, of all of them.
+        here = refused({"adapter": "noslash", "train": "/nowhere.jsonl", "rnak": 3}, {**good, "rank": "x"}, {})
+        assert [problem.partition(":")[0] for problem in here] == ["job 2"] * 3 + ["job 3"] + ["job 4"] * 2
+        # Then what is wrong with the data, then what the gateway knows of the specs.
+        (data,) = refused({**good, "train": tmp_path / "bad.jsonl", "seed": 1})
+        assert data.startswith("job 2: bad.jsonl, line 1: ")
+        specs = refused({**good, "rank": 10_000}, {**good, "seed": 1}, {**good, "targets": ["nose"]})
+        assert [problem.partition(":")[0] for problem in specs] == ["job 2", "job 4"]
+        assert refused({**good}) == [
+            "job 2: it asks for the same as job 1; remove one, or give it another seed.",
+        ]
+
+
+def test_a_crash_between_two_parts_loses_nothing(
+    gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loramill.fine_tuning._BATCH", 2)
+    rows = [{"adapter": f"{tenant}/a", "train": examples(), "steps": 5, "seed": seed} for seed in range(5)]
+    sent = []
+    send = FineTuning._send_batch
+
+    def crashing(self: FineTuning, *args: object, check_only: bool, retry: bool) -> object:
+        if not check_only:
+            if len(sent) == 1:
+                raise KeyboardInterrupt
+            sent.append(args)
+        return send(self, *args, check_only=check_only, retry=retry)  # type: ignore[arg-type]
+
+    with gateway.client() as client:
+        with monkeypatch.context() as crash:
+            crash.setattr(FineTuning, "_send_batch", crashing)
+            with pytest.raises(KeyboardInterrupt):
+                client.submit_many(rows)
+        assert len(list(client.jobs(tenant))) == 2
+        assert [each.new for each in client.submit_many(rows)] == [False, False, True, True, True]
+        assert sorted(job.seed for job in client.jobs(tenant)) == [0, 1, 2, 3, 4]
+        client.set_share(tenant, max_queued=6)
+        more = [{**row, "rank": 2} for row in rows[:2]]
+        with pytest.raises(errors.InvalidRequest, match="nothing was submitted") as caught:
+            client.submit_many(more)
+        assert "quota" in caught.value.message or "waiting" in caught.value.message
+
+
+def test_jobs_come_page_after_page(gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loramill.fine_tuning._PAGE", 2)
+    with gateway.client() as client:
+        file = client.upload(examples(), tenant=tenant)
+        ids = [client.submit(f"{tenant}/a", file, seed=i).id for i in range(5)]
+        assert [job.id for job in client.jobs(tenant)] == ids[::-1]
+        assert set(ids) <= {job.id for job in client.jobs()}
+        assert client.submit(f"{tenant}/a", file.id).training_file == file.id
+
+
+def test_events_are_oldest_first_and_followed_to_the_end(
+    gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loramill.fine_tuning._PAGE", 2)
+    with gateway.client() as client:
+        job = client.submit(f"{tenant}/a", examples())
+        told = client.events(job.id, follow=True, every=0.01)
+        messages = [next(told).message]
+        gateway.publish(job.id)
+        messages += [event.message for event in told]
+        assert [text.split()[0].rstrip(".") for text in messages] == ["Queued", "Attempt", "Published"]
+        assert [event.message for event in client.events(job.id)] == messages
+
+
+def test_a_job_that_does_not_succeed_is_an_error_of_its_class(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as client:
+        diverged = client.submit(f"{tenant}/a", examples())
+        gateway.fail(diverged.id, errors.TrainingDiverged("The loss is NaN at step 3."))
+        with pytest.raises(errors.TrainingDiverged, match=f"{diverged.id}.*NaN at step 3"):
+            client.wait(diverged.id)
+        cancelled = client.submit(f"{tenant}/a", examples())
+        assert client.cancel(cancelled.id).status is JobStatus.CANCELLED
+        with pytest.raises(errors.JobCancelled):
+            client.wait(cancelled.id)
+
+
+def test_wrong_data_names_every_problem(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as client, pytest.raises(errors.DatasetInvalid) as refused:
+        client.upload(b"[1]\n" + examples() + b"no json\n", tenant=tenant, filename="bad.jsonl")
+    assert len(refused.value.problems) == 2
+    assert "bad.jsonl" in refused.value.problems[0] and "14" in refused.value.problems[1]
+
+
+def test_warnings_of_an_upload_are_kept(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as client:
+        file = client.upload(examples() + examples(1), tenant=tenant)
+    assert len(file.warnings) == 1 and "train.jsonl" in file.warnings[0]
