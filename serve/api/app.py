@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import FastAPI
 
 import loramill
@@ -12,14 +14,20 @@ from loramill.serve.api import adapters, batches, chat, completions, files, heal
 from loramill.serve.api.auth import Authenticate
 from loramill.serve.api.edge import BodyLimit, Edge
 from loramill.serve.api.errors import add_error_handlers
-from loramill.serve.api.gateway import Gateway
+from loramill.serve.api.gateway import Gateway, Served
 from loramill.serve.api.readings import Readings
 from loramill.serve.protocol import Backend
 from loramill.settings import Settings
 
 
 def build_api(
-    *, registry: Registry, base: Base, tokenizer: ChatTokenizer, backend: Backend, settings: Settings
+    *,
+    registry: Registry,
+    base: Base,
+    tokenizer: ChatTokenizer,
+    backend: Backend,
+    settings: Settings,
+    others: Sequence[Served] = (),
 ) -> FastAPI:
     """Builds the gateway's app.
 
@@ -29,9 +37,12 @@ def build_api(
         tokenizer: the base's, for validating data.
         backend: what generates text.
         settings: limits of uploads and of training files.
+        others: further bases that can be asked.
     """
     app = FastAPI(title="loramill", version=loramill.__version__, redoc_url=None)
-    app.state.gateway = Gateway(registry, base, tokenizer, backend, settings, Readings(registry.artifacts, tokenizer))
+    served = {each.base.name: each for each in (Served(base, backend), *others)}
+    readings = Readings(registry.artifacts, tokenizer)
+    app.state.gateway = Gateway(registry, base, tokenizer, served, settings, readings)
     for rooms in (chat, completions, models, files, jobs, batches, adapters, tenants, health):
         app.include_router(rooms.router)
     add_error_handlers(app)

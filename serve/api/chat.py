@@ -12,7 +12,8 @@ from starlette.responses import Response
 
 from loramill.chat import Message
 from loramill.errors import InvalidRequest
-from loramill.serve.api.answers import Answer, Chunks, generate, respond_streaming, respond_whole
+from loramill.serve.api.admission import admit
+from loramill.serve.api.answers import Answer, Chunks, respond_streaming, respond_whole
 from loramill.serve.api.gateway import Here, Who
 from loramill.serve.api.generation import Generation, Reply, usage
 from loramill.serve.api.lookup import find_model
@@ -96,13 +97,11 @@ async def create_chat_completion(body: ChatRequest, request: Request, here: Here
         body.text_request(reply, target, index=index, max_tokens=limit, logprobs=alternatives, messages=messages)
         for index in range(body.n)
     ]
-    chunks = generate(here.backend, requests)
+    chunks, headers = await admit(here, who, target, requests)
     if body.stream:
-        return await respond_streaming(
-            request, chunks, lambda chunks: _chunk_objects(body, reply, chunks), target.headers
-        )
+        return await respond_streaming(request, chunks, lambda chunks: _chunk_objects(body, reply, chunks), headers)
     return await respond_whole(
-        request, chunks, body.n, lambda answers: _completion_object(body, reply, answers), target.headers
+        request, chunks, body.n, lambda answers: _completion_object(body, reply, answers), headers
     )
 
 

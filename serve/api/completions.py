@@ -10,7 +10,8 @@ from pydantic import Field, field_validator
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from loramill.serve.api.answers import Answer, Chunks, generate, respond_streaming, respond_whole
+from loramill.serve.api.admission import admit
+from loramill.serve.api.answers import Answer, Chunks, respond_streaming, respond_whole
 from loramill.serve.api.gateway import Here, Who
 from loramill.serve.api.generation import Generation, Reply, Text, usage
 from loramill.serve.api.lookup import find_model
@@ -61,13 +62,13 @@ async def create_completion(body: CompletionRequest, request: Request, here: Her
         )
         for index in range(len(prompts) * body.n)
     ]
-    chunks = generate(here.backend, requests)
+    chunks, headers = await admit(here, who, target, requests)
     if body.stream:
         return await respond_streaming(
-            request, chunks, lambda chunks: _chunk_objects(body, reply, len(requests), chunks), target.headers
+            request, chunks, lambda chunks: _chunk_objects(body, reply, len(requests), chunks), headers
         )
     return await respond_whole(
-        request, chunks, len(requests), lambda answers: _completion_object(body, reply, answers), target.headers
+        request, chunks, len(requests), lambda answers: _completion_object(body, reply, answers), headers
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -17,13 +18,27 @@ from loramill.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
+class Served:
+    """A base that can be asked, and what answers for it and for its adapters."""
+
+    base: Base
+    backend: Backend
+
+
+@dataclass(frozen=True, slots=True)
 class Gateway:
-    """The record, the base that is served, what generates, and what is known of files."""
+    """The record, the bases that are served, and what is known of files.
+
+    Attributes:
+        base: the one that new jobs train on.
+        tokenizer: its.
+        served: it and any others, by name.
+    """
 
     registry: Registry
     base: Base
     tokenizer: ChatTokenizer
-    backend: Backend
+    served: Mapping[str, Served]
     settings: Settings
     readings: Readings
 

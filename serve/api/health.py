@@ -30,7 +30,7 @@ async def readyz(here: Here) -> dict[str, str]:
     await run_in_threadpool(_ask, here.registry)
     try:
         async with asyncio.timeout(PATIENCE):
-            await here.backend.ready()
+            await here.served[here.base.name].backend.ready()
     except TimeoutError as error:
         raise Unavailable("The engine doesn't answer yet; try again in a moment.") from error
     return {"status": "ready"}

@@ -19,7 +19,7 @@ def list_models(here: Here, who: Who) -> dict[str, Any]:
     """Names that can be asked."""
     with here.registry.reading() as session:
         records = adapters.list_of(session, who.tenant)
-    models = [_model(here.base.name, 0.0, "loramill")]
+    models = [_model(base, 0.0, "loramill") for base in here.served]
     models += [_model(record.name, record.created_at, record.tenant) for record in records if record.champion]
     return list_of(models, lambda model: model)
 
