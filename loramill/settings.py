@@ -30,10 +30,21 @@ class _Section(BaseModel):
 
 
 class ServeSettings(_Section):
-    """The gateway and the engine replica."""
+    """The gateways and the engine replicas."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8400, ge=1, le=65535)
+    ingress: Literal["direct", "proxy"] = Field(
+        default="direct",
+        description="who listens on the port: each gateway itself, or Ray Serve's proxy",
+    )
+    gateways: int = Field(default=1, ge=1, description="gateway replicas; on one machine they share the port")
+    bases: tuple[str, ...] = Field(default=(), description="bases that can be asked beside the one that is tuned here")
+    min_replicas: int = Field(default=1, ge=0, description="engine replicas of a base; 0: it sleeps when nobody asks")
+    max_replicas: int = Field(default=1, ge=1, description="engine replicas of a base under load")
+    start_seconds: float = Field(default=60.0, gt=0, description="for which a request waits for a replica to start")
+    drain_seconds: float = Field(default=120.0, gt=0, description="for which a replica that goes finishes its answers")
+    stuck_seconds: float = Field(default=60.0, gt=0, description="an engine without a step for so long is replaced")
     threads: int = Field(default=1, ge=1, description="CPU threads of one engine replica")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",

@@ -1,24 +1,26 @@
-"""Ray Serve around the gateway and the engine replica: who runs where, and nothing else."""
+"""Ray Serve around the gateway and the engine replicas: who runs where, and nothing else."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
+from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError
-from ray.serve.handle import DeploymentHandle
 
 from loramill.bases import find_base
 from loramill.chat import ChatTokenizer
-from loramill.errors import LoramillError, Overloaded, Unavailable
 from loramill.registry import Registry
 from loramill.serve.api.app import build_api
-from loramill.serve.protocol import TextChunk, TextRequest
+from loramill.serve.api.gateway import Served
+from loramill.serve.channel import Address, Receiver, Sender
+from loramill.serve.handle import HandleBackend
+from loramill.serve.listener import Listener
+from loramill.serve.protocol import TextRequest
 from loramill.settings import ServeSettings, Settings
 
 log = logging.getLogger(__name__)
@@ -36,89 +38,122 @@ class EngineDeployment:
         registry = Registry.open(settings.database, settings.artifacts)
         base = find_base(settings.base, settings.cache, settings.quantization)
         self._replica = Replica(base, registry.artifacts.fetch, settings.serve)
+        self._sender = Sender()
 
-    async def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
-        """Streams one answer."""
-        async for chunk in self._replica.generate(request):
-            yield chunk
+    async def answer(self, request: TextRequest, to: Address) -> None:
+        """Generates one answer, of which each chunk goes to the gateway at once; returns when all of it has."""
+        send = await self._sender.to(to)
+        send(request.id, None)
+        async with aclosing(self._replica.generate(request)) as chunks:
+            async for chunk in chunks:
+                send(request.id, chunk)
 
     async def check_health(self) -> None:
         """Tells Serve to replace a replica whose engine has stopped."""
         await self._replica.ready()
 
-
-class HandleBackend:
-    """The engine replicas behind a Serve handle, as the gateway's `Backend`."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
-
-    async def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
-        """Streams one answer; closing the iterator cancels it on the replica."""
-        stream = self._handle.options(stream=True).generate.remote(request)
-        try:
-            async for chunk in stream:
-                yield chunk
-        except BackPressureError as error:
-            raise Overloaded("Every engine replica is at its limit; try again in a moment.") from error
-        except RayTaskError as error:
-            if isinstance(error.cause, LoramillError):
-                raise error.cause from error
-            raise
-        except RayActorError as error:
-            raise Unavailable("The engine replica was lost while it answered; ask again.") from error
-        finally:
-            stream.cancel()
-
-    async def ready(self) -> None:
-        """Raises Unavailable until an engine replica answers."""
-        try:
-            await self._handle.check_health.remote()
-        except (RayTaskError, RayActorError) as error:
-            raise Unavailable("No engine replica is up yet; try again in a moment.") from error
+    async def __del__(self) -> None:
+        """Serve's word for the end, when all answers are through."""
+        await self._sender.close()
 
 
 class GatewayDeployment:
-    """A gateway replica; what it does is in the app that `gateway_builder` makes there."""
+    """A gateway replica behind Serve's proxy; what it does is in the app that `gateway_builder` makes there."""
 
-    def __init__(self, engine: DeploymentHandle) -> None:
-        self._engine = engine
+    def __init__(self, *engines: Any) -> None:
+        self._engines = engines  # Serve starts what a deployment is bound to before it
+
+
+class ListeningGateway:
+    """A gateway replica with an HTTP port of its own."""
+
+    async def __init__(self, settings: Settings, *engines: Any) -> None:
+        self._engines = engines
+        serve_ = settings.serve
+        self._listener = Listener(
+            gateway_builder(settings)(), serve_.host, serve_.port, drain_seconds=serve_.drain_seconds
+        )
+        await self._listener.start()
+
+    async def check_health(self) -> None:
+        """Tells Serve to replace a gateway that doesn't listen."""
+        self._listener.check()
+
+    async def __del__(self) -> None:
+        """Serve's word for the end: no more connections, and what is under way goes on to its end."""
+        await self._listener.drain()
 
 
 def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
     """Returns what a gateway replica calls to build its app; nothing of the app itself is shipped."""
 
     def build() -> FastAPI:
-        base = find_base(settings.base, settings.cache, settings.quantization)
+        receiver = Receiver()
+        first, *others = (_served(name, each, receiver) for name, each in engines(settings).items())
         return build_api(
             registry=Registry.open(settings.database, settings.artifacts),
-            base=base,
-            tokenizer=ChatTokenizer.load(base.folder),
-            backend=HandleBackend(serve.get_deployment_handle(ENGINE, APP)),
+            base=first.base,
+            tokenizer=ChatTokenizer.load(first.base.folder),
+            backend=first.backend,
             settings=settings,
+            others=others,
         )
 
     return build
 
 
-def application(settings: Settings) -> Any:
-    """The Serve application: one gateway in front of one engine replica."""
-
-    gateway = serve.deployment(
-        serve.ingress(gateway_builder(settings))(GatewayDeployment),
-        name="gateway",
-        max_ongoing_requests=1024,
-        ray_actor_options={"num_cpus": 0.1},
+def _served(deployment: str, settings: Settings, receiver: Receiver) -> Served:
+    backend = HandleBackend(
+        serve.get_deployment_handle(deployment, APP),
+        receiver,
+        start_seconds=settings.serve.start_seconds,
+        sleeps=settings.serve.min_replicas == 0,
     )
-    engine = serve.deployment(
+    return Served(find_base(settings.base, settings.cache, settings.quantization), backend)
+
+
+def engines(settings: Settings) -> dict[str, Settings]:
+    """The engine deployments by name, one for each base that is served, and the settings of each."""
+    others = settings.serve.bases
+    return {ENGINE: settings} | {f"{ENGINE}-{Path(base).name}": _with_base(settings, base) for base in others}
+
+
+def _with_base(settings: Settings, base: str) -> Settings:
+    return settings.model_copy(update={"base": base})
+
+
+def application(settings: Settings) -> Any:
+    """The Serve application: gateways in front of the engine replicas of each base."""
+    behind = [_engine(name, each).bind(each) for name, each in engines(_on_ray(settings)).items()]
+    options = {
+        "name": "gateway",
+        "num_replicas": settings.serve.gateways,
+        "max_ongoing_requests": 4096,
+        "health_check_period_s": 2,
+        "graceful_shutdown_timeout_s": settings.serve.drain_seconds + 10,
+        "ray_actor_options": {"num_cpus": 0.1},
+    }
+    if settings.serve.ingress == "direct":
+        return serve.deployment(ListeningGateway, **options).bind(settings, *behind)
+    return serve.deployment(serve.ingress(gateway_builder(settings))(GatewayDeployment), **options).bind(*behind)
+
+
+def _engine(name: str, settings: Settings) -> Any:
+    return serve.deployment(
         EngineDeployment,
-        name=ENGINE,
-        max_ongoing_requests=1024,
+        name=name,
+        num_replicas=settings.serve.min_replicas,
+        # The engine's own bounds refuse first.
+        max_ongoing_requests=4096,
         health_check_period_s=2,
-        graceful_shutdown_timeout_s=30,
+        graceful_shutdown_timeout_s=settings.serve.drain_seconds + 10,
+        graceful_shutdown_wait_loop_s=0.1,
         ray_actor_options=engine_options(settings.serve),
     )
-    return gateway.bind(engine.bind(settings.model_copy(update={"serve": on_ray(settings.serve)})))
+
+
+def _on_ray(settings: Settings) -> Settings:
+    return settings.model_copy(update={"serve": on_ray(settings.serve)})
 
 
 def on_ray(settings: ServeSettings) -> ServeSettings:
@@ -147,5 +182,8 @@ def deploy(settings: Settings) -> None:
     gpus = ray.cluster_resources().get("GPU", 0)
     if gpus and settings.serve.device == "auto":
         log.warning("the engine runs on a CPU of a cluster with %d GPUs: set serve.device to cuda or cpu", gpus)
-    serve.start(http_options={"host": settings.serve.host, "port": settings.serve.port})
-    serve.run(application(settings), name=APP, route_prefix="/")
+    if settings.serve.ingress == "direct":
+        serve.start(proxy_location="Disabled")
+    else:
+        serve.start(http_options={"host": settings.serve.host, "port": settings.serve.port})
+    serve.run(application(settings), name=APP, route_prefix=None if settings.serve.ingress == "direct" else "/")
