@@ -24,6 +24,9 @@ from loramill.types import Executor
 
 log = logging.getLogger(__name__)
 
+#: Of training where it shares a machine with the endpoints, whose answers somebody waits for.
+NICENESS = 15
+
 
 def run_session(settings: Settings, place: str, holder: str) -> None:
     """Runs one session at a place until it has been idle for `idle_seconds`, or the place isn't the holder's any more.
@@ -81,6 +84,7 @@ def lease_and_train(config: dict[str, Any]) -> None:
 
 def resident(settings: Settings, place: str, executor: Executor, processes: Processes = ONE) -> Worker:
     """A worker in this process."""
+    os.nice(NICENESS)
     device = prepare(settings.jobs)
     base = find_base(settings.base, settings.cache, settings.quantization)
     return Worker(

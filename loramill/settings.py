@@ -42,6 +42,10 @@ class ServeSettings(_Section):
     bases: tuple[str, ...] = Field(default=(), description="bases that can be asked beside the one that is tuned here")
     min_replicas: int = Field(default=1, ge=0, description="engine replicas of a base; 0: it sleeps when nobody asks")
     max_replicas: int = Field(default=1, ge=1, description="engine replicas of a base under load")
+    pending_seconds: float = Field(default=4.0, gt=0, description="of work before a replica, beyond which more come")
+    first_token_seconds: float = Field(default=2.0, gt=0, description="to the first token, beyond which more come")
+    down_seconds: float = Field(default=60.0, gt=0, description="for which fewer replicas must have been enough")
+    idle_seconds: float = Field(default=300.0, gt=0, description="without a request until a base sleeps")
     start_seconds: float = Field(default=60.0, gt=0, description="for which a request waits for a replica to start")
     drain_seconds: float = Field(default=120.0, gt=0, description="for which a replica that goes finishes its answers")
     stuck_seconds: float = Field(default=60.0, gt=0, description="an engine without a step for so long is replaced")
@@ -54,6 +58,7 @@ class ServeSettings(_Section):
         default=None, ge=16, description="tokens of one engine step; None: 128 on a CPU, 2048 on a GPU"
     )
     max_sequences: int = Field(default=64, ge=1, description="requests that decode at once")
+    max_waiting: int = Field(default=32, ge=1, description="requests that wait at a replica; more are refused")
     kv_tokens: int = Field(default=32768, ge=512, description="tokens of KV cache")
     prefix_cache: bool = Field(default=True, description="share what prompts that begin alike have in common")
     adapter_slots: int = Field(default=64, ge=1, description="adapters resident at once")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +16,17 @@ from loramill.chat import ChatTokenizer
 from loramill.registry import Registry
 from loramill.serve.api.app import build_api
 from loramill.serve.api.gateway import Served
-from loramill.serve.channel import Address, Receiver, Sender
+from loramill.serve.autoscaler import PROMPTLY
+from loramill.serve.channel import Receiver
+from loramill.serve.engine_deployment import EngineDeployment
 from loramill.serve.handle import HandleBackend
 from loramill.serve.listener import Listener
-from loramill.serve.protocol import TextRequest
 from loramill.settings import ServeSettings, Settings
 
 log = logging.getLogger(__name__)
 
 APP = "loramill"
 ENGINE = "engine"
-
-
-class EngineDeployment:
-    """An engine replica as a Serve deployment."""
-
-    def __init__(self, settings: Settings) -> None:
-        from loramill.serve.replica import Replica  # torch, which the gateway and the driver can do without
-
-        registry = Registry.open(settings.database, settings.artifacts)
-        base = find_base(settings.base, settings.cache, settings.quantization)
-        self._replica = Replica(base, registry.artifacts.fetch, settings.serve)
-        self._sender = Sender()
-
-    async def answer(self, request: TextRequest, to: Address) -> None:
-        """Generates one answer, of which each chunk goes to the gateway at once; returns when all of it has."""
-        send = await self._sender.to(to)
-        send(request.id, None)
-        async with aclosing(self._replica.generate(request)) as chunks:
-            async for chunk in chunks:
-                send(request.id, chunk)
-
-    async def check_health(self) -> None:
-        """Tells Serve to replace a replica whose engine has stopped."""
-        await self._replica.ready()
-
-    async def __del__(self) -> None:
-        """Serve's word for the end, when all answers are through."""
-        await self._sender.close()
 
 
 class GatewayDeployment:
@@ -115,41 +87,61 @@ def _served(deployment: str, settings: Settings, receiver: Receiver) -> Served:
 def engines(settings: Settings) -> dict[str, Settings]:
     """The engine deployments by name, one for each base that is served, and the settings of each."""
     others = settings.serve.bases
-    return {ENGINE: settings} | {f"{ENGINE}-{Path(base).name}": _with_base(settings, base) for base in others}
+    return {ENGINE: settings} | {f"{ENGINE}-{Path(base).name}": _beside(settings, base) for base in others}
 
 
-def _with_base(settings: Settings, base: str) -> Settings:
-    return settings.model_copy(update={"base": base})
+def _beside(settings: Settings, base: str) -> Settings:
+    """The settings of a further base: it sleeps until it is asked."""
+    return settings.model_copy(update={"base": base, "serve": settings.serve.model_copy(update={"min_replicas": 0})})
 
 
 def application(settings: Settings) -> Any:
     """The Serve application: gateways in front of the engine replicas of each base."""
     behind = [_engine(name, each).bind(each) for name, each in engines(_on_ray(settings)).items()]
-    options = {
-        "name": "gateway",
-        "num_replicas": settings.serve.gateways,
-        "max_ongoing_requests": 4096,
-        "health_check_period_s": 2,
-        "graceful_shutdown_timeout_s": settings.serve.drain_seconds + 10,
-        "ray_actor_options": {"num_cpus": 0.1},
-    }
+    options = _options(settings) | {"name": "gateway", "num_replicas": settings.serve.gateways}
+    options["ray_actor_options"] = {"num_cpus": 0.1, "runtime_env": {"env_vars": metrics_env(settings)}}
     if settings.serve.ingress == "direct":
         return serve.deployment(ListeningGateway, **options).bind(settings, *behind)
     return serve.deployment(serve.ingress(gateway_builder(settings))(GatewayDeployment), **options).bind(*behind)
 
 
 def _engine(name: str, settings: Settings) -> Any:
+    routing = {"request_router_class": "loramill.serve.router.AdapterRouter", "request_routing_stats_period_s": 0.5}
     return serve.deployment(
         EngineDeployment,
         name=name,
-        num_replicas=settings.serve.min_replicas,
-        # The engine's own bounds refuse first.
-        max_ongoing_requests=4096,
-        health_check_period_s=2,
-        graceful_shutdown_timeout_s=settings.serve.drain_seconds + 10,
+        autoscaling_config=autoscaling_config(settings.serve),
+        request_router_config=routing,
         graceful_shutdown_wait_loop_s=0.1,
-        ray_actor_options=engine_options(settings.serve),
+        ray_actor_options=engine_options(settings),
+        **_options(settings),
     )
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    return {
+        # The engines' own bounds refuse first.
+        "max_ongoing_requests": 4096,
+        "health_check_period_s": 2,
+        "graceful_shutdown_timeout_s": settings.serve.drain_seconds + 10,
+        "logging_config": {"enable_access_log": False},
+    }
+
+
+def autoscaling_config(settings: ServeSettings) -> dict[str, Any]:
+    """How many replicas Serve runs, by `loramill.serve.autoscaling` alone."""
+    targets = ("pending_seconds", "first_token_seconds", "down_seconds", "idle_seconds")
+    policy = {
+        "policy_function": "loramill.serve.autoscaler:Policy",
+        "policy_kwargs": {name: getattr(settings, name) for name in targets},
+    }
+    return {
+        **PROMPTLY,
+        "min_replicas": settings.min_replicas,
+        "max_replicas": max(1, settings.min_replicas, settings.max_replicas),
+        "initial_replicas": settings.min_replicas,
+        "policy": policy,
+    }
 
 
 def _on_ray(settings: Settings) -> Settings:
@@ -165,11 +157,16 @@ def on_ray(settings: ServeSettings) -> ServeSettings:
     return settings.model_copy(update={"device": "cpu"}) if settings.device == "auto" else settings
 
 
-def engine_options(settings: ServeSettings) -> dict[str, Any]:
-    """What Ray is asked for on behalf of the engine replica: a whole GPU if the settings say cuda, and else none."""
-    gpus = 1 if settings.device == "cuda" else 0
-    environment = {"env_vars": one_thread_env(settings.threads)}
+def engine_options(settings: Settings) -> dict[str, Any]:
+    """What Ray is asked for on behalf of an engine replica: a whole GPU if the settings say cuda, and else none."""
+    gpus = 1 if settings.serve.device == "cuda" else 0
+    environment = {"env_vars": one_thread_env(settings.serve.threads) | metrics_env(settings)}
     return {"num_cpus": 0.1, "num_gpus": gpus, "runtime_env": environment}
+
+
+def metrics_env(settings: Settings) -> dict[str, str]:
+    """Where the processes of one node count together, so that any of its gateways tells the numbers of all."""
+    return {"PROMETHEUS_MULTIPROC_DIR": str(settings.home / "run" / "metrics")}
 
 
 def one_thread_env(threads: int) -> dict[str, str]:

@@ -68,7 +68,7 @@ class HandleBackend:
     async def _once(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
         address = await self._receiver.address(ray.util.get_node_ip_address())
         with self._receiver.inbox(request.id) as inbox:
-            response = self._handle.options(multiplexed_model_id=request.version or "").answer.remote(request, address)
+            response = self._handle.answer.remote(request, address)
             call = asyncio.ensure_future(_follow(response, inbox))
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)

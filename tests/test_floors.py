@@ -35,7 +35,10 @@ RAY_SHELLS = (
     "jobs/leftovers.py",
     "jobs/bench/fresh.py",
     "serve/deployments.py",
-    "serve/local.py",
+    "serve/engine_deployment.py",
+    "serve/handle.py",
+    "serve/router.py",
+    "serve/autoscaler.py",
     "pipelines/*",
 )
 UNPICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}

@@ -13,6 +13,7 @@ from loramill.serve.engine.values import (
     Request,
     Sampling,
     TokenLogprobs,
+    TokenMask,
 )
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "Request",
     "Sampling",
     "TokenLogprobs",
+    "TokenMask",
 ]

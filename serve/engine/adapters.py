@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from loramill.errors import EngineFault, LoramillError
 from loramill.kernels import Slot
 from loramill.kernels.adapter import RANK
+from loramill.serve.engine.durations import Stopwatch
 from loramill.serve.engine.host_cache import HostCache
 from loramill.serve.engine.loader import AdapterLoader, Fetched
 from loramill.serve.engine.residency import Residency
@@ -19,16 +21,26 @@ class Adapters:
 
     Attributes:
         slab: what the decoder reads.
-        loads, failures: of versions, since the start.
+        loads, failures, evictions: of versions, since the start.
     """
 
-    def __init__(self, model: Model, source: AdapterSource, config: EngineConfig, notify: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        source: AdapterSource,
+        config: EngineConfig,
+        notify: Callable[[], None],
+        load_times: Stopwatch,
+    ) -> None:
         self.slab = model.new_slab(config.adapter_slots, config.adapter_bytes, config.adapter_bits)
-        self.loads = self.failures = 0
+        self.loads = self.failures = self.evictions = 0
+        self._load_times = load_times
         self._capacity = config.adapter_slots
         self._residency = Residency(config.adapter_slots, config.patience)
         self._slots: dict[str, Slot] = {}
         self._ranks: dict[str, int] = {}
+        # When those that are loading got their slots.
+        self._begun: dict[str, float] = {}
         # Those waiting for room, and how many steps the first of them has.
         self._arrived: dict[str, Fetched] = {}
         self._patience = config.patience
@@ -91,11 +103,13 @@ class Adapters:
             if isinstance(result, LoramillError):
                 self._residency.failed(version)
                 self._give_back(version)
+                del self._begun[version]
                 self.failures += 1
                 failed.append((version, result))
             elif isinstance(result, Slot):
                 self._residency.loaded(version)
                 self.loads += 1
+                self._load_times.note(time.monotonic() - self._begun.pop(version))
             else:
                 self._arrived[version] = result
         self._settle()
@@ -114,7 +128,7 @@ class Adapters:
                 self._ranks[version] = int(fetched.adapter.table[..., RANK].max())
                 self._loader.copy(version, fetched, slot)
             elif not self._residency.wanted(version):
-                del self._arrived[version]
+                del self._arrived[version], self._begun[version]
                 self._residency.failed(version)
                 self._loader.leave(version, fetched)
         self._waited = self._waited + 1 if first in self._arrived else 0
@@ -124,7 +138,9 @@ class Adapters:
         moves = self._residency.advance(crowded=len(self._arrived))
         for version in moves.evict:
             self._give_back(version)
+        self.evictions += len(moves.evict)
         for version in moves.load:
+            self._begun[version] = time.monotonic()
             self._loader.fetch(version)
 
     def _give_back(self, version: str) -> None:
@@ -141,6 +157,7 @@ class Adapters:
             for version in [version for version, its in idle.items() if its in freed]:
                 del self._slots[version], self._ranks[version]
                 self._residency.leave(version)
+                self.evictions += 1
             slot = self.slab.allocate(size)
         return slot
 

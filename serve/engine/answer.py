@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 from loramill.serve.engine.sampling import Chooser
 from loramill.serve.engine.scheduler import Sequence, Share
 from loramill.serve.engine.values import Finish, Output, Request, TokenLogprobs
+
+
+#: Tokens that an answer is expected to get at most; few get all that they may have.
+_LIKELY = 128
 
 
 @dataclass(slots=True, eq=False)
@@ -19,6 +24,7 @@ class Answer:
         limit: tokens that it may have.
         echo: whether the prompt is still to be told.
         prompt_logprobs: of the prompt's tokens, as far as they were computed.
+        waiting_since: by the monotonic clock; None once it has run.
     """
 
     request: Request
@@ -28,11 +34,19 @@ class Answer:
     limit: int
     echo: bool
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    waiting_since: float | None = field(default_factory=time.monotonic)
 
     @property
     def full(self) -> bool:
         """Whether it has all the tokens that it may have."""
         return len(self.sequence.tokens) == len(self.request.tokens) + self.limit
+
+    @property
+    def pending(self) -> int:
+        """Tokens still to be computed, of the prompt and, as far as can be guessed, of the answer."""
+        known = len(self.sequence.tokens)
+        left = len(self.request.tokens) + self.limit - known
+        return known - self.sequence.computed + min(left, _LIKELY)
 
     def wanted(self, share: Share) -> int:
         """Of how many of a share's last tokens the logits are wanted."""

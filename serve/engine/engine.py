@@ -26,6 +26,7 @@ from loramill.kernels import Batch
 from loramill.serve.engine.adapters import Adapters
 from loramill.serve.engine.admission import answer_limit
 from loramill.serve.engine.answer import Answer
+from loramill.serve.engine.durations import Stopwatch
 from loramill.serve.engine.sampling import Chooser, choose, token_logprobs
 from loramill.serve.engine.scheduler import Plan, Scheduler, Sequence, Share
 from loramill.serve.engine.values import (
@@ -64,6 +65,7 @@ class Engine:
         self._requests: dict[str, set[int]] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._totals: Counter[str] = Counter()
+        self._waits, self._step_times, self._load_times = Stopwatch(), Stopwatch(), Stopwatch()
         self._open_books()
         self._stats = self._look()
 
@@ -71,7 +73,7 @@ class Engine:
         c = self._config
         blocks = c.kv_tokens // c.block_size
         self._cache = self._model.new_cache(blocks, c.block_size)
-        self._adapters = Adapters(self._model, self._source, c, self._stir)
+        self._adapters = Adapters(self._model, self._source, c, self._stir, self._load_times)
         self._scheduler = Scheduler(
             blocks,
             c.block_size,
@@ -99,7 +101,7 @@ class Engine:
                 raise Conflict(f"A request with the id {request.id} is being served; ids must differ.")
             # Stats count what the last step left waiting or running; the rest of the live came since.
             waiting = len(self._live) - self._stats.running
-            if waiting >= self._config.max_waiting:
+            if waiting >= self._config.max_waiting and self._has_its_share(request.tenant):
                 raise Overloaded(f"{waiting} requests are waiting already; try again after a moment.")
             self._requests[request.id] = {answer.sequence.id for answer in answers}
             for answer in answers:
@@ -155,10 +157,13 @@ class Engine:
             plan = self._scheduler.plan(self._adapters.ready)
             for number in plan.admitted:
                 self._adapters.pin(self._live[number].request.version)
+                self._note_wait(self._live[number])
             for number in plan.preempted:
                 self._adapters.unpin(self._live[number].request.version)
             if plan.shares:
+                began = time.perf_counter()
                 self._run(plan, outputs)
+                self._step_times.note(time.perf_counter() - began)
             self._count(plan, outputs)
         except Exception as error:
             log.exception("a step failed outside the model")
@@ -199,6 +204,12 @@ class Engine:
             if not closed:
                 self._adapters.close()
 
+    def _has_its_share(self, tenant: str) -> bool:
+        """Whether a tenant has as many answers here as each would if all places were dealt out evenly."""
+        tenants = Counter(answer.request.tenant for answer in self._live.values())
+        tenants[tenant] += 0  # counts as one, too
+        return tenants[tenant] * len(tenants) >= self._config.max_sequences + self._config.max_waiting
+
     def _answers(self, request: Request) -> list[Answer]:
         c, sampling = self._config, request.sampling
         limit = answer_limit(
@@ -221,7 +232,7 @@ class Engine:
                     priority=request.priority,
                     reuse=reuse,
                 ),
-                Chooser(sampling, request.tokens, index),
+                Chooser(sampling, request.tokens, index, request.mask() if request.mask is not None else None),
                 limit,
                 sampling.echo,
             )
@@ -304,11 +315,13 @@ class Engine:
     def _next_token(self, answer: Answer, token: int | None, logprobs: tuple[TokenLogprobs, ...]) -> Output:
         if answer.limit == 0:
             return self._finish(answer, answer.output((), Finish.LENGTH))
-        if token is None:
-            return self._end(answer.sequence.id, Finish.ERROR, _broken(answer))
+        if token is None or answer.chooser.error is not None:
+            return self._end(answer.sequence.id, Finish.ERROR, answer.chooser.error or _broken(answer))
         if token in answer.request.sampling.stop_ids:
             return self._finish(answer, answer.output((), Finish.STOP))
         answer.add(token)
+        if answer.chooser.finished:
+            return self._finish(answer, answer.output((token,), Finish.STOP, logprobs))
         if answer.full:
             return self._finish(answer, answer.output((token,), Finish.LENGTH, logprobs))
         return answer.output((token,), None, logprobs)
@@ -362,24 +375,37 @@ class Engine:
         self._totals["generated_tokens"] += sum(len(output.tokens) for output in outputs)
         self._totals["preemptions"] += len(plan.preempted)
 
+    def _note_wait(self, answer: Answer) -> None:
+        # One that was preempted has run before.
+        if answer.waiting_since is not None:
+            self._waits.note(time.monotonic() - answer.waiting_since)
+            answer.waiting_since = None
+
     def _keep_totals(self) -> None:
         """Adds what the books counted to the totals since the start."""
         self._totals["loads"] += self._adapters.loads
         self._totals["load_failures"] += self._adapters.failures
+        self._totals["evictions"] += self._adapters.evictions
         self._totals["reused_tokens"] += self._scheduler.reused
 
     def _look(self) -> EngineStats:
         return EngineStats(
             waiting=self._scheduler.waiting,
             running=len(self._scheduler.running),
+            pending_tokens=sum(answer.pending for answer in self._live.values()),
             blocks=self._scheduler.blocks,
             free_blocks=self._scheduler.free_blocks,
+            slots=self._config.adapter_slots,
             resident=self._adapters.resident,
             loading=self._adapters.loading,
             adapter_bytes=self._adapters.slab.bytes,
             host_bytes=self._adapters.host_bytes,
             loads=self._totals["loads"] + self._adapters.loads,
             load_failures=self._totals["load_failures"] + self._adapters.failures,
+            evictions=self._totals["evictions"] + self._adapters.evictions,
+            waits=self._waits.durations,
+            step_times=self._step_times.durations,
+            load_times=self._load_times.durations,
             steps=self._totals["steps"],
             computed_tokens=self._totals["computed_tokens"],
             reused_tokens=self._totals["reused_tokens"] + self._scheduler.reused,

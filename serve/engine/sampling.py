@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loramill.serve.engine.values import Sampling, TokenLogprobs
+from loramill.errors import LoramillError
+from loramill.serve.engine.values import Sampling, TokenLogprobs, TokenMask
 
 Row = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -30,25 +31,29 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio, odd: SplitMix6
 
 
 class Chooser:
-    """What one answer's choices depend on beside its logits: its randomness, and the tokens before.
+    """What one answer's choices depend on beside its logits: its randomness, its mask, and the tokens before.
 
-    Two choosers with the same sampling (its seed given), prompt, index and taken tokens choose alike, so an answer may
-    be dropped and computed again at any time.
+    Two choosers with the same sampling (its seed given), prompt, index, mask and taken tokens choose alike, so an
+    answer may be dropped and computed again at any time.
     """
 
-    __slots__ = ("_amounts", "_key", "_places", "_seen", "_shifted", "_taken", "count", "sampling")
+    __slots__ = ("_amounts", "_key", "_mask", "_places", "_seen", "_shifted", "_taken", "count", "sampling")
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], index: int = 0) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int], index: int = 0, mask: TokenMask | None = None
+    ) -> None:
         """
         Args:
             sampling: as admitted; the tokens of `logit_bias` are within the vocabulary.
             prompt: its tokens; only the repetition penalty reads them.
             index: which of the n answers to the prompt; it is added to the seed.
+            mask: the answer's own; None: all tokens may come.
         """
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         self.sampling = sampling
         self.count = 0
         self._key = _mix(seed + index)
+        self._mask = mask
         self._seen = np.unique(np.array(prompt if sampling.repetition_penalty != 1.0 else (), np.intp))
         bias = dict(sampling.logit_bias)
         # Tokens whose logits get an amount added: those with a bias, and those that presence and frequency penalize.
@@ -60,24 +65,43 @@ class Chooser:
     @property
     def plain(self) -> bool:
         """Whether the next token is the likeliest one, with nothing to change in the logits."""
-        return self.sampling.temperature < GREEDY_BELOW and not self._changes
+        return self.sampling.temperature < GREEDY_BELOW and not self._changes and self._mask is None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the mask lets nothing follow."""
+        return self._mask is not None and self._mask.finished
+
+    @property
+    def error(self) -> LoramillError | None:
+        """Why the mask can't tell what may follow."""
+        return None if self._mask is None else self._mask.error
 
     def take(self, token: int) -> None:
         """Notes that `token` is the answer's next."""
         s = self.sampling
         self.count += 1
+        if self._mask is not None:
+            self._mask.accept(token)
         if s.repetition_penalty != 1.0:
             self._seen = np.append(self._seen, token)
         if s.presence_penalty or s.frequency_penalty:
             self._penalize(token)
 
-    def choose(self, logits: Row) -> int:
-        """The next token by logits [vocabulary], which aren't written to; their maximum is finite."""
+    def choose(self, logits: Row) -> int | None:
+        """The next token by logits [vocabulary], which aren't written to; their maximum is finite.
+
+        None if the mask allows only tokens that the model says can't come.
+        """
         row = logits
+        if self._mask is not None:
+            row = np.where(self._mask.allowed(), logits, np.float32(-np.inf))
+            if not row.max() > -np.inf:
+                return None
         if self._changes:
-            changed = self._change(logits)
-            # Where everything is banned, nothing is.
-            row = changed if changed.max() > -np.inf else logits
+            changed = self._change(row)
+            # Where everything is banned, nothing is; but no ban opens what the mask shuts.
+            row = changed if changed.max() > -np.inf else row
         if self.sampling.temperature < GREEDY_BELOW:
             return int(row.argmax())
         # SplitMix64 at the token's place in the answer.
@@ -108,12 +132,13 @@ class Chooser:
 
 
 def choose(logits: torch.Tensor, rows: Sequence[Chooser]) -> list[int | None]:
-    """A token for each row, None where the highest logit isn't finite; nothing is taken yet.
+    """A token for each row, None where the highest logit that may be chosen isn't finite; nothing is taken yet.
 
-    In this order: the repetition penalty, presence and frequency, the bias, the stop tokens banned before `min_tokens`;
-    then temperature, top_k, top_p of what top_k left, and min_p. That is transformers' order; vLLM has bias and stop
-    tokens before the penalties and min_p before top_k, which differs for a token with both a bias and a repetition
-    penalty, and in what top_p is a share of. If all tokens are banned, it is as if none were.
+    In this order: the mask; the repetition penalty, presence and frequency, the bias, the stop tokens banned before
+    `min_tokens`; then temperature, top_k, top_p of what top_k left, and min_p. That is transformers' order; vLLM has
+    bias and stop tokens before the penalties and min_p before top_k, which differs for a token with both a bias and a
+    repetition penalty, and in what top_p is a share of. If all tokens that the mask allows are banned, it is as if none
+    were.
 
     Args:
         logits: [rows, vocabulary] float32, on any device.

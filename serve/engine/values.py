@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from loramill.errors import LoramillError, SettingsInvalid
+from loramill.serve.engine.durations import Durations
 
 #: From a version's hash to a local PEFT folder. Called in the engine's side threads, so it may block and must be
 #: thread-safe; what it raises reaches the requests that wait for the version.
@@ -55,11 +59,34 @@ class Sampling:
     echo: bool = False
 
 
+class TokenMask(Protocol):
+    """Which tokens one answer may go on with, such as those of a grammar. Nothing here raises."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing may follow; the answer ends here."""
+        ...
+
+    @property
+    def error(self) -> LoramillError | None:
+        """Why it can't go on; the answer ends with it."""
+        ...
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """[vocabulary]: whether each token may come next, at least one. Stop tokens may where the answer may end."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Notes that `token`, which isn't one that stops, is the answer's next."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """Prompt tokens to go on from, for a tenant, by a version of an adapter (None: the base alone).
 
     Attributes:
+        mask: makes the mask of each of its answers; None: all tokens may come.
         priority: higher runs first, and takes the place of lower where there is none.
         timeout: seconds from the submit after which it ends with DeadlineExceeded; None: never.
     """
@@ -71,6 +98,7 @@ class Request:
     version: str | None = None
     priority: int = 0
     timeout: float | None = None
+    mask: Callable[[], TokenMask] | None = None
 
 
 class Finish(StrEnum):
@@ -122,7 +150,7 @@ class EngineConfig:
         rank_budget: the ranks of the different adapters of one step sum up to this at most; one adapter always runs.
         adapter_bits: 16 keeps them in the base's own type; 8 halves their memory and the time that many different ones
             take in a step, and errs by about 1% of what an adapter adds.
-        max_waiting: requests that may wait; more are refused.
+        max_waiting: requests that may wait; more are refused, but for a tenant's that has less than an even share.
         load_threads: adapters that are fetched and read at once.
         patience: steps that a version waits for a slot before one is taken from a version in use.
     """
@@ -159,20 +187,27 @@ class EngineStats:
     Attributes:
         waiting: requests not yet running, those that wait for their adapter included.
         running: requests in the batch.
+        pending_tokens: to be computed for both, of prompts and, as a guess, of answers.
         blocks, free_blocks: of the KV cache.
+        slots: of adapters.
         resident: versions in slots, ready to use.
         loading: versions being fetched.
         adapter_bytes: of the resident adapters.
         host_bytes: of the adapters that were read and may have no slot.
-        steps, generated_tokens, preemptions, loads, load_failures: since the start.
+        steps, generated_tokens, preemptions, loads, load_failures, evictions: since the start.
         computed_tokens: rows that passed the decoder since the start, prompts and answers.
         reused_tokens: rows that the prefix cache spared.
+        waits: of answers, from the submit until they first ran.
+        step_times: of steps that ran the model.
+        load_times: of adapters, from when they had a slot until they were ready.
     """
 
     waiting: int = 0
     running: int = 0
+    pending_tokens: int = 0
     blocks: int = 0
     free_blocks: int = 0
+    slots: int = 0
     resident: tuple[str, ...] = ()
     loading: tuple[str, ...] = ()
     adapter_bytes: int = 0
@@ -184,3 +219,7 @@ class EngineStats:
     preemptions: int = 0
     loads: int = 0
     load_failures: int = 0
+    evictions: int = 0
+    waits: Durations = field(default_factory=Durations)
+    step_times: Durations = field(default_factory=Durations)
+    load_times: Durations = field(default_factory=Durations)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,6 +69,15 @@ class Mill:
     def openai(self, key: str) -> OpenAI:
         return OpenAI(base_url=f"{self.settings.gateway}/v1", api_key=key, max_retries=0, timeout=300)
 
+    def processes(self, *marks: str) -> list[int]:
+        """The processes below `up` whose command line holds all of `marks`."""
+        listing = subprocess.run(["ps", "-eww", "-o", "pid,ppid,args"], capture_output=True, text=True, check=True)
+        table = [line.split(None, 2) for line in listing.stdout.splitlines()[1:]]
+        below = {str(self.up.pid)}
+        for _ in range(6):
+            below |= {pid for pid, parent, *_ in table if parent in below}
+        return [int(pid) for pid, _, *args in table if pid in below and args and all(mark in args[0] for mark in marks)]
+
     def tenant(self, name: str) -> str:
         """Makes a tenant; returns a key of its own."""
         with self.client() as client:
@@ -81,16 +91,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
-def mill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mill]:
-    home = tmp_path_factory.mktemp("mill")
+@contextmanager
+def running(home: Path, **settings: str) -> Iterator[Mill]:
+    """A system in a home of its own; `settings` are environment variables without their LORAMILL_."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("LORAMILL_")},
+        **{f"LORAMILL_{name}": value for name, value in settings.items()},
         "LORAMILL_HOME": str(home),
         "LORAMILL_SERVE__PORT": str(free_port()),
-        "LORAMILL_JOBS__SESSIONS": str(SESSIONS),
-        "LORAMILL_JOBS__LEASE_SECONDS": "5",
-        "LORAMILL_JOBS__IDLE_SECONDS": "600",
         "OMP_NUM_THREADS": "1",
     }
     system = Mill(home, environment)
@@ -98,3 +106,10 @@ def mill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mill]:
     yield system
     if system.up.poll() is None:
         system.stop()
+
+
+@pytest.fixture(scope="session")
+def mill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mill]:
+    jobs = {"JOBS__SESSIONS": str(SESSIONS), "JOBS__LEASE_SECONDS": "5", "JOBS__IDLE_SECONDS": "600"}
+    with running(tmp_path_factory.mktemp("mill"), **jobs) as system:
+        yield system

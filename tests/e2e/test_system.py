@@ -62,16 +62,6 @@ def patiently(ask: Callable[[], T]) -> T:
             time.sleep(0.5)
 
 
-def processes(mill, *marks: str) -> list[int]:
-    """The processes below `up` whose command line holds all of `marks`."""
-    listing = subprocess.run(["ps", "-eww", "-o", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    table = [line.split(None, 2) for line in listing.splitlines()[1:]]
-    below = {str(mill.up.pid)}
-    for _ in range(6):
-        below |= {pid for pid, parent, *_ in table if parent in below}
-    return [int(pid) for pid, _, *args in table if pid in below and args and all(mark in args[0] for mark in marks)]
-
-
 @pytest.fixture(scope="session")
 def acme(mill) -> str:
     return mill.tenant("acme")
@@ -174,7 +164,7 @@ def test_killed_train_controllers_leave_room_for_the_next(mill, globex: str) -> 
         for attempt in (1, 2):
             eventually(lambda attempt=attempt: client.job(job.id).attempt == attempt, 120, f"attempt {attempt}")
             eventually(lambda: client.job(job.id).step >= 1, 120, "the job begins")
-            for controller in processes(mill, "ray::TrainController"):
+            for controller in mill.processes("ray::TrainController"):
                 os.kill(controller, signal.SIGKILL)
         assert client.wait(job.id).attempt == 3
 
@@ -235,9 +225,9 @@ def test_a_night_promotes_what_is_better_and_holds_what_is_spoiled(mill, acme: s
 def test_a_killed_process_comes_back_with_the_same_versions(mill, marks: tuple[str, ...]) -> None:
     with mill.client() as client:
         champion = client.adapter("acme/codes").champion
-        (victim,) = processes(mill, *marks)
+        (victim,) = mill.processes(*marks)
         os.kill(victim, signal.SIGKILL)
-        eventually(lambda: processes(mill, *marks) not in ([], [victim]), 180, f"another process of {marks}")
+        eventually(lambda: mill.processes(*marks) not in ([], [victim]), 180, f"another process of {marks}")
 
         def answers() -> bool:
             try:

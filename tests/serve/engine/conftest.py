@@ -91,10 +91,12 @@ class Driver:
         self.answers: dict[str, Answer] = {}
         self.steps: list[list[Output]] = []
 
-    def submit(self, id_: str, tokens, version=None, tenant="t", priority=0, timeout=None, **sampling) -> None:
+    def submit(
+        self, id_: str, tokens, version=None, tenant="t", priority=0, timeout=None, mask=None, **sampling
+    ) -> None:
         """The answers are `id_`, and `id_/1` … if there are several."""
         asked = Sampling(**{"max_tokens": 12, **sampling})
-        self.engine.submit(Request(id_, tenant, tuple(tokens), asked, version, priority, timeout))
+        self.engine.submit(Request(id_, tenant, tuple(tokens), asked, version, priority, timeout, mask))
         self.answers |= {name(id_, index): Answer() for index in range(asked.n)}
 
     def submit_all(self, prompts) -> None:

@@ -1,0 +1,73 @@
+"""An engine replica as a Ray Serve deployment."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+from typing import Any
+
+from ray import serve
+
+from loramill.bases import find_base
+from loramill.registry import Registry
+from loramill.serve.channel import Address, Sender
+from loramill.serve.protocol import TextRequest
+from loramill.settings import Settings
+
+#: Seconds between looks at the engine for the metrics.
+_LOOK_SECONDS = 0.5
+
+
+class EngineDeployment:
+    """One engine, the answers of which go to the gateways that asked, and what it says of itself."""
+
+    async def __init__(self, settings: Settings) -> None:
+        # torch, which the gateway and the driver can do without
+        from loramill.serve.engine_metrics import EngineMetrics
+        from loramill.serve.load import LoadMeter
+        from loramill.serve.replica import Replica
+
+        registry = Registry.open(settings.database, settings.artifacts)
+        base = find_base(settings.base, settings.cache, settings.quantization)
+        self._replica = Replica(base, registry.artifacts.fetch, settings.serve)
+        self._sender = Sender()
+        self._meter = LoadMeter()
+        self._metrics = EngineMetrics(serve.get_replica_context().replica_id.unique_id)
+        self._looking = asyncio.create_task(self._look())
+
+    async def answer(self, request: TextRequest, to: Address) -> None:
+        """Generates one answer, of which each chunk goes to the gateway at once; returns when all of it has."""
+        asked, begun = time.monotonic(), False
+        send = await self._sender.to(to)
+        send(request.id, None)
+        async with aclosing(self._replica.generate(request)) as chunks:
+            async for chunk in chunks:
+                send(request.id, chunk)
+                if not begun:
+                    begun, now = True, time.monotonic()
+                    self._meter.first_token(now, now - asked)
+
+    async def check_health(self) -> None:
+        """Tells Serve to replace a replica whose engine has stopped or hangs."""
+        await self._replica.ready()
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """What Serve tells the gateways' routers."""
+        return self._meter.routing_stats(self._replica.stats())
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve tells the autoscaling policy."""
+        return self._meter.autoscaling_stats(time.monotonic(), self._replica.stats())
+
+    async def _look(self) -> None:
+        while True:
+            self._metrics.note(self._replica.stats())
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def __del__(self) -> None:
+        """Serve's word for the end, when all answers are through."""
+        self._looking.cancel()
+        self._metrics.note(self._replica.stats())
+        await self._sender.close()
+        self._replica.close()

@@ -1,0 +1,271 @@
+"""Endpoints under load while parts of them are killed, moved, scaled and refused; the tests run in this order."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import openai
+import pytest
+import torch
+from openai import AsyncOpenAI
+
+from loramill.bases import Base
+from loramill.names import AdapterName
+from loramill.registry import adapters, tenants
+from loramill.serve.bench.subject import write_adapters
+from loramill.serve.model import load_decoder
+from loramill.types import VersionRecord
+
+from .conftest import Mill, running
+
+ENGINE, GATEWAY, CONTROLLER = (
+    "ray::ServeReplica:loramill:engine",
+    "ray::ServeReplica:loramill:gateway",
+    "ServeController",
+)
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def endpoints(tmp_path_factory: pytest.TempPathFactory, hermes_base: Base) -> Iterator[Mill]:
+    """Two gateways, one to three replicas of the real base, and a second base that sleeps."""
+    said = {
+        "JOBS__SESSIONS": "1",
+        "SERVE__GATEWAYS": "2",
+        "SERVE__MAX_REPLICAS": "3",
+        "SERVE__DOWN_SECONDS": "5",
+        "SERVE__IDLE_SECONDS": "5",
+        "SERVE__BASES": f'["{hermes_base.folder}"]',
+    }
+    with running(tmp_path_factory.mktemp("endpoints"), **said) as system:
+        yield system
+
+
+@pytest.fixture(scope="module")
+def versions(endpoints: Mill, base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three random adapters of rank 16, versions of acme/bot."""
+    torch.manual_seed(5)
+    folders = write_adapters(
+        load_decoder(base.folder, dtype=torch.bfloat16, threads=1), tmp_path_factory.mktemp("drawn"), 3
+    )
+    stored = [endpoints.registry.artifacts.put({file.name: file for file in each.iterdir()}) for each in folders]
+    with endpoints.registry.writing() as session:
+        name = AdapterName.parse("acme/bot")
+        tenants.create(session, "acme")
+        tenants.create(session, "globex")
+        adapters.ensure(session, name)
+        for version in stored:
+            adapters.add_version(
+                session,
+                VersionRecord(
+                    id=version, adapter=str(name), job=None, base=base.fingerprint, bytes=1, created_at=time.time()
+                ),
+            )
+        adapters.promote(session, name, stored[0], "the first")
+    return stored
+
+
+@pytest.fixture(scope="module")
+def keys(endpoints: Mill, versions: list[str]) -> dict[str, str]:
+    with endpoints.client() as client:
+        return {tenant: client.create_key(tenant).key for tenant in ("acme", "globex")}
+
+
+@dataclass
+class Load:
+    """What came of the answers of some streams."""
+
+    answers: list[tuple[str, str]] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    broken: int = 0
+
+    async def stream(self, client: AsyncOpenAI, model: str) -> None:
+        """One answer; `broken` counts those that had begun."""
+        text, begun, version = "", False, ""
+        try:
+            async with client.completions.with_streaming_response.create(
+                model=model,
+                prompt="Once upon a time",
+                max_tokens=TOKENS,
+                temperature=0,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            ) as response:
+                version = response.headers.get("x-loramill-version", "")
+                async for chunk in await response.parse():
+                    begun, text = True, text + chunk.choices[0].text
+        except openai.APIError as error:
+            self.errors[f"{type(error).__name__}: {error}"] += 1
+            self.broken += begun
+            await asyncio.sleep(0.05)
+        else:
+            self.answers.append((version, text))
+
+
+def client(endpoints: Mill, key: str | None = None, retries: int = 0) -> AsyncOpenAI:
+    return AsyncOpenAI(
+        base_url=f"{endpoints.settings.gateway}/v1",
+        api_key=key or endpoints.admin_key(),
+        max_retries=retries,
+        timeout=120,
+    )
+
+
+@asynccontextmanager
+async def streams(ask: AsyncOpenAI, model: str, count: int) -> AsyncIterator[Load]:
+    """So many at once, one after another, until the block ends and all are through."""
+    load, ending = Load(), asyncio.Event()
+
+    async def stream() -> None:
+        while not ending.is_set():
+            await load.stream(ask, model)
+
+    tasks = [asyncio.create_task(stream()) for _ in range(count)]
+    try:
+        yield load
+    finally:
+        ending.set()
+        await asyncio.gather(*tasks)
+
+
+async def eventually(check: Callable[[], bool | Awaitable[bool]], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        result = check()
+        if result if isinstance(result, bool) else await result:
+            return
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        await asyncio.sleep(0.2)
+
+
+def replaced(endpoints: Mill, mark: str, victim: int, count: int) -> Callable[[], bool]:
+    """Whether so many processes are there, and the victim isn't."""
+    return lambda: len(pids := endpoints.processes(mark)) >= count and victim not in pids
+
+
+async def test_promotions_fail_nobody_and_answers_keep_their_version(
+    endpoints: Mill, versions: list[str], keys: dict[str, str]
+) -> None:
+    ask = client(endpoints, keys["acme"])
+    async with streams(ask, "acme/bot", 8) as load:
+        for number in range(12):
+            await asyncio.sleep(0.3)
+            with endpoints.client(keys["acme"]) as own:
+                own.promote("acme/bot", versions[number % 3])
+    assert not load.errors
+    assert set(dict(load.answers)) == set(versions)
+    # Greedy: the same version has the same words, whatever was promoted meanwhile.
+    for version in versions:
+        alone = await ask.completions.create(
+            model=f"acme/bot@{version}",
+            prompt="Once upon a time",
+            max_tokens=TOKENS,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        assert {text for of, text in load.answers if of == version} == {alone.choices[0].text}
+
+
+async def test_every_gateway_sees_a_promotion_within_a_second(
+    endpoints: Mill, versions: list[str], keys: dict[str, str]
+) -> None:
+    async def champion() -> str:
+        async with client(endpoints, keys["acme"]) as fresh:  # a connection of its own, to whichever gateway
+            return str((await fresh.models.retrieve("acme/bot")).version)  # type: ignore[attr-defined]
+
+    for version in versions:
+        assert len(endpoints.processes(GATEWAY)) == 2
+        with endpoints.client(keys["acme"]) as own:
+            own.promote("acme/bot", version)
+        await asyncio.sleep(1.0)
+        assert {await champion() for _ in range(12)} == {version}
+
+
+async def test_a_killed_replica_breaks_only_what_it_had_begun(endpoints: Mill, keys: dict[str, str]) -> None:
+    (victim,) = endpoints.processes(ENGINE + " ") or endpoints.processes(ENGINE)
+    async with streams(client(endpoints, keys["acme"]), "acme/bot", 8) as load:
+        await eventually(lambda: len(load.answers) > 8, 60, "answers")
+        os.kill(victim, signal.SIGKILL)
+        await eventually(replaced(endpoints, ENGINE, victim, 1), 60, "another replica")
+        before = len(load.answers)
+        await eventually(lambda: len(load.answers) > before + 8, 90, "answers of it")
+    assert sum(load.errors.values()) == load.broken <= 8, load.errors
+
+
+async def test_a_killed_gateway_leaves_the_port_to_the_other(endpoints: Mill, keys: dict[str, str]) -> None:
+    victim = endpoints.processes(GATEWAY)[0]
+    async with streams(client(endpoints, keys["acme"], retries=2), "acme/bot", 8) as load:
+        await eventually(lambda: len(load.answers) > 8, 60, "answers")
+        os.kill(victim, signal.SIGKILL)
+        before = len(load.answers)
+        await eventually(lambda: len(load.answers) > before + 16, 60, "answers of the other")
+        await eventually(replaced(endpoints, GATEWAY, victim, 2), 60, "another gateway")
+    assert sum(load.errors.values()) <= 8, load.errors
+
+
+async def test_a_killed_controller_is_not_noticed(endpoints: Mill, keys: dict[str, str]) -> None:
+    (victim,) = endpoints.processes(CONTROLLER)
+    async with streams(client(endpoints, keys["acme"]), "acme/bot", 8) as load:
+        await eventually(lambda: len(load.answers) > 8, 60, "answers")
+        os.kill(victim, signal.SIGKILL)
+        await eventually(replaced(endpoints, CONTROLLER, victim, 1), 60, "another controller")
+        before = len(load.answers)
+        await eventually(lambda: len(load.answers) > before + 8, 60, "answers")
+    assert not load.errors
+
+
+async def test_a_revoked_key_ends_within_a_second_and_its_answers_do_not(endpoints: Mill, versions: list[str]) -> None:
+    with endpoints.client() as admin:
+        made = admin.create_key("acme")
+    async with streams(client(endpoints, made.key), "acme/bot", 4) as load:
+        await eventually(lambda: len(load.answers) > 4, 60, "answers")
+        with endpoints.client() as admin:
+            admin.revoke_key(made.id)
+        await asyncio.sleep(1.0)
+        before = len(load.answers)
+        await eventually(lambda: load.errors.total() > 8, 30, "refusals")
+    assert all("AuthenticationError" in error for error in load.errors), load.errors
+    assert load.broken == 0 and len(load.answers) <= before + 4
+
+
+async def test_one_tenants_flood_leaves_the_other_its_answers(endpoints: Mill, keys: dict[str, str]) -> None:
+    quiet = Load()
+    other = client(endpoints, keys["globex"])
+    async with streams(client(endpoints, keys["acme"]), "smollm2-135m", 250) as flood:
+        await eventually(lambda: flood.errors.total() > 0, 60, "refusals of what is too much")
+        for _ in range(8):
+            await quiet.stream(other, "smollm2-135m")
+    assert all("RateLimitError" in error for error in flood.errors), flood.errors
+    assert not quiet.errors and len(quiet.answers) == 8
+
+
+async def test_load_brings_replicas_and_quiet_takes_them_away(endpoints: Mill, keys: dict[str, str]) -> None:
+    def replicas() -> int:
+        return len(endpoints.processes(ENGINE))
+
+    await eventually(lambda: replicas() == 1, 90, "one replica")
+    async with streams(client(endpoints, keys["acme"]), "acme/bot", 96) as load:
+        await eventually(lambda: replicas() == 3, 120, "three replicas")
+    async with streams(client(endpoints, keys["acme"]), "acme/bot", 1) as trickle:
+        await eventually(lambda: replicas() == 1, 120, "one replica")
+    assert all("RateLimitError" in error for error in load.errors), load.errors
+    assert load.answers and trickle.answers and not trickle.errors
+
+
+async def test_a_base_that_nobody_asks_for_sleeps_and_wakes(endpoints: Mill, hermes_base: Base) -> None:
+    def replicas() -> int:
+        return len(endpoints.processes(f"{ENGINE}-{hermes_base.folder.name}"))
+
+    ask, name = client(endpoints), hermes_base.folder.name
+    assert name in [model.id async for model in ask.models.list()]
+    await eventually(lambda: replicas() == 0, 60, "no replica")
+    answer = await ask.completions.create(model=name, prompt="a", max_tokens=3, extra_body={"ignore_eos": True})
+    assert answer.usage is not None and answer.usage.completion_tokens == 3 and replicas() == 1
+    await eventually(lambda: replicas() == 0, 60, "no replica again")

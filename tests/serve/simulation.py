@@ -1,0 +1,189 @@
+"""Replicas and gateways played out in time: the slots are the engine's own, and what gateways know of them is old."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from loramill.serve.engine.residency import Residency
+from loramill.serve.routing import Book, Limits, Report, route, stats_of
+
+TICK = 0.02
+LOAD_SECONDS = 0.2
+REPORT_SECONDS, REPORT_DELAY = 0.5, 0.2
+#: Requests that a replica serves at full speed; more of them share it.
+CAPACITY = 8
+WORK_SECONDS = 0.8
+
+
+@dataclass(frozen=True)
+class Arrival:
+    at: float
+    version: str | None
+    work: float = WORK_SECONDS
+
+
+@dataclass(eq=False)
+class Job:
+    version: str | None
+    left: float
+
+
+class Replica:
+    """An engine as the router sees it: slots that load and lose adapters, and requests that share its speed."""
+
+    def __init__(self, name: str, slots: int) -> None:
+        self.name = name
+        self.loads: Counter[str] = Counter()
+        self.waiting: list[Job] = []
+        self.running: list[Job] = []
+        self._slots = slots
+        self._residency = Residency(slots, patience=64)
+        self._fetching: dict[str, float] = {}
+
+    @property
+    def requests(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    def submit(self, arrival: Arrival) -> None:
+        self.waiting.append(Job(arrival.version, arrival.work))
+        if arrival.version is not None:
+            self._residency.want(arrival.version)
+
+    def tick(self, now: float) -> None:
+        for version in self._residency.advance().load:
+            self.loads[version] += 1
+            self._fetching[version] = now + LOAD_SECONDS
+        for version in [version for version, until in self._fetching.items() if until <= now]:
+            del self._fetching[version]
+            self._residency.loaded(version)
+        started = [job for job in self.waiting if job.version is None or self._residency.ready(job.version)]
+        self.waiting = [job for job in self.waiting if job not in started]
+        self.running += started
+        for job in started:
+            if job.version is not None:
+                self._residency.pin(job.version)
+        for job in self.running:
+            job.left -= TICK * min(1.0, CAPACITY / len(self.running))
+        for job in [job for job in self.running if job.left <= 0]:
+            self.running.remove(job)
+            if job.version is not None:
+                self._residency.unpin(job.version)
+                self._residency.unwant(job.version)
+
+    def report(self) -> Report:
+        held = (*self._residency.resident, *self._residency.loading)
+        return Report.of(self.name, stats_of(held, slots=self._slots, requests=self.requests))
+
+
+@dataclass
+class Seen:
+    """What came of it. `sent` is in order: when, which version, which replica."""
+
+    loads: Counter[str] = field(default_factory=Counter)
+    sent: list[tuple[float, str | None, str]] = field(default_factory=list)
+    #: Requests at the busiest replica over the mean of all, each summed over time.
+    imbalance: float = 0.0
+
+    def replicas_of(self, version: str, since: float = 0.0) -> set[str]:
+        return {replica for at, sent, replica in self.sent if sent == version and at >= since}
+
+
+def play(
+    names: Sequence[str],
+    slots: int,
+    arrivals: Iterable[Arrival],
+    *,
+    gateways: int = 2,
+    limits: Limits | None = None,
+    dies: tuple[str, float] | None = None,
+    seed: int = 0,
+) -> Seen:
+    """Routes all arrivals by gateways that know nothing of each other; `dies` is a replica and when it goes."""
+    rng, limits, seen = random.Random(seed), limits or Limits(), Seen()
+    replicas = {name: Replica(name, slots) for name in names}
+    books = [Book(limits.lag) for _ in range(gateways)]
+    known = [replica.report() for replica in replicas.values()]
+    under_way: deque[tuple[float, list[Report]]] = deque()
+    coming = deque(enumerate(arrivals))
+    now = next_report = busiest = mean = 0.0
+    while coming or any(replica.requests for replica in replicas.values()):
+        if dies and now >= dies[1] and replicas.pop(dies[0], None):
+            known = [report for report in known if report.replica in replicas]
+        if now >= next_report:
+            under_way.append((now + REPORT_DELAY, [replica.report() for replica in replicas.values()]))
+            next_report += REPORT_SECONDS
+        if under_way and under_way[0][0] <= now:
+            known = [report for report in under_way.popleft()[1] if report.replica in replicas]
+        while coming and coming[0][1].at <= now:
+            number, arrival = coming.popleft()
+            book = rng.choice(books)
+            to = route(arrival.version, book.candidates(known, arrival.version, now), limits)[0]
+            book.send(str(number), to, arrival.version, now)
+            replicas[to].submit(arrival)
+            seen.sent.append((now, arrival.version, to))
+        for replica in replicas.values():
+            replica.tick(now)
+        if coming:
+            busiest += max(replica.requests for replica in replicas.values())
+            mean += sum(replica.requests for replica in replicas.values()) / len(replicas)
+        now += TICK
+    seen.loads = sum((replica.loads for replica in replicas.values()), Counter())
+    seen.imbalance = busiest / mean
+    return seen
+
+
+def zipf(
+    seed: int, replicas: int, versions: int, count: int, *, busy: float = 0.6, power: float = 1.0
+) -> list[Arrival]:
+    """Requests that come by chance, for versions by Zipf's law, and keep the replicas busy for a part of the time."""
+    rng = random.Random(seed)
+    names = [f"v{number}" for number in range(versions)]
+    rng.shuffle(names)
+    rate = busy * replicas * CAPACITY / WORK_SECONDS
+    times = accumulate(rng.expovariate(rate) for _ in range(count))
+    asked = rng.choices(names, [1 / (rank + 1) ** power for rank in range(versions)], k=count)
+    return [Arrival(at, name, rng.expovariate(1 / WORK_SECONDS)) for at, name in zip(times, asked, strict=True)]
+
+
+def clairvoyant(asked: Sequence[str], slots: int) -> int:
+    """Loads of one replica that has all the slots and knows what will be asked: Belady's, the least there can be when
+    requests are served in the order in which they come."""
+    following: list[float] = [float("inf")] * len(asked)
+    last: dict[str, int] = {}
+    for index in range(len(asked) - 1, -1, -1):
+        following[index] = last.get(asked[index], float("inf"))
+        last[asked[index]] = index
+    held: dict[str, float] = {}
+    farthest: list[tuple[float, str]] = []
+    loads = 0
+    for index, version in enumerate(asked):
+        if version not in held:
+            loads += 1
+            while len(held) >= slots:
+                next_use, name = heapq.heappop(farthest)
+                if held.get(name) == -next_use:
+                    del held[name]
+        held[version] = following[index]
+        heapq.heappush(farthest, (-following[index], version))
+    return loads
+
+
+def informed(asked: Sequence[str], slots: int) -> int:
+    """Loads of one replica that has all the slots and knows how popular each version is, but not what comes next: it
+    loses the least popular. Of all who can't see the future none loads less on average where each request is drawn
+    anew (Aho, Denning and Ullman 1971)."""
+    ranks = {version: rank for rank, (version, _) in enumerate(Counter(asked).most_common())}
+    held: set[str] = set()
+    loads = 0
+    for version in asked:
+        if version not in held:
+            loads += 1
+            if len(held) >= slots:
+                held.remove(max(held, key=ranks.__getitem__))
+            held.add(version)
+    return loads

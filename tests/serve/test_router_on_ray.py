@@ -1,0 +1,148 @@
+"""The router inside of Ray Serve, in front of replicas that only pretend to load adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from loramill.serve.protocol import TextRequest
+from loramill.serve.routing import stats_of
+
+SLOTS = 8
+LOAD_SECONDS = 0.05
+
+
+class Pretender:
+    """A replica whose adapters are names, and which loses the one that was used least recently."""
+
+    def __init__(self) -> None:
+        self._slots: OrderedDict[str, None] = OrderedDict()
+        self._requests = 0
+        self._loads = 0
+
+    async def answer(self, request: TextRequest, seconds: float) -> tuple[int, int]:
+        """Returns which process this is, and how many adapters it has loaded."""
+        self._requests += 1
+        if request.version is not None and request.version not in self._slots:
+            self._loads += 1
+            self._slots[request.version] = None
+            if len(self._slots) > SLOTS:
+                self._slots.popitem(last=False)
+            await asyncio.sleep(LOAD_SECONDS)
+        if request.version in self._slots:
+            self._slots.move_to_end(request.version)
+        await asyncio.sleep(seconds)
+        self._requests -= 1
+        return os.getpid(), self._loads
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        return stats_of(self._slots, slots=SLOTS, requests=self._requests)
+
+
+class Gateway:
+    """Asks for three answers to one call at once; Serve gives all that is done for a call one id."""
+
+    def __init__(self, engine: DeploymentHandle) -> None:
+        self._engine = engine
+
+    async def three(self) -> int:
+        calls = [self._engine.answer.remote(TextRequest(f"r{number}", "acme"), 0.1) for number in range(3)]
+        return len(await asyncio.gather(*calls))
+
+
+@pytest.fixture(scope="module")
+def gateway() -> Iterator[DeploymentHandle]:
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=128 << 20, log_to_driver=False)
+    serve.start(proxy_location="Disabled")
+    engine = serve.deployment(
+        Pretender,
+        num_replicas=3,
+        max_ongoing_requests=64,
+        health_check_period_s=0.5,
+        request_router_config={
+            "request_router_class": "loramill.serve.router.AdapterRouter",
+            "request_routing_stats_period_s": 0.5,
+        },
+        ray_actor_options={"num_cpus": 0.1},
+    )
+    front = serve.deployment(Gateway, ray_actor_options={"num_cpus": 0.1})
+    yield serve.run(front.bind(engine.bind()), name="app", route_prefix=None)
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture
+def ask(gateway: DeploymentHandle) -> Callable[..., Awaitable[tuple[int, int]]]:
+    handle = serve.get_deployment_handle("Pretender", "app")
+
+    async def ask(version: str | None, seconds: float = 0.02) -> tuple[int, int]:
+        return await handle.answer.remote(TextRequest("r", "acme", version), seconds)
+
+    return ask
+
+
+def test_all_calls_of_one_call_are_answered(gateway):
+    assert gateway.three.remote().result(timeout_s=20) == 3
+
+
+async def places(ask, versions: list[str]) -> dict[str, int]:
+    """Asks for each version, some at a time; returns which process answered."""
+    found = {}
+    for start in range(0, len(versions), 4):
+        group = versions[start : start + 4]
+        found |= dict(zip(group, [pid for pid, _ in await asyncio.gather(*map(ask, group))], strict=True))
+    return found
+
+
+def test_adapters_stay_where_they_are_until_their_replica_dies(ask):
+    versions = [f"v{number}" for number in range(24)]
+
+    async def story() -> None:
+        first = await places(ask, versions)
+        assert len(set(first.values())) == 3
+        await asyncio.sleep(1.5)
+        rounds = [await places(ask, versions) for _ in range(4)]
+        assert all(each == rounds[0] for each in rounds)
+        loads = dict([await ask(version) for version in versions])
+        assert sum(loads.values()) <= 1.25 * len(versions)
+        victim = Counter(rounds[0].values()).most_common(1)[0][0]
+        os.kill(victim, signal.SIGKILL)
+        deadline = time.monotonic() + 15
+        while True:
+            try:
+                after = await places(ask, versions)
+                break
+            except ray.exceptions.RayActorError:
+                assert time.monotonic() < deadline
+        assert victim not in after.values()
+        assert {version: pid for version, pid in after.items() if rounds[0][version] != victim} == {
+            version: pid for version, pid in rounds[0].items() if pid != victim
+        }
+
+    asyncio.run(story())
+
+
+def test_a_hot_adapter_spreads_within_five_seconds(ask):
+    async def stream(until: float) -> set[int]:
+        found = set()
+        while time.monotonic() < until:
+            pid, _ = await ask("hot", seconds=0.5)
+            found.add(pid)
+        return found
+
+    async def story() -> None:
+        found = await asyncio.gather(*(stream(time.monotonic() + 4) for _ in range(32)))
+        assert len(set().union(*found)) >= 2
+
+    asyncio.run(story())

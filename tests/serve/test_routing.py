@@ -1,0 +1,182 @@
+"""Where requests go: tables, properties, and replicas played out against the fewest loads there could be."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loramill.serve.routing import Book, Candidate, Limits, Report, route, stats_of
+
+from .simulation import Arrival, clairvoyant, informed, play, zipf
+
+LIMITS = Limits(factor=1.5, slack=12, lag=1.0)
+NAMES = "abcde"
+
+candidates = st.lists(
+    st.builds(
+        Candidate,
+        st.sampled_from([f"replica-{number}" for number in range(8)]),
+        st.integers(0, 60),
+        st.booleans(),
+        st.integers(-2, 8),
+        st.booleans(),
+    ),
+    max_size=8,
+    unique_by=lambda candidate: candidate.replica,
+)
+versions = st.none() | st.sampled_from(["v1", "v2", "v3"])
+
+
+def homes(version: str, names: str = NAMES) -> tuple[str, ...]:
+    """The order of replicas that nobody has sent anything to."""
+    return route(version, [Candidate(name, 0) for name in names], LIMITS)
+
+
+A, B, C, *_ = homes("v")
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        ([Candidate(C, 5, holds=True), Candidate(A, 0), Candidate(B, 0)], C),
+        ([Candidate(C, 5, holds=True), Candidate(B, 4, holds=True), Candidate(A, 0)], B),
+        # No one holds it: its home, of those who have room for it.
+        ([Candidate(C, 0), Candidate(B, 0), Candidate(A, 0)], A),
+        ([Candidate(C, 0, room=1), Candidate(B, 0, room=2), Candidate(A, 0)], B),
+        # The others have a mean of 2: one and a half times that and 12 more are 15.
+        ([Candidate(C, 14, holds=True, room=1), *(Candidate(name, 2, room=1) for name in (A, B))], C),
+        ([Candidate(C, 15, holds=True, room=1), *(Candidate(name, 2, room=1) for name in (A, B))], A),
+        # Where the copy would cost another adapter its slot, it takes twice the 12.
+        ([Candidate(C, 26, holds=True), Candidate(A, 2), Candidate(B, 2)], C),
+        ([Candidate(C, 27, holds=True), Candidate(A, 2), Candidate(B, 2)], A),
+        # Room at a replica that is crowded itself is none.
+        ([Candidate(C, 29, holds=True), Candidate(A, 40, room=1), Candidate(B, 2)], C),
+        # A crowded home is passed over.
+        ([Candidate(A, 30, room=1), Candidate(B, 0, room=1), Candidate(C, 0, room=1)], B),
+        ([Candidate(A, 0, holds=True, draining=True), Candidate(B, 0), Candidate(C, 0)], B),
+    ],
+)
+def test_the_best_replica(seen, expected):
+    assert route("v", seen, LIMITS)[0] == expected
+
+
+def test_the_base_goes_to_the_least_loaded():
+    seen = [Candidate("a", 3), Candidate("b", 1), Candidate("c", 0, draining=True), Candidate("d", 2)]
+    assert route(None, seen, LIMITS) == ("b", "d", "a")
+
+
+def test_nobody_there():
+    assert route("v", [], LIMITS) == route(None, [Candidate("a", 0, draining=True)], LIMITS) == ()
+
+
+@given(versions, candidates)
+def test_all_that_live_are_named_once_and_nobody_else(version, seen):
+    order = route(version, seen, LIMITS)
+    assert sorted(order) == sorted(c.replica for c in seen if not c.draining)
+    assert order == route(version, list(reversed(seen)), LIMITS)
+
+
+@given(versions, candidates)
+def test_the_best_is_not_crowded(version, seen):
+    live = {c.replica: c.load for c in seen if not c.draining}
+    if len(live) > 1:
+        load = live[route(version, seen, LIMITS)[0]]
+        assert load < LIMITS.factor * (sum(live.values()) - load) / (len(live) - 1) + 2 * LIMITS.slack
+
+
+@given(st.sampled_from(["v1", "v2", "v3"]), candidates, st.integers(0, 7))
+def test_a_replica_that_goes_moves_only_what_was_there(version, seen, gone):
+    alike = [Candidate(c.replica, 3, c.holds, c.room, c.draining) for c in seen]
+    rest = [c for c in alike if c.replica != f"replica-{gone}"]
+    before = [name for name in route(version, alike, LIMITS) if name != f"replica-{gone}"]
+    assert list(route(version, rest, LIMITS)) == before
+
+
+def test_homes_are_spread():
+    counts = [sum(homes(f"v{number}")[0] == name for number in range(1000)) for name in NAMES]
+    assert min(counts) > 150
+
+
+def test_the_book_counts_what_reports_do_not_tell_yet():
+    book, report = Book(lag=1.0), Report("a", frozenset({"v1"}), room=2, requests=3)
+    book.send("r1", "a", "v2", now=0.0)
+    book.send("r2", "a", "v1", now=0.5)
+    book.send("r3", "a", None, now=0.5)
+    book.send("r4", "b", "v3", now=0.5)
+    assert book.candidates([report], "v2", now=0.9) == [Candidate("a", 6, True, 1)]
+    assert book.candidates([report], "v3", now=0.9) == [Candidate("a", 6, False, 1)]
+    assert book.candidates([report], None, now=0.9) == [Candidate("a", 6, False, 1)]
+    assert book.candidates([report], "v2", now=1.2) == [Candidate("a", 5, False, 2)]
+    assert book.candidates([report], "v1", now=1.7) == [Candidate("a", 3, True, 2)]
+
+
+def test_a_request_that_went_elsewhere_counts_there():
+    book = Book(lag=1.0)
+    book.send("r1", "a", "v1", now=0.0)
+    book.send("r1", "b", "v1", now=0.1)
+    assert book.candidates([Report("a"), Report("b")], "v1", now=0.2) == [
+        Candidate("a", 0),
+        Candidate("b", 1, True, -1),
+    ]
+
+
+def test_what_a_replica_says_is_read_back():
+    stats = stats_of(("v2", "v1", "v2"), slots=4, requests=7)
+    assert Report.of("a", stats) == Report("a", frozenset({"v1", "v2"}), room=2, requests=7)
+    assert stats == stats_of(("v1", "v2"), slots=4, requests=7)
+    assert Report.of("a", {}) == Report("a")
+
+
+@pytest.mark.parametrize(
+    ("replicas", "slots", "adapters", "count"),
+    [(3, 8, 24, 400), (4, 16, 64, 600), (2, 16, 64, 600), (4, 8, 128, 600), (3, 8, 64, 600)],
+)
+def test_few_loads_under_zipfs_law_and_no_replica_far_busier_than_the_rest(replicas, slots, adapters, count):
+    loads = least = foreseen = 0
+    for seed in range(4):
+        arrivals = zipf(seed, replicas, adapters, count)
+        asked = [arrival.version for arrival in arrivals if arrival.version]
+        seen = play([f"{seed}-{number}" for number in range(replicas)], slots, arrivals, seed=seed)
+        loads += seen.loads.total()
+        least += informed(asked, replicas * slots)
+        foreseen += clairvoyant(asked, replicas * slots)
+        assert seen.imbalance < 2.5
+    assert loads <= 1.6 * least
+    # Where all adapters fit, foresight is worth nothing: each is loaded once.
+    assert foreseen <= least
+    assert loads <= (1.6 if adapters <= replicas * slots else 2.0) * foreseen
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("replicas", "others"), [(2, 4), (3, 4), (3, 16)])
+def test_a_hot_adapter_spreads_within_five_seconds_and_cold_ones_stay(replicas, others, seed):
+    names = [f"{seed}-{number}" for number in range(replicas)]
+    quiet = [Arrival(at / 4, f"v{at % others}") for at in range(120)]
+    # From then on more is asked of one adapter than a replica can do.
+    hot = [Arrival(at, "hot") for at in accumulate([10.0, *[1 / 16] * 320])]
+    seen = play(names, 8, sorted((*quiet, *hot), key=lambda arrival: arrival.at), seed=seed)
+    assert len({to for at, version, to in seen.sent if version == "hot" and at < 15}) >= 2
+    alone = play(names, 8, quiet, seed=seed)
+    # A hot one that comes where a cold one is may push that elsewhere, but not again and again.
+    assert seen.loads.total() - seen.loads["hot"] <= 2 * alone.loads.total()
+
+
+def test_a_cold_adapter_stays_where_it_is():
+    seen = play("abc", 8, [Arrival(at / 2, "v") for at in range(40)])
+    assert seen.loads == {"v": 1}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_adapters_of_a_replica_that_died_move_and_no_others_do(seed):
+    names = [f"{seed}-{number}" for number in range(3)]
+    arrivals = [Arrival(number / 4, f"v{number % 12}") for number in range(160)]
+    seen = play(names, 16, arrivals, dies=(names[0], 20.0), seed=seed)
+    before = {f"v{number}": play(names, 16, arrivals[:80], seed=seed).replicas_of(f"v{number}") for number in range(12)}
+    after = {version: seen.replicas_of(version, since=20.0) for version in before}
+    assert all(len(where) == 1 for where in (*before.values(), *after.values()))
+    assert any(where == {names[0]} for where in before.values())
+    assert all(names[0] not in where for where in after.values())
+    assert all(after[version] == where for version, where in before.items() if names[0] not in where)
