@@ -12,30 +12,51 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, NotRequired, TypedDict
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from loramill.errors import BaseUnusable, DatasetInvalid, InvalidRequest
+from loramill.errors import BaseUnusable, DatasetInvalid, InvalidRequest, UnsupportedParameter
 
 if TYPE_CHECKING:
     from loramill.dataset import Example
 
 ROLES = ("system", "user", "assistant")
 
+#: How a model calls a tool, as Hermes and Qwen have it: JSON with `name` and `arguments` between these.
+CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
+
 #: Put before a special token that a user spelled. No text can hold it already: a lone surrogate isn't UTF-8.
 _MARK = "\ud800"
 
 
+class Called(TypedDict):
+    """A function that was called; unlike on OpenAI's wire, `arguments` is the object, as templates expect it."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class ToolCall(TypedDict):
+    """A call of a tool by the assistant; `type` is "function"."""
+
+    id: str
+    type: str
+    function: Called
+
+
 class Message(TypedDict):
-    """One turn of a conversation; `role` is one of `ROLES`."""
+    """One turn of a conversation; `role` is one of `ROLES`, or "tool" for what a call of `tool_call_id` returned."""
 
     role: str
     content: str
+    tool_calls: NotRequired[list[ToolCall]]
+    tool_call_id: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +153,36 @@ class ChatTokenizer:
         except Exception as error:  # tokenizers raises nothing narrower
             raise BaseUnusable(f"The tokenizer in {folder} can't be read: {error}. Copy it again.") from error
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Tokens of a conversation up to where the assistant's answer begins.
+
+        Args:
+            messages: the conversation.
+            tools: what the assistant may call, each `{"type": "function", "function": {"name": …, …}}`.
 
         Raises:
             InvalidRequest: no messages, an unknown role, text that isn't Unicode, or the template refuses.
+            UnsupportedParameter: the template knows no tools, and there are some, or calls or results of them.
         """
-        return self._encode(self._render(messages, answer=True))
+        if (param := _about_tools(messages, tools)) and not self.knows_tools:
+            raise UnsupportedParameter(
+                f"This base's chat template knows no tools, or not in a form that is understood here: leave '{param}' "
+                f"out, or use a base whose template has tools called by {CALL_BEGIN}.",
+                param=param,
+            )
+        return self._encode(self._render(messages, answer=True, tools=tools))
+
+    @cached_property
+    def knows_tools(self) -> bool:
+        """Whether the chat template tells the model of tools, and to call them as `CALL_BEGIN` says."""
+        name = "name-of-a-tool"
+        probe = {"type": "function", "function": {"name": name, "description": "", "parameters": {}}}
+        try:
+            text = self._render([Message(role="user", content="")], answer=True, tools=[probe])
+        except InvalidRequest:
+            return False
+        # Of a special token nothing would be left in the answer's text.
+        return name in text and CALL_BEGIN in text and not self._special.keys() & {CALL_BEGIN, CALL_END}
 
     def text(self, text: str) -> list[int]:
         """Tokens of a plain completion's prompt; only what the model itself demands (bos) is added.
@@ -198,6 +242,12 @@ class ChatTokenizer:
             )
         return prompt, completion[: end + 1]
 
+    @property
+    def definition(self) -> str:
+        """The text of a tokenizer.json that makes the same tokens."""
+        text: str = self._markup.to_str()
+        return text
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special tokens; bytes that are no UTF-8 become U+FFFD."""
         text: str = self._markup.decode(list(tokens), skip_special_tokens=True)
@@ -213,8 +263,8 @@ class ChatTokenizer:
             return whole[len(prompt) :]
         return self._encode(rest)
 
-    def _render(self, messages: Sequence[Message], *, answer: bool) -> str:
-        """The template's text, with a mark before each special token that a message spells."""
+    def _render(self, messages: Sequence[Message], *, answer: bool, tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The template's text, with a mark before each special token that a message or a tool spells."""
         if self._template is None:
             raise InvalidRequest("This base has no chat template; use plain completions.", param="messages")
         if not messages:
@@ -222,15 +272,26 @@ class ChatTokenizer:
         marked = []
         for index, message in enumerate(messages):
             where = f"messages[{index}]"
-            if message["role"] not in ROLES:
-                raise InvalidRequest(f"{where}.role is none of {', '.join(ROLES)}.", param=f"{where}.role")
-            content = _unicode(message["content"], f"{where}.content")
-            marked.append({"role": message["role"], "content": self._spelled.sub(_MARK, content)})
+            if message["role"] not in (*ROLES, "tool"):
+                raise InvalidRequest(f"{where}.role is none of {', '.join(ROLES)}, tool.", param=f"{where}.role")
+            _unicode(message["content"], f"{where}.content")
+            marked.append({key: self._marked(value, f"{where}.{key}") for key, value in message.items()})
+        told = self._marked(list(tools), "tools") or None
         names = {f"{name}_token": text or "" for name, text in self._names.items()}
         try:
-            return self._template.render(messages=marked, add_generation_prompt=answer, **names)
+            return self._template.render(messages=marked, tools=told, add_generation_prompt=answer, **names)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InvalidRequest(f"The base's chat template refuses this: {error}", param="messages") from error
+
+    def _marked(self, value: Any, param: str) -> Any:
+        """JSON, with a mark before each special token that a text in it spells."""
+        if isinstance(value, str):
+            return self._spelled.sub(_MARK, _unicode(value, param))
+        if isinstance(value, Mapping):
+            return {self._marked(key, param): self._marked(item, param) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._marked(item, param) for item in value]
+        return value
 
     def _encode(self, text: str) -> list[int]:
         """Tokens of rendered text; special tokens are themselves, except the marked ones."""
@@ -327,6 +388,18 @@ def _ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _about_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str | None:
+    """The first parameter that is about tools."""
+    if tools:
+        return "tools"
+    for index, message in enumerate(messages):
+        if message["role"] == "tool":
+            return f"messages[{index}].role"
+        if message.get("tool_calls"):
+            return f"messages[{index}].tool_calls"
+    return None
 
 
 def _unicode(text: object, param: str) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, Self
 
 from loramill.download import download
 from loramill.errors import SettingsInvalid, Unauthenticated
@@ -14,21 +13,19 @@ from loramill.fine_tuning import FineTuning, Source
 from loramill.names import AdapterName
 from loramill.options import given
 from loramill.settings import Settings
-from loramill.types import AdapterRecord, KeyRecord, TenantRecord
-from loramill.views import Adapter, NewKey, view
+from loramill.tenancy import Tenancy
+from loramill.types import AdapterRecord
+from loramill.views import Adapter, view
 from loramill.wire import Wire, is_loopback, openai_errors
 
 if TYPE_CHECKING:
     import openai
 
-#: A number of jobs, or no limit; None leaves it as it is.
-Quota = int | Literal["unlimited"] | None
-
 #: A conversation, such as `[{"role": "user", "content": "Hello"}]`, or just what the user says.
 Messages = str | Iterable[Mapping[str, str]]
 
 
-class Client(FineTuning):
+class Client(FineTuning, Tenancy):
     """Everything a tenant or an admin does with a gateway.
 
         with loramill.Client() as mill:
@@ -136,6 +133,18 @@ class Client(FineTuning):
         """Makes the previous champion the champion again."""
         return view(AdapterRecord, self._wire.call("POST", f"{_path(name)}/rollback"))
 
+    def pin(self, name: str, version: str = "champion") -> AdapterRecord:
+        """Makes a version the champion, which no night, promotion or rollback replaces until `unpin`."""
+        return view(AdapterRecord, self._wire.call("POST", f"{_path(name)}/pin", json={"version": version}))
+
+    def unpin(self, name: str) -> AdapterRecord:
+        """Lets the champion change again."""
+        return view(AdapterRecord, self._wire.call("POST", f"{_path(name)}/unpin"))
+
+    def warm(self, name: str, version: str = "champion") -> float:
+        """Has a version loaded, so that its next request needn't wait for that; returns the seconds that it took."""
+        return float(self._wire.call("POST", f"{_path(name)}/warm", json={"version": version})["seconds"])
+
     def export(
         self, name: str, to: Path, *, full: bool = False, on_bytes: Callable[[int, int], None] | None = None
     ) -> str:
@@ -158,47 +167,6 @@ class Client(FineTuning):
             "validation_file": None if valid is None else self._file_id(valid, tenant, "valid.jsonl"),
         }
         self._wire.call("POST", f"{_path(name)}/data", json=given(request))
-
-    # Tenants and keys: an admin's key
-
-    def set_share(
-        self,
-        tenant: str,
-        *,
-        weight: float | None = None,
-        max_running: Quota = None,
-        max_queued: Quota = None,
-    ) -> TenantRecord:
-        """Sets a tenant's share of the pool and its quotas; what isn't given stays as it is.
-
-        Args:
-            weight: tokens that it may train on, relative to the other tenants'.
-            max_running: jobs that run at once.
-            max_queued: jobs that may wait.
-        """
-        share = {"weight": weight, "max_running": max_running, "max_queued": max_queued}
-        path = f"/v1/tenants/{quote(tenant, safe='')}/share"
-        return view(TenantRecord, self._wire.call("POST", path, json=given(share)))
-
-    def create_tenant(self, name: str) -> TenantRecord:
-        """Makes a tenant. Conflict: the name is taken."""
-        return view(TenantRecord, self._wire.call("POST", "/v1/tenants", json={"name": name}))
-
-    def tenants(self) -> list[TenantRecord]:
-        """All tenants."""
-        return [view(TenantRecord, row) for row in self._wire.pages("/v1/tenants")]
-
-    def create_key(self, tenant: str) -> NewKey:
-        """Makes an API key for a tenant; its `key` is shown this once."""
-        return view(NewKey, self._wire.call("POST", f"/v1/tenants/{quote(tenant, safe='')}/keys"))
-
-    def keys(self, tenant: str) -> list[KeyRecord]:
-        """A tenant's keys, without their secrets."""
-        return [view(KeyRecord, row) for row in self._wire.pages(f"/v1/tenants/{quote(tenant, safe='')}/keys")]
-
-    def revoke_key(self, key_id: str) -> None:
-        """Makes a key (by its id) worthless at once."""
-        self._wire.call("DELETE", f"/v1/keys/{quote(key_id, safe='')}")
 
 
 def _key_of(settings: Settings, url: str) -> str | None:

@@ -13,6 +13,7 @@
     ├── Conflict                     409 conflict
     ├── Overloaded                   429 overloaded
     ├── QuotaExceeded                429 quota_exceeded
+    ├── RateLimited                  429 rate_limit_exceeded
     ├── Unavailable                  503 unavailable
     ├── DeadlineExceeded             504 deadline_exceeded
     ├── SetupError                   500 setup_error            this machine can't run it as it is
@@ -41,7 +42,7 @@ Every class is picklable, so an error raised in a Ray worker is the same error i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 
@@ -158,10 +159,40 @@ class Overloaded(LoramillError):
 
 
 class QuotaExceeded(LoramillError):
-    """A tenant has as many jobs waiting as its quota allows."""
+    """A tenant has as many jobs waiting, or as many bytes stored, as its quota allows."""
 
     status = 429
     code = "quota_exceeded"
+
+
+class RateLimited(LoramillError):
+    """A tenant's limit of requests or tokens is reached.
+
+    Attributes:
+        kind: which, "requests" or "tokens"; OpenAI's `type` of such an error.
+        seconds: after which the same request may pass.
+        headers: of the answer, what is left of the limits.
+    """
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: str = "requests",
+        seconds: float = 1.0,
+        headers: Mapping[str, str] | None = None,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(message, param=param)
+        self.kind, self.seconds, self.headers = kind, seconds, dict(headers or {})
+
+    @property
+    def type(self) -> str:
+        """What there was too much of."""
+        return self.kind
 
 
 class Unavailable(LoramillError):

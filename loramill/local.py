@@ -44,6 +44,8 @@ RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Serve's controller looks at everything so often; ten times a second, its default, takes 3% of a core.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
     # Ray makes all workers nice, which leaves answers to whatever else runs; training gives way by itself.
     "RAY_worker_niceness": "0",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
@@ -182,27 +184,29 @@ def cluster_lock(settings: Settings) -> Iterator[IO[str]]:
 def wait_ready(settings: Settings, cluster: subprocess.Popen[str], stop: threading.Event) -> bool:
     """Waits until the gateway answers; False if it never did, or `stop` was set."""
     deadline = time.monotonic() + START_SECONDS
-    while not stop.wait(0.5) and cluster.poll() is None and time.monotonic() < deadline:
-        if answers(settings):
-            return True
+    with httpx.Client() as client:
+        while not stop.wait(0.5) and cluster.poll() is None and time.monotonic() < deadline:
+            if answers(client, settings):
+                return True
     return False
 
 
 def wait_sick(settings: Settings, cluster: subprocess.Popen[str], stop: threading.Event) -> None:
     """Returns when the child has ended, the gateway has been silent for too long, or `stop` was set."""
     well = time.monotonic()
-    while not stop.wait(2.0) and cluster.poll() is None:
-        if answers(settings):
-            well = time.monotonic()
-        elif time.monotonic() - well > SICK_SECONDS:
-            cluster.kill()
-            return
+    with httpx.Client() as client:  # one for all looks: making one costs more than they do
+        while not stop.wait(2.0) and cluster.poll() is None:
+            if answers(client, settings):
+                well = time.monotonic()
+            elif time.monotonic() - well > SICK_SECONDS:
+                cluster.kill()
+                return
 
 
-def answers(settings: Settings) -> bool:
+def answers(client: httpx.Client, settings: Settings) -> bool:
     """Whether the gateway and an engine answer now."""
     try:
-        return httpx.get(f"{settings.address}/readyz", timeout=5.0).status_code == 200
+        return client.get(f"{settings.address}/readyz", timeout=5.0).status_code == 200
     except httpx.HTTPError:
         return False
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from loramill.errors import InvalidRequest, ModelNotFound
 
-_PART = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
+#: What can name a tenant or an adapter, whole.
+NAME = r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$"
+_PART = re.compile(NAME)
 _VERSION = re.compile(r"[0-9a-f]{8,64}")
 
 #: Characters of a version's hash that are shown; any prefix of at least 8 is understood.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal, TypedDict
 
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from loramill.errors import InvalidRequest
 from loramill.recipe import Extension
@@ -16,6 +16,8 @@ from loramill.types import Executor, Quantization, Schedule
 class Options(Extension):
     """Everything that can be said of a job besides its adapter and data; None leaves the choice to the gateway."""
 
+    # A command line gives numbers as texts.
+    model_config = ConfigDict(strict=False)
     base: str | None = Field(default=None, description="the model to tune; None: the gateway's")
     epochs: int | None = Field(default=None, description="passes over the examples; steps win")
     batch_size: int | None = Field(default=None, description="examples a step")

@@ -7,9 +7,10 @@ a field of the extension wins over the hyperparameter that says the same thing (
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, Strict, ValidationError
 
 from loramill.errors import InvalidRequest
 from loramill.types import Executor, JobSpec, Method, Quantization, Schedule, Value
@@ -33,7 +34,7 @@ MAX_LENGTH = 1024
 class Hyperparameters(Value):
     """OpenAI's hyperparameters of a fine-tune job."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
     n_epochs: int | Auto = Field(default="auto", description="passes over the training file")
     batch_size: int | Auto = Field(default="auto", description="examples a step")
     learning_rate_multiplier: float | Auto = "auto"
@@ -45,15 +46,17 @@ class Extension(Value):
     `start_from` is an alias or a version of the same adapter, not looked up yet.
     """
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
     method: Method | Literal["rslora", "qlora", "lora+"] | None = None
     quantization: Quantization | None = Field(default=None, description="must be the base's; says so if it isn't")
     rank: int | None = None
     alpha: float | None = None
     rslora: bool | None = None
     dropout: float | None = None
-    targets: tuple[str, ...] | str | None = None
-    layers: tuple[int, ...] | str | None = Field(default=None, description='indices, or ranges such as "0-7,20"')
+    targets: Annotated[tuple[str, ...], Strict(False)] | str | None = None
+    layers: Annotated[tuple[int, ...], Strict(False)] | Annotated[str, Field(max_length=1000)] | None = Field(
+        default=None, description='indices, or ranges such as "0-7,20"'
+    )
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     init_rank: int | None = None
@@ -217,15 +220,20 @@ def _places(said: Extension) -> dict[str, object]:
     return places
 
 
+#: Of few digits: a range is written out, and nothing has a million layers.
+_RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
+
+
 def _layers(text: str) -> tuple[int, ...]:
     """Reads "0-7,20" as the indices of layers."""
     layers: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()) or int(last or first) < int(first):
+        found = _RANGE.fullmatch(part.strip())
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+        if last < first:
             raise InvalidRequest(
                 f"'loramill.layers': '{part}' is no index or range of layers; write for instance 0-7,20.",
                 param="loramill.layers",
             )
-        layers.update(range(int(first), int(last or first) + 1))
+        layers.update(range(first, last + 1))
     return tuple(sorted(layers))

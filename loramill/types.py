@@ -6,10 +6,11 @@ Times are seconds since the epoch (UTC). Ids carry their kind in a prefix, as Op
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from loramill.names import AdapterName
 
@@ -119,7 +120,25 @@ Asked = Literal["cancel", "pause", "preempt"]
 Executor = Literal["session", "dedicated"]
 
 
-class TenantRecord(Value):
+class Scope(StrEnum):
+    """What a key may be used for; an admin's key has all, and a tenant's unless it was made with fewer."""
+
+    INFERENCE = "inference"
+    TRAINING = "training"
+    ADAPTERS = "adapters"
+    READ = "read"
+
+
+class Limits(Value):
+    """What a tenant may use of the gateways, all of them together; None: no limit."""
+
+    requests_per_minute: int | None = Field(default=None, ge=1, lt=2**31)
+    tokens_per_minute: int | None = Field(default=None, ge=1, lt=2**53, description="of prompts and of answers")
+    concurrent_requests: int | None = Field(default=None, ge=1, lt=2**31, description="generations that run at once")
+    stored_bytes: int | None = Field(default=None, ge=0, lt=2**53, description="of uploaded files")
+
+
+class TenantRecord(Limits):
     """An owner of data, jobs, adapters and keys."""
 
     id: int
@@ -138,6 +157,13 @@ class KeyRecord(Value):
     hint: str = Field(description="the secret's last four characters")
     created_at: float
     revoked_at: float | None = None
+    expires_at: float | None = Field(default=None, description="from when it is worthless; None: never")
+    scopes: tuple[Scope, ...] = tuple(Scope)
+
+    @field_validator("scopes", mode="before")
+    @classmethod
+    def _words(cls, said: object) -> object:
+        return said.split() if isinstance(said, str) else said  # as the record and OAuth write them
 
 
 class DatasetRecord(Value):
@@ -226,7 +252,7 @@ class AliasChange(Value):
 
 
 class AdapterRecord(Value):
-    """An adapter with where its aliases point now."""
+    """An adapter with where its aliases point now; while it is `pinned`, its champion stays."""
 
     name: str
     tenant: str
@@ -234,6 +260,7 @@ class AdapterRecord(Value):
     champion: str | None = None
     challenger: str | None = None
     previous: str | None = None
+    pinned: bool = False
 
 
 class EvaluationRecord(Value):
@@ -282,3 +309,45 @@ class NightlyRun(Value):
     id: str
     created_at: float
     finished_at: float | None = None
+
+
+class UsageRecord(Value):
+    """What a tenant asked of a base or of a version of an adapter on one day (UTC, as in 2026-01-31)."""
+
+    day: str
+    tenant: str | None = Field(description="None: an admin, for no tenant")
+    model: str = Field(description="the base's name, or tenant/adapter")
+    version: str | None
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class AuditRecord(Value):
+    """One change that somebody made through the API."""
+
+    id: str
+    created_at: float
+    tenant: str | None = Field(description="whose the thing is that changed; None: nobody's")
+    actor: str | None = Field(description="the tenant whose key it was; None: an admin's")
+    key: str = Field(description="id of the key")
+    action: str = Field(description='such as "adapter.promote"')
+    subject: str = Field(description="name or id of what changed")
+    details: dict[str, Any] = Field(default_factory=dict)
+    request: str = Field(description="id of the request, as its answer and the log have it")
+
+
+@dataclass(frozen=True, slots=True)
+class Meter:
+    """What one gateway has seen of a tenant in the minute of this number, since the epoch, and in the one before.
+
+    `reserved` are the tokens that the `running` requests may come to; `tokens` those of requests that have ended.
+    """
+
+    minute: int
+    requests: int = 0
+    requests_before: int = 0
+    tokens: int = 0
+    tokens_before: int = 0
+    running: int = 0
+    reserved: int = 0

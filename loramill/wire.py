@@ -146,22 +146,24 @@ class Wire:
                 raise error_from(response.status_code, _json(response), self.url)
             yield response.iter_bytes(1 << 20)
 
-    def pages(self, path: str, *, tenant: str | None = None, limit: int | None = None) -> Iterator[dict[str, Any]]:
-        """The objects of a list in the gateway's order, `limit` to a page where it has pages.
+    def pages(
+        self, path: str, *, tenant: str | None = None, limit: int | None = None, query: Mapping[str, Any] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """The objects of a list in the gateway's order, `limit` to a page where it has pages; `query` narrows it.
 
         Raises:
             LoramillError: as `call`.
         """
-        query: dict[str, Any] = {} if limit is None else {"limit": limit}
+        asked = {**(query or {}), **({} if limit is None else {"limit": limit})}
         while True:
-            page = self.call("GET", path, tenant=tenant, params=query)
+            page = self.call("GET", path, tenant=tenant, params=asked)
             rows = page.get("data")
             if not isinstance(rows, list):
                 raise foreign(self.url, f"{path} is no list")
             yield from rows
             if not rows or not page.get("has_more"):
                 return
-            query["after"] = rows[-1]["id"]
+            asked["after"] = rows[-1]["id"]
 
     def answers(self, path: str) -> bool:
         """Whether the gateway answers `path` with success."""

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from loramill.bases import Base, find_base
 from loramill.dataset import Example, read_examples
-from loramill.errors import LoramillError
+from loramill.errors import Conflict, LoramillError
 from loramill.names import AdapterName
 from loramill.pipelines.collect import collect
 from loramill.pipelines.evaluate import ask_all, questions_of
@@ -211,9 +211,13 @@ def promote_all(night: Night) -> None:
         decision, version = Decision(**decisions[adapter]), trained[adapter]["version"]
         name = AdapterName.parse(adapter)
         with night.registry.writing() as session:
-            if decision.promote:
-                adapters.promote(session, name, version, f"night {night.run.id}: {decision.reason}")
-            else:
+            try:
+                if decision.promote:
+                    adapters.promote(session, name, version, f"night {night.run.id}: {decision.reason}")
+            except Conflict as error:  # its owner has pinned the champion
+                decision = Decision(False, error.message)
+                night.finish(session, adapter, "gate", asdict(decision))
+            if not decision.promote:
                 adapters.move(session, name, Alias.CHALLENGER, None, f"night {night.run.id}: {decision.reason}")
             champion = adapters.get(session, name).champion
             night.finish(session, adapter, "promote", {"promoted": decision.promote, "champion": champion})

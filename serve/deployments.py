@@ -39,7 +39,7 @@ class GatewayDeployment:
 class ListeningGateway:
     """A gateway replica with an HTTP port of its own."""
 
-    async def __init__(self, settings: Settings, *engines: Any) -> None:
+    async def __init__(self, settings: Settings, *engines: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         self._engines = engines
         serve_ = settings.serve
         self._listener = Listener(
@@ -110,7 +110,7 @@ def _engine(name: str, settings: Settings) -> Any:
     return serve.deployment(
         EngineDeployment,
         name=name,
-        autoscaling_config=autoscaling_config(settings.serve),
+        **replicas(settings.serve),
         request_router_config=routing,
         graceful_shutdown_wait_loop_s=0.1,
         ray_actor_options=engine_options(settings),
@@ -128,20 +128,17 @@ def _options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def autoscaling_config(settings: ServeSettings) -> dict[str, Any]:
-    """How many replicas Serve runs, by `loramill.serve.autoscaling` alone."""
+def replicas(settings: ServeSettings) -> dict[str, Any]:
+    """How many replicas Serve runs: always as many, or as `loramill.serve.autoscaling` decides."""
+    if settings.min_replicas >= settings.max_replicas:
+        return {"num_replicas": settings.min_replicas}
     targets = ("pending_seconds", "first_token_seconds", "down_seconds", "idle_seconds")
     policy = {
         "policy_function": "loramill.serve.autoscaler:Policy",
         "policy_kwargs": {name: getattr(settings, name) for name in targets},
     }
-    return {
-        **PROMPTLY,
-        "min_replicas": settings.min_replicas,
-        "max_replicas": max(1, settings.min_replicas, settings.max_replicas),
-        "initial_replicas": settings.min_replicas,
-        "policy": policy,
-    }
+    bounds = {"min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas}
+    return {"autoscaling_config": {**PROMPTLY, **bounds, "initial_replicas": settings.min_replicas, "policy": policy}}
 
 
 def _on_ray(settings: Settings) -> Settings:

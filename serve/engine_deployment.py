@@ -22,7 +22,7 @@ _LOOK_SECONDS = 0.5
 class EngineDeployment:
     """One engine, the answers of which go to the gateways that asked, and what it says of itself."""
 
-    async def __init__(self, settings: Settings) -> None:
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         # torch, which the gateway and the driver can do without
         from loramill.serve.engine_metrics import EngineMetrics
         from loramill.serve.load import LoadMeter

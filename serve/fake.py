@@ -41,9 +41,13 @@ class EchoBackend:
 def echo(request: TextRequest) -> Iterator[TextChunk]:
     """The chunks of an echo, which ends as a model's answer would: by a stop string, the limit, or by itself."""
     asked = request.messages[-1]["content"] if request.messages else request.prompt or ""
-    words = re.findall(r"\s*\S+", asked if isinstance(asked, str) else " ".join(map(str, asked))) or [""]
+    text = asked if isinstance(asked, str) else " ".join(map(str, asked))
+    words = re.findall(r"\s*\S+", text) or [""]
     said = words[: request.max_tokens]
     scanner = StopScanner(request.stop)
+    if request.echo:
+        first = ChosenToken(TokenText(text, None))
+        yield TextChunk(text, len(words), 0, None if said else "length", () if request.logprobs is None else (first,))
     for count, word in enumerate(said, start=1):
         text, stopped = scanner.push(word)
         finish = "stop" if stopped else None

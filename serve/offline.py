@@ -74,7 +74,7 @@ class OfflineEngine:
 
     def __init__(self, base: Base, source: AdapterSource, settings: ServeSettings) -> None:
         self._numbers = count(1)
-        self._replica = Replica(base, source, settings)
+        self._replica = Replica(base, source, settings.model_copy(update={"max_waiting": 2 * _WINDOW}))
         self._loop = asyncio.new_event_loop()
         self._closing = asyncio.Event()
         # A loop of its own, so that it works wherever it is called, and text is made while the engine computes.

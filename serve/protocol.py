@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from loramill.chat import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a whole answer must be: JSON, or calls of tools, or one of the two if both are given.
+
+    Attributes:
+        param: the parameter that asks for it.
+        schema: JSON schema of an answer in JSON; None: it may not be in JSON.
+        calls: JSON schema of the arguments of each tool that may be called, by its name.
+        several: whether there may be more than one call.
+    """
+
+    param: str
+    schema: Mapping[str, Any] | None = None
+    calls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    several: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,9 +31,10 @@ class TextRequest:
     """One answer to be generated. Exactly one of `messages` and `prompt` is given.
 
     `version` is the adapter's identity, resolved and pinned by the gateway; None asks the base itself.
-    `max_tokens` None means as many as the context holds. `logprobs` is the number of alternatives
-    to report beside each chosen token, or None for no log probabilities. What the numbers that choose tokens do,
-    the engine's `Sampling` says.
+    `max_tokens` None means as many as the context holds; 0 is for `echo` alone, with which the answer begins with the
+    prompt. `logprobs` is the number of alternatives to report beside each chosen token, or None for no log
+    probabilities. `tools` are told to the model by the chat template. With a `form` nothing else can be generated, and
+    the answer ends where nothing can follow. What the numbers that choose tokens do, the engine's `Sampling` says.
     """
 
     id: str
@@ -38,6 +56,9 @@ class TextRequest:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    echo: bool = False
+    tools: tuple[Mapping[str, Any], ...] = ()
+    form: Form | None = None
 
 
 @dataclass(frozen=True, slots=True)

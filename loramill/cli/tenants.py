@@ -1,4 +1,4 @@
-"""`loramill tenant` and `loramill key`: who may use the gateway. They need the admin's key."""
+"""`loramill tenant`: who may use the gateway, and how much of it. It needs the admin's key."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from loramill.cli import show
-from loramill.client import Client, Quota
+from loramill.client import Client
+from loramill.options import given
+from loramill.tenancy import Quota
+from loramill.types import TenantRecord
 
 tenant = typer.Typer(help="Owners of data, jobs, adapters and keys.", no_args_is_help=True)
-key = typer.Typer(help="API keys of a tenant.", no_args_is_help=True)
 
 Tenant = Annotated[str, typer.Argument(help="The tenant's name.", show_default=False)]
 
@@ -18,7 +20,6 @@ Tenant = Annotated[str, typer.Argument(help="The tenant's name.", show_default=F
 def register(app: typer.Typer) -> None:
     """Adds the commands."""
     app.add_typer(tenant, name="tenant", rich_help_panel="Tenants")
-    app.add_typer(key, name="key", rich_help_panel="Tenants")
 
 
 @tenant.command("create")
@@ -80,51 +81,52 @@ def set_share(
         )
 
 
+@tenant.command("limits")
+def set_limits(
+    name: Tenant,
+    requests: Annotated[str | None, typer.Option(metavar="N", help="Requests a minute, or unlimited.")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="N", help="Tokens a minute, of prompts and answers, or unlimited.")
+    ] = None,
+    concurrent: Annotated[
+        str | None, typer.Option(metavar="N", help="Requests that run at once, or unlimited.")
+    ] = None,
+    stored: Annotated[str | None, typer.Option(metavar="BYTES", help="Bytes of its files, or unlimited.")] = None,
+    json: show.AsJson = False,
+) -> None:
+    """Set what a tenant may use of the gateways; what isn't given stays as it is. Alone it shows the limits."""
+    asked = {
+        "requests_per_minute": _read_quota(requests, "--requests"),
+        "tokens_per_minute": _read_quota(tokens, "--tokens"),
+        "concurrent_requests": _read_quota(concurrent, "--concurrent"),
+        "stored_bytes": _read_quota(stored, "--stored"),
+    }
+    with Client() as client:
+        set_to = client.set_limits(name, **asked) if given(asked) else client.tenant(name)
+    if json:
+        show.as_json(set_to)
+    else:
+        show.facts(_limits(set_to))
+
+
+def _limits(tenant: TenantRecord) -> list[tuple[str, show.Cell]]:
+    return [
+        ("requests a minute", _quota(tenant.requests_per_minute)),
+        ("tokens a minute", _quota(tenant.tokens_per_minute)),
+        ("requests at once", _quota(tenant.concurrent_requests)),
+        ("bytes stored", _quota(tenant.stored_bytes)),
+    ]
+
+
 def _read_quota(text: str | None, option: str) -> Quota:
     if text is None:
         return None
     if text == "unlimited":
         return "unlimited"
     if not text.isdecimal():
-        raise typer.BadParameter("give a number of jobs, or unlimited.", param_hint=option)
+        raise typer.BadParameter("give a number, or unlimited.", param_hint=option)
     return int(text)
 
 
-def _quota(jobs: int | None) -> str:
-    return "unlimited" if jobs is None else str(jobs)
-
-
-@key.command("create")
-def create_key(tenant: Tenant, json: show.AsJson = False) -> None:
-    """Make an API key and print it; it can't be shown again."""
-    with Client() as client:
-        made = client.create_key(tenant)
-    if json:
-        return show.as_json(made)
-    show.say(f"{made.id}, a key of {tenant}; this is the only time it is shown:")
-    return show.line(made.key)
-
-
-@key.command("list")
-def list_keys(tenant: Tenant, json: show.AsJson = False) -> None:
-    """List a tenant's keys, without their secrets."""
-    with Client() as client:
-        found = client.keys(tenant)
-    if json:
-        return show.as_json(found)
-    return show.table(
-        ("KEY", "ENDS WITH", "MADE", "REVOKED"),
-        (
-            (each.id, each.hint, show.ago(each.created_at), show.ago(each.revoked_at) if each.revoked_at else "-")
-            for each in found
-        ),
-        empty=f"{tenant} has no keys: `loramill key create {tenant}` makes one.",
-    )
-
-
-@key.command("revoke")
-def revoke_key(key_id: Annotated[str, typer.Argument(metavar="KEY", help="The key's id (key-…).")]) -> None:
-    """Make a key worthless at once."""
-    with Client() as client:
-        client.revoke_key(key_id)
-    show.say(f"{key_id} is revoked.")
+def _quota(limit: int | None) -> str:
+    return "unlimited" if limit is None else str(limit)

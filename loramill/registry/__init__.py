@@ -28,12 +28,14 @@ class Registry:
 
     Attributes:
         artifacts: the bytes of datasets and versions, by their hash.
+        mark: another object after each commit through this one, for those who remember what they read.
     """
 
     def __init__(self, engine: Engine, artifacts: ArtifactStore) -> None:
         self._engine = engine
         self._reading, self._writing = for_reading(engine), for_writing(engine)
         self.artifacts = artifacts
+        self.mark = object()
 
     @classmethod
     def open(cls, database_url: str, artifacts_url: str) -> Registry:
@@ -73,6 +75,7 @@ class Registry:
         """
         with explained(self._engine.url), Session(self._writing) as session, session.begin():
             yield session
+        self.mark = object()
 
     def sweep(self, older_than: float) -> int:
         """Removes artifacts that nothing records, and leftovers of crashes, older than so many seconds.

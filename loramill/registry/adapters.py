@@ -148,11 +148,13 @@ def promote(session: Session, name: AdapterName | str, version: str, reason: str
 
     Raises:
         NotFound: there is no such adapter, or it has no such version.
+        Conflict: the adapter is pinned to another.
     """
     held = _hold(session, name)
     _check_owned(session, name, version)
     champion = held.get(Alias.CHAMPION)
     if champion != version:
+        _check_free(session, name)
         _point(session, name, Alias.PREVIOUS, champion, reason)
         _crown(session, name, version, held, reason)
     return get(session, name)
@@ -163,15 +165,36 @@ def rollback(session: Session, name: AdapterName | str, reason: str) -> AdapterR
 
     Raises:
         NotFound: there is no such adapter.
-        Conflict: it has no previous champion.
+        Conflict: it has no previous champion, or is pinned to the one that it has.
     """
     held = _hold(session, name)
+    _check_free(session, name)
     previous = held.get(Alias.PREVIOUS)
     if previous is None:
         raise Conflict(f"'{name}' has no previous champion to roll back to.")
     _point(session, name, Alias.PREVIOUS, held.get(Alias.CHAMPION), reason)
     _crown(session, name, previous, held, reason)
     return get(session, name)
+
+
+def pin(session: Session, name: AdapterName | str, version: str, reason: str) -> AdapterRecord:
+    """Makes a version (its full hash) the champion, which from then on stays it until the adapter is unpinned.
+
+    Raises:
+        NotFound, Conflict: as `promote`.
+    """
+    promote(session, name, version, reason)
+    return _set_pinned(session, name, pinned=True)
+
+
+def unpin(session: Session, name: AdapterName | str) -> AdapterRecord:
+    """Lets the champion change again.
+
+    Raises:
+        NotFound: there is no such adapter.
+    """
+    _hold(session, name)
+    return _set_pinned(session, name, pinned=False)
 
 
 def history(session: Session, name: AdapterName | str) -> list[AliasChange]:
@@ -196,6 +219,20 @@ def _check_owned(session: Session, name: AdapterName | str, version: str) -> Non
         raise NotFound(f"'{name}' has no version '{version}'.", param="version")
 
 
+def _check_free(session: Session, name: AdapterName | str) -> None:
+    if session.get_one(AdapterRow, str(name)).pinned:
+        champion = _aliases(session, name)[Alias.CHAMPION]
+        raise Conflict(
+            f"'{name}' is pinned to its champion {champion[:SHORT]}: `loramill adapters unpin {name}` lets it change."
+        )
+
+
+def _set_pinned(session: Session, name: AdapterName | str, *, pinned: bool) -> AdapterRecord:
+    session.get_one(AdapterRow, str(name)).pinned = pinned
+    session.flush()
+    return get(session, name)
+
+
 def _crown(session: Session, name: AdapterName | str, version: str, held: dict[Alias, str], reason: str) -> None:
     _point(session, name, Alias.CHAMPION, version, reason)
     if held.get(Alias.CHALLENGER) == version:
@@ -215,4 +252,4 @@ def _point(session: Session, name: AdapterName | str, alias: Alias, version: str
 
 def _record(row: AdapterRow, aliases: dict[Alias, str]) -> AdapterRecord:
     pointers = {alias.value: version for alias, version in aliases.items()}
-    return AdapterRecord(name=row.name, tenant=row.tenant, created_at=row.created_at, **pointers)
+    return AdapterRecord(name=row.name, tenant=row.tenant, created_at=row.created_at, pinned=row.pinned, **pointers)

@@ -9,9 +9,9 @@ from sqlalchemy import ColumnElement, select, tuple_
 from sqlalchemy.orm import Session
 
 from loramill.errors import NotFound
-from loramill.registry.tables import DatasetRow, JobRow
+from loramill.registry.tables import AuditRow, DatasetRow, JobRow
 
-Listed = TypeVar("Listed", DatasetRow, JobRow)
+Listed = TypeVar("Listed", AuditRow, DatasetRow, JobRow)
 
 
 def newest(

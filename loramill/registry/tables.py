@@ -10,11 +10,11 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Double, ForeignKey, ForeignKeyConstraint, Index, MetaData, String
+from sqlalchemy import JSON, BigInteger, Double, ForeignKey, ForeignKeyConstraint, Index, MetaData, String, false
 from sqlalchemy import Enum as EnumType
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from loramill.types import Alias, JobStatus, StepStatus
+from loramill.types import Alias, JobStatus, Scope, StepStatus
 
 
 class Base(DeclarativeBase):
@@ -51,12 +51,16 @@ class TenantRow(Base):
     weight: Mapped[float] = mapped_column(default=1.0, server_default="1")
     max_running: Mapped[int | None]
     max_queued: Mapped[int | None]
+    requests_per_minute: Mapped[int | None]
+    tokens_per_minute: Mapped[int | None] = mapped_column(BigInteger)
+    concurrent_requests: Mapped[int | None]
+    stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
     #: Tokens leased to its jobs over its weight: who has had least comes next. Lifted when a tenant was idle.
     served: Mapped[float] = mapped_column(default=0.0, server_default="0")
 
 
 class KeyRow(Base):
-    """An API key: the sha256 of its secret, never the secret."""
+    """An API key: the sha256 of its secret, never the secret. Its scopes are words with spaces between."""
 
     __tablename__ = "api_keys"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -65,6 +69,8 @@ class KeyRow(Base):
     hint: Mapped[str]
     created_at: Mapped[float]
     revoked_at: Mapped[float | None]
+    expires_at: Mapped[float | None]
+    scopes: Mapped[str] = mapped_column(server_default=" ".join(Scope))
 
 
 class DatasetRow(Base):
@@ -168,12 +174,13 @@ class EventRow(Base):
 
 
 class AdapterRow(Base):
-    """A name that a tenant owns."""
+    """A name that a tenant owns. While it is `pinned`, its champion doesn't change."""
 
     __tablename__ = "adapters"
     name: Mapped[str] = mapped_column(primary_key=True)
     tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), index=True)
     created_at: Mapped[float]
+    pinned: Mapped[bool] = mapped_column(default=False, server_default=false())
 
 
 class VersionRow(Base):
@@ -260,3 +267,56 @@ class AdapterDataRow(Base):
     valid: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"))
     created_at: Mapped[float]
     run: Mapped[str | None] = mapped_column(ForeignKey("nightly_runs.id"))
+
+
+class UsageRow(Base):
+    """What was asked on one day; an empty tenant is an admin for none, an empty version the base alone."""
+
+    __tablename__ = "usage"
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    day: Mapped[str] = mapped_column(String(10), primary_key=True)
+    model: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[str] = mapped_column(String(64), primary_key=True)
+    requests: Mapped[int] = mapped_column(BigInteger)
+    prompt_tokens: Mapped[int] = mapped_column(BigInteger)
+    completion_tokens: Mapped[int] = mapped_column(BigInteger)
+
+
+class GatewayRow(Base):
+    """A gateway that keeps books: when it last wrote, and the number of the last page that it wrote."""
+
+    __tablename__ = "gateways"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    at: Mapped[float]
+    page: Mapped[int]
+
+
+class MeterRow(Base):
+    """What a gateway has seen of a tenant that has limits, in a minute and the one before, and what runs there."""
+
+    __tablename__ = "meters"
+    gateway: Mapped[str] = mapped_column(ForeignKey("gateways.id"), primary_key=True)
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), primary_key=True)
+    minute: Mapped[int]
+    requests: Mapped[int]
+    requests_before: Mapped[int]
+    tokens: Mapped[int] = mapped_column(BigInteger)
+    tokens_before: Mapped[int] = mapped_column(BigInteger)
+    running: Mapped[int]
+    reserved: Mapped[int] = mapped_column(BigInteger)
+
+
+class AuditRow(Base):
+    """One change through the API, written with the change itself."""
+
+    __tablename__ = "audit"
+    __table_args__ = (Index(None, "tenant", "created_at"), Index(None, "created_at"))
+    id: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[float]
+    tenant: Mapped[str | None] = mapped_column(ForeignKey("tenants.name"))
+    actor: Mapped[str | None]
+    key: Mapped[str]
+    action: Mapped[str]
+    subject: Mapped[str]
+    details: Mapped[dict[str, Any]]
+    request: Mapped[str]

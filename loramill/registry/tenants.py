@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from loramill.errors import Conflict, InvalidRequest, NotFound
+from loramill.errors import Conflict, InvalidRequest, NotFound, QuotaExceeded
 from loramill.names import check_name
-from loramill.registry.tables import TenantRow
-from loramill.types import TenantRecord
+from loramill.registry.tables import DatasetRow, TenantRow
+from loramill.types import Limits, TenantRecord
 
 
 def create(session: Session, name: str) -> TenantRecord:
@@ -67,9 +67,45 @@ def set_share(
     for param, quota in (("max_running", max_running), ("max_queued", max_queued)):
         if quota is not None and quota < 0:
             raise InvalidRequest(f"'{param}' is {quota}; give 0 or more jobs, or nothing for no limit.", param=param)
-    row = session.scalar(select(TenantRow).where(TenantRow.name == name).with_for_update())
-    if row is None:
-        raise NotFound(f"There is no tenant '{name}'.", param="tenant")
+    row = _hold(session, name)
     row.weight, row.max_running, row.max_queued = weight, max_running, max_queued
     session.flush()
     return TenantRecord.model_validate(row)
+
+
+def set_limits(session: Session, name: str, limits: Limits) -> TenantRecord:
+    """Sets what a tenant may use of the gateways.
+
+    Raises:
+        NotFound: there is no such tenant.
+    """
+    row = _hold(session, name)
+    for limit in Limits.model_fields:
+        setattr(row, limit, getattr(limits, limit))
+    session.flush()
+    return TenantRecord.model_validate(row)
+
+
+def check_room(session: Session, name: str, size: int, *, hold: bool = False) -> None:
+    """Makes sure that a tenant may store `size` bytes more; with `hold`, a writer's, that stays so until it commits.
+
+    Raises:
+        NotFound: there is no such tenant.
+        QuotaExceeded: it may not.
+    """
+    limit = _hold(session, name).stored_bytes if hold else get(session, name).stored_bytes
+    if limit is None:
+        return
+    stored = session.scalar(select(func.coalesce(func.sum(DatasetRow.bytes), 0)).where(DatasetRow.tenant == name)) or 0
+    if stored + size > limit:
+        raise QuotaExceeded(
+            f"'{name}' stores {stored} bytes, may store {limit}, and this file has {size}: delete files that no job "
+            "needs, or ask an admin for a larger limit."
+        )
+
+
+def _hold(session: Session, name: str) -> TenantRow:
+    row = session.scalar(select(TenantRow).where(TenantRow.name == name).with_for_update())
+    if row is None:
+        raise NotFound(f"There is no tenant '{name}'.", param="tenant")
+    return row

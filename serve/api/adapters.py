@@ -13,6 +13,7 @@ from starlette.responses import StreamingResponse
 from loramill.errors import NotFound
 from loramill.names import SHORT, AdapterName
 from loramill.registry import adapters, evaluations, jobs, nightly
+from loramill.serve.api.audit import note
 from loramill.serve.api.auth import Caller
 from loramill.serve.api.gateway import Here, Who
 from loramill.serve.api.references import find_file, named_by
@@ -55,15 +56,15 @@ _CHUNK = 1 << 20
 def list_adapters(here: Here, who: Who) -> dict[str, Any]:
     """The caller's adapters."""
     with here.registry.reading() as session:
-        return list_of(adapters.list_of(session, who.tenant), _adapter)
+        return list_of(adapters.list_of(session, who.tenant), adapter_object)
 
 
 @router.get(PATH)
 def retrieve_adapter(tenant: str, adapter: str, here: Here, who: Who) -> dict[str, Any]:
     """An adapter with its versions, the history of its aliases, and its evaluations, each newest first."""
-    name = _allowed(who, tenant, adapter)
+    name = allowed(who, tenant, adapter)
     with here.registry.reading() as session:
-        return _adapter(adapters.get(session, name)) | {
+        return adapter_object(adapters.get(session, name)) | {
             "versions": _dump(adapters.versions(session, name)),
             "history": _dump(adapters.history(session, name)),
             "evaluations": _dump(evaluations.list_of(session, name)),
@@ -73,7 +74,7 @@ def retrieve_adapter(tenant: str, adapter: str, here: Here, who: Who) -> dict[st
 @router.get(PATH + "/files")
 def list_files(tenant: str, adapter: str, wanted: Files, here: Here, who: Who) -> dict[str, Any]:
     """A version's files with their sizes and hashes, and the hash over all of them, its artifact's."""
-    name = _allowed(who, tenant, adapter)
+    name = allowed(who, tenant, adapter)
     with here.registry.reading() as session:
         version, artifact = _find(session, name, wanted)
     manifest = here.registry.artifacts.manifest(artifact)
@@ -90,7 +91,7 @@ def list_files(tenant: str, adapter: str, wanted: Files, here: Here, who: Who) -
 @router.get(PATH + "/files/{file}")
 def retrieve_file(tenant: str, adapter: str, file: str, wanted: Files, here: Here, who: Who) -> StreamingResponse:
     """One file's bytes, unchecked: whoever reads them has the hash to check them by."""
-    name = _allowed(who, tenant, adapter)
+    name = allowed(who, tenant, adapter)
     with here.registry.reading() as session:
         _, artifact = _find(session, name, wanted)
     if file not in here.registry.artifacts.manifest(artifact).files:
@@ -102,35 +103,46 @@ def retrieve_file(tenant: str, adapter: str, file: str, wanted: Files, here: Her
 @router.post(PATH + "/promote")
 def promote(tenant: str, adapter: str, body: Promotion, here: Here, who: Who) -> dict[str, Any]:
     """Makes a version the champion: the one that answers from the next request on."""
-    name = _allowed(who, tenant, adapter)
+    name = allowed(who, tenant, adapter)
     with here.registry.writing() as session:
         adapters.get(session, name)
         with named_by("version"):
             version = adapters.resolve(session, name, body.version)
-        return _adapter(adapters.promote(session, name, version.id, f"promoted with {who.key}"))
+        promoted = adapters.promote(session, name, version.id, f"promoted with {who.key}")
+        note(session, who, "adapter.promote", str(name), tenant, version=version.id)
+        return adapter_object(promoted)
 
 
 @router.post(PATH + "/rollback")
 def rollback(tenant: str, adapter: str, here: Here, who: Who) -> dict[str, Any]:
     """Makes the previous champion the champion again."""
-    name = _allowed(who, tenant, adapter)
+    name = allowed(who, tenant, adapter)
     with here.registry.writing() as session:
-        return _adapter(adapters.rollback(session, name, f"rolled back with {who.key}"))
+        rolled_back = adapters.rollback(session, name, f"rolled back with {who.key}")
+        note(session, who, "adapter.rollback", str(name), tenant, version=rolled_back.champion)
+        return adapter_object(rolled_back)
 
 
 @router.post(PATH + "/data")
 def add_data(tenant: str, adapter: str, body: NewData, here: Here, who: Who) -> dict[str, Any]:
     """Gives the adapter, made if there is none, examples from which the next night trains it."""
-    name = _allowed(who, tenant, adapter)
+    name = allowed(who, tenant, adapter)
     with here.registry.writing() as session:
         find_file(session, body.training_file, tenant, "training_file")
         if body.validation_file is not None:
             find_file(session, body.validation_file, tenant, "validation_file")
         nightly.add_data(session, name, body.training_file, body.validation_file)
-        return _adapter(adapters.get(session, name))
+        note(session, who, "adapter.data", str(name), tenant, train=body.training_file, valid=body.validation_file)
+        return adapter_object(adapters.get(session, name))
 
 
-def _allowed(who: Caller, tenant: str, adapter: str) -> AdapterName:
+def allowed(who: Caller, tenant: str, adapter: str) -> AdapterName:
+    """The adapter's name, if the caller may use what is called so.
+
+    Raises:
+        Forbidden: it is another tenant's, whether it exists or not.
+        InvalidRequest: it is no name.
+    """
     who.check_adapter(tenant)
     return AdapterName.parse(f"{tenant}/{adapter}")
 
@@ -161,7 +173,8 @@ def _chunks(content: BinaryIO) -> Iterator[bytes]:
             yield chunk
 
 
-def _adapter(record: AdapterRecord) -> dict[str, Any]:
+def adapter_object(record: AdapterRecord) -> dict[str, Any]:
+    """An adapter on the wire."""
     return record.model_dump() | {"id": record.name, "object": "adapter"}
 
 

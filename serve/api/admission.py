@@ -1,22 +1,77 @@
-"""What every generation passes between its lookup and the backend."""
+"""What every generation passes between its lookup and the backend: the tenant's limits, and the books."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 
+from loramill.registry.usage import Count
 from loramill.serve.api.answers import Chunks, generate
 from loramill.serve.api.auth import Caller
+from loramill.serve.api.books import Books, Permit
 from loramill.serve.api.gateway import Gateway
 from loramill.serve.api.lookup import Target
-from loramill.serve.protocol import TextRequest
+from loramill.serve.api.metrics import watched
+from loramill.serve.protocol import TextChunk, TextRequest
+
+#: Characters of a prompt that are taken for one token, as OpenAI does before it has counted.
+_CHARACTERS = 4
+
+#: Tokens that are reserved for an answer whose request gives no limit.
+_UNSAID = 256
+
+#: What a generation says first, to nobody: from then on, closing it ends its permit, too.
+_BEGUN = (0, TextChunk("", 0, 0))
 
 
+@watched
 async def admit(
-    here: Gateway, who: Caller, target: Target, requests: Sequence[TextRequest]
+    here: Gateway, who: Caller, target: Target, requests: Sequence[TextRequest], n: int = 1
 ) -> tuple[Chunks, Mapping[str, str]]:
     """Begins to generate all answers of one call; returns their chunks and the response's headers.
 
+    Args:
+        n: answers to each prompt, which follow each other.
+
     Raises:
+        RateLimited: a limit of the caller's is reached.
         LoramillError: of the first answer that fails, from the chunks; the others are cancelled.
     """
-    return generate(target.served.backend, requests), target.headers
+    permit = here.books.enter(target.tenant, who.limits, estimate(requests, n))
+    chunks = _counted(here.books, permit, target, generate(target.served.backend, requests), n)
+    await anext(chunks)
+    return chunks, {**target.headers, **permit.headers}
+
+
+def estimate(requests: Sequence[TextRequest], n: int) -> int:
+    """Tokens that a call may come to, roughly: a prompt counts once, however many answers there are to it."""
+    prompts = sum(_length(request) for request in requests[::n])
+    return prompts + sum(_UNSAID if request.max_tokens is None else request.max_tokens for request in requests)
+
+
+def _length(request: TextRequest) -> int:
+    if isinstance(request.prompt, tuple):
+        return len(request.prompt)
+    texts = [request.prompt] if request.prompt else [str(message.get("content") or "") for message in request.messages]
+    return sum(len(text) // _CHARACTERS + 1 for text in texts)
+
+
+async def _counted(books: Books, permit: Permit, target: Target, chunks: Chunks, n: int) -> Chunks:
+    last: dict[int, TextChunk] = {}
+    try:
+        yield _BEGUN
+        async with aclosing(chunks):
+            async for index, chunk in chunks:
+                last[index] = chunk
+                yield index, chunk
+    finally:
+        books.leave(permit, target.name, target.version, _count(last, n))
+
+
+def _count(last: Mapping[int, TextChunk], n: int) -> Count:
+    """What came, by the last chunk of each answer."""
+    prompts: dict[int, int] = {}
+    for index, chunk in last.items():
+        prompts[index // n] = max(chunk.prompt_tokens, prompts.get(index // n, 0))
+    completion = sum(chunk.completion_tokens for chunk in last.values())
+    return Count(1 if last else 0, sum(prompts.values()), completion)

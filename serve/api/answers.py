@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
 import anyio
@@ -22,6 +23,9 @@ from loramill.serve.protocol import Backend, ChosenToken, TextChunk, TextRequest
 log = logging.getLogger("loramill.gateway")
 
 _T = TypeVar("_T")
+
+#: Answers of one call that are generated at once: a call with many prompts isn't a flood.
+_AT_ONCE = 16
 
 #: Chunks of several answers, each with its answer's index, in the order they become ready.
 Chunks: TypeAlias = AsyncGenerator[tuple[int, TextChunk], None]
@@ -65,7 +69,8 @@ async def _alone(stream: AsyncGenerator[TextChunk, None]) -> Chunks:
 
 
 async def _interleaved(streams: Sequence[AsyncGenerator[TextChunk, None]]) -> Chunks:
-    waiting = {_next(stream): index for index, stream in enumerate(streams)}
+    upcoming = iter(enumerate(streams))
+    waiting = {_next(stream): index for index, stream in islice(upcoming, _AT_ONCE)}
     try:
         while waiting:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -74,6 +79,8 @@ async def _interleaved(streams: Sequence[AsyncGenerator[TextChunk, None]]) -> Ch
                 if (chunk := task.result()) is not None:
                     waiting[_next(streams[index])] = index
                     yield index, chunk
+                else:
+                    waiting |= {_next(stream): following for following, stream in islice(upcoming, 1)}
     finally:
         # Shielded: the caller who went away must not also interrupt the clearing up.
         with anyio.CancelScope(shield=True):
@@ -133,9 +140,12 @@ async def respond_whole(
 
 
 async def respond_streaming(
-    request: Request, chunks: Chunks, show: Callable[[Chunks], AsyncIterator[Any]], headers: Mapping[str, str]
+    request: Request, chunks: Chunks, show: Callable[[Chunks], AsyncIterator[str]], headers: Mapping[str, str]
 ) -> StreamingResponse:
-    """Answers as server-sent events. An error before the first chunk is raised, with a status of its own."""
+    """Answers as server-sent events, of which `show` makes the JSON.
+
+    An error before the first chunk is raised, with a status of its own.
+    """
 
     async def first() -> tuple[int, TextChunk]:
         return await anext(chunks)
@@ -165,17 +175,17 @@ async def _resumed(first: tuple[int, TextChunk], rest: Chunks) -> Chunks:
         yield chunk
 
 
-async def _sse(payloads: AsyncIterator[Any], request_id: str) -> AsyncIterator[str]:
+async def _sse(payloads: AsyncIterator[str], request_id: str) -> AsyncIterator[str]:
     try:
         async for payload in payloads:
             yield _event(payload)
         yield "data: [DONE]\n\n"
     except LoramillError as error:
-        yield _event(error_body(error))
+        yield _event(json.dumps(error_body(error)))
     except Exception:
         log.exception("request %s failed in mid-stream", request_id, extra={"request": request_id})
-        yield _event(error_body(internal_error(request_id)))
+        yield _event(json.dumps(error_body(internal_error(request_id))))
 
 
-def _event(payload: Any) -> str:
-    return f"data: {json.dumps(payload, separators=(',', ':'))}\n\n"
+def _event(payload: str) -> str:
+    return f"data: {payload}\n\n"

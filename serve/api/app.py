@@ -10,11 +10,30 @@ import loramill
 from loramill.bases import Base
 from loramill.chat import ChatTokenizer
 from loramill.registry import Registry
-from loramill.serve.api import adapters, batches, chat, completions, files, health, jobs, models, tenants
+from loramill.serve.api import (
+    adapters,
+    audit,
+    batches,
+    chat,
+    completions,
+    docs,
+    files,
+    health,
+    jobs,
+    metrics,
+    models,
+    pins,
+    tenants,
+    usage,
+)
 from loramill.serve.api.auth import Authenticate
+from loramill.serve.api.books import Books
 from loramill.serve.api.edge import BodyLimit, Edge
 from loramill.serve.api.errors import add_error_handlers
 from loramill.serve.api.gateway import Gateway, Served
+from loramill.serve.api.lookup import versions
+from loramill.serve.api.metering import keeping
+from loramill.serve.api.openapi import describe
 from loramill.serve.api.readings import Readings
 from loramill.serve.protocol import Backend
 from loramill.settings import Settings
@@ -39,15 +58,26 @@ def build_api(
         settings: limits of uploads and of training files.
         others: further bases that can be asked.
     """
-    app = FastAPI(title="loramill", version=loramill.__version__, redoc_url=None)
+    books = Books()
+    app = FastAPI(
+        title="loramill",
+        version=loramill.__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lambda _: keeping(books, registry),
+    )
     served = {each.base.name: each for each in (Served(base, backend), *others)}
     readings = Readings(registry.artifacts, tokenizer)
-    app.state.gateway = Gateway(registry, base, tokenizer, served, settings, readings)
-    for rooms in (chat, completions, models, files, jobs, batches, adapters, tenants, health):
+    app.state.gateway = Gateway(registry, base, tokenizer, served, settings, readings, versions(registry), books)
+    offered = (chat, completions, models, files, jobs, batches, adapters, pins, tenants, usage, audit, health, metrics)
+    for rooms in offered:
         app.include_router(rooms.router)
     add_error_handlers(app)
+    app.include_router(docs.router)
+    describe(app)
     # The last that is added is the first to see a request.
     app.add_middleware(BodyLimit, upload_path=files.PATH, upload_bytes=settings.serve.max_upload_bytes)
     app.add_middleware(Authenticate, registry=registry)
     app.add_middleware(Edge)
+    app.add_middleware(metrics.CountRequests)
     return app

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loramill.errors import Forbidden, InvalidRequest, LoramillError, Unauthenticated
 from loramill.registry import Registry, keys, tenants
+from loramill.serve.api import scopes
 from loramill.serve.api.errors import error_response
+from loramill.serve.api.remembered import Remembered
+from loramill.types import KeyRecord, Limits
+from loramill.types import Scope as KeyScope
 
 #: Paths that need no key.
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
@@ -18,11 +22,19 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A key that was presented, and the tenant it acts for: its own, or the one an admin names (None: none)."""
+    """A key that was presented, and the tenant it acts for: its own, or the one an admin names (None: none).
+
+    Attributes:
+        limits: its tenant's; an admin has none, whomever it acts for.
+        request: the id of this request.
+    """
 
     key: str
     admin: bool
     tenant: str | None
+    scopes: frozenset[KeyScope] = frozenset(KeyScope)
+    limits: Limits | None = None
+    request: str = ""
 
     def acting(self) -> str:
         """The tenant that what is made now will belong to.
@@ -42,18 +54,38 @@ class Caller:
         if not self.admin and self.tenant != tenant:
             raise Forbidden("This key may use the base and its own tenant's adapters only.")
 
+    def check_tenant(self, tenant: str) -> None:
+        """Raises Forbidden unless the caller may read what is kept about `tenant`; looks nothing up."""
+        if not self.admin and self.tenant != tenant:
+            raise Forbidden("This key may read about its own tenant only.")
+
     def check_admin(self) -> None:
         """Raises Forbidden unless it is an admin's key."""
         if not self.admin:
             raise Forbidden("Only an admin's key may do this.")
 
+    def check_scopes(self, accepted: Sequence[KeyScope]) -> None:
+        """Raises Forbidden unless the key has one of these scopes."""
+        if not self.admin and self.scopes.isdisjoint(accepted):
+            wanted = " or ".join(f"'{scope}'" for scope in accepted)
+            raise Forbidden(f"This key lacks the scope {wanted}; ask an admin for a key that has it.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the record says of a key, and of the limits of its tenant."""
+
+    key: KeyRecord
+    limits: Limits | None
+
 
 class Authenticate:
-    """Pure ASGI: finds the caller in the record (one indexed read, so a revoked key is refused at once)."""
+    """Pure ASGI: finds the caller in the record, where a key that was revoked is refused within half a second."""
 
     def __init__(self, app: ASGIApp, *, registry: Registry) -> None:
         self.app = app
-        self._registry = registry
+        self._keys: Remembered[tuple[str, str | None], _Known]
+        self._keys = Remembered(registry, lambda asked: _find(registry, *asked))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request through with its `Caller` in the state, or answers 401, 403 or 404."""
@@ -62,7 +94,9 @@ class Authenticate:
             try:
                 secret = _secret(headers.get("authorization", ""))
                 organization = headers.get("openai-organization") or None
-                caller = await run_in_threadpool(identify, self._registry, secret, organization)
+                known = await self._keys.get((keys.digest(secret), organization))
+                caller = _caller(known, organization, scope["state"]["request_id"])
+                caller.check_scopes(scopes.accepted(scope["method"], scope["path"]))
             except LoramillError as error:
                 await error_response(error)(scope, receive, send)
                 return
@@ -70,23 +104,35 @@ class Authenticate:
         await self.app(scope, receive, send)
 
 
-def identify(registry: Registry, secret: str, organization: str | None) -> Caller:
+def _find(registry: Registry, digest: str, organization: str | None) -> _Known:
     """Looks a key up.
 
     Raises:
-        Unauthenticated: it isn't known or was revoked.
-        Forbidden: a tenant's key asks to act for another tenant.
+        Unauthenticated: it isn't known, has expired or was revoked.
         NotFound: an admin's key asks to act for a tenant that isn't there.
     """
     with registry.reading() as session:
-        key = keys.authenticate(session, secret)
-        if key.tenant is None:
-            if organization is not None:
-                tenants.get(session, organization)
-            return Caller(key.id, admin=True, tenant=organization)
+        key = keys.find(session, digest)
+        if key.tenant is not None:
+            return _Known(key, tenants.get(session, key.tenant))
+        if organization is not None:
+            tenants.get(session, organization)
+        return _Known(key, None)
+
+
+def _caller(known: _Known, organization: str | None, request: str) -> Caller:
+    """Who calls with a key.
+
+    Raises:
+        Unauthenticated: it has expired meanwhile.
+        Forbidden: a tenant's key asks to act for another tenant.
+    """
+    key = keys.unexpired(known.key)
+    if key.tenant is None:
+        return Caller(key.id, admin=True, tenant=organization, request=request)
     if organization not in (None, key.tenant):
         raise Forbidden("This key may not act for that organization; leave OpenAI-Organization out.")
-    return Caller(key.id, admin=False, tenant=key.tenant)
+    return Caller(key.id, False, key.tenant, frozenset(key.scopes), known.limits, request)
 
 
 def _secret(authorization: str) -> str:

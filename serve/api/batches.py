@@ -60,7 +60,7 @@ def create_batch(body: Batch, here: Here, who: Who) -> dict[str, Any]:
     if body.check_only or any(entry.error for entry in entries):
         return _answer([_shown(here, entry) for entry in entries], submitted=False)
     with here.registry.writing() as session:
-        queued = [_queued(session, entry, here) for entry in entries]
+        queued = [_queued(session, entry, here, who) for entry in entries]
         if any(entry["error"] for entry in queued):
             session.rollback()
             return _answer([{**entry, "job": None, "new": False} for entry in queued], submitted=False)
@@ -103,11 +103,11 @@ def _read(given: Mapping[str, Any]) -> NewJob:
         raise invalid([{**each, "loc": ("body", *each["loc"])} for each in error.errors()], given) from error
 
 
-def _queued(session: Session, entry: _Entry, here: Gateway) -> dict[str, Any]:
+def _queued(session: Session, entry: _Entry, here: Gateway, who: Caller) -> dict[str, Any]:
     if entry.checked is None:
         return _shown(here, entry)
     try:
-        job = queue(session, entry.checked)
+        job = queue(session, entry.checked, who)
     except LoramillError as error:
         return {"job": None, "new": False, **error_body(error)}
     return {"job": job_object(job, here.base, entry.checked.examples), "new": True, "error": None}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request
 from pydantic import Field, field_validator
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from loramill.errors import InvalidRequest
 from loramill.serve.api.admission import admit
 from loramill.serve.api.answers import Answer, Chunks, respond_streaming, respond_whole
 from loramill.serve.api.gateway import Here, Who
@@ -23,6 +24,7 @@ Tokens = Annotated[list[int], Field(min_length=1)]
 
 #: Prompts of one request.
 MAX_PROMPTS = 128
+Prompts = Annotated[list[Text | Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
 
 
 class CompletionRequest(Generation):
@@ -31,25 +33,31 @@ class CompletionRequest(Generation):
     asks_nothing: ClassVar[Mapping[str, Sequence[Any]]] = {
         **Generation.asks_nothing,
         "best_of": (1,),
-        "echo": (False,),
         "suffix": ("",),
     }
-    prompt: list[Text | Tokens] = Field(min_length=1, max_length=MAX_PROMPTS)
-    max_tokens: int = Field(default=16, ge=1)  # OpenAI's default
+    prompt: Prompts
+    max_tokens: int = Field(default=16, ge=0)  # OpenAI's default
+    echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=5)
 
-    @field_validator("prompt", mode="before")
+    @field_validator("prompt", mode="before", json_schema_input_type=Text | Tokens | Prompts)
     @classmethod
-    def _as_list(cls, prompt: object) -> object:
+    def _as_prompts(cls, prompt: object) -> object:
         one = isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], int))
         return [prompt] if one else prompt
+
+    def check_max_tokens(self) -> None:
+        """Raises InvalidRequest where nothing is asked for: no tokens, and no echo."""
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("'max_tokens' is 0, which asks for something only with 'echo'.", param="max_tokens")
 
 
 @router.post("/v1/completions")
 async def create_completion(body: CompletionRequest, request: Request, here: Here, who: Who) -> Response:
     """Continues one prompt or several, streaming or whole."""
     body.check_stream_options()
-    target = await run_in_threadpool(find_model, here, who, body.model)
+    body.check_max_tokens()
+    target = await find_model(here, who, body.model)
     reply, prompts = Reply.to(target, "cmpl"), [p if isinstance(p, str) else tuple(p) for p in body.prompt]
     requests = [
         body.text_request(
@@ -59,13 +67,14 @@ async def create_completion(body: CompletionRequest, request: Request, here: Her
             max_tokens=body.max_tokens,
             logprobs=body.logprobs,
             prompt=prompts[index // body.n],
+            echo=body.echo,
         )
         for index in range(len(prompts) * body.n)
     ]
-    chunks, headers = await admit(here, who, target, requests)
+    chunks, headers = await admit(here, who, target, requests, body.n)
     if body.stream:
         return await respond_streaming(
-            request, chunks, lambda chunks: _chunk_objects(body, reply, len(requests), chunks), headers
+            request, chunks, lambda chunks: _chunk_texts(body, reply, len(requests), chunks), headers
         )
     return await respond_whole(
         request, chunks, len(requests), lambda answers: _completion_object(body, reply, answers), headers
@@ -80,17 +89,15 @@ def _completion_object(body: CompletionRequest, reply: Reply, answers: list[Answ
     return reply.object("text_completion", choices, usage=usage(answers, body.n))
 
 
-async def _chunk_objects(
-    body: CompletionRequest, reply: Reply, count: int, chunks: Chunks
-) -> AsyncIterator[dict[str, Any]]:
+async def _chunk_texts(body: CompletionRequest, reply: Reply, count: int, chunks: Chunks) -> AsyncIterator[str]:
+    head, tail = reply.frame("text_completion", with_usage=body.include_usage)
     answers = [Answer() for _ in range(count)]
-    more = {"usage": None} if body.include_usage else {}
     async for index, chunk in chunks:
         logprobs = _logprobs(body, chunk.logprobs, len(answers[index].text))
         answers[index].add(chunk)
-        yield reply.object("text_completion", [_choice(index, chunk.text, chunk.finish, logprobs)], **more)
+        yield f"{head}{json.dumps(_choice(index, chunk.text, chunk.finish, logprobs))}{tail}"
     if body.include_usage:
-        yield reply.object("text_completion", [], usage=usage(answers, body.n))
+        yield json.dumps(reply.object("text_completion", [], usage=usage(answers, body.n)))
 
 
 def _choice(index: int, text: str, finish: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
@@ -108,6 +115,9 @@ def _logprobs(body: CompletionRequest, tokens: Sequence[ChosenToken], offset: in
     return {
         "tokens": [token.chosen.text for token in tokens],
         "token_logprobs": [token.chosen.logprob for token in tokens],
-        "top_logprobs": [{top.text: top.logprob for top in token.top} for token in tokens],
+        # Nothing comes before the first token of a prompt, so it has none.
+        "top_logprobs": [
+            None if token.chosen.logprob is None else {top.text: top.logprob for top in token.top} for token in tokens
+        ],
         "text_offset": offsets,
     }

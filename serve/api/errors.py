@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.routing import compile_path
 
 from loramill.errors import (
     InvalidRequest,
     LoramillError,
     Overloaded,
+    QuotaExceeded,
+    RateLimited,
     Unauthenticated,
     Unavailable,
     UnsupportedParameter,
 )
 
+log = logging.getLogger("loramill.gateway")
+
 _HEADERS: Mapping[type[LoramillError], Mapping[str, str]] = {
     Unauthenticated: {"www-authenticate": "Bearer"},
     Overloaded: {"retry-after": "1"},
+    # Room is made by somebody, not by waiting a little: openai's client must not ask again by itself.
+    QuotaExceeded: {"retry-after": "60", "x-should-retry": "false"},
     Unavailable: {"retry-after": "1"},
 }
 
@@ -34,7 +44,11 @@ def error_body(error: LoramillError) -> dict[str, Any]:
 
 def error_response(error: LoramillError) -> JSONResponse:
     """An error as a whole response."""
-    return JSONResponse(error_body(error), error.status, headers=_HEADERS.get(type(error)))
+    headers = _HEADERS.get(type(error), {})
+    if isinstance(error, RateLimited):
+        seconds, milliseconds = math.ceil(error.seconds), math.ceil(1000 * error.seconds)
+        headers = {"retry-after": str(seconds), "retry-after-ms": str(milliseconds), **error.headers}
+    return JSONResponse(error_body(error), error.status, headers=dict(headers))
 
 
 def internal_error(request_id: str) -> LoramillError:
@@ -48,6 +62,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _nobody_there)
+    app.add_exception_handler(DataError, _not_recordable)
 
 
 def _loramill_error(_: Request, error: Exception) -> Response:
@@ -64,7 +79,23 @@ def _http_error(request: Request, error: Exception) -> Response:
     elif error.status_code == 405:
         message, code = f"{request.url.path} doesn't answer {request.method}.", "method_not_allowed"
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    return JSONResponse({"error": body}, error.status_code, headers=error.headers)
+    headers = {"allow": _allowed(request)} if error.status_code == 405 else error.headers
+    return JSONResponse({"error": body}, error.status_code, headers=headers)
+
+
+def _allowed(request: Request) -> str:
+    """The methods of a URL, from the description: the framework names those of one route alone."""
+    paths = request.app.openapi()["paths"]
+    found = [path for path in paths if compile_path(path.replace("{model}", "{model:path}"))[0].match(request.url.path)]
+    literal = min(found, key=lambda path: path.count("{"), default=None)
+    return ", ".join(sorted(method.upper() for method in paths[literal])) if literal else "GET"
+
+
+def _not_recordable(request: Request, error: Exception) -> Response:
+    """What a database refuses by its nature: PostgreSQL keeps no NUL, and no number beyond its columns'."""
+    assert isinstance(error, DataError)
+    log.warning("request %s: %s", request.state.request_id, error.orig, extra={"request": request.state.request_id})
+    return error_response(InvalidRequest("A text with a NUL, or a number this large, can't be looked up or kept."))
 
 
 def _nobody_there(_: Request, __: Exception) -> Response:

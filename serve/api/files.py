@@ -11,7 +11,8 @@ from starlette.responses import Response
 
 from loramill.dataset import check_tokens, read_examples
 from loramill.names import results_id
-from loramill.registry import datasets, jobs, results
+from loramill.registry import datasets, jobs, results, tenants
+from loramill.serve.api.audit import note
 from loramill.serve.api.gateway import Here, Who
 from loramill.serve.api.readings import DATA
 from loramill.serve.api.wire import Paging, page_of
@@ -40,17 +41,24 @@ class FilePaging(Paging):
 
 
 @router.post(PATH)
-def create_file(form: Annotated[Upload, Form()], here: Here, who: Who) -> dict[str, Any]:
+def create_file(
+    form: Annotated[Upload, Form(media_type="multipart/form-data")], here: Here, who: Who
+) -> dict[str, Any]:
     """Validates examples and keeps them. Every problem is in the error's message, one a line."""
     tenant = who.acting()
     filename, raw = PurePath(form.file.filename or "upload.jsonl").name, form.file.file.read()
+    with here.registry.reading() as session:
+        tenants.check_room(session, tenant, len(raw))
     examples = read_examples(raw, filename)
     # A job may say a smaller limit, and is checked against it; what is longer than the context can never be trained on.
     check_tokens(examples, here.tokenizer, here.base.context_length)
     artifact = here.registry.artifacts.put({DATA: raw})
     with here.registry.writing() as session:
         record = datasets.find(session, tenant, artifact) if form.reuse else None
-        record = record or datasets.create(session, tenant, filename, artifact, len(raw), len(examples.examples))
+        if record is None:
+            tenants.check_room(session, tenant, len(raw), hold=True)
+            record = datasets.create(session, tenant, filename, artifact, len(raw), len(examples.examples))
+            note(session, who, "file.create", record.id, tenant, bytes=record.bytes)
     return _file(record) | {"status_details": "\n".join(examples.warnings) or None}
 
 
@@ -86,7 +94,9 @@ def retrieve_content(file_id: str, here: Here, who: Who) -> Response:
 def delete_file(file_id: str, here: Here, who: Who) -> dict[str, Any]:
     """Forgets a file that nothing needs any more."""
     with here.registry.writing() as session:
+        owner = datasets.get(session, file_id, who.tenant).tenant
         datasets.delete(session, file_id, who.tenant)
+        note(session, who, "file.delete", file_id, owner)
     return {"id": file_id, "object": "file", "deleted": True}
 
 

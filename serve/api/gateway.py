@@ -10,11 +10,15 @@ from fastapi import Depends, Request
 
 from loramill.bases import Base
 from loramill.chat import ChatTokenizer
+from loramill.names import AdapterName
 from loramill.registry import Registry
 from loramill.serve.api.auth import Caller
+from loramill.serve.api.books import Books
 from loramill.serve.api.readings import Readings
+from loramill.serve.api.remembered import Remembered
 from loramill.serve.protocol import Backend
 from loramill.settings import Settings
+from loramill.types import VersionRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,8 @@ class Gateway:
         base: the one that new jobs train on.
         tokenizer: its.
         served: it and any others, by name.
+        versions: what an adapter's alias or prefix of a version names.
+        books: what tenants use here.
     """
 
     registry: Registry
@@ -41,6 +47,8 @@ class Gateway:
     served: Mapping[str, Served]
     settings: Settings
     readings: Readings
+    versions: Remembered[tuple[AdapterName, str], VersionRecord]
+    books: Books
 
 
 # Both are async, so that FastAPI needs no thread to call them.

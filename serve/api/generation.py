@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from loramill.errors import InvalidRequest
 from loramill.serve.api.answers import Answer
 from loramill.serve.api.lookup import Target
 from loramill.serve.api.wire import Body, Metadata
-from loramill.serve.protocol import TextRequest
+from loramill.serve.protocol import TextChunk, TextRequest
 
 Text = Annotated[str, Field(min_length=1)]
 #: A JSON key.
@@ -55,7 +56,7 @@ class Generation(Body):
     user: str | None = None
     metadata: Metadata | None = None
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", mode="before", json_schema_input_type=Text | list[Text])
     @classmethod
     def _as_list(cls, stop: object) -> object:
         return [stop] if isinstance(stop, str) else stop
@@ -70,10 +71,14 @@ class Generation(Body):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("'stream_options' is for streams: set 'stream' to true.", param="stream_options")
 
+    def stops(self) -> tuple[str, ...]:
+        """Strings that end an answer."""
+        return tuple(self.stop)
+
     def text_request(
         self, reply: Reply, target: Target, *, index: int, max_tokens: int | None, logprobs: int | None, **what: Any
     ) -> TextRequest:
-        """The request for the answer `index`; `what` is its `messages` or its `prompt`."""
+        """The request for the answer `index`; `what` is `messages` or `prompt`, and what only one of them has."""
         return TextRequest(
             id=f"{reply.id}-{index}",
             tenant=target.tenant,
@@ -90,7 +95,7 @@ class Generation(Body):
             min_tokens=self.min_tokens,
             # Answers to the same prompt differ, and each can be had again by its own seed.
             seed=None if self.seed is None else self.seed + index % self.n,
-            stop=tuple(self.stop),
+            stop=self.stops(),
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
             **what,
@@ -123,8 +128,14 @@ class Reply:
             **more,
         }
 
+    def frame(self, kind: str, *, with_usage: bool) -> tuple[str, str]:
+        """The JSON before and behind the choice of a chunk: the same for all chunks, so that it is made once."""
+        whole = json.dumps(self.object(kind, [], **({"usage": None} if with_usage else {})), separators=(",", ":"))
+        head, empty, tail = whole.rpartition('"choices":[]')
+        return f"{head}{empty[:-1]}", f"]{tail}"
 
-def usage(answers: Sequence[Answer], n: int) -> dict[str, int]:
+
+def usage(answers: Sequence[Answer | TextChunk], n: int) -> dict[str, int]:
     """Token counts; a prompt with `n` answers (which follow each other) counts once."""
     prompt = sum(answer.prompt_tokens for answer in answers[::n])
     completion = sum(answer.completion_tokens for answer in answers)

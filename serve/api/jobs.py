@@ -6,15 +6,16 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import Field, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 from sqlalchemy.orm import Session
 
 from loramill.errors import InvalidRequest
 from loramill.registry import checkpoints, datasets, history, jobs
+from loramill.serve.api.audit import note
 from loramill.serve.api.gateway import Gateway, Here, Who
-from loramill.serve.api.job_wire import NewJob, checkpoint_object, event_number, event_object, job_object
+from loramill.serve.api.job_wire import EVENT_ID, NewJob, checkpoint_object, event_number, event_object, job_object
 from loramill.serve.api.submission import check, queue
 from loramill.serve.api.wire import Page, Paging, page_of
 from loramill.types import JobRecord
@@ -24,12 +25,22 @@ router = APIRouter(tags=["jobs"])
 PATH = "/v1/fine_tuning/jobs"
 
 _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
+#: Metadata that jobs can be looked up by: SQLite's paths into JSON can name no others.
+_KEY = r"^[ !#-\[\]-~]*$"
 
 
 class JobPaging(Paging):
     """The query of the list of jobs: OpenAI's, with `metadata[key]=value` read into one mapping."""
 
-    metadata: dict[str, str] = Field(default={})
+    metadata: dict[Annotated[str, StringConstraints(pattern=_KEY)], str] = Field(
+        default={}, json_schema_extra={"additionalProperties": False}
+    )
+
+
+class EventPaging(Paging):
+    """The query of a job's events."""
+
+    after: Annotated[str, StringConstraints(pattern=EVENT_ID)] | None = None
 
 
 async def _job_paging(request: Request) -> JobPaging:
@@ -39,8 +50,10 @@ async def _job_paging(request: Request) -> JobPaging:
         found = _METADATA.fullmatch(name)
         if found is None:
             said[name] = value
-        elif not found[1].isascii() or set(found[1]) & set('"\\'):  # which SQLite's paths into JSON can't name
-            raise InvalidRequest("Jobs can be looked up by metadata whose key is ASCII without quotes.", param=name)
+        elif not re.fullmatch(_KEY, found[1]):
+            raise InvalidRequest(
+                "Jobs can be looked up by metadata whose key is printable ASCII without quotes.", param=name
+            )
         else:
             metadata[found[1]] = value
     try:
@@ -57,10 +70,19 @@ def create_job(body: NewJob, here: Here, who: Who) -> dict[str, Any]:
     with here.registry.reading() as session:
         checked = check(session, body, here, tenant)
     with here.registry.writing() as session:
-        return job_object(queue(session, checked), here.base, checked.examples)
+        return job_object(queue(session, checked, who), here.base, checked.examples)
 
 
-@router.get(PATH)
+#: FastAPI can't see what a function reads of the query by itself.
+_QUERY = {
+    "parameters": [
+        {"name": name, "in": "query", "schema": schema} | ({"style": "deepObject"} if name == "metadata" else {})
+        for name, schema in JobPaging.model_json_schema()["properties"].items()
+    ]
+}
+
+
+@router.get(PATH, openapi_extra=_QUERY)
 def list_jobs(page: Annotated[JobPaging, Depends(_job_paging)], here: Here, who: Who) -> dict[str, Any]:
     """The caller's jobs, newest first; those with all the metadata that is asked for."""
     with here.registry.reading() as session:
@@ -81,23 +103,23 @@ def retrieve_job(job_id: str, here: Here, who: Who) -> dict[str, Any]:
 @router.post(PATH + "/{job_id}/cancel")
 def cancel_job(job_id: str, here: Here, who: Who) -> dict[str, Any]:
     """Asks a job to stop; it publishes nothing from then on."""
-    return _changed(job_id, here, who, jobs.cancel)
+    return _changed(job_id, here, who, "cancel", jobs.cancel)
 
 
 @router.post(PATH + "/{job_id}/pause")
 def pause_job(job_id: str, here: Here, who: Who) -> dict[str, Any]:
     """Asks a job to wait; it goes on where it was once it is resumed."""
-    return _changed(job_id, here, who, jobs.pause)
+    return _changed(job_id, here, who, "pause", jobs.pause)
 
 
 @router.post(PATH + "/{job_id}/resume")
 def resume_job(job_id: str, here: Here, who: Who) -> dict[str, Any]:
     """Lets a paused job go on."""
-    return _changed(job_id, here, who, jobs.resume)
+    return _changed(job_id, here, who, "resume", jobs.resume)
 
 
 @router.get(PATH + "/{job_id}/events")
-def list_events(job_id: str, page: Page, here: Here, who: Who) -> dict[str, Any]:
+def list_events(job_id: str, page: Annotated[EventPaging, Query()], here: Here, who: Who) -> dict[str, Any]:
     """A job's history, newest first."""
     before = event_number(page.after) if page.after else None
     with here.registry.reading() as session:
@@ -118,10 +140,14 @@ def list_checkpoints(job_id: str, page: Page, here: Here, who: Who) -> dict[str,
     return page_of(found, page.limit, lambda checkpoint: checkpoint_object(checkpoint, job))
 
 
-def _changed(job_id: str, here: Gateway, who: Who, change: Callable[[Session, str], JobRecord]) -> dict[str, Any]:
+def _changed(
+    job_id: str, here: Gateway, who: Who, verb: str, change: Callable[[Session, str], JobRecord]
+) -> dict[str, Any]:
     with here.registry.writing() as session:
         jobs.get(session, job_id, who.tenant)
-        return _shown(here, session, change(session, job_id))
+        job = change(session, job_id)
+        note(session, who, f"job.{verb}", job_id, job.tenant)
+        return _shown(here, session, job)
 
 
 def _shown(here: Gateway, session: Session, job: JobRecord) -> dict[str, Any]:

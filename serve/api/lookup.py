@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loramill.errors import ModelNotFound
-from loramill.names import SHORT, ModelName
-from loramill.registry import adapters
+from loramill.names import SHORT, AdapterName, ModelName
+from loramill.registry import Registry, adapters
 from loramill.serve.api.auth import Caller
 from loramill.serve.api.gateway import Gateway, Served
+from loramill.serve.api.remembered import Remembered
+from loramill.types import VersionRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +33,18 @@ class Target:
     fingerprint: str
 
     @property
+    def name(self) -> str:
+        """The base's or the adapter's name, without what follows an `@`."""
+        return self.model.partition("@")[0]
+
+    @property
     def headers(self) -> dict[str, str]:
         """Headers of the response."""
         return {"x-loramill-version": self.version} if self.version else {}
 
 
-def find_model(gateway: Gateway, caller: Caller, text: str) -> Target:
-    """Resolves a model's name.
+async def find_model(gateway: Gateway, caller: Caller, text: str) -> Target:
+    """Resolves a model's name; what another gateway promotes is seen within half a second.
 
     Raises:
         Forbidden: another tenant's adapter, whether it exists or not.
@@ -53,10 +60,19 @@ def find_model(gateway: Gateway, caller: Caller, text: str) -> Target:
             )
         return Target(text, served, caller.tenant or "", None, 0.0, served.base.fingerprint[:SHORT])
     caller.check_adapter(name.adapter.tenant)
-    with gateway.registry.reading() as session:
-        version = adapters.resolve(session, name.adapter, name.selector)
+    version = await gateway.versions.get((name.adapter, name.selector))
     served = next((each for each in gateway.served.values() if each.base.fingerprint == version.base), None)
     if served is None:
         raise ModelNotFound(f"The model '{text}' was trained on a base that isn't served here.", param="model")
     fingerprint = f"{version.base[:SHORT]}-{version.id[:SHORT]}"
     return Target(text, served, caller.tenant or name.adapter.tenant, version.id, version.created_at, fingerprint)
+
+
+def versions(registry: Registry) -> Remembered[tuple[AdapterName, str], VersionRecord]:
+    """What an adapter's alias, or a version's prefix, names in the record."""
+
+    def read(asked: tuple[AdapterName, str]) -> VersionRecord:
+        with registry.reading() as session:
+            return adapters.resolve(session, *asked)
+
+    return Remembered(registry, read)

@@ -25,9 +25,9 @@ def list_models(here: Here, who: Who) -> dict[str, Any]:
 
 
 @router.get("/v1/models/{model:path}")
-def retrieve_model(model: str, here: Here, who: Who) -> dict[str, Any]:
+async def retrieve_model(model: str, here: Here, who: Who) -> dict[str, Any]:
     """Whether one name can be asked, aliases and versions included."""
-    target = find_model(here, who, model)
+    target = await find_model(here, who, model)
     owner = model.partition("/")[0] if target.version else "loramill"
     return _model(model, target.created_at, owner) | {"version": target.version}
 

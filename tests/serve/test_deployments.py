@@ -6,7 +6,7 @@ import torch
 from loramill.serve import replica
 from loramill.serve.deployments import engine_options, on_ray
 from loramill.serve.replica import Replica, find_device
-from loramill.settings import ServeSettings
+from loramill.settings import ServeSettings, Settings
 
 
 @pytest.mark.parametrize(("device", "gpus", "there"), [("auto", 0, "cpu"), ("cpu", 0, "cpu"), ("cuda", 1, "cuda")])
@@ -14,7 +14,7 @@ def test_ray_gives_a_gpu_to_who_says_so_and_nobody_takes_another(device, gpus, t
     # Ray shows all of a node's GPUs to a replica that asked for none.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     settings = ServeSettings(device=device, threads=3)
-    options = engine_options(settings)
+    options = engine_options(Settings(serve=settings))
     assert options["num_gpus"] == gpus
     assert options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "3"
     assert find_device(on_ray(settings)) == there

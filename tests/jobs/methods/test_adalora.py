@@ -41,6 +41,7 @@ def test_prunes_as_peft_does(small: Base) -> None:
         tfinal=20 - last,
         deltaT=1,
         total_step=20,
+        orth_reg_weight=0.1,  # the authors' own (compute_orth_regu), where PEFT's default is 0.5
         lora_alpha=6.0 / 4 * 6,
         target_modules=list(spec.targets),
         task_type="CAUSAL_LM",

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 from openai import OpenAI
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -73,6 +75,7 @@ class Site:
     settings: Settings
     backend: Switch
     admin_key: str
+    app: FastAPI
 
     def key(self, tenant: str) -> str:
         with self.registry.writing() as session:
@@ -133,8 +136,27 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     backend, tokenizer = Switch(), byte_tokenizer()
     app = build_api(registry=registry, base=base, tokenizer=tokenizer, backend=backend, settings=settings)
     with running(app) as url:
-        yield Site(url, registry, base, tokenizer, settings, backend, admin_key)
+        yield Site(url, registry, base, tokenizer, settings, backend, admin_key, app)
     registry.close()
+
+
+@pytest.fixture
+def twin(site: Site) -> Iterator[Site]:
+    """A second gateway on the same record, which reads and writes it by itself, as another process would."""
+    registry = Registry.open(site.settings.database, site.settings.artifacts)
+    app = build_api(
+        registry=registry, base=site.base, tokenizer=site.tokenizer, backend=site.backend, settings=site.settings
+    )
+    with running(app) as url:
+        yield replace(site, url=url, registry=registry)
+    registry.close()
+
+
+@pytest.fixture
+def endpoints(site: Site) -> list[tuple[str, str]]:
+    """Method and path of all that the gateway answers; a part of a path that is a name is a star."""
+    paths = get_openapi(title="", version="", routes=site.app.routes)["paths"]
+    return [(method.upper(), re.sub(r"{[^}]*}", "*", path)) for path, methods in paths.items() for method in methods]
 
 
 @pytest.fixture

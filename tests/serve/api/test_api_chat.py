@@ -151,8 +151,6 @@ def test_models_are_the_base_and_own_champions(
 @pytest.mark.parametrize(
     ("change", "param", "code"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
         ({"presence_penalty": 2.5}, "presence_penalty", "invalid_request"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "invalid_request"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_request"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
@@ -10,6 +12,7 @@ import pytest
 from openai import OpenAI
 
 from loramill.serve.fake import EchoBackend
+from loramill.serve.protocol import TextChunk, TextRequest
 
 
 def test_text_prompt(client: OpenAI, echo: EchoBackend, site: Any) -> None:
@@ -46,6 +49,29 @@ def test_forms_of_prompts(client: OpenAI, echo: EchoBackend, prompt: Any, asked:
     assert [choice.index for choice in answer.choices] == list(range(len(asked)))
 
 
+class Counting(EchoBackend):
+    """Notes how many answers were generated at once."""
+
+    most = 0
+
+    async def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
+        async for chunk in super().generate(request):
+            self.most = max(self.most, len(self.open))
+            yield chunk
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_many_prompts_are_no_flood(site: Any, client: OpenAI, stream: bool) -> None:
+    site.backend.now = backend = Counting(seconds_a_token=0.001)
+    answer = client.completions.create(model="tiny", prompt=[f"a b {n}" for n in range(40)], stream=stream)
+    chunks = [choice for part in answer for choice in part.choices] if stream else answer.choices
+    texts: dict[int, str] = defaultdict(str)
+    for chunk in chunks:
+        texts[chunk.index] += chunk.text
+    assert texts == {n: f"a b {n}" for n in range(40)}
+    assert backend.most == 16 and not backend.open
+
+
 def test_several_prompts_with_several_answers(client: OpenAI, echo: EchoBackend) -> None:
     answer = client.completions.create(model="tiny", prompt=["a b", "c d e"], n=2, seed=7)
     assert [choice.text for choice in answer.choices] == ["a b", "a b", "c d e", "c d e"]
@@ -61,6 +87,20 @@ def test_logprobs_in_the_legacy_form(client: OpenAI) -> None:
     assert logprobs.text_offset == [0, 1, 4]
     assert logprobs.token_logprobs == [-1.0, -1.0, -1.0]
     assert logprobs.top_logprobs == [{"a": -1.0}, {" bb": -1.0}, {" c": -1.0}]
+
+
+def test_echo(client: OpenAI, echo: EchoBackend) -> None:
+    answer = client.completions.create(model="tiny", prompt="a bb", max_tokens=1, echo=True, logprobs=1)
+    [choice] = answer.choices
+    assert (choice.text, choice.finish_reason) == ("a bba", "length")
+    assert choice.logprobs is not None and choice.logprobs.token_logprobs == [None, -1.0]
+    assert choice.logprobs.top_logprobs == [None, {"a": -1.0}] and choice.logprobs.text_offset == [0, 4]
+    assert answer.usage is not None and answer.usage.completion_tokens == 1
+    scored = client.completions.create(model="tiny", prompt="a bb", max_tokens=0, echo=True)
+    assert (scored.choices[0].text, scored.choices[0].finish_reason) == ("a bb", "length")
+    streamed = client.completions.create(model="tiny", prompt="a bb", max_tokens=1, echo=True, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == "a bba"
+    assert [asked.echo for asked in echo.requests] == [True] * 3
 
 
 def test_streaming(client: OpenAI) -> None:
@@ -82,7 +122,8 @@ def test_streaming(client: OpenAI) -> None:
 @pytest.mark.parametrize(
     ("change", "param", "code"),
     [
-        ({"echo": True}, "echo", "unsupported_parameter"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_request"),
+        ({"max_tokens": -1, "echo": True}, "max_tokens", "invalid_request"),
         ({"suffix": "tail"}, "suffix", "unsupported_parameter"),
         ({"best_of": 3}, "best_of", "unsupported_parameter"),
         ({"logprobs": 6}, "logprobs", "invalid_request"),

@@ -1,0 +1,136 @@
+"""What a product's backend does with loramill, with nothing but the `openai` package.
+
+    OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=lm-… python examples/openai_client.py
+
+Asks a model in every way, uploads examples, submits a fine-tune job, follows it, and cancels it. The first argument
+is the model's name; without one, it is the first of the list, the base.
+"""
+
+import asyncio
+import json
+import sys
+
+import openai
+from openai import AsyncOpenAI, OpenAI
+
+
+def ask(client: OpenAI, model: str) -> None:
+    """Whole, token by token, with log probabilities, several at once, and as plain text."""
+    hello = [{"role": "user", "content": "Say hello to the world."}]
+    answer = client.chat.completions.create(model=model, messages=hello, max_tokens=16)
+    print("chat:", answer.choices[0].message.content, answer.usage.total_tokens, "tokens")
+
+    stream = client.chat.completions.create(
+        model=model, messages=hello, max_tokens=16, stream=True, stream_options={"include_usage": True}
+    )
+    print("stream:", end=" ")
+    for chunk in stream:
+        if chunk.choices:
+            print(chunk.choices[0].delta.content or "", end="", flush=True)
+        else:
+            print(f" ({chunk.usage.completion_tokens} tokens)")
+
+    several = client.chat.completions.create(
+        model=model, messages=hello, max_tokens=4, n=2, seed=7, logprobs=True, top_logprobs=1
+    )
+    for choice in several.choices:
+        print(f"choice {choice.index}:", [round(token.logprob, 2) for token in choice.logprobs.content])
+
+    with client.chat.completions.stream(model=model, messages=hello, max_tokens=8) as events:
+        print("events:", "".join(event.delta for event in events if event.type == "content.delta"))
+
+    plain = client.completions.create(model=model, prompt=["Once upon", "There was"], max_tokens=8, temperature=0)
+    print("completions:", [choice.text for choice in plain.choices])
+
+
+async def ask_at_once(model: str) -> None:
+    """Four requests that share the engine's steps, two of them as streams."""
+    async with AsyncOpenAI() as client:
+
+        async def whole(word: str) -> str:
+            messages = [{"role": "user", "content": f"Tell me about {word}."}]
+            answer = await client.chat.completions.create(model=model, messages=messages, max_tokens=8)
+            return answer.choices[0].message.content
+
+        async def streamed(word: str) -> str:
+            stream = await client.completions.create(model=model, prompt=word, max_tokens=8, stream=True)
+            return "".join([chunk.choices[0].text async for chunk in stream])
+
+        answers = await asyncio.gather(whole("rain"), whole("snow"), streamed("A fog"), streamed("A storm"))
+    print("async:", answers)
+
+
+def look_around(client: OpenAI) -> str:
+    """Lists what can be asked; returns the first."""
+    models = [model.id for model in client.models.list()]
+    print("models:", models)
+    assert client.models.retrieve(models[0]).id == models[0]
+    return models[0]
+
+
+def tune(client: OpenAI) -> None:
+    """Uploads examples, and has an adapter trained on them; here it is cancelled at once."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Where is parcel {number}?"},
+                {"role": "assistant", "content": f"Parcel {number} is on its way."},
+            ]
+        }
+        for number in range(32)
+    ]
+    content = "\n".join(map(json.dumps, rows)).encode()
+    file = client.files.create(file=("parcels.jsonl", content), purpose="fine-tune")
+    assert client.files.retrieve(file.id).bytes == len(content) and client.files.content(file.id).read() == content
+    assert file.id in [each.id for each in client.files.list(purpose="fine-tune")]
+
+    base = client.models.list().data[0].id
+    job = client.fine_tuning.jobs.create(
+        model=base,
+        training_file=file.id,
+        suffix="parcels",
+        seed=1,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+        metadata={"why": "an example"},
+        extra_body={"loramill": {"rank": 8}},
+    )
+    print("job:", job.id, job.status)
+    assert job.id in [each.id for each in client.fine_tuning.jobs.list(limit=10)]
+    assert client.fine_tuning.jobs.retrieve(job.id).metadata == {"why": "an example"}
+    print("cancelled:", client.fine_tuning.jobs.cancel(job.id).status)
+    for event in client.fine_tuning.jobs.list_events(job.id, limit=5):
+        print("event:", event.message)
+    print("checkpoints:", len(client.fine_tuning.jobs.checkpoints.list(job.id).data))
+
+
+def err(client: OpenAI, model: str) -> None:
+    """Mistakes are the `openai` package's own errors, and say what to do."""
+    hello = [{"role": "user", "content": "Hello"}]
+    mistakes = {
+        openai.NotFoundError: {"model": "no-such-model"},
+        openai.BadRequestError: {"model": model, "store": True},
+        openai.AuthenticationError: {"model": model, "extra_headers": {"authorization": "Bearer lm-wrong"}},
+    }
+    for expected, mistake in mistakes.items():
+        try:
+            client.chat.completions.create(messages=hello, **mistake)
+        except expected as error:
+            print("error:", error.status_code, error.code, error.body["message"])
+        else:
+            raise AssertionError(f"{expected.__name__} was due")
+
+
+def main() -> None:
+    """Everything, one after another."""
+    with OpenAI() as client:
+        model = look_around(client)
+        if len(sys.argv) > 1:
+            model = sys.argv[1]
+        ask(client, model)
+        asyncio.run(ask_at_once(model))
+        tune(client)
+        err(client, model)
+
+
+if __name__ == "__main__":
+    main()

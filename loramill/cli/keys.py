@@ -1,0 +1,83 @@
+"""`loramill key`: API keys of tenants. Making and revoking one needs the admin's key."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Annotated
+
+import typer
+
+from loramill.cli import show
+from loramill.cli.tenants import Tenant
+from loramill.client import Client
+from loramill.types import KeyRecord, Scope
+
+key = typer.Typer(help="API keys of a tenant.", no_args_is_help=True)
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.add_typer(key, name="key", rich_help_panel="Tenants")
+
+
+@key.command("create")
+def create_key(
+    tenant: Tenant,
+    scope: Annotated[
+        list[Scope] | None, typer.Option(help="What it may be used for; say it again for more. All, if left out.")
+    ] = None,
+    expires: Annotated[
+        str | None, typer.Option(metavar="SPAN", help="After 90s, 15m, 12h, 30d; never, if left out.")
+    ] = None,
+    json: show.AsJson = False,
+) -> None:
+    """Make an API key and print it; it can't be shown again."""
+    expires_at = None if expires is None else time.time() + _read_span(expires)
+    with Client() as client:
+        made = client.create_key(tenant, scopes=scope or None, expires_at=expires_at)
+    if json:
+        return show.as_json(made)
+    show.say(f"{made.id}, a key of {tenant}; this is the only time it is shown:")
+    return show.line(made.key)
+
+
+@key.command("list")
+def list_keys(tenant: Tenant, json: show.AsJson = False) -> None:
+    """List a tenant's keys, without their secrets."""
+    with Client() as client:
+        found = client.keys(tenant)
+    if json:
+        return show.as_json(found)
+    return show.table(
+        ("KEY", "ENDS WITH", "SCOPES", "MADE", "ENDS"),
+        ((each.id, each.hint, _scopes(each), show.ago(each.created_at), _end(each)) for each in found),
+        empty=f"{tenant} has no keys: `loramill key create {tenant}` makes one.",
+    )
+
+
+@key.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(metavar="KEY", help="The key's id (key-…).")]) -> None:
+    """Make a key worthless at once."""
+    with Client() as client:
+        client.revoke_key(key_id)
+    show.say(f"{key_id} is revoked.")
+
+
+def _read_span(text: str) -> float:
+    found = re.fullmatch(r"(\d{1,9})([smhd])", text)
+    if found is None:
+        raise typer.BadParameter("give a span of time such as 90s, 15m, 12h or 30d.", param_hint="--expires")
+    return float(int(found[1]) * _SECONDS[found[2]])
+
+
+def _scopes(key: KeyRecord) -> str:
+    return "all" if set(key.scopes) == set(Scope) else ", ".join(key.scopes)
+
+
+def _end(key: KeyRecord) -> str:
+    if key.revoked_at is not None:
+        return f"revoked {show.ago(key.revoked_at)}"
+    return "-" if key.expires_at is None else show.clock(key.expires_at)

@@ -1,0 +1,127 @@
+"""What tenants ask of the gateways: each day's sums, and the meters by which gateways share a tenant's limits.
+
+A gateway writes its books page by page. The number of the last page is in the record with what was on it, so a page
+that is written again, because nobody knows whether it was committed, counts once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+from sqlalchemy import delete, or_, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from loramill.registry.tables import Base, GatewayRow, MeterRow, UsageRow
+from loramill.types import Meter, UsageRecord
+
+#: Seconds after which nothing runs any more on a gateway that has been silent.
+SILENT = 5.0
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Item:
+    """What a sum is of: as in `UsageRecord`, with empty texts for None."""
+
+    tenant: str
+    day: str
+    model: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """What was asked."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(
+            self.requests + other.requests,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
+
+
+def write(
+    session: Session,
+    gateway: str,
+    page: int,
+    counts: Mapping[Item, Count],
+    meters: Mapping[str, Meter],
+    *,
+    now: float,
+) -> None:
+    """Writes a gateway's page: adds its counts, unless that page was written before, and sets its tenants' meters."""
+    row = session.get(GatewayRow, gateway, with_for_update=True)
+    if row is None:
+        row = GatewayRow(id=gateway, at=now, page=0)
+        session.add(row)
+        session.flush()
+    row.at = now
+    if row.page < page:
+        row.page = page
+        # In one order, so that two gateways never wait for each other.
+        sums = [asdict(item) | asdict(counts[item]) for item in sorted(counts)]
+        _upsert(session, UsageRow, sums, adding=True)
+    _upsert(session, MeterRow, [{"gateway": gateway, "tenant": name, **asdict(meters[name])} for name in meters])
+
+
+def others(session: Session, gateway: str, *, minute: int, now: float) -> dict[str, list[Meter]]:
+    """The other gateways' meters that count in this minute, by tenant; nothing runs on those that are silent."""
+    statement = (
+        select(MeterRow, GatewayRow.at)
+        .join(GatewayRow, GatewayRow.id == MeterRow.gateway)
+        .where(MeterRow.gateway != gateway, or_(MeterRow.minute >= minute - 1, MeterRow.running > 0))
+    )
+    found: defaultdict[str, list[Meter]] = defaultdict(list)
+    for row, at in session.execute(statement):
+        meter = Meter(**{name: getattr(row, name) for name in Meter.__slots__})
+        found[row.tenant].append(meter if now - at <= SILENT else replace(meter, running=0, reserved=0))
+    return dict(found)
+
+
+def forget_gateways(session: Session, before: float) -> None:
+    """Removes gateways that have been silent since `before`, with their meters; their usage stays."""
+    gone = select(GatewayRow.id).where(GatewayRow.at < before)
+    session.execute(delete(MeterRow).where(MeterRow.gateway.in_(gone)))
+    session.execute(delete(GatewayRow).where(GatewayRow.at < before))
+
+
+def daily(session: Session, tenant: str | None, first: str, last: str) -> list[UsageRecord]:
+    """What a tenant, or all and admins (None), asked from the day `first` to `last`, the newest day first."""
+    statement = select(UsageRow).where(UsageRow.day.between(first, last))
+    if tenant is not None:
+        statement = statement.where(UsageRow.tenant == tenant)
+    order = (UsageRow.day.desc(), UsageRow.tenant, UsageRow.model, UsageRow.version)
+    return [_record(row) for row in session.scalars(statement.order_by(*order))]
+
+
+def _upsert(session: Session, table: type[Base], rows: list[dict[str, object]], *, adding: bool = False) -> None:
+    if not rows:
+        return
+    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
+    insert = dialect.insert(table)
+    key = [column.name for column in table.__table__.primary_key]
+    values = {
+        name: table.__table__.c[name] + insert.excluded[name] if adding else insert.excluded[name]
+        for name in rows[0]
+        if name not in key
+    }
+    session.execute(insert.on_conflict_do_update(index_elements=key, set_=values), rows)
+
+
+def _record(row: UsageRow) -> UsageRecord:
+    return UsageRecord(
+        day=row.day,
+        tenant=row.tenant or None,
+        model=row.model,
+        version=row.version or None,
+        requests=row.requests,
+        prompt_tokens=row.prompt_tokens,
+        completion_tokens=row.completion_tokens,
+    )

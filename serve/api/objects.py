@@ -1,0 +1,183 @@
+"""What the endpoints answer, as the description tells it; answers are not checked against these while serving."""
+
+from __future__ import annotations
+
+from typing import Generic, Literal, NotRequired, TypeVar
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
+
+from loramill.types import (
+    AdapterRecord,
+    AliasChange,
+    AuditRecord,
+    EvaluationRecord,
+    KeyRecord,
+    TenantRecord,
+    UsageRecord,
+    VersionRecord,
+)
+
+_T = TypeVar("_T")
+#: No other keys than these.
+exactly = with_config(ConfigDict(extra="forbid"))
+
+#: A record is shown with all of its fields, those that have a default too.
+_WHOLE = ConfigDict(json_schema_serialization_defaults_required=True)
+
+
+@exactly
+class ErrorDetail(TypedDict):
+    """What went wrong: where, and what to do. `param` is the parameter at fault, if it is one."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+@exactly
+class Error(TypedDict):
+    """An error, as OpenAI writes it."""
+
+    error: ErrorDetail
+
+
+@exactly
+class Listed(TypedDict, Generic[_T]):
+    """A list, or a page of one: the next page begins `after` the `last_id`."""
+
+    object: Literal["list"]
+    data: list[_T]
+    has_more: bool
+    first_id: NotRequired[str | int | None]
+    last_id: NotRequired[str | int | None]
+
+
+@exactly
+class Model(TypedDict):
+    """A name that can be asked; `version` is what it stands for now, if an adapter's."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    version: NotRequired[str | None]
+
+
+@exactly
+class File(TypedDict):
+    """A dataset, or a job's results. After an upload, `status_details` has what is odd about it, a line each."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: Literal["fine-tune", "fine-tune-results"]
+    status: Literal["processed"]
+    status_details: str | None
+
+
+@exactly
+class FileDeleted(TypedDict):
+    """A file that is no more."""
+
+    id: str
+    object: Literal["file"]
+    deleted: Literal[True]
+
+
+class Adapter(AdapterRecord):
+    """An adapter with where its aliases point now; `id` is its name."""
+
+    model_config = _WHOLE
+
+    id: str
+    object: Literal["adapter"]
+
+
+class AdapterHistory(Adapter):
+    """An adapter with all there is to know of it, each newest first."""
+
+    versions: list[VersionRecord]
+    history: list[AliasChange]
+    evaluations: list[EvaluationRecord]
+
+
+@exactly
+class AdapterFile(TypedDict):
+    """A file's hash and size."""
+
+    sha256: str
+    bytes: int
+
+
+@exactly
+class AdapterFiles(TypedDict):
+    """A version's files by name, and the hash over all of them, its artifact's."""
+
+    object: Literal["adapter.files"]
+    adapter: str
+    version: str
+    artifact: str
+    files: dict[str, AdapterFile]
+
+
+class Tenant(TenantRecord):
+    """A tenant."""
+
+    model_config = _WHOLE
+
+    object: Literal["tenant"]
+
+
+class Key(KeyRecord):
+    """An API key without its secret."""
+
+    model_config = _WHOLE
+
+    object: Literal["key"]
+
+
+class CreatedKey(Key):
+    """An API key, with the secret that is shown this once."""
+
+    key: str
+
+
+class RevokedKey(Key):
+    """An API key that is worthless."""
+
+    deleted: Literal[True]
+
+
+@exactly
+class AdapterWarm(TypedDict):
+    """How long a version took to answer with one token; loaded, it takes less."""
+
+    object: Literal["adapter.warm"]
+    adapter: str
+    version: str
+    seconds: float
+
+
+class DayUsage(UsageRecord):
+    """What a tenant asked of a model on one day."""
+
+    object: Literal["usage"]
+
+
+class Change(AuditRecord):
+    """One change that somebody made through the API."""
+
+    model_config = _WHOLE
+
+    object: Literal["audit.change"]
+
+
+@exactly
+class Health(TypedDict):
+    """How the gateway is."""
+
+    status: Literal["ok", "ready"]

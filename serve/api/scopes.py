@@ -1,0 +1,26 @@
+"""Which scope of a key each endpoint takes: a table, looked up before anything else is looked at."""
+
+from __future__ import annotations
+
+from loramill.types import Scope
+
+#: By the path's beginning; reading there takes the same scope, or `read`.
+_ROOMS = (
+    ("/v1/chat", Scope.INFERENCE),
+    ("/v1/completions", Scope.INFERENCE),
+    ("/v1/models", Scope.INFERENCE),
+    ("/v1/files", Scope.TRAINING),
+    ("/v1/fine_tuning", Scope.TRAINING),
+    ("/v1/adapters", Scope.ADAPTERS),
+)
+
+
+def accepted(method: str, path: str) -> tuple[Scope, ...]:
+    """The scopes of which a key needs one, the one to ask for first.
+
+    Whatever isn't in the table is an admin's to change; a tenant may only read there.
+    """
+    room = next((scope for start, scope in _ROOMS if path == start or path.startswith(f"{start}/")), Scope.READ)
+    if path.startswith("/v1/adapters/") and path.endswith("/data"):
+        room = Scope.TRAINING
+    return (room, Scope.READ) if method in ("GET", "HEAD") and room is not Scope.READ else (room,)

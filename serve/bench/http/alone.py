@@ -1,0 +1,45 @@
+"""Work in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from types import TracebackType
+from typing import ParamSpec, Self, TypeVar
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class Alone:
+    """A process that calls one function after another and keeps what they keep; use it by `with`.
+
+    Args:
+        environment: its variables besides this process's.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        before = dict(os.environ)
+        os.environ.update(environment or {})
+        try:
+            self._process.submit(os.getpid).result()  # starts it
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._process.shutdown(cancel_futures=True)
+
+    def begin(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        """Calls a module's function there, once those before it have returned."""
+        return self._process.submit(function, *args, **kwargs)
+
+    def call(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Calls it and waits for what it returns."""
+        return self.begin(function, *args, **kwargs).result()

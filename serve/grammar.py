@@ -1,0 +1,42 @@
+"""The grammar of an answer's form, in llguidance's dialect of Lark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loramill.serve.protocol import Form
+
+#: Between two tokens of JSON: nothing, a space, or a new line with its indentation. Were any white space allowed, a
+#: model with nothing to say would say white space until it has no tokens left.
+_SPACE = r"( |\n[ \t]{0,20})"
+
+
+def grammar_of(form: Form, begin: str, end: str) -> str:
+    """The grammar of a form; calls are as Hermes and Qwen write them.
+
+    Args:
+        form: with a schema or calls.
+        begin: the terminal before a call.
+        end: the terminal behind it.
+    """
+    rules = [] if form.schema is None else [f"json: {_json(form.schema)}"]
+    kinds = [rule.partition(":")[0] for rule in rules]
+    if form.calls:
+        kinds.append('call ("\\n" call)*' if form.several else "call")
+        rules += _call_rules(form.calls, begin, end)
+    return "\n".join([f"start: {' | '.join(kinds)}", *rules])
+
+
+def _call_rules(calls: Mapping[str, Mapping[str, Any]], begin: str, end: str) -> Sequence[str]:
+    names = [f"call_{index}" for index in range(len(calls))]
+    rules = [f'call: {begin} "\\n" ({" | ".join(names)}) "\\n" {end}']
+    for rule, (tool, schema) in zip(names, calls.items(), strict=True):
+        head = f'{{"name": {json.dumps(tool)}, "arguments": '
+        rules += [f'{rule}: {json.dumps(head)} {rule}_arguments "}}"', f"{rule}_arguments: {_json(schema)}"]
+    return rules
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": _SPACE}})

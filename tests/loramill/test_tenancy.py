@@ -1,0 +1,138 @@
+"""Limits, keys' scopes, usage, the audit and pins, through `Client` and the command line, on the real gateway."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from loramill import errors
+from loramill.cli import app
+from loramill.types import Scope
+
+from .conftest import RunningGateway, examples
+
+
+@pytest.fixture(autouse=True)
+def here(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*os.environ]:
+        if name.startswith("LORAMILL_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("LORAMILL_HOME", str(gateway.home))
+    monkeypatch.setenv("LORAMILL_URL", gateway.url)
+
+
+def loramill(*words: str) -> Result:
+    return CliRunner().invoke(app, words, catch_exceptions=False)
+
+
+def shown(*words: str) -> Any:
+    ran = loramill(*words, "--json")
+    assert ran.exit_code == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def test_limits_from_the_client(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as admin:
+        assert admin.set_limits(tenant, requests_per_minute=1, stored_bytes=5).requests_per_minute == 1
+        assert admin.set_limits(tenant, stored_bytes="unlimited") == admin.tenant(tenant)
+        assert (admin.tenant(tenant).stored_bytes, admin.tenant(tenant).requests_per_minute) == (None, 1)
+        key = admin.create_key(tenant).key
+        base = admin.models()[0]
+        with gateway.client(key) as own:
+            own.chat(base, "hello")
+            with own.openai().with_options(max_retries=0) as client, pytest.raises(Exception, match="1 requests"):
+                client.chat.completions.create(model=base, messages=[{"role": "user", "content": "hello"}])
+        admin.set_limits(tenant, requests_per_minute="unlimited", stored_bytes=5)
+        with gateway.client(key) as own, pytest.raises(errors.QuotaExceeded, match="may store 5"):
+            own.upload(examples())
+
+
+def test_limits_from_the_command_line(gateway: RunningGateway, tenant: str) -> None:
+    assert "unlimited" in loramill("tenant", "limits", tenant).stdout
+    said = ("--requests", "60", "--tokens", "5000", "--concurrent", "4", "--stored", "1000000")
+    assert shown("tenant", "limits", tenant, *said)["tokens_per_minute"] == 5000
+    printed = loramill("tenant", "limits", tenant, "--tokens", "unlimited").stdout
+    assert (
+        printed.split()
+        == "requests a minute 60 tokens a minute unlimited requests at once 4 bytes stored 1000000".split()
+    )
+    wrong = loramill("tenant", "limits", tenant, "--tokens", "many")
+    assert wrong.exit_code == 2 and "--tokens" in wrong.stderr
+    assert shown("audit", "--tenant", tenant)[0]["details"]["tokens_per_minute"] is None
+    assert len([row for row in shown("audit", "--tenant", tenant) if row["action"] == "tenant.limits"]) == 2
+
+
+def test_keys_with_scopes_and_an_end(gateway: RunningGateway, tenant: str) -> None:
+    made = shown("key", "create", tenant, "--scope", "read", "--scope", "inference", "--expires", "30d")
+    assert made["scopes"] == ["inference", "read"]
+    assert abs(made["expires_at"] - time.time() - 30 * 86400) < 60
+    listed = loramill("key", "list", tenant).stdout
+    assert "inference, read" in listed and made["id"] in listed
+    with gateway.client(made["key"]) as own:
+        assert own.models()
+        with pytest.raises(errors.Forbidden, match="'training'"):
+            own.upload(examples())
+    with gateway.client() as admin:
+        expired = admin.create_key(tenant, scopes=[Scope.READ], expires_at=time.time() + 0.2)
+        time.sleep(0.25)
+        with gateway.client(expired.key) as own, pytest.raises(errors.Unauthenticated):
+            own.models()
+    for wrong in ("30", "d", "1.5h", "-1d", "1w"):
+        assert loramill("key", "create", tenant, f"--expires={wrong}").exit_code == 2
+    assert loramill("key", "create", tenant, "--scope", "root").exit_code == 2
+
+
+def test_usage_is_shown(gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Nothing was asked in 2 days" in loramill("usage", "--tenant", tenant, "--days", "2").stderr
+    with gateway.client() as admin:
+        key = admin.create_key(tenant).key
+        job = admin.submit(f"{tenant}/a", examples()).id
+        version = gateway.publish(job)
+        with gateway.client(key) as own:
+            own.chat(f"{tenant}/a", "one two three")
+            own.chat(own.models()[0], "one two three")
+        time.sleep(0.8)
+        today = datetime.now(UTC).date()
+        base, tuned = sorted(admin.usage(tenant), key=lambda row: row.version or "")
+        assert (tuned.model, tuned.version, tuned.day) == (f"{tenant}/a", version, today.isoformat())
+        assert (base.requests, base.prompt_tokens, base.completion_tokens) == (1, 3, 3)
+        assert admin.usage(tenant, last=today - timedelta(1)) == []
+    monkeypatch.setenv("LORAMILL_API_KEY", key)
+    assert {row["model"] for row in shown("usage")} == {base.model, tuned.model}
+    lines = loramill("usage", "--days", "1").stdout.splitlines()
+    assert len(lines) == 3 and any(f"{tenant}/a@{version[:12]}" in line for line in lines)
+    other = loramill("usage", "--tenant", "somebody")
+    assert other.exit_code == 1 and "own tenant" in other.stderr
+
+
+def test_the_audit_is_shown(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as admin:
+        for number in range(3):
+            admin.set_share(tenant, weight=1 + number)
+        newest, *rest = admin.audit(tenant, limit=3)
+        assert (newest.action, newest.actor, newest.details["weight"]) == ("tenant.share", None, 3)
+        assert len(rest) == 2
+        assert [row.action for row in admin.audit(tenant)][-1] == "tenant.create"
+    printed = loramill("audit", "--tenant", tenant, "-n", "2").stdout
+    assert printed.count("tenant.share") == 2 and "(admin)" in printed
+
+
+def test_pins_and_warming(gateway: RunningGateway, tenant: str) -> None:
+    name = f"{tenant}/a"
+    with gateway.client() as admin:
+        first, second = (gateway.publish(admin.submit(name, examples(word=word)).id) for word in ("x", "y"))
+        assert admin.pin(name).pinned
+        with pytest.raises(errors.Conflict, match="unpin"):
+            admin.promote(name, "challenger")
+        assert admin.warm(name, "challenger") >= 0
+        assert not admin.unpin(name).pinned
+    assert shown("adapters", "pin", name, second[:12])["champion"] == second
+    assert loramill("rollback", name).exit_code == 1
+    assert first[:12] not in loramill("adapters", "unpin", name).stderr
+    assert f"{name}@previous answers" in loramill("adapters", "warm", name, "previous").stderr

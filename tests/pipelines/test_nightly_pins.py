@@ -1,0 +1,63 @@
+"""A night and an adapter whose champion is pinned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loramill.cli.nightly import row
+from loramill.names import AdapterName
+from loramill.pipelines.nightly import Night, by_adapter, promote_all
+from loramill.registry import Registry, adapters, migrate, nightly, tenants
+from loramill.types import StepStatus, VersionRecord
+
+FIRST, SECOND = "1" * 64, "2" * 64
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    url = f"sqlite:///{tmp_path / 'loramill.db'}"
+    migrate(url)
+    registry = Registry.open(url, (tmp_path / "artifacts").as_uri())
+    yield registry
+    registry.close()
+
+
+def decided(registry: Registry, name: str, *, promote: bool) -> None:
+    """A night that has come as far as its decision about `name`."""
+    with registry.writing() as session:
+        run = nightly.open_run(session)
+        for step, result in (
+            ("train", {"version": SECOND}),
+            ("gate", {"promote": promote, "reason": "it gains +0.100 over the champion"}),
+        ):
+            nightly.record(session, run.id, name, step, StepStatus.DONE, result)
+    reports: list[Any] = []
+    none: Any = SimpleNamespace()
+    promote_all(Night(run, registry, none, none, reports.append))
+    assert reports[-1].step == "promote"
+
+
+@pytest.mark.parametrize(("pinned", "promotes"), [(True, False), (False, True)])
+def test_a_pinned_champion_is_held_and_the_night_says_why(registry: Registry, pinned: bool, promotes: bool) -> None:
+    with registry.writing() as session:
+        tenants.create(session, "acme")
+        adapters.ensure(session, AdapterName.parse("acme/a"))
+        for version in (FIRST, SECOND):
+            record = VersionRecord(id=version, adapter="acme/a", job=None, base="b" * 64, bytes=1, created_at=1.0)
+            adapters.add_version(session, record)
+        if pinned:
+            adapters.pin(session, "acme/a", FIRST, "by hand")
+    decided(registry, "acme/a", promote=True)
+    with registry.reading() as session:
+        now = adapters.get(session, "acme/a")
+        results = by_adapter(nightly.steps(session, nightly.runs(session)[0].id))["acme/a"]
+    assert now.champion == (SECOND if promotes else FIRST)
+    assert results["promote"] == {"promoted": promotes, "champion": now.champion}
+    _, _, _, _, decision, reason = row("acme/a", results)
+    assert str(decision) == ("promoted" if promotes else "held")
+    assert ("pinned" in str(reason)) is not promotes

@@ -1,0 +1,88 @@
+"""Two gateways on one record, SQLite's and PostgreSQL's: what one changes, the other sees within a second."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+
+from loramill.bases import Base
+from loramill.names import AdapterName
+from loramill.registry import Registry, adapters, keys, tenants, usage
+from loramill.serve.api.app import build_api
+from loramill.serve.fake import EchoBackend
+from loramill.settings import Settings
+from loramill.types import VersionRecord
+
+from ..serve.api.conftest import byte_tokenizer, running
+
+VERSIONS = ("1" * 64, "2" * 64)
+
+
+@pytest.fixture
+def gateways(registry: Registry, database_url: str, tmp_path: Path) -> Iterator[list[str]]:
+    """Addresses of two gateways, each with connections of its own."""
+    settings = Settings(home=tmp_path, cache=tmp_path)
+    base = Base("tiny", tmp_path, hashlib.sha256(b"tiny").hexdigest(), "LlamaForCausalLM", 512)
+    with registry.writing() as session:
+        tenants.create(session, "acme")
+        adapters.ensure(session, AdapterName.parse("acme/a"))
+        for version in VERSIONS:
+            record = VersionRecord(
+                id=version, adapter="acme/a", job=None, base=base.fingerprint, bytes=1, created_at=1.0
+            )
+            adapters.add_version(session, record)
+    with ExitStack() as stack:
+        addresses = []
+        for _ in range(2):
+            own = Registry.open(database_url, (tmp_path / "artifacts").as_uri())
+            stack.callback(own.close)
+            app = build_api(
+                registry=own, base=base, tokenizer=byte_tokenizer(), backend=EchoBackend(), settings=settings
+            )
+            addresses.append(stack.enter_context(running(app)))
+        yield addresses
+
+
+def test_what_one_gateway_changes_the_other_sees_within_a_second(registry: Registry, gateways: list[str]) -> None:
+    with registry.writing() as session:
+        key, secret = keys.create(session, "acme")
+        _, root = keys.create(session, None)
+
+    def as_who(address: str, secret: str) -> httpx.Client:
+        return httpx.Client(base_url=address, headers={"authorization": f"Bearer {secret}"}, trust_env=False)
+
+    def ask(client: httpx.Client) -> httpx.Response:
+        return client.post("/v1/completions", json={"model": "acme/a", "prompt": "a b", "max_tokens": 1})
+
+    here, there = gateways
+    with as_who(here, root) as admin, as_who(here, secret) as mine, as_who(there, secret) as other:
+        for version, verb, body in (
+            (VERSIONS[1], "promote", {"version": "challenger"}),
+            (VERSIONS[0], "rollback", None),
+        ):
+            assert ask(other).headers["x-loramill-version"] != version
+            admin.post(f"/v1/adapters/acme/a/{verb}", json=body).raise_for_status()
+            assert ask(mine).headers["x-loramill-version"] == version  # at once, where it was changed
+            time.sleep(1.0)
+            assert ask(other).headers["x-loramill-version"] == version
+        admin.post(
+            "/v1/tenants/acme/limits", json={"concurrent_requests": 5, "requests_per_minute": 9}
+        ).raise_for_status()
+        assert ask(mine).headers["x-ratelimit-remaining-requests"] == "8"
+        time.sleep(1.2)
+        assert ask(other).headers["x-ratelimit-remaining-requests"] == "7"
+        admin.delete(f"/v1/keys/{key.id}").raise_for_status()
+        assert ask(mine).status_code == 401
+        time.sleep(1.0)
+        assert ask(other).status_code == 401
+        rows = admin.get("/v1/usage").json()["data"]
+    assert sum(row["requests"] for row in rows) == 8
+    assert {row["version"] for row in rows} == set(VERSIONS)
+    with registry.reading() as session:
+        assert usage.others(session, "nobody", minute=int(time.time() // 60), now=time.time()).keys() == {"acme"}

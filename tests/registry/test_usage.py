@@ -1,0 +1,179 @@
+"""Usage, meters, limits and the audit in the record."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from loramill.errors import InvalidRequest, NotFound, QuotaExceeded, Unauthenticated
+from loramill.registry import Registry, audit, datasets, keys, tenants, usage
+from loramill.registry.usage import Count, Item
+from loramill.types import Limits, Meter, Scope
+
+
+@pytest.fixture(autouse=True)
+def acme(registry):
+    with registry.writing() as session:
+        tenants.create(session, "acme")
+        tenants.create(session, "globex")
+
+
+def write(registry, gateway, page, counts=None, meters=None, now=1000.0):
+    with registry.writing() as session:
+        usage.write(session, gateway, page, counts or {}, meters or {}, now=now)
+
+
+def others(registry, gateway, minute=20, now=1200.0):
+    with registry.reading() as session:
+        return usage.others(session, gateway, minute=minute, now=now)
+
+
+TUNED = Item("acme", "2026-01-31", "acme/a", "f" * 64)
+BASE = Item("acme", "2026-01-31", "tiny", "")
+
+
+def test_a_page_that_is_written_again_counts_once(registry: Registry) -> None:
+    for page, counts in ((1, {TUNED: Count(1, 10, 5)}), (1, {TUNED: Count(1, 10, 5)}), (2, {TUNED: Count(2, 1, 1)})):
+        write(registry, "one", page, counts)
+    write(registry, "two", 1, {TUNED: Count(1, 0, 100), BASE: Count(1, 2, 3)})
+    with registry.reading() as session:
+        tuned, base = usage.daily(session, "acme", "2026-01-01", "2026-12-31")
+    assert (tuned.model, tuned.version, tuned.requests) == ("acme/a", "f" * 64, 4)
+    assert (tuned.prompt_tokens, tuned.completion_tokens) == (11, 106)
+    assert (base.version, base.requests, base.prompt_tokens, base.completion_tokens) == (None, 1, 2, 3)
+
+
+def test_many_gateways_at_once_lose_nothing(registry: Registry) -> None:
+    items = [Item("acme", "2026-01-31", f"m{number}", "") for number in range(20)]
+
+    def keep(gateway: int) -> None:
+        for page in range(1, 6):
+            order = items if gateway % 2 else items[::-1]
+            write(registry, str(gateway), page, {item: Count(1, 1, 1) for item in order})
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(keep, gateway) for gateway in range(4)]:
+            done.result()
+    with registry.reading() as session:
+        assert {row.requests for row in usage.daily(session, None, "2026-01-31", "2026-01-31")} == {20}
+
+
+def test_usage_by_day_and_tenant(registry: Registry) -> None:
+    days = ["2026-01-30", "2026-01-31", "2026-02-01"]
+    counts = {Item(tenant, day, "tiny", ""): Count(1, 2, 3) for tenant in ("acme", "globex", "") for day in days}
+    write(registry, "one", 1, counts)
+    with registry.reading() as session:
+        assert [row.day for row in usage.daily(session, "acme", days[0], days[1])] == [days[1], days[0]]
+        assert [row.tenant for row in usage.daily(session, None, days[2], days[2])] == [None, "acme", "globex"]
+        assert usage.daily(session, "nobody", days[0], days[2]) == []
+
+
+def test_gateways_hear_of_each_other(registry: Registry) -> None:
+    now = Meter(20, requests=3, tokens=40, running=2, reserved=7)
+    write(registry, "one", 1, meters={"acme": now, "globex": Meter(20, requests=1)}, now=1199.0)
+    write(registry, "one", 1, meters={"acme": Meter(20, requests=4)}, now=1199.5)
+    write(registry, "two", 1, meters={"acme": now}, now=1198.0)
+    assert others(registry, "one") == {"acme": [now]}
+    heard = others(registry, "three")
+    assert sorted(heard["acme"], key=lambda meter: meter.requests) == [now, Meter(20, requests=4)]
+    assert heard["globex"] == [Meter(20, requests=1)]
+
+
+def test_nothing_runs_on_a_gateway_that_is_silent_but_its_minute_counts(registry: Registry) -> None:
+    write(registry, "dead", 1, meters={"acme": Meter(20, requests=3, running=2, reserved=9)}, now=1194.0)
+    assert others(registry, "one") == {"acme": [Meter(20, requests=3)]}
+    assert others(registry, "one", now=1198.9)["acme"][0].running == 2
+    long_ago = Meter(10, requests=3, running=1)
+    write(registry, "busy", 1, meters={"globex": long_ago}, now=1199.0)
+    assert others(registry, "one")["globex"] == [long_ago]
+    write(registry, "busy", 1, meters={"globex": Meter(10, requests=3)}, now=1199.0)
+    assert "globex" not in others(registry, "one")
+
+
+def test_forgotten_gateways_leave_their_usage(registry: Registry) -> None:
+    write(registry, "old", 3, {TUNED: Count(1, 1, 1)}, {"acme": Meter(20, requests=1)}, now=1000.0)
+    write(registry, "new", 1, meters={"acme": Meter(20, requests=2)}, now=1100.0)
+    with registry.writing() as session:
+        usage.forget_gateways(session, 1050.0)
+    assert others(registry, "me") == {"acme": [Meter(20, requests=2)]}
+    write(registry, "old", 4, {TUNED: Count(1, 1, 1)})
+    with registry.reading() as session:
+        assert usage.daily(session, None, "2026-01-31", "2026-01-31")[0].requests == 2
+
+
+def test_limits(registry: Registry) -> None:
+    with registry.writing() as session:
+        assert tenants.get(session, "acme").stored_bytes is None
+        tenants.check_room(session, "acme", 10**15)
+        given = Limits(requests_per_minute=3, tokens_per_minute=2**40, concurrent_requests=2, stored_bytes=100)
+        assert tenants.set_limits(session, "acme", given) == tenants.get(session, "acme")
+        assert tenants.get(session, "acme").tokens_per_minute == 2**40
+        datasets.create(session, "acme", "a.jsonl", "a" * 64, 60, 1)
+        datasets.create(session, "globex", "a.jsonl", "a" * 64, 60, 1)
+        for hold in (False, True):
+            tenants.check_room(session, "acme", 40, hold=hold)
+            with pytest.raises(QuotaExceeded, match="stores 60 bytes, may store 100"):
+                tenants.check_room(session, "acme", 41, hold=hold)
+        assert tenants.set_limits(session, "acme", Limits()).stored_bytes is None
+        with pytest.raises(NotFound):
+            tenants.set_limits(session, "nobody", Limits())
+
+
+def test_two_uploads_at_once_do_not_both_take_the_last_room(registry: Registry) -> None:
+    with registry.writing() as session:
+        tenants.set_limits(session, "acme", Limits(stored_bytes=100))
+
+    def store(_: int) -> bool:
+        try:
+            with registry.writing() as session:
+                tenants.check_room(session, "acme", 60, hold=True)
+                time.sleep(0.05)
+                datasets.create(session, "acme", "a.jsonl", "a" * 64, 60, 1)
+        except QuotaExceeded:
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(store, range(2))) == [False, True]
+
+
+def test_keys_expire_and_have_scopes(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    with registry.writing() as session:
+        every, _ = keys.create(session, "acme")
+        made, secret = keys.create(
+            session, "acme", scopes=[Scope.READ, Scope.INFERENCE, Scope.READ], expires_at=time.time() + 60
+        )
+        assert every.scopes == tuple(Scope) and every.expires_at is None
+        assert made.scopes == (Scope.INFERENCE, Scope.READ)
+        assert keys.authenticate(session, secret) == keys.get(session, made.id) == made
+        with pytest.raises(InvalidRequest, match="scope"):
+            keys.create(session, "acme", scopes=[])
+        with pytest.raises(InvalidRequest, match="expired already"):
+            keys.create(session, "acme", expires_at=time.time())
+        then = time.time() + 61
+        monkeypatch.setattr("loramill.registry.keys.time.time", lambda: then)
+        with pytest.raises(Unauthenticated):
+            keys.authenticate(session, secret)
+
+
+def test_the_audit_goes_with_its_change(registry: Registry) -> None:
+    def note(session, subject, tenant):
+        return audit.note(
+            session, tenant=tenant, actor=None, key="key-1", action="x.y", subject=subject, request="req-1", n=1
+        )
+
+    with registry.writing() as session:
+        first, second = note(session, "a", "acme"), note(session, "b", "globex")
+    with pytest.raises(ZeroDivisionError), registry.writing() as session:
+        note(session, "c", "acme")
+        raise ZeroDivisionError
+    with registry.reading() as session:
+        assert audit.list_of(session, None) == [second, first]
+        assert audit.list_of(session, "acme") == [first]
+        assert audit.list_of(session, None, after=second.id) == [first]
+        assert first.details == {"n": 1}
+        for after, tenant in (("audit-0", None), (second.id, "acme")):
+            with pytest.raises(NotFound):
+                audit.list_of(session, tenant, after=after)

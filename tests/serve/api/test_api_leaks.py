@@ -1,0 +1,149 @@
+"""A tenant learns nothing of another's things: what exists and what doesn't are answered alike, to the header."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from loramill.registry import keys
+from loramill.types import Scope
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of one of everything."""
+
+    tenant: str
+    adapter: str
+    version: str
+    file: str
+    job: str
+    key: str
+
+
+@pytest.fixture
+def theirs(site: Any, other: str, jsonl: Any) -> Names:
+    version = site.publish(f"{other}/support", f"{other} one")
+    with site.registry.writing() as session:
+        key, secret = keys.create(session, other)
+    with site.http(secret) as http:
+        file = http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a", jsonl(5))}).json()["id"]
+        job = http.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file}).json()["id"]
+    return Names(other, "support", version, file, job, key.id)
+
+
+@pytest.fixture
+def nobodys(theirs: Names) -> Names:
+    """Names of the same length that name nothing."""
+
+    def turned(text: str) -> str:
+        kind, dash, rest = text.rpartition("-")
+        return kind + dash + rest.translate(str.maketrans("0123456789abcdef", "123456789abcdef0"))
+
+    return Names(
+        theirs.tenant[:-1] + "z",
+        "tropsup",
+        turned(theirs.version),
+        turned(theirs.file),
+        turned(theirs.job),
+        turned(theirs.key),
+    )
+
+
+def _requests(it: Names, mine: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """Requests for what `it` names, to every endpoint that takes a name, and with every name that a body takes."""
+    adapter, job = f"/v1/adapters/{it.tenant}/{it.adapter}", f"/v1/fine_tuning/jobs/{it.job}"
+    own = f"/v1/adapters/{mine}/a"
+    new = {"model": "tiny", "training_file": it.file}
+    hello: Any = [{"role": "user", "content": "hi"}]
+    named = [f"{it.tenant}/{it.adapter}", f"{it.tenant}/{it.adapter}@{it.version}", f"{mine}/a@{it.version[:12]}"]
+    return [
+        *(("POST", "/v1/chat/completions", {"json": {"model": name, "messages": hello}}) for name in named),
+        *(("POST", "/v1/completions", {"json": {"model": name, "prompt": "hi", "stream": True}}) for name in named),
+        *(("GET", f"/v1/models/{name}", {}) for name in named),
+        *(
+            ("GET", f"/v1/files/{file}{below}", {})
+            for file in (it.file, f"file-results-{it.job}")
+            for below in ("", "/content")
+        ),
+        ("GET", "/v1/files", {"params": {"after": it.file}}),
+        ("DELETE", f"/v1/files/{it.file}", {}),
+        ("POST", "/v1/fine_tuning/jobs", {"json": new}),
+        ("POST", "/v1/fine_tuning/jobs/batch", {"json": {"jobs": [new]}}),
+        ("POST", "/v1/fine_tuning/jobs/batch", {"json": {"jobs": [{**new, "tenant": it.tenant}]}}),
+        ("GET", "/v1/fine_tuning/jobs", {"params": {"after": it.job}}),
+        *(("GET", job + below, {}) for below in ("", "/events", "/checkpoints")),
+        *(("POST", f"{job}/{verb}", {}) for verb in ("cancel", "pause", "resume")),
+        *(("GET", adapter + below, {}) for below in ("", "/files", "/files/adapter_config.json")),
+        *(("POST", f"{adapter}/{verb}", {}) for verb in ("rollback", "pin", "unpin", "warm")),
+        ("POST", f"{adapter}/promote", {"json": {"version": "champion"}}),
+        ("POST", f"{adapter}/data", {"json": {"training_file": it.file}}),
+        ("POST", f"{own}/data", {"json": {"training_file": it.file}}),
+        *(("POST", f"{own}/{verb}", {"json": {"version": it.version}}) for verb in ("promote", "pin", "warm")),
+        ("GET", f"{own}/files", {"params": {"version": it.version}}),
+        ("GET", f"{own}/files/adapter_config.json", {"params": {"version": it.version}}),
+        ("GET", f"/v1/tenants/{it.tenant}", {}),
+        ("GET", f"/v1/tenants/{it.tenant}/keys", {}),
+        *(("POST", f"/v1/tenants/{it.tenant}/{what}", {"json": {}}) for what in ("share", "limits", "keys")),
+        ("POST", "/v1/tenants", {"json": {"name": it.tenant}}),
+        ("DELETE", f"/v1/keys/{it.key}", {}),
+        ("GET", "/v1/usage", {"params": {"tenant": it.tenant}}),
+        ("GET", "/v1/audit", {"params": {"tenant": it.tenant}}),
+        ("GET", "/v1/models", {"headers": {"OpenAI-Organization": it.tenant}}),
+    ]
+
+
+def _told(answer: httpx.Response, it: Names) -> tuple[int, str, dict[str, str]]:
+    text = answer.text
+    for name, value in vars(it).items():
+        text = text.replace(value, f"<{name}>").replace(value[:12], f"<{name}>")
+    headers = {name: "" if name in ("x-request-id", "date") else value for name, value in answer.headers.items()}
+    return answer.status_code, text, headers
+
+
+def test_what_is_anothers_and_what_is_not_are_answered_alike(
+    site: Any, http: httpx.Client, tenant: str, theirs: Names, nobodys: Names, endpoints: list[tuple[str, str]]
+) -> None:
+    site.publish(f"{tenant}/a", f"{tenant} one")
+    asked = set()
+    for (method, path, how), (_, elsewhere, other_how) in zip(
+        _requests(theirs, tenant), _requests(nobodys, tenant), strict=True
+    ):
+        there = http.request(method, path, **how)
+        told = _told(there, theirs)
+        assert told == _told(http.request(method, elsewhere, **other_how), nobodys), (method, path)
+        # A batch answers 200 with an error for each job.
+        assert there.status_code in (400, 403, 404) or "batch" in path, (method, path, there.text)
+        asked.add((method, there.request.url.path))
+    naming = [(method, path) for method, path in endpoints if "*" in path]
+    for method, path in naming:
+        parts = path.split("*")
+        assert any(verb == method and url.startswith(parts[0]) and url.endswith(parts[-1]) for verb, url in asked), path
+
+
+def test_nothing_of_anothers_was_changed(site: Any, http: httpx.Client, tenant: str, theirs: Names) -> None:
+    with site.http(site.admin_key) as admin:
+        looks = [
+            f"/v1/adapters/{theirs.tenant}/{theirs.adapter}",
+            f"/v1/fine_tuning/jobs/{theirs.job}",
+            f"/v1/tenants/{theirs.tenant}",
+            f"/v1/tenants/{theirs.tenant}/keys",
+            f"/v1/files/{theirs.file}",
+        ]
+        before = [admin.get(path).text for path in looks]
+        site.publish(f"{tenant}/a", f"{tenant} one")
+        for method, path, how in _requests(theirs, tenant):
+            http.request(method, path, **how)
+        assert [admin.get(path).text for path in looks] == before
+
+
+def test_a_key_without_the_scope_learns_nothing_either(site: Any, tenant: str, theirs: Names, nobodys: Names) -> None:
+    with site.registry.writing() as session:
+        _, secret = keys.create(session, tenant, scopes=[Scope.INFERENCE])
+    with site.http(secret) as http:
+        for it in (theirs, nobodys):
+            answer = http.get(f"/v1/files/{it.file}")
+            assert answer.status_code == 403 and "scope" in answer.json()["error"]["message"]

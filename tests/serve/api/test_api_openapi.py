@@ -1,0 +1,280 @@
+"""The description is true: what it says is answered, and what it doesn't say never is.
+
+Schemathesis asks every operation for what the description allows and for what it forbids, as an admin, as a tenant
+and without a key; the same requests in every run. Every answer has to be one that is described.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from schemathesis.core.failures import Failure, FailureGroup
+from schemathesis.specs.openapi.checks import positive_data_acceptance, unsupported_method
+
+from loramill.names import AdapterName
+from loramill.registry import adapters, datasets, jobs
+from loramill.serve.api.auth import OPEN_PATHS
+from loramill.serve.api.openapi import operations
+from loramill.serve.api.readings import DATA
+from loramill.types import JobSpec, VersionRecord
+
+#: Requests of each kind (allowed, forbidden) that are drawn at random for an operation, besides the systematic ones.
+DRAWN = 4
+#: Instead of a boolean that is false (and 0 is none, though Python says so).
+ABSENT: tuple[Any, ...] = (None, False)
+
+#: The description can't tell whether what is well-formed makes sense; and GET …/jobs/batch asks for a job named so.
+UNDECIDED = [positive_data_acceptance, unsupported_method]
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "one two"}]}
+#: A request that succeeds, for each operation that takes a body; in this order, and each other one without a body.
+REQUESTS: dict[str, dict[str, Any]] = {
+    "POST /v1/chat/completions": {"json": {**CHAT, "n": 2, "logprobs": True, "top_logprobs": 2}},
+    "POST /v1/completions": {"json": {"model": "tiny", "prompt": ["one", "two"], "logprobs": 1}},
+    "POST /v1/fine_tuning/jobs/{job_id}/pause": {},
+    "POST /v1/fine_tuning/jobs/{job_id}/resume": {},
+    "POST /v1/fine_tuning/jobs/{job_id}/cancel": {},
+    "POST /v1/adapters/{tenant}/{adapter}/promote": {"json": {"version": "previous"}},
+    "POST /v1/adapters/{tenant}/{adapter}/rollback": {},
+    "POST /v1/tenants": {"json": {"name": "described"}},
+    "POST /v1/tenants/{tenant}/share": {"json": {"weight": 2.0, "max_queued": "unlimited"}},
+    "POST /v1/tenants/{tenant}/limits": {"json": {"requests_per_minute": 1000, "stored_bytes": "unlimited"}},
+}
+
+
+@pytest.fixture
+def known(site: Any, tenant: str, jsonl: Any) -> dict[str, list[Any]]:
+    """What there is to find, by the parameter that names it: a tenant with files, a job, an adapter of two versions."""
+    name = AdapterName(tenant, "support")
+    versions = [site.registry.artifacts.put({"a.bin": f"{tenant} {number}".encode()}) for number in range(2)]
+    data = site.registry.artifacts.put({DATA: jsonl(8, tenant)})
+    with site.registry.writing() as session:
+        used, free = (datasets.create(session, tenant, f"{word}.jsonl", data, 1, 8).id for word in ("used", "free"))
+        spec = JobSpec(base=site.base.fingerprint, adapter=str(name), train=used, steps=1, batch_size=1)
+        job = jobs.submit(session, spec, {}).id
+        adapters.ensure(session, name)
+        for version in versions:
+            made = {"id": version, "adapter": str(name), "base": spec.base, "bytes": 1, "created_at": time.time()}
+            adapters.add_version(session, VersionRecord(**made, job=None))
+            adapters.promote(session, name, version, "to have a previous one")
+    return {
+        "tenant": [tenant],
+        "adapter": [name.adapter],
+        "model": ["tiny", f"{name}@previous"],
+        "file_id": [free, used, f"file-results-{job}"],
+        "training_file": [used],
+        "file": ["a.bin"],
+        "job_id": [job],
+        "version": ["champion", versions[1][:8]],
+    }
+
+
+@pytest.fixture
+def description(site: Any) -> dict[str, Any]:
+    with site.http() as http:
+        return dict(http.get("/openapi.json").json())
+
+
+def test_everything_is_described(description: dict[str, Any]) -> None:
+    for name, operation in operations(description):
+        assert operation["tags"] and operation["description"], name
+        for media, content in operation["responses"]["200"]["content"].items():
+            told = content["schema"]
+            assert "$ref" in told or told.get("properties") or told.get("format") or media.startswith("text/plain"), (
+                f"{name} answers {media} of which openapi.ANSWERS says nothing"
+            )
+        refusals = operation["responses"].keys() - {"200"}
+        if name.partition(" ")[2] in OPEN_PATHS:
+            assert (refusals, operation["security"]) == ({"500", "503"}, [])
+        else:
+            assert refusals >= {"400", "401", "403", "404", "409", "413", "429", "500", "503"}, name
+    assert description["security"] == [{"key": []}]
+
+
+def test_what_asks_for_nothing_is_described(description: dict[str, Any]) -> None:
+    asked = description["components"]["schemas"]["ChatRequest"]["properties"]
+    assert asked["store"] == {"enum": [False, None]}
+    assert asked["seed"]["anyOf"][-1] == asked["temperature"]["anyOf"][-1] == {"type": "null"}
+    assert asked["temperature"]["default"] == 1.0
+
+
+def test_every_operation_answers_as_described(
+    site: Any, tenant: str, known: dict[str, list[Any]], description: dict[str, Any], jsonl: Any
+) -> None:
+    api, todo = schemathesis.openapi.from_dict(description), dict(operations(description))
+    with site.http(site.admin_key, **{"openai-organization": tenant}) as http:
+        file, job = (
+            known["training_file"][0],
+            {"model": "tiny", "training_file": known["training_file"][0], "suffix": "s"},
+        )
+        key = http.post(f"/v1/tenants/{tenant}/keys").json()["id"]
+        asked = REQUESTS | {
+            "POST /v1/files": {"data": {"purpose": "fine-tune"}, "files": {"file": ("new.jsonl", jsonl(9))}},
+            "POST /v1/fine_tuning/jobs": {"json": job},
+            "POST /v1/fine_tuning/jobs/batch": {"json": {"jobs": [job, job | {"model": "no"}], "check_only": True}},
+            "POST /v1/adapters/{tenant}/{adapter}/data": {"json": {"training_file": file}},
+        }
+        places = {name: values[0] for name, values in known.items()} | {"key_id": key}
+        for name in sorted(
+            todo, key=lambda name: (name.startswith("DELETE"), list(asked).index(name) if name in asked else -1)
+        ):
+            method, _, path = name.partition(" ")
+            answer = http.request(method, path.format(**places), **asked.get(name, {}))
+            answer.request.read()
+            assert answer.status_code == 200, f"{name}: REQUESTS should have one that succeeds, not {answer.text}"
+            api[path][method].validate_response(answer)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_streams_are_as_described(site: Any, http: httpx.Client, description: dict[str, Any], path: str) -> None:
+    api = schemathesis.openapi.from_dict(description)
+    body = REQUESTS[f"POST {path}"]["json"] | {"stream": True, "stream_options": {"include_usage": True}}
+    answer = http.post(path, json=body)
+    assert answer.headers["content-type"].startswith("text/event-stream") and answer.text.count("data: ") > 3
+    api[path]["POST"].validate_response(answer)
+    for said, instead in (('"choices"', '"chosen"'), ("[DONE]", "[OVER]"), ('"created":', '"created":1.5,"c":')):
+        wrong = httpx.Response(
+            200, headers=answer.headers, content=answer.text.replace(said, instead).encode(), request=answer.request
+        )
+        wrong.elapsed = timedelta(0)
+        with pytest.raises(Failure):
+            api[path]["POST"].validate_response(wrong)
+
+
+def test_the_page_needs_no_key_and_no_network(site: Any, description: dict[str, Any]) -> None:
+    with site.http() as http:
+        answer = http.get("/docs")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert "<script" not in answer.text and "//" not in answer.text.replace("//<", "")
+    for name, _ in operations(description):
+        assert f"<h3>{name}</h3>" in answer.text
+    links, places = (set(re.findall(pattern, answer.text)) for pattern in (r'href="#(\w+)"', r'id="(\w+)"'))
+    assert links and links <= places == description["components"]["schemas"].keys()
+
+
+@pytest.mark.parametrize("admin", [True, False], ids=["admin", "tenant"])
+def test_no_answer_is_undescribed(
+    site: Any, tenant: str, known: dict[str, list[Any]], description: dict[str, Any], admin: bool
+) -> None:
+    key = site.admin_key if admin else site.key(tenant)
+    headers = {"authorization": f"Bearer {key}", "openai-organization": tenant}
+    wrong = asked(site.url, narrowed(description, known), headers, systematic=admin)
+    assert not wrong, f"{len(wrong)} answers aren't as described; the first:\n\n" + "\n\n".join(wrong[:5])
+
+
+def test_nothing_is_answered_without_a_key(site: Any, known: dict[str, list[Any]], description: dict[str, Any]) -> None:
+    places = {name: values[0] for name, values in known.items()} | {"key_id": "key-none"}
+    with site.http() as http:
+        for name, operation in operations(description):
+            method, _, path = name.partition(" ")
+            answer = http.request(method, path.format(**places))
+            assert answer.status_code == (200 if path in OPEN_PATHS else 401), name
+            schemathesis.openapi.from_dict(description)[path][method].validate_response(answer)
+            assert ("security" in operation) == (path in OPEN_PATHS)
+
+
+JOBS = "/v1/fine_tuning/jobs"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "param"),
+    [
+        ("GET", JOBS + "/{job}/events?after=ftevent-" + "9" * 30, None, 400, "after"),
+        ("GET", JOBS + "?metadata[%00]=x", None, 400, "metadata[\x00]"),
+        ("POST", JOBS, {"metadata": {"why": "\x00"}}, 400, "metadata.why"),
+        ("POST", JOBS, {"loramill": {"layers": "0-99999999999"}}, 400, "loramill.layers"),
+        ("POST", JOBS, {"loramill": {"layers": "0-9999," * 1000}}, 400, "loramill.layers"),
+        ("POST", JOBS, {"loramill": {"priority": "5"}}, 400, "loramill.priority"),
+        ("POST", JOBS, {"hyperparameters": {"n_epochs": "5"}}, 400, "hyperparameters.n_epochs"),
+        ("POST", "/v1/completions", {"prompt": "x", "best_of": True}, 400, "best_of"),
+        ("GET", "/v1/usage?from=0", None, 400, "from"),
+        ("POST", "/v1/adapters/{tenant}/nothing/unpin", None, 404, "adapter"),
+        ("OPTIONS", "/v1/files", None, 405, None),
+    ],
+)
+def test_what_was_wrong_once(
+    http: httpx.Client, known: dict[str, list[Any]], method: str, path: str, body: Any, status: int, param: str | None
+) -> None:
+    whole = body and {"model": "tiny", **({"training_file": known["training_file"][0]} if path == JOBS else {}), **body}
+    answer = http.request(method, path.format(job=known["job_id"][0], tenant=known["tenant"][0]), json=whole)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
+    assert answer.headers.get("allow") == ("GET, POST" if status == 405 else None)
+
+
+def asked(url: str, description: dict[str, Any], headers: dict[str, str], *, systematic: bool) -> list[str]:
+    """Asks every operation; returns what is wrong, once for each operation and kind of mistake, with how to see it."""
+    api, wrong = schemathesis.openapi.from_dict(description), {}
+    with requests.Session() as session:
+        session.trust_env = False
+        for result in api.get_all_operations():
+            for case in cases(result.ok(), systematic=systematic):
+                sensible(case.body)
+                answer = case.call(base_url=url, headers=headers, session=session)
+                try:
+                    case.validate_response(answer, headers=headers, excluded_checks=UNDECIDED)
+                except FailureGroup as found:
+                    for failure in found.exceptions:
+                        about = f"{failure}\n{case.as_curl_command()}\n{answer.status_code} {answer.text[:300]}"
+                        wrong.setdefault((case.operation.label, type(failure)), about)
+    return list(wrong.values())
+
+
+def cases(operation: Any, *, systematic: bool) -> Iterator[Any]:
+    """Requests to an operation, allowed and forbidden: some at random; if systematic, each parameter's limits too."""
+    drawn: list[Any] = []
+    for mode in GenerationMode:
+        if mode is GenerationMode.NEGATIVE and not (operation.body or operation.path_parameters or operation.query):
+            continue  # nothing can be wrong
+
+        @settings(
+            max_examples=DRAWN, derandomize=True, database=None, phases=[Phase.generate], deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        @given(case=operation.as_strategy(mode))
+        def draw(case: Any) -> None:
+            drawn.append(case)
+
+        draw()
+    if systematic:
+        modes, config = list(GenerationMode), operation.schema.config.generation
+        yield from operation.schema.iter_coverage_cases(operation, generation_modes=modes, generation_config=config)
+    yield from drawn
+
+
+def sensible(body: Any) -> None:
+    """Takes out of a generation's body what contradicts itself, so that something else of it is put to the test."""
+    if not isinstance(body, dict):
+        return
+    if "max_tokens" in body and "max_completion_tokens" in body:
+        fine = isinstance(body["max_tokens"], int) and body["max_tokens"] > 0
+        del body["max_tokens" if fine else "max_completion_tokens"]
+    if isinstance(body.get("top_logprobs"), int) and any(body.get("logprobs") is each for each in ABSENT):
+        body["logprobs"] = True
+    if isinstance(body.get("stream_options"), dict) and any(body.get("stream") is each for each in ABSENT):
+        body["stream"] = True
+
+
+def narrowed(description: dict[str, Any], known: dict[str, list[Any]]) -> dict[str, Any]:
+    """A description by which only what there is to find is allowed, so that more than 404s are put to the test."""
+    description = deepcopy(description)
+    for name, operation in operations(description):
+        for parameter in operation.get("parameters", ()):
+            # Data may be given to an adapter that isn't there yet.
+            if parameter.get("name") in known and not name.endswith("/data"):
+                parameter["schema"] = {"enum": known[parameter["name"]]}
+    for body in ("ChatRequest", "CompletionRequest", "NewJob", "NewData", "Promotion"):
+        properties = description["components"]["schemas"][body]["properties"]
+        for name in known.keys() & properties.keys():
+            properties[name] = {"enum": known[name]}
+    return description

@@ -1,0 +1,132 @@
+"""What a key may be used for, and until when."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from loramill.registry import keys
+from loramill.serve.api.auth import OPEN_PATHS
+from loramill.serve.api.scopes import accepted
+from loramill.types import Scope
+
+HELLO: Any = [{"role": "user", "content": "hi"}]
+ASK, TRAIN, MOVE, READ = Scope.INFERENCE, Scope.TRAINING, Scope.ADAPTERS, Scope.READ
+
+#: Every endpoint that needs a key, and the scopes that each takes.
+TABLE: dict[str, tuple[Scope, ...]] = {
+    "POST /v1/chat/completions": (ASK,),
+    "POST /v1/completions": (ASK,),
+    "GET /v1/models": (ASK, READ),
+    "GET /v1/models/*": (ASK, READ),
+    "POST /v1/files": (TRAIN,),
+    "GET /v1/files": (TRAIN, READ),
+    "GET /v1/files/*": (TRAIN, READ),
+    "GET /v1/files/*/content": (TRAIN, READ),
+    "DELETE /v1/files/*": (TRAIN,),
+    "POST /v1/fine_tuning/jobs": (TRAIN,),
+    "POST /v1/fine_tuning/jobs/batch": (TRAIN,),
+    "GET /v1/fine_tuning/jobs": (TRAIN, READ),
+    "GET /v1/fine_tuning/jobs/*": (TRAIN, READ),
+    "POST /v1/fine_tuning/jobs/*/cancel": (TRAIN,),
+    "POST /v1/fine_tuning/jobs/*/pause": (TRAIN,),
+    "POST /v1/fine_tuning/jobs/*/resume": (TRAIN,),
+    "GET /v1/fine_tuning/jobs/*/events": (TRAIN, READ),
+    "GET /v1/fine_tuning/jobs/*/checkpoints": (TRAIN, READ),
+    "GET /v1/adapters": (MOVE, READ),
+    "GET /v1/adapters/*/*": (MOVE, READ),
+    "GET /v1/adapters/*/*/files": (MOVE, READ),
+    "GET /v1/adapters/*/*/files/*": (MOVE, READ),
+    "POST /v1/adapters/*/*/promote": (MOVE,),
+    "POST /v1/adapters/*/*/rollback": (MOVE,),
+    "POST /v1/adapters/*/*/pin": (MOVE,),
+    "POST /v1/adapters/*/*/unpin": (MOVE,),
+    "POST /v1/adapters/*/*/warm": (MOVE,),
+    "POST /v1/adapters/*/*/data": (TRAIN,),
+    "POST /v1/tenants": (READ,),
+    "GET /v1/tenants": (READ,),
+    "GET /v1/tenants/*": (READ,),
+    "POST /v1/tenants/*/share": (READ,),
+    "POST /v1/tenants/*/limits": (READ,),
+    "POST /v1/tenants/*/keys": (READ,),
+    "GET /v1/tenants/*/keys": (READ,),
+    "DELETE /v1/keys/*": (READ,),
+    "GET /v1/usage": (READ,),
+    "GET /v1/audit": (READ,),
+    "GET /metrics": (READ,),
+}
+
+
+def test_every_endpoint_is_in_the_table(site: Any, endpoints: list[tuple[str, str]]) -> None:
+    there = {f"{method} {path}" for method, path in endpoints if path not in OPEN_PATHS}
+    assert there == set(TABLE)
+
+
+@pytest.mark.parametrize(("endpoint", "scopes"), TABLE.items())
+def test_the_scopes_of_an_endpoint(endpoint: str, scopes: tuple[Scope, ...]) -> None:
+    method, _, path = endpoint.partition(" ")
+    assert accepted(method, path.replace("*", "x")) == scopes
+
+
+def test_a_key_with_a_scope_does_that_and_names_what_it_lacks(site: Any, tenant: str, jsonl: Any) -> None:
+    with site.registry.writing() as session:
+        secrets = {scope: keys.create(session, tenant, scopes=[scope])[1] for scope in Scope}
+    site.publish(f"{tenant}/a", f"{tenant} one")
+
+    def ask(http: httpx.Client) -> dict[Scope, httpx.Response]:
+        upload = {"file": ("a.jsonl", jsonl(5))}
+        return {
+            ASK: http.post("/v1/chat/completions", json={"model": f"{tenant}/a", "messages": HELLO}),
+            TRAIN: http.post("/v1/files", data={"purpose": "fine-tune"}, files=upload),
+            MOVE: http.post(f"/v1/adapters/{tenant}/a/promote", json={"version": "champion"}),
+            READ: http.get("/v1/usage"),
+        }
+
+    for scope, secret in secrets.items():
+        with site.http(secret) as http:
+            for needed, answer in ask(http).items():
+                if needed is scope:
+                    assert answer.status_code == 200, answer.text
+                else:
+                    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+                    assert f"'{needed}'" in answer.json()["error"]["message"]
+    with site.http(site.key(tenant)) as http:
+        assert {answer.status_code for answer in ask(http).values()} == {200}
+    with site.http(secrets[ASK]) as http:
+        assert http.get("/v1/models").status_code == 200
+    with site.openai(secrets[READ]) as client, pytest.raises(openai.PermissionDeniedError, match="inference"):
+        client.chat.completions.create(model=f"{tenant}/a", messages=HELLO)
+
+
+def test_keys_are_made_with_scopes_and_an_end(site: Any, tenant: str) -> None:
+    ends = time.time() + 3600
+    with site.http(site.admin_key) as http:
+        path = f"/v1/tenants/{tenant}/keys"
+        made = http.post(path, json={"scopes": ["read", "inference"], "expires_at": ends}).json()
+        assert (made["scopes"], made["expires_at"]) == (["inference", "read"], ends)
+        every = http.post(path).json()
+        assert (every["scopes"], every["expires_at"]) == (list(Scope), None)
+        assert [row["scopes"] for row in http.get(path).json()["data"]] == [made["scopes"], every["scopes"]]
+        for body, param in (
+            ({"scopes": []}, "scopes"),
+            ({"scopes": ["root"]}, "scopes[0]"),
+            ({"expires_at": 1.0}, "expires_at"),
+            ({"expires_at": "tomorrow"}, "expires_at"),
+            ({"wibble": 1}, "wibble"),
+        ):
+            refused = http.post(path, json=body)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), refused.text
+
+
+def test_an_expired_key_is_refused_though_it_is_remembered(site: Any, tenant: str) -> None:
+    with site.registry.writing() as session:
+        _, secret = keys.create(session, tenant, expires_at=time.time() + 0.3)
+    with site.http(secret) as http:
+        assert http.get("/v1/models").status_code == 200
+        time.sleep(0.35)  # the end of what is remembered is later
+        answer = http.get("/v1/models")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")

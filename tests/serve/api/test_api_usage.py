@@ -1,0 +1,135 @@
+"""What is counted of generations, to whom, and that the record has it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from loramill.errors import Unavailable
+from loramill.registry import Registry, keys, migrate, tenants, usage
+from loramill.registry.usage import Count, Item
+from loramill.serve.api import metering
+from loramill.serve.api.app import build_api
+from loramill.serve.fake import EchoBackend
+
+HELLO: Any = [{"role": "user", "content": "one two three"}]
+
+
+def rows(site: Any, tenant: str) -> dict[tuple[str, str | None], tuple[int, int, int]]:
+    """What the record has of a tenant, by model and version, a moment from now."""
+    time.sleep(0.8)
+    with site.http(site.admin_key) as http:
+        found = http.get("/v1/usage", params={"tenant": tenant}).json()["data"]
+    return {
+        (row["model"], row["version"]): (row["requests"], row["prompt_tokens"], row["completion_tokens"])
+        for row in found
+    }
+
+
+def test_usage_is_what_the_answers_said(site: Any, client: OpenAI, tenant: str) -> None:
+    name = f"{tenant}/a"
+    first = site.publish(name, f"{tenant} one")
+    ask = client.chat.completions.create
+    said = [ask(model=name, messages=HELLO).usage, ask(model=f"{name}@{first[:10]}", messages=HELLO, n=3).usage]
+    *_, last = ask(model=name, messages=HELLO, stream=True, stream_options={"include_usage": True})
+    said.append(last.usage)
+    plain = client.completions.create(model="tiny", prompt=["a", "a", "b c"], n=2, max_tokens=1).usage
+    assert rows(site, tenant) == {
+        (name, first): (3, sum(each.prompt_tokens for each in said), sum(each.completion_tokens for each in said)),
+        ("tiny", None): (1, plain.prompt_tokens, plain.completion_tokens),
+    }
+    assert plain.prompt_tokens == 4
+
+
+def test_what_was_refused_is_not_counted_and_what_was_left_is(site: Any, http: httpx.Client, tenant: str) -> None:
+    site.backend.now = EchoBackend(seconds_a_token=0.05)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "w " * 200}], "stream": True}
+    with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        for number, _ in enumerate(answer.iter_lines()):
+            if number > 6:
+                break
+    assert http.post("/v1/chat/completions", json=body | {"model": "nothing"}).status_code == 404
+    [(requests, prompt, completion)] = rows(site, tenant).values()
+    assert (requests, prompt) == (1, 200) and 1 <= completion < 100
+
+
+def test_the_engine_is_told_the_tenant(site: Any, tenant: str, other: str, echo: EchoBackend) -> None:
+    for name in (tenant, other):
+        site.publish(f"{name}/a", f"{name} one")
+    for key, model in (
+        (site.key(tenant), f"{tenant}/a"),
+        (site.key(tenant), "tiny"),
+        (site.key(other), "tiny"),
+        (site.admin_key, "tiny"),
+        (site.admin_key, f"{other}/a"),
+    ):
+        with site.openai(key) as client:
+            client.chat.completions.create(model=model, messages=HELLO)
+            client.completions.create(model=model, prompt="x")
+    assert [request.tenant for request in echo.requests[::2]] == [tenant, tenant, other, "", other]
+    assert [request.tenant for request in echo.requests[1::2]] == [tenant, tenant, other, "", other]
+
+
+def test_usage_by_day(site: Any, http: httpx.Client, tenant: str, other: str) -> None:
+    today = datetime.now(UTC).date()
+    days = [(today - timedelta(back)).isoformat() for back in (0, 29, 30, 400)]
+    counts = {Item(name, day, "tiny", ""): Count(1, 2, 3) for name in (tenant, other) for day in days}
+    with site.registry.writing() as session:
+        usage.write(session, f"test-{tenant}", 1, counts, {}, now=time.time())
+
+    def shown(http: httpx.Client, **query: str) -> list[str]:
+        found = http.get("/v1/usage", params=query).json()["data"]
+        return [row["day"] for row in found if row["tenant"] in (tenant, other)]
+
+    assert shown(http) == days[:2]
+    assert shown(http, tenant=tenant, **{"from": days[3], "to": days[2]}) == days[2:]
+    assert shown(http, to=days[2]) == [days[2]]
+    with site.http(site.admin_key) as admin:
+        assert shown(admin) == [days[0], days[0], days[1], days[1]]
+        assert shown(admin, tenant=other) == days[:2]
+        assert admin.get("/v1/usage", params={"tenant": "nobody"}).status_code == 404
+    assert http.get("/v1/usage", params={"tenant": other}).status_code == 403
+    for query in ({"from": "yesterday"}, {"from": days[0], "to": days[1]}, {"days": "3"}, {"to": "0001-01-01"}):
+        assert http.get("/v1/usage", params=query).status_code == (200 if "0001-01-01" in query.values() else 400)
+
+
+def test_the_last_page_is_written_at_the_end_and_a_failed_one_later(
+    site: Any, serving: Callable[..., Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path / 'own.db'}"
+    migrate(url)
+    registry = Registry.open(url, str(tmp_path / "artifacts"))
+    with registry.writing() as session:
+        tenants.create(session, "acme")
+        _, secret = keys.create(session, "acme")
+    app = build_api(
+        registry=registry, base=site.base, tokenizer=site.tokenizer, backend=EchoBackend(), settings=site.settings
+    )
+    exchange, failures = metering._exchange, []
+
+    def failing(written: Registry, gateway: str, page: Any) -> Any:
+        # The other tests' gateway keeps its books in this process, too.
+        if written is not registry or page is None or not page.counts or len(failures) == 2:
+            return exchange(written, gateway, page)
+        if failures:
+            exchange(written, gateway, page)  # it is written, and nobody learns of it
+        failures.append(page.number)
+        raise Unavailable("away")
+
+    monkeypatch.setattr(metering, "_exchange", failing)
+    with serving(app) as address, httpx.Client(base_url=address, headers={"authorization": f"Bearer {secret}"}) as http:
+        for _ in range(4):
+            http.post("/v1/completions", json={"model": "tiny", "prompt": "a b"}).raise_for_status()
+            time.sleep(0.4)
+        http.post("/v1/completions", json={"model": "tiny", "prompt": "a b"}).raise_for_status()
+    assert failures == [1, 1]
+    with registry.reading() as session:
+        [row] = usage.daily(session, "acme", "2000-01-01", "2999-01-01")
+    assert (row.requests, row.prompt_tokens, row.completion_tokens) == (5, 10, 10)
+    registry.close()

@@ -1,0 +1,151 @@
+"""What is remembered of the record: how long, how much, and by whom it is read."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from loramill.errors import Unavailable
+from loramill.serve.api import remembered
+from loramill.serve.api.remembered import SECONDS, Remembered
+
+
+class Record:
+    """A record of one word a key, which counts its readers and may hold them up."""
+
+    def __init__(self) -> None:
+        self.mark = object()
+        self.word, self.reads, self.error = "old", [], None
+        self.open = threading.Event()
+        self.open.set()
+
+    def read(self, key: str) -> str:
+        self.reads.append(key)
+        word, error = self.word, self.error
+        self.open.wait(5)
+        if error is not None:
+            raise error
+        return f"{key} {word}"
+
+
+@pytest.fixture
+def record() -> Record:
+    return Record()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    now = [100.0]
+    monkeypatch.setattr(remembered.time, "monotonic", lambda: now[0])
+
+    def go(seconds: float) -> None:
+        now[0] += seconds
+
+    return go
+
+
+def view(record: Record, **options: Any) -> Remembered[str, str]:
+    return Remembered(record, record.read, **options)  # type: ignore[arg-type]
+
+
+def test_an_answer_holds_for_half_a_second(record: Record, clock: Callable[[float], None]) -> None:
+    async def ask() -> None:
+        known = view(record)
+        assert await known.get("a") == "a old"
+        record.word = "new"
+        clock(SECONDS * 0.99)
+        assert await known.get("a") == "a old"
+        assert await known.get("b") == "b new"
+        clock(SECONDS * 0.02)
+        assert await known.get("a") == "a new"
+        assert record.reads == ["a", "b", "a"]
+
+    asyncio.run(ask())
+
+
+def test_what_this_process_commits_is_seen_at_once(record: Record) -> None:
+    async def ask() -> None:
+        known = view(record)
+        assert await known.get("a") == "a old"
+        record.word, record.mark = "new", object()
+        assert await known.get("a") == "a new"
+
+    asyncio.run(ask())
+
+
+def test_a_read_that_began_before_a_commit_does_not_answer_who_asks_after_it(record: Record) -> None:
+    async def ask() -> None:
+        known = view(record)
+        record.open.clear()
+        early = asyncio.create_task(known.get("a"))
+        while not record.reads:
+            await asyncio.sleep(0.001)
+        record.word, record.mark = "new", object()
+        late = asyncio.create_task(known.get("a"))
+        await asyncio.sleep(0)
+        record.open.set()
+        assert (await early, await late) == ("a old", "a new")
+
+    asyncio.run(ask())
+
+
+def test_many_at_once_are_one_read_and_one_who_leaves_ends_it_for_nobody(record: Record) -> None:
+    async def ask() -> None:
+        known = view(record)
+        record.open.clear()
+        tasks = [asyncio.create_task(known.get("a")) for _ in range(20)]
+        while not record.reads:
+            await asyncio.sleep(0.001)
+        tasks[0].cancel()
+        await asyncio.sleep(0)
+        record.open.set()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(answers[0], asyncio.CancelledError)
+        assert answers[1:] == ["a old"] * 19
+        assert record.reads == ["a"]
+
+    asyncio.run(ask())
+
+
+def test_errors_are_told_and_not_remembered(record: Record) -> None:
+    async def ask() -> None:
+        known = view(record)
+        record.error = Unavailable("away")
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                await known.get("a")
+        record.error = None
+        assert await known.get("a") == "a old"
+        assert record.reads == ["a"] * 3
+
+    asyncio.run(ask())
+
+
+def test_what_is_old_is_not_told_when_the_record_is_away(record: Record, clock: Callable[[float], None]) -> None:
+    async def ask() -> None:
+        known = view(record)
+        await known.get("a")
+        record.error = Unavailable("away")
+        assert await known.get("a") == "a old"
+        clock(SECONDS)
+        with pytest.raises(Unavailable):
+            await known.get("a")
+
+    asyncio.run(ask())
+
+
+def test_a_bounded_number_is_remembered_the_newest(record: Record) -> None:
+    async def ask() -> None:
+        known = view(record, most=3)
+        for key in "abcdbe":
+            await known.get(key)
+        assert record.reads == list("abcde")
+        for key in "deb":
+            await known.get(key)
+        assert record.reads == [*"abcdeb"]
+
+    asyncio.run(ask())
