@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
 from ray import serve
 
 from loramill.bases import find_base
+from loramill.errors import LoramillError
 from loramill.registry import Registry
 from loramill.serve.channel import Address, Sender
-from loramill.serve.protocol import TextRequest
+from loramill.serve.protocol import TextChunk, TextRequest
 from loramill.settings import Settings
 
 #: Seconds between looks at the engine for the metrics.
@@ -36,10 +38,21 @@ class EngineDeployment:
         self._metrics = EngineMetrics(serve.get_replica_context().replica_id.unique_id)
         self._looking = asyncio.create_task(self._look())
 
-    async def answer(self, request: TextRequest, to: Address) -> None:
-        """Generates one answer, of which each chunk goes to the gateway at once; returns when all of it has."""
+    async def answer(self, request: TextRequest, to: Address) -> LoramillError | None:
+        """Generates one answer, of which each chunk goes to the gateway at once.
+
+        Returns:
+            When all chunks have gone, None; or why there is no more. It isn't raised: Serve would write each refusal
+            of a flood into its log, with a traceback.
+        """
+        try:
+            await self._answer(request, await self._sender.to(to))
+        except LoramillError as error:
+            return error
+        return None
+
+    async def _answer(self, request: TextRequest, send: Callable[[str, TextChunk | None], None]) -> None:
         asked, begun = time.monotonic(), False
-        send = await self._sender.to(to)
         send(request.id, None)
         async with aclosing(self._replica.generate(request)) as chunks:
             async for chunk in chunks:

@@ -95,24 +95,25 @@ class HandleBackend:
             ) from error
 
 
-async def _follow(response: DeploymentResponse[None], inbox: asyncio.Queue[Arrival]) -> None:
+async def _follow(response: DeploymentResponse[LoramillError | None], inbox: asyncio.Queue[Arrival]) -> None:
     """Puts into the inbox why a call has failed; one that has ended well has sent all, or its connection broke."""
     try:
-        await response
+        refusal = await response
     except RequestCancelledError:
         return
     except Exception as error:  # noqa: BLE001 - whoever reads the inbox raises it
         inbox.put_nowait(_told(error))
     else:
-        asyncio.get_running_loop().call_later(_LATE_SECONDS, inbox.put_nowait, Lost(LOST))
+        if refusal is not None:
+            inbox.put_nowait(refusal)
+        else:
+            asyncio.get_running_loop().call_later(_LATE_SECONDS, inbox.put_nowait, Lost(LOST))
 
 
 def _told(error: Exception) -> Exception:
     """What the gateway's caller is told of how a call failed."""
     if isinstance(error, BackPressureError):
         return Overloaded("Every engine replica is at its limit; try again in a moment.")
-    if isinstance(error, RayTaskError) and isinstance(error.cause, LoramillError):
-        return error.cause
     if isinstance(error, RayActorError | DeploymentUnavailableError):
         return Lost(LOST)
     return error

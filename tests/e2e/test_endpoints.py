@@ -44,6 +44,7 @@ def endpoints(tmp_path_factory: pytest.TempPathFactory, hermes_base: Base) -> It
         "JOBS__SESSIONS": "1",
         "SERVE__GATEWAYS": "2",
         "SERVE__MAX_REPLICAS": "3",
+        "SERVE__PENDING_SECONDS": "0.5",
         "SERVE__DOWN_SECONDS": "5",
         "SERVE__IDLE_SECONDS": "5",
         "SERVE__BASES": f'["{hermes_base.folder}"]',
@@ -231,7 +232,7 @@ async def test_a_revoked_key_ends_within_a_second_and_its_answers_do_not(endpoin
         await asyncio.sleep(1.0)
         before = len(load.answers)
         await eventually(lambda: load.errors.total() > 8, 30, "refusals")
-    assert all("AuthenticationError" in error for error in load.errors), load.errors
+    assert not {error for error in load.errors if not error.startswith("AuthenticationError")}
     assert load.broken == 0 and len(load.answers) <= before + 4
 
 
@@ -242,7 +243,7 @@ async def test_one_tenants_flood_leaves_the_other_its_answers(endpoints: Mill, k
         async with client(endpoints, keys["globex"]) as other:
             for _ in range(8):
                 await quiet.stream(other, "smollm2-135m")
-    assert all("RateLimitError" in error for error in flood.errors), flood.errors
+    assert not {error for error in flood.errors if not error.startswith("RateLimitError")}
     assert not quiet.errors and len(quiet.answers) == 8
 
 
@@ -255,7 +256,7 @@ async def test_load_brings_replicas_and_quiet_takes_them_away(endpoints: Mill, k
         await eventually(lambda: replicas() == 3, 120, "three replicas")
     async with streams(client(endpoints, keys["acme"]), "acme/bot", 1) as trickle:
         await eventually(lambda: replicas() == 1, 120, "one replica")
-    assert all("RateLimitError" in error for error in load.errors), load.errors
+    assert not {error for error in load.errors if not error.startswith("RateLimitError")}
     assert load.answers and trickle.answers and not trickle.errors
 
 

@@ -123,9 +123,12 @@ def test_time_is_measured(client: OpenAI, site: Any, tenant: str, see: Any) -> N
     site.backend.now = EchoBackend(seconds_a_token=0.05)
     client.chat.completions.create(model="tiny", messages=HELLO)
     seen = see()
-    assert seen("time_to_first_token_seconds_sum", tenant=tenant) >= 0.05
-    assert seen("time_between_tokens_seconds_sum", tenant=tenant) >= 0.1
-    assert seen("request_duration_seconds_sum", tenant=tenant) >= 0.15
+    # A chunk that is seen late makes the gap behind it shorter, and a timer may fire a millisecond early.
+    first, between = (
+        seen(f"time_{which}_seconds_sum", tenant=tenant) for which in ("to_first_token", "between_tokens")
+    )
+    assert first > 0.04 and between > 0.05 and first + between > 0.14
+    assert seen("request_duration_seconds_sum", tenant=tenant) > 0.14
 
 
 def test_a_chunk_of_several_tokens_shares_its_gap(client: OpenAI, site: Any, tenant: str, see: Any) -> None:
