@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -136,7 +137,13 @@ def _caller(known: _Known, organization: str | None, request: str) -> Caller:
 
 
 def _secret(authorization: str) -> str:
-    scheme, _, secret = authorization.partition(" ")
-    if scheme.lower() != "bearer" or not secret.strip():
+    """The key, as OpenAI's clients send it, or as the password of a URL such as `http://key:lm-…@host`."""
+    scheme, _, said = authorization.partition(" ")
+    if scheme.lower() == "basic":
+        try:
+            said = base64.b64decode(said, validate=True).decode().partition(":")[2]
+        except ValueError:  # neither base64 nor text
+            said = ""
+    if scheme.lower() not in ("bearer", "basic") or not said.strip():
         raise Unauthenticated("No API key was given: send it as `Authorization: Bearer lm-…`.")
-    return secret.strip()
+    return said.strip()

@@ -24,6 +24,7 @@ class Answer:
         echo: whether the prompt is still to be told.
         prompt_logprobs: of the prompt's tokens, as far as they were computed.
         waiting_since: by the monotonic clock; None once it has run.
+        displaced: whether it has to give up its place to wait.
     """
 
     request: Request
@@ -34,6 +35,7 @@ class Answer:
     echo: bool
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     waiting_since: float | None = field(default_factory=time.monotonic)
+    displaced: bool = False
 
     @property
     def full(self) -> bool:

@@ -100,9 +100,8 @@ class Engine:
             if request.id in self._requests:
                 raise Conflict(f"A request with the id {request.id} is being served; ids must differ.")
             # Stats count what the last step left waiting or running; the rest of the live came since.
-            waiting = len(self._live) - self._stats.running
-            if waiting >= self._config.max_waiting and self._has_its_share(request.tenant):
-                raise Overloaded(f"{waiting} requests are waiting already; try again after a moment.")
+            if len(self._live) - self._stats.running >= self._config.max_waiting:
+                self._make_room(request.tenant)
             self._requests[request.id] = {answer.sequence.id for answer in answers}
             for answer in answers:
                 self._live[answer.sequence.id] = answer
@@ -204,11 +203,21 @@ class Engine:
             if not closed:
                 self._adapters.close()
 
-    def _has_its_share(self, tenant: str) -> bool:
-        """Whether a tenant has as many answers here as each would if all places were dealt out evenly."""
-        tenants = Counter(answer.request.tenant for answer in self._live.values())
-        tenants[tenant] += 0  # counts as one, too
-        return tenants[tenant] * len(tenants) >= self._config.max_sequences + self._config.max_waiting
+    def _make_room(self, tenant: str) -> None:
+        """Where all places to wait are taken, a newcomer takes one of a tenant that has more of them than its own.
+
+        Raises:
+            Overloaded: there is none.
+        """
+        waiting = [a for a in self._live.values() if a.waiting_since is not None and not a.displaced]
+        if len(waiting) < self._config.max_waiting:
+            return
+        tenants = Counter(answer.request.tenant for answer in waiting)
+        fullest, most = tenants.most_common(1)[0]
+        if most <= tenants[tenant] + 1:
+            raise _overloaded(len(waiting))
+        newest = next(answer for answer in reversed(waiting) if answer.request.tenant == fullest)
+        newest.displaced = True
 
     def _answers(self, request: Request) -> list[Answer]:
         c, sampling = self._config, request.sampling
@@ -258,11 +267,18 @@ class Engine:
             else:
                 known = [number for number in self._requests.get(item, ()) if number in self._scheduler]
                 outputs += (self._end(number, Finish.CANCELLED) for number in sorted(known))
+        outputs += (self._end(number, Finish.ERROR, _overloaded(self._config.max_waiting)) for number in self._crowd())
         outputs += (self._end(number, Finish.ERROR, _too_late(self._live[number])) for number in self._overdue())
         for version, error in self._adapters.take_loaded():
             waiting = [sequence.id for sequence in self._scheduler.sequences if sequence.version == version]
             outputs += (self._end(number, Finish.ERROR, error) for number in waiting)
         self._adapters.advance()
+
+    def _crowd(self) -> list[int]:
+        """Answers that have to give up their places; one that has begun to run meanwhile keeps its own."""
+        with self._changed:
+            displaced = [a.sequence.id for a in self._live.values() if a.displaced and a.waiting_since is not None]
+        return [number for number in displaced if number in self._scheduler]
 
     def _overdue(self) -> list[int]:
         """Takes the answers whose time is up."""
@@ -444,6 +460,10 @@ def _broken(answer: Answer) -> LoramillError:
     if version is None:
         return EngineFault("The base gave logits that are no numbers.")
     return AdapterInvalid(f"Version {version} gives logits that are no numbers: its weights are broken.")
+
+
+def _overloaded(waiting: int) -> LoramillError:
+    return Overloaded(f"{waiting} requests are waiting already; try again after a moment.")
 
 
 def _too_late(answer: Answer) -> LoramillError:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import httpx
 import openai
 import pytest
 import torch
@@ -220,6 +221,22 @@ async def test_a_killed_controller_is_not_noticed(endpoints: Mill, keys: dict[st
         before = len(load.answers)
         await eventually(lambda: len(load.answers) > before + 8, 60, "answers")
     assert not load.errors
+
+
+async def test_who_goes_away_frees_his_place(endpoints: Mill, keys: dict[str, str]) -> None:
+    def running() -> float:
+        with httpx.Client(base_url=endpoints.settings.gateway, trust_env=False) as http:
+            told = http.get("/metrics", headers={"authorization": f"Bearer {endpoints.admin_key()}"}).text
+        return sum(float(line.split()[-1]) for line in told.splitlines() if line.startswith("loramill_engine_running{"))
+
+    async with client(endpoints, keys["acme"]) as ask:
+        stream = await ask.completions.create(
+            model="acme/bot", prompt="Once", max_tokens=1500, stream=True, extra_body={"ignore_eos": True}
+        )
+        await anext(aiter(stream))
+        await eventually(lambda: running() == 1, 5, "an answer that runs")
+        await stream.close()
+        await eventually(lambda: running() == 0, 5, "a place that is free again")
 
 
 async def test_a_revoked_key_ends_within_a_second_and_its_answers_do_not(endpoints: Mill, versions: list[str]) -> None:

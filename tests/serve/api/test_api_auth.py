@@ -23,7 +23,15 @@ def test_unknown_key(site: Any, echo: EchoBackend) -> None:
     assert not echo.requests
 
 
-@pytest.mark.parametrize("authorization", [None, "", "Bearer", "Basic abc", "lm-abc", "Bearer \xff"])
+def test_a_url_may_hold_the_key(site: Any, tenant: str) -> None:
+    with site.http() as http:
+        assert http.get("/v1/models", auth=("key", site.key(tenant))).status_code == 200
+        assert http.get("/v1/models", auth=("key", "lm-wrong")).status_code == 401
+
+
+@pytest.mark.parametrize(
+    "authorization", [None, "", "Bearer", "Basic abc", "Basic /w==", "Basic YWJj", "lm-abc", "Bearer \xff"]
+)
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/files", "/v1/nothing", "/"])
 def test_no_key(site: Any, authorization: str | None, path: str) -> None:
     headers = {} if authorization is None else {b"authorization": authorization.encode("latin-1")}

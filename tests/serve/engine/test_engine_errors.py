@@ -103,6 +103,20 @@ def test_a_queue_has_an_end(drive):
     driver.finish()
 
 
+def test_where_all_wait_the_fullest_gives_way(drive):
+    driver = drive(max_waiting=3, max_sequences=1)
+    driver.submit("running", [1, 2], tenant="flood")
+    driver.step()
+    for name in "abc":
+        driver.submit(name, [1], tenant="flood")
+    driver.submit("x", [1], tenant="quiet")
+    with pytest.raises(Overloaded):
+        driver.submit("d", [1], tenant="flood")
+    driver.finish()
+    refused = [name for name, answer in driver.answers.items() if isinstance(answer.last.error, Overloaded)]
+    assert refused == ["c"] and driver.answers["c"].tokens == []
+
+
 def test_an_id_serves_one_request_at_a_time(drive):
     driver = drive()
     driver.submit("a", [1])

@@ -66,7 +66,9 @@ def test_random_days(new_driver, adapters, prompts, expected, config, events, fl
     for id_, (version, count) in wanted.items():
         answer = driver.answers[id_]
         if answer.last.finish == Finish.ERROR:
-            assert version is not None and isinstance(answer.last.error, ModelNotFound)
+            # It can't be loaded, or its place to wait was given to another tenant.
+            failed = version is not None and isinstance(answer.last.error, ModelNotFound)
+            assert failed or isinstance(answer.last.error, Overloaded)
             assert answer.tokens == []
             continue
         assert version != "nowhere" or answer.last.finish == Finish.CANCELLED

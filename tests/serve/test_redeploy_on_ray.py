@@ -1,0 +1,76 @@
+"""A redeployment under Ray Serve: what is being answered is answered to its end, and nothing is refused meanwhile."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from openai import OpenAI
+from ray import serve
+
+from loramill.bases import Base
+from loramill.registry import Registry, keys, migrate
+from loramill.serve.deployments import deploy
+from loramill.settings import Settings
+
+from ..e2e.conftest import free_port
+
+TOKENS = 3000
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory, hermes_base: Base) -> Iterator[Settings]:
+    home = tmp_path_factory.mktemp("redeployed")
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=128 << 20, log_to_driver=False)
+    settings = Settings.load(
+        home=home, cache=home / "cache", base=str(hermes_base.folder), serve={"port": free_port(), "max_sequences": 8}
+    )
+    migrate(settings.database)
+    deploy(settings)
+    yield settings
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(settings: Settings) -> OpenAI:
+    registry = Registry.open(settings.database, settings.artifacts)
+    with registry.writing() as session:
+        _, secret = keys.create(session, None)
+    return OpenAI(base_url=f"{settings.address}/v1", api_key=secret, max_retries=2, timeout=120)
+
+
+def ask(client: OpenAI, settings: Settings, tokens: int) -> int:
+    """Streams an answer; returns how many tokens came."""
+    stream = client.completions.create(
+        model=Path(settings.base).name,
+        prompt="once",
+        max_tokens=tokens,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    *_, last = stream
+    assert last.usage is not None
+    return last.usage.completion_tokens
+
+
+def test_no_stream_is_cut(settings: Settings, client: OpenAI) -> None:
+    assert ask(client, settings, 2) == 2
+    got: list[int] = []
+    streams = [threading.Thread(target=lambda: got.append(ask(client, settings, TOKENS))) for _ in range(6)]
+    for stream in streams:
+        stream.start()
+    time.sleep(0.5)
+    deploy(settings.model_copy(update={"serve": settings.serve.model_copy(update={"max_sequences": 9})}))
+    assert any(stream.is_alive() for stream in streams), "all had ended before the others took over"
+    assert ask(client, settings, 2) == 2
+    for stream in streams:
+        stream.join()
+    assert got == [TOKENS] * 6

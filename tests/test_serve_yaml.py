@@ -1,0 +1,66 @@
+"""serve.yaml is what `serve build` makes of the application, and what its header says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+PATH = Path(__file__).parents[1] / "serve.yaml"
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    return yaml.safe_load(PATH.read_text())  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def built(committed: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the command of the header writes now, with the variables that the file itself sets."""
+    said = committed["applications"][0]["runtime_env"]["env_vars"]
+    (words,) = re.findall(r"^# +(serve build .*)$", PATH.read_text(), re.MULTILINE)
+    output = tmp_path_factory.mktemp("built") / "serve.yaml"
+    subprocess.run(
+        [str(Path(sys.executable).with_name("serve")), *words.split()[1:], "-o", str(output)],
+        env={name: value for name, value in os.environ.items() if not name.startswith("LORAMILL_")} | said,
+        cwd=output.parent,
+        check=True,
+    )
+    return yaml.safe_load(output.read_text())  # type: ignore[no-any-return]
+
+
+def test_the_deployments_are_those_of_the_code(committed: dict[str, Any], built: dict[str, Any]) -> None:
+    mine, theirs = committed["applications"][0], built["applications"][0]
+    assert mine["deployments"] == theirs["deployments"]
+    assert mine["import_path"] == theirs["import_path"]
+    assert mine["name"] == "loramill" and committed["proxy_location"] == "Disabled"
+
+
+def test_serve_reads_it_and_knows_every_key(committed: dict[str, Any]) -> None:
+    read = ServeDeploySchema.model_validate(committed).model_dump(by_alias=True, exclude_unset=True)
+    assert unknown(committed, read) == []
+
+
+def test_an_unknown_key_is_found(committed: dict[str, Any]) -> None:
+    app = committed["applications"][0]
+    engine, *others = app["deployments"]
+    wrong = {**committed, "applications": [{**app, "deployments": [{**engine, "num_replcas": 2}, *others]}]}
+    read = ServeDeploySchema.model_validate(wrong).model_dump(by_alias=True, exclude_unset=True)
+    assert unknown(wrong, read) == ["applications.0.deployments.0.num_replcas"]
+
+
+def unknown(said: Any, read: Any, where: str = "") -> list[str]:
+    """Keys that reading has dropped; Serve itself passes over them in silence."""
+    if isinstance(said, list):
+        said, read = dict(enumerate(said)), dict(enumerate(read))
+    if not isinstance(said, dict) or where.endswith(("env_vars.", "policy_kwargs.")):
+        return []
+    missing = [f"{where}{key}" for key in said if key not in read]
+    return missing + [found for key in said if key in read for found in unknown(said[key], read[key], f"{where}{key}.")]
