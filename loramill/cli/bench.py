@@ -80,6 +80,7 @@ def serve(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of adapters and requests.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each comparison, besides one that warms up.")] = 3,
     only: Only = "",
     json: Json = None,
     check: Check = False,
@@ -93,7 +94,9 @@ def serve(
 
     peers = [] if vllm is None else [vllm_version(vllm)]
     _note(f"Beside {peers[0]}." if peers else "Without --vllm nothing is compared with vLLM.")
-    _carry_out(lambda: run(_built_in(), only, _report, vllm=vllm, seed=seed), json, check, record, peers=peers)
+    _carry_out(
+        lambda: run(_built_in(), only, _report, vllm=vllm, seed=seed, rounds=rounds), json, check, record, peers=peers
+    )
 
 
 @bench.command()

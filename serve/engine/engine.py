@@ -99,9 +99,7 @@ class Engine:
                 raise Unavailable("The engine is closed.")
             if request.id in self._requests:
                 raise Conflict(f"A request with the id {request.id} is being served; ids must differ.")
-            # Stats count what the last step left waiting or running; the rest of the live came since.
-            if len(self._live) - self._stats.running >= self._config.max_waiting:
-                self._make_room(request.tenant)
+            self._make_room(request.tenant)
             self._requests[request.id] = {answer.sequence.id for answer in answers}
             for answer in answers:
                 self._live[answer.sequence.id] = answer
@@ -204,16 +202,19 @@ class Engine:
                 self._adapters.close()
 
     def _make_room(self, tenant: str) -> None:
-        """Where all places to wait are taken, a newcomer takes one of a tenant that has more of them than its own.
+        """Where all places are taken, takes one to wait of a tenant that has more of them than the newcomer's.
 
         Raises:
             Overloaded: there is none.
         """
-        waiting = [a for a in self._live.values() if a.waiting_since is not None and not a.displaced]
-        if len(waiting) < self._config.max_waiting:
+        if len(self._live) < self._config.max_sequences + self._config.max_waiting:
             return
+        staying = [answer for answer in self._live.values() if not answer.displaced]
+        if len(staying) < self._config.max_sequences + self._config.max_waiting:
+            return
+        waiting = [answer for answer in staying if answer.waiting_since is not None]
         tenants = Counter(answer.request.tenant for answer in waiting)
-        fullest, most = tenants.most_common(1)[0]
+        fullest, most = next(iter(tenants.most_common(1)), ("", 0))
         if most <= tenants[tenant] + 1:
             raise _overloaded(len(waiting))
         newest = next(answer for answer in reversed(waiting) if answer.request.tenant == fullest)

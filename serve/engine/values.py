@@ -150,8 +150,8 @@ class EngineConfig:
         rank_budget: the ranks of the different adapters of one step sum up to this at most; one adapter always runs.
         adapter_bits: 16 keeps them in the base's own type; 8 halves their memory and the time that many different ones
             take in a step, and errs by about 1% of what an adapter adds.
-        max_waiting: requests that may wait; beyond them a newcomer is refused, or takes the place of the newest of a
-            tenant that has more of them waiting.
+        max_waiting: requests that may wait besides those that may run; beyond them a newcomer is refused, or takes the
+            place of the newest of a tenant that has more of them waiting.
         load_threads: adapters that are fetched and read at once.
         patience: steps that a version waits for a slot before one is taken from a version in use.
     """
