@@ -15,6 +15,10 @@ from loramill.errors import PortTaken, Unavailable
 #: Connections that may wait to be accepted.
 _BACKLOG = 2048
 
+#: For which an idle connection stays open: longer than clients keep theirs (httpx 5 s, balancers 60), or one that is
+#: closed here is used there at the same moment.
+_KEEP_ALIVE_SECONDS = 75
+
 
 class Listener:
     """Serves an app on a port, which gateways of one machine share: the kernel spreads connections over them."""
@@ -26,6 +30,7 @@ class Listener:
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=max(1, int(drain_seconds)),
         )
         self._server = _Server(config)
