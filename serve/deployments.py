@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 APP = "loramill"
 ENGINE = "engine"
 
+#: A port of its own is where it is looked for: on the machine that deployed it.
+ON_HEAD = {"node:__internal_head__": 0.001}
+
 #: Our code blocks no event loop, so that Serve needs none of its own beside it: each call saves some milliseconds.
 ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 
@@ -105,6 +108,7 @@ def application(settings: Settings) -> Any:
     environment = ONE_LOOP | metrics_env(settings)
     options["ray_actor_options"] = {"num_cpus": 0.1, "runtime_env": {"env_vars": environment}}
     if settings.serve.ingress == "direct":
+        options["ray_actor_options"]["resources"] = ON_HEAD
         return serve.deployment(ListeningGateway, **options).bind(settings, *behind)
     return serve.deployment(serve.ingress(gateway_builder(settings))(GatewayDeployment), **options).bind(*behind)
 
