@@ -36,14 +36,18 @@ TESTED = {
     "fastapi": "0.165.0",
     "fsspec": "2026.9.0",
     "gguf": "0.19.0",
+    "httptools": "0.9.0",
     "httpx": "0.28.1",
     "huggingface-hub": "2.4.0",
     "jinja2": "3.1.6",
+    "llguidance": "1.9.1",
     "matplotlib": "3.11.2",
+    "msgpack": "1.2.4",
     "numpy": "2.4.6",
     "openai": "3.54.0",
     "peft": "0.21.2",
     "plotext": "6.1.0",
+    "prometheus-client": "0.26.0",
     "pydantic": "2.14.3",
     "pydantic-settings": "2.16.3",
     "python-multipart": "0.0.34",
@@ -55,6 +59,7 @@ TESTED = {
     "torch": "2.13.0",
     "transformers": "5.23.0",
     "typer": "0.29.2",
+    "uvicorn": "0.54.0",
 }
 
 _TORCH = """

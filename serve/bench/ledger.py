@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from loramill.errors import AdapterInvalid, DeadlineExceeded, EngineFault, ModelNotFound
+from loramill.errors import AdapterInvalid, DeadlineExceeded, EngineFault, ModelNotFound, Overloaded
 from loramill.serve.engine import Finish, Output, Request, TokenLogprobs
 
 #: Seconds without any output for open answers until they count as lost.
@@ -152,6 +152,8 @@ def _wrong(answer: _Open, output: Output) -> str:
         Finish.STOP: bool(sampling.stop_ids) and sampling.min_tokens <= len(own) < sampling.max_tokens,
         Finish.CANCELLED: answer.cancelled and not output.tokens,
         Finish.ERROR: (timed and isinstance(output.error, DeadlineExceeded))
+        # Another tenant's got its place to wait.
+        or (isinstance(output.error, Overloaded) and not answer.tokens)
         or (request.version is not None and isinstance(output.error, (ModelNotFound, AdapterInvalid))),
         None: len(own) < sampling.max_tokens and bool(output.tokens),
     }

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import weakref
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +18,7 @@ import torch
 from loramill.errors import BaseUnusable, EngineFault, SetupError
 from loramill.kernels import Batch, Delta, Pages, Span, plain
 from loramill.serve.engine import Engine, EngineConfig, Request, Sampling
+from loramill.serve.engine.durations import Durations
 from loramill.serve.model import Chunk, load_decoder, load_model, loading
 from loramill.serve.model.graphs import GraphedDecoder
 
@@ -249,7 +250,7 @@ def answers(model, config):
             assert output.error is None
             tokens[output.request] += output.tokens
     engine.check_integrity()
-    stats = engine.stats
+    stats = replace(engine.stats, waits=Durations(), step_times=Durations(), load_times=Durations())
     engine.close()
     return tokens, stats
 
