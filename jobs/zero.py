@@ -176,7 +176,7 @@ def _optimizer(model: PreTrainedModel, spec: JobSpec, *, on_host: bool) -> torch
 
 @contextmanager
 def _imported(device: torch.device) -> Iterator[Any]:
-    """DeepSpeed, told what it would guess; afterwards it and the environment are as before."""
+    """DeepSpeed, told what it would guess; afterwards it, torch and the environment are as before."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator, set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
@@ -184,12 +184,14 @@ def _imported(device: torch.device) -> Iterator[Any]:
     # Half a minute of compiling, for what several processes on one CPU would add up a little faster.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     guess, ranked = get_accelerator(), "LOCAL_RANK" in os.environ
+    linear = nn.functional.linear  # stage 3 replaces it, and would leave its own to all models that come after
     if device.type == "cpu" != guess.device_name():
         set_accelerator(CPU_Accelerator())
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
         yield deepspeed
     finally:
+        nn.functional.linear = linear
         set_accelerator(guess)
         if not ranked:
             del os.environ["LOCAL_RANK"]

@@ -160,7 +160,7 @@ def test_a_paused_job_keeps_its_last_step(tiny_base: Base, tmp_path: Path) -> No
 def test_the_process_is_left_as_it_was(tiny_base: Base, tmp_path: Path) -> None:
     lora = spec_of(dropout=0.2)
     before = adapter(tiny(), lora, tmp_path / "before")
-    environment, drawn = dict(os.environ), torch.random.get_rng_state()
+    environment, drawn, linear = dict(os.environ), torch.random.get_rng_state(), torch.nn.functional.linear
     with pytest.raises(TrainingDiverged, match="lower learning rate"):
         points(tiny_base, full(learning_rate=1e38), tmp_path / "job")
     running = train_full(tiny_base, made_up(23), [], full(offload="all"), device=CPU, checkpoints=tmp_path / "left")
@@ -169,6 +169,7 @@ def test_the_process_is_left_as_it_was(tiny_base: Base, tmp_path: Path) -> None:
     running.close()
     assert not torch.distributed.is_initialized()
     assert dict(os.environ) == environment and torch.equal(torch.random.get_rng_state(), drawn)
+    assert torch.nn.functional.linear is linear
     assert adapter(tiny(), lora, tmp_path / "after") == before
 
 
