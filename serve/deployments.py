@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +69,7 @@ def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
     def build() -> FastAPI:
         receiver = Receiver()
         first, *others = (_served(name, each, receiver) for name, each in engines(settings).items())
-        return build_api(
+        app = build_api(
             registry=Registry.open(settings.database, settings.artifacts),
             base=first.base,
             tokenizer=ChatTokenizer.load(first.base.folder),
@@ -76,6 +77,8 @@ def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
             settings=settings,
             others=others,
         )
+        gc.freeze()  # as in an engine replica: looking for garbage stops all streams
+        return app
 
     return build
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -42,20 +41,25 @@ class HandleBackend:
         """Streams one answer; closing the iterator cancels it on the replica. One that was lost before it began is
         asked for once more: it may only be the replica that has gone.
         """
-        begun = False
-        try:
-            async with aclosing(self._once(request)) as chunks:
-                async for chunk in chunks:
-                    begun = True
-                    yield chunk
-        except Lost:
-            if begun:
-                raise
-        else:
-            return
-        async with aclosing(self._once(request)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        begun = done = False
+        for again in (True, False):
+            with self._receiver.inbox(request.id) as inbox:
+                response = await self._ask(request, inbox)
+                try:
+                    chunk = await self._taken(inbox)
+                    while not done:
+                        if chunk is not None:
+                            begun = True
+                            yield chunk
+                            done = chunk.finish is not None
+                        chunk = None if done else _checked(await inbox.get())
+                    return
+                except Lost:
+                    if begun or not again:
+                        raise
+                finally:
+                    if not done:
+                        response.cancel()
 
     async def ready(self) -> None:
         """Raises Unavailable until an engine replica answers. A base that sleeps is ready."""
@@ -66,24 +70,16 @@ class HandleBackend:
         except (RayTaskError, RayActorError, DeploymentUnavailableError) as error:
             raise Unavailable("No engine replica is up yet; try again in a moment.") from error
 
-    async def _once(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
+    async def _ask(
+        self, request: TextRequest, inbox: asyncio.Queue[Arrival]
+    ) -> DeploymentResponse[LoramillError | None]:
+        """Calls a replica; the inbox hears of it if that fails."""
         address = await self._receiver.address(ray.util.get_node_ip_address())
-        with self._receiver.inbox(request.id) as inbox:
-            response = self._handle.answer.remote(request, address)
-            call = asyncio.ensure_future(_follow(response, inbox))
-            self._calls.add(call)
-            call.add_done_callback(self._calls.discard)
-            done = False
-            try:
-                chunk = await self._taken(inbox)
-                while not done:
-                    if chunk is not None:
-                        yield chunk
-                        done = chunk.finish is not None
-                    chunk = None if done else _checked(await inbox.get())
-            finally:
-                if not done:
-                    response.cancel()
+        response = self._handle.answer.remote(request, address)
+        call = asyncio.ensure_future(_follow(response, inbox))
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        return response
 
     async def _taken(self, inbox: asyncio.Queue[Arrival]) -> TextChunk | None:
         try:

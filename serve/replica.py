@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,13 +38,10 @@ _BATCH_TOKENS = {"cpu": 128, "cuda": 2048}
 
 @dataclass(frozen=True, slots=True)
 class _Listener:
-    """Where the engine thread puts a request's outputs: a queue in the event loop that asked."""
+    """Where a request's outputs go: a queue in the event loop that asked."""
 
     loop: asyncio.AbstractEventLoop
     outputs: asyncio.Queue[Output] = field(default_factory=asyncio.Queue)
-
-    def deliver(self, output: Output) -> None:
-        self.loop.call_soon_threadsafe(self.outputs.put_nowait, output)
 
     async def next(self) -> list[Output]:
         """All outputs that are ready, at least one: they travel on as one chunk."""
@@ -210,9 +207,20 @@ class Replica:
 
     def _run(self) -> None:
         while not self._closing.is_set():
+            outputs = self._engine.step() if self._engine.wait(timeout=0.5) else []
             self._beat = time.monotonic()
-            if not self._engine.wait(timeout=0.5):
-                continue
-            for output in self._engine.step():
-                if listener := self._listeners.get(output.request):
-                    listener.deliver(output)
+            self._deliver(outputs)
+
+    def _deliver(self, outputs: Sequence[Output]) -> None:
+        """Hands a step's outputs to the event loops that asked: to each all at once, so that they travel together."""
+        ready: dict[asyncio.AbstractEventLoop, list[tuple[_Listener, Output]]] = {}
+        for output in outputs:
+            if listener := self._listeners.get(output.request):
+                ready.setdefault(listener.loop, []).append((listener, output))
+        for loop, theirs in ready.items():
+            loop.call_soon_threadsafe(_hand_out, theirs)
+
+
+def _hand_out(outputs: Sequence[tuple[_Listener, Output]]) -> None:
+    for listener, output in outputs:
+        listener.outputs.put_nowait(output)

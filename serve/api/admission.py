@@ -1,17 +1,18 @@
-"""What every generation passes between its lookup and the backend: the tenant's limits, and the books."""
+"""What every generation passes between its lookup and the backend: the tenant's limits, the books, the metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 
+from loramill.errors import LoramillError
 from loramill.registry.usage import Count
 from loramill.serve.api.answers import Chunks, generate
 from loramill.serve.api.auth import Caller
 from loramill.serve.api.books import Books, Permit
 from loramill.serve.api.gateway import Gateway
 from loramill.serve.api.lookup import Target
-from loramill.serve.api.metrics import watched
+from loramill.serve.api.watch import Watch
 from loramill.serve.protocol import TextChunk, TextRequest
 
 #: Characters of a prompt that are taken for one token, as OpenAI does before it has counted.
@@ -20,11 +21,10 @@ _CHARACTERS = 4
 #: Tokens that are reserved for an answer whose request gives no limit.
 _UNSAID = 256
 
-#: What a generation says first, to nobody: from then on, closing it ends its permit, too.
+#: What a generation says first, to nobody: from then on, closing it is noticed.
 _BEGUN = (0, TextChunk("", 0, 0))
 
 
-@watched
 async def admit(
     here: Gateway, who: Caller, target: Target, requests: Sequence[TextRequest], n: int = 1
 ) -> tuple[Chunks, Mapping[str, str]]:
@@ -37,8 +37,13 @@ async def admit(
         RateLimited: a limit of the caller's is reached.
         LoramillError: of the first answer that fails, from the chunks; the others are cancelled.
     """
-    permit = here.books.enter(target.tenant, who.limits, estimate(requests, n))
-    chunks = _counted(here.books, permit, target, generate(target.served.backend, requests), n)
+    watch = Watch(target, requests, n)
+    try:
+        permit = here.books.enter(target.tenant, who.limits, estimate(requests, n))
+    except LoramillError as error:
+        watch.ended(error)
+        raise
+    chunks = _noted(generate(target.served.backend, requests), watch, here.books, permit, target, n)
     await anext(chunks)
     return chunks, {**target.headers, **permit.headers}
 
@@ -56,16 +61,16 @@ def _length(request: TextRequest) -> int:
     return sum(len(text) // _CHARACTERS + 1 for text in texts)
 
 
-async def _counted(books: Books, permit: Permit, target: Target, chunks: Chunks, n: int) -> Chunks:
-    last: dict[int, TextChunk] = {}
+async def _noted(chunks: Chunks, watch: Watch, books: Books, permit: Permit, target: Target, n: int) -> Chunks:
     try:
-        yield _BEGUN
-        async with aclosing(chunks):
-            async for index, chunk in chunks:
-                last[index] = chunk
-                yield index, chunk
+        with watch:
+            yield _BEGUN
+            async with aclosing(chunks):
+                async for index, chunk in chunks:
+                    watch.chunk(index, chunk)
+                    yield index, chunk
     finally:
-        books.leave(permit, target.name, target.version, _count(last, n))
+        books.leave(permit, target.name, target.version, _count(watch.last, n))
 
 
 def _count(last: Mapping[int, TextChunk], n: int) -> Count:

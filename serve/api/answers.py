@@ -49,7 +49,7 @@ class Answer:
         self.logprobs.extend(chunk.logprobs)
 
 
-async def generate(backend: Backend, requests: Sequence[TextRequest]) -> Chunks:
+def generate(backend: Backend, requests: Sequence[TextRequest]) -> Chunks:
     """Generates all answers at the same time. Closing it cancels those that aren't finished.
 
     Raises:
@@ -57,9 +57,7 @@ async def generate(backend: Backend, requests: Sequence[TextRequest]) -> Chunks:
     """
     # A backend's iterator is a generator: closing it is what cancels the answer.
     streams = [backend.generate(request) for request in requests]
-    async with aclosing(_interleaved(streams) if len(streams) > 1 else _alone(streams[0])) as chunks:
-        async for chunk in chunks:
-            yield chunk
+    return _interleaved(streams) if len(streams) > 1 else _alone(streams[0])
 
 
 async def _alone(stream: AsyncGenerator[TextChunk, None]) -> Chunks:
@@ -140,18 +138,19 @@ async def respond_whole(
 
 
 async def respond_streaming(
-    request: Request, chunks: Chunks, show: Callable[[Chunks], AsyncIterator[str]], headers: Mapping[str, str]
+    request: Request, chunks: Chunks, show: Callable[[Chunks], AsyncGenerator[str, None]], headers: Mapping[str, str]
 ) -> StreamingResponse:
     """Answers as server-sent events, of which `show` makes the JSON.
 
-    An error before the first chunk is raised, with a status of its own.
+    An error before the first event is raised, with a status of its own.
     """
+    payloads = show(chunks)
 
-    async def first() -> tuple[int, TextChunk]:
-        return await anext(chunks)
+    async def first() -> str:
+        return await anext(payloads)
 
     peeked = await while_connected(request, first())
-    return EventStream(_sse(show(_resumed(peeked, chunks)), request.state.request_id), chunks, headers)
+    return EventStream(_sse(peeked, payloads, request.state.request_id), chunks, headers)
 
 
 class EventStream(StreamingResponse):
@@ -169,15 +168,10 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _resumed(first: tuple[int, TextChunk], rest: Chunks) -> Chunks:
-    yield first
-    async for chunk in rest:
-        yield chunk
-
-
-async def _sse(payloads: AsyncIterator[str], request_id: str) -> AsyncIterator[str]:
+async def _sse(first: str, rest: AsyncIterator[str], request_id: str) -> AsyncIterator[str]:
     try:
-        async for payload in payloads:
+        yield _event(first)
+        async for payload in rest:
             yield _event(payload)
         yield "data: [DONE]\n\n"
     except LoramillError as error:

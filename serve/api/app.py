@@ -20,7 +20,6 @@ from loramill.serve.api import (
     files,
     health,
     jobs,
-    metrics,
     models,
     pins,
     tenants,
@@ -69,7 +68,7 @@ def build_api(
     served = {each.base.name: each for each in (Served(base, backend), *others)}
     readings = Readings(registry.artifacts, tokenizer)
     app.state.gateway = Gateway(registry, base, tokenizer, served, settings, readings, versions(registry), books)
-    offered = (chat, completions, models, files, jobs, batches, adapters, pins, tenants, usage, audit, health, metrics)
+    offered = (chat, completions, models, files, jobs, batches, adapters, pins, tenants, usage, audit, health)
     for rooms in offered:
         app.include_router(rooms.router)
     add_error_handlers(app)
@@ -79,5 +78,4 @@ def build_api(
     app.add_middleware(BodyLimit, upload_path=files.PATH, upload_bytes=settings.serve.max_upload_bytes)
     app.add_middleware(Authenticate, registry=registry)
     app.add_middleware(Edge)
-    app.add_middleware(metrics.CountRequests)
     return app

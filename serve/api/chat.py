@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request
@@ -108,7 +108,7 @@ def _completion_object(body: ChatRequest, reply: Reply, answers: list[Answer]) -
     return reply.object("chat.completion", choices, usage=usage(answers, body.n))
 
 
-async def _chunk_texts(body: ChatRequest, reply: Reply, chunks: Chunks) -> AsyncIterator[str]:
+async def _chunk_texts(body: ChatRequest, reply: Reply, chunks: Chunks) -> AsyncGenerator[str, None]:
     head, tail = reply.frame("chat.completion.chunk", with_usage=body.include_usage)
     deltas = [Deltas(index, tools=bool(body.usable_tools), logprobs=body.logprobs) for index in range(body.n)]
     last: dict[int, TextChunk] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request
@@ -16,7 +16,7 @@ from loramill.serve.api.answers import Answer, Chunks, respond_streaming, respon
 from loramill.serve.api.gateway import Here, Who
 from loramill.serve.api.generation import Generation, Reply, Text, usage
 from loramill.serve.api.lookup import find_model
-from loramill.serve.protocol import ChosenToken
+from loramill.serve.protocol import ChosenToken, TextChunk
 
 router = APIRouter(tags=["inference"])
 
@@ -89,19 +89,26 @@ def _completion_object(body: CompletionRequest, reply: Reply, answers: list[Answ
     return reply.object("text_completion", choices, usage=usage(answers, body.n))
 
 
-async def _chunk_texts(body: CompletionRequest, reply: Reply, count: int, chunks: Chunks) -> AsyncIterator[str]:
+async def _chunk_texts(body: CompletionRequest, reply: Reply, count: int, chunks: Chunks) -> AsyncGenerator[str, None]:
     head, tail = reply.frame("text_completion", with_usage=body.include_usage)
     answers = [Answer() for _ in range(count)]
     async for index, chunk in chunks:
         logprobs = _logprobs(body, chunk.logprobs, len(answers[index].text))
         answers[index].add(chunk)
-        yield f"{head}{json.dumps(_choice(index, chunk.text, chunk.finish, logprobs))}{tail}"
+        yield f"{head}{_choice_text(index, chunk, logprobs)}{tail}"
     if body.include_usage:
         yield json.dumps(reply.object("text_completion", [], usage=usage(answers, body.n)))
 
 
 def _choice(index: int, text: str, finish: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+
+def _choice_text(index: int, chunk: TextChunk, logprobs: dict[str, Any] | None) -> str:
+    """The JSON of `_choice`, written by hand: one is made for every token."""
+    finish = "null" if chunk.finish is None else f'"{chunk.finish}"'
+    told = "null" if logprobs is None else json.dumps(logprobs)
+    return f'{{"index":{index},"text":{json.dumps(chunk.text)},"logprobs":{told},"finish_reason":{finish}}}'
 
 
 def _logprobs(body: CompletionRequest, tokens: Sequence[ChosenToken], offset: int) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The outermost middleware: a request id, one line of log, the last resort for errors, and the size of bodies."""
+"""The outermost middleware: a request id, a count, one line of log, the last resort for errors; the size of bodies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import uuid
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loramill.serve import metrics
 from loramill.serve.api.errors import error_response, internal_error
+from loramill.serve.api.watch import GONE
 
 log = logging.getLogger("loramill.gateway")
 
@@ -18,7 +20,7 @@ JSON_BYTES = 16 * 2**20
 
 
 class Edge:
-    """Pure ASGI: gives each request its id, logs it, and answers what nobody foresaw."""
+    """Pure ASGI: gives each request its id, counts and logs it, and answers what nobody foresaw."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -47,6 +49,9 @@ class Edge:
                 raise
             await error_response(internal_error(request_id))(scope, receive, send_with_id)
         finally:
+            # The router notes what it found; the path itself may be anything that a caller thinks of.
+            endpoint = scope["route"].path if "route" in scope else "(none)"
+            metrics.HTTP_REQUESTS.labels(endpoint, status or GONE).inc()
             milliseconds = 1000 * (time.perf_counter() - began)
             caller = state.get("caller")
             log.info(

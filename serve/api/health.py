@@ -1,4 +1,4 @@
-"""GET /healthz and /readyz: for whoever starts, stops and watches gateways."""
+"""GET /healthz, /readyz and /metrics: for whoever starts, stops and watches gateways."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import asyncio
 from fastapi import APIRouter
 from sqlalchemy import text
 from starlette.concurrency import run_in_threadpool
+from starlette.responses import PlainTextResponse, Response
 
 from loramill.errors import Unavailable
 from loramill.registry import Registry
-from loramill.serve.api.gateway import Here
+from loramill.serve.api.gateway import Here, Who
+from loramill.serve.exposition import MEDIA_TYPE, exposition
 
 router = APIRouter(tags=["health"])
 
@@ -34,6 +36,13 @@ async def readyz(here: Here) -> dict[str, str]:
     except TimeoutError as error:
         raise Unavailable("The engine doesn't answer yet; try again in a moment.") from error
     return {"status": "ready"}
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def get_metrics(who: Who) -> Response:
+    """What Prometheus reads, with an admin's key: it names tenants."""
+    who.check_admin()
+    return Response(await run_in_threadpool(exposition), media_type=MEDIA_TYPE)
 
 
 def _ask(registry: Registry) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from loramill.errors import Unavailable
 from loramill.serve import metrics
 from loramill.serve.api.gateway import Served
 from loramill.serve.api.lookup import Target
-from loramill.serve.api.metrics import watched
+from loramill.serve.api.watch import Watch
 from loramill.serve.engine import EngineStats
 from loramill.serve.engine_metrics import EngineMetrics
 from loramill.serve.protocol import TextChunk, TextRequest
@@ -35,26 +34,12 @@ BUILT_IN = {"$__rate_interval": "1m", "$__range": "1h"}
 @pytest.fixture(scope="module")
 def exported() -> dict[str, set[str]]:
     """The labels of each sample that is exported, by its name, once everything has happened."""
-
-    async def happen() -> None:
-        async def chunks(*_: object) -> Any:
-            yield 0, TextChunk("a", 1, 1)
-            yield 0, TextChunk("b", 1, 2, "stop")
-
-        async def admit(*_: object) -> Any:
-            return chunks(), {}
-
-        async def refuse(*_: object) -> Any:
-            raise Unavailable("none")
-
-        base = Base("tiny", Path("tiny"), "0" * 64, "LlamaForCausalLM", 512)
-        target = Target("acme/support", Served(base, None), "acme", "v", 0.0, "")
-        passing, _ = await watched(admit)(None, None, target, [TextRequest("1", "acme", prompt="a")])
-        assert len([chunk async for chunk in passing]) == 2
-        with pytest.raises(Unavailable):
-            await watched(refuse)(None, None, target, [TextRequest("2", "acme", prompt="a")])
-
-    asyncio.run(happen())
+    base = Base("tiny", Path("tiny"), "0" * 64, "LlamaForCausalLM", 512)
+    target = Target("acme/support", Served(base, None), "acme", "v", 0.0, "")
+    with Watch(target, [TextRequest("1", "acme", prompt="a")], 1) as watch:
+        watch.chunk(0, TextChunk("a", 1, 1))
+        watch.chunk(0, TextChunk("b", 1, 2, "stop"))
+    Watch(target, [TextRequest("2", "acme", prompt="a")], 1).ended(Unavailable("none"))
     EngineMetrics("r1").note(EngineStats())
     metrics.HTTP_REQUESTS.labels("/v1/models", 200).inc()
     text = generate_latest(metrics.REGISTRY).decode()

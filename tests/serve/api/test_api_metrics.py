@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,7 +15,9 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from loramill.errors import Overloaded, QuotaExceeded, Unavailable
-from loramill.serve.api import chat, metrics
+from loramill.serve.api import watch
+from loramill.serve.api.admission import admit
+from loramill.serve.api.books import Books
 from loramill.serve.api.gateway import Served
 from loramill.serve.api.lookup import Target
 from loramill.serve.fake import EchoBackend
@@ -54,8 +57,8 @@ def see(site: Any) -> Iterator[Callable[[], Seen]]:
 @pytest.fixture(autouse=True)
 def fresh_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests' tenants have taken labels already."""
-    monkeypatch.setattr(metrics, "_tenant_label", Bounded(10))
-    monkeypatch.setattr(metrics, "_adapter_label", Bounded(10))
+    monkeypatch.setattr(watch, "_tenant_label", Bounded(10))
+    monkeypatch.setattr(watch, "_adapter_label", Bounded(10))
 
 
 class Answering(EchoBackend):
@@ -65,7 +68,7 @@ class Answering(EchoBackend):
         super().__init__()
         self._chunks, self._error = chunks, error
 
-    async def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:
+    async def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
         for chunk in self._chunks:
             yield chunk
         if self._error:
@@ -133,7 +136,7 @@ def test_time_is_measured(client: OpenAI, site: Any, tenant: str, see: Any) -> N
 
 def test_a_chunk_of_several_tokens_shares_its_gap(client: OpenAI, site: Any, tenant: str, see: Any) -> None:
     class Jerky(Answering):
-        async def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:
+        async def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
             yield TextChunk("a", 2, 1)
             time.sleep(0.4)
             yield TextChunk("b c d e", 2, 5)
@@ -170,8 +173,8 @@ def test_an_admin_has_a_label_of_its_own(admin: OpenAI, site: Any, tenant: str, 
 def test_further_tenants_and_adapters_share_a_label(
     site: Any, tenant: str, other: str, see: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "_tenant_label", Bounded(1))
-    monkeypatch.setattr(metrics, "_adapter_label", Bounded(1))
+    monkeypatch.setattr(watch, "_tenant_label", Bounded(1))
+    monkeypatch.setattr(watch, "_adapter_label", Bounded(1))
     before = see()
     for name in (tenant, other, tenant):
         site.publish(f"{name}/support", name)
@@ -211,10 +214,10 @@ def test_refused_by_the_backend(
 def test_refused_at_admission(
     client: OpenAI, tenant: str, see: Any, monkeypatch: pytest.MonkeyPatch, echo: EchoBackend
 ) -> None:
-    async def refuse(*_: object) -> Any:
+    def refuse(*_: object) -> Any:
         raise QuotaExceeded("too many a minute")
 
-    monkeypatch.setattr(chat, "admit", metrics.watched(refuse))
+    monkeypatch.setattr(Books, "enter", refuse)
     with pytest.raises(openai.RateLimitError):
         client.chat.completions.create(model="tiny", messages=HELLO)
     seen = see()
@@ -261,28 +264,24 @@ def test_what_is_not_read_to_its_end_is_closed(site: Any, see: Any, read: int, c
     open_: list[int] = []
     tenant = f"unread-{read}"
 
-    async def chunks() -> AsyncIterator[tuple[int, TextChunk]]:
-        open_.append(1)
-        try:
-            yield 0, TextChunk("", 0, 0)
-            yield 0, TextChunk("a", 1, 1)
-            yield 0, TextChunk("b", 1, 2, "stop")
-            yield 0, TextChunk("never", 1, 3)
-        finally:
-            open_.pop()
-
-    async def admit(*_: object) -> Any:
-        begun = chunks()
-        await anext(begun)
-        return begun, {}
+    class Longwinded:
+        async def generate(self, _: TextRequest) -> AsyncGenerator[TextChunk, None]:
+            open_.append(1)
+            try:
+                yield TextChunk("a", 1, 1)
+                yield TextChunk("b", 1, 2, "stop")
+                yield TextChunk("never", 1, 3)
+            finally:
+                open_.pop()
 
     async def leave() -> None:
-        target = Target("tiny", Served(site.base, site.backend), tenant, None, 0.0, "")
-        passing, _ = await metrics.watched(admit)(None, None, target, [TextRequest("1", tenant, prompt="a")])  # type: ignore[arg-type]
+        target = Target("tiny", Served(site.base, Longwinded()), tenant, None, 0.0, "")  # type: ignore[arg-type]
+        here = SimpleNamespace(books=Books())
+        chunks, _ = await admit(here, SimpleNamespace(limits=None), target, [TextRequest("1", tenant, prompt="a")])  # type: ignore[arg-type]
         for _ in range(read):
-            await anext(passing)
-        assert open_ == [1]
-        await passing.aclose()
+            await anext(chunks)
+        assert open_ == [1] * bool(read)
+        await chunks.aclose()
 
     asyncio.run(leave())
     assert not open_
