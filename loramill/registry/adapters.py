@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import and_, delete, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -89,12 +89,15 @@ def resolve(session: Session, name: AdapterName | str, selector: str) -> Version
     """
     model = f"The model '{name}@{selector}' does not exist"
     if selector in tuple(Alias):
-        found = _aliases(session, name)
-        if selector not in found:
+        pointed = and_(AliasRow.adapter == VersionRow.adapter, AliasRow.version == VersionRow.id)
+        alias = and_(AliasRow.adapter == str(name), AliasRow.alias == Alias(selector))
+        row = session.scalar(select(VersionRow).join(AliasRow, pointed).where(alias))
+        if row is None:
+            found = _aliases(session, name)
             has = f"its aliases are {', '.join(sorted(found))}" if found else "it has no version yet"
             raise ModelNotFound(f"{model}: '{name}' has no {selector}; {has}.", param="model")
-        selector = found[Alias(selector)]
-    elif not is_version(selector):
+        return VersionRecord.model_validate(row)
+    if not is_version(selector):
         raise ModelNotFound(
             f"{model}: after the '@' comes {', '.join(Alias)} or the first 8 or more hex digits of a version.",
             param="model",

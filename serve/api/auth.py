@@ -6,6 +6,7 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sqlalchemy.orm import Session
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -86,7 +87,7 @@ class Authenticate:
     def __init__(self, app: ASGIApp, *, registry: Registry) -> None:
         self.app = app
         self._keys: Remembered[tuple[str, str | None], _Known]
-        self._keys = Remembered(registry, lambda asked: _find(registry, *asked))
+        self._keys = Remembered(registry, lambda session, asked: _find(session, *asked))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request through with its `Caller` in the state, or answers 401, 403 or 404."""
@@ -105,20 +106,19 @@ class Authenticate:
         await self.app(scope, receive, send)
 
 
-def _find(registry: Registry, digest: str, organization: str | None) -> _Known:
+def _find(session: Session, digest: str, organization: str | None) -> _Known:
     """Looks a key up.
 
     Raises:
         Unauthenticated: it isn't known, has expired or was revoked.
         NotFound: an admin's key asks to act for a tenant that isn't there.
     """
-    with registry.reading() as session:
-        key = keys.find(session, digest)
-        if key.tenant is not None:
-            return _Known(key, tenants.get(session, key.tenant))
-        if organization is not None:
-            tenants.get(session, organization)
-        return _Known(key, None)
+    key = keys.find(session, digest)
+    if key.tenant is not None:
+        return _Known(key, tenants.get(session, key.tenant))
+    if organization is not None:
+        tenants.get(session, organization)
+    return _Known(key, None)
 
 
 def _caller(known: _Known, organization: str | None, request: str) -> Caller:

@@ -71,8 +71,4 @@ async def find_model(gateway: Gateway, caller: Caller, text: str) -> Target:
 def versions(registry: Registry) -> Remembered[tuple[AdapterName, str], VersionRecord]:
     """What an adapter's alias, or a version's prefix, names in the record."""
 
-    def read(asked: tuple[AdapterName, str]) -> VersionRecord:
-        with registry.reading() as session:
-            return adapters.resolve(session, *asked)
-
-    return Remembered(registry, read)
+    return Remembered(registry, lambda session, asked: adapters.resolve(session, *asked))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from loramill.errors import LoramillError
 from loramill.registry import Registry
 
 _K = TypeVar("_K", bound=Hashable)
@@ -19,50 +21,82 @@ _V = TypeVar("_V")
 SECONDS = 0.5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Flight(Generic[_V]):
-    """A read that has begun, or is done: `mark` is the registry's when it began."""
+    """A read that waits for its turn, goes on, or is done: `mark` is the registry's when it began."""
 
-    began: float
-    mark: object
-    task: asyncio.Task[_V]
+    began: float = 0.0
+    mark: object = None
+    answer: asyncio.Future[_V] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Remembered(Generic[_K, _V]):
     """Answers of the record by key, for the event loop.
 
-    Many who ask for the same key at the same time wait for one read. What this process itself commits is seen by
-    whoever asks after that. An error is told to those who waited for it, and isn't remembered. At most `most` keys
-    are, and the oldest goes first.
+    Many who ask for the same key at the same time wait for one read. One thread reads, all keys that were asked for
+    while it was busy in one session: with as many threads as keys, each read would take ten times as long. What this
+    process itself commits is seen by whoever asks after that. An error is told to those who waited for it, and isn't
+    remembered. At most `most` keys are, and the oldest goes first.
     """
 
-    def __init__(self, registry: Registry, read: Callable[[_K], _V], *, most: int = 10_000) -> None:
+    def __init__(self, registry: Registry, read: Callable[[Session, _K], _V], *, most: int = 10_000) -> None:
         self._registry, self._read, self._most = registry, read, most
         self._flights: dict[_K, _Flight[_V]] = {}
+        self._waiting: dict[_K, _Flight[_V]] = {}
+        self._reading: asyncio.Task[None] | None = None
 
     async def get(self, key: _K) -> _V:
         """What `read` returns for a key, at most half a second old; raises what it raises."""
-        flight = self._flights.get(key)
-        if flight is None or not self._holds(flight):
-            flight = self._begin(key)
+        flight = self._waiting.get(key)
+        if flight is None:
+            flight = self._flights.get(key)
+            if flight is None or not self._holds(flight):
+                flight = self._begin(key)
         # Shielded, since one who goes away must not end the read for the others.
-        return await asyncio.shield(flight.task)
+        return await asyncio.shield(flight.answer)
 
     def _holds(self, flight: _Flight[_V]) -> bool:
         return flight.mark is self._registry.mark and time.monotonic() - flight.began < SECONDS
 
     def _begin(self, key: _K) -> _Flight[_V]:
-        task = asyncio.create_task(run_in_threadpool(self._read, key))
-        flight = _Flight(time.monotonic(), self._registry.mark, task)
+        flight: _Flight[_V] = _Flight()
         self._flights.pop(key, None)
-        self._flights[key] = flight
+        self._flights[key] = self._waiting[key] = flight
         if len(self._flights) > self._most:
             del self._flights[next(iter(self._flights))]
-
-        def forget_errors(task: asyncio.Task[_V]) -> None:
-            failed = task.cancelled() or task.exception() is not None
-            if failed and self._flights.get(key) is flight:
-                del self._flights[key]
-
-        task.add_done_callback(forget_errors)
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read_on())
         return flight
+
+    async def _read_on(self) -> None:
+        """Reads until nobody waits."""
+        while self._waiting:
+            now, self._waiting = self._waiting, {}
+            for flight in now.values():
+                flight.began, flight.mark = time.monotonic(), self._registry.mark
+            try:
+                answers = await run_in_threadpool(self._read_all, list(now))
+            except Exception as error:  # noqa: BLE001 - whoever waits raises it
+                answers = dict.fromkeys(now, error)
+            for key, flight in now.items():
+                self._land(key, flight, answers[key])
+        self._reading = None
+
+    def _read_all(self, keys: Sequence[_K]) -> Mapping[_K, _V | Exception]:
+        with self._registry.reading() as session:
+            return {key: self._read_one(session, key) for key in keys}
+
+    def _read_one(self, session: Session, key: _K) -> _V | LoramillError:
+        try:
+            return self._read(session, key)
+        except LoramillError as error:
+            return error
+
+    def _land(self, key: _K, flight: _Flight[_V], answer: _V | Exception) -> None:
+        if not isinstance(answer, Exception):
+            flight.answer.set_result(answer)
+            return
+        flight.answer.set_exception(answer)
+        flight.answer.exception()  # whoever waited may have gone
+        if self._flights.get(key) is flight:
+            del self._flights[key]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,17 +20,23 @@ class Record:
 
     def __init__(self) -> None:
         self.mark = object()
-        self.word, self.reads, self.error = "old", [], None
+        self.word, self.reads, self.error, self.sessions = "old", [], None, 0
         self.open = threading.Event()
         self.open.set()
 
-    def read(self, key: str) -> str:
+    @contextmanager
+    def reading(self) -> Iterator[str]:
+        """A session is what the record said when it began."""
+        self.sessions += 1
+        yield self.word
+
+    def read(self, session: str, key: str) -> str:
         self.reads.append(key)
-        word, error = self.word, self.error
+        error = self.error
         self.open.wait(5)
         if error is not None:
             raise error
-        return f"{key} {word}"
+        return f"{key} {session}"
 
 
 @pytest.fixture
@@ -107,6 +114,53 @@ def test_many_at_once_are_one_read_and_one_who_leaves_ends_it_for_nobody(record:
         assert isinstance(answers[0], asyncio.CancelledError)
         assert answers[1:] == ["a old"] * 19
         assert record.reads == ["a"]
+
+    asyncio.run(ask())
+
+
+def test_who_comes_while_a_read_is_under_way_shares_the_next_session(record: Record) -> None:
+    async def ask() -> None:
+        known = view(record, most=2)
+        record.open.clear()
+        tasks = [asyncio.create_task(known.get("a"))]
+        while not record.reads:
+            await asyncio.sleep(0.001)
+        tasks += [asyncio.create_task(known.get(key)) for key in "bcdbe"]
+        await asyncio.sleep(0)
+        record.open.set()
+        assert await asyncio.gather(*tasks) == [f"{key} old" for key in "abcdbe"]
+        assert record.reads == list("abcde") and record.sessions == 2
+
+    asyncio.run(ask())
+
+
+def test_one_key_that_is_not_there_spoils_no_other(record: Record) -> None:
+    def read(session: str, key: str) -> str:
+        if key == "b":
+            raise Unavailable("no b")
+        return record.read(session, key)
+
+    async def ask() -> None:
+        known: Remembered[str, str] = Remembered(record, read)  # type: ignore[arg-type]
+        answers = await asyncio.gather(*map(known.get, "abc"), return_exceptions=True)
+        assert answers[::2] == ["a old", "c old"] and str(answers[1]) == "no b"
+
+    asyncio.run(ask())
+
+
+def test_a_record_that_cannot_be_read_is_told_to_all_who_wait(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away() -> Any:
+        raise Unavailable("away")
+
+    async def ask() -> None:
+        known = view(record)
+        monkeypatch.setattr(record, "reading", away)
+        assert [str(error) for error in await asyncio.gather(*map(known.get, "ab"), return_exceptions=True)] == [
+            "away",
+            "away",
+        ]
+        monkeypatch.undo()
+        assert await known.get("a") == "a old"
 
     asyncio.run(ask())
 
