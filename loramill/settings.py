@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -23,6 +23,9 @@ from pydantic_settings import (
 
 from loramill.errors import SettingsInvalid
 from loramill.types import Quantization
+
+#: A folder whose path may begin with ~, and whose meaning must not hang on where a process works.
+Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
 class _Section(BaseModel):
@@ -106,8 +109,14 @@ class Settings(BaseSettings):
         frozen=True,
     )
 
-    home: Path = Field(default=Path("~/.loramill"), description="the record, artifacts, admin key and logs")
-    cache: Path = Field(default=Path("~/.cache/loramill"), description="converted bases; may be deleted at any time")
+    home: Folder = Field(
+        default=Path("~/.loramill"), validate_default=True, description="the record, artifacts, admin key and logs"
+    )
+    cache: Folder = Field(
+        default=Path("~/.cache/loramill"),
+        validate_default=True,
+        description="converted bases; may be deleted at any time",
+    )
     database_url: str | None = Field(default=None, description="SQLAlchemy URL; None: SQLite under home")
     artifacts_url: str | None = Field(default=None, description="fsspec URL; None: a folder under home")
     base: str = Field(default="smollm2-135m", description="built-in name, local folder or hub id")
@@ -155,9 +164,7 @@ class Settings(BaseSettings):
             top = variable.split("__")[0].upper()
             if top.startswith("LORAMILL_") and top not in known | {"LORAMILL_KERNELS"}:
                 raise SettingsInvalid(f"The variable {variable} is no setting of loramill; remove or correct it.")
-        return settings.model_copy(
-            update={"home": settings.home.expanduser().absolute(), "cache": settings.cache.expanduser().absolute()}
-        )
+        return settings
 
     @property
     def database(self) -> str:
