@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 #: Every block begins on a cache line.
 ALIGNMENT = 64
-_HUGE_PAGE = 2 << 20
+HUGE_PAGE = 2 << 20
 _MADV_POPULATE_WRITE = 23
 
 
@@ -35,11 +35,11 @@ def host_memory(size: int) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
     # Private: shared memory, Python's default, gets no huge pages.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    pages = mmap.mmap(-1, -(-size // _HUGE_PAGE) * _HUGE_PAGE + _HUGE_PAGE, flags=flags)
+    pages = mmap.mmap(-1, -(-size // HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE, flags=flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(pages, dtype=torch.uint8)
-    start = -memory.data_ptr() % _HUGE_PAGE
+    start = -memory.data_ptr() % HUGE_PAGE
     return memory[start : start + size]
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from loramill.errors import EngineFault
 from loramill.kernels import Pages, Span
+from loramill.kernels.memory import ALIGNMENT, HUGE_PAGE
 
 from .conftest import BACKENDS, NATIVE, open_backend
 from .oracle import TOLERANCE, assert_near
@@ -305,3 +306,10 @@ def test_pages_of_another_step_or_cache(name):
 def test_what_the_native_layout_cannot_hold(native, block_size, head_dim):
     with pytest.raises(EngineFault, match="multiple of 16"):
         native.new_kv(1, 2, block_size, 1, head_dim, torch.bfloat16)
+
+
+def test_no_two_parts_of_a_cache_come_to_a_new_huge_page_in_the_same_step(native):
+    layers = native.new_kv(30, 64 * 32, 16, 3, 64, torch.bfloat16)
+    parts = [part for layer in layers for part in (layer.keys, layer.values)]
+    assert len({part.data_ptr() % HUGE_PAGE for part in parts}) == 60
+    assert all(part.data_ptr() % ALIGNMENT == 0 for part in parts)
