@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
 
 import pytest
 
@@ -56,9 +57,16 @@ def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def uncached() -> Iterator[None]:
-    """Closes what the process of the bare engine would keep."""
-    yield
+def uncached(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ends what the process of the bare engine would keep."""
+    with ExitStack() as opened:
+
+        def closed_at_the_end(kind: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args: opened.enter_context(closing(kind(*args)))
+
+        for name in ("Engine", "OfflineEngine"):
+            monkeypatch.setattr(bare, name, closed_at_the_end(getattr(bare, name)))
+        yield
     bare._engine.cache_clear()
     bare._offline.cache_clear()
 

@@ -58,4 +58,3 @@ def test_a_bare_replica_gives_all_answers(there, tiny, tokenizer, uncached) -> N
     assert answers.rate(run) == 6 * NEW / run.seconds
     stats = bare._offline(here, 3)._replica.stats()
     assert stats.loads == 3
-    bare._offline(here, 3).close()
