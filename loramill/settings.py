@@ -61,7 +61,7 @@ class ServeSettings(_Section):
         default=None, ge=16, description="tokens of one engine step; None: 128 on a CPU, 2048 on a GPU"
     )
     max_sequences: int = Field(default=64, ge=1, description="requests that decode at once")
-    max_waiting: int = Field(default=32, ge=1, description="requests that wait at a replica; more are refused")
+    max_waiting: int = Field(default=16, ge=1, description="requests that wait at a replica; more are refused")
     kv_tokens: int = Field(default=32768, ge=512, description="tokens of KV cache")
     prefix_cache: bool = Field(default=True, description="share what prompts that begin alike have in common")
     adapter_slots: int = Field(default=64, ge=1, description="adapters resident at once")
