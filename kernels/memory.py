@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 #: Every block begins on a cache line.
 ALIGNMENT = 64
+#: Bytes of a huge page, where there are any.
 HUGE_PAGE = 2 << 20
 _MADV_POPULATE_WRITE = 23
 

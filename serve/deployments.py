@@ -77,6 +77,7 @@ def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
             settings=settings,
             others=others,
         )
+        gc.collect()
         gc.freeze()  # as in an engine replica: looking for garbage stops all streams
         return app
 

@@ -39,6 +39,7 @@ class EngineDeployment:
         self._metrics = EngineMetrics(serve.get_replica_context().replica_id.unique_id)
         self._looking = asyncio.create_task(self._look())
         # What is here now stays; to look through it for garbage would stop all answers for 0.2 s, again and again.
+        gc.collect()
         gc.freeze()
 
     async def answer(self, request: TextRequest, to: Address) -> LoramillError | None:

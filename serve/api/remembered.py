@@ -64,7 +64,7 @@ class Remembered(Generic[_K, _V]):
         self._flights[key] = self._waiting[key] = flight
         if len(self._flights) > self._most:
             del self._flights[next(iter(self._flights))]
-        if self._reading is None:
+        if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read_on())
         return flight
 
@@ -80,7 +80,6 @@ class Remembered(Generic[_K, _V]):
                 answers = dict.fromkeys(now, error)
             for key, flight in now.items():
                 self._land(key, flight, answers[key])
-        self._reading = None
 
     def _read_all(self, keys: Sequence[_K]) -> Mapping[_K, _V | Exception]:
         with self._registry.reading() as session:
