@@ -91,7 +91,9 @@ def no_adapters(version: str) -> Any:
 
 @pytest.fixture(scope="module")
 def replica(hermes_base: Base) -> Iterator[Replica]:
-    replica = Replica(hermes_base, no_adapters, ServeSettings(device="cpu", threads=1, kv_tokens=16384, max_waiting=128))
+    replica = Replica(
+        hermes_base, no_adapters, ServeSettings(device="cpu", threads=1, kv_tokens=16384, max_waiting=128)
+    )
     yield replica
     replica.close()
 
