@@ -1,4 +1,4 @@
-"""Files that survive a power cut, and folders that are there wholly or not at all."""
+"""Files that survive a power cut; files and folders that are there wholly or not at all."""
 
 from __future__ import annotations
 
@@ -20,6 +20,19 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_text(path: Path, text: str, *, mode: int = 0o644) -> None:
+    """Gives a file another text at once: who reads it meanwhile gets all of the old one or all of the new one."""
+    building = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        building.touch(mode)
+        building.write_text(text, encoding="utf-8")
+        sync(building)
+        building.replace(path)
+        sync(path.parent)
+    finally:
+        building.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loramill.durable import replace_text
 from loramill.errors import BaseUnusable
 
 _CHUNK = 1 << 22
@@ -102,7 +101,8 @@ def weights_hash(files: Sequence[Path], cache: Path) -> str:
     if known.is_file() and len(found := known.read_text()) == 64:
         return found
     digest = _hash_tensors(files)
-    _write_whole(known, digest)
+    known.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(known, digest)
     return digest
 
 
@@ -137,17 +137,6 @@ def _tensors(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise BaseUnusable(f"{file} is damaged: {error}. Copy, convert or download it again.") from error
     return tensors
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(text)
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def _canonical(value: object) -> bytes:

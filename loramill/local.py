@@ -29,6 +29,7 @@ import httpx
 from rich.console import Console
 
 from loramill.bases import find_base
+from loramill.durable import replace_text
 from loramill.errors import Conflict, DiskFull, PortTaken, SetupError, Unauthenticated
 from loramill.registry import Registry, keys
 from loramill.registry.migrate import migrate
@@ -109,7 +110,7 @@ def watch(settings: Settings, console: Console, stop: threading.Event, base: str
                 ready = wait_ready(settings, cluster, stop)
             if ready:
                 pause, started_once = 1.0, True
-                settings.address_file.write_text(settings.address + "\n")
+                replace_text(settings.address_file, settings.address + "\n")
                 greet(settings, console, base)
                 wait_sick(settings, cluster, stop)
             if stop.is_set():
@@ -282,8 +283,7 @@ def admin_key(settings: Settings) -> None:
             return
     with registry.writing() as session:
         _, secret = keys.create(session, None)
-        path.touch(mode=0o600)
-        path.write_text(secret + "\n")
+        replace_text(path, secret + "\n", mode=0o600)
 
 
 def last_words(settings: Settings) -> str:
