@@ -87,6 +87,7 @@ class Replica:
             device=device,
         )
         self._engine = Engine(model, source, config)
+        self._engine.warm_up()
         self._forms = Forms(self._tokenizer, model.vocabulary)
         self._listeners: dict[str, _Listener] = {}
         self._closing = threading.Event()

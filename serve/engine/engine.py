@@ -38,6 +38,7 @@ from loramill.serve.engine.values import (
     Request,
     TokenLogprobs,
 )
+from loramill.serve.engine.warming import warm_up
 from loramill.serve.model import Chunk, Model
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,11 @@ class Engine:
             rank_budget=c.rank_budget,
             rank_of=self._adapters.rank,
         )
+
+    def warm_up(self) -> None:
+        """Takes the model's first steps, which are slow, before anybody waits for them; to be called before `step`."""
+        with self._stepping:
+            warm_up(self._model, self._cache, self._adapters.slab, self._config)
 
     def submit(self, request: Request) -> None:
         """Takes a request; its outputs come from `step`.

@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from loramill.serve.engine import Finish
+from loramill.serve.model import Decoder
 
 from .conftest import LARGEST
 
@@ -32,6 +33,31 @@ def test_a_mixed_batch_answers_as_peft_does_alone(drive, prompts, expected, conf
     stats = driver.engine.stats
     assert stats.generated_tokens == 12 * len(expected)
     assert stats.loads >= len(expected) - 1
+
+
+@pytest.mark.parametrize(
+    ("config", "rows"),
+    [
+        ({}, [[128], [1], [1] * 2, [1] * 4, [1] * 8, [1] * 16, [1] * 32, [1] * 64]),
+        ({"max_batch_tokens": 3}, [[3], [1], [1] * 2, [1] * 3]),
+        ({"max_sequences": 1}, [[128], [1]]),
+        ({"kv_tokens": 80}, [[80], [1], [1] * 2, [1] * 4, [1] * 5]),
+    ],
+)
+def test_a_model_that_was_warmed_up_answers_as_before(drive, prompts, expected, monkeypatch, config, rows):
+    driver, steps = drive(**config), []
+    forward = Decoder.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Decoder, "forward", lambda model, chunks, *rest: steps.append(chunks) or forward(model, chunks, *rest)
+        )
+        driver.engine.warm_up()
+    assert [[len(chunk.tokens) for chunk in chunks] for chunks in steps] == rows
+    driver.engine.check_integrity()
+    assert driver.engine.stats.steps == driver.engine.stats.computed_tokens == 0
+    driver.submit_all({version: tokens for version, tokens in prompts.items() if len(tokens) < 64})
+    answers = driver.finish()
+    assert answers == {version: expected[version] for version in answers}
 
 
 def test_blocks_do_run_out_in_the_preempted_case(drive, prompts, expected):
