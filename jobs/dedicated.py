@@ -11,31 +11,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ray.train import ScalingConfig
 
 from loramill.errors import JobError
 from loramill.jobs.processes import ONE, Processes
-from loramill.jobs.session import fit, prepare, resident
+from loramill.jobs.session import prepare, resident
 from loramill.jobs.worker import Worker, carry_out, steps, take
 from loramill.settings import Settings
 from loramill.types import JobRecord
 
 log = logging.getLogger(__name__)
-
-
-def run_dedicated(settings: Settings, job_id: str, gpus: int) -> None:
-    """Runs one attempt of a job in `gpus` processes, each with a GPU, or without any where the pool has none."""
-    jobs = settings.jobs
-    resources = {"GPU": 1.0} if jobs.use_gpu else {"CPU": jobs.cpus}
-    # The whole GPU is this job's, whatever fraction a session takes.
-    alone = settings.model_copy(update={"jobs": jobs.model_copy(update={"per_gpu": 1})})
-    fit(
-        lease_and_train,
-        {"settings": alone.model_dump(mode="json"), "place": job_id},
-        settings,
-        ScalingConfig(num_workers=gpus, use_gpu=jobs.use_gpu, resources_per_worker=resources),
-        max_failures=0,
-    )
 
 
 def lease_and_train(config: dict[str, Any]) -> None:

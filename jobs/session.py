@@ -1,17 +1,14 @@
-"""A Ray Train session: one long-lived `TorchTrainer` worker that keeps the base resident and leases job after job."""
+"""A session: one long-lived worker of Ray Train that keeps the base resident and leases job after job."""
 
 from __future__ import annotations
 
 import logging
 import os
-import uuid
 from functools import cache
 from typing import Any
 
 import torch
-from fsspec.core import url_to_fs
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import get_device
 
 from loramill.bases import find_base, load_for_training
 from loramill.chat import ChatTokenizer
@@ -28,47 +25,8 @@ log = logging.getLogger(__name__)
 NICENESS = 15
 
 
-def run_session(settings: Settings, place: str, holder: str) -> None:
-    """Runs one session at a place until it has been idle for `idle_seconds`, or the place isn't the holder's any more.
-
-    A killed worker is restarted by Ray Train.
-    """
-    jobs = settings.jobs
-    resources = {"GPU": 1 / jobs.per_gpu} if jobs.use_gpu else {"CPU": jobs.cpus}
-    fit(
-        lease_and_train,
-        {"settings": settings.model_dump(mode="json"), "place": place, "holder": holder},
-        settings,
-        ScalingConfig(num_workers=1, use_gpu=jobs.use_gpu, resources_per_worker=resources),
-        max_failures=-1,
-    )
-
-
-def fit(train: Any, config: dict[str, Any], settings: Settings, scaling: ScalingConfig, *, max_failures: int) -> None:
-    """Runs a train function on Ray Train's workers, under a name of its own, and removes Ray's notes on it.
-
-    Gloo connects them, on a GPU, too: what has to cross GPUs takes a group of its own.
-    """
-    name = f"{config['place']}-{uuid.uuid4().hex[:12]}"
-    run = RunConfig(name=name, storage_path=settings.sessions, failure_config=FailureConfig(max_failures=max_failures))
-    trainer = TorchTrainer(
-        train,
-        train_loop_config=config,
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=scaling,
-        run_config=run,
-    )
-    try:
-        trainer.fit()
-    finally:
-        # The name is never used again, and everything that matters is in the record.
-        files, root = url_to_fs(settings.sessions)
-        if files.exists(f"{root}/{name}"):
-            files.rm(f"{root}/{name}", recursive=True)
-
-
 def lease_and_train(config: dict[str, Any]) -> None:
-    """The train function of a session."""
+    """The train function: ends when it has been idle for long, or the place isn't its holder's any more."""
     settings = Settings.model_validate(config["settings"])
     worker = resident(settings, config["place"], "session")
     worker.model()  # before the first job is leased

@@ -8,11 +8,10 @@ import time
 
 import ray
 
-from loramill.jobs.dedicated import run_dedicated
 from loramill.jobs.housekeeping import tidy_for_ever
 from loramill.jobs.leftovers import remove_leftovers
 from loramill.jobs.pool import Keeper
-from loramill.jobs.session import run_session
+from loramill.jobs.trainers import run_dedicated, run_session
 from loramill.registry import Registry
 from loramill.settings import Settings
 

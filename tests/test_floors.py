@@ -30,8 +30,8 @@ BELOW = {
 }
 RAY_SHELLS = (
     "jobs/supervisor.py",
+    "jobs/trainers.py",
     "jobs/session.py",
-    "jobs/dedicated.py",
     "jobs/leftovers.py",
     "jobs/bench/fresh.py",
     "serve/deployments.py",

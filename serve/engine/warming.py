@@ -12,8 +12,8 @@ from loramill.serve.model import Chunk, Model
 def warm_up(model: Model, cache: Sequence[LayerKV], slab: Slab, config: EngineConfig) -> None:
     """Runs a model as the base alone, on tokens that mean nothing.
 
-    Weights are then in memory, kernels compiled and the GPU graphs of these sizes captured. On two cores of a CPU a first
-    step took up to 0.33 s, the next ones 0.04 s.
+    Weights are then in memory, kernels compiled and the GPU graphs of these sizes captured. On two cores of a CPU a
+    first step took up to 0.33 s, the next ones 0.04 s.
 
     Args:
         model: to be served.
