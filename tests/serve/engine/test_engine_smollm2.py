@@ -102,7 +102,7 @@ def test_64_prompts_answer_as_transformers_and_peft_and_in_any_company(base, fol
             # What greedy decoding would say at each place, given that it said the same before.
             _, prompt = prompts[i]
             with torch.inference_mode():
-                logits = model(torch.tensor([prompt + got[i][:-1]])).logits[0, len(prompt) - 1 :]
+                logits = model(torch.tensor([prompt + got[i][:-1]]), logits_to_keep=NEW).logits[0]
             assert tuple(logits.argmax(-1).tolist()) == got[i]
         # And literally, for one of middling length.
         ids = torch.tensor([prompts[own[len(own) // 2]][1]])

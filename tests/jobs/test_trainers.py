@@ -1,0 +1,10 @@
+"""Trainers are started and watched by processes that don't train."""
+
+import subprocess
+import sys
+
+
+def test_who_starts_trainers_loads_nothing_that_trains():
+    code = "import sys, loramill.pipelines.cluster, loramill.jobs.supervisor; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "peft", "bitsandbytes", "ray.train"} & set(ran.stdout.split())
