@@ -61,12 +61,14 @@ def _fit(
     Gloo connects them, on a GPU, too: what has to cross GPUs takes a group of its own.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
+
+    from loramill.jobs.lean_trainer import LeanTrainer
 
     # The name is never used again.
     name = f"{config['place']}-{uuid.uuid4().hex[:12]}"
     run = RunConfig(name=name, storage_path=settings.sessions, failure_config=FailureConfig(max_failures=max_failures))
-    trainer = TorchTrainer(
+    trainer = LeanTrainer(
         train,
         train_loop_config=config,
         torch_config=TorchConfig(backend="gloo"),

@@ -31,6 +31,7 @@ BELOW = {
 RAY_SHELLS = (
     "jobs/supervisor.py",
     "jobs/trainers.py",
+    "jobs/lean_trainer.py",
     "jobs/session.py",
     "jobs/leftovers.py",
     "jobs/bench/fresh.py",

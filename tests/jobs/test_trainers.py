@@ -8,3 +8,15 @@ def test_who_starts_trainers_loads_nothing_that_trains():
     code = "import sys, loramill.pipelines.cluster, loramill.jobs.supervisor; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "peft", "bitsandbytes", "ray.train"} & set(ran.stdout.split())
+
+
+def test_what_a_trainer_does_without():
+    from ray.train.torch import TorchTrainer
+
+    from loramill.jobs.lean_trainer import LeanTrainer
+
+    def callbacks(trainer: type[TorchTrainer]) -> set[str]:
+        return {type(callback).__name__ for callback in trainer(print)._create_default_callbacks()}
+
+    assert callbacks(TorchTrainer) - callbacks(LeanTrainer) == {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+    assert "BackendSetupCallback" in callbacks(LeanTrainer)
