@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 _NEEDLESS = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
-class LeanTrainer(TorchTrainer):  # type: ignore[misc]  # untyped
-    """A `TorchTrainer` whose workers read no Ray data sets and whose placement groups `leftovers` looks after.
+class LeanTrainer(DataParallelTrainer):  # type: ignore[misc]  # untyped
+    """A trainer whose workers read no Ray data sets and whose placement groups `leftovers` looks after.
 
-    Ray's own cleaner of these asks the dashboard, and where there is none, it says so in the log each second.
+    It imports no torch unless its backend does. Ray's own cleaner of placement groups asks the dashboard, and says each
+    second in the log where there is none.
     """
 
     def _create_default_callbacks(self) -> list[Any]:

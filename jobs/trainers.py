@@ -1,18 +1,21 @@
 """Trainers of Ray Train, started and awaited: here is who gets what of the cluster, and no word of training.
 
-What trains is imported by the processes that do. Where trainers are started and watched over there would else be
-torch, transformers, PEFT and bitsandbytes in each process: 7 s and 400 MB that none of them needs.
+What trains is imported by the processes that do. Those that start trainers and watch over them would else all load
+torch, transformers, PEFT and bitsandbytes, which takes 7 s and 400 MB, and need none of it.
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fsspec.core import url_to_fs
 
 from loramill.settings import Settings
+
+if TYPE_CHECKING:
+    from ray.train.backend import BackendConfig
 
 
 def run_session(settings: Settings, place: str, holder: str) -> None:
@@ -33,6 +36,8 @@ def run_session(settings: Settings, place: str, holder: str) -> None:
 
 def run_dedicated(settings: Settings, job_id: str, gpus: int) -> None:
     """Runs one attempt of a job in `gpus` processes, each with a GPU, or without any where the pool has none."""
+    from ray.train.torch import TorchConfig
+
     jobs = settings.jobs
     resources = {"GPU": 1.0} if jobs.use_gpu else {"CPU": jobs.cpus}
     # The whole GPU is this job's, whatever fraction a session takes.
@@ -43,6 +48,8 @@ def run_dedicated(settings: Settings, job_id: str, gpus: int) -> None:
         settings,
         resources,
         workers=gpus,
+        # On a GPU, too: what has to cross GPUs takes a group of its own.
+        backend=TorchConfig(backend="gloo"),
         max_failures=0,
     )
 
@@ -54,14 +61,14 @@ def _fit(
     resources: dict[str, float],
     *,
     workers: int = 1,
+    backend: BackendConfig | None = None,
     max_failures: int,
 ) -> None:
     """Runs a train function on Ray Train's workers, each with `resources`, and removes Ray's notes on it.
 
-    Gloo connects them, on a GPU, too: what has to cross GPUs takes a group of its own.
+    `backend` connects the workers; one alone needs none.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
 
     from loramill.jobs.lean_trainer import LeanTrainer
 
@@ -71,7 +78,7 @@ def _fit(
     trainer = LeanTrainer(
         train,
         train_loop_config=config,
-        torch_config=TorchConfig(backend="gloo"),
+        backend_config=backend,
         scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources),
         run_config=run,
     )
