@@ -1,4 +1,4 @@
-"""A `TorchTrainer` of one job's own, for long jobs and those of several GPUs. No attempt is Ray's: all are the queue's.
+"""A trainer of one job's own, for long jobs and those of several GPUs. No attempt is Ray's: all are the queue's.
 
 The first process leases the job, reports and publishes; the others follow its passes. When it can't go on, for
 whatever reason, that is in the record, and the group ends.

@@ -1,7 +1,8 @@
 """Placement groups whose Train controller is dead, with the GPUs that they keep from everybody.
 
 Ray removes a group when the job that made it has ended, and the supervisor's never does. Ray Train has a cleaner for
-this, which asks the dashboard; a laptop does without one. Who made a group is in Ray's tables alone, not in its API.
+this, one a trainer, which asks the dashboard; a laptop does without, and `lean_trainer` leaves it out. Who made a group
+is in Ray's tables alone, not in its API.
 """
 
 from __future__ import annotations

@@ -23,7 +23,11 @@ def sync(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str, *, mode: int = 0o644) -> None:
-    """Gives a file another text at once: who reads it meanwhile gets all of the old one or all of the new one."""
+    """Gives a file another text at once: who reads it meanwhile gets all of the old one or all of the new one.
+
+    Raises:
+        OSError: it can't be written; the old text stays.
+    """
     building = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         building.touch(mode)

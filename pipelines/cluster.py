@@ -22,8 +22,7 @@ from loramill.settings import Settings
 OBJECT_STORE_BYTES = 128 << 20
 
 #: What a session on this machine takes of Ray's CPUs. Not a whole one: a Train controller that is killed leaves its
-#: placement group behind (Ray's cleaner asks the dashboard, which a laptop does without), and a few of those would
-#: leave no room for sessions.
+#: placement group behind until the supervisor finds it, and a few of those would leave no room for sessions.
 NOMINAL_CPUS = 0.01
 log = logging.getLogger(__name__)
 

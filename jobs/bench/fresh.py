@@ -1,4 +1,4 @@
-"""The rival of a warm session: a `TorchTrainer` that is started for one job. It is the only one here that needs Ray."""
+"""The rival of a warm session: a trainer that is started for one job. It is the only one here that needs Ray."""
 
 from __future__ import annotations
 

@@ -106,8 +106,8 @@ def _warm(report: Callable[[str], object]) -> list[Result]:
 
 
 def _fresh(report: Callable[[str], object]) -> list[Result]:
-    """A `TorchTrainer` that is started for one job, as other systems do; by the clock, since it is many processes."""
-    report("queue: a fresh TorchTrainer")
+    """A trainer that is started for one job, as other systems do for each; by the clock, since it is many processes."""
+    report("queue: a fresh trainer")
     from loramill.jobs.bench.fresh import seconds_to_first_step
 
     base = find_base(NAME, Settings.load().cache)
@@ -118,7 +118,7 @@ def _fresh(report: Callable[[str], object]) -> list[Result]:
             (job,) = jobs.list_of(session, tenant=None)
         seconds = seconds_to_first_step(settings, registry, job.id)
         registry.close()
-    return [Result("queue: fresh TorchTrainer, start to first step", seconds, "s")]
+    return [Result("queue: fresh trainer, start to first step", seconds, "s")]
 
 
 def _opened(home: Path, said: dict[str, Any] = {}) -> tuple[Settings, Registry]:  # noqa: B006 - never changed
