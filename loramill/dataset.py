@@ -10,13 +10,14 @@ OpenAI's format, an answer without one has weight 1 where another of its convers
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from loramill.chat import ROLES, ChatTokenizer, Message
 from loramill.errors import DatasetInvalid, InvalidRequest
+from loramill.filetype import called, magic
+from loramill.jsonl import parse, rows
 
 #: Problems, or lines in one warning, that are listed; the rest is counted.
 LISTED = 20
@@ -24,7 +25,6 @@ LISTED = 20
 #: Of an answer's loss.
 MAX_WEIGHT = 1e6
 
-_BOM = b"\xef\xbb\xbf"
 _FORM = 'write {"messages": [...]}, or {"prompt": "...", "completion": "..."}'
 
 
@@ -107,15 +107,13 @@ def read_examples(raw: bytes, filename: str, *, minimum: int = 1) -> Examples:
         DatasetInvalid: `problems` lists what is wrong, with file, line, field and what to do.
     """
     problems = _Problems(filename)
-    if raw.startswith(_BOM):
-        problems.add(1, "it begins with a byte order mark; save the file as UTF-8 without one.")
-        raw = raw.removeprefix(_BOM)
+    if (kind := magic(raw)) is not None:
+        problems.add(None, f"it is {called(kind)}; upload JSONL in UTF-8 (`loramill submit` converts tables to it).")
+        problems.raise_if_any()
     examples: list[Example] = []
-    rows = 0
-    for line, row in enumerate(raw.split(b"\n"), start=1):
-        if not row.strip():
-            continue
-        rows += 1
+    count = 0
+    for line, row in rows(raw):
+        count += 1
         try:
             example = _read_row(row, line)
         except _Bad as bad:
@@ -125,10 +123,10 @@ def read_examples(raw: bytes, filename: str, *, minimum: int = 1) -> Examples:
             problems.add(line, f"it has another form than line {examples[0].line}; keep one form a file: {_FORM}.")
             continue
         examples.append(example)
-    if not rows:
+    if not count:
         problems.add(None, f"it is empty; on each line {_FORM}.")
-    elif rows < minimum:
-        problems.add(None, f"it has {rows} examples, and at least {minimum} are needed; add more.")
+    elif count < minimum:
+        problems.add(None, f"it has {count} examples, and at least {minimum} are needed; add more.")
     problems.raise_if_any()
     return Examples(filename, tuple(examples), _repeated(filename, examples))
 
@@ -196,17 +194,9 @@ def compare_splits(train: Examples, valid: Examples) -> tuple[str, ...]:
 
 def _read_row(row: bytes, line: int) -> Example:
     try:
-        text = row.decode()
-    except UnicodeDecodeError as error:
-        raise _Bad(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8.") from error
-    try:
-        value = json.loads(text, object_pairs_hook=_without_repeats)
-    except RecursionError as error:
-        raise _Bad(f"it is nested too deeply; {_FORM}.") from error
-    except json.JSONDecodeError as error:
-        raise _Bad(f"it is not JSON: {error.msg} at character {error.pos + 1}; each line is one object.") from error
-    except ValueError as error:
-        raise _Bad(f"it is not JSON that can be read: {error}.") from error
+        value = parse(row)
+    except DatasetInvalid as error:
+        raise _Bad(error.message) from error
     if not isinstance(value, dict):
         raise _Bad(f"it is not an object; {_FORM}.")
     if "messages" in value:
@@ -292,13 +282,6 @@ def _no_other_keys(value: dict[str, Any], allowed: tuple[str, ...], where: str) 
     other = next((key for key in value if key not in allowed), None)
     if other is not None:
         raise _Bad(f"{where} has the unknown key {_shown(other)}; it may have {', '.join(allowed)} only.")
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("an object has the same key twice")
-    return value
 
 
 def _shown(value: object) -> str:

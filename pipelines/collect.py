@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from loramill import jsonl
 from loramill.bases import Base
 from loramill.dataset import read_examples
 from loramill.names import AdapterName
@@ -95,8 +96,8 @@ def freeze_rows(
 
 
 def lines(raw: bytes) -> list[bytes]:
-    """The rows of a JSONL file, without blank lines."""
-    return [line for line in raw.splitlines() if line.strip()]
+    """The rows of a JSONL file, without blank lines and byte order marks."""
+    return [row for _, row in jsonl.rows(raw)]
 
 
 def hold_out(rows: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
@@ -114,4 +115,4 @@ def sample(rows: Sequence[bytes], count: int) -> list[bytes]:
 
 def digest(row: bytes) -> bytes:
     """A row's place in a random-looking, repeatable order."""
-    return hashlib.sha256(json.dumps(json.loads(row), sort_keys=True).encode()).digest()
+    return hashlib.sha256(json.dumps(jsonl.parse(row), sort_keys=True).encode()).digest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import codecs
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -21,6 +20,8 @@ from loramill.bases import Base
 from loramill.chat import Message
 from loramill.dataset import LISTED
 from loramill.errors import DatasetInvalid, LoramillError
+from loramill.filetype import called, magic
+from loramill.jsonl import decode, parse, rows
 from loramill.serve.engine import AdapterSource, EngineConfig
 from loramill.serve.protocol import ChosenToken, TextRequest
 from loramill.serve.replica import Replica
@@ -30,6 +31,9 @@ from loramill.types import Value
 #: Prompts under way at once: more than the engine runs, and half of what it lets wait, because requests that a stop
 #: string ended still count as waiting until the engine's next step.
 _WINDOW = EngineConfig().max_waiting // 2
+
+#: Bytes by which a file is known.
+_HEAD = 16
 
 #: Seconds of silence after which is looked whether the engine still runs.
 _PATIENCE = 5.0
@@ -256,19 +260,20 @@ class PromptFile:
 
     def _rows(self) -> Iterator[tuple[int, bytes]]:
         with self._path.open("rb") as file:
-            for number, row in enumerate(file, start=1):
-                text = row.removeprefix(codecs.BOM_UTF8) if number == 1 else row
-                if text.strip():
-                    yield number, text
+            if (kind := magic(file.read(_HEAD))) is not None:
+                raise DatasetInvalid(f"{self._path.name} is {called(kind)}; prompts are text or JSONL in UTF-8.")
+            file.seek(0)
+            yield from rows(file)
 
     def _read(self, number: int, row: bytes) -> TextRequest:
         where = f"{self._path.name}, line {number}"
         try:
             if self._plain:
-                return ask(row.decode().strip("\r\n"), replace(self._like, id=str(number)), chat=self._chat)
+                return ask(decode(row).strip("\r\n"), replace(self._like, id=str(number)), chat=self._chat)
+            parse(row)  # stricter than pydantic's reader, which takes a repeated key and half a surrogate pair
             return _Line.model_validate_json(row).request(number, self._like, chat=self._chat)
-        except UnicodeDecodeError as error:
-            raise DatasetInvalid(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8.") from error
+        except DatasetInvalid as error:
+            raise DatasetInvalid(f"{where}: {error.message}") from error
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(map(str, first["loc"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import re
 from pathlib import Path
@@ -108,11 +109,12 @@ def test_an_empty_system_message_is_allowed() -> None:
     ("line", "says"),
     [
         ("{", "it is not JSON: .* at character 2"),
+        ('{"prompt": "a", "completion": "b", "weight": 1e999}', "it holds the number 1e999, which is too large"),
         ("hello", "it is not JSON"),
         (GOOD + GOOD, "it is not JSON: Extra data"),
-        ('{"prompt": ' + "1" * 5000 + "}", "it is not JSON that can be read"),
+        ('{"prompt": ' + "1" * 5000 + "}", "it holds an integer of more than 4300 digits"),
         ("[" * 100_000, "it is nested too deeply"),
-        ('{"prompt": "a", "prompt": "b", "completion": "c"}', "same key twice"),
+        ('{"prompt": "a", "prompt": "b", "completion": "c"}', "same key twice, 'prompt'"),
         ("[]", r'it is not an object; write \{"messages"'),
         ("{}", r'it has no messages; write \{"messages"'),
         ('{"text": "x"}', "it has no messages"),
@@ -145,8 +147,8 @@ def test_an_empty_system_message_is_allowed() -> None:
         (pair("x", "y", weight=True), "weight is True; it must be a number from 0"),
         (pair("x", "y", weight=-1), "weight is -1; it must be a number from 0"),
         (pair("x", "y", weight=1e7), r"weight is 10000000.0; it must be a number from 0 \(not learnt\) to 1e\+06"),
-        (pair("x", "y", weight=float("nan")), "weight is nan; it must be a number"),
-        (pair("x", "y", weight=float("inf")), "weight is inf; it must be a number"),
+        (pair("x", "y", weight=float("nan")), "it is not JSON: NaN is no number"),
+        (pair("x", "y", weight=float("inf")), "it is not JSON: Infinity is no number"),
         (pair("x", "y", weight=0), "weight is 0 for every answer, so that nothing is learnt"),
         (weighted(0, 0), "weight is 0 for every answer"),
         (weighted(0, None, weight="user"), r"messages\[0\] has the unknown key 'weight'"),
@@ -166,23 +168,29 @@ def test_a_bad_line_is_named(line: str, says: str) -> None:
     [
         (b"", "train.jsonl: it is empty"),
         (b"\n \r\n", "train.jsonl: it is empty"),
-        (b"\xef\xbb\xbf", "byte order mark"),
-        (b"\xef\xbb\xbf" + GOOD.encode(), "line 1: it begins with a byte order mark; save the file as UTF-8 without"),
-        (GOOD.encode("utf-16"), "line 1: byte 1 is not UTF-8; save the file as UTF-8"),
-        (b'{"prompt": "caf\xe9"}', "line 1: byte 16 is not UTF-8"),
+        (b"\xef\xbb\xbf", "train.jsonl: it is empty"),
+        (GOOD.encode("utf-16"), "train.jsonl: it is text in UTF-16; upload JSONL in UTF-8"),
+        (GOOD.encode("utf-16-le"), "train.jsonl: it is text in UTF-16"),
+        (GOOD.encode("utf-16-be"), "train.jsonl: it is text in UTF-16"),
+        (gzip.compress(GOOD.encode()), "train.jsonl: it is compressed by gzip"),
+        (b"PAR1", "train.jsonl: it is a Parquet file"),
+        (b'{"prompt": "caf\xe9"}', "line 1: byte 16 is not UTF-8 (in Windows-1252 it is '\u00e9'); save the file as"),
+        (b'{"prompt": "\x81"}', "line 1: byte 13 is not UTF-8; save the file as"),
     ],
 )
 def test_a_bad_file_is_named(raw: bytes, says: str) -> None:
     assert says in problems(raw)[0]
 
 
-def test_a_byte_order_mark_is_the_only_problem_it_makes() -> None:
-    assert len(problems(b"\xef\xbb\xbf" + GOOD.encode())) == 1
+def test_a_byte_order_mark_is_accepted_at_every_line() -> None:
+    """Files that were joined have one in their middle."""
+    raw = b"\xef\xbb\xbf" + f"{GOOD}\n".encode()
+    assert [example.line for example in read_examples(raw + raw, "train.jsonl").examples] == [1, 2]
 
 
 def test_every_problem_is_found_at_once() -> None:
     raw = b"\xef\xbb\xbf{\n" + GOOD.encode() + b"\n\xff\n{}"
-    assert [problem.split(":")[0] for problem in problems(raw)] == [f"train.jsonl, line {n}" for n in (1, 1, 3, 4)]
+    assert [problem.split(":")[0] for problem in problems(raw)] == [f"train.jsonl, line {n}" for n in (1, 3, 4)]
 
 
 def test_many_problems_are_counted_and_the_first_listed() -> None:

@@ -144,3 +144,9 @@ def test_the_same_row_is_never_on_both_sides(rows: list[bytes]) -> None:
 def test_a_sample_does_not_depend_on_the_order(rows: list[bytes], count: int) -> None:
     assert sample(rows, count) == sample(rows[::-1], count)
     assert len(sample(rows, count)) == min(count, len(rows))
+
+
+def test_rows_are_split_at_line_feeds_alone() -> None:
+    """Carriage returns are white space in JSON, and files that were joined have a byte order mark within."""
+    first, second = b'{"prompt": "a\xe2\x80\xa8b",\r"completion": "c"}', b'{"prompt": "d", "completion": "e"}'
+    assert lines(first + b"\r\n\r\n\xef\xbb\xbf" + second) == [first, second]

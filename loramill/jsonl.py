@@ -1,0 +1,128 @@
+"""JSONL, line by line: strict JSON, so that no reader can take a line for something else.
+
+A line ends at a line feed and nowhere else: U+2028, U+0085 and form feeds may stand within a text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import math
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from loramill.errors import DatasetInvalid
+
+#: Bytes of one line. 16 MiB are about four million tokens, more than any base reads.
+MAX_LINE = 1 << 24
+
+#: Levels of lists and objects within one another. A tool's JSON schema has about 20; templates recurse.
+MAX_DEPTH = 64
+
+
+def rows(content: bytes | BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines that aren't blank, with their numbers from 1, without their ends and byte order marks.
+
+    Of a line longer than `MAX_LINE` only the beginning is read, which `parse` refuses.
+    """
+    file = io.BytesIO(content) if isinstance(content, bytes) else content
+    number = 0
+    while row := file.readline(MAX_LINE + 1):
+        number += 1
+        while len(row) > MAX_LINE and not row.endswith(b"\n") and (rest := file.readline(MAX_LINE)):
+            if rest.endswith(b"\n"):
+                break
+        row = row.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8)
+        if row.strip():
+            yield number, row
+
+
+def parse(row: bytes | str) -> Any:
+    """The value of one line, or of any JSON text.
+
+    Raises:
+        DatasetInvalid: it isn't JSON in UTF-8, repeats a key, holds NaN or half a surrogate pair, or is too long or
+            nested too deeply. The message is about "it" and names no file.
+    """
+    if len(row) > MAX_LINE:
+        raise DatasetInvalid(f"it is longer than {MAX_LINE >> 20} MiB; split it, or remove it.")
+    text = row if isinstance(row, str) else decode(row)
+    try:
+        value = json.loads(text, object_pairs_hook=_unrepeated, parse_constant=_refuse_constant, parse_float=_finite)
+    except RecursionError as error:
+        raise DatasetInvalid(_TOO_DEEP) from error
+    except json.JSONDecodeError as error:
+        raise DatasetInvalid(f"it is not JSON: {error.msg} at character {error.pos + 1}.") from error
+    except ValueError as error:  # the interpreter's own limit, against quadratic time
+        raise DatasetInvalid("it holds an integer of more than 4300 digits; write a shorter one.") from error
+    if text.count("{") + text.count("[") > MAX_DEPTH or "\\u" in text:
+        check_tree(value)
+    return value
+
+
+def decode(row: bytes) -> str:
+    """Text in UTF-8.
+
+    Raises:
+        DatasetInvalid: as `parse`.
+    """
+    try:
+        return row.decode()
+    except UnicodeDecodeError as error:
+        character = row[error.start : error.start + 1].decode("cp1252", "ignore")
+        told = f" (in Windows-1252 it is '{character}')" if character.isprintable() and character else ""
+        raise DatasetInvalid(f"byte {error.start + 1} is not UTF-8{told}; save the file as UTF-8.") from error
+
+
+def check_tree(value: object) -> None:
+    """Refuses what JSON can spell and no text can hold.
+
+    Raises:
+        DatasetInvalid: half a surrogate pair, or more than `MAX_DEPTH` levels.
+    """
+    stack = [(value, "", 1)]
+    while stack:
+        item, where, depth = stack.pop()
+        if depth > MAX_DEPTH and isinstance(item, dict | list):
+            raise DatasetInvalid(_TOO_DEEP)
+        if isinstance(item, str):
+            _check_text(item, where or "it")
+        elif isinstance(item, dict):
+            for key, inner in item.items():
+                _check_text(key, f"a key of {where or 'the object'}")
+                stack.append((inner, f"{where}.{key}" if where else key, depth + 1))
+        elif isinstance(item, list):
+            stack += [(inner, f"{where}[{index}]", depth + 1) for index, inner in enumerate(item)]
+
+
+_TOO_DEEP = f"it is nested too deeply, more than {MAX_DEPTH} levels; make it flatter."
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DatasetInvalid(
+            f"{where} holds half a surrogate pair (\\ud800 to \\udfff), which is no character; remove it."
+        ) from error
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise DatasetInvalid(f"it is not JSON that can be read: an object has the same key twice, {repeated!a}.")
+    return value
+
+
+def _refuse_constant(name: str) -> object:
+    raise DatasetInvalid(f"it is not JSON: {name} is no number there; write a finite number, or null.")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise DatasetInvalid(f"it holds the number {text[:40]}, which is too large.")
+    return value
