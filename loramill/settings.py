@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -26,6 +26,10 @@ from loramill.types import Quantization
 
 #: A folder whose path may begin with ~, and whose meaning must not hang on where a process works.
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+
+#: An origin as browsers send it: without a path, not even "/".
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
 
 
 class _Section(BaseModel):
@@ -70,6 +74,9 @@ class ServeSettings(_Section):
     host_bytes: int = Field(default=2**28, ge=0, description="of adapters that were read and have no slot now")
     rank_budget: int = Field(default=1024, ge=1, description="sum of the different adapters' ranks in one step")
     max_upload_bytes: int = Field(default=256 * 2**20, ge=1, description="bytes of the largest upload")
+    cors_origins: tuple[Origin, ...] = Field(
+        default=(), description="origins of web pages that may call the gateway from a browser; \"*\": all"
+    )
 
 
 class JobSettings(_Section):

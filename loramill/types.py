@@ -334,7 +334,7 @@ class AuditRecord(Value):
     action: str = Field(description='such as "adapter.promote"')
     subject: str = Field(description="name or id of what changed")
     details: dict[str, Any] = Field(default_factory=dict)
-    request: str = Field(description="id of the request, as its answer and the log have it")
+    request: str = Field(description="id of the request, as its answer (x-request-id) and the access log have it")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from ray import serve
 from loramill.bases import find_base
 from loramill.chat import ChatTokenizer
 from loramill.registry import Registry
+from loramill.serve.api import access
 from loramill.serve.api.app import build_api
 from loramill.serve.api.gateway import Served
 from loramill.serve.autoscaler import PROMPTLY
@@ -67,6 +68,7 @@ def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
     """Returns what a gateway replica calls to build its app; nothing of the app itself is shipped."""
 
     def build() -> FastAPI:
+        access.open_file(settings.home / "logs")
         receiver = Receiver()
         first, *others = (_served(name, each, receiver) for name, each in engines(settings).items())
         app = build_api(

@@ -27,7 +27,8 @@ from loramill.serve.api import (
 )
 from loramill.serve.api.auth import Authenticate
 from loramill.serve.api.books import Books
-from loramill.serve.api.edge import BodyLimit, Edge
+from loramill.serve.api.cors import Cors
+from loramill.serve.api.edge import BodyLimit, Edge, LastResort
 from loramill.serve.api.errors import add_error_handlers
 from loramill.serve.api.gateway import Gateway, Served
 from loramill.serve.api.lookup import versions
@@ -77,5 +78,8 @@ def build_api(
     # The last that is added is the first to see a request.
     app.add_middleware(BodyLimit, upload_path=files.PATH, upload_bytes=settings.serve.max_upload_bytes)
     app.add_middleware(Authenticate, registry=registry)
+    app.add_middleware(LastResort)
+    if settings.serve.cors_origins:
+        app.add_middleware(Cors, origins=settings.serve.cors_origins)
     app.add_middleware(Edge)
     return app

@@ -19,7 +19,7 @@ from loramill.types import KeyRecord, Limits
 from loramill.types import Scope as KeyScope
 
 #: Paths that need no key.
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
+OPEN_PATHS = frozenset({"/", "/favicon.ico", "/health", "/healthz", "/readyz", "/openapi.json", "/docs"})
 
 
 @dataclass(frozen=True, slots=True)

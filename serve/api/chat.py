@@ -109,15 +109,15 @@ def _completion_object(body: ChatRequest, reply: Reply, answers: list[Answer]) -
 
 
 async def _chunk_texts(body: ChatRequest, reply: Reply, chunks: Chunks) -> AsyncGenerator[str, None]:
-    head, tail = reply.frame("chat.completion.chunk", with_usage=body.include_usage)
+    frame = reply.frame("chat.completion.chunk", body)
     deltas = [Deltas(index, tools=bool(body.usable_tools), logprobs=body.logprobs) for index in range(body.n)]
     last: dict[int, TextChunk] = {}
     async for index, chunk in chunks:
         if index not in last:
-            yield f"{head}{deltas[index].first()}{tail}"
+            yield frame.around(deltas[index].first(), Answer(prompt_tokens=chunk.prompt_tokens))
         last[index] = chunk
         for choice in deltas[index].of(chunk):
-            yield f"{head}{choice}{tail}"
+            yield frame.around(choice, chunk)
     if body.include_usage:
         yield json.dumps(reply.object("chat.completion.chunk", [], usage=usage([*last.values()], body.n)))
 

@@ -90,12 +90,12 @@ def _completion_object(body: CompletionRequest, reply: Reply, answers: list[Answ
 
 
 async def _chunk_texts(body: CompletionRequest, reply: Reply, count: int, chunks: Chunks) -> AsyncGenerator[str, None]:
-    head, tail = reply.frame("text_completion", with_usage=body.include_usage)
+    frame = reply.frame("text_completion", body)
     answers = [Answer() for _ in range(count)]
     async for index, chunk in chunks:
         logprobs = _logprobs(body, chunk.logprobs, len(answers[index].text))
         answers[index].add(chunk)
-        yield f"{head}{_choice_text(index, chunk, logprobs)}{tail}"
+        yield frame.around(_choice_text(index, chunk, logprobs), chunk)
     if body.include_usage:
         yield json.dumps(reply.object("text_completion", [], usage=usage(answers, body.n)))
 

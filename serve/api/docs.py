@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from jinja2 import Environment
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from loramill.serve.api.openapi import operations
 
@@ -78,6 +78,18 @@ For tools: <a href="openapi.json">openapi.json</a>.</p>
 """)
 
 _Row = tuple[str, Mapping[str, Any], str]
+
+
+@router.get("/")
+async def root() -> RedirectResponse:
+    """Where a browser is sent that was given the bare address."""
+    return RedirectResponse("docs")
+
+
+@router.get("/favicon.ico")
+async def favicon() -> Response:
+    """What every browser asks for; there is none."""
+    return Response(status_code=204, headers={"cache-control": "max-age=86400"})
 
 
 @router.get("/docs")

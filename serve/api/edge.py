@@ -1,4 +1,4 @@
-"""The outermost middleware: a request id, a count, one line of log, the last resort for errors; the size of bodies."""
+"""The outermost middleware: a request id, a count, a line of the access log; unforeseen errors; the size of bodies."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loramill.serve import metrics
+from loramill.serve.api import access
 from loramill.serve.api.errors import error_response, internal_error
 from loramill.serve.api.watch import GONE
 
@@ -20,7 +21,7 @@ JSON_BYTES = 16 * 2**20
 
 
 class Edge:
-    """Pure ASGI: gives each request its id, counts and logs it, and answers what nobody foresaw."""
+    """Pure ASGI: gives each request its id, counts it and writes it into the access log."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -43,25 +44,46 @@ class Edge:
 
         try:
             await self.app(scope, receive, send_with_id)
-        except Exception:
-            log.exception("request %s failed", request_id, extra={"request": request_id})
-            if status:  # The answer has begun: cut it off, so that nobody takes it for whole.
-                raise
-            await error_response(internal_error(request_id))(scope, receive, send_with_id)
         finally:
             # The router notes what it found; the path itself may be anything that a caller thinks of.
             endpoint = scope["route"].path if "route" in scope else "(none)"
             metrics.HTTP_REQUESTS.labels(endpoint, status or GONE).inc()
-            milliseconds = 1000 * (time.perf_counter() - began)
             caller = state.get("caller")
-            log.info(
-                "%s %s -> %d in %.0f ms",
-                scope["method"],
-                scope["path"],
-                status,
-                milliseconds,
-                extra={"request": request_id, "tenant": caller and caller.tenant, "status": status},
+            access.note(
+                request=request_id,
+                tenant=caller and caller.tenant,
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                seconds=time.perf_counter() - began,
             )
+
+
+class LastResort:
+    """Pure ASGI: answers an error that no one foresaw, within what every answer gets (a request id, CORS headers)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one request."""
+        begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        except Exception:
+            if scope["type"] != "http":
+                raise
+            request_id = scope["state"]["request_id"]
+            log.exception("request %s failed", request_id, extra={"request": request_id})
+            if begun:  # cut the answer off, so that no one takes it for whole
+                raise
+            await error_response(internal_error(request_id))(scope, receive, send)
 
 
 class BodyLimit:

@@ -27,6 +27,9 @@ class StreamOptions(Body):
 
     asks_nothing: ClassVar[Mapping[str, Sequence[Any]]] = {"include_obfuscation": (False,)}
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(
+        default=False, description="vLLM's: with include_usage, every chunk has the token counts of its answer so far"
+    )
 
 
 class Generation(Body):
@@ -65,6 +68,11 @@ class Generation(Body):
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk of token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream has token counts; as in vLLM, only together with `include_usage`."""
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def check_stream_options(self) -> None:
         """Raises InvalidRequest for stream_options without a stream."""
@@ -128,11 +136,31 @@ class Reply:
             **more,
         }
 
-    def frame(self, kind: str, *, with_usage: bool) -> tuple[str, str]:
-        """The JSON before and behind the choice of a chunk: the same for all chunks, so that it is made once."""
-        whole = json.dumps(self.object(kind, [], **({"usage": None} if with_usage else {})), separators=(",", ":"))
+    def frame(self, kind: str, body: Generation) -> Frame:
+        """What surrounds the choice of each chunk in the stream that `body` asks for."""
+        more = {"usage": None} if body.include_usage else {}
+        whole = json.dumps(self.object(kind, [], **more), separators=(",", ":"))
         head, empty, tail = whole.rpartition('"choices":[]')
-        return f"{head}{empty[:-1]}", f"]{tail}"
+        return Frame(f"{head}{empty[:-1]}", f"]{tail}", body.continuous_usage)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The JSON before and behind the choice of a chunk: the same for all chunks, so that it is made once.
+
+    Attributes:
+        continuous: each chunk has the token counts of its answer so far instead of `tail`'s null.
+    """
+
+    head: str
+    tail: str
+    continuous: bool
+
+    def around(self, choice: str, counted: Answer | TextChunk) -> str:
+        """The JSON of a chunk with this choice; `counted` has the tokens of the choice's answer up to here."""
+        if not self.continuous:
+            return f"{self.head}{choice}{self.tail}"
+        return f'{self.head}{choice}],"usage":{json.dumps(usage([counted], 1))}}}'
 
 
 def usage(answers: Sequence[Answer | TextChunk], n: int) -> dict[str, int]:

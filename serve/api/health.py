@@ -1,4 +1,4 @@
-"""GET /healthz, /readyz and /metrics: for whoever starts, stops and watches gateways."""
+"""GET /healthz, /readyz, /health and /metrics: for whoever starts, stops and watches gateways."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from loramill.errors import Unavailable
 from loramill.registry import Registry
-from loramill.serve.api.gateway import Here, Who
+from loramill.serve.api.gateway import Gateway, Here, Who
 from loramill.serve.exposition import MEDIA_TYPE, exposition
 
 router = APIRouter(tags=["health"])
@@ -30,12 +30,15 @@ async def healthz() -> dict[str, str]:
 async def readyz(here: Here) -> dict[str, str]:
     """Requests can be answered: the record and the engine are there."""
     await run_in_threadpool(_ask, here.registry)
-    try:
-        async with asyncio.timeout(PATIENCE):
-            await here.served[here.base.name].backend.ready()
-    except TimeoutError as error:
-        raise Unavailable("The engine doesn't answer yet; try again in a moment.") from error
+    await _check_engine(here)
     return {"status": "ready"}
+
+
+@router.get("/health")
+async def health(here: Here) -> dict[str, str]:
+    """The engine answers, as vLLM's endpoint of this name says it; clients made for vLLM ask for it first."""
+    await _check_engine(here)
+    return {"status": "ok"}
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
@@ -43,6 +46,15 @@ async def get_metrics(who: Who) -> Response:
     """What Prometheus reads, with an admin's key: it names tenants."""
     who.check_admin()
     return Response(await run_in_threadpool(exposition), media_type=MEDIA_TYPE)
+
+
+async def _check_engine(here: Gateway) -> None:
+    """Raises Unavailable unless the base's engine answers in time."""
+    try:
+        async with asyncio.timeout(PATIENCE):
+            await here.served[here.base.name].backend.ready()
+    except TimeoutError as error:
+        raise Unavailable("The engine doesn't answer yet; try again in a moment.") from error
 
 
 def _ask(registry: Registry) -> None:

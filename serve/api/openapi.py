@@ -87,6 +87,7 @@ ANSWERS: Mapping[str, Any] = {
     "GET /v1/audit": Listed[Change],
     "GET /healthz": Health,
     "GET /readyz": Health,
+    "GET /health": Health,
 }
 
 #: Objects of a stream's events.
@@ -118,7 +119,7 @@ _ERRORS = {
     504: "The answer wasn't finished in the time that it had.",
 }
 
-_REQUEST_ID = {"required": True, "schema": {"type": "string"}, "description": "The request's id in the gateway's log."}
+_REQUEST_ID = {"required": True, "schema": {"type": "string"}, "description": "The request's id in the access log, in `logs` of the gateway's home, and in its other logs."}
 _RETRY_AFTER = {
     "schema": {"type": "string", "pattern": r"^\d+$"},
     "description": "Seconds to wait before asking again.",

@@ -45,6 +45,9 @@ def test_health_needs_no_key(site: Any, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(health, "PATIENCE", 0.05)
         assert http.get("/readyz").status_code == 503
         assert http.get("/healthz").status_code == 200
+        assert http.get("/health").status_code == 503
+        site.backend.now = EchoBackend()
+        assert http.get("/health").status_code == 200  # guidellm asks for it first
         assert http.get("/openapi.json").json()["info"]["title"] == "loramill"
         assert http.get("/docs").status_code == 200
 
@@ -67,6 +70,14 @@ def test_not_ready_without_its_database(site: Any, serving: Callable[..., Any], 
         assert http.get("/healthz").status_code == 200
 
 
+def test_a_browser_finds_the_description_without_a_key(site: Any) -> None:
+    with site.http(accept="text/html") as http:
+        assert http.get("/favicon.ico").status_code == 204
+        response = http.get("/", follow_redirects=True)
+    assert (response.status_code, response.url.path) == (200, "/docs")
+    assert response.headers["content-type"].startswith("text/html")
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [("GET", "/v1/nothing", 404, "unknown_url"), ("DELETE", "/v1/models", 405, "method_not_allowed")],
@@ -80,7 +91,7 @@ def test_unknown_urls_in_openai_form(http: httpx.Client, method: str, path: str,
 def test_request_ids_differ_and_are_in_the_log(
     http: httpx.Client, tenant: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, "loramill.gateway"):
+    with caplog.at_level(logging.INFO, "loramill.access"):
         ids = [http.get("/v1/models").headers["x-request-id"] for _ in range(2)]
     assert len(set(ids)) == 2
     assert [(record.request, record.tenant, record.status) for record in caplog.records] == [  # type: ignore[attr-defined]

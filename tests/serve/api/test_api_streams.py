@@ -68,6 +68,30 @@ def test_usage_is_the_last_chunk(client: OpenAI) -> None:
     assert (last.usage.prompt_tokens, last.usage.completion_tokens, last.usage.total_tokens) == (3, 6, 9)
 
 
+def test_usage_on_every_chunk_as_vllm_gives_it(client: OpenAI) -> None:
+    asked: Any = {"stream": True, "n": 2, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    for create in (
+        lambda: client.chat.completions.create(model="tiny", messages=HELLO, **asked),
+        lambda: client.completions.create(model="tiny", prompt="one two three", **asked),
+    ):
+        *chunks, last = create()
+        counts: dict[int, list[int]] = {0: [], 1: []}
+        for chunk in chunks:
+            counts[chunk.choices[0].index].append(chunk.usage.completion_tokens)
+            assert chunk.usage.total_tokens == chunk.usage.prompt_tokens + chunk.usage.completion_tokens
+        for ones in counts.values():
+            assert ones == sorted(ones) and set(ones) >= {1, 2, 3}
+        assert last.choices == [] and last.usage.completion_tokens == 6
+        assert {chunk.usage.prompt_tokens for chunk in chunks} == {last.usage.prompt_tokens} == {3}
+
+
+def test_usage_on_every_chunk_needs_include_usage(client: OpenAI) -> None:
+    chunks = client.chat.completions.create(
+        model="tiny", messages=HELLO, stream=True, stream_options={"continuous_usage_stats": True}  # type: ignore[typeddict-unknown-key]
+    )
+    assert all("usage" not in chunk.model_fields_set for chunk in chunks)
+
+
 def test_several_answers_in_one_stream(client: OpenAI) -> None:
     texts, roles, ends = ["", "", ""], [], []
     for chunk in client.chat.completions.create(model="tiny", messages=HELLO, stream=True, n=3, logprobs=True):

@@ -1,0 +1,85 @@
+"""The access log: a line of JSON for each request, in `<home>/logs/access.log`."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+import sys
+import time
+from logging.handlers import WatchedFileHandler
+from pathlib import Path
+
+#: Where the lines go; without a handler (`open_file`) nowhere.
+log = logging.getLogger("loramill.access")
+
+#: The size at which the file becomes `access.log.1`: some 300,000 requests.
+FILE_BYTES = 64 << 20
+#: Seconds between two complaints about a file that can't be written.
+COMPLAINT_SECONDS = 60.0
+
+_KEY = re.compile(r"lm-[\w-]+")
+
+
+def note(*, request: str, tenant: str | None, method: str, path: str, status: int, seconds: float) -> None:
+    """Writes one request down: no query, no header, no body, and no key that somebody put into the path.
+
+    Args:
+        request: its id, which the answer has as `x-request-id`.
+        tenant: the tenant that the key acted for; None: an admin's key, or none.
+        status: what was answered; 0: the caller went away before.
+        seconds: until the last byte of the answer.
+    """
+    if not log.isEnabledFor(logging.INFO):
+        return
+    now = time.time()
+    line = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03}Z",
+        "request": request,
+        "tenant": tenant,
+        "method": method,
+        "path": _KEY.sub("lm-…", path),
+        "status": status,
+        "ms": round(seconds * 1000, 1),
+    }
+    log.info("%s", json.dumps(line), extra={"request": request, "tenant": tenant, "status": status})
+
+
+def open_file(folder: Path) -> None:
+    """Makes this process write its access log to `access.log` in `folder`.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log.addHandler(SharedFile(folder / "access.log"))
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+class SharedFile(WatchedFileHandler):
+    """Appends to a file that the other gateways of this machine append to; the one that fills it moves it away."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        self._complained = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a line; where that fails, the request isn't touched and the process's own log has the reason."""
+        super().emit(record)
+        if self.stream is not None and self.stream.tell() > FILE_BYTES:
+            self._move(self.stream.fileno())
+
+    def _move(self, file: int) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until `emit` opens the new file
+        path = Path(self.baseFilename)
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file)):  # else another was first
+            path.replace(f"{path}.1")
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Says once a minute why the file can't be written."""
+        if time.monotonic() - self._complained > COMPLAINT_SECONDS:
+            self._complained = time.monotonic()
+            logging.getLogger("loramill.gateway").error("%s can't be written: %s", self.baseFilename, sys.exc_info()[1])
