@@ -75,7 +75,7 @@ class ServeSettings(_Section):
     rank_budget: int = Field(default=1024, ge=1, description="sum of the different adapters' ranks in one step")
     max_upload_bytes: int = Field(default=256 * 2**20, ge=1, description="bytes of the largest upload")
     cors_origins: tuple[Origin, ...] = Field(
-        default=(), description="origins of web pages that may call the gateway from a browser; \"*\": all"
+        default=(), description='origins of web pages that may call the gateway from a browser; "*": all'
     )
 
 

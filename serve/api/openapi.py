@@ -119,7 +119,11 @@ _ERRORS = {
     504: "The answer wasn't finished in the time that it had.",
 }
 
-_REQUEST_ID = {"required": True, "schema": {"type": "string"}, "description": "The request's id in the access log, in `logs` of the gateway's home, and in its other logs."}
+_REQUEST_ID = {
+    "required": True,
+    "schema": {"type": "string"},
+    "description": "The request's id in the access log, in `logs` of the gateway's home, and in its other logs.",
+}
 _RETRY_AFTER = {
     "schema": {"type": "string", "pattern": r"^\d+$"},
     "description": "Seconds to wait before asking again.",

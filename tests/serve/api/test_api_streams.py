@@ -87,7 +87,10 @@ def test_usage_on_every_chunk_as_vllm_gives_it(client: OpenAI) -> None:
 
 def test_usage_on_every_chunk_needs_include_usage(client: OpenAI) -> None:
     chunks = client.chat.completions.create(
-        model="tiny", messages=HELLO, stream=True, stream_options={"continuous_usage_stats": True}  # type: ignore[typeddict-unknown-key]
+        model="tiny",
+        messages=HELLO,
+        stream=True,
+        stream_options={"continuous_usage_stats": True},  # type: ignore[typeddict-unknown-key]
     )
     assert all("usage" not in chunk.model_fields_set for chunk in chunks)
 
