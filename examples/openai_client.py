@@ -1,6 +1,6 @@
 """What a product's backend does with loramill, with nothing but the `openai` package.
 
-    OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=lm-… python examples/openai_client.py
+    OPENAI_BASE_URL=http://127.0.0.1:8400/v1 OPENAI_API_KEY=lm-… python examples/openai_client.py
 
 Asks a model in every way, uploads examples, submits a fine-tune job, follows it, and cancels it. The first argument
 is the model's name; without one, it is the first of the list, the base.
@@ -109,7 +109,7 @@ def err(client: OpenAI, model: str) -> None:
     mistakes = {
         openai.NotFoundError: {"model": "no-such-model"},
         openai.BadRequestError: {"model": model, "store": True},
-        openai.AuthenticationError: {"model": model, "extra_headers": {"authorization": "Bearer lm-wrong"}},
+        openai.AuthenticationError: {"model": model, "extra_headers": {"Authorization": "Bearer lm-wrong"}},
     }
     for expected, mistake in mistakes.items():
         try:

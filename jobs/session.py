@@ -61,9 +61,12 @@ def resident(settings: Settings, place: str, executor: Executor, processes: Proc
 
 
 def prepare(settings: JobSettings) -> torch.device:
-    """The device that Ray gave to this process, of which it takes no more than its share."""
+    """The device to train on: the GPU that Ray assigned to this process, of which it takes its share, or the CPU.
+
+    A GPU that torch sees is not ours unless the settings say so. Ray's GPUs may also stand for nothing, as in tests.
+    """
     torch.set_num_threads(settings.threads)
-    if not torch.cuda.is_available():  # Ray's GPUs may stand for nothing, as in tests
+    if not settings.use_gpu or not torch.cuda.is_available():
         return torch.device("cpu")
     device: torch.device = get_device()
     # Ray counts fractions of a GPU and keeps nobody from taking all of its memory.

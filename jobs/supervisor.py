@@ -8,6 +8,7 @@ import time
 
 import ray
 
+from loramill.gpus import ONLY_ASSIGNED_GPUS
 from loramill.jobs.housekeeping import tidy_for_ever
 from loramill.jobs.leftovers import remove_leftovers
 from loramill.jobs.pool import Keeper
@@ -59,5 +60,6 @@ def deploy(settings: Settings) -> None:
     except ValueError:
         log.info("no supervisor was running")
     options = {"name": NAME, "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": -1, "num_cpus": 0}
-    supervisor = ray.remote(Supervisor).options(**options).remote(settings)
+    environment = {"env_vars": ONLY_ASSIGNED_GPUS}
+    supervisor = ray.remote(Supervisor).options(**options, runtime_env=environment).remote(settings)
     ray.get(supervisor.ping.remote())

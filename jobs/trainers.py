@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsspec.core import url_to_fs
 
+from loramill.gpus import ONLY_ASSIGNED_GPUS
 from loramill.settings import Settings
 
 if TYPE_CHECKING:
@@ -74,7 +75,12 @@ def _fit(
 
     # The name is never used again.
     name = f"{config['place']}-{uuid.uuid4().hex[:12]}"
-    run = RunConfig(name=name, storage_path=settings.sessions, failure_config=FailureConfig(max_failures=max_failures))
+    run = RunConfig(
+        name=name,
+        storage_path=settings.sessions,
+        failure_config=FailureConfig(max_failures=max_failures),
+        worker_runtime_env={"env_vars": ONLY_ASSIGNED_GPUS},
+    )
     trainer = LeanTrainer(
         train,
         train_loop_config=config,

@@ -97,7 +97,7 @@ def _best(device: str) -> Backend:
         try:
             return _open("triton")
         except ImportError:
-            log.warning("triton isn't installed: adapters run on plain torch operations; install loramill[triton]")
+            log.warning("triton isn't installed: adapters run on plain torch operations; `pip install triton`")
             return _open("torch")
     try:
         return _open("cpu")

@@ -14,6 +14,7 @@ from ray import serve
 
 from loramill.bases import find_base
 from loramill.chat import ChatTokenizer
+from loramill.gpus import ONLY_ASSIGNED_GPUS
 from loramill.registry import Registry
 from loramill.serve.api import access
 from loramill.serve.api.app import build_api
@@ -111,7 +112,7 @@ def application(settings: Settings) -> Any:
     """The Serve application: gateways in front of the engine replicas of each base."""
     behind = [_engine(name, each).bind(each) for name, each in engines(_on_ray(settings)).items()]
     options = _options(settings) | {"name": "gateway", "num_replicas": settings.serve.gateways}
-    environment = ONE_LOOP | metrics_env(settings)
+    environment = ONE_LOOP | ONLY_ASSIGNED_GPUS | metrics_env(settings)
     options["ray_actor_options"] = {"num_cpus": 0.1, "runtime_env": {"env_vars": environment}}
     if settings.serve.ingress == "direct":
         options["ray_actor_options"]["resources"] = ON_HEAD
@@ -171,8 +172,9 @@ def on_ray(settings: ServeSettings) -> ServeSettings:
 def engine_options(settings: Settings) -> dict[str, Any]:
     """What Ray is asked for on behalf of an engine replica: a whole GPU if the settings say cuda, and else none."""
     gpus = 1 if settings.serve.device == "cuda" else 0
-    environment = {"env_vars": ONE_LOOP | one_thread_env(settings.serve.threads) | metrics_env(settings)}
-    return {"num_cpus": 0.1, "num_gpus": gpus, "runtime_env": environment}
+    threads = one_thread_env(settings.serve.threads)
+    environment = ONE_LOOP | ONLY_ASSIGNED_GPUS | threads | metrics_env(settings)
+    return {"num_cpus": 0.1, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
 
 
 def metrics_env(settings: Settings) -> dict[str, str]:

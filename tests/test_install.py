@@ -1,0 +1,64 @@
+"""The installation: pins that agree with pyproject.toml, and a failed install that is not taken for a finished one."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+#: Extras that are not tested here, and so not pinned.
+UNPINNED = {"wandb", "mlflow"}
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = (line.split("==") for line in lines if not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def requirements() -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [
+        each for extra, listed in project["optional-dependencies"].items() if extra not in UNPINNED for each in listed
+    ]
+    return [Requirement(each) for each in [*project["dependencies"], *extras]]
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_every_requirement_has_a_pin_that_satisfies_it(requirement: Requirement) -> None:
+    assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
+
+
+@pytest.mark.parametrize(
+    ("pip", "imports", "finishes"),
+    [(0, 0, True), (1, 0, False), (0, 1, False)],
+    ids=["all is well", "pip fails", "what was installed can't be imported"],
+)
+def test_only_an_install_that_worked_is_taken_for_finished(
+    pip: int, imports: int, finishes: bool, tmp_path: Path
+) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        '[ "$1 $2" = "-m venv" ] || exit 0\n'
+        'mkdir -p "$3/bin" && cd "$3/bin"\n'
+        f"printf '#!/bin/sh\\nexit {pip}\\n' >pip\n"
+        f"printf '#!/bin/sh\\nexit {imports}\\n' >python\n"
+        "chmod +x pip python\n"
+    )
+    python.chmod(0o755)
+    stamp = tmp_path / ".venv" / ".installed"
+    ran = subprocess.run(
+        ["make", "-C", str(tmp_path), "install", f"PYTHON={python}"], capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode == 0, stamp.exists()) == (finishes, finishes), ran.stdout + ran.stderr
+    assert "Installing into .venv" in ran.stdout
