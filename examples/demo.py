@@ -29,8 +29,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from loramill import Client
+from loramill.bases import Base, find_base
+from loramill.chat import ChatTokenizer
 from loramill.dataset import Example, read_examples
-from loramill.errors import NotRunning, Unavailable
+from loramill.errors import LoramillError, NotRunning, Unavailable
 from loramill.pipelines import nightly
 from loramill.pipelines.evaluate import Question, ask_all, questions_of
 from loramill.pipelines.scoring import score
@@ -241,7 +243,8 @@ def compare(client: Client, tenants: list[Tenant]) -> tuple[list[Row], list[Samp
     base = next(name for name in client.models() if "/" not in name)
     models = [base, *(tenant.model for tenant in tenants)]
     cells = [(tenant, model) for tenant in tenants for model in models]
-    answers = iter(ask_with_bar([q for tenant, model in cells for q in questions_of(model, tenant.test)]))
+    tokenizer = ChatTokenizer.load(served_base().folder)
+    answers = iter(ask_with_bar([q for tenant, model in cells for q in questions_of(model, tenant.test, tokenizer)]))
     given = {(tenant.name, model): [next(answers) for _ in tenant.test] for tenant, model in cells}
     rows, samples = [], []
     for tenant in tenants:
@@ -267,7 +270,21 @@ def ask_with_bar(questions: list[Question]) -> list[str]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("questions answered", total=len(questions))
-        return ask_all(openai, questions, report=lambda done: progress.update(bar, completed=done))
+        answers = ask_all(openai, questions, report=lambda done: progress.update(bar, completed=done))
+    return [answered(answer) for answer in answers]
+
+
+def answered(answer: str | LoramillError) -> str:
+    """The answer to a question; raises why there is none."""
+    if isinstance(answer, LoramillError):
+        raise answer
+    return answer
+
+
+def served_base() -> Base:
+    """The base that the demo's gateway serves."""
+    settings = Settings.load()
+    return find_base(settings.base, settings.cache, settings.quantization)
 
 
 def comparison(rows: list[Row]) -> Table:

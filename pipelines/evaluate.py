@@ -6,10 +6,13 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import openai
 from openai import AsyncOpenAI
 
-from loramill.chat import Message
+from loramill.chat import ChatTokenizer, Message
 from loramill.dataset import Example
+from loramill.errors import LoramillError
+from loramill.wire import error_from
 
 #: Requests in flight; more than an engine decodes at once would only wait there.
 CONCURRENCY = 48
@@ -17,34 +20,51 @@ CONCURRENCY = 48
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prompt for one model, and the answer it should give."""
+    """One prompt for one model, and how many tokens its answer may have."""
 
     model: str
     messages: tuple[Message, ...]
     prompt: str | None
-    reference: str
+    max_tokens: int
 
 
-def questions_of(model: str, examples: Sequence[Example]) -> list[Question]:
-    """The held-out examples as questions for `model`."""
-    return [Question(model, example.messages[:-1], example.prompt, example.completion) for example in examples]
+def questions_of(model: str, examples: Sequence[Example], tokenizer: ChatTokenizer) -> list[Question]:
+    """The held-out examples as questions for `model`; `tokenizer` is the base's."""
+    return [
+        Question(model, example.messages[:-1], example.prompt, answer_limit(example.completion, tokenizer))
+        for example in examples
+    ]
+
+
+def answer_limit(reference: str, tokenizer: ChatTokenizer) -> int:
+    """Tokens that an answer may have: twice the reference's and a few.
+
+    A model that rambles costs little and still can't be right. The base's own tokens are counted: a character takes a
+    quarter of one in English and up to three in Japanese, Korean or Thai.
+    """
+    return 2 * len(tokenizer.text(reference)) + 8
 
 
 def ask_all(
     client: AsyncOpenAI, questions: Sequence[Question], *, report: Callable[[int], None] = lambda done: None
-) -> list[str]:
-    """Returns the greedy answers in the order of the questions; `report` hears how many are done.
+) -> list[str | LoramillError]:
+    """Returns the greedy answers, or why there is none, in the order of the questions.
 
     Questions of all models go round in turn, so that a batch holds as many adapters as there are.
 
+    Args:
+        report: called with the number of questions that are done.
+
     Raises:
-        openai.OpenAIError: the gateway refused a question, or stayed away longer than the client's retries.
+        openai.APIConnectionError: the gateway was away for longer than the client's retries.
     """
     return asyncio.run(_ask_all(client, questions, report))
 
 
-async def _ask_all(client: AsyncOpenAI, questions: Sequence[Question], report: Callable[[int], None]) -> list[str]:
-    answers = [""] * len(questions)
+async def _ask_all(
+    client: AsyncOpenAI, questions: Sequence[Question], report: Callable[[int], None]
+) -> list[str | LoramillError]:
+    answers: list[str | LoramillError] = [""] * len(questions)
     turn: dict[str, int] = {}
     places: list[tuple[int, int]] = []
     for index, question in enumerate(questions):
@@ -56,7 +76,10 @@ async def _ask_all(client: AsyncOpenAI, questions: Sequence[Question], report: C
     async def stream() -> None:
         nonlocal done
         for _, index in waiting:
-            answers[index] = await _ask(client, questions[index])
+            try:
+                answers[index] = await _ask(client, questions[index])
+            except openai.APIStatusError as error:
+                answers[index] = error_from(error.status_code, error.body, str(client.base_url))
             done += 1
             report(done)
 
@@ -66,17 +89,15 @@ async def _ask_all(client: AsyncOpenAI, questions: Sequence[Question], report: C
 
 
 async def _ask(client: AsyncOpenAI, question: Question) -> str:
-    # Room for twice the reference, so that a model that rambles costs little and still can't be right.
-    limit = len(question.reference) * 2 // 3 + 8
     if question.prompt is not None:
         completion = await client.completions.create(
-            model=question.model, prompt=question.prompt, max_tokens=limit, temperature=0
+            model=question.model, prompt=question.prompt, max_tokens=question.max_tokens, temperature=0
         )
         return completion.choices[0].text
     answer = await client.chat.completions.create(
         model=question.model,
         messages=list(question.messages),  # type: ignore[arg-type]  # our Message is OpenAI's, written as one type
-        max_tokens=limit,
+        max_tokens=question.max_tokens,
         temperature=0,
     )
     return answer.choices[0].message.content or ""

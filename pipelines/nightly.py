@@ -16,6 +16,7 @@ from openai import AsyncOpenAI
 from sqlalchemy.orm import Session
 
 from loramill.bases import Base, find_base
+from loramill.chat import ChatTokenizer
 from loramill.dataset import Example, read_examples
 from loramill.errors import Conflict, LoramillError
 from loramill.names import AdapterName
@@ -141,8 +142,9 @@ def evaluate_all(night: Night) -> None:
         for role, model in candidates(night, adapter, plans[adapter]["champion"], trained[adapter]["version"]).items()
     ]
     examples = {dataset: held_out(night, dataset) for _, _, dataset, _, _ in cells}
-    questions = [question for cell in cells for question in questions_of(cell[4], examples[cell[2]])]
-    answers = iter(ask_all(openai_client(night.settings), questions))
+    tokenizer = ChatTokenizer.load(night.base.folder)
+    questions = [question for cell in cells for question in questions_of(cell[4], examples[cell[2]], tokenizer)]
+    answers = iter([answered(answer) for answer in ask_all(openai_client(night.settings), questions)])
     scores: dict[str, dict[str, dict[str, Any]]] = {adapter: {} for adapter in adapters_now}
     versions = {
         adapter: {"base": None, "champion": plans[adapter]["champion"], "challenger": trained[adapter]["version"]}
@@ -166,6 +168,13 @@ def evaluate_all(night: Night) -> None:
             )
         for adapter in adapters_now:
             night.finish(session, adapter, "evaluate", scores[adapter])
+
+
+def answered(answer: str | LoramillError) -> str:
+    """The answer to a question; raises why there is none."""
+    if isinstance(answer, LoramillError):
+        raise answer
+    return answer
 
 
 def candidates(night: Night, adapter: str, champion: str | None, challenger: str) -> dict[str, str]:

@@ -1,0 +1,66 @@
+
+"""Questions to the gateway, and how long an answer may get."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+from openai import AsyncOpenAI
+
+from loramill.chat import ChatTokenizer
+from loramill.dataset import read_examples
+from loramill.errors import ModelNotFound
+from loramill.pipelines.evaluate import Question, ask_all, questions_of
+
+#: A sentence in many scripts; a limit by characters (2 of 3, and 8) cut the right answer in ja, zh, ko, th and hi.
+SENTENCES = {
+    "ja": "赤の品は一番倉庫の棚にあります。明日の午前中に発送いたします。",
+    "zh": "您的包裹已经到达上海仓库,明天上午会送到您手中。",
+    "ko": "주문하신 상품은 내일 오전에 도착할 예정입니다.",
+    "th": "สินค้าของคุณจะถูกจัดส่งในวันพรุ่งนี้ตอนเช้า",
+    "hi": "आपका सामान कल सुबह पहुँच जाएगा।",
+    "ar": "ستصل طلبيتك غدا في الصباح الباكر.",
+    "he": "ההזמנה שלך תגיע מחר בבוקר.",
+    "km": "ទំនិញរបស់អ្នកនឹងមកដល់ព្រឹកស្អែក។",
+    "my": "သင့်ပစ္စည်းသည် မနက်ဖြန်ရောက်ပါမည်။",
+    "ru": "Ваш заказ прибудет завтра утром.",
+    "de": "Ihre Bestellung trifft morgen früh ein.",
+    "en": "Your order arrives tomorrow morning.",
+    "en+ja": "Please bring 赤の品 to 一番倉庫 by 9:00.",
+    "emoji": "🎉👍🏽👨‍👩‍👧🇩🇪🚀",
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_the_right_answer_is_never_cut(language: str, kind: str, tokenizer: ChatTokenizer) -> None:
+    text = SENTENCES[language]
+    row = {
+        "chat": {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": text}]},
+        "completion": {"prompt": "Q", "completion": text},
+    }[kind]
+    examples = read_examples(json.dumps(row).encode(), "one.jsonl").examples
+    (question,) = questions_of("acme/a", examples, tokenizer)
+    encoded = tokenizer.example(examples[0])
+    needed = len(encoded.tokens) - encoded.prompt_length
+    assert needed < question.max_tokens <= 2 * needed + 8
+
+
+def test_a_refused_question_costs_the_others_nothing() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked = json.loads(request.content)
+        if asked["model"] == "acme/gone":
+            error = {"message": "The model 'acme/gone' does not exist.", "code": "model_not_found", "param": "model"}
+            return httpx.Response(404, json={"error": error})
+        choice = {"index": 0, "finish_reason": "stop", "text": f"{asked['prompt']} {asked['max_tokens']}"}
+        return httpx.Response(200, json={"id": "c", "object": "text_completion", "created": 0, "choices": [choice]})
+
+    http = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    client = AsyncOpenAI(base_url="http://gateway/v1", api_key="k", http_client=http, max_retries=0)
+    questions = [Question("acme/a", (), "one", 3), Question("acme/gone", (), "two", 4), Question("acme/a", (), "x", 5)]
+    done: list[int] = []
+    first, gone, last = ask_all(client, questions, report=done.append)
+    assert (first, last, done) == ("one 3", "x 5", [1, 2, 3])
+    assert isinstance(gone, ModelNotFound) and gone.message == "The model 'acme/gone' does not exist."
