@@ -1,4 +1,3 @@
-
 """Questions to the gateway, and how long an answer may get."""
 
 from __future__ import annotations
