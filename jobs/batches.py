@@ -41,11 +41,18 @@ class Rows:
     weights: torch.Tensor
 
 
-def choose(count: int, size: int, step: int, seed: int) -> list[int]:
-    """The indices of the `size` examples, of `count`, that step `step` (from 0) trains on.
+def choose(count: int, size: int, step: int, seed: int, *, epochs: bool = False) -> list[int]:
+    """The indices of the examples, of `count`, that step `step` (from 0) trains on.
 
     Steps walk through one shuffle of all examples after another: every example is seen once before any is seen again.
+
+    Args:
+        size: examples of a step.
+        epochs: whether no step reaches into the next shuffle: the last of each takes what is left, `size` or fewer.
     """
+    if epochs:
+        epoch, batch = divmod(step, -(-count // size))
+        return _shuffled(count, seed, epoch)[batch * size : (batch + 1) * size]
     walk = range(step * size, (step + 1) * size)
     return [_shuffled(count, seed, place // count)[place % count] for place in walk]
 

@@ -227,7 +227,7 @@ class _Run:
 
     def _step(self) -> Standing:
         spec, step = self._spec, self.standing.step
-        chosen = choose(len(self._train), spec.batch_size, step, spec.seed)
+        chosen = choose(len(self._train), spec.batch_size, step, spec.seed, epochs=spec.epochs is not None)
         batch = [self._train[index] for index in chosen]
         rate = learning_rate(spec, step)
         self._tuned.set_dropout(True)

@@ -8,6 +8,7 @@ a field of the extension wins over the hyperparameter that says the same thing (
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, Strict, ValidationError
@@ -23,10 +24,14 @@ LEARNING_RATE = 1e-3
 FULL_LEARNING_RATE = 1e-4
 #: Small: what was learned from 50 steps of 16 was learned from 60 of 8, at about half the price.
 BATCH_SIZE = 8
+#: Of long files "auto" takes more, as OpenAI does: 0.2 % of the examples, and no more than this.
+MAX_BATCH_SIZE = 256
+#: The alpha that belongs to a rank, where none is given: every rank is scaled by it.
+ALPHA_PER_RANK = 2
 #: LoRA+'s own choice (Hayou et al. 2024, section 5) where the job only names the method.
 LORAPLUS_LR_RATIO = 16.0
 EPOCHS = 3
-#: Optimizer steps below which little is learned, and above which "auto" doesn't go.
+#: Optimizer steps below which little is learned, and above which "auto" adds no further epoch.
 MIN_STEPS, MAX_STEPS = 30, 300
 MAX_LENGTH = 1024
 
@@ -117,17 +122,19 @@ def resolve_spec(
             f"'loramill.max_length' is {own['max_length']}, the base reads {context_length} tokens at most; lower it.",
             param="loramill.max_length",
         )
-    batch_size = _auto(asked.batch_size, max(1, min(BATCH_SIZE, examples // 4)))
+    batch_size = _auto(asked.batch_size, _batch_size(examples))
     multiplier = 1.0 if asked.learning_rate_multiplier == "auto" else asked.learning_rate_multiplier
-    steps = _steps(asked.n_epochs, examples, batch_size)
+    epochs = _auto(asked.n_epochs, _epochs(examples, batch_size))
+    steps = steps_of(epochs, examples, batch_size)
     chosen = {
         "batch_size": batch_size,
         "steps": steps,
+        "epochs": None if "steps" in own else epochs,
         "learning_rate": _rate(said.method) * multiplier,
         "max_length": min(MAX_LENGTH, context_length),
         # A checkpoint, with its validation, costs as much as a few steps; a crash costs those since the last.
         "checkpoint_every": max(10, min(100, own.get("steps", steps) // 4)),
-    }
+    } | _alphas(said)
     fields: dict[str, object] = {
         "base": base,
         "adapter": adapter,
@@ -145,10 +152,36 @@ def resolve_spec(
         raise InvalidRequest(f"'{param}': {problem['msg']}.", param=param) from error
 
 
-def hyperparameters_of(spec: JobSpec, examples: int) -> dict[str, int | float]:
-    """A spec in OpenAI's terms, as a job object shows them; `n_epochs` counts whole passes, at least 1."""
+def steps_of(epochs: int, examples: int, batch_size: int) -> int:
+    """Optimizer steps of so many passes over `examples`, each of which ends in a batch of what is left."""
+    # A batch size or a number of epochs below 1 reaches JobSpec as it is, and is refused there.
+    return epochs * -(-examples // max(1, batch_size))
+
+
+def tokens_of(spec: JobSpec, lengths: Sequence[int], examples: int) -> float:
+    """Tokens that a job trains on, prompts included.
+
+    Args:
+        lengths: tokens of its training file's sequences, of one example or a part of one each.
+        examples: of the file.
+    """
+    passes = spec.steps * spec.batch_size / examples if spec.epochs is None else spec.epochs
+    return passes * sum(lengths)
+
+
+def hyperparameters_of(spec: JobSpec, examples: int | None) -> dict[str, int | float | None]:
+    """A spec in OpenAI's terms, as a job object shows them.
+
+    `n_epochs` is None where the steps do not make whole passes over the training file, or its length isn't known.
+
+    Args:
+        examples: of the training file; None: it was deleted.
+    """
+    epochs = spec.epochs
+    if epochs is None and examples and spec.steps * spec.batch_size % examples == 0:
+        epochs = spec.steps * spec.batch_size // examples
     return {
-        "n_epochs": max(1, spec.steps * spec.batch_size // examples),
+        "n_epochs": epochs,
         "batch_size": spec.batch_size,
         "learning_rate_multiplier": round(spec.learning_rate / _rate(spec.method), 6),
     }
@@ -159,6 +192,7 @@ _NOT_OF_THE_SPEC = {"start_from", "quantization", "method", "targets", "layers",
 
 _SAID_AS = {
     "steps": "hyperparameters.n_epochs",
+    "epochs": "hyperparameters.n_epochs",
     "batch_size": "hyperparameters.batch_size",
     "learning_rate": "hyperparameters.learning_rate_multiplier",
 }
@@ -172,10 +206,26 @@ def _auto(said: int | Auto, otherwise: int) -> int:
     return otherwise if said == "auto" else said
 
 
-def _steps(epochs: int | Auto, examples: int, batch_size: int) -> int:
-    # A batch size or a number of epochs below 1 reaches JobSpec as it is, and is refused there.
-    passes = -(-_auto(epochs, EPOCHS) * examples // max(1, batch_size))
-    return max(MIN_STEPS, min(MAX_STEPS, passes)) if epochs == "auto" else passes
+def _batch_size(examples: int) -> int:
+    return min(max(1, min(BATCH_SIZE, examples // 4), examples // 500), MAX_BATCH_SIZE)
+
+
+def _epochs(examples: int, batch_size: int) -> int:
+    """As many as make no fewer steps than MIN_STEPS and no more than MAX_STEPS, but at least one."""
+    steps = steps_of(1, examples, batch_size)
+    return min(max(EPOCHS, -(-MIN_STEPS // steps)), max(1, MAX_STEPS // steps))
+
+
+def _alphas(said: Extension) -> dict[str, object]:
+    """The alphas of the ranks that are given, where no alpha is."""
+    if said.alpha is not None:
+        return {}
+    alphas: dict[str, object] = {}
+    if said.rank is not None:
+        alphas["alpha"] = ALPHA_PER_RANK * said.rank
+    if said.rank_pattern and said.alpha_pattern is None:
+        alphas["alpha_pattern"] = {place: ALPHA_PER_RANK * rank for place, rank in said.rank_pattern.items()}
+    return alphas
 
 
 def _method(said: Extension, quantization: Quantization) -> dict[str, object]:

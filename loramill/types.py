@@ -90,6 +90,11 @@ class JobSpec(Value):
     weight_decay: float = Field(default=0.0, ge=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     steps: int = Field(ge=1, le=1_000_000, description="optimizer steps")
+    epochs: int | None = Field(
+        default=None,
+        ge=1,
+        description="passes over the training file, each ending in a batch of what is left; None: every batch is full",
+    )
     batch_size: int = Field(ge=1, le=4096, description="examples a step")
     max_length: int = Field(default=1024, ge=8, description="tokens of the longest example")
     packing: bool = Field(default=True, description="examples share rows without padding; the arithmetic is the same")

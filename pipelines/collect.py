@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from loramill import jsonl
 from loramill.bases import Base
 from loramill.dataset import read_examples
 from loramill.names import AdapterName
-from loramill.recipe import resolve_spec
+from loramill.recipe import resolve_spec, steps_of
 from loramill.registry import ArtifactStore, adapters, datasets, jobs
 from loramill.types import DatasetRecord, JobSpec, NewData
 
@@ -79,7 +78,8 @@ def next_spec(old: JobSpec, champion: str, train: DatasetRecord, valid: DatasetR
         "train": train.id,
         "valid": valid.id,
         "start_from": champion,
-        "steps": max(1, math.ceil(EPOCHS * train.examples / old.batch_size)),
+        "steps": steps_of(EPOCHS, train.examples, old.batch_size),
+        "epochs": EPOCHS,
         "learning_rate": old.learning_rate / 2,
     }
     return old.model_copy(update=changed)

@@ -41,7 +41,7 @@ _HELP: Mapping[str, Mapping[str, str]] = {
     "Method": {
         "method": "How the base is adapted.",
         "rank": "Rank of the adapter.",
-        "alpha": "Scale of the adapter: alpha / rank.",
+        "alpha": "Scale of the adapter: alpha / rank; if not given, alpha is twice the rank.",
         "rslora": "Scale by alpha / sqrt(rank).",
         "dropout": "Dropout before the adapter, 0 to 1.",
         "targets": "Linears that are adapted: all-linear, or names such as q_proj,v_proj.",
@@ -55,7 +55,7 @@ _HELP: Mapping[str, Mapping[str, str]] = {
         "base": "Model to tune; else the gateway's.",
     },
     "Training": {
-        "epochs": "Passes over the examples.",
+        "epochs": "Passes over the examples, each of which is seen once in every pass.",
         "steps": "Optimizer steps, instead of --epochs.",
         "batch_size": "Examples a step.",
         "learning_rate": "Learning rate.",

@@ -84,13 +84,11 @@ def job_object(job: JobRecord, base: Base, examples: int | None, now: float | No
     Args:
         job: as it is.
         base: what the gateway serves.
-        examples: length of the job's training file; None: it was deleted, and so nobody knows the epochs.
+        examples: length of the job's training file; None: it was deleted.
         now: seconds since the epoch.
     """
     spec = job.spec
-    hyperparameters: dict[str, Any] = hyperparameters_of(spec, examples or 1)
-    if examples is None:
-        hyperparameters["n_epochs"] = None
+    hyperparameters = hyperparameters_of(spec, examples)
     failed, waits = job.status is JobStatus.FAILED, job.status is JobStatus.PAUSED
     return {
         "id": job.id,

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from loramill.errors import DatasetInvalid, InvalidRequest
 from loramill.names import AdapterName, check_name
-from loramill.recipe import resolve_spec
+from loramill.recipe import resolve_spec, tokens_of
 from loramill.registry import adapters, jobs
 from loramill.serve.api import audit
 from loramill.serve.api.auth import Caller
@@ -62,7 +62,7 @@ def check(session: Session, body: NewJob, here: Gateway, tenant: str) -> Checked
         held_out = here.readings.lengths(valid, spec.max_length, spec.learn)
         warnings = here.readings.warnings(train, valid)
     spec, sized = fitted(spec, here.base, (*lengths, *held_out), here.settings.jobs)
-    cost = spec.steps * spec.batch_size * sum(lengths) / len(lengths)
+    cost = tokens_of(spec, lengths, train.examples)
     notes: list[tuple[Level, str]] = [("info", sized)] if sized else []
     notes += [("warn", warning) for warning in warnings]
     return Checked(body, spec, train.examples, cost, _executor(body, spec, cost, here), tuple(notes))

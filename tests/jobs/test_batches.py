@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from loramill.chat import EncodedExample, Span
 from loramill.jobs.batches import choose, grouped, pack, pad, shared_prefix, supervised, weight
+from loramill.recipe import steps_of
 
 sizes = st.integers(1, 40)
 
@@ -21,6 +22,17 @@ def test_every_example_is_seen_once_before_any_is_seen_again(count: int, size: i
     assert len(seen) == steps * size
     times = Counter(seen)
     assert max(times.values()) - min(times.get(index, 0) for index in range(count)) <= 1
+
+
+@given(count=sizes, size=sizes, seed=st.integers(-5, 5), epochs=st.integers(1, 4))
+def test_each_epoch_has_every_example_once(count: int, size: int, seed: int, epochs: int) -> None:
+    steps = steps_of(1, count, size)
+    for epoch in range(epochs):
+        batches = [choose(count, size, epoch * steps + step, seed, epochs=True) for step in range(steps)]
+        assert [len(batch) for batch in batches] == [size] * (count // size) + [count % size] * (count % size > 0)
+        assert sorted(index for batch in batches for index in batch) == list(range(count))
+        if count % size == 0:
+            assert batches == [choose(count, size, epoch * steps + step, seed) for step in range(steps)]
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:

@@ -103,6 +103,16 @@ def test_another_spec_has_no_checkpoint_here_and_loses_none(tmp_path: Path) -> N
     assert step_of(latest(tmp_path, SPEC)) == 25
 
 
+def test_a_job_of_before_epochs_finds_its_checkpoint(tmp_path: Path) -> None:
+    """With the key that its spec had then; its steps go on as they began."""
+    old = JobSpec.model_validate(
+        {"base": "f" * 64, "adapter": "acme/support", "train": "file-1", "steps": 30, "batch_size": 8, "learn": "last"}
+    )
+    write(tmp_path, old, at(10))
+    assert [file.name.partition("-")[0] for file in tmp_path.iterdir()] == ["2b258d03176e46b0"]
+    assert latest(tmp_path, old.model_copy(update={"epochs": 3})) is None
+
+
 @pytest.mark.parametrize("damage", ["torn", "flipped", "empty"])
 def test_a_damaged_one_gives_way_to_the_one_before(tmp_path: Path, damage: str) -> None:
     write(tmp_path, SPEC, at(10))

@@ -67,7 +67,13 @@ def points(spec: JobSpec, place: Path, processes: Processes, **more: Any) -> lis
 
 
 @pytest.mark.parametrize(
-    ("size", "changes"), [(2, {}), (3, {"micro_tokens": 20}), (4, {"batch_size": 2, "packing": False})]
+    ("size", "changes"),
+    [
+        (2, {}),
+        (3, {"micro_tokens": 20}),
+        (4, {"batch_size": 2, "packing": False}),
+        (4, {"epochs": 2, "steps": 6, "batch_size": 11}),  # of 23 examples the third step has one
+    ],
 )
 @pytest.mark.parametrize("method", ["lora", "adalora"])
 def test_the_result_is_that_of_one(tmp_path: Path, size: int, changes: dict[str, Any], method: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from loramill.bases import Base, load_for_training
 from loramill.chat import ChatTokenizer, EncodedExample
 from loramill.errors import AdapterInvalid, DatasetInvalid, TrainingDiverged
+from loramill.jobs import training
 from loramill.jobs.batches import choose, supervised
 from loramill.jobs.passes import losses, prepared
 from loramill.jobs.schedule import learning_rate
 from loramill.jobs.training import Progress, export
 from loramill.jobs.training import train as train_in
+from loramill.recipe import steps_of
 from loramill.types import TARGETS, JobSpec
 
 from .tiny import adapter, made_up, spec_of, textbook, tiny, train, written
@@ -150,6 +153,36 @@ def test_progress_counts(tmp_path: Path) -> None:
     assert [point.step for point in points] == [1, 2, 3, 4, 5]
     trained = [made_up(23)[index] for step in range(5) for index in choose(23, 5, step, 0)]
     assert points[-1].tokens == sum(len(example.tokens) for example in trained)
+
+
+@pytest.mark.parametrize(("batch_size", "micro_tokens"), [(8, 256), (8, 20), (32, 20), (1, 256), (11, 40)])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_each_example_is_trained_on_in_every_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, micro_tokens: int, epochs: int
+) -> None:
+    """A step's loss is the mean over its own supervised tokens, also of the last and shorter one."""
+    examples = made_up(11)
+    seen: list[int] = []
+    totals: list[float] = []
+
+    def counted(model: Any, base: Any, group: list[EncodedExample], total: float, **more: Any) -> Any:
+        seen.extend(example.line for example in group)
+        totals.append(total)
+        return losses(model, base, group, total, **more)
+
+    monkeypatch.setattr(training, "losses", counted)
+    steps = steps_of(epochs, len(examples), batch_size)
+    spec = spec_of(steps=steps, epochs=epochs, batch_size=batch_size, micro_tokens=micro_tokens)
+    running = train(tiny(), examples, [], spec, checkpoints=tmp_path)
+    for epoch in range(epochs):
+        for first in range(0, len(examples), batch_size):
+            begun = len(seen)
+            totals.clear()
+            point = next(running)
+            assert len(seen) == epoch * 11 + min(11, first + batch_size)
+            assert set(totals) == {sum(supervised(examples[line - 1]) for line in seen[begun:])}
+        assert Counter(seen) == dict.fromkeys(range(1, 12), epoch + 1)
+    assert next(running, None) is None and point.step == steps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

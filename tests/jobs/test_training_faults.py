@@ -44,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "loftq": {"method": "loftq"},
     "checkpointing": {"gradient_checkpointing": True},
     "unpacked": {"packing": False, "micro_tokens": 40},
+    "epochs": {"epochs": 2, "steps": 10},
 }
 
 

@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramill.errors import InvalidRequest
-from loramill.recipe import MAX_STEPS, MIN_STEPS, Extension, Hyperparameters, hyperparameters_of, resolve_spec
+from loramill.recipe import (
+    MAX_STEPS,
+    MIN_STEPS,
+    Extension,
+    Hyperparameters,
+    hyperparameters_of,
+    resolve_spec,
+    steps_of,
+    tokens_of,
+)
 from loramill.types import JobSpec
 
 
@@ -28,7 +37,7 @@ def resolve(examples: int = 160, said: dict[str, Any] | None = None, context: in
 def test_nothing_said_is_jobspecs_defaults() -> None:
     spec = resolve()
     assert spec == JobSpec(
-        base="f" * 64, adapter="acme/support", train="file-1", steps=60, batch_size=8, checkpoint_every=15
+        base="f" * 64, adapter="acme/support", train="file-1", steps=60, epochs=3, batch_size=8, checkpoint_every=15
     )
 
 
@@ -40,8 +49,10 @@ def test_nothing_said_is_jobspecs_defaults() -> None:
         (40, 8, 30),
         (80, 8, 30),
         (160, 8, 60),
-        (161, 8, 61),
-        (9999, 8, 300),
+        (161, 8, 63),
+        (2400, 8, 300),
+        (9999, 19, 527),  # more than 300, but no example is left out
+        (10**7, 256, 39063),
     ],
 )
 def test_autos_follow_the_number_of_examples(examples: int, batch_size: int, steps: int) -> None:
@@ -57,6 +68,15 @@ def test_autos_follow_the_number_of_examples(examples: int, batch_size: int, ste
         ({"batch_size": 80}, {}, "steps", 30),
         ({}, {"steps": 1000}, "checkpoint_every", 100),
         ({"n_epochs": 9}, {"steps": 5}, "steps", 5),
+        ({"n_epochs": 9}, {"steps": 5}, "epochs", None),
+        ({"n_epochs": 2}, {}, "epochs", 2),
+        ({"n_epochs": 1, "batch_size": 500}, {}, "steps", 1),
+        ({}, {"rank": 4}, "alpha", 8.0),
+        ({}, {"rank": 64, "rslora": True}, "alpha", 128.0),
+        ({}, {"rank": 4, "alpha": 32.0}, "alpha", 32.0),
+        ({}, {"rank": 4, "rank_pattern": {"q_proj": 2}}, "alpha_pattern", {"q_proj": 4.0}),
+        ({}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 1.0}}, "alpha_pattern", {"v_proj": 1.0}),
+        ({}, {"rank_pattern": {"q_proj": 2}, "alpha": 32.0}, "alpha_pattern", {}),
         ({"learning_rate_multiplier": 0.5}, {}, "learning_rate", 5e-4),
         ({"learning_rate_multiplier": 0.5}, {"learning_rate": 3e-4}, "learning_rate", 3e-4),
         ({"learning_rate_multiplier": 0.5}, {"method": "full"}, "learning_rate", 5e-5),
@@ -99,6 +119,7 @@ def test_a_small_context_bounds_the_examples() -> None:
         ({"batch_size": -3}, {}, "hyperparameters.batch_size"),
         ({"learning_rate_multiplier": 0.0}, {}, "hyperparameters.learning_rate_multiplier"),
         ({}, {"rank": 0}, "loramill.rank"),
+        ({}, {"rank": 10**400}, "loramill.rank"),
         ({}, {"steps": 0}, "loramill.steps"),
         ({}, {"dropout": 1.0}, "loramill.dropout"),
         ({}, {"targets": ()}, "loramill.targets"),
@@ -113,12 +134,22 @@ def test_what_is_out_of_range_is_named(said: dict[str, Any], own: dict[str, Any]
 @given(st.integers(1, 10**7))
 def test_autos_are_always_a_spec(examples: int) -> None:
     spec = resolve(examples)
-    assert MIN_STEPS <= spec.steps <= MAX_STEPS
+    assert spec.epochs is not None and spec.steps == steps_of(spec.epochs, examples, spec.batch_size)
+    assert spec.steps >= MIN_STEPS
+    assert spec.steps <= MAX_STEPS or spec.epochs == 1
     assert 1 <= spec.batch_size <= examples
 
 
-@given(st.integers(1, 50), st.integers(1, 64), st.integers(64, 5000))
+@given(st.integers(1, 50), st.integers(1, 64), st.integers(1, 5000))
 def test_openai_terms_give_back_what_was_said(epochs: int, batch_size: int, examples: int) -> None:
     spec = resolve(examples, {"n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": 0.3})
     shown = hyperparameters_of(spec, examples)
     assert shown == {"n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": 0.3}
+    assert hyperparameters_of(spec, None) == shown
+    assert tokens_of(spec, [10] * examples, examples) == 10 * examples * epochs
+
+
+@pytest.mark.parametrize(("examples", "epochs"), [(10, 4), (11, None), (80, None), (None, None)])
+def test_steps_are_shown_as_epochs_where_they_are(examples: int | None, epochs: int | None) -> None:
+    spec = resolve(said={"batch_size": 8}, steps=5)
+    assert hyperparameters_of(spec, examples)["n_epochs"] == epochs

@@ -244,5 +244,5 @@ def test_a_job_outlives_its_file(client: OpenAI, file: str, job: str) -> None:
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(file)
     left = strict_job(client.fine_tuning.jobs.retrieve(job))
-    assert (left.training_file, left.hyperparameters.n_epochs, left.hyperparameters.batch_size) == (file, None, 8)
+    assert (left.training_file, left.hyperparameters.n_epochs, left.hyperparameters.batch_size) == (file, 6, 8)
     assert [each.id for each in client.fine_tuning.jobs.list()] == [job]
