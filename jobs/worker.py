@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -208,11 +209,13 @@ def steps(worker: Worker, job: JobRecord, check: Callable[[], None]) -> Generato
 
 
 def encoded(worker: Worker, job: JobRecord, dataset: str) -> list[EncodedExample]:
-    """The tokens of a dataset of the job's tenant."""
+    """The tokens of a dataset of the job's tenant; a template that writes the date has that of the submission, so that
+    every attempt trains on the same tokens."""
     with worker.registry.reading() as session:
         found = datasets.get(session, dataset, tenant=job.tenant)
     examples = read_examples(worker.registry.artifacts.read(found.artifact, "data.jsonl"), found.filename)
-    return [worker.tokenizer.example(example, job.spec.learn) for example in examples.examples]
+    tokenizer = worker.tokenizer.at(datetime.fromtimestamp(job.created_at, UTC))
+    return [tokenizer.example(example, job.spec.learn) for example in examples.examples]
 
 
 def give_up(worker: Worker, job: JobRecord, error: LoramillError) -> None:

@@ -8,19 +8,19 @@ characters it is made of. Only the chat template itself can open or close a role
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
-import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from loramill.chat_template import ChatTemplate, by_name, read_templates
 from loramill.errors import BaseUnusable, DatasetInvalid, InvalidRequest, UnsupportedParameter
 
 if TYPE_CHECKING:
@@ -28,8 +28,14 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "user", "assistant")
 
+#: All roles that a template may be given: "developer" is written as "system" where it doesn't know it.
+_TEMPLATE_ROLES = (*ROLES, "developer", "tool")
+
 #: How a model calls a tool, as Hermes and Qwen have it: JSON with `name` and `arguments` between these.
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
+
+#: Stands for an answer's content where it is looked for in a rendered conversation.
+_PLACE = "loramill-places-the-answer-here"
 
 #: Put before a special token that a user spelled. No text can hold it already: a lone surrogate isn't UTF-8.
 _MARK = "\ud800"
@@ -51,10 +57,12 @@ class ToolCall(TypedDict):
 
 
 class Message(TypedDict):
-    """One turn of a conversation; `role` is one of `ROLES`, or "tool" for what a call of `tool_call_id` returned."""
+    """One turn of a conversation; `role` is one of `ROLES`, "developer", or "tool" for what a call of `tool_call_id`
+    returned. `name` tells participants of one role apart; most templates ignore it."""
 
     role: str
     content: str
+    name: NotRequired[str]
     tool_calls: NotRequired[list[ToolCall]]
     tool_call_id: NotRequired[str]
 
@@ -123,12 +131,15 @@ class ChatTokenizer:
         self.pad_id = next((id_ for id_ in pads if id_ != self.stop_ids[0]), 1)
         self.vocabulary: int = self._markup.get_vocab_size()
 
-        template = settings.get("chat_template") or ""
-        self._template = _compile(template) if template else None
+        templates = by_name(settings.get("chat_template"))
+        tokens = {f"{name}_token": text for name, text in self._names.items() if text is not None}
+        self._template = ChatTemplate(templates, tokens) if "default" in templates else None
+        self._now: datetime | None = None
+        written = "\n".join(templates.values())
         self.control_tokens = tuple(
             text
             for text, id_ in self._special.items()
-            if text in template or text in self._names.values() or id_ in self.stop_ids
+            if text in written or text in self._names.values() or id_ in self.stop_ids
         )
         begins = settings.get("add_bos_token", named.get("bos") in self._markup.encode("").ids)
         self._prefix = _ids(named.get("bos")) if begins else ()
@@ -141,12 +152,9 @@ class ChatTokenizer:
             BaseUnusable: a file is missing or damaged, or no end token is named.
         """
         settings = _read_json(folder / "tokenizer_config.json")
-        if isinstance(named := settings.get("chat_template"), list):
-            settings["chat_template"] = next((t["template"] for t in named if t["name"] == "default"), None)
-        if (template := folder / "chat_template.jinja").is_file():
-            settings["chat_template"] = template.read_text(encoding="utf-8")
         generation = _read_json(folder / "config.json") | _read_json(folder / "generation_config.json")
         try:
+            settings["chat_template"] = read_templates(folder, settings)
             return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), settings, generation)
         except BaseUnusable as error:
             raise BaseUnusable(f"{folder}: {error.message}") from error
@@ -174,15 +182,47 @@ class ChatTokenizer:
 
     @cached_property
     def knows_tools(self) -> bool:
-        """Whether the chat template tells the model of tools, and to call them as `CALL_BEGIN` says."""
-        name = "name-of-a-tool"
-        probe = {"type": "function", "function": {"name": name, "description": "", "parameters": {}}}
-        try:
-            text = self._render([Message(role="user", content="")], answer=True, tools=[probe])
-        except InvalidRequest:
-            return False
+        """Whether the chat template writes tools and their results, and has the model call them by `CALL_BEGIN`."""
+        found = self._template.findings if self._template else None
         # Of a special token nothing would be left in the answer's text.
-        return name in text and CALL_BEGIN in text and not self._special.keys() & {CALL_BEGIN, CALL_END}
+        return (
+            found is not None
+            and found.tools
+            and found.calls
+            and CALL_BEGIN in found.tools_text
+            and not self._special.keys() & {CALL_BEGIN, CALL_END}
+        )
+
+    @property
+    def writes_calls(self) -> bool:
+        """Whether the chat template writes tools, calls of them and what they return, in whatever form: the examples
+        that can be trained on."""
+        return self._template is not None and self._template.findings.tools and self._template.findings.calls
+
+    @cached_property
+    def chat_problem(self) -> str | None:
+        """Why this base answers no chat, as the end of a sentence; None if it does."""
+        if self._template is None:
+            return "it has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)"
+        refusal = self._template.findings.refusal
+        return None if refusal is None else f"its chat template refuses every conversation: {refusal}"
+
+    @cached_property
+    def training_problem(self) -> str | None:
+        """Why this base trains on no conversation, as the end of a sentence; None if it does."""
+        if self.chat_problem:
+            return self.chat_problem
+        try:
+            self._answer([Message(role="user", content="Hi"), Message(role="assistant", content="Hello.")])
+        except InvalidRequest as error:
+            return f"no example could be made of a conversation: {error.message}"
+        return None
+
+    def at(self, moment: datetime) -> ChatTokenizer:
+        """The same, but for a template `moment` is the present, so that rendering again renders the same."""
+        pinned = copy.copy(self)
+        pinned._now = moment
+        return pinned
 
     def text(self, text: str) -> list[int]:
         """Tokens of a plain completion's prompt; only what the model itself demands (bos) is added.
@@ -223,15 +263,14 @@ class ChatTokenizer:
         *earlier, last = spans
         return EncodedExample(tuple(tokens), last.start, last.weight, tuple(earlier), example.line)
 
-    def _answer(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    def _answer(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[list[int], list[int]]:
         """Tokens of the prompt of the last message, which is an answer, and of the answer with its end."""
-        asked = self._render(messages[:-1], answer=True)
-        answered = self._render(messages, answer=False)
+        asked = self._render(messages[:-1], answer=True, tools=tools)
+        answered = self._render(messages, answer=False, tools=tools)
         if not answered.startswith(asked):
-            raise DatasetInvalid(
-                "This base's chat template writes the messages before an answer differently once "
-                "the answer is there; use prompt/completion examples, or a base with another template."
-            )
+            answered = asked + self._opened_answer(messages, tools, asked, answered)
         prompt = self._encode(asked)
         completion = self._continue(prompt, self._encode(answered), answered[len(asked) :])
         end = next((index for index, token in enumerate(completion) if token in self.stop_ids), None)
@@ -241,6 +280,26 @@ class ChatTokenizer:
                 "model would never learn to stop; correct eos_token_id in the base's generation_config.json."
             )
         return prompt, completion[: end + 1]
+
+    def _opened_answer(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], asked: str, answered: str
+    ) -> str:
+        """What follows a generation prompt that begins the answer itself, as those do that end in `<think>`.
+
+        Such templates write past answers without that opening, and often without their reasoning. What is served after
+        the prompt is the answer's content as the example has it, less the opening if it repeats it; so that is trained.
+        """
+        answer = messages[-1]
+        placed = self._render([*messages[:-1], {**answer, "content": _PLACE}], answer=False, tools=tools)
+        lead, found, tail = placed.partition(_PLACE)
+        if not found or not asked.startswith(lead):
+            raise DatasetInvalid(
+                "This base's chat template writes the messages before an answer differently once "
+                "the answer is there; use prompt/completion examples, or a base with another template."
+            )
+        if not answer["content"] and answered.startswith(lead):
+            return answered[len(lead) :]
+        return self._spelled.sub(_MARK, _without(answer["content"], asked[len(lead) :])) + tail
 
     @property
     def definition(self) -> str:
@@ -264,7 +323,19 @@ class ChatTokenizer:
         return self._encode(rest)
 
     def _render(self, messages: Sequence[Message], *, answer: bool, tools: Sequence[Mapping[str, Any]] = ()) -> str:
-        """The template's text, with a mark before each special token that a message or a tool spells."""
+        """The template's text, with a mark before each special token that a message or a tool spells.
+
+        The one place where a conversation becomes text: serving asks with `answer`, and training compares that with
+        the conversation that holds the answer.
+
+        Args:
+            messages: the conversation.
+            answer: whether the generation prompt follows, after which the assistant answers.
+            tools: what the assistant may call.
+
+        Raises:
+            InvalidRequest: no template, no messages, an unknown role, no Unicode, or the template refuses.
+        """
         if self._template is None:
             raise InvalidRequest("This base has no chat template; use plain completions.", param="messages")
         if not messages:
@@ -272,16 +343,11 @@ class ChatTokenizer:
         marked = []
         for index, message in enumerate(messages):
             where = f"messages[{index}]"
-            if message["role"] not in (*ROLES, "tool"):
-                raise InvalidRequest(f"{where}.role is none of {', '.join(ROLES)}, tool.", param=f"{where}.role")
+            if message["role"] not in _TEMPLATE_ROLES:
+                raise InvalidRequest(f"{where}.role is none of {', '.join(_TEMPLATE_ROLES)}.", param=f"{where}.role")
             _unicode(message["content"], f"{where}.content")
             marked.append({key: self._marked(value, f"{where}.{key}") for key, value in message.items()})
-        told = self._marked(list(tools), "tools") or None
-        names = {f"{name}_token": text or "" for name, text in self._names.items()}
-        try:
-            return self._template.render(messages=marked, tools=told, add_generation_prompt=answer, **names)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise InvalidRequest(f"The base's chat template refuses this: {error}", param="messages") from error
+        return self._template.render(marked, answer=answer, tools=self._marked(list(tools), "tools"), now=self._now)
 
     def _marked(self, value: Any, param: str) -> Any:
         """JSON, with a mark before each special token that a text in it spells."""
@@ -339,35 +405,12 @@ class TextStream:
         return self._tokenizer.decode(self._window)[len(told) :]
 
 
-class _GenerationBlock(Extension):
-    """Lets templates with `{% generation %}` blocks through: the completion is found without them."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2's way to declare it
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _compile(template: str) -> jinja2.Template:
-    """A template in the dialect that Hugging Face's are written in.
-
-    `strftime_now` is left out on purpose: templates then write a fixed date, so that a prompt is the same in
-    training, in serving and on the next day.
-    """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals["raise_exception"] = _raise_in_template
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise BaseUnusable(f"the chat template has an error: {error}") from error
-
-
-def _raise_in_template(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+def _without(content: str, opening: str) -> str:
+    """A content less the opening of the generation prompt, if it begins with that; white space around it aside."""
+    begins, space = opening.strip(), opening[len(opening.rstrip()) :]
+    if not begins or not content.lstrip().startswith(begins):
+        return content
+    return content.lstrip()[len(begins) :].removeprefix(space)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

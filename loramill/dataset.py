@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from loramill.chat import ROLES, ChatTokenizer, Message
@@ -147,7 +148,7 @@ def check_tokens(
     Raises:
         DatasetInvalid: as `read_examples`.
     """
-    problems = _Problems(examples.filename)
+    problems, tokenizer = _Problems(examples.filename), tokenizer.at(datetime.now(UTC))
     for example in examples.examples:
         for field, text in _texts(example):
             for token in tokenizer.control_tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -87,7 +88,7 @@ def _examples(base: Base, name: str, file: Path | None, settings: Settings) -> l
     from loramill.dataset import read_examples
 
     raw, filename = (file.read_bytes(), file.name) if file is not None else _data_of(name, settings)
-    tokenizer = ChatTokenizer.load(base.folder)
+    tokenizer = ChatTokenizer.load(base.folder).at(datetime.now(UTC))
     return [tokenizer.example(example) for example in read_examples(raw, filename).examples]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from loramill.bases import Base, find_base
 from loramill.chat import ChatTokenizer, EncodedExample
@@ -38,7 +39,7 @@ def read(task: Task) -> Data:
         InvalidRequest: a number makes no sense.
     """
     base = find_base(task.base, task.cache, "nf4" if task.subject == "qlora" else "none")
-    tokenizer = ChatTokenizer.load(base.folder)
+    tokenizer = ChatTokenizer.load(base.folder).at(datetime.now(UTC))
     files = [read_examples(path.read_bytes(), path.name) for path in (task.train, task.valid, task.test)]
     spec = _spec(task, base, len(files[0].examples))
     for file in files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Literal
 
@@ -43,8 +44,9 @@ class Readings:
 
     def _measure(self, artifact: str, filename: str, max_length: int, learn: Learn) -> Sequence[int]:
         examples = self._read(artifact, filename)
-        check_tokens(examples, self._tokenizer, max_length, learn)
-        return array("L", (len(self._tokenizer.example(example, learn).tokens) for example in examples.examples))
+        tokenizer = self._tokenizer.at(datetime.now(UTC))
+        check_tokens(examples, tokenizer, max_length, learn)
+        return array("L", (len(tokenizer.example(example, learn).tokens) for example in examples.examples))
 
     def _compare(self, train: str, train_name: str, valid: str, valid_name: str) -> tuple[str, ...]:
         return compare_splits(self._read(train, train_name), self._read(valid, valid_name))

@@ -255,9 +255,9 @@ def test_hugging_faces_template_dialect(altered: Path) -> None:
         "{%- endfor %}"
     )
     tokenizer = ChatTokenizer.load(altered)
-    assert tokenizer.prompt(chat("é<b>")) == [START, *tokenizer.text('False["é<b>"]')]
+    assert tokenizer.prompt(chat("é<b>")) == [START, *tokenizer.text('True["é<b>"]')]
     encoded = tokenizer.example(chat_example("q", " a "))
-    assert list(encoded.tokens) == [START, *tokenizer.text('False["q"]'), *tokenizer.text("a"), END]
+    assert list(encoded.tokens) == [START, *tokenizer.text('True["q"]'), *tokenizer.text("a"), END]
     with pytest.raises(InvalidRequest, match="refuses this: no system prompts"):
         tokenizer.prompt(chat("x", system="y"))
 

@@ -1,0 +1,441 @@
+"""Chat templates in Hugging Face's dialect of Jinja: which a folder has, how they are rendered, what they can render.
+
+A template comes with the base, and its author is trusted no further than Jinja's sandbox; loops, calls and sizes are
+bounded, so that one that never ends is an error and not a replica that hangs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+from loramill.errors import BaseUnusable, InvalidRequest
+
+#: Iterations and calls of one rendering. A million messages do not fit into any context; a million steps take a second.
+MAX_STEPS = 2_000_000
+#: Characters of one rendering, and of any text that a template makes on the way.
+MAX_CHARACTERS = 1 << 25
+
+_BUDGET = "loramill_budget"
+_NON_ASCII = re.compile(r"[^\x00-\x7f]")
+
+
+class _RefusedError(Exception):
+    """A template raised, by `raise_exception` or by an error of its own; the text is what it said."""
+
+
+def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates of a Hugging Face folder by name, as transformers finds them.
+
+    `chat_template.jinja` and `additional_chat_templates/*.jinja` come before `chat_template` in tokenizer_config.json
+    (a text, or a list of named ones), and that before chat_template.json.
+
+    Args:
+        folder: the base's.
+        settings: tokenizer_config.json.
+
+    Raises:
+        BaseUnusable: a file cannot be read, or holds no template.
+    """
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (default := folder / "chat_template.jinja").is_file():
+        files["default"] = default
+    try:
+        if files:
+            return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        if settings.get("chat_template"):
+            return by_name(settings["chat_template"])
+        legacy = folder / "chat_template.json"
+        return by_name(json.loads(legacy.read_bytes())["chat_template"]) if legacy.is_file() else {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BaseUnusable(f"the chat template can't be read: {error!r}. Copy the folder again.") from error
+
+
+def by_name(value: object) -> dict[str, str]:
+    """The `chat_template` of a JSON file as templates by name.
+
+    Raises:
+        TypeError, KeyError: it is none.
+    """
+    if isinstance(value, list):
+        value = {entry["name"]: entry["template"] for entry in value}
+    given = value if isinstance(value, dict) else {"default": value} if value else {}
+    templates = {name: template for name, template in given.items() if isinstance(template, str)}
+    if len(templates) < len(given):
+        raise TypeError("a chat template is a text")
+    return templates
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What rendering marked words has shown of a template.
+
+    Attributes:
+        refusal: why no conversation at all can be rendered.
+        parts: roles whose content must be a list of parts, for their text is lost otherwise.
+        dropped: roles whose text is lost in either form.
+        developer: whether the template has the role "developer".
+        tools: whether it writes the tools that it is given.
+        calls: whether it writes the assistant's calls of tools, and what they returned.
+        json_arguments: whether a call's arguments must be JSON as text, where others take the object.
+        tools_text: what it made of a tool.
+    """
+
+    refusal: str | None = None
+    parts: frozenset[str] = frozenset()
+    dropped: frozenset[str] = frozenset()
+    developer: bool = False
+    tools: bool = False
+    calls: bool = False
+    json_arguments: bool = False
+    tools_text: str = ""
+
+
+class ChatTemplate:
+    """A base's chat templates, compiled, and what they were found to do.
+
+    Args:
+        templates: by name; "default" is rendered, and "tool_use", if there is one, where there are tools.
+        tokens: values of `bos_token` and the like.
+
+    Raises:
+        BaseUnusable: a template has an error, or drops what users or the assistant say.
+    """
+
+    def __init__(self, templates: Mapping[str, str], tokens: Mapping[str, str]) -> None:
+        self.source = "\n".join(templates.values())
+        self._tokens = dict(tokens)
+        self._default = compile_template(templates["default"])
+        self._tool_use = compile_template(templates["tool_use"]) if "tool_use" in templates else self._default
+        lost = self.findings.dropped & {"user", "assistant"}
+        if lost:
+            raise BaseUnusable(
+                f"the chat template drops the content of {' and '.join(sorted(lost))} messages, as a text and as a "
+                "list of parts. Correct the template, or remove it to serve completions only."
+            )
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        answer: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+        now: datetime | None = None,
+    ) -> str:
+        """The text of a conversation.
+
+        Args:
+            messages: plain JSON, each with a role and a text as its content; arguments of calls are objects.
+            answer: whether the generation prompt follows, after which the assistant answers.
+            tools: what the assistant may call; given to the template as None where there are none.
+            now: what `strftime_now` formats; None: the present, in UTC.
+
+        Raises:
+            InvalidRequest: the template raises, takes more steps or characters than it may, or drops a role's text.
+        """
+        findings = self.findings
+        for index, message in enumerate(messages):
+            if message["role"] in findings.dropped:
+                raise InvalidRequest(
+                    f"This base's chat template drops {message['role']} messages: write the text into a user message.",
+                    param=f"messages[{index}].role",
+                )
+        try:
+            return self._render([_as_wanted(message, findings) for message in messages], answer, tools, now)
+        except _RefusedError as error:
+            raise InvalidRequest(f"The base's chat template refuses this: {error}", param="messages") from error
+
+    @cached_property
+    def findings(self) -> Findings:
+        """What the template renders, found by rendering."""
+        return _examine(self)
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        answer: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+        now: datetime | None = None,
+    ) -> str:
+        moment = now or datetime.now(UTC)
+        template = self._tool_use if tools else self._default
+        budget = _Budget()
+        variables = {
+            **self._tokens,
+            "messages": list(messages),
+            "tools": list(tools) or None,
+            "documents": None,
+            "add_generation_prompt": answer,
+            "strftime_now": moment.strftime,
+            _BUDGET: budget,
+        }
+        pieces: list[str] = []
+        try:
+            for piece in template.generate(variables):
+                budget.characters(len(piece))
+                pieces.append(piece)
+        except Exception as error:  # a template may divide by zero, and recurse, as any program
+            own = isinstance(error, jinja2.TemplateError)
+            raise _RefusedError(str(error) if own else f"{type(error).__name__}: {error}") from error
+        return "".join(pieces)
+
+
+def _as_wanted(message: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
+    """A message in the form that the template reads."""
+    made = dict(message)
+    if made["role"] == "developer" and not findings.developer:
+        made["role"] = "system"
+    if made["role"] in findings.parts:
+        made["content"] = [{"type": "text", "text": made["content"]}]
+    if findings.json_arguments and made.get("tool_calls"):
+        made["tool_calls"] = [_with_json_arguments(call) for call in made["tool_calls"]]
+    return made
+
+
+def _with_json_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = _tojson(call["function"]["arguments"])
+    return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+# What a template can do, by what becomes of a word
+
+_WORD, _NAME, _KEY = "qwordq", "qnameq", "qkeyq"
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _NAME,
+        "description": "",
+        "parameters": {"type": "object", "properties": {_KEY: {"type": "string"}}, "required": [_KEY]},
+    },
+}
+
+
+def _examine(template: ChatTemplate) -> Findings:
+    """Renders a word as each role, as a text and as a part, and sees whether it is there.
+
+    A role that the template refuses, as Gemma's does the system's, is neither dropped nor in parts: its error is shown
+    to who sends such a message.
+    """
+    refusal, users = _refusal(template), _form(template, "user")
+    if users is None and refusal:
+        return Findings(refusal=refusal)
+    forms = {"user": users, **{role: _form(template, role, users) for role in ("assistant", "system")}}
+    developer = "developer" in template.source and _form(template, "developer", users) == "text"
+    parts = frozenset(role for role, form in forms.items() if form == "parts")
+    found = Findings(
+        parts=parts | ({"tool"} if "assistant" in parts and "user" in parts else frozenset()),
+        dropped=frozenset(role for role, form in forms.items() if form == "dropped"),
+        developer=developer,
+    )
+    return _examine_tools(template, found)
+
+
+def _refusal(template: ChatTemplate) -> str | None:
+    """Why neither a user's message nor one after a system message can be rendered; None if either can."""
+    user, system = _said("user", _WORD), _said("system", _WORD)
+    reason = None
+    for messages in ([user], [system, user]):
+        try:
+            template._render(messages, answer=True)
+            return None
+        except _RefusedError as error:
+            reason = reason or str(error)
+    return reason
+
+
+def _form(template: ChatTemplate, role: str, users: str | None = "text") -> str | None:
+    """How a role's content is read: as a "text", in "parts", or "dropped"; None: such a message is refused."""
+    seen = None
+    for form in ("text", "parts"):
+        other = _said("user", "Hi", "parts" if users == "parts" else "text")
+        mine = _said(role, _WORD, form)
+        conversation = {"user": [mine], "assistant": [other, mine, other]}.get(role, [mine, other])
+        try:
+            text = template._render(conversation, answer=True)
+        except _RefusedError:
+            continue
+        if _WORD in text.lower():
+            return form
+        seen = "dropped"
+    return seen
+
+
+def _said(role: str, text: str, form: str = "text") -> dict[str, Any]:
+    return {"role": role, "content": text if form == "text" else [{"type": "text", "text": text}]}
+
+
+def _examine_tools(template: ChatTemplate, found: Findings) -> Findings:
+    user = _as_wanted(_said("user", "Hi"), found)
+    try:
+        told = template._render([user], answer=True, tools=[_TOOL])
+    except _RefusedError:
+        told = ""
+    calls, json_arguments = False, False
+    for as_json in (False, True):
+        form = Findings(parts=found.parts, json_arguments=as_json)
+        text = _called(template, [_as_wanted(message, form) for message in _CALLED])
+        if _NAME in text and _WORD in text and f"'{_KEY}': " not in text and "qresultq" in text:
+            calls, json_arguments = True, as_json
+            break
+    return replace(found, tools=_NAME in told, calls=calls, json_arguments=json_arguments, tools_text=told)
+
+
+#: The id is one that Mistral's templates take.
+_CALLED: tuple[dict[str, Any], ...] = (
+    {"role": "user", "content": "Hi"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": "abcdefghi", "type": "function", "function": {"name": _NAME, "arguments": {_KEY: _WORD}}}
+        ],
+    },
+    {"role": "tool", "content": "qresultq", "tool_call_id": "abcdefghi", "name": _NAME},
+)
+
+
+def _called(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> str:
+    try:
+        return template._render(messages, answer=True, tools=[_TOOL])
+    except _RefusedError:
+        return ""
+
+
+# The dialect
+
+
+@dataclass(slots=True)
+class _Budget:
+    """What a rendering may still use."""
+
+    steps: int = MAX_STEPS
+    left: int = MAX_CHARACTERS
+
+    def step(self) -> None:
+        self.steps -= 1
+        if self.steps < 0:
+            raise jinja2.TemplateError(f"it takes more than {MAX_STEPS} steps")
+
+    def characters(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise jinja2.TemplateError(f"it writes more than {MAX_CHARACTERS} characters")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with bounds on calls and on the operators that make long texts of short ones."""
+
+    intercepted_binops = frozenset({"*", "**", "+"})
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - as overridden
+        __context.resolve(_BUDGET).step()
+        if isinstance(getattr(__obj, "__self__", None), str):
+            for number in (*args, *kwargs.values()):
+                if isinstance(number, int):
+                    _check_size(number)
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        context.resolve(_BUDGET).step()
+        if operator == "**":
+            _check_size(abs(right) * 64)
+        elif operator == "*":
+            for sequence, times in ((left, right), (right, left)):
+                if isinstance(sequence, str | list | tuple) and isinstance(times, int):
+                    _check_size(len(sequence) * times)
+        elif isinstance(left, str) and isinstance(right, str):
+            _check_size(len(left) + len(right))
+        return super().call_binop(context, operator, left, right)
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_CHARACTERS:
+        raise jinja2.TemplateError(f"it makes a text of more than {MAX_CHARACTERS} characters")
+
+
+class _Bounded(NodeTransformer):
+    """Puts each loop's values, and each joined text, through a filter that counts them."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - by the node's name
+        self.generic_visit(node)
+        node.iter = nodes.Filter(node.iter, "loramill_steps", [], [], None, None).set_lineno(node.lineno)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802 - by the node's name
+        self.generic_visit(node)
+        pieces = nodes.List(node.nodes).set_lineno(node.lineno)
+        return nodes.Filter(pieces, "loramill_joined", [], [], None, None).set_lineno(node.lineno)
+
+
+@jinja2.pass_context
+def _steps(context: Context, values: Iterable[Any]) -> Iterator[Any]:
+    budget = context.resolve(_BUDGET)
+    for value in values:
+        budget.step()
+        yield value
+
+
+def _joined(pieces: Sequence[Any]) -> str:
+    texts = [str(piece) for piece in pieces]
+    _check_size(sum(map(len, texts)))
+    return "".join(texts)
+
+
+class _GenerationBlock(Extension):
+    """Lets templates with `{% generation %}` blocks through: an answer is found without them."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's way to declare it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def compile_template(template: str) -> jinja2.Template:
+    """A template in the dialect that Hugging Face's are written in.
+
+    Raises:
+        BaseUnusable: its syntax has an error.
+    """
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
+    environment.filters |= {"tojson": _tojson, "loramill_steps": _steps, "loramill_joined": _joined}
+    environment.globals["raise_exception"] = _raise_in_template
+    try:
+        return environment.from_string(_Bounded().visit(environment.parse(template)))
+    except jinja2.TemplateError as error:
+        raise BaseUnusable(f"the chat template has an error: {error}") from error
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """transformers' `tojson`: Jinja's own would escape HTML."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    # json would also escape the lone surrogates that mark special tokens, and these must stay what they are.
+    return _NON_ASCII.sub(_escaped, text) if ensure_ascii else text
+
+
+def _escaped(match: re.Match[str]) -> str:
+    character = match[0]
+    return character if "\ud800" <= character <= "\udfff" else json.dumps(character)[1:-1]
+
+
+def _raise_in_template(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
