@@ -215,8 +215,17 @@ class ChatTokenizer:
         try:
             self._answer([Message(role="user", content="Hi"), Message(role="assistant", content="Hello.")])
         except InvalidRequest as error:
-            return f"no example could be made of a conversation: {error.message}"
+            return error.message
         return None
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """What the base can't do for want of a better chat template, a sentence each; none for most bases."""
+        if self.chat_problem:
+            return (f"This base serves completions, and no chat: {self.chat_problem}.",)
+        if self.training_problem:
+            return (f"This base trains on prompts and completions, and no conversations: {self.training_problem}",)
+        return ()
 
     def at(self, moment: datetime) -> ChatTokenizer:
         """The same, but for a template `moment` is the present, so that rendering again renders the same."""

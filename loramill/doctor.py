@@ -236,6 +236,7 @@ def base(settings: Settings) -> Iterable[Finding]:
     """The base model: there, and usable; nothing is converted or downloaded."""
     from loramill import smollm2
     from loramill.bases import find_base
+    from loramill.chat import ChatTokenizer
 
     name = settings.base
     converted = settings.cache / "bases" / f"{smollm2.NAME}-{smollm2.REVISION}"
@@ -247,11 +248,15 @@ def base(settings: Settings) -> Iterable[Finding]:
         return
     try:
         found = find_base(name, settings.cache, settings.quantization)
+        limits = ChatTokenizer.load(found.folder).limits
     except LoramillError as error:
         yield Finding(what="base", status=Status.ERROR, found=f"{name}: unusable", mend=error.message)
     else:
         described = f"{found.name}: {found.architecture}, {found.context_length} tokens, in {found.folder}"
         yield Finding(what="base", status=Status.OK, found=described)
+        for limit in limits:
+            mend = "Give the base's folder a chat_template.jinja that works, or use another base."
+            yield Finding(what="chat", status=Status.WARN, found=limit, mend=mend)
 
 
 def folders(settings: Settings) -> Iterable[Finding]:

@@ -27,8 +27,10 @@ from typing import IO
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 
-from loramill.bases import find_base
+from loramill.bases import Base, find_base
+from loramill.chat import ChatTokenizer
 from loramill.durable import replace_text
 from loramill.errors import Conflict, DiskFull, PortTaken, SetupError, Unauthenticated
 from loramill.registry import Registry, keys
@@ -72,11 +74,25 @@ def up(settings: Settings, *, console: Console) -> None:
         with console.status("Opening the record…"):
             migrate(settings.database)
             admin_key(settings)
-        with console.status(f"Preparing the base {settings.base}…"):
-            base = find_base(settings.base, settings.cache, settings.quantization)
+        base = prepare_base(settings, console)
         watch(settings, console, stop, base.name)
         settings.address_file.unlink(missing_ok=True)
         console.print("Stopped. `loramill up` goes on where this ended.")
+
+
+def prepare_base(settings: Settings, console: Console) -> Base:
+    """Finds the base, converted if need be, and prints what it can't do for want of a better chat template.
+
+    Raises:
+        BaseUnusable: it can't be served, or its chat template is broken.
+        DiskFull: no room for the conversion or the download.
+    """
+    with console.status(f"Preparing the base {settings.base}…"):
+        base = find_base(settings.base, settings.cache, settings.quantization)
+        limits = ChatTokenizer.load(base.folder).limits
+    for limit in limits:
+        console.print(f"[yellow]{escape(limit)}[/yellow]", soft_wrap=True)
+    return base
 
 
 def down(settings: Settings) -> bool:

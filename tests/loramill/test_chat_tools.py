@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from loramill import smollm2
+from loramill.bases import Base
 from loramill.chat import ChatTokenizer, Message
 from loramill.errors import InvalidRequest, UnsupportedParameter
 
@@ -28,6 +33,15 @@ CONVERSATION: list[Message] = [
     {"role": "assistant", "content": "", "tool_calls": [CALL]},
     {"role": "tool", "content": '{"degrees": -3}', "tool_call_id": "call_1"},
 ]
+
+
+#: What the built-in base's package has as its template.
+OLD = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
+You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
+' }}{% endif %}{{'<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}"""
 
 
 def hermes(template: str = TEMPLATE, **settings: Any) -> ChatTokenizer:
@@ -62,7 +76,8 @@ def test_special_tokens_in_tools_calls_and_results_are_plain_text() -> None:
     assert sum(tokens[i : i + len(plain)] == plain for i in range(len(tokens))) == 8
 
 
-def test_bases_whose_template_has_no_tools_say_so(tokenizer: ChatTokenizer) -> None:
+def test_bases_whose_template_has_no_tools_say_so() -> None:
+    tokenizer = hermes(OLD)
     assert not tokenizer.knows_tools and hermes().knows_tools
     with pytest.raises(UnsupportedParameter) as caught:
         tokenizer.prompt(CONVERSATION[:1], [WEATHER])
@@ -106,3 +121,56 @@ def test_the_definition_makes_the_same_tokens() -> None:
     again = ChatTokenizer(hermes().definition, SETTINGS, {})
     assert again.prompt(CONVERSATION, [WEATHER]) == hermes().prompt(CONVERSATION, [WEATHER])
     assert json.loads(hermes().definition)["model"]["type"] == "BPE"
+
+
+# The built-in base's own template
+
+
+turns = st.lists(
+    st.builds(
+        lambda role, content: Message(role=role, content=content),
+        st.sampled_from(["system", "user", "assistant"]),
+        st.text(st.sampled_from("aé\U0001f642 \n{%}'\"<"), max_size=12) | st.just("<|im_end|>"),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(deadline=None)
+@given(messages=turns, answer=st.booleans())
+def test_the_built_in_base_writes_what_it_wrote_where_there_are_no_tools(messages: list[Message], answer: bool) -> None:
+    now, before = hermes(smollm2.TEMPLATE), hermes(OLD)
+    assert now._render(messages, answer=answer) == before._render(messages, answer=answer)
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_the_built_in_base_knows_tools(tokenizer: ChatTokenizer, base: Base, system: str | None) -> None:
+    assert tokenizer.knows_tools and tokenizer.writes_calls
+    first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    messages = [*first, *CONVERSATION, CONVERSATION[2], {"role": "assistant", "content": "Cold."}]
+    rendered = tokenizer._render(messages, answer=True, tools=[WEATHER])
+    oracle = AutoTokenizer.from_pretrained(base.folder)
+    theirs = oracle.apply_chat_template(messages, tools=[WEATHER], add_generation_prompt=True, tokenize=False)
+    assert rendered == theirs
+    said = system or "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert rendered.startswith(f"<|im_start|>system\n{said}\n\n# Tools\n\n")
+    assert f"<tools>\n{json.dumps(WEATHER, ensure_ascii=False)}\n</tools>" in rendered
+    called = '<tool_call>\n{"name": "weather", "arguments": {"town": "Troms\u00f8"}}\n</tool_call>'
+    assert f"<|im_start|>assistant\n{called}<|im_end|>\n<|im_start|>user\n<tool_response>\n" in rendered
+    assert rendered.count("<|im_start|>user") == 2  # results that follow each other are one turn
+    assert rendered.endswith("<|im_start|>assistant\nCold.<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_folder_that_an_earlier_version_converted_gets_the_template(tmp_path: Path) -> None:
+    folder = tmp_path / "bases" / f"{smollm2.NAME}-{smollm2.REVISION}"
+    folder.mkdir(parents=True)
+    (folder / "chat_template.jinja").write_text(OLD)
+    for _ in range(2):
+        assert smollm2.converted(tmp_path) == folder
+        assert [file.name for file in folder.iterdir()] == ["chat_template.jinja"]
+        assert (folder / "chat_template.jinja").read_text() == smollm2.TEMPLATE
+
+
+def test_the_template_is_no_part_of_the_base(base: Base) -> None:
+    assert base.fingerprint == "16d19fa5934e3ccdee5b7e5c227b4a867b5458296c3bf6956cd663dbe4f96250"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -15,11 +17,14 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from rich.console import Console
 from typer.testing import CliRunner
 
-from loramill import doctor, smollm2
+from loramill import doctor, local, smollm2
+from loramill.bases import Base
 from loramill.cli import app
 from loramill.doctor import Finding, Status
+from loramill.errors import BaseUnusable
 from loramill.registry.migrate import migrate
 from loramill.settings import Settings
 
@@ -130,6 +135,40 @@ def test_the_base_is_told_and_never_converted(tmp_path: Path, monkeypatch: pytes
 def test_a_usable_base_is_described(base: object) -> None:
     finding = one(doctor.base)
     assert finding.status is Status.OK and "LlamaForCausalLM, 8192 tokens" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("template", "status", "says"),
+    [
+        (None, Status.WARN, "serves completions, and no chat: it has no chat template"),
+        ("{{ image() }}", Status.WARN, "refuses every conversation: 'image' is undefined"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", Status.WARN, "trains on prompts and completions"),
+        (
+            "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+            Status.OK,
+            "LlamaForCausalLM",
+        ),
+        ("{% for %}", Status.ERROR, "chat template has an error"),
+        ("Hello", Status.ERROR, "drops the content of assistant and user messages"),
+    ],
+)
+def test_what_a_base_cannot_do_for_its_chat_template_is_told(
+    hermes_base: Base, tmp_path: Path, template: str | None, status: Status, says: str
+) -> None:
+    folder = shutil.copytree(hermes_base.folder, tmp_path / "base")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    found = list(doctor.base(Settings.load(base=str(folder), cache=tmp_path / "cache")))
+    assert found[-1].status is status and says in f"{found[-1].found} {found[-1].mend}"
+    assert len(found) == (2 if status is Status.WARN else 1)
+    printed = io.StringIO()
+    up = Settings.load(base=str(folder), cache=tmp_path / "cache", home=tmp_path / "home")
+    if status is Status.ERROR:
+        with pytest.raises(BaseUnusable, match=says):
+            local.prepare_base(up, Console(file=printed, width=400))
+    else:
+        local.prepare_base(up, Console(file=printed, width=400))
+        assert (says in printed.getvalue()) is (status is Status.WARN)
 
 
 def test_folders_are_examined_and_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
