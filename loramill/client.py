@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -88,7 +88,7 @@ class Client(FineTuning, Tenancy):
             answer = client.chat.completions.create(model=model, messages=_conversation(messages), **parameters)
         return answer.choices[0].message.content or ""
 
-    def stream(self, model: str, messages: Messages, **parameters: Any) -> Iterator[str]:
+    def stream(self, model: str, messages: Messages, **parameters: Any) -> Generator[str, None, None]:
         """The model's answer, piece by piece as it is generated."""
         with openai_errors(self.url), self.openai() as client:
             chunks = client.chat.completions.create(
@@ -103,6 +103,7 @@ class Client(FineTuning, Tenancy):
         from openai import DefaultHttpxClient, OpenAI
 
         if self._key is None:
+            self._wire.call("GET", "/v1/models")  # raises: no gateway answers, or it requires a key
             raise Unauthenticated("There is no API key: set LORAMILL_API_KEY, or give Client(api_key=…).")
         return OpenAI(
             base_url=f"{self.url}/v1",

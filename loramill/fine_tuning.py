@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar, Unpack
 from urllib.parse import quote
 
 from loramill.batch import Entry, check_entries, read_jobs, refuse, request_of
-from loramill.errors import LoramillError, NotRunning, Overloaded, Unavailable
+from loramill.errors import InvalidRequest, LoramillError, NotRunning, Overloaded, Unavailable
 from loramill.ingest import read_source
 from loramill.names import AdapterName, results_id
 from loramill.options import Said, given, read_options
@@ -297,6 +297,11 @@ class FineTuning:
 
 
 def _path(job_id: str, below: str = "") -> str:
+    if "/" in job_id:
+        raise InvalidRequest(
+            f"'{job_id}' is the name of an adapter, not of a job: a job's id begins with ftjob-, and "
+            "`loramill jobs` lists them."
+        )
     return f"{_JOBS}/{quote(job_id, safe='')}{below}"
 
 

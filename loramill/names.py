@@ -87,8 +87,9 @@ def check_name(text: str, kind: str) -> str:
         InvalidRequest: it can't; the message gives the rule.
     """
     if not _PART.fullmatch(text):
+        article = "an" if kind[0] in "aeiou" else "a"
         raise InvalidRequest(
-            f"'{text}' can't name a {kind}: use 1 to 64 of a-z, 0-9, '.', '_' and '-', "
+            f"'{text}' can't name {article} {kind}: use 1 to 64 of a-z, 0-9, '.', '_' and '-', "
             "beginning and ending with a letter or a digit."
         )
     return text

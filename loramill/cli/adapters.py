@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from loramill.cli import show
+from loramill.cli import complete, show
 from loramill.cli.export import export
 from loramill.cli.jobs import Tenant
 from loramill.cli.merge import merge
@@ -19,7 +19,24 @@ from loramill.views import Adapter as AdapterView
 adapters = typer.Typer(cls=show.ListByDefault, help="Adapters and their versions; alone it lists them.")
 data = typer.Typer(help="New examples of an adapter.", no_args_is_help=True)
 
-Adapter = Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", help="Such as acme/support.", show_default=False)]
+Adapter = Annotated[
+    str,
+    typer.Argument(
+        metavar="TENANT/ADAPTER", help="Such as acme/support.", show_default=False, autocompletion=complete.adapters
+    ),
+]
+Versioned = Annotated[
+    str,
+    typer.Argument(
+        metavar="TENANT/ADAPTER[@VERSION]",
+        help="Such as acme/support@3f2a9c01; a version is 8 digits or more of its hash, or an alias.",
+        show_default=False,
+        autocompletion=complete.adapters,
+    ),
+]
+Selected = Annotated[
+    str | None, typer.Argument(metavar="[VERSION]", help="The version, if the name has none.", show_default=False)
+]
 Train = Annotated[str, typer.Option(metavar="FILE", help="JSONL examples to learn from, or an uploaded file's id.")]
 
 
@@ -109,12 +126,11 @@ def _history(adapter: AdapterView) -> list[tuple[str, str]]:
     ]
 
 
-def promote(
-    name: Adapter,
-    version: Annotated[str, typer.Argument(help="A version (8 digits or more) or an alias.", show_default=False)],
-    json: show.AsJson = False,
-) -> None:
+def promote(name: Versioned, version: Selected = None, json: show.AsJson = False) -> None:
     """Make a version the champion: the one that answers."""
+    name, version = _selected(name, version)
+    if version is None:
+        raise typer.BadParameter(f"which version? Such as {name}@challenger, or a version of `adapters show {name}`.")
     with Client() as client:
         adapter = client.promote(name, version)
     if json:
@@ -133,13 +149,24 @@ def rollback(name: Adapter, json: show.AsJson = False) -> None:
         show.say(f"{name} answers with {show.short(adapter.champion)} again.")
 
 
-Selected = Annotated[str, typer.Argument(metavar="[VERSION]", help="A version (8 digits or more) or an alias.")]
+def _selected(name: str, version: str | None) -> tuple[str, str | None]:
+    """The adapter's name and the version that is meant, given as NAME@VERSION or apart."""
+    name, at, within = name.partition("@")
+    if at and version is not None:
+        raise typer.BadParameter(f"two versions were given, {within} and {version}; give one.")
+    if at and not within:
+        raise typer.BadParameter("nothing follows the '@'; give a version or an alias, such as @previous.")
+    return name, within or version
 
 
-def pin(name: Adapter, version: Selected = Alias.CHAMPION.value, json: show.AsJson = False) -> None:
-    """Make a version the champion and keep it: no night, promotion or rollback replaces it."""
+def pin(name: Versioned, version: Selected = None, json: show.AsJson = False) -> None:
+    """Make a version (by default the champion) the champion and keep it.
+
+    No nightly run, promotion or rollback replaces it until it is unpinned.
+    """
+    name, version = _selected(name, version)
     with Client() as client:
-        adapter = client.pin(name, version)
+        adapter = client.pin(name, version or Alias.CHAMPION.value)
     if json:
         show.as_json(adapter)
     else:
@@ -156,8 +183,10 @@ def unpin(name: Adapter, json: show.AsJson = False) -> None:
         show.say(f"{name} answers with {show.short(adapter.champion)}, and may be promoted again.")
 
 
-def warm(name: Adapter, version: Selected = Alias.CHAMPION.value) -> None:
-    """Have a version loaded before it is asked."""
+def warm(name: Versioned, version: Selected = None) -> None:
+    """Load a version (by default the champion) before the first request for it."""
+    name, version = _selected(name, version)
+    version = version or Alias.CHAMPION.value
     with Client() as client:
         seconds = client.warm(name, version)
     show.say(f"{name}@{version} answers; its first token took {seconds:.2f} s.")

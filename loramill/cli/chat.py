@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from typing import Annotated, Any
 
 import typer
 
-from loramill.cli import show
+from loramill.cli import complete, show
 from loramill.client import Client
+from loramill.errors import LoramillError
+
+_COMMANDS = """/clear  forget the conversation so far
+/bye    end it (also Ctrl-D)
+Ctrl-C  stop an answer"""
 
 
 def register(app: typer.Typer) -> None:
@@ -18,29 +24,60 @@ def register(app: typer.Typer) -> None:
 
 def chat(
     model: Annotated[
-        str, typer.Argument(help="A base, TENANT/ADAPTER, or TENANT/ADAPTER@VERSION.", show_default=False)
+        str,
+        typer.Argument(
+            help="A base, TENANT/ADAPTER, or TENANT/ADAPTER@VERSION.",
+            show_default=False,
+            autocompletion=complete.models,
+        ),
     ],
     message: Annotated[str | None, typer.Option("--message", "-m", help="Ask this one question.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: always the most probable token.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Probability of the tokens to sample from.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer.")] = None,
 ) -> None:
     """Talk with a model; Ctrl-D ends. A question from a pipe is answered alone."""
     conversation = [{"role": "system", "content": system}] if system else []
     sampling: dict[str, Any] = {"temperature": temperature}
-    if max_tokens is not None:
-        sampling["max_tokens"] = max_tokens
+    sampling |= {name: value for name, value in (("top_p", top_p), ("max_tokens", max_tokens)) if value is not None}
     if message is None and not _is_typed():
         message = sys.stdin.read().strip()
     with Client() as client:
         if message is not None:
-            _ask(client, model, [*conversation, {"role": "user", "content": message}], sampling)
-            return
-        show.say(f"{model} listens; Ctrl-D ends.", style="dim")
-        while (question := _question()) is not None:
-            conversation.append({"role": "user", "content": question})
-            answer = _ask(client, model, conversation, sampling)
-            conversation.append({"role": "assistant", "content": answer})
+            _ask(client, model, [*conversation, {"role": "user", "content": message}], sampling, [])
+        else:
+            _converse(client, model, conversation, sampling)
+
+
+def _converse(client: Client, model: str, opening: list[dict[str, str]], sampling: dict[str, Any]) -> None:
+    """Asks what is typed until it ends; an answer that is stopped with Ctrl-C stays as far as it came."""
+    show.say(f"Chatting with {model}; /help lists the commands, Ctrl-D ends.", style="dim")
+    conversation = list(opening)
+    while (question := _question()) is not None:
+        match question:
+            case "":
+                continue
+            case "/bye" | "/exit" | "/quit" | "exit" | "quit":
+                return
+            case "/help" | "/?":
+                show.say(_COMMANDS, style="dim")
+            case "/clear":
+                conversation = list(opening)
+                show.say("The conversation starts anew.", style="dim")
+            case _:
+                conversation.append({"role": "user", "content": question})
+                pieces: list[str] = []
+                try:
+                    _ask(client, model, conversation, sampling, pieces)
+                except KeyboardInterrupt:
+                    show.line("")
+                    show.say("Stopped; Ctrl-D ends the conversation.", style="dim")
+                except LoramillError as error:  # the next question may go well
+                    show.say(error.message, style="red")
+                    conversation.pop()
+                    continue
+                conversation.append({"role": "assistant", "content": "".join(pieces)})
 
 
 def _is_typed() -> bool:
@@ -48,17 +85,28 @@ def _is_typed() -> bool:
 
 
 def _question() -> str | None:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        show.line("")
-        return None
+    """The next line that is typed; None at the end of the input."""
+    while True:
+        try:
+            return input("> ").strip()
+        except EOFError:
+            show.line("")
+            return None
+        except KeyboardInterrupt:
+            show.line("")
+            show.say("Ctrl-D or /bye ends the conversation.", style="dim")
 
 
-def _ask(client: Client, model: str, conversation: list[dict[str, str]], sampling: dict[str, Any]) -> str:
-    pieces = []
-    for piece in client.stream(model, conversation, **sampling):
-        typer.echo(piece, nl=False)
-        pieces.append(piece)
+def _ask(
+    client: Client,
+    model: str,
+    conversation: list[dict[str, str]],
+    sampling: dict[str, Any],
+    pieces: list[str],
+) -> None:
+    """Prints the answer as it comes, and adds each piece to `pieces`."""
+    with closing(client.stream(model, conversation, **sampling)) as answer:
+        for piece in answer:
+            typer.echo(piece, nl=False)
+            pieces.append(piece)
     show.line("")
-    return "".join(pieces)

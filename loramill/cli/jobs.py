@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from loramill.cli import show
-from loramill.cli.plot import plot
+from loramill.cli import complete, show
+from loramill.cli.plot import JobId, plot
 from loramill.cli.submit import submit
 from loramill.cli.watch import watch
 from loramill.client import Client
@@ -19,8 +19,15 @@ from loramill.views import Event, Job
 
 jobs = typer.Typer(cls=show.ListByDefault, help="Fine-tune jobs; alone it lists them.")
 
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id (ftjob-…).", show_default=False)]
-JobIds = Annotated[list[str], typer.Argument(metavar="JOB…", help="The jobs' ids (ftjob-…).", show_default=False)]
+JobIds = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="JOB…",
+        help="The jobs' ids (ftjob-…), or their first digits.",
+        show_default=False,
+        autocompletion=complete.jobs,
+    ),
+]
 Tenant = Annotated[str | None, typer.Option("--tenant", help="Of this tenant only (for an admin's key).")]
 
 
@@ -79,8 +86,9 @@ def show_job(job_id: JobId, json: show.AsJson = False) -> None:
         ("submitted", show.ago(job.created_at)),
     ]
     pairs += [
-        (name, str(value))
+        (name, _value(value))
         for name, value in (
+            ("base", job.base),
             ("priority", job.priority or None),
             ("executor", job.executor),
             ("training loss", job.loss),
@@ -97,13 +105,29 @@ def show_job(job_id: JobId, json: show.AsJson = False) -> None:
         pairs.append(("result", job.model))
     if job.error:
         pairs.append(("error", f"{job.error_code}: {job.error}"))
-    pairs += [(f"spec.{name}", _value(value)) for name, value in job.spec.items()]
+    if job.training_file:
+        pairs.append(("training file", job.training_file))
+    pairs += [(f"spec.{name}", _setting(name, value)) for name, value in job.spec.items() if name not in _SHOWN]
     return show.facts(pairs)
+
+
+#: Fields of a spec that are shown by other names.
+_SHOWN = ("base", "adapter", "train")
+
+
+def _setting(name: str, value: object) -> str:
+    if name == "eval_every" and value is None:
+        return "at each checkpoint"
+    return show.short(str(value)) if name == "start_from" and value else _value(value)
 
 
 def _value(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={each}" for key, each in value.items()) or "-"
+    if isinstance(value, float):
+        return show.number(value)
     return "-" if value is None else str(value)
 
 
@@ -124,8 +148,15 @@ def events(
 
 
 def _told(event: Event) -> str:
-    numbers = " ".join(f"{name}={value}" for name, value in event.data.items()) if event.kind == "metrics" else ""
+    numbers = _numbers(event.data) if event.kind == "metrics" else ""
     return f"{show.clock(event.created_at)}  {event.level:<5}  {event.message}  {numbers}".rstrip()
+
+
+def _numbers(data: Mapping[str, Any]) -> str:
+    """What was measured, without what the message says already, and each validation once (OpenAI has two names)."""
+    said = ("step", "total_steps", "train_loss")
+    shown = {name: value for name, value in data.items() if name not in said and not name.startswith("full_valid_")}
+    return " ".join(f"{name}={_value(value)}" for name, value in shown.items())
 
 
 @jobs.command("checkpoints")

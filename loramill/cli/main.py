@@ -16,12 +16,25 @@ from loramill.errors import LoramillError
 class _Root(TyperGroup):
     """Ends every command alike: an error of ours is one sentence and 1. (Typer's own: usage 2, Ctrl-C 130.)"""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _plain_flags(self)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except LoramillError as error:
             say(error.message, style="red")
             raise typer.Exit(1) from error
+
+
+def _plain_flags(command: Any) -> None:
+    """Leaves the type out of the help of options that are flags: Typer 0.29 shows <bool> with each."""
+    for option in command.params:
+        if getattr(option, "is_flag", False):
+            option.metavar = ""
+    for each in getattr(command, "commands", {}).values():
+        _plain_flags(each)
 
 
 app = typer.Typer(cls=_Root, no_args_is_help=True, pretty_exceptions_enable=False)

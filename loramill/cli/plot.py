@@ -8,24 +8,36 @@ from typing import Annotated, Any
 
 import typer
 
-from loramill.cli import show
+from loramill.cli import complete, show
 from loramill.client import Client
 from loramill.errors import DiskFull, SetupError
 from loramill.views import Job, Point
 
 _INK, _QUIET, _TRAIN, _VALID = "#1f2933", "#9aa5b1", "#2b6cb0", "#c2410c"
-#: Of a smoothed loss, what each step leaves of the one before.
-_SMOOTH = 0.75
+#: Steps on each side of one that its smoothed loss is the mean of: this part of all, but at least one.
+_SMOOTH = 1 / 24
+
+
+JobId = Annotated[
+    str,
+    typer.Argument(
+        metavar="JOB",
+        help="The job's id (ftjob-…), or its first digits.",
+        show_default=False,
+        autocompletion=complete.jobs,
+    ),
+]
 
 
 def plot(
-    job_id: Annotated[str, typer.Argument(metavar="JOB", help="The job's id (ftjob-…).", show_default=False)],
+    job_id: JobId,
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a PNG instead.")] = None,
     json: show.AsJson = False,
 ) -> None:
     """Draw the losses of a job, while it runs or later."""
     with Client() as client:
-        job, points = client.job(job_id), client.curve(job_id)
+        job = client.job(job_id)
+        points = client.curve(job.id)
     if json:
         show.as_json(points)
     elif not points:
@@ -49,6 +61,8 @@ def as_text(job: Job, points: Sequence[Point], width: int, height: int) -> str:
     figure.legend(False)  # it would lie on the curve
     steps, losses = _series(points, "train_loss")
     figure.draw(figure.signal(steps, losses, marker="braille").lines())
+    ticks = whole_ticks(points[0].step, points[-1].step)
+    figure.ruler("x").ticks(ticks, [str(tick) for tick in ticks])
     steps, losses = _series(points, "valid_loss")
     if steps:
         figure.draw(figure.signal(steps, losses, marker="o"))
@@ -79,6 +93,8 @@ def write_png(path: Path, job: Job, points: Sequence[Point]) -> None:
 
 
 def _draw(axes: Any, points: Sequence[Point]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     steps, losses = _series(points, "train_loss")
     axes.plot(steps, losses, color=_TRAIN, alpha=0.3, linewidth=1, marker="." if len(steps) == 1 else None)
     axes.plot(steps, smoothed(losses), color=_TRAIN, linewidth=2, label="training, smoothed")
@@ -91,10 +107,11 @@ def _draw(axes: Any, points: Sequence[Point]) -> None:
             (steps[best], losses[best]),
             textcoords="offset points",
             xytext=(0, 9),
-            ha="center",
+            ha="right" if steps[best] > 0.9 * steps[-1] else "center",
             color=_VALID,
             fontsize=9,
         )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step", color=_INK)
     axes.set_ylabel("loss, nats a token", color=_INK)
     axes.set_ylim(bottom=0)
@@ -108,12 +125,21 @@ def _draw(axes: Any, points: Sequence[Point]) -> None:
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """An exponential mean that begins at the first loss without being bound to it (as Adam's, Kingma & Ba 2015)."""
-    means, mean = [], 0.0
-    for count, loss in enumerate(losses, start=1):
-        mean = _SMOOTH * mean + (1 - _SMOOTH) * loss
-        means.append(mean / (1 - _SMOOTH**count))
+    """The mean around each loss, as far to one side as to the other, so that it does not lag behind a falling one."""
+    widest, last = max(1, round(len(losses) * _SMOOTH)), len(losses) - 1
+    means = []
+    for middle in range(len(losses)):
+        side = min(widest, middle, last - middle)
+        means.append(sum(losses[middle - side : middle + side + 1]) / (2 * side + 1))
     return means
+
+
+def whole_ticks(first: int, last: int, count: int = 7) -> list[int]:
+    """At most `count` whole steps from `first` to `last`, evenly spaced by a step of 1, 2 or 5 times a power of ten."""
+    by = next(
+        unit * 10**power for power in range(9) for unit in (1, 2, 5) if (last - first) // (unit * 10**power) < count
+    )
+    return list(range(-(-first // by) * by, last + 1, by))
 
 
 def _series(points: Sequence[Point], name: str) -> tuple[list[int], list[float]]:

@@ -40,8 +40,8 @@ class ListByDefault(TyperGroup):
     """A noun that, said alone, lists: `loramill jobs --json` is `loramill jobs list --json`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Puts `list` where no command is named."""
-        if not args or (args[0].startswith("-") and args[0] != "--help"):
+        """Puts `list` where no command is named, except while a shell completes the line."""
+        if not ctx.resilient_parsing and (not args or (args[0].startswith("-") and args[0] != "--help")):
             args = ["list", *args]
         return super().parse_args(ctx, args)
 
@@ -114,6 +114,11 @@ def ago(then: float, now: float | None = None) -> str:
         if passed < below:
             return f"{passed / unit:.0f} {name} ago" if passed >= 1 else "just now"
     return time.strftime("%Y-%m-%d", time.localtime(then))
+
+
+def number(value: float) -> str:
+    """A measured number, to four digits: "4.233", "0.001", "1234", "1.2e-05"."""
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
 def duration(seconds: float) -> str:

@@ -13,10 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from loramill.batch import read_jobs
 from loramill.cli import show
-from loramill.cli.watch import watch_until_done
+from loramill.cli.watch import continuing, watch_until_done
 from loramill.client import Client
+from loramill.errors import Forbidden
 from loramill.names import AdapterName
 from loramill.options import Options, from_text
+from loramill.types import JobSpec
 from loramill.views import File, Job, Submitted
 
 Adapter = Annotated[str | None, typer.Argument(metavar="TENANT/ADAPTER", help="Such as acme/support.")]
@@ -35,13 +37,14 @@ Jobs = Annotated[
 Name = Annotated[str, typer.Option(help="With --file: another name submits the same jobs again.")]
 Retry = Annotated[bool, typer.Option("--retry", help="With --file: submit again what failed or was cancelled.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Show progress until all has ended.")]
+Promote = Annotated[bool, typer.Option("--promote", help="Wait, and make the new version the champion.")]
 
 #: What can be said of a job, by panel of the help.
 _HELP: Mapping[str, Mapping[str, str]] = {
     "Method": {
         "method": "How the base is adapted.",
         "rank": "Rank of the adapter.",
-        "alpha": "Scale of the adapter: alpha / rank; if not given, alpha is twice the rank.",
+        "alpha": "Scale of the adapter: alpha / rank.",
         "rslora": "Scale by alpha / sqrt(rank).",
         "dropout": "Dropout before the adapter, 0 to 1.",
         "targets": "Linears that are adapted: all-linear, or names such as q_proj,v_proj.",
@@ -83,6 +86,22 @@ _HELP: Mapping[str, Mapping[str, str]] = {
     },
 }
 _SHORT = {"learning_rate": ("--lr",)}
+#: What is chosen where an option isn't given, and depends on the job, the data or the pool.
+_CHOSEN = {
+    "alpha": "2 x rank",
+    "targets": "all-linear",
+    "epochs": "3, or as many as make 30 to 300 steps",
+    "batch_size": "8, or fewer of few examples",
+    "learning_rate": "0.001; full: 0.0001",
+    "max_length": "1024, or the base's context if shorter",
+    "eval_every": "at checkpoints",
+    "checkpoint_every": "a quarter of the steps, 10 to 100",
+    "micro_tokens": "what fits",
+    "gradient_checkpointing": "what fits",
+    "offload": "what fits",
+    "layers": "all",
+    "init_rank": "1.5 x rank",
+}
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -103,17 +122,40 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _default(name: str) -> str:
+    """What an option is where it isn't given, for its help."""
+    field = JobSpec.model_fields.get(name)
+    chosen = _CHOSEN.get(name) or (None if field is None or field.is_required() else field.default)
+    if chosen is None or chosen in ({}, False):
+        return ""
+    return f" (default: {'yes' if chosen is True else chosen})"
+
+
 def _option(name: str, help_text: str, panel: str) -> Any:
-    flag = f"--{name.replace('_', '-')}"
-    if _kind(name) is bool:
+    flag, kind = f"--{name.replace('_', '-')}", _kind(name)
+    if kind is bool:
         flag = f"{flag}/--no-{name.replace('_', '-')}"
-    return typer.Option(flag, *_SHORT.get(name, ()), help=help_text, rich_help_panel=panel)
+    words = get_args(kind) if get_origin(kind) is Literal else ()
+    if words:
+        help_text = f"{help_text.removesuffix('.')}: {', '.join(words)}."
+    return typer.Option(
+        flag,
+        *_SHORT.get(name, ()),
+        help=help_text + _default(name),
+        metavar="WORD" if words else None,
+        rich_help_panel=panel,
+    )
 
 
 def _kind(name: str) -> Any:
-    """The type of an option: what its field has; text where that is no single word or number."""
+    """The type of an option: what its field has; text where that is no single word or number.
+
+    A flag whose absence means neither yes nor no takes the word.
+    """
     choices: list[str] = []
     for kind in get_args(Options.model_fields[name].annotation) or (Options.model_fields[name].annotation,):
+        if kind is bool and name in _CHOSEN:
+            return Literal["yes", "no"]
         if kind in (int, float, bool):
             return kind
         if get_origin(kind) is Literal:
@@ -134,6 +176,7 @@ def submit(
     name: Name = "",
     retry: Retry = False,
     wait: Wait = False,
+    promote: Promote = False,
     json: show.AsJson = False,
     **options: Any,
 ) -> None:
@@ -149,14 +192,20 @@ def submit(
     if file is not None:
         if adapter or train or valid:
             raise typer.BadParameter("a file of jobs names adapters and data itself.", param_hint="--file")
+        if promote:
+            raise typer.BadParameter(
+                "it is for one job; `loramill promote` takes each adapter.", param_hint="--promote"
+            )
         _submit_file(file, said, name=name, retry=retry, wait=wait, json=json)
     elif adapter and train:
-        _submit_one(adapter, train, valid, said, wait=wait, json=json)
+        _submit_one(adapter, train, valid, said, wait=wait or promote, promote=promote, json=json)
     else:
         raise typer.BadParameter("give TENANT/ADAPTER and --train FILE, or --file JOBS.")
 
 
-def _submit_one(adapter: str, train: str, valid: str | None, said: dict[str, Any], *, wait: bool, json: bool) -> None:
+def _submit_one(
+    adapter: str, train: str, valid: str | None, said: dict[str, Any], *, wait: bool, promote: bool, json: bool
+) -> None:
     tenant, columns = AdapterName.parse(adapter).tenant, said.pop("columns", None)
     with Client() as client:
         files = [upload(client, source, tenant, columns) for source in (train, valid) if source is not None]
@@ -165,11 +214,30 @@ def _submit_one(adapter: str, train: str, valid: str | None, said: dict[str, Any
             show.line(job.id)
         if wait:
             job = _watch(client, job)
-            show.say(f"{job.model} is ready: `loramill chat {job.model}`")
+            _tell_result(client, job, promote=promote)
         elif not json:
             show.say(f"Queued; `loramill jobs events -f {job.id}` follows it.")
     if json:
         show.as_json(job)
+
+
+def _tell_result(client: Client, job: Job, *, promote: bool) -> None:
+    """Says what the job made, and which version answers now: only an adapter's first becomes champion by itself."""
+    show.say(f"{job.model} is ready: `loramill chat {job.model}`")
+    version = (job.model or "").partition("@")[2]
+    try:
+        adapter = client.promote(job.adapter, version) if promote else client.adapter(job.adapter)
+    except Forbidden:  # a key for training alone does not see what answers
+        if promote:
+            raise
+        return
+    if show.short(adapter.champion) == version:
+        show.say(f"{job.adapter} answers with it.")
+    else:
+        show.say(
+            f"{job.adapter} still answers with its champion {show.short(adapter.champion)}; "
+            f"`loramill promote {job.model}` makes the new version answer."
+        )
 
 
 def _submit_file(file: Path, said: Mapping[str, Any], *, name: str, retry: bool, wait: bool, json: bool) -> None:
@@ -192,7 +260,9 @@ def _submit_file(file: Path, said: Mapping[str, Any], *, name: str, retry: bool,
             before = f", {len(found) - len(new)} were submitted before" if len(new) < len(found) else ""
             show.say(f"{len(new)} jobs submitted{before}; `loramill jobs watch` shows them all.")
         if wait:
-            jobs = watch_until_done(client, [each.job.id for each in found], quiet=json)
+            ids = [each.job.id for each in found]
+            with continuing(ids):
+                jobs = watch_until_done(client, ids, quiet=json)
             if json:
                 show.as_json(jobs)
             if any(job.failure for job in jobs):
@@ -233,4 +303,5 @@ def _watch(client: Client, job: Job) -> Job:
         def advance(now: Job) -> None:
             progress.update(task, completed=now.step, description=f"{now.adapter} {now.status}")
 
-        return client.wait(job.id, advance)
+        with continuing([job.id]):
+            return client.wait(job.id, advance)

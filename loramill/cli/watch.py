@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from time import sleep, time
 from typing import Annotated
@@ -97,6 +97,21 @@ def watch(
 def watch_until_done(client: Client, only: Collection[str], *, quiet: bool = False, every: float = 1.0) -> list[Job]:
     """Shows (unless `quiet`) these jobs until all have ended; returns them as they ended."""
     return _follow(Jobs(client, None, len(only), only).look, every, quiet=quiet)
+
+
+@contextmanager
+def continuing(ids: Sequence[str]) -> Iterator[None]:
+    """Says on Ctrl-C in the block that the jobs with these ids run on, and how to end them."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if len(ids) == 1:
+            show.say(f"The job continues; `loramill jobs cancel {ids[0]}` ends it.")
+        else:
+            show.say(
+                f"The {len(ids)} jobs continue; `loramill jobs watch` shows them, `loramill jobs cancel` ends them."
+            )
+        raise
 
 
 def _print(jobs: Sequence[Job]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Collection, Mapping
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from loramill.errors import Conflict, NotFound
+from loramill.errors import Conflict, InvalidRequest, NotFound
 from loramill.registry import datasets, shares, transitions
 from loramill.registry.leases import fail, heartbeat, lease, publish, release, settle_lost
 from loramill.registry.pages import newest
@@ -37,6 +38,10 @@ __all__ = [
     "settle_lost",
     "submit",
 ]
+
+
+#: What an id may be shortened to.
+_PREFIX = re.compile(r"ftjob-[0-9a-f]{4,23}")
 
 
 def submit(
@@ -83,15 +88,32 @@ def submit(
 
 
 def get(session: Session, job_id: str, tenant: str | None = None) -> JobRecord:
-    """The job of this id, if `tenant` (None: an admin) may see it.
+    """The job of this id, or of an id that begins so (`ftjob-` and 4 digits or more), if `tenant` may see it.
+
+    Args:
+        tenant: None: an admin, who sees all.
 
     Raises:
         NotFound: there is none, or it is another tenant's; the message doesn't tell which.
+        InvalidRequest: several ids begin so.
     """
-    row = session.get(JobRow, job_id)
+    row = session.get(JobRow, job_id) or _beginning(session, job_id, tenant)
     if row is None or tenant not in (None, row.tenant):
         raise NotFound(f"There is no fine-tuning job '{job_id}'.", param="fine_tuning_job_id")
     return transitions.record(row)
+
+
+def _beginning(session: Session, prefix: str, tenant: str | None) -> JobRow | None:
+    if not _PREFIX.fullmatch(prefix):
+        return None
+    # A range of the primary key, which both databases look up in its index. "g" follows every hexadecimal digit.
+    statement = select(JobRow).where(JobRow.id >= prefix, JobRow.id < prefix + "g").limit(2)
+    if tenant is not None:
+        statement = statement.where(JobRow.tenant == tenant)
+    found = session.scalars(statement).all()
+    if len(found) > 1:
+        raise InvalidRequest(f"Several jobs' ids begin with '{prefix}'; give more digits.", param="fine_tuning_job_id")
+    return found[0] if found else None
 
 
 def list_of(

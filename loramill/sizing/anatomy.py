@@ -21,6 +21,19 @@ from loramill.bases import SERVED
 from loramill.errors import BaseUnusable, InvalidRequest
 
 _BILLIONS = re.compile(r"(\d+(?:\.\d+)?)([bm])", re.IGNORECASE)
+#: Llama's own sizes, in billions of weights: width, MLP, layers, heads, heads of keys, vocabulary, tied embeddings.
+#: 7, 13, 33 and 65 are of Llama 1 and 2; the others of Llama 3.
+_LLAMAS = {
+    1: (2048, 8192, 16, 32, 8, 128256, True),
+    3: (3072, 8192, 28, 24, 8, 128256, True),
+    7: (4096, 11008, 32, 32, 32, 32000, False),
+    8: (4096, 14336, 32, 32, 8, 128256, False),
+    13: (5120, 13824, 40, 40, 40, 32000, False),
+    33: (6656, 17920, 60, 52, 52, 32000, False),
+    65: (8192, 22016, 80, 64, 64, 32000, False),
+    70: (8192, 28672, 80, 64, 8, 128256, False),
+    405: (16384, 53248, 126, 128, 8, 128256, False),
+}
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -113,7 +126,7 @@ def read_config(name: str) -> dict[str, Any]:
             raise BaseUnusable(f"{file} holds no JSON object: give a Hugging Face config.json.")
         return config
     if size := _BILLIONS.fullmatch(name):
-        return llama_of(float(size[1]) * (1e9 if size[2] in "bB" else 1e6))
+        return llama_of(float(size[1]) / (1 if size[2] in "bB" else 1000))
     raise InvalidRequest(
         f"There is no base '{name}' here: give a Hugging Face folder, a config.json, or a size such as 8B.",
         param="base",
@@ -142,27 +155,38 @@ def find_config(name: str, cache: Path) -> dict[str, Any]:
         ) from error
 
 
-def llama_of(parameters: float) -> dict[str, Any]:
-    """The config of a Llama with about so many parameters, in the proportions of Llama 1 (7B, 13B, 65B).
+def llama_of(billions: float) -> dict[str, Any]:
+    """The config of the Llama of this size; where there was none, of one in the proportions of Llama 1.
 
-    That is heads of 128, a width of 128 times the layers, an MLP of 8/3 of the width, 32,000 words, and no sharing of
+    Those are heads of 128, a width of 128 times the layers, an MLP of 8/3 of the width, 32,000 words, and no sharing of
     keys and values, which asks for more memory than sharing them.
     """
-    heads = bisect_left(range(1, 512), parameters, key=lambda heads: anatomy(_llama(heads)).parameters) + 1
-    return min(_llama(max(1, heads - 1)), _llama(heads), key=lambda each: abs(anatomy(each).parameters - parameters))
+    if (published := _LLAMAS.get(int(billions))) and billions == int(billions):
+        return _llama(*published)
+    parameters = billions * 1e9
+    heads = bisect_left(range(1, 512), parameters, key=lambda heads: anatomy(_proportioned(heads)).parameters) + 1
+    near = _proportioned(max(1, heads - 1)), _proportioned(heads)
+    return min(near, key=lambda each: abs(anatomy(each).parameters - parameters))
 
 
-def _llama(heads: int) -> dict[str, Any]:
+def _proportioned(heads: int) -> dict[str, Any]:
     hidden = 128 * heads
+    return _llama(hidden, -(-hidden * 8 // 3 // 256) * 256, heads, heads, heads, 32000, False)
+
+
+def _llama(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, words: int, tied: bool
+) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": hidden,
-        "intermediate_size": -(-hidden * 8 // 3 // 256) * 256,
-        "num_hidden_layers": heads,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "vocab_size": 32000,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": words,
+        "tie_word_embeddings": tied,
         "max_position_embeddings": 131072,
     }
 

@@ -95,7 +95,7 @@ def list_jobs(page: Annotated[JobPaging, Depends(_job_paging)], here: Here, who:
 
 @router.get(PATH + "/{job_id}")
 def retrieve_job(job_id: str, here: Here, who: Who) -> dict[str, Any]:
-    """One job as it is now."""
+    """One job as it is now. The first digits of an id are enough, here and below, where they are one job's alone."""
     with here.registry.reading() as session:
         return _shown(here, session, jobs.get(session, job_id, who.tenant))
 
@@ -123,8 +123,8 @@ def list_events(job_id: str, page: Annotated[EventPaging, Query()], here: Here, 
     """A job's history, newest first."""
     before = event_number(page.after) if page.after else None
     with here.registry.reading() as session:
-        jobs.get(session, job_id, who.tenant)
-        events = history.newest(session, job_id, before=before, limit=page.limit + 1)
+        job = jobs.get(session, job_id, who.tenant)
+        events = history.newest(session, job.id, before=before, limit=page.limit + 1)
     return page_of(events, page.limit, event_object)
 
 
@@ -136,7 +136,7 @@ def list_checkpoints(job_id: str, page: Page, here: Here, who: Who) -> dict[str,
     """
     with here.registry.reading() as session:
         job = jobs.get(session, job_id, who.tenant)
-        found = checkpoints.list_of(session, job_id, page.after, page.limit + 1)
+        found = checkpoints.list_of(session, job.id, page.after, page.limit + 1)
     return page_of(found, page.limit, lambda checkpoint: checkpoint_object(checkpoint, job))
 
 
@@ -144,9 +144,8 @@ def _changed(
     job_id: str, here: Gateway, who: Who, verb: str, change: Callable[[Session, str], JobRecord]
 ) -> dict[str, Any]:
     with here.registry.writing() as session:
-        jobs.get(session, job_id, who.tenant)
-        job = change(session, job_id)
-        note(session, who, f"job.{verb}", job_id, job.tenant)
+        job = change(session, jobs.get(session, job_id, who.tenant).id)
+        note(session, who, f"job.{verb}", job.id, job.tenant)
         return _shown(here, session, job)
 
 

@@ -197,6 +197,63 @@ def test_an_interactive_chat_remembers(here: RunningGateway, tenant: str, monkey
     assert [message["content"] for message in asked[-1]] == ["Be short.", "one", "to one", "two"]
 
 
+def test_an_interactive_chat_outlives_what_stops_an_answer(
+    here: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def stream(_: Any, model: str, conversation: Any, **sampling: Any) -> Any:
+        asked.append([message["content"] for message in conversation])
+        assert sampling == {"temperature": 0.5, "top_p": 0.9}
+        yield "so "
+        if asked[-1][-1] == "long":
+            raise KeyboardInterrupt
+        if asked[-1][-1] == "much":
+            raise errors.Overloaded("Too much at once.")
+        yield "far"
+
+    lines = iter(["/help", "long", "", "much", "one", "/clear", "two", "/bye", "never"])
+    monkeypatch.setattr("loramill.client.Client.stream", stream)
+    monkeypatch.setattr("loramill.cli.chat._is_typed", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    ran = ok("chat", "smollm2-135m", "--temperature", "0.5", "--top-p", "0.9")
+    assert asked == [["long"], ["long", "so ", "much"], ["long", "so ", "one"], ["two"]]
+    assert "/clear" in ran.stderr and "Stopped" in ran.stderr and "Too much at once." in ran.stderr
+
+
+def test_a_chat_without_gateway_and_key_says_how_to_start_one() -> None:
+    ran = loramill("chat", "smollm2-135m", "-m", "Hello")
+    assert ran.exit_code == 1
+    assert "Nothing answers at http://127.0.0.1:9: start it with `loramill up`" in ran.stderr
+
+
+def test_what_answers_after_a_job_is_said_and_can_be_changed(
+    here: RunningGateway, tenant: str, train: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(client: Any, job: str, *_: Any) -> Any:
+        here.publish(job)
+        return client.job(job)
+
+    monkeypatch.setattr("loramill.client.Client.wait", wait)
+    words = ("submit", f"{tenant}/a", "--train", train)
+    assert f"{tenant}/a answers with it." in ok(*words, "--wait").stderr
+    told = ok(*words, "--wait", "--seed", "1").stderr
+    assert f"{tenant}/a still answers with its champion" in told and f"`loramill promote {tenant}/a@" in told
+    assert f"{tenant}/a answers with it." in ok(*words, "--promote", "--seed", "2").stderr
+
+
+def test_ctrl_c_while_waiting_says_that_the_job_continues(
+    here: RunningGateway, tenant: str, train: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loramill.client.Client.wait", wait)
+    ran = loramill("submit", f"{tenant}/a", "--train", train, "--wait")
+    assert ran.exit_code == 130
+    assert "The job continues; `loramill jobs cancel ftjob-" in ran.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -75,7 +75,7 @@ def test_options_of_every_kind_arrive(tenant: str) -> None:
     words = (
         "--method dora --rank 4 --alpha 8 --no-packing --targets q_proj,v_proj --layers 0-2,5 --lr 0.01 --keep last "
         "--rank-pattern q_proj=2 --alpha-pattern q_proj=1.5 --metadata team=a,run=2 --priority -5 --schedule cosine "
-        "--gradient-checkpointing --eval-every 3"
+        "--gradient-checkpointing yes --eval-every 3"
     )
     job = shown("jobs", "show", submitted(tenant, *words.split()))
     assert {

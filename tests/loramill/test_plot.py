@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loramill.cli.plot import as_text, smoothed, write_png
+from loramill.cli.plot import as_text, smoothed, whole_ticks, write_png
 from loramill.errors import SetupError
 from loramill.types import JobStatus
 from loramill.views import Job, Point
@@ -45,5 +45,22 @@ def test_a_place_that_cant_be_written_is_told(tmp_path: Path) -> None:
 def test_smoothing_begins_at_the_first_loss() -> None:
     assert smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
     falling = smoothed([4.0, 2.0, 1.0])
-    assert falling[0] == pytest.approx(4.0) and 1.0 < falling[2] < falling[1] < 4.0
+    assert falling == pytest.approx([4.0, 7 / 3, 1.0])
+    # It does not lag behind a loss that falls evenly.
+    straight = [float(loss) for loss in range(100, 0, -1)]
+    assert smoothed(straight) == pytest.approx(straight)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "ticks"),
+    [
+        (1, 1, [1]),
+        (1, 6, [1, 2, 3, 4, 5, 6]),
+        (1, 36, [10, 20, 30]),
+        (1, 60, [10, 20, 30, 40, 50, 60]),
+        (10, 4000, [1000, 2000, 3000, 4000]),
+    ],
+)
+def test_ticks_are_whole_steps(first: int, last: int, ticks: list[int]) -> None:
+    assert whole_ticks(first, last) == ticks
     assert smoothed([]) == []

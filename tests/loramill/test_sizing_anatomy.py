@@ -67,9 +67,19 @@ def test_an_architecture_that_transformers_alone_knows_is_built_without_weights(
     assert found.embedding == 50257 * 32
 
 
-@pytest.mark.parametrize(
-    ("size", "published"), [("7B", None), ("8B", LLAMA_3_8B), ("65B", LLAMA_65B), ("70b", LLAMA_2_70B), ("135M", None)]
+SIZES = pytest.mark.parametrize(
+    ("size", "published"),
+    [("7B", None), ("8B", LLAMA_3_8B), ("65B", LLAMA_65B), ("70b", LLAMA_2_70B), ("135M", None), ("20B", None)],
 )
+
+
+def test_a_published_size_is_that_llama() -> None:
+    for size, published in (("8B", LLAMA_3_8B), ("65b", LLAMA_65B)):
+        assert anatomy(read_config(size)).linears == anatomy(published).linears
+        assert anatomy(read_config(size)).vocabulary == published["vocab_size"]
+
+
+@SIZES
 def test_a_size_is_a_llama_of_about_so_many_weights(size: str, published: dict[str, object] | None) -> None:
     found = anatomy(read_config(size)).parameters
     wanted = float(size[:-1]) * (1e6 if size.endswith("M") else 1e9)

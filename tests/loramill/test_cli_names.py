@@ -1,0 +1,167 @@
+"""How adapters, versions and jobs are named on the command line, and what a shell completes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from loramill.cli import app
+from loramill.client import Client
+from loramill.errors import InvalidRequest
+from loramill.registry import jobs
+
+from .conftest import RunningGateway, examples
+
+
+@pytest.fixture(autouse=True)
+def here(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The gateway, as the one that commands call with the admin's key."""
+    for name in [*os.environ]:
+        if name.startswith("LORAMILL_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORAMILL_HOME", str(gateway.home))
+    monkeypatch.setenv("LORAMILL_URL", gateway.url)
+
+
+@pytest.fixture
+def versions(gateway: RunningGateway, tenant: str) -> list[str]:
+    """Two versions of the tenant's adapter `a`; the first is its champion, the second its challenger."""
+    with gateway.client() as client:
+        return [gateway.publish(client.submit(f"{tenant}/a", examples(word=word)).id) for word in ("one", "two")]
+
+
+def loramill(*words: str) -> Result:
+    return CliRunner().invoke(app, words, catch_exceptions=False)
+
+
+def ok(*words: str) -> Result:
+    ran = loramill(*words)
+    assert ran.exit_code == 0, ran.output
+    return ran
+
+
+def completed(line: str) -> list[str]:
+    """What bash offers for the last word of the line."""
+    environment = {
+        "_LORAMILL_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(line.split(" ")) - 1),
+    }
+    return CliRunner().invoke(app, [], prog_name="loramill", env=environment).stdout.split()
+
+
+def champion(name: str) -> str:
+    return str(json.loads(ok("adapters", "show", name, "--json").stdout)["champion"])
+
+
+def test_a_version_stands_in_the_name_or_after_it(tenant: str, versions: list[str]) -> None:
+    name, (first, second) = f"{tenant}/a", versions
+    assert champion(name) == first
+    ok("promote", f"{name}@challenger")
+    assert champion(name) == second
+    ok("promote", name, first[:8])
+    assert champion(name) == first
+    ok("adapters", "pin", f"{name}@{second[:8]}")
+    assert champion(name) == second
+    ok("adapters", "unpin", name)
+    assert second[:8] in ok("adapters", "warm", f"{name}@{second[:8]}").stderr
+    assert "champion" in ok("adapters", "warm", name).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("promote", "acme/a"), "which version?"),
+        (("promote", "acme/a@previous", "3f2a9c01"), "two versions"),
+        (("adapters", "pin", "acme/a@"), "nothing follows the '@'"),
+    ],
+)
+def test_a_version_is_named_once(words: tuple[str, ...], told: str) -> None:
+    ran = loramill(*words)
+    assert ran.exit_code == 2
+    assert told in " ".join(ran.stderr.replace("│", " ").split())
+
+
+def test_a_name_that_can_be_none_is_told_in_english() -> None:
+    assert "can't name an adapter" in loramill("adapters", "show", "acme/!").stderr
+    assert "can't name a tenant" in loramill("adapters", "show", "!/acme").stderr
+
+
+def test_the_first_digits_of_a_job_are_enough(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as client:
+        job = client.submit(f"{tenant}/a", examples())
+    short = job.id[:18]
+    for words in (("show",), ("events",), ("checkpoints",)):
+        assert ok("jobs", *words, short).exit_code == 0
+    assert job.id in ok("jobs", "plot", short).stderr
+    assert job.id in ok("jobs", "cancel", short).stderr
+    assert "no fine-tuning job 'ftjob-123'" in loramill("jobs", "show", "ftjob-123").stderr
+    ran = loramill("jobs", "show", f"{tenant}/a")
+    assert ran.exit_code == 1 and "is the name of an adapter, not of a job" in ran.stderr
+
+
+def test_digits_of_several_jobs_are_refused_and_other_tenants_jobs_do_not_count(
+    gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gateway.client() as client:
+        client.create_tenant(f"{tenant}-b")
+        made = [client.submit(f"{name}/a", examples()).id for name in (tenant, f"{tenant}-b")]
+    digits = iter(["abcdef" + 17 * "0" + last for last in "123"])
+    monkeypatch.setattr("secrets.token_hex", lambda _: next(digits))
+    with gateway.registry.writing() as session:
+        specs = [jobs.get(session, job).spec for job in made]
+        mine, *_ = [jobs.submit(session, spec, {}).id for spec in (*specs, specs[1])]
+    monkeypatch.undo()
+    with gateway.client() as client, pytest.raises(InvalidRequest, match="give more digits"):
+        client.job("ftjob-abcdef")
+    with gateway.client() as admin:
+        key = admin.create_key(tenant).key
+    with Client(gateway.url, key) as client:
+        assert client.job("ftjob-abcdef").id == mine
+
+
+def test_a_shell_completes_commands_and_what_the_gateway_lists(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as client:
+        job = client.submit(f"{tenant}/a", examples())
+    gateway.publish(job.id)
+    assert completed("loramill jobs sh") == ["show"]
+    assert {"list", "watch", "cancel"} <= set(completed("loramill jobs "))
+    assert completed("loramill adapters ex") == ["export"]
+    assert completed(f"loramill adapters show {tenant}/") == [f"{tenant}/a"]
+    assert completed(f"loramill chat {tenant}/") == [f"{tenant}/a"]
+    assert completed(f"loramill jobs show {job.id[:20]}") == [job.id]
+
+
+def test_a_shell_that_finds_no_gateway_completes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAMILL_URL", "http://127.0.0.1:9")
+    assert completed("loramill adapters show ac") == []
+
+
+def test_history_shows_numbers_once_and_short(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as client:
+        job = client.submit(f"{tenant}/a", examples())
+    data: dict[str, Any] = {
+        "step": 1,
+        "total_steps": 36,
+        "train_loss": 4.233459949493408,
+        "train_mean_token_accuracy": 0.26966291666030884,
+        "valid_loss": 3.5,
+        "full_valid_loss": 3.5,
+        "learning_rate": 1.6666e-05,
+        "trained_tokens": 1034567,
+    }
+    with gateway.registry.writing() as session:
+        jobs.add_event(session, job.id, "info", "metrics", "Step 1/36: training loss=4.233", data)
+    line = ok("jobs", "events", job.id).stdout.strip().splitlines()[-1]
+    assert line.endswith(
+        "Step 1/36: training loss=4.233  "
+        "train_mean_token_accuracy=0.2697 valid_loss=3.5 learning_rate=1.667e-05 trained_tokens=1034567"
+    )
+    shown = ok("jobs", "show", job.id).stdout
+    assert "smollm2-135m" in shown and "at each checkpoint" in shown and job.spec["base"] not in shown
