@@ -35,6 +35,7 @@ from loramill.dataset import Example, read_examples
 from loramill.errors import LoramillError, NotRunning, Unavailable
 from loramill.pipelines import nightly
 from loramill.pipelines.evaluate import Question, ask_all, questions_of
+from loramill.pipelines.outcome import Outcome, Verdict, describe, outcomes
 from loramill.pipelines.scoring import score
 from loramill.registry import Registry
 from loramill.registry import nightly as records
@@ -301,31 +302,33 @@ def comparison(rows: list[Row]) -> Table:
 
 
 def run_night(client: Client, tenants: list[Tenant]) -> list[NightLine]:
-    """Feeds the new data in and runs a night; then asks the endpoints which version answers."""
+    """Feeds the new data in and starts a nightly run; then asks the endpoints which version answers."""
     fed = [tenant for tenant in tenants if tenant.new is not None]
     before = {tenant.model: client.adapter(tenant.model).champion for tenant in fed}
     for tenant in fed:
         client.add_data(tenant.model, tenant.new or b"", valid=tenant.new_valid)
-        console.print(f"{tenant.model}: {len((tenant.new or b'').splitlines())} new examples for the night")
+        console.print(f"{tenant.model}: {len((tenant.new or b'').splitlines())} new examples for the nightly run")
     settings = Settings.load()
     registry = Registry.open(settings.database, settings.artifacts)
-    with console.status("The night begins…") as status:
-        run = nightly.run_night(
-            registry, settings, report=lambda step: status.update(f"The night: {step.adapter} is past '{step.step}'…")
-        )
+    with console.status("The nightly run begins…") as status:
+        run = nightly.run_night(registry, settings, report=lambda step: status.update(f"{describe(step)}…"))
     with registry.reading() as session:
-        results = nightly.by_adapter(records.steps(session, run.id))
-    lines = [night_line(tenant, results[tenant.model], client) for tenant in fed]
+        steps = records.steps(session, run.id)
+    found = {outcome.adapter: outcome for outcome in outcomes(steps)}
+    scores = {step.adapter: step.result for step in steps if step.step == "evaluate"}
+    lines = [
+        night_line(tenant, found[tenant.model], scores[tenant.model], before[tenant.model], client) for tenant in fed
+    ]
     console.print(night_table(lines))
     for line in lines:
-        now = f"after {before[line.adapter]:.12}" if line.promoted else "as before"
+        now = f"after {line.before:.12}" if line.promoted else "as before"
         console.print(f"{line.adapter}: {line.reason}; {line.champion:.12} answers, {now}.")
     return lines
 
 
 def night_table(lines: list[NightLine]) -> Table:
     """Token F1 of the three candidates on each held-out slice, and what the gate decided."""
-    table = Table(title="The night: token F1 on held-out examples")
+    table = Table(title="The nightly run: token F1 on held-out examples")
     for heading in ("tenant", "slice", "base", "champion", "challenger", "gate"):
         table.add_column(heading, justify="right" if heading in ("base", "champion", "challenger") else "left")
     for line in lines:
@@ -337,18 +340,21 @@ def night_table(lines: list[NightLine]) -> Table:
     return table
 
 
-def night_line(tenant: Tenant, results: dict[str, dict[str, Any]], client: Client) -> NightLine:
-    """What the night did to one adapter, and which version its endpoint answers with now."""
+def night_line(
+    tenant: Tenant, outcome: Outcome, scores: dict[str, dict[str, Any]], before: str | None, client: Client
+) -> NightLine:
+    """What the nightly run did to one adapter, and which version its endpoint answers with now."""
     answer = client.openai().chat.completions.with_raw_response.create(
         model=tenant.model, messages=[{"role": "user", "content": "Hello"}], max_tokens=1
     )
     return NightLine(
         adapter=tenant.model,
         spoiled=tenant.spoiled,
-        promoted=results["promote"]["promoted"],
-        reason=results["gate"]["reason"],
+        promoted=outcome.verdict is Verdict.PROMOTED,
+        reason=outcome.reason,
+        before=before or "",
         champion=answer.headers["x-loramill-version"],
-        scores=results["evaluate"],
+        scores=scores,
     )
 
 

@@ -52,12 +52,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class NightLine:
-    """What a night did to one adapter; `champion` is the version that answers now, `scores` are by slice and role."""
+    """What the nightly run did to one adapter.
+
+    Attributes:
+        before, champion: the versions that answered before, and that answers now.
+        scores: by slice and role.
+    """
 
     adapter: str
     spoiled: bool
     promoted: bool
     reason: str
+    before: str
     champion: str
     scores: Mapping[str, Mapping[str, Mapping[str, Any]]]
 

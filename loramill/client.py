@@ -14,7 +14,7 @@ from loramill.names import AdapterName
 from loramill.options import given
 from loramill.settings import Settings
 from loramill.tenancy import Tenancy
-from loramill.types import AdapterRecord
+from loramill.types import AdapterRecord, NewDataState
 from loramill.views import Adapter, view
 from loramill.wire import Wire, is_loopback, openai_errors
 
@@ -160,14 +160,15 @@ class Client(FineTuning, Tenancy):
         """
         return download(self._wire, name, to, full=full, on_bytes=on_bytes)
 
-    def add_data(self, name: str, train: Source, *, valid: Source | None = None) -> None:
-        """Gives an adapter new examples, from which the next night trains it."""
+    def add_data(self, name: str, train: Source, *, valid: Source | None = None) -> NewDataState:
+        """Gives an adapter new examples, from which the next nightly run trains it; returns all that waits for it."""
         tenant = AdapterName.parse(name).tenant
         request = {
             "training_file": self._file_id(train, tenant, "train.jsonl"),
             "validation_file": None if valid is None else self._file_id(valid, tenant, "valid.jsonl"),
         }
-        self._wire.call("POST", f"{_path(name)}/data", json=given(request))
+        answer = self._wire.call("POST", f"{_path(name)}/data", json=given(request))
+        return view(NewDataState, answer["new_data"])
 
 
 def _key_of(settings: Settings, url: str) -> str | None:

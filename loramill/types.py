@@ -289,6 +289,24 @@ class NewData(Value):
     valid: tuple[str, ...]
 
 
+class SetAside(NewData):
+    """Data with which a nightly run failed; it waits until someone retries or drops it."""
+
+    run: str
+    stage: str
+    reason: str
+
+
+class NewDataState(Value):
+    """An adapter's new data that no nightly run has collected yet, and what the next one does with it."""
+
+    adapter: str
+    examples: int
+    validation_examples: int
+    enough: bool = Field(description="whether a nightly run trains on it")
+    outlook: str = Field(description="what the next nightly run does with it, or how many examples are missing")
+
+
 class StepStatus(StrEnum):
     """States of one step of a night."""
 

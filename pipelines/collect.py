@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -12,30 +11,43 @@ from sqlalchemy.orm import Session
 from loramill import jsonl
 from loramill.bases import Base
 from loramill.dataset import read_examples
-from loramill.names import AdapterName
+from loramill.errors import BaseUnusable
+from loramill.names import SHORT, AdapterName
+from loramill.new_data import REPLAY, counted, enough, hold_out, outlook, sample
 from loramill.recipe import resolve_spec, steps_of
 from loramill.registry import ArtifactStore, adapters, datasets, jobs
-from loramill.types import DatasetRecord, JobSpec, NewData
+from loramill.types import DatasetRecord, JobSpec, NewData, VersionRecord
 
-#: Old examples trained again beside the new ones; they halve forgetting.
-REPLAY = 64
-#: Share of new data that is held out when no validation file came with it.
-HOLD_OUT = 0.1
 #: Passes over a night's data when it goes on from the champion.
 EPOCHS = 2
 
 
+@dataclass(frozen=True, slots=True)
+class TooLittle:
+    """The new data isn't enough to train on and to judge by; `reason` says what would be."""
+
+    reason: str
+
+
 def collect(
-    session: Session, artifacts: ArtifactStore, name: AdapterName, new_data: NewData, base: Base
-) -> dict[str, Any]:
+    session: Session, artifacts: ArtifactStore, name: AdapterName, new_data: NewData, base: Base, minimum: int = 1
+) -> dict[str, Any] | TooLittle:
     """Makes the night's datasets and says what to train: `{spec, champion, slices: {name: dataset}}`.
 
     Training sees the new examples and a replay of old ones. Two slices are held out: `before`, what the
     champion was judged by, and `new`, the new data's own. The challenger's validation set is both. Old data that
     its tenant has deleted is left out.
+
+    Args:
+        minimum: examples that training takes at least, old and new together.
+
+    Raises:
+        BaseUnusable: the champion is of another base.
+        NotFound: the adapter or a file is gone.
+        DatasetInvalid: the old and the new data don't go together.
     """
     champion = adapters.get(session, name).champion
-    origin = adapters.version(session, champion).job if champion else None
+    origin = _version(session, name, champion, base).job if champion else None
     old = jobs.get(session, origin).spec if origin else None
 
     def rows(dataset: str | None) -> list[bytes]:
@@ -48,16 +60,38 @@ def collect(
 
     new = [row for dataset in new_data.train for row in rows(dataset)]
     new_valid = [row for dataset in new_data.valid for row in rows(dataset)]
+    count, validation = len(new), len(new_valid)
     if not new_valid:
         new, new_valid = hold_out(new)
     there = datasets.counts(session, filter(None, (old.train, old.valid))) if old else {}
     known, judge = (file if file in there else None for file in ((old.train, old.valid) if old else (None, None)))
+    replay = sample(rows(known), REPLAY)
+    if count < enough(validation=bool(validation), replay=len(replay), minimum=minimum):
+        return TooLittle(outlook(count, validation, replay=len(replay), minimum=minimum))
+    if not new:
+        return TooLittle(f"{counted(count, 'new example')}, all the same, so that none can be held out: add others.")
     before = rows(judge)
-    train = freeze("train", new + sample(rows(known), REPLAY))
+    train = freeze("train", new + replay)
     valid = freeze("valid", before + new_valid)
     slices = {"new": freeze("new", new_valid).id} | ({"before": judge} if judge else {})
     spec = next_spec(old, champion, train, valid) if old and champion else first_spec(name, train, valid, base)
     return {"spec": spec.model_dump(mode="json"), "champion": champion, "slices": slices}
+
+
+def _version(session: Session, name: AdapterName, champion: str, base: Base) -> VersionRecord:
+    """The champion, which must be of the base that runs now: training goes on from its weights.
+
+    Raises:
+        BaseUnusable: it is of another base.
+    """
+    version = adapters.version(session, champion)
+    if version.base != base.fingerprint:
+        raise BaseUnusable(
+            f"The champion {champion[:SHORT]} of '{name}' was trained on another base ({version.base[:SHORT]}) than "
+            f"the one in use, {base.name} ({base.fingerprint[:SHORT]}): set `base` to that one again, or submit a job "
+            f"for '{name}' and promote its version."
+        )
+    return version
 
 
 def first_spec(name: AdapterName, train: DatasetRecord, valid: DatasetRecord, base: Base) -> JobSpec:
@@ -98,21 +132,3 @@ def freeze_rows(
 def lines(raw: bytes) -> list[bytes]:
     """The rows of a JSONL file, without blank lines and byte order marks."""
     return [row for _, row in jsonl.rows(raw)]
-
-
-def hold_out(rows: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
-    """Splits rows into (train, held out) by their content, so that the same row always falls on the same side."""
-    ordered = sorted(rows, key=digest)
-    count = max(1, round(len(ordered) * HOLD_OUT))
-    held = set(ordered[:count])
-    return [row for row in rows if row not in held], ordered[:count]
-
-
-def sample(rows: Sequence[bytes], count: int) -> list[bytes]:
-    """At most `count` rows, chosen by their content: the same rows give the same sample."""
-    return sorted(rows, key=digest)[:count]
-
-
-def digest(row: bytes) -> bytes:
-    """A row's place in a random-looking, repeatable order."""
-    return hashlib.sha256(json.dumps(jsonl.parse(row), sort_keys=True).encode()).digest()

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from loramill.pipelines.scoring import Score, overall
 
+#: What a difference of two means may be off by.
+_ROUNDING = 1e-9
+
 
 @dataclass(frozen=True, slots=True)
 class SliceScores:
@@ -54,10 +57,24 @@ def decide(slices: Sequence[SliceScores], thresholds: Thresholds) -> Decision:
     for part, champion in zip(slices, champions, strict=True):
         drop = champion.token_f1 - part.challenger.token_f1
         if drop > thresholds.max_drop:
-            return Decision(
-                False, f"it loses {drop:.3f} on the slice '{part.name}' (at most {thresholds.max_drop:.3f})"
-            )
+            lost, limit = _told_apart(drop, thresholds.max_drop)
+            return Decision(False, f"it loses {lost} on the slice '{part.name}'; at most {limit} is allowed")
     gain = challenger.token_f1 - overall(champions).token_f1
-    if gain < thresholds.min_gain:
-        return Decision(False, f"it gains {gain:+.3f} over the champion (at least {thresholds.min_gain:.3f})")
-    return Decision(True, f"it gains {gain:+.3f} over the champion")
+    if gain < thresholds.min_gain - _ROUNDING:
+        return Decision(False, f"{_gained(gain, thresholds.min_gain)}; at least +{thresholds.min_gain:.3f} is required")
+    return Decision(True, f"it gains {gain:.3f} over the champion")
+
+
+def _gained(gain: float, least: float) -> str:
+    """A gain that is too little, in words."""
+    if abs(gain) < _ROUNDING:
+        return "it scores the same as the champion"
+    if gain < 0:
+        return f"it loses {_told_apart(-gain, 0)[0]} against the champion"
+    return f"it gains only {_told_apart(gain, least)[0]} over the champion"
+
+
+def _told_apart(value: float, other: float) -> tuple[str, str]:
+    """Two numbers with three digits, or as many as show that they differ."""
+    digits = next((n for n in range(3, 9) if f"{value:.{n}f}" != f"{other:.{n}f}"), 9)
+    return f"{value:.{digits}f}", f"{other:.{digits}f}"

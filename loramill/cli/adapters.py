@@ -194,12 +194,14 @@ def warm(name: Versioned, version: Selected = None) -> None:
 
 @data.command("add")
 def add_data(name: Adapter, train: Train, valid: Valid = None) -> None:
-    """Upload new examples, from which the next night trains."""
+    """Upload new examples, from which the next nightly run trains."""
     tenant = AdapterName.parse(name).tenant
     with Client() as client:
-        client.add_data(
+        waiting = client.add_data(
             name,
             upload(client, train, tenant),
             valid=None if valid is None else upload(client, valid, tenant),
         )
-    show.say(f"The next night trains {name} from it; `loramill nightly run` starts one now.")
+    show.say(f"{name}: {waiting.outlook}", style=None if waiting.enough else "yellow")
+    if waiting.enough:
+        show.say("`loramill nightly run` starts one now.")

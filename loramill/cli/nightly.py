@@ -1,15 +1,29 @@
-"""`loramill nightly`: retrain whoever has new data, and promote what is measurably better."""
+"""`loramill nightly`: retrain adapters that have new data, and promote what is measurably better."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from json import dumps
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from loramill.cli import show
+from loramill.errors import LoramillError
+from loramill.names import AdapterName
 
-nightly = typer.Typer(help="Nightly retraining, on the machine that holds the record.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from loramill.pipelines.nightly import Progress as NightlyProgress
+    from loramill.pipelines.outcome import Outcome
+    from loramill.registry import Registry
+    from loramill.settings import Settings
+    from loramill.types import NightlyRun, NightlyStep
+
+nightly = typer.Typer(help="Nightly retraining, on the machine that holds the registry.", no_args_is_help=True)
+
+Adapter = Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", help="Such as acme/support.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -19,70 +33,164 @@ def register(app: typer.Typer) -> None:
 
 @nightly.command()
 def run(json: show.AsJson = False) -> None:
-    """Run a night now, or go on with one that was interrupted."""
-    from loramill.pipelines.nightly import run_night
-    from loramill.registry import Registry
-    from loramill.settings import Settings
-    from loramill.wire import openai_errors
+    """Retrain every adapter that has new data, or resume a run that was interrupted.
 
-    settings = Settings.load()
-    registry = Registry.open(settings.database, settings.artifacts)
-    with openai_errors(settings.gateway):
-        night = run_night(
-            registry, settings, report=lambda step: show.say(f"{step.adapter}: {step.step} {step.status}")
-        )
-    _print(registry, night.id, json)
+    Exits with 1 if an adapter failed or the run was interrupted.
+    """
+    from loramill.pipelines.nightly import run_night
+    from loramill.pipelines.outcome import succeeded
+
+    settings, registry = _open()
+    reported: list[NightlyStep] = []
+    stopped: LoramillError | None = None
+    with _progress(quiet=json) as (on_step, on_progress):
+
+        def report(step: NightlyStep) -> None:
+            reported.append(step)
+            on_step(step)
+
+        try:
+            night = run_night(registry, settings, report=report, progress=on_progress)
+        except LoramillError as error:
+            stopped, night = error, _last(registry)  # type: ignore[assignment]
+            if night is None or night.finished_at is not None:
+                raise
+    deleted = [step for step in reported if step.result.get("deleted")]
+    found = _print(registry, night, json, deleted)
+    if stopped is not None and not json:
+        show.say(stopped.message, style="red")
+    if stopped is not None or not succeeded(found):
+        raise typer.Exit(1)
 
 
 @nightly.command("show")
 def show_night(json: show.AsJson = False) -> None:
-    """Show the last night: scores, decisions and reasons."""
+    """Show the last nightly run: scores, decisions and reasons."""
+    _, registry = _open()
+    night = _last(registry)
+    if night is not None:
+        _print(registry, night, json)
+    elif json:
+        show.line(dumps(None))
+    else:
+        show.say("There has been no nightly run yet: `loramill nightly run` starts one.")
+
+
+@nightly.command("data")
+def show_data(json: show.AsJson = False) -> None:
+    """List the new data that waits for the next nightly run, and what was set aside after a failure."""
+    from loramill.registry.nightly import pending, set_aside, waiting
+
+    settings, registry = _open()
+    with registry.reading() as session:
+        ready = [waiting(session, each.adapter, settings.jobs.min_examples) for each in pending(session)]
+        aside = set_aside(session)
+    if json:
+        dumped = {"waiting": [each.model_dump() for each in ready], "set_aside": [each.model_dump() for each in aside]}
+        return show.line(dumps(dumped, indent=2))
+    rows = [(each.adapter, show.status("waiting"), each.outlook) for each in ready]
+    for each in aside:
+        files = ", ".join((*each.train, *each.valid))
+        rows.append((each.adapter, show.status("set aside"), f"{each.stage}: {each.reason} ({files})"))
+    return show.table(("ADAPTER", "STATE", ""), rows, empty="No adapter has new data.")
+
+
+@nightly.command()
+def retry(name: Adapter) -> None:
+    """Let the next nightly run try again with data that was set aside."""
+    from loramill.registry.nightly import retry as give_back
+
+    _, registry = _open()
+    with registry.writing() as session:
+        data = give_back(session, AdapterName.parse(name))
+    show.say(f"The next nightly run collects {_files(data.train + data.valid)} of {name} again.")
+
+
+@nightly.command()
+def drop(name: Adapter) -> None:
+    """Take an adapter's new data, waiting or set aside, out of the nightly runs; its files stay."""
+    from loramill.registry.nightly import drop as forget
+
+    _, registry = _open()
+    with registry.writing() as session:
+        data = forget(session, AdapterName.parse(name))
+    show.say(f"No nightly run trains {name} on {_files(data.train + data.valid)} any more.")
+
+
+def _files(ids: Sequence[str]) -> str:
+    return f"{len(ids)} file{'' if len(ids) == 1 else 's'} ({', '.join(ids)})"
+
+
+def _open() -> tuple[Settings, Registry]:
     from loramill.registry import Registry
-    from loramill.registry.nightly import runs
     from loramill.settings import Settings
 
     settings = Settings.load()
-    registry = Registry.open(settings.database, settings.artifacts)
-    with registry.reading() as session:
-        nights = runs(session, limit=1)
-    if not nights and json:
-        show.as_json([])
-    elif not nights:
-        show.say("No night has run yet: `loramill nightly run` runs one.")
-    else:
-        _print(registry, nights[0].id, json)
+    return settings, Registry.open(settings.database, settings.artifacts)
 
 
-def _print(registry: Any, night: str, json: bool) -> None:
-    from loramill.pipelines.nightly import by_adapter
-    from loramill.registry.nightly import steps
+def _last(registry: Registry) -> NightlyRun | None:
+    """The newest run that had something to do."""
+    from loramill.registry.nightly import runs, steps
 
     with registry.reading() as session:
-        done = steps(session, night)
+        return next((night for night in runs(session) if night.finished_at is None or steps(session, night.id)), None)
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[tuple[Callable[[NightlyStep], None], Callable[[NightlyProgress], None]]]:
+    """What is called with each step that ends and with each bit of progress: a bar for each job and for the answers."""
+    from loramill.pipelines.outcome import describe
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+    console = show.screen(stderr=True)
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=quiet) as progress:
+
+        def on_progress(now: NightlyProgress) -> None:
+            name = f"{now.stage} {now.adapter or 'all adapters'}"
+            if name not in bars:
+                bars[name] = progress.add_task(name, total=now.total, state=now.state)
+            progress.update(bars[name], completed=now.done, total=now.total, state=now.state)
+
+        def on_step(step: NightlyStep) -> None:
+            if not quiet:
+                console.print(describe(step), soft_wrap=True)
+
+        yield on_step, on_progress
+
+
+def _print(registry: Registry, night: NightlyRun, json: bool, deleted: Sequence[NightlyStep] = ()) -> list[Outcome]:
+    from loramill.pipelines.outcome import outcomes, summary
+    from loramill.registry.nightly import set_aside, steps
+
+    with registry.reading() as session:
+        recorded = [*steps(session, night.id), *deleted]
+        aside = [each for each in set_aside(session) if each.run != night.id]
+    found = outcomes(recorded)
     if json:
-        return show.as_json(done)
-    return show.table(
-        ("ADAPTER", "BASE", "CHAMPION", "CHALLENGER", "DECISION", "REASON"),
-        (row(adapter, results) for adapter, results in by_adapter(done).items()),
-        empty="No adapter had new data.",
-    )
+        shown: dict[str, Any] = night.model_dump(mode="json") | {
+            "adapters": [each.model_dump(mode="json") for each in found],
+            "set_aside": [each.model_dump(mode="json") for each in aside],
+            "steps": [step.model_dump(mode="json") for step in recorded],
+        }
+        show.line(dumps(shown, indent=2))
+        return found
+    if found:
+        columns = ("ADAPTER", "BASE", "CHAMPION", "CHALLENGER", "DECISION", "REASON")
+        show.table(columns, (row(each) for each in found), empty="")
+    for each in aside:
+        show.say(
+            f"{each.adapter}: data of an earlier nightly run is set aside ({each.stage}: {each.reason}); "
+            f"`loramill nightly retry {each.adapter}` or `loramill nightly drop {each.adapter}`.",
+            style="yellow",
+        )
+    show.say(summary(found))
+    return found
 
 
-def row(adapter: str, results: Mapping[str, Mapping[str, Any]]) -> tuple[show.Cell, ...]:
-    """One adapter's night; scores are token F1 over all its slices."""
-    slices = results.get("evaluate", {}).values()
-    scores = [
-        _overall([roles[role] for roles in slices if role in roles]) for role in ("base", "champion", "challenger")
-    ]
-    gate = results.get("gate", {})
-    if gate:
-        decision, reason = show.status("promoted" if gate["promote"] else "held"), str(gate["reason"])
-    else:
-        failed = results.get("train", {}).get("error")
-        decision, reason = show.status("failed" if failed else "running"), str(failed or "")
-    return (adapter, *scores, decision, reason)
-
-
-def _overall(parts: list[Mapping[str, Any]]) -> str:
-    total = sum(part["examples"] for part in parts)
-    return f"{sum(part['token_f1'] * part['examples'] for part in parts) / total:.3f}" if total else "-"
+def row(outcome: Outcome) -> tuple[show.Cell, ...]:
+    """One adapter's line; scores are token F1 over all its slices."""
+    scores = (outcome.base, outcome.champion, outcome.challenger)
+    shown = ("-" if score is None else f"{score:.3f}" for score in scores)
+    return (outcome.adapter, *shown, show.status(outcome.verdict), outcome.reason)

@@ -77,7 +77,7 @@ def delete(session: Session, dataset_id: str, tenant: str | None = None) -> None
 
     Raises:
         NotFound: there is none, or it is another tenant's.
-        Conflict: a job that hasn't ended, or a night to come, needs it.
+        Conflict: a job that hasn't ended, or a nightly run to come, needs it.
     """
     found = get(session, dataset_id, tenant)
     open_states = [status for status in JobStatus if not status.final]
@@ -91,6 +91,9 @@ def delete(session: Session, dataset_id: str, tenant: str | None = None) -> None
         given, or_(AdapterDataRow.run.is_(None), AdapterDataRow.run.not_in(past))
     )
     if (adapter := session.scalar(needed.limit(1))) is not None:
-        raise Conflict(f"The file '{dataset_id}' can't be deleted: the night needs it, which trains {adapter} on it.")
+        raise Conflict(
+            f"The file '{dataset_id}' can't be deleted: the next nightly run trains {adapter} on it "
+            f"(`loramill nightly drop {adapter}` takes its data out)."
+        )
     session.execute(delete_from(AdapterDataRow).where(given))
     session.execute(delete_from(DatasetRow).where(DatasetRow.id == dataset_id))

@@ -9,15 +9,16 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import and_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from loramill import new_data
 from loramill.errors import NotFound
 from loramill.names import AdapterName
 from loramill.registry import adapters, datasets
-from loramill.registry.tables import AdapterDataRow, NightlyRunRow, NightlyStepRow
-from loramill.types import NewData, NightlyRun, NightlyStep, StepStatus
+from loramill.registry.tables import AdapterDataRow, JobRow, NightlyRunRow, NightlyStepRow
+from loramill.types import NewData, NewDataState, NightlyRun, NightlyStep, SetAside, StepStatus
 
 
 def add_data(session: Session, name: AdapterName, train: str, valid: str | None) -> None:
@@ -40,6 +41,33 @@ def pending(session: Session) -> list[NewData]:
     return [_bundle(list(group)) for _, group in groupby(rows, key=attrgetter("adapter"))]
 
 
+def waiting(session: Session, name: AdapterName | str, minimum: int) -> NewDataState:
+    """What an adapter's data that no nightly run has collected comes to.
+
+    Args:
+        minimum: examples that training takes at least, old and new together.
+
+    Raises:
+        NotFound: there is no such adapter.
+    """
+    champion = adapters.get(session, name).champion
+    mine = select(AdapterDataRow).where(AdapterDataRow.adapter == str(name), AdapterDataRow.run.is_(None))
+    rows = session.scalars(mine).all()
+    job = session.get(JobRow, adapters.version(session, champion).job or "") if champion else None
+    old = job.spec["train"] if job else ""
+    sizes = datasets.counts(session, [old, *(file for row in rows for file in (row.train, row.valid) if file)])
+    replay = min(new_data.REPLAY, sizes.get(old, 0))
+    examples = sum(sizes.get(row.train, 0) for row in rows)
+    validation = sum(sizes.get(row.valid, 0) for row in rows if row.valid)
+    return NewDataState(
+        adapter=str(name),
+        examples=examples,
+        validation_examples=validation,
+        enough=examples >= new_data.enough(validation=bool(validation), replay=replay, minimum=minimum),
+        outlook=new_data.outlook(examples, validation, replay=replay, minimum=minimum),
+    )
+
+
 def collect(session: Session, run: str, name: AdapterName | str) -> NewData | None:
     """Marks an adapter's pending data as this run's, and returns all that the run has of it; None: nothing.
 
@@ -50,6 +78,53 @@ def collect(session: Session, run: str, name: AdapterName | str) -> NewData | No
     statement = select(AdapterDataRow).where(mine, AdapterDataRow.run == run).order_by(AdapterDataRow.id)
     rows = session.scalars(statement).all()
     return _bundle(list(rows)) if rows else None
+
+
+def release(session: Session, run: str, name: AdapterName | str) -> None:
+    """Gives an adapter's data of a run back: the next nightly run collects it again."""
+    mine = (AdapterDataRow.adapter == str(name), AdapterDataRow.run == run)
+    session.execute(update(AdapterDataRow).where(*mine).values(run=None))
+
+
+def set_aside(session: Session, name: AdapterName | str | None = None) -> list[SetAside]:
+    """The data with which nightly runs failed, of one adapter or of all; no nightly run collects it by itself."""
+    return [
+        SetAside(run=run, stage=step.step, reason=str(step.result.get("error", "")), **_bundle(rows).model_dump())
+        for run, step, rows in _failed(session, name)
+    ]
+
+
+def retry(session: Session, name: AdapterName | str) -> NewData:
+    """Lets the next nightly run collect an adapter's data that was set aside; returns that data.
+
+    Raises:
+        NotFound: none of its data is set aside.
+    """
+    found = [row for _, _, rows in _failed(session, name) for row in rows]
+    if not found:
+        raise NotFound(f"No data of '{name}' is set aside; `loramill nightly data` lists what waits.", param="adapter")
+    for row in found:
+        row.run = None
+    session.flush()
+    return _bundle(found)
+
+
+def drop(session: Session, name: AdapterName | str) -> NewData:
+    """Takes an adapter's data that waits or was set aside out of the nightly runs; its files stay. Returns that data.
+
+    Raises:
+        NotFound: it has none.
+    """
+    waiting = select(AdapterDataRow).where(AdapterDataRow.adapter == str(name), AdapterDataRow.run.is_(None))
+    found = [row for _, _, rows in _failed(session, name) for row in rows]
+    found += session.scalars(waiting.order_by(AdapterDataRow.id)).all()
+    if not found:
+        raise NotFound(f"'{name}' has no new data that waits or is set aside.", param="adapter")
+    dropped = _bundle(found)
+    for row in found:
+        session.delete(row)
+    session.flush()
+    return dropped
 
 
 def open_run(session: Session) -> NightlyRun:
@@ -112,6 +187,21 @@ def finish(session: Session, run: str) -> NightlyRun:
         row.open, row.finished_at = None, time.time()
         session.flush()
     return NightlyRun.model_validate(row)
+
+
+def _failed(session: Session, name: AdapterName | str | None) -> list[tuple[str, NightlyStepRow, list[AdapterDataRow]]]:
+    """Each run's data of an adapter that failed in it, with the step that did, by adapter and age."""
+    failed = and_(
+        NightlyStepRow.run == AdapterDataRow.run,
+        NightlyStepRow.adapter == AdapterDataRow.adapter,
+        NightlyStepRow.status == StepStatus.FAILED,
+    )
+    statement = select(NightlyStepRow, AdapterDataRow).join(AdapterDataRow, failed)
+    if name is not None:
+        statement = statement.where(AdapterDataRow.adapter == str(name))
+    rows = session.execute(statement.order_by(AdapterDataRow.adapter, AdapterDataRow.run, AdapterDataRow.id)).all()
+    grouped = groupby(rows, key=lambda row: (row[0].run, row[0]))
+    return [(run, step, [row[1] for row in group]) for (run, step), group in grouped]
 
 
 def _bundle(rows: list[AdapterDataRow]) -> NewData:

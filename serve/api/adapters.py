@@ -1,4 +1,4 @@
-"""/v1/adapters: versions and their files, promotion, rollback, and data for the next night."""
+"""/v1/adapters: versions and their files, promotion, rollback, and data for the next nightly run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Promotion(Body):
 
 
 class NewData(Body):
-    """Files that the next night trains on."""
+    """Files that the next nightly run trains on."""
 
     training_file: str
     validation_file: str | None = None
@@ -125,7 +125,9 @@ def rollback(tenant: str, adapter: str, here: Here, who: Who) -> dict[str, Any]:
 
 @router.post(PATH + "/data")
 def add_data(tenant: str, adapter: str, body: NewData, here: Here, who: Who) -> dict[str, Any]:
-    """Gives the adapter, made if there is none, examples from which the next night trains it."""
+    """Gives the adapter, made if there is none, examples from which the next nightly run trains it.
+
+    `new_data` in the answer is all that waits for it, and whether that is enough."""
     name = allowed(who, tenant, adapter)
     with here.registry.writing() as session:
         find_file(session, body.training_file, tenant, "training_file")
@@ -133,7 +135,8 @@ def add_data(tenant: str, adapter: str, body: NewData, here: Here, who: Who) -> 
             find_file(session, body.validation_file, tenant, "validation_file")
         nightly.add_data(session, name, body.training_file, body.validation_file)
         note(session, who, "adapter.data", str(name), tenant, train=body.training_file, valid=body.validation_file)
-        return adapter_object(adapters.get(session, name))
+        waiting = nightly.waiting(session, name, here.settings.jobs.min_examples)
+        return adapter_object(adapters.get(session, name)) | {"new_data": waiting.model_dump(mode="json")}
 
 
 def allowed(who: Caller, tenant: str, adapter: str) -> AdapterName:

@@ -17,7 +17,6 @@ from typer.testing import CliRunner, Result
 
 from loramill import errors
 from loramill.cli import app
-from loramill.cli.nightly import row
 from loramill.cli.show import ago
 from loramill.names import AdapterName
 from loramill.registry import adapters, nightly
@@ -363,7 +362,7 @@ def test_up_takes_options_over_settings(monkeypatch: pytest.MonkeyPatch) -> None
     assert (settings.base, settings.jobs.sessions) == ("elsewhere", 2)
 
 
-def test_the_last_night_is_shown(here: RunningGateway, tenant: str) -> None:
+def test_the_last_nightly_run_is_shown(here: RunningGateway, tenant: str) -> None:
     name = AdapterName(tenant, "a")
     score = {"examples": 2, "exact_match": 0.5, "token_f1": 0.25}
     with here.registry.writing() as session:
@@ -371,19 +370,70 @@ def test_the_last_night_is_shown(here: RunningGateway, tenant: str) -> None:
         run = nightly.open_run(session).id
         results = {"all": {"base": score, "challenger": {**score, "token_f1": 0.75}}}
         nightly.record(session, run, name, "evaluate", StepStatus.DONE, results)
-        nightly.record(session, run, name, "gate", StepStatus.DONE, {"promote": True, "reason": "it gains +0.500"})
+        nightly.record(session, run, name, "gate", StepStatus.DONE, {"promote": True, "reason": "it gains 0.500"})
+        nightly.record(session, run, name, "promote", StepStatus.DONE, {"promoted": True, "champion": "c"})
         nightly.finish(session, run)
-    told = ok("nightly", "show").stdout.splitlines()[1].split()
-    assert told[:5] == [str(name), "0.250", "-", "0.750", "promoted"]
-    assert {step["step"] for step in shown("nightly", "show")} == {"evaluate", "gate"}
+        nightly.finish(session, nightly.open_run(session).id)  # one that had nothing to do hides none
+    told = ok("nightly", "show")
+    assert told.stdout.splitlines()[1].split()[:5] == [str(name), "0.250", "-", "0.750", "promoted"]
+    assert told.stderr == "Nightly run: 1 promoted.\n"
+    found = shown("nightly", "show")
+    assert {step["step"] for step in found["steps"]} == {"evaluate", "gate", "promote"}
+    assert found["adapters"][0]["verdict"] == "promoted" and found["id"] == run
 
 
-def test_a_night_that_failed_or_goes_on_is_told() -> None:
-    assert [str(cell) for cell in row("a/b", {"train": {"error": "The loss is NaN."}})][-2:] == [
-        "failed",
-        "The loss is NaN.",
-    ]
-    assert str(row("a/b", {"collect": {}})[-2]) == "running"
+def test_a_failed_nightly_run_is_told_and_exits_with_1(
+    here: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = AdapterName(tenant, "a")
+
+    def failing(registry: Any, settings: Settings, *, report: Any, progress: Any) -> Any:
+        with registry.writing() as session:
+            adapters.ensure(session, name)
+            run = nightly.open_run(session)
+            error = {"error": "The loss is NaN.", "data": "set aside"}
+            report(nightly.record(session, run.id, name, "train", StepStatus.FAILED, error))
+            return nightly.finish(session, run.id)
+
+    monkeypatch.setattr("loramill.pipelines.nightly.run_night", failing)
+    ran = loramill("nightly", "run")
+    assert ran.exit_code == 1 and f"{name}: train failed: The loss is NaN." in ran.stderr
+    assert ran.stderr.endswith(f"Nightly run: 1 failed ({name} at train).\n")
+    told = " ".join(ran.stdout.split())
+    assert "failed train: The loss is NaN. Its data is set aside: `loramill nightly retry" in told
+    as_json = loramill("nightly", "run", "--json")
+    assert as_json.exit_code == 1 and as_json.stderr == ""
+    assert json.loads(as_json.stdout)["adapters"][0]["reason"].startswith("train: The loss is NaN.")
+
+
+def test_new_data_is_listed_retried_and_dropped(here: RunningGateway, tenant: str, train: str) -> None:
+    name = f"{tenant}/a"
+    added = ok("data", "add", name, "--train", train)
+    assert "The next nightly run trains on" in added.stderr
+    listed = next(each for each in shown("nightly", "data")["waiting"] if each["adapter"] == name)
+    assert listed["enough"] and name in ok("nightly", "data").stdout
+    assert loramill("nightly", "retry", name).exit_code == 1
+    with here.registry.writing() as session:
+        run = nightly.open_run(session).id
+        nightly.collect(session, run, name)
+        nightly.record(session, run, name, "train", StepStatus.FAILED, {"error": "The loss is NaN."})
+        nightly.finish(session, run)
+    (aside,) = [each for each in shown("nightly", "data")["set_aside"] if each["adapter"] == name]
+    assert (aside["stage"], aside["reason"]) == ("train", "The loss is NaN.")
+    assert name in ok("nightly", "show").stderr, "the last run with anything to do shows it, too"
+    assert "1 file" in ok("nightly", "retry", name).stderr
+    assert "1 file" in ok("nightly", "drop", name).stderr
+    assert name not in ok("nightly", "data").stdout
+    refused = loramill("nightly", "drop", name)
+    assert refused.exit_code == 1 and "no new data" in refused.stderr
+
+
+def test_too_little_data_is_named_when_it_is_added(here: RunningGateway, tenant: str, tmp_path: Path) -> None:
+    one = tmp_path / "one.jsonl"
+    one.write_bytes(examples().splitlines(keepends=True)[0])
+    added = ok("data", "add", f"{tenant}/a", "--train", str(one))
+    assert "1 new example so far, and a nightly run takes at least 11" in added.stderr
+    assert "add 10 more" in added.stderr
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ def part(name: str, base: float, champion: float | None, challenger: float, exam
 @pytest.mark.parametrize(
     ("slices", "promote", "why"),
     [
-        ([part("new", 0.0, 0.5, 0.9), part("before", 0.0, 0.9, 0.9)], True, "+0.200"),
+        ([part("new", 0.0, 0.5, 0.9), part("before", 0.0, 0.9, 0.9)], True, "gains 0.200"),
         ([part("new", 0.0, 0.5, 0.9), part("before", 0.0, 0.9, 0.8)], False, "loses 0.100 on the slice 'before'"),
-        ([part("new", 0.0, 0.9, 0.905)], False, "at least 0.010"),
+        ([part("new", 0.0, 0.9, 0.905)], False, "gains only 0.005 over the champion; at least +0.010 is required"),
         ([part("new", 0.0, 0.9, 0.7)], False, "loses 0.200"),
         ([part("new", 0.8, 0.2, 0.5)], False, "does not beat the base"),
         ([part("new", 0.1, None, 0.9)], True, "first version"),

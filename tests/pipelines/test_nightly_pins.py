@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from loramill.cli.nightly import row
 from loramill.names import AdapterName
-from loramill.pipelines.nightly import Night, by_adapter, promote_all
+from loramill.pipelines.nightly import Night, promote_all
+from loramill.pipelines.outcome import outcomes
 from loramill.registry import Registry, adapters, migrate, nightly, tenants
 from loramill.types import StepStatus, VersionRecord
 
@@ -38,7 +38,7 @@ def decided(registry: Registry, name: str, *, promote: bool) -> None:
             nightly.record(session, run.id, name, step, StepStatus.DONE, result)
     reports: list[Any] = []
     none: Any = SimpleNamespace()
-    promote_all(Night(run, registry, none, none, reports.append))
+    promote_all(Night(run, registry, none, none, reports.append, none))
     assert reports[-1].step == "promote"
 
 
@@ -55,9 +55,9 @@ def test_a_pinned_champion_is_held_and_the_night_says_why(registry: Registry, pi
     decided(registry, "acme/a", promote=True)
     with registry.reading() as session:
         now = adapters.get(session, "acme/a")
-        results = by_adapter(nightly.steps(session, nightly.runs(session)[0].id))["acme/a"]
+        steps = nightly.steps(session, nightly.runs(session)[0].id)
     assert now.champion == (SECOND if promotes else FIRST)
-    assert results["promote"] == {"promoted": promotes, "champion": now.champion}
-    _, _, _, _, decision, reason = row("acme/a", results)
-    assert str(decision) == ("promoted" if promotes else "held")
-    assert ("pinned" in str(reason)) is not promotes
+    assert steps[-1].result == {"promoted": promotes, "champion": now.champion}
+    (outcome,) = outcomes(steps)
+    assert outcome.verdict == ("promoted" if promotes else "held")
+    assert ("pinned" in outcome.reason) is not promotes

@@ -1,0 +1,53 @@
+"""The gateway, as a nightly run uses it: whether it is there, and answers to questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from openai import AsyncOpenAI
+
+from loramill.client import Client
+from loramill.errors import LoramillError, Unavailable
+from loramill.pipelines.evaluate import Question, ask_all
+from loramill.settings import Settings
+from loramill.wire import openai_errors
+
+
+class Gateway(Protocol):
+    """What a nightly run needs of a gateway."""
+
+    def check(self) -> None:
+        """Raises NotRunning where nothing answers, and Unavailable where its models don't answer yet."""
+
+    def ask(self, questions: Sequence[Question], report: Callable[[int], None]) -> list[str | LoramillError]:
+        """The greedy answers, or why there is none, in order; `report` is called with the number that is done.
+
+        Raises:
+            NotRunning, Unavailable: the gateway went away.
+        """
+        ...
+
+
+class HttpGateway:
+    """The gateway of the settings, with the admin's key."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def check(self) -> None:
+        """As `Gateway`."""
+        with Client(self._settings.gateway, self._key()) as client:
+            if not client.ready():
+                client.models()  # raises NotRunning where nothing listens
+                raise Unavailable(f"The models of the gateway at {client.url} don't answer yet; try again.")
+
+    def ask(self, questions: Sequence[Question], report: Callable[[int], None]) -> list[str | LoramillError]:
+        """As `Gateway`."""
+        url = self._settings.gateway
+        client = AsyncOpenAI(base_url=f"{url}/v1", api_key=self._key(), max_retries=8, timeout=600)
+        with openai_errors(url):
+            return ask_all(client, questions, report=report)
+
+    def _key(self) -> str:
+        return self._settings.api_key or self._settings.admin_key_file.read_text().strip()

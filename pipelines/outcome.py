@@ -1,0 +1,134 @@
+"""What a nightly run came to, adapter by adapter: values that reports show. Pure functions of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from itertools import groupby
+from operator import attrgetter
+from typing import Any
+
+from loramill.types import NightlyStep, StepStatus, Value
+
+
+class Verdict(StrEnum):
+    """How a nightly run ended for an adapter."""
+
+    PROMOTED = "promoted"
+    HELD = "held"
+    FAILED = "failed"
+    WAITING = "waiting"  # for more data
+    INTERRUPTED = "interrupted"  # the next run resumes it
+    RUNNING = "running"
+    DELETED = "deleted"  # during the run
+
+
+#: Verdicts that make a nightly run end with exit status 1.
+BAD = (Verdict.FAILED, Verdict.INTERRUPTED)
+
+
+class Outcome(Value):
+    """What a nightly run did to one adapter.
+
+    Attributes:
+        stage: the last one that the adapter reached.
+        reason: one or two sentences; empty while it runs.
+        base, champion, challenger: token F1 over all held-out slices; None: not evaluated.
+    """
+
+    adapter: str
+    verdict: Verdict
+    stage: str
+    reason: str
+    base: float | None = None
+    champion: float | None = None
+    challenger: float | None = None
+
+
+def outcomes(steps: Sequence[NightlyStep]) -> list[Outcome]:
+    """The outcome of each adapter, by name."""
+    by_name = sorted(steps, key=attrgetter("adapter"))
+    return [_outcome(adapter, list(group)) for adapter, group in groupby(by_name, key=attrgetter("adapter"))]
+
+
+def summary(found: Sequence[Outcome]) -> str:
+    """One line: how many ended how, and what failed where."""
+    if not found:
+        return "No adapter had new data."
+    counts = [(verdict, sum(each.verdict is verdict for each in found)) for verdict in Verdict]
+    said = ", ".join(f"{count} {verdict}" for verdict, count in counts if count)
+    bad = "; ".join(f"{each.adapter} at {each.stage}" for each in found if each.verdict in BAD)
+    return f"Nightly run: {said}{f' ({bad})' if bad else ''}."
+
+
+def succeeded(found: Sequence[Outcome]) -> bool:
+    """Whether no adapter failed or was interrupted."""
+    return not any(each.verdict in BAD for each in found)
+
+
+def describe(step: NightlyStep) -> str:
+    """What the end of a step comes to, for a line of progress: "acme/support: promoted"."""
+    return f"{step.adapter}: {_described(step)}"
+
+
+def _described(step: NightlyStep) -> str:
+    result = step.result
+    match step.step, step.status:
+        case _, StepStatus.FAILED:
+            return str(result["error"]) if result.get("deleted") else f"{step.step} failed: {result.get('error')}"
+        case _, StepStatus.PENDING:
+            return f"waiting: {result['waiting']}" if "waiting" in result else f"{step.step} stopped: {result['error']}"
+        case "gate", _:
+            return "it is better" if result["promote"] else str(result["reason"])
+        case "promote", _:
+            return "promoted" if result["promoted"] else "held"
+        case stage, _:
+            return {"collect": "data collected", "train": "trained", "evaluate": "evaluated"}[stage]
+
+
+def _outcome(adapter: str, steps: list[NightlyStep]) -> Outcome:
+    done = {step.step: step.result for step in steps if step.status is StepStatus.DONE}
+    scores = {role: _overall(done.get("evaluate", {}), role) for role in ("base", "champion", "challenger")}
+    verdict, stage, reason = _verdict(adapter, steps, done)
+    return Outcome(adapter=adapter, verdict=verdict, stage=stage, reason=reason, **scores)
+
+
+def _verdict(adapter: str, steps: list[NightlyStep], done: Mapping[str, Mapping[str, Any]]) -> tuple[Verdict, str, str]:
+    """How it ended, where, and why."""
+    for step in steps:
+        if step.result.get("deleted"):
+            return Verdict.DELETED, step.step, str(step.result["error"])
+        if step.status is StepStatus.FAILED:
+            error = str(step.result.get("error") or "no reason was recorded").rstrip(".")
+            return Verdict.FAILED, step.step, f"{step.step}: {error}.{_what_now(adapter, step.result)}"
+    gate = done.get("gate")
+    if gate is not None:
+        promoted = done.get("promote", {}).get("promoted", gate["promote"])
+        return (Verdict.PROMOTED if promoted else Verdict.HELD), "promote", str(gate["reason"])
+    last = steps[-1]
+    if "waiting" in last.result:
+        return Verdict.WAITING, last.step, str(last.result["waiting"])
+    if last.status is StepStatus.PENDING and last.result.get("error"):
+        reason = f"{last.step}: {last.result['error']} `loramill nightly run` resumes it."
+        return Verdict.INTERRUPTED, last.step, reason
+    return Verdict.RUNNING, last.step, ""
+
+
+def _what_now(adapter: str, result: Mapping[str, Any]) -> str:
+    match result.get("data"):
+        case "waiting":
+            return " Its data waits for the next nightly run."
+        case "set aside":
+            return (
+                f" Its data is set aside: `loramill nightly retry {adapter}` lets the next nightly run try again, "
+                f"`loramill nightly drop {adapter}` forgets it."
+            )
+        case _:
+            return ""
+
+
+def _overall(slices: Mapping[str, Mapping[str, Mapping[str, Any]]], role: str) -> float | None:
+    """Token F1 of a candidate over all slices."""
+    parts = [roles[role] for roles in slices.values() if role in roles]
+    total = sum(part["examples"] for part in parts)
+    return sum(part["token_f1"] * part["examples"] for part in parts) / total if total else None
