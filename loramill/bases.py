@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loramill import smollm2
+from loramill import hub, smollm2
 from loramill.errors import BaseUnusable, DiskFull
 from loramill.fingerprint import fingerprint, weight_files, weights_hash
 
@@ -36,7 +36,6 @@ _WINDOWS = ("layer_types", "max_window_layers", "sliding_window", "sliding_windo
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
-_HUB_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,36 +227,8 @@ def _slides(config: Mapping[str, Any]) -> bool:
 
 def _from_hub(repo: str, cache: Path, quantization: Quantization) -> Base:
     """Takes a hub's model from where it was downloaded before, or downloads it."""
-    from huggingface_hub import HfApi, errors, snapshot_download
-
     name = repo.rpartition("/")[2]
-    try:
-        # BaseUnusable: an interrupted download, which the one below completes
-        with suppress(errors.LocalEntryNotFoundError, BaseUnusable):
-            return _describe(
-                name,
-                Path(snapshot_download(repo, allow_patterns=_HUB_FILES, local_files_only=True)),
-                cache,
-                quantization,
-            )
-        HfApi().model_info(repo, timeout=_HUB_SECONDS)  # snapshot_download would wait for a silent hub forever
-        folder = snapshot_download(repo, allow_patterns=_HUB_FILES, etag_timeout=_HUB_SECONDS)
-    except (errors.RepositoryNotFoundError, errors.GatedRepoError, errors.HFValidationError) as error:
-        raise BaseUnusable(
-            f"'{repo}' is no folder here, and the hub has no such model that you may read: correct the name, or log in "
-            "with `hf auth login`."
-        ) from error
-    except (_http_error(), errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        reason = str(error).partition("\n")[0]
-        raise BaseUnusable(
-            f"'{repo}' is no folder here, and no model hub could be reached to download it ({reason}): "
-            "give a local Hugging Face folder, or try again with a network."
-        ) from error
-    return _describe(name, Path(folder), cache, quantization)
-
-
-def _http_error() -> type[Exception]:
-    """The root of the errors of the HTTP library that the installed hub client uses (it has changed over time)."""
-    from huggingface_hub import errors
-
-    return next(kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+    if (folder := hub.cached(repo, _HUB_FILES)) is not None:
+        with suppress(BaseUnusable):  # an interrupted download, which the one below completes
+            return _describe(name, folder, cache, quantization)
+    return _describe(name, hub.downloaded(repo, _HUB_FILES), cache, quantization)

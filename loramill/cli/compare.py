@@ -117,7 +117,7 @@ def _progress(title: str) -> Iterator[Callable[[Stage], None]]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=show.screen(stderr=True), redirect_stdout=False) as progress:
-        line = progress.add_task(title, total=None, stage="")
+        line = progress.add_task(title, total=None, stage="starting")
 
         def hear(stage: Stage) -> None:
             progress.update(line, stage=stage.name, completed=stage.done, total=stage.total)

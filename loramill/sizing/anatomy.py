@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from loramill import smollm2
+from loramill import hub, smollm2
 from loramill.bases import SERVED
 from loramill.errors import BaseUnusable, InvalidRequest
 
@@ -144,15 +144,7 @@ def find_config(name: str, cache: Path) -> dict[str, Any]:
         return read_config(str(smollm2.converted(cache)))
     if Path(name).expanduser().exists() or "/" not in name:
         return read_config(name)
-    from huggingface_hub import errors, hf_hub_download
-
-    try:
-        return read_config(hf_hub_download(name, "config.json"))
-    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
-        raise BaseUnusable(
-            f"'{name}' is no folder here, and its config.json couldn't be had from a model hub ({error}): give a "
-            "folder, a config.json, or a size such as 8B."
-        ) from error
+    return read_config(str(hub.cached(name, ["config.json"]) or hub.downloaded(name, ["config.json"])))
 
 
 def llama_of(billions: float) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from loramill.pipelines.compare.units import scaled, size
@@ -96,6 +96,14 @@ def drawn(comparison: Comparison) -> Figure:
     return figure
 
 
+def _logarithmic(costs: Sequence[float]) -> Locator:
+    """Where a logarithmic axis has numbers: powers of ten have at least two only where costs differ a lot."""
+    ratio = max(costs) / min(costs)
+    if ratio < 10:
+        return MaxNLocator(4)
+    return LogLocator(numticks=6) if ratio > 1000 else LogLocator(subs=(1, 3), numticks=6)
+
+
 def _panel(axis: Axes, cost: Cost, points: Sequence[Point]) -> None:
     axis.set_title(cost.title, loc="left", fontsize=10.5, color=INK)
     axis.grid(color=FAINT, linewidth=0.8)
@@ -105,7 +113,7 @@ def _panel(axis: Axes, cost: Cost, points: Sequence[Point]) -> None:
     axis.tick_params(colors=PALE, length=0, labelsize=9)
     if cost.log:
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(numticks=6))
+        axis.xaxis.set_major_locator(_logarithmic([cost.of(point.training) for point in points]))
         axis.xaxis.set_minor_locator(NullLocator())
     else:
         axis.xaxis.set_major_locator(MaxNLocator(5))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -103,3 +105,11 @@ def test_an_unknown_field_of_a_file_is_named(tmp_path: Path) -> None:
     done = run("job.toml")
     assert done.exit_code == 1
     assert "rnk" in done.stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    command = [sys.executable, "-m", "loramill.cli", "plan", "--base", "no-such-owner/no-such-model"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert len(ran.stderr.splitlines()) == 1 and "no model hub could be reached" in ran.stderr

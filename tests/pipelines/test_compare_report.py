@@ -113,6 +113,16 @@ def test_labels_of_points_that_lie_together_cover_each_other_nowhere() -> None:
         assert not any(a.overlaps(b) for place, a in enumerate(boxes) for b in boxes[:place])
 
 
+@pytest.mark.parametrize("other", [4_000_000, 368_640, 4_884_480 * 12])
+def test_every_panel_has_numbers_on_its_axis(other: int) -> None:
+    figure = chart.drawn(comparison(BASE, LORA, row("dora", other, 0.9, ENGINE)))
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        low, high = axis.get_xlim()
+        ticks = axis.get_xticks()
+        assert sum(low <= tick <= high for tick in ticks) >= 2, axis.get_title(loc="left")
+
+
 def test_the_chart_is_a_png(tmp_path: Path) -> None:
     chart.draw(comparison(BASE, LORA, PREFIX), tmp_path / "chart.png")
     head = (tmp_path / "chart.png").read_bytes()[:24]

@@ -1,0 +1,62 @@
+"""The model hub: what is asked of it, and its errors in one sentence; a silent hub is not waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from loramill.errors import BaseUnusable
+
+#: Seconds for which a hub is waited for that does not answer.
+_SECONDS = 5.0
+
+
+def cached(repo: str, files: Sequence[str]) -> Path | None:
+    """The folder with what was downloaded before of a model's files of these patterns; None if nothing was."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=[*files], local_files_only=True))
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        return None
+
+
+def downloaded(repo: str, files: Sequence[str]) -> Path:
+    """Downloads a model's files of these patterns, as far as they have changed; returns their folder.
+
+    Raises:
+        BaseUnusable: there is no such model, or no hub can be reached.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    with _explained(repo):
+        # The download tries five times over 25 s, with a warning for each; this asks once.
+        HfApi().model_info(repo, timeout=_SECONDS)
+        return Path(snapshot_download(repo, allow_patterns=[*files], etag_timeout=_SECONDS))
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (errors.RepositoryNotFoundError, errors.GatedRepoError, errors.HFValidationError) as error:
+        raise BaseUnusable(
+            f"'{repo}' is no folder here, and the hub has no such model that you may read: correct the name, or log in "
+            "with `hf auth login`."
+        ) from error
+    except (_http_error(), errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        reason = str(error).partition("\n")[0]
+        raise BaseUnusable(
+            f"'{repo}' is no folder here, and no model hub could be reached to download it ({reason}): "
+            "give a local Hugging Face folder, or try again with a network."
+        ) from error
+
+
+def _http_error() -> type[Exception]:
+    """The root of the errors of the HTTP library that the installed hub client uses (it has changed over time)."""
+    from huggingface_hub import errors
+
+    return next(kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
