@@ -15,8 +15,6 @@ from loramill.errors import LoramillError
 from loramill.names import AdapterName
 
 if TYPE_CHECKING:
-    from loramill.pipelines.nightly import Progress as NightlyProgress
-    from loramill.pipelines.outcome import Outcome
     from loramill.registry import Registry
     from loramill.settings import Settings
     from loramill.types import NightlyRun, NightlyStep
@@ -138,7 +136,7 @@ def _last(registry: Registry) -> NightlyRun | None:
 
 
 @contextmanager
-def _progress(*, quiet: bool) -> Iterator[tuple[Callable[[NightlyStep], None], Callable[[NightlyProgress], None]]]:
+def _progress(*, quiet: bool) -> Iterator[tuple[Callable[[NightlyStep], None], Callable[[Any], None]]]:
     """What is called with each step that ends and with each bit of progress: a bar for each job and for the answers."""
     from loramill.pipelines.outcome import describe
 
@@ -147,7 +145,7 @@ def _progress(*, quiet: bool) -> Iterator[tuple[Callable[[NightlyStep], None], C
     bars: dict[str, TaskID] = {}
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=quiet) as progress:
 
-        def on_progress(now: NightlyProgress) -> None:
+        def on_progress(now: Any) -> None:
             name = f"{now.stage} {now.adapter or 'all adapters'}"
             if name not in bars:
                 bars[name] = progress.add_task(name, total=now.total, state=now.state)
@@ -160,7 +158,7 @@ def _progress(*, quiet: bool) -> Iterator[tuple[Callable[[NightlyStep], None], C
         yield on_step, on_progress
 
 
-def _print(registry: Registry, night: NightlyRun, json: bool, deleted: Sequence[NightlyStep] = ()) -> list[Outcome]:
+def _print(registry: Registry, night: NightlyRun, json: bool, deleted: Sequence[NightlyStep] = ()) -> list[Any]:
     from loramill.pipelines.outcome import outcomes, summary
     from loramill.registry.nightly import set_aside, steps
 
@@ -189,7 +187,7 @@ def _print(registry: Registry, night: NightlyRun, json: bool, deleted: Sequence[
     return found
 
 
-def row(outcome: Outcome) -> tuple[show.Cell, ...]:
+def row(outcome: Any) -> tuple[show.Cell, ...]:
     """One adapter's line; scores are token F1 over all its slices."""
     scores = (outcome.base, outcome.champion, outcome.challenger)
     shown = ("-" if score is None else f"{score:.3f}" for score in scores)
