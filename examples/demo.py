@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from report import Curve, NightLine, Row, Sample, rank, write_report
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -267,7 +267,8 @@ def ask_with_bar(questions: list[Question]) -> list[str]:
     """Asks through the unmodified `openai` client, showing how many answers are in."""
     settings = Settings.load()
     key = settings.admin_key_file.read_text().strip()
-    openai = AsyncOpenAI(base_url=f"{settings.gateway}/v1", api_key=key, max_retries=8, timeout=600)
+    here = DefaultAsyncHttpxClient(trust_env=False)  # no proxy has a way to this machine's loopback
+    openai = AsyncOpenAI(base_url=f"{settings.gateway}/v1", api_key=key, max_retries=8, timeout=600, http_client=here)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("questions answered", total=len(questions))

@@ -8,6 +8,7 @@ import time
 
 import ray
 
+from loramill import logs
 from loramill.gpus import ONLY_ASSIGNED_GPUS
 from loramill.jobs.housekeeping import tidy_for_ever
 from loramill.jobs.leftovers import remove_leftovers
@@ -27,6 +28,7 @@ class Supervisor:
     """Watches the queue; each session and trainer runs in a thread here, which waits for its `fit()`."""
 
     def __init__(self, settings: Settings) -> None:
+        logs.configure()
         registry = Registry.open(settings.database, settings.artifacts)
         self._keeper = Keeper(
             registry,

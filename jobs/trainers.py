@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsspec.core import url_to_fs
 
+from loramill import logs
 from loramill.gpus import ONLY_ASSIGNED_GPUS
 from loramill.settings import Settings
 
@@ -98,12 +99,14 @@ def _fit(
 
 
 def _session(config: dict[str, Any]) -> None:
+    logs.configure()  # before what is imported here tells about itself
     from loramill.jobs.session import lease_and_train
 
     lease_and_train(config)
 
 
 def _dedicated(config: dict[str, Any]) -> None:
+    logs.configure()  # before what is imported here tells about itself
     from loramill.jobs.dedicated import lease_and_train
 
     lease_and_train(config)

@@ -16,7 +16,7 @@ from loramill.settings import Settings
 from loramill.tenancy import Tenancy
 from loramill.types import AdapterRecord, NewDataState
 from loramill.views import Adapter, view
-from loramill.wire import Wire, is_loopback, openai_errors
+from loramill.wire import Wire, is_own, openai_errors
 
 if TYPE_CHECKING:
     import openai
@@ -109,7 +109,7 @@ class Client(FineTuning, Tenancy):
             base_url=f"{self.url}/v1",
             api_key=self._key,
             organization=self._organization,
-            http_client=DefaultHttpxClient(trust_env=not is_loopback(self.url)),
+            http_client=DefaultHttpxClient(trust_env=not is_own(self.url)),
         )
 
     def ready(self) -> bool:
@@ -175,7 +175,7 @@ def _key_of(settings: Settings, url: str) -> str | None:
     """The key of the settings, or this machine's admin key, which no other machine must ever see."""
     if settings.api_key:
         return settings.api_key
-    if not is_loopback(url) or not settings.admin_key_file.exists():
+    if not is_own(url) or not settings.admin_key_file.exists():
         return None
     try:
         return settings.admin_key_file.read_text().strip()

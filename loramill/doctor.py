@@ -309,9 +309,11 @@ def gateway(settings: Settings) -> Iterable[Finding]:
     """Whether a gateway answers at the settings' address, or something else does."""
     import httpx
 
+    from loramill.wire import is_own
+
     url = settings.gateway
     try:
-        with httpx.Client(timeout=_GATEWAY_SECONDS, trust_env=False) as http:
+        with httpx.Client(timeout=_GATEWAY_SECONDS, trust_env=not is_own(url)) as http:
             alive, ready = http.get(f"{url}/healthz"), http.get(f"{url}/readyz")
     except httpx.ConnectError:
         yield Finding(what="gateway", status=Status.OK, found=f"not running at {url}; `loramill up` starts it")

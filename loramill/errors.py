@@ -20,6 +20,7 @@
     │   ├── SettingsInvalid          500 settings_invalid
     │   ├── PortTaken                500 port_taken
     │   ├── DiskFull                 500 disk_full
+    │   ├── NotEnoughMemory          500 not_enough_memory
     │   ├── DatabaseUnusable         500 database_unusable
     │   ├── BaseUnusable             500 base_unusable
     │   └── NotRunning               500 not_running
@@ -231,6 +232,12 @@ class DiskFull(SetupError):
     """Too little free space for what is about to be written."""
 
     code = "disk_full"
+
+
+class NotEnoughMemory(SetupError):
+    """Less memory is free than what is about to run needs."""
+
+    code = "not_enough_memory"
 
 
 class DatabaseUnusable(SetupError):

@@ -19,9 +19,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -29,18 +30,26 @@ import httpx
 from rich.console import Console
 from rich.markup import escape
 
+from loramill import background
 from loramill.bases import Base, find_base
 from loramill.chat import ChatTokenizer
 from loramill.durable import replace_text
-from loramill.errors import Conflict, DiskFull, PortTaken, SetupError, Unauthenticated
+from loramill.errors import Conflict, DiskFull, LoramillError, PortTaken, SetupError, Unauthenticated
+from loramill.machine import check_memory, free_memory, own_addresses, socket_folder, without_proxy
 from loramill.registry import Registry, keys
 from loramill.registry.migrate import migrate
 from loramill.settings import Settings
+from loramill.uplog import Log
 
 START_SECONDS = 300.0
 SICK_SECONDS = 60.0
 STOP_SECONDS = 45.0
+#: After an error of ours while it starts; what succeeds at a second attempt has done so by then.
+FAILED_SECONDS = 15.0
 FREE_BYTES = 1 << 30
+
+#: What the child process runs.
+CLUSTER = ("-m", "loramill.pipelines.cluster")
 
 #: Ray as a laptop wants it: a secret of its own, no usage reports, quick to notice what died.
 RAY_ENVIRONMENT = {
@@ -53,13 +62,16 @@ RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # The log is a file: no colors, and every line of every process (`uplog` folds what is repeated).
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_DEDUP_LOGS": "0",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
 
-def up(settings: Settings, *, console: Console) -> None:
-    """Runs everything on this machine until Ctrl-C, SIGTERM or `down`.
+def up(settings: Settings, *, console: Console, on_ready: Callable[[], None] = lambda: None) -> None:
+    """Runs everything on this machine until Ctrl-C, SIGTERM or `down`; calls `on_ready` each time it answers.
 
     Raises:
         SetupError, Conflict: this machine can't run it as it is; nothing was started.
@@ -68,14 +80,22 @@ def up(settings: Settings, *, console: Console) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     prepare_home(settings.home)
+    prepare_cache(settings.cache)
+    sockets_folder()
     with hold_lock(settings):
-        with console.status("Waiting for the cluster of the last `up` to end…"), cluster_lock(settings):
-            check_port(settings)
-        with console.status("Opening the record…"):
-            migrate(settings.database)
-            admin_key(settings)
-        base = prepare_base(settings, console)
-        watch(settings, console, stop, base.name)
+        try:
+            with console.status("Waiting for the cluster of the last `up` to end…"), cluster_lock(settings):
+                check_port(settings)
+            with console.status("Opening the record…"):
+                migrate(settings.database)
+                admin_key(settings)
+            base = prepare_base(settings, console)
+            check_memory(base, settings, free_memory())
+        except LoramillError:
+            if not stop.is_set():  # else what failed is what Ctrl-C ended
+                raise
+        else:
+            watch(settings, console, stop, base.name, on_ready)
         settings.address_file.unlink(missing_ok=True)
         console.print("Stopped. `loramill up` goes on where this ended.")
 
@@ -93,6 +113,20 @@ def prepare_base(settings: Settings, console: Console) -> Base:
     for limit in limits:
         console.print(f"[yellow]{escape(limit)}[/yellow]", soft_wrap=True)
     return base
+
+
+def up_in_background(settings: Settings, *, console: Console) -> None:
+    """Does what `up` does in a process of its own; returns when the gateway answers.
+
+    Raises:
+        LoramillError: it can't; nothing runs.
+    """
+    prepare_home(settings.home)
+    output = settings.home / "logs" / "watcher.log"
+    started = background.start(lambda ready: up(settings, console=Console(highlight=False), on_ready=ready), output)
+    with console.status("Starting…"):
+        started.wait()
+    greet(settings, console, settings.base, stop="`loramill down`")
 
 
 def down(settings: Settings) -> bool:
@@ -117,61 +151,77 @@ def down(settings: Settings) -> bool:
     return True
 
 
-def watch(settings: Settings, console: Console, stop: threading.Event, base: str) -> None:
-    """Keeps the cluster alive until `stop` is set."""
+def watch(settings: Settings, console: Console, stop: threading.Event, base: str, on_ready: Callable[[], None]) -> None:
+    """Keeps the cluster alive until `stop` is set.
+
+    Raises:
+        SetupError: it did not start even once; the message has the first error.
+    """
     pause, started_once = 1.0, False
     while not stop.is_set():
-        with run_cluster(settings) as cluster:
+        with run_cluster(settings) as (cluster, log):
             with console.status("Starting Ray, the gateway and the engine…"):
-                ready = wait_ready(settings, cluster, stop)
+                ready = wait_ready(settings, cluster, stop, log)
             if ready:
                 pause, started_once = 1.0, True
                 replace_text(settings.address_file, settings.address + "\n")
                 greet(settings, console, base)
+                on_ready()
                 wait_sick(settings, cluster, stop)
             if stop.is_set():
                 console.print("Stopping…")
                 return
+            failed = why(settings, cluster, log)
         if not started_once:
-            raise SetupError(f"The cluster did not start: {last_words(settings)} More is in {log_path(settings)}.")
+            raise SetupError(f"The cluster did not start: {failed} More is in {log_path(settings)}.")
         console.print(f"The cluster went down ({log_path(settings)}); starting it again in {pause:.0f} s.")
         stop.wait(pause)
         pause = min(pause * 2, 30.0)
 
 
-def greet(settings: Settings, console: Console, base: str) -> None:
+def why(settings: Settings, cluster: subprocess.Popen[bytes], log: Log) -> str:
+    """Why the cluster isn't up, as a sentence: the first error that it told."""
+    if cluster.poll() is not None:
+        log.close(5.0)  # its last lines may be on their way
+    told = log.reason
+    if told is None and cluster.returncode is not None:
+        told = f"its process ended with status {cluster.returncode}"
+    elif told is None:
+        told = f"nothing answered at {settings.address} within {START_SECONDS:.0f} s"
+    return told if told.endswith((".", "!", "?")) else f"{told}."
+
+
+def greet(settings: Settings, console: Console, base: str, *, stop: str = "Ctrl-C or `loramill down`") -> None:
     """Says where everything is."""
     console.print(f"[bold]loramill is up[/bold] at {settings.address}/v1 with the base {base}.", soft_wrap=True)
     for what, where in (
         ("admin key", settings.admin_key_file),
         ("log", log_path(settings)),
-        ("stop it with", "Ctrl-C or `loramill down`"),
+        ("stop it with", stop),
     ):
         console.print(f"  {what:<14}{where}", soft_wrap=True)
 
 
 @contextlib.contextmanager
-def run_cluster(settings: Settings) -> Iterator[subprocess.Popen[str]]:
+def run_cluster(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], Log]]:
     """Starts the child process that runs the cluster, and ends it afterwards, gently where it can."""
-    environment = {**os.environ, **RAY_ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    environment = {name: value for name, value in environment.items() if not name.startswith("LORAMILL_")}
-    with log_path(settings).open("a") as log, cluster_lock(settings) as lock:
+    with cluster_lock(settings) as lock:
         cluster = subprocess.Popen(
-            [sys.executable, "-m", "loramill.pipelines.cluster"],
+            [sys.executable, "-u", *CLUSTER],
             stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             cwd=settings.home / "run",  # Ray puts this folder on its workers' path
             pass_fds=[lock.fileno()],
-            env=environment,
+            env=environment(),
             start_new_session=True,  # Ctrl-C is the watcher's; it tells the child in its own time
         )
-    assert cluster.stdin is not None
+    assert cluster.stdin is not None and cluster.stdout is not None
+    log = Log(log_path(settings), cluster.stdout, cluster.pid)
     try:
-        cluster.stdin.write(settings.model_dump_json() + "\n")
+        cluster.stdin.write(settings.model_dump_json().encode() + b"\n")
         cluster.stdin.flush()
-        yield cluster
+        yield cluster, log
     finally:
         with contextlib.suppress(BrokenPipeError):
             cluster.stdin.close()
@@ -180,6 +230,23 @@ def run_cluster(settings: Settings) -> Iterator[subprocess.Popen[str]]:
         except subprocess.TimeoutExpired:
             cluster.kill()
             cluster.wait()
+        log.close(5.0)
+
+
+def environment() -> dict[str, str]:
+    """The environment of the cluster: without this process's settings, which the child is given otherwise."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("LORAMILL_")}
+    own = {"RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_TMPDIR": str(sockets_folder())}
+    return without_proxy({**inherited, **RAY_ENVIRONMENT, **own}, own_addresses())
+
+
+def sockets_folder() -> Path:
+    """Where Ray's sessions lie, with their sockets.
+
+    Raises:
+        SetupError: there is no such place.
+    """
+    return socket_folder([os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR")])
 
 
 @contextlib.contextmanager
@@ -198,20 +265,24 @@ def cluster_lock(settings: Settings) -> Iterator[IO[str]]:
         yield lock
 
 
-def wait_ready(settings: Settings, cluster: subprocess.Popen[str], stop: threading.Event) -> bool:
-    """Waits until the gateway answers; False if it never did, or `stop` was set."""
-    deadline = time.monotonic() + START_SECONDS
-    with httpx.Client() as client:
+def wait_ready(settings: Settings, cluster: subprocess.Popen[bytes], stop: threading.Event, log: Log) -> bool:
+    """Waits until the gateway answers; False if it never did, an error kept it from it, or `stop` was set."""
+    deadline, failed_at = time.monotonic() + START_SECONDS, float("inf")
+    with httpx.Client(trust_env=False) as client:  # no proxy has a way to this machine
         while not stop.wait(0.5) and cluster.poll() is None and time.monotonic() < deadline:
             if answers(client, settings):
                 return True
+            if log.failed:
+                failed_at = min(failed_at, time.monotonic())
+            if time.monotonic() - failed_at > FAILED_SECONDS:
+                break
     return False
 
 
-def wait_sick(settings: Settings, cluster: subprocess.Popen[str], stop: threading.Event) -> None:
+def wait_sick(settings: Settings, cluster: subprocess.Popen[bytes], stop: threading.Event) -> None:
     """Returns when the child has ended, the gateway has been silent for too long, or `stop` was set."""
     well = time.monotonic()
-    with httpx.Client() as client:  # one for all looks: making one costs more than they do
+    with httpx.Client(trust_env=False) as client:  # one for all looks: making one costs more than they do
         while not stop.wait(2.0) and cluster.poll() is None:
             if answers(client, settings):
                 well = time.monotonic()
@@ -249,6 +320,18 @@ def prepare_home(home: Path) -> None:
         )
 
 
+def prepare_cache(cache: Path) -> None:
+    """Raises SetupError unless converted bases can be kept in the folder, which is made."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise SetupError(
+            f"The cache folder {cache} can't be written to ({error.strerror}); set LORAMILL_CACHE to one that can."
+        ) from error
+
+
 @contextlib.contextmanager
 def hold_lock(settings: Settings) -> Iterator[None]:
     """Holds the home's lock, with this process's id in it.
@@ -279,15 +362,16 @@ def try_lock(file: IO[str]) -> bool:
 def check_port(settings: Settings) -> None:
     """Raises PortTaken unless the gateway can listen where the settings say."""
     host, port = settings.serve.host, settings.serve.port
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise PortTaken(
-                f"{host}:{port} can't be listened on ({error.strerror}): end the program that uses it, "
-                "or choose another with `loramill up --port`."
-            ) from error
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise PortTaken(
+            f"{host}:{port} can't be listened on ({error.strerror}): end the program that uses it, or choose another "
+            "with `loramill up --port` (or `--host`)."
+        ) from error
 
 
 def admin_key(settings: Settings) -> None:
@@ -300,12 +384,6 @@ def admin_key(settings: Settings) -> None:
     with registry.writing() as session:
         _, secret = keys.create(session, None)
         replace_text(path, secret + "\n", mode=0o600)
-
-
-def last_words(settings: Settings) -> str:
-    """The last line that the cluster's processes wrote."""
-    lines = log_path(settings).read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing."
 
 
 def log_path(settings: Settings) -> Path:

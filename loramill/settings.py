@@ -32,6 +32,10 @@ Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute(
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
 
 
+#: Of a host that stands for all addresses, the one to call it by.
+_REACHED = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,7 +43,7 @@ class _Section(BaseModel):
 class ServeSettings(_Section):
     """The gateways and the engine replicas."""
 
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", min_length=1, description="where the gateway listens; 0.0.0.0: everywhere")
     port: int = Field(default=8400, ge=1, le=65535)
     ingress: Literal["direct", "proxy"] = Field(
         default="direct",
@@ -196,8 +200,9 @@ class Settings(BaseSettings):
 
     @property
     def address(self) -> str:
-        """Where the gateway of this machine listens, without `/v1`."""
-        return f"http://{self.serve.host}:{self.serve.port}"
+        """Where this machine reaches its gateway, without `/v1`."""
+        host = _REACHED.get(self.serve.host, self.serve.host)
+        return f"http://[{host}]:{self.serve.port}" if ":" in host else f"http://{host}:{self.serve.port}"
 
     @property
     def address_file(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -88,13 +89,21 @@ def broken(url: str) -> Unavailable:
     return Unavailable(f"The connection to {url} broke; try again.")
 
 
-def is_loopback(url: str) -> bool:
-    """Whether the address is this machine's own."""
+def is_own(url: str) -> bool:
+    """Whether the address is this machine's: of its loopback, or of one of its interfaces."""
     try:
         host = urlsplit(url).hostname or ""
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        if host == "localhost":
+            return True
+        address = ipaddress.ip_address(host)
     except ValueError:  # a host's name, or no address at all
         return False
+    with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((host, 0))  # which no other machine's address allows
+        except OSError:
+            return address.is_loopback
+    return True
 
 
 class Wire:
@@ -104,8 +113,8 @@ class Wire:
         self.url = url
         self._key = key
         self._organization = organization
-        # A proxy of the environment has no way to this machine's loopback.
-        self._http = httpx.Client(timeout=httpx.Timeout(timeout, connect=5.0), trust_env=not is_loopback(url))
+        # A proxy of the environment has no way to this machine's own addresses.
+        self._http = httpx.Client(timeout=httpx.Timeout(timeout, connect=5.0), trust_env=not is_own(url))
 
     def close(self) -> None:
         """Closes the connections."""

@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from pathlib import Path
 
 import ray
 from ray import serve
 
 import loramill.jobs.supervisor
 import loramill.serve.deployments
+from loramill import logs
 from loramill.bases import find_base
 from loramill.errors import LoramillError
+from loramill.machine import object_store_folder
 from loramill.settings import Settings
 
 OBJECT_STORE_BYTES = 128 << 20
@@ -24,7 +27,7 @@ OBJECT_STORE_BYTES = 128 << 20
 #: What a session on this machine takes of Ray's CPUs. Not a whole one: a Train controller that is killed leaves its
 #: placement group behind until the supervisor finds it, and a few of those would leave no room for sessions.
 NOMINAL_CPUS = 0.01
-log = logging.getLogger(__name__)
+log = logging.getLogger("loramill.cluster")  # __name__ is __main__ here
 
 
 def deploy(settings: Settings) -> None:
@@ -33,8 +36,13 @@ def deploy(settings: Settings) -> None:
     loramill.serve.deployments.deploy(settings)
 
 
-def start_local() -> None:
-    """Starts a Ray of this machine's own. Its CPUs stand for nothing: what runs here is bounded by the settings."""
+def start_local(scratch: Path) -> None:
+    """Starts a Ray of this machine's own. Its CPUs stand for nothing: what runs here is bounded by the settings.
+
+    Args:
+        scratch: a folder on disk for Ray's object store, where shared memory has no room for it.
+    """
+    store = object_store_folder(OBJECT_STORE_BYTES, scratch)
     ray.init(
         address="local",
         num_cpus=2,
@@ -42,6 +50,7 @@ def start_local() -> None:
         object_store_memory=OBJECT_STORE_BYTES,
         namespace="loramill",
         log_to_driver=True,
+        **({} if store is None else {"_plasma_directory": str(store)}),
     )
 
 
@@ -52,16 +61,22 @@ def wait_for_end(ended: threading.Event) -> None:
 
 
 def main() -> None:
-    """Runs a local cluster until standard input ends; why it could not is the last line on standard error."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    """Runs a local cluster until standard input ends; why it could not is the first error on standard error."""
+    logs.configure()
     settings = Settings.model_validate_json(sys.stdin.readline())
     try:
-        find_base(settings.base, settings.cache, settings.quantization)
+        run(settings)
     except LoramillError as error:
-        sys.exit(error.message)
+        log.critical(error.message)
+        sys.exit(1)
+
+
+def run(settings: Settings) -> None:
+    """Runs a local cluster until standard input ends."""
+    find_base(settings.base, settings.cache, settings.quantization)
     ended = threading.Event()
     threading.Thread(target=wait_for_end, args=(ended,), name="stdin", daemon=True).start()
-    start_local()
+    start_local(settings.home / "run")
     deploy(settings.model_copy(update={"jobs": settings.jobs.model_copy(update={"cpus": NOMINAL_CPUS})}))
     log.info("up")
     ended.wait()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from loramill.client import Client
 from loramill.errors import LoramillError, Unavailable
 from loramill.pipelines.evaluate import Question, ask_all
 from loramill.settings import Settings
-from loramill.wire import openai_errors
+from loramill.wire import is_own, openai_errors
 
 
 class Gateway(Protocol):
@@ -45,9 +45,14 @@ class HttpGateway:
     def ask(self, questions: Sequence[Question], report: Callable[[int], None]) -> list[str | LoramillError]:
         """As `Gateway`."""
         url = self._settings.gateway
-        client = AsyncOpenAI(base_url=f"{url}/v1", api_key=self._key(), max_retries=8, timeout=600)
         with openai_errors(url):
-            return ask_all(client, questions, report=report)
+            return ask_all(openai_client(url, self._key()), questions, report=report)
 
     def _key(self) -> str:
         return self._settings.api_key or self._settings.admin_key_file.read_text().strip()
+
+
+def openai_client(url: str, key: str) -> AsyncOpenAI:
+    """A client of the gateway at `url`; this machine's own is reached by no proxy."""
+    http = DefaultAsyncHttpxClient(trust_env=not is_own(url))
+    return AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=8, timeout=600, http_client=http)

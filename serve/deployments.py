@@ -12,6 +12,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 
+from loramill import logs
 from loramill.bases import find_base
 from loramill.chat import ChatTokenizer
 from loramill.gpus import ONLY_ASSIGNED_GPUS
@@ -69,6 +70,7 @@ def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
     """Returns what a gateway replica calls to build its app; nothing of the app itself is shipped."""
 
     def build() -> FastAPI:
+        logs.configure()
         access.open_file(settings.home / "logs")
         receiver = Receiver()
         first, *others = (_served(name, each, receiver) for name, each in engines(settings).items())

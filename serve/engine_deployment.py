@@ -11,6 +11,7 @@ from typing import Any
 
 from ray import serve
 
+from loramill import logs
 from loramill.bases import find_base
 from loramill.errors import LoramillError
 from loramill.registry import Registry
@@ -31,6 +32,7 @@ class EngineDeployment:
         from loramill.serve.load import LoadMeter
         from loramill.serve.replica import Replica
 
+        logs.configure()
         registry = Registry.open(settings.database, settings.artifacts)
         base = find_base(settings.base, settings.cache, settings.quantization)
         self._replica = Replica(base, registry.artifacts.fetch, settings.serve)

@@ -12,30 +12,38 @@ from loramill.cli import show
 
 def register(app: typer.Typer) -> None:
     """Adds the commands."""
-    for command in (up, down, join, doctor):
+    for command in (up, down, join, doctor, settings):
         app.command(rich_help_panel="This machine")(command)
 
 
 def up(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the gateway.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address that the gateway listens on; 0.0.0.0 is all of this machine's.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Base model: built-in name, local folder or hub id.")] = None,
     sessions: Annotated[int | None, typer.Option(min=1, help="Jobs that train at once.")] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Return when the gateway answers; `loramill down` stops it.")
+    ] = False,
 ) -> None:
     """Run everything on this machine until Ctrl-C: record, gateway, engine, training.
 
     What was there is found again. Options win over loramill.toml and LORAMILL_* variables.
     """
     from loramill.local import up as run
+    from loramill.local import up_in_background
     from loramill.settings import Settings
 
     said: dict[str, Any] = {}
-    if port is not None:
-        said["serve"] = {"port": port}
+    if port is not None or host is not None:
+        said["serve"] = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     if sessions is not None:
         said["jobs"] = {"sessions": sessions}
     if base is not None:
         said["base"] = base
-    run(Settings.load(**said), console=Console(highlight=False))
+    start = up_in_background if detach else run
+    start(Settings.load(**said), console=Console(highlight=False))
 
 
 def down() -> None:
@@ -82,3 +90,24 @@ def doctor(json: show.AsJson = False) -> None:
             show.table(("", "WHAT", "HOW TO MEND IT"), mends, empty="")
     if any(each.status is Status.ERROR for each in findings):
         raise typer.Exit(1)
+
+
+def settings(json: show.AsJson = False) -> None:
+    """Print the settings in force and where each comes from; secrets are masked."""
+    from loramill.origin import in_force
+
+    found = in_force()
+    if json:
+        show.as_json(found)
+        return
+    rows = [(each.name, _text(each.value), each.origin) for each in found]
+    show.table(("SETTING", "VALUE", "FROM"), rows, empty="")
+
+
+def _text(value: Any) -> str:
+    """A setting's value as it is shown."""
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)

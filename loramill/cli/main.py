@@ -11,6 +11,7 @@ from loramill import __version__
 from loramill.cli import adapters, bench, chat, compare, generate, jobs, keys, local, nightly, plan, tenants, usage
 from loramill.cli.show import line, say
 from loramill.errors import LoramillError
+from loramill.logs import quiet_libraries
 
 
 class _Root(TyperGroup):
@@ -73,4 +74,5 @@ bench.register(app)
 
 def main() -> None:
     """Entry point of the command `loramill`."""
+    quiet_libraries()
     app()

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from loramill import Client, errors
-from loramill.wire import BY_CODE, error_from, is_loopback
+from loramill.wire import BY_CODE, error_from, is_own
 
 from .conftest import RunningGateway, examples
 
@@ -192,7 +192,7 @@ def test_the_admin_key_never_leaves_this_machine(home: Path) -> None:
     ],
 )
 def test_loopback(url: str, own: bool) -> None:
-    assert is_loopback(url) is own
+    assert is_own(url) is own
 
 
 def test_no_key_is_said_clearly(gateway: RunningGateway, home: Path) -> None:

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.server
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from loramill import local
-from loramill.errors import Conflict, DiskFull
+from loramill.errors import Conflict, DiskFull, NotEnoughMemory, SetupError
+from loramill.machine import Memory
+from loramill.pipelines.gateway import openai_client
 from loramill.registry import Registry, keys, migrate
 from loramill.settings import Settings
 
 
-def up(home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def up(home: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LORAMILL_")}
     environment |= {"LORAMILL_HOME": str(home), **variables}
-    command = [sys.executable, "-m", "loramill.cli", "up"]
+    command = [sys.executable, "-m", "loramill.cli", "up", *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -60,6 +74,19 @@ def test_a_home_that_can_not_be_made(tmp_path: Path) -> None:
     assert "LORAMILL_HOME" in said
 
 
+def test_a_cache_that_can_not_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = one_sentence(up(tmp_path / "home", LORAMILL_CACHE=str(tmp_path / "file" / "cache")))
+    assert "LORAMILL_CACHE" in said and "can't be written to" in said
+
+
+def test_in_the_background_the_reason_is_told_as_well(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    said = one_sentence(up(tmp_path / "home", "--detach", LORAMILL_BASE=str(tmp_path / "model")))
+    assert "config.json" in said
+    assert local.down(Settings.load(home=tmp_path / "home")) is False
+
+
 def test_an_unknown_setting(tmp_path: Path) -> None:
     said = one_sentence(up(tmp_path, LORAMILL_SERVE__PROT="1"))
     assert "prot" in said.lower()
@@ -95,3 +122,106 @@ def test_the_admin_key_stays_while_it_is_valid_and_is_replaced_when_it_is_not(tm
         keys.revoke(session, keys.authenticate(session, first.strip()).id)
     local.admin_key(settings)
     assert settings.admin_key_file.read_text() != first
+
+
+def test_too_little_memory_is_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "free_memory", lambda: Memory(2 * 10**9, "this machine"))
+    monkeypatch.setattr(local, "run_cluster", lambda settings: pytest.fail("it was started"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    settings = Settings.load(home=tmp_path, serve={"port": free_port()})
+    with pytest.raises(NotEnoughMemory, match=r"2\.0 GB of memory are free .* needs 2\.6 GB"):
+        local.up(settings, console=Console(quiet=True))
+
+
+#: A cluster that fails as a script says; its standard input ends when it is to stop.
+FAILS = {
+    "it ends": "sys.exit(3)",
+    "it goes on": "sys.stdin.read()",
+}
+
+
+@pytest.mark.parametrize("then", FAILS.values(), ids=FAILS)
+def test_why_it_did_not_start_is_its_first_error(then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = f"""
+import logging, sys
+sys.stdin.readline()
+logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+logging.getLogger("loramill.cluster").error("The engine has no weights.")
+logging.getLogger("loramill.cluster").error("noise of the end")
+print("more noise", flush=True)
+{then}
+"""
+    monkeypatch.setattr(local, "CLUSTER", ("-c", script))
+    monkeypatch.setattr(local, "FAILED_SECONDS", 0.1)
+    settings = Settings.load(home=tmp_path, serve={"port": free_port()})
+    local.prepare_home(settings.home)
+    with pytest.raises(SetupError, match=r"did not start: The engine has no weights\. More is in .*up\.log"):
+        local.watch(settings, Console(quiet=True), threading.Event(), "tiny", lambda: None)
+    assert "noise of the end" in (tmp_path / "logs" / "up.log").read_text()
+
+
+def test_a_cluster_that_ends_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "CLUSTER", ("-c", "raise SystemExit(7)"))
+    settings = Settings.load(home=tmp_path, serve={"port": free_port()})
+    local.prepare_home(settings.home)
+    with pytest.raises(SetupError, match="its process ended with status 7"):
+        local.watch(settings, Console(quiet=True), threading.Event(), "tiny", lambda: None)
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    """A gateway that is ready, or a proxy: it notes what it is asked for."""
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.end_headers()
+        self.wfile.write(b'{"status": "ready", "object": "list", "data": []}')
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def answering() -> Iterator[http.server.ThreadingHTTPServer]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
+        server.asked = []  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+
+@pytest.mark.usefixtures("dead_proxy")
+def test_this_machines_own_gateway_is_not_looked_for_behind_a_proxy(
+    tmp_path: Path, answering: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "CLUSTER", ("-c", "import sys; sys.stdin.read()"))
+    settings = Settings.load(home=tmp_path, serve={"port": answering.server_port}, api_key="lm-x")
+    local.prepare_home(settings.home)
+    stop = threading.Event()
+    local.watch(settings, Console(quiet=True), stop, "tiny", stop.set)
+    assert answering.asked[0] == "/readyz"  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("dead_proxy")
+def test_the_nights_client_passes_the_proxy_by_for_this_machine_alone(
+    answering: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask(url: str) -> None:
+        async with openai_client(url, "lm-x") as client:
+            await client.models.list()
+
+    asyncio.run(ask(f"http://127.0.0.1:{answering.server_port}"))
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{answering.server_port}")
+    asyncio.run(ask("http://gateway.example:8400"))
+    assert answering.asked == ["/v1/models", "http://gateway.example:8400/v1/models"]  # type: ignore[attr-defined]

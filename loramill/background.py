@@ -1,0 +1,87 @@
+"""A command that goes on in the background, once it has said that it is ready."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from loramill.errors import LoramillError, SetupError
+
+_READY = "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A process in the background; `output` is where it prints."""
+
+    pid: int
+    output: Path
+    _said: int
+
+    def wait(self) -> None:
+        """Returns when the process is ready; an interrupt ends it.
+
+        Raises:
+            SetupError: it ended before; the message is its reason.
+        """
+        try:
+            with os.fdopen(self._said, encoding="utf-8") as said:
+                told = said.read()  # until the process closes its end, or is gone
+        except KeyboardInterrupt:
+            os.kill(self.pid, signal.SIGTERM)
+            raise
+        if told != _READY:
+            raise SetupError(told or f"It ended without a reason; what it printed is in {self.output}.")
+
+
+def start(run: Callable[[Callable[[], None]], None], output: Path) -> Started:
+    """Starts `run` in a session of its own, which survives this terminal; it calls what it is given when it is ready.
+
+    Call it before any thread is started: the process is a fork of this one.
+    """
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        _run(run, output, writing)
+    os.close(writing)
+    return Started(pid, output, reading)
+
+
+def _run(run: Callable[[Callable[[], None]], None], output: Path, said: int) -> NoReturn:
+    """The whole life of the process in the background."""
+    status, open_ = 1, True
+
+    def say(text: str) -> None:
+        nonlocal open_
+        if open_:
+            open_ = False
+            os.write(said, text.encode())
+            os.close(said)
+
+    try:
+        os.setsid()
+        for stream, path, flags in (
+            (0, os.devnull, os.O_RDONLY),
+            (1, output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+        ):
+            opened = os.open(path, flags, 0o600)
+            os.dup2(opened, stream)
+            os.close(opened)
+        os.dup2(1, 2)
+        run(lambda: say(_READY))
+        status = 0
+    except LoramillError as error:
+        sys.stderr.write(f"{error.message}\n")
+        say(error.message)
+    except BaseException:  # noqa: BLE001 - this process ends here, and its traceback belongs into its output
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

@@ -1,0 +1,95 @@
+"""The settings in force, one by one: each with its value and where that comes from."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_settings import EnvSettingsSource, TomlConfigSettingsSource
+
+from loramill.settings import Settings
+from loramill.types import Value
+
+_MASK = "…"
+#: What a URL's query may hold.
+_SECRET = re.compile(r"(?i)(\w*(?:password|secret|token|key))=[^&]*")
+
+
+class Setting(Value):
+    """One setting.
+
+    Attributes:
+        name: as in loramill.toml, with the section before a dot.
+        value: in JSON's types; secrets are masked.
+        origin: "default", the path of loramill.toml, or the variable's name.
+        about: what it is.
+    """
+
+    name: str
+    value: Any
+    origin: str
+    about: str
+
+
+def in_force() -> list[Setting]:
+    """All settings.
+
+    Raises:
+        SettingsInvalid: as `Settings.load`.
+    """
+    settings = Settings.load()
+    variables, file = EnvSettingsSource(Settings)(), TomlConfigSettingsSource(Settings)()
+    resolved = {"database_url": settings.database, "artifacts_url": settings.artifacts, "url": settings.gateway}
+    found = []
+    for path, value, about in _leaves(settings):
+        name = ".".join(path)
+        if _has(variables, path):
+            origin = _variable(path)
+        elif _has(file, path):
+            origin = str(Path("loramill.toml").absolute())
+        elif name == "url" and settings.address_file.exists():
+            origin = str(settings.address_file)
+        else:
+            origin = "default"
+        shown = _masked(name, resolved.get(name) if value is None else value)
+        found.append(Setting(name=name, value=shown, origin=origin, about=about))
+    return found
+
+
+def _leaves(section: BaseModel, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, str]]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _leaves(value, (*above, name))
+        else:
+            yield (*above, name), section.model_dump(mode="json", include={name})[name], field.description or ""
+
+
+def _has(source: Mapping[str, Any], path: tuple[str, ...]) -> bool:
+    for part in path:
+        if not isinstance(source, Mapping) or part not in source:
+            return False
+        source = source[part]
+    return True
+
+
+def _variable(path: tuple[str, ...]) -> str:
+    """The variable that gives a setting: its own, or its section's as JSON."""
+    names = {name.upper(): name for name in os.environ}
+    own = f"LORAMILL_{'__'.join(path)}".upper()
+    return names.get(own) or names.get(f"LORAMILL_{path[0]}".upper(), own)
+
+
+def _masked(name: str, value: Any) -> Any:
+    if name == "api_key":
+        return value and f"{value[:5]}{_MASK}"
+    if not name.endswith("url") or not isinstance(value, str):
+        return value
+    scheme, _, rest = value.partition("://")
+    user, at, where = rest.rpartition("@")
+    user = f"{user.partition(':')[0]}:{_MASK}" if ":" in user else user
+    return _SECRET.sub(rf"\1={_MASK}", f"{scheme}://{user}{at}{where}")

@@ -1,0 +1,235 @@
+"""`logs/up.log`: what the processes of `loramill up` write, each in its own way, as lines of one format.
+
+    2026-11-29 15:22:19,956 INFO gateway[8840] loramill.gateway: …
+
+A process is called by what it does; `|` stands for the logger where a line has none, as within a traceback.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO
+
+#: The size at which the file becomes `up.log.1`.
+FILE_BYTES = 32 << 20
+#: Of lines that differ in their numbers only, how many are written in how many seconds.
+REPEATS, REPEAT_SECONDS = 20, 10.0
+#: Lines of the first error that are kept.
+_KEPT = 200
+
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+#: What Ray puts before a line of another process.
+_WHO = re.compile(
+    r"\((?:(?P<name>[^()]*?) )?pid=(?P<pid>\d+)(?:, ip=[^)]*)?\) |\((?P<part>raylet|gcs_server|autoscaler)[^)]*\) "
+)
+_TIME = r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[,.]\d{3})\d*"
+_LEVEL = r"(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL|FATAL)"
+_FORMS = tuple(
+    re.compile(form)
+    for form in (
+        rf"{_TIME}\s+{_LEVEL} (?P<logger>[\w.]+): (?P<message>.*)",  # loramill.logs
+        rf"{_TIME}\s+{_LEVEL} (?P<logger>[\w.]+\.py):\d+ -- (?P<message>.*)",  # Ray
+        rf"{_LEVEL} {_TIME} (?P<logger>\S+) \S+ (?:\S+ )?-- (?P<message>.*)",  # Ray Serve
+        rf"\[{_TIME} (?P<level>[DIWECF])(?: \d+)+\] (?:\(\S+\) )?(?P<logger>\S+\.(?:cc|h)):\d+: (?P<message>.*)",
+    )
+)
+_LEVELS = {
+    "D": "DEBUG",
+    "I": "INFO",
+    "W": "WARNING",
+    "E": "ERROR",
+    "C": "CRITICAL",
+    "F": "CRITICAL",
+    "FATAL": "CRITICAL",
+}
+_TRACEBACK = "Traceback (most recent call last)"
+_PARTS = {
+    "Supervisor": "supervisor",
+    "ServeController": "serve",
+    "TrainController": "train",
+    "RayTrainWorker": "session",
+}
+#: What Ray says at every end of a cluster, though nothing is wrong.
+_NOISE = re.compile(r"Task ServeController\.graceful_shutdown failed\. There are infinite retries remaining")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the log; `logger` is "|" where a line goes on with what stands before."""
+
+    time: str
+    level: str
+    process: str
+    logger: str
+    message: str
+
+    def __str__(self) -> str:
+        colon = "" if self.logger == "|" else ":"
+        return f"{self.time} {self.level} {self.process} {self.logger}{colon} {self.message}".rstrip()
+
+    @property
+    def is_error(self) -> bool:
+        """Whether something failed."""
+        return self.level in ("ERROR", "CRITICAL")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is of loramill's own code, or of what runs it; Ray's inner parts complain of what they mend."""
+        return self.logger.startswith(("loramill", "ray.serve", "ray.controller")) or self.process.startswith("cluster")
+
+
+class Reader:
+    """Makes entries of what processes write; knows who wrote last, for the lines that have no beginning."""
+
+    def __init__(self, pid: int, clock: Callable[[], float] = time.time) -> None:
+        self._pid, self._clock = pid, clock
+        self._tracebacks: set[str] = set()  # processes that write one now
+
+    def entry(self, text: str) -> Entry | None:
+        """The entry of one line; None where there is nothing to keep."""
+        text = _ESCAPE.sub("", text).rstrip().rpartition("\r")[2]  # of a progress bar, its last state
+        who = _WHO.match(text)
+        process = self._process(who)
+        message = text[who.end() :] if who else text
+        if not message.strip() or _NOISE.search(message):
+            return None
+        for form in _FORMS:
+            if found := form.match(message):
+                level = _LEVELS.get(found["level"], found["level"])
+                self._tracebacks.discard(process)
+                when = found["time"].replace(".", ",")
+                return Entry(when, level, process, _logger(found["logger"]), found["message"])
+        return Entry(self._now(), self._level(process, message), process, "|", message)
+
+    def _level(self, process: str, message: str) -> str:
+        """ERROR for a traceback, down to the exception that it ends with."""
+        if message.startswith(_TRACEBACK):
+            self._tracebacks.add(process)
+        elif process not in self._tracebacks:
+            return "INFO"
+        elif not message.startswith(" "):
+            self._tracebacks.remove(process)
+        return "ERROR"
+
+    def _process(self, who: re.Match[str] | None) -> str:
+        if who is None:
+            return f"cluster[{self._pid}]"
+        if who["part"]:
+            return who["part"]
+        name = who["name"] or "worker"
+        if name.startswith("ServeReplica:"):
+            name = name.rpartition(":")[2]
+        return f"{_PARTS.get(name, name)}[{who['pid']}]".replace(" ", "-")
+
+    def _now(self) -> str:
+        now = self._clock()
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)) + f",{int(now * 1000) % 1000:03}"
+
+
+def _logger(name: str) -> str:
+    return name if name.partition(".")[0] in ("loramill", "__main__") else f"ray.{name}"
+
+
+@dataclass(slots=True)
+class _Seen:
+    entry: Entry
+    since: float
+    count: int = 0
+
+
+@dataclass(slots=True)
+class Repeats:
+    """Holds back what is written again and again, and says how often it was."""
+
+    clock: Callable[[], float] = time.monotonic
+    _seen: dict[tuple[str, str], _Seen] = field(default_factory=dict)
+
+    def passed(self, entry: Entry) -> list[Entry]:
+        """What is to be written now that this entry has come."""
+        over = self.ended()
+        # Ours may differ in a number alone and yet be about another job; those of libraries hardly do.
+        same = entry.message if entry.logger.startswith("loramill") else re.sub(r"\d+", "0", entry.message)
+        seen = self._seen.setdefault((entry.process, same), _Seen(entry, self.clock()))
+        seen.entry, seen.count = entry, seen.count + 1
+        return over if seen.count > REPEATS else [*over, entry]
+
+    def ended(self, *, all_: bool = False) -> list[Entry]:
+        """What is to be said about lines whose time is up."""
+        now, told = self.clock(), []
+        for key, seen in list(self._seen.items()):
+            if all_ or now - seen.since > REPEAT_SECONDS:
+                del self._seen[key]
+                if seen.count > REPEATS:
+                    told.append(_counted(seen, now - seen.since))
+        return told
+
+
+def _counted(seen: _Seen, seconds: float) -> Entry:
+    more = seen.count - REPEATS
+    return replace(seen.entry, message=f"{seen.entry.message} [{more} more of these in {seconds:.0f} s]")
+
+
+class Log:
+    """Writes what comes from a process's pipe into the file until the pipe ends; keeps the first error.
+
+    Attributes:
+        reason: the first error since the process began, in one sentence or line; None: there was none.
+        failed: whether it is an error of loramill's, or of what runs it.
+    """
+
+    def __init__(self, path: Path, pipe: IO[bytes], pid: int) -> None:
+        self.reason: str | None = None
+        self.failed = False
+        self._path, self._pipe = path, pipe
+        self._reader, self._repeats = Reader(pid), Repeats()
+        self._first: list[Entry] = []
+        self._thread = threading.Thread(target=self._run, name="up.log", daemon=True)
+        self._thread.start()
+
+    def close(self, seconds: float) -> None:
+        """Waits until the pipe has ended, which a process that is left over may keep open."""
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        for raw in self._pipe:
+            if entry := self._reader.entry(raw.decode(errors="replace")):
+                self._note(entry)
+                self._write(self._repeats.passed(entry))
+        self._write(self._repeats.ended(all_=True))
+
+    def _write(self, entries: list[Entry]) -> None:
+        if not entries:
+            return
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{entry}\n" for entry in entries)
+                full = file.tell() > FILE_BYTES
+            if full:
+                self._path.replace(f"{self._path}.1")
+        except OSError as error:  # the pipe must be read on, or the processes stand still
+            self.reason = self.reason or f"{self._path} can't be written ({error.strerror})."
+
+    def _note(self, entry: Entry) -> None:
+        """Keeps the first error, rather one of ours, with its traceback."""
+        first = self._first
+        if entry.is_error and (not first or (entry.is_ours and not self.failed)):
+            self._first = first = [entry]
+            self.failed = entry.is_ours
+        elif first and entry.logger == "|" and entry.process == first[0].process and len(first) < _KEPT:
+            first.append(entry)
+        else:
+            return
+        self.reason = reason([each.message for each in first])
+
+
+def reason(lines: list[str]) -> str:
+    """Of an error's lines, the one that says why: what a traceback ends with, or else the first."""
+    if any(line.startswith(_TRACEBACK) for line in lines):
+        ends = [line for line in lines if not line.startswith((" ", _TRACEBACK)) and ": " in line]
+        return (ends or lines)[-1].removeprefix("loramill.errors.")
+    return lines[0]

@@ -1,0 +1,130 @@
+"""What a machine gives: memory under limits, places for sockets and shared memory, proxies that are passed by."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from loramill import machine
+from loramill.bases import Base
+from loramill.errors import NotEnoughMemory, SetupError
+from loramill.machine import Memory, check_memory, free_memory, needed_memory, object_store_folder, socket_folder
+from loramill.settings import Settings
+from loramill.wire import is_own
+
+GB = 10**9
+
+
+def system(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+MEMINFO = "MemTotal:  16000000 kB\nMemFree: 1 kB\nMemAvailable:    8000000 kB\nSwapFree:  1000000 kB\n"
+V2 = {
+    "proc/meminfo": MEMINFO,
+    "proc/self/cgroup": "0::/system.slice/a.service\n",
+    "sys/fs/cgroup/system.slice/a.service/memory.max": "max\n",
+    "sys/fs/cgroup/system.slice/a.service/memory.current": "1\n",
+    "sys/fs/cgroup/system.slice/a.service/memory.stat": "inactive_file 0\n",
+    "sys/fs/cgroup/system.slice/memory.max": f"{4 * GB}\n",
+    "sys/fs/cgroup/system.slice/memory.current": f"{3 * GB}\n",
+    "sys/fs/cgroup/system.slice/memory.stat": f"anon 5\ninactive_file {GB}\n",
+}
+V1 = {
+    "proc/meminfo": MEMINFO,
+    "proc/self/cgroup": "5:cpu,cpuacct:/docker/a\n4:memory:/docker/a\n",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{3 * GB}\n",
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{GB}\n",
+    "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 0\n",
+}
+UNLIMITED = {**V1, "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "free", "bound"),
+    [
+        ({"proc/meminfo": MEMINFO}, 9_000_000 << 10, "this machine"),
+        (V2, 2 * GB, "4.0 GB"),
+        (V1, 2 * GB, "3.0 GB"),
+        (UNLIMITED, 9_000_000 << 10, "this machine"),
+    ],
+)
+def test_the_narrowest_limit_counts(tmp_path: Path, files: dict[str, str], free: int, bound: str) -> None:
+    found = free_memory(system(tmp_path, files))
+    assert found is not None and found.free == free and bound in found.bound
+
+
+def test_a_system_that_does_not_tell_is_not_judged(tmp_path: Path, base: Base) -> None:
+    assert free_memory(tmp_path) is None
+    check_memory(base, Settings(), None)
+
+
+def test_too_little_memory_is_refused_with_the_figures(base: Base) -> None:
+    with pytest.raises(NotEnoughMemory, match=r"^2\.0 GB of memory are free .* needs 2\.6 GB for the base smollm2"):
+        check_memory(base, Settings(), Memory(2 * GB, "this machine"))
+    check_memory(base, Settings(), Memory(3 * GB, "this machine"))
+
+
+def test_what_is_needed_grows_with_the_base_and_not_where_a_gpu_holds_it(base: Base) -> None:
+    weights = 134_515_008 * 2
+    on_gpu = Settings(serve={"device": "cuda"}, jobs={"use_gpu": True})
+    assert needed_memory(base, Settings()) - needed_memory(base, on_gpu) == 2 * weights
+
+
+def test_sockets_go_where_their_paths_fit(tmp_path: Path) -> None:
+    deep = tmp_path / ("a" * 60) / ("b" * 60)
+    deep.mkdir(parents=True)
+    folder = socket_folder([None, str(deep)])
+    assert folder != deep and (folder / "ray").is_dir()
+    assert len(os.fsencode(folder)) + machine._SESSION_BYTES <= machine.SOCKET_PATH_BYTES
+
+
+def test_without_a_place_for_sockets_the_bound_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_usable", lambda folder: False)
+    with pytest.raises(SetupError, match=r"longer than 39 bytes\. Set RAY_TMPDIR"):
+        socket_folder([str(tmp_path)])
+
+
+def test_a_folder_that_belongs_to_somebody_else_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "SOCKET_PATH_BYTES", 1000)
+    (tmp_path / "ray").write_text("no folder")
+    assert socket_folder([str(tmp_path)]) == tmp_path / f"ray-{os.getuid()}"
+
+
+def test_the_object_store_leaves_shared_memory_that_is_too_small_or_not_there(tmp_path: Path) -> None:
+    assert object_store_folder(1, tmp_path, shared=tmp_path) is None
+    assert object_store_folder(1 << 62, tmp_path, shared=tmp_path) == tmp_path
+    assert object_store_folder(1, tmp_path, shared=tmp_path / "nowhere") == tmp_path
+
+
+def test_own_traffic_goes_by_no_proxy_and_other_traffic_as_before() -> None:
+    proxies = {"https_proxy": "http://proxy:3128", "NO_PROXY": "intranet.example, 127.0.0.1", "HOME": "/home/a"}
+    made = machine.without_proxy(proxies, machine.own_addresses())
+    assert made["https_proxy"] == "http://proxy:3128" and made["HOME"] == "/home/a"
+    assert made["grpc_proxy"] == ""
+    listed = made["no_proxy"].split(",")
+    assert made["NO_PROXY"] == made["no_proxy"] and len(set(listed)) == len(listed)
+    assert {"intranet.example", "localhost", "127.0.0.1", "::1"} <= set(listed)
+    assert machine.without_proxy({"no_proxy": "*"}, ["a"])["NO_PROXY"] == "*"
+
+
+def test_the_addresses_of_this_machine_are_its_own() -> None:
+    addresses = [address for address in machine.own_addresses() if address[0].isdigit()]
+    assert all(is_own(f"http://{address}:8400/v1") for address in addresses)
+    assert (
+        is_own("http://[::1]:8400") and not is_own("http://192.0.2.77:8400") and not is_own("https://gateway.example")
+    )
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("gpu.example", "gpu.example")],
+)
+def test_a_gateway_that_listens_everywhere_is_called_on_the_loopback(host: str, address: str) -> None:
+    assert Settings(serve={"host": host}).address == f"http://{address}:8400"
