@@ -1,8 +1,12 @@
-"""What nobody needs any more: artifacts that nothing records, and checkpoints of jobs that have ended. No Ray."""
+"""What nobody needs any more: artifacts that nothing records, and checkpoints of jobs that have ended or were deleted.
+
+No Ray.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 import time
 from pathlib import Path
 
@@ -19,6 +23,7 @@ log = logging.getLogger(__name__)
 ARTIFACT_SECONDS = 24 * 3600.0
 #: Seconds for which an ended job's checkpoints are left to its worker, and those of a failed one to be looked at.
 ENDED_SECONDS, FAILED_SECONDS = 3600.0, 7 * 24 * 3600.0
+_JOB = re.compile(r"ftjob-[0-9a-f]{24}")
 _DONE = (JobStatus.SUCCEEDED, JobStatus.CANCELLED)
 
 
@@ -32,7 +37,7 @@ def tidy(registry: Registry, checkpoints: Path | str, *, now: float) -> int:
 
 
 def discard_ended(registry: Registry, checkpoints: Path | str, *, now: float) -> int:
-    """Removes the checkpoints of jobs that ended an hour ago, or failed a week ago. Returns of how many.
+    """Removes the checkpoints of jobs that ended an hour ago, failed a week ago, or were deleted. Returns of how many.
 
     A worker removes its own; these are of jobs that were cancelled while they waited, or whose worker vanished.
     """
@@ -48,10 +53,13 @@ def discard_ended(registry: Registry, checkpoints: Path | str, *, now: float) ->
     )
     with registry.reading() as session:
         gone = [id_ for id_ in session.scalars(ended) if id_ in places]
+        # A job is in the registry before its first checkpoint is written, and these were listed before this is read.
+        there = set(session.scalars(select(JobRow.id)))
+        gone += [id_ for id_ in places if _JOB.fullmatch(id_) and id_ not in there]
     for id_ in gone:
         files.rm(places[id_], recursive=True)
     if gone:
-        log.info("removed the checkpoints of %d jobs that have ended", len(gone))
+        log.info("removed the checkpoints of %d jobs that have ended or were deleted", len(gone))
     return len(gone)
 
 

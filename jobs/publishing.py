@@ -62,7 +62,7 @@ def version(worker: Worker, job: JobRecord, last: Progress | None) -> None:
 
     def publish() -> None:
         with worker.registry.writing() as session:
-            jobs.publish(
+            published = jobs.publish(
                 session,
                 job.id,
                 job.attempt,
@@ -71,8 +71,9 @@ def version(worker: Worker, job: JobRecord, last: Progress | None) -> None:
                 trained_tokens=None if last is None else last.tokens,
                 result=result,
             )
-            champion = adapters.get(session, spec.adapter_name).champion
-        log.info("job %s: published %s, champion %s", job.id, spec.adapter_name.at(found.id), champion)
+            name = published.spec.adapter_name  # which may have changed since the job was leased
+            champion = adapters.get(session, name).champion
+        log.info("job %s: published %s, champion %s", job.id, name.at(found.id), champion)
 
     insist(worker.settings.lease_seconds, publish)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import quote
 
 from loramill.download import download
 from loramill.errors import SettingsInvalid, Unauthenticated
@@ -14,7 +15,7 @@ from loramill.names import AdapterName
 from loramill.options import given
 from loramill.settings import Settings
 from loramill.tenancy import Tenancy
-from loramill.types import AdapterRecord, NewDataState
+from loramill.types import AdapterRecord, NewDataState, Removal
 from loramill.views import Adapter, view
 from loramill.wire import Wire, is_own, openai_errors
 
@@ -141,6 +142,27 @@ class Client(FineTuning, Tenancy):
     def unpin(self, name: str) -> AdapterRecord:
         """Lets the champion change again."""
         return view(AdapterRecord, self._wire.call("POST", f"{_path(name)}/unpin"))
+
+    def delete_adapter(self, name: str, *, cancel_jobs: bool = False) -> Removal:
+        """Deletes an adapter with its versions, jobs, history, evaluations and waiting data; files stay.
+
+        Args:
+            cancel_jobs: cancels its jobs that have not ended; without it they are a Conflict.
+        """
+        return view(Removal, self._wire.call("DELETE", _path(name), params={"cancel_jobs": cancel_jobs}))
+
+    def delete_version(self, name: str, version: str, *, force: bool = False) -> None:
+        """Deletes one version (its id or 8 digits of it or more) of an adapter.
+
+        Args:
+            force: also the challenger or the previous champion, a Conflict without it. The champion always is one.
+        """
+        path = f"{_path(name)}/versions/{quote(version, safe='')}"
+        self._wire.call("DELETE", path, params={"force": force})
+
+    def rename(self, name: str, to: str) -> AdapterRecord:
+        """Renames an adapter, with everything that belongs to it, to another name of the same tenant."""
+        return view(AdapterRecord, self._wire.call("POST", f"{_path(name)}/rename", json={"to": to}))
 
     def warm(self, name: str, version: str = "champion") -> float:
         """Has a version loaded, so that its next request needn't wait for that; returns the seconds that it took."""

@@ -9,8 +9,9 @@ from typing import Literal
 from urllib.parse import quote
 
 from loramill.options import given
-from loramill.types import AuditRecord, KeyRecord, Scope, TenantRecord, UsageRecord
-from loramill.views import NewKey, view
+from loramill.tenant_list import NewTenant
+from loramill.types import AuditRecord, KeyRecord, Removal, Scope, TenantRecord, UsageRecord
+from loramill.views import CreatedTenant, NewKey, view
 from loramill.wire import Wire
 
 #: A number, or no limit; None leaves it as it is.
@@ -25,6 +26,36 @@ class Tenancy:
     def create_tenant(self, name: str) -> TenantRecord:
         """Makes a tenant. Conflict: the name is taken."""
         return view(TenantRecord, self._wire.call("POST", "/v1/tenants", json={"name": name}))
+
+    def create_tenants(
+        self, tenants: Iterable[str | NewTenant], *, exist_ok: bool = False, keys: bool = False
+    ) -> list[CreatedTenant]:
+        """Makes many tenants, all or none: everything is checked before any is made.
+
+        Args:
+            tenants: names, or names with a share and limits; at most 1000.
+            exist_ok: one that is there gets the share and limits that are given, and stays as it is otherwise.
+            keys: make an API key for each new one, which is shown this once.
+
+        Raises:
+            Conflict: some are there already; the message names them.
+        """
+        asked = [NewTenant(name=each) if isinstance(each, str) else each for each in tenants]
+        body = {
+            "tenants": [each.model_dump(exclude_none=True) for each in asked],
+            "exist_ok": exist_ok,
+            "keys": keys,
+        }
+        rows = self._wire.call("POST", "/v1/tenants/batch", json=body)["data"]
+        return [view(CreatedTenant, row) for row in rows]
+
+    def delete_tenant(self, name: str, *, cancel_jobs: bool = False) -> Removal:
+        """Deletes a tenant with its keys, files, jobs and adapters; usage and audit rows stay without its name.
+
+        Args:
+            cancel_jobs: cancels its jobs that have not ended; without it they are a Conflict.
+        """
+        return view(Removal, self._wire.call("DELETE", _path(name, ""), params={"cancel_jobs": cancel_jobs}))
 
     def tenants(self) -> list[TenantRecord]:
         """All tenants."""

@@ -152,6 +152,17 @@ class TenantRecord(Limits):
     weight: float = Field(default=1.0, description="share of the pool relative to the other tenants'")
     max_running: int | None = Field(default=None, description="jobs that run at once; None: as many as there is room")
     max_queued: int | None = Field(default=None, description="jobs that may wait; None: any number")
+    running: int = Field(default=0, description="jobs that run now")
+    waiting: int = Field(default=0, description="jobs that are queued or paused now")
+
+
+class Removal(Value):
+    """What went with a deleted adapter, version or tenant."""
+
+    versions: int = 0
+    jobs: int = 0
+    files: int = 0
+    cancelled: tuple[str, ...] = Field(default=(), description="ids of the jobs that had not ended")
 
 
 class KeyRecord(Value):

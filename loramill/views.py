@@ -19,6 +19,7 @@ from loramill.types import (
     Executor,
     JobStatus,
     KeyRecord,
+    TenantRecord,
     Value,
     VersionRecord,
 )
@@ -47,6 +48,14 @@ class NewKey(KeyRecord):
     """A key just made; `key` is the secret and can't be read again."""
 
     key: str = Field(repr=False)
+
+
+class CreatedTenant(TenantRecord):
+    """A tenant of many that were asked for: whether it is new, and its key, shown this once, if one was made."""
+
+    new: bool
+    key_id: str | None = None
+    key: str | None = Field(default=None, repr=False)
 
 
 class File(Value):

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from loramill.cli import complete, show
+from loramill.cli.deleting import delete_adapters, rename_adapter
 from loramill.cli.export import export
 from loramill.cli.jobs import Tenant
 from loramill.cli.merge import merge
@@ -42,6 +43,8 @@ Train = Annotated[str, typer.Option(metavar="FILE", help="JSONL examples to lear
 
 def register(app: typer.Typer) -> None:
     """Adds the commands."""
+    adapters.command("delete")(delete_adapters)
+    adapters.command("rename")(rename_adapter)
     adapters.command("export")(export)
     adapters.command("merge")(merge)
     adapters.command("pin")(pin)

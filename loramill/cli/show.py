@@ -97,6 +97,19 @@ def status(word: str) -> Text:
     return Text(word, style=_STYLES.get(word.partition(" ")[0], ""))
 
 
+def count(number: int, what: str) -> str:
+    """A number of things: "1 job", "2 jobs", "1,000 jobs"."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def size(number: int) -> str:
+    """Bytes with a decimal unit, exactly: "1 GB", "1.5 MB", "1,234,567 bytes"."""
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if number >= unit and number * 100 % unit == 0:
+            return f"{number / unit:,.10g} {name}"
+    return count(number, "byte")
+
+
 def short(version: str | None) -> str:
     """A version's hash as it is shown."""
     return version[:SHORT] if version else "-"
@@ -105,6 +118,11 @@ def short(version: str | None) -> str:
 def clock(then: float) -> str:
     """A time (seconds since the epoch) as this place's clock shows it."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(then))
+
+
+def minute(then: float) -> str:
+    """A time (seconds since the epoch) as this place's clock shows it, without seconds."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(then))
 
 
 def ago(then: float, now: float | None = None) -> str:

@@ -258,7 +258,7 @@ def _submit_file(file: Path, said: Mapping[str, Any], *, name: str, retry: bool,
         if not json:
             _print(found)
             before = f", {len(found) - len(new)} were submitted before" if len(new) < len(found) else ""
-            show.say(f"{len(new)} jobs submitted{before}; `loramill jobs watch` shows them all.")
+            show.say(f"{show.count(len(new), 'job')} submitted{before}; `loramill jobs watch` shows them all.")
         if wait:
             ids = [each.job.id for each in found]
             with continuing(ids):

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import csv
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from loramill.cli import show
+from loramill.cli.deleting import delete_tenants
 from loramill.client import Client
+from loramill.errors import InvalidRequest
+from loramill.names import check_name
 from loramill.options import given
 from loramill.tenancy import Quota
+from loramill.tenant_list import NewTenant, read_tenants
 from loramill.types import TenantRecord
+from loramill.views import CreatedTenant
 
 tenant = typer.Typer(help="Owners of data, jobs, adapters and keys.", no_args_is_help=True)
 
@@ -19,18 +30,105 @@ Tenant = Annotated[str, typer.Argument(help="The tenant's name.", show_default=F
 
 def register(app: typer.Typer) -> None:
     """Adds the commands."""
+    tenant.command("delete")(delete_tenants)
     app.add_typer(tenant, name="tenant", rich_help_panel="Tenants")
 
 
 @tenant.command("create")
-def create_tenant(name: Tenant, json: show.AsJson = False) -> None:
-    """Make a tenant."""
-    with Client() as client:
-        made = client.create_tenant(name)
+def create_tenants(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[TENANT…]", help="Names of tenants.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A name a line, or CSV, TSV or JSONL with name, weight and limits."),
+    ] = None,
+    with_keys: Annotated[bool, typer.Option("--with-keys", help="Make a key for each and print it, once.")] = False,
+    keys_out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Make a key for each and write them to a new CSV file.")
+    ] = None,
+    exist_ok: Annotated[
+        bool, typer.Option("--exist-ok", help="Pass over tenants that exist; what FILE says of them is set.")
+    ] = False,
+    json: show.AsJson = False,
+) -> None:
+    """Make tenants: all of them, or none if anything is wrong."""
+    asked = _asked(names or [], file)
+    with Client() as client, _key_file(keys_out) as write_keys:
+        made = client.create_tenants(asked, exist_ok=exist_ok, keys=with_keys or keys_out is not None)
+        write_keys(made)
     if json:
-        show.as_json(made)
-    else:
-        show.say(f"Tenant {made.name} is made; `loramill key create {made.name}` gives it a key.")
+        # One name alone is answered with one object, as ever.
+        return show.as_json(made[0] if file is None and len(made) == 1 else made)
+    if with_keys:
+        show.table(
+            ("TENANT", "KEY"),
+            ((each.name, each.key or "- (there before; `loramill key create` makes one)") for each in made),
+            empty="",
+        )
+    return show.say(_told(made, keys_out, with_keys=with_keys))
+
+
+def _asked(names: Sequence[str], file: Path | None) -> list[str | NewTenant]:
+    """What to make, each once.
+
+    Raises:
+        InvalidRequest: a name or the file is wrong.
+    """
+    for name in names:
+        check_name(name, "tenant")
+    listed = read_tenants(file) if file is not None else []
+    if not names and not listed:
+        raise typer.BadParameter("give names of tenants, or --file FILE.")
+    seen = {each.name for each in listed}
+    return [*(name for name in dict.fromkeys(names) if name not in seen), *listed]
+
+
+@contextmanager
+def _key_file(path: Path | None) -> Iterator[Callable[[Sequence[CreatedTenant]], None]]:
+    """Opens a file for keys, which only its owner may read, before any key is made; removes it if none was.
+
+    Raises:
+        InvalidRequest: it exists already or can't be written.
+    """
+    if path is None:
+        yield lambda made: None
+        return
+    try:
+        file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8", newline="")
+    except FileExistsError as error:
+        raise InvalidRequest(f"{path} exists already; keys are written to a new file only.") from error
+    except OSError as error:
+        raise InvalidRequest(f"{path} can't be written: {error.strerror}.") from error
+
+    def write(made: Sequence[CreatedTenant]) -> None:
+        rows = csv.writer(file)
+        try:
+            rows.writerow(("tenant", "key_id", "key"))
+            rows.writerows((each.name, each.key_id, each.key) for each in made if each.key)
+            file.flush()
+        except OSError as error:
+            raise InvalidRequest(
+                f"The tenants are made, but {path} can't be written ({error.strerror}): make them new keys with "
+                "`loramill key create`."
+            ) from error
+
+    try:
+        with file:
+            yield write
+    except BaseException:
+        path.unlink()
+        raise
+
+
+def _told(made: Sequence[CreatedTenant], keys_out: Path | None, *, with_keys: bool) -> str:
+    new = [each for each in made if each.new]
+    before = f", {len(made) - len(new)} there before" if len(new) < len(made) else ""
+    what = f"Tenant {new[0].name} is made" if len(new) == 1 else f"{len(new)} tenants are made"
+    if keys_out is not None:
+        return f"{what}{before}; their keys are in {keys_out}."
+    if with_keys:
+        return f"{what}{before}. The keys can't be shown again."
+    name = new[0].name if len(new) == 1 else "TENANT"
+    return f"{what}{before}; `loramill key create {name}` gives {'it' if len(new) == 1 else 'one of them'} a key."
 
 
 @tenant.command("list")
@@ -41,13 +139,15 @@ def list_tenants(json: show.AsJson = False) -> None:
     if json:
         return show.as_json(found)
     return show.table(
-        ("TENANT", "MADE", "WEIGHT", "RUNNING", "WAITING"),
+        ("TENANT", "MADE", "WEIGHT", "RUNNING", "MAX RUNNING", "WAITING", "MAX WAITING"),
         (
             (
                 each.name,
                 show.ago(each.created_at),
                 f"{each.weight:g}",
+                str(each.running),
                 _quota(each.max_running),
+                str(each.waiting),
                 _quota(each.max_queued),
             )
             for each in found
@@ -91,7 +191,9 @@ def set_limits(
     concurrent: Annotated[
         str | None, typer.Option(metavar="N", help="Requests that run at once, or unlimited.")
     ] = None,
-    stored: Annotated[str | None, typer.Option(metavar="BYTES", help="Bytes of its files, or unlimited.")] = None,
+    stored: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Size of its files, such as 10GB, or unlimited.")
+    ] = None,
     json: show.AsJson = False,
 ) -> None:
     """Set what a tenant may use of the gateways; what isn't given stays as it is. Alone it shows the limits."""
@@ -99,7 +201,7 @@ def set_limits(
         "requests_per_minute": _read_quota(requests, "--requests"),
         "tokens_per_minute": _read_quota(tokens, "--tokens"),
         "concurrent_requests": _read_quota(concurrent, "--concurrent"),
-        "stored_bytes": _read_quota(stored, "--stored"),
+        "stored_bytes": _read_bytes(stored, "--stored"),
     }
     with Client() as client:
         set_to = client.set_limits(name, **asked) if given(asked) else client.tenant(name)
@@ -111,22 +213,29 @@ def set_limits(
 
 def _limits(tenant: TenantRecord) -> list[tuple[str, show.Cell]]:
     return [
-        ("requests a minute", _quota(tenant.requests_per_minute)),
-        ("tokens a minute", _quota(tenant.tokens_per_minute)),
-        ("requests at once", _quota(tenant.concurrent_requests)),
-        ("bytes stored", _quota(tenant.stored_bytes)),
+        ("requests", _quota(tenant.requests_per_minute, "{:,} requests/min")),
+        ("tokens", _quota(tenant.tokens_per_minute, "{:,} tokens/min")),
+        ("at once", _quota(tenant.concurrent_requests, "{:,} requests")),
+        ("files", "unlimited" if tenant.stored_bytes is None else show.size(tenant.stored_bytes)),
     ]
 
 
-def _read_quota(text: str | None, option: str) -> Quota:
+def _read_quota(text: str | None, option: str, hint: str = "give a number, or unlimited.") -> Quota:
     if text is None:
         return None
     if text == "unlimited":
         return "unlimited"
     if not text.isdecimal():
-        raise typer.BadParameter("give a number, or unlimited.", param_hint=option)
+        raise typer.BadParameter(hint, param_hint=option)
     return int(text)
 
 
-def _quota(limit: int | None) -> str:
-    return "unlimited" if limit is None else str(limit)
+def _read_bytes(text: str | None, option: str) -> Quota:
+    found = re.fullmatch(r"(\d{1,12})\s*([kMGT])B", text or "")
+    if found is None:
+        return _read_quota(text, option, "give a number of bytes, such as 500MB or 10GB, or unlimited.")
+    return int(found[1]) * {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[found[2]]
+
+
+def _quota(limit: int | None, written: str = "{}") -> str:
+    return "unlimited" if limit is None else written.format(limit)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import json as json_text
+import re
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from loramill.cli import show
 from loramill.cli.jobs import Tenant
 from loramill.client import Client
+from loramill.types import Scope
 
 Days = Annotated[int, typer.Option(min=1, max=36_500, help="How many, with today.")]
 Lines = Annotated[int, typer.Option("-n", "--limit", min=1, help="At most so many.")]
+
+#: Shorter names of what the audit's details say.
+_NAMES = {
+    "requests_per_minute": "requests/min",
+    "tokens_per_minute": "tokens/min",
+    "concurrent_requests": "at-once",
+    "stored_bytes": "stored",
+    "expires_at": "expires",
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -56,14 +67,38 @@ def audit(tenant: Tenant = None, limit: Lines = 50, json: show.AsJson = False) -
         ("WHEN", "KEY", "OF", "ACTION", "ON", "DETAILS"),
         (
             (
-                show.clock(each.created_at),
-                each.key,
+                show.minute(each.created_at),
+                _short_id(each.key),
                 each.actor or "(admin)",
                 each.action,
-                each.subject,
-                json_text.dumps(each.details) if each.details else "-",
+                _short_id(each.subject),
+                _details(each.details),
             )
             for each in found
         ),
         empty="Nothing was changed yet.",
     )
+
+
+def _short_id(text: str) -> str:
+    """An id as it is shown: its kind and its first 8 digits. Names stay as they are."""
+    return re.sub(r"\b(file|ftjob|ftckpt|key)-([0-9a-f]{8})[0-9a-f]{16}\b", r"\1-\2", text)
+
+
+def _details(details: Mapping[str, Any]) -> str:
+    """What a change set, as NAME=VALUE pairs; what is None, such as no limit, is left out."""
+    pairs = [f"{_NAMES.get(name, name)}={_value(name, value)}" for name, value in details.items() if value is not None]
+    return " ".join(pairs) or ("unlimited" if details else "-")
+
+
+def _value(name: str, value: object) -> str:
+    if name == "expires_at" and isinstance(value, float):
+        return show.minute(value).partition(" ")[0]
+    if name == "stored_bytes" and isinstance(value, int):
+        return show.size(value).replace(" ", "")
+    if isinstance(value, list):
+        return "all" if set(value) == set(Scope) else ",".join(map(str, value))
+    if isinstance(value, int | float):
+        return f"{value:,.10g}"
+    text = str(value)
+    return show.short(text) if re.fullmatch(r"[0-9a-f]{64}", text) else _short_id(text)

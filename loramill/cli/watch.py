@@ -157,7 +157,7 @@ def table(
     parts: list[RenderableType] = [grid]
     if len(shown) < len(ranked):
         parts.append(Text(f"… and {_summed(ranked[len(shown) :])}", style="dim"))
-    parts.append(Text(f"{len(jobs)} jobs: {_summed(ranked)}{_speed(jobs)}", style="bold"))
+    parts.append(Text(f"{show.count(len(jobs), 'job')}: {_summed(ranked)}{_speed(jobs)}", style="bold"))
     if away is not None:
         parts.append(Text(f"The gateway is away; trying again. {away.message}", style="yellow"))
     return Group(*parts)

@@ -200,6 +200,25 @@ def unpin(session: Session, name: AdapterName | str) -> AdapterRecord:
     return _set_pinned(session, name, pinned=False)
 
 
+def lock(session: Session, name: AdapterName | str) -> None:
+    """Holds an adapter to the transaction's end: until then no one else changes or deletes it.
+
+    Raises:
+        NotFound: there is none.
+    """
+    _hold(session, name)
+
+
+def owned(session: Session, name: AdapterName | str, version: str) -> VersionRecord:
+    """The version of this full hash, if the adapter has it.
+
+    Raises:
+        NotFound: it has none.
+    """
+    _check_owned(session, name, version)
+    return VersionRecord.model_validate(session.get_one(VersionRow, (str(name), version)))
+
+
 def history(session: Session, name: AdapterName | str) -> list[AliasChange]:
     """Every move of an adapter's aliases, newest first."""
     statement = select(AliasChangeRow).where(AliasChangeRow.adapter == str(name)).order_by(AliasChangeRow.id.desc())

@@ -57,7 +57,11 @@ class Bucket:
             return self._cache.fetch(artifact)
 
     def sweep(self, known: Collection[str], older_than: float) -> int:
-        """Removes what is older than so many seconds and isn't known. Returns how many artifacts."""
+        """Removes what is older than so many seconds and isn't known, also from this machine's cache.
+
+        Returns how many artifacts went from the store.
+        """
+        self._cache.sweep(known, older_than)
         self._files.invalidate_cache()
         newest: defaultdict[str, float] = defaultdict(float)
         for path in self._files.find(self._root):

@@ -38,7 +38,10 @@ def add(
     """
     job = leases.held(session, job_id, attempt)
     if version is not None:
-        adapters.ensure(session, JobSpec.model_validate(job.spec).adapter_name)
+        # The adapter may have been renamed since the worker read the job.
+        name = JobSpec.model_validate(job.spec).adapter_name
+        version = version.model_copy(update={"adapter": str(name)})
+        adapters.ensure(session, name)
         if session.get(VersionRow, (version.adapter, version.id)) is None:
             session.add(VersionRow(**version.model_dump()))
             session.flush()

@@ -18,7 +18,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from loramill.errors import DatabaseUnusable, DiskFull, LoramillError, Unavailable
+from loramill.errors import Conflict, DatabaseUnusable, DiskFull, LoramillError, Unavailable
 
 BUSY_SECONDS = 30
 _CONNECT_SECONDS = 10
@@ -107,6 +107,7 @@ def explained(url: URL, *, opening: bool = False) -> Iterator[None]:
 
     Raises:
         DatabaseUnusable, DiskFull, Unavailable: as their names say.
+        Conflict: what was written refers to something that another transaction deleted.
     """
     try:
         yield
@@ -124,9 +125,9 @@ def explained(url: URL, *, opening: bool = False) -> Iterator[None]:
 
 
 def _explain_sqlite(error: sqlite3.Error, path: str) -> LoramillError | None:
-    code = getattr(error, "sqlite_errorcode", None)
-    if code is None:
-        return None
+    code = getattr(error, "sqlite_errorcode", None) or sqlite3.SQLITE_OK
+    if code == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY:
+        return _deleted_meanwhile()
     match code & 0xFF:
         case sqlite3.SQLITE_FULL:
             return DiskFull(f"The disk of the database {path} is full; free some space and try again.")
@@ -145,6 +146,10 @@ def _explain_sqlite(error: sqlite3.Error, path: str) -> LoramillError | None:
     return None
 
 
+def _deleted_meanwhile() -> LoramillError:
+    return Conflict("What this belongs to was deleted meanwhile, or is still in use; nothing was changed.")
+
+
 def _explain_postgresql(error: BaseException | None, where: str, opening: bool) -> LoramillError | None:
     state: str | None = getattr(error, "sqlstate", None)
     reason = " ".join(str(error).split())
@@ -152,6 +157,8 @@ def _explain_postgresql(error: BaseException | None, where: str, opening: bool) 
         return DiskFull(f"The disk of the server of {where} is full; free some space and try again.")
     if state in ("40001", "40P01", "55P03"):
         return Unavailable(f"Another transaction was in the way at {where}; try again.")
+    if state == "23503":
+        return _deleted_meanwhile()
     if state == "42501":
         return DatabaseUnusable(f"The user of {where} lacks a privilege ({reason}); grant it.")
     # libpq's own failures, such as a refused connection, carry no SQLSTATE.

@@ -18,6 +18,7 @@ from loramill.errors import (
     JobError,
     LeaseLost,
     LoramillError,
+    NotFound,
     OutOfMemory,
 )
 from loramill.registry import adapters, queue, transitions
@@ -121,17 +122,17 @@ def publish(
         JobCancelled: its owner wants it to stop; call `fail` with this error.
         InvalidRequest: the version isn't this job's.
     """
-    row = transitions.locked(session, job_id)
+    row = _locked(session, job_id, attempt)
     if (row.status, row.attempt, row.version) == (JobStatus.SUCCEEDED, attempt, version.id):
         return transitions.record(row)
     _check_held(row, attempt)
     if row.asked == "cancel":
         raise JobCancelled(f"Job {row.id} was cancelled by its owner.")
     spec = JobSpec.model_validate(row.spec)
-    if (version.adapter, version.job, version.base) != (spec.adapter, row.id, spec.base):
-        raise InvalidRequest(
-            f"Version {version.id} names another adapter, job or base than {row.id}; publish that one."
-        )
+    if (version.job, version.base) != (row.id, spec.base) or not version.adapter.startswith(f"{row.tenant}/"):
+        raise InvalidRequest(f"Version {version.id} names another tenant, job or base than {row.id}; publish that one.")
+    # The adapter may have been renamed since the worker read the job.
+    version = version.model_copy(update={"adapter": spec.adapter})
     adapters.ensure(session, spec.adapter_name)
     alias = adapters.add_version(session, version)
     row.version, row.result, row.asked = version.id, result, None
@@ -234,9 +235,19 @@ def held(session: Session, job_id: str, attempt: int) -> JobRow:
     Raises:
         LeaseLost: another worker has the job, or it has ended.
     """
-    row = transitions.locked(session, job_id)
+    row = _locked(session, job_id, attempt)
     _check_held(row, attempt)
     return row
+
+
+def _locked(session: Session, job_id: str, attempt: int) -> JobRow:
+    try:
+        return transitions.locked(session, job_id)
+    except NotFound as error:
+        raise LeaseLost(
+            f"Attempt {attempt} of job {job_id} no longer holds it: the job was deleted. This worker may change "
+            "nothing and has to stop."
+        ) from error
 
 
 def _check_held(row: JobRow, attempt: int) -> None:

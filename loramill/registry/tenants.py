@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 
 from loramill.errors import Conflict, InvalidRequest, NotFound, QuotaExceeded
 from loramill.names import check_name
-from loramill.registry.tables import DatasetRow, TenantRow
-from loramill.types import Limits, TenantRecord
+from loramill.registry.tables import DatasetRow, JobRow, TenantRow
+from loramill.types import JobStatus, Limits, TenantRecord
 
 
 def create(session: Session, name: str) -> TenantRecord:
@@ -84,6 +84,24 @@ def set_limits(session: Session, name: str, limits: Limits) -> TenantRecord:
         setattr(row, limit, getattr(limits, limit))
     session.flush()
     return TenantRecord.model_validate(row)
+
+
+def lock(session: Session, name: str) -> None:
+    """Holds a tenant to the transaction's end: until then no one submits a job for it.
+
+    Raises:
+        NotFound: there is no such tenant.
+    """
+    _hold(session, name)
+
+
+def load(session: Session) -> dict[str, tuple[int, int]]:
+    """How many jobs run, and how many wait (queued or paused), of each tenant that has any."""
+    running = func.count().filter(JobRow.status == JobStatus.RUNNING)
+    waiting = func.count().filter(JobRow.status.in_((JobStatus.QUEUED, JobStatus.PAUSED)))
+    open_states = [status for status in JobStatus if not status.final]
+    statement = select(JobRow.tenant, running, waiting).where(JobRow.status.in_(open_states)).group_by(JobRow.tenant)
+    return {tenant: (runs, waits) for tenant, runs, waits in session.execute(statement)}
 
 
 def check_room(session: Session, name: str, size: int, *, hold: bool = False) -> None:

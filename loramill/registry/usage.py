@@ -7,18 +7,20 @@ that is written again, because nobody knows whether it was committed, counts onc
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from sqlalchemy import delete, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from loramill.registry.tables import Base, GatewayRow, MeterRow, UsageRow
+from loramill.registry.tables import Base, GatewayRow, MeterRow, TenantRow, UsageRow
 from loramill.types import Meter, UsageRecord
 
 #: Seconds after which nothing runs any more on a gateway that has been silent.
 SILENT = 5.0
+#: The tenant of what deleted tenants asked, all of them together; no tenant can be called so.
+GONE = "(deleted)"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -63,12 +65,27 @@ def write(
         session.add(row)
         session.flush()
     row.at = now
+    there = _existing(session, {item.tenant for item in counts} | meters.keys())
     if row.page < page:
         row.page = page
-        # In one order, so that two gateways never wait for each other.
-        sums = [asdict(item) | asdict(counts[item]) for item in sorted(counts)]
-        _upsert(session, UsageRow, sums, adding=True)
-    _upsert(session, MeterRow, [{"gateway": gateway, "tenant": name, **asdict(meters[name])} for name in meters])
+        sums: defaultdict[Item, Count] = defaultdict(Count)
+        for item, count in counts.items():
+            sums[item if item.tenant in there or not item.tenant else gone(item)] += count
+        add(session, sums)
+    kept = [name for name in meters if name in there]
+    _upsert(session, MeterRow, [{"gateway": gateway, "tenant": name, **asdict(meters[name])} for name in kept])
+
+
+def gone(item: Item) -> Item:
+    """What stays of an item when its tenant is deleted: the day, and whether the base or an adapter was asked."""
+    return Item(GONE, item.day, GONE if item.version else item.model, "")
+
+
+def add(session: Session, counts: Mapping[Item, Count]) -> None:
+    """Adds counts to the sums."""
+    # In one order, so that two gateways never wait for each other.
+    sums = [asdict(item) | asdict(counts[item]) for item in sorted(counts)]
+    _upsert(session, UsageRow, sums, adding=True)
 
 
 def others(session: Session, gateway: str, *, minute: int, now: float) -> dict[str, list[Meter]]:
@@ -99,6 +116,11 @@ def daily(session: Session, tenant: str | None, first: str, last: str) -> list[U
         statement = statement.where(UsageRow.tenant == tenant)
     order = (UsageRow.day.desc(), UsageRow.tenant, UsageRow.model, UsageRow.version)
     return [_record(row) for row in session.scalars(statement.order_by(*order))]
+
+
+def _existing(session: Session, names: Collection[str]) -> set[str]:
+    """Those of the names that are tenants: one may have been deleted while a gateway counted for it."""
+    return set(session.scalars(select(TenantRow.name).where(TenantRow.name.in_(names))))
 
 
 def _upsert(session: Session, table: type[Base], rows: list[dict[str, object]], *, adding: bool = False) -> None:

@@ -16,6 +16,7 @@ from loramill.serve.api import (
     batches,
     chat,
     completions,
+    deleting,
     docs,
     files,
     health,
@@ -69,7 +70,7 @@ def build_api(
     served = {each.base.name: each for each in (Served(base, backend), *others)}
     readings = Readings(registry.artifacts, tokenizer)
     app.state.gateway = Gateway(registry, base, tokenizer, served, settings, readings, versions(registry), books)
-    offered = (chat, completions, models, files, jobs, batches, adapters, pins, tenants, usage, audit, health)
+    offered = (chat, completions, models, files, jobs, batches, adapters, pins, deleting, tenants, usage, audit, health)
     for rooms in offered:
         app.include_router(rooms.router)
     add_error_handlers(app)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from functools import lru_cache
 
+from loramill.bases import Base
 from loramill.errors import ModelNotFound
 from loramill.names import SHORT, AdapterName, ModelName
 from loramill.registry import Registry, adapters
@@ -58,7 +61,8 @@ async def find_model(gateway: Gateway, caller: Caller, text: str) -> Target:
             raise ModelNotFound(
                 f"The model '{text}' does not exist. Bases here: {bases}; adapters are tenant/adapter.", param="model"
             )
-        return Target(text, served, caller.tenant or "", None, 0.0, served.base.fingerprint[:SHORT])
+        fingerprint = served.base.fingerprint[:SHORT]
+        return Target(text, served, caller.tenant or "", None, created(served.base), fingerprint)
     caller.check_adapter(name.adapter.tenant)
     version = await gateway.versions.get((name.adapter, name.selector))
     served = next((each for each in gateway.served.values() if each.base.fingerprint == version.base), None)
@@ -66,6 +70,15 @@ async def find_model(gateway: Gateway, caller: Caller, text: str) -> Target:
         raise ModelNotFound(f"The model '{text}' was trained on a base that isn't served here.", param="model")
     fingerprint = f"{version.base[:SHORT]}-{version.id[:SHORT]}"
     return Target(text, served, caller.tenant or name.adapter.tenant, version.id, version.created_at, fingerprint)
+
+
+@lru_cache
+def created(base: Base) -> float:
+    """When a base came into being, in seconds since the epoch: as its configuration's file says, else now."""
+    try:
+        return (base.folder / "config.json").stat().st_mtime
+    except OSError:
+        return time.time()
 
 
 def versions(registry: Registry) -> Remembered[tuple[AdapterName, str], VersionRecord]:

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 
 from loramill.registry import adapters
 from loramill.serve.api.gateway import Here, Who
-from loramill.serve.api.lookup import find_model
+from loramill.serve.api.lookup import created, find_model
 from loramill.serve.api.wire import list_of
 
 router = APIRouter(tags=["inference"])
@@ -19,7 +19,7 @@ def list_models(here: Here, who: Who) -> dict[str, Any]:
     """Names that can be asked."""
     with here.registry.reading() as session:
         records = adapters.list_of(session, who.tenant)
-    models = [_model(base, 0.0, "loramill") for base in here.served]
+    models = [_model(name, created(served.base), "loramill") for name, served in here.served.items()]
     models += [_model(record.name, record.created_at, record.tenant) for record in records if record.champion]
     return list_of(models, lambda model: model)
 

@@ -13,6 +13,7 @@ from loramill.types import (
     AuditRecord,
     EvaluationRecord,
     KeyRecord,
+    Removal,
     TenantRecord,
     UsageRecord,
     VersionRecord,
@@ -88,6 +89,44 @@ class FileDeleted(TypedDict):
     deleted: Literal[True]
 
 
+@exactly
+class ModelDeleted(TypedDict):
+    """A model that is no more."""
+
+    id: str
+    object: Literal["model"]
+    deleted: Literal[True]
+
+
+class AdapterDeleted(Removal):
+    """An adapter that is no more, and what went with it."""
+
+    model_config = _WHOLE
+
+    id: str
+    object: Literal["adapter"]
+    deleted: Literal[True]
+
+
+@exactly
+class VersionDeleted(TypedDict):
+    """A version that is no more."""
+
+    id: str
+    object: Literal["adapter.version"]
+    deleted: Literal[True]
+
+
+class TenantDeleted(Removal):
+    """A tenant that is no more, and what went with it."""
+
+    model_config = _WHOLE
+
+    id: str
+    object: Literal["tenant"]
+    deleted: Literal[True]
+
+
 class Adapter(AdapterRecord):
     """An adapter with where its aliases point now; `id` is its name."""
 
@@ -130,6 +169,14 @@ class Tenant(TenantRecord):
     model_config = _WHOLE
 
     object: Literal["tenant"]
+
+
+class CreatedTenant(Tenant):
+    """A tenant of many that were asked for: whether it is new, and its key, shown this once, if one was made."""
+
+    new: bool
+    key_id: str | None
+    key: str | None
 
 
 class Key(KeyRecord):

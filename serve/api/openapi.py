@@ -15,11 +15,13 @@ from loramill.serve.api.generation_objects import ChatCompletion, ChatCompletion
 from loramill.serve.api.job_objects import BatchResult, Checkpoint, Job, JobEvent
 from loramill.serve.api.objects import (
     Adapter,
+    AdapterDeleted,
     AdapterFiles,
     AdapterHistory,
     AdapterWarm,
     Change,
     CreatedKey,
+    CreatedTenant,
     DayUsage,
     Error,
     File,
@@ -28,8 +30,11 @@ from loramill.serve.api.objects import (
     Key,
     Listed,
     Model,
+    ModelDeleted,
     RevokedKey,
     Tenant,
+    TenantDeleted,
+    VersionDeleted,
 )
 
 Json = dict[str, Any]
@@ -53,6 +58,7 @@ ANSWERS: Mapping[str, Any] = {
     "POST /v1/completions": Completion,
     "GET /v1/models": Listed[Model],
     "GET /v1/models/{model}": Model,
+    "DELETE /v1/models/{model}": ModelDeleted,
     "POST /v1/files": File,
     "GET /v1/files": Listed[File],
     "GET /v1/files/{file_id}": File,
@@ -75,9 +81,14 @@ ANSWERS: Mapping[str, Any] = {
     "POST /v1/adapters/{tenant}/{adapter}/pin": Adapter,
     "POST /v1/adapters/{tenant}/{adapter}/unpin": Adapter,
     "POST /v1/adapters/{tenant}/{adapter}/warm": AdapterWarm,
+    "DELETE /v1/adapters/{tenant}/{adapter}": AdapterDeleted,
+    "DELETE /v1/adapters/{tenant}/{adapter}/versions/{version}": VersionDeleted,
+    "POST /v1/adapters/{tenant}/{adapter}/rename": Adapter,
     "GET /v1/tenants": Listed[Tenant],
     "POST /v1/tenants": Tenant,
+    "POST /v1/tenants/batch": Listed[CreatedTenant],
     "GET /v1/tenants/{tenant}": Tenant,
+    "DELETE /v1/tenants/{tenant}": TenantDeleted,
     "POST /v1/tenants/{tenant}/share": Tenant,
     "POST /v1/tenants/{tenant}/limits": Tenant,
     "GET /v1/tenants/{tenant}/keys": Listed[Key],

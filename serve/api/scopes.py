@@ -21,6 +21,8 @@ def accepted(method: str, path: str) -> tuple[Scope, ...]:
     Whatever isn't in the table is an admin's to change; a tenant may only read there.
     """
     room = next((scope for start, scope in _ROOMS if path == start or path.startswith(f"{start}/")), Scope.READ)
+    if method == "DELETE" and room is Scope.INFERENCE:
+        room = Scope.ADAPTERS  # a model that can be deleted is an adapter
     if path.startswith("/v1/adapters/") and path.endswith("/data"):
         room = Scope.TRAINING
     return (room, Scope.READ) if method in ("GET", "HEAD") and room is not Scope.READ else (room,)

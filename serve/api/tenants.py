@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from fastapi import APIRouter
 from pydantic import Field
+from sqlalchemy.orm import Session
 
+from loramill.errors import Conflict, InvalidRequest
 from loramill.registry import keys, tenants
 from loramill.serve.api.audit import note
+from loramill.serve.api.auth import Caller
 from loramill.serve.api.gateway import Here, Who
 from loramill.serve.api.wire import Body, list_of
+from loramill.tenant_list import Bytes, Quota, Rate, Tokens
 from loramill.types import KeyRecord, Limits, Scope, TenantRecord
 
 router = APIRouter(tags=["tenants"])
 
-
-Quota = Annotated[int, Field(ge=0, lt=2**31)] | Literal["unlimited"] | None
-Rate = Annotated[int, Field(ge=1, lt=2**31)] | Literal["unlimited"] | None
-Tokens = Annotated[int, Field(ge=1, lt=2**53)] | Literal["unlimited"] | None
-Bytes = Annotated[int, Field(ge=0, lt=2**53)] | Literal["unlimited"] | None
+#: Tenants of one request, and names that an error lists.
+_MOST, _SHOWN = 1000, 10
 
 
 class NewTenant(Body):
     """What a tenant is made of."""
 
     name: str
+
+
+class TenantTerms(NewTenant):
+    """A tenant of many: its name, and its share and limits where they aren't the defaults."""
+
+    weight: float | None = Field(default=None, gt=0)
+    max_running: Quota = None
+    max_queued: Quota = None
+    requests_per_minute: Rate = None
+    tokens_per_minute: Tokens = None
+    concurrent_requests: Rate = None
+    stored_bytes: Bytes = None
+
+
+class NewTenants(Body):
+    """Many tenants; those that are there already are a conflict, or with `exist_ok` get what is given of them."""
+
+    tenants: list[TenantTerms] = Field(min_length=1, max_length=_MOST)
+    exist_ok: bool = False
+    keys: bool = Field(default=False, description="make an API key for each new tenant")
 
 
 class Share(Body):
@@ -59,7 +81,46 @@ def create_tenant(body: NewTenant, here: Here, who: Who) -> dict[str, Any]:
     with here.registry.writing() as session:
         made = tenants.create(session, body.name)
         note(session, who, "tenant.create", made.name, made.name)
-        return _tenant(made)
+        return _tenant(made, {})
+
+
+@router.post("/v1/tenants/batch")
+def create_tenants(body: NewTenants, here: Here, who: Who) -> dict[str, Any]:
+    """Makes many tenants, all or none; each key is shown this once."""
+    who.check_admin()
+    terms = {each.name: each for each in body.tenants}
+    if len(terms) < len(body.tenants):
+        twice = next(name for name in terms if sum(each.name == name for each in body.tenants) > 1)
+        raise InvalidRequest(f"The tenant '{twice}' is named twice.", param="tenants")
+    with here.registry.writing() as session:
+        there = {record.name for record in tenants.list_all(session)} & terms.keys()
+        if there and not body.exist_ok:
+            shown = ", ".join(sorted(there)[:_SHOWN])
+            more = f" and {len(there) - _SHOWN} more" if len(there) > _SHOWN else ""
+            raise Conflict(
+                f"There {'are tenants' if len(there) > 1 else 'is a tenant'} of this name already: {shown}{more}. "
+                "Nothing was made; leave them out, or set 'exist_ok' (`--exist-ok`).",
+                param="tenants",
+            )
+        made = [_made(session, who, each, new=each.name not in there, key=body.keys) for each in body.tenants]
+        load = tenants.load(session)
+        return list_of(made, lambda each: _tenant(each[0], load) | each[1])
+
+
+def _made(
+    session: Session, who: Caller, terms: TenantTerms, *, new: bool, key: bool
+) -> tuple[TenantRecord, dict[str, Any]]:
+    """Makes a tenant, or changes one that is there, as its terms say; with its key if it is new and is to get one."""
+    name = terms.name
+    if new:
+        tenants.create(session, name)
+        note(session, who, "tenant.create", name, name)
+    if terms.model_fields_set & Share.model_fields.keys():
+        _set_share(session, who, name, terms)
+    if terms.model_fields_set & NewLimits.model_fields.keys():
+        _set_limits(session, who, name, terms)
+    record, secret = _new_key(session, who, name, KeyTerms()) if new and key else (None, None)
+    return tenants.get(session, name), {"new": new, "key_id": record and record.id, "key": secret}
 
 
 @router.get("/v1/tenants")
@@ -67,7 +128,8 @@ def list_tenants(here: Here, who: Who) -> dict[str, Any]:
     """All tenants."""
     who.check_admin()
     with here.registry.reading() as session:
-        return list_of(tenants.list_all(session), _tenant)
+        load = tenants.load(session)
+        return list_of(tenants.list_all(session), lambda record: _tenant(record, load))
 
 
 @router.get("/v1/tenants/{tenant}")
@@ -75,7 +137,7 @@ def retrieve_tenant(tenant: str, here: Here, who: Who) -> dict[str, Any]:
     """A tenant with its share of the pool."""
     who.check_admin()
     with here.registry.reading() as session:
-        return _tenant(tenants.get(session, tenant))
+        return _tenant(tenants.get(session, tenant), tenants.load(session))
 
 
 @router.post("/v1/tenants/{tenant}/share")
@@ -83,15 +145,8 @@ def set_share(tenant: str, body: Share, here: Here, who: Who) -> dict[str, Any]:
     """Sets a tenant's share of the pool, relative to the other tenants', and its quotas."""
     who.check_admin()
     with here.registry.writing() as session:
-        now = tenants.get(session, tenant)
-        share: dict[str, Any] = {
-            "weight": body.weight or now.weight,
-            "max_running": _quota(body.max_running, now.max_running),
-            "max_queued": _quota(body.max_queued, now.max_queued),
-        }
-        changed = tenants.set_share(session, tenant, **share)
-        note(session, who, "tenant.share", tenant, tenant, **share)
-        return _tenant(changed)
+        changed = _set_share(session, who, tenant, body)
+        return _tenant(changed, tenants.load(session))
 
 
 @router.post("/v1/tenants/{tenant}/limits")
@@ -99,11 +154,8 @@ def set_limits(tenant: str, body: NewLimits, here: Here, who: Who) -> dict[str, 
     """Sets what a tenant may use of the gateways; all of them keep to it within a second."""
     who.check_admin()
     with here.registry.writing() as session:
-        now = tenants.get(session, tenant)
-        limits = {name: _quota(getattr(body, name), getattr(now, name)) for name in Limits.model_fields}
-        changed = tenants.set_limits(session, tenant, Limits(**limits))
-        note(session, who, "tenant.limits", tenant, tenant, **limits)
-        return _tenant(changed)
+        changed = _set_limits(session, who, tenant, body)
+        return _tenant(changed, tenants.load(session))
 
 
 @router.post("/v1/tenants/{tenant}/keys")
@@ -112,8 +164,7 @@ def create_key(tenant: str, here: Here, who: Who, body: KeyTerms | None = None) 
     who.check_admin()
     asked = body or KeyTerms()
     with here.registry.writing() as session:
-        record, secret = keys.create(session, tenant, scopes=map(Scope, asked.scopes), expires_at=asked.expires_at)
-        note(session, who, "key.create", record.id, tenant, scopes=record.scopes, expires_at=record.expires_at)
+        record, secret = _new_key(session, who, tenant, asked)
     return _key(record) | {"key": secret}
 
 
@@ -136,14 +187,42 @@ def revoke_key(key_id: str, here: Here, who: Who) -> dict[str, Any]:
     return _key(revoked) | {"deleted": True}
 
 
+def _set_share(session: Session, who: Caller, tenant: str, body: Share | TenantTerms) -> TenantRecord:
+    now = tenants.get(session, tenant)
+    share: dict[str, Any] = {
+        "weight": body.weight or now.weight,
+        "max_running": _quota(body.max_running, now.max_running),
+        "max_queued": _quota(body.max_queued, now.max_queued),
+    }
+    changed = tenants.set_share(session, tenant, **share)
+    note(session, who, "tenant.share", tenant, tenant, **share)
+    return changed
+
+
+def _set_limits(session: Session, who: Caller, tenant: str, body: NewLimits | TenantTerms) -> TenantRecord:
+    now = tenants.get(session, tenant)
+    limits = {name: _quota(getattr(body, name), getattr(now, name)) for name in Limits.model_fields}
+    changed = tenants.set_limits(session, tenant, Limits(**limits))
+    note(session, who, "tenant.limits", tenant, tenant, **limits)
+    return changed
+
+
+def _new_key(session: Session, who: Caller, tenant: str, terms: KeyTerms) -> tuple[KeyRecord, str]:
+    record, secret = keys.create(session, tenant, scopes=map(Scope, terms.scopes), expires_at=terms.expires_at)
+    note(session, who, "key.create", record.id, tenant, scopes=record.scopes, expires_at=record.expires_at)
+    return record, secret
+
+
 def _quota(said: int | Literal["unlimited"] | None, now: int | None) -> int | None:
     if said is None:
         return now
     return None if said == "unlimited" else said
 
 
-def _tenant(record: TenantRecord) -> dict[str, Any]:
-    return record.model_dump() | {"object": "tenant"}
+def _tenant(record: TenantRecord, load: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """A tenant on the wire, with how many of its jobs run and wait."""
+    running, waiting = load.get(record.name, (0, 0))
+    return record.model_dump() | {"object": "tenant", "running": running, "waiting": waiting}
 
 
 def _key(record: KeyRecord) -> dict[str, Any]:

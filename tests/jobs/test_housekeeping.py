@@ -10,7 +10,7 @@ import pytest
 
 from loramill.errors import TrainingDiverged
 from loramill.jobs.housekeeping import ARTIFACT_SECONDS, ENDED_SECONDS, FAILED_SECONDS, discard_ended, tidy
-from loramill.registry import Registry, datasets, jobs, migrate, tenants
+from loramill.registry import Registry, datasets, deletion, jobs, migrate, tenants
 from loramill.types import JobSpec
 
 
@@ -60,6 +60,18 @@ def test_only_what_ended_goes_and_a_failed_jobs_checkpoints_stay_for_a_week(regi
     assert left() == {waiting, failed, "not-a-job"}
     assert discard_ended(registry, place, now=now + FAILED_SECONDS + 1) == 1
     assert left() == {waiting, "not-a-job"}
+
+
+def test_checkpoints_of_deleted_jobs_go_at_once(registry: Registry, tmp_path: Path) -> None:
+    place = tmp_path / "checkpoints"
+    failed, _ = submitted(registry, place), submitted(registry, place)
+    fail(registry, failed)
+    (place / "loramill-sessions").mkdir()
+    assert discard_ended(registry, place, now=time.time()) == 0
+    with registry.writing() as session:
+        deletion.delete_tenant(session, "acme", cancel_jobs=True)
+    assert discard_ended(registry, place.as_uri(), now=time.time()) == 2
+    assert {folder.name for folder in place.iterdir()} == {"loramill-sessions"}
 
 
 def test_artifacts_go_when_nothing_records_them(registry: Registry, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_a_tenants_share(tenant: str) -> None:
     set_to = shown("tenant", "share", tenant, "--max-running", "unlimited", "--max-queued", "1")
     assert (set_to["weight"], set_to["max_running"], set_to["max_queued"]) == (2.5, None, 1)
     row = next(line for line in ok("tenant", "list").stdout.splitlines() if line.startswith(f"{tenant} "))
-    assert row.split()[-3:] == ["2.5", "unlimited", "1"]
+    assert row.split()[-5:] == ["2.5", "0", "unlimited", "0", "1"]
     submitted(tenant)
     refused = loramill("submit", f"{tenant}/a", "--train", "train.jsonl", "--seed", "2")
     assert refused.exit_code == 1 and "waiting" in refused.stderr
@@ -252,7 +252,7 @@ def test_watching_ends_with_the_last_job(capsys: pytest.CaptureFixture[str], mon
         return answer  # type: ignore[no-any-return]
 
     assert [each.status for each in _follow(look, 0.0)] == ["succeeded"] and answers == []
-    assert "1 jobs: 1 succeeded" in capsys.readouterr().out
+    assert "1 job: 1 succeeded" in capsys.readouterr().out
     for error in (NotRunning("Nothing answers."), InvalidRequest("No.")):
         answers.append(error)
         with pytest.raises(type(error)):
@@ -293,10 +293,10 @@ def test_what_has_ended_is_not_looked_at_again(gateway: RunningGateway, tenant: 
 def test_watch(gateway: RunningGateway, tenant: str) -> None:
     assert "No jobs yet" in ok("jobs", "watch", "--tenant", tenant).stderr
     first = submitted(tenant)
-    assert "1 jobs: 1 queued" in ok("jobs", "watch", "--tenant", tenant, "--once").stdout
+    assert "1 job: 1 queued" in ok("jobs", "watch", "--tenant", tenant, "--once").stdout
     threading.Timer(0.3, gateway.publish, [first]).start()
     began = time.monotonic()
-    assert "1 jobs: 1 succeeded" in ok("jobs", "watch", "--tenant", tenant, "--every", "0.1").stdout
+    assert "1 job: 1 succeeded" in ok("jobs", "watch", "--tenant", tenant, "--every", "0.1").stdout
     assert time.monotonic() - began > 0.2
 
 

@@ -58,10 +58,7 @@ def test_limits_from_the_command_line(gateway: RunningGateway, tenant: str) -> N
     said = ("--requests", "60", "--tokens", "5000", "--concurrent", "4", "--stored", "1000000")
     assert shown("tenant", "limits", tenant, *said)["tokens_per_minute"] == 5000
     printed = loramill("tenant", "limits", tenant, "--tokens", "unlimited").stdout
-    assert (
-        printed.split()
-        == "requests a minute 60 tokens a minute unlimited requests at once 4 bytes stored 1000000".split()
-    )
+    assert printed.split() == "requests 60 requests/min tokens unlimited at once 4 requests files 1 MB".split()
     wrong = loramill("tenant", "limits", tenant, "--tokens", "many")
     assert wrong.exit_code == 2 and "--tokens" in wrong.stderr
     assert shown("audit", "--tenant", tenant)[0]["details"]["tokens_per_minute"] is None

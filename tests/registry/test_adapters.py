@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 
 from loramill.errors import Conflict, ModelNotFound, NotFound
 from loramill.names import AdapterName
-from loramill.registry import adapters, evaluations, tenants
+from loramill.registry import adapters, deletion, evaluations, renaming, tenants
 from loramill.types import Alias, VersionRecord
 
 NAME = AdapterName("acme", "support")
@@ -164,7 +164,7 @@ def test_evaluations(session):
 
 
 class Aliases(RuleBasedStateMachine):
-    """The record against three variables, whatever is published, promoted and rolled back."""
+    """The registry against three variables, whatever is published, promoted, rolled back, deleted and renamed."""
 
     registry = None
 
@@ -208,6 +208,44 @@ class Aliases(RuleBasedStateMachine):
         self.previous, self.champion = self.champion, self.previous
         self.challenger = None if self.challenger == self.champion else self.challenger
 
+    @precondition(lambda self: self.versions)
+    @rule(data=st.data(), force=st.booleans())
+    def delete_version(self, data, force):
+        version = data.draw(st.sampled_from(self.versions))
+        pointed = version in (self.challenger, self.previous)
+        try:
+            with self.registry.writing() as session:
+                deletion.delete_version(session, self.name, version, force=force)
+        except Conflict:
+            assert version == self.champion or (pointed and not force)
+            return
+        assert version != self.champion and (force or not pointed)
+        self.versions = [each for each in self.versions if each != version]
+        self.challenger = None if self.challenger == version else self.challenger
+        self.previous = None if self.previous == version else self.previous
+
+    @rule()
+    def delete_adapter(self):
+        old = set(self.versions)
+        with self.registry.writing() as session:
+            assert deletion.delete_adapter(session, self.name).versions == len(old)
+        with self.registry.writing() as session:
+            for model in ("champion", *old):
+                with pytest.raises(ModelNotFound):
+                    adapters.resolve(session, self.name, model)
+            adapters.ensure(session, self.name)
+        self.versions, self.champion, self.challenger, self.previous = [], None, None, None
+
+    @rule(number=st.integers(0, 3))
+    def rename(self, number):
+        to = AdapterName(self.name.tenant, f"bot{number}")
+        with self.registry.writing() as session:
+            renaming.rename(session, self.name, to)
+        if to != self.name:
+            with self.registry.reading() as session, pytest.raises(NotFound):
+                adapters.get(session, self.name)
+        self.name = to
+
     @rule()
     def hold(self):
         with self.registry.writing() as session:
@@ -219,9 +257,11 @@ class Aliases(RuleBasedStateMachine):
         with self.registry.reading() as session:
             record = adapters.get(session, self.name)
             history = adapters.history(session, self.name)
+            versions = {version.id for version in adapters.versions(session, self.name)}
         held = {alias: getattr(record, alias) for alias in Alias}
         assert held == {"champion": self.champion, "challenger": self.challenger, "previous": self.previous}
         assert held == {alias: next((move.version for move in history if move.alias is alias), None) for alias in Alias}
+        assert versions == set(self.versions)
         assert bool(self.versions) == (record.champion is not None)
         assert record.champion is None or record.champion not in (record.previous, record.challenger)
 

@@ -63,9 +63,19 @@ def _rolling_back(stage: Stage) -> httpx.Response:
     return stage.own.post(f"/v1/adapters/{stage.tenant}/a/rollback")
 
 
+def _deleting_a_version(stage: Stage) -> httpx.Response:
+    [challenger] = [row["challenger"] for row in stage.own.get("/v1/adapters").json()["data"] if row["challenger"]]
+    return stage.own.delete(f"/v1/adapters/{stage.tenant}/a/versions/{challenger}", params={"force": "true"})
+
+
 #: How each endpoint is called, what it is written down as, and whether by an admin.
 CALLS: dict[str, tuple[Callable[[Stage], httpx.Response], str, bool]] = {
     "POST /v1/tenants": (lambda s: s.admin.post("/v1/tenants", json={"name": f"{s.tenant}-b"}), "tenant.create", True),
+    "POST /v1/tenants/batch": (
+        lambda s: s.admin.post("/v1/tenants/batch", json={"tenants": [{"name": f"{s.tenant}-b"}]}),
+        "tenant.create",
+        True,
+    ),
     "POST /v1/tenants/*/share": (
         lambda s: s.admin.post(f"/v1/tenants/{s.tenant}/share", json={"weight": 2}),
         "tenant.share",
@@ -121,6 +131,19 @@ CALLS: dict[str, tuple[Callable[[Stage], httpx.Response], str, bool]] = {
         "adapter.data",
         False,
     ),
+    "POST /v1/adapters/*/*/rename": (
+        lambda s: s.own.post(f"/v1/adapters/{s.tenant}/a/rename", json={"to": f"{s.tenant}/b"}),
+        "adapter.rename",
+        False,
+    ),
+    "DELETE /v1/adapters/*/*": (lambda s: s.own.delete(f"/v1/adapters/{s.tenant}/a"), "adapter.delete", False),
+    "DELETE /v1/adapters/*/*/versions/*": (_deleting_a_version, "version.delete", False),
+    "DELETE /v1/models/*": (lambda s: s.own.delete(f"/v1/models/{s.tenant}/a"), "adapter.delete", False),
+    "DELETE /v1/tenants/*": (
+        lambda s: s.admin.delete(f"/v1/tenants/{s.tenant}", params={"cancel_jobs": "true"}),
+        "tenant.delete",
+        True,
+    ),
 }
 
 
@@ -147,10 +170,11 @@ def test_a_change_leaves_a_row(stage: Stage, endpoint: str) -> None:
     # Some are preceded by another change that makes them possible.
     [row] = [row for row in _rows(stage.site) if row.id not in before and row.action == action]
     assert row.request == answer.headers["x-request-id"]
-    assert row.tenant == (f"{stage.tenant}-b" if action == "tenant.create" else stage.tenant)
+    owners = {"tenant.create": f"{stage.tenant}-b", "tenant.delete": None}
+    assert row.tenant == owners.get(action, stage.tenant)
     assert row.actor == (None if by_admin else stage.tenant)
     assert row.key.startswith("key-") and row.subject
-    if "id" in answer.json() and not action.startswith("tenant"):
+    if "id" in answer.json() and not action.startswith("tenant") and action not in ("adapter.rename", "version.delete"):
         assert row.subject == answer.json()["id"]
     if "key" in answer.json():
         assert answer.json()["key"] not in str(row)

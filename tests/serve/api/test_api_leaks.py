@@ -63,7 +63,7 @@ def _requests(it: Names, mine: str) -> list[tuple[str, str, dict[str, Any]]]:
     return [
         *(("POST", "/v1/chat/completions", {"json": {"model": name, "messages": hello}}) for name in named),
         *(("POST", "/v1/completions", {"json": {"model": name, "prompt": "hi", "stream": True}}) for name in named),
-        *(("GET", f"/v1/models/{name}", {}) for name in named),
+        *((verb, f"/v1/models/{name}", {}) for name in named for verb in ("GET", "DELETE")),
         *(
             ("GET", f"/v1/files/{file}{below}", {})
             for file in (it.file, f"file-results-{it.job}")
@@ -80,6 +80,11 @@ def _requests(it: Names, mine: str) -> list[tuple[str, str, dict[str, Any]]]:
         *(("GET", adapter + below, {}) for below in ("", "/files", "/files/adapter_config.json")),
         *(("POST", f"{adapter}/{verb}", {}) for verb in ("rollback", "pin", "unpin", "warm")),
         ("POST", f"{adapter}/promote", {"json": {"version": "champion"}}),
+        ("DELETE", adapter, {"params": {"cancel_jobs": "true"}}),
+        ("DELETE", f"{adapter}/versions/{it.version}", {"params": {"force": "true"}}),
+        ("DELETE", f"{own}/versions/{it.version}", {}),
+        ("POST", f"{adapter}/rename", {"json": {"to": f"{mine}/b"}}),
+        ("POST", f"{own}/rename", {"json": {"to": f"{it.tenant}/{it.adapter}"}}),
         ("POST", f"{adapter}/data", {"json": {"training_file": it.file}}),
         ("POST", f"{own}/data", {"json": {"training_file": it.file}}),
         *(("POST", f"{own}/{verb}", {"json": {"version": it.version}}) for verb in ("promote", "pin", "warm")),
@@ -89,6 +94,7 @@ def _requests(it: Names, mine: str) -> list[tuple[str, str, dict[str, Any]]]:
         ("GET", f"/v1/tenants/{it.tenant}/keys", {}),
         *(("POST", f"/v1/tenants/{it.tenant}/{what}", {"json": {}}) for what in ("share", "limits", "keys")),
         ("POST", "/v1/tenants", {"json": {"name": it.tenant}}),
+        ("DELETE", f"/v1/tenants/{it.tenant}", {"params": {"cancel_jobs": "true"}}),
         ("DELETE", f"/v1/keys/{it.key}", {}),
         ("GET", "/v1/usage", {"params": {"tenant": it.tenant}}),
         ("GET", "/v1/audit", {"params": {"tenant": it.tenant}}),

@@ -48,8 +48,13 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "POST /v1/adapters/{tenant}/{adapter}/promote": {"json": {"version": "previous"}},
     "POST /v1/adapters/{tenant}/{adapter}/rollback": {},
     "POST /v1/tenants": {"json": {"name": "described"}},
+    "POST /v1/tenants/batch": {"json": {"tenants": [{"name": "listed", "weight": 2}], "keys": True}},
     "POST /v1/tenants/{tenant}/share": {"json": {"weight": 2.0, "max_queued": "unlimited"}},
     "POST /v1/tenants/{tenant}/limits": {"json": {"requests_per_minute": 1000, "stored_bytes": "unlimited"}},
+    "DELETE /v1/adapters/{tenant}/{adapter}/versions/{version}": {"params": {"force": "true"}},
+    "DELETE /v1/models/{model}": {},
+    "DELETE /v1/adapters/{tenant}/{adapter}": {},
+    "DELETE /v1/tenants/{tenant}": {"params": {"cancel_jobs": "true"}},
 }
 
 
@@ -124,13 +129,17 @@ def test_every_operation_answers_as_described(
             "POST /v1/fine_tuning/jobs": {"json": job},
             "POST /v1/fine_tuning/jobs/batch": {"json": {"jobs": [job, job | {"model": "no"}], "check_only": True}},
             "POST /v1/adapters/{tenant}/{adapter}/data": {"json": {"training_file": file}},
+            "POST /v1/adapters/{tenant}/{adapter}/rename": {"json": {"to": f"{tenant}/{known['adapter'][0]}"}},
         }
+        site.publish(f"{tenant}/spare", f"{tenant} spare")
+        deleted = {"model": f"{tenant}/spare", "version": "previous"}
         places = {name: values[0] for name, values in known.items()} | {"key_id": key}
         for name in sorted(
             todo, key=lambda name: (name.startswith("DELETE"), list(asked).index(name) if name in asked else -1)
         ):
             method, _, path = name.partition(" ")
-            answer = http.request(method, path.format(**places), **asked.get(name, {}))
+            here = places | deleted if method == "DELETE" else places
+            answer = http.request(method, path.format(**here), **asked.get(name, {}))
             answer.request.read()
             assert answer.status_code == 200, f"{name}: REQUESTS should have one that succeeds, not {answer.text}"
             api[path][method].validate_response(answer)
@@ -270,8 +279,9 @@ def narrowed(description: dict[str, Any], known: dict[str, list[Any]]) -> dict[s
     description = deepcopy(description)
     for name, operation in operations(description):
         for parameter in operation.get("parameters", ()):
-            # Data may be given to an adapter that isn't there yet.
-            if parameter.get("name") in known and not name.endswith("/data"):
+            # Data may be given to an adapter that isn't there yet, and nothing is deleted that later requests need.
+            spared = name.endswith("/data") or name.startswith(("DELETE /v1/a", "DELETE /v1/m", "DELETE /v1/t"))
+            if parameter.get("name") in known and not spared:
                 parameter["schema"] = {"enum": known[parameter["name"]]}
     for body in ("ChatRequest", "CompletionRequest", "NewJob", "NewData", "Promotion"):
         properties = description["components"]["schemas"][body]["properties"]

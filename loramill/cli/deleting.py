@@ -1,0 +1,110 @@
+"""`adapters delete`, `adapters rename` and `tenant delete`: what can't be undone is confirmed first."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from loramill.cli import show
+from loramill.client import Client
+from loramill.names import AdapterName
+from loramill.types import Removal
+
+Models = Annotated[
+    list[str],
+    typer.Argument(metavar="TENANT/ADAPTER[@VERSION]…", help="Adapters, or single versions.", show_default=False),
+]
+Tenants = Annotated[list[str], typer.Argument(metavar="TENANT…", help="Names of tenants.", show_default=False)]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")]
+CancelJobs = Annotated[
+    bool, typer.Option("--cancel-jobs", help="Cancel jobs that have not ended, instead of refusing.")
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Of versions: also the challenger or the previous champion; never the champion.")
+]
+
+
+def delete_adapters(
+    models: Models, yes: Yes = False, cancel_jobs: CancelJobs = False, force: Force = False, json: show.AsJson = False
+) -> None:
+    """Delete adapters with their versions, jobs and history, or single versions. Uploaded files stay."""
+    split = [(AdapterName.parse(model.partition("@")[0]), model.partition("@")[2]) for model in models]
+    removed: list[Removal] = []
+    with Client() as client:
+        # All are looked up before any is deleted.
+        found = [client.adapter(str(name)) for name, _ in split]
+        if not yes:
+            _confirm(
+                _sentence([f"{a.name}@{v}" if v else a.name for a, (_, v) in zip(found, split, strict=True)]), "yes"
+            )
+        for name, version in split:
+            if version:
+                client.delete_version(str(name), version, force=force)
+                removed.append(Removal(versions=1))
+            else:
+                removed.append(client.delete_adapter(str(name), cancel_jobs=cancel_jobs))
+            if not json:
+                show.say(f"{name.at(version)} is deleted." if version else _told(str(name), removed[-1]))
+    if json:
+        show.as_json(removed)
+
+
+def rename_adapter(
+    name: Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", show_default=False)],
+    to: Annotated[str, typer.Argument(metavar="NEW", help="The new name, of the same tenant.", show_default=False)],
+    json: show.AsJson = False,
+) -> None:
+    """Rename an adapter with all its versions, aliases and jobs. The old name does not answer any more."""
+    with Client() as client:
+        renamed = client.rename(name, to)
+    if json:
+        show.as_json(renamed)
+    else:
+        show.say(f"{name} is {renamed.name} now.")
+
+
+def delete_tenants(
+    names: Tenants, yes: Yes = False, cancel_jobs: CancelJobs = False, json: show.AsJson = False
+) -> None:
+    """Delete tenants with their keys, files, jobs and adapters. Usage and audit stay without their names."""
+    removed: list[Removal] = []
+    with Client() as client:
+        for name in names:
+            client.tenant(name)
+        if not yes:
+            _confirm(_sentence(names), names[0] if len(names) == 1 else "yes")
+        for name in names:
+            removed.append(client.delete_tenant(name, cancel_jobs=cancel_jobs))
+            if not json:
+                show.say(_told(f"Tenant {name}", removed[-1]))
+    if json:
+        show.as_json(removed)
+
+
+def _sentence(names: Sequence[str]) -> str:
+    return f"This deletes {', '.join(names)} with everything that belongs to {'them' if len(names) > 1 else 'it'}."
+
+
+def _confirm(sentence: str, word: str) -> None:
+    """Has the deletion confirmed by typing a word."""
+    if not _interactive():
+        raise typer.BadParameter("there is no one to ask for confirmation here; --yes deletes without asking.")
+    show.say(f"{sentence} It can't be undone.", style="yellow")
+    if typer.prompt(f"Type {word} to delete", default="", show_default=False, err=True) != word:
+        show.say("Nothing was deleted.")
+        raise typer.Exit(1)
+
+
+def _interactive() -> bool:
+    return sys.stdin.isatty()
+
+
+def _told(name: str, removed: Removal) -> str:
+    counts = ((removed.versions, "version"), (removed.jobs, "job"), (removed.files, "file"))
+    parts = [show.count(count, what) for count, what in counts if count]
+    if removed.cancelled:
+        parts.append(f"{len(removed.cancelled)} of the jobs had not ended")
+    return f"{name} is deleted, with {', '.join(parts)}." if parts else f"{name} is deleted."

@@ -1,0 +1,220 @@
+"""Deleting adapters, versions and tenants: each in the caller's transaction, with all that belongs to it.
+
+From the commit on nothing names what was deleted. Its bytes stay until the next sweep, and for good if another version
+or dataset has the same content. Usage and audit rows outlive what they are about; those of a deleted tenant name no
+one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Update, case, delete, or_, select, update
+from sqlalchemy.orm import Session
+from sqlalchemy.sql.dml import Delete
+
+from loramill.errors import Conflict
+from loramill.names import SHORT, AdapterName
+from loramill.registry import adapters, tenants, transitions, usage
+from loramill.registry.tables import (
+    AdapterDataRow,
+    AdapterRow,
+    AliasChangeRow,
+    AliasRow,
+    AuditRow,
+    CheckpointRow,
+    DatasetRow,
+    EvaluationRow,
+    EventRow,
+    JobRow,
+    KeyRow,
+    MeterRow,
+    NightlyStepRow,
+    TenantRow,
+    UsageRow,
+    VersionRow,
+)
+from loramill.types import Alias, JobStatus, Removal
+
+_OPEN = [status for status in JobStatus if not status.final]
+#: Jobs that a refusal names; a tenant may have thousands.
+_NAMED = 5
+
+
+def delete_adapter(session: Session, name: AdapterName | str, *, cancel_jobs: bool = False) -> Removal:
+    """Removes an adapter with its versions, aliases and their history, evaluations, waiting data, nightly steps and
+    jobs. Datasets stay: they belong to the tenant.
+
+    Args:
+        cancel_jobs: cancels its jobs that have not ended; a worker that trains one stops at its next heartbeat.
+
+    Raises:
+        NotFound: there is no such adapter.
+        Conflict: a job that has not ended trains it or starts from one of its versions, and `cancel_jobs` is false.
+    """
+    tenant = adapters.get(session, name).tenant
+    of_adapter = JobRow.spec["adapter"].as_string() == str(name)
+    versions = select(VersionRow.id).where(VersionRow.adapter == str(name))
+    uses = or_(of_adapter, JobRow.spec["start_from"].as_string().in_(versions))
+    # Jobs are locked before their adapter, in the order in which a worker that publishes locks the two.
+    cancelled = _end(session, _open_jobs(session, tenant, uses), f"the adapter '{name}'", cancel=cancel_jobs)
+    adapters.lock(session, name)
+    found = len(session.scalars(versions).all())
+    _remove_adapters(session, AdapterRow.name == str(name))
+    jobs = _remove_jobs(session, (JobRow.tenant == tenant) & of_adapter)
+    return Removal(versions=found, jobs=jobs, cancelled=cancelled)
+
+
+def delete_version(session: Session, name: AdapterName | str, version: str, *, force: bool = False) -> Removal:
+    """Removes one version (its full hash) with its evaluations. The moves of aliases to it stay, without its hash as a
+    reference, so that the history has no gap; its job stays, too.
+
+    Args:
+        force: also if it is the challenger or the previous champion; that alias then points to nothing.
+
+    Raises:
+        NotFound: there is no such adapter, or it has no such version.
+        Conflict: it is the champion; or another alias points to it, and `force` is false; or a job that has not ended
+            starts from it.
+    """
+    adapter = adapters.get(session, name)
+    starts = JobRow.spec["start_from"].as_string() == version
+    shown = f"{name}@{version[:SHORT]}"
+    _end(session, _open_jobs(session, adapter.tenant, starts), f"the version '{shown}'", cancel=False)
+    adapters.lock(session, name)
+    row = adapters.owned(session, name, version)
+    _release_aliases(session, name, version, shown, force=force)
+    of_version = (AliasChangeRow.adapter == str(name)) & (AliasChangeRow.version == version)
+    gone = f" ({version[:SHORT]}, since deleted)"
+    _run(session, update(AliasChangeRow).where(of_version).values(version=None, reason=AliasChangeRow.reason + gone))
+    _run(session, delete(EvaluationRow).where(EvaluationRow.adapter == str(name), EvaluationRow.version == version))
+    mine = select(JobRow.id).where(JobRow.tenant == adapter.tenant, JobRow.spec["adapter"].as_string() == str(name))
+    checkpoints = (CheckpointRow.version == version) & CheckpointRow.job.in_(mine)
+    _run(session, update(CheckpointRow).where(checkpoints).values(version=None))
+    if row.job is not None:
+        _run(session, update(JobRow).where(JobRow.id == row.job).values(result=None))
+    _run(session, delete(VersionRow).where(VersionRow.adapter == str(name), VersionRow.id == version))
+    return Removal(versions=1)
+
+
+def delete_tenant(session: Session, name: str, *, cancel_jobs: bool = False) -> Removal:
+    """Removes a tenant with its keys, datasets, jobs, adapters and limits.
+
+    What stays, for the sums and the evidence of whoever runs the service, has no name in it: its usage is added to that
+    of `usage.GONE`; its audit rows keep their time, action, key id, request id and ids of files and jobs, and lose
+    tenant, names and details.
+
+    Args:
+        cancel_jobs: as for `delete_adapter`.
+
+    Raises:
+        NotFound: there is no such tenant.
+        Conflict: a job of it has not ended, and `cancel_jobs` is false.
+    """
+    tenants.get(session, name)
+    mine = JobRow.tenant == name
+    cancelled = _end(session, _open_jobs(session, name, mine), f"the tenant '{name}'", cancel=cancel_jobs)
+    tenants.lock(session, name)
+    # One that was submitted before the lock; none can be after it.
+    cancelled += _end(session, _open_jobs(session, name, mine), f"the tenant '{name}'", cancel=cancel_jobs)
+    owned = select(AdapterRow.name).where(AdapterRow.tenant == name)
+    versions = len(session.scalars(select(VersionRow.id).where(VersionRow.adapter.in_(owned))).all())
+    _remove_adapters(session, AdapterRow.tenant == name)
+    jobs = _remove_jobs(session, mine)
+    files = _run(session, delete(DatasetRow).where(DatasetRow.tenant == name))
+    for table in (KeyRow, MeterRow):
+        _run(session, delete(table).where(table.tenant == name))
+    _anonymize_usage(session, name)
+    _anonymize_audit(session, name)
+    _run(session, delete(TenantRow).where(TenantRow.name == name))
+    return Removal(versions=versions, jobs=jobs, files=files, cancelled=cancelled)
+
+
+def _open_jobs(session: Session, tenant: str, which: ColumnElement[bool]) -> Sequence[JobRow]:
+    """The tenant's jobs that have not ended, locked to the transaction's end."""
+    statement = select(JobRow).where(JobRow.tenant == tenant, JobRow.status.in_(_OPEN), which).order_by(JobRow.id)
+    return session.scalars(statement.with_for_update().execution_options(populate_existing=True)).all()
+
+
+def _end(session: Session, jobs: Iterable[JobRow], what: str, *, cancel: bool) -> tuple[str, ...]:
+    """Cancels jobs, or refuses to delete what they need; returns their ids."""
+    rows = list(jobs)
+    ids = tuple(row.id for row in rows)
+    if ids and not cancel:
+        more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
+        raise Conflict(
+            f"{what[0].upper()}{what[1:]} can't be deleted yet: {', '.join(ids[:_NAMED])}{more} "
+            f"{'needs' if len(ids) == 1 else 'need'} it and {'has' if len(ids) == 1 else 'have'} not ended. Cancel "
+            f"{'it' if len(ids) == 1 else 'them'} (`loramill jobs cancel`), or wait."
+        )
+    for row in rows:
+        transitions.cancel(session, row)
+    return ids
+
+
+def _release_aliases(session: Session, name: AdapterName | str, version: str, shown: str, *, force: bool) -> None:
+    """Makes sure that no alias points to a version."""
+    adapter = adapters.get(session, name)
+    if adapter.champion == version:
+        raise Conflict(
+            f"'{shown}' is the champion and can't be deleted: promote another version first (`loramill promote {name} "
+            f"VERSION`), or delete the adapter (`loramill adapters delete {name}`)."
+        )
+    for alias in (Alias.CHALLENGER, Alias.PREVIOUS):
+        if getattr(adapter, alias) != version:
+            continue
+        if not force:
+            raise Conflict(
+                f"'{shown}' is the {'previous champion' if alias is Alias.PREVIOUS else alias}: delete it with `force` "
+                f"(`loramill adapters delete {shown} --force`), after which '{name}' has no {alias}."
+            )
+        adapters.move(session, name, alias, None, f"{version[:SHORT]} was deleted")
+
+
+def _remove_adapters(session: Session, which: ColumnElement[bool]) -> None:
+    """Removes adapters with everything that names them, but for their jobs."""
+    names = select(AdapterRow.name).where(which)
+    for table in (NightlyStepRow, AdapterDataRow, EvaluationRow, AliasChangeRow, AliasRow, VersionRow):
+        _run(session, delete(table).where(table.adapter.in_(names)))
+    _run(session, delete(AdapterRow).where(which))
+
+
+def _remove_jobs(session: Session, which: ColumnElement[bool]) -> int:
+    """Removes jobs with their events and checkpoints; returns how many."""
+    ids = select(JobRow.id).where(which)
+    # What another adapter was given of their results stays, without its job.
+    _run(session, update(VersionRow).where(VersionRow.job.in_(ids)).values(job=None))
+    for table in (CheckpointRow, EventRow):
+        _run(session, delete(table).where(table.job.in_(ids)))
+    return _run(session, delete(JobRow).where(which))
+
+
+def _anonymize_usage(session: Session, tenant: str) -> None:
+    rows = session.scalars(select(UsageRow).where(UsageRow.tenant == tenant)).all()
+    sums: defaultdict[usage.Item, usage.Count] = defaultdict(usage.Count)
+    for row in rows:
+        sums[usage.gone(usage.Item(row.tenant, row.day, row.model, row.version))] += usage.Count(
+            row.requests, row.prompt_tokens, row.completion_tokens
+        )
+    usage.add(session, sums)
+    _run(session, delete(UsageRow).where(UsageRow.tenant == tenant))
+
+
+def _anonymize_audit(session: Session, tenant: str) -> None:
+    ids = or_(*(AuditRow.action.startswith(f"{kind}.") for kind in ("file", "job", "key")))
+    values: dict[str, Any] = {
+        "tenant": None,
+        "actor": case((AuditRow.actor.is_(None), None), else_=usage.GONE),
+        "subject": case((ids, AuditRow.subject), else_=usage.GONE),
+        "details": {},
+    }
+    _run(session, update(AuditRow).where(AuditRow.tenant == tenant).values(**values))
+
+
+def _run(session: Session, statement: Update | Delete) -> int:
+    """Carries out a statement over many rows; returns how many. What the session has loaded of them is forgotten."""
+    result = session.execute(statement, execution_options={"synchronize_session": False})
+    session.expire_all()
+    return int(result.rowcount)  # type: ignore[attr-defined]  # a statement of this kind has one

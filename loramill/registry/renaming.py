@@ -1,0 +1,93 @@
+"""Renaming an adapter: everything that bears its name follows, in the caller's transaction."""
+
+from __future__ import annotations
+
+from sqlalchemy import delete as delete_from
+from sqlalchemy import insert, literal, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from loramill.errors import Conflict, InvalidRequest
+from loramill.names import AdapterName
+from loramill.registry import adapters
+from loramill.registry.tables import (
+    AdapterDataRow,
+    AdapterRow,
+    AliasChangeRow,
+    AliasRow,
+    EvaluationRow,
+    JobRow,
+    NightlyRunRow,
+    NightlyStepRow,
+    VersionRow,
+)
+from loramill.types import AdapterRecord
+
+
+def rename(session: Session, name: AdapterName, to: AdapterName) -> AdapterRecord:
+    """Renames an adapter. Versions, aliases and their history, the pin, evaluations, waiting data, past nightly steps
+    and jobs follow, a running one too. Usage and audit rows keep the name that was used then.
+
+    Raises:
+        NotFound: there is no such adapter.
+        InvalidRequest: the new name is another tenant's: an adapter's data and jobs are its tenant's.
+        Conflict: there is an adapter of the new name, or an open nightly run works on this one.
+    """
+    record = adapters.get(session, name)
+    if to.tenant != name.tenant:
+        raise InvalidRequest(
+            f"'{name}' can't become '{to}': an adapter stays its tenant's. Write the new name as {name.tenant}/NAME.",
+            param="to",
+        )
+    if to == name:
+        return record
+    # Jobs are locked before their adapter, in the order in which a worker that publishes locks the two.
+    mine = select(JobRow).where(JobRow.tenant == name.tenant, JobRow.spec["adapter"].as_string() == str(name))
+    jobs = session.scalars(mine.order_by(JobRow.id).with_for_update().execution_options(populate_existing=True)).all()
+    adapters.lock(session, name)
+    _check_no_nightly_run(session, name)
+    _copy_row(session, name, to)
+    _copy_versions(session, name, to)
+    for table in (AliasRow, AliasChangeRow, EvaluationRow, NightlyStepRow, AdapterDataRow):
+        session.execute(
+            update(table).where(table.adapter == str(name)).values(adapter=str(to)),
+            execution_options={"synchronize_session": False},
+        )
+    for row in jobs:
+        row.spec = {**row.spec, "adapter": str(to)}
+    session.flush()
+    for gone in (
+        delete_from(VersionRow).where(VersionRow.adapter == str(name)),
+        delete_from(AdapterRow).where(AdapterRow.name == str(name)),
+    ):
+        session.execute(gone, execution_options={"synchronize_session": False})
+    session.expire_all()
+    return adapters.get(session, to)
+
+
+def _check_no_nightly_run(session: Session, name: AdapterName) -> None:
+    works = select(NightlyStepRow.run).join(NightlyRunRow, NightlyRunRow.id == NightlyStepRow.run)
+    run = session.scalar(works.where(NightlyStepRow.adapter == str(name), NightlyRunRow.finished_at.is_(None)).limit(1))
+    if run is not None:
+        raise Conflict(
+            f"'{name}' can't be renamed while the nightly run {run} works on it: wait until it has ended, or resume an "
+            "interrupted one with `loramill nightly run`."
+        )
+
+
+def _copy_row(session: Session, name: AdapterName, to: AdapterName) -> None:
+    old = session.get_one(AdapterRow, str(name))
+    try:
+        with session.begin_nested():
+            session.add(AdapterRow(name=str(to), tenant=old.tenant, created_at=old.created_at, pinned=old.pinned))
+    except IntegrityError as error:
+        raise Conflict(
+            f"There is an adapter '{to}' already; delete it first, or choose another name.", param="to"
+        ) from error
+
+
+def _copy_versions(session: Session, name: AdapterName, to: AdapterName) -> None:
+    # Aliases refer to adapter and version together, so the new pairs must exist before the aliases can follow.
+    columns = [column for column in VersionRow.__table__.c if column.name != "adapter"]
+    copied = select(literal(str(to)), *columns).where(VersionRow.adapter == str(name))
+    session.execute(insert(VersionRow).from_select(["adapter", *(column.name for column in columns)], copied))

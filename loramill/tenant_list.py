@@ -1,0 +1,153 @@
+"""Lists of tenants to make: a name a line, CSV or TSV with a header, or JSONL."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from loramill.errors import InvalidRequest
+from loramill.names import check_name
+from loramill.types import Value
+
+Quota = Annotated[int, Field(ge=0, lt=2**31, strict=True)] | Literal["unlimited"] | None
+Rate = Annotated[int, Field(ge=1, lt=2**31, strict=True)] | Literal["unlimited"] | None
+Tokens = Annotated[int, Field(ge=1, lt=2**53, strict=True)] | Literal["unlimited"] | None
+Bytes = Annotated[int, Field(ge=0, lt=2**53, strict=True)] | Literal["unlimited"] | None
+
+#: Problems that an error lists.
+_SHOWN = 20
+
+
+class NewTenant(Value):
+    """A tenant to make; what is None is the default: weight 1, no limits."""
+
+    name: str
+    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False, strict=True)
+    max_running: Quota = None
+    max_queued: Quota = None
+    requests_per_minute: Rate = None
+    tokens_per_minute: Tokens = None
+    concurrent_requests: Rate = None
+    stored_bytes: Bytes = None
+
+    @field_validator("name")
+    @classmethod
+    def _possible(cls, name: str) -> str:
+        try:
+            return check_name(name, "tenant")
+        except InvalidRequest as error:
+            raise ValueError(error.message) from error
+
+
+def read_tenants(path: Path) -> list[NewTenant]:
+    """Reads a list of tenants; its kind follows from the file's name: .csv, .tsv, .jsonl, else a name a line.
+
+    Columns and keys are the fields of `NewTenant`; what is empty is not given. Blank lines and, in a list of names,
+    lines that begin with # are passed over.
+
+    Raises:
+        InvalidRequest: the file can't be read, or is wrong; the message gives line and column of every problem.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InvalidRequest(f"{path} can't be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
+    kinds = {".csv": _from_table, ".tsv": _from_table, ".jsonl": _from_json}
+    tenants: list[NewTenant] = []
+    problems: list[str] = []
+    lines: dict[str, int] = {}
+    for line, given in kinds.get(path.suffix.lower(), _from_names)(text, path):
+        try:
+            tenant = NewTenant.model_validate(given)
+        except ValidationError as error:
+            problems += [f"{path}, line {line}: {_problem(each)}" for each in _first_of_each(error)]
+            continue
+        if tenant.name in lines:
+            problems.append(f"{path}, line {line}: '{tenant.name}' is on line {lines[tenant.name]} already.")
+        lines.setdefault(tenant.name, line)
+        tenants.append(tenant)
+    if problems:
+        more = [f"… and {len(problems) - _SHOWN} more."] if len(problems) > _SHOWN else []
+        raise InvalidRequest("\n".join([*problems[:_SHOWN], *more]))
+    if not tenants:
+        raise InvalidRequest(f"{path} names no tenant.")
+    return tenants
+
+
+def _from_names(text: str, _: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield number, {"name": line.strip()}
+
+
+def _from_json(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            given = json.loads(line)
+        except ValueError as error:
+            raise InvalidRequest(f"{path}, line {number}: this is not JSON ({error}).") from error
+        yield number, {"name": given} if isinstance(given, str) else given
+
+
+def _from_table(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    header = text.lstrip().partition("\n")[0]
+    separator = max(",;\t|", key=header.count) if path.suffix.lower() == ".csv" else "\t"
+    rows = csv.DictReader(text.lstrip().splitlines(keepends=True), delimiter=separator, restkey="")
+    skipped = text[: len(text) - len(text.lstrip())].count("\n")
+    columns = [column.strip() for column in rows.fieldnames or ()]
+    if unknown := [column for column in columns if column not in NewTenant.model_fields]:
+        raise InvalidRequest(
+            f"{path} has the column{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}; there may be "
+            f"{', '.join(NewTenant.model_fields)}, of which name must be there."
+        )
+    if "name" not in columns:
+        raise InvalidRequest(f"{path} has no column 'name': its first line must name the columns.")
+    rows.fieldnames = columns
+    for row in rows:
+        number = rows.line_num + skipped
+        if "" in row:
+            raise InvalidRequest(f"{path}, line {number}: there are more cells than columns.")
+        given = {column: cell.strip() for column, cell in row.items() if cell is not None and cell.strip()}
+        if given:
+            yield number, {column: _number(cell) if column != "name" else cell for column, cell in given.items()}
+
+
+def _number(cell: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell
+
+
+def _first_of_each(error: ValidationError) -> Sequence[Any]:
+    """One problem a field: a union reports each of its alternatives."""
+    return list({problem["loc"][:1]: problem for problem in reversed(error.errors())}.values())[::-1]
+
+
+def _problem(problem: Mapping[str, Any]) -> str:
+    field = problem["loc"][0] if problem["loc"] else None
+    wrong = f"'{field}' is {problem['input']!r}; give"
+    if problem["type"] == "missing":
+        said = f"there is no '{field}'."
+    elif problem["type"] == "extra_forbidden":
+        said = f"there is no setting '{field}'; there may be {', '.join(NewTenant.model_fields)}."
+    elif problem["type"] == "value_error":
+        said = str(problem["ctx"]["error"])
+    elif field is None:
+        said = "this is no object with a name."
+    elif field == "weight":
+        said = f"{wrong} a number above 0."
+    else:
+        said = f"{wrong} {'text' if field == 'name' else 'a whole number, or unlimited'}."
+    return said

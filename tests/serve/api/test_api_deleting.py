@@ -1,0 +1,221 @@
+"""Deleting and renaming over HTTP and with OpenAI's client: what is answered, and what no name reaches any more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from loramill.registry import deletion, jobs, keys, tenants
+from loramill.registry.tables import JobRow
+from loramill.serve.fake import EchoBackend
+from loramill.serve.protocol import TextChunk, TextRequest
+from loramill.types import JobStatus, Scope
+
+HELLO: Any = [{"role": "user", "content": "one two three"}]
+
+
+def test_openais_client_deletes_a_model(client: OpenAI, site: Any, tenant: str, echo: EchoBackend) -> None:
+    name = f"{tenant}/support"
+    old = site.publish(name, f"{tenant} one")
+    client.chat.completions.create(model=name, messages=HELLO)
+    deleted = client.models.delete(name)
+    assert (deleted.id, deleted.object, deleted.deleted) == (name, "model", True)
+    for model in (name, f"{name}@{old}", f"{name}@champion"):
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model=model, messages=HELLO)
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve(model)
+        with pytest.raises(openai.NotFoundError):
+            client.models.delete(model)
+    assert name not in [model.id for model in client.models.list().data]
+    # A new adapter of the name is another version; the old one is reached by no name, so neither are its slot and KV.
+    new = site.publish(name, f"{tenant} two")
+    client.chat.completions.create(model=name, messages=HELLO)
+    assert [request.version for request in echo.requests] == [old, new]
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model=f"{name}@{old}", messages=HELLO)
+
+
+def test_a_version_is_deleted_with_openais_client_unless_an_alias_points_to_it(
+    client: OpenAI, http: httpx.Client, site: Any, tenant: str
+) -> None:
+    name = f"{tenant}/support"
+    versions = [site.publish(name, f"{tenant} {number}") for number in range(4)]
+    http.post(f"/v1/adapters/{name}/promote", json={"version": versions[2]})
+    for version, said in ((versions[2], "champion"), (versions[0], "previous"), (versions[3], "challenger")):
+        with pytest.raises(openai.ConflictError, match=said):
+            client.models.delete(f"{name}@{version[:12]}")
+    deleted = client.models.delete(f"{name}@{versions[1][:12]}")
+    assert deleted.deleted and deleted.id == f"{name}@{versions[1][:12]}"
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model=f"{name}@{versions[1]}", messages=HELLO)
+    forced = http.delete(f"/v1/adapters/{name}/versions/{versions[3][:8]}", params={"force": "true"}).json()
+    assert forced == {"id": f"{name}@{versions[3]}", "object": "adapter.version", "deleted": True}
+    refused = http.delete(f"/v1/adapters/{name}/versions/champion", params={"force": "true"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "conflict")
+    assert http.get(f"/v1/adapters/{name}").json()["challenger"] is None
+
+
+def test_what_is_no_adapter_is_not_deleted(client: OpenAI, tenant: str, other: str) -> None:
+    with pytest.raises(openai.BadRequestError, match="is a base"):
+        client.models.delete("tiny")
+    with pytest.raises(openai.NotFoundError):
+        client.models.delete("no-such-base")
+    with pytest.raises(openai.PermissionDeniedError):
+        client.models.delete(f"{other}/support")
+
+
+def test_every_gateway_refuses_what_was_deleted_within_a_second(
+    client: OpenAI, site: Any, twin: Any, tenant: str
+) -> None:
+    name, key = f"{tenant}/support", site.key(tenant)
+    site.publish(name, f"{tenant} one")
+    with twin.openai(key) as elsewhere:
+        elsewhere.chat.completions.create(model=name, messages=HELLO)  # both name and key are remembered there now
+        client.models.delete(name)
+        refused_after(lambda: elsewhere.chat.completions.create(model=name, messages=HELLO), openai.NotFoundError)
+        with site.http(site.admin_key) as admin:
+            assert admin.delete(f"/v1/tenants/{tenant}").json()["deleted"]
+        refused_after(elsewhere.models.list, openai.AuthenticationError)
+    with pytest.raises(openai.AuthenticationError):
+        client.models.list()
+
+
+def refused_after(ask: Any, error: type[Exception]) -> None:
+    """Asks until it is refused, for a second at most."""
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        try:
+            ask()
+        except error:
+            return
+        time.sleep(0.05)
+    pytest.fail("it is still answered after a second")
+
+
+class Deleting(EchoBackend):
+    """Has something done between the first token and the second."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self._act = act
+
+    async def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:  # type: ignore[override]
+        async for chunk in super().generate(request):
+            yield chunk
+            if chunk.completion_tokens == 1:
+                self._act()
+
+
+def test_a_request_in_flight_ends_with_its_version(client: OpenAI, site: Any, tenant: str) -> None:
+    name = f"{tenant}/support"
+    version = site.publish(name, f"{tenant} one")
+
+    def delete() -> None:
+        with site.registry.writing() as session:
+            deletion.delete_tenant(session, tenant)
+
+    site.backend.now = backend = Deleting(delete)
+    answer = client.chat.completions.create(model=name, messages=HELLO)
+    assert answer.choices[0].message.content == "one two three"
+    assert [request.version for request in backend.requests] == [version]
+    with pytest.raises(openai.AuthenticationError):
+        client.chat.completions.create(model=name, messages=HELLO)
+
+
+def test_a_job_that_has_not_ended_is_named_and_cancelled_if_asked(
+    client: OpenAI, http: httpx.Client, site: Any, tenant: str, jsonl: Any
+) -> None:
+    file = client.files.create(file=("a.jsonl", jsonl(5)), purpose="fine-tune").id
+    name = f"{tenant}/support"
+    site.publish(name, f"{tenant} one")
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file, suffix="support").id
+    with pytest.raises(openai.ConflictError, match=job):
+        client.models.delete(name)
+    with site.http(site.admin_key) as admin:
+        refused = admin.delete(f"/v1/tenants/{tenant}")
+    assert (refused.status_code, job in refused.json()["error"]["message"]) == (409, True)
+    deleted = http.delete(f"/v1/adapters/{name}", params={"cancel_jobs": "true"}).json()
+    assert (deleted["cancelled"], deleted["jobs"], deleted["versions"], deleted["files"]) == ([job], 1, 1, 0)
+    with pytest.raises(openai.NotFoundError):
+        client.fine_tuning.jobs.retrieve(job)
+    assert client.files.delete(file).deleted
+    for wrong in ({"cancel_jobs": "perhaps"}, {"force": "true"}):
+        assert http.delete(f"/v1/adapters/{name}", params=wrong).status_code == 400
+
+
+def test_a_tenant_is_deleted_by_an_admin_alone(http: httpx.Client, site: Any, tenant: str, other: str) -> None:
+    assert http.delete(f"/v1/tenants/{tenant}").status_code == 403
+    site.publish(f"{tenant}/support", f"{tenant} one")
+    with site.http(site.admin_key) as admin:
+        deleted = admin.delete(f"/v1/tenants/{tenant}").json()
+        assert (deleted["id"], deleted["object"], deleted["versions"]) == (tenant, "tenant", 1)
+        again = admin.delete(f"/v1/tenants/{tenant}")
+        assert (again.status_code, again.json()["error"]["code"]) == (404, "not_found")
+        assert admin.get(f"/v1/tenants/{tenant}").status_code == 404
+        assert admin.get("/v1/audit", params={"tenant": tenant}).status_code == 404
+        [row] = [row for row in admin.get("/v1/audit").json()["data"] if row["subject"] == tenant]
+        assert (row["action"], row["tenant"], row["details"]) == (
+            "tenant.delete",
+            None,
+            {"versions": 1, "jobs": 0, "files": 0},
+        )
+        assert admin.get(f"/v1/tenants/{other}").status_code == 200
+        assert admin.post("/v1/tenants", json={"name": tenant}).status_code == 200
+        assert admin.get(f"/v1/tenants/{tenant}/keys").json()["data"] == []
+
+
+def test_only_a_key_for_adapters_deletes_them(site: Any, tenant: str) -> None:
+    site.publish(f"{tenant}/support", f"{tenant} one")
+    with site.registry.writing() as session:
+        secrets = {scope: keys.create(session, tenant, scopes=[scope])[1] for scope in Scope}
+    for scope in (Scope.INFERENCE, Scope.TRAINING, Scope.READ):
+        with site.openai(secrets[scope]) as client, pytest.raises(openai.PermissionDeniedError, match="adapters"):
+            client.models.delete(f"{tenant}/support")
+    with site.openai(secrets[Scope.ADAPTERS]) as client:
+        assert client.models.delete(f"{tenant}/support").deleted
+
+
+def test_a_renamed_adapter_answers_by_its_new_name_alone(
+    client: OpenAI, http: httpx.Client, site: Any, twin: Any, tenant: str, other: str, jsonl: Any
+) -> None:
+    name, to = f"{tenant}/support", f"{tenant}/help"
+    version = site.publish(name, f"{tenant} one")
+    http.post(f"/v1/adapters/{name}/pin")
+    file = client.files.create(file=("a.jsonl", jsonl(5)), purpose="fine-tune").id
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file, suffix="support").id
+    with twin.openai(site.key(tenant)) as elsewhere:
+        elsewhere.chat.completions.create(model=name, messages=HELLO)
+        renamed = http.post(f"/v1/adapters/{name}/rename", json={"to": to}).json()
+        assert (renamed["id"], renamed["champion"], renamed["pinned"]) == (to, version, True)
+        refused_after(lambda: elsewhere.chat.completions.create(model=name, messages=HELLO), openai.NotFoundError)
+        answer = elsewhere.chat.completions.with_raw_response.create(model=to, messages=HELLO)
+    assert answer.headers["x-loramill-version"] == version
+    assert http.get(f"/v1/fine_tuning/jobs/{job}").json()["loramill"]["adapter"] == to
+    [change] = [row for row in http.get("/v1/audit").json()["data"] if row["action"] == "adapter.rename"]
+    assert (change["subject"], change["details"]) == (name, {"to": to})
+    site.publish(name, f"{tenant} two")
+    for wrong, status, param in ((name, 409, "to"), (f"{other}/x", 400, "to"), ("x", 400, None), ("Bad/x", 400, None)):
+        answer = http.post(f"/v1/adapters/{to}/rename", json={"to": wrong})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
+
+
+def test_a_tenant_shows_how_many_of_its_jobs_run_and_wait(site: Any, tenant: str, client: OpenAI, jsonl: Any) -> None:
+    file = client.files.create(file=("a.jsonl", jsonl(5)), purpose="fine-tune").id
+    made = [client.fine_tuning.jobs.create(model="tiny", training_file=file, suffix="a").id for _ in range(3)]
+    with site.registry.writing() as session:
+        session.get_one(JobRow, made[0]).status = JobStatus.RUNNING
+        jobs.pause(session, made[1])
+        assert tenants.load(session)[tenant] == (1, 2)
+    with site.http(site.admin_key) as admin:
+        [listed] = [row for row in admin.get("/v1/tenants").json()["data"] if row["name"] == tenant]
+        assert (listed["running"], listed["waiting"]) == (1, 2)
+        assert admin.get(f"/v1/tenants/{tenant}").json() == listed
+        # The job that runs here has no worker; it must not be left to the other tests of this gateway.
+        assert admin.delete(f"/v1/tenants/{tenant}", params={"cancel_jobs": "true"}).status_code == 200
