@@ -8,16 +8,24 @@ from typing import Annotated
 
 import typer
 
-from loramill.cli import show
+from loramill.cli import complete, show
 from loramill.client import Client
 from loramill.names import AdapterName
 from loramill.types import Removal
 
 Models = Annotated[
     list[str],
-    typer.Argument(metavar="TENANT/ADAPTER[@VERSION]…", help="Adapters, or single versions.", show_default=False),
+    typer.Argument(
+        metavar="TENANT/ADAPTER[@VERSION]…",
+        help="Adapters, or single versions.",
+        show_default=False,
+        autocompletion=complete.adapters,
+    ),
 ]
-Tenants = Annotated[list[str], typer.Argument(metavar="TENANT…", help="Names of tenants.", show_default=False)]
+Tenants = Annotated[
+    list[str],
+    typer.Argument(metavar="TENANT…", help="Names of tenants.", show_default=False, autocompletion=complete.tenants),
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")]
 CancelJobs = Annotated[
     bool, typer.Option("--cancel-jobs", help="Cancel jobs that have not ended, instead of refusing.")
@@ -53,7 +61,9 @@ def delete_adapters(
 
 
 def rename_adapter(
-    name: Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(metavar="TENANT/ADAPTER", show_default=False, autocompletion=complete.adapters)
+    ],
     to: Annotated[str, typer.Argument(metavar="NEW", help="The new name, of the same tenant.", show_default=False)],
     json: show.AsJson = False,
 ) -> None:
