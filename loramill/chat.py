@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from loramill.chat_template import ChatTemplate, by_name, read_templates
 from loramill.errors import BaseUnusable, DatasetInvalid, InvalidRequest, UnsupportedParameter
+from loramill.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from loramill.dataset import Example
@@ -320,6 +321,11 @@ class ChatTokenizer:
         """The text of tokens, without special tokens; bytes that are no UTF-8 become U+FFFD."""
         text: str = self._markup.decode(list(tokens), skip_special_tokens=True)
         return text
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """What each token adds to a text."""
+        return TokenBytes(self._markup, frozenset(self._special.values()))
 
     def _continue(self, prompt: list[int], whole: list[int], rest: str) -> list[int]:
         """Tokens of `rest` after `prompt`.

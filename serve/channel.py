@@ -204,7 +204,7 @@ def _framed(content: bytes) -> bytes:
 def _packed(chunk: TextChunk | None) -> Any:
     if chunk is None:
         return None
-    tokens = [[_pair(token.chosen), *map(_pair, token.top)] for token in chunk.logprobs]
+    tokens = [[_fields(token.chosen), *map(_fields, token.top)] for token in chunk.logprobs]
     return chunk.text, chunk.prompt_tokens, chunk.completion_tokens, chunk.finish, tokens
 
 
@@ -218,5 +218,5 @@ def _unpacked(packed: Any) -> TextChunk | None:
     return TextChunk(text, prompt_tokens, completion_tokens, finish, logprobs)
 
 
-def _pair(token: TokenText) -> tuple[str, float | None]:
-    return token.text, token.logprob
+def _fields(token: TokenText) -> tuple[str, float | None, bytes | None]:
+    return token.text, token.logprob, token.raw

@@ -46,14 +46,14 @@ def echo(request: TextRequest) -> Iterator[TextChunk]:
     said = words[: request.max_tokens]
     scanner = StopScanner(request.stop)
     if request.echo:
-        first = ChosenToken(TokenText(text, None))
+        first = ChosenToken(TokenText(text, None, text.encode()))
         yield TextChunk(text, len(words), 0, None if said else "length", () if request.logprobs is None else (first,))
     for count, word in enumerate(said, start=1):
         text, stopped = scanner.push(word)
         finish = "stop" if stopped else None
         if count == len(said) and not stopped:
             text, finish = text + scanner.finish(), "stop" if said == words else "length"
-        token = TokenText(word, -1.0)
+        token = TokenText(word, -1.0, word.encode())
         logprobs = () if request.logprobs is None else (ChosenToken(token, (token,) * request.logprobs),)
         yield TextChunk(text, len(words), count, finish, logprobs)
         if stopped:

@@ -63,10 +63,17 @@ class TextRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenText:
-    """A token, as text, with its log probability; the first of an echoed prompt has none."""
+    r"""A token with its log probability; the first of an echoed prompt has none.
+
+    Attributes:
+        text: as it is shown; `\xf0\x9f` where `raw` is no UTF-8, and as it is spelled where it is special.
+        logprob: in nats.
+        raw: the bytes that it adds to the answer's text; None: none, for it is special.
+    """
 
     text: str
     logprob: float | None
+    raw: bytes | None
 
 
 @dataclass(frozen=True, slots=True)

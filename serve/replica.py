@@ -30,6 +30,7 @@ from loramill.serve.model import load_model
 from loramill.serve.protocol import ChosenToken, TextChunk, TextRequest, TokenText
 from loramill.serve.stopping import StopScanner
 from loramill.settings import ServeSettings
+from loramill.token_bytes import TokenBytes
 
 #: Tokens of one engine step, by device. On a CPU more make answers come in larger jerks, and no faster; a GPU that gets
 #: fewer waits for its memory.
@@ -178,7 +179,7 @@ class Replica:
         self, request: TextRequest, listener: _Listener, prompt_tokens: int
     ) -> AsyncGenerator[TextChunk, None]:
         stream, scanner, completion_tokens = TextStream(self._tokenizer), StopScanner(request.stop), 0
-        to_echo = prompt_tokens if request.echo else 0
+        to_echo, chosen = prompt_tokens if request.echo else 0, _Chosen(self._tokenizer.token_bytes)
         while True:
             outputs = await listener.next()
             last = outputs[-1]
@@ -195,16 +196,11 @@ class Replica:
                 shown += scanner.finish()
             shown = told + shown
             finish = Finish.STOP if stopped else last.finish
-            logprobs = tuple(self._chosen(entry) for output in outputs for entry in output.logprobs)
+            logprobs = tuple(chosen.of(entry) for output in outputs for entry in output.logprobs)
             if shown or finish or logprobs:
                 yield TextChunk(shown, prompt_tokens, completion_tokens, finish.value if finish else None, logprobs)
             if finish:
                 return
-
-    def _chosen(self, entry: EngineLogprobs) -> ChosenToken:
-        text = self._tokenizer.decode
-        top = tuple(TokenText(text([token]), logprob) for token, logprob in entry.top)
-        return ChosenToken(TokenText(text([entry.token]), entry.logprob), top)
 
     def _run(self) -> None:
         while not self._closing.is_set():
@@ -220,6 +216,29 @@ class Replica:
                 ready.setdefault(listener.loop, []).append((listener, output))
         for loop, theirs in ready.items():
             loop.call_soon_threadsafe(_hand_out, theirs)
+
+
+class _Chosen:
+    """An answer's tokens with their texts and bytes, in order: its first may lose the space that it begins with."""
+
+    def __init__(self, tokens: TokenBytes) -> None:
+        self._tokens = tokens
+        self._first = True
+
+    def of(self, entry: EngineLogprobs) -> ChosenToken:
+        """The next token, and the alternatives to it; no two of them have the same text."""
+        names: dict[str, int] = {}
+        for token in (entry.token, *(token for token, _ in entry.top)):
+            text = self._tokens.text(token, first=self._first)
+            names.setdefault(text if names.get(text, token) == token else self._tokens.piece(token), token)
+        texts = {token: text for text, token in names.items()}
+
+        def shown(token: int, logprob: float | None) -> TokenText:
+            return TokenText(texts[token], logprob, self._tokens.of(token, first=self._first))
+
+        chosen = ChosenToken(shown(entry.token, entry.logprob), tuple(shown(*each) for each in entry.top))
+        self._first = self._first and chosen.chosen.raw is None
+        return chosen
 
 
 def _hand_out(outputs: Sequence[tuple[_Listener, Output]]) -> None:

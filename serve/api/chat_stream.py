@@ -68,7 +68,7 @@ def logprobs_object(tokens: Sequence[ChosenToken]) -> dict[str, Any]:
 
 
 def _token(token: TokenText) -> dict[str, Any]:
-    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode())}
+    return {"token": token.text, "logprob": token.logprob, "bytes": None if token.raw is None else list(token.raw)}
 
 
 def _content(text: str) -> str:

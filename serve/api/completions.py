@@ -16,7 +16,9 @@ from loramill.serve.api.answers import Answer, Chunks, respond_streaming, respon
 from loramill.serve.api.gateway import Here, Who
 from loramill.serve.api.generation import Generation, Reply, Text, usage
 from loramill.serve.api.lookup import find_model
-from loramill.serve.protocol import ChosenToken, TextChunk
+from loramill.serve.api.offsets import Offsets
+from loramill.serve.protocol import ChosenToken, TextChunk, TokenText
+from loramill.token_bytes import decodes
 
 router = APIRouter(tags=["inference"])
 
@@ -83,7 +85,7 @@ async def create_completion(body: CompletionRequest, request: Request, here: Her
 
 def _completion_object(body: CompletionRequest, reply: Reply, answers: list[Answer]) -> dict[str, Any]:
     choices = [
-        _choice(index, answer.text, answer.finish, _logprobs(body, answer.logprobs, 0))
+        _choice(index, answer.text, answer.finish, _logprobs(body, answer.logprobs, Offsets(), len(answer.text)))
         for index, answer in enumerate(answers)
     ]
     return reply.object("text_completion", choices, usage=usage(answers, body.n))
@@ -91,10 +93,12 @@ def _completion_object(body: CompletionRequest, reply: Reply, answers: list[Answ
 
 async def _chunk_texts(body: CompletionRequest, reply: Reply, count: int, chunks: Chunks) -> AsyncGenerator[str, None]:
     frame = reply.frame("text_completion", body)
-    answers = [Answer() for _ in range(count)]
+    answers, offsets = [Answer() for _ in range(count)], [Offsets() for _ in range(count)]
     async for index, chunk in chunks:
-        logprobs = _logprobs(body, chunk.logprobs, len(answers[index].text))
         answers[index].add(chunk)
+        # Text that is held back still comes, so that only the last chunk knows where all of it ends.
+        end = len(answers[index].text) if chunk.finish else None
+        logprobs = _logprobs(body, chunk.logprobs, offsets[index], end)
         yield frame.around(_choice_text(index, chunk, logprobs), chunk)
     if body.include_usage:
         yield json.dumps(reply.object("text_completion", [], usage=usage(answers, body.n)))
@@ -111,20 +115,23 @@ def _choice_text(index: int, chunk: TextChunk, logprobs: dict[str, Any] | None) 
     return f'{{"index":{index},"text":{json.dumps(chunk.text)},"logprobs":{told},"finish_reason":{finish}}}'
 
 
-def _logprobs(body: CompletionRequest, tokens: Sequence[ChosenToken], offset: int) -> dict[str, Any] | None:
-    """Log probabilities in the legacy form; `offset` is where the first token's text begins in the answer."""
+def _logprobs(
+    body: CompletionRequest, tokens: Sequence[ChosenToken], offsets: Offsets, end: int | None
+) -> dict[str, Any] | None:
+    """Log probabilities in the legacy form; `end` is where the whole answer's text ends, if that is known."""
     if body.logprobs is None:
         return None
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token.chosen.text)
     return {
-        "tokens": [token.chosen.text for token in tokens],
+        "tokens": [_name(token.chosen) for token in tokens],
         "token_logprobs": [token.chosen.logprob for token in tokens],
         # Nothing comes before the first token of a prompt, so it has none.
         "top_logprobs": [
-            None if token.chosen.logprob is None else {top.text: top.logprob for top in token.top} for token in tokens
+            None if token.chosen.logprob is None else {_name(top): top.logprob for top in token.top} for token in tokens
         ],
-        "text_offset": offsets,
+        "text_offset": [offsets.of(token.chosen, end) for token in tokens],
     }
+
+
+def _name(token: TokenText) -> str:
+    r"""A token as the legacy form names it: `bytes:\xf0\x9f` where it is no text."""
+    return token.text if token.raw is None or decodes(token.raw) else f"bytes:{token.text}"

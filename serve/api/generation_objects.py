@@ -20,11 +20,11 @@ class Usage(TypedDict):
 
 @exactly
 class TopToken(TypedDict):
-    """A token that could have come."""
+    r"""A token that could have come; `\xf0\x9f` where its bytes are no text, and no bytes where it is special."""
 
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None
 
 
 @exactly

@@ -34,8 +34,10 @@ def chunk(text: str, count: int, finish: str | None = None) -> TextChunk:
 
 
 def test_chunks_arrive_whole_and_in_order() -> None:
-    token = TokenText("é", -0.25)
-    told = TextChunk("héllo", 7, 2, None, (ChosenToken(token, (token, TokenText("x", None))), ChosenToken(token)))
+    token = TokenText("é", -0.25, "é".encode())
+    told = TextChunk(
+        "héllo", 7, 2, None, (ChosenToken(token, (token, TokenText("<x>", None, None))), ChosenToken(token))
+    )
 
     async def work() -> None:
         async with joined() as (receiver, sender, address):

@@ -17,6 +17,11 @@ from loramill.errors import ModelNotFound
 from loramill.serve.replica import Replica
 from loramill.settings import ServeSettings
 
+from ...hermes import SPECIAL, VOCABULARY
+
+#: Logits that the model has beyond its tokens.
+UNUSED = [f"token_id:{VOCABULARY + more}" for more in range(3)]
+
 ASKED: Any = [{"role": "user", "content": "In JSON!"}]
 
 
@@ -141,8 +146,7 @@ def test_prompts_are_scored(client: OpenAI, hermes_base: Base) -> None:
     logprobs = choice.logprobs.token_logprobs or []
     assert len(logprobs) == count and logprobs[0] is None and all(each < 0 for each in logprobs[1:])
     tops = choice.logprobs.top_logprobs or []
-    # Two bytes that are no text by themselves have one name.
-    assert len(tops) == count and tops[0] is None and all(1 <= len(top) <= 2 for top in tops[1:])
+    assert len(tops) == count and tops[0] is None and all(len(top) == 2 for top in tops[1:])
     assert scored.usage is not None and (scored.usage.prompt_tokens, scored.usage.completion_tokens) == (count, 0)
     on = client.completions.create(model="tiny", prompt=prompt, max_tokens=3, echo=True, temperature=0, logprobs=0)
     plain = client.completions.create(model="tiny", prompt=prompt, max_tokens=3, temperature=0, logprobs=0)
@@ -152,3 +156,48 @@ def test_prompts_are_scored(client: OpenAI, hermes_base: Base) -> None:
     after = (on.choices[0].logprobs.token_logprobs or [])[count:]
     assert after == pytest.approx(plain.choices[0].logprobs.token_logprobs, abs=1e-3)
     assert (on.choices[0].logprobs.token_logprobs or [])[1:count] == pytest.approx(logprobs[1:], abs=1e-3)
+
+
+EMOJI = "Emoji list: \U0001f600 \U0001f603 \U0001f604"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_that_are_half_a_character_are_told_by_their_bytes(client: OpenAI, stream: bool) -> None:
+    """The model reads bytes, so that each of an emoji's four tokens is none by itself."""
+    asked: Any = {"prompt": EMOJI, "echo": True, "logprobs": 5, "max_tokens": 6, "n": 2, "seed": 5}
+    answer: Any = client.completions.create(model="tiny", stream=stream, **asked)
+    texts, entries = ["", ""], [[], []]
+    for chunk in answer if stream else [answer]:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            if (told := choice.logprobs) is not None:
+                rows = zip(told.tokens, told.token_logprobs, told.top_logprobs, told.text_offset, strict=True)
+                entries[choice.index] += rows
+    for text, rows in zip(texts, entries, strict=True):
+        assert text.startswith(EMOJI)
+        prompt = rows[: len(EMOJI.encode())]
+        assert [token for token, *_ in prompt[12:16]] == [r"bytes:\xf0", r"bytes:\x9f", r"bytes:\x98", r"bytes:\x80"]
+        offsets = [offset for *_, offset in rows]
+        assert offsets[11:18] == [11, 12, 12, 12, 12, 13, 14] and offsets == sorted(offsets)
+        assert offsets[-1] <= len(text)
+        for token, logprob, top, _ in rows[1:]:
+            assert len(top) in {5, 6} and top.get(token, logprob) == logprob
+            assert all(top[name] >= logprob for name in list(top)[:1])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_bytes_of_a_chats_tokens_are_its_text(client: OpenAI, stream: bool) -> None:
+    asked: Any = {"messages": ASKED, "logprobs": True, "top_logprobs": 20, "max_tokens": 40, "seed": 7}
+    answer: Any = client.chat.completions.create(model="tiny", stream=stream, **asked)
+    text, tokens = "", []
+    for chunk in answer if stream else [answer]:
+        for choice in chunk.choices:
+            text += (choice.delta if stream else choice.message).content or ""
+            tokens += choice.logprobs.content if choice.logprobs else []
+    assert tokens
+    raw = b"".join(bytes(token.bytes or ()) for token in tokens)
+    assert raw.decode(errors="replace") == text
+    for token in tokens:
+        names = [top.token for top in token.top_logprobs]
+        assert len(names) == len(set(names)) == 20
+        assert {top.token for top in token.top_logprobs if top.bytes is None} <= {*SPECIAL, *UNUSED}

@@ -1,0 +1,30 @@
+"""Where the tokens of an answer begin in its text."""
+
+from __future__ import annotations
+
+import codecs
+
+from loramill.serve.protocol import TokenText
+
+
+class Offsets:
+    """Counts the characters of an answer by its tokens' bytes, of which several may make one character."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._characters = 0
+
+    def of(self, token: TokenText, end: int | None = None) -> int:
+        """Where the next token's text begins, in characters: at the character that its first byte belongs to.
+
+        Args:
+            token: the next.
+            end: characters of the whole answer, which a stop string may have cut short.
+        """
+        raw = token.raw or b""
+        if raw and raw[0] & 0xC0 != 0x80:  # it begins a character, so that one which lacks bytes ends before it
+            self._characters += len(self._decoder.decode(b"", True))
+            self._decoder.reset()
+        offset = self._characters
+        self._characters += len(self._decoder.decode(raw))
+        return offset if end is None else min(offset, end)
