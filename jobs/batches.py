@@ -11,7 +11,7 @@ Without packing, each example is a row of its own, padded to the longest.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
@@ -127,6 +127,11 @@ def shared_prefix(examples: Sequence[EncodedExample]) -> int:
     longest = min(max(1, example.spans[0].start) for example in examples) - 1
     columns = zip(*(example.tokens[:longest] for example in examples), strict=True)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def sequences(examples: Iterable[EncodedExample]) -> list[EncodedExample]:
+    """What is trained of `examples`: one sequence each, or several where one answer can't follow another."""
+    return [sequence for example in examples for sequence in example.sequences]
 
 
 def supervised(example: EncodedExample) -> int:

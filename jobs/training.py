@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from loramill.chat import EncodedExample
 from loramill.errors import ArtifactMissing, DatasetInvalid, JobPaused, JobPreempted, TrainingDiverged
 from loramill.jobs import checkpoint
-from loramill.jobs.batches import choose, grouped, weight
+from loramill.jobs.batches import choose, grouped, sequences, weight
 from loramill.jobs.checkpoint import Checkpoint, Standing
 from loramill.jobs.methods import adapter_files, attached, start
 from loramill.jobs.methods.seeds import seeded
@@ -118,7 +118,7 @@ def train(
     if valid:
         _check_supervised(valid, "validation")
     limit = micro_tokens or spec.micro_tokens
-    longest = max(len(example.tokens) for example in (*train, *valid))
+    longest = max(len(example.tokens) for example in sequences((*train, *valid)))
     with (
         memory_for(limit, longest),
         attach(model, spec, folder) as tuned,
@@ -245,7 +245,7 @@ class _Run:
         return replace(
             self.standing,
             step=step + 1,
-            tokens=self.standing.tokens + sum(len(example.tokens) for example in batch),
+            tokens=self.standing.tokens + sum(len(example.tokens) for example in sequences(batch)),
             figures=figures,
             pending=bool(self._valid) and self._validates(step + 1),
             finished=step + 1 == spec.steps and not self._valid,
@@ -277,6 +277,7 @@ class _Run:
     def _over(self, examples: Sequence[EncodedExample], *, learning: bool) -> tuple[float, float]:
         """Mean loss and accuracy over `examples`, of all processes; learning, the gradients of this one's share."""
         spec, us = self._spec, self._processes
+        examples = sequences(examples)
         total = math.fsum(map(weight, examples))
         sums = torch.zeros(2, dtype=torch.float64, device=self._model.device)
         groups = grouped(examples, self._limit, packing=spec.packing, parts=us.size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from loramill.bases import Base
 from loramill.chat import ChatTokenizer, EncodedExample
-from loramill.dataset import read_examples
+from loramill.dataset import Example, Examples, read_examples
 from loramill.errors import (
     AdapterInvalid,
     ArtifactError,
@@ -31,6 +31,7 @@ from loramill.errors import (
     NotFound,
 )
 from loramill.jobs import publishing
+from loramill.jobs.batches import sequences, supervised
 from loramill.jobs.lease import Lease, insist
 from loramill.jobs.loggers import opened
 from loramill.jobs.processes import ONE, Processes
@@ -179,7 +180,10 @@ def steps(worker: Worker, job: JobRecord, check: Callable[[], None]) -> Generato
             f"The job was submitted for the base {spec.base[:12]}, and this pool serves {worker.base.fingerprint[:12]} "
             f"('{worker.base.name}'): submit it again."
         )
-    data = encoded(worker, job, spec.train), encoded(worker, job, spec.valid) if spec.valid else []
+    examples = read(worker, job, spec.train)
+    data = encoded(worker, job, examples), encoded(worker, job, read(worker, job, spec.valid)) if spec.valid else []
+    if worker.processes.rank == 0:
+        tell_what_is_trained(worker, job, examples.examples, data[0])
     start_from = registry.artifacts.fetch(spec.start_from) if spec.start_from else None
     if spec.method == "full":
         from loramill.jobs.full import train_full  # with DeepSpeed, which nothing else needs
@@ -208,14 +212,38 @@ def steps(worker: Worker, job: JobRecord, check: Callable[[], None]) -> Generato
     )
 
 
-def encoded(worker: Worker, job: JobRecord, dataset: str) -> list[EncodedExample]:
-    """The tokens of a dataset of the job's tenant; a template that writes the date has that of the submission, so that
-    every attempt trains on the same tokens."""
+def read(worker: Worker, job: JobRecord, dataset: str) -> Examples:
+    """The examples of a dataset of the job's tenant."""
     with worker.registry.reading() as session:
         found = datasets.get(session, dataset, tenant=job.tenant)
-    examples = read_examples(worker.registry.artifacts.read(found.artifact, "data.jsonl"), found.filename)
+    return read_examples(worker.registry.artifacts.read(found.artifact, "data.jsonl"), found.filename)
+
+
+def encoded(worker: Worker, job: JobRecord, examples: Examples) -> list[EncodedExample]:
+    """The tokens of examples; a template that writes the date has that of the submission, so that every attempt trains
+    on the same tokens."""
     tokenizer = worker.tokenizer.at(datetime.fromtimestamp(job.created_at, UTC))
     return [tokenizer.example(example, job.spec.learn) for example in examples.examples]
+
+
+def tell_what_is_trained(
+    worker: Worker, job: JobRecord, examples: Sequence[Example], found: Sequence[EncodedExample]
+) -> None:
+    """Adds an event about the training file to the job's history, once: how many answers and tokens have a loss."""
+    parts = sequences(found)
+    figures = {
+        "examples": len(examples),
+        "answers": sum(len(example.answers) if example.prompt is None else 1 for example in examples),
+        "trained_answers": sum(len(part.spans) for part in parts),
+        "supervised_tokens": sum(map(supervised, parts)),
+    }
+    message = (
+        "Training on {trained_answers} of {answers} answers in {examples} examples: {supervised_tokens} supervised "
+        "tokens per epoch."
+    )
+    with worker.registry.writing() as session:
+        if not any("supervised_tokens" in event.data for event in jobs.events(session, job.id)):
+            jobs.add_event(session, job.id, "info", "message", message.format(**figures), figures)
 
 
 def give_up(worker: Worker, job: JobRecord, error: LoramillError) -> None:

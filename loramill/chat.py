@@ -12,11 +12,11 @@ import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from tokenizers import Tokenizer
 
@@ -26,6 +26,7 @@ from loramill.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from loramill.dataset import Example
+    from loramill.types import Learn
 
 ROLES = ("system", "user", "assistant")
 
@@ -88,6 +89,8 @@ class EncodedExample:
         weight: of the last answer's loss, above 0.
         earlier: the answers before that are learnt, too.
         line: where it stands in its file, from 1; 0: in none.
+        rest: sequences of their own for answers that these tokens can't hold, since the prompt that they are served
+            after doesn't begin with them: some templates take the reasoning out of past answers.
     """
 
     tokens: tuple[int, ...]
@@ -95,10 +98,16 @@ class EncodedExample:
     weight: float = 1.0
     earlier: tuple[Span, ...] = ()
     line: int = 0
+    rest: tuple[EncodedExample, ...] = ()
+
+    @property
+    def sequences(self) -> tuple[EncodedExample, ...]:
+        """Itself and the rest."""
+        return (self, *self.rest)
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """All answers that are learnt, in order."""
+        """All answers that are learnt in these tokens, in order."""
         return (*self.earlier, Span(self.prompt_length, len(self.tokens), self.weight))
 
 
@@ -109,7 +118,6 @@ class ChatTokenizer:
         stop_ids: ids that end an answer; the first is the one that training teaches.
         pad_id: id for padding, never the one that training teaches as the end.
         vocabulary: number of ids.
-        control_tokens: the special tokens that delimit texts and roles, as they are spelled.
     """
 
     def __init__(self, tokenizer: str, settings: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
@@ -136,12 +144,6 @@ class ChatTokenizer:
         tokens = {f"{name}_token": text for name, text in self._names.items() if text is not None}
         self._template = ChatTemplate(templates, tokens) if "default" in templates else None
         self._now: datetime | None = None
-        written = "\n".join(templates.values())
-        self.control_tokens = tuple(
-            text
-            for text, id_ in self._special.items()
-            if text in written or text in self._names.values() or id_ in self.stop_ids
-        )
         begins = settings.get("add_bos_token", named.get("bos") in self._markup.encode("").ids)
         self._prefix = _ids(named.get("bos")) if begins else ()
 
@@ -242,15 +244,16 @@ class ChatTokenizer:
         """
         return [*self._prefix, *self._encode_plain(_unicode(text, "prompt"))]
 
-    def example(self, example: Example, learn: Literal["last", "all"] = "last") -> EncodedExample:
+    def example(self, example: Example, learn: Learn = "all") -> EncodedExample:
         """Tokens of a training example; every answer follows exactly the prompt that will be served.
 
         Args:
-            learn: which answers of a conversation that gives them no weights.
+            learn: which answers of a conversation.
 
         Raises:
-            DatasetInvalid: the chat template writes a conversation's past differently once it is answered, or
-                doesn't end an answer with a stop token: then no prefix of it is the prompt that will be served.
+            DatasetInvalid: none is left to train; the chat template writes no tools, and there are some; it writes a
+                conversation's past differently once it is answered, or doesn't end an answer with a stop token: then
+                no prefix of it is the prompt that will be served.
         """
         if example.prompt is not None:
             prompt = self.text(example.prompt)
@@ -258,27 +261,33 @@ class ChatTokenizer:
             completion = self._continue(prompt, whole, self._spelled.sub(_MARK, example.completion))
             weight = 1.0 if example.weights is None else example.weights[0]
             return EncodedExample((*prompt, *completion, self.stop_ids[0]), len(prompt), weight, line=example.line)
-        tokens: list[int] = []
-        spans: list[Span] = []
+        if (param := _about_tools(example.messages, example.tools)) and not self.writes_calls:
+            raise DatasetInvalid(
+                f"This base's chat template writes no tools or no calls of them, so that '{param}' would be "
+                "lost: leave them out, or use a base whose template has tools."
+            )
+        found: list[EncodedExample] = []
         for index, weight in example.learnt(learn):
-            prompt, completion = self._answer(example.messages[: index + 1])
-            if prompt[: len(tokens)] != tokens:
-                raise DatasetInvalid(
-                    f"messages[{index}] is served after other tokens than the answers before it are learnt as: one "
-                    "begins with white space that joins the markup before it, or the template rewrites it. Take the "
-                    "white space away, or learn one answer a line ('weight': 0 on the others)."
-                )
-            tokens = [*prompt, *completion]
-            spans.append(Span(len(prompt), len(tokens), weight))
-        *earlier, last = spans
-        return EncodedExample(tuple(tokens), last.start, last.weight, tuple(earlier), example.line)
+            prompt, completion = self._answer(example.messages[: index + 1], example.tools)
+            tokens = (*prompt, *completion)
+            earlier: tuple[Span, ...] = ()
+            if found and tuple(prompt[: len(found[-1].tokens)]) == found[-1].tokens:
+                earlier = found.pop().spans
+            found.append(EncodedExample(tokens, len(prompt), weight, earlier, example.line))
+        if not found:
+            raise DatasetInvalid(
+                f"messages[{len(example.messages) - 1}].weight is 0, and only the last answer is to be trained: "
+                "give it another weight, or train all answers."
+            )
+        return replace(found[0], rest=tuple(found[1:]))
 
     def _answer(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
     ) -> tuple[list[int], list[int]]:
         """Tokens of the prompt of the last message, which is an answer, and of the answer with its end."""
-        asked = self._render(messages[:-1], answer=True, tools=tools)
         answered = self._render(messages, answer=False, tools=tools)
+        before = messages[:-1]
+        asked = self._render(before, answer=True, tools=tools) if before else self._opening(answered)
         if not answered.startswith(asked):
             answered = asked + self._opened_answer(messages, tools, asked, answered)
         prompt = self._encode(asked)
@@ -290,6 +299,18 @@ class ChatTokenizer:
                 "model would never learn to stop; correct eos_token_id in the base's generation_config.json."
             )
         return prompt, completion[: end + 1]
+
+    def _opening(self, answered: str) -> str:
+        """What comes before the answer where a conversation begins with it, of which no prompt can be rendered."""
+        one = [Message(role="user", content="Hi")]
+        opening = self._render(one, answer=True).removeprefix(self._render(one, answer=False))
+        before, found, _ = answered.partition(opening) if opening else ("", "", "")
+        if not found:
+            raise DatasetInvalid(
+                "messages[0] is the assistant's, and this base's chat template does not show where an answer to "
+                "nothing begins: give it the weight 0, or put a message before it."
+            )
+        return before + found
 
     def _opened_answer(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], asked: str, answered: str

@@ -66,7 +66,9 @@ class Extension(Value):
     alpha_pattern: dict[str, float] | None = None
     init_rank: int | None = None
     loraplus_lr_ratio: float | None = None
-    learn: Literal["last", "all"] | None = None
+    learn: Literal["last", "all"] | None = Field(
+        default=None, description="answers of a conversation that are trained: all whose weight isn't 0, or the last"
+    )
     learning_rate: float | None = None
     schedule: Schedule | None = None
     steps: int | None = None
@@ -135,6 +137,8 @@ def resolve_spec(
         # A checkpoint, with its validation, costs as much as a few steps; a crash costs those since the last.
         "checkpoint_every": max(10, min(100, own.get("steps", steps) // 4)),
     } | _alphas(said)
+    if said.learn == "last":
+        own["learn"] = "only_last"  # in specs "last" is what it was to older jobs
     fields: dict[str, object] = {
         "base": base,
         "adapter": adapter,

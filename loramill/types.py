@@ -54,6 +54,7 @@ ALL_LINEAR = "all-linear"
 Method = Literal["lora", "dora", "adalora", "pissa", "loftq", "full"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Schedule = Literal["linear", "cosine", "constant"]
+Learn = Literal["all", "only_last", "last"]
 Quantization = Literal["none", "int8", "nf4"]
 
 
@@ -83,7 +84,11 @@ class JobSpec(Value):
     init_rank: int | None = Field(default=None, ge=1, le=256, description="AdaLoRA: before pruning; None: 1.5 x rank")
     loraplus_lr_ratio: float = Field(default=1.0, gt=0, description="LoRA+: B's learning rate over A's")
 
-    learn: Literal["last", "all"] = Field(default="last", description="of a conversation's answers; weights go before")
+    learn: Learn = Field(
+        default="all",
+        description="answers of a conversation that are trained; all: every one whose weight isn't 0, as OpenAI does; "
+        "only_last: the last one; last (of older jobs): the last one, or those with a weight where the file gives any",
+    )
     learning_rate: float = Field(default=1e-3, gt=0)
     schedule: Schedule = Field(default="linear", description="of the learning rate after the warm-up")
     warmup_ratio: float = Field(default=0.06, ge=0.0, le=1.0)

@@ -112,6 +112,7 @@ def next_spec(old: JobSpec, champion: str, train: DatasetRecord, valid: DatasetR
         "train": train.id,
         "valid": valid.id,
         "start_from": champion,
+        "learn": "all" if old.learn == "last" else old.learn,  # older jobs had no other default
         "steps": steps_of(EPOCHS, train.examples, old.batch_size),
         "epochs": EPOCHS,
         "learning_rate": old.learning_rate / 2,

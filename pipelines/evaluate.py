@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import openai
 from openai import AsyncOpenAI
 
 from loramill.chat import ChatTokenizer, Message
+from loramill.conversation import answer_text, as_sent
 from loramill.dataset import Example
 from loramill.errors import LoramillError
 from loramill.wire import error_from
@@ -26,12 +29,15 @@ class Question:
     messages: tuple[Message, ...]
     prompt: str | None
     max_tokens: int
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 def questions_of(model: str, examples: Sequence[Example], tokenizer: ChatTokenizer) -> list[Question]:
     """The held-out examples as questions for `model`; `tokenizer` is the base's."""
     return [
-        Question(model, example.messages[:-1], example.prompt, answer_limit(example.completion, tokenizer))
+        Question(
+            model, example.messages[:-1], example.prompt, answer_limit(example.completion, tokenizer), example.tools
+        )
         for example in examples
     ]
 
@@ -96,8 +102,11 @@ async def _ask(client: AsyncOpenAI, question: Question) -> str:
         return completion.choices[0].text
     answer = await client.chat.completions.create(
         model=question.model,
-        messages=list(question.messages),  # type: ignore[arg-type]  # our Message is OpenAI's, written as one type
+        messages=as_sent(question.messages),  # type: ignore[arg-type]  # our Message is OpenAI's, written as one type
+        tools=list(question.tools) or openai.omit,  # type: ignore[arg-type]  # likewise
         max_tokens=question.max_tokens,
         temperature=0,
     )
-    return answer.choices[0].message.content or ""
+    message = answer.choices[0].message
+    calls = [call.function for call in message.tool_calls or [] if call.type == "function"]
+    return answer_text(message.content or "", [(call.name, json.loads(call.arguments)) for call in calls])

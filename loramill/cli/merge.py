@@ -89,7 +89,8 @@ def _examples(base: Base, name: str, file: Path | None, settings: Settings) -> l
 
     raw, filename = (file.read_bytes(), file.name) if file is not None else _data_of(name, settings)
     tokenizer = ChatTokenizer.load(base.folder).at(datetime.now(UTC))
-    return [tokenizer.example(example) for example in read_examples(raw, filename).examples]
+    found = read_examples(raw, filename).examples
+    return [sequence for example in found for sequence in tokenizer.example(example).sequences]
 
 
 def _data_of(name: str, settings: Settings) -> tuple[bytes, str]:

@@ -67,7 +67,7 @@ _HELP: Mapping[str, Mapping[str, str]] = {
         "weight_decay": "Weight decay.",
         "max_grad_norm": "Norm that gradients are clipped to.",
         "max_length": "Tokens of the longest example.",
-        "learn": "Answers of a conversation that are learnt.",
+        "learn": "Answers of a conversation that are trained: all of them (but those of weight 0), or the last.",
         "packing": "Let examples share rows without padding.",
         "eval_every": "Steps between validations.",
         "patience": "Validations without gain before an early stop.",

@@ -64,6 +64,7 @@ class ByEngine:
             tenant="",
             version=self._version,
             messages=example.messages[:-1],
+            tools=example.tools,
             prompt=example.prompt,
             max_tokens=limit,
             temperature=0.0,
@@ -93,7 +94,7 @@ class ByTransformers:
     def _prompt(self, example: Example) -> list[int]:
         if example.prompt is not None:
             return self._tokenizer.text(example.prompt)
-        return self._tokenizer.prompt(example.messages[:-1])
+        return self._tokenizer.prompt(example.messages[:-1], example.tools)
 
 
 def quality(answerer: Answerer, examples: Sequence[Example], tokenizer: ChatTokenizer, report: Report) -> Score:

@@ -43,8 +43,8 @@ def read(task: Task) -> Data:
     files = [read_examples(path.read_bytes(), path.name) for path in (task.train, task.valid, task.test)]
     spec = _spec(task, base, len(files[0].examples))
     for file in files:
-        check_tokens(file, tokenizer, spec.max_length)
-    train, valid = (tuple(map(tokenizer.example, file.examples)) for file in files[:2])
+        check_tokens(file, tokenizer, spec.max_length, spec.learn)
+    train, valid = (tuple(tokenizer.example(each, spec.learn) for each in file.examples) for file in files[:2])
     return Data(base, tokenizer, spec, train, valid, files[2].examples)
 
 

@@ -7,15 +7,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from loramill.conversation import NO_PARAMETERS, told
 from loramill.errors import InvalidRequest
 from loramill.serve.api.wire import Body
 from loramill.serve.protocol import Form
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 JsonSchema = dict[str, Any]
-
-#: JSON schema of an empty list of arguments, which is what a function has that names no parameters.
-_NO_ARGUMENTS: JsonSchema = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 class NamedSchema(Body):
@@ -61,13 +59,12 @@ class Tool(Body):
 
     def told(self) -> Mapping[str, Any]:
         """As chat templates know it."""
-        function = self.function.model_dump(exclude_none=True, exclude={"strict"})
-        return {"type": "function", "function": {"parameters": _NO_ARGUMENTS, **function}}
+        return told(self.function.model_dump())
 
     @property
     def arguments(self) -> JsonSchema:
         """JSON schema of its arguments, which are an object."""
-        return {"type": "object", **(self.function.parameters or _NO_ARGUMENTS)}
+        return {"type": "object", **(self.function.parameters or NO_PARAMETERS)}
 
 
 class ChosenFunction(Body):

@@ -6,17 +6,14 @@ from array import array
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Literal
 
 from loramill.chat import ChatTokenizer
 from loramill.dataset import Examples, check_tokens, compare_splits, read_examples
 from loramill.registry import ArtifactStore
-from loramill.types import DatasetRecord
+from loramill.types import DatasetRecord, Learn
 
 #: The one file of a dataset's artifact.
 DATA = "data.jsonl"
-
-Learn = Literal["last", "all"]
 
 #: Files that are remembered; of each only its lengths are.
 _KEPT = 4096
@@ -31,7 +28,7 @@ class Readings:
         self._shared = lru_cache(_KEPT)(self._compare)
 
     def lengths(self, file: DatasetRecord, max_length: int, learn: Learn) -> Sequence[int]:
-        """Tokens of each of the file's examples.
+        """Tokens of each of the file's sequences: of an example, or of a part that is trained by itself.
 
         Raises:
             DatasetInvalid: an example is longer than `max_length`, or can't be learnt from in this way.
@@ -46,7 +43,8 @@ class Readings:
         examples = self._read(artifact, filename)
         tokenizer = self._tokenizer.at(datetime.now(UTC))
         check_tokens(examples, tokenizer, max_length, learn)
-        return array("L", (len(tokenizer.example(example, learn).tokens) for example in examples.examples))
+        found = (tokenizer.example(example, learn) for example in examples.examples)
+        return array("L", (len(sequence.tokens) for example in found for sequence in example.sequences))
 
     def _compare(self, train: str, train_name: str, valid: str, valid_name: str) -> tuple[str, ...]:
         return compare_splits(self._read(train, train_name), self._read(valid, valid_name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,46 @@ def test_a_job_becomes_a_version_that_peft_loads(worker: Worker) -> None:
         metrics = [event for event in jobs.events(session, job.id) if event.kind == "metrics"]
     assert [event.data["step"] for event in metrics] == [1, 2]
     assert not (worker.checkpoints / job.id).exists()
+
+
+def two_turns(count: int, **last: object) -> bytes:
+    """Conversations of two answers; `last` is said of the second."""
+    rows = []
+    for number in range(count):
+        turns = [f"Do you ship to town {number}?", f"Yes, to town {number} in two days.", "And on Sunday?", "Not then."]
+        messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        messages[-1] |= last
+        rows.append(json.dumps({"messages": messages}).encode() + b"\n")
+    return b"".join(rows)
+
+
+@pytest.mark.parametrize(
+    ("last", "learn", "trained"),
+    [
+        ({}, {}, 16),
+        ({"weight": 1}, {}, 16),
+        ({"weight": 0}, {}, 8),
+        ({}, {"learn": "only_last"}, 8),
+        ({"weight": 1}, {"learn": "only_last"}, 8),
+        ({}, {"learn": "last"}, 8),  # of older jobs
+        ({"weight": 1}, {"learn": "last"}, 16),
+    ],
+)
+def test_a_job_tells_once_how_many_answers_it_trains(
+    worker: Worker, last: dict[str, object], learn: dict[str, str], trained: int
+) -> None:
+    job = submit(worker, two_turns(8, **last), **learn)
+    for _ in range(2):
+        with closing(worker_module.steps(worker, job, check=lambda: None)):
+            pass
+    with worker.registry.reading() as session:
+        (event,) = [event for event in jobs.events(session, job.id) if event.data]
+    tokens = event.data["supervised_tokens"]
+    assert event.data == {"examples": 8, "answers": 16, "trained_answers": trained, "supervised_tokens": tokens}
+    assert event.message.startswith(f"Training on {trained} of 16 answers in 8 examples: {tokens} supervised tokens")
+    first = sum(len(worker.tokenizer.text(f"Yes, to town {number} in two days.")) + 1 for number in range(8))
+    second = 8 * (len(worker.tokenizer.text("Not then.")) + 1)
+    assert tokens == {16: first + second, 8: first if last.get("weight") == 0 else second}[trained]
 
 
 def test_what_would_fail_again_is_not_tried_again(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,14 @@ START, END = 1, 2
 CONTROL = {0, START, END}
 DEFAULT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
+TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    + DEFAULT
+    + "<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
+    " + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 # SmolLM2 has no tokens for seven control characters and for unassigned planes, and drops them
 text = st.text(st.characters(exclude_categories=["Cs", "Cn", "Cc"], include_characters="\n\t\r"), max_size=40)
 spelled = st.lists(
@@ -45,10 +53,11 @@ def completion_example(prompt: str, completion: str) -> Example:
 
 @pytest.fixture
 def altered(base: Base, tmp_path: Path) -> Path:
-    """A copy of the real tokenizer's files, to alter."""
+    """A copy of the real tokenizer's files, with a plainer template of the same prompts, to alter."""
     for file in base.folder.glob("*"):
         if file.suffix != ".safetensors":
             shutil.copy(file, tmp_path / file.name)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
     return tmp_path
 
 
@@ -68,7 +77,6 @@ def test_the_base_says_how_texts_end(tokenizer: ChatTokenizer) -> None:
     assert tokenizer.stop_ids == (END, 0)
     assert tokenizer.pad_id == 0
     assert tokenizer.vocabulary == 49152
-    assert set(tokenizer.control_tokens) == {"<|im_start|>", "<|im_end|>", "<|endoftext|>"}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +166,7 @@ def test_requests_that_cannot_be_rendered(tokenizer: ChatTokenizer, messages: li
 def test_an_example_is_the_served_prompt_and_its_answer(
     tokenizer: ChatTokenizer, contents: list[str], system: str | None
 ) -> None:
-    encoded = tokenizer.example(chat_example(*contents, system=system))
+    encoded = tokenizer.example(chat_example(*contents, system=system), "only_last")
     prompt = tokenizer.prompt(chat(*contents[:-1], system=system))
     assert list(encoded.tokens[: encoded.prompt_length]) == prompt
     completion = encoded.tokens[encoded.prompt_length :]
@@ -226,15 +234,45 @@ def test_a_template_that_rewrites_the_past_is_refused(altered: Path) -> None:
         ChatTokenizer.load(altered).example(chat_example("one", "two", "three", "four"))
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused_where_these_are_learnt(altered: Path) -> None:
+def test_answers_that_a_template_rewrites_later_have_sequences_of_their_own(altered: Path) -> None:
     """As those do that take the reasoning out of all answers but the last."""
     template = altered / "chat_template.jinja"
-    shouted = "message['content'] | upper if message['role'] == 'assistant' and not loop.last else message['content']"
-    template.write_text(template.read_text().replace("message['content']", f"({shouted})"))
+    thought = "message['content'].split('</think>')[-1] if not loop.last else message['content']"
+    template.write_text(template.read_text().replace("message['content']", f"({thought})"))
     tokenizer = ChatTokenizer.load(altered)
-    tokenizer.example(chat_example("one", "two", "three", "four"))
-    with pytest.raises(DatasetInvalid, match=r"messages\[3\] is served after other tokens"):
-        tokenizer.example(chat_example("one", "two", "three", "four"), "all")
+    turns = ("one", "<think>a</think>two", "three", "four", "five", "<think>b</think>six")
+    encoded = tokenizer.example(replace(chat_example(*turns), weights=(1.0, 0.5, 2.0), line=3))
+    assert [sequence.line for sequence in encoded.sequences] == [3, 3]
+    first, second = encoded.sequences
+    assert tokenizer.decode(first.tokens[first.prompt_length :]) == turns[1]
+    # The second and third answer follow one another as they are served: without the first one's reasoning.
+    assert list(first.tokens[: first.prompt_length]) == tokenizer.prompt(chat("one"))
+    for span, turn, weight in zip(second.spans, (3, 5), (0.5, 2.0), strict=True):
+        assert list(second.tokens[: span.start]) == tokenizer.prompt(chat(*turns[:turn]))
+        assert tokenizer.decode(second.tokens[span.start : span.stop]) == turns[turn]
+        assert second.tokens[span.stop - 1] == END and span.weight == weight
+    assert second.rest == ()
+
+
+def test_an_answer_whose_white_space_joins_the_markup_has_a_sequence_of_its_own(tokenizer: ChatTokenizer) -> None:
+    encoded = tokenizer.example(chat_example("a", "\n\nb", "c", "d"))
+    assert [tokenizer.decode(each.tokens[each.prompt_length :]) for each in encoded.sequences] == ["\n\nb", "d"]
+    assert list(encoded.rest[0].tokens[: encoded.rest[0].prompt_length]) == tokenizer.prompt(chat("a", "\n\nb", "c"))
+
+
+def test_an_answer_to_nothing_begins_where_answers_begin(tokenizer: ChatTokenizer, altered: Path) -> None:
+    greeting = (Message(role="assistant", content="Welcome."), *chat("Hi", "Hello"))
+    made = Example(greeting, None, "Hello", 1)
+    encoded = tokenizer.example(made)
+    first, second = encoded.spans
+    assert tokenizer.decode(encoded.tokens[: first.start]).endswith("assistant\n")
+    assert tokenizer.decode(encoded.tokens[first.start : first.stop]) == "Welcome."
+    assert list(encoded.tokens[: second.start]) == tokenizer.prompt(greeting[:2])
+    assert tokenizer.example(replace(made, weights=(0.0, 1.0))).spans == (second,)
+    template = altered / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{{ '<|im_start|>assistant\n' }}", ""))
+    with pytest.raises(DatasetInvalid, match=r"messages\[0\] is the assistant's"):
+        ChatTokenizer.load(altered).example(made)
 
 
 def test_a_template_that_ends_no_answer_is_refused(altered: Path) -> None:

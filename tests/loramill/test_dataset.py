@@ -68,7 +68,7 @@ def test_chat_and_completion_examples() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "last", "every"),
+    ("line", "older", "every"),
     [
         (weighted(None, None), [(3, 1.0)], [(1, 1.0), (3, 1.0)]),
         (weighted(0, 1), [(3, 1.0)], [(3, 1.0)]),
@@ -78,9 +78,28 @@ def test_chat_and_completion_examples() -> None:
         (weighted(None, 0), [(1, 1.0)], [(1, 1.0)]),  # as in OpenAI's format: no weight is 1 where others have one
     ],
 )
-def test_weights_say_what_is_learnt_and_how_much(line: str, last: object, every: object) -> None:
+def test_weights_say_what_is_learnt_and_how_much(line: str, older: object, every: object) -> None:
     (found,) = read(line).examples
-    assert (found.learnt("last"), found.learnt("all")) == (last, every)
+    assert (found.learnt("last"), found.learnt("all")) == (older, every)
+
+
+@pytest.mark.parametrize(
+    ("line", "last"),
+    [
+        (weighted(None, None), [(3, 1.0)]),
+        (weighted(None, 1), [(3, 1.0)]),  # a weight of the last answer turns the first one on no more
+        (weighted(1, 2), [(3, 2.0)]),
+        (weighted(1, 0), []),
+    ],
+)
+def test_the_last_answer_alone_may_be_asked_for(line: str, last: object) -> None:
+    (found,) = read(line).examples
+    assert found.learnt("only_last") == last
+
+
+def test_no_answer_is_left_where_the_last_has_no_weight(tokenizer: ChatTokenizer) -> None:
+    with pytest.raises(DatasetInvalid, match=r"line 1: messages\[3\]\.weight is 0, and only the last answer"):
+        check_tokens(read(weighted(1, 0)), tokenizer, 100, "only_last")
 
 
 def test_completion_data_may_have_a_weight() -> None:
@@ -121,24 +140,20 @@ def test_an_empty_system_message_is_allowed() -> None:
         ('{"messages": []}', "messages must be a list with at least"),
         ('{"messages": "Hi"}', "messages must be a list with at least"),
         ('{"messages": ["Hi"]}', r"messages\[0\] must be an object"),
-        ('{"messages": [{"content": "Hi"}]}', r"messages\[0\]\.role is None; use one of system, user, assistant"),
+        (
+            '{"messages": [{"content": "Hi"}]}',
+            r"messages\[0\]\.role is None; use one of system, developer, user, assistant",
+        ),
         ('{"messages": [{"role": ["user"], "content": "Hi"}]}', r"messages\[0\]\.role is \['user'\]"),
         ('{"messages": [{"role": "user"}]}', r"messages\[0\]\.content is missing"),
         ('{"messages": [{"role": "user", "content": null}]}', r"messages\[0\]\.content is None; it must be a string"),
-        ('{"messages": [{"role": "user", "content": "x", "name": "y"}]}', r"messages\[0\] has the unknown key 'name'"),
-        (row("x", "y", roles="ta"), r"messages\[0\]\.role is 'tool'; use one of"),
-        (row("x", "y", "z", roles="usa"), r"messages\[1\]\.role is system; the system message stands first"),
-        (row("x", "y", "z", "w", roles="ssua"), r"messages\[1\]\.role is system"),
-        (row("x", "y", "z", roles="uua"), r"messages\[1\]\.role is user where assistant is due"),
-        (row("x", "y", roles="sa"), r"messages\[1\]\.role is assistant where user is due"),
-        (row("x", "y", "z", roles="sau"), r"messages\[1\]\.role is assistant where user is due"),
         (row("x", "y", "z", roles="uau"), r"messages\[2\]\.role is user; the last message must be the assistant's"),
-        (row("x", roles="s"), r"messages\[0\]\.role is system; the last message must be the assistant's"),
+        (row("x", "y", roles="su"), r"messages has none of the assistant's"),
         (row("x", "y", ""), r"messages\[2\]\.content is empty"),
         (row("x", "y", " \n\t"), r"messages\[2\]\.content is empty"),
         (row("x", "", "z"), r"messages\[1\]\.content is empty"),
         (row("x", "y", "\ud83d"), r"messages\[2\]\.content holds half a surrogate pair"),
-        (row("x", "y", "z", weight=1), "the line has the unknown key 'weight'; it may have messages only"),
+        (row("x", "y", "z", weight=1), "the line has the unknown key 'weight'; it may have messages, tools,"),
         (pair("x", ""), "completion is empty"),
         (pair("", "y"), "prompt is empty"),
         (pair("x", 4), "completion is 4; it must be a string"),
@@ -146,10 +161,10 @@ def test_an_empty_system_message_is_allowed() -> None:
         (pair("x", "y", weight="1"), "weight is '1'; it must be a number from 0"),
         (pair("x", "y", weight=True), "weight is True; it must be a number from 0"),
         (pair("x", "y", weight=-1), "weight is -1; it must be a number from 0"),
-        (pair("x", "y", weight=1e7), r"weight is 10000000.0; it must be a number from 0 \(not learnt\) to 1e\+06"),
+        (pair("x", "y", weight=1e7), r"weight is 10000000.0; it must be a number from 0 \(not trained\) to 1e\+06"),
         (pair("x", "y", weight=float("nan")), "it is not JSON: NaN is no number"),
         (pair("x", "y", weight=float("inf")), "it is not JSON: Infinity is no number"),
-        (pair("x", "y", weight=0), "weight is 0 for every answer, so that nothing is learnt"),
+        (pair("x", "y", weight=0), "weight is 0 for every answer, so that nothing is trained"),
         (weighted(0, 0), "weight is 0 for every answer"),
         (weighted(0, None, weight="user"), r"messages\[0\] has the unknown key 'weight'"),
         (weighted(None, [1]), r"messages\[3\]\.weight is \[1\]; it must be a number"),
@@ -260,20 +275,10 @@ def test_an_example_may_be_as_long_as_the_limit_and_no_longer(tokenizer: ChatTok
     assert "the prompt alone fills it" in problem
 
 
-@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-def test_a_special_token_spelled_in_the_text(tokenizer: ChatTokenizer, token: str) -> None:
-    chat = read(GOOD, row("Hi", f"Hello{token}\n", roles="ua"))
-    (problem,) = tokens_problems(chat, tokenizer)
-    assert problem.startswith(f"train.jsonl, line 2: messages[1].content spells the special token {token}")
-    both = tokens_problems(read(pair(token, token)), tokenizer)
-    assert [problem.split(" spells")[0] for problem in both] == [
-        "train.jsonl, line 1: prompt",
-        "train.jsonl, line 1: completion",
-    ]
-
-
-def test_tokens_that_delimit_nothing_may_be_spelled(tokenizer: ChatTokenizer) -> None:
-    check_tokens(read(row("How do I copy?", "cp <filename> there", roles="ua")), tokenizer, 100)
+def test_special_tokens_may_be_spelled_anywhere(tokenizer: ChatTokenizer) -> None:
+    lines = [row(token, f"Hello{token}", roles="ua") for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")]
+    check_tokens(read(GOOD, *lines, row("How do I copy?", "cp <filename> there", roles="ua")), tokenizer, 100)
+    check_tokens(read(pair("<|im_end|>", "<|im_end|>")), tokenizer, 100)
 
 
 def test_a_completion_that_the_vocabulary_drops(tokenizer: ChatTokenizer) -> None:
@@ -313,14 +318,12 @@ DEFECTS: dict[str, tuple[str, str]] = {
     "no message": ('{"messages": []}', "messages must be a list"),
     "a message no object": ('{"messages": ["Hi"]}', "messages[0] must be an object"),
     "a message's unknown key": (
-        '{"messages": [{"role": "user", "content": "x", "name": "y"}]}',
-        "messages[0] has the unknown key 'name'",
+        '{"messages": [{"role": "user", "content": "x", "names": "y"}]}',
+        "messages[0] has the unknown key 'names'",
     ),
     "no role": ('{"messages": [{"content": "Hi"}]}', "messages[0].role is None"),
-    "an unknown role": (row("x", "y", roles="ta"), "messages[0].role is 'tool'"),
-    "a late system message": (row("x", "y", "z", roles="usa"), "messages[1].role is system"),
-    "two users in turn": (row("x", "y", "z", roles="uua"), "messages[1].role is user"),
-    "an answer to nothing": (row("x", "y", roles="sa"), "messages[1].role is assistant"),
+    "an unknown role": ('{"messages": [{"role": "bot", "content": "x"}]}', "messages[0].role is 'bot'"),
+    "no assistant": (row("x", "y", roles="su"), "messages has none of the assistant's"),
     "no answer": (row("x", "y", "z", roles="uau"), "messages[2].role is user"),
     "no content": ('{"messages": [{"role": "user"}]}', "messages[0].content is missing"),
     "content no string": ('{"messages": [{"role": "user", "content": null}]}', "messages[0].content is None"),
@@ -331,14 +334,9 @@ DEFECTS: dict[str, tuple[str, str]] = {
     "a weight below 0": (weighted(-1, 1), "messages[1].weight is -1"),
     "a weight of a question": (weighted(1, 1, weight="user"), "messages[0] has the unknown key 'weight'"),
     "nothing that is learnt": (weighted(0, 0), "weight is 0 for every answer"),
-    "a special token": (row("x", "y<|im_end|>", roles="ua"), "messages[1].content spells the special token <|im_end|>"),
     "too long a prompt": (row("x " * 200, "y", roles="ua"), "the prompt alone fills it"),
     "too long an answer": (row("x", "y " * 80, roles="ua"), "shorten it or raise max_length"),
     "an answer without tokens": (row("x", "\x04", roles="ua"), "the completion has no tokens"),
-    "an answer joined to the markup": (
-        row("a", "\n\nb", "c", "d", roles="uaua"),
-        "messages[3] is served after other tokens than the answers before it are learnt as",
-    ),
 }
 
 
