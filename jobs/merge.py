@@ -6,25 +6,27 @@ once more; and merged into the original of a quantized base, it stands on other 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from loramill.bases import Base, load_for_training
 from loramill.chat import EncodedExample
 from loramill.durable import new_folder
 from loramill.errors import AdapterInvalid, Conflict, InvalidRequest
 from loramill.jobs.batches import grouped, pack, supervised
-from loramill.jobs.methods.peft_folder import WEIGHTS_FILE
 from loramill.jobs.passes import predictions, prepared
 from loramill.jobs.whole import write_whole
+from loramill.kernels import Delta
+from loramill.kernels.peft_folder import BaseModules, read_adapter
 from loramill.types import Quantization, Value
 
 #: Which of a quantized base's values an adapter is merged into.
@@ -35,11 +37,14 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 #: Nats a token from which a merge is refused unless the caller knows better.
 MAX_KL = 0.02
-#: Completion tokens that are compared at most: log-probabilities over a whole vocabulary take room.
-_TOKENS = 2048
+#: Completion tokens that are compared at most: log-probabilities over a whole vocabulary take room, 0.2 MB a token.
+_TOKENS = 1024
 #: Tokens of one forward pass.
 _PASS = 512
 REPORT_FILE = "merge.json"
+
+#: Called with what is done next, for a person to read.
+OnStage = Callable[[str], None]
 
 
 class Divergence(Value):
@@ -83,6 +88,7 @@ def merge(
     dtype: Precision = "bf16",
     max_kl: float = MAX_KL,
     force: bool = False,
+    on_stage: OnStage = lambda stage: None,
 ) -> MergeReport:
     """Writes base and adapter as one model, a Hugging Face folder with a report in it.
 
@@ -99,7 +105,7 @@ def merge(
     Raises:
         Conflict: it is farther than `max_kl`; nothing is written.
         InvalidRequest: there are no values of this kind, or `to` holds something.
-        AdapterInvalid: PEFT can't read the adapter, or it doesn't fit the base.
+        AdapterInvalid: the adapter is broken, incomplete or of another base, or changes no weight of this one.
         DiskFull: no room.
     """
     quantized = base.quantization != "none"
@@ -107,14 +113,25 @@ def merge(
         raise InvalidRequest(f"The base '{base.name}' isn't quantized: merge into 'original'.", param="into")
     into = into or ("dequantised" if quantized else "original")
     chosen = _sample(examples)
+    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
     with new_folder(to) as folder:
-        tuned = unmerged(_served(base), adapter)
-        wanted = _log_probabilities(tuned.get_base_model(), chosen)
+        on_stage(f"loading {base.name}")
+        model = _served(base)
+        deltas = _read(model, adapter)
+        with beside(model, deltas):
+            wanted = _log_probabilities(model, chosen, "the adapter", on_stage)
         if quantized and into == "original":
-            tuned = unmerged(_served(replace(base, quantization="none")), adapter)
-        precision = torch.bfloat16 if dtype == "bf16" else torch.float32
-        model = _cast(_cast(_merged(tuned), precision), torch.float32)  # rounded, to be measured as it is written
-        divergence = _compare(wanted, _log_probabilities(model, chosen), len(chosen))
+            on_stage(f"loading {base.name}, not quantized")
+            model = _served(replace(base, quantization="none"))
+            deltas = _read(model, adapter)  # DoRA's gains depend on the values
+        on_stage("merging")
+        if not _merge(model, deltas, precision):
+            raise AdapterInvalid(
+                f"Merged, {name} changes no weight of '{base.name}': all that it adds is 0, or is lost in rounding to "
+                f"{dtype}. Nothing was written."
+            )
+        model = _cast(_cast(model, precision), torch.float32)  # rounded, to be measured as it is written
+        divergence = _compare(wanted, _log_probabilities(model, chosen, "the merged model", on_stage), len(chosen))
         if divergence.kl > max_kl and not force:
             raise Conflict(
                 f"Merged, {name} says something else: {divergence.kl:.3g} nats a token from the unmerged adapter, over "
@@ -132,6 +149,7 @@ def merge(
             max_kl=max_kl,
             divergence=divergence,
         )
+        on_stage("writing")
         write_whole(_cast(model, precision), base.folder, folder)
         (folder / REPORT_FILE).write_text(report.model_dump_json(indent=1))
     return report
@@ -149,45 +167,72 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def unmerged(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """`model` with the adapter of a PEFT folder on it.
-
-    Raises:
-        AdapterInvalid: PEFT can't read the adapter, or it doesn't fit the base.
-    """
-    try:
-        with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
-            _untie(model, list(file.keys()))
-        return PeftModel.from_pretrained(model, adapter)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise AdapterInvalid(f"PEFT can't put the adapter in {adapter.name} on this base: {error}") from error
-
-
 def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """`model` with the adapter of a PEFT folder in its weights, added in float32; in its dtype.
 
     Raises:
-        AdapterInvalid: PEFT can't read the adapter, or it doesn't fit the base.
+        AdapterInvalid: the adapter is broken, incomplete or of another base.
     """
-    dtype = model.dtype
-    return _cast(_merged(unmerged(_cast(model, torch.float32), adapter)), dtype)
-
-
-def _merged(tuned: PeftModel) -> PreTrainedModel:
-    try:
-        model: PreTrainedModel = tuned.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise AdapterInvalid(f"The adapter can't be merged: {error}") from error
+    _merge(model, _read(model, adapter), model.dtype)
     return model
 
 
-def _untie(model: PreTrainedModel, tensors: Sequence[str]) -> None:
+def _read(model: PreTrainedModel, adapter: Path) -> dict[str, Delta]:
+    """By the reader that the engine has, so that what is merged is what is served."""
+    return read_adapter(adapter, BaseModules.of_model(model, model.get_output_embeddings()))
+
+
+@contextmanager
+def beside(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> Iterator[None]:
+    """`model` computing with an adapter beside its weights, as the engine does; for float32."""
+    with ExitStack() as stack:
+        for name, delta in deltas.items():
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_hook(partial(_adapted, delta)).remove)
+        yield
+
+
+def _adapted(delta: Delta, module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
+    """`y`, and what an adapter does to it: `gain * (W x + scale B A x)`, to which a bias is added last."""
+    x, a, b = args[0], delta.a.float(), delta.b.float()
+    if delta.lookup:
+        # Gemma's embedding multiplies its vectors.
+        factor = getattr(module, "embed_scale", 1.0)
+        return y + nn.functional.embedding(x, a.T) @ b.T * (delta.scale * factor)
+    bias: torch.Tensor | float = 0.0 if module.bias is None else module.bias  # type: ignore[assignment]
+    y = y - bias + x @ a.T @ b.T * delta.scale
+    return (y if delta.gain is None else y * delta.gain) + bias
+
+
+@torch.no_grad()
+def _merge(model: PreTrainedModel, deltas: Mapping[str, Delta], precision: torch.dtype) -> bool:
+    """Puts an adapter into the weights, in float32, which then have their own dtype.
+
+    Returns:
+        Whether a weight is another in `precision`.
+    """
+    _untie(model, deltas)
+    changed = False
+    for name, delta in deltas.items():
+        module = model.get_submodule(name)
+        weight: torch.Tensor = module.weight
+        change = delta.scale * (delta.b.float() @ delta.a.float())
+        if delta.lookup or isinstance(module, Conv1D):  # weights that lie the other way round
+            change = change.T
+        new = weight.float() + change
+        if delta.gain is not None:
+            new *= delta.gain if isinstance(module, Conv1D) else delta.gain[:, None]
+        changed = changed or not torch.equal(new.to(precision), weight.to(precision))
+        weight.data = new.to(weight.dtype)
+    return changed
+
+
+def _untie(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> None:
     """Gives the head a weight of its own, if the adapter changes it or the embedding: merged, they would be two."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None or embedding.weight is not head.weight:
         return
-    names = [name for name, module in model.named_modules() if module is embedding or module is head]
-    if any(f".{name}.lora_" in tensor for name in names for tensor in tensors):
+    if any(module in (embedding, head) for module in map(model.get_submodule, deltas)):
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
 
@@ -202,14 +247,18 @@ def _sample(examples: Sequence[EncodedExample]) -> list[EncodedExample]:
 
 
 @torch.no_grad()
-def _log_probabilities(model: PreTrainedModel, examples: Sequence[EncodedExample]) -> list[torch.Tensor]:
+def _log_probabilities(
+    model: PreTrainedModel, examples: Sequence[EncodedExample], of: str, on_stage: OnStage
+) -> list[torch.Tensor]:
     """Of every token of the vocabulary, at each completion token: float32 [S, vocabulary] for each group."""
     longest = max(len(example.tokens) for example in examples)
+    groups = list(grouped(examples, _PASS, packing=True))
+    found = []
     with prepared(model, longest + _PASS, checkpointing=False):
-        return [
-            predictions(model, model, pack(group)).log_softmax(dim=-1)
-            for group in grouped(examples, _PASS, packing=True)
-        ]
+        for done, group in enumerate(groups):
+            on_stage(f"computing what {of} says, {done} of {len(groups)}")
+            found.append(predictions(model, model, pack(group)).log_softmax(dim=-1))
+    return found
 
 
 def _compare(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], examples: int) -> Divergence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import stat
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -21,6 +22,10 @@ def write_whole(model: PreTrainedModel, like: Path, folder: Path) -> None:
     """
     with quiet_transformers():
         model.save_pretrained(folder)
+    # safetensors writes files that only their owner can read; another user's vLLM has to, as it can the others.
+    mode = stat.S_IMODE((folder / "config.json").stat().st_mode)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
     there = {file.name for file in folder.iterdir()}
     for file in like.iterdir():
         if file.name not in there and file.suffix in _BESIDES and not file.name.endswith(".index.json"):

@@ -24,12 +24,14 @@ class Site:
         widths: d_out of each module; y has `sum(widths)` columns.
         lookup: the one module is an embedding: x are one-hot rows over a vocabulary of `d_in`, given as their tokens.
             Such adapters lie as `LOOKUP` says, whatever the backend's layout.
+        head: the one module gives the logits.
     """
 
     d_in: int
     modules: tuple[str, ...]
     widths: tuple[int, ...]
     lookup: bool = False
+    head: bool = False
 
 
 @dataclass(frozen=True, slots=True)

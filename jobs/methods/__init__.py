@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from loramill.errors import AdapterInvalid
@@ -19,6 +20,7 @@ from loramill.jobs.methods.lora import dora_layers, lora_files, lora_layers, rat
 from loramill.jobs.methods.places import Place, places
 from loramill.jobs.methods.residual import loftq_layers, pissa_files, pissa_layers, start_pissa
 from loramill.jobs.methods.tuned import Tuned
+from loramill.kernels.peft_folder import BaseModules
 from loramill.types import JobSpec
 
 __all__ = ["Tuned", "adapter_files", "attached", "start"]
@@ -54,7 +56,17 @@ def start(tuned: Tuned, folder: Path, spec: JobSpec) -> None:
     Raises:
         AdapterInvalid: the folder can't be read, or its adapter is another; `param` is "start_from".
     """
-    _STARTS.get(spec.method, start_lora)(tuned, peft_folder.read(folder), spec)
+    _STARTS.get(spec.method, start_lora)(tuned, peft_folder.read(folder, _base_of(tuned.model)), spec)
+
+
+def _base_of(model: nn.Module) -> BaseModules:
+    """The base's own modules, under the layers that are trained."""
+    trained = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    head = model.get_output_embeddings()  # type: ignore[operator]  # of transformers, as every base is
+    found = BaseModules.of_model(model, head.linear if isinstance(head, LoraLinear) else head)
+    names = {f"{name}.linear": name for name in trained}
+    modules = {names.get(name, name): module for name, module in found.modules.items()}
+    return BaseModules(modules, lambda name: found.weight(f"{name}.linear" if name in trained else name))
 
 
 def adapter_files(

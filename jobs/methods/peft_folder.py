@@ -11,16 +11,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from loramill.errors import AdapterInvalid
+from loramill.kernels.peft_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE, BaseModules, read_modules
+from loramill.kernels.peft_folder.names import EMBEDDING_A, EMBEDDING_B
 from loramill.types import ALL_LINEAR, JobSpec
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-#: What PEFT puts before a module's name.
-PREFIX = "base_model.model."
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 
 
@@ -82,41 +79,31 @@ class Stored:
     """An adapter of a folder.
 
     Attributes:
-        tensors: by their names in the file.
-        config: PEFT's.
+        tensors: by the names that PEFT gives them in a file.
+        scales: what the product of a module's B and A is multiplied by, by module.
     """
 
     tensors: dict[str, torch.Tensor]
-    config: dict[str, Any]
-
-    def scale(self, module: str) -> float:
-        """What the product of the module's B and A is multiplied by."""
-        rank = self._of("rank_pattern", module, self.config["r"])
-        alpha = self._of("alpha_pattern", module, self.config["lora_alpha"])
-        return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
-
-    def _of(self, patterns: str, module: str, default: float) -> float:
-        values: dict[str, float] = self.config.get(patterns) or {}
-        return values.get(get_pattern_key(list(values), module), default)
+    scales: dict[str, float]
 
 
-def read(folder: Path) -> Stored:
+def read(folder: Path, base: BaseModules) -> Stored:
     """The adapter that training begins from.
 
     Raises:
-        AdapterInvalid: the folder holds none of LoRA's kind, or can't be read.
+        AdapterInvalid: the folder holds none of LoRA's kind, or it is broken, incomplete or of another base.
     """
     try:
-        config = json.loads((folder / CONFIG_FILE).read_bytes())
-        tensors: dict[str, torch.Tensor] = load_file(folder / WEIGHTS_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
+        found = read_modules(folder, base)
+    except AdapterInvalid as error:
         raise AdapterInvalid(f"The adapter to start from can't be read: {error}", param="start_from") from error
-    if not isinstance(config, dict) or not {"r", "lora_alpha"} <= config.keys():
-        raise AdapterInvalid(
-            f"The adapter to start from is no LoRA: {CONFIG_FILE} lacks 'r' or 'lora_alpha'. Start afresh.",
-            param="start_from",
-        )
-    return Stored(tensors, config)
+    tensors: dict[str, torch.Tensor] = {}
+    for module, tuned in found.items():
+        a, b = (EMBEDDING_A, EMBEDDING_B) if tuned.lookup else (A, B)
+        tensors |= {tensor_name(module, a): tuned.a, tensor_name(module, b): tuned.b}
+        if tuned.magnitude is not None:
+            tensors[tensor_name(module, MAGNITUDE)] = tuned.magnitude
+    return Stored(tensors, {module: tuned.scale for module, tuned in found.items()})
 
 
 def check_same(stored: Stored, wanted: Mapping[str, torch.Size], scales: Mapping[str, float]) -> None:
@@ -148,9 +135,9 @@ def check_scales(stored: Stored, scales: Mapping[str, float]) -> None:
         AdapterInvalid: they are others.
     """
     for module, scale in scales.items():
-        if not math.isclose(stored.scale(module), scale, rel_tol=1e-6):
+        if not math.isclose(stored.scales[module], scale, rel_tol=1e-6):
             raise AdapterInvalid(
-                f"The adapter to start from scales {module} by {stored.scale(module):g}, the job by {scale:g}: give "
+                f"The adapter to start from scales {module} by {stored.scales[module]:g}, the job by {scale:g}: give "
                 "the job the same alpha, rank and rslora, or start afresh.",
                 param="start_from",
             )

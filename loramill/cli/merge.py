@@ -59,7 +59,7 @@ def merge(
     base, version, source = find_model(name, settings)
     if version is None:
         raise InvalidRequest(f"'{name}' is the base alone: name an adapter to merge into it.")
-    with show.screen(stderr=True).status(f"Merging into {base.name} and comparing…"):
+    with show.screen(stderr=True).status("Merging…") as status:
         report = merge_into(
             base,
             source(version),
@@ -70,6 +70,7 @@ def merge(
             dtype=dtype,
             max_kl=MAX_KL if max_kl is None else max_kl,
             force=force,
+            on_stage=lambda stage: status.update(f"Merging: {stage}…"),
         )
     if json:
         return show.as_json(report)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from loramill.errors import EngineFault, LoramillError
 from loramill.kernels import Slot
 from loramill.kernels.adapter import RANK
+from loramill.kernels.peft_folder import BaseModules
 from loramill.serve.engine.durations import Stopwatch
 from loramill.serve.engine.host_cache import HostCache
 from loramill.serve.engine.loader import AdapterLoader, Fetched
@@ -46,7 +47,8 @@ class Adapters:
         self._patience = config.patience
         self._waited = 0
         self._cache = HostCache(config.host_bytes)
-        self._loader = AdapterLoader(self.slab, self._cache, model.target_weight, source, config.load_threads, notify)
+        base = BaseModules.of_sites(model.sites, model.target_weight)
+        self._loader = AdapterLoader(self.slab, self._cache, base, source, config.load_threads, notify)
 
     @property
     def host_bytes(self) -> int:

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from loramill.errors import AdapterInvalid, LoramillError, Unavailable
 from loramill.kernels import PackedAdapter, Slab, Slot
 from loramill.kernels.memory import Recycler
+from loramill.kernels.peft_folder import BaseModules, read_adapter
 from loramill.serve.engine.host_cache import HostCache
-from loramill.serve.engine.peft_folder import read_adapter
 from loramill.serve.engine.values import AdapterSource
 
 log = logging.getLogger(__name__)
@@ -58,14 +56,14 @@ class AdapterLoader:
         self,
         slab: Slab,
         cache: HostCache,
-        target_weight: Callable[[str], torch.Tensor | None],
+        base: BaseModules,
         source: AdapterSource,
         threads: int,
         notify: Callable[[], None],
     ) -> None:
         self._slab = slab
         self._cache = cache
-        self._target_weight = target_weight
+        self._base = base
         self._source = source
         self._notify = notify
         self._room = Recycler(_SPARE)
@@ -155,7 +153,7 @@ class AdapterLoader:
                 raise Unavailable("The engine is closed.")
         try:
             with self._room.lending() as lend:
-                adapter = self._slab.pack(read_adapter(folder, self._target_weight, lend), self._room.take)
+                adapter = self._slab.pack(read_adapter(folder, self._base, lend), self._room.take)
             if adapter.bytes > self._slab.size:
                 raise AdapterInvalid(
                     f"Version {version} takes {adapter.bytes} bytes, all adapters together have {self._slab.size}; "

@@ -175,7 +175,8 @@ class HuggingFaceModel:
         if module.bias is not None:
             self._weights[f"{name}.bias"] = lambda: module.bias
         adapt_linear(module, partial(_linear, weight), module.bias, index, self._ops)
-        return Site(weight.shape[1], (name,), (weight.shape[0],))
+        head = module is self._model.get_output_embeddings()
+        return Site(weight.shape[1], (name,), (weight.shape[0],), head=head)
 
     def quantize(self, kind: Literal["int8", "nf4"]) -> None:
         """Rounds the weights of all linears that adapters can have but the head's, and frees the exact ones."""

@@ -174,7 +174,7 @@ def _build(c: DecoderConfig, tensors: _Tensors, ops: Backend, quantization: Quan
         _trim_heap()
     norm = tensors.take("model.norm.weight", c.hidden)
     sites.append(Site(c.vocabulary, ("model.embed_tokens",), (c.hidden,), lookup=True))
-    sites.append(Site(c.hidden, ("lm_head",), (c.vocabulary,)))
+    sites.append(Site(c.hidden, ("lm_head",), (c.vocabulary,), head=True))
     stack = Stack(tuple(layers), norm, c.heads, c.norm_eps)
     return Weights(embedding, len(sites) - 2, stack, Linear(head, None, len(sites) - 1)), sites
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -18,10 +22,13 @@ from loramill.bases import Base, find_base, load_for_training
 from loramill.chat import EncodedExample
 from loramill.cli import app
 from loramill.errors import AdapterInvalid, Conflict, InvalidRequest
-from loramill.jobs.merge import REPORT_FILE, MergeReport, merge, merged
+from loramill.jobs.merge import REPORT_FILE, MergeReport, beside, merge, merged
 from loramill.jobs.methods.seeds import seeded
+from loramill.kernels import Batch
+from loramill.kernels.peft_folder import WEIGHTS_FILE, BaseModules, read_adapter
 from loramill.registry import Registry, datasets, jobs, tenants
 from loramill.registry.migrate import migrate
+from loramill.serve.model import Chunk, load_decoder
 from loramill.settings import Settings
 from loramill.types import VersionRecord
 
@@ -29,6 +36,7 @@ from .conftest import base_of
 from .tiny import made_up, spec_of
 
 CPU = torch.device("cpu")
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -148,13 +156,99 @@ def test_what_can_not_be_merged_is_refused(llama: Path, tmp_path: Path) -> None:
     adapter = saved(base, tmp_path / "adapter", lora())
     with pytest.raises(InvalidRequest, match="isn't quantized"):
         merge(base, adapter, made_up(3), to, name="a", into="dequantised")
-    with pytest.raises(AdapterInvalid, match="PEFT can't"):
-        merge(base, tmp_path, made_up(3), to, name="a")
+    with pytest.raises(AdapterInvalid, match=r"adapter_config.json"):
+        merge(base, tmp_path / "cache", made_up(3), to, name="a")
     with pytest.raises(InvalidRequest, match="no completion"):
         merge(base, adapter, [], to, name="a")
     with pytest.raises(InvalidRequest, match="is there already"):
         merge(base, adapter, made_up(3), adapter, name="a")
     assert not to.exists()
+
+
+def respelled(adapter: Path, spell: Callable[[str], str | None]) -> Path:
+    """The adapter with its tensors under other names; without those that have none."""
+    tensors = load_file(adapter / WEIGHTS_FILE)
+    save_file({new: each for name, each in tensors.items() if (new := spell(name))}, adapter / WEIGHTS_FILE)
+    return adapter
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda name: name.replace("base_model.model.model.", "base_model.model.language_model.model."),
+        lambda name: name.removeprefix("base_model.model."),
+        lambda name: name.replace(".weight", ".default.weight"),
+    ],
+    ids=["tower", "no prefix", "adapter's name"],
+)
+def test_names_over_which_peft_only_warns_are_merged(llama: Path, tmp_path: Path, spell: Any) -> None:
+    base = base_of(llama, tmp_path)
+    plain = saved(base, tmp_path / "plain", lora(), size=0.2)
+    merge(base, plain, made_up(3), tmp_path / "wanted", name="a")
+    merge(base, respelled(plain, spell), made_up(3), tmp_path / "merged", name="a")
+    wanted, found = (load_file(tmp_path / each / "model.safetensors") for each in ("wanted", "merged"))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert not torch.equal(found[Q_PROJ], load_file(llama / "model.safetensors")[Q_PROJ])
+
+
+@pytest.mark.parametrize(
+    ("spell", "missing"),
+    [
+        (lambda name: name if "layers.0." in name else None, r"layers.1.self_attn.q_proj.lora_A.weight"),
+        (lambda name: name if "0.mlp.up_proj.lora_B" not in name else None, r"layers.0.mlp.up_proj.lora_B.weight"),
+    ],
+)
+def test_an_incomplete_adapter_is_not_merged(llama: Path, tmp_path: Path, spell: Any, missing: str) -> None:
+    base = base_of(llama, tmp_path)
+    adapter = respelled(saved(base, tmp_path / "adapter", lora()), spell)
+    with pytest.raises(AdapterInvalid, match=f"lacks '[^']*{missing}'"):
+        merge(base, adapter, made_up(3), tmp_path / "merged", name="a", force=True)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_merge_that_changes_nothing_is_an_error(llama: Path, tmp_path: Path) -> None:
+    base = base_of(llama, tmp_path)
+    adapter = tmp_path / "adapter"
+    get_peft_model(load_for_training(base, torch.bfloat16), lora()).save_pretrained(adapter)
+    with pytest.raises(AdapterInvalid, match="changes no weight"):
+        merge(base, adapter, made_up(3), tmp_path / "merged", name="a", force=True)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_divergence_is_from_what_the_engine_says(llama: Path, tmp_path: Path) -> None:
+    """Not from a model that PEFT made, which may be the base alone: an adapter that is far off is seen to be."""
+    base = base_of(llama, tmp_path)
+    adapter = saved(base, tmp_path / "adapter", lora(lora_alpha=64), size=0.3)
+    examples = made_up(12)
+    model, engine = load_for_training(base, torch.float32), load_decoder(llama, dtype=torch.float32)
+    deltas = read_adapter(adapter, BaseModules.of_sites(engine.sites, engine.target_weight))
+    slab = engine.new_slab(1, 1 << 20)
+    packed = slab.pack(deltas)
+    slot = slab.allocate(packed.bytes)
+    slab.load(slot, packed)
+    for example in examples:
+        count = len(example.tokens)
+        chunk = Chunk(example.tokens, 0, list(range(8)), wanted=count)
+        served = engine.forward([chunk], engine.new_cache(8, 64), slab, Batch.of([(slot, count)]))
+        with beside(model, deltas):
+            torch.testing.assert_close(logits(model, [example]), served, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(logits(model, [example]), served, atol=0.1)
+
+
+def test_weights_are_as_readable_as_the_other_files(llama: Path, tmp_path: Path) -> None:
+    base = base_of(llama, tmp_path)
+    merge(base, saved(base, tmp_path / "adapter", lora()), made_up(3), tmp_path / "merged", name="a")
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "merged").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"] == modes[REPORT_FILE]
+
+
+def test_the_command_says_nothing_but_its_own(llama: Path, tmp_path: Path, home: Path) -> None:
+    """In a process of its own, as libraries speak once for each."""
+    adapter, rows = saved(base_of(llama, tmp_path), tmp_path / "adapter", lora()), tmp_path / "rows.jsonl"
+    rows.write_text(ROWS)
+    words = ["adapters", "merge", str(adapter), "--to", str(tmp_path / "merged"), "--valid", str(rows)]
+    ran = subprocess.run([sys.executable, "-m", "loramill.cli", *words], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def loramill(*words: str) -> Result:

@@ -17,8 +17,8 @@ from loramill.bases import Base
 from loramill.errors import AdapterInvalid
 from loramill.jobs.methods import attached, start
 from loramill.jobs.methods.peft_folder import lora_config
+from loramill.kernels.peft_folder import BaseModules, read_adapter
 from loramill.kernels.quantization import Quantization
-from loramill.serve.engine.peft_folder import read_adapter
 from loramill.types import JobSpec
 
 from .driven import by_peft, learn, loaded, logits_of, loss_of, spec_of, stored, tokens, trained
@@ -45,7 +45,7 @@ def combined(method: str, shape: str) -> JobSpec:
 @torch.no_grad()
 def by_engine(model: PreTrainedModel, folder: Path) -> torch.Tensor:
     """The logits of the normal form that the engine reads, in fp32."""
-    for module, delta in read_adapter(folder, lambda name: model.get_submodule(name).weight).items():
+    for module, delta in read_adapter(folder, BaseModules.of_model(model, model.get_output_embeddings())).items():
         linear = model.get_submodule(module)
         merged = linear.weight + delta.scale * delta.b.float() @ delta.a.float()
         linear.weight = torch.nn.Parameter(merged if delta.gain is None else delta.gain[:, None] * merged)

@@ -8,8 +8,8 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loramill.kernels import Batch
+from loramill.kernels.peft_folder import BaseModules, read_adapter
 from loramill.serve.engine import Engine, EngineConfig, Request, Sampling
-from loramill.serve.engine.peft_folder import read_adapter
 from loramill.serve.model import Chunk, load_decoder
 
 NEW = 8
@@ -155,7 +155,7 @@ def test_in_bfloat16_the_kl_to_float32_is_no_worse_than_peft_s(base, prompts, tm
     )
     decoder = load_decoder(base.folder, dtype=torch.bfloat16)
     slab, cache = decoder.new_slab(1, 64 << 20), decoder.new_cache(64, 16)
-    packed = slab.pack(read_adapter(tmp_path, decoder.target_weight))
+    packed = slab.pack(read_adapter(tmp_path, BaseModules.of_sites(decoder.sites, decoder.target_weight)))
     slot = slab.allocate(packed.bytes)
     slab.load(slot, packed)
     kl: dict[str, list[torch.Tensor]] = {"own": [], "theirs": []}

@@ -11,9 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loramill.errors import AdapterInvalid
-from loramill.serve.engine.peft_folder import read_adapter
+from loramill.kernels.peft_folder import BaseModules
+from loramill.kernels.peft_folder import read_adapter as read
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def read_adapter(folder, model):
+    return read(folder, BaseModules.of_sites(model.sites, model.target_weight))
 
 
 @pytest.fixture
@@ -33,7 +38,7 @@ def assert_as_in_peft(folder, tiny, tiny_folder):
         for path, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
-    deltas = read_adapter(folder, tiny.target_weight)
+    deltas = read_adapter(folder, tiny)
     for path, module in tuned.items():
         weight = tiny.target_weight(path)
         with torch.inference_mode():
@@ -92,9 +97,9 @@ def test_the_first_pattern_that_matches_counts_however_it_is_written(tiny, tiny_
 
 def test_dora_in_lower_precision_is_normed_in_float32(adapters, tiny, tmp_path):
     folder = shutil.copytree(adapters["dora"], tmp_path / "adapter")
-    exact = read_adapter(folder, tiny.target_weight)
+    exact = read_adapter(folder, tiny)
     change_weights(folder, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items()}))
-    for module, delta in read_adapter(folder, tiny.target_weight).items():
+    for module, delta in read_adapter(folder, tiny).items():
         assert delta.gain.dtype == torch.float32
         torch.testing.assert_close(delta.gain, exact[module].gain, rtol=2e-2, atol=0)
 
@@ -116,7 +121,7 @@ def test_heads_and_embeddings_are_read_with_the_base_layers_that_peft_saves_besi
         tensors.update({name: t.bfloat16() for name, t in tensors.items() if "base_layer" in name})
 
     change_weights(tmp_path, lower)
-    assert set(read_adapter(tmp_path, tiny.target_weight)) == set(deltas)
+    assert set(read_adapter(tmp_path, tiny)) == set(deltas)
 
     def disturb(tensors):
         name = next(name for name in tensors if "lm_head.base_layer" in name)
@@ -124,24 +129,24 @@ def test_heads_and_embeddings_are_read_with_the_base_layers_that_peft_saves_besi
 
     change_weights(tmp_path, disturb)
     with pytest.raises(AdapterInvalid, match=r"its own base layer 'lm_head', which is not this base's"):
-        read_adapter(tmp_path, tiny.target_weight)
+        read_adapter(tmp_path, tiny)
 
 
 def test_embeddings_that_peft_saves_untargeted_are_compared_too(tiny, tiny_folder, tmp_path):
     model = get_peft_model(base_of(tiny_folder), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path, save_embedding_layers=True)
     assert "base_model.model.lm_head.weight" in load_file(tmp_path / "adapter_model.safetensors")
-    assert len(read_adapter(tmp_path, tiny.target_weight)) == 2
+    assert len(read_adapter(tmp_path, tiny)) == 2
     change_weights(tmp_path, lambda tensors: tensors["base_model.model.lm_head.weight"].zero_())
     with pytest.raises(AdapterInvalid, match="'lm_head'"):
-        read_adapter(tmp_path, tiny.target_weight)
+        read_adapter(tmp_path, tiny)
 
 
 def test_dora_on_an_embedding_is_refused(tiny, tiny_folder, tmp_path):
     config = LoraConfig(target_modules=["embed_tokens", "q_proj"], use_dora=True)
     get_peft_model(base_of(tiny_folder), config).save_pretrained(tmp_path)
     with pytest.raises(AdapterInvalid, match=r"DoRA on the embedding 'model\.embed_tokens'|lora_embedding"):
-        read_adapter(tmp_path, tiny.target_weight)
+        read_adapter(tmp_path, tiny)
 
 
 def save_adalora(model, folder, *, prune: bool, alpha: int = 20):
@@ -182,24 +187,24 @@ def test_adalora_that_saved_its_own_divisor_uses_it(tiny, tiny_folder, tmp_path)
         if "layers.0.self_attn" in name and "_E" in name
     }
     module = path.removeprefix("base_model.model.").removesuffix(".lora_E")
-    before = read_adapter(folder, tiny.target_weight)[module].b
+    before = read_adapter(folder, tiny)[module].b
     change_weights(folder, lambda t: t.update({path.replace("lora_E", "ranknum"): torch.tensor([3.0])}))
-    torch.testing.assert_close(read_adapter(folder, tiny.target_weight)[module].b, 2 * before, rtol=1e-4, atol=0)
+    torch.testing.assert_close(read_adapter(folder, tiny)[module].b, 2 * before, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"init_r": 5}, "their rank is 5"),
+        ({"init_r": 5}, r"it must be \[5, 32\]"),
         ({"init_r": None}, "garbles rank or alpha"),
-        ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True, False]}}, "their rank is 1"),
+        ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True, False]}}, r"it must be \[1, 32\]"),
     ],
 )
 def test_adalora_that_contradicts_its_config_is_refused(tiny, tiny_folder, tmp_path, changes, words):
     folder = save_adalora(base_of(tiny_folder), tmp_path, prune=False)
     change_config(folder, **changes)
     with pytest.raises(AdapterInvalid, match=words):
-        read_adapter(folder, tiny.target_weight)
+        read_adapter(folder, tiny)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
@@ -213,7 +218,7 @@ def test_starts_that_change_the_base_are_read_once_converted(tiny, tiny_folder, 
             parameter.data += 0.3 * torch.randn_like(parameter)
     model.save_pretrained(tmp_path / "raw")
     with pytest.raises(AdapterInvalid, match=f"started with {start}"):
-        read_adapter(tmp_path / "raw", tiny.target_weight)
+        read_adapter(tmp_path / "raw", tiny)
     model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     deltas, _ = assert_as_in_peft(tmp_path / "converted", tiny, tiny_folder)
     assert {len(delta.a) for delta in deltas.values()} == {8}
@@ -251,20 +256,20 @@ def change_weights(folder, change):
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"use_dora": True}, "lora_magnitude_vector"),
-        ({"r": 5}, r"q_proj.* is \[4, 32\] and lora_B \[32, 4\].*rank is 5"),
+        ({"r": 5}, r"q_proj.lora_A.weight.* is \[4, 32\];.*must be \[5, 32\]"),
         ({"r": 0}, "rank 0"),
         ({"r": None}, "garbles rank or alpha"),
         ({"lora_alpha": "much"}, "garbles rank or alpha"),
         ({"rank_pattern": {"(": 3}}, "garbles rank or alpha"),
-        ({"rank_pattern": {"q_proj": 3}}, "rank is 3"),
-        ({"rank_pattern": {"(q|v)_proj": 3}}, "rank is 3"),
+        ({"rank_pattern": {"q_proj": 3}}, r"must be \[3, 32\]"),
+        ({"rank_pattern": {"(q|v)_proj": 3}}, r"must be \[3, 32\]"),
         ({"rank_pattern": [1]}, "garbles rank or alpha"),
     ],
 )
 def test_settings_that_cannot_be_served_are_named(folder, tiny, changes, words):
     change_config(folder, **changes)
     with pytest.raises(AdapterInvalid, match=words):
-        read_adapter(folder, tiny.target_weight)
+        read_adapter(folder, tiny)
 
 
 def rename(old, new):
@@ -275,10 +280,10 @@ def rename(old, new):
     ("change", "words"),
     [
         (lambda t: t.clear(), "no weights"),
-        (rename(f"{Q}.lora_A.weight", "base_model.model.lm_head.lora_A.weight"), r"'lm_head'.*can't adapt|needs"),
+        (rename(f"{Q}.lora_A.weight", "base_model.model.lm_head.lora_A.weight"), "doesn't target 'lm_head'"),
         (rename(f"{Q}.lora_A.weight", f"{Q}.lora_embedding_A"), "lora_embedding_A"),
-        (lambda t: t.pop(f"{Q}.lora_B.weight"), r"has \['lora_A'\]"),
-        (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(31, 4)}), r"B of .* is \[31, 4\]"),
+        (lambda t: t.pop(f"{Q}.lora_B.weight"), r"lacks .*layers.0.self_attn.q_proj.lora_B.weight.* holds lora_A"),
+        (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(31, 4)}), r"lora_B.weight.* is \[31, 4\]"),
         (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(32, 4, dtype=torch.int32)}), "is I32"),
         (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(32)}), "magnitude"),
         (lambda t: t.update({Q.replace("layers.0", "layers.7") + ".lora_A.weight": torch.zeros(4, 32)}), "layers.7"),
@@ -287,7 +292,7 @@ def rename(old, new):
 def test_weights_that_cannot_be_served_are_named(folder, tiny, change, words):
     change_weights(folder, change)
     with pytest.raises(AdapterInvalid, match=words):
-        tiny.new_slab(1, 1 << 20).pack(read_adapter(folder, tiny.target_weight))
+        tiny.new_slab(1, 1 << 20).pack(read_adapter(folder, tiny))
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
@@ -299,7 +304,7 @@ def test_missing_and_broken_files_are_named(folder, tiny, file, damage):
     if damage == "cut":
         path.write_bytes(content[: len(content) // 2])
     with pytest.raises(AdapterInvalid, match=file.split(".")[0]):
-        read_adapter(folder, tiny.target_weight)
+        read_adapter(folder, tiny)
 
 
 def test_nothing_is_ever_unpickled(folder, tiny):
@@ -307,18 +312,29 @@ def test_nothing_is_ever_unpickled(folder, tiny):
     (folder / "adapter_model.safetensors").unlink()
     torch.save(tensors, folder / "adapter_model.bin")
     with pytest.raises(AdapterInvalid, match="safetensors"):
-        read_adapter(folder, tiny.target_weight)
+        read_adapter(folder, tiny)
 
 
-def test_lower_precision_and_weights_that_are_no_numbers_are_read(folder, tiny):
-    def halve(tensors):
-        tensors.update({name: tensor.bfloat16() * float("nan") for name, tensor in tensors.items()})
+def test_lower_precision_is_read_as_it_is(folder, tiny):
+    change_weights(folder, lambda t: t.update({name: tensor.bfloat16() for name, tensor in t.items()}))
+    for delta in read_adapter(folder, tiny).values():
+        assert delta.a.dtype == delta.b.dtype == torch.bfloat16
 
-    change_weights(folder, halve)
-    deltas = read_adapter(folder, tiny.target_weight)
-    assert deltas
-    for delta in deltas.values():
-        assert delta.a.dtype == torch.bfloat16
-        assert delta.b.dtype == torch.bfloat16
-        assert delta.a.isnan().all()
-        assert delta.b.isnan().all()
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_no_numbers_are_named(folder, tiny, value, dtype):
+    name = f"{Q}.lora_B.weight"
+
+    def spoil(tensors):
+        tensors.update({each: tensor.to(dtype) for each, tensor in tensors.items()})
+        tensors[name][3, 1] = float(value)
+
+    change_weights(folder, spoil)
+    with pytest.raises(AdapterInvalid, match=f"'{name}' .* NaN or infinite"):
+        read_adapter(folder, tiny)
+
+
+def test_large_but_finite_weights_are_read(folder, tiny):
+    change_weights(folder, lambda t: t[f"{Q}.lora_A.weight"].fill_(3e38))
+    assert read_adapter(folder, tiny)["model.layers.0.self_attn.q_proj"].a.min() > 1e38

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from loramill.kernels import Batch
-from loramill.serve.engine.peft_folder import read_adapter
+from loramill.kernels.peft_folder import BaseModules, read_adapter
 from loramill.serve.model import Chunk, Model
 
 VOCABULARY = 97
@@ -73,7 +73,7 @@ def assert_adapts_as_peft(folder: Path, loaded: Model, root: Path, configs: list
     for index, config in enumerate(configs):
         torch.manual_seed(index)
         get_peft_model(base_of(folder), deepcopy(config)).save_pretrained(root / str(index))
-        packed = slab.pack(read_adapter(root / str(index), loaded.target_weight))
+        packed = slab.pack(read_adapter(root / str(index), BaseModules.of_sites(loaded.sites, loaded.target_weight)))
         slots.append(slab.allocate(packed.bytes))
         slab.load(slots[-1], packed)
         models.append(PeftModel.from_pretrained(base_of(folder), root / str(index)).eval())

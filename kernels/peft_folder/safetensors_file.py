@@ -7,6 +7,8 @@ and bytes from the header's end (https://huggingface.co/docs/safetensors); the t
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,4 +53,13 @@ def _tensor(name: str, entry: Any, data: memoryview) -> torch.Tensor:
             return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(shape)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the header's entry for '{name}' is broken, or the file was cut short: {error}") from error
-    raise ValueError(f"'{name}' is {kind}; it must be {', '.join(_DTYPES)}")
+    raise ValueError(f"'{name}' is {kind}; save it in one of {', '.join(_DTYPES)}")
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor with a NaN or an infinity; None if there is none."""
+    for name, tensor in tensors.items():
+        # A sum is one pass without a copy. One of finite values may overflow, which the slow look then tells.
+        if not math.isfinite(tensor.sum(dtype=torch.float32).item()) and not tensor.isfinite().all():
+            return name
+    return None

@@ -1,0 +1,27 @@
+"""The one reader of adapters in PEFT's format: for serving, generation, merging, import, and jobs that start from one.
+
+It is strict where PEFT only warns: each tensor that `adapter_config.json` promises for the base is there, finite and of
+the right shape, and each tensor of the file is used. Imports with torch alone.
+"""
+
+from loramill.kernels.peft_folder.base import PREFIX, BaseModules, Module
+from loramill.kernels.peft_folder.config import CONFIG_FILE
+from loramill.kernels.peft_folder.reader import (
+    WEIGHTS_FILE,
+    TunedModule,
+    checked_config,
+    read_adapter,
+    read_modules,
+)
+
+__all__ = [
+    "CONFIG_FILE",
+    "PREFIX",
+    "WEIGHTS_FILE",
+    "BaseModules",
+    "Module",
+    "TunedModule",
+    "checked_config",
+    "read_adapter",
+    "read_modules",
+]

@@ -1,0 +1,149 @@
+"""The modules of a base that an adapter may target, and which of them a tensor's name means."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from loramill.kernels.adapter import Site
+
+#: What PEFT puts before a module's name in a file.
+PREFIX = "base_model.model."
+#: What wrappers put before or between the parts of a module's name: torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+#: What PEFT and DDP put before a module's name; PEFT applied twice puts it there twice.
+_PEFT = re.compile(r"(?:(?:base_model\.model|module)\.)*")
+#: What the same layers are held by in other classes of transformers: with a head or without, alone or beside a tower.
+_HOLDERS = re.compile(r"(?:(?:model|language_model|transformer|text_model)\.)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A linear or embedding of a base.
+
+    Attributes:
+        d_in: columns of the weight; of an embedding, its vocabulary.
+        d_out: rows of the weight; of an embedding, the width of its vectors.
+        lookup: it is an embedding.
+        head: it gives the logits; "all-linear" leaves it out.
+    """
+
+    d_in: int
+    d_out: int
+    lookup: bool = False
+    head: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModules:
+    """What an adapter may target in a base.
+
+    Attributes:
+        modules: by their names in the base, in its order.
+        weight: a module's weight [d_out, d_in], of an embedding [vocabulary, width]; or its bias [d_out] by
+            `<module>.bias`. None if it has none.
+    """
+
+    modules: Mapping[str, Module]
+    weight: Callable[[str], torch.Tensor | None]
+    _cores: Mapping[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Finds the names that are the same without what holds the layers."""
+        counts = Counter(map(_core, self.modules))
+        cores = {core: name for name in self.modules if counts[core := _core(name)] == 1}
+        object.__setattr__(self, "_cores", cores)
+
+    @staticmethod
+    def of_sites(sites: Iterable[Site], weight: Callable[[str], torch.Tensor | None]) -> BaseModules:
+        """Those of a model that the engine runs."""
+        modules = {
+            name: Module(site.d_in, width, site.lookup, site.head)
+            for site in sites
+            for name, width in zip(site.modules, site.widths, strict=True)
+        }
+        return BaseModules(modules, weight)
+
+    @staticmethod
+    def of_model(model: nn.Module, head: nn.Module | None) -> BaseModules:
+        """Those of a transformers model, in full precision; it may be on the meta device.
+
+        Args:
+            head: its output embeddings.
+        """
+        found = {name: module for name, module in model.named_modules() if _adaptable(module)}
+
+        def weight(name: str) -> torch.Tensor | None:
+            module, _, part = name.rpartition(".")
+            if part == "bias" and module in found:
+                bias: torch.Tensor | None = getattr(found[module], "bias", None)
+                return bias
+            return weight_of(found[name]) if name in found else None
+
+        return BaseModules({name: _described(module, module is head) for name, module in found.items()}, weight)
+
+    def find(self, path: str) -> tuple[str, str] | None:
+        """The module that is meant by the name of a file's tensor, without its part; and what its trainer called it.
+
+        Returns:
+            The name in this base, and the name in the model that was trained, by which the config's patterns go.
+        """
+        plain = path.removeprefix(PREFIX)
+        if plain in self.modules:  # as PEFT writes it: hundreds of names of each adapter that is loaded
+            return plain, plain
+        trained = _WRAPPERS.sub("", path)
+        trained = trained[_PEFT.match(trained).end() :]  # type: ignore[union-attr]  # matches nothing, at least
+        if trained in self.modules:
+            return trained, trained
+        name = self._cores.get(_core(trained))
+        return None if name is None else (name, trained)
+
+    def as_trained(self, found: Mapping[str, str]) -> dict[str, str]:
+        """What the trainer called each module of the base.
+
+        Args:
+            found: that name for the modules that a file holds.
+        """
+        holders = {_holder(name): _holder(trained) for name, trained in found.items() if name != trained}
+        return {
+            name: found.get(name) or (holders[_holder(name)] + _core(name) if _holder(name) in holders else name)
+            for name in self.modules
+        }
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight [d_out, d_in] of a linear, [vocabulary, width] of an embedding, without a copy."""
+    weight: torch.Tensor = module.weight.detach()  # type: ignore[operator]
+    return weight.T if _is_conv1d(module) else weight
+
+
+def _described(module: nn.Module, head: bool) -> Module:
+    if isinstance(module, nn.Embedding):
+        return Module(module.num_embeddings, module.embedding_dim, lookup=True)
+    if isinstance(module, nn.Linear):
+        return Module(module.in_features, module.out_features, head=head)
+    d_out, d_in = weight_of(module).shape
+    return Module(d_in, d_out, head=head)
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear of transformers, which isn't imported here; its weight is [d_in, d_out]."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _holder(name: str) -> str:
+    match = _HOLDERS.match(name)
+    return match[0] if match else ""
+
+
+def _core(name: str) -> str:
+    return name[len(_holder(name)) :]

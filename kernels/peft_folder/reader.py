@@ -1,0 +1,285 @@
+"""An adapter in PEFT's format, checked against its config and its base, and brought to the normal form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loramill.errors import AdapterInvalid
+from loramill.kernels.adapter import Delta
+from loramill.kernels.memory import Memory, host_memory
+from loramill.kernels.peft_folder.base import BaseModules, Module
+from loramill.kernels.peft_folder.config import CONFIG_FILE, Patterns, Targets, checked_config, read_config
+from loramill.kernels.peft_folder.names import (
+    BIAS,
+    EMBEDDING_A,
+    EMBEDDING_B,
+    MAGNITUDE,
+    RANKS,
+    WEIGHT,
+    A,
+    B,
+    E,
+    FileModule,
+    by_module,
+    file_name,
+)
+from loramill.kernels.peft_folder.safetensors_file import not_finite, read_tensors
+
+__all__ = ["WEIGHTS_FILE", "TunedModule", "checked_config", "read_adapter", "read_modules"]
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+#: What other programs call their files, and what to do with them.
+_OTHER_FILES = {
+    "adapter_model.bin": "it has adapter_model.bin, a pickle, which may run any code and isn't read. Convert it where "
+    "you trust it: safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
+    f"'{WEIGHTS_FILE}')",
+    "adapters.safetensors": "it has adapters.safetensors, MLX-LM's format: convert that to PEFT's",
+    "adapter_model.safetensors.index.json": "its weights are in shards: save them in one file",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TunedModule:
+    """The adapter of one module, as trained; in the file's dtype.
+
+    Attributes:
+        a: [r, d_in].
+        b: [d_out, r].
+        scale: what their product is multiplied by.
+        magnitude: DoRA's [d_out]; None without DoRA.
+        lookup: the module is an embedding.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None = None
+    lookup: bool = False
+
+    def delta(self, weight: torch.Tensor | None) -> Delta:
+        """The normal form.
+
+        Args:
+            weight: of the base's module, [d_out, d_in]; needed with a magnitude only.
+        """
+        if self.magnitude is None:
+            return Delta(self.a, self.b, lookup=self.lookup, scale=self.scale)
+        assert weight is not None
+        # DoRA (Liu et al. 2024, eq. 5): each row of the merged weight gets the learned length.
+        merged = weight.float() + self.scale * (self.b.float() @ self.a.float())
+        return Delta(self.a, self.b, self.magnitude.float() / torch.linalg.vector_norm(merged, dim=1), scale=self.scale)
+
+
+def read_adapter(folder: Path, base: BaseModules, memory: Memory = host_memory) -> dict[str, Delta]:
+    """The deltas of an adapter by module; arguments and errors are those of `read_modules`."""
+    return {
+        module: tuned.delta(None if tuned.magnitude is None else base.weight(module))
+        for module, tuned in read_modules(folder, base, memory).items()
+    }
+
+
+def read_modules(folder: Path, base: BaseModules, memory: Memory = host_memory) -> dict[str, TunedModule]:
+    """Reads `adapter_config.json` and `adapter_model.safetensors`, of LoRA or raw AdaLoRA.
+
+    Args:
+        folder: as PEFT's `save_pretrained` writes it, or others in its format: with other prefixes of the modules'
+            names, or the adapter's name in them.
+        base: its weights are read where the file holds some of them, to compare.
+        memory: where the file's bytes go.
+
+    Returns:
+        By module, in the base's order; the tensors share these bytes. Modules all of whose AdaLoRA ranks are pruned
+        are left out.
+
+    Raises:
+        AdapterInvalid: a broken file, another method, or something that isn't supported; a promised tensor that is
+            missing, of another shape, or not finite; a tensor that isn't promised. The message names it.
+    """
+    config = read_config(folder)
+    name = folder.name
+    found = _read_file(folder, base, memory)
+    trained = base.as_trained({module: own.trained for module, own in found.items()})
+    _drop_base_layers(name, found, base)
+    if not found:
+        raise AdapterInvalid(f"The adapter in {name} has no weights.")
+    promised = _promised(name, config, found, trained, base)
+    adalora = config["peft_type"] == "ADALORA"
+    ranks, alphas = (Patterns(name, config, key) for key in ("rank_pattern", "alpha_pattern"))
+    tuned: dict[str, TunedModule] = {}
+    for module in promised:
+        site, called, own = base.modules[module], trained[module], found.get(module)
+        if adalora:
+            one = _adalora(name, module, site, called, own, config)
+        else:
+            rank, scale = _rank_and_scale(name, module, config, ranks.of(called, module), alphas.of(called, module))
+            one = _lora(name, module, site, own, rank, scale, bool(config.get("use_dora")))
+        if one is not None:
+            tuned[module] = one
+    return tuned
+
+
+def _read_file(folder: Path, base: BaseModules, memory: Memory) -> dict[str, FileModule]:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        for other, reason in _OTHER_FILES.items():
+            if (folder / other).is_file():
+                raise AdapterInvalid(f"{folder.name} has no {WEIGHTS_FILE}; {reason}.")
+    try:
+        tensors = read_tensors(path, memory)
+    except (OSError, ValueError) as error:
+        raise AdapterInvalid(f"{WEIGHTS_FILE} in {folder.name} can't be read: {error}.") from error
+    broken = not_finite(tensors)
+    if broken is not None:
+        raise AdapterInvalid(f"'{broken}' of the adapter in {folder.name} holds values that are NaN or infinite.")
+    return by_module(folder.name, tensors, base)
+
+
+def _promised(
+    name: str, config: Mapping[str, Any], found: Mapping[str, FileModule], trained: Mapping[str, str], base: BaseModules
+) -> list[str]:
+    """The modules that the config targets, in the base's order.
+
+    Raises:
+        AdapterInvalid: there are none, or the file holds another.
+    """
+    targets = Targets(name, config)
+    # A config may know the modules by the names that they had in training, or by this base's.
+    promised = {
+        module: None
+        for module, site in base.modules.items()
+        if (trained[module], site) in targets or (trained[module] != module and (module, site) in targets)
+    }
+    if config.get("ensure_weight_tying"):
+        # PEFT gives the head the embedding's adapter, transposed, and saves both; or the embedding the head's.
+        ends = [module for module, site in base.modules.items() if site.head or site.lookup]
+        if any(module in promised for module in ends):
+            promised |= dict.fromkeys(module for module in ends if module in found)
+    for module, own in found.items():
+        if module not in promised:
+            raise AdapterInvalid(
+                f"The adapter in {name} holds '{next(iter(own.names.values()))}', and its {CONFIG_FILE} doesn't target "
+                f"'{own.trained}': correct target_modules, or save it again."
+            )
+    return [module for module in base.modules if module in promised]
+
+
+def _drop_base_layers(name: str, found: dict[str, FileModule], base: BaseModules) -> None:
+    """Takes out the base's own layers, which PEFT saves beside adapters of embeddings and heads."""
+    for module, own in list(found.items()):
+        for part, end in ((WEIGHT, ""), (BIAS, ".bias")):
+            if part not in own.parts:
+                continue
+            saved, weight = own.parts.pop(part), base.weight(module + end)
+            if weight is None or not _equal(saved, weight):
+                raise AdapterInvalid(
+                    f"The adapter in {name} comes with its own base layer '{module}', which is not this base's: train "
+                    "on the unmodified base, or save with save_embedding_layers=False if it was trained on just that."
+                )
+        if not own.parts:
+            del found[module]
+
+
+def _equal(saved: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether both are the same numbers, once rounded to the coarser of the dtypes."""
+    return torch.equal(saved.to(weight.dtype), weight) or torch.equal(saved, weight.to(saved.dtype))
+
+
+def _lora(
+    name: str, module: str, site: Module, own: FileModule | None, rank: int, scale: float, dora: bool
+) -> TunedModule:
+    of_a, of_b = (EMBEDDING_A, EMBEDDING_B) if site.lookup else (A, B)
+    if dora and site.lookup:
+        raise AdapterInvalid(f"The adapter in {name} uses DoRA on the embedding '{module}', which isn't supported.")
+    wanted = {of_a: (rank, site.d_in), of_b: (site.d_out, rank)} | ({MAGNITUDE: (site.d_out,)} if dora else {})
+    parts = _checked(name, module, own, wanted)
+    return TunedModule(parts[of_a], parts[of_b], scale, parts.get(MAGNITUDE), site.lookup)
+
+
+def _adalora(
+    name: str, module: str, site: Module, trained: str, own: FileModule | None, config: Mapping[str, Any]
+) -> TunedModule | None:
+    """B diag(E) A (Zhang et al. 2023, eq. 3) without the ranks whose singular value is 0; None if all are."""
+    try:
+        rank, alpha = int(config["init_r"]), float(config["lora_alpha"])
+        divisor = float(rank)
+        kept = (config.get("rank_pattern") or {}).get(f"{trained}.{E}")
+        rank = rank if kept is None else sum(map(bool, kept))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterInvalid(f"{CONFIG_FILE} in {name} lacks or garbles rank or alpha: {error!r}.") from error
+    if rank == 0 and own is None:
+        return None
+    if own is not None and (ranknum := own.parts.pop(RANKS, None)) is not None:
+        # PEFT divides by the rank before any was pruned, and doesn't save it since 0.18.
+        divisor = _number(name, own.names[RANKS], ranknum)
+    parts = _checked(name, module, own, {A: (rank, site.d_in), B: (site.d_out, rank), E: (rank, 1)})
+    a, b, e = parts[A], parts[B], parts[E].float().flatten()
+    alive = e != 0
+    scale = (alpha if alpha > 0 else float(rank)) / (divisor + 1e-5)
+    return TunedModule(a[alive], b.float()[:, alive] * (e[alive] * scale), 1.0) if alive.any() else None
+
+
+def _number(name: str, tensor: str, value: torch.Tensor) -> float:
+    if value.numel() != 1:
+        raise AdapterInvalid(f"'{tensor}' of the adapter in {name} is {list(value.shape)}; it must be one number.")
+    return value.float().item()
+
+
+def _rank_and_scale(name: str, module: str, config: Mapping[str, Any], rank: Any, alpha: Any) -> tuple[int, float]:
+    """Of a module, whose patterns say `rank` and `alpha`; None where they say nothing."""
+    try:
+        rank = int(config["r"] if rank is None else rank)
+        alpha = float(config["lora_alpha"] if alpha is None else alpha)
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterInvalid(f"{CONFIG_FILE} in {name} lacks or garbles rank or alpha: {error!r}.") from error
+    if rank < 1 or not math.isfinite(alpha):
+        raise AdapterInvalid(
+            f"'{module}' of the adapter in {name} has rank {rank} and alpha {alpha:g}; the rank must be at least 1, "
+            "and the alpha finite."
+        )
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _checked(
+    name: str, module: str, own: FileModule | None, wanted: Mapping[str, tuple[int, ...]]
+) -> dict[str, torch.Tensor]:
+    """The module's parts, which must be just those that are wanted, of these shapes."""
+    there = {} if own is None else own.parts
+    for part, shape in wanted.items():
+        if part not in there:
+            raise AdapterInvalid(
+                f"The adapter in {name} lacks '{file_name(module, part)}': its {CONFIG_FILE} promises "
+                f"{_listed(wanted)} of '{module}', and {WEIGHTS_FILE} holds {_listed(there) or 'nothing'} of it. Save "
+                "or copy all of it again."
+            )
+        if tuple(there[part].shape) != shape:
+            raise AdapterInvalid(
+                f"'{_named(own, part)}' of the adapter in {name} is {list(there[part].shape)}; by its {CONFIG_FILE} "
+                f"and this base it must be {list(shape)}.{_hint(there[part])}"
+            )
+    for part in there:
+        if part not in wanted:
+            raise AdapterInvalid(
+                f"The adapter in {name} holds '{_named(own, part)}'; by its {CONFIG_FILE} '{module}' has "
+                f"{_listed(wanted)} alone."
+            )
+    return there
+
+
+def _hint(tensor: torch.Tensor) -> str:
+    if tensor.numel() and tensor.ndim > 1:
+        return ""
+    return " DeepSpeed ZeRO-3 and FSDP leave it so if the weights weren't gathered before they were saved."
+
+
+def _named(own: FileModule | None, part: str) -> str:
+    return part if own is None else own.names[part]
+
+
+def _listed(parts: Iterable[str]) -> str:
+    return ", ".join(parts)
