@@ -15,10 +15,12 @@ from loramill.serve.api.wire import Body
 
 
 class CalledFunction(Body):
-    """The function that was called; `arguments` is a JSON object, as text."""
+    """The function that was called; `arguments` is a JSON object, as text, and `parsed_arguments` that once more, as
+    OpenAI's client adds it."""
 
     name: str = Field(min_length=1)
     arguments: str
+    parsed_arguments: Any = None
 
     @field_validator("arguments")
     @classmethod
@@ -33,8 +35,9 @@ class CalledFunction(Body):
 
 
 class MessageToolCall(Body):
-    """A call of a tool that the assistant asked for."""
+    """A call of a tool that the assistant asked for; `index` is what a stream's parts of it had."""
 
+    index: int | None = None
     id: str = Field(min_length=1)
     type: Literal["function"]
     function: CalledFunction
@@ -53,32 +56,54 @@ class TextPart(TypedDict):
     text: str
 
 
+@with_config(ConfigDict(extra="allow"))
+class RefusalPart(TypedDict):
+    """A piece of an assistant's content that refuses."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
 class ChatMessage(Body):
-    """A message; text parts of a content are joined. Only who calls tools may say nothing else."""
+    """A message; text parts of a content are joined. Only an assistant that calls tools or refuses has no content.
+
+    `name` tells participants of one role apart, where the chat template writes it. `parsed` is the content once more,
+    as OpenAI's client adds it to an answer.
+    """
 
     # What OpenAI's own answers carry, and callers send back as they got it.
     asks_nothing: ClassVar[Mapping[str, Sequence[Any]]] = {"annotations": ([],), "tool_calls": ([],)}
     role: Literal["system", "developer", "user", "assistant", "tool"]
+    name: str | None = None
+    refusal: str | None = None
+    parsed: Any = None
     tool_calls: list[MessageToolCall] = Field(default=[], max_length=128)
     tool_call_id: str | None = Field(default=None, min_length=1, validate_default=True)
     content: str | None = Field(default=None, validate_default=True)
 
-    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart])
+    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart | RefusalPart])
     @classmethod
-    def _joined(cls, content: object) -> object:
+    def _joined(cls, content: object, others: ValidationInfo) -> object:
         if not isinstance(content, list):
             return content
-        texts = [part["text"] for part in content if _is_text(part)]
-        if len(texts) < len(content):
+        texts = [_text(part, refuses=others.data.get("role") == "assistant") for part in content]
+        if None in texts:
             raise ValueError('only parts like {"type": "text", "text": "…"} are understood')
-        return "".join(texts)
+        return "".join(text for text in texts if text is not None)
 
     @field_validator("content")
     @classmethod
     def _says_something(cls, content: str | None, others: ValidationInfo) -> str | None:
-        if content is None and not others.data.get("tool_calls"):
+        if content is None and not others.data.get("tool_calls") and others.data.get("refusal") is None:
             raise PydanticKnownError("missing")
         return content
+
+    @field_validator("refusal", "parsed")
+    @classmethod
+    def _is_the_assistants(cls, value: Any, others: ValidationInfo) -> Any:
+        if value is not None and others.data.get("role") != "assistant":
+            raise ValueError("only a message of the role 'assistant' has it")
+        return value
 
     @field_validator("tool_calls")
     @classmethod
@@ -97,8 +122,11 @@ class ChatMessage(Body):
         return id_
 
     def message(self) -> Message:
-        """As chat templates know it."""
-        message: Message = {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
+        """As chat templates know it; a refusal is what the assistant said where it said nothing else."""
+        content = self.refusal if self.content is None else self.content
+        message: Message = {"role": self.role, "content": content or ""}
+        if self.name is not None:
+            message["name"] = self.name
         if self.tool_calls:
             message["tool_calls"] = [each.call() for each in self.tool_calls]
         if self.tool_call_id is not None:
@@ -106,8 +134,15 @@ class ChatMessage(Body):
         return message
 
 
-def _is_text(part: object) -> bool:
+def _text(part: object, *, refuses: bool) -> str | None:
+    """What a part says, if it is one that is understood; keys of it that are null weren't given."""
     match part:
-        case {"type": "text", "text": str(), **rest}:
-            return not rest
-    return False
+        case {"type": "text", "text": str(text), **rest} if not _given(rest):
+            return text
+        case {"type": "refusal", "refusal": str(text), **rest} if refuses and not _given(rest):
+            return text
+    return None
+
+
+def _given(rest: Mapping[Any, object]) -> bool:
+    return any(value is not None for value in rest.values())

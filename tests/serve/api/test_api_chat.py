@@ -50,11 +50,41 @@ def test_parameters_reach_the_backend(client: OpenAI, echo: EchoBackend) -> None
         extra_body={"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 2, "ignore_eos": True},
     )
     [asked] = echo.requests
-    assert asked.messages == ({"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"})
+    assert asked.messages == ({"role": "developer", "content": "be brief"}, {"role": "user", "content": "hello"})
     assert (asked.max_tokens, asked.temperature, asked.top_p, asked.top_k) == (7, 0.0, 0.5, 5)
     assert (asked.seed, asked.stop, asked.ignore_eos, asked.logprobs) == (11, ("END",), True, None)
     assert (asked.presence_penalty, asked.frequency_penalty, asked.repetition_penalty) == (0.5, -1.0, 1.2)
     assert (asked.min_p, asked.min_tokens, asked.logit_bias) == (0.1, 2, ((17, 3.0), (4, -100.0)))
+
+
+TEXT = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "cache_control": None}]
+NULLS = {"refusal": None, "annotations": None, "audio": None, "function_call": None, "tool_calls": None}
+
+
+@pytest.mark.parametrize(
+    ("given", "content"),
+    [
+        *(({"role": role, "content": TEXT}, "ab") for role in ("system", "developer", "user", "assistant")),
+        ({"role": "assistant", "content": "x", **NULLS, "annotations": []}, "x"),
+        ({"role": "assistant", "content": None, **NULLS, "refusal": "No."}, "No."),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, "No."),
+        ({"role": "assistant", "content": '{"a": 1}', "parsed": {"a": 1}, **NULLS}, '{"a": 1}'),
+    ],
+)
+@pytest.mark.parametrize("name", [None, "ann"])
+def test_messages_as_openais_schema_has_them(
+    client: OpenAI, echo: EchoBackend, given: dict[str, Any], content: str, name: str | None
+) -> None:
+    client.chat.completions.create(model="tiny", messages=[{**given, "name": name}, *HELLO])  # type: ignore[list-item]
+    expected = {"role": given["role"], "content": content} | ({} if name is None else {"name": name})
+    assert echo.requests[0].messages[0] == expected
+
+
+def test_an_answer_is_sent_back_as_it_was_dumped(client: OpenAI, echo: EchoBackend) -> None:
+    message = client.chat.completions.create(model="tiny", messages=HELLO).choices[0].message
+    for again in (message, message.model_dump(), message.model_dump(exclude_none=True), message.to_dict()):
+        client.chat.completions.create(model="tiny", messages=[*HELLO, again, *HELLO])  # type: ignore[list-item]
+        assert echo.requests[-1].messages[1] == {"role": "assistant", "content": "one two three"}
 
 
 def test_finish_reasons(client: OpenAI) -> None:
@@ -172,7 +202,19 @@ def test_models_are_the_base_and_own_champions(
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "invalid_request"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "invalid_request"),
         ({"messages": [*HELLO, {"role": "user", "content": 5}]}, "messages[1].content", "invalid_request"),
-        ({"messages": [{"role": "user", "content": "x", "name": "bob"}]}, "messages[0].name", "unsupported_parameter"),
+        ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages[0].name", "invalid_request"),
+        ({"messages": [{"role": "user", "content": "x", "refusal": "no"}]}, "messages[0].refusal", "invalid_request"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content", "invalid_request"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}]},
+            "messages[0].content",
+            "invalid_request",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "function_call": {"name": "f", "arguments": ""}}]},
+            "messages[0].function_call",
+            "unsupported_parameter",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages[0].content",

@@ -138,6 +138,25 @@ def test_the_async_client_goes_a_whole_round(site: Any, tenant: str, echo: EchoB
     assert asyncio.run(converse()) == "snow"
 
 
+def test_a_call_is_sent_back_as_it_was_dumped(client: OpenAI, echo: EchoBackend) -> None:
+    called = ask(client, OSLO).choices[0].message
+    with client.chat.completions.stream(model="tiny", messages=saying(OSLO), tools=[WEATHER]) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    for message in (called, streamed):
+        again = message.model_dump()
+        result = {"role": "tool", "tool_call_id": again["tool_calls"][0]["id"], "name": "weather", "content": "snow"}
+        messages: Any = [*saying(OSLO), again, result]
+        client.chat.completions.create(model="tiny", messages=messages, tools=[WEATHER])
+        _, sent, returned = echo.requests[-1].messages
+        assert sent["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"town": "Oslo é"}}
+        assert sent.keys() == {"role", "content", "tool_calls"} and sent["tool_calls"][0].keys() == {
+            "id",
+            "type",
+            "function",
+        }
+        assert returned["name"] == "weather"
+
+
 def test_no_choice_means_no_tools(client: OpenAI, echo: EchoBackend) -> None:
     [choice] = ask(client, OSLO, tool_choice="none").choices
     assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (OSLO, None, "stop")
