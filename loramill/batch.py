@@ -1,33 +1,34 @@
 """Hundreds of jobs at once: reading them from a file, and what each of them asks for.
 
-A file of jobs is TOML (a `[[jobs]]` table each), JSONL (an object a line) or CSV (a row each, the header naming the
-options). A job has an `adapter` (tenant/adapter), `train`, perhaps `valid` and `columns`, and any of `Options`. What
-`[defaults]` (in JSONL a line {"defaults": {...}}) says goes for every job that doesn't say otherwise. Paths are
-relative to the file.
+A file of jobs is TOML (a `[[jobs]]` table each), JSONL (an object a line) or CSV or TSV (a row each, the header naming
+the options). A job has an `adapter` (tenant/adapter), `train`, perhaps `valid`, `columns` and `valid_columns`, and any
+of `Options`. What `[defaults]` (in JSONL a line {"defaults": {...}}) says goes for every job that doesn't say
+otherwise. Paths are relative to the file.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from loramill.errors import InvalidRequest
-from loramill.ingest import HUB
+from loramill import jsonl
+from loramill.errors import DatasetInvalid, InvalidRequest
+from loramill.ingest import HUB, Columns
+from loramill.ingest.content import read_bytes, text_of
+from loramill.ingest.delimited import read_cells
 from loramill.names import AdapterName
 from loramill.options import Options, from_text, read_options
 
 #: A row with where it stands, for messages.
 Row = tuple[str, dict[str, object]]
 
-_DATA = ("adapter", "train", "valid", "columns")
+_DATA = ("adapter", "train", "valid", "columns", "valid_columns")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ class Entry:
     adapter: AdapterName
     train: Any
     valid: Any
-    columns: Mapping[str, str] | None
+    columns: Columns
+    valid_columns: Columns
     options: Options
 
 
@@ -48,16 +50,19 @@ def read_jobs(path: Path, defaults: Mapping[str, object]) -> list[Row]:
     Raises:
         InvalidRequest: the file can't be read as what its name says it is.
     """
-    readers: dict[str, Callable[[str], list[Row]]] = {".toml": _toml, ".jsonl": _jsonl, ".csv": _csv}
+    readers: dict[str, Callable[[str], list[Row]]] = {".toml": _toml, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise InvalidRequest(f"{path.name} isn't a file of jobs; it is named .toml, .jsonl or .csv.", param="file")
+        raise InvalidRequest(
+            f"{path.name} isn't a file of jobs; it is named .toml, .jsonl, .csv or .tsv.", param="file"
+        )
+    text = text_of(path.name, read_bytes(path))
     try:
-        rows = reader(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InvalidRequest(f"{path} can't be read: {error.strerror}.") from error
-    except (ValueError, csv.Error) as error:
+        rows = reader(text)
+    except ValueError as error:
         raise InvalidRequest(f"{path.name} can't be read: {error}.") from error
+    except DatasetInvalid as error:
+        raise InvalidRequest(f"{path.name} can't be read: {error.message}") from error
     own = next((row for where, row in rows if not where), {})
     found = [(f"{path.name}, {where}", {**own, **defaults, **row}) for where, row in rows if where]
     if not found:
@@ -78,15 +83,15 @@ def check_entries(rows: Iterable[tuple[str, Mapping[str, object]]]) -> list[Entr
         try:
             options = read_options({name: value for name, value in row.items() if name not in _DATA})
         except InvalidRequest as error:
-            wrong += error.message.splitlines()
+            wrong += error.message.split("\n")
         try:
             adapter = AdapterName.parse(str(row.get("adapter", "tenant/adapter")))
         except InvalidRequest as error:
             wrong.append(error.message)
         problems += [f"{where}: {problem}" for problem in wrong]
         if not wrong:
-            columns: Any = row.get("columns")
-            entries.append(Entry(where, adapter, row["train"], row.get("valid"), columns, options))
+            columns, valid_columns = (cast(Columns, row.get(name)) for name in ("columns", "valid_columns"))
+            entries.append(Entry(where, adapter, row["train"], row.get("valid"), columns, valid_columns, options))
     refuse(problems)
     return entries
 
@@ -117,12 +122,17 @@ def _missing(row: Mapping[str, object]) -> list[str]:
     wrong = [f"{name} is missing." for name in ("adapter", "train") if not row.get(name)]
     for name in ("train", "valid"):
         source = row.get(name)
-        if isinstance(source, str | Path) and _is_path(source) and not Path(source).is_file():
+        if isinstance(source, str | Path) and _is_path(source) and not Path(source).exists():
             wrong.append(f"{name}: there is no file {source}.")
-    columns = row.get("columns")
-    if columns is not None and not isinstance(columns, Mapping):
-        wrong.append("columns: give the column of each field, such as prompt=question,completion=answer.")
+    for name in ("columns", "valid_columns"):
+        columns = row.get(name)
+        if columns not in (None, "auto") and not _are_texts(columns):
+            wrong.append(f"{name}: give the column of each field, such as prompt=question,completion=answer, or auto.")
     return wrong
+
+
+def _are_texts(columns: object) -> bool:
+    return isinstance(columns, Mapping) and all(isinstance(text, str) for pair in columns.items() for text in pair)
 
 
 def _is_path(source: str | Path) -> bool:
@@ -139,7 +149,7 @@ def _toml(text: str) -> list[Row]:
     jobs, defaults = content.pop("jobs", []), content.pop("defaults", {})
     if content or not isinstance(jobs, list) or not isinstance(defaults, dict):
         raise ValueError("it may have [defaults] and [[jobs]], and nothing else")
-    lines = [number for number, line in enumerate(text.splitlines(), 1) if re.match(r"\s*\[\[\s*jobs\s*\]\]", line)]
+    lines = [number for number, line in enumerate(text.split("\n"), 1) if re.match(r"\s*\[\[\s*jobs\s*\]\]", line)]
     named = (
         [f"line {line}" for line in lines] if len(lines) == len(jobs) else [f"job {i + 1}" for i in range(len(jobs))]
     )
@@ -148,13 +158,11 @@ def _toml(text: str) -> list[Row]:
 
 def _jsonl(text: str) -> list[Row]:
     rows: list[Row] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in jsonl.rows(text.encode()):
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"line {number} is not JSON: {error}") from error
+            row = jsonl.parse(line)
+        except DatasetInvalid as error:
+            raise ValueError(f"line {number}: {error.message.removesuffix('.')}") from error
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is no object")
         rows.append(("", row["defaults"]) if [*row] == ["defaults"] else (f"line {number}", row))
@@ -162,11 +170,7 @@ def _jsonl(text: str) -> list[Row]:
 
 
 def _csv(text: str) -> list[Row]:
-    table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows: list[Row] = []
-    for row in table:
-        where = f"line {table.line_num}"
-        if None in row or None in row.values():
-            raise ValueError(f"{where} has not as many cells as the header")
-        rows.append((where, {name: from_text(name, cell) for name, cell in row.items() if cell.strip()}))
-    return rows
+    return [
+        (f"line {number}", {name: from_text(name, cell) for name, cell in row.items() if cell.strip()})
+        for number, row in read_cells(text)
+    ]

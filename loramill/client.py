@@ -10,12 +10,14 @@ from urllib.parse import quote
 
 from loramill.download import download
 from loramill.errors import SettingsInvalid, Unauthenticated
-from loramill.fine_tuning import FineTuning, Source
+from loramill.fine_tuning import FineTuning
+from loramill.ingest import Columns
 from loramill.names import AdapterName
 from loramill.options import given
 from loramill.settings import Settings
 from loramill.tenancy import Tenancy
-from loramill.types import AdapterRecord, NewDataState, Removal
+from loramill.types import AdapterData, AdapterRecord, NewDataState, Removal
+from loramill.uploads import OnUpload, Source, Uploads
 from loramill.views import Adapter, view
 from loramill.wire import Wire, is_own, openai_errors
 
@@ -39,8 +41,9 @@ class Client(FineTuning, Tenancy):
     A tenant's key acts for its tenant. An admin's key acts for `organization`, and for the tenant in
     the adapter's name where there is one. `timeout` (seconds) bounds the wait for one answer.
 
-    A `Source` of examples is a JSONL file's path, its content as bytes, or an uploaded file (or its id,
-    `file-…`); `Messages` are a list such as [{"role": "user", "content": "Hello"}], or what the user says.
+    A `Source` of examples is a path (JSONL, JSON, CSV, TSV, Parquet, Arrow, or a folder that `datasets` saved), a data
+    set of a hub (`hf:org/name:split`), JSONL as bytes, or an uploaded file (or its id, `file-…`);
+    `Messages` are a list such as [{"role": "user", "content": "Hello"}], or what the user says.
 
     Every method raises errors of `loramill.errors`: NotRunning and Unavailable where no gateway answers,
     Unauthenticated and Forbidden about the key, otherwise what the gateway found wrong.
@@ -182,15 +185,36 @@ class Client(FineTuning, Tenancy):
         """
         return download(self._wire, name, to, full=full, on_bytes=on_bytes)
 
-    def add_data(self, name: str, train: Source, *, valid: Source | None = None) -> NewDataState:
-        """Gives an adapter new examples, from which the next nightly run trains it; returns all that waits for it."""
+    def add_data(
+        self,
+        name: str,
+        train: Source,
+        *,
+        valid: Source | None = None,
+        columns: Columns = None,
+        valid_columns: Columns = None,
+        on_upload: OnUpload | None = None,
+    ) -> NewDataState:
+        """Gives an adapter new examples, from which the next nightly run trains it; returns all that waits for it.
+
+        Args:
+            name: `tenant/adapter`.
+            train: examples to train on.
+            valid: examples to evaluate by; else a part of the new ones is held out.
+            columns, valid_columns, on_upload: as `submit` takes them.
+        """
         tenant = AdapterName.parse(name).tenant
-        request = {
-            "training_file": self._file_id(train, tenant, "train.jsonl"),
-            "validation_file": None if valid is None else self._file_id(valid, tenant, "valid.jsonl"),
-        }
-        answer = self._wire.call("POST", f"{_path(name)}/data", json=given(request))
+        with Uploads(self, on_upload) as uploads:
+            request = {
+                "training_file": uploads.train(train, tenant, columns),
+                "validation_file": uploads.valid(valid, tenant, columns, valid_columns),
+            }
+            answer = self._wire.call("POST", f"{_path(name)}/data", json=given(request))
         return view(NewDataState, answer["new_data"])
+
+    def data(self, name: str) -> list[AdapterData]:
+        """The data that an adapter was given for nightly runs, newest first."""
+        return [view(AdapterData, row) for row in self._wire.pages(f"{_path(name)}/data")]
 
 
 def _key_of(settings: Settings, url: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,16 +11,13 @@ from typing import Any, ParamSpec, TypeVar, Unpack
 from urllib.parse import quote
 
 from loramill.batch import Entry, check_entries, read_jobs, refuse, request_of
-from loramill.errors import InvalidRequest, LoramillError, NotRunning, Overloaded, Unavailable
-from loramill.ingest import read_source
+from loramill.errors import Forbidden, InvalidRequest, LoramillError, NotFound, NotRunning, Overloaded, Unavailable
+from loramill.ingest import Columns, Prepared, read_source
 from loramill.names import AdapterName, results_id
 from loramill.options import Said, given, read_options
+from loramill.uploads import OnUpload, Source, Uploads
 from loramill.views import Checkpoint, Event, File, Job, Point, Submitted
 from loramill.wire import Wire, error_from, foreign
-
-#: Where examples come from: a file (its path) of JSONL, CSV, Parquet or JSON, a data set of a hub (`hf:org/name`,
-#: `hf:org/name:split`), JSONL as bytes, or an uploaded file (or its id, `file-…`).
-Source = Path | str | bytes | File
 
 #: Told of what is done: "uploading", "checking" or "submitting", how many are done, and of how many.
 OnProgress = Callable[[str, int, int], None]
@@ -33,6 +31,7 @@ _PAGE = 100
 #: Jobs of one request: their files are tokenized while it is waited for.
 _BATCH = 100
 _JOBS = "/v1/fine_tuning/jobs"
+_FILES = "/v1/files"
 
 
 class FineTuning:
@@ -47,7 +46,7 @@ class FineTuning:
         *,
         tenant: str | None = None,
         filename: str = "train.jsonl",
-        columns: Mapping[str, str] | None = None,
+        columns: Columns = None,
         reuse: bool = False,
     ) -> File:
         """Uploads examples, which the gateway validates at once.
@@ -55,7 +54,7 @@ class FineTuning:
         Args:
             data: where they are.
             filename: names bytes.
-            columns: of a table, which column is what: {"prompt": "question", "completion": "answer"}.
+            columns: which column is what: {"prompt": "question", "completion": "answer"}; else they are recognized.
             reuse: answer with the tenant's file of the same content, if it has one.
 
         Raises:
@@ -65,17 +64,30 @@ class FineTuning:
         if isinstance(data, File):
             return data
         if isinstance(data, bytes):
-            content = data
-        else:
-            filename, content = read_source(data, columns)
+            data = Prepared(filename, data, "JSONL")
+        elif not isinstance(data, Prepared):
+            data = read_source(data, columns)
         form = {"purpose": "fine-tune", **({"reuse": "true"} if reuse else {})}
-        return File.read(
-            self._wire.call("POST", "/v1/files", tenant=tenant, data=form, files={"file": (filename, content)})
-        )
+        upload = {"file": (data.name, data.content)}
+        file = File.read(self._wire.call("POST", _FILES, tenant=tenant, data=form, files=upload))
+        return file.model_copy(update={"recognized": data.recognized, "warnings": (*data.warnings, *file.warnings)})
+
+    def files(self, tenant: str | None = None) -> Iterator[File]:
+        """Uploaded files, newest first: a tenant's own; an admin's key sees those of `tenant`, or of all."""
+        return (File.read(row) for row in self._wire.pages(_FILES, tenant=tenant))
+
+    def file(self, file_id: str) -> File:
+        """One uploaded file's description."""
+        return File.read(self._wire.call("GET", f"{_FILES}/{quote(file_id, safe='')}"))
+
+    def file_content(self, file_id: str) -> Iterator[bytes]:
+        """A file's bytes, piece by piece; of a job's results file, the CSV."""
+        with self._wire.stream(f"{_FILES}/{quote(file_id, safe='')}/content") as content:
+            yield from content
 
     def delete_file(self, file_id: str) -> None:
         """Forgets a file. Conflict: a job that hasn't ended, or a night to come, needs it."""
-        self._wire.call("DELETE", f"/v1/files/{quote(file_id, safe='')}")
+        self._wire.call("DELETE", f"{_FILES}/{quote(file_id, safe='')}")
 
     def submit(
         self,
@@ -83,7 +95,9 @@ class FineTuning:
         train: Source,
         *,
         valid: Source | None = None,
-        columns: Mapping[str, str] | None = None,
+        columns: Columns = None,
+        valid_columns: Columns = None,
+        on_upload: OnUpload | None = None,
         **options: Unpack[Said],
     ) -> Job:
         """Submits a fine-tune job that makes a new version of `adapter`, and returns at once.
@@ -92,7 +106,9 @@ class FineTuning:
             adapter: `tenant/adapter`; the adapter comes into being with its first job.
             train: examples to learn from.
             valid: examples to measure the loss on.
-            columns: of tables, as `upload` takes it.
+            columns: as `upload` takes it; of `valid` too, if that has these columns.
+            valid_columns: of `valid`, where that has other columns.
+            on_upload: called with each file that was uploaded.
             options: what the gateway would choose otherwise; `Job.spec` tells it all. The usual ones: epochs or steps
                 (which win), batch_size, learning_rate, method ("lora", "dora", …), rank, alpha, targets ("all-linear",
                 or names), max_length, start_from ("champion" or a version to go on from; else fresh), priority, seed,
@@ -103,14 +119,16 @@ class FineTuning:
             QuotaExceeded: the tenant has as many jobs waiting as it may have.
         """
         name = AdapterName.parse(adapter)
-        request = {
-            "model": options.get("base") or self._base(),
-            "suffix": name.adapter,
-            **read_options(options).request(),
-            "training_file": self._file_id(train, name.tenant, "train.jsonl", columns),
-            "validation_file": self._file_id(valid, name.tenant, "valid.jsonl", columns),
-        }
-        return Job.read(self._wire.call("POST", _JOBS, tenant=name.tenant, json=given(request)))
+        said = read_options(options).request()
+        with Uploads(self, on_upload) as uploads:
+            request = {
+                "training_file": uploads.train(train, name.tenant, columns),
+                "validation_file": uploads.valid(valid, name.tenant, columns, valid_columns),
+                "model": options.get("base") or self._base(),
+                "suffix": name.adapter,
+                **said,
+            }
+            return Job.read(self._wire.call("POST", _JOBS, tenant=name.tenant, json=given(request)))
 
     def submit_many(
         self,
@@ -120,6 +138,7 @@ class FineTuning:
         name: str = "",
         retry: bool = False,
         on_progress: OnProgress | None = None,
+        on_upload: OnUpload | None = None,
     ) -> list[Submitted]:
         """Submits many jobs; nothing is submitted unless all of them are in order.
 
@@ -127,11 +146,12 @@ class FineTuning:
         by its metadata `loramill_key`.
 
         Args:
-            jobs: a file of jobs (TOML, JSONL or CSV), or mappings with `adapter`, `train`, perhaps `valid` and
-                `columns`, and any option of `submit`.
+            jobs: a file of jobs (TOML, JSONL, CSV or TSV), or mappings with `adapter`, `train`, perhaps `valid`,
+                `columns` and `valid_columns`, and any option of `submit`.
             defaults: options of every job that doesn't say otherwise.
             name: another name makes other jobs of the same ones: all are submitted again.
             retry: submit those again that failed or were cancelled.
+            on_upload: called with each file that was uploaded.
 
         Raises:
             InvalidRequest: something is wrong with some of them; the message has a line for each problem.
@@ -142,17 +162,20 @@ class FineTuning:
             rows = [(f"job {number}", {**(defaults or {}), **job}) for number, job in enumerate(jobs, start=1)]
         entries = check_entries(rows)
         tell = on_progress or (lambda what, done, total: None)
-        requests = self._upload_all(entries, name, tell)
-        _refuse_repeated(entries, requests)
-        parts = [(entries[i : i + _BATCH], requests[i : i + _BATCH]) for i in range(0, len(entries), _BATCH)]
-        if len(parts) > 1:  # one request is all or nothing by itself
-            checked = [self._send_batch(*part, check_only=True, retry=retry) for part in _each(parts, "checking", tell)]
-            refuse([problem for problems, _ in checked for problem in problems])
-        submitted: list[Submitted] = []
-        for part in _each(parts, "submitting", tell):
-            problems, done = self._send_batch(*part, check_only=False, retry=retry)
-            refuse(problems, submitted=len(submitted))
-            submitted += done
+        self._check_tenants(entries)
+        with Uploads(self, on_upload) as uploads:
+            requests = self._upload_all(uploads, entries, name, tell)
+            _refuse_repeated(entries, requests)
+            parts = [(entries[i : i + _BATCH], requests[i : i + _BATCH]) for i in range(0, len(entries), _BATCH)]
+            if len(parts) > 1:  # one request is all or nothing by itself
+                checks = _each(parts, "checking", tell)
+                checked = [self._send_batch(*part, check_only=True, retry=retry) for part in checks]
+                refuse([problem for problems, _ in checked for problem in problems])
+            submitted: list[Submitted] = []
+            for part in _each(parts, "submitting", tell):
+                problems, done = self._send_batch(*part, check_only=False, retry=retry)
+                refuse(problems, submitted=len(submitted))
+                submitted += done
         return submitted
 
     def jobs(self, tenant: str | None = None) -> Iterator[Job]:
@@ -181,8 +204,8 @@ class FineTuning:
 
     def curve(self, job_id: str) -> list[Point]:
         """What was measured while a job trained, step by step."""
-        with self._wire.stream(f"/v1/files/{quote(results_id(job_id), safe='')}/content") as content:
-            table = csv.DictReader(b"".join(content).decode().splitlines())
+        content = b"".join(self.file_content(results_id(job_id))).decode()
+        table = csv.DictReader(io.StringIO(content, newline=""))
         return [Point.model_validate({name: cell for name, cell in row.items() if cell}) for row in table]
 
     def events(self, job_id: str, *, follow: bool = False, every: float = 1.0) -> Iterator[Event]:
@@ -221,42 +244,37 @@ class FineTuning:
                 return str(model["id"])
         raise foreign(self.url, "it serves no base model")
 
-    def _file_id(
-        self, source: Source | None, tenant: str, filename: str, columns: Mapping[str, str] | None = None
-    ) -> str | None:
-        if source is None or (isinstance(source, str) and source.startswith("file-")):
-            return source
-        return self.upload(source, tenant=tenant, filename=filename, columns=columns, reuse=True).id
+    def _check_tenants(self, entries: Sequence[Entry]) -> None:
+        """Refuses entries of tenants that don't exist, before anything is uploaded."""
+        first = {entry.adapter.tenant: entry.where for entry in reversed(entries)}
+        problems = []
+        for tenant, where in reversed(first.items()):
+            try:
+                self._wire.call("GET", f"/v1/tenants/{quote(tenant, safe='')}")
+            except NotFound as error:
+                problems.append(f"{where}: {error.message} (`loramill tenant create {tenant}` makes it.)")
+            except Forbidden:  # a tenant's key, which only its own uploads can try
+                continue
+        refuse(problems)
 
-    def _upload_all(self, entries: Sequence[Entry], name: str, tell: OnProgress) -> list[dict[str, Any]]:
+    def _upload_all(
+        self, uploads: Uploads, entries: Sequence[Entry], name: str, tell: OnProgress
+    ) -> list[dict[str, Any]]:
         """Uploads each source once for each tenant; returns what is asked of the gateway for each entry."""
         base = self._base()
         known: dict[tuple[object, ...], str | LoramillError | None] = {}
         problems: list[str] = []
         requests = []
         for entry in _each(entries, "uploading", tell):
-            train = self._uploaded(known, entry, entry.train, "train.jsonl")
-            valid = self._uploaded(known, entry, entry.valid, "valid.jsonl")
+            tenant, columns, own = entry.adapter.tenant, entry.columns, entry.valid_columns
+            train = _once(known, uploads.train, entry.train, tenant, columns)
+            valid = _once(known, uploads.valid, entry.valid, tenant, columns, own)
             wrong = [found for found in (train, valid) if isinstance(found, LoramillError)]
-            problems += [f"{entry.where}: {line}" for error in wrong for line in _told(error)]
+            problems += dict.fromkeys(f"{entry.where}: {line}" for error in wrong for line in _told(error))
             if not wrong:
                 requests.append(request_of(entry, train, valid, entry.options.base or base, name))
         refuse(problems)
         return requests
-
-    def _uploaded(
-        self, known: dict[tuple[object, ...], str | LoramillError | None], entry: Entry, source: Any, filename: str
-    ) -> Any:
-        """The id of a source's file, or what is wrong with the source; noted in `known`, and looked up there first."""
-        what = (entry.adapter.tenant, source, *sorted((entry.columns or {}).items()))
-        if what not in known:
-            try:
-                known[what] = self._file_id(source, entry.adapter.tenant, filename, entry.columns)
-            except (NotRunning, Unavailable):
-                raise
-            except LoramillError as error:
-                known[what] = error
-        return known[what]
 
     def _send_batch(
         self, entries: Sequence[Entry], requests: Sequence[Mapping[str, Any]], *, check_only: bool, retry: bool
@@ -312,10 +330,23 @@ def _each(items: Sequence[_T], what: str, tell: OnProgress) -> Iterator[_T]:
     tell(what, len(items), len(items))
 
 
+def _once(known: dict[tuple[object, ...], Any], upload: Callable[..., str | None], source: Any, *rest: Any) -> Any:
+    """The id of a source's file, or what is wrong with the source; noted in `known`, and looked up there first."""
+    what = (source, *map(str, rest))
+    if what not in known:
+        try:
+            known[what] = upload(source, *rest)
+        except (NotRunning, Unavailable):
+            raise
+        except LoramillError as error:
+            known[what] = error
+    return known[what]
+
+
 def _told(error: LoramillError) -> Sequence[str]:
     """The lines of an error that say something by themselves."""
     problems: Sequence[str] = getattr(error, "problems", ())
-    return problems or error.message.splitlines()
+    return problems or error.message.split("\n")
 
 
 def _refuse_repeated(entries: Sequence[Entry], requests: Sequence[Mapping[str, Any]]) -> None:

@@ -9,6 +9,7 @@ import codecs
 import io
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -46,19 +47,37 @@ def parse(row: bytes | str) -> Any:
             nested too deeply. The message is about "it" and names no file.
     """
     if len(row) > MAX_LINE:
-        raise DatasetInvalid(f"it is longer than {MAX_LINE >> 20} MiB; split it, or remove it.")
+        raise DatasetInvalid(_TOO_LONG)
     text = row if isinstance(row, str) else decode(row)
-    try:
-        value = json.loads(text, object_pairs_hook=_unrepeated, parse_constant=_refuse_constant, parse_float=_finite)
-    except RecursionError as error:
-        raise DatasetInvalid(_TOO_DEEP) from error
-    except json.JSONDecodeError as error:
-        raise DatasetInvalid(f"it is not JSON: {error.msg} at character {error.pos + 1}.") from error
-    except ValueError as error:  # the interpreter's own limit, against quadratic time
-        raise DatasetInvalid("it holds an integer of more than 4300 digits; write a shorter one.") from error
-    if text.count("{") + text.count("[") > MAX_DEPTH or "\\u" in text:
-        check_tree(value)
+    value, end = _read(text, _start(text, 0))
+    if (rest := _start(text, end)) < len(text):
+        raise _not_json("Extra data", text, rest)
     return value
+
+
+def items(text: str) -> Iterator[Any]:
+    """The items of a JSON list, one after the other.
+
+    Raises:
+        DatasetInvalid: as `parse`; the message says at which item, from 1, unless it is not JSON at all.
+    """
+    at = _start(text, _start(text, 0) + 1)
+    number = 0
+    while text[at : at + 1] != "]" or number:
+        number += 1
+        try:
+            value, end = _read(text, at)
+        except DatasetInvalid as error:
+            raise DatasetInvalid(f"row {number}: {error.message}") from error
+        yield value
+        at = _start(text, end)
+        if text[at : at + 1] == "]":
+            break
+        if text[at : at + 1] != ",":
+            raise _not_json("',' or ']' is missing", text, at)
+        at = _start(text, at + 1)
+    if (rest := _start(text, at + 1)) < len(text):
+        raise _not_json("Extra data", text, rest)
 
 
 def decode(row: bytes) -> str:
@@ -96,7 +115,37 @@ def check_tree(value: object) -> None:
             stack += [(inner, f"{where}[{index}]", depth + 1) for index, inner in enumerate(item)]
 
 
+_TOO_LONG = f"it is longer than {MAX_LINE >> 20} MiB; split it, or remove it."
 _TOO_DEEP = f"it is nested too deeply, more than {MAX_DEPTH} levels; make it flatter."
+
+
+def _start(text: str, at: int) -> int:
+    """The next character that isn't JSON's white space."""
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _read(text: str, at: int) -> tuple[Any, int]:
+    """The value that begins there, and where it ends."""
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+    except RecursionError as error:
+        raise DatasetInvalid(_TOO_DEEP) from error
+    except json.JSONDecodeError as error:
+        raise _not_json(error.msg, text, error.pos) from error
+    except ValueError as error:  # the interpreter's own limit, against quadratic time
+        raise DatasetInvalid("it holds an integer of more than 4300 digits; write a shorter one.") from error
+    if end - at > MAX_LINE:
+        raise DatasetInvalid(_TOO_LONG)
+    if text.count("{", at, end) + text.count("[", at, end) > MAX_DEPTH or text.find("\\u", at, end) >= 0:
+        check_tree(value)
+    return value, end
+
+
+def _not_json(why: str, text: str, at: int) -> DatasetInvalid:
+    before = text.count("\n", 0, at)
+    line = f"line {before + 1}, " if before else ""
+    return DatasetInvalid(f"it is not JSON: {why} at {line}character {at - text.rfind(chr(10), 0, at)}.")
 
 
 def _check_text(text: str, where: str) -> None:
@@ -126,3 +175,7 @@ def _finite(text: str) -> float:
     if math.isinf(value):
         raise DatasetInvalid(f"it holds the number {text[:40]}, which is too large.")
     return value
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder(object_pairs_hook=_unrepeated, parse_constant=_refuse_constant, parse_float=_finite)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from pydantic import ConfigDict, Field, ValidationError
 
 from loramill.errors import InvalidRequest
 from loramill.recipe import Extension
 from loramill.types import Executor, Quantization, Schedule
+
+if TYPE_CHECKING:
+    from loramill.ingest import Columns
 
 
 class Options(Extension):
@@ -81,7 +84,7 @@ class Said(TypedDict, total=False):
 
 
 #: Options that are written NAME=VALUE,… where only text can be written, and those that are lists.
-PAIRS = ("rank_pattern", "alpha_pattern", "metadata", "columns")
+PAIRS = ("rank_pattern", "alpha_pattern", "metadata", "columns", "valid_columns")
 LISTS = ("targets",)
 
 
@@ -108,10 +111,21 @@ def from_text(name: str, text: str) -> object:
         return parts
     if name not in PAIRS:
         return text
+    if name in ("columns", "valid_columns") and parts == ["auto"]:
+        return "auto"
     pairs = dict(part.split("=", 1) for part in parts if "=" in part)
     if len(pairs) != len(parts):
         raise InvalidRequest(f"{name} is '{text}'; write it as NAME=VALUE,NAME=VALUE.")
     return pairs
+
+
+def columns_of(name: str, text: str | None) -> Columns:
+    """What an option of a command line says of columns.
+
+    Raises:
+        InvalidRequest: it is neither pairs nor "auto".
+    """
+    return None if text is None else cast("Columns", from_text(name, text))
 
 
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:

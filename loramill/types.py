@@ -323,6 +323,25 @@ class NewDataState(Value):
     outlook: str = Field(description="what the next nightly run does with it, or how many examples are missing")
 
 
+class AdapterData(Value):
+    """One file pair that an adapter was given for nightly runs.
+
+    `run` is the nightly run that took it, None while it waits; `used_at` is when that run ended. `set_aside` is why the
+    run failed with it, so that no other takes it by itself.
+    """
+
+    adapter: str
+    train: str
+    train_filename: str
+    train_examples: int
+    valid: str | None
+    valid_filename: str | None
+    created_at: float
+    run: str | None
+    used_at: float | None
+    set_aside: str | None
+
+
 class StepStatus(StrEnum):
     """States of one step of a night."""
 

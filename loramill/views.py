@@ -59,18 +59,27 @@ class CreatedTenant(TenantRecord):
 
 
 class File(Value):
-    """An uploaded, validated dataset."""
+    """An uploaded, validated dataset.
+
+    Of an upload, `reused` tells that the gateway had a file of this content, and `recognized` what the source was read
+    as, such as "TSV, Alpaca (instruction, input, output)".
+    """
 
     id: str
     filename: str
     bytes: int
     created_at: float
+    tenant: str | None = None
+    examples: int | None = None
+    reused: bool = False
+    recognized: str | None = None
     warnings: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, wire: Mapping[str, Any]) -> Self:
-        """Reads OpenAI's file object, whose `status_details` holds a warning a line."""
-        return view(cls, {**wire, "warnings": tuple((wire.get("status_details") or "").splitlines())})
+        """Reads OpenAI's file object with its `loramill` extension; `status_details` holds a warning a line."""
+        warnings = tuple(line for line in (wire.get("status_details") or "").split("\n") if line)
+        return view(cls, {**wire, **wire.get("loramill", {}), "warnings": warnings})
 
 
 class Job(Value):

@@ -1,4 +1,4 @@
-"""`loramill adapters`, `promote`, `rollback` and `data`: what answers, and from what it learns next."""
+"""`loramill adapters`, `promote` and `rollback`: what answers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from loramill.cli.deleting import delete_adapters, rename_adapter
 from loramill.cli.export import export
 from loramill.cli.jobs import Tenant
 from loramill.cli.merge import merge
-from loramill.cli.submit import Valid, upload
 from loramill.client import Client
-from loramill.names import AdapterName
 from loramill.types import Alias
 from loramill.views import Adapter as AdapterView
 
 adapters = typer.Typer(cls=show.ListByDefault, help="Adapters and their versions; alone it lists them.")
-data = typer.Typer(help="New examples of an adapter.", no_args_is_help=True)
 
 Adapter = Annotated[
     str,
@@ -38,7 +35,6 @@ Versioned = Annotated[
 Selected = Annotated[
     str | None, typer.Argument(metavar="[VERSION]", help="The version, if the name has none.", show_default=False)
 ]
-Train = Annotated[str, typer.Option(metavar="FILE", help="JSONL examples to learn from, or an uploaded file's id.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -51,7 +47,6 @@ def register(app: typer.Typer) -> None:
     adapters.command("unpin")(unpin)
     adapters.command("warm")(warm)
     app.add_typer(adapters, name="adapters", rich_help_panel="Adapters")
-    app.add_typer(data, name="data", rich_help_panel="Adapters")
     app.command(rich_help_panel="Adapters")(promote)
     app.command(rich_help_panel="Adapters")(rollback)
 
@@ -193,18 +188,3 @@ def warm(name: Versioned, version: Selected = None) -> None:
     with Client() as client:
         seconds = client.warm(name, version)
     show.say(f"{name}@{version} answers; its first token took {seconds:.2f} s.")
-
-
-@data.command("add")
-def add_data(name: Adapter, train: Train, valid: Valid = None) -> None:
-    """Upload new examples, from which the next nightly run trains."""
-    tenant = AdapterName.parse(name).tenant
-    with Client() as client:
-        waiting = client.add_data(
-            name,
-            upload(client, train, tenant),
-            valid=None if valid is None else upload(client, valid, tenant),
-        )
-    show.say(f"{name}: {waiting.outlook}", style=None if waiting.enough else "yellow")
-    if waiting.enough:
-        show.say("`loramill nightly run` starts one now.")

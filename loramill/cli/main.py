@@ -8,7 +8,21 @@ import typer
 from typer.core import TyperGroup
 
 from loramill import __version__
-from loramill.cli import adapters, bench, chat, compare, generate, jobs, keys, local, nightly, plan, tenants, usage
+from loramill.cli import (
+    adapters,
+    bench,
+    chat,
+    compare,
+    data,
+    generate,
+    jobs,
+    keys,
+    local,
+    nightly,
+    plan,
+    tenants,
+    usage,
+)
 from loramill.cli.show import line, say
 from loramill.errors import LoramillError
 from loramill.logs import quiet_libraries
@@ -65,6 +79,7 @@ usage.register(app)
 jobs.register(app)
 plan.register(app)
 adapters.register(app)
+data.register(app)
 chat.register(app)
 generate.register(app)
 nightly.register(app)

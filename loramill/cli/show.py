@@ -115,6 +115,14 @@ def short(version: str | None) -> str:
     return version[:SHORT] if version else "-"
 
 
+def rough_size(count: int) -> str:
+    """Bytes, rounded: "512 B", "1.5 kB", "20.3 MB"."""
+    if count < 1000:
+        return f"{count} B"
+    unit = next(unit for unit in (3, 2, 1) if count >= 1000**unit or unit == 1)
+    return f"{count / 1000**unit:.1f} {(None, 'kB', 'MB', 'GB')[unit]}"
+
+
 def clock(then: float) -> str:
     """A time (seconds since the epoch) as this place's clock shows it."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(then))

@@ -16,7 +16,6 @@ from loramill.cli import show
 from loramill.cli.watch import continuing, watch_until_done
 from loramill.client import Client
 from loramill.errors import Forbidden
-from loramill.names import AdapterName
 from loramill.options import Options, from_text
 from loramill.types import JobSpec
 from loramill.views import File, Job, Submitted
@@ -24,15 +23,29 @@ from loramill.views import File, Job, Submitted
 Adapter = Annotated[str | None, typer.Argument(metavar="TENANT/ADAPTER", help="Such as acme/support.")]
 Train = Annotated[
     str | None,
-    typer.Option(metavar="FILE", help="Examples to learn from: JSONL, CSV, Parquet, JSON, hf:org/name or a file's id."),
+    typer.Option(
+        metavar="FILE",
+        help="Examples to train on: JSONL, JSON, CSV, TSV, Parquet, Arrow, hf:org/name or a file's id.",
+    ),
 ]
-Valid = Annotated[str | None, typer.Option(metavar="FILE", help="Examples to measure the loss on.")]
+Valid = Annotated[str | None, typer.Option(metavar="FILE", help="Examples to measure the loss on, in any such format.")]
 Columns = Annotated[
-    str | None, typer.Option(metavar="LIST", help="Columns of a table: prompt=question,completion=answer.")
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="Which column is what, such as prompt=question,completion=answer. Messages, prompt and completion, Alpaca "
+        "and ShareGPT are recognized without.",
+    ),
+]
+ValidColumns = Annotated[
+    str | None,
+    typer.Option(metavar="LIST", help="Columns of --valid, where it has neither those of --columns nor known ones."),
 ]
 Jobs = Annotated[
     Path | None,
-    typer.Option("--file", metavar="JOBS", help="Submit all jobs of a TOML, JSONL or CSV file; options are defaults."),
+    typer.Option(
+        "--file", metavar="JOBS", help="Submit all jobs of a TOML, JSONL, CSV or TSV file; options are defaults."
+    ),
 ]
 Name = Annotated[str, typer.Option(help="With --file: another name submits the same jobs again.")]
 Retry = Annotated[bool, typer.Option("--retry", help="With --file: submit again what failed or was cancelled.")]
@@ -172,6 +185,7 @@ def submit(
     train: Train = None,
     valid: Valid = None,
     columns: Columns = None,
+    valid_columns: ValidColumns = None,
     file: Jobs = None,
     name: Name = "",
     retry: Retry = False,
@@ -186,7 +200,7 @@ def submit(
     """
     said = {
         name: from_text(name, value) if isinstance(value, str) else value
-        for name, value in {**options, "columns": columns}.items()
+        for name, value in {**options, "columns": columns, "valid_columns": valid_columns}.items()
         if value is not None
     }
     if file is not None:
@@ -206,10 +220,8 @@ def submit(
 def _submit_one(
     adapter: str, train: str, valid: str | None, said: dict[str, Any], *, wait: bool, promote: bool, json: bool
 ) -> None:
-    tenant, columns = AdapterName.parse(adapter).tenant, said.pop("columns", None)
     with Client() as client:
-        files = [upload(client, source, tenant, columns) for source in (train, valid) if source is not None]
-        job = client.submit(adapter, files[0], valid=files[1] if valid is not None else None, **said)
+        job = client.submit(adapter, train, valid=valid, on_upload=told, **said)
         if not json:
             show.line(job.id)
         if wait:
@@ -251,7 +263,7 @@ def _submit_file(file: Path, said: Mapping[str, Any], *, name: str, retry: bool,
                     tasks[what] = progress.add_task(what, total=total)
                 progress.update(tasks[what], completed=done)
 
-            found = client.submit_many(file, defaults=said, name=name, retry=retry, on_progress=tell)
+            found = client.submit_many(file, defaults=said, name=name, retry=retry, on_progress=tell, on_upload=warn)
         if json and not wait:
             return show.as_json(found)
         new = [each for each in found if each.new]
@@ -281,14 +293,17 @@ def _print(found: Iterable[Submitted]) -> None:
     )
 
 
-def upload(client: Client, source: str, tenant: str, columns: Mapping[str, str] | None = None) -> File | str:
-    """Uploads a file, saying what the gateway warns of; an uploaded file's id stays as it is."""
-    if source.startswith("file-"):
-        return source
-    file = client.upload(source, tenant=tenant, columns=columns, reuse=True)
+def told(file: File) -> None:
+    """Says what an uploaded file was read as, and what is odd about it."""
+    count = "" if file.examples is None else f": {file.examples} example{'s' * (file.examples != 1)}"
+    show.say(f"{file.filename}{count}; {file.recognized}.")
+    warn(file)
+
+
+def warn(file: File) -> None:
+    """Says what is odd about an uploaded file."""
     for warning in file.warnings:
         show.say(f"Warning: {warning}", style="yellow")
-    return file
 
 
 def _progress() -> Progress:

@@ -11,14 +11,14 @@ from typing import Any
 
 from sqlalchemy import and_, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from loramill import new_data
 from loramill.errors import NotFound
 from loramill.names import AdapterName
 from loramill.registry import adapters, datasets
-from loramill.registry.tables import AdapterDataRow, JobRow, NightlyRunRow, NightlyStepRow
-from loramill.types import NewData, NewDataState, NightlyRun, NightlyStep, SetAside, StepStatus
+from loramill.registry.tables import AdapterDataRow, DatasetRow, JobRow, NightlyRunRow, NightlyStepRow
+from loramill.types import AdapterData, NewData, NewDataState, NightlyRun, NightlyStep, SetAside, StepStatus
 
 
 def add_data(session: Session, name: AdapterName, train: str, valid: str | None) -> None:
@@ -32,6 +32,40 @@ def add_data(session: Session, name: AdapterName, train: str, valid: str | None)
         datasets.get(session, dataset, name.tenant)
     session.add(AdapterDataRow(adapter=str(name), train=train, valid=valid, created_at=time.time()))
     session.flush()
+
+
+def data_of(session: Session, name: AdapterName) -> list[AdapterData]:
+    """What an adapter was given for nightly runs, newest first.
+
+    Raises:
+        NotFound: there is no such adapter.
+    """
+    adapters.get(session, name)
+    failed = {row.id: str(step.result.get("error", "")) for _, step, rows in _failed(session, name) for row in rows}
+    train, valid = aliased(DatasetRow), aliased(DatasetRow)
+    statement = (
+        select(AdapterDataRow, train, valid, NightlyRunRow.finished_at)
+        .join(train, AdapterDataRow.train == train.id)
+        .outerjoin(valid, AdapterDataRow.valid == valid.id)
+        .outerjoin(NightlyRunRow, AdapterDataRow.run == NightlyRunRow.id)
+        .where(AdapterDataRow.adapter == str(name))
+        .order_by(AdapterDataRow.id.desc())
+    )
+    return [
+        AdapterData(
+            adapter=row.adapter,
+            train=row.train,
+            train_filename=file.filename,
+            train_examples=file.examples,
+            valid=row.valid,
+            valid_filename=held_out.filename if held_out else None,
+            created_at=row.created_at,
+            run=row.run,
+            used_at=finished_at,
+            set_aside=failed.get(row.id),
+        )
+        for row, file, held_out, finished_at in session.execute(statement)
+    ]
 
 
 def pending(session: Session) -> list[NewData]:

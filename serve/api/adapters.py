@@ -123,6 +123,14 @@ def rollback(tenant: str, adapter: str, here: Here, who: Who) -> dict[str, Any]:
         return adapter_object(rolled_back)
 
 
+@router.get(PATH + "/data")
+def list_data(tenant: str, adapter: str, here: Here, who: Who) -> dict[str, Any]:
+    """The data that the adapter was given for nightly runs, newest first; `run` is null where it waits for the next."""
+    name = allowed(who, tenant, adapter)
+    with here.registry.reading() as session:
+        return list_of(nightly.data_of(session, name), lambda data: data.model_dump() | {"object": "adapter.data"})
+
+
 @router.post(PATH + "/data")
 def add_data(tenant: str, adapter: str, body: NewData, here: Here, who: Who) -> dict[str, Any]:
     """Gives the adapter, made if there is none, examples from which the next nightly run trains it.

@@ -55,11 +55,13 @@ def create_file(
     artifact = here.registry.artifacts.put({DATA: raw})
     with here.registry.writing() as session:
         record = datasets.find(session, tenant, artifact) if form.reuse else None
+        reused = record is not None
         if record is None:
             tenants.check_room(session, tenant, len(raw), hold=True)
             record = datasets.create(session, tenant, filename, artifact, len(raw), len(examples.examples))
             note(session, who, "file.create", record.id, tenant, bytes=record.bytes)
-    return _file(record) | {"status_details": "\n".join(examples.warnings) or None}
+    shown = _file(record) | {"status_details": "\n".join(examples.warnings) or None}
+    return shown | ({"loramill": {**shown["loramill"], "reused": True}} if reused else {})
 
 
 @router.get(PATH)
@@ -101,7 +103,8 @@ def delete_file(file_id: str, here: Here, who: Who) -> dict[str, Any]:
 
 
 def _file(record: DatasetRecord) -> dict[str, Any]:
-    return _object(record.id, record.bytes, record.created_at, record.filename, "fine-tune")
+    shown = _object(record.id, record.bytes, record.created_at, record.filename, "fine-tune")
+    return shown | {"loramill": {"tenant": record.tenant, "examples": record.examples}}
 
 
 def _results(job: JobRecord, content: bytes) -> dict[str, Any]:

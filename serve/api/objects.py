@@ -8,6 +8,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from loramill.types import (
+    AdapterData,
     AdapterRecord,
     AliasChange,
     AuditRecord,
@@ -67,6 +68,15 @@ class Model(TypedDict):
 
 
 @exactly
+class FileExtension(TypedDict):
+    """What OpenAI's file object has no field for; `reused`: the upload had the content of this file."""
+
+    tenant: str
+    examples: int
+    reused: NotRequired[Literal[True]]
+
+
+@exactly
 class File(TypedDict):
     """A dataset, or a job's results. After an upload, `status_details` has what is odd about it, a line each."""
 
@@ -78,6 +88,7 @@ class File(TypedDict):
     purpose: Literal["fine-tune", "fine-tune-results"]
     status: Literal["processed"]
     status_details: str | None
+    loramill: NotRequired[FileExtension]
 
 
 @exactly
@@ -134,6 +145,14 @@ class Adapter(AdapterRecord):
 
     id: str
     object: Literal["adapter"]
+
+
+class DataForRuns(AdapterData):
+    """Files that an adapter was given for nightly runs."""
+
+    model_config = _WHOLE
+
+    object: Literal["adapter.data"]
 
 
 class AdapterHistory(Adapter):

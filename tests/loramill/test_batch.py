@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,7 @@ CSV = """adapter,train,valid,columns,epochs,rank,targets,metadata
 acme/support,acme.jsonl,,,2,8,"q_proj,v_proj",
 bolt/sales,sub/bolt.csv,file-123,"prompt=q, completion=a",2,4,,team=b
 """
+TSV = "\n".join("\t".join(cell or "" for cell in row) for row in csv.reader(CSV.splitlines())) + "\n"
 
 
 @pytest.fixture
@@ -54,6 +57,8 @@ def folder(tmp_path: Path) -> Path:
         ("jobs.toml", TOML, ("line 6", "line 11")),
         ("jobs.jsonl", JSONL, ("line 3", "line 5")),
         ("jobs.csv", CSV, ("line 2", "line 3")),
+        ("jobs.tsv", TSV, ("line 2", "line 3")),
+        ("jobs.csv", TSV.replace("\t", ";"), ("line 2", "line 3")),
     ],
 )
 def test_three_forms(folder: Path, name: str, content: str, where: tuple[str, str]) -> None:
@@ -66,6 +71,30 @@ def test_three_forms(folder: Path, name: str, content: str, where: tuple[str, st
     assert (first.options.epochs, first.options.rank, second.options.rank, first.options.seed) == (2, 8, 4, 3)
     assert first.options.targets == ("q_proj", "v_proj")
     assert (first.options.metadata, second.options.metadata) == (None, {"team": "b"})
+
+
+@pytest.mark.parametrize("name", ["jobs.toml", "jobs.jsonl", "jobs.csv", "jobs.tsv"])
+def test_line_separators_and_long_texts_within_a_job(folder: Path, name: str) -> None:
+    note = "two\u2028lines\x85three\x0cfour" + "x" * 200_000
+    quoted = json.dumps(note, ensure_ascii=False)
+    content = {
+        "jobs.toml": f'[[jobs]]\nadapter = "acme/a"\ntrain = "acme.jsonl"\nmetadata = {{note = {quoted}}}\n',
+        "jobs.jsonl": f'{{"adapter": "acme/a", "train": "acme.jsonl", "metadata": {{"note": {quoted}}}}}\n',
+        "jobs.csv": f'adapter,train,metadata\nacme/a,acme.jsonl,"note={note}"\n',
+        "jobs.tsv": f"adapter\ttrain\tmetadata\nacme/a\tacme.jsonl\tnote={note}\n",
+    }
+    (folder / name).write_bytes(content[name].encode())
+    (entry,) = check_entries(read_jobs(folder / name, {}))
+    assert entry.options.metadata == {"note": note}
+
+
+def test_columns_are_texts_or_auto(folder: Path) -> None:
+    job: dict[str, object] = {"adapter": "acme/a", "train": str(folder / "acme.jsonl")}
+    (entry,) = check_entries([("job 1", {**job, "columns": "auto", "valid_columns": {"prompt": "q"}})])
+    assert (entry.columns, entry.valid_columns) == ("auto", {"prompt": "q"})
+    for wrong in ("prompt=q", {"prompt": 3}, 3):
+        with pytest.raises(InvalidRequest, match="job 1: valid_columns: give the column of each field"):
+            check_entries([("job 1", {**job, "valid_columns": wrong})])
 
 
 def test_what_the_command_says_wins_over_defaults_but_not_over_a_job(folder: Path) -> None:
@@ -108,13 +137,21 @@ def test_all_problems_are_told_by_line(folder: Path) -> None:
         ("jobs.toml", "[wibble]", "nothing else"),
         ("jobs.toml", "jobs = 3", "nothing else"),
         ("jobs.toml", "[defaults]\nrank = 3", "holds no jobs"),
-        ("jobs.jsonl", "{\n", "line 1 is not JSON"),
+        ("jobs.jsonl", "{\n", "line 1: it is not JSON"),
         ("jobs.jsonl", "[1]\n", "line 1 is no object"),
         ("jobs.csv", "adapter,train\na,b,c\n", "line 2 has not as many cells"),
         ("jobs.csv", "adapter,train\na\n", "line 2 has not as many cells"),
         ("jobs.csv", "adapter,train,metadata\na,b,c\n", "write it as NAME=VALUE"),
         ("jobs.csv", "", "holds no jobs"),
-        ("jobs.yaml", "", "it is named .toml, .jsonl or .csv"),
+        ("jobs.csv", "adapter,train,train\na,b,c\n", "the header has the column 'train' twice"),
+        ("jobs.csv", 'adapter,train\na,"b\n', "line 2 is not CSV: unexpected end of data"),
+        (
+            "jobs.jsonl",
+            '{"adapter": "a/b", "adapter": "c/d"}',
+            "line 1: it is not JSON that can be read: an object has",
+        ),
+        ("jobs.jsonl", '{"learning_rate": NaN}', "line 1: it is not JSON: NaN"),
+        ("jobs.yaml", "", "it is named .toml, .jsonl, .csv or .tsv"),
     ],
 )
 def test_what_is_no_file_of_jobs(tmp_path: Path, name: str, content: str, says: str) -> None:

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill import jsonl
@@ -22,6 +22,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(values), st.booleans(), st.sampled_from(["\n", "\r\n"]))
 def test_what_is_written_line_by_line_is_read_so(items: list[Any], escaped: bool, end: str) -> None:
     raw = "".join(json.dumps(item, ensure_ascii=escaped) + end for item in items).encode()
@@ -79,6 +80,7 @@ def test_a_line_about_as_long_as_the_limit_ends_where_it_ends(size: int) -> None
     assert [number for number, _ in found] == [1, 2] and found[1][1] == b"2"
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=3, max_size=20))
 def test_text_in_utf_8_is_taken_for_nothing_else(text: str) -> None:
     assert magic(f'{{"a": "{text}"}}'.encode()) is None

@@ -50,6 +50,7 @@ TABLE: dict[str, tuple[Scope, ...]] = {
     "POST /v1/adapters/*/*/pin": (MOVE,),
     "POST /v1/adapters/*/*/unpin": (MOVE,),
     "POST /v1/adapters/*/*/warm": (MOVE,),
+    "GET /v1/adapters/*/*/data": (TRAIN, READ),
     "POST /v1/adapters/*/*/data": (TRAIN,),
     "POST /v1/tenants": (READ,),
     "POST /v1/tenants/batch": (READ,),

@@ -1,0 +1,158 @@
+"""`loramill data` and `loramill files`: examples for nightly runs, and what was uploaded."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from loramill.cli import complete, show
+from loramill.cli.jobs import Tenant
+from loramill.cli.submit import Columns, Valid, ValidColumns, told
+from loramill.client import Client
+from loramill.options import columns_of
+from loramill.types import AdapterData
+
+data = typer.Typer(help="New examples of an adapter, for nightly runs.", no_args_is_help=True)
+files = typer.Typer(cls=show.ListByDefault, help="Uploaded files of examples; alone it lists them.")
+
+Adapter = Annotated[
+    str,
+    typer.Argument(
+        metavar="TENANT/ADAPTER", help="Such as acme/support.", show_default=False, autocompletion=complete.adapters
+    ),
+]
+Train = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE",
+        help="Examples to train on: JSONL, JSON, CSV, TSV, Parquet, Arrow, hf:org/name or a file's id.",
+        show_default=False,
+    ),
+]
+FileId = Annotated[str, typer.Argument(metavar="FILE", help="An uploaded file's id (file-…).", show_default=False)]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.add_typer(data, name="data", rich_help_panel="Adapters")
+    app.add_typer(files, name="files", rich_help_panel="Jobs")
+
+
+@data.command("add")
+def add_data(
+    name: Adapter,
+    train: Train,
+    valid: Valid = None,
+    columns: Columns = None,
+    valid_columns: ValidColumns = None,
+) -> None:
+    """Upload new examples, in any format that `submit` takes, from which the next nightly run trains."""
+    with Client() as client:
+        waiting = client.add_data(
+            name,
+            train,
+            valid=valid,
+            columns=columns_of("columns", columns),
+            valid_columns=columns_of("valid_columns", valid_columns),
+            on_upload=told,
+        )
+    show.say(f"{name}: {waiting.outlook}", style=None if waiting.enough else "yellow")
+    if waiting.enough:
+        show.say("`loramill nightly run` starts one now.")
+
+
+@data.command("list")
+def list_data(name: Adapter, json: show.AsJson = False) -> None:
+    """List what an adapter was given for nightly runs: what waits, and what was used."""
+    with Client() as client:
+        found = client.data(name)
+    if json:
+        return show.as_json(found)
+    return show.table(
+        ("FILE", "NAME", "EXAMPLES", "VALIDATION", "ADDED", "STATE"),
+        (
+            (
+                each.train,
+                each.train_filename,
+                str(each.train_examples),
+                each.valid_filename or "-",
+                show.ago(each.created_at),
+                _state(each),
+            )
+            for each in found
+        ),
+        empty=f"{name} has no data for nightly runs: `loramill data add {name} --train FILE` gives it some.",
+    )
+
+
+@files.command("list")
+def list_files(tenant: Tenant = None, json: show.AsJson = False) -> None:
+    """List uploaded files, newest first."""
+    with Client() as client:
+        found = [*client.files(tenant)]
+    if json:
+        return show.as_json(found)
+    return show.table(
+        ("FILE", "TENANT", "NAME", "EXAMPLES", "SIZE", "MADE"),
+        (
+            (
+                each.id,
+                each.tenant or "-",
+                each.filename,
+                "-" if each.examples is None else str(each.examples),
+                show.rough_size(each.bytes),
+                show.ago(each.created_at),
+            )
+            for each in found
+        ),
+        empty="No files yet: `loramill submit` and `loramill data add` upload them.",
+    )
+
+
+@files.command("show")
+def show_file(
+    file: FileId,
+    content: Annotated[bool, typer.Option("--content", help="Print the file itself to stdout instead.")] = False,
+    json: show.AsJson = False,
+) -> None:
+    """Show one file's description, or its content: the JSONL that was made of what was given."""
+    with Client() as client:
+        if content:
+            for part in client.file_content(file):
+                sys.stdout.buffer.write(part)
+            return None
+        found = client.file(file)
+    if json:
+        return show.as_json(found)
+    return show.facts(
+        [
+            ("file", found.id),
+            ("name", found.filename),
+            ("tenant", found.tenant or "-"),
+            ("examples", "-" if found.examples is None else str(found.examples)),
+            ("size", show.rough_size(found.bytes)),
+            ("made", show.clock(found.created_at)),
+        ]
+    )
+
+
+@files.command("delete")
+def delete_files(
+    file: Annotated[list[str], typer.Argument(metavar="FILE...", help="Ids (file-…).", show_default=False)],
+) -> None:
+    """Delete files that no job that hasn't ended and no nightly run to come needs."""
+    with Client() as client:
+        for each in file:
+            client.delete_file(each)
+            show.say(f"{each} is deleted.")
+
+
+def _state(data: AdapterData) -> Text:
+    if data.run is None:
+        return show.status("waiting")
+    if data.set_aside is not None:
+        return show.status(f"failed in {data.run}: {data.set_aside} (`loramill nightly retry {data.adapter}`)")
+    return Text(f"in {data.run}" if data.used_at is None else f"used {show.ago(data.used_at)}")
