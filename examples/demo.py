@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-from report import Curve, NightLine, Row, Sample, rank, write_report
+from report import Curve, NightLine, Row, Run, Sample, best, write_report
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -34,12 +34,13 @@ from loramill.chat import ChatTokenizer
 from loramill.dataset import Example, read_examples
 from loramill.errors import LoramillError, NotRunning, Unavailable
 from loramill.pipelines import nightly
-from loramill.pipelines.evaluate import Question, ask_all, questions_of
+from loramill.pipelines.evaluate import Answer, Question, ask_all, questions_of
 from loramill.pipelines.outcome import Outcome, Verdict, describe, outcomes
 from loramill.pipelines.scoring import score
 from loramill.registry import Registry
 from loramill.registry import nightly as records
 from loramill.settings import Settings
+from loramill.views import Job
 
 T = TypeVar("T")
 HERE = Path(__file__).parent
@@ -105,12 +106,13 @@ def main() -> int:
     tenants = own_tenants(options.folders) if options.folders else example_tenants()
     with running(options.home.absolute()) as (client, up):
         submit_all(client, tenants)
-        curves = watch_jobs(client, up)
+        runs = watch_jobs(client, up)
         rows, samples = compare(client, tenants)
         console.print(comparison(rows))
         night = run_night(client, tenants)
     seconds = time.monotonic() - begun
-    write_report(options.report, rows=rows, curves=curves, samples=samples, night=night, seconds=seconds)
+    base = served_base().name
+    write_report(options.report, base=base, rows=rows, runs=runs, samples=samples, night=night, seconds=seconds)
     console.print(f"{seconds / 60:.1f} minutes; report: {options.report}")
     losers = [row.tenant for row in rows if not row.wins]
     if losers:
@@ -202,8 +204,8 @@ def submit_all(client: Client, tenants: list[Tenant]) -> None:
         console.print(f"{tenant.model}: {len(tenant.train.splitlines())} examples, job {job.id}")
 
 
-def watch_jobs(client: Client, up: Up) -> dict[str, Curve]:
-    """Shows the jobs as they train; returns their loss curves, by adapter."""
+def watch_jobs(client: Client, up: Up) -> list[Run]:
+    """Shows the jobs as they train; returns what each came to, by adapter."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         bars = {job.id: progress.add_task(job.adapter, total=job.steps, note="queued") for job in client.jobs()}
@@ -216,7 +218,19 @@ def watch_jobs(client: Client, up: Up) -> dict[str, Curve]:
                 if job.status.final:
                     waiting.discard(job.id)
             time.sleep(1.0)
-    return {job.adapter: loss_curve(client, job.id) for job in client.jobs()}
+    return sorted((trained(client, job) for job in client.jobs()), key=lambda run: run.adapter)
+
+
+def trained(client: Client, job: Job) -> Run:
+    """What a finished job came to."""
+    return Run(
+        adapter=job.adapter,
+        version=(job.model or "").partition("@")[2],
+        steps=job.steps,
+        tokens=job.trained_tokens or 0,
+        seconds=(job.finished_at or 0.0) - (job.started_at or 0.0),
+        curve=loss_curve(client, job.id),
+    )
 
 
 def patiently(ask: Callable[[], T], up: Up) -> T:
@@ -250,10 +264,9 @@ def compare(client: Client, tenants: list[Tenant]) -> tuple[list[Row], list[Samp
     rows, samples = [], []
     for tenant in tenants:
         references = [example.completion for example in tenant.test]
-        scores = {model: score(given[tenant.name, model], references) for model in models}
-        others = [model for model in models[1:] if model != tenant.model]
-        best = max(others, key=lambda model: rank(scores[model]), default=base)
-        rows.append(Row(tenant.name, scores[base], scores[tenant.model], best, scores[best]))
+        scores = {model: score([each.text for each in given[tenant.name, model]], references) for model in models}
+        others = best({model: scores[model] for model in models[1:] if model != tenant.model} or {base: scores[base]})
+        rows.append(Row(tenant.name, scores[base], scores[tenant.model], others, scores[others[0]]))
         samples += [
             Sample(tenant.name, example.messages[-2]["content"], reference, own, plain)
             for example, reference, own, plain in zip(
@@ -263,7 +276,7 @@ def compare(client: Client, tenants: list[Tenant]) -> tuple[list[Row], list[Samp
     return rows, samples
 
 
-def ask_with_bar(questions: list[Question]) -> list[str]:
+def ask_with_bar(questions: list[Question]) -> list[Answer]:
     """Asks through the unmodified `openai` client, showing how many answers are in."""
     settings = Settings.load()
     key = settings.admin_key_file.read_text().strip()
@@ -276,7 +289,7 @@ def ask_with_bar(questions: list[Question]) -> list[str]:
     return [answered(answer) for answer in answers]
 
 
-def answered(answer: str | LoramillError) -> str:
+def answered(answer: Answer | LoramillError) -> Answer:
     """The answer to a question; raises why there is none."""
     if isinstance(answer, LoramillError):
         raise answer
@@ -297,7 +310,7 @@ def comparison(rows: list[Row]) -> Table:
         table.add_column(heading, justify="right")
     for row in rows:
         own = f"[{'green' if row.wins else 'red'}]{row.own.exact_match:.2f}[/]"
-        other = f"{row.other.exact_match:.2f} ({row.other_model.split('/')[0]})"
+        other = f"{row.other.exact_match:.2f} ({row.other_name})"
         table.add_row(row.tenant, str(row.own.examples), f"{row.base.exact_match:.2f}", own, other)
     return table
 

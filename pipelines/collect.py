@@ -14,11 +14,11 @@ from loramill.dataset import read_examples
 from loramill.errors import BaseUnusable
 from loramill.names import SHORT, AdapterName
 from loramill.new_data import REPLAY, counted, enough, hold_out, outlook, sample
-from loramill.recipe import resolve_spec, steps_of
+from loramill.recipe import MIN_STEPS, resolve_spec, steps_of
 from loramill.registry import ArtifactStore, adapters, datasets, jobs
 from loramill.types import DatasetRecord, JobSpec, NewData, VersionRecord
 
-#: Passes over a night's data when it goes on from the champion.
+#: Passes over the data of a nightly run that goes on from the champion, if these are `MIN_STEPS` or more.
 EPOCHS = 2
 
 
@@ -108,13 +108,15 @@ def first_spec(name: AdapterName, train: DatasetRecord, valid: DatasetRecord, ba
 
 def next_spec(old: JobSpec, champion: str, train: DatasetRecord, valid: DatasetRecord) -> JobSpec:
     """The champion's recipe, gone on with from its weights at half its learning rate."""
+    # A few examples make few steps a pass, and what is new is then learned at the cost of what was known before.
+    epochs = max(EPOCHS, -(-MIN_STEPS // steps_of(1, train.examples, old.batch_size)))
     changed = {
         "train": train.id,
         "valid": valid.id,
         "start_from": champion,
         "learn": "all" if old.learn == "last" else old.learn,  # older jobs had no other default
-        "steps": steps_of(EPOCHS, train.examples, old.batch_size),
-        "epochs": EPOCHS,
+        "steps": steps_of(epochs, train.examples, old.batch_size),
+        "epochs": epochs,
         "learning_rate": old.learning_rate / 2,
     }
     return old.model_copy(update=changed)

@@ -32,6 +32,14 @@ class Question:
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model answered; `cut`: it had not ended at the most tokens that it may have."""
+
+    text: str
+    cut: bool = False
+
+
 def questions_of(model: str, examples: Sequence[Example], tokenizer: ChatTokenizer) -> list[Question]:
     """The held-out examples as questions for `model`; `tokenizer` is the base's."""
     return [
@@ -53,7 +61,7 @@ def answer_limit(reference: str, tokenizer: ChatTokenizer) -> int:
 
 def ask_all(
     client: AsyncOpenAI, questions: Sequence[Question], *, report: Callable[[int], None] = lambda done: None
-) -> list[str | LoramillError]:
+) -> list[Answer | LoramillError]:
     """Returns the greedy answers, or why there is none, in the order of the questions.
 
     Questions of all models go round in turn, so that a batch holds as many adapters as there are.
@@ -69,8 +77,8 @@ def ask_all(
 
 async def _ask_all(
     client: AsyncOpenAI, questions: Sequence[Question], report: Callable[[int], None]
-) -> list[str | LoramillError]:
-    answers: list[str | LoramillError] = [""] * len(questions)
+) -> list[Answer | LoramillError]:
+    answers: list[Answer | LoramillError] = [Answer("")] * len(questions)
     turn: dict[str, int] = {}
     places: list[tuple[int, int]] = []
     for index, question in enumerate(questions):
@@ -94,12 +102,12 @@ async def _ask_all(
     return answers
 
 
-async def _ask(client: AsyncOpenAI, question: Question) -> str:
+async def _ask(client: AsyncOpenAI, question: Question) -> Answer:
     if question.prompt is not None:
         completion = await client.completions.create(
             model=question.model, prompt=question.prompt, max_tokens=question.max_tokens, temperature=0
         )
-        return completion.choices[0].text
+        return Answer(completion.choices[0].text, completion.choices[0].finish_reason == "length")
     answer = await client.chat.completions.create(
         model=question.model,
         messages=as_sent(question.messages),  # type: ignore[arg-type]  # our Message is OpenAI's, written as one type
@@ -107,6 +115,14 @@ async def _ask(client: AsyncOpenAI, question: Question) -> str:
         max_tokens=question.max_tokens,
         temperature=0,
     )
-    message = answer.choices[0].message
+    message, cut = answer.choices[0].message, answer.choices[0].finish_reason == "length"
     calls = [call.function for call in message.tool_calls or [] if call.type == "function"]
-    return answer_text(message.content or "", [(call.name, json.loads(call.arguments)) for call in calls])
+    return Answer(answer_text(message.content or "", [(call.name, _arguments(call.arguments)) for call in calls]), cut)
+
+
+def _arguments(text: str) -> Any:
+    """A call's arguments; the text itself where it is no JSON, which can't be right but must not end the run."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -8,8 +8,8 @@ from typing import Protocol
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from loramill.client import Client
-from loramill.errors import LoramillError, Unavailable
-from loramill.pipelines.evaluate import Question, ask_all
+from loramill.errors import LoramillError, SettingsInvalid, Unavailable
+from loramill.pipelines.evaluate import Answer, Question, ask_all
 from loramill.settings import Settings
 from loramill.wire import is_own, openai_errors
 
@@ -20,7 +20,7 @@ class Gateway(Protocol):
     def check(self) -> None:
         """Raises NotRunning where nothing answers, and Unavailable where its models don't answer yet."""
 
-    def ask(self, questions: Sequence[Question], report: Callable[[int], None]) -> list[str | LoramillError]:
+    def ask(self, questions: Sequence[Question], report: Callable[[int], None]) -> list[Answer | LoramillError]:
         """The greedy answers, or why there is none, in order; `report` is called with the number that is done.
 
         Raises:
@@ -42,14 +42,17 @@ class HttpGateway:
                 client.models()  # raises NotRunning where nothing listens
                 raise Unavailable(f"The models of the gateway at {client.url} don't answer yet; try again.")
 
-    def ask(self, questions: Sequence[Question], report: Callable[[int], None]) -> list[str | LoramillError]:
+    def ask(self, questions: Sequence[Question], report: Callable[[int], None]) -> list[Answer | LoramillError]:
         """As `Gateway`."""
         url = self._settings.gateway
         with openai_errors(url):
             return ask_all(openai_client(url, self._key()), questions, report=report)
 
     def _key(self) -> str:
-        return self._settings.api_key or self._settings.admin_key_file.read_text().strip()
+        file = self._settings.admin_key_file
+        if not self._settings.api_key and not file.is_file():
+            raise SettingsInvalid(f"There is no API key: set LORAMILL_API_KEY, or run this where {file} is.")
+        return self._settings.api_key or file.read_text().strip()
 
 
 def openai_client(url: str, key: str) -> AsyncOpenAI:

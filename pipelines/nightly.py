@@ -39,7 +39,7 @@ from loramill.errors import (
 )
 from loramill.names import SHORT, AdapterName
 from loramill.pipelines.collect import TooLittle, collect
-from loramill.pipelines.evaluate import Question, questions_of
+from loramill.pipelines.evaluate import Answer, Question, questions_of
 from loramill.pipelines.gate import Decision, SliceScores, Thresholds, decide
 from loramill.pipelines.gateway import Gateway, HttpGateway
 from loramill.pipelines.scoring import Score, score
@@ -378,9 +378,10 @@ def exam_of(night: Night, adapter: str) -> Exam:
     )
 
 
-def _mark(night: Night, adapter: str, exam: Exam, given: list[list[str | LoramillError]]) -> None:
+def _mark(night: Night, adapter: str, exam: Exam, given: list[list[Answer | LoramillError]]) -> None:
     """Records an adapter's scores; raises, or notes for the next run, why answers are missing."""
     refused = [answer for answers in given for answer in answers if isinstance(answer, LoramillError)]
+    texts = [[answer.text for answer in answers if isinstance(answer, Answer)] for answers in given]
     if refused:
         first_time = "error" not in night.begun("evaluate").get(adapter, {})
         if not first_time or not isinstance(refused[0], PASSING):
@@ -390,8 +391,8 @@ def _mark(night: Night, adapter: str, exam: Exam, given: list[list[str | Loramil
         return
     scores: dict[str, dict[str, dict[str, Any]]] = {}
     with night.registry.writing() as session:
-        for part, answers in zip(exam.parts, given, strict=True):
-            result = score([str(answer) for answer in answers], [example.completion for example in part.examples])
+        for part, answers in zip(exam.parts, texts, strict=True):
+            result = score(answers, [example.completion for example in part.examples])
             scores.setdefault(part.slice, {})[part.role] = asdict(result)
             evaluations.add(
                 session,

@@ -11,7 +11,7 @@ from openai import AsyncOpenAI
 from loramill.chat import ChatTokenizer
 from loramill.dataset import read_examples
 from loramill.errors import ModelNotFound
-from loramill.pipelines.evaluate import Question, ask_all, questions_of
+from loramill.pipelines.evaluate import Answer, Question, ask_all, questions_of
 
 #: A sentence in many scripts; a limit by characters (2 of 3, and 8) cut the right answer in ja, zh, ko, th and hi.
 SENTENCES = {
@@ -53,7 +53,8 @@ def test_a_refused_question_costs_the_others_nothing() -> None:
         if asked["model"] == "acme/gone":
             error = {"message": "The model 'acme/gone' does not exist.", "code": "model_not_found", "param": "model"}
             return httpx.Response(404, json={"error": error})
-        choice = {"index": 0, "finish_reason": "stop", "text": f"{asked['prompt']} {asked['max_tokens']}"}
+        ended = "length" if asked["max_tokens"] == 5 else "stop"
+        choice = {"index": 0, "finish_reason": ended, "text": f"{asked['prompt']} {asked['max_tokens']}"}
         return httpx.Response(200, json={"id": "c", "object": "text_completion", "created": 0, "choices": [choice]})
 
     http = httpx.AsyncClient(transport=httpx.MockTransport(answer))
@@ -61,5 +62,5 @@ def test_a_refused_question_costs_the_others_nothing() -> None:
     questions = [Question("acme/a", (), "one", 3), Question("acme/gone", (), "two", 4), Question("acme/a", (), "x", 5)]
     done: list[int] = []
     first, gone, last = ask_all(client, questions, report=done.append)
-    assert (first, last, done) == ("one 3", "x 5", [1, 2, 3])
+    assert (first, last, done) == (Answer("one 3"), Answer("x 5", cut=True), [1, 2, 3])
     assert isinstance(gone, ModelNotFound) and gone.message == "The model 'acme/gone' does not exist."

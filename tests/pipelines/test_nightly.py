@@ -24,7 +24,7 @@ from loramill.errors import (
 )
 from loramill.names import AdapterName
 from loramill.pipelines import nightly as pipeline
-from loramill.pipelines.evaluate import Question
+from loramill.pipelines.evaluate import Answer, Question
 from loramill.pipelines.nightly import Progress, run_night
 from loramill.pipelines.outcome import Outcome, Verdict, describe, outcomes, succeeded, summary
 from loramill.registry import Registry, adapters, datasets, jobs, migrate, nightly, tenants
@@ -69,15 +69,16 @@ class Mill:
         for job in waiting:
             self.pool(job)
 
-    def ask(self, questions: Sequence[Question], report: Callable[[int], None]) -> list[str | LoramillError]:
+    def ask(self, questions: Sequence[Question], report: Callable[[int], None]) -> list[Answer | LoramillError]:
         report(len(questions))
         return [self.answer(question) for question in questions]
 
-    def answer(self, question: Question) -> str | LoramillError:
+    def answer(self, question: Question) -> Answer | LoramillError:
         adapter = question.model.partition("@")[0]
         if adapter in self.refuse:
             return self.refuse[adapter]
-        return f"answer {question.messages[-1]['content']}" if self.right(question.model) else "I do not know"
+        right = f"answer {question.messages[-1]['content']}"
+        return Answer(right if self.right(question.model) else "I do not know")
 
     def feed(self, adapter: str, rows: Sequence[dict], valid: Sequence[dict] = ()) -> list[str]:
         name = AdapterName.parse(adapter)

@@ -1,0 +1,125 @@
+"""The demo's report: what its headline says, and what its page holds."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from loramill.pipelines.evaluate import Answer
+from loramill.pipelines.scoring import Score
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("report")
+
+
+def score(exact: float, f1: float | None = None, examples: int = 40) -> Score:
+    return Score(examples, exact, exact if f1 is None else f1, exact)
+
+
+def line(report: ModuleType, *, spoiled: bool, promoted: bool):
+    slices = {"new": {role: {"token_f1": 0.5} for role in ("base", "challenger")}}
+    return report.NightLine("acme/a", spoiled, promoted, "it gains 0.212", "a" * 64, "b" * 64, slices)
+
+
+def test_a_tie_is_a_tie(report: ModuleType) -> None:
+    scores = {"b/x": score(0.0), "a/x": score(0.0), "c/x": score(0.0, 0.1)}
+    assert report.best(scores) == ("c/x",)
+    del scores["c/x"]
+    assert report.best(scores) == ("a/x", "b/x")
+    row = report.Row("t", score(0.0), score(0.0), ("a/x", "b/x"), score(0.0))
+    assert (row.wins, row.ties, row.other_name) == (False, True, "tie of 2")
+    assert report.Row("t", score(0.0), score(0.5), ("a/x",), score(0.0)).other_name == "a"
+
+
+def test_the_headline_names_what_was_shown(report: ModuleType) -> None:
+    rows = [report.Row("t", score(0.0), score(exact), ("a/x",), score(0.5)) for exact in (1.0, 0.5)]
+    good, sentences = report.verdict(rows, [line(report, spoiled=True, promoted=False)])
+    assert not good and sentences == [
+        "1 of 2 adapters answer their own tenant's questions better than the base and every other adapter "
+        "(1 more ties): 75% are exactly right, 0% by the base alone.",
+        "The nightly run held back what acme/a learned from spoiled data.",
+    ]
+    assert report.verdict(rows[:1], [line(report, spoiled=False, promoted=True)])[0]
+    assert not report.verdict(rows[:1], [line(report, spoiled=True, promoted=True)])[0]
+
+
+@pytest.mark.parametrize(
+    ("last", "ticks"),
+    [(3, [0, 1, 2, 3]), (60, [0, 10, 20, 30, 40, 50, 60]), (1, [0, 1]), (250, [0, 50, 100, 150, 200, 250])],
+)
+def test_steps_are_whole(report: ModuleType, last: int, ticks: list[int]) -> None:
+    assert report.whole_steps(last) == ticks
+
+
+def test_a_loss_near_zero_is_told_from_a_smaller_one(report: ModuleType) -> None:
+    drawn = report.plot(report.Curve({1: 4.0, 2: 0.05, 3: 0.02}, {3: 0.0}))
+    heights = [float(point.split(",")[1]) for point in drawn["train"].split()]
+    assert heights[2] - heights[1] > 10, "in the picture's units, of which it has 136"
+    assert [label for _, label in drawn["losses"]] == ["0.001", "0.01", "0.1", "1", "10"]
+    assert report.plot(report.Curve({}, {}))["steps"]
+
+
+def test_the_page_names_base_versions_and_cut_answers(report: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    curve = report.Curve({1: 2.0, 2: 1.0}, {2: 1.5})
+    report.write_report(
+        path,
+        base="smollm2-135m",
+        rows=[report.Row("acme", score(0.0), score(1.0), ("b/x", "c/x"), score(0.0))],
+        runs=[report.Run("acme/a", "c" * 64, 60, 12345, 60.0, curve)],
+        samples=[report.Sample("acme", "<b>Q</b>", "right", Answer("right"), Answer("I am a", cut=True))],
+        night=[line(report, spoiled=True, promoted=False)],
+        seconds=90,
+    )
+    page = path.read_text(encoding="utf-8")
+    for said in (
+        "<b>smollm2-135m</b>",
+        "<code>cccccccccccc</code>",
+        "12,345",
+        "60 s",
+        "(tie of 2)",
+        "<code>I am a…</code>",
+        "<code>right</code> ✓",
+        "&lt;b&gt;Q&lt;/b&gt;",
+        "Spoiled data",
+        "It gains 0.212. Version",
+        "1.5 minutes",
+    ):
+        assert said in page, said
+    # A phone has 390 pixels: no column is wider than the page, and tables turn into cards.
+    assert all("min(100%" in grid for grid in re.findall(r"minmax\([^)]*\)", page))
+    assert "@media (max-width: 640px)" in page and "prefers-color-scheme: dark" in page
+
+
+def luminance(color: str) -> float:
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2's contrast ratio of two colors."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_every_color_has_the_contrast_of_wcag_aa_in_both_modes(report: ModuleType) -> None:
+    themes = re.findall(r":root {(.*?)}", report.PAGE, re.DOTALL)
+    assert len(themes) == 2
+    for theme in themes:
+        colors = {
+            name: value if len(value) == 7 else "#" + "".join(digit * 2 for digit in value[1:])
+            for name, value in re.findall(r"--(\w+): (#[0-9a-f]+)", theme)
+        }
+        for name in ("text", "muted", "good", "bad", "warn", "own", "valid"):
+            for ground in ("page", "card"):
+                assert contrast(colors[name], colors[ground]) >= 4.5, (name, ground)
