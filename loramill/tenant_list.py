@@ -19,6 +19,8 @@ Rate = Annotated[int, Field(ge=1, lt=2**31, strict=True)] | Literal["unlimited"]
 Tokens = Annotated[int, Field(ge=1, lt=2**53, strict=True)] | Literal["unlimited"] | None
 Bytes = Annotated[int, Field(ge=0, lt=2**53, strict=True)] | Literal["unlimited"] | None
 
+#: Tenants that one request may make.
+AT_ONCE = 1000
 #: Problems that an error lists.
 _SHOWN = 20
 

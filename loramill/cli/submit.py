@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from loramill.batch import read_jobs
+from loramill.batch import check_entries, read_jobs
 from loramill.cli import show
 from loramill.cli.watch import continuing, watch_until_done
 from loramill.client import Client
 from loramill.errors import Forbidden
 from loramill.options import Options, from_text
+from loramill.tenant_list import AT_ONCE
 from loramill.types import JobSpec
 from loramill.views import File, Job, Submitted
 
@@ -49,6 +50,9 @@ Jobs = Annotated[
 ]
 Name = Annotated[str, typer.Option(help="With --file: another name submits the same jobs again.")]
 Retry = Annotated[bool, typer.Option("--retry", help="With --file: submit again what failed or was cancelled.")]
+CreateTenant = Annotated[
+    bool, typer.Option("--create-tenant", help="Make tenants that don't exist (with an admin's key).")
+]
 Wait = Annotated[bool, typer.Option("--wait", help="Show progress until all has ended.")]
 Promote = Annotated[bool, typer.Option("--promote", help="Wait, and make the new version the champion.")]
 
@@ -191,6 +195,7 @@ def submit(
     retry: Retry = False,
     wait: Wait = False,
     promote: Promote = False,
+    create_tenant: CreateTenant = False,
     json: show.AsJson = False,
     **options: Any,
 ) -> None:
@@ -210,11 +215,26 @@ def submit(
             raise typer.BadParameter(
                 "it is for one job; `loramill promote` takes each adapter.", param_hint="--promote"
             )
+        rows = read_jobs(file, said)  # before anything is asked of a gateway
+        if create_tenant:
+            _create_tenants({entry.adapter.tenant for entry in check_entries(rows)})
         _submit_file(file, said, name=name, retry=retry, wait=wait, json=json)
     elif adapter and train:
+        if create_tenant:
+            _create_tenants({AdapterName.parse(adapter).tenant})
         _submit_one(adapter, train, valid, said, wait=wait or promote, promote=promote, json=json)
     else:
         raise typer.BadParameter("give TENANT/ADAPTER and --train FILE, or --file JOBS.")
+
+
+def _create_tenants(names: Collection[str]) -> None:
+    """Makes those of the tenants that aren't there, and says so."""
+    with Client() as client:
+        ordered = sorted(names)
+        for start in range(0, len(ordered), AT_ONCE):
+            for each in client.create_tenants(ordered[start : start + AT_ONCE], exist_ok=True):
+                if each.new:
+                    show.say(f"Tenant {each.name} is made.")
 
 
 def _submit_one(
@@ -253,7 +273,6 @@ def _tell_result(client: Client, job: Job, *, promote: bool) -> None:
 
 
 def _submit_file(file: Path, said: Mapping[str, Any], *, name: str, retry: bool, wait: bool, json: bool) -> None:
-    read_jobs(file, said)  # before anything is asked of a gateway
     with Client() as client:
         with _progress() as progress:
             tasks: dict[str, Any] = {}

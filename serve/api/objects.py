@@ -14,6 +14,7 @@ from loramill.types import (
     AuditRecord,
     EvaluationRecord,
     KeyRecord,
+    NewDataState,
     Removal,
     TenantRecord,
     UsageRecord,
@@ -153,6 +154,12 @@ class DataForRuns(AdapterData):
     model_config = _WHOLE
 
     object: Literal["adapter.data"]
+
+
+class AdapterWithData(Adapter):
+    """An adapter that was given new data, and all that waits for its next nightly run."""
+
+    new_data: NewDataState
 
 
 class AdapterHistory(Adapter):

@@ -15,13 +15,13 @@ from loramill.serve.api.audit import note
 from loramill.serve.api.auth import Caller
 from loramill.serve.api.gateway import Here, Who
 from loramill.serve.api.wire import Body, list_of
-from loramill.tenant_list import Bytes, Quota, Rate, Tokens
+from loramill.tenant_list import AT_ONCE, Bytes, Quota, Rate, Tokens
 from loramill.types import KeyRecord, Limits, Scope, TenantRecord
 
 router = APIRouter(tags=["tenants"])
 
-#: Tenants of one request, and names that an error lists.
-_MOST, _SHOWN = 1000, 10
+#: Names that an error lists.
+_SHOWN = 10
 
 
 class NewTenant(Body):
@@ -45,7 +45,7 @@ class TenantTerms(NewTenant):
 class NewTenants(Body):
     """Many tenants; those that are there already are a conflict, or with `exist_ok` get what is given of them."""
 
-    tenants: list[TenantTerms] = Field(min_length=1, max_length=_MOST)
+    tenants: list[TenantTerms] = Field(min_length=1, max_length=AT_ONCE)
     exist_ok: bool = False
     keys: bool = Field(default=False, description="make an API key for each new tenant")
 

@@ -151,6 +151,22 @@ def test_a_list_of_tenants_with_limits_and_keys(gateway: RunningGateway, tenant:
     assert all(row["key"].startswith("lm-") and row["new"] for row in made)
 
 
+def test_submit_makes_the_tenants_that_are_missing(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(examples())
+    one = ("submit", f"{tenant}-x/a", "--train", str(tmp_path / "train.jsonl"))
+    ran = loramill(*one)
+    assert ran.exit_code == 1 and f"{tenant}-x" in ran.stderr
+    ran = loramill(*one, "--create-tenant")
+    assert ran.exit_code == 0 and f"Tenant {tenant}-x is made." in ran.stderr, ran.stderr
+    rows = [{"adapter": f"{tenant}-{word}/a", "train": "train.jsonl"} for word in "xyz"]
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ran = loramill("submit", "--file", str(tmp_path / "jobs.jsonl"), "--create-tenant")
+    assert ran.exit_code == 0 and ran.stderr.count("is made") == 2, ran.stderr
+    (tmp_path / "wrong.jsonl").write_text('{"adapter": "never-made/a"}\n')
+    assert loramill("submit", "--file", str(tmp_path / "wrong.jsonl"), "--create-tenant").exit_code == 1
+    assert loramill("tenant", "limits", "never-made").exit_code == 1
+
+
 def test_limits_and_jobs_are_shown_with_units(gateway: RunningGateway, tenant: str) -> None:
     said = ("--requests", "600", "--tokens", "50000", "--stored", "1GB")
     assert shown("tenant", "limits", tenant, *said)["stored_bytes"] == 10**9

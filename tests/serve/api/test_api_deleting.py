@@ -219,3 +219,38 @@ def test_a_tenant_shows_how_many_of_its_jobs_run_and_wait(site: Any, tenant: str
         assert admin.get(f"/v1/tenants/{tenant}").json() == listed
         # The job that runs here has no worker; it must not be left to the other tests of this gateway.
         assert admin.delete(f"/v1/tenants/{tenant}", params={"cancel_jobs": "true"}).status_code == 200
+
+
+def test_a_base_is_as_old_as_its_file(site: Any, client: OpenAI) -> None:
+    written = int((site.base.folder / "config.json").stat().st_mtime)
+    assert written > 1_500_000_000
+    assert client.models.retrieve("tiny").created == written
+    assert [model.created for model in client.models.list().data if model.id == "tiny"] == [written]
+
+
+def test_many_tenants_are_made_in_one_transaction(site: Any, tenant: str) -> None:
+    with site.http(site.admin_key) as admin:
+
+        def make(*named: dict[str, Any], **said: Any) -> httpx.Response:
+            return admin.post("/v1/tenants/batch", json={"tenants": list(named), **said})
+
+        a, b = {"name": f"{tenant}-a", "weight": 3, "requests_per_minute": 5}, {"name": f"{tenant}-b"}
+        for wrong, status, said in (
+            ([a, {"name": "Bad Name"}], 400, "Bad Name"),
+            ([a, {"name": tenant}], 409, tenant),
+            ([a, b, a], 400, "named twice"),
+            ([a, {"name": f"{tenant}-c", "weight": 0}], 400, "weight"),
+            ([], 400, "tenants"),
+        ):
+            refused = make(*wrong)
+            assert (refused.status_code, said in refused.text) == (status, True), refused.text
+            assert admin.get(f"/v1/tenants/{tenant}-a").status_code == 404
+        first, second = make(a, b, keys=True).json()["data"]
+        assert (first["new"], first["weight"], first["requests_per_minute"]) == (True, 3, 5)
+        with site.http(second["key"]) as own:
+            assert own.get("/v1/files").status_code == 200
+        again = make(a, b | {"max_running": 2}, {"name": f"{tenant}-c"}, exist_ok=True, keys=True).json()["data"]
+        assert [(row["new"], row["key"] is not None) for row in again] == [(False, False), (False, False), (True, True)]
+        assert (again[0]["weight"], again[1]["max_running"]) == (3, 2)
+    with site.http(site.key(tenant)) as own:
+        assert own.post("/v1/tenants/batch", json={"tenants": [b]}).status_code == 403
