@@ -16,6 +16,7 @@ from loramill.cli import show
 from loramill.cli.watch import continuing, watch_until_done
 from loramill.client import Client
 from loramill.errors import Forbidden
+from loramill.names import AdapterName
 from loramill.options import Options, from_text
 from loramill.tenant_list import AT_ONCE
 from loramill.types import JobSpec
