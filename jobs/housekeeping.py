@@ -10,11 +10,11 @@ import re
 import time
 from pathlib import Path
 
-from fsspec.core import url_to_fs
 from sqlalchemy import and_, or_, select
 
 from loramill.registry import Registry
 from loramill.registry.tables import JobRow
+from loramill.storage import open_files, store_errors
 from loramill.types import JobStatus
 
 log = logging.getLogger(__name__)
@@ -41,10 +41,11 @@ def discard_ended(registry: Registry, checkpoints: Path | str, *, now: float) ->
 
     A worker removes its own; these are of jobs that were cancelled while they waited, or whose worker vanished.
     """
-    files, root = url_to_fs(str(checkpoints))
-    if not files.exists(root):
-        return 0
-    places = {path.rstrip("/").rpartition("/")[2]: path for path in files.ls(root, detail=False)}
+    files, root = open_files(str(checkpoints))
+    with store_errors(str(checkpoints)):
+        if not files.exists(root):
+            return 0
+        places = {path.rstrip("/").rpartition("/")[2]: path for path in files.ls(root, detail=False)}
     ended = select(JobRow.id).where(
         or_(
             and_(JobRow.status == JobStatus.FAILED, JobRow.finished_at <= now - FAILED_SECONDS),
@@ -56,8 +57,9 @@ def discard_ended(registry: Registry, checkpoints: Path | str, *, now: float) ->
         # A job is in the registry before its first checkpoint is written, and these were listed before this is read.
         there = set(session.scalars(select(JobRow.id)))
         gone += [id_ for id_ in places if _JOB.fullmatch(id_) and id_ not in there]
-    for id_ in gone:
-        files.rm(places[id_], recursive=True)
+    with store_errors(str(checkpoints)):
+        for id_ in gone:
+            files.rm(places[id_], recursive=True)
     if gone:
         log.info("removed the checkpoints of %d jobs that have ended or were deleted", len(gone))
     return len(gone)

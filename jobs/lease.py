@@ -29,6 +29,9 @@ T = TypeVar("T")
 
 #: Seconds between heartbeats, so that a job that is asked to stop knows it within two.
 BEAT_SECONDS = 0.5
+#: Seconds for which a worker holds on to its job while the database is away: a failover or a restart takes minutes, and
+#: nobody else can take the job meanwhile.
+PATIENCE_SECONDS = 600.0
 #: A job's history keeps at most about this many metrics events, whatever its number of steps.
 METRICS_EVENTS = 200
 #: Seconds over which a job's speed is taken.
@@ -43,14 +46,16 @@ def insist(seconds: float, act: Callable[[], T]) -> T:
     Raises:
         Unavailable, DiskFull: it was so for longer.
     """
-    deadline = time.monotonic() + seconds
+    deadline, told = time.monotonic() + seconds, False
     while True:
         try:
             return act()
         except (Unavailable, DiskFull) as error:
             if time.monotonic() > deadline:
                 raise
-            log.warning("trying again: %s", error.message)
+            if not told:
+                log.warning("trying again, for up to %.0f s: %s", seconds, error.message)
+            told = True
             time.sleep(BEAT_SECONDS)
 
 
@@ -108,7 +113,7 @@ class Lease:
             LeaseLost: the job is another worker's.
             Unavailable, DiskFull: the record can't be written.
         """
-        insist(self._settings.lease_seconds, self._beat)
+        insist(PATIENCE_SECONDS, self._beat)
 
     @property
     def last(self) -> Progress | None:
@@ -116,7 +121,7 @@ class Lease:
         return self._last
 
     def _beat_until_end(self) -> None:
-        pause = min(BEAT_SECONDS, self._settings.lease_seconds / 4)
+        pause, away = min(BEAT_SECONDS, self._settings.lease_seconds / 4), False
         while not self._ended.wait(pause):
             try:
                 asked = self._beat()
@@ -124,8 +129,11 @@ class Lease:
                 self._stop = error
                 return
             except LoramillError as error:
-                log.warning("job %s: the heartbeat did not reach the record: %s", self._job.id, error.message)
+                if not away:
+                    log.warning("job %s: no heartbeat reaches the database: %s", self._job.id, error.message)
+                away = True
                 continue
+            away = False
             # Beating goes on while the job writes its checkpoint.
             self._stop = _stop(self._job.id, asked)
 

@@ -8,17 +8,19 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-import fsspec
-
 from loramill.durable import sync
-from loramill.errors import ArtifactCorrupt, DiskFull, SetupError
+from loramill.errors import ArtifactCorrupt, DiskFull, StoreUnusable
+from loramill.storage import open_files, shown, store_errors
 
 
 class Place(Protocol):
-    """Files by name, each there wholly or not at all."""
+    """Files by name, each there wholly or not at all.
+
+    Every method raises Unavailable where the store does not answer, and StoreUnusable where it refuses.
+    """
 
     where: str
 
@@ -54,10 +56,7 @@ def place_at(where: Path | str) -> Place:
         return _Folder(Path(unquote(parts.path)))
     if isinstance(where, Path) or "://" not in where:
         return _Folder(Path(where))
-    try:
-        return _Bucket(*fsspec.core.url_to_fs(where))
-    except (ImportError, ValueError) as error:
-        raise SetupError(f"Checkpoints can't be kept at '{where}': {error}.") from error
+    return _Bucket(where)
 
 
 class _Folder:
@@ -67,7 +66,8 @@ class _Folder:
         self._folder, self.where = folder, str(folder)
 
     def names(self) -> list[str]:
-        return [file.name for file in self._folder.iterdir()] if self._folder.is_dir() else []
+        with store_errors(self.where):
+            return [file.name for file in self._folder.iterdir()] if self._folder.is_dir() else []
 
     def read(self, name: str) -> bytes:
         with _explained(self.where, name):
@@ -79,19 +79,22 @@ class _Folder:
             _write_whole(self._folder / name, content)
 
     def remove(self, name: str) -> None:
-        (self._folder / name).unlink(missing_ok=True)
+        with store_errors(self.where):
+            (self._folder / name).unlink(missing_ok=True)
 
 
 class _Bucket:
     """A file system of fsspec's, which shows a file only when all of it has arrived."""
 
-    def __init__(self, files: Any, root: str) -> None:
-        self._files, self._root, self.where = files, root.rstrip("/"), str(files.unstrip_protocol(root))
+    def __init__(self, url: str) -> None:
+        files, root = open_files(url)
+        self._files, self._root, self.where = files, root.rstrip("/"), shown(url)
 
     def names(self) -> list[str]:
         self._files.invalidate_cache(self._root)
         try:
-            return [path.rpartition("/")[2] for path in self._files.ls(self._root, detail=False)]
+            with store_errors(self.where):
+                return [path.rpartition("/")[2] for path in self._files.ls(self._root, detail=False)]
         except FileNotFoundError:
             return []
 
@@ -101,18 +104,38 @@ class _Bucket:
 
     def write(self, name: str, content: bytes) -> None:
         with _room_for(content, self.where):
-            self._files.makedirs(self._root, exist_ok=True)
-            self._files.pipe_file(f"{self._root}/{name}", content)
+            try:
+                with store_errors(self.where):
+                    self._files.pipe_file(f"{self._root}/{name}", content)
+            except FileNotFoundError:  # buckets have no folders; where there are some, this is the first file
+                self._files.makedirs(self._root, exist_ok=True)
+                self._files.pipe_file(f"{self._root}/{name}", content)
 
     def remove(self, name: str) -> None:
-        if self._files.exists(f"{self._root}/{name}"):
-            self._files.rm_file(f"{self._root}/{name}")
+        with store_errors(self.where):
+            if self._files.exists(f"{self._root}/{name}"):
+                self._files.rm_file(f"{self._root}/{name}")
+
+
+def discard(where: Path | str) -> None:
+    """Removes a place with all that is in it.
+
+    Raises:
+        Unavailable, StoreUnusable: the store does not answer, or refuses.
+    """
+    files, root = open_files(str(where))
+    with store_errors(str(where)):
+        if files.exists(root):
+            files.rm(root, recursive=True)
 
 
 @contextmanager
 def _explained(where: str, name: str) -> Iterator[None]:
     try:
-        yield
+        with store_errors(where):
+            yield
+    except PermissionError as error:
+        raise StoreUnusable(f"The checkpoints in {where} can't be read ({error.strerror}): grant that.") from error
     except OSError as error:
         raise ArtifactCorrupt(
             f"The checkpoint {name} in {where} can't be read ({error}): look after the disk."
@@ -122,7 +145,8 @@ def _explained(where: str, name: str) -> Iterator[None]:
 @contextmanager
 def _room_for(content: bytes, where: str) -> Iterator[None]:
     try:
-        yield
+        with store_errors(where):
+            yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

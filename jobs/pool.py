@@ -31,6 +31,7 @@ class Keeper:
     """Keeps as many sessions and trainers running as the queue asks for.
 
     Args:
+        base: fingerprint of the base that is trained here; jobs of others wait. None: of any.
         run_session: runs a session until it ends; called in a thread of its own with the place's name and `holder`.
         run_trainer: the same for one job's trainer, with the job's id and the number of its processes.
     """
@@ -40,11 +41,13 @@ class Keeper:
         registry: Registry,
         settings: JobSettings,
         *,
+        base: str | None = None,
         run_session: Callable[[str, str], None],
         run_trainer: Callable[[str, int], None],
     ) -> None:
         self.holder = uuid.uuid4().hex
-        self._registry, self._settings = registry, settings
+        self._registry, self._settings, self._base = registry, settings, base
+        self._settle_from = 0.0
         self._run_session, self._run_trainer = run_session, run_trainer
         self._threads: dict[str, threading.Thread] = {}
 
@@ -62,7 +65,9 @@ class Keeper:
                 pause = LOOK_SECONDS
             except Exception:  # whatever it was (a busy database, say), the next look may succeed
                 log.exception("the supervisor could not look at the queue; trying again")
-                pause = AWAY_SECONDS  # after an outage, the workers' heartbeats come before the settling of leases
+                pause = AWAY_SECONDS
+                # All workers were silent as long as the database was away: they keep their jobs, if they are back soon.
+                self._settle_from = time.monotonic() + AWAY_SECONDS + self._settings.lease_seconds
 
     def look(self) -> None:
         """Settles what was lost, and takes the next actions.
@@ -72,10 +77,11 @@ class Keeper:
         """
         now = time.time()
         with self._registry.writing() as session:
-            jobs.settle_lost(session, now=now, max_attempts=self._settings.max_attempts)
+            if time.monotonic() >= self._settle_from:
+                jobs.settle_lost(session, now=now, max_attempts=self._settings.max_attempts)
             places.keep(session, self.holder, self.alive, now=now, seconds=PLACE_SECONDS)
         with self._registry.reading() as session:
-            pool = observe(session, self._settings, now)
+            pool = observe(session, self._settings, now, self._base)
         for action in decide(pool):
             match action:
                 case StartSession(name):
@@ -113,8 +119,8 @@ class Keeper:
             raise
 
 
-def observe(session: Session, settings: JobSettings, now: float) -> Pool:
-    """The pool as the record tells it; of the waiting jobs, as many as there are places."""
+def observe(session: Session, settings: JobSettings, now: float, base: str | None = None) -> Pool:
+    """The pool as the record tells it; of the waiting jobs of this base (None: of any), as many as there are places."""
     running = session.execute(
         select(JobRow.id, JobRow.attempt, JobRow.priority, JobRow.started_at, JobRow.owner, JobRow.asked).where(
             JobRow.status == JobStatus.RUNNING
@@ -129,7 +135,7 @@ def observe(session: Session, settings: JobSettings, now: float) -> Pool:
         ),
         waiting=tuple(
             Waiting(job.id, job.executor, job.priority, _size(session, job, settings))
-            for job in queue.waiting(session, now, executor=None, limit=settings.sessions)
+            for job in queue.waiting(session, now, executor=None, limit=settings.sessions, base=base)
         ),
     )
 

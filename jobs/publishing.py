@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from loramill.jobs.lease import insist
+from loramill.jobs.lease import PATIENCE_SECONDS, insist
 from loramill.jobs.training import Progress, export
 from loramill.registry import adapters, checkpoints, jobs
 from loramill.types import JobRecord, VersionRecord
@@ -26,7 +26,7 @@ def checkpoint(worker: Worker, job: JobRecord, point: Progress) -> None:
 
     Raises:
         LeaseLost: the job is another worker's.
-        DiskFull, Unavailable: it can't be stored.
+        DiskFull, Unavailable, StoreUnusable: it can't be stored.
     """
     stored = None
     if job.spec.method != "full":  # its LoRA would have to be extracted each time
@@ -36,7 +36,7 @@ def checkpoint(worker: Worker, job: JobRecord, point: Progress) -> None:
         with worker.registry.writing() as session:
             checkpoints.add(session, job.id, job.attempt, point.step, stored, point.metrics)
 
-    insist(worker.settings.lease_seconds, add)
+    insist(PATIENCE_SECONDS, add)
 
 
 def version(worker: Worker, job: JobRecord, last: Progress | None) -> None:
@@ -47,7 +47,7 @@ def version(worker: Worker, job: JobRecord, last: Progress | None) -> None:
 
     Raises:
         LeaseLost, JobCancelled: the job is not this worker's, or not wanted any more.
-        DiskFull, Unavailable: it can't be stored.
+        DiskFull, Unavailable, StoreUnusable: it can't be stored.
     """
     spec, place, result = job.spec, worker.place(job), None
     if spec.method == "full":
@@ -75,7 +75,7 @@ def version(worker: Worker, job: JobRecord, last: Progress | None) -> None:
             champion = adapters.get(session, name).champion
         log.info("job %s: published %s, champion %s", job.id, name.at(found.id), champion)
 
-    insist(worker.settings.lease_seconds, publish)
+    insist(PATIENCE_SECONDS, publish)
 
 
 def _store(worker: Worker, job: JobRecord, files: Mapping[str, bytes]) -> VersionRecord:

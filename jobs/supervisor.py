@@ -9,6 +9,7 @@ import time
 import ray
 
 from loramill import logs
+from loramill.bases import find_base
 from loramill.gpus import ONLY_ASSIGNED_GPUS
 from loramill.jobs.housekeeping import tidy_for_ever
 from loramill.jobs.leftovers import remove_leftovers
@@ -27,12 +28,13 @@ log = logging.getLogger(__name__)
 class Supervisor:
     """Watches the queue; each session and trainer runs in a thread here, which waits for its `fit()`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, base: str) -> None:
         logs.configure()
         registry = Registry.open(settings.database, settings.artifacts)
         self._keeper = Keeper(
             registry,
             settings.jobs,
+            base=base,
             run_session=lambda place, holder: run_session(settings, place, holder),
             run_trainer=lambda job, gpus: run_dedicated(settings, job, gpus),
         )
@@ -57,11 +59,12 @@ def _free_leftovers() -> None:
 
 def deploy(settings: Settings) -> None:
     """Starts the supervisor on the Ray cluster this process is connected to, in place of one that runs there."""
+    base = find_base(settings.base, settings.cache, settings.quantization).fingerprint
     try:
         ray.kill(ray.get_actor(NAME, namespace=NAMESPACE))
     except ValueError:
         log.info("no supervisor was running")
     options = {"name": NAME, "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": -1, "num_cpus": 0}
     environment = {"env_vars": ONLY_ASSIGNED_GPUS}
-    supervisor = ray.remote(Supervisor).options(**options, runtime_env=environment).remote(settings)
+    supervisor = ray.remote(Supervisor).options(**options, runtime_env=environment).remote(settings, base)
     ray.get(supervisor.ping.remote())

@@ -10,11 +10,10 @@ import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fsspec.core import url_to_fs
-
 from loramill import logs
 from loramill.gpus import ONLY_ASSIGNED_GPUS
 from loramill.settings import Settings
+from loramill.storage import open_files
 
 if TYPE_CHECKING:
     from ray.train.backend import BackendConfig
@@ -93,7 +92,7 @@ def _fit(
         trainer.fit()
     finally:
         # Everything that matters is in the record.
-        files, root = url_to_fs(settings.sessions)
+        files, root = open_files(settings.sessions)
         if files.exists(f"{root}/{name}"):
             files.rm(f"{root}/{name}", recursive=True)
 

@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from fsspec.core import url_to_fs
 from transformers import PreTrainedModel
 
 from loramill.bases import Base
@@ -29,11 +28,14 @@ from loramill.errors import (
     LeaseLost,
     LoramillError,
     NotFound,
+    StoreUnusable,
+    Unavailable,
 )
 from loramill.jobs import publishing
 from loramill.jobs.batches import sequences, supervised
-from loramill.jobs.lease import Lease, insist
+from loramill.jobs.lease import PATIENCE_SECONDS, Lease, insist
 from loramill.jobs.loggers import opened
+from loramill.jobs.place import discard
 from loramill.jobs.processes import ONE, Processes
 from loramill.jobs.training import Progress, train
 from loramill.registry import Registry, datasets, jobs
@@ -45,8 +47,13 @@ log = logging.getLogger(__name__)
 #: What another attempt would meet again: bad or unreadable data, a spec that fits nothing, divergence.
 PERMANENT = (InvalidRequest, NotFound, AdapterInvalid, BaseUnusable, ArtifactError, JobError)
 
-#: Seconds between looks at an empty queue, and after a database that did not answer: its workers' heartbeats go first.
-LOOK_SECONDS, AWAY_SECONDS = 0.25, 3.0
+#: What no job is the cause of, and what ends for all jobs at once: a store or a database that is away, or a store that
+#: refuses since its credentials have expired, say. It costs no attempt.
+OUTAGE = (Unavailable, StoreUnusable)
+
+#: Seconds between looks at an empty queue; after a database or a store that did not answer; and at most, as the latter
+#: grow with each job that meets the same.
+LOOK_SECONDS, AWAY_SECONDS, LONGEST_AWAY = 0.25, 3.0, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +88,28 @@ class Worker:
 
 def work(worker: Worker, *, until: Callable[[float], bool]) -> int:
     """Runs jobs as long as there are any; returns how many. `until(idle)` says, between jobs, whether to end."""
-    done, idle_since = 0, time.monotonic()
-    while not until(time.monotonic() - idle_since):
+    done, idle_since, settle_from, pause = 0, time.monotonic(), 0.0, AWAY_SECONDS
+    while True:
         try:
-            ran = run_next(worker)
+            if until(time.monotonic() - idle_since):
+                return done
+            job = take(worker, settle=time.monotonic() >= settle_from)
         except LoramillError as error:
             log.warning("no job could be leased, trying again: %s", error.message)
+            # Whoever holds a job may have been silent as long as the database was: their heartbeats come first.
+            settle_from = time.monotonic() + AWAY_SECONDS + worker.settings.lease_seconds
             time.sleep(AWAY_SECONDS)
             continue
-        if ran:
-            done, idle_since = done + 1, time.monotonic()
-        else:
+        if job is None:
             time.sleep(LOOK_SECONDS)
-    return done
+            continue
+        ended = carry_out(worker, job)
+        done, idle_since = done + 1, time.monotonic()
+        if isinstance(ended, OUTAGE):
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_AWAY)
+        else:
+            pause = AWAY_SECONDS
 
 
 def run_next(worker: Worker) -> bool:
@@ -105,8 +121,10 @@ def run_next(worker: Worker) -> bool:
     return True
 
 
-def take(worker: Worker, job_id: str | None = None) -> JobRecord | None:
-    """Leases the next job, or that of this id; None if it doesn't wait.
+def take(worker: Worker, job_id: str | None = None, *, settle: bool = True) -> JobRecord | None:
+    """Leases the next job, or that of this id; None if it doesn't wait, or is of another base.
+
+    `settle`: first takes jobs from workers that vanished.
 
     Raises:
         Unavailable, DiskFull, DatabaseUnusable: the record can't be reached.
@@ -121,6 +139,8 @@ def take(worker: Worker, job_id: str | None = None) -> JobRecord | None:
             max_attempts=settings.max_attempts,
             executor=worker.executor,
             job_id=job_id,
+            base=worker.base.fingerprint,
+            settle=settle,
         )
 
 
@@ -164,7 +184,7 @@ def run_job(worker: Worker, job: JobRecord, lease: Lease) -> None:
     finally:
         lease.flush()
     publishing.version(worker, job, lease.last)
-    discard(worker.place(job))
+    tidied(worker, job)
 
 
 def steps(worker: Worker, job: JobRecord, check: Callable[[], None]) -> Generator[Progress, None, None]:
@@ -249,11 +269,15 @@ def tell_what_is_trained(
 def give_up(worker: Worker, job: JobRecord, error: LoramillError) -> None:
     """Records why an attempt ended before its job; the job waits again if it is to go on or that may help."""
     settings = worker.settings
+    if isinstance(error, JobCancelled):
+        tidied(worker, job)  # before it may be retried
 
     def end_attempt() -> None:
         with worker.registry.writing() as session:
             if isinstance(error, JobPaused | JobPreempted | JobCancelled):
                 jobs.release(session, job.id, job.attempt)
+            elif isinstance(error, OUTAGE):
+                jobs.release(session, job.id, job.attempt, error=error, backoff_seconds=settings.backoff_seconds)
             else:
                 jobs.fail(
                     session,
@@ -265,17 +289,16 @@ def give_up(worker: Worker, job: JobRecord, error: LoramillError) -> None:
                 )
 
     try:
-        insist(settings.lease_seconds, end_attempt)
+        insist(PATIENCE_SECONDS, end_attempt)
     except LeaseLost:
         log.warning("job %s: ended, but the lease was lost before: %s", job.id, error)
     except LoramillError:
         log.exception("job %s: ended (%s), and the record can't be reached; its lease runs out", job.id, error)
-    if isinstance(error, JobCancelled):
+
+
+def tidied(worker: Worker, job: JobRecord) -> None:
+    """Removes a job's checkpoints; what can't be removed now is when the pool is tidied up."""
+    try:
         discard(worker.place(job))
-
-
-def discard(place: Path | str) -> None:
-    """Removes a job's checkpoints."""
-    files, root = url_to_fs(str(place))
-    if files.exists(root):
-        files.rm(root, recursive=True)
+    except (LoramillError, OSError) as error:
+        log.warning("job %s: its checkpoints are still there: %s", job.id, error)

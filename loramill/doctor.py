@@ -1,6 +1,7 @@
 """What is installed here, what is wrong, and how to mend it.
 
-Every check takes the settings and returns findings; none of them needs a gateway, none writes. What could
+Every check takes the settings and returns findings; none of them needs a gateway, and none writes, but for one small
+object in the artifact store, which is deleted again. What could
 take the process down with it (a broken torch, Ray, native kernels) is tried in a process of its own.
 """
 
@@ -305,6 +306,45 @@ def database(settings: Settings) -> Iterable[Finding]:
         yield Finding(what="database", status=Status.OK, found=f"{shown(url)}, at the newest migration")
 
 
+def stores(settings: Settings) -> Iterable[Finding]:
+    """Where artifacts, checkpoints and Ray Train's notes are kept: can be written, read and deleted in."""
+    from loramill.local import check_stores
+    from loramill.storage import shown
+
+    try:
+        check_stores(settings)
+    except LoramillError as error:
+        found = f"{shown(settings.artifacts)}: unusable"
+        yield Finding(what="artifact store", status=Status.ERROR, found=found, mend=error.message)
+    else:
+        yield Finding(what="artifact store", status=Status.OK, found=shown(settings.artifacts))
+
+
+def other_bases(settings: Settings) -> Iterable[Finding]:
+    """Jobs and adapters of other bases than those that are served.
+
+    Nothing where the database or a base is unusable, which other checks tell, or where a base is not on this machine.
+    """
+    from loramill import smollm2
+    from loramill.bases import find_base
+    from loramill.local import of_other_bases
+    from loramill.registry.database import parse_url
+
+    try:
+        url = parse_url(settings.database)
+        absent = url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists()
+        converted = settings.cache / "bases" / f"{smollm2.NAME}-{smollm2.REVISION}"
+        names = (settings.base, *settings.serve.bases)
+        if absent or not all((converted if name == smollm2.NAME else Path(name)).exists() for name in names):
+            return
+        lines = of_other_bases(settings, find_base(settings.base, settings.cache, settings.quantization))
+    except LoramillError:
+        return
+    mend = "Set LORAMILL_BASE to that base, or submit the jobs again; `loramill jobs list` shows which jobs."
+    for line in lines:
+        yield Finding(what="other bases", status=Status.WARN, found=line, mend=mend)
+
+
 def gateway(settings: Settings) -> Iterable[Finding]:
     """Whether a gateway answers at the settings' address, or something else does."""
     import httpx
@@ -341,6 +381,8 @@ CHECKS: tuple[Callable[[Settings], Iterable[Finding]], ...] = (
     base,
     folders,
     database,
+    stores,
+    other_bases,
     gateway,
 )
 

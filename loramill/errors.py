@@ -22,6 +22,7 @@
     │   ├── DiskFull                 500 disk_full
     │   ├── NotEnoughMemory          500 not_enough_memory
     │   ├── DatabaseUnusable         500 database_unusable
+    │   ├── StoreUnusable            500 store_unusable         no such bucket, or no permission there
     │   ├── BaseUnusable             500 base_unusable
     │   └── NotRunning               500 not_running
     ├── ArtifactError                500 artifact_error
@@ -244,6 +245,12 @@ class DatabaseUnusable(SetupError):
     """The record can't be opened: broken file, wrong version, no server."""
 
     code = "database_unusable"
+
+
+class StoreUnusable(SetupError):
+    """The store of artifacts or checkpoints refuses to be used: no such bucket, wrong credentials, no permission."""
+
+    code = "store_unusable"
 
 
 class BaseUnusable(SetupError):

@@ -198,6 +198,14 @@ class FineTuning:
         """Lets a paused job go on where it was."""
         return Job.read(self._wire.call("POST", _path(job_id, "/resume")))
 
+    def retry(self, job_id: str) -> Job:
+        """Queues a job again that failed or was cancelled; it goes on from its last checkpoint if that is still there.
+
+        Raises:
+            Conflict: it neither failed nor was cancelled, or its data was deleted.
+        """
+        return Job.read(self._wire.call("POST", _path(job_id, "/retry")))
+
     def checkpoints(self, job_id: str) -> list[Checkpoint]:
         """Where a job's weights were validated, the latest first; `chat` takes the `model` of those that are kept."""
         return [Checkpoint.read(row) for row in self._wire.pages(_path(job_id, "/checkpoints"), limit=_PAGE)]

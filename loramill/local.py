@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -36,9 +36,10 @@ from loramill.chat import ChatTokenizer
 from loramill.durable import replace_text
 from loramill.errors import Conflict, DiskFull, LoramillError, PortTaken, SetupError, Unauthenticated
 from loramill.machine import check_memory, free_memory, own_addresses, socket_folder, without_proxy
-from loramill.registry import Registry, keys
+from loramill.registry import Registry, keys, queue
 from loramill.registry.migrate import migrate
 from loramill.settings import Settings
+from loramill.storage import check_store
 from loramill.uplog import Log
 
 START_SECONDS = 300.0
@@ -86,15 +87,20 @@ def up(settings: Settings, *, console: Console, on_ready: Callable[[], None] = l
         try:
             with console.status("Waiting for the cluster of the last `up` to end…"), cluster_lock(settings):
                 check_port(settings)
+            with console.status("Looking at the artifact store…"):
+                check_stores(settings)
             with console.status("Opening the record…"):
                 migrate(settings.database)
                 admin_key(settings)
             base = prepare_base(settings, console)
             check_memory(base, settings, free_memory())
+            notes = of_other_bases(settings, base)
         except LoramillError:
             if not stop.is_set():  # else what failed is what Ctrl-C ended
                 raise
         else:
+            for line in notes:
+                console.print(line, soft_wrap=True)
             watch(settings, console, stop, base.name, on_ready)
         settings.address_file.unlink(missing_ok=True)
         console.print("Stopped. `loramill up` goes on where this ended.")
@@ -280,21 +286,24 @@ def wait_ready(settings: Settings, cluster: subprocess.Popen[bytes], stop: threa
 
 
 def wait_sick(settings: Settings, cluster: subprocess.Popen[bytes], stop: threading.Event) -> None:
-    """Returns when the child has ended, the gateway has been silent for too long, or `stop` was set."""
+    """Returns when the child has ended, the gateway or its engine has been silent for too long, or `stop` was set.
+
+    A database that is away is no reason: nothing in the cluster can mend it, and what runs there waits for it.
+    """
     well = time.monotonic()
     with httpx.Client(trust_env=False) as client:  # one for all looks: making one costs more than they do
         while not stop.wait(2.0) and cluster.poll() is None:
-            if answers(client, settings):
+            if answers(client, settings, "/health"):
                 well = time.monotonic()
             elif time.monotonic() - well > SICK_SECONDS:
                 cluster.kill()
                 return
 
 
-def answers(client: httpx.Client, settings: Settings) -> bool:
-    """Whether the gateway and an engine answer now."""
+def answers(client: httpx.Client, settings: Settings, path: str = "/readyz") -> bool:
+    """Whether the gateway, an engine and, by `/readyz`, the database answer now."""
     try:
-        return client.get(f"{settings.address}/readyz", timeout=5.0).status_code == 200
+        return client.get(f"{settings.address}{path}", timeout=5.0).status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -384,6 +393,45 @@ def admin_key(settings: Settings) -> None:
     with registry.writing() as session:
         _, secret = keys.create(session, None)
         replace_text(path, secret + "\n", mode=0o600)
+
+
+def check_stores(settings: Settings) -> None:
+    """Writes, reads and deletes one small object at each of the three places where files are kept.
+
+    Raises:
+        SetupError: no such place can be opened; StoreUnusable: one of them can't be used.
+    """
+    for url in (settings.artifacts, settings.checkpoints, settings.sessions):
+        check_store(url)
+
+
+def of_other_bases(settings: Settings, base: Base) -> Sequence[str]:
+    """What waits in the registry for another base than this one and those that can be asked; nothing if nothing does.
+
+    Raises:
+        DatabaseUnusable: the database can't be read.
+        BaseUnusable: a further base can't be found.
+    """
+    served = [find_base(name, settings.cache, settings.quantization).fingerprint for name in settings.serve.bases]
+    registry = Registry.open(settings.database, settings.artifacts)
+    try:
+        with registry.reading() as session:
+            waiting, unserved = queue.other_bases(session, base.fingerprint, served)
+    finally:
+        registry.close()
+    lines = []
+    if waiting:
+        lines.append(f"{counted(waiting, 'job')} of other bases than {base.name} wait until one of these is served.")
+    if unserved:
+        lines.append(
+            f"{counted(unserved, 'adapter')} of other bases than {base.name} answer 404 until these are served."
+        )
+    return lines
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things, such as "1 job" and "2 jobs"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def log_path(settings: Settings) -> Path:

@@ -77,6 +77,11 @@ class ServeSettings(_Section):
     adapter_bits: Literal[16, 8] = Field(default=16, description="of a weight of theirs; 8 halves memory and traffic")
     host_bytes: int = Field(default=2**28, ge=0, description="of adapters that were read and have no slot now")
     rank_budget: int = Field(default=1024, ge=1, description="sum of the different adapters' ranks in one step")
+    grace_seconds: float = Field(
+        default=180.0,
+        ge=0,
+        description="for which keys and names that were read before still answer while the database is away",
+    )
     max_upload_bytes: int = Field(default=256 * 2**20, ge=1, description="bytes of the largest upload")
     cors_origins: tuple[Origin, ...] = Field(
         default=(), description='origins of web pages that may call the gateway from a browser; "*": all'

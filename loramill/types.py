@@ -34,7 +34,7 @@ class JobStatus(StrEnum):
 
     @property
     def final(self) -> bool:
-        """Whether a job in this state never changes again."""
+        """Whether a job in this state changes no more, unless it is retried."""
         return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 
 

@@ -87,7 +87,8 @@ class Job(Value):
 
     `model` is the name that asks its result (`tenant/adapter@version`), once it succeeded;
     `step` of `steps` optimizer steps are done; `spec` is what was frozen at submit. Losses are in nats a token,
-    the last that are known; `estimated_finish` is when it will be done if it goes on as it does.
+    the last that are known; `estimated_finish` is when it will be done if it goes on as it does; `waits_for` is what
+    keeps a queued job from starting at all, such as a base that is not served.
     """
 
     id: str
@@ -116,6 +117,7 @@ class Job(Value):
     started_at: float | None = None
     finished_at: float | None = None
     estimated_finish: float | None = None
+    waits_for: str | None = None
     spec: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod

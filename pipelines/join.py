@@ -5,7 +5,7 @@ from __future__ import annotations
 import ray
 
 from loramill.errors import SetupError
-from loramill.local import admin_key, prepare_home
+from loramill.local import admin_key, check_stores, prepare_home
 from loramill.pipelines.cluster import deploy
 from loramill.registry.migrate import migrate
 from loramill.settings import Settings
@@ -17,9 +17,10 @@ def join(settings: Settings) -> None:
     Unlike `up` it starts no Ray, and what it deployed stays when this process ends.
 
     Raises:
-        SetupError: no Ray runs on this machine, or the home or the record can't be used.
+        SetupError: no Ray runs on this machine, or the home, the stores or the record can't be used.
     """
     prepare_home(settings.home)
+    check_stores(settings)
     migrate(settings.database)
     admin_key(settings)
     try:

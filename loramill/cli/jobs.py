@@ -56,7 +56,7 @@ def list_jobs(
             (
                 job.id,
                 job.adapter,
-                show.status(job.status),
+                show.status(job.status if job.waits_for is None else f"{job.status}, waits for {job.waits_for}"),
                 f"{job.step}/{job.steps}",
                 show.short(job.model and job.model.partition("@")[2]),
                 show.ago(job.created_at),
@@ -97,6 +97,8 @@ def show_job(job_id: JobId, json: show.AsJson = False) -> None:
         )
         if value is not None
     ]
+    if job.waits_for:
+        pairs.append(("waits for", job.waits_for))
     if job.estimated_finish:
         pairs.append(("finishes in", show.duration(job.estimated_finish - time.time())))
     if job.finished_at:
@@ -198,6 +200,15 @@ def pause(job_ids: JobIds, json: show.AsJson = False) -> None:
 def resume(job_ids: JobIds, json: show.AsJson = False) -> None:
     """Let paused jobs go on where they were."""
     _change(job_ids, Client.resume, "goes on", json=json)
+
+
+@jobs.command("retry")
+def retry(job_ids: JobIds, json: show.AsJson = False) -> None:
+    """Queue failed or cancelled jobs again; they go on from their last checkpoint, if that is still there.
+
+    A failed job's checkpoints are kept for a week; those of a cancelled job are removed at once.
+    """
+    _change(job_ids, Client.retry, "is queued again", json=json)
 
 
 def _change(job_ids: Sequence[str], change: Callable[[Client, str], Job], told: str, *, json: bool) -> None:

@@ -28,7 +28,7 @@ class Registry:
 
     Attributes:
         artifacts: the bytes of datasets and versions, by their hash.
-        mark: another object after each commit through this one, for those who remember what they read.
+        mark: another object after each noted commit through this one, for those who remember what they read.
     """
 
     def __init__(self, engine: Engine, artifacts: ArtifactStore) -> None:
@@ -67,15 +67,20 @@ class Registry:
             yield session
 
     @contextmanager
-    def writing(self) -> Iterator[Session]:
+    def writing(self, *, noted: bool = True) -> Iterator[Session]:
         """A session that commits at the end, and undoes everything on an error.
+
+        Args:
+            noted: moves the mark; not for what nobody remembers, such as counts of usage, which are written all the
+                time.
 
         Raises:
             DatabaseUnusable, DiskFull, Unavailable: the database failed meanwhile; nothing was written.
         """
         with explained(self._engine.url), Session(self._writing) as session, session.begin():
             yield session
-        self.mark = object()
+        if noted:
+            self.mark = object()
 
     def sweep(self, older_than: float) -> int:
         """Removes artifacts that nothing records, and leftovers of crashes, older than so many seconds.

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from loramill.errors import ArtifactMissing, DiskFull, InvalidRequest, SetupError
+from loramill.errors import ArtifactMissing, DiskFull, InvalidRequest, StoreUnusable
 from loramill.registry.bucket import Bucket
 from loramill.registry.folder import Folder
 from loramill.registry.manifest import MANIFEST, Manifest, check_name, corrupt, is_hash, measure
+from loramill.storage import shown, store_errors
 
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -45,7 +46,8 @@ class ArtifactStore:
         Raises:
             InvalidRequest: no files, or a name that an artifact's file can't have.
             DiskFull: too little space; nothing is stored.
-            SetupError: the place can't be written.
+            Unavailable: the store does not answer.
+            StoreUnusable: the store refuses.
         """
         if not files:
             raise InvalidRequest("An artifact needs at least one file.")
@@ -58,6 +60,7 @@ class ArtifactStore:
         Raises:
             ArtifactMissing: it isn't in the store.
             ArtifactCorrupt: a file has another content than it was stored with, or is gone.
+            Unavailable, StoreUnusable: as for `put`.
         """
         with self._explained(artifact):
             return self._place.fetch(artifact)
@@ -68,8 +71,9 @@ class ArtifactStore:
         Raises:
             ArtifactMissing: the artifact isn't in the store, or has no such file.
             ArtifactCorrupt: the file has another content than it was stored with, or is gone.
+            Unavailable, StoreUnusable: as for `put`.
         """
-        with self.open(artifact, name) as file:
+        with self.open(artifact, name) as file, self._explained(artifact):
             content = file.read()
         self.manifest(artifact).check(name, measure(content), self._place.where(artifact))
         return content
@@ -80,14 +84,17 @@ class ArtifactStore:
         Raises:
             ArtifactMissing: the artifact isn't in the store, or has no such file.
             ArtifactCorrupt: the file is gone.
+            Unavailable, StoreUnusable: as for `put`.
         """
         files = self.manifest(artifact).files
         if name not in files:
             raise ArtifactMissing(f"The artifact {artifact} has no file '{name}', only {', '.join(files)}.")
-        try:
-            return self._place.open(artifact, name)
-        except FileNotFoundError as error:
-            raise corrupt(self._place.where(artifact), name) from error
+        with self._explained(artifact):
+            try:
+                with store_errors(self.url):
+                    return self._place.open(artifact, name)
+            except FileNotFoundError as error:
+                raise corrupt(self._place.where(artifact), name) from error
 
     def size(self, artifact: str) -> int:
         """Bytes of the artifact's files together.
@@ -117,12 +124,13 @@ class ArtifactStore:
     @contextmanager
     def _explained(self, artifact: str | None = None) -> Iterator[None]:
         missing = ArtifactMissing(
-            f"The artifact {artifact} isn't at {self.url}: restore it from a backup, or make it again."
+            f"The artifact {artifact} isn't at {shown(self.url)}: restore it from a backup, or make it again."
         )
         if artifact is not None and not is_hash(artifact):
             raise missing
         try:
-            yield
+            with store_errors(self.url):
+                yield
         except FileNotFoundError as error:
             if artifact is None:
                 raise
@@ -130,11 +138,11 @@ class ArtifactStore:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull(
-                    f"The disk of the artifacts at {self.url} is full; free some space and try again."
+                    f"The disk of the artifacts at {shown(self.url)} is full; free some space and try again."
                 ) from error
             if error.errno in _UNWRITABLE:
-                raise SetupError(
-                    f"The artifacts at {self.url} can't be read or written ({error.strerror}); "
+                raise StoreUnusable(
+                    f"The artifacts at {shown(self.url)} can't be read or written ({error.strerror}); "
                     "make it a folder that you may write to, or correct artifacts_url."
                 ) from error
             raise

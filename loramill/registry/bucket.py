@@ -12,21 +12,17 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import BinaryIO, cast
 
-import fsspec
-
-from loramill.errors import ArtifactCorrupt, SetupError
+from loramill.errors import ArtifactCorrupt
 from loramill.registry.folder import Folder
 from loramill.registry.manifest import MANIFEST, Manifest, is_hash, measure
+from loramill.storage import open_files
 
 
 class Bucket:
     """A place for artifacts that several machines share; what is fetched is kept in a local cache."""
 
     def __init__(self, url: str, cache: Folder) -> None:
-        try:
-            self._files, self._root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise SetupError(f"The artifacts_url '{url}' can't be used: {error}.") from error
+        self._files, self._root = open_files(url)
         self._cache = cache
 
     def where(self, artifact: str) -> str:

@@ -7,8 +7,11 @@ reader sees one snapshot on both databases and can't write.
 from __future__ import annotations
 
 import json
+import logging
+import math
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,8 +23,20 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from loramill.errors import Conflict, DatabaseUnusable, DiskFull, LoramillError, Unavailable
 
+log = logging.getLogger(__name__)
+
 BUSY_SECONDS = 30
-_CONNECT_SECONDS = 10
+#: For PostgreSQL. A server that vanished without a word is noticed after 25 s, not after the kernel's two hours.
+_CONNECT: Mapping[str, Any] = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,
+}
+#: Seconds between two lines of the log that say the same of the database; when each was last written.
+_LOG_SECONDS = 10.0
+_LOGGED: dict[str, float] = {}
 _WRITING = "loramill_writing"
 # SQLSTATE classes: connection, resources, login, unknown database, shutdown.
 _UNREACHABLE = ("08", "53", "28", "3D", "57P")
@@ -71,7 +86,7 @@ def make_engine(url: URL) -> Engine:
         event.listen(engine, "begin", _begin_sqlite)
         return engine
     try:
-        return create_engine(url, connect_args={"connect_timeout": _CONNECT_SECONDS}, pool_pre_ping=True, **options)
+        return create_engine(url, connect_args=dict(_CONNECT), pool_pre_ping=True, **options)
     except ModuleNotFoundError as error:
         raise DatabaseUnusable("PostgreSQL needs the driver psycopg: pip install 'loramill[postgres]'.") from error
 
@@ -101,9 +116,22 @@ def for_writing(engine: Engine) -> Engine:
     return engine.execution_options(**{_WRITING: True})
 
 
+#: What an error says to whoever waits for an answer, over HTTP perhaps: where the database is, and what its driver
+#: says, are for the log.
+_PUBLIC: Mapping[type[LoramillError], str] = {
+    Unavailable: "The database does not answer just now; try again in a moment.",
+    DiskFull: "The disk of the database is full; free some space and try again.",
+    DatabaseUnusable: "The database can't be used as it is: the server's log says why.",
+}
+
+
 @contextmanager
 def explained(url: URL, *, opening: bool = False) -> Iterator[None]:
     """Turns a driver's errors that a user can mend into loramill's; every other error passes as it is.
+
+    Args:
+        opening: the database is being opened, for whoever set it up: the message names it, with what the driver says.
+            Otherwise that is logged, and the message names neither.
 
     Raises:
         DatabaseUnusable, DiskFull, Unavailable: as their names say.
@@ -112,7 +140,7 @@ def explained(url: URL, *, opening: bool = False) -> Iterator[None]:
     try:
         yield
     except PoolTimeout as error:
-        raise Unavailable(f"Every connection to {shown(url)} is in use; try again.") from error
+        raise _told(Unavailable(f"Every connection to {shown(url)} is in use; try again."), opening) from error
     except (DBAPIError, sqlite3.Error) as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
         if isinstance(cause, sqlite3.Error):
@@ -121,7 +149,24 @@ def explained(url: URL, *, opening: bool = False) -> Iterator[None]:
             known = _explain_postgresql(cause, shown(url), opening)
         if known is None:
             raise
-        raise known from error
+        raise _told(known, opening) from error
+
+
+def _told(error: LoramillError, opening: bool) -> LoramillError:
+    if opening:
+        return error
+    _log(error.message)
+    return type(error)(_PUBLIC[type(error)])
+
+
+def _log(message: str) -> None:
+    """Logs a message once in ten seconds: in an outage each heartbeat and each request meets the same."""
+    now = time.monotonic()
+    if now - _LOGGED.get(message, -math.inf) < _LOG_SECONDS:
+        return
+    _LOGGED.clear()
+    _LOGGED[message] = now
+    log.warning("%s", message)
 
 
 def _explain_sqlite(error: sqlite3.Error, path: str) -> LoramillError | None:

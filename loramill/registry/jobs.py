@@ -35,9 +35,13 @@ __all__ = [
     "publish",
     "release",
     "resume",
+    "retry",
     "settle_lost",
     "submit",
 ]
+
+#: Ends after which a job can be started again.
+RETRIED = (JobStatus.FAILED, JobStatus.CANCELLED)
 
 
 #: What an id may be shortened to.
@@ -74,6 +78,7 @@ def submit(
         id=f"ftjob-{secrets.token_hex(12)}",
         tenant=tenant,
         spec=spec.model_dump(mode="json"),
+        base=spec.base,
         status=JobStatus.QUEUED,
         priority=priority,
         executor=executor,
@@ -189,8 +194,37 @@ def resume(session: Session, job_id: str) -> JobRecord:
     elif row.status is JobStatus.RUNNING and row.asked == "pause":
         row.asked = None
     else:
-        raise Conflict(f"Job {job_id} can't be resumed: it is {row.status}, not paused.")
+        hint = " `loramill jobs retry` starts it again." if row.status in RETRIED else ""
+        raise Conflict(f"Job {job_id} can't be resumed: it is {row.status}, not paused.{hint}")
     transitions.tell(session, row, "Resumed.")
+    return transitions.record(row)
+
+
+def retry(session: Session, job_id: str) -> JobRecord:
+    """Queues a job again that failed or was cancelled, with all its attempts before it.
+
+    It goes on from its last checkpoint if that is still there, and else from the start. A failed job's checkpoints are
+    kept for a week; those of a cancelled one are removed at once.
+
+    Raises:
+        NotFound: there is none.
+        Conflict: it has not failed and was not cancelled; or its data, or the version that it starts from, was deleted.
+        QuotaExceeded: its tenant has as many jobs waiting as it may have.
+    """
+    row = transitions.locked(session, job_id)
+    if row.status not in RETRIED:
+        hint = " `loramill jobs resume` lets it go on." if row.status is JobStatus.PAUSED else ""
+        raise Conflict(f"Job {job_id} can't be retried: it is {row.status}, neither failed nor cancelled.{hint}")
+    _check_needed(session, row)
+    shares.admit(session, row.tenant)
+    before = row.status
+    row.asked = row.error_code = row.error_message = row.not_before = row.lost_step = row.furthest = None
+    row.returned = row.attempt
+    if before is JobStatus.CANCELLED:  # no checkpoint is left
+        row.step = row.trained_tokens = 0
+    transitions.stop(session, row, JobStatus.QUEUED)
+    how = "failed" if before is JobStatus.FAILED else "was cancelled"
+    transitions.tell(session, row, f"Queued again after it {how}.")
     return transitions.record(row)
 
 
@@ -225,6 +259,20 @@ def events(session: Session, job_id: str, after: int = 0, limit: int = 1000) -> 
     """The events of a job whose id is greater than `after`, oldest first."""
     statement = select(EventRow).where(EventRow.job == job_id, EventRow.id > after).order_by(EventRow.id).limit(limit)
     return [JobEvent.model_validate(row) for row in session.scalars(statement)]
+
+
+def _check_needed(session: Session, row: JobRow) -> None:
+    spec = JobSpec.model_validate(row.spec)
+    try:
+        for dataset in filter(None, (spec.train, spec.valid)):
+            datasets.get(session, dataset, row.tenant)
+        if spec.start_from is not None:
+            _check_start(session, row.tenant, spec.start_from)
+    except NotFound as error:
+        raise Conflict(
+            f"Job {row.id} can't be retried, since something that it needs was deleted: {error.message} "
+            "Submit a new job."
+        ) from error
 
 
 def _check_start(session: Session, tenant: str, version_id: str) -> None:

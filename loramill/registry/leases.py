@@ -35,6 +35,8 @@ def lease(
     max_attempts: int,
     executor: Executor | None = None,
     job_id: str | None = None,
+    base: str | None = None,
+    settle: bool = True,
 ) -> JobRecord | None:
     """Gives `owner` a job for so many seconds: of those that wait the one of the highest priority, then of the tenant
     that has had least for its weight, then the oldest. No tenant has more jobs running than its quota allows.
@@ -45,9 +47,13 @@ def lease(
     Args:
         executor: takes only jobs for this one; None: any.
         job_id: takes only this job.
+        base: takes only jobs of the base with this fingerprint; None: of any.
+        settle: first takes from their workers the jobs whose lease has run out; not right after an outage of the
+            database, when these workers are about to be heard again.
     """
-    settle_lost(session, now=now, max_attempts=max_attempts)
-    row = queue.next_job(session, now, executor) if job_id is None else queue.this_job(session, job_id)
+    if settle:
+        settle_lost(session, now=now, max_attempts=max_attempts)
+    row = queue.next_job(session, now, executor, base) if job_id is None else queue.this_job(session, job_id, base)
     if row is None:
         return None
     transitions.start(session, row, owner, now, seconds, max_attempts)
@@ -58,7 +64,9 @@ def settle_lost(session: Session, *, now: float, max_attempts: int) -> int:
     """Takes every job from the worker whose lease has run out; returns how many there were.
 
     It waits again, unless its owner asked for something else, its attempts are used up, or its workers vanished twice
-    in a row after the same step: that is what the kernel's killing for want of memory looks like.
+    in a row after the same step: that is what the kernel's killing for want of memory looks like. A loss after a
+    further step than at every loss before uses no attempt up, and gives back those that were: such a job gets on,
+    however often its nodes are taken away, and as its steps are numbered, it does so only finitely often.
     """
     found = queue.lost(session, now)
     for row in found:
@@ -187,8 +195,21 @@ def fail(
     return transitions.record(row)
 
 
-def release(session: Session, job_id: str, attempt: int) -> JobRecord:
+def release(
+    session: Session,
+    job_id: str,
+    attempt: int,
+    *,
+    error: LoramillError | None = None,
+    backoff_seconds: float = 0.0,
+    now: float | None = None,
+) -> JobRecord:
     """Gives a job back: to be cancelled or paused if that was asked, else to go on elsewhere; uses up no attempt.
+
+    Args:
+        error: what the job is no cause of, such as a store that is away; it waits a while before it starts again.
+        backoff_seconds: that while for the first time, then twice as long each time, up to `queue.LONGEST_PAUSE`.
+        now: what that is counted from; None: the time.
 
     Raises:
         LeaseLost: another worker has the job, or it has ended.
@@ -201,14 +222,21 @@ def release(session: Session, job_id: str, attempt: int) -> JobRecord:
         transitions.pause(session, row)
     else:
         row.asked = None
+        if error is not None:
+            seconds = queue.backoff(backoff_seconds, row.returned, row.id, attempt, longest=queue.LONGEST_PAUSE)
+            row.not_before = (time.time() if now is None else now) + seconds if seconds else None
         transitions.stop(session, row, JobStatus.QUEUED)
         message = f"Attempt {attempt} stopped at step {row.step}; the job goes on when a worker is free."
-        transitions.tell(session, row, message)
+        if error is not None:
+            message += f" That uses up none of its attempts: {error.message}"
+        transitions.tell(session, row, message, level="info" if error is None else "warn")
     return transitions.record(row)
 
 
 def _settle(session: Session, row: JobRow, max_attempts: int) -> None:
     twice, row.lost_step = row.lost_step == row.step, row.step
+    if row.step > (row.furthest or 0):
+        row.furthest, row.returned = row.step, row.attempt
     if row.asked == "cancel":
         transitions.cancel(session, row)
     elif row.asked == "pause":
@@ -216,7 +244,8 @@ def _settle(session: Session, row: JobRow, max_attempts: int) -> None:
     elif row.attempt - row.returned >= max_attempts:
         message = (
             f"Job {row.id} was started {row.attempt} times and its worker disappeared each time, at last {row.owner} "
-            f"after step {row.step}. It may need more memory than there is: see that worker's log."
+            f"after step {row.step}, without getting further than step {row.furthest or 0}. It may need more memory "
+            "than there is: see that worker's log."
         )
         transitions.fail(session, row, JobError(message))
     elif twice:

@@ -104,7 +104,7 @@ def _prepare_file(url: URL) -> None:
     if not path.exists():
         return
     # Read-only, since opening a damaged file for writing may already alter it.
-    with explained(url), closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+    with explained(url, opening=True), closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
         problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if problem != "ok":
         raise DatabaseUnusable(

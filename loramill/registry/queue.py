@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,11 +11,13 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from loramill.registry.shares import OPEN
-from loramill.registry.tables import JobRow, TenantRow
-from loramill.types import Executor, JobStatus
+from loramill.registry.tables import AliasRow, JobRow, TenantRow, VersionRow
+from loramill.types import Alias, Executor, JobStatus
 
 #: No retry waits longer than so many seconds, give or take its jitter.
 LONGEST_BACKOFF = 600.0
+#: Nor does a job wait longer than this because a store was away: it is back at an unknown time, and all wait for it.
+LONGEST_PAUSE = 60.0
 #: Names the lock of a choice among jobs, for PostgreSQL.
 _CHOICE = 0x10AA
 
@@ -29,10 +31,15 @@ class Waiting:
     priority: int
 
 
-def waiting(session: Session, now: float, *, executor: Executor | None, limit: int) -> list[Waiting]:
+def waiting(
+    session: Session, now: float, *, executor: Executor | None, limit: int, base: str | None = None
+) -> list[Waiting]:
     """The jobs that may start now, the next first.
 
     By priority, then what their tenants were served, then how many jobs these have running, then age.
+
+    Args:
+        base: only jobs of the base with this fingerprint; None: of any.
     """
     running = (
         select(JobRow.tenant, func.count().label("jobs"))
@@ -56,30 +63,36 @@ def waiting(session: Session, now: float, *, executor: Executor | None, limit: i
     )
     if executor is not None:
         statement = statement.where(JobRow.executor == executor)
+    if base is not None:
+        statement = statement.where(JobRow.base == base)
     return [Waiting(row.id, cast(Executor, row.executor), row.priority) for row in session.execute(statement)]
 
 
-def next_job(session: Session, now: float, executor: Executor | None) -> JobRow | None:
-    """The next job, locked; None when nothing may start.
+def next_job(session: Session, now: float, executor: Executor | None, base: str | None = None) -> JobRow | None:
+    """The next job, of this base if one is given, locked; None when nothing may start.
 
     Raises:
         Unavailable: the database failed meanwhile.
     """
     # The first look, which finds nothing for most of an idle pool's workers, keeps nobody waiting.
-    while waiting(session, now, executor=executor, limit=1):
+    while waiting(session, now, executor=executor, limit=1, base=base):
         choose_alone(session)
-        for found in waiting(session, now, executor=executor, limit=1):
+        for found in waiting(session, now, executor=executor, limit=1, base=base):
             row = _still_queued(session, found.id)
             if row is not None:
                 return row
     return None
 
 
-def this_job(session: Session, job_id: str) -> JobRow | None:
-    """The job of this id, locked, if it waits and its tenant may have one more running; None if not."""
+def this_job(session: Session, job_id: str, base: str | None = None) -> JobRow | None:
+    """The job of this id, locked, if it waits, its tenant may have one more running, and it is of this base; or None.
+
+    Args:
+        base: a fingerprint; None: any.
+    """
     choose_alone(session)
     row = _still_queued(session, job_id)
-    if row is None:
+    if row is None or base not in (None, row.base):
         return None
     limit = session.scalar(select(TenantRow.max_running).where(TenantRow.name == row.tenant))
     running = select(func.count()).where(JobRow.tenant == row.tenant, JobRow.status == JobStatus.RUNNING)
@@ -111,7 +124,25 @@ def count_open(session: Session) -> int:
     return session.scalar(select(func.count()).select_from(JobRow).where(JobRow.status.in_(OPEN))) or 0
 
 
-def backoff(seconds: float, failures: int, job_id: str, attempt: int) -> float:
+def other_bases(session: Session, base: str, served: Collection[str] = ()) -> tuple[int, int]:
+    """How many open jobs wait for another base than `base`, and how many adapters have a champion of none of these.
+
+    Args:
+        base: fingerprint of the base that jobs train on here.
+        served: fingerprints of further bases that can be asked.
+    """
+    open_states = [status for status in JobStatus if not status.final]
+    waiting = select(func.count()).select_from(JobRow).where(JobRow.status.in_(open_states), JobRow.base != base)
+    champions = (
+        select(func.count())
+        .select_from(AliasRow)
+        .join(VersionRow, (VersionRow.adapter == AliasRow.adapter) & (VersionRow.id == AliasRow.version))
+        .where(AliasRow.alias == Alias.CHAMPION, VersionRow.base.not_in({base, *served}))
+    )
+    return session.scalar(waiting) or 0, session.scalar(champions) or 0
+
+
+def backoff(seconds: float, failures: int, job_id: str, attempt: int, *, longest: float = LONGEST_BACKOFF) -> float:
     """Seconds before the next attempt: twice as long after each failure, give or take half.
 
     The jitter is a function of the job and the attempt, so jobs that failed together don't come back together.
@@ -119,10 +150,11 @@ def backoff(seconds: float, failures: int, job_id: str, attempt: int) -> float:
     Args:
         seconds: before the first retry.
         failures: so far, at least 1.
+        longest: beyond which it grows no more.
     """
     digest = hashlib.sha256(f"{job_id} {attempt}".encode()).digest()
     jitter = 0.5 + int.from_bytes(digest[:8], "big") / 2**64
-    return float(min(seconds * 2.0 ** min(failures - 1, 60), LONGEST_BACKOFF) * jitter)
+    return float(min(seconds * 2.0 ** min(failures - 1, 60), longest) * jitter)
 
 
 def _still_queued(session: Session, job_id: str) -> JobRow | None:

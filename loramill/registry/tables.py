@@ -91,7 +91,8 @@ class JobRow(Base):
     """A fine-tune job. `attempt` only ever grows; `returned` counts the leases that were given back.
 
     `cost` is the tokens that it is expected to train on, what its tenant's share of the pool is counted in;
-    `lost_step` is how far it was when its worker last vanished.
+    `lost_step` is how far it was when its worker last vanished, `furthest` the most that it ever was then; `base` is
+    the spec's, to look jobs up by.
     """
 
     __tablename__ = "jobs"
@@ -99,11 +100,12 @@ class JobRow(Base):
         Index(None, "tenant", "created_at"),
         Index(None, "tenant", "status"),
         # All that choosing the next job reads: of thousands that wait, no row is touched but the chosen one's.
-        Index("ix_jobs_queue", "status", "executor", "priority", "tenant", "created_at", "id", "not_before"),
+        Index("ix_jobs_queue", "status", "executor", "priority", "tenant", "created_at", "id", "not_before", "base"),
     )
     id: Mapped[str] = mapped_column(primary_key=True)
     tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"))
     spec: Mapped[dict[str, Any]]
+    base: Mapped[str | None] = mapped_column(String(64))
     status: Mapped[JobStatus] = mapped_column(_words(JobStatus))
     attempt: Mapped[int] = mapped_column(default=0)
     returned: Mapped[int] = mapped_column(default=0)
@@ -117,6 +119,7 @@ class JobRow(Base):
     not_before: Mapped[float | None]
     micro_tokens: Mapped[int | None]
     lost_step: Mapped[int | None]
+    furthest: Mapped[int | None]
     step: Mapped[int] = mapped_column(default=0)
     trained_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
     loss: Mapped[float | None]

@@ -69,7 +69,8 @@ def build_api(
     )
     served = {each.base.name: each for each in (Served(base, backend), *others)}
     readings = Readings(registry.artifacts, tokenizer)
-    app.state.gateway = Gateway(registry, base, tokenizer, served, settings, readings, versions(registry), books)
+    names = versions(registry, settings.serve.grace_seconds)
+    app.state.gateway = Gateway(registry, base, tokenizer, served, settings, readings, names, books)
     offered = (chat, completions, models, files, jobs, batches, adapters, pins, deleting, tenants, usage, audit, health)
     for rooms in offered:
         app.include_router(rooms.router)
@@ -78,7 +79,7 @@ def build_api(
     describe(app)
     # The last that is added is the first to see a request.
     app.add_middleware(BodyLimit, upload_path=files.PATH, upload_bytes=settings.serve.max_upload_bytes)
-    app.add_middleware(Authenticate, registry=registry)
+    app.add_middleware(Authenticate, registry=registry, grace=settings.serve.grace_seconds)
     app.add_middleware(LastResort)
     if settings.serve.cors_origins:
         app.add_middleware(Cors, origins=settings.serve.cors_origins)

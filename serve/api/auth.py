@@ -82,12 +82,15 @@ class _Known:
 
 
 class Authenticate:
-    """Pure ASGI: finds the caller in the record, where a key that was revoked is refused within half a second."""
+    """Pure ASGI: finds the caller in the record, where a key that was revoked is refused within half a second.
 
-    def __init__(self, app: ASGIApp, *, registry: Registry) -> None:
+    While the database is away, keys that were known less than `grace` seconds ago are taken.
+    """
+
+    def __init__(self, app: ASGIApp, *, registry: Registry, grace: float = 0.0) -> None:
         self.app = app
         self._keys: Remembered[tuple[str, str | None], _Known]
-        self._keys = Remembered(registry, lambda session, asked: _find(session, *asked))
+        self._keys = Remembered(registry, lambda session, asked: _find(session, *asked), grace=grace)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request through with its `Caller` in the state, or answers 401, 403 or 404."""

@@ -62,6 +62,7 @@ class JobExtension(TypedDict):
     tokens_per_second: float | None
     started_at: float | None
     result: str | None
+    waits_for: str | None
 
 
 @exactly

@@ -110,8 +110,15 @@ def job_object(job: JobRecord, base: Base, examples: int | None, now: float | No
         "trained_tokens": job.trained_tokens,
         "seed": spec.seed,
         "metadata": job.metadata,
-        "loramill": _own(job),
+        "loramill": _own(job) | {"waits_for": _waits_for(job, base)},
     }
+
+
+def _waits_for(job: JobRecord, base: Base) -> str | None:
+    """What keeps a job from being leased, whoever is free; None: nothing."""
+    if job.status is not JobStatus.QUEUED or job.spec.base == base.fingerprint:
+        return None
+    return f"base {job.spec.base[:SHORT]}, which is not served here"
 
 
 def _own(job: JobRecord) -> dict[str, Any]:

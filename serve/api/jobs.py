@@ -118,6 +118,12 @@ def resume_job(job_id: str, here: Here, who: Who) -> dict[str, Any]:
     return _changed(job_id, here, who, "resume", jobs.resume)
 
 
+@router.post(PATH + "/{job_id}/retry")
+def retry_job(job_id: str, here: Here, who: Who) -> dict[str, Any]:
+    """Queues a job again that failed or was cancelled; it goes on from its last checkpoint if that is still there."""
+    return _changed(job_id, here, who, "retry", jobs.retry)
+
+
 @router.get(PATH + "/{job_id}/events")
 def list_events(job_id: str, page: Annotated[EventPaging, Query()], here: Here, who: Who) -> dict[str, Any]:
     """A job's history, newest first."""

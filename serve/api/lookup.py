@@ -81,7 +81,7 @@ def created(base: Base) -> float:
         return time.time()
 
 
-def versions(registry: Registry) -> Remembered[tuple[AdapterName, str], VersionRecord]:
-    """What an adapter's alias, or a version's prefix, names in the record."""
+def versions(registry: Registry, grace: float = 0.0) -> Remembered[tuple[AdapterName, str], VersionRecord]:
+    """What an adapter's alias, or a version's prefix, names in the record; while that is away, so many seconds ago."""
 
-    return Remembered(registry, lambda session, asked: adapters.resolve(session, *asked))
+    return Remembered(registry, lambda session, asked: adapters.resolve(session, *asked), grace=grace)

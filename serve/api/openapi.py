@@ -71,6 +71,7 @@ ANSWERS: Mapping[str, Any] = {
     "POST /v1/fine_tuning/jobs/{job_id}/cancel": Job,
     "POST /v1/fine_tuning/jobs/{job_id}/pause": Job,
     "POST /v1/fine_tuning/jobs/{job_id}/resume": Job,
+    "POST /v1/fine_tuning/jobs/{job_id}/retry": Job,
     "GET /v1/fine_tuning/jobs/{job_id}/events": Listed[JobEvent],
     "GET /v1/fine_tuning/jobs/{job_id}/checkpoints": Listed[Checkpoint],
     "POST /v1/fine_tuning/jobs/batch": BatchResult,

@@ -1,4 +1,9 @@
-"""What was read from the record a moment ago: most requests need no database, and none sees what is old."""
+"""What was read from the database a moment ago: most requests need no database, and none sees what is old.
+
+Unless the database is away: then what was read before holds for a grace of some minutes, so that a failover does not
+take all endpoints down. What other processes change meanwhile (a key that is revoked, say) is seen late by at most that
+long; what this process changed itself is never answered from before the change.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from typing import Generic, TypeVar
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from loramill.errors import LoramillError
+from loramill.errors import LoramillError, Unavailable
 from loramill.registry import Registry
 
 _K = TypeVar("_K", bound=Hashable)
@@ -19,6 +24,9 @@ _V = TypeVar("_V")
 
 #: Seconds for which an answer holds, counted from when it was asked for: what other processes write is seen so late.
 SECONDS = 0.5
+
+#: Seconds for which a read may take before the database counts as away: a server that vanished does not even refuse.
+PATIENCE = 3.0
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +38,15 @@ class _Flight(Generic[_V]):
     answer: asyncio.Future[_V] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
+@dataclass(frozen=True, slots=True)
+class _Known(Generic[_V]):
+    """An answer that was read at `at`, when the registry's mark was `mark`."""
+
+    value: _V
+    at: float
+    mark: object
+
+
 class Remembered(Generic[_K, _V]):
     """Answers of the record by key, for the event loop.
 
@@ -37,23 +54,53 @@ class Remembered(Generic[_K, _V]):
     while it was busy in one session: with as many threads as keys, each read would take ten times as long. What this
     process itself commits is seen by whoever asks after that. An error is told to those who waited for it, and isn't
     remembered. At most `most` keys are, and the oldest goes first.
+
+    Args:
+        grace: seconds for which an answer holds while the database is away, counted from when it was read.
     """
 
-    def __init__(self, registry: Registry, read: Callable[[Session, _K], _V], *, most: int = 10_000) -> None:
-        self._registry, self._read, self._most = registry, read, most
+    def __init__(
+        self, registry: Registry, read: Callable[[Session, _K], _V], *, most: int = 10_000, grace: float = 0.0
+    ) -> None:
+        self._registry, self._read, self._most, self._grace = registry, read, most, grace
+        self._known: dict[_K, _Known[_V]] = {}
+        #: When a read last failed since the database was away; None: the last one did not.
+        self._away: float | None = None
         self._flights: dict[_K, _Flight[_V]] = {}
         self._waiting: dict[_K, _Flight[_V]] = {}
         self._reading: asyncio.Task[None] | None = None
 
     async def get(self, key: _K) -> _V:
-        """What `read` returns for a key, at most half a second old; raises what it raises."""
+        """What `read` returns for a key, at most half a second old; raises what it raises.
+
+        While the database is away, at most the grace old.
+        """
+        known = self._within_grace(key)
+        if known is not None and self._away is not None and time.monotonic() - self._away < SECONDS:
+            return known.value
         flight = self._waiting.get(key)
         if flight is None:
             flight = self._flights.get(key)
             if flight is None or not self._holds(flight):
                 flight = self._begin(key)
-        # Shielded, since one who goes away must not end the read for the others.
-        return await asyncio.shield(flight.answer)
+        if known is None:
+            # Shielded, since one who goes away must not end the read for the others.
+            return await asyncio.shield(flight.answer)
+        try:
+            # In an outage nobody waits: the read that goes on tells when it is over.
+            async with asyncio.timeout(PATIENCE if self._away is None else 0):
+                return await asyncio.shield(flight.answer)
+        except TimeoutError:
+            self._away = time.monotonic()
+        except Unavailable:
+            pass
+        return known.value
+
+    def _within_grace(self, key: _K) -> _Known[_V] | None:
+        known = self._known.get(key)
+        if known is None or known.mark is not self._registry.mark or time.monotonic() - known.at >= self._grace:
+            return None
+        return known
 
     def _holds(self, flight: _Flight[_V]) -> bool:
         return flight.mark is self._registry.mark and time.monotonic() - flight.began < SECONDS
@@ -76,7 +123,9 @@ class Remembered(Generic[_K, _V]):
                 flight.began, flight.mark = time.monotonic(), self._registry.mark
             try:
                 answers = await run_in_threadpool(self._read_all, list(now))
+                self._away = None
             except Exception as error:  # noqa: BLE001 - whoever waits raises it
+                self._away = time.monotonic() if isinstance(error, Unavailable) else None
                 answers = dict.fromkeys(now, error)
             for key, flight in now.items():
                 self._land(key, flight, answers[key])
@@ -94,8 +143,19 @@ class Remembered(Generic[_K, _V]):
     def _land(self, key: _K, flight: _Flight[_V], answer: _V | Exception) -> None:
         if not isinstance(answer, Exception):
             flight.answer.set_result(answer)
+            self._note(key, _Known(answer, flight.began, flight.mark))
             return
+        if not isinstance(answer, Unavailable):
+            self._known.pop(key, None)  # it was there, and isn't any more
         flight.answer.set_exception(answer)
         flight.answer.exception()  # whoever waited may have gone
         if self._flights.get(key) is flight:
             del self._flights[key]
+
+    def _note(self, key: _K, known: _Known[_V]) -> None:
+        if not self._grace:
+            return
+        self._known.pop(key, None)
+        self._known[key] = known
+        if len(self._known) > self._most:
+            del self._known[next(iter(self._known))]

@@ -143,5 +143,5 @@ def test_a_full_disk_keeps_the_one_before(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_url_that_nothing_opens_is_told() -> None:
-    with pytest.raises(SetupError, match="can't be kept at 'nosuch://x'"):
+    with pytest.raises(SetupError, match="store 'nosuch://x' can't be used"):
         latest("nosuch://x", SPEC)

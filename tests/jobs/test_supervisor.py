@@ -210,3 +210,37 @@ def test_it_watches_whatever_happens(registry, make, monkeypatch):
     monkeypatch.setattr(keeper, "look", look)
     keeper.watch(ended)
     assert len(looks) == 3
+
+
+def test_after_an_outage_it_takes_no_job_from_a_worker_that_is_about_to_be_heard(registry, make, monkeypatch):
+    monkeypatch.setattr(pool_module, "AWAY_SECONDS", 0.0)
+    keeper, ended, looks, look = make(lease_seconds=60), threading.Event(), [], Keeper.look
+    (job,) = submit(registry)
+    lease(registry, "session-1", now=time.time() - 100)
+
+    def status() -> JobStatus:
+        with registry.reading() as session:
+            return jobs.get(session, job.id).status
+
+    def away_once() -> None:
+        looks.append(1)
+        if len(looks) == 1:
+            raise Unavailable("away")
+        look(keeper)
+        ended.set()
+
+    monkeypatch.setattr(keeper, "look", away_once)
+    keeper.watch(ended)
+    assert len(looks) == 2 and status() is JobStatus.RUNNING
+    make().look()
+    assert status() is JobStatus.QUEUED
+
+
+def test_jobs_of_another_base_start_nothing(registry, runs):
+    submit(registry, 2)
+    other = Keeper(registry, JobSettings(sessions=2), base="f" * 64, run_session=runs.session, run_trainer=runs.trainer)
+    other.look()
+    assert other.alive == []
+    mine = Keeper(registry, JobSettings(sessions=2), base="b" * 64, run_session=runs.session, run_trainer=runs.trainer)
+    mine.look()
+    assert mine.alive == ["session-1", "session-2"]

@@ -200,6 +200,15 @@ def test_the_database_is_told(tmp_path: Path) -> None:
     assert one(doctor.database, database_url="mysql://host/name").status is Status.ERROR
 
 
+def test_the_artifact_store_is_told(tmp_path: Path) -> None:
+    good = one(doctor.stores, home=tmp_path)
+    assert good.status is Status.OK and "artifacts" in good.found
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    bad = one(doctor.stores, artifacts_url=f"file://{tmp_path}/file/store")
+    assert bad.status is Status.ERROR and "artifacts_url" in bad.mend
+
+
 def test_the_gateway_is_told(gateway: RunningGateway) -> None:
     assert "up and ready" in one(doctor.gateway, url=gateway.url).found
     assert "not running" in one(doctor.gateway).found

@@ -11,17 +11,21 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
 
 from loramill import local
+from loramill.bases import Base
 from loramill.errors import Conflict, DiskFull, NotEnoughMemory, SetupError
 from loramill.machine import Memory
 from loramill.pipelines.gateway import openai_client
-from loramill.registry import Registry, keys, migrate
+from loramill.registry import Registry, datasets, jobs, keys, migrate, tenants
 from loramill.settings import Settings
+from loramill.types import JobSpec
 
 
 def free_port() -> int:
@@ -107,6 +111,88 @@ def test_a_home_that_is_in_use(tmp_path: Path) -> None:
     ):
         pass
     assert local.down(settings) is False  # the lock went with its holder
+
+
+class Gateway(BaseHTTPRequestHandler):
+    """Answers each path with the status that the test says; a path that it says nothing of is 404."""
+
+    statuses: ClassVar[dict[str, int]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(self.statuses.get(self.path, 404))
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Cluster:
+    """The child process, as far as it is watched."""
+
+    killed = False
+
+    def poll(self) -> None:
+        return None
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+@pytest.mark.parametrize(
+    ("statuses", "killed"),
+    [
+        ({"/healthz": 200, "/health": 200, "/readyz": 503}, False),
+        ({"/healthz": 200, "/health": 503, "/readyz": 503}, True),
+        ({"/healthz": 500, "/health": 500, "/readyz": 500}, True),
+    ],
+    ids=["database", "engine", "gateway"],
+)
+def test_a_cluster_is_ended_for_its_engine_and_not_for_its_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statuses: dict[str, int], killed: bool
+) -> None:
+    monkeypatch.setattr(local, "SICK_SECONDS", 0.0)
+    monkeypatch.setattr(Gateway, "statuses", statuses)
+    monkeypatch.setattr(Gateway, "asked", [])
+
+    class Looks(threading.Event):
+        """Set after three looks, without a pause between them."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            return len(Gateway.asked) >= 3
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        settings = Settings.load(home=tmp_path, serve={"port": server.server_port})
+        cluster: Any = Cluster()
+        local.wait_sick(settings, cluster, Looks())
+        server.shutdown()
+    assert cluster.killed is killed
+
+
+def test_a_store_that_can_not_be_used_is_told_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = one_sentence(up(tmp_path / "home", LORAMILL_ARTIFACTS_URL=f"file://{tmp_path}/file/store"))
+    assert "artifacts_url" in said and "file/store" in said
+    assert not (tmp_path / "home" / "loramill.db").exists()
+
+
+def test_what_waits_for_another_base_is_counted(tmp_path: Path, base: Base) -> None:
+    settings = Settings.load(home=tmp_path)
+    migrate(settings.database)
+    assert list(local.of_other_bases(settings, base)) == []
+    registry = Registry.open(settings.database, settings.artifacts)
+    with registry.writing() as session:
+        tenants.create(session, "acme")
+        train = datasets.create(session, "acme", "a.jsonl", "d" * 64, 1, 1).id
+        for fingerprint in ("f" * 64, "f" * 64, base.fingerprint):
+            spec = JobSpec(base=fingerprint, adapter="acme/bot", train=train, steps=1, batch_size=1)
+            jobs.submit(session, spec, {})
+    registry.close()
+    (line,) = local.of_other_bases(settings, base)
+    assert line.startswith("2 jobs of other bases than smollm2-135m wait")
 
 
 def test_the_admin_key_stays_while_it_is_valid_and_is_replaced_when_it_is_not(tmp_path: Path) -> None:

@@ -58,6 +58,12 @@ def _pausing(stage: Stage) -> httpx.Response:
     return stage.own.post(f"/v1/fine_tuning/jobs/{stage.job}/resume")
 
 
+def _retrying(stage: Stage) -> httpx.Response:
+    with stage.site.registry.writing() as session:
+        jobs.cancel(session, stage.job)
+    return stage.own.post(f"/v1/fine_tuning/jobs/{stage.job}/retry")
+
+
 def _rolling_back(stage: Stage) -> httpx.Response:
     stage.own.post(f"/v1/adapters/{stage.tenant}/a/promote", json={"version": "challenger"})
     return stage.own.post(f"/v1/adapters/{stage.tenant}/a/rollback")
@@ -117,6 +123,7 @@ CALLS: dict[str, tuple[Callable[[Stage], httpx.Response], str, bool]] = {
         False,
     ),
     "POST /v1/fine_tuning/jobs/*/resume": (_pausing, "job.resume", False),
+    "POST /v1/fine_tuning/jobs/*/retry": (_retrying, "job.retry", False),
     "POST /v1/adapters/*/*/promote": (
         lambda s: s.own.post(f"/v1/adapters/{s.tenant}/a/promote", json={"version": "challenger"}),
         "adapter.promote",

@@ -76,7 +76,7 @@ def _requests(it: Names, mine: str) -> list[tuple[str, str, dict[str, Any]]]:
         ("POST", "/v1/fine_tuning/jobs/batch", {"json": {"jobs": [{**new, "tenant": it.tenant}]}}),
         ("GET", "/v1/fine_tuning/jobs", {"params": {"after": it.job}}),
         *(("GET", job + below, {}) for below in ("", "/events", "/checkpoints")),
-        *(("POST", f"{job}/{verb}", {}) for verb in ("cancel", "pause", "resume")),
+        *(("POST", f"{job}/{verb}", {}) for verb in ("cancel", "pause", "resume", "retry")),
         *(("GET", adapter + below, {}) for below in ("", "/files", "/files/adapter_config.json")),
         *(("POST", f"{adapter}/{verb}", {}) for verb in ("rollback", "pin", "unpin", "warm")),
         ("POST", f"{adapter}/promote", {"json": {"version": "champion"}}),

@@ -45,6 +45,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "POST /v1/fine_tuning/jobs/{job_id}/pause": {},
     "POST /v1/fine_tuning/jobs/{job_id}/resume": {},
     "POST /v1/fine_tuning/jobs/{job_id}/cancel": {},
+    "POST /v1/fine_tuning/jobs/{job_id}/retry": {},
     "POST /v1/adapters/{tenant}/{adapter}/promote": {"json": {"version": "previous"}},
     "POST /v1/adapters/{tenant}/{adapter}/rollback": {},
     "POST /v1/tenants": {"json": {"name": "described"}},

@@ -36,6 +36,7 @@ TABLE: dict[str, tuple[Scope, ...]] = {
     "POST /v1/fine_tuning/jobs/*/cancel": (TRAIN,),
     "POST /v1/fine_tuning/jobs/*/pause": (TRAIN,),
     "POST /v1/fine_tuning/jobs/*/resume": (TRAIN,),
+    "POST /v1/fine_tuning/jobs/*/retry": (TRAIN,),
     "GET /v1/fine_tuning/jobs/*/events": (TRAIN, READ),
     "GET /v1/fine_tuning/jobs/*/checkpoints": (TRAIN, READ),
     "GET /v1/adapters": (MOVE, READ),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loramill.errors import Unavailable
+from loramill.errors import Unauthenticated, Unavailable
 from loramill.serve.api import remembered
 from loramill.serve.api.remembered import SECONDS, Remembered
 
@@ -188,6 +188,76 @@ def test_what_is_old_is_not_told_when_the_record_is_away(record: Record, clock: 
         clock(SECONDS)
         with pytest.raises(Unavailable):
             await known.get("a")
+
+    asyncio.run(ask())
+
+
+def test_for_a_grace_what_was_read_before_answers_while_the_record_is_away(
+    record: Record, clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away() -> Any:
+        raise Unavailable("away")
+
+    async def ask() -> None:
+        known = view(record, grace=60.0)
+        await known.get("a")
+        monkeypatch.setattr(record, "reading", away)
+        for _ in range(3):
+            clock(19.9)
+            assert await known.get("a") == "a old"
+        with pytest.raises(Unavailable):
+            await known.get("b")
+        clock(0.4)
+        with pytest.raises(Unavailable):
+            await known.get("a")
+        monkeypatch.setattr(record, "reading", Record.reading.__get__(record))
+        record.word = "new"
+        clock(SECONDS)
+        assert await known.get("a") == "a new"
+
+    asyncio.run(ask())
+
+
+def test_no_grace_goes_past_a_change_that_this_process_made_or_what_is_gone(
+    record: Record, clock: Callable[[float], None]
+) -> None:
+    async def ask() -> None:
+        known = view(record, grace=60.0)
+        await known.get("a")
+        record.mark, record.error = object(), Unavailable("away")
+        with pytest.raises(Unavailable):
+            await known.get("a")
+        record.error = None
+        assert await known.get("a") == "a old"
+        clock(SECONDS)
+        record.error = Unauthenticated("revoked")
+        with pytest.raises(Unauthenticated):
+            await known.get("a")
+        record.error = Unavailable("away")
+        with pytest.raises(Unavailable):
+            await known.get("a")
+
+    asyncio.run(ask())
+
+
+def test_a_record_that_does_not_even_refuse_is_waited_for_once(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> None:
+        known = view(record, grace=60.0)
+        await known.get("a")
+        monkeypatch.setattr(remembered, "PATIENCE", 0.05)
+        monkeypatch.setattr(remembered, "SECONDS", 0.0)
+        record.open.clear()
+        waits = []
+        for _ in range(5):
+            began = asyncio.get_running_loop().time()
+            assert await known.get("a") == "a old"
+            waits.append(asyncio.get_running_loop().time() - began >= 0.05)
+        assert waits[0] and not all(waits[1:])
+        record.open.set()
+        while known._reading is not None and not known._reading.done():
+            await asyncio.sleep(0.001)
+        record.word = "new"
+        assert await known.get("a") == "a new"
 
     asyncio.run(ask())
 

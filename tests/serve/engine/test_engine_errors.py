@@ -17,8 +17,10 @@ from loramill.errors import (
     SettingsInvalid,
     Unavailable,
 )
+from loramill.registry.artifacts import ArtifactStore
 from loramill.serve.engine import EngineConfig, Finish, Request, Sampling
 
+from ... import switched
 from .conftest import LARGEST
 
 
@@ -44,6 +46,28 @@ def test_a_request_whose_time_is_up_ends_alone(drive, adapters, prompts, expecte
     driver.submit("running", prompts["lora"], "lora", max_tokens=150, timeout=0.02)
     driver.finish()
     assert isinstance(driver.answers["running"].last.error, DeadlineExceeded)
+
+
+def test_a_store_that_is_away_fails_cold_adapters_alone_and_only_for_as_long(
+    drive, adapters, prompts, expected, tmp_path
+):
+    switched.clear()
+    store = ArtifactStore("switched://bucket/loramill", cache=tmp_path / "cache")
+    put = {name: store.put({file.name: file for file in adapters[name].iterdir()}) for name in ("lora", "dora")}
+    driver = drive(store.fetch)
+    driver.submit("resident", prompts["lora"], put["lora"])
+    assert driver.finish()["resident"] == expected["lora"]
+    with switched.off(switched.away):
+        driver.submit("cold", prompts["dora"], put["dora"])
+        driver.submit("resident again", prompts["lora"], put["lora"])
+        assert driver.finish()["resident again"] == expected["lora"]
+    error = driver.answers["cold"].last.error
+    assert type(error) is Unavailable and "switched://bucket/loramill" in error.message
+    driver.submit("later", prompts["dora"], put["dora"])
+    assert driver.finish()["later"] == expected["dora"]
+    with switched.off(switched.away):  # what is on this machine already needs no store
+        assert store.fetch(put["dora"]).is_dir()
+    switched.clear()
 
 
 def test_an_adapter_larger_than_all_room_says_what_to_raise(drive, prompts):

@@ -1,0 +1,257 @@
+"""Files at an fsspec URL: how they are opened, and what the errors of fsspec's backends mean.
+
+Most backends raise the errors of their own libraries (botocore, aiohttp, Google's, Azure's), few of which are an
+OSError. They are told by the names of their classes, so that none of these libraries is imported here. An error about
+one file, such as FileNotFoundError, passes as it is: a store that is away must never be taken for a file that is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import secrets
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+
+from loramill.errors import LoramillError, SetupError, StoreUnusable, Unavailable
+
+log = logging.getLogger(__name__)
+
+#: What is wrong with a store: it does not answer, it is not there, or it refuses.
+Fault = Literal["away", "bucket", "credentials", "permission"]
+
+#: Packages whose errors are looked at by name.
+_BACKENDS = ("botocore", "aiobotocore", "s3fs", "aiohttp", "gcsfs", "google", "azure", "adlfs", "requests", "urllib3")
+#: Their classes for a server that cannot be reached or breaks off, also for the one that hands out credentials.
+_AWAY = frozenset(
+    {
+        "ConnectionError",
+        "HTTPClientError",
+        "IncompleteReadError",
+        "CredentialRetrievalError",
+        "MetadataRetrievalError",
+        "ClientConnectionError",
+        "ClientPayloadError",
+        "Timeout",
+        "ChunkedEncodingError",
+        "TransportError",
+        "RetryError",
+        "ServiceRequestError",
+        "ServiceResponseError",
+    }
+)
+#: Their classes for credentials that are missing or cannot be used.
+_CREDENTIALS = frozenset(
+    {
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "NoAuthTokenError",
+        "TokenRetrievalError",
+        "SSOError",
+        "LoginError",
+        "ProfileNotFound",
+        "DefaultCredentialsError",
+        "ClientAuthenticationError",
+    }
+)
+#: S3's codes; the status alone does not tell a wrong key from a missing permission.
+_CODES: Mapping[str, Fault] = {
+    "NoSuchBucket": "bucket",
+    "InvalidBucketName": "bucket",
+    "PermanentRedirect": "bucket",
+    "301": "bucket",
+    "InvalidAccessKeyId": "credentials",
+    "SignatureDoesNotMatch": "credentials",
+    "AuthorizationHeaderMalformed": "credentials",
+    "ExpiredToken": "credentials",
+    "InvalidToken": "credentials",
+    "TokenRefreshRequired": "credentials",
+    "RequestTimeTooSkewed": "credentials",
+    "SlowDown": "away",
+    "RequestTimeout": "away",
+    "Throttling": "away",
+    "OperationAborted": "away",
+}
+#: Of a network mount whose server is away. EIO is none of them: it is also what a broken disk gives.
+_ERRNOS = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("ESTALE", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET"),
+        *("ECONNREFUSED", "ECONNRESET", "ECONNABORTED", "ENOTCONN", "ESHUTDOWN", "EREMOTEIO"),
+    )
+    if hasattr(errno, name)
+)
+#: botocore's own limits let an upload to a dead endpoint wait for a minute; whoever calls tries again.
+_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    scheme: {"config_kwargs": {"connect_timeout": 4, "read_timeout": 30, "retries": {"max_attempts": 2}}}
+    for scheme in ("s3", "s3a")
+}
+
+
+def open_files(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path there.
+
+    Raises:
+        SetupError: nothing can open such a URL.
+    """
+    try:
+        files, root = fsspec.core.url_to_fs(url, **_OPTIONS.get(urlsplit(url).scheme, {}))
+    except (ImportError, ValueError) as error:
+        raise SetupError(f"The store '{shown(url)}' can't be used: {error}.") from error
+    return files, str(root)
+
+
+def shown(url: str) -> str:
+    """How a message names a store: never with the credentials that its URL may hold."""
+    if "://" not in url:
+        return url
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+
+
+@contextmanager
+def store_errors(url: str) -> Iterator[None]:
+    """Turns errors about a whole store into loramill's; an error about one file passes as it is.
+
+    Raises:
+        Unavailable: the store does not answer just now.
+        StoreUnusable: its bucket does not exist, or it refuses these credentials.
+    """
+    try:
+        yield
+    except LoramillError:
+        raise
+    except Exception as error:
+        known = fault(error)
+        if known is None:
+            raise
+        # What the backend says may name hosts and accounts: it is for the log, not for whoever waits for an answer.
+        log.warning("the store %s: %s: %s", shown(url), type(error).__name__, error)
+        raise _explained(known, shown(url)) from error
+
+
+def fault(error: BaseException) -> Fault | None:
+    """What an error of a backend says about the whole store; None where it is about one file, or about neither."""
+    cause: BaseException | None = error
+    while cause is not None:
+        found = _fault_of(cause)
+        if found is not None:
+            return found
+        cause = cause.__cause__
+    # One of a backend's that came without a cause; the kernel's have a number, and are about a file.
+    return "permission" if isinstance(error, PermissionError) and error.errno is None else None
+
+
+def check_store(url: str) -> None:
+    """Writes, lists, reads and deletes one small object.
+
+    Of a folder on this machine only that it, or the folder that it will be made in, can be written.
+
+    Raises:
+        SetupError: nothing can open such a URL.
+        StoreUnusable: one of these fails; the message says whether it is for the endpoint, the bucket, the credentials
+            or a permission.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "file" or "://" not in url:
+        _check_folder(Path(unquote(parts.path) if parts.scheme == "file" else url).absolute())
+        return
+    files, root = open_files(url)
+    root = root.rstrip("/")
+    path, content = f"{root}/check-{secrets.token_hex(8)}", b"written by loramill to see whether it can; delete it"
+    try:
+        _tried(url, "write to", lambda: files.pipe_file(path, content))
+        _tried(url, "list", lambda: files.ls(root, detail=False, refresh=True))
+        if _tried(url, "read from", lambda: files.cat_file(path)) != content:
+            raise StoreUnusable(f"The store {shown(url)} gives back something else than was written to it.")
+        _tried(url, "delete in", lambda: files.rm_file(path))
+    except StoreUnusable:
+        with suppress(Exception):  # whatever it is, it is not what has to be told
+            files.rm_file(path)
+        raise
+
+
+def _fault_of(error: BaseException) -> Fault | None:
+    if isinstance(error, TimeoutError | ConnectionError | socket.gaierror):
+        return "away"
+    names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.partition(".")[0] in _BACKENDS}
+    if names:
+        return _backends_fault(error, names)
+    return "away" if isinstance(error, OSError) and error.errno in _ERRNOS else None
+
+
+def _backends_fault(error: BaseException, names: Set[str]) -> Fault | None:
+    code, status = _answer(error)
+    if code in _CODES:
+        return _CODES[code]
+    if names & _CREDENTIALS or status == 401:
+        return "credentials"
+    if status == 403:
+        return "permission"
+    away = status in (408, 429) or status >= 500 or (not status and bool(names & _AWAY))
+    return "away" if away else None
+
+
+def _answer(error: BaseException) -> tuple[str, int]:
+    """The code and the HTTP status of a server's answer; "" and 0 where there was none."""
+    response = getattr(error, "response", None)
+    if isinstance(response, Mapping):  # botocore's
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0
+        return str(response.get("Error", {}).get("Code", "")), int(status)
+    for holder, name in ((error, "status"), (error, "status_code"), (error, "code"), (response, "status_code")):
+        with suppress(TypeError, ValueError):
+            return "", int(getattr(holder, name, ""))
+    return "", 0
+
+
+def _explained(known: Fault, where: str) -> LoramillError:
+    if known == "away":
+        return Unavailable(f"The store {where} can't be reached just now; try again in a moment.")
+    return StoreUnusable(_REASONS[known].format(where=where, act="read or write"))
+
+
+_REASONS: Mapping[Fault, str] = {
+    "away": "The endpoint of the store {where} can't be reached: start it, or correct the endpoint (for S3 the "
+    "variable AWS_ENDPOINT_URL) and the region.",
+    "bucket": "The store {where} can't be used, since its bucket does not exist, or is in another "
+    "region: make it, or correct artifacts_url.",
+    "credentials": "The store {where} does not take the credentials: set the right ones (for S3 the variables "
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the machine's role).",
+    "permission": "These credentials have no permission to {act} {where}: grant it, for this prefix as for the others "
+    "that loramill writes.",
+}
+
+
+def _tried(url: str, act: str, do: Callable[[], Any]) -> Any:
+    try:
+        return do()
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        known = fault(error)
+        if known is None and isinstance(error, FileNotFoundError):
+            known = "bucket"
+        what = (
+            f"It is not possible to {act} the store {shown(url)}."
+            if known is None
+            else _REASONS[known].format(where=shown(url), act=act)
+        )
+        raise StoreUnusable(f"{what} ({reason})") from error
+
+
+def _check_folder(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise StoreUnusable(
+            f"The store {folder} can't be used, since {there} can't be written to ({error.strerror}): make it a folder "
+            "that you may write to, or correct artifacts_url."
+        ) from error

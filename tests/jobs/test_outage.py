@@ -1,0 +1,185 @@
+"""A store or a database that is away while jobs run: nothing is lost, and all go on by themselves."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from loramill.errors import StoreUnusable, Unavailable
+from loramill.jobs import worker as worker_module
+from loramill.jobs.checkpoint import latest
+from loramill.jobs.lease import Lease
+from loramill.jobs.place import discard
+from loramill.jobs.pool import Keeper, owner_at
+from loramill.jobs.worker import run_next, work
+from loramill.registry import jobs, migrate
+from loramill.settings import Settings
+from loramill.types import JobRecord, JobStatus
+
+from .. import switched
+from ..postgresql import PostgreSQL
+from .mill import Mill
+from .test_worker_faults import eventually, in_thread
+
+URL = "switched://bucket/loramill"
+
+
+@pytest.fixture
+def mill(tmp_path: Path, spoken: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mill]:
+    """A mill whose artifacts and checkpoints are in a store that can be switched off; two attempts a job."""
+    switched.clear()
+    monkeypatch.setattr(worker_module, "AWAY_SECONDS", 0.01)
+    monkeypatch.setattr(worker_module, "LONGEST_AWAY", 0.05)
+    home = Mill.at(tmp_path, spoken, max_attempts=2, backoff_seconds=0.02)
+    home.registry.close()
+    mill = Mill.opened(home.settings.model_copy(update={"artifacts_url": URL}))
+    yield mill
+    mill.registry.close()
+    switched.clear()
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that can be interrupted."""
+    check = Lease.check
+
+    def slowly(lease: Lease) -> None:
+        time.sleep(0.04)
+        check(lease)
+
+    monkeypatch.setattr(Lease, "check", slowly)
+
+
+def worker_of(mill: Mill, owner: str = "w1") -> worker_module.Worker:
+    return mill.worker(owner, checkpoints=mill.settings.checkpoints)
+
+
+@contextmanager
+def working(mill: Mill, *queued: JobRecord) -> Iterator[None]:
+    """A worker that ends when these jobs have."""
+    with in_thread(lambda: work(worker_of(mill), until=lambda _: all(mill.now(job).status.final for job in queued))):
+        yield
+
+
+def leases(mill: Mill, job: JobRecord) -> int:
+    return mill.now(job).attempt
+
+
+OUTAGES: dict[str, Callable[[], Exception]] = {
+    "no endpoint": switched.away,
+    "expired credentials": lambda: switched.translated(PermissionError("?"), "ExpiredToken", 400),
+}
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("case", OUTAGES)
+def test_a_store_that_is_away_costs_no_attempt(mill: Mill, case: str) -> None:
+    calm = mill.submit("acme/calm", steps=12)
+    assert run_next(worker_of(mill))
+    train, next_one = mill.submit("acme/asked", steps=12), mill.submit("acme/queued", steps=12)
+    with working(mill, train, next_one):
+        eventually(lambda: mill.now(train).step >= 3)
+        with switched.off(OUTAGES[case]):
+            eventually(lambda: leases(mill, train) >= 4 and leases(mill, next_one) >= 3)
+    for job in (train, next_one):
+        done = mill.now(job)
+        assert done.status is JobStatus.SUCCEEDED
+        assert mill.weights(done.version) == mill.weights(mill.now(calm).version)
+    assert any("none of its attempts: The store" in message for message in mill.messages(train))
+    assert "10.1.2.3" not in " ".join(mill.messages(train))
+
+
+def test_a_job_goes_on_from_its_checkpoint_after_an_outage(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, steps, progress = mill.submit(steps=9), list[int](), Lease.progress
+    monkeypatch.setattr(Lease, "progress", lambda lease, point: (steps.append(point.step), progress(lease, point)))
+    with switched.off(lambda: switched.away() if steps[-1:] == [7] else None):  # type: ignore[arg-type, return-value]
+        assert run_next(worker_of(mill))
+    assert mill.now(job).status is JobStatus.QUEUED
+    assert run_next(worker_of(mill))
+    assert mill.now(job).status is JobStatus.SUCCEEDED
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9]
+
+
+def test_a_store_that_is_away_is_no_missing_checkpoint(mill: Mill) -> None:
+    spec = mill.spec("acme/loud", mill.data("acme"))
+    place = f"{mill.settings.checkpoints}/job"
+    with switched.off(switched.away), pytest.raises(Unavailable):
+        latest(place, spec)
+    with switched.off(lambda: PermissionError("Access Denied")), pytest.raises(StoreUnusable):
+        latest(place, spec)
+    with switched.off(switched.away), pytest.raises(Unavailable):
+        discard(place)
+    assert latest(place, spec) is None
+
+
+def test_checkpoints_that_can_not_be_removed_now_keep_no_job_from_its_end(mill: Mill) -> None:
+    job = mill.submit(steps=4)
+    with switched.off(switched.away, "rm"):
+        assert run_next(worker_of(mill))
+    assert mill.now(job).status is JobStatus.SUCCEEDED
+
+
+def test_a_failed_job_is_retried_from_its_checkpoint(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, steps, progress = mill.submit(steps=9), list[int](), Lease.progress
+
+    def note(lease: Lease, point: object) -> None:
+        steps.append(point.step)  # type: ignore[attr-defined]
+        progress(lease, point)  # type: ignore[arg-type]
+        if steps == [1, 2, 3, 4, 5]:
+            raise StopIteration
+
+    monkeypatch.setattr(Lease, "progress", note)
+    once = mill.settings.jobs.model_copy(update={"max_attempts": 1})
+    assert run_next(mill.worker(checkpoints=mill.settings.checkpoints, settings=once))
+    assert mill.now(job).status is JobStatus.FAILED
+    with mill.registry.writing() as session:
+        jobs.retry(session, job.id)
+    assert run_next(worker_of(mill))
+    assert mill.now(job).status is JobStatus.SUCCEEDED
+    assert steps == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9]
+
+
+def test_a_job_of_another_base_is_not_leased(mill: Mill) -> None:
+    job = mill.submit(base="f" * 64)
+    assert not run_next(worker_of(mill))
+    assert (mill.now(job).status, leases(mill, job)) == (JobStatus.QUEUED, 0)
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_database_that_stops_for_longer_than_a_lease_costs_no_attempt(
+    tmp_path: Path, spoken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with PostgreSQL.installed() as server:
+        server.start()
+        quick = Mill.at(tmp_path, spoken, lease_seconds=1.0, max_attempts=1).settings
+        settings: Settings = quick.model_copy(update={"database_url": f"{server.url}/postgres"})
+        migrate(settings.database)
+        mill = Mill.opened(settings)
+        # Another worker and a supervisor that look for lost jobs all the time.
+        other = Mill.opened(settings)
+        keeper = Keeper(other.registry, settings.jobs, run_session=lambda *_: ended.wait(), run_trainer=lambda *_: None)
+        ended = threading.Event()
+        job = mill.submit(steps=30)
+        try:
+            with in_thread(lambda: run_next(mill.worker(owner_at("session-1", 1)))):
+                eventually(lambda: mill.now(job).step >= 3)
+                for look in (
+                    lambda: keeper.watch(ended),
+                    lambda: work(other.worker("w2"), until=lambda _: ended.is_set()),
+                ):
+                    threading.Thread(target=look, daemon=True).start()
+                server.stop()
+                stopped = time.monotonic()
+                eventually(lambda: time.monotonic() - stopped > 2 * settings.jobs.lease_seconds)
+                server.start()
+            done = mill.now(job)
+        finally:
+            ended.set()
+            mill.registry.close()
+            other.registry.close()
+    assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 1)

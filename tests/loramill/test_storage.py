@@ -1,0 +1,151 @@
+"""What the errors of fsspec's backends mean, and what is said of a store that cannot be used."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import aiohttp
+import pytest
+from fsspec.exceptions import FSTimeoutError
+
+from loramill.errors import ArtifactMissing, SetupError, StoreUnusable, Unavailable
+from loramill.storage import check_store, fault, open_files, shown, store_errors
+
+from .. import switched
+from ..switched import client_error, translated
+
+URL = "switched://bucket/loramill"
+
+
+@pytest.fixture(autouse=True)
+def store() -> Iterator[None]:
+    switched.clear()
+    yield
+    switched.clear()
+
+
+def aiohttp_status(status: int) -> Exception:
+    asked = SimpleNamespace(real_url="http://10.1.2.3:9000/bucket")
+    return aiohttp.ClientResponseError(asked, (), status=status)  # type: ignore[arg-type]
+
+
+class GoogleError(Exception):
+    """As gcsfs raises it."""
+
+    __module__ = "gcsfs.retry"
+
+    def __init__(self, code: int) -> None:
+        super().__init__("?")
+        self.code = code
+
+
+FAULTS = {
+    "no endpoint": (switched.away(), "away"),
+    "a read that takes too long": (switched.ReadTimeoutError("?"), "away"),
+    "an inner error": (client_error("InternalError", 500), "away"),
+    "too many requests": (client_error("SlowDown", 503), "away"),
+    "an inner error, by s3fs": (translated(OSError(errno.EREMOTEIO, "?"), "InternalError", 500), "away"),
+    "an unknown code, by s3fs": (translated(OSError(errno.EIO, "?"), "Strange", 502), "away"),
+    "a connection that aiohttp loses": (aiohttp.ServerDisconnectedError(), "away"),
+    "a body that is cut off": (aiohttp.ClientPayloadError("?"), "away"),
+    "aiohttp's 503": (aiohttp_status(503), "away"),
+    "gcsfs's 500": (GoogleError(500), "away"),
+    "a time-out": (TimeoutError(), "away"),
+    "asyncio's": (TimeoutError(), "away"),
+    "fsspec's": (FSTimeoutError(), "away"),
+    "refused": (ConnectionRefusedError(errno.ECONNREFUSED, "?"), "away"),
+    "no such host": (socket.gaierror(socket.EAI_AGAIN, "?"), "away"),
+    "a stale handle": (OSError(errno.ESTALE, "Stale file handle"), "away"),
+    "a mount that is gone": (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), "away"),
+    "no bucket": (translated(FileNotFoundError("?"), "NoSuchBucket", 404), "bucket"),
+    "another region": (client_error("PermanentRedirect", 301), "bucket"),
+    "no credentials": (switched.NoCredentialsError("?"), "credentials"),
+    "an unknown key": (translated(PermissionError("?"), "InvalidAccessKeyId", 403), "credentials"),
+    "a wrong secret": (client_error("SignatureDoesNotMatch", 403), "credentials"),
+    "an old token": (translated(PermissionError("?"), "ExpiredToken", 400), "credentials"),
+    "no permission": (translated(PermissionError("?"), "AccessDenied", 403), "permission"),
+    "no permission, bare": (PermissionError("?"), "permission"),
+    "gcsfs's 403": (GoogleError(403), "permission"),
+    "no such key": (translated(FileNotFoundError("?"), "NoSuchKey", 404), None),
+    "no such file": (FileNotFoundError(errno.ENOENT, "?"), None),
+    "aiohttp's 404": (aiohttp_status(404), None),
+    "a file that may not be read": (PermissionError(errno.EACCES, "?"), None),
+    "a full disk": (OSError(errno.ENOSPC, "?"), None),
+    "a broken disk": (OSError(errno.EIO, "?"), None),
+    "a wrong parameter": (switched.ParamValidationError("?"), None),
+    "a defect": (ValueError("?"), None),
+    "a class of this name elsewhere": (type("EndpointConnectionError", (Exception,), {})(), None),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_each_error_of_a_backend_is_about_the_store_or_about_a_file(case: str) -> None:
+    error, expected = FAULTS[case]
+    assert fault(error) == expected
+    kinds = {None: type(error), "away": Unavailable}
+    with pytest.raises(kinds.get(expected, StoreUnusable)) as told, store_errors("s3://key:secret@bucket/loramill"):
+        raise error
+    if expected is not None:
+        assert "s3://bucket/loramill" in told.value.message
+        assert "secret" not in told.value.message and "10.1.2.3" not in told.value.message
+
+
+def test_our_own_errors_pass() -> None:
+    with pytest.raises(ArtifactMissing), store_errors(URL):
+        raise ArtifactMissing("gone") from TimeoutError()
+
+
+def test_a_store_is_shown_without_its_credentials() -> None:
+    assert shown("s3://key:secret@bucket/a?token=secret") == "s3://bucket/a"
+    assert shown("/a folder?") == "/a folder?"
+
+
+def test_a_url_that_nothing_opens_is_told() -> None:
+    with pytest.raises(SetupError, match="nosuch://host/x"):
+        open_files("nosuch://me:secret@host/x")
+
+
+def test_a_store_that_works_is_left_as_it_was() -> None:
+    check_store(URL)
+    assert switched.Switched.store == {}
+
+
+REFUSALS = {
+    "endpoint": (switched.away, (), r"endpoint of the store switched://bucket/loramill.*AWS_ENDPOINT_URL"),
+    "bucket": (lambda: translated(FileNotFoundError("?"), "NoSuchBucket", 404), (), "bucket does not exist"),
+    "credentials": (lambda: switched.NoCredentialsError("none"), (), "does not take the credentials.*AWS_ACCESS_KEY"),
+    "write": (lambda: PermissionError("Access Denied"), ("pipe_file",), "permission to write to"),
+    "list": (lambda: PermissionError("Access Denied"), ("ls",), "permission to list"),
+    "read": (lambda: PermissionError("Access Denied"), ("cat_file",), "permission to read from"),
+    "delete": (lambda: PermissionError("Access Denied"), ("rm_file",), "permission to delete in"),
+    "other": (lambda: ValueError("odd"), (), "not possible to write to .*odd"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_check_says_which_part_is_wrong(case: str) -> None:
+    error, operations, message = REFUSALS[case]
+    with pytest.raises(StoreUnusable, match=message), switched.off(error, *operations):
+        check_store(URL)
+    assert bool(switched.Switched.store) == (case == "delete")
+
+
+def test_a_folder_is_checked_and_not_made(tmp_path: Path) -> None:
+    check_store((tmp_path / "a" / "b").as_uri())
+    check_store(str(tmp_path / "a" / "b"))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreUnusable, match="artifacts_url"):
+        check_store((tmp_path / "file" / "store").as_uri())
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StoreUnusable, match="can't be written to"):
+        check_store(str(tmp_path / "store"))
