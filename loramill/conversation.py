@@ -64,6 +64,27 @@ def read_conversation(line: Mapping[str, Any]) -> Conversation:
     Raises:
         BadLine: it is not in OpenAI's format; says which field is wrong and what to do.
     """
+    messages, tools = read_prompt(line)
+    found = line["messages"]
+    weights = [
+        read_weight(found[index], f"messages[{index}].weight")
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    last = len(messages) - 1
+    if not weights:
+        raise BadLine("messages has none of the assistant's, and these are what is trained; add one.")
+    if messages[last]["role"] != "assistant":
+        raise BadLine(f"messages[{last}].role is {found[last]['role']}; the last message must be the assistant's.")
+    return Conversation(messages, read_weights(weights), tools)
+
+
+def read_prompt(line: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...]]:
+    """Reads the messages of a line, whoever has the last word, and its tools.
+
+    Raises:
+        BadLine: as `read_conversation`.
+    """
     line = _given(line)
     no_other_keys(line, LINE_KEYS, "the line")
     if not isinstance(line.get("parallel_tool_calls", False), bool):
@@ -73,17 +94,9 @@ def read_conversation(line: Mapping[str, Any]) -> Conversation:
     if not isinstance(found, list) or not found:
         raise BadLine("messages must be a list with at least a user's and an assistant's message; add them.")
     messages: list[Message] = []
-    weights: list[float | None] = []
     for index, message in enumerate(found):
         messages.append(_message(message, messages, f"messages[{index}]"))
-        if messages[-1]["role"] == "assistant":
-            weights.append(read_weight(message, f"messages[{index}].weight"))
-    last = len(messages) - 1
-    if not weights:
-        raise BadLine("messages has none of the assistant's, and these are what is trained; add one.")
-    if messages[last]["role"] != "assistant":
-        raise BadLine(f"messages[{last}].role is {found[last]['role']}; the last message must be the assistant's.")
-    return Conversation(tuple(messages), read_weights(weights), tools)
+    return tuple(messages), tools
 
 
 def told(function: Mapping[str, Any]) -> dict[str, Any]:

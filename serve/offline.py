@@ -12,12 +12,13 @@ from itertools import count, islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
 from loramill.bases import Base
 from loramill.chat import Message
+from loramill.conversation import LINE_KEYS, BadLine, read_prompt
 from loramill.dataset import LISTED
 from loramill.errors import DatasetInvalid, LoramillError
 from loramill.filetype import called, magic
@@ -164,17 +165,19 @@ class OfflineEngine:
             runner.run(self._closing.wait())
 
 
-class _Turn(Value):
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
 class _Line(Value):
-    """A line of a JSONL file of prompts, or of a dataset, of which the answer is left out."""
+    """A line of a JSONL file of prompts, or of a dataset, of which the answer is left out.
+
+    The keys of a conversation are as `read_prompt` wants them.
+    """
 
     prompt: str | None = None
     completion: str | None = None
-    messages: tuple[_Turn, ...] = ()
+    weight: float | None = None
+    messages: list[Any] | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    parallel_tool_calls: bool | None = None
     id: str | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0)
@@ -185,16 +188,11 @@ class _Line(Value):
 
     @model_validator(mode="after")
     def _asks_once(self) -> _Line:
-        if (self.prompt is None) == (not self._asked):
+        if (self.prompt is None) == (not self.messages):
             raise ValueError('write either "prompt" or "messages", with a message that asks')
         if self.completion is not None and self.prompt is None:
             raise ValueError('"completion" belongs to "prompt"')
         return self
-
-    @property
-    def _asked(self) -> tuple[_Turn, ...]:
-        answered = bool(self.messages) and self.messages[-1].role == "assistant"
-        return self.messages[:-1] if answered else self.messages
 
     def request(self, number: int, like: TextRequest, *, chat: bool) -> TextRequest:
         """The line as a request, with what it doesn't say from `like`."""
@@ -205,7 +203,11 @@ class _Line(Value):
         said["id"] = self.id or str(number)
         if self.prompt is not None:
             return ask(self.prompt, replace(like, **said), chat=chat)
-        return replace(like, **said, messages=tuple(Message(role=t.role, content=t.content) for t in self._asked))
+        messages, tools = read_prompt(self.model_dump(include=set(LINE_KEYS)))
+        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        if not asked:
+            raise BadLine('write either "prompt" or "messages", with a message that asks.')
+        return replace(like, **said, messages=asked, tools=tools)
 
 
 def ask(text: str, like: TextRequest, *, chat: bool) -> TextRequest:
@@ -218,9 +220,10 @@ def ask(text: str, like: TextRequest, *, chat: bool) -> TextRequest:
 class PromptFile:
     """The prompts of a file, read anew at each pass; its length is their number.
 
-    `.txt`: a prompt a line. All else is JSONL: lines of `{"prompt": …}` or `{"messages": […]}`, and if wanted `id`,
-    `max_tokens`, `temperature`, `top_p`, `top_k`, `seed` and `stop`. A dataset's lines serve as they are: their answers
-    are left out. Blank lines are skipped. A prompt without an id has its line's number.
+    `.txt`: a prompt a line. All else is JSONL: lines of `{"prompt": …}` or `{"messages": […]}`, the latter with `tools`
+    if wanted, and both with `id`, `max_tokens`, `temperature`, `top_p`, `top_k`, `seed` and `stop`. A dataset's lines
+    serve as they are: their answers are left out. Blank lines are skipped. A prompt that has no id gets its line's
+    number.
 
     Args:
         path: the file.
@@ -274,6 +277,8 @@ class PromptFile:
             return _Line.model_validate_json(row).request(number, self._like, chat=self._chat)
         except DatasetInvalid as error:
             raise DatasetInvalid(f"{where}: {error.message}") from error
+        except BadLine as error:
+            raise DatasetInvalid(f"{where}: {error}") from error
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(map(str, first["loc"]))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,18 @@ from peft import PeftModel
 
 from loramill.bases import Base, load_for_training
 from loramill.chat import ChatTokenizer
+from loramill.dataset import read_examples
 from loramill.errors import TrainingDiverged
 from loramill.jobs import publishing
 from loramill.jobs import worker as worker_module
-from loramill.jobs.worker import Worker, run_next, work
+from loramill.jobs.worker import Worker, encoded, run_next, work
 from loramill.names import AdapterName
 from loramill.registry import Registry, adapters, datasets, jobs, migrate, tenants
 from loramill.settings import JobSettings
 from loramill.types import JobRecord, JobSpec, JobStatus
+
+from ..chat_templates import GRANITE3
+from ..hermes import SETTINGS, hermes_tokenizer
 
 ROWS = b"".join(
     json.dumps(
@@ -125,6 +131,16 @@ def test_a_job_tells_once_how_many_answers_it_trains(
     first = sum(len(worker.tokenizer.text(f"Yes, to town {number} in two days.")) + 1 for number in range(8))
     second = 8 * (len(worker.tokenizer.text("Not then.")) + 1)
     assert tokens == {16: first + second, 8: first if last.get("weight") == 0 else second}[trained]
+
+
+def test_a_template_writes_the_date_of_the_submission_in_every_attempt(worker: Worker) -> None:
+    dated = ChatTokenizer(hermes_tokenizer().to_str(), {**SETTINGS, "chat_template": GRANITE3}, {})
+    worker, examples = replace(worker, tokenizer=dated), read_examples(ROWS, "rows.jsonl")
+    submitted = datetime(2024, 2, 29, 23, 59, tzinfo=UTC)
+    job = submit(worker).model_copy(update={"created_at": submitted.timestamp()})
+    [first, *_] = encoded(worker, job, examples)
+    assert "Today's Date: February 29, 2024." in dated.decode(first.tokens)
+    assert first == encoded(worker, job, examples)[0]
 
 
 def test_what_would_fail_again_is_not_tried_again(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:

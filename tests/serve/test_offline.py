@@ -286,6 +286,33 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
     assert list(chat) == [replace(LIKE, id="1", messages=(question,))]
 
 
+def test_lines_of_openais_training_format_are_prompts(tmp_path: Path) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    line = {
+        "messages": [
+            {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
+            {"role": "user", "content": "Hi", "name": "ann", "refusal": None},
+            {"role": "assistant", "content": None, "tool_calls": [call], "weight": 0},
+            {"role": "tool", "content": "2", "tool_call_id": "1"},
+            {"role": "assistant", "content": "Two.", "weight": 1},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "parallel_tool_calls": False,
+    }
+    [asked] = PromptFile(file(tmp_path, "prompts.jsonl", line), LIKE)
+    assert asked.messages == (
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "Hi", "name": "ann"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
+        },
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+    )
+    assert [tool["function"]["name"] for tool in asked.tools] == ["f"]
+
+
 def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
     path = file(tmp_path, "prompts.txt", " Why? \r", "", '{"prompt"')
     asked = [" Why? ", '{"prompt"']
@@ -319,7 +346,7 @@ def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
         "JSON",
         "line 3: prompt: ",
         'either "prompt" or "messages"',
-        "messages.0.role",
+        "messages[0].role",
         "temprature",
         "max_tokens",
     ):
