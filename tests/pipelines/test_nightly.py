@@ -27,7 +27,7 @@ from loramill.pipelines import nightly as pipeline
 from loramill.pipelines.evaluate import Answer, Question
 from loramill.pipelines.nightly import Progress, run_night
 from loramill.pipelines.outcome import Outcome, Verdict, describe, outcomes, succeeded, summary
-from loramill.registry import Registry, adapters, datasets, jobs, migrate, nightly, tenants
+from loramill.registry import Registry, adapters, datasets, deletion, jobs, migrate, nightly, tenants
 from loramill.settings import Settings
 from loramill.types import JobRecord, NightlyStep, StepStatus, VersionRecord
 
@@ -422,23 +422,25 @@ def test_a_held_out_file_that_was_deleted_is_named(mill: Mill) -> None:
     assert (failed.verdict, failed.stage) == (Verdict.FAILED, "evaluate") and "There is no file 'file-" in failed.reason
 
 
-def test_an_adapter_that_was_deleted_meanwhile_has_its_row(mill: Mill) -> None:
+@pytest.mark.parametrize("what", ["adapter", "tenant"])
+def test_an_adapter_that_was_deleted_meanwhile_has_its_row(mill: Mill, what: str) -> None:
     mill.feed("acme/gone", rows(12))
     mill.feed("bolt/good", rows(12))
 
     def pool(job: JobRecord) -> None:
         if job.spec.adapter == "acme/gone":
-            deleting(mill, job)
             with mill.registry.writing() as session:
-                for table, column in (("nightly_steps", "adapter"), ("adapter_data", "adapter"), ("adapters", "name")):
-                    session.execute(text(f"delete from {table} where {column} = 'acme/gone'"))
+                if what == "adapter":
+                    deletion.delete_adapter(session, AdapterName.parse("acme/gone"), cancel_jobs=True)
+                else:
+                    deletion.delete_tenant(session, "acme", cancel_jobs=True)
         else:
             ordered(mill, deleting)(job)
 
     mill.pool = pool
     gone, good = mill.run()
     assert (gone.verdict, good.verdict) == (Verdict.DELETED, Verdict.PROMOTED)
-    assert gone.reason == "The adapter was deleted during the nightly run."
+    assert gone.reason == "The adapter was deleted during the nightly run." and succeeded([gone, good])
 
 
 def test_a_champion_that_changed_during_the_run_is_not_replaced(mill: Mill) -> None:
