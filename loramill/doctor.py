@@ -25,6 +25,7 @@ from typing import Any
 
 from loramill import __version__
 from loramill.errors import LoramillError, SettingsInvalid
+from loramill.machine import c_compiler
 from loramill.settings import Settings
 from loramill.types import Value
 
@@ -215,7 +216,7 @@ def kernels(settings: Settings) -> Iterable[Finding]:
     except _ProbeError as error:
         mend = "Unset LORAMILL_KERNELS; if that doesn't help, reinstall loramill."
         yield Finding(what="kernels", status=Status.ERROR, found=str(error), mend=mend)
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    compiler = c_compiler()
     if compiler is None:
         mend = "Install gcc (Debian, Ubuntu: apt-get install build-essential)."
         found = "none; native kernels can't be compiled"

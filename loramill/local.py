@@ -35,7 +35,7 @@ from loramill.bases import Base, find_base
 from loramill.chat import ChatTokenizer
 from loramill.durable import replace_text
 from loramill.errors import Conflict, DiskFull, LoramillError, PortTaken, SetupError, Unauthenticated
-from loramill.machine import check_memory, free_memory, own_addresses, socket_folder, without_proxy
+from loramill.machine import c_compiler, check_memory, free_memory, own_addresses, socket_folder, without_proxy
 from loramill.registry import Registry, keys, queue
 from loramill.registry.migrate import migrate
 from loramill.settings import Settings
@@ -48,6 +48,9 @@ STOP_SECONDS = 45.0
 #: After an error of ours while it starts; what succeeds at a second attempt has done so by then.
 FAILED_SECONDS = 15.0
 FREE_BYTES = 1 << 30
+
+#: What is said once, since everything works all the same.
+NO_COMPILER = "There is no C compiler here: plain torch operations compute the adapters, and slower; install gcc."
 
 #: What the child process runs.
 CLUSTER = ("-m", "loramill.pipelines.cluster")
@@ -71,8 +74,19 @@ RAY_ENVIRONMENT = {
 }
 
 
-def up(settings: Settings, *, console: Console, on_ready: Callable[[], None] = lambda: None) -> None:
-    """Runs everything on this machine until Ctrl-C, SIGTERM or `down`; calls `on_ready` each time it answers.
+def up(
+    settings: Settings,
+    *,
+    console: Console,
+    on_ready: Callable[[], None] = lambda: None,
+    stop_with: str = "Ctrl-C or `loramill down`",
+) -> None:
+    """Runs everything on this machine until Ctrl-C, SIGTERM or `down`.
+
+    Args:
+        console: where it tells how far it is.
+        on_ready: called each time the gateway answers: at first, and when the cluster was started again.
+        stop_with: what to tell the user to stop it with.
 
     Raises:
         SetupError, Conflict: this machine can't run it as it is; nothing was started.
@@ -95,13 +109,20 @@ def up(settings: Settings, *, console: Console, on_ready: Callable[[], None] = l
             base = prepare_base(settings, console)
             check_memory(base, settings, free_memory())
             notes = of_other_bases(settings, base)
+            if c_compiler() is None:
+                notes = [*notes, f"[yellow]{NO_COMPILER}[/yellow]"]
         except LoramillError:
             if not stop.is_set():  # else what failed is what Ctrl-C ended
                 raise
         else:
             for line in notes:
                 console.print(line, soft_wrap=True)
-            watch(settings, console, stop, base.name, on_ready)
+
+            def ready() -> None:
+                greet(settings, console, base.name, stop_with)
+                on_ready()
+
+            watch(settings, console, stop, ready)
         settings.address_file.unlink(missing_ok=True)
         console.print("Stopped. `loramill up` goes on where this ended.")
 
@@ -129,10 +150,13 @@ def up_in_background(settings: Settings, *, console: Console) -> None:
     """
     prepare_home(settings.home)
     output = settings.home / "logs" / "watcher.log"
-    started = background.start(lambda ready: up(settings, console=Console(highlight=False), on_ready=ready), output)
+    started = background.start(
+        lambda ready: up(settings, console=Console(highlight=False), on_ready=ready, stop_with="`loramill down`"),
+        output,
+    )
     with console.status("Starting…"):
         started.wait()
-    greet(settings, console, settings.base, stop="`loramill down`")
+    console.print(output.read_text().rstrip(), soft_wrap=True, markup=False)
 
 
 def down(settings: Settings) -> bool:
@@ -157,8 +181,8 @@ def down(settings: Settings) -> bool:
     return True
 
 
-def watch(settings: Settings, console: Console, stop: threading.Event, base: str, on_ready: Callable[[], None]) -> None:
-    """Keeps the cluster alive until `stop` is set.
+def watch(settings: Settings, console: Console, stop: threading.Event, on_ready: Callable[[], None]) -> None:
+    """Keeps the cluster alive until `stop` is set; calls `on_ready` each time it answers.
 
     Raises:
         SetupError: it did not start even once; the message has the first error.
@@ -171,13 +195,14 @@ def watch(settings: Settings, console: Console, stop: threading.Event, base: str
             if ready:
                 pause, started_once = 1.0, True
                 replace_text(settings.address_file, settings.address + "\n")
-                greet(settings, console, base)
                 on_ready()
                 wait_sick(settings, cluster, stop)
             if stop.is_set():
                 console.print("Stopping…")
                 return
             failed = why(settings, cluster, log)
+            if not ready:
+                cluster.kill()  # it tries on, and what it does is worth nothing
         if not started_once:
             raise SetupError(f"The cluster did not start: {failed} More is in {log_path(settings)}.")
         console.print(f"The cluster went down ({log_path(settings)}); starting it again in {pause:.0f} s.")
@@ -197,13 +222,13 @@ def why(settings: Settings, cluster: subprocess.Popen[bytes], log: Log) -> str:
     return told if told.endswith((".", "!", "?")) else f"{told}."
 
 
-def greet(settings: Settings, console: Console, base: str, *, stop: str = "Ctrl-C or `loramill down`") -> None:
+def greet(settings: Settings, console: Console, base: str, stop_with: str) -> None:
     """Says where everything is."""
     console.print(f"[bold]loramill is up[/bold] at {settings.address}/v1 with the base {base}.", soft_wrap=True)
     for what, where in (
         ("admin key", settings.admin_key_file),
         ("log", log_path(settings)),
-        ("stop it with", stop),
+        ("stop it with", stop_with),
     ):
         console.print(f"  {what:<14}{where}", soft_wrap=True)
 
@@ -241,7 +266,8 @@ def run_cluster(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], L
 
 def environment() -> dict[str, str]:
     """The environment of the cluster: without this process's settings, which the child is given otherwise."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("LORAMILL_")}
+    kept = {"LORAMILL_KERNELS"}  # no setting, but read where the kernels are
+    inherited = {name: value for name, value in os.environ.items() if name in kept or not name.startswith("LORAMILL_")}
     own = {"RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_TMPDIR": str(sockets_folder())}
     return without_proxy({**inherited, **RAY_ENVIRONMENT, **own}, own_addresses())
 

@@ -144,6 +144,11 @@ def object_store_folder(size: int, otherwise: Path, shared: Path = Path("/dev/sh
     return None if enough else otherwise
 
 
+def c_compiler() -> str | None:
+    """The C compiler that the native kernels are compiled with: CC, cc, gcc or clang; None where there is none."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
+
+
 def own_addresses() -> tuple[str, ...]:
     """Names and addresses under which this machine's processes reach one another."""
     found = ["localhost", "127.0.0.1", "::1"]

@@ -79,8 +79,10 @@ class Entry:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is of loramill's own code, or of what runs it; Ray's inner parts complain of what they mend."""
-        return self.logger.startswith(("loramill", "ray.serve", "ray.controller")) or self.process.startswith("cluster")
+        """Whether it is of what starts everything: others complain of what they mend, or try again."""
+        if self.process.startswith("cluster"):
+            return self.logger == "|" or self.logger.startswith(("loramill", "ray.serve"))
+        return self.logger == "ray.controller"  # of Ray Serve, which tells why a replica failed
 
 
 class Reader:
@@ -88,7 +90,7 @@ class Reader:
 
     def __init__(self, pid: int, clock: Callable[[], float] = time.time) -> None:
         self._pid, self._clock = pid, clock
-        self._tracebacks: set[str] = set()  # processes that write one now
+        self._tracebacks: dict[str, str] = {}  # of processes: "in" one, or "behind" its exception
 
     def entry(self, text: str) -> Entry | None:
         """The entry of one line; None where there is nothing to keep."""
@@ -101,19 +103,22 @@ class Reader:
         for form in _FORMS:
             if found := form.match(message):
                 level = _LEVELS.get(found["level"], found["level"])
-                self._tracebacks.discard(process)
+                self._tracebacks.pop(process, None)
                 when = found["time"].replace(".", ",")
                 return Entry(when, level, process, _logger(found["logger"]), found["message"])
         return Entry(self._now(), self._level(process, message), process, "|", message)
 
     def _level(self, process: str, message: str) -> str:
-        """ERROR for a traceback, down to the exception that it ends with."""
-        if message.startswith(_TRACEBACK):
-            self._tracebacks.add(process)
+        """ERROR for a traceback, the exception that it ends with, and what this was caused by."""
+        if _TRACEBACK in message:
+            self._tracebacks[process] = "in"
         elif process not in self._tracebacks:
             return "INFO"
         elif not message.startswith(" "):
-            self._tracebacks.remove(process)
+            if self._tracebacks[process] == "behind":
+                del self._tracebacks[process]
+                return "INFO"
+            self._tracebacks[process] = "behind"
         return "ERROR"
 
     def _process(self, who: re.Match[str] | None) -> str:
@@ -179,7 +184,7 @@ class Log:
 
     Attributes:
         reason: the first error since the process began, in one sentence or line; None: there was none.
-        failed: whether it is an error of loramill's, or of what runs it.
+        failed: whether it is one of what starts everything, so that waiting is of no use.
     """
 
     def __init__(self, path: Path, pipe: IO[bytes], pid: int) -> None:
@@ -188,6 +193,7 @@ class Log:
         self._path, self._pipe = path, pipe
         self._reader, self._repeats = Reader(pid), Repeats()
         self._first: list[Entry] = []
+        self._open = False  # whether the first error's lines still come
         self._thread = threading.Thread(target=self._run, name="up.log", daemon=True)
         self._thread.start()
 
@@ -216,15 +222,15 @@ class Log:
 
     def _note(self, entry: Entry) -> None:
         """Keeps the first error, rather one of ours, with its traceback."""
-        first = self._first
-        if entry.is_error and (not first or (entry.is_ours and not self.failed)):
-            self._first = first = [entry]
-            self.failed = entry.is_ours
-        elif first and entry.logger == "|" and entry.process == first[0].process and len(first) < _KEPT:
-            first.append(entry)
+        if entry.is_error and (not self._first or (entry.is_ours and not self.failed)):
+            self._first, self._open, self.failed = [entry], True, entry.is_ours
+        elif self._open and entry.process == self._first[0].process:
+            self._open = entry.logger == "|" and len(self._first) < _KEPT
+            if self._open:
+                self._first.append(entry)
         else:
             return
-        self.reason = reason([each.message for each in first])
+        self.reason = reason([each.message for each in self._first])
 
 
 def reason(lines: list[str]) -> str:

@@ -26,6 +26,8 @@ _LOOK_SECONDS = 0.5
 class EngineDeployment:
     """One engine, the answers of which go to the gateways that asked, and what it says of itself."""
 
+    _looking: asyncio.Task[None] | None = None
+
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         # torch, which the gateway and the driver can do without
         from loramill.serve.engine_metrics import EngineMetrics
@@ -85,7 +87,9 @@ class EngineDeployment:
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def __del__(self) -> None:
-        """Serve's word for the end, when all answers are through."""
+        """Serve's word for the end, when all answers are through; also after a constructor that failed."""
+        if self._looking is None:
+            return
         self._looking.cancel()
         self._metrics.note(self._replica.stats())
         await self._sender.close()

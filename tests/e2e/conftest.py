@@ -85,6 +85,12 @@ class Mill:
             return client.create_key(name).key
 
 
+#: What a company's machine sets for all programs: no way to this machine itself goes by it.
+DEAD_PROXY = {
+    name: "http://127.0.0.1:9" for word in ("http_proxy", "https_proxy", "all_proxy") for name in (word, word.upper())
+}
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -93,9 +99,20 @@ def free_port() -> int:
 
 @contextmanager
 def running(home: Path, **settings: str) -> Iterator[Mill]:
-    """A system in a home of its own; `settings` are environment variables without their LORAMILL_."""
+    """A system in a home of its own, in an environment that isn't kind: a proxy, a long TMPDIR.
+
+    `settings` are environment variables without their LORAMILL_.
+    """
+    scratch = home / ("a long name " * 8).strip() / ("another " * 8).strip()
+    scratch.mkdir(parents=True)
     environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("LORAMILL_")},
+        **DEAD_PROXY,
+        "TMPDIR": str(scratch),
+        **{
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("LORAMILL_") and not name.lower().endswith("_proxy") and name != "TMPDIR"
+        },
         **{f"LORAMILL_{name}": value for name, value in settings.items()},
         "LORAMILL_HOME": str(home),
         "LORAMILL_SERVE__PORT": str(free_port()),
@@ -111,5 +128,5 @@ def running(home: Path, **settings: str) -> Iterator[Mill]:
 @pytest.fixture(scope="session")
 def mill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mill]:
     jobs = {"JOBS__SESSIONS": str(SESSIONS), "JOBS__LEASE_SECONDS": "5", "JOBS__IDLE_SECONDS": "600"}
-    with running(tmp_path_factory.mktemp("mill"), **jobs) as system:
+    with running(tmp_path_factory.mktemp("Müller & Söhne"), **jobs) as system:
         yield system

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -176,6 +177,27 @@ def test_a_cancelled_job_publishes_nothing(mill, globex: str) -> None:
         client.cancel(job.id)
         eventually(lambda: client.job(job.id).status is JobStatus.CANCELLED, 30, "the job is cancelled")
         assert "globex/never" not in [adapter.name for adapter in client.adapters()]
+
+
+def test_a_request_is_in_the_access_log_by_the_id_of_its_answer(mill, acme: str) -> None:
+    answer = mill.openai(acme).chat.completions.with_raw_response.create(
+        model="acme/codes", messages=[{"role": "user", "content": "a secret"}], max_tokens=2
+    )
+    text = (mill.home / "logs" / "access.log").read_text()
+    [line] = [line for line in text.splitlines() if answer.headers["x-request-id"] in line]
+    found = json.loads(line)
+    assert (found["tenant"], found["path"], found["status"]) == ("acme", "/v1/chat/completions", 200)
+    assert "secret" not in text and acme not in text
+
+
+def test_the_log_of_all_processes_has_one_format(mill) -> None:
+    text = (mill.home / "logs" / "up.log").read_text()
+    form = re.compile(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR|CRITICAL) [\w.-]+(\[\d+\])? \S+ .*"
+    )
+    assert [line for line in text.splitlines() if not form.fullmatch(line)] == []
+    assert re.search(r" INFO session\[\d+\] loramill\.jobs\.worker: job ftjob-\w+ of acme: attempt 1", text)
+    assert "setup plugin" not in text and "pip install kernels" not in text and "repeated" not in text
 
 
 def test_bad_data_is_refused_before_any_compute(mill, acme: str) -> None:

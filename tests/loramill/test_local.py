@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.server
+import io
 import os
 import signal
 import socket
@@ -242,7 +243,7 @@ print("more noise", flush=True)
     settings = Settings.load(home=tmp_path, serve={"port": free_port()})
     local.prepare_home(settings.home)
     with pytest.raises(SetupError, match=r"did not start: The engine has no weights\. More is in .*up\.log"):
-        local.watch(settings, Console(quiet=True), threading.Event(), "tiny", lambda: None)
+        local.watch(settings, Console(quiet=True), threading.Event(), lambda: None)
     assert "noise of the end" in (tmp_path / "logs" / "up.log").read_text()
 
 
@@ -251,7 +252,7 @@ def test_a_cluster_that_ends_without_a_word(tmp_path: Path, monkeypatch: pytest.
     settings = Settings.load(home=tmp_path, serve={"port": free_port()})
     local.prepare_home(settings.home)
     with pytest.raises(SetupError, match="its process ended with status 7"):
-        local.watch(settings, Console(quiet=True), threading.Event(), "tiny", lambda: None)
+        local.watch(settings, Console(quiet=True), threading.Event(), lambda: None)
 
 
 class Answering(http.server.BaseHTTPRequestHandler):
@@ -295,7 +296,7 @@ def test_this_machines_own_gateway_is_not_looked_for_behind_a_proxy(
     settings = Settings.load(home=tmp_path, serve={"port": answering.server_port}, api_key="lm-x")
     local.prepare_home(settings.home)
     stop = threading.Event()
-    local.watch(settings, Console(quiet=True), stop, "tiny", stop.set)
+    local.watch(settings, Console(quiet=True), stop, stop.set)
     assert answering.asked[0] == "/readyz"  # type: ignore[attr-defined]
 
 
@@ -311,3 +312,21 @@ def test_the_nights_client_passes_the_proxy_by_for_this_machine_alone(
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{answering.server_port}")
     asyncio.run(ask("http://gateway.example:8400"))
     assert answering.asked == ["/v1/models", "http://gateway.example:8400/v1/models"]  # type: ignore[attr-defined]
+
+
+def test_without_a_compiler_it_runs_and_says_so_once(
+    tmp_path: Path, answering: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(local, "CLUSTER", ("-c", "import sys; sys.stdin.read()"))
+    monkeypatch.setattr(local, "check_port", lambda settings: None)  # the gateway is there already
+    said, settings = io.StringIO(), Settings.load(home=tmp_path, serve={"port": answering.server_port})
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        local.up(settings, console=Console(file=said), on_ready=lambda: signal.raise_signal(signal.SIGTERM))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert said.getvalue().count("no C compiler") == 1
+    assert "loramill is up" in said.getvalue() and "Stopped." in said.getvalue()

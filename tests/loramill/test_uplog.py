@@ -55,11 +55,18 @@ def test_every_way_of_writing_becomes_one(written: str, read: str, monkeypatch: 
 
 def test_a_traceback_is_an_error_of_the_process_that_wrote_it() -> None:
     reader = Reader(7)
-    lines = ["Traceback (most recent call last):", '  File "a.py"', "ZeroDivisionError: x", "Starting a worker"]
+    lines = [
+        "Traceback (most recent call last):",
+        '  File "a.py"',
+        "RuntimeError: Traceback (most recent call last):",
+        '  File "b.py"',
+        "ZeroDivisionError: x",
+        "Starting a worker",
+    ]
     entries = [reader.entry(f"(Supervisor pid=3) {line}") for line in lines]
-    assert [each and each.level for each in entries] == ["ERROR", "ERROR", "ERROR", "INFO"]
+    assert [each and each.level for each in entries] == [*["ERROR"] * 5, "INFO"]
     assert [each and each.process for each in (*entries, reader.entry("else"))] == [
-        *["supervisor[3]"] * 4,
+        *["supervisor[3]"] * 6,
         "cluster[7]",
     ]
 
