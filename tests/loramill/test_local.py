@@ -295,6 +295,7 @@ def test_this_machines_own_gateway_is_not_looked_for_behind_a_proxy(
     monkeypatch.setattr(local, "CLUSTER", ("-c", "import sys; sys.stdin.read()"))
     settings = Settings.load(home=tmp_path, serve={"port": answering.server_port}, api_key="lm-x")
     local.prepare_home(settings.home)
+    monkeypatch.setattr(local, "START_SECONDS", 20.0)
     stop = threading.Event()
     local.watch(settings, Console(quiet=True), stop, stop.set)
     assert answering.asked[0] == "/readyz"  # type: ignore[attr-defined]
