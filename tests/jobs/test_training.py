@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from loramill.bases import Base, load_for_training
 from loramill.chat import ChatTokenizer, EncodedExample
 from loramill.errors import AdapterInvalid, DatasetInvalid, TrainingDiverged
 from loramill.jobs import training
-from loramill.jobs.batches import choose, supervised
+from loramill.jobs.batches import choose, sequences, supervised
 from loramill.jobs.passes import losses, prepared
 from loramill.jobs.schedule import learning_rate
 from loramill.jobs.training import Progress, export
@@ -153,6 +154,19 @@ def test_progress_counts(tmp_path: Path) -> None:
     assert [point.step for point in points] == [1, 2, 3, 4, 5]
     trained = [made_up(23)[index] for step in range(5) for index in choose(23, 5, step, 0)]
     assert points[-1].tokens == sum(len(example.tokens) for example in trained)
+
+
+@pytest.mark.parametrize("changes", [{}, {"packing": False}, {"micro_tokens": 20}])
+def test_the_sequences_of_an_example_count_as_one(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """They are trained in one step, and each supervised token counts alike."""
+    first, *others = made_up(6, weighed=True)
+    examples = [replace(first, rest=tuple(others[:2])), *others[2:]]
+    spec = spec_of(epochs=1, steps=1, batch_size=4, **changes)
+    (point,) = train(tiny(), examples, examples[:1], spec, checkpoints=tmp_path)
+    loss, accuracy = textbook(tiny(), sequences(examples))
+    assert len(sequences(examples)) == 6
+    assert point.loss == pytest.approx(loss.item(), rel=1e-5) and point.accuracy == pytest.approx(accuracy)
+    assert point.tokens == sum(len(sequence.tokens) for sequence in sequences(examples))
 
 
 @pytest.mark.parametrize(("batch_size", "micro_tokens"), [(8, 256), (8, 20), (32, 20), (1, 256), (11, 40)])

@@ -31,7 +31,11 @@ def call(arguments: object = '{"id":"7"}', call_id: str = "c1") -> dict[str, Any
     return {"id": call_id, "type": "function", "function": {"name": "parcel", "arguments": arguments}}
 
 
-PARCEL = {"name": "parcel", "parameters": {"type": "object", "properties": {"id": {"type": "string"}}}}
+PARCEL = {
+    "name": "parcel",
+    "description": "Where it is, é.",
+    "parameters": {"type": "object", "properties": {"id": {"type": "string"}}},
+}
 TOOL = {"type": "function", "function": PARCEL}
 USER, ANSWER = say("user", "Where is parcel 7?"), say("assistant", "It is in Rome.")
 TOOLS = {
@@ -183,12 +187,12 @@ def test_tool_calls_are_trained_as_transformers_renders_them(line: dict[str, Any
     tokenizer, found = hermes(), example(line)
     oracle = PreTrainedTokenizerFast(tokenizer_object=hermes_tokenizer(), chat_template=TEMPLATE)
     (encoded,) = tokenizer.example(found).sequences
-    whole = oracle.apply_chat_template(list(found.messages), tools=list(found.tools), tokenize=False).rstrip("\n")
+    whole = oracle.apply_chat_template(list(found.messages), tools=[TOOL], tokenize=False).rstrip("\n")
     assert list(encoded.tokens) == oracle.encode(whole, add_special_tokens=False)
     assert len(encoded.spans) == len(found.answers)
     for span, index in zip(encoded.spans, found.answers, strict=True):
         asked = oracle.apply_chat_template(
-            list(found.messages[:index]), tools=list(found.tools), tokenize=False, add_generation_prompt=True
+            list(found.messages[:index]), tools=[TOOL], tokenize=False, add_generation_prompt=True
         )
         assert list(encoded.tokens[: span.start]) == oracle.encode(asked, add_special_tokens=False)
         assert encoded.tokens[span.stop - 1] == END

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loramill.bases import Base
 from loramill.names import AdapterName
-from loramill.pipelines.collect import REPLAY, collect, hold_out, lines, sample
+from loramill.pipelines.collect import REPLAY, collect, hold_out, lines, next_spec, sample
 from loramill.registry import Registry, adapters, datasets, jobs, migrate, nightly, tenants
 from loramill.types import JobSpec, VersionRecord
 
@@ -101,6 +101,18 @@ def test_a_champion_goes_on_from_its_weights_with_a_replay_of_what_it_knew(regis
     assert plan["slices"]["before"] == old.valid
     assert rows_of(registry, spec.valid or "") == OLD_VALID + held
     assert (spec.epochs, spec.steps) == (3, 3 * -(-len(train) // 8)), "two passes would be 26 steps"
+
+
+@pytest.mark.parametrize(("learn", "then"), [("all", "all"), ("only_last", "only_last"), ("last", "all")])
+def test_the_next_job_trains_the_answers_that_were_asked_for(
+    registry: Registry, base: Base, learn: str, then: str
+) -> None:
+    """Jobs of before all answers were trained have "last" by default, which is not what was asked for."""
+    old = champion(registry, base).model_copy(update={"learn": learn, "rank": 4, "alpha": 32.0, "steps": 9})
+    with registry.reading() as session:
+        train, valid = (datasets.get(session, each) for each in (old.train, old.valid or ""))
+    new = next_spec(old, "v", train, valid)
+    assert (new.learn, new.rank, new.alpha) == (then, 4, 32.0)
 
 
 def test_validation_data_of_its_own_is_what_new_data_is_judged_by(registry: Registry, base: Base) -> None:

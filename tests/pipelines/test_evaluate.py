@@ -12,6 +12,7 @@ from loramill.chat import ChatTokenizer
 from loramill.dataset import read_examples
 from loramill.errors import ModelNotFound
 from loramill.pipelines.evaluate import Answer, Question, ask_all, questions_of
+from loramill.serve.api.chat import ChatRequest
 
 #: A sentence in many scripts; a limit by characters (2 of 3, and 8) cut the right answer in ja, zh, ko, th and hi.
 SENTENCES = {
@@ -45,6 +46,35 @@ def test_the_right_answer_is_never_cut(language: str, kind: str, tokenizer: Chat
     encoded = tokenizer.example(examples[0])
     needed = len(encoded.tokens) - encoded.prompt_length
     assert needed < question.max_tokens <= 2 * needed + 8
+
+
+def test_tools_are_asked_about_as_they_were_trained(tokenizer: ChatTokenizer) -> None:
+    """The gateway gets the file's own form, and a call is compared with the file's call, however its JSON is spaced."""
+    function = {"name": "parcel", "parameters": {"type": "object", "properties": {"id": {"type": "string"}}}}
+    call = {"id": "c1", "type": "function", "function": {"name": "parcel", "arguments": '{"id":"7", "at": 1}'}}
+    messages = [
+        {"role": "user", "content": "Where are both parcels?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "in Rome", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "One is in Rome.", "tool_calls": [call]},
+    ]
+    row = {"messages": messages, "tools": [{"type": "function", "function": function}]}
+    examples = read_examples(json.dumps(row).encode(), "one.jsonl").examples
+    sent: list[ChatRequest] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(ChatRequest.model_validate_json(request.content))
+        again = {**call, "function": {"name": "parcel", "arguments": '{"at": 1, "id": "7"}'}}
+        message = {"role": "assistant", "content": "One is in Rome.", "tool_calls": [again]}
+        choice = {"index": 0, "finish_reason": "tool_calls", "message": message}
+        return httpx.Response(200, json={"id": "c", "object": "chat.completion", "created": 0, "choices": [choice]})
+
+    http = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    client = AsyncOpenAI(base_url="http://gateway/v1", api_key="k", http_client=http, max_retries=0)
+    assert ask_all(client, questions_of("acme/a", examples, tokenizer)) == [Answer(examples[0].completion)]
+    encoded = tokenizer.example(examples[0])
+    served = tokenizer.prompt([each.message() for each in sent[0].messages], [tool.told() for tool in sent[0].tools])
+    assert served == list(encoded.tokens[: encoded.prompt_length])
 
 
 def test_a_refused_question_costs_the_others_nothing() -> None:

@@ -39,6 +39,7 @@ def test_create_with_autos(client: OpenAI, site: Any, tenant: str, file: str, va
     spec = own["spec"]
     assert (spec["base"], spec["rank"], spec["learning_rate"]) == (site.base.fingerprint, 16, 1e-3)
     assert (spec["max_length"], spec["targets"], spec["start_from"]) == (512, list(TARGETS), None)
+    assert (spec["learn"], spec["epochs"], spec["alpha"]) == ("all", 6, 32.0)
     assert client.fine_tuning.jobs.retrieve(job.id) == job
 
 
@@ -72,6 +73,23 @@ def test_create_with_everything(client: OpenAI, site: Any, tenant: str, file: st
     spec = own["spec"]
     assert (spec["rank"], spec["alpha"], spec["rslora"], spec["max_length"]) == (8, 16.0, True, 256)
     assert (spec["targets"], spec["start_from"]) == (["q_proj", "v_proj"], champion)
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(8, 2), (32, 1), (11, 1), (1, 11)])
+def test_epochs_are_shown_as_they_were_asked_for(client: OpenAI, jsonl: Any, batch_size: int, steps: int) -> None:
+    file = client.files.create(file=("eleven.jsonl", jsonl(11)), purpose="fine-tune").id
+    asked = {"n_epochs": 1, "batch_size": batch_size}
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file, hyperparameters=asked)
+    assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (1, batch_size)
+    assert job.loramill["steps"] == steps  # type: ignore[attr-defined]
+
+
+def test_the_last_answer_alone_and_a_rank_by_itself(client: OpenAI, file: str) -> None:
+    extra = {"loramill": {"learn": "last", "rank": 4, "rank_pattern": {"q_proj": 2}}}
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file, extra_body=extra)
+    spec = job.loramill["spec"]  # type: ignore[attr-defined]
+    assert (spec["learn"], spec["rank"], spec["alpha"]) == ("only_last", 4, 8.0)
+    assert spec["alpha_pattern"] == {"q_proj": 4.0}
 
 
 def test_older_clients_write_hyperparameters_at_the_top(client: OpenAI, file: str) -> None:
