@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from loramill.kernels.peft_folder import BaseModules
     from loramill.kernels.quantization import Quantization
 
 #: Architectures that the engine has a fast decoder for; the last two differ from the first in q/k/v biases and in q/k
@@ -57,6 +58,16 @@ class Base:
     architecture: str
     context_length: int
     quantization: Quantization = "none"
+
+    @property
+    def source(self) -> str:
+        """What `from_pretrained` takes for it: a hub id if it came from a hub, else the absolute folder."""
+        if self.name == smollm2.NAME:
+            return smollm2.HUB_ID
+        # The hub's cache has folders named models--owner--name.
+        cached = (part for part in self.folder.parts if part.startswith("models--"))
+        repo = next(cached, "") if self.folder.parent.name == "snapshots" else ""
+        return repo.removeprefix("models--").replace("--", "/", 1) or str(self.folder.absolute())
 
 
 def find_base(name: str, cache: Path, quantization: Quantization = "none") -> Base:
@@ -124,6 +135,44 @@ def load_for_training(base: Base, dtype: torch.dtype, *, packed: bool = False) -
             else:
                 module.weight.data = rounded(module.weight.data, base.quantization)
     return model.requires_grad_(False).eval()
+
+
+def modules_of(base: Base) -> BaseModules:
+    """What adapters may target in a base: built without weights, which are read from its files when asked for.
+
+    Raises:
+        BaseUnusable: transformers can't build it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from loramill.kernels.peft_folder import BaseModules
+
+    try:
+        config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+        with quiet_transformers(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise BaseUnusable(f"transformers can't build '{base.name}' from its config.json: {error}") from error
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {name: module for name, module in model.named_modules() if module in (embedding, head)}
+    tied = {name for name, module in names.items() if module is head and head.weight is embedding.weight}
+    of_embedding = next(name for name, module in names.items() if module is embedding)
+    found = BaseModules.of_model(model, head)
+    return BaseModules(found.modules, lambda name: _read_weight(base, of_embedding if name in tied else name))
+
+
+def _read_weight(base: Base, name: str) -> torch.Tensor | None:
+    """A module's weight, or its bias by `<module>.bias`, as it lies in the base's files; None: it doesn't."""
+    from safetensors import safe_open
+
+    tensor = name if name.endswith(".bias") else f"{name}.weight"
+    for path in weight_files(base.folder):
+        with safe_open(path, framework="pt") as file:
+            if tensor in file.keys():  # noqa: SIM118  # it has no __contains__
+                found: torch.Tensor = file.get_tensor(tensor)
+                return found
+    return None
 
 
 @contextmanager

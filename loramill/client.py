@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
+from loramill.adapter_folder import ADAPTER_FILES, adapter_file
 from loramill.download import download
 from loramill.errors import SettingsInvalid, Unauthenticated
 from loramill.fine_tuning import FineTuning
@@ -184,6 +185,22 @@ class Client(FineTuning, Tenancy):
         All files are there in the end, each with the content that was stored, or none.
         """
         return download(self._wire, name, to, full=full, on_bytes=on_bytes)
+
+    def import_adapter(self, name: str, folder: Path, *, promote: bool = False) -> tuple[str, AdapterRecord]:
+        """Stores an adapter that was trained elsewhere on the served base; returns its version and its adapter.
+
+        Args:
+            name: `tenant/adapter`, made if there is none.
+            folder: with PEFT's adapter_config.json and adapter_model.safetensors.
+            promote: make it the champion, which it is anyway if it is the first.
+
+        Raises:
+            InvalidRequest: a file isn't there; or the adapter is broken, incomplete, of another base, or of a kind
+                that isn't supported.
+        """
+        files = {part: adapter_file(folder, file) for part, file in ADAPTER_FILES.items()}
+        answer = self._wire.call("POST", f"{_path(name)}/import", files=files, data={"promote": str(promote).lower()})
+        return str(answer["version"]), view(AdapterRecord, answer)
 
     def add_data(
         self,

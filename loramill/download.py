@@ -1,13 +1,15 @@
-"""A version's files brought to this machine: all of them, as they were stored, or none."""
+"""A version's files brought to this machine: all of them, or none; an adapter's so that PEFT loads it alone."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
+from loramill.adapter_folder import CONFIG_FILE, TOKENIZER_FILES, complete_export
 from loramill.durable import new_folder
 from loramill.errors import InvalidRequest
 from loramill.names import ModelName
@@ -19,7 +21,9 @@ def download(
 ) -> str:
     """Writes a version's files into the folder `to`, which must not be there yet, or be empty.
 
-    What arrives is compared with the hashes that make up the version's own.
+    What arrives is compared with the hashes that make up the version's own. Then, if the gateway serves the adapter's
+    base, its adapter_config.json names that base as `from_pretrained` takes it, and the folder gets the base's
+    tokenizer and a model card.
 
     Args:
         name: `tenant/adapter`, or with `@` an alias or version.
@@ -63,4 +67,19 @@ def download(
                     if on_bytes is not None:
                         on_bytes(come, manifest.size)
             manifest.check(file, type(expected)(digest.hexdigest(), size), wire.url)
+        if not full and CONFIG_FILE in manifest.files and (base := listed.get("base")) is not None:
+            _add_base(wire, path, version, base, folder)
+            complete_export(folder, str(model.adapter), version, str(base["source"]))
     return version
+
+
+def _add_base(wire: Wire, path: str, version: str, base: Mapping[str, Any], folder: Path) -> None:
+    """Adds the base's tokenizer, with which the adapter's prompts were made."""
+    for file in base["tokenizer"]:
+        if file not in TOKENIZER_FILES:  # a gateway elsewhere doesn't choose what is written here
+            raise foreign(wire.url, f"{path} lists the file {file!r} as a tokenizer's")
+        with (
+            wire.stream(f"{path}/{quote(file)}", params={"version": version}) as pieces,
+            (folder / file).open("xb") as out,
+        ):
+            out.writelines(pieces)

@@ -21,6 +21,8 @@ from loramill.durable import replace_text, sync
 from loramill.errors import BaseUnusable, DiskFull
 
 NAME = "smollm2-135m"
+#: Where a hub has it.
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 #: Changes whenever the conversion writes something else, so that an older cache is not taken for this one.
 REVISION = 1

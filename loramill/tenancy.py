@@ -97,7 +97,7 @@ class Tenancy:
         Args:
             tokens_per_minute: of prompts and of answers.
             concurrent_requests: generations that run at once.
-            stored_bytes: of uploaded files.
+            stored_bytes: of uploaded files and imported adapters.
         """
         limits = {
             "requests_per_minute": requests_per_minute,

@@ -13,6 +13,7 @@ from loramill.kernels.peft_folder.reader import (
     read_adapter,
     read_modules,
 )
+from loramill.kernels.peft_folder.writer import normal_files
 
 __all__ = [
     "CONFIG_FILE",
@@ -22,6 +23,7 @@ __all__ = [
     "Module",
     "TunedModule",
     "checked_config",
+    "normal_files",
     "read_adapter",
     "read_modules",
 ]

@@ -9,6 +9,7 @@ import typer
 from loramill.cli import complete, show
 from loramill.cli.deleting import delete_adapters, rename_adapter
 from loramill.cli.export import export
+from loramill.cli.importing import import_adapter
 from loramill.cli.jobs import Tenant
 from loramill.cli.merge import merge
 from loramill.client import Client
@@ -42,6 +43,7 @@ def register(app: typer.Typer) -> None:
     adapters.command("delete")(delete_adapters)
     adapters.command("rename")(rename_adapter)
     adapters.command("export")(export)
+    adapters.command("import")(import_adapter)
     adapters.command("merge")(merge)
     adapters.command("pin")(pin)
     adapters.command("unpin")(unpin)

@@ -124,7 +124,7 @@ def add_version(session: Session, record: VersionRecord) -> Alias | None:
     if held.get(Alias.CHAMPION) == record.id:
         return None
     alias = Alias.CHALLENGER if Alias.CHAMPION in held else Alias.CHAMPION
-    _point(session, record.adapter, alias, record.id, f"published by {record.job}")
+    _point(session, record.adapter, alias, record.id, f"published by {record.job}" if record.job else "imported")
     return alias
 
 

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from loramill.errors import Conflict, InvalidRequest, NotFound, QuotaExceeded
 from loramill.names import check_name
-from loramill.registry.tables import DatasetRow, JobRow, TenantRow
+from loramill.registry.tables import DatasetRow, JobRow, TenantRow, VersionRow
 from loramill.types import JobStatus, Limits, TenantRecord
 
 
@@ -114,7 +114,11 @@ def check_room(session: Session, name: str, size: int, *, hold: bool = False) ->
     limit = _hold(session, name).stored_bytes if hold else get(session, name).stored_bytes
     if limit is None:
         return
-    stored = session.scalar(select(func.coalesce(func.sum(DatasetRow.bytes), 0)).where(DatasetRow.tenant == name)) or 0
+    uploaded = select(func.coalesce(func.sum(DatasetRow.bytes), 0)).where(DatasetRow.tenant == name)
+    imported = select(func.coalesce(func.sum(VersionRow.bytes), 0)).where(
+        VersionRow.job.is_(None), VersionRow.adapter.startswith(f"{name}/", autoescape=True)
+    )
+    stored = (session.scalar(uploaded) or 0) + (session.scalar(imported) or 0)
     if stored + size > limit:
         raise QuotaExceeded(
             f"'{name}' stores {stored} bytes, may store {limit}, and this file has {size}: delete files that no job "

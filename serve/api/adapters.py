@@ -10,12 +10,14 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy.orm import Session
 from starlette.responses import StreamingResponse
 
+from loramill.adapter_folder import TOKENIZER_FILES
+from loramill.bases import Base
 from loramill.errors import NotFound
 from loramill.names import SHORT, AdapterName
 from loramill.registry import adapters, evaluations, jobs, nightly
 from loramill.serve.api.audit import note
 from loramill.serve.api.auth import Caller
-from loramill.serve.api.gateway import Here, Who
+from loramill.serve.api.gateway import Gateway, Here, Who
 from loramill.serve.api.references import find_file, named_by
 from loramill.serve.api.wire import Body, list_of
 from loramill.types import AdapterRecord, Alias, Value, VersionRecord
@@ -73,7 +75,11 @@ def retrieve_adapter(tenant: str, adapter: str, here: Here, who: Who) -> dict[st
 
 @router.get(PATH + "/files")
 def list_files(tenant: str, adapter: str, wanted: Files, here: Here, who: Who) -> dict[str, Any]:
-    """A version's files with their sizes and hashes, and the hash over all of them, its artifact's."""
+    """A version's files with their sizes and hashes, and the hash over all of them, its artifact's.
+
+    `base` says what the version is an adapter for, and which files of a tokenizer can be had with it; it is null if
+    that base isn't served here.
+    """
     name = allowed(who, tenant, adapter)
     with here.registry.reading() as session:
         version, artifact = _find(session, name, wanted)
@@ -85,16 +91,20 @@ def list_files(tenant: str, adapter: str, wanted: Files, here: Here, who: Who) -
         "version": version.id,
         "artifact": artifact,
         "files": files,
+        "base": _base_files(here, version),
     }
 
 
 @router.get(PATH + "/files/{file}")
 def retrieve_file(tenant: str, adapter: str, file: str, wanted: Files, here: Here, who: Who) -> StreamingResponse:
-    """One file's bytes, unchecked: whoever reads them has the hash to check them by."""
+    """One file's bytes, unchecked: whoever reads them has the hash to check them by. Or one of the base's tokenizer."""
     name = allowed(who, tenant, adapter)
     with here.registry.reading() as session:
-        _, artifact = _find(session, name, wanted)
+        version, artifact = _find(session, name, wanted)
     if file not in here.registry.artifacts.manifest(artifact).files:
+        base = None if wanted.full else _base_of(here, version)
+        if base is not None and file in TOKENIZER_FILES and (base.folder / file).is_file():
+            return StreamingResponse(_chunks((base.folder / file).open("rb")), media_type="application/octet-stream")
         raise NotFound(f"The version has no file '{file}'.", param="file")
     content = here.registry.artifacts.open(artifact, file)
     return StreamingResponse(_chunks(content), media_type="application/octet-stream")
@@ -176,6 +186,18 @@ def _find(session: Session, name: AdapterName, wanted: Wanted) -> tuple[VersionR
             param="full",
         )
     return version, result
+
+
+def _base_of(here: Gateway, version: VersionRecord) -> Base | None:
+    return next((each.base for each in here.served.values() if each.base.fingerprint == version.base), None)
+
+
+def _base_files(here: Gateway, version: VersionRecord) -> dict[str, Any] | None:
+    base = _base_of(here, version)
+    if base is None:
+        return None
+    tokenizer = [file for file in TOKENIZER_FILES if (base.folder / file).is_file()]
+    return {"name": base.name, "source": base.source, "tokenizer": tokenizer}
 
 
 def _chunks(content: BinaryIO) -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from fastapi import FastAPI
@@ -20,6 +21,7 @@ from loramill.serve.api import (
     docs,
     files,
     health,
+    imports,
     jobs,
     models,
     pins,
@@ -38,6 +40,9 @@ from loramill.serve.api.openapi import describe
 from loramill.serve.api.readings import Readings
 from loramill.serve.protocol import Backend
 from loramill.settings import Settings
+
+#: Paths that take files.
+_UPLOADS = re.compile(rf"{files.PATH}|/v1/adapters/[^/]+/[^/]+/import")
 
 
 def build_api(
@@ -71,14 +76,29 @@ def build_api(
     readings = Readings(registry.artifacts, tokenizer)
     names = versions(registry, settings.serve.grace_seconds)
     app.state.gateway = Gateway(registry, base, tokenizer, served, settings, readings, names, books)
-    offered = (chat, completions, models, files, jobs, batches, adapters, pins, deleting, tenants, usage, audit, health)
+    offered = (
+        chat,
+        completions,
+        models,
+        files,
+        jobs,
+        batches,
+        adapters,
+        imports,
+        pins,
+        deleting,
+        tenants,
+        usage,
+        audit,
+        health,
+    )
     for rooms in offered:
         app.include_router(rooms.router)
     add_error_handlers(app)
     app.include_router(docs.router)
     describe(app)
     # The last that is added is the first to see a request.
-    app.add_middleware(BodyLimit, upload_path=files.PATH, upload_bytes=settings.serve.max_upload_bytes)
+    app.add_middleware(BodyLimit, uploads=_UPLOADS, upload_bytes=settings.serve.max_upload_bytes)
     app.add_middleware(Authenticate, registry=registry, grace=settings.serve.grace_seconds)
     app.add_middleware(LastResort)
     if settings.serve.cors_origins:

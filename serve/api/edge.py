@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 import uuid
 
@@ -89,9 +90,9 @@ class LastResort:
 class BodyLimit:
     """Pure ASGI: stops reading a body that is larger than it may be, announced or not."""
 
-    def __init__(self, app: ASGIApp, *, upload_path: str, upload_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, uploads: re.Pattern[str], upload_bytes: int) -> None:
         self.app = app
-        self._upload_path = upload_path
+        self._uploads = uploads
         self._upload_bytes = upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,7 +100,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = self._upload_bytes if scope["path"] == self._upload_path else JSON_BYTES
+        limit = self._upload_bytes if self._uploads.fullmatch(scope["path"]) else JSON_BYTES
         announced = next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0)
         received = 0
 

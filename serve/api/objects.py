@@ -162,6 +162,12 @@ class AdapterWithData(Adapter):
     new_data: NewDataState
 
 
+class ImportedAdapter(Adapter):
+    """An adapter that has a new version, and that version."""
+
+    version: str
+
+
 class AdapterHistory(Adapter):
     """An adapter with all there is to know of it, each newest first."""
 
@@ -179,6 +185,15 @@ class AdapterFile(TypedDict):
 
 
 @exactly
+class AdapterBase(TypedDict):
+    """What a version is an adapter for: `source` is a hub id or a folder; `tokenizer` names files that can be had."""
+
+    name: str
+    source: str
+    tokenizer: list[str]
+
+
+@exactly
 class AdapterFiles(TypedDict):
     """A version's files by name, and the hash over all of them, its artifact's."""
 
@@ -187,6 +202,7 @@ class AdapterFiles(TypedDict):
     version: str
     artifact: str
     files: dict[str, AdapterFile]
+    base: AdapterBase | None
 
 
 class Tenant(TenantRecord):

@@ -123,6 +123,12 @@ def _spec(
 def _start_from(session: Session, here: Gateway, name: AdapterName, selector: str | None) -> str | None:
     if selector is None:
         return None
+    if "/" in selector or selector.startswith("."):
+        raise InvalidRequest(
+            f"'start_from' is '{selector}', and must be an alias or a version of {name}. To start from an adapter in a "
+            f"folder, import it first: `loramill adapters import {name} {selector}`.",
+            param="loramill.start_from",
+        )
     with named_by("loramill.start_from"):
         version = adapters.resolve(session, name, selector)
     if version.base != here.base.fingerprint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -68,6 +70,11 @@ def test_what_is_exported_is_loaded_by_peft_and_transformers(
 
     ran = loramill("adapters", "export", name, "--to", str(tmp_path / "exported"))
     assert (ran.exit_code, ran.stdout) == (0, "") and f"{name}@{version[:12]}" in ran.stderr
+    config = json.loads((tmp_path / "exported" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert {"README.md", "tokenizer.json", "tokenizer_config.json"} <= {
+        each.name for each in (tmp_path / "exported").iterdir()
+    }
     tokens = torch.arange(10)[None]
     loaded = PeftModel.from_pretrained(model(), tmp_path / "exported")
     assert torch.equal(loaded(tokens).logits, tuned.eval()(tokens).logits)
@@ -92,3 +99,21 @@ def test_what_can_not_be_exported_is_one_sentence(gateway: RunningGateway, tenan
         ran = loramill("adapters", "export", *words, "--to", str(to))
         assert (ran.exit_code, ran.stdout) == (1, "") and said in ran.stderr and not to.exists()
     assert loramill("adapters", "export", f"{tenant}/a").exit_code == 2
+
+
+def test_a_folder_is_imported_and_what_answers_is_said(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "layers_to_transform": [3]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    name, q_proj = f"{tenant}/orders", "base_model.model.model.layers.3.self_attn.q_proj.lora_"
+    for seed, words, said in (
+        (1.0, (), f"{name} answers with it"),
+        (2.0, (), f"{name} still answers with"),
+        (3.0, ("--promote",), f"{name} answers with it"),
+    ):
+        tensors = {f"{q_proj}A.weight": torch.full((2, 576), seed), f"{q_proj}B.weight": torch.ones(576, 2)}
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        ran = loramill("adapters", "import", name, str(tmp_path), *words)
+        assert ran.exit_code == 0 and said in ran.stderr.replace("\n", " "), ran.stderr
+    save_file({f"{q_proj}A.weight": torch.ones(2, 576)}, tmp_path / "adapter_model.safetensors")
+    ran = loramill("adapters", "import", name, str(tmp_path))
+    assert ran.exit_code == 1 and f"{q_proj}B.weight" in ran.stderr.replace("\n", "")

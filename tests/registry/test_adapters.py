@@ -104,8 +104,8 @@ def test_promote_and_rollback(session):
         (Alias.CHALLENGER, None, "better"),
         (Alias.CHAMPION, second.id, "better"),
         (Alias.PREVIOUS, first.id, "better"),
-        (Alias.CHALLENGER, second.id, "published by None"),
-        (Alias.CHAMPION, first.id, "published by None"),
+        (Alias.CHALLENGER, second.id, "imported"),
+        (Alias.CHAMPION, first.id, "imported"),
     ]
 
 

@@ -79,6 +79,7 @@ def _requests(it: Names, mine: str) -> list[tuple[str, str, dict[str, Any]]]:
         *(("POST", f"{job}/{verb}", {}) for verb in ("cancel", "pause", "resume", "retry")),
         *(("GET", adapter + below, {}) for below in ("", "/files", "/files/adapter_config.json")),
         *(("POST", f"{adapter}/{verb}", {}) for verb in ("rollback", "pin", "unpin", "warm")),
+        ("POST", f"{adapter}/import", {"files": {"config": b"{}", "weights": b""}}),
         ("POST", f"{adapter}/promote", {"json": {"version": "champion"}}),
         ("DELETE", adapter, {"params": {"cancel_jobs": "true"}}),
         ("DELETE", f"{adapter}/versions/{it.version}", {"params": {"force": "true"}}),

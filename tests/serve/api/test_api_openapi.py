@@ -29,6 +29,8 @@ from loramill.serve.api.openapi import operations
 from loramill.serve.api.readings import DATA
 from loramill.types import JobSpec, VersionRecord
 
+from .test_api_imports import form
+
 #: Requests of each kind (allowed, forbidden) that are drawn at random for an operation, besides the systematic ones.
 DRAWN = 4
 #: Instead of a boolean that is false (and 0 is none, though Python says so).
@@ -129,6 +131,7 @@ def test_every_operation_answers_as_described(
             "POST /v1/files": {"data": {"purpose": "fine-tune"}, "files": {"file": ("new.jsonl", jsonl(9))}},
             "POST /v1/fine_tuning/jobs": {"json": job},
             "POST /v1/fine_tuning/jobs/batch": {"json": {"jobs": [job, job | {"model": "no"}], "check_only": True}},
+            "POST /v1/adapters/{tenant}/{adapter}/import": {"files": form()},
             "POST /v1/adapters/{tenant}/{adapter}/data": {"json": {"training_file": file}},
             "POST /v1/adapters/{tenant}/{adapter}/rename": {"json": {"to": f"{tenant}/{known['adapter'][0]}"}},
         }

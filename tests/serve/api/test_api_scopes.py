@@ -46,6 +46,7 @@ TABLE: dict[str, tuple[Scope, ...]] = {
     "DELETE /v1/adapters/*/*": (MOVE,),
     "DELETE /v1/adapters/*/*/versions/*": (MOVE,),
     "POST /v1/adapters/*/*/rename": (MOVE,),
+    "POST /v1/adapters/*/*/import": (MOVE,),
     "POST /v1/adapters/*/*/promote": (MOVE,),
     "POST /v1/adapters/*/*/rollback": (MOVE,),
     "POST /v1/adapters/*/*/pin": (MOVE,),

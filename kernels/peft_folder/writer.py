@@ -1,0 +1,65 @@
+"""An adapter that was read, as the one form that imported adapters are stored in."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from safetensors.torch import save
+
+from loramill.kernels.peft_folder.base import BaseModules
+from loramill.kernels.peft_folder.config import CONFIG_FILE
+from loramill.kernels.peft_folder.names import EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B, file_name
+from loramill.kernels.peft_folder.reader import WEIGHTS_FILE, TunedModule
+
+
+def normal_files(modules: Mapping[str, TunedModule], base: BaseModules, base_name: str) -> dict[str, bytes]:
+    """The files that PEFT writes of a LoRA or DoRA, with the base's own names; the same bytes for the same adapter.
+
+    Args:
+        modules: by name, at least one; all of them with a magnitude, or none.
+        base_name: the base's name on the wire.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tuned in modules.items():
+        a, b = (EMBEDDING_A, EMBEDDING_B) if tuned.lookup else (A, B)
+        tensors |= {file_name(name, a): tuned.a, file_name(name, b): tuned.b}
+        if tuned.magnitude is not None:
+            tensors[file_name(name, MAGNITUDE)] = tuned.magnitude
+    whole = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    config = json.dumps(_config(modules, base, base_name), indent=2, sort_keys=True)
+    return {CONFIG_FILE: config.encode(), WEIGHTS_FILE: save(whole, metadata={"format": "pt"})}
+
+
+def _config(modules: Mapping[str, TunedModule], base: BaseModules, base_name: str) -> dict[str, object]:
+    ranks = {name: len(tuned.a) for name, tuned in modules.items()}
+    alphas = {name: _number(tuned.scale * len(tuned.a)) for name, tuned in modules.items()}
+    (rank, _), (alpha, _) = Counter(ranks.values()).most_common(1)[0], Counter(alphas.values()).most_common(1)[0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "bias": "none",
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_dora": any(tuned.magnitude is not None for tuned in modules.values()),
+        "target_modules": _targets(modules, base),
+        "rank_pattern": {name: each for name, each in ranks.items() if each != rank},
+        "alpha_pattern": {name: each for name, each in alphas.items() if each != alpha},
+    }
+
+
+def _targets(modules: Mapping[str, TunedModule], base: BaseModules) -> list[str]:
+    """The last parts of the names if they mean just these modules, else the whole names."""
+    last = {name.rpartition(".")[2] for name in modules}
+    meant = {name for name in base.modules if name.rpartition(".")[2] in last}
+    return sorted(last if meant == modules.keys() else modules)
+
+
+def _number(value: float) -> float:
+    """Without the last bits that alpha / rank * rank may differ by."""
+    rounded = round(value, 9)
+    return int(rounded) if rounded.is_integer() else rounded

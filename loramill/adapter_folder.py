@@ -1,0 +1,84 @@
+"""A PEFT folder on this machine: what of it is uploaded, and what an export adds to a version's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from loramill.errors import InvalidRequest
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+#: The parts of the form of an import.
+ADAPTER_FILES: Mapping[str, str] = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE}
+#: Files of a base that a tokenizer is read from.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+_CARD = """---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
+---
+
+# {name}
+
+A LoRA adapter for `{base}`, version `{version}`, exported from loramill.
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""
+
+
+def adapter_file(folder: Path, name: str) -> tuple[str, bytes]:
+    """A file of the folder, for a form.
+
+    Raises:
+        InvalidRequest: it isn't there, or can't be read.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise InvalidRequest(f"{folder} has no {name}{_instead(folder, name)}.")
+    try:
+        return name, path.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"{path} can't be read: {error.strerror}.") from error
+
+
+def _instead(folder: Path, name: str) -> str:
+    if name == WEIGHTS_FILE and (folder / "adapter_model.bin").is_file():
+        return (
+            ", and adapter_model.bin is a pickle, which may run any code and isn't read. Convert it, if you trust it: "
+            f"safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), '{WEIGHTS_FILE}')"
+        )
+    inside = sorted(folder.glob(f"*/{name}"))
+    return f"; its folder {inside[0].parent.name} has one: give that" if inside else ""
+
+
+def complete_export(folder: Path, name: str, version: str, base: str) -> None:
+    """Makes a version's files a folder that PEFT loads alone: with its base's name, and a model card.
+
+    Args:
+        name: of the adapter.
+        base: a hub id or a folder, which `from_pretrained` takes.
+    """
+    path = folder / CONFIG_FILE
+    config = json.loads(path.read_bytes())
+    config["base_model_name_or_path"] = base
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / "README.md").write_text(_CARD.format(base=base, name=name, version=version), encoding="utf-8")

@@ -1,0 +1,39 @@
+"""`loramill adapters import`: an adapter that was trained elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loramill.cli import show
+from loramill.client import Client
+from loramill.names import AdapterName
+
+
+def import_adapter(
+    name: Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", help="Made if there is none.", show_default=False)],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="As PEFT, Unsloth or axolotl save it.", exists=True, file_okay=False),
+    ],
+    promote: Annotated[bool, typer.Option("--promote", help="Make it the champion: the version that answers.")] = False,
+    json: show.AsJson = False,
+) -> None:
+    """Store a LoRA that was trained elsewhere, on the same base, as a version of an adapter.
+
+    FOLDER holds adapter_config.json and adapter_model.safetensors. An adapter's first version is its champion; a later
+    one is the challenger unless you give --promote.
+    """
+    with Client() as client:
+        version, adapter = client.import_adapter(name, folder, promote=promote)
+    if json:
+        return show.as_json(adapter)
+    at = AdapterName.parse(name).at(version)
+    if adapter.champion == version:
+        return show.say(f"{at} is imported, and {name} answers with it: `loramill chat {name}`.")
+    return show.say(
+        f"{at} is imported; {name} still answers with {show.short(adapter.champion)}. `loramill promote {at}` changes "
+        "that."
+    )
