@@ -348,6 +348,11 @@ class ChatTokenizer:
         """What each token adds to a text."""
         return TokenBytes(self._markup, frozenset(self._special.values()))
 
+    def rendered(self, tokens: Sequence[int]) -> str:
+        """The text of tokens with the special tokens in it, as the chat template wrote it."""
+        text: str = self._markup.decode(list(tokens), skip_special_tokens=False)
+        return text
+
     def _continue(self, prompt: list[int], whole: list[int], rest: str) -> list[int]:
         """Tokens of `rest` after `prompt`.
 

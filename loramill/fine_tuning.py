@@ -7,7 +7,7 @@ import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, Unpack
+from typing import Any, Literal, ParamSpec, TypeVar, Unpack
 from urllib.parse import quote
 
 from loramill.batch import Entry, check_entries, read_jobs, refuse, request_of
@@ -16,7 +16,7 @@ from loramill.ingest import Columns, Prepared, read_source
 from loramill.names import AdapterName, results_id
 from loramill.options import Said, given, read_options
 from loramill.uploads import OnUpload, Source, Uploads
-from loramill.views import Checkpoint, Event, File, Job, Point, Submitted
+from loramill.views import Checkpoint, Event, File, FileCheck, Job, Point, Submitted, view
 from loramill.wire import Wire, error_from, foreign
 
 #: Told of what is done: "uploading", "checking" or "submitting", how many are done, and of how many.
@@ -71,6 +71,39 @@ class FineTuning:
         upload = {"file": (data.name, data.content)}
         file = File.read(self._wire.call("POST", _FILES, tenant=tenant, data=form, files=upload))
         return file.model_copy(update={"recognized": data.recognized, "warnings": (*data.warnings, *file.warnings)})
+
+    def check(
+        self,
+        data: Source,
+        *,
+        tenant: str | None = None,
+        columns: Columns = None,
+        valid: bool = False,
+        max_length: int | None = None,
+        learn: Literal["last", "all"] | None = None,
+    ) -> FileCheck:
+        """Describes what a job would train on, as the base's chat template renders it; nothing is kept.
+
+        Args:
+            data: where the examples are; not an uploaded file.
+            columns: as `upload` takes them.
+            valid: whether they are for validation, of which few are enough.
+            max_length, learn: as `submit` takes them.
+
+        Raises:
+            DatasetInvalid: as `upload`, and where there are too few or too long ones for a job.
+        """
+        if isinstance(data, File) or (isinstance(data, str) and data.startswith("file-")):
+            raise InvalidRequest("An uploaded file was checked when it was uploaded; give the data itself.")
+        if isinstance(data, bytes):
+            data = Prepared("train.jsonl", data, "JSONL")
+        elif not isinstance(data, Prepared):
+            data = read_source(data, columns)
+        form = given({"max_length": max_length, "learn": learn}) | {"use": "validation" if valid else "training"}
+        upload = {"file": (data.name, data.content)}
+        found = self._wire.call("POST", f"{_FILES}/check", tenant=tenant, data=form, files=upload)
+        warnings = (*data.warnings, *filter(None, (found.get("status_details") or "").split("\n")))
+        return view(FileCheck, {**found, "recognized": data.recognized, "warnings": warnings})
 
     def files(self, tenant: str | None = None) -> Iterator[File]:
         """Uploaded files, newest first: a tenant's own; an admin's key sees those of `tenant`, or of all."""

@@ -52,10 +52,7 @@ class Uploads:
         """The id of the file of a validation source, read by its own columns, or the training file's if it has them."""
         if source is None:
             return None
-        if isinstance(source, Path) or (isinstance(source, str) and not _is_id(source)):
-            own = valid_columns is not None
-            source = read_source(source, valid_columns if own else columns, if_there=not own)
-        return self._file_id(source, tenant, "valid.jsonl", None)
+        return self._file_id(read_valid(source, columns, valid_columns), tenant, "valid.jsonl", None)
 
     def _file_id(self, source: Source, tenant: str, filename: str, columns: Columns) -> str:
         if isinstance(source, File):
@@ -67,6 +64,14 @@ class Uploads:
             self._new.append(file.id)
         self._on_upload(file)
         return file.id
+
+
+def read_valid(source: Source, columns: Columns, valid_columns: Columns) -> Source:
+    """A validation source read by its own columns, or by the training file's if it has them; an id stays as it is."""
+    if not isinstance(source, str | Path) or (isinstance(source, str) and _is_id(source)):
+        return source
+    own = valid_columns is not None
+    return read_source(source, valid_columns if own else columns, if_there=not own)
 
 
 def _is_id(source: str) -> bool:

@@ -82,6 +82,34 @@ class File(Value):
         return view(cls, {**wire, **wire.get("loramill", {}), "warnings": warnings})
 
 
+class Part(Value):
+    """A part of an example as the base's chat template renders it, and whether the loss is computed on it."""
+
+    text: str
+    supervised: bool
+
+
+class Tokens(Value):
+    """Tokens of a file's sequences."""
+
+    min: int
+    median: int
+    max: int
+    total: int
+
+
+class FileCheck(Value):
+    """What would be trained of a source: nothing of it was kept. `preview` is its first example."""
+
+    filename: str
+    recognized: str
+    examples: int
+    tokens: Tokens
+    supervised_tokens: int
+    preview: tuple[Part, ...]
+    warnings: tuple[str, ...] = ()
+
+
 class Job(Value):
     """A fine-tune job.
 

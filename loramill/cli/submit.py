@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from loramill.batch import check_entries, read_jobs
 from loramill.cli import show
+from loramill.cli.dry_run import dry_run
 from loramill.cli.watch import continuing, watch_until_done
 from loramill.client import Client
 from loramill.errors import Forbidden
@@ -53,6 +54,10 @@ Name = Annotated[str, typer.Option(help="With --file: another name submits the s
 Retry = Annotated[bool, typer.Option("--retry", help="With --file: submit again what failed or was cancelled.")]
 CreateTenant = Annotated[
     bool, typer.Option("--create-tenant", help="Make tenants that don't exist (with an admin's key).")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Show what would be trained and what is wrong with the data; store nothing."),
 ]
 Wait = Annotated[bool, typer.Option("--wait", help="Show progress until all has ended.")]
 Promote = Annotated[bool, typer.Option("--promote", help="Wait, and make the new version the champion.")]
@@ -197,6 +202,7 @@ def submit(
     wait: Wait = False,
     promote: Promote = False,
     create_tenant: CreateTenant = False,
+    dry: DryRun = False,
     json: show.AsJson = False,
     **options: Any,
 ) -> None:
@@ -209,7 +215,11 @@ def submit(
         for name, value in {**options, "columns": columns, "valid_columns": valid_columns}.items()
         if value is not None
     }
-    if file is not None:
+    if dry:
+        if file is not None or not (adapter and train):
+            raise typer.BadParameter("it is for one job: give TENANT/ADAPTER and --train FILE.", param_hint="--dry-run")
+        dry_run(adapter, train, valid, said, json=json)
+    elif file is not None:
         if adapter or train or valid:
             raise typer.BadParameter("a file of jobs names adapters and data itself.", param_hint="--file")
         if promote:

@@ -11,12 +11,14 @@ from starlette.responses import Response
 
 from loramill.dataset import check_tokens, read_examples
 from loramill.names import results_id
+from loramill.recipe import MAX_LENGTH
 from loramill.registry import datasets, jobs, results, tenants
 from loramill.serve.api.audit import note
 from loramill.serve.api.gateway import Here, Who
+from loramill.serve.api.preview import preview
 from loramill.serve.api.readings import DATA
 from loramill.serve.api.wire import Paging, page_of
-from loramill.types import DatasetRecord, JobRecord
+from loramill.types import DatasetRecord, JobRecord, Learn
 
 router = APIRouter(tags=["data"])
 
@@ -30,6 +32,16 @@ class Upload(BaseModel):
     purpose: Literal["fine-tune"]
     file: UploadFile
     reuse: bool = Field(default=False, description="answer with the tenant's file of this content, if it has one")
+
+
+class Check(BaseModel):
+    """The form of a check."""
+
+    model_config = ConfigDict(extra="forbid")
+    file: UploadFile
+    use: Literal["training", "validation"] = "training"
+    max_length: int | None = Field(default=None, ge=8, description="tokens of the longest example")
+    learn: Learn = Field(default="all", description="which answers of a conversation are trained")
 
 
 class FilePaging(Paging):
@@ -62,6 +74,25 @@ def create_file(
             note(session, who, "file.create", record.id, tenant, bytes=record.bytes)
     shown = _file(record) | {"status_details": "\n".join(examples.warnings) or None}
     return shown | ({"loramill": {**shown["loramill"], "reused": True}} if reused else {})
+
+
+@router.post(PATH + "/check")
+def check_file(form: Annotated[Check, Form(media_type="multipart/form-data")], here: Here, who: Who) -> dict[str, Any]:
+    """Validates examples as an upload and a job would, and describes what would be trained; keeps nothing."""
+    who.acting()
+    filename, raw = PurePath(form.file.filename or "upload.jsonl").name, form.file.file.read()
+    minimum = here.settings.jobs.min_examples if form.use == "training" else 1
+    examples = read_examples(raw, filename, minimum=minimum)
+    longest = min(form.max_length or MAX_LENGTH, here.base.context_length)
+    check_tokens(examples, here.tokenizer, longest, form.learn)
+    return {
+        "object": "file.check",
+        "filename": filename,
+        "bytes": len(raw),
+        "examples": len(examples.examples),
+        "status_details": "\n".join(examples.warnings) or None,
+        **preview(examples, here.tokenizer, form.learn),
+    }
 
 
 @router.get(PATH)

@@ -93,6 +93,38 @@ class File(TypedDict):
 
 
 @exactly
+class FileTokens(TypedDict):
+    """Tokens of a file's sequences: of an example, or of a part of one that is trained by itself."""
+
+    min: int
+    median: int
+    max: int
+    total: int
+
+
+@exactly
+class FilePart(TypedDict):
+    """A part of an example as the base's chat template renders it, and whether the loss is computed on it."""
+
+    text: str
+    supervised: bool
+
+
+@exactly
+class FileCheck(TypedDict):
+    """What would be trained of a file that isn't kept; `preview` is its first example."""
+
+    object: Literal["file.check"]
+    filename: str
+    bytes: int
+    examples: int
+    status_details: str | None
+    tokens: FileTokens
+    supervised_tokens: int
+    preview: list[FilePart]
+
+
+@exactly
 class FileDeleted(TypedDict):
     """A file that is no more."""
 

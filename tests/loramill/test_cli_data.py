@@ -200,3 +200,39 @@ def test_a_file_that_a_job_needs_is_not_deleted(tenant: str) -> None:
         file = client.job(job).training_file
     refused = loramill("files", "delete", file)
     assert refused.exit_code == 1 and f"the job {job} needs it" in refused.stderr
+
+
+def test_a_dry_run_shows_what_would_be_trained_and_stores_nothing(tenant: str) -> None:
+    table("train.csv", "prompt,completion")
+    ran = ok(
+        "submit",
+        f"{tenant}/a",
+        "--train",
+        "train.csv",
+        "--valid",
+        table("valid.csv", "prompt,completion", count=2),
+        "--dry-run",
+    )
+    assert "CSV, prompt and completion (prompt, completion)" in ran.stdout
+    assert "what is train.csv 0?\u27e6number 0<|im_end|>\u27e7" in ran.stdout
+    assert "Nothing was stored or submitted" in ran.stderr
+    Path("chat.jsonl").write_bytes(examples())
+    (found,) = shown("submit", f"{tenant}/a", "--train", "chat.jsonl", "--dry-run")
+    assert (found["recognized"], found["examples"]) == ("JSONL, messages", 12)
+    *prompt, answer = found["preview"]
+    assert (answer["supervised"], answer["text"]) == (True, "code 0<|im_end|>")
+    assert prompt[-1]["text"].endswith("<|im_start|>assistant\n") and not prompt[-1]["supervised"]
+    tokens = found["tokens"]
+    assert 0 < tokens["min"] <= tokens["median"] <= tokens["max"] < tokens["total"]
+    assert 0 < found["supervised_tokens"] < tokens["total"]
+    assert shown("files", "list", "--tenant", tenant) == [] == shown("jobs", "--tenant", tenant)
+
+
+def test_a_dry_run_names_what_is_refused(tenant: str) -> None:
+    few = loramill("submit", f"{tenant}/a", "--train", table("few.csv", "prompt,completion", count=3), "--dry-run")
+    assert few.exit_code == 1 and "few.csv: it has 3 examples, and at least 10 are needed" in few.stderr
+    table("train.csv", "prompt,completion")
+    long = loramill("submit", f"{tenant}/a", "--train", "train.csv", "--max-length", "8", "--dry-run")
+    assert long.exit_code == 1 and "train.csv, line 1: it has" in long.stderr and "the limit is 8" in long.stderr
+    for words in (["--file", "jobs.toml"], [f"{tenant}/a"]):
+        assert loramill("submit", *words, "--dry-run").exit_code == 2

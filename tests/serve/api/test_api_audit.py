@@ -16,8 +16,8 @@ from loramill.types import AuditRecord
 
 HELLO: Any = [{"role": "user", "content": "a word that nobody may write down"}]
 
-#: What changes nothing that lasts: generation, and what it is counted by is usage.
-GENERATION = {"POST /v1/chat/completions", "POST /v1/completions"}
+#: What changes nothing that lasts: generation, and what it is counted by is usage; and a check of data.
+GENERATION = {"POST /v1/chat/completions", "POST /v1/completions", "POST /v1/files/check"}
 
 
 @dataclass

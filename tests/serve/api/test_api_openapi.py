@@ -129,6 +129,7 @@ def test_every_operation_answers_as_described(
         key = http.post(f"/v1/tenants/{tenant}/keys").json()["id"]
         asked = REQUESTS | {
             "POST /v1/files": {"data": {"purpose": "fine-tune"}, "files": {"file": ("new.jsonl", jsonl(9))}},
+            "POST /v1/files/check": {"files": {"file": ("new.jsonl", jsonl(12))}},
             "POST /v1/fine_tuning/jobs": {"json": job},
             "POST /v1/fine_tuning/jobs/batch": {"json": {"jobs": [job, job | {"model": "no"}], "check_only": True}},
             "POST /v1/adapters/{tenant}/{adapter}/import": {"files": form()},

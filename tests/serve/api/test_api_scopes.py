@@ -25,6 +25,7 @@ TABLE: dict[str, tuple[Scope, ...]] = {
     "GET /v1/models/*": (ASK, READ),
     "DELETE /v1/models/*": (MOVE,),
     "POST /v1/files": (TRAIN,),
+    "POST /v1/files/check": (TRAIN,),
     "GET /v1/files": (TRAIN, READ),
     "GET /v1/files/*": (TRAIN, READ),
     "GET /v1/files/*/content": (TRAIN, READ),

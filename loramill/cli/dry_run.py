@@ -1,0 +1,52 @@
+"""`loramill submit --dry-run`: what would be trained, as the base's chat template renders it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.text import Text
+
+from loramill.cli import show
+from loramill.client import Client
+from loramill.names import AdapterName
+from loramill.options import read_options
+from loramill.uploads import read_valid
+from loramill.views import FileCheck
+
+
+def dry_run(adapter: str, train: str, valid: str | None, said: Mapping[str, Any], *, json: bool) -> None:
+    """Checks data and options as `submit` would, prints what it found, and stores nothing."""
+    tenant = AdapterName.parse(adapter).tenant
+    columns, valid_columns = said.get("columns"), said.get("valid_columns")
+    options = read_options({name: value for name, value in said.items() if name not in ("columns", "valid_columns")})
+    length, learn = options.max_length, options.learn
+    with Client() as client:
+        found = [client.check(train, tenant=tenant, columns=columns, max_length=length, learn=learn)]
+        if valid is not None:
+            source = read_valid(valid, columns, valid_columns)
+            found.append(client.check(source, tenant=tenant, valid=True, max_length=length, learn=learn))
+    if json:
+        return show.as_json(found)
+    for each in found:
+        _print(each)
+    show.line(_marked(found[0]))
+    return show.say("Nothing was stored or submitted. What the loss is computed on stands between ⟦ and ⟧.")
+
+
+def _print(found: FileCheck) -> None:
+    tokens = found.tokens
+    show.facts(
+        [
+            (found.filename, Text(found.recognized)),
+            ("examples", str(found.examples)),
+            ("tokens", f"{tokens.min} to {tokens.max}, median {tokens.median}, {tokens.total} in all"),
+            ("supervised", f"{found.supervised_tokens} tokens"),
+        ]
+    )
+    for warning in found.warnings:
+        show.say(f"Warning: {warning}", style="yellow")
+
+
+def _marked(found: FileCheck) -> str:
+    return "".join(f"⟦{part.text}⟧" if part.supervised else part.text for part in found.preview)
