@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from pathlib import Path
@@ -50,10 +50,12 @@ TESTED = {
     "peft": "0.21.2",
     "plotext": "6.1.0",
     "prometheus-client": "0.26.0",
+    "pyarrow": "26.0.1",
     "pydantic": "2.14.3",
     "pydantic-settings": "2.16.3",
     "python-multipart": "0.0.34",
     "ray": "2.60.0",
+    "regex": "2026.11.15",
     "rich": "15.0.0",
     "safetensors": "0.8.0",
     "sqlalchemy": "2.1.9",
@@ -166,6 +168,17 @@ def judge(name: str, wanted: str, version: str | None, tested: str | None) -> Fi
         found = f"{version}, newer than what was tested ({tested})"
         return Finding(what=name, status=Status.WARN, found=found, mend=f"pip install '{name}=={tested}' if it fails")
     return Finding(what=name, status=Status.OK, found=version)
+
+
+def folded(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings with all packages that are well as one, for people to read."""
+    well = [
+        each.what for each in findings if each.status is Status.OK and each.what.lower().replace("_", "-") in TESTED
+    ]
+    rest = [each for each in findings if each.what not in well]
+    if well:
+        rest.insert(1, Finding(what="packages", status=Status.OK, found=f"{len(well)} as needed; --json lists them"))
+    return rest
 
 
 def hardware(settings: Settings) -> Iterable[Finding]:

@@ -75,14 +75,14 @@ def doctor(json: show.AsJson = False) -> None:
 
     Exit code 1 only where something makes loramill unusable.
     """
-    from loramill.doctor import Status, examine
+    from loramill.doctor import Status, examine, folded
 
     with show.screen(stderr=True).status("Examining this machine…"):
         findings = examine()
     if json:
         show.as_json(findings)
     else:
-        grid = [(show.status(each.status), each.what, each.found) for each in findings]
+        grid = [(show.status(each.status), each.what, each.found) for each in folded(findings)]
         show.table(("", "WHAT", "FOUND"), grid, empty="Nothing to examine.")
         mends = [(show.status(each.status), each.what, each.mend) for each in findings if each.mend]
         if mends:

@@ -265,3 +265,17 @@ def test_the_command_is_1_where_something_must_be_mended(monkeypatch: pytest.Mon
     ran = CliRunner().invoke(app, ["doctor"])
     assert ran.exit_code == 1
     assert "error" in ran.stdout and "There is no base 'nothing'" in ran.stdout
+
+
+def test_packages_that_are_well_are_one_line() -> None:
+    found = [
+        doctor.Finding(what="loramill", status=doctor.Status.OK, found="1"),
+        doctor.Finding(what="torch", status=doctor.Status.OK, found="2"),
+        doctor.Finding(what="huggingface_hub", status=doctor.Status.OK, found="2"),
+        doctor.Finding(what="ray", status=doctor.Status.WARN, found="9", mend="pip install ray"),
+        doctor.Finding(what="disk", status=doctor.Status.OK, found="much"),
+    ]
+    shown = doctor.folded(found)
+    assert [each.what for each in shown] == ["loramill", "packages", "ray", "disk"]
+    assert shown[1].found.startswith("2 as needed")
+    assert doctor.folded(found[3:]) == found[3:]

@@ -86,6 +86,7 @@ def _requests(it: Names, mine: str) -> list[tuple[str, str, dict[str, Any]]]:
         ("DELETE", f"{own}/versions/{it.version}", {}),
         ("POST", f"{adapter}/rename", {"json": {"to": f"{mine}/b"}}),
         ("POST", f"{own}/rename", {"json": {"to": f"{it.tenant}/{it.adapter}"}}),
+        ("GET", f"{adapter}/data", {}),
         ("POST", f"{adapter}/data", {"json": {"training_file": it.file}}),
         ("POST", f"{own}/data", {"json": {"training_file": it.file}}),
         *(("POST", f"{own}/{verb}", {"json": {"version": it.version}}) for verb in ("promote", "pin", "warm")),
