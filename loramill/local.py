@@ -99,24 +99,11 @@ def up(
     sockets_folder()
     with hold_lock(settings):
         try:
-            with console.status("Waiting for the cluster of the last `up` to end…"), cluster_lock(settings):
-                check_port(settings)
-            with console.status("Looking at the artifact store…"):
-                check_stores(settings)
-            with console.status("Opening the record…"):
-                migrate(settings.database)
-                admin_key(settings)
-            base = prepare_base(settings, console)
-            check_memory(base, settings, free_memory())
-            notes = of_other_bases(settings, base)
-            if c_compiler() is None:
-                notes = [*notes, f"[yellow]{NO_COMPILER}[/yellow]"]
+            base = prepare(settings, console)
         except LoramillError:
             if not stop.is_set():  # else what failed is what Ctrl-C ended
                 raise
         else:
-            for line in notes:
-                console.print(line, soft_wrap=True)
 
             def ready() -> None:
                 greet(settings, console, base.name, stop_with)
@@ -125,6 +112,28 @@ def up(
             watch(settings, console, stop, ready)
         settings.address_file.unlink(missing_ok=True)
         console.print("Stopped. `loramill up` goes on where this ended.")
+
+
+def prepare(settings: Settings, console: Console) -> Base:
+    """Checks what the cluster needs, opens registry and base, and prints what the user should know of them.
+
+    Raises:
+        SetupError, Conflict: this machine can't run it as it is.
+    """
+    with console.status("Waiting for the cluster of the last `up` to end…"), cluster_lock(settings):
+        check_port(settings)
+    with console.status("Looking at the artifact store…"):
+        check_stores(settings)
+    with console.status("Opening the registry…"):
+        migrate(settings.database)
+        admin_key(settings)
+    base = prepare_base(settings, console)
+    check_memory(base, settings, free_memory())
+    for line in of_other_bases(settings, base):
+        console.print(line, soft_wrap=True)
+    if c_compiler() is None:
+        console.print(f"[yellow]{NO_COMPILER}[/yellow]", soft_wrap=True)
+    return base
 
 
 def prepare_base(settings: Settings, console: Console) -> Base:

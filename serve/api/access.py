@@ -20,11 +20,13 @@ FILE_BYTES = 64 << 20
 #: Seconds between two complaints about a file that can't be written.
 COMPLAINT_SECONDS = 60.0
 
+#: What `up`, load balancers and kubelets ask every few seconds; only their failures are worth a line.
+_PROBES = ("/health", "/healthz", "/readyz")
 _KEY = re.compile(r"lm-[\w-]+")
 
 
 def note(*, request: str, tenant: str | None, method: str, path: str, status: int, seconds: float) -> None:
-    """Writes one request down: no query, no header, no body, and no key that somebody put into the path.
+    """Writes one request down: no query, header or body, no key that stands in the path, and no probe that succeeds.
 
     Args:
         request: its id, which the answer has as `x-request-id`.
@@ -32,7 +34,7 @@ def note(*, request: str, tenant: str | None, method: str, path: str, status: in
         status: what was answered; 0: the caller went away before.
         seconds: until the last byte of the answer.
     """
-    if not log.isEnabledFor(logging.INFO):
+    if not log.isEnabledFor(logging.INFO) or (path in _PROBES and 200 <= status < 300):
         return
     now = time.time()
     line = {

@@ -41,7 +41,7 @@ def test_every_request_is_found_by_the_id_of_its_answer(
         http.post("/v1/completions", json={"model": "nothing", "prompt": "a secret prompt"}),
     ]
     with site.http() as keyless:
-        answers += [keyless.get("/v1/models"), keyless.get("/healthz"), keyless.get("/v1/models/lm-abc_DEF-1/x%0Ay")]
+        answers += [keyless.get("/v1/models"), keyless.get("/v1/models/lm-abc_DEF-1/x%0Ay")]
     found = {line["request"]: line for line in lines(folder)}
     told = [found[answer.headers["x-request-id"]] for answer in answers]
     assert [(line["tenant"], line["method"], line["path"], line["status"]) for line in told] == [
@@ -49,13 +49,19 @@ def test_every_request_is_found_by_the_id_of_its_answer(
         (tenant, "GET", "/v1/nothing", 404),
         (tenant, "POST", "/v1/completions", 404),
         (None, "GET", "/v1/models", 401),
-        (None, "GET", "/healthz", 200),
         (None, "GET", "/v1/models/lm-…/x\ny", 401),
     ]
     assert all(line["ms"] >= 0 and line["time"].endswith("Z") for line in told)
     text = (folder / "access.log").read_text()
     assert "secret" not in text and "abc_DEF" not in text and http.headers["authorization"][7:] not in text
-    assert len(text.splitlines()) == len(found) == 6
+    assert len(text.splitlines()) == len(found) == 5
+
+
+def test_a_probe_is_logged_only_where_it_fails(folder: Path, http: httpx.Client) -> None:
+    for path in ("/healthz", "/health", "/readyz"):
+        assert http.get(path).status_code == 200
+    access.note(request="r", tenant=None, method="GET", path="/readyz", status=503, seconds=0.1)
+    assert [line["status"] for line in lines(folder)] == [503]
 
 
 def test_a_full_file_is_moved_by_one_of_the_gateways_that_share_it(
