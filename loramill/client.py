@@ -89,12 +89,14 @@ class Client(FineTuning, Tenancy):
 
     def chat(self, model: str, messages: Messages, **parameters: Any) -> str:
         """The model's answer. `parameters` are OpenAI's: max_tokens, temperature, seed, …"""
+        self._check_key()
         with openai_errors(self.url), self.openai() as client:
             answer = client.chat.completions.create(model=model, messages=_conversation(messages), **parameters)
         return answer.choices[0].message.content or ""
 
     def stream(self, model: str, messages: Messages, **parameters: Any) -> Generator[str, None, None]:
         """The model's answer, piece by piece as it is generated."""
+        self._check_key()
         with openai_errors(self.url), self.openai() as client:
             chunks = client.chat.completions.create(
                 model=model, messages=_conversation(messages), stream=True, **parameters
@@ -103,12 +105,16 @@ class Client(FineTuning, Tenancy):
                 if chunk.choices and (text := chunk.choices[0].delta.content):
                     yield text
 
+    def _check_key(self) -> None:
+        """Raises, where there is no key, whether no gateway answers or it requires one."""
+        if self._key is None:
+            self._wire.call("GET", "/v1/models")
+
     def openai(self) -> openai.OpenAI:
         """An `openai` client that talks to this gateway, for whatever OpenAI's API has beyond `chat`."""
         from openai import DefaultHttpxClient, OpenAI
 
         if self._key is None:
-            self._wire.call("GET", "/v1/models")  # raises: no gateway answers, or it requires a key
             raise Unauthenticated("There is no API key: set LORAMILL_API_KEY, or give Client(api_key=…).")
         return OpenAI(
             base_url=f"{self.url}/v1",

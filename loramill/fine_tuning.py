@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ _PAGE = 100
 #: Jobs of one request: their files are tokenized while it is waited for.
 _BATCH = 100
 _JOBS = "/v1/fine_tuning/jobs"
+#: What is given in place of a job's id where an adapter is meant.
+_ADAPTER = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.@-]*")
 _FILES = "/v1/files"
 
 
@@ -356,7 +359,7 @@ class FineTuning:
 
 
 def _path(job_id: str, below: str = "") -> str:
-    if "/" in job_id:
+    if _ADAPTER.fullmatch(job_id):
         raise InvalidRequest(
             f"'{job_id}' is the name of an adapter, not of a job: a job's id begins with ftjob-, and "
             "`loramill jobs` lists them."

@@ -14,6 +14,8 @@ from openai import OpenAI
 from loramill.registry import audit, jobs, keys
 from loramill.types import AuditRecord
 
+from .test_api_imports import form
+
 HELLO: Any = [{"role": "user", "content": "a word that nobody may write down"}]
 
 #: What changes nothing that lasts: generation, and what it is counted by is usage; and a check of data.
@@ -136,6 +138,11 @@ CALLS: dict[str, tuple[Callable[[Stage], httpx.Response], str, bool]] = {
     "POST /v1/adapters/*/*/data": (
         lambda s: s.own.post(f"/v1/adapters/{s.tenant}/a/data", json={"training_file": s.file}),
         "adapter.data",
+        False,
+    ),
+    "POST /v1/adapters/*/*/import": (
+        lambda s: s.own.post(f"/v1/adapters/{s.tenant}/a/import", files=form()),
+        "adapter.import",
         False,
     ),
     "POST /v1/adapters/*/*/rename": (

@@ -56,7 +56,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "POST /v1/tenants/{tenant}/limits": {"json": {"requests_per_minute": 1000, "stored_bytes": "unlimited"}},
     "DELETE /v1/adapters/{tenant}/{adapter}/versions/{version}": {"params": {"force": "true"}},
     "DELETE /v1/models/{model}": {},
-    "DELETE /v1/adapters/{tenant}/{adapter}": {},
+    "DELETE /v1/adapters/{tenant}/{adapter}": {"params": {"cancel_jobs": "true"}},
     "DELETE /v1/tenants/{tenant}": {"params": {"cancel_jobs": "true"}},
 }
 
