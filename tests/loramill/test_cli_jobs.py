@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from loramill.cli import app
 from loramill.cli.show import duration
 from loramill.cli.submit import _HELP
 from loramill.cli.watch import Jobs, _follow, table
-from loramill.errors import InvalidRequest, NotRunning, Unavailable
+from loramill.errors import InvalidRequest, NotRunning, TrainingDiverged, Unavailable
 from loramill.options import Options
 from loramill.registry import checkpoints, jobs
 from loramill.types import JobStatus
@@ -163,6 +164,21 @@ def test_several_are_changed_at_once(tenant: str) -> None:
     assert [job["status"] for job in shown("jobs", "cancel", first, second)] == ["cancelled"] * 2
 
 
+def test_failed_and_cancelled_jobs_are_queued_again(gateway: RunningGateway, tenant: str) -> None:
+    failed, cancelled, queued = (submitted(tenant, "--seed", seed) for seed in "123")
+    gateway.fail(failed, TrainingDiverged("The loss is not finite."))
+    ok("jobs", "cancel", cancelled)
+    refused = loramill("jobs", "resume", failed)
+    assert refused.exit_code == 1 and "`loramill jobs retry`" in refused.stderr
+    told = ok("jobs", "retry", failed, cancelled).stderr
+    assert [line for line in told.splitlines() if line] == [
+        f"{job} is queued again (now queued)." for job in (failed, cancelled)
+    ]
+    assert [(shown("jobs", "show", job)["status"]) for job in (failed, cancelled)] == ["queued", "queued"]
+    ran = loramill("jobs", "retry", failed, queued, "ftjob-none")
+    assert ran.exit_code == 1 and "is queued, neither failed nor cancelled" in ran.stderr and "ftjob-none" in ran.stderr
+
+
 def test_a_tenants_share(tenant: str) -> None:
     told = ok("tenant", "share", tenant, "--weight", "2.5", "--max-running", "3").stderr
     assert "weight 2.5" in told and "running at most: 3" in told and "waiting at most: unlimited" in told
@@ -177,6 +193,27 @@ def test_a_tenants_share(tenant: str) -> None:
 
 
 # Looking
+
+
+def test_a_job_of_another_base_says_what_it_waits_for(
+    gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    other = hashlib.sha256(b"another base").hexdigest()
+    own = submitted(tenant)
+    with gateway.registry.writing() as session:
+        spec = jobs.get(session, own).spec.model_copy(update={"base": other})
+        foreign = jobs.submit(session, spec, {}).id
+    reason = f"base {other[:12]}, which is not served here"
+    rows = {line.split()[0]: line for line in ok("jobs", "list", "--tenant", tenant).stdout.splitlines() if line}
+    assert f"queued, waits for {reason}" in rows[foreign]
+    assert "waits for" not in rows[own]
+    assert ["waits", "for", *reason.split()] in [
+        line.split() for line in ok("jobs", "show", foreign).stdout.splitlines()
+    ]
+    assert "waits for" not in ok("jobs", "show", own).stdout
+    ok("jobs", "cancel", foreign)
+    assert "waits for" not in ok("jobs", "show", foreign).stdout
 
 
 def test_checkpoints_and_plot(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:

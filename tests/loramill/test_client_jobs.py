@@ -144,6 +144,23 @@ def test_a_job_waits_and_goes_on(gateway: RunningGateway, tenant: str) -> None:
             client.curve("ftjob-none")
 
 
+def test_a_failed_job_is_retried(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as client:
+        job = client.submit(f"{tenant}/a", examples(), steps=10)
+        with pytest.raises(errors.Conflict, match="is queued, neither failed nor cancelled"):
+            client.retry(job.id)
+        gateway.fail(job.id, errors.TrainingDiverged("The loss is not finite."))
+        assert client.job(job.id).error == "The loss is not finite."
+        again = client.retry(job.id)
+        assert (again.status, again.error, again.failure, again.step) == (JobStatus.QUEUED, None, None, 1)
+        assert [event.message for event in client.events(job.id)][-1] == "Queued again after it failed."
+        gateway.publish(job.id)
+        with pytest.raises(errors.Conflict, match="is succeeded"):
+            client.retry(job.id)
+        with pytest.raises(errors.NotFound):
+            client.retry("ftjob-none")
+
+
 def test_files_go(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
         file = client.upload(examples(), tenant=tenant)

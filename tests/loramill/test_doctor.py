@@ -25,8 +25,10 @@ from loramill.bases import Base
 from loramill.cli import app
 from loramill.doctor import Finding, Status
 from loramill.errors import BaseUnusable
+from loramill.registry import Registry, datasets, jobs, tenants
 from loramill.registry.migrate import migrate
 from loramill.settings import Settings
+from loramill.types import JobSpec
 
 from .conftest import RunningGateway
 
@@ -207,6 +209,25 @@ def test_the_artifact_store_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     bad = one(doctor.stores, artifacts_url=f"file://{tmp_path}/file/store")
     assert bad.status is Status.ERROR and "artifacts_url" in bad.mend
+
+
+def test_jobs_and_adapters_of_other_bases_are_told(tmp_path: Path, base: Base) -> None:
+    said = {"home": tmp_path, "base": str(base.folder)}
+    settings = Settings.load(**said)
+    assert list(doctor.other_bases(settings)) == [], "there is no database yet, and none is made"
+    assert not (tmp_path / "loramill.db").exists()
+    migrate(settings.database)
+    assert list(doctor.other_bases(settings)) == []
+    registry = Registry.open(settings.database, settings.artifacts)
+    with registry.writing() as session:
+        tenants.create(session, "acme")
+        train = datasets.create(session, "acme", "a.jsonl", "d" * 64, 1, 1).id
+        jobs.submit(session, JobSpec(base="f" * 64, adapter="acme/bot", train=train, steps=1, batch_size=1), {})
+    registry.close()
+    found = one(doctor.other_bases, **said)
+    assert found.status is Status.WARN and found.found.startswith("1 job of other bases than ")
+    assert "LORAMILL_BASE" in found.mend and "loramill jobs list" in found.mend
+    assert list(doctor.other_bases(Settings.load(home=tmp_path, base="nowhere/at-all"))) == []
 
 
 def test_the_gateway_is_told(gateway: RunningGateway) -> None:
