@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loramill.errors import StoreUnusable, Unavailable
+from loramill.jobs import pool as pool_module
 from loramill.jobs import worker as worker_module
 from loramill.jobs.checkpoint import latest
 from loramill.jobs.lease import Lease
@@ -18,7 +20,6 @@ from loramill.jobs.place import discard
 from loramill.jobs.pool import Keeper, owner_at
 from loramill.jobs.worker import run_next, work
 from loramill.registry import jobs, migrate
-from loramill.settings import Settings
 from loramill.types import JobRecord, JobStatus
 
 from .. import switched
@@ -150,36 +151,86 @@ def test_a_job_of_another_base_is_not_leased(mill: Mill) -> None:
     assert (mill.now(job).status, leases(mill, job)) == (JobStatus.QUEUED, 0)
 
 
+@contextmanager
+def running(ended: threading.Event, *tasks: Callable[[], object]) -> Iterator[None]:
+    """Threads that end once `ended` is set, as it is after the block."""
+    threads = [threading.Thread(target=task) for task in tasks]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+def looks(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Callable[[bool], int]:
+    """Counts a function's calls that succeeded (True) or met a database that is away (False)."""
+    ends, act = list[bool](), getattr(owner, name)
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        try:
+            result = act(*arguments, **named)
+        except Unavailable:
+            ends.append(False)
+            raise
+        ends.append(True)
+        return result
+
+    monkeypatch.setattr(owner, name, noted)
+    return ends.count
+
+
 @pytest.mark.usefixtures("slow")
 def test_a_database_that_stops_for_longer_than_a_lease_costs_no_attempt(
     tmp_path: Path, spoken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for module in (worker_module, pool_module):
+        monkeypatch.setattr(module, "LOOK_SECONDS", 0.1)
+        monkeypatch.setattr(module, "AWAY_SECONDS", 0.1)
     with PostgreSQL.installed() as server:
         server.start()
-        quick = Mill.at(tmp_path, spoken, lease_seconds=1.0, max_attempts=1).settings
-        settings: Settings = quick.model_copy(update={"database_url": f"{server.url}/postgres"})
+        # Long, so that no busy machine lets it run out: here the clock moves on instead.
+        home = Mill.at(tmp_path, spoken, lease_seconds=60.0, max_attempts=1).settings
+        settings = home.model_copy(update={"database_url": f"{server.url}/postgres"})
         migrate(settings.database)
-        mill = Mill.opened(settings)
-        # Another worker and a supervisor that look for lost jobs all the time.
-        other = Mill.opened(settings)
+        mill, other, ended = Mill.opened(settings), Mill.opened(settings), threading.Event()
         keeper = Keeper(other.registry, settings.jobs, run_session=lambda *_: ended.wait(), run_trainer=lambda *_: None)
-        ended = threading.Event()
+        silent, beat = threading.Event(), Lease._beat
+        monkeypatch.setattr(Lease, "_beat", lambda lease: unheard() if silent.is_set() else beat(lease))
+        beats = looks(monkeypatch, Lease, "_beat")
         job = mill.submit(steps=30)
         try:
             with in_thread(lambda: run_next(mill.worker(owner_at("session-1", 1)))):
                 eventually(lambda: mill.now(job).step >= 3)
-                for look in (
+                others = looks(monkeypatch, worker_module, "take"), looks(monkeypatch, Keeper, "look")
+                with running(
+                    ended,
                     lambda: keeper.watch(ended),
                     lambda: work(other.worker("w2"), until=lambda _: ended.is_set()),
                 ):
-                    threading.Thread(target=look, daemon=True).start()
-                server.stop()
-                stopped = time.monotonic()
-                eventually(lambda: time.monotonic() - stopped > 2 * settings.jobs.lease_seconds)
-                server.start()
+                    eventually(lambda: all(count(True) > 0 for count in others))
+                    server.stop()
+                    eventually(lambda: all(count(False) > 0 for count in (beats, *others)))
+                    # The lease has run out, and the others look again before the job's worker is heard.
+                    silent.set()
+                    later = time.time() + 2 * settings.jobs.lease_seconds
+                    monkeypatch.setattr(time, "time", lambda: later)
+                    server.start()
+                    before = [count(True) for count in others]
+                    eventually(lambda: all(count(True) > n + 1 for count, n in zip(others, before, strict=True)))
+                    assert mill.now(job).status is JobStatus.RUNNING
+                    silent.clear()
+                    eventually(lambda: mill.now(job).status.final, 60)
             done = mill.now(job)
         finally:
+            silent.clear()
             ended.set()
             mill.registry.close()
             other.registry.close()
     assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 1)
+
+
+def unheard() -> None:
+    raise Unavailable("No heartbeat arrives.")

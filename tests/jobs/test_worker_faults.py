@@ -43,10 +43,11 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def in_thread(task: Callable[[], object]) -> Iterator[None]:
-    thread = threading.Thread(target=task)
+    # A daemon: where the test fails, its worker may insist for minutes on a database that is gone.
+    thread = threading.Thread(target=task, daemon=True)
     thread.start()
     yield
-    thread.join(30)
+    thread.join(120)
     assert not thread.is_alive()
 
 
