@@ -165,6 +165,15 @@ def running(ended: threading.Event, *tasks: Callable[[], object]) -> Iterator[No
             thread.join()
 
 
+@contextmanager
+def while_set(event: threading.Event) -> Iterator[None]:
+    event.set()
+    try:
+        yield
+    finally:
+        event.clear()
+
+
 def looks(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Callable[[bool], int]:
     """Counts a function's calls that succeeded (True) or met a database that is away (False)."""
     ends, act = list[bool](), getattr(owner, name)
@@ -213,20 +222,17 @@ def test_a_database_that_stops_for_longer_than_a_lease_costs_no_attempt(
                     eventually(lambda: all(count(True) > 0 for count in others))
                     server.stop()
                     eventually(lambda: all(count(False) > 0 for count in (beats, *others)))
-                    # The lease has run out, and the others look again before the job's worker is heard.
-                    silent.set()
+                    # The lease runs out, and the others look again before the job's worker is heard.
                     later = time.time() + 2 * settings.jobs.lease_seconds
                     monkeypatch.setattr(time, "time", lambda: later)
-                    server.start()
-                    before = [count(True) for count in others]
-                    eventually(lambda: all(count(True) > n + 1 for count, n in zip(others, before, strict=True)))
-                    assert mill.now(job).status is JobStatus.RUNNING
-                    silent.clear()
+                    with while_set(silent):
+                        server.start()
+                        before = [count(True) for count in others]
+                        eventually(lambda: all(count(True) > n + 1 for count, n in zip(others, before, strict=True)))
+                    assert (mill.now(job).status.final, leases(mill, job)) == (False, 1)
                     eventually(lambda: mill.now(job).status.final, 60)
             done = mill.now(job)
         finally:
-            silent.clear()
-            ended.set()
             mill.registry.close()
             other.registry.close()
     assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 1)
