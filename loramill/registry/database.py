@@ -153,7 +153,7 @@ def explained(url: URL, *, opening: bool = False) -> Iterator[None]:
 
 
 def _told(error: LoramillError, opening: bool) -> LoramillError:
-    if opening:
+    if opening or type(error) not in _PUBLIC:  # a Conflict names nothing of the database
         return error
     _log(error.message)
     return type(error)(_PUBLIC[type(error)])

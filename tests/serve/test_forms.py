@@ -19,7 +19,7 @@ from llguidance import LLMatcher
 
 from loramill.bases import Base
 from loramill.chat import ChatTokenizer
-from loramill.errors import InvalidRequest, ModelNotFound, UnsupportedParameter
+from loramill.errors import InvalidRequest, ModelNotFound
 from loramill.serve import masks
 from loramill.serve.engine import Sampling
 from loramill.serve.engine.sampling import Chooser
@@ -363,10 +363,6 @@ def test_the_real_base_answers_by_a_schema(base: Base) -> None:
         "additionalProperties": False,
     }
     try:
-        tool = {"type": "function", "function": {"name": "now", "parameters": NOTHING}}
-        with pytest.raises(UnsupportedParameter) as caught:
-            ask(replica, request("tools", None, tools=(tool,)))
-        assert caught.value.param == "tools"
         messages = ({"role": "user", "content": "Ada Lovelace was 36. Give her name, age and tags in JSON."},)
         asked = [request(str(t), Form("response_format", person), messages=messages, temperature=t, seed=1)
                  for t in (0.0, 1.0)]  # fmt: skip
