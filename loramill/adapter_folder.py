@@ -66,8 +66,13 @@ def _instead(folder: Path, name: str) -> str:
             ", and adapter_model.bin is a pickle, which may run any code and isn't read. Convert it, if you trust it: "
             f"safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), '{WEIGHTS_FILE}')"
         )
-    inside = sorted(folder.glob(f"*/{name}"))
-    return f"; its folder {inside[0].parent.name} has one: give that" if inside else ""
+    inside = folder_inside(folder, name)
+    return f"; its folder {inside.name} has one: give that" if inside else ""
+
+
+def folder_inside(folder: Path, name: str) -> Path | None:
+    """The folder inside `folder` that has the file `name`, as one does in which several adapters were saved."""
+    return next((path.parent for path in sorted(folder.glob(f"*/{name}"))), None)
 
 
 def complete_export(folder: Path, name: str, version: str, base: str) -> None:

@@ -32,7 +32,7 @@ _KEYS = {
     "system": ("content", "name"),
     "developer": ("content", "name"),
     "user": ("content", "name"),
-    "assistant": ("content", "name", "weight", "tool_calls", "function_call"),
+    "assistant": ("content", "name", "weight", "tool_calls", "function_call", "refusal"),
     "tool": ("content", "name", "tool_call_id"),
     "function": ("content", "name"),
 }
@@ -213,22 +213,30 @@ def _message(value: object, before: Sequence[Message], where: str) -> Message:
 
 
 def _content(value: Mapping[str, Any], where: str, *, empty: bool, calls: bool) -> str:
-    """The text of a message, whose parts are joined."""
+    """The text of a message, whose parts are joined; an assistant's refusal where it has no other."""
     field, content = f"{where}.content", value.get("content")
+    if content is None and "refusal" in value:
+        return read_text(value, "refusal", f"{where}.refusal")
     if content is None and calls:
         return ""
     if not isinstance(content, list):
         return read_text(value, "content", field, empty=empty)
-    for index, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise BadLine(
-                f'{field}[{index}] is of the type {shown(kind)}; only parts like {{"type": "text", "text": "..."}} '
-                "can be trained on."
-            )
-        no_other_keys(part, ("type", "text"), f"{field}[{index}]")
-        read_text(part, "text", f"{field}[{index}].text", empty=True)
-    return read_text({"content": "".join(part["text"] for part in content)}, "content", field, empty=empty)
+    kinds = ("text", "refusal") if value.get("role") == "assistant" else ("text",)
+    texts = [_part(part, f"{field}[{index}]", kinds) for index, part in enumerate(content)]
+    return read_text({"content": "".join(texts)}, "content", field, empty=empty)
+
+
+def _part(part: object, field: str, kinds: Sequence[str]) -> str:
+    """What a part of a content says, which has one of the types `kinds`."""
+    given = part.get("type") if isinstance(part, dict) else part
+    kind = next((kind for kind in kinds if kind == given), None)
+    if not isinstance(part, dict) or kind is None:
+        raise BadLine(
+            f'{field} is of the type {shown(given)}; only parts like {{"type": "text", "text": "..."}} '
+            "can be trained on."
+        )
+    no_other_keys(_given(part), ("type", kind), field)
+    return read_text(part, kind, f"{field}.{kind}", empty=True)
 
 
 def _calls(value: Mapping[str, Any], where: str) -> list[ToolCall]:

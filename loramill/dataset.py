@@ -136,7 +136,8 @@ def read_examples(raw: bytes, filename: str, *, minimum: int = 1) -> Examples:
     if not count:
         problems.add(None, f"it is empty; on each line {_FORM}.")
     elif count < minimum:
-        problems.add(None, f"it has {count} examples, and at least {minimum} are needed; add more.")
+        had = "1 example" if count == 1 else f"{count} examples"
+        problems.add(None, f"it has {had}, and at least {minimum} are needed; add more.")
     problems.raise_if_any()
     return Examples(filename, tuple(examples), _repeated(filename, examples))
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import regex
 
-#: Scripts without spaces between words: Chinese and Japanese, Tibetan, and the languages of South East Asia that
-#: Unicode's annex 14 breaks by dictionary only (class SA). The prolonged sound mark of kana is of no script.
+#: Scripts without spaces between words: Chinese, Japanese and Yi, Tibetan, and those of South East Asia whose lines
+#: Unicode's annex 14 breaks by dictionary (class SA) or at any syllable (rule LB28a). The prolonged sound mark of kana
+#: is of no script.
 _UNSPACED = (
     r"[\p{Han}\p{Hiragana}\p{Katakana}\u30FC\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
-    r"\p{New_Tai_Lue}\p{Tai_Le}\p{Tai_Tham}\p{Tai_Viet}]"
+    r"\p{New_Tai_Lue}\p{Tai_Le}\p{Tai_Tham}\p{Tai_Viet}\p{Yi}\p{Javanese}\p{Balinese}]"
 )
 #: A character of theirs with the vowel signs and tone marks that are written on it.
 _CHARACTER = rf"{_UNSPACED}\p{{M}}*"

@@ -100,6 +100,7 @@ def find_model(model: str, settings: Settings) -> tuple[Base, str | None, Callab
         ModelNotFound: no base, version or PEFT folder of this name, or one for another base.
         LoramillError: the record or the artifact can't be read.
     """
+    from loramill.adapter_folder import CONFIG_FILE, folder_inside
     from loramill.bases import find_base
     from loramill.errors import ModelNotFound
     from loramill.names import ModelName
@@ -107,19 +108,23 @@ def find_model(model: str, settings: Settings) -> tuple[Base, str | None, Callab
 
     base = find_base(settings.base, settings.cache, settings.quantization)
     folder = Path(model).expanduser()
-    if (folder / "adapter_config.json").is_file():
+    if (folder / CONFIG_FILE).is_file():
         return base, str(folder.resolve()), Path
     try:
         name = ModelName.parse(model)
         if name.base not in (None, base.name):
             raise ModelNotFound(f"The model '{model}' does not exist: the base here is '{base.name}'.")
+        if name.adapter is None:
+            return base, None, Path
+        registry = Registry.open(settings.database, settings.artifacts)
+        with registry.reading() as session:
+            version = adapters.resolve(session, name.adapter, name.selector)
     except ModelNotFound as error:
-        raise ModelNotFound(f"{error.message} Nor is it a folder with an adapter_config.json.") from error
-    if name.adapter is None:
-        return base, None, Path
-    registry = Registry.open(settings.database, settings.artifacts)
-    with registry.reading() as session:
-        version = adapters.resolve(session, name.adapter, name.selector)
+        if inside := folder_inside(folder, CONFIG_FILE):
+            hint = f"The folder {model} has no {CONFIG_FILE}; its folder {inside.name} has one: give that."
+        else:
+            hint = f"Nor is it a folder with an {CONFIG_FILE}."
+        raise ModelNotFound(f"{error.message} {hint}") from error
     if version.base != base.fingerprint:
         raise ModelNotFound(f"The model '{model}' was trained on another base than '{base.name}'.")
     registry.artifacts.fetch(version.id)  # before the base is loaded, which takes longer

@@ -94,6 +94,8 @@ def resolve(session: Session, name: AdapterName | str, selector: str) -> Version
         row = session.scalar(select(VersionRow).join(AliasRow, pointed).where(alias))
         if row is None:
             found = _aliases(session, name)
+            if not found and session.get(AdapterRow, str(name)) is None:
+                raise ModelNotFound(f"{model}: there is no adapter '{name}'.", param="model")
             has = f"its aliases are {', '.join(sorted(found))}" if found else "it has no version yet"
             raise ModelNotFound(f"{model}: '{name}' has no {selector}; {has}.", param="model")
         return VersionRecord.model_validate(row)

@@ -172,7 +172,8 @@ def test_a_model_is_the_base_a_folder_or_of_the_record(here: Path, tiny: Path, p
     assert "no challenger" in failed("acme/support@challenger", "-p", "Why?")
     assert "does not exist" in failed("acme/nothing", "-p", "Why?")
     assert "the base here is 'tiny'" in failed("smollm2-135m", "-p", "Why?")
-    assert "Nor is it a folder" in failed(peft.parent, "-p", "Why?")
+    assert f"its folder {peft.name} has one: give that" in failed(peft.parent, "-p", "Why?")
+    assert "Nor is it a folder" in failed(here / "nothing", "-p", "Why?")
     weights = registry.artifacts.fetch(version) / "adapter_model.safetensors"
     weights.chmod(0o644)
     weights.write_bytes(b"\0" * weights.stat().st_size)

@@ -97,6 +97,22 @@ def test_parts_and_nulls_mean_what_plain_messages_mean(line: list[Any], same_as:
 
 
 @pytest.mark.parametrize(
+    "refusing",
+    [
+        {"content": None, "refusal": "No."},
+        {"refusal": "No."},
+        {"content": [{"type": "refusal", "refusal": "No.", "text": None}]},
+        {"content": "No.", "refusal": "Never."},
+    ],
+)
+def test_a_refusal_is_what_is_said_where_nothing_else_is(refusing: dict[str, Any]) -> None:
+    line = [say("user", "Hi"), {"role": "assistant", **refusing}]
+    assert read_conversation({"messages": line}) == read_conversation(
+        {"messages": [say("user", "Hi"), say("assistant", "No.")]}
+    )
+
+
+@pytest.mark.parametrize(
     ("roles", "spoken"),
     [
         (["developer", "user", "assistant"], 1),
@@ -147,7 +163,13 @@ def changed(**message: Any) -> list[dict[str, Any]]:
         ({"messages": [say("user", None), ANSWER]}, r"messages\[0\]\.content is None; it must be a string"),
         ({"messages": changed(content=None)}, r"messages\[1\]\.content is None"),
         ({"messages": changed(content="")}, r"messages\[1\]\.content is empty"),
-        ({"messages": changed(refusal="No.")}, r"messages\[1\] has the unknown key 'refusal'"),
+        ({"messages": changed(content=None, refusal=" ")}, r"messages\[1\]\.refusal is empty"),
+        ({"messages": changed(content=None, refusal=7)}, r"messages\[1\]\.refusal is 7; it must be a string"),
+        ({"messages": [say("user", "x", refusal="No."), ANSWER]}, r"messages\[0\] has the unknown key 'refusal'"),
+        (
+            {"messages": [say("user", [{"type": "refusal", "refusal": "No."}]), ANSWER]},
+            r"messages\[0\]\.content\[0\] is of the type 'refusal'",
+        ),
         ({"messages": [say("user", "x", weight=1), ANSWER]}, r"messages\[0\] has the unknown key 'weight'"),
         ({"messages": [say("user", "x", tool_calls=[call()]), ANSWER]}, r"messages\[0\] has the unknown key 'tool_ca"),
         (

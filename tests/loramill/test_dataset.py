@@ -216,7 +216,7 @@ def test_many_problems_are_counted_and_the_first_listed() -> None:
 
 
 def test_too_few_examples() -> None:
-    assert "it has 1 examples, and at least 10 are needed" in problems(GOOD.encode(), minimum=10)[0]
+    assert "it has 1 example, and at least 10 are needed" in problems(GOOD.encode(), minimum=10)[0]
     assert len(read(*[row("Hi", str(n), roles="ua") for n in range(10)], minimum=10).examples) == 10
     many = b"{}\n" * 10
     assert not any("at least" in problem for problem in problems(many, minimum=10))

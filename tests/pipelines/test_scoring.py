@@ -90,6 +90,10 @@ IN_MANY_LANGUAGES = [
     pytest.param("ສະບາຍດີ", "ສະບາຍໃຈ", 2 * 5 / 13, 2 * 5 / 13, id="lo"),
     # Tibetan: the mark between syllables is a character, and no word.
     pytest.param("བོད་ཡིག", "བོད་སྐད", 2 * 3 / (5 + 5), 2 * 2 / (4 + 4), id="bo"),
+    # Javanese and Balinese: a consonant with the signs on it is a character; Yi: a syllable.
+    pytest.param("\ua9a7\ua9b1\ua997\ua9ae", "\ua9a7\ua9b1\ua997\ua9a4", 0.75, 0.75, id="jv"),
+    pytest.param("\u1b29\u1b2e\u1b36", "\u1b29\u1b32\u1b36", 0.5, 0.5, id="ban"),
+    pytest.param("\ua188\ua320\ua259", "\ua188\ua320\ua071", 2 / 3, 2 / 3, id="ii"),
     # Words of these are parted by spaces; a word's vowel signs, points and joiners belong to it.
     pytest.param("मेरा नाम क्या है", "मेरा नाम क्यों है", 0.75, 0.75, id="hi"),
     pytest.param("की", "का", 0.0, 0.0, id="hi vowel sign"),

@@ -66,6 +66,8 @@ def test_resolve(session):
     first, second = a_version("aaaaaaaa1"), a_version("aaaaaaaa22")
     with pytest.raises(ModelNotFound, match="no version yet"):
         adapters.resolve(session, NAME, "champion")
+    with pytest.raises(ModelNotFound, match="there is no adapter 'acme/other'"):
+        adapters.resolve(session, "acme/other", "champion")
     adapters.add_version(session, first)
     adapters.add_version(session, second)
     assert adapters.resolve(session, NAME, "champion") == first
