@@ -142,6 +142,11 @@ def read_examples(raw: bytes, filename: str, *, minimum: int = 1) -> Examples:
     return Examples(filename, tuple(examples), _repeated(filename, examples))
 
 
+def is_chat(row: bytes) -> bool:
+    """Whether a line of a valid file is a conversation; else it is a prompt and its completion."""
+    return "messages" in parse(row)
+
+
 def check_tokens(examples: Examples, tokenizer: ChatTokenizer, max_length: int, learn: Learn = "all") -> None:
     """Checks what only the base's tokenizer and chat template can tell: lengths, tools, and what the template refuses.
 

@@ -339,3 +339,10 @@ class TrainingDiverged(JobError):
     def __init__(self, message: str, *, examples: Sequence[int] = (), param: str | None = None) -> None:
         super().__init__(message, param=param)
         self.examples = tuple(examples)
+
+
+def brief(message: str, lines: int = 2) -> str:
+    """The first lines of a message that may list many problems, and how many follow."""
+    first, rest = message.splitlines()[:lines], message.splitlines()[lines:]
+    more = f"(and {len(rest)} more line{'' if len(rest) == 1 else 's'}: `loramill nightly show --json`)"
+    return "\n".join([*first, more] if rest else first)

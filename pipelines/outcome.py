@@ -8,6 +8,7 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
+from loramill.errors import brief
 from loramill.types import NightlyStep, StepStatus, Value
 
 
@@ -99,7 +100,7 @@ def _verdict(adapter: str, steps: list[NightlyStep], done: Mapping[str, Mapping[
         if step.result.get("deleted"):
             return Verdict.DELETED, step.step, str(step.result["error"])
         if step.status is StepStatus.FAILED:
-            error = str(step.result.get("error") or "no reason was recorded").rstrip(".")
+            error = brief(str(step.result.get("error") or "no reason was recorded")).rstrip(".")
             return Verdict.FAILED, step.step, f"{step.step}: {error}.{_what_now(adapter, step.result)}"
     gate = done.get("gate")
     if gate is not None:

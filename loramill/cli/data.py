@@ -12,6 +12,7 @@ from loramill.cli import complete, show
 from loramill.cli.jobs import Tenant
 from loramill.cli.submit import Columns, Valid, ValidColumns, told
 from loramill.client import Client
+from loramill.errors import brief
 from loramill.options import columns_of
 from loramill.types import AdapterData
 
@@ -38,7 +39,7 @@ FileId = Annotated[str, typer.Argument(metavar="FILE", help="An uploaded file's 
 def register(app: typer.Typer) -> None:
     """Adds the commands."""
     app.add_typer(data, name="data", rich_help_panel="Adapters")
-    app.add_typer(files, name="files", rich_help_panel="Jobs")
+    app.add_typer(files, name="files", rich_help_panel="Fine-tuning")
 
 
 @data.command("add")
@@ -154,5 +155,6 @@ def _state(data: AdapterData) -> Text:
     if data.run is None:
         return show.status("waiting")
     if data.set_aside is not None:
-        return show.status(f"failed in {data.run}: {data.set_aside} (`loramill nightly retry {data.adapter}`)")
+        reason = brief(data.set_aside)
+        return show.status(f"failed in {data.run}: {reason} (`loramill nightly retry {data.adapter}`)")
     return Text(f"in {data.run}" if data.used_at is None else f"used {show.ago(data.used_at)}")

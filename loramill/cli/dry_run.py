@@ -49,4 +49,5 @@ def _print(found: FileCheck) -> None:
 
 
 def _marked(found: FileCheck) -> str:
-    return "".join(f"⟦{part.text}⟧" if part.supervised else part.text for part in found.preview)
+    parts = ((show.visible(part.text), part.supervised) for part in found.preview)
+    return "".join(f"⟦{text}⟧" if supervised else text for text, supervised in parts)

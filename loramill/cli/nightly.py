@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from loramill.cli import show
-from loramill.errors import LoramillError
+from loramill.errors import LoramillError, brief
 from loramill.names import AdapterName
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def show_data(json: show.AsJson = False) -> None:
     rows = [(each.adapter, show.status("waiting"), each.outlook) for each in ready]
     for each in aside:
         files = ", ".join((*each.train, *each.valid))
-        rows.append((each.adapter, show.status("set aside"), f"{each.stage}: {each.reason} ({files})"))
+        rows.append((each.adapter, show.status("set aside"), f"{each.stage}: {brief(each.reason)} ({files})"))
     return show.table(("ADAPTER", "STATE", ""), rows, empty="No adapter has new data.")
 
 
@@ -179,7 +179,7 @@ def _print(registry: Registry, night: NightlyRun, json: bool, deleted: Sequence[
         show.table(columns, (row(each) for each in found), empty="")
     for each in aside:
         show.say(
-            f"{each.adapter}: data of an earlier nightly run is set aside ({each.stage}: {each.reason}); "
+            f"{each.adapter}: data of an earlier nightly run is set aside ({each.stage}: {brief(each.reason)}); "
             f"`loramill nightly retry {each.adapter}` or `loramill nightly drop {each.adapter}`.",
             style="yellow",
         )

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
@@ -108,6 +109,16 @@ def size(number: int) -> str:
         if number >= unit and number * 100 % unit == 0:
             return f"{number / unit:,.10g} {name}"
     return count(number, "byte")
+
+
+def visible(text: str) -> str:
+    """Text of others for a terminal: control characters, which could move its cursor, as \\x1b; lines and tabs stay."""
+    return "".join(
+        repr(letter)[1:-1]
+        if unicodedata.category(letter) in ("Cc", "Cf") and letter not in "\n\t\u200c\u200d"
+        else letter
+        for letter in text
+    )
 
 
 def short(version: str | None) -> str:

@@ -17,8 +17,18 @@ from loramill import new_data
 from loramill.errors import NotFound
 from loramill.names import AdapterName
 from loramill.registry import adapters, datasets
-from loramill.registry.tables import AdapterDataRow, DatasetRow, JobRow, NightlyRunRow, NightlyStepRow
-from loramill.types import AdapterData, NewData, NewDataState, NightlyRun, NightlyStep, SetAside, StepStatus
+from loramill.registry.tables import AdapterDataRow, AliasRow, DatasetRow, JobRow, NightlyRunRow, NightlyStepRow
+from loramill.types import (
+    AdapterData,
+    Alias,
+    DatasetRecord,
+    NewData,
+    NewDataState,
+    NightlyRun,
+    NightlyStep,
+    SetAside,
+    StepStatus,
+)
 
 
 def add_data(session: Session, name: AdapterName, train: str, valid: str | None) -> None:
@@ -100,6 +110,18 @@ def waiting(session: Session, name: AdapterName | str, minimum: int) -> NewDataS
         enough=examples >= new_data.enough(validation=bool(validation), replay=replay, minimum=minimum),
         outlook=new_data.outlook(examples, validation, replay=replay, minimum=minimum),
     )
+
+
+def beside(session: Session, name: AdapterName | str) -> list[DatasetRecord]:
+    """The files that the next nightly run trains an adapter on, as far as it has them: the champion's and new ones."""
+    champion = session.scalar(
+        select(AliasRow.version).where(AliasRow.adapter == str(name), AliasRow.alias == Alias.CHAMPION)
+    )
+    job = session.get(JobRow, adapters.version(session, champion).job or "") if champion else None
+    mine = select(AdapterDataRow.train).where(AdapterDataRow.adapter == str(name), AdapterDataRow.run.is_(None))
+    ids = [*([job.spec["train"]] if job else []), *session.scalars(mine)]
+    found = (session.get(DatasetRow, each) for each in ids)
+    return [DatasetRecord.model_validate(row) for row in found if row is not None]
 
 
 def collect(session: Session, run: str, name: AdapterName | str) -> NewData | None:

@@ -12,7 +12,7 @@ from starlette.responses import StreamingResponse
 
 from loramill.adapter_folder import TOKENIZER_FILES
 from loramill.bases import Base
-from loramill.errors import NotFound
+from loramill.errors import InvalidRequest, NotFound
 from loramill.names import SHORT, AdapterName
 from loramill.registry import adapters, evaluations, jobs, nightly
 from loramill.serve.api.audit import note
@@ -20,7 +20,7 @@ from loramill.serve.api.auth import Caller
 from loramill.serve.api.gateway import Gateway, Here, Who
 from loramill.serve.api.references import find_file, named_by
 from loramill.serve.api.wire import Body, list_of
-from loramill.types import AdapterRecord, Alias, Value, VersionRecord
+from loramill.types import AdapterRecord, Alias, DatasetRecord, Value, VersionRecord
 
 router = APIRouter(tags=["adapters"])
 
@@ -147,6 +147,7 @@ def add_data(tenant: str, adapter: str, body: NewData, here: Here, who: Who) -> 
 
     `new_data` in the answer is all that waits for it, and whether that is enough."""
     name = allowed(who, tenant, adapter)
+    _check_forms(here, name, body)
     with here.registry.writing() as session:
         find_file(session, body.training_file, tenant, "training_file")
         if body.validation_file is not None:
@@ -155,6 +156,33 @@ def add_data(tenant: str, adapter: str, body: NewData, here: Here, who: Who) -> 
         note(session, who, "adapter.data", str(name), tenant, train=body.training_file, valid=body.validation_file)
         waiting = nightly.waiting(session, name, here.settings.jobs.min_examples)
         return adapter_object(adapters.get(session, name)) | {"new_data": waiting.model_dump(mode="json")}
+
+
+def _check_forms(here: Gateway, name: AdapterName, body: NewData) -> None:
+    """Refuses new data that a nightly run can't train on together with what the adapter has: a job takes one form.
+
+    Raises:
+        InvalidRequest: there is no such file, or one holds messages and another prompts and completions.
+    """
+    with here.registry.reading() as session:
+        train = find_file(session, body.training_file, name.tenant, "training_file")
+        ids = [body.validation_file] if body.validation_file is not None else []
+        valid = [find_file(session, each, name.tenant, "validation_file") for each in ids]
+        there = nightly.beside(session, name)
+    chat = here.readings.chat(train)
+    for param, file, others in (("validation_file", train, valid), ("training_file", train, there)):
+        for other in others:
+            if here.readings.chat(other) != chat:
+                raise InvalidRequest(_other_form(file, other, name, chat=chat), param=param)
+
+
+def _other_form(file: DatasetRecord, other: DatasetRecord, name: AdapterName, *, chat: bool) -> str:
+    mine, its = ("messages", "prompts and completions") if chat else ("prompts and completions", "messages")
+    columns, drop = "--columns instruction=prompt,output=completion", f"loramill nightly drop {name}"
+    return (
+        f"{file.filename} holds {mine}, but {other.filename}, which '{name}' uses too, holds {its}; a nightly run "
+        f"needs one form: `{columns}` makes messages of prompts and completions, and `{drop}` takes out what waits."
+    )
 
 
 def allowed(who: Caller, tenant: str, adapter: str) -> AdapterName:

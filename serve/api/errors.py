@@ -113,7 +113,7 @@ def invalid(problems: Sequence[Mapping[str, Any]], body: object) -> InvalidReque
     if kind == "json_invalid":
         return InvalidRequest(f"The body isn't valid JSON: {problems[0]['ctx']['error']}.")
     if not param and kind == "value_error":
-        return InvalidRequest(f"{problems[0]['msg']}.")
+        return InvalidRequest(f"{_said(problems[0])}.")
     if not param:
         return InvalidRequest("The body must be an object, sent with its Content-Type.")
     if kind == "missing":
@@ -122,8 +122,13 @@ def invalid(problems: Sequence[Mapping[str, Any]], body: object) -> InvalidReque
         message = f"The parameter '{param}' isn't supported here, or not with this value; leave it out."
         return UnsupportedParameter(message, param=param)
     # A union reports each of its alternatives: all of them together say what would do.
-    said = dict.fromkeys(str(problem["msg"]) for problem in problems if _param(problem, body) == param)
+    said = dict.fromkeys(_said(problem) for problem in problems if _param(problem, body) == param)
     return InvalidRequest(f"'{param}': {' or: '.join(said)}.", param=param)
+
+
+def _said(problem: Mapping[str, Any]) -> str:
+    """A problem's message, without the prefix that pydantic gives to those of our own validators."""
+    return str(problem["msg"]).removeprefix("Value error, ")
 
 
 def _param(problem: Mapping[str, Any], body: object) -> str:

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from functools import lru_cache
 
 from loramill.chat import ChatTokenizer
-from loramill.dataset import Examples, check_tokens, compare_splits, read_examples
+from loramill.dataset import Examples, check_tokens, compare_splits, is_chat, read_examples
+from loramill.jsonl import rows
 from loramill.registry import ArtifactStore
 from loramill.types import DatasetRecord, Learn
 
@@ -26,6 +27,7 @@ class Readings:
         self._artifacts, self._tokenizer = artifacts, tokenizer
         self._lengths = lru_cache(_KEPT)(self._measure)
         self._shared = lru_cache(_KEPT)(self._compare)
+        self._chat = lru_cache(_KEPT)(self._begins_with_chat)
 
     def lengths(self, file: DatasetRecord, max_length: int, learn: Learn) -> Sequence[int]:
         """Tokens of each of the file's sequences: of an example, or of a part that is trained by itself.
@@ -34,6 +36,14 @@ class Readings:
             DatasetInvalid: an example is longer than `max_length`, or can't be learnt from in this way.
         """
         return self._lengths(file.artifact, file.filename, max_length, learn)
+
+    def chat(self, file: DatasetRecord) -> bool:
+        """Whether the file holds conversations; else it holds prompts and completions."""
+        return self._chat(file.artifact)
+
+    def _begins_with_chat(self, artifact: str) -> bool:
+        with self._artifacts.open(artifact, DATA) as content:
+            return is_chat(next(rows(content))[1])
 
     def warnings(self, train: DatasetRecord, valid: DatasetRecord) -> tuple[str, ...]:
         """What is odd about two files together."""

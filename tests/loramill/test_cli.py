@@ -391,7 +391,8 @@ def test_a_failed_nightly_run_is_told_and_exits_with_1(
         with registry.writing() as session:
             adapters.ensure(session, name)
             run = nightly.open_run(session)
-            error = {"error": "The loss is NaN.", "data": "set aside"}
+            lines = "".join(f"\na.jsonl, line {number}: it is empty." for number in range(20))
+            error = {"error": f"The loss is NaN.{lines}", "data": "set aside"}
             report(nightly.record(session, run.id, name, "train", StepStatus.FAILED, error))
             return nightly.finish(session, run.id)
 
@@ -400,7 +401,8 @@ def test_a_failed_nightly_run_is_told_and_exits_with_1(
     assert ran.exit_code == 1 and f"{name}: train failed: The loss is NaN." in ran.stderr
     assert ran.stderr.endswith(f"Nightly run: 1 failed ({name} at train).\n")
     told = " ".join(ran.stdout.split())
-    assert "failed train: The loss is NaN. Its data is set aside: `loramill nightly retry" in told
+    assert "failed train: The loss is NaN. a.jsonl, line 0: it is empty. (and 19 more lines:" in told
+    assert "Its data is set aside: `loramill nightly retry" in told and "line 19" in ran.stderr
     as_json = loramill("nightly", "run", "--json")
     assert as_json.exit_code == 1 and as_json.stderr == ""
     assert json.loads(as_json.stdout)["adapters"][0]["reason"].startswith("train: The loss is NaN.")

@@ -172,7 +172,7 @@ def test_data_for_nightly_runs_comes_in_every_format(here: RunningGateway, tenan
         run = nightly.open_run(session)
         nightly.collect(session, run.id, name)
         nightly.finish(session, run.id)
-    ok("data", "add", name, "--train", "share.json", "--valid", table("valid.tsv", "prompt\tcompletion", "\t", 3))
+    ok("data", "add", name, "--train", "share.json", "--valid", table("valid.tsv", "instruction\toutput", "\t", 3))
     waiting, used = shown("data", "list", name)
     assert (waiting["train_filename"], waiting["valid_filename"], waiting["run"]) == ("share.json", "valid.tsv", None)
     assert (used["train_filename"], used["train_examples"], used["run"]) == ("new.csv", 12, run.id)
@@ -226,6 +226,14 @@ def test_a_dry_run_shows_what_would_be_trained_and_stores_nothing(tenant: str) -
     assert 0 < tokens["min"] <= tokens["median"] <= tokens["max"] < tokens["total"]
     assert 0 < found["supervised_tokens"] < tokens["total"]
     assert shown("files", "list", "--tenant", tenant) == [] == shown("jobs", "--tenant", tenant)
+
+
+def test_a_dry_run_shows_control_characters_instead_of_sending_them_to_the_terminal(tenant: str) -> None:
+    row = '{"prompt": "a\\u001b[31mb\\u202ec\\td", "completion": "e%d\\u0000"}\n'
+    Path("train.jsonl").write_text("".join(row % number for number in range(12)))
+    shown = ok("submit", f"{tenant}/a", "--train", "train.jsonl", "--dry-run").stdout
+    assert r"a\x1b[31mb\u202ec" in shown and "\td" in shown and r"e0\x00" in shown
+    assert not {"\x1b", "\u202e", "\x00"} & set(shown)
 
 
 def test_a_dry_run_names_what_is_refused(tenant: str) -> None:

@@ -90,3 +90,28 @@ def test_data_for_the_next_night(
     with site.registry.reading() as session:
         waiting = [data for data in nightly.pending(session) if data.adapter == f"{tenant}/support"]
     assert len(waiting) == 1
+
+
+def test_new_data_of_another_form_is_refused_when_it_is_added(
+    client: OpenAI, http: httpx.Client, tenant: str, jsonl: Any
+) -> None:
+    pairs = b"".join(b'{"prompt": "p%d", "completion": "c%d"}\n' % (number, number) for number in range(12))
+    chat = client.files.create(file=("chat.jsonl", jsonl(12)), purpose="fine-tune").id
+    text = client.files.create(file=("text.jsonl", pairs), purpose="fine-tune").id
+
+    def add(adapter: str, train: str, valid: str | None = None) -> httpx.Response:
+        body = {"training_file": train} | ({"validation_file": valid} if valid else {})
+        return http.post(f"/v1/adapters/{tenant}/{adapter}/data", json=body)
+
+    assert add("forms", chat).status_code == 200
+    for adapter, param, files in (
+        ("forms", "training_file", (text,)),  # chat.jsonl waits there
+        ("fresh", "validation_file", (chat, text)),
+    ):
+        refused = add(adapter, *files)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"]) == (400, param)
+        assert "chat.jsonl" in error["message"] and "text.jsonl" in error["message"]
+    assert "`--columns instruction=prompt,output=completion`" in add("forms", text).json()["error"]["message"]
+    assert add("forms", chat, chat).status_code == 200  # what was refused left nothing behind
+    assert add("plain", text).status_code == 200
