@@ -1,4 +1,4 @@
-"""A PEFT folder on this machine: what of it is uploaded, and what an export adds to a version's files."""
+"""PEFT folders: the files that an import uploads, and what an export adds to a version's files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from loramill.errors import InvalidRequest
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-#: The parts of the form of an import.
+#: Form fields of an import, and the file of each.
 ADAPTER_FILES: Mapping[str, str] = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE}
 #: Files of a base that a tokenizer is read from.
 TOKENIZER_FILES = (
@@ -46,10 +46,10 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 
 def adapter_file(folder: Path, name: str) -> tuple[str, bytes]:
-    """A file of the folder, for a form.
+    """A file's name and content, for an upload.
 
     Raises:
-        InvalidRequest: it isn't there, or can't be read.
+        InvalidRequest: it is missing, or can't be read.
     """
     path = folder / name
     if not path.is_file():
@@ -63,11 +63,11 @@ def adapter_file(folder: Path, name: str) -> tuple[str, bytes]:
 def _instead(folder: Path, name: str) -> str:
     if name == WEIGHTS_FILE and (folder / "adapter_model.bin").is_file():
         return (
-            ", and adapter_model.bin is a pickle, which may run any code and isn't read. Convert it, if you trust it: "
+            "; its adapter_model.bin is a pickle, which can run any code and is not read. If you trust it, convert it: "
             f"safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), '{WEIGHTS_FILE}')"
         )
     inside = folder_inside(folder, name)
-    return f"; its folder {inside.name} has one: give that" if inside else ""
+    return f"; its folder {inside.name} has one: use that folder" if inside else ""
 
 
 def folder_inside(folder: Path, name: str) -> Path | None:
@@ -76,10 +76,10 @@ def folder_inside(folder: Path, name: str) -> Path | None:
 
 
 def complete_export(folder: Path, name: str, version: str, base: str) -> None:
-    """Makes a version's files a folder that PEFT loads alone: with its base's name, and a model card.
+    """Makes a version's files a complete PEFT folder, with the base's name and a model card.
 
     Args:
-        name: of the adapter.
+        name: the adapter's name.
         base: a hub id or a folder, which `from_pretrained` takes.
     """
     path = folder / CONFIG_FILE

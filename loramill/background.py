@@ -1,4 +1,4 @@
-"""A command that goes on in the background, once it has said that it is ready."""
+"""Starts a command in the background and waits until it is ready."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ class Started:
 
     pid: int
     output: Path
-    _said: int
+    _pipe: int
 
     def wait(self) -> None:
         """Returns when the process is ready; an interrupt ends it.
 
         Raises:
-            SetupError: it ended before; the message is its reason.
+            SetupError: it ended before it was ready; the message is the reason.
         """
         try:
-            with os.fdopen(self._said, encoding="utf-8") as said:
-                told = said.read()  # until the process closes its end, or is gone
+            with os.fdopen(self._pipe, encoding="utf-8") as pipe:
+                message = pipe.read()  # until the process closes its end, or is gone
         except KeyboardInterrupt:
             os.kill(self.pid, signal.SIGTERM)
             raise
-        if told != _READY:
-            raise SetupError(told or f"It ended without a reason; what it printed is in {self.output}.")
+        if message != _READY:
+            raise SetupError(message or f"The process ended without a reason; its output is in {self.output}.")
 
 
 def start(run: Callable[[Callable[[], None]], None], output: Path) -> Started:
-    """Starts `run` in a session of its own, which survives this terminal; it calls what it is given when it is ready.
+    """Starts `run` in a session of its own, which outlives this terminal; `run` calls its argument when it is ready.
 
     Call it before any thread is started: the process is a fork of this one.
     """
@@ -53,16 +53,16 @@ def start(run: Callable[[Callable[[], None]], None], output: Path) -> Started:
     return Started(pid, output, reading)
 
 
-def _run(run: Callable[[Callable[[], None]], None], output: Path, said: int) -> NoReturn:
+def _run(run: Callable[[Callable[[], None]], None], output: Path, pipe: int) -> NoReturn:
     """The whole life of the process in the background."""
     status, open_ = 1, True
 
-    def say(text: str) -> None:
+    def report(text: str) -> None:
         nonlocal open_
         if open_:
             open_ = False
-            os.write(said, text.encode())
-            os.close(said)
+            os.write(pipe, text.encode())
+            os.close(pipe)
 
     try:
         os.setsid()
@@ -74,12 +74,12 @@ def _run(run: Callable[[Callable[[], None]], None], output: Path, said: int) -> 
             os.dup2(opened, stream)
             os.close(opened)
         os.dup2(1, 2)
-        run(lambda: say(_READY))
+        run(lambda: report(_READY))
         status = 0
     except LoramillError as error:
         sys.stderr.write(f"{error.message}\n")
-        say(error.message)
-    except BaseException:  # noqa: BLE001 - this process ends here, and its traceback belongs into its output
+        report(error.message)
+    except BaseException:  # noqa: BLE001 - this process ends here, and its traceback belongs in its output
         sys.excepthook(*sys.exc_info())
     finally:
         sys.stdout.flush()

@@ -61,7 +61,7 @@ class Base:
 
     @property
     def source(self) -> str:
-        """What `from_pretrained` takes for it: a hub id if it came from a hub, else the absolute folder."""
+        """What `from_pretrained` takes: its id if it came from a hub, else the absolute folder."""
         if self.name == smollm2.NAME:
             return smollm2.HUB_ID
         # The hub's cache has folders named models--owner--name.
@@ -138,7 +138,7 @@ def load_for_training(base: Base, dtype: torch.dtype, *, packed: bool = False) -
 
 
 def modules_of(base: Base) -> BaseModules:
-    """What adapters may target in a base: built without weights, which are read from its files when asked for.
+    """The modules of a base that adapters may target; weights are read from its files only when they are needed.
 
     Raises:
         BaseUnusable: transformers can't build it.
@@ -163,7 +163,7 @@ def modules_of(base: Base) -> BaseModules:
 
 
 def _read_weight(base: Base, name: str) -> torch.Tensor | None:
-    """A module's weight, or its bias by `<module>.bias`, as it lies in the base's files; None: it doesn't."""
+    """A module's weight, or its bias by `<module>.bias`, from the base's files; None if they do not have it."""
     from safetensors import safe_open
 
     tensor = name if name.endswith(".bias") else f"{name}.weight"

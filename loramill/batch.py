@@ -1,9 +1,9 @@
 """Hundreds of jobs at once: reading them from a file, and what each of them asks for.
 
-A file of jobs is TOML (a `[[jobs]]` table each), JSONL (an object a line) or CSV or TSV (a row each, the header naming
-the options). A job has an `adapter` (tenant/adapter), `train`, perhaps `valid`, `columns` and `valid_columns`, and any
-of `Options`. What `[defaults]` (in JSONL a line {"defaults": {...}}) says goes for every job that doesn't say
-otherwise. Paths are relative to the file.
+A file of jobs is TOML (one `[[jobs]]` table per job), JSONL (one object per line), CSV or TSV (one row per job; the
+header names the options). A job has an `adapter` (tenant/adapter), `train`, perhaps `valid`, `columns` and
+`valid_columns`, and any of `Options`. `[defaults]` (in JSONL a line {"defaults": {...}}) applies to every job that does
+not override it. Paths are relative to the file.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def read_jobs(path: Path, defaults: Mapping[str, object]) -> list[Row]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise InvalidRequest(
-            f"{path.name} isn't a file of jobs; it is named .toml, .jsonl, .csv or .tsv.", param="file"
+            f"{path.name} isn't a file of jobs; its name must end in .toml, .jsonl, .csv or .tsv.", param="file"
         )
     text = text_of(path.name, read_bytes(path))
     try:

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "user", "assistant")
 
-#: All roles that a template may be given: "developer" is written as "system" where it doesn't know it.
+#: All roles that a template may get; "developer" becomes "system" if the template does not have that role.
 _TEMPLATE_ROLES = (*ROLES, "developer", "tool")
 
 #: How a model calls a tool, as Hermes and Qwen have it: JSON with `name` and `arguments` between these.
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
 
-#: Stands for an answer's content where it is looked for in a rendered conversation.
-_PLACE = "loramill-places-the-answer-here"
+#: Placeholder for an answer's content, to find its position in a rendered conversation.
+_PLACEHOLDER = "loramill-places-the-answer-here"
 
 #: Put before a special token that a user spelled. No text can hold it already: a lone surrogate isn't UTF-8.
 _MARK = "\ud800"
@@ -89,8 +89,8 @@ class EncodedExample:
         weight: of the last answer's loss, above 0.
         earlier: the answers before that are learnt, too.
         line: where it stands in its file, from 1; 0: in none.
-        rest: sequences of their own for answers that these tokens can't hold, since the prompt that they are served
-            after doesn't begin with them: some templates take the reasoning out of past answers.
+        rest: further sequences, for answers whose prompt in serving does not begin with these tokens: some templates
+            remove the reasoning from past answers.
     """
 
     tokens: tuple[int, ...]
@@ -102,12 +102,12 @@ class EncodedExample:
 
     @property
     def sequences(self) -> tuple[EncodedExample, ...]:
-        """Itself and the rest."""
+        """This sequence and the rest."""
         return (self, *self.rest)
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """All answers that are learnt in these tokens, in order."""
+        """All answers that are trained in these tokens, in order."""
         return (*self.earlier, Span(self.prompt_length, len(self.tokens), self.weight))
 
 
@@ -198,13 +198,12 @@ class ChatTokenizer:
 
     @property
     def writes_calls(self) -> bool:
-        """Whether the chat template writes tools, calls of them and what they return, in whatever form: the examples
-        that can be trained on."""
+        """Whether the chat template renders tools, calls and their results, in any form, so that they can be trained."""
         return self._template is not None and self._template.findings.tools and self._template.findings.calls
 
     @cached_property
     def chat_problem(self) -> str | None:
-        """Why this base answers no chat, as the end of a sentence; None if it does."""
+        """Why this base can't chat, as the end of a sentence; None if it can."""
         if self._template is None:
             return "it has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)"
         refusal = self._template.findings.refusal
@@ -212,7 +211,7 @@ class ChatTokenizer:
 
     @cached_property
     def training_problem(self) -> str | None:
-        """Why this base trains on no conversation, as the end of a sentence; None if it does."""
+        """Why this base can't train on conversations, as the end of a sentence; None if it can."""
         if self.chat_problem:
             return self.chat_problem
         try:
@@ -223,15 +222,15 @@ class ChatTokenizer:
 
     @property
     def limits(self) -> tuple[str, ...]:
-        """What the base can't do for want of a better chat template, a sentence each; none for most bases."""
+        """What the base can't do because of its chat template, one sentence each; empty for most bases."""
         if self.chat_problem:
-            return (f"This base serves completions, and no chat: {self.chat_problem}.",)
+            return (f"This base serves completions only, not chat: {self.chat_problem}.",)
         if self.training_problem:
-            return (f"This base trains on prompts and completions, and no conversations: {self.training_problem}",)
+            return (f"This base trains on prompts and completions only, not on conversations: {self.training_problem}",)
         return ()
 
     def at(self, moment: datetime) -> ChatTokenizer:
-        """The same, but for a template `moment` is the present, so that rendering again renders the same."""
+        """A copy whose template gets `moment` as the current time, so that it always renders the same."""
         pinned = copy.copy(self)
         pinned._now = moment
         return pinned
@@ -251,9 +250,9 @@ class ChatTokenizer:
             learn: which answers of a conversation.
 
         Raises:
-            DatasetInvalid: none is left to train; the chat template writes no tools, and there are some; it writes a
-                conversation's past differently once it is answered, or doesn't end an answer with a stop token: then
-                no prefix of it is the prompt that will be served.
+            DatasetInvalid: no answer is left to train; there are tools, which the chat template does not render; or it
+                renders earlier messages differently once the answer is there, or does not end an answer with a stop
+                token, so that no prefix is the prompt that will be served.
         """
         if example.prompt is not None:
             prompt = self.text(example.prompt)
@@ -263,8 +262,8 @@ class ChatTokenizer:
             return EncodedExample((*prompt, *completion, self.stop_ids[0]), len(prompt), weight, line=example.line)
         if (param := _about_tools(example.messages, example.tools)) and not self.writes_calls:
             raise DatasetInvalid(
-                f"This base's chat template writes no tools or no calls of them, so that '{param}' would be "
-                "lost: leave them out, or use a base whose template has tools."
+                f"This base's chat template does not render tools or tool calls, so that '{param}' would be "
+                "lost: leave them out, or use a base whose template supports tools."
             )
         found: list[EncodedExample] = []
         for index, weight in example.learnt(learn):
@@ -301,28 +300,29 @@ class ChatTokenizer:
         return prompt, completion[: end + 1]
 
     def _opening(self, answered: str) -> str:
-        """What comes before the answer where a conversation begins with it, of which no prompt can be rendered."""
+        """The text before an answer that begins the conversation, for which no prompt can be rendered."""
         one = [Message(role="user", content="Hi")]
         opening = self._render(one, answer=True).removeprefix(self._render(one, answer=False))
         before, found, _ = answered.partition(opening) if opening else ("", "", "")
         if not found:
             raise DatasetInvalid(
-                "messages[0] is the assistant's, and this base's chat template does not show where an answer to "
-                "nothing begins: give it the weight 0, or put a message before it."
+                "messages[0] is the assistant's, and this base's chat template does not show where such an "
+                "answer begins: give it the weight 0, or put a message before it."
             )
         return before + found
 
     def _opened_answer(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], asked: str, answered: str
     ) -> str:
-        """What follows a generation prompt that begins the answer itself, as those do that end in `<think>`.
+        """The text after a generation prompt that already begins the answer, such as one that ends in `<think>`.
 
-        Such templates write past answers without that opening, and often without their reasoning. What is served after
-        the prompt is the answer's content as the example has it, less the opening if it repeats it; so that is trained.
+        Such templates render past answers without that opening, and often without their reasoning. In serving, the
+        prompt is followed by the answer's content as the example has it, without the opening if it repeats it; so that
+        is trained.
         """
         answer = messages[-1]
-        placed = self._render([*messages[:-1], {**answer, "content": _PLACE}], answer=False, tools=tools)
-        lead, found, tail = placed.partition(_PLACE)
+        placed = self._render([*messages[:-1], {**answer, "content": _PLACEHOLDER}], answer=False, tools=tools)
+        lead, found, tail = placed.partition(_PLACEHOLDER)
         if not found or not asked.startswith(lead):
             raise DatasetInvalid(
                 "This base's chat template writes the messages before an answer differently once "
@@ -345,7 +345,7 @@ class ChatTokenizer:
 
     @cached_property
     def token_bytes(self) -> TokenBytes:
-        """What each token adds to a text."""
+        """The bytes that each token adds to a text."""
         return TokenBytes(self._markup, frozenset(self._special.values()))
 
     def rendered(self, tokens: Sequence[int]) -> str:
@@ -366,8 +366,8 @@ class ChatTokenizer:
     def _render(self, messages: Sequence[Message], *, answer: bool, tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The template's text, with a mark before each special token that a message or a tool spells.
 
-        The one place where a conversation becomes text: serving asks with `answer`, and training compares that with
-        the conversation that holds the answer.
+        Every conversation becomes text here: serving renders it with `answer`, and training compares that with the
+        conversation that has the answer.
 
         Args:
             messages: the conversation.
@@ -375,7 +375,7 @@ class ChatTokenizer:
             tools: what the assistant may call.
 
         Raises:
-            InvalidRequest: no template, no messages, an unknown role, no Unicode, or the template refuses.
+            InvalidRequest: no template, no messages, an unknown role, invalid Unicode, or the template refuses.
         """
         if self._template is None:
             raise InvalidRequest("This base has no chat template; use plain completions.", param="messages")
@@ -447,7 +447,7 @@ class TextStream:
 
 
 def _without(content: str, opening: str) -> str:
-    """A content less the opening of the generation prompt, if it begins with that; white space around it aside."""
+    """The content without the opening of the generation prompt, if it begins with it; white space is ignored."""
     begins, space = opening.strip(), opening[len(opening.rstrip()) :]
     if not begins or not content.lstrip().startswith(begins):
         return content

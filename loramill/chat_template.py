@@ -1,7 +1,7 @@
-"""Chat templates in Hugging Face's dialect of Jinja: which a folder has, how they are rendered, what they can render.
+"""Chat templates in Hugging Face's dialect of Jinja: finding, rendering, and detecting what they support.
 
-A template comes with the base, and its author is trusted no further than Jinja's sandbox; loops, calls and sizes are
-bounded, so that one that never ends is an error and not a replica that hangs.
+A template comes with the base and runs in Jinja's sandbox. Loops, calls and sizes are bounded, so that a template that
+never ends is an error, not a hanging replica.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from loramill.errors import BaseUnusable, InvalidRequest
 
 #: Iterations and calls of one rendering. A million messages do not fit into any context; a million steps take a second.
 MAX_STEPS = 2_000_000
-#: Characters of one rendering, and of any text that a template makes on the way.
+#: Characters of one rendering, and of any intermediate text.
 MAX_CHARACTERS = 1 << 25
 
 _BUDGET = "loramill_budget"
@@ -34,7 +34,7 @@ _NON_ASCII = re.compile(r"[^\x00-\x7f]")
 
 
 class _RefusedError(Exception):
-    """A template raised, by `raise_exception` or by an error of its own; the text is what it said."""
+    """A template raised, by `raise_exception` or by an error of its own; the text is its message."""
 
 
 def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -68,7 +68,7 @@ def by_name(value: object) -> dict[str, str]:
     """The `chat_template` of a JSON file as templates by name.
 
     Raises:
-        TypeError, KeyError: it is none.
+        TypeError, KeyError: it is not a chat template.
     """
     if isinstance(value, list):
         value = {entry["name"]: entry["template"] for entry in value}
@@ -81,17 +81,17 @@ def by_name(value: object) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What rendering marked words has shown of a template.
+    """What a template supports, found by rendering marked words.
 
     Attributes:
         refusal: why no conversation at all can be rendered.
-        parts: roles whose content must be a list of parts, for their text is lost otherwise.
+        parts: roles whose content must be a list of parts, since plain text is lost.
         dropped: roles whose text is lost in either form.
         developer: whether the template has the role "developer".
-        tools: whether it writes the tools that it is given.
-        calls: whether it writes the assistant's calls of tools, and what they returned.
+        tools: whether it renders tools.
+        calls: whether it renders the assistant's tool calls and their results.
         json_arguments: whether a call's arguments must be JSON as text, where others take the object.
-        tools_text: what it made of a tool.
+        tools_text: its rendering of a tool.
     """
 
     refusal: str | None = None
@@ -105,14 +105,14 @@ class Findings:
 
 
 class ChatTemplate:
-    """A base's chat templates, compiled, and what they were found to do.
+    """A base's compiled chat templates, and what they support.
 
     Args:
         templates: by name; "default" is rendered, and "tool_use", if there is one, where there are tools.
         tokens: values of `bos_token` and the like.
 
     Raises:
-        BaseUnusable: a template has an error, or drops what users or the assistant say.
+        BaseUnusable: a template has an error, or drops messages of users or the assistant.
     """
 
     def __init__(self, templates: Mapping[str, str], tokens: Mapping[str, str]) -> None:
@@ -141,7 +141,7 @@ class ChatTemplate:
             messages: plain JSON, each with a role and a text as its content; arguments of calls are objects.
             answer: whether the generation prompt follows, after which the assistant answers.
             tools: what the assistant may call; given to the template as None where there are none.
-            now: what `strftime_now` formats; None: the present, in UTC.
+            now: the time that `strftime_now` formats; None: the current time, in UTC.
 
         Raises:
             InvalidRequest: the template raises, takes more steps or characters than it may, or drops a role's text.
@@ -160,7 +160,7 @@ class ChatTemplate:
 
     @cached_property
     def findings(self) -> Findings:
-        """What the template renders, found by rendering."""
+        """What the template supports, found by rendering."""
         return _examine(self)
 
     def _render(
@@ -210,7 +210,7 @@ def _with_json_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
-# What a template can do, by what becomes of a word
+# What a template supports, by looking for marked words in what it renders
 
 _WORD, _NAME, _KEY = "qwordq", "qnameq", "qkeyq"
 _TOOL = {
@@ -224,10 +224,10 @@ _TOOL = {
 
 
 def _examine(template: ChatTemplate) -> Findings:
-    """Renders a word as each role, as a text and as a part, and sees whether it is there.
+    """Renders a word as each role, as a text and as a part, and looks for it in the result.
 
-    A role that the template refuses, as Gemma's does the system's, is neither dropped nor in parts: its error is shown
-    to who sends such a message.
+    A role that the template refuses, such as the system's in Gemma's, is neither dropped nor in parts: a request with
+    such a message gets the template's error.
     """
     refusal, users = _refusal(template), _form(template, "user")
     if users is None and refusal:
@@ -245,7 +245,7 @@ def _examine(template: ChatTemplate) -> Findings:
 
 def _refusal(template: ChatTemplate) -> str | None:
     """Why neither a user's message nor one after a system message can be rendered; None if either can."""
-    user, system = _said("user", _WORD), _said("system", _WORD)
+    user, system = _message("user", _WORD), _message("system", _WORD)
     reason = None
     for messages in ([user], [system, user]):
         try:
@@ -260,8 +260,8 @@ def _form(template: ChatTemplate, role: str, users: str | None = "text") -> str 
     """How a role's content is read: as a "text", in "parts", or "dropped"; None: such a message is refused."""
     seen = None
     for form in ("text", "parts"):
-        other = _said("user", "Hi", "parts" if users == "parts" else "text")
-        mine = _said(role, _WORD, form)
+        other = _message("user", "Hi", "parts" if users == "parts" else "text")
+        mine = _message(role, _WORD, form)
         conversation = {"user": [mine], "assistant": [other, mine, other]}.get(role, [mine, other])
         try:
             text = template._render(conversation, answer=True)
@@ -273,16 +273,16 @@ def _form(template: ChatTemplate, role: str, users: str | None = "text") -> str 
     return seen
 
 
-def _said(role: str, text: str, form: str = "text") -> dict[str, Any]:
+def _message(role: str, text: str, form: str = "text") -> dict[str, Any]:
     return {"role": role, "content": text if form == "text" else [{"type": "text", "text": text}]}
 
 
 def _examine_tools(template: ChatTemplate, found: Findings) -> Findings:
-    user = _as_wanted(_said("user", "Hi"), found)
+    user = _as_wanted(_message("user", "Hi"), found)
     try:
-        told = template._render([user], answer=True, tools=[_TOOL])
+        rendered = template._render([user], answer=True, tools=[_TOOL])
     except _RefusedError:
-        told = ""
+        rendered = ""
     calls, json_arguments = False, False
     for as_json in (False, True):
         form = Findings(parts=found.parts, json_arguments=as_json)
@@ -290,10 +290,10 @@ def _examine_tools(template: ChatTemplate, found: Findings) -> Findings:
         if _NAME in text and _WORD in text and f"'{_KEY}': " not in text and "qresultq" in text:
             calls, json_arguments = True, as_json
             break
-    return replace(found, tools=_NAME in told, calls=calls, json_arguments=json_arguments, tools_text=told)
+    return replace(found, tools=_NAME in rendered, calls=calls, json_arguments=json_arguments, tools_text=rendered)
 
 
-#: The id is one that Mistral's templates take.
+#: Mistral's templates accept only ids such as this one.
 _CALLED: tuple[dict[str, Any], ...] = (
     {"role": "user", "content": "Hi"},
     {
@@ -336,7 +336,7 @@ class _Budget:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with bounds on calls and on the operators that make long texts of short ones."""
+    """The sandbox, with bounds on calls and on the operators that make long texts from short ones."""
 
     intercepted_binops = frozenset({"*", "**", "+"})
 
@@ -367,7 +367,7 @@ def _check_size(size: int) -> None:
 
 
 class _Bounded(NodeTransformer):
-    """Puts each loop's values, and each joined text, through a filter that counts them."""
+    """Passes each loop's values, and each joined text, through a filter that counts them."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - by the node's name
         self.generic_visit(node)
@@ -395,7 +395,7 @@ def _joined(pieces: Sequence[Any]) -> str:
 
 
 class _GenerationBlock(Extension):
-    """Lets templates with `{% generation %}` blocks through: an answer is found without them."""
+    """Accepts `{% generation %}` blocks, which are not needed to find an answer."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's way to declare it
 

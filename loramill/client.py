@@ -157,15 +157,16 @@ class Client(FineTuning, Tenancy):
         """Deletes an adapter with its versions, jobs, history, evaluations and waiting data; files stay.
 
         Args:
-            cancel_jobs: cancels its jobs that have not ended; without it they are a Conflict.
+            cancel_jobs: cancels its jobs that have not ended; otherwise they are a Conflict.
         """
         return view(Removal, self._wire.call("DELETE", _path(name), params={"cancel_jobs": cancel_jobs}))
 
     def delete_version(self, name: str, version: str, *, force: bool = False) -> None:
-        """Deletes one version (its id or 8 digits of it or more) of an adapter.
+        """Deletes one version (its id, or at least the first 8 digits of it) of an adapter.
 
         Args:
-            force: also the challenger or the previous champion, a Conflict without it. The champion always is one.
+            force: deletes the challenger or the previous champion, too; otherwise they are a Conflict. The champion
+                always is one.
         """
         path = f"{_path(name)}/versions/{quote(version, safe='')}"
         self._wire.call("DELETE", path, params={"force": force})
@@ -196,12 +197,12 @@ class Client(FineTuning, Tenancy):
         """Stores an adapter that was trained elsewhere on the served base; returns its version and its adapter.
 
         Args:
-            name: `tenant/adapter`, made if there is none.
+            name: `tenant/adapter`, created if it does not exist.
             folder: with PEFT's adapter_config.json and adapter_model.safetensors.
             promote: make it the champion, which it is anyway if it is the first.
 
         Raises:
-            InvalidRequest: a file isn't there; or the adapter is broken, incomplete, of another base, or of a kind
+            InvalidRequest: a file is missing; or the adapter is broken, incomplete, of another base, or of a kind
                 that isn't supported.
         """
         files = {part: adapter_file(folder, file) for part, file in ADAPTER_FILES.items()}
@@ -218,12 +219,12 @@ class Client(FineTuning, Tenancy):
         valid_columns: Columns = None,
         on_upload: OnUpload | None = None,
     ) -> NewDataState:
-        """Gives an adapter new examples, from which the next nightly run trains it; returns all that waits for it.
+        """Adds new examples for the next nightly run to train an adapter on; returns the state of all that wait.
 
         Args:
             name: `tenant/adapter`.
             train: examples to train on.
-            valid: examples to evaluate by; else a part of the new ones is held out.
+            valid: examples to evaluate with; without them, part of the new ones is held out.
             columns, valid_columns, on_upload: as `submit` takes them.
         """
         tenant = AdapterName.parse(name).tenant

@@ -1,8 +1,8 @@
-"""Reads one line of chat training data, in OpenAI's format, as chat templates know conversations.
+"""Reads one line of chat training data in OpenAI's format, in the form that chat templates take.
 
 `{"messages": [...], "tools": [...], "parallel_tool_calls": true}`; older lines have `functions` for `tools`, and
-`function_call` and the role `function` in their messages. A key that is null, as `model_dump()` writes them, is the
-same as none.
+`function_call` and the role `function` in their messages. A key that is null, as `model_dump()` writes it, is
+the same as a missing one.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from loramill.chat import CALL_BEGIN, CALL_END, Message, ToolCall
 from loramill.errors import DatasetInvalid
 from loramill.jsonl import parse
 
-#: What a line of chat data may say.
+#: Keys of a line of chat data.
 LINE_KEYS = ("messages", "tools", "parallel_tool_calls", "functions")
 
-#: JSON schema of an empty list of arguments, which is what a function has that names no parameters.
+#: JSON schema of a function that names no parameters.
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
-#: Of an answer's loss.
+#: Largest weight of an answer's loss.
 MAX_WEIGHT = 1e6
-#: As many as a request may have in serving.
+#: The same limit as for a request in serving.
 MAX_TOOLS = 128
 
 _KEYS = {
@@ -45,7 +45,7 @@ class BadLine(Exception):  # dataset.py makes a DatasetInvalid of all that a fil
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A line as chat templates know it.
+    """A line in the form that chat templates take.
 
     Attributes:
         messages: at least one is the assistant's, and so is the last.
@@ -73,14 +73,14 @@ def read_conversation(line: Mapping[str, Any]) -> Conversation:
     ]
     last = len(messages) - 1
     if not weights:
-        raise BadLine("messages has none of the assistant's, and these are what is trained; add one.")
+        raise BadLine("messages has no assistant message, which is what is trained; add one.")
     if messages[last]["role"] != "assistant":
         raise BadLine(f"messages[{last}].role is {found[last]['role']}; the last message must be the assistant's.")
     return Conversation(messages, read_weights(weights), tools)
 
 
 def read_prompt(line: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...]]:
-    """Reads the messages of a line, whoever has the last word, and its tools.
+    """Reads the messages of a line, whatever the role of the last one, and its tools.
 
     Raises:
         BadLine: as `read_conversation`.
@@ -99,10 +99,10 @@ def read_prompt(line: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Map
     return tuple(messages), tools
 
 
-def told(function: Mapping[str, Any]) -> dict[str, Any]:
-    """A function of OpenAI's `tools` as chat templates are given it, in training and in serving.
+def template_tool(function: Mapping[str, Any]) -> dict[str, Any]:
+    """A function of OpenAI's `tools` in the form that chat templates take, in training and in serving.
 
-    `strict` is left out: it is about how calls are forced.
+    `strict` is left out, since it only affects how calls are constrained.
     """
     fields = {key: function.get(key) for key in ("name", "description", "parameters")}
     if fields["parameters"] is None:
@@ -111,7 +111,7 @@ def told(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def answer_text(content: str, calls: Sequence[tuple[str, Any]]) -> str:
-    """What an assistant's message says, as one text: its content, then each call of a tool, as Hermes writes it.
+    """An assistant's message as one text: its content, then each tool call in Hermes' form.
 
     Args:
         calls: name and arguments of each.
@@ -154,7 +154,9 @@ def read_weights(given: Sequence[float | None]) -> tuple[float, ...] | None:
     if all(weight is None for weight in given):
         return None
     if not any(weight is None or weight for weight in given):
-        raise BadLine("weight is 0 for every answer, so that nothing is trained; give one more, or remove the line.")
+        raise BadLine(
+            "weight is 0 for every answer, so that nothing is trained; give one a higher weight, or remove the line."
+        )
     return tuple(1.0 if weight is None else weight for weight in given)
 
 
@@ -168,7 +170,7 @@ def read_text(value: Mapping[str, Any], key: str, field: str, *, empty: bool = F
     if not empty and not text.strip():
         raise BadLine(f"{field} is empty; write the text, or remove the line.")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadLine(f"{field} holds half a surrogate pair (\\ud800 to \\udfff), which is no character; remove it.")
+        raise BadLine(f"{field} holds half a surrogate pair (\\ud800 to \\udfff), which is not a character; remove it.")
     return text
 
 
@@ -186,7 +188,7 @@ def shown(value: object) -> str:
 
 
 def _given(value: Mapping[str, Any]) -> dict[str, Any]:
-    """What is neither null nor an empty list; a content and a role stay as they are."""
+    """The keys that are neither null nor an empty list; a content and a role are always kept."""
     return {key: item for key, item in value.items() if key in ("role", "content") or item not in (None, [])}
 
 
@@ -243,7 +245,7 @@ def _calls(value: Mapping[str, Any], where: str) -> list[ToolCall]:
     if "function_call" in value:
         if "tool_calls" in value:
             raise BadLine(f"{where} has both tool_calls and function_call; leave function_call out.")
-        # Nine letters and digits, which is what Mistral's templates ask for.
+        # Nine letters and digits, as Mistral's templates require.
         return [_call({"id": "call00000", "type": "function", "function": value["function_call"]}, where, "", "")]
     calls = value.get("tool_calls", [])
     if not isinstance(calls, list) or len(calls) > MAX_TOOLS:
@@ -251,8 +253,8 @@ def _calls(value: Mapping[str, Any], where: str) -> list[ToolCall]:
     return [_call(call, where, f".tool_calls[{index}]", ".function") for index, call in enumerate(calls)]
 
 
-def _call(value: object, where: str, place: str, inner: str) -> ToolCall:
-    field = f"{where}{place or '.function_call'}"
+def _call(value: object, where: str, key: str, inner: str) -> ToolCall:
+    field = f"{where}{key or '.function_call'}"
     if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(value.get("function"), dict):
         raise BadLine(
             f'{field} must be an object; write {{"id": "...", "type": "function", "function": {{"name": "...", '
@@ -283,7 +285,7 @@ def _arguments(function: Mapping[str, Any], field: str) -> dict[str, Any]:
 
 
 def _answered(role: str, value: Mapping[str, Any], before: Sequence[Message], where: str) -> str:
-    """The id of the call that this message has the result of: one of the last message that isn't a result itself."""
+    """The id of the call that this message answers: one in the last message that is not a result itself."""
     asking = next((message for message in reversed(before) if message["role"] != "tool"), None)
     calls = asking.get("tool_calls", []) if asking is not None else []
     if role == "tool":
@@ -291,7 +293,7 @@ def _answered(role: str, value: Mapping[str, Any], before: Sequence[Message], wh
         if id_ not in [call["id"] for call in calls]:
             raise BadLine(
                 f"{where}.tool_call_id is {shown(id_)}, which the assistant's message before it does not call; a "
-                "message of the role tool follows the tool_calls that it has a result of."
+                "tool message must follow the tool_calls that it answers."
             )
         return id_
     name = read_text(value, "name", f"{where}.name")
@@ -331,7 +333,7 @@ def _tool(value: object, where: str, *, bare: bool) -> Mapping[str, Any]:
         raise BadLine(f"{field}.parameters is {shown(given['parameters'])}; it must be a JSON schema, an object.")
     if not isinstance(given.get("strict", False), bool):
         raise BadLine(f"{field}.strict is {shown(given['strict'])}; it must be true or false.")
-    return told(given)
+    return template_tool(given)
 
 
 def _name(value: Mapping[str, Any], field: str) -> str:

@@ -1,11 +1,11 @@
 """Validation of training data, before any compute: every problem is found at once, and says how to mend it.
 
-A file is JSONL: UTF-8, an object a line, all of one form. Chat: OpenAI's format, which `loramill.conversation` reads;
-every message of the assistant is trained. Completion: `{"prompt", "completion"}`, plain text, of which the completion
-is trained. Blank lines are skipped.
+A file is JSONL in UTF-8: one object per line, all of one form. Chat: OpenAI's format, which `loramill.conversation`
+reads; every message of the assistant is trained. Completion: `{"prompt", "completion"}`, plain text, of which the
+completion is trained. Blank lines are skipped.
 
-An assistant's message, or a line of completion data, may have a `"weight"`: one of 0 isn't trained, one of 2 counts
-twice. As in OpenAI's format, one without has the weight 1.
+An assistant's message, or a line of completion data, may have a `"weight"`: 0 is not trained, 2 counts twice;
+as in OpenAI's format, the default is 1.
 """
 
 from __future__ import annotations
@@ -148,9 +148,9 @@ def is_chat(row: bytes) -> bool:
 
 
 def check_tokens(examples: Examples, tokenizer: ChatTokenizer, max_length: int, learn: Learn = "all") -> None:
-    """Checks what only the base's tokenizer and chat template can tell: lengths, tools, and what the template refuses.
+    """Checks examples by the base's tokenizer and chat template: lengths, tools, and what the template refuses.
 
-    Examples are never truncated: what is cut off is the end, the very answer that is to be trained.
+    Examples are never truncated, since that would cut off the answer that is to be trained.
 
     Args:
         examples: as read.

@@ -321,7 +321,7 @@ def database(settings: Settings) -> Iterable[Finding]:
 
 
 def stores(settings: Settings) -> Iterable[Finding]:
-    """Where artifacts, checkpoints and Ray Train's notes are kept: can be written, read and deleted in."""
+    """The stores of artifacts, checkpoints and Ray Train's state can be written, listed, read and deleted in."""
     from loramill.local import check_stores
     from loramill.storage import shown
 
@@ -337,7 +337,7 @@ def stores(settings: Settings) -> Iterable[Finding]:
 def other_bases(settings: Settings) -> Iterable[Finding]:
     """Jobs and adapters of other bases than those that are served.
 
-    Nothing where the database or a base is unusable, which other checks tell, or where a base is not on this machine.
+    Finds nothing if the database or a base is unusable, which other checks report, or a base is not on this machine.
     """
     from loramill import smollm2
     from loramill.bases import find_base

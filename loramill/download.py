@@ -1,4 +1,4 @@
-"""A version's files brought to this machine: all of them, or none; an adapter's so that PEFT loads it alone."""
+"""Downloads a version's files, all or none, and makes an adapter's a complete PEFT folder."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def download(
 def _add_base(wire: Wire, path: str, version: str, base: Mapping[str, Any], folder: Path) -> None:
     """Adds the base's tokenizer, with which the adapter's prompts were made."""
     for file in base["tokenizer"]:
-        if file not in TOKENIZER_FILES:  # a gateway elsewhere doesn't choose what is written here
+        if file not in TOKENIZER_FILES:  # a remote gateway must not choose what is written here
             raise foreign(wire.url, f"{path} lists the file {file!r} as a tokenizer's")
         with (
             wire.stream(f"{path}/{quote(file)}", params={"version": version}) as pieces,

@@ -236,7 +236,7 @@ class DiskFull(SetupError):
 
 
 class NotEnoughMemory(SetupError):
-    """Less memory is free than what is about to run needs."""
+    """Less memory is free than the command needs."""
 
     code = "not_enough_memory"
 
@@ -248,7 +248,7 @@ class DatabaseUnusable(SetupError):
 
 
 class StoreUnusable(SetupError):
-    """The store of artifacts or checkpoints refuses to be used: no such bucket, wrong credentials, no permission."""
+    """The artifact or checkpoint store can't be used: no such bucket, wrong credentials, or no permission."""
 
     code = "store_unusable"
 

@@ -1,8 +1,8 @@
-"""What a file is, by its first bytes; names are often wrong."""
+"""Detects what a file is by its first bytes, since names are often wrong."""
 
 from __future__ import annotations
 
-#: What begins with which bytes, the longer first.
+#: First bytes and the kind that they show; longer ones come first.
 _MAGIC = (
     (b"\x1f\x8b", "gzip"),
     (b"\x28\xb5\x2f\xfd", "zstd"),
@@ -24,7 +24,7 @@ _MAGIC = (
     (b"\xfe\xff", "utf-16"),
 )
 
-#: How each is called in a message, where that isn't its own name.
+#: Descriptions for messages, where the kind itself is not one.
 _CALLED = {
     "gzip": "compressed by gzip",
     "zstd": "compressed by zstd",
@@ -47,5 +47,5 @@ def magic(head: bytes) -> str | None:
 
 
 def called(kind: str) -> str:
-    """A kind in the words of a message: "it is …"."""
+    """A kind's description for a message: "it is …"."""
     return _CALLED.get(kind, kind)

@@ -57,7 +57,7 @@ class FineTuning:
         Args:
             data: where they are.
             filename: names bytes.
-            columns: which column is what: {"prompt": "question", "completion": "answer"}; else they are recognized.
+            columns: the column of each field: {"prompt": "question", "completion": "answer"}; None: recognized.
             reuse: answer with the tenant's file of the same content, if it has one.
 
         Raises:
@@ -85,16 +85,16 @@ class FineTuning:
         max_length: int | None = None,
         learn: Literal["last", "all"] | None = None,
     ) -> FileCheck:
-        """Describes what a job would train on, as the base's chat template renders it; nothing is kept.
+        """Describes what a job would train on, as the base's chat template renders it; nothing is stored.
 
         Args:
             data: where the examples are; not an uploaded file.
             columns: as `upload` takes them.
-            valid: whether they are for validation, of which few are enough.
+            valid: whether they are for validation, which has no minimum number.
             max_length, learn: as `submit` takes them.
 
         Raises:
-            DatasetInvalid: as `upload`, and where there are too few or too long ones for a job.
+            DatasetInvalid: as for `upload`, or examples are too few or too long for a job.
         """
         if isinstance(data, File) or (isinstance(data, str) and data.startswith("file-")):
             raise InvalidRequest("An uploaded file was checked when it was uploaded; give the data itself.")
@@ -117,7 +117,7 @@ class FineTuning:
         return File.read(self._wire.call("GET", f"{_FILES}/{quote(file_id, safe='')}"))
 
     def file_content(self, file_id: str) -> Iterator[bytes]:
-        """A file's bytes, piece by piece; of a job's results file, the CSV."""
+        """A file's bytes, piece by piece; a job's results file is CSV."""
         with self._wire.stream(f"{_FILES}/{quote(file_id, safe='')}/content") as content:
             yield from content
 
@@ -142,8 +142,8 @@ class FineTuning:
             adapter: `tenant/adapter`; the adapter comes into being with its first job.
             train: examples to learn from.
             valid: examples to measure the loss on.
-            columns: as `upload` takes it; of `valid` too, if that has these columns.
-            valid_columns: of `valid`, where that has other columns.
+            columns: as `upload` takes it; also for `valid`, if it has these columns.
+            valid_columns: for `valid`, if its columns differ.
             on_upload: called with each file that was uploaded.
             options: what the gateway would choose otherwise; `Job.spec` tells it all. The usual ones: epochs or steps
                 (which win), batch_size, learning_rate, method ("lora", "dora", …), rank, alpha, targets ("all-linear",
@@ -235,7 +235,7 @@ class FineTuning:
         return Job.read(self._wire.call("POST", _path(job_id, "/resume")))
 
     def retry(self, job_id: str) -> Job:
-        """Queues a job again that failed or was cancelled; it goes on from its last checkpoint if that is still there.
+        """Queues a failed or cancelled job again; it resumes from its last checkpoint if that still exists.
 
         Raises:
             Conflict: it neither failed nor was cancelled, or its data was deleted.
@@ -297,7 +297,7 @@ class FineTuning:
                 self._wire.call("GET", f"/v1/tenants/{quote(tenant, safe='')}")
             except NotFound as error:
                 problems.append(f"{where}: {error.message} (`loramill tenant create {tenant}` makes it.)")
-            except Forbidden:  # a tenant's key, which only its own uploads can try
+            except Forbidden:  # a tenant's key may not ask; its uploads will show it
                 continue
         refuse(problems)
 
@@ -375,7 +375,7 @@ def _each(items: Sequence[_T], what: str, tell: OnProgress) -> Iterator[_T]:
 
 
 def _once(known: dict[tuple[object, ...], Any], upload: Callable[..., str | None], source: Any, *rest: Any) -> Any:
-    """The id of a source's file, or what is wrong with the source; noted in `known`, and looked up there first."""
+    """The id of a source's uploaded file, or the error; remembered in `known`."""
     what = (source, *map(str, rest))
     if what not in known:
         try:

@@ -1,4 +1,4 @@
-"""Which GPUs a process on Ray sees: those that it asked Ray for, and no other."""
+"""Makes processes on Ray see only the GPUs that they requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model hub: what is asked of it, and its errors in one sentence; a silent hub is not waited for."""
+"""Downloads from the model hub, with a short timeout and its errors in one sentence."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from loramill.errors import BaseUnusable
 
-#: Seconds for which a hub is waited for that does not answer.
+#: Seconds to wait for a hub that does not answer.
 _SECONDS = 5.0
 
 
 def cached(repo: str, files: Sequence[str]) -> Path | None:
-    """The folder with what was downloaded before of a model's files of these patterns; None if nothing was."""
+    """The folder of a model's files that match these patterns and were downloaded before; None if there is none."""
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -23,7 +23,7 @@ def cached(repo: str, files: Sequence[str]) -> Path | None:
 
 
 def downloaded(repo: str, files: Sequence[str]) -> Path:
-    """Downloads a model's files of these patterns, as far as they have changed; returns their folder.
+    """Downloads a model's files that match these patterns, if they have changed; returns their folder.
 
     Raises:
         BaseUnusable: there is no such model, or no hub can be reached.
@@ -44,13 +44,13 @@ def _explained(repo: str) -> Iterator[None]:
         yield
     except (errors.RepositoryNotFoundError, errors.GatedRepoError, errors.HFValidationError) as error:
         raise BaseUnusable(
-            f"'{repo}' is no folder here, and the hub has no such model that you may read: correct the name, or log in "
-            "with `hf auth login`."
+            f"'{repo}' is not a folder on this machine, and the hub has no such model that you may read: correct the "
+            "name, or log in with `hf auth login`."
         ) from error
     except (_http_error(), errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         reason = str(error).partition("\n")[0]
         raise BaseUnusable(
-            f"'{repo}' is no folder here, and no model hub could be reached to download it ({reason}): "
+            f"'{repo}' is not a folder on this machine, and no model hub could be reached to download it ({reason}): "
             "give a local Hugging Face folder, or try again with a network."
         ) from error
 

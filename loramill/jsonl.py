@@ -1,6 +1,6 @@
-"""JSONL, line by line: strict JSON, so that no reader can take a line for something else.
+"""Reads JSONL line by line as strict JSON, which all readers understand alike.
 
-A line ends at a line feed and nowhere else: U+2028, U+0085 and form feeds may stand within a text.
+Only a line feed ends a line; U+2028, U+0085 and form feeds may be part of a text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_DEPTH = 64
 def rows(content: bytes | BinaryIO) -> Iterator[tuple[int, bytes]]:
     """The lines that aren't blank, with their numbers from 1, without their ends and byte order marks.
 
-    Of a line longer than `MAX_LINE` only the beginning is read, which `parse` refuses.
+    Only the beginning of a line longer than `MAX_LINE` is read, which `parse` refuses.
     """
     file = io.BytesIO(content) if isinstance(content, bytes) else content
     number = 0
@@ -44,7 +44,7 @@ def parse(row: bytes | str) -> Any:
 
     Raises:
         DatasetInvalid: it isn't JSON in UTF-8, repeats a key, holds NaN or half a surrogate pair, or is too long or
-            nested too deeply. The message is about "it" and names no file.
+            nested too deeply. The message says "it" and names no file.
     """
     if len(row) > MAX_LINE:
         raise DatasetInvalid(_TOO_LONG)
@@ -90,12 +90,12 @@ def decode(row: bytes) -> str:
         return row.decode()
     except UnicodeDecodeError as error:
         character = row[error.start : error.start + 1].decode("cp1252", "ignore")
-        told = f" (in Windows-1252 it is '{character}')" if character.isprintable() and character else ""
-        raise DatasetInvalid(f"byte {error.start + 1} is not UTF-8{told}; save the file as UTF-8.") from error
+        hint = f" (in Windows-1252 it is '{character}')" if character.isprintable() and character else ""
+        raise DatasetInvalid(f"byte {error.start + 1} is not UTF-8{hint}; save the file as UTF-8.") from error
 
 
 def check_tree(value: object) -> None:
-    """Refuses what JSON can spell and no text can hold.
+    """Refuses values that JSON can express but that can't be stored as text, and deep nesting.
 
     Raises:
         DatasetInvalid: half a surrogate pair, or more than `MAX_DEPTH` levels.
@@ -153,7 +153,7 @@ def _check_text(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise DatasetInvalid(
-            f"{where} holds half a surrogate pair (\\ud800 to \\udfff), which is no character; remove it."
+            f"{where} holds half a surrogate pair (\\ud800 to \\udfff), which is not a character; remove it."
         ) from error
 
 
@@ -162,12 +162,12 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise DatasetInvalid(f"it is not JSON that can be read: an object has the same key twice, {repeated!a}.")
+        raise DatasetInvalid(f"an object has the key {repeated!a} twice; keep one.")
     return value
 
 
 def _refuse_constant(name: str) -> object:
-    raise DatasetInvalid(f"it is not JSON: {name} is no number there; write a finite number, or null.")
+    raise DatasetInvalid(f"it is not JSON: {name} is not a number in JSON; write a finite number, or null.")
 
 
 def _finite(text: str) -> float:

@@ -120,7 +120,7 @@ def from_text(name: str, text: str) -> object:
 
 
 def columns_of(name: str, text: str | None) -> Columns:
-    """What an option of a command line says of columns.
+    """Parses the command-line option `name`, which names columns.
 
     Raises:
         InvalidRequest: it is neither pairs nor "auto".

@@ -31,8 +31,7 @@ Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute(
 #: An origin as browsers send it: without a path, not even "/".
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
 
-
-#: Of a host that stands for all addresses, the one to call it by.
+#: The address by which to reach a gateway that listens on all addresses.
 _REACHED = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -43,7 +42,9 @@ class _Section(BaseModel):
 class ServeSettings(_Section):
     """The gateways and the engine replicas."""
 
-    host: str = Field(default="127.0.0.1", min_length=1, description="where the gateway listens; 0.0.0.0: everywhere")
+    host: str = Field(
+        default="127.0.0.1", min_length=1, description="address that the gateway listens on; 0.0.0.0 is every one"
+    )
     port: int = Field(default=8400, ge=1, le=65535)
     ingress: Literal["direct", "proxy"] = Field(
         default="direct",
@@ -80,11 +81,11 @@ class ServeSettings(_Section):
     grace_seconds: float = Field(
         default=180.0,
         ge=0,
-        description="for which keys and names that were read before still answer while the database is away",
+        description="how long known keys and names keep working while the database is away",
     )
     max_upload_bytes: int = Field(default=256 * 2**20, ge=1, description="bytes of the largest upload")
     cors_origins: tuple[Origin, ...] = Field(
-        default=(), description='origins of web pages that may call the gateway from a browser; "*": all'
+        default=(), description='origins of web pages that may call the gateway from a browser; "*" is every one'
     )
 
 

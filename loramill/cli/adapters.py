@@ -1,4 +1,4 @@
-"""`loramill adapters`, `promote` and `rollback`: what answers."""
+"""`loramill adapters`, `promote` and `rollback`: adapters, their versions, and which version answers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Versioned = Annotated[
     str,
     typer.Argument(
         metavar="TENANT/ADAPTER[@VERSION]",
-        help="Such as acme/support@3f2a9c01; a version is 8 digits or more of its hash, or an alias.",
+        help="Such as acme/support@3f2a9c01; a version is at least 8 digits of its hash, or an alias.",
         show_default=False,
         autocompletion=complete.adapters,
     ),
 ]
 Selected = Annotated[
-    str | None, typer.Argument(metavar="[VERSION]", help="The version, if the name has none.", show_default=False)
+    str | None, typer.Argument(metavar="[VERSION]", help="The version, unless the name has it.", show_default=False)
 ]
 
 
@@ -130,7 +130,9 @@ def promote(name: Versioned, version: Selected = None, json: show.AsJson = False
     """Make a version the champion: the one that answers."""
     name, version = _selected(name, version)
     if version is None:
-        raise typer.BadParameter(f"which version? Such as {name}@challenger, or a version of `adapters show {name}`.")
+        raise typer.BadParameter(
+            f"which version? Give an alias, such as {name}@challenger, or one that `adapters show {name}` lists."
+        )
     with Client() as client:
         adapter = client.promote(name, version)
     if json:
@@ -150,7 +152,7 @@ def rollback(name: Adapter, json: show.AsJson = False) -> None:
 
 
 def _selected(name: str, version: str | None) -> tuple[str, str | None]:
-    """The adapter's name and the version that is meant, given as NAME@VERSION or apart."""
+    """The adapter's name and the version, which may be part of the name (NAME@VERSION)."""
     name, at, within = name.partition("@")
     if at and version is not None:
         raise typer.BadParameter(f"two versions were given, {within} and {version}; give one.")
@@ -160,9 +162,9 @@ def _selected(name: str, version: str | None) -> tuple[str, str | None]:
 
 
 def pin(name: Versioned, version: Selected = None, json: show.AsJson = False) -> None:
-    """Make a version (by default the champion) the champion and keep it.
+    """Make a version (by default the current champion) the champion, and keep it.
 
-    No nightly run, promotion or rollback replaces it until it is unpinned.
+    Until it is unpinned, no nightly run, promotion or rollback replaces it.
     """
     name, version = _selected(name, version)
     with Client() as client:

@@ -13,7 +13,7 @@ from loramill.client import Client
 from loramill.errors import LoramillError
 
 _COMMANDS = """/clear  forget the conversation so far
-/bye    end it (also Ctrl-D)
+/bye    end the conversation (also Ctrl-D)
 Ctrl-C  stop an answer"""
 
 
@@ -34,7 +34,9 @@ def chat(
     message: Annotated[str | None, typer.Option("--message", "-m", help="Ask this one question.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: always the most probable token.")] = 0.0,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Probability of the tokens to sample from.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Sample from the most likely tokens with this total probability.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer.")] = None,
 ) -> None:
     """Talk with a model; Ctrl-D ends. A question from a pipe is answered alone."""
@@ -51,7 +53,7 @@ def chat(
 
 
 def _converse(client: Client, model: str, opening: list[dict[str, str]], sampling: dict[str, Any]) -> None:
-    """Asks what is typed until it ends; an answer that is stopped with Ctrl-C stays as far as it came."""
+    """Sends what is typed until the input ends. Ctrl-C stops an answer, of which the text so far is kept."""
     show.say(f"Chatting with {model}; /help lists the commands, Ctrl-D ends.", style="dim")
     conversation = list(opening)
     while (question := _question()) is not None:
@@ -64,7 +66,7 @@ def _converse(client: Client, model: str, opening: list[dict[str, str]], samplin
                 show.say(_COMMANDS, style="dim")
             case "/clear":
                 conversation = list(opening)
-                show.say("The conversation starts anew.", style="dim")
+                show.say("The conversation was cleared.", style="dim")
             case _:
                 conversation.append({"role": "user", "content": question})
                 pieces: list[str] = []
@@ -73,7 +75,7 @@ def _converse(client: Client, model: str, opening: list[dict[str, str]], samplin
                 except KeyboardInterrupt:
                     show.line("")
                     show.say("Stopped; Ctrl-D ends the conversation.", style="dim")
-                except LoramillError as error:  # the next question may go well
+                except LoramillError as error:  # the next question may succeed
                     show.say(error.message, style="red")
                     conversation.pop()
                     continue

@@ -1,4 +1,4 @@
-"""What a shell offers for an argument: names and ids that the gateway lists; nothing where it does not answer."""
+"""Shell completion of names and ids that the gateway lists; nothing is completed if it does not answer."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from itertools import islice
 from loramill.client import Client
 from loramill.errors import LoramillError
 
-#: Seconds that a shell waits for the gateway after a key was pressed, and jobs that are offered, newest first.
+#: Seconds to wait for the gateway, and how many of the newest jobs are offered.
 _SECONDS, _JOBS = 2.0, 50
 
 
 def adapters(incomplete: str) -> list[str]:
-    """Adapters whose names begin so."""
+    """Adapters whose names begin with `incomplete`."""
     return _offered(incomplete, lambda client: (each.name for each in client.adapters()))
 
 
 def models(incomplete: str) -> list[str]:
-    """Bases and adapters whose names begin so."""
+    """Bases and adapters whose names begin with `incomplete`."""
     return _offered(incomplete, lambda client: client.models())
 
 
 def tenants(incomplete: str) -> list[str]:
-    """Tenants whose names begin so."""
+    """Tenants whose names begin with `incomplete`."""
     return _offered(incomplete, lambda client: (each.name for each in client.tenants()))
 
 
 def jobs(incomplete: str) -> list[str]:
-    """Ids of the newest jobs that begin so."""
+    """Ids of the newest jobs that begin with `incomplete`."""
     return _offered(incomplete, lambda client: (each.id for each in islice(client.jobs(), _JOBS)))
 
 
@@ -36,5 +36,5 @@ def _offered(incomplete: str, names: Callable[[Client], Iterable[str]]) -> list[
     try:
         with Client(timeout=_SECONDS) as client:
             return [name for name in names(client) if name.startswith(incomplete)]
-    except LoramillError:  # a message here would land in the middle of the line that is typed
+    except LoramillError:  # a message would appear in the middle of the line that is typed
         return []

@@ -1,4 +1,4 @@
-"""`loramill data` and `loramill files`: examples for nightly runs, and what was uploaded."""
+"""`loramill data` and `loramill files`: examples for nightly runs, and uploaded files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.text import Text
 
 from loramill.cli import complete, show
 from loramill.cli.jobs import Tenant
-from loramill.cli.submit import Columns, Valid, ValidColumns, told
+from loramill.cli.submit import Columns, Valid, ValidColumns, report_upload
 from loramill.client import Client
 from loramill.errors import brief
 from loramill.options import columns_of
@@ -50,7 +50,7 @@ def add_data(
     columns: Columns = None,
     valid_columns: ValidColumns = None,
 ) -> None:
-    """Upload new examples, in any format that `submit` takes, from which the next nightly run trains."""
+    """Upload new examples, in any format that `submit` takes, for the next nightly run to train on."""
     with Client() as client:
         waiting = client.add_data(
             name,
@@ -58,7 +58,7 @@ def add_data(
             valid=valid,
             columns=columns_of("columns", columns),
             valid_columns=columns_of("valid_columns", valid_columns),
-            on_upload=told,
+            on_upload=report_upload,
         )
     show.say(f"{name}: {waiting.outlook}", style=None if waiting.enough else "yellow")
     if waiting.enough:
@@ -67,7 +67,7 @@ def add_data(
 
 @data.command("list")
 def list_data(name: Adapter, json: show.AsJson = False) -> None:
-    """List what an adapter was given for nightly runs: what waits, and what was used."""
+    """List an adapter's data for nightly runs: what waits, what was used, and what failed."""
     with Client() as client:
         found = client.data(name)
     if json:
@@ -85,7 +85,7 @@ def list_data(name: Adapter, json: show.AsJson = False) -> None:
             )
             for each in found
         ),
-        empty=f"{name} has no data for nightly runs: `loramill data add {name} --train FILE` gives it some.",
+        empty=f"{name} has no data for nightly runs: `loramill data add {name} --train FILE` adds some.",
     )
 
 
@@ -116,10 +116,10 @@ def list_files(tenant: Tenant = None, json: show.AsJson = False) -> None:
 @files.command("show")
 def show_file(
     file: FileId,
-    content: Annotated[bool, typer.Option("--content", help="Print the file itself to stdout instead.")] = False,
+    content: Annotated[bool, typer.Option("--content", help="Print the file's content to stdout instead.")] = False,
     json: show.AsJson = False,
 ) -> None:
-    """Show one file's description, or its content: the JSONL that was made of what was given."""
+    """Show a file's description, or its content: the JSONL that the upload was converted to."""
     with Client() as client:
         if content:
             for part in client.file_content(file):
@@ -144,7 +144,7 @@ def show_file(
 def delete_files(
     file: Annotated[list[str], typer.Argument(metavar="FILE...", help="Ids (file-…).", show_default=False)],
 ) -> None:
-    """Delete files that no job that hasn't ended and no nightly run to come needs."""
+    """Delete uploaded files, unless a job that has not ended or the next nightly run needs them."""
     with Client() as client:
         for each in file:
             client.delete_file(each)

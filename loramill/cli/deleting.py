@@ -1,4 +1,4 @@
-"""`adapters delete`, `adapters rename` and `tenant delete`: what can't be undone is confirmed first."""
+"""`adapters delete`, `adapters rename` and `tenant delete`; a deletion is confirmed first."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Tenants = Annotated[
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")]
 CancelJobs = Annotated[
-    bool, typer.Option("--cancel-jobs", help="Cancel jobs that have not ended, instead of refusing.")
+    bool, typer.Option("--cancel-jobs", help="Cancel jobs that have not ended; without it, they prevent the deletion.")
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="Of versions: also the challenger or the previous champion; never the champion.")
+    bool, typer.Option("--force", help="Delete a version even if it is the challenger or the previous champion.")
 ]
 
 
@@ -55,7 +55,7 @@ def delete_adapters(
             else:
                 removed.append(client.delete_adapter(str(name), cancel_jobs=cancel_jobs))
             if not json:
-                show.say(f"{name.at(version)} is deleted." if version else _told(str(name), removed[-1]))
+                show.say(f"{name.at(version)} is deleted." if version else _outcome(str(name), removed[-1]))
     if json:
         show.as_json(removed)
 
@@ -67,13 +67,13 @@ def rename_adapter(
     to: Annotated[str, typer.Argument(metavar="NEW", help="The new name, of the same tenant.", show_default=False)],
     json: show.AsJson = False,
 ) -> None:
-    """Rename an adapter with all its versions, aliases and jobs. The old name does not answer any more."""
+    """Rename an adapter with all its versions, aliases and jobs. The old name stops working."""
     with Client() as client:
         renamed = client.rename(name, to)
     if json:
         show.as_json(renamed)
     else:
-        show.say(f"{name} is {renamed.name} now.")
+        show.say(f"{name} is now {renamed.name}.")
 
 
 def delete_tenants(
@@ -89,7 +89,7 @@ def delete_tenants(
         for name in names:
             removed.append(client.delete_tenant(name, cancel_jobs=cancel_jobs))
             if not json:
-                show.say(_told(f"Tenant {name}", removed[-1]))
+                show.say(_outcome(f"Tenant {name}", removed[-1]))
     if json:
         show.as_json(removed)
 
@@ -99,9 +99,11 @@ def _sentence(names: Sequence[str]) -> str:
 
 
 def _confirm(sentence: str, word: str) -> None:
-    """Has the deletion confirmed by typing a word."""
+    """Asks for a word to be typed, and exits without it."""
     if not _interactive():
-        raise typer.BadParameter("there is no one to ask for confirmation here; --yes deletes without asking.")
+        raise typer.BadParameter(
+            "this is not a terminal, so that the deletion can't be confirmed; --yes deletes without asking."
+        )
     show.say(f"{sentence} It can't be undone.", style="yellow")
     if typer.prompt(f"Type {word} to delete", default="", show_default=False, err=True) != word:
         show.say("Nothing was deleted.")
@@ -112,9 +114,11 @@ def _interactive() -> bool:
     return sys.stdin.isatty()
 
 
-def _told(name: str, removed: Removal) -> str:
+def _outcome(name: str, removed: Removal) -> str:
     counts = ((removed.versions, "version"), (removed.jobs, "job"), (removed.files, "file"))
     parts = [show.count(count, what) for count, what in counts if count]
-    if removed.cancelled:
-        parts.append(f"{len(removed.cancelled)} of the jobs had not ended")
-    return f"{name} is deleted, with {', '.join(parts)}." if parts else f"{name} is deleted."
+    open_jobs = len(removed.cancelled)
+    ended = f" {show.count(open_jobs, 'job')} had not ended and {'was' if open_jobs == 1 else 'were'} cancelled."
+    return (f"{name} is deleted, with {', '.join(parts)}." if parts else f"{name} is deleted.") + ended * bool(
+        open_jobs
+    )

@@ -31,7 +31,7 @@ def dry_run(adapter: str, train: str, valid: str | None, said: Mapping[str, Any]
     for each in found:
         _print(each)
     show.line(_marked(found[0]))
-    return show.say("Nothing was stored or submitted. What the loss is computed on stands between ⟦ and ⟧.")
+    return show.say("Nothing was stored or submitted. The loss is computed on the text between ⟦ and ⟧.")
 
 
 def _print(found: FileCheck) -> None:

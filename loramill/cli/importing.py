@@ -13,10 +13,14 @@ from loramill.names import AdapterName
 
 
 def import_adapter(
-    name: Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", help="Made if there is none.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(metavar="TENANT/ADAPTER", help="Created if it does not exist.", show_default=False)
+    ],
     folder: Annotated[
         Path,
-        typer.Argument(metavar="FOLDER", help="As PEFT, Unsloth or axolotl save it.", exists=True, file_okay=False),
+        typer.Argument(
+            metavar="FOLDER", help="A folder that PEFT, Unsloth or axolotl saved.", exists=True, file_okay=False
+        ),
     ],
     promote: Annotated[bool, typer.Option("--promote", help="Make it the champion: the version that answers.")] = False,
     json: show.AsJson = False,
@@ -24,7 +28,7 @@ def import_adapter(
     """Store a LoRA that was trained elsewhere, on the same base, as a version of an adapter.
 
     FOLDER holds adapter_config.json and adapter_model.safetensors. An adapter's first version is its champion; a later
-    one is the challenger unless you give --promote.
+    one becomes the challenger unless you give --promote.
     """
     with Client() as client:
         version, adapter = client.import_adapter(name, folder, promote=promote)

@@ -155,9 +155,11 @@ def _told(event: Event) -> str:
 
 
 def _numbers(data: Mapping[str, Any]) -> str:
-    """What was measured, without what the message says already, and each validation once (OpenAI has two names)."""
-    said = ("step", "total_steps", "train_loss")
-    shown = {name: value for name, value in data.items() if name not in said and not name.startswith("full_valid_")}
+    """The measurements, without those in the message, and each validation once (OpenAI has two names for it)."""
+    in_message = ("step", "total_steps", "train_loss")
+    shown = {
+        name: value for name, value in data.items() if name not in in_message and not name.startswith("full_valid_")
+    }
     return " ".join(f"{name}={_value(value)}" for name, value in shown.items())
 
 
@@ -204,7 +206,7 @@ def resume(job_ids: JobIds, json: show.AsJson = False) -> None:
 
 @jobs.command("retry")
 def retry(job_ids: JobIds, json: show.AsJson = False) -> None:
-    """Queue failed or cancelled jobs again; they go on from their last checkpoint, if that is still there.
+    """Queue failed or cancelled jobs again. They resume from their last checkpoint if it still exists.
 
     A failed job's checkpoints are kept for a week; those of a cancelled job are removed at once.
     """

@@ -19,12 +19,12 @@ def register(app: typer.Typer) -> None:
 def up(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the gateway.")] = None,
     host: Annotated[
-        str | None, typer.Option(help="Address that the gateway listens on; 0.0.0.0 is all of this machine's.")
+        str | None, typer.Option(help="Address that the gateway listens on; 0.0.0.0 is every address of this machine.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model: built-in name, local folder or hub id.")] = None,
     sessions: Annotated[int | None, typer.Option(min=1, help="Jobs that train at once.")] = None,
     detach: Annotated[
-        bool, typer.Option("--detach", "-d", help="Return when the gateway answers; `loramill down` stops it.")
+        bool, typer.Option("--detach", "-d", help="Run in the background, and return once it is ready.")
     ] = False,
 ) -> None:
     """Run everything on this machine until Ctrl-C: record, gateway, engine, training.

@@ -44,7 +44,7 @@ class _Root(TyperGroup):
 
 
 def _plain_flags(command: Any) -> None:
-    """Leaves the type out of the help of options that are flags: Typer 0.29 shows <bool> with each."""
+    """Removes the type from the help of flags, which Typer 0.29 shows as <bool>."""
     for option in command.params:
         if getattr(option, "is_flag", False):
             option.metavar = ""

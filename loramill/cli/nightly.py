@@ -112,7 +112,7 @@ def drop(name: Adapter) -> None:
     _, registry = _open()
     with registry.writing() as session:
         data = forget(session, AdapterName.parse(name))
-    show.say(f"No nightly run trains {name} on {_files(data.train + data.valid)} any more.")
+    show.say(f"Nightly runs no longer train {name} on {_files(data.train + data.valid)}.")
 
 
 def _files(ids: Sequence[str]) -> str:
@@ -137,7 +137,7 @@ def _last(registry: Registry) -> NightlyRun | None:
 
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[tuple[Callable[[NightlyStep], None], Callable[[Any], None]]]:
-    """What is called with each step that ends and with each bit of progress: a bar for each job and for the answers."""
+    """Callbacks for finished steps and for progress, which is shown as a bar per job and one for the answers."""
     from loramill.pipelines.outcome import describe
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
@@ -180,7 +180,8 @@ def _print(registry: Registry, night: NightlyRun, json: bool, deleted: Sequence[
     for each in aside:
         show.say(
             f"{each.adapter}: data of an earlier nightly run is set aside ({each.stage}: {brief(each.reason)}); "
-            f"`loramill nightly retry {each.adapter}` or `loramill nightly drop {each.adapter}`.",
+            f"`loramill nightly retry {each.adapter}` tries it again, `loramill nightly drop {each.adapter}` "
+            "discards it.",
             style="yellow",
         )
     show.say(summary(found))

@@ -14,7 +14,7 @@ from loramill.errors import DiskFull, SetupError
 from loramill.views import Job, Point
 
 _INK, _QUIET, _TRAIN, _VALID = "#1f2933", "#9aa5b1", "#2b6cb0", "#c2410c"
-#: Steps on each side of one that its smoothed loss is the mean of: this part of all, but at least one.
+#: A smoothed loss is the mean over this part of all steps on each side, at least one.
 _SMOOTH = 1 / 24
 
 
@@ -125,7 +125,7 @@ def _draw(axes: Any, points: Sequence[Point]) -> None:
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """The mean around each loss, as far to one side as to the other, so that it does not lag behind a falling one."""
+    """Centered moving means, which do not lag behind a falling loss; the window narrows toward both ends."""
     widest, last = max(1, round(len(losses) * _SMOOTH)), len(losses) - 1
     means = []
     for middle in range(len(losses)):

@@ -140,7 +140,7 @@ def clock(then: float) -> str:
 
 
 def minute(then: float) -> str:
-    """A time (seconds since the epoch) as this place's clock shows it, without seconds."""
+    """A time (seconds since the epoch) in local time, without seconds."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(then))
 
 

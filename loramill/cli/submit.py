@@ -31,18 +31,22 @@ Train = Annotated[
         help="Examples to train on: JSONL, JSON, CSV, TSV, Parquet, Arrow, hf:org/name or a file's id.",
     ),
 ]
-Valid = Annotated[str | None, typer.Option(metavar="FILE", help="Examples to measure the loss on, in any such format.")]
+Valid = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Examples to measure the validation loss on, in the same formats.")
+]
 Columns = Annotated[
     str | None,
     typer.Option(
         metavar="LIST",
-        help="Which column is what, such as prompt=question,completion=answer. Messages, prompt and completion, Alpaca "
-        "and ShareGPT are recognized without.",
+        help="The column of each field, such as prompt=question,completion=answer. Messages, prompt and completion, "
+        "Alpaca and ShareGPT columns are recognized without it.",
     ),
 ]
 ValidColumns = Annotated[
     str | None,
-    typer.Option(metavar="LIST", help="Columns of --valid, where it has neither those of --columns nor known ones."),
+    typer.Option(
+        metavar="LIST", help="Columns of --valid, if they differ from those of --columns and are not recognized."
+    ),
 ]
 Jobs = Annotated[
     Path | None,
@@ -53,14 +57,14 @@ Jobs = Annotated[
 Name = Annotated[str, typer.Option(help="With --file: another name submits the same jobs again.")]
 Retry = Annotated[bool, typer.Option("--retry", help="With --file: submit again what failed or was cancelled.")]
 CreateTenant = Annotated[
-    bool, typer.Option("--create-tenant", help="Make tenants that don't exist (with an admin's key).")
+    bool, typer.Option("--create-tenant", help="Make tenants that do not exist (needs an admin's key).")
 ]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Show what would be trained and what is wrong with the data; store nothing."),
 ]
 Wait = Annotated[bool, typer.Option("--wait", help="Show progress until all has ended.")]
-Promote = Annotated[bool, typer.Option("--promote", help="Wait, and make the new version the champion.")]
+Promote = Annotated[bool, typer.Option("--promote", help="Wait for the job, then make the new version the champion.")]
 
 #: What can be said of a job, by panel of the help.
 _HELP: Mapping[str, Mapping[str, str]] = {
@@ -81,7 +85,7 @@ _HELP: Mapping[str, Mapping[str, str]] = {
         "base": "Model to tune; else the gateway's.",
     },
     "Training": {
-        "epochs": "Passes over the examples, each of which is seen once in every pass.",
+        "epochs": "Passes over the examples; each pass sees every example once.",
         "steps": "Optimizer steps, instead of --epochs.",
         "batch_size": "Examples a step.",
         "learning_rate": "Learning rate.",
@@ -90,7 +94,7 @@ _HELP: Mapping[str, Mapping[str, str]] = {
         "weight_decay": "Weight decay.",
         "max_grad_norm": "Norm that gradients are clipped to.",
         "max_length": "Tokens of the longest example.",
-        "learn": "Answers of a conversation that are trained: all of them (but those of weight 0), or the last.",
+        "learn": "Answers of a conversation that are trained, where `all` leaves out those of weight 0.",
         "packing": "Let examples share rows without padding.",
         "eval_every": "Steps between validations.",
         "patience": "Validations without gain before an early stop.",
@@ -109,12 +113,12 @@ _HELP: Mapping[str, Mapping[str, str]] = {
     },
 }
 _SHORT = {"learning_rate": ("--lr",)}
-#: What is chosen where an option isn't given, and depends on the job, the data or the pool.
+#: Defaults that depend on the job, the data or the pool, as the help shows them.
 _CHOSEN = {
     "alpha": "2 x rank",
     "targets": "all-linear",
     "epochs": "3, or as many as make 30 to 300 steps",
-    "batch_size": "8, or fewer of few examples",
+    "batch_size": "8, or fewer for few examples",
     "learning_rate": "0.001; full: 0.0001",
     "max_length": "1024, or the base's context if shorter",
     "eval_every": "at checkpoints",
@@ -146,7 +150,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _default(name: str) -> str:
-    """What an option is where it isn't given, for its help."""
+    """The default of an option, as its help shows it."""
     field = JobSpec.model_fields.get(name)
     chosen = _CHOSEN.get(name) or (None if field is None or field.is_required() else field.default)
     if chosen is None or chosen in ({}, False):
@@ -173,7 +177,7 @@ def _option(name: str, help_text: str, panel: str) -> Any:
 def _kind(name: str) -> Any:
     """The type of an option: what its field has; text where that is no single word or number.
 
-    A flag whose absence means neither yes nor no takes the word.
+    A flag with a third state besides yes and no takes a word.
     """
     choices: list[str] = []
     for kind in get_args(Options.model_fields[name].annotation) or (Options.model_fields[name].annotation,):
@@ -217,16 +221,19 @@ def submit(
     }
     if dry:
         if file is not None or not (adapter and train):
-            raise typer.BadParameter("it is for one job: give TENANT/ADAPTER and --train FILE.", param_hint="--dry-run")
+            raise typer.BadParameter(
+                "it works for one job only: give TENANT/ADAPTER and --train FILE.", param_hint="--dry-run"
+            )
         dry_run(adapter, train, valid, said, json=json)
     elif file is not None:
         if adapter or train or valid:
             raise typer.BadParameter("a file of jobs names adapters and data itself.", param_hint="--file")
         if promote:
             raise typer.BadParameter(
-                "it is for one job; `loramill promote` takes each adapter.", param_hint="--promote"
+                "it works for one job only; promote the adapters of a file with `loramill promote`.",
+                param_hint="--promote",
             )
-        rows = read_jobs(file, said)  # before anything is asked of a gateway
+        rows = read_jobs(file, said)  # before any request to the gateway
         if create_tenant:
             _create_tenants({entry.adapter.tenant for entry in check_entries(rows)})
         _submit_file(file, said, name=name, retry=retry, wait=wait, json=json)
@@ -239,7 +246,7 @@ def submit(
 
 
 def _create_tenants(names: Collection[str]) -> None:
-    """Makes those of the tenants that aren't there, and says so."""
+    """Makes the tenants that do not exist, and reports each."""
     with Client() as client:
         ordered = sorted(names)
         for start in range(0, len(ordered), AT_ONCE):
@@ -252,7 +259,7 @@ def _submit_one(
     adapter: str, train: str, valid: str | None, said: dict[str, Any], *, wait: bool, promote: bool, json: bool
 ) -> None:
     with Client() as client:
-        job = client.submit(adapter, train, valid=valid, on_upload=told, **said)
+        job = client.submit(adapter, train, valid=valid, on_upload=report_upload, **said)
         if not json:
             show.line(job.id)
         if wait:
@@ -265,12 +272,12 @@ def _submit_one(
 
 
 def _tell_result(client: Client, job: Job, *, promote: bool) -> None:
-    """Says what the job made, and which version answers now: only an adapter's first becomes champion by itself."""
+    """Reports the new version and which version answers; only an adapter's first becomes champion by itself."""
     show.say(f"{job.model} is ready: `loramill chat {job.model}`")
     version = (job.model or "").partition("@")[2]
     try:
         adapter = client.promote(job.adapter, version) if promote else client.adapter(job.adapter)
-    except Forbidden:  # a key for training alone does not see what answers
+    except Forbidden:  # a key of the scope `training` alone may not read adapters
         if promote:
             raise
         return
@@ -293,7 +300,9 @@ def _submit_file(file: Path, said: Mapping[str, Any], *, name: str, retry: bool,
                     tasks[what] = progress.add_task(what, total=total)
                 progress.update(tasks[what], completed=done)
 
-            found = client.submit_many(file, defaults=said, name=name, retry=retry, on_progress=tell, on_upload=warn)
+            found = client.submit_many(
+                file, defaults=said, name=name, retry=retry, on_progress=tell, on_upload=report_warnings
+            )
         if json and not wait:
             return show.as_json(found)
         new = [each for each in found if each.new]
@@ -323,15 +332,15 @@ def _print(found: Iterable[Submitted]) -> None:
     )
 
 
-def told(file: File) -> None:
-    """Says what an uploaded file was read as, and what is odd about it."""
-    count = "" if file.examples is None else f": {file.examples} example{'s' * (file.examples != 1)}"
+def report_upload(file: File) -> None:
+    """Reports what an uploaded file was read as, and its warnings."""
+    count = "" if file.examples is None else f": {show.count(file.examples, 'example')}"
     show.say(f"{file.filename}{count}; {file.recognized}.")
-    warn(file)
+    report_warnings(file)
 
 
-def warn(file: File) -> None:
-    """Says what is odd about an uploaded file."""
+def report_warnings(file: File) -> None:
+    """Reports the warnings about an uploaded file."""
     for warning in file.warnings:
         show.say(f"Warning: {warning}", style="yellow")
 

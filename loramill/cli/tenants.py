@@ -39,36 +39,42 @@ def create_tenants(
     names: Annotated[list[str] | None, typer.Argument(metavar="[TENANT…]", help="Names of tenants.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A name a line, or CSV, TSV or JSONL with name, weight and limits."),
+        typer.Option(metavar="FILE", help="One name per line, or CSV, TSV or JSONL with name, weight and limits."),
     ] = None,
-    with_keys: Annotated[bool, typer.Option("--with-keys", help="Make a key for each and print it, once.")] = False,
+    with_keys: Annotated[
+        bool, typer.Option("--with-keys", help="Make a key for each new tenant, and print it this once.")
+    ] = False,
     keys_out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Make a key for each and write them to a new CSV file.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Make a key for each new tenant, and write the keys to a new CSV file."),
     ] = None,
     exist_ok: Annotated[
-        bool, typer.Option("--exist-ok", help="Pass over tenants that exist; what FILE says of them is set.")
+        bool,
+        typer.Option(
+            "--exist-ok", help="Accept tenants that exist, and set the weights and limits that FILE gives them."
+        ),
     ] = False,
     json: show.AsJson = False,
 ) -> None:
-    """Make tenants: all of them, or none if anything is wrong."""
-    asked = _asked(names or [], file)
+    """Make tenants. If anything is wrong, none is made."""
+    wanted = _requested(names or [], file)
     with Client() as client, _key_file(keys_out) as write_keys:
-        made = client.create_tenants(asked, exist_ok=exist_ok, keys=with_keys or keys_out is not None)
+        made = client.create_tenants(wanted, exist_ok=exist_ok, keys=with_keys or keys_out is not None)
         write_keys(made)
     if json:
-        # One name alone is answered with one object, as ever.
+        # A single name gives a single object, as before.
         return show.as_json(made[0] if file is None and len(made) == 1 else made)
     if with_keys:
         show.table(
             ("TENANT", "KEY"),
-            ((each.name, each.key or "- (there before; `loramill key create` makes one)") for each in made),
+            ((each.name, each.key or "- (existed already; `loramill key create` makes a key)") for each in made),
             empty="",
         )
-    return show.say(_told(made, keys_out, with_keys=with_keys))
+    return show.say(_outcome(made, keys_out, with_keys=with_keys))
 
 
-def _asked(names: Sequence[str], file: Path | None) -> list[str | NewTenant]:
-    """What to make, each once.
+def _requested(names: Sequence[str], file: Path | None) -> list[str | NewTenant]:
+    """The tenants to make, each once.
 
     Raises:
         InvalidRequest: a name or the file is wrong.
@@ -84,7 +90,7 @@ def _asked(names: Sequence[str], file: Path | None) -> list[str | NewTenant]:
 
 @contextmanager
 def _key_file(path: Path | None) -> Iterator[Callable[[Sequence[CreatedTenant]], None]]:
-    """Opens a file for keys, which only its owner may read, before any key is made; removes it if none was.
+    """Opens a file for keys, readable by its owner alone, before any key is made; removes it if none was made.
 
     Raises:
         InvalidRequest: it exists already or can't be written.
@@ -107,7 +113,7 @@ def _key_file(path: Path | None) -> Iterator[Callable[[Sequence[CreatedTenant]],
             file.flush()
         except OSError as error:
             raise InvalidRequest(
-                f"The tenants are made, but {path} can't be written ({error.strerror}): make them new keys with "
+                f"The tenants are made, but {path} can't be written ({error.strerror}): make new keys with "
                 "`loramill key create`."
             ) from error
 
@@ -119,9 +125,9 @@ def _key_file(path: Path | None) -> Iterator[Callable[[Sequence[CreatedTenant]],
         raise
 
 
-def _told(made: Sequence[CreatedTenant], keys_out: Path | None, *, with_keys: bool) -> str:
+def _outcome(made: Sequence[CreatedTenant], keys_out: Path | None, *, with_keys: bool) -> str:
     new = [each for each in made if each.new]
-    before = f", {len(made) - len(new)} there before" if len(new) < len(made) else ""
+    before = f", {len(made) - len(new)} existed already" if len(new) < len(made) else ""
     what = f"Tenant {new[0].name} is made" if len(new) == 1 else f"{len(new)} tenants are made"
     if keys_out is not None:
         return f"{what}{before}; their keys are in {keys_out}."

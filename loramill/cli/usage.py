@@ -17,7 +17,7 @@ from loramill.types import Scope
 Days = Annotated[int, typer.Option(min=1, max=36_500, help="How many, with today.")]
 Lines = Annotated[int, typer.Option("-n", "--limit", min=1, help="At most so many.")]
 
-#: Shorter names of what the audit's details say.
+#: Shorter names for fields of the audit's details.
 _NAMES = {
     "requests_per_minute": "requests/min",
     "tokens_per_minute": "tokens/min",
@@ -86,7 +86,7 @@ def _short_id(text: str) -> str:
 
 
 def _details(details: Mapping[str, Any]) -> str:
-    """What a change set, as NAME=VALUE pairs; what is None, such as no limit, is left out."""
+    """What a change set, as NAME=VALUE pairs; None, such as no limit, is left out."""
     pairs = [f"{_NAMES.get(name, name)}={_value(name, value)}" for name, value in details.items() if value is not None]
     return " ".join(pairs) or ("unlimited" if details else "-")
 

@@ -101,7 +101,7 @@ def watch_until_done(client: Client, only: Collection[str], *, quiet: bool = Fal
 
 @contextmanager
 def continuing(ids: Sequence[str]) -> Iterator[None]:
-    """Says on Ctrl-C in the block that the jobs with these ids run on, and how to end them."""
+    """On Ctrl-C in the block, says that the jobs with these ids continue, and how to end them."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,9 +1,9 @@
-"""Examples from wherever they lie, as the JSONL that the gateway takes.
+"""Reads examples in many formats and converts them to the JSONL that the gateway takes.
 
-JSONL, JSON, CSV (whatever separates it), Parquet, Arrow, folders of `datasets` and data sets of a hub (`hf:org/name`,
-`hf:org/name:split`), compressed or not; a file is what its content says. The same rules hold for all of them: columns
-are recognized, or `columns` says which is what ({"prompt": "question", "completion": "answer"}); other columns are left
-behind with a warning; a row becomes a line. JSONL that needs none of this goes byte for byte.
+The formats are JSONL, JSON, CSV with any common separator, Parquet, Arrow, folders of `datasets` and hub datasets
+(`hf:org/name`, `hf:org/name:split`); files may be compressed, and are recognized by their content. The same rules apply
+to all of them: columns are recognized, or `columns` names them ({"prompt": "question", "completion": "answer"}); other
+columns are left out with a warning; each row becomes a line. JSONL that needs no change is uploaded byte for byte.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from loramill.ingest.table import Table
 
 __all__ = ["HUB", "Columns", "Prepared", "read_source"]
 
-#: Which column is what; "auto" and None: they are recognized.
+#: The column of each field; "auto" and None: they are recognized.
 Columns = Mapping[str, str] | Literal["auto"] | None
 
 _DELIMITED = (".csv", ".tsv", ".tab", ".psv")
@@ -45,7 +45,7 @@ class Prepared:
         name: for messages.
         content: JSONL; its lines have the numbers of the source's rows.
         recognized: what it was read as, such as "TSV, Alpaca (instruction, input, output)".
-        warnings: what was left behind.
+        warnings: what was left out.
     """
 
     name: str
@@ -60,7 +60,7 @@ def read_source(source: str | Path, columns: Columns = None, *, if_there: bool =
     Args:
         source: a path, or `hf:…`.
         columns: {field: column} where the columns don't have the names of a known form.
-        if_there: whether `columns` are for another file first of all: one that has others is recognized instead.
+        if_there: use `columns` only if the source has them, and recognize its columns otherwise.
 
     Raises:
         InvalidRequest: the source can't be read, or `columns` makes no sense.
@@ -77,7 +77,7 @@ def read_source(source: str | Path, columns: Columns = None, *, if_there: bool =
 
 
 def _open(path: Path, raw: bytes) -> Table:
-    """The table that a file holds: by its content, and where that is any text, by its name."""
+    """The table in a file, by its content, and for plain text by its name."""
     kind, suffix = magic(raw), inner_suffix(path)
     if kind == "parquet":
         return read_parquet(path.name, raw)
@@ -87,7 +87,7 @@ def _open(path: Path, raw: bytes) -> Table:
         raise DatasetInvalid(f"{path.name} is {called(kind or '')}; save it as CSV, JSONL or Parquet.")
     if suffix in (".parquet", ".arrow", ".feather"):
         raise DatasetInvalid(
-            f"{path.name} can't be read as a table: it doesn't begin as its name says; write it again."
+            f"{path.name} can't be read as a table: its content is not what its name says; write it again."
         )
     if suffix in _DELIMITED:
         return read_delimited(path.name, text_of(path.name, raw))
@@ -99,7 +99,7 @@ def _open(path: Path, raw: bytes) -> Table:
         return Table(path.name, "JSON", "row", None, enumerate(_named(path.name, items), start=1))
     if begins not in (b"{", b"[") and suffix not in _JSON:
         raise DatasetInvalid(
-            f"{path.name} is no form of data that is known here: give JSONL, JSON, CSV or TSV (named so) or Parquet."
+            f"{path.name} is in no known format: give JSONL, JSON, CSV or TSV (with that suffix) or Parquet."
         )
     if (whole := _one_object(raw)) is not None:
         return Table(path.name, "JSON", "row", None, [(1, whole)])
@@ -119,7 +119,7 @@ def _are_lines(raw: bytes) -> bool:
 
 
 def _one_object(raw: bytes) -> dict[str, Any] | None:
-    """The object that stands on several lines, if that is all there is."""
+    """The object of a file that holds just one, on several lines; None if it holds something else."""
     first = next(jsonl.rows(raw), None)
     if first is None or first[1].rstrip().endswith(b"}"):
         return None
@@ -143,7 +143,7 @@ class _Reader:
 
     def __init__(self, table: Table, columns: Columns, if_there: bool) -> None:
         self._table = table
-        self._said = None if columns in (None, "auto") else columns
+        self._given = None if columns in (None, "auto") else columns
         self._if_there = if_there
         self._form: Form | None = None
         self._columns: dict[str, str] = {}
@@ -151,13 +151,13 @@ class _Reader:
         self._ignored: dict[str, None] = {}
         self._problems: list[str] = []
         self._count = 0
-        if isinstance(self._said, Mapping):
-            form_of(self._said)
+        if isinstance(self._given, Mapping):
+            form_of(self._given)
         if table.columns is not None:
             self._choose(table.columns)
 
     def prepared(self, raw: bytes | None) -> Prepared:
-        """The whole; `raw` is the source if it is JSONL, which goes as it is where nothing has to change."""
+        """Converts all rows; `raw` is a JSONL source, which is returned as it is if nothing has to change."""
         lines: list[str] = []
         last, changed = 0, raw is None
         for number, row in self._table.rows:
@@ -173,14 +173,14 @@ class _Reader:
         return Prepared(self._table.name, content, self._recognized(), self._warnings())
 
     def _line(self, number: int, row: Any) -> tuple[dict[str, Any] | None, bool]:
-        """The line of a row, None if something is wrong with it; and whether that is what the row is."""
+        """The line for a row, None if the row is wrong; and whether the line equals the row."""
         try:
             value = jsonl.parse(row) if isinstance(row, bytes) else row
         except DatasetInvalid as error:
             self._problem(number, error.message)
             return None, False
         if not isinstance(value, dict):
-            self._problem(number, f"it is not an object; {shown(value)} stands there.")
+            self._problem(number, f"it is {shown(value)}, not an object.")
             return None, False
         if self._form is None:
             self._choose([*value])
@@ -208,22 +208,22 @@ class _Reader:
     def _choose(self, there: list[str] | tuple[str, ...]) -> None:
         """Decides the form by the header, or the keys of the first row."""
         name = self._table.name
-        said = self._said if isinstance(self._said, Mapping) else None
+        given = self._given if isinstance(self._given, Mapping) else None
         fixed = self._table.columns is not None  # a row of JSON may lack what is optional
         lost = [
             column
-            for field, column in (said or {}).items()
-            if column not in there and (fixed or field in form_of(said or {}).required)
+            for field, column in (given or {}).items()
+            if column not in there and (fixed or field in form_of(given or {}).required)
         ]
-        if said and lost and not self._if_there:
+        if given and lost and not self._if_there:
             raise DatasetInvalid(
                 f"{name} has no column {', '.join(lost)}; it has {', '.join(map(str, there))}.", param="columns"
             )
-        if said and not lost:
-            self._form, self._columns = form_of(said), dict(said)
+        if given and not lost:
+            self._form, self._columns = form_of(given), dict(given)
         else:
             self._form = recognize(name, there)
-            # Rows of JSON have what they have: a later one may have an optional field that the first has not.
+            # In JSON, a later row may have an optional field that the first lacks.
             known = there if fixed else self._form.fields
             self._columns = {field: field for field in self._form.fields if field in known}
         self._used = set(self._columns.values())
@@ -245,7 +245,7 @@ class _Reader:
     def _recognized(self) -> str:
         assert self._form is not None
         fields = [field if field == column else f"{field}={column}" for field, column in self._columns.items()]
-        if self._table.columns is None and not self._said:
+        if self._table.columns is None and not self._given:
             fields = list(self._form.required)
         named = self._form.name if [self._form.name] == fields else f"{self._form.name} ({', '.join(fields)})"
         return f"{self._table.kind}, {named}"
@@ -264,7 +264,7 @@ class _Reader:
 
 
 def _check_json(field: str, value: Any, where: str = "it") -> None:
-    """Refuses what JSON has no form for, wherever it is in a cell."""
+    """Refuses values that JSON can't express, anywhere in a cell."""
     if isinstance(value, NoJson):
         raise Wrong(field, f"{where} is {value.what}.")
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -273,7 +273,7 @@ def _check_json(field: str, value: Any, where: str = "it") -> None:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Without the nulls that fill a column of one type: where one message has a key, all others have it as null."""
+    """The value without the nulls that Arrow adds: if one message has a key, all others have it as null."""
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Parquet, Arrow, folders of `datasets` and data sets of a hub: rows whose cells are JSON values, or named as none."""
+"""Reads Parquet, Arrow, folders of `datasets` and hub datasets as rows of JSON values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ROWS = 1000
 
 
 class NoJson:
-    """Stands for a cell, or a part of one, that JSON has no form for; `what` says what it is."""
+    """A cell, or a part of one, that JSON can't express; `what` describes it."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -72,33 +72,35 @@ def read_folder(path: Path) -> Table:
         )
     if not (path / "state.json").is_file():
         raise InvalidRequest(
-            f"{path} can't be read: it is a folder, and none that `datasets` saved (save_to_disk); give a file in it."
+            f"{path} can't be read: it is a folder that `datasets` did not save (save_to_disk); give a file in it."
         )
     import datasets
 
     with _explained(path.name):
-        return _of_datasets(path.name, "saved data set", datasets.load_from_disk(str(path)))
+        return _of_datasets(path.name, "saved dataset", datasets.load_from_disk(str(path)))
 
 
 def read_hub(source: str) -> Table:
     """The rows of `hf:org/name` or `hf:org/name:split`.
 
     Raises:
-        InvalidRequest: there is none, or the hub isn't there.
+        InvalidRequest: there is no such dataset, or the hub can't be reached.
     """
     import datasets
 
     found = _HUB_NAME.fullmatch(source.removeprefix(HUB))
     if found is None:
-        raise InvalidRequest(f"'{source}' is no data set of a hub; write hf:org/name or hf:org/name:split.")
+        raise InvalidRequest(f"'{source}' is not the name of a hub dataset; write hf:org/name or hf:org/name:split.")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         loaded = datasets.load_dataset(found["name"], split=found["split"] or "train")
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise InvalidRequest(f"{source} can't be read: {reason} (Is the name right, and the hub there?)") from error
-    return _of_datasets(source, "data set of a hub", loaded)
+        raise InvalidRequest(
+            f"{source} can't be read: {reason} (Is the name right, and can the hub be reached?)"
+        ) from error
+    return _of_datasets(source, "hub dataset", loaded)
 
 
 def _of_datasets(name: str, kind: str, loaded: datasets.Dataset) -> Table:
@@ -135,7 +137,7 @@ def _rows(name: str, columns: list[str], batches: Iterator[Any]) -> Iterator[tup
 
 
 def as_json(cell: Any) -> Any:
-    """A cell as JSON: dates and times as text in ISO 8601, and `NoJson` in place of what has no form."""
+    """A cell as JSON: dates and times as text in ISO 8601, and `NoJson` for what JSON can't express."""
     if cell is None or isinstance(cell, str | bool | int):
         return cell
     if isinstance(cell, float):
@@ -159,7 +161,7 @@ _KINDS = {
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turns what Arrow and `datasets` raise about a file into ours."""
+    """Turns errors of Arrow and `datasets` about a file into DatasetInvalid."""
     import pyarrow
 
     try:

@@ -1,4 +1,4 @@
-"""A file's bytes, unpacked, and text in UTF-8."""
+"""Reads files: decompresses their bytes and decodes their text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loramill.errors import DatasetInvalid, InvalidRequest
 from loramill.filetype import called, magic
 from loramill.jsonl import decode
 
-#: Endings that say how a file is compressed, and nothing of what is in it.
+#: Suffixes that only say how a file is compressed.
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
 
 
@@ -22,7 +22,7 @@ def read_bytes(path: Path) -> bytes:
 
     Raises:
         InvalidRequest: it can't be read.
-        DatasetInvalid: what is compressed is damaged.
+        DatasetInvalid: it is compressed and damaged.
     """
     try:
         raw = path.read_bytes()
@@ -39,7 +39,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def inner_suffix(path: Path) -> str:
-    """The ending that says what is in a file: .csv of x.CSV.gz."""
+    """The suffix of a file's content: `.csv` for x.CSV.gz."""
     name = path.with_suffix("") if path.suffix.lower() in _PACKED else path
     return name.suffix.lower()
 
@@ -54,7 +54,7 @@ def text_of(name: str, raw: bytes) -> str:
         try:
             return raw.decode("utf-16")
         except UnicodeDecodeError as error:
-            raise DatasetInvalid(f"{name} begins as UTF-16 and isn't: {error.reason}; save it as UTF-8.") from error
+            raise DatasetInvalid(f"{name} begins like UTF-16 but is not: {error.reason}; save it as UTF-8.") from error
     try:
         return decode(raw).removeprefix("\ufeff")
     except DatasetInvalid as error:

@@ -1,4 +1,4 @@
-"""CSV, whatever separates its cells. All cells are text: a code such as 007 is no number, and "NA" is an answer."""
+"""CSV with any common separator. All cells are text: 007 is a code, and "NA" is an answer."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from loramill.errors import DatasetInvalid
 from loramill.ingest.table import Table
 from loramill.jsonl import MAX_LINE
 
-#: What may separate cells, the usual first, and how a file with it is called.
+#: Separators, the most usual first, and the name of a file with each.
 _SEPARATORS = {
     ",": "CSV",
     ";": "CSV separated by ';'",
     "\t": "TSV (separated by tabs)",
     "|": "CSV separated by '|'",
 }
-#: Rows that tell which separator it is where the header could have several.
+#: Rows that decide between separators if the header could have several.
 _SAMPLE = 100
 
 
 def read_delimited(name: str, text: str) -> Table:
-    """The rows below a header, each with as many cells as that.
+    """The rows below a header, each with as many cells as the header.
 
     Raises:
         DatasetInvalid: it is empty or not CSV, the header leaves out or repeats a name, or a row has other cells.
@@ -74,7 +74,7 @@ def read_cells(text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
                 header = [cell.strip() for cell in row]
                 _check_header("it", header)
             elif len(row) != len(header):
-                raise DatasetInvalid(f"line {reader.line_num} has not as many cells as the header")
+                raise DatasetInvalid(f"line {reader.line_num} doesn't have as many cells as the header")
             else:
                 yield reader.line_num, dict(zip(header, row, strict=True))
     except csv.Error as error:

@@ -1,4 +1,4 @@
-"""What rows mean: which of the common forms of training data they have, and one row as a line for the gateway."""
+"""Recognizes the common forms of training data, and converts a row of each to the gateway's line."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Form:
     """One form of training data.
 
     Attributes:
-        name: as it is called.
+        name: for messages.
         required: fields that every row has.
         optional: fields that a row may have.
-        line: makes the gateway's line of a row's fields; raises Wrong.
+        line: converts a row's fields to the gateway's line; raises Wrong.
         native: whether a line may be what a row already is.
     """
 
@@ -65,17 +65,17 @@ def recognize(name: str, there: Collection[str]) -> Form:
     shown = ", ".join(map(_short, there)) or "(none)"
     if {"chosen", "rejected"} <= set(there):
         raise DatasetInvalid(
-            f"{name} has preference pairs ({shown}), and there is no training on preferences; to train on the chosen "
-            "answers alone say columns prompt=prompt,completion=chosen."
+            f"{name} has preference pairs ({shown}), and training on preferences is not supported; to train on the "
+            "chosen answers only, set columns prompt=prompt,completion=chosen."
         )
     raise DatasetInvalid(
-        f"{name} has the columns {shown}, which are none of the known forms ({'; '.join(map(_spelled, FORMS))}): say "
-        "which they are, such as columns prompt=question,completion=answer."
+        f"{name} has the columns {shown}, which match no known form ({'; '.join(map(_spelled, FORMS))}): name "
+        "them, such as columns prompt=question,completion=answer."
     )
 
 
 def form_of(columns: Mapping[str, str]) -> Form:
-    """The form that columns are chosen for: {field: column}.
+    """The form that has these fields: {field: column}.
 
     Raises:
         InvalidRequest: the fields make no example.
@@ -84,7 +84,7 @@ def form_of(columns: Mapping[str, str]) -> Form:
         if set(form.required) <= set(columns) <= set(form.fields):
             return form
     raise InvalidRequest(
-        f"The columns {', '.join(map(_short, columns))} make no example: give those of one form "
+        f"The columns {', '.join(map(_short, columns))} don't make an example: give those of one form "
         f"({'; '.join(map(_spelled, FORMS))}).",
         param="columns",
     )
@@ -129,7 +129,7 @@ def _pair(cells: Cells) -> dict[str, Any]:
 
 
 def _alpaca(cells: Cells) -> dict[str, Any]:
-    """As LLaMA-Factory reads it: the input stands on the line below the instruction."""
+    """As LLaMA-Factory reads it: the input is on the line below the instruction."""
     messages = _system(cells)
     history = [] if cells.get("history") in (None, "") else _list(cells, "history", "[question, answer] pairs")
     for index, pair in enumerate(history):
@@ -200,10 +200,10 @@ def _turns(turns: list[Any], field: str) -> list[dict[str, Any]]:
 
 def _turn(turn: Mapping[str, Any], where: str, field: str, index: int, waiting: list[str]) -> dict[str, Any]:
     """One turn; `waiting` are the ids of calls without a result yet."""
-    said, value = turn["from"], turn.get("value")
-    role = _ROLES.get(said.lower()) if isinstance(said, str) else None
+    speaker, value = turn["from"], turn.get("value")
+    role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
-        raise Wrong(field, f"{where}.from is {shown(said)}; it must be one of {', '.join(_ROLES)}.")
+        raise Wrong(field, f"{where}.from is {shown(speaker)}; it must be one of {', '.join(_ROLES)}.")
     if not isinstance(value, str):
         raise Wrong(field, f"{where}.value is {shown(value)}; it must be text.")
     weight = {"weight": turn["weight"]} if turn.get("weight") is not None else {}
@@ -213,7 +213,7 @@ def _turn(turn: Mapping[str, Any], where: str, field: str, index: int, waiting: 
         return {"role": "assistant", "content": None, "tool_calls": calls, **weight}
     if role == "tool":
         if not waiting:
-            raise Wrong(field, f"{where}.from is {said}, and no turn from function_call before it awaits a result.")
+            raise Wrong(field, f"{where}.from is {speaker}, and no function_call turn before it waits for a result.")
         return {"role": "tool", "tool_call_id": waiting.pop(0), "content": value}
     return {"role": role, "content": value, **weight}
 
@@ -235,7 +235,7 @@ def _calls(text: str, where: str, field: str, index: int) -> list[dict[str, Any]
 
 
 def _wrapped(tools: Any) -> Any:
-    """Tools as OpenAI has them, of the bare functions that ShareGPT's often are."""
+    """Tools in OpenAI's form; ShareGPT's are often bare functions."""
     if not isinstance(tools, list):
         return tools
     return [
@@ -287,7 +287,7 @@ def _list(cells: Cells, field: str, of: str) -> list[Any]:
 
 
 def _value(cells: Cells, field: str, advice: str = "write JSON") -> Any:
-    """A cell's JSON value; text is JSON that a table can't hold otherwise."""
+    """A cell's JSON value; tables without lists or objects hold it as text."""
     value = cells[field]
     if not isinstance(value, str):
         return value

@@ -1,4 +1,4 @@
-"""What every reader makes of a file: rows, with where each stands."""
+"""What every reader returns for a file: its rows and their numbers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows before anything is known of what they mean.
+    """Rows before their form is recognized.
 
     Attributes:
         name: of the file, for messages.
         kind: what was read, such as "CSV separated by ';'".
         unit: what a row's number counts: "row" or "line", from 1.
         columns: the header; None where each row has its own keys.
-        rows: each with its number; of JSON a row may be no object.
+        rows: each with its number; a row of JSON may be any value.
         dated: columns with dates or times, which become text.
-        sparse: whether a null only fills the place of a key that other rows have, as in Arrow.
+        sparse: whether a null may only mean that other rows have the key, as in Arrow.
     """
 
     name: str

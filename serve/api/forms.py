@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from loramill.conversation import NO_PARAMETERS, told
+from loramill.conversation import NO_PARAMETERS, template_tool
 from loramill.errors import InvalidRequest
 from loramill.serve.api.wire import Body
 from loramill.serve.protocol import Form
@@ -59,7 +59,7 @@ class Tool(Body):
 
     def told(self) -> Mapping[str, Any]:
         """As chat templates know it."""
-        return told(self.function.model_dump())
+        return template_tool(self.function.model_dump())
 
     @property
     def arguments(self) -> JsonSchema:

@@ -56,7 +56,9 @@ def test_it_returns_when_the_command_is_ready(tmp_path: Path) -> None:
 def test_it_tells_why_the_command_ended_before(tmp_path: Path) -> None:
     assert started(tmp_path, "fails") == "The port is taken.\n"
     for how in ("breaks", "dies"):
-        assert started(tmp_path, how) == (f"It ended without a reason; what it printed is in {tmp_path / 'output'}.\n")
+        assert started(tmp_path, how) == (
+            f"The process ended without a reason; its output is in {tmp_path / 'output'}.\n"
+        )
     assert started(tmp_path, "breaks") and "ZeroDivisionError" in (tmp_path / "output").read_text()
 
 

@@ -139,8 +139,8 @@ def test_all_problems_are_told_by_line(folder: Path) -> None:
         ("jobs.toml", "[defaults]\nrank = 3", "holds no jobs"),
         ("jobs.jsonl", "{\n", "line 1: it is not JSON"),
         ("jobs.jsonl", "[1]\n", "line 1 is no object"),
-        ("jobs.csv", "adapter,train\na,b,c\n", "line 2 has not as many cells"),
-        ("jobs.csv", "adapter,train\na\n", "line 2 has not as many cells"),
+        ("jobs.csv", "adapter,train\na,b,c\n", "line 2 doesn't have as many cells"),
+        ("jobs.csv", "adapter,train\na\n", "line 2 doesn't have as many cells"),
         ("jobs.csv", "adapter,train,metadata\na,b,c\n", "write it as NAME=VALUE"),
         ("jobs.csv", "", "holds no jobs"),
         ("jobs.csv", "adapter,train,train\na,b,c\n", "the header has the column 'train' twice"),
@@ -151,7 +151,7 @@ def test_all_problems_are_told_by_line(folder: Path) -> None:
             "line 1: it is not JSON that can be read: an object has",
         ),
         ("jobs.jsonl", '{"learning_rate": NaN}', "line 1: it is not JSON: NaN"),
-        ("jobs.yaml", "", "it is named .toml, .jsonl, .csv or .tsv"),
+        ("jobs.yaml", "", "its name must end in .toml, .jsonl, .csv or .tsv"),
     ],
 )
 def test_what_is_no_file_of_jobs(tmp_path: Path, name: str, content: str, says: str) -> None:

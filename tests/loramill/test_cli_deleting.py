@@ -46,7 +46,7 @@ def test_an_adapter_is_deleted_and_renamed(gateway: RunningGateway, tenant: str)
     name, to = f"{tenant}/support", f"{tenant}/help"
     first, second, third = trained(gateway, name, "a", "b", "c")
     ran = loramill("adapters", "rename", name, to)
-    assert (ran.exit_code, ran.stderr) == (0, f"{name} is {to} now.\n")
+    assert (ran.exit_code, ran.stderr) == (0, f"{name} is now {to}.\n")
     assert loramill("adapters", "show", name).exit_code == 1
     ran = loramill("adapters", "delete", f"{to}@{second[:8]}", "--yes")
     assert (ran.exit_code, ran.stderr) == (0, f"{to}@{second[:8]} is deleted.\n")
@@ -61,7 +61,7 @@ def test_an_adapter_is_deleted_and_renamed(gateway: RunningGateway, tenant: str)
     assert ran.exit_code == 1 and job in ran.stderr and "loramill jobs cancel" in ran.stderr
     ran = loramill("adapters", "delete", to, "--yes", "--cancel-jobs")
     assert ran.exit_code == 0
-    assert ran.stderr == f"{to} is deleted, with 1 version, 4 jobs, 1 of the jobs had not ended.\n"
+    assert ran.stderr == f"{to} is deleted, with 1 version, 4 jobs. 1 job had not ended and was cancelled.\n"
     ran = loramill("adapters", "delete", to, "--yes")
     assert (ran.exit_code, ran.stderr) == (1, f"There is no adapter '{to}'.\n")
 
@@ -123,7 +123,7 @@ def test_many_tenants_are_made_at_once_or_none(gateway: RunningGateway, tenant: 
     assert ran.exit_code == 1 and "Bad Name" in ran.stderr
     assert loramill("tenant", "limits", c).exit_code == 1
     ran = loramill("tenant", "create", b, c, "--exist-ok")
-    assert ran.exit_code == 0 and ran.stderr.startswith(f"Tenant {c} is made, 1 there before;")
+    assert ran.exit_code == 0 and ran.stderr.startswith(f"Tenant {c} is made, 1 existed already;")
     assert loramill("tenant", "create").exit_code == 2
     assert shown("tenant", "create", f"{tenant}-d")["name"] == f"{tenant}-d"
 

@@ -157,7 +157,7 @@ def changed(**message: Any) -> list[dict[str, Any]]:
             {"messages": changed(), "functions": [{"name": "f", "parameters": "x"}]},
             r"functions\[0\]\.parameters is 'x'",
         ),
-        ({"messages": [USER]}, "messages has none of the assistant's"),
+        ({"messages": [USER]}, "messages has no assistant message"),
         ({"messages": [ANSWER, USER]}, r"messages\[1\]\.role is user; the last message must be the assistant's"),
         ({"messages": [say("bot", "x"), ANSWER]}, r"messages\[0\]\.role is 'bot'; use one of system, developer, user"),
         ({"messages": [say("user", None), ANSWER]}, r"messages\[0\]\.content is None; it must be a string"),

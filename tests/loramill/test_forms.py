@@ -183,7 +183,7 @@ def test_what_fills_a_column_of_one_type_is_no_value(tmp_path: Path) -> None:
         ({"conversations": ["a"]}, "conversations[0] is 'a'; it must be an object with 'from' and 'value'"),
         ({"conversations": "a"}, "column conversations: it is not JSON: .*; write a list of turns"),
         ({"conversations": []}, None),
-        ({"conversations": [{"from": "tool", "value": "a"}]}, "no turn from function_call before it awaits a result"),
+        ({"conversations": [{"from": "tool", "value": "a"}]}, "no function_call turn before it waits for a result"),
         ({"conversations": [{"from": "function_call", "value": "a"}]}, "conversations[0].value: it is not JSON"),
         (
             {"conversations": [{"from": "function_call", "value": "[1]"}]},

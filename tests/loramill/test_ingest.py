@@ -180,7 +180,7 @@ def test_a_hub_id_names_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (
             "x.json",
             b'[{"prompt": "a", "completion": "b"}\n, {"a": NaN}]',
-            "x.json, row 2: it is not JSON: NaN is no number",
+            "x.json, row 2: it is not JSON: NaN is not a number",
         ),
         (
             "x.json",
@@ -211,7 +211,7 @@ def test_a_hub_id_names_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ),
         ("x.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c"}', "x.jsonl has preference pairs"),
         ("x.jsonl", b'{"messages": [], "prompt": "", "completion": ""}', "can be read as messages and as prompt and"),
-        ("x.txt", b"prompt,completion\na,b\n", "is no form of data that is known here"),
+        ("x.txt", b"prompt,completion\na,b\n", "is in no known format"),
         ("x.parquet", b"PAR1", "x.parquet can't be read as a table"),
         ("x.parquet", b"{}", "x.parquet can't be read as a table: it doesn't begin as its name says"),
         ("x.csv.gz", gzip.compress(b"prompt,completion\n" * 99)[:-9], "x.csv.gz is compressed by gzip, and damaged"),
@@ -370,7 +370,7 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     assert f"has the splits test, train: give one of them, such as {tmp_path / 'more' / 'test'}" in refused(
         tmp_path / "more"
     )
-    assert "it is a folder, and none that `datasets` saved" in refused(tmp_path)
+    assert "it is a folder that `datasets` did not save" in refused(tmp_path)
     (tmp_path / "one" / "state.json").write_text("{}")
     assert "one can't be read as a table" in refused(tmp_path / "one")
 

@@ -40,9 +40,9 @@ def test_only_a_line_feed_ends_a_line(separator: str) -> None:
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the same key twice, 'c'"),
-        (b"[NaN]", "NaN is no number"),
-        (b"[-Infinity]", "-Infinity is no number"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' twice"),
+        (b"[NaN]", "NaN is not a number"),
+        (b"[-Infinity]", "-Infinity is not a number"),
         (b"[1e400]", "the number 1e400, which is too large"),
         (b"[" + b"9" * 4301 + b"]", "more than 4300 digits"),
         (b'{"a": ["x", "\\ud83d"]}', r"a\[1\] holds half a surrogate pair"),
