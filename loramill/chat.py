@@ -198,7 +198,7 @@ class ChatTokenizer:
 
     @property
     def writes_calls(self) -> bool:
-        """Whether the chat template renders tools, calls and their results, in any form, so that they can be trained."""
+        """Whether the chat template renders tools, calls and their results, in some form: these can be trained."""
         return self._template is not None and self._template.findings.tools and self._template.findings.calls
 
     @cached_property

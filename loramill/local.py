@@ -45,12 +45,12 @@ from loramill.uplog import Log
 START_SECONDS = 300.0
 SICK_SECONDS = 60.0
 STOP_SECONDS = 45.0
-#: After an error of ours while it starts; what succeeds at a second attempt has done so by then.
+#: Seconds that a start may take after its first error; what succeeds when tried again has done so by then.
 FAILED_SECONDS = 15.0
 FREE_BYTES = 1 << 30
 
-#: What is said once, since everything works all the same.
-NO_COMPILER = "There is no C compiler here: plain torch operations compute the adapters, and slower; install gcc."
+#: Shown once; everything works without a compiler, too.
+NO_COMPILER = "There is no C compiler: adapters are computed by plain torch operations, which are slower; install gcc."
 
 #: What the child process runs.
 CLUSTER = ("-m", "loramill.pipelines.cluster")
@@ -84,9 +84,9 @@ def up(
     """Runs everything on this machine until Ctrl-C, SIGTERM or `down`.
 
     Args:
-        console: where it tells how far it is.
-        on_ready: called each time the gateway answers: at first, and when the cluster was started again.
-        stop_with: what to tell the user to stop it with.
+        console: shows the progress.
+        on_ready: called when the gateway first answers, and after each restart of the cluster.
+        stop_with: how the user stops it, for the greeting.
 
     Raises:
         SetupError, Conflict: this machine can't run it as it is; nothing was started.
@@ -101,7 +101,7 @@ def up(
         try:
             base = prepare(settings, console)
         except LoramillError:
-            if not stop.is_set():  # else what failed is what Ctrl-C ended
+            if not stop.is_set():  # otherwise Ctrl-C made it fail
                 raise
         else:
 
@@ -122,7 +122,7 @@ def prepare(settings: Settings, console: Console) -> Base:
     """
     with console.status("Waiting for the cluster of the last `up` to end…"), cluster_lock(settings):
         check_port(settings)
-    with console.status("Looking at the artifact store…"):
+    with console.status("Checking the artifact store…"):
         check_stores(settings)
     with console.status("Opening the registry…"):
         migrate(settings.database)
@@ -137,7 +137,7 @@ def prepare(settings: Settings, console: Console) -> Base:
 
 
 def prepare_base(settings: Settings, console: Console) -> Base:
-    """Finds the base, converted if need be, and prints what it can't do for want of a better chat template.
+    """Finds the base, converts it if necessary, and prints what it can't do because of its chat template.
 
     Raises:
         BaseUnusable: it can't be served, or its chat template is broken.
@@ -152,10 +152,10 @@ def prepare_base(settings: Settings, console: Console) -> Base:
 
 
 def up_in_background(settings: Settings, *, console: Console) -> None:
-    """Does what `up` does in a process of its own; returns when the gateway answers.
+    """Runs `up` in a process of its own; returns when the gateway answers.
 
     Raises:
-        LoramillError: it can't; nothing runs.
+        LoramillError: `up` failed; nothing is running.
     """
     prepare_home(settings.home)
     output = settings.home / "logs" / "watcher.log"
@@ -194,7 +194,7 @@ def watch(settings: Settings, console: Console, stop: threading.Event, on_ready:
     """Keeps the cluster alive until `stop` is set; calls `on_ready` each time it answers.
 
     Raises:
-        SetupError: it did not start even once; the message has the first error.
+        SetupError: the cluster did not start; the message has the first error.
     """
     pause, started_once = 1.0, False
     while not stop.is_set():
@@ -209,9 +209,9 @@ def watch(settings: Settings, console: Console, stop: threading.Event, on_ready:
             if stop.is_set():
                 console.print("Stopping…")
                 return
-            failed = why(settings, cluster, log)
+            failed = failure(settings, cluster, log)
             if not ready:
-                cluster.kill()  # it tries on, and what it does is worth nothing
+                cluster.kill()  # it would go on trying
         if not started_once:
             raise SetupError(f"The cluster did not start: {failed} More is in {log_path(settings)}.")
         console.print(f"The cluster went down ({log_path(settings)}); starting it again in {pause:.0f} s.")
@@ -219,16 +219,16 @@ def watch(settings: Settings, console: Console, stop: threading.Event, on_ready:
         pause = min(pause * 2, 30.0)
 
 
-def why(settings: Settings, cluster: subprocess.Popen[bytes], log: Log) -> str:
-    """Why the cluster isn't up, as a sentence: the first error that it told."""
+def failure(settings: Settings, cluster: subprocess.Popen[bytes], log: Log) -> str:
+    """Why the cluster isn't up, as a sentence: the first error in its log."""
     if cluster.poll() is not None:
         log.close(5.0)  # its last lines may be on their way
-    told = log.reason
-    if told is None and cluster.returncode is not None:
-        told = f"its process ended with status {cluster.returncode}"
-    elif told is None:
-        told = f"nothing answered at {settings.address} within {START_SECONDS:.0f} s"
-    return told if told.endswith((".", "!", "?")) else f"{told}."
+    reason = log.reason
+    if reason is None and cluster.returncode is not None:
+        reason = f"its process ended with status {cluster.returncode}"
+    elif reason is None:
+        reason = f"nothing answered at {settings.address} within {START_SECONDS:.0f} s"
+    return reason if reason.endswith((".", "!", "?")) else f"{reason}."
 
 
 def greet(settings: Settings, console: Console, base: str, stop_with: str) -> None:
@@ -274,18 +274,18 @@ def run_cluster(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], L
 
 
 def environment() -> dict[str, str]:
-    """The environment of the cluster: without this process's settings, which the child is given otherwise."""
-    kept = {"LORAMILL_KERNELS"}  # no setting, but read where the kernels are
+    """The environment of the cluster, without this process's settings, which the child reads from standard input."""
+    kept = {"LORAMILL_KERNELS"}  # not a setting: the kernels read it
     inherited = {name: value for name, value in os.environ.items() if name in kept or not name.startswith("LORAMILL_")}
     own = {"RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_TMPDIR": str(sockets_folder())}
     return without_proxy({**inherited, **RAY_ENVIRONMENT, **own}, own_addresses())
 
 
 def sockets_folder() -> Path:
-    """Where Ray's sessions lie, with their sockets.
+    """The folder of Ray's sessions and their sockets.
 
     Raises:
-        SetupError: there is no such place.
+        SetupError: no folder can be used.
     """
     return socket_folder([os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR")])
 
@@ -307,9 +307,9 @@ def cluster_lock(settings: Settings) -> Iterator[IO[str]]:
 
 
 def wait_ready(settings: Settings, cluster: subprocess.Popen[bytes], stop: threading.Event, log: Log) -> bool:
-    """Waits until the gateway answers; False if it never did, an error kept it from it, or `stop` was set."""
+    """Waits until the gateway answers; False if it didn't in time, an error prevented it, or `stop` was set."""
     deadline, failed_at = time.monotonic() + START_SECONDS, float("inf")
-    with httpx.Client(trust_env=False) as client:  # no proxy has a way to this machine
+    with httpx.Client(trust_env=False) as client:  # a proxy can't reach this machine
         while not stop.wait(0.5) and cluster.poll() is None and time.monotonic() < deadline:
             if answers(client, settings):
                 return True
@@ -323,7 +323,7 @@ def wait_ready(settings: Settings, cluster: subprocess.Popen[bytes], stop: threa
 def wait_sick(settings: Settings, cluster: subprocess.Popen[bytes], stop: threading.Event) -> None:
     """Returns when the child has ended, the gateway or its engine has been silent for too long, or `stop` was set.
 
-    A database that is away is no reason: nothing in the cluster can mend it, and what runs there waits for it.
+    An outage of the database is no reason: a restart would not end it, and the cluster's processes wait for it.
     """
     well = time.monotonic()
     with httpx.Client(trust_env=False) as client:  # one for all looks: making one costs more than they do
@@ -336,7 +336,7 @@ def wait_sick(settings: Settings, cluster: subprocess.Popen[bytes], stop: thread
 
 
 def answers(client: httpx.Client, settings: Settings, path: str = "/readyz") -> bool:
-    """Whether the gateway, an engine and, by `/readyz`, the database answer now."""
+    """Whether the gateway and an engine answer now and, with `/readyz`, the database, too."""
     try:
         return client.get(f"{settings.address}{path}", timeout=5.0).status_code == 200
     except httpx.HTTPError:
@@ -365,7 +365,7 @@ def prepare_home(home: Path) -> None:
 
 
 def prepare_cache(cache: Path) -> None:
-    """Raises SetupError unless converted bases can be kept in the folder, which is made."""
+    """Makes the folder for converted bases; raises SetupError if it can't be written to."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
@@ -431,17 +431,17 @@ def admin_key(settings: Settings) -> None:
 
 
 def check_stores(settings: Settings) -> None:
-    """Writes, reads and deletes one small object at each of the three places where files are kept.
+    """Writes, reads and deletes one small object in each of the three stores.
 
     Raises:
-        SetupError: no such place can be opened; StoreUnusable: one of them can't be used.
+        SetupError: nothing can open one of their URLs; StoreUnusable: one of them can't be used.
     """
     for url in (settings.artifacts, settings.checkpoints, settings.sessions):
         check_store(url)
 
 
 def of_other_bases(settings: Settings, base: Base) -> Sequence[str]:
-    """What waits in the registry for another base than this one and those that can be asked; nothing if nothing does.
+    """Describes the jobs and adapters whose base is neither this one nor one of `serve.bases`; empty if there are none.
 
     Raises:
         DatabaseUnusable: the database can't be read.
@@ -456,10 +456,10 @@ def of_other_bases(settings: Settings, base: Base) -> Sequence[str]:
         registry.close()
     lines = []
     if waiting:
-        lines.append(f"{counted(waiting, 'job')} of other bases than {base.name} wait until one of these is served.")
+        lines.append(f"{counted(waiting, 'job')} of other bases than {base.name}: queued until these bases are served.")
     if unserved:
         lines.append(
-            f"{counted(unserved, 'adapter')} of other bases than {base.name} answer 404 until these are served."
+            f"{counted(unserved, 'adapter')} of other bases than {base.name}: 404 until these bases are served."
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""How processes of loramill write their log: one line, one format, on standard error.
+"""Logging of loramill's processes: one format, on standard error.
 
 `configure` is for processes that loramill starts (the cluster's, replicas, sessions); a library never calls it.
 """
@@ -9,10 +9,10 @@ import logging
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
-#: Loggers of libraries that tell about themselves on import, and below which level no one needs them.
+#: Loggers of libraries that log on import, and the level from which on they are kept.
 _LIBRARIES = {
     "alembic": logging.WARNING,  # "setup plugin …", seven lines for each process that opens the registry
-    "bitsandbytes.backends.cpu.ops": logging.ERROR,  # a kernel of a hub that it would rather have had
+    "bitsandbytes.backends.cpu.ops": logging.ERROR,  # an optional kernel that is missing
 }
 
 
@@ -31,6 +31,6 @@ def configure() -> None:
 
 
 def quiet_libraries() -> None:
-    """Keeps what libraries tell about themselves out of the log and off the terminal."""
+    """Keeps what libraries log on import out of the log and off the terminal."""
     for name, level in _LIBRARIES.items():
         logging.getLogger(name).setLevel(level)

@@ -1,4 +1,4 @@
-"""What this machine gives to `loramill up`: memory, a folder for sockets, shared memory, and its own addresses."""
+"""What `loramill up` needs of this machine: memory, a folder for sockets, shared memory, and its own addresses."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from loramill.bases import Base
 from loramill.errors import NotEnoughMemory, SetupError
 from loramill.settings import Settings
 
-#: Bytes of a process with torch; of Ray's own processes, the gateway and the supervisor together. Measured as PSS with
-#: the built-in base: 1080 MB of all but the engine, whose 790 MB are these and its weights.
+#: Bytes of a process with torch, and of Ray's own processes, the gateway and the supervisor together. Measured as PSS
+#: with the built-in base: 790 MB for the engine, weights included, and 1080 MB for everything else.
 PROCESS_BYTES = 500 * 10**6
 SURROUNDING_BYTES = 1100 * 10**6
 
@@ -27,14 +27,14 @@ _SESSION_BYTES = len("/ray/session_2026-11-29_15-24-08_659737_4194304/sockets/pl
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes that can still be had, and what bounds them."""
+    """Free memory in bytes, and what limits it."""
 
     free: int
     bound: str
 
 
 def free_memory(root: Path = Path("/")) -> Memory | None:
-    """What this process and its children can still have, swap included; None where the system doesn't tell.
+    """The memory that this process and its children can still use, swap included; None if the system doesn't report it.
 
     A container's or a service's limit (cgroup v1 or v2, at any level) counts as the machine's memory does.
     """
@@ -48,7 +48,7 @@ def free_memory(root: Path = Path("/")) -> Memory | None:
 
 
 def _cgroup_memory(root: Path) -> Iterator[Memory]:
-    """What each limit above this process leaves; pages of files that can be dropped are no use of it."""
+    """What each cgroup limit of this process leaves; file pages that can be dropped don't count as used."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -71,18 +71,18 @@ def _cgroup_memory(root: Path) -> Iterator[Memory]:
 
 def _limit(folder: Path, limit: str, used: str, droppable: str) -> Memory | None:
     try:
-        most = int((folder / limit).read_text())  # "max" is none
+        most = int((folder / limit).read_text())  # "max" is no limit
         now = int((folder / used).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
-    if most >= 1 << 60:  # v1 writes "none" so
+    if most >= 1 << 60:  # how v1 writes "no limit"
         return None
     return Memory(max(0, most - now + int(stat.get(droppable, 0))), f"the limit of {most / 1e9:.1f} GB in {folder}")
 
 
 def needed_memory(base: Base, settings: Settings) -> int:
-    """Bytes that an engine replica of this base, one session that trains, and what surrounds them take at first."""
+    """Bytes that an engine replica of this base, one training session, and the other processes need at the start."""
     from loramill.sizing.anatomy import anatomy, read_config
     from loramill.sizing.need import base_bytes
 
@@ -92,12 +92,13 @@ def needed_memory(base: Base, settings: Settings) -> int:
 
 
 def check_memory(base: Base, settings: Settings, memory: Memory | None) -> None:
-    """Raises NotEnoughMemory where `loramill up` can't run in what is free."""
+    """Raises NotEnoughMemory if `loramill up` can't run in the free memory."""
     needed = needed_memory(base, settings)
     if memory is not None and memory.free < needed:
         raise NotEnoughMemory(
-            f"{memory.free / 1e9:.1f} GB of memory are free (by {memory.bound}) and `loramill up` needs "
-            f"{needed / 1e9:.1f} GB for the base {base.name}: end other programs, give it more, or take a smaller base."
+            f"{memory.free / 1e9:.1f} GB of memory are free ({memory.bound}), and `loramill up` needs "
+            f"{needed / 1e9:.1f} GB for the base {base.name}: end other programs, raise the limit, or use a "
+            "smaller base."
         )
 
 
@@ -117,7 +118,7 @@ def socket_folder(preferred: Sequence[str | None] = ()) -> Path:
             if len(os.fsencode(candidate)) <= most and _usable(candidate / "ray"):
                 return candidate
     raise SetupError(
-        f"Ray's sockets find no place: {', '.join(dict.fromkeys(tried))} can't be written to, or their paths are "
+        f"No folder can hold Ray's sockets: {', '.join(dict.fromkeys(tried))} can't be written to, or have paths "
         f"longer than {most} bytes. Set RAY_TMPDIR to a folder that you may write to, with a shorter path."
     )
 
@@ -132,10 +133,10 @@ def _usable(folder: Path) -> bool:
 
 
 def object_store_folder(size: int, otherwise: Path, shared: Path = Path("/dev/shm")) -> Path | None:
-    """Where Ray's object store of `size` bytes lies: None is shared memory, Ray's default, where there is enough.
+    """The folder for Ray's object store of `size` bytes; None is shared memory, Ray's default, if it has enough room.
 
-    A container has 64 MB of it unless told otherwise, or none. Little goes through the store here, so that `otherwise`,
-    a folder on disk, does as well.
+    A container has 64 MB of it by default, or none. Little goes through the store here, so that `otherwise`, a folder
+    on disk, is good enough.
     """
     try:
         enough = shutil.disk_usage(shared).free >= size and os.access(shared, os.W_OK)
@@ -145,7 +146,7 @@ def object_store_folder(size: int, otherwise: Path, shared: Path = Path("/dev/sh
 
 
 def c_compiler() -> str | None:
-    """The C compiler that the native kernels are compiled with: CC, cc, gcc or clang; None where there is none."""
+    """The C compiler that the native kernels are compiled with: CC, cc, gcc or clang; None if there is none."""
     return next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
 
 
@@ -169,12 +170,12 @@ def own_addresses() -> tuple[str, ...]:
 
 
 def without_proxy(environment: Mapping[str, str], addresses: Sequence[str]) -> dict[str, str]:
-    """The environment in which the traffic of these addresses goes by no proxy, and nor does any gRPC.
+    """The environment in which traffic to these addresses, and all gRPC, bypasses the proxies.
 
-    What goes elsewhere (a model hub, an object store, a tracker of runs) goes by the proxies as before.
+    Other traffic (a model hub, an object store, an experiment tracker) uses the proxies as before.
     """
     listed = [environment.get(name, "") for name in ("no_proxy", "NO_PROXY")]
     parts = [part.strip() for text in listed for part in text.split(",")]
     value = "*" if "*" in parts else ",".join(dict.fromkeys([*filter(None, parts), *addresses]))
-    # gRPC takes an empty proxy for none, and looks no further.
+    # An empty proxy is none for gRPC, which then looks at no other variable.
     return {**environment, "no_proxy": value, "NO_PROXY": value, "grpc_proxy": ""}

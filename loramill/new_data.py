@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from loramill import jsonl
 
-#: Old examples trained again beside the new ones; they halve forgetting.
+#: Old examples that are trained again with the new ones; they halve forgetting.
 REPLAY = 64
 #: Share of new data that is held out when no validation file came with it.
 HOLD_OUT = 0.1
@@ -24,8 +24,8 @@ def enough(*, validation: bool, replay: int, minimum: int) -> int:
 
     Args:
         validation: a validation file came with them, so that none is held out.
-        replay: old examples that are trained again beside them.
-        minimum: examples that training takes at least, old and new together.
+        replay: old examples that are trained again with them.
+        minimum: examples that training needs at least, old and new together.
     """
     to_train = max(1, minimum - replay)
     examples = to_train
@@ -38,18 +38,17 @@ def outlook(examples: int, validation: int, *, replay: int, minimum: int) -> str
     """What the next nightly run does with new examples, in one sentence, or how many are missing."""
     needed = enough(validation=bool(validation), replay=replay, minimum=minimum)
     if examples < needed:
-        held = "" if validation else f" ({held_out_count(needed)} of them held out, to judge the new version by)"
+        held = "" if validation else f" ({held_out_count(needed)} of them held out to evaluate the new version)"
         return (
-            f"{counted(examples, 'new example')} so far, and a nightly run takes at least {needed}{held}: "
-            f"add {needed - examples} more with `loramill data add`. What is there waits."
+            f"{counted(examples, 'new example')} so far, and a nightly run needs at least {needed}{held}: "
+            f"add {needed - examples} more with `loramill data add`. The data waits until then."
         )
     held_out = validation or held_out_count(examples)
     trained = examples if validation else examples - held_out
     beside = f" and {counted(replay, 'older one')}" if replay else ""
-    judged = f"the {counted(held_out, 'validation example')}" if validation else f"{held_out} that it holds out"
-    return (
-        f"The next nightly run trains on {counted(trained, 'new example')}{beside}, and judges the version by {judged}."
-    )
+    judged = f"the {counted(held_out, 'validation example')}" if validation else counted(held_out, "held-out example")
+    data = f"{counted(trained, 'new example')}{beside}"
+    return f"The next nightly run trains on {data}, and evaluates the new version on {judged}."
 
 
 def counted(number: int, noun: str) -> str:

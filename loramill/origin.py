@@ -1,4 +1,4 @@
-"""The settings in force, one by one: each with its value and where that comes from."""
+"""The settings in force, each with its value and where it comes from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loramill.settings import Settings
 from loramill.types import Value
 
 _MASK = "…"
-#: What a URL's query may hold.
+#: Secrets in a URL's query.
 _SECRET = re.compile(r"(?i)(\w*(?:password|secret|token|key))=[^&]*")
 
 
@@ -26,7 +26,7 @@ class Setting(Value):
         name: as in loramill.toml, with the section before a dot.
         value: in JSON's types; secrets are masked.
         origin: "default", the path of loramill.toml, or the variable's name.
-        about: what it is.
+        about: its description.
     """
 
     name: str

@@ -24,9 +24,9 @@ LEARNING_RATE = 1e-3
 FULL_LEARNING_RATE = 1e-4
 #: Small: what was learned from 50 steps of 16 was learned from 60 of 8, at about half the price.
 BATCH_SIZE = 8
-#: Of long files "auto" takes more, as OpenAI does: 0.2 % of the examples, and no more than this.
+#: For long files, "auto" takes 0.2% of the examples, as OpenAI does, but no more than this.
 MAX_BATCH_SIZE = 256
-#: The alpha that belongs to a rank, where none is given: every rank is scaled by it.
+#: The default alpha is the rank times this.
 ALPHA_PER_RANK = 2
 #: LoRA+'s own choice (Hayou et al. 2024, section 5) where the job only names the method.
 LORAPLUS_LR_RATIO = 16.0
@@ -138,7 +138,7 @@ def resolve_spec(
         "checkpoint_every": max(10, min(100, own.get("steps", steps) // 4)),
     } | _alphas(said)
     if said.learn == "last":
-        own["learn"] = "only_last"  # in specs "last" is what it was to older jobs
+        own["learn"] = "only_last"  # in a spec, "last" keeps its meaning for older jobs
     fields: dict[str, object] = {
         "base": base,
         "adapter": adapter,
@@ -157,7 +157,7 @@ def resolve_spec(
 
 
 def steps_of(epochs: int, examples: int, batch_size: int) -> int:
-    """Optimizer steps of so many passes over `examples`, each of which ends in a batch of what is left."""
+    """Optimizer steps of `epochs` passes over `examples`; the last batch of a pass may be smaller."""
     # A batch size or a number of epochs below 1 reaches JobSpec as it is, and is refused there.
     return epochs * -(-examples // max(1, batch_size))
 
@@ -166,8 +166,8 @@ def tokens_of(spec: JobSpec, lengths: Sequence[int], examples: int) -> float:
     """Tokens that a job trains on, prompts included.
 
     Args:
-        lengths: tokens of its training file's sequences, of one example or a part of one each.
-        examples: of the file.
+        lengths: tokens of each sequence of the training file.
+        examples: how many the file has.
     """
     passes = spec.steps * spec.batch_size / examples if spec.epochs is None else spec.epochs
     return passes * sum(lengths)
@@ -179,7 +179,7 @@ def hyperparameters_of(spec: JobSpec, examples: int | None) -> dict[str, int | f
     `n_epochs` is None where the steps do not make whole passes over the training file, or its length isn't known.
 
     Args:
-        examples: of the training file; None: it was deleted.
+        examples: how many the training file has; None: it was deleted.
     """
     epochs = spec.epochs
     if epochs is None and examples and spec.steps * spec.batch_size % examples == 0:
@@ -221,7 +221,7 @@ def _epochs(examples: int, batch_size: int) -> int:
 
 
 def _alphas(said: Extension) -> dict[str, object]:
-    """The alphas of the ranks that are given, where no alpha is."""
+    """Default alphas for the ranks that are given, if no alpha is."""
     if said.alpha is not None:
         return {}
     alphas: dict[str, object] = {}

@@ -21,7 +21,7 @@ from loramill.durable import replace_text, sync
 from loramill.errors import BaseUnusable, DiskFull
 
 NAME = "smollm2-135m"
-#: Where a hub has it.
+#: Its id on the hub.
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 #: Changes whenever the conversion writes something else, so that an older cache is not taken for this one.
@@ -32,8 +32,8 @@ NEEDED = 300_000_000
 
 PAD, END = 0, 2
 
-#: The model's own template, and where there are tools, the section and the calls of Hermes' and Qwen's. It isn't
-#: part of the base's fingerprint: without tools it writes what the package's writes, byte for byte.
+#: The model's own template, with tools and calls in the form of Hermes and Qwen. It isn't part of the base's
+#: fingerprint: without tools it renders the same bytes as the package's template.
 TEMPLATE = """\
 {%- set default = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face' %}
 {%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else default %}
@@ -98,7 +98,7 @@ def converted(cache: Path) -> Path:
 
 
 def _keep_template(file: Path) -> None:
-    """Writes the template where there is another, as in a folder that an earlier version converted."""
+    """Writes the template if the folder has another, which an earlier version wrote."""
     if not file.is_file() or file.read_text(encoding="utf-8") != TEMPLATE:
         replace_text(file, TEMPLATE)
 

@@ -1,8 +1,8 @@
 """Files at an fsspec URL: how they are opened, and what the errors of fsspec's backends mean.
 
 Most backends raise the errors of their own libraries (botocore, aiohttp, Google's, Azure's), few of which are an
-OSError. They are told by the names of their classes, so that none of these libraries is imported here. An error about
-one file, such as FileNotFoundError, passes as it is: a store that is away must never be taken for a file that is gone.
+OSError. They are recognized by their class names, so that none of these libraries is imported here. An error about one
+file, such as FileNotFoundError, passes unchanged: an outage of a store must never be taken for a missing file.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ _CODES: Mapping[str, Fault] = {
     "Throttling": "away",
     "OperationAborted": "away",
 }
-#: Of a network mount whose server is away. EIO is none of them: it is also what a broken disk gives.
+#: Errors of a network mount whose server is away. EIO is not among them: a broken disk gives it, too.
 _ERRNOS = frozenset(
     getattr(errno, name)
     for name in (
@@ -88,7 +88,7 @@ _ERRNOS = frozenset(
     )
     if hasattr(errno, name)
 )
-#: botocore's own limits let an upload to a dead endpoint wait for a minute; whoever calls tries again.
+#: botocore's own limits let an upload to a dead endpoint wait for a minute; callers try again.
 _OPTIONS: Mapping[str, Mapping[str, Any]] = {
     scheme: {"config_kwargs": {"connect_timeout": 4, "read_timeout": 30, "retries": {"max_attempts": 2}}}
     for scheme in ("s3", "s3a")
@@ -132,32 +132,32 @@ def store_errors(url: str) -> Iterator[None]:
         known = fault(error)
         if known is None:
             raise
-        # What the backend says may name hosts and accounts: it is for the log, not for whoever waits for an answer.
+        # The backend's message may name hosts and accounts, so it is only logged.
         log.warning("the store %s: %s: %s", shown(url), type(error).__name__, error)
         raise _explained(known, shown(url)) from error
 
 
 def fault(error: BaseException) -> Fault | None:
-    """What an error of a backend says about the whole store; None where it is about one file, or about neither."""
+    """What a backend's error says about the whole store; None if it is about one file, or about neither."""
     cause: BaseException | None = error
     while cause is not None:
         found = _fault_of(cause)
         if found is not None:
             return found
         cause = cause.__cause__
-    # One of a backend's that came without a cause; the kernel's have a number, and are about a file.
+    # A backend's error without a cause; the kernel's errors have a number, and are about a file.
     return "permission" if isinstance(error, PermissionError) and error.errno is None else None
 
 
 def check_store(url: str) -> None:
     """Writes, lists, reads and deletes one small object.
 
-    Of a folder on this machine only that it, or the folder that it will be made in, can be written.
+    For a folder on this machine, only checks that it, or the folder that it will be made in, can be written to.
 
     Raises:
         SetupError: nothing can open such a URL.
-        StoreUnusable: one of these fails; the message says whether it is for the endpoint, the bucket, the credentials
-            or a permission.
+        StoreUnusable: one of these fails; the message says whether the endpoint, the bucket, the credentials or a
+            permission is wrong.
     """
     parts = urlsplit(url)
     if parts.scheme == "file" or "://" not in url:
@@ -165,15 +165,15 @@ def check_store(url: str) -> None:
         return
     files, root = open_files(url)
     root = root.rstrip("/")
-    path, content = f"{root}/check-{secrets.token_hex(8)}", b"written by loramill to see whether it can; delete it"
+    path, content = f"{root}/check-{secrets.token_hex(8)}", b"a test by loramill; it can be deleted"
     try:
         _tried(url, "write to", lambda: files.pipe_file(path, content))
         _tried(url, "list", lambda: files.ls(root, detail=False, refresh=True))
         if _tried(url, "read from", lambda: files.cat_file(path)) != content:
-            raise StoreUnusable(f"The store {shown(url)} gives back something else than was written to it.")
+            raise StoreUnusable(f"The store {shown(url)} returns other data than was written to it.")
         _tried(url, "delete in", lambda: files.rm_file(path))
     except StoreUnusable:
-        with suppress(Exception):  # whatever it is, it is not what has to be told
+        with suppress(Exception):  # the first error is the one to report
             files.rm_file(path)
         raise
 
@@ -220,11 +220,11 @@ def _explained(known: Fault, where: str) -> LoramillError:
 _REASONS: Mapping[Fault, str] = {
     "away": "The endpoint of the store {where} can't be reached: start it, or correct the endpoint (for S3 the "
     "variable AWS_ENDPOINT_URL) and the region.",
-    "bucket": "The store {where} can't be used, since its bucket does not exist, or is in another "
-    "region: make it, or correct artifacts_url.",
-    "credentials": "The store {where} does not take the credentials: set the right ones (for S3 the variables "
+    "bucket": "The store {where} can't be used: its bucket does not exist, or is in another "
+    "region. Make it, or correct artifacts_url.",
+    "credentials": "The store {where} does not accept the credentials: set the right ones (for S3 the variables "
     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the machine's role).",
-    "permission": "These credentials have no permission to {act} {where}: grant it, for this prefix as for the others "
+    "permission": "These credentials have no permission to {act} {where}: grant it for this prefix, and the others "
     "that loramill writes.",
 }
 
@@ -238,7 +238,7 @@ def _tried(url: str, act: str, do: Callable[[], Any]) -> Any:
         if known is None and isinstance(error, FileNotFoundError):
             known = "bucket"
         what = (
-            f"It is not possible to {act} the store {shown(url)}."
+            f"loramill can't {act} the store {shown(url)}."
             if known is None
             else _REASONS[known].format(where=shown(url), act=act)
         )

@@ -34,15 +34,15 @@ class Tenancy:
 
         Args:
             tenants: names, or names with a share and limits; at most 1000.
-            exist_ok: one that is there gets the share and limits that are given, and stays as it is otherwise.
+            exist_ok: a tenant that exists gets the share and limits that are given, instead of a Conflict.
             keys: make an API key for each new one, which is shown this once.
 
         Raises:
-            Conflict: some are there already; the message names them.
+            Conflict: some exist already; the message names them.
         """
-        asked = [NewTenant(name=each) if isinstance(each, str) else each for each in tenants]
+        wanted = [NewTenant(name=each) if isinstance(each, str) else each for each in tenants]
         body = {
-            "tenants": [each.model_dump(exclude_none=True) for each in asked],
+            "tenants": [each.model_dump(exclude_none=True) for each in wanted],
             "exist_ok": exist_ok,
             "keys": keys,
         }

@@ -1,4 +1,4 @@
-"""Lists of tenants to make: a name a line, CSV or TSV with a header, or JSONL."""
+"""Lists of tenants to make: one name per line, CSV or TSV with a header, or JSONL."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class NewTenant(Value):
 
 
 def read_tenants(path: Path) -> list[NewTenant]:
-    """Reads a list of tenants; its kind follows from the file's name: .csv, .tsv, .jsonl, else a name a line.
+    """Reads a list of tenants; by its suffix .csv, .tsv or .jsonl; otherwise one name per line.
 
-    Columns and keys are the fields of `NewTenant`; what is empty is not given. Blank lines and, in a list of names,
-    lines that begin with # are passed over.
+    Columns and keys are the fields of `NewTenant`; empty cells are not given. Blank lines and, in a list of names,
+    lines that begin with # are skipped.
 
     Raises:
         InvalidRequest: the file can't be read, or is wrong; the message gives line and column of every problem.
@@ -109,7 +109,7 @@ def _from_table(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]
     if unknown := [column for column in columns if column not in NewTenant.model_fields]:
         raise InvalidRequest(
             f"{path} has the column{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}; there may be "
-            f"{', '.join(NewTenant.model_fields)}, of which name must be there."
+            f"{', '.join(NewTenant.model_fields)}, of which name is required."
         )
     if "name" not in columns:
         raise InvalidRequest(f"{path} has no column 'name': its first line must name the columns.")
@@ -133,7 +133,7 @@ def _number(cell: str) -> int | float | str:
 
 
 def _first_of_each(error: ValidationError) -> Sequence[Any]:
-    """One problem a field: a union reports each of its alternatives."""
+    """One problem per field: a union reports each of its alternatives."""
     return list({problem["loc"][:1]: problem for problem in reversed(error.errors())}.values())[::-1]
 
 
@@ -141,15 +141,15 @@ def _problem(problem: Mapping[str, Any]) -> str:
     field = problem["loc"][0] if problem["loc"] else None
     wrong = f"'{field}' is {problem['input']!r}; give"
     if problem["type"] == "missing":
-        said = f"there is no '{field}'."
+        text = f"there is no '{field}'."
     elif problem["type"] == "extra_forbidden":
-        said = f"there is no setting '{field}'; there may be {', '.join(NewTenant.model_fields)}."
+        text = f"there is no setting '{field}'; there may be {', '.join(NewTenant.model_fields)}."
     elif problem["type"] == "value_error":
-        said = str(problem["ctx"]["error"])
+        text = str(problem["ctx"]["error"])
     elif field is None:
-        said = "this is no object with a name."
+        text = "this is not an object with a name."
     elif field == "weight":
-        said = f"{wrong} a number above 0."
+        text = f"{wrong} a number above 0."
     else:
-        said = f"{wrong} {'text' if field == 'name' else 'a whole number, or unlimited'}."
-    return said
+        text = f"{wrong} {'text' if field == 'name' else 'a whole number, or unlimited'}."
+    return text

@@ -18,7 +18,7 @@ class TokenBytes:
 
     Joined over the tokens of a text they are that text in UTF-8. Read from the vocabulary as the tokenizer's decoder
     reads it: GPT-2's alphabet of bytes, or sentencepiece's pieces with U+2581 for a space and `<0xF0>` for a byte.
-    Of decoders of another kind a token's bytes are those of its decoded text.
+    With other decoders, a token's bytes are those of its decoded text.
 
     Args:
         tokenizer: the tokenizer.
@@ -30,7 +30,7 @@ class TokenBytes:
         self._special = special
 
     def of(self, token: int, *, first: bool = False) -> bytes | None:
-        """The bytes of a token; None where it adds nothing to a text, being special or in no vocabulary.
+        """The bytes of a token; None if it adds nothing to a text, since it is special or not in the vocabulary.
 
         Args:
             token: its id.

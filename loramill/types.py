@@ -162,7 +162,7 @@ class TenantRecord(Limits):
 
 
 class Removal(Value):
-    """What went with a deleted adapter, version or tenant."""
+    """What was deleted with an adapter, version or tenant."""
 
     versions: int = 0
     jobs: int = 0
@@ -306,7 +306,7 @@ class NewData(Value):
 
 
 class SetAside(NewData):
-    """Data with which a nightly run failed; it waits until someone retries or drops it."""
+    """Data that a nightly run failed with; it waits until someone retries or drops it."""
 
     run: str
     stage: str
@@ -324,10 +324,10 @@ class NewDataState(Value):
 
 
 class AdapterData(Value):
-    """One file pair that an adapter was given for nightly runs.
+    """A training file, and perhaps a validation file, for an adapter's nightly runs.
 
     `run` is the nightly run that took it, None while it waits; `used_at` is when that run ended. `set_aside` is why the
-    run failed with it, so that no other takes it by itself.
+    run failed with it; no other run takes it until it is retried.
     """
 
     adapter: str

@@ -1,4 +1,4 @@
-"""The files that one call of the client uploads: none stays behind when what they were for is refused."""
+"""The files that one call of the client uploads, which are deleted if the call is refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Uploads:
         if not isinstance(error, LoramillError) or isinstance(error, NotRunning | Unavailable):
             return
         for file_id in self._new:
-            with suppress(LoramillError):  # a job has it; what failed first is the reason
+            with suppress(LoramillError):  # a job needs it; the first error is the one to raise
                 self._client.delete_file(file_id)
 
     def train(self, source: Source, tenant: str, columns: Columns) -> str:

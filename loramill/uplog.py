@@ -1,8 +1,8 @@
-"""`logs/up.log`: what the processes of `loramill up` write, each in its own way, as lines of one format.
+"""`logs/up.log`: the output of the processes of `loramill up`, in one format.
 
     2026-11-29 15:22:19,956 INFO gateway[8840] loramill.gateway: …
 
-A process is called by what it does; `|` stands for the logger where a line has none, as within a traceback.
+A process is named by what it does; `|` replaces the logger in lines without one, such as those of a traceback.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import IO
 
 #: The size at which the file becomes `up.log.1`.
 FILE_BYTES = 32 << 20
-#: Of lines that differ in their numbers only, how many are written in how many seconds.
+#: Of lines that differ only in numbers, how many are written in how many seconds.
 REPEATS, REPEAT_SECONDS = 20, 10.0
 #: Lines of the first error that are kept.
 _KEPT = 200
@@ -54,13 +54,13 @@ _PARTS = {
     "TrainController": "train",
     "RayTrainWorker": "session",
 }
-#: What Ray says at every end of a cluster, though nothing is wrong.
+#: What Ray logs whenever a cluster ends, though nothing is wrong.
 _NOISE = re.compile(r"Task ServeController\.graceful_shutdown failed\. There are infinite retries remaining")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of the log; `logger` is "|" where a line goes on with what stands before."""
+    """One line of the log; `logger` is "|" where a line continues the one before."""
 
     time: str
     level: str
@@ -79,14 +79,14 @@ class Entry:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is of what starts everything: others complain of what they mend, or try again."""
+        """Whether it is from what starts the cluster; others log errors that they recover from."""
         if self.process.startswith("cluster"):
             return self.logger == "|" or self.logger.startswith(("loramill", "ray.serve"))
-        return self.logger == "ray.controller"  # of Ray Serve, which tells why a replica failed
+        return self.logger == "ray.controller"  # Ray Serve's, which has the reason why a replica failed
 
 
 class Reader:
-    """Makes entries of what processes write; knows who wrote last, for the lines that have no beginning."""
+    """Parses what processes write into entries."""
 
     def __init__(self, pid: int, clock: Callable[[], float] = time.time) -> None:
         self._pid, self._clock = pid, clock
@@ -149,29 +149,29 @@ class _Seen:
 
 @dataclass(slots=True)
 class Repeats:
-    """Holds back what is written again and again, and says how often it was."""
+    """Holds back lines that repeat, and counts them."""
 
     clock: Callable[[], float] = time.monotonic
     _seen: dict[tuple[str, str], _Seen] = field(default_factory=dict)
 
     def passed(self, entry: Entry) -> list[Entry]:
-        """What is to be written now that this entry has come."""
+        """The entries to write after this one has come."""
         over = self.ended()
-        # Ours may differ in a number alone and yet be about another job; those of libraries hardly do.
+        # Our lines may differ only in a number and be about another job; those of libraries hardly do.
         same = entry.message if entry.logger.startswith("loramill") else re.sub(r"\d+", "0", entry.message)
         seen = self._seen.setdefault((entry.process, same), _Seen(entry, self.clock()))
         seen.entry, seen.count = entry, seen.count + 1
         return over if seen.count > REPEATS else [*over, entry]
 
     def ended(self, *, all_: bool = False) -> list[Entry]:
-        """What is to be said about lines whose time is up."""
-        now, told = self.clock(), []
+        """The counts of lines whose time is up."""
+        now, counts = self.clock(), []
         for key, seen in list(self._seen.items()):
             if all_ or now - seen.since > REPEAT_SECONDS:
                 del self._seen[key]
                 if seen.count > REPEATS:
-                    told.append(_counted(seen, now - seen.since))
-        return told
+                    counts.append(_counted(seen, now - seen.since))
+        return counts
 
 
 def _counted(seen: _Seen, seconds: float) -> Entry:
@@ -180,11 +180,11 @@ def _counted(seen: _Seen, seconds: float) -> Entry:
 
 
 class Log:
-    """Writes what comes from a process's pipe into the file until the pipe ends; keeps the first error.
+    """Copies a process's pipe to the file until the pipe ends, and keeps the first error.
 
     Attributes:
-        reason: the first error since the process began, in one sentence or line; None: there was none.
-        failed: whether it is one of what starts everything, so that waiting is of no use.
+        reason: the first error, in one line; None: there was none.
+        failed: whether it is from what starts the cluster, so that there is no use in waiting.
     """
 
     def __init__(self, path: Path, pipe: IO[bytes], pid: int) -> None:
@@ -217,11 +217,11 @@ class Log:
                 full = file.tell() > FILE_BYTES
             if full:
                 self._path.replace(f"{self._path}.1")
-        except OSError as error:  # the pipe must be read on, or the processes stand still
+        except OSError as error:  # the pipe must be read, or the processes block
             self.reason = self.reason or f"{self._path} can't be written ({error.strerror})."
 
     def _note(self, entry: Entry) -> None:
-        """Keeps the first error, rather one of ours, with its traceback."""
+        """Keeps the first error, preferably one of ours, with its traceback."""
         if entry.is_error and (not self._first or (entry.is_ours and not self.failed)):
             self._first, self._open, self.failed = [entry], True, entry.is_ours
         elif self._open and entry.process == self._first[0].process:
@@ -234,7 +234,7 @@ class Log:
 
 
 def reason(lines: list[str]) -> str:
-    """Of an error's lines, the one that says why: what a traceback ends with, or else the first."""
+    """The line of an error that says why: the end of a traceback, or else the first."""
     if any(line.startswith(_TRACEBACK) for line in lines):
         ends = [line for line in lines if not line.startswith((" ", _TRACEBACK)) and ": " in line]
         return (ends or lines)[-1].removeprefix("loramill.errors.")

@@ -51,7 +51,7 @@ class NewKey(KeyRecord):
 
 
 class CreatedTenant(TenantRecord):
-    """A tenant of many that were asked for: whether it is new, and its key, shown this once, if one was made."""
+    """A tenant of a request for many: whether it is new, and its key, shown this once, if one was made."""
 
     new: bool
     key_id: str | None = None
@@ -61,8 +61,8 @@ class CreatedTenant(TenantRecord):
 class File(Value):
     """An uploaded, validated dataset.
 
-    Of an upload, `reused` tells that the gateway had a file of this content, and `recognized` what the source was read
-    as, such as "TSV, Alpaca (instruction, input, output)".
+    After an upload, `reused` says whether the gateway had a file of this content, and `recognized` what the source was
+    read as, such as "TSV, Alpaca (instruction, input, output)".
     """
 
     id: str
@@ -77,7 +77,7 @@ class File(Value):
 
     @classmethod
     def read(cls, wire: Mapping[str, Any]) -> Self:
-        """Reads OpenAI's file object with its `loramill` extension; `status_details` holds a warning a line."""
+        """Reads OpenAI's file object with its `loramill` extension; `status_details` has one warning per line."""
         warnings = tuple(line for line in (wire.get("status_details") or "").split("\n") if line)
         return view(cls, {**wire, **wire.get("loramill", {}), "warnings": warnings})
 
@@ -99,7 +99,7 @@ class Tokens(Value):
 
 
 class FileCheck(Value):
-    """What would be trained of a source: nothing of it was kept. `preview` is its first example."""
+    """What would be trained from a source, which was not stored. `preview` is its first example."""
 
     filename: str
     recognized: str

@@ -90,7 +90,7 @@ def broken(url: str) -> Unavailable:
 
 
 def is_own(url: str) -> bool:
-    """Whether the address is this machine's: of its loopback, or of one of its interfaces."""
+    """Whether the address is this machine's: its loopback, or one of its interfaces."""
     try:
         host = urlsplit(url).hostname or ""
         if host == "localhost":
@@ -113,7 +113,7 @@ class Wire:
         self.url = url
         self._key = key
         self._organization = organization
-        # A proxy of the environment has no way to this machine's own addresses.
+        # A proxy of the environment can't reach this machine's own addresses.
         self._http = httpx.Client(timeout=httpx.Timeout(timeout, connect=5.0), trust_env=not is_own(url))
 
     def close(self) -> None:

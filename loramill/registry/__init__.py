@@ -28,7 +28,7 @@ class Registry:
 
     Attributes:
         artifacts: the bytes of datasets and versions, by their hash.
-        mark: another object after each noted commit through this one, for those who remember what they read.
+        mark: another object after each noted commit through this registry, by which caches notice it.
     """
 
     def __init__(self, engine: Engine, artifacts: ArtifactStore) -> None:
@@ -71,8 +71,7 @@ class Registry:
         """A session that commits at the end, and undoes everything on an error.
 
         Args:
-            noted: moves the mark; not for what nobody remembers, such as counts of usage, which are written all the
-                time.
+            noted: changes the mark; false for what no one caches, such as usage counts, which are written all the time.
 
         Raises:
             DatabaseUnusable, DiskFull, Unavailable: the database failed meanwhile; nothing was written.

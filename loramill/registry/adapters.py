@@ -203,7 +203,7 @@ def unpin(session: Session, name: AdapterName | str) -> AdapterRecord:
 
 
 def lock(session: Session, name: AdapterName | str) -> None:
-    """Holds an adapter to the transaction's end: until then no one else changes or deletes it.
+    """Locks an adapter until the transaction ends, so that no one else changes or deletes it.
 
     Raises:
         NotFound: there is none.

@@ -47,7 +47,7 @@ class ArtifactStore:
             InvalidRequest: no files, or a name that an artifact's file can't have.
             DiskFull: too little space; nothing is stored.
             Unavailable: the store does not answer.
-            StoreUnusable: the store refuses.
+            StoreUnusable: the store refuses access.
         """
         if not files:
             raise InvalidRequest("An artifact needs at least one file.")

@@ -53,9 +53,9 @@ class Bucket:
             return self._cache.fetch(artifact)
 
     def sweep(self, known: Collection[str], older_than: float) -> int:
-        """Removes what is older than so many seconds and isn't known, also from this machine's cache.
+        """Removes artifacts that are older than so many seconds and not known, also from this machine's cache.
 
-        Returns how many artifacts went from the store.
+        Returns how many were removed from the store.
         """
         self._cache.sweep(known, older_than)
         self._files.invalidate_cache()

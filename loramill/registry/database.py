@@ -26,7 +26,7 @@ from loramill.errors import Conflict, DatabaseUnusable, DiskFull, LoramillError,
 log = logging.getLogger(__name__)
 
 BUSY_SECONDS = 30
-#: For PostgreSQL. A server that vanished without a word is noticed after 25 s, not after the kernel's two hours.
+#: For PostgreSQL: a server that vanished is noticed after 25 s, not after the kernel's two hours.
 _CONNECT: Mapping[str, Any] = {
     "connect_timeout": 10,
     "keepalives_idle": 10,
@@ -34,7 +34,7 @@ _CONNECT: Mapping[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 25_000,
 }
-#: Seconds between two lines of the log that say the same of the database; when each was last written.
+#: Seconds between two log lines that are the same, and when each was last written.
 _LOG_SECONDS = 10.0
 _LOGGED: dict[str, float] = {}
 _WRITING = "loramill_writing"
@@ -116,8 +116,7 @@ def for_writing(engine: Engine) -> Engine:
     return engine.execution_options(**{_WRITING: True})
 
 
-#: What an error says to whoever waits for an answer, over HTTP perhaps: where the database is, and what its driver
-#: says, are for the log.
+#: Messages for users, over HTTP for example; the database's address and the driver's message are only logged.
 _PUBLIC: Mapping[type[LoramillError], str] = {
     Unavailable: "The database does not answer just now; try again in a moment.",
     DiskFull: "The disk of the database is full; free some space and try again.",
@@ -130,8 +129,8 @@ def explained(url: URL, *, opening: bool = False) -> Iterator[None]:
     """Turns a driver's errors that a user can mend into loramill's; every other error passes as it is.
 
     Args:
-        opening: the database is being opened, for whoever set it up: the message names it, with what the driver says.
-            Otherwise that is logged, and the message names neither.
+        opening: the database is being opened, so that the message is for the operator and has its address and the
+            driver's message. Otherwise these are only logged.
 
     Raises:
         DatabaseUnusable, DiskFull, Unavailable: as their names say.
@@ -140,7 +139,7 @@ def explained(url: URL, *, opening: bool = False) -> Iterator[None]:
     try:
         yield
     except PoolTimeout as error:
-        raise _told(Unavailable(f"Every connection to {shown(url)} is in use; try again."), opening) from error
+        raise _public(Unavailable(f"Every connection to {shown(url)} is in use; try again."), opening) from error
     except (DBAPIError, sqlite3.Error) as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
         if isinstance(cause, sqlite3.Error):
@@ -149,10 +148,10 @@ def explained(url: URL, *, opening: bool = False) -> Iterator[None]:
             known = _explain_postgresql(cause, shown(url), opening)
         if known is None:
             raise
-        raise _told(known, opening) from error
+        raise _public(known, opening) from error
 
 
-def _told(error: LoramillError, opening: bool) -> LoramillError:
+def _public(error: LoramillError, opening: bool) -> LoramillError:
     if opening or type(error) not in _PUBLIC:  # a Conflict names nothing of the database
         return error
     _log(error.message)
@@ -160,7 +159,7 @@ def _told(error: LoramillError, opening: bool) -> LoramillError:
 
 
 def _log(message: str) -> None:
-    """Logs a message once in ten seconds: in an outage each heartbeat and each request meets the same."""
+    """Logs a message once in ten seconds: in an outage, each heartbeat and each request has the same one."""
     now = time.monotonic()
     if now - _LOGGED.get(message, -math.inf) < _LOG_SECONDS:
         return
@@ -192,7 +191,7 @@ def _explain_sqlite(error: sqlite3.Error, path: str) -> LoramillError | None:
 
 
 def _deleted_meanwhile() -> LoramillError:
-    return Conflict("What this belongs to was deleted meanwhile, or is still in use; nothing was changed.")
+    return Conflict("This refers to something that was deleted meanwhile, or is still in use; nothing was changed.")
 
 
 def _explain_postgresql(error: BaseException | None, where: str, opening: bool) -> LoramillError | None:

@@ -77,7 +77,7 @@ def delete(session: Session, dataset_id: str, tenant: str | None = None) -> None
 
     Raises:
         NotFound: there is none, or it is another tenant's.
-        Conflict: a job that hasn't ended, or a nightly run to come, needs it.
+        Conflict: a job that hasn't ended, or the next nightly run, needs it.
     """
     found = get(session, dataset_id, tenant)
     open_states = [status for status in JobStatus if not status.final]

@@ -1,8 +1,7 @@
 """Deleting adapters, versions and tenants: each in the caller's transaction, with all that belongs to it.
 
-From the commit on nothing names what was deleted. Its bytes stay until the next sweep, and for good if another version
-or dataset has the same content. Usage and audit rows outlive what they are about; those of a deleted tenant name no
-one.
+After the commit, nothing refers to what was deleted. Its bytes stay until the next sweep, or for good if another
+version or dataset has the same content. Usage and audit rows are kept; those of a deleted tenant lose all names.
 """
 
 from __future__ import annotations
@@ -68,8 +67,8 @@ def delete_adapter(session: Session, name: AdapterName | str, *, cancel_jobs: bo
 
 
 def delete_version(session: Session, name: AdapterName | str, version: str, *, force: bool = False) -> Removal:
-    """Removes one version (its full hash) with its evaluations. The moves of aliases to it stay, without its hash as a
-    reference, so that the history has no gap; its job stays, too.
+    """Removes one version (its full hash) with its evaluations. The history keeps the moves of aliases to it, without a
+    reference, so that it has no gap; its job stays, too.
 
     Args:
         force: also if it is the challenger or the previous champion; that alias then points to nothing.
@@ -102,9 +101,8 @@ def delete_version(session: Session, name: AdapterName | str, version: str, *, f
 def delete_tenant(session: Session, name: str, *, cancel_jobs: bool = False) -> Removal:
     """Removes a tenant with its keys, datasets, jobs, adapters and limits.
 
-    What stays, for the sums and the evidence of whoever runs the service, has no name in it: its usage is added to that
-    of `usage.GONE`; its audit rows keep their time, action, key id, request id and ids of files and jobs, and lose
-    tenant, names and details.
+    What stays has no names: its usage is added to that of `usage.GONE`; its audit rows keep their time, action, key id,
+    request id and ids of files and jobs, and lose tenant, names and details.
 
     Args:
         cancel_jobs: as for `delete_adapter`.
@@ -117,7 +115,7 @@ def delete_tenant(session: Session, name: str, *, cancel_jobs: bool = False) -> 
     mine = JobRow.tenant == name
     cancelled = _end(session, _open_jobs(session, name, mine), f"the tenant '{name}'", cancel=cancel_jobs)
     tenants.lock(session, name)
-    # One that was submitted before the lock; none can be after it.
+    # Jobs that were submitted before the lock; none can be submitted after it.
     cancelled += _end(session, _open_jobs(session, name, mine), f"the tenant '{name}'", cancel=cancel_jobs)
     owned = select(AdapterRow.name).where(AdapterRow.tenant == name)
     versions = len(session.scalars(select(VersionRow.id).where(VersionRow.adapter.in_(owned))).all())
@@ -184,7 +182,7 @@ def _remove_adapters(session: Session, which: ColumnElement[bool]) -> None:
 def _remove_jobs(session: Session, which: ColumnElement[bool]) -> int:
     """Removes jobs with their events and checkpoints; returns how many."""
     ids = select(JobRow.id).where(which)
-    # What another adapter was given of their results stays, without its job.
+    # Versions of other adapters that these jobs produced stay, without their job.
     _run(session, update(VersionRow).where(VersionRow.job.in_(ids)).values(job=None))
     for table in (CheckpointRow, EventRow):
         _run(session, delete(table).where(table.job.in_(ids)))
@@ -214,7 +212,7 @@ def _anonymize_audit(session: Session, tenant: str) -> None:
 
 
 def _run(session: Session, statement: Update | Delete) -> int:
-    """Carries out a statement over many rows; returns how many. What the session has loaded of them is forgotten."""
+    """Executes a statement over many rows, and returns how many; expires what the session has loaded."""
     result = session.execute(statement, execution_options={"synchronize_session": False})
     session.expire_all()
     return int(result.rowcount)  # type: ignore[attr-defined]  # a statement of this kind has one

@@ -40,11 +40,11 @@ __all__ = [
     "submit",
 ]
 
-#: Ends after which a job can be started again.
+#: Final states from which a job can be retried.
 RETRIED = (JobStatus.FAILED, JobStatus.CANCELLED)
 
 
-#: What an id may be shortened to.
+#: An id that was shortened.
 _PREFIX = re.compile(r"ftjob-[0-9a-f]{4,23}")
 
 
@@ -93,14 +93,14 @@ def submit(
 
 
 def get(session: Session, job_id: str, tenant: str | None = None) -> JobRecord:
-    """The job of this id, or of an id that begins so (`ftjob-` and 4 digits or more), if `tenant` may see it.
+    """The job with this id, or with an id that begins with it (`ftjob-` and at least 4 digits), if `tenant` may see it.
 
     Args:
         tenant: None: an admin, who sees all.
 
     Raises:
         NotFound: there is none, or it is another tenant's; the message doesn't tell which.
-        InvalidRequest: several ids begin so.
+        InvalidRequest: several ids begin with it.
     """
     row = session.get(JobRow, job_id) or _beginning(session, job_id, tenant)
     if row is None or tenant not in (None, row.tenant):
@@ -201,9 +201,9 @@ def resume(session: Session, job_id: str) -> JobRecord:
 
 
 def retry(session: Session, job_id: str) -> JobRecord:
-    """Queues a job again that failed or was cancelled, with all its attempts before it.
+    """Queues a failed or cancelled job again, with all its attempts.
 
-    It goes on from its last checkpoint if that is still there, and else from the start. A failed job's checkpoints are
+    It resumes from its last checkpoint if that still exists, and starts over otherwise. A failed job's checkpoints are
     kept for a week; those of a cancelled one are removed at once.
 
     Raises:
@@ -213,7 +213,7 @@ def retry(session: Session, job_id: str) -> JobRecord:
     """
     row = transitions.locked(session, job_id)
     if row.status not in RETRIED:
-        hint = " `loramill jobs resume` lets it go on." if row.status is JobStatus.PAUSED else ""
+        hint = " `loramill jobs resume` resumes it." if row.status is JobStatus.PAUSED else ""
         raise Conflict(f"Job {job_id} can't be retried: it is {row.status}, neither failed nor cancelled.{hint}")
     _check_needed(session, row)
     shares.admit(session, row.tenant)

@@ -48,8 +48,8 @@ def lease(
         executor: takes only jobs for this one; None: any.
         job_id: takes only this job.
         base: takes only jobs of the base with this fingerprint; None: of any.
-        settle: first takes from their workers the jobs whose lease has run out; not right after an outage of the
-            database, when these workers are about to be heard again.
+        settle: first takes jobs whose lease has run out from their workers; false right after an outage of the
+            database, when these workers are about to report again.
     """
     if settle:
         settle_lost(session, now=now, max_attempts=max_attempts)
@@ -169,7 +169,7 @@ def fail(
 
     Args:
         backoff_seconds: before a first retry, then twice as long each time; see `queue.backoff`.
-        now: what that is counted from; None: the time.
+        now: when the wait begins; None: now.
 
     Raises:
         LeaseLost: another worker has the job, or it has ended.
@@ -207,9 +207,9 @@ def release(
     """Gives a job back: to be cancelled or paused if that was asked, else to go on elsewhere; uses up no attempt.
 
     Args:
-        error: what the job is no cause of, such as a store that is away; it waits a while before it starts again.
-        backoff_seconds: that while for the first time, then twice as long each time, up to `queue.LONGEST_PAUSE`.
-        now: what that is counted from; None: the time.
+        error: an outage that the job did not cause; the job then waits before it starts again.
+        backoff_seconds: the first wait; each further one is twice as long, up to `queue.LONGEST_PAUSE`.
+        now: when the wait begins; None: now.
 
     Raises:
         LeaseLost: another worker has the job, or it has ended.
@@ -228,7 +228,7 @@ def release(
         transitions.stop(session, row, JobStatus.QUEUED)
         message = f"Attempt {attempt} stopped at step {row.step}; the job goes on when a worker is free."
         if error is not None:
-            message += f" That uses up none of its attempts: {error.message}"
+            message += f" This uses up no attempt: {error.message}"
         transitions.tell(session, row, message, level="info" if error is None else "warn")
     return transitions.record(row)
 

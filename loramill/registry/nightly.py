@@ -45,7 +45,7 @@ def add_data(session: Session, name: AdapterName, train: str, valid: str | None)
 
 
 def data_of(session: Session, name: AdapterName) -> list[AdapterData]:
-    """What an adapter was given for nightly runs, newest first.
+    """An adapter's data for nightly runs, newest first.
 
     Raises:
         NotFound: there is no such adapter.
@@ -86,10 +86,10 @@ def pending(session: Session) -> list[NewData]:
 
 
 def waiting(session: Session, name: AdapterName | str, minimum: int) -> NewDataState:
-    """What an adapter's data that no nightly run has collected comes to.
+    """The state of an adapter's data that no nightly run has collected yet.
 
     Args:
-        minimum: examples that training takes at least, old and new together.
+        minimum: examples that training needs at least, old and new together.
 
     Raises:
         NotFound: there is no such adapter.
@@ -137,13 +137,13 @@ def collect(session: Session, run: str, name: AdapterName | str) -> NewData | No
 
 
 def release(session: Session, run: str, name: AdapterName | str) -> None:
-    """Gives an adapter's data of a run back: the next nightly run collects it again."""
+    """Releases an adapter's data from a run, so that the next nightly run collects it again."""
     mine = (AdapterDataRow.adapter == str(name), AdapterDataRow.run == run)
     session.execute(update(AdapterDataRow).where(*mine).values(run=None))
 
 
 def set_aside(session: Session, name: AdapterName | str | None = None) -> list[SetAside]:
-    """The data with which nightly runs failed, of one adapter or of all; no nightly run collects it by itself."""
+    """The data that was set aside since nightly runs failed with it, of one adapter or of all."""
     return [
         SetAside(run=run, stage=step.step, reason=str(step.result.get("error", "")), **_bundle(rows).model_dump())
         for run, step, rows in _failed(session, name)
@@ -246,7 +246,7 @@ def finish(session: Session, run: str) -> NightlyRun:
 
 
 def _failed(session: Session, name: AdapterName | str | None) -> list[tuple[str, NightlyStepRow, list[AdapterDataRow]]]:
-    """Each run's data of an adapter that failed in it, with the step that did, by adapter and age."""
+    """Each run's data of an adapter that failed in it, with the failed step, by adapter and age."""
     failed = and_(
         NightlyStepRow.run == AdapterDataRow.run,
         NightlyStepRow.adapter == AdapterDataRow.adapter,

@@ -16,7 +16,7 @@ from loramill.types import Alias, Executor, JobStatus
 
 #: No retry waits longer than so many seconds, give or take its jitter.
 LONGEST_BACKOFF = 600.0
-#: Nor does a job wait longer than this because a store was away: it is back at an unknown time, and all wait for it.
+#: A job waits no longer than this after an outage of a store, which may end at any time.
 LONGEST_PAUSE = 60.0
 #: Names the lock of a choice among jobs, for PostgreSQL.
 _CHOICE = 0x10AA
@@ -125,11 +125,11 @@ def count_open(session: Session) -> int:
 
 
 def other_bases(session: Session, base: str, served: Collection[str] = ()) -> tuple[int, int]:
-    """How many open jobs wait for another base than `base`, and how many adapters have a champion of none of these.
+    """How many open jobs wait for another base than `base`, and how many champions are of a base that is not served.
 
     Args:
         base: fingerprint of the base that jobs train on here.
-        served: fingerprints of further bases that can be asked.
+        served: fingerprints of the other served bases.
     """
     open_states = [status for status in JobStatus if not status.final]
     waiting = select(func.count()).select_from(JobRow).where(JobRow.status.in_(open_states), JobRow.base != base)
@@ -150,7 +150,7 @@ def backoff(seconds: float, failures: int, job_id: str, attempt: int, *, longest
     Args:
         seconds: before the first retry.
         failures: so far, at least 1.
-        longest: beyond which it grows no more.
+        longest: the most that it grows to, before the jitter.
     """
     digest = hashlib.sha256(f"{job_id} {attempt}".encode()).digest()
     jitter = 0.5 + int.from_bytes(digest[:8], "big") / 2**64

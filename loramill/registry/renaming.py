@@ -1,4 +1,4 @@
-"""Renaming an adapter: everything that bears its name follows, in the caller's transaction."""
+"""Renaming an adapter: everything that has its name follows, in the caller's transaction."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def rename(session: Session, name: AdapterName, to: AdapterName) -> AdapterRecor
 
     Raises:
         NotFound: there is no such adapter.
-        InvalidRequest: the new name is another tenant's: an adapter's data and jobs are its tenant's.
+        InvalidRequest: the new name is another tenant's.
         Conflict: there is an adapter of the new name, or an open nightly run works on this one.
     """
     record = adapters.get(session, name)
     if to.tenant != name.tenant:
         raise InvalidRequest(
-            f"'{name}' can't become '{to}': an adapter stays its tenant's. Write the new name as {name.tenant}/NAME.",
+            f"'{name}' can't become '{to}', of another tenant. Write the new name as {name.tenant}/NAME.",
             param="to",
         )
     if to == name:

@@ -91,8 +91,8 @@ class JobRow(Base):
     """A fine-tune job. `attempt` only ever grows; `returned` counts the leases that were given back.
 
     `cost` is the tokens that it is expected to train on, what its tenant's share of the pool is counted in;
-    `lost_step` is how far it was when its worker last vanished, `furthest` the most that it ever was then; `base` is
-    the spec's, to look jobs up by.
+    `lost_step` is the step at which its worker was last lost, `furthest` the highest such step; `base` is the spec's,
+    for queries.
     """
 
     __tablename__ = "jobs"

@@ -87,7 +87,7 @@ def set_limits(session: Session, name: str, limits: Limits) -> TenantRecord:
 
 
 def lock(session: Session, name: str) -> None:
-    """Holds a tenant to the transaction's end: until then no one submits a job for it.
+    """Locks a tenant until the transaction ends, so that no one submits a job for it.
 
     Raises:
         NotFound: there is no such tenant.

@@ -19,7 +19,7 @@ from loramill.types import Meter, UsageRecord
 
 #: Seconds after which nothing runs any more on a gateway that has been silent.
 SILENT = 5.0
-#: The tenant of what deleted tenants asked, all of them together; no tenant can be called so.
+#: The tenant that has the usage of all deleted tenants; no tenant can have this name.
 GONE = "(deleted)"
 
 
@@ -77,7 +77,7 @@ def write(
 
 
 def gone(item: Item) -> Item:
-    """What stays of an item when its tenant is deleted: the day, and whether the base or an adapter was asked."""
+    """What stays of an item when its tenant is deleted: the day, and whether it was for the base or an adapter."""
     return Item(GONE, item.day, GONE if item.version else item.model, "")
 
 

@@ -148,7 +148,7 @@ def find_config(name: str, cache: Path) -> dict[str, Any]:
 
 
 def llama_of(billions: float) -> dict[str, Any]:
-    """The config of the Llama of this size; where there was none, of one in the proportions of Llama 1.
+    """The config of the Llama of this size; if there is none, of one with Llama 1's proportions.
 
     Those are heads of 128, a width of 128 times the layers, an MLP of 8/3 of the width, 32,000 words, and no sharing of
     keys and values, which asks for more memory than sharing them.

@@ -434,7 +434,7 @@ def test_too_little_data_is_named_when_it_is_added(here: RunningGateway, tenant:
     one = tmp_path / "one.jsonl"
     one.write_bytes(examples().splitlines(keepends=True)[0])
     added = ok("data", "add", f"{tenant}/a", "--train", str(one))
-    assert "1 new example so far, and a nightly run takes at least 11" in added.stderr
+    assert "1 new example so far, and a nightly run needs at least 11" in added.stderr
     assert "add 10 more" in added.stderr
 
 

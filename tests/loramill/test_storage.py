@@ -118,7 +118,7 @@ def test_a_store_that_works_is_left_as_it_was() -> None:
 REFUSALS = {
     "endpoint": (switched.away, (), r"endpoint of the store switched://bucket/loramill.*AWS_ENDPOINT_URL"),
     "bucket": (lambda: translated(FileNotFoundError("?"), "NoSuchBucket", 404), (), "bucket does not exist"),
-    "credentials": (lambda: switched.NoCredentialsError("none"), (), "does not take the credentials.*AWS_ACCESS_KEY"),
+    "credentials": (lambda: switched.NoCredentialsError("none"), (), "does not accept the credentials.*AWS_ACCESS_KEY"),
     "write": (lambda: PermissionError("Access Denied"), ("pipe_file",), "permission to write to"),
     "list": (lambda: PermissionError("Access Denied"), ("ls",), "permission to list"),
     "read": (lambda: PermissionError("Access Denied"), ("cat_file",), "permission to read from"),
