@@ -47,8 +47,8 @@ def choose(count: int, size: int, step: int, seed: int, *, epochs: bool = False)
     Steps walk through one shuffle of all examples after another: every example is seen once before any is seen again.
 
     Args:
-        size: examples of a step.
-        epochs: whether no step reaches into the next shuffle: the last of each takes what is left, `size` or fewer.
+        size: examples in a step.
+        epochs: end each epoch with a step of the examples that are left, instead of filling it from the next epoch.
     """
     if epochs:
         epoch, batch = divmod(step, -(-count // size))
@@ -130,7 +130,7 @@ def shared_prefix(examples: Sequence[EncodedExample]) -> int:
 
 
 def sequences(examples: Iterable[EncodedExample]) -> list[EncodedExample]:
-    """What is trained of `examples`: one sequence each, or several where one answer can't follow another."""
+    """The sequences of `examples`: one each, or several if an answer can't follow the one before."""
     return [sequence for example in examples for sequence in example.sequences]
 
 

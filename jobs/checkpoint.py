@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 KEPT = 2
 #: Of what a file holds; one of another form is another job's.
 FORM = 2
-#: Fields that specs did not always have; their defaults mean what was done before.
+#: Fields that older specs do not have; their defaults are what was done then.
 _ADDED = ("epochs",)
 
 _PARTS = ("weight", "first_moment", "second_moment", "state")
@@ -136,7 +136,7 @@ def _names(place: Place, spec: JobSpec) -> list[str]:
 
 
 def _key(spec: JobSpec) -> str:
-    # A spec of before a field was added has the key that it had then, so that its job resumes.
+    # A spec without the added fields keeps the key that it had, so that an older job resumes.
     unknown = {name for name in _ADDED if getattr(spec, name) == JobSpec.model_fields[name].default}
     return hashlib.sha256(f"{FORM} {spec.model_dump_json(exclude=unknown)}".encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""What nobody needs any more: artifacts that nothing records, and checkpoints of jobs that have ended or were deleted.
+"""Removes artifacts that nothing refers to, and checkpoints of jobs that have ended or were deleted.
 
 No Ray.
 """
@@ -37,7 +37,7 @@ def tidy(registry: Registry, checkpoints: Path | str, *, now: float) -> int:
 
 
 def discard_ended(registry: Registry, checkpoints: Path | str, *, now: float) -> int:
-    """Removes the checkpoints of jobs that ended an hour ago, failed a week ago, or were deleted. Returns of how many.
+    """Removes checkpoints of jobs that ended an hour ago, failed a week ago, or were deleted. Returns how many jobs.
 
     A worker removes its own; these are of jobs that were cancelled while they waited, or whose worker vanished.
     """

@@ -29,8 +29,8 @@ T = TypeVar("T")
 
 #: Seconds between heartbeats, so that a job that is asked to stop knows it within two.
 BEAT_SECONDS = 0.5
-#: Seconds for which a worker holds on to its job while the database is away: a failover or a restart takes minutes, and
-#: nobody else can take the job meanwhile.
+#: Seconds for which a worker keeps its job while the database is away: a failover or a restart takes minutes, and no
+#: other worker can take the job meanwhile.
 PATIENCE_SECONDS = 600.0
 #: A job's history keeps at most about this many metrics events, whatever its number of steps.
 METRICS_EVENTS = 200
@@ -46,16 +46,16 @@ def insist(seconds: float, act: Callable[[], T]) -> T:
     Raises:
         Unavailable, DiskFull: it was so for longer.
     """
-    deadline, told = time.monotonic() + seconds, False
+    deadline, logged = time.monotonic() + seconds, False
     while True:
         try:
             return act()
         except (Unavailable, DiskFull) as error:
             if time.monotonic() > deadline:
                 raise
-            if not told:
+            if not logged:
                 log.warning("trying again, for up to %.0f s: %s", seconds, error.message)
-            told = True
+            logged = True
             time.sleep(BEAT_SECONDS)
 
 
@@ -130,7 +130,7 @@ class Lease:
                 return
             except LoramillError as error:
                 if not away:
-                    log.warning("job %s: no heartbeat reaches the database: %s", self._job.id, error.message)
+                    log.warning("job %s: its heartbeat did not reach the database: %s", self._job.id, error.message)
                 away = True
                 continue
             away = False

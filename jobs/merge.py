@@ -37,13 +37,13 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 #: Nats a token from which a merge is refused unless the caller knows better.
 MAX_KL = 0.02
-#: Completion tokens that are compared at most: log-probabilities over a whole vocabulary take room, 0.2 MB a token.
+#: Completion tokens that are compared at most: log probabilities over a whole vocabulary take 0.2 MB per token.
 _TOKENS = 1024
 #: Tokens of one forward pass.
 _PASS = 512
 REPORT_FILE = "merge.json"
 
-#: Called with what is done next, for a person to read.
+#: Called with a description of the next stage, for the user.
 OnStage = Callable[[str], None]
 
 
@@ -127,10 +127,10 @@ def merge(
         on_stage("merging")
         if not _merge(model, deltas, precision):
             raise AdapterInvalid(
-                f"Merged, {name} changes no weight of '{base.name}': all that it adds is 0, or is lost in rounding to "
-                f"{dtype}. Nothing was written."
+                f"The adapter {name} changes no weight of '{base.name}': everything that it adds is 0, or is lost in "
+                f"rounding to {dtype}. Nothing was written."
             )
-        model = _cast(_cast(model, precision), torch.float32)  # rounded, to be measured as it is written
+        model = _cast(_cast(model, precision), torch.float32)  # rounded, so that what is measured is what is written
         divergence = _compare(wanted, _log_probabilities(model, chosen, "the merged model", on_stage), len(chosen))
         if divergence.kl > max_kl and not force:
             raise Conflict(
@@ -178,13 +178,13 @@ def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 
 
 def _read(model: PreTrainedModel, adapter: Path) -> dict[str, Delta]:
-    """By the reader that the engine has, so that what is merged is what is served."""
+    """Reads the adapter as the engine does, so that what is merged is what is served."""
     return read_adapter(adapter, BaseModules.of_model(model, model.get_output_embeddings()))
 
 
 @contextmanager
 def beside(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> Iterator[None]:
-    """`model` computing with an adapter beside its weights, as the engine does; for float32."""
+    """`model` computes with an adapter next to its weights, as the engine does; for float32."""
     with ExitStack() as stack:
         for name, delta in deltas.items():
             module = model.get_submodule(name)
@@ -193,7 +193,7 @@ def beside(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> Iterator[None
 
 
 def _adapted(delta: Delta, module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
-    """`y`, and what an adapter does to it: `gain * (W x + scale B A x)`, to which a bias is added last."""
+    """`y` with the adapter: `gain * (W x + scale B A x)`, to which a bias is added last."""
     x, a, b = args[0], delta.a.float(), delta.b.float()
     if delta.lookup:
         # Gemma's embedding multiplies its vectors.
@@ -206,10 +206,10 @@ def _adapted(delta: Delta, module: nn.Module, args: tuple[torch.Tensor, ...], y:
 
 @torch.no_grad()
 def _merge(model: PreTrainedModel, deltas: Mapping[str, Delta], precision: torch.dtype) -> bool:
-    """Puts an adapter into the weights, in float32, which then have their own dtype.
+    """Adds an adapter to the weights, in float32, and converts them back to their dtype.
 
     Returns:
-        Whether a weight is another in `precision`.
+        Whether a weight changes in `precision`.
     """
     _untie(model, deltas)
     changed = False
@@ -217,7 +217,7 @@ def _merge(model: PreTrainedModel, deltas: Mapping[str, Delta], precision: torch
         module = model.get_submodule(name)
         weight: torch.Tensor = module.weight
         change = delta.scale * (delta.b.float() @ delta.a.float())
-        if delta.lookup or isinstance(module, Conv1D):  # weights that lie the other way round
+        if delta.lookup or isinstance(module, Conv1D):  # transposed weights
             change = change.T
         new = weight.float() + change
         if delta.gain is not None:
@@ -256,7 +256,7 @@ def _log_probabilities(
     found = []
     with prepared(model, longest + _PASS, checkpointing=False):
         for done, group in enumerate(groups):
-            on_stage(f"computing what {of} says, {done} of {len(groups)}")
+            on_stage(f"computing the predictions of {of}, {done} of {len(groups)}")
             found.append(predictions(model, model, pack(group)).log_softmax(dim=-1))
     return found
 

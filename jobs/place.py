@@ -17,9 +17,9 @@ from loramill.storage import open_files, shown, store_errors
 
 
 class Place(Protocol):
-    """Files by name, each there wholly or not at all.
+    """Files by name, each complete or absent.
 
-    Every method raises Unavailable where the store does not answer, and StoreUnusable where it refuses.
+    Every method raises Unavailable if the store does not answer, and StoreUnusable if it refuses.
     """
 
     where: str
@@ -107,7 +107,7 @@ class _Bucket:
             try:
                 with store_errors(self.where):
                     self._files.pipe_file(f"{self._root}/{name}", content)
-            except FileNotFoundError:  # buckets have no folders; where there are some, this is the first file
+            except FileNotFoundError:  # buckets have no folders; other stores do, and this is the first file
                 self._files.makedirs(self._root, exist_ok=True)
                 self._files.pipe_file(f"{self._root}/{name}", content)
 
@@ -121,7 +121,7 @@ def discard(where: Path | str) -> None:
     """Removes a place with all that is in it.
 
     Raises:
-        Unavailable, StoreUnusable: the store does not answer, or refuses.
+        Unavailable: the store does not answer. StoreUnusable: it refuses.
     """
     files, root = open_files(str(where))
     with store_errors(str(where)):
@@ -135,7 +135,9 @@ def _explained(where: str, name: str) -> Iterator[None]:
         with store_errors(where):
             yield
     except PermissionError as error:
-        raise StoreUnusable(f"The checkpoints in {where} can't be read ({error.strerror}): grant that.") from error
+        raise StoreUnusable(
+            f"The checkpoints in {where} can't be read ({error.strerror}): grant read permission."
+        ) from error
     except OSError as error:
         raise ArtifactCorrupt(
             f"The checkpoint {name} in {where} can't be read ({error}): look after the disk."

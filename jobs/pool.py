@@ -31,7 +31,7 @@ class Keeper:
     """Keeps as many sessions and trainers running as the queue asks for.
 
     Args:
-        base: fingerprint of the base that is trained here; jobs of others wait. None: of any.
+        base: fingerprint of the base that is trained here; jobs of other bases wait. None: any.
         run_session: runs a session until it ends; called in a thread of its own with the place's name and `holder`.
         run_trainer: the same for one job's trainer, with the job's id and the number of its processes.
     """
@@ -66,7 +66,7 @@ class Keeper:
             except Exception:  # whatever it was (a busy database, say), the next look may succeed
                 log.exception("the supervisor could not look at the queue; trying again")
                 pause = AWAY_SECONDS
-                # All workers were silent as long as the database was away: they keep their jobs, if they are back soon.
+                # All workers were silent while the database was away; they keep their jobs if they report soon.
                 self._settle_from = time.monotonic() + AWAY_SECONDS + self._settings.lease_seconds
 
     def look(self) -> None:
@@ -120,7 +120,7 @@ class Keeper:
 
 
 def observe(session: Session, settings: JobSettings, now: float, base: str | None = None) -> Pool:
-    """The pool as the record tells it; of the waiting jobs of this base (None: of any), as many as there are places."""
+    """The pool as the registry has it, with as many waiting jobs of this base (None: any) as there are worker slots."""
     running = session.execute(
         select(JobRow.id, JobRow.attempt, JobRow.priority, JobRow.started_at, JobRow.owner, JobRow.asked).where(
             JobRow.status == JobStatus.RUNNING

@@ -71,7 +71,7 @@ def version(worker: Worker, job: JobRecord, last: Progress | None) -> None:
                 trained_tokens=None if last is None else last.tokens,
                 result=result,
             )
-            name = published.spec.adapter_name  # which may have changed since the job was leased
+            name = published.spec.adapter_name  # may have changed since the job was leased
             champion = adapters.get(session, name).champion
         log.info("job %s: published %s, champion %s", job.id, name.at(found.id), champion)
 

@@ -61,9 +61,9 @@ def resident(settings: Settings, place: str, executor: Executor, processes: Proc
 
 
 def prepare(settings: JobSettings) -> torch.device:
-    """The device to train on: the GPU that Ray assigned to this process, of which it takes its share, or the CPU.
+    """The device to train on: this process's share of the GPU that Ray assigned to it, or the CPU.
 
-    A GPU that torch sees is not ours unless the settings say so. Ray's GPUs may also stand for nothing, as in tests.
+    A GPU that torch sees is only used if the settings say so. Ray's GPUs may not exist, as in tests.
     """
     torch.set_num_threads(settings.threads)
     if not settings.use_gpu or not torch.cuda.is_available():

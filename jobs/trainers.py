@@ -98,14 +98,14 @@ def _fit(
 
 
 def _session(config: dict[str, Any]) -> None:
-    logs.configure()  # before what is imported here tells about itself
+    logs.configure()  # before imports that log
     from loramill.jobs.session import lease_and_train
 
     lease_and_train(config)
 
 
 def _dedicated(config: dict[str, Any]) -> None:
-    logs.configure()  # before what is imported here tells about itself
+    logs.configure()  # before imports that log
     from loramill.jobs.dedicated import lease_and_train
 
     lease_and_train(config)

@@ -22,7 +22,7 @@ def write_whole(model: PreTrainedModel, like: Path, folder: Path) -> None:
     """
     with quiet_transformers():
         model.save_pretrained(folder)
-    # safetensors writes files that only their owner can read; another user's vLLM has to, as it can the others.
+    # safetensors writes files that only their owner can read; another user's vLLM must be able to read all of them.
     mode = stat.S_IMODE((folder / "config.json").stat().st_mode)
     for file in folder.glob("*.safetensors"):
         file.chmod(mode)

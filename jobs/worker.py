@@ -47,12 +47,12 @@ log = logging.getLogger(__name__)
 #: What another attempt would meet again: bad or unreadable data, a spec that fits nothing, divergence.
 PERMANENT = (InvalidRequest, NotFound, AdapterInvalid, BaseUnusable, ArtifactError, JobError)
 
-#: What no job is the cause of, and what ends for all jobs at once: a store or a database that is away, or a store that
-#: refuses since its credentials have expired, say. It costs no attempt.
+#: Outages, which no job causes and which end for all jobs at once: a store or database that is away, or a store that
+#: refuses access, for example since its credentials have expired. They cost no attempt.
 OUTAGE = (Unavailable, StoreUnusable)
 
-#: Seconds between looks at an empty queue; after a database or a store that did not answer; and at most, as the latter
-#: grow with each job that meets the same.
+#: Seconds between looks at an empty queue, and after an outage; the latter double with each job that fails for one, up
+#: to the last.
 LOOK_SECONDS, AWAY_SECONDS, LONGEST_AWAY = 0.25, 3.0, 60.0
 
 
@@ -96,7 +96,7 @@ def work(worker: Worker, *, until: Callable[[float], bool]) -> int:
             job = take(worker, settle=time.monotonic() >= settle_from)
         except LoramillError as error:
             log.warning("no job could be leased, trying again: %s", error.message)
-            # Whoever holds a job may have been silent as long as the database was: their heartbeats come first.
+            # Workers that hold a job may have been silent while the database was: their heartbeats come first.
             settle_from = time.monotonic() + AWAY_SECONDS + worker.settings.lease_seconds
             time.sleep(AWAY_SECONDS)
             continue
@@ -122,9 +122,9 @@ def run_next(worker: Worker) -> bool:
 
 
 def take(worker: Worker, job_id: str | None = None, *, settle: bool = True) -> JobRecord | None:
-    """Leases the next job, or that of this id; None if it doesn't wait, or is of another base.
+    """Leases the next job, or the one with this id; None if it doesn't wait, or is of another base.
 
-    `settle`: first takes jobs from workers that vanished.
+    `settle` first takes jobs from workers that vanished.
 
     Raises:
         Unavailable, DiskFull, DatabaseUnusable: the record can't be reached.
@@ -184,7 +184,7 @@ def run_job(worker: Worker, job: JobRecord, lease: Lease) -> None:
     finally:
         lease.flush()
     publishing.version(worker, job, lease.last)
-    tidied(worker, job)
+    remove_checkpoints(worker, job)
 
 
 def steps(worker: Worker, job: JobRecord, check: Callable[[], None]) -> Generator[Progress, None, None]:
@@ -203,7 +203,7 @@ def steps(worker: Worker, job: JobRecord, check: Callable[[], None]) -> Generato
     examples = read(worker, job, spec.train)
     data = encoded(worker, job, examples), encoded(worker, job, read(worker, job, spec.valid)) if spec.valid else []
     if worker.processes.rank == 0:
-        tell_what_is_trained(worker, job, examples.examples, data[0])
+        report_trained(worker, job, examples.examples, data[0])
     start_from = registry.artifacts.fetch(spec.start_from) if spec.start_from else None
     if spec.method == "full":
         from loramill.jobs.full import train_full  # with DeepSpeed, which nothing else needs
@@ -240,16 +240,16 @@ def read(worker: Worker, job: JobRecord, dataset: str) -> Examples:
 
 
 def encoded(worker: Worker, job: JobRecord, examples: Examples) -> list[EncodedExample]:
-    """The tokens of examples; a template that writes the date has that of the submission, so that every attempt trains
+    """The tokens of examples. A template that writes the date gets that of the submission, so that every attempt trains
     on the same tokens."""
     tokenizer = worker.tokenizer.at(datetime.fromtimestamp(job.created_at, UTC))
     return [tokenizer.example(example, job.spec.learn) for example in examples.examples]
 
 
-def tell_what_is_trained(
+def report_trained(
     worker: Worker, job: JobRecord, examples: Sequence[Example], found: Sequence[EncodedExample]
 ) -> None:
-    """Adds an event about the training file to the job's history, once: how many answers and tokens have a loss."""
+    """Adds an event to the job's history, once: how many answers and tokens of the training file are trained."""
     parts = sequences(found)
     figures = {
         "examples": len(examples),
@@ -270,7 +270,7 @@ def give_up(worker: Worker, job: JobRecord, error: LoramillError) -> None:
     """Records why an attempt ended before its job; the job waits again if it is to go on or that may help."""
     settings = worker.settings
     if isinstance(error, JobCancelled):
-        tidied(worker, job)  # before it may be retried
+        remove_checkpoints(worker, job)  # before it may be retried
 
     def end_attempt() -> None:
         with worker.registry.writing() as session:
@@ -296,9 +296,9 @@ def give_up(worker: Worker, job: JobRecord, error: LoramillError) -> None:
         log.exception("job %s: ended (%s), and the record can't be reached; its lease runs out", job.id, error)
 
 
-def tidied(worker: Worker, job: JobRecord) -> None:
-    """Removes a job's checkpoints; what can't be removed now is when the pool is tidied up."""
+def remove_checkpoints(worker: Worker, job: JobRecord) -> None:
+    """Removes a job's checkpoints; the next sweep removes those that can't be removed now."""
     try:
         discard(worker.place(job))
     except (LoramillError, OSError) as error:
-        log.warning("job %s: its checkpoints are still there: %s", job.id, error)
+        log.warning("job %s: its checkpoints can't be removed now: %s", job.id, error)

@@ -37,10 +37,10 @@ def deploy(settings: Settings) -> None:
 
 
 def start_local(scratch: Path) -> None:
-    """Starts a Ray of this machine's own. Its CPUs stand for nothing: what runs here is bounded by the settings.
+    """Starts a Ray on this machine. Its number of CPUs means nothing: the settings bound what runs here.
 
     Args:
-        scratch: a folder on disk for Ray's object store, where shared memory has no room for it.
+        scratch: a folder on disk for Ray's object store, if shared memory has no room for it.
     """
     store = object_store_folder(OBJECT_STORE_BYTES, scratch)
     ray.init(
@@ -61,7 +61,7 @@ def wait_for_end(ended: threading.Event) -> None:
 
 
 def main() -> None:
-    """Runs a local cluster until standard input ends; why it could not is the first error on standard error."""
+    """Runs a local cluster until standard input ends; if it can't, the reason is the first error on standard error."""
     logs.configure()
     settings = Settings.model_validate_json(sys.stdin.readline())
     try:

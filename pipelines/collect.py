@@ -18,13 +18,13 @@ from loramill.recipe import MIN_STEPS, resolve_spec, steps_of
 from loramill.registry import ArtifactStore, adapters, datasets, jobs
 from loramill.types import DatasetRecord, JobSpec, NewData, VersionRecord
 
-#: Passes over the data of a nightly run that goes on from the champion, if these are `MIN_STEPS` or more.
+#: Passes over the data of a nightly run that continues from the champion, if these are at least `MIN_STEPS` steps.
 EPOCHS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class TooLittle:
-    """The new data isn't enough to train on and to judge by; `reason` says what would be."""
+    """The new data isn't enough to train and evaluate with; `reason` says what would be."""
 
     reason: str
 
@@ -39,11 +39,11 @@ def collect(
     its tenant has deleted is left out.
 
     Args:
-        minimum: examples that training takes at least, old and new together.
+        minimum: examples that training needs at least, old and new together.
 
     Raises:
         BaseUnusable: the champion is of another base.
-        NotFound: the adapter or a file is gone.
+        NotFound: the adapter or a file was deleted.
         DatasetInvalid: the old and the new data don't go together.
     """
     champion = adapters.get(session, name).champion
@@ -69,7 +69,9 @@ def collect(
     if count < enough(validation=bool(validation), replay=len(replay), minimum=minimum):
         return TooLittle(outlook(count, validation, replay=len(replay), minimum=minimum))
     if not new:
-        return TooLittle(f"{counted(count, 'new example')}, all the same, so that none can be held out: add others.")
+        return TooLittle(
+            f"{counted(count, 'new example')}, all the same, so that none can be held out: add different ones."
+        )
     before = rows(judge)
     train = freeze("train", new + replay)
     valid = freeze("valid", before + new_valid)
@@ -79,7 +81,7 @@ def collect(
 
 
 def _version(session: Session, name: AdapterName, champion: str, base: Base) -> VersionRecord:
-    """The champion, which must be of the base that runs now: training goes on from its weights.
+    """The champion, which must be of the base that runs now, since training continues from its weights.
 
     Raises:
         BaseUnusable: it is of another base.
@@ -108,13 +110,13 @@ def first_spec(name: AdapterName, train: DatasetRecord, valid: DatasetRecord, ba
 
 def next_spec(old: JobSpec, champion: str, train: DatasetRecord, valid: DatasetRecord) -> JobSpec:
     """The champion's recipe, gone on with from its weights at half its learning rate."""
-    # A few examples make few steps a pass, and what is new is then learned at the cost of what was known before.
+    # A few examples make few steps per pass; the new is then learned at the cost of the old.
     epochs = max(EPOCHS, -(-MIN_STEPS // steps_of(1, train.examples, old.batch_size)))
     changed = {
         "train": train.id,
         "valid": valid.id,
         "start_from": champion,
-        "learn": "all" if old.learn == "last" else old.learn,  # older jobs had no other default
+        "learn": "all" if old.learn == "last" else old.learn,  # the default of older jobs
         "steps": steps_of(epochs, train.examples, old.batch_size),
         "epochs": epochs,
         "learning_rate": old.learning_rate / 2,

@@ -34,7 +34,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model answered; `cut`: it had not ended at the most tokens that it may have."""
+    """A model's answer; `cut` if it reached the limit of its tokens."""
 
     text: str
     cut: bool = False
@@ -51,10 +51,10 @@ def questions_of(model: str, examples: Sequence[Example], tokenizer: ChatTokeniz
 
 
 def answer_limit(reference: str, tokenizer: ChatTokenizer) -> int:
-    """Tokens that an answer may have: twice the reference's and a few.
+    """The most tokens that an answer may have: twice the reference's and a few.
 
-    A model that rambles costs little and still can't be right. The base's own tokens are counted: a character takes a
-    quarter of one in English and up to three in Japanese, Korean or Thai.
+    A model that rambles then costs little, and a right answer always fits. The base's own tokens are counted: a
+    character is a quarter of one in English and up to three in Japanese, Korean or Thai.
     """
     return 2 * len(tokenizer.text(reference)) + 8
 
@@ -62,12 +62,12 @@ def answer_limit(reference: str, tokenizer: ChatTokenizer) -> int:
 def ask_all(
     client: AsyncOpenAI, questions: Sequence[Question], *, report: Callable[[int], None] = lambda done: None
 ) -> list[Answer | LoramillError]:
-    """Returns the greedy answers, or why there is none, in the order of the questions.
+    """Returns the greedy answers, or the errors in their place, in the order of the questions.
 
     Questions of all models go round in turn, so that a batch holds as many adapters as there are.
 
     Args:
-        report: called with the number of questions that are done.
+        report: called with the number of finished questions.
 
     Raises:
         openai.APIConnectionError: the gateway was away for longer than the client's retries.
@@ -121,7 +121,7 @@ async def _ask(client: AsyncOpenAI, question: Question) -> Answer:
 
 
 def _arguments(text: str) -> Any:
-    """A call's arguments; the text itself where it is no JSON, which can't be right but must not end the run."""
+    """A call's arguments; the text itself if it isn't JSON, which is wrong but must not end the run."""
     try:
         return json.loads(text)
     except ValueError:

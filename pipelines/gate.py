@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from loramill.pipelines.scoring import Score, overall
 
-#: What a difference of two means may be off by.
+#: Rounding error of the difference of two means.
 _ROUNDING = 1e-9
 
 
@@ -57,7 +57,7 @@ def decide(slices: Sequence[SliceScores], thresholds: Thresholds) -> Decision:
     for part, champion in zip(slices, champions, strict=True):
         drop = champion.token_f1 - part.challenger.token_f1
         if drop > thresholds.max_drop:
-            lost, limit = _told_apart(drop, thresholds.max_drop)
+            lost, limit = _distinct(drop, thresholds.max_drop)
             return Decision(False, f"it loses {lost} on the slice '{part.name}'; at most {limit} is allowed")
     gain = challenger.token_f1 - overall(champions).token_f1
     if gain < thresholds.min_gain - _ROUNDING:
@@ -66,15 +66,15 @@ def decide(slices: Sequence[SliceScores], thresholds: Thresholds) -> Decision:
 
 
 def _gained(gain: float, least: float) -> str:
-    """A gain that is too little, in words."""
+    """Describes a gain that is too small."""
     if abs(gain) < _ROUNDING:
         return "it scores the same as the champion"
     if gain < 0:
-        return f"it loses {_told_apart(-gain, 0)[0]} against the champion"
-    return f"it gains only {_told_apart(gain, least)[0]} over the champion"
+        return f"it loses {_distinct(-gain, 0)[0]} against the champion"
+    return f"it gains only {_distinct(gain, least)[0]} over the champion"
 
 
-def _told_apart(value: float, other: float) -> tuple[str, str]:
-    """Two numbers with three digits, or as many as show that they differ."""
+def _distinct(value: float, other: float) -> tuple[str, str]:
+    """Two numbers with three decimals, or as many as it takes to show that they differ."""
     digits = next((n for n in range(3, 9) if f"{value:.{n}f}" != f"{other:.{n}f}"), 9)
     return f"{value:.{digits}f}", f"{other:.{digits}f}"

@@ -1,4 +1,4 @@
-"""The gateway, as a nightly run uses it: whether it is there, and answers to questions."""
+"""The gateway as a nightly run uses it: a check that it answers, and questions to it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from loramill.wire import is_own, openai_errors
 
 
 class Gateway(Protocol):
-    """What a nightly run needs of a gateway."""
+    """What a nightly run needs from a gateway."""
 
     def check(self) -> None:
-        """Raises NotRunning where nothing answers, and Unavailable where its models don't answer yet."""
+        """Raises NotRunning if nothing answers, and Unavailable if its models don't answer yet."""
 
     def ask(self, questions: Sequence[Question], report: Callable[[int], None]) -> list[Answer | LoramillError]:
-        """The greedy answers, or why there is none, in order; `report` is called with the number that is done.
+        """The greedy answers, or the errors in their place, in order; `report` gets the number of finished questions.
 
         Raises:
-            NotRunning, Unavailable: the gateway went away.
+            NotRunning, Unavailable: the gateway stopped answering.
         """
         ...
 
@@ -56,6 +56,6 @@ class HttpGateway:
 
 
 def openai_client(url: str, key: str) -> AsyncOpenAI:
-    """A client of the gateway at `url`; this machine's own is reached by no proxy."""
+    """A client of the gateway at `url`; this machine's own is reached without a proxy."""
     http = DefaultAsyncHttpxClient(trust_env=not is_own(url))
     return AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=8, timeout=600, http_client=http)

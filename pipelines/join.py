@@ -17,7 +17,7 @@ def join(settings: Settings) -> None:
     Unlike `up` it starts no Ray, and what it deployed stays when this process ends.
 
     Raises:
-        SetupError: no Ray runs on this machine, or the home, the stores or the record can't be used.
+        SetupError: no Ray runs on this machine, or the home, the stores or the registry can't be used.
     """
     prepare_home(settings.home)
     check_stores(settings)

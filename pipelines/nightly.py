@@ -4,9 +4,9 @@ Each step of each adapter is a row, written in the same transaction as what the 
 where it was, and no step is done twice. All adapters go through a stage together, so that their jobs train at the same
 time and their questions share the engine's batches.
 
-An adapter that fails in a stage leaves the run and stops no other. What failed for a reason that passes by itself (an
-outage, a quota, another base) is collected again by the next run; other data is set aside until someone retries or
-drops it, so that no failure repeats every night.
+An adapter that fails in a stage leaves the run and stops no other. If the reason passes by itself (an outage, a quota,
+another base), the next run collects its data again; other data is set aside until someone retries or drops it, so that
+no failure repeats every night.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ from loramill.types import Alias, JobRecord, JobSpec, JobStatus, NightlyRun, Nig
 STAGES = ("collect", "train", "evaluate", "gate", "promote")
 #: Failures that pass by themselves: the next run tries again with the same data.
 PASSING = (Unavailable, DeadlineExceeded, Overloaded, QuotaExceeded, RateLimited, SetupError, OSError)
-#: For so long jobs may train on while the gateway is away, until the run stops.
+#: Seconds for which a run waits for its jobs while the gateway is away.
 AWAY_SECONDS = 120.0
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a stage is: steps of an adapter's job, or answers to the questions of all adapters (None)."""
+    """The progress of a stage: steps of an adapter's job, or answers to the questions of all adapters (None)."""
 
     stage: str
     adapter: str | None
@@ -97,12 +97,12 @@ class Night:
         return {step.adapter: step.result for step in self.steps(stage) if step.status is StepStatus.PENDING}
 
     def steps(self, stage: str | None = None) -> list[NightlyStep]:
-        """The steps that are recorded, of a stage or of all."""
+        """The recorded steps of a stage, or of all stages."""
         with self.registry.reading() as session:
             return [step for step in nightly.steps(session, self.run.id) if stage in (None, step.step)]
 
     def note(self, session: Session, adapter: str, stage: str, result: dict[str, Any]) -> NightlyStep:
-        """Records what a step that isn't finished has come to."""
+        """Records the state of a step that isn't finished."""
         return nightly.record(session, self.run.id, adapter, stage, StepStatus.PENDING, result)
 
     def finish(self, session: Session, adapter: str, stage: str, result: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class Night:
         self.report(nightly.record(session, self.run.id, adapter, stage, StepStatus.DONE, result))
 
     def attempt(self, adapter: str, stage: str, work: Callable[[], None]) -> bool:
-        """Does a step's work; its failure is recorded, whatever it is, and costs no other adapter its run."""
+        """Does a step's work; any failure is recorded, and affects no other adapter."""
         try:
             work()
         except LoramillError as error:
@@ -123,12 +123,12 @@ class Night:
         return False
 
     def fail(self, adapter: str, stage: str, error: Exception) -> None:
-        """Records why a step failed, and gives the adapter's data back or sets it aside."""
+        """Records why a step failed, and releases the adapter's data or sets it aside."""
         message = error.message if isinstance(error, LoramillError) else f"{type(error).__name__}: {error}"
         passing = isinstance(error, PASSING)
         with self.registry.writing() as session:
             if not _exists(session, adapter):
-                return  # `missing` tells at the end of the run
+                return  # `missing` reports it at the end of the run
             if passing:
                 nightly.release(session, self.run.id, adapter)
             elif stage == "collect":  # its own transaction was undone
@@ -138,7 +138,7 @@ class Night:
             self.report(nightly.record(session, self.run.id, adapter, stage, StepStatus.FAILED, result))
 
     def interrupt(self, error: LoramillError) -> None:
-        """Records at every adapter that isn't through why the run stopped here; the next run resumes it."""
+        """Records for every adapter that isn't finished why the run stopped; the next run resumes it."""
         steps = self.steps()
         over = {step.adapter for step in steps if step.step == STAGES[-1] or step.status is StepStatus.FAILED}
         done = {(step.adapter, step.step) for step in steps if step.status is StepStatus.DONE}
@@ -183,14 +183,14 @@ def run_night(
         raise
     for step in missing(night, seen):
         report(step)
-    if night.begun("evaluate"):  # answers are missing that the next run asks for again
+    if night.begun("evaluate"):  # the next run asks for the missing answers again
         return run
     with registry.writing() as session:
         return nightly.finish(session, run.id)
 
 
 def missing(night: Night, seen: Collection[str]) -> list[NightlyStep]:
-    """A step for each adapter of the run that was deleted meanwhile, and its recorded steps with it."""
+    """A step for each adapter that was deleted during the run, together with its recorded steps."""
     with night.registry.reading() as session:
         gone = [adapter for adapter in sorted(seen) if not _exists(session, adapter)]
     result = {"error": "The adapter was deleted during the nightly run.", "deleted": True}
@@ -206,7 +206,7 @@ def collect_all(night: Night) -> None:
         pending = [waiting.adapter for waiting in nightly.pending(session)]
     over = {step.adapter for step in night.steps() if step.status is not StepStatus.PENDING}
     for adapter in pending:
-        if adapter not in over:  # what came in since then is the next run's
+        if adapter not in over:  # data that came later is for the next run
             night.attempt(adapter, "collect", partial(_collect, night, adapter))
 
 
@@ -227,7 +227,7 @@ def train_all(night: Night, *, poll_seconds: float = 0.5) -> None:
     """Submits a job for each adapter, then waits until all have ended.
 
     Raises:
-        NotRunning, Unavailable: the gateway is away, for `AWAY_SECONDS` where jobs train already.
+        NotRunning, Unavailable: the gateway is away, for `AWAY_SECONDS` if jobs train already.
     """
     waiting = night.todo("train")
     if not waiting:
@@ -270,7 +270,7 @@ def _submit(night: Night, adapter: str) -> None:
 
 
 def _look(night: Night, open_jobs: dict[str, str]) -> dict[str, JobRecord]:
-    """How the adapters' jobs stand; one that was deleted fails its adapter, and is taken out of `open_jobs`."""
+    """The adapters' jobs; one that was deleted fails its adapter, and is removed from `open_jobs`."""
     found = {}
     for adapter, job_id in list(open_jobs.items()):
         try:
@@ -283,7 +283,7 @@ def _look(night: Night, open_jobs: dict[str, str]) -> dict[str, JobRecord]:
 
 
 def _follow(night: Night, adapter: str, job: JobRecord) -> None:
-    """Finishes the step of an adapter whose job has succeeded; raises why one never will."""
+    """Finishes the step of an adapter whose job has succeeded; raises if the job never will."""
     night.progress(Progress("train", adapter, job.step, job.spec.steps, job.status))
     if job.status is JobStatus.SUCCEEDED:
         with night.registry.writing() as session:
@@ -296,7 +296,7 @@ def _follow(night: Night, adapter: str, job: JobRecord) -> None:
         with night.registry.writing() as session:
             jobs.cancel(session, job.id)
         raise BaseUnusable(
-            f"The base was changed since the job {job.id} was submitted, so that nothing runs it; it was cancelled."
+            f"The base has changed since the job {job.id} was submitted, so that it can't run; it was cancelled."
         )
 
 
@@ -350,7 +350,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Exam:
-    """All that one adapter's candidates are asked."""
+    """All questions to one adapter's candidates."""
 
     parts: tuple[Part, ...]
 
@@ -360,7 +360,7 @@ def _prepare(night: Night, adapter: str, exams: dict[str, Exam]) -> None:
 
 
 def exam_of(night: Night, adapter: str) -> Exam:
-    """What base, champion and challenger of an adapter are asked: each slice, of each.
+    """The questions to an adapter's base, champion and challenger: all slices to each.
 
     Raises:
         NotFound: the adapter, a version or a slice was deleted.
@@ -379,7 +379,7 @@ def exam_of(night: Night, adapter: str) -> Exam:
 
 
 def _mark(night: Night, adapter: str, exam: Exam, given: list[list[Answer | LoramillError]]) -> None:
-    """Records an adapter's scores; raises, or notes for the next run, why answers are missing."""
+    """Records an adapter's scores; if answers are missing, raises why, or records it for the next run."""
     refused = [answer for answers in given for answer in answers if isinstance(answer, LoramillError)]
     texts = [[answer.text for answer in answers if isinstance(answer, Answer)] for answers in given]
     if refused:

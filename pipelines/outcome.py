@@ -1,4 +1,4 @@
-"""What a nightly run came to, adapter by adapter: values that reports show. Pure functions of its steps."""
+"""The outcome of a nightly run, adapter by adapter, for reports. Pure functions of its steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BAD = (Verdict.FAILED, Verdict.INTERRUPTED)
 
 
 class Outcome(Value):
-    """What a nightly run did to one adapter.
+    """The outcome of a nightly run for one adapter.
 
     Attributes:
         stage: the last one that the adapter reached.
@@ -57,9 +57,9 @@ def summary(found: Sequence[Outcome]) -> str:
     if not found:
         return "No adapter had new data."
     counts = [(verdict, sum(each.verdict is verdict for each in found)) for verdict in Verdict]
-    said = ", ".join(f"{count} {verdict}" for verdict, count in counts if count)
+    counted = ", ".join(f"{count} {verdict}" for verdict, count in counts if count)
     bad = "; ".join(f"{each.adapter} at {each.stage}" for each in found if each.verdict in BAD)
-    return f"Nightly run: {said}{f' ({bad})' if bad else ''}."
+    return f"Nightly run: {counted}{f' ({bad})' if bad else ''}."
 
 
 def succeeded(found: Sequence[Outcome]) -> bool:
@@ -68,7 +68,7 @@ def succeeded(found: Sequence[Outcome]) -> bool:
 
 
 def describe(step: NightlyStep) -> str:
-    """What the end of a step comes to, for a line of progress: "acme/support: promoted"."""
+    """A finished step as a line of progress: "acme/support: promoted"."""
     return f"{step.adapter}: {_described(step)}"
 
 
@@ -122,7 +122,7 @@ def _what_now(adapter: str, result: Mapping[str, Any]) -> str:
         case "set aside":
             return (
                 f" Its data is set aside: `loramill nightly retry {adapter}` lets the next nightly run try again, "
-                f"`loramill nightly drop {adapter}` forgets it."
+                f"`loramill nightly drop {adapter}` discards it."
             )
         case _:
             return ""

@@ -24,7 +24,7 @@ _UNSPACED = (
 )
 #: A character of theirs with the vowel signs and tone marks that are written on it.
 _CHARACTER = rf"{_UNSPACED}\p{{M}}*"
-#: An emoji, or a flag, starts here; signs such as (c) that are text unless a selector says otherwise are none.
+#: An emoji or a flag starts here; signs such as (c), which are text without a selector, are not emoji.
 _EMOJI = r"(?=[\p{Emoji_Presentation}\p{Regional_Indicator}]|\p{Emoji}\uFE0F)"
 #: What token F1 counts: such a character, an emoji, or what else stands between white space, with its punctuation.
 _TOKEN = regex.compile(rf"{_CHARACTER}|{_EMOJI}\X|(?:(?!{_UNSPACED}|{_EMOJI})\S)+")

@@ -91,7 +91,7 @@ def read(folder: Path, base: BaseModules) -> Stored:
     """The adapter that training begins from.
 
     Raises:
-        AdapterInvalid: the folder holds none of LoRA's kind, or it is broken, incomplete or of another base.
+        AdapterInvalid: the folder holds no LoRA, or it is broken, incomplete or of another base.
     """
     try:
         found = read_modules(folder, base)

@@ -1,6 +1,6 @@
 """The one reader of adapters in PEFT's format: for serving, generation, merging, import, and jobs that start from one.
 
-It is strict where PEFT only warns: each tensor that `adapter_config.json` promises for the base is there, finite and of
+It is strict where PEFT only warns: each tensor that `adapter_config.json` and the base call for is there, finite and of
 the right shape, and each tensor of the file is used. Imports with torch alone.
 """
 

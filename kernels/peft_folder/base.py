@@ -18,7 +18,7 @@ PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 #: What PEFT and DDP put before a module's name; PEFT applied twice puts it there twice.
 _PEFT = re.compile(r"(?:(?:base_model\.model|module)\.)*")
-#: What the same layers are held by in other classes of transformers: with a head or without, alone or beside a tower.
+#: Prefixes of the same layers in other classes of transformers: with or without a head, alone or next to a tower.
 _HOLDERS = re.compile(r"(?:(?:model|language_model|transformer|text_model)\.)*")
 
 
@@ -29,8 +29,8 @@ class Module:
     Attributes:
         d_in: columns of the weight; of an embedding, its vocabulary.
         d_out: rows of the weight; of an embedding, the width of its vectors.
-        lookup: it is an embedding.
-        head: it gives the logits; "all-linear" leaves it out.
+        lookup: whether it is an embedding.
+        head: whether it gives the logits; "all-linear" leaves it out.
     """
 
     d_in: int
@@ -54,14 +54,14 @@ class BaseModules:
     _cores: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Finds the names that are the same without what holds the layers."""
+        """Finds the names that are unique without the prefixes of the layers."""
         counts = Counter(map(_core, self.modules))
         cores = {core: name for name in self.modules if counts[core := _core(name)] == 1}
         object.__setattr__(self, "_cores", cores)
 
     @staticmethod
     def of_sites(sites: Iterable[Site], weight: Callable[[str], torch.Tensor | None]) -> BaseModules:
-        """Those of a model that the engine runs."""
+        """The modules of a model that the engine runs."""
         modules = {
             name: Module(site.d_in, width, site.lookup, site.head)
             for site in sites
@@ -71,7 +71,7 @@ class BaseModules:
 
     @staticmethod
     def of_model(model: nn.Module, head: nn.Module | None) -> BaseModules:
-        """Those of a transformers model, in full precision; it may be on the meta device.
+        """The modules of a transformers model, in full precision; it may be on the meta device.
 
         Args:
             head: its output embeddings.
@@ -88,7 +88,7 @@ class BaseModules:
         return BaseModules({name: _described(module, module is head) for name, module in found.items()}, weight)
 
     def find(self, path: str) -> tuple[str, str] | None:
-        """The module that is meant by the name of a file's tensor, without its part; and what its trainer called it.
+        """The module of a tensor in a file, by the tensor's name without its part.
 
         Returns:
             The name in this base, and the name in the model that was trained, by which the config's patterns go.

@@ -22,7 +22,7 @@ _UNSUPPORTED = (
     "lora_bias",
     "alora_invocation_tokens",
 )
-#: Settings that turn a variant of LoRA on are named so. These change nothing of what a saved adapter computes.
+#: Names of settings that enable a variant of LoRA. Those below do not change what a saved adapter computes.
 _SWITCHES = re.compile(r"use_\w+|\w+_config")
 _HARMLESS = (
     "use_rslora",
@@ -40,7 +40,7 @@ _INSTEAD = {
     "trainable_token_indices": "train embed_tokens as a LoRA target instead",
 }
 
-#: Initialisations that change the base's own weights: such an adapter is right only on that changed base.
+#: Initializations that change the base's own weights: such an adapter is right only on that changed base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 ALL_LINEAR = "all-linear"
@@ -56,7 +56,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file() and (inside := sorted(folder.glob(f"*/{CONFIG_FILE}"))):
         raise AdapterInvalid(
-            f"{folder.name} has no {CONFIG_FILE}; its folder {inside[0].parent.name} has one: give that folder."
+            f"{folder.name} has no {CONFIG_FILE}; its folder {inside[0].parent.name} has one: use that folder."
         )
     try:
         text = path.read_text(encoding="utf-8")
@@ -79,7 +79,7 @@ def checked_config(name: str, text: str | bytes) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", "ADALORA"):
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise AdapterInvalid(
-            f"{CONFIG_FILE} in {name} is of no LoRA adapter (peft_type is {kind!r}): LORA and ADALORA are supported."
+            f"{CONFIG_FILE} in {name} is not a LoRA adapter's (peft_type is {kind!r}): LORA and ADALORA are supported."
         )
     _check_supported(name, config)
     return config
@@ -92,12 +92,12 @@ def _check_supported(name: str, config: Mapping[str, Any]) -> None:
         instead = next((f": {_INSTEAD[key]}" for key in used if key in _INSTEAD), "")
         raise AdapterInvalid(f"The adapter in {name} uses {', '.join(used)}, which isn't supported{instead}.")
     if config.get("bias", "none") != "none":
-        raise AdapterInvalid(f"The adapter in {name} trains biases; only bias='none' is supported: train it so.")
+        raise AdapterInvalid(f"The adapter in {name} trains biases; only bias='none' is supported: train it with that.")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.startswith(_CHANGES_BASE):
         raise AdapterInvalid(
-            f"The adapter in {name} was started with {start}, which changes the base; convert it to the "
-            "unmodified base when saving (path_initial_model_for_weight_conversion)."
+            f"The adapter in {name} was started with {start}, which changes the base: convert it to the "
+            "unmodified base when saving it (path_initial_model_for_weight_conversion)."
         )
 
 

@@ -17,8 +17,8 @@ MAGNITUDE = "lora_magnitude_vector"
 #: Parts that are the base's own, which PEFT saves beside adapters of embeddings and heads.
 WEIGHT, BIAS = "weight", "bias"
 
-#: A name ends in the part, which trainers that save a model's own state follow by the adapter's name, and `.weight`
-#: where the part is a module.
+#: A name ends in the part; then comes the adapter's name, if the trainer saved the model's own state, and `.weight` if
+#: the part is a module.
 _OF_ADAPTER = re.compile(
     rf"(?P<path>.+)\.(?P<part>{'|'.join((A, B, E, RANKS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE))})"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.weight)?"
@@ -45,7 +45,7 @@ def by_module(folder: str, tensors: Mapping[str, torch.Tensor], base: BaseModule
     """Sorts a file's tensors.
 
     Raises:
-        AdapterInvalid: a tensor is of no adapter that is supported, or of no module of the base, or is there twice.
+        AdapterInvalid: a tensor belongs to no supported adapter or to no module of the base, or is there twice.
     """
     modules: dict[str, FileModule] = {}
     adapters: set[str] = set()
@@ -82,7 +82,7 @@ def _split(folder: str, name: str) -> tuple[str, str, str | None]:
         return match["path"], match["part"], match["adapter"]
     match = _OF_BASE.fullmatch(name)
     if match is None or ".lora_" in match["path"]:
-        raise AdapterInvalid(f"The adapter in {folder} holds '{name}', which is no part of a LoRA that is supported.")
+        raise AdapterInvalid(f"The adapter in {folder} holds '{name}', which is not part of a supported LoRA.")
     return match["path"], match["part"], None
 
 

@@ -36,8 +36,8 @@ __all__ = ["WEIGHTS_FILE", "TunedModule", "checked_config", "read_adapter", "rea
 WEIGHTS_FILE = "adapter_model.safetensors"
 #: What other programs call their files, and what to do with them.
 _OTHER_FILES = {
-    "adapter_model.bin": "it has adapter_model.bin, a pickle, which may run any code and isn't read. Convert it where "
-    "you trust it: safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
+    "adapter_model.bin": "it has adapter_model.bin, a pickle, which can run any code and is not read. If you trust it, "
+    "convert it: safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
     f"'{WEIGHTS_FILE}')",
     "adapters.safetensors": "it has adapters.safetensors, MLX-LM's format: convert that to PEFT's",
     "adapter_model.safetensors.index.json": "its weights are in shards: save them in one file",
@@ -53,7 +53,7 @@ class TunedModule:
         b: [d_out, r].
         scale: what their product is multiplied by.
         magnitude: DoRA's [d_out]; None without DoRA.
-        lookup: the module is an embedding.
+        lookup: whether the module is an embedding.
     """
 
     a: torch.Tensor
@@ -98,8 +98,8 @@ def read_modules(folder: Path, base: BaseModules, memory: Memory = host_memory) 
         are left out.
 
     Raises:
-        AdapterInvalid: a broken file, another method, or something that isn't supported; a promised tensor that is
-            missing, of another shape, or not finite; a tensor that isn't promised. The message names it.
+        AdapterInvalid: a broken file, another method, or something that isn't supported; a required tensor that
+            is missing, of another shape, or not finite; a tensor that is not required. The message names it.
     """
     config = read_config(folder)
     name = folder.name
@@ -149,7 +149,7 @@ def _promised(
         AdapterInvalid: there are none, or the file holds another.
     """
     targets = Targets(name, config)
-    # A config may know the modules by the names that they had in training, or by this base's.
+    # A config may name the modules as they were named in training, or as in this base.
     promised = {
         module: None
         for module, site in base.modules.items()
@@ -170,7 +170,7 @@ def _promised(
 
 
 def _drop_base_layers(name: str, found: dict[str, FileModule], base: BaseModules) -> None:
-    """Takes out the base's own layers, which PEFT saves beside adapters of embeddings and heads."""
+    """Removes the base's own layers, which PEFT saves beside adapters of embeddings and heads."""
     for module, own in list(found.items()):
         for part, end in ((WEIGHT, ""), (BIAS, ".bias")):
             if part not in own.parts:
@@ -231,7 +231,7 @@ def _number(name: str, tensor: str, value: torch.Tensor) -> float:
 
 
 def _rank_and_scale(name: str, module: str, config: Mapping[str, Any], rank: Any, alpha: Any) -> tuple[int, float]:
-    """Of a module, whose patterns say `rank` and `alpha`; None where they say nothing."""
+    """A module's rank and scale; `rank` and `alpha` are its patterns' values, None if it has none."""
     try:
         rank = int(config["r"] if rank is None else rank)
         alpha = float(config["lora_alpha"] if alpha is None else alpha)
@@ -248,25 +248,25 @@ def _rank_and_scale(name: str, module: str, config: Mapping[str, Any], rank: Any
 def _checked(
     name: str, module: str, own: FileModule | None, wanted: Mapping[str, tuple[int, ...]]
 ) -> dict[str, torch.Tensor]:
-    """The module's parts, which must be just those that are wanted, of these shapes."""
+    """The module's parts, which must be exactly those that are wanted, with these shapes."""
     there = {} if own is None else own.parts
     for part, shape in wanted.items():
         if part not in there:
             raise AdapterInvalid(
-                f"The adapter in {name} lacks '{file_name(module, part)}': its {CONFIG_FILE} promises "
-                f"{_listed(wanted)} of '{module}', and {WEIGHTS_FILE} holds {_listed(there) or 'nothing'} of it. Save "
-                "or copy all of it again."
+                f"The adapter in {name} lacks '{file_name(module, part)}': its {CONFIG_FILE} requires "
+                f"{_listed(wanted)} for '{module}', and {WEIGHTS_FILE} holds {_listed(there) or 'nothing'} of it. Save "
+                "or copy the whole adapter again."
             )
         if tuple(there[part].shape) != shape:
             raise AdapterInvalid(
                 f"'{_named(own, part)}' of the adapter in {name} is {list(there[part].shape)}; by its {CONFIG_FILE} "
-                f"and this base it must be {list(shape)}.{_hint(there[part])}"
+                f"and this base, it must be {list(shape)}.{_hint(there[part])}"
             )
     for part in there:
         if part not in wanted:
             raise AdapterInvalid(
-                f"The adapter in {name} holds '{_named(own, part)}'; by its {CONFIG_FILE} '{module}' has "
-                f"{_listed(wanted)} alone."
+                f"The adapter in {name} holds '{_named(own, part)}'; by its {CONFIG_FILE}, '{module}' has only "
+                f"{_listed(wanted)}."
             )
     return there
 
@@ -274,7 +274,7 @@ def _checked(
 def _hint(tensor: torch.Tensor) -> str:
     if tensor.numel() and tensor.ndim > 1:
         return ""
-    return " DeepSpeed ZeRO-3 and FSDP leave it so if the weights weren't gathered before they were saved."
+    return " DeepSpeed ZeRO-3 and FSDP save it like this if the weights were not gathered first."
 
 
 def _named(own: FileModule | None, part: str) -> str:

@@ -1,4 +1,4 @@
-"""An adapter that was read, as the one form that imported adapters are stored in."""
+"""Writes an adapter that was read in the one form that imported adapters are stored in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loramill.kernels.peft_folder.reader import WEIGHTS_FILE, TunedModule
 
 
 def normal_files(modules: Mapping[str, TunedModule], base: BaseModules, base_name: str) -> dict[str, bytes]:
-    """The files that PEFT writes of a LoRA or DoRA, with the base's own names; the same bytes for the same adapter.
+    """The files that PEFT writes for a LoRA or DoRA, with the base's own names; the same bytes for the same adapter.
 
     Args:
         modules: by name, at least one; all of them with a magnitude, or none.
@@ -60,6 +60,6 @@ def _targets(modules: Mapping[str, TunedModule], base: BaseModules) -> list[str]
 
 
 def _number(value: float) -> float:
-    """Without the last bits that alpha / rank * rank may differ by."""
+    """Rounds away the last bits, in which alpha / rank * rank may differ."""
     rounded = round(value, 9)
     return int(rounded) if rounded.is_integer() else rounded

@@ -97,7 +97,7 @@ def drawn(comparison: Comparison) -> Figure:
 
 
 def _logarithmic(costs: Sequence[float]) -> Locator:
-    """Where a logarithmic axis has numbers: powers of ten have at least two only where costs differ a lot."""
+    """The numbers on a logarithmic axis; powers of ten alone are two or more only if costs differ a lot."""
     ratio = max(costs) / min(costs)
     if ratio < 10:
         return MaxNLocator(4)

@@ -205,8 +205,8 @@ def only_the_first_layer(tensors: Tensors) -> Tensors:
         (rename(lambda name: name.replace("A.", "A.one.").replace("B.", "B.two.")), r"several adapters \(one, two\)"),
         (lambda t: t.update({f"{Q7}.lora_A.default.weight": torch.ones(4, 32)}), "the same part of"),
         (lambda t: t.update({f"{Q7[17:]}.lora_A.weight": torch.ones(4, 32)}), "the same part of"),
-        (lambda t: t.update({f"{Q7}.lora_C.weight": torch.ones(4, 32)}), "lora_C.weight', which is no part"),
-        (lambda t: t.update({f"{Q7}.lora_B.bias": torch.ones(32)}), "lora_B.bias', which is no part"),
+        (lambda t: t.update({f"{Q7}.lora_C.weight": torch.ones(4, 32)}), "lora_C.weight', which is not part"),
+        (lambda t: t.update({f"{Q7}.lora_B.bias": torch.ones(32)}), "lora_B.bias', which is not part"),
         (
             lambda t: t.update({f"{Q7.replace('.7.', '.12.')}.lora_A.weight": torch.ones(4, 32)}),
             "no module 'model.layers.12",

@@ -383,7 +383,7 @@ def test_a_base_that_changes_during_a_run_cancels_the_job_that_nothing_runs(
         other = Base("other", base.folder, "0" * 64, base.architecture, base.context_length)
         patched.setattr(pipeline, "find_base", lambda *_: other)
         failed = only(mill.run())
-    assert failed.verdict is Verdict.FAILED and "The base was changed" in failed.reason
+    assert failed.verdict is Verdict.FAILED and "The base has changed" in failed.reason
     assert mill.pending() == ["acme/a"]
 
 

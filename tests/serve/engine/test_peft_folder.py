@@ -246,7 +246,7 @@ def change_weights(folder, change):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"peft_type": "IA3"}, "no LoRA adapter"),
+        ({"peft_type": "IA3"}, "not a LoRA adapter"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias='none'"),
         ({"lora_bias": True}, "lora_bias"),
