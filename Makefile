@@ -1,6 +1,6 @@
 # make demo   everything, on real input        make demo DATA="dir1 dir2"   on your own tenants
 # make test   every check that CI runs         make install                 the set-up alone
-# make install TORCH_INDEX=URL   takes torch from this index too, such as PyTorch's own with builds for the CPU
+# make install TORCH_INDEX=URL   also takes torch from this index, such as PyTorch's own for the CPU
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 
 install: $(INSTALLED)
 
-# The stamp comes last: an install that failed, or was interrupted, is done again.
+# The stamp is written last, so that a failed or interrupted install runs again.
 $(INSTALLED): pyproject.toml constraints.txt
 	@rm -f $@
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loramill needs Python 3.11 or newer: make PYTHON=python3.12 …")'

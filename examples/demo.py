@@ -205,7 +205,7 @@ def submit_all(client: Client, tenants: list[Tenant]) -> None:
 
 
 def watch_jobs(client: Client, up: Up) -> list[Run]:
-    """Shows the jobs as they train; returns what each came to, by adapter."""
+    """Shows the jobs while they train; returns their results, by adapter."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         bars = {job.id: progress.add_task(job.adapter, total=job.steps, note="queued") for job in client.jobs()}
@@ -222,7 +222,7 @@ def watch_jobs(client: Client, up: Up) -> list[Run]:
 
 
 def trained(client: Client, job: Job) -> Run:
-    """What a finished job came to."""
+    """The result of a finished job."""
     return Run(
         adapter=job.adapter,
         version=(job.model or "").partition("@")[2],
@@ -280,8 +280,8 @@ def ask_with_bar(questions: list[Question]) -> list[Answer]:
     """Asks through the unmodified `openai` client, showing how many answers are in."""
     settings = Settings.load()
     key = settings.admin_key_file.read_text().strip()
-    here = DefaultAsyncHttpxClient(trust_env=False)  # no proxy has a way to this machine's loopback
-    openai = AsyncOpenAI(base_url=f"{settings.gateway}/v1", api_key=key, max_retries=8, timeout=600, http_client=here)
+    direct = DefaultAsyncHttpxClient(trust_env=False)  # a proxy can't reach this machine's loopback
+    openai = AsyncOpenAI(base_url=f"{settings.gateway}/v1", api_key=key, max_retries=8, timeout=600, http_client=direct)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("questions answered", total=len(questions))
@@ -316,7 +316,7 @@ def comparison(rows: list[Row]) -> Table:
 
 
 def run_night(client: Client, tenants: list[Tenant]) -> list[NightLine]:
-    """Feeds the new data in and starts a nightly run; then asks the endpoints which version answers."""
+    """Adds the new data and starts a nightly run; then asks the endpoints which version answers."""
     fed = [tenant for tenant in tenants if tenant.new is not None]
     before = {tenant.model: client.adapter(tenant.model).champion for tenant in fed}
     for tenant in fed:
@@ -357,7 +357,7 @@ def night_table(lines: list[NightLine]) -> Table:
 def night_line(
     tenant: Tenant, outcome: Outcome, scores: dict[str, dict[str, Any]], before: str | None, client: Client
 ) -> NightLine:
-    """What the nightly run did to one adapter, and which version its endpoint answers with now."""
+    """The nightly run's outcome for one adapter, and the version that its endpoint answers with now."""
     answer = client.openai().chat.completions.with_raw_response.create(
         model=tenant.model, messages=[{"role": "user", "content": "Hello"}], max_tokens=1
     )

@@ -23,7 +23,7 @@ ROLES = ("base", "champion", "challenger")
 
 @dataclass(frozen=True)
 class Row:
-    """One tenant's line of the table; `others` are the adapters of other tenants that do best, all equally well."""
+    """One tenant's line of the table; `others` are the best adapters of other tenants, several if they tie."""
 
     tenant: str
     base: Score
@@ -38,12 +38,12 @@ class Row:
 
     @property
     def ties(self) -> bool:
-        """Whether base or another adapter is just as good, and none is better."""
+        """Whether the base or another adapter is equally good, and none is better."""
         return rank(self.own) == max(rank(self.base), rank(self.other))
 
     @property
     def other_name(self) -> str:
-        """The best other adapter's tenant, or how many share the place."""
+        """The best other adapter's tenant, or how many tie."""
         return self.others[0].partition("/")[0] if len(self.others) == 1 else f"tie of {len(self.others)}"
 
 
@@ -57,7 +57,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Run:
-    """What a fine-tune job came to; `tokens` are those it trained on, `seconds` from its start to its end."""
+    """The result of a fine-tune job; `tokens` are those that it trained on, `seconds` from its start to its end."""
 
     adapter: str
     version: str
@@ -85,10 +85,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class NightLine:
-    """What the nightly run did to one adapter.
+    """The nightly run's outcome for one adapter.
 
     Attributes:
-        before, champion: the versions that answered before, and that answers now.
+        before, champion: the versions that answered before, and answer now.
         scores: by slice and role.
     """
 
@@ -107,13 +107,13 @@ def rank(score: Score) -> tuple[float, float]:
 
 
 def best(scores: Mapping[str, Score]) -> tuple[str, ...]:
-    """The models that score best, all of them where they tie, by name."""
+    """The models that score best, all of them if they tie, by name."""
     top = max(map(rank, scores.values()))
     return tuple(sorted(model for model, score in scores.items() if rank(score) == top))
 
 
 def verdict(rows: Sequence[Row], night: Sequence[NightLine]) -> tuple[bool, list[str]]:
-    """Whether the demo shows what it should, and the sentences of the headline."""
+    """Whether the demo succeeded, and the sentences of the headline."""
     wins, ties = sum(row.wins for row in rows), sum(row.ties for row in rows)
     own = sum(row.own.exact_match * row.own.examples for row in rows) / sum(row.own.examples for row in rows)
     base = sum(row.base.exact_match * row.base.examples for row in rows) / sum(row.base.examples for row in rows)
@@ -239,7 +239,7 @@ PAGE = """<!doctype html>
 <p>{{ rows|length }} tenants share the base model <b>{{ base }}</b>, with an adapter each. {{ date }};
 {{ "%.1f"|format(minutes) }} minutes for everything on this page, on this machine.</p>
 
-<h2>Right answers to each tenant's own test questions</h2>
+<h2>Exact answers to each tenant's own test questions</h2>
 <table><thead><tr><th>Tenant<th class="n">Questions<th class="n">Base<th class="n">Own adapter
 <th class="n">Best other adapter</tr></thead><tbody>
 {% for row in rows %}
@@ -251,8 +251,8 @@ PAGE = """<!doctype html>
 </tr>
 {% endfor %}
 </tbody></table>
-<p class="note">Exact match, the share of answers that are right to the letter. ✓: better than the base and every other
-adapter; where exact match is equal, token F1 decides.</p>
+<p class="note">Exact match: the share of answers that equal the right answer exactly. ✓: better than the base and every
+other adapter; where exact match is equal, token F1 decides.</p>
 
 <h2>Training</h2>
 <table><thead><tr><th>Adapter<th>Version<th class="n">Steps<th class="n">Tokens<th class="n">Time
@@ -297,8 +297,8 @@ adapter; where exact match is equal, token F1 decides.</p>
 <span class="{{ 'good' if line.promoted != line.spoiled else 'bad' }}">
 {{ "promoted" if line.promoted else "held" }}</span></h3>
 {% if line.spoiled %}
-<p><span class="badge">Spoiled data</span> The answers of its new examples are mixed up, as an accident would do it: it
-must be held.</p>
+<p><span class="badge">Spoiled data</span> The answers of its new examples were shuffled on purpose, so that the new
+version must be held.</p>
 {% endif %}
 <p>{{ line.reason[0]|upper }}{{ line.reason[1:] }}. Version <code>{{ line.champion[:12] }}</code> answers
 {% if line.promoted %}now, after <code>{{ line.before[:12] }}</code>{% else %}as before{% endif %}.
@@ -315,8 +315,8 @@ must be held.</p>
 {% endfor %}
 </tbody></table></section>
 {% endfor %}
-<p class="note">Token F1 on held-out examples, asked through the serving engine. Slice <i>new</i> is of the new data,
-<i>before</i> is what the champion was judged by.</p>
+<p class="note">Token F1 on held-out examples, asked through the serving engine. Slice <i>new</i> is from the new data;
+<i>before</i> is the data that the champion was evaluated on.</p>
 
 <h2>Answers</h2>
 <div class="grid">

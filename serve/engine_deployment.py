@@ -87,7 +87,7 @@ class EngineDeployment:
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def __del__(self) -> None:
-        """Serve's word for the end, when all answers are through; also after a constructor that failed."""
+        """Serve calls this when all answers are finished, and after a constructor that failed."""
         if self._looking is None:
             return
         self._looking.cancel()

@@ -33,7 +33,7 @@ from loramill.types import Value
 #: string ended still count as waiting until the engine's next step.
 _WINDOW = EngineConfig().max_waiting // 2
 
-#: Bytes by which a file is known.
+#: Bytes that show a file's kind.
 _HEAD = 16
 
 #: Seconds of silence after which is looked whether the engine still runs.
@@ -166,9 +166,9 @@ class OfflineEngine:
 
 
 class _Line(Value):
-    """A line of a JSONL file of prompts, or of a dataset, of which the answer is left out.
+    """A line of a JSONL file of prompts, or of a dataset, whose answer is left out.
 
-    The keys of a conversation are as `read_prompt` wants them.
+    The keys of a conversation are those of `read_prompt`.
     """
 
     prompt: str | None = None
@@ -206,7 +206,7 @@ class _Line(Value):
         messages, tools = read_prompt(self.model_dump(include=set(LINE_KEYS)))
         asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         if not asked:
-            raise BadLine('write either "prompt" or "messages", with a message that asks.')
+            raise BadLine('write either "prompt" or "messages", with a message to answer.')
         return replace(like, **said, messages=asked, tools=tools)
 
 
@@ -220,10 +220,10 @@ def ask(text: str, like: TextRequest, *, chat: bool) -> TextRequest:
 class PromptFile:
     """The prompts of a file, read anew at each pass; its length is their number.
 
-    `.txt`: a prompt a line. All else is JSONL: lines of `{"prompt": …}` or `{"messages": […]}`, the latter with `tools`
-    if wanted, and both with `id`, `max_tokens`, `temperature`, `top_p`, `top_k`, `seed` and `stop`. A dataset's lines
-    serve as they are: their answers are left out. Blank lines are skipped. A prompt that has no id gets its line's
-    number.
+    `.txt`: one prompt per line. All other files are JSONL: lines of `{"prompt": …}` or `{"messages": […]}`, the latter
+    with optional `tools`, and both with `id`, `max_tokens`, `temperature`, `top_p`, `top_k`, `seed` and `stop`. A
+    dataset's lines work unchanged: their answers are left out. Blank lines are skipped. A prompt without an id gets its
+    line's number.
 
     Args:
         path: the file.
@@ -273,7 +273,7 @@ class PromptFile:
         try:
             if self._plain:
                 return ask(decode(row).strip("\r\n"), replace(self._like, id=str(number)), chat=self._chat)
-            parse(row)  # stricter than pydantic's reader, which takes a repeated key and half a surrogate pair
+            parse(row)  # stricter than pydantic, which accepts repeated keys and half surrogate pairs
             return _Line.model_validate_json(row).request(number, self._like, chat=self._chat)
         except DatasetInvalid as error:
             raise DatasetInvalid(f"{where}: {error.message}") from error

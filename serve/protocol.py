@@ -66,9 +66,9 @@ class TokenText:
     r"""A token with its log probability; the first of an echoed prompt has none.
 
     Attributes:
-        text: as it is shown; `\xf0\x9f` where `raw` is no UTF-8, and as it is spelled where it is special.
+        text: as it is shown; `\xf0\x9f` if `raw` is not UTF-8, and its name if it is special.
         logprob: in nats.
-        raw: the bytes that it adds to the answer's text; None: none, for it is special.
+        raw: the bytes that it adds to the answer's text; None: it is special and adds none.
     """
 
     text: str

@@ -219,7 +219,7 @@ class Replica:
 
 
 class _Chosen:
-    """An answer's tokens with their texts and bytes, in order: its first may lose the space that it begins with."""
+    """An answer's tokens with their texts and bytes, in order; the first may lose its leading space."""
 
     def __init__(self, tokens: TokenBytes) -> None:
         self._tokens = tokens

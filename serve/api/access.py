@@ -1,4 +1,4 @@
-"""The access log: a line of JSON for each request, in `<home>/logs/access.log`."""
+"""The access log: one JSON line per request, in `<home>/logs/access.log`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import time
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
-#: Where the lines go; without a handler (`open_file`) nowhere.
+#: The log's lines; without a handler (`open_file`) they are dropped.
 log = logging.getLogger("loramill.access")
 
 #: The size at which the file becomes `access.log.1`: some 300,000 requests.
 FILE_BYTES = 64 << 20
-#: Seconds between two complaints about a file that can't be written.
-COMPLAINT_SECONDS = 60.0
+#: Seconds between two errors about a file that can't be written.
+ERROR_SECONDS = 60.0
 
 #: What `up`, load balancers and kubelets ask every few seconds; only their failures are worth a line.
 _PROBES = ("/health", "/healthz", "/readyz")
@@ -29,9 +29,9 @@ def note(*, request: str, tenant: str | None, method: str, path: str, status: in
     """Writes one request down: no query, header or body, no key that stands in the path, and no probe that succeeds.
 
     Args:
-        request: its id, which the answer has as `x-request-id`.
-        tenant: the tenant that the key acted for; None: an admin's key, or none.
-        status: what was answered; 0: the caller went away before.
+        request: its id, which is the answer's `x-request-id`.
+        tenant: the key's tenant; None: an admin's key, or no key.
+        status: the answer's; 0: the caller disconnected before.
         seconds: until the last byte of the answer.
     """
     if not log.isEnabledFor(logging.INFO) or (path in _PROBES and 200 <= status < 300):
@@ -62,14 +62,14 @@ def open_file(folder: Path) -> None:
 
 
 class SharedFile(WatchedFileHandler):
-    """Appends to a file that the other gateways of this machine append to; the one that fills it moves it away."""
+    """Appends to a file that all gateways of this machine share; the one that fills it moves it away."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8")
-        self._complained = 0.0
+        self._reported = 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes a line; where that fails, the request isn't touched and the process's own log has the reason."""
+        """Writes a line; a failure does not affect the request, and is logged in the process's own log."""
         super().emit(record)
         if self.stream is not None and self.stream.tell() > FILE_BYTES:
             self._move(self.stream.fileno())
@@ -77,11 +77,11 @@ class SharedFile(WatchedFileHandler):
     def _move(self, file: int) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)  # until `emit` opens the new file
         path = Path(self.baseFilename)
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(file)):  # else another was first
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file)):  # otherwise another gateway was first
             path.replace(f"{path}.1")
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        """Says once a minute why the file can't be written."""
-        if time.monotonic() - self._complained > COMPLAINT_SECONDS:
-            self._complained = time.monotonic()
+        """Logs once a minute why the file can't be written."""
+        if time.monotonic() - self._reported > ERROR_SECONDS:
+            self._reported = time.monotonic()
             logging.getLogger("loramill.gateway").error("%s can't be written: %s", self.baseFilename, sys.exc_info()[1])

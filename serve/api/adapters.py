@@ -75,10 +75,10 @@ def retrieve_adapter(tenant: str, adapter: str, here: Here, who: Who) -> dict[st
 
 @router.get(PATH + "/files")
 def list_files(tenant: str, adapter: str, wanted: Files, here: Here, who: Who) -> dict[str, Any]:
-    """A version's files with their sizes and hashes, and the hash over all of them, its artifact's.
+    """A version's files with their sizes and hashes, and the artifact's hash over all of them.
 
-    `base` says what the version is an adapter for, and which files of a tokenizer can be had with it; it is null if
-    that base isn't served here.
+    `base` is the base that the version is an adapter for, and the tokenizer files that can be downloaded with it; it is
+    null if that base isn't served here.
     """
     name = allowed(who, tenant, adapter)
     with here.registry.reading() as session:
@@ -97,7 +97,7 @@ def list_files(tenant: str, adapter: str, wanted: Files, here: Here, who: Who) -
 
 @router.get(PATH + "/files/{file}")
 def retrieve_file(tenant: str, adapter: str, file: str, wanted: Files, here: Here, who: Who) -> StreamingResponse:
-    """One file's bytes, unchecked: whoever reads them has the hash to check them by. Or one of the base's tokenizer."""
+    """One file's bytes, also one of the base's tokenizer; check a version's files against their hashes."""
     name = allowed(who, tenant, adapter)
     with here.registry.reading() as session:
         version, artifact = _find(session, name, wanted)
@@ -135,7 +135,7 @@ def rollback(tenant: str, adapter: str, here: Here, who: Who) -> dict[str, Any]:
 
 @router.get(PATH + "/data")
 def list_data(tenant: str, adapter: str, here: Here, who: Who) -> dict[str, Any]:
-    """The data that the adapter was given for nightly runs, newest first; `run` is null where it waits for the next."""
+    """The adapter's data for nightly runs, newest first; `run` is null while the data waits for the next run."""
     name = allowed(who, tenant, adapter)
     with here.registry.reading() as session:
         return list_of(nightly.data_of(session, name), lambda data: data.model_dump() | {"object": "adapter.data"})
@@ -143,9 +143,10 @@ def list_data(tenant: str, adapter: str, here: Here, who: Who) -> dict[str, Any]
 
 @router.post(PATH + "/data")
 def add_data(tenant: str, adapter: str, body: NewData, here: Here, who: Who) -> dict[str, Any]:
-    """Gives the adapter, made if there is none, examples from which the next nightly run trains it.
+    """Adds examples for the next nightly run to train the adapter on. The adapter is created if it does not exist.
 
-    `new_data` in the answer is all that waits for it, and whether that is enough."""
+    `new_data` in the answer describes all data that waits, and whether it is enough.
+    """
     name = allowed(who, tenant, adapter)
     _check_forms(here, name, body)
     with here.registry.writing() as session:

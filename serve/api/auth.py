@@ -84,7 +84,7 @@ class _Known:
 class Authenticate:
     """Pure ASGI: finds the caller in the record, where a key that was revoked is refused within half a second.
 
-    While the database is away, keys that were known less than `grace` seconds ago are taken.
+    While the database is away, keys that were read less than `grace` seconds ago are accepted.
     """
 
     def __init__(self, app: ASGIApp, *, registry: Registry, grace: float = 0.0) -> None:

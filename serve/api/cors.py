@@ -1,4 +1,4 @@
-"""Pages of other origins: a browser lets them call the gateway only if the setting `serve.cors_origins` lists them."""
+"""CORS: browsers let pages of other origins call the gateway only if the setting `serve.cors_origins` lists them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ EXPOSED = (
 
 
 class Cors(CORSMiddleware):
-    """Answers preflights of listed origins, without a key, and marks what they may read.
+    """Answers preflights of listed origins, without a key, and sets the CORS headers of their answers.
 
-    A request of another origin is answered as if there were no CORS: its preflight needs a key like anything else.
+    A request of another origin is handled as without CORS: its preflight needs a key like any request.
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:

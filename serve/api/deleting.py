@@ -1,6 +1,6 @@
-"""DELETE of adapters, versions, models and tenants, and the renaming of adapters.
+"""Deletes adapters, versions, models and tenants, and renames adapters.
 
-The answer comes after the commit: this gateway refuses the name from then on, every other one within half a second.
+The answer is sent after the commit: this gateway then refuses the name, and every other one within half a second.
 """
 
 from __future__ import annotations
@@ -25,28 +25,30 @@ router = APIRouter()
 
 
 class NewName(Body):
-    """What an adapter is called from now on: `tenant/adapter`, of the same tenant."""
+    """An adapter's new name, `tenant/adapter`, of the same tenant."""
 
     to: str
 
 
-class WithJobs(BaseModel):
-    """The query of a deletion of something that jobs may still need."""
+class JobsQuery(BaseModel):
+    """The query of a deletion that may affect jobs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    cancel_jobs: bool = Field(default=False, description="cancel its jobs that have not ended, instead of refusing")
+    cancel_jobs: bool = Field(
+        default=False, description="cancel jobs that have not ended; otherwise they are a conflict"
+    )
 
 
-class WithAliases(BaseModel):
+class AliasesQuery(BaseModel):
     """The query of a deletion of a version."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    force: bool = Field(default=False, description="also the challenger or the previous champion")
+    force: bool = Field(default=False, description="delete the challenger or the previous champion, too")
 
 
 @router.delete(PATH, tags=["adapters"])
 def delete_adapter(
-    tenant: str, adapter: str, how: Annotated[WithJobs, Query()], here: Here, who: Who
+    tenant: str, adapter: str, how: Annotated[JobsQuery, Query()], here: Here, who: Who
 ) -> dict[str, Any]:
     """Deletes an adapter with its versions, jobs, history, evaluations and waiting data; the tenant's files stay."""
     name = allowed(who, tenant, adapter)
@@ -56,9 +58,9 @@ def delete_adapter(
 
 @router.delete(PATH + "/versions/{version}", tags=["adapters"])
 def delete_version(
-    tenant: str, adapter: str, version: str, how: Annotated[WithAliases, Query()], here: Here, who: Who
+    tenant: str, adapter: str, version: str, how: Annotated[AliasesQuery, Query()], here: Here, who: Who
 ) -> dict[str, Any]:
-    """Deletes one version, by its id or the first 8 digits of it or more; never the champion."""
+    """Deletes one version, by its id or at least the first 8 digits of it; the champion can't be deleted."""
     name = allowed(who, tenant, adapter)
     found = _delete_version(here, who, name, version, force=how.force)
     return {"id": f"{name}@{found}", "object": "adapter.version", "deleted": True}
@@ -66,7 +68,7 @@ def delete_version(
 
 @router.post(PATH + "/rename", tags=["adapters"])
 def rename_adapter(tenant: str, adapter: str, body: NewName, here: Here, who: Who) -> dict[str, Any]:
-    """Renames an adapter with everything that belongs to it; the old name is a 404 from then on."""
+    """Renames an adapter with everything that belongs to it; after that, the old name is a 404."""
     name, to = allowed(who, tenant, adapter), AdapterName.parse(body.to)
     with here.registry.writing() as session:
         renamed = renaming.rename(session, name, to)
@@ -76,7 +78,7 @@ def rename_adapter(tenant: str, adapter: str, body: NewName, here: Here, who: Wh
 
 @router.delete("/v1/models/{model:path}", tags=["inference"])
 def delete_model(model: str, here: Here, who: Who) -> dict[str, Any]:
-    """Deletes an adapter, or with `@` one version of it, as the endpoints of adapters do."""
+    """Deletes an adapter, or one version of it if the name has an `@`, as the endpoints of adapters do."""
     name = ModelName.parse(model)
     if name.adapter is None:
         if name.base in here.served:
@@ -93,12 +95,12 @@ def delete_model(model: str, here: Here, who: Who) -> dict[str, Any]:
 
 
 @router.delete("/v1/tenants/{tenant}", tags=["tenants"])
-def delete_tenant(tenant: str, how: Annotated[WithJobs, Query()], here: Here, who: Who) -> dict[str, Any]:
+def delete_tenant(tenant: str, how: Annotated[JobsQuery, Query()], here: Here, who: Who) -> dict[str, Any]:
     """Deletes a tenant with its keys, files, jobs and adapters. Usage and audit rows stay without its name."""
     who.check_admin()
     with here.registry.writing() as session:
         removed = deletion.delete_tenant(session, tenant, cancel_jobs=how.cancel_jobs)
-        # The one row that keeps the name: the evidence that and when it was deleted. It belongs to no tenant.
+        # The one row that keeps the name, as evidence of the deletion. It belongs to no tenant.
         note(session, who, "tenant.delete", tenant, None, **_counts(removed))
     return {"id": tenant, "object": "tenant", "deleted": True} | removed.model_dump()
 
@@ -124,5 +126,5 @@ def _find(session: Session, name: AdapterName, selector: str) -> str:
 
 
 def _counts(removed: Removal) -> dict[str, int]:
-    """How much was deleted; ids of what is gone help no one."""
+    """How much was deleted; ids of deleted things are of no use."""
     return {"versions": removed.versions, "jobs": removed.jobs, "files": removed.files}

@@ -82,13 +82,13 @@ _Row = tuple[str, Mapping[str, Any], str]
 
 @router.get("/")
 async def root() -> RedirectResponse:
-    """Where a browser is sent that was given the bare address."""
+    """Redirects a browser to the description of the API."""
     return RedirectResponse("docs")
 
 
 @router.get("/favicon.ico")
 async def favicon() -> Response:
-    """What every browser asks for; there is none."""
+    """Tells browsers that there is no icon."""
     return Response(status_code=204, headers={"cache-control": "max-age=86400"})
 
 

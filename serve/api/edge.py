@@ -1,4 +1,4 @@
-"""The outermost middleware: a request id, a count, a line of the access log; unforeseen errors; the size of bodies."""
+"""The outermost middleware: request ids, counts, the access log, unexpected errors, the size of bodies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ JSON_BYTES = 16 * 2**20
 
 
 class Edge:
-    """Pure ASGI: gives each request its id, counts it and writes it into the access log."""
+    """Pure ASGI: gives each request an id, counts it and writes it to the access log."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -61,7 +61,7 @@ class Edge:
 
 
 class LastResort:
-    """Pure ASGI: answers an error that no one foresaw, within what every answer gets (a request id, CORS headers)."""
+    """Pure ASGI: answers an unexpected error, with what every answer has (a request id, CORS headers)."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -82,7 +82,7 @@ class LastResort:
                 raise
             request_id = scope["state"]["request_id"]
             log.exception("request %s failed", request_id, extra={"request": request_id})
-            if begun:  # cut the answer off, so that no one takes it for whole
+            if begun:  # cut the answer off, so that it isn't taken for complete
                 raise
             await error_response(internal_error(request_id))(scope, receive, send)
 

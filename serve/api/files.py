@@ -35,7 +35,7 @@ class Upload(BaseModel):
 
 
 class Check(BaseModel):
-    """The form of a check."""
+    """A file to check, and the options of a job that would train on it."""
 
     model_config = ConfigDict(extra="forbid")
     file: UploadFile
@@ -78,7 +78,7 @@ def create_file(
 
 @router.post(PATH + "/check")
 def check_file(form: Annotated[Check, Form(media_type="multipart/form-data")], here: Here, who: Who) -> dict[str, Any]:
-    """Validates examples as an upload and a job would, and describes what would be trained; keeps nothing."""
+    """Validates examples as an upload and a job would, and describes what would be trained; nothing is stored."""
     who.acting()
     filename, raw = PurePath(form.file.filename or "upload.jsonl").name, form.file.file.read()
     minimum = here.settings.jobs.min_examples if form.use == "training" else 1

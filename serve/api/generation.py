@@ -146,10 +146,10 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The JSON before and behind the choice of a chunk: the same for all chunks, so that it is made once.
+    """The JSON around the choice of a chunk: the same for all chunks, so that it is rendered once.
 
     Attributes:
-        continuous: each chunk has the token counts of its answer so far instead of `tail`'s null.
+        continuous: whether each chunk has the token counts of its answer so far instead of `tail`'s null.
     """
 
     head: str

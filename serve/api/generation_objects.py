@@ -20,7 +20,7 @@ class Usage(TypedDict):
 
 @exactly
 class TopToken(TypedDict):
-    r"""A token that could have come; `\xf0\x9f` where its bytes are no text, and no bytes where it is special."""
+    r"""An alternative token; `\xf0\x9f` if its bytes are not text, and no bytes if it is special."""
 
     token: str
     logprob: float

@@ -1,4 +1,4 @@
-"""GET /healthz, /readyz, /health and /metrics: for whoever starts, stops and watches gateways."""
+"""GET /healthz, /readyz, /health and /metrics: for programs that start, stop and monitor gateways."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def readyz(here: Here) -> dict[str, str]:
 
 @router.get("/health")
 async def health(here: Here) -> dict[str, str]:
-    """The engine answers, as vLLM's endpoint of this name says it; clients made for vLLM ask for it first."""
+    """Whether the engine answers, as in vLLM; clients for vLLM call this endpoint first."""
     await _check_engine(here)
     return {"status": "ok"}
 

@@ -1,4 +1,4 @@
-"""/v1/adapters/{tenant}/{adapter}/import: an adapter trained elsewhere becomes a version like any other."""
+"""/v1/adapters/{tenant}/{adapter}/import: stores an adapter that was trained elsewhere as a version."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def import_adapter(
 ) -> dict[str, Any]:
     """Stores a PEFT adapter for the served base as a version: the champion, if it is the adapter's first.
 
-    It is read as the engine reads it, so that what can't be served is refused here, and stored in one normal form.
+    It is read as the engine reads it, so that an adapter that can't be served is refused, and stored in a normal form.
     """
     name = allowed(who, tenant, adapter)
     config, weights = form.config.file.read(_CONFIG_BYTES + 1), form.weights.file.read()
@@ -82,12 +82,12 @@ def _normal(base: Base, name: str, config: bytes, weights: bytes) -> dict[str, b
     Raises:
         InvalidRequest: it is broken, incomplete, of another base, or of a kind that isn't supported.
     """
-    # Torch is loaded here, by gateways that import adapters only.
+    # Imported here, so that only gateways that import adapters load torch.
     from loramill.kernels.peft_folder import CONFIG_FILE, WEIGHTS_FILE, normal_files, read_modules
 
     modules = _modules_of(base)
     with TemporaryDirectory() as parent:
-        folder = Path(parent) / name  # the messages name it
+        folder = Path(parent) / name  # error messages name it
         folder.mkdir()
         (folder / CONFIG_FILE).write_bytes(config)
         (folder / WEIGHTS_FILE).write_bytes(weights)

@@ -21,7 +21,7 @@ class JobError(TypedDict):
 
 @exactly
 class JobHyperparameters(TypedDict):
-    """The spec in OpenAI's terms; `n_epochs` is null where its steps do not make whole passes over the file."""
+    """The spec in OpenAI's terms; `n_epochs` is null if its steps do not make whole passes over the file."""
 
     n_epochs: int | None
     batch_size: int

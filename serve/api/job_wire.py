@@ -84,7 +84,7 @@ def job_object(job: JobRecord, base: Base, examples: int | None, now: float | No
     Args:
         job: as it is.
         base: what the gateway serves.
-        examples: length of the job's training file; None: it was deleted.
+        examples: number of examples in the job's training file; None: it was deleted.
         now: seconds since the epoch.
     """
     spec = job.spec
@@ -115,7 +115,7 @@ def job_object(job: JobRecord, base: Base, examples: int | None, now: float | No
 
 
 def _waits_for(job: JobRecord, base: Base) -> str | None:
-    """What keeps a job from being leased, whoever is free; None: nothing."""
+    """What a queued job waits for besides a free worker; None: nothing."""
     if job.status is not JobStatus.QUEUED or job.spec.base == base.fingerprint:
         return None
     return f"base {job.spec.base[:SHORT]}, which is not served here"

@@ -95,7 +95,7 @@ def list_jobs(page: Annotated[JobPaging, Depends(_job_paging)], here: Here, who:
 
 @router.get(PATH + "/{job_id}")
 def retrieve_job(job_id: str, here: Here, who: Who) -> dict[str, Any]:
-    """One job as it is now. The first digits of an id are enough, here and below, where they are one job's alone."""
+    """One job as it is now. Here and below, the first digits of an id are enough if they belong to one job only."""
     with here.registry.reading() as session:
         return _shown(here, session, jobs.get(session, job_id, who.tenant))
 
@@ -120,7 +120,7 @@ def resume_job(job_id: str, here: Here, who: Who) -> dict[str, Any]:
 
 @router.post(PATH + "/{job_id}/retry")
 def retry_job(job_id: str, here: Here, who: Who) -> dict[str, Any]:
-    """Queues a job again that failed or was cancelled; it goes on from its last checkpoint if that is still there."""
+    """Queues a failed or cancelled job again; it resumes from its last checkpoint if that still exists."""
     return _changed(job_id, here, who, "retry", jobs.retry)
 
 

@@ -74,7 +74,7 @@ async def find_model(gateway: Gateway, caller: Caller, text: str) -> Target:
 
 @lru_cache
 def created(base: Base) -> float:
-    """When a base came into being, in seconds since the epoch: as its configuration's file says, else now."""
+    """When a base was created, in seconds since the epoch: the time of its config.json, else now."""
     try:
         return (base.folder / "config.json").stat().st_mtime
     except OSError:
@@ -82,6 +82,5 @@ def created(base: Base) -> float:
 
 
 def versions(registry: Registry, grace: float = 0.0) -> Remembered[tuple[AdapterName, str], VersionRecord]:
-    """What an adapter's alias, or a version's prefix, names in the record; while that is away, so many seconds ago."""
-
+    """The version of an adapter's alias or a version's prefix; while the database is away, at most `grace` old."""
     return Remembered(registry, lambda session, asked: adapters.resolve(session, *asked), grace=grace)

@@ -15,8 +15,8 @@ from loramill.serve.api.wire import Body
 
 
 class CalledFunction(Body):
-    """The function that was called; `arguments` is a JSON object, as text, and `parsed_arguments` that once more, as
-    OpenAI's client adds it."""
+    """The function that was called; `arguments` is a JSON object as text. OpenAI's client adds `parsed_arguments`,
+    which is ignored."""
 
     name: str = Field(min_length=1)
     arguments: str
@@ -35,7 +35,7 @@ class CalledFunction(Body):
 
 
 class MessageToolCall(Body):
-    """A call of a tool that the assistant asked for; `index` is what a stream's parts of it had."""
+    """A tool call of the assistant; `index` is its position in a stream's deltas, and is ignored."""
 
     index: int | None = None
     id: str = Field(min_length=1)
@@ -58,17 +58,17 @@ class TextPart(TypedDict):
 
 @with_config(ConfigDict(extra="allow"))
 class RefusalPart(TypedDict):
-    """A piece of an assistant's content that refuses."""
+    """A refusal in an assistant's content."""
 
     type: Literal["refusal"]
     refusal: str
 
 
 class ChatMessage(Body):
-    """A message; text parts of a content are joined. Only an assistant that calls tools or refuses has no content.
+    """A message; the text parts of its content are joined. Only an assistant that calls tools or refuses may have none.
 
-    `name` tells participants of one role apart, where the chat template writes it. `parsed` is the content once more,
-    as OpenAI's client adds it to an answer.
+    `name` tells participants of one role apart, if the chat template renders it. OpenAI's client adds `parsed` to an
+    answer; it is ignored.
     """
 
     # What OpenAI's own answers carry, and callers send back as they got it.
@@ -102,7 +102,7 @@ class ChatMessage(Body):
     @classmethod
     def _is_the_assistants(cls, value: Any, others: ValidationInfo) -> Any:
         if value is not None and others.data.get("role") != "assistant":
-            raise ValueError("only a message of the role 'assistant' has it")
+            raise ValueError("only a message of the role 'assistant' may have it")
         return value
 
     @field_validator("tool_calls")
@@ -122,7 +122,7 @@ class ChatMessage(Body):
         return id_
 
     def message(self) -> Message:
-        """As chat templates know it; a refusal is what the assistant said where it said nothing else."""
+        """The form that chat templates take; a refusal is the content if there is no other."""
         content = self.refusal if self.content is None else self.content
         message: Message = {"role": self.role, "content": content or ""}
         if self.name is not None:
@@ -135,7 +135,7 @@ class ChatMessage(Body):
 
 
 def _text(part: object, *, refuses: bool) -> str | None:
-    """What a part says, if it is one that is understood; keys of it that are null weren't given."""
+    """A part's text, if the part is supported; null keys are ignored."""
     match part:
         case {"type": "text", "text": str(text), **rest} if not _given(rest):
             return text

@@ -52,7 +52,7 @@ async def turn(books: Books, registry: Registry) -> None:
     page = books.page()
     try:
         books.hear(await run_in_threadpool(_exchange, registry, books.gateway, page))
-    except Unavailable:  # the database's own line is in the log, and this comes twice a second
+    except Unavailable:  # already logged, and this happens twice a second
         if page is not None:
             books.unwritten()
         return

@@ -70,7 +70,7 @@ class Model(TypedDict):
 
 @exactly
 class FileExtension(TypedDict):
-    """What OpenAI's file object has no field for; `reused`: the upload had the content of this file."""
+    """Fields that OpenAI's file object does not have; `reused` if the upload had the content of this file."""
 
     tenant: str
     examples: int
@@ -94,7 +94,7 @@ class File(TypedDict):
 
 @exactly
 class FileTokens(TypedDict):
-    """Tokens of a file's sequences: of an example, or of a part of one that is trained by itself."""
+    """Tokens of a file's sequences; an example may have several."""
 
     min: int
     median: int
@@ -112,7 +112,7 @@ class FilePart(TypedDict):
 
 @exactly
 class FileCheck(TypedDict):
-    """What would be trained of a file that isn't kept; `preview` is its first example."""
+    """What would be trained from a file, which is not stored; `preview` is its first example."""
 
     object: Literal["file.check"]
     filename: str
@@ -135,7 +135,7 @@ class FileDeleted(TypedDict):
 
 @exactly
 class ModelDeleted(TypedDict):
-    """A model that is no more."""
+    """A deleted model."""
 
     id: str
     object: Literal["model"]
@@ -143,7 +143,7 @@ class ModelDeleted(TypedDict):
 
 
 class AdapterDeleted(Removal):
-    """An adapter that is no more, and what went with it."""
+    """A deleted adapter, and what was deleted with it."""
 
     model_config = _WHOLE
 
@@ -154,7 +154,7 @@ class AdapterDeleted(Removal):
 
 @exactly
 class VersionDeleted(TypedDict):
-    """A version that is no more."""
+    """A deleted version."""
 
     id: str
     object: Literal["adapter.version"]
@@ -162,7 +162,7 @@ class VersionDeleted(TypedDict):
 
 
 class TenantDeleted(Removal):
-    """A tenant that is no more, and what went with it."""
+    """A deleted tenant, and what was deleted with it."""
 
     model_config = _WHOLE
 
@@ -181,7 +181,7 @@ class Adapter(AdapterRecord):
 
 
 class DataForRuns(AdapterData):
-    """Files that an adapter was given for nightly runs."""
+    """An adapter's data for nightly runs."""
 
     model_config = _WHOLE
 
@@ -189,13 +189,13 @@ class DataForRuns(AdapterData):
 
 
 class AdapterWithData(Adapter):
-    """An adapter that was given new data, and all that waits for its next nightly run."""
+    """An adapter that got new data, and the state of all data that waits for its next nightly run."""
 
     new_data: NewDataState
 
 
 class ImportedAdapter(Adapter):
-    """An adapter that has a new version, and that version."""
+    """An adapter with an imported version, and that version."""
 
     version: str
 
@@ -218,7 +218,7 @@ class AdapterFile(TypedDict):
 
 @exactly
 class AdapterBase(TypedDict):
-    """What a version is an adapter for: `source` is a hub id or a folder; `tokenizer` names files that can be had."""
+    """The base of a version: `source` is a hub id or a folder; `tokenizer` lists files that can be downloaded."""
 
     name: str
     source: str
@@ -246,7 +246,7 @@ class Tenant(TenantRecord):
 
 
 class CreatedTenant(Tenant):
-    """A tenant of many that were asked for: whether it is new, and its key, shown this once, if one was made."""
+    """A tenant of a request for many: whether it is new, and its key, shown this once, if one was made."""
 
     new: bool
     key_id: str | None

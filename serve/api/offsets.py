@@ -8,7 +8,7 @@ from loramill.serve.protocol import TokenText
 
 
 class Offsets:
-    """Counts the characters of an answer by its tokens' bytes, of which several may make one character."""
+    """Counts the characters of an answer by its tokens' bytes; several tokens may make one character."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -19,10 +19,10 @@ class Offsets:
 
         Args:
             token: the next.
-            end: characters of the whole answer, which a stop string may have cut short.
+            end: length of the whole answer in characters, which a stop string may have shortened.
         """
         raw = token.raw or b""
-        if raw and raw[0] & 0xC0 != 0x80:  # it begins a character, so that one which lacks bytes ends before it
+        if raw and raw[0] & 0xC0 != 0x80:  # it begins a character, which ends an incomplete one
             self._characters += len(self._decoder.decode(b"", True))
             self._decoder.reset()
         offset = self._characters

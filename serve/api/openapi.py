@@ -141,7 +141,7 @@ _ERRORS = {
 _REQUEST_ID = {
     "required": True,
     "schema": {"type": "string"},
-    "description": "The request's id in the access log, in `logs` of the gateway's home, and in its other logs.",
+    "description": "The request's id, by which the access log in the gateway's home and its other logs name it.",
 }
 _RETRY_AFTER = {
     "schema": {"type": "string", "pattern": r"^\d+$"},

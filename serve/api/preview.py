@@ -1,4 +1,4 @@
-"""What would be trained: sizes of a file's examples, and the first of them as the base's chat template renders it."""
+"""Previews of training: a file's sizes, and its first example as the base's chat template renders it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def preview(examples: Examples, tokenizer: ChatTokenizer, learn: Learn) -> dict[
     """Describes valid examples: tokens of each sequence, tokens that the loss is computed on, and the first example.
 
     Args:
-        examples: as `check_tokens` has passed them.
+        examples: they passed `check_tokens`.
         tokenizer: the base's.
         learn: which answers of a conversation.
     """

@@ -30,7 +30,7 @@ class Readings:
         self._chat = lru_cache(_KEPT)(self._begins_with_chat)
 
     def lengths(self, file: DatasetRecord, max_length: int, learn: Learn) -> Sequence[int]:
-        """Tokens of each of the file's sequences: of an example, or of a part that is trained by itself.
+        """Tokens of each of the file's sequences; an example may have several.
 
         Raises:
             DatasetInvalid: an example is longer than `max_length`, or can't be learnt from in this way.

@@ -1,8 +1,8 @@
 """What was read from the database a moment ago: most requests need no database, and none sees what is old.
 
-Unless the database is away: then what was read before holds for a grace of some minutes, so that a failover does not
-take all endpoints down. What other processes change meanwhile (a key that is revoked, say) is seen late by at most that
-long; what this process changed itself is never answered from before the change.
+If the database is away, what was read before is valid for some minutes of grace, so that a failover does not take all
+endpoints down. Changes of other processes (for example a revoked key) are then seen that much later; answers are never
+older than a change by this process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _V = TypeVar("_V")
 #: Seconds for which an answer holds, counted from when it was asked for: what other processes write is seen so late.
 SECONDS = 0.5
 
-#: Seconds for which a read may take before the database counts as away: a server that vanished does not even refuse.
+#: Seconds that a read may take before the database counts as away: a server that vanished does not refuse connections.
 PATIENCE = 3.0
 
 
@@ -56,7 +56,7 @@ class Remembered(Generic[_K, _V]):
     remembered. At most `most` keys are, and the oldest goes first.
 
     Args:
-        grace: seconds for which an answer holds while the database is away, counted from when it was read.
+        grace: seconds for which an answer is valid while the database is away, from when it was read.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Remembered(Generic[_K, _V]):
     ) -> None:
         self._registry, self._read, self._most, self._grace = registry, read, most, grace
         self._known: dict[_K, _Known[_V]] = {}
-        #: When a read last failed since the database was away; None: the last one did not.
+        #: When a read last failed because the database was away; None: the last read succeeded.
         self._away: float | None = None
         self._flights: dict[_K, _Flight[_V]] = {}
         self._waiting: dict[_K, _Flight[_V]] = {}
@@ -87,7 +87,7 @@ class Remembered(Generic[_K, _V]):
             # Shielded, since one who goes away must not end the read for the others.
             return await asyncio.shield(flight.answer)
         try:
-            # In an outage nobody waits: the read that goes on tells when it is over.
+            # In an outage no request waits: the read in the background shows when it is over.
             async with asyncio.timeout(PATIENCE if self._away is None else 0):
                 return await asyncio.shield(flight.answer)
         except TimeoutError:
@@ -146,7 +146,7 @@ class Remembered(Generic[_K, _V]):
             self._note(key, _Known(answer, flight.began, flight.mark))
             return
         if not isinstance(answer, Unavailable):
-            self._known.pop(key, None)  # it was there, and isn't any more
+            self._known.pop(key, None)  # it no longer exists
         flight.answer.set_exception(answer)
         flight.answer.exception()  # whoever waited may have gone
         if self._flights.get(key) is flight:

@@ -125,7 +125,7 @@ def _start_from(session: Session, here: Gateway, name: AdapterName, selector: st
         return None
     if "/" in selector or selector.startswith("."):
         raise InvalidRequest(
-            f"'start_from' is '{selector}', and must be an alias or a version of {name}. To start from an adapter in a "
+            f"'start_from' is '{selector}'; it must be an alias or a version of {name}. To start from an adapter in a "
             f"folder, import it first: `loramill adapters import {name} {selector}`.",
             param="loramill.start_from",
         )

@@ -31,7 +31,7 @@ class NewTenant(Body):
 
 
 class TenantTerms(NewTenant):
-    """A tenant of many: its name, and its share and limits where they aren't the defaults."""
+    """A tenant's name, and its share and limits if they are not the defaults."""
 
     weight: float | None = Field(default=None, gt=0)
     max_running: Quota = None
@@ -43,7 +43,7 @@ class TenantTerms(NewTenant):
 
 
 class NewTenants(Body):
-    """Many tenants; those that are there already are a conflict, or with `exist_ok` get what is given of them."""
+    """Many tenants; existing ones are a conflict, or with `exist_ok` get the shares and limits that are given."""
 
     tenants: list[TenantTerms] = Field(min_length=1, max_length=AT_ONCE)
     exist_ok: bool = False
@@ -91,14 +91,14 @@ def create_tenants(body: NewTenants, here: Here, who: Who) -> dict[str, Any]:
     terms = {each.name: each for each in body.tenants}
     if len(terms) < len(body.tenants):
         twice = next(name for name in terms if sum(each.name == name for each in body.tenants) > 1)
-        raise InvalidRequest(f"The tenant '{twice}' is named twice.", param="tenants")
+        raise InvalidRequest(f"The tenant '{twice}' is named twice; name it once.", param="tenants")
     with here.registry.writing() as session:
         there = {record.name for record in tenants.list_all(session)} & terms.keys()
         if there and not body.exist_ok:
             shown = ", ".join(sorted(there)[:_SHOWN])
             more = f" and {len(there) - _SHOWN} more" if len(there) > _SHOWN else ""
             raise Conflict(
-                f"There {'are tenants' if len(there) > 1 else 'is a tenant'} of this name already: {shown}{more}. "
+                f"{'These tenants exist' if len(there) > 1 else 'This tenant exists'} already: {shown}{more}. "
                 "Nothing was made; leave them out, or set 'exist_ok' (`--exist-ok`).",
                 param="tenants",
             )
@@ -110,7 +110,7 @@ def create_tenants(body: NewTenants, here: Here, who: Who) -> dict[str, Any]:
 def _made(
     session: Session, who: Caller, terms: TenantTerms, *, new: bool, key: bool
 ) -> tuple[TenantRecord, dict[str, Any]]:
-    """Makes a tenant, or changes one that is there, as its terms say; with its key if it is new and is to get one."""
+    """Makes a tenant, or changes an existing one, by its terms; makes a key if it is new and `key` is true."""
     name = terms.name
     if new:
         tenants.create(session, name)
