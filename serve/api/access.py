@@ -20,13 +20,13 @@ FILE_BYTES = 64 << 20
 #: Seconds between two errors about a file that can't be written.
 ERROR_SECONDS = 60.0
 
-#: What `up`, load balancers and kubelets ask every few seconds; only their failures are worth a line.
+#: What `up`, load balancers and kubelets request every few seconds; only failures are logged.
 _PROBES = ("/health", "/healthz", "/readyz")
 _KEY = re.compile(r"lm-[\w-]+")
 
 
 def note(*, request: str, tenant: str | None, method: str, path: str, status: int, seconds: float) -> None:
-    """Writes one request down: no query, header or body, no key that stands in the path, and no probe that succeeds.
+    """Logs one request, unless it is a successful probe: no query, headers or body, and no key in the path.
 
     Args:
         request: its id, which is the answer's `x-request-id`.

@@ -117,7 +117,7 @@ def test_refusals_are_typed(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
         with pytest.raises(errors.NotFound):
             client.job("ftjob-none")
-        with pytest.raises(errors.InvalidRequest, match="ftjob-"):
+        with pytest.raises(errors.NotFound):
             client.job("../../readyz")
         with pytest.raises(errors.NotFound, match="nobody"):
             client.submit("nobody/a", examples())
@@ -174,7 +174,7 @@ def test_the_key_comes_from_the_settings_then_from_home(home: Path, monkeypatch:
 
 def test_the_admin_key_never_leaves_this_machine(home: Path) -> None:
     (home / "admin.key").write_text("lm-admin\n")
-    with pytest.raises(errors.NotRunning):  # without a key, `openai` first looks whether a gateway answers
+    with pytest.raises(errors.Unauthenticated):
         Client("http://gateway.example").openai()
     assert Client("http://127.0.0.1:9").openai().api_key == "lm-admin"
 
