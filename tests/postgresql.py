@@ -19,7 +19,7 @@ import pytest
 
 
 class PostgreSQL:
-    """A cluster in a folder; `url` is without a database's name."""
+    """A cluster in a folder; `url` has no database name."""
 
     def __init__(self, binaries: Path, home: Path) -> None:
         self._binaries, self._home, self._account = binaries, home, _account()
@@ -30,7 +30,7 @@ class PostgreSQL:
     @classmethod
     @contextmanager
     def installed(cls) -> Iterator[PostgreSQL]:
-        """A new cluster, not started yet; skips the test where PostgreSQL isn't installed."""
+        """A new cluster, not started yet; skips the test if PostgreSQL isn't installed."""
         binaries = _server_binaries()
         if binaries is None:
             pytest.skip(
@@ -71,7 +71,7 @@ class PostgreSQL:
         raise AssertionError((self._home / "log").read_text())
 
     def stop(self) -> None:
-        """Ends it, and every connection."""
+        """Stops it and ends every connection."""
         if self._server is not None:
             self._server.send_signal(signal.SIGINT)
             self._server.wait(30)
@@ -104,7 +104,7 @@ def _server_binaries() -> Path | None:
 
 
 def _account() -> dict[str, int]:
-    """Whom to run the server as: initdb refuses root."""
+    """The user to run the server as: initdb refuses root."""
     if os.getuid() != 0:
         return {}
     names = {entry.pw_name: entry for entry in pwd.getpwall()}

@@ -1,4 +1,4 @@
-"""A file system of fsspec's that a test switches off, and stand-ins for the errors of botocore."""
+"""An fsspec file system that tests can switch off, and stand-ins for botocore's errors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ fsspec.register_implementation("switched", Switched, clobber=True)
 
 @contextmanager
 def off(error: Callable[[], Exception], *operations: str) -> Iterator[None]:
-    """Lets these operations fail, or all, while the block runs."""
+    """Makes these operations, or all, fail while the block runs."""
     Switched.error = lambda name: error() if not operations or name in operations else None
     try:
         yield
@@ -93,7 +93,7 @@ def client_error(code: str, status: int) -> Exception:
 
 
 def translated(kind: Exception, code: str, status: int) -> Exception:
-    """What s3fs makes of it: an OSError whose cause it is."""
+    """s3fs' error for it: an OSError with it as its cause."""
     kind.__cause__ = client_error(code, status)
     return kind
 

@@ -1,4 +1,4 @@
-"""The installation: pins that agree with pyproject.toml, and a failed install that is not taken for a finished one."""
+"""The installation: pins agree with pyproject.toml, and a failed install runs again."""
 
 from __future__ import annotations
 

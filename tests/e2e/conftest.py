@@ -85,7 +85,7 @@ class Mill:
             return client.create_key(name).key
 
 
-#: What a company's machine sets for all programs: no way to this machine itself goes by it.
+#: A proxy that is set for all programs, as on a company's machine, and cannot reach this machine itself.
 DEAD_PROXY = {
     name: "http://127.0.0.1:9" for word in ("http_proxy", "https_proxy", "all_proxy") for name in (word, word.upper())
 }
@@ -99,7 +99,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(home: Path, **settings: str) -> Iterator[Mill]:
-    """A system in a home of its own, in an environment that isn't kind: a proxy, a long TMPDIR.
+    """A system in a home of its own, in a hostile environment: a proxy, a long TMPDIR.
 
     `settings` are environment variables without their LORAMILL_.
     """

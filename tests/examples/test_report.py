@@ -60,7 +60,7 @@ def test_steps_are_whole(report: ModuleType, last: int, ticks: list[int]) -> Non
     assert report.whole_steps(last) == ticks
 
 
-def test_a_loss_near_zero_is_told_from_a_smaller_one(report: ModuleType) -> None:
+def test_losses_near_zero_are_distinguished(report: ModuleType) -> None:
     drawn = report.plot(report.Curve({1: 4.0, 2: 0.05, 3: 0.02}, {3: 0.0}))
     heights = [float(point.split(",")[1]) for point in drawn["train"].split()]
     assert heights[2] - heights[1] > 10, "in the picture's units, of which it has 136"

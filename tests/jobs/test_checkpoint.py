@@ -103,8 +103,8 @@ def test_another_spec_has_no_checkpoint_here_and_loses_none(tmp_path: Path) -> N
     assert step_of(latest(tmp_path, SPEC)) == 25
 
 
-def test_a_job_of_before_epochs_finds_its_checkpoint(tmp_path: Path) -> None:
-    """With the key that its spec had then; its steps go on as they began."""
+def test_a_job_from_before_epochs_finds_its_checkpoint(tmp_path: Path) -> None:
+    """Its spec keeps the key that it had then."""
     old = JobSpec.model_validate(
         {"base": "f" * 64, "adapter": "acme/support", "train": "file-1", "steps": 30, "batch_size": 8, "learn": "last"}
     )
@@ -142,6 +142,6 @@ def test_a_full_disk_keeps_the_one_before(tmp_path: Path, monkeypatch: pytest.Mo
     assert step_of(latest(tmp_path, SPEC)) == 10
 
 
-def test_a_url_that_nothing_opens_is_told() -> None:
+def test_a_url_that_nothing_opens_is_reported() -> None:
     with pytest.raises(SetupError, match="store 'nosuch://x' can't be used"):
         latest("nosuch://x", SPEC)

@@ -181,7 +181,7 @@ def respelled(adapter: Path, spell: Callable[[str], str | None]) -> Path:
     ],
     ids=["tower", "no prefix", "adapter's name"],
 )
-def test_names_over_which_peft_only_warns_are_merged(llama: Path, tmp_path: Path, spell: Any) -> None:
+def test_tensor_names_that_peft_only_warns_about_are_merged(llama: Path, tmp_path: Path, spell: Any) -> None:
     base = base_of(llama, tmp_path)
     plain = saved(base, tmp_path / "plain", lora(), size=0.2)
     merge(base, plain, made_up(3), tmp_path / "wanted", name="a")
@@ -215,8 +215,8 @@ def test_a_merge_that_changes_nothing_is_an_error(llama: Path, tmp_path: Path) -
     assert not (tmp_path / "merged").exists()
 
 
-def test_the_divergence_is_from_what_the_engine_says(llama: Path, tmp_path: Path) -> None:
-    """Not from a model that PEFT made, which may be the base alone: an adapter that is far off is seen to be."""
+def test_the_divergence_is_measured_from_the_engines_predictions(llama: Path, tmp_path: Path) -> None:
+    """Not from a model that PEFT made, which may be the bare base: a large divergence must show."""
     base = base_of(llama, tmp_path)
     adapter = saved(base, tmp_path / "adapter", lora(lora_alpha=64), size=0.3)
     examples = made_up(12)
@@ -242,8 +242,8 @@ def test_weights_are_as_readable_as_the_other_files(llama: Path, tmp_path: Path)
     assert modes["model.safetensors"] == modes["config.json"] == modes[REPORT_FILE]
 
 
-def test_the_command_says_nothing_but_its_own(llama: Path, tmp_path: Path, home: Path) -> None:
-    """In a process of its own, as libraries speak once for each."""
+def test_the_command_prints_only_its_own_output(llama: Path, tmp_path: Path, home: Path) -> None:
+    """In a process of its own, since libraries log once per process."""
     adapter, rows = saved(base_of(llama, tmp_path), tmp_path / "adapter", lora()), tmp_path / "rows.jsonl"
     rows.write_text(ROWS)
     words = ["adapters", "merge", str(adapter), "--to", str(tmp_path / "merged"), "--valid", str(rows)]

@@ -1,4 +1,4 @@
-"""A store or a database that is away while jobs run: nothing is lost, and all go on by themselves."""
+"""Outages of the store or the database while jobs run: nothing is lost, and all jobs resume."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ URL = "switched://bucket/loramill"
 
 @pytest.fixture
 def mill(tmp_path: Path, spoken: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mill]:
-    """A mill whose artifacts and checkpoints are in a store that can be switched off; two attempts a job."""
+    """A mill whose artifacts and checkpoints are in a store that can be switched off; two attempts per job."""
     switched.clear()
     monkeypatch.setattr(worker_module, "AWAY_SECONDS", 0.01)
     monkeypatch.setattr(worker_module, "LONGEST_AWAY", 0.05)
@@ -62,7 +62,7 @@ def worker_of(mill: Mill, owner: str = "w1") -> worker_module.Worker:
 
 @contextmanager
 def working(mill: Mill, *queued: JobRecord) -> Iterator[None]:
-    """A worker that ends when these jobs have."""
+    """A worker that stops when these jobs have ended."""
     with in_thread(lambda: work(worker_of(mill), until=lambda _: all(mill.now(job).status.final for job in queued))):
         yield
 
@@ -95,7 +95,7 @@ def test_a_store_that_is_away_costs_no_attempt(mill: Mill, case: str) -> None:
     assert "10.1.2.3" not in " ".join(mill.messages(train))
 
 
-def test_a_job_goes_on_from_its_checkpoint_after_an_outage(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_resumes_from_its_checkpoint_after_an_outage(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
     job, steps, progress = mill.submit(steps=9), list[int](), Lease.progress
     monkeypatch.setattr(Lease, "progress", lambda lease, point: (steps.append(point.step), progress(lease, point)))
     with switched.off(lambda: switched.away() if steps[-1:] == [7] else None):  # type: ignore[arg-type, return-value]
@@ -106,7 +106,7 @@ def test_a_job_goes_on_from_its_checkpoint_after_an_outage(mill: Mill, monkeypat
     assert steps == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9]
 
 
-def test_a_store_that_is_away_is_no_missing_checkpoint(mill: Mill) -> None:
+def test_an_outage_of_the_store_is_not_a_missing_checkpoint(mill: Mill) -> None:
     spec = mill.spec("acme/loud", mill.data("acme"))
     place = f"{mill.settings.checkpoints}/job"
     with switched.off(switched.away), pytest.raises(Unavailable):
@@ -118,7 +118,7 @@ def test_a_store_that_is_away_is_no_missing_checkpoint(mill: Mill) -> None:
     assert latest(place, spec) is None
 
 
-def test_checkpoints_that_can_not_be_removed_now_keep_no_job_from_its_end(mill: Mill) -> None:
+def test_a_job_ends_though_its_checkpoints_can_not_be_removed(mill: Mill) -> None:
     job = mill.submit(steps=4)
     with switched.off(switched.away, "rm"):
         assert run_next(worker_of(mill))

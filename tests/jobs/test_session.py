@@ -1,4 +1,4 @@
-"""What a session makes of the machine that it finds."""
+"""How a session chooses its device."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def test_a_session_of_the_gpu_takes_its_share(gpu, monkeypatch):
     assert gpu == [(0.25, torch.device("cuda:0"))]
 
 
-def test_a_session_of_a_gpu_that_is_none_trains_on_the_cpu(monkeypatch):
+def test_a_session_without_its_gpu_trains_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert session.prepare(JobSettings(use_gpu=True)) == torch.device("cpu")

@@ -94,7 +94,7 @@ def test_a_job_becomes_a_version_that_peft_loads(worker: Worker) -> None:
 
 
 def two_turns(count: int, **last: object) -> bytes:
-    """Conversations of two answers; `last` is said of the second."""
+    """Conversations with two answers; `last` is added to the second message."""
     rows = []
     for number in range(count):
         turns = [f"Do you ship to town {number}?", f"Yes, to town {number} in two days.", "And on Sunday?", "Not then."]
@@ -116,7 +116,7 @@ def two_turns(count: int, **last: object) -> bytes:
         ({"weight": 1}, {"learn": "last"}, 16),
     ],
 )
-def test_a_job_tells_once_how_many_answers_it_trains(
+def test_a_job_reports_once_how_many_answers_it_trains(
     worker: Worker, last: dict[str, object], learn: dict[str, str], trained: int
 ) -> None:
     job = submit(worker, two_turns(8, **last), **learn)

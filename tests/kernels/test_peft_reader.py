@@ -30,7 +30,7 @@ PREFIX = "base_model.model."
 
 
 def llama() -> PreTrainedModel:
-    """Twelve layers: 1, 10 and 11 are told apart."""
+    """Twelve layers, to distinguish 1, 10 and 11."""
     return tiny_llama(num_hidden_layers=12, initializer_range=0.2)
 
 
@@ -42,7 +42,7 @@ def base() -> BaseModules:
 
 @contextmanager
 def saved(model: PreTrainedModel | None = None, **config: Any) -> Iterator[Path]:
-    """A folder that PEFT saved, whose every matrix does something."""
+    """A folder that PEFT saved, in which no matrix is zero."""
     asked = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
     torch.manual_seed(3)
     tuned = get_peft_model(model or llama(), LoraConfig(**asked | config))
@@ -85,7 +85,7 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> torch.Tensor:
 
 
 def assert_as_in_peft(folder: Path, renamed: Path | None = None, make: Callable[[], PreTrainedModel] = llama) -> None:
-    """What is read of `renamed` computes what PEFT computes of `folder`."""
+    """`renamed`, as it is read, computes what PEFT computes from `folder`."""
     expected = logits(PeftModel.from_pretrained(make(), folder).eval())
     assert not torch.allclose(expected, logits(make()), atol=1e-2)
     torch.testing.assert_close(with_adapter(make(), renamed or folder), expected, rtol=1e-3, atol=1e-3)
@@ -109,7 +109,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_the_config_promises_is_what_peft_makes(kind: str) -> None:
+def test_the_modules_that_a_config_targets_are_those_of_peft(kind: str) -> None:
     with saved(**KINDS[kind]) as folder:
         assert_as_in_peft(folder)
         names = [name for name in load_file(folder / FILE) if "lora_" in name]
@@ -169,7 +169,7 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_what_others_call_the_tensors_is_understood(spelling: str, tmp_path: Path) -> None:
+def test_other_names_of_tensors_are_understood(spelling: str, tmp_path: Path) -> None:
     with saved(**KINDS["patterns"]) as folder:
         renamed = Path(shutil.copytree(folder, tmp_path / "renamed"))
         change(renamed, rename(SPELLINGS[spelling]))

@@ -1,4 +1,4 @@
-"""A command in the background: ready, or the reason why not; and the settings as a command shows them."""
+"""A command in the background is ready or gives its reason; settings as a command shows them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_it_returns_when_the_command_is_ready(tmp_path: Path) -> None:
     assert (tmp_path / "output").read_text() == "a line\n"
 
 
-def test_it_tells_why_the_command_ended_before(tmp_path: Path) -> None:
+def test_the_reason_is_given_if_the_command_ends_early(tmp_path: Path) -> None:
     assert started(tmp_path, "fails") == "The port is taken.\n"
     for how in ("breaks", "dies"):
         assert started(tmp_path, how) == (
@@ -62,7 +62,7 @@ def test_it_tells_why_the_command_ended_before(tmp_path: Path) -> None:
     assert started(tmp_path, "breaks") and "ZeroDivisionError" in (tmp_path / "output").read_text()
 
 
-def test_settings_tell_where_they_come_from_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_show_where_they_come_from_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("LORAMILL_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)

@@ -260,7 +260,7 @@ def test_an_answer_whose_white_space_joins_the_markup_has_a_sequence_of_its_own(
     assert list(encoded.rest[0].tokens[: encoded.rest[0].prompt_length]) == tokenizer.prompt(chat("a", "\n\nb", "c"))
 
 
-def test_an_answer_to_nothing_begins_where_answers_begin(tokenizer: ChatTokenizer, altered: Path) -> None:
+def test_an_answer_that_begins_a_conversation_begins_where_answers_do(tokenizer: ChatTokenizer, altered: Path) -> None:
     greeting = (Message(role="assistant", content="Welcome."), *chat("Hi", "Hello"))
     made = Example(greeting, None, "Hello", 1)
     encoded = tokenizer.example(made)

@@ -156,7 +156,7 @@ def test_a_call_is_trained_after_such_a_prompt_too() -> None:
 # Contents
 
 
-def test_parts_where_a_template_reads_nothing_else() -> None:
+def test_templates_that_read_only_parts_get_parts() -> None:
     tokenizer = tokenizer_of(PARTS_ONLY)
     messages = CONVERSATIONS["system"] + CONVERSATIONS["turns"][1:]
     given = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
@@ -189,7 +189,7 @@ def test_system_messages_that_a_template_drops_are_refused() -> None:
     assert caught.value.param == "messages[0].role"
 
 
-def test_a_developer_is_the_system_where_the_template_has_no_such_role() -> None:
+def test_developer_becomes_system_if_the_template_lacks_the_role() -> None:
     messages = CONVERSATIONS["system"]
     asked = [Message(role="developer", content="Be brief."), messages[1]]
     assert tokenizer_of(CHATML).prompt(asked) == tokenizer_of(CHATML).prompt(messages)
@@ -206,7 +206,7 @@ def test_names_are_given_to_the_template() -> None:
     assert tokenizer_of(CHATML).prompt(asked) == tokenizer_of(CHATML).prompt([Message(role="user", content="Hi")])
 
 
-def test_marks_outlast_ascii_json() -> None:
+def test_marks_survive_ascii_json() -> None:
     template = "{% for m in messages %}{{ m.content | tojson(ensure_ascii=true) }}<|im_end|>{% endfor %}"
     tokenizer = tokenizer_of(template)
     text = "é\U00010000 <|im_end|> \\ud800"
@@ -289,14 +289,14 @@ def test_a_damaged_template_file(tmp_path: Path) -> None:
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
     ],
 )
-def test_a_base_that_answers_no_chat_says_why(template: str, says: str) -> None:
+def test_a_base_that_can_not_chat_says_why(template: str, says: str) -> None:
     tokenizer = tokenizer_of(template)
     assert says in (tokenizer.chat_problem or "") and says in (tokenizer.training_problem or "")
     with pytest.raises(InvalidRequest):
         tokenizer.prompt(CONVERSATIONS["user"])
 
 
-def test_a_base_that_trains_on_no_conversation_says_why() -> None:
+def test_a_base_that_can_not_train_on_conversations_says_why() -> None:
     tokenizer = tokenizer_of(CHATML.replace("<|im_end|>", ""))
     assert tokenizer.chat_problem is None
     assert "never learn to stop" in (tokenizer.training_problem or "")
@@ -316,7 +316,7 @@ def test_a_base_that_trains_on_no_conversation_says_why() -> None:
         "{{ messages.__class__.__mro__[1].__subclasses__() }}",
     ],
 )
-def test_a_template_that_never_ends_is_ended(evil: str) -> None:
+def test_an_endless_template_is_stopped(evil: str) -> None:
     tokenizer = tokenizer_of("{% if messages[0].content == 'evil' %}" + evil + "{% endif %}" + CHATML)
     with pytest.raises(InvalidRequest, match="refuses this"):
         tokenizer.prompt([Message(role="user", content="evil")])

@@ -139,13 +139,13 @@ turns = st.lists(
 
 @settings(deadline=None)
 @given(messages=turns, answer=st.booleans())
-def test_the_built_in_base_writes_what_it_wrote_where_there_are_no_tools(messages: list[Message], answer: bool) -> None:
+def test_the_built_in_base_renders_the_same_as_before_without_tools(messages: list[Message], answer: bool) -> None:
     now, before = hermes(smollm2.TEMPLATE), hermes(OLD)
     assert now._render(messages, answer=answer) == before._render(messages, answer=answer)
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_the_built_in_base_knows_tools(tokenizer: ChatTokenizer, base: Base, system: str | None) -> None:
+def test_the_built_in_base_supports_tools(tokenizer: ChatTokenizer, base: Base, system: str | None) -> None:
     assert tokenizer.knows_tools and tokenizer.writes_calls
     first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages = [*first, *CONVERSATION, CONVERSATION[2], {"role": "assistant", "content": "Cold."}]
@@ -172,5 +172,5 @@ def test_a_folder_that_an_earlier_version_converted_gets_the_template(tmp_path: 
         assert (folder / "chat_template.jinja").read_text() == smollm2.TEMPLATE
 
 
-def test_the_template_is_no_part_of_the_base(base: Base) -> None:
+def test_the_template_is_not_part_of_the_fingerprint(base: Base) -> None:
     assert base.fingerprint == "16d19fa5934e3ccdee5b7e5c227b4a867b5458296c3bf6956cd663dbe4f96250"

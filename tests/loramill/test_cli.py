@@ -196,7 +196,7 @@ def test_an_interactive_chat_remembers(here: RunningGateway, tenant: str, monkey
     assert [message["content"] for message in asked[-1]] == ["Be short.", "one", "to one", "two"]
 
 
-def test_an_interactive_chat_outlives_what_stops_an_answer(
+def test_an_interactive_chat_survives_a_stopped_answer(
     here: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
@@ -226,7 +226,7 @@ def test_a_chat_without_gateway_and_key_says_how_to_start_one() -> None:
     assert "Nothing answers at http://127.0.0.1:9: start it with `loramill up`" in ran.stderr
 
 
-def test_what_answers_after_a_job_is_said_and_can_be_changed(
+def test_the_version_that_answers_after_a_job_is_shown(
     here: RunningGateway, tenant: str, train: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wait(client: Any, job: str, *_: Any) -> Any:
@@ -382,7 +382,7 @@ def test_the_last_nightly_run_is_shown(here: RunningGateway, tenant: str) -> Non
     assert found["adapters"][0]["verdict"] == "promoted" and found["id"] == run
 
 
-def test_a_failed_nightly_run_is_told_and_exits_with_1(
+def test_a_failed_nightly_run_is_reported_and_exits_with_1(
     here: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = AdapterName(tenant, "a")

@@ -101,7 +101,9 @@ def test_what_can_not_be_exported_is_one_sentence(gateway: RunningGateway, tenan
     assert loramill("adapters", "export", f"{tenant}/a").exit_code == 2
 
 
-def test_a_folder_is_imported_and_what_answers_is_said(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
+def test_a_folder_is_imported_and_the_version_that_answers_is_shown(
+    gateway: RunningGateway, tenant: str, tmp_path: Path
+) -> None:
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "layers_to_transform": [3]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     name, q_proj = f"{tenant}/orders", "base_model.model.model.layers.3.self_attn.q_proj.lora_"

@@ -1,4 +1,4 @@
-"""`loramill submit`, `data` and `files` with data as it comes: every format, and nothing left behind by what fails."""
+"""`loramill submit`, `data` and `files`: every format works, and a failure leaves no files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def shown(*words: str) -> Any:
 
 
 def table(path: str, header: str, separator: str = ",", count: int = 12) -> str:
-    """A table of questions and answers, each of its own."""
+    """A table of distinct questions and answers."""
     rows = (separator.join((f"what is {path} {i}?", f"number {i}")) for i in range(count))
     Path(path).write_text("\n".join([header, *rows]) + "\n")
     return path
@@ -71,12 +71,12 @@ def trained_on(job: str) -> list[Any]:
         ("c.csv", "prompt|completion", "|", "CSV separated by '|', prompt and completion (prompt, completion)"),
     ],
 )
-def test_what_was_recognized_is_said(tenant: str, path: str, header: str, separator: str, says: str) -> None:
+def test_the_recognized_form_is_shown(tenant: str, path: str, header: str, separator: str, says: str) -> None:
     told = ok("submit", f"{tenant}/a", "--train", table(path, header, separator)).stderr
     assert f"{path}: 12 examples; {says}." in told
 
 
-def test_columns_that_are_not_used_are_said(tenant: str) -> None:
+def test_columns_that_are_not_used_are_shown(tenant: str) -> None:
     rows = [{"id": i, "prompt": f"p{i}", "completion": "c"} for i in range(12)]
     Path("x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ran = ok("submit", f"{tenant}/a", "--train", "x.jsonl")
@@ -85,7 +85,7 @@ def test_columns_that_are_not_used_are_said(tenant: str) -> None:
 
 
 def test_the_jobs_file_of_the_readme_runs() -> None:
-    """Typed as it is printed, with files of the kinds that it names."""
+    """Typed as printed, with files of the kinds that it names."""
     made = set(re.findall(r"^\$ loramill tenant create ([\w ]+?)(?: +#.*)?$", README, re.MULTILINE))
     with Client() as client:
         for tenant in " ".join(made).split():
@@ -128,7 +128,7 @@ def test_a_validation_file_may_have_the_columns_or_its_own(tenant: str) -> None:
     assert refused.exit_code == 1 and "other.csv has the columns frage, antwort" in refused.stderr
 
 
-def test_missing_tenants_are_told_once_and_before_any_upload(tenant: str) -> None:
+def test_missing_tenants_are_reported_once_before_any_upload(tenant: str) -> None:
     table("train.csv", "prompt,completion")
     Path("jobs.csv").write_text(
         f"adapter,train,valid\n{tenant}/a,train.csv,\nnobody/a,train.csv,train.csv\nnobody/b,train.csv,\nnoone/c,train.csv,\n"

@@ -88,7 +88,7 @@ def test_a_version_is_named_once(words: tuple[str, ...], told: str) -> None:
     assert told in " ".join(ran.stderr.replace("│", " ").split())
 
 
-def test_a_name_that_can_be_none_is_told_in_english() -> None:
+def test_an_invalid_name_is_reported_in_english() -> None:
     assert "can't name an adapter" in loramill("adapters", "show", "acme/!").stderr
     assert "can't name a tenant" in loramill("adapters", "show", "!/acme").stderr
 

@@ -75,7 +75,7 @@ def test_tools_and_their_results_are_read() -> None:
     assert found.learnt("all") == [(1, 1.0), (3, 1.0)]
 
 
-def test_functions_of_old_are_tools() -> None:
+def test_legacy_functions_are_tools() -> None:
     old, new = example(FUNCTIONS), example(TOOLS)
     assert old.tools == new.tools
     assert old.messages[2] == {"role": "tool", "content": "in Rome", "name": "parcel", "tool_call_id": "call00000"}
@@ -205,7 +205,7 @@ def test_two_calls_are_answered_in_any_order() -> None:
 
 @pytest.mark.parametrize("line", [TOOLS, FUNCTIONS, {**TOOLS, "messages": TOOLS["messages"][:2]}])
 def test_tool_calls_are_trained_as_transformers_renders_them(line: dict[str, Any]) -> None:
-    """Each of the assistant's turns with its end, and nothing else."""
+    """Each of the assistant's turns and its end, and nothing else."""
     tokenizer, found = hermes(), example(line)
     oracle = PreTrainedTokenizerFast(tokenizer_object=hermes_tokenizer(), chat_template=TEMPLATE)
     (encoded,) = tokenizer.example(found).sequences

@@ -78,7 +78,7 @@ def test_chat_and_completion_examples() -> None:
         (weighted(None, 0), [(1, 1.0)], [(1, 1.0)]),  # as in OpenAI's format: no weight is 1 where others have one
     ],
 )
-def test_weights_say_what_is_learnt_and_how_much(line: str, older: object, every: object) -> None:
+def test_weights_say_what_is_trained_and_how_much(line: str, older: object, every: object) -> None:
     (found,) = read(line).examples
     assert (found.learnt("last"), found.learnt("all")) == (older, every)
 
@@ -92,7 +92,7 @@ def test_weights_say_what_is_learnt_and_how_much(line: str, older: object, every
         (weighted(1, 0), []),
     ],
 )
-def test_the_last_answer_alone_may_be_asked_for(line: str, last: object) -> None:
+def test_training_can_be_limited_to_the_last_answer(line: str, last: object) -> None:
     (found,) = read(line).examples
     assert found.learnt("only_last") == last
 
@@ -198,7 +198,7 @@ def test_a_bad_file_is_named(raw: bytes, says: str) -> None:
 
 
 def test_a_byte_order_mark_is_accepted_at_every_line() -> None:
-    """Files that were joined have one in their middle."""
+    """Files that were concatenated have one in the middle."""
     raw = b"\xef\xbb\xbf" + f"{GOOD}\n".encode()
     assert [example.line for example in read_examples(raw + raw, "train.jsonl").examples] == [1, 2]
 

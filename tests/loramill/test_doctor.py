@@ -154,7 +154,7 @@ def test_a_usable_base_is_described(base: object) -> None:
         ("Hello", Status.ERROR, "drops the content of assistant and user messages"),
     ],
 )
-def test_what_a_base_cannot_do_for_its_chat_template_is_told(
+def test_limits_of_a_bases_chat_template_are_reported(
     hermes_base: Base, tmp_path: Path, template: str | None, status: Status, says: str
 ) -> None:
     folder = shutil.copytree(hermes_base.folder, tmp_path / "base")
@@ -202,7 +202,7 @@ def test_the_database_is_told(tmp_path: Path) -> None:
     assert one(doctor.database, database_url="mysql://host/name").status is Status.ERROR
 
 
-def test_the_artifact_store_is_told(tmp_path: Path) -> None:
+def test_the_artifact_store_is_reported(tmp_path: Path) -> None:
     good = one(doctor.stores, home=tmp_path)
     assert good.status is Status.OK and "artifacts" in good.found
     assert list(tmp_path.iterdir()) == []

@@ -146,7 +146,7 @@ def test_columns_of_a_form_may_have_other_names(tmp_path: Path) -> None:
     assert found.warnings == ("x.jsonl: not used: id.",)
 
 
-def test_a_later_row_may_have_what_the_first_has_not(tmp_path: Path) -> None:
+def test_a_later_row_may_have_a_field_that_the_first_lacks(tmp_path: Path) -> None:
     first, second = {"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "input": "c", "id": 1}
     found = read(tmp_path, first, second)
     assert [json.loads(row)["messages"][0]["content"] for row in found.content.splitlines()] == ["a", "a\nc"]
@@ -160,7 +160,7 @@ def test_messages_keep_their_tools(tmp_path: Path) -> None:
     assert line(read(tmp_path, {**row, "tools": json.dumps([WRAPPED])})) == row
 
 
-def test_what_fills_a_column_of_one_type_is_no_value(tmp_path: Path) -> None:
+def test_nulls_that_arrow_adds_are_removed(tmp_path: Path) -> None:
     """Arrow gives every message the keys that any has; the content of a call is null on purpose."""
     messages = [
         turn("user", "a"),
@@ -208,7 +208,7 @@ def test_what_fills_a_column_of_one_type_is_no_value(tmp_path: Path) -> None:
         ({"instruction": "a", "output": "b", "conversations": []}, "can be read as Alpaca and as ShareGPT"),
     ],
 )
-def test_what_is_no_example_is_named(tmp_path: Path, row: object, says: str | None) -> None:
+def test_rows_that_are_not_examples_are_named(tmp_path: Path, row: object, says: str | None) -> None:
     if says is None:  # the gateway says what messages must be
         assert line(read(tmp_path, row)) == {"messages": []}
         return
@@ -217,7 +217,7 @@ def test_what_is_no_example_is_named(tmp_path: Path, row: object, says: str | No
     assert all(part in caught.value.message for part in says.split(".*"))
 
 
-def test_columns_for_another_file_first_of_all(tmp_path: Path) -> None:
+def test_columns_of_another_file_are_used_only_if_they_exist(tmp_path: Path) -> None:
     """Those of a training file, say: a validation file of its own form is recognized."""
     columns = {"prompt": "question", "completion": "answer"}
     (tmp_path / "x.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')

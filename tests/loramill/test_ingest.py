@@ -1,4 +1,4 @@
-"""Every format becomes JSONL by the same rules; what can't is named with row and column."""
+"""Every format becomes JSONL by the same rules; problems are named with row and column."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def refused(path: Path, columns: Any = None) -> str:
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_every_format_says_the_same(tmp_path: Path, suffix: str) -> None:
+def test_every_format_gives_the_same_lines(tmp_path: Path, suffix: str) -> None:
     found = read_source(write(tmp_path / f"x{suffix}", ROWS))
     assert (found.name, lines(found), found.warnings) == (f"x{suffix}", ROWS, ())
     assert found.recognized.endswith("prompt and completion (prompt, completion)")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_columns_are_chosen_and_others_left_with_a_warning(tmp_path: Path, suffix: str) -> None:
+def test_columns_are_chosen_and_others_left_out_with_a_warning(tmp_path: Path, suffix: str) -> None:
     rows = [{"id": str(i), "question": row["prompt"], "answer": row["completion"]} for i, row in enumerate(ROWS)]
     path = write(tmp_path / f"x{suffix}", rows)
     found = read_source(path, {"prompt": "question", "completion": "answer"})
@@ -104,7 +104,7 @@ def test_columns_are_chosen_and_others_left_with_a_warning(tmp_path: Path, suffi
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_what_is_not_part_of_the_form_is_left_with_a_warning(tmp_path: Path, suffix: str) -> None:
+def test_columns_beyond_the_form_are_left_out_with_a_warning(tmp_path: Path, suffix: str) -> None:
     for rows in ([{"messages": chat, "id": "x"} for chat in CHATS], [{**row, "id": "x"} for row in ROWS]):
         found = read_source(write(tmp_path / f"x{suffix}", rows))
         assert found.warnings == (f"x{suffix}: not used: id.",)
@@ -120,14 +120,14 @@ def test_conversations_in_a_column_of_another_name(tmp_path: Path, suffix: str) 
     assert len(read_examples(found.content, "x").examples) == 2
 
 
-def test_jsonl_that_needs_no_change_goes_byte_for_byte(tmp_path: Path) -> None:
+def test_jsonl_that_needs_no_change_stays_byte_for_byte(tmp_path: Path) -> None:
     raw = b'\xef\xbb\xbf{"prompt":"a",  "completion":"b"}\r\n\n{"completion":"\\u0064","prompt":"c"}'
     (tmp_path / "x.jsonl").write_bytes(raw)
     assert read_source(tmp_path / "x.jsonl").content == raw
 
 
 def test_a_line_keeps_its_number(tmp_path: Path) -> None:
-    """So that what the gateway says of a line is true of the file."""
+    """So that line numbers in the gateway's messages are those of the file."""
     (tmp_path / "x.jsonl").write_text(
         '\n\n{"prompt": "a", "completion": "b", "id": 1}\n\n{"prompt": "c", "completion": "d"}'
     )
@@ -267,7 +267,7 @@ def test_the_separator_is_found(tmp_path: Path, separator: str, suffix: str) -> 
         assert lines(read_source(path)) == rows
 
 
-def test_a_header_that_could_be_split_twice_is_told_by_the_rows(tmp_path: Path) -> None:
+def test_rows_decide_between_two_separators_of_a_header(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("id, or none;prompt;completion\n1;a, b, c;d\n2;e;f\n")
     assert lines(read_source(tmp_path / "x.csv")) == [
         {"prompt": "a, b, c", "completion": "d"},
@@ -326,12 +326,12 @@ def test_large_integers_stay_what_they_are(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
-def test_a_cell_that_is_no_text_is_named(tmp_path: Path, suffix: str, cell: Any, says: str) -> None:
+def test_a_cell_that_is_not_text_is_named(tmp_path: Path, suffix: str, cell: Any, says: str) -> None:
     path = write(tmp_path / f"x{suffix}", [{"prompt": None, "completion": "b"}, {"prompt": cell, "completion": "b"}])
     assert says in refused(path)
 
 
-def test_dates_of_a_table_become_text_and_that_is_said(tmp_path: Path) -> None:
+def test_dates_of_a_table_become_text_with_a_warning(tmp_path: Path) -> None:
     rows = [{"prompt": "When?", "completion": datetime.date(2024, 3, 1), "at": datetime.time(1)}]
     found = read_source(write(tmp_path / "x.parquet", rows))
     assert lines(found) == [{"prompt": "When?", "completion": "2024-03-01"}]

@@ -1,4 +1,4 @@
-"""JSONL is split and read strictly: what no JSON is, or what only some readers take, is refused with its reason."""
+"""JSONL is split and read strictly: what is not JSON, or what only some readers accept, is refused with a reason."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ values = st.recursive(
 
 @settings(deadline=None)
 @given(st.lists(values), st.booleans(), st.sampled_from(["\n", "\r\n"]))
-def test_what_is_written_line_by_line_is_read_so(items: list[Any], escaped: bool, end: str) -> None:
+def test_lines_are_read_as_they_were_written(items: list[Any], escaped: bool, end: str) -> None:
     raw = "".join(json.dumps(item, ensure_ascii=escaped) + end for item in items).encode()
     assert [jsonl.parse(row) for _, row in jsonl.rows(raw)] == items
     assert [number for number, _ in jsonl.rows(io.BytesIO(raw))] == [*range(1, len(items) + 1)]
@@ -82,5 +82,5 @@ def test_a_line_about_as_long_as_the_limit_ends_where_it_ends(size: int) -> None
 
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=3, max_size=20))
-def test_text_in_utf_8_is_taken_for_nothing_else(text: str) -> None:
+def test_utf_8_text_is_not_taken_for_another_kind(text: str) -> None:
     assert magic(f'{{"a": "{text}"}}'.encode()) is None

@@ -85,7 +85,7 @@ def test_a_cache_that_can_not_be_made(tmp_path: Path) -> None:
     assert "LORAMILL_CACHE" in said and "can't be written to" in said
 
 
-def test_in_the_background_the_reason_is_told_as_well(tmp_path: Path) -> None:
+def test_the_reason_is_given_in_the_background_too(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     said = one_sentence(up(tmp_path / "home", "--detach", LORAMILL_BASE=str(tmp_path / "model")))
     assert "config.json" in said
@@ -115,7 +115,7 @@ def test_a_home_that_is_in_use(tmp_path: Path) -> None:
 
 
 class Gateway(BaseHTTPRequestHandler):
-    """Answers each path with the status that the test says; a path that it says nothing of is 404."""
+    """Answers each path with the status that the test sets; other paths are 404."""
 
     statuses: ClassVar[dict[str, int]] = {}
     asked: ClassVar[list[str]] = []
@@ -151,7 +151,7 @@ class Cluster:
     ],
     ids=["database", "engine", "gateway"],
 )
-def test_a_cluster_is_ended_for_its_engine_and_not_for_its_database(
+def test_a_cluster_is_ended_for_its_engine_but_not_its_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statuses: dict[str, int], killed: bool
 ) -> None:
     monkeypatch.setattr(local, "SICK_SECONDS", 0.0)
@@ -173,7 +173,7 @@ def test_a_cluster_is_ended_for_its_engine_and_not_for_its_database(
     assert cluster.killed is killed
 
 
-def test_a_store_that_can_not_be_used_is_told_before_anything_starts(tmp_path: Path) -> None:
+def test_an_unusable_store_is_reported_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     said = one_sentence(up(tmp_path / "home", LORAMILL_ARTIFACTS_URL=f"file://{tmp_path}/file/store"))
     assert "artifacts_url" in said and "file/store" in said
@@ -247,7 +247,7 @@ print("more noise", flush=True)
     assert "noise of the end" in (tmp_path / "logs" / "up.log").read_text()
 
 
-def test_a_cluster_that_ends_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_ends_without_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "CLUSTER", ("-c", "raise SystemExit(7)"))
     settings = Settings.load(home=tmp_path, serve={"port": free_port()})
     local.prepare_home(settings.home)
@@ -256,7 +256,7 @@ def test_a_cluster_that_ends_without_a_word(tmp_path: Path, monkeypatch: pytest.
 
 
 class Answering(http.server.BaseHTTPRequestHandler):
-    """A gateway that is ready, or a proxy: it notes what it is asked for."""
+    """A gateway that is ready, or a proxy: it records its requests."""
 
     def do_GET(self) -> None:
         self.server.asked.append(self.path)  # type: ignore[attr-defined]
@@ -266,7 +266,7 @@ class Answering(http.server.BaseHTTPRequestHandler):
         self.wfile.write(b'{"status": "ready", "object": "list", "data": []}')
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @pytest.fixture
@@ -289,7 +289,7 @@ def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("dead_proxy")
-def test_this_machines_own_gateway_is_not_looked_for_behind_a_proxy(
+def test_the_local_gateway_is_reached_without_a_proxy(
     tmp_path: Path, answering: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "CLUSTER", ("-c", "import sys; sys.stdin.read()"))
@@ -302,7 +302,7 @@ def test_this_machines_own_gateway_is_not_looked_for_behind_a_proxy(
 
 
 @pytest.mark.usefixtures("dead_proxy")
-def test_the_nights_client_passes_the_proxy_by_for_this_machine_alone(
+def test_the_nightly_client_bypasses_the_proxy_for_this_machine_only(
     answering: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def ask(url: str) -> None:

@@ -1,4 +1,4 @@
-"""What a machine gives: memory under limits, places for sockets and shared memory, proxies that are passed by."""
+"""What a machine has: memory under limits, folders for sockets and shared memory, proxies to bypass."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_narrowest_limit_counts(tmp_path: Path, files: dict[str, str], free:
     assert found is not None and found.free == free and bound in found.bound
 
 
-def test_a_system_that_does_not_tell_is_not_judged(tmp_path: Path, base: Base) -> None:
+def test_unknown_memory_is_not_refused(tmp_path: Path, base: Base) -> None:
     assert free_memory(tmp_path) is None
     check_memory(base, Settings(), None)
 
@@ -85,13 +85,13 @@ def test_sockets_go_where_their_paths_fit(tmp_path: Path) -> None:
     assert len(os.fsencode(folder)) + machine._SESSION_BYTES <= machine.SOCKET_PATH_BYTES
 
 
-def test_without_a_place_for_sockets_the_bound_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_folder_for_sockets_the_limit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_usable", lambda folder: False)
     with pytest.raises(SetupError, match=r"longer than 39 bytes\. Set RAY_TMPDIR"):
         socket_folder([str(tmp_path)])
 
 
-def test_a_folder_that_belongs_to_somebody_else_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_users_folder_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "SOCKET_PATH_BYTES", 1000)
     (tmp_path / "ray").write_text("no folder")
     assert socket_folder([str(tmp_path)]) == tmp_path / f"ray-{os.getuid()}"
@@ -103,7 +103,7 @@ def test_the_object_store_leaves_shared_memory_that_is_too_small_or_not_there(tm
     assert object_store_folder(1, tmp_path, shared=tmp_path / "nowhere") == tmp_path
 
 
-def test_own_traffic_goes_by_no_proxy_and_other_traffic_as_before() -> None:
+def test_only_local_traffic_bypasses_the_proxy() -> None:
     proxies = {"https_proxy": "http://proxy:3128", "NO_PROXY": "intranet.example, 127.0.0.1", "HOME": "/home/a"}
     made = machine.without_proxy(proxies, machine.own_addresses())
     assert made["https_proxy"] == "http://proxy:3128" and made["HOME"] == "/home/a"

@@ -1,4 +1,4 @@
-"""What the errors of fsspec's backends mean, and what is said of a store that cannot be used."""
+"""What the errors of fsspec's backends mean, and the messages about a store that cannot be used."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_store_is_shown_without_its_credentials() -> None:
     assert shown("/a folder?") == "/a folder?"
 
 
-def test_a_url_that_nothing_opens_is_told() -> None:
+def test_a_url_that_nothing_opens_is_reported() -> None:
     with pytest.raises(SetupError, match="nosuch://host/x"):
         open_files("nosuch://me:secret@host/x")
 

@@ -1,4 +1,4 @@
-"""The log of `loramill up`: one format, nothing repeated for ever, and the first error found."""
+"""The log of `loramill up`: one format, no endless repetition, and the first error."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING|ERROR|CRI
         ("(not a process) a bare line", "2001-09-09 01:46:40,000 INFO cluster[7] | (not a process) a bare line"),
     ],
 )
-def test_every_way_of_writing_becomes_one(written: str, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_log_formats_become_one(written: str, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uplog.time, "localtime", uplog.time.gmtime)
     entry = Reader(7, clock=lambda: 1e9).entry(f"{written}\n")
     assert str(entry) == read and LINE.fullmatch(read)
@@ -71,7 +71,7 @@ def test_a_traceback_is_an_error_of_the_process_that_wrote_it() -> None:
     ]
 
 
-def test_what_ray_says_at_every_end_is_left_out() -> None:
+def test_what_ray_logs_at_every_shutdown_is_left_out() -> None:
     noise = "(raylet) Task ServeController.graceful_shutdown failed. There are infinite retries remaining, so …"
     assert Reader(7).entry(noise) is None and Reader(7).entry("\x1b[0m\n") is None
 
@@ -118,7 +118,7 @@ ERROR 2026-11-29 15:22:25,000 controller 8 -- Something else failed at the end.
     assert len(lines) == 10 and all(LINE.fullmatch(line) for line in lines)
 
 
-def test_an_error_of_rays_inner_parts_alone_is_no_reason_to_give_up(tmp_path: Path) -> None:
+def test_an_internal_error_of_ray_alone_does_not_end_a_start(tmp_path: Path) -> None:
     text = b"(raylet) [2026-11-29 15:22:19,000 E 10 12] agent.cc:12: could not export metrics\n"
     log = Log(tmp_path / "up.log", io.BytesIO(text), 7)
     log.close(10)
@@ -129,9 +129,7 @@ def test_a_message_without_a_traceback_is_its_own_reason() -> None:
     assert reason(["The port is taken.", "more", "and: more"]) == "The port is taken."
 
 
-def test_a_log_that_is_full_is_moved_and_one_that_can_not_be_written_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_log_is_moved_and_an_unwritable_one_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uplog, "FILE_BYTES", 2000)
     text = "".join(f"2026-11-29 15:22:26,000 INFO loramill.cluster: line {number}\n" for number in range(60))
     Log(tmp_path / "up.log", io.BytesIO(text.encode()), 7).close(10)

@@ -107,7 +107,7 @@ def test_a_champion_goes_on_from_its_weights_with_a_replay_of_what_it_knew(regis
 def test_the_next_job_trains_the_answers_that_were_asked_for(
     registry: Registry, base: Base, learn: str, then: str
 ) -> None:
-    """Jobs of before all answers were trained have "last" by default, which is not what was asked for."""
+    """Older jobs have "last" by default, which no one chose."""
     old = champion(registry, base).model_copy(update={"learn": learn, "rank": 4, "alpha": 32.0, "steps": 9})
     with registry.reading() as session:
         train, valid = (datasets.get(session, each) for each in (old.train, old.valid or ""))
@@ -159,6 +159,6 @@ def test_a_sample_does_not_depend_on_the_order(rows: list[bytes], count: int) ->
 
 
 def test_rows_are_split_at_line_feeds_alone() -> None:
-    """Carriage returns are white space in JSON, and files that were joined have a byte order mark within."""
+    """Carriage returns are white space in JSON, and concatenated files have byte order marks in the middle."""
     first, second = b'{"prompt": "a\xe2\x80\xa8b",\r"completion": "c"}', b'{"prompt": "d", "completion": "e"}'
     assert lines(first + b"\r\n\r\n\xef\xbb\xbf" + second) == [first, second]

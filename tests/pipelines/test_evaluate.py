@@ -1,4 +1,4 @@
-"""Questions to the gateway, and how long an answer may get."""
+"""Questions to the gateway, and how long an answer may be."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_right_answer_is_never_cut(language: str, kind: str, tokenizer: Chat
 
 
 def test_tools_are_asked_about_as_they_were_trained(tokenizer: ChatTokenizer) -> None:
-    """The gateway gets the file's own form, and a call is compared with the file's call, however its JSON is spaced."""
+    """The gateway gets the file's own form, and calls are compared without regard to white space in their JSON."""
     function = {"name": "parcel", "parameters": {"type": "object", "properties": {"id": {"type": "string"}}}}
     call = {"id": "c1", "type": "function", "function": {"name": "parcel", "arguments": '{"id":"7", "at": 1}'}}
     messages = [

@@ -423,7 +423,7 @@ def test_a_held_out_file_that_was_deleted_is_named(mill: Mill) -> None:
 
 
 @pytest.mark.parametrize("what", ["adapter", "tenant"])
-def test_an_adapter_that_was_deleted_meanwhile_has_its_row(mill: Mill, what: str) -> None:
+def test_an_adapter_deleted_during_the_run_has_a_row(mill: Mill, what: str) -> None:
     mill.feed("acme/gone", rows(12))
     mill.feed("bolt/good", rows(12))
 

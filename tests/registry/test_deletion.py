@@ -1,4 +1,4 @@
-"""Deleting: what goes, what stays, and what is refused; on both databases."""
+"""Deleting: what is removed, what stays, and what is refused; on both databases."""
 
 import os
 import signal
@@ -269,7 +269,7 @@ def test_usage_that_a_gateway_counted_for_a_deleted_tenant_is_written(registry):
     assert found == {(None, "base"): 1, ("globex", "base"): 1, ("(deleted)", "(deleted)"): 2}
 
 
-def test_what_belongs_to_something_deleted_is_a_conflict_and_no_crash(registry):
+def test_a_reference_to_something_deleted_is_a_conflict(registry):
     with registry.writing() as session:
         tenants.create(session, "acme")
         run = nightly.open_run(session).id

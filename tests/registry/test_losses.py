@@ -1,4 +1,4 @@
-"""What a lost worker costs a job: nothing if the job got on, an attempt if not; and how a failed job is retried."""
+"""What a lost worker costs a job: nothing if the job progressed, otherwise an attempt; and how jobs are retried."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def do(registry: Registry, act, *arguments, **named):
 
 
 def lose(registry: Registry, job: JobRecord, steps: list[int], max_attempts: int = 3) -> list[str]:
-    """Leases the job once for each of these steps, after which its worker vanishes; the states that it is in after."""
+    """Leases the job once for each of these steps, after which its worker vanishes; returns the states after that."""
     states = []
     for number, step in enumerate(steps):
         leased = do(registry, jobs.lease, "w", now=NOW, seconds=10, max_attempts=max_attempts)
@@ -58,7 +58,7 @@ def lose(registry: Registry, job: JobRecord, steps: list[int], max_attempts: int
         ([7, 8, 8, 9, 10, 11], "queued with half"),
     ],
 )
-def test_a_loss_costs_an_attempt_unless_the_job_got_on(registry, job, steps, last):
+def test_a_loss_costs_an_attempt_unless_the_job_progressed(registry, job, steps, last):
     assert lose(registry, job, steps)[-1] == last
 
 
@@ -82,7 +82,7 @@ class _Row:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(1, 6))
-def test_it_never_fails_while_it_gets_on_and_ends_if_it_does_not(steps, max_attempts):
+def test_a_job_fails_only_if_it_makes_no_progress(steps, max_attempts):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("loramill.registry.transitions.tell", lambda *_, **__: None)
         patch.setattr(
@@ -126,7 +126,7 @@ def test_a_job_given_back_for_an_outage_waits_longer_each_time_and_loses_no_atte
     assert (last.level, "none of its attempts: The store is away." in last.message) == ("warn", True)
 
 
-def test_workers_that_were_silent_as_the_database_was_keep_their_jobs(registry, job):
+def test_workers_that_were_silent_in_an_outage_keep_their_jobs(registry, job):
     do(registry, jobs.lease, "w", now=NOW, seconds=10, max_attempts=3)
     assert do(registry, jobs.lease, "w2", now=NOW + 60, seconds=10, max_attempts=3, settle=False) is None
     do(registry, jobs.heartbeat, job.id, 1, now=NOW + 61, seconds=10, step=1, trained_tokens=1)
@@ -150,7 +150,7 @@ def test_a_failed_job_is_retried_with_all_attempts_and_where_it_was(registry, jo
         assert "Queued again after it failed." in [event.message for event in jobs.events(session, job.id)]
 
 
-def test_a_cancelled_job_starts_anew(registry, job):
+def test_a_cancelled_job_starts_over(registry, job):
     fail_at = do(registry, jobs.lease, "w", now=NOW, seconds=10, max_attempts=1).attempt
     do(registry, jobs.heartbeat, job.id, fail_at, now=NOW, seconds=10, step=7, trained_tokens=70)
     do(registry, jobs.cancel, job.id)

@@ -36,7 +36,7 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 
 
 def sentencepiece(kind: str) -> Tokenizer:
-    """A few pieces, and a byte each for all else, as Llama 2's tokenizer has them."""
+    """A few pieces, and one byte token each for everything else, as in Llama 2's tokenizer."""
     ids = {piece: number for number, piece in enumerate(PIECES)}
     merges = [("\u2581", "a"), ("\u2581a", "b")]
     tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))

@@ -1,4 +1,4 @@
-"""Deleting and renaming over HTTP and with OpenAI's client: what is answered, and what no name reaches any more."""
+"""Deleting and renaming over HTTP and with OpenAI's client: the answers, and the names that stop working."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_every_gateway_refuses_what_was_deleted_within_a_second(
 
 
 def refused_after(ask: Any, error: type[Exception]) -> None:
-    """Asks until it is refused, for a second at most."""
+    """Sends requests until one is refused, for a second at most."""
     deadline = time.monotonic() + 1.0
     while time.monotonic() < deadline:
         try:
@@ -100,7 +100,7 @@ def refused_after(ask: Any, error: type[Exception]) -> None:
 
 
 class Deleting(EchoBackend):
-    """Has something done between the first token and the second."""
+    """Runs something between the first token and the second."""
 
     def __init__(self, act: Any) -> None:
         super().__init__()

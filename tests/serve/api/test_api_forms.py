@@ -162,8 +162,8 @@ EMOJI = "Emoji list: \U0001f600 \U0001f603 \U0001f604"
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_tokens_that_are_half_a_character_are_told_by_their_bytes(client: OpenAI, stream: bool) -> None:
-    """The model reads bytes, so that each of an emoji's four tokens is none by itself."""
+def test_tokens_that_are_half_a_character_are_shown_by_their_bytes(client: OpenAI, stream: bool) -> None:
+    """The model reads bytes, so that none of an emoji's four tokens is a character."""
     asked: Any = {"prompt": EMOJI, "echo": True, "logprobs": 5, "max_tokens": 6, "n": 2, "seed": 5}
     answer: Any = client.completions.create(model="tiny", stream=stream, **asked)
     texts, entries = ["", ""], [[], []]

@@ -308,7 +308,7 @@ def test_what_is_odd_is_told_in_the_events(client: OpenAI, file: str) -> None:
 
 
 @pytest.mark.parametrize("start", ["./foreign", "/srv/foreign", "ad/plain"])
-def test_a_job_that_starts_from_a_folder_is_told_to_import_it(client: OpenAI, file: str, start: str) -> None:
+def test_a_job_can_not_start_from_a_folder_without_an_import(client: OpenAI, file: str, start: str) -> None:
     extra = {"loramill": {"start_from": start}}
     with pytest.raises(openai.BadRequestError, match=f"adapters import .* {start}") as caught:
         client.fine_tuning.jobs.create(model="tiny", training_file=file, suffix="a", extra_body=extra)

@@ -1,4 +1,4 @@
-"""The gateway while its database or its store is away, and what it says then."""
+"""The gateway during an outage of its database or its store, and its messages."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def away(site: Any, tmp_path: Any, serving: Callable[..., Any]) -> Iterator[Any]
     switched.clear()
 
 
-def test_a_store_that_is_away_is_named_and_asked_again(away: Any, tenant: str, jsonl: Any) -> None:
+def test_a_store_that_is_away_is_named_and_tried_again(away: Any, tenant: str, jsonl: Any) -> None:
     with away.http(away.key(tenant)) as http:
         with switched.off(switched.away):
             message = check_unavailable(upload(http, jsonl(5)))

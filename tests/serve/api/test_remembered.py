@@ -192,7 +192,7 @@ def test_what_is_old_is_not_told_when_the_record_is_away(record: Record, clock: 
     asyncio.run(ask())
 
 
-def test_for_a_grace_what_was_read_before_answers_while_the_record_is_away(
+def test_known_answers_stay_valid_during_an_outage_for_a_grace(
     record: Record, clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away() -> Any:
@@ -218,9 +218,7 @@ def test_for_a_grace_what_was_read_before_answers_while_the_record_is_away(
     asyncio.run(ask())
 
 
-def test_no_grace_goes_past_a_change_that_this_process_made_or_what_is_gone(
-    record: Record, clock: Callable[[float], None]
-) -> None:
+def test_grace_does_not_outlast_own_changes_or_deletions(record: Record, clock: Callable[[float], None]) -> None:
     async def ask() -> None:
         known = view(record, grace=60.0)
         await known.get("a")
@@ -240,7 +238,7 @@ def test_no_grace_goes_past_a_change_that_this_process_made_or_what_is_gone(
     asyncio.run(ask())
 
 
-def test_a_record_that_does_not_even_refuse_is_waited_for_once(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_database_is_waited_for_once(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     async def ask() -> None:
         known = view(record, grace=60.0)
         await known.get("a")
