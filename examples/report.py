@@ -315,7 +315,7 @@ version must be held.</p>
 {% endfor %}
 </tbody></table></section>
 {% endfor %}
-<p class="note">Token F1 on held-out examples, asked through the serving engine. Slice <i>new</i> is from the new data;
+<p class="note">Token F1 on held-out examples, answered by the serving engine. Slice <i>new</i> is from the new data;
 <i>before</i> is the data that the champion was evaluated on.</p>
 
 <h2>Answers</h2>

@@ -118,7 +118,7 @@ def merge(
         on_stage(f"loading {base.name}")
         model = _served(base)
         deltas = _read(model, adapter)
-        with beside(model, deltas):
+        with adapted(model, deltas):
             wanted = _log_probabilities(model, chosen, "the adapter", on_stage)
         if quantized and into == "original":
             on_stage(f"loading {base.name}, not quantized")
@@ -183,7 +183,7 @@ def _read(model: PreTrainedModel, adapter: Path) -> dict[str, Delta]:
 
 
 @contextmanager
-def beside(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> Iterator[None]:
+def adapted(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> Iterator[None]:
     """`model` computes with an adapter next to its weights, as the engine does; for float32."""
     with ExitStack() as stack:
         for name, delta in deltas.items():

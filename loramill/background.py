@@ -31,7 +31,7 @@ class Started:
         """
         try:
             with os.fdopen(self._pipe, encoding="utf-8") as pipe:
-                message = pipe.read()  # until the process closes its end, or is gone
+                message = pipe.read()  # until the process closes its end, or ends
         except KeyboardInterrupt:
             os.kill(self.pid, signal.SIGTERM)
             raise

@@ -286,11 +286,11 @@ class ChatTokenizer:
         """Tokens of the prompt of the last message, which is an answer, and of the answer with its end."""
         answered = self._render(messages, answer=False, tools=tools)
         before = messages[:-1]
-        asked = self._render(before, answer=True, tools=tools) if before else self._opening(answered)
-        if not answered.startswith(asked):
-            answered = asked + self._opened_answer(messages, tools, asked, answered)
-        prompt = self._encode(asked)
-        completion = self._continue(prompt, self._encode(answered), answered[len(asked) :])
+        prompt_text = self._render(before, answer=True, tools=tools) if before else self._opening(answered)
+        if not answered.startswith(prompt_text):
+            answered = prompt_text + self._opened_answer(messages, tools, prompt_text, answered)
+        prompt = self._encode(prompt_text)
+        completion = self._continue(prompt, self._encode(answered), answered[len(prompt_text) :])
         end = next((index for index, token in enumerate(completion) if token in self.stop_ids), None)
         if end is None:
             raise DatasetInvalid(
@@ -312,7 +312,7 @@ class ChatTokenizer:
         return before + found
 
     def _opened_answer(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], asked: str, answered: str
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], prompt_text: str, answered: str
     ) -> str:
         """The text after a generation prompt that already begins the answer, such as one that ends in `<think>`.
 
@@ -323,14 +323,14 @@ class ChatTokenizer:
         answer = messages[-1]
         placed = self._render([*messages[:-1], {**answer, "content": _PLACEHOLDER}], answer=False, tools=tools)
         lead, found, tail = placed.partition(_PLACEHOLDER)
-        if not found or not asked.startswith(lead):
+        if not found or not prompt_text.startswith(lead):
             raise DatasetInvalid(
                 "This base's chat template writes the messages before an answer differently once "
                 "the answer is there; use prompt/completion examples, or a base with another template."
             )
         if not answer["content"] and answered.startswith(lead):
             return answered[len(lead) :]
-        return self._spelled.sub(_MARK, _without(answer["content"], asked[len(lead) :])) + tail
+        return self._spelled.sub(_MARK, _without(answer["content"], prompt_text[len(lead) :])) + tail
 
     @property
     def definition(self) -> str:
@@ -385,7 +385,9 @@ class ChatTokenizer:
         for index, message in enumerate(messages):
             where = f"messages[{index}]"
             if message["role"] not in _TEMPLATE_ROLES:
-                raise InvalidRequest(f"{where}.role is none of {', '.join(_TEMPLATE_ROLES)}.", param=f"{where}.role")
+                raise InvalidRequest(
+                    f"{where}.role must be one of {', '.join(_TEMPLATE_ROLES)}.", param=f"{where}.role"
+                )
             _unicode(message["content"], f"{where}.content")
             marked.append({key: self._marked(value, f"{where}.{key}") for key, value in message.items()})
         return self._template.render(marked, answer=answer, tools=self._marked(list(tools), "tools"), now=self._now)

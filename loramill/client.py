@@ -106,7 +106,7 @@ class Client(FineTuning, Tenancy):
                     yield text
 
     def _check_key(self) -> None:
-        """Raises, where there is no key, whether no gateway answers or it requires one."""
+        """Without a key, raises NotRunning if no gateway answers, and Unauthenticated if one does."""
         if self._key is None:
             self._wire.call("GET", "/v1/models")
 

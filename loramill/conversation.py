@@ -15,7 +15,7 @@ from typing import Any
 
 from loramill.chat import CALL_BEGIN, CALL_END, Message, ToolCall
 from loramill.errors import DatasetInvalid
-from loramill.jsonl import parse
+from loramill.jsonl import parse, shown
 
 #: Keys of a line of chat data.
 LINE_KEYS = ("messages", "tools", "parallel_tool_calls", "functions")
@@ -179,12 +179,6 @@ def no_other_keys(value: Collection[str], allowed: Sequence[str], where: str) ->
     other = next((key for key in value if key not in allowed), None)
     if other is not None:
         raise BadLine(f"{where} has the unknown key {shown(other)}; it may have {', '.join(allowed)} only.")
-
-
-def shown(value: object) -> str:
-    """A foreign value for a message: short, and printable whatever it holds."""
-    text = ascii(value)
-    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def _given(value: Mapping[str, Any]) -> dict[str, Any]:

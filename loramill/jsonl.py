@@ -94,6 +94,12 @@ def decode(row: bytes) -> str:
         raise DatasetInvalid(f"byte {error.start + 1} is not UTF-8{hint}; save the file as UTF-8.") from error
 
 
+def shown(value: object) -> str:
+    """A foreign value for a message: short, and printable whatever it holds."""
+    text = ascii(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
 def check_tree(value: object) -> None:
     """Refuses values that JSON can express but that can't be stored as text, and deep nesting.
 

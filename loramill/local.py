@@ -33,6 +33,7 @@ from rich.markup import escape
 from loramill import background
 from loramill.bases import Base, find_base
 from loramill.chat import ChatTokenizer
+from loramill.counted import counted
 from loramill.durable import replace_text
 from loramill.errors import Conflict, DiskFull, LoramillError, PortTaken, SetupError, Unauthenticated
 from loramill.machine import c_compiler, check_memory, free_memory, own_addresses, socket_folder, without_proxy
@@ -462,11 +463,6 @@ def of_other_bases(settings: Settings, base: Base) -> Sequence[str]:
             f"{counted(unserved, 'adapter')} of other bases than {base.name}: 404 until these bases are served."
         )
     return lines
-
-
-def counted(number: int, what: str) -> str:
-    """A number of things, such as "1 job" and "2 jobs"."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def log_path(settings: Settings) -> Path:

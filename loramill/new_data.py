@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 
 from loramill import jsonl
+from loramill.counted import counted
 
 #: Old examples that are trained again with the new ones; they halve forgetting.
 REPLAY = 64
@@ -49,11 +50,6 @@ def outlook(examples: int, validation: int, *, replay: int, minimum: int) -> str
     judged = f"the {counted(held_out, 'validation example')}" if validation else counted(held_out, "held-out example")
     data = f"{counted(trained, 'new example')}{beside}"
     return f"The next nightly run trains on {data}, and evaluates the new version on {judged}."
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: "1 example", "2 examples"."""
-    return f"{number} {noun}{'' if number == 1 or not noun else 's'}"
 
 
 def hold_out(rows: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:

@@ -59,7 +59,7 @@ class TokenBytes:
         return piece.encode()
 
     def text(self, token: int, *, first: bool = False) -> str:
-        r"""A token as it is shown: its text; `\xf0\x9f` where its bytes are none; a special token as it is spelled."""
+        r"""A token as it is shown: its text; `\xf0\x9f` if its bytes are not text; a special token's name."""
         found = self.of(token, first=first)
         return self.piece(token) if found is None else shown(found)
 
@@ -78,7 +78,7 @@ class TokenBytes:
 
 
 def shown(found: bytes) -> str:
-    r"""Bytes as text, or as OpenAI writes those that are none: `\xf0\x9f`."""
+    r"""Bytes as text, or as OpenAI writes bytes that are not text: `\xf0\x9f`."""
     if decodes(found):
         return found.decode()
     return "".join(chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in found)

@@ -98,7 +98,7 @@ class JobSpec(Value):
     epochs: int | None = Field(
         default=None,
         ge=1,
-        description="passes over the training file, each ending in a batch of what is left; None: every batch is full",
+        description="passes over the training file, whose last batch may be smaller; None: every batch is full",
     )
     batch_size: int = Field(ge=1, le=4096, description="examples a step")
     max_length: int = Field(default=1024, ge=8, description="tokens of the longest example")

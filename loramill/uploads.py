@@ -67,7 +67,7 @@ class Uploads:
 
 
 def read_valid(source: Source, columns: Columns, valid_columns: Columns) -> Source:
-    """A validation source read by its own columns, or by the training file's if it has them; an id stays as it is."""
+    """A validation source read by its own columns, or the training file's if it has them; an id is returned."""
     if not isinstance(source, str | Path) or (isinstance(source, str) and _is_id(source)):
         return source
     own = valid_columns is not None

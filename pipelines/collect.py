@@ -10,10 +10,11 @@ from sqlalchemy.orm import Session
 
 from loramill import jsonl
 from loramill.bases import Base
+from loramill.counted import counted
 from loramill.dataset import read_examples
 from loramill.errors import BaseUnusable
 from loramill.names import SHORT, AdapterName
-from loramill.new_data import REPLAY, counted, enough, hold_out, outlook, sample
+from loramill.new_data import REPLAY, enough, hold_out, outlook, sample
 from loramill.recipe import MIN_STEPS, resolve_spec, steps_of
 from loramill.registry import ArtifactStore, adapters, datasets, jobs
 from loramill.types import DatasetRecord, JobSpec, NewData, VersionRecord
@@ -70,7 +71,7 @@ def collect(
         return TooLittle(outlook(count, validation, replay=len(replay), minimum=minimum))
     if not new:
         return TooLittle(
-            f"{counted(count, 'new example')}, all the same, so that none can be held out: add different ones."
+            f"{counted(count, 'new example')}, all identical, so that none can be held out: add different ones."
         )
     before = rows(judge)
     train = freeze("train", new + replay)

@@ -26,7 +26,7 @@ _UNSPACED = (
 _CHARACTER = rf"{_UNSPACED}\p{{M}}*"
 #: An emoji or a flag starts here; signs such as (c), which are text without a selector, are not emoji.
 _EMOJI = r"(?=[\p{Emoji_Presentation}\p{Regional_Indicator}]|\p{Emoji}\uFE0F)"
-#: What token F1 counts: such a character, an emoji, or what else stands between white space, with its punctuation.
+#: What token F1 counts: such a character, an emoji, or other text between white space, with its punctuation.
 _TOKEN = regex.compile(rf"{_CHARACTER}|{_EMOJI}\X|(?:(?!{_UNSPACED}|{_EMOJI})\S)+")
 #: What ROUGE-L counts: such a character, if it is a letter or digit, or a run of others. A joiner doesn't end a word.
 _WORD = regex.compile(
@@ -82,7 +82,7 @@ def normalized(text: str) -> str:
 def token_f1(answer: str, reference: str) -> float:
     """Harmonic mean of precision and recall of the answer's words, counted with their multiplicity.
 
-    Words are what stands between white space; in scripts without spaces, each character is one.
+    Words are separated by white space; in scripts without spaces, each character is one.
     """
     given, wanted = _TOKEN.findall(normalized(answer)), _TOKEN.findall(normalized(reference))
     if not given or not wanted:

@@ -14,7 +14,7 @@ from loramill.kernels.peft_folder.base import PREFIX, BaseModules
 A, B, E, RANKS = "lora_A", "lora_B", "lora_E", "ranknum"
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 MAGNITUDE = "lora_magnitude_vector"
-#: Parts that are the base's own, which PEFT saves beside adapters of embeddings and heads.
+#: Parts that are the base's own, which PEFT saves with adapters of embeddings and heads.
 WEIGHT, BIAS = "weight", "bias"
 
 #: A name ends in the part; then comes the adapter's name, if the trainer saved the model's own state, and `.weight` if

@@ -146,7 +146,7 @@ def _promised(
     """The modules that the config targets, in the base's order.
 
     Raises:
-        AdapterInvalid: there are none, or the file holds another.
+        AdapterInvalid: the file holds a module that is not targeted.
     """
     targets = Targets(name, config)
     # A config may name the modules as they were named in training, or as in this base.
@@ -170,7 +170,7 @@ def _promised(
 
 
 def _drop_base_layers(name: str, found: dict[str, FileModule], base: BaseModules) -> None:
-    """Removes the base's own layers, which PEFT saves beside adapters of embeddings and heads."""
+    """Removes the base's own layers, which PEFT saves with adapters of embeddings and heads."""
     for module, own in list(found.items()):
         for part, end in ((WEIGHT, ""), (BIAS, ".bias")):
             if part not in own.parts:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from loramill.cli import complete, show
+from loramill.cli import show
+from loramill.cli.adapters import Adapter
 from loramill.cli.jobs import Tenant
 from loramill.cli.submit import Columns, Valid, ValidColumns, report_upload
 from loramill.client import Client
@@ -19,12 +20,6 @@ from loramill.types import AdapterData
 data = typer.Typer(help="New examples of an adapter, for nightly runs.", no_args_is_help=True)
 files = typer.Typer(cls=show.ListByDefault, help="Uploaded files of examples; alone it lists them.")
 
-Adapter = Annotated[
-    str,
-    typer.Argument(
-        metavar="TENANT/ADAPTER", help="Such as acme/support.", show_default=False, autocompletion=complete.adapters
-    ),
-]
 Train = Annotated[
     str,
     typer.Option(

@@ -10,6 +10,7 @@ import typer
 
 from loramill.cli import complete, show
 from loramill.client import Client
+from loramill.counted import counted
 from loramill.names import AdapterName
 from loramill.types import Removal
 
@@ -116,9 +117,9 @@ def _interactive() -> bool:
 
 def _outcome(name: str, removed: Removal) -> str:
     counts = ((removed.versions, "version"), (removed.jobs, "job"), (removed.files, "file"))
-    parts = [show.count(count, what) for count, what in counts if count]
+    parts = [counted(count, what) for count, what in counts if count]
     open_jobs = len(removed.cancelled)
-    ended = f" {show.count(open_jobs, 'job')} had not ended and {'was' if open_jobs == 1 else 'were'} cancelled."
+    ended = f" {counted(open_jobs, 'job')} had not ended and {'was' if open_jobs == 1 else 'were'} cancelled."
     return (f"{name} is deleted, with {', '.join(parts)}." if parts else f"{name} is deleted.") + ended * bool(
         open_jobs
     )

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from loramill.counted import counted
 from loramill.names import SHORT
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else.")]
@@ -98,17 +99,12 @@ def status(word: str) -> Text:
     return Text(word, style=_STYLES.get(word.partition(" ")[0], ""))
 
 
-def count(number: int, what: str) -> str:
-    """A number of things: "1 job", "2 jobs", "1,000 jobs"."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
-
-
 def size(number: int) -> str:
     """Bytes with a decimal unit, exactly: "1 GB", "1.5 MB", "1,234,567 bytes"."""
     for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if number >= unit and number * 100 % unit == 0:
             return f"{number / unit:,.10g} {name}"
-    return count(number, "byte")
+    return counted(number, "byte")
 
 
 def visible(text: str) -> str:

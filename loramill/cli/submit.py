@@ -16,6 +16,7 @@ from loramill.cli import show
 from loramill.cli.dry_run import dry_run
 from loramill.cli.watch import continuing, watch_until_done
 from loramill.client import Client
+from loramill.counted import counted
 from loramill.errors import Forbidden
 from loramill.names import AdapterName
 from loramill.options import Options, from_text
@@ -309,7 +310,7 @@ def _submit_file(file: Path, said: Mapping[str, Any], *, name: str, retry: bool,
         if not json:
             _print(found)
             before = f", {len(found) - len(new)} were submitted before" if len(new) < len(found) else ""
-            show.say(f"{show.count(len(new), 'job')} submitted{before}; `loramill jobs watch` shows them all.")
+            show.say(f"{counted(len(new), 'job')} submitted{before}; `loramill jobs watch` shows them all.")
         if wait:
             ids = [each.job.id for each in found]
             with continuing(ids):
@@ -334,7 +335,7 @@ def _print(found: Iterable[Submitted]) -> None:
 
 def report_upload(file: File) -> None:
     """Reports what an uploaded file was read as, and its warnings."""
-    count = "" if file.examples is None else f": {show.count(file.examples, 'example')}"
+    count = "" if file.examples is None else f": {counted(file.examples, 'example')}"
     show.say(f"{file.filename}{count}; {file.recognized}.")
     report_warnings(file)
 

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from loramill.cli import show
 from loramill.client import Client
+from loramill.counted import counted
 from loramill.errors import LoramillError, NotRunning, Overloaded, Unavailable
 from loramill.types import JobStatus
 from loramill.views import Job
@@ -157,7 +158,7 @@ def table(
     parts: list[RenderableType] = [grid]
     if len(shown) < len(ranked):
         parts.append(Text(f"… and {_summed(ranked[len(shown) :])}", style="dim"))
-    parts.append(Text(f"{show.count(len(jobs), 'job')}: {_summed(ranked)}{_speed(jobs)}", style="bold"))
+    parts.append(Text(f"{counted(len(jobs), 'job')}: {_summed(ranked)}{_speed(jobs)}", style="bold"))
     if away is not None:
         parts.append(Text(f"The gateway is away; trying again. {away.message}", style="yellow"))
     return Group(*parts)

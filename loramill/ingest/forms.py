@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loramill import jsonl
 from loramill.errors import DatasetInvalid, InvalidRequest
 from loramill.ingest.columnar import NoJson
 from loramill.jsonl import parse
@@ -24,14 +25,12 @@ class Form:
         required: fields that every row has.
         optional: fields that a row may have.
         line: converts a row's fields to the gateway's line; raises Wrong.
-        native: whether a line may be what a row already is.
     """
 
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
     line: Callable[[Cells], dict[str, Any]]
-    native: bool = False
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -155,8 +154,8 @@ def _sharegpt(cells: Cells) -> dict[str, Any]:
 
 
 FORMS = (
-    Form("messages", ("messages",), ("tools", "functions", "parallel_tool_calls"), _messages, native=True),
-    Form("prompt and completion", ("prompt", "completion"), ("weight", "tools"), _pair, native=True),
+    Form("messages", ("messages",), ("tools", "functions", "parallel_tool_calls"), _messages),
+    Form("prompt and completion", ("prompt", "completion"), ("weight", "tools"), _pair),
     Form("Alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca),
     Form("ShareGPT", ("conversations",), ("system", "tools"), _sharegpt),
 )
@@ -298,11 +297,8 @@ def _value(cells: Cells, field: str, advice: str = "write JSON") -> Any:
 
 
 def shown(value: object) -> str:
-    """A foreign value for a message: short, and printable whatever it holds."""
-    if isinstance(value, NoJson):
-        return value.what
-    text = ascii(value)
-    return text if len(text) <= 40 else f"{text[:40]}…"
+    """A foreign value for a message, as `jsonl.shown`; `NoJson` by its description."""
+    return value.what if isinstance(value, NoJson) else jsonl.shown(value)
 
 
 def _short(column: object) -> str:

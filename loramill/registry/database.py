@@ -120,7 +120,7 @@ def for_writing(engine: Engine) -> Engine:
 _PUBLIC: Mapping[type[LoramillError], str] = {
     Unavailable: "The database does not answer just now; try again in a moment.",
     DiskFull: "The disk of the database is full; free some space and try again.",
-    DatabaseUnusable: "The database can't be used as it is: the server's log says why.",
+    DatabaseUnusable: "The database can't be used; the server's log says why.",
 }
 
 

@@ -64,9 +64,9 @@ def settle_lost(session: Session, *, now: float, max_attempts: int) -> int:
     """Takes every job from the worker whose lease has run out; returns how many there were.
 
     It waits again, unless its owner asked for something else, its attempts are used up, or its workers vanished twice
-    in a row after the same step: that is what the kernel's killing for want of memory looks like. A loss after a
-    further step than at every loss before uses no attempt up, and gives back those that were: such a job gets on,
-    however often its nodes are taken away, and as its steps are numbered, it does so only finitely often.
+    in a row after the same step: that is what running out of memory looks like. A loss after a later step
+    than at every loss before uses no attempt, and gives back those that were used: such a job progresses, however often
+    it loses its node, and since its steps are finite, so are these losses.
     """
     found = queue.lost(session, now)
     for row in found:

@@ -133,5 +133,5 @@ def _logprobs(
 
 
 def _name(token: TokenText) -> str:
-    r"""A token as the legacy form names it: `bytes:\xf0\x9f` where it is no text."""
+    r"""A token as the legacy form names it: `bytes:\xf0\x9f` if it is not text."""
     return token.text if token.raw is None or decodes(token.raw) else f"bytes:{token.text}"

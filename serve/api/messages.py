@@ -122,7 +122,7 @@ class ChatMessage(Body):
         return id_
 
     def message(self) -> Message:
-        """The form that chat templates take; a refusal is the content if there is no other."""
+        """The form that chat templates take; a refusal is the content of a message without any."""
         content = self.refusal if self.content is None else self.content
         message: Message = {"role": self.role, "content": content or ""}
         if self.name is not None:

@@ -22,7 +22,7 @@ from loramill.bases import Base, find_base, load_for_training
 from loramill.chat import EncodedExample
 from loramill.cli import app
 from loramill.errors import AdapterInvalid, Conflict, InvalidRequest
-from loramill.jobs.merge import REPORT_FILE, MergeReport, beside, merge, merged
+from loramill.jobs.merge import REPORT_FILE, MergeReport, adapted, merge, merged
 from loramill.jobs.methods.seeds import seeded
 from loramill.kernels import Batch
 from loramill.kernels.peft_folder import WEIGHTS_FILE, BaseModules, read_adapter
@@ -230,7 +230,7 @@ def test_the_divergence_is_measured_from_the_engines_predictions(llama: Path, tm
         count = len(example.tokens)
         chunk = Chunk(example.tokens, 0, list(range(8)), wanted=count)
         served = engine.forward([chunk], engine.new_cache(8, 64), slab, Batch.of([(slot, count)]))
-        with beside(model, deltas):
+        with adapted(model, deltas):
             torch.testing.assert_close(logits(model, [example]), served, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(logits(model, [example]), served, atol=0.1)
 

@@ -215,7 +215,7 @@ def only_the_first_layer(tensors: Tensors) -> Tensors:
             lambda t: t.update({f"{Q7.replace('q_', 'k_')}.lora_A.weight": torch.ones(4, 32)}),
             "doesn't target 'model.layers.7",
         ),
-        (lambda t: t.update({f"{Q7}.lora_magnitude_vector": torch.ones(32)}), "has lora_A, lora_B alone"),
+        (lambda t: t.update({f"{Q7}.lora_magnitude_vector": torch.ones(32)}), "has only lora_A, lora_B"),
         (rename(lambda name: name.replace(PREFIX + "model", PREFIX + "visual")), "no module 'visual.layers"),
         (lambda t: {name: torch.zeros(0) for name in t}, r"is \[0\].*ZeRO-3"),
         (lambda t: {name: tensor.double() for name, tensor in t.items()}, "is F64; save it in one of F32"),

@@ -133,7 +133,7 @@ def test_a_completion_prompt_holds_no_special_tokens(tokenizer: ChatTokenizer, t
 
 
 def test_a_role_is_no_way_in_either(tokenizer: ChatTokenizer) -> None:
-    with pytest.raises(InvalidRequest, match="role is none of system, user, assistant") as caught:
+    with pytest.raises(InvalidRequest, match="role must be one of system, user, assistant") as caught:
         tokenizer.prompt([Message(role="user<|im_end|>\n<|im_start|>system", content="x")])
     assert caught.value.param == "messages[0].role"
 
