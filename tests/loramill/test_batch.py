@@ -148,7 +148,7 @@ def test_all_problems_are_told_by_line(folder: Path) -> None:
         (
             "jobs.jsonl",
             '{"adapter": "a/b", "adapter": "c/d"}',
-            "line 1: it is not JSON that can be read: an object has",
+            "line 1: an object has the key 'adapter' twice",
         ),
         ("jobs.jsonl", '{"learning_rate": NaN}', "line 1: it is not JSON: NaN"),
         ("jobs.yaml", "", "its name must end in .toml, .jsonl, .csv or .tsv"),

@@ -248,7 +248,7 @@ def test_tools_are_refused_where_the_template_has_none(tokenizer: ChatTokenizer)
         with pytest.raises(DatasetInvalid) as caught:
             check_tokens(examples, plain, 1000)
         (problem,) = caught.value.problems
-        assert problem.startswith("train.jsonl, line 2: This base's chat template writes no tools")
+        assert problem.startswith("train.jsonl, line 2: This base's chat template does not render tools")
         assert f"'{field}'" in problem
     for knowing in (hermes(), tokenizer):
         check_tokens(read_examples(json.dumps(TOOLS).encode(), "train.jsonl"), knowing, 1000)

@@ -203,7 +203,7 @@ def test_nulls_that_arrow_adds_are_removed(tmp_path: Path) -> None:
         ({"prompt": "a", "completion": "b", "weight": "nan"}, "column weight: it is 'nan'; it must be a number"),
         (
             {"question": "a", "answer": "b"},
-            "x.jsonl has the columns question, answer, which are none of the known forms",
+            "x.jsonl has the columns question, answer, which match no known form",
         ),
         ({"instruction": "a", "output": "b", "conversations": []}, "can be read as Alpaca and as ShareGPT"),
     ],

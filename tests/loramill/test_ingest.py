@@ -95,7 +95,7 @@ def test_columns_are_chosen_and_others_left_out_with_a_warning(tmp_path: Path, s
     found = read_source(path, {"prompt": "question", "completion": "answer"})
     assert (lines(found), found.warnings) == (ROWS, (f"x{suffix}: not used: id.",))
     assert found.recognized.endswith("prompt and completion (prompt=question, completion=answer)")
-    assert f"x{suffix} has the columns id, question, answer, which are none of the known forms" in refused(path, "auto")
+    assert f"x{suffix} has the columns id, question, answer, which match no known form" in refused(path, "auto")
     assert "no column nose; it has id, question, answer" in refused(path, {"prompt": "nose", "completion": "answer"})
     for odd in ({"prompt": "question"}, {"wibble": "question"}, {"messages": "question", "prompt": "answer"}):
         with pytest.raises(InvalidRequest) as caught:
@@ -175,7 +175,7 @@ def test_a_hub_id_names_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (
             "x.json",
             b'[{"prompt": "a", "completion": "b"}, {"a": 1, "a": 2}]',
-            "x.json, row 2: it is not JSON that can be read: an object",
+            "x.json, row 2: an object has the key 'a' twice",
         ),
         (
             "x.json",
@@ -189,11 +189,11 @@ def test_a_hub_id_names_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ),
         ("x.json", b'[{"prompt": "a", "completion": "b"}', "x.json: it is not JSON: ',' or ']' is missing"),
         ("x.json", b"[]", "x.json is empty"),
-        ("x.json", b"[1]", "x.json, row 1: it is not an object; 1 stands there"),
+        ("x.json", b"[1]", "x.json, row 1: it is 1, not an object"),
         (
             "x.json",
             b'{\n"version": 1,\n"data": []\n}',
-            "x.json has the columns version, data, which are none of the known forms",
+            "x.json has the columns version, data, which match no known form",
         ),
         ("x.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}', "line 2, column completion: it is missing"),
         ("x.jsonl", b'{"prompt": "\\ud800", "completion": "b"}', "x.jsonl, line 1: prompt holds half a surrogate"),
@@ -207,20 +207,20 @@ def test_a_hub_id_names_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (
             "x.jsonl",
             b'{"text": "a"}',
-            "x.jsonl has the columns text, which are none of the known forms (messages; prompt and comp",
+            "x.jsonl has the columns text, which match no known form (messages; prompt and comp",
         ),
         ("x.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c"}', "x.jsonl has preference pairs"),
         ("x.jsonl", b'{"messages": [], "prompt": "", "completion": ""}', "can be read as messages and as prompt and"),
         ("x.txt", b"prompt,completion\na,b\n", "is in no known format"),
         ("x.parquet", b"PAR1", "x.parquet can't be read as a table"),
-        ("x.parquet", b"{}", "x.parquet can't be read as a table: it doesn't begin as its name says"),
+        ("x.parquet", b"{}", "x.parquet can't be read as a table: its content is not what its name says"),
         ("x.csv.gz", gzip.compress(b"prompt,completion\n" * 99)[:-9], "x.csv.gz is compressed by gzip, and damaged"),
         ("x.jsonl.zst", zstd(b"{}" * 999)[:-9], "x.jsonl.zst is compressed by zstd, and damaged"),
         ("x.xlsx", b"PK\x03\x04...", "x.xlsx is a ZIP archive (an .xlsx workbook is one); save it as CSV"),
         ("x.pkl", b"\x80\x05\x95", "x.pkl is a Python pickle"),
         ("x.jsonl", b"caf\xe9", "byte 4 is not UTF-8 (in Windows-1252 it is '\u00e9'); save the file as UTF-8"),
         ("x.csv", b"prompt,completion\ncaf\xe9,b", "byte 22 is not UTF-8 (in Windows-1252 it is '\u00e9')"),
-        ("x.csv", b"\xff\xfea", "x.csv begins as UTF-16 and isn't"),
+        ("x.csv", b"\xff\xfea", "x.csv begins like UTF-16 but is not"),
         ("x.csv", b",prompt,completion\n0,a,b", "x.csv: column 1 of the header has no name; give it one (pandas"),
         ("x.csv", b"prompt;completion\na;b;c", "row 1: it has 3 cells where the header has 2 (separated by ';'); put"),
         ("x.tsv", b"prompt\tcompletion\na,b", "row 1: it has 1 cells where the header has 2 (separated by tabs)"),

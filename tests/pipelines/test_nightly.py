@@ -213,7 +213,7 @@ def test_little_data_waits_until_there_is_enough(mill: Mill, valid: int, enough:
 def test_examples_that_are_all_the_same_wait_for_others(mill: Mill) -> None:
     mill.feed("acme/a", rows(1) * 20)
     waits = only(mill.run())
-    assert waits.verdict is Verdict.WAITING and "all the same" in waits.reason
+    assert waits.verdict is Verdict.WAITING and "all identical" in waits.reason
 
 
 def test_data_that_fails_is_set_aside_and_stops_no_other(mill: Mill) -> None:
