@@ -142,7 +142,7 @@ def test_a_usable_base_is_described(base: object) -> None:
 @pytest.mark.parametrize(
     ("template", "status", "says"),
     [
-        (None, Status.WARN, "serves completions, and no chat: it has no chat template"),
+        (None, Status.WARN, "serves completions only, not chat: it has no chat template"),
         ("{{ image() }}", Status.WARN, "refuses every conversation: 'image' is undefined"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", Status.WARN, "trains on prompts and completions"),
         (
