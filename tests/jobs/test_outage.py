@@ -91,7 +91,7 @@ def test_a_store_that_is_away_costs_no_attempt(mill: Mill, case: str) -> None:
         done = mill.now(job)
         assert done.status is JobStatus.SUCCEEDED
         assert mill.weights(done.version) == mill.weights(mill.now(calm).version)
-    assert any("none of its attempts: The store" in message for message in mill.messages(train))
+    assert any("This uses up no attempt: The store" in message for message in mill.messages(train))
     assert "10.1.2.3" not in " ".join(mill.messages(train))
 
 

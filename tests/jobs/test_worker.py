@@ -167,10 +167,10 @@ def test_what_may_pass_is_tried_until_attempts_are_used_up(worker: Worker, monke
     assert not run_next(worker)
 
 
-def test_a_job_for_another_base_says_so(worker: Worker) -> None:
+def test_a_job_for_another_base_waits_for_a_worker_of_that_base(worker: Worker) -> None:
     job = submit(worker, base="0" * 64)
-    assert run_next(worker)
-    assert now(worker, job).error_code == "base_unusable"
+    assert not run_next(worker)
+    assert (now(worker, job).status, now(worker, job).attempt) == (JobStatus.QUEUED, 0)
 
 
 def test_a_worker_that_lost_its_lease_publishes_nothing(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
