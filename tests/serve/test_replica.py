@@ -46,11 +46,13 @@ def test_a_hung_engine_is_found_out(replica: Replica, monkeypatch: pytest.Monkey
         answer = replica.generate(TextRequest("1", "acme", prompt="a", max_tokens=1))
         first = asyncio.ensure_future(anext(answer))
         await asyncio.to_thread(hung.wait)
-        await replica.ready()
-        replica._beat -= 120.0  # two minutes pass, and the step has not ended
-        with pytest.raises(Unavailable, match=r"has hung for 1\d\d s"):
+        try:
             await replica.ready()
-        go_on.set()
+            replica._beat -= 120.0  # two minutes pass, and the step has not ended
+            with pytest.raises(Unavailable, match=r"has hung for 1\d\d s"):
+                await replica.ready()
+        finally:
+            go_on.set()  # else closing the replica would wait for the step
         await first
         await answer.aclose()
         await replica.ready()
