@@ -193,7 +193,7 @@ def test_what_waits_for_another_base_is_counted(tmp_path: Path, base: Base) -> N
             jobs.submit(session, spec, {})
     registry.close()
     (line,) = local.of_other_bases(settings, base)
-    assert line.startswith("2 jobs of other bases than smollm2-135m wait")
+    assert line.startswith("2 jobs of other bases than smollm2-135m: queued until")
 
 
 def test_the_admin_key_stays_while_it_is_valid_and_is_replaced_when_it_is_not(tmp_path: Path) -> None:

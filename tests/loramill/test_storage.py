@@ -123,7 +123,7 @@ REFUSALS = {
     "list": (lambda: PermissionError("Access Denied"), ("ls",), "permission to list"),
     "read": (lambda: PermissionError("Access Denied"), ("cat_file",), "permission to read from"),
     "delete": (lambda: PermissionError("Access Denied"), ("rm_file",), "permission to delete in"),
-    "other": (lambda: ValueError("odd"), (), "not possible to write to .*odd"),
+    "other": (lambda: ValueError("odd"), (), r"can't write to the store .*odd"),
 }
 
 

@@ -63,7 +63,7 @@ def test_a_list_is_read(tmp_path: Path, name: str, content: bytes, expected: lis
             [
                 "line 1: 'name' is 5; give text",
                 "line 2: there is no setting 'size'",
-                "line 3: this is no object",
+                "line 3: this is not an object",
                 "line 4: 'max_queued' is True",
             ],
         ),
