@@ -123,7 +123,7 @@ def test_a_job_given_back_for_an_outage_waits_longer_each_time_and_loses_no_atte
     assert max(waits) <= 1.5 * LONGEST_PAUSE
     with registry.reading() as session:
         last = jobs.events(session, job.id)[-1]
-    assert (last.level, "none of its attempts: The store is away." in last.message) == ("warn", True)
+    assert (last.level, "This uses up no attempt: The store is away." in last.message) == ("warn", True)
 
 
 def test_workers_that_were_silent_in_an_outage_keep_their_jobs(registry, job):
