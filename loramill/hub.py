@@ -26,7 +26,7 @@ def downloaded(repo: str, files: Sequence[str]) -> Path:
     """Downloads a model's files that match these patterns, if they have changed; returns their folder.
 
     Raises:
-        BaseUnusable: there is no such model, or no hub can be reached.
+        BaseUnusable: the model does not exist, or no hub can be reached.
     """
     from huggingface_hub import HfApi, snapshot_download
 

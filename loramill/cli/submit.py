@@ -176,7 +176,7 @@ def _option(name: str, help_text: str, panel: str) -> Any:
 
 
 def _kind(name: str) -> Any:
-    """The type of an option: what its field has; text where that is no single word or number.
+    """The type of an option: that of its field, or text where the value is more than one word or number.
 
     A flag with a third state besides yes and no takes a word.
     """
