@@ -80,7 +80,7 @@ class Launch:
     Attributes:
         kernel: its name in `loramill.kernels.triton.kernels`.
         constants: those of its constexpr arguments that the plan decides.
-        options: Triton's: warps and stages.
+        options: Triton's: warps, stages and registers.
     """
 
     kernel: str
@@ -89,18 +89,23 @@ class Launch:
 
 
 #: (rows of the longest run up to, ranks up to, plan); the first that fits is used.
+#: With 64 rows, an expand of 32 ranks a step spills where widths are odd.
 TABLE: tuple[tuple[float, int, Plan], ...] = (
     (3, 256, Plan(1, Shrink(16, 512, 16, 4, 1), Expand(16, 512, 4))),
     (32, 16, Plan(16, Shrink(16, 256, 16, 4, 4), Expand(16, 128, 4))),
     (32, 256, Plan(16, Shrink(64, 128, 16, 4, 4), Expand(32, 128, 4))),
     (math.inf, 16, Plan(64, Shrink(16, 128, 8, 4, 4), Expand(16, 128, 8))),
-    (math.inf, 256, Plan(64, Shrink(64, 128, 8, 4, 4), Expand(32, 128, 8))),
+    (math.inf, 256, Plan(64, Shrink(64, 128, 8, 4, 4), Expand(16, 128, 8))),
 )
 
 FUSED = Fused(tiles=32, ranks=16, d_in=2048, depth=2048, width=512, warps=8)
 
 #: Programs that keep an H100's 132 multiprocessors' memory queues full, about 4 each.
 PROGRAMS = 512
+
+#: Registers that a thread of a one-row program may use: the 65,536 of a multiprocessor over 4 programs of 128 threads.
+#: Without a limit, ptxas takes 80 for more programs and spills one.
+REGISTERS = 128
 
 #: Up to so many rows a graph, whose runs aren't known when it is captured, has tiles of one row.
 STATIC_ROWS = 32
@@ -161,7 +166,7 @@ def fused(d_in: int, itemsize: int) -> Launch:
 def _launch(kernel: str, plan: Plan, constants: dict[str, int], warps: int, stages: int) -> Launch:
     options = {"num_warps": warps, "num_stages": stages}
     if plan.rows == 1:
-        return Launch(f"{kernel}_row", constants, options)
+        return Launch(f"{kernel}_row", constants, {**options, "maxnreg": REGISTERS})
     return Launch(f"{kernel}_rows", {**constants, "ROWS": plan.rows}, options)
 
 

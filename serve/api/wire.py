@@ -59,6 +59,7 @@ class Body(BaseModel):
             properties[key] = _or(properties[key], {"type": "null"})
         for key, nothing in cls.asks_nothing.items():
             properties[key] = _or(properties.get(key), {"enum": [*nothing, None]})
+        schema["additionalProperties"] = {"type": "null"}
         return schema
 
 
