@@ -29,18 +29,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from loramill import Client
-from loramill.bases import Base, find_base
-from loramill.chat import ChatTokenizer
-from loramill.dataset import Example, read_examples
+from loramill.client.models import Job
+from loramill.data.examples import Example, read_examples
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import LoramillError, NotRunning, Unavailable
-from loramill.pipelines import nightly
-from loramill.pipelines.evaluate import Answer, Question, ask_all, questions_of
-from loramill.pipelines.outcome import Outcome, Verdict, describe, outcomes
-from loramill.pipelines.scoring import score
+from loramill.models.catalog import Base, find_base
+from loramill.pipelines.nightly import run as nightly
+from loramill.pipelines.nightly.evaluate import Answer, Question, ask_all, questions_of
+from loramill.pipelines.nightly.outcome import Outcome, Verdict, describe, outcomes
+from loramill.pipelines.nightly.scoring import score
 from loramill.registry import Registry
 from loramill.registry import nightly as records
 from loramill.settings import Settings
-from loramill.views import Job
 
 T = TypeVar("T")
 HERE = Path(__file__).parent

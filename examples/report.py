@@ -11,8 +11,8 @@ from typing import Any
 
 from jinja2 import Environment
 
-from loramill.pipelines.evaluate import Answer
-from loramill.pipelines.scoring import Score
+from loramill.pipelines.nightly.evaluate import Answer
+from loramill.pipelines.nightly.scoring import Score
 
 #: The plot's place in its SVG: left, top, right, bottom.
 LEFT, TOP, RIGHT, BOTTOM = 66.0, 10.0, 408.0, 146.0

@@ -112,9 +112,9 @@ def _open(name: str) -> Backend:
 
         return triton
     if name == "torch":
-        from loramill.kernels import plain
+        from loramill.kernels import torch_backend
 
-        return plain
+        return torch_backend
     if name == "reference":
         from loramill.kernels import reference
 

@@ -13,18 +13,18 @@ from fastapi import FastAPI
 from ray import serve
 
 from loramill import logs
-from loramill.bases import find_base
-from loramill.chat import ChatTokenizer
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.gpus import ONLY_ASSIGNED_GPUS
+from loramill.models.catalog import find_base
 from loramill.registry import Registry
-from loramill.serve.api import access
 from loramill.serve.api.app import build_api
-from loramill.serve.api.gateway import Served
-from loramill.serve.autoscaler import PROMPTLY
-from loramill.serve.channel import Receiver
-from loramill.serve.engine_deployment import EngineDeployment
-from loramill.serve.handle import HandleBackend
-from loramill.serve.listener import Listener
+from loramill.serve.api.dependencies import Served
+from loramill.serve.api.middleware import access_log
+from loramill.serve.autoscaling.ray_policy import PROMPTLY
+from loramill.serve.replica.engine_deployment import EngineDeployment
+from loramill.serve.transport.channel import Receiver
+from loramill.serve.transport.handle import HandleBackend
+from loramill.serve.transport.http_server import Listener
 from loramill.settings import ServeSettings, Settings
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
 
     def build() -> FastAPI:
         logs.configure()
-        access.open_file(settings.home / "logs")
+        access_log.open_file(settings.home / "logs")
         receiver = Receiver()
         first, *others = (_served(name, each, receiver) for name, each in engines(settings).items())
         tokenizer = ChatTokenizer.load(first.base.folder)
@@ -126,7 +126,10 @@ def application(settings: Settings) -> Any:
 
 
 def _engine(name: str, settings: Settings) -> Any:
-    routing = {"request_router_class": "loramill.serve.router.AdapterRouter", "request_routing_stats_period_s": 0.5}
+    routing = {
+        "request_router_class": "loramill.serve.routing.ray_router.AdapterRouter",
+        "request_routing_stats_period_s": 0.5,
+    }
     return serve.deployment(
         EngineDeployment,
         name=name,
@@ -149,12 +152,12 @@ def _options(settings: Settings) -> dict[str, Any]:
 
 
 def replicas(settings: ServeSettings) -> dict[str, Any]:
-    """How many replicas Serve runs: always as many, or as `loramill.serve.autoscaling` decides."""
+    """How many replicas Serve runs: always as many, or as `loramill.serve.autoscaling.policy` decides."""
     if settings.min_replicas >= settings.max_replicas:
         return {"num_replicas": settings.min_replicas}
     targets = ("pending_seconds", "first_token_seconds", "down_seconds", "idle_seconds")
     policy = {
-        "policy_function": "loramill.serve.autoscaler:Policy",
+        "policy_function": "loramill.serve.autoscaling.ray_policy:Policy",
         "policy_kwargs": {name: getattr(settings, name) for name in targets},
     }
     bounds = {"min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas}

@@ -16,16 +16,16 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from loramill.bases import Base
-from loramill.chat import Message
-from loramill.conversation import LINE_KEYS, BadLine, read_prompt
-from loramill.dataset import LISTED
+from loramill.data.conversation import LINE_KEYS, BadLine, read_prompt
+from loramill.data.examples import LISTED
+from loramill.data.filetype import called, magic
+from loramill.data.jsonl import decode, parse, rows
+from loramill.data.tokenizer import Message
 from loramill.errors import DatasetInvalid, LoramillError
-from loramill.filetype import called, magic
-from loramill.jsonl import decode, parse, rows
+from loramill.models.catalog import Base
 from loramill.serve.engine import AdapterSource, EngineConfig
 from loramill.serve.protocol import ChosenToken, TextRequest
-from loramill.serve.replica import Replica
+from loramill.serve.replica.replica import Replica
 from loramill.settings import ServeSettings
 from loramill.types import Value
 

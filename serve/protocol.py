@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from loramill.chat import Message
+from loramill.data.tokenizer import Message
 
 
 @dataclass(frozen=True, slots=True)

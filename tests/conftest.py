@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loramill.bases import Base, find_base
-from loramill.chat import ChatTokenizer
+from loramill.data.tokenizer import ChatTokenizer
+from loramill.models.catalog import Base, find_base
 
 from .hermes import VOCABULARY, write_hermes_tokenizer
 from .llama import tiny_llama, write_base

@@ -29,17 +29,13 @@ BELOW = {
     "pipelines": {"loramill", "kernels", "jobs", "serve"},
 }
 RAY_SHELLS = (
-    "jobs/supervisor.py",
-    "jobs/trainers.py",
-    "jobs/lean_trainer.py",
-    "jobs/session.py",
-    "jobs/leftovers.py",
+    "jobs/ray/*",
     "jobs/bench/fresh.py",
     "serve/deployments.py",
-    "serve/engine_deployment.py",
-    "serve/handle.py",
-    "serve/router.py",
-    "serve/autoscaler.py",
+    "serve/replica/engine_deployment.py",
+    "serve/transport/handle.py",
+    "serve/routing/ray_router.py",
+    "serve/autoscaling/ray_policy.py",
     "pipelines/*",
 )
 UNPICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
@@ -184,7 +180,7 @@ HOUSE = {
     "kernels/__init__.py": "import torch\nfrom loramill.errors import LoramillError\nfrom . import reference\n",
     "kernels/reference.py": "import math\n",
     "jobs/queue.py": "from loramill import settings\nfrom loramill.kernels import reference\n",
-    "jobs/supervisor.py": "import ray\n",
+    "jobs/ray/supervisor.py": "import ray\n",
     "serve/engine/engine.py": "from loramill.kernels import reference\nfrom ..model import decoder\n",
     "serve/model/decoder.py": "import safetensors.torch\n",
     "serve/api.py": "import fastapi\nfrom loramill.serve.engine import engine\n",

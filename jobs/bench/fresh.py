@@ -7,7 +7,7 @@ import time
 
 import ray
 
-from loramill.jobs.trainers import run_dedicated
+from loramill.jobs.ray.launch import run_dedicated
 from loramill.registry import Registry, jobs
 from loramill.settings import Settings
 

@@ -16,14 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from loramill.bases import find_base, load_for_training
-from loramill.chat import EncodedExample
+from loramill.data.tokenizer import EncodedExample
 from loramill.errors import SetupError
 from loramill.kernels.bench import Result
+from loramill.models.catalog import find_base, load_for_training
+from loramill.models.smollm2 import NAME
 from loramill.settings import Settings
 from loramill.sizing import anatomy, read_config
-from loramill.sizing.need import Device, Need, need, row_of
-from loramill.smollm2 import NAME
+from loramill.sizing.memory import Device, Need, need, row_of
 from loramill.types import TARGETS, JobSpec, Method, Quantization
 
 #: The error that is allowed, relative to what was measured; on a GPU the second is that of a prediction below it.
@@ -139,7 +139,7 @@ def main(case: Case) -> str:
     """Trains a case in this process; the device and its peak in bytes."""
     import torch
 
-    from loramill.jobs.training import train
+    from loramill.jobs.train.loop import train
 
     torch.set_num_threads(1)
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from loramill.bases import find_base, load_for_training
-from loramill.chat import ChatTokenizer
-from loramill.jobs import lease
-from loramill.jobs.pool import Keeper
-from loramill.jobs.training import Progress
-from loramill.jobs.worker import Worker, run_next
+from loramill.data.tokenizer import ChatTokenizer
+from loramill.jobs.scheduling.reconciler import Keeper
+from loramill.jobs.train.loop import Progress
+from loramill.jobs.worker import lease
+from loramill.jobs.worker.worker import Worker, run_next
 from loramill.kernels.bench import Result
+from loramill.models.catalog import find_base, load_for_training
+from loramill.models.smollm2 import NAME
 from loramill.registry import Registry, datasets, jobs, migrate, tenants
 from loramill.settings import Settings
-from loramill.smollm2 import NAME
 from loramill.types import Executor, JobSpec
 
 SUBMIT_SECONDS, LOOK_SECONDS, FIRST_STEP_SECONDS, BETWEEN_SECONDS = 2.0, 0.05, 1.0, 0.3

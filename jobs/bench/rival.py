@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from loramill.bases import Base
-from loramill.chat import EncodedExample
-from loramill.jobs.methods import attached
-from loramill.jobs.schedule import learning_rate
+from loramill.data.tokenizer import EncodedExample
+from loramill.jobs.train.lr_schedule import learning_rate
+from loramill.jobs.train.methods import attached
+from loramill.models.catalog import Base
 from loramill.types import JobSpec
 
 log = logging.getLogger(__name__)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from loramill.bases import Base, load_for_training
-from loramill.chat import EncodedExample
-from loramill.jobs.batches import choose
+from loramill.data.tokenizer import EncodedExample
 from loramill.jobs.bench.rival import Rival
-from loramill.jobs.training import train
+from loramill.jobs.train.batching import choose
+from loramill.jobs.train.loop import train
 from loramill.kernels.bench.measure import Result
+from loramill.models.catalog import Base, load_for_training
 from loramill.types import JobSpec
 
 _EXAMPLES = 64

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from loramill.bases import Base
 from loramill.jobs.bench import memory, queue, speed
 from loramill.kernels.bench.measure import Result, measured
+from loramill.models.catalog import Base
 
 __all__ = ["RIVALS", "run"]
 

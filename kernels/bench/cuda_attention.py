@@ -9,7 +9,7 @@ from itertools import islice
 
 import torch
 
-from loramill.kernels import plain, reference
+from loramill.kernels import reference, torch_backend
 from loramill.kernels.backend import LayerKV
 from loramill.kernels.bench.cuda import LIMITS, Check, captured, copy_bandwidth, median_us
 from loramill.kernels.paging import Pages, Span
@@ -108,7 +108,7 @@ def timing(case: Case) -> Timing:
     kv, pages = _filled(case.lengths, _KV_HEADS, _HEAD_DIM, torch.bfloat16, "cuda")
     columns = (_HEADS + 2 * _KV_HEADS) * _HEAD_DIM
     qkv = torch.randn(len(case.lengths), columns, dtype=torch.bfloat16, device="cuda")
-    attend = [partial(ops.attention, qkv, _HEADS, kv, pages, _HEAD_DIM**-0.5) for ops in (triton, plain)]
+    attend = [partial(ops.attention, qkv, _HEADS, kv, pages, _HEAD_DIM**-0.5) for ops in (triton, torch_backend)]
     size = 2 * sum(case.lengths) * _KV_HEADS * _HEAD_DIM * qkv.itemsize
     return Timing(median_us(attend[0]), size / copy_bandwidth() * 1e6, median_us(attend[1]))
 

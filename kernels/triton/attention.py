@@ -21,7 +21,7 @@ import triton
 from numpy.typing import NDArray
 
 from loramill.errors import EngineFault
-from loramill.kernels import plain
+from loramill.kernels import torch_backend
 from loramill.kernels.backend import LayerKV
 from loramill.kernels.memory import send, sent
 from loramill.kernels.paging import BLOCKS, COUNT, FIRST, START, Pages, Rows, Span
@@ -47,7 +47,7 @@ def attention(
     decodes = _decodes(pages, qkv.device)
     if len(decodes.table):
         decode(qkv, out, heads, kv, decodes, scale, window)
-    plain.attend_prefills(qkv, out, heads, kv, pages, scale, window)
+    torch_backend.attend_prefills(qkv, out, heads, kv, pages, scale, window)
     return out
 
 

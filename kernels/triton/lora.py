@@ -12,7 +12,7 @@ import triton
 from numpy.typing import NDArray
 
 from loramill.errors import EngineFault
-from loramill.kernels import plain
+from loramill.kernels import torch_backend
 from loramill.kernels.adapter import RANK, Layout, Site
 from loramill.kernels.backend import Weight
 from loramill.kernels.batch import Batch
@@ -54,7 +54,7 @@ def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None
 
 def adapted_linear(x: torch.Tensor, weight: Weight, slab: SiteSlab, batch: Batch) -> torch.Tensor:
     """`linear`, then `lora` on its result."""
-    y = plain.linear(x, weight)
+    y = torch_backend.linear(x, weight)
     lora(x, y, slab, batch)
     return y
 

@@ -13,8 +13,8 @@ from loramill.cli.importing import import_adapter
 from loramill.cli.jobs import Tenant
 from loramill.cli.merge import merge
 from loramill.client import Client
+from loramill.client.models import Adapter as AdapterView
 from loramill.types import Alias
-from loramill.views import Adapter as AdapterView
 
 adapters = typer.Typer(cls=show.ListByDefault, help="Adapters and their versions; alone it lists them.")
 

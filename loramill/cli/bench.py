@@ -14,8 +14,8 @@ from rich.text import Text
 from loramill.cli import show
 
 if TYPE_CHECKING:
-    from loramill.bases import Base
     from loramill.kernels.bench import Result
+    from loramill.models.catalog import Base
 
 Only = Annotated[str, typer.Option(metavar="TEXT", help="Only groups of cases with this in their name.")]
 Json = Annotated[
@@ -132,9 +132,9 @@ def quality(
 
 
 def _built_in() -> Base:
-    from loramill.bases import find_base
+    from loramill.models.catalog import find_base
+    from loramill.models.smollm2 import NAME
     from loramill.settings import Settings
-    from loramill.smollm2 import NAME
 
     return find_base(NAME, Settings.load().cache)
 

@@ -53,7 +53,7 @@ def compare(
 
     Each method runs in a process of its own, one after another. Exits with 1 if one failed, after the others' results.
     """
-    from loramill.pipelines.compare.chart import draw
+    from loramill.pipelines.compare.report.chart import draw
     from loramill.pipelines.compare.run import compare_all, plan
     from loramill.settings import Settings
 
@@ -86,7 +86,7 @@ def compare(
 
 
 def _show(comparison: Any) -> None:
-    from loramill.pipelines.compare import table
+    from loramill.pipelines.compare.report import table
 
     show.table(table.TRAINING, table.training_rows(comparison), empty="Nothing was trained.")
     show.line("")

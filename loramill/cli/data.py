@@ -14,7 +14,7 @@ from loramill.cli.jobs import Tenant
 from loramill.cli.submit import Columns, Valid, ValidColumns, report_upload
 from loramill.client import Client
 from loramill.errors import brief
-from loramill.options import columns_of
+from loramill.submission.options import columns_of
 from loramill.types import AdapterData
 
 data = typer.Typer(help="New examples of an adapter, for nightly runs.", no_args_is_help=True)

@@ -10,8 +10,8 @@ import typer
 
 from loramill.cli import complete, show
 from loramill.client import Client
-from loramill.counted import counted
 from loramill.names import AdapterName
+from loramill.plural import counted
 from loramill.types import Removal
 
 Models = Annotated[

@@ -9,10 +9,10 @@ from rich.text import Text
 
 from loramill.cli import show
 from loramill.client import Client
+from loramill.client.models import FileCheck
+from loramill.client.uploads import read_valid
 from loramill.names import AdapterName
-from loramill.options import read_options
-from loramill.uploads import read_valid
-from loramill.views import FileCheck
+from loramill.submission.options import read_options
 
 
 def dry_run(adapter: str, train: str, valid: str | None, said: Mapping[str, Any], *, json: bool) -> None:

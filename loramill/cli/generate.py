@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from loramill.cli import show
 
 if TYPE_CHECKING:
-    from loramill.bases import Base
+    from loramill.models.catalog import Base
     from loramill.settings import Settings
 
 Completion = Any  # of loramill.serve.offline, to which the door opens only inside functions
@@ -100,9 +100,9 @@ def find_model(model: str, settings: Settings) -> tuple[Base, str | None, Callab
         ModelNotFound: no base, version or PEFT folder of this name, or one for another base.
         LoramillError: the record or the artifact can't be read.
     """
-    from loramill.adapter_folder import CONFIG_FILE, folder_inside
-    from loramill.bases import find_base
+    from loramill.client.adapter_folder import CONFIG_FILE, folder_inside
     from loramill.errors import ModelNotFound
+    from loramill.models.catalog import find_base
     from loramill.names import ModelName
     from loramill.registry import Registry, adapters
 

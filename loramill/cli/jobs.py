@@ -14,8 +14,8 @@ from loramill.cli.plot import JobId, plot
 from loramill.cli.submit import submit
 from loramill.cli.watch import watch
 from loramill.client import Client
+from loramill.client.models import Event, Job
 from loramill.errors import Conflict, NotFound
-from loramill.views import Event, Job
 
 jobs = typer.Typer(cls=show.ListByDefault, help="Fine-tune jobs; alone it lists them.")
 

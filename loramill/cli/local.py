@@ -31,8 +31,8 @@ def up(
 
     What was there is found again. Options win over loramill.toml and LORAMILL_* variables.
     """
-    from loramill.local import up as run
-    from loramill.local import up_in_background
+    from loramill.local.processes import up as run
+    from loramill.local.processes import up_in_background
     from loramill.settings import Settings
 
     said: dict[str, Any] = {}
@@ -48,7 +48,7 @@ def up(
 
 def down() -> None:
     """Stop what `up` runs on this machine; the record stays."""
-    from loramill.local import down as stop
+    from loramill.local.processes import down as stop
     from loramill.settings import Settings
 
     show.say("Stopped." if stop(Settings.load()) else "Nothing was running.")
@@ -61,7 +61,7 @@ def join() -> None:
     """
     import signal
 
-    from loramill.pipelines.join import join as deploy
+    from loramill.pipelines.cluster.join import join as deploy
     from loramill.settings import Settings
 
     settings = Settings.load()
@@ -75,7 +75,7 @@ def doctor(json: show.AsJson = False) -> None:
 
     Exit code 1 only where something makes loramill unusable.
     """
-    from loramill.doctor import Status, examine, folded
+    from loramill.local.doctor import Status, examine, folded
 
     with show.screen(stderr=True).status("Examining this machine…"):
         findings = examine()
@@ -94,7 +94,7 @@ def doctor(json: show.AsJson = False) -> None:
 
 def settings(json: show.AsJson = False) -> None:
     """Print the settings in force and where each comes from; secrets are masked."""
-    from loramill.origin import in_force
+    from loramill.settings_origin import in_force
 
     found = in_force()
     if json:

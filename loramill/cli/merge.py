@@ -12,11 +12,11 @@ from loramill.cli import show
 from loramill.cli.export import To
 
 if TYPE_CHECKING:
-    from loramill.bases import Base
-    from loramill.chat import EncodedExample
+    from loramill.data.tokenizer import EncodedExample
+    from loramill.models.catalog import Base
     from loramill.settings import Settings
 
-MergeReport = Any  # of loramill.jobs.merge, to which the door opens only inside functions
+MergeReport = Any  # of loramill.jobs.train.merge, to which the door opens only inside functions
 
 
 def merge(
@@ -51,8 +51,8 @@ def merge(
     """
     from loramill.cli.generate import find_model
     from loramill.errors import InvalidRequest
-    from loramill.jobs.merge import MAX_KL
-    from loramill.jobs.merge import merge as merge_into
+    from loramill.jobs.train.merge import MAX_KL
+    from loramill.jobs.train.merge import merge as merge_into
     from loramill.settings import Settings
 
     settings = Settings.load()
@@ -85,8 +85,8 @@ def _examples(base: Base, name: str, file: Path | None, settings: Settings) -> l
         InvalidRequest: nothing tells them.
         DatasetInvalid: the file is no data.
     """
-    from loramill.chat import ChatTokenizer
-    from loramill.dataset import read_examples
+    from loramill.data.examples import read_examples
+    from loramill.data.tokenizer import ChatTokenizer
 
     raw, filename = (file.read_bytes(), file.name) if file is not None else _data_of(name, settings)
     tokenizer = ChatTokenizer.load(base.folder).at(datetime.now(UTC))

@@ -35,8 +35,8 @@ def run(json: show.AsJson = False) -> None:
 
     Exits with 1 if an adapter failed or the run was interrupted.
     """
-    from loramill.pipelines.nightly import run_night
-    from loramill.pipelines.outcome import succeeded
+    from loramill.pipelines.nightly.outcome import succeeded
+    from loramill.pipelines.nightly.run import run_night
 
     settings, registry = _open()
     reported: list[NightlyStep] = []
@@ -138,7 +138,7 @@ def _last(registry: Registry) -> NightlyRun | None:
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[tuple[Callable[[NightlyStep], None], Callable[[Any], None]]]:
     """Callbacks for finished steps and for progress, which is shown as a bar per job and one for the answers."""
-    from loramill.pipelines.outcome import describe
+    from loramill.pipelines.nightly.outcome import describe
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
     console = show.screen(stderr=True)
@@ -159,7 +159,7 @@ def _progress(*, quiet: bool) -> Iterator[tuple[Callable[[NightlyStep], None], C
 
 
 def _print(registry: Registry, night: NightlyRun, json: bool, deleted: Sequence[NightlyStep] = ()) -> list[Any]:
-    from loramill.pipelines.outcome import outcomes, summary
+    from loramill.pipelines.nightly.outcome import outcomes, summary
     from loramill.registry.nightly import set_aside, steps
 
     with registry.reading() as session:

@@ -63,7 +63,7 @@ def plan(
     with 1 if the job doesn't fit, and names the nearest that do.
     """
     from loramill.sizing import plan as planned
-    from loramill.sizing.pool import sized
+    from loramill.sizing.planner import sized
 
     options = {
         "base": base, "gpu": gpu, "cpu": cpu, "per_gpu": per_gpu, "method": method, "quantization": quantization,
@@ -108,7 +108,7 @@ def _question(said: dict[str, Any]) -> tuple[Question, bool]:
 
 
 def _spec(said: dict[str, Any], context: int, settings: Settings) -> tuple[JobSpec, Quantization]:
-    from loramill.recipe import BATCH_SIZE, Extension, Hyperparameters, resolve_spec
+    from loramill.submission.defaults import BATCH_SIZE, Extension, Hyperparameters, resolve_spec
 
     own = {name: value for name, value in said.items() if name not in _AROUND}
     if "length" in said:

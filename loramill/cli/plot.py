@@ -10,8 +10,8 @@ import typer
 
 from loramill.cli import complete, show
 from loramill.client import Client
+from loramill.client.models import Job, Point
 from loramill.errors import DiskFull, SetupError
-from loramill.views import Job, Point
 
 _INK, _QUIET, _TRAIN, _VALID = "#1f2933", "#9aa5b1", "#2b6cb0", "#c2410c"
 #: A smoothed loss is the mean over this part of all steps on each side, at least one.

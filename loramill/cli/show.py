@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from loramill.counted import counted
 from loramill.names import SHORT
+from loramill.plural import counted
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else.")]
 Cell = str | Text

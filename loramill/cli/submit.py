@@ -11,18 +11,18 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from loramill.batch import check_entries, read_jobs
 from loramill.cli import show
 from loramill.cli.dry_run import dry_run
 from loramill.cli.watch import continuing, watch_until_done
 from loramill.client import Client
-from loramill.counted import counted
+from loramill.client.models import File, Job, Submitted
+from loramill.client.tenant_list import AT_ONCE
 from loramill.errors import Forbidden
 from loramill.names import AdapterName
-from loramill.options import Options, from_text
-from loramill.tenant_list import AT_ONCE
+from loramill.plural import counted
+from loramill.submission.job_file import check_entries, read_jobs
+from loramill.submission.options import Options, from_text
 from loramill.types import JobSpec
-from loramill.views import File, Job, Submitted
 
 Adapter = Annotated[str | None, typer.Argument(metavar="TENANT/ADAPTER", help="Such as acme/support.")]
 Train = Annotated[

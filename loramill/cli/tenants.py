@@ -15,13 +15,13 @@ import typer
 from loramill.cli import show
 from loramill.cli.deleting import delete_tenants
 from loramill.client import Client
+from loramill.client.admin import Quota
+from loramill.client.models import CreatedTenant
+from loramill.client.tenant_list import NewTenant, read_tenants
 from loramill.errors import InvalidRequest
 from loramill.names import check_name
-from loramill.options import given
-from loramill.tenancy import Quota
-from loramill.tenant_list import NewTenant, read_tenants
+from loramill.submission.options import given
 from loramill.types import TenantRecord
-from loramill.views import CreatedTenant
 
 tenant = typer.Typer(help="Owners of data, jobs, adapters and keys.", no_args_is_help=True)
 

@@ -18,10 +18,10 @@ from rich.text import Text
 
 from loramill.cli import show
 from loramill.client import Client
-from loramill.counted import counted
+from loramill.client.models import Job
 from loramill.errors import LoramillError, NotRunning, Overloaded, Unavailable
+from loramill.plural import counted
 from loramill.types import JobStatus
-from loramill.views import Job
 
 #: What is looked at first stands first.
 _ORDER = (

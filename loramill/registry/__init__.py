@@ -15,10 +15,10 @@ from typing import Any
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
-from loramill.registry.artifacts import ArtifactStore
-from loramill.registry.database import explained, for_reading, for_writing, make_engine, parse_url
-from loramill.registry.migrate import check_current, migrate
-from loramill.registry.tables import DatasetRow, JobRow, VersionRow
+from loramill.registry.artifacts.store import ArtifactStore
+from loramill.registry.database.engine import explained, for_reading, for_writing, make_engine, parse_url
+from loramill.registry.database.migrate import check_current, migrate
+from loramill.registry.database.tables import DatasetRow, JobRow, VersionRow
 
 __all__ = ["ArtifactStore", "Registry", "migrate"]
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from loramill.errors import Conflict, ModelNotFound, NotFound
 from loramill.names import SHORT, AdapterName, is_version
 from loramill.registry import tenants
-from loramill.registry.tables import AdapterRow, AliasChangeRow, AliasRow, VersionRow
+from loramill.registry.database.tables import AdapterRow, AliasChangeRow, AliasRow, VersionRow
 from loramill.types import AdapterRecord, Alias, AliasChange, VersionRecord
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from loramill.registry.pages import newest
-from loramill.registry.tables import AuditRow
+from loramill.registry.database.tables import AuditRow
+from loramill.registry.pagination import newest
 from loramill.types import AuditRecord
 
 

@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 
 from loramill.errors import Conflict, NotFound
 from loramill.registry import tenants
-from loramill.registry.pages import newest
-from loramill.registry.tables import AdapterDataRow, DatasetRow, JobRow, NightlyRunRow
+from loramill.registry.database.tables import AdapterDataRow, DatasetRow, JobRow, NightlyRunRow
+from loramill.registry.pagination import newest
 from loramill.types import DatasetRecord, JobStatus
 
 

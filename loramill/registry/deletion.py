@@ -16,8 +16,8 @@ from sqlalchemy.sql.dml import Delete
 
 from loramill.errors import Conflict
 from loramill.names import SHORT, AdapterName
-from loramill.registry import adapters, tenants, transitions, usage
-from loramill.registry.tables import (
+from loramill.registry import adapters, tenants, usage
+from loramill.registry.database.tables import (
     AdapterDataRow,
     AdapterRow,
     AliasChangeRow,
@@ -35,6 +35,7 @@ from loramill.registry.tables import (
     UsageRow,
     VersionRow,
 )
+from loramill.registry.jobs import transitions
 from loramill.types import Alias, JobStatus, Removal
 
 _OPEN = [status for status in JobStatus if not status.final]

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from loramill.names import AdapterName
 from loramill.registry import adapters
-from loramill.registry.tables import EvaluationRow
+from loramill.registry.database.tables import EvaluationRow
 from loramill.types import EvaluationRecord
 
 

@@ -13,11 +13,18 @@ from sqlalchemy import and_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
-from loramill import new_data
+from loramill.data import new_data
 from loramill.errors import NotFound
 from loramill.names import AdapterName
 from loramill.registry import adapters, datasets
-from loramill.registry.tables import AdapterDataRow, AliasRow, DatasetRow, JobRow, NightlyRunRow, NightlyStepRow
+from loramill.registry.database.tables import (
+    AdapterDataRow,
+    AliasRow,
+    DatasetRow,
+    JobRow,
+    NightlyRunRow,
+    NightlyStepRow,
+)
 from loramill.types import (
     AdapterData,
     Alias,

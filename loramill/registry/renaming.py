@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from loramill.errors import Conflict, InvalidRequest
 from loramill.names import AdapterName
 from loramill.registry import adapters
-from loramill.registry.tables import (
+from loramill.registry.database.tables import (
     AdapterDataRow,
     AdapterRow,
     AliasChangeRow,

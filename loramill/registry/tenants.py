@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from loramill.errors import Conflict, InvalidRequest, NotFound, QuotaExceeded
 from loramill.names import check_name
-from loramill.registry.tables import DatasetRow, JobRow, TenantRow, VersionRow
+from loramill.registry.database.tables import DatasetRow, JobRow, TenantRow, VersionRow
 from loramill.types import JobStatus, Limits, TenantRecord
 
 

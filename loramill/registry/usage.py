@@ -14,7 +14,7 @@ from sqlalchemy import delete, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from loramill.registry.tables import Base, GatewayRow, MeterRow, TenantRow, UsageRow
+from loramill.registry.database.tables import Base, GatewayRow, MeterRow, TenantRow, UsageRow
 from loramill.types import Meter, UsageRecord
 
 #: Seconds after which nothing runs any more on a gateway that has been silent.

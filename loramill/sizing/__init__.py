@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loramill.bases import Base
+from loramill.models.catalog import Base
 from loramill.settings import JobSettings
 from loramill.sizing.anatomy import Anatomy, Linear, anatomy, find_config, linears, read_config
-from loramill.sizing.need import Item, Need, Row
-from loramill.sizing.places import check_targets
-from loramill.sizing.pool import FREE, Plan, Pool, Question, gb, plan
+from loramill.sizing.memory import Item, Need, Row
+from loramill.sizing.planner import FREE, Plan, Pool, Question, gb, plan
+from loramill.sizing.targets import check_targets
 from loramill.types import JobSpec
 
 __all__ = [

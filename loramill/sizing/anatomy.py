@@ -16,9 +16,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from loramill import hub, smollm2
-from loramill.bases import SERVED
 from loramill.errors import BaseUnusable, InvalidRequest
+from loramill.models import hub, smollm2
+from loramill.models.catalog import SERVED
 
 _BILLIONS = re.compile(r"(\d+(?:\.\d+)?)([bm])", re.IGNORECASE)
 #: Llama's own sizes, in billions of weights: width, MLP, layers, heads, heads of keys, vocabulary, tied embeddings.

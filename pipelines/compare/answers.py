@@ -8,11 +8,11 @@ from typing import Protocol
 
 from transformers import PreTrainedModel
 
-from loramill.chat import ChatTokenizer
-from loramill.dataset import Example
+from loramill.data.examples import Example
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.kernels.bench.measure import Effort, interleaved
-from loramill.pipelines.compare.by_transformers import MakeCache, empty, greedy
-from loramill.pipelines.scoring import Score, score
+from loramill.pipelines.compare.methods.transformers import MakeCache, empty, greedy
+from loramill.pipelines.nightly.scoring import Score, score
 from loramill.serve.offline import OfflineEngine
 from loramill.serve.protocol import TextRequest
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from loramill.bases import Base, find_base
-from loramill.chat import ChatTokenizer, EncodedExample
-from loramill.dataset import Example, check_tokens, read_examples
-from loramill.pipelines.compare.values import RATES, Task
-from loramill.recipe import Extension, Hyperparameters, resolve_spec
+from loramill.data.examples import Example, check_tokens, read_examples
+from loramill.data.tokenizer import ChatTokenizer, EncodedExample
+from loramill.models.catalog import Base, find_base
+from loramill.pipelines.compare.types import RATES, Task
+from loramill.submission.defaults import Extension, Hyperparameters, resolve_spec
 from loramill.types import JobSpec
 
 

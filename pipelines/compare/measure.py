@@ -11,17 +11,18 @@ import torch
 from safetensors.torch import save
 from transformers import PreTrainedModel
 
-from loramill.bases import Base, load_for_training
-from loramill.jobs.full import export_full, train_full
-from loramill.jobs.merge import merged
-from loramill.jobs.methods import Tuned, attached
-from loramill.jobs.training import export, kept, train
-from loramill.jobs.whole import write_whole
-from loramill.pipelines.compare import bottleneck, memory, prefix
+from loramill.jobs.train.full_finetune import export_full, train_full
+from loramill.jobs.train.hf_export import write_whole
+from loramill.jobs.train.loop import export, kept, train
+from loramill.jobs.train.merge import merged
+from loramill.jobs.train.methods import Tuned, attached
+from loramill.models.catalog import Base, load_for_training
+from loramill.pipelines.compare import memory
 from loramill.pipelines.compare.answers import ByEngine, ByTransformers
-from loramill.pipelines.compare.by_transformers import MakeCache, empty
 from loramill.pipelines.compare.data import read
-from loramill.pipelines.compare.values import Report, Row, Stage, Task, Training
+from loramill.pipelines.compare.methods import bottleneck, prefix
+from loramill.pipelines.compare.methods.transformers import MakeCache, empty
+from loramill.pipelines.compare.types import Report, Row, Stage, Task, Training
 from loramill.pipelines.compare.workbench import Workbench, watched
 from loramill.serve.offline import OfflineEngine
 from loramill.types import JobSpec

@@ -10,10 +10,10 @@ from typing import Literal
 
 from loramill.errors import InvalidRequest, JobError
 from loramill.kernels.bench.measure import Result, measured
+from loramill.models.smollm2 import NAME
 from loramill.pipelines.compare.run import run
-from loramill.pipelines.compare.values import TITLES, Task, Tuning
+from loramill.pipelines.compare.types import TITLES, Task, Tuning
 from loramill.settings import Settings
-from loramill.smollm2 import NAME
 
 Metric = Literal["exact_match", "rouge_l"]
 

@@ -16,15 +16,15 @@ from pydantic import TypeAdapter
 
 from loramill.errors import InvalidRequest
 from loramill.pipelines.compare.data import read
-from loramill.pipelines.compare.values import TITLES, TUNINGS, Comparison, Report, Row, Stage, Subject, Task, Tuning
-from loramill.serve.replica import find_device
+from loramill.pipelines.compare.types import TITLES, TUNINGS, Comparison, Report, Row, Stage, Subject, Task, Tuning
+from loramill.serve.replica.replica import find_device
 from loramill.settings import Settings
 
 #: Of what a failed process wrote, what a row keeps.
 LOG_CHARACTERS = 4000
 
 #: Without the working folder on its path (-P): it may hold folders that are called as packages are.
-COMMAND = (sys.executable, "-P", "-m", "loramill.pipelines.compare.alone")
+COMMAND = (sys.executable, "-P", "-m", "loramill.pipelines.compare.worker_process")
 
 #: What a task's process writes: a line of JSON each.
 SAID: TypeAdapter[Stage | Row] = TypeAdapter(Stage | Row)

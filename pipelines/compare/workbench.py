@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from loramill.bases import load_for_training
-from loramill.jobs.training import Progress
+from loramill.jobs.train.loop import Progress
+from loramill.models.catalog import load_for_training
 from loramill.pipelines.compare import memory
 from loramill.pipelines.compare.answers import Answerer, quality, token_seconds
 from loramill.pipelines.compare.data import Data
-from loramill.pipelines.compare.values import Memory, Report, Serving, Stage, Task, Training
-from loramill.pipelines.scoring import Score
+from loramill.pipelines.compare.types import Memory, Report, Serving, Stage, Task, Training
+from loramill.pipelines.nightly.scoring import Score
 from loramill.settings import ServeSettings
 from loramill.sizing.anatomy import anatomy, read_config
 

@@ -8,36 +8,36 @@ from collections.abc import Sequence
 from fastapi import FastAPI
 
 import loramill
-from loramill.bases import Base
-from loramill.chat import ChatTokenizer
+from loramill.data.tokenizer import ChatTokenizer
+from loramill.models.catalog import Base
 from loramill.registry import Registry
-from loramill.serve.api import (
+from loramill.serve.api import docs
+from loramill.serve.api.dependencies import Gateway, Served
+from loramill.serve.api.errors import add_error_handlers
+from loramill.serve.api.generation.model_lookup import versions
+from loramill.serve.api.limits.flush import keeping
+from loramill.serve.api.limits.tracker import Books
+from loramill.serve.api.middleware.authentication import Authenticate
+from loramill.serve.api.middleware.cors import Cors
+from loramill.serve.api.middleware.request_id import BodyLimit, Edge, LastResort
+from loramill.serve.api.openapi import describe
+from loramill.serve.api.readings import Readings
+from loramill.serve.api.routes import (
+    adapter_imports,
     adapters,
     audit,
-    batches,
     chat,
     completions,
-    deleting,
-    docs,
+    deletion,
     files,
+    fine_tuning,
     health,
-    imports,
-    jobs,
+    job_batches,
     models,
     pins,
     tenants,
     usage,
 )
-from loramill.serve.api.auth import Authenticate
-from loramill.serve.api.books import Books
-from loramill.serve.api.cors import Cors
-from loramill.serve.api.edge import BodyLimit, Edge, LastResort
-from loramill.serve.api.errors import add_error_handlers
-from loramill.serve.api.gateway import Gateway, Served
-from loramill.serve.api.lookup import versions
-from loramill.serve.api.metering import keeping
-from loramill.serve.api.openapi import describe
-from loramill.serve.api.readings import Readings
 from loramill.serve.protocol import Backend
 from loramill.settings import Settings
 
@@ -81,12 +81,12 @@ def build_api(
         completions,
         models,
         files,
-        jobs,
-        batches,
+        fine_tuning,
+        job_batches,
         adapters,
-        imports,
+        adapter_imports,
         pins,
-        deleting,
+        deletion,
         tenants,
         usage,
         audit,

@@ -10,10 +10,10 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
 from loramill.names import NAME
-from loramill.serve.api.auth import OPEN_PATHS
-from loramill.serve.api.generation_objects import ChatCompletion, ChatCompletionChunk, Completion
-from loramill.serve.api.job_objects import BatchResult, Checkpoint, Job, JobEvent
-from loramill.serve.api.objects import (
+from loramill.serve.api.middleware.authentication import OPEN_PATHS
+from loramill.serve.api.schemas.generation_objects import ChatCompletion, ChatCompletionChunk, Completion
+from loramill.serve.api.schemas.job_objects import BatchResult, Checkpoint, Job, JobEvent
+from loramill.serve.api.schemas.objects import (
     Adapter,
     AdapterDeleted,
     AdapterFiles,

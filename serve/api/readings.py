@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 
-from loramill.chat import ChatTokenizer
-from loramill.dataset import Examples, check_tokens, compare_splits, is_chat, read_examples
-from loramill.jsonl import rows
+from loramill.data.examples import Examples, check_tokens, compare_splits, is_chat, read_examples
+from loramill.data.jsonl import rows
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.registry import ArtifactStore
 from loramill.types import DatasetRecord, Learn
 

@@ -10,14 +10,14 @@ from sqlalchemy.orm import Session
 
 from loramill.errors import DatasetInvalid, InvalidRequest
 from loramill.names import AdapterName, check_name
-from loramill.recipe import resolve_spec, tokens_of
 from loramill.registry import adapters, jobs
-from loramill.serve.api import audit
-from loramill.serve.api.auth import Caller
-from loramill.serve.api.gateway import Gateway
-from loramill.serve.api.job_wire import NewJob
-from loramill.serve.api.references import find_file, named_by
+from loramill.serve.api.dependencies import Gateway
+from loramill.serve.api.middleware.authentication import Caller
+from loramill.serve.api.routes import audit
+from loramill.serve.api.routes.references import find_file, named_by
+from loramill.serve.api.schemas.jobs import NewJob
 from loramill.sizing import check_targets, fitted
+from loramill.submission.defaults import resolve_spec, tokens_of
 from loramill.types import DatasetRecord, Executor, JobRecord, JobSpec
 
 Level = Literal["info", "warn"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from loramill.bases import Base
 from loramill.kernels.bench.measure import Result, measured
+from loramill.models.catalog import Base
 from loramill.serve.bench import cold, idle, limits, peft, prefill, runs, zipf
 from loramill.serve.bench.subject import Subject, write_adapters
 from loramill.serve.model import load_decoder

@@ -13,9 +13,9 @@ from time import process_time
 
 import torch
 
-from loramill.bases import load_for_training
 from loramill.errors import EngineFault
 from loramill.kernels.bench.measure import Effort, Result, interleaved
+from loramill.models.catalog import load_for_training
 from loramill.serve.bench.load import Load
 from loramill.serve.bench.subject import Subject
 from loramill.serve.engine import EngineConfig

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from loramill.bases import Base
 from loramill.errors import EngineFault
 from loramill.kernels.bench.measure import Result
+from loramill.models.catalog import Base
 from loramill.serve.bench import ledger, memory
 from loramill.serve.bench.ledger import Canary, Ledger, Said
 from loramill.serve.bench.subject import Subject, write_adapters

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from loramill.bases import Base, load_for_training
 from loramill.kernels import backend
 from loramill.kernels.bench.model import Linears
+from loramill.models.catalog import Base, load_for_training
 from loramill.serve.bench.shapes import shapes
 from loramill.serve.engine import Engine, EngineConfig, Request, Sampling
 from loramill.serve.model import Decoder

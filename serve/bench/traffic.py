@@ -125,7 +125,7 @@ def unreliable(source: AdapterSource, seed: int) -> AdapterSource:
 @contextmanager
 def no_log_of_loads() -> Iterator[None]:
     """They fail on purpose; what else the engine has to say is heard."""
-    loader = logging.getLogger("loramill.serve.engine.loader")
+    loader = logging.getLogger("loramill.serve.engine.adapters.loader")
     loader.addFilter(_nothing)
     try:
         yield

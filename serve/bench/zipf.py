@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from loramill.bases import Base
 from loramill.kernels.bench.measure import Result
+from loramill.models.catalog import Base
 from loramill.serve.bench.load import Load
 from loramill.serve.bench.memory import resident
 from loramill.serve.bench.shapes import kv_bytes, weight_count

@@ -4,7 +4,7 @@ Knows nothing of HTTP, Ray or text, and imports with torch, numpy and safetensor
 """
 
 from loramill.serve.engine.engine import Engine
-from loramill.serve.engine.values import (
+from loramill.serve.engine.types import (
     AdapterSource,
     EngineConfig,
     EngineStats,

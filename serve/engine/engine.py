@@ -23,13 +23,12 @@ from loramill.errors import (
     Unavailable,
 )
 from loramill.kernels import Batch
-from loramill.serve.engine.adapters import Adapters
-from loramill.serve.engine.admission import answer_limit
-from loramill.serve.engine.answer import Answer
+from loramill.serve.engine.adapters.manager import Adapters
 from loramill.serve.engine.durations import Stopwatch
-from loramill.serve.engine.sampling import Chooser, choose, token_logprobs
+from loramill.serve.engine.request import Answer
+from loramill.serve.engine.sampler import Chooser, choose, token_logprobs
 from loramill.serve.engine.scheduler import Plan, Scheduler, Sequence, Share
-from loramill.serve.engine.values import (
+from loramill.serve.engine.types import (
     AdapterSource,
     EngineConfig,
     EngineStats,
@@ -38,7 +37,8 @@ from loramill.serve.engine.values import (
     Request,
     TokenLogprobs,
 )
-from loramill.serve.engine.warming import warm_up
+from loramill.serve.engine.validation import answer_limit
+from loramill.serve.engine.warmup import warm_up
 from loramill.serve.model import Chunk, Model
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from loramill.errors import EngineFault
-from loramill.serve.engine.blocks import BlockPool, block_key, root_key
+from loramill.serve.engine.block_pool import BlockPool, block_key, root_key
 
 #: Steps that a sequence may be kept out by the rank budget before no other version is let in before its own.
 _PATIENCE = 64

@@ -14,7 +14,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from loramill.errors import BaseUnusable, SetupError
-from loramill.kernels import Backend, Batch, LayerKV, Pages, Quantized, Site, Slab, Span, Weight, backend, plain
+from loramill.kernels import (
+    Backend,
+    Batch,
+    LayerKV,
+    Pages,
+    Quantized,
+    Site,
+    Slab,
+    Span,
+    Weight,
+    backend,
+    torch_backend,
+)
 from loramill.kernels.quantization import Quantization, quantize
 from loramill.serve.model.config import read_raw
 from loramill.serve.model.hf_step import (
@@ -102,7 +114,7 @@ class HuggingFaceModel:
     def new_cache(self, blocks: int, block_size: int) -> tuple[LayerKV, ...]:
         """An empty KV cache of `blocks` blocks, each of `block_size` positions, for `forward`."""
         return tuple(
-            plain.new_kv(1, blocks, block_size, a.kv_heads, a.head_dim, self.dtype)[0]
+            torch_backend.new_kv(1, blocks, block_size, a.kv_heads, a.head_dim, self.dtype)[0]
             for a in self._attentions.values()
         )
 
@@ -245,7 +257,7 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def _context_length(config: Any) -> int:
-    """As `loramill.bases.context_length`: of a longrope the part in which its frequencies don't change."""
+    """As `loramill.models.catalog.context_length`: of a longrope the part in which its frequencies don't change."""
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return int(rope["original_max_position_embeddings"])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from loramill.errors import BaseUnusable, EngineFault
-from loramill.kernels import Backend, Batch, LayerKV, Pages, SiteSlab, Slab, plain
+from loramill.kernels import Backend, Batch, LayerKV, Pages, SiteSlab, Slab, torch_backend
 from loramill.kernels.embedding import adapt_embedding, batch_of_rows
 
 #: The name of `attend` in transformers' registry of attention functions.
@@ -130,7 +130,7 @@ def attend(
     q = query[0].transpose(0, 1).to(kv.keys.dtype).flatten(1)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if softcap is None:
-        out = plain.attention(q, query.shape[1], kv, step.pages, scale, sliding_window)
+        out = torch_backend.attention(q, query.shape[1], kv, step.pages, scale, sliding_window)
     else:
         out = _softcapped(q, kv, step.pages, scale, sliding_window, softcap)
     return out.view(1, rows, *query.shape[1::2]).to(query.dtype), None

@@ -17,7 +17,7 @@ import pytest
 import torch
 from openai import AsyncOpenAI
 
-from loramill.bases import Base
+from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.registry import adapters, tenants
 from loramill.serve.bench.subject import write_adapters

@@ -243,7 +243,9 @@ def test_a_night_promotes_what_is_better_and_holds_what_is_spoiled(mill, acme: s
         assert answer.headers["x-loramill-version"] == before
 
 
-@pytest.mark.parametrize("marks", [("ray::ServeReplica", "engine"), ("gcs_server",), ("loramill.pipelines.cluster",)])
+@pytest.mark.parametrize(
+    "marks", [("ray::ServeReplica", "engine"), ("gcs_server",), ("loramill.pipelines.cluster.deploy",)]
+)
 def test_a_killed_process_comes_back_with_the_same_versions(mill, marks: tuple[str, ...]) -> None:
     with mill.client() as client:
         champion = client.adapter("acme/codes").champion

@@ -13,14 +13,14 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from loramill.bases import Base
 from loramill.errors import Unavailable
-from loramill.serve import metrics
-from loramill.serve.api.gateway import Served
-from loramill.serve.api.lookup import Target
-from loramill.serve.api.watch import Watch
+from loramill.models.catalog import Base
+from loramill.serve.api.dependencies import Served
+from loramill.serve.api.generation.metrics import Watch
+from loramill.serve.api.generation.model_lookup import Target
 from loramill.serve.engine import EngineStats
-from loramill.serve.engine_metrics import EngineMetrics
+from loramill.serve.metrics import definitions as metrics
+from loramill.serve.metrics.engine import EngineMetrics
 from loramill.serve.protocol import TextChunk, TextRequest
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "examples/grafana/loramill.json").read_text(encoding="utf-8"))

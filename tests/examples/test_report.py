@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from loramill.pipelines.evaluate import Answer
-from loramill.pipelines.scoring import Score
+from loramill.pipelines.nightly.evaluate import Answer
+from loramill.pipelines.nightly.scoring import Score
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from loramill.bases import Base, find_base
 from loramill.kernels.quantization import Quantization
+from loramill.models.catalog import Base, find_base
 
 from ..llama import tiny_llama, write_base
 

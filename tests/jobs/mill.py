@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from loramill.bases import Base, find_base, load_for_training
-from loramill.chat import ChatTokenizer
-from loramill.jobs.pool import owner_at
-from loramill.jobs.worker import Worker, work
-from loramill.registry import Registry, datasets, jobs, migrate, places, tenants
+from loramill.data.tokenizer import ChatTokenizer
+from loramill.jobs.scheduling.reconciler import owner_at
+from loramill.jobs.worker.worker import Worker, work
+from loramill.models.catalog import Base, find_base, load_for_training
+from loramill.registry import Registry, datasets, jobs, migrate, tenants
+from loramill.registry.jobs import worker_slots
 from loramill.settings import JobSettings, Settings
 from loramill.types import JobRecord, JobSpec
 
@@ -135,7 +136,7 @@ def run_worker(mill: Mill, place: str, holder: str) -> None:
 
     def over(idle: float) -> bool:
         with registry.reading() as session:
-            return idle > mill.settings.jobs.idle_seconds or not places.is_open(session, place, holder)
+            return idle > mill.settings.jobs.idle_seconds or not worker_slots.is_open(session, place, holder)
 
     work(mill.worker(owner_at(place, os.getpid()), registry=registry, executor="session"), until=over)
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.chat import EncodedExample, Span
-from loramill.jobs.batches import choose, grouped, pack, pad, shared_prefix, supervised, weight
-from loramill.recipe import steps_of
+from loramill.data.tokenizer import EncodedExample, Span
+from loramill.jobs.train.batching import choose, grouped, pack, pad, shared_prefix, supervised, weight
+from loramill.submission.defaults import steps_of
 
 sizes = st.integers(1, 40)
 

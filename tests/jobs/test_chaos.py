@@ -12,7 +12,7 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from loramill.jobs.pool import Keeper
+from loramill.jobs.scheduling.reconciler import Keeper
 from loramill.registry import adapters, jobs, tenants
 from loramill.types import JobRecord, JobStatus
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import ray
 
-from loramill.jobs.supervisor import deploy
+from loramill.jobs.ray.supervisor import deploy
 from loramill.types import JobStatus
 
 from .mill import Mill

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from loramill.errors import ArtifactCorrupt, DiskFull, SetupError
-from loramill.jobs.checkpoint import Checkpoint, Standing, best, latest, write
-from loramill.jobs.place import place_at
+from loramill.jobs.train.checkpoint import Checkpoint, Standing, best, latest, write
+from loramill.jobs.train.checkpoint_store import place_at
 from loramill.types import JobSpec
 
 SPEC = JobSpec(base="f" * 64, adapter="acme/support", train="file-1", steps=30, batch_size=4)

@@ -13,8 +13,8 @@ from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from loramill.errors import AdapterInvalid
-from loramill.jobs.extract import ExtractionReport, extract, factors
-from loramill.jobs.methods.seeds import seeded
+from loramill.jobs.train.extract_lora import ExtractionReport, extract, factors
+from loramill.jobs.train.methods.seeds import seeded
 from loramill.types import TARGETS
 
 from .tiny import spec_of, tiny, written

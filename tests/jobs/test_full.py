@@ -18,20 +18,20 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from loramill.bases import Base, find_base, load_for_training
-from loramill.chat import ChatTokenizer
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import ArtifactMissing, JobPaused, TrainingDiverged
-from loramill.jobs import checkpoint
-from loramill.jobs.batches import choose
-from loramill.jobs.full import REPORT_FILE, FullResult, export_full, train_full
-from loramill.jobs.methods.tuned import Tuned
-from loramill.jobs.schedule import learning_rate
-from loramill.jobs.training import ONE, Progress
-from loramill.jobs.worker import Worker, run_next
-from loramill.jobs.zero import zero
+from loramill.jobs.train import checkpoint
+from loramill.jobs.train.batching import choose
+from loramill.jobs.train.deepspeed import zero
+from loramill.jobs.train.full_finetune import REPORT_FILE, FullResult, export_full, train_full
+from loramill.jobs.train.loop import ONE, Progress
+from loramill.jobs.train.lr_schedule import learning_rate
+from loramill.jobs.train.methods.adapted_model import Tuned
+from loramill.jobs.worker.worker import Worker, run_next
 from loramill.kernels.quantization import Quantization
+from loramill.models.catalog import Base, find_base, load_for_training
 from loramill.registry import Registry, datasets, jobs, tenants
-from loramill.registry.migrate import migrate
+from loramill.registry.database.migrate import migrate
 from loramill.serve.offline import OfflineEngine
 from loramill.serve.protocol import TextRequest
 from loramill.settings import JobSettings, ServeSettings
@@ -232,7 +232,7 @@ import sys
 from pathlib import Path
 import torch.distributed as dist
 from loramill.errors import JobPaused
-from loramill.jobs.processes import Processes
+from loramill.jobs.train.distributed import Processes
 from tests.jobs.test_full import SHARED, base_of, points
 rank, root, calls = int(sys.argv[1]), Path(sys.argv[2]), 0
 dist.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=2)

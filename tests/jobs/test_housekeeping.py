@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loramill.errors import TrainingDiverged
-from loramill.jobs.housekeeping import ARTIFACT_SECONDS, ENDED_SECONDS, FAILED_SECONDS, discard_ended, tidy
+from loramill.jobs.scheduling.cleanup import ARTIFACT_SECONDS, ENDED_SECONDS, FAILED_SECONDS, discard_ended, tidy
 from loramill.registry import Registry, datasets, deletion, jobs, migrate, tenants
 from loramill.types import JobSpec
 

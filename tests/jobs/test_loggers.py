@@ -11,8 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from loramill.errors import SetupError
-from loramill.jobs.loggers import opened
-from loramill.jobs.training import Progress
+from loramill.jobs.train.loop import Progress
+from loramill.jobs.worker.loggers import opened
 
 from .tiny import spec_of
 

@@ -18,16 +18,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from loramill.bases import Base, find_base, load_for_training
-from loramill.chat import EncodedExample
 from loramill.cli import app
+from loramill.data.tokenizer import EncodedExample
 from loramill.errors import AdapterInvalid, Conflict, InvalidRequest
-from loramill.jobs.merge import REPORT_FILE, MergeReport, adapted, merge, merged
-from loramill.jobs.methods.seeds import seeded
+from loramill.jobs.train.merge import REPORT_FILE, MergeReport, adapted, merge, merged
+from loramill.jobs.train.methods.seeds import seeded
 from loramill.kernels import Batch
 from loramill.kernels.peft_folder import WEIGHTS_FILE, BaseModules, read_adapter
+from loramill.models.catalog import Base, find_base, load_for_training
 from loramill.registry import Registry, datasets, jobs, tenants
-from loramill.registry.migrate import migrate
+from loramill.registry.database.migrate import migrate
 from loramill.serve.model import Chunk, load_decoder
 from loramill.settings import Settings
 from loramill.types import VersionRecord

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from loramill.errors import StoreUnusable, Unavailable
-from loramill.jobs import pool as pool_module
-from loramill.jobs import worker as worker_module
-from loramill.jobs.checkpoint import latest
-from loramill.jobs.lease import Lease
-from loramill.jobs.place import discard
-from loramill.jobs.pool import Keeper, owner_at
-from loramill.jobs.worker import run_next, work
+from loramill.jobs.scheduling import reconciler as pool_module
+from loramill.jobs.scheduling.reconciler import Keeper, owner_at
+from loramill.jobs.train.checkpoint import latest
+from loramill.jobs.train.checkpoint_store import discard
+from loramill.jobs.worker import worker as worker_module
+from loramill.jobs.worker.lease import Lease
+from loramill.jobs.worker.worker import run_next, work
 from loramill.registry import jobs, migrate
 from loramill.types import JobRecord, JobStatus
 

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
-from loramill.jobs import attention
-from loramill.jobs.attention import attend
-from loramill.jobs.loss import cross_entropy
-from loramill.jobs.norm import rms_norm
-from loramill.jobs.passes import prepared
+from loramill.jobs.train.forward import prepared
+from loramill.jobs.train.ops import attention
+from loramill.jobs.train.ops.attention import attend
+from loramill.jobs.train.ops.loss import cross_entropy
+from loramill.jobs.train.ops.norm import rms_norm
 
 from .tiny import tiny
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from loramill.errors import JobError, JobPaused, LeaseLost, LoramillError, TrainingDiverged
-from loramill.jobs.checkpoint import latest
-from loramill.jobs.training import Processes, Progress
+from loramill.jobs.train.checkpoint import latest
+from loramill.jobs.train.loop import Processes, Progress
 from loramill.types import JobSpec
 
 from .tiny import made_up, spec_of, tiny, train

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from loramill.jobs.schedule import learning_rate
+from loramill.jobs.train.lr_schedule import learning_rate
 
 from .tiny import spec_of
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from loramill.jobs.scheduling import (
+from loramill.jobs.scheduling.policy import (
     Action,
     EndSession,
     Pool,
@@ -19,7 +19,7 @@ from loramill.jobs.scheduling import (
     Waiting,
     decide,
 )
-from loramill.registry.places import Place
+from loramill.registry.jobs.worker_slots import Place
 
 
 def session(number: int, ending: bool = False) -> Place:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loramill.jobs import session
+from loramill.jobs.ray import session
 from loramill.settings import JobSettings
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from loramill.errors import Unavailable
-from loramill.jobs import pool as pool_module
-from loramill.jobs.pool import Keeper
-from loramill.registry import Registry, datasets, jobs, migrate, places, tenants
+from loramill.jobs.scheduling import reconciler as pool_module
+from loramill.jobs.scheduling.reconciler import Keeper
+from loramill.registry import Registry, datasets, jobs, migrate, tenants
+from loramill.registry.jobs import worker_slots
 from loramill.settings import JobSettings
 from loramill.types import Executor, JobRecord, JobSpec, JobStatus
 
@@ -124,8 +125,10 @@ def test_a_vanished_supervisors_places_are_free_soon_after(registry, make, runs,
     second.look()
     assert len(second.alive) == 3
     with registry.reading() as session:
-        assert not places.is_open(session, "session-1", first.holder)  # where its session learns that it is to end
-        assert places.is_open(session, "session-1", second.holder)
+        assert not worker_slots.is_open(
+            session, "session-1", first.holder
+        )  # where its session learns that it is to end
+        assert worker_slots.is_open(session, "session-1", second.holder)
 
 
 def test_a_high_priority_gets_the_place_of_a_low_one(registry, make):
@@ -152,7 +155,7 @@ def test_a_session_makes_room_for_a_trainer(registry, make, runs):
     (large,) = submit(registry, executor="dedicated", priority=1)
     keeper.look()
     with registry.writing() as session:
-        assert not places.is_open(session, "session-1", keeper.holder)
+        assert not worker_slots.is_open(session, "session-1", keeper.holder)
         assert jobs.get(session, running.id).asked == "preempt"
         jobs.release(session, running.id, 1)
     runs.ended.set()

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from loramill.bases import Base, load_for_training
-from loramill.chat import ChatTokenizer, EncodedExample
+from loramill.data.tokenizer import ChatTokenizer, EncodedExample
 from loramill.errors import AdapterInvalid, DatasetInvalid, TrainingDiverged
-from loramill.jobs import training
-from loramill.jobs.batches import choose, sequences, supervised
-from loramill.jobs.passes import losses, prepared
-from loramill.jobs.schedule import learning_rate
-from loramill.jobs.training import Progress, export
-from loramill.jobs.training import train as train_in
-from loramill.recipe import steps_of
+from loramill.jobs.train import loop
+from loramill.jobs.train.batching import choose, sequences, supervised
+from loramill.jobs.train.forward import losses, prepared
+from loramill.jobs.train.loop import Progress, export
+from loramill.jobs.train.loop import train as train_in
+from loramill.jobs.train.lr_schedule import learning_rate
+from loramill.models.catalog import Base, load_for_training
+from loramill.submission.defaults import steps_of
 from loramill.types import TARGETS, JobSpec
 
 from .tiny import adapter, made_up, spec_of, textbook, tiny, train, written
@@ -184,7 +184,7 @@ def test_each_example_is_trained_on_in_every_epoch(
         totals.append(total)
         return losses(model, base, group, total, **more)
 
-    monkeypatch.setattr(training, "losses", counted)
+    monkeypatch.setattr(loop, "losses", counted)
     steps = steps_of(epochs, len(examples), batch_size)
     spec = spec_of(steps=steps, epochs=epochs, batch_size=batch_size, micro_tokens=micro_tokens)
     running = train(tiny(), examples, [], spec, checkpoints=tmp_path)

@@ -26,9 +26,9 @@ from loramill.errors import (
     OutOfMemory,
     TrainingDiverged,
 )
-from loramill.jobs.batches import choose
-from loramill.jobs.checkpoint import latest
-from loramill.jobs.training import export
+from loramill.jobs.train.batching import choose
+from loramill.jobs.train.checkpoint import latest
+from loramill.jobs.train.loop import export
 
 from .tiny import adapter, made_up, spec_of, tiny, train
 

@@ -9,7 +9,7 @@ from openai.types.fine_tuning.jobs.fine_tuning_job_checkpoint import Metrics
 from peft import PeftModel
 
 from loramill.errors import ArtifactMissing
-from loramill.jobs.training import export
+from loramill.jobs.train.loop import export
 
 from .tiny import adapter, made_up, spec_of, textbook, tiny, train, written
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from peft import PeftModel
 
-from loramill.bases import Base, load_for_training
-from loramill.chat import ChatTokenizer
-from loramill.dataset import read_examples
+from loramill.data.examples import read_examples
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import TrainingDiverged
-from loramill.jobs import publishing
-from loramill.jobs import worker as worker_module
-from loramill.jobs.worker import Worker, encoded, run_next, work
+from loramill.jobs.worker import publish as publishing
+from loramill.jobs.worker import worker as worker_module
+from loramill.jobs.worker.worker import Worker, encoded, run_next, work
+from loramill.models.catalog import Base, load_for_training
 from loramill.names import AdapterName
 from loramill.registry import Registry, adapters, datasets, jobs, migrate, tenants
 from loramill.settings import JobSettings

@@ -13,11 +13,12 @@ import pytest
 from sqlalchemy.orm import Session
 
 from loramill.errors import DiskFull, LoramillError, OutOfMemory, TrainingDiverged, Unavailable
-from loramill.jobs import worker as worker_module
-from loramill.jobs.lease import Lease, insist
-from loramill.jobs.worker import run_next, take, work
-from loramill.registry import Registry, adapters, checkpoints, jobs
-from loramill.registry.queue import LONGEST_PAUSE
+from loramill.jobs.worker import worker as worker_module
+from loramill.jobs.worker.lease import Lease, insist
+from loramill.jobs.worker.worker import run_next, take, work
+from loramill.registry import Registry, adapters, jobs
+from loramill.registry.jobs import checkpoints
+from loramill.registry.jobs.queue import LONGEST_PAUSE
 from loramill.types import JobRecord, JobStatus
 
 from .mill import Mill, rows

@@ -11,9 +11,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from loramill.chat import EncodedExample, Span
-from loramill.jobs import training
-from loramill.jobs.training import Progress
+from loramill.data.tokenizer import EncodedExample, Span
+from loramill.jobs.train import loop
+from loramill.jobs.train.loop import Progress
 from loramill.types import JobSpec
 
 from ..llama import tiny_llama
@@ -53,14 +53,14 @@ def made_up(count: int, seed: int = 0, *, weighed: bool = False) -> list[Encoded
 
 def train(model: PreTrainedModel, *arguments: Any, **more: Any) -> Generator[Progress, None, None]:
     """`training.train` of a base whose files its method doesn't read."""
-    return training.train(model, *arguments, **{"folder": NOWHERE} | more)
+    return loop.train(model, *arguments, **{"folder": NOWHERE} | more)
 
 
 def adapter(model: PreTrainedModel, spec: JobSpec, place: Path | str, **more: Any) -> dict[str, bytes]:
     """The files of the job, from its last checkpoint on."""
     for _ in train(model, more.pop("train", made_up(23)), more.pop("valid", []), spec, checkpoints=place, **more):
         pass
-    return training.export(place, spec, base="tiny")
+    return loop.export(place, spec, base="tiny")
 
 
 def written(folder: Path, files: dict[str, bytes]) -> Path:

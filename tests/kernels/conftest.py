@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from loramill.kernels import plain, reference
+from loramill.kernels import reference, torch_backend
 from loramill.kernels.cpu.build import TIERS, supported_tiers
 from loramill.kernels.cpu.native import Native
 
-BACKENDS = {"reference": reference, "torch": plain, **{f"cpu-{tier}": Native(tier) for tier in TIERS}}
+BACKENDS = {"reference": reference, "torch": torch_backend, **{f"cpu-{tier}": Native(tier) for tier in TIERS}}
 NATIVE = [name for name in BACKENDS if name.startswith("cpu")]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from loramill import kernels
 from loramill.errors import SettingsInvalid, SetupError
-from loramill.kernels import Batch, Site, plain
+from loramill.kernels import Batch, Site, torch_backend
 from loramill.kernels.cpu import build
 from loramill.kernels.cpu.native import Native, open_native
 
@@ -109,7 +109,7 @@ def test_a_folder_of_somebody_else_is_not_trusted(tmp_path, monkeypatch):
 def test_without_a_compiler_torch_computes_and_the_log_says_so(monkeypatch, caplog):
     monkeypatch.setattr(build, "compiler", lambda: None)
     monkeypatch.delenv("LORAMILL_KERNELS", raising=False)
-    assert kernels.backend() is plain
+    assert kernels.backend() is torch_backend
     assert "no C compiler" in caplog.text
     kernels.backend.cache_clear()
     monkeypatch.setenv("LORAMILL_KERNELS", "cpu")

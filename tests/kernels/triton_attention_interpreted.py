@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from triton.runtime import interpreter
 
 from loramill.errors import EngineFault
-from loramill.kernels import LayerKV, Pages, Span, plain
+from loramill.kernels import LayerKV, Pages, Span, torch_backend
 from loramill.kernels.bench import cuda_attention
 from loramill.kernels.triton import StaticPages, attention
 
@@ -252,7 +252,7 @@ def test_a_graph_writes_the_rows_that_it_lacks_to_the_scratch_block():
     before = world.kv.keys.clone()
     angles = torch.zeros(4, 8)
     qkv = world.draw(4, (world.heads + 4) * 16)
-    plain.rope_write(qkv, world.heads, angles.cos(), angles.sin(), world.kv, static.pages)
+    torch_backend.rope_write(qkv, world.heads, angles.cos(), angles.sin(), world.kv, static.pages)
     changed = (world.kv.keys != before) & ~(world.kv.keys.isnan() & before.isnan())
     assert set(changed.nonzero()[:, 0].tolist()) == {world.blocks[1][1], world.scratch}
     assert set(changed[world.scratch].nonzero()[:, 0].tolist()) == {0}

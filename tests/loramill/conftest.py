@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import uvicorn
 
-from loramill.bases import Base
-from loramill.chat import ChatTokenizer
 from loramill.client import Client
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import LoramillError
-from loramill.registry import Registry, jobs, keys
-from loramill.registry.migrate import migrate
+from loramill.models.catalog import Base
+from loramill.registry import Registry, api_keys, jobs
+from loramill.registry.database.migrate import migrate
 from loramill.serve.api.app import build_api
-from loramill.serve.fake import EchoBackend
+from loramill.serve.replica.fake import EchoBackend
 from loramill.settings import Settings
 from loramill.types import VersionRecord
 
@@ -89,7 +89,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, base: Base, tokenizer: Cha
     migrate(settings.database)
     registry = Registry.open(settings.database, settings.artifacts)
     with registry.writing() as session:
-        _, secret = keys.create(session, None)
+        _, secret = api_keys.create(session, None)
     settings.admin_key_file.write_text(secret + "\n")
     app = build_api(registry=registry, base=base, tokenizer=tokenizer, backend=EchoBackend(), settings=settings)
     listener = socket.create_server(("127.0.0.1", 0))

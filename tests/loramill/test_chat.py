@@ -13,10 +13,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from loramill.bases import Base
-from loramill.chat import ChatTokenizer, Message, TextStream
-from loramill.dataset import Example
+from loramill.data.examples import Example
+from loramill.data.tokenizer import ChatTokenizer, Message, TextStream
 from loramill.errors import BaseUnusable, DatasetInvalid, InvalidRequest
+from loramill.models.catalog import Base
 
 START, END = 1, 2
 CONTROL = {0, START, END}
@@ -67,7 +67,7 @@ def change(path: Path, **keys: object) -> None:
 
 def test_importing_and_loading_need_no_torch(base: Base) -> None:
     code = (
-        f"import sys; from loramill.chat import ChatTokenizer; ChatTokenizer.load(__import__('pathlib').Path("
+        f"import sys; from loramill.data.tokenizer import ChatTokenizer; ChatTokenizer.load(__import__('pathlib').Path("
         f"{str(base.folder)!r})); print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout == "[]\n"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from loramill.chat import ChatTokenizer, Message
-from loramill.dataset import Example
+from loramill.data.examples import Example
+from loramill.data.tokenizer import ChatTokenizer, Message
 from loramill.errors import BaseUnusable, InvalidRequest
 
 from ..chat_templates import CHATML, DEEPSEEK_R1, FAMILIES, GRANITE3, PARTS_ONLY, QWEN25

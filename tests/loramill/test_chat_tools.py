@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from loramill import smollm2
-from loramill.bases import Base
-from loramill.chat import ChatTokenizer, Message
+from loramill.data.tokenizer import ChatTokenizer, Message
 from loramill.errors import InvalidRequest, UnsupportedParameter
+from loramill.models import smollm2
+from loramill.models.catalog import Base
 
 from ..hermes import SETTINGS, TEMPLATE, hermes_tokenizer
 

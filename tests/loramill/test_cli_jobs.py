@@ -21,11 +21,12 @@ from loramill.cli import app
 from loramill.cli.show import duration
 from loramill.cli.submit import _HELP
 from loramill.cli.watch import Jobs, _follow, table
+from loramill.client.models import Job
 from loramill.errors import InvalidRequest, NotRunning, TrainingDiverged, Unavailable
-from loramill.options import Options
-from loramill.registry import checkpoints, jobs
+from loramill.registry import jobs
+from loramill.registry.jobs import checkpoints
+from loramill.submission.options import Options
 from loramill.types import JobStatus
-from loramill.views import Job
 
 from .conftest import RunningGateway, examples
 

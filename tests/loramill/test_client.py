@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from loramill import Client, errors
-from loramill.wire import BY_CODE, error_from, is_own
+from loramill.client.http import BY_CODE, error_from, is_own
 
 from .conftest import RunningGateway, examples
 
@@ -304,7 +304,7 @@ def test_wait_outlives_a_gateway_that_is_away(monkeypatch: pytest.MonkeyPatch) -
 
     with answering(answer) as url, Client(url, "lm-x") as client:
         assert client.wait("ftjob-1").model == "a/b@1"
-        monkeypatch.setattr("loramill.fine_tuning._PATIENCE", 0.0)
+        monkeypatch.setattr("loramill.client.jobs._PATIENCE", 0.0)
         with pytest.raises(errors.Unavailable):
             client.wait("ftjob-1")
 

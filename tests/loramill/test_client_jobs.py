@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from loramill import errors
-from loramill.fine_tuning import FineTuning
-from loramill.options import Options, Said
-from loramill.registry import checkpoints, jobs
+from loramill.client.jobs import FineTuning
+from loramill.registry import jobs
+from loramill.registry.jobs import checkpoints
+from loramill.submission.options import Options, Said
 from loramill.types import JobStatus
 
 from .conftest import RunningGateway, examples
@@ -227,7 +228,7 @@ def test_many_are_checked_before_one_is_submitted(gateway: RunningGateway, tenan
 def test_a_crash_between_two_parts_loses_nothing(
     gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loramill.fine_tuning._BATCH", 2)
+    monkeypatch.setattr("loramill.client.jobs._BATCH", 2)
     rows = [{"adapter": f"{tenant}/a", "train": examples(), "steps": 5, "seed": seed} for seed in range(5)]
     sent = []
     send = FineTuning._send_batch
@@ -255,7 +256,7 @@ def test_a_crash_between_two_parts_loses_nothing(
 
 
 def test_jobs_come_page_after_page(gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loramill.fine_tuning._PAGE", 2)
+    monkeypatch.setattr("loramill.client.jobs._PAGE", 2)
     with gateway.client() as client:
         file = client.upload(examples(), tenant=tenant)
         ids = [client.submit(f"{tenant}/a", file, seed=i).id for i in range(5)]
@@ -267,7 +268,7 @@ def test_jobs_come_page_after_page(gateway: RunningGateway, tenant: str, monkeyp
 def test_events_are_oldest_first_and_followed_to_the_end(
     gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loramill.fine_tuning._PAGE", 2)
+    monkeypatch.setattr("loramill.client.jobs._PAGE", 2)
     with gateway.client() as client:
         job = client.submit(f"{tenant}/a", examples())
         told = client.events(job.id, follow=True, every=0.01)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from loramill.bases import Base
-from loramill.chat import ChatTokenizer
-from loramill.conversation import BadLine, answer_text, as_sent, read_conversation
-from loramill.dataset import Example, check_tokens, read_examples
+from loramill.data.conversation import BadLine, answer_text, as_sent, read_conversation
+from loramill.data.examples import Example, check_tokens, read_examples
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import DatasetInvalid
+from loramill.models.catalog import Base
 
 from ..hermes import SETTINGS, TEMPLATE, hermes_tokenizer
 

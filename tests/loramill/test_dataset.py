@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from loramill.chat import ChatTokenizer
-from loramill.dataset import LISTED, Examples, check_tokens, compare_splits, read_examples
+from loramill.data.examples import LISTED, Examples, check_tokens, compare_splits, read_examples
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import DatasetInvalid
 
 TENANTS = Path(__file__).parents[2].parent / "shared" / "tenants"

@@ -20,13 +20,14 @@ from packaging.utils import canonicalize_name
 from rich.console import Console
 from typer.testing import CliRunner
 
-from loramill import doctor, local, smollm2
-from loramill.bases import Base
 from loramill.cli import app
-from loramill.doctor import Finding, Status
 from loramill.errors import BaseUnusable
+from loramill.local import doctor, processes
+from loramill.local.doctor import Finding, Status
+from loramill.models import smollm2
+from loramill.models.catalog import Base
 from loramill.registry import Registry, datasets, jobs, tenants
-from loramill.registry.migrate import migrate
+from loramill.registry.database.migrate import migrate
 from loramill.settings import Settings
 from loramill.types import JobSpec
 
@@ -167,9 +168,9 @@ def test_limits_of_a_bases_chat_template_are_reported(
     up = Settings.load(base=str(folder), cache=tmp_path / "cache", home=tmp_path / "home")
     if status is Status.ERROR:
         with pytest.raises(BaseUnusable, match=says):
-            local.prepare_base(up, Console(file=printed, width=400))
+            processes.prepare_base(up, Console(file=printed, width=400))
     else:
-        local.prepare_base(up, Console(file=printed, width=400))
+        processes.prepare_base(up, Console(file=printed, width=400))
         assert (says in printed.getvalue()) is (status is Status.WARN)
 
 
@@ -181,7 +182,7 @@ def test_folders_are_examined_and_not_made(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "file").write_text("")
     home, _ = doctor.folders(Settings.load(home=tmp_path / "file/home", cache=tmp_path))
     assert home.status is Status.ERROR and "LORAMILL_HOME" in home.mend
-    monkeypatch.setattr("loramill.local.FREE_BYTES", 1 << 62)
+    monkeypatch.setattr("loramill.local.processes.FREE_BYTES", 1 << 62)
     home, cache = doctor.folders(Settings.load(home=tmp_path, cache=tmp_path))
     assert (home.status, cache.status) == (Status.ERROR, Status.ERROR) and "LORAMILL_CACHE" in cache.mend
 

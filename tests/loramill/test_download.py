@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from loramill.client import Client
-from loramill.durable import new_folder
 from loramill.errors import ArtifactCorrupt, DiskFull, Forbidden, InvalidRequest, ModelNotFound, NotFound, Unavailable
-from loramill.registry import keys
+from loramill.registry import api_keys
+from loramill.storage.atomic import new_folder
 
 from .conftest import RunningGateway, examples
 
@@ -96,7 +96,7 @@ def test_only_ones_own(gateway: RunningGateway, tenant: str, version: str, tmp_p
     with gateway.client() as admin:
         admin.create_tenant(f"{tenant}-rival")
     with gateway.registry.writing() as session:
-        _, secret = keys.create(session, f"{tenant}-rival")
+        _, secret = api_keys.create(session, f"{tenant}-rival")
     with gateway.client(secret) as rival, pytest.raises(Forbidden):
         rival.export(f"{tenant}/a", tmp_path / "adapter")
     with gateway.client() as client:

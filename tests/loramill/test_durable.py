@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loramill.durable import replace_text
+from loramill.storage.atomic import replace_text
 
 
 def test_a_reader_gets_a_whole_text_at_any_moment(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from loramill.data.ingest import Prepared, read_source
 from loramill.errors import DatasetInvalid
-from loramill.ingest import Prepared, read_source
 
 
 def read(tmp_path: Path, *rows: object, columns: Any = None) -> Prepared:

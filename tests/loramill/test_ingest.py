@@ -23,9 +23,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramill.dataset import read_examples
+from loramill.data.examples import read_examples
+from loramill.data.ingest import Prepared, read_source
 from loramill.errors import DatasetInvalid, InvalidRequest, LoramillError
-from loramill.ingest import Prepared, read_source
 
 ROWS = [{"prompt": "a, b\nc", "completion": "007"}, {"prompt": 'say "NA"', "completion": "null"}]
 CHATS = [
@@ -406,7 +406,7 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
 def test_jsonl_and_csv_need_no_datasets(tmp_path: Path) -> None:
     for suffix in (".jsonl", ".csv"):
         path = write(tmp_path / f"x{suffix}", ROWS)
-        script = f"import sys; from loramill.ingest import read_source; read_source({str(path)!r}); " + (
+        script = f"import sys; from loramill.data.ingest import read_source; read_source({str(path)!r}); " + (
             "print(*{'datasets', 'pandas', 'pyarrow'} & {*sys.modules})"
         )
         ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

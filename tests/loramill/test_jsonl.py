@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramill import jsonl
+from loramill.data import jsonl
+from loramill.data.filetype import magic
 from loramill.errors import DatasetInvalid
-from loramill.filetype import magic
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 values = st.recursive(

@@ -19,12 +19,12 @@ from typing import Any, ClassVar
 import pytest
 from rich.console import Console
 
-from loramill import local
-from loramill.bases import Base
 from loramill.errors import Conflict, DiskFull, NotEnoughMemory, SetupError
-from loramill.machine import Memory
-from loramill.pipelines.gateway import openai_client
-from loramill.registry import Registry, datasets, jobs, keys, migrate, tenants
+from loramill.local import processes
+from loramill.local.machine import Memory
+from loramill.models.catalog import Base
+from loramill.pipelines.nightly.gateway import openai_client
+from loramill.registry import Registry, api_keys, datasets, jobs, migrate, tenants
 from loramill.settings import Settings
 from loramill.types import JobSpec
 
@@ -89,7 +89,7 @@ def test_the_reason_is_given_in_the_background_too(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     said = one_sentence(up(tmp_path / "home", "--detach", LORAMILL_BASE=str(tmp_path / "model")))
     assert "config.json" in said
-    assert local.down(Settings.load(home=tmp_path / "home")) is False
+    assert processes.down(Settings.load(home=tmp_path / "home")) is False
 
 
 def test_an_unknown_setting(tmp_path: Path) -> None:
@@ -98,20 +98,20 @@ def test_an_unknown_setting(tmp_path: Path) -> None:
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "FREE_BYTES", 1 << 62)
+    monkeypatch.setattr(processes, "FREE_BYTES", 1 << 62)
     with pytest.raises(DiskFull, match="MiB free"):
-        local.prepare_home(tmp_path / "home")
+        processes.prepare_home(tmp_path / "home")
 
 
 def test_a_home_that_is_in_use(tmp_path: Path) -> None:
     settings = Settings.load(home=tmp_path)
     with (
-        local.hold_lock(settings),
+        processes.hold_lock(settings),
         pytest.raises(Conflict, match=rf"process {os.getpid()}.*loramill down"),
-        local.hold_lock(settings),
+        processes.hold_lock(settings),
     ):
         pass
-    assert local.down(settings) is False  # the lock went with its holder
+    assert processes.down(settings) is False  # the lock went with its holder
 
 
 class Gateway(BaseHTTPRequestHandler):
@@ -154,7 +154,7 @@ class Cluster:
 def test_a_cluster_is_ended_for_its_engine_but_not_its_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statuses: dict[str, int], killed: bool
 ) -> None:
-    monkeypatch.setattr(local, "SICK_SECONDS", 0.0)
+    monkeypatch.setattr(processes, "SICK_SECONDS", 0.0)
     monkeypatch.setattr(Gateway, "statuses", statuses)
     monkeypatch.setattr(Gateway, "asked", [])
 
@@ -168,7 +168,7 @@ def test_a_cluster_is_ended_for_its_engine_but_not_its_database(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         settings = Settings.load(home=tmp_path, serve={"port": server.server_port})
         cluster: Any = Cluster()
-        local.wait_sick(settings, cluster, Looks())
+        processes.wait_sick(settings, cluster, Looks())
         server.shutdown()
     assert cluster.killed is killed
 
@@ -183,7 +183,7 @@ def test_an_unusable_store_is_reported_before_anything_starts(tmp_path: Path) ->
 def test_what_waits_for_another_base_is_counted(tmp_path: Path, base: Base) -> None:
     settings = Settings.load(home=tmp_path)
     migrate(settings.database)
-    assert list(local.of_other_bases(settings, base)) == []
+    assert list(processes.of_other_bases(settings, base)) == []
     registry = Registry.open(settings.database, settings.artifacts)
     with registry.writing() as session:
         tenants.create(session, "acme")
@@ -192,32 +192,32 @@ def test_what_waits_for_another_base_is_counted(tmp_path: Path, base: Base) -> N
             spec = JobSpec(base=fingerprint, adapter="acme/bot", train=train, steps=1, batch_size=1)
             jobs.submit(session, spec, {})
     registry.close()
-    (line,) = local.of_other_bases(settings, base)
+    (line,) = processes.of_other_bases(settings, base)
     assert line.startswith("2 jobs of other bases than smollm2-135m: queued until")
 
 
 def test_the_admin_key_stays_while_it_is_valid_and_is_replaced_when_it_is_not(tmp_path: Path) -> None:
     settings = Settings.load(home=tmp_path)
     migrate(settings.database)
-    local.admin_key(settings)
+    processes.admin_key(settings)
     first = settings.admin_key_file.read_text()
     assert settings.admin_key_file.stat().st_mode & 0o777 == 0o600
-    local.admin_key(settings)
+    processes.admin_key(settings)
     assert settings.admin_key_file.read_text() == first
     registry = Registry.open(settings.database, settings.artifacts)
     with registry.writing() as session:
-        keys.revoke(session, keys.authenticate(session, first.strip()).id)
-    local.admin_key(settings)
+        api_keys.revoke(session, api_keys.authenticate(session, first.strip()).id)
+    processes.admin_key(settings)
     assert settings.admin_key_file.read_text() != first
 
 
 def test_too_little_memory_is_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "free_memory", lambda: Memory(2 * 10**9, "this machine"))
-    monkeypatch.setattr(local, "run_cluster", lambda settings: pytest.fail("it was started"))
+    monkeypatch.setattr(processes, "free_memory", lambda: Memory(2 * 10**9, "this machine"))
+    monkeypatch.setattr(processes, "run_cluster", lambda settings: pytest.fail("it was started"))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     settings = Settings.load(home=tmp_path, serve={"port": free_port()})
     with pytest.raises(NotEnoughMemory, match=r"2\.0 GB of memory are free .* needs 2\.6 GB"):
-        local.up(settings, console=Console(quiet=True))
+        processes.up(settings, console=Console(quiet=True))
 
 
 #: A cluster that fails as a script says; its standard input ends when it is to stop.
@@ -238,21 +238,21 @@ logging.getLogger("loramill.cluster").error("noise of the end")
 print("more noise", flush=True)
 {then}
 """
-    monkeypatch.setattr(local, "CLUSTER", ("-c", script))
-    monkeypatch.setattr(local, "FAILED_SECONDS", 0.1)
+    monkeypatch.setattr(processes, "CLUSTER", ("-c", script))
+    monkeypatch.setattr(processes, "FAILED_SECONDS", 0.1)
     settings = Settings.load(home=tmp_path, serve={"port": free_port()})
-    local.prepare_home(settings.home)
+    processes.prepare_home(settings.home)
     with pytest.raises(SetupError, match=r"did not start: The engine has no weights\. More is in .*up\.log"):
-        local.watch(settings, Console(quiet=True), threading.Event(), lambda: None)
+        processes.watch(settings, Console(quiet=True), threading.Event(), lambda: None)
     assert "noise of the end" in (tmp_path / "logs" / "up.log").read_text()
 
 
 def test_a_cluster_that_ends_without_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "CLUSTER", ("-c", "raise SystemExit(7)"))
+    monkeypatch.setattr(processes, "CLUSTER", ("-c", "raise SystemExit(7)"))
     settings = Settings.load(home=tmp_path, serve={"port": free_port()})
-    local.prepare_home(settings.home)
+    processes.prepare_home(settings.home)
     with pytest.raises(SetupError, match="its process ended with status 7"):
-        local.watch(settings, Console(quiet=True), threading.Event(), lambda: None)
+        processes.watch(settings, Console(quiet=True), threading.Event(), lambda: None)
 
 
 class Answering(http.server.BaseHTTPRequestHandler):
@@ -292,12 +292,12 @@ def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_local_gateway_is_reached_without_a_proxy(
     tmp_path: Path, answering: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "CLUSTER", ("-c", "import sys; sys.stdin.read()"))
+    monkeypatch.setattr(processes, "CLUSTER", ("-c", "import sys; sys.stdin.read()"))
     settings = Settings.load(home=tmp_path, serve={"port": answering.server_port}, api_key="lm-x")
-    local.prepare_home(settings.home)
-    monkeypatch.setattr(local, "START_SECONDS", 20.0)
+    processes.prepare_home(settings.home)
+    monkeypatch.setattr(processes, "START_SECONDS", 20.0)
     stop = threading.Event()
-    local.watch(settings, Console(quiet=True), stop, stop.set)
+    processes.watch(settings, Console(quiet=True), stop, stop.set)
     assert answering.asked[0] == "/readyz"  # type: ignore[attr-defined]
 
 
@@ -320,12 +320,12 @@ def test_without_a_compiler_it_runs_and_says_so_once(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(local, "CLUSTER", ("-c", "import sys; sys.stdin.read()"))
-    monkeypatch.setattr(local, "check_port", lambda settings: None)  # the gateway is there already
+    monkeypatch.setattr(processes, "CLUSTER", ("-c", "import sys; sys.stdin.read()"))
+    monkeypatch.setattr(processes, "check_port", lambda settings: None)  # the gateway is there already
     said, settings = io.StringIO(), Settings.load(home=tmp_path, serve={"port": answering.server_port})
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        local.up(settings, console=Console(file=said), on_ready=lambda: signal.raise_signal(signal.SIGTERM))
+        processes.up(settings, console=Console(file=said), on_ready=lambda: signal.raise_signal(signal.SIGTERM))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from loramill import machine
-from loramill.bases import Base
+from loramill.client.http import is_own
 from loramill.errors import NotEnoughMemory, SetupError
-from loramill.machine import Memory, check_memory, free_memory, needed_memory, object_store_folder, socket_folder
+from loramill.local import machine
+from loramill.local.machine import Memory, check_memory, free_memory, needed_memory, object_store_folder, socket_folder
+from loramill.models.catalog import Base
 from loramill.settings import Settings
-from loramill.wire import is_own
 
 GB = 10**9
 

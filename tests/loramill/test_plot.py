@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from loramill.cli.plot import as_text, smoothed, whole_ticks, write_png
+from loramill.client.models import Job, Point
 from loramill.errors import SetupError
 from loramill.types import JobStatus
-from loramill.views import Job, Point
 
 JOB = Job(
     id="ftjob-1", adapter="acme/support", status=JobStatus.RUNNING, base="b", steps=9, training_file="f", created_at=0.0

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramill.errors import InvalidRequest
-from loramill.recipe import (
+from loramill.submission.defaults import (
     MAX_STEPS,
     MIN_STEPS,
     Extension,

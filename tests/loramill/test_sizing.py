@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramill.bases import Base
-from loramill.chat import EncodedExample
+from loramill.data.tokenizer import EncodedExample
 from loramill.errors import DoesNotFit, InvalidRequest
-from loramill.jobs.batches import grouped, pack, pad
+from loramill.jobs.train.batching import grouped, pack, pad
+from loramill.models.catalog import Base
 from loramill.settings import JobSettings
 from loramill.sizing import FREE, Pool, Question, anatomy, check_targets, fitted, plan
 from loramill.sizing.devices import gpu_bytes, memory_bytes
-from loramill.sizing.need import NF4_BYTES, base_bytes, need, row_of
-from loramill.sizing.pool import fitting, nearest, sized
+from loramill.sizing.memory import NF4_BYTES, base_bytes, need, row_of
+from loramill.sizing.planner import fitting, nearest, sized
 from loramill.types import JobSpec
 
 GIB = 2**30

@@ -11,11 +11,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loramill.chat import EncodedExample
+from loramill.data.tokenizer import EncodedExample
 from loramill.jobs.bench.memory import CPU_ERROR, Case, measure, predicted
-from loramill.jobs.training import train
+from loramill.jobs.train.loop import train
 from loramill.sizing import anatomy
-from loramill.sizing.need import need, row_of
+from loramill.sizing.memory import need, row_of
 from loramill.types import JobSpec
 
 LENGTH, LEARNT = 64, 0.25

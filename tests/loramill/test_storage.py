@@ -14,7 +14,7 @@ import pytest
 from fsspec.exceptions import FSTimeoutError
 
 from loramill.errors import ArtifactMissing, SetupError, StoreUnusable, Unavailable
-from loramill.storage import check_store, fault, open_files, shown, store_errors
+from loramill.storage.object_store import check_store, fault, open_files, shown, store_errors
 
 from .. import switched
 from ..switched import client_error, translated

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from loramill.client.tenant_list import NewTenant, read_tenants
 from loramill.errors import InvalidRequest
-from loramill.tenant_list import NewTenant, read_tenants
 
 ACME = NewTenant(name="acme", weight=2.5, requests_per_minute=60, stored_bytes="unlimited")
 BOTH = [ACME, NewTenant(name="globex")]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from loramill import logs, uplog
-from loramill.uplog import Entry, Log, Reader, Repeats, reason
+from loramill import logs
+from loramill.local import up_log
+from loramill.local.up_log import Entry, Log, Reader, Repeats, reason
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING|ERROR|CRITICAL) [\w-]+(\[\d+\])? \S+ .+")
 
@@ -48,7 +49,7 @@ LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING|ERROR|CRI
     ],
 )
 def test_all_log_formats_become_one(written: str, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uplog.time, "localtime", uplog.time.gmtime)
+    monkeypatch.setattr(up_log.time, "localtime", up_log.time.gmtime)
     entry = Reader(7, clock=lambda: 1e9).entry(f"{written}\n")
     assert str(entry) == read and LINE.fullmatch(read)
 
@@ -84,8 +85,8 @@ def test_a_flood_is_counted_instead_of_written() -> None:
     now = [0.0]
     repeats = Repeats(clock=lambda: now[0])
     written = [each for number in range(5000) for each in repeats.passed(entry(f"attempt {number} failed"))]
-    assert len(written) == uplog.REPEATS
-    now[0] += uplog.REPEAT_SECONDS + 1
+    assert len(written) == up_log.REPEATS
+    now[0] += up_log.REPEAT_SECONDS + 1
     counted, other = repeats.passed(entry("something else"))
     assert counted.message == "attempt 4999 failed [4980 more of these in 11 s]"
     assert other.message == "something else"
@@ -93,7 +94,7 @@ def test_a_flood_is_counted_instead_of_written() -> None:
 
 def test_lines_about_different_jobs_are_all_written() -> None:
     repeats = Repeats(clock=lambda: 0.0)
-    jobs = [entry(f"job {number}: attempt 1", "loramill.jobs.worker") for number in range(200)]
+    jobs = [entry(f"job {number}: attempt 1", "loramill.jobs.worker.worker") for number in range(200)]
     assert [each for job in jobs for each in repeats.passed(job)] == jobs
 
 
@@ -130,7 +131,7 @@ def test_a_message_without_a_traceback_is_its_own_reason() -> None:
 
 
 def test_a_full_log_is_moved_and_an_unwritable_one_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uplog, "FILE_BYTES", 2000)
+    monkeypatch.setattr(up_log, "FILE_BYTES", 2000)
     text = "".join(f"2026-11-29 15:22:26,000 INFO loramill.cluster: line {number}\n" for number in range(60))
     Log(tmp_path / "up.log", io.BytesIO(text.encode()), 7).close(10)
     both = (tmp_path / "up.log.1").read_text() + (tmp_path / "up.log").read_text()
@@ -147,8 +148,8 @@ def test_what_processes_write_has_time_level_and_logger(
     bare = logging.StreamHandler()  # as Ray Train leaves it in a session
     monkeypatch.setattr(root, "handlers", [bare])
     logs.configure()
-    logging.getLogger("loramill.jobs.worker").info("job a: attempt 1")
+    logging.getLogger("loramill.jobs.worker.worker").info("job a: attempt 1")
     logging.getLogger("alembic.runtime.plugins").info("setup plugin alembic.autogenerate.schemas")
     logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward")
     [line] = capsys.readouterr().err.splitlines()
-    assert str(Reader(7).entry(line)).endswith("INFO cluster[7] loramill.jobs.worker: job a: attempt 1")
+    assert str(Reader(7).entry(line)).endswith("INFO cluster[7] loramill.jobs.worker.worker: job a: attempt 1")

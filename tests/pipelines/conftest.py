@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loramill.bases import Base
+from loramill.models.catalog import Base
 
 from ..llama import tiny_llama, write_base
 

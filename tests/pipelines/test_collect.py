@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.bases import Base
+from loramill.models.catalog import Base
 from loramill.names import AdapterName
-from loramill.pipelines.collect import REPLAY, collect, hold_out, lines, next_spec, sample
+from loramill.pipelines.nightly.collect import REPLAY, collect, hold_out, lines, next_spec, sample
 from loramill.registry import Registry, adapters, datasets, jobs, migrate, nightly, tenants
 from loramill.types import JobSpec, VersionRecord
 

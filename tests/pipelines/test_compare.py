@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from loramill.errors import DatasetInvalid, InvalidRequest
-from loramill.pipelines.compare import alone, answers, memory, run
+from loramill.pipelines.compare import answers, memory, run, worker_process
 from loramill.pipelines.compare.measure import measure
-from loramill.pipelines.compare.values import Stage, Subject, Task
+from loramill.pipelines.compare.types import Stage, Subject, Task
 from loramill.settings import Settings
 
 #: Parameters of the tiny base, and of what is trained on it at rank 4: 2 layers of width 32, keys of width 16, MLP 48.
@@ -123,7 +123,7 @@ def test_a_task_runs_in_a_process_of_its_own(task) -> None:
 def test_an_error_is_a_row(task, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text("{}\n")
-    row = alone.row_of(task("lora", train=bad), ignored)
+    row = worker_process.row_of(task("lora", train=bad), ignored)
     assert row.training is None
     assert row.error is not None and "bad.jsonl, line 1" in row.error
 

@@ -10,10 +10,10 @@ from peft import PrefixTuningConfig, get_peft_model
 from torch.nn.functional import gelu
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from loramill.chat import EncodedExample
+from loramill.data.tokenizer import EncodedExample
 from loramill.errors import AdapterInvalid
-from loramill.jobs.passes import losses, prepared
-from loramill.pipelines.compare import bottleneck, by_transformers, prefix
+from loramill.jobs.train.forward import losses, prepared
+from loramill.pipelines.compare.methods import bottleneck, prefix, transformers
 
 PROMPTS = [[5, 6, 7], [11, 12, 13, 14, 15, 16, 17], [21], [5, 6, 7, 8, 9]]
 EXAMPLES = [
@@ -170,12 +170,12 @@ def generated(model: LlamaForCausalLM, prompt: list[int], new: int, stop: tuple[
 def test_greedy_answers_are_transformers_own(
     model: LlamaForCausalLM, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(by_transformers, "BATCH", batch)
+    monkeypatch.setattr(transformers, "BATCH", batch)
     limits = [6, 3, 9, 1]
     free = [generated(model, prompt, limit, ()) for prompt, limit in zip(PROMPTS, limits, strict=True)]
     stop = (free[0][3], free[2][5])
     heard: list[int] = []
-    found = by_transformers.greedy(model, PROMPTS, limits, stop, report=heard.append)
+    found = transformers.greedy(model, PROMPTS, limits, stop, report=heard.append)
     assert found == [generated(model, prompt, limit, stop) for prompt, limit in zip(PROMPTS, limits, strict=True)]
     assert len(found[0]) <= 3 and heard[-1] == len(PROMPTS)
 
@@ -184,5 +184,5 @@ def test_greedy_answers_see_the_prefix(model: LlamaForCausalLM) -> None:
     """A prefix that begins as a text answers as the base does after that text."""
     text = [31, 32, 33, 34, 35]
     with prefix.attached(model, text) as tuned:
-        found = by_transformers.greedy(model, PROMPTS, [5] * 4, (), cache=tuned.model.cache)
+        found = transformers.greedy(model, PROMPTS, [5] * 4, (), cache=tuned.model.cache)
     assert found == [generated(model, text + prompt, 5, ()) for prompt in PROMPTS]

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from loramill.cli import app
 from loramill.errors import InvalidRequest, JobError
 from loramill.pipelines.compare import quality
-from loramill.pipelines.compare.values import Row, Task
-from loramill.pipelines.scoring import Score
+from loramill.pipelines.compare.types import Row, Task
+from loramill.pipelines.nightly.scoring import Score
 from loramill.settings import Settings
 
 LORA = {"clinc-travel": 0.95, "clinc-banking": 0.85, "sgd-hotels1": 0.5, "e2e-restaurants": 0.4}

@@ -10,10 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from loramill.cli import app
-from loramill.pipelines.compare import chart, run, table
-from loramill.pipelines.compare.units import duration, scaled, size
-from loramill.pipelines.compare.values import Comparison, Memory, Row, Serving, Stage, Subject, Task, Training
-from loramill.pipelines.scoring import Score
+from loramill.pipelines.compare import run
+from loramill.pipelines.compare.format import duration, scaled, size
+from loramill.pipelines.compare.report import chart, table
+from loramill.pipelines.compare.types import Comparison, Memory, Row, Serving, Stage, Subject, Task, Training
+from loramill.pipelines.nightly.scoring import Score
 
 ENGINE = Serving(by="engine", base=0.010, unmerged=0.011, merged=0.010)
 TRANSFORMERS = Serving(by="transformers", base=0.040, unmerged=0.043)

@@ -8,11 +8,11 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
-from loramill.chat import ChatTokenizer
-from loramill.dataset import read_examples
+from loramill.data.examples import read_examples
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import ModelNotFound
-from loramill.pipelines.evaluate import Answer, Question, ask_all, questions_of
-from loramill.serve.api.chat import ChatRequest
+from loramill.pipelines.nightly.evaluate import Answer, Question, ask_all, questions_of
+from loramill.serve.api.routes.chat import ChatRequest
 
 #: A sentence in many scripts; a limit by characters (2 of 3, and 8) cut the right answer in ja, zh, ko, th and hi.
 SENTENCES = {

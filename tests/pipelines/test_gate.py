@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.pipelines.gate import SliceScores, Thresholds, decide
-from loramill.pipelines.scoring import Score, overall
+from loramill.pipelines.nightly.gate import SliceScores, Thresholds, decide
+from loramill.pipelines.nightly.scoring import Score, overall
 
 RULES = Thresholds(min_gain=0.01, max_drop=0.05)
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from loramill.bases import Base
-from loramill.chat import ChatTokenizer
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import (
     InvalidRequest,
     LoramillError,
@@ -22,11 +21,12 @@ from loramill.errors import (
     TrainingDiverged,
     Unavailable,
 )
+from loramill.models.catalog import Base
 from loramill.names import AdapterName
-from loramill.pipelines import nightly as pipeline
-from loramill.pipelines.evaluate import Answer, Question
-from loramill.pipelines.nightly import Progress, run_night
-from loramill.pipelines.outcome import Outcome, Verdict, describe, outcomes, succeeded, summary
+from loramill.pipelines.nightly import run as pipeline
+from loramill.pipelines.nightly.evaluate import Answer, Question
+from loramill.pipelines.nightly.outcome import Outcome, Verdict, describe, outcomes, succeeded, summary
+from loramill.pipelines.nightly.run import Progress, run_night
 from loramill.registry import Registry, adapters, datasets, deletion, jobs, migrate, nightly, tenants
 from loramill.settings import Settings
 from loramill.types import JobRecord, NightlyStep, StepStatus, VersionRecord

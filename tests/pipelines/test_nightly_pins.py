@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from loramill.names import AdapterName
-from loramill.pipelines.nightly import Night, promote_all
-from loramill.pipelines.outcome import outcomes
+from loramill.pipelines.nightly.outcome import outcomes
+from loramill.pipelines.nightly.run import Night, promote_all
 from loramill.registry import Registry, adapters, migrate, nightly, tenants
 from loramill.types import StepStatus, VersionRecord
 

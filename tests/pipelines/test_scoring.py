@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.pipelines.scoring import Score, common_subsequence, overall, rouge_l, score, token_f1
+from loramill.pipelines.nightly.scoring import Score, common_subsequence, overall, rouge_l, score, token_f1
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from loramill.errors import ArtifactCorrupt, ArtifactMissing, DiskFull, InvalidRequest, SetupError
 from loramill.registry import ArtifactStore, Registry, adapters, datasets, jobs, tenants
-from loramill.registry.manifest import Manifest, measure
+from loramill.registry.artifacts.manifest import Manifest, measure
 from loramill.types import VersionRecord
 
 FILES = {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": bytes(range(256)) * 40, "empty": b""}
@@ -223,7 +223,7 @@ def test_threads_may_put_the_same_at_once(store):
 # Forks a child for each n that kills itself at its n-th call that changes what is on disk, until one gets through.
 KILLED = """
 import os, pathlib, signal, sys
-from loramill.registry.artifacts import ArtifactStore
+from loramill.registry.artifacts.store import ArtifactStore
 
 def deadly(module, name):
     real = getattr(module, name)

@@ -14,19 +14,19 @@ from loramill.names import AdapterName
 from loramill.registry import (
     Registry,
     adapters,
+    api_keys,
     audit,
-    checkpoints,
     datasets,
     deletion,
     evaluations,
     jobs,
-    keys,
     nightly,
     renaming,
     tenants,
     usage,
 )
-from loramill.registry.tables import AuditRow, Base, KeyRow, TenantRow
+from loramill.registry.database.tables import AuditRow, Base, KeyRow, TenantRow
+from loramill.registry.jobs import checkpoints
 from loramill.types import Alias, JobStatus, Limits, Meter, StepStatus, VersionRecord
 
 NAME = AdapterName("acme", "support")
@@ -174,11 +174,11 @@ def test_a_version_that_a_job_starts_from_is_kept(registry, make_spec):
 def test_a_tenant_goes_and_what_stays_has_no_name(registry, make_spec):
     published(registry, make_spec, b"other", "globex/support")
     with registry.writing() as session:
-        _, key = keys.create(session, "globex")
+        _, key = api_keys.create(session, "globex")
     before = rows(registry)
     published(registry, make_spec, b"1")
     with registry.writing() as session:
-        own, secret = keys.create(session, "acme")
+        own, secret = api_keys.create(session, "acme")
         tenants.set_limits(session, "acme", Limits(requests_per_minute=5))
         nightly.add_data(session, NAME, make_spec().train, None)
         for tenant in ("acme", "globex"):
@@ -235,9 +235,9 @@ def test_a_tenant_goes_and_what_stays_has_no_name(registry, make_spec):
             ("2026-01-01", "globex", "globex/x"): 1,
         }
         assert len(audit.list_of(session, "globex")) == 3
-        keys.authenticate(session, key)
+        api_keys.authenticate(session, key)
         with pytest.raises(Exception, match="not known"):
-            keys.authenticate(session, secret)
+            api_keys.authenticate(session, secret)
         with pytest.raises(NotFound):
             tenants.get(session, "acme")
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loramill.bases import Base
+from loramill.models.catalog import Base
 from loramill.names import AdapterName
-from loramill.registry import Registry, adapters, keys, tenants, usage
+from loramill.registry import Registry, adapters, api_keys, tenants, usage
 from loramill.serve.api.app import build_api
-from loramill.serve.fake import EchoBackend
+from loramill.serve.replica.fake import EchoBackend
 from loramill.settings import Settings
 from loramill.types import VersionRecord
 
@@ -51,8 +51,8 @@ def gateways(registry: Registry, database_url: str, tmp_path: Path) -> Iterator[
 
 def test_what_one_gateway_changes_the_other_sees_within_a_second(registry: Registry, gateways: list[str]) -> None:
     with registry.writing() as session:
-        key, secret = keys.create(session, "acme")
-        _, root = keys.create(session, None)
+        key, secret = api_keys.create(session, "acme")
+        _, root = api_keys.create(session, None)
 
     def as_who(address: str, secret: str) -> httpx.Client:
         return httpx.Client(base_url=address, headers={"authorization": f"Bearer {secret}"}, trust_env=False)

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from loramill.errors import Conflict, LeaseLost, NotFound, OutOfMemory, TrainingDiverged, Unavailable
-from loramill.registry import Registry, adapters, checkpoints, jobs, places
-from loramill.registry.queue import LONGEST_BACKOFF, backoff
+from loramill.registry import Registry, adapters, jobs
+from loramill.registry.jobs import checkpoints, worker_slots
+from loramill.registry.jobs.queue import LONGEST_BACKOFF, backoff
 from loramill.types import JobRecord, JobStatus, VersionRecord
 
 NOW = 1000.0
@@ -229,25 +230,25 @@ def test_a_failure_keeps_its_checkpoints(registry, job):
 
 def test_places_are_held_by_one(registry):
     def claim(name: str, holder: str, now: float = NOW) -> bool:
-        return do(registry, places.claim, name, holder, now=now, seconds=5, size=2)
+        return do(registry, worker_slots.claim, name, holder, now=now, seconds=5, size=2)
 
     assert claim("session-1", "a") and claim("session-2", "a")
     assert not claim("session-1", "b") and not claim("session-1", "a")
-    do(registry, places.keep, "a", ["session-1"], now=NOW + 1, seconds=5)
+    do(registry, worker_slots.keep, "a", ["session-1"], now=NOW + 1, seconds=5)
     with registry.reading() as session:
-        assert [(held.name, held.size) for held in places.all_held(session, NOW + 1)] == [("session-1", 2)]
-        assert places.is_open(session, "session-1", "a") and not places.is_open(session, "session-1", "b")
-    do(registry, places.end, "session-1")
+        assert [(held.name, held.size) for held in worker_slots.all_held(session, NOW + 1)] == [("session-1", 2)]
+        assert worker_slots.is_open(session, "session-1", "a") and not worker_slots.is_open(session, "session-1", "b")
+    do(registry, worker_slots.end, "session-1")
     with registry.reading() as session:
-        assert not places.is_open(session, "session-1", "a")
+        assert not worker_slots.is_open(session, "session-1", "a")
     assert claim("session-1", "b", NOW + 7)
     with registry.reading() as session:
-        assert places.is_open(session, "session-1", "b") and not places.is_open(session, "session-1", "a")
+        assert worker_slots.is_open(session, "session-1", "b") and not worker_slots.is_open(session, "session-1", "a")
 
 
 def test_of_many_claims_one_is_granted(registry):
     with ThreadPoolExecutor(6) as pool:
         granted = list(
-            pool.map(lambda n: do(registry, places.claim, "session-1", str(n), now=NOW, seconds=5), range(12))
+            pool.map(lambda n: do(registry, worker_slots.claim, "session-1", str(n), now=NOW, seconds=5), range(12))
         )
     assert sum(granted) == 1

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill.errors import Conflict, NotFound, QuotaExceeded, TrainingDiverged, Unavailable
-from loramill.registry import Registry, adapters, datasets, jobs, queue, tenants
-from loramill.registry.leases import _settle
-from loramill.registry.queue import LONGEST_PAUSE
+from loramill.registry import Registry, adapters, datasets, jobs, tenants
+from loramill.registry.jobs import queue
+from loramill.registry.jobs.leases import _settle
+from loramill.registry.jobs.queue import LONGEST_PAUSE
 from loramill.types import JobRecord, JobSpec, JobStatus, VersionRecord
 
 from .conftest import FINGERPRINT
@@ -84,9 +85,9 @@ class _Row:
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(1, 6))
 def test_a_job_fails_only_if_it_makes_no_progress(steps, max_attempts):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loramill.registry.transitions.tell", lambda *_, **__: None)
+        patch.setattr("loramill.registry.jobs.transitions.tell", lambda *_, **__: None)
         patch.setattr(
-            "loramill.registry.transitions.stop", lambda _session, row, status: setattr(row, "status", status)
+            "loramill.registry.jobs.transitions.stop", lambda _session, row, status: setattr(row, "status", status)
         )
         row, furthest, idle = _Row(), 0, 0
         for step in steps:
@@ -215,7 +216,7 @@ def test_jobs_that_were_there_before_have_their_base(empty_url):
     from alembic import command
 
     from loramill.registry import migrate
-    from loramill.registry.database import for_writing, make_engine, parse_url
+    from loramill.registry.database.engine import for_writing, make_engine, parse_url
 
     migrate_to = command.upgrade
     with pytest.MonkeyPatch.context() as patch:

@@ -17,8 +17,8 @@ from sqlalchemy import inspect, text
 
 from loramill.errors import DatabaseUnusable, DiskFull, Unavailable
 from loramill.registry import Registry, datasets, migrate, tenants
-from loramill.registry.database import make_engine, parse_url
-from loramill.registry.tables import Base
+from loramill.registry.database.engine import make_engine, parse_url
+from loramill.registry.database.tables import Base
 
 
 def open_at(database_url: str) -> Registry:

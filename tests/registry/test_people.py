@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import text
 
 from loramill.errors import Conflict, InvalidRequest, NotFound, Unauthenticated
-from loramill.registry import Registry, datasets, keys, tenants
-from loramill.registry.tables import Base
+from loramill.registry import Registry, api_keys, datasets, tenants
+from loramill.registry.database.tables import Base
 
 
 @pytest.fixture
@@ -37,34 +37,34 @@ def test_a_tenants_name_is_checked(registry):
 
 def test_a_key_opens_until_it_is_revoked(registry, acme):
     with registry.writing() as session:
-        key, secret = keys.create(session, "acme")
-        admin, _ = keys.create(session, None)
+        key, secret = api_keys.create(session, "acme")
+        admin, _ = api_keys.create(session, None)
     assert secret.startswith("lm-") and key.hint == secret[-4:]
     with registry.reading() as session:
-        assert keys.authenticate(session, secret) == key
-        assert keys.list_of(session, "acme") == [key]
-        assert keys.list_of(session, None) == [key, admin]
+        assert api_keys.authenticate(session, secret) == key
+        assert api_keys.list_of(session, "acme") == [key]
+        assert api_keys.list_of(session, None) == [key, admin]
         for wrong in ("", "lm-", secret[:-1], secret.upper()):
             with pytest.raises(Unauthenticated):
-                keys.authenticate(session, wrong)
+                api_keys.authenticate(session, wrong)
     with registry.writing() as session:
-        revoked = keys.revoke(session, key.id)
-        assert keys.revoke(session, key.id) == revoked
+        revoked = api_keys.revoke(session, key.id)
+        assert api_keys.revoke(session, key.id) == revoked
         with pytest.raises(Unauthenticated):
-            keys.authenticate(session, secret)
+            api_keys.authenticate(session, secret)
         with pytest.raises(NotFound):
-            keys.revoke(session, "key-0")
-        assert keys.get(session, key.id).revoked_at is not None
+            api_keys.revoke(session, "key-0")
+        assert api_keys.get(session, key.id).revoked_at is not None
 
 
 def test_a_key_needs_its_tenant(registry):
     with registry.writing() as session, pytest.raises(NotFound):
-        keys.create(session, "nobody")
+        api_keys.create(session, "nobody")
 
 
 def test_a_secret_is_stored_nowhere(registry, acme, database_url, tmp_path):
     with registry.writing() as session:
-        _, secret = keys.create(session, "acme")
+        _, secret = api_keys.create(session, "acme")
     with registry.reading() as session:
         stored = [str(row) for table in Base.metadata.sorted_tables for row in session.execute(table.select())]
     assert any(hashlib.sha256(secret.encode()).hexdigest() in row for row in stored)

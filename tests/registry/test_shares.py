@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 
 from loramill.errors import InvalidRequest, LoramillError, NotFound, QuotaExceeded
-from loramill.registry import Registry, datasets, jobs, migrate, shares, tenants
-from loramill.registry.tables import TenantRow
+from loramill.registry import Registry, datasets, jobs, migrate, tenants
+from loramill.registry.database.tables import TenantRow
+from loramill.registry.jobs import fair_share
 from loramill.types import JobRecord, JobSpec, JobStatus, VersionRecord
 
 NOW = 1000.0
@@ -163,9 +164,9 @@ def test_many_that_submit_at_once_keep_to_the_quota(registry, submit):
 
 
 def test_many_that_lease_at_once_keep_to_the_quota(registry, submit, monkeypatch):
-    charge = shares.charge
+    charge = fair_share.charge
     # Chosen, not committed: the others arrive.
-    monkeypatch.setattr(shares, "charge", lambda *arguments: (time.sleep(0.1), charge(*arguments)))
+    monkeypatch.setattr(fair_share, "charge", lambda *arguments: (time.sleep(0.1), charge(*arguments)))
     # Some take the next job, as sessions do, and some a certain one, as trainers do.
     mine = [submit("acme", cost=10).id for _ in range(12)]
     for _ in range(5):

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from loramill.errors import InvalidRequest, NotFound, QuotaExceeded, Unauthenticated
-from loramill.registry import Registry, audit, datasets, keys, tenants, usage
+from loramill.registry import Registry, api_keys, audit, datasets, tenants, usage
 from loramill.registry.usage import Count, Item
 from loramill.types import Limits, Meter, Scope
 
@@ -141,21 +141,21 @@ def test_two_uploads_at_once_do_not_both_take_the_last_room(registry: Registry) 
 
 def test_keys_expire_and_have_scopes(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     with registry.writing() as session:
-        every, _ = keys.create(session, "acme")
-        made, secret = keys.create(
+        every, _ = api_keys.create(session, "acme")
+        made, secret = api_keys.create(
             session, "acme", scopes=[Scope.READ, Scope.INFERENCE, Scope.READ], expires_at=time.time() + 60
         )
         assert every.scopes == tuple(Scope) and every.expires_at is None
         assert made.scopes == (Scope.INFERENCE, Scope.READ)
-        assert keys.authenticate(session, secret) == keys.get(session, made.id) == made
+        assert api_keys.authenticate(session, secret) == api_keys.get(session, made.id) == made
         with pytest.raises(InvalidRequest, match="scope"):
-            keys.create(session, "acme", scopes=[])
+            api_keys.create(session, "acme", scopes=[])
         with pytest.raises(InvalidRequest, match="expired already"):
-            keys.create(session, "acme", expires_at=time.time())
+            api_keys.create(session, "acme", expires_at=time.time())
         then = time.time() + 61
-        monkeypatch.setattr("loramill.registry.keys.time.time", lambda: then)
+        monkeypatch.setattr("loramill.registry.api_keys.time.time", lambda: then)
         with pytest.raises(Unauthenticated):
-            keys.authenticate(session, secret)
+            api_keys.authenticate(session, secret)
 
 
 def test_the_audit_goes_with_its_change(registry: Registry) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loramill.bases import Base
+from loramill.models.catalog import Base
 
 from ..llama import tiny_llama, write_base
 

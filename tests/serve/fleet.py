@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from loramill.serve.autoscaling import Decision, Fleet, ReplicaLoad, Targets, decide
+from loramill.serve.autoscaling.policy import Decision, Fleet, ReplicaLoad, Targets, decide
 
 TICK = 0.25
 #: Seconds after which a replica that was asked for is up, and by which what is known of a replica is old.

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from loramill.serve.engine.residency import Residency
-from loramill.serve.routing import Book, Limits, Report, route, stats_of
+from loramill.serve.engine.adapters.residency import Residency
+from loramill.serve.routing.policy import Book, Limits, Report, route, stats_of
 
 TICK = 0.02
 LOAD_SECONDS = 0.2

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-from loramill.serve.autoscaler import PROMPTLY, Policy, fleet_of
-from loramill.serve.autoscaling import Fleet, Memory, Reason, ReplicaLoad, Targets, decide
+from loramill.serve.autoscaling.policy import Fleet, Memory, Reason, ReplicaLoad, Targets, decide
+from loramill.serve.autoscaling.ray_policy import PROMPTLY, Policy, fleet_of
 
 from . import fleet
 from .fleet import SPEED, oracle, play, trace
@@ -198,7 +198,7 @@ def test_a_base_that_nobody_asks_sleeps_and_wakes():
 
 
 def test_what_serve_knows_is_understood_and_its_own_delays_are_off():
-    policy = {"policy_function": "loramill.serve.autoscaler:Policy", "policy_kwargs": {"speed": 100.0}}
+    policy = {"policy_function": "loramill.serve.autoscaling.ray_policy:Policy", "policy_kwargs": {"speed": 100.0}}
     config = AutoscalingConfig(min_replicas=0, max_replicas=4, initial_replicas=1, policy=policy, **PROMPTLY)
     here = DeploymentID("engine", "loramill")
     one, two = (ReplicaID(name, here) for name in ("one", "two"))

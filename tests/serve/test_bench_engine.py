@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from loramill.bases import Base
 from loramill.errors import EngineFault, InvalidRequest, ModelNotFound
 from loramill.kernels.bench import linear
 from loramill.kernels.bench.linear import Product
 from loramill.kernels.bench.measure import Effort, Result
+from loramill.models.catalog import Base
 from loramill.serve import bench
 from loramill.serve.bench import cold, idle, limits, memory, peft, prefill, runs, shapes, zipf
 from loramill.serve.bench import load as loads

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from loramill.errors import Unavailable
-from loramill.serve import channel
-from loramill.serve.channel import Address, Lost, Receiver, Sender
 from loramill.serve.protocol import ChosenToken, TextChunk, TokenText
+from loramill.serve.transport import channel
+from loramill.serve.transport.channel import Address, Lost, Receiver, Sender
 
 HOST = "127.0.0.1"
 

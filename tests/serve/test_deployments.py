@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from loramill.serve import replica
 from loramill.serve.deployments import engine_options, on_ray
-from loramill.serve.replica import Replica, find_device
+from loramill.serve.replica import replica
+from loramill.serve.replica.replica import Replica, find_device
 from loramill.settings import ServeSettings, Settings
 
 

@@ -17,16 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher
 
-from loramill.bases import Base
-from loramill.chat import ChatTokenizer
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import InvalidRequest, ModelNotFound
-from loramill.serve import masks
+from loramill.models.catalog import Base
 from loramill.serve.engine import Sampling
-from loramill.serve.engine.sampling import Chooser
-from loramill.serve.masks import MAX_GRAMMAR, Forms
+from loramill.serve.engine.sampler import Chooser
 from loramill.serve.protocol import Form, TextRequest
-from loramill.serve.replica import Replica
-from loramill.serve.tools import Call, CallScanner
+from loramill.serve.replica import masks
+from loramill.serve.replica.masks import MAX_GRAMMAR, Forms
+from loramill.serve.replica.replica import Replica
+from loramill.serve.replica.tool_calls import Call, CallScanner
 from loramill.settings import ServeSettings
 
 from ..hermes import SETTINGS, VOCABULARY, hermes_tokenizer

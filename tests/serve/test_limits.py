@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramill.serve.limits import MINUTE, as_of, decide, duration, together
+from loramill.serve.api.limits.policy import MINUTE, as_of, decide, duration, together
 from loramill.types import Limits, Meter
 
 counts = st.integers(0, 50)

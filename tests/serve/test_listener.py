@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.responses import StreamingResponse
 
 from loramill.errors import PortTaken, Unavailable
-from loramill.serve.listener import Listener, listening
+from loramill.serve.transport.http_server import Listener, listening
 
 HOST = "127.0.0.1"
 

@@ -18,11 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loramill.errors import InvalidRequest
 from loramill.names import check_name
-from loramill.serve import exposition
 from loramill.serve.engine import EngineStats
 from loramill.serve.engine.durations import BOUNDS, Durations, Stopwatch
-from loramill.serve.engine_metrics import EngineMetrics
-from loramill.serve.metrics import OTHER, REGISTRY, Bounded
+from loramill.serve.metrics import multiprocess
+from loramill.serve.metrics.definitions import OTHER, REGISTRY, Bounded
+from loramill.serve.metrics.engine import EngineMetrics
 
 
 def read(text: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -168,21 +168,21 @@ def test_durations_become_a_histogram() -> None:
 # -- several processes -------------------------------------------------------------------------------------------------
 
 GATEWAY = """
-from loramill.serve import metrics
+from loramill.serve.metrics import definitions as metrics
 metrics.REQUESTS.labels("chat", "acme", "acme/support", 200).inc(3)
 metrics.FIRST_TOKEN.labels("acme", "acme/support").observe(0.2)
 metrics.IN_FLIGHT.inc(2)
 """
 REPLICA = """
 from loramill.serve.engine import EngineStats
-from loramill.serve.engine_metrics import EngineMetrics
+from loramill.serve.metrics.engine import EngineMetrics
 EngineMetrics("r1").note(EngineStats(running=4, steps=7))
 """
 
 #: As a replica's, without the seconds that an engine takes to import.
 OLD_REPLICA = """
 from prometheus_client import Counter
-from loramill.serve.metrics import REGISTRY
+from loramill.serve.metrics.definitions import REGISTRY
 Counter("loramill_engine_steps", "Steps.", ("replica",), registry=REGISTRY).labels("r1").inc(7)
 """
 
@@ -190,7 +190,7 @@ Counter("loramill_engine_steps", "Steps.", ("replica",), registry=REGISTRY).labe
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What `exposition` shows."""
-    monkeypatch.setattr(exposition, "FOLDER", tmp_path / "metrics")
+    monkeypatch.setattr(multiprocess, "FOLDER", tmp_path / "metrics")
     return tmp_path / "metrics"
 
 
@@ -223,7 +223,7 @@ def killed(process: subprocess.Popen[bytes]) -> None:
 
 def shown() -> tuple[float | None, ...]:
     """Requests, first tokens, those in flight, the replica's steps and running answers."""
-    text = exposition.exposition()
+    text = multiprocess.exposition()
     return (
         of(text, "loramill_requests_total", endpoint="chat", tenant="acme", adapter="acme/support", code="200"),
         of(text, "loramill_time_to_first_token_seconds_bucket", tenant="acme", adapter="acme/support", le="0.25"),
@@ -247,7 +247,7 @@ def test_processes_are_summed_and_a_killed_one_leaves_what_it_counted(start, fol
     # Long afterwards their files are one, to which later ones come; what was one replica's own is gone.
     before = set(folder.glob("*.db"))
     for rounds in (1, 2):
-        exposition.bury(folder, older_than=float("inf"))
+        multiprocess.bury(folder, older_than=float("inf"))
         assert shown() == (3 + 3 * rounds, 1 + rounds, 2, None, None)
         assert {file.name for file in folder.glob("*_0.db")} == {"counter_0.db", "histogram_0.db"}
         killed(start(GATEWAY))
@@ -269,5 +269,5 @@ def test_what_has_just_ended_is_told_for_a_while(start, folder: Path) -> None:
 def test_a_merge_that_was_cut_short_does_no_harm(start, folder: Path) -> None:
     killed(start(GATEWAY))
     (folder / "counter_0.new").write_bytes(b"half")
-    exposition.bury(folder, older_than=float("inf"))
+    multiprocess.bury(folder, older_than=float("inf"))
     assert shown()[:3] == (3, 1, None)

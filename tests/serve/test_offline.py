@@ -16,8 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
-from loramill.bases import Base, find_base
-from loramill.chat import ChatTokenizer
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import (
     ContextLengthExceeded,
     DatasetInvalid,
@@ -26,6 +25,7 @@ from loramill.errors import (
     ModelNotFound,
     Unavailable,
 )
+from loramill.models.catalog import Base, find_base
 from loramill.serve import offline
 from loramill.serve.offline import Completion, OfflineEngine, PromptFile, ask
 from loramill.serve.protocol import TextRequest

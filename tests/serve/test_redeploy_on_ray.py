@@ -13,8 +13,8 @@ import ray
 from openai import OpenAI
 from ray import serve
 
-from loramill.bases import Base
-from loramill.registry import Registry, keys, migrate
+from loramill.models.catalog import Base
+from loramill.registry import Registry, api_keys, migrate
 from loramill.serve.deployments import deploy
 from loramill.settings import Settings
 
@@ -42,7 +42,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory, hermes_base: Base) -> Ite
 def client(settings: Settings) -> OpenAI:
     registry = Registry.open(settings.database, settings.artifacts)
     with registry.writing() as session:
-        _, secret = keys.create(session, None)
+        _, secret = api_keys.create(session, None)
     return OpenAI(base_url=f"{settings.address}/v1", api_key=secret, max_retries=2, timeout=120)
 
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from loramill.bases import Base
 from loramill.errors import Unavailable
+from loramill.models.catalog import Base
 from loramill.serve.protocol import TextRequest
-from loramill.serve.replica import Replica
+from loramill.serve.replica.replica import Replica
 from loramill.settings import ServeSettings
 
 

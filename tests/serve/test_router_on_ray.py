@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from loramill.serve.protocol import TextRequest
-from loramill.serve.routing import stats_of
+from loramill.serve.routing.policy import stats_of
 
 SLOTS = 8
 LOAD_SECONDS = 0.05
@@ -71,7 +71,7 @@ def gateway() -> Iterator[DeploymentHandle]:
         max_ongoing_requests=64,
         health_check_period_s=0.5,
         request_router_config={
-            "request_router_class": "loramill.serve.router.AdapterRouter",
+            "request_router_class": "loramill.serve.routing.ray_router.AdapterRouter",
             "request_routing_stats_period_s": 0.5,
         },
         ray_actor_options={"num_cpus": 0.1},

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.serve.routing import Book, Candidate, Limits, Report, route, stats_of
+from loramill.serve.routing.policy import Book, Candidate, Limits, Report, route, stats_of
 
 from .simulation import Arrival, clairvoyant, informed, play, zipf
 

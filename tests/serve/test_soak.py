@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from loramill.bases import Base
 from loramill.errors import EngineFault, Unavailable
 from loramill.kernels.bench.measure import Result
+from loramill.models.catalog import Base
 from loramill.serve.bench import ledger, memory
 from loramill.serve.bench import soak as soaks
 from loramill.serve.bench import subject as subjects
 from loramill.serve.bench.soak import soak
 from loramill.serve.engine import Engine, Finish, engine, scheduler
-from loramill.serve.engine.blocks import BlockPool, root_key
-from loramill.serve.engine.residency import Residency
+from loramill.serve.engine.adapters.residency import Residency
+from loramill.serve.engine.block_pool import BlockPool, root_key
 
 VOCABULARY = 101
 

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.serve.stopping import StopScanner
+from loramill.serve.replica.stop_strings import StopScanner
 
 texts = st.text(alphabet="abc", max_size=30)
 

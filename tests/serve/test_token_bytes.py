@@ -9,12 +9,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from loramill.chat import ChatTokenizer
-from loramill.serve.api.offsets import Offsets
+from loramill.data.token_bytes import TokenBytes, shown
+from loramill.data.tokenizer import ChatTokenizer
+from loramill.serve.api.generation.offsets import Offsets
 from loramill.serve.engine import TokenLogprobs
 from loramill.serve.protocol import TokenText
-from loramill.serve.replica import _Chosen
-from loramill.token_bytes import TokenBytes, shown
+from loramill.serve.replica.replica import _Chosen
 
 EMOJI = "Emoji list: \U0001f600 \U0001f603 \U0001f604"
 

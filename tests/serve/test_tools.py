@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramill.serve.tools import Call, CallScanner
+from loramill.serve.replica.tool_calls import Call, CallScanner
 
 
 def call(name: str = "f", **arguments: object) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from loramill.bases import Base
 from loramill.kernels.bench.measure import Result, measured
+from loramill.models.catalog import Base
 from loramill.serve.bench.http import added, compare, overload, promotion
 from loramill.serve.bench.http.servers import vllm_version
 from loramill.serve.bench.http.site import Site

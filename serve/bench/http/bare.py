@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from loramill.bases import Base
-from loramill.chat import ChatTokenizer
+from loramill.data.tokenizer import ChatTokenizer
+from loramill.models.catalog import Base
 from loramill.serve.bench.http.answers import Answer, Run
 from loramill.serve.bench.http.work import NEW, Ask, Stream
 from loramill.serve.bench.load import Load

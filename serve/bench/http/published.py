@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from loramill.bases import Base
+from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.registry import Registry, adapters, migrate, tenants
 from loramill.serve.bench.http.work import ADAPTERS, DISTINCT

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import httpx
 
-from loramill.bases import Base
 from loramill.errors import SetupError
+from loramill.models.catalog import Base
 from loramill.serve.bench.http.client import Server
 from loramill.settings import Settings
 

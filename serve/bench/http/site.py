@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from loramill.bases import Base
-from loramill.chat import ChatTokenizer
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import SetupError
+from loramill.models.catalog import Base
 from loramill.serve.bench.http import client, servers
 from loramill.serve.bench.http.alone import Alone
 from loramill.serve.bench.http.answers import Run

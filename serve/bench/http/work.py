@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Literal
 
-from loramill.chat import ChatTokenizer
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import BaseUnusable
 
 #: Tokens of a prompt and of an answer.

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loramill.bases import Base
 from loramill.kernels.quantization import Quantization
+from loramill.models.catalog import Base
 from loramill.types import JobSpec
 
 from ...llama import tiny_llama, write_base

@@ -15,11 +15,11 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from loramill.bases import Base, load_for_training
-from loramill.jobs.methods import adapter_files, attached
-from loramill.jobs.methods.seeds import seeded
-from loramill.jobs.methods.tuned import Tuned
+from loramill.jobs.train.methods import adapter_files, attached
+from loramill.jobs.train.methods.adapted_model import Tuned
+from loramill.jobs.train.methods.seeds import seeded
 from loramill.kernels.quantization import Quantization
+from loramill.models.catalog import Base, load_for_training
 from loramill.types import JobSpec
 
 VOCABULARY = 64

@@ -14,13 +14,13 @@ from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.adalora.layer import RankAllocator
 from safetensors.torch import load, load_file
 
-from loramill.bases import Base
-from loramill.chat import EncodedExample
+from loramill.data.tokenizer import EncodedExample
 from loramill.errors import AdapterInvalid
-from loramill.jobs.methods import adalora, adapter_files, attached
-from loramill.jobs.methods.adalora import budget, init_rank
-from loramill.jobs.methods.peft_folder import modules_of, tensor_name
-from loramill.jobs.training import export, train
+from loramill.jobs.train.loop import export, train
+from loramill.jobs.train.methods import adalora, adapter_files, attached
+from loramill.jobs.train.methods.adalora import budget, init_rank
+from loramill.jobs.train.methods.peft_folder import modules_of, tensor_name
+from loramill.models.catalog import Base
 from loramill.types import JobSpec
 
 from .driven import learn, loaded, loss_of, spec_of, stored, tokens, trained

@@ -13,12 +13,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from loramill.bases import Base
 from loramill.errors import AdapterInvalid
-from loramill.jobs.methods import attached, start
-from loramill.jobs.methods.peft_folder import lora_config
+from loramill.jobs.train.methods import attached, start
+from loramill.jobs.train.methods.peft_folder import lora_config
 from loramill.kernels.peft_folder import BaseModules, read_adapter
 from loramill.kernels.quantization import Quantization
+from loramill.models.catalog import Base
 from loramill.types import JobSpec
 
 from .driven import by_peft, learn, loaded, logits_of, loss_of, spec_of, stored, tokens, trained

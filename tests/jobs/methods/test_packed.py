@@ -6,9 +6,9 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from loramill.bases import Base
-from loramill.jobs.methods import attached
-from loramill.jobs.methods.residual import weight_of
+from loramill.jobs.train.methods import attached
+from loramill.jobs.train.methods.pissa_loftq import weight_of
+from loramill.models.catalog import Base
 
 from ...llama import tiny_llama, write_base
 from .driven import loaded, logits_of, loss_of, spec_of, tokens

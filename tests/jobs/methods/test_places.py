@@ -9,10 +9,10 @@ import pytest
 from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from loramill.bases import Base
 from loramill.errors import AdapterInvalid
-from loramill.jobs.methods.peft_folder import lora_config
-from loramill.jobs.methods.places import Place, places
+from loramill.jobs.train.methods.peft_folder import lora_config
+from loramill.jobs.train.methods.targets import Place, places
+from loramill.models.catalog import Base
 from loramill.types import JobSpec
 
 from .driven import loaded, spec_of

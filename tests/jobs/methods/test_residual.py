@@ -9,11 +9,11 @@ import torch
 from peft import get_peft_model
 from peft.utils.loftq_utils import _low_rank_decomposition
 
-from loramill.bases import Base
 from loramill.errors import AdapterInvalid, BaseUnusable
-from loramill.jobs.methods import attached
-from loramill.jobs.methods.peft_folder import lora_config, modules_of, tensor_name
-from loramill.jobs.methods.residual import A0, B0
+from loramill.jobs.train.methods import attached
+from loramill.jobs.train.methods.peft_folder import lora_config, modules_of, tensor_name
+from loramill.jobs.train.methods.pissa_loftq import A0, B0
+from loramill.models.catalog import Base
 
 from .driven import learn, loaded, logits_of, loss_of, spec_of, tokens, trained
 

@@ -21,13 +21,13 @@ from fastapi.openapi.utils import get_openapi
 from openai import OpenAI
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from loramill.bases import Base
-from loramill.chat import ChatTokenizer
+from loramill.data.tokenizer import ChatTokenizer
+from loramill.models.catalog import Base
 from loramill.names import AdapterName
-from loramill.registry import Registry, adapters, keys, migrate, tenants
+from loramill.registry import Registry, adapters, api_keys, migrate, tenants
 from loramill.serve.api.app import build_api
-from loramill.serve.fake import EchoBackend
 from loramill.serve.protocol import Backend, TextChunk, TextRequest
+from loramill.serve.replica.fake import EchoBackend
 from loramill.settings import Settings
 from loramill.types import VersionRecord
 
@@ -79,7 +79,7 @@ class Site:
 
     def key(self, tenant: str) -> str:
         with self.registry.writing() as session:
-            return keys.create(session, tenant)[1]
+            return api_keys.create(session, tenant)[1]
 
     def openai(self, key: str, **options: object) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     migrate(settings.database)
     registry = Registry.open(settings.database, settings.artifacts)
     with registry.writing() as session:
-        _, admin_key = keys.create(session, None)
+        _, admin_key = api_keys.create(session, None)
     (home / "config.json").write_text(json.dumps(CONFIG))
     base = Base("tiny", home, hashlib.sha256(b"tiny").hexdigest(), "LlamaForCausalLM", 512)
     backend, tokenizer = Switch(), byte_tokenizer()

@@ -11,7 +11,7 @@ import pytest
 
 from loramill.names import AdapterName
 from loramill.registry import datasets, jobs
-from loramill.registry.manifest import Entry, Manifest
+from loramill.registry.artifacts.manifest import Entry, Manifest
 from loramill.types import JobSpec, VersionRecord
 
 FILES = {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": bytes(range(256)) * 9000}

@@ -8,7 +8,7 @@ import httpx
 from openai import OpenAI
 
 from loramill.registry import evaluations, nightly
-from loramill.serve.fake import EchoBackend
+from loramill.serve.replica.fake import EchoBackend
 
 HELLO: Any = [{"role": "user", "content": "hi"}]
 

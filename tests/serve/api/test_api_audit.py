@@ -11,7 +11,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from loramill.registry import audit, jobs, keys
+from loramill.registry import api_keys, audit, jobs
 from loramill.types import AuditRecord
 
 from .test_api_imports import form
@@ -44,7 +44,7 @@ def stage(site: Any, tenant: str, jsonl: Any) -> Iterator[Stage]:
     for number in range(2):
         site.publish(f"{tenant}/a", f"{tenant} {number}")
     with site.registry.writing() as session:
-        key, _ = keys.create(session, tenant)
+        key, _ = api_keys.create(session, tenant)
     with site.http(site.admin_key) as admin, site.http(site.key(tenant)) as own:
         files = [
             own.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a", jsonl(5))}).json()["id"]

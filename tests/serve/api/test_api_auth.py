@@ -9,9 +9,9 @@ import openai
 import pytest
 from openai import OpenAI
 
-from loramill.registry import keys
-from loramill.serve.api.auth import Caller
-from loramill.serve.fake import EchoBackend
+from loramill.registry import api_keys
+from loramill.serve.api.middleware.authentication import Caller
+from loramill.serve.replica.fake import EchoBackend
 
 HELLO: Any = [{"role": "user", "content": "hi"}]
 
@@ -51,11 +51,11 @@ def test_a_body_is_not_read_without_a_key(site: Any) -> None:
 
 def test_revoked_at_once(site: Any, tenant: str) -> None:
     with site.registry.writing() as session:
-        record, secret = keys.create(session, tenant)
+        record, secret = api_keys.create(session, tenant)
     client = site.openai(secret)
     client.models.list()
     with site.registry.writing() as session:
-        keys.revoke(session, record.id)
+        api_keys.revoke(session, record.id)
     with pytest.raises(openai.AuthenticationError):
         client.models.list()
 

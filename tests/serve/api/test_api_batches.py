@@ -8,7 +8,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from loramill.dataset import read_examples
+from loramill.data.examples import read_examples
 from loramill.registry import jobs, tenants
 from loramill.types import JobStatus
 

@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from loramill.serve.fake import EchoBackend
+from loramill.serve.replica.fake import EchoBackend
 
 HELLO: Any = [{"role": "user", "content": "one two three"}]
 

@@ -11,8 +11,8 @@ import openai
 import pytest
 from openai import OpenAI
 
-from loramill.serve.fake import EchoBackend
 from loramill.serve.protocol import TextChunk, TextRequest
+from loramill.serve.replica.fake import EchoBackend
 
 
 def test_text_prompt(client: OpenAI, echo: EchoBackend, site: Any) -> None:

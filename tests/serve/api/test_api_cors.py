@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from loramill.serve.api.app import build_api
-from loramill.serve.fake import EchoBackend
 from loramill.serve.protocol import TextChunk, TextRequest
+from loramill.serve.replica.fake import EchoBackend
 from loramill.settings import ServeSettings
 
 PAGE = "https://app.example"

@@ -11,10 +11,10 @@ import openai
 import pytest
 from openai import OpenAI
 
-from loramill.registry import deletion, jobs, keys, tenants
-from loramill.registry.tables import JobRow
-from loramill.serve.fake import EchoBackend
+from loramill.registry import api_keys, deletion, jobs, tenants
+from loramill.registry.database.tables import JobRow
 from loramill.serve.protocol import TextChunk, TextRequest
+from loramill.serve.replica.fake import EchoBackend
 from loramill.types import JobStatus, Scope
 
 HELLO: Any = [{"role": "user", "content": "one two three"}]
@@ -174,7 +174,7 @@ def test_a_tenant_is_deleted_by_an_admin_alone(http: httpx.Client, site: Any, te
 def test_only_a_key_for_adapters_deletes_them(site: Any, tenant: str) -> None:
     site.publish(f"{tenant}/support", f"{tenant} one")
     with site.registry.writing() as session:
-        secrets = {scope: keys.create(session, tenant, scopes=[scope])[1] for scope in Scope}
+        secrets = {scope: api_keys.create(session, tenant, scopes=[scope])[1] for scope in Scope}
     for scope in (Scope.INFERENCE, Scope.TRAINING, Scope.READ):
         with site.openai(secrets[scope]) as client, pytest.raises(openai.PermissionDeniedError, match="adapters"):
             client.models.delete(f"{tenant}/support")

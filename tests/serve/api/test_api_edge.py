@@ -11,11 +11,11 @@ import pytest
 
 from loramill.errors import Unavailable
 from loramill.registry import Registry, migrate
-from loramill.serve.api import health
 from loramill.serve.api.app import build_api
-from loramill.serve.api.edge import JSON_BYTES
-from loramill.serve.fake import EchoBackend
+from loramill.serve.api.middleware.request_id import JSON_BYTES
+from loramill.serve.api.routes import health
 from loramill.serve.protocol import TextChunk, TextRequest
+from loramill.serve.replica.fake import EchoBackend
 
 
 class NotReady(EchoBackend):

@@ -12,9 +12,9 @@ import pytest
 from openai import AsyncOpenAI, OpenAI, pydantic_function_tool
 from pydantic import BaseModel, Field
 
-from loramill.bases import Base
 from loramill.errors import ModelNotFound
-from loramill.serve.replica import Replica
+from loramill.models.catalog import Base
+from loramill.serve.replica.replica import Replica
 from loramill.settings import ServeSettings
 
 from ...hermes import SPECIAL, VOCABULARY

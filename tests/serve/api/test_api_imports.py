@@ -13,10 +13,10 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load, save, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loramill.bases import modules_of
 from loramill.client import Client
 from loramill.errors import InvalidRequest
 from loramill.kernels.peft_folder import read_adapter
+from loramill.models.catalog import modules_of
 from loramill.registry import tenants
 from loramill.types import Limits
 

@@ -13,7 +13,8 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 from loramill.errors import TrainingDiverged
-from loramill.registry import checkpoints, jobs
+from loramill.registry import jobs
+from loramill.registry.jobs import checkpoints
 from loramill.types import JobRecord, JobStatus, VersionRecord
 
 METRICS = {"train_loss": 1.5, "train_mean_token_accuracy": 0.5, "valid_loss": 1.25, "valid_mean_token_accuracy": 0.625}
@@ -185,7 +186,7 @@ def test_events_are_read_page_by_page(client: OpenAI, site: Any, job: str, monke
             jobs.add_event(session, job, "info", "message", str(number), {})
     read = []
     monkeypatch.setattr(
-        "loramill.registry.history.JobEvent.model_validate",
+        "loramill.registry.jobs.history.JobEvent.model_validate",
         lambda row, validate=jobs.JobEvent.model_validate: read.append(row) or validate(row),
     )
     page = client.fine_tuning.jobs.list_events(job, limit=5)

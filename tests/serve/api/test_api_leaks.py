@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loramill.registry import keys
+from loramill.registry import api_keys
 from loramill.types import Scope
 
 
@@ -28,7 +28,7 @@ class Names:
 def theirs(site: Any, other: str, jsonl: Any) -> Names:
     version = site.publish(f"{other}/support", f"{other} one")
     with site.registry.writing() as session:
-        key, secret = keys.create(session, other)
+        key, secret = api_keys.create(session, other)
     with site.http(secret) as http:
         file = http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a", jsonl(5))}).json()["id"]
         job = http.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file}).json()["id"]
@@ -150,7 +150,7 @@ def test_nothing_of_anothers_was_changed(site: Any, http: httpx.Client, tenant: 
 
 def test_a_key_without_the_scope_learns_nothing_either(site: Any, tenant: str, theirs: Names, nobodys: Names) -> None:
     with site.registry.writing() as session:
-        _, secret = keys.create(session, tenant, scopes=[Scope.INFERENCE])
+        _, secret = api_keys.create(session, tenant, scopes=[Scope.INFERENCE])
     with site.http(secret) as http:
         for it in (theirs, nobodys):
             answer = http.get(f"/v1/files/{it.file}")

@@ -14,9 +14,9 @@ import pytest
 from openai import OpenAI
 
 from loramill.errors import ContextLengthExceeded, Unavailable
-from loramill.registry import Registry, keys, tenants, usage
-from loramill.serve.fake import EchoBackend
+from loramill.registry import Registry, api_keys, tenants, usage
 from loramill.serve.protocol import TextChunk, TextRequest
+from loramill.serve.replica.fake import EchoBackend
 from loramill.types import Limits, Meter
 
 HELLO: Any = [{"role": "user", "content": "one two three"}]
@@ -251,7 +251,7 @@ def test_a_change_by_one_gateway_is_seen_by_another_within_a_second(
 ) -> None:
     first, second = site.publish(f"{tenant}/a", f"{tenant} one"), site.publish(f"{tenant}/a", f"{tenant} two")
     with site.registry.writing() as session:
-        key, secret = keys.create(session, tenant)
+        key, secret = api_keys.create(session, tenant)
     with site.http(site.admin_key) as admin, twin.http(secret) as there:
 
         def seen() -> bool:

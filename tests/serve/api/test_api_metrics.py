@@ -15,14 +15,14 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from loramill.errors import Overloaded, QuotaExceeded, Unavailable
-from loramill.serve.api import watch
-from loramill.serve.api.admission import admit
-from loramill.serve.api.books import Books
-from loramill.serve.api.gateway import Served
-from loramill.serve.api.lookup import Target
-from loramill.serve.fake import EchoBackend
-from loramill.serve.metrics import ADMIN, OTHER, Bounded
+from loramill.serve.api.dependencies import Served
+from loramill.serve.api.generation import metrics as watch
+from loramill.serve.api.generation.admission import admit
+from loramill.serve.api.generation.model_lookup import Target
+from loramill.serve.api.limits.tracker import Books
+from loramill.serve.metrics.definitions import ADMIN, OTHER, Bounded
 from loramill.serve.protocol import TextChunk, TextRequest
+from loramill.serve.replica.fake import EchoBackend
 
 HELLO: Any = [{"role": "user", "content": "one two three"}]
 

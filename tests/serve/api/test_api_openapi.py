@@ -24,7 +24,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance, unsuppor
 
 from loramill.names import AdapterName
 from loramill.registry import adapters, datasets, jobs
-from loramill.serve.api.auth import OPEN_PATHS
+from loramill.serve.api.middleware.authentication import OPEN_PATHS
 from loramill.serve.api.openapi import operations
 from loramill.serve.api.readings import DATA
 from loramill.types import JobSpec, VersionRecord

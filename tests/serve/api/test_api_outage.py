@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loramill.registry import Registry, jobs, keys, migrate, tenants
+from loramill.registry import Registry, api_keys, jobs, migrate, tenants
 from loramill.serve.api.app import build_api
 
 from ... import switched
@@ -45,8 +45,8 @@ def test_endpoints_answer_while_postgresql_is_away_and_nothing_shows_where_it_is
         registry = Registry.open(url, site.settings.artifacts)
         with registry.writing() as session:
             tenants.create(session, "acme")
-            _, secret = keys.create(session, "acme")
-            _, admin = keys.create(session, None)
+            _, secret = api_keys.create(session, "acme")
+            _, admin = api_keys.create(session, None)
         here = replace(site, registry=registry)
         app = build_api(
             registry=registry, base=site.base, tokenizer=site.tokenizer, backend=site.backend, settings=site.settings

@@ -12,7 +12,7 @@ from openai import OpenAI
 from openai.resources.chat import Completions as Chat
 from openai.resources.completions import Completions
 
-from loramill.serve.fake import EchoBackend
+from loramill.serve.replica.fake import EchoBackend
 
 FUNCTION = {"type": "function", "function": {"name": "f"}}
 

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loramill.serve.fake import EchoBackend
+from loramill.serve.replica.fake import EchoBackend
 
 
 @pytest.fixture

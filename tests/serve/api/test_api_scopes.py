@@ -9,9 +9,9 @@ import httpx
 import openai
 import pytest
 
-from loramill.registry import keys
-from loramill.serve.api.auth import OPEN_PATHS
-from loramill.serve.api.scopes import accepted
+from loramill.registry import api_keys
+from loramill.serve.api.middleware.authentication import OPEN_PATHS
+from loramill.serve.api.middleware.scopes import accepted
 from loramill.types import Scope
 
 HELLO: Any = [{"role": "user", "content": "hi"}]
@@ -84,7 +84,7 @@ def test_the_scopes_of_an_endpoint(endpoint: str, scopes: tuple[Scope, ...]) -> 
 
 def test_a_key_with_a_scope_does_that_and_names_what_it_lacks(site: Any, tenant: str, jsonl: Any) -> None:
     with site.registry.writing() as session:
-        secrets = {scope: keys.create(session, tenant, scopes=[scope])[1] for scope in Scope}
+        secrets = {scope: api_keys.create(session, tenant, scopes=[scope])[1] for scope in Scope}
     site.publish(f"{tenant}/a", f"{tenant} one")
 
     def ask(http: httpx.Client) -> dict[Scope, httpx.Response]:
@@ -134,7 +134,7 @@ def test_keys_are_made_with_scopes_and_an_end(site: Any, tenant: str) -> None:
 
 def test_an_expired_key_is_refused_though_it_is_remembered(site: Any, tenant: str) -> None:
     with site.registry.writing() as session:
-        _, secret = keys.create(session, tenant, expires_at=time.time() + 0.3)
+        _, secret = api_keys.create(session, tenant, expires_at=time.time() + 0.3)
     with site.http(secret) as http:
         assert http.get("/v1/models").status_code == 200
         time.sleep(0.35)  # the end of what is remembered is later

@@ -16,9 +16,9 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from loramill.errors import ContextLengthExceeded, LoramillError, Overloaded, Unavailable
-from loramill.serve.api.answers import EventStream, generate
-from loramill.serve.fake import EchoBackend
+from loramill.serve.api.generation.streaming import EventStream, generate
 from loramill.serve.protocol import TextChunk, TextRequest
+from loramill.serve.replica.fake import EchoBackend
 
 HELLO: Any = [{"role": "user", "content": "one two three"}]
 LONG: Any = [{"role": "user", "content": "word " * 20_000}]

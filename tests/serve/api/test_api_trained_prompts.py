@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from loramill.chat import ChatTokenizer
-from loramill.dataset import read_examples
-from loramill.serve.api.chat import ChatRequest
+from loramill.data.examples import read_examples
+from loramill.data.tokenizer import ChatTokenizer
+from loramill.serve.api.routes.chat import ChatRequest
 
 USER, ANSWER = {"role": "user", "content": "Where is parcel 7?"}, {"role": "assistant", "content": "In Rome."}
 CALL = {"id": "c1", "type": "function", "function": {"name": "parcel", "arguments": '{"id":"7","é":[1.5,null]}'}}

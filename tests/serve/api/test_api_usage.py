@@ -12,11 +12,11 @@ import pytest
 from openai import OpenAI
 
 from loramill.errors import Unavailable
-from loramill.registry import Registry, keys, migrate, tenants, usage
+from loramill.registry import Registry, api_keys, migrate, tenants, usage
 from loramill.registry.usage import Count, Item
-from loramill.serve.api import metering
 from loramill.serve.api.app import build_api
-from loramill.serve.fake import EchoBackend
+from loramill.serve.api.limits import flush as metering
+from loramill.serve.replica.fake import EchoBackend
 
 HELLO: Any = [{"role": "user", "content": "one two three"}]
 
@@ -107,7 +107,7 @@ def test_the_last_page_is_written_at_the_end_and_a_failed_one_later(
     registry = Registry.open(url, str(tmp_path / "artifacts"))
     with registry.writing() as session:
         tenants.create(session, "acme")
-        _, secret = keys.create(session, "acme")
+        _, secret = api_keys.create(session, "acme")
     app = build_api(
         registry=registry, base=site.base, tokenizer=site.tokenizer, backend=EchoBackend(), settings=site.settings
     )

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from loramill.errors import Unauthenticated, Unavailable
-from loramill.serve.api import remembered
-from loramill.serve.api.remembered import SECONDS, Remembered
+from loramill.serve.api import cache
+from loramill.serve.api.cache import SECONDS, Remembered
 
 
 class Record:
@@ -47,7 +47,7 @@ def record() -> Record:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     now = [100.0]
-    monkeypatch.setattr(remembered.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(cache.time, "monotonic", lambda: now[0])
 
     def go(seconds: float) -> None:
         now[0] += seconds
@@ -242,8 +242,8 @@ def test_a_silent_database_is_waited_for_once(record: Record, monkeypatch: pytes
     async def ask() -> None:
         known = view(record, grace=60.0)
         await known.get("a")
-        monkeypatch.setattr(remembered, "PATIENCE", 0.05)
-        monkeypatch.setattr(remembered, "SECONDS", 0.0)
+        monkeypatch.setattr(cache, "PATIENCE", 0.05)
+        monkeypatch.setattr(cache, "SECONDS", 0.0)
         record.open.clear()
         waits = []
         for _ in range(5):

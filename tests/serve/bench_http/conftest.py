@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from loramill.bases import Base
 from loramill.kernels.bench.measure import Result
+from loramill.models.catalog import Base
 from loramill.serve.bench.http import bare, promotion, published, turns
 from loramill.settings import Settings
 

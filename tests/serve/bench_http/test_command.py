@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from loramill.bases import Base
 from loramill.errors import InvalidRequest
 from loramill.kernels.bench.measure import Result
-from loramill.registry import Registry, adapters, keys
+from loramill.models.catalog import Base
+from loramill.registry import Registry, adapters, api_keys
 from loramill.serve.api.app import build_api
 from loramill.serve.bench import http as bench
 from loramill.serve.bench.http import added, compare, overload, promotion, servers, site
 from loramill.serve.bench.http.client import Server
 from loramill.serve.bench.http.work import DISTINCT, NEW, PROMPT
-from loramill.serve.fake import EchoBackend
+from loramill.serve.replica.fake import EchoBackend
 from loramill.settings import Settings
 
 from ..api.conftest import running
@@ -95,7 +95,7 @@ def test_every_case_runs_over_a_real_gateway_and_has_the_issues_target(
     def loramill(settings: Settings) -> Iterator[Server]:
         registry = Registry.open(settings.database, settings.artifacts)
         with registry.writing() as session:
-            _, key = keys.create(session, None)
+            _, key = api_keys.create(session, None)
             known.update(
                 one.id for each in adapters.list_of(session, None) for one in adapters.versions(session, each.name)
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loramill.bases import Base
+from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.registry import Registry, adapters
 from loramill.serve.bench.http import published

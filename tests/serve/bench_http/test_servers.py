@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loramill.bases import Base
 from loramill.errors import SetupError
+from loramill.models.catalog import Base
 from loramill.serve.bench.http import servers
 from loramill.serve.bench.http.client import Server
 

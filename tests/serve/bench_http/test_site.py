@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from loramill.bases import Base
 from loramill.errors import SetupError
+from loramill.models.catalog import Base
 from loramill.serve.bench.http import published, servers, site
 from loramill.serve.bench.http.alone import Alone
 from loramill.settings import Settings

@@ -17,7 +17,7 @@ from loramill.errors import (
     SettingsInvalid,
     Unavailable,
 )
-from loramill.registry.artifacts import ArtifactStore
+from loramill.registry.artifacts.store import ArtifactStore
 from loramill.serve.engine import EngineConfig, Finish, Request, Sampling
 
 from ... import switched

@@ -7,7 +7,7 @@ import pytest
 
 from loramill.errors import EngineFault, Unavailable
 from loramill.serve.engine import Finish
-from loramill.serve.engine.residency import Residency
+from loramill.serve.engine.adapters.residency import Residency
 from loramill.serve.engine.scheduler import Scheduler, Sequence
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill.kernels import PackedAdapter
-from loramill.serve.engine.host_cache import HostCache
+from loramill.serve.engine.adapters.host_cache import HostCache
 
 
 def packed(size: int, content: int) -> PackedAdapter:

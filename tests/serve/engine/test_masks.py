@@ -8,7 +8,7 @@ import torch
 
 from loramill.errors import InvalidRequest
 from loramill.serve.engine import Finish, Sampling
-from loramill.serve.engine.sampling import Chooser, choose
+from loramill.serve.engine.sampler import Chooser, choose
 
 VOCABULARY = 101
 STOP = 7

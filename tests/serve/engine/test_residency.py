@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill.errors import EngineFault
-from loramill.serve.engine.residency import Moves, Residency
+from loramill.serve.engine.adapters.residency import Moves, Residency
 
 
 def use(residency: Residency, version: str) -> None:

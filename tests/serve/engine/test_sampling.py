@@ -18,8 +18,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loramill.serve.engine import Sampling, sampling
-from loramill.serve.engine.sampling import Chooser, _mix, choose, likeliest_by_torch, token_logprobs
+from loramill.serve.engine import Sampling
+from loramill.serve.engine import sampler as sampling
+from loramill.serve.engine.sampler import Chooser, _mix, choose, likeliest_by_torch, token_logprobs
 
 LOGITS = torch.tensor([1.0, 3.0, 0.5, 2.0, -1.0])
 

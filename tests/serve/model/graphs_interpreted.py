@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from loramill.kernels import plain, triton
+from loramill.kernels import torch_backend, triton
 from loramill.serve.model import load_decoder, loading
 from loramill.serve.model.graphs import GraphedDecoder
 
@@ -40,7 +40,7 @@ def test_decodes_of_the_triton_backend_in_graphs(tmp_path, monkeypatch):
         recorded.append(run().clone())
         return run
 
-    decoder, eager = (loaded(folder, backend, monkeypatch) for backend in (triton, plain))
+    decoder, eager = (loaded(folder, backend, monkeypatch) for backend in (triton, torch_backend))
     session = Session(GraphedDecoder(decoder, rows=(1, 3), ranks=(0, 4, 8), capture=capture), eager)
     for who, rank in enumerate((3, 8)):
         session.load(who, rank, share=0.4)

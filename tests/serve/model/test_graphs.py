@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from loramill.errors import BaseUnusable, EngineFault, SetupError
-from loramill.kernels import Batch, Delta, Pages, Span, plain
+from loramill.kernels import Batch, Delta, Pages, Span, torch_backend
 from loramill.serve.engine import Engine, EngineConfig, Request, Sampling
 from loramill.serve.engine.durations import Durations
 from loramill.serve.model import Chunk, load_decoder, load_model, loading
@@ -88,7 +88,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def decoder(folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "backend", lambda *_: plain)
+        patch.setattr(loading, "backend", lambda *_: torch_backend)
         return load_decoder(folder, dtype=torch.float32)
 
 

@@ -1,0 +1,1 @@
+"""Jobs on Ray: the supervisor, and the processes that it launches."""

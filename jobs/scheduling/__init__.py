@@ -1,0 +1,1 @@
+"""What runs where: the decision, and the reconciler that applies it."""

@@ -1,0 +1,174 @@
+"""A supervisor without Ray: looks at the record, decides, and starts what is missing, each in a thread of its own.
+
+It holds no state that matters: what it held is free soon after it vanished, and what must be done is in the record.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from loramill.jobs.scheduling.policy import (
+    EndSession,
+    Pool,
+    Preempt,
+    Running,
+    StartSession,
+    StartTrainer,
+    Waiting,
+    decide,
+)
+from loramill.registry import Registry, jobs
+from loramill.registry.database.tables import JobRow
+from loramill.registry.jobs import queue, worker_slots
+from loramill.settings import JobSettings
+from loramill.types import JobStatus
+
+log = logging.getLogger(__name__)
+
+#: A supervisor silent for so many seconds has lost its places.
+PLACE_SECONDS = 5.0
+LOOK_SECONDS, AWAY_SECONDS = 1.0, 3.0
+
+
+class Keeper:
+    """Keeps as many sessions and trainers running as the queue asks for.
+
+    Args:
+        base: fingerprint of the base that is trained here; jobs of other bases wait. None: any.
+        run_session: runs a session until it ends; called in a thread of its own with the place's name and `holder`.
+        run_trainer: the same for one job's trainer, with the job's id and the number of its processes.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        settings: JobSettings,
+        *,
+        base: str | None = None,
+        run_session: Callable[[str, str], None],
+        run_trainer: Callable[[str, int], None],
+    ) -> None:
+        self.holder = uuid.uuid4().hex
+        self._registry, self._settings, self._base = registry, settings, base
+        self._settle_from = 0.0
+        self._run_session, self._run_trainer = run_session, run_trainer
+        self._threads: dict[str, threading.Thread] = {}
+
+    @property
+    def alive(self) -> list[str]:
+        """The names of the places where something runs."""
+        return sorted(name for name, thread in self._threads.items() if thread.is_alive())
+
+    def watch(self, ended: threading.Event) -> None:
+        """Looks again and again until `ended` is set, whatever happens."""
+        pause = 0.0
+        while not ended.wait(pause):
+            try:
+                self.look()
+                pause = LOOK_SECONDS
+            except Exception:  # whatever it was (a busy database, say), the next look may succeed
+                log.exception("the supervisor could not look at the queue; trying again")
+                pause = AWAY_SECONDS
+                # All workers were silent while the database was away; they keep their jobs if they report soon.
+                self._settle_from = time.monotonic() + AWAY_SECONDS + self._settings.lease_seconds
+
+    def look(self) -> None:
+        """Settles what was lost, and takes the next actions.
+
+        Raises:
+            Unavailable, DiskFull, DatabaseUnusable: the record can't be reached.
+        """
+        now = time.time()
+        with self._registry.writing() as session:
+            if time.monotonic() >= self._settle_from:
+                jobs.settle_lost(session, now=now, max_attempts=self._settings.max_attempts)
+            worker_slots.keep(session, self.holder, self.alive, now=now, seconds=PLACE_SECONDS)
+        with self._registry.reading() as session:
+            pool = observe(session, self._settings, now, self._base)
+        for action in decide(pool):
+            match action:
+                case StartSession(name):
+                    self._start(name, 1, lambda name=name: self._run_session(name, self.holder))  # type: ignore[misc]
+                case StartTrainer(job, size):
+                    self._start(job, size, lambda job=job: self._train(job))  # type: ignore[misc]
+                case EndSession(name):
+                    with self._registry.writing() as session:
+                        worker_slots.end(session, name)
+                case Preempt(job, attempt):
+                    with self._registry.writing() as session:
+                        jobs.preempt(session, job, attempt)
+
+    def _start(self, name: str, size: int, run: Callable[[], None]) -> None:
+        """Runs in a thread what is to run under this name, unless another supervisor was first."""
+        if name in self.alive:
+            return
+        with self._registry.writing() as session:
+            if not worker_slots.claim(session, name, self.holder, now=time.time(), seconds=PLACE_SECONDS, size=size):
+                return
+        thread = threading.Thread(target=_logged, args=(name, run), name=name, daemon=True)
+        self._threads = {name: thread for name, thread in self._threads.items() if thread.is_alive()} | {name: thread}
+        thread.start()
+
+    def _train(self, job_id: str) -> None:
+        """Runs a job's own trainer; what ends it before the job is told in the job's history."""
+        with self._registry.reading() as session:
+            gpus = jobs.get(session, job_id).spec.gpus
+        try:
+            self._run_trainer(job_id, gpus)
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            with self._registry.writing() as session:
+                jobs.add_event(session, job_id, "warn", "message", f"Its trainer ended: {reason[-1]}", {})
+            raise
+
+
+def observe(session: Session, settings: JobSettings, now: float, base: str | None = None) -> Pool:
+    """The pool as the registry has it, with as many waiting jobs of this base (None: any) as there are worker slots."""
+    running = session.execute(
+        select(JobRow.id, JobRow.attempt, JobRow.priority, JobRow.started_at, JobRow.owner, JobRow.asked).where(
+            JobRow.status == JobStatus.RUNNING
+        )
+    )
+    return Pool(
+        size=settings.sessions,
+        held=tuple(worker_slots.all_held(session, now)),
+        running=tuple(
+            Running(row.id, row.attempt, row.priority, row.started_at, place_of(row.owner), row.asked is not None)
+            for row in running
+        ),
+        waiting=tuple(
+            Waiting(job.id, job.executor, job.priority, _size(session, job, settings))
+            for job in queue.waiting(session, now, executor=None, limit=settings.sessions, base=base)
+        ),
+    )
+
+
+def owner_at(place: str, pid: int) -> str:
+    """The name of a worker in the record."""
+    return f"{place}:{pid}"
+
+
+def place_of(owner: str) -> str:
+    """The place of a worker by its name."""
+    return owner.partition(":")[0]
+
+
+def _size(session: Session, job: queue.Waiting, settings: JobSettings) -> int:
+    if job.executor == "session":
+        return 1
+    return jobs.get(session, job.id).spec.gpus * (settings.per_gpu if settings.use_gpu else 1)
+
+
+def _logged(name: str, run: Callable[[], None]) -> None:
+    try:
+        run()
+    except Exception:  # the jobs are in the record; the next look starts what is missing
+        log.exception("%s ended with an error", name)
+        time.sleep(PLACE_SECONDS)  # keeps the place, so that what fails at once isn't started again at once

@@ -1,0 +1,1 @@
+"""The mathematics of training: batches, forward passes, optimizers, checkpoints and methods."""

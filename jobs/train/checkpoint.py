@@ -1,0 +1,159 @@
+"""A job's checkpoints: files that are whole or not there, in a folder or at an fsspec URL that every node reaches.
+
+A file is named `<key>-<step><a or b>-<best step>-<sha256 of its content>.safetensors`. The key is of the job's spec, so
+a checkpoint of another spec is never met; the hash tells a torn or damaged file from a whole one. The last two are
+kept, as the last may be damaged, and the best that each of them names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+
+from loramill.errors import ArtifactCorrupt
+from loramill.jobs.train.checkpoint_store import Place, place_at
+from loramill.types import JobSpec
+
+log = logging.getLogger(__name__)
+
+#: Checkpoints kept besides the best: the last, and the one before.
+KEPT = 2
+#: Of what a file holds; one of another form is another job's.
+FORM = 2
+#: Fields that older specs do not have; their defaults are what was done then.
+_ADDED = ("epochs",)
+
+_PARTS = ("weight", "first_moment", "second_moment", "state")
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a job stands after `step` optimizer steps, besides its tensors.
+
+    Attributes:
+        tokens: trained on so far, prompts included.
+        figures: the last step's loss, accuracy, learning_rate and grad_norm, and valid_loss and valid_accuracy where
+            the job was validated there.
+        pending: the validation that is due at this step is still to be done.
+        best_step, best_loss: where the validation loss was lowest; None before a first validation.
+        stale: validations since.
+        finished: nothing is left to train.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    figures: dict[str, float] | None = None
+    pending: bool = False
+    best_step: int | None = None
+    best_loss: float | None = None
+    stale: int = 0
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """All that a job goes on from.
+
+    Attributes:
+        weights: what is trained, under its names in PEFT's file.
+        first_moments, second_moments: AdamW's, under the same names.
+        state: the method's other tensors.
+    """
+
+    standing: Standing
+    weights: dict[str, torch.Tensor]
+    first_moments: dict[str, torch.Tensor]
+    second_moments: dict[str, torch.Tensor]
+    state: dict[str, torch.Tensor]
+
+
+def write(folder: Path | str, spec: JobSpec, checkpoint: Checkpoint) -> None:
+    """Makes `checkpoint` the last of `spec` in `folder`.
+
+    Raises:
+        DiskFull: it doesn't fit; those before it stay.
+    """
+    parts = (checkpoint.weights, checkpoint.first_moments, checkpoint.second_moments, checkpoint.state)
+    tensors = {
+        f"{part} {name}": tensor for part, named in zip(_PARTS, parts, strict=True) for name, tensor in named.items()
+    }
+    content = save(tensors, metadata={"standing": json.dumps(asdict(checkpoint.standing))})
+    place = place_at(folder)
+    place.write(_name(spec, checkpoint.standing, content), content)
+    names = _names(place, spec)
+    kept = {name.split("-")[2] for name in names[:KEPT]}
+    for old in names[KEPT:]:
+        if old.split("-")[1].rstrip("ab") not in kept:
+            place.remove(old)
+
+
+def latest(folder: Path | str, spec: JobSpec) -> Checkpoint | None:
+    """The last whole checkpoint of `spec` in `folder`; None if there is none.
+
+    Raises:
+        ArtifactCorrupt: it can't be read.
+    """
+    place = place_at(folder)
+    return next((found for name in _names(place, spec) if (found := _read(place, name)) is not None), None)
+
+
+def best(folder: Path | str, spec: JobSpec, last: Checkpoint) -> Checkpoint:
+    """The checkpoint of the lowest validation loss that `last` knows of; `last` if it knows none.
+
+    Raises:
+        ArtifactCorrupt: it is damaged or gone.
+    """
+    if last.standing.best_step in (None, last.standing.step):
+        return last
+    place = place_at(folder)
+    for name in _names(place, spec):
+        if name.split("-")[1] == f"{last.standing.best_step:08d}b" and (found := _read(place, name)) is not None:
+            return found
+    raise ArtifactCorrupt(
+        f"The best checkpoint, of step {last.standing.best_step}, is damaged or gone from {folder}: "
+        "submit the job again."
+    )
+
+
+def _name(spec: JobSpec, standing: Standing, content: bytes) -> str:
+    step = f"{standing.step:08d}{'a' if standing.pending else 'b'}"
+    best_step = "none" if standing.best_step is None else f"{standing.best_step:08d}"
+    return f"{_key(spec)}-{step}-{best_step}-{hashlib.sha256(content).hexdigest()}.safetensors"
+
+
+def _names(place: Place, spec: JobSpec) -> list[str]:
+    """The files of the spec's checkpoints, the last first."""
+    key = _key(spec)
+    return sorted(
+        (name for name in place.names() if name.startswith(key) and name.endswith(".safetensors")), reverse=True
+    )
+
+
+def _key(spec: JobSpec) -> str:
+    # A spec without the added fields keeps the key that it had, so that an older job resumes.
+    unknown = {name for name in _ADDED if getattr(spec, name) == JobSpec.model_fields[name].default}
+    return hashlib.sha256(f"{FORM} {spec.model_dump_json(exclude=unknown)}".encode()).hexdigest()[:16]
+
+
+def _read(place: Place, name: str) -> Checkpoint | None:
+    """A checkpoint; None if it is damaged."""
+    content = place.read(name)
+    if hashlib.sha256(content).hexdigest() == name.removesuffix(".safetensors").rpartition("-")[2]:
+        return _parse(content)
+    log.warning("the checkpoint %s in %s is damaged; going on from the one before", name, place.where)
+    return None
+
+
+def _parse(content: bytes) -> Checkpoint:
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in _PARTS}
+    for key, tensor in load(content).items():
+        part, _, name = key.partition(" ")
+        parts[part][name] = tensor
+    return Checkpoint(Standing(**json.loads(header["__metadata__"]["standing"])), *(parts[part] for part in _PARTS))

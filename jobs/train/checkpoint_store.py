@@ -1,0 +1,172 @@
+"""Where a job keeps its checkpoints: a folder of this machine, or an fsspec URL."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from loramill.errors import ArtifactCorrupt, DiskFull, StoreUnusable
+from loramill.storage.atomic import sync
+from loramill.storage.object_store import open_files, shown, store_errors
+
+
+class Place(Protocol):
+    """Files by name, each complete or absent.
+
+    Every method raises Unavailable if the store does not answer, and StoreUnusable if it refuses.
+    """
+
+    where: str
+
+    def names(self) -> list[str]:
+        """What is there; nothing if the place itself isn't."""
+
+    def read(self, name: str) -> bytes:
+        """A file's content.
+
+        Raises:
+            ArtifactCorrupt: it can't be read.
+        """
+
+    def write(self, name: str, content: bytes) -> None:
+        """Stores a file.
+
+        Raises:
+            DiskFull: it doesn't fit.
+        """
+
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
+
+
+def place_at(where: Path | str) -> Place:
+    """The place of a path or URL.
+
+    Raises:
+        SetupError: nothing can open such a URL.
+    """
+    parts = urlsplit(str(where))
+    if isinstance(where, str) and parts.scheme == "file":
+        return _Folder(Path(unquote(parts.path)))
+    if isinstance(where, Path) or "://" not in where:
+        return _Folder(Path(where))
+    return _Bucket(where)
+
+
+class _Folder:
+    """Written to another name, synced and renamed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.where = folder, str(folder)
+
+    def names(self) -> list[str]:
+        with store_errors(self.where):
+            return [file.name for file in self._folder.iterdir()] if self._folder.is_dir() else []
+
+    def read(self, name: str) -> bytes:
+        with _explained(self.where, name):
+            return (self._folder / name).read_bytes()
+
+    def write(self, name: str, content: bytes) -> None:
+        with _room_for(content, self.where):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(self._folder / name, content)
+
+    def remove(self, name: str) -> None:
+        with store_errors(self.where):
+            (self._folder / name).unlink(missing_ok=True)
+
+
+class _Bucket:
+    """A file system of fsspec's, which shows a file only when all of it has arrived."""
+
+    def __init__(self, url: str) -> None:
+        files, root = open_files(url)
+        self._files, self._root, self.where = files, root.rstrip("/"), shown(url)
+
+    def names(self) -> list[str]:
+        self._files.invalidate_cache(self._root)
+        try:
+            with store_errors(self.where):
+                return [path.rpartition("/")[2] for path in self._files.ls(self._root, detail=False)]
+        except FileNotFoundError:
+            return []
+
+    def read(self, name: str) -> bytes:
+        with _explained(self.where, name):
+            return bytes(self._files.cat_file(f"{self._root}/{name}"))
+
+    def write(self, name: str, content: bytes) -> None:
+        with _room_for(content, self.where):
+            try:
+                with store_errors(self.where):
+                    self._files.pipe_file(f"{self._root}/{name}", content)
+            except FileNotFoundError:  # buckets have no folders; other stores do, and this is the first file
+                self._files.makedirs(self._root, exist_ok=True)
+                self._files.pipe_file(f"{self._root}/{name}", content)
+
+    def remove(self, name: str) -> None:
+        with store_errors(self.where):
+            if self._files.exists(f"{self._root}/{name}"):
+                self._files.rm_file(f"{self._root}/{name}")
+
+
+def discard(where: Path | str) -> None:
+    """Removes a place with all that is in it.
+
+    Raises:
+        Unavailable: the store does not answer. StoreUnusable: it refuses.
+    """
+    files, root = open_files(str(where))
+    with store_errors(str(where)):
+        if files.exists(root):
+            files.rm(root, recursive=True)
+
+
+@contextmanager
+def _explained(where: str, name: str) -> Iterator[None]:
+    try:
+        with store_errors(where):
+            yield
+    except PermissionError as error:
+        raise StoreUnusable(
+            f"The checkpoints in {where} can't be read ({error.strerror}): grant read permission."
+        ) from error
+    except OSError as error:
+        raise ArtifactCorrupt(
+            f"The checkpoint {name} in {where} can't be read ({error}): look after the disk."
+        ) from error
+
+
+@contextmanager
+def _room_for(content: bytes, where: str) -> Iterator[None]:
+    try:
+        with store_errors(where):
+            yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(
+            f"No room for a checkpoint of {len(content) / 1e6:.0f} MB in {where}: free some space; "
+            "the job goes on from the checkpoint before."
+        ) from error
+
+
+def _write_whole(file: Path, content: bytes) -> None:
+    descriptor, partial = tempfile.mkstemp(dir=file.parent, suffix=".partial")
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        Path(partial).replace(file)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+    sync(file.parent)

@@ -1,0 +1,214 @@
+"""DeepSpeed's ZeRO around a model of which every weight is trained.
+
+The model computes in its own dtype; AdamW holds each weight, and its two moments, in float32. What lies in host memory
+instead of the GPU's is the spec's `offload`: nothing, the float32 weights with the moments and their update
+(ZeRO-Offload: Ren et al. 2021, arXiv 2101.06840), or the model's own weights, too (ZeRO stage 3: Rajbhandari et al.
+2020, arXiv 1910.02054, section 5.3).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch._C._distributed_c10d import HashStore
+from transformers import PreTrainedModel
+
+from loramill.errors import SetupError
+from loramill.jobs.train.distributed import Processes
+from loramill.jobs.train.optimizer import Masters
+from loramill.types import JobSpec
+
+log = logging.getLogger(__name__)
+
+#: Elements of a buffer in which gradients are gathered: DeepSpeed's own half a billion would take a gigabyte.
+_BUCKET = 50_000_000
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Zero:
+    """`loramill.jobs.train.optimizer.Update` of every weight of a model, by DeepSpeed.
+
+    Attributes:
+        model: called as the model is; what comes of its last call is what `backward` is called for.
+        weights: the parameters by name, tied ones once. DeepSpeed may have taken their content elsewhere.
+    """
+
+    together = True
+
+    def __init__(self, engine: Any, processes: Processes) -> None:
+        self.model = engine
+        self.weights: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
+        self._processes = processes
+
+    @torch.no_grad()
+    def begin(self, step: int, masters: Masters | None) -> None:
+        """As `Update` says."""
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self._make_moments(step)
+        if masters is None:
+            return
+        for name, parameter in self.weights.items():
+            with GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(masters.weights[name])
+            safe_set_full_fp32_param(parameter, masters.weights[name])
+            for key, moments in zip(_MOMENTS, (masters.first_moments, masters.second_moments), strict=True):
+                safe_set_full_optimizer_state(parameter, moments[name], key)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """As `Update` says."""
+        self.model.set_gradient_accumulation_boundary(last)
+        # DeepSpeed takes the mean over the processes; the step's gradient is their sum.
+        self.model.backward(loss * self._processes.size, scale_wrt_gas=False)
+
+    def step(self, rate: float) -> float:
+        """As `Update` says."""
+        for group in self.model.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.step()
+        return float(self.model.get_global_grad_norm())
+
+    def clear(self) -> None:
+        """As `Update` says; `step` has done it."""
+
+    @torch.no_grad()
+    def masters(self) -> Masters:
+        """As `Update` says: copies, on the CPU, in float32."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        return Masters(
+            {name: safe_get_full_fp32_param(each).cpu() for name, each in self.weights.items()},
+            *(
+                {name: safe_get_full_optimizer_state(each, key).cpu() for name, each in self.weights.items()}
+                for key in _MOMENTS
+            ),
+        )
+
+    def _make_moments(self, step: int) -> None:
+        """AdamW's state before the first step, `step` steps on: DeepSpeed leaves making it to that step."""
+        optimizer = self.model.optimizer
+        inner = optimizer.optimizer
+        counted = isinstance(inner, torch.optim.AdamW)  # in a tensor; DeepSpeed's own has a number
+        third = hasattr(optimizer, "fp32_partitioned_groups_flat")  # ZeRO's stage
+        for flat in optimizer.fp32_partitioned_groups_flat if third else optimizer.single_partition_of_fp32_groups:
+            inner.state[flat] = {"step": torch.tensor(float(step)) if counted else step}
+            inner.state[flat] |= {key: torch.zeros_like(flat) for key in _MOMENTS}
+        if not third:
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@contextmanager
+def zero(model: PreTrainedModel, spec: JobSpec, device: torch.device, processes: Processes) -> Iterator[Zero]:
+    """Puts `model`, of its own for this and on the CPU, under DeepSpeed; afterwards the process is as before.
+
+    Args:
+        device: where the model computes.
+        processes: of an initialized `torch.distributed`; a process by itself needs none.
+
+    Raises:
+        SetupError: DeepSpeed can't build its CPU optimizer.
+    """
+    with _imported(device) as deepspeed, _group(device):
+        offloading = spec.offload != "none"
+        if spec.offload == "all":
+            deepspeed.zero.Init(module=model, config_dict_or_path=_config(model, spec, device, processes))
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=_optimizer(model, spec, on_host=offloading and device.type == "cuda"),
+            config=_config(model, spec, device, processes),
+            dist_init_required=False,
+        )
+        try:
+            yield Zero(engine, processes)
+        finally:
+            engine.destroy()
+
+
+def _config(model: PreTrainedModel, spec: JobSpec, device: torch.device, processes: Processes) -> dict[str, Any]:
+    host = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    stage: dict[str, Any] = {
+        "stage": 3 if spec.offload == "all" else 2,
+        "reduce_bucket_size": _BUCKET,
+        "allgather_bucket_size": _BUCKET,
+        "overlap_comm": False,
+    }
+    if spec.offload != "none":
+        stage["offload_optimizer"] = host
+    if spec.offload == "all":
+        stage["offload_param"] = host
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        # Any number above 1: that gradients are kept from part to part; where a step ends, `backward` is told.
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": spec.max_grad_norm,
+        "bf16": {"enabled": model.dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": stage,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def _optimizer(model: PreTrainedModel, spec: JobSpec, *, on_host: bool) -> torch.optim.Optimizer:
+    if not on_host:
+        # Compiles nothing; on the CPU torch's is as fast.
+        return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=spec.weight_decay, fused=True)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    log.info("DeepSpeed builds its AdamW for this CPU; the first time on a machine that takes a minute or two")
+    try:
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(model.parameters(), lr=0.0, weight_decay=spec.weight_decay)
+    except RuntimeError as error:
+        raise SetupError(
+            f"DeepSpeed could not build its optimizer for the host ({error.__cause__ or error}): install a C++ "
+            "compiler and ninja, or say offload='none' if the job fits the GPU without."
+        ) from error
+    return optimizer
+
+
+@contextmanager
+def _imported(device: torch.device) -> Iterator[Any]:
+    """DeepSpeed, told what it would guess; afterwards it, torch and the environment are as before."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    # Half a minute of compiling, for what several processes on one CPU would add up a little faster.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    guess, ranked = get_accelerator(), "LOCAL_RANK" in os.environ
+    linear = nn.functional.linear  # stage 3 replaces it, and would leave its own to all models that come after
+    if device.type == "cpu" != guess.device_name():
+        set_accelerator(CPU_Accelerator())
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        yield deepspeed
+    finally:
+        nn.functional.linear = linear
+        set_accelerator(guess)
+        if not ranked:
+            del os.environ["LOCAL_RANK"]
+
+
+@contextmanager
+def _group(device: torch.device) -> Iterator[None]:
+    """A group of this process alone, where it is in none yet."""
+    from deepspeed.comm import comm
+
+    alone = not distributed.is_initialized()
+    if alone:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        if alone:
+            comm.destroy_process_group()
+        comm.cdb = None  # DeepSpeed would take the group for alive

@@ -1,0 +1,131 @@
+"""What a job trains on a frozen base: one module a method, all with the same face."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from loramill.errors import AdapterInvalid
+from loramill.jobs.train.methods import peft_folder
+from loramill.jobs.train.methods.adalora import adalora_files, adalora_layers, allocator, start_adalora
+from loramill.jobs.train.methods.adapted_model import Tuned
+from loramill.jobs.train.methods.layers import LoraLinear, inserted
+from loramill.jobs.train.methods.lora import dora_layers, lora_files, lora_layers, rates, start_lora
+from loramill.jobs.train.methods.pissa_loftq import loftq_layers, pissa_files, pissa_layers, start_pissa
+from loramill.jobs.train.methods.targets import Place, places
+from loramill.kernels.peft_folder import BaseModules
+from loramill.types import JobSpec
+
+__all__ = ["Tuned", "adapter_files", "attached", "start"]
+
+_Tensor = TypeVar("_Tensor", bound=torch.Tensor)
+
+_STARTS = {"adalora": start_adalora, "pissa": start_pissa}
+_FILES = {"adalora": adalora_files, "pissa": pissa_files}
+
+
+@contextmanager
+def attached(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[Tuned]:
+    """`model` with the fp32 layers of `spec`'s method, all that is trained; afterwards it is as before.
+
+    The layers are a function of the base, the spec and its seed; their dropout is off.
+
+    Args:
+        folder: the base's files; LoftQ reads there what quantization took away.
+
+    Raises:
+        AdapterInvalid: targets, layers, patterns or ranks don't fit the base; `param` says which.
+    """
+    found = places(model, spec)
+    layers = _layers(model, found, spec, folder)
+    with inserted(model, layers, found):
+        yield _tuned(model, layers, spec)
+
+
+@torch.no_grad()
+def start(tuned: Tuned, folder: Path, spec: JobSpec) -> None:
+    """Continues from the adapter in a PEFT folder, which a job of the same method, targets, ranks and scale made.
+
+    Raises:
+        AdapterInvalid: the folder can't be read, or its adapter is another; `param` is "start_from".
+    """
+    _STARTS.get(spec.method, start_lora)(tuned, peft_folder.read(folder, _base_of(tuned.model)), spec)
+
+
+def _base_of(model: nn.Module) -> BaseModules:
+    """The base's own modules, under the layers that are trained."""
+    trained = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    head = model.get_output_embeddings()  # type: ignore[operator]  # of transformers, as every base is
+    found = BaseModules.of_model(model, head.linear if isinstance(head, LoraLinear) else head)
+    names = {f"{name}.linear": name for name in trained}
+    modules = {names.get(name, name): module for name, module in found.modules.items()}
+    return BaseModules(modules, lambda name: found.weight(f"{name}.linear" if name in trained else name))
+
+
+def adapter_files(
+    spec: JobSpec, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], base: str
+) -> dict[str, bytes]:
+    """The adapter in PEFT's files, as a LoRA or DoRA on the unmodified base.
+
+    Args:
+        weights, state: what a checkpoint holds of `Tuned`.
+        base: the base's name on the wire.
+    """
+    return _FILES.get(spec.method, lora_files)(spec, weights, state, base)
+
+
+def _layers(model: PreTrainedModel, found: list[Place], spec: JobSpec, folder: Path) -> dict[str, LoraLinear]:
+    match spec.method:
+        case "lora":
+            return lora_layers(found, spec)
+        case "dora":
+            return dora_layers(found, spec)
+        case "adalora":
+            return adalora_layers(found, spec)
+        case "pissa":
+            return pissa_layers(found, spec)
+        case "loftq":
+            return loftq_layers(found, spec, model, folder)
+        case "full":
+            raise AdapterInvalid("Full fine-tuning attaches nothing to the base; it has a trainer of its own.")
+
+
+def _tuned(model: PreTrainedModel, layers: Mapping[str, LoraLinear], spec: JobSpec) -> Tuned:
+    weights = _named({name: layer.trained() for name, layer in layers.items()})
+    tuned = Tuned(
+        model=model,
+        weights=weights,
+        set_dropout=lambda on: _set_dropout(layers, on),
+        rates=rates(spec, weights),
+        state=_named({name: layer.kept() for name, layer in layers.items()}),
+        after_step=lambda step: _forget(layers),
+    )
+    if spec.method != "adalora":
+        return tuned
+    ranks = allocator(spec, weights)
+    return replace(tuned, state=ranks.state, penalty=ranks.penalty, after_step=ranks.after_step, settled=ranks.settled)
+
+
+def _named(parts: Mapping[str, Mapping[str, _Tensor]]) -> dict[str, _Tensor]:
+    """Tensors of modules under their whole names, sorted."""
+    pairs = (
+        (peft_folder.tensor_name(module, part), tensor) for module, own in parts.items() for part, tensor in own.items()
+    )
+    return dict(sorted(pairs))
+
+
+def _set_dropout(layers: Mapping[str, LoraLinear], on: bool) -> None:
+    for layer in layers.values():
+        layer.dropping = on
+
+
+def _forget(layers: Mapping[str, LoraLinear]) -> None:
+    for layer in layers.values():
+        layer.forget()

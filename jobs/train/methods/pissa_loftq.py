@@ -1,0 +1,194 @@
+"""PiSSA and LoftQ: adapters that begin with a part of the base's weights rather than with nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from loramill.errors import AdapterInvalid, BaseUnusable
+from loramill.jobs.train.methods import peft_folder
+from loramill.jobs.train.methods.adapted_model import Tuned
+from loramill.jobs.train.methods.layers import LoraLinear, dense
+from loramill.jobs.train.methods.lora import fresh
+from loramill.jobs.train.methods.peft_folder import A, B, Stored, tensor_name
+from loramill.jobs.train.methods.seeds import seeded
+from loramill.jobs.train.methods.targets import Place, scale_of
+from loramill.models.fingerprint import weight_files
+from loramill.types import JobSpec
+
+#: The part of the adapter that takes PiSSA's beginning away from the base, under the ends of its names.
+A0, B0 = "lora_A0", "lora_B0"
+
+#: Subspace iterations of a randomized SVD, and singular vectors beyond those wanted (Halko et al. 2011, 0909.4061,
+#: algorithm 4.4). PEFT's own advice for PiSSA is 16 iterations without any beyond.
+_ITERATIONS, _BEYOND = 4, 8
+
+
+class ResidualLinear(LoraLinear):
+    """y = W x + scale (B A - B0 A0) x: a LoRA of twice the rank, of which the second half stays as it is.
+
+    PiSSA trains BA over the base less its largest singular triples B0 A0 (Meng et al. 2024, 2404.02948, equations 2 to
+    4); this is the same function of x, on the unmodified base.
+    """
+
+    a0: torch.Tensor
+    b0: torch.Tensor
+
+    def __init__(self, place: Place, a: torch.Tensor, b: torch.Tensor, dropout: float) -> None:
+        super().__init__(place, a.clone(), b.clone(), dropout)
+        self.register_buffer("a0", a)
+        self.register_buffer("b0", b)
+
+    def kept(self) -> dict[str, torch.Tensor]:
+        """The half that isn't trained."""
+        return {A0: self.a0, B0: self.b0}
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A over A0, and B beside -B0."""
+        return torch.cat([self.a, self.a0]), torch.cat([self.b, -self.b0], dim=1)
+
+
+def pissa_layers(places: list[Place], spec: JobSpec) -> dict[str, LoraLinear]:
+    """The layers of PiSSA, by name of their place.
+
+    Raises:
+        AdapterInvalid: a linear has fewer singular values than its rank.
+    """
+    return {
+        place.name: ResidualLinear(place, *_halves(weight_of(place.linear), place, spec), spec.dropout)
+        for place in places
+    }
+
+
+def loftq_layers(places: list[Place], spec: JobSpec, model: PreTrainedModel, folder: Path) -> dict[str, LoraLinear]:
+    """The layers of LoftQ, by name of their place: plain LoRA that begins with what quantization took from the base.
+
+    One iteration of Li et al. 2023 (2310.08659, algorithm 1), after which the base is the plain quantized one.
+
+    Args:
+        folder: where the base's own weights lie.
+
+    Raises:
+        AdapterInvalid: the base isn't quantized, or a linear has fewer singular values than its rank.
+        BaseUnusable: the folder lacks a weight.
+    """
+    layers: dict[str, LoraLinear] = {}
+    lossy = False
+    with _originals(model, folder) as original:
+        for place in places:
+            if place.linear is model.get_output_embeddings():  # keeps all its bits; two factors of zero never learn
+                halves = fresh(place, spec)
+            else:
+                weight = weight_of(place.linear)
+                lost = original(place.name).to(weight).float() - weight.float()
+                lossy = lossy or bool(lost.any())
+                halves = _halves(lost, place, spec)
+            layers[place.name] = LoraLinear(place, *halves, spec.dropout)
+    if not lossy:
+        raise AdapterInvalid(
+            "LoftQ begins with what quantization took from the base, and this base has all its bits: use 'lora' or "
+            "'pissa', or set the setting quantization to 'nf4'.",
+            param="method",
+        )
+    return layers
+
+
+def weight_of(linear: nn.Linear | Conv1D) -> torch.Tensor:
+    """A linear's weight [d_out, d_in], of its own dtype."""
+    weight = dense(linear)
+    return weight if isinstance(weight, torch.Tensor) else weight()
+
+
+def _halves(weight: torch.Tensor, place: Place, spec: JobSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B, fp32, whose product times the scale is the best approximation of `weight` of the place's rank."""
+    if place.rank > min(weight.shape):
+        raise AdapterInvalid(
+            f"The rank at {place.name} is {place.rank}, and that linear has {min(weight.shape)} singular values to "
+            f"begin with: lower 'rank', or give it a lower one in 'rank_pattern'.",
+            param="rank",
+        )
+    with seeded(weight.device, spec.seed, "svd", place.name):
+        u, s, v = torch.svd_lowrank(weight.float(), min(place.rank + _BEYOND, *weight.shape), niter=_ITERATIONS)
+    root = (s[: place.rank] / place.scale).sqrt()
+    return (v[:, : place.rank] * root).T.contiguous(), u[:, : place.rank] * root
+
+
+@contextmanager
+def _originals(model: PreTrainedModel, folder: Path) -> Iterator[Callable[[str], torch.Tensor]]:
+    """What gives a linear's weight [d_out, d_in] as it lies in the folder, by the linear's name."""
+    linears = dict(model.named_modules())
+    with ExitStack() as open_files:
+        files = [open_files.enter_context(safe_open(path, framework="pt")) for path in weight_files(folder)]
+        holder = {key: file for file in files for key in file.keys()}  # noqa: SIM118  # it isn't iterable
+
+        def original(name: str) -> torch.Tensor:
+            # Some folders hold the model without its head, under shorter names.
+            for key in (f"{name}.weight", f"{name.removeprefix(model.base_model_prefix + '.')}.weight"):
+                if key in holder:
+                    weight: torch.Tensor = holder[key].get_tensor(key)
+                    return weight.T if isinstance(linears[name], Conv1D) else weight
+            raise BaseUnusable(f"{folder} holds no '{name}.weight', with which LoftQ begins; use another method.")
+
+        yield original
+
+
+def pissa_files(
+    spec: JobSpec, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], base: str
+) -> dict[str, bytes]:
+    """PiSSA's adapter as a LoRA of twice the rank on the unmodified base."""
+    tensors: dict[str, torch.Tensor] = {}
+    for module in peft_folder.modules_of(weights):
+        a, b, a0, b0 = _four(module, weights, state)
+        tensors[tensor_name(module, A)] = torch.cat([a, a0])
+        tensors[tensor_name(module, B)] = torch.cat([b, -b0], dim=1)
+    # Twice the rank at the same scale.
+    factor = math.sqrt(2) if spec.rslora else 2
+    return peft_folder.written(
+        spec,
+        tensors,
+        base,
+        r=2 * spec.rank,
+        lora_alpha=factor * spec.alpha,
+        rank_pattern={pattern: 2 * rank for pattern, rank in spec.rank_pattern.items()},
+        alpha_pattern={pattern: factor * alpha for pattern, alpha in spec.alpha_pattern.items()},
+    )
+
+
+def start_pissa(tuned: Tuned, stored: Stored, spec: JobSpec) -> None:
+    """Continues from the files of PiSSA, in place.
+
+    Raises:
+        AdapterInvalid: their targets, ranks or scales are others.
+    """
+    modules = peft_folder.modules_of(tuned.weights)
+    wanted: dict[str, torch.Size] = {}
+    for module in modules:
+        a, b, *_ = _four(module, tuned.weights, tuned.state)
+        wanted[tensor_name(module, A)] = torch.Size((2 * a.shape[0], a.shape[1]))
+        wanted[tensor_name(module, B)] = torch.Size((b.shape[0], 2 * b.shape[1]))
+    peft_folder.check_same(stored, wanted, {module: scale_of(spec, module) for module in modules})
+    for module in modules:
+        a, b, a0, b0 = _four(module, tuned.weights, tuned.state)
+        upper, lower = stored.tensors[tensor_name(module, A)].chunk(2)
+        left, right = stored.tensors[tensor_name(module, B)].chunk(2, dim=1)
+        for place, value in ((a, upper), (a0, lower), (b, left), (b0, -right)):
+            place.copy_(value)
+
+
+def _four(
+    module: str, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        weights[tensor_name(module, A)],
+        weights[tensor_name(module, B)],
+        state[tensor_name(module, A0)],
+        state[tensor_name(module, B0)],
+    )

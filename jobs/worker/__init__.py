@@ -1,0 +1,1 @@
+"""Runs one leased job, from its lease to its published version."""

@@ -1,0 +1,117 @@
+"""CSV with any common separator. All cells are text: 007 is a code, and "NA" is an answer."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+
+from loramill.data.ingest.table import Table
+from loramill.data.jsonl import MAX_LINE
+from loramill.errors import DatasetInvalid
+
+#: Separators, the most usual first, and the name of a file with each.
+_SEPARATORS = {
+    ",": "CSV",
+    ";": "CSV separated by ';'",
+    "\t": "TSV (separated by tabs)",
+    "|": "CSV separated by '|'",
+}
+#: Rows that decide between separators if the header could have several.
+_SAMPLE = 100
+
+
+def read_delimited(name: str, text: str) -> Table:
+    """The rows below a header, each with as many cells as the header.
+
+    Raises:
+        DatasetInvalid: it is empty or not CSV, the header leaves out or repeats a name, or a row has other cells.
+    """
+    _allow_long_cells()
+    separator = separator_of(text)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        header = [cell.strip() for cell in next(filter(None, reader), [])]
+        cells = [row for row in reader if row]
+    except csv.Error as error:
+        raise DatasetInvalid(
+            f"{name}, line {reader.line_num}: it is not {_SEPARATORS[separator]}: {error}; "
+            'put quotes around the whole cell, and write a quote within it twice ("").'
+        ) from error
+    _check_header(name, header)
+    for number, row in enumerate(cells, start=1):
+        if len(row) != len(header):
+            raise DatasetInvalid(
+                f"{name}, row {number}: it has {len(row)} cells where the header has {len(header)} (separated by "
+                f"{_shown(separator)}); put quotes around a cell with {_shown(separator)} in it."
+            )
+    rows = ((number, dict(zip(header, row, strict=True))) for number, row in enumerate(cells, start=1))
+    return Table(name, _SEPARATORS[separator], "row", tuple(header), rows)
+
+
+def separator_of(text: str) -> str:
+    """The separator that splits the header, and the rows below into as many cells; by default a comma."""
+    counts = {separator: _counts(text, separator) for separator in _SEPARATORS}
+    splitting = {separator: found for separator, found in counts.items() if found and found[0] > 1}
+    even = [separator for separator, found in splitting.items() if set(found) == {found[0]}]
+    return max(even or splitting or ",", key=lambda separator: counts[separator][:1])
+
+
+def read_cells(text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
+    """The rows of a small table of options below its header, each with the line on which it ends.
+
+    Raises:
+        DatasetInvalid: as `read_delimited`; the message names no file.
+    """
+    _allow_long_cells()
+    separator = separator_of(text)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    header: list[str] = []
+    try:
+        for row in filter(None, reader):
+            if not header:
+                header = [cell.strip() for cell in row]
+                _check_header("it", header)
+            elif len(row) != len(header):
+                raise DatasetInvalid(f"line {reader.line_num} doesn't have as many cells as the header")
+            else:
+                yield reader.line_num, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise DatasetInvalid(f"line {reader.line_num} is not CSV: {error}") from error
+
+
+def _counts(text: str, separator: str) -> list[int]:
+    """The cells of each of the first rows, split by a separator; -1 where they can't be."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    found: list[int] = []
+    try:
+        for row in islice(filter(None, reader), _SAMPLE):
+            found.append(len(row))
+    except csv.Error:
+        found.append(-1)
+    return found
+
+
+def _check_header(name: str, header: Iterable[str]) -> None:
+    there: set[str] = set()
+    for number, column in enumerate(header, start=1):
+        if not column:
+            raise DatasetInvalid(
+                f"{name}: column {number} of the header has no name; give it one (pandas writes its index so: "
+                "to_csv(…, index=False) leaves that out)."
+            )
+        if column in there:
+            raise DatasetInvalid(f"{name}: the header has the column '{column}' twice; rename one.")
+        there.add(column)
+    if not there:
+        raise DatasetInvalid(f"{name} is empty; its first row names the columns.")
+
+
+def _shown(separator: str) -> str:
+    return {"\t": "tabs", ",": "commas"}.get(separator, f"'{separator}'")
+
+
+def _allow_long_cells() -> None:
+    """The csv module's own limit, for the whole process, is 131,072 characters."""
+    csv.field_size_limit(max(MAX_LINE, csv.field_size_limit()))

@@ -1,0 +1,306 @@
+"""Recognizes the common forms of training data, and converts a row of each to the gateway's line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loramill.data import jsonl
+from loramill.data.ingest.columnar import NoJson
+from loramill.data.jsonl import parse
+from loramill.errors import DatasetInvalid, InvalidRequest
+
+Cells = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One form of training data.
+
+    Attributes:
+        name: for messages.
+        required: fields that every row has.
+        optional: fields that a row may have.
+        line: converts a row's fields to the gateway's line; raises Wrong.
+    """
+
+    name: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    line: Callable[[Cells], dict[str, Any]]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.required, *self.optional)
+
+
+class Wrong(Exception):
+    """What is wrong with one cell: its field, and a sentence about it."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(problem)
+        self.field, self.problem = field, problem
+
+
+def recognize(name: str, there: Collection[str]) -> Form:
+    """The form that these columns have.
+
+    Raises:
+        DatasetInvalid: they have none, or several.
+    """
+    found = [form for form in FORMS if set(form.required) <= set(there)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        either = " or ".join(f"{form.required[0]}={form.required[0]}" for form in found)
+        raise DatasetInvalid(
+            f"{name} can be read as {' and as '.join(form.name for form in found)}: say which columns to use, such as "
+            f"{either}."
+        )
+    shown = ", ".join(map(_short, there)) or "(none)"
+    if {"chosen", "rejected"} <= set(there):
+        raise DatasetInvalid(
+            f"{name} has preference pairs ({shown}), and training on preferences is not supported; to train on the "
+            "chosen answers only, set columns prompt=prompt,completion=chosen."
+        )
+    raise DatasetInvalid(
+        f"{name} has the columns {shown}, which match no known form ({'; '.join(map(_spelled, FORMS))}): name "
+        "them, such as columns prompt=question,completion=answer."
+    )
+
+
+def form_of(columns: Mapping[str, str]) -> Form:
+    """The form that has these fields: {field: column}.
+
+    Raises:
+        InvalidRequest: the fields make no example.
+    """
+    for form in FORMS:
+        if set(form.required) <= set(columns) <= set(form.fields):
+            return form
+    raise InvalidRequest(
+        f"The columns {', '.join(map(_short, columns))} don't make an example: give those of one form "
+        f"({'; '.join(map(_spelled, FORMS))}).",
+        param="columns",
+    )
+
+
+def _spelled(form: Form) -> str:
+    return " and ".join(form.required)
+
+
+# One row of each form
+
+
+def _messages(cells: Cells) -> dict[str, Any]:
+    line = {"messages": _list(cells, "messages", "messages")}
+    for field in ("tools", "functions", "parallel_tool_calls"):
+        if (value := cells.get(field)) is not None and value != "":
+            line[field] = _value(cells, field)
+    if any(isinstance(message, Mapping) and "from" in message for message in line["messages"]):
+        line["messages"] = _turns(line["messages"], "messages")
+    return line
+
+
+def _pair(cells: Cells) -> dict[str, Any]:
+    """Texts, or TRL's lists of messages, of which the completion's alone are trained."""
+    spoken = {field: _is_conversation(cells[field]) for field in ("prompt", "completion")}
+    if not any(spoken.values()):
+        line: dict[str, Any] = {field: _text(cells, field) for field in ("prompt", "completion")}
+        if cells.get("tools") not in (None, ""):
+            raise Wrong("tools", "tools belong to messages; write prompt and completion as lists of messages.")
+        return line | ({} if cells.get("weight") in (None, "") else {"weight": _number(cells, "weight")})
+    for field, other in (("prompt", "completion"), ("completion", "prompt")):
+        if not spoken[field]:
+            raise Wrong(field, f"it is {shown(cells[field])}; it must be a list of messages, as {other} is.")
+    before = [
+        {**turn, "weight": 0} if isinstance(turn, Mapping) and turn.get("role") == "assistant" else turn
+        for turn in cells["prompt"]
+    ]
+    if cells.get("weight") not in (None, ""):
+        raise Wrong("weight", "it belongs to texts; give the messages of the completion a weight each.")
+    tools = {} if cells.get("tools") in (None, "") else {"tools": _value(cells, "tools")}
+    return {"messages": [*before, *cells["completion"]], **tools}
+
+
+def _alpaca(cells: Cells) -> dict[str, Any]:
+    """As LLaMA-Factory reads it: the input is on the line below the instruction."""
+    messages = _system(cells)
+    history = [] if cells.get("history") in (None, "") else _list(cells, "history", "[question, answer] pairs")
+    for index, pair in enumerate(history):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise Wrong("history", f"entry {index + 1} is {shown(pair)}; it must be a pair of texts.")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    asked = [_text(cells, "instruction")]
+    if cells.get("input") not in (None, ""):
+        asked.append(_text(cells, "input"))
+    return {
+        "messages": [
+            *messages,
+            {"role": "user", "content": "\n".join(asked)},
+            {"role": "assistant", "content": _text(cells, "output")},
+        ]
+    }
+
+
+def _sharegpt(cells: Cells) -> dict[str, Any]:
+    turns = _turns(_list(cells, "conversations", "turns"), "conversations")
+    tools = {} if cells.get("tools") in (None, "", []) else {"tools": _wrapped(_value(cells, "tools"))}
+    return {"messages": [*_system(cells), *turns], **tools}
+
+
+FORMS = (
+    Form("messages", ("messages",), ("tools", "functions", "parallel_tool_calls"), _messages),
+    Form("prompt and completion", ("prompt", "completion"), ("weight", "tools"), _pair),
+    Form("Alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca),
+    Form("ShareGPT", ("conversations",), ("system", "tools"), _sharegpt),
+)
+
+
+# ShareGPT's turns
+
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "function_call": "call",
+    "tool_call": "call",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+
+
+def _turns(turns: list[Any], field: str) -> list[dict[str, Any]]:
+    """Turns with `from` and `value` as messages; those with `role` and `content` are messages already."""
+    messages: list[dict[str, Any]] = []
+    waiting: list[str] = []
+    for index, turn in enumerate(turns):
+        where = f"{field}[{index}]"
+        if not isinstance(turn, Mapping) or not ({"from", "role"} & set(turn)):
+            raise Wrong(field, f"{where} is {shown(turn)}; it must be an object with 'from' and 'value'.")
+        if "from" not in turn:
+            messages.append(dict(turn))
+            continue
+        messages.append(_turn(turn, where, field, index, waiting))
+    return messages
+
+
+def _turn(turn: Mapping[str, Any], where: str, field: str, index: int, waiting: list[str]) -> dict[str, Any]:
+    """One turn; `waiting` are the ids of calls without a result yet."""
+    speaker, value = turn["from"], turn.get("value")
+    role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is None:
+        raise Wrong(field, f"{where}.from is {shown(speaker)}; it must be one of {', '.join(_ROLES)}.")
+    if not isinstance(value, str):
+        raise Wrong(field, f"{where}.value is {shown(value)}; it must be text.")
+    weight = {"weight": turn["weight"]} if turn.get("weight") is not None else {}
+    if role == "call":
+        calls = _calls(value, where, field, index)
+        waiting += [call["id"] for call in calls]
+        return {"role": "assistant", "content": None, "tool_calls": calls, **weight}
+    if role == "tool":
+        if not waiting:
+            raise Wrong(field, f"{where}.from is {speaker}, and no function_call turn before it waits for a result.")
+        return {"role": "tool", "tool_call_id": waiting.pop(0), "content": value}
+    return {"role": role, "content": value, **weight}
+
+
+def _calls(text: str, where: str, field: str, index: int) -> list[dict[str, Any]]:
+    try:
+        value = parse(text)
+    except DatasetInvalid as error:
+        raise Wrong(field, f"{where}.value: {error.message} It must be a call: name and arguments.") from error
+    made = []
+    for number, call in enumerate(value if isinstance(value, list) else [value]):
+        if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+            raise Wrong(field, f"{where}.value is {shown(call)}; it must be a call: name and arguments.")
+        arguments = call.get("arguments", {})
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        function = {"name": call["name"], "arguments": text}
+        made.append({"id": f"call_{index}_{number}", "type": "function", "function": function})
+    return made
+
+
+def _wrapped(tools: Any) -> Any:
+    """Tools in OpenAI's form; ShareGPT's are often bare functions."""
+    if not isinstance(tools, list):
+        return tools
+    return [
+        {"type": "function", "function": tool} if isinstance(tool, Mapping) and "function" not in tool else tool
+        for tool in tools
+    ]
+
+
+# Cells
+
+
+def _system(cells: Cells) -> list[dict[str, Any]]:
+    if cells.get("system") in (None, ""):
+        return []
+    return [{"role": "system", "content": _text(cells, "system")}]
+
+
+def _text(cells: Cells, field: str) -> str:
+    value = cells[field]
+    if value is None or value == "":
+        raise Wrong(field, "it is empty; fill it in, or remove the row.")
+    if not isinstance(value, str):
+        raise Wrong(field, f"it is {shown(value)}; it must be text.")
+    return value
+
+
+def _is_conversation(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _number(cells: Cells, field: str) -> float:
+    value = cells[field]
+    try:
+        if isinstance(value, str | int | float) and not isinstance(value, bool) and math.isfinite(float(value)):
+            return float(value)
+    except (ValueError, OverflowError):
+        pass
+    raise Wrong(field, f"it is {shown(value)}; it must be a number.")
+
+
+def _list(cells: Cells, field: str, of: str) -> list[Any]:
+    value = cells[field]
+    if value is None or value == "":
+        raise Wrong(field, "it is empty; fill it in, or remove the row.")
+    value = _value(cells, field, f"write a list of {of}")
+    if not isinstance(value, list):
+        raise Wrong(field, f"it is {shown(value)}; it must be a list of {of}.")
+    return value
+
+
+def _value(cells: Cells, field: str, advice: str = "write JSON") -> Any:
+    """A cell's JSON value; tables without lists or objects hold it as text."""
+    value = cells[field]
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse(value)
+    except DatasetInvalid as error:
+        raise Wrong(field, f"{error.message.removesuffix('.')}; {advice}.") from error
+
+
+def shown(value: object) -> str:
+    """A foreign value for a message, as `jsonl.shown`; `NoJson` by its description."""
+    return value.what if isinstance(value, NoJson) else jsonl.shown(value)
+
+
+def _short(column: object) -> str:
+    text = str(column)
+    return text if text.isprintable() and len(text) <= 40 else shown(text)

@@ -1,0 +1,70 @@
+"""How an adapter's new examples are split in a nightly run, and how many are enough. Pure functions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from loramill.data import jsonl
+from loramill.plural import counted
+
+#: Old examples that are trained again with the new ones; they halve forgetting.
+REPLAY = 64
+#: Share of new data that is held out when no validation file came with it.
+HOLD_OUT = 0.1
+
+
+def held_out_count(examples: int) -> int:
+    """How many of `examples` new ones are held out where no validation file came with them."""
+    return max(1, round(examples * HOLD_OUT))
+
+
+def enough(*, validation: bool, replay: int, minimum: int) -> int:
+    """The number of new examples that a nightly run trains on.
+
+    Args:
+        validation: a validation file came with them, so that none is held out.
+        replay: old examples that are trained again with them.
+        minimum: examples that training needs at least, old and new together.
+    """
+    to_train = max(1, minimum - replay)
+    examples = to_train
+    while not validation and examples - held_out_count(examples) < to_train:
+        examples += 1
+    return examples
+
+
+def outlook(examples: int, validation: int, *, replay: int, minimum: int) -> str:
+    """What the next nightly run does with new examples, in one sentence, or how many are missing."""
+    needed = enough(validation=bool(validation), replay=replay, minimum=minimum)
+    if examples < needed:
+        held = "" if validation else f" ({held_out_count(needed)} of them held out to evaluate the new version)"
+        return (
+            f"{counted(examples, 'new example')} so far, and a nightly run needs at least {needed}{held}: "
+            f"add {needed - examples} more with `loramill data add`. The data waits until then."
+        )
+    held_out = validation or held_out_count(examples)
+    trained = examples if validation else examples - held_out
+    beside = f" and {counted(replay, 'older one')}" if replay else ""
+    judged = f"the {counted(held_out, 'validation example')}" if validation else counted(held_out, "held-out example")
+    data = f"{counted(trained, 'new example')}{beside}"
+    return f"The next nightly run trains on {data}, and evaluates the new version on {judged}."
+
+
+def hold_out(rows: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """Splits rows into (train, held out) by their content, so that the same row always falls on the same side."""
+    ordered = sorted(rows, key=digest)
+    count = held_out_count(len(ordered))
+    held = set(ordered[:count])
+    return [row for row in rows if row not in held], ordered[:count]
+
+
+def sample(rows: Sequence[bytes], count: int) -> list[bytes]:
+    """At most `count` rows, chosen by their content: the same rows give the same sample."""
+    return sorted(rows, key=digest)[:count]
+
+
+def digest(row: bytes) -> bytes:
+    """A row's place in a random-looking, repeatable order."""
+    return hashlib.sha256(json.dumps(jsonl.parse(row), sort_keys=True).encode()).digest()

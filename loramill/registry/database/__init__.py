@@ -1,0 +1,1 @@
+"""The registry's database: its engine, tables and migrations."""

@@ -1,0 +1,113 @@
+"""Brings a database to the newest migration, and checks that it is there.
+
+Works from an installed wheel: there is no alembic.ini, and Alembic finds the migrations by package.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import URL, Connection, Engine, inspect
+
+from loramill.errors import DatabaseUnusable
+from loramill.registry.database.engine import explained, for_reading, for_writing, make_engine, parse_url, shown
+
+# Any number that other programs don't lock; it only has to be the same everywhere.
+_POSTGRESQL_LOCK = 7_242_081_965
+
+
+def migrate(database_url: str) -> None:
+    """Creates the database's tables, or brings them to the newest migration; safe to call from two processes.
+
+    A missing SQLite file is created with its folder. What isn't loramill's, or is damaged, is left as it is.
+
+    Raises:
+        DatabaseUnusable: it can't be opened or written, is damaged, newer than this program, or another program's.
+        DiskFull: no space for it.
+    """
+    url = parse_url(database_url)
+    if url.get_backend_name() == "sqlite":
+        _prepare_file(url)
+    engine = make_engine(url)
+    try:
+        with explained(url, opening=True):
+            with for_writing(engine).begin() as connection:
+                if engine.dialect.name == "postgresql":
+                    connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_POSTGRESQL_LOCK})")
+                _upgrade(connection, shown(url))
+            if engine.dialect.name == "sqlite":
+                # Kept in the file from then on. Only now, since it would alter a file that isn't ours.
+                with closing(engine.raw_connection()) as raw:
+                    raw.cursor().execute("PRAGMA journal_mode = WAL")
+    finally:
+        engine.dispose()
+
+
+def check_current(engine: Engine) -> None:
+    """Raises DatabaseUnusable unless the database can be read and is at this program's newest migration."""
+    where = shown(engine.url)
+    if engine.dialect.name == "sqlite" and not Path(str(engine.url.database)).exists():
+        raise DatabaseUnusable(f"There is no database at {where}: run `loramill up`, which creates it.")
+    with explained(engine.url, opening=True), for_reading(engine).connect() as connection:
+        if not _is_current(connection, where):
+            raise DatabaseUnusable(
+                f"The database {where} isn't at the newest migration: run `loramill up`, which migrates."
+            )
+
+
+def _upgrade(connection: Connection, where: str) -> None:
+    if _is_current(connection, where):
+        return
+    names = set(inspect(connection).get_table_names())
+    if names and "alembic_version" not in names:
+        raise DatabaseUnusable(
+            f"The database {where} holds tables of another program (such as '{min(names)}') and was left as it is; "
+            "give loramill a database of its own."
+        )
+    config = _config()
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+def _is_current(connection: Connection, where: str) -> bool:
+    scripts = ScriptDirectory.from_config(_config())
+    found = MigrationContext.configure(connection).get_current_revision()
+    if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
+        raise DatabaseUnusable(
+            f"The database {where} is at migration '{found}', which this loramill doesn't know, and was left as it is: "
+            "a newer loramill wrote it; upgrade this one."
+        )
+    return found == scripts.get_current_head()
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", "loramill.registry.database:migrations")
+    return config
+
+
+def _prepare_file(url: URL) -> None:
+    path = Path(str(url.database))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatabaseUnusable(
+            f"The folder {path.parent} of the database can't be created ({error.strerror}); "
+            "make it, or set LORAMILL_HOME or database_url to a place that you may write to."
+        ) from error
+    if not path.exists():
+        return
+    # Read-only, since opening a damaged file for writing may already alter it.
+    with explained(url, opening=True), closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+        problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if problem != "ok":
+        raise DatabaseUnusable(
+            f"The database {path} is damaged ({problem}); it was left as it is. "
+            "Restore it from a backup, or move it away and run `loramill up` for an empty record."
+        )

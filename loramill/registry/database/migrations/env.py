@@ -1,0 +1,11 @@
+"""Alembic's entry point: runs the migrations on the connection that `migrate.py` opened and will commit."""
+
+from __future__ import annotations
+
+from alembic import context
+
+from loramill.registry.database.tables import Base
+
+context.configure(connection=context.config.attributes["connection"], target_metadata=Base.metadata)
+with context.begin_transaction():
+    context.run_migrations()

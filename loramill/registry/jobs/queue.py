@@ -1,0 +1,166 @@
+"""Which jobs wait, in which order, and when a failed one may try again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from sqlalchemy import func, or_, select
+from sqlalchemy.orm import Session
+
+from loramill.registry.database.tables import AliasRow, JobRow, TenantRow, VersionRow
+from loramill.registry.jobs.fair_share import OPEN
+from loramill.types import Alias, Executor, JobStatus
+
+#: No retry waits longer than so many seconds, give or take its jitter.
+LONGEST_BACKOFF = 600.0
+#: A job waits no longer than this after an outage of a store, which may end at any time.
+LONGEST_PAUSE = 60.0
+#: Names the lock of a choice among jobs, for PostgreSQL.
+_CHOICE = 0x10AA
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A job that may start now."""
+
+    id: str
+    executor: Executor
+    priority: int
+
+
+def waiting(
+    session: Session, now: float, *, executor: Executor | None, limit: int, base: str | None = None
+) -> list[Waiting]:
+    """The jobs that may start now, the next first.
+
+    By priority, then what their tenants were served, then how many jobs these have running, then age.
+
+    Args:
+        base: only jobs of the base with this fingerprint; None: of any.
+    """
+    running = (
+        select(JobRow.tenant, func.count().label("jobs"))
+        .where(JobRow.status == JobStatus.RUNNING)
+        .group_by(JobRow.tenant)
+        .subquery()
+    )
+    statement = (
+        select(JobRow.id, JobRow.executor, JobRow.priority)
+        .join(TenantRow, TenantRow.name == JobRow.tenant)
+        .outerjoin(running, running.c.tenant == JobRow.tenant)
+        .where(
+            JobRow.status == JobStatus.QUEUED,
+            or_(JobRow.not_before.is_(None), JobRow.not_before <= now),
+            or_(TenantRow.max_running.is_(None), func.coalesce(running.c.jobs, 0) < TenantRow.max_running),
+        )
+        .order_by(
+            JobRow.priority.desc(), TenantRow.served, func.coalesce(running.c.jobs, 0), JobRow.created_at, JobRow.id
+        )
+        .limit(limit)
+    )
+    if executor is not None:
+        statement = statement.where(JobRow.executor == executor)
+    if base is not None:
+        statement = statement.where(JobRow.base == base)
+    return [Waiting(row.id, cast(Executor, row.executor), row.priority) for row in session.execute(statement)]
+
+
+def next_job(session: Session, now: float, executor: Executor | None, base: str | None = None) -> JobRow | None:
+    """The next job, of this base if one is given, locked; None when nothing may start.
+
+    Raises:
+        Unavailable: the database failed meanwhile.
+    """
+    # The first look, which finds nothing for most of an idle pool's workers, keeps nobody waiting.
+    while waiting(session, now, executor=executor, limit=1, base=base):
+        choose_alone(session)
+        for found in waiting(session, now, executor=executor, limit=1, base=base):
+            row = _still_queued(session, found.id)
+            if row is not None:
+                return row
+    return None
+
+
+def this_job(session: Session, job_id: str, base: str | None = None) -> JobRow | None:
+    """The job of this id, locked, if it waits, its tenant may have one more running, and it is of this base; or None.
+
+    Args:
+        base: a fingerprint; None: any.
+    """
+    choose_alone(session)
+    row = _still_queued(session, job_id)
+    if row is None or base not in (None, row.base):
+        return None
+    limit = session.scalar(select(TenantRow.max_running).where(TenantRow.name == row.tenant))
+    running = select(func.count()).where(JobRow.tenant == row.tenant, JobRow.status == JobStatus.RUNNING)
+    return row if limit is None or (session.scalar(running) or 0) < limit else None
+
+
+def choose_alone(session: Session) -> None:
+    """Lets one worker choose at a time, so that each sees what the one before took: shares and quotas hold exactly.
+
+    SQLite's writers are alone anyway.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(_CHOICE)))
+
+
+def lost(session: Session, now: float) -> Sequence[JobRow]:
+    """Running jobs whose lease has run out, locked; those that somebody else looks at are left out."""
+    statement = (
+        select(JobRow)
+        .where(JobRow.status == JobStatus.RUNNING, JobRow.lease_until <= now)
+        .with_for_update(skip_locked=True)
+        .execution_options(populate_existing=True)
+    )
+    return session.scalars(statement).all()
+
+
+def count_open(session: Session) -> int:
+    """How many jobs are queued or running."""
+    return session.scalar(select(func.count()).select_from(JobRow).where(JobRow.status.in_(OPEN))) or 0
+
+
+def other_bases(session: Session, base: str, served: Collection[str] = ()) -> tuple[int, int]:
+    """How many open jobs wait for another base than `base`, and how many champions are of a base that is not served.
+
+    Args:
+        base: fingerprint of the base that jobs train on here.
+        served: fingerprints of the other served bases.
+    """
+    open_states = [status for status in JobStatus if not status.final]
+    waiting = select(func.count()).select_from(JobRow).where(JobRow.status.in_(open_states), JobRow.base != base)
+    champions = (
+        select(func.count())
+        .select_from(AliasRow)
+        .join(VersionRow, (VersionRow.adapter == AliasRow.adapter) & (VersionRow.id == AliasRow.version))
+        .where(AliasRow.alias == Alias.CHAMPION, VersionRow.base.not_in({base, *served}))
+    )
+    return session.scalar(waiting) or 0, session.scalar(champions) or 0
+
+
+def backoff(seconds: float, failures: int, job_id: str, attempt: int, *, longest: float = LONGEST_BACKOFF) -> float:
+    """Seconds before the next attempt: twice as long after each failure, give or take half.
+
+    The jitter is a function of the job and the attempt, so jobs that failed together don't come back together.
+
+    Args:
+        seconds: before the first retry.
+        failures: so far, at least 1.
+        longest: the most that it grows to, before the jitter.
+    """
+    digest = hashlib.sha256(f"{job_id} {attempt}".encode()).digest()
+    jitter = 0.5 + int.from_bytes(digest[:8], "big") / 2**64
+    return float(min(seconds * 2.0 ** min(failures - 1, 60), longest) * jitter)
+
+
+def _still_queued(session: Session, job_id: str) -> JobRow | None:
+    return session.scalar(
+        select(JobRow)
+        .where(JobRow.id == job_id, JobRow.status == JobStatus.QUEUED)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    )

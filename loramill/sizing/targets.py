@@ -1,0 +1,163 @@
+"""Which linears of a base a job adapts, with what rank, and what they keep."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from loramill.errors import InvalidRequest
+from loramill.models.catalog import Base
+from loramill.sizing.anatomy import Anatomy, Linear, linears, read_config
+from loramill.types import ALL_LINEAR, JobSpec
+
+#: Linears that read the same as another of their layer does.
+_SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What a method trains on a base, in numbers of elements.
+
+    Attributes:
+        weights: those that are trained.
+        fixed: those of the adapter that aren't.
+        state: what the method notes of each weight.
+        first: the lowest adapted layer; those below keep nothing.
+        gradients: what their gradients take; PiSSA's of A are half of one that is as large as A and A0.
+        kept, most_kept: what the adapted linears keep for each token, all of them and those of one layer at most,
+            without the input of Llama's o_proj.
+        attended: layers in which that input is kept.
+        copied, most_copied: what they keep for a whole pass: A and B in the base's dtype.
+    """
+
+    weights: int
+    fixed: int
+    state: int
+    gradients: int
+    first: int
+    kept: int
+    most_kept: int
+    attended: int
+    copied: int
+    most_copied: int
+
+
+def tuning(spec: JobSpec, base: Anatomy) -> Tuning:
+    """What a job trains.
+
+    Raises:
+        InvalidRequest: a target, layer or pattern matches nothing.
+    """
+    weights = fixed = gradients = attended = 0
+    kept: dict[int, int] = {}
+    copied: dict[int, int] = {}
+    inputs: set[tuple[int, str]] = set()
+    for linear, rank in adapted(spec, base.linears):
+        own = rank * (linear.d_in + linear.d_out)
+        halves = 2 if spec.method == "pissa" else 1
+        gain = linear.d_out if spec.method == "dora" else 0
+        source = (linear.layer, _SAME_INPUT.get(linear.last, linear.last) if base.llama else linear.name)
+        output = base.llama and linear.last == "o_proj"
+        entering = 0 if source in inputs or output else linear.d_in
+        inputs.add(source)
+        attended += output
+        trained = own + gain + (rank if spec.method == "adalora" else 0)
+        weights += trained
+        gradients += trained + (halves - 1) * rank * linear.d_in
+        fixed += (halves - 1) * own
+        kept[linear.layer] = kept.get(linear.layer, 0) + entering + halves * rank + gain
+        copied[linear.layer] = copied.get(linear.layer, 0) + halves * own
+    return Tuning(
+        weights=weights,
+        fixed=fixed,
+        state=2 if spec.method == "adalora" else 0,
+        gradients=gradients,
+        first=min(kept),
+        kept=sum(kept.values()),
+        most_kept=max(kept.values()),
+        attended=attended,
+        copied=sum(copied.values()),
+        most_copied=max(copied.values()),
+    )
+
+
+def check_targets(spec: JobSpec, base: Base) -> None:
+    """Checks that every target, layer and pattern of a job matches something in its base.
+
+    Raises:
+        InvalidRequest: one matches nothing; `param` is loramill.targets, .layers, .rank_pattern or .alpha_pattern.
+    """
+    adapted(spec, linears(read_config(str(base.folder))))
+
+
+def adapted(spec: JobSpec, among: Sequence[Linear]) -> list[tuple[Linear, int]]:
+    """The linears that get an adapter, each with its rank; for AdaLoRA that before pruning.
+
+    A name in `targets` matches as in PEFT: the last words of a full name.
+
+    Raises:
+        InvalidRequest: a target, layer or pattern matches nothing.
+    """
+    named = _targeted(spec.targets, among)
+    chosen = [linear for linear in named if spec.layers is None or linear.layer in spec.layers]
+    there = {linear.layer for linear in named}
+    missing = sorted(set(spec.layers or ()) - there)
+    if missing or not chosen:
+        raise InvalidRequest(
+            f"'layers' names {', '.join(map(str, missing)) or 'none'}; the base's layers with these targets are "
+            f"{min(there)} to {max(there)}: correct it, or leave it out for all.",
+            param="loramill.layers",
+        )
+    _check_patterns("rank_pattern", spec.rank_pattern, chosen)
+    _check_patterns("alpha_pattern", spec.alpha_pattern, chosen)
+    return [(linear, _rank(spec, linear)) for linear in chosen]
+
+
+def _targeted(targets: tuple[str, ...], among: Sequence[Linear]) -> list[Linear]:
+    if ALL_LINEAR in targets:
+        if len(targets) > 1:
+            raise InvalidRequest(f"'{ALL_LINEAR}' stands alone: leave the other targets out.", param="loramill.targets")
+        return list(among)
+    missing = [target for target in targets if not any(_ends(linear, (target,)) for linear in among)]
+    if missing:
+        raise InvalidRequest(
+            f"The base has no linears named {', '.join(missing)}: leave them out of 'targets', or give "
+            f"'{ALL_LINEAR}' or some of {_known(among)}.",
+            param="loramill.targets",
+        )
+    return [linear for linear in among if _ends(linear, targets)]
+
+
+def _rank(spec: JobSpec, linear: Linear) -> int:
+    if spec.method == "adalora":
+        return spec.init_rank or -(-3 * spec.rank // 2)
+    return next((rank for pattern, rank in spec.rank_pattern.items() if _matches(pattern, linear)), spec.rank)
+
+
+def _ends(linear: Linear, words: Iterable[str]) -> bool:
+    return any(linear.name == word or linear.name.endswith(f".{word}") for word in words)
+
+
+def _matches(pattern: str, linear: Linear) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", linear.name) is not None
+
+
+def _check_patterns(field: str, patterns: Iterable[str], among: Sequence[Linear]) -> None:
+    for pattern in patterns:
+        try:
+            found = any(_matches(pattern, linear) for linear in among)
+        except re.error as error:
+            raise InvalidRequest(
+                f"'{field}': '{pattern}' is no regular expression: {error}.", param=f"loramill.{field}"
+            ) from error
+        if not found:
+            raise InvalidRequest(
+                f"'{field}': '{pattern}' matches the end of no adapted linear's name, such as {among[0].name}: "
+                "correct it or leave it out.",
+                param=f"loramill.{field}",
+            )
+
+
+def _known(among: Iterable[Linear]) -> str:
+    return ", ".join(dict.fromkeys(linear.last for linear in among))

@@ -1,0 +1,1 @@
+"""Files written atomically, in a local folder or an object store."""

@@ -1,0 +1,176 @@
+"""Hundreds of jobs at once: reading them from a file, and what each of them asks for.
+
+A file of jobs is TOML (one `[[jobs]]` table per job), JSONL (one object per line), CSV or TSV (one row per job; the
+header names the options). A job has an `adapter` (tenant/adapter), `train`, perhaps `valid`, `columns` and
+`valid_columns`, and any of `Options`. `[defaults]` (in JSONL a line {"defaults": {...}}) applies to every job that does
+not override it. Paths are relative to the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from loramill.data import jsonl
+from loramill.data.ingest import HUB, Columns
+from loramill.data.ingest.content import read_bytes, text_of
+from loramill.data.ingest.delimited import read_cells
+from loramill.errors import DatasetInvalid, InvalidRequest
+from loramill.names import AdapterName
+from loramill.submission.options import Options, from_text, read_options
+
+#: A row with where it stands, for messages.
+Row = tuple[str, dict[str, object]]
+
+_DATA = ("adapter", "train", "valid", "columns", "valid_columns")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One job that is asked for; `where` names its line."""
+
+    where: str
+    adapter: AdapterName
+    train: Any
+    valid: Any
+    columns: Columns
+    valid_columns: Columns
+    options: Options
+
+
+def read_jobs(path: Path, defaults: Mapping[str, object]) -> list[Row]:
+    """The rows of a file of jobs, each with all that goes for it; `defaults` win over the file's own.
+
+    Raises:
+        InvalidRequest: the file can't be read as what its name says it is.
+    """
+    readers: dict[str, Callable[[str], list[Row]]] = {".toml": _toml, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise InvalidRequest(
+            f"{path.name} isn't a file of jobs; its name must end in .toml, .jsonl, .csv or .tsv.", param="file"
+        )
+    text = text_of(path.name, read_bytes(path))
+    try:
+        rows = reader(text)
+    except ValueError as error:
+        raise InvalidRequest(f"{path.name} can't be read: {error}.") from error
+    except DatasetInvalid as error:
+        raise InvalidRequest(f"{path.name} can't be read: {error.message}") from error
+    own = next((row for where, row in rows if not where), {})
+    found = [(f"{path.name}, {where}", {**own, **defaults, **row}) for where, row in rows if where]
+    if not found:
+        raise InvalidRequest(f"{path.name} holds no jobs.", param="file")
+    return [(where, _beside(path.parent, row)) for where, row in found]
+
+
+def check_entries(rows: Iterable[tuple[str, Mapping[str, object]]]) -> list[Entry]:
+    """What the rows ask for.
+
+    Raises:
+        InvalidRequest: of any row, an adapter's name, a file or an option makes no sense; a line for each problem.
+    """
+    entries: list[Entry] = []
+    problems: list[str] = []
+    for where, row in rows:
+        wrong = _missing(row)
+        try:
+            options = read_options({name: value for name, value in row.items() if name not in _DATA})
+        except InvalidRequest as error:
+            wrong += error.message.split("\n")
+        try:
+            adapter = AdapterName.parse(str(row.get("adapter", "tenant/adapter")))
+        except InvalidRequest as error:
+            wrong.append(error.message)
+        problems += [f"{where}: {problem}" for problem in wrong]
+        if not wrong:
+            columns, valid_columns = (cast(Columns, row.get(name)) for name in ("columns", "valid_columns"))
+            entries.append(Entry(where, adapter, row["train"], row.get("valid"), columns, valid_columns, options))
+    refuse(problems)
+    return entries
+
+
+def refuse(problems: Sequence[str], submitted: int = 0) -> None:
+    """Raises InvalidRequest with all problems, if there are any; so many jobs were submitted before they showed."""
+    if problems:
+        plural = "problem" if len(problems) == 1 else "problems"
+        what = f"{submitted} jobs were submitted, the others not" if submitted else "nothing was submitted"
+        raise InvalidRequest("\n".join([f"{len(problems)} {plural}; {what}:", *problems]))
+
+
+def request_of(entry: Entry, train: str, valid: str | None, model: str, name: str) -> dict[str, Any]:
+    """An entry as the gateway takes it; its key is what it asks for, so that it is known when it is asked for again."""
+    request = {
+        "model": model,
+        "tenant": entry.adapter.tenant,
+        "suffix": entry.adapter.adapter,
+        "training_file": train,
+        **({"validation_file": valid} if valid else {}),
+        **entry.options.request(),
+    }
+    key = hashlib.sha256(json.dumps([name, request], sort_keys=True).encode()).hexdigest()
+    return {**request, "metadata": {**(entry.options.metadata or {}), "loramill_key": key}}
+
+
+def _missing(row: Mapping[str, object]) -> list[str]:
+    wrong = [f"{name} is missing." for name in ("adapter", "train") if not row.get(name)]
+    for name in ("train", "valid"):
+        source = row.get(name)
+        if isinstance(source, str | Path) and _is_path(source) and not Path(source).exists():
+            wrong.append(f"{name}: there is no file {source}.")
+    for name in ("columns", "valid_columns"):
+        columns = row.get(name)
+        if columns not in (None, "auto") and not _are_texts(columns):
+            wrong.append(f"{name}: give the column of each field, such as prompt=question,completion=answer, or auto.")
+    return wrong
+
+
+def _are_texts(columns: object) -> bool:
+    return isinstance(columns, Mapping) and all(isinstance(text, str) for pair in columns.items() for text in pair)
+
+
+def _is_path(source: str | Path) -> bool:
+    return not str(source).startswith((HUB, "file-"))
+
+
+def _beside(folder: Path, row: dict[str, object]) -> dict[str, object]:
+    paths = {name: row[name] for name in ("train", "valid") if isinstance(row.get(name), str)}
+    return {**row, **{name: str(folder / str(path)) for name, path in paths.items() if _is_path(str(path))}}
+
+
+def _toml(text: str) -> list[Row]:
+    content = tomllib.loads(text)
+    jobs, defaults = content.pop("jobs", []), content.pop("defaults", {})
+    if content or not isinstance(jobs, list) or not isinstance(defaults, dict):
+        raise ValueError("it may have [defaults] and [[jobs]], and nothing else")
+    lines = [number for number, line in enumerate(text.split("\n"), 1) if re.match(r"\s*\[\[\s*jobs\s*\]\]", line)]
+    named = (
+        [f"line {line}" for line in lines] if len(lines) == len(jobs) else [f"job {i + 1}" for i in range(len(jobs))]
+    )
+    return [("", defaults), *zip(named, jobs, strict=True)]
+
+
+def _jsonl(text: str) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in jsonl.rows(text.encode()):
+        try:
+            row = jsonl.parse(line)
+        except DatasetInvalid as error:
+            raise ValueError(f"line {number}: {error.message.removesuffix('.')}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is no object")
+        rows.append(("", row["defaults"]) if [*row] == ["defaults"] else (f"line {number}", row))
+    return rows
+
+
+def _csv(text: str) -> list[Row]:
+    return [
+        (f"line {number}", {name: from_text(name, cell) for name, cell in row.items() if cell.strip()})
+        for number, row in read_cells(text)
+    ]

@@ -1,0 +1,141 @@
+"""What a submitter may say of a job, whether from Python, on the command line, or in a line of a file of jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from loramill.errors import InvalidRequest
+from loramill.submission.defaults import Extension
+from loramill.types import Executor, Quantization, Schedule
+
+if TYPE_CHECKING:
+    from loramill.data.ingest import Columns
+
+
+class Options(Extension):
+    """Everything that can be said of a job besides its adapter and data; None leaves the choice to the gateway."""
+
+    # A command line gives numbers as texts.
+    model_config = ConfigDict(strict=False)
+    base: str | None = Field(default=None, description="the model to tune; None: the gateway's")
+    epochs: int | None = Field(default=None, description="passes over the examples; steps win")
+    batch_size: int | None = Field(default=None, description="examples a step")
+    seed: int | None = None
+    metadata: dict[str, str] | None = None
+
+    def request(self) -> dict[str, Any]:
+        """These as the gateway takes them: OpenAI's words where there are any, the others under `loramill`."""
+        usual = {"n_epochs": self.epochs, "batch_size": self.batch_size}
+        own = self.model_dump(include=set(Extension.model_fields), exclude_unset=True, exclude_none=True)
+        request = {
+            "model": self.base,
+            "seed": self.seed,
+            "metadata": self.metadata,
+            "method": {"type": "supervised", "supervised": {"hyperparameters": given(usual)}},
+            "loramill": own,
+        }
+        return given(request)
+
+
+class Said(TypedDict, total=False):
+    """The keywords of `Client.submit`: the fields of `Options`, for whoever reads or checks a call."""
+
+    base: str | None
+    epochs: int | None
+    batch_size: int | None
+    seed: int | None
+    metadata: Mapping[str, str] | None
+    method: Literal["lora", "dora", "adalora", "pissa", "loftq", "full", "rslora", "qlora", "lora+"] | None
+    quantization: Quantization | None
+    rank: int | None
+    alpha: float | None
+    rslora: bool | None
+    dropout: float | None
+    targets: Sequence[str] | str | None
+    layers: Sequence[int] | str | None
+    rank_pattern: Mapping[str, int] | None
+    alpha_pattern: Mapping[str, float] | None
+    init_rank: int | None
+    loraplus_lr_ratio: float | None
+    learn: Literal["last", "all"] | None
+    learning_rate: float | None
+    schedule: Schedule | None
+    steps: int | None
+    warmup_ratio: float | None
+    weight_decay: float | None
+    max_grad_norm: float | None
+    max_length: int | None
+    packing: bool | None
+    micro_tokens: int | None
+    gradient_checkpointing: bool | None
+    offload: Literal["none", "optimizer", "all"] | None
+    gpus: int | None
+    checkpoint_every: int | None
+    eval_every: int | None
+    patience: int | None
+    keep: Literal["best", "last"] | None
+    start_from: str | None
+    priority: int | None
+    executor: Executor | None
+
+
+#: Options that are written NAME=VALUE,… where only text can be written, and those that are lists.
+PAIRS = ("rank_pattern", "alpha_pattern", "metadata", "columns", "valid_columns")
+LISTS = ("targets",)
+
+
+def read_options(said: Mapping[str, object]) -> Options:
+    """Checks options by their names and types; ranges are the gateway's to check, which knows the base.
+
+    Raises:
+        InvalidRequest: an unknown option, or a value of another type; a line of the message for each.
+    """
+    try:
+        return Options.model_validate(given(said))
+    except ValidationError as error:
+        raise InvalidRequest("\n".join(dict.fromkeys(map(_problem, error.errors())))) from error
+
+
+def from_text(name: str, text: str) -> object:
+    """The value that a cell of a table or an option of a command line stands for; types are checked later.
+
+    Raises:
+        InvalidRequest: it should be pairs and isn't.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if name in LISTS:
+        return parts
+    if name not in PAIRS:
+        return text
+    if name in ("columns", "valid_columns") and parts == ["auto"]:
+        return "auto"
+    pairs = dict(part.split("=", 1) for part in parts if "=" in part)
+    if len(pairs) != len(parts):
+        raise InvalidRequest(f"{name} is '{text}'; write it as NAME=VALUE,NAME=VALUE.")
+    return pairs
+
+
+def columns_of(name: str, text: str | None) -> Columns:
+    """Parses the command-line option `name`, which names columns.
+
+    Raises:
+        InvalidRequest: it is neither pairs nor "auto".
+    """
+    return None if text is None else cast("Columns", from_text(name, text))
+
+
+def given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What isn't None."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _problem(error: Mapping[str, Any]) -> str:
+    name = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        near = get_close_matches(name, Options.model_fields, n=1)
+        return f"there is no option '{name}'" + (f"; did you mean '{near[0]}'?" if near else ".")
+    return f"{name}: {error['msg']}."

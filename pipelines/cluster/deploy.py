@@ -1,0 +1,89 @@
+"""The whole system on one Ray cluster: the Serve application and the jobs' supervisor.
+
+`python -m loramill.pipelines.cluster.deploy` is the child process of `loramill up`: settings come as one
+line of JSON on standard input, and the end of that input is the signal to stop.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from pathlib import Path
+
+import ray
+from ray import serve
+
+import loramill.jobs.ray.supervisor
+import loramill.serve.deployments
+from loramill import logs
+from loramill.errors import LoramillError
+from loramill.local.machine import object_store_folder
+from loramill.models.catalog import find_base
+from loramill.settings import Settings
+
+OBJECT_STORE_BYTES = 128 << 20
+
+#: What a session on this machine takes of Ray's CPUs. Not a whole one: a Train controller that is killed leaves its
+#: placement group behind until the supervisor finds it, and a few of those would leave no room for sessions.
+NOMINAL_CPUS = 0.01
+log = logging.getLogger("loramill.cluster")  # __name__ is __main__ here
+
+
+def deploy(settings: Settings) -> None:
+    """Starts or updates everything on the Ray cluster this process is connected to."""
+    loramill.jobs.ray.supervisor.deploy(settings)
+    loramill.serve.deployments.deploy(settings)
+
+
+def start_local(scratch: Path) -> None:
+    """Starts a Ray on this machine. Its number of CPUs means nothing: the settings bound what runs here.
+
+    Args:
+        scratch: a folder on disk for Ray's object store, if shared memory has no room for it.
+    """
+    store = object_store_folder(OBJECT_STORE_BYTES, scratch)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        namespace="loramill",
+        log_to_driver=True,
+        **({} if store is None else {"_plasma_directory": str(store)}),
+    )
+
+
+def wait_for_end(ended: threading.Event) -> None:
+    """Sets `ended` when standard input has ended."""
+    sys.stdin.read()
+    ended.set()
+
+
+def main() -> None:
+    """Runs a local cluster until standard input ends; if it can't, the reason is the first error on standard error."""
+    logs.configure()
+    settings = Settings.model_validate_json(sys.stdin.readline())
+    try:
+        run(settings)
+    except LoramillError as error:
+        log.critical(error.message)
+        sys.exit(1)
+
+
+def run(settings: Settings) -> None:
+    """Runs a local cluster until standard input ends."""
+    find_base(settings.base, settings.cache, settings.quantization)
+    ended = threading.Event()
+    threading.Thread(target=wait_for_end, args=(ended,), name="stdin", daemon=True).start()
+    start_local(settings.home / "run")
+    deploy(settings.model_copy(update={"jobs": settings.jobs.model_copy(update={"cpus": NOMINAL_CPUS})}))
+    log.info("up")
+    ended.wait()
+    log.info("stopping")
+    serve.shutdown()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

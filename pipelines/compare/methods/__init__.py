@@ -1,0 +1,1 @@
+"""Methods that are compared: loramill's, transformers', prefix and bottleneck adapters."""

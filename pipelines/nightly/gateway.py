@@ -1,0 +1,61 @@
+"""The gateway as a nightly run uses it: a check that it answers, and questions to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+from loramill.client import Client
+from loramill.client.http import is_own, openai_errors
+from loramill.errors import LoramillError, SettingsInvalid, Unavailable
+from loramill.pipelines.nightly.evaluate import Answer, Question, ask_all
+from loramill.settings import Settings
+
+
+class Gateway(Protocol):
+    """What a nightly run needs from a gateway."""
+
+    def check(self) -> None:
+        """Raises NotRunning if nothing answers, and Unavailable if its models don't answer yet."""
+
+    def ask(self, questions: Sequence[Question], report: Callable[[int], None]) -> list[Answer | LoramillError]:
+        """The greedy answers, or the errors in their place, in order; `report` gets the number of finished questions.
+
+        Raises:
+            NotRunning, Unavailable: the gateway stopped answering.
+        """
+        ...
+
+
+class HttpGateway:
+    """The gateway of the settings, with the admin's key."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def check(self) -> None:
+        """As `Gateway`."""
+        with Client(self._settings.gateway, self._key()) as client:
+            if not client.ready():
+                client.models()  # raises NotRunning where nothing listens
+                raise Unavailable(f"The models of the gateway at {client.url} don't answer yet; try again.")
+
+    def ask(self, questions: Sequence[Question], report: Callable[[int], None]) -> list[Answer | LoramillError]:
+        """As `Gateway`."""
+        url = self._settings.gateway
+        with openai_errors(url):
+            return ask_all(openai_client(url, self._key()), questions, report=report)
+
+    def _key(self) -> str:
+        file = self._settings.admin_key_file
+        if not self._settings.api_key and not file.is_file():
+            raise SettingsInvalid(f"There is no API key: set LORAMILL_API_KEY, or run this where {file} is.")
+        return self._settings.api_key or file.read_text().strip()
+
+
+def openai_client(url: str, key: str) -> AsyncOpenAI:
+    """A client of the gateway at `url`; this machine's own is reached without a proxy."""
+    http = DefaultAsyncHttpxClient(trust_env=not is_own(url))
+    return AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=8, timeout=600, http_client=http)

@@ -1,0 +1,1 @@
+"""One generation: its model, its admission, its chunks, and its metrics."""

@@ -1,0 +1,75 @@
+"""The choices of chat answers as they stand on the wire, whole or in pieces."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from loramill.serve.protocol import ChosenToken, TextChunk, TokenText
+from loramill.serve.replica.tool_calls import Call, CallScanner
+
+
+class Deltas:
+    """One answer's pieces, as the JSON of a choice each. Written by hand: one is made for every token."""
+
+    def __init__(self, index: int, *, tools: bool, logprobs: bool) -> None:
+        self._index = index
+        self._scanner = CallScanner() if tools else None
+        self._logprobs = logprobs
+        self._calls = 0
+
+    def first(self) -> str:
+        """What begins an answer."""
+        content = '""' if self._scanner is None else "null"
+        return self._choice(f'{{"role":"assistant","content":{content}}}')
+
+    def of(self, chunk: TextChunk) -> Iterator[str]:
+        """The pieces of a chunk."""
+        logprobs = json.dumps(logprobs_object(chunk.logprobs)) if self._logprobs and chunk.logprobs else "null"
+        for delta in self._deltas(chunk):
+            yield self._choice(delta, logprobs)
+            logprobs = "null"
+        if chunk.finish:
+            yield self._choice("{}", finish=json.dumps(finish_reason(chunk.finish, called=self._calls > 0)))
+
+    def _deltas(self, chunk: TextChunk) -> list[str]:
+        if self._scanner is None:
+            told = [_content(chunk.text)] if chunk.text else []
+        else:
+            parts = self._scanner.push(chunk.text) + (self._scanner.finish() if chunk.finish else [])
+            told = [_content(part) if isinstance(part, str) else self._call(part) for part in parts]
+        return told or ([_content("")] if chunk.logprobs else [])
+
+    def _call(self, call: Call) -> str:
+        self._calls += 1
+        return json.dumps({"tool_calls": [{"index": self._calls - 1, **call_object(call)}]})
+
+    def _choice(self, delta: str, logprobs: str = "null", finish: str = "null") -> str:
+        return f'{{"index":{self._index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}}}'
+
+
+def call_object(call: Call) -> dict[str, Any]:
+    """A call of a tool, with an id of its own."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+
+
+def finish_reason(finish: str | None, *, called: bool) -> str | None:
+    """Why an answer ended: one that calls tools does so for them, unless it was cut off."""
+    return "tool_calls" if called and finish == "stop" else finish
+
+
+def logprobs_object(tokens: Sequence[ChosenToken]) -> dict[str, Any]:
+    """Log probabilities of an answer's tokens."""
+    content = [{**_token(token.chosen), "top_logprobs": [_token(top) for top in token.top]} for token in tokens]
+    return {"content": content, "refusal": None}
+
+
+def _token(token: TokenText) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": None if token.raw is None else list(token.raw)}
+
+
+def _content(text: str) -> str:
+    return f'{{"content":{json.dumps(text)}}}'

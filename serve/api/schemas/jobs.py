@@ -1,0 +1,186 @@
+"""Fine-tune jobs, their events and checkpoints as OpenAI writes them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from loramill.errors import InvalidRequest, UnsupportedParameter
+from loramill.models.catalog import Base
+from loramill.names import SHORT, results_id
+from loramill.serve.api.schemas.common import Body, Metadata
+from loramill.submission.defaults import Extension, Hyperparameters, hyperparameters_of
+from loramill.types import CheckpointRecord, JobEvent, JobRecord, JobStatus
+
+#: An event's id on the wire begins so; its number follows, of no more digits than a database counts to.
+EVENT = "ftevent-"
+EVENT_ID = rf"^{EVENT}[0-9]{{1,18}}$"
+
+
+class Supervised(Body):
+    """How supervised training goes."""
+
+    hyperparameters: Hyperparameters | None = None
+
+
+class Method(Body):
+    """OpenAI's method; what it says of the two that aren't there is not looked at."""
+
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: Supervised | None = None
+    dpo: dict[str, Any] | None = None
+    reinforcement: dict[str, Any] | None = None
+
+
+class NewJob(Body):
+    """OpenAI's request for a job, with loramill's own fields under `loramill`."""
+
+    asks_nothing: ClassVar[Mapping[str, Sequence[Any]]] = {"integrations": ([],)}
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    suffix: str = "default"
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    metadata: Metadata = Field(default={})
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = None
+    integrations: list[dict[str, Any]] | None = None
+    loramill: Extension = Extension()
+
+    def asked(self) -> Hyperparameters:
+        """The hyperparameters, wherever they stand.
+
+        Raises:
+            UnsupportedParameter: another method than supervised training, or an integration.
+            InvalidRequest: they stand in both places and differ.
+        """
+        if self.method and self.method.type != "supervised":
+            raise UnsupportedParameter(
+                f"Training by '{self.method.type}' isn't there; 'method.type' is 'supervised'.", param="method.type"
+            )
+        if self.integrations:
+            raise UnsupportedParameter(
+                "A job has no integrations of its own: whoever runs the pool sets jobs.loggers "
+                "(such as LORAMILL_JOBS__LOGGERS='[\"wandb\"]') for all jobs; leave 'integrations' out.",
+                param="integrations",
+            )
+        supervised = self.method.supervised if self.method else None
+        newer = supervised.hyperparameters if supervised else None
+        if newer and self.hyperparameters and newer != self.hyperparameters:
+            raise InvalidRequest(
+                "'hyperparameters' and those of 'method' differ; give one of them.", param="hyperparameters"
+            )
+        return newer or self.hyperparameters or Hyperparameters()
+
+
+def job_object(job: JobRecord, base: Base, examples: int | None, now: float | None = None) -> dict[str, Any]:
+    """A job.
+
+    OpenAI's types know no state `paused`: it is `queued` there, and itself in `loramill.status`.
+
+    Args:
+        job: as it is.
+        base: what the gateway serves.
+        examples: number of examples in the job's training file; None: it was deleted.
+        now: seconds since the epoch.
+    """
+    spec = job.spec
+    hyperparameters = hyperparameters_of(spec, examples)
+    failed, waits = job.status is JobStatus.FAILED, job.status is JobStatus.PAUSED
+    return {
+        "id": job.id,
+        "object": "fine_tuning.job",
+        "created_at": int(job.created_at),
+        "finished_at": int(job.finished_at) if job.finished_at else None,
+        "estimated_finish": _estimated_finish(job, time.time() if now is None else now),
+        "model": base.name if spec.base == base.fingerprint else spec.base[:SHORT],
+        "fine_tuned_model": spec.adapter_name.at(job.version) if job.version else None,
+        "organization_id": job.tenant,
+        "status": JobStatus.QUEUED if waits else job.status,
+        "error": {"code": job.error_code, "message": job.error_message, "param": None} if failed else None,
+        "hyperparameters": hyperparameters,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "integrations": [],
+        "training_file": spec.train,
+        "validation_file": spec.valid,
+        "result_files": [results_id(job.id)] if job.status.final and job.step else [],
+        "trained_tokens": job.trained_tokens,
+        "seed": spec.seed,
+        "metadata": job.metadata,
+        "loramill": _own(job) | {"waits_for": _waits_for(job, base)},
+    }
+
+
+def _waits_for(job: JobRecord, base: Base) -> str | None:
+    """What a queued job waits for besides a free worker; None: nothing."""
+    if job.status is not JobStatus.QUEUED or job.spec.base == base.fingerprint:
+        return None
+    return f"base {job.spec.base[:SHORT]}, which is not served here"
+
+
+def _own(job: JobRecord) -> dict[str, Any]:
+    """What OpenAI's object has no field for."""
+    return {
+        "adapter": job.spec.adapter,
+        "status": job.status,
+        "asked": job.asked,
+        "spec": job.spec.model_dump(mode="json"),
+        "priority": job.priority,
+        "executor": job.executor,
+        "attempt": job.attempt,
+        "micro_tokens": job.micro_tokens or job.spec.micro_tokens,
+        "step": job.step,
+        "steps": job.spec.steps,
+        "loss": job.loss,
+        "valid_loss": job.valid_loss,
+        "tokens_per_second": job.tokens_per_second,
+        "started_at": job.started_at,
+        "result": job.result,
+    }
+
+
+def _estimated_finish(job: JobRecord, now: float) -> int | None:
+    """When a running job will be done if it goes on as it does; None while nobody can tell.
+
+    By its speed where that is known: since the start it may have been paused, or begun again.
+    """
+    if job.status is not JobStatus.RUNNING or not job.step or not job.started_at:
+        return None
+    left = job.spec.steps - job.step
+    if job.tokens_per_second:
+        return int(now + left * (job.trained_tokens / job.step) / job.tokens_per_second)
+    return int(now + left * (now - job.started_at) / job.step)
+
+
+def event_object(event: JobEvent) -> dict[str, Any]:
+    """A line of a job's history."""
+    return {
+        "id": f"{EVENT}{event.id}",
+        "object": "fine_tuning.job.event",
+        "created_at": int(event.created_at),
+        "level": event.level,
+        "message": event.message,
+        "type": event.kind,
+        "data": event.data,
+    }
+
+
+def event_number(event_id: str) -> int:
+    """The number in an event's id."""
+    return int(event_id.removeprefix(EVENT))
+
+
+def checkpoint_object(checkpoint: CheckpointRecord, job: JobRecord) -> dict[str, Any]:
+    """A point of a job whose weights were validated, and that can be asked like a version."""
+    return {
+        "id": checkpoint.id,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": int(checkpoint.created_at),
+        "fine_tuning_job_id": job.id,
+        "fine_tuned_model_checkpoint": job.spec.adapter_name.at(checkpoint.version) if checkpoint.version else "",
+        "step_number": checkpoint.step,
+        "metrics": {"step": checkpoint.step, **checkpoint.metrics},
+    }

@@ -1,0 +1,63 @@
+"""Ray Serve's autoscaling of engine replicas by `loramill.serve.autoscaling.policy`; it runs in Serve's controller.
+
+Serve pickles this module by value, and everything else by its name.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from typing import Any
+
+from ray.serve.config import AutoscalingContext
+
+from loramill.serve.autoscaling.policy import Fleet, ReplicaLoad, Targets, decide
+
+#: How Serve is told to look once a second and to leave every delay to the policy.
+PROMPTLY: dict[str, Any] = {
+    "metrics_interval_s": 0.5,
+    "look_back_period_s": 2.0,
+    "upscale_delay_s": 0.0,
+    "downscale_delay_s": 0.0,
+    "downscale_to_zero_delay_s": 0.0,
+}
+
+
+class Policy:
+    """An autoscaling policy; takes `Targets` by name: the deployment's `policy_kwargs`."""
+
+    def __init__(self, **targets: float) -> None:
+        self._targets = Targets(**targets)
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """How many replicas there are to be, and what Serve keeps until it asks again, ten times a second."""
+        decision = decide(fleet_of(context), context.policy_state.get("memory"), self._targets)
+        if decision.replicas != context.target_num_replicas:
+            logging.getLogger("ray.serve").info(
+                "%s: %d replicas instead of %d: %s",
+                context.deployment_name,
+                decision.replicas,
+                context.target_num_replicas,
+                decision.reason.value,
+            )
+        return decision.replicas, {"memory": decision.memory}
+
+
+def fleet_of(context: AutoscalingContext) -> Fleet:
+    """What Serve knows of a deployment. A replica says how it is by `record_autoscaling_stats`, the fields of a
+    `ReplicaLoad`; one that hasn't yet is idle."""
+    said = context.raw_metrics or {}
+    names = [field.name for field in fields(ReplicaLoad)]
+
+    def load(replica: Any) -> ReplicaLoad:
+        series = {name: said.get(name, {}).get(replica) for name in names}
+        return ReplicaLoad(**{name: points[-1].value for name, points in series.items() if points})
+
+    return Fleet(
+        now=context.current_time or 0.0,
+        wanted=context.target_num_replicas,
+        up=tuple(map(load, context.running_replicas)),
+        queued=context.total_queued_requests,
+        least=context.capacity_adjusted_min_replicas,
+        most=context.capacity_adjusted_max_replicas,
+    )

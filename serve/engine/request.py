@@ -1,0 +1,74 @@
+"""One answer between its request's submit and its last output."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from loramill.serve.engine.sampler import Chooser
+from loramill.serve.engine.scheduler import Sequence, Share
+from loramill.serve.engine.types import Finish, Output, Request, TokenLogprobs
+
+#: Tokens that an answer is expected to get at most; few get all that they may have.
+_LIKELY = 128
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """The `index`-th of a request's answers.
+
+    Attributes:
+        sequence: what the scheduler knows of it; its tokens are the prompt's and the answer's.
+        chooser: how its tokens are chosen.
+        limit: tokens that it may have.
+        echo: whether the prompt is still to be told.
+        prompt_logprobs: of the prompt's tokens, as far as they were computed.
+        waiting_since: by the monotonic clock; None once it has run.
+        displaced: whether it has to give up its place to wait.
+    """
+
+    request: Request
+    index: int
+    sequence: Sequence
+    chooser: Chooser
+    limit: int
+    echo: bool
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    waiting_since: float | None = field(default_factory=time.monotonic)
+    displaced: bool = False
+
+    @property
+    def full(self) -> bool:
+        """Whether it has all the tokens that it may have."""
+        return len(self.sequence.tokens) == len(self.request.tokens) + self.limit
+
+    @property
+    def pending(self) -> int:
+        """Tokens still to be computed, of the prompt and, as far as can be guessed, of the answer."""
+        known = len(self.sequence.tokens)
+        left = len(self.request.tokens) + self.limit - known
+        return known - self.sequence.computed + min(left, _LIKELY)
+
+    def wanted(self, share: Share) -> int:
+        """Of how many of a share's last tokens the logits are wanted."""
+        tells = self.echo and self.request.sampling.logprobs is not None
+        if tells and share.start < len(self.request.tokens):
+            return share.count
+        return int(share.sampled)
+
+    def add(self, token: int) -> None:
+        """Takes the token that was chosen."""
+        self.sequence.tokens.append(token)
+        self.chooser.take(token)
+
+    def output(
+        self, tokens: tuple[int, ...], finish: Finish | None = None, logprobs: tuple[TokenLogprobs, ...] = ()
+    ) -> Output:
+        """New tokens of it; the first ones come behind the prompt if that is to be echoed."""
+        if self.echo:
+            self.echo = False
+            tokens = (*self.request.tokens, *tokens)
+            if self.request.sampling.logprobs is not None:
+                first = TokenLogprobs(self.request.tokens[0], None, ())
+                logprobs = (first, *self.prompt_logprobs, *logprobs)
+        return Output(self.request.id, tokens, finish, logprobs=logprobs, index=self.index)

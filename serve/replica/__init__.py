@@ -1,0 +1,1 @@
+"""An engine replica: text in, tokens through the engine, text out."""

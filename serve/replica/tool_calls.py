@@ -1,0 +1,91 @@
+"""Calls of tools in the text of an answer, found while it comes: as Hermes and Qwen write them.
+
+<tool_call>
+{"name": "weather", "arguments": {"town": "Oslo"}}
+</tool_call>
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from loramill.data.tokenizer import CALL_BEGIN, CALL_END
+from loramill.serve.replica.stop_strings import open_tail
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A tool that the model wants called; `arguments` is a JSON object, as text."""
+
+    name: str
+    arguments: str
+
+
+#: Texts and calls, in their order.
+Parts: TypeAlias = list[str | Call]
+
+#: The inside of a call: up to the first end that isn't in one of its strings.
+_INSIDE = re.compile(rf'((?:[^"<]++|"(?:[^"\\]++|\\.)*+"|<(?!{CALL_END[1:]}))*+){CALL_END}', re.DOTALL)
+
+
+class CallScanner:
+    """Separates calls from text.
+
+    What may still become a call is held back. What turns out to be none, for its inside isn't an object with a `name`
+    and `arguments`, is text as it stands; a call that lacks nothing but its end is one. White space before a call, and
+    behind the last, belongs to the markup.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._called = False
+
+    def push(self, text: str) -> Parts:
+        """What is certain by now."""
+        self._held += text
+        parts: Parts = []
+        while (begin := self._held.find(CALL_BEGIN)) >= 0:
+            # Most times there is no end at all, which is known at once.
+            found = _INSIDE.match(self._held, begin + len(CALL_BEGIN)) if CALL_END in self._held else None
+            if found is None:
+                break
+            parts += self._settle(begin, found[1], found.end())
+        certain = begin if begin >= 0 else len(self._held) - open_tail(self._held, (CALL_BEGIN,))
+        return parts + self._tell(len(self._held[:certain].rstrip()))
+
+    def finish(self) -> Parts:
+        """What was held back, when the answer ends."""
+        parts: Parts = []
+        while (begin := self._held.find(CALL_BEGIN)) >= 0:
+            parts += self._settle(begin, self._held[begin + len(CALL_BEGIN) :], len(self._held)) + self.push("")
+        return parts + ([] if self._called and self._held.isspace() else self._tell(len(self._held)))
+
+    def _settle(self, begin: int, inside: str, end: int) -> Parts:
+        """The call that begins and ends there; or its tag as text, for what follows may be a call still."""
+        if (call := _call(inside)) is None:
+            return self._tell(begin + len(CALL_BEGIN))
+        before = self._held[:begin].rstrip()
+        self._held, self._called = self._held[end:], True
+        return [before, call] if before else [call]
+
+    def _tell(self, count: int) -> Parts:
+        text, self._held = self._held[:count], self._held[count:]
+        return [text] if text else []
+
+
+def _call(inside: str) -> Call | None:
+    try:
+        value = json.loads(inside)
+        if not isinstance(value, dict):
+            return None
+        name, arguments = value.get("name"), value.get("arguments", {})
+        if not (isinstance(name, str) and name and isinstance(arguments, dict)):
+            return None
+        call = Call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+        f"{call.name}{call.arguments}".encode()
+    except (ValueError, RecursionError):  # no JSON; numbers and characters that JSON can spell and nobody can read
+        return None
+    return call

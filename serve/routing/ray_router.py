@@ -1,0 +1,80 @@
+"""Ray Serve's request router by `loramill.serve.routing.policy`: it is part of each handle to an engine deployment.
+
+Serve pickles this module by value, and everything else by its name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from loramill.serve.protocol import TextRequest
+from loramill.serve.routing.policy import Book, Limits, Report, route
+
+
+class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped here
+    """Sends a request where its adapter is, as long as that is no busier than the rest."""
+
+    def initialize_state(self, **limits: float) -> None:
+        """Takes `Limits` by name: the deployment's `request_router_kwargs`."""
+        self._limits = Limits(**limits)
+        self._book = Book(self._limits.lag)
+        self._reports: dict[ReplicaID, tuple[Mapping[str, Any], Report]] = {}
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """All replicas that may take a request, the best first. Serve tries one after another and, if all are full,
+        waits and asks again."""
+        version = None
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True
+            version = version_of(pending_request)
+        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        now = time.monotonic()
+        reports = [self._report(replica) for replica in candidate_replicas]
+        order = route(version, self._book.candidates(reports, version, now), self._limits)
+        if pending_request is not None and order:
+            self._book.send(pending_request.metadata.internal_request_id, order[0], version, now)
+        return [[replicas[name]] for name in order]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """A replica has taken a request, and it may not be the one that was best."""
+        request = pending_request.metadata.internal_request_id
+        self._book.send(request, replica_id.unique_id, version_of(pending_request), time.monotonic())
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Forgets replicas that have gone."""
+        here = {replica.replica_id for replica in replicas}
+        self._reports = {name: known for name, known in self._reports.items() if name in here}
+        super().update_replicas(replicas)
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        # All that a replica calls on behalf of one call to it has one id, by which the base class finds the one that a
+        # replica was chosen for: all but the first would wait for ever.
+        if not is_retry:
+            own = f"{pending_request.metadata.internal_request_id}-{id(pending_request):x}"
+            pending_request.metadata = replace(pending_request.metadata, internal_request_id=own)
+        return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+
+    def _report(self, replica: RunningReplica) -> Report:
+        stats = replica.routing_stats
+        read, report = self._reports.get(replica.replica_id, (None, None))
+        if report is None or read is not stats:
+            report = Report.of(replica.replica_id.unique_id, stats)
+            self._reports[replica.replica_id] = (stats, report)
+        return report
+
+
+def version_of(request: PendingRequest) -> str | None:
+    """The adapter that a call to a replica needs; None for the base, and for calls that aren't for text."""
+    match request.args:
+        case [TextRequest(version=version), *_]:
+            return version
+    return None

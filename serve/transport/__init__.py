@@ -1,0 +1,1 @@
+"""How requests and tokens travel between clients, gateways and replicas."""

@@ -1,0 +1,122 @@
+"""The engine replicas of one base behind a Ray Serve handle, as the gateway's `Backend`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+from loramill.errors import LoramillError, Overloaded, Unavailable
+from loramill.serve.protocol import TextChunk, TextRequest
+from loramill.serve.transport.channel import LOST, Arrival, Lost, Receiver
+
+#: Seconds after a call's end within which its last chunk must be there.
+_LATE_SECONDS = 5.0
+
+
+class HandleBackend:
+    """Calls go by Serve's handle, which routes, counts and cancels them; what they answer comes by a `Receiver`.
+
+    Args:
+        handle: of the base's engine deployment.
+        receiver: shared by the gateway's backends.
+        start_seconds: for which a request waits until a replica takes it.
+        sleeps: whether the base may be without replicas; a request wakes it.
+    """
+
+    def __init__(self, handle: DeploymentHandle, receiver: Receiver, *, start_seconds: float, sleeps: bool) -> None:
+        # By gRPC: it takes half the time of a call of Ray's own, and a request is no object that others may want.
+        self._handle = handle.options(_by_reference=False)
+        self._receiver = receiver
+        self._start_seconds = start_seconds
+        self._sleeps = sleeps
+        # Held, because the event loop itself holds tasks weakly.
+        self._calls: set[asyncio.Future[None]] = set()
+
+    async def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
+        """Streams one answer; closing the iterator cancels it on the replica. One that was lost before it began is
+        asked for once more: it may only be the replica that has gone.
+        """
+        begun = done = False
+        for again in (True, False):
+            with self._receiver.inbox(request.id) as inbox:
+                response = await self._ask(request, inbox)
+                try:
+                    chunk = await self._taken(inbox)
+                    while not done:
+                        if chunk is not None:
+                            begun = True
+                            yield chunk
+                            done = chunk.finish is not None
+                        chunk = None if done else _checked(await inbox.get())
+                    return
+                except Lost:
+                    if begun or not again:
+                        raise
+                finally:
+                    if not done:
+                        response.cancel()
+
+    async def ready(self) -> None:
+        """Raises Unavailable until an engine replica answers. A base that sleeps is ready."""
+        if self._sleeps:
+            return
+        try:
+            await self._handle.check_health.remote()
+        except (RayTaskError, RayActorError, DeploymentUnavailableError) as error:
+            raise Unavailable("No engine replica is up yet; try again in a moment.") from error
+
+    async def _ask(
+        self, request: TextRequest, inbox: asyncio.Queue[Arrival]
+    ) -> DeploymentResponse[LoramillError | None]:
+        """Calls a replica; the inbox hears of it if that fails."""
+        address = await self._receiver.address(ray.util.get_node_ip_address())
+        response = self._handle.answer.remote(request, address)
+        call = asyncio.ensure_future(_follow(response, inbox))
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        return response
+
+    async def _taken(self, inbox: asyncio.Queue[Arrival]) -> TextChunk | None:
+        try:
+            async with asyncio.timeout(self._start_seconds):
+                return _checked(await inbox.get())
+        except TimeoutError as error:
+            raise Unavailable(
+                f"No engine replica could take the request within {self._start_seconds:g} s; the base may still be "
+                "starting, try again in a moment."
+            ) from error
+
+
+async def _follow(response: DeploymentResponse[LoramillError | None], inbox: asyncio.Queue[Arrival]) -> None:
+    """Puts into the inbox why a call has failed; one that has ended well has sent all, or its connection broke."""
+    try:
+        refusal = await response
+    except RequestCancelledError:
+        return
+    except Exception as error:  # noqa: BLE001 - whoever reads the inbox raises it
+        inbox.put_nowait(_told(error))
+    else:
+        if refusal is not None:
+            inbox.put_nowait(refusal)
+        else:
+            asyncio.get_running_loop().call_later(_LATE_SECONDS, inbox.put_nowait, Lost(LOST))
+
+
+def _told(error: Exception) -> Exception:
+    """What the gateway's caller is told of how a call failed."""
+    if isinstance(error, BackPressureError):
+        return Overloaded("Every engine replica is at its limit; try again in a moment.")
+    if isinstance(error, RayActorError | DeploymentUnavailableError):
+        return Lost(LOST)
+    return error
+
+
+def _checked(arrival: Arrival) -> TextChunk | None:
+    if isinstance(arrival, Exception):
+        raise arrival
+    return arrival
