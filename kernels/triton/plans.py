@@ -1,6 +1,6 @@
 """Which tiles, warps and splits a step uses: a small table, keyed on the rows of its runs, on rank and on dimensions.
 
-The numbers come from bytes in flight and from what compiles for sm_90 without spilling; `loramill bench kernels
+The numbers come from bytes in flight and from what compiles for sm_90 without spilling; `loramill-bench kernels
 --device cuda` shows what they cost on a GPU.
 """
 

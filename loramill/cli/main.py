@@ -10,7 +10,6 @@ from typer.core import TyperGroup
 from loramill import __version__
 from loramill.cli import (
     adapters,
-    bench,
     chat,
     compare,
     data,
@@ -28,7 +27,7 @@ from loramill.errors import LoramillError
 from loramill.logs import quiet_libraries
 
 
-class _Root(TyperGroup):
+class Root(TyperGroup):
     """Ends every command alike: an error of ours is one sentence and 1. (Typer's own: usage 2, Ctrl-C 130.)"""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -36,6 +35,7 @@ class _Root(TyperGroup):
         _plain_flags(self)
 
     def invoke(self, ctx: Any) -> Any:
+        """Runs the command; prints an error of ours and exits with 1."""
         try:
             return super().invoke(ctx)
         except LoramillError as error:
@@ -52,7 +52,7 @@ def _plain_flags(command: Any) -> None:
         _plain_flags(each)
 
 
-app = typer.Typer(cls=_Root, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Root, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _version(asked: bool) -> None:
@@ -84,7 +84,6 @@ chat.register(app)
 generate.register(app)
 nightly.register(app)
 compare.register(app)
-bench.register(app)
 
 
 def main() -> None:

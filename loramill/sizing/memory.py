@@ -27,7 +27,7 @@ _PROCESS = 580 * 10**6
 _CONTEXT, _CUBLAS = 700 * 2**20, 32 * 2**20
 
 #: What glibc's malloc can't reuse, with its own thresholds, which grow to 32 MiB: what comes and goes in a layer leaves
-#: holes between what stays. As measured by `jobs.bench.memory`: parts of the activations, and times a layer's.
+#: holes between what stays. As measured by `loramill-bench train`: parts of the activations, and times a layer's.
 _TORN_KEPT, _TORN_LAYER = 0.18, 4
 
 #: Copies that safetensors makes of a checkpoint: of each tensor, of all in Rust, and of that in Python.

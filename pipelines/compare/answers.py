@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from loramill.data.examples import Example
 from loramill.data.tokenizer import ChatTokenizer
-from loramill.kernels.bench.measure import Effort, interleaved
 from loramill.pipelines.compare.methods.transformers import MakeCache, empty, greedy
+from loramill.pipelines.compare.timing import Effort, interleaved
 from loramill.pipelines.nightly.scoring import Score, score
 from loramill.serve.offline import OfflineEngine
 from loramill.serve.protocol import TextRequest

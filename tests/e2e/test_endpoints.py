@@ -20,9 +20,9 @@ from openai import AsyncOpenAI
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.registry import adapters, tenants
-from loramill.serve.bench.subject import write_adapters
 from loramill.serve.model import load_decoder
 from loramill.types import VersionRecord
+from loramill_bench.engine.subject import write_adapters
 
 from .conftest import Mill, running
 

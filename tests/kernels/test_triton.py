@@ -12,7 +12,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).with_name("triton_interpreted.py")
-WITHOUT = "import sys; sys.modules['triton'] = None; import loramill.kernels, loramill.kernels.bench.cuda"
+WITHOUT = "import sys; sys.modules['triton'] = None; import loramill.kernels, loramill_bench.kernels.cuda"
 
 
 def run(*arguments, **variables):
@@ -33,7 +33,7 @@ def test_without_triton_everything_else_can_be_imported():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_kernels_are_right_on_this_gpu_in_every_dtype_called_and_replayed():
     pytest.importorskip("triton")
-    from loramill.kernels.bench import cuda
+    from loramill_bench.kernels import cuda
 
     wrong = [check for check in cuda.check() if not check.passed]
     assert not wrong, "\n".join(map(str, wrong))

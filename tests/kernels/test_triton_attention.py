@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.compiler import ASTSource  # noqa: E402
 
-from loramill.kernels.bench import cuda_attention, on_cuda  # noqa: E402
+from loramill_bench.kernels import cuda_attention, on_cuda  # noqa: E402
 
 from .hopper import HOPPER, NAMES, SHARED, empty_cache, spilled  # noqa: E402, F401
 

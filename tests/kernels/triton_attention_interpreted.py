@@ -14,8 +14,8 @@ from triton.runtime import interpreter
 
 from loramill.errors import EngineFault
 from loramill.kernels import LayerKV, Pages, Span, torch_backend
-from loramill.kernels.bench import cuda_attention
 from loramill.kernels.triton import StaticPages, attention
+from loramill_bench.kernels import cuda_attention
 
 host = importlib.import_module("loramill.kernels.triton.attention")
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from loramill.errors import EngineFault
 from loramill.kernels import Batch, Delta, Site, Slab
 from loramill.kernels.adapter import ROWS
-from loramill.kernels.bench import cuda
 from loramill.kernels.triton import StaticPlan, adapted_linear, layout, lora, pack, plans
+from loramill_bench.kernels import cuda
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 host = importlib.import_module("loramill.kernels.triton.lora")

@@ -12,11 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loramill.data.tokenizer import EncodedExample
-from loramill.jobs.bench.memory import CPU_ERROR, Case, measure, predicted
 from loramill.jobs.train.loop import train
 from loramill.sizing import anatomy
 from loramill.sizing.memory import need, row_of
 from loramill.types import JobSpec
+from loramill_bench.training.memory import CPU_ERROR, Case, measure, predicted
 
 LENGTH, LEARNT = 64, 0.25
 
@@ -89,7 +89,7 @@ def peak(profiled: profile) -> int:
     return most
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="`loramill bench train` measures the GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="`loramill-bench train` measures the GPU")
 def test_a_process_grows_to_what_was_foretold() -> None:
     case = Case("small", rank=4, targets=("q_proj", "v_proj"), batch_size=2, length=64, micro_tokens=128)
     device, measured = measure(case)

@@ -1,0 +1,1 @@
+"""Benchmarks of loramill: kernels, engine, training and serving, against their rivals and targets."""

@@ -1,0 +1,64 @@
+"""Random adapters in a record of their own, as if their tenants had trained them."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loramill.models.catalog import Base
+from loramill.names import AdapterName
+from loramill.registry import Registry, adapters, migrate, tenants
+from loramill.serve.model import load_decoder
+from loramill.settings import Settings
+from loramill.types import VersionRecord
+from loramill_bench.engine.subject import write_adapters
+from loramill_bench.http.work import ADAPTERS, DISTINCT
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Adapters by name, the most wanted first; each is another tenant's.
+
+    Attributes:
+        folders: of each one's champion, as PEFT reads it.
+        versions: of each one; the champion is the first. Those that are always in use have two.
+    """
+
+    folders: Mapping[str, Path]
+    versions: Mapping[str, tuple[str, ...]]
+
+
+def publish(settings: Settings, base: Base, seed: int) -> Published:
+    """Makes the record that the settings name, which must not be there yet, and adapters of rank 16 at all linears."""
+    migrate(settings.database)
+    registry = Registry.open(settings.database, settings.artifacts)
+    drawn = settings.home / "drawn"
+    drawn.mkdir()
+    torch.manual_seed(seed)
+    folders = write_adapters(load_decoder(base.folder, dtype=torch.bfloat16, threads=1), drawn, ADAPTERS)
+    stored = [registry.artifacts.put({file.name: file for file in folder.iterdir()}) for folder in folders]
+    shutil.rmtree(drawn)
+    names = [f"tenant{number:02d}/random" for number in range(ADAPTERS)]
+    # A second version is what another tenant's first one is: only that it differs matters.
+    versions = {
+        name: (stored[number], *([stored[number + DISTINCT]] if number < DISTINCT else []))
+        for number, name in enumerate(names)
+    }
+    with registry.writing() as session:
+        for name, ids in versions.items():
+            tenants.create(session, AdapterName.parse(name).tenant)
+            adapters.ensure(session, AdapterName.parse(name))
+            for version in ids:
+                size = registry.artifacts.size(version)
+                record = VersionRecord(
+                    id=version, adapter=name, job=None, base=base.fingerprint, bytes=size, created_at=time.time()
+                )
+                adapters.add_version(session, record)
+    champions = {name: registry.artifacts.fetch(ids[0]) for name, ids in versions.items()}
+    registry.close()
+    return Published(champions, versions)

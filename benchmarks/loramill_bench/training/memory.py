@@ -1,0 +1,175 @@
+"""How well sizing foretells the memory of a job: each case trains for two steps in a process of its own.
+
+On a CPU it is the process's largest resident memory (VmHWM) against the whole prediction; on a GPU
+torch.cuda.max_memory_allocated against the prediction without the framework's floor.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from loramill.data.tokenizer import EncodedExample
+from loramill.errors import SetupError
+from loramill.models.catalog import find_base, load_for_training
+from loramill.models.smollm2 import NAME
+from loramill.settings import Settings
+from loramill.sizing import anatomy, read_config
+from loramill.sizing.memory import Device, Need, need, row_of
+from loramill.types import TARGETS, JobSpec, Method, Quantization
+from loramill_bench.kernels import Result
+
+#: The error that is allowed, relative to what was measured; on a GPU the second is that of a prediction below it.
+CPU_ERROR, GPU_ERROR, GPU_SHORT = 0.10, 0.05, 0.03
+
+_STEPS, _EXAMPLES = 2, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A job on the built-in base: examples of `length` tokens, of which `learnt` are learnt."""
+
+    name: str
+    method: Method = "lora"
+    quantization: Quantization = "none"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    rank: int = 16
+    targets: tuple[str, ...] = TARGETS
+    layers: tuple[int, ...] | None = None
+    dropout: float = 0.0
+    length: int = 128
+    learnt: float = 0.5
+    batch_size: int = 8
+    micro_tokens: int = 256
+    gradient_checkpointing: bool = False
+    packing: bool = True
+
+    def spec(self, base: str) -> JobSpec:
+        """Its job."""
+        around = {"name", "quantization", "dtype", "length", "learnt"}
+        own = {name: value for name, value in asdict(self).items() if name not in around}
+        return JobSpec(
+            base=base, adapter="bench/memory", train="bench", steps=_STEPS, checkpoint_every=1, max_length=8192, **own
+        )
+
+
+CASES = (
+    Case("as by default"),
+    Case("rank 4, q and v", rank=4, targets=("q_proj", "v_proj")),
+    Case("rank 128", rank=128),
+    Case("a third of the layers", layers=tuple(range(20, 30))),
+    Case("128 tokens a pass", micro_tokens=128),
+    Case("1024 tokens a pass", micro_tokens=1024),
+    Case("2048 tokens a pass", micro_tokens=2048, batch_size=16),
+    Case("2048 tokens, recomputed", micro_tokens=2048, batch_size=16, gradient_checkpointing=True),
+    Case("an example of 1024 tokens", length=1024, batch_size=2, micro_tokens=1024, learnt=0.25),
+    Case("all tokens learnt", micro_tokens=512, learnt=1.0),
+    Case("padded rows of 32", packing=False, length=32, batch_size=32),
+    Case("dropout", dropout=0.1),
+    Case("float32", dtype="float32"),
+    Case("int8", quantization="int8"),
+    Case("nf4", quantization="nf4", rank=64),
+    Case("DoRA", method="dora"),
+    Case("AdaLoRA", method="adalora"),
+    Case("PiSSA", method="pissa"),
+)
+
+
+def results(report: Callable[[str], object], cases: Sequence[Case] = CASES) -> list[Result]:
+    """The relative error of the prediction of each case, on the GPU if there is one; `report` is told each case.
+
+    Raises:
+        SetupError: a case couldn't be measured.
+    """
+    found = []
+    for case in cases:
+        report(f"memory, {case.name}")
+        device, measured = measure(case)
+        needed = predicted(case, device)
+        whole = needed.bytes if device == "cpu" else needed.tensors
+        error = whole / measured - 1
+        limit = CPU_ERROR if device == "cpu" else GPU_SHORT if error < 0 else GPU_ERROR
+        found.append(
+            Result(
+                f"memory, {case.name}: {whole / 1e6:.0f} of {measured / 1e6:.0f} MB",
+                abs(error),
+                "off",
+                limit,
+            )
+        )
+    return found
+
+
+def predicted(case: Case, device: Device) -> Need:
+    """What sizing says of a case."""
+    base = find_base(NAME, Settings.load().cache, case.quantization)
+    spec = case.spec(base.fingerprint)
+    return need(
+        spec,
+        anatomy(read_config(str(base.folder))),
+        case.quantization,
+        row_of(spec, [case.length] * _EXAMPLES, case.learnt, alike=False),
+        device,
+        4 if case.dtype == "float32" else 2,
+    )
+
+
+def measure(case: Case) -> tuple[Device, int]:
+    """The device and the bytes at a case's peak there, in a fresh process.
+
+    Raises:
+        SetupError: that process failed.
+    """
+    command = [sys.executable, "-m", "loramill_bench.training.memory", json.dumps(asdict(case))]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise SetupError(f"The case '{case.name}' couldn't be measured: {ran.stderr.strip().rpartition(chr(10))[2]}")
+    device, peak = ran.stdout.split()[-2:]
+    return ("cuda" if device == "cuda" else "cpu"), int(peak)
+
+
+def main(case: Case) -> str:
+    """Trains a case in this process; the device and its peak in bytes."""
+    import torch
+
+    from loramill.jobs.train.loop import train
+
+    torch.set_num_threads(1)
+    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = find_base(NAME, Settings.load().cache, case.quantization)
+    model = load_for_training(base, getattr(torch, case.dtype), packed=device == "cuda").to(device)
+    draw = random.Random(0)
+    examples = [
+        EncodedExample(
+            tokens=tuple(draw.randrange(3, 40000) for _ in range(case.length)),
+            prompt_length=round(case.length * (1 - case.learnt)),
+        )
+        for _ in range(_EXAMPLES)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in train(model, examples, [], case.spec(base.fingerprint), folder=base.folder, checkpoints=Path(folder)):
+            pass
+    return f"{device} {torch.cuda.max_memory_allocated() if device == 'cuda' else _resident_peak()}"
+
+
+def _resident_peak() -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024
+
+
+def _parsed(text: str) -> Case:
+    values = json.loads(text)
+    for name in ("targets", "layers"):
+        values[name] = None if values[name] is None else tuple(values[name])
+    return Case(**values)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(main(_parsed(sys.argv[1])) + "\n")

@@ -1,0 +1,183 @@
+"""What the queue costs: submitting, choosing, and the time between a lease and a job's first step."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loramill.data.tokenizer import ChatTokenizer
+from loramill.jobs.scheduling.reconciler import Keeper
+from loramill.jobs.train.loop import Progress
+from loramill.jobs.worker import lease
+from loramill.jobs.worker.worker import Worker, run_next
+from loramill.models.catalog import find_base, load_for_training
+from loramill.models.smollm2 import NAME
+from loramill.registry import Registry, datasets, jobs, migrate, tenants
+from loramill.settings import Settings
+from loramill.types import Executor, JobSpec
+from loramill_bench.kernels import Result
+
+SUBMIT_SECONDS, LOOK_SECONDS, FIRST_STEP_SECONDS, BETWEEN_SECONDS = 2.0, 0.05, 1.0, 0.3
+_ROUNDS, _SUBMITTED, _QUEUED, _TENANTS, _JOBS, _STEPS = 3, 1000, 10_000, 50, 6, 3
+
+
+def results(report: Callable[[str], object]) -> list[Result]:
+    """Medians in CPU seconds of one thread, on a record in SQLite in a folder of its own; about three minutes.
+
+    Args:
+        report: is told what is measured next.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [*_record(report), *_warm(report), *_fresh(report)]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _record(report: Callable[[str], object]) -> list[Result]:
+    report(f"queue: submitting {_SUBMITTED} jobs, and looking at {_QUEUED}")
+    with tempfile.TemporaryDirectory() as home:
+        settings, registry = _opened(Path(home))
+        together = [_timed(lambda: _submit(registry, _SUBMITTED)) for _ in range(_ROUNDS)]
+        alone = [_timed(lambda: _submit(registry, _SUBMITTED, together=1)) for _ in range(_ROUNDS)]
+        _submit(registry, _QUEUED - 2 * _ROUNDS * _SUBMITTED)
+        # All places are busy, so that a look decides about jobs that wait and starts nothing.
+        keeper = Keeper(registry, settings.jobs, run_session=_idle, run_trainer=_idle)
+        keeper.look()
+        with registry.writing() as session:
+            for place in keeper.alive:
+                jobs.lease(session, f"{place}:1", now=time.time(), seconds=3600, max_attempts=5)
+        look = [_timed(keeper.look) for _ in range(21)]
+        registry.close()
+    return [
+        Result(f"queue: submit {_SUBMITTED} jobs", statistics.median(together), "CPU-s", SUBMIT_SECONDS),
+        Result(f"queue: submit {_SUBMITTED} jobs, each in a transaction", statistics.median(alone), "CPU-s"),
+        Result(f"queue: a look of the supervisor at {_QUEUED}", statistics.median(look), "CPU-s", LOOK_SECONDS),
+    ]
+
+
+def _warm(report: Callable[[str], object]) -> list[Result]:
+    report("queue: jobs of a warm session")
+    base = find_base(NAME, Settings.load().cache)
+    with tempfile.TemporaryDirectory() as home:
+        settings, registry = _opened(Path(home))
+        model = load_for_training(base, torch.bfloat16)
+        worker = Worker(
+            owner="bench:1",
+            registry=registry,
+            base=base,
+            model=lambda: model,
+            device=torch.device("cpu"),
+            tokenizer=ChatTokenizer.load(base.folder),
+            checkpoints=settings.checkpoints,
+            logs=settings.home / "logs",
+            settings=settings.jobs,
+        )
+        _submit(registry, _JOBS, base.fingerprint)
+        moments: list[tuple[float, list[float]]] = []
+        with _steps_noted() as noted:
+            for _ in range(_JOBS):
+                began = time.process_time()
+                run_next(worker)
+                moments.append((began, list(noted)))
+                noted.clear()
+            ended = time.process_time()
+        registry.close()
+    # The first job pays for what the process does once.
+    step = [second - first for _, steps in moments[1:] for first, second in pairwise(steps)]
+    first_step = [steps[0] - began for began, steps in moments[1:]]
+    ends = [began for began, _ in moments[1:]] + [ended]
+    whole = [end - began for (began, _), end in zip(moments, ends, strict=True)][1:]
+    between = [seconds - _STEPS * statistics.median(step) for seconds in whole]
+    return [
+        Result("queue: warm session, lease to first step", statistics.median(first_step), "CPU-s", FIRST_STEP_SECONDS),
+        Result("queue: warm session, a job without its steps", statistics.median(between), "CPU-s", BETWEEN_SECONDS),
+    ]
+
+
+def _fresh(report: Callable[[str], object]) -> list[Result]:
+    """A trainer that is started for one job, as other systems do for each; by the clock, since it is many processes."""
+    report("queue: a fresh trainer")
+    from loramill_bench.training.fresh import seconds_to_first_step
+
+    base = find_base(NAME, Settings.load().cache)
+    with tempfile.TemporaryDirectory() as home:
+        settings, registry = _opened(Path(home), {"jobs": {"cpus": 0.1}})
+        _submit(registry, 1, base.fingerprint, executor="dedicated")
+        with registry.reading() as session:
+            (job,) = jobs.list_of(session, tenant=None)
+        seconds = seconds_to_first_step(settings, registry, job.id)
+        registry.close()
+    return [Result("queue: fresh trainer, start to first step", seconds, "s")]
+
+
+def _opened(home: Path, said: dict[str, Any] = {}) -> tuple[Settings, Registry]:  # noqa: B006 - never changed
+    settings = Settings.load(home=home, database_url=None, artifacts_url=None, base=NAME, **said)
+    migrate(settings.database)
+    registry = Registry.open(settings.database, settings.artifacts)
+    raw = b"".join(_row(word) for word in "one two three four five six seven eight".split())
+    artifact = registry.artifacts.put({"data.jsonl": raw})
+    with registry.writing() as session:
+        for tenant in map(_tenant, range(_TENANTS)):
+            tenants.create(session, tenant)
+            datasets.create(session, tenant, "rows.jsonl", artifact, len(raw), 8)
+    return settings, registry
+
+
+def _row(word: str) -> bytes:
+    return json.dumps({"prompt": f"Say {word}: ", "completion": word.upper()}).encode() + b"\n"
+
+
+def _tenant(number: int) -> str:
+    return f"tenant{number % _TENANTS}"
+
+
+def _submit(
+    registry: Registry, count: int, base: str = "b" * 64, *, together: int = 100, executor: Executor = "session"
+) -> None:
+    """Submits jobs, so many in a transaction."""
+    with registry.reading() as session:
+        data = {_tenant(n): datasets.list_of(session, _tenant(n))[0].id for n in range(_TENANTS)}
+    for first in range(0, count, together):
+        with registry.writing() as session:
+            for number in range(first, min(count, first + together)):
+                tenant = _tenant(number)
+                spec = JobSpec(base=base, adapter=f"{tenant}/bot", train=data[tenant], steps=_STEPS, batch_size=2)
+                jobs.submit(session, spec, {}, priority=number % 3, executor=executor, cost=1000.0)
+
+
+@contextmanager
+def _steps_noted() -> Iterator[list[float]]:
+    """When each step of a job has ended."""
+    noted: list[float] = []
+    progress = lease.Lease.progress
+
+    def note(self: lease.Lease, point: Progress) -> None:
+        noted.append(time.process_time())
+        progress(self, point)
+
+    lease.Lease.progress = note  # type: ignore[method-assign]
+    try:
+        yield noted
+    finally:
+        lease.Lease.progress = progress  # type: ignore[method-assign]
+
+
+def _timed(task: Callable[[], object]) -> float:
+    began = time.process_time()
+    task()
+    return time.process_time() - began
+
+
+def _idle(*_: object) -> None:
+    time.sleep(600)

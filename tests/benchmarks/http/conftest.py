@@ -1,0 +1,75 @@
+"""A tiny base with random adapters on record, and fewer of them than are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
+
+import pytest
+
+from loramill.models.catalog import Base
+from loramill.settings import Settings
+from loramill_bench.http import bare, promotion, published, turns
+from loramill_bench.measure import Result
+
+from ...llama import tiny_llama, write_base
+
+
+@pytest.fixture(scope="session")
+def tiny(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """A tiny random Llama that reads and writes the real base's tokens."""
+    model = tiny_llama(vocab_size=49152, max_position_embeddings=1024, tie_word_embeddings=True)
+    folder = write_base(tmp_path_factory.mktemp("tiny"), model, base.folder)
+    return Base("tiny", folder, "0" * 64, "LlamaForCausalLM", 1024)
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return Settings(home=tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="session")
+def there(tiny: Base, settings: Settings) -> published.Published:
+    with fewer():
+        return published.publish(settings, tiny, seed=3)
+
+
+@pytest.fixture
+def few() -> Iterator[None]:
+    """Fewer adapters."""
+    with fewer():
+        yield
+
+
+@contextmanager
+def fewer() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(published, "ADAPTERS", 6)
+        patch.setattr(published, "DISTINCT", 2)
+        patch.setattr(promotion, "DISTINCT", 2)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "_REST", 0.0)
+
+
+@pytest.fixture
+def uncached(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ends what the process of the bare engine would keep."""
+    with ExitStack() as opened:
+
+        def closed_at_the_end(kind: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args: opened.enter_context(closing(kind(*args)))
+
+        for name in ("Engine", "OfflineEngine"):
+            monkeypatch.setattr(bare, name, closed_at_the_end(getattr(bare, name)))
+        yield
+    bare._engine.cache_clear()
+    bare._offline.cache_clear()
+
+
+def values(results: list[Result]) -> dict[str, float]:
+    return {result.case: pytest.approx(result.value) for result in results}

@@ -1,0 +1,138 @@
+"""`loramill-bench serve`: its cases over a real gateway, and which of them run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loramill.errors import InvalidRequest
+from loramill.models.catalog import Base
+from loramill.registry import Registry, adapters, api_keys
+from loramill.serve.api.app import build_api
+from loramill.serve.replica.fake import EchoBackend
+from loramill.settings import Settings
+from loramill_bench import http as bench
+from loramill_bench.http import added, compare, overload, promotion, servers, site
+from loramill_bench.http.client import Server
+from loramill_bench.http.work import DISTINCT, NEW, PROMPT
+from loramill_bench.measure import Result
+
+from ...serve.api.conftest import running
+from .conftest import values
+
+#: The issue's, by the cases' names.
+TARGETS = {
+    **{f"http none {streams}: over vLLM": ">= 1.2" for streams in (8, 32)},
+    **{f"http {mix} {streams}: over vLLM": ">= 4" for mix in ("distinct", "zipf") for streams in (8, 32)},
+    **{f"http {mix} {streams}: of the engine": ">= 0.9" for mix in ("none", "distinct", "zipf") for streams in (8, 32)},
+    "gateway first token: added": "<= 10",
+    "gateway 32: lost": "<= 0.03",
+    "promote 32: errors": "<= 0",
+    "promote 32: p99 gap": "<= 1.2",
+    "overload: p95 of the accepted": "<= 2",
+    "overload: errors": "<= 0",
+}
+
+
+class Here:
+    """In place of a process of its own: a thread."""
+
+    def __init__(self, environment: object = None) -> None:
+        self._thread = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def begin(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        return self._thread.submit(function, *args)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+
+def test_every_case_runs_over_a_real_gateway_and_has_the_issues_target(
+    tiny: Base, tokenizer, few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncached: None
+) -> None:
+    """With less of what costs time, and a model that repeats the prompt; under the cases' own names."""
+
+    def smaller(case: compare.Crowd) -> Any:
+        said = {field.name: getattr(case, field.name) for field in fields(case)}
+        return SimpleNamespace(**said | {"streams": min(2, case.streams), "each": 1}, name=case.name)
+
+    monkeypatch.setattr(compare, "CASES", tuple(map(smaller, compare.CASES)))
+    for module, name, value in [
+        (added, "_ASKS", 2),
+        (added, "_STREAMS", 2),
+        (added, "_EACH", 1),
+        (promotion, "_STREAMS", 2),
+        (promotion, "_EACH", 4),
+        (promotion, "_EVERY", 0.01),
+        (overload, "_SECONDS", 0.2),
+        (overload, "_EACH", 1),
+        (site, "Alone", Here),
+    ]:
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setenv("LORAMILL_SERVE__MAX_SEQUENCES", "4")
+    monkeypatch.setenv("LORAMILL_SERVE__KV_TOKENS", "2048")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    backend = EchoBackend(seconds_a_token=0.0005)
+    up: list[Server] = []
+    started: list[tuple[int, int]] = []
+    known: set[str | None] = {None}
+
+    @contextmanager
+    def loramill(settings: Settings) -> Iterator[Server]:
+        registry = Registry.open(settings.database, settings.artifacts)
+        with registry.writing() as session:
+            _, key = api_keys.create(session, None)
+            known.update(
+                one.id for each in adapters.list_of(session, None) for one in adapters.versions(session, each.name)
+            )
+        app = build_api(registry=registry, base=tiny, tokenizer=tokenizer, backend=backend, settings=settings)
+        with running(app) as url:
+            up.append(Server(int(url.rpartition(":")[2]), key))
+            yield up[0]
+        registry.close()
+
+    @contextmanager
+    def vllm(python: Path, base: Base, folders: Sequence[str], slots: int, log: Path) -> Iterator[Server]:
+        started.append((len(folders), slots))
+        yield up[0]
+
+    monkeypatch.setattr(servers, "loramill", loramill)
+    monkeypatch.setattr(servers, "vllm", vllm)
+    reported: list[str] = []
+    results = bench.run(tiny, report=reported.append, vllm=Path("python"), rounds=1)
+    cases = [result.case for result in results]
+    assert len(cases) == len(set(cases))
+    assert all(any(case.startswith(f"{group}: ") for group in reported) for case in cases)
+    assert {result.case: result.goal for result in results if result.target is not None} == TARGETS
+    assert all(math.isfinite(result.value) for result in results)
+    assert values(results)["promote 32: errors"] == values(results)["overload: errors"] == 0
+    assert values(results)["promote 32: promotions"].expected > 0
+    assert started == [(0, DISTINCT), (6, DISTINCT)]
+    assert {(len(r.prompt.split()), r.max_tokens, r.temperature, r.ignore_eos) for r in backend.requests} == {
+        (PROMPT, NEW, 0.0, True)
+    }
+    asked = {request.version for request in backend.requests}
+    assert None in asked and asked <= known
+    assert len(asked) >= 1 + 2 and len(known) == 1 + 6
+    assert list(tmp_path.glob("loramill-bench-*")) == []
+
+
+def test_only_what_is_asked_for_is_started(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overload, "measure", lambda there, rounds: [Result("overload: errors", 0, "in all", 0)])
+    assert [result.case for result in bench.run(tiny, "overload")] == ["overload: errors"]
+    with pytest.raises(InvalidRequest, match=r"'nothing'.*http none 1.*http zipf 32.*promote 32, overload"):
+        bench.run(tiny, "nothing")

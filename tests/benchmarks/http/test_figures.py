@@ -1,0 +1,209 @@
+"""What is reported of given runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from loramill.errors import EngineFault
+from loramill.settings import ServeSettings
+from loramill_bench.http import added, answers, compare, overload, promotion, turns
+from loramill_bench.http.answers import Answer, Run
+from loramill_bench.http.client import Server
+from loramill_bench.http.work import NEW
+
+from .conftest import values
+
+
+def run_of(
+    rate: float = 64.0,
+    *,
+    first: float = 0.5,
+    gap: float = 0.25,
+    latency: float = 2.0,
+    cpu: float = 0.0,
+    others: Sequence[Answer] = (),
+) -> Run:
+    """Two answers, and others, with these figures."""
+    answer = Answer.whole(NEW, (first, first + gap, first + 2 * gap), latency)
+    seconds = 2 * NEW / rate
+    return Run(seconds, cpu * seconds, (answer, answer, *others))
+
+
+def test_figures_are_of_proper_answers() -> None:
+    wrong = [Answer(seconds=9.0, refused=True), Answer(3, (7.0, 8.5), 9.0, fault="3 tokens instead of 64")]
+    run = run_of(64.0, first=0.5, gap=0.25, latency=2.0, others=wrong)
+    assert answers.rate(run) == 64.0
+    assert answers.first_token(run) == 0.5
+    assert answers.gap(run) == pytest.approx(0.25)
+    assert answers.latency(run) == 2.0
+    with pytest.raises(EngineFault, match="No answer came"):
+        answers.latency(Run(1.0, 0.0, tuple(wrong)))
+
+
+def test_the_first_gap_is_not_the_time_to_the_first_token() -> None:
+    answer = Answer.whole(NEW, (5.0, 5.25, 5.5, 7.5), 8.0)
+    run = Run(8.0, 0.0, (answer,))
+    assert answers.first_token(run) == 5.0
+    assert 1.9 < answers.gap(run) <= 2.0
+
+
+def test_variants_take_turns_and_the_first_round_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "_REST", 0.0)
+    seen: list[tuple[str, object]] = []
+
+    def variant(name: str) -> Callable[[Any], Run]:
+        return lambda work: seen.append((name, work)) or run_of(10.0 * work[0])
+
+    drawn: Any = lambda number: (number + 1,)  # noqa: E731
+    runs = turns.alternated({"a": variant("a"), "b": variant("b")}, drawn, 3)
+    order = [("b", 0), ("a", 0), ("a", 1), ("b", 1), ("b", 2), ("a", 2), ("a", 3), ("b", 3)]
+    assert seen == [(name, (number + 1,)) for name, number in order]
+    assert [answers.rate(run) for run in runs["a"]] == [20.0, 30.0, 40.0]
+    assert turns.typical(runs["a"], answers.rate) == 30.0
+
+
+class FakeSite:
+    """A site whose parts come to given runs; `asked` says of whom what was wanted."""
+
+    def __init__(self, vllm: Path | None = Path("python"), **runs: Run) -> None:
+        self.vllm, self.cores, self.runs = vllm, 2, runs
+        self.serve = ServeSettings(max_sequences=16)
+        self.loramill, self.vllm_base, self.vllm_adapters = "loramill", "vllm_base", "vllm_adapters"
+        self.asked: list[tuple[str, Any]] = []
+        self.desk = SimpleNamespace(closed=lambda *what: what, arrivals=lambda *what: what)
+
+    def ask(self, server: str, streams: Any) -> Run:
+        self.asked.append((server, streams))
+        return self.runs[f"{server} {streams[3]}" if f"{server} {streams[3]}" in self.runs else server]
+
+    def bare(self, what: Callable[..., Run], streams: Any) -> Run:
+        return self.ask(what.__name__, streams)
+
+
+@pytest.mark.parametrize(("mix", "theirs"), [("none", "vllm_base"), ("zipf", "vllm_adapters")])
+def test_speed_is_compared_with_vllm_and_with_the_engine(mix: Any, theirs: str) -> None:
+    there = FakeSite(loramill=run_of(90.0, first=0.5), engine=run_of(120.0), **{theirs: run_of(30.0, first=1.5)})
+    results = compare.measure(there, compare.Crowd(mix, 8, 4.0), rounds=2)  # type: ignore[arg-type]
+    assert values(results) == {
+        f"http {mix} 8: over vLLM": 3.0,
+        f"http {mix} 8: answers": 90.0,
+        f"http {mix} 8: first token": 500.0,
+        f"http {mix} 8: of the engine": 0.75,
+        f"http {mix} 8: vLLM's answers": 30.0,
+        f"http {mix} 8: vLLM's first token": 1500.0,
+    }
+    assert [result.met for result in results] == [False, None, None, False, None, None]
+    assert [work for who, work in there.asked if who == theirs] == [(mix, 8, 1, 0), (mix, 8, 4, 1), (mix, 8, 4, 2)]
+
+
+def test_without_vllm_its_cases_are_left_out() -> None:
+    there = FakeSite(None, loramill=run_of(90.0), engine=run_of(100.0))
+    results = compare.measure(there, compare.Crowd("none", 1), rounds=1)  # type: ignore[arg-type]
+    assert [result.case for result in results] == [
+        "http none 1: answers",
+        "http none 1: first token",
+        "http none 1: of the engine",
+    ]
+    assert {result.target for result in results} == {None}
+
+
+@pytest.mark.parametrize("who", ["loramill", "engine", "vllm_base"])
+def test_runs_with_faults_are_not_compared(who: str) -> None:
+    runs = {name: run_of() for name in ("loramill", "engine", "vllm_base")}
+    runs[who] = run_of(others=[Answer(fault="HTTP 500: broken")])
+    with pytest.raises(EngineFault, match="1 of 3 requests without a proper answer: HTTP 500: broken"):
+        compare.measure(FakeSite(**runs), compare.Crowd("none", 1), rounds=1)  # type: ignore[arg-type]
+
+
+def test_what_the_gateway_adds_is_what_the_engine_does_not_take() -> None:
+    there = FakeSite(loramill=run_of(first=0.033), engine=run_of(first=0.025))
+    results = added.to_first_token(there, rounds=1)  # type: ignore[arg-type]
+    assert values(results) == {
+        "gateway first token: added": 8.0,
+        "gateway first token: over HTTP": 33.0,
+        "gateway first token: of the engine": 25.0,
+    }
+    assert results[0].met
+
+
+def test_the_time_of_who_asks_is_given_back() -> None:
+    """Of two cores a fifth of one: with the other nine tenths the server did 81, with all it would do 90."""
+    there = FakeSite(loramill=run_of(81.0, cpu=0.2), offline=run_of(100.0))
+    results = added.to_throughput(there, rounds=1)  # type: ignore[arg-type]
+    assert values(results) == {
+        "gateway 32: lost": 0.1,
+        "gateway 32: answers": 81.0,
+        "gateway 32: the replica's answers": 100.0,
+        "gateway 32: who asks": 0.2,
+    }
+    assert results[0].met is False
+
+
+def test_overload_is_of_the_capacity() -> None:
+    refused, wrong = Answer(seconds=0.1, refused=True), Answer(seconds=60.0, fault="HTTP 503: no")
+    there = FakeSite(
+        loramill=run_of(),
+        **{"loramill capacity": run_of(64.0, latency=2.0), "loramill overload": run_of(32.0, latency=3.0)},
+    )
+    there.runs["loramill overload"] = run_of(32.0, latency=3.0, others=[refused, refused, refused, wrong])
+    results = overload.measure(there, rounds=1)  # type: ignore[arg-type]
+    assert values(results) == {
+        "overload: p95 of the accepted": 1.5,
+        "overload: errors": 1.0,
+        "overload: accepted": 1 / 3,
+        "overload: answers": 32.0,
+        "overload: answers at capacity": 64.0,
+        "overload: p95 at capacity": 2.0,
+    }
+    assert [result.met for result in results[:2]] == [True, False]
+    _, capacity, offered = [work for _, work in there.asked]
+    assert capacity == ("zipf", 16, 4, "capacity")
+    assert offered == ("zipf", 3.0, 20.0, "overload")  # it did one request a second
+
+
+def test_promotions_go_on_until_the_run_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every adapter's second version, then every one's first; and its errors are told, not raised."""
+    monkeypatch.setattr(promotion, "_EVERY", 0.0)
+    sent: list[tuple[str, bytes]] = []
+    run: Future[Run] = Future()
+
+    def receive(request: httpx.Request) -> httpx.Response:
+        sent.append((request.url.path, request.content))
+        if len(sent) % 3 == 0:
+            run.set_result(run_of(gap=0.3, others=[Answer(fault="HTTP 500: broken")]))
+        return httpx.Response(200)
+
+    http_client = httpx.Client
+    monkeypatch.setattr(
+        promotion.httpx, "Client", lambda **said: http_client(**said, transport=httpx.MockTransport(receive))
+    )
+
+    def begin(server: Server, streams: object) -> Future[Run]:
+        nonlocal run
+        run = Future()
+        return run
+
+    there = FakeSite(loramill=run_of(gap=0.2))
+    there.loramill = Server(1)  # type: ignore[assignment]
+    there.ask = lambda server, streams: run_of(gap=0.2)  # type: ignore[method-assign]
+    there.begin = begin  # type: ignore[attr-defined]
+    there.published = SimpleNamespace(versions={"a/x": ("1", "2"), "b/x": ("3", "4")})  # type: ignore[attr-defined]
+    results = promotion.measure(there, rounds=1)  # type: ignore[arg-type]
+    assert values(results) == {
+        "promote 32: errors": 1.0,
+        "promote 32: p99 gap": 1.5,
+        "promote 32: p99 gap when nothing is": 200.0,
+        "promote 32: promotions": 6.0,
+    }
+    assert [result.met for result in results[:2]] == [False, False]
+    paths = [f"/v1/adapters/{name}/promote" for name in ("a/x", "b/x")]
+    assert sent == [
+        (path, b'{"version":"%d"}' % version) for path, version in zip(paths * 3, (2, 4, 1, 3, 2, 4), strict=True)
+    ]

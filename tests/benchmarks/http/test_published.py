@@ -1,0 +1,40 @@
+"""The adapters that are asked for, in their record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loramill.models.catalog import Base
+from loramill.names import AdapterName
+from loramill.registry import Registry, adapters
+from loramill.settings import Settings
+from loramill_bench.http import published
+
+
+def test_adapters_are_in_the_record_each_of_a_tenant(there, settings: Settings) -> None:
+    registry = Registry.open(settings.database, settings.artifacts)
+    with registry.reading() as session:
+        records = adapters.list_of(session, None)
+        assert [record.name for record in records] == list(there.folders) == list(there.versions)
+        for record in records:
+            assert AdapterName.parse(record.name).tenant == record.tenant
+            assert record.champion == there.versions[record.name][0]
+            assert registry.artifacts.fetch(record.champion) == there.folders[record.name]
+            others = {version.id for version in adapters.versions(session, record.name)}
+            assert others == set(there.versions[record.name])
+    assert len({record.champion for record in records}) == 6
+    assert [len(versions) for versions in there.versions.values()] == [2] * 2 + [1] * 4
+    assert all(len(set(versions)) == len(versions) for versions in there.versions.values())
+    assert {folder.parent for folder in there.folders.values()} != {settings.home / "drawn"}
+    assert not (settings.home / "drawn").exists()
+
+
+def test_the_same_seed_makes_the_same_adapters(
+    there, tiny: Base, settings: Settings, few: None, tmp_path: Path
+) -> None:
+    def versions(seed: int, home: Path) -> object:
+        home.mkdir()
+        return published.publish(settings.model_copy(update={"home": home}), tiny, seed).versions
+
+    assert versions(3, tmp_path / "again") == there.versions
+    assert versions(4, tmp_path / "other") != there.versions

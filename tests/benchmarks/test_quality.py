@@ -1,0 +1,93 @@
+"""`loramill-bench quality`: what is trained, what it is held to, and how it exits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from loramill.errors import InvalidRequest, JobError
+from loramill.pipelines.compare.types import Row, Task
+from loramill.pipelines.nightly.scoring import Score
+from loramill.settings import Settings
+from loramill_bench import quality
+from loramill_bench.cli import app
+
+LORA = {"clinc-travel": 0.95, "clinc-banking": 0.85, "sgd-hotels1": 0.5, "e2e-restaurants": 0.4}
+OTHER = {"lora": 0.0, "qlora": -0.03, "dora": 0.01, "adalora": -0.021}
+
+
+@pytest.fixture
+def tenants(tmp_path: Path) -> Path:
+    for tenant in quality.TARGETS:
+        (tmp_path / tenant).mkdir()
+        for name in ("train", "valid", "test"):
+            (tmp_path / tenant / f"{name}.jsonl").touch()
+    return tmp_path
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
+    """Lets each method come to a given score; which of both metrics it is for depends on the tenant."""
+    asked: list[Task] = []
+
+    def run(task: Task, report=lambda stage: None) -> Row:
+        asked.append(task)
+        tenant = task.train.parent.name
+        value = LORA[tenant] + OTHER[task.subject]
+        scores = (0.01, value) if tenant == "e2e-restaurants" else (value, 0.01)
+        return Row(subject=task.subject, quality=Score(200, scores[0], 0.02, scores[1]))
+
+    monkeypatch.setattr(quality, "run", run)
+    return asked
+
+
+def test_all_defaults_are_trained_once_and_held_to_the_targets(tenants: Path, trained: list[Task]) -> None:
+    groups: list[str] = []
+    found = {each.case: each for each in quality.results(tenants, Settings(), "", groups.append)}
+    assert len(trained) == len({(task.train, task.subject) for task in trained}) == 16
+    assert len({task.folder for task in trained}) == 16
+    assert groups[:2] == ["clinc-travel lora", "clinc-travel qlora"]
+    for task in trained:
+        assert (task.steps, task.batch_size, task.rank, task.learning_rate, task.serving) == (None,) * 4 + (False,)
+        assert task.test == task.train.with_name("test.jsonl")
+    assert found["clinc-travel lora: exact match"].met is True
+    assert found["clinc-banking lora: exact match"].met is False
+    assert found["sgd-hotels1 lora: exact match"].met is True
+    assert found["e2e-restaurants lora: rouge l"].value == pytest.approx(0.4)
+    assert found["e2e-restaurants lora: rouge l"].met is True
+    assert found["clinc-travel qlora: above LoRA"].value == pytest.approx(-3)
+    assert found["clinc-travel dora: above LoRA"].met is True
+    assert found["clinc-travel adalora: above LoRA"].met is False
+    assert found["clinc-travel adalora: exact match"].met is None
+
+
+def test_what_is_held_to_lora_trains_lora_too(tenants: Path, trained: list[Task]) -> None:
+    found = quality.results(tenants, Settings(), "hotels1 dora", lambda group: None)
+    assert [task.subject for task in trained] == ["dora", "lora"]
+    assert [each.case for each in found] == ["sgd-hotels1 dora: exact match", "sgd-hotels1 dora: above LoRA"]
+
+
+def test_a_folder_without_the_tenants_is_refused(tenants: Path, trained: list[Task]) -> None:
+    (tenants / "clinc-travel" / "valid.jsonl").unlink()
+    with pytest.raises(InvalidRequest, match=r"has no clinc-travel/valid\.jsonl"):
+        quality.results(tenants, Settings(), "", lambda group: None)
+    assert not trained
+
+
+def test_a_training_that_failed_says_so(tenants: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "run", lambda task: Row(subject=task.subject, error="Memory ran out."))
+    with pytest.raises(JobError, match="LoRA on clinc-travel: Memory ran out"):
+        quality.results(tenants, Settings(), "", lambda group: None)
+
+
+@pytest.mark.parametrize(("only", "code"), [("clinc-travel lora", 0), ("clinc-banking lora", 1)])
+def test_the_command_checks(only: str, code: int, tenants: Path, trained: list[Task]) -> None:
+    file = tenants / "all.json"
+    words = ("--tenants", str(tenants), "--only", only, "--json", str(file), "--check")
+    result = CliRunner().invoke(app, ["quality", *words])
+    assert result.exit_code == code, result.output
+    assert ("Missed targets" in result.stderr) == bool(code)
+    assert json.loads(file.read_text())[0]["target"] == 0.9

@@ -1,0 +1,215 @@
+"""The soak meets everything it is for, and finds what is wrong with an engine that is broken in one place."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from loramill.errors import EngineFault, Unavailable
+from loramill.models.catalog import Base
+from loramill.serve.engine import Engine, Finish, engine, scheduler
+from loramill.serve.engine.adapters.residency import Residency
+from loramill.serve.engine.block_pool import BlockPool, root_key
+from loramill_bench.engine import ledger, memory
+from loramill_bench.engine import soak as soaks
+from loramill_bench.engine import subject as subjects
+from loramill_bench.engine.soak import soak
+from loramill_bench.measure import Result
+
+VOCABULARY = 101
+
+MET = (
+    *(f"answers: {end}" for end in ("length", "stop", "cancelled", "refused", "DeadlineExceeded")),
+    "answers compared with alone",
+    "tokens spared by the prefix cache",
+    "steps with answers waiting",
+    "preemptions",
+    "adapters evicted",
+    "loads failed",
+    "time without work",
+)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base) -> Base:
+    return tiny_base
+
+
+@pytest.fixture(autouse=True)
+def strong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters that change the tokens."""
+    monkeypatch.setattr(subjects, "_SIZE", 0.3)
+
+
+def test_meets_everything_it_is_for_and_leaves_no_trace(base, tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(soaks, "_LINE", 0.5)
+    told: list[str] = []
+    values: Counter[str] = Counter()
+    # Chance decides what a short one meets.
+    for seed in range(20):
+        began = time.monotonic()
+        results = soak(base, 2.0, told.append, seed=seed)
+        assert 2.0 < time_of(results) < time.monotonic() - began
+        assert [result.case for result in results if result.target is not None] == ["soak: memory growth"]
+        values.update({result.case.removeprefix("soak: "): result.value for result in results})
+        if all(values[name] > 0 for name in MET):
+            break
+    assert all(values[name] > 0 for name in MET), values
+    assert values["answers compared with alone"] > 20
+    assert values["steps with answers waiting"] < values["steps"]
+    assert told[0].startswith("Asking the canaries")
+    assert any(" open; " in line and line.endswith(" MiB") for line in told)
+    assert list(tmp_path.iterdir()) == []
+    assert caplog.records == []
+
+
+def time_of(results: list[Result]) -> float:
+    return next(result.value for result in results if result.case == "soak: time")
+
+
+def lose_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some answers' last output isn't handed out."""
+    monkeypatch.setattr(ledger, "PATIENCE", 0.5)
+    _alter_outputs(monkeypatch, lambda output: [], when=lambda output: output.finish == Finish.LENGTH)
+
+
+def lose_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some outputs in the midst aren't handed out."""
+    _alter_outputs(monkeypatch, lambda output: [], when=lambda output: output.finish is None)
+
+
+def go_on_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some answers get their last output once more."""
+    _alter_outputs(monkeypatch, lambda output: [output, output], when=lambda output: output.finish is not None)
+
+
+def find_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a sudden the engine sees no work."""
+    monkeypatch.setattr(ledger, "PATIENCE", 0.5)
+    count, wait = itertools.count(), Engine.wait
+
+    def blind(self: Engine, timeout: float) -> bool:
+        if asks_canaries_alone(self) or next(count) < 100:
+            return wait(self, timeout)
+        time.sleep(timeout)
+        return False
+
+    monkeypatch.setattr(Engine, "wait", blind)
+
+
+def give_wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where three decode together, the last gets a token that its row didn't choose."""
+    choose = engine.choose
+
+    def wrong(logits: torch.Tensor, rows: list) -> list[int | None]:
+        chosen = choose(logits, rows)
+        if len(rows) >= 3 and chosen[-1] is not None:
+            chosen[-1] = (chosen[-1] + 1) % VOCABULARY
+        return chosen
+
+    monkeypatch.setattr(engine, "choose", wrong)
+
+
+def share_prefixes_between_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt meets the KV that another adapter has left."""
+    monkeypatch.setattr(scheduler, "root_key", lambda version: root_key(None))
+
+
+def take_slots_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version may lose its slot while answers run with it."""
+    monkeypatch.setattr(Residency, "pin", lambda self, version: None)
+    monkeypatch.setattr(Residency, "unpin", lambda self, version: None)
+
+
+def leak_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of those that a sequence gives back is held for ever."""
+    release = BlockPool.release
+    monkeypatch.setattr(BlockPool, "release", lambda self, blocks: release(self, blocks[1:]))
+
+
+def ignore_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is cancelled goes on."""
+    monkeypatch.setattr(Engine, "cancel", lambda self, request_id: None)
+
+
+def ignore_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is late goes on."""
+    monkeypatch.setattr(Engine, "_overdue", lambda self: [])
+
+
+def _alter_outputs(monkeypatch: pytest.MonkeyPatch, change: Callable, when: Callable) -> None:
+    count, step = itertools.count(), Engine.step
+
+    def altered(self: Engine) -> list:
+        return [
+            told
+            for output in step(self)
+            for told in (
+                change(output) if not asks_canaries_alone(self) and when(output) and next(count) % 10 == 9 else [output]
+            )
+        ]
+
+    monkeypatch.setattr(Engine, "step", altered)
+
+
+def asks_canaries_alone(engine: Engine) -> bool:
+    """What they say there must be right."""
+    return not engine._config.prefix_cache
+
+
+@pytest.mark.parametrize(
+    ("break_", "complaint"),
+    [
+        (lose_an_end, r"No output for \d+ s, and \d+ answers are open: \['\d+\[\d\] of version"),
+        (lose_a_token, r"says|ended by|echoes|log probabilities"),
+        (go_on_after_the_end, "has ended or was never asked for"),
+        (find_nothing_to_do, "No output for"),
+        (give_wrong_tokens, "alone it was|ended by stop"),
+        (share_prefixes_between_versions, "alone"),
+        (take_slots_in_use, "Versions are in use"),
+        (leak_a_block, "Blocks are held"),
+        (ignore_cancels, "live on after it"),
+        (ignore_timeouts, "live on after it"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_finds_what_is_broken(base, monkeypatch: pytest.MonkeyPatch, break_: Callable, complaint: str) -> None:
+    break_(monkeypatch)
+    with pytest.raises(EngineFault, match=complaint):
+        soak(base, 4.0, lambda line: None, seed=2)
+
+
+def test_what_a_client_meets_ends_the_soak(base, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, count = Engine.submit, itertools.count()
+
+    def closed(self: Engine, request) -> None:
+        if next(count) > 60:
+            raise Unavailable("The engine is closed.")
+        submit(self, request)
+
+    monkeypatch.setattr(Engine, "submit", closed)
+    with pytest.raises(Unavailable):
+        soak(base, 4.0, lambda line: None)
+
+
+@pytest.mark.parametrize(("step", "met"), [(0, True), (50 << 20, False)])
+def test_growing_memory_misses_its_target(base, monkeypatch: pytest.MonkeyPatch, step: int, met: bool) -> None:
+    sizes = itertools.count(200 << 20, step)
+    monkeypatch.setattr(memory, "resident", lambda: next(sizes))
+    monkeypatch.setattr(soaks, "_LOOK", 0.05)
+    *_, growth = soak(base, 1.0, lambda line: None)
+    assert growth.case == "soak: memory growth"
+    assert growth.met is met
+
+
+def test_memory_that_cannot_be_told_is_left_out(base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "_STATM", tmp_path / "nothing")
+    cases = [result.case for result in soak(base, 0.2, lambda line: None)]
+    assert not any("memory" in case for case in cases)
