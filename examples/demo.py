@@ -35,7 +35,7 @@ from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import LoramillError, NotRunning, Unavailable
 from loramill.models.catalog import Base, find_base
 from loramill.pipelines.nightly import run as nightly
-from loramill.pipelines.nightly.evaluate import Answer, Question, ask_all, questions_of
+from loramill.pipelines.nightly.evaluate import EvalAnswer, EvalQuestion, answer_all, build_questions
 from loramill.pipelines.nightly.outcome import Outcome, Verdict, describe, outcomes
 from loramill.pipelines.nightly.scoring import score
 from loramill.registry import Registry
@@ -259,7 +259,7 @@ def compare(client: Client, tenants: list[Tenant]) -> tuple[list[Row], list[Samp
     models = [base, *(tenant.model for tenant in tenants)]
     cells = [(tenant, model) for tenant in tenants for model in models]
     tokenizer = ChatTokenizer.load(served_base().folder)
-    answers = iter(ask_with_bar([q for tenant, model in cells for q in questions_of(model, tenant.test, tokenizer)]))
+    answers = iter(ask_with_bar([q for tenant, model in cells for q in build_questions(model, tenant.test, tokenizer)]))
     given = {(tenant.name, model): [next(answers) for _ in tenant.test] for tenant, model in cells}
     rows, samples = [], []
     for tenant in tenants:
@@ -276,7 +276,7 @@ def compare(client: Client, tenants: list[Tenant]) -> tuple[list[Row], list[Samp
     return rows, samples
 
 
-def ask_with_bar(questions: list[Question]) -> list[Answer]:
+def ask_with_bar(questions: list[EvalQuestion]) -> list[EvalAnswer]:
     """Asks through the unmodified `openai` client, showing how many answers are in."""
     settings = Settings.load()
     key = settings.admin_key_file.read_text().strip()
@@ -285,11 +285,11 @@ def ask_with_bar(questions: list[Question]) -> list[Answer]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("questions answered", total=len(questions))
-        answers = ask_all(openai, questions, report=lambda done: progress.update(bar, completed=done))
+        answers = answer_all(openai, questions, report=lambda done: progress.update(bar, completed=done))
     return [answered(answer) for answer in answers]
 
 
-def answered(answer: Answer | LoramillError) -> Answer:
+def answered(answer: EvalAnswer | LoramillError) -> EvalAnswer:
     """The answer to a question; raises why there is none."""
     if isinstance(answer, LoramillError):
         raise answer
@@ -325,9 +325,9 @@ def run_night(client: Client, tenants: list[Tenant]) -> list[NightLine]:
     settings = Settings.load()
     registry = Registry.open(settings.database, settings.artifacts)
     with console.status("The nightly run begins…") as status:
-        run = nightly.run_night(registry, settings, report=lambda step: status.update(f"{describe(step)}…"))
+        run = nightly.run_nightly(registry, settings, report=lambda step: status.update(f"{describe(step)}…"))
     with registry.reading() as session:
-        steps = records.steps(session, run.id)
+        steps = records.list_steps(session, run.id)
     found = {outcome.adapter: outcome for outcome in outcomes(steps)}
     scores = {step.adapter: step.result for step in steps if step.step == "evaluate"}
     lines = [

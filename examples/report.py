@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-from loramill.pipelines.nightly.evaluate import Answer
+from loramill.pipelines.nightly.evaluate import EvalAnswer
 from loramill.pipelines.nightly.scoring import Score
 
 #: The plot's place in its SVG: left, top, right, bottom.
@@ -74,8 +74,8 @@ class Sample:
     tenant: str
     question: str
     reference: str
-    own: Answer
-    base: Answer
+    own: EvalAnswer
+    base: EvalAnswer
 
     @property
     def right(self) -> bool:

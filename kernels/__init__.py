@@ -12,7 +12,7 @@ from loramill.errors import SettingsInvalid, SetupError
 from loramill.kernels.adapter import Delta, PackedAdapter, Site
 from loramill.kernels.backend import Backend, LayerKV, Quantized, Weight
 from loramill.kernels.batch import Batch, Run, Slot
-from loramill.kernels.paging import Pages, Span
+from loramill.kernels.paging import KVSpan, Pages
 from loramill.kernels.slab import SiteSlab, Slab
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Backend",
     "Batch",
     "Delta",
+    "KVSpan",
     "LayerKV",
     "PackedAdapter",
     "Pages",
@@ -29,7 +30,6 @@ __all__ = [
     "SiteSlab",
     "Slab",
     "Slot",
-    "Span",
     "Weight",
     "backend",
     "lora",

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from loramill.errors import AdapterInvalid
-from loramill.kernels.memory import Memory, aligned, host_memory
+from loramill.kernels.memory import Allocator, aligned, host_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +65,12 @@ class Layout:
 
     a: Callable[[torch.Tensor], torch.Tensor]
     b: Callable[[torch.Tensor], torch.Tensor]
-    place: Callable[[NDArray[np.void], torch.dtype], None] | None = None
+    copy: Callable[[NDArray[np.void], torch.dtype], None] | None = None
 
 
 #: What `Layout.place` takes, a record a matrix: the addresses from and to, its shape, whether it is a b, whether it
 #: is of float32, and its scale.
-PLACING = np.dtype(
+COPY_RECORD = np.dtype(
     [(name, np.int64) for name in ("from", "to", "rows", "columns", "of_b", "floats")] + [("scale", np.float64)]
 )
 
@@ -114,7 +114,7 @@ def pack(
     deltas: Mapping[str, Delta],
     layout: Layout,
     dtype: torch.dtype,
-    memory: Memory = host_memory,
+    allocate: Allocator = host_memory,
 ) -> PackedAdapter:
     """Lays an adapter out for a slab over `sites`; touches no shared state, so any thread may do it.
 
@@ -129,7 +129,7 @@ def pack(
         AdapterInvalid: a delta names no module of `sites`, or its shapes don't fit the module.
     """
     targets = _targets(sites, deltas)
-    alike = _alike(targets, deltas)
+    alike = _group_by_shape(targets, deltas)
     sizes: dict[str, tuple[int, ...]] = {}
     for names in alike:
         one = deltas[names[0]]
@@ -148,14 +148,14 @@ def pack(
         table[s, m, RANK] = len(deltas[name].a)
         if deltas[name].gain is not None:
             table[s, m, GAIN] = gain
-    data = memory(end)
+    data = allocate(end)
     for names in alike:
-        if layout.place is not None and all(_is_plain(deltas[name], dtype) for name in names):
-            layout.place(_placings(names, deltas, starts, data.data_ptr()), dtype)
+        if layout.copy is not None and all(_is_plain(deltas[name], dtype) for name in names):
+            layout.copy(_copy_records(names, deltas, starts, data.data_ptr()), dtype)
             continue
         # One shape after the other: what that takes beside the adapter is soon free again.
         for part, rows in enumerate(_lay_out(names, deltas, layout, dtype)):
-            _place(data.numpy(), [starts[name][part] for name in names], rows)
+            _copy_rows(data.numpy(), [starts[name][part] for name in names], rows)
     return PackedAdapter(data, table)
 
 
@@ -165,7 +165,7 @@ def _is_plain(delta: Delta, dtype: torch.dtype) -> bool:
     return plain and delta.gain is None and not delta.lookup and delta.a.is_contiguous() and delta.b.is_contiguous()
 
 
-def _placings(
+def _copy_records(
     names: list[str], deltas: Mapping[str, Delta], starts: Mapping[str, list[int]], address: int
 ) -> NDArray[np.void]:
     """The records of these modules, for data at an address."""
@@ -175,10 +175,10 @@ def _placings(
         floats = delta.a.dtype == torch.float32
         records.append((delta.a.data_ptr(), address + a, *delta.a.shape, 0, floats, 1.0))
         records.append((delta.b.data_ptr(), address + b, *delta.b.shape, 1, floats, delta.scale))
-    return np.array(records, dtype=PLACING)
+    return np.array(records, dtype=COPY_RECORD)
 
 
-def _place(data: NDArray[np.uint8], starts: Sequence[int], parts: NDArray[np.uint8]) -> None:
+def _copy_rows(data: NDArray[np.uint8], starts: Sequence[int], parts: NDArray[np.uint8]) -> None:
     """Copies rows of bytes [n, size] to where each is to start; equally far apart, all at once."""
     steps = np.diff(starts)
     if len(parts) > 1 and parts.shape[1] and (steps == steps[0]).all():
@@ -202,7 +202,7 @@ def _targets(sites: Sequence[Site], deltas: Mapping[str, Delta]) -> dict[str, tu
     return targets
 
 
-def _alike(targets: Mapping[str, tuple[int, int, Site]], deltas: Mapping[str, Delta]) -> list[list[str]]:
+def _group_by_shape(targets: Mapping[str, tuple[int, int, Site]], deltas: Mapping[str, Delta]) -> list[list[str]]:
     """The modules by shape: one by one, torch's calls would take longer than their work."""
     alike: dict[Hashable, list[str]] = {}
     for name in targets:
@@ -267,7 +267,7 @@ def _quantize(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return a8, b8, of_a * of_b
 
 
-def scales_before(a: int, rank: int) -> int:
+def scales_offset(a: int, rank: int) -> int:
     """Where the scales [rank] float32 of an int8 module begin whose matrix a begins at byte `a`."""
     return a - aligned(4 * rank)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from loramill.kernels.adapter import RANK, scales_before
+from loramill.kernels.adapter import RANK, scales_offset
 from loramill.kernels.batch import Batch, Run
 from loramill.kernels.slab import SiteSlab
 
@@ -41,7 +41,7 @@ def adapt_embedding(
             continue
         shrunk = slab.tensor(a, (slab.site.d_in, rank), dtype)[tokens[run.rows]].float()
         if dtype == torch.int8:
-            shrunk *= slab.tensor(scales_before(a, rank), (rank,), torch.float32)
+            shrunk *= slab.tensor(scales_offset(a, rank), (rank,), torch.float32)
         expand = slab.tensor(b, (rank, width), dtype).float()
         delta = torch.zeros(len(shrunk), width, device=y.device)
         # Rank by rank: a matrix product sums in another order for another number of rows.

@@ -55,12 +55,12 @@ def populate(memory: torch.Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_POPULATE_WRITE)
 
 
-def send(numbers: NDArray[Any], to: torch.Tensor) -> None:
+def copy_to_device(numbers: NDArray[Any], to: torch.Tensor) -> None:
     """Copies to a device without waiting; torch keeps the page-locked memory until the stream has read it."""
     to.copy_(_page_locked(numbers, to.device), non_blocking=True)
 
 
-def sent(numbers: NDArray[Any], device: torch.device) -> torch.Tensor:
+def to_device(numbers: NDArray[Any], device: torch.device) -> torch.Tensor:
     """The numbers on a device, copied as `send` does; on the CPU they are the tensor's own memory."""
     return _page_locked(numbers, device).to(device, non_blocking=True)
 
@@ -80,7 +80,7 @@ class HostPool:
         self._chunk = chunk
         self._left = host_memory(0)
 
-    def take(self, size: int) -> torch.Tensor:
+    def allocate(self, size: int) -> torch.Tensor:
         """Zeroed bytes [size] at a cache line's start."""
         whole = aligned(size)
         if whole > self._left.numel():
@@ -90,7 +90,7 @@ class HostPool:
 
 
 #: Where memory comes from: from a size to zeroed or used bytes [size].
-Memory = Callable[[int], torch.Tensor]
+Allocator = Callable[[int], torch.Tensor]
 
 
 class Recycler:
@@ -104,7 +104,7 @@ class Recycler:
         self._free: list[torch.Tensor] = []
         self._lock = threading.Lock()
 
-    def take(self, size: int) -> torch.Tensor:
+    def allocate(self, size: int) -> torch.Tensor:
         """Bytes [size] at a cache line's start; whatever was there is there."""
         with self._lock:
             fitting = [index for index, memory in enumerate(self._free) if memory.numel() >= size]
@@ -112,7 +112,7 @@ class Recycler:
             memory = None if best is None else self._free.pop(best)
         return (host_memory(size) if memory is None else memory)[:size]
 
-    def give(self, memory: torch.Tensor) -> None:
+    def release(self, memory: torch.Tensor) -> None:
         """Takes back what `take` gave, and nobody uses any more."""
         whole = memory.untyped_storage().nbytes() - memory.storage_offset()
         with self._lock:
@@ -121,19 +121,19 @@ class Recycler:
                 self._free.pop(0)
 
     @contextmanager
-    def lending(self) -> Iterator[Memory]:
+    def lending(self) -> Iterator[Allocator]:
         """Memory that is taken back at the end."""
         lent: list[torch.Tensor] = []
 
         def lend(size: int) -> torch.Tensor:
-            lent.append(self.take(size))
+            lent.append(self.allocate(size))
             return lent[-1]
 
         try:
             yield lend
         finally:
             for memory in lent:
-                self.give(memory)
+                self.release(memory)
 
 
 class Extents:
@@ -144,7 +144,7 @@ class Extents:
         self._free: list[tuple[int, int]] = [(0, size)] if size else []
 
     @property
-    def free(self) -> int:
+    def free_bytes(self) -> int:
         """Free bytes, adjacent or not."""
         return sum(size for _, size in self._free)
 
@@ -158,7 +158,7 @@ class Extents:
         """Whether `take(size)` would find a place."""
         return any(free >= aligned(size) for _, free in self._free) or not size
 
-    def take(self, size: int) -> int | None:
+    def allocate(self, size: int) -> int | None:
         """The offset of `size` adjacent bytes, rounded up to cache lines; None: no free part is that large."""
         size = aligned(size)
         if not size:
@@ -169,7 +169,7 @@ class Extents:
                 return offset
         return None
 
-    def give(self, offset: int, size: int) -> None:
+    def release(self, offset: int, size: int) -> None:
         """Takes back what `take` gave."""
         if not size:
             return

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from loramill.errors import EngineFault
-from loramill.kernels.memory import sent
+from loramill.kernels.memory import to_device
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class KVSpan:
     """New tokens of one sequence, adjacent rows of a step.
 
     Attributes:
@@ -27,7 +27,7 @@ class Span:
 
     start: int
     count: int
-    blocks: Sequence[int]
+    block_table: Sequence[int]
 
     @property
     def stop(self) -> int:
@@ -35,7 +35,7 @@ class Span:
         return self.start + self.count
 
 
-class Rows(NamedTuple):
+class PagedRows(NamedTuple):
     """A step's rows on a device: int64 [rows] each, as in `Pages`."""
 
     positions: torch.Tensor
@@ -62,7 +62,7 @@ class Pages:
     """
 
     block_size: int
-    spans: tuple[Span, ...]
+    spans: tuple[KVSpan, ...]
     table: NDArray[np.int32]
     blocks: NDArray[np.int32]
     positions: NDArray[np.int32]
@@ -71,7 +71,7 @@ class Pages:
     memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def of(cls, spans: Sequence[Span], block_size: int) -> Pages:
+    def of(cls, spans: Sequence[KVSpan], block_size: int) -> Pages:
         """Builds the paging of the sequences' spans.
 
         Raises:
@@ -79,12 +79,13 @@ class Pages:
         """
         used = [-(-span.stop // block_size) for span in spans]
         for number, (span, need) in enumerate(zip(spans, used, strict=True)):
-            if span.count < 1 or span.start < 0 or len(span.blocks) < need:
+            if span.count < 1 or span.start < 0 or len(span.block_table) < need:
                 raise EngineFault(
-                    f"Span {number} has {len(span.blocks)} blocks of {block_size} for {span.count} rows from position "
+                    f"Span {number} has {len(span.block_table)} blocks of {block_size} for {span.count} rows from "
+                    "position "
                     f"{span.start}; it needs {need} blocks, a row and no negative position."
                 )
-        listed = chain.from_iterable(span.blocks[:need] for span, need in zip(spans, used, strict=True))
+        listed = chain.from_iterable(span.block_table[:need] for span, need in zip(spans, used, strict=True))
         blocks = np.fromiter(listed, np.int32, sum(used))
         if blocks.min(initial=0) < 0:
             raise EngineFault(f"Block {blocks.min()} is negative; blocks are numbered from 0.")
@@ -104,11 +105,13 @@ class Pages:
         """Rows of the step."""
         return len(self.positions)
 
-    def on(self, device: torch.device) -> Rows:
+    def on(self, device: torch.device) -> PagedRows:
         """The rows' positions and slots on a device."""
-        rows: Rows | None = self.memo.get(device)
+        rows: PagedRows | None = self.memo.get(device)
         if rows is None:
-            rows = self.memo[device] = Rows(*sent(np.stack([self.positions, self.slots]).astype(np.int64), device))
+            rows = self.memo[device] = PagedRows(
+                *to_device(np.stack([self.positions, self.slots]).astype(np.int64), device)
+            )
         return rows
 
     def check(self, rows: int, blocks: int, block_size: int) -> None:

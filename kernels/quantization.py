@@ -44,13 +44,13 @@ def quantize(weight: torch.Tensor, kind: Literal["int8", "nf4"]) -> Quantized | 
     return Quantized(codes, None, scales)
 
 
-def rounded(weight: torch.Tensor, kind: Literal["int8", "nf4"]) -> torch.Tensor:
+def fake_quantize(weight: torch.Tensor, kind: Literal["int8", "nf4"]) -> torch.Tensor:
     """The values [d_out, d_in] that `quantize` leaves of a weight, in its dtype."""
     codes = quantize(weight, kind)
     return codes.values(weight.dtype) if isinstance(codes, Quantized) else codes.to(weight.dtype)
 
 
-def packed_nf4(linear: nn.Linear) -> nn.Linear:
+def nf4_linear(linear: nn.Linear) -> nn.Linear:
     """A linear as bitsandbytes' Linear4bit of the very codes of `quantize`, which computes in the linear's dtype.
 
     Raises:

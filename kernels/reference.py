@@ -25,7 +25,7 @@ def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None
     for run in batch.runs:
         column = 0
         for module, width in enumerate(slab.site.widths):
-            delta = slab.rows(run.slot.index, module)
+            delta = slab.delta(run.slot.index, module)
             if delta is not None:
                 target = y[run.rows, column : column + width]
                 total = target.float() + x[run.rows].float() @ delta.a.float().T @ delta.b.float().T
@@ -110,7 +110,7 @@ def attention(
     out = torch.empty_like(queries)
     row = 0
     for span in pages.spans:
-        blocks = torch.tensor(span.blocks, device=qkv.device)
+        blocks = torch.tensor(span.block_table, device=qkv.device)
         keys, values = (part[blocks].flatten(0, 1).float().transpose(0, 1) for part in (kv.keys, kv.values))
         for stop in range(span.start + 1, span.stop + 1):
             seen = slice(0 if window is None else max(0, stop - window), stop)

@@ -22,14 +22,14 @@ from loramill.kernels.adapter import (
     Site,
     modules_per_site,
     pack,
-    scales_before,
+    scales_offset,
 )
 from loramill.kernels.batch import Batch, Slot
-from loramill.kernels.memory import Extents, Memory, host_memory, populate
+from loramill.kernels.memory import Allocator, Extents, host_memory, populate
 
 
 @dataclass(slots=True)
-class _Place:
+class _Allocation:
     """One slot's part of the arena; `loaded` once its weights are all there."""
 
     generation: int = 0
@@ -68,14 +68,14 @@ class Slab:
         self.table = np.zeros((len(self.sites), slots, modules_per_site(self.sites), 4), dtype=np.int64)
         self._ticks = itertools.count(1)
         self.changes = 0
-        self._places = [_Place() for _ in range(slots)]
+        self._allocations = [_Allocation() for _ in range(slots)]
         self._extents = Extents(size)
         self.views = tuple(SiteSlab(self, index) for index in range(len(self.sites)))
 
     @property
     def bytes(self) -> int:
         """Bytes of the adapters in all slots."""
-        return sum(place.size for place in self._places)
+        return sum(place.size for place in self._allocations)
 
     @property
     def size(self) -> int:
@@ -85,28 +85,28 @@ class Slab:
     @property
     def free_bytes(self) -> int:
         """Bytes of the arena that no slot has."""
-        return self._extents.free
+        return self._extents.free_bytes
 
     @property
     def free_slots(self) -> int:
         """Slots that nobody has."""
-        return sum(not place.taken for place in self._places)
+        return sum(not place.taken for place in self._allocations)
 
-    def pack(self, deltas: Mapping[str, Delta], memory: Memory = host_memory) -> PackedAdapter:
+    def pack(self, deltas: Mapping[str, Delta], allocate: Allocator = host_memory) -> PackedAdapter:
         """Lays an adapter out for `load`, in bytes that come from `memory`; any thread may do it.
 
         Raises:
             AdapterInvalid: a delta names no module of the base, or its shapes don't fit.
         """
-        return pack(self.sites, deltas, self.layout, self.dtype, memory)
+        return pack(self.sites, deltas, self.layout, self.dtype, allocate)
 
     def allocate(self, size: int) -> Slot | None:
         """Takes a slot with room for `size` bytes; None: all slots are taken, or no free part is large enough."""
-        index = next((i for i, place in enumerate(self._places) if not place.taken), None)
-        offset = None if index is None else self._extents.take(size)
+        index = next((i for i, place in enumerate(self._allocations) if not place.taken), None)
+        offset = None if index is None else self._extents.allocate(size)
         if index is None or offset is None:
             return None
-        place = self._places[index]
+        place = self._allocations[index]
         place.offset, place.size, place.taken, place.loaded = offset, size, True, False
         return Slot(index, place.generation)
 
@@ -117,7 +117,7 @@ class Slab:
             EngineFault: the handle is stale, the slot is loaded already or was allocated for another size, or the
                 adapter was packed for other sites.
         """
-        place = self._place(slot)
+        place = self._allocation(slot)
         if place.loaded or adapter.bytes != place.size:
             raise EngineFault(
                 f"Slot {slot.index} is loaded, or was allocated for {place.size} bytes and no other size."
@@ -134,7 +134,7 @@ class Slab:
 
     def prepare(self, size: int) -> None:
         """Has pages ready for the next `size` bytes of adapters, as far as the arena goes; any thread may do it."""
-        end = max(place.offset + place.size for place in self._places) if self._places else 0
+        end = max(place.offset + place.size for place in self._allocations) if self._allocations else 0
         if self.arena.device.type == "cpu":
             populate(self.arena[end : end + size])
 
@@ -144,10 +144,10 @@ class Slab:
         Raises:
             EngineFault: the handle is stale already.
         """
-        place = self._place(slot)
-        self._extents.give(place.offset, place.size)
+        place = self._allocation(slot)
+        self._extents.release(place.offset, place.size)
         self.table[:, slot.index] = 0
-        self._places[slot.index] = _Place(generation=place.generation + 1)
+        self._allocations[slot.index] = _Allocation(generation=place.generation + 1)
         self.changes = next(self._ticks)
 
     def evict(self, size: int, idle: Sequence[Slot]) -> list[Slot] | None:
@@ -163,8 +163,8 @@ class Slab:
         slots = self.free_slots
         for count, slot in enumerate([None, *idle]):
             if slot is not None:
-                place = self._place(slot)
-                trial.give(place.offset, place.size)
+                place = self._allocation(slot)
+                trial.release(place.offset, place.size)
                 slots += 1
             if slots and trial.fits(size):
                 for freed in idle[:count]:
@@ -182,7 +182,7 @@ class Slab:
             return
         changes = self.changes
         for run in batch.runs:
-            if not self._place(run.slot).loaded:
+            if not self._allocation(run.slot).loaded:
                 raise EngineFault(f"Slot {run.slot.index} is used before an adapter was loaded into it.")
         batch.memo[self] = changes
 
@@ -192,8 +192,8 @@ class Slab:
         Raises:
             EngineFault: parts of the arena overlap or are lost, or a table points out of its slot's part.
         """
-        faults = self._extents.faults([(place.offset, place.size) for place in self._places if place.taken])
-        for index, place in enumerate(self._places):
+        faults = self._extents.faults([(place.offset, place.size) for place in self._allocations if place.taken])
+        for index, place in enumerate(self._allocations):
             table = self.table[:, index]
             used = table[table[..., RANK] > 0]
             # One that is taken may be on its way: the table is written before the place counts as loaded.
@@ -206,8 +206,8 @@ class Slab:
         if faults:
             raise EngineFault(f"The slab's books don't add up: {'; '.join(faults)}.")
 
-    def _place(self, slot: Slot) -> _Place:
-        place = self._places[slot.index]
+    def _allocation(self, slot: Slot) -> _Allocation:
+        place = self._allocations[slot.index]
         if place.generation != slot.generation or not place.taken:
             raise EngineFault(
                 f"Slot {slot.index} is of generation {place.generation}, the handle of {slot.generation}: "
@@ -240,7 +240,7 @@ class SiteSlab:
         self.table_address = self.table.ctypes.data
         self.widths_address = self._widths.ctypes.data
 
-    def rows(self, slot: int, module: int) -> Delta | None:
+    def delta(self, slot: int, module: int) -> Delta | None:
         """A module's matrices as they lie in a slab of layout ROWS, int8 ones as floats again; None: no target."""
         a, b, gain, rank = self.table[slot, module].tolist()
         if not rank:
@@ -249,7 +249,7 @@ class SiteSlab:
         matrix_a = self.tensor(a, (rank, self.site.d_in), self.slab.dtype)
         matrix_b = self.tensor(b, (width, rank), self.slab.dtype)
         if self.slab.dtype == torch.int8:
-            matrix_a = matrix_a * self.tensor(scales_before(a, rank), (rank, 1), torch.float32)
+            matrix_a = matrix_a * self.tensor(scales_offset(a, rank), (rank, 1), torch.float32)
         return Delta(matrix_a, matrix_b, None if gain < 0 else self.tensor(gain, (width,), torch.float32))
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from loramill.kernels.adapter import ROWS, Layout
 from loramill.kernels.backend import Codebook, LayerKV, Quantized, Weight
 from loramill.kernels.batch import Batch
-from loramill.kernels.paging import FIRST, Pages, Span
+from loramill.kernels.paging import FIRST, KVSpan, Pages
 from loramill.kernels.slab import SiteSlab
 
 name: str = "torch"
@@ -28,7 +28,7 @@ def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None
     for run in batch.runs:
         rows, column = x[run.rows], 0
         for module, width in enumerate(slab.site.widths):
-            delta = slab.rows(run.slot.index, module)
+            delta = slab.delta(run.slot.index, module)
             if delta is not None:
                 target = y[run.rows, column : column + width]
                 target.addmm_(rows @ delta.a.to(x.dtype).T, delta.b.to(x.dtype).T)
@@ -202,7 +202,7 @@ class _Prefill:
 def _decodes(pages: Pages, window: int | None, device: torch.device) -> list[_Decode]:
     key = (_Decode, window, device)
     if key not in pages.memo:
-        groups: dict[int, list[tuple[int, Span]]] = {}
+        groups: dict[int, list[tuple[int, KVSpan]]] = {}
         for row, span in zip(pages.table[:, FIRST].tolist(), pages.spans, strict=True):
             if span.count == 1:
                 # Lengths within a factor of two share a gather: what it is filled up with stays below the real work.
@@ -225,13 +225,13 @@ def _prefills(pages: Pages, window: int | None, device: torch.device) -> list[_P
     return prefills
 
 
-def _seen(span: Span, window: int | None, block_size: int) -> tuple[int, list[int]]:
+def _seen(span: KVSpan, window: int | None, block_size: int) -> tuple[int, list[int]]:
     """The first position of the first block that any row of the span sees, and all those blocks."""
     first = 0 if window is None else max(0, span.start + 1 - window) // block_size
-    return first * block_size, list(span.blocks[first : -(-span.stop // block_size)])
+    return first * block_size, list(span.block_table[first : -(-span.stop // block_size)])
 
 
-def _decode(members: list[tuple[int, Span]], window: int | None, block_size: int, device: torch.device) -> _Decode:
+def _decode(members: list[tuple[int, KVSpan]], window: int | None, block_size: int, device: torch.device) -> _Decode:
     seen = [_seen(span, window, block_size) for _, span in members]
     width = max(len(blocks) for _, blocks in seen)
     tables = torch.tensor([blocks + [0] * (width - len(blocks)) for _, blocks in seen])
@@ -244,7 +244,7 @@ def _decode(members: list[tuple[int, Span]], window: int | None, block_size: int
     return _Decode(rows.to(device), tables.flatten().to(device), stale.to(device), mask[:, None, None].to(device))
 
 
-def _prefill(row: int, span: Span, window: int | None, block_size: int, device: torch.device) -> _Prefill:
+def _prefill(row: int, span: KVSpan, window: int | None, block_size: int, device: torch.device) -> _Prefill:
     start, blocks = _seen(span, window, block_size)
     mask = None
     if span.start > 0 or window is not None:

@@ -341,7 +341,7 @@ class TrainingDiverged(JobError):
         self.examples = tuple(examples)
 
 
-def brief(message: str, lines: int = 2) -> str:
+def first_lines(message: str, lines: int = 2) -> str:
     """The first lines of a message that may list many problems, and how many follow."""
     first, rest = message.splitlines()[:lines], message.splitlines()[lines:]
     more = f"(and {len(rest)} more line{'' if len(rest) == 1 else 's'}: `loramill nightly show --json`)"

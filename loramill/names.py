@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from loramill.errors import InvalidRequest, ModelNotFound
 
 #: What can name a tenant or an adapter, whole.
-NAME = r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$"
-_PART = re.compile(NAME)
+NAME_PATTERN = r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$"
+_NAME = re.compile(NAME_PATTERN)
 _VERSION = re.compile(r"[0-9a-f]{8,64}")
 
 #: Characters of a version's hash that are shown; any prefix of at least 8 is understood.
-SHORT = 12
+SHORT_HASH_LENGTH = 12
 
 #: Ids of jobs' results files begin so; the job's id follows.
-RESULTS = "file-results-"
+RESULTS_ID_PREFIX = "file-results-"
 
 
 def results_id(job_id: str) -> str:
     """The id of a job's results file: a CSV of what was measured at each step."""
-    return RESULTS + job_id
+    return RESULTS_ID_PREFIX + job_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class AdapterName:
 
     def at(self, version: str) -> str:
         """The name on the wire that pins one version."""
-        return f"{self}@{version[:SHORT]}"
+        return f"{self}@{version[:SHORT_HASH_LENGTH]}"
 
     @classmethod
     def parse(cls, text: str) -> AdapterName:
@@ -86,7 +86,7 @@ def check_name(text: str, kind: str) -> str:
     Raises:
         InvalidRequest: it can't; the message gives the rule.
     """
-    if not _PART.fullmatch(text):
+    if not _NAME.fullmatch(text):
         article = "an" if kind[0] in "aeiou" else "a"
         raise InvalidRequest(
             f"'{text}' can't name {article} {kind}: use 1 to 64 of a-z, 0-9, '.', '_' and '-', "

@@ -25,14 +25,14 @@ from loramill.errors import SettingsInvalid
 from loramill.types import Quantization
 
 #: A folder whose path may begin with ~, and whose meaning must not hang on where a process works.
-Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+FolderPath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
 #: An origin as browsers send it: without a path, not even "/".
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
 
 #: The address by which to reach a gateway that listens on all addresses.
-_REACHED = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 class _Section(BaseModel):
@@ -126,10 +126,10 @@ class Settings(BaseSettings):
         frozen=True,
     )
 
-    home: Folder = Field(
+    home: FolderPath = Field(
         default=Path("~/.loramill"), validate_default=True, description="the record, artifacts, admin key and logs"
     )
-    cache: Folder = Field(
+    cache: FolderPath = Field(
         default=Path("~/.cache/loramill"),
         validate_default=True,
         description="converted bases; may be deleted at any time",
@@ -207,7 +207,7 @@ class Settings(BaseSettings):
     @property
     def address(self) -> str:
         """Where this machine reaches its gateway, without `/v1`."""
-        host = _REACHED.get(self.serve.host, self.serve.host)
+        host = _LOOPBACK.get(self.serve.host, self.serve.host)
         return f"http://[{host}]:{self.serve.port}" if ":" in host else f"http://{host}:{self.serve.port}"
 
     @property

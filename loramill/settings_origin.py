@@ -12,14 +12,14 @@ from pydantic import BaseModel
 from pydantic_settings import EnvSettingsSource, TomlConfigSettingsSource
 
 from loramill.settings import Settings
-from loramill.types import Value
+from loramill.types import FrozenModel
 
 _MASK = "…"
 #: Secrets in a URL's query.
 _SECRET = re.compile(r"(?i)(\w*(?:password|secret|token|key))=[^&]*")
 
 
-class Setting(Value):
+class Setting(FrozenModel):
     """One setting.
 
     Attributes:
@@ -32,10 +32,10 @@ class Setting(Value):
     name: str
     value: Any
     origin: str
-    about: str
+    description: str
 
 
-def in_force() -> list[Setting]:
+def effective_settings() -> list[Setting]:
     """All settings.
 
     Raises:
@@ -45,31 +45,31 @@ def in_force() -> list[Setting]:
     variables, file = EnvSettingsSource(Settings)(), TomlConfigSettingsSource(Settings)()
     resolved = {"database_url": settings.database, "artifacts_url": settings.artifacts, "url": settings.gateway}
     found = []
-    for path, value, about in _leaves(settings):
+    for path, value, about in _fields(settings):
         name = ".".join(path)
-        if _has(variables, path):
-            origin = _variable(path)
-        elif _has(file, path):
+        if _contains(variables, path):
+            origin = _variable_name(path)
+        elif _contains(file, path):
             origin = str(Path("loramill.toml").absolute())
         elif name == "url" and settings.address_file.exists():
             origin = str(settings.address_file)
         else:
             origin = "default"
         shown = _masked(name, resolved.get(name) if value is None else value)
-        found.append(Setting(name=name, value=shown, origin=origin, about=about))
+        found.append(Setting(name=name, value=shown, origin=origin, description=about))
     return found
 
 
-def _leaves(section: BaseModel, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, str]]:
+def _fields(section: BaseModel, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, str]]:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, BaseModel):
-            yield from _leaves(value, (*above, name))
+            yield from _fields(value, (*above, name))
         else:
             yield (*above, name), section.model_dump(mode="json", include={name})[name], field.description or ""
 
 
-def _has(source: Mapping[str, Any], path: tuple[str, ...]) -> bool:
+def _contains(source: Mapping[str, Any], path: tuple[str, ...]) -> bool:
     for part in path:
         if not isinstance(source, Mapping) or part not in source:
             return False
@@ -77,7 +77,7 @@ def _has(source: Mapping[str, Any], path: tuple[str, ...]) -> bool:
     return True
 
 
-def _variable(path: tuple[str, ...]) -> str:
+def _variable_name(path: tuple[str, ...]) -> str:
     """The variable that gives a setting: its own, or its section's as JSON."""
     names = {name.upper(): name for name in os.environ}
     own = f"LORAMILL_{'__'.join(path)}".upper()

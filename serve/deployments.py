@@ -18,13 +18,13 @@ from loramill.gpus import ONLY_ASSIGNED_GPUS
 from loramill.models.catalog import find_base
 from loramill.registry import Registry
 from loramill.serve.api.app import build_api
-from loramill.serve.api.dependencies import Served
+from loramill.serve.api.dependencies import ServedBase
 from loramill.serve.api.middleware import access_log
-from loramill.serve.autoscaling.ray_policy import PROMPTLY
+from loramill.serve.autoscaling.ray_policy import UNDELAYED
 from loramill.serve.replica.engine_deployment import EngineDeployment
 from loramill.serve.transport.channel import Receiver
 from loramill.serve.transport.handle import HandleBackend
-from loramill.serve.transport.http_server import Listener
+from loramill.serve.transport.http_server import HttpServer
 from loramill.settings import ServeSettings, Settings
 
 log = logging.getLogger(__name__)
@@ -33,10 +33,10 @@ APP = "loramill"
 ENGINE = "engine"
 
 #: A port of its own is where it is looked for: on the machine that deployed it.
-ON_HEAD = {"node:__internal_head__": 0.001}
+HEAD_NODE_RESOURCE = {"node:__internal_head__": 0.001}
 
 #: Our code blocks no event loop, so that Serve needs none of its own beside it: each call saves some milliseconds.
-ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+SINGLE_LOOP_ENV = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 
 
 class GatewayDeployment:
@@ -52,7 +52,7 @@ class ListeningGateway:
     async def __init__(self, settings: Settings, *engines: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         self._engines = engines
         serve_ = settings.serve
-        self._listener = Listener(
+        self._listener = HttpServer(
             gateway_builder(settings)(), serve_.host, serve_.port, drain_seconds=serve_.drain_seconds
         )
         await self._listener.start()
@@ -71,11 +71,11 @@ def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
 
     def build() -> FastAPI:
         logs.configure()
-        access_log.open_file(settings.home / "logs")
+        access_log.open_access_log(settings.home / "logs")
         receiver = Receiver()
-        first, *others = (_served(name, each, receiver) for name, each in engines(settings).items())
+        first, *others = (_served(name, each, receiver) for name, each in engine_settings(settings).items())
         tokenizer = ChatTokenizer.load(first.base.folder)
-        for limit in tokenizer.limits:
+        for limit in tokenizer.limitations:
             log.warning("%s", limit)
         app = build_api(
             registry=Registry.open(settings.database, settings.artifacts),
@@ -83,7 +83,7 @@ def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
             tokenizer=tokenizer,
             backend=first.backend,
             settings=settings,
-            others=others,
+            other_bases=others,
         )
         gc.collect()
         gc.freeze()  # as in an engine replica: looking for garbage stops all streams
@@ -92,40 +92,40 @@ def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
     return build
 
 
-def _served(deployment: str, settings: Settings, receiver: Receiver) -> Served:
+def _served(deployment: str, settings: Settings, receiver: Receiver) -> ServedBase:
     backend = HandleBackend(
         serve.get_deployment_handle(deployment, APP),
         receiver,
         start_seconds=settings.serve.start_seconds,
-        sleeps=settings.serve.min_replicas == 0,
+        scales_to_zero=settings.serve.min_replicas == 0,
     )
-    return Served(find_base(settings.base, settings.cache, settings.quantization), backend)
+    return ServedBase(find_base(settings.base, settings.cache, settings.quantization), backend)
 
 
-def engines(settings: Settings) -> dict[str, Settings]:
+def engine_settings(settings: Settings) -> dict[str, Settings]:
     """The engine deployments by name, one for each base that is served, and the settings of each."""
     others = settings.serve.bases
-    return {ENGINE: settings} | {f"{ENGINE}-{Path(base).name}": _beside(settings, base) for base in others}
+    return {ENGINE: settings} | {f"{ENGINE}-{Path(base).name}": _additional_base(settings, base) for base in others}
 
 
-def _beside(settings: Settings, base: str) -> Settings:
+def _additional_base(settings: Settings, base: str) -> Settings:
     """The settings of a further base: it sleeps until it is asked."""
     return settings.model_copy(update={"base": base, "serve": settings.serve.model_copy(update={"min_replicas": 0})})
 
 
 def application(settings: Settings) -> Any:
     """The Serve application: gateways in front of the engine replicas of each base."""
-    behind = [_engine(name, each).bind(each) for name, each in engines(_on_ray(settings)).items()]
+    behind = [_engine_deployment(name, each).bind(each) for name, each in engine_settings(_on_ray(settings)).items()]
     options = _options(settings) | {"name": "gateway", "num_replicas": settings.serve.gateways}
-    environment = ONE_LOOP | ONLY_ASSIGNED_GPUS | metrics_env(settings)
+    environment = SINGLE_LOOP_ENV | ONLY_ASSIGNED_GPUS | metrics_env(settings)
     options["ray_actor_options"] = {"num_cpus": 0.1, "runtime_env": {"env_vars": environment}}
     if settings.serve.ingress == "direct":
-        options["ray_actor_options"]["resources"] = ON_HEAD
+        options["ray_actor_options"]["resources"] = HEAD_NODE_RESOURCE
         return serve.deployment(ListeningGateway, **options).bind(settings, *behind)
     return serve.deployment(serve.ingress(gateway_builder(settings))(GatewayDeployment), **options).bind(*behind)
 
 
-def _engine(name: str, settings: Settings) -> Any:
+def _engine_deployment(name: str, settings: Settings) -> Any:
     routing = {
         "request_router_class": "loramill.serve.routing.ray_router.AdapterRouter",
         "request_routing_stats_period_s": 0.5,
@@ -133,7 +133,7 @@ def _engine(name: str, settings: Settings) -> Any:
     return serve.deployment(
         EngineDeployment,
         name=name,
-        **replicas(settings.serve),
+        **replica_options(settings.serve),
         request_router_config=routing,
         graceful_shutdown_wait_loop_s=0.1,
         ray_actor_options=engine_options(settings),
@@ -151,7 +151,7 @@ def _options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def replicas(settings: ServeSettings) -> dict[str, Any]:
+def replica_options(settings: ServeSettings) -> dict[str, Any]:
     """How many replicas Serve runs: always as many, or as `loramill.serve.autoscaling.policy` decides."""
     if settings.min_replicas >= settings.max_replicas:
         return {"num_replicas": settings.min_replicas}
@@ -161,14 +161,14 @@ def replicas(settings: ServeSettings) -> dict[str, Any]:
         "policy_kwargs": {name: getattr(settings, name) for name in targets},
     }
     bounds = {"min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas}
-    return {"autoscaling_config": {**PROMPTLY, **bounds, "initial_replicas": settings.min_replicas, "policy": policy}}
+    return {"autoscaling_config": {**UNDELAYED, **bounds, "initial_replicas": settings.min_replicas, "policy": policy}}
 
 
 def _on_ray(settings: Settings) -> Settings:
-    return settings.model_copy(update={"serve": on_ray(settings.serve)})
+    return settings.model_copy(update={"serve": with_fixed_device(settings.serve)})
 
 
-def on_ray(settings: ServeSettings) -> ServeSettings:
+def with_fixed_device(settings: ServeSettings) -> ServeSettings:
     """The settings of a replica that Ray places: there, "auto" is the CPU.
 
     Where it runs must not hang on which nodes are up just now; nor may it take a GPU that Ray knows nothing of: a
@@ -181,7 +181,7 @@ def engine_options(settings: Settings) -> dict[str, Any]:
     """What Ray is asked for on behalf of an engine replica: a whole GPU if the settings say cuda, and else none."""
     gpus = 1 if settings.serve.device == "cuda" else 0
     threads = one_thread_env(settings.serve.threads)
-    environment = ONE_LOOP | ONLY_ASSIGNED_GPUS | threads | metrics_env(settings)
+    environment = SINGLE_LOOP_ENV | ONLY_ASSIGNED_GPUS | threads | metrics_env(settings)
     return {"num_cpus": 0.1, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
 
 

@@ -16,32 +16,32 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from loramill.data.conversation import LINE_KEYS, BadLine, read_prompt
-from loramill.data.examples import LISTED
-from loramill.data.filetype import called, magic
-from loramill.data.jsonl import decode, parse, rows
+from loramill.data.conversation import LINE_KEYS, LineError, read_prompt
+from loramill.data.examples import MAX_LISTED
+from loramill.data.filetype import describe_kind, detect_kind
+from loramill.data.jsonl import decode, iter_rows, parse
 from loramill.data.tokenizer import Message
 from loramill.errors import DatasetInvalid, LoramillError
 from loramill.models.catalog import Base
 from loramill.serve.engine import AdapterSource, EngineConfig
-from loramill.serve.protocol import ChosenToken, TextRequest
+from loramill.serve.protocol import SampledToken, TextRequest
 from loramill.serve.replica.replica import Replica
 from loramill.settings import ServeSettings
-from loramill.types import Value
+from loramill.types import FrozenModel
 
 #: Prompts under way at once: more than the engine runs, and half of what it lets wait, because requests that a stop
 #: string ended still count as waiting until the engine's next step.
-_WINDOW = EngineConfig().max_waiting // 2
+_MAX_IN_FLIGHT = EngineConfig().max_waiting // 2
 
 #: Bytes that show a file's kind.
-_HEAD = 16
+_MAGIC_BYTES = 16
 
 #: Seconds of silence after which is looked whether the engine still runs.
-_PATIENCE = 5.0
+_POLL_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class OfflineCompletion:
     """What came of one prompt.
 
     Attributes:
@@ -58,7 +58,7 @@ class Completion:
     completion_tokens: int = 0
     finish: str | None = None
     error: LoramillError | None = None
-    logprobs: tuple[ChosenToken, ...] = ()
+    logprobs: tuple[SampledToken, ...] = ()
 
 
 class OfflineEngine:
@@ -79,7 +79,7 @@ class OfflineEngine:
 
     def __init__(self, base: Base, source: AdapterSource, settings: ServeSettings) -> None:
         self._numbers = count(1)
-        self._replica = Replica(base, source, settings.model_copy(update={"max_waiting": 2 * _WINDOW}))
+        self._replica = Replica(base, source, settings.model_copy(update={"max_waiting": 2 * _MAX_IN_FLIGHT}))
         self._loop = asyncio.new_event_loop()
         self._closing = asyncio.Event()
         # A loop of its own, so that it works wherever it is called, and text is made while the engine computes.
@@ -99,7 +99,7 @@ class OfflineEngine:
             self._thread.join()
             self._replica.close()
 
-    def generate(self, prompts: Iterable[TextRequest], *, ordered: bool = False) -> Iterator[Completion]:
+    def generate(self, prompts: Iterable[TextRequest], *, ordered: bool = False) -> Iterator[OfflineCompletion]:
         """Answers as they are done, or in the order of the prompts. Every prompt gets one; an error is in its own.
 
         Prompts are read, and answers kept, a few hundred at a time. Leaving the iterator drops what is under way.
@@ -113,13 +113,13 @@ class OfflineEngine:
             Exception: what reading `prompts` raised.
         """
         rest = enumerate(prompts)
-        done: SimpleQueue[Future[Completion]] = SimpleQueue()
-        live: dict[Future[Completion], int] = {}
-        early: dict[int, Completion] = {}
+        done: SimpleQueue[Future[OfflineCompletion]] = SimpleQueue()
+        live: dict[Future[OfflineCompletion], int] = {}
+        early: dict[int, OfflineCompletion] = {}
         due = 0
         try:
             while True:
-                for place, prompt in islice(rest, _WINDOW - len(live) - len(early)):
+                for place, prompt in islice(rest, _MAX_IN_FLIGHT - len(live) - len(early)):
                     future = asyncio.run_coroutine_threadsafe(self._answer(prompt), self._loop)
                     live[future] = place
                     future.add_done_callback(done.put)
@@ -138,25 +138,27 @@ class OfflineEngine:
             for future in live:
                 future.cancel()
 
-    async def _answer(self, prompt: TextRequest) -> Completion:
+    async def _answer(self, prompt: TextRequest) -> OfflineCompletion:
         text: list[str] = []
-        logprobs: list[ChosenToken] = []
-        completion = Completion(prompt)
+        logprobs: list[SampledToken] = []
+        completion = OfflineCompletion(prompt)
         try:
             # Its own id: those of a file may repeat.
             async with aclosing(self._replica.generate(replace(prompt, id=f"offline-{next(self._numbers)}"))) as chunks:
                 async for chunk in chunks:
                     text.append(chunk.text)
                     logprobs += chunk.logprobs
-                    completion = Completion(prompt, "", chunk.prompt_tokens, chunk.completion_tokens, chunk.finish)
+                    completion = OfflineCompletion(
+                        prompt, "", chunk.prompt_tokens, chunk.completion_tokens, chunk.finish
+                    )
         except LoramillError as error:
             completion = replace(completion, error=error)
         return replace(completion, text="".join(text), logprobs=tuple(logprobs))
 
-    def _wait(self, done: SimpleQueue[Future[Completion]]) -> Future[Completion]:
+    def _wait(self, done: SimpleQueue[Future[OfflineCompletion]]) -> Future[OfflineCompletion]:
         while True:
             try:
-                return done.get(timeout=_PATIENCE)
+                return done.get(timeout=_POLL_SECONDS)
             except Empty:
                 asyncio.run_coroutine_threadsafe(self._replica.ready(), self._loop).result()
 
@@ -165,7 +167,7 @@ class OfflineEngine:
             runner.run(self._closing.wait())
 
 
-class _Line(Value):
+class _PromptLine(FrozenModel):
     """A line of a JSONL file of prompts, or of a dataset, whose answer is left out.
 
     The keys of a conversation are those of `read_prompt`.
@@ -187,14 +189,14 @@ class _Line(Value):
     stop: str | tuple[str, ...] | None = None
 
     @model_validator(mode="after")
-    def _asks_once(self) -> _Line:
+    def _require_one_prompt(self) -> _PromptLine:
         if (self.prompt is None) == (not self.messages):
             raise ValueError('write either "prompt" or "messages", with a message that asks')
         if self.completion is not None and self.prompt is None:
             raise ValueError('"completion" belongs to "prompt"')
         return self
 
-    def request(self, number: int, like: TextRequest, *, chat: bool) -> TextRequest:
+    def request(self, number: int, defaults: TextRequest, *, chat: bool) -> TextRequest:
         """The line as a request, with what it doesn't say from `like`."""
         names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
         said: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
@@ -202,19 +204,19 @@ class _Line(Value):
             said["stop"] = (self.stop,) if isinstance(self.stop, str) else self.stop
         said["id"] = self.id or str(number)
         if self.prompt is not None:
-            return ask(self.prompt, replace(like, **said), chat=chat)
+            return build_request(self.prompt, replace(defaults, **said), chat=chat)
         messages, tools = read_prompt(self.model_dump(include=set(LINE_KEYS)))
         asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         if not asked:
-            raise BadLine('write either "prompt" or "messages", with a message to answer.')
-        return replace(like, **said, messages=asked, tools=tools)
+            raise LineError('write either "prompt" or "messages", with a message to answer.')
+        return replace(defaults, **said, messages=asked, tools=tools)
 
 
-def ask(text: str, like: TextRequest, *, chat: bool) -> TextRequest:
+def build_request(text: str, defaults: TextRequest, *, chat: bool) -> TextRequest:
     """A request as `like` for the answer to a text, by the chat template, or for how the text goes on."""
     if chat:
-        return replace(like, messages=(Message(role="user", content=text),))
-    return replace(like, prompt=text)
+        return replace(defaults, messages=(Message(role="user", content=text),))
+    return replace(defaults, prompt=text)
 
 
 class PromptFile:
@@ -235,9 +237,9 @@ class PromptFile:
         OSError: it can't be read.
     """
 
-    def __init__(self, path: Path, like: TextRequest, *, chat: bool | None = None) -> None:
+    def __init__(self, path: Path, defaults: TextRequest, *, chat: bool | None = None) -> None:
         self._path = path
-        self._like = like
+        self._defaults = defaults
         self._plain = path.suffix == ".txt"
         self._chat = self._plain if chat is None else chat
         self._length, count, problems = 0, 0, []
@@ -247,11 +249,11 @@ class PromptFile:
                 self._read(number, row)
             except DatasetInvalid as error:
                 count += 1
-                problems += [error.message] if count <= LISTED else []
+                problems += [error.message] if count <= MAX_LISTED else []
         if not self._length:
             raise DatasetInvalid(f"{path.name} has no prompts; write one on each line.")
         if count:
-            first = f"; the first {LISTED}" if count > LISTED else ""
+            first = f"; the first {MAX_LISTED}" if count > MAX_LISTED else ""
             head = f"{path.name} has {count} problem{'s' if count > 1 else ''}{first}:"
             raise DatasetInvalid("\n".join([head, *problems]), problems=problems)
 
@@ -263,21 +265,23 @@ class PromptFile:
 
     def _rows(self) -> Iterator[tuple[int, bytes]]:
         with self._path.open("rb") as file:
-            if (kind := magic(file.read(_HEAD))) is not None:
-                raise DatasetInvalid(f"{self._path.name} is {called(kind)}; prompts are text or JSONL in UTF-8.")
+            if (kind := detect_kind(file.read(_MAGIC_BYTES))) is not None:
+                raise DatasetInvalid(f"{self._path.name} is {describe_kind(kind)}; prompts are text or JSONL in UTF-8.")
             file.seek(0)
-            yield from rows(file)
+            yield from iter_rows(file)
 
     def _read(self, number: int, row: bytes) -> TextRequest:
         where = f"{self._path.name}, line {number}"
         try:
             if self._plain:
-                return ask(decode(row).strip("\r\n"), replace(self._like, id=str(number)), chat=self._chat)
+                return build_request(
+                    decode(row).strip("\r\n"), replace(self._defaults, id=str(number)), chat=self._chat
+                )
             parse(row)  # stricter than pydantic, which accepts repeated keys and half surrogate pairs
-            return _Line.model_validate_json(row).request(number, self._like, chat=self._chat)
+            return _PromptLine.model_validate_json(row).request(number, self._defaults, chat=self._chat)
         except DatasetInvalid as error:
             raise DatasetInvalid(f"{where}: {error.message}") from error
-        except BadLine as error:
+        except LineError as error:
             raise DatasetInvalid(f"{where}: {error}") from error
         except ValidationError as error:
             first = error.errors(include_url=False)[0]

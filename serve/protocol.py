@@ -10,7 +10,7 @@ from loramill.data.tokenizer import Message
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class OutputConstraint:
     """What a whole answer must be: JSON, or calls of tools, or one of the two if both are given.
 
     Attributes:
@@ -22,8 +22,8 @@ class Form:
 
     param: str
     schema: Mapping[str, Any] | None = None
-    calls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    several: bool = False
+    tool_schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    parallel_tool_calls: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class TextRequest:
     logprobs: int | None = None
     echo: bool = False
     tools: tuple[Mapping[str, Any], ...] = ()
-    form: Form | None = None
+    constraint: OutputConstraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +77,10 @@ class TokenText:
 
 
 @dataclass(frozen=True, slots=True)
-class ChosenToken:
+class SampledToken:
     """The token that was chosen and the most probable alternatives."""
 
-    chosen: TokenText
+    token: TokenText
     top: tuple[TokenText, ...] = ()
 
 
@@ -95,10 +95,10 @@ class TextChunk:
     prompt_tokens: int
     completion_tokens: int
     finish: str | None = None
-    logprobs: tuple[ChosenToken, ...] = ()
+    logprobs: tuple[SampledToken, ...] = ()
 
 
-class Backend(Protocol):
+class GenerationBackend(Protocol):
     """What generates text for the gateway: an engine replica, near or behind a Ray Serve handle."""
 
     def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:

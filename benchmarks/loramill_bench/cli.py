@@ -169,11 +169,11 @@ def _report(group: str) -> None:
 
 
 def _note(sentence: str) -> None:
-    show.say(sentence, style="dim")
+    show.print_message(sentence, style="dim")
 
 
 def _show(results: Sequence[Result], json: Path | None) -> None:
-    show.table(("CASE", "VALUE", "TARGET", "VERDICT", "FLOOR"), map(_row, results), empty="Nothing was measured.")
+    show.print_table(("CASE", "VALUE", "TARGET", "VERDICT", "FLOOR"), map(_row, results), empty="Nothing was measured.")
     if json is not None:
         values = [{**asdict(result), "met": result.met} for result in results]
         json.write_text(encoding.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -182,7 +182,7 @@ def _show(results: Sequence[Result], json: Path | None) -> None:
 def _judge(results: Sequence[Result], check: bool) -> None:
     missed = [result.case for result in results if result.met is False]
     if check and missed:
-        show.say(f"Missed targets: {'; '.join(missed)}.", style="red")
+        show.print_message(f"Missed targets: {'; '.join(missed)}.", style="red")
         raise typer.Exit(1)
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from loramill.errors import InvalidRequest, JobError
 from loramill.models.smollm2 import NAME
-from loramill.pipelines.compare.run import run
+from loramill.pipelines.compare.run import run_task
 from loramill.pipelines.compare.types import TITLES, Task, Tuning
 from loramill.settings import Settings
 from loramill_bench.measure import Result, measured
@@ -87,7 +87,7 @@ def _reached(tenants: Path, folder: Path, settings: Settings, tenant: str, metho
         threads=settings.jobs.threads,
         serving=False,
     )
-    row = run(task)
+    row = run_task(task)
     if row.quality is None:
         raise JobError(f"{TITLES[method]} on {tenant}: {row.error}")
     score: float = getattr(row.quality, TARGETS[tenant][0])

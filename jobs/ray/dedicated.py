@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from loramill.errors import JobError
-from loramill.jobs.ray.session import prepare, resident
-from loramill.jobs.train.distributed import ONE, Processes
-from loramill.jobs.worker.worker import Worker, carry_out, steps, take
+from loramill.jobs.ray.session import build_worker, select_device
+from loramill.jobs.train.distributed import SINGLE_PROCESS, ProcessGroup
+from loramill.jobs.worker.worker import Worker, lease_next_job, run_attempt, training_steps
 from loramill.settings import Settings
 from loramill.types import JobRecord
 
@@ -25,26 +25,26 @@ log = logging.getLogger(__name__)
 def lease_and_train(config: dict[str, Any]) -> None:
     """The train function of each process."""
     settings = Settings.model_validate(config["settings"])
-    device = prepare(settings.jobs)
-    worker = resident(settings, config["place"], "dedicated", processes_of(device))
-    job = same_for_all(take(worker, config["place"]) if worker.processes.rank == 0 else None)
+    device = select_device(settings.jobs)
+    worker = build_worker(settings, config["place"], "dedicated", connect_processes(device))
+    job = broadcast_job(lease_next_job(worker, config["place"]) if worker.process_group.rank == 0 else None)
     if job is None:
         return  # it was cancelled meanwhile, or another supervisor's trainer has it
-    if worker.processes.rank == 0:
-        carry_out(worker, job)
+    if worker.process_group.rank == 0:
+        run_attempt(worker, job)
     else:
-        follow(worker, job)
+        follow_first_process(worker, job)
 
 
-def processes_of(device: torch.device) -> Processes:
+def connect_processes(device: torch.device) -> ProcessGroup:
     """The processes of this trainer, which sum tensors over Gloo or, on GPUs, over NCCL."""
     if device.type == "cuda":
-        _regroup("cpu:gloo,cuda:nccl")
+        _reconnect("cpu:gloo,cuda:nccl")
     size = dist.get_world_size()
-    return Processes(dist.get_rank(), size, dist.all_reduce) if size > 1 else ONE
+    return ProcessGroup(dist.get_rank(), size, dist.all_reduce) if size > 1 else SINGLE_PROCESS
 
 
-def _regroup(backend: str) -> None:
+def _reconnect(backend: str) -> None:
     """Connects the same processes by another backend.
 
     Ray would have to be told of it where the supervisor runs, and that machine may have no GPU.
@@ -55,17 +55,17 @@ def _regroup(backend: str) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
-def same_for_all(job: JobRecord | None) -> JobRecord | None:
+def broadcast_job(job: JobRecord | None) -> JobRecord | None:
     """The first process's job, in every process."""
     found = [None if job is None else job.model_dump_json()]
     dist.broadcast_object_list(found, src=0)
     return None if found[0] is None else JobRecord.model_validate_json(found[0])
 
 
-def follow(worker: Worker, job: JobRecord) -> None:
+def follow_first_process(worker: Worker, job: JobRecord) -> None:
     """Takes this process's part of each step; ends when the first process does."""
     try:
-        for _ in steps(worker, job, check=lambda: None):
+        for _ in training_steps(worker, job, raise_if_stopped=lambda: None):
             pass
     except JobError as error:
         log.info("job %s: this process ends with the first: %s", job.id, error)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from loramill import logs
 from loramill.gpus import ONLY_ASSIGNED_GPUS
 from loramill.settings import Settings
-from loramill.storage.object_store import open_files
+from loramill.storage.object_store import open_filesystem
 
 if TYPE_CHECKING:
     from ray.train.backend import BackendConfig
 
 
-def run_session(settings: Settings, place: str, holder: str) -> None:
+def run_session(settings: Settings, worker_slot: str, holder: str) -> None:
     """Runs one session at a place until it has been idle for `idle_seconds`, or the place isn't the holder's any more.
 
     A killed worker is restarted by Ray Train.
@@ -28,7 +28,7 @@ def run_session(settings: Settings, place: str, holder: str) -> None:
     resources = {"GPU": 1 / jobs.per_gpu} if jobs.use_gpu else {"CPU": jobs.cpus}
     _fit(
         _session,
-        {"settings": settings.model_dump(mode="json"), "place": place, "holder": holder},
+        {"settings": settings.model_dump(mode="json"), "place": worker_slot, "holder": holder},
         settings,
         resources,
         max_failures=-1,
@@ -92,7 +92,7 @@ def _fit(
         trainer.fit()
     finally:
         # Everything that matters is in the record.
-        files, root = open_files(settings.sessions)
+        files, root = open_filesystem(settings.sessions)
         if files.exists(f"{root}/{name}"):
             files.rm(f"{root}/{name}", recursive=True)
 

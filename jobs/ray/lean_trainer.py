@@ -8,7 +8,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-_NEEDLESS = (DatasetsCallback, PlacementGroupCleanerCallback)
+_UNUSED_CALLBACKS = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
 class LeanTrainer(DataParallelTrainer):  # type: ignore[misc]  # untyped
@@ -19,4 +19,6 @@ class LeanTrainer(DataParallelTrainer):  # type: ignore[misc]  # untyped
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, _NEEDLESS)]
+        return [
+            callback for callback in super()._create_default_callbacks() if not isinstance(callback, _UNUSED_CALLBACKS)
+        ]

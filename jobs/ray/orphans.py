@@ -17,10 +17,10 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 log = logging.getLogger(__name__)
 
 #: The class of Ray Train's controllers.
-_CONTROLLER = "TrainController"
+_CONTROLLER_CLASS = "TrainController"
 
 
-def remove_leftovers() -> int:
+def remove_orphans() -> int:
     """Removes the groups of dead Train controllers; returns how many there were."""
     accessor = state._connect_and_get_accessor()
     removed = 0
@@ -29,7 +29,7 @@ def remove_leftovers() -> int:
         if group.is_detached or not group.creator_actor_dead or group.state == group.REMOVED:
             continue
         creator = accessor.get_actor_info(ray.ActorID(group.creator_actor_id))
-        if creator is None or gcs_pb2.ActorTableData.FromString(creator).class_name != _CONTROLLER:
+        if creator is None or gcs_pb2.ActorTableData.FromString(creator).class_name != _CONTROLLER_CLASS:
             continue
         remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
         removed += 1

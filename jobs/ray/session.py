@@ -11,9 +11,9 @@ import torch
 from ray.train.torch import get_device
 
 from loramill.data.tokenizer import ChatTokenizer
-from loramill.jobs.scheduling.reconciler import owner_at
-from loramill.jobs.train.distributed import ONE, Processes
-from loramill.jobs.worker.worker import Worker, work
+from loramill.jobs.scheduling.reconciler import worker_name
+from loramill.jobs.train.distributed import SINGLE_PROCESS, ProcessGroup
+from loramill.jobs.worker.worker import Worker, run_jobs
 from loramill.models.catalog import find_base, load_for_training
 from loramill.registry import Registry
 from loramill.registry.jobs import worker_slots
@@ -29,7 +29,7 @@ NICENESS = 15
 def lease_and_train(config: dict[str, Any]) -> None:
     """The train function: ends when it has been idle for long, or the place isn't its holder's any more."""
     settings = Settings.model_validate(config["settings"])
-    worker = resident(settings, config["place"], "session")
+    worker = build_worker(settings, config["place"], "session")
     worker.model()  # before the first job is leased
 
     def over(idle: float) -> bool:
@@ -38,16 +38,18 @@ def lease_and_train(config: dict[str, Any]) -> None:
         with worker.registry.reading() as session:
             return not worker_slots.is_open(session, config["place"], config["holder"])
 
-    work(worker, until=over)
+    run_jobs(worker, should_stop=over)
 
 
-def resident(settings: Settings, place: str, executor: Executor, processes: Processes = ONE) -> Worker:
+def build_worker(
+    settings: Settings, worker_slot: str, executor: Executor, process_group: ProcessGroup = SINGLE_PROCESS
+) -> Worker:
     """A worker in this process."""
     os.nice(NICENESS)
-    device = prepare(settings.jobs)
+    device = select_device(settings.jobs)
     base = find_base(settings.base, settings.cache, settings.quantization)
     return Worker(
-        owner=owner_at(place, os.getpid()),
+        name=worker_name(worker_slot, os.getpid()),
         registry=Registry.open(settings.database, settings.artifacts),
         base=base,
         model=cache(lambda: load_for_training(base, torch.bfloat16, packed=device.type == "cuda").to(device)),
@@ -57,11 +59,11 @@ def resident(settings: Settings, place: str, executor: Executor, processes: Proc
         logs=settings.home / "tensorboard",
         settings=settings.jobs,
         executor=executor,
-        processes=processes,
+        process_group=process_group,
     )
 
 
-def prepare(settings: JobSettings) -> torch.device:
+def select_device(settings: JobSettings) -> torch.device:
     """The device to train on: this process's share of the GPU that Ray assigned to it, or the CPU.
 
     A GPU that torch sees is only used if the settings say so. Ray's GPUs may not exist, as in tests.

@@ -11,17 +11,17 @@ import ray
 from loramill import logs
 from loramill.gpus import ONLY_ASSIGNED_GPUS
 from loramill.jobs.ray.launch import run_dedicated, run_session
-from loramill.jobs.ray.orphans import remove_leftovers
-from loramill.jobs.scheduling.cleanup import tidy_for_ever
-from loramill.jobs.scheduling.reconciler import Keeper
+from loramill.jobs.ray.orphans import remove_orphans
+from loramill.jobs.scheduling.cleanup import clean_up_periodically
+from loramill.jobs.scheduling.reconciler import Reconciler
 from loramill.models.catalog import find_base
 from loramill.registry import Registry
 from loramill.settings import Settings
 
-NAME = "loramill-supervisor"
+ACTOR_NAME = "loramill-supervisor"
 NAMESPACE = "loramill"
 #: Seconds between looks for what dead trainers left, and for what the store need not keep.
-LEFTOVERS_SECONDS, TIDY_SECONDS = 5.0, 3600.0
+ORPHAN_CHECK_SECONDS, CLEANUP_SECONDS = 5.0, 3600.0
 log = logging.getLogger(__name__)
 
 
@@ -31,40 +31,40 @@ class Supervisor:
     def __init__(self, settings: Settings, base: str) -> None:
         logs.configure()
         registry = Registry.open(settings.database, settings.artifacts)
-        self._keeper = Keeper(
+        self._reconciler = Reconciler(
             registry,
             settings.jobs,
             base=base,
             run_session=lambda place, holder: run_session(settings, place, holder),
             run_trainer=lambda job, gpus: run_dedicated(settings, job, gpus),
         )
-        threading.Thread(target=self._keeper.watch, args=(threading.Event(),), name="watch", daemon=True).start()
-        threading.Thread(target=_free_leftovers, name="leftovers", daemon=True).start()
-        tidying = {"registry": registry, "checkpoints": settings.checkpoints, "every": TIDY_SECONDS}
-        threading.Thread(target=tidy_for_ever, kwargs=tidying, name="tidy", daemon=True).start()
+        threading.Thread(target=self._reconciler.run, args=(threading.Event(),), name="watch", daemon=True).start()
+        threading.Thread(target=_remove_orphans_periodically, name="leftovers", daemon=True).start()
+        tidying = {"registry": registry, "checkpoints": settings.checkpoints, "every": CLEANUP_SECONDS}
+        threading.Thread(target=clean_up_periodically, kwargs=tidying, name="tidy", daemon=True).start()
 
     def ping(self) -> list[str]:
         """Answers with the names of the places where something runs."""
-        return self._keeper.alive
+        return self._reconciler.active_slots
 
 
-def _free_leftovers() -> None:
+def _remove_orphans_periodically() -> None:
     while True:
         try:
-            remove_leftovers()
+            remove_orphans()
         except Exception:  # Ray's head may be away; it is looked at again
             log.exception("what dead trainers left could not be removed; trying again")
-        time.sleep(LEFTOVERS_SECONDS)
+        time.sleep(ORPHAN_CHECK_SECONDS)
 
 
 def deploy(settings: Settings) -> None:
     """Starts the supervisor on the Ray cluster this process is connected to, in place of one that runs there."""
     base = find_base(settings.base, settings.cache, settings.quantization).fingerprint
     try:
-        ray.kill(ray.get_actor(NAME, namespace=NAMESPACE))
+        ray.kill(ray.get_actor(ACTOR_NAME, namespace=NAMESPACE))
     except ValueError:
         log.info("no supervisor was running")
-    options = {"name": NAME, "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": -1, "num_cpus": 0}
+    options = {"name": ACTOR_NAME, "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": -1, "num_cpus": 0}
     environment = {"env_vars": ONLY_ASSIGNED_GPUS}
     supervisor = ray.remote(Supervisor).options(**options, runtime_env=environment).remote(settings, base)
     ray.get(supervisor.ping.remote())

@@ -11,24 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from loramill.registry.jobs.worker_slots import Place
+from loramill.registry.jobs.worker_slots import WorkerSlot
 from loramill.types import Executor
 
-SESSION = "session-"
+SESSION_PREFIX = "session-"
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class WaitingJob:
     """A job that may start; `size` is how many places it takes."""
 
     id: str
     executor: Executor
     priority: int
-    size: int = 1
+    slot_count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningJob:
     """A job that runs: in the session of that place, or, if that is its id, by its own trainer.
 
     `stopping`: its owner or a supervisor has asked it to stop already.
@@ -38,18 +38,18 @@ class Running:
     attempt: int
     priority: int
     started_at: float
-    place: str
+    worker_slot: str
     stopping: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class PoolState:
     """What there is: `size` places, those held, and jobs; `waiting` in the queue's order."""
 
-    size: int
-    held: tuple[Place, ...] = ()
-    running: tuple[Running, ...] = ()
-    waiting: tuple[Waiting, ...] = ()
+    slot_count: int
+    held_slots: tuple[WorkerSlot, ...] = ()
+    running: tuple[RunningJob, ...] = ()
+    waiting: tuple[WaitingJob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class StartTrainer:
     """Start a trainer for this job alone."""
 
     job: str
-    size: int
+    slot_count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Preempt:
 Action = StartSession | StartTrainer | EndSession | Preempt
 
 
-def decide(pool: Pool) -> tuple[Action, ...]:
+def decide(pool: PoolState) -> tuple[Action, ...]:
     """The actions that bring the pool closer to running the first of the waiting jobs.
 
     Each waiting job in turn gets an idle place, a free one, one that is about to be free, or that of a running job of a
@@ -102,14 +102,14 @@ def decide(pool: Pool) -> tuple[Action, ...]:
 class _Plan:
     """The pool as it will be after `actions`."""
 
-    def __init__(self, pool: Pool) -> None:
-        busy = {job.place for job in pool.running}
-        stopping = {job.place for job in pool.running if job.stopping}
-        sessions = {place.name for place in pool.held if place.name.startswith(SESSION)}
-        ending = {place.name for place in pool.held if place.ending}
+    def __init__(self, pool: PoolState) -> None:
+        busy = {job.worker_slot for job in pool.running}
+        stopping = {job.worker_slot for job in pool.running if job.stopping}
+        sessions = {place.name for place in pool.held_slots if place.name.startswith(SESSION_PREFIX)}
+        ending = {place.name for place in pool.held_slots if place.ending}
         self.actions: list[Action] = []
-        self._held = {place.name: place.size for place in pool.held}
-        self._free = pool.size - sum(self._held.values())
+        self._held = {place.name: place.size for place in pool.held_slots}
+        self._free = pool.slot_count - sum(self._held.values())
         self._open = sessions - ending
         self._idle = sorted(self._open - busy)
         #: Sessions about to be idle, and places about to be free.
@@ -118,11 +118,11 @@ class _Plan:
             size for name, size in self._held.items() if name in ending or (name in stopping and name not in sessions)
         )
         self._victims = [
-            job for job in youngest_of_lowest(pool.running) if not job.stopping and job.place in self._held
+            job for job in preemption_order(pool.running) if not job.stopping and job.worker_slot in self._held
         ]
-        self._size = pool.size
+        self._size = pool.slot_count
 
-    def in_session(self, job: Waiting) -> bool:
+    def in_session(self, job: WaitingJob) -> bool:
         """Finds a place for a job that runs in a session."""
         if self._idle:
             self._idle.pop()
@@ -137,14 +137,14 @@ class _Plan:
             if victim is None:
                 return False
             self._preempt(victim)
-            self._free_soon += self._held[victim.place] - 1
+            self._free_soon += self._held[victim.worker_slot] - 1
         return True
 
-    def by_itself(self, job: Waiting) -> bool:
+    def by_itself(self, job: WaitingJob) -> bool:
         """Finds places for a job with a trainer of its own; False while it waits for them."""
         if job.id in self._held:
             return True  # its trainer is about to lease it
-        size = min(job.size, self._size)
+        size = min(job.slot_count, self._size)
         if self._free >= size:
             self.actions.append(StartTrainer(job.id, size))
             self._free -= size
@@ -159,25 +159,25 @@ class _Plan:
             missing -= 1
         while missing > 0 and (victim := self._victim_below(priority)) is not None:
             self._preempt(victim)
-            if victim.place in self._open:
-                self._end(victim.place)
-            missing -= self._held[victim.place]
-        for job in [job for job in self._victims if job.priority <= priority and job.place in self._open]:
+            if victim.worker_slot in self._open:
+                self._end(victim.worker_slot)
+            missing -= self._held[victim.worker_slot]
+        for job in [job for job in self._victims if job.priority <= priority and job.worker_slot in self._open]:
             if missing > 0:
-                self._end(job.place)
+                self._end(job.worker_slot)
                 missing -= 1
 
     def _start_session(self) -> None:
-        number = next(n for n in range(1, self._size + 1) if f"{SESSION}{n}" not in self._held)
-        name = f"{SESSION}{number}"
+        number = next(n for n in range(1, self._size + 1) if f"{SESSION_PREFIX}{n}" not in self._held)
+        name = f"{SESSION_PREFIX}{number}"
         self._held[name] = 1
         self._free -= 1
         self.actions.append(StartSession(name))
 
-    def _victim_below(self, priority: int) -> Running | None:
+    def _victim_below(self, priority: int) -> RunningJob | None:
         return next((job for job in self._victims if job.priority < priority), None)
 
-    def _preempt(self, job: Running) -> None:
+    def _preempt(self, job: RunningJob) -> None:
         self._victims.remove(job)
         self.actions.append(Preempt(job.id, job.attempt))
 
@@ -186,6 +186,6 @@ class _Plan:
         self.actions.append(EndSession(name))
 
 
-def youngest_of_lowest(running: Iterable[Running]) -> list[Running]:
+def preemption_order(running: Iterable[RunningJob]) -> list[RunningJob]:
     """The jobs in the order in which they make room."""
     return sorted(running, key=lambda job: (job.priority, -job.started_at, job.id))

@@ -16,12 +16,12 @@ from sqlalchemy.orm import Session
 
 from loramill.jobs.scheduling.policy import (
     EndSession,
-    Pool,
+    PoolState,
     Preempt,
-    Running,
+    RunningJob,
     StartSession,
     StartTrainer,
-    Waiting,
+    WaitingJob,
     decide,
 )
 from loramill.registry import Registry, jobs
@@ -33,11 +33,11 @@ from loramill.types import JobStatus
 log = logging.getLogger(__name__)
 
 #: A supervisor silent for so many seconds has lost its places.
-PLACE_SECONDS = 5.0
-LOOK_SECONDS, AWAY_SECONDS = 1.0, 3.0
+SLOT_LEASE_SECONDS = 5.0
+POLL_SECONDS, OUTAGE_RETRY_SECONDS = 1.0, 3.0
 
 
-class Keeper:
+class Reconciler:
     """Keeps as many sessions and trainers running as the queue asks for.
 
     Args:
@@ -62,24 +62,24 @@ class Keeper:
         self._threads: dict[str, threading.Thread] = {}
 
     @property
-    def alive(self) -> list[str]:
+    def active_slots(self) -> list[str]:
         """The names of the places where something runs."""
         return sorted(name for name, thread in self._threads.items() if thread.is_alive())
 
-    def watch(self, ended: threading.Event) -> None:
+    def run(self, stopped: threading.Event) -> None:
         """Looks again and again until `ended` is set, whatever happens."""
         pause = 0.0
-        while not ended.wait(pause):
+        while not stopped.wait(pause):
             try:
-                self.look()
-                pause = LOOK_SECONDS
+                self.reconcile()
+                pause = POLL_SECONDS
             except Exception:  # whatever it was (a busy database, say), the next look may succeed
                 log.exception("the supervisor could not look at the queue; trying again")
-                pause = AWAY_SECONDS
+                pause = OUTAGE_RETRY_SECONDS
                 # All workers were silent while the database was away; they keep their jobs if they report soon.
-                self._settle_from = time.monotonic() + AWAY_SECONDS + self._settings.lease_seconds
+                self._settle_from = time.monotonic() + OUTAGE_RETRY_SECONDS + self._settings.lease_seconds
 
-    def look(self) -> None:
+    def reconcile(self) -> None:
         """Settles what was lost, and takes the next actions.
 
         Raises:
@@ -88,35 +88,37 @@ class Keeper:
         now = time.time()
         with self._registry.writing() as session:
             if time.monotonic() >= self._settle_from:
-                jobs.settle_lost(session, now=now, max_attempts=self._settings.max_attempts)
-            worker_slots.keep(session, self.holder, self.alive, now=now, seconds=PLACE_SECONDS)
+                jobs.reclaim_expired(session, now=now, max_attempts=self._settings.max_attempts)
+            worker_slots.renew(session, self.holder, self.active_slots, now=now, seconds=SLOT_LEASE_SECONDS)
         with self._registry.reading() as session:
-            pool = observe(session, self._settings, now, self._base)
+            pool = read_pool_state(session, self._settings, now, self._base)
         for action in decide(pool):
             match action:
                 case StartSession(name):
                     self._start(name, 1, lambda name=name: self._run_session(name, self.holder))  # type: ignore[misc]
                 case StartTrainer(job, size):
-                    self._start(job, size, lambda job=job: self._train(job))  # type: ignore[misc]
+                    self._start(job, size, lambda job=job: self._run_job_trainer(job))  # type: ignore[misc]
                 case EndSession(name):
                     with self._registry.writing() as session:
-                        worker_slots.end(session, name)
+                        worker_slots.request_end(session, name)
                 case Preempt(job, attempt):
                     with self._registry.writing() as session:
                         jobs.preempt(session, job, attempt)
 
     def _start(self, name: str, size: int, run: Callable[[], None]) -> None:
         """Runs in a thread what is to run under this name, unless another supervisor was first."""
-        if name in self.alive:
+        if name in self.active_slots:
             return
         with self._registry.writing() as session:
-            if not worker_slots.claim(session, name, self.holder, now=time.time(), seconds=PLACE_SECONDS, size=size):
+            if not worker_slots.claim(
+                session, name, self.holder, now=time.time(), seconds=SLOT_LEASE_SECONDS, size=size
+            ):
                 return
-        thread = threading.Thread(target=_logged, args=(name, run), name=name, daemon=True)
+        thread = threading.Thread(target=_run_logged, args=(name, run), name=name, daemon=True)
         self._threads = {name: thread for name, thread in self._threads.items() if thread.is_alive()} | {name: thread}
         thread.start()
 
-    def _train(self, job_id: str) -> None:
+    def _run_job_trainer(self, job_id: str) -> None:
         """Runs a job's own trainer; what ends it before the job is told in the job's history."""
         with self._registry.reading() as session:
             gpus = jobs.get(session, job_id).spec.gpus
@@ -129,46 +131,48 @@ class Keeper:
             raise
 
 
-def observe(session: Session, settings: JobSettings, now: float, base: str | None = None) -> Pool:
+def read_pool_state(session: Session, settings: JobSettings, now: float, base: str | None = None) -> PoolState:
     """The pool as the registry has it, with as many waiting jobs of this base (None: any) as there are worker slots."""
     running = session.execute(
-        select(JobRow.id, JobRow.attempt, JobRow.priority, JobRow.started_at, JobRow.owner, JobRow.asked).where(
-            JobRow.status == JobStatus.RUNNING
-        )
+        select(
+            JobRow.id, JobRow.attempt, JobRow.priority, JobRow.started_at, JobRow.owner, JobRow.pending_action
+        ).where(JobRow.status == JobStatus.RUNNING)
     )
-    return Pool(
-        size=settings.sessions,
-        held=tuple(worker_slots.all_held(session, now)),
+    return PoolState(
+        slot_count=settings.sessions,
+        held_slots=tuple(worker_slots.list_held(session, now)),
         running=tuple(
-            Running(row.id, row.attempt, row.priority, row.started_at, place_of(row.owner), row.asked is not None)
+            RunningJob(
+                row.id, row.attempt, row.priority, row.started_at, worker_slot_of(row.owner), row.asked is not None
+            )
             for row in running
         ),
         waiting=tuple(
-            Waiting(job.id, job.executor, job.priority, _size(session, job, settings))
-            for job in queue.waiting(session, now, executor=None, limit=settings.sessions, base=base)
+            WaitingJob(job.id, job.executor, job.priority, _slots_needed(session, job, settings))
+            for job in queue.startable_jobs(session, now, executor=None, limit=settings.sessions, base=base)
         ),
     )
 
 
-def owner_at(place: str, pid: int) -> str:
+def worker_name(worker_slot: str, pid: int) -> str:
     """The name of a worker in the record."""
-    return f"{place}:{pid}"
+    return f"{worker_slot}:{pid}"
 
 
-def place_of(owner: str) -> str:
+def worker_slot_of(worker: str) -> str:
     """The place of a worker by its name."""
-    return owner.partition(":")[0]
+    return worker.partition(":")[0]
 
 
-def _size(session: Session, job: queue.Waiting, settings: JobSettings) -> int:
+def _slots_needed(session: Session, job: queue.QueuedJob, settings: JobSettings) -> int:
     if job.executor == "session":
         return 1
     return jobs.get(session, job.id).spec.gpus * (settings.per_gpu if settings.use_gpu else 1)
 
 
-def _logged(name: str, run: Callable[[], None]) -> None:
+def _run_logged(name: str, run: Callable[[], None]) -> None:
     try:
         run()
     except Exception:  # the jobs are in the record; the next look starts what is missing
         log.exception("%s ended with an error", name)
-        time.sleep(PLACE_SECONDS)  # keeps the place, so that what fails at once isn't started again at once
+        time.sleep(SLOT_LEASE_SECONDS)  # keeps the place, so that what fails at once isn't started again at once

@@ -22,7 +22,7 @@ from loramill.data.tokenizer import EncodedExample
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class PackedRows:
     """Some examples as R sequences of T tokens, S of which are supervised.
 
     Attributes:
@@ -35,13 +35,13 @@ class Rows:
 
     tokens: torch.Tensor
     positions: torch.Tensor
-    sees: torch.Tensor
-    predicting: torch.Tensor
+    attention_mask: torch.Tensor
+    target_positions: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
 
 
-def choose(count: int, size: int, step: int, seed: int, *, epochs: bool = False) -> list[int]:
+def choose_batch(count: int, batch_size: int, step: int, seed: int, *, epochs: bool = False) -> list[int]:
     """The indices of the examples, of `count`, that step `step` (from 0) trains on.
 
     Steps walk through one shuffle of all examples after another: every example is seen once before any is seen again.
@@ -51,9 +51,9 @@ def choose(count: int, size: int, step: int, seed: int, *, epochs: bool = False)
         epochs: end each epoch with a step of the examples that are left, instead of filling it from the next epoch.
     """
     if epochs:
-        epoch, batch = divmod(step, -(-count // size))
-        return _shuffled(count, seed, epoch)[batch * size : (batch + 1) * size]
-    walk = range(step * size, (step + 1) * size)
+        epoch, batch = divmod(step, -(-count // batch_size))
+        return _shuffled(count, seed, epoch)[batch * batch_size : (batch + 1) * batch_size]
+    walk = range(step * batch_size, (step + 1) * batch_size)
     return [_shuffled(count, seed, place // count)[place % count] for place in walk]
 
 
@@ -62,8 +62,8 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
     return random.Random(f"{seed}/{epoch}").sample(range(count), count)
 
 
-def grouped(
-    examples: Sequence[EncodedExample], limit: int, *, packing: bool = True, parts: int = 1
+def group_for_passes(
+    examples: Sequence[EncodedExample], max_tokens: int, *, packing: bool = True, multiple_of: int = 1
 ) -> list[list[EncodedExample]]:
     """Cuts `examples` into groups, one for each forward pass; a multiple of `parts`, where there are enough examples.
 
@@ -71,20 +71,20 @@ def grouped(
         limit: about as many tokens in a group: besides the prefix they share; without packing, padding included.
     """
     if packing:
-        return _even(examples, limit, parts)
+        return _group_evenly(examples, max_tokens, multiple_of)
     groups: list[list[EncodedExample]] = []
     for example in examples:
-        if groups and max(len(other.tokens) for other in (*groups[-1], example)) * (len(groups[-1]) + 1) <= limit:
+        if groups and max(len(other.tokens) for other in (*groups[-1], example)) * (len(groups[-1]) + 1) <= max_tokens:
             groups[-1].append(example)
         else:
             groups.append([example])
     return groups
 
 
-def _even(examples: Sequence[EncodedExample], limit: int, parts: int) -> list[list[EncodedExample]]:
-    prefix = shared_prefix(examples)
+def _group_evenly(examples: Sequence[EncodedExample], max_tokens: int, multiple_of: int) -> list[list[EncodedExample]]:
+    prefix = shared_prefix_length(examples)
     lengths = [len(example.tokens) - prefix for example in examples]
-    count = -(-sum(lengths) // (limit * parts)) * parts
+    count = -(-sum(lengths) // (max_tokens * multiple_of)) * multiple_of
     share = sum(lengths) / count
     groups: list[list[EncodedExample]] = []
     before = 0
@@ -96,33 +96,33 @@ def _even(examples: Sequence[EncodedExample], limit: int, parts: int) -> list[li
     return groups
 
 
-def pack(examples: Sequence[EncodedExample]) -> Rows:
+def pack(examples: Sequence[EncodedExample]) -> PackedRows:
     """Lays `examples` out as one row."""
-    prefix = shared_prefix(examples)
+    prefix = shared_prefix_length(examples)
     tokens = list(examples[0].tokens[:prefix])
     positions = list(range(prefix))
     owners = [0] * prefix
     learnt: list[tuple[int, int, float]] = []
     for owner, example in enumerate(examples, start=1):
-        learnt += _learnt(example, len(tokens) - prefix)
+        learnt += _supervised_targets(example, len(tokens) - prefix)
         tokens += example.tokens[prefix:]
         positions += range(prefix, len(example.tokens))
         owners += [owner] * (len(example.tokens) - prefix)
     owner_of = torch.tensor(owners)
     same = (owner_of[:, None] == owner_of) | (owner_of == 0)
-    return _rows([tokens], [positions], same.tril()[None], learnt)
+    return _packed_rows([tokens], [positions], same.tril()[None], learnt)
 
 
-def pad(examples: Sequence[EncodedExample]) -> Rows:
+def pad(examples: Sequence[EncodedExample]) -> PackedRows:
     """Lays each of `examples` out as a row of its own, with zeros after the shorter ones."""
     width = max(len(example.tokens) for example in examples)
     tokens = [[*example.tokens, *[0] * (width - len(example.tokens))] for example in examples]
-    learnt = [place for row, example in enumerate(examples) for place in _learnt(example, row * width)]
+    learnt = [place for row, example in enumerate(examples) for place in _supervised_targets(example, row * width)]
     sees = torch.ones(width, width, dtype=torch.bool).tril().expand(len(examples), -1, -1)
-    return _rows(tokens, [list(range(width))] * len(examples), sees, learnt)
+    return _packed_rows(tokens, [list(range(width))] * len(examples), sees, learnt)
 
 
-def shared_prefix(examples: Sequence[EncodedExample]) -> int:
+def shared_prefix_length(examples: Sequence[EncodedExample]) -> int:
     """How many tokens all of `examples` begin with, short of the place where the first supervised one is predicted."""
     longest = min(max(1, example.spans[0].start) for example in examples) - 1
     columns = zip(*(example.tokens[:longest] for example in examples), strict=True)
@@ -134,17 +134,17 @@ def sequences(examples: Iterable[EncodedExample]) -> list[EncodedExample]:
     return [sequence for example in examples for sequence in example.sequences]
 
 
-def supervised(example: EncodedExample) -> int:
+def count_supervised_tokens(example: EncodedExample) -> int:
     """How many tokens of the example have a loss."""
-    return len(_learnt(example, 0))
+    return len(_supervised_targets(example, 0))
 
 
-def weight(example: EncodedExample) -> float:
+def supervised_weight(example: EncodedExample) -> float:
     """The sum of the weights of the example's losses."""
-    return sum(weight for _, _, weight in _learnt(example, 0))
+    return sum(weight for _, _, weight in _supervised_targets(example, 0))
 
 
-def _learnt(example: EncodedExample, shift: int) -> list[tuple[int, int, float]]:
+def _supervised_targets(example: EncodedExample, shift: int) -> list[tuple[int, int, float]]:
     """Where each supervised token is predicted, `shift` places on, the token, and its weight."""
     return [
         (shift + place - 1, example.tokens[place], span.weight)
@@ -153,14 +153,17 @@ def _learnt(example: EncodedExample, shift: int) -> list[tuple[int, int, float]]
     ]
 
 
-def _rows(
-    tokens: list[list[int]], positions: list[list[int]], sees: torch.Tensor, learnt: list[tuple[int, int, float]]
-) -> Rows:
-    return Rows(
+def _packed_rows(
+    tokens: list[list[int]],
+    positions: list[list[int]],
+    attention_mask: torch.Tensor,
+    targets: list[tuple[int, int, float]],
+) -> PackedRows:
+    return PackedRows(
         tokens=torch.tensor(tokens),
         positions=torch.tensor(positions),
-        sees=sees,
-        predicting=torch.tensor([place for place, _, _ in learnt]),
-        labels=torch.tensor([label for _, label, _ in learnt]),
-        weights=torch.tensor([weight for _, _, weight in learnt], dtype=torch.float64),
+        attention_mask=attention_mask,
+        target_positions=torch.tensor([place for place, _, _ in targets]),
+        labels=torch.tensor([label for _, label, _ in targets]),
+        weights=torch.tensor([weight for _, _, weight in targets], dtype=torch.float64),
     )

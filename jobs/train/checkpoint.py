@@ -17,23 +17,23 @@ import torch
 from safetensors.torch import load, save
 
 from loramill.errors import ArtifactCorrupt
-from loramill.jobs.train.checkpoint_store import Place, place_at
+from loramill.jobs.train.checkpoint_store import CheckpointStore, open_checkpoint_store
 from loramill.types import JobSpec
 
 log = logging.getLogger(__name__)
 
 #: Checkpoints kept besides the best: the last, and the one before.
-KEPT = 2
+KEEP_LAST = 2
 #: Of what a file holds; one of another form is another job's.
-FORM = 2
+FORMAT_VERSION = 2
 #: Fields that older specs do not have; their defaults are what was done then.
-_ADDED = ("epochs",)
+_ADDED_FIELDS = ("epochs",)
 
 _PARTS = ("weight", "first_moment", "second_moment", "state")
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class RunState:
     """Where a job stands after `step` optimizer steps, besides its tensors.
 
     Attributes:
@@ -57,7 +57,7 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class CheckpointData:
     """All that a job goes on from.
 
     Attributes:
@@ -66,14 +66,14 @@ class Checkpoint:
         state: the method's other tensors.
     """
 
-    standing: Standing
+    run_state: RunState
     weights: dict[str, torch.Tensor]
     first_moments: dict[str, torch.Tensor]
     second_moments: dict[str, torch.Tensor]
     state: dict[str, torch.Tensor]
 
 
-def write(folder: Path | str, spec: JobSpec, checkpoint: Checkpoint) -> None:
+def write(folder: Path | str, spec: JobSpec, checkpoint: CheckpointData) -> None:
     """Makes `checkpoint` the last of `spec` in `folder`.
 
     Raises:
@@ -83,77 +83,77 @@ def write(folder: Path | str, spec: JobSpec, checkpoint: Checkpoint) -> None:
     tensors = {
         f"{part} {name}": tensor for part, named in zip(_PARTS, parts, strict=True) for name, tensor in named.items()
     }
-    content = save(tensors, metadata={"standing": json.dumps(asdict(checkpoint.standing))})
-    place = place_at(folder)
-    place.write(_name(spec, checkpoint.standing, content), content)
+    content = save(tensors, metadata={"standing": json.dumps(asdict(checkpoint.run_state))})
+    place = open_checkpoint_store(folder)
+    place.write(_name(spec, checkpoint.run_state, content), content)
     names = _names(place, spec)
-    kept = {name.split("-")[2] for name in names[:KEPT]}
-    for old in names[KEPT:]:
+    kept = {name.split("-")[2] for name in names[:KEEP_LAST]}
+    for old in names[KEEP_LAST:]:
         if old.split("-")[1].rstrip("ab") not in kept:
             place.remove(old)
 
 
-def latest(folder: Path | str, spec: JobSpec) -> Checkpoint | None:
+def latest(folder: Path | str, spec: JobSpec) -> CheckpointData | None:
     """The last whole checkpoint of `spec` in `folder`; None if there is none.
 
     Raises:
         ArtifactCorrupt: it can't be read.
     """
-    place = place_at(folder)
+    place = open_checkpoint_store(folder)
     return next((found for name in _names(place, spec) if (found := _read(place, name)) is not None), None)
 
 
-def best(folder: Path | str, spec: JobSpec, last: Checkpoint) -> Checkpoint:
+def best(folder: Path | str, spec: JobSpec, last: CheckpointData) -> CheckpointData:
     """The checkpoint of the lowest validation loss that `last` knows of; `last` if it knows none.
 
     Raises:
         ArtifactCorrupt: it is damaged or gone.
     """
-    if last.standing.best_step in (None, last.standing.step):
+    if last.run_state.best_step in (None, last.run_state.step):
         return last
-    place = place_at(folder)
+    place = open_checkpoint_store(folder)
     for name in _names(place, spec):
-        if name.split("-")[1] == f"{last.standing.best_step:08d}b" and (found := _read(place, name)) is not None:
+        if name.split("-")[1] == f"{last.run_state.best_step:08d}b" and (found := _read(place, name)) is not None:
             return found
     raise ArtifactCorrupt(
-        f"The best checkpoint, of step {last.standing.best_step}, is damaged or gone from {folder}: "
+        f"The best checkpoint, of step {last.run_state.best_step}, is damaged or gone from {folder}: "
         "submit the job again."
     )
 
 
-def _name(spec: JobSpec, standing: Standing, content: bytes) -> str:
-    step = f"{standing.step:08d}{'a' if standing.pending else 'b'}"
-    best_step = "none" if standing.best_step is None else f"{standing.best_step:08d}"
+def _name(spec: JobSpec, run_state: RunState, content: bytes) -> str:
+    step = f"{run_state.step:08d}{'a' if run_state.pending else 'b'}"
+    best_step = "none" if run_state.best_step is None else f"{run_state.best_step:08d}"
     return f"{_key(spec)}-{step}-{best_step}-{hashlib.sha256(content).hexdigest()}.safetensors"
 
 
-def _names(place: Place, spec: JobSpec) -> list[str]:
+def _names(store: CheckpointStore, spec: JobSpec) -> list[str]:
     """The files of the spec's checkpoints, the last first."""
     key = _key(spec)
     return sorted(
-        (name for name in place.names() if name.startswith(key) and name.endswith(".safetensors")), reverse=True
+        (name for name in store.names() if name.startswith(key) and name.endswith(".safetensors")), reverse=True
     )
 
 
 def _key(spec: JobSpec) -> str:
     # A spec without the added fields keeps the key that it had, so that an older job resumes.
-    unknown = {name for name in _ADDED if getattr(spec, name) == JobSpec.model_fields[name].default}
-    return hashlib.sha256(f"{FORM} {spec.model_dump_json(exclude=unknown)}".encode()).hexdigest()[:16]
+    unknown = {name for name in _ADDED_FIELDS if getattr(spec, name) == JobSpec.model_fields[name].default}
+    return hashlib.sha256(f"{FORMAT_VERSION} {spec.model_dump_json(exclude=unknown)}".encode()).hexdigest()[:16]
 
 
-def _read(place: Place, name: str) -> Checkpoint | None:
+def _read(store: CheckpointStore, name: str) -> CheckpointData | None:
     """A checkpoint; None if it is damaged."""
-    content = place.read(name)
+    content = store.read(name)
     if hashlib.sha256(content).hexdigest() == name.removesuffix(".safetensors").rpartition("-")[2]:
         return _parse(content)
-    log.warning("the checkpoint %s in %s is damaged; going on from the one before", name, place.where)
+    log.warning("the checkpoint %s in %s is damaged; going on from the one before", name, store.location)
     return None
 
 
-def _parse(content: bytes) -> Checkpoint:
+def _parse(content: bytes) -> CheckpointData:
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in _PARTS}
     for key, tensor in load(content).items():
         part, _, name = key.partition(" ")
         parts[part][name] = tensor
-    return Checkpoint(Standing(**json.loads(header["__metadata__"]["standing"])), *(parts[part] for part in _PARTS))
+    return CheckpointData(RunState(**json.loads(header["__metadata__"]["standing"])), *(parts[part] for part in _PARTS))

@@ -12,17 +12,17 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from loramill.errors import ArtifactCorrupt, DiskFull, StoreUnusable
-from loramill.storage.atomic import sync
-from loramill.storage.object_store import open_files, shown, store_errors
+from loramill.storage.atomic import fsync
+from loramill.storage.object_store import open_filesystem, redacted_url, translate_store_errors
 
 
-class Place(Protocol):
+class CheckpointStore(Protocol):
     """Files by name, each complete or absent.
 
     Every method raises Unavailable if the store does not answer, and StoreUnusable if it refuses.
     """
 
-    where: str
+    location: str
 
     def names(self) -> list[str]:
         """What is there; nothing if the place itself isn't."""
@@ -45,120 +45,120 @@ class Place(Protocol):
         """Removes a file, if it is there."""
 
 
-def place_at(where: Path | str) -> Place:
+def open_checkpoint_store(location: Path | str) -> CheckpointStore:
     """The place of a path or URL.
 
     Raises:
         SetupError: nothing can open such a URL.
     """
-    parts = urlsplit(str(where))
-    if isinstance(where, str) and parts.scheme == "file":
-        return _Folder(Path(unquote(parts.path)))
-    if isinstance(where, Path) or "://" not in where:
-        return _Folder(Path(where))
-    return _Bucket(where)
+    parts = urlsplit(str(location))
+    if isinstance(location, str) and parts.scheme == "file":
+        return _FolderStore(Path(unquote(parts.path)))
+    if isinstance(location, Path) or "://" not in location:
+        return _FolderStore(Path(location))
+    return _RemoteStore(location)
 
 
-class _Folder:
+class _FolderStore:
     """Written to another name, synced and renamed."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self.where = folder, str(folder)
+        self._folder, self.location = folder, str(folder)
 
     def names(self) -> list[str]:
-        with store_errors(self.where):
+        with translate_store_errors(self.location):
             return [file.name for file in self._folder.iterdir()] if self._folder.is_dir() else []
 
     def read(self, name: str) -> bytes:
-        with _explained(self.where, name):
+        with _translate_read_errors(self.location, name):
             return (self._folder / name).read_bytes()
 
     def write(self, name: str, content: bytes) -> None:
-        with _room_for(content, self.where):
+        with _translate_disk_full(content, self.location):
             self._folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(self._folder / name, content)
+            _write_atomically(self._folder / name, content)
 
     def remove(self, name: str) -> None:
-        with store_errors(self.where):
+        with translate_store_errors(self.location):
             (self._folder / name).unlink(missing_ok=True)
 
 
-class _Bucket:
+class _RemoteStore:
     """A file system of fsspec's, which shows a file only when all of it has arrived."""
 
     def __init__(self, url: str) -> None:
-        files, root = open_files(url)
-        self._files, self._root, self.where = files, root.rstrip("/"), shown(url)
+        files, root = open_filesystem(url)
+        self._files, self._root, self.location = files, root.rstrip("/"), redacted_url(url)
 
     def names(self) -> list[str]:
         self._files.invalidate_cache(self._root)
         try:
-            with store_errors(self.where):
+            with translate_store_errors(self.location):
                 return [path.rpartition("/")[2] for path in self._files.ls(self._root, detail=False)]
         except FileNotFoundError:
             return []
 
     def read(self, name: str) -> bytes:
-        with _explained(self.where, name):
+        with _translate_read_errors(self.location, name):
             return bytes(self._files.cat_file(f"{self._root}/{name}"))
 
     def write(self, name: str, content: bytes) -> None:
-        with _room_for(content, self.where):
+        with _translate_disk_full(content, self.location):
             try:
-                with store_errors(self.where):
+                with translate_store_errors(self.location):
                     self._files.pipe_file(f"{self._root}/{name}", content)
             except FileNotFoundError:  # buckets have no folders; other stores do, and this is the first file
                 self._files.makedirs(self._root, exist_ok=True)
                 self._files.pipe_file(f"{self._root}/{name}", content)
 
     def remove(self, name: str) -> None:
-        with store_errors(self.where):
+        with translate_store_errors(self.location):
             if self._files.exists(f"{self._root}/{name}"):
                 self._files.rm_file(f"{self._root}/{name}")
 
 
-def discard(where: Path | str) -> None:
+def delete_all(location: Path | str) -> None:
     """Removes a place with all that is in it.
 
     Raises:
         Unavailable: the store does not answer. StoreUnusable: it refuses.
     """
-    files, root = open_files(str(where))
-    with store_errors(str(where)):
+    files, root = open_filesystem(str(location))
+    with translate_store_errors(str(location)):
         if files.exists(root):
             files.rm(root, recursive=True)
 
 
 @contextmanager
-def _explained(where: str, name: str) -> Iterator[None]:
+def _translate_read_errors(location: str, name: str) -> Iterator[None]:
     try:
-        with store_errors(where):
+        with translate_store_errors(location):
             yield
     except PermissionError as error:
         raise StoreUnusable(
-            f"The checkpoints in {where} can't be read ({error.strerror}): grant read permission."
+            f"The checkpoints in {location} can't be read ({error.strerror}): grant read permission."
         ) from error
     except OSError as error:
         raise ArtifactCorrupt(
-            f"The checkpoint {name} in {where} can't be read ({error}): look after the disk."
+            f"The checkpoint {name} in {location} can't be read ({error}): look after the disk."
         ) from error
 
 
 @contextmanager
-def _room_for(content: bytes, where: str) -> Iterator[None]:
+def _translate_disk_full(content: bytes, location: str) -> Iterator[None]:
     try:
-        with store_errors(where):
+        with translate_store_errors(location):
             yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DiskFull(
-            f"No room for a checkpoint of {len(content) / 1e6:.0f} MB in {where}: free some space; "
+            f"No room for a checkpoint of {len(content) / 1e6:.0f} MB in {location}: free some space; "
             "the job goes on from the checkpoint before."
         ) from error
 
 
-def _write_whole(file: Path, content: bytes) -> None:
+def _write_atomically(file: Path, content: bytes) -> None:
     descriptor, partial = tempfile.mkstemp(dir=file.parent, suffix=".partial")
     try:
         with os.fdopen(descriptor, "wb") as out:
@@ -169,4 +169,4 @@ def _write_whole(file: Path, content: bytes) -> None:
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
-    sync(file.parent)
+    fsync(file.parent)

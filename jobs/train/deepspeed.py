@@ -20,19 +20,19 @@ from torch._C._distributed_c10d import HashStore
 from transformers import PreTrainedModel
 
 from loramill.errors import SetupError
-from loramill.jobs.train.distributed import Processes
-from loramill.jobs.train.optimizer import Masters
+from loramill.jobs.train.distributed import ProcessGroup
+from loramill.jobs.train.optimizer import OptimizerState
 from loramill.types import JobSpec
 
 log = logging.getLogger(__name__)
 
 #: Elements of a buffer in which gradients are gathered: DeepSpeed's own half a billion would take a gigabyte.
-_BUCKET = 50_000_000
+_BUCKET_ELEMENTS = 50_000_000
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Zero:
+class ZeroOptimizer:
     """`loramill.jobs.train.optimizer.Update` of every weight of a model, by DeepSpeed.
 
     Attributes:
@@ -40,51 +40,51 @@ class Zero:
         weights: the parameters by name, tied ones once. DeepSpeed may have taken their content elsewhere.
     """
 
-    together = True
+    collective = True
 
-    def __init__(self, engine: Any, processes: Processes) -> None:
+    def __init__(self, engine: Any, process_group: ProcessGroup) -> None:
         self.model = engine
         self.weights: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
-        self._processes = processes
+        self._process_group = process_group
 
     @torch.no_grad()
-    def begin(self, step: int, masters: Masters | None) -> None:
+    def load_state(self, step: int, state: OptimizerState | None) -> None:
         """As `Update` says."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        self._make_moments(step)
-        if masters is None:
+        self._create_moments(step)
+        if state is None:
             return
         for name, parameter in self.weights.items():
             with GatheredParameters([parameter], modifier_rank=0):
-                parameter.copy_(masters.weights[name])
-            safe_set_full_fp32_param(parameter, masters.weights[name])
-            for key, moments in zip(_MOMENTS, (masters.first_moments, masters.second_moments), strict=True):
+                parameter.copy_(state.weights[name])
+            safe_set_full_fp32_param(parameter, state.weights[name])
+            for key, moments in zip(_MOMENTS, (state.first_moments, state.second_moments), strict=True):
                 safe_set_full_optimizer_state(parameter, moments[name], key)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """As `Update` says."""
         self.model.set_gradient_accumulation_boundary(last)
         # DeepSpeed takes the mean over the processes; the step's gradient is their sum.
-        self.model.backward(loss * self._processes.size, scale_wrt_gas=False)
+        self.model.backward(loss * self._process_group.size, scale_wrt_gas=False)
 
-    def step(self, rate: float) -> float:
+    def step(self, learning_rate: float) -> float:
         """As `Update` says."""
         for group in self.model.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate
         self.model.step()
         return float(self.model.get_global_grad_norm())
 
-    def clear(self) -> None:
+    def zero_grad(self) -> None:
         """As `Update` says; `step` has done it."""
 
     @torch.no_grad()
-    def masters(self) -> Masters:
+    def state(self) -> OptimizerState:
         """As `Update` says: copies, on the CPU, in float32."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        return Masters(
+        return OptimizerState(
             {name: safe_get_full_fp32_param(each).cpu() for name, each in self.weights.items()},
             *(
                 {name: safe_get_full_optimizer_state(each, key).cpu() for name, each in self.weights.items()}
@@ -92,7 +92,7 @@ class Zero:
             ),
         )
 
-    def _make_moments(self, step: int) -> None:
+    def _create_moments(self, step: int) -> None:
         """AdamW's state before the first step, `step` steps on: DeepSpeed leaves making it to that step."""
         optimizer = self.model.optimizer
         inner = optimizer.optimizer
@@ -106,7 +106,9 @@ class Zero:
 
 
 @contextmanager
-def zero(model: PreTrainedModel, spec: JobSpec, device: torch.device, processes: Processes) -> Iterator[Zero]:
+def zero_optimizer(
+    model: PreTrainedModel, spec: JobSpec, device: torch.device, process_group: ProcessGroup
+) -> Iterator[ZeroOptimizer]:
     """Puts `model`, of its own for this and on the CPU, under DeepSpeed; afterwards the process is as before.
 
     Args:
@@ -116,28 +118,28 @@ def zero(model: PreTrainedModel, spec: JobSpec, device: torch.device, processes:
     Raises:
         SetupError: DeepSpeed can't build its CPU optimizer.
     """
-    with _imported(device) as deepspeed, _group(device):
+    with _import_deepspeed(device) as deepspeed, _single_process_group(device):
         offloading = spec.offload != "none"
         if spec.offload == "all":
-            deepspeed.zero.Init(module=model, config_dict_or_path=_config(model, spec, device, processes))
+            deepspeed.zero.Init(module=model, config_dict_or_path=_config(model, spec, device, process_group))
         engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=_optimizer(model, spec, on_host=offloading and device.type == "cuda"),
-            config=_config(model, spec, device, processes),
+            optimizer=_torch_optimizer(model, spec, on_host=offloading and device.type == "cuda"),
+            config=_config(model, spec, device, process_group),
             dist_init_required=False,
         )
         try:
-            yield Zero(engine, processes)
+            yield ZeroOptimizer(engine, process_group)
         finally:
             engine.destroy()
 
 
-def _config(model: PreTrainedModel, spec: JobSpec, device: torch.device, processes: Processes) -> dict[str, Any]:
+def _config(model: PreTrainedModel, spec: JobSpec, device: torch.device, process_group: ProcessGroup) -> dict[str, Any]:
     host = {"device": "cpu", "pin_memory": device.type == "cuda"}
     stage: dict[str, Any] = {
         "stage": 3 if spec.offload == "all" else 2,
-        "reduce_bucket_size": _BUCKET,
-        "allgather_bucket_size": _BUCKET,
+        "reduce_bucket_size": _BUCKET_ELEMENTS,
+        "allgather_bucket_size": _BUCKET_ELEMENTS,
         "overlap_comm": False,
     }
     if spec.offload != "none":
@@ -157,7 +159,7 @@ def _config(model: PreTrainedModel, spec: JobSpec, device: torch.device, process
     }
 
 
-def _optimizer(model: PreTrainedModel, spec: JobSpec, *, on_host: bool) -> torch.optim.Optimizer:
+def _torch_optimizer(model: PreTrainedModel, spec: JobSpec, *, on_host: bool) -> torch.optim.Optimizer:
     if not on_host:
         # Compiles nothing; on the CPU torch's is as fast.
         return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=spec.weight_decay, fused=True)
@@ -175,7 +177,7 @@ def _optimizer(model: PreTrainedModel, spec: JobSpec, *, on_host: bool) -> torch
 
 
 @contextmanager
-def _imported(device: torch.device) -> Iterator[Any]:
+def _import_deepspeed(device: torch.device) -> Iterator[Any]:
     """DeepSpeed, told what it would guess; afterwards it, torch and the environment are as before."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator, set_accelerator
@@ -198,7 +200,7 @@ def _imported(device: torch.device) -> Iterator[Any]:
 
 
 @contextmanager
-def _group(device: torch.device) -> Iterator[None]:
+def _single_process_group(device: torch.device) -> Iterator[None]:
     """A group of this process alone, where it is in none yet."""
     from deepspeed.comm import comm
 

@@ -11,15 +11,15 @@ import torch
 from loramill.errors import JobError, JobPaused, JobPreempted
 
 #: What a process tells the others when it ends; there are fewer processes than the one is times the other.
-_ASKED, _FAILED = 1.0, 1e6
+_STOP_REQUESTED, _FAILED = 1.0, 1e6
 
 
-def _alone(tensor: torch.Tensor) -> None:
+def _no_all_reduce(tensor: torch.Tensor) -> None:
     """The sum over one process."""
 
 
 @dataclass(frozen=True, slots=True)
-class Processes:
+class ProcessGroup:
     """This process among `size`, counted from 0; `all_reduce` makes a tensor the sum of all processes', in place."""
 
     rank: int
@@ -27,7 +27,7 @@ class Processes:
     all_reduce: Callable[[torch.Tensor], None]
 
     @contextmanager
-    def sharing(self, sums: torch.Tensor) -> Iterator[None]:
+    def all_reduce_on_exit(self, sums: torch.Tensor) -> Iterator[None]:
         """Within, this process adds its part to `sums` (float64); afterwards they are of all processes.
 
         A process that can't go on says so to the others, which would wait for it for ever.
@@ -39,7 +39,7 @@ class Processes:
         try:
             yield
         except (JobPaused, JobPreempted):
-            self._exchange(sums, _ASKED)
+            self._exchange(sums, _STOP_REQUESTED)
             raise
         except Exception:
             self._exchange(sums, _FAILED)
@@ -50,11 +50,11 @@ class Processes:
         if told:
             raise JobPaused(f"Another of this job's {self.size} processes was asked to stop.")
 
-    def _exchange(self, sums: torch.Tensor, told: float) -> float:
+    def _exchange(self, sums: torch.Tensor, signal: float) -> float:
         """Sums up; returns what the processes told, together."""
         if self.size == 1:
             return 0.0
-        both = torch.cat([sums, sums.new_tensor([told])])
+        both = torch.cat([sums, sums.new_tensor([signal])])
         self.all_reduce(both)
         sums.copy_(both[:-1])
         return both[-1].item()
@@ -71,4 +71,4 @@ class Processes:
 
 
 #: A process by itself.
-ONE = Processes(0, 1, _alone)
+SINGLE_PROCESS = ProcessGroup(0, 1, _no_all_reduce)

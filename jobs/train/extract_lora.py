@@ -9,12 +9,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from loramill.jobs.train.methods.peft_folder import A, B, tensor_name, written
-from loramill.jobs.train.methods.targets import places
-from loramill.types import JobSpec, Value
+from loramill.jobs.train.methods.peft_folder import A, B, peft_files, tensor_name
+from loramill.jobs.train.methods.targets import find_target_modules
+from loramill.types import FrozenModel, JobSpec
 
 
-class ModuleError(Value):
+class ModuleError(FrozenModel):
     """How well one module's change is held.
 
     Attributes:
@@ -29,7 +29,7 @@ class ModuleError(Value):
     error: float
 
 
-class ExtractionReport(Value):
+class ExtractionReport(FrozenModel):
     """What the extracted adapter holds of the change that training made to the base.
 
     Attributes:
@@ -44,12 +44,12 @@ class ExtractionReport(Value):
     modules: tuple[ModuleError, ...]
     error: float
     energy: float
-    left: dict[str, float]
+    changes_left_out: dict[str, float]
     energy_of_all: float
 
 
 @dataclass(frozen=True, slots=True)
-class Factors:
+class LowRankFactors:
     """A change [d_out, d_in] as `b @ a`, float32.
 
     Attributes:
@@ -60,11 +60,11 @@ class Factors:
 
     a: torch.Tensor
     b: torch.Tensor
-    change: float
-    left: float
+    squared_change: float
+    squared_residual: float
 
 
-def factors(change: torch.Tensor, rank: int) -> Factors:
+def low_rank_factors(change: torch.Tensor, rank: int) -> LowRankFactors:
     """The matrices of rank `rank`, or of the smaller side, whose product is nearest to `change` [d_out, d_in].
 
     The truncated singular value decomposition is nearest (Eckart & Young 1936). It is found through the eigenvectors of
@@ -87,14 +87,14 @@ def factors(change: torch.Tensor, rank: int) -> Factors:
     signs[signs == 0] = 1
     a, b = (a * signs).float(), (b * signs.T).float()
     remainder = wide - b.double() @ a.double()
-    return Factors(a.contiguous(), b.contiguous(), _square(wide), _square(remainder))
+    return LowRankFactors(a.contiguous(), b.contiguous(), _squared_norm(wide), _squared_norm(remainder))
 
 
-def _square(matrix: torch.Tensor) -> float:
+def _squared_norm(matrix: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix)) ** 2
 
 
-def extract(
+def extract_lora(
     model: PreTrainedModel, weights: Mapping[str, torch.Tensor], spec: JobSpec, base: str
 ) -> tuple[dict[str, bytes], ExtractionReport]:
     """The LoRA of the spec's targets and ranks that is nearest to what training changed.
@@ -111,16 +111,16 @@ def extract(
         AdapterInvalid: a target, layer or pattern of the spec matches nothing.
     """
     before = {name: each.detach() for name, each in model.named_parameters()}
-    found: dict[str, Factors] = {}
-    for place in places(model, spec):
+    found: dict[str, LowRankFactors] = {}
+    for place in find_target_modules(model, spec):
         name = f"{place.name}.weight"
         change = weights[name] - before.pop(name).float()
-        found[place.name] = factors(change.T if isinstance(place.linear, Conv1D) else change, place.rank)
-    left = {name: _square((weights[name] - each.float()).double()) for name, each in before.items()}
-    return _files(found, spec, base), report(found, left)
+        found[place.name] = low_rank_factors(change.T if isinstance(place.linear, Conv1D) else change, place.rank)
+    left = {name: _squared_norm((weights[name] - each.float()).double()) for name, each in before.items()}
+    return _files(found, spec, base), extraction_report(found, left)
 
 
-def _files(found: Mapping[str, Factors], spec: JobSpec, base: str) -> dict[str, bytes]:
+def _files(found: Mapping[str, LowRankFactors], spec: JobSpec, base: str) -> dict[str, bytes]:
     tensors = {
         tensor_name(module, part): matrix
         for module, each in found.items()
@@ -128,32 +128,37 @@ def _files(found: Mapping[str, Factors], spec: JobSpec, base: str) -> dict[str, 
     }
     ranks = {module: len(each.a) for module, each in found.items() if len(each.a) != spec.rank}
     scales_by_1: dict[str, object] = {"lora_alpha": spec.rank, "alpha_pattern": ranks, "use_rslora": False}
-    return written(spec, tensors, base, rank_pattern=ranks, lora_dropout=0.0, **scales_by_1)
+    return peft_files(spec, tensors, base, rank_pattern=ranks, lora_dropout=0.0, **scales_by_1)
 
 
-def report(found: Mapping[str, Factors], left: Mapping[str, float]) -> ExtractionReport:
+def extraction_report(
+    found: Mapping[str, LowRankFactors], squared_changes_left_out: Mapping[str, float]
+) -> ExtractionReport:
     """Adds the modules' errors up.
 
     Args:
         found: by module.
         left: squared Frobenius norms of the other tensors' changes.
     """
-    change = sum(each.change for each in found.values())
-    missed = sum(each.left for each in found.values())
-    everything = change + sum(left.values())
+    change = sum(each.squared_change for each in found.values())
+    missed = sum(each.squared_residual for each in found.values())
+    everything = change + sum(squared_changes_left_out.values())
     return ExtractionReport(
         modules=tuple(
             ModuleError(
-                module=name, rank=len(each.a), change=each.change**0.5, error=_share(each.left, each.change) ** 0.5
+                module=name,
+                rank=len(each.a),
+                change=each.squared_change**0.5,
+                error=_ratio(each.squared_residual, each.squared_change) ** 0.5,
             )
             for name, each in found.items()
         ),
-        error=_share(missed, change) ** 0.5,
-        energy=1 - _share(missed, change),
-        left={name: square**0.5 for name, square in left.items() if square},
-        energy_of_all=1 - _share(missed + sum(left.values()), everything),
+        error=_ratio(missed, change) ** 0.5,
+        energy=1 - _ratio(missed, change),
+        changes_left_out={name: square**0.5 for name, square in squared_changes_left_out.items() if square},
+        energy_of_all=1 - _ratio(missed + sum(squared_changes_left_out.values()), everything),
     )
 
 
-def _share(part: float, whole: float) -> float:
+def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0

@@ -16,21 +16,26 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loramill.data.tokenizer import EncodedExample
 from loramill.errors import OutOfMemory
-from loramill.jobs.train.batching import Rows, pack, pad
+from loramill.jobs.train.batching import PackedRows, pack, pad
 from loramill.jobs.train.ops import attention
 from loramill.jobs.train.ops.loss import cross_entropy
 from loramill.jobs.train.ops.norm import rms_norm
-from loramill.models.catalog import SERVED
+from loramill.models.catalog import NATIVE_ARCHITECTURES
 
 #: Up to this many tokens a row, plain matrix products beat torch's fused attention on a CPU (1.3x a step).
-EAGER_TOKENS = 512
+MAX_EAGER_TOKENS = 512
 
 #: How torch's own allocator of a CPU says that there is no memory: as a RuntimeError like any other.
-_CPU_ALLOCATOR = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to allocate")
+_CPU_OOM_MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to allocate")
 
 
-def losses(
-    model: Callable[..., Any], base: PreTrainedModel, examples: Sequence[EncodedExample], total: float, *, packing: bool
+def loss_and_accuracy(
+    model: Callable[..., Any],
+    base: PreTrainedModel,
+    examples: Sequence[EncodedExample],
+    total_weight: float,
+    *,
+    packing: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One forward pass: what `examples` add to the mean loss and accuracy of a batch whose weights sum to `total`.
 
@@ -43,18 +48,18 @@ def losses(
         token is the likeliest one: float32 scalars on the base's device.
     """
     rows = pack(examples) if packing else pad(examples)
-    weights = (rows.weights / total).float()
+    weights = (rows.weights / total_weight).float()
     return cross_entropy(_logits(model, base, rows), rows.labels.to(base.device), weights.to(base.device))
 
 
-def predictions(model: Callable[..., Any], base: PreTrainedModel, rows: Rows) -> torch.Tensor:
+def supervised_logits(model: Callable[..., Any], base: PreTrainedModel, rows: PackedRows) -> torch.Tensor:
     """The logits of the supervised tokens alone, float32 [S, vocabulary]; `model` and `base` as for `losses`."""
     return _logits(model, base, rows).float()
 
 
-def _logits(model: Callable[..., Any], base: PreTrainedModel, rows: Rows) -> torch.Tensor:
-    mask = torch.zeros(rows.sees.shape, dtype=base.dtype).masked_fill(~rows.sees, -math.inf)
-    with _head_of(base, rows.predicting.to(base.device)):
+def _logits(model: Callable[..., Any], base: PreTrainedModel, rows: PackedRows) -> torch.Tensor:
+    mask = torch.zeros(rows.attention_mask.shape, dtype=base.dtype).masked_fill(~rows.attention_mask, -math.inf)
+    with _head_on_positions(base, rows.target_positions.to(base.device)):
         output = model(
             input_ids=rows.tokens.to(base.device),
             position_ids=rows.positions.to(base.device),
@@ -66,18 +71,18 @@ def _logits(model: Callable[..., Any], base: PreTrainedModel, rows: Rows) -> tor
 
 
 @contextmanager
-def prepared(model: PreTrainedModel, longest: int, *, checkpointing: bool) -> Iterator[None]:
+def configured_forward(model: PreTrainedModel, longest: int, *, checkpointing: bool) -> Iterator[None]:
     """Makes `model` compute in the way that is fastest for rows of `longest` tokens; afterwards it is as before.
 
     Args:
         checkpointing: whether a layer's activations are computed again in the backward pass, not kept: the same
             gradients to the bit, dropout included.
     """
-    known = type(model).__name__ in SERVED
+    known = type(model).__name__ in NATIVE_ARCHITECTURES
     with ExitStack() as stack:
-        if model.device.type == "cpu" and longest <= EAGER_TOKENS:
+        if model.device.type == "cpu" and longest <= MAX_EAGER_TOKENS:
             stack.callback(model.set_attn_implementation, model.config._attn_implementation)
-            model.set_attn_implementation(attention.NAME if known else "eager")
+            model.set_attn_implementation(attention.IMPLEMENTATION_NAME if known else "eager")
         for module in model.modules():
             if known and _is_frozen_norm(module):
                 _replace_forward(module, partial(rms_norm, module), stack)
@@ -101,7 +106,7 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any], stack: Exit
 
 
 @contextmanager
-def memory_for(limit: int, smallest: int) -> Iterator[None]:
+def translate_oom(pass_tokens: int, longest_example: int) -> Iterator[None]:
     """Tells that memory ran out, whoever ran out of it, in passes of `limit` tokens.
 
     Args:
@@ -113,24 +118,25 @@ def memory_for(limit: int, smallest: int) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and not any(words in str(error) for words in _CPU_ALLOCATOR):
+        if type(error) is RuntimeError and not any(words in str(error) for words in _CPU_OOM_MESSAGES):
             raise
         following = (
-            f"with 'micro_tokens' {limit // 2} a pass is half as large, for the same result"
-            if limit // 2 >= smallest
+            f"with 'micro_tokens' {pass_tokens // 2} a pass is half as large, for the same result"
+            if pass_tokens // 2 >= longest_example
             else "give the job 'gradient_checkpointing', a lower rank, or shorter examples"
         )
         raise OutOfMemory(
-            f"No memory for a forward and backward pass of {limit} tokens ('micro_tokens'; the longest example has "
-            f"{smallest}): {following}."
+            f"No memory for a forward and backward pass of {pass_tokens} tokens ('micro_tokens'; the longest example "
+            "has "
+            f"{longest_example}): {following}."
         ) from error
 
 
 @contextmanager
-def _head_of(base: PreTrainedModel, places: torch.Tensor) -> Iterator[None]:
+def _head_on_positions(base: PreTrainedModel, positions: torch.Tensor) -> Iterator[None]:
     """Within, the head sees only these of all rows' places: logits are [places, vocabulary]."""
     head = base.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0].flatten(0, 1)[places],))
+    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0].flatten(0, 1)[positions],))
     try:
         yield
     finally:

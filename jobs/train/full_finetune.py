@@ -15,12 +15,19 @@ import torch
 from transformers import PreTrainedModel
 
 from loramill.data.tokenizer import EncodedExample
-from loramill.jobs.train.deepspeed import zero
-from loramill.jobs.train.extract_lora import ExtractionReport, extract
-from loramill.jobs.train.hf_export import write_whole
-from loramill.jobs.train.loop import ONE, Processes, Progress, kept, no_check, train
-from loramill.jobs.train.merge import merged
-from loramill.jobs.train.methods.adapted_model import Tuned
+from loramill.jobs.train.deepspeed import zero_optimizer
+from loramill.jobs.train.extract_lora import ExtractionReport, extract_lora
+from loramill.jobs.train.hf_export import save_hf_model
+from loramill.jobs.train.loop import (
+    SINGLE_PROCESS,
+    ProcessGroup,
+    TrainingProgress,
+    load_checkpoint_to_export,
+    no_check,
+    train,
+)
+from loramill.jobs.train.merge import merge_into
+from loramill.jobs.train.methods.adapted_model import AdaptedModel
 from loramill.models.catalog import Base, load_for_training
 from loramill.types import JobSpec
 
@@ -29,7 +36,7 @@ REPORT_FILE = "extraction.json"
 
 
 @dataclass(frozen=True, slots=True)
-class FullResult:
+class FullFinetuneResult:
     """What a full fine-tune leaves.
 
     Attributes:
@@ -38,8 +45,8 @@ class FullResult:
         report: how much of the change the LoRA holds.
     """
 
-    files: dict[str, bytes]
-    whole: dict[str, Path]
+    adapter_files: dict[str, bytes]
+    model_files: dict[str, Path]
     report: ExtractionReport
 
 
@@ -54,8 +61,8 @@ def train_full(
     start_from: Path | None = None,
     check: Callable[[], None] = no_check,
     micro_tokens: int | None = None,
-    processes: Processes = ONE,
-) -> Generator[Progress, None, None]:
+    processes: ProcessGroup = SINGLE_PROCESS,
+) -> Generator[TrainingProgress, None, None]:
     """Trains all weights as `spec` says; arguments and errors are those of `loramill.jobs.train.loop.train`.
 
     Training begins from the very values that the base is served with, computes in bfloat16, and keeps float32.
@@ -71,12 +78,14 @@ def train_full(
     """
     model = load_for_training(base, torch.bfloat16).requires_grad_(True)
     if start_from is not None:
-        model = merged(model, start_from).requires_grad_(True)
+        model = merge_into(model, start_from).requires_grad_(True)
 
     @contextmanager
-    def attach(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[Tuned]:
-        with zero(model, spec, device, processes) as update:
-            yield Tuned(model=update.model, weights=update.weights, set_dropout=lambda on: None, update=update)
+    def attach(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[AdaptedModel]:
+        with zero_optimizer(model, spec, device, processes) as update:
+            yield AdaptedModel(
+                model=update.model, weights=update.weights, set_dropout=lambda on: None, optimizer=update
+            )
 
     yield from train(
         model,
@@ -92,7 +101,7 @@ def train_full(
     )
 
 
-def export_full(checkpoints: Path | str, spec: JobSpec, *, base: Base, folder: Path) -> FullResult:
+def export_full(checkpoints: Path | str, spec: JobSpec, *, base: Base, folder: Path) -> FullFinetuneResult:
     """The job's result, of the weights that `spec.keep` names.
 
     Args:
@@ -103,15 +112,15 @@ def export_full(checkpoints: Path | str, spec: JobSpec, *, base: Base, folder: P
         ArtifactCorrupt: a checkpoint can't be read.
         AdapterInvalid: the base lacks a target.
     """
-    weights = kept(checkpoints, spec).weights
+    weights = load_checkpoint_to_export(checkpoints, spec).weights
     model = load_for_training(base, torch.bfloat16)
-    files, report = extract(model, weights, spec, base.name)
+    files, report = extract_lora(model, weights, spec, base.name)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-    write_whole(model, base.folder, folder)
-    return FullResult(
-        files={**files, REPORT_FILE: report.model_dump_json(indent=1).encode()},
-        whole={file.name: file for file in sorted(folder.iterdir())},
+    save_hf_model(model, base.folder, folder)
+    return FullFinetuneResult(
+        adapter_files={**files, REPORT_FILE: report.model_dump_json(indent=1).encode()},
+        model_files={file.name: file for file in sorted(folder.iterdir())},
         report=report,
     )

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from loramill.models.catalog import quiet_transformers
 
 #: Ends of the files that a tokenizer, its template, and the defaults of generation lie in.
-_BESIDES = (".json", ".jinja", ".txt", ".model")
+_COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 
-def write_whole(model: PreTrainedModel, like: Path, folder: Path) -> None:
+def save_hf_model(model: PreTrainedModel, source: Path, folder: Path) -> None:
     """Writes `model` in its dtype, with all that isn't weights from the folder `like`.
 
     Args:
@@ -27,6 +27,6 @@ def write_whole(model: PreTrainedModel, like: Path, folder: Path) -> None:
     for file in folder.glob("*.safetensors"):
         file.chmod(mode)
     there = {file.name for file in folder.iterdir()}
-    for file in like.iterdir():
-        if file.name not in there and file.suffix in _BESIDES and not file.name.endswith(".index.json"):
+    for file in source.iterdir():
+        if file.name not in there and file.suffix in _COPIED_SUFFIXES and not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)

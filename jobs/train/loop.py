@@ -23,22 +23,22 @@ from transformers import PreTrainedModel
 from loramill.data.tokenizer import EncodedExample
 from loramill.errors import ArtifactMissing, DatasetInvalid, JobPaused, JobPreempted, TrainingDiverged
 from loramill.jobs.train import checkpoint
-from loramill.jobs.train.batching import choose, grouped, sequences, weight
-from loramill.jobs.train.checkpoint import Checkpoint, Standing
-from loramill.jobs.train.distributed import ONE, Processes
-from loramill.jobs.train.forward import losses, memory_for, prepared
+from loramill.jobs.train.batching import choose_batch, group_for_passes, sequences, supervised_weight
+from loramill.jobs.train.checkpoint import CheckpointData, RunState
+from loramill.jobs.train.distributed import SINGLE_PROCESS, ProcessGroup
+from loramill.jobs.train.forward import configured_forward, loss_and_accuracy, translate_oom
 from loramill.jobs.train.lr_schedule import learning_rate
-from loramill.jobs.train.methods import adapter_files, attached, start
-from loramill.jobs.train.methods.adapted_model import Tuned
+from loramill.jobs.train.methods import adapter_files, attach_adapter, load_start_adapter
+from loramill.jobs.train.methods.adapted_model import AdaptedModel
 from loramill.jobs.train.methods.seeds import seeded
-from loramill.jobs.train.optimizer import AdamW, Masters
+from loramill.jobs.train.optimizer import AdamW, OptimizerState
 from loramill.types import JobSpec
 
-__all__ = ["ONE", "Processes", "Progress", "export", "train"]
+__all__ = ["SINGLE_PROCESS", "ProcessGroup", "TrainingProgress", "export_adapter", "train"]
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class TrainingProgress:
     """One optimizer step done.
 
     Attributes:
@@ -53,15 +53,15 @@ class Progress:
     """
 
     step: int
-    steps: int
+    total_steps: int
     loss: float
     accuracy: float
     learning_rate: float
     grad_norm: float
-    tokens: int
+    trained_tokens: int
     valid_loss: float | None = None
     valid_accuracy: float | None = None
-    best: bool = False
+    is_best: bool = False
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -88,9 +88,9 @@ def train(
     start_from: Path | None = None,
     check: Callable[[], None] = no_check,
     micro_tokens: int | None = None,
-    processes: Processes = ONE,
-    attach: Callable[[PreTrainedModel, JobSpec, Path], AbstractContextManager[Tuned]] = attached,
-) -> Generator[Progress, None, None]:
+    processes: ProcessGroup = SINGLE_PROCESS,
+    attach: Callable[[PreTrainedModel, JobSpec, Path], AbstractContextManager[AdaptedModel]] = attach_adapter,
+) -> Generator[TrainingProgress, None, None]:
     """Trains as `spec` says, from the last checkpoint in `checkpoints` if there is one; yields after every step.
 
     Args:
@@ -120,9 +120,9 @@ def train(
     limit = micro_tokens or spec.micro_tokens
     longest = max(len(example.tokens) for example in sequences((*train, *valid)))
     with (
-        memory_for(limit, longest),
+        translate_oom(limit, longest),
         attach(model, spec, folder) as tuned,
-        prepared(model, longest + limit, checkpointing=spec.gradient_checkpointing),
+        configured_forward(model, longest + limit, checkpointing=spec.gradient_checkpointing),
     ):
         run = _Run(model, tuned, spec, train, valid, checkpoints, check, limit, processes)
         run.begin(start_from)
@@ -130,7 +130,7 @@ def train(
             yield run.advance()
 
 
-def export(checkpoints: Path | str, spec: JobSpec, *, base: str, best: bool = True) -> dict[str, bytes]:
+def export_adapter(checkpoints: Path | str, spec: JobSpec, *, base: str, best: bool = True) -> dict[str, bytes]:
     """The adapter as PEFT's files, by name.
 
     Args:
@@ -142,18 +142,18 @@ def export(checkpoints: Path | str, spec: JobSpec, *, base: str, best: bool = Tr
         ArtifactMissing: there is no checkpoint, or, for the result, the job is not at its end.
         ArtifactCorrupt: a checkpoint can't be read.
     """
-    found = kept(checkpoints, spec, best=best)
+    found = load_checkpoint_to_export(checkpoints, spec, best=best)
     return adapter_files(spec, found.weights, found.state, base)
 
 
-def kept(checkpoints: Path | str, spec: JobSpec, *, best: bool = True) -> Checkpoint:
+def load_checkpoint_to_export(checkpoints: Path | str, spec: JobSpec, *, best: bool = True) -> CheckpointData:
     """The checkpoint that `export` makes the adapter of.
 
     Raises:
         ArtifactMissing, ArtifactCorrupt: as for `export`.
     """
     last = checkpoint.latest(checkpoints, spec)
-    if last is None or (best and not last.standing.finished):
+    if last is None or (best and not last.run_state.finished):
         raise ArtifactMissing(
             f"{checkpoints} holds no whole checkpoint of {'the end of ' if best else ''}this job, which is step "
             f"{spec.steps} or an early stop: train to the end first."
@@ -167,26 +167,26 @@ class _Run:
     def __init__(
         self,
         model: PreTrainedModel,
-        tuned: Tuned,
+        tuned: AdaptedModel,
         spec: JobSpec,
         train: Sequence[EncodedExample],
         valid: Sequence[EncodedExample],
         checkpoints: Path | str,
         check: Callable[[], None],
         limit: int,
-        processes: Processes,
+        processes: ProcessGroup,
     ) -> None:
-        self.standing = Standing()
+        self.standing = RunState()
         self._saved = self.standing
         self._model, self._tuned, self._spec = model, tuned, spec
         self._train, self._valid, self._checkpoints = train, valid, checkpoints
         self._check, self._limit, self._processes = check, limit, processes
-        self._update = tuned.update or AdamW(
+        self._update = tuned.optimizer or AdamW(
             tuned.weights,
-            tuned.rates,
+            tuned.lr_factors,
             weight_decay=spec.weight_decay,
             max_norm=spec.max_grad_norm,
-            processes=processes,
+            process_group=processes,
         )
 
     def begin(self, start_from: Path | None) -> None:
@@ -194,17 +194,19 @@ class _Run:
         last = checkpoint.latest(self._checkpoints, self._spec)
         if last is None:
             if start_from is not None:
-                start(self._tuned, start_from, self._spec)
-            self._update.begin(0, None)
+                load_start_adapter(self._tuned, start_from, self._spec)
+            self._update.load_state(0, None)
             return
-        if last.standing.finished:
-            self.standing = self._saved = last.standing
+        if last.run_state.finished:
+            self.standing = self._saved = last.run_state
             return
-        _fill(self._tuned.state, last.state)
-        self._update.begin(last.standing.step, Masters(last.weights, last.first_moments, last.second_moments))
-        self.standing = self._saved = last.standing
+        _copy_into(self._tuned.state, last.state)
+        self._update.load_state(
+            last.run_state.step, OptimizerState(last.weights, last.first_moments, last.second_moments)
+        )
+        self.standing = self._saved = last.run_state
 
-    def advance(self) -> Progress:
+    def advance(self) -> TrainingProgress:
         """Takes a step, with the validation that is due after it; or that validation alone, after a pause there."""
         try:
             if not self.standing.pending:
@@ -217,17 +219,17 @@ class _Run:
         done = self.standing
         if done.finished or done.step % self._spec.checkpoint_every == 0 or "valid_loss" in (done.figures or {}):
             self._save()
-        return Progress(
+        return TrainingProgress(
             step=done.step,
-            steps=self._spec.steps,
-            tokens=done.tokens,
-            best=done.best_step == done.step,
+            total_steps=self._spec.steps,
+            trained_tokens=done.tokens,
+            is_best=done.best_step == done.step,
             **(done.figures or {}),
         )
 
-    def _step(self) -> Standing:
+    def _step(self) -> RunState:
         spec, step = self._spec, self.standing.step
-        chosen = choose(len(self._train), spec.batch_size, step, spec.seed, epochs=spec.epochs is not None)
+        chosen = choose_batch(len(self._train), spec.batch_size, step, spec.seed, epochs=spec.epochs is not None)
         batch = [self._train[index] for index in chosen]
         rate = learning_rate(spec, step)
         self._tuned.set_dropout(True)
@@ -240,7 +242,7 @@ class _Run:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._diverged(f"loss {loss}, gradient norm {norm}, learning rate {rate:.3g}", chosen)
         self._tuned.after_step(step + 1)
-        self._update.clear()
+        self._update.zero_grad()
         figures = {"loss": loss, "accuracy": accuracy, "learning_rate": rate, "grad_norm": norm}
         return replace(
             self.standing,
@@ -256,12 +258,12 @@ class _Run:
         return step % every == 0 or step == self._spec.steps
 
     @torch.no_grad()
-    def _validated(self) -> Standing:
+    def _validated(self) -> RunState:
         now = self.standing
         loss, accuracy = self._over(self._valid, learning=False)
         if not math.isfinite(loss):
             raise self._diverged(f"validation loss {loss}", [])
-        settled = now.step >= self._tuned.settled
+        settled = now.step >= self._tuned.best_from_step
         better = settled and (now.best_loss is None or loss < now.best_loss)
         stale = 0 if better or not settled else now.stale + 1
         return replace(
@@ -278,17 +280,17 @@ class _Run:
         """Mean loss and accuracy over `examples`, of all processes; learning, the gradients of this one's share."""
         spec, us = self._spec, self._processes
         examples = sequences(examples)
-        total = math.fsum(map(weight, examples))
+        total = math.fsum(map(supervised_weight, examples))
         sums = torch.zeros(2, dtype=torch.float64, device=self._model.device)
-        groups = grouped(examples, self._limit, packing=spec.packing, parts=us.size)
+        groups = group_for_passes(examples, self._limit, packing=spec.packing, multiple_of=us.size)
         shares = [(group, 1.0) for group in groups[us.rank :: us.size]]
-        if self._update.together and len(shares) < -(-len(groups) // us.size):
+        if self._update.collective and len(shares) < -(-len(groups) // us.size):
             shares.append((groups[0], 0.0))  # a pass that counts for nothing, beside the others' last
-        with us.sharing(sums):
+        with us.all_reduce_on_exit(sums):
             for number, (group, counts) in enumerate(shares, start=1):
-                with us.sharing(sums.new_zeros(0)) if self._update.together else nullcontext():
+                with us.all_reduce_on_exit(sums.new_zeros(0)) if self._update.collective else nullcontext():
                     self._check()
-                loss, correct = losses(self._tuned.model, self._model, group, total, packing=spec.packing)
+                loss, correct = loss_and_accuracy(self._tuned.model, self._model, group, total, packing=spec.packing)
                 if learning:
                     self._update.backward(loss * counts, last=number == len(shares))
                 sums += torch.stack([loss.detach(), correct]).double() * counts
@@ -298,13 +300,13 @@ class _Run:
 
     def _save(self) -> None:
         """Writes a checkpoint of the last whole step, unless there is one."""
-        if self._saved == self.standing or (self._processes.rank and not self._update.together):
+        if self._saved == self.standing or (self._processes.rank and not self._update.collective):
             return
-        masters = self._update.masters()
+        masters = self._update.state()
         if self._processes.rank == 0:
             # From the end nothing goes on, so that its checkpoint needs no moments: a third of the bytes.
-            content = Checkpoint(
-                standing=self.standing,
+            content = CheckpointData(
+                run_state=self.standing,
                 weights=masters.weights,
                 first_moments={} if self.standing.finished else masters.first_moments,
                 second_moments={} if self.standing.finished else masters.second_moments,
@@ -326,13 +328,13 @@ class _Run:
 
 
 @torch.no_grad()
-def _fill(named: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+def _copy_into(named: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in named.items():
         tensor.copy_(values[name])
 
 
 def _check_supervised(examples: Sequence[EncodedExample], use: str) -> None:
-    silent = [number for number, example in enumerate(examples, start=1) if not weight(example)]
+    silent = [number for number, example in enumerate(examples, start=1) if not supervised_weight(example)]
     if silent or not examples:
         what = f"Example {silent[0]} of the {use} data has" if silent else f"The {use} data has no examples, and so"
         raise DatasetInvalid(

@@ -20,14 +20,14 @@ from transformers.pytorch_utils import Conv1D
 
 from loramill.data.tokenizer import EncodedExample
 from loramill.errors import AdapterInvalid, Conflict, InvalidRequest
-from loramill.jobs.train.batching import grouped, pack, supervised
-from loramill.jobs.train.forward import predictions, prepared
-from loramill.jobs.train.hf_export import write_whole
+from loramill.jobs.train.batching import count_supervised_tokens, group_for_passes, pack
+from loramill.jobs.train.forward import configured_forward, supervised_logits
+from loramill.jobs.train.hf_export import save_hf_model
 from loramill.kernels import Delta
 from loramill.kernels.peft_folder import BaseModules, read_adapter
 from loramill.models.catalog import Base, load_for_training
 from loramill.storage.atomic import new_folder
-from loramill.types import Quantization, Value
+from loramill.types import FrozenModel, Quantization
 
 #: Which of a quantized base's values an adapter is merged into.
 Into = Literal["original", "dequantised"]
@@ -38,16 +38,16 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 #: Nats a token from which a merge is refused unless the caller knows better.
 MAX_KL = 0.02
 #: Completion tokens that are compared at most: log probabilities over a whole vocabulary take 0.2 MB per token.
-_TOKENS = 1024
+_COMPARED_TOKENS = 1024
 #: Tokens of one forward pass.
-_PASS = 512
+_PASS_TOKENS = 512
 REPORT_FILE = "merge.json"
 
 #: Called with a description of the next stage, for the user.
 OnStage = Callable[[str], None]
 
 
-class Divergence(Value):
+class Divergence(FrozenModel):
     """How far a model's answers are from another's, at each token of some completions.
 
     Attributes:
@@ -58,13 +58,13 @@ class Divergence(Value):
     """
 
     kl: float
-    largest: float
+    max_token_kl: float
     agreement: float
     tokens: int
     examples: int
 
 
-class MergeReport(Value):
+class MergeReport(FrozenModel):
     """What was merged into what, and what came of it."""
 
     adapter: str
@@ -81,7 +81,7 @@ def merge(
     base: Base,
     adapter: Path,
     examples: Sequence[EncodedExample],
-    to: Path,
+    output: Path,
     *,
     name: str,
     into: Into | None = None,
@@ -112,26 +112,28 @@ def merge(
     if into == "dequantised" and not quantized:
         raise InvalidRequest(f"The base '{base.name}' isn't quantized: merge into 'original'.", param="into")
     into = into or ("dequantised" if quantized else "original")
-    chosen = _sample(examples)
+    chosen = _choose_compared(examples)
     precision = torch.bfloat16 if dtype == "bf16" else torch.float32
-    with new_folder(to) as folder:
+    with new_folder(output) as folder:
         on_stage(f"loading {base.name}")
-        model = _served(base)
-        deltas = _read(model, adapter)
-        with adapted(model, deltas):
+        model = _load_in_float32(base)
+        deltas = _read_adapter(model, adapter)
+        with with_adapter(model, deltas):
             wanted = _log_probabilities(model, chosen, "the adapter", on_stage)
         if quantized and into == "original":
             on_stage(f"loading {base.name}, not quantized")
-            model = _served(replace(base, quantization="none"))
-            deltas = _read(model, adapter)  # DoRA's gains depend on the values
+            model = _load_in_float32(replace(base, quantization="none"))
+            deltas = _read_adapter(model, adapter)  # DoRA's gains depend on the values
         on_stage("merging")
-        if not _merge(model, deltas, precision):
+        if not _merge_weights(model, deltas, precision):
             raise AdapterInvalid(
                 f"The adapter {name} changes no weight of '{base.name}': everything that it adds is 0, or is lost in "
                 f"rounding to {dtype}. Nothing was written."
             )
         model = _cast(_cast(model, precision), torch.float32)  # rounded, so that what is measured is what is written
-        divergence = _compare(wanted, _log_probabilities(model, chosen, "the merged model", on_stage), len(chosen))
+        divergence = _measure_divergence(
+            wanted, _log_probabilities(model, chosen, "the merged model", on_stage), len(chosen)
+        )
         if divergence.kl > max_kl and not force:
             raise Conflict(
                 f"Merged, {name} says something else: {divergence.kl:.3g} nats a token from the unmerged adapter, over "
@@ -150,12 +152,12 @@ def merge(
             divergence=divergence,
         )
         on_stage("writing")
-        write_whole(_cast(model, precision), base.folder, folder)
+        save_hf_model(_cast(model, precision), base.folder, folder)
         (folder / REPORT_FILE).write_text(report.model_dump_json(indent=1))
     return report
 
 
-def _served(base: Base) -> PreTrainedModel:
+def _load_in_float32(base: Base) -> PreTrainedModel:
     """The base with the values that it is served with, to compute with in float32."""
     return _cast(load_for_training(base, torch.bfloat16), torch.float32)
 
@@ -167,32 +169,32 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+def merge_into(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """`model` with the adapter of a PEFT folder in its weights, added in float32; in its dtype.
 
     Raises:
         AdapterInvalid: the adapter is broken, incomplete or of another base.
     """
-    _merge(model, _read(model, adapter), model.dtype)
+    _merge_weights(model, _read_adapter(model, adapter), model.dtype)
     return model
 
 
-def _read(model: PreTrainedModel, adapter: Path) -> dict[str, Delta]:
+def _read_adapter(model: PreTrainedModel, adapter: Path) -> dict[str, Delta]:
     """Reads the adapter as the engine does, so that what is merged is what is served."""
     return read_adapter(adapter, BaseModules.of_model(model, model.get_output_embeddings()))
 
 
 @contextmanager
-def adapted(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> Iterator[None]:
+def with_adapter(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> Iterator[None]:
     """`model` computes with an adapter next to its weights, as the engine does; for float32."""
     with ExitStack() as stack:
         for name, delta in deltas.items():
             module = model.get_submodule(name)
-            stack.callback(module.register_forward_hook(partial(_adapted, delta)).remove)
+            stack.callback(module.register_forward_hook(partial(_add_adapter, delta)).remove)
         yield
 
 
-def _adapted(delta: Delta, module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
+def _add_adapter(delta: Delta, module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
     """`y` with the adapter: `gain * (W x + scale B A x)`, to which a bias is added last."""
     x, a, b = args[0], delta.a.float(), delta.b.float()
     if delta.lookup:
@@ -205,13 +207,13 @@ def _adapted(delta: Delta, module: nn.Module, args: tuple[torch.Tensor, ...], y:
 
 
 @torch.no_grad()
-def _merge(model: PreTrainedModel, deltas: Mapping[str, Delta], precision: torch.dtype) -> bool:
+def _merge_weights(model: PreTrainedModel, deltas: Mapping[str, Delta], precision: torch.dtype) -> bool:
     """Adds an adapter to the weights, in float32, and converts them back to their dtype.
 
     Returns:
         Whether a weight changes in `precision`.
     """
-    _untie(model, deltas)
+    _untie_head(model, deltas)
     changed = False
     for name, delta in deltas.items():
         module = model.get_submodule(name)
@@ -227,7 +229,7 @@ def _merge(model: PreTrainedModel, deltas: Mapping[str, Delta], precision: torch
     return changed
 
 
-def _untie(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> None:
+def _untie_head(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> None:
     """Gives the head a weight of its own, if the adapter changes it or the embedding: merged, they would be two."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None or embedding.weight is not head.weight:
@@ -237,12 +239,12 @@ def _untie(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> None:
         model.config.tie_word_embeddings = False
 
 
-def _sample(examples: Sequence[EncodedExample]) -> list[EncodedExample]:
+def _choose_compared(examples: Sequence[EncodedExample]) -> list[EncodedExample]:
     """As many of the examples, evenly, as have tokens enough."""
-    total = sum(map(supervised, examples))
+    total = sum(map(count_supervised_tokens, examples))
     if not total:
         raise InvalidRequest("There is no completion to compare the merged model on: give --valid a file with some.")
-    every = max(1, -(-total // _TOKENS))
+    every = max(1, -(-total // _COMPARED_TOKENS))
     return list(examples[::every])
 
 
@@ -252,22 +254,22 @@ def _log_probabilities(
 ) -> list[torch.Tensor]:
     """Of every token of the vocabulary, at each completion token: float32 [S, vocabulary] for each group."""
     longest = max(len(example.tokens) for example in examples)
-    groups = list(grouped(examples, _PASS, packing=True))
+    groups = list(group_for_passes(examples, _PASS_TOKENS, packing=True))
     found = []
-    with prepared(model, longest + _PASS, checkpointing=False):
+    with configured_forward(model, longest + _PASS_TOKENS, checkpointing=False):
         for done, group in enumerate(groups):
             on_stage(f"computing the predictions of {of}, {done} of {len(groups)}")
-            found.append(predictions(model, model, pack(group)).log_softmax(dim=-1))
+            found.append(supervised_logits(model, model, pack(group)).log_softmax(dim=-1))
     return found
 
 
-def _compare(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], examples: int) -> Divergence:
+def _measure_divergence(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], examples: int) -> Divergence:
     kl = torch.cat([(p.exp() * (p - q)).double().sum(dim=-1) for p, q in zip(wanted, found, strict=True)])
     same = torch.cat([p.argmax(dim=-1) == q.argmax(dim=-1) for p, q in zip(wanted, found, strict=True)])
     return Divergence(
         # Rounding may leave the mean of what is never below 0 a little below.
         kl=max(0.0, kl.mean().item()),
-        largest=max(0.0, kl.max().item()),
+        max_token_kl=max(0.0, kl.max().item()),
         agreement=same.double().mean().item(),
         tokens=len(kl),
         examples=examples,

@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from loramill.jobs.train.distributed import Processes
+from loramill.jobs.train.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, slots=True)
-class Masters:
+class OptimizerState:
     """Trained weights with AdamW's two moments, under the same names; what a job goes on from."""
 
     weights: dict[str, torch.Tensor]
@@ -22,32 +22,32 @@ class Masters:
     second_moments: dict[str, torch.Tensor]
 
 
-class Update(Protocol):
+class Optimizer(Protocol):
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), on one device or spread over several and the host.
 
     Attributes:
         together: with several processes, each backward pass, and `masters`, is done by all of them at once.
     """
 
-    together: bool
+    collective: bool
 
-    def begin(self, step: int, masters: Masters | None) -> None:
+    def load_state(self, step: int, state: OptimizerState | None) -> None:
         """Goes on after `step` steps, where `masters` were taken; None: from the weights as they are, at step 0."""
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Adds the gradient of a part of the step's loss; `last` says that the step has no more parts."""
 
-    def step(self, rate: float) -> float:
+    def step(self, learning_rate: float) -> float:
         """Takes the step, unless the gradient isn't finite; returns the gradient's norm before clipping.
 
         Args:
             rate: the learning rate, before each weight's own factor.
         """
 
-    def clear(self) -> None:
+    def zero_grad(self) -> None:
         """Forgets the step's gradient, which until then is the parameters' own where `together` isn't."""
 
-    def masters(self) -> Masters:
+    def state(self) -> OptimizerState:
         """What `begin` takes."""
 
 
@@ -59,32 +59,35 @@ class AdamW:
         max_norm: of the gradient; a longer one is shortened.
     """
 
-    together = False
+    collective = False
 
     def __init__(
         self,
         weights: Mapping[str, nn.Parameter],
-        factors: Mapping[str, float],
+        lr_factors: Mapping[str, float],
         *,
         weight_decay: float,
         max_norm: float,
-        processes: Processes,
+        process_group: ProcessGroup,
     ) -> None:
-        self._weights, self._max_norm, self._processes = weights, max_norm, processes
+        self._weights, self._max_norm, self._process_group = weights, max_norm, process_group
         groups = [
-            {"params": [each for name, each in weights.items() if factors.get(name, 1.0) == factor], "factor": factor}
-            for factor in sorted({factors.get(name, 1.0) for name in weights})
+            {
+                "params": [each for name, each in weights.items() if lr_factors.get(name, 1.0) == factor],
+                "factor": factor,
+            }
+            for factor in sorted({lr_factors.get(name, 1.0) for name in weights})
         ]
         self._optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
     @torch.no_grad()
-    def begin(self, step: int, masters: Masters | None) -> None:
+    def load_state(self, step: int, state: OptimizerState | None) -> None:
         """As `Update` says."""
         for name, parameter in self._weights.items():
             first = second = torch.zeros_like(parameter)
-            if masters is not None:
-                parameter.copy_(masters.weights[name])
-                first, second = masters.first_moments[name], masters.second_moments[name]
+            if state is not None:
+                parameter.copy_(state.weights[name])
+                first, second = state.first_moments[name], state.second_moments[name]
             self._optimizer.state[parameter] = {
                 "step": torch.tensor(float(step), device=parameter.device),
                 "exp_avg": first.to(parameter.device, copy=True),
@@ -95,24 +98,24 @@ class AdamW:
         """As `Update` says."""
         torch.autograd.backward(loss)
 
-    def step(self, rate: float) -> float:
+    def step(self, learning_rate: float) -> float:
         """As `Update` says."""
-        self._processes.add_gradients(self._weights.values())
+        self._process_group.add_gradients(self._weights.values())
         norm = torch.nn.utils.clip_grad_norm_(self._weights.values(), self._max_norm).item()
         if math.isfinite(norm):
             for group in self._optimizer.param_groups:
-                group["lr"] = rate * group["factor"]
+                group["lr"] = learning_rate * group["factor"]
             self._optimizer.step()
         return norm
 
-    def clear(self) -> None:
+    def zero_grad(self) -> None:
         """As `Update` says."""
         self._optimizer.zero_grad()
 
-    def masters(self) -> Masters:
+    def state(self) -> OptimizerState:
         """As `Update` says; the tensors are those in use."""
         state = {name: self._optimizer.state[parameter] for name, parameter in self._weights.items()}
-        return Masters(
+        return OptimizerState(
             {name: parameter.detach() for name, parameter in self._weights.items()},
             {name: each["exp_avg"] for name, each in state.items()},
             {name: each["exp_avg_sq"] for name, each in state.items()},

@@ -18,27 +18,27 @@ from loramill.errors import (
     LoramillError,
     Unavailable,
 )
-from loramill.jobs.train.loop import Progress
+from loramill.jobs.train.loop import TrainingProgress
 from loramill.registry import Registry, jobs
 from loramill.settings import JobSettings
-from loramill.types import Asked, JobRecord
+from loramill.types import JobRecord, PendingAction
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 #: Seconds between heartbeats, so that a job that is asked to stop knows it within two.
-BEAT_SECONDS = 0.5
+HEARTBEAT_SECONDS = 0.5
 #: Seconds for which a worker keeps its job while the database is away: a failover or a restart takes minutes, and no
 #: other worker can take the job meanwhile.
-PATIENCE_SECONDS = 600.0
+DATABASE_OUTAGE_SECONDS = 600.0
 #: A job's history keeps at most about this many metrics events, whatever its number of steps.
-METRICS_EVENTS = 200
+MAX_METRICS_EVENTS = 200
 #: Seconds over which a job's speed is taken.
-SPEED_SECONDS = 20.0
+SPEED_WINDOW_SECONDS = 20.0
 
 
-def insist(seconds: float, act: Callable[[], T]) -> T:
+def retry_while_unavailable(timeout_seconds: float, operation: Callable[[], T]) -> T:
     """What `act` returns, tried again for so many seconds while the database is away or its disk full.
 
     A commit whose answer was lost may have gone through: `act` must be harmless twice.
@@ -46,17 +46,17 @@ def insist(seconds: float, act: Callable[[], T]) -> T:
     Raises:
         Unavailable, DiskFull: it was so for longer.
     """
-    deadline, logged = time.monotonic() + seconds, False
+    deadline, logged = time.monotonic() + timeout_seconds, False
     while True:
         try:
-            return act()
+            return operation()
         except (Unavailable, DiskFull) as error:
             if time.monotonic() > deadline:
                 raise
             if not logged:
-                log.warning("trying again, for up to %.0f s: %s", seconds, error.message)
+                log.warning("trying again, for up to %.0f s: %s", timeout_seconds, error.message)
             logged = True
-            time.sleep(BEAT_SECONDS)
+            time.sleep(HEARTBEAT_SECONDS)
 
 
 class Lease:
@@ -67,14 +67,14 @@ class Lease:
 
     def __init__(self, registry: Registry, job: JobRecord, settings: JobSettings) -> None:
         self._registry, self._job, self._settings = registry, job, settings
-        self._last: Progress | None = None
+        self._last: TrainingProgress | None = None
         self._valid_loss: float | None = None
-        self._unwritten: list[Progress] = []
+        self._pending_events: list[TrainingProgress] = []
         self._speed: deque[tuple[float, int]] = deque()
-        self._noting, self._beating = threading.Lock(), threading.Lock()
+        self._lock, self._heartbeat_lock = threading.Lock(), threading.Lock()
         self._ended = threading.Event()
         self._stop: LoramillError | None = None
-        self._thread = threading.Thread(target=self._beat_until_end, name=f"lease {job.id}", daemon=True)
+        self._thread = threading.Thread(target=self._run_heartbeats, name=f"lease {job.id}", daemon=True)
 
     def __enter__(self) -> Lease:
         self._thread.start()
@@ -84,7 +84,7 @@ class Lease:
         self._ended.set()
         self._thread.join()
 
-    def check(self) -> None:
+    def raise_if_stopped(self) -> None:
         """Lets a job that may go on go on.
 
         Raises:
@@ -93,18 +93,18 @@ class Lease:
         if self._stop is not None:
             raise self._stop
 
-    def progress(self, point: Progress) -> None:
+    def report(self, point: TrainingProgress) -> None:
         """Notes how far the job is; the next heartbeat records it."""
         now = time.monotonic()
-        with self._noting:
+        with self._lock:
             self._last = point
             self._valid_loss = self._valid_loss if point.valid_loss is None else point.valid_loss
-            self._speed.append((now, point.tokens))
-            while len(self._speed) > 2 and self._speed[0][0] < now - SPEED_SECONDS:
+            self._speed.append((now, point.trained_tokens))
+            while len(self._speed) > 2 and self._speed[0][0] < now - SPEED_WINDOW_SECONDS:
                 self._speed.popleft()
-            every = max(1, point.steps // METRICS_EVENTS)
-            if point.step % every == 0 or point.step == point.steps or point.valid_loss is not None:
-                self._unwritten.append(point)
+            every = max(1, point.total_steps // MAX_METRICS_EVENTS)
+            if point.step % every == 0 or point.step == point.total_steps or point.valid_loss is not None:
+                self._pending_events.append(point)
 
     def flush(self) -> None:
         """Records what was noted so far.
@@ -113,18 +113,18 @@ class Lease:
             LeaseLost: the job is another worker's.
             Unavailable, DiskFull: the record can't be written.
         """
-        insist(PATIENCE_SECONDS, self._beat)
+        retry_while_unavailable(DATABASE_OUTAGE_SECONDS, self._heartbeat)
 
     @property
-    def last(self) -> Progress | None:
+    def last_progress(self) -> TrainingProgress | None:
         """The last point noted; None: no step was taken."""
         return self._last
 
-    def _beat_until_end(self) -> None:
-        pause, away = min(BEAT_SECONDS, self._settings.lease_seconds / 4), False
+    def _run_heartbeats(self) -> None:
+        pause, away = min(HEARTBEAT_SECONDS, self._settings.lease_seconds / 4), False
         while not self._ended.wait(pause):
             try:
-                asked = self._beat()
+                asked = self._heartbeat()
             except LeaseLost as error:
                 self._stop = error
                 return
@@ -135,12 +135,12 @@ class Lease:
                 continue
             away = False
             # Beating goes on while the job writes its checkpoint.
-            self._stop = _stop(self._job.id, asked)
+            self._stop = _stop_error(self._job.id, asked)
 
-    def _beat(self) -> Asked | None:
-        with self._beating:
-            with self._noting:
-                last, events, rate = self._last, tuple(self._unwritten), self._tokens_per_second()
+    def _heartbeat(self) -> PendingAction | None:
+        with self._heartbeat_lock:
+            with self._lock:
+                last, events, rate = self._last, tuple(self._pending_events), self._tokens_per_second()
             with self._registry.writing() as session:
                 asked = jobs.heartbeat(
                     session,
@@ -149,16 +149,16 @@ class Lease:
                     now=time.time(),
                     seconds=self._settings.lease_seconds,
                     step=self._job.step if last is None else last.step,
-                    trained_tokens=self._job.trained_tokens if last is None else last.tokens,
+                    trained_tokens=self._job.trained_tokens if last is None else last.trained_tokens,
                     loss=None if last is None else last.loss,
                     valid_loss=self._valid_loss,
                     tokens_per_second=rate,
                 )
                 for point in events:
-                    message = f"Step {point.step}/{point.steps}: training loss={point.loss:.3f}"
-                    jobs.add_event(session, self._job.id, "info", "metrics", message, _figures(point, rate))
-            with self._noting:
-                del self._unwritten[: len(events)]
+                    message = f"Step {point.step}/{point.total_steps}: training loss={point.loss:.3f}"
+                    jobs.add_event(session, self._job.id, "info", "metrics", message, _event_data(point, rate))
+            with self._lock:
+                del self._pending_events[: len(events)]
             return asked
 
     def _tokens_per_second(self) -> float | None:
@@ -168,8 +168,8 @@ class Lease:
         return (last - first) / (now - began) if now > began else None
 
 
-def _stop(job_id: str, asked: Asked | None) -> LoramillError | None:
-    match asked:
+def _stop_error(job_id: str, pending_action: PendingAction | None) -> LoramillError | None:
+    match pending_action:
         case "cancel":
             return JobCancelled(f"Job {job_id} was cancelled by its owner.")
         case "pause":
@@ -179,11 +179,11 @@ def _stop(job_id: str, asked: Asked | None) -> LoramillError | None:
     return None
 
 
-def _figures(point: Progress, rate: float | None) -> dict[str, float]:
+def _event_data(point: TrainingProgress, rate: float | None) -> dict[str, float]:
     figures = point.metrics | {
-        "total_steps": point.steps,
+        "total_steps": point.total_steps,
         "learning_rate": point.learning_rate,
         "grad_norm": point.grad_norm,
-        "trained_tokens": point.tokens,
+        "trained_tokens": point.trained_tokens,
     }
     return figures if rate is None else figures | {"tokens_per_second": round(rate, 1)}

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from loramill.errors import SetupError
-from loramill.jobs.train.loop import Progress
+from loramill.jobs.train.loop import TrainingProgress
 from loramill.types import JobSpec
 
 log = logging.getLogger(__name__)
 
-Name = Literal["tensorboard", "wandb", "mlflow"]
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 
 #: The project or experiment that the runs of all jobs are in.
 PROJECT = "loramill"
@@ -31,7 +31,7 @@ PROJECT = "loramill"
 class Logger(Protocol):
     """One tool's run of one job."""
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the figures of a step."""
 
     def close(self) -> None:
@@ -39,7 +39,9 @@ class Logger(Protocol):
 
 
 @contextmanager
-def opened(names: Sequence[Name], *, run: str, spec: JobSpec, folder: Path) -> Iterator[Callable[[Progress], None]]:
+def open_loggers(
+    names: Sequence[LoggerName], *, run: str, spec: JobSpec, folder: Path
+) -> Iterator[Callable[[TrainingProgress], None]]:
     """A function that takes every point of a training to the tools of these names.
 
     Args:
@@ -49,13 +51,17 @@ def opened(names: Sequence[Name], *, run: str, spec: JobSpec, folder: Path) -> I
     Raises:
         SetupError: a tool isn't installed; the message names loramill's extra.
     """
-    loggers: dict[Name, Logger] = {}
+    loggers: dict[LoggerName, Logger] = {}
 
-    def tell(point: Progress) -> None:
-        rest = {"learning_rate": point.learning_rate, "grad_norm": point.grad_norm, "trained_tokens": point.tokens}
+    def tell(point: TrainingProgress) -> None:
+        rest = {
+            "learning_rate": point.learning_rate,
+            "grad_norm": point.grad_norm,
+            "trained_tokens": point.trained_tokens,
+        }
         figures = {figure: value for figure, value in (point.metrics | rest).items() if figure != "step"}
         for name, logger in list(loggers.items()):
-            with _left_out(name, loggers):
+            with _dropped_on_error(name, loggers):
                 logger.log(point.step, figures)
 
     try:
@@ -64,12 +70,12 @@ def opened(names: Sequence[Name], *, run: str, spec: JobSpec, folder: Path) -> I
         yield tell
     finally:
         for name, logger in list(loggers.items()):
-            with _left_out(name, loggers):
+            with _dropped_on_error(name, loggers):
                 logger.close()
 
 
 @contextmanager
-def _left_out(name: Name, loggers: dict[Name, Logger]) -> Iterator[None]:
+def _dropped_on_error(name: LoggerName, loggers: dict[LoggerName, Logger]) -> Iterator[None]:
     try:
         yield
     except Exception:  # theirs are of any kind
@@ -79,7 +85,7 @@ def _left_out(name: Name, loggers: dict[Name, Logger]) -> Iterator[None]:
 
 class _TensorBoard:
     def __init__(self, run: str, spec: JobSpec, folder: Path) -> None:
-        with _needed("tensorboard"):
+        with _requires("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
         self._writer = SummaryWriter(str(folder / run))
         self._writer.add_text("spec", f"```json\n{spec.model_dump_json(indent=1)}\n```")
@@ -94,7 +100,7 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, run: str, spec: JobSpec, folder: Path) -> None:
-        with _needed("wandb"):
+        with _requires("wandb"):
             import wandb
         config = spec.model_dump(mode="json")
         self._run: Any = wandb.init(
@@ -110,7 +116,7 @@ class _Wandb:
 
 class _Mlflow:
     def __init__(self, run: str, spec: JobSpec, folder: Path) -> None:
-        with _needed("mlflow"):
+        with _requires("mlflow"):
             from mlflow import MlflowClient
         self._client: Any = MlflowClient()
         experiment = self._client.get_experiment_by_name(PROJECT)
@@ -130,7 +136,7 @@ class _Mlflow:
         self._client.set_terminated(self._id)
 
 
-_OPEN: dict[Name, Callable[[str, JobSpec, Path], Logger]] = {
+_OPEN: dict[LoggerName, Callable[[str, JobSpec, Path], Logger]] = {
     "tensorboard": _TensorBoard,
     "wandb": _Wandb,
     "mlflow": _Mlflow,
@@ -138,7 +144,7 @@ _OPEN: dict[Name, Callable[[str, JobSpec, Path], Logger]] = {
 
 
 @contextmanager
-def _needed(name: str) -> Iterator[None]:
+def _requires(name: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:

@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from loramill.jobs.train.loop import Progress, export
-from loramill.jobs.worker.lease import PATIENCE_SECONDS, insist
+from loramill.jobs.train.loop import TrainingProgress, export_adapter
+from loramill.jobs.worker.lease import DATABASE_OUTAGE_SECONDS, retry_while_unavailable
 from loramill.registry import adapters, jobs
 from loramill.registry.jobs import checkpoints
 from loramill.types import JobRecord, VersionRecord
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def checkpoint(worker: Worker, job: JobRecord, point: Progress) -> None:
+def checkpoint(worker: Worker, job: JobRecord, point: TrainingProgress) -> None:
     """Publishes the last checkpoint as a version that can be asked, without moving an alias.
 
     Raises:
@@ -31,16 +31,18 @@ def checkpoint(worker: Worker, job: JobRecord, point: Progress) -> None:
     """
     stored = None
     if job.spec.method != "full":  # its LoRA would have to be extracted each time
-        stored = _store(worker, job, export(worker.place(job), job.spec, base=worker.base.name, best=False))
+        stored = _store(
+            worker, job, export_adapter(worker.checkpoint_location(job), job.spec, base=worker.base.name, best=False)
+        )
 
     def add() -> None:
         with worker.registry.writing() as session:
             checkpoints.add(session, job.id, job.attempt, point.step, stored, point.metrics)
 
-    insist(PATIENCE_SECONDS, add)
+    retry_while_unavailable(DATABASE_OUTAGE_SECONDS, add)
 
 
-def version(worker: Worker, job: JobRecord, last: Progress | None) -> None:
+def version(worker: Worker, job: JobRecord, last: TrainingProgress | None) -> None:
     """Publishes the trained adapter as the job's version, which ends the job.
 
     Args:
@@ -50,15 +52,15 @@ def version(worker: Worker, job: JobRecord, last: Progress | None) -> None:
         LeaseLost, JobCancelled: the job is not this worker's, or not wanted any more.
         DiskFull, Unavailable, StoreUnusable: it can't be stored.
     """
-    spec, place, result = job.spec, worker.place(job), None
+    spec, place, result = job.spec, worker.checkpoint_location(job), None
     if spec.method == "full":
         from loramill.jobs.train.full_finetune import export_full
 
         with TemporaryDirectory() as folder:
             full = export_full(place, spec, base=worker.base, folder=Path(folder))
-            files, result = full.files, worker.registry.artifacts.put(full.whole)
+            files, result = full.adapter_files, worker.registry.artifacts.put(full.model_files)
     else:
-        files = export(place, spec, base=worker.base.name)
+        files = export_adapter(place, spec, base=worker.base.name)
     found = _store(worker, job, files)
 
     def publish() -> None:
@@ -69,14 +71,14 @@ def version(worker: Worker, job: JobRecord, last: Progress | None) -> None:
                 job.attempt,
                 found,
                 step=None if last is None else last.step,
-                trained_tokens=None if last is None else last.tokens,
+                trained_tokens=None if last is None else last.trained_tokens,
                 result=result,
             )
             name = published.spec.adapter_name  # may have changed since the job was leased
             champion = adapters.get(session, name).champion
         log.info("job %s: published %s, champion %s", job.id, name.at(found.id), champion)
 
-    insist(PATIENCE_SECONDS, publish)
+    retry_while_unavailable(DATABASE_OUTAGE_SECONDS, publish)
 
 
 def _store(worker: Worker, job: JobRecord, files: Mapping[str, bytes]) -> VersionRecord:

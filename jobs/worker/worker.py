@@ -30,13 +30,13 @@ from loramill.errors import (
     StoreUnusable,
     Unavailable,
 )
-from loramill.jobs.train.batching import sequences, supervised
-from loramill.jobs.train.checkpoint_store import discard
-from loramill.jobs.train.distributed import ONE, Processes
-from loramill.jobs.train.loop import Progress, train
+from loramill.jobs.train.batching import count_supervised_tokens, sequences
+from loramill.jobs.train.checkpoint_store import delete_all
+from loramill.jobs.train.distributed import SINGLE_PROCESS, ProcessGroup
+from loramill.jobs.train.loop import TrainingProgress, train
 from loramill.jobs.worker import publish
-from loramill.jobs.worker.lease import PATIENCE_SECONDS, Lease, insist
-from loramill.jobs.worker.loggers import opened
+from loramill.jobs.worker.lease import DATABASE_OUTAGE_SECONDS, Lease, retry_while_unavailable
+from loramill.jobs.worker.loggers import open_loggers
 from loramill.models.catalog import Base
 from loramill.registry import Registry, datasets, jobs
 from loramill.settings import JobSettings
@@ -45,15 +45,15 @@ from loramill.types import Executor, JobRecord
 log = logging.getLogger(__name__)
 
 #: What another attempt would meet again: bad or unreadable data, a spec that fits nothing, divergence.
-PERMANENT = (InvalidRequest, NotFound, AdapterInvalid, BaseUnusable, ArtifactError, JobError)
+PERMANENT_ERRORS = (InvalidRequest, NotFound, AdapterInvalid, BaseUnusable, ArtifactError, JobError)
 
 #: Outages, which no job causes and which end for all jobs at once: a store or database that is away, or a store that
 #: refuses access, for example since its credentials have expired. They cost no attempt.
-OUTAGE = (Unavailable, StoreUnusable)
+OUTAGE_ERRORS = (Unavailable, StoreUnusable)
 
 #: Seconds between looks at an empty queue, and after an outage; the latter double with each job that fails for one, up
 #: to the last.
-LOOK_SECONDS, AWAY_SECONDS, LONGEST_AWAY = 0.25, 3.0, 60.0
+POLL_SECONDS, OUTAGE_PAUSE_SECONDS, MAX_OUTAGE_PAUSE_SECONDS = 0.25, 3.0, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Worker:
         processes: that share each job's passes; the first alone leases, reports and publishes.
     """
 
-    owner: str
+    name: str
     registry: Registry
     base: Base
     model: Callable[[], PreTrainedModel]
@@ -79,49 +79,49 @@ class Worker:
     logs: Path
     settings: JobSettings
     executor: Executor | None = None
-    processes: Processes = ONE
+    process_group: ProcessGroup = SINGLE_PROCESS
 
-    def place(self, job: JobRecord) -> Path | str:
+    def checkpoint_location(self, job: JobRecord) -> Path | str:
         """Where the job keeps its checkpoints."""
         return f"{self.checkpoints}/{job.id}" if isinstance(self.checkpoints, str) else self.checkpoints / job.id
 
 
-def work(worker: Worker, *, until: Callable[[float], bool]) -> int:
+def run_jobs(worker: Worker, *, should_stop: Callable[[float], bool]) -> int:
     """Runs jobs as long as there are any; returns how many. `until(idle)` says, between jobs, whether to end."""
-    done, idle_since, settle_from, pause = 0, time.monotonic(), 0.0, AWAY_SECONDS
+    done, idle_since, settle_from, pause = 0, time.monotonic(), 0.0, OUTAGE_PAUSE_SECONDS
     while True:
         try:
-            if until(time.monotonic() - idle_since):
+            if should_stop(time.monotonic() - idle_since):
                 return done
-            job = take(worker, settle=time.monotonic() >= settle_from)
+            job = lease_next_job(worker, settle=time.monotonic() >= settle_from)
         except LoramillError as error:
             log.warning("no job could be leased, trying again: %s", error.message)
             # Workers that hold a job may have been silent while the database was: their heartbeats come first.
-            settle_from = time.monotonic() + AWAY_SECONDS + worker.settings.lease_seconds
-            time.sleep(AWAY_SECONDS)
+            settle_from = time.monotonic() + OUTAGE_PAUSE_SECONDS + worker.settings.lease_seconds
+            time.sleep(OUTAGE_PAUSE_SECONDS)
             continue
         if job is None:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
             continue
-        ended = carry_out(worker, job)
+        ended = run_attempt(worker, job)
         done, idle_since = done + 1, time.monotonic()
-        if isinstance(ended, OUTAGE):
+        if isinstance(ended, OUTAGE_ERRORS):
             time.sleep(pause)
-            pause = min(2 * pause, LONGEST_AWAY)
+            pause = min(2 * pause, MAX_OUTAGE_PAUSE_SECONDS)
         else:
-            pause = AWAY_SECONDS
+            pause = OUTAGE_PAUSE_SECONDS
 
 
-def run_next(worker: Worker) -> bool:
+def run_next_job(worker: Worker) -> bool:
     """Leases a job and takes it to its end, or to the point where it is another's; False if none waits."""
-    job = take(worker)
+    job = lease_next_job(worker)
     if job is None:
         return False
-    carry_out(worker, job)
+    run_attempt(worker, job)
     return True
 
 
-def take(worker: Worker, job_id: str | None = None, *, settle: bool = True) -> JobRecord | None:
+def lease_next_job(worker: Worker, job_id: str | None = None, *, settle: bool = True) -> JobRecord | None:
     """Leases the next job, or the one with this id; None if it doesn't wait, or is of another base.
 
     `settle` first takes jobs from workers that vanished.
@@ -133,18 +133,18 @@ def take(worker: Worker, job_id: str | None = None, *, settle: bool = True) -> J
     with worker.registry.writing() as session:
         return jobs.lease(
             session,
-            worker.owner,
+            worker.name,
             now=time.time(),
             seconds=settings.lease_seconds,
             max_attempts=settings.max_attempts,
             executor=worker.executor,
             job_id=job_id,
             base=worker.base.fingerprint,
-            settle=settle,
+            reclaim=settle,
         )
 
 
-def carry_out(worker: Worker, job: JobRecord) -> LoramillError | None:
+def run_attempt(worker: Worker, job: JobRecord) -> LoramillError | None:
     """Takes a leased job to its end, or to the point where it is another's; returns what ended it before, if anything.
 
     Whatever happens is in the record, or, if that can't be reached, follows from the lease, which runs out.
@@ -157,12 +157,12 @@ def carry_out(worker: Worker, job: JobRecord) -> LoramillError | None:
         log.warning("job %s: the lease was lost; another worker has it", job.id)
         return error
     except LoramillError as error:
-        give_up(worker, job, error)
+        record_attempt_end(worker, job, error)
         return error
     except Exception as error:  # a job must not take its session down with it
         log.exception("job %s: failed", job.id)
         failed = LoramillError(f"{type(error).__name__}: {error}")
-        give_up(worker, job, failed)
+        record_attempt_end(worker, job, failed)
         return failed
     return None
 
@@ -173,21 +173,23 @@ def run_job(worker: Worker, job: JobRecord, lease: Lease) -> None:
     Raises:
         LoramillError: the job can't succeed (bad data, divergence, another base), or isn't this worker's any more.
     """
-    loggers = opened(worker.settings.loggers, run=job.id, spec=job.spec, folder=worker.logs)
+    loggers = open_loggers(worker.settings.loggers, run=job.id, spec=job.spec, folder=worker.logs)
     try:
-        with loggers as tell, closing(steps(worker, job, lease.check)) as progress:
+        with loggers as tell, closing(training_steps(worker, job, lease.raise_if_stopped)) as progress:
             for point in progress:
-                lease.progress(point)
+                lease.report(point)
                 tell(point)
                 if point.valid_loss is not None:
                     publish.checkpoint(worker, job, point)
     finally:
         lease.flush()
-    publish.version(worker, job, lease.last)
+    publish.version(worker, job, lease.last_progress)
     remove_checkpoints(worker, job)
 
 
-def steps(worker: Worker, job: JobRecord, check: Callable[[], None]) -> Generator[Progress, None, None]:
+def training_steps(
+    worker: Worker, job: JobRecord, raise_if_stopped: Callable[[], None]
+) -> Generator[TrainingProgress, None, None]:
     """The job's steps, each taken when it is asked for.
 
     Raises:
@@ -200,10 +202,13 @@ def steps(worker: Worker, job: JobRecord, check: Callable[[], None]) -> Generato
             f"The job was submitted for the base {spec.base[:12]}, and this pool serves {worker.base.fingerprint[:12]} "
             f"('{worker.base.name}'): submit it again."
         )
-    examples = read(worker, job, spec.train)
-    data = encoded(worker, job, examples), encoded(worker, job, read(worker, job, spec.valid)) if spec.valid else []
-    if worker.processes.rank == 0:
-        report_trained(worker, job, examples.examples, data[0])
+    examples = read_dataset(worker, job, spec.train)
+    data = (
+        encode_examples(worker, job, examples),
+        encode_examples(worker, job, read_dataset(worker, job, spec.valid)) if spec.valid else [],
+    )
+    if worker.process_group.rank == 0:
+        report_supervised_tokens(worker, job, examples.examples, data[0])
     start_from = registry.artifacts.fetch(spec.start_from) if spec.start_from else None
     if spec.method == "full":
         from loramill.jobs.train.full_finetune import train_full  # with DeepSpeed, which nothing else needs
@@ -213,40 +218,40 @@ def steps(worker: Worker, job: JobRecord, check: Callable[[], None]) -> Generato
             *data,
             spec,
             device=worker.device,
-            checkpoints=worker.place(job),
+            checkpoints=worker.checkpoint_location(job),
             start_from=start_from,
-            check=check,
+            check=raise_if_stopped,
             micro_tokens=job.micro_tokens,
-            processes=worker.processes,
+            processes=worker.process_group,
         )
     return train(
         worker.model(),
         *data,
         spec,
         folder=worker.base.folder,
-        checkpoints=worker.place(job),
+        checkpoints=worker.checkpoint_location(job),
         start_from=start_from,
-        check=check,
+        check=raise_if_stopped,
         micro_tokens=job.micro_tokens,
-        processes=worker.processes,
+        processes=worker.process_group,
     )
 
 
-def read(worker: Worker, job: JobRecord, dataset: str) -> Examples:
+def read_dataset(worker: Worker, job: JobRecord, dataset: str) -> Examples:
     """The examples of a dataset of the job's tenant."""
     with worker.registry.reading() as session:
         found = datasets.get(session, dataset, tenant=job.tenant)
     return read_examples(worker.registry.artifacts.read(found.artifact, "data.jsonl"), found.filename)
 
 
-def encoded(worker: Worker, job: JobRecord, examples: Examples) -> list[EncodedExample]:
+def encode_examples(worker: Worker, job: JobRecord, examples: Examples) -> list[EncodedExample]:
     """The tokens of examples. A template that writes the date gets that of the submission, so that every attempt trains
     on the same tokens."""
-    tokenizer = worker.tokenizer.at(datetime.fromtimestamp(job.created_at, UTC))
-    return [tokenizer.example(example, job.spec.learn) for example in examples.examples]
+    tokenizer = worker.tokenizer.at_time(datetime.fromtimestamp(job.created_at, UTC))
+    return [tokenizer.encode_example(example, job.spec.train_on) for example in examples.examples]
 
 
-def report_trained(
+def report_supervised_tokens(
     worker: Worker, job: JobRecord, examples: Sequence[Example], found: Sequence[EncodedExample]
 ) -> None:
     """Adds an event to the job's history, once: how many answers and tokens of the training file are trained."""
@@ -255,18 +260,18 @@ def report_trained(
         "examples": len(examples),
         "answers": sum(len(example.answers) if example.prompt is None else 1 for example in examples),
         "trained_answers": sum(len(part.spans) for part in parts),
-        "supervised_tokens": sum(map(supervised, parts)),
+        "supervised_tokens": sum(map(count_supervised_tokens, parts)),
     }
     message = (
         "Training on {trained_answers} of {answers} answers in {examples} examples: {supervised_tokens} supervised "
         "tokens per epoch."
     )
     with worker.registry.writing() as session:
-        if not any("supervised_tokens" in event.data for event in jobs.events(session, job.id)):
+        if not any("supervised_tokens" in event.data for event in jobs.list_events(session, job.id)):
             jobs.add_event(session, job.id, "info", "message", message.format(**figures), figures)
 
 
-def give_up(worker: Worker, job: JobRecord, error: LoramillError) -> None:
+def record_attempt_end(worker: Worker, job: JobRecord, error: LoramillError) -> None:
     """Records why an attempt ended before its job; the job waits again if it is to go on or that may help."""
     settings = worker.settings
     if isinstance(error, JobCancelled):
@@ -276,7 +281,7 @@ def give_up(worker: Worker, job: JobRecord, error: LoramillError) -> None:
         with worker.registry.writing() as session:
             if isinstance(error, JobPaused | JobPreempted | JobCancelled):
                 jobs.release(session, job.id, job.attempt)
-            elif isinstance(error, OUTAGE):
+            elif isinstance(error, OUTAGE_ERRORS):
                 jobs.release(session, job.id, job.attempt, error=error, backoff_seconds=settings.backoff_seconds)
             else:
                 jobs.fail(
@@ -284,12 +289,12 @@ def give_up(worker: Worker, job: JobRecord, error: LoramillError) -> None:
                     job.id,
                     job.attempt,
                     error,
-                    retry=not isinstance(error, PERMANENT),
+                    retry=not isinstance(error, PERMANENT_ERRORS),
                     backoff_seconds=settings.backoff_seconds,
                 )
 
     try:
-        insist(PATIENCE_SECONDS, end_attempt)
+        retry_while_unavailable(DATABASE_OUTAGE_SECONDS, end_attempt)
     except LeaseLost:
         log.warning("job %s: ended, but the lease was lost before: %s", job.id, error)
     except LoramillError:
@@ -299,6 +304,6 @@ def give_up(worker: Worker, job: JobRecord, error: LoramillError) -> None:
 def remove_checkpoints(worker: Worker, job: JobRecord) -> None:
     """Removes a job's checkpoints; the next sweep removes those that can't be removed now."""
     try:
-        discard(worker.place(job))
+        delete_all(worker.checkpoint_location(job))
     except (LoramillError, OSError) as error:
         log.warning("job %s: its checkpoints can't be removed now: %s", job.id, error)

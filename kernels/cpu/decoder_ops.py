@@ -45,7 +45,7 @@ def rms_norm(library: ctypes.CDLL, x: torch.Tensor, weight: torch.Tensor, eps: f
     else:
         return rms_norm(library, x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
     if step != 1 or weight.dtype != x.dtype or weight.shape != (d,) or not weight.is_contiguous():
-        raise _misfit(x, weight)
+        raise _mismatch(x, weight)
     y = x.new_empty(*x.shape)
     library.rms_norm(x.data_ptr(), rows, members, ld, ld_member, weight.data_ptr(), y.data_ptr(), d, eps)
     return y
@@ -58,9 +58,9 @@ def add_rms_norm(
     (rows, d), (ldx, step) = x.shape, x.stride()
     ld, residual_step = residual.stride()
     if step != 1 or residual_step != 1 or residual.dtype != x.dtype or residual.shape != (rows, d):
-        raise _misfit(x, residual)
+        raise _mismatch(x, residual)
     if weight.dtype != x.dtype or weight.shape != (d,) or not weight.is_contiguous():
-        raise _misfit(x, weight)
+        raise _mismatch(x, weight)
     y = x.new_empty(rows, d)
     library.add_rms_norm(
         residual.data_ptr(), ld, x.data_ptr(), ldx, weight.data_ptr(), y.data_ptr(), rows, d, eps
@@ -73,7 +73,7 @@ def silu_mul(library: ctypes.CDLL, gate_up: torch.Tensor) -> torch.Tensor:
     rows, both = gate_up.shape
     ld, step = gate_up.stride()
     if step != 1:
-        raise _misfit(gate_up, gate_up)
+        raise _mismatch(gate_up, gate_up)
     y = gate_up.new_empty(rows, both // 2)
     library.silu_mul(gate_up.data_ptr(), ld, y.data_ptr(), rows, both // 2)
     return y
@@ -120,10 +120,10 @@ def rope_write(
     angles = (rows, kv.head_dim // 2)
     ld, step = qkv.stride()
     if step != 1 or columns != (heads + 2 * kv.kv_heads) * kv.head_dim or qkv.dtype != kv.keys.dtype:
-        raise _misfit(qkv, kv.keys)
+        raise _mismatch(qkv, kv.keys)
     for angle in (cos, sin):
         if angle.shape != angles or angle.dtype != torch.float32 or not angle.is_contiguous():
-            raise _misfit(qkv, angle)
+            raise _mismatch(qkv, angle)
     library.rope_write(
         qkv.data_ptr(), ld, rows, heads, kv.kv_heads, kv.head_dim, cos.data_ptr(), sin.data_ptr(),
         kv.keys.data_ptr(), kv.values.data_ptr(), slot_address(pages), kv.block_size,
@@ -144,7 +144,7 @@ def attention(
     pages.check(rows, kv.keys.shape[0], kv.block_size)
     ld, step = qkv.stride()
     if step != 1 or heads % kv.kv_heads or columns < heads * kv.head_dim or qkv.dtype != kv.keys.dtype:
-        raise _misfit(qkv, kv.keys)
+        raise _mismatch(qkv, kv.keys)
     plan = attention_plan(pages, heads // kv.kv_heads)
     y = qkv.new_empty(rows, heads * kv.head_dim)
     library.attention(
@@ -158,7 +158,7 @@ def attention(
 UNLIMITED = 1 << 40
 
 
-def _misfit(x: torch.Tensor, other: torch.Tensor) -> EngineFault:
+def _mismatch(x: torch.Tensor, other: torch.Tensor) -> EngineFault:
     return EngineFault(
         f"{x.dtype} {list(x.shape)} of strides {x.stride()} and {other.dtype} {list(other.shape)} of strides "
         f"{other.stride()} don't go together: the kernels need one type, matching sizes, and rows without gaps."

@@ -56,7 +56,7 @@ def open_native(tier: str | None = None) -> Native:
     if not tiers or tier not in (None, *tiers):
         raise SetupError(f"The native kernels need {tier or 'AVX2'}; this processor has {', '.join(tiers) or 'none'}.")
     native = Native(tier or tiers[0])
-    native.warm()
+    native.warm_up()
     return native
 
 
@@ -64,7 +64,7 @@ class Native:
     """The operations of `Backend` on a processor of `tier`, for bfloat16 and float32."""
 
     def __init__(self, tier: str) -> None:
-        self.layout = replace(PANELS, place=self._place)
+        self.layout = replace(PANELS, copy=self._copy_laid_out)
         self.name = f"cpu-{tier}"
         self._tier = tier
         self._threads = 1
@@ -78,17 +78,17 @@ class Native:
 
     def pack(self, weight: torch.Tensor) -> Weight:
         """Lays a matrix [d_out, d_in] out for `linear` and `embed`."""
-        return Weight(self._kept(panels(weight)), weight.dtype, *weight.shape)
+        return Weight(self._store(panels(weight)), weight.dtype, *weight.shape)
 
     def pack_quantized(self, matrix: Quantized, dtype: torch.dtype) -> Weight:
         """Lays the codes out in the order of `pack`, those that choose a level two a byte."""
         levels = None if matrix.levels is None else matrix.levels.contiguous()
         lay_out = byte_panels if levels is None else nibble_panels
-        book = Codebook(levels, self._kept(scale_panels(matrix.scales)), matrix.group)
-        return Weight(self._kept(lay_out(matrix.codes, dtype)), dtype, *matrix.codes.shape, codebook=book)
+        book = Codebook(levels, self._store(scale_panels(matrix.scales)), matrix.group)
+        return Weight(self._store(lay_out(matrix.codes, dtype)), dtype, *matrix.codes.shape, codebook=book)
 
-    def _kept(self, laid_out: torch.Tensor) -> torch.Tensor:
-        memory = self._pool.take(laid_out.nbytes).view(laid_out.dtype).view(laid_out.shape)
+    def _store(self, laid_out: torch.Tensor) -> torch.Tensor:
+        memory = self._pool.allocate(laid_out.nbytes).view(laid_out.dtype).view(laid_out.shape)
         return memory.copy_(laid_out)
 
     def embed(self, tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -203,7 +203,7 @@ class Native:
         for opened in self._libraries.values():
             opened.set_threads(threads)
 
-    def warm(self) -> None:
+    def warm_up(self) -> None:
         """Compiles what isn't in the cache yet.
 
         Raises:
@@ -211,7 +211,7 @@ class Native:
         """
         self._library(torch.bfloat16)
 
-    def _place(self, placings: NDArray[np.void], dtype: torch.dtype) -> None:
+    def _copy_laid_out(self, placings: NDArray[np.void], dtype: torch.dtype) -> None:
         self._library(dtype).lay_out(placings.ctypes.data, len(placings))
 
     def _library(self, dtype: torch.dtype) -> ctypes.CDLL:

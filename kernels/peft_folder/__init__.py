@@ -8,22 +8,22 @@ from loramill.kernels.peft_folder.base import PREFIX, BaseModules, Module
 from loramill.kernels.peft_folder.config import CONFIG_FILE
 from loramill.kernels.peft_folder.reader import (
     WEIGHTS_FILE,
-    TunedModule,
-    checked_config,
+    AdapterModule,
+    parse_config,
     read_adapter,
     read_modules,
 )
-from loramill.kernels.peft_folder.writer import normal_files
+from loramill.kernels.peft_folder.writer import normalized_files
 
 __all__ = [
     "CONFIG_FILE",
     "PREFIX",
     "WEIGHTS_FILE",
+    "AdapterModule",
     "BaseModules",
     "Module",
-    "TunedModule",
-    "checked_config",
-    "normal_files",
+    "normalized_files",
+    "parse_config",
     "read_adapter",
     "read_modules",
 ]

@@ -103,7 +103,7 @@ class BaseModules:
         name = self._cores.get(_core(trained))
         return None if name is None else (name, trained)
 
-    def as_trained(self, found: Mapping[str, str]) -> dict[str, str]:
+    def trained_names(self, found: Mapping[str, str]) -> dict[str, str]:
         """What the trainer called each module of the base.
 
         Args:

@@ -62,10 +62,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise AdapterInvalid(f"{CONFIG_FILE} in {folder.name} can't be read: {error}.") from error
-    return checked_config(folder.name, text)
+    return parse_config(folder.name, text)
 
 
-def checked_config(name: str, text: str | bytes) -> dict[str, Any]:
+def parse_config(name: str, text: str | bytes) -> dict[str, Any]:
     """The config of the adapter `name`; as `read_config`."""
     try:
         config = json.loads(text)
@@ -101,7 +101,7 @@ def _check_supported(name: str, config: Mapping[str, Any]) -> None:
         )
 
 
-class Targets:
+class TargetModules:
     """PEFT's rule for which modules of a base an adapter has, by the names that they had in training.
 
     Raises:

@@ -12,9 +12,9 @@ import torch
 
 from loramill.errors import AdapterInvalid
 from loramill.kernels.adapter import Delta
-from loramill.kernels.memory import Memory, host_memory
+from loramill.kernels.memory import Allocator, host_memory
 from loramill.kernels.peft_folder.base import BaseModules, Module
-from loramill.kernels.peft_folder.config import CONFIG_FILE, Patterns, Targets, checked_config, read_config
+from loramill.kernels.peft_folder.config import CONFIG_FILE, Patterns, TargetModules, parse_config, read_config
 from loramill.kernels.peft_folder.names import (
     BIAS,
     EMBEDDING_A,
@@ -29,9 +29,9 @@ from loramill.kernels.peft_folder.names import (
     by_module,
     file_name,
 )
-from loramill.kernels.peft_folder.safetensors_file import not_finite, read_tensors
+from loramill.kernels.peft_folder.safetensors_file import first_non_finite, read_tensors
 
-__all__ = ["WEIGHTS_FILE", "TunedModule", "checked_config", "read_adapter", "read_modules"]
+__all__ = ["WEIGHTS_FILE", "AdapterModule", "parse_config", "read_adapter", "read_modules"]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 #: What other programs call their files, and what to do with them.
@@ -45,7 +45,7 @@ _OTHER_FILES = {
 
 
 @dataclass(frozen=True, slots=True)
-class TunedModule:
+class AdapterModule:
     """The adapter of one module, as trained; in the file's dtype.
 
     Attributes:
@@ -76,15 +76,15 @@ class TunedModule:
         return Delta(self.a, self.b, self.magnitude.float() / torch.linalg.vector_norm(merged, dim=1), scale=self.scale)
 
 
-def read_adapter(folder: Path, base: BaseModules, memory: Memory = host_memory) -> dict[str, Delta]:
+def read_adapter(folder: Path, base: BaseModules, allocate: Allocator = host_memory) -> dict[str, Delta]:
     """The deltas of an adapter by module; arguments and errors are those of `read_modules`."""
     return {
         module: tuned.delta(None if tuned.magnitude is None else base.weight(module))
-        for module, tuned in read_modules(folder, base, memory).items()
+        for module, tuned in read_modules(folder, base, allocate).items()
     }
 
 
-def read_modules(folder: Path, base: BaseModules, memory: Memory = host_memory) -> dict[str, TunedModule]:
+def read_modules(folder: Path, base: BaseModules, allocate: Allocator = host_memory) -> dict[str, AdapterModule]:
     """Reads `adapter_config.json` and `adapter_model.safetensors`, of LoRA or raw AdaLoRA.
 
     Args:
@@ -103,15 +103,15 @@ def read_modules(folder: Path, base: BaseModules, memory: Memory = host_memory) 
     """
     config = read_config(folder)
     name = folder.name
-    found = _read_file(folder, base, memory)
-    trained = base.as_trained({module: own.trained for module, own in found.items()})
+    found = _read_file(folder, base, allocate)
+    trained = base.trained_names({module: own.trained for module, own in found.items()})
     _drop_base_layers(name, found, base)
     if not found:
         raise AdapterInvalid(f"The adapter in {name} has no weights.")
-    promised = _promised(name, config, found, trained, base)
+    promised = _targeted(name, config, found, trained, base)
     adalora = config["peft_type"] == "ADALORA"
     ranks, alphas = (Patterns(name, config, key) for key in ("rank_pattern", "alpha_pattern"))
-    tuned: dict[str, TunedModule] = {}
+    tuned: dict[str, AdapterModule] = {}
     for module in promised:
         site, called, own = base.modules[module], trained[module], found.get(module)
         if adalora:
@@ -124,7 +124,7 @@ def read_modules(folder: Path, base: BaseModules, memory: Memory = host_memory) 
     return tuned
 
 
-def _read_file(folder: Path, base: BaseModules, memory: Memory) -> dict[str, FileModule]:
+def _read_file(folder: Path, base: BaseModules, memory: Allocator) -> dict[str, FileModule]:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         for other, reason in _OTHER_FILES.items():
@@ -134,13 +134,13 @@ def _read_file(folder: Path, base: BaseModules, memory: Memory) -> dict[str, Fil
         tensors = read_tensors(path, memory)
     except (OSError, ValueError) as error:
         raise AdapterInvalid(f"{WEIGHTS_FILE} in {folder.name} can't be read: {error}.") from error
-    broken = not_finite(tensors)
+    broken = first_non_finite(tensors)
     if broken is not None:
         raise AdapterInvalid(f"'{broken}' of the adapter in {folder.name} holds values that are NaN or infinite.")
     return by_module(folder.name, tensors, base)
 
 
-def _promised(
+def _targeted(
     name: str, config: Mapping[str, Any], found: Mapping[str, FileModule], trained: Mapping[str, str], base: BaseModules
 ) -> list[str]:
     """The modules that the config targets, in the base's order.
@@ -148,7 +148,7 @@ def _promised(
     Raises:
         AdapterInvalid: the file holds a module that is not targeted.
     """
-    targets = Targets(name, config)
+    targets = TargetModules(name, config)
     # A config may name the modules as they were named in training, or as in this base.
     promised = {
         module: None
@@ -192,18 +192,18 @@ def _equal(saved: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def _lora(
     name: str, module: str, site: Module, own: FileModule | None, rank: int, scale: float, dora: bool
-) -> TunedModule:
+) -> AdapterModule:
     of_a, of_b = (EMBEDDING_A, EMBEDDING_B) if site.lookup else (A, B)
     if dora and site.lookup:
         raise AdapterInvalid(f"The adapter in {name} uses DoRA on the embedding '{module}', which isn't supported.")
     wanted = {of_a: (rank, site.d_in), of_b: (site.d_out, rank)} | ({MAGNITUDE: (site.d_out,)} if dora else {})
-    parts = _checked(name, module, own, wanted)
-    return TunedModule(parts[of_a], parts[of_b], scale, parts.get(MAGNITUDE), site.lookup)
+    parts = _require_parts(name, module, own, wanted)
+    return AdapterModule(parts[of_a], parts[of_b], scale, parts.get(MAGNITUDE), site.lookup)
 
 
 def _adalora(
     name: str, module: str, site: Module, trained: str, own: FileModule | None, config: Mapping[str, Any]
-) -> TunedModule | None:
+) -> AdapterModule | None:
     """B diag(E) A (Zhang et al. 2023, eq. 3) without the ranks whose singular value is 0; None if all are."""
     try:
         rank, alpha = int(config["init_r"]), float(config["lora_alpha"])
@@ -217,11 +217,11 @@ def _adalora(
     if own is not None and (ranknum := own.parts.pop(RANKS, None)) is not None:
         # PEFT divides by the rank before any was pruned, and doesn't save it since 0.18.
         divisor = _number(name, own.names[RANKS], ranknum)
-    parts = _checked(name, module, own, {A: (rank, site.d_in), B: (site.d_out, rank), E: (rank, 1)})
+    parts = _require_parts(name, module, own, {A: (rank, site.d_in), B: (site.d_out, rank), E: (rank, 1)})
     a, b, e = parts[A], parts[B], parts[E].float().flatten()
     alive = e != 0
     scale = (alpha if alpha > 0 else float(rank)) / (divisor + 1e-5)
-    return TunedModule(a[alive], b.float()[:, alive] * (e[alive] * scale), 1.0) if alive.any() else None
+    return AdapterModule(a[alive], b.float()[:, alive] * (e[alive] * scale), 1.0) if alive.any() else None
 
 
 def _number(name: str, tensor: str, value: torch.Tensor) -> float:
@@ -245,7 +245,7 @@ def _rank_and_scale(name: str, module: str, config: Mapping[str, Any], rank: Any
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _checked(
+def _require_parts(
     name: str, module: str, own: FileModule | None, wanted: Mapping[str, tuple[int, ...]]
 ) -> dict[str, torch.Tensor]:
     """The module's parts, which must be exactly those that are wanted, with these shapes."""

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from loramill.kernels.memory import Memory, host_memory
+from loramill.kernels.memory import Allocator, host_memory
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def read_tensors(path: Path, memory: Memory = host_memory) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path, allocate: Allocator = host_memory) -> dict[str, torch.Tensor]:
     """The tensors of a file by name; they share its bytes, which go to `memory`.
 
     Raises:
@@ -28,7 +28,7 @@ def read_tensors(path: Path, memory: Memory = host_memory) -> dict[str, torch.Te
     """
     with path.open("rb") as file:
         size = path.stat().st_size
-        content = memory(size).numpy().data
+        content = allocate(size).numpy().data
         if file.readinto(content) != size:
             raise ValueError("the file was cut short while it was read")
     length = int.from_bytes(content[:8], "little")
@@ -56,7 +56,7 @@ def _tensor(name: str, entry: Any, data: memoryview) -> torch.Tensor:
     raise ValueError(f"'{name}' is {kind}; save it in one of {', '.join(_DTYPES)}")
 
 
-def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+def first_non_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """The name of the first tensor with a NaN or an infinity; None if there is none."""
     for name, tensor in tensors.items():
         # A sum is one pass without a copy. One of finite values may overflow, which the slow look then tells.

@@ -12,10 +12,10 @@ from safetensors.torch import save
 from loramill.kernels.peft_folder.base import BaseModules
 from loramill.kernels.peft_folder.config import CONFIG_FILE
 from loramill.kernels.peft_folder.names import EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B, file_name
-from loramill.kernels.peft_folder.reader import WEIGHTS_FILE, TunedModule
+from loramill.kernels.peft_folder.reader import WEIGHTS_FILE, AdapterModule
 
 
-def normal_files(modules: Mapping[str, TunedModule], base: BaseModules, base_name: str) -> dict[str, bytes]:
+def normalized_files(modules: Mapping[str, AdapterModule], base: BaseModules, base_name: str) -> dict[str, bytes]:
     """The files that PEFT writes for a LoRA or DoRA, with the base's own names; the same bytes for the same adapter.
 
     Args:
@@ -33,7 +33,7 @@ def normal_files(modules: Mapping[str, TunedModule], base: BaseModules, base_nam
     return {CONFIG_FILE: config.encode(), WEIGHTS_FILE: save(whole, metadata={"format": "pt"})}
 
 
-def _config(modules: Mapping[str, TunedModule], base: BaseModules, base_name: str) -> dict[str, object]:
+def _config(modules: Mapping[str, AdapterModule], base: BaseModules, base_name: str) -> dict[str, object]:
     ranks = {name: len(tuned.a) for name, tuned in modules.items()}
     alphas = {name: _number(tuned.scale * len(tuned.a)) for name, tuned in modules.items()}
     (rank, _), (alpha, _) = Counter(ranks.values()).most_common(1)[0], Counter(alphas.values()).most_common(1)[0]
@@ -52,7 +52,7 @@ def _config(modules: Mapping[str, TunedModule], base: BaseModules, base_name: st
     }
 
 
-def _targets(modules: Mapping[str, TunedModule], base: BaseModules) -> list[str]:
+def _targets(modules: Mapping[str, AdapterModule], base: BaseModules) -> list[str]:
     """The last parts of the names if they mean just these modules, else the whole names."""
     last = {name.rpartition(".")[2] for name in modules}
     meant = {name for name in base.modules if name.rpartition(".")[2] in last}

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from loramill.errors import EngineFault
 from loramill.kernels import torch_backend
 from loramill.kernels.backend import LayerKV
-from loramill.kernels.memory import send, sent
-from loramill.kernels.paging import BLOCKS, COUNT, FIRST, START, Pages, Rows, Span
+from loramill.kernels.memory import copy_to_device, to_device
+from loramill.kernels.paging import BLOCKS, COUNT, FIRST, START, KVSpan, PagedRows, Pages
 from loramill.kernels.triton.attention_kernels import attend, combine
 from loramill.kernels.triton.plans import Launch
 
@@ -52,7 +52,7 @@ def attention(
 
 
 @dataclass(frozen=True, slots=True)
-class Decodes:
+class DecodeBatch:
     """Sequences with one new row, on the device.
 
     Attributes:
@@ -86,14 +86,16 @@ class StaticPages:
             scratch: a block that no sequence has; theirs are those before it.
             device: where the graph runs.
         """
-        self.pages = Pages.of([Span(0, 1, [scratch])] * rows, block_size)
+        self.pages = Pages.of([KVSpan(0, 1, [scratch])] * rows, block_size)
         self._scratch = scratch
         self._numbers = torch.empty(2, rows, dtype=torch.int64, device=device)
         self._table = torch.empty(3 * rows + blocks, dtype=torch.int32, device=device)
         # Of the tensors: "cuda" is another key than "cuda:0".
         device = self._numbers.device
-        self.pages.memo[device] = Rows(*self._numbers)
-        self.pages.memo[Decodes, device] = Decodes(self._table[: 3 * rows].view(rows, 3), self._table[3 * rows :])
+        self.pages.memo[device] = PagedRows(*self._numbers)
+        self.pages.memo[DecodeBatch, device] = DecodeBatch(
+            self._table[: 3 * rows].view(rows, 3), self._table[3 * rows :]
+        )
         # What is launched before the first refresh must write to the scratch block, too.
         self.refresh(Pages.of([], block_size))
 
@@ -117,12 +119,18 @@ class StaticPages:
         table = np.zeros(3 * own.rows + len(pages.blocks), dtype=np.int32)
         table[: 3 * pages.rows] = _decode_table(pages).reshape(-1)
         table[3 * own.rows :] = pages.blocks
-        send(numbers, self._numbers)
-        send(table, self._table[: len(table)])
+        copy_to_device(numbers, self._numbers)
+        copy_to_device(table, self._table[: len(table)])
 
 
 def decode(
-    qkv: torch.Tensor, out: torch.Tensor, heads: int, kv: LayerKV, decodes: Decodes, scale: float, window: int | None
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    heads: int,
+    kv: LayerKV,
+    decodes: DecodeBatch,
+    scale: float,
+    window: int | None,
 ) -> None:
     """Writes the sequences' rows of out [rows, heads * head_dim]; what else is there stays."""
     sequences, group = len(decodes.table), heads // kv.kv_heads
@@ -175,13 +183,13 @@ def splits_of(sequences: int, kv_heads: int) -> int:
     return int(min(most, max(least, triton.next_power_of_2(triton.cdiv(PROGRAMS, sequences * kv_heads)))))
 
 
-def _decodes(pages: Pages, device: torch.device) -> Decodes:
-    key = (Decodes, device)
+def _decodes(pages: Pages, device: torch.device) -> DecodeBatch:
+    key = (DecodeBatch, device)
     if key not in pages.memo:
         table = _decode_table(pages)
-        numbers = sent(np.concatenate([table.reshape(-1), pages.blocks]), device)
-        pages.memo[key] = Decodes(numbers[: table.size].view(-1, 3), numbers[table.size :])
-    decodes: Decodes = pages.memo[key]
+        numbers = to_device(np.concatenate([table.reshape(-1), pages.blocks]), device)
+        pages.memo[key] = DecodeBatch(numbers[: table.size].view(-1, 3), numbers[table.size :])
+    decodes: DecodeBatch = pages.memo[key]
     return decodes
 
 

@@ -16,7 +16,7 @@ from loramill.kernels import torch_backend
 from loramill.kernels.adapter import RANK, Layout, Site
 from loramill.kernels.backend import Weight
 from loramill.kernels.batch import Batch
-from loramill.kernels.memory import ALIGNMENT, aligned, send
+from loramill.kernels.memory import ALIGNMENT, aligned, copy_to_device
 from loramill.kernels.slab import SiteSlab, Slab
 from loramill.kernels.triton import kernels, plans
 
@@ -40,9 +40,9 @@ def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None
         EngineFault: a handle is stale, the slab has another layout, or x or y another shape or dtype.
     """
     slab.slab.check(batch)
-    work = batch.memo.get((Work, slab.slab))
+    work = batch.memo.get((StepWork, slab.slab))
     if work is None:
-        work = batch.memo[Work, slab.slab] = work_of(slab.slab, batch)
+        work = batch.memo[StepWork, slab.slab] = build_work(slab.slab, batch)
     if work.count:
         site = work.resident.sites[slab.index]
         _check(x, y, site, work, slab.slab.dtype)
@@ -85,7 +85,7 @@ class ResidentSite:
     starts: torch.Tensor
 
 
-class Resident:
+class ResidentSlab:
     """What the kernels read of a slab.
 
     Attributes:
@@ -113,12 +113,12 @@ class Resident:
         if changes != self._changes:
             table = slab.table // self._units
             self.ranks = table[..., RANK].max(axis=(0, 2), initial=0)
-            send(table, self._table)
+            copy_to_device(table, self._table)
             self._changes = changes
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class StepWork:
     """A step, cut into tiles.
 
     Attributes:
@@ -130,8 +130,8 @@ class Work:
         rank: the largest.
     """
 
-    resident: Resident
-    plan: plans.Plan
+    resident: ResidentSlab
+    plan: plans.TilePlan
     tiles: torch.Tensor
     count: int
     rows: int
@@ -154,9 +154,9 @@ class StaticPlan:
         self._slab, self._rows, self._rank = slab, rows, rank
         self._more = rows * (-(-rank // plan.shrink.ranks) - 1)
         tiles = torch.full((rows + self._more, 4), -1, dtype=torch.int32, device=slab.arena.device)
-        self._work = Work(_resident(slab), plan, tiles, rows, rows, rank)
+        self._work = StepWork(_resident(slab), plan, tiles, rows, rows, rank)
         self.batch = Batch(rows, ())
-        self.batch.memo[Work, slab] = self._work
+        self.batch.memo[StepWork, slab] = self._work
 
     def refresh(self, batch: Batch) -> None:
         """Replaces the work by that of a batch.
@@ -178,7 +178,7 @@ class StaticPlan:
         tiles = np.full(self._work.tiles.shape, -1, dtype=np.int32)
         tiles[: len(first)] = first
         tiles[self._rows : self._rows + len(more)] = more
-        send(tiles, self._work.tiles)
+        copy_to_device(tiles, self._work.tiles)
 
 
 def tile_list(
@@ -206,36 +206,36 @@ def tile_list(
     return first.astype(np.int32), more.astype(np.int32)
 
 
-def shrink_and_expand(x: torch.Tensor, y: torch.Tensor, site: ResidentSite, work: Work) -> None:
+def shrink_and_expand(x: torch.Tensor, y: torch.Tensor, site: ResidentSite, work: StepWork) -> None:
     """The step at a site in two launches, with h [splits, modules, rows, rank] between them in device memory."""
     plan, tiles = work.plan, work.tiles
     shrink = plans.shrink(plan, x.itemsize, plans.steps(site.d_in, x.itemsize, plan, len(tiles) * site.modules))
     splits = triton.cdiv(site.d_in, shrink.constants["DEPTH"] * shrink.constants["STEPS"])
     h_row = aligned(4 * work.rank) // 4
     h = torch.empty(splits * site.modules * work.rows * h_row, dtype=torch.float32, device=x.device)
-    _start(
+    _launch(
         shrink, (len(tiles), site.modules, splits), site,
         x, site.weights, site.table, tiles, h, site.d_in, work.rows, x.stride(0), h_row,
     )  # fmt: skip
     expand = plans.expand(plan)
-    _start(
+    _launch(
         expand, (work.count, site.modules, triton.cdiv(site.widest, expand.constants["WIDTH"])), site,
         y, site.weights, site.gains, site.table, site.starts, tiles, h, splits, work.rows, y.stride(0), h_row,
         ALIGN_Y=site.align_y,
     )  # fmt: skip
 
 
-def fused(x: torch.Tensor, y: torch.Tensor, site: ResidentSite, work: Work) -> None:
+def fused(x: torch.Tensor, y: torch.Tensor, site: ResidentSite, work: StepWork) -> None:
     """The step at a site in one launch, for tiles of one row and ranks up to `plans.FUSED.ranks`."""
     launch = plans.fused(site.d_in, x.itemsize)
-    _start(
+    _launch(
         launch, (work.count, site.modules, triton.cdiv(site.widest, launch.constants["WIDTH"])), site,
         x, y, site.weights, site.gains, site.table, site.starts, work.tiles, site.d_in, x.stride(0), y.stride(0),
         ALIGN_Y=site.align_y,
     )  # fmt: skip
 
 
-def _start(
+def _launch(
     launch: plans.Launch,
     grid: tuple[int, int, int],
     site: ResidentSite,
@@ -248,13 +248,13 @@ def _start(
     )  # fmt: skip
 
 
-_residents: WeakKeyDictionary[Slab, Resident] = WeakKeyDictionary()
+_residents: WeakKeyDictionary[Slab, ResidentSlab] = WeakKeyDictionary()
 
 
-def _resident(slab: Slab) -> Resident:
+def _resident(slab: Slab) -> ResidentSlab:
     resident = _residents.get(slab)
     if resident is None:
-        resident = _residents[slab] = Resident(slab)
+        resident = _residents[slab] = ResidentSlab(slab)
     return resident
 
 
@@ -273,7 +273,7 @@ def _site(site: Site, weights: torch.Tensor, gains: torch.Tensor, table: torch.T
     )
 
 
-def work_of(slab: Slab, batch: Batch) -> Work:
+def build_work(slab: Slab, batch: Batch) -> StepWork:
     """Cuts a batch into tiles and starts sending them, after the table if that changed."""
     resident = _resident(slab)
     resident.refresh(slab)
@@ -283,8 +283,8 @@ def work_of(slab: Slab, batch: Batch) -> Work:
     plan = plans.choose(int((segments[:, 2] - segments[:, 1]).max(initial=0)), rank)
     first, more = tile_list(segments, ranks, plan.rows, plan.shrink.ranks)
     tiles = torch.empty((len(first) + len(more), 4), dtype=torch.int32, device=slab.arena.device)
-    send(np.concatenate([first, more]), tiles)
-    return Work(resident, plan, tiles, len(first), batch.rows, rank)
+    copy_to_device(np.concatenate([first, more]), tiles)
+    return StepWork(resident, plan, tiles, len(first), batch.rows, rank)
 
 
 def _copies(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -293,7 +293,7 @@ def _copies(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.in
     return item, np.arange(len(item)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _check(x: torch.Tensor, y: torch.Tensor, site: ResidentSite, work: Work, dtype: torch.dtype) -> None:
+def _check(x: torch.Tensor, y: torch.Tensor, site: ResidentSite, work: StepWork, dtype: torch.dtype) -> None:
     for name, tensor, columns in (("x", x, site.d_in), ("y", y, site.columns)):
         fits = tensor.dtype == dtype and tensor.shape == (work.rows, columns)
         if not fits or (columns > 1 and tensor.stride(1) != 1):

@@ -46,7 +46,7 @@ class Expand:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TilePlan:
     """How a step is cut up; `rows` of a run make a tile, and with 1 the matrix units are left alone."""
 
     rows: int
@@ -90,12 +90,12 @@ class Launch:
 
 #: (rows of the longest run up to, ranks up to, plan); the first that fits is used.
 #: With 64 rows, an expand of 32 ranks a step spills where widths are odd.
-TABLE: tuple[tuple[float, int, Plan], ...] = (
-    (3, 256, Plan(1, Shrink(16, 512, 16, 4, 1), Expand(16, 512, 4))),
-    (32, 16, Plan(16, Shrink(16, 256, 16, 4, 4), Expand(16, 128, 4))),
-    (32, 256, Plan(16, Shrink(64, 128, 16, 4, 4), Expand(32, 128, 4))),
-    (math.inf, 16, Plan(64, Shrink(16, 128, 8, 4, 4), Expand(16, 128, 8))),
-    (math.inf, 256, Plan(64, Shrink(64, 128, 8, 4, 4), Expand(16, 128, 8))),
+TABLE: tuple[tuple[float, int, TilePlan], ...] = (
+    (3, 256, TilePlan(1, Shrink(16, 512, 16, 4, 1), Expand(16, 512, 4))),
+    (32, 16, TilePlan(16, Shrink(16, 256, 16, 4, 4), Expand(16, 128, 4))),
+    (32, 256, TilePlan(16, Shrink(64, 128, 16, 4, 4), Expand(32, 128, 4))),
+    (math.inf, 16, TilePlan(64, Shrink(16, 128, 8, 4, 4), Expand(16, 128, 8))),
+    (math.inf, 256, TilePlan(64, Shrink(64, 128, 8, 4, 4), Expand(16, 128, 8))),
 )
 
 FUSED = Fused(tiles=32, ranks=16, d_in=2048, depth=2048, width=512, warps=8)
@@ -111,22 +111,22 @@ REGISTERS = 128
 STATIC_ROWS = 32
 
 
-def choose(longest: int, rank: int) -> Plan:
+def choose(longest: int, rank: int) -> TilePlan:
     """The plan for a step whose longest run has `longest` rows and whose largest adapter has rank `rank`."""
     return next(plan for rows, ranks, plan in TABLE if longest <= rows and rank <= ranks)
 
 
-def choose_static(rows: int, rank: int) -> Plan:
+def choose_static(rows: int, rank: int) -> TilePlan:
     """The plan for a graph of up to `rows` rows in runs of any length, and ranks up to `rank`."""
     return choose(1 if rows <= STATIC_ROWS else 16, rank)
 
 
-def fuses(plan: Plan, tiles: int, rank: int, d_in: int) -> bool:
+def fuses(plan: TilePlan, tiles: int, rank: int, d_in: int) -> bool:
     """Whether one launch does it all."""
     return plan.rows == 1 and tiles <= FUSED.tiles and rank <= FUSED.ranks and d_in <= FUSED.d_in
 
 
-def steps(d_in: int, itemsize: int, plan: Plan, programs: int) -> int:
+def steps(d_in: int, itemsize: int, plan: TilePlan, programs: int) -> int:
     """Steps of each split of the sum over d_in: as few as fill the GPU; a power of two, so that few variants compile.
 
     Args:
@@ -140,7 +140,7 @@ def steps(d_in: int, itemsize: int, plan: Plan, programs: int) -> int:
 
 
 @cache
-def shrink(plan: Plan, itemsize: int, steps: int) -> Launch:
+def shrink(plan: TilePlan, itemsize: int, steps: int) -> Launch:
     """The shrink of weights of `itemsize` bytes."""
     cut = plan.shrink
     constants = {"RANKS": cut.ranks, "DEPTH": cut.depth // itemsize, "STEPS": steps}
@@ -148,7 +148,7 @@ def shrink(plan: Plan, itemsize: int, steps: int) -> Launch:
 
 
 @cache
-def expand(plan: Plan) -> Launch:
+def expand(plan: TilePlan) -> Launch:
     """The expand."""
     cut = plan.expand
     constants = {"SPLITS": plan.shrink.splits, "RANKS": cut.ranks, "WIDTH": cut.width}
@@ -163,7 +163,7 @@ def fused(d_in: int, itemsize: int) -> Launch:
     return Launch("fused_row", constants, {"num_warps": FUSED.warps, "num_stages": 1})
 
 
-def _launch(kernel: str, plan: Plan, constants: dict[str, int], warps: int, stages: int) -> Launch:
+def _launch(kernel: str, plan: TilePlan, constants: dict[str, int], warps: int, stages: int) -> Launch:
     options = {"num_warps": warps, "num_stages": stages}
     if plan.rows == 1:
         return Launch(f"{kernel}_row", constants, {**options, "maxnreg": REGISTERS})

@@ -54,21 +54,21 @@ def register(app: typer.Typer) -> None:
 
 
 @adapters.command("list")
-def list_adapters(tenant: Tenant = None, json: show.AsJson = False) -> None:
+def list_adapters(tenant: Tenant = None, json: show.JsonFlag = False) -> None:
     """List adapters and the versions that their aliases name."""
     with Client() as client:
         found = client.adapters(tenant)
     if json:
-        return show.as_json(found)
-    return show.table(
+        return show.print_json(found)
+    return show.print_table(
         ("ADAPTER", "CHAMPION", "CHALLENGER", "PREVIOUS", "MADE"),
         (
             (
                 each.name,
-                show.short(each.champion),
-                show.short(each.challenger),
-                show.short(each.previous),
-                show.ago(each.created_at),
+                show.short_version(each.champion),
+                show.short_version(each.challenger),
+                show.short_version(each.previous),
+                show.time_ago(each.created_at),
             )
             for each in found
         ),
@@ -77,30 +77,30 @@ def list_adapters(tenant: Tenant = None, json: show.AsJson = False) -> None:
 
 
 @adapters.command("show")
-def show_adapter(name: Adapter, json: show.AsJson = False) -> None:
+def show_adapter(name: Adapter, json: show.JsonFlag = False) -> None:
     """Show an adapter's versions, their scores, and how the aliases moved."""
     with Client() as client:
         adapter = client.adapter(name)
     if json:
-        return show.as_json(adapter)
-    show.table(
+        return show.print_json(adapter)
+    show.print_table(
         ("VERSION", "ALIASES", "JOB", "SIZE", "MADE"),
         (
             (
-                show.short(version.id),
+                show.short_version(version.id),
                 ", ".join(_aliases(adapter, version.id)) or "-",
                 version.job or "-",
                 f"{version.bytes / 1e6:.1f} MB",
-                show.ago(version.created_at),
+                show.time_ago(version.created_at),
             )
             for version in adapter.versions
         ),
         empty=f"{name} has no versions yet.",
     )
-    for title, rows in (("Scores", _scores(adapter)), ("History", _history(adapter))):
+    for title, rows in (("Scores", _score_fields(adapter)), ("History", _history_fields(adapter))):
         if rows:
-            show.line(f"\n{title}")
-            show.facts(rows)
+            show.print_line(f"\n{title}")
+            show.print_fields(rows)
     return None
 
 
@@ -108,10 +108,10 @@ def _aliases(adapter: AdapterView, version: str) -> list[str]:
     return [alias for alias in Alias if getattr(adapter, alias) == version]
 
 
-def _scores(adapter: AdapterView) -> list[tuple[str, str]]:
+def _score_fields(adapter: AdapterView) -> list[tuple[str, str]]:
     return [
         (
-            show.short(each.version) if each.version else "base",
+            show.short_version(each.version) if each.version else "base",
             f"{each.slice} ({each.examples}): "
             + ", ".join(f"{name} {value:.3f}" for name, value in each.metrics.items()),
         )
@@ -119,16 +119,16 @@ def _scores(adapter: AdapterView) -> list[tuple[str, str]]:
     ]
 
 
-def _history(adapter: AdapterView) -> list[tuple[str, str]]:
+def _history_fields(adapter: AdapterView) -> list[tuple[str, str]]:
     return [
-        (show.ago(move.created_at), f"{move.alias} -> {show.short(move.version)}  {move.reason}")
+        (show.time_ago(move.created_at), f"{move.alias} -> {show.short_version(move.version)}  {move.reason}")
         for move in adapter.history
     ]
 
 
-def promote(name: Versioned, version: Selected = None, json: show.AsJson = False) -> None:
+def promote(name: Versioned, version: Selected = None, json: show.JsonFlag = False) -> None:
     """Make a version the champion: the one that answers."""
-    name, version = _selected(name, version)
+    name, version = _split_version(name, version)
     if version is None:
         raise typer.BadParameter(
             f"which version? Give an alias, such as {name}@challenger, or one that `adapters show {name}` lists."
@@ -136,22 +136,25 @@ def promote(name: Versioned, version: Selected = None, json: show.AsJson = False
     with Client() as client:
         adapter = client.promote(name, version)
     if json:
-        show.as_json(adapter)
+        show.print_json(adapter)
     else:
-        show.say(f"{name} now answers with {show.short(adapter.champion)} (before: {show.short(adapter.previous)}).")
+        show.print_message(
+            f"{name} now answers with {show.short_version(adapter.champion)} (before: "
+            f"{show.short_version(adapter.previous)})."
+        )
 
 
-def rollback(name: Adapter, json: show.AsJson = False) -> None:
+def rollback(name: Adapter, json: show.JsonFlag = False) -> None:
     """Make the previous champion the champion again."""
     with Client() as client:
         adapter = client.rollback(name)
     if json:
-        show.as_json(adapter)
+        show.print_json(adapter)
     else:
-        show.say(f"{name} answers with {show.short(adapter.champion)} again.")
+        show.print_message(f"{name} answers with {show.short_version(adapter.champion)} again.")
 
 
-def _selected(name: str, version: str | None) -> tuple[str, str | None]:
+def _split_version(name: str, version: str | None) -> tuple[str, str | None]:
     """The adapter's name and the version, which may be part of the name (NAME@VERSION)."""
     name, at, within = name.partition("@")
     if at and version is not None:
@@ -161,34 +164,36 @@ def _selected(name: str, version: str | None) -> tuple[str, str | None]:
     return name, within or version
 
 
-def pin(name: Versioned, version: Selected = None, json: show.AsJson = False) -> None:
+def pin(name: Versioned, version: Selected = None, json: show.JsonFlag = False) -> None:
     """Make a version (by default the current champion) the champion, and keep it.
 
     Until it is unpinned, no nightly run, promotion or rollback replaces it.
     """
-    name, version = _selected(name, version)
+    name, version = _split_version(name, version)
     with Client() as client:
         adapter = client.pin(name, version or Alias.CHAMPION.value)
     if json:
-        show.as_json(adapter)
+        show.print_json(adapter)
     else:
-        show.say(f"{name} answers with {show.short(adapter.champion)} until `loramill adapters unpin {name}`.")
+        show.print_message(
+            f"{name} answers with {show.short_version(adapter.champion)} until `loramill adapters unpin {name}`."
+        )
 
 
-def unpin(name: Adapter, json: show.AsJson = False) -> None:
+def unpin(name: Adapter, json: show.JsonFlag = False) -> None:
     """Let the champion change again."""
     with Client() as client:
         adapter = client.unpin(name)
     if json:
-        show.as_json(adapter)
+        show.print_json(adapter)
     else:
-        show.say(f"{name} answers with {show.short(adapter.champion)}, and may be promoted again.")
+        show.print_message(f"{name} answers with {show.short_version(adapter.champion)}, and may be promoted again.")
 
 
 def warm(name: Versioned, version: Selected = None) -> None:
     """Load a version (by default the champion) before the first request for it."""
-    name, version = _selected(name, version)
+    name, version = _split_version(name, version)
     version = version or Alias.CHAMPION.value
     with Client() as client:
         seconds = client.warm(name, version)
-    show.say(f"{name}@{version} answers; its first token took {seconds:.2f} s.")
+    show.print_message(f"{name}@{version} answers; its first token took {seconds:.2f} s.")

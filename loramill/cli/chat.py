@@ -12,7 +12,7 @@ from loramill.cli import complete, show
 from loramill.client import Client
 from loramill.errors import LoramillError
 
-_COMMANDS = """/clear  forget the conversation so far
+_COMMANDS_HELP = """/clear  forget the conversation so far
 /bye    end the conversation (also Ctrl-D)
 Ctrl-C  stop an answer"""
 
@@ -43,60 +43,60 @@ def chat(
     conversation = [{"role": "system", "content": system}] if system else []
     sampling: dict[str, Any] = {"temperature": temperature}
     sampling |= {name: value for name, value in (("top_p", top_p), ("max_tokens", max_tokens)) if value is not None}
-    if message is None and not _is_typed():
+    if message is None and not _is_interactive():
         message = sys.stdin.read().strip()
     with Client() as client:
         if message is not None:
             _ask(client, model, [*conversation, {"role": "user", "content": message}], sampling, [])
         else:
-            _converse(client, model, conversation, sampling)
+            _run_conversation(client, model, conversation, sampling)
 
 
-def _converse(client: Client, model: str, opening: list[dict[str, str]], sampling: dict[str, Any]) -> None:
+def _run_conversation(client: Client, model: str, opening: list[dict[str, str]], sampling: dict[str, Any]) -> None:
     """Sends what is typed until the input ends. Ctrl-C stops an answer, of which the text so far is kept."""
-    show.say(f"Chatting with {model}; /help lists the commands, Ctrl-D ends.", style="dim")
+    show.print_message(f"Chatting with {model}; /help lists the commands, Ctrl-D ends.", style="dim")
     conversation = list(opening)
-    while (question := _question()) is not None:
+    while (question := _read_question()) is not None:
         match question:
             case "":
                 continue
             case "/bye" | "/exit" | "/quit" | "exit" | "quit":
                 return
             case "/help" | "/?":
-                show.say(_COMMANDS, style="dim")
+                show.print_message(_COMMANDS_HELP, style="dim")
             case "/clear":
                 conversation = list(opening)
-                show.say("The conversation was cleared.", style="dim")
+                show.print_message("The conversation was cleared.", style="dim")
             case _:
                 conversation.append({"role": "user", "content": question})
                 pieces: list[str] = []
                 try:
                     _ask(client, model, conversation, sampling, pieces)
                 except KeyboardInterrupt:
-                    show.line("")
-                    show.say("Stopped; Ctrl-D ends the conversation.", style="dim")
+                    show.print_line("")
+                    show.print_message("Stopped; Ctrl-D ends the conversation.", style="dim")
                 except LoramillError as error:  # the next question may succeed
-                    show.say(error.message, style="red")
+                    show.print_message(error.message, style="red")
                     conversation.pop()
                     continue
                 conversation.append({"role": "assistant", "content": "".join(pieces)})
 
 
-def _is_typed() -> bool:
+def _is_interactive() -> bool:
     return sys.stdin.isatty()
 
 
-def _question() -> str | None:
+def _read_question() -> str | None:
     """The next line that is typed; None at the end of the input."""
     while True:
         try:
             return input("> ").strip()
         except EOFError:
-            show.line("")
+            show.print_line("")
             return None
         except KeyboardInterrupt:
-            show.line("")
-            show.say("Ctrl-D or /bye ends the conversation.", style="dim")
+            show.print_line("")
+            show.print_message("Ctrl-D or /bye ends the conversation.", style="dim")
 
 
 def _ask(
@@ -111,4 +111,4 @@ def _ask(
         for piece in answer:
             typer.echo(piece, nl=False)
             pieces.append(piece)
-    show.line("")
+    show.print_line("")

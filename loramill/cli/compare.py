@@ -53,15 +53,15 @@ def compare(
 
     Each method runs in a process of its own, one after another. Exits with 1 if one failed, after the others' results.
     """
-    from loramill.pipelines.compare.report.chart import draw
-    from loramill.pipelines.compare.run import compare_all, plan
+    from loramill.pipelines.compare.report.chart import save_chart
+    from loramill.pipelines.compare.run import compare_all, plan_tasks
     from loramill.settings import Settings
 
     settings = Settings.load()
     _check_writable(json, chart)
     with tempfile.TemporaryDirectory(prefix="loramill-compare-") as folder:
-        with show.screen(stderr=True).status("Reading the data…"):
-            tasks = plan(
+        with show.console(stderr=True).status("Reading the data…"):
+            tasks = plan_tasks(
                 settings,
                 Path(folder),
                 methods=methods.split(","),
@@ -79,23 +79,23 @@ def compare(
     if json is not None:
         json.write_text(comparison.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if chart is not None and any(row.training for row in comparison.rows):
-        draw(comparison, chart)
-    _show(comparison)
+        save_chart(comparison, chart)
+    _print_comparison(comparison)
     if any(row.error for row in comparison.rows):
         raise typer.Exit(1)
 
 
-def _show(comparison: Any) -> None:
+def _print_comparison(comparison: Any) -> None:
     from loramill.pipelines.compare.report import table
 
-    show.table(table.TRAINING, table.training_rows(comparison), empty="Nothing was trained.")
-    show.line("")
-    show.table(table.RESULT, table.result_rows(comparison), empty="Nothing was answered.")
-    show.line("")
+    show.print_table(table.TRAINING, table.training_rows(comparison), empty="Nothing was trained.")
+    show.print_line("")
+    show.print_table(table.RESULT, table.result_rows(comparison), empty="Nothing was answered.")
+    show.print_line("")
     for note in table.notes(comparison):
-        show.say(note, style="dim")
+        show.print_message(note, style="dim")
     for failure in table.failures(comparison):
-        show.say(failure, style="red")
+        show.print_message(failure, style="red")
 
 
 def _check_writable(*files: Path | None) -> None:
@@ -116,7 +116,7 @@ def _progress(title: str) -> Iterator[Callable[[Stage], None]]:
         TextColumn("{task.fields[stage]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=show.screen(stderr=True), redirect_stdout=False) as progress:
+    with Progress(*columns, console=show.console(stderr=True), redirect_stdout=False) as progress:
         line = progress.add_task(title, total=None, stage="starting")
 
         def hear(stage: Stage) -> None:

@@ -9,32 +9,32 @@ from loramill.client import Client
 from loramill.errors import LoramillError
 
 #: Seconds to wait for the gateway, and how many of the newest jobs are offered.
-_SECONDS, _JOBS = 2.0, 50
+_TIMEOUT_SECONDS, _MAX_JOBS = 2.0, 50
 
 
 def adapters(incomplete: str) -> list[str]:
     """Adapters whose names begin with `incomplete`."""
-    return _offered(incomplete, lambda client: (each.name for each in client.adapters()))
+    return _matching(incomplete, lambda client: (each.name for each in client.adapters()))
 
 
 def models(incomplete: str) -> list[str]:
     """Bases and adapters whose names begin with `incomplete`."""
-    return _offered(incomplete, lambda client: client.models())
+    return _matching(incomplete, lambda client: client.models())
 
 
 def tenants(incomplete: str) -> list[str]:
     """Tenants whose names begin with `incomplete`."""
-    return _offered(incomplete, lambda client: (each.name for each in client.tenants()))
+    return _matching(incomplete, lambda client: (each.name for each in client.tenants()))
 
 
 def jobs(incomplete: str) -> list[str]:
     """Ids of the newest jobs that begin with `incomplete`."""
-    return _offered(incomplete, lambda client: (each.id for each in islice(client.jobs(), _JOBS)))
+    return _matching(incomplete, lambda client: (each.id for each in islice(client.jobs(), _MAX_JOBS)))
 
 
-def _offered(incomplete: str, names: Callable[[Client], Iterable[str]]) -> list[str]:
+def _matching(incomplete: str, names: Callable[[Client], Iterable[str]]) -> list[str]:
     try:
-        with Client(timeout=_SECONDS) as client:
+        with Client(timeout=_TIMEOUT_SECONDS) as client:
             return [name for name in names(client) if name.startswith(incomplete)]
     except LoramillError:  # a message would appear in the middle of the line that is typed
         return []

@@ -13,7 +13,7 @@ from loramill.cli.adapters import Adapter
 from loramill.cli.jobs import Tenant
 from loramill.cli.submit import Columns, Valid, ValidColumns, report_upload
 from loramill.client import Client
-from loramill.errors import brief
+from loramill.errors import first_lines
 from loramill.submission.options import columns_of
 from loramill.types import AdapterData
 
@@ -55,19 +55,19 @@ def add_data(
             valid_columns=columns_of("valid_columns", valid_columns),
             on_upload=report_upload,
         )
-    show.say(f"{name}: {waiting.outlook}", style=None if waiting.enough else "yellow")
+    show.print_message(f"{name}: {waiting.outlook}", style=None if waiting.enough else "yellow")
     if waiting.enough:
-        show.say("`loramill nightly run` starts one now.")
+        show.print_message("`loramill nightly run` starts one now.")
 
 
 @data.command("list")
-def list_data(name: Adapter, json: show.AsJson = False) -> None:
+def list_data(name: Adapter, json: show.JsonFlag = False) -> None:
     """List an adapter's data for nightly runs: what waits, what was used, and what failed."""
     with Client() as client:
         found = client.data(name)
     if json:
-        return show.as_json(found)
-    return show.table(
+        return show.print_json(found)
+    return show.print_table(
         ("FILE", "NAME", "EXAMPLES", "VALIDATION", "ADDED", "STATE"),
         (
             (
@@ -75,8 +75,8 @@ def list_data(name: Adapter, json: show.AsJson = False) -> None:
                 each.train_filename,
                 str(each.train_examples),
                 each.valid_filename or "-",
-                show.ago(each.created_at),
-                _state(each),
+                show.time_ago(each.created_at),
+                _format_state(each),
             )
             for each in found
         ),
@@ -85,13 +85,13 @@ def list_data(name: Adapter, json: show.AsJson = False) -> None:
 
 
 @files.command("list")
-def list_files(tenant: Tenant = None, json: show.AsJson = False) -> None:
+def list_files(tenant: Tenant = None, json: show.JsonFlag = False) -> None:
     """List uploaded files, newest first."""
     with Client() as client:
         found = [*client.files(tenant)]
     if json:
-        return show.as_json(found)
-    return show.table(
+        return show.print_json(found)
+    return show.print_table(
         ("FILE", "TENANT", "NAME", "EXAMPLES", "SIZE", "MADE"),
         (
             (
@@ -99,8 +99,8 @@ def list_files(tenant: Tenant = None, json: show.AsJson = False) -> None:
                 each.tenant or "-",
                 each.filename,
                 "-" if each.examples is None else str(each.examples),
-                show.rough_size(each.bytes),
-                show.ago(each.created_at),
+                show.rounded_size(each.bytes),
+                show.time_ago(each.created_at),
             )
             for each in found
         ),
@@ -112,7 +112,7 @@ def list_files(tenant: Tenant = None, json: show.AsJson = False) -> None:
 def show_file(
     file: FileId,
     content: Annotated[bool, typer.Option("--content", help="Print the file's content to stdout instead.")] = False,
-    json: show.AsJson = False,
+    json: show.JsonFlag = False,
 ) -> None:
     """Show a file's description, or its content: the JSONL that the upload was converted to."""
     with Client() as client:
@@ -122,15 +122,15 @@ def show_file(
             return None
         found = client.file(file)
     if json:
-        return show.as_json(found)
-    return show.facts(
+        return show.print_json(found)
+    return show.print_fields(
         [
             ("file", found.id),
             ("name", found.filename),
             ("tenant", found.tenant or "-"),
             ("examples", "-" if found.examples is None else str(found.examples)),
-            ("size", show.rough_size(found.bytes)),
-            ("made", show.clock(found.created_at)),
+            ("size", show.rounded_size(found.bytes)),
+            ("made", show.local_time(found.created_at)),
         ]
     )
 
@@ -143,13 +143,13 @@ def delete_files(
     with Client() as client:
         for each in file:
             client.delete_file(each)
-            show.say(f"{each} is deleted.")
+            show.print_message(f"{each} is deleted.")
 
 
-def _state(data: AdapterData) -> Text:
+def _format_state(data: AdapterData) -> Text:
     if data.run is None:
-        return show.status("waiting")
+        return show.styled_status("waiting")
     if data.set_aside is not None:
-        reason = brief(data.set_aside)
-        return show.status(f"failed in {data.run}: {reason} (`loramill nightly retry {data.adapter}`)")
-    return Text(f"in {data.run}" if data.used_at is None else f"used {show.ago(data.used_at)}")
+        reason = first_lines(data.set_aside)
+        return show.styled_status(f"failed in {data.run}: {reason} (`loramill nightly retry {data.adapter}`)")
+    return Text(f"in {data.run}" if data.used_at is None else f"used {show.time_ago(data.used_at)}")

@@ -12,7 +12,7 @@ from loramill.cli import complete, show
 from loramill.client import Client
 from loramill.names import AdapterName
 from loramill.plural import counted
-from loramill.types import Removal
+from loramill.types import DeletionSummary
 
 Models = Annotated[
     list[str],
@@ -37,28 +37,28 @@ Force = Annotated[
 
 
 def delete_adapters(
-    models: Models, yes: Yes = False, cancel_jobs: CancelJobs = False, force: Force = False, json: show.AsJson = False
+    models: Models, yes: Yes = False, cancel_jobs: CancelJobs = False, force: Force = False, json: show.JsonFlag = False
 ) -> None:
     """Delete adapters with their versions, jobs and history, or single versions. Uploaded files stay."""
     split = [(AdapterName.parse(model.partition("@")[0]), model.partition("@")[2]) for model in models]
-    removed: list[Removal] = []
+    removed: list[DeletionSummary] = []
     with Client() as client:
         # All are looked up before any is deleted.
         found = [client.adapter(str(name)) for name, _ in split]
         if not yes:
             _confirm(
-                _sentence([f"{a.name}@{v}" if v else a.name for a, (_, v) in zip(found, split, strict=True)]), "yes"
+                _consequence([f"{a.name}@{v}" if v else a.name for a, (_, v) in zip(found, split, strict=True)]), "yes"
             )
         for name, version in split:
             if version:
                 client.delete_version(str(name), version, force=force)
-                removed.append(Removal(versions=1))
+                removed.append(DeletionSummary(versions=1))
             else:
                 removed.append(client.delete_adapter(str(name), cancel_jobs=cancel_jobs))
             if not json:
-                show.say(f"{name.at(version)} is deleted." if version else _outcome(str(name), removed[-1]))
+                show.print_message(f"{name.at(version)} is deleted." if version else _summary(str(name), removed[-1]))
     if json:
-        show.as_json(removed)
+        show.print_json(removed)
 
 
 def rename_adapter(
@@ -66,56 +66,56 @@ def rename_adapter(
         str, typer.Argument(metavar="TENANT/ADAPTER", show_default=False, autocompletion=complete.adapters)
     ],
     to: Annotated[str, typer.Argument(metavar="NEW", help="The new name, of the same tenant.", show_default=False)],
-    json: show.AsJson = False,
+    json: show.JsonFlag = False,
 ) -> None:
     """Rename an adapter with all its versions, aliases and jobs. The old name stops working."""
     with Client() as client:
         renamed = client.rename(name, to)
     if json:
-        show.as_json(renamed)
+        show.print_json(renamed)
     else:
-        show.say(f"{name} is now {renamed.name}.")
+        show.print_message(f"{name} is now {renamed.name}.")
 
 
 def delete_tenants(
-    names: Tenants, yes: Yes = False, cancel_jobs: CancelJobs = False, json: show.AsJson = False
+    names: Tenants, yes: Yes = False, cancel_jobs: CancelJobs = False, json: show.JsonFlag = False
 ) -> None:
     """Delete tenants with their keys, files, jobs and adapters. Usage and audit stay without their names."""
-    removed: list[Removal] = []
+    removed: list[DeletionSummary] = []
     with Client() as client:
         for name in names:
             client.tenant(name)
         if not yes:
-            _confirm(_sentence(names), names[0] if len(names) == 1 else "yes")
+            _confirm(_consequence(names), names[0] if len(names) == 1 else "yes")
         for name in names:
             removed.append(client.delete_tenant(name, cancel_jobs=cancel_jobs))
             if not json:
-                show.say(_outcome(f"Tenant {name}", removed[-1]))
+                show.print_message(_summary(f"Tenant {name}", removed[-1]))
     if json:
-        show.as_json(removed)
+        show.print_json(removed)
 
 
-def _sentence(names: Sequence[str]) -> str:
+def _consequence(names: Sequence[str]) -> str:
     return f"This deletes {', '.join(names)} with everything that belongs to {'them' if len(names) > 1 else 'it'}."
 
 
-def _confirm(sentence: str, word: str) -> None:
+def _confirm(sentence: str, expected: str) -> None:
     """Asks for a word to be typed, and exits without it."""
-    if not _interactive():
+    if not _is_interactive():
         raise typer.BadParameter(
             "this is not a terminal, so that the deletion can't be confirmed; --yes deletes without asking."
         )
-    show.say(f"{sentence} It can't be undone.", style="yellow")
-    if typer.prompt(f"Type {word} to delete", default="", show_default=False, err=True) != word:
-        show.say("Nothing was deleted.")
+    show.print_message(f"{sentence} It can't be undone.", style="yellow")
+    if typer.prompt(f"Type {expected} to delete", default="", show_default=False, err=True) != expected:
+        show.print_message("Nothing was deleted.")
         raise typer.Exit(1)
 
 
-def _interactive() -> bool:
+def _is_interactive() -> bool:
     return sys.stdin.isatty()
 
 
-def _outcome(name: str, removed: Removal) -> str:
+def _summary(name: str, removed: DeletionSummary) -> str:
     counts = ((removed.versions, "version"), (removed.jobs, "job"), (removed.files, "file"))
     parts = [counted(count, what) for count, what in counts if count]
     open_jobs = len(removed.cancelled)

@@ -20,23 +20,23 @@ def dry_run(adapter: str, train: str, valid: str | None, said: Mapping[str, Any]
     tenant = AdapterName.parse(adapter).tenant
     columns, valid_columns = said.get("columns"), said.get("valid_columns")
     options = read_options({name: value for name, value in said.items() if name not in ("columns", "valid_columns")})
-    length, learn = options.max_length, options.learn
+    length, learn = options.max_length, options.train_on
     with Client() as client:
-        found = [client.check(train, tenant=tenant, columns=columns, max_length=length, learn=learn)]
+        found = [client.check(train, tenant=tenant, columns=columns, max_length=length, train_on=learn)]
         if valid is not None:
             source = read_valid(valid, columns, valid_columns)
-            found.append(client.check(source, tenant=tenant, valid=True, max_length=length, learn=learn))
+            found.append(client.check(source, tenant=tenant, valid=True, max_length=length, train_on=learn))
     if json:
-        return show.as_json(found)
+        return show.print_json(found)
     for each in found:
-        _print(each)
-    show.line(_marked(found[0]))
-    return show.say("Nothing was stored or submitted. The loss is computed on the text between ⟦ and ⟧.")
+        _print_check(each)
+    show.print_line(_mark_supervised(found[0]))
+    return show.print_message("Nothing was stored or submitted. The loss is computed on the text between ⟦ and ⟧.")
 
 
-def _print(found: FileCheck) -> None:
+def _print_check(found: FileCheck) -> None:
     tokens = found.tokens
-    show.facts(
+    show.print_fields(
         [
             (found.filename, Text(found.recognized)),
             ("examples", str(found.examples)),
@@ -45,9 +45,9 @@ def _print(found: FileCheck) -> None:
         ]
     )
     for warning in found.warnings:
-        show.say(f"Warning: {warning}", style="yellow")
+        show.print_message(f"Warning: {warning}", style="yellow")
 
 
-def _marked(found: FileCheck) -> str:
-    parts = ((show.visible(part.text), part.supervised) for part in found.preview)
+def _mark_supervised(found: FileCheck) -> str:
+    parts = ((show.escape_control_characters(part.text), part.supervised) for part in found.preview)
     return "".join(f"⟦{text}⟧" if supervised else text for text, supervised in parts)

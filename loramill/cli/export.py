@@ -33,7 +33,7 @@ def export(
     Every file is compared with the hash that it was stored under; the folder is there wholly or not at all.
     """
     columns = (TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = show.screen(stderr=True)
+    console = show.console(stderr=True)
     with (
         Client() as client,
         Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress,
@@ -44,6 +44,6 @@ def export(
         )
     adapter = ModelName.parse(name).adapter
     assert adapter is not None  # or `export` had refused it
-    show.say(f"{adapter.at(version)} is in {to}.")
+    show.print_message(f"{adapter.at(version)} is in {to}.")
     if full:
-        show.say(f"Serve it as a base of its own with `loramill up --base {to}`.")
+        show.print_message(f"Serve it as a base of its own with `loramill up --base {to}`.")

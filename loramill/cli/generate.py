@@ -67,8 +67,8 @@ def generate(
     texts = prompt or ([] if file or sys.stdin.isatty() else [sys.stdin.read().strip()])
     if (prompt and file) or not (file or any(texts)):
         raise typer.BadParameter("give prompts by --prompt or by --file, or pipe one in.")
-    _check_out(out, file, force)
-    from loramill.serve.offline import OfflineEngine, PromptFile, ask
+    _check_output(out, file, force)
+    from loramill.serve.offline import OfflineEngine, PromptFile, build_request
     from loramill.serve.protocol import TextRequest
     from loramill.settings import Settings
 
@@ -82,13 +82,13 @@ def generate(
         prompts = PromptFile(file, like, chat=chat)
     else:
         numbered = ((replace(like, id=str(number)), text) for number, text in enumerate(texts, start=1))
-        prompts = [ask(text, each, chat=chat is not False) for each, text in numbered]
-    with show.screen(stderr=True).status(f"Loading {base.name}…"):
+        prompts = [build_request(text, each, chat=chat is not False) for each, text in numbered]
+    with show.console(stderr=True).status(f"Loading {base.name}…"):
         engine = OfflineEngine(base, source, settings.serve)
     with engine, ExitStack() as stack:
-        write = stack.enter_context(_lines(out, force)) if file or out else _text
+        write = stack.enter_context(_jsonl_writer(out, force)) if file or out else _write_text
         bar = file is not None and (out is not None or not sys.stdout.isatty())
-        failed = _answer(engine.generate(prompts, ordered=True), len(prompts), write, bar=bar)
+        failed = _write_completions(engine.generate(prompts, ordered=True), len(prompts), write, bar=bar)
     if failed:
         raise typer.Exit(1)
 
@@ -100,7 +100,7 @@ def find_model(model: str, settings: Settings) -> tuple[Base, str | None, Callab
         ModelNotFound: no base, version or PEFT folder of this name, or one for another base.
         LoramillError: the record or the artifact can't be read.
     """
-    from loramill.client.adapter_folder import CONFIG_FILE, folder_inside
+    from loramill.client.adapter_folder import CONFIG_FILE, find_subfolder
     from loramill.errors import ModelNotFound
     from loramill.models.catalog import find_base
     from loramill.names import ModelName
@@ -120,7 +120,7 @@ def find_model(model: str, settings: Settings) -> tuple[Base, str | None, Callab
         with registry.reading() as session:
             version = adapters.resolve(session, name.adapter, name.selector)
     except ModelNotFound as error:
-        if inside := folder_inside(folder, CONFIG_FILE):
+        if inside := find_subfolder(folder, CONFIG_FILE):
             hint = f"The folder {model} has no {CONFIG_FILE}; its folder {inside.name} has one: give that."
         else:
             hint = f"Nor is it a folder with an {CONFIG_FILE}."
@@ -131,7 +131,9 @@ def find_model(model: str, settings: Settings) -> tuple[Base, str | None, Callab
     return base, version.id, registry.artifacts.fetch
 
 
-def _answer(completions: Iterable[Completion], total: int, write: Callable[[Completion], None], *, bar: bool) -> int:
+def _write_completions(
+    completions: Iterable[Completion], total: int, write: Callable[[Completion], None], *, bar: bool
+) -> int:
     """Writes the answers, shows how far they are, and tells how many failed."""
     columns = (
         TextColumn("prompts answered"),
@@ -142,7 +144,7 @@ def _answer(completions: Iterable[Completion], total: int, write: Callable[[Comp
     )
     failed, first, tokens, start = 0, "", 0, time.monotonic()
     # Rich would take what goes to stdout for the terminal's, too.
-    with Progress(*columns, console=show.screen(stderr=True), disable=not bar, redirect_stdout=False) as progress:
+    with Progress(*columns, console=show.console(stderr=True), disable=not bar, redirect_stdout=False) as progress:
         task = progress.add_task("", total=total, speed=0.0)
         for completion in completions:
             write(completion)
@@ -152,16 +154,16 @@ def _answer(completions: Iterable[Completion], total: int, write: Callable[[Comp
                 first = first or f"{completion.request.id}: {completion.error.message}"
                 failed += 1
     if failed:
-        show.say(f"{failed} of {total} prompts failed; the first, {first}", style="red")
+        show.print_message(f"{failed} of {total} prompts failed; the first, {first}", style="red")
     return failed
 
 
-def _text(completion: Completion) -> None:
+def _write_text(completion: Completion) -> None:
     if completion.error is None:
-        show.line(completion.text)
+        show.print_line(completion.text)
 
 
-def _check_out(out: Path | None, file: Path | None, force: bool) -> None:
+def _check_output(out: Path | None, file: Path | None, force: bool) -> None:
     """Refuses what would fail, or destroy something, only after the answers are made."""
     from loramill.errors import InvalidRequest
 
@@ -176,13 +178,13 @@ def _check_out(out: Path | None, file: Path | None, force: bool) -> None:
 
 
 @contextmanager
-def _lines(out: Path | None, force: bool) -> Iterator[Callable[[Completion], None]]:
+def _jsonl_writer(out: Path | None, force: bool) -> Iterator[Callable[[Completion], None]]:
     """Writes answers as JSONL."""
     if out is None:
-        yield lambda completion: show.line(_json(completion))
+        yield lambda completion: show.print_line(_json_line(completion))
         return
     with out.open("wb" if force else "xb", buffering=0) as file:
-        yield lambda completion: _append(file, _json(completion).encode() + b"\n")
+        yield lambda completion: _append(file, _json_line(completion).encode() + b"\n")
 
 
 def _append(file: FileIO, line: bytes) -> None:
@@ -201,7 +203,7 @@ def _append(file: FileIO, line: bytes) -> None:
         raise DiskFull(f"No room for more answers in {file.name}; those that are there are whole.") from error
 
 
-def _json(completion: Completion) -> str:
+def _json_line(completion: Completion) -> str:
     row: dict[str, Any] = {"id": completion.request.id}
     if completion.error is not None:
         row["error"] = {"code": completion.error.code, "message": completion.error.message}

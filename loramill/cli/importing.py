@@ -23,7 +23,7 @@ def import_adapter(
         ),
     ],
     promote: Annotated[bool, typer.Option("--promote", help="Make it the champion: the version that answers.")] = False,
-    json: show.AsJson = False,
+    json: show.JsonFlag = False,
 ) -> None:
     """Store a LoRA that was trained elsewhere, on the same base, as a version of an adapter.
 
@@ -33,11 +33,12 @@ def import_adapter(
     with Client() as client:
         version, adapter = client.import_adapter(name, folder, promote=promote)
     if json:
-        return show.as_json(adapter)
+        return show.print_json(adapter)
     at = AdapterName.parse(name).at(version)
     if adapter.champion == version:
-        return show.say(f"{at} is imported, and {name} answers with it: `loramill chat {name}`.")
-    return show.say(
-        f"{at} is imported; {name} still answers with {show.short(adapter.champion)}. `loramill promote {at}` changes "
+        return show.print_message(f"{at} is imported, and {name} answers with it: `loramill chat {name}`.")
+    return show.print_message(
+        f"{at} is imported; {name} still answers with {show.short_version(adapter.champion)}. `loramill promote "
+        f"{at}` changes "
         "that."
     )

@@ -43,50 +43,50 @@ def register(app: typer.Typer) -> None:
 def list_jobs(
     tenant: Tenant = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many, the newest.")] = 50,
-    json: show.AsJson = False,
+    json: show.JsonFlag = False,
 ) -> None:
     """List jobs, newest first."""
     with Client() as client:
         found = list(islice(client.jobs(tenant), limit + 1))
     if json:
-        return show.as_json(found[:limit])
-    show.table(
+        return show.print_json(found[:limit])
+    show.print_table(
         ("JOB", "ADAPTER", "STATUS", "STEP", "RESULT", "SUBMITTED"),
         (
             (
                 job.id,
                 job.adapter,
-                show.status(job.status if job.waits_for is None else f"{job.status}, waits for {job.waits_for}"),
+                show.styled_status(job.status if job.waits_for is None else f"{job.status}, waits for {job.waits_for}"),
                 f"{job.step}/{job.steps}",
-                show.short(job.model and job.model.partition("@")[2]),
-                show.ago(job.created_at),
+                show.short_version(job.model and job.model.partition("@")[2]),
+                show.time_ago(job.created_at),
             )
             for job in found[:limit]
         ),
         empty="No jobs yet: `loramill submit TENANT/ADAPTER --train FILE` submits one.",
     )
     if len(found) > limit:
-        show.say(f"There are more than {limit}: --limit shows them.")
+        show.print_message(f"There are more than {limit}: --limit shows them.")
     return None
 
 
 @jobs.command("show")
-def show_job(job_id: JobId, json: show.AsJson = False) -> None:
+def show_job(job_id: JobId, json: show.JsonFlag = False) -> None:
     """Show one job: its state and its spec."""
     with Client() as client:
         job = client.job(job_id)
     if json:
-        return show.as_json(job)
+        return show.print_json(job)
     pairs: list[tuple[str, show.Cell]] = [
         ("job", job.id),
         ("adapter", job.adapter),
-        ("status", show.status(job.status)),
+        ("status", show.styled_status(job.status)),
         ("step", f"{job.step}/{job.steps}"),
         ("attempt", str(job.attempt)),
-        ("submitted", show.ago(job.created_at)),
+        ("submitted", show.time_ago(job.created_at)),
     ]
     pairs += [
-        (name, _value(value))
+        (name, _format_value(value))
         for name, value in (
             ("base", job.base),
             ("priority", job.priority or None),
@@ -102,34 +102,38 @@ def show_job(job_id: JobId, json: show.AsJson = False) -> None:
     if job.estimated_finish:
         pairs.append(("finishes in", show.duration(job.estimated_finish - time.time())))
     if job.finished_at:
-        pairs.append(("finished", show.ago(job.finished_at)))
+        pairs.append(("finished", show.time_ago(job.finished_at)))
     if job.model:
         pairs.append(("result", job.model))
     if job.error:
         pairs.append(("error", f"{job.error_code}: {job.error}"))
     if job.training_file:
         pairs.append(("training file", job.training_file))
-    pairs += [(f"spec.{name}", _setting(name, value)) for name, value in job.spec.items() if name not in _SHOWN]
-    return show.facts(pairs)
+    pairs += [
+        (f"spec.{name}", _format_spec_field(name, value))
+        for name, value in job.spec.items()
+        if name not in _HIDDEN_SPEC_FIELDS
+    ]
+    return show.print_fields(pairs)
 
 
 #: Fields of a spec that are shown by other names.
-_SHOWN = ("base", "adapter", "train")
+_HIDDEN_SPEC_FIELDS = ("base", "adapter", "train")
 
 
-def _setting(name: str, value: object) -> str:
+def _format_spec_field(name: str, value: object) -> str:
     if name == "eval_every" and value is None:
         return "at each checkpoint"
-    return show.short(str(value)) if name == "start_from" and value else _value(value)
+    return show.short_version(str(value)) if name == "start_from" and value else _format_value(value)
 
 
-def _value(value: object) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, dict):
         return ", ".join(f"{key}={each}" for key, each in value.items()) or "-"
     if isinstance(value, float):
-        return show.number(value)
+        return show.four_digits(value)
     return "-" if value is None else str(value)
 
 
@@ -143,41 +147,41 @@ def events(
     with Client() as client:
         history = client.events(job_id, follow=follow)
         if json and not follow:
-            return show.as_json(history)
+            return show.print_json(history)
         for event in history:
-            show.line(event.model_dump_json() if json else _told(event))
+            show.print_line(event.model_dump_json() if json else _format_event(event))
     return None
 
 
-def _told(event: Event) -> str:
-    numbers = _numbers(event.data) if event.kind == "metrics" else ""
-    return f"{show.clock(event.created_at)}  {event.level:<5}  {event.message}  {numbers}".rstrip()
+def _format_event(event: Event) -> str:
+    numbers = _format_metrics(event.data) if event.kind == "metrics" else ""
+    return f"{show.local_time(event.created_at)}  {event.level:<5}  {event.message}  {numbers}".rstrip()
 
 
-def _numbers(data: Mapping[str, Any]) -> str:
+def _format_metrics(data: Mapping[str, Any]) -> str:
     """The measurements, without those in the message, and each validation once (OpenAI has two names for it)."""
     in_message = ("step", "total_steps", "train_loss")
     shown = {
         name: value for name, value in data.items() if name not in in_message and not name.startswith("full_valid_")
     }
-    return " ".join(f"{name}={_value(value)}" for name, value in shown.items())
+    return " ".join(f"{name}={_format_value(value)}" for name, value in shown.items())
 
 
 @jobs.command("checkpoints")
-def checkpoints(job_id: JobId, json: show.AsJson = False) -> None:
+def checkpoints(job_id: JobId, json: show.JsonFlag = False) -> None:
     """List where a job's weights were validated; those that are kept can be asked by their model's name."""
     with Client() as client:
         found = client.checkpoints(job_id)
     if json:
-        return show.as_json(found)
-    return show.table(
+        return show.print_json(found)
+    return show.print_table(
         ("STEP", "VALIDATION LOSS", "TRAINING LOSS", "WRITTEN", "MODEL"),
         (
             (
                 str(each.step),
-                _number(each.metrics.get("valid_loss")),
-                _number(each.metrics.get("train_loss")),
-                show.ago(each.created_at),
+                _format_loss(each.metrics.get("valid_loss")),
+                _format_loss(each.metrics.get("train_loss")),
+                show.time_ago(each.created_at),
                 each.model or "-",
             )
             for each in found
@@ -187,25 +191,25 @@ def checkpoints(job_id: JobId, json: show.AsJson = False) -> None:
 
 
 @jobs.command("cancel")
-def cancel(job_ids: JobIds, json: show.AsJson = False) -> None:
+def cancel(job_ids: JobIds, json: show.JsonFlag = False) -> None:
     """Ask jobs to stop; they publish nothing from then on."""
     _change(job_ids, Client.cancel, "is asked to stop", json=json)
 
 
 @jobs.command("pause")
-def pause(job_ids: JobIds, json: show.AsJson = False) -> None:
+def pause(job_ids: JobIds, json: show.JsonFlag = False) -> None:
     """Ask jobs to wait; they keep what they have learnt so far."""
     _change(job_ids, Client.pause, "is asked to pause", json=json)
 
 
 @jobs.command("resume")
-def resume(job_ids: JobIds, json: show.AsJson = False) -> None:
+def resume(job_ids: JobIds, json: show.JsonFlag = False) -> None:
     """Let paused jobs go on where they were."""
     _change(job_ids, Client.resume, "goes on", json=json)
 
 
 @jobs.command("retry")
-def retry(job_ids: JobIds, json: show.AsJson = False) -> None:
+def retry(job_ids: JobIds, json: show.JsonFlag = False) -> None:
     """Queue failed or cancelled jobs again. They resume from their last checkpoint if it still exists.
 
     A failed job's checkpoints are kept for a week; those of a cancelled job are removed at once.
@@ -213,7 +217,7 @@ def retry(job_ids: JobIds, json: show.AsJson = False) -> None:
     _change(job_ids, Client.retry, "is queued again", json=json)
 
 
-def _change(job_ids: Sequence[str], change: Callable[[Client, str], Job], told: str, *, json: bool) -> None:
+def _change(job_ids: Sequence[str], change: Callable[[Client, str], Job], outcome: str, *, json: bool) -> None:
     """Changes every job that can be; those that can't are told, and make the command fail."""
     changed, refused = [], False
     with Client() as client:
@@ -222,15 +226,15 @@ def _change(job_ids: Sequence[str], change: Callable[[Client, str], Job], told: 
                 changed.append(change(client, job_id))
             except (Conflict, NotFound) as error:
                 refused = True
-                show.say(error.message, style="red")
+                show.print_message(error.message, style="red")
     if json:
-        show.as_json(changed)
+        show.print_json(changed)
     else:
         for job in changed:
-            show.say(f"{job.id} {told} (now {job.status}).")
+            show.print_message(f"{job.id} {outcome} (now {job.status}).")
     if refused:
         raise typer.Exit(1)
 
 
-def _number(value: float | None) -> str:
+def _format_loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"

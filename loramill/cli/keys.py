@@ -15,7 +15,7 @@ from loramill.types import KeyRecord, Scope
 
 key = typer.Typer(help="API keys of a tenant.", no_args_is_help=True)
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def register(app: typer.Typer) -> None:
@@ -32,28 +32,31 @@ def create_key(
     expires: Annotated[
         str | None, typer.Option(metavar="SPAN", help="After 90s, 15m, 12h, 30d; never, if left out.")
     ] = None,
-    json: show.AsJson = False,
+    json: show.JsonFlag = False,
 ) -> None:
     """Make an API key and print it; it can't be shown again."""
-    expires_at = None if expires is None else time.time() + _read_span(expires)
+    expires_at = None if expires is None else time.time() + _parse_duration(expires)
     with Client() as client:
         made = client.create_key(tenant, scopes=scope or None, expires_at=expires_at)
     if json:
-        return show.as_json(made)
-    show.say(f"{made.id}, a key of {tenant}; this is the only time it is shown:")
-    return show.line(made.key)
+        return show.print_json(made)
+    show.print_message(f"{made.id}, a key of {tenant}; this is the only time it is shown:")
+    return show.print_line(made.key)
 
 
 @key.command("list")
-def list_keys(tenant: Tenant, json: show.AsJson = False) -> None:
+def list_keys(tenant: Tenant, json: show.JsonFlag = False) -> None:
     """List a tenant's keys, without their secrets."""
     with Client() as client:
         found = client.keys(tenant)
     if json:
-        return show.as_json(found)
-    return show.table(
+        return show.print_json(found)
+    return show.print_table(
         ("KEY", "ENDS WITH", "SCOPES", "MADE", "ENDS"),
-        ((each.id, each.hint, _scopes(each), show.ago(each.created_at), _end(each)) for each in found),
+        (
+            (each.id, each.hint, _format_scopes(each), show.time_ago(each.created_at), _format_expiry(each))
+            for each in found
+        ),
         empty=f"{tenant} has no keys: `loramill key create {tenant}` makes one.",
     )
 
@@ -63,21 +66,21 @@ def revoke_key(key_id: Annotated[str, typer.Argument(metavar="KEY", help="The ke
     """Make a key worthless at once."""
     with Client() as client:
         client.revoke_key(key_id)
-    show.say(f"{key_id} is revoked.")
+    show.print_message(f"{key_id} is revoked.")
 
 
-def _read_span(text: str) -> float:
+def _parse_duration(text: str) -> float:
     found = re.fullmatch(r"(\d{1,9})([smhd])", text)
     if found is None:
         raise typer.BadParameter("give a span of time such as 90s, 15m, 12h or 30d.", param_hint="--expires")
-    return float(int(found[1]) * _SECONDS[found[2]])
+    return float(int(found[1]) * _UNIT_SECONDS[found[2]])
 
 
-def _scopes(key: KeyRecord) -> str:
+def _format_scopes(key: KeyRecord) -> str:
     return "all" if set(key.scopes) == set(Scope) else ", ".join(key.scopes)
 
 
-def _end(key: KeyRecord) -> str:
+def _format_expiry(key: KeyRecord) -> str:
     if key.revoked_at is not None:
-        return f"revoked {show.ago(key.revoked_at)}"
-    return "-" if key.expires_at is None else show.clock(key.expires_at)
+        return f"revoked {show.time_ago(key.revoked_at)}"
+    return "-" if key.expires_at is None else show.local_time(key.expires_at)

@@ -51,7 +51,7 @@ def down() -> None:
     from loramill.local.processes import down as stop
     from loramill.settings import Settings
 
-    show.say("Stopped." if stop(Settings.load()) else "Nothing was running.")
+    show.print_message("Stopped." if stop(Settings.load()) else "Nothing was running.")
 
 
 def join() -> None:
@@ -66,45 +66,45 @@ def join() -> None:
 
     settings = Settings.load()
     deploy(settings)
-    show.say(f"loramill is up at {settings.address}/v1; the admin key is in {settings.admin_key_file}.")
+    show.print_message(f"loramill is up at {settings.address}/v1; the admin key is in {settings.admin_key_file}.")
     signal.sigwait({signal.SIGINT, signal.SIGTERM})
 
 
-def doctor(json: show.AsJson = False) -> None:
+def doctor(json: show.JsonFlag = False) -> None:
     """Tell what is installed, which kernels and which accelerator, what is wrong and how to mend it.
 
     Exit code 1 only where something makes loramill unusable.
     """
-    from loramill.local.doctor import Status, examine, folded
+    from loramill.local.doctor import Status, collapse_packages, examine
 
-    with show.screen(stderr=True).status("Examining this machine…"):
+    with show.console(stderr=True).status("Examining this machine…"):
         findings = examine()
     if json:
-        show.as_json(findings)
+        show.print_json(findings)
     else:
-        grid = [(show.status(each.status), each.what, each.found) for each in folded(findings)]
-        show.table(("", "WHAT", "FOUND"), grid, empty="Nothing to examine.")
-        mends = [(show.status(each.status), each.what, each.mend) for each in findings if each.mend]
+        grid = [(show.styled_status(each.status), each.what, each.found) for each in collapse_packages(findings)]
+        show.print_table(("", "WHAT", "FOUND"), grid, empty="Nothing to examine.")
+        mends = [(show.styled_status(each.status), each.what, each.fix) for each in findings if each.fix]
         if mends:
-            show.line("")
-            show.table(("", "WHAT", "HOW TO MEND IT"), mends, empty="")
+            show.print_line("")
+            show.print_table(("", "WHAT", "HOW TO MEND IT"), mends, empty="")
     if any(each.status is Status.ERROR for each in findings):
         raise typer.Exit(1)
 
 
-def settings(json: show.AsJson = False) -> None:
+def settings(json: show.JsonFlag = False) -> None:
     """Print the settings in force and where each comes from; secrets are masked."""
-    from loramill.settings_origin import in_force
+    from loramill.settings_origin import effective_settings
 
-    found = in_force()
+    found = effective_settings()
     if json:
-        show.as_json(found)
+        show.print_json(found)
         return
-    rows = [(each.name, _text(each.value), each.origin) for each in found]
-    show.table(("SETTING", "VALUE", "FROM"), rows, empty="")
+    rows = [(each.name, _format_value(each.value), each.origin) for each in found]
+    show.print_table(("SETTING", "VALUE", "FROM"), rows, empty="")
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A setting's value as it is shown."""
     if value is None:
         return "-"

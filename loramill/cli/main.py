@@ -22,7 +22,7 @@ from loramill.cli import (
     tenants,
     usage,
 )
-from loramill.cli.show import line, say
+from loramill.cli.show import print_line, print_message
 from loramill.errors import LoramillError
 from loramill.logs import quiet_libraries
 
@@ -32,32 +32,32 @@ class Root(TyperGroup):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _plain_flags(self)
+        _hide_flag_types(self)
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command; prints an error of ours and exits with 1."""
         try:
             return super().invoke(ctx)
         except LoramillError as error:
-            say(error.message, style="red")
+            print_message(error.message, style="red")
             raise typer.Exit(1) from error
 
 
-def _plain_flags(command: Any) -> None:
+def _hide_flag_types(command: Any) -> None:
     """Removes the type from the help of flags, which Typer 0.29 shows as <bool>."""
     for option in command.params:
         if getattr(option, "is_flag", False):
             option.metavar = ""
     for each in getattr(command, "commands", {}).values():
-        _plain_flags(each)
+        _hide_flag_types(each)
 
 
 app = typer.Typer(cls=Root, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        line(f"loramill {__version__}")
+def _version(requested: bool) -> None:
+    if requested:
+        print_line(f"loramill {__version__}")
         raise typer.Exit
 
 

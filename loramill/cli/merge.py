@@ -42,7 +42,7 @@ def merge(
         float | None, typer.Option(min=0, help="Nats a token from which it is refused.", show_default="0.02")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write it however far it is.")] = False,
-    json: show.AsJson = False,
+    json: show.JsonFlag = False,
 ) -> None:
     """Merge an adapter into the base of the settings, as a Hugging Face folder.
 
@@ -59,11 +59,11 @@ def merge(
     base, version, source = find_model(name, settings)
     if version is None:
         raise InvalidRequest(f"'{name}' is the base alone: name an adapter to merge into it.")
-    with show.screen(stderr=True).status("Merging…") as status:
+    with show.console(stderr=True).status("Merging…") as status:
         report = merge_into(
             base,
             source(version),
-            _examples(base, name, valid, settings),
+            _comparison_examples(base, name, valid, settings),
             to,
             name=name if Path(version).is_dir() else f"{name.partition('@')[0]}@{version}",
             into=into,
@@ -73,12 +73,12 @@ def merge(
             on_stage=lambda stage: status.update(f"Merging: {stage}…"),
         )
     if json:
-        return show.as_json(report)
-    _tell(report, to)
+        return show.print_json(report)
+    _print_report(report, to)
     return None
 
 
-def _examples(base: Base, name: str, file: Path | None, settings: Settings) -> list[EncodedExample]:
+def _comparison_examples(base: Base, name: str, file: Path | None, settings: Settings) -> list[EncodedExample]:
     """Those of the file, or those that the version's job was validated or trained on.
 
     Raises:
@@ -88,13 +88,13 @@ def _examples(base: Base, name: str, file: Path | None, settings: Settings) -> l
     from loramill.data.examples import read_examples
     from loramill.data.tokenizer import ChatTokenizer
 
-    raw, filename = (file.read_bytes(), file.name) if file is not None else _data_of(name, settings)
-    tokenizer = ChatTokenizer.load(base.folder).at(datetime.now(UTC))
+    raw, filename = (file.read_bytes(), file.name) if file is not None else _job_dataset(name, settings)
+    tokenizer = ChatTokenizer.load(base.folder).at_time(datetime.now(UTC))
     found = read_examples(raw, filename).examples
-    return [sequence for example in found for sequence in tokenizer.example(example).sequences]
+    return [sequence for example in found for sequence in tokenizer.encode_example(example).sequences]
 
 
-def _data_of(name: str, settings: Settings) -> tuple[bytes, str]:
+def _job_dataset(name: str, settings: Settings) -> tuple[bytes, str]:
     from loramill.errors import InvalidRequest
     from loramill.names import ModelName
     from loramill.registry import Registry, adapters, datasets, jobs
@@ -114,9 +114,9 @@ def _data_of(name: str, settings: Settings) -> tuple[bytes, str]:
     return registry.artifacts.read(dataset.artifact, "data.jsonl"), dataset.filename
 
 
-def _tell(report: MergeReport, to: Path) -> None:
+def _print_report(report: MergeReport, to: Path) -> None:
     found = report.divergence
-    show.facts(
+    show.print_fields(
         [
             ("folder", str(to)),
             ("adapter", report.adapter),
@@ -127,4 +127,6 @@ def _tell(report: MergeReport, to: Path) -> None:
         ]
     )
     if found.kl > report.max_kl:
-        show.say("It is farther from the unmerged adapter than the bound; it was written since you asked.", "yellow")
+        show.print_message(
+            "It is farther from the unmerged adapter than the bound; it was written since you asked.", "yellow"
+        )

@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from loramill.cli import show
-from loramill.errors import LoramillError, brief
+from loramill.errors import LoramillError, first_lines
 from loramill.names import AdapterName
 
 if TYPE_CHECKING:
@@ -30,15 +30,15 @@ def register(app: typer.Typer) -> None:
 
 
 @nightly.command()
-def run(json: show.AsJson = False) -> None:
+def run(json: show.JsonFlag = False) -> None:
     """Retrain every adapter that has new data, or resume a run that was interrupted.
 
     Exits with 1 if an adapter failed or the run was interrupted.
     """
     from loramill.pipelines.nightly.outcome import succeeded
-    from loramill.pipelines.nightly.run import run_night
+    from loramill.pipelines.nightly.run import run_nightly
 
-    settings, registry = _open()
+    settings, registry = _open_registry()
     reported: list[NightlyStep] = []
     stopped: LoramillError | None = None
     with _progress(quiet=json) as (on_step, on_progress):
@@ -48,49 +48,51 @@ def run(json: show.AsJson = False) -> None:
             on_step(step)
 
         try:
-            night = run_night(registry, settings, report=report, progress=on_progress)
+            night = run_nightly(registry, settings, report=report, progress=on_progress)
         except LoramillError as error:
-            stopped, night = error, _last(registry)  # type: ignore[assignment]
+            stopped, night = error, _last_run(registry)  # type: ignore[assignment]
             if night is None or night.finished_at is not None:
                 raise
     deleted = [step for step in reported if step.result.get("deleted")]
-    found = _print(registry, night, json, deleted)
+    found = _print_run(registry, night, json, deleted)
     if stopped is not None and not json:
-        show.say(stopped.message, style="red")
+        show.print_message(stopped.message, style="red")
     if stopped is not None or not succeeded(found):
         raise typer.Exit(1)
 
 
 @nightly.command("show")
-def show_night(json: show.AsJson = False) -> None:
+def show_run(json: show.JsonFlag = False) -> None:
     """Show the last nightly run: scores, decisions and reasons."""
-    _, registry = _open()
-    night = _last(registry)
+    _, registry = _open_registry()
+    night = _last_run(registry)
     if night is not None:
-        _print(registry, night, json)
+        _print_run(registry, night, json)
     elif json:
-        show.line(dumps(None))
+        show.print_line(dumps(None))
     else:
-        show.say("There has been no nightly run yet: `loramill nightly run` starts one.")
+        show.print_message("There has been no nightly run yet: `loramill nightly run` starts one.")
 
 
 @nightly.command("data")
-def show_data(json: show.AsJson = False) -> None:
+def show_data(json: show.JsonFlag = False) -> None:
     """List the new data that waits for the next nightly run, and what was set aside after a failure."""
-    from loramill.registry.nightly import pending, set_aside, waiting
+    from loramill.registry.nightly import list_set_aside, new_data_state, pending_data
 
-    settings, registry = _open()
+    settings, registry = _open_registry()
     with registry.reading() as session:
-        ready = [waiting(session, each.adapter, settings.jobs.min_examples) for each in pending(session)]
-        aside = set_aside(session)
+        ready = [new_data_state(session, each.adapter, settings.jobs.min_examples) for each in pending_data(session)]
+        aside = list_set_aside(session)
     if json:
         dumped = {"waiting": [each.model_dump() for each in ready], "set_aside": [each.model_dump() for each in aside]}
-        return show.line(dumps(dumped, indent=2))
-    rows = [(each.adapter, show.status("waiting"), each.outlook) for each in ready]
+        return show.print_line(dumps(dumped, indent=2))
+    rows = [(each.adapter, show.styled_status("waiting"), each.outlook) for each in ready]
     for each in aside:
         files = ", ".join((*each.train, *each.valid))
-        rows.append((each.adapter, show.status("set aside"), f"{each.stage}: {brief(each.reason)} ({files})"))
-    return show.table(("ADAPTER", "STATE", ""), rows, empty="No adapter has new data.")
+        rows.append(
+            (each.adapter, show.styled_status("set aside"), f"{each.stage}: {first_lines(each.reason)} ({files})")
+        )
+    return show.print_table(("ADAPTER", "STATE", ""), rows, empty="No adapter has new data.")
 
 
 @nightly.command()
@@ -98,10 +100,10 @@ def retry(name: Adapter) -> None:
     """Let the next nightly run try again with data that was set aside."""
     from loramill.registry.nightly import retry as give_back
 
-    _, registry = _open()
+    _, registry = _open_registry()
     with registry.writing() as session:
         data = give_back(session, AdapterName.parse(name))
-    show.say(f"The next nightly run collects {_files(data.train + data.valid)} of {name} again.")
+    show.print_message(f"The next nightly run collects {_format_files(data.train + data.valid)} of {name} again.")
 
 
 @nightly.command()
@@ -109,17 +111,17 @@ def drop(name: Adapter) -> None:
     """Take an adapter's new data, waiting or set aside, out of the nightly runs; its files stay."""
     from loramill.registry.nightly import drop as forget
 
-    _, registry = _open()
+    _, registry = _open_registry()
     with registry.writing() as session:
         data = forget(session, AdapterName.parse(name))
-    show.say(f"Nightly runs no longer train {name} on {_files(data.train + data.valid)}.")
+    show.print_message(f"Nightly runs no longer train {name} on {_format_files(data.train + data.valid)}.")
 
 
-def _files(ids: Sequence[str]) -> str:
+def _format_files(ids: Sequence[str]) -> str:
     return f"{len(ids)} file{'' if len(ids) == 1 else 's'} ({', '.join(ids)})"
 
 
-def _open() -> tuple[Settings, Registry]:
+def _open_registry() -> tuple[Settings, Registry]:
     from loramill.registry import Registry
     from loramill.settings import Settings
 
@@ -127,12 +129,14 @@ def _open() -> tuple[Settings, Registry]:
     return settings, Registry.open(settings.database, settings.artifacts)
 
 
-def _last(registry: Registry) -> NightlyRun | None:
+def _last_run(registry: Registry) -> NightlyRun | None:
     """The newest run that had something to do."""
-    from loramill.registry.nightly import runs, steps
+    from loramill.registry.nightly import list_runs, list_steps
 
     with registry.reading() as session:
-        return next((night for night in runs(session) if night.finished_at is None or steps(session, night.id)), None)
+        return next(
+            (night for night in list_runs(session) if night.finished_at is None or list_steps(session, night.id)), None
+        )
 
 
 @contextmanager
@@ -141,7 +145,7 @@ def _progress(*, quiet: bool) -> Iterator[tuple[Callable[[NightlyStep], None], C
     from loramill.pipelines.nightly.outcome import describe
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
-    console = show.screen(stderr=True)
+    console = show.console(stderr=True)
     bars: dict[str, TaskID] = {}
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=quiet) as progress:
 
@@ -158,38 +162,40 @@ def _progress(*, quiet: bool) -> Iterator[tuple[Callable[[NightlyStep], None], C
         yield on_step, on_progress
 
 
-def _print(registry: Registry, night: NightlyRun, json: bool, deleted: Sequence[NightlyStep] = ()) -> list[Any]:
+def _print_run(
+    registry: Registry, nightly_run: NightlyRun, json: bool, deleted: Sequence[NightlyStep] = ()
+) -> list[Any]:
     from loramill.pipelines.nightly.outcome import outcomes, summary
-    from loramill.registry.nightly import set_aside, steps
+    from loramill.registry.nightly import list_set_aside, list_steps
 
     with registry.reading() as session:
-        recorded = [*steps(session, night.id), *deleted]
-        aside = [each for each in set_aside(session) if each.run != night.id]
+        recorded = [*list_steps(session, nightly_run.id), *deleted]
+        aside = [each for each in list_set_aside(session) if each.run != nightly_run.id]
     found = outcomes(recorded)
     if json:
-        shown: dict[str, Any] = night.model_dump(mode="json") | {
+        shown: dict[str, Any] = nightly_run.model_dump(mode="json") | {
             "adapters": [each.model_dump(mode="json") for each in found],
             "set_aside": [each.model_dump(mode="json") for each in aside],
             "steps": [step.model_dump(mode="json") for step in recorded],
         }
-        show.line(dumps(shown, indent=2))
+        show.print_line(dumps(shown, indent=2))
         return found
     if found:
         columns = ("ADAPTER", "BASE", "CHAMPION", "CHALLENGER", "DECISION", "REASON")
-        show.table(columns, (row(each) for each in found), empty="")
+        show.print_table(columns, (outcome_row(each) for each in found), empty="")
     for each in aside:
-        show.say(
-            f"{each.adapter}: data of an earlier nightly run is set aside ({each.stage}: {brief(each.reason)}); "
+        show.print_message(
+            f"{each.adapter}: data of an earlier nightly run is set aside ({each.stage}: {first_lines(each.reason)}); "
             f"`loramill nightly retry {each.adapter}` tries it again, `loramill nightly drop {each.adapter}` "
             "discards it.",
             style="yellow",
         )
-    show.say(summary(found))
+    show.print_message(summary(found))
     return found
 
 
-def row(outcome: Any) -> tuple[show.Cell, ...]:
+def outcome_row(outcome: Any) -> tuple[show.Cell, ...]:
     """One adapter's line; scores are token F1 over all its slices."""
     scores = (outcome.base, outcome.champion, outcome.challenger)
     shown = ("-" if score is None else f"{score:.3f}" for score in scores)
-    return (outcome.adapter, *shown, show.status(outcome.verdict), outcome.reason)
+    return (outcome.adapter, *shown, show.styled_status(outcome.verdict), outcome.reason)

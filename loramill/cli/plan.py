@@ -16,11 +16,11 @@ from loramill.errors import DoesNotFit, InvalidRequest
 from loramill.settings import Settings
 
 if TYPE_CHECKING:
-    from loramill.sizing import Plan, Pool, Question
+    from loramill.sizing import GpuPool, SizingPlan, SizingRequest
     from loramill.types import JobSpec, Quantization
 
 #: What a spec's file may say besides a job's own fields.
-_AROUND = ("base", "gpu", "cpu", "per_gpu", "length", "batch_size", "answers")
+_PLAN_FIELDS = ("base", "gpu", "cpu", "per_gpu", "length", "batch_size", "answers")
 
 SpecFile = Annotated[
     Path | None,
@@ -55,7 +55,7 @@ def plan(
         bool | None, typer.Option(help="Recompute activations; else chosen.", show_default=False)
     ] = None,
     offload: Annotated[str | None, typer.Option(help="full: none, optimizer, all; else chosen.")] = None,
-    json: show.AsJson = False,
+    json: show.JsonFlag = False,
 ) -> None:
     """Tell what memory a job needs and what makes it fit, from the base's config.json alone.
 
@@ -63,61 +63,63 @@ def plan(
     with 1 if the job doesn't fit, and names the nearest that do.
     """
     from loramill.sizing import plan as planned
-    from loramill.sizing.planner import sized
+    from loramill.sizing.planner import plan_as_is
 
     options = {
         "base": base, "gpu": gpu, "cpu": cpu, "per_gpu": per_gpu, "method": method, "quantization": quantization,
-        "rank": rank, "targets": None if targets is None else _names(targets), "layers": layers, "length": length,
+        "rank": rank, "targets": None if targets is None else _split_names(targets), "layers": layers, "length": length,
         "batch_size": batch_size, "answers": answers, "micro_tokens": micro_tokens,
         "gradient_checkpointing": gradient_checkpointing, "offload": offload,
     }  # fmt: skip
-    said = _read(spec) | {name: value for name, value in options.items() if value is not None}
-    question, known = _question(said)
+    said = _read_spec_file(spec) | {name: value for name, value in options.items() if value is not None}
+    question, known = _sizing_request(said)
     try:
-        found = planned(question) if known else sized(question, question.spec)
+        found = planned(question) if known else plan_as_is(question, question.spec)
     except DoesNotFit as error:
         if json:
-            show.line(encoding.dumps({"fits": False, "message": error.message, "nearest": error.nearest}, indent=2))
+            show.print_line(
+                encoding.dumps({"fits": False, "message": error.message, "nearest": error.nearest}, indent=2)
+            )
             raise typer.Exit(1) from error
         raise
     if json:
-        show.line(encoding.dumps(_values(found, known), indent=2))
+        show.print_line(encoding.dumps(_as_dict(found, known), indent=2))
     else:
-        _show(found, known)
+        _print_plan(found, known)
 
 
-def _question(said: dict[str, Any]) -> tuple[Question, bool]:
+def _sizing_request(options: dict[str, Any]) -> tuple[SizingRequest, bool]:
     """What is to be planned, and whether the device's size is known."""
-    from loramill.sizing import FREE, Question, anatomy, find_config
+    from loramill.sizing import ADJUSTABLE, SizingRequest, anatomy, find_config
 
     settings = Settings.load()
-    pool = _pool(said, settings)
-    config = anatomy(find_config(said.get("base", settings.base), settings.cache))
-    spec, quantization = _spec(said, config.context, settings)
-    question = Question(
+    pool = _gpu_pool(options, settings)
+    config = anatomy(find_config(options.get("base", settings.base), settings.cache))
+    spec, quantization = _spec(options, config.context, settings)
+    question = SizingRequest(
         spec=spec,
         base=config,
         quantization=quantization,
         lengths=(spec.max_length,),
         pool=pool,
-        open=frozenset(FREE) - spec.model_fields_set,
-        learnt=float(said.get("answers", 1.0)),
-        alike=False,
+        adjustable=frozenset(ADJUSTABLE) - spec.model_fields_set,
+        supervised_fraction=float(options.get("answers", 1.0)),
+        shared_prefixes=False,
     )
-    return question, pool.bytes > 0
+    return question, pool.device_bytes > 0
 
 
-def _spec(said: dict[str, Any], context: int, settings: Settings) -> tuple[JobSpec, Quantization]:
-    from loramill.submission.defaults import BATCH_SIZE, Extension, Hyperparameters, resolve_spec
+def _spec(options: dict[str, Any], context: int, settings: Settings) -> tuple[JobSpec, Quantization]:
+    from loramill.submission.defaults import BATCH_SIZE, Hyperparameters, LoramillOptions, resolve_spec
 
-    own = {name: value for name, value in said.items() if name not in _AROUND}
-    if "length" in said:
-        own["max_length"] = said["length"]
+    own = {name: value for name, value in options.items() if name not in _PLAN_FIELDS}
+    if "length" in options:
+        own["max_length"] = options["length"]
     quantization = own.pop("quantization", "nf4" if own.get("method") == "qlora" else settings.quantization)
     try:
         # A command line gives numbers as texts.
-        extension = Extension.model_validate({**own, "quantization": quantization}, strict=False)
-        asked = Hyperparameters.model_validate({"batch_size": said.get("batch_size", BATCH_SIZE)}, strict=False)
+        extension = LoramillOptions.model_validate({**own, "quantization": quantization}, strict=False)
+        asked = Hyperparameters.model_validate({"batch_size": options.get("batch_size", BATCH_SIZE)}, strict=False)
     except ValidationError as error:
         problem = error.errors()[0]
         field = str(problem["loc"][0])
@@ -135,22 +137,22 @@ def _spec(said: dict[str, Any], context: int, settings: Settings) -> tuple[JobSp
     return spec, extension.quantization or "none"
 
 
-def _pool(said: dict[str, Any], settings: Settings) -> Pool:
+def _gpu_pool(options: dict[str, Any], settings: Settings) -> GpuPool:
     """The device that is meant; of 0 bytes if its size isn't known."""
-    from loramill.sizing import Pool
+    from loramill.sizing import GpuPool
     from loramill.sizing.devices import gpu_bytes, memory_bytes
 
-    sharers = int(said.get("per_gpu", settings.jobs.per_gpu))
-    if "gpu" in said and "cpu" in said:
+    sharers = int(options.get("per_gpu", settings.jobs.per_gpu))
+    if "gpu" in options and "cpu" in options:
         raise InvalidRequest("'gpu' and 'cpu' exclude each other; give one.", param="gpu")
-    if "gpu" in said:
-        return Pool("cuda", gpu_bytes(str(said["gpu"])), sharers)
-    if "cpu" in said:
-        return Pool("cpu", memory_bytes(str(said["cpu"])))
-    return Pool.of(settings.jobs) or Pool("cuda" if settings.jobs.use_gpu else "cpu", 0)
+    if "gpu" in options:
+        return GpuPool("cuda", gpu_bytes(str(options["gpu"])), sharers)
+    if "cpu" in options:
+        return GpuPool("cpu", memory_bytes(str(options["cpu"])))
+    return GpuPool.from_settings(settings.jobs) or GpuPool("cuda" if settings.jobs.use_gpu else "cpu", 0)
 
 
-def _read(file: Path | None) -> dict[str, Any]:
+def _read_spec_file(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
@@ -163,19 +165,19 @@ def _read(file: Path | None) -> dict[str, Any]:
     return values
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _split_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
-def _values(found: Plan, known: bool) -> dict[str, Any]:
+def _as_dict(found: SizingPlan, known: bool) -> dict[str, Any]:
     spec = found.spec
     return {
         "fits": True if known else None,
-        "bytes": found.need.bytes,
-        "budget": found.pool.budget if known else None,
+        "bytes": found.memory.bytes,
+        "budget": found.pool.budget_bytes if known else None,
         "sharers": found.sharers if known else None,
-        "host_bytes": found.need.host,
-        "items": [asdict(item) for item in found.need.items],
+        "host_bytes": found.memory.host_bytes,
+        "items": [asdict(item) for item in found.memory.items],
         "row_tokens": found.row.tokens,
         "passes": found.passes,
         "micro_tokens": spec.micro_tokens,
@@ -184,12 +186,17 @@ def _values(found: Plan, known: bool) -> dict[str, Any]:
     }
 
 
-def _show(found: Plan, known: bool) -> None:
-    from loramill.sizing import gb
+def _print_plan(found: SizingPlan, known: bool) -> None:
+    from loramill.sizing import format_bytes
 
-    total = found.need.bytes
-    rows = [(item.name, gb(item.bytes), f"{item.bytes / total:.0%}", item.what) for item in found.need.items]
-    show.table(("ITEM", "BYTES", "SHARE", ""), [*rows, ("total", gb(total), "100%", "")], empty="")
-    if found.need.host:
-        show.line(f"In the host's memory besides: {gb(found.need.host)}.")
-    show.line(found.told if known else "Give --gpu or --cpu to learn whether that fits, and what would make it fit.")
+    total = found.memory.bytes
+    rows = [
+        (item.name, format_bytes(item.bytes), f"{item.bytes / total:.0%}", item.description)
+        for item in found.memory.items
+    ]
+    show.print_table(("ITEM", "BYTES", "SHARE", ""), [*rows, ("total", format_bytes(total), "100%", "")], empty="")
+    if found.memory.host_bytes:
+        show.print_line(f"In the host's memory besides: {format_bytes(found.memory.host_bytes)}.")
+    show.print_line(
+        found.explanation if known else "Give --gpu or --cpu to learn whether that fits, and what would make it fit."
+    )

@@ -10,12 +10,12 @@ import typer
 
 from loramill.cli import complete, show
 from loramill.client import Client
-from loramill.client.models import Job, Point
+from loramill.client.models import Job, MetricPoint
 from loramill.errors import DiskFull, SetupError
 
-_INK, _QUIET, _TRAIN, _VALID = "#1f2933", "#9aa5b1", "#2b6cb0", "#c2410c"
+_INK, _MUTED, _TRAIN, _VALID = "#1f2933", "#9aa5b1", "#2b6cb0", "#c2410c"
 #: A smoothed loss is the mean over this part of all steps on each side, at least one.
-_SMOOTH = 1 / 24
+_SMOOTHING_FRACTION = 1 / 24
 
 
 JobId = Annotated[
@@ -32,24 +32,24 @@ JobId = Annotated[
 def plot(
     job_id: JobId,
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a PNG instead.")] = None,
-    json: show.AsJson = False,
+    json: show.JsonFlag = False,
 ) -> None:
     """Draw the losses of a job, while it runs or later."""
     with Client() as client:
         job = client.job(job_id)
-        points = client.curve(job.id)
+        points = client.metrics(job.id)
     if json:
-        show.as_json(points)
+        show.print_json(points)
     elif not points:
-        show.say(f"{job.id} has no numbers yet: it is {job.status} at step {job.step}.")
+        show.print_message(f"{job.id} has no numbers yet: it is {job.status} at step {job.step}.")
     elif png is None:
-        show.line(as_text(job, points, *_size()))
+        show.print_line(render_text(job, points, *_terminal_size()))
     else:
         write_png(png, job, points)
-        show.say(f"{png} shows {len(points)} steps of {job.id}.")
+        show.print_message(f"{png} shows {len(points)} steps of {job.id}.")
 
 
-def as_text(job: Job, points: Sequence[Point], width: int, height: int) -> str:
+def render_text(job: Job, points: Sequence[MetricPoint], width: int, height: int) -> str:
     """The picture in characters, so many of them wide and high."""
     import plotext
 
@@ -61,7 +61,7 @@ def as_text(job: Job, points: Sequence[Point], width: int, height: int) -> str:
     figure.legend(False)  # it would lie on the curve
     steps, losses = _series(points, "train_loss")
     figure.draw(figure.signal(steps, losses, marker="braille").lines())
-    ticks = whole_ticks(points[0].step, points[-1].step)
+    ticks = integer_ticks(points[0].step, points[-1].step)
     figure.ruler("x").ticks(ticks, [str(tick) for tick in ticks])
     steps, losses = _series(points, "valid_loss")
     if steps:
@@ -70,7 +70,7 @@ def as_text(job: Job, points: Sequence[Point], width: int, height: int) -> str:
     return "\n".join([head, *(line.rstrip() for line in plotext.uncolorize(figure.build().string()).splitlines())])
 
 
-def write_png(path: Path, job: Job, points: Sequence[Point]) -> None:
+def write_png(path: Path, job: Job, points: Sequence[MetricPoint]) -> None:
     """The picture as a file.
 
     Raises:
@@ -84,7 +84,7 @@ def write_png(path: Path, job: Job, points: Sequence[Point]) -> None:
     axes = figure.add_subplot()
     _draw(axes, points)
     axes.set_title(f"{job.adapter}", loc="left", color=_INK, fontsize=13, fontweight="bold")
-    axes.set_title(_facts(job), loc="right", color=_QUIET, fontsize=9)
+    axes.set_title(_subtitle(job), loc="right", color=_MUTED, fontsize=9)
     try:
         figure.savefig(path, format="png")
     except OSError as error:
@@ -92,7 +92,7 @@ def write_png(path: Path, job: Job, points: Sequence[Point]) -> None:
         raise kind(f"{path} can't be written: {error.strerror}.") from error
 
 
-def _draw(axes: Any, points: Sequence[Point]) -> None:
+def _draw(axes: Any, points: Sequence[MetricPoint]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     steps, losses = _series(points, "train_loss")
@@ -116,17 +116,17 @@ def _draw(axes: Any, points: Sequence[Point]) -> None:
     axes.set_ylabel("loss, nats a token", color=_INK)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
-    axes.grid(axis="y", color=_QUIET, alpha=0.25)
+    axes.grid(axis="y", color=_MUTED, alpha=0.25)
     axes.tick_params(colors=_INK, labelsize=9)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_QUIET)
+        spine.set_color(_MUTED)
     axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
     """Centered moving means, which do not lag behind a falling loss; the window narrows toward both ends."""
-    widest, last = max(1, round(len(losses) * _SMOOTH)), len(losses) - 1
+    widest, last = max(1, round(len(losses) * _SMOOTHING_FRACTION)), len(losses) - 1
     means = []
     for middle in range(len(losses)):
         side = min(widest, middle, last - middle)
@@ -134,7 +134,7 @@ def smoothed(losses: Sequence[float]) -> list[float]:
     return means
 
 
-def whole_ticks(first: int, last: int, count: int = 7) -> list[int]:
+def integer_ticks(first: int, last: int, count: int = 7) -> list[int]:
     """At most `count` whole steps from `first` to `last`, evenly spaced by a step of 1, 2 or 5 times a power of ten."""
     by = next(
         unit * 10**power for power in range(9) for unit in (1, 2, 5) if (last - first) // (unit * 10**power) < count
@@ -142,16 +142,16 @@ def whole_ticks(first: int, last: int, count: int = 7) -> list[int]:
     return list(range(-(-first // by) * by, last + 1, by))
 
 
-def _series(points: Sequence[Point], name: str) -> tuple[list[int], list[float]]:
+def _series(points: Sequence[MetricPoint], name: str) -> tuple[list[int], list[float]]:
     known = [(point.step, value) for point in points if (value := getattr(point, name)) is not None]
     return [step for step, _ in known], [value for _, value in known]
 
 
-def _facts(job: Job) -> str:
+def _subtitle(job: Job) -> str:
     spec = job.spec
     return f"{spec.get('method')}, rank {spec.get('rank')}, {job.status} at step {job.step} of {job.steps}   {job.id}"
 
 
-def _size() -> tuple[int, int]:
-    screen = show.screen()
+def _terminal_size() -> tuple[int, int]:
+    screen = show.console()
     return min(screen.width, 100), min(max(12, screen.height - 4), 28) if screen.is_terminal else 24

@@ -17,10 +17,10 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from loramill.names import SHORT
+from loramill.names import SHORT_HASH_LENGTH
 from loramill.plural import counted
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else.")]
 Cell = str | Text
 
 _STYLES = {
@@ -35,7 +35,7 @@ _STYLES = {
     "held": "yellow",
     "paused": "yellow",
 }
-_STEPS = ((60, 1, "s"), (3600, 60, "min"), (86400, 3600, "h"), (30 * 86400, 86400, "d"))
+_AGO_UNITS = ((60, 1, "s"), (3600, 60, "min"), (86400, 3600, "h"), (30 * 86400, 86400, "d"))
 
 
 class ListByDefault(TyperGroup):
@@ -48,24 +48,24 @@ class ListByDefault(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-def screen(*, stderr: bool = False) -> Console:
+def console(*, stderr: bool = False) -> Console:
     """A console that takes data as data (no markup) and does not cut what goes to a file or a pipe."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else 200
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
 
 
-def say(sentence: str, style: str | None = None) -> None:
+def print_message(sentence: str, style: str | None = None) -> None:
     """A sentence for the person at the keyboard, to stderr."""
-    screen(stderr=True).print(sentence, style=style, soft_wrap=True)
+    console(stderr=True).print(sentence, style=style, soft_wrap=True)
 
 
-def line(text: str) -> None:
+def print_line(text: str) -> None:
     """A result, to stdout, as it is."""
     typer.echo(text)
 
 
-def as_json(value: BaseModel | Iterable[BaseModel]) -> None:
+def print_json(value: BaseModel | Iterable[BaseModel]) -> None:
     """A value or a list of values as JSON, to stdout."""
     if isinstance(value, BaseModel):
         typer.echo(value.model_dump_json(indent=2))
@@ -73,7 +73,7 @@ def as_json(value: BaseModel | Iterable[BaseModel]) -> None:
         typer.echo(json.dumps([each.model_dump(mode="json") for each in value], indent=2))
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], empty: str) -> None:
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], empty: str) -> None:
     """A table to stdout; `empty` is said instead where there is nothing to list."""
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
@@ -81,25 +81,25 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], empty: str) ->
     for row in rows:
         grid.add_row(*row)
     if grid.row_count:
-        screen().print(grid)
+        console().print(grid)
     else:
-        say(empty)
+        print_message(empty)
 
 
-def facts(pairs: Iterable[tuple[str, Cell]]) -> None:
+def print_fields(pairs: Iterable[tuple[str, Cell]]) -> None:
     """Name and value, a line each, to stdout."""
     grid = Table.grid(padding=(0, 2))
     for name, value in pairs:
         grid.add_row(Text(name, style="bold"), value)
-    screen().print(grid)
+    console().print(grid)
 
 
-def status(word: str) -> Text:
+def styled_status(word: str) -> Text:
     """A state in its colour; what follows the first word goes with it."""
     return Text(word, style=_STYLES.get(word.partition(" ")[0], ""))
 
 
-def size(number: int) -> str:
+def exact_size(number: int) -> str:
     """Bytes with a decimal unit, exactly: "1 GB", "1.5 MB", "1,234,567 bytes"."""
     for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if number >= unit and number * 100 % unit == 0:
@@ -107,7 +107,7 @@ def size(number: int) -> str:
     return counted(number, "byte")
 
 
-def visible(text: str) -> str:
+def escape_control_characters(text: str) -> str:
     """Text of others for a terminal: control characters, which could move its cursor, as \\x1b; lines and tabs stay."""
     return "".join(
         repr(letter)[1:-1]
@@ -117,12 +117,12 @@ def visible(text: str) -> str:
     )
 
 
-def short(version: str | None) -> str:
+def short_version(version: str | None) -> str:
     """A version's hash as it is shown."""
-    return version[:SHORT] if version else "-"
+    return version[:SHORT_HASH_LENGTH] if version else "-"
 
 
-def rough_size(count: int) -> str:
+def rounded_size(count: int) -> str:
     """Bytes, rounded: "512 B", "1.5 kB", "20.3 MB"."""
     if count < 1000:
         return f"{count} B"
@@ -130,26 +130,26 @@ def rough_size(count: int) -> str:
     return f"{count / 1000**unit:.1f} {(None, 'kB', 'MB', 'GB')[unit]}"
 
 
-def clock(then: float) -> str:
+def local_time(then: float) -> str:
     """A time (seconds since the epoch) as this place's clock shows it."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(then))
 
 
-def minute(then: float) -> str:
+def local_minute(then: float) -> str:
     """A time (seconds since the epoch) in local time, without seconds."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(then))
 
 
-def ago(then: float, now: float | None = None) -> str:
+def time_ago(then: float, now: float | None = None) -> str:
     """A time (seconds since the epoch) as people say it: "3 min ago", or the day after a month."""
     passed = max(0.0, (time.time() if now is None else now) - then)
-    for below, unit, name in _STEPS:
+    for below, unit, name in _AGO_UNITS:
         if passed < below:
             return f"{passed / unit:.0f} {name} ago" if passed >= 1 else "just now"
     return time.strftime("%Y-%m-%d", time.localtime(then))
 
 
-def number(value: float) -> str:
+def four_digits(value: float) -> str:
     """A measured number, to four digits: "4.233", "0.001", "1234", "1.2e-05"."""
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 

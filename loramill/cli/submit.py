@@ -13,15 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from loramill.cli import show
 from loramill.cli.dry_run import dry_run
-from loramill.cli.watch import continuing, watch_until_done
+from loramill.cli.watch import explain_interrupt, watch_until_done
 from loramill.client import Client
-from loramill.client.models import File, Job, Submitted
-from loramill.client.tenant_list import AT_ONCE
+from loramill.client.models import File, Job, SubmittedJob
+from loramill.client.tenant_list import MAX_TENANTS_PER_REQUEST
 from loramill.errors import Forbidden
 from loramill.names import AdapterName
 from loramill.plural import counted
 from loramill.submission.job_file import check_entries, read_jobs
-from loramill.submission.options import Options, from_text
+from loramill.submission.options import JobOptions, from_text
 from loramill.types import JobSpec
 
 Adapter = Annotated[str | None, typer.Argument(metavar="TENANT/ADAPTER", help="Such as acme/support.")]
@@ -68,7 +68,7 @@ Wait = Annotated[bool, typer.Option("--wait", help="Show progress until all has 
 Promote = Annotated[bool, typer.Option("--promote", help="Wait for the job, then make the new version the champion.")]
 
 #: What can be said of a job, by panel of the help.
-_HELP: Mapping[str, Mapping[str, str]] = {
+_OPTION_HELP: Mapping[str, Mapping[str, str]] = {
     "Method": {
         "method": "How the base is adapted.",
         "rank": "Rank of the adapter.",
@@ -95,7 +95,7 @@ _HELP: Mapping[str, Mapping[str, str]] = {
         "weight_decay": "Weight decay.",
         "max_grad_norm": "Norm that gradients are clipped to.",
         "max_length": "Tokens of the longest example.",
-        "learn": "Answers of a conversation that are trained, where `all` leaves out those of weight 0.",
+        "train_on": "Answers of a conversation that are trained, where `all` leaves out those of weight 0.",
         "packing": "Let examples share rows without padding.",
         "eval_every": "Steps between validations.",
         "patience": "Validations without gain before an early stop.",
@@ -113,9 +113,9 @@ _HELP: Mapping[str, Mapping[str, str]] = {
         "metadata": "Up to 16 NAME=VALUE pairs that are kept with the job.",
     },
 }
-_SHORT = {"learning_rate": ("--lr",)}
+_SHORT_FLAGS = {"learning_rate": ("--lr",)}
 #: Defaults that depend on the job, the data or the pool, as the help shows them.
-_CHOSEN = {
+_DERIVED_DEFAULTS = {
     "alpha": "2 x rank",
     "targets": "all-linear",
     "epochs": "3, or as many as make 30 to 300 steps",
@@ -132,7 +132,7 @@ _CHOSEN = {
 }
 
 
-def with_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_job_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command with an option for everything that can be said of a job, in place of its `**options`."""
     signature = inspect.signature(command, eval_str=True)
     fixed = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -141,26 +141,26 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[_kind(name) | None, _option(name, help_text, panel)],
+            annotation=Annotated[_option_type(name) | None, _option(name, help_text, panel)],
         )
-        for panel, helps in _HELP.items()
+        for panel, helps in _OPTION_HELP.items()
         for name, help_text in helps.items()
     ]
     command.__signature__ = signature.replace(parameters=[*fixed, *options])  # type: ignore[attr-defined]
     return command
 
 
-def _default(name: str) -> str:
+def _default_text(name: str) -> str:
     """The default of an option, as its help shows it."""
     field = JobSpec.model_fields.get(name)
-    chosen = _CHOSEN.get(name) or (None if field is None or field.is_required() else field.default)
+    chosen = _DERIVED_DEFAULTS.get(name) or (None if field is None or field.is_required() else field.default)
     if chosen is None or chosen in ({}, False):
         return ""
     return f" (default: {'yes' if chosen is True else chosen})"
 
 
 def _option(name: str, help_text: str, panel: str) -> Any:
-    flag, kind = f"--{name.replace('_', '-')}", _kind(name)
+    flag, kind = f"--{name.replace('_', '-')}", _option_type(name)
     if kind is bool:
         flag = f"{flag}/--no-{name.replace('_', '-')}"
     words = get_args(kind) if get_origin(kind) is Literal else ()
@@ -168,21 +168,21 @@ def _option(name: str, help_text: str, panel: str) -> Any:
         help_text = f"{help_text.removesuffix('.')}: {', '.join(words)}."
     return typer.Option(
         flag,
-        *_SHORT.get(name, ()),
-        help=help_text + _default(name),
+        *_SHORT_FLAGS.get(name, ()),
+        help=help_text + _default_text(name),
         metavar="WORD" if words else None,
         rich_help_panel=panel,
     )
 
 
-def _kind(name: str) -> Any:
+def _option_type(name: str) -> Any:
     """The type of an option: that of its field, or text where the value is more than one word or number.
 
     A flag with a third state besides yes and no takes a word.
     """
     choices: list[str] = []
-    for kind in get_args(Options.model_fields[name].annotation) or (Options.model_fields[name].annotation,):
-        if kind is bool and name in _CHOSEN:
+    for kind in get_args(JobOptions.model_fields[name].annotation) or (JobOptions.model_fields[name].annotation,):
+        if kind is bool and name in _DERIVED_DEFAULTS:
             return Literal["yes", "no"]
         if kind in (int, float, bool):
             return kind
@@ -193,7 +193,7 @@ def _kind(name: str) -> Any:
     return Literal[tuple(choices)]
 
 
-@with_options
+@with_job_options
 def submit(
     adapter: Adapter = None,
     *,
@@ -208,7 +208,7 @@ def submit(
     promote: Promote = False,
     create_tenant: CreateTenant = False,
     dry: DryRun = False,
-    json: show.AsJson = False,
+    json: show.JsonFlag = False,
     **options: Any,
 ) -> None:
     """Upload examples, submit a fine-tune job, and print its id; or all jobs of a file.
@@ -250,31 +250,31 @@ def _create_tenants(names: Collection[str]) -> None:
     """Makes the tenants that do not exist, and reports each."""
     with Client() as client:
         ordered = sorted(names)
-        for start in range(0, len(ordered), AT_ONCE):
-            for each in client.create_tenants(ordered[start : start + AT_ONCE], exist_ok=True):
+        for start in range(0, len(ordered), MAX_TENANTS_PER_REQUEST):
+            for each in client.create_tenants(ordered[start : start + MAX_TENANTS_PER_REQUEST], exist_ok=True):
                 if each.new:
-                    show.say(f"Tenant {each.name} is made.")
+                    show.print_message(f"Tenant {each.name} is made.")
 
 
 def _submit_one(
-    adapter: str, train: str, valid: str | None, said: dict[str, Any], *, wait: bool, promote: bool, json: bool
+    adapter: str, train: str, valid: str | None, options: dict[str, Any], *, wait: bool, promote: bool, json: bool
 ) -> None:
     with Client() as client:
-        job = client.submit(adapter, train, valid=valid, on_upload=report_upload, **said)
+        job = client.submit(adapter, train, valid=valid, on_upload=report_upload, **options)
         if not json:
-            show.line(job.id)
+            show.print_line(job.id)
         if wait:
-            job = _watch(client, job)
-            _tell_result(client, job, promote=promote)
+            job = _wait_with_progress(client, job)
+            _report_result(client, job, promote=promote)
         elif not json:
-            show.say(f"Queued; `loramill jobs events -f {job.id}` follows it.")
+            show.print_message(f"Queued; `loramill jobs events -f {job.id}` follows it.")
     if json:
-        show.as_json(job)
+        show.print_json(job)
 
 
-def _tell_result(client: Client, job: Job, *, promote: bool) -> None:
+def _report_result(client: Client, job: Job, *, promote: bool) -> None:
     """Reports the new version and which version answers; only an adapter's first becomes champion by itself."""
-    show.say(f"{job.model} is ready: `loramill chat {job.model}`")
+    show.print_message(f"{job.model} is ready: `loramill chat {job.model}`")
     version = (job.model or "").partition("@")[2]
     try:
         adapter = client.promote(job.adapter, version) if promote else client.adapter(job.adapter)
@@ -282,16 +282,16 @@ def _tell_result(client: Client, job: Job, *, promote: bool) -> None:
         if promote:
             raise
         return
-    if show.short(adapter.champion) == version:
-        show.say(f"{job.adapter} answers with it.")
+    if show.short_version(adapter.champion) == version:
+        show.print_message(f"{job.adapter} answers with it.")
     else:
-        show.say(
-            f"{job.adapter} still answers with its champion {show.short(adapter.champion)}; "
+        show.print_message(
+            f"{job.adapter} still answers with its champion {show.short_version(adapter.champion)}; "
             f"`loramill promote {job.model}` makes the new version answer."
         )
 
 
-def _submit_file(file: Path, said: Mapping[str, Any], *, name: str, retry: bool, wait: bool, json: bool) -> None:
+def _submit_file(file: Path, defaults: Mapping[str, Any], *, name: str, retry: bool, wait: bool, json: bool) -> None:
     with Client() as client:
         with _progress() as progress:
             tasks: dict[str, Any] = {}
@@ -302,31 +302,31 @@ def _submit_file(file: Path, said: Mapping[str, Any], *, name: str, retry: bool,
                 progress.update(tasks[what], completed=done)
 
             found = client.submit_many(
-                file, defaults=said, name=name, retry=retry, on_progress=tell, on_upload=report_warnings
+                file, defaults=defaults, name=name, retry=retry, on_progress=tell, on_upload=report_warnings
             )
         if json and not wait:
-            return show.as_json(found)
+            return show.print_json(found)
         new = [each for each in found if each.new]
         if not json:
-            _print(found)
+            _print_submitted(found)
             before = f", {len(found) - len(new)} were submitted before" if len(new) < len(found) else ""
-            show.say(f"{counted(len(new), 'job')} submitted{before}; `loramill jobs watch` shows them all.")
+            show.print_message(f"{counted(len(new), 'job')} submitted{before}; `loramill jobs watch` shows them all.")
         if wait:
             ids = [each.job.id for each in found]
-            with continuing(ids):
+            with explain_interrupt(ids):
                 jobs = watch_until_done(client, ids, quiet=json)
             if json:
-                show.as_json(jobs)
+                show.print_json(jobs)
             if any(job.failure for job in jobs):
                 raise typer.Exit(1)
     return None
 
 
-def _print(found: Iterable[Submitted]) -> None:
-    show.table(
+def _print_submitted(found: Iterable[SubmittedJob]) -> None:
+    show.print_table(
         ("JOB", "ADAPTER", "STATUS", ""),
         (
-            (each.job.id, each.job.adapter, show.status(each.job.status), "new" if each.new else "there before")
+            (each.job.id, each.job.adapter, show.styled_status(each.job.status), "new" if each.new else "there before")
             for each in found
         ),
         empty="",
@@ -336,14 +336,14 @@ def _print(found: Iterable[Submitted]) -> None:
 def report_upload(file: File) -> None:
     """Reports what an uploaded file was read as, and its warnings."""
     count = "" if file.examples is None else f": {counted(file.examples, 'example')}"
-    show.say(f"{file.filename}{count}; {file.recognized}.")
+    show.print_message(f"{file.filename}{count}; {file.recognized}.")
     report_warnings(file)
 
 
 def report_warnings(file: File) -> None:
     """Reports the warnings about an uploaded file."""
     for warning in file.warnings:
-        show.say(f"Warning: {warning}", style="yellow")
+        show.print_message(f"Warning: {warning}", style="yellow")
 
 
 def _progress() -> Progress:
@@ -353,15 +353,15 @@ def _progress() -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    return Progress(*columns, console=show.screen(stderr=True))
+    return Progress(*columns, console=show.console(stderr=True))
 
 
-def _watch(client: Client, job: Job) -> Job:
+def _wait_with_progress(client: Client, job: Job) -> Job:
     with _progress() as progress:
         task = progress.add_task(f"{job.adapter} {job.status}", total=job.steps)
 
         def advance(now: Job) -> None:
             progress.update(task, completed=now.step, description=f"{now.adapter} {now.status}")
 
-        with continuing([job.id]):
+        with explain_interrupt([job.id]):
             return client.wait(job.id, advance)

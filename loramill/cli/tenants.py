@@ -20,7 +20,7 @@ from loramill.client.models import CreatedTenant
 from loramill.client.tenant_list import NewTenant, read_tenants
 from loramill.errors import InvalidRequest
 from loramill.names import check_name
-from loramill.submission.options import given
+from loramill.submission.options import drop_none
 from loramill.types import TenantRecord
 
 tenant = typer.Typer(help="Owners of data, jobs, adapters and keys.", no_args_is_help=True)
@@ -54,26 +54,26 @@ def create_tenants(
             "--exist-ok", help="Accept tenants that exist, and set the weights and limits that FILE gives them."
         ),
     ] = False,
-    json: show.AsJson = False,
+    json: show.JsonFlag = False,
 ) -> None:
     """Make tenants. If anything is wrong, none is made."""
-    wanted = _requested(names or [], file)
+    wanted = _requested_tenants(names or [], file)
     with Client() as client, _key_file(keys_out) as write_keys:
         made = client.create_tenants(wanted, exist_ok=exist_ok, keys=with_keys or keys_out is not None)
         write_keys(made)
     if json:
         # A single name gives a single object, as before.
-        return show.as_json(made[0] if file is None and len(made) == 1 else made)
+        return show.print_json(made[0] if file is None and len(made) == 1 else made)
     if with_keys:
-        show.table(
+        show.print_table(
             ("TENANT", "KEY"),
             ((each.name, each.key or "- (existed already; `loramill key create` makes a key)") for each in made),
             empty="",
         )
-    return show.say(_outcome(made, keys_out, with_keys=with_keys))
+    return show.print_message(_summary(made, keys_out, with_keys=with_keys))
 
 
-def _requested(names: Sequence[str], file: Path | None) -> list[str | NewTenant]:
+def _requested_tenants(names: Sequence[str], file: Path | None) -> list[str | NewTenant]:
     """The tenants to make, each once.
 
     Raises:
@@ -125,7 +125,7 @@ def _key_file(path: Path | None) -> Iterator[Callable[[Sequence[CreatedTenant]],
         raise
 
 
-def _outcome(made: Sequence[CreatedTenant], keys_out: Path | None, *, with_keys: bool) -> str:
+def _summary(made: Sequence[CreatedTenant], keys_out: Path | None, *, with_keys: bool) -> str:
     new = [each for each in made if each.new]
     before = f", {len(made) - len(new)} existed already" if len(new) < len(made) else ""
     what = f"Tenant {new[0].name} is made" if len(new) == 1 else f"{len(new)} tenants are made"
@@ -138,23 +138,23 @@ def _outcome(made: Sequence[CreatedTenant], keys_out: Path | None, *, with_keys:
 
 
 @tenant.command("list")
-def list_tenants(json: show.AsJson = False) -> None:
+def list_tenants(json: show.JsonFlag = False) -> None:
     """List the tenants."""
     with Client() as client:
         found = client.tenants()
     if json:
-        return show.as_json(found)
-    return show.table(
+        return show.print_json(found)
+    return show.print_table(
         ("TENANT", "MADE", "WEIGHT", "RUNNING", "MAX RUNNING", "WAITING", "MAX WAITING"),
         (
             (
                 each.name,
-                show.ago(each.created_at),
+                show.time_ago(each.created_at),
                 f"{each.weight:g}",
                 str(each.running),
-                _quota(each.max_running),
+                _format_quota(each.max_running),
                 str(each.waiting),
-                _quota(each.max_queued),
+                _format_quota(each.max_queued),
             )
             for each in found
         ),
@@ -172,18 +172,18 @@ def set_share(
     max_queued: Annotated[
         str | None, typer.Option(metavar="JOBS", help="Jobs that may wait: a number, or unlimited.")
     ] = None,
-    json: show.AsJson = False,
+    json: show.JsonFlag = False,
 ) -> None:
     """Set a tenant's share of the pool; what isn't given stays as it is."""
-    running, queued = _read_quota(max_running, "--max-running"), _read_quota(max_queued, "--max-queued")
+    running, queued = _parse_quota(max_running, "--max-running"), _parse_quota(max_queued, "--max-queued")
     with Client() as client:
         set_to = client.set_share(name, weight=weight, max_running=running, max_queued=queued)
     if json:
-        show.as_json(set_to)
+        show.print_json(set_to)
     else:
-        show.say(
-            f"{set_to.name} has the weight {set_to.weight:g}; running at most: {_quota(set_to.max_running)}, "
-            f"waiting at most: {_quota(set_to.max_queued)}."
+        show.print_message(
+            f"{set_to.name} has the weight {set_to.weight:g}; running at most: {_format_quota(set_to.max_running)}, "
+            f"waiting at most: {_format_quota(set_to.max_queued)}."
         )
 
 
@@ -200,33 +200,33 @@ def set_limits(
     stored: Annotated[
         str | None, typer.Option(metavar="BYTES", help="Size of its files, such as 10GB, or unlimited.")
     ] = None,
-    json: show.AsJson = False,
+    json: show.JsonFlag = False,
 ) -> None:
     """Set what a tenant may use of the gateways; what isn't given stays as it is. Alone it shows the limits."""
     asked = {
-        "requests_per_minute": _read_quota(requests, "--requests"),
-        "tokens_per_minute": _read_quota(tokens, "--tokens"),
-        "concurrent_requests": _read_quota(concurrent, "--concurrent"),
-        "stored_bytes": _read_bytes(stored, "--stored"),
+        "requests_per_minute": _parse_quota(requests, "--requests"),
+        "tokens_per_minute": _parse_quota(tokens, "--tokens"),
+        "concurrent_requests": _parse_quota(concurrent, "--concurrent"),
+        "stored_bytes": _parse_bytes(stored, "--stored"),
     }
     with Client() as client:
-        set_to = client.set_limits(name, **asked) if given(asked) else client.tenant(name)
+        set_to = client.set_limits(name, **asked) if drop_none(asked) else client.tenant(name)
     if json:
-        show.as_json(set_to)
+        show.print_json(set_to)
     else:
-        show.facts(_limits(set_to))
+        show.print_fields(_limit_fields(set_to))
 
 
-def _limits(tenant: TenantRecord) -> list[tuple[str, show.Cell]]:
+def _limit_fields(tenant: TenantRecord) -> list[tuple[str, show.Cell]]:
     return [
-        ("requests", _quota(tenant.requests_per_minute, "{:,} requests/min")),
-        ("tokens", _quota(tenant.tokens_per_minute, "{:,} tokens/min")),
-        ("at once", _quota(tenant.concurrent_requests, "{:,} requests")),
-        ("files", "unlimited" if tenant.stored_bytes is None else show.size(tenant.stored_bytes)),
+        ("requests", _format_quota(tenant.requests_per_minute, "{:,} requests/min")),
+        ("tokens", _format_quota(tenant.tokens_per_minute, "{:,} tokens/min")),
+        ("at once", _format_quota(tenant.concurrent_requests, "{:,} requests")),
+        ("files", "unlimited" if tenant.stored_bytes is None else show.exact_size(tenant.stored_bytes)),
     ]
 
 
-def _read_quota(text: str | None, option: str, hint: str = "give a number, or unlimited.") -> Quota:
+def _parse_quota(text: str | None, option: str, hint: str = "give a number, or unlimited.") -> Quota:
     if text is None:
         return None
     if text == "unlimited":
@@ -236,12 +236,12 @@ def _read_quota(text: str | None, option: str, hint: str = "give a number, or un
     return int(text)
 
 
-def _read_bytes(text: str | None, option: str) -> Quota:
+def _parse_bytes(text: str | None, option: str) -> Quota:
     found = re.fullmatch(r"(\d{1,12})\s*([kMGT])B", text or "")
     if found is None:
-        return _read_quota(text, option, "give a number of bytes, such as 500MB or 10GB, or unlimited.")
+        return _parse_quota(text, option, "give a number of bytes, such as 500MB or 10GB, or unlimited.")
     return int(found[1]) * {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[found[2]]
 
 
-def _quota(limit: int | None, written: str = "{}") -> str:
+def _format_quota(limit: int | None, written: str = "{}") -> str:
     return "unlimited" if limit is None else written.format(limit)

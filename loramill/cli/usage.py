@@ -15,10 +15,10 @@ from loramill.client import Client
 from loramill.types import Scope
 
 Days = Annotated[int, typer.Option(min=1, max=36_500, help="How many, with today.")]
-Lines = Annotated[int, typer.Option("-n", "--limit", min=1, help="At most so many.")]
+Limit = Annotated[int, typer.Option("-n", "--limit", min=1, help="At most so many.")]
 
 #: Shorter names for fields of the audit's details.
-_NAMES = {
+_SHORT_NAMES = {
     "requests_per_minute": "requests/min",
     "tokens_per_minute": "tokens/min",
     "concurrent_requests": "at-once",
@@ -33,20 +33,20 @@ def register(app: typer.Typer) -> None:
     app.command(rich_help_panel="Tenants")(audit)
 
 
-def usage(tenant: Tenant = None, days: Days = 30, json: show.AsJson = False) -> None:
+def usage(tenant: Tenant = None, days: Days = 30, json: show.JsonFlag = False) -> None:
     """Show what was asked on each day (UTC), in requests and tokens."""
     today = datetime.now(UTC).date()
     with Client() as client:
         found = client.usage(tenant, first=today - timedelta(days - 1), last=today)
     if json:
-        return show.as_json(found)
-    return show.table(
+        return show.print_json(found)
+    return show.print_table(
         ("DAY", "TENANT", "MODEL", "REQUESTS", "PROMPT TOKENS", "COMPLETION TOKENS"),
         (
             (
                 each.day,
                 each.tenant or "(admin)",
-                each.model if each.version is None else f"{each.model}@{show.short(each.version)}",
+                each.model if each.version is None else f"{each.model}@{show.short_version(each.version)}",
                 str(each.requests),
                 str(each.prompt_tokens),
                 str(each.completion_tokens),
@@ -57,22 +57,22 @@ def usage(tenant: Tenant = None, days: Days = 30, json: show.AsJson = False) -> 
     )
 
 
-def audit(tenant: Tenant = None, limit: Lines = 50, json: show.AsJson = False) -> None:
+def audit(tenant: Tenant = None, limit: Limit = 50, json: show.JsonFlag = False) -> None:
     """Show what was changed through the API, and with whose key, newest first."""
     with Client() as client:
         found = client.audit(tenant, limit=limit)
     if json:
-        return show.as_json(found)
-    return show.table(
+        return show.print_json(found)
+    return show.print_table(
         ("WHEN", "KEY", "OF", "ACTION", "ON", "DETAILS"),
         (
             (
-                show.minute(each.created_at),
+                show.local_minute(each.created_at),
                 _short_id(each.key),
                 each.actor or "(admin)",
                 each.action,
                 _short_id(each.subject),
-                _details(each.details),
+                _format_details(each.details),
             )
             for each in found
         ),
@@ -85,20 +85,24 @@ def _short_id(text: str) -> str:
     return re.sub(r"\b(file|ftjob|ftckpt|key)-([0-9a-f]{8})[0-9a-f]{16}\b", r"\1-\2", text)
 
 
-def _details(details: Mapping[str, Any]) -> str:
+def _format_details(details: Mapping[str, Any]) -> str:
     """What a change set, as NAME=VALUE pairs; None, such as no limit, is left out."""
-    pairs = [f"{_NAMES.get(name, name)}={_value(name, value)}" for name, value in details.items() if value is not None]
+    pairs = [
+        f"{_SHORT_NAMES.get(name, name)}={_format_value(name, value)}"
+        for name, value in details.items()
+        if value is not None
+    ]
     return " ".join(pairs) or ("unlimited" if details else "-")
 
 
-def _value(name: str, value: object) -> str:
+def _format_value(name: str, value: object) -> str:
     if name == "expires_at" and isinstance(value, float):
-        return show.minute(value).partition(" ")[0]
+        return show.local_minute(value).partition(" ")[0]
     if name == "stored_bytes" and isinstance(value, int):
-        return show.size(value).replace(" ", "")
+        return show.exact_size(value).replace(" ", "")
     if isinstance(value, list):
         return "all" if set(value) == set(Scope) else ",".join(map(str, value))
     if isinstance(value, int | float):
         return f"{value:,.10g}"
     text = str(value)
-    return show.short(text) if re.fullmatch(r"[0-9a-f]{64}", text) else _short_id(text)
+    return show.short_version(text) if re.fullmatch(r"[0-9a-f]{64}", text) else _short_id(text)

@@ -53,24 +53,24 @@ def adapter_file(folder: Path, name: str) -> tuple[str, bytes]:
     """
     path = folder / name
     if not path.is_file():
-        raise InvalidRequest(f"{folder} has no {name}{_instead(folder, name)}.")
+        raise InvalidRequest(f"{folder} has no {name}{_hint(folder, name)}.")
     try:
         return name, path.read_bytes()
     except OSError as error:
         raise InvalidRequest(f"{path} can't be read: {error.strerror}.") from error
 
 
-def _instead(folder: Path, name: str) -> str:
+def _hint(folder: Path, name: str) -> str:
     if name == WEIGHTS_FILE and (folder / "adapter_model.bin").is_file():
         return (
             "; its adapter_model.bin is a pickle, which can run any code and is not read. If you trust it, convert it: "
             f"safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), '{WEIGHTS_FILE}')"
         )
-    inside = folder_inside(folder, name)
+    inside = find_subfolder(folder, name)
     return f"; its folder {inside.name} has one: use that folder" if inside else ""
 
 
-def folder_inside(folder: Path, name: str) -> Path | None:
+def find_subfolder(folder: Path, name: str) -> Path | None:
     """The folder inside `folder` that has the file `name`, as one does in which several adapters were saved."""
     return next((path.parent for path in sorted(folder.glob(f"*/{name}"))), None)
 

@@ -8,24 +8,24 @@ from itertools import islice
 from typing import Literal
 from urllib.parse import quote
 
-from loramill.client.http import Wire
-from loramill.client.models import CreatedTenant, NewKey, view
+from loramill.client.http import Transport
+from loramill.client.models import CreatedTenant, NewKey, parse_object
 from loramill.client.tenant_list import NewTenant
-from loramill.submission.options import given
-from loramill.types import AuditRecord, KeyRecord, Removal, Scope, TenantRecord, UsageRecord
+from loramill.submission.options import drop_none
+from loramill.types import AuditRecord, DeletionSummary, KeyRecord, Scope, TenantRecord, UsageRecord
 
 #: A number, or no limit; None leaves it as it is.
 Quota = int | Literal["unlimited"] | None
 
 
-class Tenancy:
+class TenantsResource:
     """Tenants of a gateway, for `Client` to inherit; what changes one needs an admin's key."""
 
-    _wire: Wire
+    _wire: Transport
 
     def create_tenant(self, name: str) -> TenantRecord:
         """Makes a tenant. Conflict: the name is taken."""
-        return view(TenantRecord, self._wire.call("POST", "/v1/tenants", json={"name": name}))
+        return parse_object(TenantRecord, self._wire.request_json("POST", "/v1/tenants", json={"name": name}))
 
     def create_tenants(
         self, tenants: Iterable[str | NewTenant], *, exist_ok: bool = False, keys: bool = False
@@ -46,24 +46,27 @@ class Tenancy:
             "exist_ok": exist_ok,
             "keys": keys,
         }
-        rows = self._wire.call("POST", "/v1/tenants/batch", json=body)["data"]
-        return [view(CreatedTenant, row) for row in rows]
+        rows = self._wire.request_json("POST", "/v1/tenants/batch", json=body)["data"]
+        return [parse_object(CreatedTenant, row) for row in rows]
 
-    def delete_tenant(self, name: str, *, cancel_jobs: bool = False) -> Removal:
+    def delete_tenant(self, name: str, *, cancel_jobs: bool = False) -> DeletionSummary:
         """Deletes a tenant with its keys, files, jobs and adapters; usage and audit rows stay without its name.
 
         Args:
             cancel_jobs: cancels its jobs that have not ended; without it they are a Conflict.
         """
-        return view(Removal, self._wire.call("DELETE", _path(name, ""), params={"cancel_jobs": cancel_jobs}))
+        return parse_object(
+            DeletionSummary,
+            self._wire.request_json("DELETE", _tenant_path(name, ""), params={"cancel_jobs": cancel_jobs}),
+        )
 
     def tenants(self) -> list[TenantRecord]:
         """All tenants."""
-        return [view(TenantRecord, row) for row in self._wire.pages("/v1/tenants")]
+        return [parse_object(TenantRecord, row) for row in self._wire.paginate("/v1/tenants")]
 
     def tenant(self, name: str) -> TenantRecord:
         """One tenant with its share, quotas and limits."""
-        return view(TenantRecord, self._wire.call("GET", _path(name, "")))
+        return parse_object(TenantRecord, self._wire.request_json("GET", _tenant_path(name, "")))
 
     def set_share(
         self,
@@ -81,7 +84,9 @@ class Tenancy:
             max_queued: jobs that may wait.
         """
         share = {"weight": weight, "max_running": max_running, "max_queued": max_queued}
-        return view(TenantRecord, self._wire.call("POST", _path(tenant, "/share"), json=given(share)))
+        return parse_object(
+            TenantRecord, self._wire.request_json("POST", _tenant_path(tenant, "/share"), json=drop_none(share))
+        )
 
     def set_limits(
         self,
@@ -105,7 +110,9 @@ class Tenancy:
             "concurrent_requests": concurrent_requests,
             "stored_bytes": stored_bytes,
         }
-        return view(TenantRecord, self._wire.call("POST", _path(tenant, "/limits"), json=given(limits)))
+        return parse_object(
+            TenantRecord, self._wire.request_json("POST", _tenant_path(tenant, "/limits"), json=drop_none(limits))
+        )
 
     def create_key(
         self, tenant: str, *, scopes: Iterable[Scope | str] | None = None, expires_at: float | None = None
@@ -117,15 +124,17 @@ class Tenancy:
             expires_at: when it becomes worthless, in seconds since the epoch; None: never.
         """
         asked = {"scopes": None if scopes is None else [str(scope) for scope in scopes], "expires_at": expires_at}
-        return view(NewKey, self._wire.call("POST", _path(tenant, "/keys"), json=given(asked)))
+        return parse_object(
+            NewKey, self._wire.request_json("POST", _tenant_path(tenant, "/keys"), json=drop_none(asked))
+        )
 
     def keys(self, tenant: str) -> list[KeyRecord]:
         """A tenant's keys, without their secrets."""
-        return [view(KeyRecord, row) for row in self._wire.pages(_path(tenant, "/keys"))]
+        return [parse_object(KeyRecord, row) for row in self._wire.paginate(_tenant_path(tenant, "/keys"))]
 
     def revoke_key(self, key_id: str) -> None:
         """Makes a key (by its id) worthless at once."""
-        self._wire.call("DELETE", f"/v1/keys/{quote(key_id, safe='')}")
+        self._wire.request_json("DELETE", f"/v1/keys/{quote(key_id, safe='')}")
 
     def usage(
         self, tenant: str | None = None, *, first: date | None = None, last: date | None = None
@@ -137,8 +146,8 @@ class Tenancy:
             first, last: the days; None: the last 30.
         """
         query = {"tenant": tenant, "from": first and first.isoformat(), "to": last and last.isoformat()}
-        rows = self._wire.call("GET", "/v1/usage", params=given(query))["data"]
-        return [view(UsageRecord, row) for row in rows]
+        rows = self._wire.request_json("GET", "/v1/usage", params=drop_none(query))["data"]
+        return [parse_object(UsageRecord, row) for row in rows]
 
     def audit(self, tenant: str | None = None, *, limit: int = 100) -> list[AuditRecord]:
         """At most `limit` changes that were made through the API, newest first.
@@ -146,9 +155,9 @@ class Tenancy:
         Args:
             tenant: to whose things; None: the key's own, or all of an admin's.
         """
-        rows = self._wire.pages("/v1/audit", limit=min(limit, 100), query=given({"tenant": tenant}))
-        return [view(AuditRecord, row) for row in islice(rows, limit)]
+        rows = self._wire.paginate("/v1/audit", limit=min(limit, 100), query=drop_none({"tenant": tenant}))
+        return [parse_object(AuditRecord, row) for row in islice(rows, limit)]
 
 
-def _path(tenant: str, below: str) -> str:
+def _tenant_path(tenant: str, below: str) -> str:
     return f"/v1/tenants/{quote(tenant, safe='')}{below}"

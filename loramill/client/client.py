@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
 from loramill.client.adapter_folder import ADAPTER_FILES, adapter_file
-from loramill.client.admin import Tenancy
+from loramill.client.admin import TenantsResource
 from loramill.client.download import download
-from loramill.client.http import Wire, is_own, openai_errors
-from loramill.client.jobs import FineTuning
-from loramill.client.models import Adapter, view
+from loramill.client.http import Transport, is_local_url, translate_openai_errors
+from loramill.client.jobs import JobsResource
+from loramill.client.models import Adapter, parse_object
 from loramill.client.uploads import OnUpload, Source, Uploads
 from loramill.data.ingest import Columns
 from loramill.errors import SettingsInvalid, Unauthenticated
 from loramill.names import AdapterName
 from loramill.settings import Settings
-from loramill.submission.options import given
-from loramill.types import AdapterData, AdapterRecord, NewDataState, Removal
+from loramill.submission.options import drop_none
+from loramill.types import AdapterData, AdapterRecord, DeletionSummary, NewDataState
 
 if TYPE_CHECKING:
     import openai
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Messages = str | Iterable[Mapping[str, str]]
 
 
-class Client(FineTuning, Tenancy):
+class Client(JobsResource, TenantsResource):
     """Everything a tenant or an admin does with a gateway.
 
         with loramill.Client() as mill:
@@ -61,13 +61,13 @@ class Client(FineTuning, Tenancy):
         if not (url and api_key):
             settings = Settings.load()
             url = url or settings.gateway
-            api_key = api_key or _key_of(settings, url)
+            api_key = api_key or _default_api_key(settings, url)
         self.url = url.rstrip("/").removesuffix("/v1")
-        self._key = api_key
+        self._api_key = api_key
         self._organization = organization
-        if self._key and not (self._key.isascii() and self._key.isprintable()):
+        if self._api_key and not (self._api_key.isascii() and self._api_key.isprintable()):
             raise SettingsInvalid("The API key holds characters that no key has; correct LORAMILL_API_KEY.")
-        self._wire = Wire(self.url, self._key, organization, timeout)
+        self._wire = Transport(self.url, self._api_key, organization, timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -85,21 +85,21 @@ class Client(FineTuning, Tenancy):
 
     def models(self) -> list[str]:
         """Names that `chat` takes: the base, and each adapter the key may use."""
-        return [str(model["id"]) for model in self._wire.pages("/v1/models")]
+        return [str(model["id"]) for model in self._wire.paginate("/v1/models")]
 
     def chat(self, model: str, messages: Messages, **parameters: Any) -> str:
         """The model's answer. `parameters` are OpenAI's: max_tokens, temperature, seed, …"""
         self._check_key()
-        with openai_errors(self.url), self.openai() as client:
-            answer = client.chat.completions.create(model=model, messages=_conversation(messages), **parameters)
+        with translate_openai_errors(self.url), self.openai() as client:
+            answer = client.chat.completions.create(model=model, messages=_message_list(messages), **parameters)
         return answer.choices[0].message.content or ""
 
     def stream(self, model: str, messages: Messages, **parameters: Any) -> Generator[str, None, None]:
         """The model's answer, piece by piece as it is generated."""
         self._check_key()
-        with openai_errors(self.url), self.openai() as client:
+        with translate_openai_errors(self.url), self.openai() as client:
             chunks = client.chat.completions.create(
-                model=model, messages=_conversation(messages), stream=True, **parameters
+                model=model, messages=_message_list(messages), stream=True, **parameters
             )
             for chunk in chunks:
                 if chunk.choices and (text := chunk.choices[0].delta.content):
@@ -107,59 +107,65 @@ class Client(FineTuning, Tenancy):
 
     def _check_key(self) -> None:
         """Without a key, raises NotRunning if no gateway answers, and Unauthenticated if one does."""
-        if self._key is None:
-            self._wire.call("GET", "/v1/models")
+        if self._api_key is None:
+            self._wire.request_json("GET", "/v1/models")
 
     def openai(self) -> openai.OpenAI:
         """An `openai` client that talks to this gateway, for whatever OpenAI's API has beyond `chat`."""
         from openai import DefaultHttpxClient, OpenAI
 
-        if self._key is None:
+        if self._api_key is None:
             raise Unauthenticated("There is no API key: set LORAMILL_API_KEY, or give Client(api_key=…).")
         return OpenAI(
             base_url=f"{self.url}/v1",
-            api_key=self._key,
+            api_key=self._api_key,
             organization=self._organization,
-            http_client=DefaultHttpxClient(trust_env=not is_own(self.url)),
+            http_client=DefaultHttpxClient(trust_env=not is_local_url(self.url)),
         )
 
     def ready(self) -> bool:
         """Whether the gateway is up and its models answer."""
-        return self._wire.answers("/readyz")
+        return self._wire.succeeds("/readyz")
 
     # Adapters
 
     def adapters(self, tenant: str | None = None) -> list[AdapterRecord]:
         """The adapters the key may use, or those of one tenant, and where their aliases point."""
-        return [view(AdapterRecord, row) for row in self._wire.pages("/v1/adapters", tenant=tenant)]
+        return [parse_object(AdapterRecord, row) for row in self._wire.paginate("/v1/adapters", tenant=tenant)]
 
     def adapter(self, name: str) -> Adapter:
         """One adapter with its versions, the history of its aliases, and its evaluations."""
-        return view(Adapter, self._wire.call("GET", _path(name)))
+        return parse_object(Adapter, self._wire.request_json("GET", _adapter_path(name)))
 
     def promote(self, name: str, version: str) -> AdapterRecord:
         """Makes a version (its id, 8 digits of it or more, or an alias) the champion: the one that answers."""
-        return view(AdapterRecord, self._wire.call("POST", f"{_path(name)}/promote", json={"version": version}))
+        return parse_object(
+            AdapterRecord, self._wire.request_json("POST", f"{_adapter_path(name)}/promote", json={"version": version})
+        )
 
     def rollback(self, name: str) -> AdapterRecord:
         """Makes the previous champion the champion again."""
-        return view(AdapterRecord, self._wire.call("POST", f"{_path(name)}/rollback"))
+        return parse_object(AdapterRecord, self._wire.request_json("POST", f"{_adapter_path(name)}/rollback"))
 
     def pin(self, name: str, version: str = "champion") -> AdapterRecord:
         """Makes a version the champion, which no night, promotion or rollback replaces until `unpin`."""
-        return view(AdapterRecord, self._wire.call("POST", f"{_path(name)}/pin", json={"version": version}))
+        return parse_object(
+            AdapterRecord, self._wire.request_json("POST", f"{_adapter_path(name)}/pin", json={"version": version})
+        )
 
     def unpin(self, name: str) -> AdapterRecord:
         """Lets the champion change again."""
-        return view(AdapterRecord, self._wire.call("POST", f"{_path(name)}/unpin"))
+        return parse_object(AdapterRecord, self._wire.request_json("POST", f"{_adapter_path(name)}/unpin"))
 
-    def delete_adapter(self, name: str, *, cancel_jobs: bool = False) -> Removal:
+    def delete_adapter(self, name: str, *, cancel_jobs: bool = False) -> DeletionSummary:
         """Deletes an adapter with its versions, jobs, history, evaluations and waiting data; files stay.
 
         Args:
             cancel_jobs: cancels its jobs that have not ended; otherwise they are a Conflict.
         """
-        return view(Removal, self._wire.call("DELETE", _path(name), params={"cancel_jobs": cancel_jobs}))
+        return parse_object(
+            DeletionSummary, self._wire.request_json("DELETE", _adapter_path(name), params={"cancel_jobs": cancel_jobs})
+        )
 
     def delete_version(self, name: str, version: str, *, force: bool = False) -> None:
         """Deletes one version (its id, or at least the first 8 digits of it) of an adapter.
@@ -168,16 +174,20 @@ class Client(FineTuning, Tenancy):
             force: deletes the challenger or the previous champion, too; otherwise they are a Conflict. The champion
                 always is one.
         """
-        path = f"{_path(name)}/versions/{quote(version, safe='')}"
-        self._wire.call("DELETE", path, params={"force": force})
+        path = f"{_adapter_path(name)}/versions/{quote(version, safe='')}"
+        self._wire.request_json("DELETE", path, params={"force": force})
 
     def rename(self, name: str, to: str) -> AdapterRecord:
         """Renames an adapter, with everything that belongs to it, to another name of the same tenant."""
-        return view(AdapterRecord, self._wire.call("POST", f"{_path(name)}/rename", json={"to": to}))
+        return parse_object(
+            AdapterRecord, self._wire.request_json("POST", f"{_adapter_path(name)}/rename", json={"to": to})
+        )
 
     def warm(self, name: str, version: str = "champion") -> float:
         """Has a version loaded, so that its next request needn't wait for that; returns the seconds that it took."""
-        return float(self._wire.call("POST", f"{_path(name)}/warm", json={"version": version})["seconds"])
+        return float(
+            self._wire.request_json("POST", f"{_adapter_path(name)}/warm", json={"version": version})["seconds"]
+        )
 
     def export(
         self, name: str, to: Path, *, full: bool = False, on_bytes: Callable[[int, int], None] | None = None
@@ -206,8 +216,10 @@ class Client(FineTuning, Tenancy):
                 that isn't supported.
         """
         files = {part: adapter_file(folder, file) for part, file in ADAPTER_FILES.items()}
-        answer = self._wire.call("POST", f"{_path(name)}/import", files=files, data={"promote": str(promote).lower()})
-        return str(answer["version"]), view(AdapterRecord, answer)
+        answer = self._wire.request_json(
+            "POST", f"{_adapter_path(name)}/import", files=files, data={"promote": str(promote).lower()}
+        )
+        return str(answer["version"]), parse_object(AdapterRecord, answer)
 
     def add_data(
         self,
@@ -233,19 +245,19 @@ class Client(FineTuning, Tenancy):
                 "training_file": uploads.train(train, tenant, columns),
                 "validation_file": uploads.valid(valid, tenant, columns, valid_columns),
             }
-            answer = self._wire.call("POST", f"{_path(name)}/data", json=given(request))
-        return view(NewDataState, answer["new_data"])
+            answer = self._wire.request_json("POST", f"{_adapter_path(name)}/data", json=drop_none(request))
+        return parse_object(NewDataState, answer["new_data"])
 
     def data(self, name: str) -> list[AdapterData]:
         """The data that an adapter was given for nightly runs, newest first."""
-        return [view(AdapterData, row) for row in self._wire.pages(f"{_path(name)}/data")]
+        return [parse_object(AdapterData, row) for row in self._wire.paginate(f"{_adapter_path(name)}/data")]
 
 
-def _key_of(settings: Settings, url: str) -> str | None:
+def _default_api_key(settings: Settings, url: str) -> str | None:
     """The key of the settings, or this machine's admin key, which no other machine must ever see."""
     if settings.api_key:
         return settings.api_key
-    if not is_own(url) or not settings.admin_key_file.exists():
+    if not is_local_url(url) or not settings.admin_key_file.exists():
         return None
     try:
         return settings.admin_key_file.read_text().strip()
@@ -253,11 +265,11 @@ def _key_of(settings: Settings, url: str) -> str | None:
         raise Unauthenticated(f"The admin key in {settings.admin_key_file} can't be read: {error.strerror}.") from error
 
 
-def _path(adapter: str) -> str:
+def _adapter_path(adapter: str) -> str:
     return f"/v1/adapters/{AdapterName.parse(adapter)}"
 
 
-def _conversation(messages: Messages) -> Any:
+def _message_list(messages: Messages) -> Any:
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
     return [dict(message) for message in messages]

@@ -10,14 +10,14 @@ from typing import Any
 from urllib.parse import quote
 
 from loramill.client.adapter_folder import CONFIG_FILE, TOKENIZER_FILES, complete_export
-from loramill.client.http import Wire, foreign
+from loramill.client.http import Transport, unexpected_response
 from loramill.errors import InvalidRequest
 from loramill.names import ModelName
 from loramill.storage.atomic import new_folder
 
 
 def download(
-    wire: Wire, name: str, to: Path, *, full: bool = False, on_bytes: Callable[[int, int], None] | None = None
+    wire: Transport, name: str, to: Path, *, full: bool = False, on_bytes: Callable[[int, int], None] | None = None
 ) -> str:
     """Writes a version's files into the folder `to`, which must not be there yet, or be empty.
 
@@ -45,11 +45,11 @@ def download(
     if model.adapter is None:
         raise InvalidRequest(f"'{name}' is no adapter; write it as tenant/adapter, or tenant/adapter@version.")
     path = f"/v1/adapters/{model.adapter}/files"
-    listed = wire.call("GET", path, params={"version": model.selector, "full": full})
+    listed = wire.request_json("GET", path, params={"version": model.selector, "full": full})
     try:
         version, artifact, files = str(listed["version"]), str(listed["artifact"]), listed["files"]
     except KeyError as error:
-        raise foreign(wire.url, f"{path} lists no files") from error
+        raise unexpected_response(wire.url, f"{path} lists no files") from error
     manifest = Manifest.parse(json.dumps({"files": files}).encode(), wire.url, version if not full else artifact)
     come = 0
     with new_folder(to) as folder:
@@ -73,11 +73,11 @@ def download(
     return version
 
 
-def _add_base(wire: Wire, path: str, version: str, base: Mapping[str, Any], folder: Path) -> None:
+def _add_base(wire: Transport, path: str, version: str, base: Mapping[str, Any], folder: Path) -> None:
     """Adds the base's tokenizer, with which the adapter's prompts were made."""
     for file in base["tokenizer"]:
         if file not in TOKENIZER_FILES:  # a remote gateway must not choose what is written here
-            raise foreign(wire.url, f"{path} lists the file {file!r} as a tokenizer's")
+            raise unexpected_response(wire.url, f"{path} lists the file {file!r} as a tokenizer's")
         with (
             wire.stream(f"{path}/{quote(file)}", params={"version": version}) as pieces,
             (folder / file).open("xb") as out,

@@ -25,22 +25,22 @@ from loramill.errors import (
 )
 
 
-def _tree(cls: type[LoramillError]) -> Iterator[type[LoramillError]]:
+def _error_classes(cls: type[LoramillError]) -> Iterator[type[LoramillError]]:
     yield cls
     for child in cls.__subclasses__():
-        yield from _tree(child)
+        yield from _error_classes(child)
 
 
 #: The class of every code that the API answers with.
-BY_CODE = {cls.code: cls for cls in _tree(LoramillError)}
+ERROR_BY_CODE = {cls.code: cls for cls in _error_classes(LoramillError)}
 
-_BY_STATUS = {
+_ERROR_BY_STATUS = {
     cls.status: cls for cls in (InvalidRequest, Unauthenticated, Forbidden, NotFound, Conflict, Overloaded, Unavailable)
 }
 
 
 @contextmanager
-def openai_errors(url: str) -> Iterator[None]:
+def translate_openai_errors(url: str) -> Iterator[None]:
     """Turns the `openai` client's errors in the block back into ours; `url` is the gateway it calls."""
     import openai
 
@@ -51,18 +51,18 @@ def openai_errors(url: str) -> Iterator[None]:
     except (openai.APIConnectionError, httpx.RequestError) as error:
         # By its name: openai 2 is built on httpx, openai 3 on httpx2.
         if type(error.__cause__).__name__ == "ConnectError":
-            raise silent(url) from error
-        raise broken(url) from error
+            raise unreachable(url) from error
+        raise connection_lost(url) from error
     except openai.APIError as error:  # without a status it came in mid-stream
-        raise error_from(getattr(error, "status_code", 500), error.body, url) from error
+        raise error_from_response(getattr(error, "status_code", 500), error.body, url) from error
 
 
-def error_from(status: int, body: object, url: str) -> LoramillError:
+def error_from_response(status: int, body: object, url: str) -> LoramillError:
     """The error that an answer of `status` (>= 400) with this JSON body stands for."""
     said = body.get("error", body) if isinstance(body, Mapping) else None
     if isinstance(said, Mapping) and isinstance(said.get("message"), str):
-        cls = BY_CODE.get(
-            str(said.get("code")), _BY_STATUS.get(status, InvalidRequest if status < 500 else LoramillError)
+        cls = ERROR_BY_CODE.get(
+            str(said.get("code")), _ERROR_BY_STATUS.get(status, InvalidRequest if status < 500 else LoramillError)
         )
         param = said.get("param")
         error = cls(said["message"], param=param if isinstance(param, str) else None)
@@ -71,25 +71,25 @@ def error_from(status: int, body: object, url: str) -> LoramillError:
         return error
     if status in (502, 503, 504):
         return Unavailable(f"The gateway at {url} can't be reached through its proxy (HTTP {status}); try again.")
-    return foreign(url, f"HTTP {status}")
+    return unexpected_response(url, f"HTTP {status}")
 
 
-def foreign(url: str, what: str) -> NotRunning:
+def unexpected_response(url: str, what: str) -> NotRunning:
     """The error for an answer that no loramill gives."""
     return NotRunning(f"What answers at {url} isn't loramill ({what}): is LORAMILL_URL right?")
 
 
-def silent(url: str) -> NotRunning:
+def unreachable(url: str) -> NotRunning:
     """The error for an address where nobody listens."""
     return NotRunning(f"Nothing answers at {url}: start it with `loramill up`, or set LORAMILL_URL.")
 
 
-def broken(url: str) -> Unavailable:
+def connection_lost(url: str) -> Unavailable:
     """The error for an answer that came in part or not at all."""
     return Unavailable(f"The connection to {url} broke; try again.")
 
 
-def is_own(url: str) -> bool:
+def is_local_url(url: str) -> bool:
     """Whether the address is this machine's: its loopback, or one of its interfaces."""
     try:
         host = urlsplit(url).hostname or ""
@@ -106,21 +106,21 @@ def is_own(url: str) -> bool:
     return True
 
 
-class Wire:
+class Transport:
     """Requests to one gateway with one key. `url` is without `/v1`; `timeout` is in seconds."""
 
-    def __init__(self, url: str, key: str | None, organization: str | None, timeout: float) -> None:
+    def __init__(self, url: str, api_key: str | None, organization: str | None, timeout: float) -> None:
         self.url = url
-        self._key = key
+        self._api_key = api_key
         self._organization = organization
         # A proxy of the environment can't reach this machine's own addresses.
-        self._http = httpx.Client(timeout=httpx.Timeout(timeout, connect=5.0), trust_env=not is_own(url))
+        self._http = httpx.Client(timeout=httpx.Timeout(timeout, connect=5.0), trust_env=not is_local_url(url))
 
     def close(self) -> None:
         """Closes the connections."""
         self._http.close()
 
-    def call(self, method: str, path: str, *, tenant: str | None = None, **request: Any) -> dict[str, Any]:
+    def request_json(self, method: str, path: str, *, tenant: str | None = None, **request: Any) -> dict[str, Any]:
         """One request; returns the JSON object of the answer. `tenant` acts for a tenant, `request` is httpx's.
 
         Raises:
@@ -129,14 +129,14 @@ class Wire:
         response = self._send(method, path, tenant, request)
         body = _json(response)
         if response.is_error:
-            if response.status_code == 401 and self._key is None:
+            if response.status_code == 401 and self._api_key is None:
                 raise Unauthenticated(
                     f"The gateway at {self.url} asks for an API key: set LORAMILL_API_KEY "
                     "(an admin makes one with `loramill key create TENANT`)."
                 )
-            raise error_from(response.status_code, body, self.url)
+            raise error_from_response(response.status_code, body, self.url)
         if not isinstance(body, dict):
-            raise foreign(self.url, "its answer is no JSON object")
+            raise unexpected_response(self.url, "its answer is no JSON object")
         return body
 
     @contextmanager
@@ -147,15 +147,15 @@ class Wire:
             LoramillError: as `call`; Unavailable: the answer was cut off.
         """
         with (
-            self._explained("GET", path),
+            self._translate_errors("GET", path),
             self._http.stream("GET", self.url + path, headers=self._headers(None), **request) as response,
         ):
             if response.is_error:
                 response.read()
-                raise error_from(response.status_code, _json(response), self.url)
+                raise error_from_response(response.status_code, _json(response), self.url)
             yield response.iter_bytes(1 << 20)
 
-    def pages(
+    def paginate(
         self, path: str, *, tenant: str | None = None, limit: int | None = None, query: Mapping[str, Any] | None = None
     ) -> Iterator[dict[str, Any]]:
         """The objects of a list in the gateway's order, `limit` to a page where it has pages; `query` narrows it.
@@ -165,16 +165,16 @@ class Wire:
         """
         asked = {**(query or {}), **({} if limit is None else {"limit": limit})}
         while True:
-            page = self.call("GET", path, tenant=tenant, params=asked)
+            page = self.request_json("GET", path, tenant=tenant, params=asked)
             rows = page.get("data")
             if not isinstance(rows, list):
-                raise foreign(self.url, f"{path} is no list")
+                raise unexpected_response(self.url, f"{path} is no list")
             yield from rows
             if not rows or not page.get("has_more"):
                 return
             asked["after"] = rows[-1]["id"]
 
-    def answers(self, path: str) -> bool:
+    def succeeds(self, path: str) -> bool:
         """Whether the gateway answers `path` with success."""
         try:
             return self._send("GET", path, None, {}).is_success
@@ -182,23 +182,23 @@ class Wire:
             return False
 
     def _send(self, method: str, path: str, tenant: str | None, request: Mapping[str, Any]) -> httpx.Response:
-        with self._explained(method, path):
+        with self._translate_errors(method, path):
             return self._http.request(method, self.url + path, headers=self._headers(tenant), **request)
 
     def _headers(self, tenant: str | None) -> dict[str, str]:
         headers = {}
-        if self._key is not None:
-            headers["Authorization"] = f"Bearer {self._key}"
+        if self._api_key is not None:
+            headers["Authorization"] = f"Bearer {self._api_key}"
         if acting := tenant or self._organization:
             headers["OpenAI-Organization"] = acting
         return headers
 
     @contextmanager
-    def _explained(self, method: str, path: str) -> Iterator[None]:
+    def _translate_errors(self, method: str, path: str) -> Iterator[None]:
         try:
             yield
         except httpx.ConnectError as error:
-            raise silent(self.url) from error
+            raise unreachable(self.url) from error
         except httpx.TimeoutException as error:
             raise Unavailable(
                 f"The gateway at {self.url} took too long to answer {method} {path}; try again."
@@ -208,7 +208,7 @@ class Wire:
                 f"'{self.url}' is no address of a gateway ({error}); write it as http://HOST:PORT in LORAMILL_URL."
             ) from error
         except httpx.RequestError as error:
-            raise broken(self.url) from error
+            raise connection_lost(self.url) from error
 
 
 def _json(response: httpx.Response) -> object:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, Unpack
 from urllib.parse import quote
 
-from loramill.client.http import Wire, error_from, foreign
-from loramill.client.models import Checkpoint, Event, File, FileCheck, Job, Point, Submitted, view
+from loramill.client.http import Transport, error_from_response, unexpected_response
+from loramill.client.models import Checkpoint, Event, File, FileCheck, Job, MetricPoint, SubmittedJob, parse_object
 from loramill.client.uploads import OnUpload, Source, Uploads
-from loramill.data.ingest import Columns, Prepared, read_source
+from loramill.data.ingest import Columns, PreparedSource, read_source
 from loramill.errors import Forbidden, InvalidRequest, LoramillError, NotFound, NotRunning, Overloaded, Unavailable
 from loramill.names import AdapterName, results_id
-from loramill.submission.job_file import Entry, check_entries, read_jobs, refuse, request_of
-from loramill.submission.options import Said, given, read_options
+from loramill.submission.job_file import JobFileEntry, check_entries, raise_problems, read_jobs, request_body
+from loramill.submission.options import JobOptionsDict, drop_none, read_options
 
 #: Told of what is done: "uploading", "checking" or "submitting", how many are done, and of how many.
 OnProgress = Callable[[str, int, int], None]
@@ -26,22 +26,22 @@ OnProgress = Callable[[str, int, int], None]
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 #: Seconds for which `wait` and `events` bear with a gateway that is away.
-_PATIENCE = 60.0
+_OUTAGE_SECONDS = 60.0
 
-_PAGE = 100
+_PAGE_SIZE = 100
 #: Jobs of one request: their files are tokenized while it is waited for.
-_BATCH = 100
+_BATCH_SIZE = 100
 _JOBS = "/v1/fine_tuning/jobs"
 #: What is given in place of a job's id where an adapter is meant.
-_ADAPTER = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.@-]*")
+_ADAPTER_NAME = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.@-]*")
 _FILES = "/v1/files"
 
 
-class FineTuning:
+class JobsResource:
     """Data and jobs of a gateway, for `Client` to inherit."""
 
     url: str
-    _wire: Wire
+    _wire: Transport
 
     def upload(
         self,
@@ -67,13 +67,13 @@ class FineTuning:
         if isinstance(data, File):
             return data
         if isinstance(data, bytes):
-            data = Prepared(filename, data, "JSONL")
-        elif not isinstance(data, Prepared):
+            data = PreparedSource(filename, data, "JSONL")
+        elif not isinstance(data, PreparedSource):
             data = read_source(data, columns)
         form = {"purpose": "fine-tune", **({"reuse": "true"} if reuse else {})}
         upload = {"file": (data.name, data.content)}
-        file = File.read(self._wire.call("POST", _FILES, tenant=tenant, data=form, files=upload))
-        return file.model_copy(update={"recognized": data.recognized, "warnings": (*data.warnings, *file.warnings)})
+        file = File.from_wire(self._wire.request_json("POST", _FILES, tenant=tenant, data=form, files=upload))
+        return file.model_copy(update={"recognized": data.format, "warnings": (*data.warnings, *file.warnings)})
 
     def check(
         self,
@@ -83,7 +83,7 @@ class FineTuning:
         columns: Columns = None,
         valid: bool = False,
         max_length: int | None = None,
-        learn: Literal["last", "all"] | None = None,
+        train_on: Literal["last", "all"] | None = None,
     ) -> FileCheck:
         """Describes what a job would train on, as the base's chat template renders it; nothing is stored.
 
@@ -99,22 +99,24 @@ class FineTuning:
         if isinstance(data, File) or (isinstance(data, str) and data.startswith("file-")):
             raise InvalidRequest("An uploaded file was checked when it was uploaded; give the data itself.")
         if isinstance(data, bytes):
-            data = Prepared("train.jsonl", data, "JSONL")
-        elif not isinstance(data, Prepared):
+            data = PreparedSource("train.jsonl", data, "JSONL")
+        elif not isinstance(data, PreparedSource):
             data = read_source(data, columns)
-        form = given({"max_length": max_length, "learn": learn}) | {"use": "validation" if valid else "training"}
+        form = drop_none({"max_length": max_length, "train_on": train_on}) | {
+            "use": "validation" if valid else "training"
+        }
         upload = {"file": (data.name, data.content)}
-        found = self._wire.call("POST", f"{_FILES}/check", tenant=tenant, data=form, files=upload)
+        found = self._wire.request_json("POST", f"{_FILES}/check", tenant=tenant, data=form, files=upload)
         warnings = (*data.warnings, *filter(None, (found.get("status_details") or "").split("\n")))
-        return view(FileCheck, {**found, "recognized": data.recognized, "warnings": warnings})
+        return parse_object(FileCheck, {**found, "recognized": data.format, "warnings": warnings})
 
     def files(self, tenant: str | None = None) -> Iterator[File]:
         """Uploaded files, newest first: a tenant's own; an admin's key sees those of `tenant`, or of all."""
-        return (File.read(row) for row in self._wire.pages(_FILES, tenant=tenant))
+        return (File.from_wire(row) for row in self._wire.paginate(_FILES, tenant=tenant))
 
     def file(self, file_id: str) -> File:
         """One uploaded file's description."""
-        return File.read(self._wire.call("GET", f"{_FILES}/{quote(file_id, safe='')}"))
+        return File.from_wire(self._wire.request_json("GET", f"{_FILES}/{quote(file_id, safe='')}"))
 
     def file_content(self, file_id: str) -> Iterator[bytes]:
         """A file's bytes, piece by piece; a job's results file is CSV."""
@@ -123,7 +125,7 @@ class FineTuning:
 
     def delete_file(self, file_id: str) -> None:
         """Forgets a file. Conflict: a job that hasn't ended, or a night to come, needs it."""
-        self._wire.call("DELETE", f"{_FILES}/{quote(file_id, safe='')}")
+        self._wire.request_json("DELETE", f"{_FILES}/{quote(file_id, safe='')}")
 
     def submit(
         self,
@@ -134,7 +136,7 @@ class FineTuning:
         columns: Columns = None,
         valid_columns: Columns = None,
         on_upload: OnUpload | None = None,
-        **options: Unpack[Said],
+        **options: Unpack[JobOptionsDict],
     ) -> Job:
         """Submits a fine-tune job that makes a new version of `adapter`, and returns at once.
 
@@ -155,16 +157,16 @@ class FineTuning:
             QuotaExceeded: the tenant has as many jobs waiting as it may have.
         """
         name = AdapterName.parse(adapter)
-        said = read_options(options).request()
+        said = read_options(options).to_request()
         with Uploads(self, on_upload) as uploads:
             request = {
                 "training_file": uploads.train(train, name.tenant, columns),
                 "validation_file": uploads.valid(valid, name.tenant, columns, valid_columns),
-                "model": options.get("base") or self._base(),
+                "model": options.get("base") or self._served_base(),
                 "suffix": name.adapter,
                 **said,
             }
-            return Job.read(self._wire.call("POST", _JOBS, tenant=name.tenant, json=given(request)))
+            return Job.from_wire(self._wire.request_json("POST", _JOBS, tenant=name.tenant, json=drop_none(request)))
 
     def submit_many(
         self,
@@ -175,7 +177,7 @@ class FineTuning:
         retry: bool = False,
         on_progress: OnProgress | None = None,
         on_upload: OnUpload | None = None,
-    ) -> list[Submitted]:
+    ) -> list[SubmittedJob]:
         """Submits many jobs; nothing is submitted unless all of them are in order.
 
         Called again after a crash, it submits what is missing: a job of the same adapter, data and options is known
@@ -201,38 +203,41 @@ class FineTuning:
         self._check_tenants(entries)
         with Uploads(self, on_upload) as uploads:
             requests = self._upload_all(uploads, entries, name, tell)
-            _refuse_repeated(entries, requests)
-            parts = [(entries[i : i + _BATCH], requests[i : i + _BATCH]) for i in range(0, len(entries), _BATCH)]
+            _refuse_duplicates(entries, requests)
+            parts = [
+                (entries[i : i + _BATCH_SIZE], requests[i : i + _BATCH_SIZE])
+                for i in range(0, len(entries), _BATCH_SIZE)
+            ]
             if len(parts) > 1:  # one request is all or nothing by itself
-                checks = _each(parts, "checking", tell)
+                checks = _with_progress(parts, "checking", tell)
                 checked = [self._send_batch(*part, check_only=True, retry=retry) for part in checks]
-                refuse([problem for problems, _ in checked for problem in problems])
-            submitted: list[Submitted] = []
-            for part in _each(parts, "submitting", tell):
+                raise_problems([problem for problems, _ in checked for problem in problems])
+            submitted: list[SubmittedJob] = []
+            for part in _with_progress(parts, "submitting", tell):
                 problems, done = self._send_batch(*part, check_only=False, retry=retry)
-                refuse(problems, submitted=len(submitted))
+                raise_problems(problems, submitted=len(submitted))
                 submitted += done
         return submitted
 
     def jobs(self, tenant: str | None = None) -> Iterator[Job]:
         """Jobs, newest first: a tenant's own; an admin's key sees those of `tenant`, or of all."""
-        return (Job.read(row) for row in self._wire.pages(_JOBS, tenant=tenant, limit=_PAGE))
+        return (Job.from_wire(row) for row in self._wire.paginate(_JOBS, tenant=tenant, limit=_PAGE_SIZE))
 
     def job(self, job_id: str) -> Job:
         """One job as it is now."""
-        return Job.read(self._wire.call("GET", _path(job_id)))
+        return Job.from_wire(self._wire.request_json("GET", _job_path(job_id)))
 
     def cancel(self, job_id: str) -> Job:
         """Asks a job to stop; it publishes nothing from then on."""
-        return Job.read(self._wire.call("POST", _path(job_id, "/cancel")))
+        return Job.from_wire(self._wire.request_json("POST", _job_path(job_id, "/cancel")))
 
     def pause(self, job_id: str) -> Job:
         """Asks a job to wait, keeping what it has learnt so far."""
-        return Job.read(self._wire.call("POST", _path(job_id, "/pause")))
+        return Job.from_wire(self._wire.request_json("POST", _job_path(job_id, "/pause")))
 
     def resume(self, job_id: str) -> Job:
         """Lets a paused job go on where it was."""
-        return Job.read(self._wire.call("POST", _path(job_id, "/resume")))
+        return Job.from_wire(self._wire.request_json("POST", _job_path(job_id, "/resume")))
 
     def retry(self, job_id: str) -> Job:
         """Queues a failed or cancelled job again; it resumes from its last checkpoint if that still exists.
@@ -240,31 +245,34 @@ class FineTuning:
         Raises:
             Conflict: it neither failed nor was cancelled, or its data was deleted.
         """
-        return Job.read(self._wire.call("POST", _path(job_id, "/retry")))
+        return Job.from_wire(self._wire.request_json("POST", _job_path(job_id, "/retry")))
 
     def checkpoints(self, job_id: str) -> list[Checkpoint]:
         """Where a job's weights were validated, the latest first; `chat` takes the `model` of those that are kept."""
-        return [Checkpoint.read(row) for row in self._wire.pages(_path(job_id, "/checkpoints"), limit=_PAGE)]
+        return [
+            Checkpoint.from_wire(row)
+            for row in self._wire.paginate(_job_path(job_id, "/checkpoints"), limit=_PAGE_SIZE)
+        ]
 
-    def curve(self, job_id: str) -> list[Point]:
+    def metrics(self, job_id: str) -> list[MetricPoint]:
         """What was measured while a job trained, step by step."""
         content = b"".join(self.file_content(results_id(job_id))).decode()
         table = csv.DictReader(io.StringIO(content, newline=""))
-        return [Point.model_validate({name: cell for name, cell in row.items() if cell}) for row in table]
+        return [MetricPoint.model_validate({name: cell for name, cell in row.items() if cell}) for row in table]
 
-    def events(self, job_id: str, *, follow: bool = False, every: float = 1.0) -> Iterator[Event]:
+    def events(self, job_id: str, *, follow: bool = False, poll_seconds: float = 1.0) -> Iterator[Event]:
         """A job's history, oldest first; `follow` waits for more, looking `every` so many seconds, until it ends."""
         last: str | None = None
         while True:
-            final = not follow or self._patiently(self.job, job_id).status.final
-            for event in self._patiently(self._events_after, job_id, last):
+            final = not follow or self._retry_while_unavailable(self.job, job_id).status.final
+            for event in self._retry_while_unavailable(self._events_after, job_id, last):
                 last = event.id
                 yield event
             if final:
                 return
-            time.sleep(every)
+            time.sleep(poll_seconds)
 
-    def wait(self, job_id: str, on_progress: Callable[[Job], None] | None = None, *, every: float = 1.0) -> Job:
+    def wait(self, job_id: str, on_progress: Callable[[Job], None] | None = None, *, poll_seconds: float = 1.0) -> Job:
         """Waits until a job has succeeded; `on_progress` sees it as it is `every` so many seconds.
 
         Outlives a gateway that is away for up to a minute.
@@ -273,82 +281,82 @@ class FineTuning:
             JobError: it failed (the class tells how), or, as JobCancelled, it was cancelled.
         """
         while True:
-            job = self._patiently(self.job, job_id)
+            job = self._retry_while_unavailable(self.job, job_id)
             if on_progress is not None:
                 on_progress(job)
             if (failure := job.failure) is not None:
                 raise failure
             if job.status.final:
                 return job
-            time.sleep(every)
+            time.sleep(poll_seconds)
 
-    def _base(self) -> str:
-        for model in self._wire.pages("/v1/models"):
+    def _served_base(self) -> str:
+        for model in self._wire.paginate("/v1/models"):
             if "/" not in str(model["id"]):
                 return str(model["id"])
-        raise foreign(self.url, "it serves no base model")
+        raise unexpected_response(self.url, "it serves no base model")
 
-    def _check_tenants(self, entries: Sequence[Entry]) -> None:
+    def _check_tenants(self, entries: Sequence[JobFileEntry]) -> None:
         """Refuses entries of tenants that don't exist, before anything is uploaded."""
         first = {entry.adapter.tenant: entry.where for entry in reversed(entries)}
         problems = []
         for tenant, where in reversed(first.items()):
             try:
-                self._wire.call("GET", f"/v1/tenants/{quote(tenant, safe='')}")
+                self._wire.request_json("GET", f"/v1/tenants/{quote(tenant, safe='')}")
             except NotFound as error:
                 problems.append(f"{where}: {error.message} (`loramill tenant create {tenant}` makes it.)")
             except Forbidden:  # a tenant's key may not ask; its uploads will show it
                 continue
-        refuse(problems)
+        raise_problems(problems)
 
     def _upload_all(
-        self, uploads: Uploads, entries: Sequence[Entry], name: str, tell: OnProgress
+        self, uploads: Uploads, entries: Sequence[JobFileEntry], name: str, tell: OnProgress
     ) -> list[dict[str, Any]]:
         """Uploads each source once for each tenant; returns what is asked of the gateway for each entry."""
-        base = self._base()
+        base = self._served_base()
         known: dict[tuple[object, ...], str | LoramillError | None] = {}
         problems: list[str] = []
         requests = []
-        for entry in _each(entries, "uploading", tell):
+        for entry in _with_progress(entries, "uploading", tell):
             tenant, columns, own = entry.adapter.tenant, entry.columns, entry.valid_columns
-            train = _once(known, uploads.train, entry.train, tenant, columns)
-            valid = _once(known, uploads.valid, entry.valid, tenant, columns, own)
+            train = _upload_once(known, uploads.train, entry.train, tenant, columns)
+            valid = _upload_once(known, uploads.valid, entry.valid, tenant, columns, own)
             wrong = [found for found in (train, valid) if isinstance(found, LoramillError)]
-            problems += dict.fromkeys(f"{entry.where}: {line}" for error in wrong for line in _told(error))
+            problems += dict.fromkeys(f"{entry.where}: {line}" for error in wrong for line in _problem_lines(error))
             if not wrong:
-                requests.append(request_of(entry, train, valid, entry.options.base or base, name))
-        refuse(problems)
+                requests.append(request_body(entry, train, valid, entry.options.base or base, name))
+        raise_problems(problems)
         return requests
 
     def _send_batch(
-        self, entries: Sequence[Entry], requests: Sequence[Mapping[str, Any]], *, check_only: bool, retry: bool
-    ) -> tuple[list[str], list[Submitted]]:
+        self, entries: Sequence[JobFileEntry], requests: Sequence[Mapping[str, Any]], *, check_only: bool, retry: bool
+    ) -> tuple[list[str], list[SubmittedJob]]:
         """The problems of a part of the jobs; if there are none, and it isn't only a check, what was submitted."""
         body = {"jobs": requests, "check_only": check_only, "retry": retry}
-        found = self._wire.call("POST", f"{_JOBS}/batch", json=body)["data"]
+        found = self._wire.request_json("POST", f"{_JOBS}/batch", json=body)["data"]
         errors = [(entry, each["error"]) for entry, each in zip(entries, found, strict=True) if each["error"]]
         problems = [
             f"{entry.where}: {line}"
             for entry, error in errors
-            for line in _told(error_from(400, {"error": error}, self.url))
+            for line in _problem_lines(error_from_response(400, {"error": error}, self.url))
         ]
         if problems or check_only:
             return problems, []
         return [], [
-            Submitted(where=entry.where, job=Job.read(each["job"]), new=each["new"])
+            SubmittedJob(where=entry.where, job=Job.from_wire(each["job"]), new=each["new"])
             for entry, each in zip(entries, found, strict=True)
         ]
 
     def _events_after(self, job_id: str, last: str | None) -> list[Event]:
         fresh = []
-        for row in self._wire.pages(_path(job_id, "/events"), limit=_PAGE):  # newest first
+        for row in self._wire.paginate(_job_path(job_id, "/events"), limit=_PAGE_SIZE):  # newest first
             if row.get("id") == last:
                 break
-            fresh.append(Event.read(row))
+            fresh.append(Event.from_wire(row))
         return fresh[::-1]
 
-    def _patiently(self, ask: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        deadline = time.monotonic() + _PATIENCE
+    def _retry_while_unavailable(self, ask: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        deadline = time.monotonic() + _OUTAGE_SECONDS
         while True:
             try:
                 return ask(*args, **kwargs)
@@ -358,8 +366,8 @@ class FineTuning:
                 time.sleep(1.0)
 
 
-def _path(job_id: str, below: str = "") -> str:
-    if _ADAPTER.fullmatch(job_id):
+def _job_path(job_id: str, below: str = "") -> str:
+    if _ADAPTER_NAME.fullmatch(job_id):
         raise InvalidRequest(
             f"'{job_id}' is the name of an adapter, not of a job: a job's id begins with ftjob-, and "
             "`loramill jobs` lists them."
@@ -367,14 +375,16 @@ def _path(job_id: str, below: str = "") -> str:
     return f"{_JOBS}/{quote(job_id, safe='')}{below}"
 
 
-def _each(items: Sequence[_T], what: str, tell: OnProgress) -> Iterator[_T]:
+def _with_progress(items: Sequence[_T], what: str, tell: OnProgress) -> Iterator[_T]:
     for done, item in enumerate(items):
         tell(what, done, len(items))
         yield item
     tell(what, len(items), len(items))
 
 
-def _once(known: dict[tuple[object, ...], Any], upload: Callable[..., str | None], source: Any, *rest: Any) -> Any:
+def _upload_once(
+    known: dict[tuple[object, ...], Any], upload: Callable[..., str | None], source: Any, *rest: Any
+) -> Any:
     """The id of a source's uploaded file, or the error; remembered in `known`."""
     what = (source, *map(str, rest))
     if what not in known:
@@ -387,15 +397,15 @@ def _once(known: dict[tuple[object, ...], Any], upload: Callable[..., str | None
     return known[what]
 
 
-def _told(error: LoramillError) -> Sequence[str]:
+def _problem_lines(error: LoramillError) -> Sequence[str]:
     """The lines of an error that say something by themselves."""
     problems: Sequence[str] = getattr(error, "problems", ())
     return problems or error.message.split("\n")
 
 
-def _refuse_repeated(entries: Sequence[Entry], requests: Sequence[Mapping[str, Any]]) -> None:
+def _refuse_duplicates(entries: Sequence[JobFileEntry], requests: Sequence[Mapping[str, Any]]) -> None:
     first: dict[str, str] = {}
-    refuse(
+    raise_problems(
         [
             f"{entry.where}: it asks for the same as {where}; remove one, or give it another seed."
             for entry, request in zip(entries, requests, strict=True)

@@ -10,25 +10,25 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError
 
-from loramill.client.http import BY_CODE
+from loramill.client.http import ERROR_BY_CODE
 from loramill.errors import JobCancelled, JobError, LoramillError, NotRunning
 from loramill.types import (
     AdapterRecord,
     AliasChange,
-    Asked,
     EvaluationRecord,
     Executor,
+    FrozenModel,
     JobStatus,
     KeyRecord,
+    PendingAction,
     TenantRecord,
-    Value,
     VersionRecord,
 )
 
-_V = TypeVar("_V", bound=Value)
+_V = TypeVar("_V", bound=FrozenModel)
 
 
-def view(cls: type[_V], wire: Mapping[str, Any]) -> _V:
+def parse_object(cls: type[_V], wire: Mapping[str, Any]) -> _V:
     """Reads one object of the gateway's; fields that this version doesn't know are passed over.
 
     Raises:
@@ -58,7 +58,7 @@ class CreatedTenant(TenantRecord):
     key: str | None = Field(default=None, repr=False)
 
 
-class File(Value):
+class File(FrozenModel):
     """An uploaded, validated dataset.
 
     After an upload, `reused` says whether the gateway had a file of this content, and `recognized` what the source was
@@ -76,20 +76,20 @@ class File(Value):
     warnings: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, wire: Mapping[str, Any]) -> Self:
+    def from_wire(cls, wire: Mapping[str, Any]) -> Self:
         """Reads OpenAI's file object with its `loramill` extension; `status_details` has one warning per line."""
         warnings = tuple(line for line in (wire.get("status_details") or "").split("\n") if line)
-        return view(cls, {**wire, **wire.get("loramill", {}), "warnings": warnings})
+        return parse_object(cls, {**wire, **wire.get("loramill", {}), "warnings": warnings})
 
 
-class Part(Value):
+class PreviewPart(FrozenModel):
     """A part of an example as the base's chat template renders it, and whether the loss is computed on it."""
 
     text: str
     supervised: bool
 
 
-class Tokens(Value):
+class TokenCounts(FrozenModel):
     """Tokens of a file's sequences."""
 
     min: int
@@ -98,19 +98,19 @@ class Tokens(Value):
     total: int
 
 
-class FileCheck(Value):
+class FileCheck(FrozenModel):
     """What would be trained from a source, which was not stored. `preview` is its first example."""
 
     filename: str
     recognized: str
     examples: int
-    tokens: Tokens
+    tokens: TokenCounts
     supervised_tokens: int
-    preview: tuple[Part, ...]
+    preview: tuple[PreviewPart, ...]
     warnings: tuple[str, ...] = ()
 
 
-class Job(Value):
+class Job(FrozenModel):
     """A fine-tune job.
 
     `model` is the name that asks its result (`tenant/adapter@version`), once it succeeded;
@@ -127,7 +127,7 @@ class Job(Value):
     step: int = 0
     steps: int
     attempt: int = 0
-    asked: Asked | None = None
+    pending_action: PendingAction | None = None
     priority: int = 0
     executor: Executor = "session"
     micro_tokens: int | None = None
@@ -149,7 +149,7 @@ class Job(Value):
     spec: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
-    def read(cls, wire: Mapping[str, Any]) -> Self:
+    def from_wire(cls, wire: Mapping[str, Any]) -> Self:
         """Reads OpenAI's job object with its `loramill` extension."""
         error = wire.get("error") or {}
         own = {
@@ -159,7 +159,7 @@ class Job(Value):
             "error": error.get("message"),
             "metadata": wire.get("metadata") or {},
         }
-        return view(cls, {**wire, **wire.get("loramill", {}), **own})
+        return parse_object(cls, {**wire, **wire.get("loramill", {}), **own})
 
     @property
     def failure(self) -> LoramillError | None:
@@ -168,13 +168,13 @@ class Job(Value):
             return JobCancelled(f"The job {self.id} for {self.adapter} was cancelled.")
         if self.status is JobStatus.FAILED:
             reason = self.error or "the gateway gives no reason; see its events."
-            return BY_CODE.get(self.error_code or "", JobError)(
+            return ERROR_BY_CODE.get(self.error_code or "", JobError)(
                 f"The job {self.id} for {self.adapter} failed: {reason}"
             )
         return None
 
 
-class Event(Value):
+class Event(FrozenModel):
     """One line of a job's history; `data` holds the numbers of a metrics event."""
 
     id: str
@@ -185,12 +185,12 @@ class Event(Value):
     data: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
-    def read(cls, wire: Mapping[str, Any]) -> Self:
+    def from_wire(cls, wire: Mapping[str, Any]) -> Self:
         """Reads OpenAI's event object."""
-        return view(cls, {**wire, "kind": wire.get("type"), "data": wire.get("data") or {}})
+        return parse_object(cls, {**wire, "kind": wire.get("type"), "data": wire.get("data") or {}})
 
 
-class Checkpoint(Value):
+class Checkpoint(FrozenModel):
     """Where a job's weights were validated; `model` asks them, while they are kept."""
 
     id: str
@@ -200,13 +200,13 @@ class Checkpoint(Value):
     created_at: float
 
     @classmethod
-    def read(cls, wire: Mapping[str, Any]) -> Self:
+    def from_wire(cls, wire: Mapping[str, Any]) -> Self:
         """Reads OpenAI's checkpoint object."""
         own = {"step": wire.get("step_number"), "model": wire.get("fine_tuned_model_checkpoint") or None}
-        return view(cls, {**wire, **own})
+        return parse_object(cls, {**wire, **own})
 
 
-class Point(Value):
+class MetricPoint(FrozenModel):
     """What was measured at one step of a job; losses are in nats a token, accuracies are shares of learnt tokens."""
 
     step: int
@@ -220,7 +220,7 @@ class Point(Value):
     tokens_per_second: float | None = None
 
 
-class Submitted(Value):
+class SubmittedJob(FrozenModel):
     """What became of one job of many: `where` it was asked for, and whether it is `new` or was there before."""
 
     where: str

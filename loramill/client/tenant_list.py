@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from loramill.errors import InvalidRequest
 from loramill.names import check_name
-from loramill.types import Value
+from loramill.types import FrozenModel
 
 Quota = Annotated[int, Field(ge=0, lt=2**31, strict=True)] | Literal["unlimited"] | None
 Rate = Annotated[int, Field(ge=1, lt=2**31, strict=True)] | Literal["unlimited"] | None
@@ -20,12 +20,12 @@ Tokens = Annotated[int, Field(ge=1, lt=2**53, strict=True)] | Literal["unlimited
 Bytes = Annotated[int, Field(ge=0, lt=2**53, strict=True)] | Literal["unlimited"] | None
 
 #: Tenants that one request may make.
-AT_ONCE = 1000
+MAX_TENANTS_PER_REQUEST = 1000
 #: Problems that an error lists.
-_SHOWN = 20
+_MAX_PROBLEMS = 20
 
 
-class NewTenant(Value):
+class NewTenant(FrozenModel):
     """A tenant to make; what is None is the default: weight 1, no limits."""
 
     name: str
@@ -39,7 +39,7 @@ class NewTenant(Value):
 
     @field_validator("name")
     @classmethod
-    def _possible(cls, name: str) -> str:
+    def _valid_name(cls, name: str) -> str:
         try:
             return check_name(name, "tenant")
         except InvalidRequest as error:
@@ -69,15 +69,15 @@ def read_tenants(path: Path) -> list[NewTenant]:
         try:
             tenant = NewTenant.model_validate(given)
         except ValidationError as error:
-            problems += [f"{path}, line {line}: {_problem(each)}" for each in _first_of_each(error)]
+            problems += [f"{path}, line {line}: {_describe_problem(each)}" for each in _one_problem_per_field(error)]
             continue
         if tenant.name in lines:
             problems.append(f"{path}, line {line}: '{tenant.name}' is on line {lines[tenant.name]} already.")
         lines.setdefault(tenant.name, line)
         tenants.append(tenant)
     if problems:
-        more = [f"… and {len(problems) - _SHOWN} more."] if len(problems) > _SHOWN else []
-        raise InvalidRequest("\n".join([*problems[:_SHOWN], *more]))
+        more = [f"… and {len(problems) - _MAX_PROBLEMS} more."] if len(problems) > _MAX_PROBLEMS else []
+        raise InvalidRequest("\n".join([*problems[:_MAX_PROBLEMS], *more]))
     if not tenants:
         raise InvalidRequest(f"{path} names no tenant.")
     return tenants
@@ -120,10 +120,10 @@ def _from_table(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]
             raise InvalidRequest(f"{path}, line {number}: there are more cells than columns.")
         given = {column: cell.strip() for column, cell in row.items() if cell is not None and cell.strip()}
         if given:
-            yield number, {column: _number(cell) if column != "name" else cell for column, cell in given.items()}
+            yield number, {column: _parse_number(cell) if column != "name" else cell for column, cell in given.items()}
 
 
-def _number(cell: str) -> int | float | str:
+def _parse_number(cell: str) -> int | float | str:
     for kind in (int, float):
         try:
             return kind(cell)
@@ -132,12 +132,12 @@ def _number(cell: str) -> int | float | str:
     return cell
 
 
-def _first_of_each(error: ValidationError) -> Sequence[Any]:
+def _one_problem_per_field(error: ValidationError) -> Sequence[Any]:
     """One problem per field: a union reports each of its alternatives."""
     return list({problem["loc"][:1]: problem for problem in reversed(error.errors())}.values())[::-1]
 
 
-def _problem(problem: Mapping[str, Any]) -> str:
+def _describe_problem(problem: Mapping[str, Any]) -> str:
     field = problem["loc"][0] if problem["loc"] else None
     wrong = f"'{field}' is {problem['input']!r}; give"
     if problem["type"] == "missing":

@@ -57,14 +57,14 @@ def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
         if files:
             return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
         if settings.get("chat_template"):
-            return by_name(settings["chat_template"])
+            return templates_by_name(settings["chat_template"])
         legacy = folder / "chat_template.json"
-        return by_name(json.loads(legacy.read_bytes())["chat_template"]) if legacy.is_file() else {}
+        return templates_by_name(json.loads(legacy.read_bytes())["chat_template"]) if legacy.is_file() else {}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise BaseUnusable(f"the chat template can't be read: {error!r}. Copy the folder again.") from error
 
 
-def by_name(value: object) -> dict[str, str]:
+def templates_by_name(value: object) -> dict[str, str]:
     """The `chat_template` of a JSON file as templates by name.
 
     Raises:
@@ -80,7 +80,7 @@ def by_name(value: object) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
+class TemplateSupport:
     """What a template supports, found by rendering marked words.
 
     Attributes:
@@ -99,9 +99,9 @@ class Findings:
     dropped: frozenset[str] = frozenset()
     developer: bool = False
     tools: bool = False
-    calls: bool = False
+    tool_calls: bool = False
     json_arguments: bool = False
-    tools_text: str = ""
+    rendered_tool: str = ""
 
 
 class ChatTemplate:
@@ -120,7 +120,7 @@ class ChatTemplate:
         self._tokens = dict(tokens)
         self._default = compile_template(templates["default"])
         self._tool_use = compile_template(templates["tool_use"]) if "tool_use" in templates else self._default
-        lost = self.findings.dropped & {"user", "assistant"}
+        lost = self.support.dropped & {"user", "assistant"}
         if lost:
             raise BaseUnusable(
                 f"the chat template drops the content of {' and '.join(sorted(lost))} messages, as a text and as a "
@@ -131,7 +131,7 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        answer: bool,
+        add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] = (),
         now: datetime | None = None,
     ) -> str:
@@ -146,7 +146,7 @@ class ChatTemplate:
         Raises:
             InvalidRequest: the template raises, takes more steps or characters than it may, or drops a role's text.
         """
-        findings = self.findings
+        findings = self.support
         for index, message in enumerate(messages):
             if message["role"] in findings.dropped:
                 raise InvalidRequest(
@@ -154,19 +154,21 @@ class ChatTemplate:
                     param=f"messages[{index}].role",
                 )
         try:
-            return self._render([_as_wanted(message, findings) for message in messages], answer, tools, now)
+            return self._render(
+                [_adapt_message(message, findings) for message in messages], add_generation_prompt, tools, now
+            )
         except _RefusedError as error:
             raise InvalidRequest(f"The base's chat template refuses this: {error}", param="messages") from error
 
     @cached_property
-    def findings(self) -> Findings:
+    def support(self) -> TemplateSupport:
         """What the template supports, found by rendering."""
-        return _examine(self)
+        return _detect_support(self)
 
     def _render(
         self,
         messages: Sequence[Mapping[str, Any]],
-        answer: bool,
+        add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] = (),
         now: datetime | None = None,
     ) -> str:
@@ -178,14 +180,14 @@ class ChatTemplate:
             "messages": list(messages),
             "tools": list(tools) or None,
             "documents": None,
-            "add_generation_prompt": answer,
+            "add_generation_prompt": add_generation_prompt,
             "strftime_now": moment.strftime,
             _BUDGET: budget,
         }
         pieces: list[str] = []
         try:
             for piece in template.generate(variables):
-                budget.characters(len(piece))
+                budget.use_characters(len(piece))
                 pieces.append(piece)
         except Exception as error:  # a template may divide by zero, and recurse, as any program
             own = isinstance(error, jinja2.TemplateError)
@@ -193,7 +195,7 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def _as_wanted(message: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
+def _adapt_message(message: Mapping[str, Any], findings: TemplateSupport) -> dict[str, Any]:
     """A message in the form that the template reads."""
     made = dict(message)
     if made["role"] == "developer" and not findings.developer:
@@ -212,7 +214,7 @@ def _with_json_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
 
 # What a template supports, by looking for marked words in what it renders
 
-_WORD, _NAME, _KEY = "qwordq", "qnameq", "qkeyq"
+_MARKER, _NAME, _KEY = "qwordq", "qnameq", "qkeyq"
 _TOOL = {
     "type": "function",
     "function": {
@@ -223,51 +225,51 @@ _TOOL = {
 }
 
 
-def _examine(template: ChatTemplate) -> Findings:
+def _detect_support(template: ChatTemplate) -> TemplateSupport:
     """Renders a word as each role, as a text and as a part, and looks for it in the result.
 
     A role that the template refuses, such as the system's in Gemma's, is neither dropped nor in parts: a request with
     such a message gets the template's error.
     """
-    refusal, users = _refusal(template), _form(template, "user")
+    refusal, users = _refusal_reason(template), _content_form(template, "user")
     if users is None and refusal:
-        return Findings(refusal=refusal)
-    forms = {"user": users, **{role: _form(template, role, users) for role in ("assistant", "system")}}
-    developer = "developer" in template.source and _form(template, "developer", users) == "text"
+        return TemplateSupport(refusal=refusal)
+    forms = {"user": users, **{role: _content_form(template, role, users) for role in ("assistant", "system")}}
+    developer = "developer" in template.source and _content_form(template, "developer", users) == "text"
     parts = frozenset(role for role, form in forms.items() if form == "parts")
-    found = Findings(
+    found = TemplateSupport(
         parts=parts | ({"tool"} if "assistant" in parts and "user" in parts else frozenset()),
         dropped=frozenset(role for role, form in forms.items() if form == "dropped"),
         developer=developer,
     )
-    return _examine_tools(template, found)
+    return _detect_tool_support(template, found)
 
 
-def _refusal(template: ChatTemplate) -> str | None:
+def _refusal_reason(template: ChatTemplate) -> str | None:
     """Why neither a user's message nor one after a system message can be rendered; None if either can."""
-    user, system = _message("user", _WORD), _message("system", _WORD)
+    user, system = _message("user", _MARKER), _message("system", _MARKER)
     reason = None
     for messages in ([user], [system, user]):
         try:
-            template._render(messages, answer=True)
+            template._render(messages, add_generation_prompt=True)
             return None
         except _RefusedError as error:
             reason = reason or str(error)
     return reason
 
 
-def _form(template: ChatTemplate, role: str, users: str | None = "text") -> str | None:
+def _content_form(template: ChatTemplate, role: str, users: str | None = "text") -> str | None:
     """How a role's content is read: as a "text", in "parts", or "dropped"; None: such a message is refused."""
     seen = None
     for form in ("text", "parts"):
         other = _message("user", "Hi", "parts" if users == "parts" else "text")
-        mine = _message(role, _WORD, form)
+        mine = _message(role, _MARKER, form)
         conversation = {"user": [mine], "assistant": [other, mine, other]}.get(role, [mine, other])
         try:
-            text = template._render(conversation, answer=True)
+            text = template._render(conversation, add_generation_prompt=True)
         except _RefusedError:
             continue
-        if _WORD in text.lower():
+        if _MARKER in text.lower():
             return form
         seen = "dropped"
     return seen
@@ -277,39 +279,41 @@ def _message(role: str, text: str, form: str = "text") -> dict[str, Any]:
     return {"role": role, "content": text if form == "text" else [{"type": "text", "text": text}]}
 
 
-def _examine_tools(template: ChatTemplate, found: Findings) -> Findings:
-    user = _as_wanted(_message("user", "Hi"), found)
+def _detect_tool_support(template: ChatTemplate, found: TemplateSupport) -> TemplateSupport:
+    user = _adapt_message(_message("user", "Hi"), found)
     try:
-        rendered = template._render([user], answer=True, tools=[_TOOL])
+        rendered = template._render([user], add_generation_prompt=True, tools=[_TOOL])
     except _RefusedError:
         rendered = ""
     calls, json_arguments = False, False
     for as_json in (False, True):
-        form = Findings(parts=found.parts, json_arguments=as_json)
-        text = _called(template, [_as_wanted(message, form) for message in _CALLED])
-        if _NAME in text and _WORD in text and f"'{_KEY}': " not in text and "qresultq" in text:
+        form = TemplateSupport(parts=found.parts, json_arguments=as_json)
+        text = _render_tool_call(template, [_adapt_message(message, form) for message in _TOOL_CALL_CONVERSATION])
+        if _NAME in text and _MARKER in text and f"'{_KEY}': " not in text and "qresultq" in text:
             calls, json_arguments = True, as_json
             break
-    return replace(found, tools=_NAME in rendered, calls=calls, json_arguments=json_arguments, tools_text=rendered)
+    return replace(
+        found, tools=_NAME in rendered, tool_calls=calls, json_arguments=json_arguments, rendered_tool=rendered
+    )
 
 
 #: Mistral's templates accept only ids such as this one.
-_CALLED: tuple[dict[str, Any], ...] = (
+_TOOL_CALL_CONVERSATION: tuple[dict[str, Any], ...] = (
     {"role": "user", "content": "Hi"},
     {
         "role": "assistant",
         "content": "",
         "tool_calls": [
-            {"id": "abcdefghi", "type": "function", "function": {"name": _NAME, "arguments": {_KEY: _WORD}}}
+            {"id": "abcdefghi", "type": "function", "function": {"name": _NAME, "arguments": {_KEY: _MARKER}}}
         ],
     },
     {"role": "tool", "content": "qresultq", "tool_call_id": "abcdefghi", "name": _NAME},
 )
 
 
-def _called(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> str:
+def _render_tool_call(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> str:
     try:
-        return template._render(messages, answer=True, tools=[_TOOL])
+        return template._render(messages, add_generation_prompt=True, tools=[_TOOL])
     except _RefusedError:
         return ""
 
@@ -324,12 +328,12 @@ class _Budget:
     steps: int = MAX_STEPS
     left: int = MAX_CHARACTERS
 
-    def step(self) -> None:
+    def use_step(self) -> None:
         self.steps -= 1
         if self.steps < 0:
             raise jinja2.TemplateError(f"it takes more than {MAX_STEPS} steps")
 
-    def characters(self, count: int) -> None:
+    def use_characters(self, count: int) -> None:
         self.left -= count
         if self.left < 0:
             raise jinja2.TemplateError(f"it writes more than {MAX_CHARACTERS} characters")
@@ -366,7 +370,7 @@ def _check_size(size: int) -> None:
         raise jinja2.TemplateError(f"it makes a text of more than {MAX_CHARACTERS} characters")
 
 
-class _Bounded(NodeTransformer):
+class _BoundLoopsAndJoins(NodeTransformer):
     """Passes each loop's values, and each joined text, through a filter that counts them."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - by the node's name
@@ -414,7 +418,7 @@ def compile_template(template: str) -> jinja2.Template:
     environment.filters |= {"tojson": _tojson, "loramill_steps": _steps, "loramill_joined": _joined}
     environment.globals["raise_exception"] = _raise_in_template
     try:
-        return environment.from_string(_Bounded().visit(environment.parse(template)))
+        return environment.from_string(_BoundLoopsAndJoins().visit(environment.parse(template)))
     except jinja2.TemplateError as error:
         raise BaseUnusable(f"the chat template has an error: {error}") from error
 

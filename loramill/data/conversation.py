@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loramill.data.jsonl import parse, shown
+from loramill.data.jsonl import parse, short_repr
 from loramill.data.tokenizer import CALL_BEGIN, CALL_END, Message, ToolCall
 from loramill.errors import DatasetInvalid
 
@@ -39,7 +39,7 @@ _KEYS = {
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
-class BadLine(Exception):  # dataset.py makes a DatasetInvalid of all that a file has
+class LineError(Exception):  # dataset.py makes a DatasetInvalid of all that a file has
     """What is wrong with one line."""
 
 
@@ -73,9 +73,9 @@ def read_conversation(line: Mapping[str, Any]) -> Conversation:
     ]
     last = len(messages) - 1
     if not weights:
-        raise BadLine("messages has no assistant message, which is what is trained; add one.")
+        raise LineError("messages has no assistant message, which is what is trained; add one.")
     if messages[last]["role"] != "assistant":
-        raise BadLine(f"messages[{last}].role is {found[last]['role']}; the last message must be the assistant's.")
+        raise LineError(f"messages[{last}].role is {found[last]['role']}; the last message must be the assistant's.")
     return Conversation(messages, read_weights(weights), tools)
 
 
@@ -85,14 +85,14 @@ def read_prompt(line: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Map
     Raises:
         BadLine: as `read_conversation`.
     """
-    line = _given(line)
-    no_other_keys(line, LINE_KEYS, "the line")
+    line = _drop_empty(line)
+    refuse_other_keys(line, LINE_KEYS, "the line")
     if not isinstance(line.get("parallel_tool_calls", False), bool):
-        raise BadLine(f"parallel_tool_calls is {shown(line['parallel_tool_calls'])}; it must be true or false.")
+        raise LineError(f"parallel_tool_calls is {short_repr(line['parallel_tool_calls'])}; it must be true or false.")
     tools = _tools(line)
     found = line.get("messages")
     if not isinstance(found, list) or not found:
-        raise BadLine("messages must be a list with at least a user's and an assistant's message; add them.")
+        raise LineError("messages must be a list with at least a user's and an assistant's message; add them.")
     messages: list[Message] = []
     for index, message in enumerate(found):
         messages.append(_message(message, messages, f"messages[{index}]"))
@@ -123,12 +123,12 @@ def answer_text(content: str, calls: Sequence[tuple[str, Any]]) -> str:
     return "\n".join(texts)
 
 
-def as_sent(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def to_request_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as a request to the chat endpoint has them: arguments of calls as text."""
-    return [{**message, **_calls_as_sent(message)} for message in messages]
+    return [{**message, **_to_request_calls(message)} for message in messages]
 
 
-def _calls_as_sent(message: Message) -> dict[str, Any]:
+def _to_request_calls(message: Message) -> dict[str, Any]:
     if "tool_calls" not in message:
         return {}
     return {
@@ -145,55 +145,57 @@ def read_weight(value: Mapping[str, Any], field: str) -> float | None:
     if weight is None:
         return None
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MAX_WEIGHT:
-        raise BadLine(f"{field} is {shown(weight)}; it must be a number from 0 (not trained) to {MAX_WEIGHT:g}.")
+        raise LineError(f"{field} is {short_repr(weight)}; it must be a number from 0 (not trained) to {MAX_WEIGHT:g}.")
     return float(weight)
 
 
-def read_weights(given: Sequence[float | None]) -> tuple[float, ...] | None:
+def read_weights(weights: Sequence[float | None]) -> tuple[float, ...] | None:
     """The weights of all answers of a line; None if none is given."""
-    if all(weight is None for weight in given):
+    if all(weight is None for weight in weights):
         return None
-    if not any(weight is None or weight for weight in given):
-        raise BadLine(
+    if not any(weight is None or weight for weight in weights):
+        raise LineError(
             "weight is 0 for every answer, so that nothing is trained; give one a higher weight, or remove the line."
         )
-    return tuple(1.0 if weight is None else weight for weight in given)
+    return tuple(1.0 if weight is None else weight for weight in weights)
 
 
 def read_text(value: Mapping[str, Any], key: str, field: str, *, empty: bool = False) -> str:
     """A text that is there, and not blank unless it may be `empty`."""
     if key not in value:
-        raise BadLine(f"{field} is missing; add it.")
+        raise LineError(f"{field} is missing; add it.")
     text = value[key]
     if not isinstance(text, str):
-        raise BadLine(f"{field} is {shown(text)}; it must be a string.")
+        raise LineError(f"{field} is {short_repr(text)}; it must be a string.")
     if not empty and not text.strip():
-        raise BadLine(f"{field} is empty; write the text, or remove the line.")
+        raise LineError(f"{field} is empty; write the text, or remove the line.")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadLine(f"{field} holds half a surrogate pair (\\ud800 to \\udfff), which is not a character; remove it.")
+        raise LineError(
+            f"{field} holds half a surrogate pair (\\ud800 to \\udfff), which is not a character; remove it."
+        )
     return text
 
 
-def no_other_keys(value: Collection[str], allowed: Sequence[str], where: str) -> None:
+def refuse_other_keys(value: Collection[str], allowed: Sequence[str], where: str) -> None:
     """Refuses keys that are not `allowed`."""
     other = next((key for key in value if key not in allowed), None)
     if other is not None:
-        raise BadLine(f"{where} has the unknown key {shown(other)}; it may have {', '.join(allowed)} only.")
+        raise LineError(f"{where} has the unknown key {short_repr(other)}; it may have {', '.join(allowed)} only.")
 
 
-def _given(value: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_empty(value: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that are neither null nor an empty list; a content and a role are always kept."""
     return {key: item for key, item in value.items() if key in ("role", "content") or item not in (None, [])}
 
 
 def _message(value: object, before: Sequence[Message], where: str) -> Message:
     if not isinstance(value, dict):
-        raise BadLine(f'{where} must be an object; write {{"role": "...", "content": "..."}}.')
+        raise LineError(f'{where} must be an object; write {{"role": "...", "content": "..."}}.')
     role = value.get("role")
     if not isinstance(role, str) or role not in _KEYS:
-        raise BadLine(f"{where}.role is {shown(role)}; use one of {', '.join(_KEYS)}.")
-    given = _given(value)
-    no_other_keys(given, ("role", *_KEYS[role]), where)
+        raise LineError(f"{where}.role is {short_repr(role)}; use one of {', '.join(_KEYS)}.")
+    given = _drop_empty(value)
+    refuse_other_keys(given, ("role", *_KEYS[role]), where)
     calls = _calls(given, where) if role == "assistant" else []
     message: Message = {
         "role": "tool" if role == "function" else role,
@@ -204,7 +206,7 @@ def _message(value: object, before: Sequence[Message], where: str) -> Message:
     if calls:
         message["tool_calls"] = calls
     if role in ("tool", "function"):
-        message["tool_call_id"] = _answered(role, given, before, where)
+        message["tool_call_id"] = _answered_call_id(role, given, before, where)
     return message
 
 
@@ -227,36 +229,36 @@ def _part(part: object, field: str, kinds: Sequence[str]) -> str:
     given = part.get("type") if isinstance(part, dict) else part
     kind = next((kind for kind in kinds if kind == given), None)
     if not isinstance(part, dict) or kind is None:
-        raise BadLine(
-            f'{field} is of the type {shown(given)}; only parts like {{"type": "text", "text": "..."}} '
+        raise LineError(
+            f'{field} is of the type {short_repr(given)}; only parts like {{"type": "text", "text": "..."}} '
             "can be trained on."
         )
-    no_other_keys(_given(part), ("type", kind), field)
+    refuse_other_keys(_drop_empty(part), ("type", kind), field)
     return read_text(part, kind, f"{field}.{kind}", empty=True)
 
 
 def _calls(value: Mapping[str, Any], where: str) -> list[ToolCall]:
     if "function_call" in value:
         if "tool_calls" in value:
-            raise BadLine(f"{where} has both tool_calls and function_call; leave function_call out.")
+            raise LineError(f"{where} has both tool_calls and function_call; leave function_call out.")
         # Nine letters and digits, as Mistral's templates require.
         return [_call({"id": "call00000", "type": "function", "function": value["function_call"]}, where, "", "")]
     calls = value.get("tool_calls", [])
     if not isinstance(calls, list) or len(calls) > MAX_TOOLS:
-        raise BadLine(f"{where}.tool_calls must be a list of at most {MAX_TOOLS} calls.")
+        raise LineError(f"{where}.tool_calls must be a list of at most {MAX_TOOLS} calls.")
     return [_call(call, where, f".tool_calls[{index}]", ".function") for index, call in enumerate(calls)]
 
 
 def _call(value: object, where: str, key: str, inner: str) -> ToolCall:
     field = f"{where}{key or '.function_call'}"
     if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(value.get("function"), dict):
-        raise BadLine(
+        raise LineError(
             f'{field} must be an object; write {{"id": "...", "type": "function", "function": {{"name": "...", '
             '"arguments": "{...}"}}.'
         )
-    no_other_keys(_given(value), ("id", "type", "function"), field)
-    function = _given(value["function"])
-    no_other_keys(function, ("name", "arguments"), f"{field}{inner}")
+    refuse_other_keys(_drop_empty(value), ("id", "type", "function"), field)
+    function = _drop_empty(value["function"])
+    refuse_other_keys(function, ("name", "arguments"), f"{field}{inner}")
     return {
         "id": read_text(value, "id", f"{field}.id"),
         "type": "function",
@@ -272,66 +274,68 @@ def _arguments(function: Mapping[str, Any], field: str) -> dict[str, Any]:
     try:
         arguments = parse(text or "{}")
     except DatasetInvalid as error:
-        raise BadLine(f"{field} must be a JSON object, as text, and {error.message}") from error
+        raise LineError(f"{field} must be a JSON object, as text, and {error.message}") from error
     if not isinstance(arguments, dict):
-        raise BadLine(f"{field} is {shown(text)}; it must be a JSON object, as text.")
+        raise LineError(f"{field} is {short_repr(text)}; it must be a JSON object, as text.")
     return arguments
 
 
-def _answered(role: str, value: Mapping[str, Any], before: Sequence[Message], where: str) -> str:
+def _answered_call_id(role: str, value: Mapping[str, Any], before: Sequence[Message], where: str) -> str:
     """The id of the call that this message answers: one in the last message that is not a result itself."""
     asking = next((message for message in reversed(before) if message["role"] != "tool"), None)
     calls = asking.get("tool_calls", []) if asking is not None else []
     if role == "tool":
         id_ = read_text(value, "tool_call_id", f"{where}.tool_call_id")
         if id_ not in [call["id"] for call in calls]:
-            raise BadLine(
-                f"{where}.tool_call_id is {shown(id_)}, which the assistant's message before it does not call; a "
+            raise LineError(
+                f"{where}.tool_call_id is {short_repr(id_)}, which the assistant's message before it does not call; a "
                 "tool message must follow the tool_calls that it answers."
             )
         return id_
     name = read_text(value, "name", f"{where}.name")
     if name not in [call["function"]["name"] for call in calls]:
-        raise BadLine(f"{where}.name is {shown(name)}, which the assistant's message before it does not call.")
+        raise LineError(f"{where}.name is {short_repr(name)}, which the assistant's message before it does not call.")
     return str(calls[0]["id"])
 
 
 def _tools(line: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     if "functions" in line and "tools" in line:
-        raise BadLine("the line has both tools and functions; leave functions out.")
+        raise LineError("the line has both tools and functions; leave functions out.")
     key = "functions" if "functions" in line else "tools"
     found = line.get(key, [])
     if not isinstance(found, list) or len(found) > MAX_TOOLS:
-        raise BadLine(f"{key} must be a list of at most {MAX_TOOLS} functions.")
+        raise LineError(f"{key} must be a list of at most {MAX_TOOLS} functions.")
     tools = [_tool(tool, f"{key}[{index}]", bare=key == "functions") for index, tool in enumerate(found)]
     names = [tool["function"]["name"] for tool in tools]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise BadLine(f"{key} has two functions called {shown(twice)}; names must differ.")
+        raise LineError(f"{key} has two functions called {short_repr(twice)}; names must differ.")
     return tuple(tools)
 
 
 def _tool(value: object, where: str, *, bare: bool) -> Mapping[str, Any]:
     function, field = (value, where) if bare else (None, f"{where}.function")
     if isinstance(value, dict) and not bare:
-        no_other_keys(_given(value), ("type", "function"), where)
+        refuse_other_keys(_drop_empty(value), ("type", "function"), where)
         function = value.get("function") if value.get("type") == "function" else None
     if not isinstance(function, dict):
         form = '{"name": "..."}' if bare else '{"type": "function", "function": {"name": "..."}}'
-        raise BadLine(f"{where} must be an object; write {form}.")
-    given = _given(function)
-    no_other_keys(given, ("name", "description", "parameters", "strict"), field)
+        raise LineError(f"{where} must be an object; write {form}.")
+    given = _drop_empty(function)
+    refuse_other_keys(given, ("name", "description", "parameters", "strict"), field)
     _name(given, f"{field}.name")
     if "description" in given:
         read_text(given, "description", f"{field}.description", empty=True)
     if not isinstance(given.get("parameters", {}), dict):
-        raise BadLine(f"{field}.parameters is {shown(given['parameters'])}; it must be a JSON schema, an object.")
+        raise LineError(
+            f"{field}.parameters is {short_repr(given['parameters'])}; it must be a JSON schema, an object."
+        )
     if not isinstance(given.get("strict", False), bool):
-        raise BadLine(f"{field}.strict is {shown(given['strict'])}; it must be true or false.")
+        raise LineError(f"{field}.strict is {short_repr(given['strict'])}; it must be true or false.")
     return template_tool(given)
 
 
 def _name(value: Mapping[str, Any], field: str) -> str:
     name = read_text(value, "name", field)
     if not _NAME.fullmatch(name):
-        raise BadLine(f"{field} is {shown(name)}; it has 1 to 64 letters, digits, - and _.")
+        raise LineError(f"{field} is {short_repr(name)}; it has 1 to 64 letters, digits, - and _.")
     return name

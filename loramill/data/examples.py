@@ -17,24 +17,24 @@ from datetime import UTC, datetime
 from typing import Any
 
 from loramill.data.conversation import (
-    BadLine,
+    LineError,
     answer_text,
-    no_other_keys,
     read_conversation,
     read_text,
     read_weight,
     read_weights,
+    refuse_other_keys,
 )
-from loramill.data.filetype import called, magic
-from loramill.data.jsonl import parse, rows
+from loramill.data.filetype import describe_kind, detect_kind
+from loramill.data.jsonl import iter_rows, parse
 from loramill.data.tokenizer import ChatTokenizer, Message
 from loramill.errors import DatasetInvalid, InvalidRequest
-from loramill.types import Learn
+from loramill.types import TrainOn
 
 #: Problems, or lines in one warning, that are listed; the rest is counted.
-LISTED = 20
+MAX_LISTED = 20
 
-_FORM = 'write {"messages": [...]}, or {"prompt": "...", "completion": "..."}'
+_FORMATS_HINT = 'write {"messages": [...]}, or {"prompt": "...", "completion": "..."}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Example:
     tools: tuple[Mapping[str, Any], ...] = ()
 
     @property
-    def key(self) -> str:
+    def content_key(self) -> str:
         """Equal for two examples that say the same."""
         return json.dumps([self.prompt, self.completion, self.messages, self.tools])
 
@@ -67,10 +67,10 @@ class Example:
         """The assistant's messages, by index."""
         return [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
 
-    def learnt(self, learn: Learn) -> list[tuple[int, float]]:
+    def supervised_answers(self, train_on: TrainOn) -> list[tuple[int, float]]:
         """The messages whose loss counts, by index, and its weight; JobSpec says what `learn` means."""
         answers, weights = self.answers, self.weights or (1.0,) * len(self.answers)
-        first = len(answers) - 1 if learn == "only_last" or (learn == "last" and self.weights is None) else 0
+        first = len(answers) - 1 if train_on == "only_last" or (train_on == "last" and self.weights is None) else 0
         return [(index, weight) for index, weight in zip(answers[first:], weights[first:], strict=True) if weight]
 
 
@@ -93,13 +93,13 @@ class _Problems:
 
     def add(self, line: int | None, text: str) -> None:
         self.count += 1
-        if len(self._listed) < LISTED:
+        if len(self._listed) < MAX_LISTED:
             self._listed.append(f"{self._filename}{'' if line is None else f', line {line}'}: {text}")
 
     def raise_if_any(self) -> None:
         if not self.count:
             return
-        more = f"; the first {LISTED}" if self.count > LISTED else ""
+        more = f"; the first {MAX_LISTED}" if self.count > MAX_LISTED else ""
         plural = "problem" if self.count == 1 else "problems"
         head = f"{self._filename} has {self.count} {plural}{more}:"
         raise DatasetInvalid("\n".join([head, *self._listed]), problems=self._listed)
@@ -117,24 +117,28 @@ def read_examples(raw: bytes, filename: str, *, minimum: int = 1) -> Examples:
         DatasetInvalid: `problems` lists what is wrong, with file, line, field and what to do.
     """
     problems = _Problems(filename)
-    if (kind := magic(raw)) is not None:
-        problems.add(None, f"it is {called(kind)}; upload JSONL in UTF-8 (`loramill submit` converts tables to it).")
+    if (kind := detect_kind(raw)) is not None:
+        problems.add(
+            None, f"it is {describe_kind(kind)}; upload JSONL in UTF-8 (`loramill submit` converts tables to it)."
+        )
         problems.raise_if_any()
     examples: list[Example] = []
     count = 0
-    for line, row in rows(raw):
+    for line, row in iter_rows(raw):
         count += 1
         try:
             example = _read_row(row, line)
-        except BadLine as bad:
+        except LineError as bad:
             problems.add(line, str(bad))
             continue
         if examples and (example.prompt is None) != (examples[0].prompt is None):
-            problems.add(line, f"it has another form than line {examples[0].line}; keep one form a file: {_FORM}.")
+            problems.add(
+                line, f"it has another form than line {examples[0].line}; keep one form a file: {_FORMATS_HINT}."
+            )
             continue
         examples.append(example)
     if not count:
-        problems.add(None, f"it is empty; on each line {_FORM}.")
+        problems.add(None, f"it is empty; on each line {_FORMATS_HINT}.")
     elif count < minimum:
         had = "1 example" if count == 1 else f"{count} examples"
         problems.add(None, f"it has {had}, and at least {minimum} are needed; add more.")
@@ -147,7 +151,7 @@ def is_chat(row: bytes) -> bool:
     return "messages" in parse(row)
 
 
-def check_tokens(examples: Examples, tokenizer: ChatTokenizer, max_length: int, learn: Learn = "all") -> None:
+def check_tokens(examples: Examples, tokenizer: ChatTokenizer, max_length: int, train_on: TrainOn = "all") -> None:
     """Checks examples by the base's tokenizer and chat template: lengths, tools, and what the template refuses.
 
     Examples are never truncated, since that would cut off the answer that is to be trained.
@@ -161,10 +165,10 @@ def check_tokens(examples: Examples, tokenizer: ChatTokenizer, max_length: int, 
     Raises:
         DatasetInvalid: as `read_examples`.
     """
-    problems, tokenizer = _Problems(examples.filename), tokenizer.at(datetime.now(UTC))
+    problems, tokenizer = _Problems(examples.filename), tokenizer.at_time(datetime.now(UTC))
     for example in examples.examples:
         try:
-            sequences = tokenizer.example(example, learn).sequences
+            sequences = tokenizer.encode_example(example, train_on).sequences
         except InvalidRequest as error:
             problems.add(example.line, error.message)
             continue
@@ -188,11 +192,11 @@ def check_tokens(examples: Examples, tokenizer: ChatTokenizer, max_length: int, 
 
 def compare_splits(train: Examples, valid: Examples) -> tuple[str, ...]:
     """Warns of validation examples that are in the training file too: they make the validation loss look too good."""
-    where = {example.key: example.line for example in reversed(train.examples)}
-    shared = [(example.line, where[example.key]) for example in valid.examples if example.key in where]
+    where = {example.content_key: example.line for example in reversed(train.examples)}
+    shared = [(example.line, where[example.content_key]) for example in valid.examples if example.content_key in where]
     if not shared:
         return ()
-    lines = _listed(f"line {line} is line {other}" for line, other in shared)
+    lines = _enumerate_first(f"line {line} is line {other}" for line, other in shared)
     return (
         f"{valid.filename}: {len(shared)} of {len(valid.examples)} examples are in {train.filename} too ({lines}); "
         "remove them from one of the files, or the validation loss will look better than it is.",
@@ -203,9 +207,9 @@ def _read_row(row: bytes, line: int) -> Example:
     try:
         value = parse(row)
     except DatasetInvalid as error:
-        raise BadLine(error.message) from error
+        raise LineError(error.message) from error
     if not isinstance(value, dict):
-        raise BadLine(f"it is not an object; {_FORM}.")
+        raise LineError(f"it is not an object; {_FORMATS_HINT}.")
     if "messages" in value:
         chat = read_conversation(value)
         last = chat.messages[-1]
@@ -213,8 +217,8 @@ def _read_row(row: bytes, line: int) -> Example:
         answer = answer_text(last["content"], called)
         return Example(chat.messages, None, answer, line, chat.weights, chat.tools)
     if "prompt" not in value and "completion" not in value:
-        raise BadLine(f"it has no messages; {_FORM}.")
-    no_other_keys(value, ("prompt", "completion", "weight"), "the line")
+        raise LineError(f"it has no messages; {_FORMATS_HINT}.")
+    refuse_other_keys(value, ("prompt", "completion", "weight"), "the line")
     prompt, completion = (read_text(value, field, field) for field in ("prompt", "completion"))
     weights = read_weights([read_weight(value, "weight")])
     return Example(messages=(), prompt=prompt, completion=completion, line=line, weights=weights)
@@ -225,16 +229,16 @@ def _repeated(filename: str, examples: Sequence[Example]) -> tuple[str, ...]:
     again = [
         (example.line, line)
         for example in examples
-        if (line := first.setdefault(example.key, example.line)) != example.line
+        if (line := first.setdefault(example.content_key, example.line)) != example.line
     ]
     if not again:
         return ()
-    lines = _listed(f"line {line} repeats line {other}" for line, other in again)
+    lines = _enumerate_first(f"line {line} repeats line {other}" for line, other in again)
     return (f"{filename}: {len(again)} examples repeat earlier ones ({lines}); they count twice in training.",)
 
 
-def _listed(items: Iterator[str]) -> str:
+def _enumerate_first(items: Iterator[str]) -> str:
     """The first of many items, and how many follow."""
     shown = list(items)
-    more = f", and {len(shown) - LISTED} more" if len(shown) > LISTED else ""
-    return ", ".join(shown[:LISTED]) + more
+    more = f", and {len(shown) - MAX_LISTED} more" if len(shown) > MAX_LISTED else ""
+    return ", ".join(shown[:MAX_LISTED]) + more

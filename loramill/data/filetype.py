@@ -25,7 +25,7 @@ _MAGIC = (
 )
 
 #: Descriptions for messages, where the kind itself is not one.
-_CALLED = {
+_DESCRIPTIONS = {
     "gzip": "compressed by gzip",
     "zstd": "compressed by zstd",
     "bzip2": "compressed by bzip2",
@@ -38,7 +38,7 @@ _CALLED = {
 }
 
 
-def magic(head: bytes) -> str | None:
+def detect_kind(head: bytes) -> str | None:
     """The kind of a file that isn't text in UTF-8, by its first 16 bytes or more; None: it may be text in UTF-8."""
     found = next((kind for begins, kind in _MAGIC if head.startswith(begins)), None)
     if found is None and len(head) >= 4 and (head[1::2][:2] == b"\0\0") != (head[::2][:2] == b"\0\0"):
@@ -46,6 +46,6 @@ def magic(head: bytes) -> str | None:
     return found
 
 
-def called(kind: str) -> str:
+def describe_kind(kind: str) -> str:
     """A kind's description for a message: "it is …"."""
-    return _CALLED.get(kind, kind)
+    return _DESCRIPTIONS.get(kind, kind)

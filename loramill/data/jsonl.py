@@ -22,7 +22,7 @@ MAX_LINE = 1 << 24
 MAX_DEPTH = 64
 
 
-def rows(content: bytes | BinaryIO) -> Iterator[tuple[int, bytes]]:
+def iter_rows(content: bytes | BinaryIO) -> Iterator[tuple[int, bytes]]:
     """The lines that aren't blank, with their numbers from 1, without their ends and byte order marks.
 
     Only the beginning of a line longer than `MAX_LINE` is read, which `parse` refuses.
@@ -49,19 +49,19 @@ def parse(row: bytes | str) -> Any:
     if len(row) > MAX_LINE:
         raise DatasetInvalid(_TOO_LONG)
     text = row if isinstance(row, str) else decode(row)
-    value, end = _read(text, _start(text, 0))
-    if (rest := _start(text, end)) < len(text):
+    value, end = _read(text, _skip_space(text, 0))
+    if (rest := _skip_space(text, end)) < len(text):
         raise _not_json("Extra data", text, rest)
     return value
 
 
-def items(text: str) -> Iterator[Any]:
+def iter_items(text: str) -> Iterator[Any]:
     """The items of a JSON list, one after the other.
 
     Raises:
         DatasetInvalid: as `parse`; the message says at which item, from 1, unless it is not JSON at all.
     """
-    at = _start(text, _start(text, 0) + 1)
+    at = _skip_space(text, _skip_space(text, 0) + 1)
     number = 0
     while text[at : at + 1] != "]" or number:
         number += 1
@@ -70,13 +70,13 @@ def items(text: str) -> Iterator[Any]:
         except DatasetInvalid as error:
             raise DatasetInvalid(f"row {number}: {error.message}") from error
         yield value
-        at = _start(text, end)
+        at = _skip_space(text, end)
         if text[at : at + 1] == "]":
             break
         if text[at : at + 1] != ",":
             raise _not_json("',' or ']' is missing", text, at)
-        at = _start(text, at + 1)
-    if (rest := _start(text, at + 1)) < len(text):
+        at = _skip_space(text, at + 1)
+    if (rest := _skip_space(text, at + 1)) < len(text):
         raise _not_json("Extra data", text, rest)
 
 
@@ -94,7 +94,7 @@ def decode(row: bytes) -> str:
         raise DatasetInvalid(f"byte {error.start + 1} is not UTF-8{hint}; save the file as UTF-8.") from error
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """A foreign value for a message: short, and printable whatever it holds."""
     text = ascii(value)
     return text if len(text) <= 40 else f"{text[:40]}…"
@@ -125,7 +125,7 @@ _TOO_LONG = f"it is longer than {MAX_LINE >> 20} MiB; split it, or remove it."
 _TOO_DEEP = f"it is nested too deeply, more than {MAX_DEPTH} levels; make it flatter."
 
 
-def _start(text: str, at: int) -> int:
+def _skip_space(text: str, at: int) -> int:
     """The next character that isn't JSON's white space."""
     found = _SPACE.match(text, at)
     return found.end() if found else at
@@ -163,7 +163,7 @@ def _check_text(text: str, where: str) -> None:
         ) from error
 
 
-def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         names = [name for name, _ in pairs]
@@ -184,4 +184,4 @@ def _finite(text: str) -> float:
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-_DECODER = json.JSONDecoder(object_pairs_hook=_unrepeated, parse_constant=_refuse_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant, parse_float=_finite)

@@ -10,17 +10,17 @@ from loramill.data import jsonl
 from loramill.plural import counted
 
 #: Old examples that are trained again with the new ones; they halve forgetting.
-REPLAY = 64
+REPLAY_EXAMPLES = 64
 #: Share of new data that is held out when no validation file came with it.
-HOLD_OUT = 0.1
+HELD_OUT_FRACTION = 0.1
 
 
 def held_out_count(examples: int) -> int:
     """How many of `examples` new ones are held out where no validation file came with them."""
-    return max(1, round(examples * HOLD_OUT))
+    return max(1, round(examples * HELD_OUT_FRACTION))
 
 
-def enough(*, validation: bool, replay: int, minimum: int) -> int:
+def required_examples(*, validation: bool, replay: int, minimum: int) -> int:
     """The number of new examples that a nightly run trains on.
 
     Args:
@@ -37,7 +37,7 @@ def enough(*, validation: bool, replay: int, minimum: int) -> int:
 
 def outlook(examples: int, validation: int, *, replay: int, minimum: int) -> str:
     """What the next nightly run does with new examples, in one sentence, or how many are missing."""
-    needed = enough(validation=bool(validation), replay=replay, minimum=minimum)
+    needed = required_examples(validation=bool(validation), replay=replay, minimum=minimum)
     if examples < needed:
         held = "" if validation else f" ({held_out_count(needed)} of them held out to evaluate the new version)"
         return (

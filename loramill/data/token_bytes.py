@@ -29,7 +29,7 @@ class TokenBytes:
         self._tokenizer = tokenizer
         self._special = special
 
-    def of(self, token: int, *, first: bool = False) -> bytes | None:
+    def bytes_of(self, token: int, *, first: bool = False) -> bytes | None:
         """The bytes of a token; None if it adds nothing to a text, since it is special or not in the vocabulary.
 
         Args:
@@ -41,7 +41,7 @@ class TokenBytes:
             return None
         steps = self._steps
         if "ByteLevel" in steps:
-            letters = [_LETTERS.get(letter) for letter in piece]
+            letters = [_BYTE_ALPHABET.get(letter) for letter in piece]
             return piece.encode() if None in letters else bytes(letter for letter in letters if letter is not None)
         if not steps.keys() <= _SENTENCEPIECE or not steps:
             text: str = self._tokenizer.decode([token])
@@ -60,8 +60,8 @@ class TokenBytes:
 
     def text(self, token: int, *, first: bool = False) -> str:
         r"""A token as it is shown: its text; `\xf0\x9f` if its bytes are not text; a special token's name."""
-        found = self.of(token, first=first)
-        return self.piece(token) if found is None else shown(found)
+        found = self.bytes_of(token, first=first)
+        return self.piece(token) if found is None else bytes_as_text(found)
 
     def piece(self, token: int) -> str:
         """A token as the vocabulary spells it: no two tokens alike."""
@@ -77,14 +77,14 @@ class TokenBytes:
         return {step["type"]: step for step in described.get("decoders", [described])}
 
 
-def shown(found: bytes) -> str:
+def bytes_as_text(found: bytes) -> str:
     r"""Bytes as text, or as OpenAI writes bytes that are not text: `\xf0\x9f`."""
-    if decodes(found):
+    if is_utf8(found):
         return found.decode()
     return "".join(chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in found)
 
 
-def decodes(found: bytes) -> bool:
+def is_utf8(found: bytes) -> bool:
     """Whether bytes are whole characters."""
     try:
         found.decode()
@@ -96,11 +96,11 @@ def decodes(found: bytes) -> bool:
 _SENTENCEPIECE = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})
 
 
-def _letters() -> dict[str, int]:
+def _byte_alphabet() -> dict[str, int]:
     """GPT-2's alphabet: printable bytes are their own characters, the others follow from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
 
 
-_LETTERS = _letters()
+_BYTE_ALPHABET = _byte_alphabet()

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from tokenizers import Tokenizer
 
-from loramill.data.chat_template import ChatTemplate, by_name, read_templates
+from loramill.data.chat_template import ChatTemplate, read_templates, templates_by_name
 from loramill.data.token_bytes import TokenBytes
 from loramill.errors import BaseUnusable, DatasetInvalid, InvalidRequest, UnsupportedParameter
 
 if TYPE_CHECKING:
     from loramill.data.examples import Example
-    from loramill.types import Learn
+    from loramill.types import TrainOn
 
 ROLES = ("system", "user", "assistant")
 
@@ -40,10 +40,10 @@ CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
 _PLACEHOLDER = "loramill-places-the-answer-here"
 
 #: Put before a special token that a user spelled. No text can hold it already: a lone surrogate isn't UTF-8.
-_MARK = "\ud800"
+_ESCAPE = "\ud800"
 
 
-class Called(TypedDict):
+class FunctionCall(TypedDict):
     """A function that was called; unlike on OpenAI's wire, `arguments` is the object, as templates expect it."""
 
     name: str
@@ -55,7 +55,7 @@ class ToolCall(TypedDict):
 
     id: str
     type: str
-    function: Called
+    function: FunctionCall
 
 
 class Message(TypedDict):
@@ -70,7 +70,7 @@ class Message(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class TokenSpan:
     """An answer within an example: the loss lies on its tokens from `start` to before `stop`, times `weight`."""
 
     start: int
@@ -96,7 +96,7 @@ class EncodedExample:
     tokens: tuple[int, ...]
     prompt_length: int
     weight: float = 1.0
-    earlier: tuple[Span, ...] = ()
+    earlier: tuple[TokenSpan, ...] = ()
     line: int = 0
     rest: tuple[EncodedExample, ...] = ()
 
@@ -106,9 +106,9 @@ class EncodedExample:
         return (self, *self.rest)
 
     @property
-    def spans(self) -> tuple[Span, ...]:
+    def spans(self) -> tuple[TokenSpan, ...]:
         """All answers that are trained in these tokens, in order."""
-        return (*self.earlier, Span(self.prompt_length, len(self.tokens), self.weight))
+        return (*self.earlier, TokenSpan(self.prompt_length, len(self.tokens), self.weight))
 
 
 class ChatTokenizer:
@@ -129,7 +129,7 @@ class ChatTokenizer:
         self._special = {token.content: id_ for id_, token in added.items() if token.special}
         either = "|".join(re.escape(text) for text in sorted(self._special, key=len, reverse=True)) or r"(?!)"
         self._spelled = re.compile(f"(?={either})")
-        self._unmarked = re.compile(f"(?<!{_MARK})({either})")
+        self._unmarked = re.compile(f"(?<!{_ESCAPE})({either})")
 
         self._names = {name: _content(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")}
         named = {name: self._markup.token_to_id(text) for name, text in self._names.items() if text}
@@ -138,12 +138,12 @@ class ChatTokenizer:
             raise BaseUnusable("The base names no end token; set eos_token_id in generation_config.json.")
         pads = (*_ids(generation.get("pad_token_id")), *_ids(named.get("pad")), *self._special.values(), 0)
         self.pad_id = next((id_ for id_ in pads if id_ != self.stop_ids[0]), 1)
-        self.vocabulary: int = self._markup.get_vocab_size()
+        self.vocabulary_size: int = self._markup.get_vocab_size()
 
-        templates = by_name(settings.get("chat_template"))
+        templates = templates_by_name(settings.get("chat_template"))
         tokens = {f"{name}_token": text for name, text in self._names.items() if text is not None}
         self._template = ChatTemplate(templates, tokens) if "default" in templates else None
-        self._now: datetime | None = None
+        self._pinned_time: datetime | None = None
         begins = settings.get("add_bos_token", named.get("bos") in self._markup.encode("").ids)
         self._prefix = _ids(named.get("bos")) if begins else ()
 
@@ -164,7 +164,7 @@ class ChatTokenizer:
         except Exception as error:  # tokenizers raises nothing narrower
             raise BaseUnusable(f"The tokenizer in {folder} can't be read: {error}. Copy it again.") from error
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Tokens of a conversation up to where the assistant's answer begins.
 
         Args:
@@ -175,38 +175,38 @@ class ChatTokenizer:
             InvalidRequest: no messages, an unknown role, text that isn't Unicode, or the template refuses.
             UnsupportedParameter: the template knows no tools, and there are some, or calls or results of them.
         """
-        if (param := _about_tools(messages, tools)) and not self.knows_tools:
+        if (param := _first_tool_param(messages, tools)) and not self.supports_tool_calls:
             raise UnsupportedParameter(
                 f"This base's chat template knows no tools, or not in a form that is understood here: leave '{param}' "
                 f"out, or use a base whose template has tools called by {CALL_BEGIN}.",
                 param=param,
             )
-        return self._encode(self._render(messages, answer=True, tools=tools))
+        return self._encode(self._render(messages, add_generation_prompt=True, tools=tools))
 
     @cached_property
-    def knows_tools(self) -> bool:
+    def supports_tool_calls(self) -> bool:
         """Whether the chat template writes tools and their results, and has the model call them by `CALL_BEGIN`."""
-        found = self._template.findings if self._template else None
+        found = self._template.support if self._template else None
         # Of a special token nothing would be left in the answer's text.
         return (
             found is not None
             and found.tools
-            and found.calls
-            and CALL_BEGIN in found.tools_text
+            and found.tool_calls
+            and CALL_BEGIN in found.rendered_tool
             and not self._special.keys() & {CALL_BEGIN, CALL_END}
         )
 
     @property
-    def writes_calls(self) -> bool:
+    def renders_tool_calls(self) -> bool:
         """Whether the chat template renders tools, calls and their results, in some form: these can be trained."""
-        return self._template is not None and self._template.findings.tools and self._template.findings.calls
+        return self._template is not None and self._template.support.tools and self._template.support.tool_calls
 
     @cached_property
     def chat_problem(self) -> str | None:
         """Why this base can't chat, as the end of a sentence; None if it can."""
         if self._template is None:
             return "it has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)"
-        refusal = self._template.findings.refusal
+        refusal = self._template.support.refusal
         return None if refusal is None else f"its chat template refuses every conversation: {refusal}"
 
     @cached_property
@@ -215,13 +215,13 @@ class ChatTokenizer:
         if self.chat_problem:
             return self.chat_problem
         try:
-            self._answer([Message(role="user", content="Hi"), Message(role="assistant", content="Hello.")])
+            self._encode_answer([Message(role="user", content="Hi"), Message(role="assistant", content="Hello.")])
         except InvalidRequest as error:
             return error.message
         return None
 
     @property
-    def limits(self) -> tuple[str, ...]:
+    def limitations(self) -> tuple[str, ...]:
         """What the base can't do because of its chat template, one sentence each; empty for most bases."""
         if self.chat_problem:
             return (f"This base serves completions only, not chat: {self.chat_problem}.",)
@@ -229,21 +229,21 @@ class ChatTokenizer:
             return (f"This base trains on prompts and completions only, not on conversations: {self.training_problem}",)
         return ()
 
-    def at(self, moment: datetime) -> ChatTokenizer:
+    def at_time(self, moment: datetime) -> ChatTokenizer:
         """A copy whose template gets `moment` as the current time, so that it always renders the same."""
         pinned = copy.copy(self)
-        pinned._now = moment
+        pinned._pinned_time = moment
         return pinned
 
-    def text(self, text: str) -> list[int]:
+    def encode_text(self, text: str) -> list[int]:
         """Tokens of a plain completion's prompt; only what the model itself demands (bos) is added.
 
         Raises:
             InvalidRequest: the text isn't Unicode.
         """
-        return [*self._prefix, *self._encode_plain(_unicode(text, "prompt"))]
+        return [*self._prefix, *self._encode_plain(_checked_unicode(text, "prompt"))]
 
-    def example(self, example: Example, learn: Learn = "all") -> EncodedExample:
+    def encode_example(self, example: Example, train_on: TrainOn = "all") -> EncodedExample:
         """Tokens of a training example; every answer follows exactly the prompt that will be served.
 
         Args:
@@ -255,21 +255,21 @@ class ChatTokenizer:
                 token, so that no prefix is the prompt that will be served.
         """
         if example.prompt is not None:
-            prompt = self.text(example.prompt)
-            whole = self.text(example.prompt + example.completion)
-            completion = self._continue(prompt, whole, self._spelled.sub(_MARK, example.completion))
+            prompt = self.encode_text(example.prompt)
+            whole = self.encode_text(example.prompt + example.completion)
+            completion = self._continue(prompt, whole, self._spelled.sub(_ESCAPE, example.completion))
             weight = 1.0 if example.weights is None else example.weights[0]
             return EncodedExample((*prompt, *completion, self.stop_ids[0]), len(prompt), weight, line=example.line)
-        if (param := _about_tools(example.messages, example.tools)) and not self.writes_calls:
+        if (param := _first_tool_param(example.messages, example.tools)) and not self.renders_tool_calls:
             raise DatasetInvalid(
                 f"This base's chat template does not render tools or tool calls, so that '{param}' would be "
                 "lost: leave them out, or use a base whose template supports tools."
             )
         found: list[EncodedExample] = []
-        for index, weight in example.learnt(learn):
-            prompt, completion = self._answer(example.messages[: index + 1], example.tools)
+        for index, weight in example.supervised_answers(train_on):
+            prompt, completion = self._encode_answer(example.messages[: index + 1], example.tools)
             tokens = (*prompt, *completion)
-            earlier: tuple[Span, ...] = ()
+            earlier: tuple[TokenSpan, ...] = ()
             if found and tuple(prompt[: len(found[-1].tokens)]) == found[-1].tokens:
                 earlier = found.pop().spans
             found.append(EncodedExample(tokens, len(prompt), weight, earlier, example.line))
@@ -280,15 +280,17 @@ class ChatTokenizer:
             )
         return replace(found[0], rest=tuple(found[1:]))
 
-    def _answer(
+    def _encode_answer(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
     ) -> tuple[list[int], list[int]]:
         """Tokens of the prompt of the last message, which is an answer, and of the answer with its end."""
-        answered = self._render(messages, answer=False, tools=tools)
+        answered = self._render(messages, add_generation_prompt=False, tools=tools)
         before = messages[:-1]
-        prompt_text = self._render(before, answer=True, tools=tools) if before else self._opening(answered)
+        prompt_text = (
+            self._render(before, add_generation_prompt=True, tools=tools) if before else self._opening(answered)
+        )
         if not answered.startswith(prompt_text):
-            answered = prompt_text + self._opened_answer(messages, tools, prompt_text, answered)
+            answered = prompt_text + self._answer_after_opening(messages, tools, prompt_text, answered)
         prompt = self._encode(prompt_text)
         completion = self._continue(prompt, self._encode(answered), answered[len(prompt_text) :])
         end = next((index for index, token in enumerate(completion) if token in self.stop_ids), None)
@@ -302,7 +304,9 @@ class ChatTokenizer:
     def _opening(self, answered: str) -> str:
         """The text before an answer that begins the conversation, for which no prompt can be rendered."""
         one = [Message(role="user", content="Hi")]
-        opening = self._render(one, answer=True).removeprefix(self._render(one, answer=False))
+        opening = self._render(one, add_generation_prompt=True).removeprefix(
+            self._render(one, add_generation_prompt=False)
+        )
         before, found, _ = answered.partition(opening) if opening else ("", "", "")
         if not found:
             raise DatasetInvalid(
@@ -311,7 +315,7 @@ class ChatTokenizer:
             )
         return before + found
 
-    def _opened_answer(
+    def _answer_after_opening(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], prompt_text: str, answered: str
     ) -> str:
         """The text after a generation prompt that already begins the answer, such as one that ends in `<think>`.
@@ -321,7 +325,9 @@ class ChatTokenizer:
         is trained.
         """
         answer = messages[-1]
-        placed = self._render([*messages[:-1], {**answer, "content": _PLACEHOLDER}], answer=False, tools=tools)
+        placed = self._render(
+            [*messages[:-1], {**answer, "content": _PLACEHOLDER}], add_generation_prompt=False, tools=tools
+        )
         lead, found, tail = placed.partition(_PLACEHOLDER)
         if not found or not prompt_text.startswith(lead):
             raise DatasetInvalid(
@@ -330,10 +336,10 @@ class ChatTokenizer:
             )
         if not answer["content"] and answered.startswith(lead):
             return answered[len(lead) :]
-        return self._spelled.sub(_MARK, _without(answer["content"], prompt_text[len(lead) :])) + tail
+        return self._spelled.sub(_ESCAPE, _without_opening(answer["content"], prompt_text[len(lead) :])) + tail
 
     @property
-    def definition(self) -> str:
+    def tokenizer_json(self) -> str:
         """The text of a tokenizer.json that makes the same tokens."""
         text: str = self._markup.to_str()
         return text
@@ -348,7 +354,7 @@ class ChatTokenizer:
         """The bytes that each token adds to a text."""
         return TokenBytes(self._markup, frozenset(self._special.values()))
 
-    def rendered(self, tokens: Sequence[int]) -> str:
+    def decode_with_special_tokens(self, tokens: Sequence[int]) -> str:
         """The text of tokens with the special tokens in it, as the chat template wrote it."""
         text: str = self._markup.decode(list(tokens), skip_special_tokens=False)
         return text
@@ -363,7 +369,9 @@ class ChatTokenizer:
             return whole[len(prompt) :]
         return self._encode(rest)
 
-    def _render(self, messages: Sequence[Message], *, answer: bool, tools: Sequence[Mapping[str, Any]] = ()) -> str:
+    def _render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         """The template's text, with a mark before each special token that a message or a tool spells.
 
         Every conversation becomes text here: serving renders it with `answer`, and training compares that with the
@@ -388,14 +396,19 @@ class ChatTokenizer:
                 raise InvalidRequest(
                     f"{where}.role must be one of {', '.join(_TEMPLATE_ROLES)}.", param=f"{where}.role"
                 )
-            _unicode(message["content"], f"{where}.content")
+            _checked_unicode(message["content"], f"{where}.content")
             marked.append({key: self._marked(value, f"{where}.{key}") for key, value in message.items()})
-        return self._template.render(marked, answer=answer, tools=self._marked(list(tools), "tools"), now=self._now)
+        return self._template.render(
+            marked,
+            add_generation_prompt=add_generation_prompt,
+            tools=self._marked(list(tools), "tools"),
+            now=self._pinned_time,
+        )
 
     def _marked(self, value: Any, param: str) -> Any:
         """JSON, with a mark before each special token that a text in it spells."""
         if isinstance(value, str):
-            return self._spelled.sub(_MARK, _unicode(value, param))
+            return self._spelled.sub(_ESCAPE, _checked_unicode(value, param))
         if isinstance(value, Mapping):
             return {self._marked(key, param): self._marked(item, param) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -404,12 +417,12 @@ class ChatTokenizer:
 
     def _encode(self, text: str) -> list[int]:
         """Tokens of rendered text; special tokens are themselves, except the marked ones."""
-        if _MARK not in text:
+        if _ESCAPE not in text:
             ids: list[int] = self._markup.encode(text, add_special_tokens=False).ids
             return ids
         tokens: list[int] = []
         for index, piece in enumerate(self._unmarked.split(text)):
-            tokens += [self._special[piece]] if index % 2 else self._encode_plain(piece.replace(_MARK, ""))
+            tokens += [self._special[piece]] if index % 2 else self._encode_plain(piece.replace(_ESCAPE, ""))
         return tokens
 
     def _encode_plain(self, text: str) -> list[int]:
@@ -417,7 +430,7 @@ class ChatTokenizer:
         return ids
 
 
-class TextStream:
+class IncrementalDecoder:
     """Turns an answer's tokens into text as they come.
 
     What `push` and `finish` return, joined, is `decode` of all tokens; no piece ends within a character.
@@ -426,7 +439,7 @@ class TextStream:
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
         self._window: list[int] = []
-        self._told = 0
+        self._emitted = 0
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete, which may be none."""
@@ -435,8 +448,8 @@ class TextStream:
         if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
         # The tokens just told stay as context: some tokenizers write a word's space only after another word.
-        self._window = self._window[self._told :]
-        self._told = len(self._window)
+        self._window = self._window[self._emitted :]
+        self._emitted = len(self._window)
         return text
 
     def finish(self) -> str:
@@ -444,11 +457,11 @@ class TextStream:
         return self._new_text()
 
     def _new_text(self) -> str:
-        told = self._tokenizer.decode(self._window[: self._told])
+        told = self._tokenizer.decode(self._window[: self._emitted])
         return self._tokenizer.decode(self._window)[len(told) :]
 
 
-def _without(content: str, opening: str) -> str:
+def _without_opening(content: str, opening: str) -> str:
     """The content without the opening of the generation prompt, if it begins with it; white space is ignored."""
     begins, space = opening.strip(), opening[len(opening.rstrip()) :]
     if not begins or not content.lstrip().startswith(begins):
@@ -476,7 +489,7 @@ def _ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def _about_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str | None:
+def _first_tool_param(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str | None:
     """The first parameter that is about tools."""
     if tools:
         return "tools"
@@ -488,7 +501,7 @@ def _about_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
     return None
 
 
-def _unicode(text: object, param: str) -> str:
+def _checked_unicode(text: object, param: str) -> str:
     """`text` if it is a string that UTF-8 can hold."""
     if not isinstance(text, str):
         raise InvalidRequest(f"{param} must be a string.", param=param)

@@ -16,14 +16,14 @@ _READY = "ready"
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
+class BackgroundProcess:
     """A process in the background; `output` is where it prints."""
 
     pid: int
     output: Path
     _pipe: int
 
-    def wait(self) -> None:
+    def wait_ready(self) -> None:
         """Returns when the process is ready; an interrupt ends it.
 
         Raises:
@@ -39,7 +39,7 @@ class Started:
             raise SetupError(message or f"The process ended without a reason; its output is in {self.output}.")
 
 
-def start(run: Callable[[Callable[[], None]], None], output: Path) -> Started:
+def start(run: Callable[[Callable[[], None]], None], output: Path) -> BackgroundProcess:
     """Starts `run` in a session of its own, which outlives this terminal; `run` calls its argument when it is ready.
 
     Call it before any thread is started: the process is a fork of this one.
@@ -48,12 +48,12 @@ def start(run: Callable[[Callable[[], None]], None], output: Path) -> Started:
     pid = os.fork()
     if pid == 0:
         os.close(reading)
-        _run(run, output, writing)
+        _child_main(run, output, writing)
     os.close(writing)
-    return Started(pid, output, reading)
+    return BackgroundProcess(pid, output, reading)
 
 
-def _run(run: Callable[[Callable[[], None]], None], output: Path, pipe: int) -> NoReturn:
+def _child_main(run: Callable[[Callable[[], None]], None], output: Path, pipe: int) -> NoReturn:
     """The whole life of the process in the background."""
     status, open_ = 1, True
 

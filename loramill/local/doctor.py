@@ -27,10 +27,10 @@ from loramill import __version__
 from loramill.errors import LoramillError, SettingsInvalid
 from loramill.local.machine import c_compiler
 from loramill.settings import Settings
-from loramill.types import Value
+from loramill.types import FrozenModel
 
 #: Versions that were tested together, as in constraints.txt.
-TESTED = {
+TESTED_VERSIONS = {
     "alembic": "1.20.1",
     "bitsandbytes": "0.50.2",
     "datasets": "5.2.0",
@@ -96,13 +96,13 @@ class Status(StrEnum):
     ERROR = "error"
 
 
-class Finding(Value):
+class Finding(FrozenModel):
     """One thing that was examined, what was found, and how to mend it where it isn't well."""
 
     what: str
     status: Status
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 class _ProbeError(Exception):
@@ -113,7 +113,7 @@ def examine() -> list[Finding]:
     """Examines this machine; never raises on account of what it finds."""
     settings, findings = read_settings()
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for found in pool.map(lambda check: list(_safely(check, settings)), CHECKS):
+        for found in pool.map(lambda check: list(_run_check(check, settings)), CHECKS):
             findings += found
     return findings
 
@@ -124,7 +124,7 @@ def read_settings() -> tuple[Settings, list[Finding]]:
         settings = Settings.load()
     except SettingsInvalid as error:
         finding = Finding(
-            what="settings", status=Status.ERROR, found="unusable; the defaults are examined", mend=error.message
+            what="settings", status=Status.ERROR, found="unusable; the defaults are examined", fix=error.message
         )
         defaults = Settings.model_construct()
         places = {"home": defaults.home.expanduser(), "cache": defaults.cache.expanduser()}
@@ -150,30 +150,34 @@ def packages(_: Settings) -> Iterable[Finding]:
             version = importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
             version = None
-        yield judge(wanted.name, str(wanted.specifier), version, TESTED.get(canonicalize_name(wanted.name)))
+        yield judge_package(
+            wanted.name, str(wanted.specifier), version, TESTED_VERSIONS.get(canonicalize_name(wanted.name))
+        )
 
 
-def judge(name: str, wanted: str, version: str | None, tested: str | None) -> Finding:
+def judge_package(name: str, required: str, version: str | None, tested: str | None) -> Finding:
     """A package by its version (None: not installed), what is asked for (a specifier) and what was tested."""
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 
-    mend = f"pip install '{name}{wanted}'"
+    mend = f"pip install '{name}{required}'"
     if version is None:
-        return Finding(what=name, status=Status.ERROR, found="not installed", mend=mend)
-    if not SpecifierSet(wanted).contains(version, prereleases=True):
-        found = f"{version}, but loramill needs {wanted}"
-        return Finding(what=name, status=Status.ERROR, found=found, mend=mend)
+        return Finding(what=name, status=Status.ERROR, found="not installed", fix=mend)
+    if not SpecifierSet(required).contains(version, prereleases=True):
+        found = f"{version}, but loramill needs {required}"
+        return Finding(what=name, status=Status.ERROR, found=found, fix=mend)
     if tested is not None and Version(version).release[:2] > Version(tested).release[:2]:
         found = f"{version}, newer than what was tested ({tested})"
-        return Finding(what=name, status=Status.WARN, found=found, mend=f"pip install '{name}=={tested}' if it fails")
+        return Finding(what=name, status=Status.WARN, found=found, fix=f"pip install '{name}=={tested}' if it fails")
     return Finding(what=name, status=Status.OK, found=version)
 
 
-def folded(findings: Sequence[Finding]) -> list[Finding]:
+def collapse_packages(findings: Sequence[Finding]) -> list[Finding]:
     """The findings with all packages that are well as one, for people to read."""
     well = [
-        each.what for each in findings if each.status is Status.OK and each.what.lower().replace("_", "-") in TESTED
+        each.what
+        for each in findings
+        if each.status is Status.OK and each.what.lower().replace("_", "-") in TESTED_VERSIONS
     ]
     rest = [each for each in findings if each.what not in well]
     if well:
@@ -187,7 +191,7 @@ def hardware(settings: Settings) -> Iterable[Finding]:
         seen = _probe(_TORCH)
     except _ProbeError as error:
         mend = "pip install --force-reinstall torch"
-        yield Finding(what="torch starts", status=Status.ERROR, found=str(error), mend=mend)
+        yield Finding(what="torch starts", status=Status.ERROR, found=str(error), fix=mend)
         return
     yield cpu(seen["capability"], _cpu_flags(), os.cpu_count() or 1, seen["threads"])
     yield gpu(seen["gpus"], seen["cuda"], shutil.which("nvidia-smi") is not None, settings.serve.device)
@@ -198,9 +202,7 @@ def cpu(capability: str, flags: frozenset[str], cores: int, threads: int) -> Fin
     features = [name for flag, name in (("avx2", "AVX2"), ("avx512_bf16", "AVX512-BF16")) if flag in flags]
     found = f"{', '.join(features) or capability}; {cores} cores, torch uses {threads} threads"
     if platform.machine() in ("x86_64", "AMD64") and "AVX2" not in features and "AVX" not in capability:
-        return Finding(
-            what="cpu", status=Status.WARN, found=found, mend="Without AVX2 everything is slow: use another."
-        )
+        return Finding(what="cpu", status=Status.WARN, found=found, fix="Without AVX2 everything is slow: use another.")
     return Finding(what="cpu", status=Status.OK, found=found)
 
 
@@ -214,10 +216,10 @@ def gpu(gpus: list[tuple[str, int]], cuda: str | None, driver: bool, device: str
     if driver:
         mend = "Install a torch built for CUDA (pytorch.org says how)." if cuda is None else "See what nvidia-smi says."
         found = "there is a driver, but torch sees no GPU"
-        return Finding(what="gpu", status=Status.WARN, found=found, mend=mend)
+        return Finding(what="gpu", status=Status.WARN, found=found, fix=mend)
     if device == "cuda":
         mend = "Set LORAMILL_SERVE__DEVICE to auto, unless it is another node that serves."
-        return Finding(what="gpu", status=Status.WARN, found="none, but serve.device is cuda", mend=mend)
+        return Finding(what="gpu", status=Status.WARN, found="none, but serve.device is cuda", fix=mend)
     return Finding(what="gpu", status=Status.OK, found="none; everything runs on the CPU")
 
 
@@ -228,12 +230,12 @@ def kernels(settings: Settings) -> Iterable[Finding]:
         yield Finding(what="kernels", status=Status.OK, found=f"{name}, on {device}")
     except _ProbeError as error:
         mend = "Unset LORAMILL_KERNELS; if that doesn't help, reinstall loramill."
-        yield Finding(what="kernels", status=Status.ERROR, found=str(error), mend=mend)
+        yield Finding(what="kernels", status=Status.ERROR, found=str(error), fix=mend)
     compiler = c_compiler()
     if compiler is None:
         mend = "Install gcc (Debian, Ubuntu: apt-get install build-essential)."
         found = "none; native kernels can't be compiled"
-        yield Finding(what="C compiler", status=Status.WARN, found=found, mend=mend)
+        yield Finding(what="C compiler", status=Status.WARN, found=found, fix=mend)
     else:
         yield Finding(what="C compiler", status=Status.OK, found=compiler)
 
@@ -243,8 +245,8 @@ def ray(_: Settings) -> Iterable[Finding]:
     try:
         yield Finding(what="ray starts", status=Status.OK, found=_probe(_RAY))
     except _ProbeError as error:
-        mend = f"pip install --force-reinstall 'ray[train,serve]=={TESTED['ray']}'"
-        yield Finding(what="ray starts", status=Status.ERROR, found=str(error), mend=mend)
+        mend = f"pip install --force-reinstall 'ray[train,serve]=={TESTED_VERSIONS['ray']}'"
+        yield Finding(what="ray starts", status=Status.ERROR, found=str(error), fix=mend)
 
 
 def base(settings: Settings) -> Iterable[Finding]:
@@ -263,15 +265,15 @@ def base(settings: Settings) -> Iterable[Finding]:
         return
     try:
         found = find_base(name, settings.cache, settings.quantization)
-        limits = ChatTokenizer.load(found.folder).limits
+        limits = ChatTokenizer.load(found.folder).limitations
     except LoramillError as error:
-        yield Finding(what="base", status=Status.ERROR, found=f"{name}: unusable", mend=error.message)
+        yield Finding(what="base", status=Status.ERROR, found=f"{name}: unusable", fix=error.message)
     else:
         described = f"{found.name}: {found.architecture}, {found.context_length} tokens, in {found.folder}"
         yield Finding(what="base", status=Status.OK, found=described)
         for limit in limits:
             mend = "Give the base's folder a chat_template.jinja that works, or use another base."
-            yield Finding(what="chat", status=Status.WARN, found=limit, mend=mend)
+            yield Finding(what="chat", status=Status.WARN, found=limit, fix=mend)
 
 
 def folders(settings: Settings) -> Iterable[Finding]:
@@ -286,27 +288,27 @@ def folders(settings: Settings) -> Iterable[Finding]:
         except OSError as error:
             mend = f"Set {variable} to a folder that you may write to."
             found = f"{there} can't be written to ({error.strerror})"
-            yield Finding(what=what, status=Status.ERROR, found=found, mend=mend)
+            yield Finding(what=what, status=Status.ERROR, found=found, fix=mend)
             continue
         free = shutil.disk_usage(there).free
         found = f"{path}, {free / 2**30:.1f} GiB free" + ("" if path.exists() else "; made at first use")
         if free < FREE_BYTES:
             mend = f"Make room, or set {variable} to a folder on another disk."
-            yield Finding(what=what, status=Status.ERROR, found=found, mend=mend)
+            yield Finding(what=what, status=Status.ERROR, found=found, fix=mend)
         else:
             yield Finding(what=what, status=Status.OK, found=found)
 
 
 def database(settings: Settings) -> Iterable[Finding]:
     """The record: absent, at the newest migration, or unusable."""
-    from loramill.registry.database.engine import make_engine, parse_url, shown
+    from loramill.registry.database.engine import make_engine, parse_url, redacted_url
     from loramill.registry.database.migrate import check_current
 
     try:
         url = parse_url(settings.database)
         if url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists():
             yield Finding(
-                what="database", status=Status.OK, found=f"{shown(url)}: not there yet, `loramill up` makes it"
+                what="database", status=Status.OK, found=f"{redacted_url(url)}: not there yet, `loramill up` makes it"
             )
             return
         engine = make_engine(url)
@@ -315,23 +317,23 @@ def database(settings: Settings) -> Iterable[Finding]:
         finally:
             engine.dispose()
     except LoramillError as error:
-        yield Finding(what="database", status=Status.ERROR, found="unusable", mend=error.message)
+        yield Finding(what="database", status=Status.ERROR, found="unusable", fix=error.message)
     else:
-        yield Finding(what="database", status=Status.OK, found=f"{shown(url)}, at the newest migration")
+        yield Finding(what="database", status=Status.OK, found=f"{redacted_url(url)}, at the newest migration")
 
 
 def stores(settings: Settings) -> Iterable[Finding]:
     """The stores of artifacts, checkpoints and Ray Train's state can be written, listed, read and deleted in."""
     from loramill.local.processes import check_stores
-    from loramill.storage.object_store import shown
+    from loramill.storage.object_store import redacted_url
 
     try:
         check_stores(settings)
     except LoramillError as error:
-        found = f"{shown(settings.artifacts)}: unusable"
-        yield Finding(what="artifact store", status=Status.ERROR, found=found, mend=error.message)
+        found = f"{redacted_url(settings.artifacts)}: unusable"
+        yield Finding(what="artifact store", status=Status.ERROR, found=found, fix=error.message)
     else:
-        yield Finding(what="artifact store", status=Status.OK, found=shown(settings.artifacts))
+        yield Finding(what="artifact store", status=Status.OK, found=redacted_url(settings.artifacts))
 
 
 def other_bases(settings: Settings) -> Iterable[Finding]:
@@ -339,7 +341,7 @@ def other_bases(settings: Settings) -> Iterable[Finding]:
 
     Finds nothing if the database or a base is unusable, which other checks report, or a base is not on this machine.
     """
-    from loramill.local.processes import of_other_bases
+    from loramill.local.processes import describe_other_bases
     from loramill.models import smollm2
     from loramill.models.catalog import find_base
     from loramill.registry.database.engine import parse_url
@@ -351,39 +353,39 @@ def other_bases(settings: Settings) -> Iterable[Finding]:
         names = (settings.base, *settings.serve.bases)
         if absent or not all((converted if name == smollm2.NAME else Path(name)).exists() for name in names):
             return
-        lines = of_other_bases(settings, find_base(settings.base, settings.cache, settings.quantization))
+        lines = describe_other_bases(settings, find_base(settings.base, settings.cache, settings.quantization))
     except LoramillError:
         return
     mend = "Set LORAMILL_BASE to that base, or submit the jobs again; `loramill jobs list` shows which jobs."
     for line in lines:
-        yield Finding(what="other bases", status=Status.WARN, found=line, mend=mend)
+        yield Finding(what="other bases", status=Status.WARN, found=line, fix=mend)
 
 
 def gateway(settings: Settings) -> Iterable[Finding]:
     """Whether a gateway answers at the settings' address, or something else does."""
     import httpx
 
-    from loramill.client.http import is_own
+    from loramill.client.http import is_local_url
 
     url = settings.gateway
     try:
-        with httpx.Client(timeout=_GATEWAY_SECONDS, trust_env=not is_own(url)) as http:
+        with httpx.Client(timeout=_GATEWAY_SECONDS, trust_env=not is_local_url(url)) as http:
             alive, ready = http.get(f"{url}/healthz"), http.get(f"{url}/readyz")
     except httpx.ConnectError:
         yield Finding(what="gateway", status=Status.OK, found=f"not running at {url}; `loramill up` starts it")
         return
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         mend = f"Another program may listen at {url}: end it, choose another port, or correct LORAMILL_URL."
-        yield Finding(what="gateway", status=Status.WARN, found=f"no sensible answer from {url} ({error})", mend=mend)
+        yield Finding(what="gateway", status=Status.WARN, found=f"no sensible answer from {url} ({error})", fix=mend)
         return
     if alive.text.replace(" ", "") != '{"status":"ok"}':
         mend = "End it, choose another port (LORAMILL_SERVE__PORT), or correct LORAMILL_URL."
-        yield Finding(what="gateway", status=Status.ERROR, found=f"another program answers at {url}", mend=mend)
+        yield Finding(what="gateway", status=Status.ERROR, found=f"another program answers at {url}", fix=mend)
     elif ready.is_success:
         yield Finding(what="gateway", status=Status.OK, found=f"up and ready at {url}")
     else:
         mend = "Wait a moment; if it stays so, see the log under the home folder."
-        yield Finding(what="gateway", status=Status.WARN, found=f"up at {url}, but not ready", mend=mend)
+        yield Finding(what="gateway", status=Status.WARN, found=f"up at {url}, but not ready", fix=mend)
 
 
 CHECKS: tuple[Callable[[Settings], Iterable[Finding]], ...] = (
@@ -401,13 +403,13 @@ CHECKS: tuple[Callable[[Settings], Iterable[Finding]], ...] = (
 )
 
 
-def _safely(check: Callable[[Settings], Iterable[Finding]], settings: Settings) -> Iterable[Finding]:
+def _run_check(check: Callable[[Settings], Iterable[Finding]], settings: Settings) -> Iterable[Finding]:
     try:
         yield from check(settings)
     except Exception as error:  # noqa: BLE001 - whatever breaks a check is what the doctor is asked about
         found = f"can't be examined ({type(error).__name__}: {error})"
         mend = "Reinstall loramill: pip install --force-reinstall loramill"
-        yield Finding(what=check.__name__, status=Status.ERROR, found=found, mend=mend)
+        yield Finding(what=check.__name__, status=Status.ERROR, found=found, fix=mend)
 
 
 def _probe(code: str, *arguments: str) -> Any:

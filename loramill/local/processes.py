@@ -33,8 +33,8 @@ from rich.markup import escape
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import Conflict, DiskFull, LoramillError, PortTaken, SetupError, Unauthenticated
 from loramill.local import background
-from loramill.local.machine import c_compiler, check_memory, free_memory, own_addresses, socket_folder, without_proxy
-from loramill.local.up_log import Log
+from loramill.local.machine import bypass_proxy, c_compiler, check_memory, free_memory, local_addresses, socket_folder
+from loramill.local.up_log import ClusterLog
 from loramill.models.catalog import Base, find_base
 from loramill.plural import counted
 from loramill.registry import Registry, api_keys
@@ -45,10 +45,10 @@ from loramill.storage.atomic import replace_text
 from loramill.storage.object_store import check_store
 
 START_SECONDS = 300.0
-SICK_SECONDS = 60.0
+UNHEALTHY_SECONDS = 60.0
 STOP_SECONDS = 45.0
 #: Seconds that a start may take after its first error; what succeeds when tried again has done so by then.
-FAILED_SECONDS = 15.0
+ERROR_GRACE_SECONDS = 15.0
 FREE_BYTES = 1 << 30
 
 #: Shown once; everything works without a compiler, too.
@@ -98,8 +98,8 @@ def up(
         signal.signal(number, lambda *_: stop.set())
     prepare_home(settings.home)
     prepare_cache(settings.cache)
-    sockets_folder()
-    with hold_lock(settings):
+    ray_folder()
+    with home_lock(settings):
         try:
             base = prepare(settings, console)
         except LoramillError:
@@ -108,10 +108,10 @@ def up(
         else:
 
             def ready() -> None:
-                greet(settings, console, base.name, stop_with)
+                print_greeting(settings, console, base.name, stop_with)
                 on_ready()
 
-            watch(settings, console, stop, ready)
+            supervise(settings, console, stop, ready)
         settings.address_file.unlink(missing_ok=True)
         console.print("Stopped. `loramill up` goes on where this ended.")
 
@@ -128,10 +128,10 @@ def prepare(settings: Settings, console: Console) -> Base:
         check_stores(settings)
     with console.status("Opening the registry…"):
         migrate(settings.database)
-        admin_key(settings)
+        ensure_admin_key(settings)
     base = prepare_base(settings, console)
     check_memory(base, settings, free_memory())
-    for line in of_other_bases(settings, base):
+    for line in describe_other_bases(settings, base):
         console.print(line, soft_wrap=True)
     if c_compiler() is None:
         console.print(f"[yellow]{NO_COMPILER}[/yellow]", soft_wrap=True)
@@ -147,7 +147,7 @@ def prepare_base(settings: Settings, console: Console) -> Base:
     """
     with console.status(f"Preparing the base {settings.base}…"):
         base = find_base(settings.base, settings.cache, settings.quantization)
-        limits = ChatTokenizer.load(base.folder).limits
+        limits = ChatTokenizer.load(base.folder).limitations
     for limit in limits:
         console.print(f"[yellow]{escape(limit)}[/yellow]", soft_wrap=True)
     return base
@@ -166,7 +166,7 @@ def up_in_background(settings: Settings, *, console: Console) -> None:
         output,
     )
     with console.status("Starting…"):
-        started.wait()
+        started.wait_ready()
     console.print(output.read_text().rstrip(), soft_wrap=True, markup=False)
 
 
@@ -192,7 +192,7 @@ def down(settings: Settings) -> bool:
     return True
 
 
-def watch(settings: Settings, console: Console, stop: threading.Event, on_ready: Callable[[], None]) -> None:
+def supervise(settings: Settings, console: Console, stop: threading.Event, on_ready: Callable[[], None]) -> None:
     """Keeps the cluster alive until `stop` is set; calls `on_ready` each time it answers.
 
     Raises:
@@ -207,11 +207,11 @@ def watch(settings: Settings, console: Console, stop: threading.Event, on_ready:
                 pause, started_once = 1.0, True
                 replace_text(settings.address_file, settings.address + "\n")
                 on_ready()
-                wait_sick(settings, cluster, stop)
+                wait_unhealthy(settings, cluster, stop)
             if stop.is_set():
                 console.print("Stopping…")
                 return
-            failed = failure(settings, cluster, log)
+            failed = failure_reason(settings, cluster, log)
             if not ready:
                 cluster.kill()  # it would go on trying
         if not started_once:
@@ -221,7 +221,7 @@ def watch(settings: Settings, console: Console, stop: threading.Event, on_ready:
         pause = min(pause * 2, 30.0)
 
 
-def failure(settings: Settings, cluster: subprocess.Popen[bytes], log: Log) -> str:
+def failure_reason(settings: Settings, cluster: subprocess.Popen[bytes], log: ClusterLog) -> str:
     """Why the cluster isn't up, as a sentence: the first error in its log."""
     if cluster.poll() is not None:
         log.close(5.0)  # its last lines may be on their way
@@ -233,7 +233,7 @@ def failure(settings: Settings, cluster: subprocess.Popen[bytes], log: Log) -> s
     return reason if reason.endswith((".", "!", "?")) else f"{reason}."
 
 
-def greet(settings: Settings, console: Console, base: str, stop_with: str) -> None:
+def print_greeting(settings: Settings, console: Console, base: str, stop_with: str) -> None:
     """Says where everything is."""
     console.print(f"[bold]loramill is up[/bold] at {settings.address}/v1 with the base {base}.", soft_wrap=True)
     for what, where in (
@@ -245,7 +245,7 @@ def greet(settings: Settings, console: Console, base: str, stop_with: str) -> No
 
 
 @contextlib.contextmanager
-def run_cluster(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], Log]]:
+def run_cluster(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], ClusterLog]]:
     """Starts the child process that runs the cluster, and ends it afterwards, gently where it can."""
     with cluster_lock(settings) as lock:
         cluster = subprocess.Popen(
@@ -259,7 +259,7 @@ def run_cluster(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], L
             start_new_session=True,  # Ctrl-C is the watcher's; it tells the child in its own time
         )
     assert cluster.stdin is not None and cluster.stdout is not None
-    log = Log(log_path(settings), cluster.stdout, cluster.pid)
+    log = ClusterLog(log_path(settings), cluster.stdout, cluster.pid)
     try:
         cluster.stdin.write(settings.model_dump_json().encode() + b"\n")
         cluster.stdin.flush()
@@ -279,11 +279,11 @@ def environment() -> dict[str, str]:
     """The environment of the cluster, without this process's settings, which the child reads from standard input."""
     kept = {"LORAMILL_KERNELS"}  # not a setting: the kernels read it
     inherited = {name: value for name, value in os.environ.items() if name in kept or not name.startswith("LORAMILL_")}
-    own = {"RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_TMPDIR": str(sockets_folder())}
-    return without_proxy({**inherited, **RAY_ENVIRONMENT, **own}, own_addresses())
+    own = {"RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_TMPDIR": str(ray_folder())}
+    return bypass_proxy({**inherited, **RAY_ENVIRONMENT, **own}, local_addresses())
 
 
-def sockets_folder() -> Path:
+def ray_folder() -> Path:
     """The folder of Ray's sessions and their sockets.
 
     Raises:
@@ -308,21 +308,21 @@ def cluster_lock(settings: Settings) -> Iterator[IO[str]]:
         yield lock
 
 
-def wait_ready(settings: Settings, cluster: subprocess.Popen[bytes], stop: threading.Event, log: Log) -> bool:
+def wait_ready(settings: Settings, cluster: subprocess.Popen[bytes], stop: threading.Event, log: ClusterLog) -> bool:
     """Waits until the gateway answers; False if it didn't in time, an error prevented it, or `stop` was set."""
     deadline, failed_at = time.monotonic() + START_SECONDS, float("inf")
     with httpx.Client(trust_env=False) as client:  # a proxy can't reach this machine
         while not stop.wait(0.5) and cluster.poll() is None and time.monotonic() < deadline:
-            if answers(client, settings):
+            if is_answering(client, settings):
                 return True
             if log.failed:
                 failed_at = min(failed_at, time.monotonic())
-            if time.monotonic() - failed_at > FAILED_SECONDS:
+            if time.monotonic() - failed_at > ERROR_GRACE_SECONDS:
                 break
     return False
 
 
-def wait_sick(settings: Settings, cluster: subprocess.Popen[bytes], stop: threading.Event) -> None:
+def wait_unhealthy(settings: Settings, cluster: subprocess.Popen[bytes], stop: threading.Event) -> None:
     """Returns when the child has ended, the gateway or its engine has been silent for too long, or `stop` was set.
 
     An outage of the database is no reason: a restart would not end it, and the cluster's processes wait for it.
@@ -330,14 +330,14 @@ def wait_sick(settings: Settings, cluster: subprocess.Popen[bytes], stop: thread
     well = time.monotonic()
     with httpx.Client(trust_env=False) as client:  # one for all looks: making one costs more than they do
         while not stop.wait(2.0) and cluster.poll() is None:
-            if answers(client, settings, "/health"):
+            if is_answering(client, settings, "/health"):
                 well = time.monotonic()
-            elif time.monotonic() - well > SICK_SECONDS:
+            elif time.monotonic() - well > UNHEALTHY_SECONDS:
                 cluster.kill()
                 return
 
 
-def answers(client: httpx.Client, settings: Settings, path: str = "/readyz") -> bool:
+def is_answering(client: httpx.Client, settings: Settings, path: str = "/readyz") -> bool:
     """Whether the gateway and an engine answer now and, with `/readyz`, the database, too."""
     try:
         return client.get(f"{settings.address}{path}", timeout=5.0).status_code == 200
@@ -379,7 +379,7 @@ def prepare_cache(cache: Path) -> None:
 
 
 @contextlib.contextmanager
-def hold_lock(settings: Settings) -> Iterator[None]:
+def home_lock(settings: Settings) -> Iterator[None]:
     """Holds the home's lock, with this process's id in it.
 
     Raises:
@@ -420,7 +420,7 @@ def check_port(settings: Settings) -> None:
         ) from error
 
 
-def admin_key(settings: Settings) -> None:
+def ensure_admin_key(settings: Settings) -> None:
     """Leaves a valid admin key in the home folder, a new one if the one there isn't known to the record."""
     registry, path = Registry.open(settings.database, settings.artifacts), settings.admin_key_file
     if path.exists():
@@ -442,7 +442,7 @@ def check_stores(settings: Settings) -> None:
         check_store(url)
 
 
-def of_other_bases(settings: Settings, base: Base) -> Sequence[str]:
+def describe_other_bases(settings: Settings, base: Base) -> Sequence[str]:
     """Describes the jobs and adapters whose base is neither this one nor one of `serve.bases`; empty if there are none.
 
     Raises:
@@ -453,7 +453,7 @@ def of_other_bases(settings: Settings, base: Base) -> Sequence[str]:
     registry = Registry.open(settings.database, settings.artifacts)
     try:
         with registry.reading() as session:
-            waiting, unserved = queue.other_bases(session, base.fingerprint, served)
+            waiting, unserved = queue.count_other_bases(session, base.fingerprint, served)
     finally:
         registry.close()
     lines = []

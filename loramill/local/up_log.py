@@ -18,18 +18,18 @@ from typing import IO
 #: The size at which the file becomes `up.log.1`.
 FILE_BYTES = 32 << 20
 #: Of lines that differ only in numbers, how many are written in how many seconds.
-REPEATS, REPEAT_SECONDS = 20, 10.0
+MAX_REPEATS, REPEAT_SECONDS = 20, 10.0
 #: Lines of the first error that are kept.
-_KEPT = 200
+_MAX_ERROR_LINES = 200
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 #: What Ray puts before a line of another process.
-_WHO = re.compile(
+_RAY_PREFIX = re.compile(
     r"\((?:(?P<name>[^()]*?) )?pid=(?P<pid>\d+)(?:, ip=[^)]*)?\) |\((?P<part>raylet|gcs_server|autoscaler)[^)]*\) "
 )
 _TIME = r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[,.]\d{3})\d*"
 _LEVEL = r"(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL|FATAL)"
-_FORMS = tuple(
+_LINE_FORMATS = tuple(
     re.compile(form)
     for form in (
         rf"{_TIME}\s+{_LEVEL} (?P<logger>[\w.]+): (?P<message>.*)",  # loramill.logs
@@ -48,7 +48,7 @@ _LEVELS = {
     "FATAL": "CRITICAL",
 }
 _TRACEBACK = "Traceback (most recent call last)"
-_PARTS = {
+_PROCESS_NAMES = {
     "Supervisor": "supervisor",
     "ServeController": "serve",
     "TrainController": "train",
@@ -59,7 +59,7 @@ _NOISE = re.compile(r"Task ServeController\.graceful_shutdown failed\. There are
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class LogEntry:
     """One line of the log; `logger` is "|" where a line continues the one before."""
 
     time: str
@@ -78,35 +78,35 @@ class Entry:
         return self.level in ("ERROR", "CRITICAL")
 
     @property
-    def is_ours(self) -> bool:
+    def is_startup(self) -> bool:
         """Whether it is from what starts the cluster; others log errors that they recover from."""
         if self.process.startswith("cluster"):
             return self.logger == "|" or self.logger.startswith(("loramill", "ray.serve"))
         return self.logger == "ray.controller"  # Ray Serve's, which has the reason why a replica failed
 
 
-class Reader:
+class LogParser:
     """Parses what processes write into entries."""
 
     def __init__(self, pid: int, clock: Callable[[], float] = time.time) -> None:
         self._pid, self._clock = pid, clock
         self._tracebacks: dict[str, str] = {}  # of processes: "in" one, or "behind" its exception
 
-    def entry(self, text: str) -> Entry | None:
+    def parse(self, text: str) -> LogEntry | None:
         """The entry of one line; None where there is nothing to keep."""
         text = _ESCAPE.sub("", text).rstrip().rpartition("\r")[2]  # of a progress bar, its last state
-        who = _WHO.match(text)
+        who = _RAY_PREFIX.match(text)
         process = self._process(who)
         message = text[who.end() :] if who else text
         if not message.strip() or _NOISE.search(message):
             return None
-        for form in _FORMS:
+        for form in _LINE_FORMATS:
             if found := form.match(message):
                 level = _LEVELS.get(found["level"], found["level"])
                 self._tracebacks.pop(process, None)
                 when = found["time"].replace(".", ",")
-                return Entry(when, level, process, _logger(found["logger"]), found["message"])
-        return Entry(self._now(), self._level(process, message), process, "|", message)
+                return LogEntry(when, level, process, _logger(found["logger"]), found["message"])
+        return LogEntry(self._now(), self._level(process, message), process, "|", message)
 
     def _level(self, process: str, message: str) -> str:
         """ERROR for a traceback, the exception that it ends with, and what this was caused by."""
@@ -129,7 +129,7 @@ class Reader:
         name = who["name"] or "worker"
         if name.startswith("ServeReplica:"):
             name = name.rpartition(":")[2]
-        return f"{_PARTS.get(name, name)}[{who['pid']}]".replace(" ", "-")
+        return f"{_PROCESS_NAMES.get(name, name)}[{who['pid']}]".replace(" ", "-")
 
     def _now(self) -> str:
         now = self._clock()
@@ -141,45 +141,45 @@ def _logger(name: str) -> str:
 
 
 @dataclass(slots=True)
-class _Seen:
-    entry: Entry
+class _Repeat:
+    entry: LogEntry
     since: float
     count: int = 0
 
 
 @dataclass(slots=True)
-class Repeats:
+class RepeatFilter:
     """Holds back lines that repeat, and counts them."""
 
     clock: Callable[[], float] = time.monotonic
-    _seen: dict[tuple[str, str], _Seen] = field(default_factory=dict)
+    _seen: dict[tuple[str, str], _Repeat] = field(default_factory=dict)
 
-    def passed(self, entry: Entry) -> list[Entry]:
+    def push(self, entry: LogEntry) -> list[LogEntry]:
         """The entries to write after this one has come."""
-        over = self.ended()
+        over = self.expire()
         # Our lines may differ only in a number and be about another job; those of libraries hardly do.
         same = entry.message if entry.logger.startswith("loramill") else re.sub(r"\d+", "0", entry.message)
-        seen = self._seen.setdefault((entry.process, same), _Seen(entry, self.clock()))
+        seen = self._seen.setdefault((entry.process, same), _Repeat(entry, self.clock()))
         seen.entry, seen.count = entry, seen.count + 1
-        return over if seen.count > REPEATS else [*over, entry]
+        return over if seen.count > MAX_REPEATS else [*over, entry]
 
-    def ended(self, *, all_: bool = False) -> list[Entry]:
+    def expire(self, *, all_: bool = False) -> list[LogEntry]:
         """The counts of lines whose time is up."""
         now, counts = self.clock(), []
         for key, seen in list(self._seen.items()):
             if all_ or now - seen.since > REPEAT_SECONDS:
                 del self._seen[key]
-                if seen.count > REPEATS:
-                    counts.append(_counted(seen, now - seen.since))
+                if seen.count > MAX_REPEATS:
+                    counts.append(_repeat_summary(seen, now - seen.since))
         return counts
 
 
-def _counted(seen: _Seen, seconds: float) -> Entry:
-    more = seen.count - REPEATS
+def _repeat_summary(seen: _Repeat, seconds: float) -> LogEntry:
+    more = seen.count - MAX_REPEATS
     return replace(seen.entry, message=f"{seen.entry.message} [{more} more of these in {seconds:.0f} s]")
 
 
-class Log:
+class ClusterLog:
     """Copies a process's pipe to the file until the pipe ends, and keeps the first error.
 
     Attributes:
@@ -191,8 +191,8 @@ class Log:
         self.reason: str | None = None
         self.failed = False
         self._path, self._pipe = path, pipe
-        self._reader, self._repeats = Reader(pid), Repeats()
-        self._first: list[Entry] = []
+        self._reader, self._repeats = LogParser(pid), RepeatFilter()
+        self._first: list[LogEntry] = []
         self._open = False  # whether the first error's lines still come
         self._thread = threading.Thread(target=self._run, name="up.log", daemon=True)
         self._thread.start()
@@ -203,12 +203,12 @@ class Log:
 
     def _run(self) -> None:
         for raw in self._pipe:
-            if entry := self._reader.entry(raw.decode(errors="replace")):
-                self._note(entry)
-                self._write(self._repeats.passed(entry))
-        self._write(self._repeats.ended(all_=True))
+            if entry := self._reader.parse(raw.decode(errors="replace")):
+                self._remember_error(entry)
+                self._write(self._repeats.push(entry))
+        self._write(self._repeats.expire(all_=True))
 
-    def _write(self, entries: list[Entry]) -> None:
+    def _write(self, entries: list[LogEntry]) -> None:
         if not entries:
             return
         try:
@@ -220,20 +220,20 @@ class Log:
         except OSError as error:  # the pipe must be read, or the processes block
             self.reason = self.reason or f"{self._path} can't be written ({error.strerror})."
 
-    def _note(self, entry: Entry) -> None:
+    def _remember_error(self, entry: LogEntry) -> None:
         """Keeps the first error, preferably one of ours, with its traceback."""
-        if entry.is_error and (not self._first or (entry.is_ours and not self.failed)):
-            self._first, self._open, self.failed = [entry], True, entry.is_ours
+        if entry.is_error and (not self._first or (entry.is_startup and not self.failed)):
+            self._first, self._open, self.failed = [entry], True, entry.is_startup
         elif self._open and entry.process == self._first[0].process:
-            self._open = entry.logger == "|" and len(self._first) < _KEPT
+            self._open = entry.logger == "|" and len(self._first) < _MAX_ERROR_LINES
             if self._open:
                 self._first.append(entry)
         else:
             return
-        self.reason = reason([each.message for each in self._first])
+        self.reason = error_line([each.message for each in self._first])
 
 
-def reason(lines: list[str]) -> str:
+def error_line(lines: list[str]) -> str:
     """The line of an error that says why: the end of a traceback, or else the first."""
     if any(line.startswith(_TRACEBACK) for line in lines):
         ends = [line for line in lines if not line.startswith((" ", _TRACEBACK)) and ": " in line]

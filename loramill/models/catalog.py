@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 #: Architectures that the engine has a fast decoder for; the last two differ from the first in q/k/v biases and in q/k
 #: norms. Other causal language models of transformers are served through transformers.
-SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+NATIVE_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 #: Keys of config.json that reach no further than the attention's windows, which `fingerprint` takes for unused.
@@ -85,10 +85,10 @@ def find_base(name: str, cache: Path, quantization: Quantization = "none") -> Ba
     """
     try:
         if name == smollm2.NAME:
-            return _describe(name, smollm2.converted(cache), cache, quantization)
+            return _identify(name, smollm2.ensure_converted(cache), cache, quantization)
         path = Path(name).expanduser()
         if path.is_dir():
-            return _describe(path.resolve().name, path.resolve(), cache, quantization)
+            return _identify(path.resolve().name, path.resolve(), cache, quantization)
         if path.exists():
             raise BaseUnusable(f"The base '{name}' is a file; give the Hugging Face folder it belongs to.")
         if _HUB_ID.fullmatch(name):
@@ -119,7 +119,7 @@ def load_for_training(base: Base, dtype: torch.dtype, *, packed: bool = False) -
     from torch.nn import Linear
     from transformers import AutoModelForCausalLM
 
-    from loramill.kernels.quantization import packed_nf4, rounded
+    from loramill.kernels.quantization import fake_quantize, nf4_linear
 
     try:
         with quiet_transformers():
@@ -131,13 +131,13 @@ def load_for_training(base: Base, dtype: torch.dtype, *, packed: bool = False) -
             if not isinstance(module, Linear) or module is model.get_output_embeddings():
                 continue
             if packed and base.quantization == "nf4":
-                model.set_submodule(name, packed_nf4(module))
+                model.set_submodule(name, nf4_linear(module))
             else:
-                module.weight.data = rounded(module.weight.data, base.quantization)
+                module.weight.data = fake_quantize(module.weight.data, base.quantization)
     return model.requires_grad_(False).eval()
 
 
-def modules_of(base: Base) -> BaseModules:
+def base_modules(base: Base) -> BaseModules:
     """The modules of a base that adapters may target; weights are read from its files only when they are needed.
 
     Raises:
@@ -194,10 +194,10 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _describe(name: str, folder: Path, cache: Path, quantization: Quantization) -> Base:
+def _identify(name: str, folder: Path, cache: Path, quantization: Quantization) -> Base:
     """Checks a Hugging Face folder and gives it its identity."""
     config = _read_config(folder)
-    architecture = _check_served(config, folder)
+    architecture = _check_architecture(config, folder)
     context = context_length(config)
     if context is None:
         raise BaseUnusable(f"{folder / 'config.json'} has no number in max_position_embeddings; add it.")
@@ -230,13 +230,13 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
-def _check_served(config: Mapping[str, Any], folder: Path) -> str:
+def _check_architecture(config: Mapping[str, Any], folder: Path) -> str:
     """The architecture, if it is one that the engine may serve."""
     architecture = next(iter(config.get("architectures") or ()), None)
     if not str(architecture).endswith(_CAUSAL):
         raise BaseUnusable(
             f"{folder} is a {architecture or 'nameless model'}; served are causal language models: "
-            f"{', '.join(SERVED)}, and others of transformers."
+            f"{', '.join(NATIVE_ARCHITECTURES)}, and others of transformers."
         )
     if config.get("quantization_config"):
         raise BaseUnusable(f"{folder} holds quantized weights; give the model's original folder.")
@@ -259,13 +259,17 @@ def context_length(config: Mapping[str, Any]) -> int | None:
 def _identity(config: Mapping[str, Any], architecture: str) -> Mapping[str, Any]:
     """The config for a fingerprint: with the windows where they are in use, and with what is switched off by false
     where another family's default may be true."""
-    if architecture in SERVED:
-        return {**config, "windows": {key: config.get(key) for key in _WINDOWS}} if _slides(config) else config
+    if architecture in NATIVE_ARCHITECTURES:
+        return (
+            {**config, "windows": {key: config.get(key) for key in _WINDOWS}}
+            if _uses_sliding_window(config)
+            else config
+        )
     windows = {key: config.get(key) for key in _WINDOWS}
     return {**config, "windows": windows, "off": sorted(key for key, value in config.items() if value is False)}
 
 
-def _slides(config: Mapping[str, Any]) -> bool:
+def _uses_sliding_window(config: Mapping[str, Any]) -> bool:
     """Whether a sliding window may be shorter than the context, and is switched on."""
     mistral = config["architectures"][0] == "MistralForCausalLM"
     if not mistral and (not config["architectures"][0].startswith("Qwen") or not config.get("use_sliding_window")):
@@ -277,7 +281,7 @@ def _slides(config: Mapping[str, Any]) -> bool:
 def _from_hub(repo: str, cache: Path, quantization: Quantization) -> Base:
     """Takes a hub's model from where it was downloaded before, or downloads it."""
     name = repo.rpartition("/")[2]
-    if (folder := hub.cached(repo, _HUB_FILES)) is not None:
+    if (folder := hub.cached_snapshot(repo, _HUB_FILES)) is not None:
         with suppress(BaseUnusable):  # an interrupted download, which the one below completes
-            return _describe(name, folder, cache, quantization)
-    return _describe(name, hub.downloaded(repo, _HUB_FILES), cache, quantization)
+            return _identify(name, folder, cache, quantization)
+    return _identify(name, hub.download_snapshot(repo, _HUB_FILES), cache, quantization)

@@ -18,7 +18,7 @@ _CHUNK = 1 << 22
 
 #: Keys of config.json that leave the forward pass as it is; every key that isn't listed counts. Sliding windows are
 #: here because most configs have one that isn't in use; where it is, `bases` adds it under another key.
-_NOT_MATHEMATICS = {
+_IGNORED_KEYS = {
     "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range", "layer_types",
     "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
     "return_dict", "sliding_window", "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
@@ -34,11 +34,11 @@ def fingerprint(config: Mapping[str, Any], weights: str, quantization: str) -> s
         weights: what `weights_hash` returned.
         quantization: how the base is quantized when it is loaded; "none" if it isn't.
     """
-    parts = {"config": mathematics(config), "weights": weights, "quantization": quantization}
+    parts = {"config": relevant_config(config), "weights": weights, "quantization": quantization}
     return hashlib.sha256(_canonical(parts)).hexdigest()
 
 
-def mathematics(config: Mapping[str, Any]) -> dict[str, Any]:
+def relevant_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of config.json that changes what the model computes, its defaults filled in.
 
     Absent, null and false mean the same in the served families, so null and false are left out. The rotary
@@ -47,7 +47,7 @@ def mathematics(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = {
         key: value
         for key, value in config.items()
-        if value is not None and value is not False and key not in _NOT_MATHEMATICS and not key.startswith("_")
+        if value is not None and value is not False and key not in _IGNORED_KEYS and not key.startswith("_")
     }
     rope = {"rope_theta": kept.pop("rope_theta", 10000.0)}
     rope |= kept.pop("rope_scaling", {}) | kept.pop("rope_parameters", {})
@@ -107,7 +107,7 @@ def weights_hash(files: Sequence[Path], cache: Path) -> str:
 
 
 def _hash_tensors(files: Sequence[Path]) -> str:
-    tensors = {name: (file, *entry) for file in files for name, entry in _tensors(file).items()}
+    tensors = {name: (file, *entry) for file in files for name, entry in _read_header(file).items()}
     digest = hashlib.sha256()
     for name, (file, dtype, shape, start, end) in sorted(tensors.items()):
         digest.update(_canonical([name, dtype, shape]))
@@ -118,7 +118,7 @@ def _hash_tensors(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _tensors(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
+def _read_header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
     """Type, shape, first and last byte (in the file) of each tensor of a safetensors file."""
     size = file.stat().st_size
     try:

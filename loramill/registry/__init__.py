@@ -16,7 +16,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from loramill.registry.artifacts.store import ArtifactStore
-from loramill.registry.database.engine import explained, for_reading, for_writing, make_engine, parse_url
+from loramill.registry.database.engine import for_reading, for_writing, make_engine, parse_url, translate_db_errors
 from loramill.registry.database.migrate import check_current, migrate
 from loramill.registry.database.tables import DatasetRow, JobRow, VersionRow
 
@@ -35,7 +35,7 @@ class Registry:
         self._engine = engine
         self._reading, self._writing = for_reading(engine), for_writing(engine)
         self.artifacts = artifacts
-        self.mark = object()
+        self.commit_token = object()
 
     @classmethod
     def open(cls, database_url: str, artifacts_url: str) -> Registry:
@@ -63,11 +63,11 @@ class Registry:
         Raises:
             DatabaseUnusable, Unavailable: the database failed meanwhile.
         """
-        with explained(self._engine.url), Session(self._reading) as session:
+        with translate_db_errors(self._engine.url), Session(self._reading) as session:
             yield session
 
     @contextmanager
-    def writing(self, *, noted: bool = True) -> Iterator[Session]:
+    def writing(self, *, invalidate_caches: bool = True) -> Iterator[Session]:
         """A session that commits at the end, and undoes everything on an error.
 
         Args:
@@ -76,10 +76,10 @@ class Registry:
         Raises:
             DatabaseUnusable, DiskFull, Unavailable: the database failed meanwhile; nothing was written.
         """
-        with explained(self._engine.url), Session(self._writing) as session, session.begin():
+        with translate_db_errors(self._engine.url), Session(self._writing) as session, session.begin():
             yield session
-        if noted:
-            self.mark = object()
+        if invalidate_caches:
+            self.commit_token = object()
 
     def sweep(self, older_than: float) -> int:
         """Removes artifacts that nothing records, and leftovers of crashes, older than so many seconds.

@@ -15,13 +15,13 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from loramill.errors import Conflict, ModelNotFound, NotFound
-from loramill.names import SHORT, AdapterName, is_version
+from loramill.names import SHORT_HASH_LENGTH, AdapterName, is_version
 from loramill.registry import tenants
 from loramill.registry.database.tables import AdapterRow, AliasChangeRow, AliasRow, VersionRow
 from loramill.types import AdapterRecord, Alias, AliasChange, VersionRecord
 
 
-def ensure(session: Session, name: AdapterName) -> AdapterRecord:
+def get_or_create(session: Session, name: AdapterName) -> AdapterRecord:
     """The adapter of this name, made if there is none.
 
     Raises:
@@ -46,10 +46,10 @@ def get(session: Session, name: AdapterName | str) -> AdapterRecord:
     row = session.get(AdapterRow, str(name))
     if row is None:
         raise NotFound(f"There is no adapter '{name}'.", param="adapter")
-    return _record(row, _aliases(session, name))
+    return _to_record(row, _aliases(session, name))
 
 
-def list_of(session: Session, tenant: str | None) -> list[AdapterRecord]:
+def list_adapters(session: Session, tenant: str | None) -> list[AdapterRecord]:
     """The adapters of a tenant, or all (None), by name."""
     rows = select(AdapterRow).order_by(AdapterRow.name)
     pointers = select(AliasRow.adapter, AliasRow.alias, AliasRow.version)
@@ -59,10 +59,10 @@ def list_of(session: Session, tenant: str | None) -> list[AdapterRecord]:
     aliases: defaultdict[str, dict[Alias, str]] = defaultdict(dict)
     for adapter, alias, pointed in session.execute(pointers):
         aliases[adapter][alias] = pointed
-    return [_record(row, aliases[row.name]) for row in session.scalars(rows)]
+    return [_to_record(row, aliases[row.name]) for row in session.scalars(rows)]
 
 
-def version(session: Session, version_id: str) -> VersionRecord:
+def get_version(session: Session, version_id: str) -> VersionRecord:
     """The version of this full hash. Where adapters share the content, the first to have had it.
 
     Raises:
@@ -75,7 +75,7 @@ def version(session: Session, version_id: str) -> VersionRecord:
     return VersionRecord.model_validate(row)
 
 
-def versions(session: Session, name: AdapterName | str) -> list[VersionRecord]:
+def list_versions(session: Session, name: AdapterName | str) -> list[VersionRecord]:
     """The versions of an adapter, newest first."""
     statement = select(VersionRow).where(VersionRow.adapter == str(name)).order_by(VersionRow.created_at.desc())
     return [VersionRecord.model_validate(row) for row in session.scalars(statement)]
@@ -119,14 +119,14 @@ def add_version(session: Session, record: VersionRecord) -> Alias | None:
     Content that the adapter has already isn't recorded twice. Returns the alias that now points to it, None if
     it was the champion and stays so.
     """
-    held = _hold(session, record.adapter)
+    held = _lock(session, record.adapter)
     if session.get(VersionRow, (record.adapter, record.id)) is None:
         session.add(VersionRow(**record.model_dump()))
         session.flush()
     if held.get(Alias.CHAMPION) == record.id:
         return None
     alias = Alias.CHALLENGER if Alias.CHAMPION in held else Alias.CHAMPION
-    _point(session, record.adapter, alias, record.id, f"published by {record.job}" if record.job else "imported")
+    _move_alias(session, record.adapter, alias, record.id, f"published by {record.job}" if record.job else "imported")
     return alias
 
 
@@ -137,14 +137,14 @@ def move(session: Session, name: AdapterName | str, alias: Alias, version: str |
         Conflict: the alias is champion, which only `promote` and `rollback` move, or the version is the champion.
         NotFound: there is no such adapter, or it has no such version.
     """
-    held = _hold(session, name)
+    held = _lock(session, name)
     if alias is Alias.CHAMPION:
         raise Conflict("The champion moves by promote or rollback only.", param="alias")
     if version is not None:
         _check_owned(session, name, version)
         if held.get(Alias.CHAMPION) == version:
-            raise Conflict(f"{version[:SHORT]} is the champion of '{name}' already.", param="version")
-    _point(session, name, alias, version, reason)
+            raise Conflict(f"{version[:SHORT_HASH_LENGTH]} is the champion of '{name}' already.", param="version")
+    _move_alias(session, name, alias, version, reason)
     return get(session, name)
 
 
@@ -155,13 +155,13 @@ def promote(session: Session, name: AdapterName | str, version: str, reason: str
         NotFound: there is no such adapter, or it has no such version.
         Conflict: the adapter is pinned to another.
     """
-    held = _hold(session, name)
+    held = _lock(session, name)
     _check_owned(session, name, version)
     champion = held.get(Alias.CHAMPION)
     if champion != version:
-        _check_free(session, name)
-        _point(session, name, Alias.PREVIOUS, champion, reason)
-        _crown(session, name, version, held, reason)
+        _check_not_pinned(session, name)
+        _move_alias(session, name, Alias.PREVIOUS, champion, reason)
+        _make_champion(session, name, version, held, reason)
     return get(session, name)
 
 
@@ -172,13 +172,13 @@ def rollback(session: Session, name: AdapterName | str, reason: str) -> AdapterR
         NotFound: there is no such adapter.
         Conflict: it has no previous champion, or is pinned to the one that it has.
     """
-    held = _hold(session, name)
-    _check_free(session, name)
+    held = _lock(session, name)
+    _check_not_pinned(session, name)
     previous = held.get(Alias.PREVIOUS)
     if previous is None:
         raise Conflict(f"'{name}' has no previous champion to roll back to.")
-    _point(session, name, Alias.PREVIOUS, held.get(Alias.CHAMPION), reason)
-    _crown(session, name, previous, held, reason)
+    _move_alias(session, name, Alias.PREVIOUS, held.get(Alias.CHAMPION), reason)
+    _make_champion(session, name, previous, held, reason)
     return get(session, name)
 
 
@@ -198,7 +198,7 @@ def unpin(session: Session, name: AdapterName | str) -> AdapterRecord:
     Raises:
         NotFound: there is no such adapter.
     """
-    _hold(session, name)
+    _lock(session, name)
     return _set_pinned(session, name, pinned=False)
 
 
@@ -208,10 +208,10 @@ def lock(session: Session, name: AdapterName | str) -> None:
     Raises:
         NotFound: there is none.
     """
-    _hold(session, name)
+    _lock(session, name)
 
 
-def owned(session: Session, name: AdapterName | str, version: str) -> VersionRecord:
+def get_owned_version(session: Session, name: AdapterName | str, version: str) -> VersionRecord:
     """The version of this full hash, if the adapter has it.
 
     Raises:
@@ -221,7 +221,7 @@ def owned(session: Session, name: AdapterName | str, version: str) -> VersionRec
     return VersionRecord.model_validate(session.get_one(VersionRow, (str(name), version)))
 
 
-def history(session: Session, name: AdapterName | str) -> list[AliasChange]:
+def alias_history(session: Session, name: AdapterName | str) -> list[AliasChange]:
     """Every move of an adapter's aliases, newest first."""
     statement = select(AliasChangeRow).where(AliasChangeRow.adapter == str(name)).order_by(AliasChangeRow.id.desc())
     return [AliasChange.model_validate(row) for row in session.scalars(statement)]
@@ -232,7 +232,7 @@ def _aliases(session: Session, name: AdapterName | str) -> dict[Alias, str]:
     return dict(session.execute(pointers).tuples().all())
 
 
-def _hold(session: Session, name: AdapterName | str) -> dict[Alias, str]:
+def _lock(session: Session, name: AdapterName | str) -> dict[Alias, str]:
     if session.get(AdapterRow, str(name), with_for_update=True) is None:
         raise NotFound(f"There is no adapter '{name}'.", param="adapter")
     return _aliases(session, name)
@@ -243,11 +243,12 @@ def _check_owned(session: Session, name: AdapterName | str, version: str) -> Non
         raise NotFound(f"'{name}' has no version '{version}'.", param="version")
 
 
-def _check_free(session: Session, name: AdapterName | str) -> None:
+def _check_not_pinned(session: Session, name: AdapterName | str) -> None:
     if session.get_one(AdapterRow, str(name)).pinned:
         champion = _aliases(session, name)[Alias.CHAMPION]
         raise Conflict(
-            f"'{name}' is pinned to its champion {champion[:SHORT]}: `loramill adapters unpin {name}` lets it change."
+            f"'{name}' is pinned to its champion {champion[:SHORT_HASH_LENGTH]}: `loramill adapters unpin {name}` "
+            "lets it change."
         )
 
 
@@ -257,13 +258,15 @@ def _set_pinned(session: Session, name: AdapterName | str, *, pinned: bool) -> A
     return get(session, name)
 
 
-def _crown(session: Session, name: AdapterName | str, version: str, held: dict[Alias, str], reason: str) -> None:
-    _point(session, name, Alias.CHAMPION, version, reason)
+def _make_champion(
+    session: Session, name: AdapterName | str, version: str, held: dict[Alias, str], reason: str
+) -> None:
+    _move_alias(session, name, Alias.CHAMPION, version, reason)
     if held.get(Alias.CHALLENGER) == version:
-        _point(session, name, Alias.CHALLENGER, None, reason)
+        _move_alias(session, name, Alias.CHALLENGER, None, reason)
 
 
-def _point(session: Session, name: AdapterName | str, alias: Alias, version: str | None, reason: str) -> None:
+def _move_alias(session: Session, name: AdapterName | str, alias: Alias, version: str | None, reason: str) -> None:
     pointer = (AliasRow.adapter == str(name), AliasRow.alias == alias)
     if session.scalar(select(AliasRow.version).where(*pointer)) == version:
         return
@@ -274,6 +277,6 @@ def _point(session: Session, name: AdapterName | str, alias: Alias, version: str
     session.flush()
 
 
-def _record(row: AdapterRow, aliases: dict[Alias, str]) -> AdapterRecord:
+def _to_record(row: AdapterRow, aliases: dict[Alias, str]) -> AdapterRecord:
     pointers = {alias.value: version for alias, version in aliases.items()}
     return AdapterRecord(name=row.name, tenant=row.tenant, created_at=row.created_at, pinned=row.pinned, **pointers)

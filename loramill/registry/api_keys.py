@@ -38,7 +38,7 @@ def create(
     row = KeyRow(
         id=f"key-{secrets.token_hex(12)}",
         tenant=tenant,
-        digest=digest(secret),
+        digest=hash_secret(secret),
         hint=secret[-4:],
         created_at=time.time(),
         expires_at=expires_at,
@@ -55,10 +55,10 @@ def authenticate(session: Session, secret: str) -> KeyRecord:
     Raises:
         Unauthenticated: the secret is unknown, or its key has expired or was revoked.
     """
-    return find(session, digest(secret))
+    return find_by_digest(session, hash_secret(secret))
 
 
-def find(session: Session, digest: str) -> KeyRecord:
+def find_by_digest(session: Session, digest: str) -> KeyRecord:
     """The key that the secret with this digest opens.
 
     Raises:
@@ -66,22 +66,22 @@ def find(session: Session, digest: str) -> KeyRecord:
     """
     row = session.scalar(select(KeyRow).where(KeyRow.digest == digest, KeyRow.revoked_at.is_(None)))
     if row is None:
-        raise _closed()
-    return unexpired(KeyRecord.model_validate(row))
+        raise _invalid_key()
+    return check_not_expired(KeyRecord.model_validate(row))
 
 
-def unexpired(key: KeyRecord) -> KeyRecord:
+def check_not_expired(key: KeyRecord) -> KeyRecord:
     """The same key, unless it has expired.
 
     Raises:
         Unauthenticated: it has.
     """
     if key.expires_at is not None and key.expires_at <= time.time():
-        raise _closed()
+        raise _invalid_key()
     return key
 
 
-def list_of(session: Session, tenant: str | None) -> list[KeyRecord]:
+def list_keys(session: Session, tenant: str | None) -> list[KeyRecord]:
     """The keys of a tenant, or all keys (None), oldest first."""
     statement = select(KeyRow).order_by(KeyRow.created_at, KeyRow.id)
     if tenant is not None:
@@ -95,7 +95,7 @@ def get(session: Session, key_id: str) -> KeyRecord:
     Raises:
         NotFound: there is none.
     """
-    return KeyRecord.model_validate(_row(session, key_id))
+    return KeyRecord.model_validate(_get_row(session, key_id))
 
 
 def revoke(session: Session, key_id: str) -> KeyRecord:
@@ -104,26 +104,26 @@ def revoke(session: Session, key_id: str) -> KeyRecord:
     Raises:
         NotFound: there is none of this id.
     """
-    row = _row(session, key_id)
+    row = _get_row(session, key_id)
     if row.revoked_at is None:
         row.revoked_at = time.time()
         session.flush()
     return KeyRecord.model_validate(row)
 
 
-def _row(session: Session, key_id: str) -> KeyRow:
+def _get_row(session: Session, key_id: str) -> KeyRow:
     row = session.get(KeyRow, key_id)
     if row is None:
         raise NotFound(f"There is no key '{key_id}'.", param="key")
     return row
 
 
-def digest(secret: str) -> str:
+def hash_secret(secret: str) -> str:
     """What the record keeps of a secret."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def _closed() -> Unauthenticated:
+def _invalid_key() -> Unauthenticated:
     return Unauthenticated(
         "The API key is not known, has expired or was revoked; ask whoever runs this service for another."
     )

@@ -9,11 +9,11 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from loramill.registry.database.tables import AuditRow
-from loramill.registry.pagination import newest
+from loramill.registry.pagination import newest_page
 from loramill.types import AuditRecord
 
 
-def note(
+def record(
     session: Session,
     *,
     tenant: str | None,
@@ -41,10 +41,10 @@ def note(
     return AuditRecord.model_validate(row)
 
 
-def list_of(session: Session, tenant: str | None, after: str | None = None, limit: int = 100) -> list[AuditRecord]:
+def list_changes(session: Session, tenant: str | None, after: str | None = None, limit: int = 100) -> list[AuditRecord]:
     """A page of the changes to a tenant's things, or of all (None), newest first.
 
     Raises:
         NotFound: `after` is no id of these.
     """
-    return [AuditRecord.model_validate(row) for row in newest(session, AuditRow, tenant, after, limit)]
+    return [AuditRecord.model_validate(row) for row in newest_page(session, AuditRow, tenant, after, limit)]

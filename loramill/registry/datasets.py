@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from loramill.errors import Conflict, NotFound
 from loramill.registry import tenants
 from loramill.registry.database.tables import AdapterDataRow, DatasetRow, JobRow, NightlyRunRow
-from loramill.registry.pagination import newest
+from loramill.registry.pagination import newest_page
 from loramill.types import DatasetRecord, JobStatus
 
 
@@ -50,13 +50,15 @@ def get(session: Session, dataset_id: str, tenant: str | None = None) -> Dataset
     return DatasetRecord.model_validate(row)
 
 
-def list_of(session: Session, tenant: str | None, after: str | None = None, limit: int = 100) -> list[DatasetRecord]:
+def list_datasets(
+    session: Session, tenant: str | None, after: str | None = None, limit: int = 100
+) -> list[DatasetRecord]:
     """A page of a tenant's datasets, or of all (None), newest first.
 
     Raises:
         NotFound: `after` is no id that the tenant has.
     """
-    return [DatasetRecord.model_validate(row) for row in newest(session, DatasetRow, tenant, after, limit)]
+    return [DatasetRecord.model_validate(row) for row in newest_page(session, DatasetRow, tenant, after, limit)]
 
 
 def find(session: Session, tenant: str, artifact: str) -> DatasetRecord | None:
@@ -66,7 +68,7 @@ def find(session: Session, tenant: str, artifact: str) -> DatasetRecord | None:
     return None if row is None else DatasetRecord.model_validate(row)
 
 
-def counts(session: Session, dataset_ids: Iterable[str]) -> dict[str, int]:
+def example_counts(session: Session, dataset_ids: Iterable[str]) -> dict[str, int]:
     """The number of examples of each of these datasets that is still there."""
     statement = select(DatasetRow.id, DatasetRow.examples).where(DatasetRow.id.in_(set(dataset_ids)))
     return dict(session.execute(statement).tuples().all())

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import Delete
 
 from loramill.errors import Conflict
-from loramill.names import SHORT, AdapterName
+from loramill.names import SHORT_HASH_LENGTH, AdapterName
 from loramill.registry import adapters, tenants, usage
 from loramill.registry.database.tables import (
     AdapterDataRow,
@@ -29,21 +29,21 @@ from loramill.registry.database.tables import (
     EventRow,
     JobRow,
     KeyRow,
-    MeterRow,
     NightlyStepRow,
+    RateWindowRow,
     TenantRow,
     UsageRow,
     VersionRow,
 )
 from loramill.registry.jobs import transitions
-from loramill.types import Alias, JobStatus, Removal
+from loramill.types import Alias, DeletionSummary, JobStatus
 
-_OPEN = [status for status in JobStatus if not status.final]
+_OPEN_STATUSES = [status for status in JobStatus if not status.final]
 #: Jobs that a refusal names; a tenant may have thousands.
-_NAMED = 5
+_MAX_NAMED_JOBS = 5
 
 
-def delete_adapter(session: Session, name: AdapterName | str, *, cancel_jobs: bool = False) -> Removal:
+def delete_adapter(session: Session, name: AdapterName | str, *, cancel_jobs: bool = False) -> DeletionSummary:
     """Removes an adapter with its versions, aliases and their history, evaluations, waiting data, nightly steps and
     jobs. Datasets stay: they belong to the tenant.
 
@@ -59,15 +59,17 @@ def delete_adapter(session: Session, name: AdapterName | str, *, cancel_jobs: bo
     versions = select(VersionRow.id).where(VersionRow.adapter == str(name))
     uses = or_(of_adapter, JobRow.spec["start_from"].as_string().in_(versions))
     # Jobs are locked before their adapter, in the order in which a worker that publishes locks the two.
-    cancelled = _end(session, _open_jobs(session, tenant, uses), f"the adapter '{name}'", cancel=cancel_jobs)
+    cancelled = _cancel_or_refuse(
+        session, _open_jobs(session, tenant, uses), f"the adapter '{name}'", cancel=cancel_jobs
+    )
     adapters.lock(session, name)
     found = len(session.scalars(versions).all())
     _remove_adapters(session, AdapterRow.name == str(name))
     jobs = _remove_jobs(session, (JobRow.tenant == tenant) & of_adapter)
-    return Removal(versions=found, jobs=jobs, cancelled=cancelled)
+    return DeletionSummary(versions=found, jobs=jobs, cancelled=cancelled)
 
 
-def delete_version(session: Session, name: AdapterName | str, version: str, *, force: bool = False) -> Removal:
+def delete_version(session: Session, name: AdapterName | str, version: str, *, force: bool = False) -> DeletionSummary:
     """Removes one version (its full hash) with its evaluations. The history keeps the moves of aliases to it, without a
     reference, so that it has no gap; its job stays, too.
 
@@ -81,25 +83,27 @@ def delete_version(session: Session, name: AdapterName | str, version: str, *, f
     """
     adapter = adapters.get(session, name)
     starts = JobRow.spec["start_from"].as_string() == version
-    shown = f"{name}@{version[:SHORT]}"
-    _end(session, _open_jobs(session, adapter.tenant, starts), f"the version '{shown}'", cancel=False)
+    shown = f"{name}@{version[:SHORT_HASH_LENGTH]}"
+    _cancel_or_refuse(session, _open_jobs(session, adapter.tenant, starts), f"the version '{shown}'", cancel=False)
     adapters.lock(session, name)
-    row = adapters.owned(session, name, version)
+    row = adapters.get_owned_version(session, name, version)
     _release_aliases(session, name, version, shown, force=force)
     of_version = (AliasChangeRow.adapter == str(name)) & (AliasChangeRow.version == version)
-    gone = f" ({version[:SHORT]}, since deleted)"
-    _run(session, update(AliasChangeRow).where(of_version).values(version=None, reason=AliasChangeRow.reason + gone))
-    _run(session, delete(EvaluationRow).where(EvaluationRow.adapter == str(name), EvaluationRow.version == version))
+    gone = f" ({version[:SHORT_HASH_LENGTH]}, since deleted)"
+    _execute(
+        session, update(AliasChangeRow).where(of_version).values(version=None, reason=AliasChangeRow.reason + gone)
+    )
+    _execute(session, delete(EvaluationRow).where(EvaluationRow.adapter == str(name), EvaluationRow.version == version))
     mine = select(JobRow.id).where(JobRow.tenant == adapter.tenant, JobRow.spec["adapter"].as_string() == str(name))
     checkpoints = (CheckpointRow.version == version) & CheckpointRow.job.in_(mine)
-    _run(session, update(CheckpointRow).where(checkpoints).values(version=None))
+    _execute(session, update(CheckpointRow).where(checkpoints).values(version=None))
     if row.job is not None:
-        _run(session, update(JobRow).where(JobRow.id == row.job).values(result=None))
-    _run(session, delete(VersionRow).where(VersionRow.adapter == str(name), VersionRow.id == version))
-    return Removal(versions=1)
+        _execute(session, update(JobRow).where(JobRow.id == row.job).values(result=None))
+    _execute(session, delete(VersionRow).where(VersionRow.adapter == str(name), VersionRow.id == version))
+    return DeletionSummary(versions=1)
 
 
-def delete_tenant(session: Session, name: str, *, cancel_jobs: bool = False) -> Removal:
+def delete_tenant(session: Session, name: str, *, cancel_jobs: bool = False) -> DeletionSummary:
     """Removes a tenant with its keys, datasets, jobs, adapters and limits.
 
     What stays has no names: its usage is added to that of `usage.GONE`; its audit rows keep their time, action, key id,
@@ -114,37 +118,39 @@ def delete_tenant(session: Session, name: str, *, cancel_jobs: bool = False) -> 
     """
     tenants.get(session, name)
     mine = JobRow.tenant == name
-    cancelled = _end(session, _open_jobs(session, name, mine), f"the tenant '{name}'", cancel=cancel_jobs)
+    cancelled = _cancel_or_refuse(session, _open_jobs(session, name, mine), f"the tenant '{name}'", cancel=cancel_jobs)
     tenants.lock(session, name)
     # Jobs that were submitted before the lock; none can be submitted after it.
-    cancelled += _end(session, _open_jobs(session, name, mine), f"the tenant '{name}'", cancel=cancel_jobs)
+    cancelled += _cancel_or_refuse(session, _open_jobs(session, name, mine), f"the tenant '{name}'", cancel=cancel_jobs)
     owned = select(AdapterRow.name).where(AdapterRow.tenant == name)
     versions = len(session.scalars(select(VersionRow.id).where(VersionRow.adapter.in_(owned))).all())
     _remove_adapters(session, AdapterRow.tenant == name)
     jobs = _remove_jobs(session, mine)
-    files = _run(session, delete(DatasetRow).where(DatasetRow.tenant == name))
-    for table in (KeyRow, MeterRow):
-        _run(session, delete(table).where(table.tenant == name))
+    files = _execute(session, delete(DatasetRow).where(DatasetRow.tenant == name))
+    for table in (KeyRow, RateWindowRow):
+        _execute(session, delete(table).where(table.tenant == name))
     _anonymize_usage(session, name)
     _anonymize_audit(session, name)
-    _run(session, delete(TenantRow).where(TenantRow.name == name))
-    return Removal(versions=versions, jobs=jobs, files=files, cancelled=cancelled)
+    _execute(session, delete(TenantRow).where(TenantRow.name == name))
+    return DeletionSummary(versions=versions, jobs=jobs, files=files, cancelled=cancelled)
 
 
 def _open_jobs(session: Session, tenant: str, which: ColumnElement[bool]) -> Sequence[JobRow]:
     """The tenant's jobs that have not ended, locked to the transaction's end."""
-    statement = select(JobRow).where(JobRow.tenant == tenant, JobRow.status.in_(_OPEN), which).order_by(JobRow.id)
+    statement = (
+        select(JobRow).where(JobRow.tenant == tenant, JobRow.status.in_(_OPEN_STATUSES), which).order_by(JobRow.id)
+    )
     return session.scalars(statement.with_for_update().execution_options(populate_existing=True)).all()
 
 
-def _end(session: Session, jobs: Iterable[JobRow], what: str, *, cancel: bool) -> tuple[str, ...]:
+def _cancel_or_refuse(session: Session, jobs: Iterable[JobRow], what: str, *, cancel: bool) -> tuple[str, ...]:
     """Cancels jobs, or refuses to delete what they need; returns their ids."""
     rows = list(jobs)
     ids = tuple(row.id for row in rows)
     if ids and not cancel:
-        more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
+        more = f" and {len(ids) - _MAX_NAMED_JOBS} more" if len(ids) > _MAX_NAMED_JOBS else ""
         raise Conflict(
-            f"{what[0].upper()}{what[1:]} can't be deleted yet: {', '.join(ids[:_NAMED])}{more} "
+            f"{what[0].upper()}{what[1:]} can't be deleted yet: {', '.join(ids[:_MAX_NAMED_JOBS])}{more} "
             f"{'needs' if len(ids) == 1 else 'need'} it and {'has' if len(ids) == 1 else 'have'} not ended. Cancel "
             f"{'it' if len(ids) == 1 else 'them'} (`loramill jobs cancel`), or wait."
         )
@@ -169,50 +175,50 @@ def _release_aliases(session: Session, name: AdapterName | str, version: str, sh
                 f"'{shown}' is the {'previous champion' if alias is Alias.PREVIOUS else alias}: delete it with `force` "
                 f"(`loramill adapters delete {shown} --force`), after which '{name}' has no {alias}."
             )
-        adapters.move(session, name, alias, None, f"{version[:SHORT]} was deleted")
+        adapters.move(session, name, alias, None, f"{version[:SHORT_HASH_LENGTH]} was deleted")
 
 
 def _remove_adapters(session: Session, which: ColumnElement[bool]) -> None:
     """Removes adapters with everything that names them, but for their jobs."""
     names = select(AdapterRow.name).where(which)
     for table in (NightlyStepRow, AdapterDataRow, EvaluationRow, AliasChangeRow, AliasRow, VersionRow):
-        _run(session, delete(table).where(table.adapter.in_(names)))
-    _run(session, delete(AdapterRow).where(which))
+        _execute(session, delete(table).where(table.adapter.in_(names)))
+    _execute(session, delete(AdapterRow).where(which))
 
 
 def _remove_jobs(session: Session, which: ColumnElement[bool]) -> int:
     """Removes jobs with their events and checkpoints; returns how many."""
     ids = select(JobRow.id).where(which)
     # Versions of other adapters that these jobs produced stay, without their job.
-    _run(session, update(VersionRow).where(VersionRow.job.in_(ids)).values(job=None))
+    _execute(session, update(VersionRow).where(VersionRow.job.in_(ids)).values(job=None))
     for table in (CheckpointRow, EventRow):
-        _run(session, delete(table).where(table.job.in_(ids)))
-    return _run(session, delete(JobRow).where(which))
+        _execute(session, delete(table).where(table.job.in_(ids)))
+    return _execute(session, delete(JobRow).where(which))
 
 
 def _anonymize_usage(session: Session, tenant: str) -> None:
     rows = session.scalars(select(UsageRow).where(UsageRow.tenant == tenant)).all()
-    sums: defaultdict[usage.Item, usage.Count] = defaultdict(usage.Count)
+    sums: defaultdict[usage.UsageItem, usage.UsageCount] = defaultdict(usage.UsageCount)
     for row in rows:
-        sums[usage.gone(usage.Item(row.tenant, row.day, row.model, row.version))] += usage.Count(
+        sums[usage.anonymized(usage.UsageItem(row.tenant, row.day, row.model, row.version))] += usage.UsageCount(
             row.requests, row.prompt_tokens, row.completion_tokens
         )
     usage.add(session, sums)
-    _run(session, delete(UsageRow).where(UsageRow.tenant == tenant))
+    _execute(session, delete(UsageRow).where(UsageRow.tenant == tenant))
 
 
 def _anonymize_audit(session: Session, tenant: str) -> None:
     ids = or_(*(AuditRow.action.startswith(f"{kind}.") for kind in ("file", "job", "key")))
     values: dict[str, Any] = {
         "tenant": None,
-        "actor": case((AuditRow.actor.is_(None), None), else_=usage.GONE),
-        "subject": case((ids, AuditRow.subject), else_=usage.GONE),
+        "actor": case((AuditRow.actor.is_(None), None), else_=usage.DELETED_TENANT),
+        "subject": case((ids, AuditRow.subject), else_=usage.DELETED_TENANT),
         "details": {},
     }
-    _run(session, update(AuditRow).where(AuditRow.tenant == tenant).values(**values))
+    _execute(session, update(AuditRow).where(AuditRow.tenant == tenant).values(**values))
 
 
-def _run(session: Session, statement: Update | Delete) -> int:
+def _execute(session: Session, statement: Update | Delete) -> int:
     """Executes a statement over many rows, and returns how many; expires what the session has loaded."""
     result = session.execute(statement, execution_options={"synchronize_session": False})
     session.expire_all()

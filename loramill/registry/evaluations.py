@@ -43,7 +43,7 @@ def add(
     return EvaluationRecord.model_validate(row)
 
 
-def list_of(session: Session, name: AdapterName | str) -> list[EvaluationRecord]:
+def list_evaluations(session: Session, name: AdapterName | str) -> list[EvaluationRecord]:
     """The evaluations for an adapter, newest first."""
     statement = select(EvaluationRow).where(EvaluationRow.adapter == str(name)).order_by(EvaluationRow.id.desc())
     return [EvaluationRecord.model_validate(row) for row in session.scalars(statement)]

@@ -33,7 +33,7 @@ from loramill.types import (
     NewDataState,
     NightlyRun,
     NightlyStep,
-    SetAside,
+    SetAsideData,
     StepStatus,
 )
 
@@ -44,14 +44,14 @@ def add_data(session: Session, name: AdapterName, train: str, valid: str | None)
     Raises:
         NotFound: the tenant, or a dataset of its own, doesn't exist.
     """
-    adapters.ensure(session, name)
+    adapters.get_or_create(session, name)
     for dataset in filter(None, (train, valid)):
         datasets.get(session, dataset, name.tenant)
     session.add(AdapterDataRow(adapter=str(name), train=train, valid=valid, created_at=time.time()))
     session.flush()
 
 
-def data_of(session: Session, name: AdapterName) -> list[AdapterData]:
+def list_data(session: Session, name: AdapterName) -> list[AdapterData]:
     """An adapter's data for nightly runs, newest first.
 
     Raises:
@@ -85,14 +85,14 @@ def data_of(session: Session, name: AdapterName) -> list[AdapterData]:
     ]
 
 
-def pending(session: Session) -> list[NewData]:
+def pending_data(session: Session) -> list[NewData]:
     """The adapters with data that no night has collected, by name; their datasets in the order they came in."""
     statement = select(AdapterDataRow).where(AdapterDataRow.run.is_(None))
     rows = session.scalars(statement.order_by(AdapterDataRow.adapter, AdapterDataRow.id))
     return [_bundle(list(group)) for _, group in groupby(rows, key=attrgetter("adapter"))]
 
 
-def waiting(session: Session, name: AdapterName | str, minimum: int) -> NewDataState:
+def new_data_state(session: Session, name: AdapterName | str, minimum: int) -> NewDataState:
     """The state of an adapter's data that no nightly run has collected yet.
 
     Args:
@@ -104,27 +104,27 @@ def waiting(session: Session, name: AdapterName | str, minimum: int) -> NewDataS
     champion = adapters.get(session, name).champion
     mine = select(AdapterDataRow).where(AdapterDataRow.adapter == str(name), AdapterDataRow.run.is_(None))
     rows = session.scalars(mine).all()
-    job = session.get(JobRow, adapters.version(session, champion).job or "") if champion else None
+    job = session.get(JobRow, adapters.get_version(session, champion).job or "") if champion else None
     old = job.spec["train"] if job else ""
-    sizes = datasets.counts(session, [old, *(file for row in rows for file in (row.train, row.valid) if file)])
-    replay = min(new_data.REPLAY, sizes.get(old, 0))
+    sizes = datasets.example_counts(session, [old, *(file for row in rows for file in (row.train, row.valid) if file)])
+    replay = min(new_data.REPLAY_EXAMPLES, sizes.get(old, 0))
     examples = sum(sizes.get(row.train, 0) for row in rows)
     validation = sum(sizes.get(row.valid, 0) for row in rows if row.valid)
     return NewDataState(
         adapter=str(name),
         examples=examples,
         validation_examples=validation,
-        enough=examples >= new_data.enough(validation=bool(validation), replay=replay, minimum=minimum),
+        enough=examples >= new_data.required_examples(validation=bool(validation), replay=replay, minimum=minimum),
         outlook=new_data.outlook(examples, validation, replay=replay, minimum=minimum),
     )
 
 
-def beside(session: Session, name: AdapterName | str) -> list[DatasetRecord]:
+def next_training_files(session: Session, name: AdapterName | str) -> list[DatasetRecord]:
     """The files that the next nightly run trains an adapter on, as far as it has them: the champion's and new ones."""
     champion = session.scalar(
         select(AliasRow.version).where(AliasRow.adapter == str(name), AliasRow.alias == Alias.CHAMPION)
     )
-    job = session.get(JobRow, adapters.version(session, champion).job or "") if champion else None
+    job = session.get(JobRow, adapters.get_version(session, champion).job or "") if champion else None
     mine = select(AdapterDataRow.train).where(AdapterDataRow.adapter == str(name), AdapterDataRow.run.is_(None))
     ids = [*([job.spec["train"]] if job else []), *session.scalars(mine)]
     found = (session.get(DatasetRow, each) for each in ids)
@@ -149,10 +149,10 @@ def release(session: Session, run: str, name: AdapterName | str) -> None:
     session.execute(update(AdapterDataRow).where(*mine).values(run=None))
 
 
-def set_aside(session: Session, name: AdapterName | str | None = None) -> list[SetAside]:
+def list_set_aside(session: Session, name: AdapterName | str | None = None) -> list[SetAsideData]:
     """The data that was set aside since nightly runs failed with it, of one adapter or of all."""
     return [
-        SetAside(run=run, stage=step.step, reason=str(step.result.get("error", "")), **_bundle(rows).model_dump())
+        SetAsideData(run=run, stage=step.step, reason=str(step.result.get("error", "")), **_bundle(rows).model_dump())
         for run, step, rows in _failed(session, name)
     ]
 
@@ -204,20 +204,20 @@ def open_run(session: Session) -> NightlyRun:
     return NightlyRun.model_validate(row)
 
 
-def runs(session: Session, limit: int = 20) -> list[NightlyRun]:
+def list_runs(session: Session, limit: int = 20) -> list[NightlyRun]:
     """The last runs, newest first."""
     statement = select(NightlyRunRow).order_by(NightlyRunRow.created_at.desc(), NightlyRunRow.id).limit(limit)
     return [NightlyRun.model_validate(row) for row in session.scalars(statement)]
 
 
-def steps(session: Session, run: str) -> list[NightlyStep]:
+def list_steps(session: Session, run: str) -> list[NightlyStep]:
     """The steps of a run in the order in which they began."""
     statement = select(NightlyStepRow).where(NightlyStepRow.run == run)
     rows = session.scalars(statement.order_by(NightlyStepRow.created_at, NightlyStepRow.adapter, NightlyStepRow.step))
     return [NightlyStep.model_validate(row) for row in rows]
 
 
-def record(
+def record_step(
     session: Session,
     run: str,
     adapter: AdapterName | str,
@@ -237,7 +237,7 @@ def record(
     return NightlyStep.model_validate(row)
 
 
-def finish(session: Session, run: str) -> NightlyRun:
+def finish_run(session: Session, run: str) -> NightlyRun:
     """Closes a run; the next night opens another.
 
     Raises:

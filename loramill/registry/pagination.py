@@ -14,13 +14,13 @@ from loramill.registry.database.tables import AuditRow, DatasetRow, JobRow
 Listed = TypeVar("Listed", AuditRow, DatasetRow, JobRow)
 
 
-def newest(
+def newest_page(
     session: Session,
     table: type[Listed],
     tenant: str | None,
     after: str | None,
     limit: int,
-    having: Sequence[ColumnElement[bool]] = (),
+    filters: Sequence[ColumnElement[bool]] = (),
 ) -> list[Listed]:
     """At most `limit` rows of a tenant, or of all (None), for which all of `having` is true.
 
@@ -29,7 +29,7 @@ def newest(
     Raises:
         NotFound: `after` is no id that the tenant has.
     """
-    statement = select(table).where(*having).order_by(table.created_at.desc(), table.id.desc()).limit(limit)
+    statement = select(table).where(*filters).order_by(table.created_at.desc(), table.id.desc()).limit(limit)
     if tenant is not None:
         statement = statement.where(table.tenant == tenant)
     if after is not None:

@@ -46,7 +46,7 @@ def rename(session: Session, name: AdapterName, to: AdapterName) -> AdapterRecor
     jobs = session.scalars(mine.order_by(JobRow.id).with_for_update().execution_options(populate_existing=True)).all()
     adapters.lock(session, name)
     _check_no_nightly_run(session, name)
-    _copy_row(session, name, to)
+    _copy_adapter(session, name, to)
     _copy_versions(session, name, to)
     for table in (AliasRow, AliasChangeRow, EvaluationRow, NightlyStepRow, AdapterDataRow):
         session.execute(
@@ -75,7 +75,7 @@ def _check_no_nightly_run(session: Session, name: AdapterName) -> None:
         )
 
 
-def _copy_row(session: Session, name: AdapterName, to: AdapterName) -> None:
+def _copy_adapter(session: Session, name: AdapterName, to: AdapterName) -> None:
     old = session.get_one(AdapterRow, str(name))
     try:
         with session.begin_nested():

@@ -43,12 +43,12 @@ def get(session: Session, name: str) -> TenantRecord:
     return TenantRecord.model_validate(row)
 
 
-def list_all(session: Session) -> list[TenantRecord]:
+def list_tenants(session: Session) -> list[TenantRecord]:
     """All tenants, by name."""
     return [TenantRecord.model_validate(row) for row in session.scalars(select(TenantRow).order_by(TenantRow.name))]
 
 
-def set_share(
+def set_fair_share(
     session: Session,
     name: str,
     *,
@@ -67,7 +67,7 @@ def set_share(
     for param, quota in (("max_running", max_running), ("max_queued", max_queued)):
         if quota is not None and quota < 0:
             raise InvalidRequest(f"'{param}' is {quota}; give 0 or more jobs, or nothing for no limit.", param=param)
-    row = _hold(session, name)
+    row = _locked_row(session, name)
     row.weight, row.max_running, row.max_queued = weight, max_running, max_queued
     session.flush()
     return TenantRecord.model_validate(row)
@@ -79,7 +79,7 @@ def set_limits(session: Session, name: str, limits: Limits) -> TenantRecord:
     Raises:
         NotFound: there is no such tenant.
     """
-    row = _hold(session, name)
+    row = _locked_row(session, name)
     for limit in Limits.model_fields:
         setattr(row, limit, getattr(limits, limit))
     session.flush()
@@ -92,10 +92,10 @@ def lock(session: Session, name: str) -> None:
     Raises:
         NotFound: there is no such tenant.
     """
-    _hold(session, name)
+    _locked_row(session, name)
 
 
-def load(session: Session) -> dict[str, tuple[int, int]]:
+def job_counts(session: Session) -> dict[str, tuple[int, int]]:
     """How many jobs run, and how many wait (queued or paused), of each tenant that has any."""
     running = func.count().filter(JobRow.status == JobStatus.RUNNING)
     waiting = func.count().filter(JobRow.status.in_((JobStatus.QUEUED, JobStatus.PAUSED)))
@@ -104,14 +104,14 @@ def load(session: Session) -> dict[str, tuple[int, int]]:
     return {tenant: (runs, waits) for tenant, runs, waits in session.execute(statement)}
 
 
-def check_room(session: Session, name: str, size: int, *, hold: bool = False) -> None:
+def check_storage_quota(session: Session, name: str, size: int, *, lock: bool = False) -> None:
     """Makes sure that a tenant may store `size` bytes more; with `hold`, a writer's, that stays so until it commits.
 
     Raises:
         NotFound: there is no such tenant.
         QuotaExceeded: it may not.
     """
-    limit = _hold(session, name).stored_bytes if hold else get(session, name).stored_bytes
+    limit = _locked_row(session, name).stored_bytes if lock else get(session, name).stored_bytes
     if limit is None:
         return
     uploaded = select(func.coalesce(func.sum(DatasetRow.bytes), 0)).where(DatasetRow.tenant == name)
@@ -126,7 +126,7 @@ def check_room(session: Session, name: str, size: int, *, hold: bool = False) ->
         )
 
 
-def _hold(session: Session, name: str) -> TenantRow:
+def _locked_row(session: Session, name: str) -> TenantRow:
     row = session.scalar(select(TenantRow).where(TenantRow.name == name).with_for_update())
     if row is None:
         raise NotFound(f"There is no tenant '{name}'.", param="tenant")

@@ -14,17 +14,17 @@ from sqlalchemy import delete, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from loramill.registry.database.tables import Base, GatewayRow, MeterRow, TenantRow, UsageRow
-from loramill.types import Meter, UsageRecord
+from loramill.registry.database.tables import GatewayRow, RateWindowRow, TableBase, TenantRow, UsageRow
+from loramill.types import RateWindow, UsageRecord
 
 #: Seconds after which nothing runs any more on a gateway that has been silent.
-SILENT = 5.0
+SILENT_SECONDS = 5.0
 #: The tenant that has the usage of all deleted tenants; no tenant can have this name.
-GONE = "(deleted)"
+DELETED_TENANT = "(deleted)"
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Item:
+class UsageItem:
     """What a sum is of: as in `UsageRecord`, with empty texts for None."""
 
     tenant: str
@@ -34,79 +34,84 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
+class UsageCount:
     """What was asked."""
 
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
-    def __add__(self, other: Count) -> Count:
-        return Count(
+    def __add__(self, other: UsageCount) -> UsageCount:
+        return UsageCount(
             self.requests + other.requests,
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
         )
 
 
-def write(
+def record_batch(
     session: Session,
     gateway: str,
-    page: int,
-    counts: Mapping[Item, Count],
-    meters: Mapping[str, Meter],
+    batch: int,
+    counts: Mapping[UsageItem, UsageCount],
+    windows: Mapping[str, RateWindow],
     *,
     now: float,
 ) -> None:
     """Writes a gateway's page: adds its counts, unless that page was written before, and sets its tenants' meters."""
     row = session.get(GatewayRow, gateway, with_for_update=True)
     if row is None:
-        row = GatewayRow(id=gateway, at=now, page=0)
+        row = GatewayRow(id=gateway, last_seen_at=now, last_batch=0)
         session.add(row)
         session.flush()
-    row.at = now
-    there = _existing(session, {item.tenant for item in counts} | meters.keys())
-    if row.page < page:
-        row.page = page
-        sums: defaultdict[Item, Count] = defaultdict(Count)
+    row.last_seen_at = now
+    there = _existing_tenants(session, {item.tenant for item in counts} | windows.keys())
+    if row.last_batch < batch:
+        row.last_batch = batch
+        sums: defaultdict[UsageItem, UsageCount] = defaultdict(UsageCount)
         for item, count in counts.items():
-            sums[item if item.tenant in there or not item.tenant else gone(item)] += count
+            sums[item if item.tenant in there or not item.tenant else anonymized(item)] += count
         add(session, sums)
-    kept = [name for name in meters if name in there]
-    _upsert(session, MeterRow, [{"gateway": gateway, "tenant": name, **asdict(meters[name])} for name in kept])
+    kept = [name for name in windows if name in there]
+    _upsert(session, RateWindowRow, [{"gateway": gateway, "tenant": name, **asdict(windows[name])} for name in kept])
 
 
-def gone(item: Item) -> Item:
+def anonymized(item: UsageItem) -> UsageItem:
     """What stays of an item when its tenant is deleted: the day, and whether it was for the base or an adapter."""
-    return Item(GONE, item.day, GONE if item.version else item.model, "")
+    return UsageItem(DELETED_TENANT, item.day, DELETED_TENANT if item.version else item.model, "")
 
 
-def add(session: Session, counts: Mapping[Item, Count]) -> None:
+def add(session: Session, counts: Mapping[UsageItem, UsageCount]) -> None:
     """Adds counts to the sums."""
     # In one order, so that two gateways never wait for each other.
     sums = [asdict(item) | asdict(counts[item]) for item in sorted(counts)]
     _upsert(session, UsageRow, sums, adding=True)
 
 
-def others(session: Session, gateway: str, *, minute: int, now: float) -> dict[str, list[Meter]]:
+def peer_windows(session: Session, gateway: str, *, minute: int, now: float) -> dict[str, list[RateWindow]]:
     """The other gateways' meters that count in this minute, by tenant; nothing runs on those that are silent."""
     statement = (
-        select(MeterRow, GatewayRow.at)
-        .join(GatewayRow, GatewayRow.id == MeterRow.gateway)
-        .where(MeterRow.gateway != gateway, or_(MeterRow.minute >= minute - 1, MeterRow.running > 0))
+        select(RateWindowRow, GatewayRow.last_seen_at)
+        .join(GatewayRow, GatewayRow.id == RateWindowRow.gateway)
+        .where(
+            RateWindowRow.gateway != gateway,
+            or_(RateWindowRow.minute >= minute - 1, RateWindowRow.running_requests > 0),
+        )
     )
-    found: defaultdict[str, list[Meter]] = defaultdict(list)
+    found: defaultdict[str, list[RateWindow]] = defaultdict(list)
     for row, at in session.execute(statement):
-        meter = Meter(**{name: getattr(row, name) for name in Meter.__slots__})
-        found[row.tenant].append(meter if now - at <= SILENT else replace(meter, running=0, reserved=0))
+        meter = RateWindow(**{name: getattr(row, name) for name in RateWindow.__slots__})
+        found[row.tenant].append(
+            meter if now - at <= SILENT_SECONDS else replace(meter, running_requests=0, reserved_tokens=0)
+        )
     return dict(found)
 
 
-def forget_gateways(session: Session, before: float) -> None:
+def delete_silent_gateways(session: Session, before: float) -> None:
     """Removes gateways that have been silent since `before`, with their meters; their usage stays."""
-    gone = select(GatewayRow.id).where(GatewayRow.at < before)
-    session.execute(delete(MeterRow).where(MeterRow.gateway.in_(gone)))
-    session.execute(delete(GatewayRow).where(GatewayRow.at < before))
+    gone = select(GatewayRow.id).where(GatewayRow.last_seen_at < before)
+    session.execute(delete(RateWindowRow).where(RateWindowRow.gateway.in_(gone)))
+    session.execute(delete(GatewayRow).where(GatewayRow.last_seen_at < before))
 
 
 def daily(session: Session, tenant: str | None, first: str, last: str) -> list[UsageRecord]:
@@ -115,15 +120,15 @@ def daily(session: Session, tenant: str | None, first: str, last: str) -> list[U
     if tenant is not None:
         statement = statement.where(UsageRow.tenant == tenant)
     order = (UsageRow.day.desc(), UsageRow.tenant, UsageRow.model, UsageRow.version)
-    return [_record(row) for row in session.scalars(statement.order_by(*order))]
+    return [_to_record(row) for row in session.scalars(statement.order_by(*order))]
 
 
-def _existing(session: Session, names: Collection[str]) -> set[str]:
+def _existing_tenants(session: Session, names: Collection[str]) -> set[str]:
     """Those of the names that are tenants: one may have been deleted while a gateway counted for it."""
     return set(session.scalars(select(TenantRow.name).where(TenantRow.name.in_(names))))
 
 
-def _upsert(session: Session, table: type[Base], rows: list[dict[str, object]], *, adding: bool = False) -> None:
+def _upsert(session: Session, table: type[TableBase], rows: list[dict[str, object]], *, adding: bool = False) -> None:
     if not rows:
         return
     dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
@@ -137,7 +142,7 @@ def _upsert(session: Session, table: type[Base], rows: list[dict[str, object]], 
     session.execute(insert.on_conflict_do_update(index_elements=key, set_=values), rows)
 
 
-def _record(row: UsageRow) -> UsageRecord:
+def _to_record(row: UsageRow) -> UsageRecord:
     return UsageRecord(
         day=row.day,
         tenant=row.tenant or None,

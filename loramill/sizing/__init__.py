@@ -6,34 +6,34 @@ from collections.abc import Sequence
 
 from loramill.models.catalog import Base
 from loramill.settings import JobSettings
-from loramill.sizing.anatomy import Anatomy, Linear, anatomy, find_config, linears, read_config
-from loramill.sizing.memory import Item, Need, Row
-from loramill.sizing.planner import FREE, Plan, Pool, Question, gb, plan
+from loramill.sizing.anatomy import Anatomy, LinearShape, anatomy, find_config, linears, read_config
+from loramill.sizing.memory import MemoryEstimate, MemoryItem, MemoryRow
+from loramill.sizing.planner import ADJUSTABLE, GpuPool, SizingPlan, SizingRequest, format_bytes, plan
 from loramill.sizing.targets import check_targets
 from loramill.types import JobSpec
 
 __all__ = [
-    "FREE",
+    "ADJUSTABLE",
     "Anatomy",
-    "Item",
-    "Linear",
-    "Need",
-    "Plan",
-    "Pool",
-    "Question",
-    "Row",
+    "GpuPool",
+    "LinearShape",
+    "MemoryEstimate",
+    "MemoryItem",
+    "MemoryRow",
+    "SizingPlan",
+    "SizingRequest",
     "anatomy",
     "check_targets",
     "find_config",
-    "fitted",
-    "gb",
+    "fit_spec",
+    "format_bytes",
     "linears",
     "plan",
     "read_config",
 ]
 
 
-def fitted(spec: JobSpec, base: Base, lengths: Sequence[int], settings: JobSettings) -> tuple[JobSpec, str | None]:
+def fit_spec(spec: JobSpec, base: Base, lengths: Sequence[int], settings: JobSettings) -> tuple[JobSpec, str | None]:
     """The spec with what sizing may choose (micro_tokens, gradient_checkpointing, offload) chosen so that it fits.
 
     What the submitter said stays: that are the fields with which the spec was made.
@@ -51,17 +51,17 @@ def fitted(spec: JobSpec, base: Base, lengths: Sequence[int], settings: JobSetti
         DoesNotFit: no choice fits; `nearest` tells the nearest jobs that do.
         InvalidRequest: a target, layer or pattern matches nothing.
     """
-    pool = Pool.of(settings)
+    pool = GpuPool.from_settings(settings)
     if pool is None:
         return spec, None
     found = plan(
-        Question(
+        SizingRequest(
             spec=spec,
             base=anatomy(read_config(str(base.folder))),
             quantization=base.quantization,
             lengths=tuple(lengths),
             pool=pool,
-            open=frozenset(FREE) - spec.model_fields_set,
+            adjustable=frozenset(ADJUSTABLE) - spec.model_fields_set,
         )
     )
-    return found.spec, found.told
+    return found.spec, found.explanation

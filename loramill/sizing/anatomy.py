@@ -18,7 +18,7 @@ from typing import Any
 
 from loramill.errors import BaseUnusable, InvalidRequest
 from loramill.models import hub, smollm2
-from loramill.models.catalog import SERVED
+from loramill.models.catalog import NATIVE_ARCHITECTURES
 
 _BILLIONS = re.compile(r"(\d+(?:\.\d+)?)([bm])", re.IGNORECASE)
 #: Llama's own sizes, in billions of weights: width, MLP, layers, heads, heads of keys, vocabulary, tied embeddings.
@@ -38,7 +38,7 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class LinearShape:
     """A linear of a layer: its full name, as `model.layers.0.self_attn.q_proj`, and its dimensions."""
 
     name: str
@@ -47,7 +47,7 @@ class Linear:
     d_out: int
 
     @property
-    def last(self) -> str:
+    def suffix(self) -> str:
         """The name that targets know it by."""
         return self.name.rpartition(".")[2]
 
@@ -79,15 +79,15 @@ class Anatomy:
     head_dim: int
     vocabulary: int
     context: int
-    linears: tuple[Linear, ...]
-    embedding: int
-    rest: int
-    llama: bool
+    linears: tuple[LinearShape, ...]
+    embedding_weights: int
+    other_weights: int
+    llama_like: bool
 
     @property
     def parameters(self) -> int:
         """All weights."""
-        return sum(linear.weights for linear in self.linears) + self.embedding + self.rest
+        return sum(linear.weights for linear in self.linears) + self.embedding_weights + self.other_weights
 
 
 def anatomy(config: Mapping[str, Any]) -> Anatomy:
@@ -99,7 +99,7 @@ def anatomy(config: Mapping[str, Any]) -> Anatomy:
     return _anatomy(json.dumps(config, sort_keys=True, default=str))
 
 
-def linears(config: Mapping[str, Any]) -> tuple[Linear, ...]:
+def linears(config: Mapping[str, Any]) -> tuple[LinearShape, ...]:
     """The linears of the layers, in the order of the model; the head is none of them.
 
     Raises:
@@ -141,10 +141,10 @@ def find_config(name: str, cache: Path) -> dict[str, Any]:
         BaseUnusable: the file can't be read, or the hub not reached.
     """
     if name == smollm2.NAME:
-        return read_config(str(smollm2.converted(cache)))
+        return read_config(str(smollm2.ensure_converted(cache)))
     if Path(name).expanduser().exists() or "/" not in name:
         return read_config(name)
-    return read_config(str(hub.cached(name, ["config.json"]) or hub.downloaded(name, ["config.json"])))
+    return read_config(str(hub.cached_snapshot(name, ["config.json"]) or hub.download_snapshot(name, ["config.json"])))
 
 
 def llama_of(billions: float) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def _proportioned(heads: int) -> dict[str, Any]:
 
 
 def _llama(
-    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, words: int, tied: bool
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool
 ) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -177,7 +177,7 @@ def _llama(
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "vocab_size": words,
+        "vocab_size": vocabulary,
         "tie_word_embeddings": tied,
         "max_position_embeddings": 131072,
     }
@@ -187,15 +187,15 @@ def _llama(
 def _anatomy(text: str) -> Anatomy:
     config = json.loads(text)
     architecture = str(next(iter(config.get("architectures") or ()), "a nameless model"))
-    if architecture not in SERVED:
-        return _built(config, architecture)
+    if architecture not in NATIVE_ARCHITECTURES:
+        return _transformers_anatomy(config, architecture)
     try:
-        return _computed(config, architecture)
+        return _native_anatomy(config, architecture)
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise BaseUnusable(f"The base's config.json lacks {error} or holds no number there; correct it.") from error
 
 
-def _computed(config: Mapping[str, Any], architecture: str) -> Anatomy:
+def _native_anatomy(config: Mapping[str, Any], architecture: str) -> Anatomy:
     """Of Llama, Mistral, Qwen2 and Qwen3, by their numbers."""
     hidden, intermediate = int(config["hidden_size"]), int(config["intermediate_size"])
     layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
@@ -227,17 +227,17 @@ def _computed(config: Mapping[str, Any], architecture: str) -> Anatomy:
         vocabulary=vocabulary,
         context=int(config.get("max_position_embeddings") or 4096),
         linears=tuple(
-            Linear(f"model.layers.{layer}.{name}", layer, *shape)
+            LinearShape(f"model.layers.{layer}.{name}", layer, *shape)
             for layer in range(layers)
             for name, shape in shapes.items()
         ),
-        embedding=vocabulary * hidden * (1 if tied else 2),
-        rest=layers * (biases + norms) + hidden,
-        llama=True,
+        embedding_weights=vocabulary * hidden * (1 if tied else 2),
+        other_weights=layers * (biases + norms) + hidden,
+        llama_like=True,
     )
 
 
-def _built(config: Mapping[str, Any], architecture: str) -> Anatomy:
+def _transformers_anatomy(config: Mapping[str, Any], architecture: str) -> Anatomy:
     """Of any other causal language model of transformers, by looking at it without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -265,13 +265,13 @@ def _built(config: Mapping[str, Any], architecture: str) -> Anatomy:
         vocabulary=known.vocab_size,
         context=getattr(known, "max_position_embeddings", None) or 4096,
         linears=found,
-        embedding=sum(embedding.values()),
-        rest=total - sum(embedding.values()) - sum(linear.weights for linear in found),
-        llama=False,
+        embedding_weights=sum(embedding.values()),
+        other_weights=total - sum(embedding.values()) - sum(linear.weights for linear in found),
+        llama_like=False,
     )
 
 
-def _linears_of(model: Any, head: Any) -> Iterator[Linear]:
+def _linears_of(model: Any, head: Any) -> Iterator[LinearShape]:
     for name, module in model.named_modules():
         place = _LAYER.search(f".{name}.")
         weight = getattr(module, "weight", None)
@@ -279,4 +279,4 @@ def _linears_of(model: Any, head: Any) -> Iterator[Linear]:
             continue
         d_out, d_in = weight.shape if type(module).__name__ == "Linear" else reversed(weight.shape)
         if prod(weight.shape):
-            yield Linear(name, int(place[1]), d_in, d_out)
+            yield LinearShape(name, int(place[1]), d_in, d_out)

@@ -7,7 +7,7 @@ import re
 from loramill.errors import InvalidRequest
 
 #: GiB that a program finds on a GPU of this name.
-GPUS = {
+GPU_GIB = {
     "t4": 14.5, "l4": 22.0, "a10": 22.0, "a10g": 22.0, "3090": 23.5, "4090": 23.5, "5090": 31.3, "v100": 31.7,
     "a100-40": 39.4, "l40s": 44.3, "a6000": 47.4, "a100": 79.1, "h100": 79.1, "h200": 139.7, "b200": 178.0,
 }  # fmt: skip
@@ -24,12 +24,12 @@ def gpu_bytes(text: str) -> int:
     Raises:
         InvalidRequest: it is neither.
     """
-    if gib := GPUS.get(text.lower().removeprefix("nvidia ").removeprefix("rtx ").removesuffix("-80")):
+    if gib := GPU_GIB.get(text.lower().removeprefix("nvidia ").removeprefix("rtx ").removesuffix("-80")):
         return round(gib * 2**30)
-    return round(_USABLE * memory_bytes(text, f"or a GPU's name ({', '.join(GPUS)})", "gpu"))
+    return round(_USABLE * memory_bytes(text, f"or a GPU's name ({', '.join(GPU_GIB)})", "gpu"))
 
 
-def memory_bytes(text: str, otherwise: str = "for instance 16GB", param: str = "cpu") -> int:
+def memory_bytes(text: str, hint: str = "for instance 16GB", param: str = "cpu") -> int:
     """Bytes of a size such as "16GB" (GiB).
 
     Raises:
@@ -37,5 +37,5 @@ def memory_bytes(text: str, otherwise: str = "for instance 16GB", param: str = "
     """
     size = _SIZE.fullmatch(text.strip())
     if size is None:
-        raise InvalidRequest(f"'{text}' is no size of memory; give one such as 24GB, {otherwise}.", param=param)
+        raise InvalidRequest(f"'{text}' is no size of memory; give one such as 24GB, {hint}.", param=param)
     return round(float(size[1]) * _UNITS[(size[2] or "gb").lower()])

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from loramill.sizing.anatomy import Anatomy
-from loramill.sizing.memory import Device, Item, Need, Row, activations, composed, logits_of, one_layer, scratch
-from loramill.sizing.targets import Tuning
+from loramill.sizing.memory import (
+    Device,
+    MemoryEstimate,
+    MemoryItem,
+    MemoryRow,
+    activations,
+    logits_of,
+    one_layer,
+    scratch,
+    total,
+)
+from loramill.sizing.targets import TrainedElements
 from loramill.types import JobSpec
 
 #: Bytes a weight: in bf16, its gradient in fp32, and AdamW's copy and two moments in fp32.
@@ -13,44 +23,46 @@ _WEIGHT, _GRADIENT, _OPTIMIZER = 2, 4, 12
 _BUCKET, _LIVE = 50_000_000, 1_000_000_000
 
 
-def need_full(spec: JobSpec, base: Anatomy, row: Row, device: Device) -> Need:
+def estimate_full(spec: JobSpec, base: Anatomy, row: MemoryRow, device: Device) -> MemoryEstimate:
     """What training all weights needs on the device and, of what is offloaded, in host memory."""
     count = base.parameters
     offload = spec.offload if device == "cuda" else "none"
     held = min(count, _LIVE) if offload == "all" else count
-    passing = count if offload == "none" else min(count, max(_BUCKET, base.embedding))
+    passing = count if offload == "none" else min(count, max(_BUCKET, base.embedding_weights))
     logits, everything = logits_of(base, row), _everything(base, device)
-    needed = composed(
+    needed = total(
         device,
         [
-            Item("base", _WEIGHT * held, "weights in bf16" + (", as many as compute" if offload == "all" else "")),
-            Item("optimizer", _OPTIMIZER * count if offload == "none" else 0, "a copy and two moments in fp32"),
+            MemoryItem(
+                "base", _WEIGHT * held, "weights in bf16" + (", as many as compute" if offload == "all" else "")
+            ),
+            MemoryItem("optimizer", _OPTIMIZER * count if offload == "none" else 0, "a copy and two moments in fp32"),
         ],
         [
-            Item("gradients", _GRADIENT * passing, "in fp32"),
+            MemoryItem("gradients", _GRADIENT * passing, "in fp32"),
             activations(spec, base, everything, row, device),
             logits,
             scratch(spec, base, everything, row, device, logits),
         ],
-        written=_OPTIMIZER * count,
-        layer=one_layer(base, everything, row, device, 2),
+        checkpoint_bytes=_OPTIMIZER * count,
+        layer_bytes=one_layer(base, everything, row, device, 2),
     )
     host = 0 if offload == "none" else (_GRADIENT + _OPTIMIZER) * count + (_WEIGHT * count) * (offload == "all")
-    return Need(needed.items, host)
+    return MemoryEstimate(needed.items, host)
 
 
-def _everything(base: Anatomy, device: Device) -> Tuning:
+def _everything(base: Anatomy, device: Device) -> TrainedElements:
     """All weights: each linear keeps its input, each norm its output, and on a CPU its input in fp32."""
     kept = (2 + 2 + 2 * (device == "cpu")) * base.hidden + base.intermediate
-    return Tuning(
+    return TrainedElements(
         weights=base.parameters,
-        fixed=0,
-        state=0,
+        frozen=0,
+        extra_state=0,
         gradients=base.parameters,
-        first=0,
-        kept=base.layers * kept,
-        most_kept=kept,
-        attended=base.layers,
-        copied=0,
-        most_copied=0,
+        first_layer=0,
+        saved=base.layers * kept,
+        max_layer_saved=kept,
+        attention_outputs=base.layers,
+        cast=0,
+        max_layer_cast=0,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loramill.sizing.anatomy import Anatomy
-from loramill.sizing.targets import Tuning, tuning
+from loramill.sizing.targets import TrainedElements, trained_elements
 from loramill.types import JobSpec, Quantization
 
 Device = Literal["cpu", "cuda"]
@@ -28,7 +28,7 @@ _CONTEXT, _CUBLAS = 700 * 2**20, 32 * 2**20
 
 #: What glibc's malloc can't reuse, with its own thresholds, which grow to 32 MiB: what comes and goes in a layer leaves
 #: holes between what stays. As measured by `loramill-bench train`: parts of the activations, and times a layer's.
-_TORN_KEPT, _TORN_LAYER = 0.18, 4
+_FRAGMENTED_ACTIVATIONS, _FRAGMENTED_LAYERS = 0.18, 4
 
 #: Copies that safetensors makes of a checkpoint: of each tensor, of all in Rust, and of that in Python.
 _COPIES = 3
@@ -38,7 +38,7 @@ EAGER_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MemoryRow:
     """The largest forward pass of a step.
 
     Attributes:
@@ -51,26 +51,26 @@ class Row:
 
     tokens: int
     width: int
-    learnt: int
-    step: int
+    supervised_tokens: int
+    step_tokens: int
     eager: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class MemoryItem:
     """A part of what a job needs."""
 
     name: str
     bytes: int
-    what: str
+    description: str
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class MemoryEstimate:
     """What a job needs at its peak; `host` is what DeepSpeed moves out of the GPU's memory."""
 
-    items: tuple[Item, ...]
-    host: int = 0
+    items: tuple[MemoryItem, ...]
+    host_bytes: int = 0
 
     @property
     def bytes(self) -> int:
@@ -83,7 +83,9 @@ class Need:
         return sum(item.bytes for item in self.items if item.name not in ("framework", "fragments"))
 
 
-def row_of(spec: JobSpec, lengths: Sequence[int], learnt: float = 1.0, *, alike: bool = True) -> Row:
+def largest_row(
+    spec: JobSpec, lengths: Sequence[int], supervised_fraction: float = 1.0, *, shared_prefixes: bool = True
+) -> MemoryRow:
     """The largest row that a step may have.
 
     Args:
@@ -97,27 +99,27 @@ def row_of(spec: JobSpec, lengths: Sequence[int], learnt: float = 1.0, *, alike:
     step = sum(cut[place % len(cut)] for place in range(spec.batch_size))
     # A packed row is closed once it has its tokens, so the last example may stand out by all but one.
     tokens = spec.micro_tokens + longest - 1 if spec.packing else max(spec.micro_tokens, longest)
-    if longest == shortest and not alike:
+    if longest == shortest and not shared_prefixes:
         tokens -= tokens % longest
     tokens = max(longest, min(tokens, step if spec.packing else longest * spec.batch_size))
-    return Row(
+    return MemoryRow(
         tokens=tokens,
         width=tokens if spec.packing else longest,
-        learnt=max(1, min(tokens, round(tokens * learnt))),
-        step=step,
+        supervised_tokens=max(1, min(tokens, round(tokens * supervised_fraction))),
+        step_tokens=step,
         eager=longest + spec.micro_tokens <= EAGER_TOKENS,
     )
 
 
-def need(
+def estimate(
     spec: JobSpec,
     base: Anatomy,
     quantization: Quantization,
-    row: Row,
+    row: MemoryRow,
     device: Device,
     dtype_bytes: int = 2,
-    tuned: Tuning | None = None,
-) -> Need:
+    trained: TrainedElements | None = None,
+) -> MemoryEstimate:
     """What a job of any method but "full" needs on its device.
 
     Args:
@@ -126,31 +128,39 @@ def need(
     Raises:
         InvalidRequest: a target, layer or pattern matches nothing.
     """
-    tuned = tuned or tuning(spec, base)
+    trained = trained or trained_elements(spec, base)
     logits = logits_of(base, row)
-    return composed(
+    return total(
         device,
         [
-            Item("base", base_bytes(base, quantization, device, dtype_bytes), f"{base.parameters / 1e9:.3g}B weights"),
-            Item("adapter", 4 * (tuned.weights + tuned.fixed), f"{tuned.weights:,} weights in fp32"),
-            Item("optimizer", (8 + 4 * tuned.state) * tuned.weights, "two moments of AdamW in fp32"),
+            MemoryItem(
+                "base", base_bytes(base, quantization, device, dtype_bytes), f"{base.parameters / 1e9:.3g}B weights"
+            ),
+            MemoryItem("adapter", 4 * (trained.weights + trained.frozen), f"{trained.weights:,} weights in fp32"),
+            MemoryItem("optimizer", (8 + 4 * trained.extra_state) * trained.weights, "two moments of AdamW in fp32"),
         ],
         [
-            Item("gradients", 4 * tuned.gradients, "in fp32"),
-            activations(spec, base, tuned, row, device, dtype_bytes),
+            MemoryItem("gradients", 4 * trained.gradients, "in fp32"),
+            activations(spec, base, trained, row, device, dtype_bytes),
             logits,
-            scratch(spec, base, tuned, row, device, logits, quantization, dtype_bytes),
+            scratch(spec, base, trained, row, device, logits, quantization, dtype_bytes),
         ],
-        written=(12 + 4 * tuned.state) * tuned.weights + 4 * tuned.fixed,
-        layer=one_layer(base, tuned, row, device, dtype_bytes),
+        checkpoint_bytes=(12 + 4 * trained.extra_state) * trained.weights + 4 * trained.frozen,
+        layer_bytes=one_layer(base, trained, row, device, dtype_bytes),
         # A base in another dtype than its file's went through memory in that.
-        holes=2 * base.parameters if dtype_bytes == 4 else 0,
+        hole_bytes=2 * base.parameters if dtype_bytes == 4 else 0,
     )
 
 
-def composed(
-    device: Device, kept: Sequence[Item], passing: Sequence[Item], *, written: int, layer: int, holes: int = 0
-) -> Need:
+def total(
+    device: Device,
+    resident: Sequence[MemoryItem],
+    transient: Sequence[MemoryItem],
+    *,
+    checkpoint_bytes: int,
+    layer_bytes: int,
+    hole_bytes: int = 0,
+) -> MemoryEstimate:
     """What is kept all the time, and what a pass or, on a CPU, the writing of a checkpoint needs besides.
 
     Args:
@@ -158,23 +168,23 @@ def composed(
         layer: bytes of a layer's activations.
         holes: bytes that were freed when the base had been loaded.
     """
-    items = [framework(device), *kept, *passing]
+    items = [framework(device), *resident, *transient]
     if device == "cpu":
-        sizes = {item.name: item.bytes for item in passing}
-        torn = holes + round(_TORN_KEPT * sizes["activations"]) + _TORN_LAYER * layer
-        writing = max(0, _COPIES * written - sum(sizes.values()))
+        sizes = {item.name: item.bytes for item in transient}
+        torn = hole_bytes + round(_FRAGMENTED_ACTIVATIONS * sizes["activations"]) + _FRAGMENTED_LAYERS * layer_bytes
+        writing = max(0, _COPIES * checkpoint_bytes - sum(sizes.values()))
         items += [
-            Item("fragments", torn, "of freed memory that malloc can't reuse"),
-            Item("checkpoint", writing, "while it is written"),
+            MemoryItem("fragments", torn, "of freed memory that malloc can't reuse"),
+            MemoryItem("checkpoint", writing, "while it is written"),
         ]
-    return Need(tuple(item for item in items if item.bytes))
+    return MemoryEstimate(tuple(item for item in items if item.bytes))
 
 
-def framework(device: Device) -> Item:
+def framework(device: Device) -> MemoryItem:
     """What is there before any tensor."""
     if device == "cpu":
-        return Item("framework", _PROCESS, "the process with its libraries")
-    return Item("framework", _CONTEXT, "the CUDA context with its libraries")
+        return MemoryItem("framework", _PROCESS, "the process with its libraries")
+    return MemoryItem("framework", _CONTEXT, "the CUDA context with its libraries")
 
 
 def base_bytes(base: Anatomy, quantization: Quantization, device: Device, dtype_bytes: int = 2) -> int:
@@ -189,37 +199,41 @@ def base_bytes(base: Anatomy, quantization: Quantization, device: Device, dtype_
     return whole + weights * dtype_bytes if device == "cpu" else round(whole + weights * (NF4_BYTES - dtype_bytes))
 
 
-def logits_of(base: Anatomy, row: Row) -> Item:
+def logits_of(base: Anatomy, row: MemoryRow) -> MemoryItem:
     """The logits and their gradient in the base's dtype, and a copy in fp32; in fp32 the copy is the gradient."""
-    return Item("logits", 8 * row.learnt * base.vocabulary, f"of {row.learnt:,} learnt tokens")
+    return MemoryItem(
+        "logits", 8 * row.supervised_tokens * base.vocabulary, f"of {row.supervised_tokens:,} learnt tokens"
+    )
 
 
-def activations(spec: JobSpec, base: Anatomy, tuned: Tuning, row: Row, device: Device, dtype_bytes: int = 2) -> Item:
+def activations(
+    spec: JobSpec, base: Anatomy, tuned: TrainedElements, row: MemoryRow, device: Device, dtype_bytes: int = 2
+) -> MemoryItem:
     """What the layers keep for the backward pass: all that it needs, or only what enters each of them."""
-    layers = base.layers - tuned.first
+    layers = base.layers - tuned.first_layer
     if spec.gradient_checkpointing:
         kept = row.tokens * base.hidden * dtype_bytes * layers
         how = ", which are recomputed"
     else:
-        own = tuned.attended * _layer(base, row, device, dtype_bytes, True)
-        own += (layers - tuned.attended) * _layer(base, row, device, dtype_bytes, False)
-        kept = row.tokens * (own + dtype_bytes * tuned.kept) + _cast(tuned, dtype_bytes) * tuned.copied
+        own = tuned.attention_outputs * _layer(base, row, device, dtype_bytes, True)
+        own += (layers - tuned.attention_outputs) * _layer(base, row, device, dtype_bytes, False)
+        kept = row.tokens * (own + dtype_bytes * tuned.saved) + _cast(tuned, dtype_bytes) * tuned.cast
         # The mask, and on a CPU what it was made of.
         kept += row.tokens * row.width * (dtype_bytes + (device == "cpu"))
         how = ""
-    return Item("activations", kept, f"of {row.tokens:,} tokens in {layers} layers{how}")
+    return MemoryItem("activations", kept, f"of {row.tokens:,} tokens in {layers} layers{how}")
 
 
 def scratch(
     spec: JobSpec,
     base: Anatomy,
-    tuned: Tuning,
-    row: Row,
+    tuned: TrainedElements,
+    row: MemoryRow,
     device: Device,
-    logits: Item,
+    logits: MemoryItem,
     quantization: Quantization = "none",
     dtype_bytes: int = 2,
-) -> Item:
+) -> MemoryItem:
     """What comes and goes in the backward pass of a layer: only what exceeds the logits, which are gone by then."""
     b = dtype_bytes
     mlp = 4 * b * base.intermediate
@@ -231,21 +245,21 @@ def scratch(
     if device == "cuda" and quantization == "nf4":
         passing += b * max(linear.weights for linear in base.linears)
     fixed = _CUBLAS if device == "cuda" else 0
-    return Item("scratch", fixed + max(0, passing - logits.bytes), "what comes and goes in a layer")
+    return MemoryItem("scratch", fixed + max(0, passing - logits.bytes), "what comes and goes in a layer")
 
 
-def one_layer(base: Anatomy, tuned: Tuning, row: Row, device: Device, b: int) -> int:
+def one_layer(base: Anatomy, tuned: TrainedElements, row: MemoryRow, device: Device, b: int) -> int:
     """Bytes that the layer with the most adapters keeps in a pass."""
-    own = _layer(base, row, device, b, bool(tuned.attended)) + b * tuned.most_kept
-    return row.tokens * own + _cast(tuned, b) * tuned.most_copied
+    own = _layer(base, row, device, b, bool(tuned.attention_outputs)) + b * tuned.max_layer_saved
+    return row.tokens * own + _cast(tuned, b) * tuned.max_layer_cast
 
 
-def _cast(tuned: Tuning, b: int) -> int:
+def _cast(tuned: TrainedElements, b: int) -> int:
     """Bytes of a weight of A or B in the base's dtype, where that is not the weight itself."""
-    return b if b < 4 or tuned.fixed else 0
+    return b if b < 4 or tuned.frozen else 0
 
 
-def _layer(base: Anatomy, row: Row, device: Device, b: int, attended: bool) -> int:
+def _layer(base: Anatomy, row: MemoryRow, device: Device, b: int, attended: bool) -> int:
     """Bytes a token that a layer keeps of its own: two norms, attention, and the gated MLP.
 
     A norm keeps its input: as `jobs.norm` has it in the base's dtype, as transformers has it in fp32.
@@ -256,15 +270,15 @@ def _layer(base: Anatomy, row: Row, device: Device, b: int, attended: bool) -> i
     q, kv = base.heads * base.head_dim, base.kv_heads * base.head_dim
     if not _eager(row, device):
         attention = 4 * b * q + 4 * base.heads
-    elif base.llama:
+    elif base.llama_like:
         attention = b * (q + 2 * kv + base.heads * row.width)
     else:
         attention = b * 3 * q + base.heads * row.width * (4 + b * (b < 4))
     if attended and _eager(row, device):
         attention += b * q
-    norms = 2 * base.hidden * (b if device == "cpu" and base.llama else 4)
+    norms = 2 * base.hidden * (b if device == "cpu" and base.llama_like else 4)
     return norms + attention + 3 * b * base.intermediate
 
 
-def _eager(row: Row, device: Device) -> bool:
+def _eager(row: MemoryRow, device: Device) -> bool:
     return device == "cpu" and row.eager

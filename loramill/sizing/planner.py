@@ -11,13 +11,13 @@ from typing import Any
 from loramill.errors import DoesNotFit
 from loramill.settings import JobSettings
 from loramill.sizing.anatomy import Anatomy
-from loramill.sizing.full_finetune import need_full
-from loramill.sizing.memory import Device, Need, Row, need, row_of
-from loramill.sizing.targets import Tuning, tuning
+from loramill.sizing.full_finetune import estimate_full
+from loramill.sizing.memory import Device, MemoryEstimate, MemoryRow, estimate, largest_row
+from loramill.sizing.targets import TrainedElements, trained_elements
 from loramill.types import JobSpec, Quantization
 
 #: What sizing may choose, where the submitter left it open.
-FREE = ("micro_tokens", "gradient_checkpointing", "offload")
+ADJUSTABLE = ("micro_tokens", "gradient_checkpointing", "offload")
 
 #: Tokens of a forward pass beyond which a GPU gains next to nothing.
 GPU_TOKENS = 4096
@@ -27,12 +27,12 @@ GPU_TOKENS = 4096
 _OVERHEAD_NF4, _OVERHEAD = 190, 16
 _CHECKPOINTING = 4 / 3
 _OFFLOAD = {"none": 1.0, "optimizer": 1.3, "all": 2.0}
-_MOST_SHARERS = 16
-_MOST_NEAREST = 4
+_MAX_SHARERS = 16
+_MAX_NEAREST = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class GpuPool:
     """The device that a job runs on.
 
     Attributes:
@@ -41,11 +41,11 @@ class Pool:
     """
 
     device: Device
-    bytes: int
+    device_bytes: int
     sharers: int = 1
 
     @classmethod
-    def of(cls, settings: JobSettings) -> Pool | None:
+    def from_settings(cls, settings: JobSettings) -> GpuPool | None:
         """What the settings say; None if they don't tell the size."""
         if settings.device_bytes is None:
             return None
@@ -56,13 +56,13 @@ class Pool:
         )
 
     @property
-    def budget(self) -> int:
+    def budget_bytes(self) -> int:
         """Bytes of one job."""
-        return self.bytes // self.sharers
+        return self.device_bytes // self.sharers
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class SizingRequest:
     """A job, its base, its data and where it is to run.
 
     Attributes:
@@ -75,33 +75,33 @@ class Question:
     base: Anatomy
     quantization: Quantization
     lengths: tuple[int, ...]
-    pool: Pool
-    open: frozenset[str]
-    learnt: float = 1.0
-    alike: bool = True
+    pool: GpuPool
+    adjustable: frozenset[str]
+    supervised_fraction: float = 1.0
+    shared_prefixes: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SizingPlan:
     """A job that fits: its spec with everything chosen, and what that needs."""
 
     spec: JobSpec
-    row: Row
-    need: Need
-    pool: Pool
+    row: MemoryRow
+    memory: MemoryEstimate
+    pool: GpuPool
 
     @property
     def sharers(self) -> int:
         """How many such jobs one device holds, at most 16."""
-        return max(1, min(_MOST_SHARERS, self.pool.bytes // self.need.bytes))
+        return max(1, min(_MAX_SHARERS, self.pool.device_bytes // self.memory.bytes))
 
     @property
     def passes(self) -> int:
         """Forward passes whose gradients make a step; each is of one example at least."""
-        return min(self.spec.batch_size, -(-self.row.step // self.spec.micro_tokens))
+        return min(self.spec.batch_size, -(-self.row.step_tokens // self.spec.micro_tokens))
 
     @property
-    def told(self) -> str:
+    def explanation(self) -> str:
         """It in a sentence."""
         spec = self.spec
         how = ["gradient_checkpointing = true"] if spec.gradient_checkpointing else []
@@ -110,61 +110,63 @@ class Plan:
             f"micro_tokens = {spec.micro_tokens} ({self.passes} passes a step, of up to {self.row.tokens:,} tokens)"
         )
         sharing = f"; {self.sharers} such jobs fit one device" if self.sharers > 1 else ""
-        return f"Fits: about {gb(self.need.bytes)} of {gb(self.pool.budget)} with {', '.join([passes, *how])}{sharing}."
+        taken, budget = format_bytes(self.memory.bytes), format_bytes(self.pool.budget_bytes)
+        return f"Fits: about {taken} of {budget} with {', '.join([passes, *how])}{sharing}."
 
 
-def plan(question: Question) -> Plan:
+def plan(request: SizingRequest) -> SizingPlan:
     """The fastest choice that fits.
 
     Raises:
         DoesNotFit: there is none; `nearest` tells the nearest jobs for which there is one.
         InvalidRequest: a target, layer or pattern matches nothing.
     """
-    found = fitting(question)
+    found = fastest_fit(request)
     if found is not None:
         return found
-    least = min(sizes(question), key=lambda plan: plan.need.bytes)
-    others = nearest(question)
-    share = "" if question.pool.sharers == 1 else f" (1/{question.pool.sharers} of a GPU)"
+    least = min(candidate_plans(request), key=lambda plan: plan.memory.bytes)
+    others = nearest_fits(request)
+    share = "" if request.pool.sharers == 1 else f" (1/{request.pool.sharers} of a GPU)"
     advice = f" Nearest that fit: {'; '.join(words for words, _ in others)}." if others else " Nothing near it fits."
     raise DoesNotFit(
-        f"The job needs {gb(least.need.bytes)}, and has {gb(question.pool.budget)}{share}; most of it is "
-        f"{max(least.need.items, key=lambda item: item.bytes).name}.{advice}",
+        f"The job needs {format_bytes(least.memory.bytes)}, and has "
+        f"{format_bytes(request.pool.budget_bytes)}{share}; most of it is "
+        f"{max(least.memory.items, key=lambda item: item.bytes).name}.{advice}",
         nearest=[words for words, _ in others],
     )
 
 
-def fitting(question: Question) -> Plan | None:
+def fastest_fit(request: SizingRequest) -> SizingPlan | None:
     """The fastest choice that fits, or None."""
-    fit = [each for each in sizes(question) if each.need.bytes <= question.pool.budget]
-    return min(fit, key=partial(_cost, question), default=None)
+    fit = [each for each in candidate_plans(request) if each.memory.bytes <= request.pool.budget_bytes]
+    return min(fit, key=partial(_cost, request), default=None)
 
 
-def sizes(question: Question) -> Iterator[Plan]:
+def candidate_plans(request: SizingRequest) -> Iterator[SizingPlan]:
     """What each choice needs."""
-    tuned = None if question.spec.method == "full" else tuning(question.spec, question.base)
-    for spec in choices(question):
-        yield sized(question, spec, tuned)
+    tuned = None if request.spec.method == "full" else trained_elements(request.spec, request.base)
+    for spec in candidate_specs(request):
+        yield plan_as_is(request, spec, tuned)
 
 
-def sized(question: Question, spec: JobSpec, tuned: Tuning | None = None) -> Plan:
+def plan_as_is(request: SizingRequest, spec: JobSpec, trained: TrainedElements | None = None) -> SizingPlan:
     """What a spec needs, as it is."""
-    row = row_of(spec, question.lengths, question.learnt, alike=question.alike)
+    row = largest_row(spec, request.lengths, request.supervised_fraction, shared_prefixes=request.shared_prefixes)
     if spec.method == "full":
-        needed = need_full(spec, question.base, row, question.pool.device)
+        needed = estimate_full(spec, request.base, row, request.pool.device)
     else:
-        needed = need(spec, question.base, question.quantization, row, question.pool.device, tuned=tuned)
-    return Plan(spec, row, needed, question.pool)
+        needed = estimate(spec, request.base, request.quantization, row, request.pool.device, trained=trained)
+    return SizingPlan(spec, row, needed, request.pool)
 
 
-def choices(question: Question) -> Iterator[JobSpec]:
+def candidate_specs(request: SizingRequest) -> Iterator[JobSpec]:
     """The specs that differ from the question's only in what is open."""
-    spec, free = question.spec, question.open
-    tokens = _micro_tokens(question) if "micro_tokens" in free else [spec.micro_tokens]
+    spec, free = request.spec, request.adjustable
+    tokens = _micro_tokens(request) if "micro_tokens" in free else [spec.micro_tokens]
     checkpointing = [False, True] if "gradient_checkpointing" in free else [spec.gradient_checkpointing]
     offloads = (
         list(_OFFLOAD)
-        if "offload" in free and spec.method == "full" and question.pool.device == "cuda"
+        if "offload" in free and spec.method == "full" and request.pool.device == "cuda"
         else [spec.offload]
     )
     for offload in offloads:
@@ -175,7 +177,7 @@ def choices(question: Question) -> Iterator[JobSpec]:
                 )
 
 
-def nearest(question: Question) -> list[tuple[str, Question]]:
+def nearest_fits(request: SizingRequest) -> list[tuple[str, SizingRequest]]:
     """Questions that have an answer, each with its words, at most 4: the nearest first.
 
     Near is one thing changed, a number by no more than a factor of 4; then two; then a number by any factor; then
@@ -183,98 +185,98 @@ def nearest(question: Question) -> list[tuple[str, Question]]:
     """
     pairs = [
         (f"{first} and {second}", both)
-        for first, once in _switches(question)
+        for first, once in _switches(request)
         for second, both in [*_switches(once), *_numbers(once)]
     ]
-    ways: Iterable[tuple[str, Question]] = chain(
-        _switches(question), _numbers(question), pairs, _numbers(question, far=True), _everything(question)
+    ways: Iterable[tuple[str, SizingRequest]] = chain(
+        _switches(request), _numbers(request), pairs, _numbers(request, far=True), _everything(request)
     )
-    found: dict[str, Question] = {}
+    found: dict[str, SizingRequest] = {}
     for words, changed in ways:
         parts = words.split(" and ")
         beyond = any(set(known.split(" and ")) <= set(parts) for known in found)
-        if not beyond and fitting(changed):
+        if not beyond and fastest_fit(changed):
             found[words] = changed
-        if len(found) == _MOST_NEAREST:
+        if len(found) == _MAX_NEAREST:
             break
     return list(found.items())
 
 
-def gb(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes as people say them."""
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def _cost(question: Question, plan: Plan) -> float:
+def _cost(request: SizingRequest, plan: SizingPlan) -> float:
     """Time a token, relative to a pass without end; equal ones keep what the spec says."""
-    nf4 = question.quantization == "nf4" and question.pool.device == "cuda"
+    nf4 = request.quantization == "nf4" and request.pool.device == "cuda"
     calls = 1 + (_OVERHEAD_NF4 if nf4 else _OVERHEAD) / plan.row.tokens
     return calls * (_CHECKPOINTING if plan.spec.gradient_checkpointing else 1.0) * _OFFLOAD[plan.spec.offload]
 
 
-def _micro_tokens(question: Question) -> list[int]:
+def _micro_tokens(request: SizingRequest) -> list[int]:
     """What the spec says, its halves down to one example a pass, and on a GPU its doubles."""
-    asked = question.spec.micro_tokens
-    longest = min(question.spec.max_length, max(question.lengths, default=question.spec.max_length))
+    asked = request.spec.micro_tokens
+    longest = min(request.spec.max_length, max(request.lengths, default=request.spec.max_length))
     halves = [
         asked >> times for times in range(asked.bit_length()) if (asked >> max(0, times - 1)) > longest or not times
     ]
     last = [1] if halves[-1] > 1 else []
     doubles = [asked << times for times in range(1, 16) if asked << times <= GPU_TOKENS]
-    return halves + last + (doubles if question.pool.device == "cuda" else [])
+    return halves + last + (doubles if request.pool.device == "cuda" else [])
 
 
-def _switches(question: Question) -> Iterator[tuple[str, Question]]:
+def _switches(request: SizingRequest) -> Iterator[tuple[str, SizingRequest]]:
     """What is one way or another, turned to where it takes less."""
-    spec = question.spec
-    if not spec.gradient_checkpointing and "gradient_checkpointing" not in question.open:
-        yield "gradient_checkpointing = true", _with(question, gradient_checkpointing=True)
-    if "micro_tokens" not in question.open:
-        yield "micro_tokens left open", replace(question, open=question.open | {"micro_tokens"})
-    if spec.method == "full" and "offload" not in question.open:
-        yield "offload left open", replace(question, open=question.open | {"offload"})
+    spec = request.spec
+    if not spec.gradient_checkpointing and "gradient_checkpointing" not in request.adjustable:
+        yield "gradient_checkpointing = true", _with(request, gradient_checkpointing=True)
+    if "micro_tokens" not in request.adjustable:
+        yield "micro_tokens left open", replace(request, adjustable=request.adjustable | {"micro_tokens"})
+    if spec.method == "full" and "offload" not in request.adjustable:
+        yield "offload left open", replace(request, adjustable=request.adjustable | {"offload"})
     if spec.method == "full":
-        yield 'method = "lora"', _with(question, method="lora", offload="none")
-    if question.quantization != "nf4" and spec.method != "full" and question.pool.device == "cuda":
-        yield 'a base in quantization = "nf4" (a setting of the pool)', replace(question, quantization="nf4")
-    if question.pool.sharers > 1:
-        yield "a whole GPU (per_gpu = 1)", replace(question, pool=replace(question.pool, sharers=1))
+        yield 'method = "lora"', _with(request, method="lora", offload="none")
+    if request.quantization != "nf4" and spec.method != "full" and request.pool.device == "cuda":
+        yield 'a base in quantization = "nf4" (a setting of the pool)', replace(request, quantization="nf4")
+    if request.pool.sharers > 1:
+        yield "a whole GPU (per_gpu = 1)", replace(request, pool=replace(request.pool, sharers=1))
 
 
-def _numbers(question: Question, *, far: bool = False) -> Iterator[tuple[str, Question]]:
+def _numbers(request: SizingRequest, *, far: bool = False) -> Iterator[tuple[str, SizingRequest]]:
     """What is a number, as large as fits; `far` allows less than a quarter of what was asked."""
-    spec = question.spec
+    spec = request.spec
     lowest = 1 if far else -(-spec.rank // 4)
-    if spec.method != "full" and (rank := _largest(spec.rank, lowest, lambda value: _with(question, rank=value))):
-        yield f"rank = {rank}", _with(question, rank=rank)
-    length = min(spec.max_length, max(question.lengths, default=spec.max_length))
+    if spec.method != "full" and (rank := _largest(spec.rank, lowest, lambda value: _with(request, rank=value))):
+        yield f"rank = {rank}", _with(request, rank=rank)
+    length = min(spec.max_length, max(request.lengths, default=spec.max_length))
     lowest = 8 if far else max(8, -(-length // 4))
-    if shorter := _largest(length, lowest, lambda value: _with(question, max_length=value)):
-        yield f"max_length = {shorter}", _with(question, max_length=shorter)
+    if shorter := _largest(length, lowest, lambda value: _with(request, max_length=value)):
+        yield f"max_length = {shorter}", _with(request, max_length=shorter)
 
 
-def _everything(question: Question) -> Iterator[tuple[str, Question]]:
+def _everything(request: SizingRequest) -> Iterator[tuple[str, SizingRequest]]:
     """All switches at once, alone and with one number, whatever it takes."""
     words: list[str] = []
-    while switch := next(_switches(question), None):
+    while switch := next(_switches(request), None):
         words.append(switch[0])
-        question = switch[1]
+        request = switch[1]
     if words:
-        yield " and ".join(words), question
-    for number, changed in _numbers(question, far=True):
+        yield " and ".join(words), request
+    for number, changed in _numbers(request, far=True):
         yield " and ".join([*words, number]), changed
 
 
-def _with(question: Question, **fields: Any) -> Question:
-    return replace(question, spec=question.spec.model_copy(update=fields))
+def _with(request: SizingRequest, **fields: Any) -> SizingRequest:
+    return replace(request, spec=request.spec.model_copy(update=fields))
 
 
-def _largest(below: int, lowest: int, change: Callable[[int], Question]) -> int | None:
+def _largest(below: int, lowest: int, change: Callable[[int], SizingRequest]) -> int | None:
     """The largest value from `lowest` to before `below` that fits; None if that one doesn't."""
-    if lowest >= below or not fitting(change(lowest)):
+    if lowest >= below or not fastest_fit(change(lowest)):
         return None
     low, high = lowest, below - 1
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fitting(change(middle)) else (low, middle - 1)
+        low, high = (middle, high) if fastest_fit(change(middle)) else (low, middle - 1)
     return low

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from loramill.errors import InvalidRequest
 from loramill.models.catalog import Base
-from loramill.sizing.anatomy import Anatomy, Linear, linears, read_config
+from loramill.sizing.anatomy import Anatomy, LinearShape, linears, read_config
 from loramill.types import ALL_LINEAR, JobSpec
 
 #: Linears that read the same as another of their layer does.
@@ -16,7 +16,7 @@ _SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 @dataclass(frozen=True, slots=True)
-class Tuning:
+class TrainedElements:
     """What a method trains on a base, in numbers of elements.
 
     Attributes:
@@ -32,18 +32,18 @@ class Tuning:
     """
 
     weights: int
-    fixed: int
-    state: int
+    frozen: int
+    extra_state: int
     gradients: int
-    first: int
-    kept: int
-    most_kept: int
-    attended: int
-    copied: int
-    most_copied: int
+    first_layer: int
+    saved: int
+    max_layer_saved: int
+    attention_outputs: int
+    cast: int
+    max_layer_cast: int
 
 
-def tuning(spec: JobSpec, base: Anatomy) -> Tuning:
+def trained_elements(spec: JobSpec, base: Anatomy) -> TrainedElements:
     """What a job trains.
 
     Raises:
@@ -53,12 +53,12 @@ def tuning(spec: JobSpec, base: Anatomy) -> Tuning:
     kept: dict[int, int] = {}
     copied: dict[int, int] = {}
     inputs: set[tuple[int, str]] = set()
-    for linear, rank in adapted(spec, base.linears):
+    for linear, rank in adapted_linears(spec, base.linears):
         own = rank * (linear.d_in + linear.d_out)
         halves = 2 if spec.method == "pissa" else 1
         gain = linear.d_out if spec.method == "dora" else 0
-        source = (linear.layer, _SAME_INPUT.get(linear.last, linear.last) if base.llama else linear.name)
-        output = base.llama and linear.last == "o_proj"
+        source = (linear.layer, _SAME_INPUT.get(linear.suffix, linear.suffix) if base.llama_like else linear.name)
+        output = base.llama_like and linear.suffix == "o_proj"
         entering = 0 if source in inputs or output else linear.d_in
         inputs.add(source)
         attended += output
@@ -68,17 +68,17 @@ def tuning(spec: JobSpec, base: Anatomy) -> Tuning:
         fixed += (halves - 1) * own
         kept[linear.layer] = kept.get(linear.layer, 0) + entering + halves * rank + gain
         copied[linear.layer] = copied.get(linear.layer, 0) + halves * own
-    return Tuning(
+    return TrainedElements(
         weights=weights,
-        fixed=fixed,
-        state=2 if spec.method == "adalora" else 0,
+        frozen=fixed,
+        extra_state=2 if spec.method == "adalora" else 0,
         gradients=gradients,
-        first=min(kept),
-        kept=sum(kept.values()),
-        most_kept=max(kept.values()),
-        attended=attended,
-        copied=sum(copied.values()),
-        most_copied=max(copied.values()),
+        first_layer=min(kept),
+        saved=sum(kept.values()),
+        max_layer_saved=max(kept.values()),
+        attention_outputs=attended,
+        cast=sum(copied.values()),
+        max_layer_cast=max(copied.values()),
     )
 
 
@@ -88,10 +88,10 @@ def check_targets(spec: JobSpec, base: Base) -> None:
     Raises:
         InvalidRequest: one matches nothing; `param` is loramill.targets, .layers, .rank_pattern or .alpha_pattern.
     """
-    adapted(spec, linears(read_config(str(base.folder))))
+    adapted_linears(spec, linears(read_config(str(base.folder))))
 
 
-def adapted(spec: JobSpec, among: Sequence[Linear]) -> list[tuple[Linear, int]]:
+def adapted_linears(spec: JobSpec, linears: Sequence[LinearShape]) -> list[tuple[LinearShape, int]]:
     """The linears that get an adapter, each with its rank; for AdaLoRA that before pruning.
 
     A name in `targets` matches as in PEFT: the last words of a full name.
@@ -99,7 +99,7 @@ def adapted(spec: JobSpec, among: Sequence[Linear]) -> list[tuple[Linear, int]]:
     Raises:
         InvalidRequest: a target, layer or pattern matches nothing.
     """
-    named = _targeted(spec.targets, among)
+    named = _targeted(spec.targets, linears)
     chosen = [linear for linear in named if spec.layers is None or linear.layer in spec.layers]
     there = {linear.layer for linear in named}
     missing = sorted(set(spec.layers or ()) - there)
@@ -114,7 +114,7 @@ def adapted(spec: JobSpec, among: Sequence[Linear]) -> list[tuple[Linear, int]]:
     return [(linear, _rank(spec, linear)) for linear in chosen]
 
 
-def _targeted(targets: tuple[str, ...], among: Sequence[Linear]) -> list[Linear]:
+def _targeted(targets: tuple[str, ...], among: Sequence[LinearShape]) -> list[LinearShape]:
     if ALL_LINEAR in targets:
         if len(targets) > 1:
             raise InvalidRequest(f"'{ALL_LINEAR}' stands alone: leave the other targets out.", param="loramill.targets")
@@ -129,21 +129,21 @@ def _targeted(targets: tuple[str, ...], among: Sequence[Linear]) -> list[Linear]
     return [linear for linear in among if _ends(linear, targets)]
 
 
-def _rank(spec: JobSpec, linear: Linear) -> int:
+def _rank(spec: JobSpec, linear: LinearShape) -> int:
     if spec.method == "adalora":
         return spec.init_rank or -(-3 * spec.rank // 2)
     return next((rank for pattern, rank in spec.rank_pattern.items() if _matches(pattern, linear)), spec.rank)
 
 
-def _ends(linear: Linear, words: Iterable[str]) -> bool:
+def _ends(linear: LinearShape, words: Iterable[str]) -> bool:
     return any(linear.name == word or linear.name.endswith(f".{word}") for word in words)
 
 
-def _matches(pattern: str, linear: Linear) -> bool:
+def _matches(pattern: str, linear: LinearShape) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", linear.name) is not None
 
 
-def _check_patterns(field: str, patterns: Iterable[str], among: Sequence[Linear]) -> None:
+def _check_patterns(field: str, patterns: Iterable[str], among: Sequence[LinearShape]) -> None:
     for pattern in patterns:
         try:
             found = any(_matches(pattern, linear) for linear in among)
@@ -159,5 +159,5 @@ def _check_patterns(field: str, patterns: Iterable[str], among: Sequence[Linear]
             )
 
 
-def _known(among: Iterable[Linear]) -> str:
-    return ", ".join(dict.fromkeys(linear.last for linear in among))
+def _known(among: Iterable[LinearShape]) -> str:
+    return ", ".join(dict.fromkeys(linear.suffix for linear in among))

@@ -13,7 +13,7 @@ from pathlib import Path
 from loramill.errors import DiskFull, InvalidRequest
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Waits until a file's content, or the names in a folder, are on disk; a new name needs its folder synced too."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -32,9 +32,9 @@ def replace_text(path: Path, text: str, *, mode: int = 0o644) -> None:
     try:
         building.touch(mode)
         building.write_text(text, encoding="utf-8")
-        sync(building)
+        fsync(building)
         building.replace(path)
-        sync(path.parent)
+        fsync(path.parent)
     finally:
         building.unlink(missing_ok=True)
 
@@ -55,10 +55,10 @@ def new_folder(to: Path) -> Iterator[Path]:
         building.mkdir(parents=True)
         yield building
         for file in building.iterdir():
-            sync(file)
-        sync(building)
+            fsync(file)
+        fsync(building)
         building.rename(to)
-        sync(to.parent)
+        fsync(to.parent)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise InvalidRequest(f"{to} can't be written ({error.strerror}): name another folder.") from error
     except OSError as error:

@@ -30,7 +30,7 @@ Fault = Literal["away", "bucket", "credentials", "permission"]
 #: Packages whose errors are looked at by name.
 _BACKENDS = ("botocore", "aiobotocore", "s3fs", "aiohttp", "gcsfs", "google", "azure", "adlfs", "requests", "urllib3")
 #: Their classes for a server that cannot be reached or breaks off, also for the one that hands out credentials.
-_AWAY = frozenset(
+_UNREACHABLE_ERRORS = frozenset(
     {
         "ConnectionError",
         "HTTPClientError",
@@ -48,7 +48,7 @@ _AWAY = frozenset(
     }
 )
 #: Their classes for credentials that are missing or cannot be used.
-_CREDENTIALS = frozenset(
+_CREDENTIAL_ERRORS = frozenset(
     {
         "NoCredentialsError",
         "PartialCredentialsError",
@@ -62,7 +62,7 @@ _CREDENTIALS = frozenset(
     }
 )
 #: S3's codes; the status alone does not tell a wrong key from a missing permission.
-_CODES: Mapping[str, Fault] = {
+_S3_CODES: Mapping[str, Fault] = {
     "NoSuchBucket": "bucket",
     "InvalidBucketName": "bucket",
     "PermanentRedirect": "bucket",
@@ -80,7 +80,7 @@ _CODES: Mapping[str, Fault] = {
     "OperationAborted": "away",
 }
 #: Errors of a network mount whose server is away. EIO is not among them: a broken disk gives it, too.
-_ERRNOS = frozenset(
+_UNREACHABLE_ERRNOS = frozenset(
     getattr(errno, name)
     for name in (
         *("ESTALE", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET"),
@@ -95,7 +95,7 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def open_files(url: str) -> tuple[Any, str]:
+def open_filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path there.
 
     Raises:
@@ -104,11 +104,11 @@ def open_files(url: str) -> tuple[Any, str]:
     try:
         files, root = fsspec.core.url_to_fs(url, **_OPTIONS.get(urlsplit(url).scheme, {}))
     except (ImportError, ValueError) as error:
-        raise SetupError(f"The store '{shown(url)}' can't be used: {error}.") from error
+        raise SetupError(f"The store '{redacted_url(url)}' can't be used: {error}.") from error
     return files, str(root)
 
 
-def shown(url: str) -> str:
+def redacted_url(url: str) -> str:
     """How a message names a store: never with the credentials that its URL may hold."""
     if "://" not in url:
         return url
@@ -117,7 +117,7 @@ def shown(url: str) -> str:
 
 
 @contextmanager
-def store_errors(url: str) -> Iterator[None]:
+def translate_store_errors(url: str) -> Iterator[None]:
     """Turns errors about a whole store into loramill's; an error about one file passes as it is.
 
     Raises:
@@ -129,19 +129,19 @@ def store_errors(url: str) -> Iterator[None]:
     except LoramillError:
         raise
     except Exception as error:
-        known = fault(error)
+        known = store_fault(error)
         if known is None:
             raise
         # The backend's message may name hosts and accounts, so it is only logged.
-        log.warning("the store %s: %s: %s", shown(url), type(error).__name__, error)
-        raise _explained(known, shown(url)) from error
+        log.warning("the store %s: %s: %s", redacted_url(url), type(error).__name__, error)
+        raise _translate(known, redacted_url(url)) from error
 
 
-def fault(error: BaseException) -> Fault | None:
+def store_fault(error: BaseException) -> Fault | None:
     """What a backend's error says about the whole store; None if it is about one file, or about neither."""
     cause: BaseException | None = error
     while cause is not None:
-        found = _fault_of(cause)
+        found = _fault_of_cause(cause)
         if found is not None:
             return found
         cause = cause.__cause__
@@ -163,43 +163,43 @@ def check_store(url: str) -> None:
     if parts.scheme == "file" or "://" not in url:
         _check_folder(Path(unquote(parts.path) if parts.scheme == "file" else url).absolute())
         return
-    files, root = open_files(url)
+    files, root = open_filesystem(url)
     root = root.rstrip("/")
     path, content = f"{root}/check-{secrets.token_hex(8)}", b"a test by loramill; it can be deleted"
     try:
-        _tried(url, "write to", lambda: files.pipe_file(path, content))
-        _tried(url, "list", lambda: files.ls(root, detail=False, refresh=True))
-        if _tried(url, "read from", lambda: files.cat_file(path)) != content:
-            raise StoreUnusable(f"The store {shown(url)} returns other data than was written to it.")
-        _tried(url, "delete in", lambda: files.rm_file(path))
+        _attempt(url, "write to", lambda: files.pipe_file(path, content))
+        _attempt(url, "list", lambda: files.ls(root, detail=False, refresh=True))
+        if _attempt(url, "read from", lambda: files.cat_file(path)) != content:
+            raise StoreUnusable(f"The store {redacted_url(url)} returns other data than was written to it.")
+        _attempt(url, "delete in", lambda: files.rm_file(path))
     except StoreUnusable:
         with suppress(Exception):  # the first error is the one to report
             files.rm_file(path)
         raise
 
 
-def _fault_of(error: BaseException) -> Fault | None:
+def _fault_of_cause(error: BaseException) -> Fault | None:
     if isinstance(error, TimeoutError | ConnectionError | socket.gaierror):
         return "away"
     names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.partition(".")[0] in _BACKENDS}
     if names:
-        return _backends_fault(error, names)
-    return "away" if isinstance(error, OSError) and error.errno in _ERRNOS else None
+        return _fault_of_backend(error, names)
+    return "away" if isinstance(error, OSError) and error.errno in _UNREACHABLE_ERRNOS else None
 
 
-def _backends_fault(error: BaseException, names: Set[str]) -> Fault | None:
-    code, status = _answer(error)
-    if code in _CODES:
-        return _CODES[code]
-    if names & _CREDENTIALS or status == 401:
+def _fault_of_backend(error: BaseException, names: Set[str]) -> Fault | None:
+    code, status = _response_code_and_status(error)
+    if code in _S3_CODES:
+        return _S3_CODES[code]
+    if names & _CREDENTIAL_ERRORS or status == 401:
         return "credentials"
     if status == 403:
         return "permission"
-    away = status in (408, 429) or status >= 500 or (not status and bool(names & _AWAY))
+    away = status in (408, 429) or status >= 500 or (not status and bool(names & _UNREACHABLE_ERRORS))
     return "away" if away else None
 
 
-def _answer(error: BaseException) -> tuple[str, int]:
+def _response_code_and_status(error: BaseException) -> tuple[str, int]:
     """The code and the HTTP status of a server's answer; "" and 0 where there was none."""
     response = getattr(error, "response", None)
     if isinstance(response, Mapping):  # botocore's
@@ -211,7 +211,7 @@ def _answer(error: BaseException) -> tuple[str, int]:
     return "", 0
 
 
-def _explained(known: Fault, where: str) -> LoramillError:
+def _translate(known: Fault, where: str) -> LoramillError:
     if known == "away":
         return Unavailable(f"The store {where} can't be reached just now; try again in a moment.")
     return StoreUnusable(_REASONS[known].format(where=where, act="read or write"))
@@ -229,18 +229,18 @@ _REASONS: Mapping[Fault, str] = {
 }
 
 
-def _tried(url: str, act: str, do: Callable[[], Any]) -> Any:
+def _attempt(url: str, act: str, do: Callable[[], Any]) -> Any:
     try:
         return do()
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        known = fault(error)
+        known = store_fault(error)
         if known is None and isinstance(error, FileNotFoundError):
             known = "bucket"
         what = (
-            f"loramill can't {act} the store {shown(url)}."
+            f"loramill can't {act} the store {redacted_url(url)}."
             if known is None
-            else _REASONS[known].format(where=shown(url), act=act)
+            else _REASONS[known].format(where=redacted_url(url), act=act)
         )
         raise StoreUnusable(f"{what} ({reason})") from error
 

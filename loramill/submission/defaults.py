@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, Strict, ValidationError
 
 from loramill.errors import InvalidRequest
-from loramill.types import Executor, JobSpec, Method, Quantization, Schedule, Value
+from loramill.types import Executor, FrozenModel, JobSpec, Method, Quantization, Schedule
 
 Auto = Literal["auto"]
 
@@ -36,7 +36,7 @@ MIN_STEPS, MAX_STEPS = 30, 300
 MAX_LENGTH = 1024
 
 
-class Hyperparameters(Value):
+class Hyperparameters(FrozenModel):
     """OpenAI's hyperparameters of a fine-tune job."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
@@ -45,7 +45,7 @@ class Hyperparameters(Value):
     learning_rate_multiplier: float | Auto = "auto"
 
 
-class Extension(Value):
+class LoramillOptions(FrozenModel):
     """loramill's own fields of a fine-tune job; None leaves the choice to us. JobSpec says what each means.
 
     `start_from` is an alias or a version of the same adapter, not looked up yet.
@@ -66,7 +66,7 @@ class Extension(Value):
     alpha_pattern: dict[str, float] | None = None
     init_rank: int | None = None
     loraplus_lr_ratio: float | None = None
-    learn: Literal["last", "all"] | None = Field(
+    train_on: Literal["last", "all"] | None = Field(
         default=None, description="answers of a conversation that are trained: all whose weight isn't 0, or the last"
     )
     learning_rate: float | None = None
@@ -102,7 +102,7 @@ def resolve_spec(
     seed: int = 0,
     quantization: Quantization = "none",
     hyperparameters: Hyperparameters | None = None,
-    extension: Extension | None = None,
+    extension: LoramillOptions | None = None,
 ) -> JobSpec:
     """Fills in every "auto".
 
@@ -117,8 +117,12 @@ def resolve_spec(
         InvalidRequest: a value is out of its range; `param` names it.
     """
     asked = hyperparameters or Hyperparameters()
-    said = extension or Extension()
-    own = said.model_dump(exclude_none=True, exclude=_NOT_OF_THE_SPEC) | _method(said, quantization) | _places(said)
+    said = extension or LoramillOptions()
+    own = (
+        said.model_dump(exclude_none=True, exclude=_NOT_IN_SPEC)
+        | _method(said, quantization)
+        | _targets_and_layers(said)
+    )
     if own.get("max_length", 0) > context_length:
         raise InvalidRequest(
             f"'loramill.max_length' is {own['max_length']}, the base reads {context_length} tokens at most; lower it.",
@@ -127,18 +131,18 @@ def resolve_spec(
     batch_size = _auto(asked.batch_size, _batch_size(examples))
     multiplier = 1.0 if asked.learning_rate_multiplier == "auto" else asked.learning_rate_multiplier
     epochs = _auto(asked.n_epochs, _epochs(examples, batch_size))
-    steps = steps_of(epochs, examples, batch_size)
+    steps = count_steps(epochs, examples, batch_size)
     chosen = {
         "batch_size": batch_size,
         "steps": steps,
         "epochs": None if "steps" in own else epochs,
-        "learning_rate": _rate(said.method) * multiplier,
+        "learning_rate": _base_learning_rate(said.method) * multiplier,
         "max_length": min(MAX_LENGTH, context_length),
         # A checkpoint, with its validation, costs as much as a few steps; a crash costs those since the last.
         "checkpoint_every": max(10, min(100, own.get("steps", steps) // 4)),
     } | _alphas(said)
-    if said.learn == "last":
-        own["learn"] = "only_last"  # in a spec, "last" keeps its meaning for older jobs
+    if said.train_on == "last":
+        own["train_on"] = "only_last"  # in a spec, "last" keeps its meaning for older jobs
     fields: dict[str, object] = {
         "base": base,
         "adapter": adapter,
@@ -152,17 +156,17 @@ def resolve_spec(
     except ValidationError as error:
         problem = error.errors()[0]
         field = str(problem["loc"][0])
-        param = f"loramill.{field}" if field in own else _SAID_AS.get(field, field)
+        param = f"loramill.{field}" if field in own else _PARAM_OF_FIELD.get(field, field)
         raise InvalidRequest(f"'{param}': {problem['msg']}.", param=param) from error
 
 
-def steps_of(epochs: int, examples: int, batch_size: int) -> int:
+def count_steps(epochs: int, examples: int, batch_size: int) -> int:
     """Optimizer steps of `epochs` passes over `examples`; the last batch of a pass may be smaller."""
     # A batch size or a number of epochs below 1 reaches JobSpec as it is, and is refused there.
     return epochs * -(-examples // max(1, batch_size))
 
 
-def tokens_of(spec: JobSpec, lengths: Sequence[int], examples: int) -> float:
+def count_training_tokens(spec: JobSpec, lengths: Sequence[int], examples: int) -> float:
     """Tokens that a job trains on, prompts included.
 
     Args:
@@ -173,7 +177,7 @@ def tokens_of(spec: JobSpec, lengths: Sequence[int], examples: int) -> float:
     return passes * sum(lengths)
 
 
-def hyperparameters_of(spec: JobSpec, examples: int | None) -> dict[str, int | float | None]:
+def openai_hyperparameters(spec: JobSpec, examples: int | None) -> dict[str, int | float | None]:
     """A spec in OpenAI's terms, as a job object shows them.
 
     `n_epochs` is None where the steps do not make whole passes over the training file, or its length isn't known.
@@ -187,14 +191,14 @@ def hyperparameters_of(spec: JobSpec, examples: int | None) -> dict[str, int | f
     return {
         "n_epochs": epochs,
         "batch_size": spec.batch_size,
-        "learning_rate_multiplier": round(spec.learning_rate / _rate(spec.method), 6),
+        "learning_rate_multiplier": round(spec.learning_rate / _base_learning_rate(spec.method), 6),
     }
 
 
 #: What the extension says of the job besides its spec, or in other words than the spec's.
-_NOT_OF_THE_SPEC = {"start_from", "quantization", "method", "targets", "layers", "priority", "executor"}
+_NOT_IN_SPEC = {"start_from", "quantization", "method", "targets", "layers", "priority", "executor"}
 
-_SAID_AS = {
+_PARAM_OF_FIELD = {
     "steps": "hyperparameters.n_epochs",
     "epochs": "hyperparameters.n_epochs",
     "batch_size": "hyperparameters.batch_size",
@@ -202,12 +206,12 @@ _SAID_AS = {
 }
 
 
-def _rate(method: str | None) -> float:
+def _base_learning_rate(method: str | None) -> float:
     return FULL_LEARNING_RATE if method == "full" else LEARNING_RATE
 
 
-def _auto(said: int | Auto, otherwise: int) -> int:
-    return otherwise if said == "auto" else said
+def _auto(value: int | Auto, default: int) -> int:
+    return default if value == "auto" else value
 
 
 def _batch_size(examples: int) -> int:
@@ -216,36 +220,36 @@ def _batch_size(examples: int) -> int:
 
 def _epochs(examples: int, batch_size: int) -> int:
     """As many as make no fewer steps than MIN_STEPS and no more than MAX_STEPS, but at least one."""
-    steps = steps_of(1, examples, batch_size)
+    steps = count_steps(1, examples, batch_size)
     return min(max(EPOCHS, -(-MIN_STEPS // steps)), max(1, MAX_STEPS // steps))
 
 
-def _alphas(said: Extension) -> dict[str, object]:
+def _alphas(options: LoramillOptions) -> dict[str, object]:
     """Default alphas for the ranks that are given, if no alpha is."""
-    if said.alpha is not None:
+    if options.alpha is not None:
         return {}
     alphas: dict[str, object] = {}
-    if said.rank is not None:
-        alphas["alpha"] = ALPHA_PER_RANK * said.rank
-    if said.rank_pattern and said.alpha_pattern is None:
-        alphas["alpha_pattern"] = {place: ALPHA_PER_RANK * rank for place, rank in said.rank_pattern.items()}
+    if options.rank is not None:
+        alphas["alpha"] = ALPHA_PER_RANK * options.rank
+    if options.rank_pattern and options.alpha_pattern is None:
+        alphas["alpha_pattern"] = {place: ALPHA_PER_RANK * rank for place, rank in options.rank_pattern.items()}
     return alphas
 
 
-def _method(said: Extension, quantization: Quantization) -> dict[str, object]:
+def _method(options: LoramillOptions, quantization: Quantization) -> dict[str, object]:
     """The method's fields; three names are of a method that others are a variant of.
 
     Raises:
         InvalidRequest: the method needs a base in other bits than the one that is served.
     """
-    wanted = said.quantization or ("nf4" if said.method == "qlora" else None)
+    wanted = options.quantization or ("nf4" if options.method == "qlora" else None)
     if wanted not in (None, quantization):
         raise InvalidRequest(
             f"The base is served with quantization '{quantization}', and an adapter is trained on the very weights "
             f"that it is served with: leave 'quantization' away, or set the setting quantization to '{wanted}'.",
-            param="loramill.quantization" if said.quantization else "loramill.method",
+            param="loramill.quantization" if options.quantization else "loramill.method",
         )
-    match said.method:
+    match options.method:
         case None:
             return {}
         case "loftq" if quantization == "none":
@@ -257,20 +261,20 @@ def _method(said: Extension, quantization: Quantization) -> dict[str, object]:
         case "qlora":
             return {"method": "lora"}
         case "rslora":
-            return {"method": "lora", "rslora": True if said.rslora is None else said.rslora}
+            return {"method": "lora", "rslora": True if options.rslora is None else options.rslora}
         case "lora+":
-            return {"method": "lora", "loraplus_lr_ratio": said.loraplus_lr_ratio or LORAPLUS_LR_RATIO}
+            return {"method": "lora", "loraplus_lr_ratio": options.loraplus_lr_ratio or LORAPLUS_LR_RATIO}
         case method:
             return {"method": method}
 
 
-def _places(said: Extension) -> dict[str, object]:
+def _targets_and_layers(options: LoramillOptions) -> dict[str, object]:
     """The targets and layers, as tuples."""
     places: dict[str, object] = {}
-    if said.targets is not None:
-        places["targets"] = (said.targets,) if isinstance(said.targets, str) else said.targets
-    if said.layers is not None:
-        places["layers"] = _layers(said.layers) if isinstance(said.layers, str) else said.layers
+    if options.targets is not None:
+        places["targets"] = (options.targets,) if isinstance(options.targets, str) else options.targets
+    if options.layers is not None:
+        places["layers"] = _layers(options.layers) if isinstance(options.layers, str) else options.layers
     return places
 
 

@@ -23,16 +23,16 @@ from loramill.data.ingest.content import read_bytes, text_of
 from loramill.data.ingest.delimited import read_cells
 from loramill.errors import DatasetInvalid, InvalidRequest
 from loramill.names import AdapterName
-from loramill.submission.options import Options, from_text, read_options
+from loramill.submission.options import JobOptions, from_text, read_options
 
 #: A row with where it stands, for messages.
-Row = tuple[str, dict[str, object]]
+LabeledRow = tuple[str, dict[str, object]]
 
 _DATA = ("adapter", "train", "valid", "columns", "valid_columns")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class JobFileEntry:
     """One job that is asked for; `where` names its line."""
 
     where: str
@@ -41,16 +41,21 @@ class Entry:
     valid: Any
     columns: Columns
     valid_columns: Columns
-    options: Options
+    options: JobOptions
 
 
-def read_jobs(path: Path, defaults: Mapping[str, object]) -> list[Row]:
+def read_jobs(path: Path, defaults: Mapping[str, object]) -> list[LabeledRow]:
     """The rows of a file of jobs, each with all that goes for it; `defaults` win over the file's own.
 
     Raises:
         InvalidRequest: the file can't be read as what its name says it is.
     """
-    readers: dict[str, Callable[[str], list[Row]]] = {".toml": _toml, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv}
+    readers: dict[str, Callable[[str], list[LabeledRow]]] = {
+        ".toml": _toml,
+        ".jsonl": _jsonl,
+        ".csv": _csv,
+        ".tsv": _csv,
+    }
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise InvalidRequest(
@@ -67,16 +72,16 @@ def read_jobs(path: Path, defaults: Mapping[str, object]) -> list[Row]:
     found = [(f"{path.name}, {where}", {**own, **defaults, **row}) for where, row in rows if where]
     if not found:
         raise InvalidRequest(f"{path.name} holds no jobs.", param="file")
-    return [(where, _beside(path.parent, row)) for where, row in found]
+    return [(where, _resolve_paths(path.parent, row)) for where, row in found]
 
 
-def check_entries(rows: Iterable[tuple[str, Mapping[str, object]]]) -> list[Entry]:
+def check_entries(rows: Iterable[tuple[str, Mapping[str, object]]]) -> list[JobFileEntry]:
     """What the rows ask for.
 
     Raises:
         InvalidRequest: of any row, an adapter's name, a file or an option makes no sense; a line for each problem.
     """
-    entries: list[Entry] = []
+    entries: list[JobFileEntry] = []
     problems: list[str] = []
     for where, row in rows:
         wrong = _missing(row)
@@ -91,12 +96,14 @@ def check_entries(rows: Iterable[tuple[str, Mapping[str, object]]]) -> list[Entr
         problems += [f"{where}: {problem}" for problem in wrong]
         if not wrong:
             columns, valid_columns = (cast(Columns, row.get(name)) for name in ("columns", "valid_columns"))
-            entries.append(Entry(where, adapter, row["train"], row.get("valid"), columns, valid_columns, options))
-    refuse(problems)
+            entries.append(
+                JobFileEntry(where, adapter, row["train"], row.get("valid"), columns, valid_columns, options)
+            )
+    raise_problems(problems)
     return entries
 
 
-def refuse(problems: Sequence[str], submitted: int = 0) -> None:
+def raise_problems(problems: Sequence[str], submitted: int = 0) -> None:
     """Raises InvalidRequest with all problems, if there are any; so many jobs were submitted before they showed."""
     if problems:
         plural = "problem" if len(problems) == 1 else "problems"
@@ -104,7 +111,7 @@ def refuse(problems: Sequence[str], submitted: int = 0) -> None:
         raise InvalidRequest("\n".join([f"{len(problems)} {plural}; {what}:", *problems]))
 
 
-def request_of(entry: Entry, train: str, valid: str | None, model: str, name: str) -> dict[str, Any]:
+def request_body(entry: JobFileEntry, train: str, valid: str | None, model: str, name: str) -> dict[str, Any]:
     """An entry as the gateway takes it; its key is what it asks for, so that it is known when it is asked for again."""
     request = {
         "model": model,
@@ -112,7 +119,7 @@ def request_of(entry: Entry, train: str, valid: str | None, model: str, name: st
         "suffix": entry.adapter.adapter,
         "training_file": train,
         **({"validation_file": valid} if valid else {}),
-        **entry.options.request(),
+        **entry.options.to_request(),
     }
     key = hashlib.sha256(json.dumps([name, request], sort_keys=True).encode()).hexdigest()
     return {**request, "metadata": {**(entry.options.metadata or {}), "loramill_key": key}}
@@ -139,12 +146,12 @@ def _is_path(source: str | Path) -> bool:
     return not str(source).startswith((HUB, "file-"))
 
 
-def _beside(folder: Path, row: dict[str, object]) -> dict[str, object]:
+def _resolve_paths(folder: Path, row: dict[str, object]) -> dict[str, object]:
     paths = {name: row[name] for name in ("train", "valid") if isinstance(row.get(name), str)}
     return {**row, **{name: str(folder / str(path)) for name, path in paths.items() if _is_path(str(path))}}
 
 
-def _toml(text: str) -> list[Row]:
+def _toml(text: str) -> list[LabeledRow]:
     content = tomllib.loads(text)
     jobs, defaults = content.pop("jobs", []), content.pop("defaults", {})
     if content or not isinstance(jobs, list) or not isinstance(defaults, dict):
@@ -156,9 +163,9 @@ def _toml(text: str) -> list[Row]:
     return [("", defaults), *zip(named, jobs, strict=True)]
 
 
-def _jsonl(text: str) -> list[Row]:
-    rows: list[Row] = []
-    for number, line in jsonl.rows(text.encode()):
+def _jsonl(text: str) -> list[LabeledRow]:
+    rows: list[LabeledRow] = []
+    for number, line in jsonl.iter_rows(text.encode()):
         try:
             row = jsonl.parse(line)
         except DatasetInvalid as error:
@@ -169,7 +176,7 @@ def _jsonl(text: str) -> list[Row]:
     return rows
 
 
-def _csv(text: str) -> list[Row]:
+def _csv(text: str) -> list[LabeledRow]:
     return [
         (f"line {number}", {name: from_text(name, cell) for name, cell in row.items() if cell.strip()})
         for number, row in read_cells(text)

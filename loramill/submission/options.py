@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 from pydantic import ConfigDict, Field, ValidationError
 
 from loramill.errors import InvalidRequest
-from loramill.submission.defaults import Extension
+from loramill.submission.defaults import LoramillOptions
 from loramill.types import Executor, Quantization, Schedule
 
 if TYPE_CHECKING:
     from loramill.data.ingest import Columns
 
 
-class Options(Extension):
+class JobOptions(LoramillOptions):
     """Everything that can be said of a job besides its adapter and data; None leaves the choice to the gateway."""
 
     # A command line gives numbers as texts.
@@ -27,21 +27,21 @@ class Options(Extension):
     seed: int | None = None
     metadata: dict[str, str] | None = None
 
-    def request(self) -> dict[str, Any]:
+    def to_request(self) -> dict[str, Any]:
         """These as the gateway takes them: OpenAI's words where there are any, the others under `loramill`."""
         usual = {"n_epochs": self.epochs, "batch_size": self.batch_size}
-        own = self.model_dump(include=set(Extension.model_fields), exclude_unset=True, exclude_none=True)
+        own = self.model_dump(include=set(LoramillOptions.model_fields), exclude_unset=True, exclude_none=True)
         request = {
             "model": self.base,
             "seed": self.seed,
             "metadata": self.metadata,
-            "method": {"type": "supervised", "supervised": {"hyperparameters": given(usual)}},
+            "method": {"type": "supervised", "supervised": {"hyperparameters": drop_none(usual)}},
             "loramill": own,
         }
-        return given(request)
+        return drop_none(request)
 
 
-class Said(TypedDict, total=False):
+class JobOptionsDict(TypedDict, total=False):
     """The keywords of `Client.submit`: the fields of `Options`, for whoever reads or checks a call."""
 
     base: str | None
@@ -88,14 +88,14 @@ PAIRS = ("rank_pattern", "alpha_pattern", "metadata", "columns", "valid_columns"
 LISTS = ("targets",)
 
 
-def read_options(said: Mapping[str, object]) -> Options:
+def read_options(options: Mapping[str, object]) -> JobOptions:
     """Checks options by their names and types; ranges are the gateway's to check, which knows the base.
 
     Raises:
         InvalidRequest: an unknown option, or a value of another type; a line of the message for each.
     """
     try:
-        return Options.model_validate(given(said))
+        return JobOptions.model_validate(drop_none(options))
     except ValidationError as error:
         raise InvalidRequest("\n".join(dict.fromkeys(map(_problem, error.errors())))) from error
 
@@ -128,7 +128,7 @@ def columns_of(name: str, text: str | None) -> Columns:
     return None if text is None else cast("Columns", from_text(name, text))
 
 
-def given(fields: Mapping[str, Any]) -> dict[str, Any]:
+def drop_none(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What isn't None."""
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -136,6 +136,6 @@ def given(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _problem(error: Mapping[str, Any]) -> str:
     name = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
-        near = get_close_matches(name, Options.model_fields, n=1)
+        near = get_close_matches(name, JobOptions.model_fields, n=1)
         return f"there is no option '{name}'" + (f"; did you mean '{near[0]}'?" if near else ".")
     return f"{name}: {error['msg']}."

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from loramill.names import AdapterName
 
 
-class Value(BaseModel):
+class FrozenModel(BaseModel):
     """A frozen value; unknown fields are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", from_attributes=True)
@@ -54,11 +54,11 @@ ALL_LINEAR = "all-linear"
 Method = Literal["lora", "dora", "adalora", "pissa", "loftq", "full"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Schedule = Literal["linear", "cosine", "constant"]
-Learn = Literal["all", "only_last", "last"]
+TrainOn = Literal["all", "only_last", "last"]
 Quantization = Literal["none", "int8", "nf4"]
 
 
-class JobSpec(Value):
+class JobSpec(FrozenModel):
     """What one fine-tune run does, frozen at submit: every "auto" is already a number."""
 
     base: str = Field(description="fingerprint of the base; its quantization is part of it")
@@ -84,7 +84,7 @@ class JobSpec(Value):
     init_rank: int | None = Field(default=None, ge=1, le=256, description="AdaLoRA: before pruning; None: 1.5 x rank")
     loraplus_lr_ratio: float = Field(default=1.0, gt=0, description="LoRA+: B's learning rate over A's")
 
-    learn: Learn = Field(
+    train_on: TrainOn = Field(
         default="all",
         description="answers of a conversation that are trained; all: every one whose weight isn't 0, as OpenAI does; "
         "only_last: the last one; last (of older jobs): the last one, or those with a weight where the file gives any",
@@ -125,7 +125,7 @@ class JobSpec(Value):
 
 
 #: What an owner or the scheduler may ask of a running job; "preempt" queues it again, for one of a higher priority.
-Asked = Literal["cancel", "pause", "preempt"]
+PendingAction = Literal["cancel", "pause", "preempt"]
 #: Who runs a job: a session that takes one after another, or a trainer of its own.
 Executor = Literal["session", "dedicated"]
 
@@ -139,7 +139,7 @@ class Scope(StrEnum):
     READ = "read"
 
 
-class Limits(Value):
+class Limits(FrozenModel):
     """What a tenant may use of the gateways, all of them together; None: no limit."""
 
     requests_per_minute: int | None = Field(default=None, ge=1, lt=2**31)
@@ -161,7 +161,7 @@ class TenantRecord(Limits):
     waiting: int = Field(default=0, description="jobs that are queued or paused now")
 
 
-class Removal(Value):
+class DeletionSummary(FrozenModel):
     """What was deleted with an adapter, version or tenant."""
 
     versions: int = 0
@@ -170,7 +170,7 @@ class Removal(Value):
     cancelled: tuple[str, ...] = Field(default=(), description="ids of the jobs that had not ended")
 
 
-class KeyRecord(Value):
+class KeyRecord(FrozenModel):
     """An API key as the record knows it: its hash is kept, the secret isn't."""
 
     id: str
@@ -183,11 +183,11 @@ class KeyRecord(Value):
 
     @field_validator("scopes", mode="before")
     @classmethod
-    def _words(cls, said: object) -> object:
-        return said.split() if isinstance(said, str) else said  # as the record and OAuth write them
+    def _split_scopes(cls, value: object) -> object:
+        return value.split() if isinstance(value, str) else value  # as the record and OAuth write them
 
 
-class DatasetRecord(Value):
+class DatasetRecord(FrozenModel):
     """An immutable, validated snapshot of a tenant's examples."""
 
     id: str
@@ -199,7 +199,7 @@ class DatasetRecord(Value):
     created_at: float
 
 
-class JobRecord(Value):
+class JobRecord(FrozenModel):
     """A fine-tune job and how far it is. `attempt` counts leases and is the fencing token."""
 
     id: str
@@ -209,7 +209,9 @@ class JobRecord(Value):
     attempt: int = 0
     owner: str | None = None
     lease_until: float | None = None
-    asked: Asked | None = Field(default=None, description="what a running job was asked to do at its next moment")
+    pending_action: PendingAction | None = Field(
+        default=None, description="what a running job was asked to do at its next moment"
+    )
     priority: int = 0
     executor: Executor = "session"
     not_before: float | None = Field(default=None, description="when a retry may begin")
@@ -229,7 +231,7 @@ class JobRecord(Value):
     finished_at: float | None = None
 
 
-class JobEvent(Value):
+class JobEvent(FrozenModel):
     """One line of a job's history; `data` holds the numbers of a metrics event."""
 
     id: int
@@ -241,7 +243,7 @@ class JobEvent(Value):
     data: dict[str, Any] = Field(default_factory=dict)
 
 
-class CheckpointRecord(Value):
+class CheckpointRecord(FrozenModel):
     """Where a running job's weights were validated; `version` can be asked until newer checkpoints push it out."""
 
     id: str
@@ -252,7 +254,7 @@ class CheckpointRecord(Value):
     created_at: float
 
 
-class VersionRecord(Value):
+class VersionRecord(FrozenModel):
     """The immutable result of a job; `id` is the hash of its content, and its artifact's name."""
 
     id: str
@@ -263,7 +265,7 @@ class VersionRecord(Value):
     created_at: float
 
 
-class AliasChange(Value):
+class AliasChange(FrozenModel):
     """One move of an alias; the newest tells where it points."""
 
     alias: Alias
@@ -272,7 +274,7 @@ class AliasChange(Value):
     created_at: float
 
 
-class AdapterRecord(Value):
+class AdapterRecord(FrozenModel):
     """An adapter with where its aliases point now; while it is `pinned`, its champion stays."""
 
     name: str
@@ -284,7 +286,7 @@ class AdapterRecord(Value):
     pinned: bool = False
 
 
-class EvaluationRecord(Value):
+class EvaluationRecord(FrozenModel):
     """What a model (a version, or the base as None) scored on one slice of held-out examples."""
 
     id: int
@@ -297,7 +299,7 @@ class EvaluationRecord(Value):
     created_at: float
 
 
-class NewData(Value):
+class NewData(FrozenModel):
     """What an adapter was given to learn from in one night: ids of datasets, oldest first."""
 
     adapter: str
@@ -305,7 +307,7 @@ class NewData(Value):
     valid: tuple[str, ...]
 
 
-class SetAside(NewData):
+class SetAsideData(NewData):
     """Data that a nightly run failed with; it waits until someone retries or drops it."""
 
     run: str
@@ -313,7 +315,7 @@ class SetAside(NewData):
     reason: str
 
 
-class NewDataState(Value):
+class NewDataState(FrozenModel):
     """An adapter's new data that no nightly run has collected yet, and what the next one does with it."""
 
     adapter: str
@@ -323,7 +325,7 @@ class NewDataState(Value):
     outlook: str = Field(description="what the next nightly run does with it, or how many examples are missing")
 
 
-class AdapterData(Value):
+class AdapterData(FrozenModel):
     """A training file, and perhaps a validation file, for an adapter's nightly runs.
 
     `run` is the nightly run that took it, None while it waits; `used_at` is when that run ended. `set_aside` is why the
@@ -350,7 +352,7 @@ class StepStatus(StrEnum):
     FAILED = "failed"
 
 
-class NightlyStep(Value):
+class NightlyStep(FrozenModel):
     """One step of a night for one adapter; `result` is what the next step needs."""
 
     run: str
@@ -361,7 +363,7 @@ class NightlyStep(Value):
     finished_at: float | None = None
 
 
-class NightlyRun(Value):
+class NightlyRun(FrozenModel):
     """One nightly run; open while `finished_at` is None."""
 
     id: str
@@ -369,7 +371,7 @@ class NightlyRun(Value):
     finished_at: float | None = None
 
 
-class UsageRecord(Value):
+class UsageRecord(FrozenModel):
     """What a tenant asked of a base or of a version of an adapter on one day (UTC, as in 2026-01-31)."""
 
     day: str
@@ -381,7 +383,7 @@ class UsageRecord(Value):
     completion_tokens: int
 
 
-class AuditRecord(Value):
+class AuditRecord(FrozenModel):
     """One change that somebody made through the API."""
 
     id: str
@@ -396,7 +398,7 @@ class AuditRecord(Value):
 
 
 @dataclass(frozen=True, slots=True)
-class Meter:
+class RateWindow:
     """What one gateway has seen of a tenant in the minute of this number, since the epoch, and in the one before.
 
     `reserved` are the tokens that the `running` requests may come to; `tokens` those of requests that have ended.
@@ -404,8 +406,8 @@ class Meter:
 
     minute: int
     requests: int = 0
-    requests_before: int = 0
+    previous_requests: int = 0
     tokens: int = 0
-    tokens_before: int = 0
-    running: int = 0
-    reserved: int = 0
+    previous_tokens: int = 0
+    running_requests: int = 0
+    reserved_tokens: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ray
 
 from loramill.errors import SetupError
-from loramill.local.processes import admin_key, check_stores, prepare_home
+from loramill.local.processes import check_stores, ensure_admin_key, prepare_home
 from loramill.pipelines.cluster.deploy import deploy
 from loramill.registry.database.migrate import migrate
 from loramill.settings import Settings
@@ -22,7 +22,7 @@ def join(settings: Settings) -> None:
     prepare_home(settings.home)
     check_stores(settings)
     migrate(settings.database)
-    admin_key(settings)
+    ensure_admin_key(settings)
     try:
         ray.init(address="auto", namespace="loramill")
     except ConnectionError as error:

@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 
 from loramill.data.examples import Example
 from loramill.data.tokenizer import ChatTokenizer
-from loramill.pipelines.compare.methods.transformers import MakeCache, empty, greedy
+from loramill.pipelines.compare.methods.transformers import MakeCache, empty_cache, greedy
 from loramill.pipelines.compare.timing import Effort, interleaved
 from loramill.pipelines.nightly.scoring import Score, score
 from loramill.serve.offline import OfflineEngine
 from loramill.serve.protocol import TextRequest
 
 #: Tokens of the answer whose speed is measured, and how often.
-TOKENS, ROUNDS = 32, 9
+TIMED_TOKENS, ROUNDS = 32, 9
 
 Report = Callable[[int], None]
 
@@ -29,12 +29,12 @@ class Answerer(Protocol):
         """The answers in order, of at most so many tokens each."""
         ...
 
-    def spend(self, example: Example, tokens: int) -> None:
+    def generate_tokens(self, example: Example, tokens: int) -> None:
         """Answers one example with exactly so many tokens."""
         ...
 
 
-class ByEngine:
+class EngineAnswerer:
     """The engine that serves, with a version or the base alone."""
 
     def __init__(self, engine: OfflineEngine, version: str | None = None) -> None:
@@ -52,7 +52,7 @@ class ByEngine:
             report(len(texts))
         return texts
 
-    def spend(self, example: Example, tokens: int) -> None:
+    def generate_tokens(self, example: Example, tokens: int) -> None:
         """As `Answerer`."""
         (completion,) = self._engine.generate([self._request(example, tokens, ignore_eos=True)])
         if completion.error is not None:
@@ -72,10 +72,10 @@ class ByEngine:
         )
 
 
-class ByTransformers:
+class TransformersAnswerer:
     """A transformers model, with what hangs on it."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: ChatTokenizer, cache: MakeCache = empty) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: ChatTokenizer, cache: MakeCache = empty_cache) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._cache = cache
@@ -87,14 +87,14 @@ class ByTransformers:
         answers = greedy(self._model, prompts, limits, stop_ids, cache=self._cache, report=report)
         return [self._tokenizer.decode(tokens) for tokens in answers]
 
-    def spend(self, example: Example, tokens: int) -> None:
+    def generate_tokens(self, example: Example, tokens: int) -> None:
         """As `Answerer`."""
         greedy(self._model, [self._prompt(example)], [tokens], (), cache=self._cache)
 
     def _prompt(self, example: Example) -> list[int]:
         if example.prompt is not None:
-            return self._tokenizer.text(example.prompt)
-        return self._tokenizer.prompt(example.messages[:-1], example.tools)
+            return self._tokenizer.encode_text(example.prompt)
+        return self._tokenizer.encode_chat(example.messages[:-1], example.tools)
 
 
 def quality(answerer: Answerer, examples: Sequence[Example], tokenizer: ChatTokenizer, report: Report) -> Score:
@@ -102,7 +102,7 @@ def quality(answerer: Answerer, examples: Sequence[Example], tokenizer: ChatToke
 
     An answer may be half as long again as its reference: one that rambles costs little, and still can't be right.
     """
-    lengths = [len(tokenizer.text(example.completion)) for example in examples]
+    lengths = [len(tokenizer.encode_text(example.completion)) for example in examples]
     texts = answerer.answer(examples, [length * 3 // 2 + 8 for length in lengths], report)
     return score(texts, [example.completion for example in examples])
 
@@ -111,13 +111,13 @@ def token_seconds(answerers: Mapping[str, Answerer], example: Example, device: s
     """Median seconds of a token after the first, one answer at a time, side by side: every round asks each."""
 
     def asking(answerer: Answerer, tokens: int) -> Callable[[], None]:
-        return lambda: answerer.spend(example, tokens)
+        return lambda: answerer.generate_tokens(example, tokens)
 
     variants = {
         f"{name} {tokens}": asking(answerer, tokens)
         for name, answerer in answerers.items()
-        for tokens in (1, 1 + TOKENS)
+        for tokens in (1, 1 + TIMED_TOKENS)
     }
     clock = time.perf_counter if device == "cuda" else time.process_time
     spent = interleaved(variants, Effort(seconds=0, rounds=ROUNDS), clock)
-    return {name: (spent[f"{name} {1 + TOKENS}"] - spent[f"{name} 1"]) / TOKENS for name in answerers}
+    return {name: (spent[f"{name} {1 + TIMED_TOKENS}"] - spent[f"{name} 1"]) / TIMED_TOKENS for name in answerers}

@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 from loramill.data.examples import Example, check_tokens, read_examples
 from loramill.data.tokenizer import ChatTokenizer, EncodedExample
 from loramill.models.catalog import Base, find_base
-from loramill.pipelines.compare.types import RATES, Task
-from loramill.submission.defaults import Extension, Hyperparameters, resolve_spec
+from loramill.pipelines.compare.types import LEARNING_RATES, Task
+from loramill.submission.defaults import Hyperparameters, LoramillOptions, resolve_spec
 from loramill.types import JobSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Data:
+class TaskData:
     """What a task names, in hand.
 
     Attributes:
@@ -30,7 +30,7 @@ class Data:
     test: tuple[Example, ...]
 
 
-def read(task: Task) -> Data:
+def read_task(task: Task) -> TaskData:
     """Finds the base and reads the examples.
 
     Raises:
@@ -39,13 +39,15 @@ def read(task: Task) -> Data:
         InvalidRequest: a number makes no sense.
     """
     base = find_base(task.base, task.cache, "nf4" if task.subject == "qlora" else "none")
-    tokenizer = ChatTokenizer.load(base.folder).at(datetime.now(UTC))
+    tokenizer = ChatTokenizer.load(base.folder).at_time(datetime.now(UTC))
     files = [read_examples(path.read_bytes(), path.name) for path in (task.train, task.valid, task.test)]
     spec = _spec(task, base, len(files[0].examples))
     for file in files:
-        check_tokens(file, tokenizer, spec.max_length, spec.learn)
-    train, valid = (tuple(tokenizer.example(each, spec.learn) for each in file.examples) for file in files[:2])
-    return Data(base, tokenizer, spec, train, valid, files[2].examples)
+        check_tokens(file, tokenizer, spec.max_length, spec.train_on)
+    train, valid = (
+        tuple(tokenizer.encode_example(each, spec.train_on) for each in file.examples) for file in files[:2]
+    )
+    return TaskData(base, tokenizer, spec, train, valid, files[2].examples)
 
 
 def _spec(task: Task, base: Base, examples: int) -> JobSpec:
@@ -54,7 +56,7 @@ def _spec(task: Task, base: Base, examples: int) -> JobSpec:
         "method": method,
         "rank": task.rank,
         "steps": task.steps,
-        "learning_rate": task.learning_rate or RATES.get(task.subject),
+        "learning_rate": task.learning_rate or LEARNING_RATES.get(task.subject),
     }
     hyperparameters = {} if task.batch_size is None else {"batch_size": task.batch_size}
     return resolve_spec(
@@ -67,5 +69,5 @@ def _spec(task: Task, base: Base, examples: int) -> JobSpec:
         seed=task.seed,
         quantization=base.quantization,
         hyperparameters=Hyperparameters.model_validate(hyperparameters),
-        extension=Extension.model_validate(extension),
+        extension=LoramillOptions.model_validate(extension),
     )

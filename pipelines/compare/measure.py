@@ -12,18 +12,18 @@ from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from loramill.jobs.train.full_finetune import export_full, train_full
-from loramill.jobs.train.hf_export import write_whole
-from loramill.jobs.train.loop import export, kept, train
-from loramill.jobs.train.merge import merged
-from loramill.jobs.train.methods import Tuned, attached
+from loramill.jobs.train.hf_export import save_hf_model
+from loramill.jobs.train.loop import export_adapter, load_checkpoint_to_export, train
+from loramill.jobs.train.merge import merge_into
+from loramill.jobs.train.methods import AdaptedModel, attach_adapter
 from loramill.models.catalog import Base, load_for_training
 from loramill.pipelines.compare import memory
-from loramill.pipelines.compare.answers import ByEngine, ByTransformers
-from loramill.pipelines.compare.data import read
+from loramill.pipelines.compare.answers import EngineAnswerer, TransformersAnswerer
+from loramill.pipelines.compare.data import read_task
 from loramill.pipelines.compare.methods import bottleneck, prefix
-from loramill.pipelines.compare.methods.transformers import MakeCache, empty
-from loramill.pipelines.compare.types import Report, Row, Stage, Task, Training
-from loramill.pipelines.compare.workbench import Workbench, watched
+from loramill.pipelines.compare.methods.transformers import MakeCache, empty_cache
+from loramill.pipelines.compare.types import ComparisonRow, Report, Task, TaskProgress, Training
+from loramill.pipelines.compare.workbench import Workbench, run_training
 from loramill.serve.offline import OfflineEngine
 from loramill.types import JobSpec
 
@@ -32,66 +32,68 @@ from loramill.types import JobSpec
 UNITS, TOKENS = 4, 2
 
 #: What there is to know of QLoRA's memory on a CPU.
-DENSE = "while it trains on a CPU its base is kept dense; what four bits save shows where it is served, and on a GPU."
+DENSE_NOTE = (
+    "while it trains on a CPU its base is kept dense; what four bits save shows where it is served, and on a GPU."
+)
 
-Attach = Callable[[PreTrainedModel, JobSpec, Path], AbstractContextManager[Tuned]]
+Attach = Callable[[PreTrainedModel, JobSpec, Path], AbstractContextManager[AdaptedModel]]
 
 
-def measure(task: Task, report: Report) -> Row:
+def measure_task(task: Task, report: Report) -> ComparisonRow:
     """The row of a task.
 
     Raises:
         LoramillError: it can't be done.
     """
     torch.set_num_threads(task.threads)
-    report(Stage(name="reading"))
-    bench = Workbench(task, read(task), report)
+    report(TaskProgress(name="reading"))
+    bench = Workbench(task, read_task(task), report)
     match task.subject:
         case "base":
             return _untuned(bench)
         case "full":
             return _full(bench)
         case "prefix":
-            return _beside(bench, _prefix(bench), _prefix_cache)
+            return _transformers_only(bench, _prefix(bench), _prefix_cache)
         case "bottleneck":
-            return _beside(bench, _bottleneck, lambda tuned: empty)
+            return _transformers_only(bench, _bottleneck, lambda tuned: empty_cache)
         case _:
             return _adapter(bench)
 
 
-def _untuned(bench: Workbench) -> Row:
+def _untuned(bench: Workbench) -> ComparisonRow:
     """The base as it is."""
     with OfflineEngine(bench.data.base, Path, bench.engine) as engine:
-        base = ByEngine(engine)
-        return Row(subject="base", quality=bench.quality(base), serving=bench.serving("engine", base=base))
+        base = EngineAnswerer(engine)
+        return ComparisonRow(subject="base", quality=bench.quality(base), serving=bench.serving("engine", base=base))
 
 
-def _adapter(bench: Workbench) -> Row:
+def _adapter(bench: Workbench) -> ComparisonRow:
     """What ends as a LoRA or DoRA, which the engine serves beside others."""
-    training = _trained(bench, bench.load(), attached)
-    folder = _written(
-        export(bench.checkpoints, bench.data.spec, base=bench.data.base.name), bench.task.folder / "adapter"
+    training = _train(bench, bench.load(), attach_adapter)
+    folder = _write_files(
+        export_adapter(bench.checkpoints, bench.data.spec, base=bench.data.base.name), bench.task.folder / "adapter"
     )
     with OfflineEngine(bench.data.base, Path, bench.engine) as engine:
-        tuned = ByEngine(engine, str(folder))
-        row = Row(
+        tuned = EngineAnswerer(engine, str(folder))
+        row = ComparisonRow(
             subject=bench.task.subject,
             training=_with_artifact(training, folder),
             quality=bench.quality(tuned),
-            notes=(DENSE,) if bench.data.base.quantization == "nf4" and bench.task.device == "cpu" else (),
+            notes=(DENSE_NOTE,) if bench.data.base.quantization == "nf4" and bench.task.device == "cpu" else (),
         )
         if not bench.task.serving:
             return row
-        with OfflineEngine(_merged(bench, folder), Path, bench.engine) as other:
-            timed = bench.serving("engine", base=ByEngine(engine), unmerged=tuned, merged=ByEngine(other))
+        with OfflineEngine(_merge(bench, folder), Path, bench.engine) as other:
+            timed = bench.serving("engine", base=EngineAnswerer(engine), unmerged=tuned, merged=EngineAnswerer(other))
     return row.model_copy(update={"serving": timed})
 
 
-def _full(bench: Workbench) -> Row:
+def _full(bench: Workbench) -> ComparisonRow:
     """What ends as a base of its own."""
     task, data = bench.task, bench.data
     model = bench.load()
-    base = memory.held(task.device)
+    base = memory.used_bytes(task.device)
     del model  # the trainer loads its own
     progress = train_full(
         data.base,
@@ -101,15 +103,15 @@ def _full(bench: Workbench) -> Row:
         device=torch.device(task.device),
         checkpoints=bench.checkpoints,
     )
-    training = watched(bench, progress, base=base)
+    training = run_training(bench, progress, base=base)
     folder = task.folder / "whole"
     folder.mkdir()
     result = export_full(bench.checkpoints, data.spec, base=data.base, folder=folder)
     with OfflineEngine(replace(data.base, folder=folder, fingerprint=""), Path, bench.engine) as engine:
-        tuned = ByEngine(engine)
-        row = Row(
+        tuned = EngineAnswerer(engine)
+        row = ComparisonRow(
             subject="full",
-            training=_with_artifact(training.model_copy(update={"parameters": training.of}), folder),
+            training=_with_artifact(training.model_copy(update={"parameters": training.base_parameters}), folder),
             quality=bench.quality(tuned),
             notes=(
                 f"as a LoRA of rank {data.spec.rank} {result.report.energy_of_all:.0%} of the change would be kept.",
@@ -118,45 +120,45 @@ def _full(bench: Workbench) -> Row:
         if not task.serving:
             return row
         with OfflineEngine(data.base, Path, bench.engine) as other:
-            return row.model_copy(update={"serving": bench.serving("engine", base=ByEngine(other), merged=tuned)})
+            return row.model_copy(update={"serving": bench.serving("engine", base=EngineAnswerer(other), merged=tuned)})
 
 
-def _beside(bench: Workbench, attach: Attach, cache: Callable[[Tuned], MakeCache]) -> Row:
+def _transformers_only(bench: Workbench, attach: Attach, cache: Callable[[AdaptedModel], MakeCache]) -> ComparisonRow:
     """What the engine doesn't serve, by transformers; `cache` is what its answers begin with."""
     model = bench.load()
-    training = _trained(bench, model, attach)
-    weights = _kept(bench)
-    folder = _written({"adapter.safetensors": save(weights)}, bench.task.folder / "adapter")
+    training = _train(bench, model, attach)
+    weights = _trained_weights(bench)
+    folder = _write_files({"adapter.safetensors": save(weights)}, bench.task.folder / "adapter")
     with attach(model, bench.data.spec, bench.data.base.folder) as tuned:
         with torch.no_grad():
             for name, weight in tuned.weights.items():
                 weight.copy_(weights[name])
-        after = ByTransformers(model, bench.data.tokenizer, cache(tuned))
-        return Row(
+        after = TransformersAnswerer(model, bench.data.tokenizer, cache(tuned))
+        return ComparisonRow(
             subject=bench.task.subject,
             training=_with_artifact(training, folder),
             quality=bench.quality(after),
             serving=bench.serving(
-                "transformers", base=ByTransformers(bench.load(), bench.data.tokenizer), unmerged=after
+                "transformers", base=TransformersAnswerer(bench.load(), bench.data.tokenizer), unmerged=after
             ),
         )
 
 
-def _bottleneck(model: PreTrainedModel, spec: JobSpec, folder: Path) -> AbstractContextManager[Tuned]:
-    return bottleneck.attached(model, UNITS * spec.rank, spec.seed)
+def _bottleneck(model: PreTrainedModel, spec: JobSpec, folder: Path) -> AbstractContextManager[AdaptedModel]:
+    return bottleneck.attach_bottleneck(model, UNITS * spec.rank, spec.seed)
 
 
 def _prefix(bench: Workbench) -> Attach:
     begin = [token for example in bench.data.train for token in example.tokens][: TOKENS * bench.data.spec.rank]
-    return lambda model, spec, folder: prefix.attached(model, begin)
+    return lambda model, spec, folder: prefix.attach_prefix(model, begin)
 
 
-def _prefix_cache(tuned: Tuned) -> MakeCache:
-    assert isinstance(tuned.model, prefix.Prefixed)
+def _prefix_cache(tuned: AdaptedModel) -> MakeCache:
+    assert isinstance(tuned.model, prefix.PrefixModel)
     return tuned.model.cache
 
 
-def _trained(bench: Workbench, model: PreTrainedModel, attach: Attach) -> Training:
+def _train(bench: Workbench, model: PreTrainedModel, attach: Attach) -> Training:
     """Trains by the loop of the jobs, which leaves the weights in its checkpoints."""
     progress = train(
         model,
@@ -167,24 +169,26 @@ def _trained(bench: Workbench, model: PreTrainedModel, attach: Attach) -> Traini
         checkpoints=bench.checkpoints,
         attach=attach,
     )
-    training = watched(bench, progress, base=memory.held(bench.task.device))
-    return training.model_copy(update={"parameters": sum(weight.numel() for weight in _kept(bench).values())})
+    training = run_training(bench, progress, base=memory.used_bytes(bench.task.device))
+    return training.model_copy(
+        update={"parameters": sum(weight.numel() for weight in _trained_weights(bench).values())}
+    )
 
 
-def _kept(bench: Workbench) -> dict[str, torch.Tensor]:
+def _trained_weights(bench: Workbench) -> dict[str, torch.Tensor]:
     """The weights that training came to."""
-    return kept(bench.checkpoints, bench.data.spec).weights
+    return load_checkpoint_to_export(bench.checkpoints, bench.data.spec).weights
 
 
-def _merged(bench: Workbench, adapter: Path) -> Base:
+def _merge(bench: Workbench, adapter: Path) -> Base:
     """The base with an adapter's deltas in its own weights, those it was trained on; in bfloat16."""
     base, folder = bench.data.base, bench.task.folder / "merged"
     folder.mkdir()
-    write_whole(merged(load_for_training(base, torch.bfloat16), adapter), base.folder, folder)
+    save_hf_model(merge_into(load_for_training(base, torch.bfloat16), adapter), base.folder, folder)
     return replace(base, folder=folder, fingerprint="", quantization="none")
 
 
-def _written(files: Mapping[str, bytes], folder: Path) -> Path:
+def _write_files(files: Mapping[str, bytes], folder: Path) -> Path:
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)

@@ -12,7 +12,7 @@ from loramill.errors import SetupError
 _PROC = Path("/proc/self")
 
 
-def held(device: str) -> int:
+def used_bytes(device: str) -> int:
     """The bytes held now: resident on a CPU, in tensors on a GPU."""
     if device == "cuda":
         return torch.cuda.memory_allocated()
@@ -20,7 +20,7 @@ def held(device: str) -> int:
     return _status("VmRSS")
 
 
-def forget_peak(device: str) -> None:
+def reset_peak(device: str) -> None:
     """Has `peak` begin anew.
 
     Raises:
@@ -38,7 +38,7 @@ def forget_peak(device: str) -> None:
         ) from error
 
 
-def peak(device: str) -> int:
+def peak_bytes(device: str) -> int:
     """The most bytes held since `forget_peak`."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
 

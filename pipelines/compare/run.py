@@ -15,9 +15,19 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from loramill.errors import InvalidRequest
-from loramill.pipelines.compare.data import read
-from loramill.pipelines.compare.types import TITLES, TUNINGS, Comparison, Report, Row, Stage, Subject, Task, Tuning
-from loramill.serve.replica.replica import find_device
+from loramill.pipelines.compare.data import read_task
+from loramill.pipelines.compare.types import (
+    TITLES,
+    TUNINGS,
+    Comparison,
+    ComparisonRow,
+    Report,
+    Subject,
+    Task,
+    TaskProgress,
+    Tuning,
+)
+from loramill.serve.replica.replica import resolve_device
 from loramill.settings import Settings
 
 #: Of what a failed process wrote, what a row keeps.
@@ -27,22 +37,22 @@ LOG_CHARACTERS = 4000
 COMMAND = (sys.executable, "-P", "-m", "loramill.pipelines.compare.worker_process")
 
 #: What a task's process writes: a line of JSON each.
-SAID: TypeAdapter[Stage | Row] = TypeAdapter(Stage | Row)
+PROCESS_OUTPUT: TypeAdapter[TaskProgress | ComparisonRow] = TypeAdapter(TaskProgress | ComparisonRow)
 
 
-def run(task: Task, report: Report = lambda stage: None) -> Row:
+def run_task(task: Task, report: Report = lambda stage: None) -> ComparisonRow:
     """Measures a task, and removes its folder; the row says so if it failed, however it did."""
     task.folder.mkdir(parents=True, exist_ok=True)
     try:
         (task.folder / "task.json").write_text(task.model_dump_json(), encoding="utf-8")
-        row, code = _followed(task, report)
+        row, code = _run_process(task, report)
         log = (task.folder / "log").read_bytes().decode(errors="replace")[-LOG_CHARACTERS:]
     finally:
         shutil.rmtree(task.folder)  # a whole model and its checkpoints, perhaps
-    return _lost(task, code, log) if row is None else row
+    return _failed_row(task, code, log) if row is None else row
 
 
-def _followed(task: Task, report: Report) -> tuple[Row | None, int]:
+def _run_process(task: Task, report: Report) -> tuple[ComparisonRow | None, int]:
     """Runs the task's process to its end; the row, if there was one, and the exit code."""
     row = None
     with (task.folder / "task.json").open("rb") as asked, (task.folder / "log").open("wb") as log:
@@ -51,8 +61,8 @@ def _followed(task: Task, report: Report) -> tuple[Row | None, int]:
     assert process.stdout is not None
     try:
         for line in process.stdout:
-            said = SAID.validate_json(line)
-            if isinstance(said, Row):
+            said = PROCESS_OUTPUT.validate_json(line)
+            if isinstance(said, ComparisonRow):
                 row = said
             else:
                 report(said)
@@ -64,15 +74,17 @@ def _followed(task: Task, report: Report) -> tuple[Row | None, int]:
         process.stdout.close()
 
 
-def _lost(task: Task, code: int, written: str) -> Row:
+def _failed_row(task: Task, code: int, written: str) -> ComparisonRow:
     """The row of a process that ended without one."""
     last = next((line.strip() for line in reversed(written.splitlines()) if line.strip()), "it wrote nothing")
     if code == -signal.SIGKILL:
-        return Row(subject=task.subject, error="Its process was killed: memory ran out, most likely.", log=written)
-    return Row(subject=task.subject, error=f"Its process ended with code {code}: {last}", log=written)
+        return ComparisonRow(
+            subject=task.subject, error="Its process was killed: memory ran out, most likely.", log=written
+        )
+    return ComparisonRow(subject=task.subject, error=f"Its process ended with code {code}: {last}", log=written)
 
 
-def plan(
+def plan_tasks(
     settings: Settings,
     folder: Path,
     *,
@@ -101,7 +113,7 @@ def plan(
             subject=subject,
             cache=settings.cache,
             folder=folder / subject,
-            device="cuda" if find_device(settings.serve) == "cuda" else "cpu",
+            device="cuda" if resolve_device(settings.serve) == "cuda" else "cpu",
             threads=settings.jobs.threads,
             learning_rate=own.get(subject),
             **said,
@@ -109,7 +121,7 @@ def plan(
         for subject in subjects
     ]
     for task in tasks:
-        read(task)
+        read_task(task)
     return tasks
 
 
@@ -122,7 +134,7 @@ def compare_all(tasks: Sequence[Task], following: Callable[[str], AbstractContex
     rows = []
     for task in tasks:
         with following(TITLES[task.subject]) as report:
-            rows.append(run(task, report))
+            rows.append(run_task(task, report))
     first = tasks[0]
     return Comparison(
         base=first.base,

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from pydantic import Field
 
 from loramill.pipelines.nightly.scoring import Score
-from loramill.types import Value
+from loramill.types import FrozenModel
 
 Tuning = Literal["full", "lora", "qlora", "dora", "adalora", "prefix", "bottleneck"]
 TUNINGS: tuple[Tuning, ...] = get_args(Tuning)
@@ -28,10 +28,10 @@ TITLES: dict[Subject, str] = {
 }
 
 #: Learning rates of those that `recipe` doesn't know, and of full fine-tuning, whose best is about a tenth of LoRA's.
-RATES: dict[Subject, float] = {"full": 1e-4, "prefix": 1e-2, "bottleneck": 1e-3}
+LEARNING_RATES: dict[Subject, float] = {"full": 1e-4, "prefix": 1e-2, "bottleneck": 1e-3}
 
 
-class Task(Value):
+class Task(FrozenModel):
     """One row's work: everything its process needs to know."""
 
     subject: Subject
@@ -51,7 +51,7 @@ class Task(Value):
     serving: bool = Field(default=True, description="whether to measure what serving a token takes")
 
 
-class Memory(Value):
+class MemoryUse(FrozenModel):
     """Bytes of the process on a CPU, and of its tensors on a GPU, at their most."""
 
     base: int = Field(description="with the base loaded, before anything else")
@@ -63,30 +63,30 @@ class Memory(Value):
         return self.peak - self.base
 
 
-class Serving(Value):
+class Serving(FrozenModel):
     """Seconds a token of one answer, medians of rounds side by side: CPU time, or the clock's on a GPU."""
 
-    by: Literal["engine", "transformers"]
+    backend: Literal["engine", "transformers"]
     base: float
     unmerged: float | None = Field(default=None, description="None: there is nothing beside the base's own weights")
     merged: float | None = Field(default=None, description="None: it can't be merged")
 
 
-class Training(Value):
+class Training(FrozenModel):
     """What training one subject took, and came to."""
 
     parameters: int = Field(description="that were trained")
-    of: int = Field(description="parameters of the base")
+    base_parameters: int = Field(description="parameters of the base")
     learning_rate: float
     steps: int
     batch_size: int
-    memory: Memory
+    memory: MemoryUse
     step_seconds: float = Field(description="median; CPU time, or the clock's on a GPU")
     valid_loss: float | None
     artifact_bytes: int
 
 
-class Row(Value):
+class ComparisonRow(FrozenModel):
     """What became of one task."""
 
     subject: Subject
@@ -103,7 +103,7 @@ class Row(Value):
         return TITLES[self.subject]
 
 
-class Stage(Value):
+class TaskProgress(FrozenModel):
     """How far a task is."""
 
     name: str
@@ -111,10 +111,10 @@ class Stage(Value):
     total: int | None = None
 
 
-Report = Callable[[Stage], None]
+Report = Callable[[TaskProgress], None]
 
 
-class Comparison(Value):
+class Comparison(FrozenModel):
     """All rows, and what they have in common."""
 
     base: str
@@ -123,7 +123,7 @@ class Comparison(Value):
     seed: int
     train: str
     test: str
-    rows: tuple[Row, ...]
+    rows: tuple[ComparisonRow, ...]
 
     @property
     def metric(self) -> Literal["exact_match", "rouge_l"]:

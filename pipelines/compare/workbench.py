@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from loramill.jobs.train.loop import Progress
+from loramill.jobs.train.loop import TrainingProgress
 from loramill.models.catalog import load_for_training
 from loramill.pipelines.compare import memory
 from loramill.pipelines.compare.answers import Answerer, quality, token_seconds
-from loramill.pipelines.compare.data import Data
-from loramill.pipelines.compare.types import Memory, Report, Serving, Stage, Task, Training
+from loramill.pipelines.compare.data import TaskData
+from loramill.pipelines.compare.types import MemoryUse, Report, Serving, Task, TaskProgress, Training
 from loramill.pipelines.nightly.scoring import Score
 from loramill.settings import ServeSettings
 from loramill.sizing.anatomy import anatomy, read_config
@@ -28,7 +28,7 @@ class Workbench:
     """A task, its data, and who wants to hear how far it is."""
 
     task: Task
-    data: Data
+    data: TaskData
     report: Report
 
     @property
@@ -50,7 +50,7 @@ class Workbench:
         """Scores the answers to the test questions."""
 
         def report(done: int) -> None:
-            self.report(Stage(name="answering", done=done, total=len(self.data.test)))
+            self.report(TaskProgress(name="answering", done=done, total=len(self.data.test)))
 
         return quality(answerer, self.data.test, self.data.tokenizer, report)
 
@@ -58,11 +58,11 @@ class Workbench:
         """What a token takes each of `base`, `unmerged` and `merged`; None if nobody wants to know."""
         if not self.task.serving:
             return None
-        self.report(Stage(name="timing tokens"))
-        return Serving(by=by, **token_seconds(answerers, self.data.test[0], self.task.device))
+        self.report(TaskProgress(name="timing tokens"))
+        return Serving(backend=by, **token_seconds(answerers, self.data.test[0], self.task.device))
 
 
-def watched(bench: Workbench, progress: Iterable[Progress], *, base: int) -> Training:
+def run_training(bench: Workbench, progress: Iterable[TrainingProgress], *, base: int) -> Training:
     """Trains to the end, with an eye on memory and clock; `parameters` and `artifact_bytes` are for others to fill in.
 
     A step's time leaves out those with a validation, and the first, which warms up, where there are others.
@@ -72,7 +72,7 @@ def watched(bench: Workbench, progress: Iterable[Progress], *, base: int) -> Tra
     """
     device = bench.task.device
     clock = time.perf_counter if device == "cuda" else time.process_time
-    memory.forget_peak(device)
+    memory.reset_peak(device)
     seconds, plain, losses = [], [], []
     begun = clock()
     for point in progress:
@@ -81,15 +81,15 @@ def watched(bench: Workbench, progress: Iterable[Progress], *, base: int) -> Tra
             plain.append(seconds[-1])
         else:
             losses.append(point.valid_loss)
-        bench.report(Stage(name="training", done=point.step, total=point.steps))
+        bench.report(TaskProgress(name="training", done=point.step, total=point.total_steps))
         begun = clock()
     return Training(
         parameters=0,
-        of=anatomy(read_config(str(bench.data.base.folder))).parameters,
+        base_parameters=anatomy(read_config(str(bench.data.base.folder))).parameters,
         learning_rate=bench.data.spec.learning_rate,
         steps=len(seconds),
         batch_size=bench.data.spec.batch_size,
-        memory=Memory(base=base, peak=memory.peak(device)),
+        memory=MemoryUse(base=base, peak=memory.peak_bytes(device)),
         step_seconds=statistics.median(plain[1:] or plain or seconds),
         valid_loss=min(losses, default=None),
         artifact_bytes=0,

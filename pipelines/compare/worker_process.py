@@ -9,8 +9,8 @@ import os
 import sys
 
 from loramill.errors import LoramillError
-from loramill.pipelines.compare.measure import measure
-from loramill.pipelines.compare.types import Report, Row, Stage, Task
+from loramill.pipelines.compare.measure import measure_task
+from loramill.pipelines.compare.types import ComparisonRow, Report, Task, TaskProgress
 
 
 def main() -> None:
@@ -19,18 +19,18 @@ def main() -> None:
     told = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
-    def tell(said: Stage | Row) -> None:
+    def tell(said: TaskProgress | ComparisonRow) -> None:
         told.write(said.model_dump_json() + "\n")
 
     tell(row_of(Task.model_validate_json(sys.stdin.read()), tell))
 
 
-def row_of(task: Task, report: Report) -> Row:
+def row_of(task: Task, report: Report) -> ComparisonRow:
     """The task's row, of its figures or of the error that kept it from any."""
     try:
-        return measure(task, report)
+        return measure_task(task, report)
     except LoramillError as error:
-        return Row(subject=task.subject, error=error.message)
+        return ComparisonRow(subject=task.subject, error=error.message)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ from sqlalchemy.orm import Session
 
 from loramill.data import jsonl
 from loramill.data.examples import read_examples
-from loramill.data.new_data import REPLAY, enough, hold_out, outlook, sample
+from loramill.data.new_data import REPLAY_EXAMPLES, hold_out, outlook, required_examples, sample
 from loramill.errors import BaseUnusable
 from loramill.models.catalog import Base
-from loramill.names import SHORT, AdapterName
+from loramill.names import SHORT_HASH_LENGTH, AdapterName
 from loramill.plural import counted
 from loramill.registry import ArtifactStore, adapters, datasets, jobs
-from loramill.submission.defaults import MIN_STEPS, resolve_spec, steps_of
+from loramill.submission.defaults import MIN_STEPS, count_steps, resolve_spec
 from loramill.types import DatasetRecord, JobSpec, NewData, VersionRecord
 
 #: Passes over the data of a nightly run that continues from the champion, if these are at least `MIN_STEPS` steps.
@@ -24,7 +24,7 @@ EPOCHS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class TooLittle:
+class InsufficientData:
     """The new data isn't enough to train and evaluate with; `reason` says what would be."""
 
     reason: str
@@ -32,7 +32,7 @@ class TooLittle:
 
 def collect(
     session: Session, artifacts: ArtifactStore, name: AdapterName, new_data: NewData, base: Base, minimum: int = 1
-) -> dict[str, Any] | TooLittle:
+) -> dict[str, Any] | InsufficientData:
     """Makes the night's datasets and says what to train: `{spec, champion, slices: {name: dataset}}`.
 
     Training sees the new examples and a replay of old ones. Two slices are held out: `before`, what the
@@ -54,7 +54,7 @@ def collect(
     def rows(dataset: str | None) -> list[bytes]:
         if dataset is None:
             return []
-        return lines(artifacts.read(datasets.get(session, dataset).artifact, "data.jsonl"))
+        return jsonl_rows(artifacts.read(datasets.get(session, dataset).artifact, "data.jsonl"))
 
     def freeze(kind: str, content: Sequence[bytes]) -> DatasetRecord:
         return freeze_rows(session, artifacts, name.tenant, f"{name.adapter}-{kind}.jsonl", content)
@@ -64,13 +64,13 @@ def collect(
     count, validation = len(new), len(new_valid)
     if not new_valid:
         new, new_valid = hold_out(new)
-    there = datasets.counts(session, filter(None, (old.train, old.valid))) if old else {}
+    there = datasets.example_counts(session, filter(None, (old.train, old.valid))) if old else {}
     known, judge = (file if file in there else None for file in ((old.train, old.valid) if old else (None, None)))
-    replay = sample(rows(known), REPLAY)
-    if count < enough(validation=bool(validation), replay=len(replay), minimum=minimum):
-        return TooLittle(outlook(count, validation, replay=len(replay), minimum=minimum))
+    replay = sample(rows(known), REPLAY_EXAMPLES)
+    if count < required_examples(validation=bool(validation), replay=len(replay), minimum=minimum):
+        return InsufficientData(outlook(count, validation, replay=len(replay), minimum=minimum))
     if not new:
-        return TooLittle(
+        return InsufficientData(
             f"{counted(count, 'new example')}, all identical, so that none can be held out: add different ones."
         )
     before = rows(judge)
@@ -87,11 +87,13 @@ def _version(session: Session, name: AdapterName, champion: str, base: Base) -> 
     Raises:
         BaseUnusable: it is of another base.
     """
-    version = adapters.version(session, champion)
+    version = adapters.get_version(session, champion)
     if version.base != base.fingerprint:
         raise BaseUnusable(
-            f"The champion {champion[:SHORT]} of '{name}' was trained on another base ({version.base[:SHORT]}) than "
-            f"the one in use, {base.name} ({base.fingerprint[:SHORT]}): set `base` to that one again, or submit a job "
+            f"The champion {champion[:SHORT_HASH_LENGTH]} of '{name}' was trained on another base "
+            f"({version.base[:SHORT_HASH_LENGTH]}) than "
+            f"the one in use, {base.name} ({base.fingerprint[:SHORT_HASH_LENGTH]}): set `base` to that one again, or "
+            "submit a job "
             f"for '{name}' and promote its version."
         )
     return version
@@ -112,13 +114,13 @@ def first_spec(name: AdapterName, train: DatasetRecord, valid: DatasetRecord, ba
 def next_spec(old: JobSpec, champion: str, train: DatasetRecord, valid: DatasetRecord) -> JobSpec:
     """The champion's recipe, gone on with from its weights at half its learning rate."""
     # A few examples make few steps per pass; the new is then learned at the cost of the old.
-    epochs = max(EPOCHS, -(-MIN_STEPS // steps_of(1, train.examples, old.batch_size)))
+    epochs = max(EPOCHS, -(-MIN_STEPS // count_steps(1, train.examples, old.batch_size)))
     changed = {
         "train": train.id,
         "valid": valid.id,
         "start_from": champion,
-        "learn": "all" if old.learn == "last" else old.learn,  # the default of older jobs
-        "steps": steps_of(epochs, train.examples, old.batch_size),
+        "train_on": "all" if old.train_on == "last" else old.train_on,  # the default of older jobs
+        "steps": count_steps(epochs, train.examples, old.batch_size),
         "epochs": epochs,
         "learning_rate": old.learning_rate / 2,
     }
@@ -135,6 +137,6 @@ def freeze_rows(
     return datasets.create(session, tenant, filename, artifact, len(raw), len(examples.examples))
 
 
-def lines(raw: bytes) -> list[bytes]:
+def jsonl_rows(raw: bytes) -> list[bytes]:
     """The rows of a JSONL file, without blank lines and byte order marks."""
-    return [row for _, row in jsonl.rows(raw)]
+    return [row for _, row in jsonl.iter_rows(raw)]

@@ -34,35 +34,37 @@ class Thresholds:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class GateDecision:
     """Promote or hold, and why in one sentence."""
 
     promote: bool
     reason: str
 
 
-def decide(slices: Sequence[SliceScores], thresholds: Thresholds) -> Decision:
+def decide(slices: Sequence[SliceScores], thresholds: Thresholds) -> GateDecision:
     """Promotes a challenger that gains overall, loses on no slice, and beats the base."""
     if not slices:
-        return Decision(False, "there are no held-out examples to judge by")
+        return GateDecision(False, "there are no held-out examples to judge by")
     challenger = overall([part.challenger for part in slices])
     base = overall([part.base for part in slices])
     if challenger.token_f1 <= base.token_f1:
-        return Decision(
+        return GateDecision(
             False, f"the challenger ({challenger.token_f1:.3f}) does not beat the base ({base.token_f1:.3f})"
         )
     champions = [part.champion for part in slices if part.champion is not None]
     if len(champions) < len(slices):
-        return Decision(True, f"first version, better than the base by {challenger.token_f1 - base.token_f1:.3f}")
+        return GateDecision(True, f"first version, better than the base by {challenger.token_f1 - base.token_f1:.3f}")
     for part, champion in zip(slices, champions, strict=True):
         drop = champion.token_f1 - part.challenger.token_f1
         if drop > thresholds.max_drop:
             lost, limit = _distinct(drop, thresholds.max_drop)
-            return Decision(False, f"it loses {lost} on the slice '{part.name}'; at most {limit} is allowed")
+            return GateDecision(False, f"it loses {lost} on the slice '{part.name}'; at most {limit} is allowed")
     gain = challenger.token_f1 - overall(champions).token_f1
     if gain < thresholds.min_gain - _ROUNDING:
-        return Decision(False, f"{_gained(gain, thresholds.min_gain)}; at least +{thresholds.min_gain:.3f} is required")
-    return Decision(True, f"it gains {gain:.3f} over the champion")
+        return GateDecision(
+            False, f"{_gained(gain, thresholds.min_gain)}; at least +{thresholds.min_gain:.3f} is required"
+        )
+    return GateDecision(True, f"it gains {gain:.3f} over the champion")
 
 
 def _gained(gain: float, least: float) -> str:

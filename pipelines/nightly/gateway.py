@@ -8,19 +8,21 @@ from typing import Protocol
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from loramill.client import Client
-from loramill.client.http import is_own, openai_errors
+from loramill.client.http import is_local_url, translate_openai_errors
 from loramill.errors import LoramillError, SettingsInvalid, Unavailable
-from loramill.pipelines.nightly.evaluate import Answer, Question, ask_all
+from loramill.pipelines.nightly.evaluate import EvalAnswer, EvalQuestion, answer_all
 from loramill.settings import Settings
 
 
-class Gateway(Protocol):
+class EvalGateway(Protocol):
     """What a nightly run needs from a gateway."""
 
     def check(self) -> None:
         """Raises NotRunning if nothing answers, and Unavailable if its models don't answer yet."""
 
-    def ask(self, questions: Sequence[Question], report: Callable[[int], None]) -> list[Answer | LoramillError]:
+    def answer_all(
+        self, questions: Sequence[EvalQuestion], report: Callable[[int], None]
+    ) -> list[EvalAnswer | LoramillError]:
         """The greedy answers, or the errors in their place, in order; `report` gets the number of finished questions.
 
         Raises:
@@ -42,11 +44,13 @@ class HttpGateway:
                 client.models()  # raises NotRunning where nothing listens
                 raise Unavailable(f"The models of the gateway at {client.url} don't answer yet; try again.")
 
-    def ask(self, questions: Sequence[Question], report: Callable[[int], None]) -> list[Answer | LoramillError]:
+    def answer_all(
+        self, questions: Sequence[EvalQuestion], report: Callable[[int], None]
+    ) -> list[EvalAnswer | LoramillError]:
         """As `Gateway`."""
         url = self._settings.gateway
-        with openai_errors(url):
-            return ask_all(openai_client(url, self._key()), questions, report=report)
+        with translate_openai_errors(url):
+            return answer_all(openai_client(url, self._key()), questions, report=report)
 
     def _key(self) -> str:
         file = self._settings.admin_key_file
@@ -57,5 +61,5 @@ class HttpGateway:
 
 def openai_client(url: str, key: str) -> AsyncOpenAI:
     """A client of the gateway at `url`; this machine's own is reached without a proxy."""
-    http = DefaultAsyncHttpxClient(trust_env=not is_own(url))
+    http = DefaultAsyncHttpxClient(trust_env=not is_local_url(url))
     return AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=8, timeout=600, http_client=http)

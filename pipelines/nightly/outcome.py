@@ -8,8 +8,8 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
-from loramill.errors import brief
-from loramill.types import NightlyStep, StepStatus, Value
+from loramill.errors import first_lines
+from loramill.types import FrozenModel, NightlyStep, StepStatus
 
 
 class Verdict(StrEnum):
@@ -25,10 +25,10 @@ class Verdict(StrEnum):
 
 
 #: Verdicts that make a nightly run end with exit status 1.
-BAD = (Verdict.FAILED, Verdict.INTERRUPTED)
+UNSUCCESSFUL = (Verdict.FAILED, Verdict.INTERRUPTED)
 
 
-class Outcome(Value):
+class Outcome(FrozenModel):
     """The outcome of a nightly run for one adapter.
 
     Attributes:
@@ -58,13 +58,13 @@ def summary(found: Sequence[Outcome]) -> str:
         return "No adapter had new data."
     counts = [(verdict, sum(each.verdict is verdict for each in found)) for verdict in Verdict]
     counted = ", ".join(f"{count} {verdict}" for verdict, count in counts if count)
-    bad = "; ".join(f"{each.adapter} at {each.stage}" for each in found if each.verdict in BAD)
+    bad = "; ".join(f"{each.adapter} at {each.stage}" for each in found if each.verdict in UNSUCCESSFUL)
     return f"Nightly run: {counted}{f' ({bad})' if bad else ''}."
 
 
 def succeeded(found: Sequence[Outcome]) -> bool:
     """Whether no adapter failed or was interrupted."""
-    return not any(each.verdict in BAD for each in found)
+    return not any(each.verdict in UNSUCCESSFUL for each in found)
 
 
 def describe(step: NightlyStep) -> str:
@@ -100,7 +100,7 @@ def _verdict(adapter: str, steps: list[NightlyStep], done: Mapping[str, Mapping[
         if step.result.get("deleted"):
             return Verdict.DELETED, step.step, str(step.result["error"])
         if step.status is StepStatus.FAILED:
-            error = brief(str(step.result.get("error") or "no reason was recorded")).rstrip(".")
+            error = first_lines(str(step.result.get("error") or "no reason was recorded")).rstrip(".")
             return Verdict.FAILED, step.step, f"{step.step}: {error}.{_what_now(adapter, step.result)}"
     gate = done.get("gate")
     if gate is not None:

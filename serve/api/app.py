@@ -12,16 +12,16 @@ from loramill.data.tokenizer import ChatTokenizer
 from loramill.models.catalog import Base
 from loramill.registry import Registry
 from loramill.serve.api import docs
-from loramill.serve.api.dependencies import Gateway, Served
+from loramill.serve.api.dependencies import Gateway, ServedBase
 from loramill.serve.api.errors import add_error_handlers
-from loramill.serve.api.generation.model_lookup import versions
-from loramill.serve.api.limits.flush import keeping
-from loramill.serve.api.limits.tracker import Books
-from loramill.serve.api.middleware.authentication import Authenticate
-from loramill.serve.api.middleware.cors import Cors
-from loramill.serve.api.middleware.request_id import BodyLimit, Edge, LastResort
+from loramill.serve.api.generation.model_lookup import version_cache
+from loramill.serve.api.limits.flush import usage_flusher
+from loramill.serve.api.limits.tracker import UsageTracker
+from loramill.serve.api.middleware.authentication import AuthenticationMiddleware
+from loramill.serve.api.middleware.cors import GatewayCORSMiddleware
+from loramill.serve.api.middleware.request_id import BodyLimitMiddleware, InternalErrorMiddleware, RequestIdMiddleware
 from loramill.serve.api.openapi import describe
-from loramill.serve.api.readings import Readings
+from loramill.serve.api.readings import DatasetChecks
 from loramill.serve.api.routes import (
     adapter_imports,
     adapters,
@@ -38,11 +38,11 @@ from loramill.serve.api.routes import (
     tenants,
     usage,
 )
-from loramill.serve.protocol import Backend
+from loramill.serve.protocol import GenerationBackend
 from loramill.settings import Settings
 
 #: Paths that take files.
-_UPLOADS = re.compile(rf"{files.PATH}|/v1/adapters/[^/]+/[^/]+/import")
+_UPLOAD_PATHS = re.compile(rf"{files.FILES_PATH}|/v1/adapters/[^/]+/[^/]+/import")
 
 
 def build_api(
@@ -50,9 +50,9 @@ def build_api(
     registry: Registry,
     base: Base,
     tokenizer: ChatTokenizer,
-    backend: Backend,
+    backend: GenerationBackend,
     settings: Settings,
-    others: Sequence[Served] = (),
+    other_bases: Sequence[ServedBase] = (),
 ) -> FastAPI:
     """Builds the gateway's app.
 
@@ -64,17 +64,17 @@ def build_api(
         settings: limits of uploads and of training files.
         others: further bases that can be asked.
     """
-    books = Books()
+    books = UsageTracker()
     app = FastAPI(
         title="loramill",
         version=loramill.__version__,
         docs_url=None,
         redoc_url=None,
-        lifespan=lambda _: keeping(books, registry),
+        lifespan=lambda _: usage_flusher(books, registry),
     )
-    served = {each.base.name: each for each in (Served(base, backend), *others)}
-    readings = Readings(registry.artifacts, tokenizer)
-    names = versions(registry, settings.serve.grace_seconds)
+    served = {each.base.name: each for each in (ServedBase(base, backend), *other_bases)}
+    readings = DatasetChecks(registry.artifacts, tokenizer)
+    names = version_cache(registry, settings.serve.grace_seconds)
     app.state.gateway = Gateway(registry, base, tokenizer, served, settings, readings, names, books)
     offered = (
         chat,
@@ -98,10 +98,12 @@ def build_api(
     app.include_router(docs.router)
     describe(app)
     # The last that is added is the first to see a request.
-    app.add_middleware(BodyLimit, uploads=_UPLOADS, upload_bytes=settings.serve.max_upload_bytes)
-    app.add_middleware(Authenticate, registry=registry, grace=settings.serve.grace_seconds)
-    app.add_middleware(LastResort)
+    app.add_middleware(
+        BodyLimitMiddleware, upload_paths=_UPLOAD_PATHS, max_upload_bytes=settings.serve.max_upload_bytes
+    )
+    app.add_middleware(AuthenticationMiddleware, registry=registry, grace_seconds=settings.serve.grace_seconds)
+    app.add_middleware(InternalErrorMiddleware)
     if settings.serve.cors_origins:
-        app.add_middleware(Cors, origins=settings.serve.cors_origins)
-    app.add_middleware(Edge)
+        app.add_middleware(GatewayCORSMiddleware, origins=settings.serve.cors_origins)
+    app.add_middleware(RequestIdMiddleware)
     return app

@@ -23,31 +23,31 @@ _K = TypeVar("_K", bound=Hashable)
 _V = TypeVar("_V")
 
 #: Seconds for which an answer holds, counted from when it was asked for: what other processes write is seen so late.
-SECONDS = 0.5
+TTL_SECONDS = 0.5
 
 #: Seconds that a read may take before the database counts as away: a server that vanished does not refuse connections.
-PATIENCE = 3.0
+READ_TIMEOUT_SECONDS = 3.0
 
 
 @dataclass(slots=True, eq=False)
-class _Flight(Generic[_V]):
+class _PendingRead(Generic[_V]):
     """A read that waits for its turn, goes on, or is done: `mark` is the registry's when it began."""
 
-    began: float = 0.0
+    started_at: float = 0.0
     mark: object = None
-    answer: asyncio.Future[_V] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    future: asyncio.Future[_V] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 @dataclass(frozen=True, slots=True)
-class _Known(Generic[_V]):
+class _CachedValue(Generic[_V]):
     """An answer that was read at `at`, when the registry's mark was `mark`."""
 
     value: _V
-    at: float
+    read_at: float
     mark: object
 
 
-class Remembered(Generic[_K, _V]):
+class ReadThroughCache(Generic[_K, _V]):
     """Answers of the record by key, for the event loop.
 
     Many who ask for the same key at the same time wait for one read. One thread reads, all keys that were asked for
@@ -60,75 +60,88 @@ class Remembered(Generic[_K, _V]):
     """
 
     def __init__(
-        self, registry: Registry, read: Callable[[Session, _K], _V], *, most: int = 10_000, grace: float = 0.0
+        self,
+        registry: Registry,
+        read: Callable[[Session, _K], _V],
+        *,
+        max_entries: int = 10_000,
+        grace_seconds: float = 0.0,
     ) -> None:
-        self._registry, self._read, self._most, self._grace = registry, read, most, grace
-        self._known: dict[_K, _Known[_V]] = {}
+        self._registry, self._read, self._max_entries, self._grace_seconds = registry, read, max_entries, grace_seconds
+        self._cached: dict[_K, _CachedValue[_V]] = {}
         #: When a read last failed because the database was away; None: the last read succeeded.
-        self._away: float | None = None
-        self._flights: dict[_K, _Flight[_V]] = {}
-        self._waiting: dict[_K, _Flight[_V]] = {}
-        self._reading: asyncio.Task[None] | None = None
+        self._unavailable_since: float | None = None
+        self._reads: dict[_K, _PendingRead[_V]] = {}
+        self._queued: dict[_K, _PendingRead[_V]] = {}
+        self._reader: asyncio.Task[None] | None = None
 
     async def get(self, key: _K) -> _V:
         """What `read` returns for a key, at most half a second old; raises what it raises.
 
         While the database is away, at most the grace old.
         """
-        known = self._within_grace(key)
-        if known is not None and self._away is not None and time.monotonic() - self._away < SECONDS:
+        known = self._cached_within_grace(key)
+        if (
+            known is not None
+            and self._unavailable_since is not None
+            and time.monotonic() - self._unavailable_since < TTL_SECONDS
+        ):
             return known.value
-        flight = self._waiting.get(key)
+        flight = self._queued.get(key)
         if flight is None:
-            flight = self._flights.get(key)
-            if flight is None or not self._holds(flight):
-                flight = self._begin(key)
+            flight = self._reads.get(key)
+            if flight is None or not self._is_fresh(flight):
+                flight = self._enqueue(key)
         if known is None:
             # Shielded, since one who goes away must not end the read for the others.
-            return await asyncio.shield(flight.answer)
+            return await asyncio.shield(flight.future)
         try:
             # In an outage no request waits: the read in the background shows when it is over.
-            async with asyncio.timeout(PATIENCE if self._away is None else 0):
-                return await asyncio.shield(flight.answer)
+            async with asyncio.timeout(READ_TIMEOUT_SECONDS if self._unavailable_since is None else 0):
+                return await asyncio.shield(flight.future)
         except TimeoutError:
-            self._away = time.monotonic()
+            self._unavailable_since = time.monotonic()
         except Unavailable:
             pass
         return known.value
 
-    def _within_grace(self, key: _K) -> _Known[_V] | None:
-        known = self._known.get(key)
-        if known is None or known.mark is not self._registry.mark or time.monotonic() - known.at >= self._grace:
+    def _cached_within_grace(self, key: _K) -> _CachedValue[_V] | None:
+        known = self._cached.get(key)
+        if (
+            known is None
+            or known.mark is not self._registry.commit_token
+            or time.monotonic() - known.read_at >= self._grace_seconds
+        ):
             return None
         return known
 
-    def _holds(self, flight: _Flight[_V]) -> bool:
-        return flight.mark is self._registry.mark and time.monotonic() - flight.began < SECONDS
+    def _is_fresh(self, flight: _PendingRead[_V]) -> bool:
+        return flight.mark is self._registry.commit_token and time.monotonic() - flight.started_at < TTL_SECONDS
 
-    def _begin(self, key: _K) -> _Flight[_V]:
-        flight: _Flight[_V] = _Flight()
-        self._flights.pop(key, None)
-        self._flights[key] = self._waiting[key] = flight
-        if len(self._flights) > self._most:
-            del self._flights[next(iter(self._flights))]
-        if self._reading is None or self._reading.done():
-            self._reading = asyncio.create_task(self._read_on())
+    def _enqueue(self, key: _K) -> _PendingRead[_V]:
+        flight: _PendingRead[_V] = _PendingRead()
+        self._reads.pop(key, None)
+        self._reads[key] = self._queued[key] = flight
+        if len(self._reads) > self._max_entries:
+            del self._reads[next(iter(self._reads))]
+        if self._reader is None or self._reader.done():
+            self._reader = asyncio.create_task(self._read_queued())
         return flight
 
-    async def _read_on(self) -> None:
+    async def _read_queued(self) -> None:
         """Reads until nobody waits."""
-        while self._waiting:
-            now, self._waiting = self._waiting, {}
+        while self._queued:
+            now, self._queued = self._queued, {}
             for flight in now.values():
-                flight.began, flight.mark = time.monotonic(), self._registry.mark
+                flight.started_at, flight.mark = time.monotonic(), self._registry.commit_token
             try:
                 answers = await run_in_threadpool(self._read_all, list(now))
-                self._away = None
+                self._unavailable_since = None
             except Exception as error:  # noqa: BLE001 - whoever waits raises it
-                self._away = time.monotonic() if isinstance(error, Unavailable) else None
+                self._unavailable_since = time.monotonic() if isinstance(error, Unavailable) else None
                 answers = dict.fromkeys(now, error)
             for key, flight in now.items():
-                self._land(key, flight, answers[key])
+                self._finish(key, flight, answers[key])
 
     def _read_all(self, keys: Sequence[_K]) -> Mapping[_K, _V | Exception]:
         with self._registry.reading() as session:
@@ -140,22 +153,22 @@ class Remembered(Generic[_K, _V]):
         except LoramillError as error:
             return error
 
-    def _land(self, key: _K, flight: _Flight[_V], answer: _V | Exception) -> None:
+    def _finish(self, key: _K, flight: _PendingRead[_V], answer: _V | Exception) -> None:
         if not isinstance(answer, Exception):
-            flight.answer.set_result(answer)
-            self._note(key, _Known(answer, flight.began, flight.mark))
+            flight.future.set_result(answer)
+            self._store(key, _CachedValue(answer, flight.started_at, flight.mark))
             return
         if not isinstance(answer, Unavailable):
-            self._known.pop(key, None)  # it no longer exists
-        flight.answer.set_exception(answer)
-        flight.answer.exception()  # whoever waited may have gone
-        if self._flights.get(key) is flight:
-            del self._flights[key]
+            self._cached.pop(key, None)  # it no longer exists
+        flight.future.set_exception(answer)
+        flight.future.exception()  # whoever waited may have gone
+        if self._reads.get(key) is flight:
+            del self._reads[key]
 
-    def _note(self, key: _K, known: _Known[_V]) -> None:
-        if not self._grace:
+    def _store(self, key: _K, known: _CachedValue[_V]) -> None:
+        if not self._grace_seconds:
             return
-        self._known.pop(key, None)
-        self._known[key] = known
-        if len(self._known) > self._most:
-            del self._known[next(iter(self._known))]
+        self._cached.pop(key, None)
+        self._cached[key] = known
+        if len(self._cached) > self._max_entries:
+            del self._cached[next(iter(self._cached))]

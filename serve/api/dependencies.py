@@ -12,21 +12,21 @@ from loramill.data.tokenizer import ChatTokenizer
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.registry import Registry
-from loramill.serve.api.cache import Remembered
-from loramill.serve.api.limits.tracker import Books
+from loramill.serve.api.cache import ReadThroughCache
+from loramill.serve.api.limits.tracker import UsageTracker
 from loramill.serve.api.middleware.authentication import Caller
-from loramill.serve.api.readings import Readings
-from loramill.serve.protocol import Backend
+from loramill.serve.api.readings import DatasetChecks
+from loramill.serve.protocol import GenerationBackend
 from loramill.settings import Settings
 from loramill.types import VersionRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedBase:
     """A base that can be asked, and what answers for it and for its adapters."""
 
     base: Base
-    backend: Backend
+    backend: GenerationBackend
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +44,23 @@ class Gateway:
     registry: Registry
     base: Base
     tokenizer: ChatTokenizer
-    served: Mapping[str, Served]
+    served: Mapping[str, ServedBase]
     settings: Settings
-    readings: Readings
-    versions: Remembered[tuple[AdapterName, str], VersionRecord]
-    books: Books
+    dataset_checks: DatasetChecks
+    version_cache: ReadThroughCache[tuple[AdapterName, str], VersionRecord]
+    usage_tracker: UsageTracker
 
 
 # Both are async, so that FastAPI needs no thread to call them.
-async def _gateway(request: Request) -> Gateway:
+async def _get_gateway(request: Request) -> Gateway:
     gateway: Gateway = request.app.state.gateway
     return gateway
 
 
-async def _caller(request: Request) -> Caller:
+async def _get_caller(request: Request) -> Caller:
     caller: Caller = request.state.caller
     return caller
 
 
-Here = Annotated[Gateway, Depends(_gateway)]
-Who = Annotated[Caller, Depends(_caller)]
+GatewayDep = Annotated[Gateway, Depends(_get_gateway)]
+CallerDep = Annotated[Caller, Depends(_get_caller)]

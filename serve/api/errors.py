@@ -61,8 +61,8 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(LoramillError, _loramill_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(ClientDisconnect, _nobody_there)
-    app.add_exception_handler(DataError, _not_recordable)
+    app.add_exception_handler(ClientDisconnect, _client_disconnected)
+    app.add_exception_handler(DataError, _data_error)
 
 
 def _loramill_error(_: Request, error: Exception) -> Response:
@@ -79,11 +79,11 @@ def _http_error(request: Request, error: Exception) -> Response:
     elif error.status_code == 405:
         message, code = f"{request.url.path} doesn't answer {request.method}.", "method_not_allowed"
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    headers = {"allow": _allowed(request)} if error.status_code == 405 else error.headers
+    headers = {"allow": _allowed_methods(request)} if error.status_code == 405 else error.headers
     return JSONResponse({"error": body}, error.status_code, headers=headers)
 
 
-def _allowed(request: Request) -> str:
+def _allowed_methods(request: Request) -> str:
     """The methods of a URL, from the description: the framework names those of one route alone."""
     paths = request.app.openapi()["paths"]
     found = [path for path in paths if compile_path(path.replace("{model}", "{model:path}"))[0].match(request.url.path)]
@@ -91,29 +91,29 @@ def _allowed(request: Request) -> str:
     return ", ".join(sorted(method.upper() for method in paths[literal])) if literal else "GET"
 
 
-def _not_recordable(request: Request, error: Exception) -> Response:
+def _data_error(request: Request, error: Exception) -> Response:
     """What a database refuses by its nature: PostgreSQL keeps no NUL, and no number beyond its columns'."""
     assert isinstance(error, DataError)
     log.warning("request %s: %s", request.state.request_id, error.orig, extra={"request": request.state.request_id})
     return error_response(InvalidRequest("A text with a NUL, or a number this large, can't be looked up or kept."))
 
 
-def _nobody_there(_: Request, __: Exception) -> Response:
+def _client_disconnected(_: Request, __: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it; the access log does
 
 
 def _validation_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return error_response(invalid(error.errors(), error.body))
+    return error_response(invalid_request(error.errors(), error.body))
 
 
-def invalid(problems: Sequence[Mapping[str, Any]], body: object) -> InvalidRequest:
+def invalid_request(problems: Sequence[Mapping[str, Any]], body: object) -> InvalidRequest:
     """What pydantic found in a request, as an error about its first problem; each `loc` begins with "body" or so."""
     kind, param = problems[0]["type"], _param(problems[0], body)
     if kind == "json_invalid":
         return InvalidRequest(f"The body isn't valid JSON: {problems[0]['ctx']['error']}.")
     if not param and kind == "value_error":
-        return InvalidRequest(f"{_said(problems[0])}.")
+        return InvalidRequest(f"{_message(problems[0])}.")
     if not param:
         return InvalidRequest("The body must be an object, sent with its Content-Type.")
     if kind == "missing":
@@ -122,11 +122,11 @@ def invalid(problems: Sequence[Mapping[str, Any]], body: object) -> InvalidReque
         message = f"The parameter '{param}' isn't supported here, or not with this value; leave it out."
         return UnsupportedParameter(message, param=param)
     # A union reports each of its alternatives: all of them together say what would do.
-    said = dict.fromkeys(_said(problem) for problem in problems if _param(problem, body) == param)
+    said = dict.fromkeys(_message(problem) for problem in problems if _param(problem, body) == param)
     return InvalidRequest(f"'{param}': {' or: '.join(said)}.", param=param)
 
 
-def _said(problem: Mapping[str, Any]) -> str:
+def _message(problem: Mapping[str, Any]) -> str:
     """A problem's message, without the prefix that pydantic gives to those of our own validators."""
     return str(problem["msg"]).removeprefix("Value error, ")
 

@@ -9,22 +9,22 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
-from loramill.names import NAME
+from loramill.names import NAME_PATTERN
 from loramill.serve.api.middleware.authentication import OPEN_PATHS
 from loramill.serve.api.schemas.generation_objects import ChatCompletion, ChatCompletionChunk, Completion
-from loramill.serve.api.schemas.job_objects import BatchResult, Checkpoint, Job, JobEvent
+from loramill.serve.api.schemas.job_objects import BatchResult, Checkpoint, Job, JobEventObject
 from loramill.serve.api.schemas.objects import (
     Adapter,
+    AdapterDataObject,
     AdapterDeleted,
     AdapterFiles,
     AdapterHistory,
     AdapterWarm,
     AdapterWithData,
-    Change,
+    AuditChange,
     CreatedKey,
     CreatedTenant,
-    DataForRuns,
-    DayUsage,
+    DailyUsage,
     Error,
     File,
     FileCheck,
@@ -32,9 +32,9 @@ from loramill.serve.api.schemas.objects import (
     Health,
     ImportedAdapter,
     Key,
-    Listed,
-    Model,
+    ListObject,
     ModelDeleted,
+    ModelObject,
     RevokedKey,
     Tenant,
     TenantDeleted,
@@ -60,31 +60,31 @@ _TAGS = {
 ANSWERS: Mapping[str, Any] = {
     "POST /v1/chat/completions": ChatCompletion,
     "POST /v1/completions": Completion,
-    "GET /v1/models": Listed[Model],
-    "GET /v1/models/{model}": Model,
+    "GET /v1/models": ListObject[ModelObject],
+    "GET /v1/models/{model}": ModelObject,
     "DELETE /v1/models/{model}": ModelDeleted,
     "POST /v1/files": File,
-    "GET /v1/files": Listed[File],
+    "GET /v1/files": ListObject[File],
     "GET /v1/files/{file_id}": File,
     "POST /v1/files/check": FileCheck,
     "DELETE /v1/files/{file_id}": FileDeleted,
     "POST /v1/fine_tuning/jobs": Job,
-    "GET /v1/fine_tuning/jobs": Listed[Job],
+    "GET /v1/fine_tuning/jobs": ListObject[Job],
     "GET /v1/fine_tuning/jobs/{job_id}": Job,
     "POST /v1/fine_tuning/jobs/{job_id}/cancel": Job,
     "POST /v1/fine_tuning/jobs/{job_id}/pause": Job,
     "POST /v1/fine_tuning/jobs/{job_id}/resume": Job,
     "POST /v1/fine_tuning/jobs/{job_id}/retry": Job,
-    "GET /v1/fine_tuning/jobs/{job_id}/events": Listed[JobEvent],
-    "GET /v1/fine_tuning/jobs/{job_id}/checkpoints": Listed[Checkpoint],
+    "GET /v1/fine_tuning/jobs/{job_id}/events": ListObject[JobEventObject],
+    "GET /v1/fine_tuning/jobs/{job_id}/checkpoints": ListObject[Checkpoint],
     "POST /v1/fine_tuning/jobs/batch": BatchResult,
-    "GET /v1/adapters": Listed[Adapter],
+    "GET /v1/adapters": ListObject[Adapter],
     "GET /v1/adapters/{tenant}/{adapter}": AdapterHistory,
     "GET /v1/adapters/{tenant}/{adapter}/files": AdapterFiles,
     "POST /v1/adapters/{tenant}/{adapter}/import": ImportedAdapter,
     "POST /v1/adapters/{tenant}/{adapter}/promote": Adapter,
     "POST /v1/adapters/{tenant}/{adapter}/rollback": Adapter,
-    "GET /v1/adapters/{tenant}/{adapter}/data": Listed[DataForRuns],
+    "GET /v1/adapters/{tenant}/{adapter}/data": ListObject[AdapterDataObject],
     "POST /v1/adapters/{tenant}/{adapter}/data": AdapterWithData,
     "POST /v1/adapters/{tenant}/{adapter}/pin": Adapter,
     "POST /v1/adapters/{tenant}/{adapter}/unpin": Adapter,
@@ -92,18 +92,18 @@ ANSWERS: Mapping[str, Any] = {
     "DELETE /v1/adapters/{tenant}/{adapter}": AdapterDeleted,
     "DELETE /v1/adapters/{tenant}/{adapter}/versions/{version}": VersionDeleted,
     "POST /v1/adapters/{tenant}/{adapter}/rename": Adapter,
-    "GET /v1/tenants": Listed[Tenant],
+    "GET /v1/tenants": ListObject[Tenant],
     "POST /v1/tenants": Tenant,
-    "POST /v1/tenants/batch": Listed[CreatedTenant],
+    "POST /v1/tenants/batch": ListObject[CreatedTenant],
     "GET /v1/tenants/{tenant}": Tenant,
     "DELETE /v1/tenants/{tenant}": TenantDeleted,
     "POST /v1/tenants/{tenant}/share": Tenant,
     "POST /v1/tenants/{tenant}/limits": Tenant,
-    "GET /v1/tenants/{tenant}/keys": Listed[Key],
+    "GET /v1/tenants/{tenant}/keys": ListObject[Key],
     "POST /v1/tenants/{tenant}/keys": CreatedKey,
     "DELETE /v1/keys/{key_id}": RevokedKey,
-    "GET /v1/usage": Listed[DayUsage],
-    "GET /v1/audit": Listed[Change],
+    "GET /v1/usage": ListObject[DailyUsage],
+    "GET /v1/audit": ListObject[AuditChange],
     "GET /healthz": Health,
     "GET /readyz": Health,
     "GET /health": Health,
@@ -163,7 +163,11 @@ _ORGANIZATION = {
 }
 
 #: What parts of a path may be; a model's name has a slash of its own.
-_PARTS: Mapping[str, Json] = {"tenant": {"pattern": NAME}, "adapter": {"pattern": NAME}, "model": {"minLength": 1}}
+_PARTS: Mapping[str, Json] = {
+    "tenant": {"pattern": NAME_PATTERN},
+    "adapter": {"pattern": NAME_PATTERN},
+    "model": {"minLength": 1},
+}
 _PART: Json = {"pattern": "^[^/]+$"}
 
 

@@ -16,15 +16,15 @@ from loramill.serve.api.middleware.authentication import Caller
 from loramill.serve.api.routes import audit
 from loramill.serve.api.routes.references import find_file, named_by
 from loramill.serve.api.schemas.jobs import NewJob
-from loramill.sizing import check_targets, fitted
-from loramill.submission.defaults import resolve_spec, tokens_of
+from loramill.sizing import check_targets, fit_spec
+from loramill.submission.defaults import count_training_tokens, resolve_spec
 from loramill.types import DatasetRecord, Executor, JobRecord, JobSpec
 
 Level = Literal["info", "warn"]
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class CheckedJob:
     """A job that can be queued as it is.
 
     Attributes:
@@ -41,34 +41,34 @@ class Checked:
     notes: tuple[tuple[Level, str], ...]
 
 
-def check(session: Session, body: NewJob, here: Gateway, tenant: str) -> Checked:
+def check(session: Session, body: NewJob, gateway: Gateway, tenant: str) -> CheckedJob:
     """Does everything that can be done before a job is queued; changes nothing.
 
     Raises:
         InvalidRequest: a parameter, which the error names, or the data; DoesNotFit where no GPU of the pool holds it.
     """
-    spec, train, valid = _spec(session, body, here, tenant)
-    check_targets(spec, here.base)
-    if train.examples < here.settings.jobs.min_examples:
+    spec, train, valid = _spec(session, body, gateway, tenant)
+    check_targets(spec, gateway.base)
+    if train.examples < gateway.settings.jobs.min_examples:
         raise DatasetInvalid(
             f"{train.filename} has {train.examples} examples and training takes at least "
-            f"{here.settings.jobs.min_examples}; add some.",
+            f"{gateway.settings.jobs.min_examples}; add some.",
             param="training_file",
         )
-    lengths = here.readings.lengths(train, spec.max_length, spec.learn)
+    lengths = gateway.dataset_checks.lengths(train, spec.max_length, spec.train_on)
     warnings: tuple[str, ...] = ()
     held_out: Sequence[int] = ()
     if valid:
-        held_out = here.readings.lengths(valid, spec.max_length, spec.learn)
-        warnings = here.readings.warnings(train, valid)
-    spec, sized = fitted(spec, here.base, (*lengths, *held_out), here.settings.jobs)
-    cost = tokens_of(spec, lengths, train.examples)
+        held_out = gateway.dataset_checks.lengths(valid, spec.max_length, spec.train_on)
+        warnings = gateway.dataset_checks.warnings(train, valid)
+    spec, sized = fit_spec(spec, gateway.base, (*lengths, *held_out), gateway.settings.jobs)
+    cost = count_training_tokens(spec, lengths, train.examples)
     notes: list[tuple[Level, str]] = [("info", sized)] if sized else []
     notes += [("warn", warning) for warning in warnings]
-    return Checked(body, spec, train.examples, cost, _executor(body, spec, cost, here), tuple(notes))
+    return CheckedJob(body, spec, train.examples, cost, _executor(body, spec, cost, gateway), tuple(notes))
 
 
-def queue(session: Session, checked: Checked, who: Caller) -> JobRecord:
+def queue(session: Session, checked: CheckedJob, caller: Caller) -> JobRecord:
     """Queues a job for its tenant, on behalf of who asked for it.
 
     Raises:
@@ -85,7 +85,7 @@ def queue(session: Session, checked: Checked, who: Caller) -> JobRecord:
     )
     for level, note in checked.notes:
         jobs.add_event(session, job.id, level, "message", note, {})
-    audit.note(session, who, "job.create", job.id, job.tenant, adapter=job.spec.adapter)
+    audit.record_change(session, caller, "job.create", job.id, job.tenant, adapter=job.spec.adapter)
     return job
 
 
@@ -99,7 +99,7 @@ def _spec(
             "adapter's version, 'loramill.start_from' names that.",
             param="model",
         )
-    asked = body.asked()
+    asked = body.hyperparameters_or_default()
     with named_by("suffix"):
         name = AdapterName(tenant, check_name(body.suffix, "adapter"))
     train = find_file(session, body.training_file, tenant, "training_file")

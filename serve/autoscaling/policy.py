@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 #: Seconds over which the speed of a replica is learned.
-_LEARNING_SECONDS = 10.0
+_SPEED_WINDOW_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Targets:
+class ScalingTargets:
     """What the policy aims at.
 
     Attributes:
@@ -32,9 +32,9 @@ class Targets:
     """
 
     pending_seconds: float = 4.0
-    speed: float = 500.0
+    tokens_per_second: float = 500.0
     first_token_seconds: float = 2.0
-    usage: float = 0.7
+    max_utilization: float = 0.7
     settle_seconds: float = 20.0
     down_seconds: float = 60.0
     idle_seconds: float = 300.0
@@ -61,7 +61,7 @@ class ReplicaLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class Fleet:
+class ReplicaSet:
     """A base's replicas now.
 
     Attributes:
@@ -73,15 +73,15 @@ class Fleet:
     """
 
     now: float
-    wanted: int
-    up: tuple[ReplicaLoad, ...]
-    queued: float
-    least: int
-    most: int
+    target_replicas: int
+    loads: tuple[ReplicaLoad, ...]
+    queued_requests: float
+    min_replicas: int
+    max_replicas: int
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class PolicyState:
     """What a decision leaves for the next one.
 
     Attributes:
@@ -94,10 +94,10 @@ class Memory:
     """
 
     now: float
-    asked: float
-    changed: float
-    speed: float | None = None
-    enough: tuple[tuple[float, int], ...] = ()
+    last_active: float
+    last_change: float
+    tokens_per_second: float | None = None
+    sufficient: tuple[tuple[float, int], ...] = ()
 
 
 class Reason(StrEnum):
@@ -105,90 +105,90 @@ class Reason(StrEnum):
 
     STEADY = "as before"
     BOUNDS = "the bounds have changed"
-    WORK = "the pending work asks for it"
+    PENDING_WORK = "the pending work asks for it"
     FIRST_TOKEN = "first tokens take too long"
-    FEWER = "fewer have been enough"
+    OVERPROVISIONED = "fewer have been enough"
     IDLE = "nobody asks"
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class ScalingDecision:
     """How many replicas there are to be, why, and what the next decision needs to know."""
 
     replicas: int
     reason: Reason
-    memory: Memory
+    state: PolicyState
 
 
-def decide(fleet: Fleet, memory: Memory | None, targets: Targets) -> Decision:
+def decide(replica_set: ReplicaSet, state: PolicyState | None, targets: ScalingTargets) -> ScalingDecision:
     """How many replicas there are to be from now on; `memory` is the last decision's."""
-    memory = _seen(fleet, memory or Memory(fleet.now, fleet.now, fleet.now), targets)
-    replicas, reason = _wanted(fleet, memory, targets)
-    if replicas != fleet.wanted:
-        memory = replace(memory, changed=fleet.now)
-    return Decision(replicas, reason, memory)
+    state = _observe(replica_set, state or PolicyState(replica_set.now, replica_set.now, replica_set.now), targets)
+    replicas, reason = _target_replicas(replica_set, state, targets)
+    if replicas != replica_set.target_replicas:
+        state = replace(state, last_change=replica_set.now)
+    return ScalingDecision(replicas, reason, state)
 
 
-def _wanted(fleet: Fleet, memory: Memory, targets: Targets) -> tuple[int, Reason]:
-    bounded = max(fleet.least, min(fleet.most, fleet.wanted))
-    if bounded != fleet.wanted:
+def _target_replicas(fleet: ReplicaSet, memory: PolicyState, targets: ScalingTargets) -> tuple[int, Reason]:
+    bounded = max(fleet.min_replicas, min(fleet.max_replicas, fleet.target_replicas))
+    if bounded != fleet.target_replicas:
         return bounded, Reason.BOUNDS
     pending = pending_tokens(fleet, targets)
-    room = targets.pending_seconds * (memory.speed or targets.speed)
-    if (work := min(fleet.most, math.ceil(pending / room))) > fleet.wanted:
-        return work, Reason.WORK
-    settled = len(fleet.up) >= fleet.wanted and fleet.now - memory.changed >= targets.settle_seconds
-    if fleet.wanted < fleet.most and settled and any(_late(load, targets) for load in fleet.up):
-        return fleet.wanted + 1, Reason.FIRST_TOKEN
-    if fleet.least == 0 and fleet.now - memory.asked >= targets.idle_seconds:
-        return 0, Reason.IDLE if fleet.wanted else Reason.STEADY
-    enough = memory.enough[0][1]
-    if enough < fleet.wanted and fleet.now - memory.changed >= targets.down_seconds:
-        return max(1, fleet.least, enough), Reason.FEWER
-    return fleet.wanted, Reason.STEADY
+    room = targets.pending_seconds * (memory.tokens_per_second or targets.tokens_per_second)
+    if (work := min(fleet.max_replicas, math.ceil(pending / room))) > fleet.target_replicas:
+        return work, Reason.PENDING_WORK
+    settled = len(fleet.loads) >= fleet.target_replicas and fleet.now - memory.last_change >= targets.settle_seconds
+    if fleet.target_replicas < fleet.max_replicas and settled and any(_is_slow(load, targets) for load in fleet.loads):
+        return fleet.target_replicas + 1, Reason.FIRST_TOKEN
+    if fleet.min_replicas == 0 and fleet.now - memory.last_active >= targets.idle_seconds:
+        return 0, Reason.IDLE if fleet.target_replicas else Reason.STEADY
+    enough = memory.sufficient[0][1]
+    if enough < fleet.target_replicas and fleet.now - memory.last_change >= targets.down_seconds:
+        return max(1, fleet.min_replicas, enough), Reason.OVERPROVISIONED
+    return fleet.target_replicas, Reason.STEADY
 
 
-def pending_tokens(fleet: Fleet, targets: Targets) -> float:
+def pending_tokens(fleet: ReplicaSet, targets: ScalingTargets) -> float:
     """All that is to be computed; requests that no replica has yet count as much as the others do on average."""
-    tokens = sum(load.pending_tokens for load in fleet.up)
-    requests = sum(load.running + load.waiting for load in fleet.up)
-    return tokens + fleet.queued * (tokens / requests if requests else targets.request_tokens)
+    tokens = sum(load.pending_tokens for load in fleet.loads)
+    requests = sum(load.running + load.waiting for load in fleet.loads)
+    return tokens + fleet.queued_requests * (tokens / requests if requests else targets.request_tokens)
 
 
-def _late(load: ReplicaLoad, targets: Targets) -> bool:
+def _is_slow(load: ReplicaLoad, targets: ScalingTargets) -> bool:
     # Where nothing waits, a first token takes as long as its prompt does, and more replicas don't help.
     return load.waiting > 0 and load.first_token_seconds > targets.first_token_seconds
 
 
-def _seen(fleet: Fleet, memory: Memory, targets: Targets) -> Memory:
-    speed = _learned(fleet, memory, targets)
-    asked = fleet.queued > 0 or any(load.running or load.waiting for load in fleet.up)
-    enough = _enough(fleet, speed or targets.speed, targets)
+def _observe(fleet: ReplicaSet, memory: PolicyState, targets: ScalingTargets) -> PolicyState:
+    speed = _estimate_speed(fleet, memory, targets)
+    asked = fleet.queued_requests > 0 or any(load.running or load.waiting for load in fleet.loads)
+    enough = _sufficient_replicas(fleet, speed or targets.tokens_per_second, targets)
     since = fleet.now - targets.down_seconds
-    kept = ((at, number) for at, number in memory.enough if at > since and number > enough)
-    return Memory(
+    kept = ((at, number) for at, number in memory.sufficient if at > since and number > enough)
+    return PolicyState(
         now=fleet.now,
-        asked=fleet.now if asked else memory.asked,
-        changed=memory.changed,
-        speed=speed,
-        enough=(*kept, (fleet.now, enough)),
+        last_active=fleet.now if asked else memory.last_active,
+        last_change=memory.last_change,
+        tokens_per_second=speed,
+        sufficient=(*kept, (fleet.now, enough)),
     )
 
 
-def _enough(fleet: Fleet, speed: float, targets: Targets) -> int:
+def _sufficient_replicas(fleet: ReplicaSet, speed: float, targets: ScalingTargets) -> int:
     """Replicas that would do with half of the work that each may have before it, and with the speed that is used."""
     pending = pending_tokens(fleet, targets) / (targets.pending_seconds * speed / 2)
-    computed = sum(load.tokens_per_second for load in fleet.up) / (targets.usage * speed)
+    computed = sum(load.tokens_per_second for load in fleet.loads) / (targets.max_utilization * speed)
     return max(1, math.ceil(pending), math.ceil(computed))
 
 
-def _learned(fleet: Fleet, memory: Memory, targets: Targets) -> float | None:
+def _estimate_speed(fleet: ReplicaSet, memory: PolicyState, targets: ScalingTargets) -> float | None:
     """The speed of a full replica, a little nearer to that of those that have too much to do now."""
-    room = targets.pending_seconds * (memory.speed or targets.speed)
-    busy = (load for load in fleet.up if load.pending_tokens >= room or _late(load, targets))
+    room = targets.pending_seconds * (memory.tokens_per_second or targets.tokens_per_second)
+    busy = (load for load in fleet.loads if load.pending_tokens >= room or _is_slow(load, targets))
     # One that computes nothing is stuck or has just begun.
     full = [load.tokens_per_second for load in busy if load.tokens_per_second > 0]
     if not full:
-        return memory.speed
-    known, seen = memory.speed or targets.speed, sum(full) / len(full)
-    return seen + (known - seen) * math.exp((memory.now - fleet.now) / _LEARNING_SECONDS)
+        return memory.tokens_per_second
+    known, seen = memory.tokens_per_second or targets.tokens_per_second, sum(full) / len(full)
+    return seen + (known - seen) * math.exp((memory.now - fleet.now) / _SPEED_WINDOW_SECONDS)

@@ -11,10 +11,10 @@ from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
-from loramill.serve.autoscaling.policy import Fleet, ReplicaLoad, Targets, decide
+from loramill.serve.autoscaling.policy import ReplicaLoad, ReplicaSet, ScalingTargets, decide
 
 #: How Serve is told to look once a second and to leave every delay to the policy.
-PROMPTLY: dict[str, Any] = {
+UNDELAYED: dict[str, Any] = {
     "metrics_interval_s": 0.5,
     "look_back_period_s": 2.0,
     "upscale_delay_s": 0.0,
@@ -27,11 +27,11 @@ class Policy:
     """An autoscaling policy; takes `Targets` by name: the deployment's `policy_kwargs`."""
 
     def __init__(self, **targets: float) -> None:
-        self._targets = Targets(**targets)
+        self._targets = ScalingTargets(**targets)
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """How many replicas there are to be, and what Serve keeps until it asks again, ten times a second."""
-        decision = decide(fleet_of(context), context.policy_state.get("memory"), self._targets)
+        decision = decide(replica_set_of(context), context.policy_state.get("memory"), self._targets)
         if decision.replicas != context.target_num_replicas:
             logging.getLogger("ray.serve").info(
                 "%s: %d replicas instead of %d: %s",
@@ -40,10 +40,10 @@ class Policy:
                 context.target_num_replicas,
                 decision.reason.value,
             )
-        return decision.replicas, {"memory": decision.memory}
+        return decision.replicas, {"memory": decision.state}
 
 
-def fleet_of(context: AutoscalingContext) -> Fleet:
+def replica_set_of(context: AutoscalingContext) -> ReplicaSet:
     """What Serve knows of a deployment. A replica says how it is by `record_autoscaling_stats`, the fields of a
     `ReplicaLoad`; one that hasn't yet is idle."""
     said = context.raw_metrics or {}
@@ -53,11 +53,11 @@ def fleet_of(context: AutoscalingContext) -> Fleet:
         series = {name: said.get(name, {}).get(replica) for name in names}
         return ReplicaLoad(**{name: points[-1].value for name, points in series.items() if points})
 
-    return Fleet(
+    return ReplicaSet(
         now=context.current_time or 0.0,
-        wanted=context.target_num_replicas,
-        up=tuple(map(load, context.running_replicas)),
-        queued=context.total_queued_requests,
-        least=context.capacity_adjusted_min_replicas,
-        most=context.capacity_adjusted_max_replicas,
+        target_replicas=context.target_num_replicas,
+        loads=tuple(map(load, context.running_replicas)),
+        queued_requests=context.total_queued_requests,
+        min_replicas=context.capacity_adjusted_min_replicas,
+        max_replicas=context.capacity_adjusted_max_replicas,
     )

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from loramill.errors import LoramillError
-from loramill.serve.engine.types import Sampling, TokenLogprobs, TokenMask
+from loramill.serve.engine.types import SamplingParams, TokenLogprobs, TokenMask
 
 Row = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -30,17 +30,17 @@ _WORD = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio, odd: SplitMix64's stride
 
 
-class Chooser:
+class Sampler:
     """What one answer's choices depend on beside its logits: its randomness, its mask, and the tokens before.
 
     Two choosers with the same sampling (its seed given), prompt, index, mask and taken tokens choose alike, so an
     answer may be dropped and computed again at any time.
     """
 
-    __slots__ = ("_amounts", "_key", "_mask", "_places", "_seen", "_shifted", "_taken", "count", "sampling")
+    __slots__ = ("_amounts", "_key", "_mask", "_places", "_seen", "_shifted", "_taken", "params", "sampled_tokens")
 
     def __init__(
-        self, sampling: Sampling, prompt: Sequence[int], index: int = 0, mask: TokenMask | None = None
+        self, params: SamplingParams, prompt: Sequence[int], index: int = 0, mask: TokenMask | None = None
     ) -> None:
         """
         Args:
@@ -49,13 +49,13 @@ class Chooser:
             index: which of the n answers to the prompt; it is added to the seed.
             mask: the answer's own; None: all tokens may come.
         """
-        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-        self.sampling = sampling
-        self.count = 0
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        self.params = params
+        self.sampled_tokens = 0
         self._key = _mix(seed + index)
         self._mask = mask
-        self._seen = np.unique(np.array(prompt if sampling.repetition_penalty != 1.0 else (), np.intp))
-        bias = dict(sampling.logit_bias)
+        self._seen = np.unique(np.array(prompt if params.repetition_penalty != 1.0 else (), np.intp))
+        bias = dict(params.logit_bias)
         # Tokens whose logits get an amount added: those with a bias, and those that presence and frequency penalize.
         self._shifted = np.array([*bias], np.intp)
         self._amounts = np.array([*bias.values()], np.float64)
@@ -63,9 +63,9 @@ class Chooser:
         self._taken: set[int] = set()
 
     @property
-    def plain(self) -> bool:
+    def is_greedy(self) -> bool:
         """Whether the next token is the likeliest one, with nothing to change in the logits."""
-        return self.sampling.temperature < GREEDY_BELOW and not self._changes and self._mask is None
+        return self.params.temperature < GREEDY_BELOW and not self._changes and self._mask is None
 
     @property
     def finished(self) -> bool:
@@ -77,10 +77,10 @@ class Chooser:
         """Why the mask can't tell what may follow."""
         return None if self._mask is None else self._mask.error
 
-    def take(self, token: int) -> None:
+    def accept(self, token: int) -> None:
         """Notes that `token` is the answer's next."""
-        s = self.sampling
-        self.count += 1
+        s = self.params
+        self.sampled_tokens += 1
         if self._mask is not None:
             self._mask.accept(token)
         if s.repetition_penalty != 1.0:
@@ -88,7 +88,7 @@ class Chooser:
         if s.presence_penalty or s.frequency_penalty:
             self._penalize(token)
 
-    def choose(self, logits: Row) -> int | None:
+    def sample(self, logits: Row) -> int | None:
         """The next token by logits [vocabulary], which aren't written to; their maximum is finite.
 
         None if the mask allows only tokens that the model says can't come.
@@ -102,36 +102,36 @@ class Chooser:
             changed = self._change(row)
             # Where everything is banned, nothing is; but no ban opens what the mask shuts.
             row = changed if changed.max() > -np.inf else row
-        if self.sampling.temperature < GREEDY_BELOW:
+        if self.params.temperature < GREEDY_BELOW:
             return int(row.argmax())
         # SplitMix64 at the token's place in the answer.
-        return _draw(row, self.sampling, _mix(self._key + self.count * _GOLDEN))
+        return _draw(row, self.params, _mix(self._key + self.sampled_tokens * _GOLDEN))
 
     @property
     def _changes(self) -> bool:
-        return bool(len(self._seen) or len(self._shifted) or self.count < self.sampling.min_tokens)
+        return bool(len(self._seen) or len(self._shifted) or self.sampled_tokens < self.params.min_tokens)
 
     def _penalize(self, token: int) -> None:
         place = self._places.setdefault(token, len(self._shifted))
         if place == len(self._shifted):
             self._shifted = np.append(self._shifted, token)
             self._amounts = np.append(self._amounts, 0.0)
-        s = self.sampling
+        s = self.params
         self._amounts[place] -= s.frequency_penalty + (0.0 if token in self._taken else s.presence_penalty)
         self._taken.add(token)
 
     def _change(self, logits: Row) -> Row:
-        s, row = self.sampling, logits.copy()
+        s, row = self.params, logits.copy()
         # A token that is in `_seen` twice gets the same value twice.
         seen = row[self._seen]
         row[self._seen] = np.where(seen > 0, seen / s.repetition_penalty, seen * s.repetition_penalty)
         row[self._shifted] += self._amounts
-        if self.count < s.min_tokens:
+        if self.sampled_tokens < s.min_tokens:
             row[[token for token in s.stop_ids if token < len(row)]] = -np.inf
         return row
 
 
-def choose(logits: torch.Tensor, rows: Sequence[Chooser]) -> list[int | None]:
+def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | None]:
     """A token for each row, None where the highest logit that may be chosen isn't finite; nothing is taken yet.
 
     In this order: the mask; the repetition penalty, presence and frequency, the bias, the stop tokens banned before
@@ -144,16 +144,16 @@ def choose(logits: torch.Tensor, rows: Sequence[Chooser]) -> list[int | None]:
         logits: [rows, vocabulary] float32, on any device.
         rows: whose they are.
     """
-    likeliest = _likeliest_by_numpy(logits) if logits.device.type == "cpu" else likeliest_by_torch(logits)
+    likeliest = _argmax_by_numpy(logits) if logits.device.type == "cpu" else argmax_by_torch(logits)
     # A logit of float32's minimum is as good as -inf, and becomes it.
     with np.errstate(over="ignore"):
         return [
-            first if first is None or chooser.plain else chooser.choose(row.numpy(force=True))
-            for chooser, row, first in zip(rows, logits, likeliest, strict=True)
+            first if first is None or chooser.is_greedy else chooser.sample(row.numpy(force=True))
+            for chooser, row, first in zip(samplers, logits, likeliest, strict=True)
         ]
 
 
-def likeliest_by_torch(logits: torch.Tensor) -> list[int | None]:
+def argmax_by_torch(logits: torch.Tensor) -> list[int | None]:
     """Each row's likeliest token, the first of equals; None where its logit isn't finite, as where one is NaN.
 
     Nothing but that leaves the logits' device.
@@ -163,7 +163,7 @@ def likeliest_by_torch(logits: torch.Tensor) -> list[int | None]:
     return [token if sound else None for token, sound in found]
 
 
-def _likeliest_by_numpy(logits: torch.Tensor) -> list[int | None]:
+def _argmax_by_numpy(logits: torch.Tensor) -> list[int | None]:
     """The same on the CPU, where numpy is many times as fast."""
     values: npt.NDArray[np.float32] = logits.numpy(force=True)
     tokens = values.argmax(-1)
@@ -189,7 +189,7 @@ def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], tops: Sequence[i
     return entries
 
 
-def _draw(row: Row, s: Sampling, word: int) -> int:
+def _draw(row: Row, s: SamplingParams, word: int) -> int:
     """The token that 64 random bits choose from a row of logits, of which the highest is finite."""
     if not 0 < s.top_k < len(row):
         return _draw_weighted(_weights(row, s.temperature), s, word)
@@ -198,7 +198,7 @@ def _draw(row: Row, s: Sampling, word: int) -> int:
     return int(tokens[_draw_weighted(_weights(row[tokens], s.temperature), s, word)])
 
 
-def _draw_weighted(weights: Row, s: Sampling, word: int) -> int:
+def _draw_weighted(weights: Row, s: SamplingParams, word: int) -> int:
     """A token of what top_k, top_p and min_p leave of a distribution, without sorting it; the highest weight is 1.
 
     A token is drawn from all. If it isn't one of those left, neither is any after it in the order of their weights: it

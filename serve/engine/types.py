@@ -20,7 +20,7 @@ AdapterSource = Callable[[str], Path]
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingParams:
     """How tokens are chosen: penalties and bias change the logits, then temperature, top_k, top_p and min_p choose.
 
     Attributes:
@@ -94,14 +94,14 @@ class Request:
     id: str
     tenant: str
     tokens: tuple[int, ...]
-    sampling: Sampling
+    sampling_params: SamplingParams
     version: str | None = None
     priority: int = 0
-    timeout: float | None = None
+    timeout_seconds: float | None = None
     mask: Callable[[], TokenMask] | None = None
 
 
-class Finish(StrEnum):
+class FinishReason(StrEnum):
     """Why a request got its last output."""
 
     STOP = "stop"
@@ -126,9 +126,9 @@ class TokenLogprobs:
 class Output:
     """New tokens of a request's answer `index`; its last has `finish`, and `error` if that is ERROR."""
 
-    request: str
+    request_id: str
     tokens: tuple[int, ...]
-    finish: Finish | None = None
+    finish_reason: FinishReason | None = None
     error: LoramillError | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     index: int = 0
@@ -168,7 +168,7 @@ class EngineConfig:
     adapter_bits: Literal[16, 8] = 16
     max_waiting: int = 1024
     load_threads: int = 4
-    patience: int = 64
+    slot_patience_steps: int = 64
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -221,6 +221,6 @@ class EngineStats:
     loads: int = 0
     load_failures: int = 0
     evictions: int = 0
-    waits: Durations = field(default_factory=Durations)
+    queue_times: Durations = field(default_factory=Durations)
     step_times: Durations = field(default_factory=Durations)
     load_times: Durations = field(default_factory=Durations)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from loramill.errors import ContextLengthExceeded, InvalidRequest
-from loramill.serve.engine.types import Request, Sampling
+from loramill.serve.engine.types import Request, SamplingParams
 
 MAX_LOGPROBS = 20
 MAX_ANSWERS = 128
@@ -20,15 +20,15 @@ def answer_limit(request: Request, *, vocabulary: int, context_length: int, kv_t
         ContextLengthExceeded: the prompt leaves no room for an answer.
         InvalidRequest: a field makes no sense.
     """
-    _check_sampling(request.sampling)
-    for token, bias in request.sampling.logit_bias:
+    _check_sampling(request.sampling_params)
+    for token, bias in request.sampling_params.logit_bias:
         if not 0 <= token < vocabulary or math.isnan(bias) or bias == math.inf:
             raise InvalidRequest(
                 f"logit_bias adds {bias} to token {token}; use tokens 0 to {vocabulary - 1} and less than infinity.",
                 param="logit_bias",
             )
-    if request.timeout is not None and not request.timeout > 0:
-        raise InvalidRequest(f"timeout is {request.timeout}; it must be more than 0 seconds.", param="timeout")
+    if request.timeout_seconds is not None and not request.timeout_seconds > 0:
+        raise InvalidRequest(f"timeout is {request.timeout_seconds}; it must be more than 0 seconds.", param="timeout")
     prompt = len(request.tokens)
     if not prompt:
         raise InvalidRequest("The prompt is empty; it needs at least one token.", param="prompt")
@@ -46,10 +46,10 @@ def answer_limit(request: Request, *, vocabulary: int, context_length: int, kv_t
             param="prompt",
         )
     # The last token of an answer is never read again, so it takes no room in the cache.
-    return min(request.sampling.max_tokens, context_length - prompt, kv_tokens + 1 - prompt)
+    return min(request.sampling_params.max_tokens, context_length - prompt, kv_tokens + 1 - prompt)
 
 
-def _check_sampling(s: Sampling) -> None:
+def _check_sampling(s: SamplingParams) -> None:
     checks = [
         ("max_tokens", s.max_tokens >= (0 if s.echo else 1), "at least 1, or 0 with echo"),
         ("temperature", 0.0 <= s.temperature < math.inf, "0 or more"),

@@ -13,24 +13,24 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 #: Tenants that have labels of their own in one process.
-TENANTS = 200
+MAX_TENANT_LABELS = 200
 #: Adapters that do.
-ADAPTERS = 500
+MAX_ADAPTER_LABELS = 500
 
 #: The label of all further ones; no tenant or adapter can be named so.
-OTHER = "(other)"
+OTHER_LABEL = "(other)"
 #: The tenant's label where an admin asks for itself.
-ADMIN = "(admin)"
+ADMIN_LABEL = "(admin)"
 
 #: Where the numbers of a node's processes are; None: in this process alone.
-FOLDER = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]) if "PROMETHEUS_MULTIPROC_DIR" in os.environ else None
-if FOLDER is not None:
-    FOLDER.mkdir(parents=True, exist_ok=True)  # the first to come; the client itself doesn't make it
+MULTIPROC_DIR = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]) if "PROMETHEUS_MULTIPROC_DIR" in os.environ else None
+if MULTIPROC_DIR is not None:
+    MULTIPROC_DIR.mkdir(parents=True, exist_ok=True)  # the first to come; the client itself doesn't make it
 
 #: All of loramill's metrics that this process knows.
 REGISTRY = CollectorRegistry()
 
-_WHO = ("tenant", "adapter")
+_ADAPTER_LABELS = ("tenant", "adapter")
 
 HTTP_REQUESTS = Counter(
     "loramill_http_requests",
@@ -41,7 +41,7 @@ HTTP_REQUESTS = Counter(
 REQUESTS = Counter(
     "loramill_requests",
     "Generations that have ended; 499 where the caller went away. The base alone is labelled by its name.",
-    ("endpoint", *_WHO, "code"),
+    ("endpoint", *_ADAPTER_LABELS, "code"),
     registry=REGISTRY,
 )
 REFUSED = Counter(
@@ -57,13 +57,16 @@ IN_FLIGHT = Gauge(
     multiprocess_mode="livesum",
 )
 PROMPT_TOKENS = Counter(
-    "loramill_prompt_tokens", "Tokens of prompts; several answers to one count it once.", _WHO, registry=REGISTRY
+    "loramill_prompt_tokens",
+    "Tokens of prompts; several answers to one count it once.",
+    _ADAPTER_LABELS,
+    registry=REGISTRY,
 )
-COMPLETION_TOKENS = Counter("loramill_completion_tokens", "Tokens of answers.", _WHO, registry=REGISTRY)
+COMPLETION_TOKENS = Counter("loramill_completion_tokens", "Tokens of answers.", _ADAPTER_LABELS, registry=REGISTRY)
 FIRST_TOKEN = Histogram(
     "loramill_time_to_first_token_seconds",
     "From the admission of a request to the first chunk of an answer.",
-    _WHO,
+    _ADAPTER_LABELS,
     registry=REGISTRY,
     buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
@@ -83,17 +86,17 @@ DURATION = Histogram(
 )
 
 
-class Bounded:
+class BoundedLabels:
     """Names as labels: the first that come keep theirs, all further ones share one, so that series stay few."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_labels: int) -> None:
+        self._max_labels = max_labels
         self._known: set[str] = set()
 
     def __call__(self, name: str) -> str:
         """The label of a name; the same for ever."""
         if name not in self._known:
-            if len(self._known) >= self._most:
-                return OTHER
+            if len(self._known) >= self._max_labels:
+                return OTHER_LABEL
             self._known.add(name)
         return name

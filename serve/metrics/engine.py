@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from prometheus_client import Counter, Gauge, Histogram
 
 from loramill.serve.engine import EngineStats
-from loramill.serve.engine.durations import BOUNDS
+from loramill.serve.engine.durations import BOUNDS_SECONDS
 from loramill.serve.metrics.definitions import REGISTRY
 
 
-class _Tally(Histogram):
+class _PrecountedHistogram(Histogram):
     """A histogram that takes durations which were counted elsewhere, in its own buckets."""
 
-    def add(self, counts: Sequence[int], seconds: float) -> None:
+    def add_counts(self, counts: Sequence[int], seconds: float) -> None:
         """So many more in each bucket, and the seconds that they took together."""
         for bucket, more in zip(self._buckets, counts, strict=True):
             bucket.inc(more)
@@ -22,7 +22,7 @@ class _Tally(Histogram):
 
 
 #: What is as it is now.
-_LEVELS = {
+_GAUGES = {
     name: Gauge(f"loramill_{name}", text, ("replica",), registry=REGISTRY, multiprocess_mode="livesum")
     for name, text in {
         "engine_running": "Answers in the batch.",
@@ -37,7 +37,7 @@ _LEVELS = {
 }
 
 #: What only grows, by its name in EngineStats.
-_COUNTS = {
+_COUNTERS = {
     field: Counter(f"loramill_{name}", text, ("replica",), registry=REGISTRY)
     for field, name, text in (
         ("steps", "engine_steps", "Steps that ran the model."),
@@ -52,8 +52,10 @@ _COUNTS = {
 }
 
 #: How long things took, by their name in EngineStats.
-_DURATIONS = {
-    field: _Tally(f"loramill_{name}_seconds", text, ("replica",), registry=REGISTRY, buckets=BOUNDS)
+_HISTOGRAMS = {
+    field: _PrecountedHistogram(
+        f"loramill_{name}_seconds", text, ("replica",), registry=REGISTRY, buckets=BOUNDS_SECONDS
+    )
     for field, name, text in (
         ("waits", "engine_queue", "From an answer's submit until it first ran."),
         ("step_times", "engine_step", "One step of the model for all answers that run."),
@@ -71,9 +73,9 @@ class EngineMetrics:
 
     def __init__(self, replica: str) -> None:
         self._replica = replica
-        self._before = EngineStats()
+        self._previous = EngineStats()
 
-    def note(self, stats: EngineStats) -> None:
+    def update(self, stats: EngineStats) -> None:
         """Takes a look in; called by one thread, about as often as the numbers should be new."""
         levels = {
             "engine_running": stats.running,
@@ -86,11 +88,11 @@ class EngineMetrics:
             "adapter_host_bytes": stats.host_bytes,
         }
         for name, level in levels.items():
-            _LEVELS[name].labels(self._replica).set(level)
-        for name, counter in _COUNTS.items():
-            counter.labels(self._replica).inc(getattr(stats, name) - getattr(self._before, name))
-        for name, tally in _DURATIONS.items():
-            now, before = getattr(stats, name), getattr(self._before, name)
+            _GAUGES[name].labels(self._replica).set(level)
+        for name, counter in _COUNTERS.items():
+            counter.labels(self._replica).inc(getattr(stats, name) - getattr(self._previous, name))
+        for name, tally in _HISTOGRAMS.items():
+            now, before = getattr(stats, name), getattr(self._previous, name)
             more = [count - past for count, past in zip(now.counts, before.counts, strict=True)]
-            tally.labels(self._replica).add(more, now.seconds - before.seconds)
-        self._before = stats
+            tally.labels(self._replica).add_counts(more, now.seconds - before.seconds)
+        self._previous = stats

@@ -18,34 +18,34 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from loramill.serve.metrics.definitions import FOLDER, REGISTRY
+from loramill.serve.metrics.definitions import MULTIPROC_DIR, REGISTRY
 
 #: What `exposition` returns.
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 
 #: Seconds that the numbers of an ended replica are still told; scrapes are closer together.
-LINGER = 600.0
+RETENTION_SECONDS = 600.0
 
 
 def exposition() -> bytes:
     """The metrics in Prometheus' text format; takes some milliseconds a thousand series."""
-    if FOLDER is None:
+    if MULTIPROC_DIR is None:
         return generate_latest(REGISTRY)
     registry = CollectorRegistry()
-    with _alone(FOLDER):
-        bury(FOLDER, older_than=time.time() - LINGER)
-        MultiProcessCollector(registry, str(FOLDER))
+    with _exclusive_lock(MULTIPROC_DIR):
+        merge_dead_processes(MULTIPROC_DIR, older_than=time.time() - RETENTION_SECONDS)
+        MultiProcessCollector(registry, str(MULTIPROC_DIR))
         return generate_latest(registry)
 
 
-def bury(folder: Path, *, older_than: float) -> None:
+def merge_dead_processes(folder: Path, *, older_than: float) -> None:
     """Takes in what ended processes left: what they were doing goes at once, what they counted is kept.
 
     The counts of those whose end was seen before `older_than` become one file of each kind, of process 0, without what
     belonged to one replica: no scrape gets dearer with every process that ever ran.
     """
-    ended = [file for file in folder.glob("*.db") if not _lives(_process(file))]
-    for process in {_process(file) for file in ended if file.name.startswith("gauge_live")}:
+    ended = [file for file in folder.glob("*.db") if not _is_alive(_pid_of(file))]
+    for process in {_pid_of(file) for file in ended if file.name.startswith("gauge_live")}:
         # Its end is seen for the first time: from now on counts how long ago it was.
         for file in folder.glob(f"*_{process}.db"):
             file.touch()
@@ -53,10 +53,10 @@ def bury(folder: Path, *, older_than: float) -> None:
     for kind in ("counter", "histogram"):
         old = [file for file in ended if file.name.startswith(kind) and file.stat().st_mtime < older_than]
         if old:
-            _merge(old, folder / f"{kind}_0.db")
+            _merge_files(old, folder / f"{kind}_0.db")
 
 
-def _merge(files: list[Path], into: Path) -> None:
+def _merge_files(files: list[Path], into: Path) -> None:
     totals: defaultdict[str, float] = defaultdict(float)
     for file in files if not into.exists() else [into, *files]:
         for key, value, _, _ in MmapedDict.read_all_values_from_file(str(file)):
@@ -73,11 +73,11 @@ def _merge(files: list[Path], into: Path) -> None:
         file.unlink()
 
 
-def _process(file: Path) -> int:
+def _pid_of(file: Path) -> int:
     return int(file.stem.rpartition("_")[2])
 
 
-def _lives(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     if process == 0:  # what was merged
         return True
     try:
@@ -88,7 +88,7 @@ def _lives(process: int) -> bool:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _exclusive_lock(folder: Path) -> Iterator[None]:
     """Keeps other processes and threads from reading what is half merged."""
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

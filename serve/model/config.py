@@ -72,14 +72,14 @@ def read_config(folder: Path) -> DecoderConfig:
         BaseUnusable: no readable config, another architecture, or a feature that the decoder lacks.
     """
     path = folder / "config.json"
-    raw = read_raw(folder)
+    raw = read_raw_config(folder)
     try:
         return _parse(raw, path)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise BaseUnusable(f"{path} lacks or garbles a field: {error!r}.") from error
 
 
-def read_raw(folder: Path) -> dict[str, Any]:
+def read_raw_config(folder: Path) -> dict[str, Any]:
     """`config.json` as it is.
 
     Raises:

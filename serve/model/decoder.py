@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from loramill.kernels import Backend, Batch, LayerKV, Pages, Site, Slab, Span, Weight
+from loramill.kernels import Backend, Batch, KVSpan, LayerKV, Pages, Site, Slab, Weight
 from loramill.kernels.embedding import adapt_embedding, batch_of_rows
 from loramill.kernels.layers import Linear, Stack, Step, run_layers
-from loramill.kernels.memory import sent
+from loramill.kernels.memory import to_device
 from loramill.serve.model.config import DecoderConfig
-from loramill.serve.model.protocol import Chunk, wanted_rows
+from loramill.serve.model.protocol import Chunk, logits_rows
 from loramill.serve.model.rope import amplitude, angles, inverse_frequencies
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class DecoderWeights:
     """All tensors of a decoder, in one dtype, as the backend laid them out; `head` has `embedding` if they are tied."""
 
     embedding: Weight
@@ -36,7 +36,7 @@ class Decoder:
         device: of the weights, and of a step.
     """
 
-    def __init__(self, config: DecoderConfig, weights: Weights, sites: Sequence[Site], backend: Backend) -> None:
+    def __init__(self, config: DecoderConfig, weights: DecoderWeights, sites: Sequence[Site], backend: Backend) -> None:
         self.config = config
         self.vocabulary = config.vocabulary
         self.context_length = config.context_length
@@ -79,12 +79,14 @@ class Decoder:
 
     def pages(self, chunks: Sequence[Chunk], cache: Sequence[LayerKV]) -> Pages:
         """The paging of a step."""
-        return Pages.of([Span(chunk.start, len(chunk.tokens), chunk.blocks) for chunk in chunks], cache[0].block_size)
+        return Pages.of(
+            [KVSpan(chunk.start, len(chunk.tokens), chunk.block_table) for chunk in chunks], cache[0].block_size
+        )
 
     def embed(self, chunks: Sequence[Chunk], slab: Slab, batch: Batch) -> torch.Tensor:
         """The chunks' tokens as the first layer takes them, [rows, hidden]."""
         numbers = np.array([token for chunk in chunks for token in chunk.tokens], np.int64)
-        tokens, weights = sent(numbers, self.device), self._weights
+        tokens, weights = to_device(numbers, self.device), self._weights
         x = self._backend.embed(tokens, weights.embedding)
         adapt_embedding(tokens, x, slab.views[weights.embedding_site], batch)
         return x
@@ -96,14 +98,14 @@ class Decoder:
 
     def head(self, h: torch.Tensor, chunks: Sequence[Chunk], slab: Slab, batch: Batch) -> torch.Tensor:
         """The wanted logits, float32 [wanted, vocabulary], of the states [rows, hidden]."""
-        wanted, head = wanted_rows(chunks), self._weights.head
+        wanted, head = logits_rows(chunks), self._weights.head
         if len(wanted) < len(h):
-            h = h[sent(np.array(wanted, np.int64), self.device)]
+            h = h[to_device(np.array(wanted, np.int64), self.device)]
         view = slab.views[head.site]
         return self._backend.adapted_linear(h, head.weight, view, batch_of_rows(batch, wanted, view)).float()
 
 
-def _targets(weights: Weights, sites: Sequence[Site]) -> dict[str, tuple[Weight, int, int]]:
+def _targets(weights: DecoderWeights, sites: Sequence[Site]) -> dict[str, tuple[Weight, int, int]]:
     """Where the weight of each module is: the matrix that it was fused into, its first row, and its rows."""
     embedding = sites[weights.embedding_site].modules[0]
     targets = {embedding: (weights.embedding, 0, weights.embedding.d_out)}

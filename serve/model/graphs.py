@@ -30,7 +30,7 @@ RANKS = (0, 16, 64, 256)
 Capture = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 
 
-class StaticPlan(Protocol):
+class GraphPlan(Protocol):
     """Whose rows are whose, in buffers of fixed size; as `loramill.kernels.triton.StaticPlan`."""
 
     batch: Batch
@@ -39,7 +39,7 @@ class StaticPlan(Protocol):
         """Replaces it by a batch."""
 
 
-class StaticPages(Protocol):
+class GraphPages(Protocol):
     """Where sequences are in the cache, in buffers of fixed size; as `loramill.kernels.triton.StaticPages`."""
 
     pages: Pages
@@ -48,15 +48,15 @@ class StaticPages(Protocol):
         """Replaces it by a paging."""
 
 
-class Statics(Protocol):
+class GraphBuffers(Protocol):
     """What a backend offers for graphs; `loramill.kernels.triton` does."""
 
     @property
-    def StaticPlan(self) -> Callable[..., StaticPlan]:  # noqa: N802
+    def StaticPlan(self) -> Callable[..., GraphPlan]:  # noqa: N802
         """Makes a plan from (slab, rows=, rank=)."""
 
     @property
-    def StaticPages(self) -> Callable[..., StaticPages]:  # noqa: N802
+    def StaticPages(self) -> Callable[..., GraphPages]:  # noqa: N802
         """Makes a paging from (rows=, blocks=, block_size=, scratch=, device=)."""
 
 
@@ -72,8 +72,8 @@ class _Graph:
     """
 
     x: torch.Tensor
-    pages: StaticPages
-    plan: StaticPlan | None
+    pages: GraphPages
+    plan: GraphPlan | None
     replay: Callable[[], torch.Tensor]
 
 
@@ -95,7 +95,7 @@ class GraphedDecoder:
         rows: Sequence[int] = ROWS,
         ranks: Sequence[int] = RANKS,
         capture: Capture | None = None,
-        statics: Statics | None = None,
+        buffers: GraphBuffers | None = None,
     ) -> None:
         """
         Args:
@@ -105,10 +105,10 @@ class GraphedDecoder:
             capture: None: into a CUDA graph.
             statics: of the decoder's backend; None: Triton's.
         """
-        if statics is None:
+        if buffers is None:
             from loramill.kernels import triton
 
-            statics = triton
+            buffers = triton
         self.vocabulary = decoder.vocabulary
         self.context_length = decoder.context_length
         self.dtype = decoder.dtype
@@ -116,7 +116,7 @@ class GraphedDecoder:
         self._decoder = decoder
         self._rows, self._ranks = tuple(rows), tuple(ranks)
         self._capture = capture or CudaCapture()
-        self._statics = statics
+        self._statics = buffers
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._owners: tuple[Sequence[LayerKV], Slab] | None = None
         # The largest rank in each slot, of which slab and after which of its changes.
@@ -158,7 +158,7 @@ class GraphedDecoder:
 
     def _bucket(self, chunks: Sequence[Chunk], slab: Slab, batch: Batch) -> tuple[int, int] | None:
         """Rows and largest rank of the graph that holds a step; None: no graph does."""
-        if any(len(chunk.tokens) != 1 or chunk.wanted != 1 for chunk in chunks):
+        if any(len(chunk.tokens) != 1 or chunk.logits_to_keep != 1 for chunk in chunks):
             return None
         rows = bisect_left(self._rows, len(chunks))
         rank = bisect_left(self._ranks, self._largest_rank(slab, batch))

@@ -17,29 +17,29 @@ from loramill.errors import BaseUnusable, SetupError
 from loramill.kernels import (
     Backend,
     Batch,
+    KVSpan,
     LayerKV,
     Pages,
     Quantized,
     Site,
     Slab,
-    Span,
     Weight,
     backend,
     torch_backend,
 )
 from loramill.kernels.quantization import Quantization, quantize
-from loramill.serve.model.config import read_raw
+from loramill.serve.model.config import read_raw_config
 from loramill.serve.model.hf_step import (
     ATTENTION,
-    Attention,
-    Step,
-    Survey,
+    AttentionShape,
+    HFStep,
+    ProbeStep,
     adapt_linear,
     adapt_lookup,
     attend,
-    stepping,
+    in_step,
 )
-from loramill.serve.model.protocol import Chunk, wanted_rows
+from loramill.serve.model.protocol import Chunk, logits_rows
 
 #: Kinds of layers that paged attention does justice to.
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -63,7 +63,7 @@ def load_hf(
         BaseUnusable: transformers can't load it, or it does something that a paged cache or mixed batches can't do.
         SetupError: NF4 was asked for, and bitsandbytes isn't installed.
     """
-    if read_raw(folder).get("quantization_config"):
+    if read_raw_config(folder).get("quantization_config"):
         raise BaseUnusable(f"The weights in {folder} are quantized already; give the model's original folder.")
     ops = backend()
     if threads is not None:
@@ -73,7 +73,7 @@ def load_hf(
             model = _open(folder, dtype)
             expected = _reference(model)
             loaded = HuggingFaceModel(model, ops)
-            _prove(loaded, expected)
+            _verify(loaded, expected)
             if quantization != "none":
                 loaded.quantize(quantization)
     except BaseUnusable as error:
@@ -105,7 +105,7 @@ class HuggingFaceModel:
         self._ops = ops
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         model.set_attn_implementation(ATTENTION)
-        survey, seen, self.vocabulary = self._survey()
+        survey, seen, self.vocabulary = self._probe()
         self._attentions = survey.attentions
         _check_windows(model.config.get_text_config(), list(self._attentions.values()))
         self._weights: dict[str, Callable[[], torch.Tensor]] = {}
@@ -130,11 +130,11 @@ class HuggingFaceModel:
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], cache: Sequence[LayerKV], slab: Slab, batch: Batch) -> torch.Tensor:
         """Runs one step over the chunks' tokens, as `Model.forward` says."""
-        spans = [Span(chunk.start, len(chunk.tokens), chunk.blocks) for chunk in chunks]
-        pages, wanted = Pages.of(spans, cache[0].block_size), wanted_rows(chunks)
-        step = Step(pages, slab, batch, wanted, dict(zip(self._attentions, cache, strict=True)))
+        spans = [KVSpan(chunk.start, len(chunk.tokens), chunk.block_table) for chunk in chunks]
+        pages, wanted = Pages.of(spans, cache[0].block_size), logits_rows(chunks)
+        step = HFStep(pages, slab, batch, wanted, dict(zip(self._attentions, cache, strict=True)))
         tokens = torch.tensor([token for chunk in chunks for token in chunk.tokens])
-        with stepping(step):
+        with in_step(step):
             return self._logits(
                 tokens, torch.from_numpy(pages.positions).long(), torch.tensor(wanted, dtype=torch.long)
             )
@@ -145,7 +145,7 @@ class HuggingFaceModel:
         logits: torch.Tensor = out.logits[0] if self._keeps else out.logits[0, wanted]
         return logits.float()
 
-    def _survey(self) -> tuple[Survey, list[tuple[str, nn.Module]], int]:
+    def _probe(self) -> tuple[ProbeStep, list[tuple[str, nn.Module]], int]:
         """The attentions, the modules that adapters can have, and the vocabulary.
 
         A linear can have adapters if it sees each row of the step, or each wanted one: a vision tower's sees none, an
@@ -167,8 +167,8 @@ class HuggingFaceModel:
 
         modules = {module: name for name, module in self._model.named_modules() if _adaptable(module)}
         hooks = [module.register_forward_hook(look) for module in modules]
-        survey = Survey()
-        with stepping(survey):
+        survey = ProbeStep()
+        with in_step(survey):
             logits = self._logits(torch.arange(rows), torch.arange(rows), wanted)
         for hook in hooks:
             hook.remove()
@@ -267,7 +267,7 @@ def _context_length(config: Any) -> int:
     return context
 
 
-def _check_windows(config: Any, attentions: list[Attention]) -> None:
+def _check_windows(config: Any, attentions: list[AttentionShape]) -> None:
     """Refuses layers whose reach the attention function isn't told: the trial is too short to show it."""
     kinds = list(getattr(config, "layer_types", None) or ())
     if set(kinds) - _KNOWN_LAYERS or getattr(config, "attention_chunk_size", None):
@@ -280,14 +280,14 @@ def _check_windows(config: Any, attentions: list[Attention]) -> None:
         raise BaseUnusable(f"{promised} of its layers slide, and {told} say so to the attention.")
 
 
-def _prove(model: HuggingFaceModel, expected: torch.Tensor) -> None:
+def _verify(model: HuggingFaceModel, expected: torch.Tensor) -> None:
     """Runs the trial in two chunks beside another sequence, and compares."""
     tokens, size = list(range(_TRIAL)), 16
     cache, slab = model.new_cache(4, size), model.new_slab(1, 0)
     got = []
     for part in (slice(0, 7), slice(7, _TRIAL)):
-        other = Chunk(tokens[part][::-1], part.start, [2, 0], wanted=0)
-        chunk = Chunk(tokens[part], part.start, [3, 1], wanted=len(tokens[part]))
+        other = Chunk(tokens[part][::-1], part.start, [2, 0], logits_to_keep=0)
+        chunk = Chunk(tokens[part], part.start, [3, 1], logits_to_keep=len(tokens[part]))
         got.append(model.forward([other, chunk], cache, slab, Batch.of([(None, 2 * len(tokens[part]))])))
     error = ((torch.cat(got) - expected).norm() / expected.norm()).item()
     if not error < _TOLERANCE[model.dtype]:

@@ -22,7 +22,7 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class HFStep:
     """What the modules need of a step.
 
     Attributes:
@@ -34,7 +34,7 @@ class Step:
     pages: Pages
     slab: Slab
     batch: Batch
-    wanted: list[int]
+    logits_rows: list[int]
     cache: Mapping[nn.Module, LayerKV]
 
     def batch_at(self, view: SiteSlab, rows: int) -> Batch:
@@ -45,18 +45,19 @@ class Step:
         """
         if rows == self.batch.rows:
             return self.batch
-        if rows == len(self.wanted):
-            return batch_of_rows(self.batch, self.wanted, view)
+        if rows == len(self.logits_rows):
+            return batch_of_rows(self.batch, self.logits_rows, view)
         if batch_of_rows(self.batch, range(self.batch.rows), view).runs:
             raise EngineFault(
-                f"'{view.site.modules[0]}' sees {rows} rows in a step of {self.batch.rows} with {len(self.wanted)} "
+                f"'{view.site.modules[0]}' sees {rows} rows in a step of {self.batch.rows} with "
+                f"{len(self.logits_rows)} "
                 "wanted: whose they are can't be told, so no adapter may target it."
             )
         return Batch(rows, ())
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
+class AttentionShape:
     """What one attention module works on; `window` as in `Backend.attention`."""
 
     kv_heads: int
@@ -65,17 +66,17 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class ProbeStep:
     """A step that only looks: the attention modules in the order of their calls."""
 
-    attentions: dict[nn.Module, Attention] = field(default_factory=dict)
+    attentions: dict[nn.Module, AttentionShape] = field(default_factory=dict)
 
 
-_STEP: ContextVar[Step | Survey | None] = ContextVar("step", default=None)
+_STEP: ContextVar[HFStep | ProbeStep | None] = ContextVar("step", default=None)
 
 
 @contextmanager
-def stepping(step: Step | Survey) -> Iterator[None]:
+def in_step(step: HFStep | ProbeStep) -> Iterator[None]:
     """Within it, the modules that are called belong to the step."""
     token = _STEP.set(step)
     try:
@@ -113,13 +114,13 @@ def attend(
         [1, rows, heads, head_dim].
     """
     step, rows = _STEP.get(), query.shape[2]
-    if isinstance(step, Survey):
+    if isinstance(step, ProbeStep):
         if module in step.attentions or attention_mask is not None or s_aux is not None or key.shape != value.shape:
             raise BaseUnusable(
                 f"{type(module).__name__} has an attention that loramill lacks: a mask, sinks, values of another width "
                 "than the keys, or one module for several layers."
             )
-        step.attentions[module] = Attention(key.shape[1], key.shape[3], sliding_window)
+        step.attentions[module] = AttentionShape(key.shape[1], key.shape[3], sliding_window)
         return torch.zeros_like(query).transpose(1, 2), None
     if step is None:
         raise EngineFault("The paged attention was called outside of a step.")
@@ -146,7 +147,7 @@ def _softcapped(
     for span in pages.spans:
         first = 0 if window is None else max(0, span.start + 1 - window)
         begin, end = first // pages.block_size, -(-span.stop // pages.block_size)
-        blocks, positions = torch.tensor(span.blocks[begin:end]), torch.arange(begin * pages.block_size, span.stop)
+        blocks, positions = torch.tensor(span.block_table[begin:end]), torch.arange(begin * pages.block_size, span.stop)
         keys, values = (part[blocks].flatten(0, 1)[: len(positions)].float() for part in (kv.keys, kv.values))
         rows, own = slice(row, row + span.count), torch.arange(span.start, span.stop)[:, None]
         scores = torch.einsum("rkgd,pkd->kgrp", queries[rows], keys) * scale
@@ -164,7 +165,7 @@ def adapt_linear(module: nn.Module, product: Product, bias: torch.Tensor | None,
         flat = x.reshape(-1, x.shape[-1])
         y = product(flat)
         step = _STEP.get()
-        if isinstance(step, Step):
+        if isinstance(step, HFStep):
             view = step.slab.views[site]
             ops.lora(flat, y, view, step.batch_at(view, len(flat)))
         if bias is not None:
@@ -181,7 +182,7 @@ def adapt_lookup(module: nn.Embedding, site: int) -> None:
 
     def add(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         step = _STEP.get()
-        if isinstance(step, Step):
+        if isinstance(step, HFStep):
             adapt_embedding(
                 args[0].flatten(), output.view(-1, output.shape[-1]), step.slab.views[site], step.batch, scale
             )

@@ -15,7 +15,7 @@ from loramill.kernels import Backend, Quantized, Site, Weight, backend
 from loramill.kernels.layers import Layer, Linear, Stack
 from loramill.kernels.quantization import Quantization, concatenate, quantize
 from loramill.serve.model.config import DecoderConfig, read_config
-from loramill.serve.model.decoder import Decoder, Weights
+from loramill.serve.model.decoder import Decoder, DecoderWeights
 from loramill.serve.model.graphs import GraphedDecoder
 from loramill.serve.model.protocol import Model
 
@@ -161,7 +161,9 @@ class _Tensors:
             )
 
 
-def _build(c: DecoderConfig, tensors: _Tensors, ops: Backend, quantization: Quantization) -> tuple[Weights, list[Site]]:
+def _build(
+    c: DecoderConfig, tensors: _Tensors, ops: Backend, quantization: Quantization
+) -> tuple[DecoderWeights, list[Site]]:
     # The largest first: what packing them takes beside them is free again when the layers come.
     embedding = ops.pack(tensors.take("model.embed_tokens.weight", c.vocabulary, c.hidden))
     if c.tied:
@@ -176,7 +178,7 @@ def _build(c: DecoderConfig, tensors: _Tensors, ops: Backend, quantization: Quan
     sites.append(Site(c.vocabulary, ("model.embed_tokens",), (c.hidden,), lookup=True))
     sites.append(Site(c.hidden, ("lm_head",), (c.vocabulary,), head=True))
     stack = Stack(tuple(layers), norm, c.heads, c.norm_eps)
-    return Weights(embedding, len(sites) - 2, stack, Linear(head, None, len(sites) - 1)), sites
+    return DecoderWeights(embedding, len(sites) - 2, stack, Linear(head, None, len(sites) - 1)), sites
 
 
 def _build_layer(

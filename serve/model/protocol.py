@@ -24,8 +24,8 @@ class Chunk:
 
     tokens: Sequence[int]
     start: int
-    blocks: Sequence[int]
-    wanted: int
+    block_table: Sequence[int]
+    logits_to_keep: int
 
 
 class Model(Protocol):
@@ -76,11 +76,11 @@ class Model(Protocol):
         """
 
 
-def wanted_rows(chunks: Sequence[Chunk]) -> list[int]:
+def logits_rows(chunks: Sequence[Chunk]) -> list[int]:
     """The rows of a step whose logits are wanted, in order."""
     rows: list[int] = []
     stop = 0
     for chunk in chunks:
         stop += len(chunk.tokens)
-        rows += range(stop - chunk.wanted, stop)
+        rows += range(stop - chunk.logits_to_keep, stop)
     return rows

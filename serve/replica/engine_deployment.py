@@ -20,28 +20,28 @@ from loramill.serve.transport.channel import Address, Sender
 from loramill.settings import Settings
 
 #: Seconds between looks at the engine for the metrics.
-_LOOK_SECONDS = 0.5
+_METRICS_INTERVAL_SECONDS = 0.5
 
 
 class EngineDeployment:
     """One engine, the answers of which go to the gateways that asked, and what it says of itself."""
 
-    _looking: asyncio.Task[None] | None = None
+    _metrics_task: asyncio.Task[None] | None = None
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         # torch, which the gateway and the driver can do without
         from loramill.serve.metrics.engine import EngineMetrics
         from loramill.serve.replica.replica import Replica
-        from loramill.serve.routing.load import LoadMeter
+        from loramill.serve.routing.load import LoadWindow
 
         logs.configure()
         registry = Registry.open(settings.database, settings.artifacts)
         base = find_base(settings.base, settings.cache, settings.quantization)
         self._replica = Replica(base, registry.artifacts.fetch, settings.serve)
         self._sender = Sender()
-        self._meter = LoadMeter()
+        self._load = LoadWindow()
         self._metrics = EngineMetrics(serve.get_replica_context().replica_id.unique_id)
-        self._looking = asyncio.create_task(self._look())
+        self._metrics_task = asyncio.create_task(self._update_metrics())
         # What is here now stays; to look through it for garbage would stop all answers for 0.2 s, again and again.
         gc.collect()
         gc.freeze()
@@ -54,7 +54,7 @@ class EngineDeployment:
             of a flood into its log, with a traceback.
         """
         try:
-            await self._answer(request, await self._sender.to(to))
+            await self._answer(request, await self._sender.connect(to))
         except LoramillError as error:
             return error
         return None
@@ -67,7 +67,7 @@ class EngineDeployment:
                 send(request.id, chunk)
                 if not begun:
                     begun, now = True, time.monotonic()
-                    self._meter.first_token(now, now - asked)
+                    self._load.record_first_token(now, now - asked)
 
     async def check_health(self) -> None:
         """Tells Serve to replace a replica whose engine has stopped or hangs."""
@@ -75,22 +75,22 @@ class EngineDeployment:
 
     def record_routing_stats(self) -> dict[str, Any]:
         """What Serve tells the gateways' routers."""
-        return self._meter.routing_stats(self._replica.stats())
+        return self._load.routing_stats(self._replica.stats())
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve tells the autoscaling policy."""
-        return self._meter.autoscaling_stats(time.monotonic(), self._replica.stats())
+        return self._load.autoscaling_stats(time.monotonic(), self._replica.stats())
 
-    async def _look(self) -> None:
+    async def _update_metrics(self) -> None:
         while True:
-            self._metrics.note(self._replica.stats())
-            await asyncio.sleep(_LOOK_SECONDS)
+            self._metrics.update(self._replica.stats())
+            await asyncio.sleep(_METRICS_INTERVAL_SECONDS)
 
     async def __del__(self) -> None:
         """Serve calls this when all answers are finished, and after a constructor that failed."""
-        if self._looking is None:
+        if self._metrics_task is None:
             return
-        self._looking.cancel()
-        self._metrics.note(self._replica.stats())
+        self._metrics_task.cancel()
+        self._metrics.update(self._replica.stats())
         await self._sender.close()
         self._replica.close()

@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator, Iterator
 
-from loramill.serve.protocol import ChosenToken, TextChunk, TextRequest, TokenText
+from loramill.serve.protocol import SampledToken, TextChunk, TextRequest, TokenText
 from loramill.serve.replica.stop_strings import StopScanner
 
 
@@ -18,21 +18,21 @@ class EchoBackend:
         open: ids of the answers that are being generated now.
     """
 
-    def __init__(self, *, seconds_a_token: float = 0.0) -> None:
+    def __init__(self, *, seconds_per_token: float = 0.0) -> None:
         self.requests: list[TextRequest] = []
-        self.open: set[str] = set()
-        self._pause = seconds_a_token
+        self.active: set[str] = set()
+        self._seconds_per_token = seconds_per_token
 
     async def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
         """Streams the echo, a token a chunk."""
         self.requests.append(request)
-        self.open.add(request.id)
+        self.active.add(request.id)
         try:
             for chunk in echo(request):
-                await asyncio.sleep(self._pause)
+                await asyncio.sleep(self._seconds_per_token)
                 yield chunk
         finally:
-            self.open.discard(request.id)
+            self.active.discard(request.id)
 
     async def ready(self) -> None:
         """Always."""
@@ -46,7 +46,7 @@ def echo(request: TextRequest) -> Iterator[TextChunk]:
     said = words[: request.max_tokens]
     scanner = StopScanner(request.stop)
     if request.echo:
-        first = ChosenToken(TokenText(text, None, text.encode()))
+        first = SampledToken(TokenText(text, None, text.encode()))
         yield TextChunk(text, len(words), 0, None if said else "length", () if request.logprobs is None else (first,))
     for count, word in enumerate(said, start=1):
         text, stopped = scanner.push(word)
@@ -54,7 +54,7 @@ def echo(request: TextRequest) -> Iterator[TextChunk]:
         if count == len(said) and not stopped:
             text, finish = text + scanner.finish(), "stop" if said == words else "length"
         token = TokenText(word, -1.0, word.encode())
-        logprobs = () if request.logprobs is None else (ChosenToken(token, (token,) * request.logprobs),)
+        logprobs = () if request.logprobs is None else (SampledToken(token, (token,) * request.logprobs),)
         yield TextChunk(text, len(words), count, finish, logprobs)
         if stopped:
             return

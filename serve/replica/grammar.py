@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loramill.serve.protocol import Form
+from loramill.serve.protocol import OutputConstraint
 
 #: Between two tokens of JSON: nothing, a space, or a new line with its indentation. Were any white space allowed, a
 #: model with nothing to say would say white space until it has no tokens left.
 _SPACE = r"( |\n[ \t]{0,20})"
 
 
-def grammar_of(form: Form, begin: str, end: str) -> str:
+def build_grammar(constraint: OutputConstraint, begin_tag: str, end_tag: str) -> str:
     """The grammar of a form; calls are as Hermes and Qwen write them.
 
     Args:
@@ -21,11 +21,11 @@ def grammar_of(form: Form, begin: str, end: str) -> str:
         begin: the terminal before a call.
         end: the terminal behind it.
     """
-    rules = [] if form.schema is None else [f"json: {_json(form.schema)}"]
+    rules = [] if constraint.schema is None else [f"json: {_json(constraint.schema)}"]
     kinds = [rule.partition(":")[0] for rule in rules]
-    if form.calls:
-        kinds.append('call ("\\n" call)*' if form.several else "call")
-        rules += _call_rules(form.calls, begin, end)
+    if constraint.tool_schemas:
+        kinds.append('call ("\\n" call)*' if constraint.parallel_tool_calls else "call")
+        rules += _call_rules(constraint.tool_schemas, begin_tag, end_tag)
     return "\n".join([f"start: {' | '.join(kinds)}", *rules])
 
 

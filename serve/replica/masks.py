@@ -16,19 +16,19 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from loramill.data.tokenizer import CALL_BEGIN, CALL_END, ChatTokenizer
 from loramill.errors import BaseUnusable, InvalidRequest, LoramillError
 from loramill.serve.engine import TokenMask
-from loramill.serve.protocol import Form
-from loramill.serve.replica.grammar import grammar_of
+from loramill.serve.protocol import OutputConstraint
+from loramill.serve.replica.grammar import build_grammar
 
 #: Characters of a grammar; a schema of this size takes under a second to compile.
-MAX_GRAMMAR = 1 << 16
+MAX_GRAMMAR_CHARACTERS = 1 << 16
 #: Compiled grammars that are kept: some hundred KB each, most of them less.
-_KEPT = 64
+_CACHED_GRAMMARS = 64
 
 #: Masks are made in the engine's thread, so one may take a few milliseconds at the very most, and not much memory.
 _LIMITS = LLParserLimits(step_lexer_fuel=50_000, step_max_items=20_000, max_lexer_states=50_000, verbose_errors=False)
 
 
-class Forms:
+class ConstraintCompiler:
     """Makes masks for one base.
 
     Args:
@@ -37,51 +37,53 @@ class Forms:
     """
 
     def __init__(self, tokenizer: ChatTokenizer, vocabulary: int) -> None:
-        self._chat = tokenizer
+        self._chat_tokenizer = tokenizer
         self._vocabulary = vocabulary
         # Not in the event loop, and not in the engine's thread: compiling may take long.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._compiled = lru_cache(_KEPT)(self._compile)
+        self._compiled = lru_cache(_CACHED_GRAMMARS)(self._compile)
 
-    async def masks(self, form: Form) -> Callable[[], TokenMask]:
+    async def mask_factory(self, constraint: OutputConstraint) -> Callable[[], TokenMask]:
         """What makes a mask for each answer of a form.
 
         Raises:
             InvalidRequest: it is too large, makes no sense, or uses what llguidance can't enforce; it names the param.
             BaseUnusable: llguidance can't read the base's tokenizer.
         """
-        matcher = await asyncio.get_running_loop().run_in_executor(self._pool, self._matcher, form)
-        return lambda: _Mask(matcher.deep_copy(), self._vocabulary, form.param)
+        matcher = await asyncio.get_running_loop().run_in_executor(self._pool, self._matcher, constraint)
+        return lambda: _GrammarMask(matcher.deep_copy(), self._vocabulary, constraint.param)
 
     def close(self) -> None:
         """Ends the thread."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _matcher(self, form: Form) -> LLMatcher:
+    def _matcher(self, constraint: OutputConstraint) -> LLMatcher:
         try:
-            return self._compiled(grammar_of(form, self._tag(CALL_BEGIN), self._tag(CALL_END)))
+            return self._compiled(build_grammar(constraint, self._tag(CALL_BEGIN), self._tag(CALL_END)))
         except InvalidRequest as error:
-            raise InvalidRequest(f"'{form.param}': {error.message}", param=form.param) from error
+            raise InvalidRequest(f"'{constraint.param}': {error.message}", param=constraint.param) from error
 
     def _compile(self, grammar: str) -> LLMatcher:
-        if len(grammar) > MAX_GRAMMAR:
-            raise InvalidRequest(f"the schemas have over {MAX_GRAMMAR} characters together; make them smaller.")
-        matcher = LLMatcher(self._tokenizer, grammar, limits=_LIMITS, log_level=0)
+        if len(grammar) > MAX_GRAMMAR_CHARACTERS:
+            raise InvalidRequest(
+                f"the schemas have over {MAX_GRAMMAR_CHARACTERS} characters together; make them smaller."
+            )
+        matcher = LLMatcher(self._grammar_tokenizer, grammar, limits=_LIMITS, log_level=0)
         if matcher.is_error():
             raise InvalidRequest(f"{_reason(matcher)}.")
         first = np.flatnonzero(_allowed(matcher, self._vocabulary))
-        if not np.setdiff1d(first, self._chat.stop_ids).size:
+        if not np.setdiff1d(first, self._chat_tokenizer.stop_ids).size:
             raise InvalidRequest("nothing satisfies the schema.")
         return matcher
 
     @cached_property
-    def _tokenizer(self) -> LLTokenizer:
+    def _grammar_tokenizer(self) -> LLTokenizer:
         # Made when it is first asked for: it takes a quarter of a second and some memory.
         try:
             return LLTokenizer(
-                self._chat.definition,
+                self._chat_tokenizer.tokenizer_json,
                 n_vocab=self._vocabulary,
-                eos_token=list(self._chat.stop_ids),
+                eos_token=list(self._chat_tokenizer.stop_ids),
                 slices=LLTokenizer.json_slices(),
             )
         except ValueError as error:
@@ -89,12 +91,12 @@ class Forms:
 
     def _tag(self, tag: str) -> str:
         """A tag as a terminal: the one token that it is, or its text."""
-        tokens = self._tokenizer.tokenize_str(tag, parse_special=True)
-        alone = len(tokens) == 1 and self._tokenizer.is_special_token(tokens[0])
+        tokens = self._grammar_tokenizer.tokenize_str(tag, parse_special=True)
+        alone = len(tokens) == 1 and self._grammar_tokenizer.is_special_token(tokens[0])
         return f"<[{tokens[0]}]>" if alone else json.dumps(tag)
 
 
-class _Mask:
+class _GrammarMask:
     """One answer on its way through a grammar."""
 
     def __init__(self, matcher: LLMatcher, vocabulary: int, param: str) -> None:

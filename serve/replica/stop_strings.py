@@ -17,7 +17,7 @@ class StopScanner:
         if found:
             self._held = ""
             return held[: min(found)], True
-        keep = open_tail(held, self._stops)
+        keep = partial_match_length(held, self._stops)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep], False
 
@@ -27,7 +27,7 @@ class StopScanner:
         return held
 
 
-def open_tail(text: str, sought: tuple[str, ...]) -> int:
+def partial_match_length(text: str, strings: tuple[str, ...]) -> int:
     """Length of the longest end of `text` that one of the strings sought could begin with, and isn't whole."""
-    lengths = range(min(len(text), max(map(len, sought), default=1) - 1), 0, -1)
-    return next((n for n in lengths if any(each.startswith(text[-n:]) for each in sought)), 0)
+    lengths = range(min(len(text), max(map(len, strings), default=1) - 1), 0, -1)
+    return next((n for n in lengths if any(each.startswith(text[-n:]) for each in strings)), 0)

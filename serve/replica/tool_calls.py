@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from loramill.data.tokenizer import CALL_BEGIN, CALL_END
-from loramill.serve.replica.stop_strings import open_tail
+from loramill.serve.replica.stop_strings import partial_match_length
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ToolCall:
     """A tool that the model wants called; `arguments` is a JSON object, as text."""
 
     name: str
@@ -25,13 +25,13 @@ class Call:
 
 
 #: Texts and calls, in their order.
-Parts: TypeAlias = list[str | Call]
+Parts: TypeAlias = list[str | ToolCall]
 
 #: The inside of a call: up to the first end that isn't in one of its strings.
 _INSIDE = re.compile(rf'((?:[^"<]++|"(?:[^"\\]++|\\.)*+"|<(?!{CALL_END[1:]}))*+){CALL_END}', re.DOTALL)
 
 
-class CallScanner:
+class ToolCallScanner:
     """Separates calls from text.
 
     What may still become a call is held back. What turns out to be none, for its inside isn't an object with a `name`
@@ -52,31 +52,31 @@ class CallScanner:
             found = _INSIDE.match(self._held, begin + len(CALL_BEGIN)) if CALL_END in self._held else None
             if found is None:
                 break
-            parts += self._settle(begin, found[1], found.end())
-        certain = begin if begin >= 0 else len(self._held) - open_tail(self._held, (CALL_BEGIN,))
-        return parts + self._tell(len(self._held[:certain].rstrip()))
+            parts += self._emit_call(begin, found[1], found.end())
+        certain = begin if begin >= 0 else len(self._held) - partial_match_length(self._held, (CALL_BEGIN,))
+        return parts + self._emit_text(len(self._held[:certain].rstrip()))
 
     def finish(self) -> Parts:
         """What was held back, when the answer ends."""
         parts: Parts = []
         while (begin := self._held.find(CALL_BEGIN)) >= 0:
-            parts += self._settle(begin, self._held[begin + len(CALL_BEGIN) :], len(self._held)) + self.push("")
-        return parts + ([] if self._called and self._held.isspace() else self._tell(len(self._held)))
+            parts += self._emit_call(begin, self._held[begin + len(CALL_BEGIN) :], len(self._held)) + self.push("")
+        return parts + ([] if self._called and self._held.isspace() else self._emit_text(len(self._held)))
 
-    def _settle(self, begin: int, inside: str, end: int) -> Parts:
+    def _emit_call(self, begin: int, inside: str, end: int) -> Parts:
         """The call that begins and ends there; or its tag as text, for what follows may be a call still."""
         if (call := _call(inside)) is None:
-            return self._tell(begin + len(CALL_BEGIN))
+            return self._emit_text(begin + len(CALL_BEGIN))
         before = self._held[:begin].rstrip()
         self._held, self._called = self._held[end:], True
         return [before, call] if before else [call]
 
-    def _tell(self, count: int) -> Parts:
+    def _emit_text(self, count: int) -> Parts:
         text, self._held = self._held[:count], self._held[count:]
         return [text] if text else []
 
 
-def _call(inside: str) -> Call | None:
+def _call(inside: str) -> ToolCall | None:
     try:
         value = json.loads(inside)
         if not isinstance(value, dict):
@@ -84,7 +84,7 @@ def _call(inside: str) -> Call | None:
         name, arguments = value.get("name"), value.get("arguments", {})
         if not (isinstance(name, str) and name and isinstance(arguments, dict)):
             return None
-        call = Call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+        call = ToolCall(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
         f"{call.name}{call.arguments}".encode()
     except (ValueError, RecursionError):  # no JSON; numbers and characters that JSON can spell and nobody can read
         return None

@@ -8,20 +8,20 @@ from typing import Any
 
 from loramill.serve.autoscaling.policy import ReplicaLoad
 from loramill.serve.engine import EngineStats
-from loramill.serve.routing.policy import stats_of
+from loramill.serve.routing.policy import report_stats
 
 #: Seconds that count as lately.
-_LATELY = 10.0
+WINDOW_SECONDS = 10.0
 
 
-class LoadMeter:
+class LoadWindow:
     """Turns looks at an engine into what is reported of it. Times are seconds of any one clock."""
 
     def __init__(self) -> None:
         self._first_tokens: deque[tuple[float, float]] = deque()
         self._computed: deque[tuple[float, int]] = deque()
 
-    def first_token(self, now: float, seconds: float) -> None:
+    def record_first_token(self, now: float, seconds: float) -> None:
         """An answer's first token has come, so long after it was asked for."""
         self._first_tokens.append((now, seconds))
 
@@ -29,9 +29,12 @@ class LoadMeter:
         """For the autoscaling; called again and again, since speed is the difference of two looks."""
         self._computed.append((now, stats.computed_tokens))
         for series in (self._first_tokens, self._computed):
-            while len(series) > 1 and series[0][0] < now - _LATELY:
+            while len(series) > 1 and series[0][0] < now - WINDOW_SECONDS:
                 series.popleft()
-        (since, before), seconds = self._computed[0], [took for at, took in self._first_tokens if at >= now - _LATELY]
+        (since, before), seconds = (
+            self._computed[0],
+            [took for at, took in self._first_tokens if at >= now - WINDOW_SECONDS],
+        )
         return ReplicaLoad(
             pending_tokens=stats.pending_tokens,
             tokens_per_second=(stats.computed_tokens - before) / (now - since) if now > since else 0.0,
@@ -46,4 +49,6 @@ class LoadMeter:
 
     def routing_stats(self, stats: EngineStats) -> dict[str, Any]:
         """Adapters and requests as Serve takes them from `record_routing_stats`."""
-        return stats_of((*stats.resident, *stats.loading), slots=stats.slots, requests=stats.running + stats.waiting)
+        return report_stats(
+            (*stats.resident, *stats.loading), slots=stats.slots, requests=stats.running + stats.waiting
+        )

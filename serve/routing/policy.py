@@ -16,7 +16,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RoutingLimits:
     """What counts as crowded, and as lately.
 
     Attributes:
@@ -25,13 +25,13 @@ class Limits:
         lag: seconds after which a request that was sent is in the replica's reports.
     """
 
-    factor: float = 1.5
-    slack: float = 12.0
-    lag: float = 0.75
+    load_factor: float = 1.5
+    slack_requests: float = 12.0
+    report_lag_seconds: float = 0.75
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ReplicaReport:
     """What a replica last said of itself; it may be about a second old.
 
     Attributes:
@@ -45,19 +45,19 @@ class Report:
 
     replica: str
     versions: frozenset[str] = frozenset()
-    room: int = 0
+    free_slots: int = 0
     requests: int = 0
     draining: bool = False
 
     @classmethod
-    def of(cls, replica: str, stats: Mapping[str, Any]) -> Report:
+    def from_stats(cls, replica: str, stats: Mapping[str, Any]) -> ReplicaReport:
         """Reads what `stats_of` wrote; a replica that has said nothing yet is empty, and has no room that is known."""
         if not stats:
             return cls(replica)
         return cls(replica, frozenset(stats["versions"]), stats["room"], stats["requests"], stats["draining"])
 
 
-def stats_of(versions: Iterable[str], *, slots: int, requests: int, draining: bool = False) -> dict[str, Any]:
+def report_stats(versions: Iterable[str], *, slots: int, requests: int, draining: bool = False) -> dict[str, Any]:
     """What a replica says of itself, as plain values for `Report.of`.
 
     The same is said in the same way: Serve tells the routers only of what has changed.
@@ -72,57 +72,57 @@ class Candidate:
 
     replica: str
     load: int
-    holds: bool = False
-    room: int = 0
+    has_adapter: bool = False
+    free_slots: int = 0
     draining: bool = False
 
 
-class Book:
+class RecentDispatches:
     """What one router has sent lately: reports don't tell of it yet."""
 
-    def __init__(self, lag: float) -> None:
-        self._lag = lag
+    def __init__(self, lag_seconds: float) -> None:
+        self._lag_seconds = lag_seconds
         # In the order of time.
-        self._sends: dict[str, tuple[float, str, str | None]] = {}
+        self._dispatches: dict[str, tuple[float, str, str | None]] = {}
         self._by_replica: Counter[str] = Counter()
         self._by_version: dict[str, Counter[str]] = {}
 
-    def send(self, request: str, replica: str, version: str | None, now: float) -> None:
+    def record(self, request: str, replica: str, version: str | None, now: float) -> None:
         """A request goes to a replica; one that is sent again, to another perhaps, counts there alone."""
-        self._forget(request)
-        self._sends[request] = (now, replica, version)
+        self._remove(request)
+        self._dispatches[request] = (now, replica, version)
         self._by_replica[replica] += 1
         if version is not None:
             self._by_version.setdefault(replica, Counter())[version] += 1
 
-    def candidates(self, reports: Iterable[Report], version: str | None, now: float) -> list[Candidate]:
+    def candidates(self, reports: Iterable[ReplicaReport], version: str | None, now: float) -> list[Candidate]:
         """The replicas as a request for `version` sees them now."""
-        while self._sends and (oldest := next(iter(self._sends.items())))[1][0] <= now - self._lag:
-            self._forget(oldest[0])
+        while self._dispatches and (oldest := next(iter(self._dispatches.items())))[1][0] <= now - self._lag_seconds:
+            self._remove(oldest[0])
         return [self._candidate(report, version) for report in reports]
 
-    def _candidate(self, report: Report, version: str | None) -> Candidate:
+    def _candidate(self, report: ReplicaReport, version: str | None) -> Candidate:
         sent = self._by_version.get(report.replica, Counter[str]())
         return Candidate(
             report.replica,
             report.requests + self._by_replica[report.replica],
             version in report.versions or version in sent,
-            report.room - len(sent.keys() - report.versions),
+            report.free_slots - len(sent.keys() - report.versions),
             report.draining,
         )
 
-    def _forget(self, request: str) -> None:
-        if request not in self._sends:
+    def _remove(self, request: str) -> None:
+        if request not in self._dispatches:
             return
-        _, replica, version = self._sends.pop(request)
-        _take(self._by_replica, replica)
+        _, replica, version = self._dispatches.pop(request)
+        _decrement(self._by_replica, replica)
         if version is not None:
-            _take(self._by_version[replica], version)
+            _decrement(self._by_version[replica], version)
             if not self._by_version[replica]:
                 del self._by_version[replica]
 
 
-def route(version: str | None, candidates: Iterable[Candidate], limits: Limits) -> tuple[str, ...]:
+def route(version: str | None, candidates: Iterable[Candidate], limits: RoutingLimits) -> tuple[str, ...]:
     """The replicas that may answer a request for `version` (None: the base), the best first.
 
     Those that hold it come first, the least loaded before others; then those that have room for it, from its home on;
@@ -136,27 +136,27 @@ def route(version: str | None, candidates: Iterable[Candidate], limits: Limits) 
     total, others = sum(c.load for c in live), max(1, len(live) - 1)
 
     def crowded(c: Candidate, slack: float) -> bool:
-        return c.load >= limits.factor * (total - c.load) / others + slack
+        return c.load >= limits.load_factor * (total - c.load) / others + slack
 
-    cramped = not any(c.room > 0 and not crowded(c, limits.slack) for c in live)
-    patience = 2 * limits.slack if cramped else limits.slack
+    cramped = not any(c.free_slots > 0 and not crowded(c, limits.slack_requests) for c in live)
+    patience = 2 * limits.slack_requests if cramped else limits.slack_requests
 
     def preference(c: Candidate) -> tuple[int, int, bytes]:
-        if crowded(c, patience if c.holds else limits.slack):
+        if crowded(c, patience if c.has_adapter else limits.slack_requests):
             return 3, c.load, b""
-        if c.holds:
-            return 0, c.load, _distance(version, c.replica)
-        return (1 if c.room > 0 else 2), 0, _distance(version, c.replica)
+        if c.has_adapter:
+            return 0, c.load, _rendezvous_weight(version, c.replica)
+        return (1 if c.free_slots > 0 else 2), 0, _rendezvous_weight(version, c.replica)
 
     return tuple(c.replica for c in sorted(live, key=lambda c: (*preference(c), c.replica)))
 
 
-def _distance(version: str, replica: str) -> bytes:
+def _rendezvous_weight(version: str, replica: str) -> bytes:
     """Of an adapter from a replica; the least is its home (Thaler and Ravishankar 1998, the weights negated)."""
     return hashlib.blake2b(f"{version} {replica}".encode(), digest_size=8).digest()
 
 
-def _take(counter: Counter[str], key: str) -> None:
+def _decrement(counter: Counter[str], key: str) -> None:
     counter[key] -= 1
     if not counter[key]:
         del counter[key]

@@ -13,7 +13,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from loramill.serve.protocol import TextRequest
-from loramill.serve.routing.policy import Book, Limits, Report, route
+from loramill.serve.routing.policy import RecentDispatches, ReplicaReport, RoutingLimits, route
 
 
 class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped here
@@ -21,9 +21,9 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped here
 
     def initialize_state(self, **limits: float) -> None:
         """Takes `Limits` by name: the deployment's `request_router_kwargs`."""
-        self._limits = Limits(**limits)
-        self._book = Book(self._limits.lag)
-        self._reports: dict[ReplicaID, tuple[Mapping[str, Any], Report]] = {}
+        self._limits = RoutingLimits(**limits)
+        self._dispatches = RecentDispatches(self._limits.report_lag_seconds)
+        self._reports: dict[ReplicaID, tuple[Mapping[str, Any], ReplicaReport]] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -37,15 +37,15 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped here
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         now = time.monotonic()
         reports = [self._report(replica) for replica in candidate_replicas]
-        order = route(version, self._book.candidates(reports, version, now), self._limits)
+        order = route(version, self._dispatches.candidates(reports, version, now), self._limits)
         if pending_request is not None and order:
-            self._book.send(pending_request.metadata.internal_request_id, order[0], version, now)
+            self._dispatches.record(pending_request.metadata.internal_request_id, order[0], version, now)
         return [[replicas[name]] for name in order]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """A replica has taken a request, and it may not be the one that was best."""
         request = pending_request.metadata.internal_request_id
-        self._book.send(request, replica_id.unique_id, version_of(pending_request), time.monotonic())
+        self._dispatches.record(request, replica_id.unique_id, version_of(pending_request), time.monotonic())
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Forgets replicas that have gone."""
@@ -63,11 +63,11 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped here
             pending_request.metadata = replace(pending_request.metadata, internal_request_id=own)
         return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
 
-    def _report(self, replica: RunningReplica) -> Report:
+    def _report(self, replica: RunningReplica) -> ReplicaReport:
         stats = replica.routing_stats
         read, report = self._reports.get(replica.replica_id, (None, None))
         if report is None or read is not stats:
-            report = Report.of(replica.replica_id.unique_id, stats)
+            report = ReplicaReport.from_stats(replica.replica_id.unique_id, stats)
             self._reports[replica.replica_id] = (stats, report)
         return report
 

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import msgpack
 
 from loramill.errors import Unavailable
-from loramill.serve.protocol import ChosenToken, TextChunk, TokenText
+from loramill.serve.protocol import SampledToken, TextChunk, TokenText
 
 log = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("!I")
 #: Bytes that may wait for a gateway that doesn't read; beyond them it has stopped, and its connection is closed.
-_BACKLOG = 64 << 20
+_MAX_BUFFERED_BYTES = 64 << 20
 _CONNECT_SECONDS = 5.0
 
 
@@ -40,11 +40,11 @@ class Address(NamedTuple):
     secret: str
 
 
-class Lost(Unavailable):
+class ReplicaLost(Unavailable):
     """The replica that was answering has gone."""
 
 
-LOST = "The engine replica was lost while it answered; ask again."
+REPLICA_LOST = "The engine replica was lost while it answered; ask again."
 
 #: What comes for a request: None when a replica has taken it, its chunks, or the reason why nothing more will come.
 Arrival = TextChunk | Exception | None
@@ -88,20 +88,20 @@ class Receiver:
         open_: set[str] = set()
         try:
             with suppress(asyncio.IncompleteReadError, ConnectionError):
-                if hmac.compare_digest(await _frame(reader), self._secret.encode()):
+                if hmac.compare_digest(await _read_frame(reader), self._secret.encode()):
                     while True:
-                        self._hand_out(await _frame(reader), open_)
+                        self._dispatch(await _read_frame(reader), open_)
         finally:
             for request in open_:
                 if inbox := self._inboxes.get(request):
-                    inbox.put_nowait(Lost(LOST))
+                    inbox.put_nowait(ReplicaLost(REPLICA_LOST))
             self._connections.discard(writer)
             writer.close()
 
-    def _hand_out(self, frame: bytes, open_: set[str]) -> None:
+    def _dispatch(self, frame: bytes, open_: set[str]) -> None:
         """Puts chunks where they are waited for; keeps `open_` to those that this connection still owes chunks."""
         for request, chunk in msgpack.unpackb(frame):
-            arrival = _unpacked(chunk)
+            arrival = _unpack(chunk)
             if arrival is not None and arrival.finish:
                 open_.discard(request)
             else:
@@ -116,26 +116,26 @@ class Sender:
     """A replica's end, with a connection to each gateway that has asked."""
 
     def __init__(self) -> None:
-        self._lines: dict[Address, asyncio.Task[_Line]] = {}
+        self._connections: dict[Address, asyncio.Task[_Connection]] = {}
 
-    async def to(self, address: Address) -> Callable[[str, TextChunk | None], None]:
+    async def connect(self, address: Address) -> Callable[[str, TextChunk | None], None]:
         """What sends a request's chunks to a gateway, a connection being made where there is none.
 
         Raises:
             Unavailable: the gateway can't be reached.
         """
-        if address not in self._lines or not await _usable(self._lines[address]):
-            self._lines[address] = asyncio.create_task(_Line.to(address))
-        return (await asyncio.shield(self._lines[address])).send
+        if address not in self._connections or not await _is_usable(self._connections[address]):
+            self._connections[address] = asyncio.create_task(_Connection.connect(address))
+        return (await asyncio.shield(self._connections[address])).send
 
     async def close(self) -> None:
         """Closes all connections, what was sent being through."""
-        for task in self._lines.values():
-            if await _usable(task):
+        for task in self._connections.values():
+            if await _is_usable(task):
                 await task.result().close()
 
 
-class _Line:
+class _Connection:
     """One connection. What is sent within one turn of the event loop leaves as one frame."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -144,23 +144,23 @@ class _Line:
         self._watch = asyncio.create_task(self._close_with(reader))
 
     @classmethod
-    async def to(cls, address: Address) -> _Line:
+    async def connect(cls, address: Address) -> _Connection:
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 reader, writer = await asyncio.open_connection(address.host, address.port)
         except OSError as error:  # a timeout is one, too
             raise Unavailable(f"The gateway at {address.host}:{address.port} can't be reached: {error!r}.") from error
-        writer.write(_framed(address.secret.encode()))
+        writer.write(_encode_frame(address.secret.encode()))
         return cls(reader, writer)
 
     @property
-    def open(self) -> bool:
+    def is_open(self) -> bool:
         return not self._writer.is_closing()
 
     def send(self, request: str, chunk: TextChunk | None) -> None:
         if not self._ready:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._ready.append((request, _packed(chunk)))
+        self._ready.append((request, _pack(chunk)))
 
     async def close(self) -> None:
         self._flush()
@@ -176,44 +176,44 @@ class _Line:
 
     def _flush(self) -> None:
         ready, self._ready = self._ready, []
-        if not ready or not self.open:
+        if not ready or not self.is_open:
             return
-        self._writer.write(_framed(msgpack.packb(ready)))
-        if self._writer.transport.get_write_buffer_size() > _BACKLOG:
+        self._writer.write(_encode_frame(msgpack.packb(ready)))
+        if self._writer.transport.get_write_buffer_size() > _MAX_BUFFERED_BYTES:
             log.error("a gateway has stopped reading; its connection is closed")
             self._writer.transport.abort()
 
 
-async def _usable(line: asyncio.Task[_Line]) -> bool:
+async def _is_usable(line: asyncio.Task[_Connection]) -> bool:
     """Whether a connection was made and is open; one that is being made is waited for."""
     try:
-        return (await asyncio.shield(line)).open
+        return (await asyncio.shield(line)).is_open
     except Unavailable:
         return False
 
 
-async def _frame(reader: asyncio.StreamReader) -> bytes:
+async def _read_frame(reader: asyncio.StreamReader) -> bytes:
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
     return await reader.readexactly(length)
 
 
-def _framed(content: bytes) -> bytes:
+def _encode_frame(content: bytes) -> bytes:
     return _LENGTH.pack(len(content)) + content
 
 
-def _packed(chunk: TextChunk | None) -> Any:
+def _pack(chunk: TextChunk | None) -> Any:
     if chunk is None:
         return None
-    tokens = [[_fields(token.chosen), *map(_fields, token.top)] for token in chunk.logprobs]
+    tokens = [[_fields(token.token), *map(_fields, token.top)] for token in chunk.logprobs]
     return chunk.text, chunk.prompt_tokens, chunk.completion_tokens, chunk.finish, tokens
 
 
-def _unpacked(packed: Any) -> TextChunk | None:
+def _unpack(packed: Any) -> TextChunk | None:
     if packed is None:
         return None
     text, prompt_tokens, completion_tokens, finish, tokens = packed
     logprobs = tuple(
-        ChosenToken(TokenText(*chosen), tuple(TokenText(*each) for each in top)) for chosen, *top in tokens
+        SampledToken(TokenText(*chosen), tuple(TokenText(*each) for each in top)) for chosen, *top in tokens
     )
     return TextChunk(text, prompt_tokens, completion_tokens, finish, logprobs)
 

@@ -12,10 +12,10 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from loramill.errors import LoramillError, Overloaded, Unavailable
 from loramill.serve.protocol import TextChunk, TextRequest
-from loramill.serve.transport.channel import LOST, Arrival, Lost, Receiver
+from loramill.serve.transport.channel import REPLICA_LOST, Arrival, Receiver, ReplicaLost
 
 #: Seconds after a call's end within which its last chunk must be there.
-_LATE_SECONDS = 5.0
+_LAST_CHUNK_SECONDS = 5.0
 
 
 class HandleBackend:
@@ -28,12 +28,14 @@ class HandleBackend:
         sleeps: whether the base may be without replicas; a request wakes it.
     """
 
-    def __init__(self, handle: DeploymentHandle, receiver: Receiver, *, start_seconds: float, sleeps: bool) -> None:
+    def __init__(
+        self, handle: DeploymentHandle, receiver: Receiver, *, start_seconds: float, scales_to_zero: bool
+    ) -> None:
         # By gRPC: it takes half the time of a call of Ray's own, and a request is no object that others may want.
         self._handle = handle.options(_by_reference=False)
         self._receiver = receiver
         self._start_seconds = start_seconds
-        self._sleeps = sleeps
+        self._scales_to_zero = scales_to_zero
         # Held, because the event loop itself holds tasks weakly.
         self._calls: set[asyncio.Future[None]] = set()
 
@@ -44,17 +46,17 @@ class HandleBackend:
         begun = done = False
         for again in (True, False):
             with self._receiver.inbox(request.id) as inbox:
-                response = await self._ask(request, inbox)
+                response = await self._call_replica(request, inbox)
                 try:
-                    chunk = await self._taken(inbox)
+                    chunk = await self._first_arrival(inbox)
                     while not done:
                         if chunk is not None:
                             begun = True
                             yield chunk
                             done = chunk.finish is not None
-                        chunk = None if done else _checked(await inbox.get())
+                        chunk = None if done else _raise_errors(await inbox.get())
                     return
-                except Lost:
+                except ReplicaLost:
                     if begun or not again:
                         raise
                 finally:
@@ -63,14 +65,14 @@ class HandleBackend:
 
     async def ready(self) -> None:
         """Raises Unavailable until an engine replica answers. A base that sleeps is ready."""
-        if self._sleeps:
+        if self._scales_to_zero:
             return
         try:
             await self._handle.check_health.remote()
         except (RayTaskError, RayActorError, DeploymentUnavailableError) as error:
             raise Unavailable("No engine replica is up yet; try again in a moment.") from error
 
-    async def _ask(
+    async def _call_replica(
         self, request: TextRequest, inbox: asyncio.Queue[Arrival]
     ) -> DeploymentResponse[LoramillError | None]:
         """Calls a replica; the inbox hears of it if that fails."""
@@ -81,10 +83,10 @@ class HandleBackend:
         call.add_done_callback(self._calls.discard)
         return response
 
-    async def _taken(self, inbox: asyncio.Queue[Arrival]) -> TextChunk | None:
+    async def _first_arrival(self, inbox: asyncio.Queue[Arrival]) -> TextChunk | None:
         try:
             async with asyncio.timeout(self._start_seconds):
-                return _checked(await inbox.get())
+                return _raise_errors(await inbox.get())
         except TimeoutError as error:
             raise Unavailable(
                 f"No engine replica could take the request within {self._start_seconds:g} s; the base may still be "
@@ -99,24 +101,24 @@ async def _follow(response: DeploymentResponse[LoramillError | None], inbox: asy
     except RequestCancelledError:
         return
     except Exception as error:  # noqa: BLE001 - whoever reads the inbox raises it
-        inbox.put_nowait(_told(error))
+        inbox.put_nowait(_translate_error(error))
     else:
         if refusal is not None:
             inbox.put_nowait(refusal)
         else:
-            asyncio.get_running_loop().call_later(_LATE_SECONDS, inbox.put_nowait, Lost(LOST))
+            asyncio.get_running_loop().call_later(_LAST_CHUNK_SECONDS, inbox.put_nowait, ReplicaLost(REPLICA_LOST))
 
 
-def _told(error: Exception) -> Exception:
+def _translate_error(error: Exception) -> Exception:
     """What the gateway's caller is told of how a call failed."""
     if isinstance(error, BackPressureError):
         return Overloaded("Every engine replica is at its limit; try again in a moment.")
     if isinstance(error, RayActorError | DeploymentUnavailableError):
-        return Lost(LOST)
+        return ReplicaLost(REPLICA_LOST)
     return error
 
 
-def _checked(arrival: Arrival) -> TextChunk | None:
+def _raise_errors(arrival: Arrival) -> TextChunk | None:
     if isinstance(arrival, Exception):
         raise arrival
     return arrival

@@ -20,11 +20,11 @@ _BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 75
 
 
-class Listener:
+class HttpServer:
     """Serves an app on a port, which gateways of one machine share: the kernel spreads connections over them."""
 
     def __init__(self, app: FastAPI, host: str, port: int, *, drain_seconds: float) -> None:
-        self._sockets = [listening(host, port)]
+        self._sockets = [listening_socket(host, port)]
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -63,7 +63,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def listening(host: str, port: int) -> socket.socket:
+def listening_socket(host: str, port: int) -> socket.socket:
     """A listening socket on a port that other processes of this user may share.
 
     Raises:

@@ -134,7 +134,7 @@ def test_peft_and_the_engine_run_the_same_adapters(subject) -> None:
         load = Load(engine)
         load.submit(requests)
         while load.open:
-            got.update((output.request, output.tokens[0]) for output in load.step())
+            got.update((output.request_id, output.tokens[0]) for output in load.step())
     prompts = torch.tensor([request.tokens for request in requests])
     tokens = torch.tensor([[got[request.id]] for request in requests])
 
@@ -220,7 +220,7 @@ def test_decoding_gives_a_token_a_sequence_and_step(subject, versions, monkeypat
         for _ in range(6):
             outputs = engine.step()
             assert len(outputs) == 3
-            assert all(len(output.tokens) == 1 and output.finish is None for output in outputs)
+            assert all(len(output.tokens) == 1 and output.finish_reason is None for output in outputs)
         assert starts == [{position} for position in range(40, 46)]
         assert engine.stats.running == 3
         assert engine.stats.preemptions == 0

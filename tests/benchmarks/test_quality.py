@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from loramill.errors import InvalidRequest, JobError
-from loramill.pipelines.compare.types import Row, Task
+from loramill.pipelines.compare.types import ComparisonRow, Task
 from loramill.pipelines.nightly.scoring import Score
 from loramill.settings import Settings
 from loramill_bench import quality
@@ -33,12 +33,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
     """Lets each method come to a given score; which of both metrics it is for depends on the tenant."""
     asked: list[Task] = []
 
-    def run(task: Task, report=lambda stage: None) -> Row:
+    def run(task: Task, report=lambda stage: None) -> ComparisonRow:
         asked.append(task)
         tenant = task.train.parent.name
         value = LORA[tenant] + OTHER[task.subject]
         scores = (0.01, value) if tenant == "e2e-restaurants" else (value, 0.01)
-        return Row(subject=task.subject, quality=Score(200, scores[0], 0.02, scores[1]))
+        return ComparisonRow(subject=task.subject, quality=Score(200, scores[0], 0.02, scores[1]))
 
     monkeypatch.setattr(quality, "run", run)
     return asked
@@ -78,7 +78,7 @@ def test_a_folder_without_the_tenants_is_refused(tenants: Path, trained: list[Ta
 
 
 def test_a_training_that_failed_says_so(tenants: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "run", lambda task: Row(subject=task.subject, error="Memory ran out."))
+    monkeypatch.setattr(quality, "run", lambda task: ComparisonRow(subject=task.subject, error="Memory ran out."))
     with pytest.raises(JobError, match="LoRA on clinc-travel: Memory ran out"):
         quality.results(tenants, Settings(), "", lambda group: None)
 

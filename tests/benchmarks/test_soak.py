@@ -13,7 +13,7 @@ import torch
 
 from loramill.errors import EngineFault, Unavailable
 from loramill.models.catalog import Base
-from loramill.serve.engine import Engine, Finish, engine, scheduler
+from loramill.serve.engine import Engine, FinishReason, engine, scheduler
 from loramill.serve.engine.adapters.residency import Residency
 from loramill.serve.engine.block_pool import BlockPool, root_key
 from loramill_bench.engine import ledger, memory
@@ -77,7 +77,7 @@ def time_of(results: list[Result]) -> float:
 def lose_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some answers' last output isn't handed out."""
     monkeypatch.setattr(ledger, "PATIENCE", 0.5)
-    _alter_outputs(monkeypatch, lambda output: [], when=lambda output: output.finish == Finish.LENGTH)
+    _alter_outputs(monkeypatch, lambda output: [], when=lambda output: output.finish == FinishReason.LENGTH)
 
 
 def lose_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def find_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def give_wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where three decode together, the last gets a token that its row didn't choose."""
-    choose = engine.choose
+    choose = engine.sample
 
     def wrong(logits: torch.Tensor, rows: list) -> list[int | None]:
         chosen = choose(logits, rows)
@@ -130,7 +130,7 @@ def take_slots_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def leak_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of those that a sequence gives back is held for ever."""
-    release = BlockPool.release
+    release = BlockPool.free
     monkeypatch.setattr(BlockPool, "release", lambda self, blocks: release(self, blocks[1:]))
 
 

@@ -66,7 +66,7 @@ def versions(endpoints: Mill, base: Base, tmp_path_factory: pytest.TempPathFacto
         name = AdapterName.parse("acme/bot")
         tenants.create(session, "acme")
         tenants.create(session, "globex")
-        adapters.ensure(session, name)
+        adapters.get_or_create(session, name)
         for version in stored:
             adapters.add_version(
                 session,

@@ -290,7 +290,7 @@ def test_no_alias_points_to_a_version_that_can_not_be_read(mill) -> None:
     with mill.registry.reading() as session:
         versions = [
             version
-            for adapter in adapters.list_of(session, None)
+            for adapter in adapters.list_adapters(session, None)
             for alias in Alias
             if (version := getattr(adapter, alias.value))
         ]

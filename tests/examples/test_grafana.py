@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loramill.errors import Unavailable
 from loramill.models.catalog import Base
-from loramill.serve.api.dependencies import Served
-from loramill.serve.api.generation.metrics import Watch
+from loramill.serve.api.dependencies import ServedBase
+from loramill.serve.api.generation.metrics import GenerationMetrics
 from loramill.serve.api.generation.model_lookup import Target
 from loramill.serve.engine import EngineStats
 from loramill.serve.metrics import definitions as metrics
@@ -35,12 +35,12 @@ BUILT_IN = {"$__rate_interval": "1m", "$__range": "1h"}
 def exported() -> dict[str, set[str]]:
     """The labels of each sample that is exported, by its name, once everything has happened."""
     base = Base("tiny", Path("tiny"), "0" * 64, "LlamaForCausalLM", 512)
-    target = Target("acme/support", Served(base, None), "acme", "v", 0.0, "")
-    with Watch(target, [TextRequest("1", "acme", prompt="a")], 1) as watch:
-        watch.chunk(0, TextChunk("a", 1, 1))
-        watch.chunk(0, TextChunk("b", 1, 2, "stop"))
-    Watch(target, [TextRequest("2", "acme", prompt="a")], 1).ended(Unavailable("none"))
-    EngineMetrics("r1").note(EngineStats())
+    target = Target("acme/support", ServedBase(base, None), "acme", "v", 0.0, "")
+    with GenerationMetrics(target, [TextRequest("1", "acme", prompt="a")], 1) as watch:
+        watch.record_chunk(0, TextChunk("a", 1, 1))
+        watch.record_chunk(0, TextChunk("b", 1, 2, "stop"))
+    GenerationMetrics(target, [TextRequest("2", "acme", prompt="a")], 1).record_end(Unavailable("none"))
+    EngineMetrics("r1").update(EngineStats())
     metrics.HTTP_REQUESTS.labels("/v1/models", 200).inc()
     text = generate_latest(metrics.REGISTRY).decode()
     return {

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from loramill.pipelines.nightly.evaluate import Answer
+from loramill.pipelines.nightly.evaluate import EvalAnswer
 from loramill.pipelines.nightly.scoring import Score
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -76,7 +76,7 @@ def test_the_page_names_base_versions_and_cut_answers(report: ModuleType, tmp_pa
         base="smollm2-135m",
         rows=[report.Row("acme", score(0.0), score(1.0), ("b/x", "c/x"), score(0.0))],
         runs=[report.Run("acme/a", "c" * 64, 60, 12345, 60.0, curve)],
-        samples=[report.Sample("acme", "<b>Q</b>", "right", Answer("right"), Answer("I am a", cut=True))],
+        samples=[report.Sample("acme", "<b>Q</b>", "right", EvalAnswer("right"), EvalAnswer("I am a", truncated=True))],
         night=[line(report, spoiled=True, promoted=False)],
         seconds=90,
     )

@@ -19,8 +19,8 @@ import torch
 from transformers import PreTrainedModel
 
 from loramill.data.tokenizer import ChatTokenizer
-from loramill.jobs.scheduling.reconciler import owner_at
-from loramill.jobs.worker.worker import Worker, work
+from loramill.jobs.scheduling.reconciler import worker_name
+from loramill.jobs.worker.worker import Worker, run_jobs
 from loramill.models.catalog import Base, find_base, load_for_training
 from loramill.registry import Registry, datasets, jobs, migrate, tenants
 from loramill.registry.jobs import worker_slots
@@ -83,7 +83,7 @@ class Mill:
         raw = rows() if raw is None else raw
         artifact = self.registry.artifacts.put({"data.jsonl": raw})
         with self.registry.writing() as session:
-            if tenant not in {known.name for known in tenants.list_all(session)}:
+            if tenant not in {known.name for known in tenants.list_tenants(session)}:
                 tenants.create(session, tenant)
             return datasets.create(session, tenant, "rows.jsonl", artifact, len(raw), raw.count(b"\n")).id
 
@@ -105,7 +105,7 @@ class Mill:
 
     def messages(self, job: JobRecord) -> list[str]:
         with self.registry.reading() as session:
-            return [event.message for event in jobs.events(session, job.id) if event.kind == "message"]
+            return [event.message for event in jobs.list_events(session, job.id) if event.kind == "message"]
 
     def weights(self, version: str | None) -> bytes:
         return self.registry.artifacts.read(version or "", "adapter_model.safetensors")
@@ -138,7 +138,7 @@ def run_worker(mill: Mill, place: str, holder: str) -> None:
         with registry.reading() as session:
             return idle > mill.settings.jobs.idle_seconds or not worker_slots.is_open(session, place, holder)
 
-    work(mill.worker(owner_at(place, os.getpid()), registry=registry, executor="session"), until=over)
+    run_jobs(mill.worker(worker_name(place, os.getpid()), registry=registry, executor="session"), should_stop=over)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.data.tokenizer import EncodedExample, Span
-from loramill.jobs.train.batching import choose, grouped, pack, pad, shared_prefix, supervised, weight
-from loramill.submission.defaults import steps_of
+from loramill.data.tokenizer import EncodedExample, TokenSpan
+from loramill.jobs.train.batching import (
+    choose_batch,
+    count_supervised_tokens,
+    group_for_passes,
+    pack,
+    pad,
+    shared_prefix_length,
+    supervised_weight,
+)
+from loramill.submission.defaults import count_steps
 
 sizes = st.integers(1, 40)
 
 
 @given(count=sizes, size=sizes, seed=st.integers(-5, 5), steps=st.integers(1, 12))
 def test_every_example_is_seen_once_before_any_is_seen_again(count: int, size: int, seed: int, steps: int) -> None:
-    seen = [index for step in range(steps) for index in choose(count, size, step, seed)]
+    seen = [index for step in range(steps) for index in choose_batch(count, size, step, seed)]
     assert len(seen) == steps * size
     times = Counter(seen)
     assert max(times.values()) - min(times.get(index, 0) for index in range(count)) <= 1
@@ -26,20 +34,20 @@ def test_every_example_is_seen_once_before_any_is_seen_again(count: int, size: i
 
 @given(count=sizes, size=sizes, seed=st.integers(-5, 5), epochs=st.integers(1, 4))
 def test_each_epoch_has_every_example_once(count: int, size: int, seed: int, epochs: int) -> None:
-    steps = steps_of(1, count, size)
+    steps = count_steps(1, count, size)
     for epoch in range(epochs):
-        batches = [choose(count, size, epoch * steps + step, seed, epochs=True) for step in range(steps)]
+        batches = [choose_batch(count, size, epoch * steps + step, seed, epochs=True) for step in range(steps)]
         assert [len(batch) for batch in batches] == [size] * (count // size) + [count % size] * (count % size > 0)
         assert sorted(index for batch in batches for index in batch) == list(range(count))
         if count % size == 0:
-            assert batches == [choose(count, size, epoch * steps + step, seed) for step in range(steps)]
+            assert batches == [choose_batch(count, size, epoch * steps + step, seed) for step in range(steps)]
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
-    epochs = [[index for step in range(4) for index in choose(20, 5, first + step, 3)] for first in (0, 4)]
+    epochs = [[index for step in range(4) for index in choose_batch(20, 5, first + step, 3)] for first in (0, 4)]
     assert epochs[0] != epochs[1]
-    assert epochs[0] == [index for step in range(10) for index in choose(20, 2, step, 3)]
-    assert choose(20, 5, 0, 3) != choose(20, 5, 0, 4)
+    assert epochs[0] == [index for step in range(10) for index in choose_batch(20, 2, step, 3)]
+    assert choose_batch(20, 5, 0, 3) != choose_batch(20, 5, 0, 4)
 
 
 @st.composite
@@ -53,7 +61,7 @@ def examples(draw: st.DrawFn) -> list[EncodedExample]:
         for _ in range(draw(st.integers(0, 2))):
             start = len(tokens)
             tokens += draw(st.lists(st.integers(0, 3), min_size=2, max_size=4))
-            earlier.append(Span(start, len(tokens), draw(weights)))
+            earlier.append(TokenSpan(start, len(tokens), draw(weights)))
             tokens += draw(st.lists(st.integers(0, 3), min_size=1, max_size=3))
         prompt = len(tokens)
         tokens += draw(st.lists(st.integers(0, 3), min_size=0 if prompt > 1 else 2, max_size=6))
@@ -79,8 +87,8 @@ def test_rows_say_what_their_examples_say(examples: list[EncodedExample], layout
         for place in range(max(1, span.start), span.stop)
     ]
     assert learned == expected
-    assert len(expected) == sum(map(supervised, examples))
-    assert sum(share for *_, share in expected) == pytest.approx(sum(map(weight, examples)))
+    assert len(expected) == sum(map(count_supervised_tokens, examples))
+    assert sum(share for *_, share in expected) == pytest.approx(sum(map(supervised_weight, examples)))
 
 
 def test_the_shared_prefix_stands_once() -> None:
@@ -90,17 +98,17 @@ def test_the_shared_prefix_stands_once() -> None:
 
 
 def test_equal_prompts_keep_the_place_that_predicts_the_completion() -> None:
-    assert shared_prefix([EncodedExample((7, 8, 1), 2), EncodedExample((7, 8, 2), 2)]) == 1
-    earlier = (Span(1, 2, 1.0),)
-    assert shared_prefix([EncodedExample((7, 8, 1), 2, earlier=earlier), EncodedExample((7, 8, 2), 2)]) == 0
+    assert shared_prefix_length([EncodedExample((7, 8, 1), 2), EncodedExample((7, 8, 2), 2)]) == 1
+    earlier = (TokenSpan(1, 2, 1.0),)
+    assert shared_prefix_length([EncodedExample((7, 8, 1), 2, earlier=earlier), EncodedExample((7, 8, 2), 2)]) == 0
 
 
 @given(examples=examples(), limit=st.integers(1, 60), parts=st.integers(1, 4), packing=st.booleans())
 def test_groups_are_few_even_and_whole(examples: list[EncodedExample], limit: int, parts: int, packing: bool) -> None:
-    groups = grouped(examples, limit, packing=packing, parts=parts)
+    groups = group_for_passes(examples, limit, packing=packing, multiple_of=parts)
     assert [example for group in groups for example in group] == examples
     assert all(groups)
-    prefix = shared_prefix(examples)
+    prefix = shared_prefix_length(examples)
     longest = max(len(example.tokens) for example in examples) - prefix
     for group in groups:
         if packing:
@@ -111,11 +119,11 @@ def test_groups_are_few_even_and_whole(examples: list[EncodedExample], limit: in
 
 def test_processes_get_a_group_each_where_there_are_examples_enough() -> None:
     equal = [EncodedExample((number, 6, 7, 8), 2) for number in range(8)]
-    assert [len(group) for group in grouped(equal, 1000, parts=4)] == [2, 2, 2, 2]
-    assert [len(group) for group in grouped(equal, 1000, parts=1)] == [8]
+    assert [len(group) for group in group_for_passes(equal, 1000, multiple_of=4)] == [2, 2, 2, 2]
+    assert [len(group) for group in group_for_passes(equal, 1000, multiple_of=1)] == [8]
 
 
 def test_one_long_example_has_a_row_of_its_own() -> None:
     long, short = EncodedExample(tuple(range(900)), 3), EncodedExample((5, 6, 7), 2)
-    assert [len(group) for group in grouped([short, long, short], 256)] == [2, 1]
-    assert torch.equal(pack([long]).sees[0], torch.ones(900, 900, dtype=torch.bool).tril())
+    assert [len(group) for group in group_for_passes([short, long, short], 256)] == [2, 1]
+    assert torch.equal(pack([long]).attention_mask[0], torch.ones(900, 900, dtype=torch.bool).tril())

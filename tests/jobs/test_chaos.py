@@ -12,7 +12,7 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from loramill.jobs.scheduling.reconciler import Keeper
+from loramill.jobs.scheduling.reconciler import Reconciler
 from loramill.registry import adapters, jobs, tenants
 from loramill.types import JobRecord, JobStatus
 
@@ -75,10 +75,10 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def start(mill: Mill, pool: Pool) -> tuple[Keeper, threading.Event]:
-    keeper = Keeper(mill.registry, mill.settings.jobs, run_session=pool.run_session, run_trainer=None)  # type: ignore[arg-type]
+def start(mill: Mill, pool: Pool) -> tuple[Reconciler, threading.Event]:
+    keeper = Reconciler(mill.registry, mill.settings.jobs, run_session=pool.run_session, run_trainer=None)  # type: ignore[arg-type]
     ended = threading.Event()
-    threading.Thread(target=keeper.watch, args=(ended,), daemon=True).start()
+    threading.Thread(target=keeper.run, args=(ended,), daemon=True).start()
     return keeper, ended
 
 
@@ -87,7 +87,7 @@ def submitted(mill: Mill) -> list[JobRecord]:
     data = {f"tenant{n}": mill.data(f"tenant{n}") for n in range(TENANTS)}
     with mill.registry.writing() as session:
         for n in range(TENANTS):
-            tenants.set_share(session, f"tenant{n}", weight=WEIGHT if n % 2 else 1.0)
+            tenants.set_fair_share(session, f"tenant{n}", weight=WEIGHT if n % 2 else 1.0)
         return [
             jobs.submit(session, mill.spec(f"{tenant}/bot", train, checkpoint_every=1), {}, cost=100.0)
             for _ in range(EACH)
@@ -137,10 +137,10 @@ def check(mill: Mill, queued: list[JobRecord]) -> None:
     with mill.registry.reading() as session:
         done = [jobs.get(session, job.id) for job in queued]
         for tenant in {job.tenant for job in queued}:
-            for version in adapters.versions(session, f"{tenant}/bot"):
+            for version in adapters.list_versions(session, f"{tenant}/bot"):
                 published[version.job or ""].append(version.id)
         for job in done:
-            told = [event for event in jobs.events(session, job.id) if event.message.startswith("Published")]
+            told = [event for event in jobs.list_events(session, job.id) if event.message.startswith("Published")]
             assert (job.status, len(told)) == (JobStatus.SUCCEEDED, 1), job
     # Each once, whole, and to the same bits as if nothing had been killed.
     assert {job.id: [job.version] for job in done} == published

@@ -12,23 +12,23 @@ import pytest
 import torch
 
 from loramill.errors import ArtifactCorrupt, DiskFull, SetupError
-from loramill.jobs.train.checkpoint import Checkpoint, Standing, best, latest, write
-from loramill.jobs.train.checkpoint_store import place_at
+from loramill.jobs.train.checkpoint import CheckpointData, RunState, best, latest, write
+from loramill.jobs.train.checkpoint_store import open_checkpoint_store
 from loramill.types import JobSpec
 
 SPEC = JobSpec(base="f" * 64, adapter="acme/support", train="file-1", steps=30, batch_size=4)
 
 
-def at(step: int, best_step: int | None = None, *, pending: bool = False) -> Checkpoint:
+def at(step: int, best_step: int | None = None, *, pending: bool = False) -> CheckpointData:
     generator = torch.Generator().manual_seed(step)
     parts = [{"b.lora_A.weight": torch.randn(3, 5, generator=generator), "a": torch.randn(2)} for _ in range(4)]
     figures = {"loss": 0.1 + step, "grad_norm": 1e-300}
-    standing = Standing(step, step * 100, figures, pending, best_step, None if best_step is None else 1 / 3, stale=2)
-    return Checkpoint(standing, *parts)
+    standing = RunState(step, step * 100, figures, pending, best_step, None if best_step is None else 1 / 3, stale=2)
+    return CheckpointData(standing, *parts)
 
 
-def step_of(found: Checkpoint | None) -> int | None:
-    return None if found is None else found.standing.step
+def step_of(found: CheckpointData | None) -> int | None:
+    return None if found is None else found.run_state.step
 
 
 @pytest.fixture(params=["folder", "file", "memory"])
@@ -45,7 +45,7 @@ def test_comes_back_as_it_was(place: Path | str) -> None:
     write(place, SPEC, written)
     read = latest(place, SPEC)
     assert read is not None
-    assert read.standing == written.standing
+    assert read.run_state == written.run_state
     for part in ("weights", "first_moments", "second_moments", "state"):
         torch.testing.assert_close(getattr(read, part), getattr(written, part), rtol=0, atol=0)
 
@@ -68,21 +68,21 @@ def test_keeps_the_best_as_well_also_of_the_one_before(place: Path | str) -> Non
     assert step_of(best_of(place)) == 30
 
 
-def best_of(place: Path | str) -> Checkpoint:
+def best_of(place: Path | str) -> CheckpointData:
     last = latest(place, SPEC)
     assert last is not None
     return best(place, SPEC, last)
 
 
 def files(place: Path | str) -> list[int]:
-    return sorted(int(name.split("-")[1].rstrip("ab")) for name in place_at(place).names())
+    return sorted(int(name.split("-")[1].rstrip("ab")) for name in open_checkpoint_store(place).names())
 
 
 def test_one_whose_validation_is_due_comes_before_the_validated(place: Path | str) -> None:
     write(place, SPEC, at(8, pending=True))
     write(place, SPEC, at(8, best_step=8))
     read = latest(place, SPEC)
-    assert read is not None and not read.standing.pending
+    assert read is not None and not read.run_state.pending
     assert step_of(best_of(place)) == 8
 
 
@@ -106,7 +106,14 @@ def test_another_spec_has_no_checkpoint_here_and_loses_none(tmp_path: Path) -> N
 def test_a_job_from_before_epochs_finds_its_checkpoint(tmp_path: Path) -> None:
     """Its spec keeps the key that it had then."""
     old = JobSpec.model_validate(
-        {"base": "f" * 64, "adapter": "acme/support", "train": "file-1", "steps": 30, "batch_size": 8, "learn": "last"}
+        {
+            "base": "f" * 64,
+            "adapter": "acme/support",
+            "train": "file-1",
+            "steps": 30,
+            "batch_size": 8,
+            "train_on": "last",
+        }
     )
     write(tmp_path, old, at(10))
     assert [file.name.partition("-")[0] for file in tmp_path.iterdir()] == ["2b258d03176e46b0"]

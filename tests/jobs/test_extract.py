@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from loramill.errors import AdapterInvalid
-from loramill.jobs.train.extract_lora import ExtractionReport, extract, factors
+from loramill.jobs.train.extract_lora import ExtractionReport, extract_lora, low_rank_factors
 from loramill.jobs.train.methods.seeds import seeded
 from loramill.types import TARGETS
 
@@ -33,30 +33,32 @@ def test_no_matrix_of_the_rank_is_nearer(rows: int, columns: int, rank: int, see
     """Eckart and Young: what the truncated SVD leaves out is the least there is."""
     change = change_of(rows, columns, seed=seed)
     u, s, v = torch.linalg.svd(change.double(), full_matrices=False)
-    found = factors(change, rank)
+    found = low_rank_factors(change, rank)
     best = (u[:, :rank] * s[:rank]) @ v[:rank]
     assert found.a.shape == (min(rank, rows, columns), columns) and found.b.shape == (rows, len(found.a))
     assert found.a.dtype == found.b.dtype == torch.float32
     scale = s[0].item()
     torch.testing.assert_close(found.b.double() @ found.a.double(), best, rtol=0, atol=1e-4 * scale)
-    assert found.change == pytest.approx((s**2).sum().item(), rel=1e-9)
-    assert found.left == pytest.approx((s[rank:] ** 2).sum().item(), rel=1e-5, abs=1e-10 * scale**2)
+    assert found.squared_change == pytest.approx((s**2).sum().item(), rel=1e-9)
+    assert found.squared_residual == pytest.approx((s[rank:] ** 2).sum().item(), rel=1e-5, abs=1e-10 * scale**2)
     # Halves of the singular values on either side, so that neither matrix is the small one.
     torch.testing.assert_close(found.a.norm(dim=1), found.b.norm(dim=0), rtol=1e-3, atol=1e-4 * scale**0.5)
 
 
 def test_what_has_the_rank_is_held_wholly() -> None:
     change = change_of(24, 60, rank=3)
-    found = factors(change, 3)
-    assert found.left / found.change < 1e-12
+    found = low_rank_factors(change, 3)
+    assert found.squared_residual / found.squared_change < 1e-12
     torch.testing.assert_close(found.b @ found.a, change, rtol=1e-4, atol=1e-4)
 
 
 def test_no_change_and_one_of_a_lower_rank_are_no_trouble() -> None:
-    found = factors(torch.zeros(5, 7), 2)
-    assert (found.change, found.left) == (0.0, 0.0) and not found.b.any() and not found.a.any()
-    found = factors(change_of(20, 30, rank=2), 8)
-    assert found.a.isfinite().all() and found.b.isfinite().all() and found.left / found.change < 1e-12
+    found = low_rank_factors(torch.zeros(5, 7), 2)
+    assert (found.squared_change, found.squared_residual) == (0.0, 0.0) and not found.b.any() and not found.a.any()
+    found = low_rank_factors(change_of(20, 30, rank=2), 8)
+    assert (
+        found.a.isfinite().all() and found.b.isfinite().all() and found.squared_residual / found.squared_change < 1e-12
+    )
 
 
 def changed(model: PreTrainedModel, size: float = 0.02) -> dict[str, torch.Tensor]:
@@ -101,8 +103,8 @@ def test_at_full_rank_plain_peft_says_what_the_trained_linears_say(
         name: weight if name in linears and weight.ndim == 2 else dict(model.named_parameters())[name].detach().clone()
         for name, weight in changed(model).items()
     }
-    files, report = extract(model, weights, spec_of(method="full", **changes), "tiny")
-    assert report.error < 1e-6 and report.energy_of_all > 1 - 1e-9 and report.left == {}
+    files, report = extract_lora(model, weights, spec_of(method="full", **changes), "tiny")
+    assert report.error < 1e-6 and report.energy_of_all > 1 - 1e-9 and report.changes_left_out == {}
     loaded = PeftModel.from_pretrained(make(), written(tmp_path / "adapter", files))
     model.load_state_dict(weights, strict=False)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
@@ -112,7 +114,7 @@ def test_the_report_says_what_no_adapter_holds() -> None:
     model = tiny()
     weights = changed(model)
     spec = spec_of(method="full", rank=4, targets=("q_proj", "down_proj"), layers=(1,), rank_pattern={"down_proj": 2})
-    files, report = extract(model, weights, spec, "tiny")
+    files, report = extract_lora(model, weights, spec, "tiny")
     assert {(each.module, each.rank) for each in report.modules} == {
         ("model.layers.1.self_attn.q_proj", 4),
         ("model.layers.1.mlp.down_proj", 2),
@@ -123,16 +125,16 @@ def test_the_report_says_what_no_adapter_holds() -> None:
         s = torch.linalg.svdvals(change)
         assert each.change == pytest.approx(s.norm().item(), rel=1e-6)
         assert each.error == pytest.approx((s[each.rank :].norm() / s.norm()).item(), rel=1e-5)
-    assert set(report.left) == set(before) - {f"{each.module}.weight" for each in report.modules}
-    assert {"model.embed_tokens.weight", "model.norm.weight"} < set(report.left)
+    assert set(report.changes_left_out) == set(before) - {f"{each.module}.weight" for each in report.modules}
+    assert {"model.embed_tokens.weight", "model.norm.weight"} < set(report.changes_left_out)
     held = sum(each.change**2 * (1 - each.error**2) for each in report.modules)
     everything = sum(float((weights[name] - before[name]).double().norm()) ** 2 for name in before)
     assert report.energy_of_all == pytest.approx(held / everything, rel=1e-6)
     assert report.error == pytest.approx((1 - report.energy) ** 0.5)
     assert ExtractionReport.model_validate_json(report.model_dump_json()) == report
-    assert extract(model, weights, spec, "tiny")[0] == files
+    assert extract_lora(model, weights, spec, "tiny")[0] == files
 
 
 def test_a_target_that_is_not_there_is_named() -> None:
     with pytest.raises(AdapterInvalid, match="nose"):
-        extract(tiny(), changed(tiny()), spec_of(method="full", targets=(*TARGETS, "nose")), "tiny")
+        extract_lora(tiny(), changed(tiny()), spec_of(method="full", targets=(*TARGETS, "nose")), "tiny")

@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import ArtifactMissing, JobPaused, TrainingDiverged
 from loramill.jobs.train import checkpoint
-from loramill.jobs.train.batching import choose
-from loramill.jobs.train.deepspeed import zero
-from loramill.jobs.train.full_finetune import REPORT_FILE, FullResult, export_full, train_full
-from loramill.jobs.train.loop import ONE, Progress
+from loramill.jobs.train.batching import choose_batch
+from loramill.jobs.train.deepspeed import zero_optimizer
+from loramill.jobs.train.full_finetune import REPORT_FILE, FullFinetuneResult, export_full, train_full
+from loramill.jobs.train.loop import SINGLE_PROCESS, TrainingProgress
 from loramill.jobs.train.lr_schedule import learning_rate
-from loramill.jobs.train.methods.adapted_model import Tuned
-from loramill.jobs.worker.worker import Worker, run_next
+from loramill.jobs.train.methods.adapted_model import AdaptedModel
+from loramill.jobs.worker.worker import Worker, run_next_job
 from loramill.kernels.quantization import Quantization
 from loramill.models.catalog import Base, find_base, load_for_training
 from loramill.registry import Registry, datasets, jobs, tenants
@@ -53,12 +53,12 @@ def full(**changes: Any) -> JobSpec:
     return spec_of(**{"method": "full", "learning_rate": 1e-2, "weight_decay": 0.1, "rank": 8} | changes)
 
 
-def points(base: Base, spec: JobSpec, checkpoints: Path, valid: int = 0, **more: Any) -> list[Progress]:
+def points(base: Base, spec: JobSpec, checkpoints: Path, valid: int = 0, **more: Any) -> list[TrainingProgress]:
     held_out = made_up(valid, seed=1)
     return list(train_full(base, made_up(23), held_out, spec, device=CPU, checkpoints=checkpoints, **more))
 
 
-def exported(base: Base, spec: JobSpec, checkpoints: Path, folder: Path) -> FullResult:
+def exported(base: Base, spec: JobSpec, checkpoints: Path, folder: Path) -> FullFinetuneResult:
     folder.mkdir()
     return export_full(checkpoints, spec, base=base, folder=folder)
 
@@ -70,20 +70,24 @@ def test_deepspeed_does_what_torch_does(tmp_path: Path, offload: str, micro_toke
     spec = full(offload=offload, micro_tokens=micro_tokens)
 
     @contextmanager
-    def by_torch(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[Tuned]:
-        yield Tuned(model, dict(model.named_parameters()), lambda on: None)
+    def by_torch(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[AdaptedModel]:
+        yield AdaptedModel(model, dict(model.named_parameters()), lambda on: None)
 
     @contextmanager
-    def by_deepspeed(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[Tuned]:
-        with zero(model, spec, CPU, ONE) as update:
-            yield Tuned(update.model, update.weights, lambda on: None, update=update)
+    def by_deepspeed(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[AdaptedModel]:
+        with zero_optimizer(model, spec, CPU, SINGLE_PROCESS) as update:
+            yield AdaptedModel(update.model, update.weights, lambda on: None, optimizer=update)
 
     found = {}
     for name, attach in (("torch", by_torch), ("deepspeed", by_deepspeed)):
         model, place = tiny().requires_grad_(True), tmp_path / name
         found[name] = list(train(model, made_up(23), made_up(7, seed=1), spec, checkpoints=place, attach=attach))
     for ours, theirs in zip(found["deepspeed"], found["torch"], strict=True):
-        assert (ours.step, ours.tokens, ours.learning_rate) == (theirs.step, theirs.tokens, theirs.learning_rate)
+        assert (ours.step, ours.trained_tokens, ours.learning_rate) == (
+            theirs.step,
+            theirs.trained_tokens,
+            theirs.learning_rate,
+        )
         assert (ours.loss, ours.grad_norm) == pytest.approx((theirs.loss, theirs.grad_norm), rel=2e-4)
         assert ours.valid_loss == (theirs.valid_loss and pytest.approx(theirs.valid_loss, rel=2e-4))
     one, other = (checkpoint.latest(tmp_path / name, spec) for name in ("torch", "deepspeed"))
@@ -103,7 +107,7 @@ def test_the_model_is_in_bfloat16_and_what_is_kept_in_float32(tiny_base: Base, t
     optimizer = torch.optim.AdamW(masters, weight_decay=0.1)
     examples = made_up(23)
     for step, point in enumerate(found):
-        loss, _ = textbook(model, [examples[index] for index in choose(23, 5, step, spec.seed)])
+        loss, _ = textbook(model, [examples[index] for index in choose_batch(23, 5, step, spec.seed)])
         loss.backward()
         for master, parameter in zip(masters, model.parameters(), strict=True):
             assert parameter.grad is not None
@@ -196,16 +200,18 @@ def test_the_result_is_a_lora_and_a_base(llama: Path, tmp_path: Path, quantizati
     assert last is not None
 
     assert found.report.error < 1e-4  # 64 is every linear's full rank: only norms and embedding are left out
-    assert set(found.report.left) == {name for name in last.weights if "norm" in name or "embed" in name}
-    assert found.report == type(found.report).model_validate_json(found.files[REPORT_FILE])
+    assert set(found.report.changes_left_out) == {name for name in last.weights if "norm" in name or "embed" in name}
+    assert found.report == type(found.report).model_validate_json(found.adapter_files[REPORT_FILE])
     served = load_for_training(base, torch.bfloat16).float()
-    tuned = PeftModel.from_pretrained(served, written(tmp_path / "lora", found.files)).merge_and_unload()
+    tuned = PeftModel.from_pretrained(served, written(tmp_path / "lora", found.adapter_files)).merge_and_unload()
     for name, parameter in tuned.named_parameters():
-        if name not in found.report.left:
+        if name not in found.report.changes_left_out:
             torch.testing.assert_close(parameter, last.weights[name], rtol=1e-3, atol=1e-5)
 
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
-    assert whole.dtype == torch.bfloat16 and {file.parent for file in found.whole.values()} == {tmp_path / "whole"}
+    assert whole.dtype == torch.bfloat16 and {file.parent for file in found.model_files.values()} == {
+        tmp_path / "whole"
+    }
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, last.weights[name].bfloat16()), name
     as_base = find_base(str(tmp_path / "whole"), tmp_path / "cache")
@@ -215,7 +221,7 @@ def test_the_result_is_a_lora_and_a_base(llama: Path, tmp_path: Path, quantizati
         (answer,) = engine.generate([asked])
     prompt = torch.tensor([Tokenizer.from_file(str(tmp_path / "whole" / "tokenizer.json")).encode("hello").ids])
     likeliest = whole.float()(prompt).logits[0, -1].log_softmax(-1).max().item()
-    assert answer.error is None and answer.logprobs[0].chosen.logprob == pytest.approx(likeliest, abs=0.15)
+    assert answer.error is None and answer.logprobs[0].token.logprob == pytest.approx(likeliest, abs=0.15)
 
 
 def test_an_unfinished_job_has_no_result(tiny_base: Base, tmp_path: Path) -> None:
@@ -269,8 +275,8 @@ def test_two_processes_share_a_job_across_a_pause(llama: Path, tmp_path: Path) -
     assert [process.returncode for process in both] == [0, 0]
     points(base_of(llama, tmp_path), SHARED, tmp_path / "alone", valid=3)
     ours, theirs = (checkpoint.latest(tmp_path / job, SHARED) for job in ("alone", "job"))
-    assert ours is not None and theirs is not None and theirs.standing.finished
-    assert theirs.standing.figures == pytest.approx(ours.standing.figures, rel=2e-2)
+    assert ours is not None and theirs is not None and theirs.run_state.finished
+    assert theirs.run_state.figures == pytest.approx(ours.run_state.figures, rel=2e-2)
     start = load_for_training(base_of(llama, tmp_path), torch.float32)
     for name, parameter in start.named_parameters():
         moved = (ours.weights[name] - parameter).norm()
@@ -282,7 +288,7 @@ def test_a_worker_publishes_both_results_without_a_resident_base(llama: Path, tm
     migrate(f"sqlite:///{tmp_path / 'record.db'}")
     registry = Registry.open(f"sqlite:///{tmp_path / 'record.db'}", (tmp_path / "artifacts").as_uri())
     worker = Worker(
-        owner="w1",
+        name="w1",
         registry=registry,
         base=base,
         model=lambda: pytest.fail("the resident base was asked for"),
@@ -298,7 +304,7 @@ def test_a_worker_publishes_both_results_without_a_resident_base(llama: Path, tm
         tenants.create(session, "acme")
         train = datasets.create(session, "acme", "rows.jsonl", data, len(rows), 10).id
         job = jobs.submit(session, full(base=base.fingerprint, train=train, steps=2), {}, executor="dedicated").id
-    assert run_next(worker)
+    assert run_next_job(worker)
     with registry.reading() as session:
         done = jobs.get(session, job)
     assert done.status == "succeeded" and done.version is not None and done.result is not None, done.error_message

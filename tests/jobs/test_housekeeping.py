@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from loramill.errors import TrainingDiverged
-from loramill.jobs.scheduling.cleanup import ARTIFACT_SECONDS, ENDED_SECONDS, FAILED_SECONDS, discard_ended, tidy
+from loramill.jobs.scheduling.cleanup import (
+    ARTIFACT_GRACE_SECONDS,
+    ENDED_JOB_RETENTION_SECONDS,
+    FAILED_JOB_RETENTION_SECONDS,
+    clean_up,
+    remove_ended_checkpoints,
+)
 from loramill.registry import Registry, datasets, deletion, jobs, migrate, tenants
 from loramill.types import JobSpec
 
@@ -55,10 +61,10 @@ def test_only_what_ended_goes_and_a_failed_jobs_checkpoints_stay_for_a_week(regi
         return {folder.name for folder in place.iterdir()}
 
     now = time.time()
-    assert discard_ended(registry, place, now=now) == 0  # its worker may be about to
-    assert discard_ended(registry, place.as_uri(), now=now + ENDED_SECONDS + 1) == 1
+    assert remove_ended_checkpoints(registry, place, now=now) == 0  # its worker may be about to
+    assert remove_ended_checkpoints(registry, place.as_uri(), now=now + ENDED_JOB_RETENTION_SECONDS + 1) == 1
     assert left() == {waiting, failed, "not-a-job"}
-    assert discard_ended(registry, place, now=now + FAILED_SECONDS + 1) == 1
+    assert remove_ended_checkpoints(registry, place, now=now + FAILED_JOB_RETENTION_SECONDS + 1) == 1
     assert left() == {waiting, "not-a-job"}
 
 
@@ -67,21 +73,21 @@ def test_checkpoints_of_deleted_jobs_go_at_once(registry: Registry, tmp_path: Pa
     failed, _ = submitted(registry, place), submitted(registry, place)
     fail(registry, failed)
     (place / "loramill-sessions").mkdir()
-    assert discard_ended(registry, place, now=time.time()) == 0
+    assert remove_ended_checkpoints(registry, place, now=time.time()) == 0
     with registry.writing() as session:
         deletion.delete_tenant(session, "acme", cancel_jobs=True)
-    assert discard_ended(registry, place.as_uri(), now=time.time()) == 2
+    assert remove_ended_checkpoints(registry, place.as_uri(), now=time.time()) == 2
     assert {folder.name for folder in place.iterdir()} == {"loramill-sessions"}
 
 
 def test_artifacts_go_when_nothing_records_them(registry: Registry, tmp_path: Path) -> None:
     submitted(registry, tmp_path / "checkpoints")
     forgotten = registry.artifacts.put({"data.jsonl": b"gone\n"})
-    yesterday = time.time() - ARTIFACT_SECONDS - 60
+    yesterday = time.time() - ARTIFACT_GRACE_SECONDS - 60
     for folder in (tmp_path / "artifacts").glob("[0-9a-f][0-9a-f]/*"):
         os.utime(folder, (yesterday, yesterday))
-    assert tidy(registry, tmp_path / "nowhere", now=time.time()) == 1
+    assert clean_up(registry, tmp_path / "nowhere", now=time.time()) == 1
     assert not (tmp_path / "artifacts" / forgotten[:2] / forgotten).exists()
     with registry.reading() as session:
-        (kept,) = datasets.list_of(session, "acme", None, 10)
+        (kept,) = datasets.list_datasets(session, "acme", None, 10)
     assert registry.artifacts.read(kept.artifact, "data.jsonl") == b"{}\n"

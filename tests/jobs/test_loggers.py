@@ -11,19 +11,19 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from loramill.errors import SetupError
-from loramill.jobs.train.loop import Progress
-from loramill.jobs.worker.loggers import opened
+from loramill.jobs.train.loop import TrainingProgress
+from loramill.jobs.worker.loggers import open_loggers
 
 from .tiny import spec_of
 
 POINTS = [
-    Progress(1, 2, 2.5, 0.25, 1e-3, 3.0, 100),
-    Progress(2, 2, 1.5, 0.5, 5e-4, 2.0, 210, valid_loss=1.75, valid_accuracy=0.4, best=True),
+    TrainingProgress(1, 2, 2.5, 0.25, 1e-3, 3.0, 100),
+    TrainingProgress(2, 2, 1.5, 0.5, 5e-4, 2.0, 210, valid_loss=1.75, valid_accuracy=0.4, is_best=True),
 ]
 
 
 def told(names: list[Any], folder: Path) -> None:
-    with opened(names, run="ftjob-1", spec=spec_of(), folder=folder) as tell:
+    with open_loggers(names, run="ftjob-1", spec=spec_of(), folder=folder) as tell:
         for point in POINTS:
             tell(point)
 

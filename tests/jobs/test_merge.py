@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from loramill.cli import app
 from loramill.data.tokenizer import EncodedExample
 from loramill.errors import AdapterInvalid, Conflict, InvalidRequest
-from loramill.jobs.train.merge import REPORT_FILE, MergeReport, adapted, merge, merged
+from loramill.jobs.train.merge import REPORT_FILE, MergeReport, merge, merge_into, with_adapter
 from loramill.jobs.train.methods.seeds import seeded
 from loramill.kernels import Batch
 from loramill.kernels.peft_folder import WEIGHTS_FILE, BaseModules, read_adapter
@@ -100,7 +100,7 @@ def test_the_folder_is_a_base_with_a_report(llama: Path, tmp_path: Path) -> None
     assert whole.dtype == torch.bfloat16
     new = find_base(str(tmp_path / "merged"), tmp_path / "cache")
     assert new.fingerprint != base.fingerprint
-    exact = merged(load_for_training(base, torch.bfloat16), adapter)
+    exact = merge_into(load_for_training(base, torch.bfloat16), adapter)
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, exact.get_parameter(name)), name
 
@@ -122,7 +122,7 @@ def test_the_divergence_is_the_mean_of_kl(llama: Path, tmp_path: Path) -> None:
         same.append(p.argmax(-1) == q.argmax(-1))
     assert report.divergence.kl > 1e-3
     assert report.divergence.kl == pytest.approx(torch.cat(kls).mean().item(), rel=1e-3)
-    assert report.divergence.largest == pytest.approx(torch.cat(kls).max().item(), rel=1e-3)
+    assert report.divergence.max_token_kl == pytest.approx(torch.cat(kls).max().item(), rel=1e-3)
     assert report.divergence.agreement == pytest.approx(torch.cat(same).double().mean().item())
 
 
@@ -135,7 +135,7 @@ def test_an_adapter_of_a_quantized_base_belongs_to_its_values(llama: Path, tmp_p
     assert (by_default.into, original.into) == ("dequantised", "original")
     assert by_default.divergence.kl < original.divergence.kl / 3
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
-    exact = merged(load_for_training(base_of(llama, tmp_path), torch.bfloat16), adapter)
+    exact = merge_into(load_for_training(base_of(llama, tmp_path), torch.bfloat16), adapter)
     assert torch.equal(found.model.layers[0].mlp.up_proj.weight, exact.model.layers[0].mlp.up_proj.weight)
 
 
@@ -228,9 +228,9 @@ def test_the_divergence_is_measured_from_the_engines_predictions(llama: Path, tm
     slab.load(slot, packed)
     for example in examples:
         count = len(example.tokens)
-        chunk = Chunk(example.tokens, 0, list(range(8)), wanted=count)
+        chunk = Chunk(example.tokens, 0, list(range(8)), logits_to_keep=count)
         served = engine.forward([chunk], engine.new_cache(8, 64), slab, Batch.of([(slot, count)]))
-        with adapted(model, deltas):
+        with with_adapter(model, deltas):
             torch.testing.assert_close(logits(model, [example]), served, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(logits(model, [example]), served, atol=0.1)
 

@@ -13,12 +13,12 @@ import pytest
 
 from loramill.errors import StoreUnusable, Unavailable
 from loramill.jobs.scheduling import reconciler as pool_module
-from loramill.jobs.scheduling.reconciler import Keeper, owner_at
+from loramill.jobs.scheduling.reconciler import Reconciler, worker_name
 from loramill.jobs.train.checkpoint import latest
-from loramill.jobs.train.checkpoint_store import discard
+from loramill.jobs.train.checkpoint_store import delete_all
 from loramill.jobs.worker import worker as worker_module
 from loramill.jobs.worker.lease import Lease
-from loramill.jobs.worker.worker import run_next, work
+from loramill.jobs.worker.worker import run_jobs, run_next_job
 from loramill.registry import jobs, migrate
 from loramill.types import JobRecord, JobStatus
 
@@ -47,7 +47,7 @@ def mill(tmp_path: Path, spoken: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that can be interrupted."""
-    check = Lease.check
+    check = Lease.raise_if_stopped
 
     def slowly(lease: Lease) -> None:
         time.sleep(0.04)
@@ -63,7 +63,9 @@ def worker_of(mill: Mill, owner: str = "w1") -> worker_module.Worker:
 @contextmanager
 def working(mill: Mill, *queued: JobRecord) -> Iterator[None]:
     """A worker that stops when these jobs have ended."""
-    with in_thread(lambda: work(worker_of(mill), until=lambda _: all(mill.now(job).status.final for job in queued))):
+    with in_thread(
+        lambda: run_jobs(worker_of(mill), should_stop=lambda _: all(mill.now(job).status.final for job in queued))
+    ):
         yield
 
 
@@ -81,7 +83,7 @@ OUTAGES: dict[str, Callable[[], Exception]] = {
 @pytest.mark.parametrize("case", OUTAGES)
 def test_a_store_that_is_away_costs_no_attempt(mill: Mill, case: str) -> None:
     calm = mill.submit("acme/calm", steps=12)
-    assert run_next(worker_of(mill))
+    assert run_next_job(worker_of(mill))
     train, next_one = mill.submit("acme/asked", steps=12), mill.submit("acme/queued", steps=12)
     with working(mill, train, next_one):
         eventually(lambda: mill.now(train).step >= 3)
@@ -96,12 +98,12 @@ def test_a_store_that_is_away_costs_no_attempt(mill: Mill, case: str) -> None:
 
 
 def test_a_job_resumes_from_its_checkpoint_after_an_outage(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, steps, progress = mill.submit(steps=9), list[int](), Lease.progress
+    job, steps, progress = mill.submit(steps=9), list[int](), Lease.report
     monkeypatch.setattr(Lease, "progress", lambda lease, point: (steps.append(point.step), progress(lease, point)))
     with switched.off(lambda: switched.away() if steps[-1:] == [7] else None):  # type: ignore[arg-type, return-value]
-        assert run_next(worker_of(mill))
+        assert run_next_job(worker_of(mill))
     assert mill.now(job).status is JobStatus.QUEUED
-    assert run_next(worker_of(mill))
+    assert run_next_job(worker_of(mill))
     assert mill.now(job).status is JobStatus.SUCCEEDED
     assert steps == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9]
 
@@ -114,19 +116,19 @@ def test_an_outage_of_the_store_is_not_a_missing_checkpoint(mill: Mill) -> None:
     with switched.off(lambda: PermissionError("Access Denied")), pytest.raises(StoreUnusable):
         latest(place, spec)
     with switched.off(switched.away), pytest.raises(Unavailable):
-        discard(place)
+        delete_all(place)
     assert latest(place, spec) is None
 
 
 def test_a_job_ends_though_its_checkpoints_can_not_be_removed(mill: Mill) -> None:
     job = mill.submit(steps=4)
     with switched.off(switched.away, "rm"):
-        assert run_next(worker_of(mill))
+        assert run_next_job(worker_of(mill))
     assert mill.now(job).status is JobStatus.SUCCEEDED
 
 
 def test_a_failed_job_is_retried_from_its_checkpoint(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, steps, progress = mill.submit(steps=9), list[int](), Lease.progress
+    job, steps, progress = mill.submit(steps=9), list[int](), Lease.report
 
     def note(lease: Lease, point: object) -> None:
         steps.append(point.step)  # type: ignore[attr-defined]
@@ -136,18 +138,18 @@ def test_a_failed_job_is_retried_from_its_checkpoint(mill: Mill, monkeypatch: py
 
     monkeypatch.setattr(Lease, "progress", note)
     once = mill.settings.jobs.model_copy(update={"max_attempts": 1})
-    assert run_next(mill.worker(checkpoints=mill.settings.checkpoints, settings=once))
+    assert run_next_job(mill.worker(checkpoints=mill.settings.checkpoints, settings=once))
     assert mill.now(job).status is JobStatus.FAILED
     with mill.registry.writing() as session:
         jobs.retry(session, job.id)
-    assert run_next(worker_of(mill))
+    assert run_next_job(worker_of(mill))
     assert mill.now(job).status is JobStatus.SUCCEEDED
     assert steps == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9]
 
 
 def test_a_job_of_another_base_is_not_leased(mill: Mill) -> None:
     job = mill.submit(base="f" * 64)
-    assert not run_next(worker_of(mill))
+    assert not run_next_job(worker_of(mill))
     assert (mill.now(job).status, leases(mill, job)) == (JobStatus.QUEUED, 0)
 
 
@@ -205,19 +207,21 @@ def test_a_database_that_stops_for_longer_than_a_lease_costs_no_attempt(
         settings = home.model_copy(update={"database_url": f"{server.url}/postgres"})
         migrate(settings.database)
         mill, other, ended = Mill.opened(settings), Mill.opened(settings), threading.Event()
-        keeper = Keeper(other.registry, settings.jobs, run_session=lambda *_: ended.wait(), run_trainer=lambda *_: None)
-        silent, beat = threading.Event(), Lease._beat
+        keeper = Reconciler(
+            other.registry, settings.jobs, run_session=lambda *_: ended.wait(), run_trainer=lambda *_: None
+        )
+        silent, beat = threading.Event(), Lease._heartbeat
         monkeypatch.setattr(Lease, "_beat", lambda lease: unheard() if silent.is_set() else beat(lease))
         beats = looks(monkeypatch, Lease, "_beat")
         job = mill.submit(steps=30)
         try:
-            with in_thread(lambda: run_next(mill.worker(owner_at("session-1", 1)))):
+            with in_thread(lambda: run_next_job(mill.worker(worker_name("session-1", 1)))):
                 eventually(lambda: mill.now(job).step >= 3)
-                others = looks(monkeypatch, worker_module, "take"), looks(monkeypatch, Keeper, "look")
+                others = looks(monkeypatch, worker_module, "take"), looks(monkeypatch, Reconciler, "look")
                 with running(
                     ended,
-                    lambda: keeper.watch(ended),
-                    lambda: work(other.worker("w2"), until=lambda _: ended.is_set()),
+                    lambda: keeper.run(ended),
+                    lambda: run_jobs(other.worker("w2"), should_stop=lambda _: ended.is_set()),
                 ):
                     eventually(lambda: all(count(True) > 0 for count in others))
                     server.stop()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
-from loramill.jobs.train.forward import prepared
+from loramill.jobs.train.forward import configured_forward
 from loramill.jobs.train.ops import attention
 from loramill.jobs.train.ops.attention import attend
 from loramill.jobs.train.ops.loss import cross_entropy
@@ -94,7 +94,7 @@ def test_the_norm_is_transformers(dtype: torch.dtype) -> None:
 def test_a_norm_that_is_trained_keeps_its_own_forward() -> None:
     model = tiny()
     model.model.norm.weight.requires_grad_(True)
-    with prepared(model, 300, checkpointing=False):
+    with configured_forward(model, 300, checkpointing=False):
         assert "forward" in vars(model.model.layers[0].input_layernorm) and "forward" not in vars(model.model.norm)
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -103,7 +103,7 @@ def test_short_rows_have_their_own_attention_where_it_is_known_to_be_right() -> 
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     short, qwen = tiny(), Qwen2ForCausalLM(Qwen2Config(vocab_size=8, num_key_value_heads=2, **small))
     for model in (short, qwen):
-        with prepared(model, 300, checkpointing=False):
-            assert model.config._attn_implementation == attention.NAME
-        with prepared(model, 3000, checkpointing=False):
+        with configured_forward(model, 300, checkpointing=False):
+            assert model.config._attn_implementation == attention.IMPLEMENTATION_NAME
+        with configured_forward(model, 3000, checkpointing=False):
             assert model.config._attn_implementation == "sdpa"

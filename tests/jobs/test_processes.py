@@ -12,7 +12,7 @@ import torch
 
 from loramill.errors import JobError, JobPaused, LeaseLost, LoramillError, TrainingDiverged
 from loramill.jobs.train.checkpoint import latest
-from loramill.jobs.train.loop import Processes, Progress
+from loramill.jobs.train.loop import ProcessGroup, TrainingProgress
 from loramill.types import JobSpec
 
 from .tiny import made_up, spec_of, tiny, train
@@ -27,14 +27,14 @@ class Group:
         self._size, self._turn, self._arrived = size, threading.Lock(), threading.Barrier(size, timeout=60)
         self._tensors: list[torch.Tensor] = []
 
-    def run(self, task: Callable[[Processes], Any]) -> list[Any]:
+    def run(self, task: Callable[[ProcessGroup], Any]) -> list[Any]:
         """What `task`, or its error, comes to in each."""
         results: list[Any] = [None] * self._size
 
         def work(rank: int) -> None:
             with self._turn:
                 try:
-                    results[rank] = task(Processes(rank, self._size, self._all_reduce))
+                    results[rank] = task(ProcessGroup(rank, self._size, self._all_reduce))
                 except LoramillError as error:
                     results[rank] = error
 
@@ -60,7 +60,7 @@ class Group:
         self._turn.acquire()
 
 
-def points(spec: JobSpec, place: Path, processes: Processes, **more: Any) -> list[Progress]:
+def points(spec: JobSpec, place: Path, processes: ProcessGroup, **more: Any) -> list[TrainingProgress]:
     return list(
         train(tiny(), made_up(23, weighed=True), HELD_OUT, spec, checkpoints=place, processes=processes, **more)
     )
@@ -79,11 +79,11 @@ def points(spec: JobSpec, place: Path, processes: Processes, **more: Any) -> lis
 def test_the_result_is_that_of_one(tmp_path: Path, size: int, changes: dict[str, Any], method: str) -> None:
     """Also where a process has nothing to do, as with two examples for four."""
     spec = spec_of(method=method, **changes)
-    alone = points(spec, tmp_path / "alone", Processes(0, 1, lambda _: None))
+    alone = points(spec, tmp_path / "alone", ProcessGroup(0, 1, lambda _: None))
     ranks = Group(size).run(lambda processes: points(spec, tmp_path / str(processes.rank), processes))
     assert all(rank == ranks[0] for rank in ranks)
     for ours, theirs in zip(ranks[0], alone, strict=True):
-        assert (ours.step, ours.tokens, ours.best) == (theirs.step, theirs.tokens, theirs.best)
+        assert (ours.step, ours.tokens, ours.best) == (theirs.step, theirs.trained_tokens, theirs.is_best)
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
         assert ours.accuracy == pytest.approx(theirs.accuracy, abs=1e-6)
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
@@ -96,7 +96,7 @@ def test_all_go_on_from_the_firsts_checkpoint(tmp_path: Path) -> None:
     spec = spec_of(dropout=0.3)
     whole = Group(2).run(lambda processes: points(spec, tmp_path / "whole", processes))
 
-    def half(processes: Processes) -> list[Progress]:
+    def half(processes: ProcessGroup) -> list[TrainingProgress]:
         running = train(
             tiny(), made_up(23, weighed=True), HELD_OUT, spec, checkpoints=tmp_path / "job", processes=processes
         )
@@ -116,7 +116,7 @@ def test_all_go_on_from_the_firsts_checkpoint(tmp_path: Path) -> None:
     ],
 )
 def test_one_that_stops_stops_the_others(tmp_path: Path, own: JobError, others: type[JobError], says: str) -> None:
-    def stop(processes: Processes) -> list[Progress]:
+    def stop(processes: ProcessGroup) -> list[TrainingProgress]:
         passes = iter(range(4))
 
         def check() -> None:

@@ -21,16 +21,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, torch.device]]:
 def test_a_session_of_the_cpu_leaves_the_gpu_alone(gpu, monkeypatch):
     # Ray Train's answer in a worker without a GPU is the CPU, which has no memory fraction to set.
     monkeypatch.setattr(session, "get_device", lambda: torch.device("cpu"))
-    assert session.prepare(JobSettings()) == torch.device("cpu")
+    assert session.select_device(JobSettings()) == torch.device("cpu")
     assert gpu == []
 
 
 def test_a_session_of_the_gpu_takes_its_share(gpu, monkeypatch):
     monkeypatch.setattr(session, "get_device", lambda: torch.device("cuda:0"))
-    assert session.prepare(JobSettings(use_gpu=True, per_gpu=4)) == torch.device("cuda:0")
+    assert session.select_device(JobSettings(use_gpu=True, per_gpu=4)) == torch.device("cuda:0")
     assert gpu == [(0.25, torch.device("cuda:0"))]
 
 
 def test_a_session_without_its_gpu_trains_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert session.prepare(JobSettings(use_gpu=True)) == torch.device("cpu")
+    assert session.select_device(JobSettings(use_gpu=True)) == torch.device("cpu")

@@ -11,7 +11,7 @@ import pytest
 
 from loramill.errors import Unavailable
 from loramill.jobs.scheduling import reconciler as pool_module
-from loramill.jobs.scheduling.reconciler import Keeper
+from loramill.jobs.scheduling.reconciler import Reconciler
 from loramill.registry import Registry, datasets, jobs, migrate, tenants
 from loramill.registry.jobs import worker_slots
 from loramill.settings import JobSettings
@@ -53,17 +53,17 @@ def runs() -> Iterator[Runs]:
 
 
 @pytest.fixture
-def make(registry: Registry, runs: Runs) -> Callable[..., Keeper]:
-    def make(**fields: object) -> Keeper:
+def make(registry: Registry, runs: Runs) -> Callable[..., Reconciler]:
+    def make(**fields: object) -> Reconciler:
         settings = JobSettings.model_validate({"sessions": 3, "max_attempts": 2} | fields)
-        return Keeper(registry, settings, run_session=runs.session, run_trainer=runs.trainer)
+        return Reconciler(registry, settings, run_session=runs.session, run_trainer=runs.trainer)
 
     return make
 
 
 def submit(registry: Registry, count: int = 1, executor: Executor = "session", **fields: object) -> list[JobRecord]:
     with registry.writing() as session:
-        (data,) = datasets.list_of(session, "acme")
+        (data,) = datasets.list_datasets(session, "acme")
         given = {"base": "b" * 64, "adapter": "acme/bot", "train": data.id, "steps": 5, "batch_size": 2}
         priority = int(str(fields.pop("priority", 0)))
         spec = JobSpec.model_validate(given | fields)
@@ -72,7 +72,7 @@ def submit(registry: Registry, count: int = 1, executor: Executor = "session", *
 
 def lease(registry: Registry, place: str, now: float | None = None) -> JobRecord | None:
     with registry.writing() as session:
-        owner = pool_module.owner_at(place, 1)
+        owner = pool_module.worker_name(place, 1)
         return jobs.lease(session, owner, now=now or time.time(), seconds=60, max_attempts=2)
 
 
@@ -121,7 +121,7 @@ def test_a_vanished_supervisors_places_are_free_soon_after(registry, make, runs,
     second.look()
     assert len(first.alive) == 3 and second.alive == []
     now = time.time()
-    monkeypatch.setattr(pool_module.time, "time", lambda: now + pool_module.PLACE_SECONDS + 1)
+    monkeypatch.setattr(pool_module.time, "time", lambda: now + pool_module.SLOT_LEASE_SECONDS + 1)
     second.look()
     assert len(second.alive) == 3
     with registry.reading() as session:
@@ -140,7 +140,7 @@ def test_a_high_priority_gets_the_place_of_a_low_one(registry, make):
     keeper.look()
     keeper.look()
     with registry.writing() as session:
-        assert jobs.get(session, low.id).asked == "preempt"
+        assert jobs.get(session, low.id).pending_action == "preempt"
         jobs.release(session, low.id, 1)
     assert lease(registry, "session-1").id == high.id
     keeper.look()
@@ -156,7 +156,7 @@ def test_a_session_makes_room_for_a_trainer(registry, make, runs):
     keeper.look()
     with registry.writing() as session:
         assert not worker_slots.is_open(session, "session-1", keeper.holder)
-        assert jobs.get(session, running.id).asked == "preempt"
+        assert jobs.get(session, running.id).pending_action == "preempt"
         jobs.release(session, running.id, 1)
     runs.ended.set()
     eventually(lambda: not keeper.alive)
@@ -176,21 +176,21 @@ def test_lost_jobs_are_settled(registry, make):
 def test_a_run_that_fails_at_once_is_not_started_again_at_once(registry, make, runs, monkeypatch):
     keeper = make()
     monkeypatch.setattr(runs, "session", None)
-    failing = Keeper(registry, JobSettings(sessions=1), run_session=fail, run_trainer=runs.trainer)
+    failing = Reconciler(registry, JobSettings(sessions=1), run_session=fail, run_trainer=runs.trainer)
     submit(registry)
-    failing.look()
+    failing.reconcile()
     keeper.look()
-    assert failing.alive == ["session-1"]
+    assert failing.active_slots == ["session-1"]
 
 
 def test_why_a_trainer_ended_is_in_the_jobs_history(registry):
     (job,) = submit(registry, executor="dedicated", gpus=2)
-    keeper = Keeper(registry, JobSettings(sessions=2), run_session=fail, run_trainer=fail)
-    keeper.look()
+    keeper = Reconciler(registry, JobSettings(sessions=2), run_session=fail, run_trainer=fail)
+    keeper.reconcile()
 
     def messages() -> list[str]:
         with registry.reading() as session:
-            return [event.message for event in jobs.events(session, job.id)]
+            return [event.message for event in jobs.list_events(session, job.id)]
 
     eventually(lambda: "Its trainer ended: no GPU" in messages())
 
@@ -217,7 +217,7 @@ def test_it_watches_whatever_happens(registry, make, monkeypatch):
 
 def test_after_an_outage_workers_have_time_to_report(registry, make, monkeypatch):
     monkeypatch.setattr(pool_module, "AWAY_SECONDS", 0.0)
-    keeper, ended, looks, look = make(lease_seconds=60), threading.Event(), [], Keeper.look
+    keeper, ended, looks, look = make(lease_seconds=60), threading.Event(), [], Reconciler.reconcile
     (job,) = submit(registry)
     lease(registry, "session-1", now=time.time() - 100)
 
@@ -241,9 +241,13 @@ def test_after_an_outage_workers_have_time_to_report(registry, make, monkeypatch
 
 def test_jobs_of_another_base_start_nothing(registry, runs):
     submit(registry, 2)
-    other = Keeper(registry, JobSettings(sessions=2), base="f" * 64, run_session=runs.session, run_trainer=runs.trainer)
-    other.look()
-    assert other.alive == []
-    mine = Keeper(registry, JobSettings(sessions=2), base="b" * 64, run_session=runs.session, run_trainer=runs.trainer)
-    mine.look()
-    assert mine.alive == ["session-1", "session-2"]
+    other = Reconciler(
+        registry, JobSettings(sessions=2), base="f" * 64, run_session=runs.session, run_trainer=runs.trainer
+    )
+    other.reconcile()
+    assert other.active_slots == []
+    mine = Reconciler(
+        registry, JobSettings(sessions=2), base="b" * 64, run_session=runs.session, run_trainer=runs.trainer
+    )
+    mine.reconcile()
+    assert mine.active_slots == ["session-1", "session-2"]

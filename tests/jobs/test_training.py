@@ -19,13 +19,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from loramill.data.tokenizer import ChatTokenizer, EncodedExample
 from loramill.errors import AdapterInvalid, DatasetInvalid, TrainingDiverged
 from loramill.jobs.train import loop
-from loramill.jobs.train.batching import choose, sequences, supervised
-from loramill.jobs.train.forward import losses, prepared
-from loramill.jobs.train.loop import Progress, export
+from loramill.jobs.train.batching import choose_batch, count_supervised_tokens, sequences
+from loramill.jobs.train.forward import configured_forward, loss_and_accuracy
+from loramill.jobs.train.loop import TrainingProgress, export_adapter
 from loramill.jobs.train.loop import train as train_in
 from loramill.jobs.train.lr_schedule import learning_rate
 from loramill.models.catalog import Base, load_for_training
-from loramill.submission.defaults import steps_of
+from loramill.submission.defaults import count_steps
 from loramill.types import TARGETS, JobSpec
 
 from .tiny import adapter, made_up, spec_of, textbook, tiny, train, written
@@ -60,7 +60,7 @@ def test_steps_are_those_of_plain_peft(tmp_path: Path, changes: dict[str, Any]) 
         weight_decay=spec.weight_decay,
     )
     for step, point in enumerate(points):
-        loss, accuracy = textbook(plain, [examples[index] for index in choose(23, 5, step, spec.seed)])
+        loss, accuracy = textbook(plain, [examples[index] for index in choose_batch(23, 5, step, spec.seed)])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(learned, spec.max_grad_norm)
         assert point.loss == pytest.approx(loss.item(), rel=1e-5)
@@ -73,7 +73,7 @@ def test_steps_are_those_of_plain_peft(tmp_path: Path, changes: dict[str, Any]) 
     loss, accuracy = textbook(plain, held_out)
     assert points[-1].valid_loss == pytest.approx(loss.item(), rel=1e-4)
     assert points[-1].valid_accuracy == pytest.approx(accuracy, abs=1e-6)
-    ours = PeftModel.from_pretrained(tiny(), written(tmp_path / "ours", export(tmp_path, spec, base="tiny")))
+    ours = PeftModel.from_pretrained(tiny(), written(tmp_path / "ours", export_adapter(tmp_path, spec, base="tiny")))
     for name, weight in plain.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name), weight, rtol=1e-3, atol=1e-5)
 
@@ -91,12 +91,12 @@ def begin(plain: PeftModel, folder: Path, spec: JobSpec) -> None:
 def test_packed_padded_and_alone_are_the_same_loss(seed: int, count: int, weighed: bool) -> None:
     """To 1e-4 in fp32, as is the gradient: nobody sees its neighbours in a row, nor other positions."""
     model, examples = tiny(), made_up(count, seed, weighed=weighed)
-    total = sum(supervised(example) for example in examples)
+    total = sum(count_supervised_tokens(example) for example in examples)
     weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
     found = []
-    with prepared(model, 300, checkpointing=False):
+    with configured_forward(model, 300, checkpointing=False):
         for packing in (True, False):
-            loss, correct = losses(model, model, examples, total, packing=packing)
+            loss, correct = loss_and_accuracy(model, model, examples, total, packing=packing)
             (gradient,) = torch.autograd.grad(loss, weight)
             found.append((loss.item(), correct.item(), gradient))
     alone, accuracy = textbook(model, examples)
@@ -113,7 +113,7 @@ def test_logits_are_computed_for_the_supervised_tokens_alone(tmp_path: Path, pac
     model, seen = tiny(), []
     model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape))
     next(train(model, made_up(23), [], spec_of(packing=packing, micro_tokens=1000), checkpoints=tmp_path))
-    learnt = sum(supervised(made_up(23)[index]) for index in choose(23, 5, 0, 0))
+    learnt = sum(count_supervised_tokens(made_up(23)[index]) for index in choose_batch(23, 5, 0, 0))
     assert seen == [(learnt, 64)]
 
 
@@ -152,8 +152,8 @@ def test_files_are_those_of_save_pretrained(tmp_path: Path) -> None:
 def test_progress_counts(tmp_path: Path) -> None:
     points = list(train(tiny(), made_up(23), made_up(4, seed=1), spec_of(steps=5), checkpoints=tmp_path))
     assert [point.step for point in points] == [1, 2, 3, 4, 5]
-    trained = [made_up(23)[index] for step in range(5) for index in choose(23, 5, step, 0)]
-    assert points[-1].tokens == sum(len(example.tokens) for example in trained)
+    trained = [made_up(23)[index] for step in range(5) for index in choose_batch(23, 5, step, 0)]
+    assert points[-1].trained_tokens == sum(len(example.tokens) for example in trained)
 
 
 @pytest.mark.parametrize("changes", [{}, {"packing": False}, {"micro_tokens": 20}])
@@ -166,7 +166,7 @@ def test_the_sequences_of_an_example_count_as_one(tmp_path: Path, changes: dict[
     loss, accuracy = textbook(tiny(), sequences(examples))
     assert len(sequences(examples)) == 6
     assert point.loss == pytest.approx(loss.item(), rel=1e-5) and point.accuracy == pytest.approx(accuracy)
-    assert point.tokens == sum(len(sequence.tokens) for sequence in sequences(examples))
+    assert point.trained_tokens == sum(len(sequence.tokens) for sequence in sequences(examples))
 
 
 @pytest.mark.parametrize(("batch_size", "micro_tokens"), [(8, 256), (8, 20), (32, 20), (1, 256), (11, 40)])
@@ -182,10 +182,10 @@ def test_each_example_is_trained_on_in_every_epoch(
     def counted(model: Any, base: Any, group: list[EncodedExample], total: float, **more: Any) -> Any:
         seen.extend(example.line for example in group)
         totals.append(total)
-        return losses(model, base, group, total, **more)
+        return loss_and_accuracy(model, base, group, total, **more)
 
     monkeypatch.setattr(loop, "losses", counted)
-    steps = steps_of(epochs, len(examples), batch_size)
+    steps = count_steps(epochs, len(examples), batch_size)
     spec = spec_of(steps=steps, epochs=epochs, batch_size=batch_size, micro_tokens=micro_tokens)
     running = train(tiny(), examples, [], spec, checkpoints=tmp_path)
     for epoch in range(epochs):
@@ -194,7 +194,7 @@ def test_each_example_is_trained_on_in_every_epoch(
             totals.clear()
             point = next(running)
             assert len(seen) == epoch * 11 + min(11, first + batch_size)
-            assert set(totals) == {sum(supervised(examples[line - 1]) for line in seen[begun:])}
+            assert set(totals) == {sum(count_supervised_tokens(examples[line - 1]) for line in seen[begun:])}
         assert Counter(seen) == dict.fromkeys(range(1, 12), epoch + 1)
     assert next(running, None) is None and point.step == steps
 
@@ -246,7 +246,9 @@ def test_dropout_changes_from_step_to_step_and_is_off_for_the_validation_loss(tm
     assert len({point.grad_norm for point in points}) == 3
 
     *_, last = train(tiny(), made_up(1), held_out, spec, checkpoints=tmp_path / "job")
-    plain = PeftModel.from_pretrained(tiny(), written(tmp_path / "ours", export(tmp_path / "job", spec, base="tiny")))
+    plain = PeftModel.from_pretrained(
+        tiny(), written(tmp_path / "ours", export_adapter(tmp_path / "job", spec, base="tiny"))
+    )
     assert last.valid_loss == pytest.approx(textbook(plain, held_out)[0].item(), rel=1e-5)
 
 
@@ -285,12 +287,14 @@ def test_the_real_base_learns_a_mapping(base: Base, tokenizer: ChatTokenizer, tm
     towns = {"Arlo": "zebra-4", "Bexhill": "otter-9", "Corwen": "heron-2", "Dunbar": "lynx-7"}
     examples = []
     for town, code in towns.items():
-        prompt = tokenizer.prompt([{"role": "user", "content": f"Code of {town}?"}])
-        answer = [*tokenizer.text(code), tokenizer.stop_ids[0]]
+        prompt = tokenizer.encode_chat([{"role": "user", "content": f"Code of {town}?"}])
+        answer = [*tokenizer.encode_text(code), tokenizer.stop_ids[0]]
         examples.append(EncodedExample((*prompt, *answer), len(prompt)))
     spec = spec_of(rank=8, alpha=16.0, steps=12, batch_size=4, learning_rate=3e-3, checkpoint_every=12)
     model = load_for_training(base, torch.bfloat16)
-    points: list[Progress] = list(train_in(model, examples, examples, spec, folder=base.folder, checkpoints=tmp_path))
+    points: list[TrainingProgress] = list(
+        train_in(model, examples, examples, spec, folder=base.folder, checkpoints=tmp_path)
+    )
     assert points[-1].valid_loss is not None and points[-1].valid_accuracy is not None
     assert points[0].loss > 3.0 and points[-1].valid_loss < 0.5
     assert points[0].accuracy < 0.5 and points[-1].valid_accuracy > 0.9

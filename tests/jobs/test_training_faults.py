@@ -26,9 +26,9 @@ from loramill.errors import (
     OutOfMemory,
     TrainingDiverged,
 )
-from loramill.jobs.train.batching import choose
+from loramill.jobs.train.batching import choose_batch
 from loramill.jobs.train.checkpoint import latest
-from loramill.jobs.train.loop import export
+from loramill.jobs.train.loop import export_adapter
 
 from .tiny import adapter, made_up, spec_of, tiny, train
 
@@ -115,7 +115,7 @@ def test_a_paused_job_loses_no_step(tmp_path: Path) -> None:
         rest = list(train(tiny(), made_up(23), HELD_OUT, spec, checkpoints=place))
         assert [point.step for point in (*points, *rest)] == [1, 2, 3, 4, 5, 6]
         assert [point.step for point in (*points, *rest) if point.valid_loss is not None] == [3, 6]
-        assert export(place, spec, base="tiny") == whole
+        assert export_adapter(place, spec, base="tiny") == whole
 
 
 def test_a_cancelled_job_ends_before_its_next_pass(tmp_path: Path) -> None:
@@ -162,10 +162,10 @@ def test_a_job_killed_with_9_goes_on_to_the_same_bits(tmp_path: Path) -> None:
                 break
     assert process.returncode == -signal.SIGKILL
     with pytest.raises(ArtifactMissing, match="step 40"):
-        export(tmp_path / "killed", spec, base="tiny")
+        export_adapter(tmp_path / "killed", spec, base="tiny")
     rest = list(train(tiny(), made_up(23), [], spec, checkpoints=tmp_path / "killed"))
     assert 13 <= rest[0].step < 40
-    assert export(tmp_path / "killed", spec, base="tiny") == whole
+    assert export_adapter(tmp_path / "killed", spec, base="tiny") == whole
 
 
 def test_checkpoints_may_lie_where_other_machines_reach_them(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_checkpoints_may_lie_where_other_machines_reach_them(tmp_path: Path) -> 
     running.close()
     rest = list(train(tiny(), made_up(23), [], spec, checkpoints=place))
     assert [point.step for point in rest] == [3, 4, 5, 6]
-    assert export(place, spec, base="tiny") == adapter(tiny(), spec, (tmp_path / "local").as_uri())
+    assert export_adapter(place, spec, base="tiny") == adapter(tiny(), spec, (tmp_path / "local").as_uri())
 
 
 # Memory
@@ -233,7 +233,7 @@ def test_smaller_passes_go_on_to_the_same_result(tmp_path: Path) -> None:
     )
     assert len(passes) > 2 * len(rest)
     for ours, theirs in zip(rest, whole[2:], strict=True):
-        assert (ours.step, ours.tokens) == (theirs.step, theirs.tokens)
+        assert (ours.step, ours.trained_tokens) == (theirs.step, theirs.trained_tokens)
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
         assert ours.valid_loss == (None if theirs.valid_loss is None else pytest.approx(theirs.valid_loss, rel=1e-5))
 
@@ -253,7 +253,7 @@ def poisoned() -> PreTrainedModel:
 def test_a_loss_that_is_no_number_ends_the_job_with_its_examples(tmp_path: Path) -> None:
     examples = made_up(23)
     spec = spec_of(steps=30, checkpoint_every=1)
-    bad = choose(23, 5, 3, spec.seed)[2]
+    bad = choose_batch(23, 5, 3, spec.seed)[2]
     tokens = examples[bad].tokens
     examples[bad] = type(examples[bad])((61, *tokens[1:]), examples[bad].prompt_length, line=100 + bad)
     seen = []
@@ -263,10 +263,10 @@ def test_a_loss_that_is_no_number_ends_the_job_with_its_examples(tmp_path: Path)
         for point in train(poisoned(), examples, [], spec, checkpoints=tmp_path):
             seen.append(point.step)
     assert seen == [1, 2, 3]
-    assert told.value.examples == tuple(examples[index].line for index in choose(23, 5, 3, spec.seed))
+    assert told.value.examples == tuple(examples[index].line for index in choose_batch(23, 5, 3, spec.seed))
     assert 101 + bad - 1 in told.value.examples and str(100 + bad) in told.value.message
     last = latest(tmp_path, spec)
-    assert last is not None and last.standing.step == 3
+    assert last is not None and last.run_state.step == 3
     assert all(tensor.isfinite().all() for tensor in last.weights.values())
 
 
@@ -320,4 +320,4 @@ def test_a_checkpoint_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: p
     with pytest.raises(ArtifactCorrupt, match="can't be read"):
         next(train(tiny(), made_up(23), [], spec, checkpoints=tmp_path))
     with pytest.raises(ArtifactCorrupt, match="can't be read"):
-        export(tmp_path, spec, base="tiny")
+        export_adapter(tmp_path, spec, base="tiny")

@@ -9,7 +9,7 @@ from openai.types.fine_tuning.jobs.fine_tuning_job_checkpoint import Metrics
 from peft import PeftModel
 
 from loramill.errors import ArtifactMissing
-from loramill.jobs.train.loop import export
+from loramill.jobs.train.loop import export_adapter
 
 from .tiny import adapter, made_up, spec_of, textbook, tiny, train, written
 
@@ -32,7 +32,7 @@ def test_tells_the_loss_of_what_can_be_exported_then(tmp_path: Path) -> None:
     for point in train(tiny(), made_up(23), HELD_OUT, spec_of(eval_every=2), checkpoints=tmp_path / "job"):
         if point.valid_loss is None:
             continue
-        files = export(tmp_path / "job", spec_of(eval_every=2), base="tiny", best=False)
+        files = export_adapter(tmp_path / "job", spec_of(eval_every=2), base="tiny", best=False)
         plain = PeftModel.from_pretrained(tiny(), written(tmp_path / str(point.step), files))
         loss, accuracy = textbook(plain, HELD_OUT)
         assert point.valid_loss == pytest.approx(loss.item(), rel=1e-5)
@@ -44,14 +44,14 @@ def test_the_best_weights_become_the_version_unless_the_last_are_wanted(tmp_path
     weights, losses, best = [], [], []
     for point in train(tiny(), made_up(8), HELD_OUT, spec, checkpoints=tmp_path / "best"):
         with pytest.raises(ArtifactMissing, match="the end") if point.step < 12 else pytest.MonkeyPatch.context():
-            export(tmp_path / "best", spec, base="tiny")
-        weights.append(export(tmp_path / "best", spec, base="tiny", best=False))
+            export_adapter(tmp_path / "best", spec, base="tiny")
+        weights.append(export_adapter(tmp_path / "best", spec, base="tiny", best=False))
         losses.append(point.valid_loss)
-        best.append(point.best)
+        best.append(point.is_best)
     lowest = min(range(12), key=losses.__getitem__)
     assert 0 < lowest < 9  # otherwise this shows nothing
     assert best == [losses[step] < min(losses[:step], default=9e9) for step in range(12)]
-    assert export(tmp_path / "best", spec, base="tiny") == weights[lowest]
+    assert export_adapter(tmp_path / "best", spec, base="tiny") == weights[lowest]
     assert len(list((tmp_path / "best").iterdir())) == 3  # the last two, and it
     assert adapter(tiny(), spec.model_copy(update={"keep": "last"}), tmp_path / "last", train=made_up(8)) == weights[-1]
 
@@ -60,10 +60,10 @@ def test_an_early_stop_ends_the_job_with_its_best_weights(tmp_path: Path) -> Non
     spec = spec_of(steps=40, eval_every=2, patience=2, learning_rate=0.1, schedule="constant", keep="best")
     points = list(train(tiny(), made_up(8), HELD_OUT, spec, checkpoints=tmp_path))
     losses = [point.valid_loss for point in points if point.valid_loss is not None]
-    assert points[-1].step < 40 and points[-1].steps == 40
+    assert points[-1].step < 40 and points[-1].total_steps == 40
     assert losses.index(min(losses)) == len(losses) - 3
     assert list(train(tiny(), made_up(8), HELD_OUT, spec, checkpoints=tmp_path)) == []
-    best = written(tmp_path / "best", export(tmp_path, spec, base="tiny"))
+    best = written(tmp_path / "best", export_adapter(tmp_path, spec, base="tiny"))
     loss, _ = textbook(PeftModel.from_pretrained(tiny(), best), HELD_OUT)
     assert loss.item() == pytest.approx(min(losses), rel=1e-5)
 

@@ -18,7 +18,7 @@ from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import TrainingDiverged
 from loramill.jobs.worker import publish as publishing
 from loramill.jobs.worker import worker as worker_module
-from loramill.jobs.worker.worker import Worker, encoded, run_next, work
+from loramill.jobs.worker.worker import Worker, encode_examples, run_jobs, run_next_job
 from loramill.models.catalog import Base, load_for_training
 from loramill.names import AdapterName
 from loramill.registry import Registry, adapters, datasets, jobs, migrate, tenants
@@ -78,7 +78,7 @@ def now(worker: Worker, job: JobRecord) -> JobRecord:
 
 def test_a_job_becomes_a_version_that_peft_loads(worker: Worker) -> None:
     job = submit(worker)
-    assert run_next(worker)
+    assert run_next_job(worker)
     done = now(worker, job)
     assert (done.status, done.step) == (JobStatus.SUCCEEDED, 2)
     folder = worker.registry.artifacts.fetch(done.version or "")
@@ -88,7 +88,7 @@ def test_a_job_becomes_a_version_that_peft_loads(worker: Worker) -> None:
     assert (origin["job"], origin["base"]) == (job.id, worker.base.fingerprint)
     with worker.registry.reading() as session:
         assert adapters.get(session, AdapterName("acme", "loud")).champion == done.version
-        metrics = [event for event in jobs.events(session, job.id) if event.kind == "metrics"]
+        metrics = [event for event in jobs.list_events(session, job.id) if event.kind == "metrics"]
     assert [event.data["step"] for event in metrics] == [1, 2]
     assert not (worker.checkpoints / job.id).exists()
 
@@ -105,15 +105,15 @@ def two_turns(count: int, **last: object) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("last", "learn", "trained"),
+    ("last", "train_on", "trained"),
     [
         ({}, {}, 16),
         ({"weight": 1}, {}, 16),
         ({"weight": 0}, {}, 8),
-        ({}, {"learn": "only_last"}, 8),
-        ({"weight": 1}, {"learn": "only_last"}, 8),
-        ({}, {"learn": "last"}, 8),  # of older jobs
-        ({"weight": 1}, {"learn": "last"}, 16),
+        ({}, {"train_on": "only_last"}, 8),
+        ({"weight": 1}, {"train_on": "only_last"}, 8),
+        ({}, {"train_on": "last"}, 8),  # of older jobs
+        ({"weight": 1}, {"train_on": "last"}, 16),
     ],
 )
 def test_a_job_reports_once_how_many_answers_it_trains(
@@ -121,15 +121,15 @@ def test_a_job_reports_once_how_many_answers_it_trains(
 ) -> None:
     job = submit(worker, two_turns(8, **last), **learn)
     for _ in range(2):
-        with closing(worker_module.steps(worker, job, check=lambda: None)):
+        with closing(worker_module.training_steps(worker, job, raise_if_stopped=lambda: None)):
             pass
     with worker.registry.reading() as session:
-        (event,) = [event for event in jobs.events(session, job.id) if event.data]
+        (event,) = [event for event in jobs.list_events(session, job.id) if event.data]
     tokens = event.data["supervised_tokens"]
     assert event.data == {"examples": 8, "answers": 16, "trained_answers": trained, "supervised_tokens": tokens}
     assert event.message.startswith(f"Training on {trained} of 16 answers in 8 examples: {tokens} supervised tokens")
-    first = sum(len(worker.tokenizer.text(f"Yes, to town {number} in two days.")) + 1 for number in range(8))
-    second = 8 * (len(worker.tokenizer.text("Not then.")) + 1)
+    first = sum(len(worker.tokenizer.encode_text(f"Yes, to town {number} in two days.")) + 1 for number in range(8))
+    second = 8 * (len(worker.tokenizer.encode_text("Not then.")) + 1)
     assert tokens == {16: first + second, 8: first if last.get("weight") == 0 else second}[trained]
 
 
@@ -138,9 +138,9 @@ def test_a_template_writes_the_date_of_the_submission_in_every_attempt(worker: W
     worker, examples = replace(worker, tokenizer=dated), read_examples(ROWS, "rows.jsonl")
     submitted = datetime(2024, 2, 29, 23, 59, tzinfo=UTC)
     job = submit(worker).model_copy(update={"created_at": submitted.timestamp()})
-    [first, *_] = encoded(worker, job, examples)
+    [first, *_] = encode_examples(worker, job, examples)
     assert "Today's Date: February 29, 2024." in dated.decode(first.tokens)
-    assert first == encoded(worker, job, examples)[0]
+    assert first == encode_examples(worker, job, examples)[0]
 
 
 def test_what_would_fail_again_is_not_tried_again(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_what_would_fail_again_is_not_tried_again(worker: Worker, monkeypatch: p
 
     monkeypatch.setattr(worker_module, "run_job", diverge)
     job = submit(worker)
-    assert run_next(worker)
+    assert run_next_job(worker)
     assert (now(worker, job).status, now(worker, job).error_code) == (JobStatus.FAILED, "training_diverged")
 
 
@@ -159,17 +159,17 @@ def test_what_may_pass_is_tried_until_attempts_are_used_up(worker: Worker, monke
 
     monkeypatch.setattr(worker_module, "run_job", stumble)
     job = submit(worker)
-    assert run_next(worker)
+    assert run_next_job(worker)
     assert now(worker, job).status is JobStatus.QUEUED
-    assert run_next(worker)
+    assert run_next_job(worker)
     assert now(worker, job).status is JobStatus.FAILED
     assert "the network went away" in (now(worker, job).error_message or "")
-    assert not run_next(worker)
+    assert not run_next_job(worker)
 
 
 def test_a_job_for_another_base_waits_for_a_worker_of_that_base(worker: Worker) -> None:
     job = submit(worker, base="0" * 64)
-    assert not run_next(worker)
+    assert not run_next_job(worker)
     assert (now(worker, job).status, now(worker, job).attempt) == (JobStatus.QUEUED, 0)
 
 
@@ -183,16 +183,16 @@ def test_a_worker_that_lost_its_lease_publishes_nothing(worker: Worker, monkeypa
         publish(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(publishing, "version", slow_publish)
-    assert run_next(worker)
+    assert run_next_job(worker)
     other = now(worker, job)
     assert (other.status, other.owner, other.version) == (JobStatus.RUNNING, "w2", None)
     with worker.registry.reading() as session:
-        assert adapters.list_of(session, None) == []
+        assert adapters.list_adapters(session, None) == []
 
 
 def test_work_goes_on_until_told(worker: Worker) -> None:
     first, second = submit(worker), submit(worker, seed=1)
-    assert work(worker, until=lambda idle: idle > 0.1) == 2
+    assert run_jobs(worker, should_stop=lambda idle: idle > 0.1) == 2
     assert {now(worker, first).status, now(worker, second).status} == {JobStatus.SUCCEEDED}
     with worker.registry.reading() as session:
         found = adapters.get(session, AdapterName("acme", "loud"))

@@ -14,11 +14,11 @@ from sqlalchemy.orm import Session
 
 from loramill.errors import DiskFull, LoramillError, OutOfMemory, TrainingDiverged, Unavailable
 from loramill.jobs.worker import worker as worker_module
-from loramill.jobs.worker.lease import Lease, insist
-from loramill.jobs.worker.worker import run_next, take, work
+from loramill.jobs.worker.lease import Lease, retry_while_unavailable
+from loramill.jobs.worker.worker import lease_next_job, run_jobs, run_next_job
 from loramill.registry import Registry, adapters, jobs
 from loramill.registry.jobs import checkpoints
-from loramill.registry.jobs.queue import LONGEST_PAUSE
+from loramill.registry.jobs.queue import MAX_OUTAGE_DELAY_SECONDS
 from loramill.types import JobRecord, JobStatus
 
 from .mill import Mill, rows
@@ -34,7 +34,7 @@ def mill(tmp_path: Path, spoken: Path) -> Iterator[Mill]:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that can be interrupted."""
-    check = Lease.check
+    check = Lease.raise_if_stopped
 
     def slowly(lease: Lease) -> None:
         time.sleep(0.04)
@@ -69,9 +69,9 @@ def ask(mill: Mill, act: Callable[..., Any], *arguments: Any) -> Any:
 @pytest.mark.parametrize("how", ["pause", "preempt"])
 def test_a_job_that_makes_room_goes_on_to_the_same_weights(mill: Mill, how: str) -> None:
     calm = mill.submit("acme/calm", steps=24)
-    assert run_next(mill.worker())
+    assert run_next_job(mill.worker())
     job = mill.submit("acme/asked", steps=24)
-    with in_thread(lambda: run_next(mill.worker())):
+    with in_thread(lambda: run_next_job(mill.worker())):
         eventually(lambda: mill.now(job).step >= 3)
         asked = time.monotonic()
         ask(mill, jobs.pause, job.id) if how == "pause" else ask(mill, jobs.preempt, job.id, 1)
@@ -83,13 +83,13 @@ def test_a_job_that_makes_room_goes_on_to_the_same_weights(mill: Mill, how: str)
     assert took < 5, "two seconds on a machine that has nothing else to do"
     assert list((Path(mill.settings.checkpoints) / job.id).iterdir())
     if how == "pause":
-        assert not run_next(mill.worker())
+        assert not run_next_job(mill.worker())
         ask(mill, jobs.resume, job.id)
     steps: list[int] = []
-    progress = Lease.progress
+    progress = Lease.report
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Lease, "progress", lambda lease, point: (steps.append(point.step), progress(lease, point)))
-        assert run_next(mill.worker("w2"))
+        assert run_next_job(mill.worker("w2"))
     assert steps == list(range(stopped.step + 1, 25))
     done = mill.now(job)
     assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 2)
@@ -99,13 +99,13 @@ def test_a_job_that_makes_room_goes_on_to_the_same_weights(mill: Mill, how: str)
 @pytest.mark.usefixtures("slow")
 def test_a_cancelled_job_stops_and_leaves_nothing(mill: Mill) -> None:
     job = mill.submit(steps=5000)
-    with in_thread(lambda: run_next(mill.worker())):
+    with in_thread(lambda: run_next_job(mill.worker())):
         eventually(lambda: mill.now(job).step >= 3)
         ask(mill, jobs.cancel, job.id)
         eventually(lambda: mill.now(job).status is JobStatus.CANCELLED, 10)
     assert not (Path(mill.settings.checkpoints) / job.id).exists()
     with mill.registry.reading() as session:
-        assert adapters.list_of(session, None) == []
+        assert adapters.list_adapters(session, None) == []
 
 
 def test_validated_checkpoints_can_be_asked_and_no_alias_moves(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,11 +119,11 @@ def test_validated_checkpoints_can_be_asked_and_no_alias_moves(mill: Mill, monke
     real = checkpoints.add
     monkeypatch.setattr(checkpoints, "add", add)
     job = mill.submit(steps=5, eval_every=1, valid=mill.data("acme", rows(["nine", "ten"])))
-    assert run_next(mill.worker())
+    assert run_next_job(mill.worker())
     assert seen == [None] * 5
     with mill.registry.reading() as session:
-        found = checkpoints.list_of(session, job.id)
-        known = {version.id for version in adapters.versions(session, "acme/loud")}
+        found = checkpoints.list_checkpoints(session, job.id)
+        known = {version.id for version in adapters.list_versions(session, "acme/loud")}
     assert [point.step for point in found] == [5, 4, 3, 2, 1]
     asked = [point.version for point in found if point.version]
     assert len(asked) == len({*asked}) == 3
@@ -137,9 +137,9 @@ def test_validated_checkpoints_can_be_asked_and_no_alias_moves(mill: Mill, monke
 
 def test_the_record_knows_every_step_once(mill: Mill) -> None:
     job = mill.submit(steps=7)
-    assert run_next(mill.worker())
+    assert run_next_job(mill.worker())
     with mill.registry.reading() as session:
-        events = [event for event in jobs.events(session, job.id) if event.kind == "metrics"]
+        events = [event for event in jobs.list_events(session, job.id) if event.kind == "metrics"]
     assert [event.data["step"] for event in events] == [1, 2, 3, 4, 5, 6, 7]
     done = mill.now(job)
     assert (done.step, done.trained_tokens) == (7, events[-1].data["trained_tokens"])
@@ -164,7 +164,7 @@ class Outage:
 @pytest.mark.usefixtures("slow")
 def test_a_job_outlives_a_database_that_is_away(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
     job = mill.submit(steps=30)
-    with in_thread(lambda: run_next(mill.worker())):
+    with in_thread(lambda: run_next_job(mill.worker())):
         eventually(lambda: mill.now(job).step >= 2)
         outage = Outage(monkeypatch, 2.5)  # past the job's last step
     assert outage.met >= 2
@@ -176,7 +176,7 @@ def test_a_worker_waits_for_a_database_that_is_away(mill: Mill, monkeypatch: pyt
     monkeypatch.setattr(worker_module, "AWAY_SECONDS", 0.1)
     job, worker = mill.submit(), mill.worker()
     outage = Outage(monkeypatch, 0.4)
-    assert work(worker, until=lambda idle: mill.now(job).status.final) == 1
+    assert run_jobs(worker, should_stop=lambda idle: mill.now(job).status.final) == 1
     assert outage.met >= 2
 
 
@@ -185,8 +185,8 @@ def test_insisting_has_an_end() -> None:
         raise Unavailable("away")
 
     with pytest.raises(Unavailable):
-        insist(0.1, away)
-    assert insist(0.1, lambda: 7) == 7
+        retry_while_unavailable(0.1, away)
+    assert retry_while_unavailable(0.1, lambda: 7) == 7
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int = 1) -> list[Any]:
@@ -209,16 +209,16 @@ def test_what_may_pass_is_tried_again_later(mill: Mill, monkeypatch: pytest.Monk
     failing(monkeypatch, error)
     job = mill.submit()
     waiting = mill.worker(settings=mill.settings.jobs.model_copy(update={"backoff_seconds": 100}))
-    assert run_next(waiting)
+    assert run_next_job(waiting)
     queued = mill.now(job)
     assert queued.status is JobStatus.QUEUED
-    wait = LONGEST_PAUSE if isinstance(error, Unavailable) else 100
+    wait = MAX_OUTAGE_DELAY_SECONDS if isinstance(error, Unavailable) else 100
     assert 0.4 * wait < (queued.not_before or 0) - time.time() < 1.51 * wait
     assert str(error) in mill.messages(job)[-1]
-    assert not run_next(waiting)
+    assert not run_next_job(waiting)
     with mill.registry.writing() as session:
         leased = jobs.lease(session, "w", now=time.time() + 200, seconds=20, max_attempts=3)
-    assert leased is not None and worker_module.carry_out(waiting, leased) is None
+    assert leased is not None and worker_module.run_attempt(waiting, leased) is None
     assert mill.now(job).status is JobStatus.SUCCEEDED
 
 
@@ -227,14 +227,14 @@ def test_out_of_memory_is_tried_with_half_the_tokens_and_then_fails(
 ) -> None:
     seen = failing(monkeypatch, OutOfMemory("No room for a pass."), times=3)
     saved, lost = mill.submit(micro_tokens=64), None
-    assert run_next(mill.worker()) and mill.now(saved).status is JobStatus.QUEUED
+    assert run_next_job(mill.worker()) and mill.now(saved).status is JobStatus.QUEUED
     seen.extend([0, 0])  # from here on there is room
-    assert run_next(mill.worker())
+    assert run_next_job(mill.worker())
     assert mill.now(saved).status is JobStatus.SUCCEEDED
     assert (seen[0], seen[-1]) == (None, 32)
     del seen[:]
     lost = mill.submit(micro_tokens=64)
-    assert run_next(mill.worker()) and run_next(mill.worker())
+    assert run_next_job(mill.worker()) and run_next_job(mill.worker())
     assert (mill.now(lost).status, mill.now(lost).error_code) == (JobStatus.FAILED, "out_of_memory")
     assert seen == [None, 32]
 
@@ -245,14 +245,14 @@ def test_unreadable_data_fails_at_once(mill: Mill, damage: str) -> None:
     (file,) = (mill.settings.home / "artifacts").glob("**/data.jsonl")
     file.chmod(0o600)
     file.write_bytes(b"{}\n") if damage == "changed" else file.unlink()
-    assert run_next(mill.worker())
+    assert run_next_job(mill.worker())
     failed = mill.now(job)
     assert (failed.status, failed.error_code, failed.attempt) == (JobStatus.FAILED, "artifact_corrupt", 1)
 
 
 def test_divergence_keeps_the_last_checkpoint(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
     job = mill.submit(steps=6)
-    progress = Lease.progress
+    progress = Lease.report
 
     def diverge(lease: Lease, point: Any) -> None:
         progress(lease, point)
@@ -260,7 +260,7 @@ def test_divergence_keeps_the_last_checkpoint(mill: Mill, monkeypatch: pytest.Mo
             raise TrainingDiverged("NaN", examples=[3])
 
     monkeypatch.setattr(Lease, "progress", diverge)
-    assert run_next(mill.worker())
+    assert run_next_job(mill.worker())
     failed = mill.now(job)
     assert (failed.status, failed.error_code, failed.step) == (JobStatus.FAILED, "training_diverged", 5)
     assert list((Path(mill.settings.checkpoints) / job.id).iterdir())
@@ -268,18 +268,18 @@ def test_divergence_keeps_the_last_checkpoint(mill: Mill, monkeypatch: pytest.Mo
 
 def test_a_worker_takes_what_its_executor_takes(mill: Mill) -> None:
     job = mill.submit(executor="dedicated")
-    assert take(mill.worker(executor="session")) is None
-    leased = take(mill.worker(executor="dedicated"), job.id)
+    assert lease_next_job(mill.worker(executor="session")) is None
+    leased = lease_next_job(mill.worker(executor="dedicated"), job.id)
     assert leased is not None and leased.id == job.id
-    assert take(mill.worker(executor="dedicated"), job.id) is None
+    assert lease_next_job(mill.worker(executor="dedicated"), job.id) is None
 
 
 def test_a_lost_lease_stops_the_training(mill: Mill) -> None:
     job = mill.submit(steps=5000)
     ended: list[LoramillError | None] = []
-    leased = take(mill.worker())
+    leased = lease_next_job(mill.worker())
     assert leased is not None
-    with in_thread(lambda: ended.append(worker_module.carry_out(mill.worker(), leased))):
+    with in_thread(lambda: ended.append(worker_module.run_attempt(mill.worker(), leased))):
         eventually(lambda: mill.now(job).step >= 2)
         with mill.registry.writing() as session:
             other = jobs.lease(session, "w2", now=time.time() + 60, seconds=60, max_attempts=3)

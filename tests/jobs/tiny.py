@@ -11,9 +11,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from loramill.data.tokenizer import EncodedExample, Span
+from loramill.data.tokenizer import EncodedExample, TokenSpan
 from loramill.jobs.train import loop
-from loramill.jobs.train.loop import Progress
+from loramill.jobs.train.loop import TrainingProgress
 from loramill.types import JobSpec
 
 from ..llama import tiny_llama
@@ -42,7 +42,7 @@ def made_up(count: int, seed: int = 0, *, weighed: bool = False) -> list[Encoded
         if weighed and draw.random() < 0.6:
             begin = len(tokens)
             tokens += draw.choices(range(60), k=draw.randint(1, 5))
-            earlier.append(Span(begin, len(tokens), draw.choice([0.25, 1.0, 3.0])))
+            earlier.append(TokenSpan(begin, len(tokens), draw.choice([0.25, 1.0, 3.0])))
             tokens += draw.choices(range(60), k=draw.randint(1, 5))
         prompt = len(tokens)
         tokens += draw.choices(range(60), k=draw.randint(1, 7))
@@ -51,7 +51,7 @@ def made_up(count: int, seed: int = 0, *, weighed: bool = False) -> list[Encoded
     return examples
 
 
-def train(model: PreTrainedModel, *arguments: Any, **more: Any) -> Generator[Progress, None, None]:
+def train(model: PreTrainedModel, *arguments: Any, **more: Any) -> Generator[TrainingProgress, None, None]:
     """`training.train` of a base whose files its method doesn't read."""
     return loop.train(model, *arguments, **{"folder": NOWHERE} | more)
 
@@ -60,7 +60,7 @@ def adapter(model: PreTrainedModel, spec: JobSpec, place: Path | str, **more: An
     """The files of the job, from its last checkpoint on."""
     for _ in train(model, more.pop("train", made_up(23)), more.pop("valid", []), spec, checkpoints=place, **more):
         pass
-    return loop.export(place, spec, base="tiny")
+    return loop.export_adapter(place, spec, base="tiny")
 
 
 def written(folder: Path, files: dict[str, bytes]) -> Path:

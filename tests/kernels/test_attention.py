@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill.errors import EngineFault
-from loramill.kernels import Pages, Span
+from loramill.kernels import KVSpan, Pages
 from loramill.kernels.memory import ALIGNMENT, HUGE_PAGE
 
 from .conftest import BACKENDS, NATIVE, open_backend
@@ -67,7 +67,7 @@ class World:
         for sequence, count in zip(sequences, counts, strict=True):
             while len(sequence.blocks) * self.block_size < sequence.length + count:
                 sequence.blocks.append(self.free.pop(0))
-            spans.append(Span(sequence.length, count, tuple(sequence.blocks)))
+            spans.append(KVSpan(sequence.length, count, tuple(sequence.blocks)))
         return Pages.of(spans, self.block_size)
 
     def qkv(self, rows):
@@ -266,7 +266,7 @@ def test_no_rows(name):
 
 
 def test_paging():
-    pages = Pages.of([Span(0, 3, [4]), Span(15, 1, [7]), Span(16, 1, [2, 9, 5]), Span(14, 4, [1, 0])], 16)
+    pages = Pages.of([KVSpan(0, 3, [4]), KVSpan(15, 1, [7]), KVSpan(16, 1, [2, 9, 5]), KVSpan(14, 4, [1, 0])], 16)
     assert pages.table.tolist() == [[0, 3, 0, 0], [3, 1, 15, 1], [4, 1, 16, 2], [5, 4, 14, 4]]
     assert pages.blocks.tolist() == [4, 7, 2, 9, 1, 0]
     assert pages.positions.tolist() == [0, 1, 2, 15, 16, 14, 15, 16, 17]
@@ -279,11 +279,11 @@ def test_paging():
 
 
 @pytest.mark.parametrize(
-    "span", [Span(0, 17, [1]), Span(16, 1, [1]), Span(0, 0, [1]), Span(-1, 1, [1]), Span(0, 1, [-1])], ids=str
+    "span", [KVSpan(0, 17, [1]), KVSpan(16, 1, [1]), KVSpan(0, 0, [1]), KVSpan(-1, 1, [1]), KVSpan(0, 1, [-1])], ids=str
 )
 def test_a_span_that_its_blocks_do_not_hold(span):
     with pytest.raises(EngineFault, match=r"needs \d blocks, a row and no negative|is negative"):
-        Pages.of([Span(0, 1, [0]), span], 16)
+        Pages.of([KVSpan(0, 1, [0]), span], 16)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -292,9 +292,9 @@ def test_pages_of_another_step_or_cache(name):
     cos = sin = torch.ones(2, 16)
     kv = world.kv[1]
     for pages in (
-        Pages.of([Span(0, 1, [0])], 16),
-        Pages.of([Span(0, 2, [0])], 32),
-        Pages.of([Span(0, 2, [4])], 16),
+        Pages.of([KVSpan(0, 1, [0])], 16),
+        Pages.of([KVSpan(0, 2, [0])], 32),
+        Pages.of([KVSpan(0, 2, [4])], 16),
     ):
         with pytest.raises(EngineFault, match="paging is of"):
             world.backend.rope_write(world.qkv(2), 6, cos, sin, kv, pages)

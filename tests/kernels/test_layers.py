@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loramill.errors import EngineFault
-from loramill.kernels import Batch, Delta, Pages, Site, Slab, Span
+from loramill.kernels import Batch, Delta, KVSpan, Pages, Site, Slab
 from loramill.kernels.layers import Layer, Linear, Stack, Step, run_layers, run_one_by_one
 
 
@@ -92,7 +92,7 @@ def test_one_call_has_the_bits_of_many(native, dtype, name, adapted):
     shape = SHAPES[name]
     stack, sites = build(native, shape, dtype)
     slab, slots = loaded(native, sites, dtype)
-    spans = [Span(0, 19, [3, 1]), Span(20, 1, [0, 5]), Span(3, 1, [4]), Span(7, 2, [2])]
+    spans = [KVSpan(0, 19, [3, 1]), KVSpan(20, 1, [0, 5]), KVSpan(3, 1, [4]), KVSpan(7, 2, [2])]
     pages = Pages.of(spans, 16)
     batch = Batch.of(zip([slots[0], None, slots[1], slots[2]], [19, 1, 1, 2], strict=True) if adapted else [(None, 23)])
     angles = torch.rand(pages.rows, shape.head_dim // 2)
@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_refused(native):
     stack, sites = build(native, Shape(), torch.float32)
     slab, slots = loaded(native, sites, torch.float32)
     cache = native.new_kv(LAYERS, 2, 16, 2, 16, torch.float32)
-    pages = Pages.of([Span(0, 4, [0])], 16)
+    pages = Pages.of([KVSpan(0, 4, [0])], 16)
     angles = torch.rand(4, 8)
     good = Step(angles, angles, pages, slab, Batch.of([(None, 4)]))
     x = torch.randn(4, 48)

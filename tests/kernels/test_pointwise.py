@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill.errors import EngineFault
-from loramill.kernels import Pages, Span
+from loramill.kernels import KVSpan, Pages
 
 from .conftest import BACKENDS, open_backend
 from .oracle import TOLERANCE, assert_near
@@ -127,10 +127,10 @@ def test_rope_write(ops, dtype, shape):
         kv.values.fill_(7)
     # Ends within a block, and begins within one.
     spans = [
-        Span(0, 1, [5]),
-        Span(block_size - 2, 5, [9, 2]),
-        Span(2 * block_size, 1, [1, 0, 11]),
-        Span(3, 20, [7, 4, 3]),
+        KVSpan(0, 1, [5]),
+        KVSpan(block_size - 2, 5, [9, 2]),
+        KVSpan(2 * block_size, 1, [1, 0, 11]),
+        KVSpan(3, 20, [7, 4, 3]),
     ]
     pages = Pages.of(spans, block_size)
     qkv = rows_of_wider(27, (heads + 2 * kv_heads) * head_dim, dtype)
@@ -194,7 +194,7 @@ def test_tensors_that_a_kernel_would_misread(native):
 
 
 def test_angles_or_heads_that_do_not_fit(native):
-    pages = Pages.of([Span(0, 2, [0])], 16)
+    pages = Pages.of([KVSpan(0, 2, [0])], 16)
     kv = native.new_kv(1, 1, 16, 1, 32, torch.float32)[0]
     good, qkv = torch.ones(2, 16), torch.randn(2, 3 * 32)
     for angles, rows, heads in (

@@ -238,9 +238,9 @@ def test_books_balance_whatever_comes(data, slots, size):
 def test_broken_books_are_found(broken):
     slab = new_slab()
     slot = put(slab, {"q": delta(2)})
-    place = slab._places[slot.index]
+    place = slab._allocations[slot.index]
     if broken == "overlap":
-        slab._extents.give(place.offset, 64)
+        slab._extents.release(place.offset, 64)
     elif broken == "lost":
         place.size -= 64
     elif broken == "pointer":
@@ -298,7 +298,7 @@ def test_host_memory_is_zero_aligned_and_lazy():
 def test_a_pool_s_parts_lie_side_by_side_and_never_on_each_other():
     pool = HostPool(chunk=1 << 20)
     sizes = [100, 64, 1, 500_000, 600_000, 3 << 20, 10]
-    parts = [pool.take(size).fill_(index) for index, size in enumerate(sizes)]
+    parts = [pool.allocate(size).fill_(index) for index, size in enumerate(sizes)]
     assert [part.numel() for part in parts] == sizes
     assert all(part.data_ptr() % 64 == 0 for part in parts)
     assert all((part == index).all() for index, part in enumerate(parts))
@@ -307,11 +307,11 @@ def test_a_pool_s_parts_lie_side_by_side_and_never_on_each_other():
 
 def test_extents_join_what_comes_back():
     extents = Extents(256)
-    parts = [extents.take(64) for _ in range(4)]
-    assert extents.take(1) is None
+    parts = [extents.allocate(64) for _ in range(4)]
+    assert extents.allocate(1) is None
     for offset in (parts[2], parts[0], parts[3], parts[1]):
-        extents.give(offset, 64)
-    assert extents.take(256) == 0
+        extents.release(offset, 64)
+    assert extents.allocate(256) == 0
 
 
 def test_backends_are_chosen_by_the_variable(monkeypatch):
@@ -330,12 +330,12 @@ def test_given_memory_is_lent_again_whole():
         large, small = lend(6 << 20), lend(100)
         assert large.data_ptr() % 64 == 0
         assert large.data_ptr() != small.data_ptr()
-    assert room.take(90).data_ptr() == small.data_ptr(), "the smallest that suffices"
-    again = room.take((6 << 20) + 5)
+    assert room.allocate(90).data_ptr() == small.data_ptr(), "the smallest that suffices"
+    again = room.allocate((6 << 20) + 5)
     assert (again.data_ptr(), again.numel()) == (large.data_ptr(), (6 << 20) + 5), "its pages hold a little more"
     huge = host_memory(20 << 20)
-    room.give(huge)
-    assert room.take(20 << 20).data_ptr() != huge.data_ptr(), "more than it may keep"
+    room.release(huge)
+    assert room.allocate(20 << 20).data_ptr() != huge.data_ptr(), "more than it may keep"
 
 
 def test_pages_are_made_ready_without_a_change():

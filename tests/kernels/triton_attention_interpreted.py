@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from triton.runtime import interpreter
 
 from loramill.errors import EngineFault
-from loramill.kernels import LayerKV, Pages, Span, torch_backend
+from loramill.kernels import KVSpan, LayerKV, Pages, torch_backend
 from loramill.kernels.triton import StaticPages, attention
 from loramill_bench.kernels import cuda_attention
 
@@ -92,7 +92,7 @@ class World:
         return wide[:, 5:]
 
     def span(self, number, count=1):
-        return Span(self.lengths[number] - count, count, self.blocks[number])
+        return KVSpan(self.lengths[number] - count, count, self.blocks[number])
 
     def pages(self, numbers):
         return Pages.of([self.span(number) for number in numbers], self.block_size)
@@ -265,7 +265,7 @@ def test_a_graph_refuses_what_it_was_not_sized_for():
     for pages in (world.pages([0, 1, 2]), world.pages([0, 2]), several):
         with pytest.raises(EngineFault, match="take the graph of a larger bucket"):
             static.refresh(pages)
-    for pages in (Pages.of([Span(0, 1, [world.scratch])], 16), Pages.of([Span(0, 1, [0])], 32)):
+    for pages in (Pages.of([KVSpan(0, 1, [world.scratch])], 16), Pages.of([KVSpan(0, 1, [0])], 32)):
         with pytest.raises(EngineFault, match="paging is of"):
             static.refresh(pages)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loramill.settings_origin import in_force
+from loramill.settings_origin import effective_settings
 
 #: Of a process of its own: pytest's would be forked with its threads.
 SCRIPT = """
@@ -74,7 +74,7 @@ def test_settings_show_where_they_come_from_and_no_secret(tmp_path: Path, monkey
     monkeypatch.setenv("LORAMILL_JOBS", '{"sessions": 3}')
     monkeypatch.setenv("LORAMILL_DATABASE_URL", "postgresql+psycopg://me:hidden@db.example/mill?sslpassword=hidden")
     monkeypatch.setenv("LORAMILL_API_KEY", "lm-hidden")
-    found = {each.name: each for each in in_force()}
+    found = {each.name: each for each in effective_settings()}
     file = str(tmp_path / "loramill.toml")
     assert {name: (found[name].value, found[name].origin) for name in ("serve.port", "serve.threads", "base")} == {
         "serve.port": (9001, "LORAMILL_SERVE__PORT"),

@@ -20,7 +20,7 @@ from loramill.data.tokenizer import ChatTokenizer, Message
 from loramill.errors import BaseUnusable, DiskFull
 from loramill.models import smollm2
 from loramill.models.catalog import Base, find_base, load_for_training
-from loramill.models.fingerprint import mathematics
+from loramill.models.fingerprint import relevant_config
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -89,7 +89,7 @@ def test_weights_are_the_ggufs_dequantized(base: Base) -> None:
 
 
 def test_spaces_and_lines_before_digits_split_as_in_training(tokenizer: ChatTokenizer) -> None:
-    pieces = [tokenizer.decode([token]) for token in tokenizer.text("x  1234\n\n56")]
+    pieces = [tokenizer.decode([token]) for token in tokenizer.encode_text("x  1234\n\n56")]
     assert pieces == ["x", "  ", "1", "2", "3", "4", "\n\n", "5", "6"]
 
 
@@ -102,14 +102,14 @@ def test_pad_is_not_the_end_token(base: Base) -> None:
 
 
 def test_bos_is_not_added(tokenizer: ChatTokenizer) -> None:
-    assert tokenizer.decode(tokenizer.text("Hello")) == "Hello"
-    assert 1 not in tokenizer.text("Hello")
+    assert tokenizer.decode(tokenizer.encode_text("Hello")) == "Hello"
+    assert 1 not in tokenizer.encode_text("Hello")
 
 
 def test_the_base_is_described(base: Base) -> None:
     assert (base.name, base.architecture, base.context_length) == ("smollm2-135m", "LlamaForCausalLM", 8192)
     assert len(base.fingerprint) == 64
-    config = mathematics(json.loads((base.folder / "config.json").read_text()))
+    config = relevant_config(json.loads((base.folder / "config.json").read_text()))
     assert config["rope"] == {"rope_theta": 100000.0, "rope_type": "default"}
     shape = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
     assert [config[key] for key in shape] == [30, 576, 9, 3, 64, 49152]
@@ -121,7 +121,7 @@ def test_the_real_model_answers_quietly_and_is_frozen(
     model = load_for_training(base, torch.bfloat16)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    prompt = tokenizer.prompt([Message(role="user", content="What is the capital of Japan?")])
+    prompt = tokenizer.encode_chat([Message(role="user", content="What is the capital of Japan?")])
     mask = torch.ones(1, len(prompt), dtype=torch.long)
     tokens = model.generate(torch.tensor([prompt]), attention_mask=mask, max_new_tokens=24, do_sample=False)
     answer = tokens[0, len(prompt) :].tolist()
@@ -159,7 +159,7 @@ def test_a_killed_conversion_is_never_used(tmp_path: Path) -> None:
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert list((tmp_path / "bases").glob(f"{smollm2._HALF}*"))
+    assert list((tmp_path / "bases").glob(f"{smollm2._PARTIAL_PREFIX}*"))
     assert python(SLOW.format(cache=str(tmp_path), seconds=0)).communicate()[0] == "whole\n"
     left = sorted(path.name for path in (tmp_path / "bases").iterdir())
     assert left == [f"smollm2-135m-{smollm2.REVISION}", "smollm2-135m.lock"]
@@ -379,7 +379,7 @@ def test_old_and_new_ways_to_write_a_configuration_are_one() -> None:
     old = CONFIG | {"rope_scaling": {"type": "llama3", "factor": 8.0}, "num_key_value_heads": 4, "dtype": "float32"}
     new = {key: value for key, value in CONFIG.items() if key != "rope_theta"}
     new |= {"rope_parameters": scaled | {"rope_theta": 10000.0}, "head_dim": 16}
-    assert mathematics(old) == mathematics(new) != mathematics(CONFIG)
+    assert relevant_config(old) == relevant_config(new) != relevant_config(CONFIG)
 
 
 def test_weights_are_hashed_once_and_again_when_they_change(

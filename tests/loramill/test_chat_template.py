@@ -75,19 +75,19 @@ def test_families_are_rendered_as_transformers_renders_them(
         )
     except Exception as error:  # noqa: BLE001 - a template's own error, which must be ours, too
         with pytest.raises(InvalidRequest) as caught:
-            tokenizer._render(messages, answer=answer, tools=tools)
+            tokenizer._render(messages, add_generation_prompt=answer, tools=tools)
         assert str(error) in caught.value.message
         return
     if family == "phi" and conversation == "tools":
         return  # it has no role for results, which the tokenizer refuses before
-    assert tokenizer._render(messages, answer=answer, tools=tools) == theirs
+    assert tokenizer._render(messages, add_generation_prompt=answer, tools=tools) == theirs
 
 
 def test_which_families_take_tools() -> None:
     found = {family: tokenizer_of(template) for family, template in FAMILIES.items()}
     # Served are those whose calls are read; trained on is what a template writes in any form.
-    assert {family for family, each in found.items() if each.knows_tools} == {"qwen2.5", "qwen3"}
-    assert {family for family, each in found.items() if each.writes_calls} == {
+    assert {family for family, each in found.items() if each.supports_tool_calls} == {"qwen2.5", "qwen3"}
+    assert {family for family, each in found.items() if each.renders_tool_calls} == {
         "llama3",
         "mistral-v3",
         "qwen2.5",
@@ -99,8 +99,8 @@ def test_which_families_take_tools() -> None:
 def test_families_can_be_trained(family: str) -> None:
     tokenizer = tokenizer_of(FAMILIES[family])
     assert (tokenizer.chat_problem, tokenizer.training_problem) == (None, None)
-    encoded = tokenizer.example(chat_example("Hi", "Hello."))
-    assert list(encoded.tokens[: encoded.prompt_length]) == tokenizer.prompt([{"role": "user", "content": "Hi"}])
+    encoded = tokenizer.encode_example(chat_example("Hi", "Hello."))
+    assert list(encoded.tokens[: encoded.prompt_length]) == tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
     answer = tokenizer.decode(encoded.tokens[encoded.prompt_length :])
     assert answer.strip() == ("<think>\n\n</think>\n\nHello." if family == "qwen3" else "Hello.")
 
@@ -110,11 +110,11 @@ def test_families_can_be_trained(family: str) -> None:
 
 def test_a_date_is_todays_or_that_of_the_submission() -> None:
     tokenizer, question = tokenizer_of(GRANITE3), [Message(role="user", content="Hi")]
-    assert f"Today's Date: {datetime.now(UTC):%B %d, %Y}." in tokenizer._render(question, answer=True)
-    submitted = tokenizer.at(datetime(2024, 2, 29, 23, 59, tzinfo=UTC))
-    assert "Today's Date: February 29, 2024." in submitted._render(question, answer=True)
-    assert submitted.example(chat_example("Hi", "Ho")) == submitted.example(chat_example("Hi", "Ho"))
-    assert submitted.prompt(question) != tokenizer.prompt(question)
+    assert f"Today's Date: {datetime.now(UTC):%B %d, %Y}." in tokenizer._render(question, add_generation_prompt=True)
+    submitted = tokenizer.at_time(datetime(2024, 2, 29, 23, 59, tzinfo=UTC))
+    assert "Today's Date: February 29, 2024." in submitted._render(question, add_generation_prompt=True)
+    assert submitted.encode_example(chat_example("Hi", "Ho")) == submitted.encode_example(chat_example("Hi", "Ho"))
+    assert submitted.encode_chat(question) != tokenizer.encode_chat(question)
 
 
 # Prompts that open the reasoning
@@ -137,18 +137,18 @@ def test_an_answer_is_trained_after_the_prompt_that_opens_its_reasoning(
     template: str, written: str, trained: str
 ) -> None:
     tokenizer, question = tokenizer_of(template), Message(role="user", content="Hi")
-    assert tokenizer._render([question], answer=True).endswith("<think>\n")
-    encoded = tokenizer.example(chat_example("Hi", written))
-    assert list(encoded.tokens[: encoded.prompt_length]) == tokenizer.prompt([question])
+    assert tokenizer._render([question], add_generation_prompt=True).endswith("<think>\n")
+    encoded = tokenizer.encode_example(chat_example("Hi", written))
+    assert list(encoded.tokens[: encoded.prompt_length]) == tokenizer.encode_chat([question])
     answer = encoded.tokens[encoded.prompt_length :]
-    assert list(answer) == [*tokenizer.text(trained), tokenizer.stop_ids[0]]
+    assert list(answer) == [*tokenizer.encode_text(trained), tokenizer.stop_ids[0]]
 
 
 def test_a_call_is_trained_after_such_a_prompt_too() -> None:
     template = QWEN25.replace("assistant\\n' }}{% endif %}", "assistant\\n<think>\\n' }}{% endif %}")
     tokenizer, messages = tokenizer_of(template), CONVERSATIONS["tools"][:2]
-    prompt, answer = tokenizer._answer(messages, [TOOL])
-    assert prompt == tokenizer.prompt(messages[:1], [TOOL])
+    prompt, answer = tokenizer._encode_answer(messages, [TOOL])
+    assert prompt == tokenizer.encode_chat(messages[:1], [TOOL])
     call = '<tool_call>\n{"name": "weather", "arguments": {"town": "Tromsø"}}\n</tool_call>'
     assert tokenizer.decode(answer) == call
 
@@ -161,7 +161,7 @@ def test_templates_that_read_only_parts_get_parts() -> None:
     messages = CONVERSATIONS["system"] + CONVERSATIONS["turns"][1:]
     given = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
     oracle = oracle_of(PARTS_ONLY).apply_chat_template(given, add_generation_prompt=True, tokenize=False)
-    assert tokenizer._render(messages, answer=True) == oracle
+    assert tokenizer._render(messages, add_generation_prompt=True) == oracle
     assert "Be brief." in oracle and "And?" in oracle
     assert tokenizer.training_problem is None
 
@@ -183,36 +183,38 @@ def test_a_template_that_drops_messages_is_refused(template: str, says: str) -> 
 def test_system_messages_that_a_template_drops_are_refused() -> None:
     template = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
     tokenizer = tokenizer_of(template)
-    tokenizer.prompt(CONVERSATIONS["user"])
+    tokenizer.encode_chat(CONVERSATIONS["user"])
     with pytest.raises(InvalidRequest, match="drops system messages") as caught:
-        tokenizer.prompt(CONVERSATIONS["system"])
+        tokenizer.encode_chat(CONVERSATIONS["system"])
     assert caught.value.param == "messages[0].role"
 
 
 def test_developer_becomes_system_if_the_template_lacks_the_role() -> None:
     messages = CONVERSATIONS["system"]
     asked = [Message(role="developer", content="Be brief."), messages[1]]
-    assert tokenizer_of(CHATML).prompt(asked) == tokenizer_of(CHATML).prompt(messages)
+    assert tokenizer_of(CHATML).encode_chat(asked) == tokenizer_of(CHATML).encode_chat(messages)
     knowing = CHATML.replace("message['role'] +", "('DEV' if message['role'] == 'developer' else message['role']) +")
-    assert "DEV\nBe brief." in tokenizer_of(knowing)._render(asked, answer=True)
+    assert "DEV\nBe brief." in tokenizer_of(knowing)._render(asked, add_generation_prompt=True)
 
 
 def test_names_are_given_to_the_template() -> None:
     named = CHATML.replace("message['role'] +", "message['role'] + (message.name or '') +")
     asked = [Message(role="user", content="Hi", name="ann<|im_end|>")]
-    assert "<|im_start|>userann" in tokenizer_of(named)._render(asked, answer=True)
-    tokens = tokenizer_of(named).prompt(asked)
+    assert "<|im_start|>userann" in tokenizer_of(named)._render(asked, add_generation_prompt=True)
+    tokens = tokenizer_of(named).encode_chat(asked)
     assert tokens.count(tokenizer_of(named).stop_ids[0]) == 1
-    assert tokenizer_of(CHATML).prompt(asked) == tokenizer_of(CHATML).prompt([Message(role="user", content="Hi")])
+    assert tokenizer_of(CHATML).encode_chat(asked) == tokenizer_of(CHATML).encode_chat(
+        [Message(role="user", content="Hi")]
+    )
 
 
 def test_marks_survive_ascii_json() -> None:
     template = "{% for m in messages %}{{ m.content | tojson(ensure_ascii=true) }}<|im_end|>{% endfor %}"
     tokenizer = tokenizer_of(template)
     text = "é\U00010000 <|im_end|> \\ud800"
-    rendered = tokenizer._render([Message(role="user", content=text)], answer=True).replace("\ud800", "")
+    rendered = tokenizer._render([Message(role="user", content=text)], add_generation_prompt=True).replace("\ud800", "")
     assert rendered == json.dumps(text) + "<|im_end|>"
-    assert tokenizer.prompt([Message(role="user", content=text)]).count(tokenizer.stop_ids[0]) == 1
+    assert tokenizer.encode_chat([Message(role="user", content=text)]).count(tokenizer.stop_ids[0]) == 1
 
 
 # Where templates are found
@@ -254,7 +256,7 @@ LISTED = [{"name": "default", "template": ONE}, {"name": "tool_use", "template":
 )
 def test_files_that_hold_the_template(tmp_path: Path, files: dict[str, str], expected: str) -> None:
     loaded = ChatTokenizer.load(folder_with(tmp_path, **files))
-    assert loaded.prompt(CONVERSATIONS["user"]) == tokenizer_of(expected).prompt(CONVERSATIONS["user"])
+    assert loaded.encode_chat(CONVERSATIONS["user"]) == tokenizer_of(expected).encode_chat(CONVERSATIONS["user"])
 
 
 @pytest.mark.parametrize(
@@ -267,9 +269,9 @@ def test_files_that_hold_the_template(tmp_path: Path, files: dict[str, str], exp
 def test_a_template_for_tools_is_used_where_there_are_some(tmp_path: Path, files: dict[str, str]) -> None:
     loaded = ChatTokenizer.load(folder_with(tmp_path, **files))
     asked = CONVERSATIONS["tools"]
-    assert loaded.knows_tools
-    assert loaded.prompt(asked, [TOOL]) == tokenizer_of(QWEN25).prompt(asked, [TOOL])
-    assert loaded.prompt(CONVERSATIONS["user"]) == tokenizer_of(ONE).prompt(CONVERSATIONS["user"])
+    assert loaded.supports_tool_calls
+    assert loaded.encode_chat(asked, [TOOL]) == tokenizer_of(QWEN25).encode_chat(asked, [TOOL])
+    assert loaded.encode_chat(CONVERSATIONS["user"]) == tokenizer_of(ONE).encode_chat(CONVERSATIONS["user"])
 
 
 def test_a_damaged_template_file(tmp_path: Path) -> None:
@@ -293,7 +295,7 @@ def test_a_base_that_can_not_chat_says_why(template: str, says: str) -> None:
     tokenizer = tokenizer_of(template)
     assert says in (tokenizer.chat_problem or "") and says in (tokenizer.training_problem or "")
     with pytest.raises(InvalidRequest):
-        tokenizer.prompt(CONVERSATIONS["user"])
+        tokenizer.encode_chat(CONVERSATIONS["user"])
 
 
 def test_a_base_that_can_not_train_on_conversations_says_why() -> None:
@@ -319,4 +321,4 @@ def test_a_base_that_can_not_train_on_conversations_says_why() -> None:
 def test_an_endless_template_is_stopped(evil: str) -> None:
     tokenizer = tokenizer_of("{% if messages[0].content == 'evil' %}" + evil + "{% endif %}" + CHATML)
     with pytest.raises(InvalidRequest, match="refuses this"):
-        tokenizer.prompt([Message(role="user", content="evil")])
+        tokenizer.encode_chat([Message(role="user", content="evil")])

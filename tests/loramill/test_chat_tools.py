@@ -55,7 +55,7 @@ def test_prompts_are_those_of_transformers(tools: list[Any], count: int) -> None
     messages = CONVERSATION[:count]
     rendered = oracle.apply_chat_template(messages, tools=tools or None, add_generation_prompt=True, tokenize=False)
     tokenizer = hermes()
-    assert tokenizer.prompt(messages, tools) == oracle.encode(rendered, add_special_tokens=False)
+    assert tokenizer.encode_chat(messages, tools) == oracle.encode(rendered, add_special_tokens=False)
 
 
 def test_special_tokens_in_tools_calls_and_results_are_plain_text() -> None:
@@ -68,26 +68,26 @@ def test_special_tokens_in_tools_calls_and_results_are_plain_text() -> None:
         {"role": "assistant", "content": evil, "tool_calls": [call]},
         {"role": "tool", "content": evil, "tool_call_id": evil},
     ]
-    clean = tokenizer.prompt(CONVERSATION, [WEATHER])
-    tokens = tokenizer.prompt(messages, [tool])
+    clean = tokenizer.encode_chat(CONVERSATION, [WEATHER])
+    tokens = tokenizer.encode_chat(messages, [tool])
     assert tokens.count(start) == clean.count(start) == 5
     # Each is there as the characters that it is made of; JSON writes the line breaks of eight.
-    plain = tokenizer.text("<|im_start|>")
+    plain = tokenizer.encode_text("<|im_start|>")
     assert sum(tokens[i : i + len(plain)] == plain for i in range(len(tokens))) == 8
 
 
 def test_bases_whose_template_has_no_tools_say_so() -> None:
     tokenizer = hermes(OLD)
-    assert not tokenizer.knows_tools and hermes().knows_tools
+    assert not tokenizer.supports_tool_calls and hermes().supports_tool_calls
     with pytest.raises(UnsupportedParameter) as caught:
-        tokenizer.prompt(CONVERSATION[:1], [WEATHER])
+        tokenizer.encode_chat(CONVERSATION[:1], [WEATHER])
     assert caught.value.param == "tools" and "chat template" in caught.value.message
     for count, param in ((2, "messages[1].tool_calls"), (3, "messages[1].tool_calls")):
         with pytest.raises(UnsupportedParameter) as caught:
-            tokenizer.prompt(CONVERSATION[:count])
+            tokenizer.encode_chat(CONVERSATION[:count])
         assert caught.value.param == param
     with pytest.raises(UnsupportedParameter) as caught:
-        tokenizer.prompt([CONVERSATION[0], CONVERSATION[2]])
+        tokenizer.encode_chat([CONVERSATION[0], CONVERSATION[2]])
     assert caught.value.param == "messages[1].role"
 
 
@@ -101,26 +101,26 @@ def test_bases_whose_template_has_no_tools_say_so() -> None:
     ],
 )
 def test_what_a_template_makes_of_tools_is_looked_at(template: str, knows: bool) -> None:
-    assert hermes(template).knows_tools is knows
+    assert hermes(template).supports_tool_calls is knows
 
 
 def test_tags_that_decoding_would_drop_are_of_no_use() -> None:
     tokenizer = hermes_tokenizer(tags_are_tokens=False)
     tokenizer.add_special_tokens([AddedToken("<tool_call>", special=True)])
-    assert not ChatTokenizer(tokenizer.to_str(), SETTINGS, {}).knows_tools
+    assert not ChatTokenizer(tokenizer.to_str(), SETTINGS, {}).supports_tool_calls
 
 
 def test_half_a_character_in_a_tool_is_refused() -> None:
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"enum": ["\udc00"]}}}
     with pytest.raises(InvalidRequest) as caught:
-        hermes().prompt(CONVERSATION[:1], [tool])
+        hermes().encode_chat(CONVERSATION[:1], [tool])
     assert caught.value.param == "tools"
 
 
 def test_the_definition_makes_the_same_tokens() -> None:
-    again = ChatTokenizer(hermes().definition, SETTINGS, {})
-    assert again.prompt(CONVERSATION, [WEATHER]) == hermes().prompt(CONVERSATION, [WEATHER])
-    assert json.loads(hermes().definition)["model"]["type"] == "BPE"
+    again = ChatTokenizer(hermes().tokenizer_json, SETTINGS, {})
+    assert again.encode_chat(CONVERSATION, [WEATHER]) == hermes().encode_chat(CONVERSATION, [WEATHER])
+    assert json.loads(hermes().tokenizer_json)["model"]["type"] == "BPE"
 
 
 # The built-in base's own template
@@ -141,15 +141,15 @@ turns = st.lists(
 @given(messages=turns, answer=st.booleans())
 def test_the_built_in_base_renders_the_same_as_before_without_tools(messages: list[Message], answer: bool) -> None:
     now, before = hermes(smollm2.TEMPLATE), hermes(OLD)
-    assert now._render(messages, answer=answer) == before._render(messages, answer=answer)
+    assert now._render(messages, add_generation_prompt=answer) == before._render(messages, add_generation_prompt=answer)
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_the_built_in_base_supports_tools(tokenizer: ChatTokenizer, base: Base, system: str | None) -> None:
-    assert tokenizer.knows_tools and tokenizer.writes_calls
+    assert tokenizer.supports_tool_calls and tokenizer.renders_tool_calls
     first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages = [*first, *CONVERSATION, CONVERSATION[2], {"role": "assistant", "content": "Cold."}]
-    rendered = tokenizer._render(messages, answer=True, tools=[WEATHER])
+    rendered = tokenizer._render(messages, add_generation_prompt=True, tools=[WEATHER])
     oracle = AutoTokenizer.from_pretrained(base.folder)
     theirs = oracle.apply_chat_template(messages, tools=[WEATHER], add_generation_prompt=True, tokenize=False)
     assert rendered == theirs
@@ -167,7 +167,7 @@ def test_a_folder_that_an_earlier_version_converted_gets_the_template(tmp_path: 
     folder.mkdir(parents=True)
     (folder / "chat_template.jinja").write_text(OLD)
     for _ in range(2):
-        assert smollm2.converted(tmp_path) == folder
+        assert smollm2.ensure_converted(tmp_path) == folder
         assert [file.name for file in folder.iterdir()] == ["chat_template.jinja"]
         assert (folder / "chat_template.jinja").read_text() == smollm2.TEMPLATE
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from loramill import errors
 from loramill.cli import app
-from loramill.cli.show import ago
+from loramill.cli.show import time_ago
 from loramill.names import AdapterName
 from loramill.registry import adapters, nightly
 from loramill.settings import Settings
@@ -110,7 +110,7 @@ def test_versions_move(here: RunningGateway, tenant: str, train: str) -> None:
     assert first[:12] in ok("rollback", name).stderr
     assert "nightly run" in ok("data", "add", name, "--train", train).stderr
     with here.registry.reading() as session:
-        assert name in [waiting.adapter for waiting in nightly.pending(session)]
+        assert name in [waiting.adapter for waiting in nightly.pending_data(session)]
 
 
 def test_keys_are_listed_and_revoked(here: RunningGateway, tenant: str) -> None:
@@ -366,14 +366,14 @@ def test_the_last_nightly_run_is_shown(here: RunningGateway, tenant: str) -> Non
     name = AdapterName(tenant, "a")
     score = {"examples": 2, "exact_match": 0.5, "token_f1": 0.25}
     with here.registry.writing() as session:
-        adapters.ensure(session, name)
+        adapters.get_or_create(session, name)
         run = nightly.open_run(session).id
         results = {"all": {"base": score, "challenger": {**score, "token_f1": 0.75}}}
-        nightly.record(session, run, name, "evaluate", StepStatus.DONE, results)
-        nightly.record(session, run, name, "gate", StepStatus.DONE, {"promote": True, "reason": "it gains 0.500"})
-        nightly.record(session, run, name, "promote", StepStatus.DONE, {"promoted": True, "champion": "c"})
-        nightly.finish(session, run)
-        nightly.finish(session, nightly.open_run(session).id)  # one that had nothing to do hides none
+        nightly.record_step(session, run, name, "evaluate", StepStatus.DONE, results)
+        nightly.record_step(session, run, name, "gate", StepStatus.DONE, {"promote": True, "reason": "it gains 0.500"})
+        nightly.record_step(session, run, name, "promote", StepStatus.DONE, {"promoted": True, "champion": "c"})
+        nightly.finish_run(session, run)
+        nightly.finish_run(session, nightly.open_run(session).id)  # one that had nothing to do hides none
     told = ok("nightly", "show")
     assert told.stdout.splitlines()[1].split()[:5] == [str(name), "0.250", "-", "0.750", "promoted"]
     assert told.stderr == "Nightly run: 1 promoted.\n"
@@ -389,12 +389,12 @@ def test_a_failed_nightly_run_is_reported_and_exits_with_1(
 
     def failing(registry: Any, settings: Settings, *, report: Any, progress: Any) -> Any:
         with registry.writing() as session:
-            adapters.ensure(session, name)
+            adapters.get_or_create(session, name)
             run = nightly.open_run(session)
             lines = "".join(f"\na.jsonl, line {number}: it is empty." for number in range(20))
             error = {"error": f"The loss is NaN.{lines}", "data": "set aside"}
-            report(nightly.record(session, run.id, name, "train", StepStatus.FAILED, error))
-            return nightly.finish(session, run.id)
+            report(nightly.record_step(session, run.id, name, "train", StepStatus.FAILED, error))
+            return nightly.finish_run(session, run.id)
 
     monkeypatch.setattr("loramill.pipelines.nightly.run.run_night", failing)
     ran = loramill("nightly", "run")
@@ -418,8 +418,8 @@ def test_new_data_is_listed_retried_and_dropped(here: RunningGateway, tenant: st
     with here.registry.writing() as session:
         run = nightly.open_run(session).id
         nightly.collect(session, run, name)
-        nightly.record(session, run, name, "train", StepStatus.FAILED, {"error": "The loss is NaN."})
-        nightly.finish(session, run)
+        nightly.record_step(session, run, name, "train", StepStatus.FAILED, {"error": "The loss is NaN."})
+        nightly.finish_run(session, run)
     (aside,) = [each for each in shown("nightly", "data")["set_aside"] if each["adapter"] == name]
     assert (aside["stage"], aside["reason"]) == ("train", "The loss is NaN.")
     assert name in ok("nightly", "show").stderr, "the last run with anything to do shows it, too"
@@ -450,8 +450,8 @@ def test_too_little_data_is_named_when_it_is_added(here: RunningGateway, tenant:
     ],
 )
 def test_times_are_said_as_people_say_them(seconds: float, said: str) -> None:
-    assert ago(1e9 - seconds, now=1e9) == said
+    assert time_ago(1e9 - seconds, now=1e9) == said
 
 
 def test_times_long_ago_are_days() -> None:
-    assert ago(time.time() - 90 * 86400).count("-") == 2
+    assert time_ago(time.time() - 90 * 86400).count("-") == 2

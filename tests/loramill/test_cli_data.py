@@ -171,7 +171,7 @@ def test_data_for_nightly_runs_comes_in_every_format(here: RunningGateway, tenan
     with here.registry.writing() as session:
         run = nightly.open_run(session)
         nightly.collect(session, run.id, name)
-        nightly.finish(session, run.id)
+        nightly.finish_run(session, run.id)
     ok("data", "add", name, "--train", "share.json", "--valid", table("valid.tsv", "instruction\toutput", "\t", 3))
     waiting, used = shown("data", "list", name)
     assert (waiting["train_filename"], waiting["valid_filename"], waiting["run"]) == ("share.json", "valid.tsv", None)

@@ -155,7 +155,7 @@ def publish(folder: Path, name: str, base: str) -> tuple[Registry, str]:
     with registry.writing() as session:
         adapter = AdapterName.parse(name)
         tenants.create(session, adapter.tenant)
-        adapters.ensure(session, adapter)
+        adapters.get_or_create(session, adapter)
         adapters.add_version(
             session, VersionRecord(id=artifact, adapter=name, job=None, base=base, bytes=1, created_at=1.0)
         )

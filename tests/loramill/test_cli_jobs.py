@@ -19,13 +19,13 @@ from typer.testing import CliRunner, Result
 from loramill import Client
 from loramill.cli import app
 from loramill.cli.show import duration
-from loramill.cli.submit import _HELP
-from loramill.cli.watch import Jobs, _follow, table
+from loramill.cli.submit import _OPTION_HELP
+from loramill.cli.watch import JobPoller, _follow, jobs_table
 from loramill.client.models import Job
 from loramill.errors import InvalidRequest, NotRunning, TrainingDiverged, Unavailable
 from loramill.registry import jobs
 from loramill.registry.jobs import checkpoints
-from loramill.submission.options import Options
+from loramill.submission.options import JobOptions
 from loramill.types import JobStatus
 
 from .conftest import RunningGateway, examples
@@ -65,8 +65,8 @@ def submitted(tenant: str, *words: str) -> str:
 
 
 def test_every_option_of_a_job_is_an_option_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = [name for helps in _HELP.values() for name in helps]
-    assert sorted(told) == sorted(Options.model_fields)
+    told = [name for helps in _OPTION_HELP.values() for name in helps]
+    assert sorted(told) == sorted(JobOptions.model_fields)
     monkeypatch.setenv("COLUMNS", "200")
     text = ok("submit", "--help").stdout
     for name in told:
@@ -262,15 +262,15 @@ def test_the_table_shows_what_is_interesting_first() -> None:
         job(9, JobStatus.RUNNING, step=5, loss=1.25, valid_loss=1.5, tokens_per_second=1234.5, estimated_finish=1090.0),
         job(7, JobStatus.RUNNING, step=1, tokens_per_second=100.0, asked="pause"),
     ]
-    text = drawn(table(many, 1000.0, 130, rows=3))
+    text = drawn(jobs_table(many, 1000.0, 130, rows=3))
     rows = text.splitlines()
     assert rows[1].split()[:3] == ["ftjob-9", "acme/a9", "running"]
     assert rows[1].split()[-6:] == ["5/10", "1.250", "1.500", "1,234", "2", "min"]
     assert "running (pause)" in rows[2] and rows[3].split()[2] == "queued"
     assert rows[4] == "… and 5 succeeded"
     assert rows[5] == "8 jobs: 2 running, 1 queued, 5 succeeded; 1,334 tokens/s"
-    assert "away" in drawn(table(many, 0.0, 130, away=NotRunning("Nothing answers.")))
-    narrow = drawn(table(many, 1000.0, 80), width=80)
+    assert "away" in drawn(jobs_table(many, 0.0, 130, outage=NotRunning("Nothing answers.")))
+    narrow = drawn(jobs_table(many, 1000.0, 80), width=80)
     assert "ftjob" not in narrow and "1,234" in narrow and "…" not in narrow
 
 
@@ -315,16 +315,16 @@ def test_what_has_ended_is_not_looked_at_again(gateway: RunningGateway, tenant: 
                 yield found
 
     with Counting(gateway.url, gateway.admin_key) as client:
-        every = Jobs(client, tenant, 100)
-        assert [found.id for found in every.look()] == seen == [later, open_job, *ended[::-1]]
+        every = JobPoller(client, tenant, 100)
+        assert [found.id for found in every.poll()] == seen == [later, open_job, *ended[::-1]]
         seen.clear()
         newer = submitted(tenant, "--seed", "11")
-        assert [found.id for found in every.look()] == [newer, later, open_job, *ended[::-1]]
+        assert [found.id for found in every.poll()] == [newer, later, open_job, *ended[::-1]]
         assert seen == [newer, later, open_job, ended[-1]]
-        assert len(Jobs(client, tenant, 2).look()) == 2
+        assert len(JobPoller(client, tenant, 2).poll()) == 2
         seen.clear()
-        some = Jobs(client, None, 1, [ended[-1]])
-        assert [found.id for found in some.look()] == [ended[-1]] == [found.id for found in some.look()]
+        some = JobPoller(client, None, 1, [ended[-1]])
+        assert [found.id for found in some.poll()] == [ended[-1]] == [found.id for found in some.poll()]
         ok("jobs", "cancel", open_job, newer)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from loramill import Client, errors
-from loramill.client.http import BY_CODE, error_from, is_own
+from loramill.client.http import ERROR_BY_CODE, error_from_response, is_local_url
 
 from .conftest import RunningGateway, examples
 
@@ -192,7 +192,7 @@ def test_the_admin_key_never_leaves_this_machine(home: Path) -> None:
     ],
 )
 def test_loopback(url: str, own: bool) -> None:
-    assert is_own(url) is own
+    assert is_local_url(url) is own
 
 
 def test_no_key_is_said_clearly(gateway: RunningGateway, home: Path) -> None:
@@ -310,9 +310,9 @@ def test_wait_outlives_a_gateway_that_is_away(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_every_code_of_the_tree_comes_back_as_its_class() -> None:
-    assert len(BY_CODE) == len(re.findall(r" [45]\d\d ", errors.__doc__))
-    for code, cls in BY_CODE.items():
-        error = error_from(cls.status, {"error": {"message": "m", "param": "p", "code": code}}, "url")
+    assert len(ERROR_BY_CODE) == len(re.findall(r" [45]\d\d ", errors.__doc__))
+    for code, cls in ERROR_BY_CODE.items():
+        error = error_from_response(cls.status, {"error": {"message": "m", "param": "p", "code": code}}, "url")
         assert type(error) is cls
         assert (error.message, error.param) == ("m", "p")
 

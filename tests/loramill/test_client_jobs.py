@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from loramill import errors
-from loramill.client.jobs import FineTuning
+from loramill.client.jobs import JobsResource
 from loramill.registry import jobs
 from loramill.registry.jobs import checkpoints
-from loramill.submission.options import Options, Said
+from loramill.submission.options import JobOptions, JobOptionsDict
 from loramill.types import JobStatus
 
 from .conftest import RunningGateway, examples
@@ -71,7 +71,7 @@ OPTIONS: dict[str, object] = {
     "alpha_pattern": {"v_proj": 1.5},
     "init_rank": 9,
     "loraplus_lr_ratio": 4.0,
-    "learn": "all",
+    "train_on": "all",
     "learning_rate": 2e-3,
     "schedule": "cosine",
     "steps": 7,
@@ -97,7 +97,7 @@ OTHERS = {"epochs", "base", "metadata", "quantization", "start_from", "priority"
 
 def test_every_option_is_the_gateways(gateway: RunningGateway, tenant: str) -> None:
     """Each of `submit`'s keywords must arrive in the spec under the gateway's name for it."""
-    assert set(Options.model_fields) == set(Said.__annotations__) == set(OPTIONS) | OTHERS
+    assert set(JobOptions.model_fields) == set(JobOptionsDict.__annotations__) == set(OPTIONS) | OTHERS
     with gateway.client() as client:
         job = client.submit(
             f"{tenant}/a",
@@ -127,22 +127,22 @@ def test_a_job_waits_and_goes_on(gateway: RunningGateway, tenant: str) -> None:
         assert client.pause(job.id).status is JobStatus.PAUSED
         assert client.job(job.id).failure is None
         assert client.resume(job.id).status is JobStatus.QUEUED
-        assert (client.curve(job.id), client.checkpoints(job.id)) == ([], [])
+        assert (client.metrics(job.id), client.checkpoints(job.id)) == ([], [])
         attempt = gateway.begin(job.id, step=4)
-        assert client.pause(job.id).asked == "pause"
+        assert client.pause(job.id).pending_action == "pause"
         with gateway.registry.writing() as session:
             for step in (2, 1, 2):
                 data = {"step": step, "train_loss": 1 / step, "trained_tokens": 5 * step}
                 jobs.add_event(session, job.id, "info", "metrics", "", data)
             jobs.add_event(session, job.id, "info", "metrics", "", {"step": 2, "valid_loss": 0.75})
             checkpoints.add(session, job.id, attempt, 4, None, {"valid_loss": 0.5})
-        points = client.curve(job.id)
+        points = client.metrics(job.id)
         assert [(point.step, point.train_loss, point.valid_loss) for point in points] == [(1, 1, None), (2, 0.5, 0.75)]
         assert points[1].trained_tokens == 10
         (checkpoint,) = client.checkpoints(job.id)
         assert (checkpoint.step, checkpoint.model, checkpoint.metrics["valid_loss"]) == (4, None, 0.5)
         with pytest.raises(errors.NotFound):
-            client.curve("ftjob-none")
+            client.metrics("ftjob-none")
 
 
 def test_a_failed_job_is_retried(gateway: RunningGateway, tenant: str) -> None:
@@ -231,9 +231,9 @@ def test_a_crash_between_two_parts_loses_nothing(
     monkeypatch.setattr("loramill.client.jobs._BATCH", 2)
     rows = [{"adapter": f"{tenant}/a", "train": examples(), "steps": 5, "seed": seed} for seed in range(5)]
     sent = []
-    send = FineTuning._send_batch
+    send = JobsResource._send_batch
 
-    def crashing(self: FineTuning, *args: object, check_only: bool, retry: bool) -> object:
+    def crashing(self: JobsResource, *args: object, check_only: bool, retry: bool) -> object:
         if not check_only:
             if len(sent) == 1:
                 raise KeyboardInterrupt
@@ -242,7 +242,7 @@ def test_a_crash_between_two_parts_loses_nothing(
 
     with gateway.client() as client:
         with monkeypatch.context() as crash:
-            crash.setattr(FineTuning, "_send_batch", crashing)
+            crash.setattr(JobsResource, "_send_batch", crashing)
             with pytest.raises(KeyboardInterrupt):
                 client.submit_many(rows)
         assert len(list(client.jobs(tenant))) == 2
@@ -271,7 +271,7 @@ def test_events_are_oldest_first_and_followed_to_the_end(
     monkeypatch.setattr("loramill.client.jobs._PAGE", 2)
     with gateway.client() as client:
         job = client.submit(f"{tenant}/a", examples())
-        told = client.events(job.id, follow=True, every=0.01)
+        told = client.events(job.id, follow=True, poll_seconds=0.01)
         messages = [next(told).message]
         gateway.publish(job.id)
         messages += [event.message for event in told]

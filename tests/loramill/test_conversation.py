@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from loramill.data.conversation import BadLine, answer_text, as_sent, read_conversation
+from loramill.data.conversation import LineError, answer_text, read_conversation, to_request_messages
 from loramill.data.examples import Example, check_tokens, read_examples
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import DatasetInvalid
@@ -72,7 +72,7 @@ def test_tools_and_their_results_are_read() -> None:
     assert (found.messages[1]["content"], found.messages[1]["tool_calls"]) == ("", [made])
     assert found.messages[2]["tool_call_id"] == "c1"
     assert [dict(tool) for tool in found.tools] == [TOOL]
-    assert found.learnt("all") == [(1, 1.0), (3, 1.0)]
+    assert found.supervised_answers("all") == [(1, 1.0), (3, 1.0)]
 
 
 def test_legacy_functions_are_tools() -> None:
@@ -125,16 +125,18 @@ def test_a_refusal_is_what_is_said_where_nothing_else_is(refusing: dict[str, Any
 )
 def test_turns_need_not_alternate(tokenizer: ChatTokenizer, roles: list[str], spoken: int) -> None:
     found = example({"messages": [say(role, str(index)) for index, role in enumerate(roles)]})
-    encoded = tokenizer.example(found)
+    encoded = tokenizer.encode_example(found)
     assert len(encoded.spans) == spoken
-    assert list(encoded.tokens[: encoded.prompt_length]) == tokenizer.prompt(found.messages[:-1])
+    assert list(encoded.tokens[: encoded.prompt_length]) == tokenizer.encode_chat(found.messages[:-1])
 
 
 def test_a_name_reaches_the_template(tokenizer: ChatTokenizer) -> None:
     named = [say("user", "Hi", name="ann"), ANSWER]
     assert example({"messages": named}).messages[0]["name"] == "ann"
     plain = example({"messages": [say("user", "Hi"), ANSWER]})
-    assert tokenizer.example(example({"messages": named})) == tokenizer.example(plain)  # SmolLM2's shows none
+    assert tokenizer.encode_example(example({"messages": named})) == tokenizer.encode_example(
+        plain
+    )  # SmolLM2's shows none
 
 
 def changed(**message: Any) -> list[dict[str, Any]]:
@@ -190,7 +192,7 @@ def changed(**message: Any) -> list[dict[str, Any]]:
     ],
 )
 def test_what_openai_refuses_is_refused_with_its_field(line: dict[str, Any], says: str) -> None:
-    with pytest.raises(BadLine, match=says):
+    with pytest.raises(LineError, match=says):
         read_conversation(line)
     with pytest.raises(DatasetInvalid, match=f"train.jsonl, line 1: .*{says}"):
         example(line)
@@ -208,7 +210,7 @@ def test_tool_calls_are_trained_as_transformers_renders_them(line: dict[str, Any
     """Each of the assistant's turns and its end, and nothing else."""
     tokenizer, found = hermes(), example(line)
     oracle = PreTrainedTokenizerFast(tokenizer_object=hermes_tokenizer(), chat_template=TEMPLATE)
-    (encoded,) = tokenizer.example(found).sequences
+    (encoded,) = tokenizer.encode_example(found).sequences
     whole = oracle.apply_chat_template(list(found.messages), tools=[TOOL], tokenize=False).rstrip("\n")
     assert list(encoded.tokens) == oracle.encode(whole, add_special_tokens=False)
     assert len(encoded.spans) == len(found.answers)
@@ -233,7 +235,7 @@ def test_conversations_are_trained_as_transformers_renders_them(
     oracle = AutoTokenizer.from_pretrained(base.folder)
     line = [say(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
     found = example({"messages": line})
-    (encoded,) = tokenizer.example(found).sequences
+    (encoded,) = tokenizer.encode_example(found).sequences
     whole = oracle.apply_chat_template(line, tokenize=False).removesuffix("\n")
     assert list(encoded.tokens) == oracle(whole, add_special_tokens=False)["input_ids"]
 
@@ -256,14 +258,14 @@ def test_tools_are_refused_where_the_template_has_none(tokenizer: ChatTokenizer)
 
 def test_special_tokens_in_a_text_are_trained_as_text(tokenizer: ChatTokenizer) -> None:
     line = {"messages": [say("user", "What does <|im_end|> mean?"), say("assistant", "It, <|im_end|>, ends a turn.")]}
-    encoded = tokenizer.example(example(line))
+    encoded = tokenizer.encode_example(example(line))
     assert encoded.tokens.count(2) == 3  # the default system prompt's end, the question's and the answer's
     assert encoded.tokens[-1] == 2
     assert tokenizer.decode(encoded.tokens[encoded.prompt_length :]) == "It, <|im_end|>, ends a turn."
 
 
 def test_messages_are_sent_as_they_came() -> None:
-    sent = as_sent(example(TOOLS).messages)
+    sent = to_request_messages(example(TOOLS).messages)
     assert sent[1]["tool_calls"] == [call('{"id": "7"}')]
     assert sent[0] == USER and sent[3] == ANSWER
     assert read_conversation({**TOOLS, "messages": sent}).messages == example(TOOLS).messages

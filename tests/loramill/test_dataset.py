@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from loramill.data.examples import LISTED, Examples, check_tokens, compare_splits, read_examples
+from loramill.data.examples import MAX_LISTED, Examples, check_tokens, compare_splits, read_examples
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import DatasetInvalid
 
@@ -80,7 +80,7 @@ def test_chat_and_completion_examples() -> None:
 )
 def test_weights_say_what_is_trained_and_how_much(line: str, older: object, every: object) -> None:
     (found,) = read(line).examples
-    assert (found.learnt("last"), found.learnt("all")) == (older, every)
+    assert (found.supervised_answers("last"), found.supervised_answers("all")) == (older, every)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_weights_say_what_is_trained_and_how_much(line: str, older: object, ever
 )
 def test_training_can_be_limited_to_the_last_answer(line: str, last: object) -> None:
     (found,) = read(line).examples
-    assert found.learnt("only_last") == last
+    assert found.supervised_answers("only_last") == last
 
 
 def test_no_answer_is_left_where_the_last_has_no_weight(tokenizer: ChatTokenizer) -> None:
@@ -209,9 +209,9 @@ def test_every_problem_is_found_at_once() -> None:
 
 
 def test_many_problems_are_counted_and_the_first_listed() -> None:
-    with pytest.raises(DatasetInvalid, match=f"train.jsonl has 57 problems; the first {LISTED}:") as caught:
+    with pytest.raises(DatasetInvalid, match=f"train.jsonl has 57 problems; the first {MAX_LISTED}:") as caught:
         read(GOOD, *["{}"] * 57)
-    assert len(caught.value.problems) == LISTED
+    assert len(caught.value.problems) == MAX_LISTED
     assert caught.value.problems[0].startswith("train.jsonl, line 2:")
 
 
@@ -234,7 +234,7 @@ def test_repeated_examples_are_a_warning() -> None:
         "train.jsonl: 3 examples repeat earlier ones (line 3 repeats line 1, line 4 repeats line 2"
     )
     (warning,) = read(*[GOOD] * 50).warnings
-    assert warning.count("repeats") == LISTED
+    assert warning.count("repeats") == MAX_LISTED
     assert "and 29 more" in warning
 
 
@@ -262,7 +262,7 @@ def tokens_problems(examples: Examples, tokenizer: ChatTokenizer, max_length: in
 
 def test_an_example_may_be_as_long_as_the_limit_and_no_longer(tokenizer: ChatTokenizer) -> None:
     examples = read("", GOOD)
-    encoded = tokenizer.example(examples.examples[0])
+    encoded = tokenizer.encode_example(examples.examples[0])
     count, prompt = len(encoded.tokens), encoded.prompt_length
     check_tokens(examples, tokenizer, count)
     (problem,) = tokens_problems(examples, tokenizer, count - 1)
@@ -345,7 +345,7 @@ def test_a_defect_is_refused_before_any_compute(tokenizer: ChatTokenizer, defect
     """With its line and field, and only it: the lines around it are sound."""
     line, says = DEFECTS[defect]
     with pytest.raises(DatasetInvalid) as caught:
-        check_tokens(read(GOOD, "", line, GOOD), tokenizer, 96, learn="all")
+        check_tokens(read(GOOD, "", line, GOOD), tokenizer, 96, train_on="all")
     (problem,) = caught.value.problems
     assert problem.startswith("train.jsonl, line 3: ")
     assert says in problem

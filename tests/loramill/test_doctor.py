@@ -48,7 +48,7 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def one(check: Callable[[Settings], Iterable[Finding]], **said: object) -> Finding:
     (finding,) = check(Settings.load(**said))
-    assert bool(finding.mend) == (finding.status is not Status.OK), "what isn't well says how to mend it, and only that"
+    assert bool(finding.fix) == (finding.status is not Status.OK), "what isn't well says how to mend it, and only that"
     return finding
 
 
@@ -57,7 +57,7 @@ def test_what_was_tested_is_what_the_constraints_pin() -> None:
     pins = {canonicalize_name(name): version for name, version in lines}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [canonicalize_name(Requirement(text).name) for text in project["dependencies"]]
-    assert {name: pins.get(name) for name in wanted} == doctor.TESTED
+    assert {name: pins.get(name) for name in wanted} == doctor.TESTED_VERSIONS
 
 
 @pytest.mark.parametrize(
@@ -73,10 +73,10 @@ def test_what_was_tested_is_what_the_constraints_pin() -> None:
     ],
 )
 def test_a_package_is_judged_by_its_version(version: str | None, status: Status, says: str) -> None:
-    finding = doctor.judge("ray", ">=2.60,<3", version, "2.60.0")
+    finding = doctor.judge_package("ray", ">=2.60,<3", version, "2.60.0")
     assert (finding.what, finding.status) == ("ray", status)
     assert says in finding.found
-    assert ("pip install" in finding.mend) == (status is not Status.OK)
+    assert ("pip install" in finding.fix) == (status is not Status.OK)
 
 
 def test_this_machine_has_what_loramill_needs() -> None:
@@ -92,9 +92,9 @@ def test_the_processor_and_gpu_are_told() -> None:
     assert "H100 (80 GiB), CUDA 13.0; `loramill up`" in doctor.gpu([("H100", 80 << 30)], "13.0", True, "auto").found
     assert doctor.gpu([("H100", 80 << 30)], "13.0", True, "cuda").found.endswith("CUDA 13.0")
     assert doctor.gpu([], None, False, "auto").status is Status.OK
-    assert "SERVE__DEVICE" in doctor.gpu([], None, False, "cuda").mend
-    assert "CUDA" in doctor.gpu([], None, True, "auto").mend
-    assert "nvidia-smi" in doctor.gpu([], "13.0", True, "cuda").mend
+    assert "SERVE__DEVICE" in doctor.gpu([], None, False, "cuda").fix
+    assert "CUDA" in doctor.gpu([], None, True, "auto").fix
+    assert "nvidia-smi" in doctor.gpu([], "13.0", True, "cuda").fix
 
 
 def test_a_torch_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_the_base_is_told_and_never_converted(tmp_path: Path, monkeypatch: pytes
     assert "converted at first use" in one(doctor.base, cache=cache).found
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     missing = one(doctor.base, cache=cache)
-    assert missing.status is Status.ERROR and "pip install" in missing.mend
+    assert missing.status is Status.ERROR and "pip install" in missing.fix
     assert "hub" in one(doctor.base, cache=cache, base="Qwen/Qwen3-0.6B").found
     assert one(doctor.base, cache=cache, base="nothing").status is Status.ERROR
     assert one(doctor.base, cache=cache, base="./nothing").status is Status.ERROR
@@ -162,7 +162,7 @@ def test_limits_of_a_bases_chat_template_are_reported(
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
     found = list(doctor.base(Settings.load(base=str(folder), cache=tmp_path / "cache")))
-    assert found[-1].status is status and says in f"{found[-1].found} {found[-1].mend}"
+    assert found[-1].status is status and says in f"{found[-1].found} {found[-1].fix}"
     assert len(found) == (2 if status is Status.WARN else 1)
     printed = io.StringIO()
     up = Settings.load(base=str(folder), cache=tmp_path / "cache", home=tmp_path / "home")
@@ -181,10 +181,10 @@ def test_folders_are_examined_and_not_made(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "a").exists()
     (tmp_path / "file").write_text("")
     home, _ = doctor.folders(Settings.load(home=tmp_path / "file/home", cache=tmp_path))
-    assert home.status is Status.ERROR and "LORAMILL_HOME" in home.mend
+    assert home.status is Status.ERROR and "LORAMILL_HOME" in home.fix
     monkeypatch.setattr("loramill.local.processes.FREE_BYTES", 1 << 62)
     home, cache = doctor.folders(Settings.load(home=tmp_path, cache=tmp_path))
-    assert (home.status, cache.status) == (Status.ERROR, Status.ERROR) and "LORAMILL_CACHE" in cache.mend
+    assert (home.status, cache.status) == (Status.ERROR, Status.ERROR) and "LORAMILL_CACHE" in cache.fix
 
 
 def test_the_database_is_told(tmp_path: Path) -> None:
@@ -196,10 +196,10 @@ def test_the_database_is_told(tmp_path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("DELETE FROM alembic_version")
     connection.close()
-    assert "migrat" in one(doctor.database, home=tmp_path).mend
+    assert "migrat" in one(doctor.database, home=tmp_path).fix
     path.write_bytes(b"no database at all, but long enough to be looked at" * 99)
     broken = one(doctor.database, home=tmp_path)
-    assert broken.status is Status.ERROR and str(path) in broken.mend
+    assert broken.status is Status.ERROR and str(path) in broken.fix
     assert one(doctor.database, database_url="mysql://host/name").status is Status.ERROR
 
 
@@ -209,7 +209,7 @@ def test_the_artifact_store_is_reported(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     bad = one(doctor.stores, artifacts_url=f"file://{tmp_path}/file/store")
-    assert bad.status is Status.ERROR and "artifacts_url" in bad.mend
+    assert bad.status is Status.ERROR and "artifacts_url" in bad.fix
 
 
 def test_jobs_and_adapters_of_other_bases_are_told(tmp_path: Path, base: Base) -> None:
@@ -227,7 +227,7 @@ def test_jobs_and_adapters_of_other_bases_are_told(tmp_path: Path, base: Base) -
     registry.close()
     found = one(doctor.other_bases, **said)
     assert found.status is Status.WARN and found.found.startswith("1 job of other bases than ")
-    assert "LORAMILL_BASE" in found.mend and "loramill jobs list" in found.mend
+    assert "LORAMILL_BASE" in found.fix and "loramill jobs list" in found.fix
     assert list(doctor.other_bases(Settings.load(home=tmp_path, base="nowhere/at-all"))) == []
 
 
@@ -256,7 +256,7 @@ def test_a_port_that_speaks_no_http_is_told() -> None:
 def test_wrong_settings_are_a_finding_and_the_rest_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAMILL_SURPRISE", "1")
     settings, (finding,) = doctor.read_settings()
-    assert finding.status is Status.ERROR and "LORAMILL_SURPRISE" in finding.mend
+    assert finding.status is Status.ERROR and "LORAMILL_SURPRISE" in finding.fix
     assert settings.home == Path("~/.loramill").expanduser()
 
 
@@ -294,10 +294,10 @@ def test_packages_that_are_well_are_one_line() -> None:
         doctor.Finding(what="loramill", status=doctor.Status.OK, found="1"),
         doctor.Finding(what="torch", status=doctor.Status.OK, found="2"),
         doctor.Finding(what="huggingface_hub", status=doctor.Status.OK, found="2"),
-        doctor.Finding(what="ray", status=doctor.Status.WARN, found="9", mend="pip install ray"),
+        doctor.Finding(what="ray", status=doctor.Status.WARN, found="9", fix="pip install ray"),
         doctor.Finding(what="disk", status=doctor.Status.OK, found="much"),
     ]
-    shown = doctor.folded(found)
+    shown = doctor.collapse_packages(found)
     assert [each.what for each in shown] == ["loramill", "packages", "ray", "disk"]
     assert shown[1].found.startswith("2 as needed")
-    assert doctor.folded(found[3:]) == found[3:]
+    assert doctor.collapse_packages(found[3:]) == found[3:]

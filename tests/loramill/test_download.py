@@ -64,7 +64,7 @@ def test_a_gateway_that_lies_about_the_hashes_is_caught(
 ) -> None:
     """The version's own hash is over its files' hashes: altered with them, it isn't that version any more."""
     with gateway.client() as client:
-        call = client._wire.call
+        call = client._wire.request_json
 
         def lies(*arguments: Any, **more: Any) -> dict[str, Any]:
             answer = call(*arguments, **more)

@@ -10,16 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from loramill.data.ingest import Prepared, read_source
+from loramill.data.ingest import PreparedSource, read_source
 from loramill.errors import DatasetInvalid
 
 
-def read(tmp_path: Path, *rows: object, columns: Any = None) -> Prepared:
+def read(tmp_path: Path, *rows: object, columns: Any = None) -> PreparedSource:
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return read_source(tmp_path / "x.jsonl", columns)
 
 
-def line(prepared: Prepared) -> dict[str, Any]:
+def line(prepared: PreparedSource) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(prepared.content)
     return found
 
@@ -110,7 +110,7 @@ def call(number: str, name: str, arguments: str) -> dict[str, Any]:
 def test_a_form_is_recognized(tmp_path: Path, row: object, recognized: str, messages: object) -> None:
     for columns in (None, "auto"):
         found = read(tmp_path, row, columns=columns)
-        assert (found.recognized, found.warnings, line(found)) == (recognized, (), {"messages": messages})
+        assert (found.format, found.warnings, line(found)) == (recognized, (), {"messages": messages})
 
 
 @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [WRAPPED]])
@@ -142,7 +142,7 @@ def test_columns_of_a_form_may_have_other_names(tmp_path: Path) -> None:
     row = {"q": "Add.", "context": "1 and 2", "a": "3", "id": 5}
     found = read(tmp_path, row, columns={"instruction": "q", "input": "context", "output": "a"})
     assert line(found) == {"messages": [turn("user", "Add.\n1 and 2"), turn("assistant", "3")]}
-    assert found.recognized == "JSONL, Alpaca (instruction=q, input=context, output=a)"
+    assert found.format == "JSONL, Alpaca (instruction=q, input=context, output=a)"
     assert found.warnings == ("x.jsonl: not used: id.",)
 
 
@@ -221,8 +221,8 @@ def test_columns_of_another_file_are_used_only_if_they_exist(tmp_path: Path) -> 
     """Those of a training file, say: a validation file of its own form is recognized."""
     columns = {"prompt": "question", "completion": "answer"}
     (tmp_path / "x.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    assert line(read_source(tmp_path / "x.jsonl", columns, if_there=True)) == {"prompt": "a", "completion": "b"}
+    assert line(read_source(tmp_path / "x.jsonl", columns, columns_optional=True)) == {"prompt": "a", "completion": "b"}
     (tmp_path / "x.csv").write_text("question,answer\na,b\n")
-    assert line(read_source(tmp_path / "x.csv", columns, if_there=True)) == {"prompt": "a", "completion": "b"}
+    assert line(read_source(tmp_path / "x.csv", columns, columns_optional=True)) == {"prompt": "a", "completion": "b"}
     with pytest.raises(DatasetInvalid, match="no column question, answer"):
         read_source(tmp_path / "x.jsonl", columns)

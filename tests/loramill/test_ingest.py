@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill.data.examples import read_examples
-from loramill.data.ingest import Prepared, read_source
+from loramill.data.ingest import PreparedSource, read_source
 from loramill.errors import DatasetInvalid, InvalidRequest, LoramillError
 
 ROWS = [{"prompt": "a, b\nc", "completion": "007"}, {"prompt": 'say "NA"', "completion": "null"}]
@@ -71,7 +71,7 @@ def zstd(content: bytes) -> bytes:
     return packed
 
 
-def lines(prepared: Prepared) -> list[Any]:
+def lines(prepared: PreparedSource) -> list[Any]:
     return [json.loads(line) for line in prepared.content.split(b"\n") if line]
 
 
@@ -85,7 +85,7 @@ def refused(path: Path, columns: Any = None) -> str:
 def test_every_format_gives_the_same_lines(tmp_path: Path, suffix: str) -> None:
     found = read_source(write(tmp_path / f"x{suffix}", ROWS))
     assert (found.name, lines(found), found.warnings) == (f"x{suffix}", ROWS, ())
-    assert found.recognized.endswith("prompt and completion (prompt, completion)")
+    assert found.format.endswith("prompt and completion (prompt, completion)")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -94,7 +94,7 @@ def test_columns_are_chosen_and_others_left_out_with_a_warning(tmp_path: Path, s
     path = write(tmp_path / f"x{suffix}", rows)
     found = read_source(path, {"prompt": "question", "completion": "answer"})
     assert (lines(found), found.warnings) == (ROWS, (f"x{suffix}: not used: id.",))
-    assert found.recognized.endswith("prompt and completion (prompt=question, completion=answer)")
+    assert found.format.endswith("prompt and completion (prompt=question, completion=answer)")
     assert f"x{suffix} has the columns id, question, answer, which match no known form" in refused(path, "auto")
     assert "no column nose; it has id, question, answer" in refused(path, {"prompt": "nose", "completion": "answer"})
     for odd in ({"prompt": "question"}, {"wibble": "question"}, {"messages": "question", "prompt": "answer"}):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill.data import jsonl
-from loramill.data.filetype import magic
+from loramill.data.filetype import detect_kind
 from loramill.errors import DatasetInvalid
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
@@ -26,14 +26,14 @@ values = st.recursive(
 @given(st.lists(values), st.booleans(), st.sampled_from(["\n", "\r\n"]))
 def test_lines_are_read_as_they_were_written(items: list[Any], escaped: bool, end: str) -> None:
     raw = "".join(json.dumps(item, ensure_ascii=escaped) + end for item in items).encode()
-    assert [jsonl.parse(row) for _, row in jsonl.rows(raw)] == items
-    assert [number for number, _ in jsonl.rows(io.BytesIO(raw))] == [*range(1, len(items) + 1)]
+    assert [jsonl.parse(row) for _, row in jsonl.iter_rows(raw)] == items
+    assert [number for number, _ in jsonl.iter_rows(io.BytesIO(raw))] == [*range(1, len(items) + 1)]
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\x7f"])
 def test_only_a_line_feed_ends_a_line(separator: str) -> None:
     row = json.dumps({"a": f"x{separator}y"}, ensure_ascii=False)
-    ((_, first), (number, _)) = jsonl.rows(f"{row}\n\x0c\n{row}".encode())
+    ((_, first), (number, _)) = jsonl.iter_rows(f"{row}\n\x0c\n{row}".encode())
     assert (jsonl.parse(first), number) == ({"a": f"x{separator}y"}, 3)
 
 
@@ -69,18 +69,18 @@ def test_what_is_kept(value: Any) -> None:
 
 def test_a_line_that_is_too_long_hides_no_other() -> None:
     long = b'"' + b"x" * (2 * jsonl.MAX_LINE) + b'"'
-    found = [*jsonl.rows(b"1\n" + long + b"\n2\n" + long)]
+    found = [*jsonl.iter_rows(b"1\n" + long + b"\n2\n" + long)]
     assert [number for number, _ in found] == [1, 2, 3, 4]
     assert [len(row) > jsonl.MAX_LINE for _, row in found] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("size", [jsonl.MAX_LINE - 1, jsonl.MAX_LINE, jsonl.MAX_LINE + 1])
 def test_a_line_about_as_long_as_the_limit_ends_where_it_ends(size: int) -> None:
-    found = [*jsonl.rows(b"1" * size + b"\n2\n")]
+    found = [*jsonl.iter_rows(b"1" * size + b"\n2\n")]
     assert [number for number, _ in found] == [1, 2] and found[1][1] == b"2"
 
 
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=3, max_size=20))
 def test_utf_8_text_is_not_taken_for_another_kind(text: str) -> None:
-    assert magic(f'{{"a": "{text}"}}'.encode()) is None
+    assert detect_kind(f'{{"a": "{text}"}}'.encode()) is None

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from loramill.errors import Conflict, DiskFull, NotEnoughMemory, SetupError
 from loramill.local import processes
-from loramill.local.machine import Memory
+from loramill.local.machine import MachineMemory
 from loramill.models.catalog import Base
 from loramill.pipelines.nightly.gateway import openai_client
 from loramill.registry import Registry, api_keys, datasets, jobs, migrate, tenants
@@ -106,9 +106,9 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_home_that_is_in_use(tmp_path: Path) -> None:
     settings = Settings.load(home=tmp_path)
     with (
-        processes.hold_lock(settings),
+        processes.home_lock(settings),
         pytest.raises(Conflict, match=rf"process {os.getpid()}.*loramill down"),
-        processes.hold_lock(settings),
+        processes.home_lock(settings),
     ):
         pass
     assert processes.down(settings) is False  # the lock went with its holder
@@ -168,7 +168,7 @@ def test_a_cluster_is_ended_for_its_engine_but_not_its_database(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         settings = Settings.load(home=tmp_path, serve={"port": server.server_port})
         cluster: Any = Cluster()
-        processes.wait_sick(settings, cluster, Looks())
+        processes.wait_unhealthy(settings, cluster, Looks())
         server.shutdown()
     assert cluster.killed is killed
 
@@ -183,7 +183,7 @@ def test_an_unusable_store_is_reported_before_anything_starts(tmp_path: Path) ->
 def test_what_waits_for_another_base_is_counted(tmp_path: Path, base: Base) -> None:
     settings = Settings.load(home=tmp_path)
     migrate(settings.database)
-    assert list(processes.of_other_bases(settings, base)) == []
+    assert list(processes.describe_other_bases(settings, base)) == []
     registry = Registry.open(settings.database, settings.artifacts)
     with registry.writing() as session:
         tenants.create(session, "acme")
@@ -192,27 +192,27 @@ def test_what_waits_for_another_base_is_counted(tmp_path: Path, base: Base) -> N
             spec = JobSpec(base=fingerprint, adapter="acme/bot", train=train, steps=1, batch_size=1)
             jobs.submit(session, spec, {})
     registry.close()
-    (line,) = processes.of_other_bases(settings, base)
+    (line,) = processes.describe_other_bases(settings, base)
     assert line.startswith("2 jobs of other bases than smollm2-135m: queued until")
 
 
 def test_the_admin_key_stays_while_it_is_valid_and_is_replaced_when_it_is_not(tmp_path: Path) -> None:
     settings = Settings.load(home=tmp_path)
     migrate(settings.database)
-    processes.admin_key(settings)
+    processes.ensure_admin_key(settings)
     first = settings.admin_key_file.read_text()
     assert settings.admin_key_file.stat().st_mode & 0o777 == 0o600
-    processes.admin_key(settings)
+    processes.ensure_admin_key(settings)
     assert settings.admin_key_file.read_text() == first
     registry = Registry.open(settings.database, settings.artifacts)
     with registry.writing() as session:
         api_keys.revoke(session, api_keys.authenticate(session, first.strip()).id)
-    processes.admin_key(settings)
+    processes.ensure_admin_key(settings)
     assert settings.admin_key_file.read_text() != first
 
 
 def test_too_little_memory_is_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "free_memory", lambda: Memory(2 * 10**9, "this machine"))
+    monkeypatch.setattr(processes, "free_memory", lambda: MachineMemory(2 * 10**9, "this machine"))
     monkeypatch.setattr(processes, "run_cluster", lambda settings: pytest.fail("it was started"))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     settings = Settings.load(home=tmp_path, serve={"port": free_port()})
@@ -243,7 +243,7 @@ print("more noise", flush=True)
     settings = Settings.load(home=tmp_path, serve={"port": free_port()})
     processes.prepare_home(settings.home)
     with pytest.raises(SetupError, match=r"did not start: The engine has no weights\. More is in .*up\.log"):
-        processes.watch(settings, Console(quiet=True), threading.Event(), lambda: None)
+        processes.supervise(settings, Console(quiet=True), threading.Event(), lambda: None)
     assert "noise of the end" in (tmp_path / "logs" / "up.log").read_text()
 
 
@@ -252,7 +252,7 @@ def test_a_cluster_that_ends_without_output(tmp_path: Path, monkeypatch: pytest.
     settings = Settings.load(home=tmp_path, serve={"port": free_port()})
     processes.prepare_home(settings.home)
     with pytest.raises(SetupError, match="its process ended with status 7"):
-        processes.watch(settings, Console(quiet=True), threading.Event(), lambda: None)
+        processes.supervise(settings, Console(quiet=True), threading.Event(), lambda: None)
 
 
 class Answering(http.server.BaseHTTPRequestHandler):
@@ -297,7 +297,7 @@ def test_the_local_gateway_is_reached_without_a_proxy(
     processes.prepare_home(settings.home)
     monkeypatch.setattr(processes, "START_SECONDS", 20.0)
     stop = threading.Event()
-    processes.watch(settings, Console(quiet=True), stop, stop.set)
+    processes.supervise(settings, Console(quiet=True), stop, stop.set)
     assert answering.asked[0] == "/readyz"  # type: ignore[attr-defined]
 
 

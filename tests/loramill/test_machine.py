@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from loramill.client.http import is_own
+from loramill.client.http import is_local_url
 from loramill.errors import NotEnoughMemory, SetupError
 from loramill.local import machine
-from loramill.local.machine import Memory, check_memory, free_memory, needed_memory, object_store_folder, socket_folder
+from loramill.local.machine import (
+    MachineMemory,
+    check_memory,
+    free_memory,
+    object_store_folder,
+    required_memory,
+    socket_folder,
+)
 from loramill.models.catalog import Base
 from loramill.settings import Settings
 
@@ -57,7 +64,7 @@ UNLIMITED = {**V1, "sys/fs/cgroup/memory/memory.limit_in_bytes": "92233720368547
 )
 def test_the_narrowest_limit_counts(tmp_path: Path, files: dict[str, str], free: int, bound: str) -> None:
     found = free_memory(system(tmp_path, files))
-    assert found is not None and found.free == free and bound in found.bound
+    assert found is not None and found.free_bytes == free and bound in found.limited_by
 
 
 def test_unknown_memory_is_not_refused(tmp_path: Path, base: Base) -> None:
@@ -67,14 +74,14 @@ def test_unknown_memory_is_not_refused(tmp_path: Path, base: Base) -> None:
 
 def test_too_little_memory_is_refused_with_the_figures(base: Base) -> None:
     with pytest.raises(NotEnoughMemory, match=r"^2\.0 GB of memory are free .* needs 2\.6 GB for the base smollm2"):
-        check_memory(base, Settings(), Memory(2 * GB, "this machine"))
-    check_memory(base, Settings(), Memory(3 * GB, "this machine"))
+        check_memory(base, Settings(), MachineMemory(2 * GB, "this machine"))
+    check_memory(base, Settings(), MachineMemory(3 * GB, "this machine"))
 
 
 def test_what_is_needed_grows_with_the_base_and_not_where_a_gpu_holds_it(base: Base) -> None:
     weights = 134_515_008 * 2
     on_gpu = Settings(serve={"device": "cuda"}, jobs={"use_gpu": True})
-    assert needed_memory(base, Settings()) - needed_memory(base, on_gpu) == 2 * weights
+    assert required_memory(base, Settings()) - required_memory(base, on_gpu) == 2 * weights
 
 
 def test_sockets_go_where_their_paths_fit(tmp_path: Path) -> None:
@@ -105,20 +112,22 @@ def test_the_object_store_leaves_shared_memory_that_is_too_small_or_not_there(tm
 
 def test_only_local_traffic_bypasses_the_proxy() -> None:
     proxies = {"https_proxy": "http://proxy:3128", "NO_PROXY": "intranet.example, 127.0.0.1", "HOME": "/home/a"}
-    made = machine.without_proxy(proxies, machine.own_addresses())
+    made = machine.bypass_proxy(proxies, machine.local_addresses())
     assert made["https_proxy"] == "http://proxy:3128" and made["HOME"] == "/home/a"
     assert made["grpc_proxy"] == ""
     listed = made["no_proxy"].split(",")
     assert made["NO_PROXY"] == made["no_proxy"] and len(set(listed)) == len(listed)
     assert {"intranet.example", "localhost", "127.0.0.1", "::1"} <= set(listed)
-    assert machine.without_proxy({"no_proxy": "*"}, ["a"])["NO_PROXY"] == "*"
+    assert machine.bypass_proxy({"no_proxy": "*"}, ["a"])["NO_PROXY"] == "*"
 
 
 def test_the_addresses_of_this_machine_are_its_own() -> None:
-    addresses = [address for address in machine.own_addresses() if address[0].isdigit()]
-    assert all(is_own(f"http://{address}:8400/v1") for address in addresses)
+    addresses = [address for address in machine.local_addresses() if address[0].isdigit()]
+    assert all(is_local_url(f"http://{address}:8400/v1") for address in addresses)
     assert (
-        is_own("http://[::1]:8400") and not is_own("http://192.0.2.77:8400") and not is_own("https://gateway.example")
+        is_local_url("http://[::1]:8400")
+        and not is_local_url("http://192.0.2.77:8400")
+        and not is_local_url("https://gateway.example")
     )
 
 

@@ -12,12 +12,12 @@ from loramill.errors import InvalidRequest
 from loramill.submission.defaults import (
     MAX_STEPS,
     MIN_STEPS,
-    Extension,
     Hyperparameters,
-    hyperparameters_of,
+    LoramillOptions,
+    count_steps,
+    count_training_tokens,
+    openai_hyperparameters,
     resolve_spec,
-    steps_of,
-    tokens_of,
 )
 from loramill.types import JobSpec
 
@@ -30,7 +30,7 @@ def resolve(examples: int = 160, said: dict[str, Any] | None = None, context: in
         train="file-1",
         examples=examples,
         hyperparameters=Hyperparameters(**(said or {})),
-        extension=Extension(**own),
+        extension=LoramillOptions(**own),
     )
 
 
@@ -98,7 +98,7 @@ def test_start_from_is_the_version_that_was_looked_up() -> None:
         train="t",
         examples=9,
         start_from="v",
-        extension=Extension(start_from="champion"),
+        extension=LoramillOptions(start_from="champion"),
     )
     assert spec.start_from == "v"
 
@@ -134,7 +134,7 @@ def test_what_is_out_of_range_is_named(said: dict[str, Any], own: dict[str, Any]
 @given(st.integers(1, 10**7))
 def test_autos_are_always_a_spec(examples: int) -> None:
     spec = resolve(examples)
-    assert spec.epochs is not None and spec.steps == steps_of(spec.epochs, examples, spec.batch_size)
+    assert spec.epochs is not None and spec.steps == count_steps(spec.epochs, examples, spec.batch_size)
     assert spec.steps >= MIN_STEPS
     assert spec.steps <= MAX_STEPS or spec.epochs == 1
     assert 1 <= spec.batch_size <= examples
@@ -143,13 +143,13 @@ def test_autos_are_always_a_spec(examples: int) -> None:
 @given(st.integers(1, 50), st.integers(1, 64), st.integers(1, 5000))
 def test_openai_terms_give_back_what_was_said(epochs: int, batch_size: int, examples: int) -> None:
     spec = resolve(examples, {"n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": 0.3})
-    shown = hyperparameters_of(spec, examples)
+    shown = openai_hyperparameters(spec, examples)
     assert shown == {"n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": 0.3}
-    assert hyperparameters_of(spec, None) == shown
-    assert tokens_of(spec, [10] * examples, examples) == 10 * examples * epochs
+    assert openai_hyperparameters(spec, None) == shown
+    assert count_training_tokens(spec, [10] * examples, examples) == 10 * examples * epochs
 
 
 @pytest.mark.parametrize(("examples", "epochs"), [(10, 4), (11, None), (80, None), (None, None)])
 def test_steps_are_shown_as_epochs_where_they_are(examples: int | None, epochs: int | None) -> None:
     spec = resolve(said={"batch_size": 8}, steps=5)
-    assert hyperparameters_of(spec, examples)["n_epochs"] == epochs
+    assert openai_hyperparameters(spec, examples)["n_epochs"] == epochs

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from loramill.data.tokenizer import EncodedExample
 from loramill.errors import DoesNotFit, InvalidRequest
-from loramill.jobs.train.batching import grouped, pack, pad
+from loramill.jobs.train.batching import group_for_passes, pack, pad
 from loramill.models.catalog import Base
 from loramill.settings import JobSettings
-from loramill.sizing import FREE, Pool, Question, anatomy, check_targets, fitted, plan
+from loramill.sizing import ADJUSTABLE, GpuPool, SizingRequest, anatomy, check_targets, fit_spec, plan
 from loramill.sizing.devices import gpu_bytes, memory_bytes
-from loramill.sizing.memory import NF4_BYTES, base_bytes, need, row_of
-from loramill.sizing.planner import fitting, nearest, sized
+from loramill.sizing.memory import NF4_BYTES, base_bytes, estimate, largest_row
+from loramill.sizing.planner import fastest_fit, nearest_fits, plan_as_is
 from loramill.types import JobSpec
 
 GIB = 2**30
@@ -51,20 +51,20 @@ def spec(**fields: object) -> JobSpec:
     )
 
 
-def question(config: dict[str, object], quantization: str, gpu: str, job: JobSpec, sharers: int = 1) -> Question:
-    return Question(
+def question(config: dict[str, object], quantization: str, gpu: str, job: JobSpec, sharers: int = 1) -> SizingRequest:
+    return SizingRequest(
         spec=job,
         base=anatomy(config),
         quantization=quantization,
         lengths=(job.max_length,),
-        pool=Pool("cuda", gpu_bytes(gpu), sharers),
-        open=frozenset(FREE) - job.model_fields_set,
+        pool=GpuPool("cuda", gpu_bytes(gpu), sharers),
+        adjustable=frozenset(ADJUSTABLE) - job.model_fields_set,
     )
 
 
 def test_65b_in_nf4_at_rank_64_fits_48_gb() -> None:
     found = plan(question(LLAMA_65B, "nf4", "48GB", spec(rank=64)))
-    assert found.need.bytes <= 48 * GIB
+    assert found.memory.bytes <= 48 * GIB
     assert found.spec.gradient_checkpointing
 
 
@@ -82,13 +82,13 @@ def test_70b_in_nf4_does_not_fit_24_gb() -> None:
 def test_8b_in_nf4_at_rank_16_and_2048_tokens_fits_24_gb() -> None:
     found = plan(question(LLAMA_3_8B, "nf4", "24GB", spec(rank=16, max_length=2048)))
     assert found.row.tokens >= 2048
-    assert found.need.bytes <= 24 * GIB
+    assert found.memory.bytes <= 24 * GIB
 
 
 def test_full_fine_tuning_of_8b_fits_80_gb_by_offload_alone() -> None:
     found = plan(question(LLAMA_3_8B, "none", "80GB", spec(method="full")))
     assert found.spec.offload != "none"
-    assert found.need.host > 12 * found.need.items[1].bytes / 2
+    assert found.memory.host_bytes > 12 * found.memory.items[1].bytes / 2
     with pytest.raises(DoesNotFit) as refused:
         plan(question(LLAMA_3_8B, "none", "80GB", spec(method="full", offload="none")))
     assert any("offload" in words for words in refused.value.nearest)
@@ -105,18 +105,18 @@ def test_what_was_said_stays_and_what_was_not_is_chosen() -> None:
 def test_a_share_of_a_gpu_is_what_must_hold_the_job() -> None:
     whole = plan(question(LLAMA_3_8B, "nf4", "80GB", spec()))
     half = plan(question(LLAMA_3_8B, "nf4", "80GB", spec(), sharers=2))
-    assert half.need.bytes <= half.pool.bytes // 2 < whole.need.bytes * 2
+    assert half.memory.bytes <= half.pool.device_bytes // 2 < whole.memory.bytes * 2
     assert half.sharers >= 2
 
 
 def test_a_gpu_is_given_longer_passes_than_a_cpu() -> None:
     asked = question(SMALL, "none", "24GB", spec(batch_size=64))
     assert plan(asked).spec.micro_tokens > 256
-    assert plan(Question(**{**vars_of(asked), "pool": Pool("cpu", 24 * GIB)})).spec.micro_tokens == 256
+    assert plan(SizingRequest(**{**vars_of(asked), "pool": GpuPool("cpu", 24 * GIB)})).spec.micro_tokens == 256
 
 
-def vars_of(asked: Question) -> dict[str, object]:
-    return {name: getattr(asked, name) for name in Question.__slots__}
+def vars_of(asked: SizingRequest) -> dict[str, object]:
+    return {name: getattr(asked, name) for name in SizingRequest.__slots__}
 
 
 def test_nf4_bytes_are_those_of_bitsandbytes() -> None:
@@ -168,11 +168,11 @@ def test_fitted_leaves_a_spec_alone_where_the_pool_is_not_sized(tmp_path: Path) 
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     base = Base("small", tmp_path, "0" * 64, "LlamaForCausalLM", 8192)
     job = spec()
-    assert fitted(job, base, [100], JobSettings()) == (job, None)
-    chosen, told = fitted(job, base, [100], JobSettings(device_bytes=4 * GIB))
+    assert fit_spec(job, base, [100], JobSettings()) == (job, None)
+    chosen, told = fit_spec(job, base, [100], JobSettings(device_bytes=4 * GIB))
     assert (chosen, "of 4.29 GB" in (told or "")) == (job, True)
     with pytest.raises(DoesNotFit) as refused:
-        fitted(job.model_copy(update={"rank": 256}), base, [100], JobSettings(device_bytes=GIB // 4))
+        fit_spec(job.model_copy(update={"rank": 256}), base, [100], JobSettings(device_bytes=GIB // 4))
     assert refused.value.nearest == ()
 
 
@@ -217,19 +217,19 @@ def jobs(draw: st.DrawFn) -> JobSpec:
 )
 @settings(max_examples=40, deadline=None)
 def test_a_plan_fits_and_so_do_the_nearest_of_a_refusal(job, config, quantization, gib, sharers, cpu) -> None:
-    pool = Pool("cpu", gib * GIB) if cpu else Pool("cuda", gib * GIB, sharers)
-    asked = Question(
-        job, anatomy(config), quantization, (job.max_length,), pool, frozenset(FREE) - job.model_fields_set
+    pool = GpuPool("cpu", gib * GIB) if cpu else GpuPool("cuda", gib * GIB, sharers)
+    asked = SizingRequest(
+        job, anatomy(config), quantization, (job.max_length,), pool, frozenset(ADJUSTABLE) - job.model_fields_set
     )
     try:
         found = plan(asked)
     except DoesNotFit as refused:
-        assert fitting(asked) is None
-        others = nearest(asked)
+        assert fastest_fit(asked) is None
+        others = nearest_fits(asked)
         assert [words for words, _ in others] == list(refused.nearest)
-        assert all(plan(changed).need.bytes <= changed.pool.budget for _, changed in others)
+        assert all(plan(changed).memory.bytes <= changed.pool.budget_bytes for _, changed in others)
     else:
-        assert found.need.bytes <= pool.budget
+        assert found.memory.bytes <= pool.budget_bytes
         assert found.sharers >= pool.sharers
         same = {name: getattr(job, name) for name in job.model_fields_set - {"micro_tokens"}}
         assert {name: getattr(found.spec, name) for name in same} == same
@@ -255,7 +255,7 @@ def test_more_of_anything_never_needs_less(job, what, more, quantization) -> Non
 
 def bytes_of(job: JobSpec, config: dict[str, object], quantization: str) -> int:
     asked = question(config, quantization, "24GB", job)
-    return sized(asked, job).need.bytes
+    return plan_as_is(asked, job).memory.bytes
 
 
 @given(st.integers(1, 16), st.integers(1, 600), st.booleans(), st.integers(0, 40), st.data())
@@ -271,8 +271,8 @@ def test_no_pass_of_a_step_is_larger_than_its_row(size, limit, packing, prefix, 
         for length in lengths
     ]
     # A step may also take an example twice, which then is all that its row begins with.
-    row = row_of(job, lengths, alike=prefix > 0 or size > len(lengths))
-    for group in grouped([examples[place % len(examples)] for place in range(size)], limit, packing=packing):
+    row = largest_row(job, lengths, shared_prefixes=prefix > 0 or size > len(lengths))
+    for group in group_for_passes([examples[place % len(examples)] for place in range(size)], limit, packing=packing):
         rows = pack(group) if packing else pad(group)
         assert rows.tokens.numel() <= row.tokens
         assert rows.tokens.shape[1] <= row.width
@@ -282,6 +282,6 @@ def test_no_pass_of_a_step_is_larger_than_its_row(size, limit, packing, prefix, 
 
 def test_need_of_an_item_is_whole_bytes() -> None:
     job = spec()
-    needed = need(job, anatomy(SMALL), "nf4", row_of(job, [100]), "cuda")
+    needed = estimate(job, anatomy(SMALL), "nf4", largest_row(job, [100]), "cuda")
     assert all(isinstance(item.bytes, int) and item.bytes > 0 for item in needed.items)
     assert needed.tensors == needed.bytes - needed.items[0].bytes

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loramill.errors import BaseUnusable, InvalidRequest
-from loramill.sizing.anatomy import _built, anatomy, find_config, linears, read_config
+from loramill.sizing.anatomy import _transformers_anatomy, anatomy, find_config, linears, read_config
 from tests.loramill.test_sizing import LLAMA_2_70B, LLAMA_3_8B, LLAMA_65B
 
 COMMON = {
@@ -42,8 +42,12 @@ def config_of(family: str) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_numbers_are_the_models_own(family: str) -> None:
     config = config_of(family)
-    computed, built = anatomy(config), _built(config, config["architectures"][0])
-    assert (computed.linears, computed.embedding, computed.rest) == (built.linears, built.embedding, built.rest)
+    computed, built = anatomy(config), _transformers_anatomy(config, config["architectures"][0])
+    assert (computed.linears, computed.embedding_weights, computed.other_weights) == (
+        built.linears,
+        built.embedding_weights,
+        built.other_weights,
+    )
     assert (computed.heads, computed.kv_heads, computed.head_dim) == (built.heads, built.kv_heads, built.head_dim)
     assert (computed.hidden, computed.intermediate, computed.vocabulary) == (48, 80, 101)
 
@@ -58,13 +62,13 @@ def test_the_built_in_base_is_what_its_name_says(base) -> None:
 def test_an_architecture_that_transformers_alone_knows_is_built_without_weights() -> None:
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 32, "n_head": 2, "n_layer": 2}
     found = anatomy(config)
-    assert {(each.last, each.d_in, each.d_out) for each in found.linears} == {
+    assert {(each.suffix, each.d_in, each.d_out) for each in found.linears} == {
         ("c_attn", 32, 96),
         ("c_proj", 32, 32),
         ("c_fc", 32, 128),
         ("c_proj", 128, 32),
     }
-    assert found.embedding == 50257 * 32
+    assert found.embedding_weights == 50257 * 32
 
 
 SIZES = pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loramill.data.tokenizer import EncodedExample
 from loramill.jobs.train.loop import train
 from loramill.sizing import anatomy
-from loramill.sizing.memory import need, row_of
+from loramill.sizing.memory import estimate, largest_row
 from loramill.types import JobSpec
 from loramill_bench.training.memory import CPU_ERROR, Case, measure, predicted
 
@@ -68,8 +68,8 @@ def test_what_torch_allocates_is_foretold(config: LlamaConfig, said: dict[str, o
     steps = train(model, examples, [], spec, folder=tmp_path, checkpoints=tmp_path / "checkpoints")
     with closing(steps), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         next(steps)
-    row = row_of(spec, [LENGTH], LEARNT, alike=False)
-    needed = need(
+    row = largest_row(spec, [LENGTH], LEARNT, shared_prefixes=False)
+    needed = estimate(
         spec, anatomy(config.to_dict() | {"architectures": ["LlamaForCausalLM"]}), "none", row, "cpu", dtype.itemsize
     )
     sizes = {item.name: item.bytes for item in needed.items}

@@ -14,7 +14,13 @@ import pytest
 from fsspec.exceptions import FSTimeoutError
 
 from loramill.errors import ArtifactMissing, SetupError, StoreUnusable, Unavailable
-from loramill.storage.object_store import check_store, fault, open_files, shown, store_errors
+from loramill.storage.object_store import (
+    check_store,
+    open_filesystem,
+    redacted_url,
+    store_fault,
+    translate_store_errors,
+)
 
 from .. import switched
 from ..switched import client_error, translated
@@ -86,9 +92,12 @@ FAULTS = {
 @pytest.mark.parametrize("case", FAULTS)
 def test_each_error_of_a_backend_is_about_the_store_or_about_a_file(case: str) -> None:
     error, expected = FAULTS[case]
-    assert fault(error) == expected
+    assert store_fault(error) == expected
     kinds = {None: type(error), "away": Unavailable}
-    with pytest.raises(kinds.get(expected, StoreUnusable)) as told, store_errors("s3://key:secret@bucket/loramill"):
+    with (
+        pytest.raises(kinds.get(expected, StoreUnusable)) as told,
+        translate_store_errors("s3://key:secret@bucket/loramill"),
+    ):
         raise error
     if expected is not None:
         assert "s3://bucket/loramill" in told.value.message
@@ -96,18 +105,18 @@ def test_each_error_of_a_backend_is_about_the_store_or_about_a_file(case: str) -
 
 
 def test_our_own_errors_pass() -> None:
-    with pytest.raises(ArtifactMissing), store_errors(URL):
+    with pytest.raises(ArtifactMissing), translate_store_errors(URL):
         raise ArtifactMissing("gone") from TimeoutError()
 
 
 def test_a_store_is_shown_without_its_credentials() -> None:
-    assert shown("s3://key:secret@bucket/a?token=secret") == "s3://bucket/a"
-    assert shown("/a folder?") == "/a folder?"
+    assert redacted_url("s3://key:secret@bucket/a?token=secret") == "s3://bucket/a"
+    assert redacted_url("/a folder?") == "/a folder?"
 
 
 def test_a_url_that_nothing_opens_is_reported() -> None:
     with pytest.raises(SetupError, match="nosuch://host/x"):
-        open_files("nosuch://me:secret@host/x")
+        open_filesystem("nosuch://me:secret@host/x")
 
 
 def test_a_store_that_works_is_left_as_it_was() -> None:

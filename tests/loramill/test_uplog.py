@@ -11,7 +11,7 @@ import pytest
 
 from loramill import logs
 from loramill.local import up_log
-from loramill.local.up_log import Entry, Log, Reader, Repeats, reason
+from loramill.local.up_log import ClusterLog, LogEntry, LogParser, RepeatFilter, error_line
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING|ERROR|CRITICAL) [\w-]+(\[\d+\])? \S+ .+")
 
@@ -50,12 +50,12 @@ LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING|ERROR|CRI
 )
 def test_all_log_formats_become_one(written: str, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(up_log.time, "localtime", up_log.time.gmtime)
-    entry = Reader(7, clock=lambda: 1e9).entry(f"{written}\n")
+    entry = LogParser(7, clock=lambda: 1e9).parse(f"{written}\n")
     assert str(entry) == read and LINE.fullmatch(read)
 
 
 def test_a_traceback_is_an_error_of_the_process_that_wrote_it() -> None:
-    reader = Reader(7)
+    reader = LogParser(7)
     lines = [
         "Traceback (most recent call last):",
         '  File "a.py"',
@@ -64,9 +64,9 @@ def test_a_traceback_is_an_error_of_the_process_that_wrote_it() -> None:
         "ZeroDivisionError: x",
         "Starting a worker",
     ]
-    entries = [reader.entry(f"(Supervisor pid=3) {line}") for line in lines]
+    entries = [reader.parse(f"(Supervisor pid=3) {line}") for line in lines]
     assert [each and each.level for each in entries] == [*["ERROR"] * 5, "INFO"]
-    assert [each and each.process for each in (*entries, reader.entry("else"))] == [
+    assert [each and each.process for each in (*entries, reader.parse("else"))] == [
         *["supervisor[3]"] * 6,
         "cluster[7]",
     ]
@@ -74,28 +74,28 @@ def test_a_traceback_is_an_error_of_the_process_that_wrote_it() -> None:
 
 def test_what_ray_logs_at_every_shutdown_is_left_out() -> None:
     noise = "(raylet) Task ServeController.graceful_shutdown failed. There are infinite retries remaining, so …"
-    assert Reader(7).entry(noise) is None and Reader(7).entry("\x1b[0m\n") is None
+    assert LogParser(7).parse(noise) is None and LogParser(7).parse("\x1b[0m\n") is None
 
 
-def entry(message: str, logger: str = "ray.serve") -> Entry:
-    return Entry("2026-11-29 15:22:20,250", "WARNING", "gateway[1]", logger, message)
+def entry(message: str, logger: str = "ray.serve") -> LogEntry:
+    return LogEntry("2026-11-29 15:22:20,250", "WARNING", "gateway[1]", logger, message)
 
 
 def test_a_flood_is_counted_instead_of_written() -> None:
     now = [0.0]
-    repeats = Repeats(clock=lambda: now[0])
-    written = [each for number in range(5000) for each in repeats.passed(entry(f"attempt {number} failed"))]
-    assert len(written) == up_log.REPEATS
+    repeats = RepeatFilter(clock=lambda: now[0])
+    written = [each for number in range(5000) for each in repeats.push(entry(f"attempt {number} failed"))]
+    assert len(written) == up_log.MAX_REPEATS
     now[0] += up_log.REPEAT_SECONDS + 1
-    counted, other = repeats.passed(entry("something else"))
+    counted, other = repeats.push(entry("something else"))
     assert counted.message == "attempt 4999 failed [4980 more of these in 11 s]"
     assert other.message == "something else"
 
 
 def test_lines_about_different_jobs_are_all_written() -> None:
-    repeats = Repeats(clock=lambda: 0.0)
+    repeats = RepeatFilter(clock=lambda: 0.0)
     jobs = [entry(f"job {number}: attempt 1", "loramill.jobs.worker.worker") for number in range(200)]
-    assert [each for job in jobs for each in repeats.passed(job)] == jobs
+    assert [each for job in jobs for each in repeats.push(job)] == jobs
 
 
 def test_the_first_error_is_the_reason_not_the_noise_of_the_end(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ The above exception was the direct cause of the following exception:
 ERROR 2026-11-29 15:22:25,000 controller 8 -- Something else failed at the end.
 2026-11-29 15:22:26,000 INFO loramill.cluster: stopping
 """
-    log = Log(tmp_path / "up.log", io.BytesIO(text.encode()), 7)
+    log = ClusterLog(tmp_path / "up.log", io.BytesIO(text.encode()), 7)
     log.close(10)
     assert log.failed and log.reason == 'BaseUnusable: config.json has no "vocab_size".'
     lines = (tmp_path / "up.log").read_text().splitlines()
@@ -121,22 +121,22 @@ ERROR 2026-11-29 15:22:25,000 controller 8 -- Something else failed at the end.
 
 def test_an_internal_error_of_ray_alone_does_not_end_a_start(tmp_path: Path) -> None:
     text = b"(raylet) [2026-11-29 15:22:19,000 E 10 12] agent.cc:12: could not export metrics\n"
-    log = Log(tmp_path / "up.log", io.BytesIO(text), 7)
+    log = ClusterLog(tmp_path / "up.log", io.BytesIO(text), 7)
     log.close(10)
     assert not log.failed and log.reason == "could not export metrics"
 
 
 def test_a_message_without_a_traceback_is_its_own_reason() -> None:
-    assert reason(["The port is taken.", "more", "and: more"]) == "The port is taken."
+    assert error_line(["The port is taken.", "more", "and: more"]) == "The port is taken."
 
 
 def test_a_full_log_is_moved_and_an_unwritable_one_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(up_log, "FILE_BYTES", 2000)
     text = "".join(f"2026-11-29 15:22:26,000 INFO loramill.cluster: line {number}\n" for number in range(60))
-    Log(tmp_path / "up.log", io.BytesIO(text.encode()), 7).close(10)
+    ClusterLog(tmp_path / "up.log", io.BytesIO(text.encode()), 7).close(10)
     both = (tmp_path / "up.log.1").read_text() + (tmp_path / "up.log").read_text()
     assert both.splitlines()[-1].endswith("line 59") and (tmp_path / "up.log").stat().st_size < 2100
-    away = Log(tmp_path / "nowhere" / "up.log", io.BytesIO(text.encode()), 7)
+    away = ClusterLog(tmp_path / "nowhere" / "up.log", io.BytesIO(text.encode()), 7)
     away.close(10)
     assert away.reason is not None and "can't be written" in away.reason
 
@@ -152,4 +152,4 @@ def test_what_processes_write_has_time_level_and_logger(
     logging.getLogger("alembic.runtime.plugins").info("setup plugin alembic.autogenerate.schemas")
     logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward")
     [line] = capsys.readouterr().err.splitlines()
-    assert str(Reader(7).entry(line)).endswith("INFO cluster[7] loramill.jobs.worker.worker: job a: attempt 1")
+    assert str(LogParser(7).parse(line)).endswith("INFO cluster[7] loramill.jobs.worker.worker: job a: attempt 1")

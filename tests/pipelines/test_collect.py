@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
-from loramill.pipelines.nightly.collect import REPLAY, collect, hold_out, lines, next_spec, sample
+from loramill.pipelines.nightly.collect import REPLAY_EXAMPLES, collect, hold_out, jsonl_rows, next_spec, sample
 from loramill.registry import Registry, adapters, datasets, jobs, migrate, nightly, tenants
 from loramill.types import JobSpec, VersionRecord
 
@@ -48,7 +48,7 @@ def dataset(registry: Registry, rows: list[bytes]) -> str:
 
 def rows_of(registry: Registry, dataset_id: str) -> list[bytes]:
     with registry.reading() as session:
-        return lines(registry.artifacts.read(datasets.get(session, dataset_id).artifact, "data.jsonl"))
+        return jsonl_rows(registry.artifacts.read(datasets.get(session, dataset_id).artifact, "data.jsonl"))
 
 
 def champion(registry: Registry, base: Base) -> JobSpec:
@@ -97,22 +97,22 @@ def test_a_champion_goes_on_from_its_weights_with_a_replay_of_what_it_knew(regis
     assert len(held) == 4
     assert not set(train) & set(held)
     assert set(train) | set(held) >= set(NEW)
-    assert len(set(train) & set(OLD)) == REPLAY
+    assert len(set(train) & set(OLD)) == REPLAY_EXAMPLES
     assert plan["slices"]["before"] == old.valid
     assert rows_of(registry, spec.valid or "") == OLD_VALID + held
     assert (spec.epochs, spec.steps) == (3, 3 * -(-len(train) // 8)), "two passes would be 26 steps"
 
 
-@pytest.mark.parametrize(("learn", "then"), [("all", "all"), ("only_last", "only_last"), ("last", "all")])
+@pytest.mark.parametrize(("train_on", "then"), [("all", "all"), ("only_last", "only_last"), ("last", "all")])
 def test_the_next_job_trains_the_answers_that_were_asked_for(
-    registry: Registry, base: Base, learn: str, then: str
+    registry: Registry, base: Base, train_on: str, then: str
 ) -> None:
     """Older jobs have "last" by default, which no one chose."""
-    old = champion(registry, base).model_copy(update={"learn": learn, "rank": 4, "alpha": 32.0, "steps": 9})
+    old = champion(registry, base).model_copy(update={"train_on": train_on, "rank": 4, "alpha": 32.0, "steps": 9})
     with registry.reading() as session:
         train, valid = (datasets.get(session, each) for each in (old.train, old.valid or ""))
     new = next_spec(old, "v", train, valid)
-    assert (new.learn, new.rank, new.alpha) == (then, 4, 32.0)
+    assert (new.train_on, new.rank, new.alpha) == (then, 4, 32.0)
 
 
 def test_validation_data_of_its_own_is_what_new_data_is_judged_by(registry: Registry, base: Base) -> None:
@@ -161,4 +161,4 @@ def test_a_sample_does_not_depend_on_the_order(rows: list[bytes], count: int) ->
 def test_rows_are_split_at_line_feeds_alone() -> None:
     """Carriage returns are white space in JSON, and concatenated files have byte order marks in the middle."""
     first, second = b'{"prompt": "a\xe2\x80\xa8b",\r"completion": "c"}', b'{"prompt": "d", "completion": "e"}'
-    assert lines(first + b"\r\n\r\n\xef\xbb\xbf" + second) == [first, second]
+    assert jsonl_rows(first + b"\r\n\r\n\xef\xbb\xbf" + second) == [first, second]

@@ -11,8 +11,8 @@ import pytest
 
 from loramill.errors import DatasetInvalid, InvalidRequest
 from loramill.pipelines.compare import answers, memory, run, worker_process
-from loramill.pipelines.compare.measure import measure
-from loramill.pipelines.compare.types import Stage, Subject, Task
+from loramill.pipelines.compare.measure import measure_task
+from loramill.pipelines.compare.types import Subject, Task, TaskProgress
 from loramill.settings import Settings
 
 #: Parameters of the tiny base, and of what is trained on it at rank 4: 2 layers of width 32, keys of width 16, MLP 48.
@@ -49,7 +49,7 @@ def task(tiny: Path, examples: Path, tmp_path: Path):
     return make
 
 
-def ignored(stage: Stage) -> None:
+def ignored(stage: TaskProgress) -> None:
     """Nobody listens."""
 
 
@@ -62,13 +62,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("subject", ["lora", "qlora", "adalora", "full", "bottleneck", "prefix"])
 def test_a_row_says_what_a_method_costs_and_comes_to(subject: Subject, task, quick: None) -> None:
-    stages: list[Stage] = []
-    row = measure(task(subject), stages.append)
+    stages: list[TaskProgress] = []
+    row = measure_task(task(subject), stages.append)
     assert row.subject == subject
     assert row.error is None
     training, serving = row.training, row.serving
     assert training is not None and serving is not None and row.quality is not None
-    assert training.of == TINY
+    assert training.base_parameters == TINY
     assert training.parameters == PARAMETERS.get(subject, training.parameters)
     assert training.steps == 2
     assert training.memory.peak >= training.memory.base > 0
@@ -76,14 +76,14 @@ def test_a_row_says_what_a_method_costs_and_comes_to(subject: Subject, task, qui
     assert training.valid_loss is not None and 5 < training.valid_loss < 20  # of a random base: about ln 49152
     assert training.artifact_bytes > (2 if subject == "full" else 4) * PARAMETERS.get(subject, 0)
     assert row.quality.examples == 4
-    assert serving.by == ("transformers" if subject in ("bottleneck", "prefix") else "engine")
-    assert (serving.merged is None) == (serving.by == "transformers")
+    assert serving.backend == ("transformers" if subject in ("bottleneck", "prefix") else "engine")
+    assert (serving.merged is None) == (serving.backend == "transformers")
     assert {stage.name for stage in stages} == {"reading", "training", "answering", "timing tokens"}
-    assert Stage(name="training", done=2, total=2) in stages
+    assert TaskProgress(name="training", done=2, total=2) in stages
 
 
 def test_the_base_is_measured_without_training(task, quick: None) -> None:
-    row = measure(task("base"), ignored)
+    row = measure_task(task("base"), ignored)
     assert row.training is None
     assert row.quality is not None and row.quality.examples == 4
     assert row.serving is not None and row.serving.unmerged is None and row.serving.merged is None
@@ -95,7 +95,7 @@ def test_what_is_trained_here_learns(subject: Subject, task) -> None:
 
     def loss(steps: int) -> float:
         folder = task(subject).folder / str(steps)
-        row = measure(task(subject, steps=steps, learning_rate=0.1, serving=False, folder=folder), ignored)
+        row = measure_task(task(subject, steps=steps, learning_rate=0.1, serving=False, folder=folder), ignored)
         assert row.training is not None and row.training.valid_loss is not None
         return row.training.valid_loss
 
@@ -106,18 +106,18 @@ def test_what_is_trained_here_learns(subject: Subject, task) -> None:
 def test_the_same_seed_gives_the_same_weights(subject: Subject, task) -> None:
     def weights(name: str, seed: int) -> bytes:
         folder = task(subject).folder / name
-        measure(task(subject, folder=folder, seed=seed, serving=False), ignored)
+        measure_task(task(subject, folder=folder, seed=seed, serving=False), ignored)
         return (folder / "adapter" / "adapter.safetensors").read_bytes()
 
     assert weights("one", 1) == weights("again", 1) != weights("other", 2)
 
 
 def test_a_task_runs_in_a_process_of_its_own(task) -> None:
-    stages: list[Stage] = []
-    row = run.run(task("bottleneck", serving=False), stages.append)
+    stages: list[TaskProgress] = []
+    row = run.run_task(task("bottleneck", serving=False), stages.append)
     assert row.error is None and row.training is not None
     assert not task("bottleneck").folder.joinpath("checkpoints").exists()
-    assert stages[-1] == Stage(name="answering", done=4, total=4)
+    assert stages[-1] == TaskProgress(name="answering", done=4, total=4)
 
 
 def test_an_error_is_a_row(task, tmp_path: Path) -> None:
@@ -140,14 +140,14 @@ def child(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_crash_is_a_row_with_its_traceback(task, child) -> None:
     child("import sys; sys.stderr.write('Of old\\n'); raise ZeroDivisionError('of a test')")
-    row = run.run(task("lora"))
+    row = run.run_task(task("lora"))
     assert row.error == "Its process ended with code 1: ZeroDivisionError: of a test"
     assert row.log.startswith("Of old\nTraceback")
 
 
 def test_a_process_that_says_nothing_is_a_row(task, child) -> None:
     child("raise SystemExit(3)")
-    assert run.run(task("lora")).error == "Its process ended with code 3: it wrote nothing"
+    assert run.run_task(task("lora")).error == "Its process ended with code 3: it wrote nothing"
 
 
 STAGE = 'import sys, time; print(\'{"name": "training"}\', flush=True); '
@@ -156,9 +156,9 @@ STAGE = 'import sys, time; print(\'{"name": "training"}\', flush=True); '
 def test_a_killed_process_is_a_row(task, child) -> None:
     """As the kernel does where memory runs out."""
     child(STAGE + "import os; os.kill(os.getpid(), 9)")
-    stages: list[Stage] = []
-    row = run.run(task("lora"), stages.append)
-    assert stages == [Stage(name="training")]
+    stages: list[TaskProgress] = []
+    row = run.run_task(task("lora"), stages.append)
+    assert stages == [TaskProgress(name="training")]
     assert row.error is not None and "memory ran out" in row.error
 
 
@@ -169,11 +169,11 @@ def test_whoever_stops_listening_ends_the_process_and_what_it_started(task, chil
         f"Path({str(tmp_path / 'pid')!r}).write_text(str(other.pid))\n" + STAGE + "time.sleep(60)"
     )
 
-    def interrupt(stage: Stage) -> None:
+    def interrupt(stage: TaskProgress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.run(task("lora"), interrupt)
+        run.run_task(task("lora"), interrupt)
     status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/status")
     deadline = time.monotonic() + 5
     while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < deadline:
@@ -182,21 +182,21 @@ def test_whoever_stops_listening_ends_the_process_and_what_it_started(task, chil
 
 
 def test_memory_counts_what_was_held_and_let_go() -> None:
-    memory.forget_peak("cpu")
-    held = memory.held("cpu")
+    memory.reset_peak("cpu")
+    held = memory.used_bytes("cpu")
     block = bytearray(os.urandom(1 << 20) * 64)
-    assert held + (60 << 20) < memory.held("cpu")
+    assert held + (60 << 20) < memory.used_bytes("cpu")
     del block
-    assert held + (60 << 20) < memory.peak("cpu") < held + (200 << 20)
-    assert memory.held("cpu") < held + (30 << 20)
-    memory.forget_peak("cpu")
-    assert memory.peak("cpu") < held + (30 << 20)
+    assert held + (60 << 20) < memory.peak_bytes("cpu") < held + (200 << 20)
+    assert memory.used_bytes("cpu") < held + (30 << 20)
+    memory.reset_peak("cpu")
+    assert memory.peak_bytes("cpu") < held + (30 << 20)
 
 
 def plan(tiny: Path, examples: Path, tmp_path: Path, **said) -> list[Task]:
     files = {name: examples / f"{name}.jsonl" for name in ("train", "valid", "test")}
     values = {"methods": ["lora", "prefix"], "base": str(tiny), "rank": 4, "seed": 3}
-    return run.plan(Settings(cache=tmp_path), tmp_path, **(values | files | said))
+    return run.plan_tasks(Settings(cache=tmp_path), tmp_path, **(values | files | said))
 
 
 def test_a_plan_begins_with_the_base_and_keeps_the_order(tiny: Path, examples: Path, tmp_path: Path) -> None:

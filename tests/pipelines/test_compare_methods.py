@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from loramill.data.tokenizer import EncodedExample
 from loramill.errors import AdapterInvalid
-from loramill.jobs.train.forward import losses, prepared
+from loramill.jobs.train.forward import configured_forward, loss_and_accuracy
 from loramill.pipelines.compare.methods import bottleneck, prefix, transformers
 
 PROMPTS = [[5, 6, 7], [11, 12, 13, 14, 15, 16, 17], [21], [5, 6, 7, 8, 9]]
@@ -37,7 +37,7 @@ def logits(model, prompt: list[int]) -> torch.Tensor:
 def test_a_fresh_bottleneck_adapter_changes_nothing(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
     model.to(dtype)
     before = logits(model, PROMPTS[1])
-    with bottleneck.attached(model, 8, seed=0) as tuned:
+    with bottleneck.attach_bottleneck(model, 8, seed=0) as tuned:
         assert torch.equal(logits(tuned.model, PROMPTS[1]), before)
         assert {weight.dtype for weight in tuned.weights.values()} == {torch.float32}
 
@@ -57,7 +57,7 @@ def test_a_bottleneck_adapter_stands_behind_each_sublayer(model: LlamaForCausalL
         return layer.self_attn(layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=None)[0]
 
     plain = attention()
-    with bottleneck.attached(model, 8, seed=0) as tuned, torch.no_grad():
+    with bottleneck.attach_bottleneck(model, 8, seed=0) as tuned, torch.no_grad():
         weights = tuned.weights
         for weight in weights.values():
             weight.normal_(std=0.5)
@@ -69,7 +69,7 @@ def test_a_bottleneck_adapter_stands_behind_each_sublayer(model: LlamaForCausalL
 
 def test_bottleneck_adapters_leave_the_base_as_it_was(model: LlamaForCausalLM) -> None:
     before = logits(model, PROMPTS[1])
-    with bottleneck.attached(model, 8, seed=0) as tuned:
+    with bottleneck.attach_bottleneck(model, 8, seed=0) as tuned:
         with torch.no_grad():
             for weight in tuned.weights.values():
                 weight.normal_()
@@ -78,8 +78,8 @@ def test_bottleneck_adapters_leave_the_base_as_it_was(model: LlamaForCausalLM) -
 
 
 def test_only_the_adapters_get_a_gradient(model: LlamaForCausalLM) -> None:
-    with bottleneck.attached(model, 8, seed=0) as tuned:
-        loss, _ = losses(tuned.model, model, EXAMPLES, 10.0, packing=True)
+    with bottleneck.attach_bottleneck(model, 8, seed=0) as tuned:
+        loss, _ = loss_and_accuracy(tuned.model, model, EXAMPLES, 10.0, packing=True)
         torch.autograd.backward(loss)
         assert all(weight.grad is not None for weight in tuned.weights.values())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -87,7 +87,7 @@ def test_only_the_adapters_get_a_gradient(model: LlamaForCausalLM) -> None:
 
 def test_bottleneck_adapters_are_a_function_of_the_seed(model: LlamaForCausalLM) -> None:
     def drawn(seed: int) -> torch.Tensor:
-        with bottleneck.attached(model, 8, seed) as tuned:
+        with bottleneck.attach_bottleneck(model, 8, seed) as tuned:
             return tuned.weights["model.layers.1.mlp.down_proj.down.weight"].detach()
 
     assert torch.equal(drawn(1), drawn(1))
@@ -96,7 +96,10 @@ def test_bottleneck_adapters_are_a_function_of_the_seed(model: LlamaForCausalLM)
 
 def test_a_base_of_other_names_is_refused() -> None:
     gpt = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2))
-    with pytest.raises(AdapterInvalid, match="no linears called o_proj or down_proj"), bottleneck.attached(gpt, 4, 0):
+    with (
+        pytest.raises(AdapterInvalid, match="no linears called o_proj or down_proj"),
+        bottleneck.attach_bottleneck(gpt, 4, 0),
+    ):
         pass
 
 
@@ -110,7 +113,7 @@ def drawn_prefix(tuned) -> None:
 def test_a_prefix_begins_as_the_base_reading_its_text(model: LlamaForCausalLM) -> None:
     text = [31, 32, 33, 34]
     wanted = logits(model, text + PROMPTS[1])[len(text) :]
-    with prefix.attached(model, text) as tuned, torch.no_grad():
+    with prefix.attach_prefix(model, text) as tuned, torch.no_grad():
         rows = len(PROMPTS[1])
         mask = torch.full((rows, rows), -torch.inf).triu(1)[None, None]
         found = tuned.model(
@@ -123,9 +126,9 @@ def test_a_prefix_begins_as_the_base_reading_its_text(model: LlamaForCausalLM) -
 @pytest.mark.parametrize("longest", [64, 4096])
 def test_a_packed_prefix_trains_as_peft_does(model: LlamaForCausalLM, packing: bool, longest: int) -> None:
     """The loss and the gradient, in each way to attend, against PEFT's own forward pass, an example at a time."""
-    with prefix.attached(model, [31, 32, 33]) as tuned, prepared(model, longest, checkpointing=False):
+    with prefix.attach_prefix(model, [31, 32, 33]) as tuned, configured_forward(model, longest, checkpointing=False):
         drawn_prefix(tuned)
-        loss, _ = losses(tuned.model, model, EXAMPLES, 1.0, packing=packing)
+        loss, _ = loss_and_accuracy(tuned.model, model, EXAMPLES, 1.0, packing=packing)
         torch.autograd.backward(loss)
         (found,) = tuned.weights.values()
     peft = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
@@ -146,7 +149,7 @@ def test_a_packed_prefix_trains_as_peft_does(model: LlamaForCausalLM, packing: b
 
 def test_a_prefix_leaves_the_base_as_it_was(model: LlamaForCausalLM) -> None:
     before = logits(model, PROMPTS[1])
-    with prefix.attached(model, [31, 32, 33]) as tuned:
+    with prefix.attach_prefix(model, [31, 32, 33]) as tuned:
         assert len(tuned.weights) == 1
         drawn_prefix(tuned)
     assert torch.equal(logits(model, PROMPTS[1]), before)
@@ -183,6 +186,6 @@ def test_greedy_answers_are_transformers_own(
 def test_greedy_answers_see_the_prefix(model: LlamaForCausalLM) -> None:
     """A prefix that begins as a text answers as the base does after that text."""
     text = [31, 32, 33, 34, 35]
-    with prefix.attached(model, text) as tuned:
+    with prefix.attach_prefix(model, text) as tuned:
         found = transformers.greedy(model, PROMPTS, [5] * 4, (), cache=tuned.model.cache)
     assert found == [generated(model, text + prompt, 5, ()) for prompt in PROMPTS]

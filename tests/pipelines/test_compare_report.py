@@ -13,35 +13,48 @@ from loramill.cli import app
 from loramill.pipelines.compare import run
 from loramill.pipelines.compare.format import duration, scaled, size
 from loramill.pipelines.compare.report import chart, table
-from loramill.pipelines.compare.types import Comparison, Memory, Row, Serving, Stage, Subject, Task, Training
+from loramill.pipelines.compare.types import (
+    Comparison,
+    ComparisonRow,
+    MemoryUse,
+    Serving,
+    Subject,
+    Task,
+    TaskProgress,
+    Training,
+)
 from loramill.pipelines.nightly.scoring import Score
 
-ENGINE = Serving(by="engine", base=0.010, unmerged=0.011, merged=0.010)
-TRANSFORMERS = Serving(by="transformers", base=0.040, unmerged=0.043)
+ENGINE = Serving(backend="engine", base=0.010, unmerged=0.011, merged=0.010)
+TRANSFORMERS = Serving(backend="transformers", base=0.040, unmerged=0.043)
 
 
-def row(subject: Subject, parameters: int, exact: float, serving: Serving, **said) -> Row:
+def row(subject: Subject, parameters: int, exact: float, serving: Serving, **said) -> ComparisonRow:
     training = Training(
         parameters=parameters,
-        of=134_515_008,
+        base_parameters=134_515_008,
         learning_rate=1e-3,
         steps=60,
         batch_size=8,
-        memory=Memory(base=600_000_000, peak=600_000_000 + 80 * parameters),
+        memory=MemoryUse(base=600_000_000, peak=600_000_000 + 80 * parameters),
         step_seconds=1.5,
         valid_loss=0.204,
         artifact_bytes=4 * parameters,
     )
-    return Row(subject=subject, training=training, quality=Score(200, exact, 0.9, 0.8), serving=serving, **said)
+    return ComparisonRow(
+        subject=subject, training=training, quality=Score(200, exact, 0.9, 0.8), serving=serving, **said
+    )
 
 
-BASE = Row(subject="base", quality=Score(200, 0.01, 0.02, 0.03), serving=Serving(by="engine", base=0.010))
+BASE = ComparisonRow(
+    subject="base", quality=Score(200, 0.01, 0.02, 0.03), serving=Serving(backend="engine", base=0.010)
+)
 LORA = row("lora", 4_884_480, 0.925, ENGINE)
 PREFIX = row("prefix", 368_640, 0.62, TRANSFORMERS, notes=("begins as a text.",))
-FAILED = Row(subject="dora", error="Memory ran out.", log="Traceback")
+FAILED = ComparisonRow(subject="dora", error="Memory ran out.", log="Traceback")
 
 
-def comparison(*rows: Row, **said) -> Comparison:
+def comparison(*rows: ComparisonRow, **said) -> Comparison:
     values = {"base": "smollm2-135m", "device": "cpu", "threads": 1, "seed": 0, "train": "a.jsonl", "test": "b.jsonl"}
     return Comparison.model_validate(values | said | {"rows": rows})
 
@@ -92,8 +105,8 @@ def test_free_text_is_judged_by_rouge(exact: float, metric: str) -> None:
 @pytest.mark.parametrize(
     "rows", [(LORA,), (BASE, LORA, PREFIX, FAILED), (LORA, LORA.model_copy(update={"subject": "qlora"}))]
 )
-def test_the_chart_names_every_point_once_a_panel(rows: tuple[Row, ...], tmp_path: Path) -> None:
-    figure = chart.drawn(comparison(*rows))
+def test_the_chart_names_every_point_once_a_panel(rows: tuple[ComparisonRow, ...], tmp_path: Path) -> None:
+    figure = chart.build_figure(comparison(*rows))
     for axis in figure.axes:
         names = [text.get_text() for text in axis.texts]
         for each in rows:
@@ -106,7 +119,7 @@ def test_labels_of_points_that_lie_together_cover_each_other_nowhere() -> None:
         row(subject, 4_000_000 + 10_000 * number, 0.92 + 0.002 * number, ENGINE)
         for number, subject in enumerate(("full", "lora", "qlora", "dora", "adalora", "bottleneck"))
     ]
-    figure = chart.drawn(comparison(*close, PREFIX))
+    figure = chart.build_figure(comparison(*close, PREFIX))
     figure.draw_without_rendering()
     for axis in figure.axes:
         boxes = [text.get_window_extent() for text in axis.texts if text.get_text()]
@@ -116,7 +129,7 @@ def test_labels_of_points_that_lie_together_cover_each_other_nowhere() -> None:
 
 @pytest.mark.parametrize("other", [4_000_000, 368_640, 4_884_480 * 12])
 def test_every_panel_has_numbers_on_its_axis(other: int) -> None:
-    figure = chart.drawn(comparison(BASE, LORA, row("dora", other, 0.9, ENGINE)))
+    figure = chart.build_figure(comparison(BASE, LORA, row("dora", other, 0.9, ENGINE)))
     figure.draw_without_rendering()
     for axis in figure.axes:
         low, high = axis.get_xlim()
@@ -125,7 +138,7 @@ def test_every_panel_has_numbers_on_its_axis(other: int) -> None:
 
 
 def test_the_chart_is_a_png(tmp_path: Path) -> None:
-    chart.draw(comparison(BASE, LORA, PREFIX), tmp_path / "chart.png")
+    chart.save_chart(comparison(BASE, LORA, PREFIX), tmp_path / "chart.png")
     head = (tmp_path / "chart.png").read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", head[16:24])
@@ -137,9 +150,9 @@ def invoke(tiny: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.Monke
     """The command over measures that are made up; what they were asked for is in `asked`."""
     monkeypatch.setenv("LORAMILL_CACHE", str(tmp_path / "cache"))
 
-    def measured(task: Task, report) -> Row:
+    def measured(task: Task, report) -> ComparisonRow:
         asked.append(task)
-        report(Stage(name="training", done=1, total=2))
+        report(TaskProgress(name="training", done=1, total=2))
         return {"base": BASE, "lora": LORA, "prefix": PREFIX, "dora": FAILED}[task.subject]
 
     asked: list[Task] = []

@@ -11,7 +11,7 @@ from openai import AsyncOpenAI
 from loramill.data.examples import read_examples
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import ModelNotFound
-from loramill.pipelines.nightly.evaluate import Answer, Question, ask_all, questions_of
+from loramill.pipelines.nightly.evaluate import EvalAnswer, EvalQuestion, answer_all, build_questions
 from loramill.serve.api.routes.chat import ChatRequest
 
 #: A sentence in many scripts; a limit by characters (2 of 3, and 8) cut the right answer in ja, zh, ko, th and hi.
@@ -42,8 +42,8 @@ def test_the_right_answer_is_never_cut(language: str, kind: str, tokenizer: Chat
         "completion": {"prompt": "Q", "completion": text},
     }[kind]
     examples = read_examples(json.dumps(row).encode(), "one.jsonl").examples
-    (question,) = questions_of("acme/a", examples, tokenizer)
-    encoded = tokenizer.example(examples[0])
+    (question,) = build_questions("acme/a", examples, tokenizer)
+    encoded = tokenizer.encode_example(examples[0])
     needed = len(encoded.tokens) - encoded.prompt_length
     assert needed < question.max_tokens <= 2 * needed + 8
 
@@ -71,9 +71,11 @@ def test_tools_are_asked_about_as_they_were_trained(tokenizer: ChatTokenizer) ->
 
     http = httpx.AsyncClient(transport=httpx.MockTransport(answer))
     client = AsyncOpenAI(base_url="http://gateway/v1", api_key="k", http_client=http, max_retries=0)
-    assert ask_all(client, questions_of("acme/a", examples, tokenizer)) == [Answer(examples[0].completion)]
-    encoded = tokenizer.example(examples[0])
-    served = tokenizer.prompt([each.message() for each in sent[0].messages], [tool.told() for tool in sent[0].tools])
+    assert answer_all(client, build_questions("acme/a", examples, tokenizer)) == [EvalAnswer(examples[0].completion)]
+    encoded = tokenizer.encode_example(examples[0])
+    served = tokenizer.encode_chat(
+        [each.to_template() for each in sent[0].messages], [tool.to_template() for tool in sent[0].tools]
+    )
     assert served == list(encoded.tokens[: encoded.prompt_length])
 
 
@@ -89,8 +91,12 @@ def test_a_refused_question_costs_the_others_nothing() -> None:
 
     http = httpx.AsyncClient(transport=httpx.MockTransport(answer))
     client = AsyncOpenAI(base_url="http://gateway/v1", api_key="k", http_client=http, max_retries=0)
-    questions = [Question("acme/a", (), "one", 3), Question("acme/gone", (), "two", 4), Question("acme/a", (), "x", 5)]
+    questions = [
+        EvalQuestion("acme/a", (), "one", 3),
+        EvalQuestion("acme/gone", (), "two", 4),
+        EvalQuestion("acme/a", (), "x", 5),
+    ]
     done: list[int] = []
-    first, gone, last = ask_all(client, questions, report=done.append)
-    assert (first, last, done) == (Answer("one 3"), Answer("x 5", cut=True), [1, 2, 3])
+    first, gone, last = answer_all(client, questions, report=done.append)
+    assert (first, last, done) == (EvalAnswer("one 3"), EvalAnswer("x 5", truncated=True), [1, 2, 3])
     assert isinstance(gone, ModelNotFound) and gone.message == "The model 'acme/gone' does not exist."

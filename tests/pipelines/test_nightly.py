@@ -24,9 +24,9 @@ from loramill.errors import (
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.pipelines.nightly import run as pipeline
-from loramill.pipelines.nightly.evaluate import Answer, Question
+from loramill.pipelines.nightly.evaluate import EvalAnswer, EvalQuestion
 from loramill.pipelines.nightly.outcome import Outcome, Verdict, describe, outcomes, succeeded, summary
-from loramill.pipelines.nightly.run import Progress, run_night
+from loramill.pipelines.nightly.run import NightlyProgress, run_nightly
 from loramill.registry import Registry, adapters, datasets, deletion, jobs, migrate, nightly, tenants
 from loramill.settings import Settings
 from loramill.types import JobRecord, NightlyStep, StepStatus, VersionRecord
@@ -39,7 +39,7 @@ class Mill:
         self.registry, self.settings = registry, settings
         self.trained: list[str] = []
         self.steps: list[NightlyStep] = []
-        self.progress: list[Progress] = []
+        self.progress: list[NightlyProgress] = []
         self.pool: Callable[[JobRecord], None] = self.publish
         self.checks: list[LoramillError | None] = []
         self.refuse: dict[str, LoramillError] = {}
@@ -47,7 +47,7 @@ class Mill:
 
     def run(self) -> list[Outcome]:
         self.steps.clear()
-        run = run_night(
+        run = run_nightly(
             self.registry,
             self.settings,
             report=self.steps.append,
@@ -59,26 +59,28 @@ class Mill:
     def outcomes(self, run: str) -> list[Outcome]:
         with self.registry.reading() as session:
             deleted = [step for step in self.steps if step.result.get("deleted")]
-            return outcomes([*nightly.steps(session, run), *deleted])
+            return outcomes([*nightly.list_steps(session, run), *deleted])
 
     def check(self) -> None:
         if self.checks and (error := self.checks.pop(0)) is not None:
             raise error
         with self.registry.writing() as session:
-            waiting = [job for job in jobs.list_of(session, tenant=None) if not job.status.final]
+            waiting = [job for job in jobs.list_jobs(session, tenant=None) if not job.status.final]
         for job in waiting:
             self.pool(job)
 
-    def ask(self, questions: Sequence[Question], report: Callable[[int], None]) -> list[Answer | LoramillError]:
+    def answer_all(
+        self, questions: Sequence[EvalQuestion], report: Callable[[int], None]
+    ) -> list[EvalAnswer | LoramillError]:
         report(len(questions))
         return [self.answer(question) for question in questions]
 
-    def answer(self, question: Question) -> Answer | LoramillError:
+    def answer(self, question: EvalQuestion) -> EvalAnswer | LoramillError:
         adapter = question.model.partition("@")[0]
         if adapter in self.refuse:
             return self.refuse[adapter]
         right = f"answer {question.messages[-1]['content']}"
-        return Answer(right if self.right(question.model) else "I do not know")
+        return EvalAnswer(right if self.right(question.model) else "I do not know")
 
     def feed(self, adapter: str, rows: Sequence[dict], valid: Sequence[dict] = ()) -> list[str]:
         name = AdapterName.parse(adapter)
@@ -119,11 +121,11 @@ class Mill:
 
     def pending(self) -> list[str]:
         with self.registry.reading() as session:
-            return [each.adapter for each in nightly.pending(session)]
+            return [each.adapter for each in nightly.pending_data(session)]
 
     def set_aside(self) -> dict[str, str]:
         with self.registry.reading() as session:
-            return {each.adapter: each.stage for each in nightly.set_aside(session)}
+            return {each.adapter: each.stage for each in nightly.list_set_aside(session)}
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +203,7 @@ def test_little_data_waits_until_there_is_enough(mill: Mill, valid: int, enough:
         assert waits.verdict is Verdict.WAITING and succeeded([waits]) and mill.pending() == ["acme/a"]
         assert f"at least {enough}" in waits.reason and f"add {enough - 1} more" in waits.reason
     with mill.registry.reading() as session:
-        state = nightly.waiting(session, "acme/a", 10)
+        state = nightly.new_data_state(session, "acme/a", 10)
     assert (state.examples, state.validation_examples, state.enough) == (1, valid, False)
     assert state.outlook == waits.reason
     mill.feed("acme/a", rows(enough - 1, "more"))
@@ -318,7 +320,7 @@ def ordered(mill: Mill, ending: Callable[[Mill, JobRecord], None]) -> Callable[[
             ending(mill, job)
         elif job.status == "queued":
             with mill.registry.reading() as session:
-                others = [each for each in jobs.list_of(session, tenant="acme") if each.status == "queued"]
+                others = [each for each in jobs.list_jobs(session, tenant="acme") if each.status == "queued"]
             if not others:
                 mill.publish(job)
 
@@ -331,7 +333,7 @@ def test_a_gateway_that_is_away_leaves_a_run_that_resumes(mill: Mill) -> None:
     with pytest.raises(NotRunning):
         mill.run()
     with mill.registry.reading() as session:
-        run = nightly.runs(session)[0]
+        run = nightly.list_runs(session)[0]
     stopped = only(mill.outcomes(run.id))
     assert run.finished_at is None and stopped.verdict is Verdict.INTERRUPTED and not succeeded([stopped])
     assert (
@@ -414,7 +416,9 @@ def test_a_held_out_file_that_was_deleted_is_named(mill: Mill) -> None:
     def pool(job: JobRecord) -> None:
         mill.publish(job)
         with mill.registry.writing() as session:
-            (step,) = [step for step in nightly.steps(session, nightly.runs(session)[0].id) if step.step == "collect"]
+            (step,) = [
+                step for step in nightly.list_steps(session, nightly.list_runs(session)[0].id) if step.step == "collect"
+            ]
             datasets.delete(session, step.result["slices"]["new"])
 
     mill.pool = pool
@@ -456,7 +460,7 @@ def test_a_champion_that_changed_during_the_run_is_not_replaced(mill: Mill) -> N
 
     with mill.registry.reading() as session:
         chosen = next(
-            v.id for v in adapters.versions(session, "acme/a") if v.id != adapters.get(session, "acme/a").champion
+            v.id for v in adapters.list_versions(session, "acme/a") if v.id != adapters.get(session, "acme/a").champion
         )
     champion = mill.champion("acme/a")
     mill.pool = pool

@@ -11,7 +11,7 @@ import pytest
 
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.outcome import outcomes
-from loramill.pipelines.nightly.run import Night, promote_all
+from loramill.pipelines.nightly.run import NightlyContext, promote_all
 from loramill.registry import Registry, adapters, migrate, nightly, tenants
 from loramill.types import StepStatus, VersionRecord
 
@@ -35,10 +35,10 @@ def decided(registry: Registry, name: str, *, promote: bool) -> None:
             ("train", {"version": SECOND}),
             ("gate", {"promote": promote, "reason": "it gains +0.100 over the champion"}),
         ):
-            nightly.record(session, run.id, name, step, StepStatus.DONE, result)
+            nightly.record_step(session, run.id, name, step, StepStatus.DONE, result)
     reports: list[Any] = []
     none: Any = SimpleNamespace()
-    promote_all(Night(run, registry, none, none, reports.append, none))
+    promote_all(NightlyContext(run, registry, none, none, reports.append, none))
     assert reports[-1].step == "promote"
 
 
@@ -46,7 +46,7 @@ def decided(registry: Registry, name: str, *, promote: bool) -> None:
 def test_a_pinned_champion_is_held_and_the_night_says_why(registry: Registry, pinned: bool, promotes: bool) -> None:
     with registry.writing() as session:
         tenants.create(session, "acme")
-        adapters.ensure(session, AdapterName.parse("acme/a"))
+        adapters.get_or_create(session, AdapterName.parse("acme/a"))
         for version in (FIRST, SECOND):
             record = VersionRecord(id=version, adapter="acme/a", job=None, base="b" * 64, bytes=1, created_at=1.0)
             adapters.add_version(session, record)
@@ -55,7 +55,7 @@ def test_a_pinned_champion_is_held_and_the_night_says_why(registry: Registry, pi
     decided(registry, "acme/a", promote=True)
     with registry.reading() as session:
         now = adapters.get(session, "acme/a")
-        steps = nightly.steps(session, nightly.runs(session)[0].id)
+        steps = nightly.list_steps(session, nightly.list_runs(session)[0].id)
     assert now.champion == (SECOND if promotes else FIRST)
     assert steps[-1].result == {"promoted": promotes, "champion": now.champion}
     (outcome,) = outcomes(steps)

@@ -37,14 +37,14 @@ def a_version(content: str, adapter: AdapterName = NAME) -> VersionRecord:
 def session(registry):
     with registry.writing() as session:
         tenants.create(session, "acme")
-        adapters.ensure(session, NAME)
+        adapters.get_or_create(session, NAME)
         yield session
 
 
 def test_ensure_makes_an_adapter_once_and_only_for_a_tenant(session):
-    assert adapters.ensure(session, NAME) == adapters.get(session, "acme/support")
+    assert adapters.get_or_create(session, NAME) == adapters.get(session, "acme/support")
     with pytest.raises(NotFound, match="globex"):
-        adapters.ensure(session, AdapterName("globex", "support"))
+        adapters.get_or_create(session, AdapterName("globex", "support"))
     with pytest.raises(NotFound):
         adapters.get(session, "acme/sales")
 
@@ -56,10 +56,10 @@ def test_the_first_version_is_champion_and_later_ones_challenge(session):
     assert adapters.add_version(session, second) is Alias.CHALLENGER
     record = adapters.get(session, NAME)
     assert (record.champion, record.challenger, record.previous) == (first.id, second.id, None)
-    assert adapters.versions(session, NAME) == [second, first]
-    assert adapters.version(session, first.id) == first
+    assert adapters.list_versions(session, NAME) == [second, first]
+    assert adapters.get_version(session, first.id) == first
     with pytest.raises(NotFound):
-        adapters.version(session, "f" * 64)
+        adapters.get_version(session, "f" * 64)
 
 
 def test_resolve(session):
@@ -99,7 +99,7 @@ def test_promote_and_rollback(session):
     assert adapters.promote(session, NAME, second.id, "again") == promoted
     back = adapters.rollback(session, NAME, "worse after all")
     assert (back.champion, back.challenger, back.previous) == (first.id, None, second.id)
-    moves = [(change.alias, change.version, change.reason) for change in adapters.history(session, NAME)]
+    moves = [(change.alias, change.version, change.reason) for change in adapters.alias_history(session, NAME)]
     assert moves == [
         (Alias.CHAMPION, first.id, "worse after all"),
         (Alias.PREVIOUS, second.id, "worse after all"),
@@ -113,7 +113,7 @@ def test_promote_and_rollback(session):
 
 def test_a_version_of_another_adapter_is_refused(session):
     other = AdapterName("acme", "sales")
-    adapters.ensure(session, other)
+    adapters.get_or_create(session, other)
     adapters.add_version(session, a_version("aaaaaaaa1"))
     adapters.add_version(session, a_version("cccccccc", other))
     with pytest.raises(NotFound, match=r"acme/support.*has no version"):
@@ -126,7 +126,7 @@ def test_a_version_of_another_adapter_is_refused(session):
 
 def test_two_adapters_may_hold_the_same_content(session):
     other = AdapterName("acme", "sales")
-    adapters.ensure(session, other)
+    adapters.get_or_create(session, other)
     adapters.add_version(session, a_version("aaaaaaaa1"))
     adapters.add_version(session, a_version("aaaaaaaa1", other))
     assert adapters.resolve(session, other, "champion").adapter == "acme/sales"
@@ -147,11 +147,11 @@ def test_move_leaves_the_champion_alone(session):
 
 def test_adapters_are_listed_with_their_aliases(session):
     tenants.create(session, "globex")
-    adapters.ensure(session, AdapterName("globex", "bot"))
+    adapters.get_or_create(session, AdapterName("globex", "bot"))
     adapters.add_version(session, a_version("aaaaaaaa1"))
-    assert [adapter.name for adapter in adapters.list_of(session, None)] == ["acme/support", "globex/bot"]
-    assert adapters.list_of(session, "acme") == [adapters.get(session, NAME)]
-    assert adapters.list_of(session, "globex")[0].champion is None
+    assert [adapter.name for adapter in adapters.list_adapters(session, None)] == ["acme/support", "globex/bot"]
+    assert adapters.list_adapters(session, "acme") == [adapters.get(session, NAME)]
+    assert adapters.list_adapters(session, "globex")[0].champion is None
 
 
 def test_evaluations(session):
@@ -159,7 +159,7 @@ def test_evaluations(session):
     adapters.add_version(session, version)
     base = evaluations.add(session, NAME, None, "file-1", "all", 20, {"exact_match": 0.1})
     own = evaluations.add(session, NAME, version.id, "file-1", "all", 20, {"exact_match": 0.9, "loss": 0.5})
-    assert evaluations.list_of(session, NAME) == [own, base]
+    assert evaluations.list_evaluations(session, NAME) == [own, base]
     assert own.metrics == {"exact_match": 0.9, "loss": 0.5}
     with pytest.raises(NotFound):
         evaluations.add(session, "acme/sales", None, "file-1", "all", 20, {})
@@ -176,7 +176,7 @@ class Aliases(RuleBasedStateMachine):
         self.versions, self.champion, self.challenger, self.previous = [], None, None, None
         with self.registry.writing() as session:
             tenants.create(session, self.name.tenant)
-            adapters.ensure(session, self.name)
+            adapters.get_or_create(session, self.name)
 
     @rule(content=st.sampled_from("abcdef"))
     def publish(self, content):
@@ -235,7 +235,7 @@ class Aliases(RuleBasedStateMachine):
             for model in ("champion", *old):
                 with pytest.raises(ModelNotFound):
                     adapters.resolve(session, self.name, model)
-            adapters.ensure(session, self.name)
+            adapters.get_or_create(session, self.name)
         self.versions, self.champion, self.challenger, self.previous = [], None, None, None
 
     @rule(number=st.integers(0, 3))
@@ -258,8 +258,8 @@ class Aliases(RuleBasedStateMachine):
     def record_agrees(self):
         with self.registry.reading() as session:
             record = adapters.get(session, self.name)
-            history = adapters.history(session, self.name)
-            versions = {version.id for version in adapters.versions(session, self.name)}
+            history = adapters.alias_history(session, self.name)
+            versions = {version.id for version in adapters.list_versions(session, self.name)}
         held = {alias: getattr(record, alias) for alias in Alias}
         assert held == {"champion": self.champion, "challenger": self.challenger, "previous": self.previous}
         assert held == {alias: next((move.version for move in history if move.alias is alias), None) for alias in Alias}

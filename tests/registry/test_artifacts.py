@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from loramill.errors import ArtifactCorrupt, ArtifactMissing, DiskFull, InvalidRequest, SetupError
 from loramill.registry import ArtifactStore, Registry, adapters, datasets, jobs, tenants
-from loramill.registry.artifacts.manifest import Manifest, measure
+from loramill.registry.artifacts.manifest import Manifest, digest_and_size
 from loramill.types import VersionRecord
 
 FILES = {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": bytes(range(256)) * 40, "empty": b""}
@@ -70,7 +70,9 @@ names = st.text("ab.", min_size=1, max_size=4).filter(lambda name: name[0] != ".
     st.dictionaries(names, st.binary(max_size=9), min_size=1), st.dictionaries(names, st.binary(max_size=9), min_size=1)
 )
 def test_different_files_have_different_hashes(one, other):
-    hashes = [Manifest({name: measure(content) for name, content in files.items()}).hash for files in (one, other)]
+    hashes = [
+        Manifest({name: digest_and_size(content) for name, content in files.items()}).hash for files in (one, other)
+    ]
     assert (hashes[0] == hashes[1]) == (one == other)
 
 
@@ -181,7 +183,7 @@ def test_the_registry_sweeps_what_it_does_not_record(tmp_path, registry: Registr
         )
         jobs.publish(session, job.id, 1, version, result=whole)
         assert adapters.get(session, "acme/support").champion == result
-        assert tenants.list_all(session)
+        assert tenants.list_tenants(session)
     assert registry.sweep(older_than=-1) == 1
     for artifact in (data, result, whole):
         registry.artifacts.fetch(artifact)

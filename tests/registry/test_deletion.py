@@ -25,9 +25,9 @@ from loramill.registry import (
     tenants,
     usage,
 )
-from loramill.registry.database.tables import AuditRow, Base, KeyRow, TenantRow
+from loramill.registry.database.tables import AuditRow, KeyRow, TableBase, TenantRow
 from loramill.registry.jobs import checkpoints
-from loramill.types import Alias, JobStatus, Limits, Meter, StepStatus, VersionRecord
+from loramill.types import Alias, JobStatus, Limits, RateWindow, StepStatus, VersionRecord
 
 NAME = AdapterName("acme", "support")
 
@@ -52,7 +52,7 @@ def rows(registry: Registry, but: tuple[str, ...] = ("audit", "usage")) -> dict[
     with registry.reading() as session:
         counts = {
             table.name: len(session.execute(select(table)).all())
-            for table in Base.metadata.sorted_tables
+            for table in TableBase.metadata.sorted_tables
             if table.name not in but
         }
     return {name: count for name, count in counts.items() if count}
@@ -66,8 +66,8 @@ def test_an_adapter_goes_with_all_that_is_its_own_and_nothing_else(registry, mak
     with registry.writing() as session:
         nightly.add_data(session, NAME, make_spec().train, None)
         run = nightly.open_run(session)
-        nightly.record(session, run.id, NAME, "collect", StepStatus.DONE, {})
-        nightly.finish(session, run.id)
+        nightly.record_step(session, run.id, NAME, "collect", StepStatus.DONE, {})
+        nightly.finish_run(session, run.id)
         removed = deletion.delete_adapter(session, NAME)
     assert (removed.versions, removed.jobs, removed.cancelled) == (2, 2, ())
     left = rows(registry)
@@ -78,7 +78,7 @@ def test_an_adapter_goes_with_all_that_is_its_own_and_nothing_else(registry, mak
             deletion.delete_adapter(session, NAME)
         for version in (first, second):
             with pytest.raises(NotFound):
-                adapters.version(session, version)
+                adapters.get_version(session, version)
     assert registry.sweep(older_than=-1) == 4
 
 
@@ -100,7 +100,7 @@ def test_bytes_that_another_tenant_has_too_survive_the_sweep(registry, make_spec
 def test_an_open_job_is_named_or_cancelled(registry, make_spec):
     own, other = make_spec(), make_spec("acme/sales")
     with registry.writing() as session:
-        adapters.ensure(session, NAME)
+        adapters.get_or_create(session, NAME)
         queued, running = jobs.submit(session, own, {}), jobs.submit(session, own, {})
         leased = jobs.lease(session, "w", now=time.time(), seconds=60, max_attempts=3, job_id=running.id)
         elsewhere = jobs.submit(session, other, {})
@@ -125,8 +125,8 @@ def test_an_open_job_is_named_or_cancelled(registry, make_spec):
             act(session)
     with registry.reading() as session:
         assert jobs.get(session, elsewhere.id).status is JobStatus.QUEUED
-        assert [each.name for each in adapters.list_of(session, "acme")] == []
-        assert tenants.load(session) == {"acme": (0, 1)}
+        assert [each.name for each in adapters.list_adapters(session, "acme")] == []
+        assert tenants.job_counts(session) == {"acme": (0, 1)}
 
 
 def test_a_version_goes_unless_something_points_to_it(registry, make_spec):
@@ -141,17 +141,17 @@ def test_a_version_goes_unless_something_points_to_it(registry, make_spec):
     with pytest.raises(Conflict, match="is the champion"), registry.writing() as session:
         deletion.delete_version(session, NAME, second, force=True)
     with registry.writing() as session:
-        moves = len(adapters.history(session, NAME))
+        moves = len(adapters.alias_history(session, NAME))
         deletion.delete_version(session, NAME, first, force=True)
     with registry.writing() as session:
         held = adapters.get(session, NAME)
         assert (held.champion, held.challenger, held.previous) == (second, third, None)
-        history = adapters.history(session, NAME)
+        history = adapters.alias_history(session, NAME)
         assert len(history) == moves + 1 and first not in {move.version for move in history}
         assert f"({first[:12]}, since deleted)" in history[-1].reason
-        assert [row.version for row in evaluations.list_of(session, NAME)] == [third, second]
+        assert [row.version for row in evaluations.list_evaluations(session, NAME)] == [third, second]
         assert jobs.get(session, first_job).result is None
-        assert [row.version for row in checkpoints.list_of(session, first_job)] == [None]
+        assert [row.version for row in checkpoints.list_checkpoints(session, first_job)] == [None]
         with pytest.raises(NotFound):
             deletion.delete_version(session, NAME, first)
     assert registry.sweep(older_than=-1) == 2
@@ -187,7 +187,7 @@ def test_a_tenant_goes_and_what_stays_has_no_name(registry, make_spec):
                 ("file.create", "file-000000000000000000000000"),
                 ("tenant.limits", tenant),
             ):
-                audit.note(
+                audit.record(
                     session,
                     tenant=tenant,
                     actor=tenant,
@@ -203,9 +203,9 @@ def test_a_tenant_goes_and_what_stays_has_no_name(registry, make_spec):
                 ("2026-01-01", "base", ""),
                 ("2026-01-02", "base", ""),
             ):
-                counts = {usage.Item(tenant, day, model, version): usage.Count(1, 10, 100)}
+                counts = {usage.UsageItem(tenant, day, model, version): usage.UsageCount(1, 10, 100)}
                 usage.add(session, counts)
-        usage.write(session, "gateway-1", 1, {}, {"acme": Meter(1, requests=1)}, now=1.0)
+        usage.record_batch(session, "gateway-1", 1, {}, {"acme": RateWindow(1, requests=1)}, now=1.0)
         waiting = jobs.submit(session, make_spec(), {})
     with pytest.raises(Conflict, match=waiting.id), registry.writing() as session:
         deletion.delete_tenant(session, "acme")
@@ -215,7 +215,7 @@ def test_a_tenant_goes_and_what_stays_has_no_name(registry, make_spec):
     assert rows(registry) == before | {"gateways": 1}
     with registry.reading() as session:
         assert "acme" not in str(
-            [[str(row) for row in session.execute(select(table)).all()] for table in Base.metadata.sorted_tables]
+            [[str(row) for row in session.execute(select(table)).all()] for table in TableBase.metadata.sorted_tables]
         )
         kept = session.scalars(select(AuditRow).where(AuditRow.tenant.is_(None))).all()
         assert {(row.action, row.subject, row.actor, row.key) for row in kept} == {
@@ -234,7 +234,7 @@ def test_a_tenant_goes_and_what_stays_has_no_name(registry, make_spec):
             ("2026-01-01", "globex", "globex/support"): 1,
             ("2026-01-01", "globex", "globex/x"): 1,
         }
-        assert len(audit.list_of(session, "globex")) == 3
+        assert len(audit.list_changes(session, "globex")) == 3
         api_keys.authenticate(session, key)
         with pytest.raises(Exception, match="not known"):
             api_keys.authenticate(session, secret)
@@ -245,25 +245,25 @@ def test_a_tenant_goes_and_what_stays_has_no_name(registry, make_spec):
 def test_a_new_tenant_of_the_same_name_inherits_nothing(registry, make_spec):
     published(registry, make_spec, b"1")
     with registry.writing() as session:
-        audit.note(session, tenant="acme", actor=None, key="k", action="tenant.create", subject="acme", request="r")
+        audit.record(session, tenant="acme", actor=None, key="k", action="tenant.create", subject="acme", request="r")
         deletion.delete_tenant(session, "acme")
         tenants.create(session, "acme")
     with registry.reading() as session:
-        assert (adapters.list_of(session, "acme"), audit.list_of(session, "acme")) == ([], [])
-        assert (datasets.list_of(session, "acme"), jobs.list_of(session, tenant="acme")) == ([], [])
+        assert (adapters.list_adapters(session, "acme"), audit.list_changes(session, "acme")) == ([], [])
+        assert (datasets.list_datasets(session, "acme"), jobs.list_jobs(session, tenant="acme")) == ([], [])
 
 
 def test_usage_that_a_gateway_counted_for_a_deleted_tenant_is_written(registry):
     with registry.writing() as session:
         tenants.create(session, "globex")
         counts = {
-            usage.Item("acme", "2026-01-01", "acme/support", "v1"): usage.Count(1, 2, 3),
-            usage.Item("acme", "2026-01-01", "acme/sales", "v2"): usage.Count(1, 2, 3),
-            usage.Item("", "2026-01-01", "base", ""): usage.Count(1, 2, 3),
-            usage.Item("globex", "2026-01-01", "base", ""): usage.Count(1, 2, 3),
+            usage.UsageItem("acme", "2026-01-01", "acme/support", "v1"): usage.UsageCount(1, 2, 3),
+            usage.UsageItem("acme", "2026-01-01", "acme/sales", "v2"): usage.UsageCount(1, 2, 3),
+            usage.UsageItem("", "2026-01-01", "base", ""): usage.UsageCount(1, 2, 3),
+            usage.UsageItem("globex", "2026-01-01", "base", ""): usage.UsageCount(1, 2, 3),
         }
-        meters = {"acme": Meter(1, requests=1), "globex": Meter(1, requests=1)}
-        usage.write(session, "gateway-1", 1, counts, meters, now=1.0)
+        meters = {"acme": RateWindow(1, requests=1), "globex": RateWindow(1, requests=1)}
+        usage.record_batch(session, "gateway-1", 1, counts, meters, now=1.0)
     with registry.reading() as session:
         found = {(row.tenant, row.model): row.requests for row in usage.daily(session, None, "2026", "2027")}
     assert found == {(None, "base"): 1, ("globex", "base"): 1, ("(deleted)", "(deleted)"): 2}
@@ -274,7 +274,7 @@ def test_a_reference_to_something_deleted_is_a_conflict(registry):
         tenants.create(session, "acme")
         run = nightly.open_run(session).id
     with pytest.raises(Conflict, match="deleted meanwhile"), registry.writing() as session:
-        nightly.record(session, run, NAME, "collect", StepStatus.DONE, {})
+        nightly.record_step(session, run, NAME, "collect", StepStatus.DONE, {})
 
 
 def test_everything_follows_a_new_name(registry, make_spec):
@@ -287,19 +287,23 @@ def test_everything_follows_a_new_name(registry, make_spec):
         queued = jobs.submit(session, make_spec(), {})
         running = jobs.submit(session, make_spec(), {})
         leased = jobs.lease(session, "w", now=time.time(), seconds=60, max_attempts=3, job_id=running.id)
-        before, history = adapters.get(session, NAME), adapters.history(session, NAME)
-        versions, scores = adapters.versions(session, NAME), evaluations.list_of(session, NAME)
+        before, history = adapters.get(session, NAME), adapters.alias_history(session, NAME)
+        versions, scores = adapters.list_versions(session, NAME), evaluations.list_evaluations(session, NAME)
     counted = rows(registry)
     with registry.writing() as session:
         renamed = renaming.rename(session, NAME, to)
     assert renamed == before.model_copy(update={"name": "acme/help"}) and renamed.pinned
     assert rows(registry) == counted
     with registry.writing() as session:
-        assert adapters.history(session, to) == history
-        assert [row.model_copy(update={"adapter": str(NAME)}) for row in adapters.versions(session, to)] == versions
-        assert [row.model_copy(update={"adapter": str(NAME)}) for row in evaluations.list_of(session, to)] == scores
+        assert adapters.alias_history(session, to) == history
+        assert [
+            row.model_copy(update={"adapter": str(NAME)}) for row in adapters.list_versions(session, to)
+        ] == versions
+        assert [
+            row.model_copy(update={"adapter": str(NAME)}) for row in evaluations.list_evaluations(session, to)
+        ] == scores
         assert {jobs.get(session, job).spec.adapter for job in (done, queued.id, running.id)} == {"acme/help"}
-        assert [data.adapter for data in nightly.pending(session)] == ["acme/help"]
+        assert [data.adapter for data in nightly.pending_data(session)] == ["acme/help"]
         with pytest.raises(NotFound):
             adapters.get(session, NAME)
         # A worker that leased its job under the old name publishes under the new one.
@@ -309,7 +313,7 @@ def test_everything_follows_a_new_name(registry, make_spec):
         checkpoints.add(session, running.id, leased.attempt, 1, record, {})
         jobs.publish(session, running.id, leased.attempt, record)
         assert adapters.get(session, to).challenger == record.id
-        assert [each.name for each in adapters.list_of(session, "acme")] == ["acme/help"]
+        assert [each.name for each in adapters.list_adapters(session, "acme")] == ["acme/help"]
 
 
 def test_a_rename_that_would_mix_things_up_is_refused(registry, make_spec):
@@ -326,7 +330,7 @@ def test_a_rename_that_would_mix_things_up_is_refused(registry, make_spec):
         with pytest.raises(NotFound):
             renaming.rename(session, AdapterName("acme", "none"), AdapterName("acme", "x"))
         run = nightly.open_run(session).id
-        nightly.record(session, run, NAME, "collect", StepStatus.DONE, {})
+        nightly.record_step(session, run, NAME, "collect", StepStatus.DONE, {})
     with pytest.raises(Conflict, match=run), registry.writing() as session:
         renaming.rename(session, NAME, AdapterName("acme", "help"))
 

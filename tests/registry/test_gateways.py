@@ -31,7 +31,7 @@ def gateways(registry: Registry, database_url: str, tmp_path: Path) -> Iterator[
     base = Base("tiny", tmp_path, hashlib.sha256(b"tiny").hexdigest(), "LlamaForCausalLM", 512)
     with registry.writing() as session:
         tenants.create(session, "acme")
-        adapters.ensure(session, AdapterName.parse("acme/a"))
+        adapters.get_or_create(session, AdapterName.parse("acme/a"))
         for version in VERSIONS:
             record = VersionRecord(
                 id=version, adapter="acme/a", job=None, base=base.fingerprint, bytes=1, created_at=1.0
@@ -85,4 +85,4 @@ def test_what_one_gateway_changes_the_other_sees_within_a_second(registry: Regis
     assert sum(row["requests"] for row in rows) == 8
     assert {row["version"] for row in rows} == set(VERSIONS)
     with registry.reading() as session:
-        assert usage.others(session, "nobody", minute=int(time.time() // 60), now=time.time()).keys() == {"acme"}
+        assert usage.peer_windows(session, "nobody", minute=int(time.time() // 60), now=time.time()).keys() == {"acme"}

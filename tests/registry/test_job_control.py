@@ -9,7 +9,7 @@ import pytest
 from loramill.errors import Conflict, LeaseLost, NotFound, OutOfMemory, TrainingDiverged, Unavailable
 from loramill.registry import Registry, adapters, jobs
 from loramill.registry.jobs import checkpoints, worker_slots
-from loramill.registry.jobs.queue import LONGEST_BACKOFF, backoff
+from loramill.registry.jobs.queue import MAX_BACKOFF_SECONDS, backoff_delay
 from loramill.types import JobRecord, JobStatus, VersionRecord
 
 NOW = 1000.0
@@ -56,7 +56,7 @@ def test_a_running_job_pauses_when_its_worker_gives_it_back(registry, job):
     assert (released.status, released.asked, released.step) == (JobStatus.PAUSED, None, 2)
     do(registry, jobs.resume, job.id)
     again = lease(registry, max_attempts=1)
-    assert (again.attempt, again.asked) == (2, None)
+    assert (again.attempt, again.pending_action) == (2, None)
     # It used no attempt up: this one may still fail once.
     assert do(registry, jobs.fail, job.id, 2, Unavailable("?"), retry=True).status is JobStatus.FAILED
 
@@ -120,10 +120,10 @@ def test_a_retry_waits_twice_as_long_each_time(registry, job):
 
 
 def test_backoff_is_a_function_of_job_and_attempt():
-    assert backoff(2, 1, "a", 1) == backoff(2, 1, "a", 1)
-    assert len({backoff(2, 1, name, attempt) for name in "abc" for attempt in (1, 2)}) == 6
-    assert backoff(0, 5, "a", 5) == 0
-    assert backoff(2, 10**6, "a", 1) <= 1.5 * LONGEST_BACKOFF
+    assert backoff_delay(2, 1, "a", 1) == backoff_delay(2, 1, "a", 1)
+    assert len({backoff_delay(2, 1, name, attempt) for name in "abc" for attempt in (1, 2)}) == 6
+    assert backoff_delay(0, 5, "a", 5) == 0
+    assert backoff_delay(2, 10**6, "a", 1) <= 1.5 * MAX_BACKOFF_SECONDS
 
 
 def test_out_of_memory_is_tried_once_with_half_the_tokens(registry, job):
@@ -174,7 +174,7 @@ def test_checkpoints_can_be_asked_until_newer_ones_push_them_out(registry, job):
     lease(registry)
     for step, content in enumerate("abcde", start=1):
         do(registry, checkpoints.add, job.id, 1, step, version(job, content), {"step": step, "train_loss": 1 / step})
-    found = do(registry, checkpoints.list_of, job.id)
+    found = do(registry, checkpoints.list_checkpoints, job.id)
     assert [(point.step, point.version and point.version[0]) for point in found] == [
         (5, "e"),
         (4, "d"),
@@ -183,12 +183,12 @@ def test_checkpoints_can_be_asked_until_newer_ones_push_them_out(registry, job):
         (1, None),
     ]
     assert found[0].metrics == {"step": 5, "train_loss": 0.2}
-    page = do(registry, checkpoints.list_of, job.id, after=found[1].id, limit=2)
+    page = do(registry, checkpoints.list_checkpoints, job.id, after=found[1].id, limit=2)
     assert page == found[2:4]
     with pytest.raises(NotFound):
-        do(registry, checkpoints.list_of, job.id, after="ftckpt-0")
+        do(registry, checkpoints.list_checkpoints, job.id, after="ftckpt-0")
     with registry.reading() as session:
-        assert {found.id[0] for found in adapters.versions(session, "acme/bot")} == set("cde")
+        assert {found.id[0] for found in adapters.list_versions(session, "acme/bot")} == set("cde")
         assert adapters.get(session, "acme/bot").champion is None
         assert adapters.resolve(session, "acme/bot", "c" * 64).job == job.id
     done = do(registry, jobs.publish, job.id, 1, version(job, "d"))
@@ -208,7 +208,7 @@ def test_a_checkpoint_that_an_alias_points_to_keeps_its_version(registry, make_s
     for step, content in enumerate("cdef", start=2):
         do(registry, checkpoints.add, first.id, 1, step, version(first, content), {})
     with registry.reading() as session:
-        assert {found.id[0] for found in adapters.versions(session, "acme/bot")} == set("abdef")
+        assert {found.id[0] for found in adapters.list_versions(session, "acme/bot")} == set("abdef")
 
 
 def test_a_step_done_again_replaces_its_checkpoint(registry, job):
@@ -218,14 +218,14 @@ def test_a_step_done_again_replaces_its_checkpoint(registry, job):
     with pytest.raises(LeaseLost):
         do(registry, checkpoints.add, job.id, 1, 2, version(job, "b"), {})
     do(registry, checkpoints.add, job.id, 2, 1, version(job, "a"), {"step": 1})
-    assert [point.step for point in do(registry, checkpoints.list_of, job.id)] == [1]
+    assert [point.step for point in do(registry, checkpoints.list_checkpoints, job.id)] == [1]
 
 
 def test_a_failure_keeps_its_checkpoints(registry, job):
     lease(registry)
     do(registry, checkpoints.add, job.id, 1, 1, None, {"step": 1})
     do(registry, jobs.fail, job.id, 1, TrainingDiverged("NaN"), retry=False)
-    assert [point.version for point in do(registry, checkpoints.list_of, job.id)] == [None]
+    assert [point.version for point in do(registry, checkpoints.list_checkpoints, job.id)] == [None]
 
 
 def test_places_are_held_by_one(registry):
@@ -234,11 +234,11 @@ def test_places_are_held_by_one(registry):
 
     assert claim("session-1", "a") and claim("session-2", "a")
     assert not claim("session-1", "b") and not claim("session-1", "a")
-    do(registry, worker_slots.keep, "a", ["session-1"], now=NOW + 1, seconds=5)
+    do(registry, worker_slots.renew, "a", ["session-1"], now=NOW + 1, seconds=5)
     with registry.reading() as session:
-        assert [(held.name, held.size) for held in worker_slots.all_held(session, NOW + 1)] == [("session-1", 2)]
+        assert [(held.name, held.size) for held in worker_slots.list_held(session, NOW + 1)] == [("session-1", 2)]
         assert worker_slots.is_open(session, "session-1", "a") and not worker_slots.is_open(session, "session-1", "b")
-    do(registry, worker_slots.end, "session-1")
+    do(registry, worker_slots.request_end, "session-1")
     with registry.reading() as session:
         assert not worker_slots.is_open(session, "session-1", "a")
     assert claim("session-1", "b", NOW + 7)

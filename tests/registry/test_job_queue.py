@@ -57,8 +57,8 @@ def test_a_job_from_submit_to_publish(registry, submit):
     assert done.finished_at is not None and done.lease_until is None
     with registry.reading() as session:
         assert adapters.get(session, "acme/support").champion == "a" * 64
-        events = jobs.events(session, job.id)
-        assert jobs.events(session, job.id, after=events[1].id, limit=1) == events[2:3]
+        events = jobs.list_events(session, job.id)
+        assert jobs.list_events(session, job.id, after=events[1].id, limit=1) == events[2:3]
     assert [event.message for event in events] == [
         "Queued.",
         "Attempt 1 started by worker.",
@@ -78,7 +78,11 @@ def test_publishing_again_changes_nothing(registry, submit):
     with pytest.raises(LeaseLost), registry.writing() as session:
         jobs.publish(session, job.id, 1, result_of(job, "b"))
     with registry.reading() as session:
-        assert len(adapters.versions(session, "acme/support")) == len(adapters.history(session, "acme/support")) == 1
+        assert (
+            len(adapters.list_versions(session, "acme/support"))
+            == len(adapters.alias_history(session, "acme/support"))
+            == 1
+        )
 
 
 def test_a_second_version_is_challenger_and_the_same_content_stays_champion(registry, submit):
@@ -87,7 +91,7 @@ def test_a_second_version_is_challenger_and_the_same_content_stays_champion(regi
         lease(registry)
         with registry.writing() as session:
             jobs.publish(session, job.id, 1, result_of(job, content))
-            assert alias in jobs.events(session, job.id)[-1].message
+            assert alias in jobs.list_events(session, job.id)[-1].message
             record = adapters.get(session, "acme/support")
     assert (record.champion, record.challenger) == ("a" * 64, "b" * 64)
 
@@ -142,7 +146,7 @@ def test_a_job_whose_workers_vanish_fails_in_the_end(registry, submit):
     assert (failed.status, failed.error_code) == (JobStatus.FAILED, "job_failed")
     assert "started 3 times and its worker disappeared" in failed.error_message
     with registry.reading() as session:
-        assert jobs.events(session, job.id)[-1].level == "error"
+        assert jobs.list_events(session, job.id)[-1].level == "error"
 
 
 def test_a_failure_is_tried_again_until_the_attempts_are_used_up(registry, submit):
@@ -193,7 +197,7 @@ def test_a_running_job_learns_that_it_is_cancelled(registry, submit):
     with registry.writing() as session:
         asked = jobs.cancel(session, job.id)
         assert jobs.cancel(session, job.id) == asked
-    assert asked.status is JobStatus.RUNNING and asked.asked == "cancel"
+    assert asked.status is JobStatus.RUNNING and asked.pending_action == "cancel"
     with registry.writing() as session:
         beat = jobs.heartbeat(session, job.id, 1, now=1001.0, seconds=10.0, step=2, trained_tokens=2)
     assert beat == "cancel"
@@ -242,21 +246,21 @@ def test_jobs_are_listed_in_pages_newest_first_and_hidden_from_others(registry, 
     mine = [submit().id for _ in range(3)]
     theirs = submit("globex/bot").id
     with registry.reading() as session:
-        first = jobs.list_of(session, tenant="acme", limit=2)
-        rest = jobs.list_of(session, tenant="acme", after=first[-1].id, limit=2)
+        first = jobs.list_jobs(session, tenant="acme", limit=2)
+        rest = jobs.list_jobs(session, tenant="acme", after=first[-1].id, limit=2)
         assert [job.id for job in first + rest] == mine[::-1]
-        assert [job.id for job in jobs.list_of(session, tenant=None, limit=1)] == [theirs]
+        assert [job.id for job in jobs.list_jobs(session, tenant=None, limit=1)] == [theirs]
         with pytest.raises(NotFound):
             jobs.get(session, theirs, tenant="acme")
         with pytest.raises(NotFound):
-            jobs.list_of(session, tenant="acme", after=theirs)
+            jobs.list_jobs(session, tenant="acme", after=theirs)
 
 
 def test_a_job_uses_only_what_its_tenant_has(registry, make_spec):
     spec, foreign = make_spec("acme/bot"), make_spec("globex/bot")
     wrong = [{"train": foreign.train}, {"valid": foreign.train}, {"start_from": "e" * 64}, {"adapter": "nobody/bot"}]
     with registry.writing() as session:
-        adapters.ensure(session, AdapterName("globex", "bot"))
+        adapters.get_or_create(session, AdapterName("globex", "bot"))
         version = VersionRecord(id="f" * 64, adapter="globex/bot", job=None, base="b" * 64, bytes=1, created_at=1.0)
         adapters.add_version(session, version)
         for change in [*wrong, {"start_from": version.id}]:
@@ -335,7 +339,7 @@ def test_processes_lease_and_publish_every_job_once(registry, make_spec, databas
     assert Counter(leased) == Counter(queued)
     with registry.reading() as session:
         for i in range(10):
-            versions = adapters.versions(session, f"tenant{i}/bot")
+            versions = adapters.list_versions(session, f"tenant{i}/bot")
             assert len(versions) == len({version.job for version in versions}) == 10
             assert adapters.get(session, f"tenant{i}/bot").champion in {version.id for version in versions}
 
@@ -391,9 +395,9 @@ def test_kills_at_any_moment_lose_no_job(registry, make_spec, database_url):
         with registry.writing() as session:
             jobs.publish(session, job.id, job.attempt, result_of(job, "c"))
     with registry.reading() as session:
-        ended = jobs.list_of(session, tenant=None, limit=200)
+        ended = jobs.list_jobs(session, tenant=None, limit=200)
         assert {job.id for job in ended} == queued
         assert {job.status for job in ended} == {JobStatus.SUCCEEDED}
         for job in ended:
-            assert job.version in {version.id for version in adapters.versions(session, job.spec.adapter)}
-        assert datasets.list_of(session, None) and tenants.list_all(session)
+            assert job.version in {version.id for version in adapters.list_versions(session, job.spec.adapter)}
+        assert datasets.list_datasets(session, None) and tenants.list_tenants(session)

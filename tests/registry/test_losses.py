@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from loramill.errors import Conflict, NotFound, QuotaExceeded, TrainingDiverged, Unavailable
 from loramill.registry import Registry, adapters, datasets, jobs, tenants
 from loramill.registry.jobs import queue
-from loramill.registry.jobs.leases import _settle
-from loramill.registry.jobs.queue import LONGEST_PAUSE
+from loramill.registry.jobs.leases import _reclaim
+from loramill.registry.jobs.queue import MAX_OUTAGE_DELAY_SECONDS
 from loramill.types import JobRecord, JobSpec, JobStatus, VersionRecord
 
 from .conftest import FINGERPRINT
@@ -38,7 +38,7 @@ def lose(registry: Registry, job: JobRecord, steps: list[int], max_attempts: int
         leased = do(registry, jobs.lease, "w", now=NOW, seconds=10, max_attempts=max_attempts)
         assert leased is not None, f"after {steps[:number]} it is {states[-1]}"
         do(registry, jobs.heartbeat, job.id, leased.attempt, now=NOW, seconds=1, step=step, trained_tokens=0)
-        do(registry, jobs.settle_lost, now=NOW + 5, max_attempts=max_attempts)
+        do(registry, jobs.reclaim_expired, now=NOW + 5, max_attempts=max_attempts)
         found = do(registry, jobs.get, job.id)
         states.append(f"{found.status}{' with half' if found.micro_tokens else ''}")
     return states
@@ -92,7 +92,7 @@ def test_a_job_fails_only_if_it_makes_no_progress(steps, max_attempts):
         row, furthest, idle = _Row(), 0, 0
         for step in steps:
             row.status, row.attempt, row.step = JobStatus.RUNNING, row.attempt + 1, step
-            _settle(None, row, max_attempts)
+            _reclaim(None, row, max_attempts)
             got_on = step > furthest
             furthest, idle = max(step, furthest), 0 if got_on else idle + 1
             if got_on:
@@ -121,15 +121,15 @@ def test_a_job_given_back_for_an_outage_waits_longer_each_time_and_loses_no_atte
         waits.append(released.not_before - now)
         assert do(registry, jobs.lease, "w", now=released.not_before - 0.1, seconds=10, max_attempts=2) is None
     assert all(0.5 * 2 * 2**n <= wait < 1.5 * 2 * 2**n for n, wait in enumerate(waits[:4])), waits
-    assert max(waits) <= 1.5 * LONGEST_PAUSE
+    assert max(waits) <= 1.5 * MAX_OUTAGE_DELAY_SECONDS
     with registry.reading() as session:
-        last = jobs.events(session, job.id)[-1]
+        last = jobs.list_events(session, job.id)[-1]
     assert (last.level, "This uses up no attempt: The store is away." in last.message) == ("warn", True)
 
 
 def test_workers_that_were_silent_in_an_outage_keep_their_jobs(registry, job):
     do(registry, jobs.lease, "w", now=NOW, seconds=10, max_attempts=3)
-    assert do(registry, jobs.lease, "w2", now=NOW + 60, seconds=10, max_attempts=3, settle=False) is None
+    assert do(registry, jobs.lease, "w2", now=NOW + 60, seconds=10, max_attempts=3, reclaim=False) is None
     do(registry, jobs.heartbeat, job.id, 1, now=NOW + 61, seconds=10, step=1, trained_tokens=1)
     assert do(registry, jobs.lease, "w2", now=NOW + 62, seconds=10, max_attempts=3) is None
     assert do(registry, jobs.get, job.id).attempt == 1
@@ -148,7 +148,7 @@ def test_a_failed_job_is_retried_with_all_attempts_and_where_it_was(registry, jo
     assert again.finished_at is None
     assert lose(registry, job, [7, 8, 8])[-1] == "queued with half"
     with registry.reading() as session:
-        assert "Queued again after it failed." in [event.message for event in jobs.events(session, job.id)]
+        assert "Queued again after it failed." in [event.message for event in jobs.list_events(session, job.id)]
 
 
 def test_a_cancelled_job_starts_over(registry, job):
@@ -173,10 +173,10 @@ def test_what_can_not_be_retried_says_why(registry, job):
     fail(registry, job)
     with pytest.raises(Conflict, match=r"is failed, not paused.*loramill jobs retry"):
         do(registry, jobs.resume, job.id)
-    do(registry, tenants.set_share, "acme", max_queued=0)
+    do(registry, tenants.set_fair_share, "acme", max_queued=0)
     with pytest.raises(QuotaExceeded):
         do(registry, jobs.retry, job.id)
-    do(registry, tenants.set_share, "acme", max_queued=None)
+    do(registry, tenants.set_fair_share, "acme", max_queued=None)
     do(registry, datasets.delete, job.spec.train)
     with pytest.raises(Conflict, match=rf"was deleted:.*{job.spec.train}.*Submit a new job"):
         do(registry, jobs.retry, job.id)
@@ -188,10 +188,10 @@ def test_jobs_of_another_base_stay_where_they_are(registry, make_spec):
     foreign = do(registry, jobs.submit, spec.model_copy(update={"base": OTHER}), {}, priority=9)
     mine = do(registry, jobs.submit, spec, {})
     with registry.reading() as session:
-        seen = queue.waiting(session, NOW, executor=None, limit=9, base=FINGERPRINT)
+        seen = queue.startable_jobs(session, NOW, executor=None, limit=9, base=FINGERPRINT)
         assert [each.id for each in seen] == [mine.id]
-        assert queue.other_bases(session, FINGERPRINT) == (1, 0)
-        assert queue.other_bases(session, OTHER) == (1, 0)
+        assert queue.count_other_bases(session, FINGERPRINT) == (1, 0)
+        assert queue.count_other_bases(session, OTHER) == (1, 0)
     lease = {"now": NOW, "seconds": 10, "max_attempts": 3, "base": FINGERPRINT}
     assert do(registry, jobs.lease, "w", job_id=foreign.id, **lease) is None
     assert do(registry, jobs.lease, "w", **lease).id == mine.id
@@ -208,8 +208,8 @@ def test_adapters_of_other_bases_are_counted_by_their_champions(registry, make_s
         do(registry, jobs.publish, job.id, 1, version)
         assert do(registry, adapters.get, name).champion == version.id
     with registry.reading() as session:
-        assert queue.other_bases(session, FINGERPRINT) == (0, 2)
-        assert queue.other_bases(session, FINGERPRINT, [OTHER]) == (0, 1)
+        assert queue.count_other_bases(session, FINGERPRINT) == (0, 2)
+        assert queue.count_other_bases(session, FINGERPRINT, [OTHER]) == (0, 1)
 
 
 def test_jobs_that_were_there_before_have_their_base(empty_url):

@@ -18,7 +18,7 @@ from sqlalchemy import inspect, text
 from loramill.errors import DatabaseUnusable, DiskFull, Unavailable
 from loramill.registry import Registry, datasets, migrate, tenants
 from loramill.registry.database.engine import make_engine, parse_url
-from loramill.registry.database.tables import Base
+from loramill.registry.database.tables import TableBase
 
 
 def open_at(database_url: str) -> Registry:
@@ -33,10 +33,10 @@ def test_the_migrations_make_what_the_models_say(database_url):
     engine = make_engine(parse_url(database_url))
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_server_default": True})
-        assert compare_metadata(context, Base.metadata) == []
+        assert compare_metadata(context, TableBase.metadata) == []
         # compare_metadata looks at neither names nor primary keys.
         inspector = inspect(connection)
-        for table in Base.metadata.sorted_tables:
+        for table in TableBase.metadata.sorted_tables:
             key = inspector.get_pk_constraint(table.name)
             assert (key["name"], key["constrained_columns"]) == (
                 table.primary_key.name,
@@ -56,7 +56,7 @@ def test_migrating_again_changes_nothing(empty_url):
     migrate(empty_url)
     registry = open_at(empty_url)
     with registry.reading() as session:
-        assert [tenant.name for tenant in tenants.list_all(session)] == ["acme"]
+        assert [tenant.name for tenant in tenants.list_tenants(session)] == ["acme"]
     registry.close()
 
 
@@ -239,7 +239,7 @@ def test_a_full_disk_undoes_the_transaction(tmp_path):
         for _ in range(100):
             datasets.create(session, "acme", "x" * 1000, "a" * 64, 1, 1)
     with registry.reading() as session:
-        assert datasets.list_of(session, "acme") == []
+        assert datasets.list_datasets(session, "acme") == []
     registry.close()
 
 
@@ -250,7 +250,7 @@ def test_a_lost_connection_is_unavailable_and_then_comes_back(registry, database
     with pytest.raises(Unavailable, match="try again"), registry.writing() as session:
         session.execute(end)
     with registry.reading() as session:
-        assert tenants.list_all(session) == []
+        assert tenants.list_tenants(session) == []
 
 
 def test_a_lock_that_is_not_given_back_is_unavailable(tmp_path):

@@ -25,13 +25,13 @@ def test_data_waits_until_it_is_collected(registry, files):
         nightly.add_data(session, SUPPORT, files[0], None)
         support = NewData(adapter="acme/support", train=(files[1], files[0]), valid=(files[2],))
         sales = NewData(adapter="acme/sales", train=(files[3],), valid=())
-        assert nightly.pending(session) == [sales, support]
+        assert nightly.pending_data(session) == [sales, support]
         assert adapters.get(session, SUPPORT).champion is None
         run = nightly.open_run(session).id
         assert nightly.collect(session, run, SUPPORT) == support
         assert nightly.collect(session, run, SUPPORT) == support
-        assert nightly.pending(session) == [sales]
-        nightly.finish(session, run)
+        assert nightly.pending_data(session) == [sales]
+        nightly.finish_run(session, run)
         following = nightly.open_run(session).id
         assert nightly.collect(session, following, SUPPORT) is None
 
@@ -42,7 +42,7 @@ def test_data_is_its_tenants_own(registry, files):
             nightly.add_data(session, AdapterName("globex", "bot"), files[0], None)
         with pytest.raises(NotFound):
             nightly.add_data(session, AdapterName("nobody", "bot"), files[0], None)
-        assert nightly.pending(session) == []
+        assert nightly.pending_data(session) == []
 
 
 def test_an_unfinished_run_goes_on(registry):
@@ -50,25 +50,25 @@ def test_an_unfinished_run_goes_on(registry):
         run = nightly.open_run(session)
     with registry.writing() as session:
         assert nightly.open_run(session) == run
-        finished = nightly.finish(session, run.id)
-        assert finished.finished_at is not None and nightly.finish(session, run.id) == finished
+        finished = nightly.finish_run(session, run.id)
+        assert finished.finished_at is not None and nightly.finish_run(session, run.id) == finished
         following = nightly.open_run(session)
         assert following.id != run.id
-        assert nightly.runs(session) == [following, finished]
+        assert nightly.list_runs(session) == [following, finished]
         with pytest.raises(NotFound):
-            nightly.finish(session, "night-0")
+            nightly.finish_run(session, "night-0")
 
 
 def test_steps_say_how_they_stand(registry, files):
     with registry.writing() as session:
         nightly.add_data(session, SUPPORT, files[0], None)
         run = nightly.open_run(session).id
-        begun = nightly.record(session, run, SUPPORT, "train", StepStatus.PENDING, {"job": "ftjob-1"})
+        begun = nightly.record_step(session, run, SUPPORT, "train", StepStatus.PENDING, {"job": "ftjob-1"})
         assert begun.finished_at is None
-        other = nightly.record(session, run, SUPPORT, "evaluate", StepStatus.FAILED, {})
+        other = nightly.record_step(session, run, SUPPORT, "evaluate", StepStatus.FAILED, {})
     with registry.writing() as session:
-        done = nightly.record(session, run, "acme/support", "train", StepStatus.DONE, {"version": "a" * 64})
+        done = nightly.record_step(session, run, "acme/support", "train", StepStatus.DONE, {"version": "a" * 64})
         assert done.finished_at is not None
     with registry.reading() as session:
-        assert nightly.steps(session, run) == [done, other]
-        assert nightly.steps(session, "night-0") == []
+        assert nightly.list_steps(session, run) == [done, other]
+        assert nightly.list_steps(session, "night-0") == []

@@ -9,7 +9,7 @@ from sqlalchemy import text
 
 from loramill.errors import Conflict, InvalidRequest, NotFound, Unauthenticated
 from loramill.registry import Registry, api_keys, datasets, tenants
-from loramill.registry.database.tables import Base
+from loramill.registry.database.tables import TableBase
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_tenants_are_unique_and_listed_by_name(registry, acme):
             tenants.create(session, "acme")
         tenants.create(session, "aachen")
     with registry.reading() as session:
-        assert [tenant.name for tenant in tenants.list_all(session)] == ["aachen", "acme"]
+        assert [tenant.name for tenant in tenants.list_tenants(session)] == ["aachen", "acme"]
         assert tenants.get(session, "acme") == acme
         with pytest.raises(NotFound):
             tenants.get(session, "nobody")
@@ -42,8 +42,8 @@ def test_a_key_opens_until_it_is_revoked(registry, acme):
     assert secret.startswith("lm-") and key.hint == secret[-4:]
     with registry.reading() as session:
         assert api_keys.authenticate(session, secret) == key
-        assert api_keys.list_of(session, "acme") == [key]
-        assert api_keys.list_of(session, None) == [key, admin]
+        assert api_keys.list_keys(session, "acme") == [key]
+        assert api_keys.list_keys(session, None) == [key, admin]
         for wrong in ("", "lm-", secret[:-1], secret.upper()):
             with pytest.raises(Unauthenticated):
                 api_keys.authenticate(session, wrong)
@@ -66,7 +66,7 @@ def test_a_secret_is_stored_nowhere(registry, acme, database_url, tmp_path):
     with registry.writing() as session:
         _, secret = api_keys.create(session, "acme")
     with registry.reading() as session:
-        stored = [str(row) for table in Base.metadata.sorted_tables for row in session.execute(table.select())]
+        stored = [str(row) for table in TableBase.metadata.sorted_tables for row in session.execute(table.select())]
     assert any(hashlib.sha256(secret.encode()).hexdigest() in row for row in stored)
     assert not any(secret in row or secret.removeprefix("lm-") in row for row in stored)
     for path in tmp_path.glob("loramill.db*"):
@@ -85,17 +85,17 @@ def test_a_dataset_of_another_tenant_does_not_exist(registry, acme):
         with pytest.raises(NotFound) as unknown:
             datasets.get(session, "file-0", tenant="globex")
         assert foreign.value.message.replace(made.id, "X") == unknown.value.message.replace("file-0", "X")
-        assert datasets.list_of(session, "globex") == []
+        assert datasets.list_datasets(session, "globex") == []
         with pytest.raises(NotFound):
-            datasets.list_of(session, "globex", after=made.id)
+            datasets.list_datasets(session, "globex", after=made.id)
 
 
 def test_datasets_are_listed_in_pages_newest_first(registry, acme):
     with registry.writing() as session:
         made = [datasets.create(session, "acme", f"{i}.jsonl", "a" * 64, i, i) for i in range(5)]
     with registry.reading() as session:
-        first = datasets.list_of(session, "acme", limit=2)
-        second = datasets.list_of(session, "acme", after=first[-1].id, limit=9)
+        first = datasets.list_datasets(session, "acme", limit=2)
+        second = datasets.list_datasets(session, "acme", after=first[-1].id, limit=9)
     assert first + second == made[::-1]
 
 
@@ -106,15 +106,15 @@ def test_a_reader_can_not_write_and_a_failed_writer_leaves_nothing(registry: Reg
         tenants.create(session, "globex")
         raise ZeroDivisionError
     with registry.reading() as session:
-        assert [tenant.name for tenant in tenants.list_all(session)] == ["acme"]
+        assert [tenant.name for tenant in tenants.list_tenants(session)] == ["acme"]
 
 
 def test_a_reader_sees_one_snapshot(registry, acme):
     with registry.reading() as reader:
-        before = tenants.list_all(reader)
+        before = tenants.list_tenants(reader)
         with registry.writing() as session:
             tenants.create(session, "globex")
-        assert tenants.list_all(reader) == before
+        assert tenants.list_tenants(reader) == before
 
 
 def test_foreign_keys_hold(registry, acme):

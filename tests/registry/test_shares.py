@@ -49,7 +49,7 @@ def publish(registry: Registry, job: JobRecord, tokens: int) -> None:
 
 def share(registry: Registry, tenant: str, **fields: object) -> None:
     with registry.writing() as session:
-        tenants.set_share(session, tenant, **fields)  # type: ignore[arg-type]
+        tenants.set_fair_share(session, tenant, **fields)  # type: ignore[arg-type]
 
 
 def served(registry: Registry) -> dict[str, float]:
@@ -100,7 +100,7 @@ def test_what_was_not_done_is_given_back(registry, submit, end):
         if end in ("release", "cancel", "pause"):
             jobs.release(session, job.id, 1)
         if end.startswith("vanish"):
-            jobs.settle_lost(session, now=NOW + 11, max_attempts=1 if end == "vanish for good" else 3)
+            jobs.reclaim_expired(session, now=NOW + 11, max_attempts=1 if end == "vanish for good" else 3)
     assert served(registry) == {"acme": 150}
     with registry.reading() as session:
         again = jobs.get(session, job.id).status is JobStatus.QUEUED
@@ -121,18 +121,18 @@ def test_a_job_of_unknown_cost_is_taken_for_the_most_it_can_be(registry, submit)
 def test_shares_that_make_no_sense_are_refused(registry, submit, fields):
     submit("acme")
     with pytest.raises(InvalidRequest) as refused, registry.writing() as session:
-        tenants.set_share(session, "acme", **fields)
+        tenants.set_fair_share(session, "acme", **fields)
     assert refused.value.param in fields
 
 
 def test_a_share_is_a_tenants(registry, submit):
     submit("acme")
     with registry.writing() as session:
-        told = tenants.set_share(session, "acme", weight=2.5, max_running=3, max_queued=4)
+        told = tenants.set_fair_share(session, "acme", weight=2.5, max_running=3, max_queued=4)
         assert tenants.get(session, "acme") == told
         assert (told.weight, told.max_running, told.max_queued) == (2.5, 3, 4)
         with pytest.raises(NotFound):
-            tenants.set_share(session, "nobody")
+            tenants.set_fair_share(session, "nobody")
 
 
 def test_a_full_queue_takes_no_more_until_a_job_starts(registry, submit):
@@ -181,7 +181,7 @@ def test_many_that_lease_at_once_keep_to_the_quota(registry, submit, monkeypatch
     assert lease(registry).tenant == "acme"
     assert lease(registry) is None
     with registry.reading() as session:
-        waiting = [job for job in jobs.list_of(session, tenant="acme") if job.status is JobStatus.QUEUED]
+        waiting = [job for job in jobs.list_jobs(session, tenant="acme") if job.status is JobStatus.QUEUED]
     assert lease(registry, job_id=waiting[0].id) is None
 
 
@@ -200,7 +200,7 @@ def test_tokens_follow_the_weights(tmp_path_factory, weights, seed):
         for number, weight in enumerate(weights):
             name = f"t{number}"
             tenants.create(session, name)
-            tenants.set_share(session, name, weight=weight)
+            tenants.set_fair_share(session, name, weight=weight)
             data = datasets.create(session, name, "train.jsonl", "d" * 64, 10, 10).id
             spec = JobSpec(base="b" * 64, adapter=f"{name}/bot", train=data, steps=1, batch_size=1)
             for _ in range(round(100 * weight / sum(weights)) + 25):

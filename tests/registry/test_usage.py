@@ -9,8 +9,8 @@ import pytest
 
 from loramill.errors import InvalidRequest, NotFound, QuotaExceeded, Unauthenticated
 from loramill.registry import Registry, api_keys, audit, datasets, tenants, usage
-from loramill.registry.usage import Count, Item
-from loramill.types import Limits, Meter, Scope
+from loramill.registry.usage import UsageCount, UsageItem
+from loramill.types import Limits, RateWindow, Scope
 
 
 @pytest.fixture(autouse=True)
@@ -22,22 +22,26 @@ def acme(registry):
 
 def write(registry, gateway, page, counts=None, meters=None, now=1000.0):
     with registry.writing() as session:
-        usage.write(session, gateway, page, counts or {}, meters or {}, now=now)
+        usage.record_batch(session, gateway, page, counts or {}, meters or {}, now=now)
 
 
 def others(registry, gateway, minute=20, now=1200.0):
     with registry.reading() as session:
-        return usage.others(session, gateway, minute=minute, now=now)
+        return usage.peer_windows(session, gateway, minute=minute, now=now)
 
 
-TUNED = Item("acme", "2026-01-31", "acme/a", "f" * 64)
-BASE = Item("acme", "2026-01-31", "tiny", "")
+TUNED = UsageItem("acme", "2026-01-31", "acme/a", "f" * 64)
+BASE = UsageItem("acme", "2026-01-31", "tiny", "")
 
 
 def test_a_page_that_is_written_again_counts_once(registry: Registry) -> None:
-    for page, counts in ((1, {TUNED: Count(1, 10, 5)}), (1, {TUNED: Count(1, 10, 5)}), (2, {TUNED: Count(2, 1, 1)})):
+    for page, counts in (
+        (1, {TUNED: UsageCount(1, 10, 5)}),
+        (1, {TUNED: UsageCount(1, 10, 5)}),
+        (2, {TUNED: UsageCount(2, 1, 1)}),
+    ):
         write(registry, "one", page, counts)
-    write(registry, "two", 1, {TUNED: Count(1, 0, 100), BASE: Count(1, 2, 3)})
+    write(registry, "two", 1, {TUNED: UsageCount(1, 0, 100), BASE: UsageCount(1, 2, 3)})
     with registry.reading() as session:
         tuned, base = usage.daily(session, "acme", "2026-01-01", "2026-12-31")
     assert (tuned.model, tuned.version, tuned.requests) == ("acme/a", "f" * 64, 4)
@@ -46,12 +50,12 @@ def test_a_page_that_is_written_again_counts_once(registry: Registry) -> None:
 
 
 def test_many_gateways_at_once_lose_nothing(registry: Registry) -> None:
-    items = [Item("acme", "2026-01-31", f"m{number}", "") for number in range(20)]
+    items = [UsageItem("acme", "2026-01-31", f"m{number}", "") for number in range(20)]
 
     def keep(gateway: int) -> None:
         for page in range(1, 6):
             order = items if gateway % 2 else items[::-1]
-            write(registry, str(gateway), page, {item: Count(1, 1, 1) for item in order})
+            write(registry, str(gateway), page, {item: UsageCount(1, 1, 1) for item in order})
 
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(keep, gateway) for gateway in range(4)]:
@@ -62,7 +66,9 @@ def test_many_gateways_at_once_lose_nothing(registry: Registry) -> None:
 
 def test_usage_by_day_and_tenant(registry: Registry) -> None:
     days = ["2026-01-30", "2026-01-31", "2026-02-01"]
-    counts = {Item(tenant, day, "tiny", ""): Count(1, 2, 3) for tenant in ("acme", "globex", "") for day in days}
+    counts = {
+        UsageItem(tenant, day, "tiny", ""): UsageCount(1, 2, 3) for tenant in ("acme", "globex", "") for day in days
+    }
     write(registry, "one", 1, counts)
     with registry.reading() as session:
         assert [row.day for row in usage.daily(session, "acme", days[0], days[1])] == [days[1], days[0]]
@@ -71,34 +77,40 @@ def test_usage_by_day_and_tenant(registry: Registry) -> None:
 
 
 def test_gateways_hear_of_each_other(registry: Registry) -> None:
-    now = Meter(20, requests=3, tokens=40, running=2, reserved=7)
-    write(registry, "one", 1, meters={"acme": now, "globex": Meter(20, requests=1)}, now=1199.0)
-    write(registry, "one", 1, meters={"acme": Meter(20, requests=4)}, now=1199.5)
+    now = RateWindow(20, requests=3, tokens=40, running_requests=2, reserved_tokens=7)
+    write(registry, "one", 1, meters={"acme": now, "globex": RateWindow(20, requests=1)}, now=1199.0)
+    write(registry, "one", 1, meters={"acme": RateWindow(20, requests=4)}, now=1199.5)
     write(registry, "two", 1, meters={"acme": now}, now=1198.0)
     assert others(registry, "one") == {"acme": [now]}
     heard = others(registry, "three")
-    assert sorted(heard["acme"], key=lambda meter: meter.requests) == [now, Meter(20, requests=4)]
-    assert heard["globex"] == [Meter(20, requests=1)]
+    assert sorted(heard["acme"], key=lambda meter: meter.requests) == [now, RateWindow(20, requests=4)]
+    assert heard["globex"] == [RateWindow(20, requests=1)]
 
 
 def test_nothing_runs_on_a_gateway_that_is_silent_but_its_minute_counts(registry: Registry) -> None:
-    write(registry, "dead", 1, meters={"acme": Meter(20, requests=3, running=2, reserved=9)}, now=1194.0)
-    assert others(registry, "one") == {"acme": [Meter(20, requests=3)]}
+    write(
+        registry,
+        "dead",
+        1,
+        meters={"acme": RateWindow(20, requests=3, running_requests=2, reserved_tokens=9)},
+        now=1194.0,
+    )
+    assert others(registry, "one") == {"acme": [RateWindow(20, requests=3)]}
     assert others(registry, "one", now=1198.9)["acme"][0].running == 2
-    long_ago = Meter(10, requests=3, running=1)
+    long_ago = RateWindow(10, requests=3, running_requests=1)
     write(registry, "busy", 1, meters={"globex": long_ago}, now=1199.0)
     assert others(registry, "one")["globex"] == [long_ago]
-    write(registry, "busy", 1, meters={"globex": Meter(10, requests=3)}, now=1199.0)
+    write(registry, "busy", 1, meters={"globex": RateWindow(10, requests=3)}, now=1199.0)
     assert "globex" not in others(registry, "one")
 
 
 def test_forgotten_gateways_leave_their_usage(registry: Registry) -> None:
-    write(registry, "old", 3, {TUNED: Count(1, 1, 1)}, {"acme": Meter(20, requests=1)}, now=1000.0)
-    write(registry, "new", 1, meters={"acme": Meter(20, requests=2)}, now=1100.0)
+    write(registry, "old", 3, {TUNED: UsageCount(1, 1, 1)}, {"acme": RateWindow(20, requests=1)}, now=1000.0)
+    write(registry, "new", 1, meters={"acme": RateWindow(20, requests=2)}, now=1100.0)
     with registry.writing() as session:
-        usage.forget_gateways(session, 1050.0)
-    assert others(registry, "me") == {"acme": [Meter(20, requests=2)]}
-    write(registry, "old", 4, {TUNED: Count(1, 1, 1)})
+        usage.delete_silent_gateways(session, 1050.0)
+    assert others(registry, "me") == {"acme": [RateWindow(20, requests=2)]}
+    write(registry, "old", 4, {TUNED: UsageCount(1, 1, 1)})
     with registry.reading() as session:
         assert usage.daily(session, None, "2026-01-31", "2026-01-31")[0].requests == 2
 
@@ -106,16 +118,16 @@ def test_forgotten_gateways_leave_their_usage(registry: Registry) -> None:
 def test_limits(registry: Registry) -> None:
     with registry.writing() as session:
         assert tenants.get(session, "acme").stored_bytes is None
-        tenants.check_room(session, "acme", 10**15)
+        tenants.check_storage_quota(session, "acme", 10**15)
         given = Limits(requests_per_minute=3, tokens_per_minute=2**40, concurrent_requests=2, stored_bytes=100)
         assert tenants.set_limits(session, "acme", given) == tenants.get(session, "acme")
         assert tenants.get(session, "acme").tokens_per_minute == 2**40
         datasets.create(session, "acme", "a.jsonl", "a" * 64, 60, 1)
         datasets.create(session, "globex", "a.jsonl", "a" * 64, 60, 1)
         for hold in (False, True):
-            tenants.check_room(session, "acme", 40, hold=hold)
+            tenants.check_storage_quota(session, "acme", 40, lock=hold)
             with pytest.raises(QuotaExceeded, match="stores 60 bytes, may store 100"):
-                tenants.check_room(session, "acme", 41, hold=hold)
+                tenants.check_storage_quota(session, "acme", 41, lock=hold)
         assert tenants.set_limits(session, "acme", Limits()).stored_bytes is None
         with pytest.raises(NotFound):
             tenants.set_limits(session, "nobody", Limits())
@@ -128,7 +140,7 @@ def test_two_uploads_at_once_do_not_both_take_the_last_room(registry: Registry) 
     def store(_: int) -> bool:
         try:
             with registry.writing() as session:
-                tenants.check_room(session, "acme", 60, hold=True)
+                tenants.check_storage_quota(session, "acme", 60, lock=True)
                 time.sleep(0.05)
                 datasets.create(session, "acme", "a.jsonl", "a" * 64, 60, 1)
         except QuotaExceeded:
@@ -160,7 +172,7 @@ def test_keys_expire_and_have_scopes(registry: Registry, monkeypatch: pytest.Mon
 
 def test_the_audit_goes_with_its_change(registry: Registry) -> None:
     def note(session, subject, tenant):
-        return audit.note(
+        return audit.record(
             session, tenant=tenant, actor=None, key="key-1", action="x.y", subject=subject, request="req-1", n=1
         )
 
@@ -170,10 +182,10 @@ def test_the_audit_goes_with_its_change(registry: Registry) -> None:
         note(session, "c", "acme")
         raise ZeroDivisionError
     with registry.reading() as session:
-        assert audit.list_of(session, None) == [second, first]
-        assert audit.list_of(session, "acme") == [first]
-        assert audit.list_of(session, None, after=second.id) == [first]
+        assert audit.list_changes(session, None) == [second, first]
+        assert audit.list_changes(session, "acme") == [first]
+        assert audit.list_changes(session, None, after=second.id) == [first]
         assert first.details == {"n": 1}
         for after, tenant in (("audit-0", None), (second.id, "acme")):
             with pytest.raises(NotFound):
-                audit.list_of(session, tenant, after=after)
+                audit.list_changes(session, tenant, after=after)

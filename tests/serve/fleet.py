@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from loramill.serve.autoscaling.policy import Decision, Fleet, ReplicaLoad, Targets, decide
+from loramill.serve.autoscaling.policy import ReplicaLoad, ReplicaSet, ScalingDecision, ScalingTargets, decide
 
 TICK = 0.25
 #: Seconds after which a replica that was asked for is up, and by which what is known of a replica is old.
@@ -81,7 +81,7 @@ class Seen:
     """What came of it: each decision that changed something, seconds to first tokens and when each of them came, and
     replicas' seconds."""
 
-    changes: list[tuple[float, Decision]] = field(default_factory=list)
+    changes: list[tuple[float, ScalingDecision]] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
     at: list[float] = field(default_factory=list)
     replica_seconds: float = 0.0
@@ -99,7 +99,7 @@ class Seen:
         return sum(a != b for a, b in pairwise(ways))
 
 
-def play(asks: Sequence[Ask], targets: Targets, *, least: int, most: int, seconds: float) -> Seen:
+def play(asks: Sequence[Ask], targets: ScalingTargets, *, least: int, most: int, seconds: float) -> Seen:
     """Plays a trace; the replicas begin at `least`."""
     seen, memory, wanted = Seen(), None, least
     engines = [Engine() for _ in range(least)]
@@ -119,8 +119,8 @@ def play(asks: Sequence[Ask], targets: Targets, *, least: int, most: int, second
         seen.at += [now] * (len(seen.firsts) - len(seen.at))
         engines = [engine for engine in engines if engine.answers or not engine.draining]
         loads = tuple(engine.told[0][1] for engine in live)
-        decision = decide(Fleet(now, wanted, loads, len(queue), least, most), memory, targets)
-        memory = decision.memory
+        decision = decide(ReplicaSet(now, wanted, loads, len(queue), least, most), memory, targets)
+        memory = decision.state
         if decision.replicas != wanted:
             seen.changes.append((now, decision))
             starting += [now + START] * (decision.replicas - wanted)

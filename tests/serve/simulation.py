@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from loramill.serve.engine.adapters.residency import Residency
-from loramill.serve.routing.policy import Book, Limits, Report, route, stats_of
+from loramill.serve.routing.policy import RecentDispatches, ReplicaReport, RoutingLimits, report_stats, route
 
 TICK = 0.02
 LOAD_SECONDS = 0.2
@@ -42,7 +42,7 @@ class Replica:
         self.waiting: list[Job] = []
         self.running: list[Job] = []
         self._slots = slots
-        self._residency = Residency(slots, patience=64)
+        self._residency = Residency(slots, patience_steps=64)
         self._fetching: dict[str, float] = {}
 
     @property
@@ -52,7 +52,7 @@ class Replica:
     def submit(self, arrival: Arrival) -> None:
         self.waiting.append(Job(arrival.version, arrival.work))
         if arrival.version is not None:
-            self._residency.want(arrival.version)
+            self._residency.acquire(arrival.version)
 
     def tick(self, now: float) -> None:
         for version in self._residency.advance().load:
@@ -60,24 +60,24 @@ class Replica:
             self._fetching[version] = now + LOAD_SECONDS
         for version in [version for version, until in self._fetching.items() if until <= now]:
             del self._fetching[version]
-            self._residency.loaded(version)
+            self._residency.mark_loaded(version)
         started = [job for job in self.waiting if job.version is None or self._residency.ready(job.version)]
         self.waiting = [job for job in self.waiting if job not in started]
         self.running += started
         for job in started:
             if job.version is not None:
-                self._residency.pin(job.version)
+                self._residency.begin_use(job.version)
         for job in self.running:
             job.left -= TICK * min(1.0, CAPACITY / len(self.running))
         for job in [job for job in self.running if job.left <= 0]:
             self.running.remove(job)
             if job.version is not None:
-                self._residency.unpin(job.version)
-                self._residency.unwant(job.version)
+                self._residency.end_use(job.version)
+                self._residency.release(job.version)
 
-    def report(self) -> Report:
+    def report(self) -> ReplicaReport:
         held = (*self._residency.resident, *self._residency.loading)
-        return Report.of(self.name, stats_of(held, slots=self._slots, requests=self.requests))
+        return ReplicaReport.from_stats(self.name, report_stats(held, slots=self._slots, requests=self.requests))
 
 
 @dataclass
@@ -99,16 +99,16 @@ def play(
     arrivals: Iterable[Arrival],
     *,
     gateways: int = 2,
-    limits: Limits | None = None,
+    limits: RoutingLimits | None = None,
     dies: tuple[str, float] | None = None,
     seed: int = 0,
 ) -> Seen:
     """Routes all arrivals by gateways that know nothing of each other; `dies` is a replica and when it goes."""
-    rng, limits, seen = random.Random(seed), limits or Limits(), Seen()
+    rng, limits, seen = random.Random(seed), limits or RoutingLimits(), Seen()
     replicas = {name: Replica(name, slots) for name in names}
-    books = [Book(limits.lag) for _ in range(gateways)]
+    books = [RecentDispatches(limits.report_lag_seconds) for _ in range(gateways)]
     known = [replica.report() for replica in replicas.values()]
-    under_way: deque[tuple[float, list[Report]]] = deque()
+    under_way: deque[tuple[float, list[ReplicaReport]]] = deque()
     coming = deque(enumerate(arrivals))
     now = next_report = busiest = mean = 0.0
     while coming or any(replica.requests for replica in replicas.values()):
@@ -123,7 +123,7 @@ def play(
             number, arrival = coming.popleft()
             book = rng.choice(books)
             to = route(arrival.version, book.candidates(known, arrival.version, now), limits)[0]
-            book.send(str(number), to, arrival.version, now)
+            book.record(str(number), to, arrival.version, now)
             replicas[to].submit(arrival)
             seen.sent.append((now, arrival.version, to))
         for replica in replicas.values():

@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-from loramill.serve.autoscaling.policy import Fleet, Memory, Reason, ReplicaLoad, Targets, decide
-from loramill.serve.autoscaling.ray_policy import PROMPTLY, Policy, fleet_of
+from loramill.serve.autoscaling.policy import PolicyState, Reason, ReplicaLoad, ReplicaSet, ScalingTargets, decide
+from loramill.serve.autoscaling.ray_policy import UNDELAYED, Policy, replica_set_of
 
 from . import fleet
 from .fleet import SPEED, oracle, play, trace
 
-TARGETS = Targets(
+TARGETS = ScalingTargets(
     pending_seconds=4,
-    speed=100,
+    tokens_per_second=100,
     first_token_seconds=2,
-    usage=0.7,
+    max_utilization=0.7,
     settle_seconds=20,
     down_seconds=60,
     idle_seconds=300,
@@ -33,12 +33,12 @@ LATE = ReplicaLoad(pending_tokens=100, tokens_per_second=80, first_token_seconds
 
 def look(
     now: float = 0.0, wanted: int = 1, *up: ReplicaLoad, queued: float = 0, least: int = 1, most: int = 5
-) -> Fleet:
-    return Fleet(now, wanted, up or (ReplicaLoad(),) * wanted, queued, least, most)
+) -> ReplicaSet:
+    return ReplicaSet(now, wanted, up or (ReplicaLoad(),) * wanted, queued, least, most)
 
 
-def remembered(now: float, asked: float = 0.0, changed: float = 0.0, enough: int = 1) -> Memory:
-    return Memory(now, asked, changed, None, ((now, enough),))
+def remembered(now: float, asked: float = 0.0, changed: float = 0.0, enough: int = 1) -> PolicyState:
+    return PolicyState(now, asked, changed, None, ((now, enough),))
 
 
 @pytest.mark.parametrize(
@@ -47,23 +47,23 @@ def remembered(now: float, asked: float = 0.0, changed: float = 0.0, enough: int
         (look(), None, 1, Reason.STEADY),
         # A replica may have 400 tokens before it.
         (look(0, 1, ReplicaLoad(pending_tokens=400, running=4)), None, 1, Reason.STEADY),
-        (look(0, 1, ReplicaLoad(pending_tokens=401, running=4)), None, 2, Reason.WORK),
-        (look(0, 1, ReplicaLoad(pending_tokens=9999, running=4)), None, 5, Reason.WORK),
+        (look(0, 1, ReplicaLoad(pending_tokens=401, running=4)), None, 2, Reason.PENDING_WORK),
+        (look(0, 1, ReplicaLoad(pending_tokens=9999, running=4)), None, 5, Reason.PENDING_WORK),
         # What waits at the gateways counts as much as the rest does: 10 more requests of 100 tokens.
-        (look(0, 1, ReplicaLoad(pending_tokens=400, running=4), queued=10), None, 4, Reason.WORK),
-        (look(0, 0, queued=1, least=0), None, 1, Reason.WORK),
-        (look(0, 0, queued=17, least=0), None, 3, Reason.WORK),
+        (look(0, 1, ReplicaLoad(pending_tokens=400, running=4), queued=10), None, 4, Reason.PENDING_WORK),
+        (look(0, 0, queued=1, least=0), None, 1, Reason.PENDING_WORK),
+        (look(0, 0, queued=17, least=0), None, 3, Reason.PENDING_WORK),
         # What is on its way is counted on.
-        (Fleet(0, 3, (ReplicaLoad(pending_tokens=1200, running=4),), 0, 1, 5), None, 3, Reason.STEADY),
+        (ReplicaSet(0, 3, (ReplicaLoad(pending_tokens=1200, running=4),), 0, 1, 5), None, 3, Reason.STEADY),
         (look(100, 1, LATE), remembered(99), 2, Reason.FIRST_TOKEN),
         (look(100, 5, *[LATE] * 5), remembered(99), 5, Reason.STEADY),
         (look(100, 1, LATE), remembered(99, changed=81), 1, Reason.STEADY),
         (look(100, 2, LATE), remembered(99), 2, Reason.STEADY),
         (look(100, 1, ReplicaLoad(first_token_seconds=3, running=4)), remembered(99), 1, Reason.STEADY),
-        (look(100, 3), remembered(99, asked=90), 1, Reason.FEWER),
-        (look(100, 3), remembered(99, asked=90, enough=2), 2, Reason.FEWER),
+        (look(100, 3), remembered(99, asked=90), 1, Reason.OVERPROVISIONED),
+        (look(100, 3), remembered(99, asked=90, enough=2), 2, Reason.OVERPROVISIONED),
         (look(100, 3), remembered(99, asked=90, changed=41), 3, Reason.STEADY),
-        (look(100, 3, least=2), remembered(99, asked=90), 2, Reason.FEWER),
+        (look(100, 3, least=2), remembered(99, asked=90), 2, Reason.OVERPROVISIONED),
         (look(299, 1, least=0), remembered(298), 1, Reason.STEADY),
         (look(300, 1, least=0), remembered(299), 0, Reason.IDLE),
         (look(300, 1, least=1), remembered(299), 1, Reason.STEADY),
@@ -75,7 +75,7 @@ def remembered(now: float, asked: float = 0.0, changed: float = 0.0, enough: int
 def test_one_decision(seen, memory, replicas, reason):
     decision = decide(seen, memory, TARGETS)
     assert (decision.replicas, decision.reason) == (replicas, reason)
-    assert decision.memory.changed == (seen.now if replicas != seen.wanted else memory.changed if memory else 0.0)
+    assert decision.state.last_change == (seen.now if replicas != seen.wanted else memory.changed if memory else 0.0)
 
 
 def test_the_speed_is_learned_from_replicas_that_are_full():
@@ -83,11 +83,11 @@ def test_the_speed_is_learned_from_replicas_that_are_full():
     idle = ReplicaLoad(pending_tokens=10, tokens_per_second=20, running=1)
     memory = None
     for now in range(100):
-        memory = decide(look(now, 2, busy, idle), memory, TARGETS).memory
-    assert memory.speed == pytest.approx(400, rel=0.01)
+        memory = decide(look(now, 2, busy, idle), memory, TARGETS).state
+    assert memory.tokens_per_second == pytest.approx(400, rel=0.01)
     stuck = ReplicaLoad(pending_tokens=5000, running=16)
     for other in (idle, stuck):
-        assert decide(look(100, 2, idle, other), memory, TARGETS).memory.speed == memory.speed
+        assert decide(look(100, 2, idle, other), memory, TARGETS).state.tokens_per_second == memory.tokens_per_second
 
 
 loads = st.builds(
@@ -110,12 +110,12 @@ def test_within_bounds_and_down_only_after_a_while(looks, least, span):
     now, wanted, memory, changes = 0.0, least, None, []
     for seconds, up, queued in looks:
         now += seconds
-        decision = decide(Fleet(now, wanted, tuple(up), queued, least, most), memory, TARGETS)
+        decision = decide(ReplicaSet(now, wanted, tuple(up), queued, least, most), memory, TARGETS)
         assert least <= decision.replicas <= most
         assert decision.replicas > 0 or not queued
         if decision.replicas != wanted:
             changes.append((now, wanted, decision.replicas))
-        wanted, memory = decision.replicas, decision.memory
+        wanted, memory = decision.replicas, decision.state
     assert all(
         now - before >= TARGETS.down_seconds for (before, *_), (now, old, new) in pairwise(changes) if 0 < new < old
     )
@@ -132,7 +132,7 @@ def wave(now: float) -> float:
 @pytest.mark.parametrize("seed", range(2))
 def test_a_day_is_followed_up_and_down(seed):
     asks = trace(seed, HOUR, wave)
-    seen = play(asks, Targets(), least=1, most=8, seconds=HOUR)
+    seen = play(asks, ScalingTargets(), least=1, most=8, seconds=HOUR)
     assert seen.late(0.5) < 1
     assert seen.late(0.99) < 6
     assert seen.replica_seconds < 1.5 * oracle(asks, 1, HOUR)
@@ -143,14 +143,14 @@ def test_a_day_is_followed_up_and_down(seed):
 @pytest.mark.parametrize("seed", range(2))
 def test_a_burst_is_met_with_all_there_may_be_and_forgotten_after_it(seed):
     asks = trace(seed, 1200, lambda now: 20.0 if 300 <= now < 420 else 0.5)
-    seen = play(asks, Targets(), least=1, most=8, seconds=1200)
+    seen = play(asks, ScalingTargets(), least=1, most=8, seconds=1200)
     (first, _), *_ = seen.changes
     assert 300 <= first < 305
     assert seen.most == 8
     assert seen.turns == 1
     (last, decision) = seen.changes[-1]
     assert decision.replicas == 1
-    assert last < 420 + 2.5 * Targets().down_seconds
+    assert last < 420 + 2.5 * ScalingTargets().down_seconds
     # Work of 14 seconds has piled up before the first of them is up.
     after = [at for at, seconds in zip(seen.at, seen.firsts, strict=True) if seconds > 2]
     assert max(after) < 300 + 120
@@ -160,7 +160,7 @@ def test_a_burst_is_met_with_all_there_may_be_and_forgotten_after_it(seed):
 @pytest.mark.parametrize("seed", range(2))
 def test_one_hot_tenant(seed):
     asks = trace(seed, 1200, lambda now: 1.0 + (10.0 if 200 <= now < 900 else 0.0))
-    seen = play(asks, Targets(), least=1, most=6, seconds=1200)
+    seen = play(asks, ScalingTargets(), least=1, most=6, seconds=1200)
     assert seen.turns == 1
     assert seen.late(0.9) < 1.5
     assert seen.replica_seconds < 2 * oracle(asks, 1, 1200)
@@ -169,7 +169,7 @@ def test_one_hot_tenant(seed):
 @pytest.mark.parametrize("rate", [1, 2.5, 3.5, 5, 8, 12])
 def test_the_same_load_all_along_is_no_reason_to_go_up_and_down(rate):
     asks = trace(0, 1800, lambda now: rate)
-    seen = play(asks, Targets(), least=1, most=8, seconds=1800)
+    seen = play(asks, ScalingTargets(), least=1, most=8, seconds=1800)
     # At most the first guess is corrected, once.
     assert seen.turns <= 1
     assert seen.late(0.95) < 2
@@ -180,26 +180,26 @@ def test_the_same_load_all_along_is_no_reason_to_go_up_and_down(rate):
 @pytest.mark.parametrize("guess", [SPEED / 4, SPEED * 4])
 def test_a_wrong_guess_of_the_speed_costs_replicas_or_a_few_turns(guess):
     asks = trace(0, 1800, lambda now: 8.0)
-    seen = play(asks, Targets(speed=guess), least=1, most=8, seconds=1800)
+    seen = play(asks, ScalingTargets(tokens_per_second=guess), least=1, most=8, seconds=1800)
     assert seen.turns <= 4
     assert seen.late(0.9) < 3
 
 
 def test_a_base_that_nobody_asks_sleeps_and_wakes():
     asks = [ask for ask in trace(0, 1800, lambda now: 1.0) if ask.at < 200 or ask.at >= 1000]
-    seen = play(asks, Targets(), least=0, most=4, seconds=1800)
+    seen = play(asks, ScalingTargets(), least=0, most=4, seconds=1800)
     reasons = [decision.reason for _, decision in seen.changes]
     assert reasons.count(Reason.IDLE) == 1
     (asleep,) = [at for at, decision in seen.changes if decision.replicas == 0]
     (awake, *_) = [at for at, _ in seen.changes if at > asleep]
-    assert 200 + Targets().idle_seconds - 10 < asleep < 200 + Targets().idle_seconds + 10
+    assert 200 + ScalingTargets().idle_seconds - 10 < asleep < 200 + ScalingTargets().idle_seconds + 10
     assert 0 <= awake - min(ask.at for ask in asks if ask.at >= 1000) <= 2 * fleet.TICK
     assert max(seen.firsts) < fleet.START + 5
 
 
 def test_what_serve_knows_is_understood_and_its_own_delays_are_off():
     policy = {"policy_function": "loramill.serve.autoscaling.ray_policy:Policy", "policy_kwargs": {"speed": 100.0}}
-    config = AutoscalingConfig(min_replicas=0, max_replicas=4, initial_replicas=1, policy=policy, **PROMPTLY)
+    config = AutoscalingConfig(min_replicas=0, max_replicas=4, initial_replicas=1, policy=policy, **UNDELAYED)
     here = DeploymentID("engine", "loramill")
     one, two = (ReplicaID(name, here) for name in ("one", "two"))
     load = ReplicaLoad(pending_tokens=900, tokens_per_second=90, running=3, waiting=1)
@@ -225,7 +225,7 @@ def test_what_serve_knows_is_understood_and_its_own_delays_are_off():
         current_time=5.0,
         config=config,
     )
-    assert fleet_of(context) == Fleet(5.0, 2, (load, ReplicaLoad()), 2.0, 0, 4)
+    assert replica_set_of(context) == ReplicaSet(5.0, 2, (load, ReplicaLoad()), 2.0, 0, 4)
     made = config.policy.get_policy()(**config.policy.policy_kwargs)
     replicas, state = made(context)
     assert replicas == 4

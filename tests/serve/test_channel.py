@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from loramill.errors import Unavailable
-from loramill.serve.protocol import ChosenToken, TextChunk, TokenText
+from loramill.serve.protocol import SampledToken, TextChunk, TokenText
 from loramill.serve.transport import channel
-from loramill.serve.transport.channel import Address, Lost, Receiver, Sender
+from loramill.serve.transport.channel import Address, Receiver, ReplicaLost, Sender
 
 HOST = "127.0.0.1"
 
@@ -36,12 +36,12 @@ def chunk(text: str, count: int, finish: str | None = None) -> TextChunk:
 def test_chunks_arrive_whole_and_in_order() -> None:
     token = TokenText("é", -0.25, "é".encode())
     told = TextChunk(
-        "héllo", 7, 2, None, (ChosenToken(token, (token, TokenText("<x>", None, None))), ChosenToken(token))
+        "héllo", 7, 2, None, (SampledToken(token, (token, TokenText("<x>", None, None))), SampledToken(token))
     )
 
     async def work() -> None:
         async with joined() as (receiver, sender, address):
-            send = await sender.to(address)
+            send = await sender.connect(address)
             with receiver.inbox("a") as inbox, receiver.inbox("b") as other:
                 for each in (None, told, chunk("", 3, "stop")):
                     send("a", each)
@@ -57,9 +57,9 @@ def test_what_is_ready_together_is_one_frame(monkeypatch: pytest.MonkeyPatch) ->
 
     async def work() -> None:
         async with joined() as (receiver, sender, address):
-            hand_out = receiver._hand_out
+            hand_out = receiver._dispatch
             monkeypatch.setattr(receiver, "_hand_out", lambda frame, _: (frames.append(frame), hand_out(frame, _)))
-            send = await sender.to(address)
+            send = await sender.connect(address)
             with receiver.inbox("31") as last:
                 for n in range(32):
                     send(str(n), chunk("x", 1))
@@ -74,13 +74,13 @@ def test_what_is_ready_together_is_one_frame(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_replica_that_goes_leaves_nobody_waiting() -> None:
     async def work() -> None:
         async with joined() as (receiver, sender, address):
-            send = await sender.to(address)
+            send = await sender.connect(address)
             with receiver.inbox("begun") as begun, receiver.inbox("done") as done, receiver.inbox("other") as other:
                 send("begun", None)
                 send("done", chunk("x", 1, "stop"))
                 await sender.close()
                 assert await begun.get() is None
-                assert isinstance(await begun.get(), Lost)
+                assert isinstance(await begun.get(), ReplicaLost)
                 assert await done.get() == chunk("x", 1, "stop")
                 await asyncio.sleep(0.05)
                 assert done.empty() and other.empty()
@@ -91,7 +91,7 @@ def test_a_replica_that_goes_leaves_nobody_waiting() -> None:
 def test_one_connection_serves_all_and_is_made_anew_when_it_breaks() -> None:
     async def work() -> None:
         async with joined() as (receiver, sender, address):
-            first, second = await asyncio.gather(sender.to(address), sender.to(address))
+            first, second = await asyncio.gather(sender.connect(address), sender.connect(address))
             assert first == second
             with receiver.inbox("a") as inbox:
                 first("a", None)
@@ -99,10 +99,10 @@ def test_one_connection_serves_all_and_is_made_anew_when_it_breaks() -> None:
                 assert len(receiver._connections) == 1
                 for writer in list(receiver._connections):
                     writer.close()
-                assert isinstance(await inbox.get(), Lost)
-                while await sender.to(address) == first:
+                assert isinstance(await inbox.get(), ReplicaLost)
+                while await sender.connect(address) == first:
                     await asyncio.sleep(0.01)
-                (await sender.to(address))("a", chunk("again", 1))
+                (await sender.connect(address))("a", chunk("again", 1))
                 assert await inbox.get() == chunk("again", 1)
 
     run(work())
@@ -112,9 +112,9 @@ def test_a_stranger_is_not_listened_to() -> None:
     async def work() -> None:
         async with joined() as (receiver, sender, address):
             with receiver.inbox("a") as inbox:
-                send = await Sender().to(address._replace(secret="0" * 32))
+                send = await Sender().connect(address._replace(secret="0" * 32))
                 send("a", chunk("forged", 1))
-                (await sender.to(address))("a", chunk("true", 1))
+                (await sender.connect(address))("a", chunk("true", 1))
                 assert await inbox.get() == chunk("true", 1)
                 await asyncio.sleep(0.05)
                 assert inbox.empty()
@@ -128,7 +128,7 @@ def test_a_gateway_that_is_gone_is_said_so() -> None:
             await receiver.close()
             for _ in range(2):
                 with pytest.raises(Unavailable, match=f"{HOST}:{address.port} can't be reached"):
-                    await sender.to(address)
+                    await sender.connect(address)
 
     run(work())
 
@@ -146,11 +146,11 @@ def test_a_gateway_that_stops_reading_costs_a_bounded_memory(monkeypatch: pytest
         server = await asyncio.start_server(never, HOST, 0)
         sender = Sender()
         address = Address(HOST, server.sockets[0].getsockname()[1], "secret")
-        send = await sender.to(address)
+        send = await sender.connect(address)
         for _ in range(200):
             send("a", chunk("x" * 100_000, 1))
             await asyncio.sleep(0)
-        assert await sender.to(address) != send
+        assert await sender.connect(address) != send
         reading.set()
         server.close()
 

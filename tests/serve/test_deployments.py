@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from loramill.serve.deployments import engine_options, on_ray
+from loramill.serve.deployments import engine_options, with_fixed_device
 from loramill.serve.replica import replica
-from loramill.serve.replica.replica import Replica, find_device
+from loramill.serve.replica.replica import Replica, resolve_device
 from loramill.settings import ServeSettings, Settings
 
 
@@ -17,15 +17,15 @@ def test_ray_gives_a_gpu_to_who_says_so_and_nobody_takes_another(device, gpus, t
     options = engine_options(Settings(serve=settings))
     assert options["num_gpus"] == gpus
     assert options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "3"
-    assert find_device(on_ray(settings)) == there
+    assert resolve_device(with_fixed_device(settings)) == there
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_without_ray_auto_is_what_torch_finds(there, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert find_device(ServeSettings()) == ("cuda" if there else "cpu")
-    assert find_device(ServeSettings(device="cpu")) == "cpu"
-    assert find_device(ServeSettings(device="cuda")) == "cuda"
+    assert resolve_device(ServeSettings()) == ("cuda" if there else "cpu")
+    assert resolve_device(ServeSettings(device="cpu")) == "cpu"
+    assert resolve_device(ServeSettings(device="cuda")) == "cuda"
 
 
 class Started(Exception):

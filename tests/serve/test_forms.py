@@ -20,13 +20,13 @@ from llguidance import LLMatcher
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import InvalidRequest, ModelNotFound
 from loramill.models.catalog import Base
-from loramill.serve.engine import Sampling
-from loramill.serve.engine.sampler import Chooser
-from loramill.serve.protocol import Form, TextRequest
+from loramill.serve.engine import SamplingParams
+from loramill.serve.engine.sampler import Sampler
+from loramill.serve.protocol import OutputConstraint, TextRequest
 from loramill.serve.replica import masks
-from loramill.serve.replica.masks import MAX_GRAMMAR, Forms
+from loramill.serve.replica.masks import MAX_GRAMMAR_CHARACTERS, ConstraintCompiler
 from loramill.serve.replica.replica import Replica
-from loramill.serve.replica.tool_calls import Call, CallScanner
+from loramill.serve.replica.tool_calls import ToolCall, ToolCallScanner
 from loramill.settings import ServeSettings
 
 from ..hermes import SETTINGS, VOCABULARY, hermes_tokenizer
@@ -114,21 +114,21 @@ def ask(replica: Replica, *requests: TextRequest) -> list[tuple[str, str | None,
     return asyncio.run(all_at_once())
 
 
-def request(id_: str, form: Form | None, **more: Any) -> TextRequest:
+def request(id_: str, form: OutputConstraint | None, **more: Any) -> TextRequest:
     return TextRequest(**{"id": id_, "tenant": "t", "messages": QUESTION, "max_tokens": 900, "form": form, **more})
 
 
 def test_a_random_model_answers_by_every_schema(replica: Replica) -> None:
     asked = [
-        request(f"{name}-{seed}", Form("response_format", schema), seed=seed, temperature=seed % 3 / 2)
+        request(f"{name}-{seed}", OutputConstraint("response_format", schema), seed=seed, temperature=seed % 3 / 2)
         for name, schema in SCHEMAS.items()
         for seed in range(6)
     ]
     answers = ask(replica, *asked)
     for each, (text, finish, _) in zip(asked, answers, strict=True):
-        assert each.form is not None and each.form.schema is not None
+        assert each.constraint is not None and each.constraint.schema is not None
         if finish == "stop":
-            jsonschema.validate(json.loads(text), each.form.schema, format_checker=jsonschema.FormatChecker())
+            jsonschema.validate(json.loads(text), each.constraint.schema, format_checker=jsonschema.FormatChecker())
         else:
             # It may have more to say than it may say, where the schema sets no bound.
             assert finish == "length" and each.id.startswith(("tree", "number", "integer"))
@@ -136,7 +136,7 @@ def test_a_random_model_answers_by_every_schema(replica: Replica) -> None:
 
 
 def test_any_object(replica: Replica) -> None:
-    asked = [request(str(seed), Form("response_format", {"type": "object"}), seed=seed, temperature=1.5,
+    asked = [request(str(seed), OutputConstraint("response_format", {"type": "object"}), seed=seed, temperature=1.5,
                      logit_bias=((ord('"') - 33, 6.0), (ord("}") - 33, 4.0))) for seed in range(12)]  # fmt: skip
     ended = [json.loads(text) for text, finish, _ in ask(replica, *asked) if finish == "stop"]
     assert len(ended) > 8 and all(isinstance(value, dict) for value in ended)
@@ -173,27 +173,27 @@ schema = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def forms() -> Iterator[Forms]:
-    forms = Forms(ChatTokenizer(hermes_tokenizer().to_str(), SETTINGS, {}), VOCABULARY + 3)
+def forms() -> Iterator[ConstraintCompiler]:
+    forms = ConstraintCompiler(ChatTokenizer(hermes_tokenizer().to_str(), SETTINGS, {}), VOCABULARY + 3)
     yield forms
     forms.close()
 
 
-def say(forms: Forms, form: Form, random: np.random.Generator, **sampling: Any) -> str | None:
+def say(forms: ConstraintCompiler, form: OutputConstraint, random: np.random.Generator, **sampling: Any) -> str | None:
     """What a model with random logits answers; None: it found no end."""
     tokenizer = hermes_tokenizer()
     stop = tokenizer.token_to_id("<|im_end|>")
-    mask = asyncio.run(forms.masks(form))()
-    asked = Sampling(**{"max_tokens": 600, "temperature": 1.0, "seed": 1, "stop_ids": (stop,), **sampling})
-    chooser = Chooser(asked, (), mask=mask)
+    mask = asyncio.run(forms.mask_factory(form))()
+    asked = SamplingParams(**{"max_tokens": 600, "temperature": 1.0, "seed": 1, "stop_ids": (stop,), **sampling})
+    chooser = Sampler(asked, (), mask=mask)
     tokens: list[int] = []
     while len(tokens) < asked.max_tokens:
-        token = chooser.choose(random.normal(size=VOCABULARY + 3, scale=2.0).astype(np.float32))
+        token = chooser.sample(random.normal(size=VOCABULARY + 3, scale=2.0).astype(np.float32))
         assert token is not None and token < VOCABULARY and chooser.error is None
         if token == stop:
             return tokenizer.decode(tokens)
         tokens.append(token)
-        chooser.take(token)
+        chooser.accept(token)
         if chooser.finished:
             return tokenizer.decode(tokens)
     return None
@@ -216,8 +216,10 @@ def say(forms: Forms, form: Form, random: np.random.Generator, **sampling: Any) 
         },
     ),
 )
-def test_any_schema_with_any_sampling(forms: Forms, schema: Any, seed: int, sampling: Mapping[str, Any]) -> None:
-    text = say(forms, Form("response_format", schema), np.random.default_rng(seed), **sampling)
+def test_any_schema_with_any_sampling(
+    forms: ConstraintCompiler, schema: Any, seed: int, sampling: Mapping[str, Any]
+) -> None:
+    text = say(forms, OutputConstraint("response_format", schema), np.random.default_rng(seed), **sampling)
     if text is not None:
         jsonschema.validate(json.loads(text), schema)
 
@@ -233,13 +235,13 @@ def test_any_schema_with_any_sampling(forms: Forms, schema: Any, seed: int, samp
         ({"$ref": "#/nowhere"}, "Pointer '/nowhere' does not exist"),
         ({"$ref": "https://example.com/a.json"}, "is not present in a registry"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "nothing satisfies the schema"),
-        ({"enum": ["word " * 20] * 1000}, f"over {MAX_GRAMMAR} characters"),
+        ({"enum": ["word " * 20] * 1000}, f"over {MAX_GRAMMAR_CHARACTERS} characters"),
         ({"allOf": [{"anyOf": [{"required": [f"{x}{i}"]} for x in "ab"]} for i in range(18)]}, "schema too large"),
     ],
 )
 def test_a_schema_that_cannot_be_kept_is_refused_with_the_reason(replica: Replica, schema: Any, reason: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        ask(replica, request("bad", Form("response_format", schema)))
+        ask(replica, request("bad", OutputConstraint("response_format", schema)))
     assert caught.value.param == "response_format" and caught.value.message.startswith("'response_format': ")
     assert (
         reason in caught.value.message and "start:" not in caught.value.message and "%json" not in caught.value.message
@@ -253,7 +255,9 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 def test_deep_schemas_are_refused_or_kept(replica: Replica) -> None:
-    answers = ask(replica, *(request(f"deep-{n}", Form("response_format", nested(50)), seed=n) for n in range(8)))
+    answers = ask(
+        replica, *(request(f"deep-{n}", OutputConstraint("response_format", nested(50)), seed=n) for n in range(8))
+    )
     assert all(set(text) <= set("[null, \n\t]") for text, _, _ in answers)
     # Chance decides how wide one becomes.
     whole = [json.loads(text) for text, finish, _ in answers if finish == "stop"]
@@ -261,7 +265,7 @@ def test_deep_schemas_are_refused_or_kept(replica: Replica) -> None:
     for each in whole:
         jsonschema.validate(each, nested(50))
     with pytest.raises(InvalidRequest, match="recursion limit"):
-        ask(replica, request("deeper", Form("response_format", nested(400))))
+        ask(replica, request("deeper", OutputConstraint("response_format", nested(400))))
 
 
 def test_a_grammar_that_becomes_too_complex_ends_its_answer_and_no_other(replica: Replica) -> None:
@@ -270,7 +274,10 @@ def test_a_grammar_that_becomes_too_complex_ends_its_answer_and_no_other(replica
     wide = {"type": "object", "properties": fields, "required": ["p1499"], "additionalProperties": False}
 
     async def both() -> list[Any]:
-        asked = [request("wide", Form("response_format", wide), seed=1), request("other", None, seed=1, max_tokens=40)]
+        asked = [
+            request("wide", OutputConstraint("response_format", wide), seed=1),
+            request("other", None, seed=1, max_tokens=40),
+        ]
         return await asyncio.gather(*(tell(replica, each) for each in asked), return_exceptions=True)
 
     broken, other = asyncio.run(both())
@@ -281,24 +288,24 @@ def test_a_grammar_that_becomes_too_complex_ends_its_answer_and_no_other(replica
 
 @pytest.mark.parametrize("several", [False, True])
 def test_calls_are_forced(replica: Replica, several: bool) -> None:
-    form = Form("tools", calls={"weather": WEATHER, "now": NOTHING}, several=several)
+    form = OutputConstraint("tools", tool_schemas={"weather": WEATHER, "now": NOTHING}, parallel_tool_calls=several)
     asked = [request(str(seed), form, seed=seed, temperature=2.0, max_tokens=400) for seed in range(12)]
     names, most = set(), 0
     for text, finish, _ in ask(replica, *asked):
-        scanner = CallScanner()
+        scanner = ToolCallScanner()
         parts = scanner.push(text) + scanner.finish()
-        calls = [part for part in parts if isinstance(part, Call)]
+        calls = [part for part in parts if isinstance(part, ToolCall)]
         assert calls and (finish == "length" or parts == calls)
         for call in calls:
             names.add(call.name)
-            jsonschema.validate(json.loads(call.arguments), form.calls[call.name])
+            jsonschema.validate(json.loads(call.arguments), form.tool_schemas[call.name])
         most = max(most, len(calls))
         assert several or (finish, len(calls)) == ("stop", 1)
     assert names == {"weather", "now"} and (most > 1) == several
 
 
 def test_json_or_calls(replica: Replica) -> None:
-    form = Form(
+    form = OutputConstraint(
         "response_format", {"type": "object", "properties": {}, "additionalProperties": False}, {"now": NOTHING}
     )
     texts = {text for text, _, _ in ask(replica, *(request(str(seed), form, seed=seed) for seed in range(16)))}
@@ -307,8 +314,8 @@ def test_json_or_calls(replica: Replica) -> None:
 
 def test_tags_may_be_spelled_where_they_are_no_tokens(hermes_base: Base, tmp_path: Any) -> None:
     tokenizer = hermes_tokenizer(tags_are_tokens=False)
-    forms = Forms(ChatTokenizer(tokenizer.to_str(), SETTINGS, {}), VOCABULARY)
-    mask = asyncio.run(forms.masks(Form("tools", calls={"now": NOTHING})))()
+    forms = ConstraintCompiler(ChatTokenizer(tokenizer.to_str(), SETTINGS, {}), VOCABULARY)
+    mask = asyncio.run(forms.mask_factory(OutputConstraint("tools", tool_schemas={"now": NOTHING})))()
     for token in tokenizer.encode('<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>').ids:
         assert mask.allowed()[token]
         mask.accept(token)
@@ -317,12 +324,14 @@ def test_tags_may_be_spelled_where_they_are_no_tokens(hermes_base: Base, tmp_pat
 
 
 def test_cut_off_by_max_tokens(replica: Replica) -> None:
-    [(text, finish, count)] = ask(replica, request("cut", Form("response_format", SCHEMAS["object"]), max_tokens=6))
+    [(text, finish, count)] = ask(
+        replica, request("cut", OutputConstraint("response_format", SCHEMAS["object"]), max_tokens=6)
+    )
     assert (finish, count) == ("length", 6) and text.startswith("{")
 
 
 def test_ignoring_the_end_only_puts_it_off(replica: Replica) -> None:
-    form = Form("response_format", {"type": "integer", "minimum": 0, "maximum": 99999})
+    form = OutputConstraint("response_format", {"type": "integer", "minimum": 0, "maximum": 99999})
     asked = [request(str(seed), form, seed=seed, temperature=2.0) for seed in range(12)]
     ended = {len(text) for text, _, _ in ask(replica, *asked)}
     assert len(ended) > 2
@@ -333,11 +342,15 @@ def test_ignoring_the_end_only_puts_it_off(replica: Replica) -> None:
 def test_others_in_the_batch_are_not_changed(replica: Replica) -> None:
     plain = [request(f"plain-{seed}", None, seed=seed, max_tokens=30) for seed in range(3)]
     alone = ask(replica, *plain)
-    held = [request(f"held-{seed}", Form("response_format", SCHEMAS["object"]), seed=seed) for seed in range(3)]
+    held = [
+        request(f"held-{seed}", OutputConstraint("response_format", SCHEMAS["object"]), seed=seed) for seed in range(3)
+    ]
     assert ask(replica, *plain, *held)[:3] == alone
 
 
-def test_a_form_is_compiled_once_and_not_in_the_thread_that_asks(forms: Forms, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_form_is_compiled_once_and_not_in_the_thread_that_asks(
+    forms: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     threads: list[str] = []
 
     def compile_in(*args: Any, **options: Any) -> LLMatcher:
@@ -346,7 +359,7 @@ def test_a_form_is_compiled_once_and_not_in_the_thread_that_asks(forms: Forms, m
 
     monkeypatch.setattr(masks, "LLMatcher", compile_in)
     for _ in range(3):
-        asyncio.run(forms.masks(Form("response_format", {"type": "object", "title": "once"})))
+        asyncio.run(forms.mask_factory(OutputConstraint("response_format", {"type": "object", "title": "once"})))
     assert threads == ["grammar_0"]
 
 
@@ -364,7 +377,7 @@ def test_the_real_base_answers_by_a_schema(base: Base) -> None:
     }
     try:
         messages = ({"role": "user", "content": "Ada Lovelace was 36. Give her name, age and tags in JSON."},)
-        asked = [request(str(t), Form("response_format", person), messages=messages, temperature=t, seed=1)
+        asked = [request(str(t), OutputConstraint("response_format", person), messages=messages, temperature=t, seed=1)
                  for t in (0.0, 1.0)]  # fmt: skip
         for text, finish, _ in ask(replica, *asked):
             assert finish == "stop"

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramill.serve.api.limits.policy import MINUTE, as_of, decide, duration, together
-from loramill.types import Limits, Meter
+from loramill.serve.api.limits.policy import MINUTE_SECONDS, decide, format_duration, merge_meters, roll_to_minute
+from loramill.types import Limits, RateWindow
 
 counts = st.integers(0, 50)
 meters = st.builds(
-    Meter,
+    RateWindow,
     minute=st.just(7),
     requests=counts,
     requests_before=counts,
@@ -24,7 +24,7 @@ meters = st.builds(
 )
 limit = st.none() | st.integers(1, 40)
 limited = st.builds(Limits, requests_per_minute=limit, tokens_per_minute=limit, concurrent_requests=limit)
-moments = st.floats(7 * MINUTE, 8 * MINUTE, exclude_max=True)
+moments = st.floats(7 * MINUTE_SECONDS, 8 * MINUTE_SECONDS, exclude_max=True)
 
 
 @pytest.mark.parametrize(
@@ -52,16 +52,16 @@ moments = st.floats(7 * MINUTE, 8 * MINUTE, exclude_max=True)
 def test_who_waits_how_long(
     limits: dict[str, int], used: dict[str, int], second: float, wait: float, kind: str
 ) -> None:
-    decision = decide(Limits(**limits), Meter(7, **used), 10, 7 * MINUTE + second)
-    assert decision.wait == pytest.approx(wait)
+    decision = decide(Limits(**limits), RateWindow(7, **used), 10, 7 * MINUTE_SECONDS + second)
+    assert decision.wait_seconds == pytest.approx(wait)
     assert (decision.allowed, bool(decision.reason)) == (wait == 0, wait > 0)
     assert decision.allowed or decision.kind == kind
 
 
 def test_what_is_left_is_told_as_openai_tells_it() -> None:
     limits = Limits(requests_per_minute=10, tokens_per_minute=1000)
-    used = Meter(7, requests=2, requests_before=6, tokens=100, reserved=50)
-    assert decide(limits, used, 30, 7 * MINUTE + 30).headers == {
+    used = RateWindow(7, requests=2, previous_requests=6, tokens=100, reserved_tokens=50)
+    assert decide(limits, used, 30, 7 * MINUTE_SECONDS + 30).headers == {
         "x-ratelimit-limit-requests": "10",
         "x-ratelimit-remaining-requests": "4",
         "x-ratelimit-reset-requests": "1m30s",
@@ -69,8 +69,8 @@ def test_what_is_left_is_told_as_openai_tells_it() -> None:
         "x-ratelimit-remaining-tokens": "820",
         "x-ratelimit-reset-tokens": "1m30s",
     }
-    assert decide(Limits(), used, 30, 7 * MINUTE).headers == {}
-    alone = decide(Limits(requests_per_minute=1), Meter(7), 1, 7 * MINUTE).headers
+    assert decide(Limits(), used, 30, 7 * MINUTE_SECONDS).headers == {}
+    alone = decide(Limits(requests_per_minute=1), RateWindow(7), 1, 7 * MINUTE_SECONDS).headers
     assert (alone["x-ratelimit-remaining-requests"], alone["x-ratelimit-reset-requests"]) == ("0", "2m0s")
 
 
@@ -79,59 +79,69 @@ def test_what_is_left_is_told_as_openai_tells_it() -> None:
     [(0, "0s"), (0.0001, "1ms"), (0.12, "120ms"), (1, "1s"), (7.5, "7.5s"), (59.9999, "1m0s"), (360, "6m0s")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_a_meter_in_other_minutes() -> None:
-    meter = Meter(7, requests=3, requests_before=9, tokens=5, tokens_before=8, running=2, reserved=4)
-    assert as_of(meter, 7) is meter
-    assert as_of(meter, 8) == Meter(8, requests_before=3, tokens_before=5, running=2, reserved=4)
-    assert as_of(meter, 9) == Meter(9, running=2, reserved=4)
-    assert together([meter, Meter(8, requests=1), Meter(2, requests=100)], 8) == Meter(
-        8, requests=1, requests_before=3, tokens_before=5, running=2, reserved=4
+    meter = RateWindow(
+        7, requests=3, previous_requests=9, tokens=5, previous_tokens=8, running_requests=2, reserved_tokens=4
     )
-    assert together([], 8) == Meter(8)
+    assert roll_to_minute(meter, 7) is meter
+    assert roll_to_minute(meter, 8) == RateWindow(
+        8, previous_requests=3, previous_tokens=5, running_requests=2, reserved_tokens=4
+    )
+    assert roll_to_minute(meter, 9) == RateWindow(9, running_requests=2, reserved_tokens=4)
+    assert merge_meters([meter, RateWindow(8, requests=1), RateWindow(2, requests=100)], 8) == RateWindow(
+        8, requests=1, previous_requests=3, previous_tokens=5, running_requests=2, reserved_tokens=4
+    )
+    assert merge_meters([], 8) == RateWindow(8)
 
 
 @given(limited, meters, st.integers(1, 60), moments)
-def test_after_the_wait_it_passes_if_nothing_else_came(limits: Limits, used: Meter, tokens: int, now: float) -> None:
+def test_after_the_wait_it_passes_if_nothing_else_came(
+    limits: Limits, used: RateWindow, tokens: int, now: float
+) -> None:
     decision = decide(limits, used, tokens, now)
-    assert 0 <= decision.wait <= 2 * MINUTE
-    settled = replace(used, running=0, reserved=0)  # what runs ends meanwhile, and has used nothing
-    later = now + decision.wait + 1e-6
-    assert decide(limits, as_of(settled, int(later // MINUTE)), tokens, later).allowed
+    assert 0 <= decision.wait_seconds <= 2 * MINUTE_SECONDS
+    settled = replace(used, running_requests=0, reserved_tokens=0)  # what runs ends meanwhile, and has used nothing
+    later = now + decision.wait_seconds + 1e-6
+    assert decide(limits, roll_to_minute(settled, int(later // MINUTE_SECONDS)), tokens, later).allowed
 
 
 @given(limited, meters, st.integers(1, 60), moments)
-def test_more_use_never_shortens_the_wait(limits: Limits, used: Meter, tokens: int, now: float) -> None:
+def test_more_use_never_shortens_the_wait(limits: Limits, used: RateWindow, tokens: int, now: float) -> None:
     # Where only the end of others makes room the wait is a guess; whether one has to wait is none.
-    more = replace(used, requests=used.requests + 1, tokens=used.tokens + 1, running=used.running + 1)
+    more = replace(used, requests=used.requests + 1, tokens=used.tokens + 1, running_requests=used.running_requests + 1)
     if decide(limits, more, tokens, now).allowed:
         assert decide(limits, used, tokens, now).allowed
 
 
 @given(limited, meters, st.integers(1, 60), moments)
 def test_what_is_left_is_never_below_nothing_nor_above_the_limit(
-    limits: Limits, used: Meter, tokens: int, now: float
+    limits: Limits, used: RateWindow, tokens: int, now: float
 ) -> None:
     decision = decide(limits, used, tokens, now)
     for quota, most in ((decision.requests, limits.requests_per_minute), (decision.tokens, limits.tokens_per_minute)):
         assert (quota is None) == (most is None)
-        assert quota is None or (0 <= quota.remaining <= quota.limit == most and 0 <= quota.reset <= 2 * MINUTE)
+        assert quota is None or (
+            0 <= quota.remaining <= quota.limit == most and 0 <= quota.reset_seconds <= 2 * MINUTE_SECONDS
+        )
 
 
 @settings(max_examples=50)
 @given(st.integers(1, 20), st.lists(st.floats(0, 20), min_size=50, max_size=150))
 def test_no_clock_minute_lets_more_than_the_limit_through(most: int, gaps: list[float]) -> None:
-    now, meter, passed = 0.0, Meter(0), []
+    now, meter, passed = 0.0, RateWindow(0), []
     for gap in gaps:
         now += gap
-        meter = as_of(meter, int(now // MINUTE))
+        meter = roll_to_minute(meter, int(now // MINUTE_SECONDS))
         if decide(Limits(requests_per_minute=most), meter, 1, now).allowed:
             meter = replace(meter, requests=meter.requests + 1)
             passed.append(now)
-    minutes = [sum(int(at // MINUTE) == minute for at in passed) for minute in range(int(now // MINUTE) + 1)]
+    minutes = [
+        sum(int(at // MINUTE_SECONDS) == minute for at in passed) for minute in range(int(now // MINUTE_SECONDS) + 1)
+    ]
     assert max(minutes) <= most
     # Two windows of the count touch any sixty seconds.
-    assert all(sum(start <= at < start + MINUTE for at in passed) < 2 * most for start in passed)
+    assert all(sum(start <= at < start + MINUTE_SECONDS for at in passed) < 2 * most for start in passed)
     assert passed

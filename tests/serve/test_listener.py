@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.responses import StreamingResponse
 
 from loramill.errors import PortTaken, Unavailable
-from loramill.serve.transport.http_server import Listener, listening
+from loramill.serve.transport.http_server import HttpServer, listening_socket
 
 HOST = "127.0.0.1"
 
@@ -41,7 +41,7 @@ def app(ticks: int) -> FastAPI:
 def test_a_stream_outlives_the_drain_and_nothing_new_begins() -> None:
     async def work() -> None:
         port = free_port()
-        listener = Listener(app(ticks=20), HOST, port, drain_seconds=30)
+        listener = HttpServer(app(ticks=20), HOST, port, drain_seconds=30)
         with pytest.raises(Unavailable):
             listener.check()
         await listener.start()
@@ -64,7 +64,7 @@ def test_a_stream_outlives_the_drain_and_nothing_new_begins() -> None:
 def test_two_share_a_port_and_one_may_go() -> None:
     async def work() -> None:
         port = free_port()
-        first, second = (Listener(app(ticks=1), HOST, port, drain_seconds=5) for _ in range(2))
+        first, second = (HttpServer(app(ticks=1), HOST, port, drain_seconds=5) for _ in range(2))
         await first.start()
         await second.start()
         await first.drain()
@@ -80,4 +80,4 @@ def test_a_port_that_is_taken_is_named() -> None:
     with socket.create_server((HOST, 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(PortTaken, match=f"{HOST}:{port} can't be listened on"):
-            listening(HOST, port)
+            listening_socket(HOST, port)

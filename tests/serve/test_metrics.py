@@ -19,9 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from loramill.errors import InvalidRequest
 from loramill.names import check_name
 from loramill.serve.engine import EngineStats
-from loramill.serve.engine.durations import BOUNDS, Durations, Stopwatch
+from loramill.serve.engine.durations import BOUNDS_SECONDS, DurationHistogram, Durations
 from loramill.serve.metrics import multiprocess
-from loramill.serve.metrics.definitions import OTHER, REGISTRY, Bounded
+from loramill.serve.metrics.definitions import OTHER_LABEL, REGISTRY, BoundedLabels
 from loramill.serve.metrics.engine import EngineMetrics
 
 
@@ -43,22 +43,22 @@ def of(text: bytes, name: str, **labels: str) -> float | None:
 
 @given(st.lists(st.text(max_size=3)), st.integers(0, 5))
 def test_labels_are_few_and_stay(names: list[str], most: int) -> None:
-    label = Bounded(most)
+    label = BoundedLabels(most)
     first = {name: label(name) for name in reversed(names)} | {name: label(name) for name in names}
     assert {name: label(name) for name in names} == first
-    own = set(first.values()) - {OTHER}
-    assert len(own) <= most and all(first[name] in (name, OTHER) for name in names)
-    assert OTHER not in first.values() or len(own) == most or OTHER in names
+    own = set(first.values()) - {OTHER_LABEL}
+    assert len(own) <= most and all(first[name] in (name, OTHER_LABEL) for name in names)
+    assert OTHER_LABEL not in first.values() or len(own) == most or OTHER_LABEL in names
 
 
 def test_first_come() -> None:
-    label = Bounded(2)
-    assert [label(name) for name in ("b", "a", "c", "b", "d", "a")] == ["b", "a", OTHER, "b", OTHER, "a"]
+    label = BoundedLabels(2)
+    assert [label(name) for name in ("b", "a", "c", "b", "d", "a")] == ["b", "a", OTHER_LABEL, "b", OTHER_LABEL, "a"]
 
 
 def test_nobody_can_be_named_like_a_shared_label() -> None:
     with pytest.raises(InvalidRequest):
-        check_name(OTHER, "tenant")
+        check_name(OTHER_LABEL, "tenant")
 
 
 def test_names_are_as_prometheus_wants_them() -> None:
@@ -94,9 +94,9 @@ LOOK = EngineStats(
 
 
 def durations(*seconds: float) -> Durations:
-    watch = Stopwatch()
+    watch = DurationHistogram()
     for each in seconds:
-        watch.note(each)
+        watch.observe(each)
     return watch.durations
 
 
@@ -124,17 +124,17 @@ def durations(*seconds: float) -> Durations:
 def test_an_engine_is_told_as_it_is(name: str, first: int, second: int) -> None:
     replica = f"told {name}"
     engine = EngineMetrics(replica)
-    engine.note(LOOK)
+    engine.update(LOOK)
     assert of(generate_latest(REGISTRY), f"loramill_{name}", replica=replica) == first
     later = replace(LOOK, waiting=0, running=6, loading=(), steps=45, generated_tokens=230, evictions=3)
     for _ in range(2):  # looking twice counts nothing twice
-        engine.note(later)
+        engine.update(later)
         assert of(generate_latest(REGISTRY), f"loramill_{name}", replica=replica) == second
 
 
 def test_replicas_are_apart() -> None:
     for replica, running in (("apart 1", 3), ("apart 2", 4)):
-        EngineMetrics(replica).note(replace(LOOK, running=running))
+        EngineMetrics(replica).update(replace(LOOK, running=running))
     text = generate_latest(REGISTRY)
     assert of(text, "loramill_engine_running", replica="apart 1") == 3
     assert of(text, "loramill_engine_running", replica="apart 2") == 4
@@ -143,19 +143,19 @@ def test_replicas_are_apart() -> None:
 @given(st.lists(st.floats(0, 100)))
 def test_a_stopwatch_counts_by_bounds(seconds: list[float]) -> None:
     counted = durations(*seconds)
-    assert [sum(counted.counts[: i + 1]) for i in range(len(BOUNDS))] == [
-        sum(each <= bound for each in seconds) for bound in BOUNDS
+    assert [sum(counted.counts[: i + 1]) for i in range(len(BOUNDS_SECONDS))] == [
+        sum(each <= bound for each in seconds) for bound in BOUNDS_SECONDS
     ]
-    assert sum(counted.counts) == len(seconds) and counted.seconds == pytest.approx(sum(seconds))
+    assert sum(counted.counts) == len(seconds) and counted.total_seconds == pytest.approx(sum(seconds))
 
 
 def test_durations_become_a_histogram() -> None:
     before, after = (0.0, 0.001, 0.3), (0.0011, 30.0, 31.0, 0.3)
     engine = EngineMetrics("timed")
-    engine.note(EngineStats(waits=durations(*before)))
-    engine.note(EngineStats(waits=durations(*before, *after), load_times=durations(0.2)))
+    engine.update(EngineStats(queue_times=durations(*before)))
+    engine.update(EngineStats(queue_times=durations(*before, *after), load_times=durations(0.2)))
     seen = read(generate_latest(REGISTRY))
-    for bound in BOUNDS:
+    for bound in BOUNDS_SECONDS:
         key = ("loramill_engine_queue_seconds_bucket", (("le", str(bound)), ("replica", "timed")))
         assert seen[key] == sum(each <= bound for each in (*before, *after))
     timed = (("replica", "timed"),)
@@ -247,7 +247,7 @@ def test_processes_are_summed_and_a_killed_one_leaves_what_it_counted(start, fol
     # Long afterwards their files are one, to which later ones come; what was one replica's own is gone.
     before = set(folder.glob("*.db"))
     for rounds in (1, 2):
-        multiprocess.bury(folder, older_than=float("inf"))
+        multiprocess.merge_dead_processes(folder, older_than=float("inf"))
         assert shown() == (3 + 3 * rounds, 1 + rounds, 2, None, None)
         assert {file.name for file in folder.glob("*_0.db")} == {"counter_0.db", "histogram_0.db"}
         killed(start(GATEWAY))
@@ -269,5 +269,5 @@ def test_what_has_just_ended_is_told_for_a_while(start, folder: Path) -> None:
 def test_a_merge_that_was_cut_short_does_no_harm(start, folder: Path) -> None:
     killed(start(GATEWAY))
     (folder / "counter_0.new").write_bytes(b"half")
-    multiprocess.bury(folder, older_than=float("inf"))
+    multiprocess.merge_dead_processes(folder, older_than=float("inf"))
     assert shown()[:3] == (3, 1, None)

@@ -27,7 +27,7 @@ from loramill.errors import (
 )
 from loramill.models.catalog import Base, find_base
 from loramill.serve import offline
-from loramill.serve.offline import Completion, OfflineEngine, PromptFile, ask
+from loramill.serve.offline import OfflineCompletion, OfflineEngine, PromptFile, build_request
 from loramill.serve.protocol import TextRequest
 from loramill.settings import ServeSettings
 
@@ -84,7 +84,7 @@ def engine(tiny: Base, adapters: dict[str, Path], gate: threading.Event) -> Iter
 
 
 def prompts(count: int, **said: Any) -> list[TextRequest]:
-    return [replace(ask(f"Number {n}?", LIKE, chat=n % 2 == 0), id=str(n), **said) for n in range(count)]
+    return [replace(build_request(f"Number {n}?", LIKE, chat=n % 2 == 0), id=str(n), **said) for n in range(count)]
 
 
 def by_transformers(folder: Path | None, request: TextRequest, tokenizer: ChatTokenizer) -> str:
@@ -92,7 +92,7 @@ def by_transformers(folder: Path | None, request: TextRequest, tokenizer: ChatTo
     model: Any = random_model().float()
     if folder is not None:
         model = PeftModel.from_pretrained(model, folder)
-    tokens = tokenizer.prompt(request.messages) if request.messages else tokenizer.text(str(request.prompt))
+    tokens = tokenizer.encode_chat(request.messages) if request.messages else tokenizer.encode_text(str(request.prompt))
     ids = torch.tensor([tokens])
     out = model.generate(
         input_ids=ids,
@@ -124,12 +124,12 @@ def test_answers_of_mixed_versions_are_those_of_transformers(
 
 
 def test_it_loads_smollm2_and_answers_as_transformers_does(base: Base, tokenizer: ChatTokenizer) -> None:
-    question = replace(ask("What is the capital of France?", LIKE, chat=True), max_tokens=12)
+    question = replace(build_request("What is the capital of France?", LIKE, chat=True), max_tokens=12)
     with OfflineEngine(base, Path, ServeSettings(kv_tokens=1024)) as engine:
         (told,) = engine.generate([question])
     assert told.text == "The capital of France is Paris."
     assert told.finish == "stop"
-    assert (told.prompt_tokens, told.completion_tokens) == (len(tokenizer.prompt(question.messages)), 7)
+    assert (told.prompt_tokens, told.completion_tokens) == (len(tokenizer.encode_chat(question.messages)), 7)
 
 
 def test_answers_come_as_they_are_done_unless_asked_in_order(engine: OfflineEngine) -> None:
@@ -216,7 +216,7 @@ def test_stop_strings_seeds_and_logprobs(engine: OfflineEngine) -> None:
     assert next(engine.generate(warm)).text == next(engine.generate(warm)).text != whole
     told = next(engine.generate(prompts(1, logprobs=2)))
     assert len(told.logprobs) == told.completion_tokens
-    assert all(entry.top[0] == entry.chosen for entry in told.logprobs)
+    assert all(entry.top[0] == entry.token for entry in told.logprobs)
 
 
 def test_an_error_of_the_prompts_reaches_the_caller(engine: OfflineEngine) -> None:
@@ -231,7 +231,7 @@ def test_an_error_of_the_prompts_reaches_the_caller(engine: OfflineEngine) -> No
 
 
 def test_it_works_within_an_event_loop(engine: OfflineEngine) -> None:
-    async def inside() -> list[Completion]:
+    async def inside() -> list[OfflineCompletion]:
         return list(engine.generate(prompts(2)))
 
     assert len(asyncio.run(inside())) == 2

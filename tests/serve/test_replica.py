@@ -25,8 +25,8 @@ def replica(hermes_base: Base) -> Iterator[Replica]:
 
 def test_an_idle_replica_is_well(replica: Replica) -> None:
     async def watch() -> None:
-        replica._beat -= 120.0  # as if the engine had been silent for so long; it is idle, and shows itself again
-        while time.monotonic() - replica._beat > 60.0:
+        replica._last_step -= 120.0  # as if the engine had been silent for so long; it is idle, and shows itself again
+        while time.monotonic() - replica._last_step > 60.0:
             await asyncio.sleep(0.01)
         await replica.ready()
 
@@ -48,7 +48,7 @@ def test_a_hung_engine_is_found_out(replica: Replica, monkeypatch: pytest.Monkey
         await asyncio.to_thread(hung.wait)
         try:
             await replica.ready()
-            replica._beat -= 120.0  # two minutes pass, and the step has not ended
+            replica._last_step -= 120.0  # two minutes pass, and the step has not ended
             with pytest.raises(Unavailable, match=r"has hung for 1\d\d s"):
                 await replica.ready()
         finally:

@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from loramill.serve.protocol import TextRequest
-from loramill.serve.routing.policy import stats_of
+from loramill.serve.routing.policy import report_stats
 
 SLOTS = 8
 LOAD_SECONDS = 0.05
@@ -46,7 +46,7 @@ class Pretender:
         return os.getpid(), self._loads
 
     def record_routing_stats(self) -> dict[str, Any]:
-        return stats_of(self._slots, slots=SLOTS, requests=self._requests)
+        return report_stats(self._slots, slots=SLOTS, requests=self._requests)
 
 
 class Gateway:

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.serve.routing.policy import Book, Candidate, Limits, Report, route, stats_of
+from loramill.serve.routing.policy import Candidate, RecentDispatches, ReplicaReport, RoutingLimits, report_stats, route
 
 from .simulation import Arrival, clairvoyant, informed, play, zipf
 
-LIMITS = Limits(factor=1.5, slack=12, lag=1.0)
+LIMITS = RoutingLimits(load_factor=1.5, slack_requests=12, report_lag_seconds=1.0)
 NAMES = "abcde"
 
 candidates = st.lists(
@@ -41,22 +41,22 @@ A, B, C, *_ = homes("v")
 @pytest.mark.parametrize(
     ("seen", "expected"),
     [
-        ([Candidate(C, 5, holds=True), Candidate(A, 0), Candidate(B, 0)], C),
-        ([Candidate(C, 5, holds=True), Candidate(B, 4, holds=True), Candidate(A, 0)], B),
+        ([Candidate(C, 5, has_adapter=True), Candidate(A, 0), Candidate(B, 0)], C),
+        ([Candidate(C, 5, has_adapter=True), Candidate(B, 4, has_adapter=True), Candidate(A, 0)], B),
         # No one holds it: its home, of those who have room for it.
         ([Candidate(C, 0), Candidate(B, 0), Candidate(A, 0)], A),
-        ([Candidate(C, 0, room=1), Candidate(B, 0, room=2), Candidate(A, 0)], B),
+        ([Candidate(C, 0, free_slots=1), Candidate(B, 0, free_slots=2), Candidate(A, 0)], B),
         # The others have a mean of 2: one and a half times that and 12 more are 15.
-        ([Candidate(C, 14, holds=True, room=1), *(Candidate(name, 2, room=1) for name in (A, B))], C),
-        ([Candidate(C, 15, holds=True, room=1), *(Candidate(name, 2, room=1) for name in (A, B))], A),
+        ([Candidate(C, 14, has_adapter=True, free_slots=1), *(Candidate(name, 2, free_slots=1) for name in (A, B))], C),
+        ([Candidate(C, 15, has_adapter=True, free_slots=1), *(Candidate(name, 2, free_slots=1) for name in (A, B))], A),
         # Where the copy would cost another adapter its slot, it takes twice the 12.
-        ([Candidate(C, 26, holds=True), Candidate(A, 2), Candidate(B, 2)], C),
-        ([Candidate(C, 27, holds=True), Candidate(A, 2), Candidate(B, 2)], A),
+        ([Candidate(C, 26, has_adapter=True), Candidate(A, 2), Candidate(B, 2)], C),
+        ([Candidate(C, 27, has_adapter=True), Candidate(A, 2), Candidate(B, 2)], A),
         # Room at a replica that is crowded itself is none.
-        ([Candidate(C, 29, holds=True), Candidate(A, 40, room=1), Candidate(B, 2)], C),
+        ([Candidate(C, 29, has_adapter=True), Candidate(A, 40, free_slots=1), Candidate(B, 2)], C),
         # A crowded home is passed over.
-        ([Candidate(A, 30, room=1), Candidate(B, 0, room=1), Candidate(C, 0, room=1)], B),
-        ([Candidate(A, 0, holds=True, draining=True), Candidate(B, 0), Candidate(C, 0)], B),
+        ([Candidate(A, 30, free_slots=1), Candidate(B, 0, free_slots=1), Candidate(C, 0, free_slots=1)], B),
+        ([Candidate(A, 0, has_adapter=True, draining=True), Candidate(B, 0), Candidate(C, 0)], B),
     ],
 )
 def test_the_best_replica(seen, expected):
@@ -84,7 +84,7 @@ def test_the_best_is_not_crowded(version, seen):
     live = {c.replica: c.load for c in seen if not c.draining}
     if len(live) > 1:
         load = live[route(version, seen, LIMITS)[0]]
-        assert load < LIMITS.factor * (sum(live.values()) - load) / (len(live) - 1) + 2 * LIMITS.slack
+        assert load < LIMITS.load_factor * (sum(live.values()) - load) / (len(live) - 1) + 2 * LIMITS.slack_requests
 
 
 @given(st.sampled_from(["v1", "v2", "v3"]), candidates, st.integers(0, 7))
@@ -101,11 +101,11 @@ def test_homes_are_spread():
 
 
 def test_the_book_counts_what_reports_do_not_tell_yet():
-    book, report = Book(lag=1.0), Report("a", frozenset({"v1"}), room=2, requests=3)
-    book.send("r1", "a", "v2", now=0.0)
-    book.send("r2", "a", "v1", now=0.5)
-    book.send("r3", "a", None, now=0.5)
-    book.send("r4", "b", "v3", now=0.5)
+    book, report = RecentDispatches(lag_seconds=1.0), ReplicaReport("a", frozenset({"v1"}), free_slots=2, requests=3)
+    book.record("r1", "a", "v2", now=0.0)
+    book.record("r2", "a", "v1", now=0.5)
+    book.record("r3", "a", None, now=0.5)
+    book.record("r4", "b", "v3", now=0.5)
     assert book.candidates([report], "v2", now=0.9) == [Candidate("a", 6, True, 1)]
     assert book.candidates([report], "v3", now=0.9) == [Candidate("a", 6, False, 1)]
     assert book.candidates([report], None, now=0.9) == [Candidate("a", 6, False, 1)]
@@ -114,20 +114,20 @@ def test_the_book_counts_what_reports_do_not_tell_yet():
 
 
 def test_a_request_that_went_elsewhere_counts_there():
-    book = Book(lag=1.0)
-    book.send("r1", "a", "v1", now=0.0)
-    book.send("r1", "b", "v1", now=0.1)
-    assert book.candidates([Report("a"), Report("b")], "v1", now=0.2) == [
+    book = RecentDispatches(lag_seconds=1.0)
+    book.record("r1", "a", "v1", now=0.0)
+    book.record("r1", "b", "v1", now=0.1)
+    assert book.candidates([ReplicaReport("a"), ReplicaReport("b")], "v1", now=0.2) == [
         Candidate("a", 0),
         Candidate("b", 1, True, -1),
     ]
 
 
 def test_what_a_replica_says_is_read_back():
-    stats = stats_of(("v2", "v1", "v2"), slots=4, requests=7)
-    assert Report.of("a", stats) == Report("a", frozenset({"v1", "v2"}), room=2, requests=7)
-    assert stats == stats_of(("v1", "v2"), slots=4, requests=7)
-    assert Report.of("a", {}) == Report("a")
+    stats = report_stats(("v2", "v1", "v2"), slots=4, requests=7)
+    assert ReplicaReport.from_stats("a", stats) == ReplicaReport("a", frozenset({"v1", "v2"}), free_slots=2, requests=7)
+    assert stats == report_stats(("v1", "v2"), slots=4, requests=7)
+    assert ReplicaReport.from_stats("a", {}) == ReplicaReport("a")
 
 
 @pytest.mark.parametrize(

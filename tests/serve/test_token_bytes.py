@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from loramill.data.token_bytes import TokenBytes, shown
+from loramill.data.token_bytes import TokenBytes, bytes_as_text
 from loramill.data.tokenizer import ChatTokenizer
-from loramill.serve.api.generation.offsets import Offsets
+from loramill.serve.api.generation.offsets import TextOffsets
 from loramill.serve.engine import TokenLogprobs
 from loramill.serve.protocol import TokenText
 from loramill.serve.replica.replica import _Chosen
@@ -57,7 +57,7 @@ def sentencepiece(kind: str) -> Tokenizer:
 def joined(tokens: TokenBytes, ids: list[int]) -> bytes:
     found, first = b"", True
     for token in ids:
-        raw = tokens.of(token, first=first)
+        raw = tokens.bytes_of(token, first=first)
         found, first = found + (raw or b""), first and raw is None
     return found
 
@@ -67,7 +67,7 @@ def joined(tokens: TokenBytes, ids: list[int]) -> bytes:
 @example(text=EMOJI)
 @example(text="  two  spaces\n\n\t12 <|im_end|>")
 def test_bytes_of_the_real_tokenizer_are_its_text(tokenizer: ChatTokenizer, text: str) -> None:
-    assert joined(tokenizer.token_bytes, tokenizer.text(text)) == text.encode()
+    assert joined(tokenizer.token_bytes, tokenizer.encode_text(text)) == text.encode()
 
 
 @settings(deadline=None)
@@ -90,19 +90,23 @@ def test_bytes_of_sentencepiece_are_its_text(kind: str, text: str) -> None:
 
 def test_tokens_as_they_are_shown(tokenizer: ChatTokenizer) -> None:
     tokens = tokenizer.token_bytes
-    assert [tokens.text(token) for token in tokenizer.text("Hi you")] == ["Hi", " you"]
-    assert [(tokens.text(token), tokens.of(token)) for token in (0, 2)] == [
+    assert [tokens.text(token) for token in tokenizer.encode_text("Hi you")] == ["Hi", " you"]
+    assert [(tokens.text(token), tokens.bytes_of(token)) for token in (0, 2)] == [
         ("<|endoftext|>", None),
         ("<|im_end|>", None),
     ]
-    assert (tokens.text(49999), tokens.of(49999)) == ("token_id:49999", None)
-    assert shown(b"\xf0\x9f") == r"\xf0\x9f" and shown(b" \xf0") == r" \xf0" and shown("\u00e9".encode()) == "\u00e9"
+    assert (tokens.text(49999), tokens.bytes_of(49999)) == ("token_id:49999", None)
+    assert (
+        bytes_as_text(b"\xf0\x9f") == r"\xf0\x9f"
+        and bytes_as_text(b" \xf0") == r" \xf0"
+        and bytes_as_text("\u00e9".encode()) == "\u00e9"
+    )
 
 
 def test_an_unknown_decoder_gives_the_bytes_of_the_text() -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     tokenizer.decoder = decoders.WordPiece()
-    assert TokenBytes(tokenizer, frozenset()).of(1) == b"b"
+    assert TokenBytes(tokenizer, frozenset()).bytes_of(1) == b"b"
 
 
 def test_alternatives_with_the_same_text_have_different_names() -> None:
@@ -113,7 +117,7 @@ def test_alternatives_with_the_same_text_have_different_names() -> None:
     chosen = _Chosen(tokens)
     first = chosen.of(TokenLogprobs(alike[1], -2.0, tuple(logprobs)))
     # The chosen token keeps its text; the space before the first is in none.
-    assert first.chosen == TokenText("a", -2.0, b"a")
+    assert first.token == TokenText("a", -2.0, b"a")
     assert [(top.text, top.logprob) for top in first.top] == [("\u2581a", -1.0), ("a", -2.0), ("<0x61>", -3.0)]
     later = chosen.of(TokenLogprobs(alike[0], -1.0, tuple(logprobs)))
     assert [(top.text, top.raw) for top in later.top] == [(" a", b" a"), ("a", b"a"), ("<0x61>", b"a")]
@@ -130,17 +134,17 @@ def test_alternatives_with_the_same_text_have_different_names() -> None:
     ],
 )
 def test_offsets_count_characters(raws: list[bytes | None], expected: list[int]) -> None:
-    offsets = Offsets()
+    offsets = TextOffsets()
     tokens: list[Any] = [TokenText("", None, raw) for raw in raws]
-    assert [offsets.of(token) for token in tokens] == expected
-    assert Offsets().of(TokenText("", None, b"abc"), 0) == 0
+    assert [offsets.next_offset(token) for token in tokens] == expected
+    assert TextOffsets().next_offset(TokenText("", None, b"abc"), 0) == 0
 
 
 @settings(deadline=None)
 @given(text=text)
 def test_offsets_are_the_texts_before(tokenizer: ChatTokenizer, text: str) -> None:
-    ids, offsets = tokenizer.text(text), Offsets()
+    ids, offsets = tokenizer.encode_text(text), TextOffsets()
     for at, token in enumerate(ids):
-        raw = tokenizer.token_bytes.of(token)
+        raw = tokenizer.token_bytes.bytes_of(token)
         whole = tokenizer.decode(ids[:at]).rstrip("\ufffd")
-        assert offsets.of(TokenText("", None, raw)) == len(whole)
+        assert offsets.next_offset(TokenText("", None, raw)) == len(whole)

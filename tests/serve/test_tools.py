@@ -8,43 +8,43 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramill.serve.replica.tool_calls import Call, CallScanner
+from loramill.serve.replica.tool_calls import ToolCall, ToolCallScanner
 
 
 def call(name: str = "f", **arguments: object) -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
-def scan(*pieces: str) -> tuple[str, list[Call]]:
+def scan(*pieces: str) -> tuple[str, list[ToolCall]]:
     """All text, and the calls."""
-    scanner = CallScanner()
+    scanner = ToolCallScanner()
     parts = [part for piece in pieces for part in scanner.push(piece)] + scanner.finish()
     assert "" not in parts
-    return "".join(part for part in parts if isinstance(part, str)), [p for p in parts if isinstance(p, Call)]
+    return "".join(part for part in parts if isinstance(part, str)), [p for p in parts if isinstance(p, ToolCall)]
 
 
 ANSWERS = {
     "text": ("It is sunny.\n", "It is sunny.\n", []),
     "nothing": ("", "", []),
     "white space": (" \n ", " \n ", []),
-    "a call": (call(x=1), "", [Call("f", '{"x": 1}')]),
-    "text before": ("Let me see.\n\n" + call(), "Let me see.", [Call("f", "{}")]),
-    "text behind": (call() + "\nDone.\n", "\nDone.", [Call("f", "{}")]),
-    "several": (f"\n{call('a')}\n{call('b', y=[1])} \n", "", [Call("a", "{}"), Call("b", '{"y": [1]}')]),
-    "text between": (f"1 {call('a')} 2 {call('b')}", "1 2", [Call("a", "{}"), Call("b", "{}")]),
+    "a call": (call(x=1), "", [ToolCall("f", '{"x": 1}')]),
+    "text before": ("Let me see.\n\n" + call(), "Let me see.", [ToolCall("f", "{}")]),
+    "text behind": (call() + "\nDone.\n", "\nDone.", [ToolCall("f", "{}")]),
+    "several": (f"\n{call('a')}\n{call('b', y=[1])} \n", "", [ToolCall("a", "{}"), ToolCall("b", '{"y": [1]}')]),
+    "text between": (f"1 {call('a')} 2 {call('b')}", "1 2", [ToolCall("a", "{}"), ToolCall("b", "{}")]),
     "no white space": (
         '<tool_call>{"name":"f","arguments":{"x":{}}}</tool_call>',
         "",
-        [Call("f", '{"x": {}}')],
+        [ToolCall("f", '{"x": {}}')],
     ),
-    "no arguments": ('<tool_call>{"name": "f"}</tool_call>', "", [Call("f", "{}")]),
-    "letters": (call(town="Tromsø \U0001f642"), "", [Call("f", '{"town": "Tromsø \U0001f642"}')]),
+    "no arguments": ('<tool_call>{"name": "f"}</tool_call>', "", [ToolCall("f", "{}")]),
+    "letters": (call(town="Tromsø \U0001f642"), "", [ToolCall("f", '{"town": "Tromsø \U0001f642"}')]),
     "an end in a string": (
         call(x='a </tool_call> "b" <tool_call>'),
         "",
-        [Call("f", '{"x": "a </tool_call> \\"b\\" <tool_call>"}')],
+        [ToolCall("f", '{"x": "a </tool_call> \\"b\\" <tool_call>"}')],
     ),
-    "without its end": ('Hm. <tool_call>\n{"name": "f", "arguments": {}}\n', "Hm.", [Call("f", "{}")]),
+    "without its end": ('Hm. <tool_call>\n{"name": "f", "arguments": {}}\n', "Hm.", [ToolCall("f", "{}")]),
     "cut off": ('<tool_call>\n{"name": "f", "argu', '<tool_call>\n{"name": "f", "argu', []),
     "cut off in the tag": ("so <tool_", "so <tool_", []),
     "no JSON": ("<tool_call>f(1)</tool_call> x", "<tool_call>f(1)</tool_call> x", []),
@@ -65,11 +65,11 @@ ANSWERS = {
         '<tool_call>{"name": "f", "arguments": {"x": "\\ud800"}}</tool_call>',
         [],
     ),
-    "begun twice": (f"<tool_call>{call()}", "<tool_call>", [Call("f", "{}")]),
+    "begun twice": (f"<tool_call>{call()}", "<tool_call>", [ToolCall("f", "{}")]),
     "an open string, then a call": (
         f'<tool_call>{{"name": "f\n</tool_call>\n{call("g")}',
         '<tool_call>{"name": "f\n</tool_call>',
-        [Call("g", "{}")],
+        [ToolCall("g", "{}")],
     ),
     "an end alone": ("a </tool_call> b", "a </tool_call> b", []),
     "another tag": ("a <tool> b < c <tool_calls>", "a <tool> b < c <tool_calls>", []),
@@ -105,14 +105,14 @@ def test_text_without_a_call_is_left_alone(text: str) -> None:
 
 
 def test_no_part_of_a_tag_is_told_before_it_is_known_what_it_is() -> None:
-    scanner, told = CallScanner(), ""
+    scanner, told = ToolCallScanner(), ""
     for letter in "I look. " + call(x=1):
         told += "".join(part for part in scanner.push(letter) if isinstance(part, str))
     assert told == "I look."
 
 
 def test_text_is_told_as_soon_as_it_is_certain() -> None:
-    scanner = CallScanner()
+    scanner = ToolCallScanner()
     assert scanner.push("one two") == ["one two"]
     assert scanner.push(" three ") == [" three"]
     assert scanner.push("<tool") == []

@@ -67,7 +67,7 @@ class Busy:
         while load.open:
             if arrivals is not None and len(times) % _EVERY == 1 and len(times) < _STEPS:
                 load.submit(subject.requests([next(arrivals)], 1, 1))
-            if any(output.request in ours for output in load.step()):
+            if any(output.request_id in ours for output in load.step()):
                 times.append(time.perf_counter())
         return np.diff(times).tolist()
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from loramill.errors import AdapterInvalid, DeadlineExceeded, EngineFault, ModelNotFound, Overloaded
-from loramill.serve.engine import Finish, Output, Request, TokenLogprobs
+from loramill.serve.engine import FinishReason, Output, Request, TokenLogprobs
 
 #: Seconds without any output for open answers until they count as lost.
 PATIENCE = 20.0
@@ -24,7 +24,7 @@ class Said:
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
-    finish: Finish | None = None
+    finish: FinishReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +78,13 @@ class Ledger:
     def begin(self, request: Request, alone: tuple[Said, ...] | None) -> None:
         """A request is about to be submitted."""
         with self._lock:
-            for index in range(request.sampling.n):
+            for index in range(request.sampling_params.n):
                 self._open[request.id, index] = _Open(request, None if alone is None else alone[index])
 
     def refuse(self, request: Request) -> None:
         """It wasn't taken."""
         with self._lock:
-            for index in range(request.sampling.n):
+            for index in range(request.sampling_params.n):
                 del self._open[request.id, index]
             self.ends["refused"] += 1
 
@@ -120,22 +120,22 @@ class Ledger:
 
     def take(self, output: Output) -> None:
         """Raises EngineFault if an output isn't awaited or says what it must not."""
-        key = (output.request, output.index)
+        key = (output.request_id, output.index)
         with self._lock:
             answer = self._open.get(key)
             if answer is None:
                 raise EngineFault(f"An output for answer {key}, which has ended or was never asked for: {output}.")
-            if output.finish is not None:
+            if output.finish_reason is not None:
                 del self._open[key]
         answer.tokens += output.tokens
         answer.logprobs += output.logprobs
         wrong = _wrong(answer, output)
         if wrong:
             raise EngineFault(f"Answer {key} {wrong}. It was {answer.request}; the last output is {output}.")
-        if output.finish is not None:
+        if output.finish_reason is not None:
             self.compared += answer.alone is not None
             error = type(output.error).__name__ if output.error is not None else ""
-            self.ends[error or output.finish] += 1
+            self.ends[error or output.finish_reason] += 1
 
     def _of(self, id_: str) -> list[_Open]:
         return [answer for (its, _), answer in self._open.items() if its == id_]
@@ -143,37 +143,37 @@ class Ledger:
 
 def _wrong(answer: _Open, output: Output) -> str:
     """What is wrong with an answer after an output, in words; empty: nothing."""
-    request, sampling = answer.request, answer.request.sampling
+    request, sampling = answer.request, answer.request.sampling_params
     told = len(request.tokens) if sampling.echo and answer.tokens else 0
     own = answer.tokens[told:]
-    timed = request.timeout is not None
+    timed = request.timeout_seconds is not None
     known = {
-        Finish.LENGTH: len(own) == sampling.max_tokens and bool(told) == sampling.echo,
-        Finish.STOP: bool(sampling.stop_ids) and sampling.min_tokens <= len(own) < sampling.max_tokens,
-        Finish.CANCELLED: answer.cancelled and not output.tokens,
-        Finish.ERROR: (timed and isinstance(output.error, DeadlineExceeded))
+        FinishReason.LENGTH: len(own) == sampling.max_tokens and bool(told) == sampling.echo,
+        FinishReason.STOP: bool(sampling.stop_ids) and sampling.min_tokens <= len(own) < sampling.max_tokens,
+        FinishReason.CANCELLED: answer.cancelled and not output.tokens,
+        FinishReason.ERROR: (timed and isinstance(output.error, DeadlineExceeded))
         # Another tenant's got its place to wait.
         or (isinstance(output.error, Overloaded) and not answer.tokens)
         or (request.version is not None and isinstance(output.error, (ModelNotFound, AdapterInvalid))),
         None: len(own) < sampling.max_tokens and bool(output.tokens),
     }
-    if not known[output.finish]:
-        return f"ended by {output.finish} ({output.error!r}) with {len(own)} tokens"
+    if not known[output.finish_reason]:
+        return f"ended by {output.finish_reason} ({output.error!r}) with {len(own)} tokens"
     if told and tuple(answer.tokens[:told]) != request.tokens:
         return "echoes another prompt"
     if not set(own).isdisjoint(sampling.stop_ids):
         return "goes on behind a stop token"
     if len(answer.logprobs) != (0 if sampling.logprobs is None else len(answer.tokens)):
         return f"has {len(answer.logprobs)} log probabilities for {len(answer.tokens)} tokens"
-    return "" if answer.alone is None else _differs(answer, answer.alone, output.finish)
+    return "" if answer.alone is None else _differs(answer, answer.alone, output.finish_reason)
 
 
-def _differs(answer: _Open, alone: Said, finish: Finish | None) -> str:
+def _differs(answer: _Open, alone: Said, finish: FinishReason | None) -> str:
     count = len(answer.tokens)
     if tuple(answer.tokens) != alone.tokens[:count]:
         return f"says {answer.tokens}; alone it was {list(alone.tokens)}"
     if tuple(answer.logprobs) != alone.logprobs[: len(answer.logprobs)]:
         return f"has the log probabilities {answer.logprobs}; alone they were {alone.logprobs}"
-    if finish in (Finish.LENGTH, Finish.STOP) and (finish, count) != (alone.finish, len(alone.tokens)):
+    if finish in (FinishReason.LENGTH, FinishReason.STOP) and (finish, count) != (alone.finish, len(alone.tokens)):
         return f"ended by {finish} with {count} tokens; alone by {alone.finish} with {len(alone.tokens)}"
     return ""

@@ -42,7 +42,7 @@ class Load:
         for output in outputs:
             if output.error is not None:
                 raise output.error
-        self.open -= sum(output.finish is not None for output in outputs)
+        self.open -= sum(output.finish_reason is not None for output in outputs)
         return outputs
 
     def run(self, requests: Sequence[Request] = ()) -> None:
@@ -56,7 +56,7 @@ class Load:
         self.submit(requests)
         silent = {request.id for request in requests}
         while silent:
-            silent -= {output.request for output in self.step() if output.tokens}
+            silent -= {output.request_id for output in self.step() if output.tokens}
 
 
 @contextmanager

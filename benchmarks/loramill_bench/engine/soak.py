@@ -73,10 +73,10 @@ def _alone(subject: Subject, requests: Iterable[Request]) -> tuple[Canary, ...]:
         canaries = []
         for request in requests:
             alone = []
-            for index in range(request.sampling.n):
+            for index in range(request.sampling_params.n):
                 # The n-th answer has the seed plus n.
-                sampling = replace(request.sampling, n=1, seed=(request.sampling.seed or 0) + index)
-                alone.append(_answer(engine, replace(request, sampling=sampling, timeout=None)))
+                sampling = replace(request.sampling_params, n=1, seed=(request.sampling_params.seed or 0) + index)
+                alone.append(_answer(engine, replace(request, sampling_params=sampling, timeout_seconds=None)))
             canaries.append(Canary(request, tuple(alone)))
     return tuple(canaries)
 
@@ -85,7 +85,7 @@ def _answer(engine: Engine, request: Request) -> Said:
     engine.submit(request)
     outputs: list[Output] = []
     latest = time.monotonic() + ledger.PATIENCE
-    while not outputs or outputs[-1].finish is None:
+    while not outputs or outputs[-1].finish_reason is None:
         if time.monotonic() > latest or not engine.wait(latest - time.monotonic()):
             raise EngineFault(f"Alone in the engine, and yet it waits in vain: {request}.")
         outputs += engine.step()
@@ -93,7 +93,7 @@ def _answer(engine: Engine, request: Request) -> Said:
         raise outputs[-1].error
     tokens = itertools.chain.from_iterable(output.tokens for output in outputs)
     logprobs = itertools.chain.from_iterable(output.logprobs for output in outputs)
-    return Said(tuple(tokens), tuple(logprobs), outputs[-1].finish)
+    return Said(tuple(tokens), tuple(logprobs), outputs[-1].finish_reason)
 
 
 class _Run:

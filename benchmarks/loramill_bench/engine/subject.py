@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from loramill.kernels import backend
 from loramill.models.catalog import Base, load_for_training
-from loramill.serve.engine import Engine, EngineConfig, Request, Sampling
+from loramill.serve.engine import Engine, EngineConfig, Request, SamplingParams
 from loramill.serve.model import Decoder
 from loramill_bench.engine.shapes import shapes
 from loramill_bench.kernels.model import Linears
@@ -78,7 +78,7 @@ class Subject:
         """A greedy request a version, with a random prompt of `length` tokens and an answer of `new`."""
         prompts = self.prompts(len(versions), length)
         return [
-            Request(f"request {next(_ids)}", "bench", tuple(prompt), Sampling(max_tokens=new), version)
+            Request(f"request {next(_ids)}", "bench", tuple(prompt), SamplingParams(max_tokens=new), version)
             for prompt, version in zip(prompts, versions, strict=True)
         ]
 

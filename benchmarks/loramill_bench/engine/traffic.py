@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from loramill.errors import ModelNotFound, Overloaded
 from loramill.kernels import backend
-from loramill.serve.engine import AdapterSource, Engine, EngineConfig, Request, Sampling
+from loramill.serve.engine import AdapterSource, Engine, EngineConfig, Request, SamplingParams
 from loramill_bench.engine.ledger import Canary, Ledger
 from loramill_bench.engine.subject import RANK, Subject, weights_file
 
@@ -53,14 +53,14 @@ class Draw:
             id=str(next(self._ids)),
             tenant=f"tenant {min(rng.randrange(_TENANTS), rng.randrange(_TENANTS))}",
             priority=rng.choice([0, 0, 0, 1]),
-            timeout=rng.choice([None, None, None, 10 ** rng.uniform(-2, 1)]),
+            timeout_seconds=rng.choice([None, None, None, 10 ** rng.uniform(-2, 1)]),
         )
 
-    def _sampling(self) -> Sampling:
+    def _sampling(self) -> SamplingParams:
         rng = self.rng
         echo = rng.random() < 0.1
         max_tokens = 0 if echo and rng.random() < 0.2 else rng.randint(1, 60)
-        return Sampling(
+        return SamplingParams(
             max_tokens=max_tokens,
             temperature=rng.choice([0.0, 0.0, 0.7, 1.0]),
             top_p=rng.choice([1.0, 0.9]),
@@ -101,7 +101,7 @@ def scarce_config(subject: Subject) -> EngineConfig:
         host_bytes=5 * adapter,
         rank_budget=6 * RANK,
         max_waiting=64,
-        patience=16,
+        slot_patience_steps=16,
     )
 
 
@@ -193,8 +193,8 @@ class Clients:
         except Overloaded:
             self._ledger.refuse(request)
             return False
-        if request.timeout is not None:
-            self._ledger.expect_end(request.id, time.monotonic() + request.timeout)
+        if request.timeout_seconds is not None:
+            self._ledger.expect_end(request.id, time.monotonic() + request.timeout_seconds)
         return True
 
     def _cancel(self) -> None:

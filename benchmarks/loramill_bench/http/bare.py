@@ -13,7 +13,7 @@ import torch
 
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.models.catalog import Base
-from loramill.serve.engine import Engine, EngineConfig, Request, Sampling
+from loramill.serve.engine import Engine, EngineConfig, Request, SamplingParams
 from loramill.serve.model import load_model
 from loramill.serve.offline import OfflineEngine
 from loramill.serve.protocol import TextRequest
@@ -66,12 +66,12 @@ def engine(bare: Bare, streams: Sequence[Stream]) -> Run:
     while load.open:
         outputs, now = load.step(), time.perf_counter()
         for output in outputs:
-            answer = open_[output.request]
+            answer = open_[output.request_id]
             answer.times.append(now - answer.begun)
             answer.tokens += len(output.tokens)
-            if output.finish is not None:
+            if output.finish_reason is not None:
                 answers.append(Answer.whole(answer.tokens, tuple(answer.times), now - answer.begun))
-                submit(open_.pop(output.request).rest)
+                submit(open_.pop(output.request_id).rest)
     return Run(time.perf_counter() - begun, 0.0, tuple(answers))
 
 
@@ -104,7 +104,9 @@ class _Open:
 
 def _requests(bare: Bare, tokenizer: ChatTokenizer, stream: Stream) -> list[Request]:
     return [
-        Request(str(next(_ids)), "bench", tuple(tokenizer.text(ask.prompt)), Sampling(NEW), bare.version(ask))
+        Request(
+            str(next(_ids)), "bench", tuple(tokenizer.encode_text(ask.prompt)), SamplingParams(NEW), bare.version(ask)
+        )
         for ask in stream.asks
     ]
 

@@ -52,7 +52,7 @@ def publish(settings: Settings, base: Base, seed: int) -> Published:
     with registry.writing() as session:
         for name, ids in versions.items():
             tenants.create(session, AdapterName.parse(name).tenant)
-            adapters.ensure(session, AdapterName.parse(name))
+            adapters.get_or_create(session, AdapterName.parse(name))
             for version in ids:
                 size = registry.artifacts.size(version)
                 record = VersionRecord(

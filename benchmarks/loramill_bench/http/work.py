@@ -83,8 +83,8 @@ class Desk:
         Raises:
             BaseUnusable: the tokenizer has too few.
         """
-        shown = ((token, self.tokenizer.decode([token])) for token in range(self.tokenizer.vocabulary))
-        words = (word for token, word in shown if _WORD.fullmatch(word) and self.tokenizer.text(word) == [token])
+        shown = ((token, self.tokenizer.decode([token])) for token in range(self.tokenizer.vocabulary_size))
+        words = (word for token, word in shown if _WORD.fullmatch(word) and self.tokenizer.encode_text(word) == [token])
         found = list(islice(words, _WORDS))
         if len(found) < _WORDS:
             raise BaseUnusable(f"The base '{self.base}' has {len(found)} words of one token, too few for prompts.")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from loramill.kernels.backend import Backend, LayerKV
-from loramill.kernels.paging import Pages, Span
+from loramill.kernels.paging import KVSpan, Pages
 from loramill.pipelines.compare.timing import Effort, interleaved, pure_read
 from loramill_bench.kernels.model import Model
 from loramill_bench.measure import Result
@@ -35,8 +35,8 @@ def measure(kernels: Backend, model: Model, effort: Effort) -> list[Result]:
 def _attend(kernels: Backend, model: Model, blocks: torch.Tensor) -> Callable[[], object]:
     """One step's attention in all layers over sequences with these blocks [sequences, blocks]."""
     cache = kernels.new_kv(model.layers, blocks.numel(), _BLOCK, model.kv_heads, model.head_dim, _DTYPE)
-    _fill(kernels, model, cache, Pages.of([Span(0, _CONTEXT, its) for its in blocks.tolist()], _BLOCK))
-    pages = Pages.of([Span(_CONTEXT - 1, 1, its) for its in blocks.tolist()], _BLOCK)
+    _fill(kernels, model, cache, Pages.of([KVSpan(0, _CONTEXT, its) for its in blocks.tolist()], _BLOCK))
+    pages = Pages.of([KVSpan(_CONTEXT - 1, 1, its) for its in blocks.tolist()], _BLOCK)
     qkv = _random_qkv(model, _BATCH)
     scale = model.head_dim**-0.5
 

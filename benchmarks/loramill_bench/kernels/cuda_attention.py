@@ -11,7 +11,7 @@ import torch
 
 from loramill.kernels import reference, torch_backend
 from loramill.kernels.backend import LayerKV
-from loramill.kernels.paging import Pages, Span
+from loramill.kernels.paging import KVSpan, Pages
 from loramill_bench.kernels.cuda import LIMITS, Check, captured, copy_bandwidth, median_us
 
 _BLOCK = 16
@@ -119,7 +119,7 @@ def _filled(
     """Random keys and values of sequences whose blocks lie in any order, with one block more at the end."""
     counts = [-(-length // _BLOCK) for length in lengths]
     order = iter(torch.randperm(sum(counts)).tolist())
-    spans = [Span(length - 1, 1, list(islice(order, count))) for length, count in zip(lengths, counts, strict=True)]
+    spans = [KVSpan(length - 1, 1, list(islice(order, count))) for length, count in zip(lengths, counts, strict=True)]
     shape = (sum(counts) + 1, _BLOCK, kv_heads, head_dim)
     keys, values = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     return LayerKV(keys, values, _BLOCK, kv_heads, head_dim), Pages.of(spans, _BLOCK)

@@ -25,4 +25,4 @@ def seconds_to_first_step(settings: Settings, registry: Registry, job_id: str) -
     finally:
         ray.shutdown()
     with registry.reading() as session:
-        return next(event.created_at for event in jobs.events(session, job_id) if event.kind == "metrics") - began
+        return next(event.created_at for event in jobs.list_events(session, job_id) if event.kind == "metrics") - began

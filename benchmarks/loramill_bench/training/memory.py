@@ -22,7 +22,7 @@ from loramill.models.catalog import find_base, load_for_training
 from loramill.models.smollm2 import NAME
 from loramill.settings import Settings
 from loramill.sizing import anatomy, read_config
-from loramill.sizing.memory import Device, Need, need, row_of
+from loramill.sizing.memory import Device, MemoryEstimate, estimate, largest_row
 from loramill.types import TARGETS, JobSpec, Method, Quantization
 from loramill_bench.kernels import Result
 
@@ -107,15 +107,15 @@ def results(report: Callable[[str], object], cases: Sequence[Case] = CASES) -> l
     return found
 
 
-def predicted(case: Case, device: Device) -> Need:
+def predicted(case: Case, device: Device) -> MemoryEstimate:
     """What sizing says of a case."""
     base = find_base(NAME, Settings.load().cache, case.quantization)
     spec = case.spec(base.fingerprint)
-    return need(
+    return estimate(
         spec,
         anatomy(read_config(str(base.folder))),
         case.quantization,
-        row_of(spec, [case.length] * _EXAMPLES, case.learnt, alike=False),
+        largest_row(spec, [case.length] * _EXAMPLES, case.learnt, shared_prefixes=False),
         device,
         4 if case.dtype == "float32" else 2,
     )

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from loramill.data.tokenizer import ChatTokenizer
-from loramill.jobs.scheduling.reconciler import Keeper
-from loramill.jobs.train.loop import Progress
+from loramill.jobs.scheduling.reconciler import Reconciler
+from loramill.jobs.train.loop import TrainingProgress
 from loramill.jobs.worker import lease
-from loramill.jobs.worker.worker import Worker, run_next
+from loramill.jobs.worker.worker import Worker, run_next_job
 from loramill.models.catalog import find_base, load_for_training
 from loramill.models.smollm2 import NAME
 from loramill.registry import Registry, datasets, jobs, migrate, tenants
@@ -52,12 +52,12 @@ def _record(report: Callable[[str], object]) -> list[Result]:
         alone = [_timed(lambda: _submit(registry, _SUBMITTED, together=1)) for _ in range(_ROUNDS)]
         _submit(registry, _QUEUED - 2 * _ROUNDS * _SUBMITTED)
         # All places are busy, so that a look decides about jobs that wait and starts nothing.
-        keeper = Keeper(registry, settings.jobs, run_session=_idle, run_trainer=_idle)
-        keeper.look()
+        keeper = Reconciler(registry, settings.jobs, run_session=_idle, run_trainer=_idle)
+        keeper.reconcile()
         with registry.writing() as session:
-            for place in keeper.alive:
+            for place in keeper.active_slots:
                 jobs.lease(session, f"{place}:1", now=time.time(), seconds=3600, max_attempts=5)
-        look = [_timed(keeper.look) for _ in range(21)]
+        look = [_timed(keeper.reconcile) for _ in range(21)]
         registry.close()
     return [
         Result(f"queue: submit {_SUBMITTED} jobs", statistics.median(together), "CPU-s", SUBMIT_SECONDS),
@@ -73,7 +73,7 @@ def _warm(report: Callable[[str], object]) -> list[Result]:
         settings, registry = _opened(Path(home))
         model = load_for_training(base, torch.bfloat16)
         worker = Worker(
-            owner="bench:1",
+            name="bench:1",
             registry=registry,
             base=base,
             model=lambda: model,
@@ -88,7 +88,7 @@ def _warm(report: Callable[[str], object]) -> list[Result]:
         with _steps_noted() as noted:
             for _ in range(_JOBS):
                 began = time.process_time()
-                run_next(worker)
+                run_next_job(worker)
                 moments.append((began, list(noted)))
                 noted.clear()
             ended = time.process_time()
@@ -115,7 +115,7 @@ def _fresh(report: Callable[[str], object]) -> list[Result]:
         settings, registry = _opened(Path(home), {"jobs": {"cpus": 0.1}})
         _submit(registry, 1, base.fingerprint, executor="dedicated")
         with registry.reading() as session:
-            (job,) = jobs.list_of(session, tenant=None)
+            (job,) = jobs.list_jobs(session, tenant=None)
         seconds = seconds_to_first_step(settings, registry, job.id)
         registry.close()
     return [Result("queue: fresh trainer, start to first step", seconds, "s")]
@@ -147,7 +147,7 @@ def _submit(
 ) -> None:
     """Submits jobs, so many in a transaction."""
     with registry.reading() as session:
-        data = {_tenant(n): datasets.list_of(session, _tenant(n))[0].id for n in range(_TENANTS)}
+        data = {_tenant(n): datasets.list_datasets(session, _tenant(n))[0].id for n in range(_TENANTS)}
     for first in range(0, count, together):
         with registry.writing() as session:
             for number in range(first, min(count, first + together)):
@@ -160,17 +160,17 @@ def _submit(
 def _steps_noted() -> Iterator[list[float]]:
     """When each step of a job has ended."""
     noted: list[float] = []
-    progress = lease.Lease.progress
+    progress = lease.Lease.report
 
-    def note(self: lease.Lease, point: Progress) -> None:
+    def note(self: lease.Lease, point: TrainingProgress) -> None:
         noted.append(time.process_time())
         progress(self, point)
 
-    lease.Lease.progress = note  # type: ignore[method-assign]
+    lease.Lease.report = note  # type: ignore[method-assign]
     try:
         yield noted
     finally:
-        lease.Lease.progress = progress  # type: ignore[method-assign]
+        lease.Lease.report = progress  # type: ignore[method-assign]
 
 
 def _timed(task: Callable[[], object]) -> float:

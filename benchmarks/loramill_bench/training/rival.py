@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainer
 
 from loramill.data.tokenizer import EncodedExample
 from loramill.jobs.train.lr_schedule import learning_rate
-from loramill.jobs.train.methods import attached
+from loramill.jobs.train.methods import attach_adapter
 from loramill.models.catalog import Base
 from loramill.types import JobSpec
 
@@ -32,7 +32,7 @@ class Rival(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, base: Base, spec: JobSpec, batches: Sequence[Sequence[EncodedExample]], scratch: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.bfloat16)
-        with attached(model, spec, base.folder) as tuned:
+        with attach_adapter(model, spec, base.folder) as tuned:
             weights = {name: weight.detach().clone() for name, weight in tuned.weights.items()}
         config = LoraConfig(
             task_type="CAUSAL_LM", r=spec.rank, lora_alpha=int(spec.alpha), target_modules=list(spec.targets)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from loramill.data.tokenizer import EncodedExample
-from loramill.jobs.train.batching import choose
+from loramill.jobs.train.batching import choose_batch
 from loramill.jobs.train.loop import train
 from loramill.models.catalog import Base, load_for_training
 from loramill.types import JobSpec
@@ -61,7 +61,7 @@ def measure(base: Base, case: str, rounds: int) -> list[Result]:
         checkpoint_every=1_000_000,
         keep="last",
     )
-    batches = [[examples[index] for index in choose(len(examples), 8, step, 0)] for step in range(spec.steps)]
+    batches = [[examples[index] for index in choose_batch(len(examples), 8, step, 0)] for step in range(spec.steps)]
     tokens = [sum(len(example.tokens) for example in batch) for batch in batches]
     model = load_for_training(base, torch.bfloat16)
     torch.set_num_threads(1)

@@ -14,25 +14,25 @@ from transformers import PreTrainedModel
 
 from loramill.errors import AdapterInvalid
 from loramill.jobs.train.methods import peft_folder
-from loramill.jobs.train.methods.adalora import adalora_files, adalora_layers, allocator, start_adalora
-from loramill.jobs.train.methods.adapted_model import Tuned
-from loramill.jobs.train.methods.layers import LoraLinear, inserted
-from loramill.jobs.train.methods.lora import dora_layers, lora_files, lora_layers, rates, start_lora
-from loramill.jobs.train.methods.pissa_loftq import loftq_layers, pissa_files, pissa_layers, start_pissa
-from loramill.jobs.train.methods.targets import Place, places
+from loramill.jobs.train.methods.adalora import adalora_files, adalora_layers, load_adalora, new_rank_allocator
+from loramill.jobs.train.methods.adapted_model import AdaptedModel
+from loramill.jobs.train.methods.layers import LoraLinear, insert_layers
+from loramill.jobs.train.methods.lora import dora_layers, load_lora, lora_files, lora_layers, loraplus_factors
+from loramill.jobs.train.methods.pissa_loftq import load_pissa, loftq_layers, pissa_files, pissa_layers
+from loramill.jobs.train.methods.targets import TargetModule, find_target_modules
 from loramill.kernels.peft_folder import BaseModules
 from loramill.types import JobSpec
 
-__all__ = ["Tuned", "adapter_files", "attached", "start"]
+__all__ = ["AdaptedModel", "adapter_files", "attach_adapter", "load_start_adapter"]
 
 _Tensor = TypeVar("_Tensor", bound=torch.Tensor)
 
-_STARTS = {"adalora": start_adalora, "pissa": start_pissa}
-_FILES = {"adalora": adalora_files, "pissa": pissa_files}
+_LOADERS = {"adalora": load_adalora, "pissa": load_pissa}
+_EXPORTERS = {"adalora": adalora_files, "pissa": pissa_files}
 
 
 @contextmanager
-def attached(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[Tuned]:
+def attach_adapter(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[AdaptedModel]:
     """`model` with the fp32 layers of `spec`'s method, all that is trained; afterwards it is as before.
 
     The layers are a function of the base, the spec and its seed; their dropout is off.
@@ -43,23 +43,25 @@ def attached(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[Tu
     Raises:
         AdapterInvalid: targets, layers, patterns or ranks don't fit the base; `param` says which.
     """
-    found = places(model, spec)
+    found = find_target_modules(model, spec)
     layers = _layers(model, found, spec, folder)
-    with inserted(model, layers, found):
-        yield _tuned(model, layers, spec)
+    with insert_layers(model, layers, found):
+        yield _adapted_model(model, layers, spec)
 
 
 @torch.no_grad()
-def start(tuned: Tuned, folder: Path, spec: JobSpec) -> None:
+def load_start_adapter(tuned: AdaptedModel, folder: Path, spec: JobSpec) -> None:
     """Continues from the adapter in a PEFT folder, which a job of the same method, targets, ranks and scale made.
 
     Raises:
         AdapterInvalid: the folder can't be read, or its adapter is another; `param` is "start_from".
     """
-    _STARTS.get(spec.method, start_lora)(tuned, peft_folder.read(folder, _base_of(tuned.model)), spec)
+    _LOADERS.get(spec.method, load_lora)(
+        tuned, peft_folder.read_start_adapter(folder, _base_modules(tuned.model)), spec
+    )
 
 
-def _base_of(model: nn.Module) -> BaseModules:
+def _base_modules(model: nn.Module) -> BaseModules:
     """The base's own modules, under the layers that are trained."""
     trained = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
     head = model.get_output_embeddings()  # type: ignore[operator]  # of transformers, as every base is
@@ -78,10 +80,10 @@ def adapter_files(
         weights, state: what a checkpoint holds of `Tuned`.
         base: the base's name on the wire.
     """
-    return _FILES.get(spec.method, lora_files)(spec, weights, state, base)
+    return _EXPORTERS.get(spec.method, lora_files)(spec, weights, state, base)
 
 
-def _layers(model: PreTrainedModel, found: list[Place], spec: JobSpec, folder: Path) -> dict[str, LoraLinear]:
+def _layers(model: PreTrainedModel, found: list[TargetModule], spec: JobSpec, folder: Path) -> dict[str, LoraLinear]:
     match spec.method:
         case "lora":
             return lora_layers(found, spec)
@@ -97,23 +99,29 @@ def _layers(model: PreTrainedModel, found: list[Place], spec: JobSpec, folder: P
             raise AdapterInvalid("Full fine-tuning attaches nothing to the base; it has a trainer of its own.")
 
 
-def _tuned(model: PreTrainedModel, layers: Mapping[str, LoraLinear], spec: JobSpec) -> Tuned:
-    weights = _named({name: layer.trained() for name, layer in layers.items()})
-    tuned = Tuned(
+def _adapted_model(model: PreTrainedModel, layers: Mapping[str, LoraLinear], spec: JobSpec) -> AdaptedModel:
+    weights = _with_full_names({name: layer.trained_parameters() for name, layer in layers.items()})
+    tuned = AdaptedModel(
         model=model,
         weights=weights,
         set_dropout=lambda on: _set_dropout(layers, on),
-        rates=rates(spec, weights),
-        state=_named({name: layer.kept() for name, layer in layers.items()}),
-        after_step=lambda step: _forget(layers),
+        lr_factors=loraplus_factors(spec, weights),
+        state=_with_full_names({name: layer.extra_state() for name, layer in layers.items()}),
+        after_step=lambda step: _invalidate_caches(layers),
     )
     if spec.method != "adalora":
         return tuned
-    ranks = allocator(spec, weights)
-    return replace(tuned, state=ranks.state, penalty=ranks.penalty, after_step=ranks.after_step, settled=ranks.settled)
+    ranks = new_rank_allocator(spec, weights)
+    return replace(
+        tuned,
+        state=ranks.state,
+        penalty=ranks.penalty,
+        after_step=ranks.after_step,
+        best_from_step=ranks.best_from_step,
+    )
 
 
-def _named(parts: Mapping[str, Mapping[str, _Tensor]]) -> dict[str, _Tensor]:
+def _with_full_names(parts: Mapping[str, Mapping[str, _Tensor]]) -> dict[str, _Tensor]:
     """Tensors of modules under their whole names, sorted."""
     pairs = (
         (peft_folder.tensor_name(module, part), tensor) for module, own in parts.items() for part, tensor in own.items()
@@ -123,9 +131,9 @@ def _named(parts: Mapping[str, Mapping[str, _Tensor]]) -> dict[str, _Tensor]:
 
 def _set_dropout(layers: Mapping[str, LoraLinear], on: bool) -> None:
     for layer in layers.values():
-        layer.dropping = on
+        layer.dropout_enabled = on
 
 
-def _forget(layers: Mapping[str, LoraLinear]) -> None:
+def _invalidate_caches(layers: Mapping[str, LoraLinear]) -> None:
     for layer in layers.values():
-        layer.forget()
+        layer.invalidate_cache()

@@ -11,11 +11,11 @@ from torch import nn
 
 from loramill.errors import AdapterInvalid
 from loramill.jobs.train.methods import peft_folder
-from loramill.jobs.train.methods.adapted_model import Tuned
+from loramill.jobs.train.methods.adapted_model import AdaptedModel
 from loramill.jobs.train.methods.layers import LoraLinear
-from loramill.jobs.train.methods.lora import fresh
-from loramill.jobs.train.methods.peft_folder import A, B, Stored, tensor_name
-from loramill.jobs.train.methods.targets import Place, scale_of
+from loramill.jobs.train.methods.lora import initial_factors
+from loramill.jobs.train.methods.peft_folder import A, B, StoredAdapter, tensor_name
+from loramill.jobs.train.methods.targets import TargetModule, scale_of
 from loramill.types import JobSpec
 
 #: The singular values, under the end of their name.
@@ -24,7 +24,7 @@ E = "lora_E"
 _SENSITIVITY, _UNCERTAINTY = "sensitivity", "uncertainty"
 
 #: When pruning begins and ends, as parts of all steps.
-BEGIN, END = 0.1, 0.6
+PRUNING_BEGIN, PRUNING_END = 0.1, 0.6
 #: Smoothing of the sensitivities and of their uncertainty, and the weight of the penalty, as in the authors' code. At
 #: PEFT's default, 0.5, the penalty's gradient rivals that of a nearly learnt loss: deltas grow to 1.5 times LoRA's.
 _BETA_1, _BETA_2, _ORTHOGONALITY = 0.85, 0.85, 0.1
@@ -37,20 +37,20 @@ class AdaLoraLinear(LoraLinear):
     one: a job of a few hundred steps learns as fast as by LoRA.
     """
 
-    def __init__(self, place: Place, a: torch.Tensor, b: torch.Tensor, dropout: float) -> None:
-        super().__init__(place, a, b, dropout)
+    def __init__(self, target: TargetModule, a: torch.Tensor, b: torch.Tensor, dropout: float) -> None:
+        super().__init__(target, a, b, dropout)
         self.e = nn.Parameter(a.new_ones(len(a), 1))
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
         """With the singular values."""
-        return {**super().trained(), E: self.e}
+        return {**super().trained_parameters(), E: self.e}
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """diag(E) A and B."""
         return self.a * self.e, self.b
 
 
-def adalora_layers(places: list[Place], spec: JobSpec) -> dict[str, LoraLinear]:
+def adalora_layers(targets: list[TargetModule], spec: JobSpec) -> dict[str, LoraLinear]:
     """The layers of AdaLoRA, by name of their place, at the rank before pruning.
 
     Raises:
@@ -60,22 +60,22 @@ def adalora_layers(places: list[Place], spec: JobSpec) -> dict[str, LoraLinear]:
         raise AdapterInvalid(
             "AdaLoRA finds the modules' ranks itself: leave 'rank_pattern' out, or use 'lora'.", param="rank_pattern"
         )
-    if init_rank(spec) < spec.rank:
+    if initial_rank(spec) < spec.rank:
         raise AdapterInvalid(
             f"'init_rank' is {spec.init_rank}, and AdaLoRA prunes from it down to 'rank', {spec.rank}: give more.",
             param="init_rank",
         )
-    wide = [replace(place, rank=init_rank(spec)) for place in places]
-    return {place.name: AdaLoraLinear(place, *fresh(place, spec), spec.dropout) for place in wide}
+    wide = [replace(place, rank=initial_rank(spec)) for place in targets]
+    return {place.name: AdaLoraLinear(place, *initial_factors(place, spec), spec.dropout) for place in wide}
 
 
-def init_rank(spec: JobSpec) -> int:
+def initial_rank(spec: JobSpec) -> int:
     """The rank before pruning."""
     return spec.init_rank or math.ceil(1.5 * spec.rank)
 
 
 @dataclass(frozen=True, slots=True)
-class Allocator:
+class RankAllocator:
     """Which ranks are alive (section 3.2 and 3.3), from importances smoothed over the steps.
 
     Attributes:
@@ -89,17 +89,17 @@ class Allocator:
     state: Mapping[str, torch.Tensor]
 
     @property
-    def settled(self) -> int:
+    def best_from_step(self) -> int:
         """The first step after which no more than the job's rank is alive in the mean."""
-        return math.ceil(END * self.spec.steps)
+        return math.ceil(PRUNING_END * self.spec.steps)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Notes the importances and prunes; to be called with gradients, after the update of step `step` (from 1)."""
-        if step == 1 or step < END * self.spec.steps:
-            self._observe()
-        if step > BEGIN * self.spec.steps:
-            self._prune(budget(self.spec, step) * len(self._modules))
+        if step == 1 or step < PRUNING_END * self.spec.steps:
+            self._update_importances()
+        if step > PRUNING_BEGIN * self.spec.steps:
+            self._prune(rank_budget(self.spec, step) * len(self._modules))
 
     def penalty(self) -> torch.Tensor:
         """How far A's rows and B's columns are from orthonormal (equation 4, as the authors' code weighs it)."""
@@ -112,7 +112,7 @@ class Allocator:
     def _modules(self) -> list[str]:
         return peft_folder.modules_of(self.weights)
 
-    def _observe(self) -> None:
+    def _update_importances(self) -> None:
         """Equations 8 to 10: the sensitivity |w dL/dw| of each weight, smoothed, and how far it strays from that."""
         weights = [weight.detach() for weight in self.weights.values()]
         gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
@@ -143,21 +143,21 @@ class Allocator:
         return self.state[f"{name}.{_SENSITIVITY}"] * self.state[f"{name}.{_UNCERTAINTY}"]
 
 
-def allocator(spec: JobSpec, weights: Mapping[str, nn.Parameter]) -> Allocator:
+def new_rank_allocator(spec: JobSpec, weights: Mapping[str, nn.Parameter]) -> RankAllocator:
     """An allocator at its beginning."""
     state = {
         f"{name}.{part}": torch.zeros_like(weight, requires_grad=False)
         for name, weight in weights.items()
         for part in (_SENSITIVITY, _UNCERTAINTY)
     }
-    return Allocator(spec, weights, state)
+    return RankAllocator(spec, weights, state)
 
 
-def budget(spec: JobSpec, step: int) -> float:
+def rank_budget(spec: JobSpec, step: int) -> float:
     """The mean rank that is alive after step `step` (from 1): a cubic way down (section 3.3)."""
-    first, last = BEGIN * spec.steps, END * spec.steps
+    first, last = PRUNING_BEGIN * spec.steps, PRUNING_END * spec.steps
     left = 1 - min(1.0, max(0.0, (step - first) / (last - first)))
-    return spec.rank + (init_rank(spec) - spec.rank) * left**3
+    return spec.rank + (initial_rank(spec) - spec.rank) * left**3
 
 
 def adalora_files(
@@ -175,7 +175,7 @@ def adalora_files(
         ranks[module] = int(alive.sum())
     # alpha / r is the scale everywhere, whether or not a reader knows of patterns.
     largest = max(ranks.values())
-    return peft_folder.written(
+    return peft_folder.peft_files(
         spec,
         tensors,
         base,
@@ -187,23 +187,23 @@ def adalora_files(
     )
 
 
-def start_adalora(tuned: Tuned, stored: Stored, spec: JobSpec) -> None:
+def load_adalora(adapted: AdaptedModel, stored: StoredAdapter, spec: JobSpec) -> None:
     """Continues from the files of AdaLoRA, in place: their product's singular triples come first.
 
     Raises:
         AdapterInvalid: their targets or scales are others, or a rank is above the job's before pruning.
     """
-    modules = peft_folder.modules_of(tuned.weights)
+    modules = peft_folder.modules_of(adapted.weights)
     wanted: dict[str, torch.Size] = {}
     for module in modules:
-        a, b = (tuned.weights[tensor_name(module, part)] for part in (A, B))
+        a, b = (adapted.weights[tensor_name(module, part)] for part in (A, B))
         there = stored.tensors.get(tensor_name(module, A))
         rank = min(len(a), len(a) if there is None else len(there))
         wanted[tensor_name(module, A)] = torch.Size((rank, a.shape[1]))
         wanted[tensor_name(module, B)] = torch.Size((b.shape[0], rank))
     peft_folder.check_same(stored, wanted, {module: scale_of(spec, module) for module in modules})
     for module in modules:
-        a, b, e = (tuned.weights[tensor_name(module, part)] for part in (A, B, E))
+        a, b, e = (adapted.weights[tensor_name(module, part)] for part in (A, B, E))
         u, s, v = _svd(stored.tensors[tensor_name(module, B)], stored.tensors[tensor_name(module, A)])
         a[: len(s)], b[:, : len(s)], e[: len(s), 0] = v.T.to(a), u.to(b), s.to(e)
 

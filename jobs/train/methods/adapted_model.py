@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from loramill.jobs.train.optimizer import Update
+from loramill.jobs.train.optimizer import Optimizer
 
 
 def no_penalty() -> torch.Tensor | None:
@@ -16,12 +16,12 @@ def no_penalty() -> torch.Tensor | None:
     return None
 
 
-def nothing_after(step: int) -> None:
+def do_nothing(step: int) -> None:
     """A method with nothing to do after a step."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
+class AdaptedModel:
     """A base with what a job trains on it.
 
     Attributes:
@@ -40,9 +40,9 @@ class Tuned:
     model: nn.Module
     weights: Mapping[str, nn.Parameter]
     set_dropout: Callable[[bool], None]
-    rates: Mapping[str, float] = field(default_factory=dict)
+    lr_factors: Mapping[str, float] = field(default_factory=dict)
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     penalty: Callable[[], torch.Tensor | None] = no_penalty
-    update: Update | None = None
-    after_step: Callable[[int], None] = nothing_after
-    settled: int = 0
+    optimizer: Optimizer | None = None
+    after_step: Callable[[int], None] = do_nothing
+    best_from_step: int = 0

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loramill.jobs.train.methods.targets import Place
+from loramill.jobs.train.methods.targets import TargetModule
 from loramill.kernels.batch import Batch, Slot
 from loramill.kernels.training import Frozen, Trainable, grouped_lora
 
@@ -22,7 +22,7 @@ from loramill.kernels.training import Frozen, Trainable, grouped_lora
 _SLOT = Slot(0, 0)
 
 #: Rows of a weight that are merged at once where only their norms are wanted.
-_ROWS = 256
+_NORM_CHUNK_ROWS = 256
 
 
 class LoraLinear(nn.Module):
@@ -37,22 +37,22 @@ class LoraLinear(nn.Module):
 
     linear: nn.Linear | Conv1D
 
-    def __init__(self, place: Place, a: torch.Tensor, b: torch.Tensor, dropout: float) -> None:
+    def __init__(self, target: TargetModule, a: torch.Tensor, b: torch.Tensor, dropout: float) -> None:
         super().__init__()
-        self.linear = place.linear
-        self.frozen = dense(place.linear)
-        self.scale, self.dropout, self.dropping = place.scale, dropout, False
+        self.linear = target.linear
+        self.frozen = dense_weight(target.linear)
+        self.scale, self.dropout, self.dropout_enabled = target.scale, dropout, False
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters under the ends of their names in PEFT's files."""
         return {"lora_A.weight": self.a, "lora_B.weight": self.b}
 
-    def kept(self) -> dict[str, torch.Tensor]:
+    def extra_state(self) -> dict[str, torch.Tensor]:
         """What else a checkpoint has to hold, under the ends of its names there."""
         return {}
 
-    def forget(self) -> None:
+    def invalidate_cache(self) -> None:
         """Drops what was worked out of the weights: to be called after an optimizer's step.
 
         Torch's fused optimizers leave no trace in the weights' versions, by which it could be known.
@@ -69,10 +69,10 @@ class LoraLinear(nn.Module):
     def _adapted(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         a, b = self.factors()
-        dropout = self.dropout if self.dropping else 0.0
+        dropout = self.dropout if self.dropout_enabled else 0.0
         seed = int(torch.randint(2**62, ())) if dropout else 0
         adapter = Trainable(a.to(x.dtype), b.to(x.dtype), self.scale, dropout, seed)
-        y = grouped_lora(rows, self.frozen, {_SLOT: adapter}, _all(len(rows)), bias)
+        y = grouped_lora(rows, self.frozen, {_SLOT: adapter}, _single_adapter_batch(len(rows)), bias)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -82,40 +82,40 @@ class DoraLinear(LoraLinear):
     The norm is taken for a constant in the backward pass (section 4.3), and worked out once a step.
     """
 
-    def __init__(self, place: Place, a: torch.Tensor, b: torch.Tensor, dropout: float) -> None:
-        super().__init__(place, a, b, dropout)
-        self._lengths: tuple[tuple[int, int], torch.Tensor] | None = None
-        self.magnitude = nn.Parameter(self.lengths().clone())
+    def __init__(self, target: TargetModule, a: torch.Tensor, b: torch.Tensor, dropout: float) -> None:
+        super().__init__(target, a, b, dropout)
+        self._row_norms: tuple[tuple[int, int], torch.Tensor] | None = None
+        self.magnitude = nn.Parameter(self.row_norms().clone())
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
         """With the magnitudes."""
-        return {**super().trained(), "lora_magnitude_vector": self.magnitude}
+        return {**super().trained_parameters(), "lora_magnitude_vector": self.magnitude}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., d_in] to [..., d_out], in x's dtype."""
         # In fp32: rounded to bf16, a gain would shift all that a row ever gives.
-        y = (self._adapted(x, None) * (self.magnitude / self.lengths())).to(x.dtype)
+        y = (self._adapted(x, None) * (self.magnitude / self.row_norms())).to(x.dtype)
         bias = _detached(self.linear.bias)
         return y if bias is None else y + bias
 
-    def forget(self) -> None:
+    def invalidate_cache(self) -> None:
         """Drops the norms."""
-        self._lengths = None
+        self._row_norms = None
 
     @torch.no_grad()
-    def lengths(self) -> torch.Tensor:
+    def row_norms(self) -> torch.Tensor:
         """The norms of the rows of the merged weight, [d_out]."""
         versions = self.a._version, self.b._version
-        if self._lengths is None or self._lengths[0] != versions:
+        if self._row_norms is None or self._row_norms[0] != versions:
             weight = self.frozen if isinstance(self.frozen, torch.Tensor) else self.frozen()
             # Some rows at a time: whole merged weights in fp32, made and dropped once a step, tear the heap.
-            parts = zip(torch.split(weight, _ROWS), torch.split(self.b, _ROWS), strict=True)
+            parts = zip(torch.split(weight, _NORM_CHUNK_ROWS), torch.split(self.b, _NORM_CHUNK_ROWS), strict=True)
             norms = [torch.addmm(w.float(), b, self.a, alpha=self.scale).norm(dim=1) for w, b in parts]
-            self._lengths = versions, torch.cat(norms)
-        return self._lengths[1]
+            self._row_norms = versions, torch.cat(norms)
+        return self._row_norms[1]
 
 
-def dense(linear: nn.Linear | Conv1D) -> Frozen:
+def dense_weight(linear: nn.Linear | Conv1D) -> Frozen:
     """A linear's weight [d_out, d_in]; of bitsandbytes' Linear4bit, what makes it."""
     weight = linear.weight
     state = getattr(weight, "quant_state", None)
@@ -127,24 +127,24 @@ def dense(linear: nn.Linear | Conv1D) -> Frozen:
 
 
 @contextmanager
-def inserted(model: nn.Module, layers: Mapping[str, LoraLinear], places: list[Place]) -> Iterator[None]:
+def insert_layers(model: nn.Module, layers: Mapping[str, LoraLinear], targets: list[TargetModule]) -> Iterator[None]:
     """`model` with `layers` in their places, by name, and nothing of its own trained; afterwards as it was before."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in learning:
             parameter.requires_grad_(False)
-        for place in places:
-            setattr(place.parent, _leaf(place), layers[place.name])
+        for place in targets:
+            setattr(place.parent, _child_name(place), layers[place.name])
         yield
     finally:
-        for place in places:
-            setattr(place.parent, _leaf(place), place.linear)
+        for place in targets:
+            setattr(place.parent, _child_name(place), place.linear)
         for parameter in learning:
             parameter.requires_grad_(True)
 
 
-def _leaf(place: Place) -> str:
-    return place.name.rpartition(".")[2]
+def _child_name(target: TargetModule) -> str:
+    return target.name.rpartition(".")[2]
 
 
 def _detached(bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -152,5 +152,5 @@ def _detached(bias: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @lru_cache(maxsize=64)
-def _all(rows: int) -> Batch:
+def _single_adapter_batch(rows: int) -> Batch:
     return Batch.of([(_SLOT, rows)])

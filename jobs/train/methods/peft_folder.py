@@ -59,14 +59,16 @@ def lora_config(spec: JobSpec, base: str | None = None, modules: list[str] | Non
     )
 
 
-def written(spec: JobSpec, tensors: Mapping[str, torch.Tensor], base: str, **changes: object) -> dict[str, bytes]:
+def peft_files(
+    spec: JobSpec, tensors: Mapping[str, torch.Tensor], base: str, **config_overrides: object
+) -> dict[str, bytes]:
     """The files that `PeftModel.save_pretrained` would write, the same bytes for the same tensors, always.
 
     Args:
         changes: of PEFT's configuration, against what `spec` says.
     """
     config = lora_config(spec, base, modules_of(tensors)).to_dict()
-    config |= {"inference_mode": True, "target_modules": sorted(config["target_modules"])} | changes
+    config |= {"inference_mode": True, "target_modules": sorted(config["target_modules"])} | config_overrides
     held = {name: tensor.detach().contiguous().cpu() for name, tensor in sorted(tensors.items())}
     return {
         CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
@@ -75,7 +77,7 @@ def written(spec: JobSpec, tensors: Mapping[str, torch.Tensor], base: str, **cha
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredAdapter:
     """An adapter of a folder.
 
     Attributes:
@@ -87,7 +89,7 @@ class Stored:
     scales: dict[str, float]
 
 
-def read(folder: Path, base: BaseModules) -> Stored:
+def read_start_adapter(folder: Path, base: BaseModules) -> StoredAdapter:
     """The adapter that training begins from.
 
     Raises:
@@ -103,10 +105,10 @@ def read(folder: Path, base: BaseModules) -> Stored:
         tensors |= {tensor_name(module, a): tuned.a, tensor_name(module, b): tuned.b}
         if tuned.magnitude is not None:
             tensors[tensor_name(module, MAGNITUDE)] = tuned.magnitude
-    return Stored(tensors, {module: tuned.scale for module, tuned in found.items()})
+    return StoredAdapter(tensors, {module: tuned.scale for module, tuned in found.items()})
 
 
-def check_same(stored: Stored, wanted: Mapping[str, torch.Size], scales: Mapping[str, float]) -> None:
+def check_same(stored: StoredAdapter, expected: Mapping[str, torch.Size], scales: Mapping[str, float]) -> None:
     """Checks that the stored adapter is just what the job would make.
 
     Args:
@@ -116,8 +118,8 @@ def check_same(stored: Stored, wanted: Mapping[str, torch.Size], scales: Mapping
     Raises:
         AdapterInvalid: its method, targets, ranks or scales are others.
     """
-    for name in sorted(wanted.keys() | stored.tensors.keys()):
-        have, want = stored.tensors.get(name), wanted.get(name)
+    for name in sorted(expected.keys() | stored.tensors.keys()):
+        have, want = stored.tensors.get(name), expected.get(name)
         if have is None or want is None or have.shape != want:
             raise AdapterInvalid(
                 "The adapter to start from doesn't have the job's method, targets and rank: "
@@ -128,7 +130,7 @@ def check_same(stored: Stored, wanted: Mapping[str, torch.Size], scales: Mapping
     check_scales(stored, scales)
 
 
-def check_scales(stored: Stored, scales: Mapping[str, float]) -> None:
+def check_scales(stored: StoredAdapter, scales: Mapping[str, float]) -> None:
     """Checks that the stored adapter's scales are the job's.
 
     Raises:

@@ -15,12 +15,12 @@ from transformers.pytorch_utils import Conv1D
 
 from loramill.errors import AdapterInvalid, BaseUnusable
 from loramill.jobs.train.methods import peft_folder
-from loramill.jobs.train.methods.adapted_model import Tuned
-from loramill.jobs.train.methods.layers import LoraLinear, dense
-from loramill.jobs.train.methods.lora import fresh
-from loramill.jobs.train.methods.peft_folder import A, B, Stored, tensor_name
+from loramill.jobs.train.methods.adapted_model import AdaptedModel
+from loramill.jobs.train.methods.layers import LoraLinear, dense_weight
+from loramill.jobs.train.methods.lora import initial_factors
+from loramill.jobs.train.methods.peft_folder import A, B, StoredAdapter, tensor_name
 from loramill.jobs.train.methods.seeds import seeded
-from loramill.jobs.train.methods.targets import Place, scale_of
+from loramill.jobs.train.methods.targets import TargetModule, scale_of
 from loramill.models.fingerprint import weight_files
 from loramill.types import JobSpec
 
@@ -29,7 +29,7 @@ A0, B0 = "lora_A0", "lora_B0"
 
 #: Subspace iterations of a randomized SVD, and singular vectors beyond those wanted (Halko et al. 2011, 0909.4061,
 #: algorithm 4.4). PEFT's own advice for PiSSA is 16 iterations without any beyond.
-_ITERATIONS, _BEYOND = 4, 8
+_ITERATIONS, _OVERSAMPLING = 4, 8
 
 
 class ResidualLinear(LoraLinear):
@@ -42,12 +42,12 @@ class ResidualLinear(LoraLinear):
     a0: torch.Tensor
     b0: torch.Tensor
 
-    def __init__(self, place: Place, a: torch.Tensor, b: torch.Tensor, dropout: float) -> None:
-        super().__init__(place, a.clone(), b.clone(), dropout)
+    def __init__(self, target: TargetModule, a: torch.Tensor, b: torch.Tensor, dropout: float) -> None:
+        super().__init__(target, a.clone(), b.clone(), dropout)
         self.register_buffer("a0", a)
         self.register_buffer("b0", b)
 
-    def kept(self) -> dict[str, torch.Tensor]:
+    def extra_state(self) -> dict[str, torch.Tensor]:
         """The half that isn't trained."""
         return {A0: self.a0, B0: self.b0}
 
@@ -56,19 +56,21 @@ class ResidualLinear(LoraLinear):
         return torch.cat([self.a, self.a0]), torch.cat([self.b, -self.b0], dim=1)
 
 
-def pissa_layers(places: list[Place], spec: JobSpec) -> dict[str, LoraLinear]:
+def pissa_layers(targets: list[TargetModule], spec: JobSpec) -> dict[str, LoraLinear]:
     """The layers of PiSSA, by name of their place.
 
     Raises:
         AdapterInvalid: a linear has fewer singular values than its rank.
     """
     return {
-        place.name: ResidualLinear(place, *_halves(weight_of(place.linear), place, spec), spec.dropout)
-        for place in places
+        place.name: ResidualLinear(place, *_svd_factors(weight_of(place.linear), place, spec), spec.dropout)
+        for place in targets
     }
 
 
-def loftq_layers(places: list[Place], spec: JobSpec, model: PreTrainedModel, folder: Path) -> dict[str, LoraLinear]:
+def loftq_layers(
+    targets: list[TargetModule], spec: JobSpec, model: PreTrainedModel, folder: Path
+) -> dict[str, LoraLinear]:
     """The layers of LoftQ, by name of their place: plain LoRA that begins with what quantization took from the base.
 
     One iteration of Li et al. 2023 (2310.08659, algorithm 1), after which the base is the plain quantized one.
@@ -82,15 +84,15 @@ def loftq_layers(places: list[Place], spec: JobSpec, model: PreTrainedModel, fol
     """
     layers: dict[str, LoraLinear] = {}
     lossy = False
-    with _originals(model, folder) as original:
-        for place in places:
+    with _original_weights(model, folder) as original:
+        for place in targets:
             if place.linear is model.get_output_embeddings():  # keeps all its bits; two factors of zero never learn
-                halves = fresh(place, spec)
+                halves = initial_factors(place, spec)
             else:
                 weight = weight_of(place.linear)
                 lost = original(place.name).to(weight).float() - weight.float()
                 lossy = lossy or bool(lost.any())
-                halves = _halves(lost, place, spec)
+                halves = _svd_factors(lost, place, spec)
             layers[place.name] = LoraLinear(place, *halves, spec.dropout)
     if not lossy:
         raise AdapterInvalid(
@@ -103,26 +105,26 @@ def loftq_layers(places: list[Place], spec: JobSpec, model: PreTrainedModel, fol
 
 def weight_of(linear: nn.Linear | Conv1D) -> torch.Tensor:
     """A linear's weight [d_out, d_in], of its own dtype."""
-    weight = dense(linear)
+    weight = dense_weight(linear)
     return weight if isinstance(weight, torch.Tensor) else weight()
 
 
-def _halves(weight: torch.Tensor, place: Place, spec: JobSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def _svd_factors(weight: torch.Tensor, target: TargetModule, spec: JobSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B, fp32, whose product times the scale is the best approximation of `weight` of the place's rank."""
-    if place.rank > min(weight.shape):
+    if target.rank > min(weight.shape):
         raise AdapterInvalid(
-            f"The rank at {place.name} is {place.rank}, and that linear has {min(weight.shape)} singular values to "
+            f"The rank at {target.name} is {target.rank}, and that linear has {min(weight.shape)} singular values to "
             f"begin with: lower 'rank', or give it a lower one in 'rank_pattern'.",
             param="rank",
         )
-    with seeded(weight.device, spec.seed, "svd", place.name):
-        u, s, v = torch.svd_lowrank(weight.float(), min(place.rank + _BEYOND, *weight.shape), niter=_ITERATIONS)
-    root = (s[: place.rank] / place.scale).sqrt()
-    return (v[:, : place.rank] * root).T.contiguous(), u[:, : place.rank] * root
+    with seeded(weight.device, spec.seed, "svd", target.name):
+        u, s, v = torch.svd_lowrank(weight.float(), min(target.rank + _OVERSAMPLING, *weight.shape), niter=_ITERATIONS)
+    root = (s[: target.rank] / target.scale).sqrt()
+    return (v[:, : target.rank] * root).T.contiguous(), u[:, : target.rank] * root
 
 
 @contextmanager
-def _originals(model: PreTrainedModel, folder: Path) -> Iterator[Callable[[str], torch.Tensor]]:
+def _original_weights(model: PreTrainedModel, folder: Path) -> Iterator[Callable[[str], torch.Tensor]]:
     """What gives a linear's weight [d_out, d_in] as it lies in the folder, by the linear's name."""
     linears = dict(model.named_modules())
     with ExitStack() as open_files:
@@ -146,12 +148,12 @@ def pissa_files(
     """PiSSA's adapter as a LoRA of twice the rank on the unmodified base."""
     tensors: dict[str, torch.Tensor] = {}
     for module in peft_folder.modules_of(weights):
-        a, b, a0, b0 = _four(module, weights, state)
+        a, b, a0, b0 = _pissa_tensors(module, weights, state)
         tensors[tensor_name(module, A)] = torch.cat([a, a0])
         tensors[tensor_name(module, B)] = torch.cat([b, -b0], dim=1)
     # Twice the rank at the same scale.
     factor = math.sqrt(2) if spec.rslora else 2
-    return peft_folder.written(
+    return peft_folder.peft_files(
         spec,
         tensors,
         base,
@@ -162,28 +164,28 @@ def pissa_files(
     )
 
 
-def start_pissa(tuned: Tuned, stored: Stored, spec: JobSpec) -> None:
+def load_pissa(adapted: AdaptedModel, stored: StoredAdapter, spec: JobSpec) -> None:
     """Continues from the files of PiSSA, in place.
 
     Raises:
         AdapterInvalid: their targets, ranks or scales are others.
     """
-    modules = peft_folder.modules_of(tuned.weights)
+    modules = peft_folder.modules_of(adapted.weights)
     wanted: dict[str, torch.Size] = {}
     for module in modules:
-        a, b, *_ = _four(module, tuned.weights, tuned.state)
+        a, b, *_ = _pissa_tensors(module, adapted.weights, adapted.state)
         wanted[tensor_name(module, A)] = torch.Size((2 * a.shape[0], a.shape[1]))
         wanted[tensor_name(module, B)] = torch.Size((b.shape[0], 2 * b.shape[1]))
     peft_folder.check_same(stored, wanted, {module: scale_of(spec, module) for module in modules})
     for module in modules:
-        a, b, a0, b0 = _four(module, tuned.weights, tuned.state)
+        a, b, a0, b0 = _pissa_tensors(module, adapted.weights, adapted.state)
         upper, lower = stored.tensors[tensor_name(module, A)].chunk(2)
         left, right = stored.tensors[tensor_name(module, B)].chunk(2, dim=1)
         for place, value in ((a, upper), (a0, lower), (b, left), (b0, -right)):
             place.copy_(value)
 
 
-def _four(
+def _pissa_tensors(
     module: str, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return (

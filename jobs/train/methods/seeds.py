@@ -9,14 +9,14 @@ from contextlib import contextmanager
 import torch
 
 
-def seed_of(*words: object) -> int:
+def seed_of(*keys: object) -> int:
     """A seed, 64 bits, for `words`."""
-    return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:8], "little", signed=True)
+    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "little", signed=True)
 
 
 @contextmanager
-def seeded(device: torch.device, *words: object) -> Iterator[None]:
+def seeded(device: torch.device, *keys: object) -> Iterator[None]:
     """Torch's global generators begin inside where `words` say, and are outside as if nothing had been drawn."""
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type="cuda"):
-        torch.manual_seed(seed_of(*words))
+        torch.manual_seed(seed_of(*keys))
         yield

@@ -21,7 +21,7 @@ _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TargetModule:
     """A linear that a job adapts.
 
     Attributes:
@@ -51,7 +51,7 @@ class Place:
         return self.linear.weight.device
 
 
-def places(model: PreTrainedModel, spec: JobSpec) -> list[Place]:
+def find_target_modules(model: PreTrainedModel, spec: JobSpec) -> list[TargetModule]:
     """The linears that `spec` adapts, in the base's order.
 
     Raises:
@@ -63,7 +63,7 @@ def places(model: PreTrainedModel, spec: JobSpec) -> list[Place]:
     _check_patterns("rank_pattern", spec.rank_pattern, names)
     _check_patterns("alpha_pattern", spec.alpha_pattern, names)
     return [
-        Place(name, modules[name.rpartition(".")[0]], linears[name], rank_of(spec, name), scale_of(spec, name))
+        TargetModule(name, modules[name.rpartition(".")[0]], linears[name], rank_of(spec, name), scale_of(spec, name))
         for name in names
     ]
 

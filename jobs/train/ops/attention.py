@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 #: Its name among transformers' implementations.
-NAME = "loramill_short_rows"
+IMPLEMENTATION_NAME = "loramill_short_rows"
 
 
 class _Attention(torch.autograd.Function):
@@ -62,5 +62,5 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, eager_mask)
+AttentionInterface.register(IMPLEMENTATION_NAME, attend)
+AttentionMaskInterface.register(IMPLEMENTATION_NAME, eager_mask)

@@ -23,11 +23,11 @@ _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<split>[\w.\[\]:%+
 _ROWS = 1000
 
 
-class NoJson:
+class NotJson:
     """A cell, or a part of one, that JSON can't express; `what` describes it."""
 
     def __init__(self, what: str) -> None:
-        self.what = what
+        self.description = what
 
 
 def read_parquet(name: str, raw: bytes) -> Table:
@@ -39,7 +39,7 @@ def read_parquet(name: str, raw: bytes) -> Table:
     import pyarrow
     import pyarrow.parquet
 
-    with _explained(name):
+    with _translate_errors(name):
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw))
         return _table(name, "Parquet", file.schema_arrow, file.iter_batches(_ROWS))
 
@@ -52,7 +52,7 @@ def read_arrow(name: str, raw: bytes) -> Table:
     """
     import pyarrow
 
-    with _explained(name):
+    with _translate_errors(name):
         file = pyarrow.ipc.open_file(pyarrow.BufferReader(raw))
         batches = (file.get_batch(index) for index in range(file.num_record_batches))
         return _table(name, "Arrow", file.schema, batches)
@@ -76,8 +76,8 @@ def read_folder(path: Path) -> Table:
         )
     import datasets
 
-    with _explained(path.name):
-        return _of_datasets(path.name, "saved dataset", datasets.load_from_disk(str(path)))
+    with _translate_errors(path.name):
+        return _table_of_dataset(path.name, "saved dataset", datasets.load_from_disk(str(path)))
 
 
 def read_hub(source: str) -> Table:
@@ -100,10 +100,10 @@ def read_hub(source: str) -> Table:
         raise InvalidRequest(
             f"{source} can't be read: {reason} (Is the name right, and can the hub be reached?)"
         ) from error
-    return _of_datasets(source, "hub dataset", loaded)
+    return _table_of_dataset(source, "hub dataset", loaded)
 
 
-def _of_datasets(name: str, kind: str, loaded: datasets.Dataset) -> Table:
+def _table_of_dataset(name: str, kind: str, loaded: datasets.Dataset) -> Table:
     # As Arrow, so that columns that aren't used (images, audio) are never decoded.
     tables = loaded.with_format("arrow").iter(_ROWS)
     return _table(name, kind, loaded.features.arrow_schema, tables)
@@ -116,7 +116,7 @@ def _table(
     if len(set(columns)) < len(columns):
         raise DatasetInvalid(f"{name}: two columns have the same name; rename one ({', '.join(columns)}).")
     dated = tuple(field.name for field in schema if _temporal(field.type))
-    return Table(name, kind, "row", tuple(columns), _rows(name, columns, batches), dated, sparse=True)
+    return Table(name, kind, "row", tuple(columns), _rows(name, columns, batches), dated, nulls_may_be_absent=True)
 
 
 def _temporal(kind: pyarrow.DataType) -> bool:
@@ -128,7 +128,7 @@ def _temporal(kind: pyarrow.DataType) -> bool:
 
 def _rows(name: str, columns: list[str], batches: Iterator[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
-    with _explained(name):
+    with _translate_errors(name):
         for batch in batches:
             cells = [batch.column(index).to_pylist() for index in range(len(columns))]
             for row in zip(*cells, strict=True):
@@ -141,14 +141,14 @@ def as_json(cell: Any) -> Any:
     if cell is None or isinstance(cell, str | bool | int):
         return cell
     if isinstance(cell, float):
-        return cell if math.isfinite(cell) else NoJson(f"the number {cell}")
+        return cell if math.isfinite(cell) else NotJson(f"the number {cell}")
     if isinstance(cell, datetime.date | datetime.time):  # a datetime is a date
         return cell.isoformat()
     if isinstance(cell, dict):
         return {key: as_json(value) for key, value in cell.items()}
     if isinstance(cell, list):
         return [as_json(value) for value in cell]
-    return NoJson(_KINDS.get(type(cell).__name__, f"a {type(cell).__name__}"))
+    return NotJson(_KINDS.get(type(cell).__name__, f"a {type(cell).__name__}"))
 
 
 _KINDS = {
@@ -160,7 +160,7 @@ _KINDS = {
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _translate_errors(name: str) -> Iterator[None]:
     """Turns errors of Arrow and `datasets` about a file into DatasetInvalid."""
     import pyarrow
 

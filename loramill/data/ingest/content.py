@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from loramill.data.filetype import called, magic
+from loramill.data.filetype import describe_kind, detect_kind
 from loramill.data.jsonl import decode
 from loramill.errors import DatasetInvalid, InvalidRequest
 
@@ -28,14 +28,16 @@ def read_bytes(path: Path) -> bytes:
         raw = path.read_bytes()
     except OSError as error:
         raise InvalidRequest(f"{path} can't be read: {error.strerror}.") from error
-    kind = magic(raw)
+    kind = detect_kind(raw)
     unpack = _UNPACK.get(kind or "")
     if unpack is None:
         return raw
     try:
         return unpack(raw)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise DatasetInvalid(f"{path.name} is {called(kind or '')}, and damaged: {error}. Copy it again.") from error
+        raise DatasetInvalid(
+            f"{path.name} is {describe_kind(kind or '')}, and damaged: {error}. Copy it again."
+        ) from error
 
 
 def inner_suffix(path: Path) -> str:
@@ -50,7 +52,7 @@ def text_of(name: str, raw: bytes) -> str:
     Raises:
         DatasetInvalid: it is neither.
     """
-    if magic(raw) == "utf-16" and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if detect_kind(raw) == "utf-16" and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         try:
             return raw.decode("utf-16")
         except UnicodeDecodeError as error:

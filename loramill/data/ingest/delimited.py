@@ -44,7 +44,7 @@ def read_delimited(name: str, text: str) -> Table:
         if len(row) != len(header):
             raise DatasetInvalid(
                 f"{name}, row {number}: it has {len(row)} cells where the header has {len(header)} (separated by "
-                f"{_shown(separator)}); put quotes around a cell with {_shown(separator)} in it."
+                f"{_separator_name(separator)}); put quotes around a cell with {_separator_name(separator)} in it."
             )
     rows = ((number, dict(zip(header, row, strict=True))) for number, row in enumerate(cells, start=1))
     return Table(name, _SEPARATORS[separator], "row", tuple(header), rows)
@@ -108,7 +108,7 @@ def _check_header(name: str, header: Iterable[str]) -> None:
         raise DatasetInvalid(f"{name} is empty; its first row names the columns.")
 
 
-def _shown(separator: str) -> str:
+def _separator_name(separator: str) -> str:
     return {"\t": "tabs", ",": "commas"}.get(separator, f"'{separator}'")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loramill.data import jsonl
-from loramill.data.ingest.columnar import NoJson
+from loramill.data.ingest.columnar import NotJson
 from loramill.data.jsonl import parse
 from loramill.errors import DatasetInvalid, InvalidRequest
 
@@ -17,7 +17,7 @@ Cells = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class RowFormat:
     """One form of training data.
 
     Attributes:
@@ -30,7 +30,7 @@ class Form:
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    line: Callable[[Cells], dict[str, Any]]
+    to_line: Callable[[Cells], dict[str, Any]]
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -38,7 +38,7 @@ class Form:
         return (*self.required, *self.optional)
 
 
-class Wrong(Exception):
+class CellError(Exception):
     """What is wrong with one cell: its field, and a sentence about it."""
 
     def __init__(self, field: str, problem: str) -> None:
@@ -46,13 +46,13 @@ class Wrong(Exception):
         self.field, self.problem = field, problem
 
 
-def recognize(name: str, there: Collection[str]) -> Form:
+def recognize(name: str, columns: Collection[str]) -> RowFormat:
     """The form that these columns have.
 
     Raises:
         DatasetInvalid: they have none, or several.
     """
-    found = [form for form in FORMS if set(form.required) <= set(there)]
+    found = [form for form in FORMATS if set(form.required) <= set(columns)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -61,35 +61,36 @@ def recognize(name: str, there: Collection[str]) -> Form:
             f"{name} can be read as {' and as '.join(form.name for form in found)}: say which columns to use, such as "
             f"{either}."
         )
-    shown = ", ".join(map(_short, there)) or "(none)"
-    if {"chosen", "rejected"} <= set(there):
+    shown = ", ".join(map(_column_name, columns)) or "(none)"
+    if {"chosen", "rejected"} <= set(columns):
         raise DatasetInvalid(
             f"{name} has preference pairs ({shown}), and training on preferences is not supported; to train on the "
             "chosen answers only, set columns prompt=prompt,completion=chosen."
         )
     raise DatasetInvalid(
-        f"{name} has the columns {shown}, which match no known form ({'; '.join(map(_spelled, FORMS))}): name "
+        f"{name} has the columns {shown}, which match no known form ({'; '.join(map(_required_fields, FORMATS))}): "
+        "name "
         "them, such as columns prompt=question,completion=answer."
     )
 
 
-def form_of(columns: Mapping[str, str]) -> Form:
+def format_of(columns: Mapping[str, str]) -> RowFormat:
     """The form that has these fields: {field: column}.
 
     Raises:
         InvalidRequest: the fields make no example.
     """
-    for form in FORMS:
+    for form in FORMATS:
         if set(form.required) <= set(columns) <= set(form.fields):
             return form
     raise InvalidRequest(
-        f"The columns {', '.join(map(_short, columns))} don't make an example: give those of one form "
-        f"({'; '.join(map(_spelled, FORMS))}).",
+        f"The columns {', '.join(map(_column_name, columns))} don't make an example: give those of one form "
+        f"({'; '.join(map(_required_fields, FORMATS))}).",
         param="columns",
     )
 
 
-def _spelled(form: Form) -> str:
+def _required_fields(form: RowFormat) -> str:
     return " and ".join(form.required)
 
 
@@ -112,17 +113,17 @@ def _pair(cells: Cells) -> dict[str, Any]:
     if not any(spoken.values()):
         line: dict[str, Any] = {field: _text(cells, field) for field in ("prompt", "completion")}
         if cells.get("tools") not in (None, ""):
-            raise Wrong("tools", "tools belong to messages; write prompt and completion as lists of messages.")
+            raise CellError("tools", "tools belong to messages; write prompt and completion as lists of messages.")
         return line | ({} if cells.get("weight") in (None, "") else {"weight": _number(cells, "weight")})
     for field, other in (("prompt", "completion"), ("completion", "prompt")):
         if not spoken[field]:
-            raise Wrong(field, f"it is {shown(cells[field])}; it must be a list of messages, as {other} is.")
+            raise CellError(field, f"it is {short_repr(cells[field])}; it must be a list of messages, as {other} is.")
     before = [
         {**turn, "weight": 0} if isinstance(turn, Mapping) and turn.get("role") == "assistant" else turn
         for turn in cells["prompt"]
     ]
     if cells.get("weight") not in (None, ""):
-        raise Wrong("weight", "it belongs to texts; give the messages of the completion a weight each.")
+        raise CellError("weight", "it belongs to texts; give the messages of the completion a weight each.")
     tools = {} if cells.get("tools") in (None, "") else {"tools": _value(cells, "tools")}
     return {"messages": [*before, *cells["completion"]], **tools}
 
@@ -133,7 +134,7 @@ def _alpaca(cells: Cells) -> dict[str, Any]:
     history = [] if cells.get("history") in (None, "") else _list(cells, "history", "[question, answer] pairs")
     for index, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise Wrong("history", f"entry {index + 1} is {shown(pair)}; it must be a pair of texts.")
+            raise CellError("history", f"entry {index + 1} is {short_repr(pair)}; it must be a pair of texts.")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     asked = [_text(cells, "instruction")]
     if cells.get("input") not in (None, ""):
@@ -153,11 +154,11 @@ def _sharegpt(cells: Cells) -> dict[str, Any]:
     return {"messages": [*_system(cells), *turns], **tools}
 
 
-FORMS = (
-    Form("messages", ("messages",), ("tools", "functions", "parallel_tool_calls"), _messages),
-    Form("prompt and completion", ("prompt", "completion"), ("weight", "tools"), _pair),
-    Form("Alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca),
-    Form("ShareGPT", ("conversations",), ("system", "tools"), _sharegpt),
+FORMATS = (
+    RowFormat("messages", ("messages",), ("tools", "functions", "parallel_tool_calls"), _messages),
+    RowFormat("prompt and completion", ("prompt", "completion"), ("weight", "tools"), _pair),
+    RowFormat("Alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca),
+    RowFormat("ShareGPT", ("conversations",), ("system", "tools"), _sharegpt),
 )
 
 
@@ -189,7 +190,7 @@ def _turns(turns: list[Any], field: str) -> list[dict[str, Any]]:
     for index, turn in enumerate(turns):
         where = f"{field}[{index}]"
         if not isinstance(turn, Mapping) or not ({"from", "role"} & set(turn)):
-            raise Wrong(field, f"{where} is {shown(turn)}; it must be an object with 'from' and 'value'.")
+            raise CellError(field, f"{where} is {short_repr(turn)}; it must be an object with 'from' and 'value'.")
         if "from" not in turn:
             messages.append(dict(turn))
             continue
@@ -202,9 +203,9 @@ def _turn(turn: Mapping[str, Any], where: str, field: str, index: int, waiting: 
     speaker, value = turn["from"], turn.get("value")
     role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
-        raise Wrong(field, f"{where}.from is {shown(speaker)}; it must be one of {', '.join(_ROLES)}.")
+        raise CellError(field, f"{where}.from is {short_repr(speaker)}; it must be one of {', '.join(_ROLES)}.")
     if not isinstance(value, str):
-        raise Wrong(field, f"{where}.value is {shown(value)}; it must be text.")
+        raise CellError(field, f"{where}.value is {short_repr(value)}; it must be text.")
     weight = {"weight": turn["weight"]} if turn.get("weight") is not None else {}
     if role == "call":
         calls = _calls(value, where, field, index)
@@ -212,7 +213,9 @@ def _turn(turn: Mapping[str, Any], where: str, field: str, index: int, waiting: 
         return {"role": "assistant", "content": None, "tool_calls": calls, **weight}
     if role == "tool":
         if not waiting:
-            raise Wrong(field, f"{where}.from is {speaker}, and no function_call turn before it waits for a result.")
+            raise CellError(
+                field, f"{where}.from is {speaker}, and no function_call turn before it waits for a result."
+            )
         return {"role": "tool", "tool_call_id": waiting.pop(0), "content": value}
     return {"role": role, "content": value, **weight}
 
@@ -221,11 +224,11 @@ def _calls(text: str, where: str, field: str, index: int) -> list[dict[str, Any]
     try:
         value = parse(text)
     except DatasetInvalid as error:
-        raise Wrong(field, f"{where}.value: {error.message} It must be a call: name and arguments.") from error
+        raise CellError(field, f"{where}.value: {error.message} It must be a call: name and arguments.") from error
     made = []
     for number, call in enumerate(value if isinstance(value, list) else [value]):
         if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
-            raise Wrong(field, f"{where}.value is {shown(call)}; it must be a call: name and arguments.")
+            raise CellError(field, f"{where}.value is {short_repr(call)}; it must be a call: name and arguments.")
         arguments = call.get("arguments", {})
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         function = {"name": call["name"], "arguments": text}
@@ -255,9 +258,9 @@ def _system(cells: Cells) -> list[dict[str, Any]]:
 def _text(cells: Cells, field: str) -> str:
     value = cells[field]
     if value is None or value == "":
-        raise Wrong(field, "it is empty; fill it in, or remove the row.")
+        raise CellError(field, "it is empty; fill it in, or remove the row.")
     if not isinstance(value, str):
-        raise Wrong(field, f"it is {shown(value)}; it must be text.")
+        raise CellError(field, f"it is {short_repr(value)}; it must be text.")
     return value
 
 
@@ -272,16 +275,16 @@ def _number(cells: Cells, field: str) -> float:
             return float(value)
     except (ValueError, OverflowError):
         pass
-    raise Wrong(field, f"it is {shown(value)}; it must be a number.")
+    raise CellError(field, f"it is {short_repr(value)}; it must be a number.")
 
 
 def _list(cells: Cells, field: str, of: str) -> list[Any]:
     value = cells[field]
     if value is None or value == "":
-        raise Wrong(field, "it is empty; fill it in, or remove the row.")
+        raise CellError(field, "it is empty; fill it in, or remove the row.")
     value = _value(cells, field, f"write a list of {of}")
     if not isinstance(value, list):
-        raise Wrong(field, f"it is {shown(value)}; it must be a list of {of}.")
+        raise CellError(field, f"it is {short_repr(value)}; it must be a list of {of}.")
     return value
 
 
@@ -293,14 +296,14 @@ def _value(cells: Cells, field: str, advice: str = "write JSON") -> Any:
     try:
         return parse(value)
     except DatasetInvalid as error:
-        raise Wrong(field, f"{error.message.removesuffix('.')}; {advice}.") from error
+        raise CellError(field, f"{error.message.removesuffix('.')}; {advice}.") from error
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """A foreign value for a message, as `jsonl.shown`; `NoJson` by its description."""
-    return value.what if isinstance(value, NoJson) else jsonl.shown(value)
+    return value.description if isinstance(value, NotJson) else jsonl.short_repr(value)
 
 
-def _short(column: object) -> str:
+def _column_name(column: object) -> str:
     text = str(column)
-    return text if text.isprintable() and len(text) <= 40 else shown(text)
+    return text if text.isprintable() and len(text) <= 40 else short_repr(text)

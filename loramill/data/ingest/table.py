@@ -26,5 +26,5 @@ class Table:
     unit: str
     columns: tuple[str, ...] | None
     rows: Iterable[tuple[int, Any]]
-    dated: tuple[str, ...] = ()
-    sparse: bool = False
+    temporal_columns: tuple[str, ...] = ()
+    nulls_may_be_absent: bool = False

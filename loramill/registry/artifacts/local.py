@@ -15,32 +15,32 @@ from pathlib import Path
 from typing import BinaryIO
 
 from loramill.errors import ArtifactCorrupt
-from loramill.registry.artifacts.manifest import MANIFEST, Manifest, corrupt, is_hash, measure
-from loramill.storage.atomic import sync
+from loramill.registry.artifacts.manifest import MANIFEST, Manifest, corrupt, digest_and_size, is_hash
+from loramill.storage.atomic import fsync
 
 
-class Folder:
+class LocalArtifacts:
     """A place for artifacts on this machine."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._temporary = root / ".tmp"
 
-    def where(self, artifact: str) -> str:
+    def location(self, artifact: str) -> str:
         """How a message names an artifact's place."""
         return str(self._path(artifact))
 
     def write(self, files: Mapping[str, bytes | Path]) -> str:
         """Stores files, durably, and returns their artifact's hash. A damaged artifact of this hash is mended."""
-        building = self._reserve()
+        building = self._temporary_path()
         try:
             _make_folder(building)
             for name, source in files.items():
                 _write_file(building / name, source)
-            manifest = Manifest({name: measure(building / name) for name in files})
+            manifest = Manifest({name: digest_and_size(building / name) for name in files})
             _write_file(building / MANIFEST, manifest.dump())
-            sync(building)
-            self._settle(building, manifest)
+            fsync(building)
+            self._move_into_place(building, manifest)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
@@ -64,7 +64,7 @@ class Folder:
         for path in self.root.glob("[0-9a-f][0-9a-f]/*"):
             if is_hash(path.name) and path.name not in known and _is_old(path, before):
                 # Renamed first, so that it is never there by halves.
-                discarded.append(path.rename(self._reserve()))
+                discarded.append(path.rename(self._temporary_path()))
         for path in discarded:
             shutil.rmtree(path)
         return len(discarded)
@@ -72,15 +72,15 @@ class Folder:
     def _path(self, artifact: str) -> Path:
         return self.root / artifact[:2] / artifact
 
-    def _reserve(self) -> Path:
+    def _temporary_path(self) -> Path:
         _make_folder(self._temporary)
         return self._temporary / secrets.token_hex(16)
 
-    def _settle(self, building: Path, manifest: Manifest) -> None:
+    def _move_into_place(self, building: Path, manifest: Manifest) -> None:
         final = self._path(manifest.hash)
         _make_folder(final.parent)
-        if final.exists() and not _is_sound(final, manifest):
-            final.rename(self._reserve())
+        if final.exists() and not _is_intact(final, manifest):
+            final.rename(self._temporary_path())
         try:
             building.rename(final)
         except OSError as error:
@@ -89,10 +89,10 @@ class Folder:
             # The same content is there already. It counts as new, so that a sweep leaves it to be recorded.
             os.utime(final)
             shutil.rmtree(building)
-        sync(final.parent)
+        fsync(final.parent)
 
 
-def _is_sound(folder: Path, manifest: Manifest) -> bool:
+def _is_intact(folder: Path, manifest: Manifest) -> bool:
     try:
         _check(folder, manifest)
         return (folder / MANIFEST).read_bytes() == manifest.dump()
@@ -103,7 +103,7 @@ def _is_sound(folder: Path, manifest: Manifest) -> bool:
 def _check(folder: Path, manifest: Manifest) -> None:
     for name in manifest.files:
         try:
-            found = measure(folder / name)
+            found = digest_and_size(folder / name)
         except FileNotFoundError as error:
             raise corrupt(str(folder), name) from error
         manifest.check(name, found, str(folder))
@@ -121,7 +121,7 @@ def _make_folder(path: Path) -> None:
         return
     _make_folder(path.parent)
     path.mkdir(exist_ok=True)
-    sync(path.parent)
+    fsync(path.parent)
 
 
 def _write_file(path: Path, source: bytes | Path) -> None:

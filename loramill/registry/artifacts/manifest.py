@@ -17,7 +17,7 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ManifestEntry:
     """One file: sha256 of its content in hex, and its size in bytes."""
 
     sha256: str
@@ -28,7 +28,7 @@ class Entry:
 class Manifest:
     """The files of an artifact, by name."""
 
-    files: Mapping[str, Entry]
+    files: Mapping[str, ManifestEntry]
 
     @property
     def hash(self) -> str:
@@ -47,7 +47,7 @@ class Manifest:
         return json.dumps({"files": files}, indent=1).encode()
 
     @classmethod
-    def parse(cls, raw: bytes, where: str, artifact: str) -> Manifest:
+    def parse(cls, raw: bytes, location: str, artifact: str) -> Manifest:
         """Reads the manifest's file of an artifact that lies at `where`.
 
         Raises:
@@ -55,17 +55,17 @@ class Manifest:
         """
         try:
             files = json.loads(raw)["files"]
-            manifest = cls({check_name(name): Entry(it["sha256"], it["bytes"]) for name, it in files.items()})
+            manifest = cls({check_name(name): ManifestEntry(it["sha256"], it["bytes"]) for name, it in files.items()})
         except (ValueError, KeyError, TypeError, AttributeError, InvalidRequest) as error:
-            raise corrupt(where, MANIFEST) from error
+            raise corrupt(location, MANIFEST) from error
         if manifest.hash != artifact:
-            raise corrupt(where, MANIFEST)
+            raise corrupt(location, MANIFEST)
         return manifest
 
-    def check(self, name: str, found: Entry, where: str) -> None:
+    def check(self, name: str, found: ManifestEntry, location: str) -> None:
         """Raises ArtifactCorrupt unless a file has the content that it had when it was stored."""
         if self.files[name] != found:
-            raise corrupt(where, name)
+            raise corrupt(location, name)
 
 
 def check_name(name: str) -> str:
@@ -82,10 +82,11 @@ def check_name(name: str) -> str:
     return name
 
 
-def corrupt(where: str, name: str) -> ArtifactCorrupt:
+def corrupt(location: str, name: str) -> ArtifactCorrupt:
     """The error for a file that was altered, cut off or lost after it was stored."""
     return ArtifactCorrupt(
-        f"The file {name} of the artifact at {where} isn't what was stored there: the disk or another program altered "
+        f"The file {name} of the artifact at {location} isn't what was stored there: the disk or another program "
+        "altered "
         "it. Restore it from a backup, or run the job again (upload the file again): that mends it."
     )
 
@@ -95,9 +96,9 @@ def is_hash(text: str) -> bool:
     return _HASH.fullmatch(text) is not None
 
 
-def measure(source: bytes | Path) -> Entry:
+def digest_and_size(source: bytes | Path) -> ManifestEntry:
     """Hash and size of a file's content."""
     if isinstance(source, bytes):
-        return Entry(hashlib.sha256(source).hexdigest(), len(source))
+        return ManifestEntry(hashlib.sha256(source).hexdigest(), len(source))
     with source.open("rb") as file:
-        return Entry(hashlib.file_digest(file, "sha256").hexdigest(), file.tell())
+        return ManifestEntry(hashlib.file_digest(file, "sha256").hexdigest(), file.tell())

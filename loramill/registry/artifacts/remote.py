@@ -13,25 +13,25 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from loramill.errors import ArtifactCorrupt
-from loramill.registry.artifacts.local import Folder
-from loramill.registry.artifacts.manifest import MANIFEST, Manifest, is_hash, measure
-from loramill.storage.object_store import open_files
+from loramill.registry.artifacts.local import LocalArtifacts
+from loramill.registry.artifacts.manifest import MANIFEST, Manifest, digest_and_size, is_hash
+from loramill.storage.object_store import open_filesystem
 
 
-class Bucket:
+class RemoteArtifacts:
     """A place for artifacts that several machines share; what is fetched is kept in a local cache."""
 
-    def __init__(self, url: str, cache: Folder) -> None:
-        self._files, self._root = open_files(url)
+    def __init__(self, url: str, cache: LocalArtifacts) -> None:
+        self._files, self._root = open_filesystem(url)
         self._cache = cache
 
-    def where(self, artifact: str) -> str:
+    def location(self, artifact: str) -> str:
         """How a message names an artifact's place."""
         return str(self._files.unstrip_protocol(self._path(artifact)))
 
     def write(self, files: Mapping[str, bytes | Path]) -> str:
         """Stores files and returns their artifact's hash."""
-        manifest = Manifest({name: measure(source) for name, source in files.items()})
+        manifest = Manifest({name: digest_and_size(source) for name, source in files.items()})
         for name, source in files.items():
             if isinstance(source, bytes):
                 self._files.pipe_file(self._path(manifest.hash, name), source)
@@ -76,10 +76,10 @@ class Bucket:
 
     def _download(self, artifact: str) -> None:
         with self.open(artifact, MANIFEST) as file:
-            manifest = Manifest.parse(file.read(), self.where(artifact), artifact)
+            manifest = Manifest.parse(file.read(), self.location(artifact), artifact)
         with tempfile.TemporaryDirectory() as folder:
             files = {name: Path(folder) / name for name in manifest.files}
             for name, path in files.items():
                 self._files.get_file(self._path(artifact, name), str(path))
-                manifest.check(name, measure(path), self.where(artifact))
+                manifest.check(name, digest_and_size(path), self.location(artifact))
             self._cache.write(files)

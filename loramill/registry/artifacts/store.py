@@ -10,12 +10,12 @@ from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from loramill.errors import ArtifactMissing, DiskFull, InvalidRequest, StoreUnusable
-from loramill.registry.artifacts.local import Folder
-from loramill.registry.artifacts.manifest import MANIFEST, Manifest, check_name, corrupt, is_hash, measure
-from loramill.registry.artifacts.remote import Bucket
-from loramill.storage.object_store import shown, store_errors
+from loramill.registry.artifacts.local import LocalArtifacts
+from loramill.registry.artifacts.manifest import MANIFEST, Manifest, check_name, corrupt, digest_and_size, is_hash
+from loramill.registry.artifacts.remote import RemoteArtifacts
+from loramill.storage.object_store import redacted_url, translate_store_errors
 
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+_ACCESS_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 class ArtifactStore:
@@ -36,7 +36,11 @@ class ArtifactStore:
         parts = urlsplit(url)
         local = unquote(parts.path) if parts.scheme == "file" else None if "://" in url else url
         self.url = url
-        self._place = Bucket(url, Folder(cache.expanduser())) if local is None else Folder(Path(local).absolute())
+        self._backend = (
+            RemoteArtifacts(url, LocalArtifacts(cache.expanduser()))
+            if local is None
+            else LocalArtifacts(Path(local).absolute())
+        )
 
     def put(self, files: Mapping[str, bytes | Path]) -> str:
         """Stores files, given by name as content or as a path to copy; returns the artifact's hash.
@@ -51,8 +55,8 @@ class ArtifactStore:
         """
         if not files:
             raise InvalidRequest("An artifact needs at least one file.")
-        with self._explained():
-            return self._place.write({check_name(name): source for name, source in files.items()})
+        with self._translate_errors():
+            return self._backend.write({check_name(name): source for name, source in files.items()})
 
     def fetch(self, artifact: str) -> Path:
         """A local folder with the artifact's files, their content checked; don't write into it.
@@ -62,8 +66,8 @@ class ArtifactStore:
             ArtifactCorrupt: a file has another content than it was stored with, or is gone.
             Unavailable, StoreUnusable: as for `put`.
         """
-        with self._explained(artifact):
-            return self._place.fetch(artifact)
+        with self._translate_errors(artifact):
+            return self._backend.fetch(artifact)
 
     def read(self, artifact: str, name: str) -> bytes:
         """One file's content, checked.
@@ -73,9 +77,9 @@ class ArtifactStore:
             ArtifactCorrupt: the file has another content than it was stored with, or is gone.
             Unavailable, StoreUnusable: as for `put`.
         """
-        with self.open(artifact, name) as file, self._explained(artifact):
+        with self.open(artifact, name) as file, self._translate_errors(artifact):
             content = file.read()
-        self.manifest(artifact).check(name, measure(content), self._place.where(artifact))
+        self.manifest(artifact).check(name, digest_and_size(content), self._backend.location(artifact))
         return content
 
     def open(self, artifact: str, name: str) -> BinaryIO:
@@ -89,12 +93,12 @@ class ArtifactStore:
         files = self.manifest(artifact).files
         if name not in files:
             raise ArtifactMissing(f"The artifact {artifact} has no file '{name}', only {', '.join(files)}.")
-        with self._explained(artifact):
+        with self._translate_errors(artifact):
             try:
-                with store_errors(self.url):
-                    return self._place.open(artifact, name)
+                with translate_store_errors(self.url):
+                    return self._backend.open(artifact, name)
             except FileNotFoundError as error:
-                raise corrupt(self._place.where(artifact), name) from error
+                raise corrupt(self._backend.location(artifact), name) from error
 
     def size(self, artifact: str) -> int:
         """Bytes of the artifact's files together.
@@ -110,26 +114,26 @@ class ArtifactStore:
         Raises:
             ArtifactMissing, ArtifactCorrupt: as for `fetch`.
         """
-        with self._explained(artifact), self._place.open(artifact, MANIFEST) as file:
-            return Manifest.parse(file.read(), self._place.where(artifact), artifact)
+        with self._translate_errors(artifact), self._backend.open(artifact, MANIFEST) as file:
+            return Manifest.parse(file.read(), self._backend.location(artifact), artifact)
 
     def sweep(self, known: Collection[str], older_than: float) -> int:
         """Removes artifacts that aren't `known` and leftovers of crashes, if older than so many seconds.
 
         Returns how many went. Give more seconds than pass between a `put` and its record.
         """
-        with self._explained():
-            return self._place.sweep(known, older_than)
+        with self._translate_errors():
+            return self._backend.sweep(known, older_than)
 
     @contextmanager
-    def _explained(self, artifact: str | None = None) -> Iterator[None]:
+    def _translate_errors(self, artifact: str | None = None) -> Iterator[None]:
         missing = ArtifactMissing(
-            f"The artifact {artifact} isn't at {shown(self.url)}: restore it from a backup, or make it again."
+            f"The artifact {artifact} isn't at {redacted_url(self.url)}: restore it from a backup, or make it again."
         )
         if artifact is not None and not is_hash(artifact):
             raise missing
         try:
-            with store_errors(self.url):
+            with translate_store_errors(self.url):
                 yield
         except FileNotFoundError as error:
             if artifact is None:
@@ -138,11 +142,11 @@ class ArtifactStore:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull(
-                    f"The disk of the artifacts at {shown(self.url)} is full; free some space and try again."
+                    f"The disk of the artifacts at {redacted_url(self.url)} is full; free some space and try again."
                 ) from error
-            if error.errno in _UNWRITABLE:
+            if error.errno in _ACCESS_ERRNOS:
                 raise StoreUnusable(
-                    f"The artifacts at {shown(self.url)} can't be read or written ({error.strerror}); "
+                    f"The artifacts at {redacted_url(self.url)} can't be read or written ({error.strerror}); "
                     "make it a folder that you may write to, or correct artifacts_url."
                 ) from error
             raise

@@ -36,7 +36,7 @@ _CONNECT: Mapping[str, Any] = {
 }
 #: Seconds between two log lines that are the same, and when each was last written.
 _LOG_SECONDS = 10.0
-_LOGGED: dict[str, float] = {}
+_LAST_LOGGED: dict[str, float] = {}
 _WRITING = "loramill_writing"
 # SQLSTATE classes: connection, resources, login, unknown database, shutdown.
 _UNREACHABLE = ("08", "53", "28", "3D", "57P")
@@ -67,7 +67,7 @@ def parse_url(text: str) -> URL:
     return url.set(database=str(Path(str(url.database)).expanduser().absolute()))
 
 
-def shown(url: URL) -> str:
+def redacted_url(url: URL) -> str:
     """How a message names the database: never with its password."""
     return str(url.database) if url.get_backend_name() == "sqlite" else url.render_as_string(hide_password=True)
 
@@ -125,7 +125,7 @@ _PUBLIC: Mapping[type[LoramillError], str] = {
 
 
 @contextmanager
-def explained(url: URL, *, opening: bool = False) -> Iterator[None]:
+def translate_db_errors(url: URL, *, opening: bool = False) -> Iterator[None]:
     """Turns a driver's errors that a user can mend into loramill's; every other error passes as it is.
 
     Args:
@@ -139,13 +139,13 @@ def explained(url: URL, *, opening: bool = False) -> Iterator[None]:
     try:
         yield
     except PoolTimeout as error:
-        raise _public(Unavailable(f"Every connection to {shown(url)} is in use; try again."), opening) from error
+        raise _public(Unavailable(f"Every connection to {redacted_url(url)} is in use; try again."), opening) from error
     except (DBAPIError, sqlite3.Error) as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
         if isinstance(cause, sqlite3.Error):
-            known = _explain_sqlite(cause, shown(url))
+            known = _translate_sqlite(cause, redacted_url(url))
         else:
-            known = _explain_postgresql(cause, shown(url), opening)
+            known = _translate_postgresql(cause, redacted_url(url), opening)
         if known is None:
             raise
         raise _public(known, opening) from error
@@ -154,24 +154,24 @@ def explained(url: URL, *, opening: bool = False) -> Iterator[None]:
 def _public(error: LoramillError, opening: bool) -> LoramillError:
     if opening or type(error) not in _PUBLIC:  # a Conflict names nothing of the database
         return error
-    _log(error.message)
+    _log_throttled(error.message)
     return type(error)(_PUBLIC[type(error)])
 
 
-def _log(message: str) -> None:
+def _log_throttled(message: str) -> None:
     """Logs a message once in ten seconds: in an outage, each heartbeat and each request has the same one."""
     now = time.monotonic()
-    if now - _LOGGED.get(message, -math.inf) < _LOG_SECONDS:
+    if now - _LAST_LOGGED.get(message, -math.inf) < _LOG_SECONDS:
         return
-    _LOGGED.clear()
-    _LOGGED[message] = now
+    _LAST_LOGGED.clear()
+    _LAST_LOGGED[message] = now
     log.warning("%s", message)
 
 
-def _explain_sqlite(error: sqlite3.Error, path: str) -> LoramillError | None:
+def _translate_sqlite(error: sqlite3.Error, path: str) -> LoramillError | None:
     code = getattr(error, "sqlite_errorcode", None) or sqlite3.SQLITE_OK
     if code == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY:
-        return _deleted_meanwhile()
+        return _reference_conflict()
     match code & 0xFF:
         case sqlite3.SQLITE_FULL:
             return DiskFull(f"The disk of the database {path} is full; free some space and try again.")
@@ -190,11 +190,11 @@ def _explain_sqlite(error: sqlite3.Error, path: str) -> LoramillError | None:
     return None
 
 
-def _deleted_meanwhile() -> LoramillError:
+def _reference_conflict() -> LoramillError:
     return Conflict("This refers to something that was deleted meanwhile, or is still in use; nothing was changed.")
 
 
-def _explain_postgresql(error: BaseException | None, where: str, opening: bool) -> LoramillError | None:
+def _translate_postgresql(error: BaseException | None, where: str, opening: bool) -> LoramillError | None:
     state: str | None = getattr(error, "sqlstate", None)
     reason = " ".join(str(error).split())
     if state == "53100":
@@ -202,7 +202,7 @@ def _explain_postgresql(error: BaseException | None, where: str, opening: bool) 
     if state in ("40001", "40P01", "55P03"):
         return Unavailable(f"Another transaction was in the way at {where}; try again.")
     if state == "23503":
-        return _deleted_meanwhile()
+        return _reference_conflict()
     if state == "42501":
         return DatabaseUnusable(f"The user of {where} lacks a privilege ({reason}); grant it.")
     # libpq's own failures, such as a refused connection, carry no SQLSTATE.

@@ -16,7 +16,14 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, Engine, inspect
 
 from loramill.errors import DatabaseUnusable
-from loramill.registry.database.engine import explained, for_reading, for_writing, make_engine, parse_url, shown
+from loramill.registry.database.engine import (
+    for_reading,
+    for_writing,
+    make_engine,
+    parse_url,
+    redacted_url,
+    translate_db_errors,
+)
 
 # Any number that other programs don't lock; it only has to be the same everywhere.
 _POSTGRESQL_LOCK = 7_242_081_965
@@ -36,11 +43,11 @@ def migrate(database_url: str) -> None:
         _prepare_file(url)
     engine = make_engine(url)
     try:
-        with explained(url, opening=True):
+        with translate_db_errors(url, opening=True):
             with for_writing(engine).begin() as connection:
                 if engine.dialect.name == "postgresql":
                     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_POSTGRESQL_LOCK})")
-                _upgrade(connection, shown(url))
+                _upgrade(connection, redacted_url(url))
             if engine.dialect.name == "sqlite":
                 # Kept in the file from then on. Only now, since it would alter a file that isn't ours.
                 with closing(engine.raw_connection()) as raw:
@@ -51,10 +58,10 @@ def migrate(database_url: str) -> None:
 
 def check_current(engine: Engine) -> None:
     """Raises DatabaseUnusable unless the database can be read and is at this program's newest migration."""
-    where = shown(engine.url)
+    where = redacted_url(engine.url)
     if engine.dialect.name == "sqlite" and not Path(str(engine.url.database)).exists():
         raise DatabaseUnusable(f"There is no database at {where}: run `loramill up`, which creates it.")
-    with explained(engine.url, opening=True), for_reading(engine).connect() as connection:
+    with translate_db_errors(engine.url, opening=True), for_reading(engine).connect() as connection:
         if not _is_current(connection, where):
             raise DatabaseUnusable(
                 f"The database {where} isn't at the newest migration: run `loramill up`, which migrates."
@@ -104,7 +111,10 @@ def _prepare_file(url: URL) -> None:
     if not path.exists():
         return
     # Read-only, since opening a damaged file for writing may already alter it.
-    with explained(url, opening=True), closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+    with (
+        translate_db_errors(url, opening=True),
+        closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection,
+    ):
         problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if problem != "ok":
         raise DatabaseUnusable(

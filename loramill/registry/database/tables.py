@@ -17,7 +17,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from loramill.types import Alias, JobStatus, Scope, StepStatus
 
 
-class Base(DeclarativeBase):
+class TableBase(DeclarativeBase):
     """Holds the metadata of every table."""
 
     metadata = MetaData(
@@ -31,7 +31,7 @@ class Base(DeclarativeBase):
     type_annotation_map = {float: Double(), dict[str, Any]: JSON(), dict[str, str]: JSON(), dict[str, float]: JSON()}  # noqa: RUF012
 
 
-def _words(enum: type[Enum]) -> EnumType:
+def _text_enum(enum: type[Enum]) -> EnumType:
     # Text, not a database enum: a new state then needs no migration.
     return EnumType(enum, native_enum=False, length=32, values_callable=lambda members: [m.value for m in members])
 
@@ -41,7 +41,7 @@ def _version_of_adapter() -> ForeignKeyConstraint:
     return ForeignKeyConstraint(["adapter", "version"], ["versions.adapter", "versions.id"])
 
 
-class TenantRow(Base):
+class TenantRow(TableBase):
     """An owner of everything else."""
 
     __tablename__ = "tenants"
@@ -59,7 +59,7 @@ class TenantRow(Base):
     served: Mapped[float] = mapped_column(default=0.0, server_default="0")
 
 
-class KeyRow(Base):
+class KeyRow(TableBase):
     """An API key: the sha256 of its secret, never the secret. Its scopes are words with spaces between."""
 
     __tablename__ = "api_keys"
@@ -73,7 +73,7 @@ class KeyRow(Base):
     scopes: Mapped[str] = mapped_column(server_default=" ".join(Scope))
 
 
-class DatasetRow(Base):
+class DatasetRow(TableBase):
     """A validated file of a tenant; its bytes are an artifact."""
 
     __tablename__ = "datasets"
@@ -87,7 +87,7 @@ class DatasetRow(Base):
     created_at: Mapped[float]
 
 
-class JobRow(Base):
+class JobRow(TableBase):
     """A fine-tune job. `attempt` only ever grows; `returned` counts the leases that were given back.
 
     `cost` is the tokens that it is expected to train on, what its tenant's share of the pool is counted in;
@@ -106,20 +106,20 @@ class JobRow(Base):
     tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"))
     spec: Mapped[dict[str, Any]]
     base: Mapped[str | None] = mapped_column(String(64))
-    status: Mapped[JobStatus] = mapped_column(_words(JobStatus))
+    status: Mapped[JobStatus] = mapped_column(_text_enum(JobStatus))
     attempt: Mapped[int] = mapped_column(default=0)
     returned: Mapped[int] = mapped_column(default=0)
     max_attempts: Mapped[int | None]
     owner: Mapped[str | None]
     lease_until: Mapped[float | None]
-    asked: Mapped[str | None] = mapped_column(String(32))
+    pending_action: Mapped[str | None] = mapped_column(String(32))
     priority: Mapped[int] = mapped_column(default=0, server_default="0")
     executor: Mapped[str] = mapped_column(String(32), default="session", server_default="session")
     cost: Mapped[float] = mapped_column(default=0.0, server_default="0")
     not_before: Mapped[float | None]
     micro_tokens: Mapped[int | None]
     lost_step: Mapped[int | None]
-    furthest: Mapped[int | None]
+    max_lost_step: Mapped[int | None]
     step: Mapped[int] = mapped_column(default=0)
     trained_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
     loss: Mapped[float | None]
@@ -135,7 +135,7 @@ class JobRow(Base):
     finished_at: Mapped[float | None]
 
 
-class CheckpointRow(Base):
+class CheckpointRow(TableBase):
     """A validated point of a job; its version goes when newer checkpoints push it out."""
 
     __tablename__ = "job_checkpoints"
@@ -148,7 +148,7 @@ class CheckpointRow(Base):
     created_at: Mapped[float]
 
 
-class PlaceRow(Base):
+class WorkerSlotRow(TableBase):
     """A place in the pool that a supervisor holds, for a session or for one job's own trainer.
 
     `until` passes when its supervisor vanishes, and the session with it; `ending` asks a session to end after its job.
@@ -162,7 +162,7 @@ class PlaceRow(Base):
     ending: Mapped[bool]
 
 
-class EventRow(Base):
+class EventRow(TableBase):
     """One line of a job's history."""
 
     __tablename__ = "job_events"
@@ -176,7 +176,7 @@ class EventRow(Base):
     data: Mapped[dict[str, Any]]
 
 
-class AdapterRow(Base):
+class AdapterRow(TableBase):
     """A name that a tenant owns. While it is `pinned`, its champion doesn't change."""
 
     __tablename__ = "adapters"
@@ -186,7 +186,7 @@ class AdapterRow(Base):
     pinned: Mapped[bool] = mapped_column(default=False, server_default=false())
 
 
-class VersionRow(Base):
+class VersionRow(TableBase):
     """The result of a job. Two adapters may hold the same content, hence the two-column key."""
 
     __tablename__ = "versions"
@@ -198,30 +198,30 @@ class VersionRow(Base):
     created_at: Mapped[float]
 
 
-class AliasRow(Base):
+class AliasRow(TableBase):
     """Where an alias points now; it moves in the same transaction as its history."""
 
     __tablename__ = "aliases"
     __table_args__ = (_version_of_adapter(),)
     adapter: Mapped[str] = mapped_column(ForeignKey("adapters.name"), primary_key=True)
-    alias: Mapped[Alias] = mapped_column(_words(Alias), primary_key=True)
+    alias: Mapped[Alias] = mapped_column(_text_enum(Alias), primary_key=True)
     version: Mapped[str] = mapped_column(String(64))
 
 
-class AliasChangeRow(Base):
+class AliasChangeRow(TableBase):
     """One move of an alias; the newest row equals the alias."""
 
     __tablename__ = "alias_changes"
     __table_args__ = (_version_of_adapter(), Index(None, "adapter", "id"))
     id: Mapped[int] = mapped_column(primary_key=True)
     adapter: Mapped[str] = mapped_column(ForeignKey("adapters.name"))
-    alias: Mapped[Alias] = mapped_column(_words(Alias))
+    alias: Mapped[Alias] = mapped_column(_text_enum(Alias))
     version: Mapped[str | None] = mapped_column(String(64))
     reason: Mapped[str]
     created_at: Mapped[float]
 
 
-class EvaluationRow(Base):
+class EvaluationRow(TableBase):
     """A score of a version, or of the base (`version` null), for an adapter."""
 
     __tablename__ = "evaluations"
@@ -236,7 +236,7 @@ class EvaluationRow(Base):
     created_at: Mapped[float]
 
 
-class NightlyRunRow(Base):
+class NightlyRunRow(TableBase):
     """A nightly run. `open` is true or null, so that its uniqueness allows one open run."""
 
     __tablename__ = "nightly_runs"
@@ -246,20 +246,20 @@ class NightlyRunRow(Base):
     finished_at: Mapped[float | None]
 
 
-class NightlyStepRow(Base):
+class NightlyStepRow(TableBase):
     """One step of a nightly run for one adapter."""
 
     __tablename__ = "nightly_steps"
     run: Mapped[str] = mapped_column(ForeignKey("nightly_runs.id"), primary_key=True)
     adapter: Mapped[str] = mapped_column(ForeignKey("adapters.name"), primary_key=True)
     step: Mapped[str] = mapped_column(primary_key=True)
-    status: Mapped[StepStatus] = mapped_column(_words(StepStatus))
+    status: Mapped[StepStatus] = mapped_column(_text_enum(StepStatus))
     result: Mapped[dict[str, Any]]
     created_at: Mapped[float]
     finished_at: Mapped[float | None]
 
 
-class AdapterDataRow(Base):
+class AdapterDataRow(TableBase):
     """New data for an adapter; `run` is the night that collected it."""
 
     __tablename__ = "adapter_data"
@@ -272,7 +272,7 @@ class AdapterDataRow(Base):
     run: Mapped[str | None] = mapped_column(ForeignKey("nightly_runs.id"))
 
 
-class UsageRow(Base):
+class UsageRow(TableBase):
     """What was asked on one day; an empty tenant is an admin for none, an empty version the base alone."""
 
     __tablename__ = "usage"
@@ -285,16 +285,16 @@ class UsageRow(Base):
     completion_tokens: Mapped[int] = mapped_column(BigInteger)
 
 
-class GatewayRow(Base):
+class GatewayRow(TableBase):
     """A gateway that keeps books: when it last wrote, and the number of the last page that it wrote."""
 
     __tablename__ = "gateways"
     id: Mapped[str] = mapped_column(primary_key=True)
-    at: Mapped[float]
-    page: Mapped[int]
+    last_seen_at: Mapped[float]
+    last_batch: Mapped[int]
 
 
-class MeterRow(Base):
+class RateWindowRow(TableBase):
     """What a gateway has seen of a tenant that has limits, in a minute and the one before, and what runs there."""
 
     __tablename__ = "meters"
@@ -302,14 +302,14 @@ class MeterRow(Base):
     tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), primary_key=True)
     minute: Mapped[int]
     requests: Mapped[int]
-    requests_before: Mapped[int]
+    previous_requests: Mapped[int]
     tokens: Mapped[int] = mapped_column(BigInteger)
-    tokens_before: Mapped[int] = mapped_column(BigInteger)
-    running: Mapped[int]
-    reserved: Mapped[int] = mapped_column(BigInteger)
+    previous_tokens: Mapped[int] = mapped_column(BigInteger)
+    running_requests: Mapped[int]
+    reserved_tokens: Mapped[int] = mapped_column(BigInteger)
 
 
-class AuditRow(Base):
+class AuditRow(TableBase):
     """One change through the API, written with the change itself."""
 
     __tablename__ = "audit"

@@ -3,36 +3,36 @@
 from loramill.registry.jobs.jobs import (
     add_event,
     cancel,
-    events,
     get,
-    labelled,
-    list_of,
+    list_by_metadata,
+    list_events,
+    list_jobs,
     pause,
     preempt,
     resume,
     retry,
     submit,
 )
-from loramill.registry.jobs.leases import fail, heartbeat, lease, publish, release, settle_lost
+from loramill.registry.jobs.leases import fail, heartbeat, lease, publish, reclaim_expired, release
 from loramill.registry.jobs.queue import count_open
 
 __all__ = [
     "add_event",
     "cancel",
     "count_open",
-    "events",
     "fail",
     "get",
     "heartbeat",
-    "labelled",
     "lease",
-    "list_of",
+    "list_by_metadata",
+    "list_events",
+    "list_jobs",
     "pause",
     "preempt",
     "publish",
+    "reclaim_expired",
     "release",
     "resume",
     "retry",
-    "settle_lost",
     "submit",
 ]

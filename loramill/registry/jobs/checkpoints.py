@@ -23,7 +23,7 @@ from loramill.registry.jobs import leases
 from loramill.types import CheckpointRecord, JobSpec, VersionRecord
 
 #: Checkpoints of a job whose versions can be asked; older ones are numbers only.
-KEPT = 3
+MAX_KEPT_VERSIONS = 3
 
 
 def add(
@@ -44,12 +44,12 @@ def add(
     Raises:
         LeaseLost: another worker has the job, or it has ended.
     """
-    job = leases.held(session, job_id, attempt)
+    job = leases.lock_held(session, job_id, attempt)
     if version is not None:
         # The adapter may have been renamed since the worker read the job.
         name = JobSpec.model_validate(job.spec).adapter_name
         version = version.model_copy(update={"adapter": str(name)})
-        adapters.ensure(session, name)
+        adapters.get_or_create(session, name)
         if session.get(VersionRow, (version.adapter, version.id)) is None:
             session.add(VersionRow(**version.model_dump()))
             session.flush()
@@ -64,11 +64,13 @@ def add(
     )
     session.add(row)
     session.flush()
-    _forget_old(session, job_id)
+    _drop_old_versions(session, job_id)
     return CheckpointRecord.model_validate(row)
 
 
-def list_of(session: Session, job_id: str, after: str | None = None, limit: int = 10) -> list[CheckpointRecord]:
+def list_checkpoints(
+    session: Session, job_id: str, after: str | None = None, limit: int = 10
+) -> list[CheckpointRecord]:
     """A page of a job's checkpoints, the latest step first.
 
     Raises:
@@ -83,15 +85,15 @@ def list_of(session: Session, job_id: str, after: str | None = None, limit: int 
     return [CheckpointRecord.model_validate(row) for row in session.scalars(statement.limit(limit))]
 
 
-def _forget_old(session: Session, job_id: str) -> None:
+def _drop_old_versions(session: Session, job_id: str) -> None:
     of_job = select(CheckpointRow).where(CheckpointRow.job == job_id, CheckpointRow.version.is_not(None))
-    for row in session.scalars(of_job.order_by(CheckpointRow.step.desc()).offset(KEPT)).all():
+    for row in session.scalars(of_job.order_by(CheckpointRow.step.desc()).offset(MAX_KEPT_VERSIONS)).all():
         version, row.version = row.version, None
         session.flush()
-        _forget(session, job_id, str(version))
+        _delete_unreferenced_version(session, job_id, str(version))
 
 
-def _forget(session: Session, job_id: str, version: str) -> None:
+def _delete_unreferenced_version(session: Session, job_id: str, version: str) -> None:
     """Removes a version that only a checkpoint of this job referred to; the sweep removes its artifact."""
     elsewhere = or_(
         select(JobRow.id).where(JobRow.version == version).exists(),

@@ -14,21 +14,21 @@ from loramill.errors import NotFound, QuotaExceeded
 from loramill.registry.database.tables import JobRow, TenantRow
 from loramill.types import JobStatus
 
-OPEN = (JobStatus.QUEUED, JobStatus.RUNNING)
-WAITING = (JobStatus.QUEUED, JobStatus.PAUSED)
+OPEN_STATUSES = (JobStatus.QUEUED, JobStatus.RUNNING)
+WAITING_STATUSES = (JobStatus.QUEUED, JobStatus.PAUSED)
 
 
 def charge(session: Session, job: JobRow) -> None:
     """Charges the tenant with what a leased job has left to do."""
-    _add(session, job, job.cost - job.trained_tokens)
+    _add_served(session, job, job.cost - job.trained_tokens)
 
 
-def settle(session: Session, job: JobRow) -> None:
+def refund(session: Session, job: JobRow) -> None:
     """Corrects what was charged to what was done; the same for a job that took more than its cost."""
-    _add(session, job, job.trained_tokens - job.cost)
+    _add_served(session, job, job.trained_tokens - job.cost)
 
 
-def admit(session: Session, tenant: str) -> None:
+def enter_queue(session: Session, tenant: str) -> None:
     """Makes room in the queue for one more of the tenant's jobs, and lifts a tenant that had none open.
 
     Raises:
@@ -40,23 +40,26 @@ def admit(session: Session, tenant: str) -> None:
     if found is None:
         raise NotFound(f"There is no tenant '{tenant}'.", param="tenant")
     if found.max_queued is not None:
-        waiting = session.scalar(select(func.count()).where(JobRow.tenant == tenant, JobRow.status.in_(WAITING))) or 0
+        waiting = (
+            session.scalar(select(func.count()).where(JobRow.tenant == tenant, JobRow.status.in_(WAITING_STATUSES)))
+            or 0
+        )
         if waiting >= found.max_queued:
             raise QuotaExceeded(
                 f"'{tenant}' has {waiting} jobs waiting and may have {found.max_queued}: submit again when some have "
                 "started, cancel one, or ask an admin for a larger quota."
             )
     if not found.busy:
-        _lift(session, tenant)
+        _raise_to_minimum(session, tenant)
 
 
-def rejoin(session: Session, tenant: str) -> None:
+def reenter_queue(session: Session, tenant: str) -> None:
     """Lifts a tenant, one of whose jobs goes on, if it has no open one."""
     if not session.execute(_TENANT, {"tenant": tenant}).one().busy:
-        _lift(session, tenant)
+        _raise_to_minimum(session, tenant)
 
 
-def _lift(session: Session, tenant: str) -> None:
+def _raise_to_minimum(session: Session, tenant: str) -> None:
     least = session.scalar(select(func.min(TenantRow.served)).where(_open_jobs(TenantRow.name)))
     if least is not None:
         session.execute(
@@ -66,7 +69,7 @@ def _lift(session: Session, tenant: str) -> None:
 
 
 def _open_jobs(tenant: ColumnElement[str] | InstrumentedAttribute[str]) -> Exists:
-    return exists().where(JobRow.tenant == tenant, JobRow.status.in_(OPEN))
+    return exists().where(JobRow.tenant == tenant, JobRow.status.in_(OPEN_STATUSES))
 
 
 _TENANT = (
@@ -76,7 +79,7 @@ _TENANT = (
 )
 
 
-def _add(session: Session, job: JobRow, tokens: float) -> None:
+def _add_served(session: Session, job: JobRow, tokens: float) -> None:
     statement = (
         update(TenantRow)
         .where(TenantRow.name == job.tenant)

@@ -11,7 +11,7 @@ from loramill.registry.database.tables import EventRow
 from loramill.types import JobEvent
 
 
-def newest(session: Session, job_id: str, *, before: int | None, limit: int) -> list[JobEvent]:
+def newest_events(session: Session, job_id: str, *, before: int | None, limit: int) -> list[JobEvent]:
     """At most `limit` events of a job, newest first; only those whose id is below `before`, if that is given."""
     statement = select(EventRow).where(EventRow.job == job_id).order_by(EventRow.id.desc()).limit(limit)
     if before is not None:

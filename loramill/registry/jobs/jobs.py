@@ -15,15 +15,15 @@ from loramill.errors import Conflict, InvalidRequest, NotFound
 from loramill.registry import datasets
 from loramill.registry.database.tables import EventRow, JobRow, VersionRow
 from loramill.registry.jobs import fair_share, transitions
-from loramill.registry.pagination import newest
+from loramill.registry.pagination import newest_page
 from loramill.types import Executor, JobEvent, JobRecord, JobSpec, JobStatus
 
 #: Final states from which a job can be retried.
-RETRIED = (JobStatus.FAILED, JobStatus.CANCELLED)
+RETRYABLE_STATUSES = (JobStatus.FAILED, JobStatus.CANCELLED)
 
 
 #: An id that was shortened.
-_PREFIX = re.compile(r"ftjob-[0-9a-f]{4,23}")
+_ID_PREFIX = re.compile(r"ftjob-[0-9a-f]{4,23}")
 
 
 def submit(
@@ -47,7 +47,7 @@ def submit(
         QuotaExceeded: the tenant has as many jobs waiting as it may have.
     """
     tenant = spec.adapter_name.tenant
-    fair_share.admit(session, tenant)
+    fair_share.enter_queue(session, tenant)
     for dataset in filter(None, (spec.train, spec.valid)):
         datasets.get(session, dataset, tenant)
     if spec.start_from is not None:
@@ -67,7 +67,7 @@ def submit(
     session.add(row)
     session.flush()
     transitions.tell(session, row, "Queued.")
-    return transitions.record(row)
+    return transitions.to_record(row)
 
 
 def get(session: Session, job_id: str, tenant: str | None = None) -> JobRecord:
@@ -80,14 +80,14 @@ def get(session: Session, job_id: str, tenant: str | None = None) -> JobRecord:
         NotFound: there is none, or it is another tenant's; the message doesn't tell which.
         InvalidRequest: several ids begin with it.
     """
-    row = session.get(JobRow, job_id) or _beginning(session, job_id, tenant)
+    row = session.get(JobRow, job_id) or _find_by_prefix(session, job_id, tenant)
     if row is None or tenant not in (None, row.tenant):
         raise NotFound(f"There is no fine-tuning job '{job_id}'.", param="fine_tuning_job_id")
-    return transitions.record(row)
+    return transitions.to_record(row)
 
 
-def _beginning(session: Session, prefix: str, tenant: str | None) -> JobRow | None:
-    if not _PREFIX.fullmatch(prefix):
+def _find_by_prefix(session: Session, prefix: str, tenant: str | None) -> JobRow | None:
+    if not _ID_PREFIX.fullmatch(prefix):
         return None
     # A range of the primary key, which both databases look up in its index. "g" follows every hexadecimal digit.
     statement = select(JobRow).where(JobRow.id >= prefix, JobRow.id < prefix + "g").limit(2)
@@ -99,7 +99,7 @@ def _beginning(session: Session, prefix: str, tenant: str | None) -> JobRow | No
     return found[0] if found else None
 
 
-def list_of(
+def list_jobs(
     session: Session,
     *,
     tenant: str | None,
@@ -113,13 +113,13 @@ def list_of(
         NotFound: `after` is no id that the tenant has.
     """
     having = [JobRow.labels[key].as_string() == value for key, value in (metadata or {}).items()]
-    return [transitions.record(row) for row in newest(session, JobRow, tenant, after, limit, having)]
+    return [transitions.to_record(row) for row in newest_page(session, JobRow, tenant, after, limit, having)]
 
 
-def labelled(session: Session, key: str, values: Collection[str]) -> list[JobRecord]:
+def list_by_metadata(session: Session, key: str, values: Collection[str]) -> list[JobRecord]:
     """All jobs whose metadata has one of these values under `key`, newest first."""
     statement = select(JobRow).where(JobRow.labels[key].as_string().in_(values))
-    return [transitions.record(row) for row in session.scalars(statement.order_by(JobRow.created_at.desc()))]
+    return [transitions.to_record(row) for row in session.scalars(statement.order_by(JobRow.created_at.desc()))]
 
 
 def cancel(session: Session, job_id: str) -> JobRecord:
@@ -129,15 +129,15 @@ def cancel(session: Session, job_id: str) -> JobRecord:
         NotFound: there is none.
         Conflict: it has ended already.
     """
-    row = transitions.locked(session, job_id)
+    row = transitions.lock_job(session, job_id)
     if row.status.final:
         raise Conflict(f"Job {job_id} can't be cancelled: it is {row.status} already.")
     if row.status is not JobStatus.RUNNING:
         transitions.cancel(session, row)
-    elif row.asked != "cancel":
-        row.asked = "cancel"
+    elif row.pending_action != "cancel":
+        row.pending_action = "cancel"
         transitions.tell(session, row, "Asked to stop.")
-    return transitions.record(row)
+    return transitions.to_record(row)
 
 
 def pause(session: Session, job_id: str) -> JobRecord:
@@ -147,15 +147,17 @@ def pause(session: Session, job_id: str) -> JobRecord:
         NotFound: there is none.
         Conflict: it has ended, or is being cancelled.
     """
-    row = transitions.locked(session, job_id)
-    if row.status.final or row.asked == "cancel":
-        raise Conflict(f"Job {job_id} can't be paused: it is {'being cancelled' if row.asked else row.status}.")
+    row = transitions.lock_job(session, job_id)
+    if row.status.final or row.pending_action == "cancel":
+        raise Conflict(
+            f"Job {job_id} can't be paused: it is {'being cancelled' if row.pending_action else row.status}."
+        )
     if row.status is JobStatus.QUEUED:
         transitions.pause(session, row)
-    elif row.status is JobStatus.RUNNING and row.asked != "pause":
-        row.asked = "pause"
+    elif row.status is JobStatus.RUNNING and row.pending_action != "pause":
+        row.pending_action = "pause"
         transitions.tell(session, row, "Asked to pause.")
-    return transitions.record(row)
+    return transitions.to_record(row)
 
 
 def resume(session: Session, job_id: str) -> JobRecord:
@@ -165,17 +167,17 @@ def resume(session: Session, job_id: str) -> JobRecord:
         NotFound: there is none.
         Conflict: it isn't paused.
     """
-    row = transitions.locked(session, job_id)
+    row = transitions.lock_job(session, job_id)
     if row.status is JobStatus.PAUSED:
-        fair_share.rejoin(session, row.tenant)
+        fair_share.reenter_queue(session, row.tenant)
         transitions.stop(session, row, JobStatus.QUEUED)
-    elif row.status is JobStatus.RUNNING and row.asked == "pause":
-        row.asked = None
+    elif row.status is JobStatus.RUNNING and row.pending_action == "pause":
+        row.pending_action = None
     else:
-        hint = " `loramill jobs retry` starts it again." if row.status in RETRIED else ""
+        hint = " `loramill jobs retry` starts it again." if row.status in RETRYABLE_STATUSES else ""
         raise Conflict(f"Job {job_id} can't be resumed: it is {row.status}, not paused.{hint}")
     transitions.tell(session, row, "Resumed.")
-    return transitions.record(row)
+    return transitions.to_record(row)
 
 
 def retry(session: Session, job_id: str) -> JobRecord:
@@ -189,29 +191,29 @@ def retry(session: Session, job_id: str) -> JobRecord:
         Conflict: it has not failed and was not cancelled; or its data, or the version that it starts from, was deleted.
         QuotaExceeded: its tenant has as many jobs waiting as it may have.
     """
-    row = transitions.locked(session, job_id)
-    if row.status not in RETRIED:
+    row = transitions.lock_job(session, job_id)
+    if row.status not in RETRYABLE_STATUSES:
         hint = " `loramill jobs resume` resumes it." if row.status is JobStatus.PAUSED else ""
         raise Conflict(f"Job {job_id} can't be retried: it is {row.status}, neither failed nor cancelled.{hint}")
-    _check_needed(session, row)
-    fair_share.admit(session, row.tenant)
+    _check_inputs_exist(session, row)
+    fair_share.enter_queue(session, row.tenant)
     before = row.status
-    row.asked = row.error_code = row.error_message = row.not_before = row.lost_step = row.furthest = None
+    row.pending_action = row.error_code = row.error_message = row.not_before = row.lost_step = row.max_lost_step = None
     row.returned = row.attempt
     if before is JobStatus.CANCELLED:  # no checkpoint is left
         row.step = row.trained_tokens = 0
     transitions.stop(session, row, JobStatus.QUEUED)
     how = "failed" if before is JobStatus.FAILED else "was cancelled"
     transitions.tell(session, row, f"Queued again after it {how}.")
-    return transitions.record(row)
+    return transitions.to_record(row)
 
 
 def preempt(session: Session, job_id: str, attempt: int) -> bool:
     """Asks the worker of this attempt to make room; False if the attempt is over or was asked something already."""
     row = session.get(JobRow, job_id, with_for_update=True)
-    if row is None or (row.status, row.attempt, row.asked) != (JobStatus.RUNNING, attempt, None):
+    if row is None or (row.status, row.attempt, row.pending_action) != (JobStatus.RUNNING, attempt, None):
         return False
-    row.asked = "preempt"
+    row.pending_action = "preempt"
     transitions.tell(session, row, "Asked to make room for a job of a higher priority.")
     return True
 
@@ -230,16 +232,16 @@ def add_event(
         NotFound: there is no such job.
     """
     # Holding the job keeps its events' ids in the order in which readers get to see them.
-    return transitions.add_event(session, transitions.locked(session, job_id), level, kind, message, data)
+    return transitions.add_event(session, transitions.lock_job(session, job_id), level, kind, message, data)
 
 
-def events(session: Session, job_id: str, after: int = 0, limit: int = 1000) -> list[JobEvent]:
+def list_events(session: Session, job_id: str, after: int = 0, limit: int = 1000) -> list[JobEvent]:
     """The events of a job whose id is greater than `after`, oldest first."""
     statement = select(EventRow).where(EventRow.job == job_id, EventRow.id > after).order_by(EventRow.id).limit(limit)
     return [JobEvent.model_validate(row) for row in session.scalars(statement)]
 
 
-def _check_needed(session: Session, row: JobRow) -> None:
+def _check_inputs_exist(session: Session, row: JobRow) -> None:
     spec = JobSpec.model_validate(row.spec)
     try:
         for dataset in filter(None, (spec.train, spec.valid)):

@@ -24,7 +24,7 @@ from loramill.errors import (
 from loramill.registry import adapters
 from loramill.registry.database.tables import JobRow
 from loramill.registry.jobs import queue, transitions
-from loramill.types import Asked, Executor, JobRecord, JobSpec, JobStatus, VersionRecord
+from loramill.types import Executor, JobRecord, JobSpec, JobStatus, PendingAction, VersionRecord
 
 
 def lease(
@@ -37,7 +37,7 @@ def lease(
     executor: Executor | None = None,
     job_id: str | None = None,
     base: str | None = None,
-    settle: bool = True,
+    reclaim: bool = True,
 ) -> JobRecord | None:
     """Gives `owner` a job for so many seconds: of those that wait the one of the highest priority, then of the tenant
     that has had least for its weight, then the oldest. No tenant has more jobs running than its quota allows.
@@ -52,16 +52,16 @@ def lease(
         settle: first takes jobs whose lease has run out from their workers; false right after an outage of the
             database, when these workers are about to report again.
     """
-    if settle:
-        settle_lost(session, now=now, max_attempts=max_attempts)
-    row = queue.next_job(session, now, executor, base) if job_id is None else queue.this_job(session, job_id, base)
+    if reclaim:
+        reclaim_expired(session, now=now, max_attempts=max_attempts)
+    row = queue.next_job(session, now, executor, base) if job_id is None else queue.job_by_id(session, job_id, base)
     if row is None:
         return None
     transitions.start(session, row, owner, now, seconds, max_attempts)
-    return transitions.record(row)
+    return transitions.to_record(row)
 
 
-def settle_lost(session: Session, *, now: float, max_attempts: int) -> int:
+def reclaim_expired(session: Session, *, now: float, max_attempts: int) -> int:
     """Takes every job from the worker whose lease has run out; returns how many there were.
 
     It waits again, unless its owner asked for something else, its attempts are used up, or its workers vanished twice
@@ -69,9 +69,9 @@ def settle_lost(session: Session, *, now: float, max_attempts: int) -> int:
     than at every loss before uses no attempt, and gives back those that were used: such a job progresses, however often
     it loses its node, and since its steps are finite, so are these losses.
     """
-    found = queue.lost(session, now)
+    found = queue.expired_leases(session, now)
     for row in found:
-        _settle(session, row, max_attempts)
+        _reclaim(session, row, max_attempts)
     return len(found)
 
 
@@ -87,7 +87,7 @@ def heartbeat(
     loss: float | None = None,
     valid_loss: float | None = None,
     tokens_per_second: float | None = None,
-) -> Asked | None:
+) -> PendingAction | None:
     """Extends the lease to `now + seconds` and records how far the job is; a figure that is None stays as it was.
 
     Returns:
@@ -97,14 +97,14 @@ def heartbeat(
     Raises:
         LeaseLost: another worker has the job, or it has ended; stop at once.
     """
-    row = held(session, job_id, attempt)
+    row = lock_held(session, job_id, attempt)
     row.lease_until = now + seconds
     row.step, row.trained_tokens = step, trained_tokens
     row.loss = row.loss if loss is None else loss
     row.valid_loss = row.valid_loss if valid_loss is None else valid_loss
     row.tokens_per_second = row.tokens_per_second if tokens_per_second is None else tokens_per_second
     session.flush()
-    return transitions.record(row).asked
+    return transitions.to_record(row).pending_action
 
 
 def publish(
@@ -133,24 +133,24 @@ def publish(
     """
     row = _locked(session, job_id, attempt)
     if (row.status, row.attempt, row.version) == (JobStatus.SUCCEEDED, attempt, version.id):
-        return transitions.record(row)
+        return transitions.to_record(row)
     _check_held(row, attempt)
-    if row.asked == "cancel":
+    if row.pending_action == "cancel":
         raise JobCancelled(f"Job {row.id} was cancelled by its owner.")
     spec = JobSpec.model_validate(row.spec)
     if (version.job, version.base) != (row.id, spec.base) or not version.adapter.startswith(f"{row.tenant}/"):
         raise InvalidRequest(f"Version {version.id} names another tenant, job or base than {row.id}; publish that one.")
     # The adapter may have been renamed since the worker read the job.
     version = version.model_copy(update={"adapter": spec.adapter})
-    adapters.ensure(session, spec.adapter_name)
+    adapters.get_or_create(session, spec.adapter_name)
     alias = adapters.add_version(session, version)
-    row.version, row.result, row.asked = version.id, result, None
+    row.version, row.result, row.pending_action = version.id, result, None
     row.step = spec.steps if step is None else step
     row.trained_tokens = row.trained_tokens if trained_tokens is None else trained_tokens
     transitions.stop(session, row, JobStatus.SUCCEEDED)
     as_what = f"as {alias}" if alias else "again; it is the champion already"
     transitions.tell(session, row, f"Published {spec.adapter_name.at(version.id)} {as_what}.")
-    return transitions.record(row)
+    return transitions.to_record(row)
 
 
 def fail(
@@ -175,25 +175,25 @@ def fail(
     Raises:
         LeaseLost: another worker has the job, or it has ended.
     """
-    row = held(session, job_id, attempt)
+    row = lock_held(session, job_id, attempt)
     now = time.time() if now is None else now
     failures = row.attempt - row.returned
-    if row.asked == "cancel" or isinstance(error, JobCancelled):
+    if row.pending_action == "cancel" or isinstance(error, JobCancelled):
         transitions.cancel(session, row)
     elif isinstance(error, OutOfMemory):
         row.returned += 1  # whatever attempts are left, this retry is had
-        transitions.shrink(session, row, error)
-    elif row.asked == "pause" and retry:
+        transitions.retry_with_smaller_microbatch(session, row, error)
+    elif row.pending_action == "pause" and retry:
         transitions.pause(session, row)
     elif retry and failures < (row.max_attempts or 0):
-        seconds = queue.backoff(backoff_seconds, failures, row.id, attempt)
+        seconds = queue.backoff_delay(backoff_seconds, failures, row.id, attempt)
         row.not_before = now + seconds if seconds else None
         transitions.stop(session, row, JobStatus.QUEUED)
         message = f"Attempt {attempt} failed and will be tried again in {seconds:.0f} s: {error.message}"
         transitions.tell(session, row, message, level="warn")
     else:
         transitions.fail(session, row, error)
-    return transitions.record(row)
+    return transitions.to_record(row)
 
 
 def release(
@@ -215,51 +215,54 @@ def release(
     Raises:
         LeaseLost: another worker has the job, or it has ended.
     """
-    row = held(session, job_id, attempt)
+    row = lock_held(session, job_id, attempt)
     row.returned += 1
-    if row.asked == "cancel":
+    if row.pending_action == "cancel":
         transitions.cancel(session, row)
-    elif row.asked == "pause":
+    elif row.pending_action == "pause":
         transitions.pause(session, row)
     else:
-        row.asked = None
+        row.pending_action = None
         if error is not None:
-            seconds = queue.backoff(backoff_seconds, row.returned, row.id, attempt, longest=queue.LONGEST_PAUSE)
+            seconds = queue.backoff_delay(
+                backoff_seconds, row.returned, row.id, attempt, max_seconds=queue.MAX_OUTAGE_DELAY_SECONDS
+            )
             row.not_before = (time.time() if now is None else now) + seconds if seconds else None
         transitions.stop(session, row, JobStatus.QUEUED)
         message = f"Attempt {attempt} stopped at step {row.step}; the job goes on when a worker is free."
         if error is not None:
             message += f" This uses up no attempt: {error.message}"
         transitions.tell(session, row, message, level="info" if error is None else "warn")
-    return transitions.record(row)
+    return transitions.to_record(row)
 
 
-def _settle(session: Session, row: JobRow, max_attempts: int) -> None:
+def _reclaim(session: Session, row: JobRow, max_attempts: int) -> None:
     twice, row.lost_step = row.lost_step == row.step, row.step
-    if row.step > (row.furthest or 0):
-        row.furthest, row.returned = row.step, row.attempt
-    if row.asked == "cancel":
+    if row.step > (row.max_lost_step or 0):
+        row.max_lost_step, row.returned = row.step, row.attempt
+    if row.pending_action == "cancel":
         transitions.cancel(session, row)
-    elif row.asked == "pause":
+    elif row.pending_action == "pause":
         transitions.pause(session, row)
     elif row.attempt - row.returned >= max_attempts:
         message = (
             f"Job {row.id} was started {row.attempt} times and its worker disappeared each time, at last {row.owner} "
-            f"after step {row.step}, without getting further than step {row.furthest or 0}. It may need more memory "
+            f"after step {row.step}, without getting further than step {row.max_lost_step or 0}. It may need more "
+            "memory "
             "than there is: see that worker's log."
         )
         transitions.fail(session, row, JobError(message))
     elif twice:
         message = f"Two workers vanished after step {row.step}, as the kernel ends those that take too much memory."
-        transitions.shrink(session, row, OutOfMemory(message))
+        transitions.retry_with_smaller_microbatch(session, row, OutOfMemory(message))
     else:
-        row.asked = None
+        row.pending_action = None
         transitions.stop(session, row, JobStatus.QUEUED)
         message = f"The worker of attempt {row.attempt} vanished after step {row.step}; the job waits for another."
         transitions.tell(session, row, message, level="warn")
 
 
-def held(session: Session, job_id: str, attempt: int) -> JobRow:
+def lock_held(session: Session, job_id: str, attempt: int) -> JobRow:
     """The job's row, locked, if this attempt holds it.
 
     Raises:
@@ -272,7 +275,7 @@ def held(session: Session, job_id: str, attempt: int) -> JobRow:
 
 def _locked(session: Session, job_id: str, attempt: int) -> JobRow:
     try:
-        return transitions.locked(session, job_id)
+        return transitions.lock_job(session, job_id)
     except NotFound as error:
         raise LeaseLost(
             f"Attempt {attempt} of job {job_id} no longer holds it: the job was deleted. This worker may change "

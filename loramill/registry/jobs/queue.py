@@ -11,19 +11,19 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from loramill.registry.database.tables import AliasRow, JobRow, TenantRow, VersionRow
-from loramill.registry.jobs.fair_share import OPEN
+from loramill.registry.jobs.fair_share import OPEN_STATUSES
 from loramill.types import Alias, Executor, JobStatus
 
 #: No retry waits longer than so many seconds, give or take its jitter.
-LONGEST_BACKOFF = 600.0
+MAX_BACKOFF_SECONDS = 600.0
 #: A job waits no longer than this after an outage of a store, which may end at any time.
-LONGEST_PAUSE = 60.0
+MAX_OUTAGE_DELAY_SECONDS = 60.0
 #: Names the lock of a choice among jobs, for PostgreSQL.
-_CHOICE = 0x10AA
+_QUEUE_LOCK_ID = 0x10AA
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class QueuedJob:
     """A job that may start now."""
 
     id: str
@@ -31,9 +31,9 @@ class Waiting:
     priority: int
 
 
-def waiting(
+def startable_jobs(
     session: Session, now: float, *, executor: Executor | None, limit: int, base: str | None = None
-) -> list[Waiting]:
+) -> list[QueuedJob]:
     """The jobs that may start now, the next first.
 
     By priority, then what their tenants were served, then how many jobs these have running, then age.
@@ -65,7 +65,7 @@ def waiting(
         statement = statement.where(JobRow.executor == executor)
     if base is not None:
         statement = statement.where(JobRow.base == base)
-    return [Waiting(row.id, cast(Executor, row.executor), row.priority) for row in session.execute(statement)]
+    return [QueuedJob(row.id, cast(Executor, row.executor), row.priority) for row in session.execute(statement)]
 
 
 def next_job(session: Session, now: float, executor: Executor | None, base: str | None = None) -> JobRow | None:
@@ -75,22 +75,22 @@ def next_job(session: Session, now: float, executor: Executor | None, base: str 
         Unavailable: the database failed meanwhile.
     """
     # The first look, which finds nothing for most of an idle pool's workers, keeps nobody waiting.
-    while waiting(session, now, executor=executor, limit=1, base=base):
-        choose_alone(session)
-        for found in waiting(session, now, executor=executor, limit=1, base=base):
+    while startable_jobs(session, now, executor=executor, limit=1, base=base):
+        lock_queue(session)
+        for found in startable_jobs(session, now, executor=executor, limit=1, base=base):
             row = _still_queued(session, found.id)
             if row is not None:
                 return row
     return None
 
 
-def this_job(session: Session, job_id: str, base: str | None = None) -> JobRow | None:
+def job_by_id(session: Session, job_id: str, base: str | None = None) -> JobRow | None:
     """The job of this id, locked, if it waits, its tenant may have one more running, and it is of this base; or None.
 
     Args:
         base: a fingerprint; None: any.
     """
-    choose_alone(session)
+    lock_queue(session)
     row = _still_queued(session, job_id)
     if row is None or base not in (None, row.base):
         return None
@@ -99,16 +99,16 @@ def this_job(session: Session, job_id: str, base: str | None = None) -> JobRow |
     return row if limit is None or (session.scalar(running) or 0) < limit else None
 
 
-def choose_alone(session: Session) -> None:
+def lock_queue(session: Session) -> None:
     """Lets one worker choose at a time, so that each sees what the one before took: shares and quotas hold exactly.
 
     SQLite's writers are alone anyway.
     """
     if session.get_bind().dialect.name == "postgresql":
-        session.execute(select(func.pg_advisory_xact_lock(_CHOICE)))
+        session.execute(select(func.pg_advisory_xact_lock(_QUEUE_LOCK_ID)))
 
 
-def lost(session: Session, now: float) -> Sequence[JobRow]:
+def expired_leases(session: Session, now: float) -> Sequence[JobRow]:
     """Running jobs whose lease has run out, locked; those that somebody else looks at are left out."""
     statement = (
         select(JobRow)
@@ -121,10 +121,10 @@ def lost(session: Session, now: float) -> Sequence[JobRow]:
 
 def count_open(session: Session) -> int:
     """How many jobs are queued or running."""
-    return session.scalar(select(func.count()).select_from(JobRow).where(JobRow.status.in_(OPEN))) or 0
+    return session.scalar(select(func.count()).select_from(JobRow).where(JobRow.status.in_(OPEN_STATUSES))) or 0
 
 
-def other_bases(session: Session, base: str, served: Collection[str] = ()) -> tuple[int, int]:
+def count_other_bases(session: Session, base: str, served: Collection[str] = ()) -> tuple[int, int]:
     """How many open jobs wait for another base than `base`, and how many champions are of a base that is not served.
 
     Args:
@@ -142,7 +142,9 @@ def other_bases(session: Session, base: str, served: Collection[str] = ()) -> tu
     return session.scalar(waiting) or 0, session.scalar(champions) or 0
 
 
-def backoff(seconds: float, failures: int, job_id: str, attempt: int, *, longest: float = LONGEST_BACKOFF) -> float:
+def backoff_delay(
+    initial_seconds: float, failures: int, job_id: str, attempt: int, *, max_seconds: float = MAX_BACKOFF_SECONDS
+) -> float:
     """Seconds before the next attempt: twice as long after each failure, give or take half.
 
     The jitter is a function of the job and the attempt, so jobs that failed together don't come back together.
@@ -154,7 +156,7 @@ def backoff(seconds: float, failures: int, job_id: str, attempt: int, *, longest
     """
     digest = hashlib.sha256(f"{job_id} {attempt}".encode()).digest()
     jitter = 0.5 + int.from_bytes(digest[:8], "big") / 2**64
-    return float(min(seconds * 2.0 ** min(failures - 1, 60), longest) * jitter)
+    return float(min(initial_seconds * 2.0 ** min(failures - 1, 60), max_seconds) * jitter)
 
 
 def _still_queued(session: Session, job_id: str) -> JobRow | None:

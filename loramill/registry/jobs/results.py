@@ -7,7 +7,7 @@ import io
 
 from sqlalchemy.orm import Session
 
-from loramill.names import RESULTS
+from loramill.names import RESULTS_ID_PREFIX
 from loramill.registry.jobs import history
 
 FILENAME = "step_metrics.csv"
@@ -25,12 +25,12 @@ _COLUMNS = (
 )
 
 
-def job_of(file_id: str) -> str | None:
+def job_id_of(file_id: str) -> str | None:
     """The job whose results have this id; None: it is no results file's id."""
-    return file_id.removeprefix(RESULTS) if file_id.startswith(RESULTS) else None
+    return file_id.removeprefix(RESULTS_ID_PREFIX) if file_id.startswith(RESULTS_ID_PREFIX) else None
 
 
-def write(session: Session, job_id: str) -> bytes:
+def metrics_csv(session: Session, job_id: str) -> bytes:
     """The CSV: a line for each step that has metrics; what wasn't measured at a step is empty."""
     text = io.StringIO()
     table = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")

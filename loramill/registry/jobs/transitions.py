@@ -13,15 +13,15 @@ from typing import Any, Literal
 from sqlalchemy.orm import Session
 
 from loramill.errors import LoramillError, NotFound, OutOfMemory
-from loramill.registry.database.tables import Base, EventRow, JobRow
+from loramill.registry.database.tables import EventRow, JobRow, TableBase
 from loramill.registry.jobs import fair_share
 from loramill.types import JobEvent, JobRecord, JobSpec, JobStatus
 
-_EVENTS = Base.metadata.tables[EventRow.__tablename__]
+_EVENTS = TableBase.metadata.tables[EventRow.__tablename__]
 _FIELDS = tuple(name for name in JobRecord.model_fields if name != "metadata")
 
 
-def locked(session: Session, job_id: str) -> JobRow:
+def lock_job(session: Session, job_id: str) -> JobRow:
     """The job's row, held to the transaction's end.
 
     Raises:
@@ -33,7 +33,7 @@ def locked(session: Session, job_id: str) -> JobRow:
     return row
 
 
-def record(row: JobRow) -> JobRecord:
+def to_record(row: JobRow) -> JobRecord:
     """The row as a value."""
     # The column is called metadata, the attribute can't be: SQLAlchemy's classes have one already.
     return JobRecord.model_validate({**{name: getattr(row, name) for name in _FIELDS}, "metadata": row.labels})
@@ -45,14 +45,14 @@ def start(session: Session, row: JobRow, owner: str, now: float, seconds: float,
     row.status, row.owner, row.lease_until, row.max_attempts = JobStatus.RUNNING, owner, now + seconds, max_attempts
     row.attempt += 1
     row.started_at = row.started_at or now
-    row.asked = row.not_before = row.tokens_per_second = None
+    row.pending_action = row.not_before = row.tokens_per_second = None
     tell(session, row, f"Attempt {row.attempt} started by {owner}.")
 
 
 def stop(session: Session, row: JobRow, status: JobStatus) -> None:
     """Takes the job from whoever runs it; it ends, waits or is paused, as `status` says."""
     if row.status is JobStatus.RUNNING:
-        fair_share.settle(session, row)
+        fair_share.refund(session, row)
     row.status, row.owner, row.lease_until, row.tokens_per_second = status, None, None, None
     row.finished_at = time.time() if status.final else None
     session.flush()
@@ -60,14 +60,14 @@ def stop(session: Session, row: JobRow, status: JobStatus) -> None:
 
 def cancel(session: Session, row: JobRow) -> None:
     """Ends the job because its owner wants it."""
-    row.asked = "cancel"
+    row.pending_action = "cancel"
     stop(session, row, JobStatus.CANCELLED)
     tell(session, row, "Cancelled.")
 
 
 def pause(session: Session, row: JobRow) -> None:
     """Lets the job wait for its owner."""
-    row.asked = None
+    row.pending_action = None
     stop(session, row, JobStatus.PAUSED)
     tell(session, row, f"Paused at step {row.step}.")
 
@@ -79,7 +79,7 @@ def fail(session: Session, row: JobRow, error: LoramillError) -> None:
     tell(session, row, error.message, level="error")
 
 
-def shrink(session: Session, row: JobRow, error: OutOfMemory) -> None:
+def retry_with_smaller_microbatch(session: Session, row: JobRow, error: OutOfMemory) -> None:
     """Lets a job that found no memory try once more with half as many tokens a forward pass, then fails it."""
     spec = JobSpec.model_validate(row.spec)
     if row.micro_tokens is not None or spec.micro_tokens == 1:

@@ -13,11 +13,11 @@ from sqlalchemy import delete, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from loramill.registry.database.tables import PlaceRow
-from loramill.types import Value
+from loramill.registry.database.tables import WorkerSlotRow
+from loramill.types import FrozenModel
 
 
-class Place(Value):
+class WorkerSlot(FrozenModel):
     """A place that is held: `size` of the pool's, `ending` if its session is to take no further job."""
 
     name: str
@@ -26,17 +26,18 @@ class Place(Value):
     ending: bool
 
 
-def all_held(session: Session, now: float) -> list[Place]:
+def list_held(session: Session, now: float) -> list[WorkerSlot]:
     """The places held now, by name."""
-    statement = select(PlaceRow).where(PlaceRow.until > now).order_by(PlaceRow.name)
+    statement = select(WorkerSlotRow).where(WorkerSlotRow.until > now).order_by(WorkerSlotRow.name)
     return [
-        Place(name=row.name, holder=row.holder, size=row.size, ending=row.ending) for row in session.scalars(statement)
+        WorkerSlot(name=row.name, holder=row.holder, size=row.size, ending=row.ending)
+        for row in session.scalars(statement)
     ]
 
 
 def claim(session: Session, name: str, holder: str, *, now: float, seconds: float, size: int = 1) -> bool:
     """Takes a place that nobody holds; False if somebody does."""
-    row = session.get(PlaceRow, name, with_for_update=True)
+    row = session.get(WorkerSlotRow, name, with_for_update=True)
     if row is not None and row.until > now:
         return False
     if row is not None:
@@ -44,25 +45,27 @@ def claim(session: Session, name: str, holder: str, *, now: float, seconds: floa
         session.flush()
     try:
         with session.begin_nested():
-            session.add(PlaceRow(name=name, holder=holder, until=now + seconds, size=size, ending=False))
+            session.add(WorkerSlotRow(name=name, holder=holder, until=now + seconds, size=size, ending=False))
     except IntegrityError:
         return False  # another supervisor took it meanwhile
     return True
 
 
-def keep(session: Session, holder: str, names: Collection[str], *, now: float, seconds: float) -> None:
+def renew(session: Session, holder: str, names: Collection[str], *, now: float, seconds: float) -> None:
     """Holds these places of the holder for longer, and gives up its others."""
-    mine = PlaceRow.holder == holder
-    session.execute(update(PlaceRow).where(mine, PlaceRow.name.in_(names)).values(until=now + seconds))
-    session.execute(delete(PlaceRow).where(or_(mine & PlaceRow.name.not_in(names), PlaceRow.until <= now - seconds)))
+    mine = WorkerSlotRow.holder == holder
+    session.execute(update(WorkerSlotRow).where(mine, WorkerSlotRow.name.in_(names)).values(until=now + seconds))
+    session.execute(
+        delete(WorkerSlotRow).where(or_(mine & WorkerSlotRow.name.not_in(names), WorkerSlotRow.until <= now - seconds))
+    )
 
 
-def end(session: Session, name: str) -> None:
+def request_end(session: Session, name: str) -> None:
     """Asks the session of this place to end when its job has ended."""
-    session.execute(update(PlaceRow).where(PlaceRow.name == name).values(ending=True))
+    session.execute(update(WorkerSlotRow).where(WorkerSlotRow.name == name).values(ending=True))
 
 
 def is_open(session: Session, name: str, holder: str) -> bool:
     """Whether the place is still this holder's, and its session to take further jobs."""
-    row = session.get(PlaceRow, name)
+    row = session.get(WorkerSlotRow, name)
     return row is not None and row.holder == holder and not row.ending

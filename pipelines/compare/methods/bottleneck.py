@@ -15,7 +15,7 @@ from torch.nn.functional import gelu
 from transformers import PreTrainedModel
 
 from loramill.errors import AdapterInvalid
-from loramill.jobs.train.methods import Tuned
+from loramill.jobs.train.methods import AdaptedModel
 from loramill.jobs.train.methods.seeds import seeded
 
 #: The last linears of a layer's two sublayers, as the Llama family calls them.
@@ -37,13 +37,13 @@ class Bottleneck(nn.Module):
         added: torch.Tensor = self.up(gelu(self.down(hidden.to(self.down.weight.dtype))))
         return hidden + added.to(hidden.dtype)
 
-    def after(self, place: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+    def hook(self, place: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
         """`forward` as a hook behind the linear at its place."""
         return self.forward(output)
 
 
 @contextmanager
-def attached(model: PreTrainedModel, size: int, seed: int) -> Iterator[Tuned]:
+def attach_bottleneck(model: PreTrainedModel, size: int, seed: int) -> Iterator[AdaptedModel]:
     """`model` with fresh adapters of `size` inner units, a function of the seed; afterwards as it was before.
 
     Raises:
@@ -58,12 +58,12 @@ def attached(model: PreTrainedModel, size: int, seed: int) -> Iterator[Tuned]:
         )
     with seeded(model.device, seed, "layers"):
         adapters = {name: Bottleneck(place.out_features, size, model.device) for name, place in places.items()}
-    hooks = [place.register_forward_hook(adapters[name].after) for name, place in places.items()]
+    hooks = [place.register_forward_hook(adapters[name].hook) for name, place in places.items()]
     weights = {
         f"{name}.{key}": value for name, adapter in adapters.items() for key, value in adapter.named_parameters()
     }
     try:
-        yield Tuned(model=model, weights=dict(sorted(weights.items())), set_dropout=lambda on: None)
+        yield AdaptedModel(model=model, weights=dict(sorted(weights.items())), set_dropout=lambda on: None)
     finally:
         for hook in hooks:
             hook.remove()

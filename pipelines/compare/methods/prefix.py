@@ -14,10 +14,10 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model, initialize_kv_pr
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from loramill.jobs.train.methods import Tuned
+from loramill.jobs.train.methods import AdaptedModel
 
 
-class Prefixed(nn.Module):
+class PrefixModel(nn.Module):
     """A base that begins every row with the prefix, called as the base is: PEFT's own call takes no packed rows."""
 
     def __init__(self, tuned: PeftModel, tokens: int) -> None:
@@ -47,7 +47,7 @@ class Prefixed(nn.Module):
 
 
 @contextmanager
-def attached(model: PreTrainedModel, begin: Sequence[int]) -> Iterator[Tuned]:
+def attach_prefix(model: PreTrainedModel, begin: Sequence[int]) -> Iterator[AdaptedModel]:
     """`model` with a prefix in fp32 that begins as the tokens `begin`; afterwards as it was before."""
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     tuned = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(begin)))
@@ -56,7 +56,7 @@ def attached(model: PreTrainedModel, begin: Sequence[int]) -> Iterator[Tuned]:
     initialize_kv_prefix_from_past_key_values(tuned, past_key_values=read.past_key_values)
     weights = {name: parameter for name, parameter in tuned.named_parameters() if parameter.requires_grad}
     try:
-        yield Tuned(model=Prefixed(tuned, len(begin)), weights=weights, set_dropout=lambda on: None)
+        yield AdaptedModel(model=PrefixModel(tuned, len(begin)), weights=weights, set_dropout=lambda on: None)
     finally:
         for parameter, requires_grad in frozen:
             parameter.requires_grad_(requires_grad)

@@ -13,7 +13,7 @@ BATCH = 16
 MakeCache = Callable[[int], Cache]
 
 
-def empty(rows: int) -> Cache:
+def empty_cache(rows: int) -> Cache:
     """A cache that nothing is in."""
     return DynamicCache()
 
@@ -25,7 +25,7 @@ def greedy(
     limits: Sequence[int],
     stop_ids: Sequence[int],
     *,
-    cache: MakeCache = empty,
+    cache: MakeCache = empty_cache,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
     """The most probable token after another, until a stop token (left out) or the prompt's limit.

@@ -15,7 +15,7 @@ from loramill.pipelines.compare.format import scaled, size
 from loramill.pipelines.compare.types import Comparison, Subject, Training
 
 #: Okabe and Ito's colours, which the colour-blind tell apart, too.
-COLOURS: dict[Subject, str] = {
+COLORS: dict[Subject, str] = {
     "full": "#000000",
     "lora": "#0072B2",
     "qlora": "#56B4E9",
@@ -33,28 +33,28 @@ DPI = 160
 NAMES: dict[Subject, str] = {"full": "full", "prefix": "prefix", "bottleneck": "bottleneck"}
 
 #: Where a label may stand beside its point, in points to the right and up; the nearest first.
-PLACES = [(x, sign * y) for y in range(0, 80, 5) for sign in (1, -1) for x in (8, -8)]
+LABEL_OFFSETS = [(x, sign * y) for y in range(0, 80, 5) for sign in (1, -1) for x in (8, -8)]
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class CostPanel:
     """A panel: a title, the number of it, how that is written, and whether its scale is logarithmic."""
 
     title: str
-    of: Callable[[Training], float]
-    written: Callable[[float], str]
+    value: Callable[[Training], float]
+    format: Callable[[float], str]
     log: bool = False
 
 
 COSTS = (
-    Cost("trained parameters", lambda training: training.parameters, scaled, log=True),
-    Cost("memory for training, above the base", lambda training: training.memory.added, size),
-    Cost("time a step", lambda training: training.step_seconds, lambda seconds: f"{seconds:g} s"),
+    CostPanel("trained parameters", lambda training: training.parameters, scaled, log=True),
+    CostPanel("memory for training, above the base", lambda training: training.memory.added, size),
+    CostPanel("time a step", lambda training: training.step_seconds, lambda seconds: f"{seconds:g} s"),
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class ChartPoint:
     """A subject that was trained, and how good it became."""
 
     subject: Subject
@@ -63,19 +63,21 @@ class Point:
     quality: float
 
 
-def draw(comparison: Comparison, file: Path) -> None:
+def save_chart(comparison: Comparison, file: Path) -> None:
     """Writes the chart as PNG.
 
     Raises:
         OSError: the file can't be written.
     """
-    drawn(comparison).savefig(file, format="png")
+    build_figure(comparison).savefig(file, format="png")
 
 
-def drawn(comparison: Comparison) -> Figure:
+def build_figure(comparison: Comparison) -> Figure:
     """The chart of a comparison of which at least one row has figures; the others have no place in it."""
     points = [
-        Point(row.subject, NAMES.get(row.subject, row.title), row.training, getattr(row.quality, comparison.metric))
+        ChartPoint(
+            row.subject, NAMES.get(row.subject, row.title), row.training, getattr(row.quality, comparison.metric)
+        )
         for row in comparison.rows
         if row.training and row.quality
     ]
@@ -104,7 +106,7 @@ def _logarithmic(costs: Sequence[float]) -> Locator:
     return LogLocator(numticks=6) if ratio > 1000 else LogLocator(subs=(1, 3), numticks=6)
 
 
-def _panel(axis: Axes, cost: Cost, points: Sequence[Point]) -> None:
+def _panel(axis: Axes, cost: CostPanel, points: Sequence[ChartPoint]) -> None:
     axis.set_title(cost.title, loc="left", fontsize=10.5, color=INK)
     axis.grid(color=FAINT, linewidth=0.8)
     axis.set_axisbelow(True)
@@ -113,14 +115,14 @@ def _panel(axis: Axes, cost: Cost, points: Sequence[Point]) -> None:
     axis.tick_params(colors=PALE, length=0, labelsize=9)
     if cost.log:
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(_logarithmic([cost.of(point.training) for point in points]))
+        axis.xaxis.set_major_locator(_logarithmic([cost.value(point.training) for point in points]))
         axis.xaxis.set_minor_locator(NullLocator())
     else:
         axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: cost.written(value)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: cost.format(value)))
     axis.margins(x=0.22, y=0.12)
     for point in points:
-        axis.scatter(cost.of(point.training), point.quality, s=52, color=COLOURS[point.subject], zorder=3)
+        axis.scatter(cost.value(point.training), point.quality, s=52, color=COLORS[point.subject], zorder=3)
     if not cost.log:
         axis.set_xlim(left=0)
 
@@ -142,23 +144,23 @@ def _base_line(axis: Axes, value: float, worst: float) -> None:
     )
 
 
-def _labels(axis: Axes, cost: Cost, points: Sequence[Point]) -> None:
+def _labels(axis: Axes, cost: CostPanel, points: Sequence[ChartPoint]) -> None:
     """Names the points; each name stands where it covers the least of points, other names and the margin."""
     frame = axis.get_window_extent()
-    taken = [_around(axis, cost.of(point.training), point.quality) for point in points]
+    taken = [_point_box(axis, cost.value(point.training), point.quality) for point in points]
     taken += [text.get_window_extent() for text in axis.texts]
     for point in sorted(points, key=lambda point: -point.quality):
-        at = cost.of(point.training), point.quality
+        at = cost.value(point.training), point.quality
         label = axis.annotate(
-            point.name, at, (0, 0), textcoords="offset points", va="center", fontsize=9, color=COLOURS[point.subject]
+            point.name, at, (0, 0), textcoords="offset points", va="center", fontsize=9, color=COLORS[point.subject]
         )
         box = label.get_window_extent()
         across, up = axis.transData.transform(at)
         boxes = {
-            (x, y): _beside(across + x * DPI / 72, up + y * DPI / 72, box.width if x > 0 else -box.width, box)
-            for x, y in PLACES
+            (x, y): _label_box(across + x * DPI / 72, up + y * DPI / 72, box.width if x > 0 else -box.width, box)
+            for x, y in LABEL_OFFSETS
         }
-        place = min(boxes, key=lambda place: _covered(boxes[place], taken, frame))
+        place = min(boxes, key=lambda place: _overlapping_pixels(boxes[place], taken, frame))
         taken.append(boxes[place])
         label.set_position(place)
         label.set_horizontalalignment("left" if place[0] > 0 else "right")
@@ -172,17 +174,17 @@ def _labels(axis: Axes, cost: Cost, points: Sequence[Point]) -> None:
             )
 
 
-def _beside(x: float, y: float, width: float, like: Bbox) -> Bbox:
+def _label_box(x: float, y: float, width: float, like: Bbox) -> Bbox:
     """A box as high as `like` with the middle of one side at (x, y)."""
     return Bbox.from_extents(min(x, x + width), y - like.height / 2, max(x, x + width), y + like.height / 2)
 
 
-def _covered(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> int:
+def _overlapping_pixels(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> int:
     """Pixels of a label that lie on something, or outside."""
     return round(sum(_overlap(box, other) for other in taken) + _area(box) - _overlap(box, frame))
 
 
-def _around(axis: Axes, x: float, y: float) -> Bbox:
+def _point_box(axis: Axes, x: float, y: float) -> Bbox:
     """The pixels of a point."""
     (across, up), radius = axis.transData.transform((x, y)), 7.0
     return Bbox.from_extents(across - radius, up - radius, across + radius, up + radius)

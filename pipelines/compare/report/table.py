@@ -17,7 +17,7 @@ def training_rows(comparison: Comparison) -> list[tuple[str, ...]]:
         (
             row.title,
             scaled(training.parameters),
-            f"{training.parameters / training.of:.2%}",
+            f"{training.parameters / training.base_parameters:.2%}",
             size(training.memory.peak),
             size(training.memory.added),
             duration(training.step_seconds),
@@ -61,7 +61,7 @@ def notes(comparison: Comparison) -> list[str]:
         f"Times: {clock}, medians, on {comparison.threads} thread{'s' if comparison.threads > 1 else ''}. "
         "A token is one of a single answer; + is what it takes more than the base's, measured side by side.",
     ]
-    if any(row.serving and row.serving.by == "transformers" for row in comparison.rows):
+    if any(row.serving and row.serving.backend == "transformers" for row in comparison.rows):
         said.append(
             "By transformers: what the engine doesn't serve, beside transformers' own forward pass of the base."
         )
@@ -72,7 +72,7 @@ def _tokens(serving: Serving | None) -> Sequence[str]:
     if serving is None:
         return ("-", "-", "-", "-")
     added = (_added(seconds, serving.base) for seconds in (serving.unmerged, serving.merged))
-    return (duration(serving.base), *added, serving.by)
+    return (duration(serving.base), *added, serving.backend)
 
 
 def _added(seconds: float | None, base: float) -> str:

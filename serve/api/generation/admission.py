@@ -6,27 +6,27 @@ from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 
 from loramill.errors import LoramillError
-from loramill.registry.usage import Count
+from loramill.registry.usage import UsageCount
 from loramill.serve.api.dependencies import Gateway
-from loramill.serve.api.generation.metrics import Watch
+from loramill.serve.api.generation.metrics import GenerationMetrics
 from loramill.serve.api.generation.model_lookup import Target
 from loramill.serve.api.generation.streaming import Chunks, generate
-from loramill.serve.api.limits.tracker import Books, Permit
+from loramill.serve.api.limits.tracker import Permit, UsageTracker
 from loramill.serve.api.middleware.authentication import Caller
 from loramill.serve.protocol import TextChunk, TextRequest
 
 #: Characters of a prompt that are taken for one token, as OpenAI does before it has counted.
-_CHARACTERS = 4
+CHARS_PER_TOKEN = 4
 
 #: Tokens that are reserved for an answer whose request gives no limit.
-_UNSAID = 256
+DEFAULT_COMPLETION_ESTIMATE = 256
 
 #: What a generation says first, to nobody: from then on, closing it is noticed.
 _BEGUN = (0, TextChunk("", 0, 0))
 
 
 async def admit(
-    here: Gateway, who: Caller, target: Target, requests: Sequence[TextRequest], n: int = 1
+    gateway: Gateway, caller: Caller, target: Target, requests: Sequence[TextRequest], n: int = 1
 ) -> tuple[Chunks, Mapping[str, str]]:
     """Begins to generate all answers of one call; returns their chunks and the response's headers.
 
@@ -37,46 +37,50 @@ async def admit(
         RateLimited: a limit of the caller's is reached.
         LoramillError: of the first answer that fails, from the chunks; the others are cancelled.
     """
-    watch = Watch(target, requests, n)
+    watch = GenerationMetrics(target, requests, n)
     try:
-        permit = here.books.enter(target.tenant, who.limits, estimate(requests, n))
+        permit = gateway.usage_tracker.acquire(target.tenant, caller.limits, estimate_tokens(requests, n))
     except LoramillError as error:
-        watch.ended(error)
+        watch.record_end(error)
         raise
-    chunks = _noted(generate(target.served.backend, requests), watch, here.books, permit, target, n)
+    chunks = _noted(generate(target.served.backend, requests), watch, gateway.usage_tracker, permit, target, n)
     await anext(chunks)
     return chunks, {**target.headers, **permit.headers}
 
 
-def estimate(requests: Sequence[TextRequest], n: int) -> int:
+def estimate_tokens(requests: Sequence[TextRequest], n: int) -> int:
     """Tokens that a call may come to, roughly: a prompt counts once, however many answers there are to it."""
-    prompts = sum(_length(request) for request in requests[::n])
-    return prompts + sum(_UNSAID if request.max_tokens is None else request.max_tokens for request in requests)
+    prompts = sum(_prompt_tokens(request) for request in requests[::n])
+    return prompts + sum(
+        DEFAULT_COMPLETION_ESTIMATE if request.max_tokens is None else request.max_tokens for request in requests
+    )
 
 
-def _length(request: TextRequest) -> int:
+def _prompt_tokens(request: TextRequest) -> int:
     if isinstance(request.prompt, tuple):
         return len(request.prompt)
     texts = [request.prompt] if request.prompt else [str(message.get("content") or "") for message in request.messages]
-    return sum(len(text) // _CHARACTERS + 1 for text in texts)
+    return sum(len(text) // CHARS_PER_TOKEN + 1 for text in texts)
 
 
-async def _noted(chunks: Chunks, watch: Watch, books: Books, permit: Permit, target: Target, n: int) -> Chunks:
+async def _noted(
+    chunks: Chunks, watch: GenerationMetrics, books: UsageTracker, permit: Permit, target: Target, n: int
+) -> Chunks:
     try:
         with watch:
             yield _BEGUN
             async with aclosing(chunks):
                 async for index, chunk in chunks:
-                    watch.chunk(index, chunk)
+                    watch.record_chunk(index, chunk)
                     yield index, chunk
     finally:
-        books.leave(permit, target.name, target.version, _count(watch.last, n))
+        books.release(permit, target.name, target.version, _usage_count(watch.last_chunks, n))
 
 
-def _count(last: Mapping[int, TextChunk], n: int) -> Count:
+def _usage_count(last: Mapping[int, TextChunk], n: int) -> UsageCount:
     """What came, by the last chunk of each answer."""
     prompts: dict[int, int] = {}
     for index, chunk in last.items():
         prompts[index // n] = max(chunk.prompt_tokens, prompts.get(index // n, 0))
     completion = sum(chunk.completion_tokens for chunk in last.values())
-    return Count(1 if last else 0, sum(prompts.values()), completion)
+    return UsageCount(1 if last else 0, sum(prompts.values()), completion)

@@ -7,25 +7,25 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from loramill.serve.protocol import ChosenToken, TextChunk, TokenText
-from loramill.serve.replica.tool_calls import Call, CallScanner
+from loramill.serve.protocol import SampledToken, TextChunk, TokenText
+from loramill.serve.replica.tool_calls import ToolCall, ToolCallScanner
 
 
-class Deltas:
+class ChatDeltas:
     """One answer's pieces, as the JSON of a choice each. Written by hand: one is made for every token."""
 
     def __init__(self, index: int, *, tools: bool, logprobs: bool) -> None:
         self._index = index
-        self._scanner = CallScanner() if tools else None
+        self._scanner = ToolCallScanner() if tools else None
         self._logprobs = logprobs
         self._calls = 0
 
-    def first(self) -> str:
+    def opening(self) -> str:
         """What begins an answer."""
         content = '""' if self._scanner is None else "null"
         return self._choice(f'{{"role":"assistant","content":{content}}}')
 
-    def of(self, chunk: TextChunk) -> Iterator[str]:
+    def choices(self, chunk: TextChunk) -> Iterator[str]:
         """The pieces of a chunk."""
         logprobs = json.dumps(logprobs_object(chunk.logprobs)) if self._logprobs and chunk.logprobs else "null"
         for delta in self._deltas(chunk):
@@ -42,7 +42,7 @@ class Deltas:
             told = [_content(part) if isinstance(part, str) else self._call(part) for part in parts]
         return told or ([_content("")] if chunk.logprobs else [])
 
-    def _call(self, call: Call) -> str:
+    def _call(self, call: ToolCall) -> str:
         self._calls += 1
         return json.dumps({"tool_calls": [{"index": self._calls - 1, **call_object(call)}]})
 
@@ -50,7 +50,7 @@ class Deltas:
         return f'{{"index":{self._index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}}}'
 
 
-def call_object(call: Call) -> dict[str, Any]:
+def call_object(call: ToolCall) -> dict[str, Any]:
     """A call of a tool, with an id of its own."""
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
@@ -61,9 +61,9 @@ def finish_reason(finish: str | None, *, called: bool) -> str | None:
     return "tool_calls" if called and finish == "stop" else finish
 
 
-def logprobs_object(tokens: Sequence[ChosenToken]) -> dict[str, Any]:
+def logprobs_object(tokens: Sequence[SampledToken]) -> dict[str, Any]:
     """Log probabilities of an answer's tokens."""
-    content = [{**_token(token.chosen), "top_logprobs": [_token(top) for top in token.top]} for token in tokens]
+    content = [{**_token(token.token), "top_logprobs": [_token(top) for top in token.top]} for token in tokens]
     return {"content": content, "refusal": None}
 
 

@@ -13,13 +13,13 @@ from loramill.serve.metrics import definitions as metrics
 from loramill.serve.protocol import TextChunk, TextRequest
 
 #: The code that is counted where all was answered, and where the caller went away before.
-DONE, GONE = 200, 499
+STATUS_COMPLETED, STATUS_DISCONNECTED = 200, 499
 
-_tenant_label = metrics.Bounded(metrics.TENANTS)
-_adapter_label = metrics.Bounded(metrics.ADAPTERS)
+_tenant_label = metrics.BoundedLabels(metrics.MAX_TENANT_LABELS)
+_adapter_label = metrics.BoundedLabels(metrics.MAX_ADAPTER_LABELS)
 
 
-class Watch:
+class GenerationMetrics:
     """One generation, in flight while the block runs; one that is refused before is told of by `ended` alone.
 
     Args:
@@ -32,18 +32,18 @@ class Watch:
     """
 
     def __init__(self, target: Target, requests: Sequence[TextRequest], n: int) -> None:
-        self.last: dict[int, TextChunk] = {}
-        self._began = time.perf_counter()
+        self.last_chunks: dict[int, TextChunk] = {}
+        self._started_at = time.perf_counter()
         self._n = n
         self._endpoint = "chat" if requests[0].messages else "completions"
-        self._tenant = _tenant_label(target.tenant) if target.tenant else metrics.ADMIN
+        self._tenant = _tenant_label(target.tenant) if target.tenant else metrics.ADMIN_LABEL
         self._adapter = target.name if target.version is None else _adapter_label(target.name)
         who = self._tenant, self._adapter
         self._first_token = metrics.FIRST_TOKEN.labels(*who)
         self._between_tokens = metrics.BETWEEN_TOKENS.labels(self._tenant)
         self._prompt_tokens = metrics.PROMPT_TOKENS.labels(*who)
         self._completion_tokens = metrics.COMPLETION_TOKENS.labels(*who)
-        self._times = [0.0] * len(requests)
+        self._chunk_times = [0.0] * len(requests)
         self._unfinished = len(requests)
 
     def __enter__(self) -> Self:
@@ -52,34 +52,38 @@ class Watch:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         metrics.IN_FLIGHT.dec()
-        self.ended(error)
+        self.record_end(error)
 
-    def chunk(self, index: int, chunk: TextChunk) -> None:
+    def record_chunk(self, index: int, chunk: TextChunk) -> None:
         """Notes a chunk; on a busy gateway that must cost some microseconds and no more."""
-        now, before = time.perf_counter(), self.last.get(index)
+        now, before = time.perf_counter(), self.last_chunks.get(index)
         more = chunk.completion_tokens - (before.completion_tokens if before else 0)
         if before is None:
-            self._first_token.observe(now - self._began)
+            self._first_token.observe(now - self._started_at)
             if index % self._n == 0:  # the first of the answers to a prompt, which follow each other
                 self._prompt_tokens.inc(chunk.prompt_tokens)
         elif more:
-            self._between_tokens.observe((now - self._times[index]) / more)
+            self._between_tokens.observe((now - self._chunk_times[index]) / more)
         self._completion_tokens.inc(more)
-        self._times[index], self.last[index] = now, chunk
+        self._chunk_times[index], self.last_chunks[index] = now, chunk
         self._unfinished -= chunk.finish is not None
 
-    def ended(self, error: BaseException | None) -> None:
+    def record_end(self, error: BaseException | None) -> None:
         """Notes the end; an answer is whole once it has its end, even if nobody asked for what comes behind it."""
-        code = DONE if error is None or not self._unfinished else _code(error)
+        code = STATUS_COMPLETED if error is None or not self._unfinished else _status_of(error)
         metrics.REQUESTS.labels(self._endpoint, self._tenant, self._adapter, code).inc()
-        if code == DONE:
-            metrics.DURATION.labels(self._tenant).observe(time.perf_counter() - self._began)
-        if isinstance(error, LoramillError) and not self.last and code in (Overloaded.status, Unavailable.status):
+        if code == STATUS_COMPLETED:
+            metrics.DURATION.labels(self._tenant).observe(time.perf_counter() - self._started_at)
+        if (
+            isinstance(error, LoramillError)
+            and not self.last_chunks
+            and code in (Overloaded.status, Unavailable.status)
+        ):
             metrics.REFUSED.labels(self._tenant, error.code).inc()  # there is no place for it
 
 
-def _code(error: BaseException) -> int:
+def _status_of(error: BaseException) -> int:
     """The status by which an end is counted; what isn't an error is that the caller has gone."""
     if isinstance(error, LoramillError):
         return error.status
-    return LoramillError.status if isinstance(error, Exception) else GONE
+    return LoramillError.status if isinstance(error, Exception) else STATUS_DISCONNECTED

@@ -8,10 +8,10 @@ from functools import lru_cache
 
 from loramill.errors import ModelNotFound
 from loramill.models.catalog import Base
-from loramill.names import SHORT, AdapterName, ModelName
+from loramill.names import SHORT_HASH_LENGTH, AdapterName, ModelName
 from loramill.registry import Registry, adapters
-from loramill.serve.api.cache import Remembered
-from loramill.serve.api.dependencies import Gateway, Served
+from loramill.serve.api.cache import ReadThroughCache
+from loramill.serve.api.dependencies import Gateway, ServedBase
 from loramill.serve.api.middleware.authentication import Caller
 from loramill.types import VersionRecord
 
@@ -29,7 +29,7 @@ class Target:
     """
 
     model: str
-    served: Served
+    served: ServedBase
     tenant: str
     version: str | None
     created_at: float
@@ -61,19 +61,19 @@ async def find_model(gateway: Gateway, caller: Caller, text: str) -> Target:
             raise ModelNotFound(
                 f"The model '{text}' does not exist. Bases here: {bases}; adapters are tenant/adapter.", param="model"
             )
-        fingerprint = served.base.fingerprint[:SHORT]
-        return Target(text, served, caller.tenant or "", None, created(served.base), fingerprint)
+        fingerprint = served.base.fingerprint[:SHORT_HASH_LENGTH]
+        return Target(text, served, caller.tenant or "", None, base_created_at(served.base), fingerprint)
     caller.check_adapter(name.adapter.tenant)
-    version = await gateway.versions.get((name.adapter, name.selector))
+    version = await gateway.version_cache.get((name.adapter, name.selector))
     served = next((each for each in gateway.served.values() if each.base.fingerprint == version.base), None)
     if served is None:
         raise ModelNotFound(f"The model '{text}' was trained on a base that isn't served here.", param="model")
-    fingerprint = f"{version.base[:SHORT]}-{version.id[:SHORT]}"
+    fingerprint = f"{version.base[:SHORT_HASH_LENGTH]}-{version.id[:SHORT_HASH_LENGTH]}"
     return Target(text, served, caller.tenant or name.adapter.tenant, version.id, version.created_at, fingerprint)
 
 
 @lru_cache
-def created(base: Base) -> float:
+def base_created_at(base: Base) -> float:
     """When a base was created, in seconds since the epoch: the time of its config.json, else now."""
     try:
         return (base.folder / "config.json").stat().st_mtime
@@ -81,6 +81,10 @@ def created(base: Base) -> float:
         return time.time()
 
 
-def versions(registry: Registry, grace: float = 0.0) -> Remembered[tuple[AdapterName, str], VersionRecord]:
+def version_cache(
+    registry: Registry, grace_seconds: float = 0.0
+) -> ReadThroughCache[tuple[AdapterName, str], VersionRecord]:
     """The version of an adapter's alias or a version's prefix; while the database is away, at most `grace` old."""
-    return Remembered(registry, lambda session, asked: adapters.resolve(session, *asked), grace=grace)
+    return ReadThroughCache(
+        registry, lambda session, asked: adapters.resolve(session, *asked), grace_seconds=grace_seconds
+    )

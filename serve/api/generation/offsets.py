@@ -7,14 +7,14 @@ import codecs
 from loramill.serve.protocol import TokenText
 
 
-class Offsets:
+class TextOffsets:
     """Counts the characters of an answer by its tokens' bytes; several tokens may make one character."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._characters = 0
 
-    def of(self, token: TokenText, end: int | None = None) -> int:
+    def next_offset(self, token: TokenText, end: int | None = None) -> int:
         """Where the next token's text begins, in characters: at the character that its first byte belongs to.
 
         Args:

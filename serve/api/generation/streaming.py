@@ -18,28 +18,28 @@ from starlette.types import Receive, Scope, Send
 
 from loramill.errors import LoramillError
 from loramill.serve.api.errors import error_body, internal_error
-from loramill.serve.protocol import Backend, ChosenToken, TextChunk, TextRequest
+from loramill.serve.protocol import GenerationBackend, SampledToken, TextChunk, TextRequest
 
 log = logging.getLogger("loramill.gateway")
 
 _T = TypeVar("_T")
 
 #: Answers of one call that are generated at once: a call with many prompts isn't a flood.
-_AT_ONCE = 16
+_MAX_CONCURRENT_ANSWERS = 16
 
 #: Chunks of several answers, each with its answer's index, in the order they become ready.
 Chunks: TypeAlias = AsyncGenerator[tuple[int, TextChunk], None]
 
 
 @dataclass(slots=True)
-class Answer:
+class GenerationResult:
     """One whole answer."""
 
     text: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish: str | None = None
-    logprobs: list[ChosenToken] = field(default_factory=list)
+    logprobs: list[SampledToken] = field(default_factory=list)
 
     def add(self, chunk: TextChunk) -> None:
         """Takes the next chunk in."""
@@ -49,7 +49,7 @@ class Answer:
         self.logprobs.extend(chunk.logprobs)
 
 
-def generate(backend: Backend, requests: Sequence[TextRequest]) -> Chunks:
+def generate(backend: GenerationBackend, requests: Sequence[TextRequest]) -> Chunks:
     """Generates all answers at the same time. Closing it cancels those that aren't finished.
 
     Raises:
@@ -57,10 +57,10 @@ def generate(backend: Backend, requests: Sequence[TextRequest]) -> Chunks:
     """
     # A backend's iterator is a generator: closing it is what cancels the answer.
     streams = [backend.generate(request) for request in requests]
-    return _interleaved(streams) if len(streams) > 1 else _alone(streams[0])
+    return _interleaved(streams) if len(streams) > 1 else _single(streams[0])
 
 
-async def _alone(stream: AsyncGenerator[TextChunk, None]) -> Chunks:
+async def _single(stream: AsyncGenerator[TextChunk, None]) -> Chunks:
     async with aclosing(stream):
         async for chunk in stream:
             yield 0, chunk
@@ -68,7 +68,7 @@ async def _alone(stream: AsyncGenerator[TextChunk, None]) -> Chunks:
 
 async def _interleaved(streams: Sequence[AsyncGenerator[TextChunk, None]]) -> Chunks:
     upcoming = iter(enumerate(streams))
-    waiting = {_next(stream): index for index, stream in islice(upcoming, _AT_ONCE)}
+    waiting = {_next(stream): index for index, stream in islice(upcoming, _MAX_CONCURRENT_ANSWERS)}
     try:
         while waiting:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -96,9 +96,9 @@ def _next(stream: AsyncGenerator[TextChunk, None]) -> asyncio.Task[TextChunk | N
     return asyncio.create_task(following())
 
 
-async def collect(chunks: Chunks, count: int) -> list[Answer]:
+async def collect(chunks: Chunks, count: int) -> list[GenerationResult]:
     """The `count` answers, whole, by index."""
-    answers = [Answer() for _ in range(count)]
+    answers = [GenerationResult() for _ in range(count)]
     async with aclosing(chunks):
         async for index, chunk in chunks:
             answers[index].add(chunk)
@@ -111,7 +111,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T
     Raises:
         ClientDisconnect: the caller went away.
     """
-    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
+    task, gone = asyncio.create_task(work), asyncio.create_task(_wait_for_disconnect(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -124,36 +124,40 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T
             await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _disconnected(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def respond_whole(
-    request: Request, chunks: Chunks, count: int, show: Callable[[list[Answer]], Any], headers: Mapping[str, str]
+async def respond_complete(
+    request: Request,
+    chunks: Chunks,
+    count: int,
+    render: Callable[[list[GenerationResult]], Any],
+    headers: Mapping[str, str],
 ) -> JSONResponse:
     """All answers in one JSON object."""
     answers = await while_connected(request, collect(chunks, count))
-    return JSONResponse(show(answers), headers=headers)
+    return JSONResponse(render(answers), headers=headers)
 
 
 async def respond_streaming(
-    request: Request, chunks: Chunks, show: Callable[[Chunks], AsyncGenerator[str, None]], headers: Mapping[str, str]
+    request: Request, chunks: Chunks, render: Callable[[Chunks], AsyncGenerator[str, None]], headers: Mapping[str, str]
 ) -> StreamingResponse:
     """Answers as server-sent events, of which `show` makes the JSON.
 
     An error before the first event is raised, with a status of its own.
     """
-    payloads = show(chunks)
+    payloads = render(chunks)
 
     async def first() -> str:
         return await anext(payloads)
 
     peeked = await while_connected(request, first())
-    return EventStream(_sse(peeked, payloads, request.state.request_id), chunks, headers)
+    return EventStreamResponse(_sse(peeked, payloads, request.state.request_id), chunks, headers)
 
 
-class EventStream(StreamingResponse):
+class EventStreamResponse(StreamingResponse):
     """Server-sent events that close the generation under them, however the response ends."""
 
     media_type = "text/event-stream"

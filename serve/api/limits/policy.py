@@ -12,25 +12,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from loramill.types import Limits, Meter
+from loramill.types import Limits, RateWindow
 
-MINUTE = 60.0
+MINUTE_SECONDS = 60.0
 
 #: Seconds after which to ask again, where only the end of another request makes room.
-SOON = 1.0
+RETRY_SOON_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Quota:
+class QuotaState:
     """What is left of a limit, and the seconds until all of it will be."""
 
     limit: int
     remaining: int
-    reset: float
+    reset_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class LimitDecision:
     """Whether a request may pass: `wait` is 0.0, or the seconds after which it may.
 
     Attributes:
@@ -38,11 +38,11 @@ class Decision:
         requests, tokens: what is left of the minute once it has; None: no limit.
     """
 
-    wait: float
+    wait_seconds: float
     kind: Literal["requests", "tokens"]
     reason: str
-    requests: Quota | None
-    tokens: Quota | None
+    requests: QuotaState | None
+    tokens: QuotaState | None
 
     @property
     def allowed(self) -> bool:
@@ -60,12 +60,12 @@ class Decision:
             for name, value in (
                 ("limit", str(quota.limit)),
                 ("remaining", str(quota.remaining)),
-                ("reset", duration(quota.reset)),
+                ("reset", format_duration(quota.reset_seconds)),
             )
         }
 
 
-def decide(limits: Limits, used: Meter, tokens: int, now: float) -> Decision:
+def decide(limits: Limits, usage: RateWindow, tokens: int, now: float) -> LimitDecision:
     """Decides about one more request.
 
     Args:
@@ -73,56 +73,58 @@ def decide(limits: Limits, used: Meter, tokens: int, now: float) -> Decision:
         tokens: what the request may come to. One that is larger than the limit passes when nothing else counts.
         now: seconds since the epoch.
     """
-    passed = now % MINUTE
+    passed = now % MINUTE_SECONDS
     waits: list[tuple[float, Literal["requests", "tokens"], str]] = []
     requests_left = tokens_left = None
-    if (limit := limits.concurrent_requests) is not None and used.running >= limit:
-        waits.append((SOON, "requests", f"{used.running} requests run at once, of {limit} that may"))
+    if (limit := limits.concurrent_requests) is not None and usage.running_requests >= limit:
+        waits.append(
+            (RETRY_SOON_SECONDS, "requests", f"{usage.running_requests} requests run at once, of {limit} that may")
+        )
     if (limit := limits.requests_per_minute) is not None:
-        wait = _wait(limit - 1, used.requests, used.requests_before, passed)
+        wait = _wait_seconds(limit - 1, usage.requests, usage.previous_requests, passed)
         waits.append((wait, "requests", f"the limit is {limit} requests a minute"))
-        requests_left = _quota(limit, used.requests, used.requests_before, passed, 0 if wait else 1)
+        requests_left = _quota_state(limit, usage.requests, usage.previous_requests, passed, 0 if wait else 1)
     if (limit := limits.tokens_per_minute) is not None:
         asked = min(tokens, limit)
-        room = limit - asked - used.reserved
+        room = limit - asked - usage.reserved_tokens
         if room >= 0:
-            wait = _wait(room, used.tokens, used.tokens_before, passed)
+            wait = _wait_seconds(room, usage.tokens, usage.previous_tokens, passed)
         else:  # what runs has to end first, and may have used less than was reserved
-            wait = max(SOON, _wait(limit - asked, used.tokens, used.tokens_before, passed))
+            wait = max(RETRY_SOON_SECONDS, _wait_seconds(limit - asked, usage.tokens, usage.previous_tokens, passed))
         said = f"the limit is {limit} tokens a minute, and this request may take {tokens}"
         waits.append((wait, "tokens", said))
-        taken = used.reserved + (0 if wait else asked)
-        tokens_left = _quota(limit, used.tokens, used.tokens_before, passed, taken)
+        taken = usage.reserved_tokens + (0 if wait else asked)
+        tokens_left = _quota_state(limit, usage.tokens, usage.previous_tokens, passed, taken)
     wait, kind, reason = max(waits, default=(0.0, "requests", ""), key=lambda each: each[0])
-    return Decision(wait, kind, reason if wait else "", requests_left, tokens_left)
+    return LimitDecision(wait, kind, reason if wait else "", requests_left, tokens_left)
 
 
-def as_of(meter: Meter, minute: int) -> Meter:
+def roll_to_minute(meter: RateWindow, minute: int) -> RateWindow:
     """The meter as it stands in another minute than its own."""
     if meter.minute == minute:
         return meter
     requests, tokens = (meter.requests, meter.tokens) if meter.minute == minute - 1 else (0, 0)
-    return replace(meter, minute=minute, requests=0, tokens=0, requests_before=requests, tokens_before=tokens)
+    return replace(meter, minute=minute, requests=0, tokens=0, previous_requests=requests, previous_tokens=tokens)
 
 
-def together(meters: Iterable[Meter], minute: int) -> Meter:
+def merge_meters(meters: Iterable[RateWindow], minute: int) -> RateWindow:
     """The sum of several gateways' meters."""
-    total = Meter(minute)
+    total = RateWindow(minute)
     for meter in meters:
-        now = as_of(meter, minute)
-        total = Meter(
+        now = roll_to_minute(meter, minute)
+        total = RateWindow(
             minute,
             total.requests + now.requests,
-            total.requests_before + now.requests_before,
+            total.previous_requests + now.previous_requests,
             total.tokens + now.tokens,
-            total.tokens_before + now.tokens_before,
-            total.running + now.running,
-            total.reserved + now.reserved,
+            total.previous_tokens + now.previous_tokens,
+            total.running_requests + now.running_requests,
+            total.reserved_tokens + now.reserved_tokens,
         )
     return total
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds as OpenAI's headers have them: "120ms", "1s", "7.5s", "6m0s"."""
     milliseconds = math.ceil(seconds * 1000)
     if 0 < milliseconds < 1000:
@@ -131,15 +133,15 @@ def duration(seconds: float) -> str:
     return (f"{minutes}m" if minutes else "") + f"{rest / 1000:g}s"
 
 
-def _wait(room: int, current: int, before: int, passed: float) -> float:
+def _wait_seconds(available: int, current: int, previous: int, elapsed: float) -> float:
     """Seconds until this minute's count and what is left of the one before come down to `room`, which is >= 0."""
-    if current <= room:
-        fraction = (room - current) / before if before else 1.0
-        return max(0.0, MINUTE * (1 - fraction) - passed)
-    return MINUTE - passed + MINUTE * (1 - room / current)
+    if current <= available:
+        fraction = (available - current) / previous if previous else 1.0
+        return max(0.0, MINUTE_SECONDS * (1 - fraction) - elapsed)
+    return MINUTE_SECONDS - elapsed + MINUTE_SECONDS * (1 - available / current)
 
 
-def _quota(limit: int, current: int, before: int, passed: float, taken: int) -> Quota:
-    left = limit - taken - current - before * (1 - passed / MINUTE)
-    reset = 2 * MINUTE - passed if current + taken else MINUTE - passed if before else 0.0
-    return Quota(limit, max(0, math.floor(left)), reset)
+def _quota_state(limit: int, current: int, previous: int, elapsed: float, reserved: int) -> QuotaState:
+    left = limit - reserved - current - previous * (1 - elapsed / MINUTE_SECONDS)
+    reset = 2 * MINUTE_SECONDS - elapsed if current + reserved else MINUTE_SECONDS - elapsed if previous else 0.0
+    return QuotaState(limit, max(0, math.floor(left)), reset)

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loramill.errors import RateLimited
-from loramill.registry.usage import Count, Item
-from loramill.serve.api.limits.policy import MINUTE, Decision, as_of, decide, together
-from loramill.types import Limits, Meter
+from loramill.registry.usage import UsageCount, UsageItem
+from loramill.serve.api.limits.policy import MINUTE_SECONDS, LimitDecision, decide, merge_meters, roll_to_minute
+from loramill.types import Limits, RateWindow
 
 #: Seconds after which a gateway on which something runs says that it lives, though nothing changed.
-_SIGN_OF_LIFE = 2.0
+_HEARTBEAT_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +35,16 @@ class Permit:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class UsageBatch:
     """What is to be written: counts, which must be added once, and meters as they stand."""
 
     number: int
-    counts: Mapping[Item, Count]
-    meters: Mapping[str, Meter]
-    now: float
+    counts: Mapping[UsageItem, UsageCount]
+    meters: Mapping[str, RateWindow]
+    taken_at: float
 
 
-class Books:
+class UsageTracker:
     """What one gateway counts.
 
     Attributes:
@@ -52,15 +52,15 @@ class Books:
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self.gateway = f"gateway-{secrets.token_hex(8)}"
+        self.gateway_id = f"gateway-{secrets.token_hex(8)}"
         self._clock = clock
-        self._meters: dict[str, Meter] = {}
-        self._others: Mapping[str, Sequence[Meter]] = {}
-        self._counts: dict[Item, Count] = {}
-        self._page: Page | None = None
-        self._pages, self._written_at, self._changed = 0, 0.0, False
+        self._meters: dict[str, RateWindow] = {}
+        self._peers: Mapping[str, Sequence[RateWindow]] = {}
+        self._counts: dict[UsageItem, UsageCount] = {}
+        self._unflushed: UsageBatch | None = None
+        self._batch_number, self._flushed_at, self._changed = 0, 0.0, False
 
-    def enter(self, tenant: str, limits: Limits | None, tokens: int) -> Permit:
+    def acquire(self, tenant: str, limits: Limits | None, tokens: int) -> Permit:
         """Lets a request that may come to so many tokens begin; without limits it isn't metered.
 
         Raises:
@@ -73,17 +73,22 @@ class Books:
         ):
             return Permit(tenant, False, 0, {})
         now, mine = self._clock(), self._meter(tenant)
-        decision = decide(limits, together([mine, *self._others.get(tenant, ())], mine.minute), tokens, now)
+        decision = decide(limits, merge_meters([mine, *self._peers.get(tenant, ())], mine.minute), tokens, now)
         if not decision.allowed:
-            raise _limited(tenant, decision)
+            raise _rate_limited(tenant, decision)
         reserved = min(tokens, limits.tokens_per_minute or 0)
         self._set(
             tenant,
-            replace(mine, requests=mine.requests + 1, running=mine.running + 1, reserved=mine.reserved + reserved),
+            replace(
+                mine,
+                requests=mine.requests + 1,
+                running_requests=mine.running_requests + 1,
+                reserved_tokens=mine.reserved_tokens + reserved,
+            ),
         )
         return Permit(tenant, True, reserved, decision.headers)
 
-    def leave(self, permit: Permit, model: str, version: str | None, count: Count) -> None:
+    def release(self, permit: Permit, model: str, version: str | None, count: UsageCount) -> None:
         """Ends a request of which `count` came; nothing is counted for one that was refused before it began."""
         if permit.metered:
             mine = self._meter(permit.tenant)
@@ -92,54 +97,57 @@ class Books:
                 replace(
                     mine,
                     tokens=mine.tokens + count.prompt_tokens + count.completion_tokens,
-                    running=mine.running - 1,
-                    reserved=mine.reserved - permit.reserved,
+                    running_requests=mine.running_requests - 1,
+                    reserved_tokens=mine.reserved_tokens - permit.reserved,
                 ),
             )
         if count.requests:
             day = time.strftime("%Y-%m-%d", time.gmtime(self._clock()))
-            item = Item(permit.tenant, day, model, version or "")
-            self._counts[item] = self._counts.get(item, Count()) + count
+            item = UsageItem(permit.tenant, day, model, version or "")
+            self._counts[item] = self._counts.get(item, UsageCount()) + count
 
-    def page(self) -> Page | None:
+    def next_batch(self) -> UsageBatch | None:
         """What has to be written now, None if nothing: a page that wasn't written yet comes again, as it was."""
         now = self._clock()
-        if self._page is None and self._counts:
-            self._pages += 1
-            self._page, self._counts = Page(self._pages, self._counts, {}, now), {}
-        alive = any(meter.running for meter in self._meters.values()) and now - self._written_at >= _SIGN_OF_LIFE
-        if self._page is None and not self._changed and not alive:
+        if self._unflushed is None and self._counts:
+            self._batch_number += 1
+            self._unflushed, self._counts = UsageBatch(self._batch_number, self._counts, {}, now), {}
+        alive = (
+            any(meter.running_requests for meter in self._meters.values())
+            and now - self._flushed_at >= _HEARTBEAT_SECONDS
+        )
+        if self._unflushed is None and not self._changed and not alive:
             return None
-        counts = self._page.counts if self._page else {}
+        counts = self._unflushed.counts if self._unflushed else {}
         self._changed = False
-        return Page(self._pages, counts, dict(self._meters), now)
+        return UsageBatch(self._batch_number, counts, dict(self._meters), now)
 
-    def written(self, page: Page) -> None:
+    def mark_flushed(self, batch: UsageBatch) -> None:
         """Takes note that a page is in the record."""
-        self._page, self._written_at = None, page.now
-        minute = int(page.now // MINUTE)
-        for tenant, meter in page.meters.items():
-            if self._meters[tenant] == meter and not meter.running and meter.minute < minute - 1:
+        self._unflushed, self._flushed_at = None, batch.taken_at
+        minute = int(batch.taken_at // MINUTE_SECONDS)
+        for tenant, meter in batch.meters.items():
+            if self._meters[tenant] == meter and not meter.running_requests and meter.minute < minute - 1:
                 del self._meters[tenant]
 
-    def unwritten(self) -> None:
+    def mark_failed(self) -> None:
         """Takes note that a page may not be in the record."""
         self._changed = True
 
-    def hear(self, others: Mapping[str, Sequence[Meter]]) -> None:
+    def update_peers(self, peers: Mapping[str, Sequence[RateWindow]]) -> None:
         """Takes note of what the other gateways have seen."""
-        self._others = others
+        self._peers = peers
 
-    def _meter(self, tenant: str) -> Meter:
-        minute = int(self._clock() // MINUTE)
-        return as_of(self._meters.get(tenant, Meter(minute)), minute)
+    def _meter(self, tenant: str) -> RateWindow:
+        minute = int(self._clock() // MINUTE_SECONDS)
+        return roll_to_minute(self._meters.get(tenant, RateWindow(minute)), minute)
 
-    def _set(self, tenant: str, meter: Meter) -> None:
+    def _set(self, tenant: str, meter: RateWindow) -> None:
         self._meters[tenant], self._changed = meter, True
 
 
-def _limited(tenant: str, decision: Decision) -> RateLimited:
-    seconds = max(decision.wait, 0.001)
+def _rate_limited(tenant: str, decision: LimitDecision) -> RateLimited:
+    seconds = max(decision.wait_seconds, 0.001)
     return RateLimited(
         f"Rate limit reached for '{tenant}': {decision.reason}. Try again in {math.ceil(seconds)} s.",
         kind=decision.kind,

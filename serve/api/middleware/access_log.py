@@ -16,16 +16,16 @@ from pathlib import Path
 log = logging.getLogger("loramill.access")
 
 #: The size at which the file becomes `access.log.1`: some 300,000 requests.
-FILE_BYTES = 64 << 20
+MAX_FILE_BYTES = 64 << 20
 #: Seconds between two errors about a file that can't be written.
-ERROR_SECONDS = 60.0
+ERROR_INTERVAL_SECONDS = 60.0
 
 #: What `up`, load balancers and kubelets request every few seconds; only failures are logged.
-_PROBES = ("/health", "/healthz", "/readyz")
-_KEY = re.compile(r"lm-[\w-]+")
+_PROBE_PATHS = ("/health", "/healthz", "/readyz")
+_KEY_PATTERN = re.compile(r"lm-[\w-]+")
 
 
-def note(*, request: str, tenant: str | None, method: str, path: str, status: int, seconds: float) -> None:
+def log_request(*, request_id: str, tenant: str | None, method: str, path: str, status: int, seconds: float) -> None:
     """Logs one request, unless it is a successful probe: no query, headers or body, and no key in the path.
 
     Args:
@@ -34,34 +34,34 @@ def note(*, request: str, tenant: str | None, method: str, path: str, status: in
         status: the answer's; 0: the caller disconnected before.
         seconds: until the last byte of the answer.
     """
-    if not log.isEnabledFor(logging.INFO) or (path in _PROBES and 200 <= status < 300):
+    if not log.isEnabledFor(logging.INFO) or (path in _PROBE_PATHS and 200 <= status < 300):
         return
     now = time.time()
     line = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03}Z",
-        "request": request,
+        "request": request_id,
         "tenant": tenant,
         "method": method,
-        "path": _KEY.sub("lm-…", path),
+        "path": _KEY_PATTERN.sub("lm-…", path),
         "status": status,
         "ms": round(seconds * 1000, 1),
     }
-    log.info("%s", json.dumps(line), extra={"request": request, "tenant": tenant, "status": status})
+    log.info("%s", json.dumps(line), extra={"request": request_id, "tenant": tenant, "status": status})
 
 
-def open_file(folder: Path) -> None:
+def open_access_log(folder: Path) -> None:
     """Makes this process write its access log to `access.log` in `folder`.
 
     Raises:
         OSError: it can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    log.addHandler(SharedFile(folder / "access.log"))
+    log.addHandler(SharedLogFile(folder / "access.log"))
     log.setLevel(logging.INFO)
     log.propagate = False
 
 
-class SharedFile(WatchedFileHandler):
+class SharedLogFile(WatchedFileHandler):
     """Appends to a file that all gateways of this machine share; the one that fills it moves it away."""
 
     def __init__(self, path: Path) -> None:
@@ -71,10 +71,10 @@ class SharedFile(WatchedFileHandler):
     def emit(self, record: logging.LogRecord) -> None:
         """Writes a line; a failure does not affect the request, and is logged in the process's own log."""
         super().emit(record)
-        if self.stream is not None and self.stream.tell() > FILE_BYTES:
-            self._move(self.stream.fileno())
+        if self.stream is not None and self.stream.tell() > MAX_FILE_BYTES:
+            self._rotate(self.stream.fileno())
 
-    def _move(self, file: int) -> None:
+    def _rotate(self, file: int) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)  # until `emit` opens the new file
         path = Path(self.baseFilename)
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file)):  # otherwise another gateway was first
@@ -82,6 +82,6 @@ class SharedFile(WatchedFileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         """Logs once a minute why the file can't be written."""
-        if time.monotonic() - self._reported > ERROR_SECONDS:
+        if time.monotonic() - self._reported > ERROR_INTERVAL_SECONDS:
             self._reported = time.monotonic()
             logging.getLogger("loramill.gateway").error("%s can't be written: %s", self.baseFilename, sys.exc_info()[1])

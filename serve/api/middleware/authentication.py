@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loramill.errors import Forbidden, InvalidRequest, LoramillError, Unauthenticated
 from loramill.registry import Registry, api_keys, tenants
-from loramill.serve.api.cache import Remembered
+from loramill.serve.api.cache import ReadThroughCache
 from loramill.serve.api.errors import error_response
 from loramill.serve.api.middleware import scopes
 from loramill.types import KeyRecord, Limits
@@ -31,14 +31,14 @@ class Caller:
         request: the id of this request.
     """
 
-    key: str
+    key_id: str
     admin: bool
     tenant: str | None
     scopes: frozenset[KeyScope] = frozenset(KeyScope)
     limits: Limits | None = None
-    request: str = ""
+    request_id: str = ""
 
-    def acting(self) -> str:
+    def require_tenant(self) -> str:
         """The tenant that what is made now will belong to.
 
         Raises:
@@ -74,34 +74,36 @@ class Caller:
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class _KnownKey:
     """What the record says of a key, and of the limits of its tenant."""
 
     key: KeyRecord
     limits: Limits | None
 
 
-class Authenticate:
+class AuthenticationMiddleware:
     """Pure ASGI: finds the caller in the record, where a key that was revoked is refused within half a second.
 
     While the database is away, keys that were read less than `grace` seconds ago are accepted.
     """
 
-    def __init__(self, app: ASGIApp, *, registry: Registry, grace: float = 0.0) -> None:
+    def __init__(self, app: ASGIApp, *, registry: Registry, grace_seconds: float = 0.0) -> None:
         self.app = app
-        self._keys: Remembered[tuple[str, str | None], _Known]
-        self._keys = Remembered(registry, lambda session, asked: _find(session, *asked), grace=grace)
+        self._keys: ReadThroughCache[tuple[str, str | None], _KnownKey]
+        self._keys = ReadThroughCache(
+            registry, lambda session, asked: _find_key(session, *asked), grace_seconds=grace_seconds
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request through with its `Caller` in the state, or answers 401, 403 or 404."""
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             headers = Headers(scope=scope)
             try:
-                secret = _secret(headers.get("authorization", ""))
+                secret = _read_secret(headers.get("authorization", ""))
                 organization = headers.get("openai-organization") or None
-                known = await self._keys.get((api_keys.digest(secret), organization))
-                caller = _caller(known, organization, scope["state"]["request_id"])
-                caller.check_scopes(scopes.accepted(scope["method"], scope["path"]))
+                known = await self._keys.get((api_keys.hash_secret(secret), organization))
+                caller = _resolve_caller(known, organization, scope["state"]["request_id"])
+                caller.check_scopes(scopes.accepted_scopes(scope["method"], scope["path"]))
             except LoramillError as error:
                 await error_response(error)(scope, receive, send)
                 return
@@ -109,37 +111,37 @@ class Authenticate:
         await self.app(scope, receive, send)
 
 
-def _find(session: Session, digest: str, organization: str | None) -> _Known:
+def _find_key(session: Session, digest: str, organization: str | None) -> _KnownKey:
     """Looks a key up.
 
     Raises:
         Unauthenticated: it isn't known, has expired or was revoked.
         NotFound: an admin's key asks to act for a tenant that isn't there.
     """
-    key = api_keys.find(session, digest)
+    key = api_keys.find_by_digest(session, digest)
     if key.tenant is not None:
-        return _Known(key, tenants.get(session, key.tenant))
+        return _KnownKey(key, tenants.get(session, key.tenant))
     if organization is not None:
         tenants.get(session, organization)
-    return _Known(key, None)
+    return _KnownKey(key, None)
 
 
-def _caller(known: _Known, organization: str | None, request: str) -> Caller:
+def _resolve_caller(known: _KnownKey, organization: str | None, request: str) -> Caller:
     """Who calls with a key.
 
     Raises:
         Unauthenticated: it has expired meanwhile.
         Forbidden: a tenant's key asks to act for another tenant.
     """
-    key = api_keys.unexpired(known.key)
+    key = api_keys.check_not_expired(known.key)
     if key.tenant is None:
-        return Caller(key.id, admin=True, tenant=organization, request=request)
+        return Caller(key.id, admin=True, tenant=organization, request_id=request)
     if organization not in (None, key.tenant):
         raise Forbidden("This key may not act for that organization; leave OpenAI-Organization out.")
     return Caller(key.id, False, key.tenant, frozenset(key.scopes), known.limits, request)
 
 
-def _secret(authorization: str) -> str:
+def _read_secret(authorization: str) -> str:
     """The key, as OpenAI's clients send it, or as the password of a URL such as `http://key:lm-…@host`."""
     scheme, _, said = authorization.partition(" ")
     if scheme.lower() == "basic":

@@ -9,7 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 #: Headers of an answer that a page may read.
-EXPOSED = (
+EXPOSED_HEADERS = (
     "x-request-id",
     "x-loramill-version",
     "retry-after",
@@ -17,7 +17,7 @@ EXPOSED = (
 )
 
 
-class Cors(CORSMiddleware):
+class GatewayCORSMiddleware(CORSMiddleware):
     """Answers preflights of listed origins, without a key, and sets the CORS headers of their answers.
 
     A request of another origin is handled as without CORS: its preflight needs a key like any request.
@@ -29,7 +29,7 @@ class Cors(CORSMiddleware):
             allow_origins=origins,
             allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
-            expose_headers=EXPOSED,
+            expose_headers=EXPOSED_HEADERS,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

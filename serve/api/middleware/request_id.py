@@ -11,17 +11,17 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loramill.serve.api.errors import error_response, internal_error
-from loramill.serve.api.generation.metrics import GONE
+from loramill.serve.api.generation.metrics import STATUS_DISCONNECTED
 from loramill.serve.api.middleware import access_log
 from loramill.serve.metrics import definitions as metrics
 
 log = logging.getLogger("loramill.gateway")
 
 #: Bytes of a JSON body; a long prompt is far below.
-JSON_BYTES = 16 * 2**20
+MAX_JSON_BYTES = 16 * 2**20
 
 
-class Edge:
+class RequestIdMiddleware:
     """Pure ASGI: gives each request an id, counts it and writes it to the access log."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -48,10 +48,10 @@ class Edge:
         finally:
             # The router notes what it found; the path itself may be anything that a caller thinks of.
             endpoint = scope["route"].path if "route" in scope else "(none)"
-            metrics.HTTP_REQUESTS.labels(endpoint, status or GONE).inc()
+            metrics.HTTP_REQUESTS.labels(endpoint, status or STATUS_DISCONNECTED).inc()
             caller = state.get("caller")
-            access_log.note(
-                request=request_id,
+            access_log.log_request(
+                request_id=request_id,
                 tenant=caller and caller.tenant,
                 method=scope["method"],
                 path=scope["path"],
@@ -60,7 +60,7 @@ class Edge:
             )
 
 
-class LastResort:
+class InternalErrorMiddleware:
     """Pure ASGI: answers an unexpected error, with what every answer has (a request id, CORS headers)."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -87,20 +87,20 @@ class LastResort:
             await error_response(internal_error(request_id))(scope, receive, send)
 
 
-class BodyLimit:
+class BodyLimitMiddleware:
     """Pure ASGI: stops reading a body that is larger than it may be, announced or not."""
 
-    def __init__(self, app: ASGIApp, *, uploads: re.Pattern[str], upload_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, upload_paths: re.Pattern[str], max_upload_bytes: int) -> None:
         self.app = app
-        self._uploads = uploads
-        self._upload_bytes = upload_bytes
+        self._upload_paths = upload_paths
+        self._max_upload_bytes = max_upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request through with a `receive` that counts."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = self._upload_bytes if self._uploads.fullmatch(scope["path"]) else JSON_BYTES
+        limit = self._max_upload_bytes if self._upload_paths.fullmatch(scope["path"]) else MAX_JSON_BYTES
         announced = next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0)
         received = 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from loramill.types import Scope
 
 #: By the path's beginning; reading there takes the same scope, or `read`.
-_ROOMS = (
+_SCOPE_BY_PREFIX = (
     ("/v1/chat", Scope.INFERENCE),
     ("/v1/completions", Scope.INFERENCE),
     ("/v1/models", Scope.INFERENCE),
@@ -15,12 +15,14 @@ _ROOMS = (
 )
 
 
-def accepted(method: str, path: str) -> tuple[Scope, ...]:
+def accepted_scopes(method: str, path: str) -> tuple[Scope, ...]:
     """The scopes of which a key needs one, the one to ask for first.
 
     Whatever isn't in the table is an admin's to change; a tenant may only read there.
     """
-    room = next((scope for start, scope in _ROOMS if path == start or path.startswith(f"{start}/")), Scope.READ)
+    room = next(
+        (scope for start, scope in _SCOPE_BY_PREFIX if path == start or path.startswith(f"{start}/")), Scope.READ
+    )
     if method == "DELETE" and room is Scope.INFERENCE:
         room = Scope.ADAPTERS  # a model that can be deleted is an adapter
     if path.startswith("/v1/adapters/") and path.endswith("/data"):

@@ -14,20 +14,20 @@ from fastapi import APIRouter, Form, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 
 from loramill.errors import AdapterInvalid, InvalidRequest
-from loramill.models.catalog import Base, modules_of
+from loramill.models.catalog import Base, base_modules
 from loramill.registry import adapters, tenants
-from loramill.serve.api.dependencies import Here, Who
-from loramill.serve.api.routes.adapters import PATH, adapter_object, allowed
-from loramill.serve.api.routes.audit import note
+from loramill.serve.api.dependencies import CallerDep, GatewayDep
+from loramill.serve.api.routes.adapters import ADAPTER_PATH, adapter_object, authorized_name
+from loramill.serve.api.routes.audit import record_change
 from loramill.types import VersionRecord
 
 router = APIRouter(tags=["adapters"])
 
 #: Bytes of adapter_config.json at most; PEFT's own have a few thousand.
-_CONFIG_BYTES = 1 << 20
+_MAX_CONFIG_BYTES = 1 << 20
 
 
-class Import(BaseModel):
+class ImportForm(BaseModel):
     """The form of an import: the two files that PEFT's `save_pretrained` writes."""
 
     model_config = ConfigDict(extra="forbid")
@@ -36,56 +36,56 @@ class Import(BaseModel):
     promote: bool = Field(default=False, description="make it the champion")
 
 
-@router.post(PATH + "/import")
+@router.post(ADAPTER_PATH + "/import")
 def import_adapter(
     tenant: str,
     adapter: str,
-    form: Annotated[Import, Form(media_type="multipart/form-data")],
-    here: Here,
-    who: Who,
+    form: Annotated[ImportForm, Form(media_type="multipart/form-data")],
+    gateway: GatewayDep,
+    caller: CallerDep,
 ) -> dict[str, Any]:
     """Stores a PEFT adapter for the served base as a version: the champion, if it is the adapter's first.
 
     It is read as the engine reads it, so that an adapter that can't be served is refused, and stored in a normal form.
     """
-    name = allowed(who, tenant, adapter)
-    config, weights = form.config.file.read(_CONFIG_BYTES + 1), form.weights.file.read()
-    if len(config) > _CONFIG_BYTES:
-        raise InvalidRequest(f"adapter_config.json has more than {_CONFIG_BYTES} bytes.", param="config")
-    with here.registry.reading() as session:
-        tenants.check_room(session, tenant, len(weights))
-    files = _normal(here.base, adapter, config, weights)
-    origin = {"adapter": str(name), "base": here.base.fingerprint, "imported": hashlib.sha256(weights).hexdigest()}
-    stored = here.registry.artifacts.put({**files, "loramill.json": json.dumps(origin, indent=1).encode()})
+    name = authorized_name(caller, tenant, adapter)
+    config, weights = form.config.file.read(_MAX_CONFIG_BYTES + 1), form.weights.file.read()
+    if len(config) > _MAX_CONFIG_BYTES:
+        raise InvalidRequest(f"adapter_config.json has more than {_MAX_CONFIG_BYTES} bytes.", param="config")
+    with gateway.registry.reading() as session:
+        tenants.check_storage_quota(session, tenant, len(weights))
+    files = _normal_form(gateway.base, adapter, config, weights)
+    origin = {"adapter": str(name), "base": gateway.base.fingerprint, "imported": hashlib.sha256(weights).hexdigest()}
+    stored = gateway.registry.artifacts.put({**files, "loramill.json": json.dumps(origin, indent=1).encode()})
     record = VersionRecord(
         id=stored,
         adapter=str(name),
         job=None,
-        base=here.base.fingerprint,
-        bytes=here.registry.artifacts.size(stored),
+        base=gateway.base.fingerprint,
+        bytes=gateway.registry.artifacts.size(stored),
         created_at=time.time(),
     )
-    with here.registry.writing() as session:
-        tenants.check_room(session, tenant, record.bytes, hold=True)
-        adapters.ensure(session, name)
+    with gateway.registry.writing() as session:
+        tenants.check_storage_quota(session, tenant, record.bytes, lock=True)
+        adapters.get_or_create(session, name)
         adapters.add_version(session, record)
         if form.promote:
-            adapters.promote(session, name, stored, f"imported and promoted with {who.key}")
-        note(session, who, "adapter.import", str(name), tenant, version=stored, promote=form.promote)
+            adapters.promote(session, name, stored, f"imported and promoted with {caller.key_id}")
+        record_change(session, caller, "adapter.import", str(name), tenant, version=stored, promote=form.promote)
         found = adapters.get(session, name)
     return adapter_object(found) | {"version": stored}
 
 
-def _normal(base: Base, name: str, config: bytes, weights: bytes) -> dict[str, bytes]:
+def _normal_form(base: Base, name: str, config: bytes, weights: bytes) -> dict[str, bytes]:
     """The adapter's files in the normal form.
 
     Raises:
         InvalidRequest: it is broken, incomplete, of another base, or of a kind that isn't supported.
     """
     # Imported here, so that only gateways that import adapters load torch.
-    from loramill.kernels.peft_folder import CONFIG_FILE, WEIGHTS_FILE, normal_files, read_modules
+    from loramill.kernels.peft_folder import CONFIG_FILE, WEIGHTS_FILE, normalized_files, read_modules
 
-    modules = _modules_of(base)
+    modules = _cached_modules(base)
     with TemporaryDirectory() as parent:
         folder = Path(parent) / name  # error messages name it
         folder.mkdir()
@@ -97,9 +97,9 @@ def _normal(base: Base, name: str, config: bytes, weights: bytes) -> dict[str, b
             raise InvalidRequest(error.message, param="weights") from error
     if not found:
         raise InvalidRequest(f"The adapter in {name} changes nothing: all its ranks are pruned.", param="weights")
-    return normal_files(found, modules, base.name)
+    return normalized_files(found, modules, base.name)
 
 
 @lru_cache(maxsize=4)
-def _modules_of(base: Base) -> Any:
-    return modules_of(base)
+def _cached_modules(base: Base) -> Any:
+    return base_modules(base)

@@ -11,13 +11,13 @@ from starlette.responses import PlainTextResponse, Response
 
 from loramill.errors import Unavailable
 from loramill.registry import Registry
-from loramill.serve.api.dependencies import Gateway, Here, Who
+from loramill.serve.api.dependencies import CallerDep, Gateway, GatewayDep
 from loramill.serve.metrics.multiprocess import MEDIA_TYPE, exposition
 
 router = APIRouter(tags=["health"])
 
 #: Seconds within which the backend has to say that it is ready.
-PATIENCE = 5.0
+READY_TIMEOUT_SECONDS = 5.0
 
 
 @router.get("/healthz")
@@ -27,36 +27,36 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz")
-async def readyz(here: Here) -> dict[str, str]:
+async def readyz(gateway: GatewayDep) -> dict[str, str]:
     """Requests can be answered: the record and the engine are there."""
-    await run_in_threadpool(_ask, here.registry)
-    await _check_engine(here)
+    await run_in_threadpool(_ping_database, gateway.registry)
+    await _check_engine(gateway)
     return {"status": "ready"}
 
 
 @router.get("/health")
-async def health(here: Here) -> dict[str, str]:
+async def health(gateway: GatewayDep) -> dict[str, str]:
     """Whether the engine answers, as in vLLM; clients for vLLM call this endpoint first."""
-    await _check_engine(here)
+    await _check_engine(gateway)
     return {"status": "ok"}
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-async def get_metrics(who: Who) -> Response:
+async def get_metrics(caller: CallerDep) -> Response:
     """What Prometheus reads, with an admin's key: it names tenants."""
-    who.check_admin()
+    caller.check_admin()
     return Response(await run_in_threadpool(exposition), media_type=MEDIA_TYPE)
 
 
-async def _check_engine(here: Gateway) -> None:
+async def _check_engine(gateway: Gateway) -> None:
     """Raises Unavailable unless the base's engine answers in time."""
     try:
-        async with asyncio.timeout(PATIENCE):
-            await here.served[here.base.name].backend.ready()
+        async with asyncio.timeout(READY_TIMEOUT_SECONDS):
+            await gateway.served[gateway.base.name].backend.ready()
     except TimeoutError as error:
         raise Unavailable("The engine doesn't answer yet; try again in a moment.") from error
 
 
-def _ask(registry: Registry) -> None:
+def _ping_database(registry: Registry) -> None:
     with registry.reading() as session:
         session.execute(text("SELECT 1"))

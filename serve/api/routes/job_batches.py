@@ -12,22 +12,22 @@ from sqlalchemy.orm import Session
 
 from loramill.errors import InvalidRequest, LoramillError
 from loramill.registry import jobs
-from loramill.serve.api.dependencies import Gateway, Here, Who
-from loramill.serve.api.errors import error_body, invalid
+from loramill.serve.api.dependencies import CallerDep, Gateway, GatewayDep
+from loramill.serve.api.errors import error_body, invalid_request
 from loramill.serve.api.middleware.authentication import Caller
-from loramill.serve.api.routes.fine_tuning import PATH
-from loramill.serve.api.schemas.common import Body
+from loramill.serve.api.routes.fine_tuning import JOBS_PATH
+from loramill.serve.api.schemas.common import RequestBody
 from loramill.serve.api.schemas.jobs import NewJob, job_object
-from loramill.serve.api.submission import Checked, check, queue
+from loramill.serve.api.submission import CheckedJob, check, queue
 from loramill.types import JobRecord, JobStatus
 
 router = APIRouter(tags=["jobs"])
 
 #: The metadata by which a job of a batch is known when the batch is sent again.
-KEY = "loramill_key"
+BATCH_KEY = "loramill_key"
 
 
-class Batch(Body):
+class JobBatch(RequestBody):
     """Jobs to submit together.
 
     Each is the body of a job of its own, with `tenant` for an admin's key. One whose tenant has a job with the same
@@ -40,83 +40,87 @@ class Batch(Body):
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class _BatchItem:
     """What is known of one job of a batch: the error, or what can be queued, or what was queued before."""
 
-    checked: Checked | None = None
-    there: JobRecord | None = None
+    checked: CheckedJob | None = None
+    existing: JobRecord | None = None
     error: LoramillError | None = None
 
 
-@router.post(PATH + "/batch")
-def create_batch(body: Batch, here: Here, who: Who) -> dict[str, Any]:
+@router.post(JOBS_PATH + "/batch")
+def create_batch(body: JobBatch, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
     """Checks all jobs, then submits them in one transaction; with an error in any of them, none.
 
     Each entry of `data` has its `error`, or its `job` (null if there is only a check), and whether that is `new`.
     """
-    with here.registry.reading() as session:
-        there = _there(session, body)
-        entries = [_entry(session, given, there, here, who) for given in body.jobs]
+    with gateway.registry.reading() as session:
+        there = _existing_jobs(session, body)
+        entries = [_check_item(session, given, there, gateway, caller) for given in body.jobs]
     if body.check_only or any(entry.error for entry in entries):
-        return _answer([_shown(here, entry) for entry in entries], submitted=False)
-    with here.registry.writing() as session:
-        queued = [_queued(session, entry, here, who) for entry in entries]
+        return _batch_object([_item_object(gateway, entry) for entry in entries], submitted=False)
+    with gateway.registry.writing() as session:
+        queued = [_queue_item(session, entry, gateway, caller) for entry in entries]
         if any(entry["error"] for entry in queued):
             session.rollback()
-            return _answer([{**entry, "job": None, "new": False} for entry in queued], submitted=False)
-    return _answer(queued, submitted=True)
+            return _batch_object([{**entry, "job": None, "new": False} for entry in queued], submitted=False)
+    return _batch_object(queued, submitted=True)
 
 
-def _there(session: Session, body: Batch) -> dict[tuple[str, str], JobRecord]:
+def _existing_jobs(session: Session, body: JobBatch) -> dict[tuple[str, str], JobRecord]:
     """The jobs of this batch that were submitted before, by tenant and key."""
-    keys = {metadata.get(KEY) for job in body.jobs if isinstance(metadata := job.get("metadata"), Mapping)}
-    found = jobs.labelled(session, KEY, [key for key in keys if isinstance(key, str)])
+    keys = {metadata.get(BATCH_KEY) for job in body.jobs if isinstance(metadata := job.get("metadata"), Mapping)}
+    found = jobs.list_by_metadata(session, BATCH_KEY, [key for key in keys if isinstance(key, str)])
     again = (JobStatus.FAILED, JobStatus.CANCELLED) if body.retry else ()
-    return {(job.tenant, job.metadata[KEY]): job for job in found if job.status not in again}
+    return {(job.tenant, job.metadata[BATCH_KEY]): job for job in found if job.status not in again}
 
 
-def _entry(
-    session: Session, given: Mapping[str, Any], there: Mapping[tuple[str, str], JobRecord], here: Gateway, who: Caller
-) -> _Entry:
+def _check_item(
+    session: Session,
+    fields: Mapping[str, Any],
+    existing: Mapping[tuple[str, str], JobRecord],
+    gateway: Gateway,
+    caller: Caller,
+) -> _BatchItem:
     try:
-        tenant = _tenant(given.get("tenant"), who)
-        job = _read({name: value for name, value in given.items() if name != "tenant"})
-        before = there.get((tenant, job.metadata.get(KEY, "")))
-        return _Entry(there=before) if before else _Entry(checked=check(session, job, here, tenant))
+        tenant = _tenant(fields.get("tenant"), caller)
+        job = _parse_job({name: value for name, value in fields.items() if name != "tenant"})
+        before = existing.get((tenant, job.metadata.get(BATCH_KEY, "")))
+        return _BatchItem(existing=before) if before else _BatchItem(checked=check(session, job, gateway, tenant))
     except LoramillError as error:
-        return _Entry(error=error)
+        return _BatchItem(error=error)
 
 
-def _tenant(said: object, who: Caller) -> str:
-    if said is None:
-        return who.acting()
-    if not isinstance(said, str):
+def _tenant(tenant: object, caller: Caller) -> str:
+    if tenant is None:
+        return caller.require_tenant()
+    if not isinstance(tenant, str):
         raise InvalidRequest("'tenant' is no text.", param="tenant")
-    who.check_adapter(said)
-    return said
+    caller.check_adapter(tenant)
+    return tenant
 
 
-def _read(given: Mapping[str, Any]) -> NewJob:
+def _parse_job(fields: Mapping[str, Any]) -> NewJob:
     try:
-        return NewJob.model_validate(given)
+        return NewJob.model_validate(fields)
     except ValidationError as error:
-        raise invalid([{**each, "loc": ("body", *each["loc"])} for each in error.errors()], given) from error
+        raise invalid_request([{**each, "loc": ("body", *each["loc"])} for each in error.errors()], fields) from error
 
 
-def _queued(session: Session, entry: _Entry, here: Gateway, who: Caller) -> dict[str, Any]:
-    if entry.checked is None:
-        return _shown(here, entry)
+def _queue_item(session: Session, item: _BatchItem, gateway: Gateway, caller: Caller) -> dict[str, Any]:
+    if item.checked is None:
+        return _item_object(gateway, item)
     try:
-        job = queue(session, entry.checked, who)
+        job = queue(session, item.checked, caller)
     except LoramillError as error:
         return {"job": None, "new": False, **error_body(error)}
-    return {"job": job_object(job, here.base, entry.checked.examples), "new": True, "error": None}
+    return {"job": job_object(job, gateway.base, item.checked.examples), "new": True, "error": None}
 
 
-def _shown(here: Gateway, entry: _Entry) -> dict[str, Any]:
-    error = error_body(entry.error) if entry.error else {"error": None}
-    return {"job": job_object(entry.there, here.base, None) if entry.there else None, "new": False, **error}
+def _item_object(gateway: Gateway, item: _BatchItem) -> dict[str, Any]:
+    error = error_body(item.error) if item.error else {"error": None}
+    return {"job": job_object(item.existing, gateway.base, None) if item.existing else None, "new": False, **error}
 
 
-def _answer(data: list[dict[str, Any]], *, submitted: bool) -> dict[str, Any]:
+def _batch_object(data: list[dict[str, Any]], *, submitted: bool) -> dict[str, Any]:
     return {"object": "fine_tuning.batch", "submitted": submitted, "data": data}

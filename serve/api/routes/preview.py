@@ -9,13 +9,13 @@ from typing import Any
 
 from loramill.data.examples import Examples
 from loramill.data.tokenizer import ChatTokenizer, EncodedExample
-from loramill.types import Learn
+from loramill.types import TrainOn
 
 #: Characters of one part of the preview.
-_SHOWN = 4000
+_MAX_PART_CHARACTERS = 4000
 
 
-def preview(examples: Examples, tokenizer: ChatTokenizer, learn: Learn) -> dict[str, Any]:
+def preview_examples(examples: Examples, tokenizer: ChatTokenizer, train_on: TrainOn) -> dict[str, Any]:
     """Describes valid examples: tokens of each sequence, tokens that the loss is computed on, and the first example.
 
     Args:
@@ -23,29 +23,33 @@ def preview(examples: Examples, tokenizer: ChatTokenizer, learn: Learn) -> dict[
         tokenizer: the base's.
         learn: which answers of a conversation.
     """
-    tokenizer = tokenizer.at(datetime.now(UTC))
-    encoded = [tokenizer.example(example, learn) for example in examples.examples]
+    tokenizer = tokenizer.at_time(datetime.now(UTC))
+    encoded = [tokenizer.encode_example(example, train_on) for example in examples.examples]
     sequences = [sequence for each in encoded for sequence in each.sequences]
     lengths = [len(sequence.tokens) for sequence in sequences]
     return {
         "tokens": {"min": min(lengths), "median": round(median(lengths)), "max": max(lengths), "total": sum(lengths)},
         "supervised_tokens": sum(span.stop - span.start for sequence in sequences for span in sequence.spans),
-        "preview": parts(encoded[0], tokenizer),
+        "preview": preview_parts(encoded[0], tokenizer),
     }
 
 
-def parts(encoded: EncodedExample, tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
+def preview_parts(encoded: EncodedExample, tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
     """The text of an example's first sequence, in parts that the loss is computed on and parts that it isn't."""
     found: list[dict[str, Any]] = []
     start = 0
     for span in encoded.spans:
         for stop, supervised in ((span.start, False), (span.stop, True)):
             if stop > start:
-                found.append({"text": _shown(tokenizer, encoded.tokens[start:stop]), "supervised": supervised})
+                found.append({"text": _shortened(tokenizer, encoded.tokens[start:stop]), "supervised": supervised})
             start = stop
     return found
 
 
-def _shown(tokenizer: ChatTokenizer, tokens: Sequence[int]) -> str:
-    text = tokenizer.rendered(tokens)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}\u2026{text[-_SHOWN // 2 :]}"
+def _shortened(tokenizer: ChatTokenizer, tokens: Sequence[int]) -> str:
+    text = tokenizer.decode_with_special_tokens(tokens)
+    return (
+        text
+        if len(text) <= _MAX_PART_CHARACTERS
+        else f"{text[: _MAX_PART_CHARACTERS // 2]}\u2026{text[-_MAX_PART_CHARACTERS // 2 :]}"
+    )

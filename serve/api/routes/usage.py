@@ -11,26 +11,26 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from loramill.errors import InvalidRequest
 from loramill.registry import tenants, usage
-from loramill.serve.api.dependencies import Here, Who
-from loramill.serve.api.schemas.common import list_of
+from loramill.serve.api.dependencies import CallerDep, GatewayDep
+from loramill.serve.api.schemas.common import list_object
 from loramill.types import UsageRecord
 
 router = APIRouter(tags=["tenants"])
 
 #: Days that are shown if the query doesn't say.
-_DAYS = 30
+_DEFAULT_DAYS = 30
 
 
-def _written_out(said: object) -> object:
-    if isinstance(said, str) and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", said, re.ASCII):
+def _require_iso_date(value: object) -> object:
+    if isinstance(value, str) and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", value, re.ASCII):
         raise ValueError("write a day as in 2026-01-31")  # pydantic would take seconds since the epoch too
-    return said
+    return value
 
 
-Day = Annotated[date, BeforeValidator(_written_out)]
+Day = Annotated[date, BeforeValidator(_require_iso_date)]
 
 
-class Span(BaseModel):
+class UsagePeriod(BaseModel):
     """The query: a tenant, and the first and the last day (UTC)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,20 +40,20 @@ class Span(BaseModel):
 
 
 @router.get("/v1/usage")
-def list_usage(span: Annotated[Span, Query()], here: Here, who: Who) -> dict[str, Any]:
+def list_usage(period: Annotated[UsagePeriod, Query()], gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
     """The caller's tenant's usage, the newest day first; an admin sees all, or a tenant's. Half a second behind."""
-    last = span.last or datetime.now(UTC).date()
-    first = span.first or last - min(timedelta(_DAYS - 1), last - date.min)
+    last = period.last or datetime.now(UTC).date()
+    first = period.first or last - min(timedelta(_DEFAULT_DAYS - 1), last - date.min)
     if first > last:
         raise InvalidRequest(f"The days from {first} to {last} are none; 'from' comes first.", param="from")
-    tenant = who.tenant if span.tenant is None else span.tenant
-    with here.registry.reading() as session:
-        if span.tenant is not None:
-            who.check_tenant(span.tenant)
-            tenants.get(session, span.tenant)
+    tenant = caller.tenant if period.tenant is None else period.tenant
+    with gateway.registry.reading() as session:
+        if period.tenant is not None:
+            caller.check_tenant(period.tenant)
+            tenants.get(session, period.tenant)
         rows = usage.daily(session, tenant, first.isoformat(), last.isoformat())
-    return list_of(rows, _row)
+    return list_object(rows, _usage_object)
 
 
-def _row(record: UsageRecord) -> dict[str, Any]:
+def _usage_object(record: UsageRecord) -> dict[str, Any]:
     return record.model_dump() | {"object": "usage"}

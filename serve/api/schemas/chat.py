@@ -11,10 +11,10 @@ from pydantic_core import PydanticKnownError
 from typing_extensions import TypedDict
 
 from loramill.data.tokenizer import Message, ToolCall
-from loramill.serve.api.schemas.common import Body
+from loramill.serve.api.schemas.common import RequestBody
 
 
-class CalledFunction(Body):
+class CalledFunction(RequestBody):
     """The function that was called; `arguments` is a JSON object as text. OpenAI's client adds `parsed_arguments`,
     which is ignored."""
 
@@ -24,7 +24,7 @@ class CalledFunction(Body):
 
     @field_validator("arguments")
     @classmethod
-    def _is_object(cls, arguments: str) -> str:
+    def _require_json_object(cls, arguments: str) -> str:
         try:
             good = isinstance(json.loads(arguments or "{}"), dict)
         except (ValueError, RecursionError):
@@ -34,7 +34,7 @@ class CalledFunction(Body):
         return arguments
 
 
-class MessageToolCall(Body):
+class MessageToolCall(RequestBody):
     """A tool call of the assistant; `index` is its position in a stream's deltas, and is ignored."""
 
     index: int | None = None
@@ -42,7 +42,7 @@ class MessageToolCall(Body):
     type: Literal["function"]
     function: CalledFunction
 
-    def call(self) -> ToolCall:
+    def to_template(self) -> ToolCall:
         """As chat templates know it."""
         arguments = json.loads(self.function.arguments or "{}")
         return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
@@ -64,7 +64,7 @@ class RefusalPart(TypedDict):
     refusal: str
 
 
-class ChatMessage(Body):
+class ChatMessage(RequestBody):
     """A message; the text parts of its content are joined. Only an assistant that calls tools or refuses may have none.
 
     `name` tells participants of one role apart, if the chat template renders it. OpenAI's client adds `parsed` to an
@@ -72,7 +72,7 @@ class ChatMessage(Body):
     """
 
     # What OpenAI's own answers carry, and callers send back as they got it.
-    asks_nothing: ClassVar[Mapping[str, Sequence[Any]]] = {"annotations": ([],), "tool_calls": ([],)}
+    no_op_values: ClassVar[Mapping[str, Sequence[Any]]] = {"annotations": ([],), "tool_calls": ([],)}
     role: Literal["system", "developer", "user", "assistant", "tool"]
     name: str | None = None
     refusal: str | None = None
@@ -83,7 +83,7 @@ class ChatMessage(Body):
 
     @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart | RefusalPart])
     @classmethod
-    def _joined(cls, content: object, others: ValidationInfo) -> object:
+    def _join_parts(cls, content: object, others: ValidationInfo) -> object:
         if not isinstance(content, list):
             return content
         texts = [_text(part, refuses=others.data.get("role") == "assistant") for part in content]
@@ -93,42 +93,42 @@ class ChatMessage(Body):
 
     @field_validator("content")
     @classmethod
-    def _says_something(cls, content: str | None, others: ValidationInfo) -> str | None:
+    def _require_content(cls, content: str | None, others: ValidationInfo) -> str | None:
         if content is None and not others.data.get("tool_calls") and others.data.get("refusal") is None:
             raise PydanticKnownError("missing")
         return content
 
     @field_validator("refusal", "parsed")
     @classmethod
-    def _is_the_assistants(cls, value: Any, others: ValidationInfo) -> Any:
+    def _only_for_assistant(cls, value: Any, others: ValidationInfo) -> Any:
         if value is not None and others.data.get("role") != "assistant":
             raise ValueError("only a message of the role 'assistant' may have it")
         return value
 
     @field_validator("tool_calls")
     @classmethod
-    def _are_the_assistants(cls, calls: list[MessageToolCall], others: ValidationInfo) -> list[MessageToolCall]:
+    def _only_assistant_calls_tools(cls, calls: list[MessageToolCall], others: ValidationInfo) -> list[MessageToolCall]:
         if calls and others.data.get("role") != "assistant":
             raise ValueError("only the assistant calls tools")
         return calls
 
     @field_validator("tool_call_id")
     @classmethod
-    def _is_a_tools(cls, id_: str | None, others: ValidationInfo) -> str | None:
+    def _only_for_tool(cls, id_: str | None, others: ValidationInfo) -> str | None:
         if id_ is None and others.data.get("role") == "tool":
             raise PydanticKnownError("missing")
         if id_ is not None and others.data.get("role") != "tool":
             raise ValueError("only a message of the role 'tool' has it")
         return id_
 
-    def message(self) -> Message:
+    def to_template(self) -> Message:
         """The form that chat templates take; a refusal is the content of a message without any."""
         content = self.refusal if self.content is None else self.content
         message: Message = {"role": self.role, "content": content or ""}
         if self.name is not None:
             message["name"] = self.name
         if self.tool_calls:
-            message["tool_calls"] = [each.call() for each in self.tool_calls]
+            message["tool_calls"] = [each.to_template() for each in self.tool_calls]
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
         return message

@@ -25,7 +25,7 @@ Metadata = Annotated[
 ]
 
 
-class Body(BaseModel):
+class RequestBody(BaseModel):
     """A JSON body: strict types, unknown keys are errors, and null means that a key wasn't given.
 
     `asks_nothing` names parameters of OpenAI's API that loramill doesn't have, with the values that ask
@@ -33,11 +33,11 @@ class Body(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-    asks_nothing: ClassVar[Mapping[str, Sequence[Any]]] = {}
+    no_op_values: ClassVar[Mapping[str, Sequence[Any]]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _asked(cls, given: object) -> object:
+    def _drop_no_ops(cls, given: object) -> object:
         if not isinstance(given, Mapping):
             return given
         try:
@@ -47,7 +47,7 @@ class Body(BaseModel):
         return {
             key: value
             for key, value in given.items()
-            if value is not None and not any(_same(value, nothing) for nothing in cls.asks_nothing.get(key, ()))
+            if value is not None and not any(_same_json(value, nothing) for nothing in cls.no_op_values.get(key, ()))
         }
 
     @classmethod
@@ -56,19 +56,19 @@ class Body(BaseModel):
         schema = handler.resolve_ref_schema(handler(core))
         properties = schema.setdefault("properties", {})
         for key in properties.keys() - schema.get("required", ()):
-            properties[key] = _or(properties[key], {"type": "null"})
-        for key, nothing in cls.asks_nothing.items():
-            properties[key] = _or(properties.get(key), {"enum": [*nothing, None]})
+            properties[key] = _schema_or(properties[key], {"type": "null"})
+        for key, nothing in cls.no_op_values.items():
+            properties[key] = _schema_or(properties.get(key), {"enum": [*nothing, None]})
         schema["additionalProperties"] = {"type": "null"}
         return schema
 
 
-def _same(given: object, nothing: object) -> bool:
+def _same_json(given: object, nothing: object) -> bool:
     """Whether two values are the same JSON: Python's 0 is False, and JSON's isn't."""
     return type(given) is type(nothing) and given == nothing
 
 
-def _or(schema: JsonSchemaValue | None, more: JsonSchemaValue) -> JsonSchemaValue:
+def _schema_or(schema: JsonSchemaValue | None, more: JsonSchemaValue) -> JsonSchemaValue:
     """A schema that also takes `more`; what describes the whole stays beside the alternatives."""
     if schema is None:
         return more
@@ -78,7 +78,7 @@ def _or(schema: JsonSchemaValue | None, more: JsonSchemaValue) -> JsonSchemaValu
     return schema if more in schema["anyOf"] else schema | {"anyOf": [*schema["anyOf"], more]}
 
 
-class Paging(BaseModel):
+class ListQuery(BaseModel):
     """The query of a list; filters that we don't have are errors, since ignoring one would answer too much."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -86,16 +86,16 @@ class Paging(BaseModel):
     limit: int = Field(default=20, ge=1, le=100)
 
 
-Page = Annotated[Paging, Query()]
+ListQueryParam = Annotated[ListQuery, Query()]
 
 
-def page_of(rows: Sequence[_T], limit: int, show: Callable[[_T], Mapping[str, Any]]) -> dict[str, Any]:
+def page_object(rows: Sequence[_T], limit: int, render: Callable[[_T], Mapping[str, Any]]) -> dict[str, Any]:
     """A list object of the first `limit` rows; one row more than that tells that there are more."""
-    data = [show(row) for row in rows[:limit]]
+    data = [render(row) for row in rows[:limit]]
     ids = {"first_id": data[0].get("id"), "last_id": data[-1].get("id")} if data else {}
     return {"object": "list", "data": data, "has_more": len(rows) > limit, **ids}
 
 
-def list_of(rows: Sequence[_T], show: Callable[[_T], Mapping[str, Any]]) -> dict[str, Any]:
+def list_object(rows: Sequence[_T], render: Callable[[_T], Mapping[str, Any]]) -> dict[str, Any]:
     """A list object that holds everything."""
-    return page_of(rows, len(rows), show)
+    return page_object(rows, len(rows), render)

@@ -13,33 +13,33 @@ from pydantic import Field, field_validator
 
 from loramill.errors import InvalidRequest
 from loramill.serve.api.generation.model_lookup import Target
-from loramill.serve.api.generation.streaming import Answer
-from loramill.serve.api.schemas.common import Body, Metadata
+from loramill.serve.api.generation.streaming import GenerationResult
+from loramill.serve.api.schemas.common import Metadata, RequestBody
 from loramill.serve.protocol import TextChunk, TextRequest
 
-Text = Annotated[str, Field(min_length=1)]
+NonEmptyText = Annotated[str, Field(min_length=1)]
 #: A JSON key.
 TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 
 
-class StreamOptions(Body):
+class StreamOptions(RequestBody):
     """OpenAI's stream_options."""
 
-    asks_nothing: ClassVar[Mapping[str, Sequence[Any]]] = {"include_obfuscation": (False,)}
+    no_op_values: ClassVar[Mapping[str, Sequence[Any]]] = {"include_obfuscation": (False,)}
     include_usage: bool = False
     continuous_usage_stats: bool = Field(
         default=False, description="vLLM's: with include_usage, every chunk has the token counts of its answer so far"
     )
 
 
-class Generation(Body):
+class GenerationRequest(RequestBody):
     """Parameters of every generation; top_k, min_p, repetition_penalty, min_tokens and ignore_eos aren't OpenAI's."""
 
-    asks_nothing: ClassVar[Mapping[str, Sequence[Any]]] = {
+    no_op_values: ClassVar[Mapping[str, Sequence[Any]]] = {
         "store": (False,),
         "service_tier": ("auto", "default"),
     }
-    model: Text
+    model: NonEmptyText
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -52,14 +52,14 @@ class Generation(Body):
     min_tokens: int = Field(default=0, ge=0)
     n: int = Field(default=1, ge=1, le=8)
     seed: int | None = Field(default=None, ge=-(2**62), le=2**62)
-    stop: list[Text] = Field(default=[], max_length=4)
+    stop: list[NonEmptyText] = Field(default=[], max_length=4)
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     metadata: Metadata | None = None
 
-    @field_validator("stop", mode="before", json_schema_input_type=Text | list[Text])
+    @field_validator("stop", mode="before", json_schema_input_type=NonEmptyText | list[NonEmptyText])
     @classmethod
     def _as_list(cls, stop: object) -> object:
         return [stop] if isinstance(stop, str) else stop
@@ -79,12 +79,19 @@ class Generation(Body):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("'stream_options' is for streams: set 'stream' to true.", param="stream_options")
 
-    def stops(self) -> tuple[str, ...]:
+    def stop_strings(self) -> tuple[str, ...]:
         """Strings that end an answer."""
         return tuple(self.stop)
 
     def text_request(
-        self, reply: Reply, target: Target, *, index: int, max_tokens: int | None, logprobs: int | None, **what: Any
+        self,
+        reply: ResponseEnvelope,
+        target: Target,
+        *,
+        index: int,
+        max_tokens: int | None,
+        logprobs: int | None,
+        **what: Any,
     ) -> TextRequest:
         """The request for the answer `index`; `what` is `messages` or `prompt`, and what only one of them has."""
         return TextRequest(
@@ -103,7 +110,7 @@ class Generation(Body):
             min_tokens=self.min_tokens,
             # Answers to the same prompt differ, and each can be had again by its own seed.
             seed=None if self.seed is None else self.seed + index % self.n,
-            stop=self.stops(),
+            stop=self.stop_strings(),
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
             **what,
@@ -111,7 +118,7 @@ class Generation(Body):
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ResponseEnvelope:
     """What every object of one response says in the same words."""
 
     id: str
@@ -120,7 +127,7 @@ class Reply:
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
-    def to(cls, target: Target, prefix: str) -> Reply:
+    def for_target(cls, target: Target, prefix: str) -> ResponseEnvelope:
         """A reply with an id of its own."""
         return cls(f"{prefix}-{uuid.uuid4().hex}", target.model, target.fingerprint)
 
@@ -136,16 +143,16 @@ class Reply:
             **more,
         }
 
-    def frame(self, kind: str, body: Generation) -> Frame:
+    def chunk_template(self, kind: str, body: GenerationRequest) -> ChunkTemplate:
         """What surrounds the choice of each chunk in the stream that `body` asks for."""
         more = {"usage": None} if body.include_usage else {}
         whole = json.dumps(self.object(kind, [], **more), separators=(",", ":"))
         head, empty, tail = whole.rpartition('"choices":[]')
-        return Frame(f"{head}{empty[:-1]}", f"]{tail}", body.continuous_usage)
+        return ChunkTemplate(f"{head}{empty[:-1]}", f"]{tail}", body.continuous_usage)
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class ChunkTemplate:
     """The JSON around the choice of a chunk: the same for all chunks, so that it is rendered once.
 
     Attributes:
@@ -154,16 +161,16 @@ class Frame:
 
     head: str
     tail: str
-    continuous: bool
+    continuous_usage: bool
 
-    def around(self, choice: str, counted: Answer | TextChunk) -> str:
+    def render(self, choice: str, counted: GenerationResult | TextChunk) -> str:
         """The JSON of a chunk with this choice; `counted` has the tokens of the choice's answer up to here."""
-        if not self.continuous:
+        if not self.continuous_usage:
             return f"{self.head}{choice}{self.tail}"
-        return f'{self.head}{choice}],"usage":{json.dumps(usage([counted], 1))}}}'
+        return f'{self.head}{choice}],"usage":{json.dumps(usage_object([counted], 1))}}}'
 
 
-def usage(answers: Sequence[Answer | TextChunk], n: int) -> dict[str, int]:
+def usage_object(answers: Sequence[GenerationResult | TextChunk], n: int) -> dict[str, int]:
     """Token counts; a prompt with `n` answers (which follow each other) counts once."""
     prompt = sum(answer.prompt_tokens for answer in answers[::n])
     completion = sum(answer.completion_tokens for answer in answers)

@@ -6,10 +6,10 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from loramill.serve.api.schemas.objects import exactly
+from loramill.serve.api.schemas.objects import no_extra_keys
 
 
-@exactly
+@no_extra_keys
 class Usage(TypedDict):
     """Token counts; a prompt with several answers counts once."""
 
@@ -18,8 +18,8 @@ class Usage(TypedDict):
     total_tokens: int
 
 
-@exactly
-class TopToken(TypedDict):
+@no_extra_keys
+class TopLogprob(TypedDict):
     r"""An alternative token; `\xf0\x9f` if its bytes are not text, and no bytes if it is special."""
 
     token: str
@@ -27,60 +27,60 @@ class TopToken(TypedDict):
     bytes: list[int] | None
 
 
-@exactly
-class ChosenToken(TopToken):
+@no_extra_keys
+class TokenLogprob(TopLogprob):
     """A token that came, with the likeliest in its place."""
 
-    top_logprobs: list[TopToken]
+    top_logprobs: list[TopLogprob]
 
 
-@exactly
+@no_extra_keys
 class Logprobs(TypedDict):
     """Log probabilities of an answer's tokens."""
 
-    content: list[ChosenToken]
+    content: list[TokenLogprob]
     refusal: None
 
 
-@exactly
-class AnsweredFunction(TypedDict):
+@no_extra_keys
+class FunctionCallObject(TypedDict):
     """A function's name, and its arguments as JSON."""
 
     name: NotRequired[str]
     arguments: NotRequired[str]
 
 
-@exactly
-class AnsweredCall(TypedDict):
+@no_extra_keys
+class ToolCallObject(TypedDict):
     """A call of a tool that the model asks for; in a stream, `index` says to which call a part belongs."""
 
     index: NotRequired[int]
     id: NotRequired[str]
     type: NotRequired[Literal["function"]]
-    function: AnsweredFunction
+    function: FunctionCallObject
 
 
-@exactly
-class AnswerMessage(TypedDict):
+@no_extra_keys
+class AssistantMessage(TypedDict):
     """The model's message."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    tool_calls: NotRequired[list[AnsweredCall]]
+    tool_calls: NotRequired[list[ToolCallObject]]
 
 
-@exactly
+@no_extra_keys
 class ChatChoice(TypedDict):
     """One of the answers."""
 
     index: int
-    message: AnswerMessage
+    message: AssistantMessage
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
 
 
-@exactly
+@no_extra_keys
 class ChatCompletion(TypedDict):
     """Answers to a conversation."""
 
@@ -93,26 +93,26 @@ class ChatCompletion(TypedDict):
     usage: Usage
 
 
-@exactly
-class Delta(TypedDict):
+@no_extra_keys
+class ChatDelta(TypedDict):
     """What an answer goes on with."""
 
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str | None]
-    tool_calls: NotRequired[list[AnsweredCall]]
+    tool_calls: NotRequired[list[ToolCallObject]]
 
 
-@exactly
+@no_extra_keys
 class ChatChunkChoice(TypedDict):
     """A piece of one of the answers."""
 
     index: int
-    delta: Delta
+    delta: ChatDelta
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"] | None
 
 
-@exactly
+@no_extra_keys
 class ChatCompletionChunk(TypedDict):
     """A piece of a streamed chat completion; the last has the `usage`, if that was asked for, and no choices."""
 
@@ -125,7 +125,7 @@ class ChatCompletionChunk(TypedDict):
     usage: NotRequired[Usage | None]
 
 
-@exactly
+@no_extra_keys
 class CompletionLogprobs(TypedDict):
     """Log probabilities in the legacy form; the first token of an echoed prompt has none."""
 
@@ -135,7 +135,7 @@ class CompletionLogprobs(TypedDict):
     text_offset: list[int]
 
 
-@exactly
+@no_extra_keys
 class CompletionChoice(TypedDict):
     """One of the continuations, or in a stream a piece of one."""
 
@@ -145,7 +145,7 @@ class CompletionChoice(TypedDict):
     finish_reason: Literal["stop", "length"] | None
 
 
-@exactly
+@no_extra_keys
 class Completion(TypedDict):
     """Continuations of one prompt or several; in a stream, a piece of them."""
 

@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from loramill.serve.api.schemas.objects import ErrorDetail, exactly
-from loramill.types import Asked, Executor, JobSpec, JobStatus
+from loramill.serve.api.schemas.objects import ErrorDetail, no_extra_keys
+from loramill.types import Executor, JobSpec, JobStatus, PendingAction
 
 
-@exactly
-class JobError(TypedDict):
+@no_extra_keys
+class JobErrorObject(TypedDict):
     """Why a job failed."""
 
     code: str | None
@@ -19,7 +19,7 @@ class JobError(TypedDict):
     param: None
 
 
-@exactly
+@no_extra_keys
 class JobHyperparameters(TypedDict):
     """The spec in OpenAI's terms; `n_epochs` is null if its steps do not make whole passes over the file."""
 
@@ -28,14 +28,14 @@ class JobHyperparameters(TypedDict):
     learning_rate_multiplier: float
 
 
-@exactly
+@no_extra_keys
 class JobSupervised(TypedDict):
     """How supervised training goes."""
 
     hyperparameters: JobHyperparameters
 
 
-@exactly
+@no_extra_keys
 class JobMethod(TypedDict):
     """OpenAI's method."""
 
@@ -43,13 +43,13 @@ class JobMethod(TypedDict):
     supervised: JobSupervised
 
 
-@exactly
+@no_extra_keys
 class JobExtension(TypedDict):
     """What OpenAI's job has no field for."""
 
     adapter: str
     status: JobStatus
-    asked: Asked | None
+    asked: PendingAction | None
     spec: JobSpec
     priority: int
     executor: Executor
@@ -65,7 +65,7 @@ class JobExtension(TypedDict):
     waits_for: str | None
 
 
-@exactly
+@no_extra_keys
 class Job(TypedDict):
     """A fine-tune job; one that is paused is `queued` here, and `paused` in `loramill.status`."""
 
@@ -78,7 +78,7 @@ class Job(TypedDict):
     fine_tuned_model: str | None
     organization_id: str
     status: Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
-    error: JobError | None
+    error: JobErrorObject | None
     hyperparameters: JobHyperparameters
     method: JobMethod
     integrations: list[Any]
@@ -91,8 +91,8 @@ class Job(TypedDict):
     loramill: JobExtension
 
 
-@exactly
-class JobEvent(TypedDict):
+@no_extra_keys
+class JobEventObject(TypedDict):
     """A line of a job's history; `data` has the numbers of a `metrics` event."""
 
     id: str
@@ -104,7 +104,7 @@ class JobEvent(TypedDict):
     data: dict[str, Any]
 
 
-@exactly
+@no_extra_keys
 class Checkpoint(TypedDict):
     """A point of a job whose weights were validated; its name is empty once they are gone."""
 
@@ -117,7 +117,7 @@ class Checkpoint(TypedDict):
     metrics: dict[str, float]
 
 
-@exactly
+@no_extra_keys
 class BatchEntry(TypedDict):
     """What became of one job of a batch."""
 
@@ -126,7 +126,7 @@ class BatchEntry(TypedDict):
     error: ErrorDetail | None
 
 
-@exactly
+@no_extra_keys
 class BatchResult(TypedDict):
     """What became of a batch; unless it was submitted, nothing was changed."""
 

@@ -10,35 +10,35 @@ from pydantic import Field
 
 from loramill.errors import InvalidRequest, UnsupportedParameter
 from loramill.models.catalog import Base
-from loramill.names import SHORT, results_id
-from loramill.serve.api.schemas.common import Body, Metadata
-from loramill.submission.defaults import Extension, Hyperparameters, hyperparameters_of
+from loramill.names import SHORT_HASH_LENGTH, results_id
+from loramill.serve.api.schemas.common import Metadata, RequestBody
+from loramill.submission.defaults import Hyperparameters, LoramillOptions, openai_hyperparameters
 from loramill.types import CheckpointRecord, JobEvent, JobRecord, JobStatus
 
 #: An event's id on the wire begins so; its number follows, of no more digits than a database counts to.
-EVENT = "ftevent-"
-EVENT_ID = rf"^{EVENT}[0-9]{{1,18}}$"
+EVENT_PREFIX = "ftevent-"
+EVENT_ID_PATTERN = rf"^{EVENT_PREFIX}[0-9]{{1,18}}$"
 
 
-class Supervised(Body):
+class SupervisedMethod(RequestBody):
     """How supervised training goes."""
 
     hyperparameters: Hyperparameters | None = None
 
 
-class Method(Body):
+class Method(RequestBody):
     """OpenAI's method; what it says of the two that aren't there is not looked at."""
 
     type: Literal["supervised", "dpo", "reinforcement"]
-    supervised: Supervised | None = None
+    supervised: SupervisedMethod | None = None
     dpo: dict[str, Any] | None = None
     reinforcement: dict[str, Any] | None = None
 
 
-class NewJob(Body):
+class NewJob(RequestBody):
     """OpenAI's request for a job, with loramill's own fields under `loramill`."""
 
-    asks_nothing: ClassVar[Mapping[str, Sequence[Any]]] = {"integrations": ([],)}
+    no_op_values: ClassVar[Mapping[str, Sequence[Any]]] = {"integrations": ([],)}
     model: str
     training_file: str
     validation_file: str | None = None
@@ -48,9 +48,9 @@ class NewJob(Body):
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
     integrations: list[dict[str, Any]] | None = None
-    loramill: Extension = Extension()
+    loramill: LoramillOptions = LoramillOptions()
 
-    def asked(self) -> Hyperparameters:
+    def hyperparameters_or_default(self) -> Hyperparameters:
         """The hyperparameters, wherever they stand.
 
         Raises:
@@ -88,7 +88,7 @@ def job_object(job: JobRecord, base: Base, examples: int | None, now: float | No
         now: seconds since the epoch.
     """
     spec = job.spec
-    hyperparameters = hyperparameters_of(spec, examples)
+    hyperparameters = openai_hyperparameters(spec, examples)
     failed, waits = job.status is JobStatus.FAILED, job.status is JobStatus.PAUSED
     return {
         "id": job.id,
@@ -96,7 +96,7 @@ def job_object(job: JobRecord, base: Base, examples: int | None, now: float | No
         "created_at": int(job.created_at),
         "finished_at": int(job.finished_at) if job.finished_at else None,
         "estimated_finish": _estimated_finish(job, time.time() if now is None else now),
-        "model": base.name if spec.base == base.fingerprint else spec.base[:SHORT],
+        "model": base.name if spec.base == base.fingerprint else spec.base[:SHORT_HASH_LENGTH],
         "fine_tuned_model": spec.adapter_name.at(job.version) if job.version else None,
         "organization_id": job.tenant,
         "status": JobStatus.QUEUED if waits else job.status,
@@ -110,7 +110,7 @@ def job_object(job: JobRecord, base: Base, examples: int | None, now: float | No
         "trained_tokens": job.trained_tokens,
         "seed": spec.seed,
         "metadata": job.metadata,
-        "loramill": _own(job) | {"waits_for": _waits_for(job, base)},
+        "loramill": _extension_object(job) | {"waits_for": _waits_for(job, base)},
     }
 
 
@@ -118,15 +118,15 @@ def _waits_for(job: JobRecord, base: Base) -> str | None:
     """What a queued job waits for besides a free worker; None: nothing."""
     if job.status is not JobStatus.QUEUED or job.spec.base == base.fingerprint:
         return None
-    return f"base {job.spec.base[:SHORT]}, which is not served here"
+    return f"base {job.spec.base[:SHORT_HASH_LENGTH]}, which is not served here"
 
 
-def _own(job: JobRecord) -> dict[str, Any]:
+def _extension_object(job: JobRecord) -> dict[str, Any]:
     """What OpenAI's object has no field for."""
     return {
         "adapter": job.spec.adapter,
         "status": job.status,
-        "asked": job.asked,
+        "asked": job.pending_action,
         "spec": job.spec.model_dump(mode="json"),
         "priority": job.priority,
         "executor": job.executor,
@@ -158,7 +158,7 @@ def _estimated_finish(job: JobRecord, now: float) -> int | None:
 def event_object(event: JobEvent) -> dict[str, Any]:
     """A line of a job's history."""
     return {
-        "id": f"{EVENT}{event.id}",
+        "id": f"{EVENT_PREFIX}{event.id}",
         "object": "fine_tuning.job.event",
         "created_at": int(event.created_at),
         "level": event.level,
@@ -170,7 +170,7 @@ def event_object(event: JobEvent) -> dict[str, Any]:
 
 def event_number(event_id: str) -> int:
     """The number in an event's id."""
-    return int(event_id.removeprefix(EVENT))
+    return int(event_id.removeprefix(EVENT_PREFIX))
 
 
 def checkpoint_object(checkpoint: CheckpointRecord, job: JobRecord) -> dict[str, Any]:

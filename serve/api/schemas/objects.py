@@ -12,10 +12,10 @@ from loramill.types import (
     AdapterRecord,
     AliasChange,
     AuditRecord,
+    DeletionSummary,
     EvaluationRecord,
     KeyRecord,
     NewDataState,
-    Removal,
     TenantRecord,
     UsageRecord,
     VersionRecord,
@@ -23,13 +23,13 @@ from loramill.types import (
 
 _T = TypeVar("_T")
 #: No other keys than these.
-exactly = with_config(ConfigDict(extra="forbid"))
+no_extra_keys = with_config(ConfigDict(extra="forbid"))
 
 #: A record is shown with all of its fields, those that have a default too.
-_WHOLE = ConfigDict(json_schema_serialization_defaults_required=True)
+_ALL_FIELDS_REQUIRED = ConfigDict(json_schema_serialization_defaults_required=True)
 
 
-@exactly
+@no_extra_keys
 class ErrorDetail(TypedDict):
     """What went wrong: where, and what to do. `param` is the parameter at fault, if it is one."""
 
@@ -39,15 +39,15 @@ class ErrorDetail(TypedDict):
     code: str
 
 
-@exactly
+@no_extra_keys
 class Error(TypedDict):
     """An error, as OpenAI writes it."""
 
     error: ErrorDetail
 
 
-@exactly
-class Listed(TypedDict, Generic[_T]):
+@no_extra_keys
+class ListObject(TypedDict, Generic[_T]):
     """A list, or a page of one: the next page begins `after` the `last_id`."""
 
     object: Literal["list"]
@@ -57,8 +57,8 @@ class Listed(TypedDict, Generic[_T]):
     last_id: NotRequired[str | int | None]
 
 
-@exactly
-class Model(TypedDict):
+@no_extra_keys
+class ModelObject(TypedDict):
     """A name that can be asked; `version` is what it stands for now, if an adapter's."""
 
     id: str
@@ -68,7 +68,7 @@ class Model(TypedDict):
     version: NotRequired[str | None]
 
 
-@exactly
+@no_extra_keys
 class FileExtension(TypedDict):
     """Fields that OpenAI's file object does not have; `reused` if the upload had the content of this file."""
 
@@ -77,7 +77,7 @@ class FileExtension(TypedDict):
     reused: NotRequired[Literal[True]]
 
 
-@exactly
+@no_extra_keys
 class File(TypedDict):
     """A dataset, or a job's results. After an upload, `status_details` has what is odd about it, a line each."""
 
@@ -92,7 +92,7 @@ class File(TypedDict):
     loramill: NotRequired[FileExtension]
 
 
-@exactly
+@no_extra_keys
 class FileTokens(TypedDict):
     """Tokens of a file's sequences; an example may have several."""
 
@@ -102,15 +102,15 @@ class FileTokens(TypedDict):
     total: int
 
 
-@exactly
-class FilePart(TypedDict):
+@no_extra_keys
+class PreviewPart(TypedDict):
     """A part of an example as the base's chat template renders it, and whether the loss is computed on it."""
 
     text: str
     supervised: bool
 
 
-@exactly
+@no_extra_keys
 class FileCheck(TypedDict):
     """What would be trained from a file, which is not stored; `preview` is its first example."""
 
@@ -121,10 +121,10 @@ class FileCheck(TypedDict):
     status_details: str | None
     tokens: FileTokens
     supervised_tokens: int
-    preview: list[FilePart]
+    preview: list[PreviewPart]
 
 
-@exactly
+@no_extra_keys
 class FileDeleted(TypedDict):
     """A file that is no more."""
 
@@ -133,7 +133,7 @@ class FileDeleted(TypedDict):
     deleted: Literal[True]
 
 
-@exactly
+@no_extra_keys
 class ModelDeleted(TypedDict):
     """A deleted model."""
 
@@ -142,17 +142,17 @@ class ModelDeleted(TypedDict):
     deleted: Literal[True]
 
 
-class AdapterDeleted(Removal):
+class AdapterDeleted(DeletionSummary):
     """A deleted adapter, and what was deleted with it."""
 
-    model_config = _WHOLE
+    model_config = _ALL_FIELDS_REQUIRED
 
     id: str
     object: Literal["adapter"]
     deleted: Literal[True]
 
 
-@exactly
+@no_extra_keys
 class VersionDeleted(TypedDict):
     """A deleted version."""
 
@@ -161,10 +161,10 @@ class VersionDeleted(TypedDict):
     deleted: Literal[True]
 
 
-class TenantDeleted(Removal):
+class TenantDeleted(DeletionSummary):
     """A deleted tenant, and what was deleted with it."""
 
-    model_config = _WHOLE
+    model_config = _ALL_FIELDS_REQUIRED
 
     id: str
     object: Literal["tenant"]
@@ -174,16 +174,16 @@ class TenantDeleted(Removal):
 class Adapter(AdapterRecord):
     """An adapter with where its aliases point now; `id` is its name."""
 
-    model_config = _WHOLE
+    model_config = _ALL_FIELDS_REQUIRED
 
     id: str
     object: Literal["adapter"]
 
 
-class DataForRuns(AdapterData):
+class AdapterDataObject(AdapterData):
     """An adapter's data for nightly runs."""
 
-    model_config = _WHOLE
+    model_config = _ALL_FIELDS_REQUIRED
 
     object: Literal["adapter.data"]
 
@@ -208,7 +208,7 @@ class AdapterHistory(Adapter):
     evaluations: list[EvaluationRecord]
 
 
-@exactly
+@no_extra_keys
 class AdapterFile(TypedDict):
     """A file's hash and size."""
 
@@ -216,7 +216,7 @@ class AdapterFile(TypedDict):
     bytes: int
 
 
-@exactly
+@no_extra_keys
 class AdapterBase(TypedDict):
     """The base of a version: `source` is a hub id or a folder; `tokenizer` lists files that can be downloaded."""
 
@@ -225,7 +225,7 @@ class AdapterBase(TypedDict):
     tokenizer: list[str]
 
 
-@exactly
+@no_extra_keys
 class AdapterFiles(TypedDict):
     """A version's files by name, and the hash over all of them, its artifact's."""
 
@@ -240,7 +240,7 @@ class AdapterFiles(TypedDict):
 class Tenant(TenantRecord):
     """A tenant."""
 
-    model_config = _WHOLE
+    model_config = _ALL_FIELDS_REQUIRED
 
     object: Literal["tenant"]
 
@@ -256,7 +256,7 @@ class CreatedTenant(Tenant):
 class Key(KeyRecord):
     """An API key without its secret."""
 
-    model_config = _WHOLE
+    model_config = _ALL_FIELDS_REQUIRED
 
     object: Literal["key"]
 
@@ -273,7 +273,7 @@ class RevokedKey(Key):
     deleted: Literal[True]
 
 
-@exactly
+@no_extra_keys
 class AdapterWarm(TypedDict):
     """How long a version took to answer with one token; loaded, it takes less."""
 
@@ -283,21 +283,21 @@ class AdapterWarm(TypedDict):
     seconds: float
 
 
-class DayUsage(UsageRecord):
+class DailyUsage(UsageRecord):
     """What a tenant asked of a model on one day."""
 
     object: Literal["usage"]
 
 
-class Change(AuditRecord):
+class AuditChange(AuditRecord):
     """One change that somebody made through the API."""
 
-    model_config = _WHOLE
+    model_config = _ALL_FIELDS_REQUIRED
 
     object: Literal["audit.change"]
 
 
-@exactly
+@no_extra_keys
 class Health(TypedDict):
     """How the gateway is."""
 

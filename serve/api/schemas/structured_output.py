@@ -9,30 +9,30 @@ from pydantic import Field
 
 from loramill.data.conversation import NO_PARAMETERS, template_tool
 from loramill.errors import InvalidRequest
-from loramill.serve.api.schemas.common import Body
-from loramill.serve.protocol import Form
+from loramill.serve.api.schemas.common import RequestBody
+from loramill.serve.protocol import OutputConstraint
 
-Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 JsonSchema = dict[str, Any]
 
 
-class NamedSchema(Body):
+class NamedSchema(RequestBody):
     """OpenAI's json_schema; it is kept to whether `strict` or not."""
 
-    name: Name
+    name: FunctionName
     description: str | None = None
     strict: bool | None = None
     # OpenAI calls it so.
     json_schema: JsonSchema | None = Field(default=None, alias="schema")
 
 
-class JsonObjectFormat(Body):
+class JsonObjectFormat(RequestBody):
     """Any JSON object."""
 
     type: Literal["json_object"]
 
 
-class JsonSchemaFormat(Body):
+class JsonSchemaFormat(RequestBody):
     """JSON by a schema; without one, any object."""
 
     type: Literal["json_schema"]
@@ -42,51 +42,51 @@ class JsonSchemaFormat(Body):
 ResponseFormat = Annotated[JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
-class Function(Body):
+class Function(RequestBody):
     """A function that the model may call; its `strict` holds where a call is forced."""
 
-    name: Name
+    name: FunctionName
     description: str | None = None
     parameters: JsonSchema | None = None
     strict: bool | None = None
 
 
-class Tool(Body):
+class Tool(RequestBody):
     """OpenAI's tool, of which there are functions here."""
 
     type: Literal["function"]
     function: Function
 
-    def told(self) -> Mapping[str, Any]:
+    def to_template(self) -> Mapping[str, Any]:
         """As chat templates know it."""
         return template_tool(self.function.model_dump())
 
     @property
-    def arguments(self) -> JsonSchema:
+    def arguments_schema(self) -> JsonSchema:
         """JSON schema of its arguments, which are an object."""
         return {"type": "object", **(self.function.parameters or NO_PARAMETERS)}
 
 
-class ChosenFunction(Body):
+class ToolChoiceFunction(RequestBody):
     """The name of one."""
 
-    name: Name
+    name: FunctionName
 
 
-class ChosenTool(Body):
+class NamedToolChoice(RequestBody):
     """The tool that is to be called."""
 
     type: Literal["function"]
-    function: ChosenFunction
+    function: ToolChoiceFunction
 
 
-class Forming(Body):
+class StructuredOutputParams(RequestBody):
     """The parameters of a chat request that shape its answer."""
 
-    asks_nothing: ClassVar[Mapping[str, Sequence[Any]]] = {"response_format": ({"type": "text"},), "tools": ([],)}
+    no_op_values: ClassVar[Mapping[str, Sequence[Any]]] = {"response_format": ({"type": "text"},), "tools": ([],)}
     response_format: ResponseFormat | None = None
     tools: list[Tool] = Field(default=[], max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | ChosenTool = "auto"
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice = "auto"
     parallel_tool_calls: bool = True
 
     @property
@@ -94,29 +94,35 @@ class Forming(Body):
         """Tools that the model is told of."""
         return [] if self.tool_choice == "none" else self.tools
 
-    def form(self) -> Form | None:
+    def constraint(self) -> OutputConstraint | None:
         """What the answer is held to; None: nothing.
 
         Raises:
             InvalidRequest: two tools have one name, or one is to be called that isn't there.
         """
-        called = self._called()
+        called = self._required_tools()
         if called:
-            calls = {tool.function.name: tool.arguments for tool in called}
-            return Form("tools", calls=calls, several=self.tool_choice == "required" and self.parallel_tool_calls)
+            calls = {tool.function.name: tool.arguments_schema for tool in called}
+            return OutputConstraint(
+                "tools",
+                tool_schemas=calls,
+                parallel_tool_calls=self.tool_choice == "required" and self.parallel_tool_calls,
+            )
         schema = self._schema()
         if schema is None:
             return None
         # A model that has tools may call them instead.
-        calls = {tool.function.name: tool.arguments for tool in self.usable_tools}
-        return Form("response_format", schema, calls, several=bool(calls) and self.parallel_tool_calls)
+        calls = {tool.function.name: tool.arguments_schema for tool in self.usable_tools}
+        return OutputConstraint(
+            "response_format", schema, calls, parallel_tool_calls=bool(calls) and self.parallel_tool_calls
+        )
 
-    def _called(self) -> list[Tool]:
+    def _required_tools(self) -> list[Tool]:
         """The tools of which one must be called."""
         names = [tool.function.name for tool in self.tools]
         if twice := {name for name in names if names.count(name) > 1}:
             raise InvalidRequest(f"Two tools are called '{min(twice)}'; names must differ.", param="tools")
-        if isinstance(self.tool_choice, ChosenTool):
+        if isinstance(self.tool_choice, NamedToolChoice):
             name = self.tool_choice.function.name
             if name not in names:
                 raise InvalidRequest(f"'tool_choice' is '{name}', which isn't among 'tools'.", param="tool_choice")

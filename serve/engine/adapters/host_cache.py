@@ -11,7 +11,7 @@ from loramill.kernels.memory import Extents, host_memory
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _Entry:
     adapter: PackedAdapter
     offset: int
 
@@ -26,16 +26,16 @@ class HostCache:
     def __init__(self, size: int) -> None:
         self._memory = host_memory(size)
         self._extents = Extents(size)
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._kept: OrderedDict[str, _Entry] = OrderedDict()
         self._borrowed: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     @property
     def bytes(self) -> int:
         """That the adapters take."""
-        return self._extents.size - self._extents.free
+        return self._extents.size - self._extents.free_bytes
 
-    def borrow(self, version: str) -> PackedAdapter | None:
+    def acquire(self, version: str) -> PackedAdapter | None:
         """A version's adapter, if it is here; it stays until `give_back`."""
         with self._lock:
             kept = self._kept.get(version)
@@ -45,7 +45,7 @@ class HostCache:
             self._borrowed[version] += 1
             return kept.adapter
 
-    def give_back(self, version: str) -> None:
+    def release(self, version: str) -> None:
         """Ends a `borrow`."""
         with self._lock:
             self._borrowed[version] -= 1
@@ -57,7 +57,7 @@ class HostCache:
             if offset is not None:
                 data = self._memory[offset : offset + adapter.bytes]
                 data.copy_(adapter.data)
-                self._kept[version] = _Kept(PackedAdapter(data, adapter.table), offset)
+                self._kept[version] = _Entry(PackedAdapter(data, adapter.table), offset)
 
     def _room(self, size: int) -> int | None:
         trial, leaving = self._extents.copy(), []
@@ -66,9 +66,9 @@ class HostCache:
             version = next(idle, None)
             if version is None:
                 return None
-            trial.give(self._kept[version].offset, self._kept[version].adapter.bytes)
+            trial.release(self._kept[version].offset, self._kept[version].adapter.bytes)
             leaving.append(version)
         for version in leaving:
             kept = self._kept.pop(version)
-            self._extents.give(kept.offset, kept.adapter.bytes)
-        return self._extents.take(size)
+            self._extents.release(kept.offset, kept.adapter.bytes)
+        return self._extents.allocate(size)

@@ -42,7 +42,7 @@ class Fetched:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadResult:
     """How a version's fetch or copy ended: an adapter to find room for, a slot that is filled, or an error."""
 
     version: str
@@ -69,22 +69,22 @@ class AdapterLoader:
         self._room = Recycler(_SPARE)
         self._packs = threading.Semaphore(_PACKS)
         self._closed = False
-        self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
         # A stage waits for nothing but the one before it, and what nobody waits for comes last. Few threads pack, as
         # each keeps what memory it ever took.
         self._sources = ThreadPoolExecutor(threads, thread_name_prefix="adapter-source", initializer=_step_back)
         self._packers = ThreadPoolExecutor(_PACKS, thread_name_prefix="adapter-packer", initializer=_step_back)
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copier", initializer=_step_back)
-        self._keeper = ThreadPoolExecutor(1, thread_name_prefix="adapter-keeper", initializer=_step_back)
-        self._keeper.submit(self._slab.prepare, _AHEAD)
+        self._releaser = ThreadPoolExecutor(1, thread_name_prefix="adapter-keeper", initializer=_step_back)
+        self._releaser.submit(self._slab.prepare, _AHEAD)
 
     def fetch(self, version: str) -> None:
         """Takes a version from the host cache, or begins to read it."""
-        known = self._cache.borrow(version)
+        known = self._cache.acquire(version)
         if known is None:
             self._sources.submit(self._finish, version, self._locate)
         else:
-            self._done.put(Loaded(version, Fetched(known, borrowed=True)))
+            self._done.put(LoadResult(version, Fetched(known, borrowed=True)))
             self._notify()
 
     def copy(self, version: str, fetched: Fetched, slot: Slot) -> None:
@@ -94,16 +94,16 @@ class AdapterLoader:
             try:
                 self._slab.load(slot, fetched.adapter)
             finally:
-                self.leave(version, fetched)
+                self.release(version, fetched)
             return slot
 
         self._copier.submit(self._finish, version, into_slot)
 
-    def leave(self, version: str, fetched: Fetched) -> None:
+    def release(self, version: str, fetched: Fetched) -> None:
         """Ends the use of what was fetched; it stays in the host cache if that has room."""
-        self._keeper.submit(self._keep, version, fetched)
+        self._releaser.submit(self._keep, version, fetched)
 
-    def finished(self) -> list[Loaded]:
+    def take_finished(self) -> list[LoadResult]:
         """Takes the results that are there."""
         finished = [self._done.get() for _ in range(self._done.qsize())]
         for loaded in finished:
@@ -115,7 +115,7 @@ class AdapterLoader:
     def close(self, *, wait: bool) -> None:
         """Drops what has not begun; the rest goes on to its end, which may be waited for."""
         self._closed = True
-        for threads in (self._sources, self._packers, self._copier, self._keeper):
+        for threads in (self._sources, self._packers, self._copier, self._releaser):
             threads.shutdown(wait=wait, cancel_futures=True)
 
     def _finish(self, version: str, work: Callable[[str], Fetched | Slot | None]) -> None:
@@ -130,17 +130,17 @@ class AdapterLoader:
             log.exception("adapter not loaded", extra={"version": version})
             result = AdapterInvalid(f"Version {version} can't be loaded: {error!r}.")
         if result is not None:
-            self._done.put(Loaded(version, result))
+            self._done.put(LoadResult(version, result))
             self._notify()
 
     def _keep(self, version: str, fetched: Fetched) -> None:
         if fetched.borrowed:
-            self._cache.give_back(version)
+            self._cache.release(version)
         else:
             try:
                 self._cache.put(version, fetched.adapter)
             finally:
-                self._room.give(fetched.adapter.data)
+                self._room.release(fetched.adapter.data)
         self._slab.prepare(_AHEAD)
 
     def _locate(self, version: str) -> None:
@@ -153,7 +153,7 @@ class AdapterLoader:
                 raise Unavailable("The engine is closed.")
         try:
             with self._room.lending() as lend:
-                adapter = self._slab.pack(read_adapter(folder, self._base, lend), self._room.take)
+                adapter = self._slab.pack(read_adapter(folder, self._base, lend), self._room.allocate)
             if adapter.bytes > self._slab.size:
                 raise AdapterInvalid(
                     f"Version {version} takes {adapter.bytes} bytes, all adapters together have {self._slab.size}; "

@@ -12,12 +12,12 @@ from loramill.kernels.peft_folder import BaseModules
 from loramill.serve.engine.adapters.host_cache import HostCache
 from loramill.serve.engine.adapters.loader import AdapterLoader, Fetched
 from loramill.serve.engine.adapters.residency import Residency
-from loramill.serve.engine.durations import Stopwatch
+from loramill.serve.engine.durations import DurationHistogram
 from loramill.serve.engine.types import AdapterSource, EngineConfig
 from loramill.serve.model import Model
 
 
-class Adapters:
+class AdapterManager:
     """Versions and their slots. A version of None is the base alone: always ready, and it holds nothing.
 
     Attributes:
@@ -31,20 +31,20 @@ class Adapters:
         source: AdapterSource,
         config: EngineConfig,
         notify: Callable[[], None],
-        load_times: Stopwatch,
+        load_times: DurationHistogram,
     ) -> None:
         self.slab = model.new_slab(config.adapter_slots, config.adapter_bytes, config.adapter_bits)
-        self.loads = self.failures = self.evictions = 0
+        self.loads = self.load_failures = self.evictions = 0
         self._load_times = load_times
         self._capacity = config.adapter_slots
-        self._residency = Residency(config.adapter_slots, config.patience)
+        self._residency = Residency(config.adapter_slots, config.slot_patience_steps)
         self._slots: dict[str, Slot] = {}
         self._ranks: dict[str, int] = {}
         # When those that are loading got their slots.
         self._begun: dict[str, float] = {}
         # Those waiting for room, and how many steps the first of them has.
         self._arrived: dict[str, Fetched] = {}
-        self._patience = config.patience
+        self._patience = config.slot_patience_steps
         self._waited = 0
         self._cache = HostCache(config.host_bytes)
         base = BaseModules.of_sites(model.sites, model.target_weight)
@@ -77,41 +77,41 @@ class Adapters:
         """The largest rank in a resident version."""
         return self._ranks[version]
 
-    def want(self, version: str | None) -> None:
+    def acquire(self, version: str | None) -> None:
         """One more live request."""
         if version is not None:
-            self._residency.want(version)
+            self._residency.acquire(version)
 
-    def unwant(self, version: str | None) -> None:
+    def release(self, version: str | None) -> None:
         """One live request less."""
         if version is not None:
-            self._residency.unwant(version)
+            self._residency.release(version)
 
-    def pin(self, version: str | None) -> None:
+    def begin_use(self, version: str | None) -> None:
         """A request began to run."""
         if version is not None:
-            self._residency.pin(version)
+            self._residency.begin_use(version)
 
-    def unpin(self, version: str | None) -> None:
+    def end_use(self, version: str | None) -> None:
         """A request runs no more."""
         if version is not None:
-            self._residency.unpin(version)
+            self._residency.end_use(version)
 
-    def take_loaded(self) -> list[tuple[str, LoramillError]]:
+    def collect_loaded(self) -> list[tuple[str, LoramillError]]:
         """Takes in what was fetched and copied; returns the versions that can't be had, whose slots are given back."""
         failed: list[tuple[str, LoramillError]] = []
-        for loaded in self._loader.finished():
+        for loaded in self._loader.take_finished():
             version, result = loaded.version, loaded.result
             if isinstance(result, LoramillError):
-                self._residency.failed(version)
+                self._residency.mark_failed(version)
                 self._give_back(version)
                 del self._begun[version]
-                self.failures += 1
+                self.load_failures += 1
                 failed.append((version, result))
             elif isinstance(result, Slot):
-                self._residency.loaded(version)
+                self._residency.mark_loaded(version)
                 self.loads += 1
-                self._load_times.note(time.monotonic() - self._begun.pop(version))
+                self._load_times.observe(time.monotonic() - self._begun.pop(version))
             else:
                 self._arrived[version] = result
         self._settle()
@@ -129,15 +129,15 @@ class Adapters:
                 self._slots[version] = slot
                 self._ranks[version] = int(fetched.adapter.table[..., RANK].max())
                 self._loader.copy(version, fetched, slot)
-            elif not self._residency.wanted(version):
+            elif not self._residency.has_users(version):
                 del self._arrived[version], self._begun[version]
-                self._residency.failed(version)
-                self._loader.leave(version, fetched)
+                self._residency.mark_failed(version)
+                self._loader.release(version, fetched)
         self._waited = self._waited + 1 if first in self._arrived else 0
 
     def advance(self) -> None:
         """Hands out slots and begins to fetch; called once a step, when the requests of failed versions are gone."""
-        moves = self._residency.advance(crowded=len(self._arrived))
+        moves = self._residency.advance(awaiting_memory=len(self._arrived))
         for version in moves.evict:
             self._give_back(version)
         self.evictions += len(moves.evict)
@@ -158,7 +158,7 @@ class Adapters:
             freed = self.slab.evict(size, tuple(idle.values())) or ()
             for version in [version for version, its in idle.items() if its in freed]:
                 del self._slots[version], self._ranks[version]
-                self._residency.leave(version)
+                self._residency.evict(version)
                 self.evictions += 1
             slot = self.slab.allocate(size)
         return slot

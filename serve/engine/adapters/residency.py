@@ -24,7 +24,7 @@ class _Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Moves:
+class SlotChanges:
     """Versions that leave their slots, then versions that get one and must be fetched."""
 
     evict: tuple[str, ...]
@@ -34,9 +34,9 @@ class Moves:
 class Residency:
     """The versions that live requests want, and those that linger in slots."""
 
-    def __init__(self, slots: int, patience: int) -> None:
+    def __init__(self, slots: int, patience_steps: int) -> None:
         self._slots = slots
-        self._patience = patience
+        self._patience = patience_steps
         self._clock = 0
         self._entries: dict[str, _Entry] = {}
 
@@ -55,38 +55,38 @@ class Residency:
         entry = self._entries[version]
         return entry.ready and not entry.draining
 
-    def want(self, version: str) -> None:
+    def acquire(self, version: str) -> None:
         """One more live request."""
         entry = self._entries.setdefault(version, _Entry(waiting_since=self._clock))
         entry.users += 1
 
-    def unwant(self, version: str) -> None:
+    def release(self, version: str) -> None:
         """One live request less."""
         entry = self._entries[version]
         entry.users -= 1
         if not entry.users and not entry.slotted:
             del self._entries[version]
 
-    def wanted(self, version: str) -> bool:
+    def has_users(self, version: str) -> bool:
         """Whether a live request asks for a version."""
         return version in self._entries and self._entries[version].users > 0
 
-    def pin(self, version: str) -> None:
+    def begin_use(self, version: str) -> None:
         """A request began to run."""
         entry = self._entries[version]
         entry.pins += 1
         entry.used = self._clock
 
-    def unpin(self, version: str) -> None:
+    def end_use(self, version: str) -> None:
         """A request runs no more."""
         self._entries[version].pins -= 1
 
-    def loaded(self, version: str) -> None:
+    def mark_loaded(self, version: str) -> None:
         """A fetch has succeeded."""
         entry = self._entries[version]
         entry.ready, entry.used = True, self._clock
 
-    def failed(self, version: str) -> None:
+    def mark_failed(self, version: str) -> None:
         """A fetch has failed, and its requests have been told, or nobody wants it: the next request tries again."""
         entry = self._entries[version]
         entry.slotted = False
@@ -103,7 +103,7 @@ class Residency:
         ]
         return tuple(version for _, _, version in sorted(idle))
 
-    def leave(self, version: str) -> None:
+    def evict(self, version: str) -> None:
         """An idle version has lost its slot; if it is wanted, it waits for another."""
         entry = self._entries[version]
         if not entry.users:
@@ -112,7 +112,7 @@ class Residency:
         entry.slotted = entry.ready = entry.draining = False
         entry.waiting_since = self._clock
 
-    def advance(self, crowded: int = 0) -> Moves:
+    def advance(self, awaiting_memory: int = 0) -> SlotChanges:
         """Hands out slots; called once a step.
 
         Args:
@@ -130,13 +130,13 @@ class Residency:
                 if not self.idle:
                     break
                 evict.append(self.idle[0])
-                self.leave(evict[-1])
+                self.evict(evict[-1])
             self._entries[version].slotted = True
             load.append(version)
-        self._drain(crowded + sum(self._clock - since > self._patience for since, _ in queue[len(load) :]))
-        return Moves(tuple(evict), tuple(load))
+        self._drain(awaiting_memory + sum(self._clock - since > self._patience for since, _ in queue[len(load) :]))
+        return SlotChanges(tuple(evict), tuple(load))
 
-    def check_integrity(self, users: dict[str, int], pins: dict[str, int]) -> None:
+    def check_integrity(self, users: dict[str, int], in_use: dict[str, int]) -> None:
         """Compares the books with what the engine counts of live and running requests.
 
         Raises:
@@ -146,8 +146,8 @@ class Residency:
         if mine != users:
             raise EngineFault(f"Versions are wanted {users} times; residency has {mine}.")
         pinned = {version: entry.pins for version, entry in self._entries.items() if entry.pins}
-        if pinned != pins:
-            raise EngineFault(f"Versions are in use {pins} times; residency has {pinned}.")
+        if pinned != in_use:
+            raise EngineFault(f"Versions are in use {in_use} times; residency has {pinned}.")
         slotted = sum(entry.slotted for entry in self._entries.values())
         if slotted > self._slots or any(e.pins and not e.ready for e in self._entries.values()):
             raise EngineFault(f"{slotted} of {self._slots} slots are given, or one is in use before it is loaded.")

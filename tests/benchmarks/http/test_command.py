@@ -86,7 +86,7 @@ def test_every_case_runs_over_a_real_gateway_and_has_the_issues_target(
     monkeypatch.setenv("LORAMILL_SERVE__MAX_SEQUENCES", "4")
     monkeypatch.setenv("LORAMILL_SERVE__KV_TOKENS", "2048")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    backend = EchoBackend(seconds_a_token=0.0005)
+    backend = EchoBackend(seconds_per_token=0.0005)
     up: list[Server] = []
     started: list[tuple[int, int]] = []
     known: set[str | None] = {None}
@@ -97,7 +97,9 @@ def test_every_case_runs_over_a_real_gateway_and_has_the_issues_target(
         with registry.writing() as session:
             _, key = api_keys.create(session, None)
             known.update(
-                one.id for each in adapters.list_of(session, None) for one in adapters.versions(session, each.name)
+                one.id
+                for each in adapters.list_adapters(session, None)
+                for one in adapters.list_versions(session, each.name)
             )
         app = build_api(registry=registry, base=tiny, tokenizer=tokenizer, backend=backend, settings=settings)
         with running(app) as url:

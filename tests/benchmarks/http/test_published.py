@@ -14,13 +14,13 @@ from loramill_bench.http import published
 def test_adapters_are_in_the_record_each_of_a_tenant(there, settings: Settings) -> None:
     registry = Registry.open(settings.database, settings.artifacts)
     with registry.reading() as session:
-        records = adapters.list_of(session, None)
+        records = adapters.list_adapters(session, None)
         assert [record.name for record in records] == list(there.folders) == list(there.versions)
         for record in records:
             assert AdapterName.parse(record.name).tenant == record.tenant
             assert record.champion == there.versions[record.name][0]
             assert registry.artifacts.fetch(record.champion) == there.folders[record.name]
-            others = {version.id for version in adapters.versions(session, record.name)}
+            others = {version.id for version in adapters.list_versions(session, record.name)}
             assert others == set(there.versions[record.name])
     assert len({record.champion for record in records}) == 6
     assert [len(versions) for versions in there.versions.values()] == [2] * 2 + [1] * 4

@@ -22,7 +22,7 @@ def desk(tokenizer) -> Desk:
 def test_prompts_are_64_tokens_of_words_and_all_differ(desk: Desk) -> None:
     streams = desk.closed("none", 8, 4, 0)
     prompts = [ask.prompt for stream in streams for ask in stream.asks]
-    assert {len(desk.tokenizer.text(prompt)) for prompt in prompts} == {PROMPT}
+    assert {len(desk.tokenizer.encode_text(prompt)) for prompt in prompts} == {PROMPT}
     assert len({prompt[:20] for prompt in prompts}) == len(prompts) == 32
     assert {ask.model for stream in streams for ask in stream.asks} == {"base"}
 

@@ -15,8 +15,8 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from loramill.jobs.train.methods import adapter_files, attached
-from loramill.jobs.train.methods.adapted_model import Tuned
+from loramill.jobs.train.methods import adapter_files, attach_adapter
+from loramill.jobs.train.methods.adapted_model import AdaptedModel
 from loramill.jobs.train.methods.seeds import seeded
 from loramill.kernels.quantization import Quantization
 from loramill.models.catalog import Base, load_for_training
@@ -50,9 +50,11 @@ def loss_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def learn(tuned: Tuned, spec: JobSpec, steps: int | None = None, begin: int = 0) -> None:
+def learn(tuned: AdaptedModel, spec: JobSpec, steps: int | None = None, begin: int = 0) -> None:
     """Steps as the training loop takes them."""
-    groups = [{"params": [p], "lr": spec.learning_rate * tuned.rates.get(n, 1.0)} for n, p in tuned.weights.items()]
+    groups = [
+        {"params": [p], "lr": spec.learning_rate * tuned.lr_factors.get(n, 1.0)} for n, p in tuned.weights.items()
+    ]
     optimizer = torch.optim.AdamW(groups, weight_decay=spec.weight_decay, fused=True)
     tuned.set_dropout(True)
     for step in range(begin, spec.steps if steps is None else steps):
@@ -73,14 +75,14 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 @contextmanager
-def trained(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[Tuned]:
+def trained(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[AdaptedModel]:
     """A model in training, at the job's end."""
-    with attached(model, spec, folder) as tuned:
+    with attach_adapter(model, spec, folder) as tuned:
         learn(tuned, spec)
         yield tuned
 
 
-def stored(tuned: Tuned, spec: JobSpec, folder: Path) -> Path:
+def stored(tuned: AdaptedModel, spec: JobSpec, folder: Path) -> Path:
     """The adapter's files."""
     folder.mkdir()
     for name, content in adapter_files(spec, tuned.weights, tuned.state, "small").items():

@@ -16,9 +16,9 @@ from safetensors.torch import load, load_file
 
 from loramill.data.tokenizer import EncodedExample
 from loramill.errors import AdapterInvalid
-from loramill.jobs.train.loop import export, train
-from loramill.jobs.train.methods import adalora, adapter_files, attached
-from loramill.jobs.train.methods.adalora import budget, init_rank
+from loramill.jobs.train.loop import export_adapter, train
+from loramill.jobs.train.methods import adalora, adapter_files, attach_adapter
+from loramill.jobs.train.methods.adalora import initial_rank, rank_budget
 from loramill.jobs.train.methods.peft_folder import modules_of, tensor_name
 from loramill.models.catalog import Base
 from loramill.types import JobSpec
@@ -33,7 +33,7 @@ def singular_values(weights: Any) -> torch.Tensor:
 def test_prunes_as_peft_does(small: Base) -> None:
     """The same gradients, the same importances, the same triples dead, the same penalty; step by step to the end."""
     spec = spec_of(method="adalora", rank=4, init_rank=6, steps=20)
-    first, last = int(adalora.BEGIN * 20), int(adalora.END * 20)
+    first, last = int(adalora.PRUNING_BEGIN * 20), int(adalora.PRUNING_END * 20)
     config = AdaLoraConfig(
         init_r=6,
         target_r=4,
@@ -48,7 +48,7 @@ def test_prunes_as_peft_does(small: Base) -> None:
     )
     plain = get_peft_model(loaded(small), config)
     theirs = {n.replace(".default", ""): p for n, p in plain.named_parameters() if p.requires_grad}
-    with attached(loaded(small), spec, small.folder) as tuned:
+    with attach_adapter(loaded(small), spec, small.folder) as tuned:
         ours = {name.removesuffix(".weight"): weight for name, weight in tuned.weights.items()}
         assert ours.keys() == theirs.keys()
         with torch.no_grad():
@@ -95,7 +95,7 @@ def test_ends_at_its_rank_in_the_mean_and_stores_no_more(small: Base, tmp_path: 
 
 def test_a_module_without_a_rank_is_stored_as_zeros(small: Base) -> None:
     spec = spec_of(method="adalora", targets=("q_proj",))
-    with attached(loaded(small), spec, small.folder) as tuned, torch.no_grad():
+    with attach_adapter(loaded(small), spec, small.folder) as tuned, torch.no_grad():
         for name, weight in tuned.weights.items():
             weight.fill_(0.0 if "lora_E" in name else 1.0)
         files = adapter_files(spec, tuned.weights, tuned.state, "small")
@@ -118,11 +118,11 @@ def test_state_and_weights_are_all_of_it(small: Base) -> None:
             for weight in tuned.weights.values():
                 weight.grad = None
 
-    with attached(loaded(small), spec, small.folder) as whole:
+    with attach_adapter(loaded(small), spec, small.folder) as whole:
         run(whole, 0, 8)
-    with attached(loaded(small), spec, small.folder) as first:
+    with attach_adapter(loaded(small), spec, small.folder) as first:
         run(first, 0, 3)
-    with attached(loaded(small), spec.model_copy(update={"seed": 7}), small.folder) as rest, torch.no_grad():
+    with attach_adapter(loaded(small), spec.model_copy(update={"seed": 7}), small.folder) as rest, torch.no_grad():
         for mine, theirs in ((rest.weights, first.weights), (rest.state, first.state)):
             assert mine.keys() == theirs.keys()
             for name, tensor in mine.items():
@@ -135,14 +135,14 @@ def test_state_and_weights_are_all_of_it(small: Base) -> None:
 @given(steps=st.integers(1, 500), rank=st.integers(1, 64), more=st.integers(0, 64))
 def test_the_budget_only_falls_from_first_to_last(steps: int, rank: int, more: int) -> None:
     spec = spec_of(steps=steps, rank=rank, init_rank=rank + more)
-    ranks = [budget(spec, step) for step in range(steps + 1)]
+    ranks = [rank_budget(spec, step) for step in range(steps + 1)]
     assert ranks[0] == rank + more and ranks[-1] == rank
     assert ranks == sorted(ranks, reverse=True)
 
 
 def test_the_rank_before_pruning(small: Base) -> None:
-    assert [init_rank(spec_of(rank=rank)) for rank in (1, 4, 5)] == [2, 6, 8]
-    assert init_rank(spec_of(rank=4, init_rank=4)) == 4
+    assert [initial_rank(spec_of(rank=rank)) for rank in (1, 4, 5)] == [2, 6, 8]
+    assert initial_rank(spec_of(rank=4, init_rank=4)) == 4
 
 
 @pytest.mark.parametrize(
@@ -151,15 +151,18 @@ def test_the_rank_before_pruning(small: Base) -> None:
 )
 def test_refuses_what_has_no_meaning(small: Base, param: str, changes: dict[str, Any]) -> None:
     model = loaded(small)
-    with pytest.raises(AdapterInvalid) as refused, attached(model, spec_of(method="adalora", **changes), small.folder):
+    with (
+        pytest.raises(AdapterInvalid) as refused,
+        attach_adapter(model, spec_of(method="adalora", **changes), small.folder),
+    ):
         pass
     assert refused.value.param == param
 
 
 def test_the_last_part_of_the_steps_is_at_the_final_ranks(small: Base) -> None:
     spec: JobSpec = spec_of(method="adalora", steps=10)
-    with attached(loaded(small), spec, small.folder) as tuned:
-        assert tuned.settled == 6
+    with attach_adapter(loaded(small), spec, small.folder) as tuned:
+        assert tuned.best_from_step == 6
         learn(tuned, spec, steps=2)
         assert (singular_values(tuned.weights) != 0).float().sum(dim=1).mean() > 4
         learn(tuned, spec, steps=6, begin=2)
@@ -175,7 +178,7 @@ def test_no_unpruned_weights_become_the_version(small: Base, tmp_path: Path) -> 
     spec = spec_of(method="adalora", steps=10, eval_every=1, patience=1, learning_rate=0.5)
     examples = [EncodedExample(tuple(row), 6) for row in tokens(rows=4).tolist()]
     points = list(train(loaded(small), examples, examples, spec, folder=small.folder, checkpoints=tmp_path / "job"))
-    assert next(point.step for point in points if point.best) == 6
+    assert next(point.step for point in points if point.is_best) == 6
     assert len(points) >= 7
-    tensors = load(export(tmp_path / "job", spec, base="small")["adapter_model.safetensors"])
+    tensors = load(export_adapter(tmp_path / "job", spec, base="small")["adapter_model.safetensors"])
     assert sum(len(tensor) for name, tensor in tensors.items() if "lora_A" in name) <= 4 * 21 + 21

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from loramill.errors import AdapterInvalid
-from loramill.jobs.train.methods import attached, start
+from loramill.jobs.train.methods import attach_adapter, load_start_adapter
 from loramill.jobs.train.methods.peft_folder import lora_config
 from loramill.kernels.peft_folder import BaseModules, read_adapter
 from loramill.kernels.quantization import Quantization
@@ -84,7 +84,10 @@ def test_the_base_is_left_as_it_was(small: Base, method: str, dtype: torch.dtype
     model.lm_head.weight.requires_grad_(True)
     before = str(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}, logits_of(model)
     drawn, modules = torch.random.get_rng_state(), dict(model.named_modules())
-    with pytest.raises(KeyboardInterrupt), attached(model, spec_of(method=method, dropout=0.5), small.folder) as tuned:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        attach_adapter(model, spec_of(method=method, dropout=0.5), small.folder) as tuned,
+    ):
         assert all(weight.dtype == torch.float32 for weight in tuned.weights.values())
         assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in tuned.weights.values()}
         learn(tuned, spec_of(dropout=0.5), steps=2)
@@ -100,7 +103,7 @@ def test_the_base_is_left_as_it_was(small: Base, method: str, dtype: torch.dtype
 def test_a_refusal_leaves_the_base_as_it_was(small: Base, method: str) -> None:
     model = loaded(small, "int8")
     before = str(model)
-    with pytest.raises(AdapterInvalid), attached(model, spec_of(method=method, targets=("nope",)), small.folder):
+    with pytest.raises(AdapterInvalid), attach_adapter(model, spec_of(method=method, targets=("nope",)), small.folder):
         pass
     assert str(model) == before
 
@@ -112,7 +115,7 @@ def test_the_seed_alone_decides(small: Base, method: str) -> None:
     def run(seed: int, steps: int) -> list[torch.Tensor]:
         torch.rand(3)
         spec = spec_of(method=method, seed=seed, dropout=0.3)
-        with attached(model, spec, small.folder) as tuned:
+        with attach_adapter(model, spec, small.folder) as tuned:
             learn(tuned, spec, steps)
             return [weight.detach().clone() for weight in tuned.weights.values()]
 
@@ -125,7 +128,7 @@ def test_the_seed_alone_decides(small: Base, method: str) -> None:
 
 
 def test_begins_as_peft_does(small: Base) -> None:
-    with attached(loaded(small), spec_of(rank=64), small.folder) as tuned:
+    with attach_adapter(loaded(small), spec_of(rank=64), small.folder) as tuned:
         for name, weight in tuned.weights.items():
             bound = 1 / math.sqrt(weight.shape[1])
             if "lora_A" in name:
@@ -140,7 +143,7 @@ def test_training_begins_from_the_base(small: Base, method: str) -> None:
     """All but LoftQ's first logits are the base's; LoftQ's are nearer to those of the base before quantization."""
     model = loaded(small, "nf4")
     base = logits_of(model)
-    with attached(model, spec_of(method=method, rank=16), small.folder) as tuned:
+    with attach_adapter(model, spec_of(method=method, rank=16), small.folder) as tuned:
         first = logits_of(tuned.model)
     if method == "loftq":
         original = logits_of(loaded(small))
@@ -155,8 +158,8 @@ def test_goes_on_from_what_it_stored(small: Base, tmp_path: Path, method: str) -
     with trained(model, spec, small.folder) as tuned:
         folder, expected = stored(tuned, spec, tmp_path / "first"), logits_of(tuned.model)
     again = spec.model_copy(update={"seed": 5})
-    with attached(model, again, small.folder) as tuned:
-        start(tuned, folder, again)
+    with attach_adapter(model, again, small.folder) as tuned:
+        load_start_adapter(tuned, folder, again)
         torch.testing.assert_close(logits_of(tuned.model), expected, rtol=1e-5, atol=1e-5)
         learn(tuned, again)
         second, learned = stored(tuned, again, tmp_path / "second"), logits_of(tuned.model)
@@ -186,10 +189,10 @@ def test_refuses_to_go_on_from_another_kind(small: Base, tmp_path: Path, method:
     other = {"lora": "dora", "loftq": "dora", "adalora": "dora"}.get(method, "lora")
     wanted = spec_of(**{"method": method} | change | ({"method": other} if "method" in change else {}))
     with (
-        attached(model, wanted, small.folder) as tuned,
+        attach_adapter(model, wanted, small.folder) as tuned,
         pytest.raises(AdapterInvalid, match="start afresh") as refused,
     ):
-        start(tuned, folder, wanted)
+        load_start_adapter(tuned, folder, wanted)
     assert refused.value.param == "start_from"
 
 
@@ -201,7 +204,7 @@ def test_refuses_to_go_on_from_what_is_no_adapter(small: Base, tmp_path: Path, c
         if config is not None:
             (folder / "adapter_config.json").write_text(config)
         with pytest.raises(AdapterInvalid, match=r"can't be read|no LoRA"):
-            start(tuned, folder, spec_of())
+            load_start_adapter(tuned, folder, spec_of())
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -249,11 +252,11 @@ def test_dropout_is_off_until_it_is_turned_on(small: Base) -> None:
 
 def test_loraplus_gives_b_its_own_rate(small: Base) -> None:
     for method in ("lora", "dora", "pissa", "adalora"):
-        with attached(loaded(small), spec_of(method=method, loraplus_lr_ratio=16.0), small.folder) as tuned:
-            parts = {name.split(".lora_")[1]: rate for name, rate in tuned.rates.items()}
+        with attach_adapter(loaded(small), spec_of(method=method, loraplus_lr_ratio=16.0), small.folder) as tuned:
+            parts = {name.split(".lora_")[1]: rate for name, rate in tuned.lr_factors.items()}
             assert parts["B.weight"] == 16.0 and "A.weight" not in parts
-    with attached(loaded(small), spec_of(), small.folder) as tuned:
-        assert not tuned.rates
+    with attach_adapter(loaded(small), spec_of(), small.folder) as tuned:
+        assert not tuned.lr_factors
 
 
 @pytest.mark.parametrize(

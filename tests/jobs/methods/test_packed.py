@@ -6,7 +6,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from loramill.jobs.train.methods import attached
+from loramill.jobs.train.methods import attach_adapter
 from loramill.jobs.train.methods.pissa_loftq import weight_of
 from loramill.models.catalog import Base
 
@@ -39,7 +39,7 @@ def test_values_logits_and_gradients_are_the_same(base: Base, method: str, dtype
         for name, linear in linears.items():
             assert linear.weight.dtype == torch.uint8 and linear.weight.quant_state.nested
             assert torch.equal(weight_of(linear), dense[name].weight)
-        with attached(model, spec, base.folder) as tuned:
+        with attach_adapter(model, spec, base.folder) as tuned:
             with torch.no_grad():
                 for name, weight in tuned.weights.items():
                     drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))

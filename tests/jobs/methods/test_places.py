@@ -11,14 +11,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from loramill.errors import AdapterInvalid
 from loramill.jobs.train.methods.peft_folder import lora_config
-from loramill.jobs.train.methods.targets import Place, places
+from loramill.jobs.train.methods.targets import TargetModule, find_target_modules
 from loramill.models.catalog import Base
 from loramill.types import JobSpec
 
 from .driven import loaded, spec_of
 
 
-def of_peft(model: PreTrainedModel, spec: JobSpec, found: list[Place]) -> dict[str, tuple[int, float]]:
+def of_peft(model: PreTrainedModel, spec: JobSpec, found: list[TargetModule]) -> dict[str, tuple[int, float]]:
     """Rank and scale by module, as PEFT would load what is written."""
     modules = get_peft_model(model, lora_config(spec, modules=[place.name for place in found])).named_modules()
     found = {name: module for name, module in modules if hasattr(module, "lora_A")}
@@ -45,19 +45,19 @@ def test_they_are_those_of_peft(
 ) -> None:
     spec = spec_of(targets=targets, layers=layers, rslora=rslora)
     spec = spec.model_copy(update=patterns if "q_proj" not in targets else {"alpha_pattern": {"down_proj": 7.0}})
-    found = places(loaded(small), spec)
+    found = find_target_modules(loaded(small), spec)
     assert {place.name: (place.rank, place.scale) for place in found} == of_peft(loaded(small), spec, found)
 
 
 def test_all_linear_leaves_the_head_alone(small: Base) -> None:
-    names = {place.name for place in places(loaded(small), spec_of(targets=("all-linear",)))}
+    names = {place.name for place in find_target_modules(loaded(small), spec_of(targets=("all-linear",)))}
     assert len(names) == 3 * 7 and not any("lm_head" in name for name in names)
 
 
 def test_a_layer_of_transposed_weights_is_a_linear_too() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=64))
     spec = spec_of(targets=("all-linear",), layers=(1,))
-    found = places(model, spec)
+    found = find_target_modules(model, spec)
     assert {place.name: (place.rank, place.scale) for place in found} == of_peft(model, spec, found)
     assert {place.name.rpartition(".")[2]: place.shape for place in found}["c_attn"] == (48, 16)
     assert math.isclose(found[0].scale, 1.5)
@@ -81,5 +81,5 @@ def test_a_layer_of_transposed_weights_is_a_linear_too() -> None:
 )
 def test_says_what_matches_nothing(small: Base, param: str, says: str, changes: dict[str, Any]) -> None:
     with pytest.raises(AdapterInvalid, match=says) as refused:
-        places(loaded(small), spec_of(**changes))
+        find_target_modules(loaded(small), spec_of(**changes))
     assert refused.value.param == param

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from peft.utils.loftq_utils import _low_rank_decomposition
 
 from loramill.errors import AdapterInvalid, BaseUnusable
-from loramill.jobs.train.methods import attached
+from loramill.jobs.train.methods import attach_adapter
 from loramill.jobs.train.methods.peft_folder import lora_config, modules_of, tensor_name
 from loramill.jobs.train.methods.pissa_loftq import A0, B0
 from loramill.models.catalog import Base
@@ -22,7 +22,7 @@ def test_pissa_is_lora_on_the_base_less_its_beginning(small: Base) -> None:
     """The paper's form, by plain PEFT: the same loss and gradients, and the same logits after the same change."""
     spec = spec_of(method="pissa", targets=("q_proj", "up_proj"))
     changed = loaded(small)
-    with attached(loaded(small), spec, small.folder) as tuned, torch.no_grad():
+    with attach_adapter(loaded(small), spec, small.folder) as tuned, torch.no_grad():
         for module in modules_of(tuned.weights):
             a, b = (tuned.state[tensor_name(module, part)] for part in (A0, B0))
             changed.get_submodule(module).weight.sub_(b @ a, alpha=1.5)
@@ -45,7 +45,7 @@ def test_pissa_is_lora_on_the_base_less_its_beginning(small: Base) -> None:
 
 def test_weight_decay_leaves_the_frozen_half_alone(small: Base) -> None:
     spec = spec_of(method="pissa", weight_decay=0.5)
-    with attached(loaded(small), spec, small.folder) as tuned:
+    with attach_adapter(loaded(small), spec, small.folder) as tuned:
         frozen = {name: tensor.clone() for name, tensor in tuned.state.items()}
         trainable = {name: weight.detach().clone() for name, weight in tuned.weights.items()}
         learn(tuned, spec)
@@ -57,7 +57,7 @@ def test_weight_decay_leaves_the_frozen_half_alone(small: Base) -> None:
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_begins_with_nearly_the_best_approximation(small: Base, method: str, quantization: str) -> None:
     model, originals = loaded(small, quantization), loaded(small)
-    with attached(model, spec_of(method=method, rslora=True), small.folder) as tuned:
+    with attach_adapter(model, spec_of(method=method, rslora=True), small.folder) as tuned:
         for module in modules_of(tuned.weights):
             a, b = (tuned.weights[tensor_name(module, part)] for part in ("lora_A.weight", "lora_B.weight"))
             weight = model.get_submodule(module).linear.weight
@@ -68,8 +68,8 @@ def test_begins_with_nearly_the_best_approximation(small: Base, method: str, qua
 
 
 def test_loftq_changes_what_training_begins_with_alone(small: Base) -> None:
-    with attached(loaded(small, "nf4"), spec_of(method="loftq"), small.folder) as tuned:
-        assert not tuned.state and not tuned.rates
+    with attach_adapter(loaded(small, "nf4"), spec_of(method="loftq"), small.folder) as tuned:
+        assert not tuned.state and not tuned.lr_factors
 
 
 def test_loftq_begins_plainly_where_nothing_was_lost(small: Base) -> None:
@@ -80,10 +80,10 @@ def test_loftq_begins_plainly_where_nothing_was_lost(small: Base) -> None:
 
 def test_loftq_needs_a_quantized_base_and_its_files(small: Base, tmp_path: Path) -> None:
     whole, spec = loaded(small, dtype=torch.bfloat16), spec_of(method="loftq")
-    with pytest.raises(AdapterInvalid, match="all its bits") as refused, attached(whole, spec, small.folder):
+    with pytest.raises(AdapterInvalid, match="all its bits") as refused, attach_adapter(whole, spec, small.folder):
         pass
     assert refused.value.param == "method"
-    with pytest.raises(BaseUnusable), attached(loaded(small, "nf4"), spec_of(method="loftq"), tmp_path):
+    with pytest.raises(BaseUnusable), attach_adapter(loaded(small, "nf4"), spec_of(method="loftq"), tmp_path):
         pass
 
 
@@ -92,7 +92,7 @@ def test_refuses_a_rank_above_the_singular_values(small: Base, method: str) -> N
     model, spec = loaded(small, "int8"), spec_of(method=method, rank=33)
     with (
         pytest.raises(AdapterInvalid, match=r"k_proj.* 32 singular values") as refused,
-        attached(model, spec, small.folder),
+        attach_adapter(model, spec, small.folder),
     ):
         pass
     assert refused.value.param == "rank"

@@ -26,7 +26,7 @@ from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.registry import Registry, adapters, api_keys, migrate, tenants
 from loramill.serve.api.app import build_api
-from loramill.serve.protocol import Backend, TextChunk, TextRequest
+from loramill.serve.protocol import GenerationBackend, TextChunk, TextRequest
 from loramill.serve.replica.fake import EchoBackend
 from loramill.settings import Settings
 from loramill.types import VersionRecord
@@ -55,7 +55,7 @@ class Switch:
     """Passes everything on to the backend that the current test wants."""
 
     def __init__(self) -> None:
-        self.now: Backend = EchoBackend()
+        self.now: GenerationBackend = EchoBackend()
 
     def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:
         return self.now.generate(request)
@@ -92,7 +92,7 @@ class Site:
         """Records a version, without a job; returns its id."""
         version = hashlib.sha256(content.encode()).hexdigest()
         with self.registry.writing() as session:
-            adapters.ensure(session, AdapterName.parse(adapter))
+            adapters.get_or_create(session, AdapterName.parse(adapter))
             record = VersionRecord(
                 id=version, adapter=adapter, job=None, base=self.base.fingerprint, bytes=1, created_at=time.time()
             )

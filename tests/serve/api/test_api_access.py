@@ -18,10 +18,10 @@ from loramill.serve.api.middleware import access_log
 def folder(tmp_path: Path) -> Iterator[Path]:
     """A folder that this process writes its access log into."""
     propagate = access_log.log.propagate
-    access_log.open_file(tmp_path)
+    access_log.open_access_log(tmp_path)
     yield tmp_path
     for handler in list(access_log.log.handlers):
-        if isinstance(handler, access_log.SharedFile):
+        if isinstance(handler, access_log.SharedLogFile):
             access_log.log.removeHandler(handler)
             handler.close()
     access_log.log.propagate = propagate
@@ -60,7 +60,7 @@ def test_every_request_is_found_by_the_id_of_its_answer(
 def test_a_probe_is_logged_only_where_it_fails(folder: Path, http: httpx.Client) -> None:
     for path in ("/healthz", "/health", "/readyz"):
         assert http.get(path).status_code == 200
-    access_log.note(request="r", tenant=None, method="GET", path="/readyz", status=503, seconds=0.1)
+    access_log.log_request(request_id="r", tenant=None, method="GET", path="/readyz", status=503, seconds=0.1)
     assert [line["status"] for line in lines(folder)] == [503]
 
 
@@ -68,8 +68,8 @@ def test_a_full_file_is_moved_by_one_of_the_gateways_that_share_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(access_log, "FILE_BYTES", 1000)
-    access_log.open_file(folder)  # as a second gateway's
-    first, second = (each for each in access_log.log.handlers if isinstance(each, access_log.SharedFile))
+    access_log.open_access_log(folder)  # as a second gateway's
+    first, second = (each for each in access_log.log.handlers if isinstance(each, access_log.SharedLogFile))
     for number in range(30):
         record = logging.LogRecord("loramill.access", logging.INFO, "", 0, f"{number:090}", None, None)
         (first if number % 2 else second).emit(record)
@@ -84,7 +84,7 @@ def test_a_file_that_can_not_be_written_costs_no_request(
     def full(_: logging.Handler, __: logging.LogRecord) -> None:
         raise OSError(28, "No space left on device")
 
-    [handler] = (each for each in access_log.log.handlers if isinstance(each, access_log.SharedFile))
+    [handler] = (each for each in access_log.log.handlers if isinstance(each, access_log.SharedLogFile))
     monkeypatch.setattr(handler, "format", lambda record: full(handler, record))
     assert [http.get("/v1/models").status_code for _ in range(3)] == [200] * 3
     said = [record.getMessage() for record in caplog.records if record.name == "loramill.gateway"]

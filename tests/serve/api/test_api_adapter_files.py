@@ -11,7 +11,7 @@ import pytest
 
 from loramill.names import AdapterName
 from loramill.registry import datasets, jobs
-from loramill.registry.artifacts.manifest import Entry, Manifest
+from loramill.registry.artifacts.manifest import Manifest, ManifestEntry
 from loramill.types import JobSpec, VersionRecord
 
 FILES = {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": bytes(range(256)) * 9000}
@@ -38,12 +38,12 @@ def test_every_file_arrives_as_it_was_stored(http: httpx.Client, site: Any, tena
     version = published(site, name, FILES | {"who": tenant.encode()})
     listed = http.get(f"/v1/adapters/{name}/files").json()
     assert (listed["object"], listed["adapter"], listed["version"]) == ("adapter.files", name, version)
-    entries = {file: Entry(**entry) for file, entry in listed["files"].items()}
+    entries = {file: ManifestEntry(**entry) for file, entry in listed["files"].items()}
     assert Manifest(entries).hash == version == listed["artifact"]
     for file, content in FILES.items():
         answer = http.get(f"/v1/adapters/{name}/files/{file}")
         assert (answer.status_code, answer.content) == (200, content)
-        assert entries[file] == Entry(hashlib.sha256(content).hexdigest(), len(content))
+        assert entries[file] == ManifestEntry(hashlib.sha256(content).hexdigest(), len(content))
     second = published(site, name, {"who": b"second " + tenant.encode()})
     for selector, expected in (("champion", version), ("challenger", second), (second[:9], second)):
         assert http.get(f"/v1/adapters/{name}/files", params={"version": selector}).json()["version"] == expected

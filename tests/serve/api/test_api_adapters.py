@@ -88,7 +88,7 @@ def test_data_for_the_next_night(
         refused = http.post(path, json=body)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
     with site.registry.reading() as session:
-        waiting = [data for data in nightly.pending(session) if data.adapter == f"{tenant}/support"]
+        waiting = [data for data in nightly.pending_data(session) if data.adapter == f"{tenant}/support"]
     assert len(waiting) == 1
 
 

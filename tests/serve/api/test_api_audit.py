@@ -167,7 +167,7 @@ def _content(stage: Stage) -> str:
 
 def _rows(site: Any) -> list[AuditRecord]:
     with site.registry.reading() as session:
-        return audit.list_of(session, None, limit=10_000)
+        return audit.list_changes(session, None, limit=10_000)
 
 
 def test_nothing_that_changes_something_is_left_out(endpoints: list[tuple[str, str]]) -> None:

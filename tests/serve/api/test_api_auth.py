@@ -166,7 +166,7 @@ def test_a_tenant_is_no_admin(http: httpx.Client, tenant: str, other: str) -> No
 
 def test_caller_decides_by_value() -> None:
     tenant, admin, acting = Caller("k", False, "a"), Caller("k", True, None), Caller("k", True, "a")
-    assert (tenant.acting(), acting.acting()) == ("a", "a")
+    assert (tenant.require_tenant(), acting.require_tenant()) == ("a", "a")
     tenant.check_adapter("a")
     admin.check_adapter("b")
     acting.check_adapter("b")

@@ -84,7 +84,7 @@ def test_what_was_submitted_is_not_submitted_again(
 
 def test_a_quota_stops_all(http: httpx.Client, site: Any, client: OpenAI, tenant: str, file: str) -> None:
     with site.registry.writing() as session:
-        tenants.set_share(session, tenant, max_queued=2)
+        tenants.set_fair_share(session, tenant, max_queued=2)
     submitted, data = sent(http, job(file), job(file), job(file))
     assert not submitted and [bool(entry["error"]) for entry in data] == [False, False, True]
     assert data[2]["error"]["code"] == "quota_exceeded"
@@ -118,4 +118,4 @@ def test_a_file_is_read_once(http: httpx.Client, site: Any, file: str, monkeypat
     assert sent(http, *(job(file) for _ in range(30)))[0]
     assert len(read) <= 1
     with site.registry.reading() as session:
-        assert jobs.list_of(session, tenant=None, limit=1)[0].status is JobStatus.QUEUED
+        assert jobs.list_jobs(session, tenant=None, limit=1)[0].status is JobStatus.QUEUED

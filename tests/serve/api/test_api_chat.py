@@ -274,4 +274,4 @@ def test_fifty_at_once(site: Any, tenant: str, echo: EchoBackend) -> None:
             return await asyncio.gather(*(ask(number) for number in range(50)))
 
     assert asyncio.run(ask_all()) == [f"this is {number}" for number in range(50)]
-    assert not echo.open
+    assert not echo.active

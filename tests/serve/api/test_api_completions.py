@@ -56,20 +56,20 @@ class Counting(EchoBackend):
 
     async def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
         async for chunk in super().generate(request):
-            self.most = max(self.most, len(self.open))
+            self.most = max(self.most, len(self.active))
             yield chunk
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_many_prompts_are_no_flood(site: Any, client: OpenAI, stream: bool) -> None:
-    site.backend.now = backend = Counting(seconds_a_token=0.001)
+    site.backend.now = backend = Counting(seconds_per_token=0.001)
     answer = client.completions.create(model="tiny", prompt=[f"a b {n}" for n in range(40)], stream=stream)
     chunks = [choice for part in answer for choice in part.choices] if stream else answer.choices
     texts: dict[int, str] = defaultdict(str)
     for chunk in chunks:
         texts[chunk.index] += chunk.text
     assert texts == {n: f"a b {n}" for n in range(40)}
-    assert backend.most == 16 and not backend.open
+    assert backend.most == 16 and not backend.active
 
 
 def test_several_prompts_with_several_answers(client: OpenAI, echo: EchoBackend) -> None:

@@ -212,7 +212,7 @@ def test_a_tenant_shows_how_many_of_its_jobs_run_and_wait(site: Any, tenant: str
     with site.registry.writing() as session:
         session.get_one(JobRow, made[0]).status = JobStatus.RUNNING
         jobs.pause(session, made[1])
-        assert tenants.load(session)[tenant] == (1, 2)
+        assert tenants.job_counts(session)[tenant] == (1, 2)
     with site.http(site.admin_key) as admin:
         [listed] = [row for row in admin.get("/v1/tenants").json()["data"] if row["name"] == tenant]
         assert (listed["running"], listed["waiting"]) == (1, 2)

@@ -12,7 +12,7 @@ import pytest
 from loramill.errors import Unavailable
 from loramill.registry import Registry, migrate
 from loramill.serve.api.app import build_api
-from loramill.serve.api.middleware.request_id import JSON_BYTES
+from loramill.serve.api.middleware.request_id import MAX_JSON_BYTES
 from loramill.serve.api.routes import health
 from loramill.serve.protocol import TextChunk, TextRequest
 from loramill.serve.replica.fake import EchoBackend
@@ -121,7 +121,7 @@ def test_the_unforeseen_is_logged_under_its_request_id_and_not_told(
 
 
 def test_json_bodies_are_bounded(http: httpx.Client) -> None:
-    body = {"model": "tiny", "prompt": "x" * JSON_BYTES}
+    body = {"model": "tiny", "prompt": "x" * MAX_JSON_BYTES}
     response = http.post("/v1/completions", json=body)
     assert response.status_code == 413 and "16 MiB" in response.json()["error"]["message"]
     assert http.get("/v1/models").status_code == 200

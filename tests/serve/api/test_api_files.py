@@ -151,7 +151,7 @@ def test_a_file_that_a_night_needs_stays(
     with pytest.raises(openai.ConflictError):
         client.files.delete(train)
     with site.registry.writing() as session:
-        nightly.finish(session, night.id)
+        nightly.finish_run(session, night.id)
     assert client.files.delete(train).deleted and client.files.delete(valid).deleted
 
 

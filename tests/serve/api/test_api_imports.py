@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loramill.client import Client
 from loramill.errors import InvalidRequest
 from loramill.kernels.peft_folder import read_adapter
-from loramill.models.catalog import modules_of
+from loramill.models.catalog import base_modules
 from loramill.registry import tenants
 from loramill.types import Limits
 
@@ -76,7 +76,7 @@ def test_other_spellings_are_stored_in_one_normal_form(http: httpx.Client, site:
     assert configs[0] == configs[1]
     assert configs[0]["target_modules"] == ["q_proj", "v_proj"]
     assert load(files[0]).keys() == weights().keys()
-    deltas = read_adapter(folders[1], modules_of(site.base))
+    deltas = read_adapter(folders[1], base_modules(site.base))
     assert {delta.scale for delta in deltas.values()} == {4.0}
     q = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
     assert torch.equal(deltas["model.layers.1.self_attn.q_proj"].b, weights()[q])
@@ -94,7 +94,7 @@ def test_ranks_scales_and_layers_of_its_own_are_kept(http: httpx.Client, site: A
     tensors |= {f"{q}A.weight": torch.ones(3, 32), f"{q}B.weight": torch.ones(32, 3)}
     answer = http.post(f"/v1/adapters/{tenant}/orders/import", files=form(own, tensors))
     folder = site.registry.artifacts.fetch(answer.json()["version"])
-    scales = {name[13:]: delta.scale for name, delta in read_adapter(folder, modules_of(site.base)).items()}
+    scales = {name[13:]: delta.scale for name, delta in read_adapter(folder, base_modules(site.base)).items()}
     assert scales == pytest.approx(
         {"0.self_attn.q_proj": 5.3 / 2**0.5, "1.self_attn.q_proj": 8 / 3**0.5, "1.self_attn.v_proj": 8 / 2**0.5}
     )

@@ -39,7 +39,7 @@ def test_create_with_autos(client: OpenAI, site: Any, tenant: str, file: str, va
     spec = own["spec"]
     assert (spec["base"], spec["rank"], spec["learning_rate"]) == (site.base.fingerprint, 16, 1e-3)
     assert (spec["max_length"], spec["targets"], spec["start_from"]) == (512, list(TARGETS), None)
-    assert (spec["learn"], spec["epochs"], spec["alpha"]) == ("all", 6, 32.0)
+    assert (spec["train_on"], spec["epochs"], spec["alpha"]) == ("all", 6, 32.0)
     assert client.fine_tuning.jobs.retrieve(job.id) == job
 
 
@@ -85,10 +85,10 @@ def test_epochs_are_shown_as_they_were_asked_for(client: OpenAI, jsonl: Any, bat
 
 
 def test_the_last_answer_alone_and_a_rank_by_itself(client: OpenAI, file: str) -> None:
-    extra = {"loramill": {"learn": "last", "rank": 4, "rank_pattern": {"q_proj": 2}}}
+    extra = {"loramill": {"train_on": "last", "rank": 4, "rank_pattern": {"q_proj": 2}}}
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file, extra_body=extra)
     spec = job.loramill["spec"]  # type: ignore[attr-defined]
-    assert (spec["learn"], spec["rank"], spec["alpha"]) == ("only_last", 4, 8.0)
+    assert (spec["train_on"], spec["rank"], spec["alpha"]) == ("only_last", 4, 8.0)
     assert spec["alpha_pattern"] == {"q_proj": 4.0}
 
 

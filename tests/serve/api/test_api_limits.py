@@ -17,7 +17,7 @@ from loramill.errors import ContextLengthExceeded, Unavailable
 from loramill.registry import Registry, api_keys, tenants, usage
 from loramill.serve.protocol import TextChunk, TextRequest
 from loramill.serve.replica.fake import EchoBackend
-from loramill.types import Limits, Meter
+from loramill.types import Limits, RateWindow
 
 HELLO: Any = [{"role": "user", "content": "one two three"}]
 _HEADERS = {f"x-ratelimit-{name}-{kind}" for name in ("limit", "remaining", "reset") for kind in ("requests", "tokens")}
@@ -233,15 +233,15 @@ def test_what_ran_on_a_killed_gateway_runs_no_more(site: Any, tenant: str, limit
     def write(ago: float) -> None:
         now = time.time()
         with site.registry.writing() as session:
-            meters = {tenant: Meter(int(now // 60), requests=1, running=1)}
-            usage.write(session, f"killed-{tenant}", 1, {}, meters, now=now - ago)
+            meters = {tenant: RateWindow(int(now // 60), requests=1, running_requests=1)}
+            usage.record_batch(session, f"killed-{tenant}", 1, {}, meters, now=now - ago)
         time.sleep(0.7)
 
     with site.openai(site.key(tenant)) as client:
         write(ago=0.0)
         with pytest.raises(openai.RateLimitError):
             ask(client)
-        write(ago=usage.SILENT)
+        write(ago=usage.SILENT_SECONDS)
         assert ask(client).status_code == 200
 
 

@@ -15,12 +15,12 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from loramill.errors import Overloaded, QuotaExceeded, Unavailable
-from loramill.serve.api.dependencies import Served
+from loramill.serve.api.dependencies import ServedBase
 from loramill.serve.api.generation import metrics as watch
 from loramill.serve.api.generation.admission import admit
 from loramill.serve.api.generation.model_lookup import Target
-from loramill.serve.api.limits.tracker import Books
-from loramill.serve.metrics.definitions import ADMIN, OTHER, Bounded
+from loramill.serve.api.limits.tracker import UsageTracker
+from loramill.serve.metrics.definitions import ADMIN_LABEL, OTHER_LABEL, BoundedLabels
 from loramill.serve.protocol import TextChunk, TextRequest
 from loramill.serve.replica.fake import EchoBackend
 
@@ -57,8 +57,8 @@ def see(site: Any) -> Iterator[Callable[[], Seen]]:
 @pytest.fixture(autouse=True)
 def fresh_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests' tenants have taken labels already."""
-    monkeypatch.setattr(watch, "_tenant_label", Bounded(10))
-    monkeypatch.setattr(watch, "_adapter_label", Bounded(10))
+    monkeypatch.setattr(watch, "_tenant_label", BoundedLabels(10))
+    monkeypatch.setattr(watch, "_adapter_label", BoundedLabels(10))
 
 
 class Answering(EchoBackend):
@@ -123,7 +123,7 @@ def test_several_answers(client: OpenAI, tenant: str, see: Any) -> None:
 
 
 def test_time_is_measured(client: OpenAI, site: Any, tenant: str, see: Any) -> None:
-    site.backend.now = EchoBackend(seconds_a_token=0.05)
+    site.backend.now = EchoBackend(seconds_per_token=0.05)
     client.chat.completions.create(model="tiny", messages=HELLO)
     seen = see()
     # A chunk that is seen late makes the gap behind it shorter, and a timer may fire a millisecond early.
@@ -165,7 +165,7 @@ def test_an_admin_has_a_label_of_its_own(admin: OpenAI, site: Any, tenant: str, 
     for model in ("tiny", f"{tenant}/support"):
         admin.chat.completions.create(model=model, messages=HELLO)
     seen = see()
-    base = {"tenant": ADMIN, "adapter": "tiny"}
+    base = {"tenant": ADMIN_LABEL, "adapter": "tiny"}
     assert seen("requests_total", **base) == before("requests_total", **base) + 1
     assert seen("requests_total", tenant=tenant, adapter=f"{tenant}/support") == 1
 
@@ -173,15 +173,18 @@ def test_an_admin_has_a_label_of_its_own(admin: OpenAI, site: Any, tenant: str, 
 def test_further_tenants_and_adapters_share_a_label(
     site: Any, tenant: str, other: str, see: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "_tenant_label", Bounded(1))
-    monkeypatch.setattr(watch, "_adapter_label", Bounded(1))
+    monkeypatch.setattr(watch, "_tenant_label", BoundedLabels(1))
+    monkeypatch.setattr(watch, "_adapter_label", BoundedLabels(1))
     before = see()
     for name in (tenant, other, tenant):
         site.publish(f"{name}/support", name)
         site.openai(site.key(name)).chat.completions.create(model=f"{name}/support", messages=HELLO)
     seen = see()
     assert seen("requests_total", tenant=tenant, adapter=f"{tenant}/support") == 2
-    assert seen("requests_total", tenant=OTHER, adapter=OTHER) == before("requests_total", tenant=OTHER) + 1
+    assert (
+        seen("requests_total", tenant=OTHER_LABEL, adapter=OTHER_LABEL)
+        == before("requests_total", tenant=OTHER_LABEL) + 1
+    )
     assert other not in seen.text
 
 
@@ -217,7 +220,7 @@ def test_refused_at_admission(
     def refuse(*_: object) -> Any:
         raise QuotaExceeded("too many a minute")
 
-    monkeypatch.setattr(Books, "enter", refuse)
+    monkeypatch.setattr(UsageTracker, "enter", refuse)
     with pytest.raises(openai.RateLimitError):
         client.chat.completions.create(model="tiny", messages=HELLO)
     seen = see()
@@ -240,7 +243,7 @@ def test_lost_in_mid_stream_is_an_error_but_no_refusal(client: OpenAI, site: Any
 def test_a_caller_who_goes_away(
     client: OpenAI, site: Any, tenant: str, see: Any, echo: EchoBackend, stream: bool
 ) -> None:
-    site.backend.now = slow = EchoBackend(seconds_a_token=0.02)
+    site.backend.now = slow = EchoBackend(seconds_per_token=0.02)
     long: Any = [{"role": "user", "content": "word " * 2000}]
     if stream:
         with client.chat.completions.create(model="tiny", messages=long, stream=True) as chunks:
@@ -250,7 +253,7 @@ def test_a_caller_who_goes_away(
         with pytest.raises(openai.APITimeoutError):
             client.with_options(timeout=0.3).chat.completions.create(model="tiny", messages=long)
     deadline = time.monotonic() + 30
-    while slow.open and time.monotonic() < deadline:
+    while slow.active and time.monotonic() < deadline:
         time.sleep(0.01)
     seen = see()
     assert seen.codes(tenant) == {"499": 1}
@@ -275,8 +278,8 @@ def test_what_is_not_read_to_its_end_is_closed(site: Any, see: Any, read: int, c
                 open_.pop()
 
     async def leave() -> None:
-        target = Target("tiny", Served(site.base, Longwinded()), tenant, None, 0.0, "")  # type: ignore[arg-type]
-        here = SimpleNamespace(books=Books())
+        target = Target("tiny", ServedBase(site.base, Longwinded()), tenant, None, 0.0, "")  # type: ignore[arg-type]
+        here = SimpleNamespace(books=UsageTracker())
         chunks, _ = await admit(here, SimpleNamespace(limits=None), target, [TextRequest("1", tenant, prompt="a")])  # type: ignore[arg-type]
         for _ in range(read):
             await anext(chunks)

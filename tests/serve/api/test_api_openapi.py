@@ -26,7 +26,7 @@ from loramill.names import AdapterName
 from loramill.registry import adapters, datasets, jobs
 from loramill.serve.api.middleware.authentication import OPEN_PATHS
 from loramill.serve.api.openapi import operations
-from loramill.serve.api.readings import DATA
+from loramill.serve.api.readings import DATA_FILE
 from loramill.types import JobSpec, VersionRecord
 
 from .test_api_imports import form
@@ -66,12 +66,12 @@ def known(site: Any, tenant: str, jsonl: Any) -> dict[str, list[Any]]:
     """What there is to find, by the parameter that names it: a tenant with files, a job, an adapter of two versions."""
     name = AdapterName(tenant, "support")
     versions = [site.registry.artifacts.put({"a.bin": f"{tenant} {number}".encode()}) for number in range(2)]
-    data = site.registry.artifacts.put({DATA: jsonl(8, tenant)})
+    data = site.registry.artifacts.put({DATA_FILE: jsonl(8, tenant)})
     with site.registry.writing() as session:
         used, free = (datasets.create(session, tenant, f"{word}.jsonl", data, 1, 8).id for word in ("used", "free"))
         spec = JobSpec(base=site.base.fingerprint, adapter=str(name), train=used, steps=1, batch_size=1)
         job = jobs.submit(session, spec, {}).id
-        adapters.ensure(session, name)
+        adapters.get_or_create(session, name)
         for version in versions:
             made = {"id": version, "adapter": str(name), "base": spec.base, "bytes": 1, "created_at": time.time()}
             adapters.add_version(session, VersionRecord(**made, job=None))

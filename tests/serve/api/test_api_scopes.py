@@ -11,7 +11,7 @@ import pytest
 
 from loramill.registry import api_keys
 from loramill.serve.api.middleware.authentication import OPEN_PATHS
-from loramill.serve.api.middleware.scopes import accepted
+from loramill.serve.api.middleware.scopes import accepted_scopes
 from loramill.types import Scope
 
 HELLO: Any = [{"role": "user", "content": "hi"}]
@@ -79,7 +79,7 @@ def test_every_endpoint_is_in_the_table(site: Any, endpoints: list[tuple[str, st
 @pytest.mark.parametrize(("endpoint", "scopes"), TABLE.items())
 def test_the_scopes_of_an_endpoint(endpoint: str, scopes: tuple[Scope, ...]) -> None:
     method, _, path = endpoint.partition(" ")
-    assert accepted(method, path.replace("*", "x")) == scopes
+    assert accepted_scopes(method, path.replace("*", "x")) == scopes
 
 
 def test_a_key_with_a_scope_does_that_and_names_what_it_lacks(site: Any, tenant: str, jsonl: Any) -> None:

@@ -16,7 +16,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from loramill.errors import ContextLengthExceeded, LoramillError, Overloaded, Unavailable
-from loramill.serve.api.generation.streaming import EventStream, generate
+from loramill.serve.api.generation.streaming import EventStreamResponse, generate
 from loramill.serve.protocol import TextChunk, TextRequest
 from loramill.serve.replica.fake import EchoBackend
 
@@ -156,7 +156,7 @@ def test_error_before_the_first_chunk_has_its_status(
         assert caught.value.status_code == error.status and error.message in caught.value.message
     if code in ("overloaded", "unavailable"):
         assert caught.value.response.headers["retry-after"] == "1"
-    assert not backend.open
+    assert not backend.active
 
 
 @pytest.mark.parametrize("error", [Unavailable("the engine was lost"), RuntimeError("secret detail")])
@@ -174,7 +174,7 @@ def test_error_in_mid_stream_is_an_event_and_the_end(
     body = {"model": "tiny", "messages": HELLO, "stream": True}
     events = http.post("/v1/chat/completions", json=body).text.split("\n\n")
     assert list(json.loads(events[-2].removeprefix("data: "))) == ["error"]
-    assert not backend.open
+    assert not backend.active
 
 
 def test_error_after_chunks_without_a_stream_has_its_status(client: OpenAI, site: Any) -> None:
@@ -186,19 +186,19 @@ def test_error_after_chunks_without_a_stream_has_its_status(client: OpenAI, site
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_who_leaves_a_stream_ends_the_generation(client: OpenAI, site: Any, n: int) -> None:
-    site.backend.now = backend = EchoBackend(seconds_a_token=0.02)
+    site.backend.now = backend = EchoBackend(seconds_per_token=0.02)
     stream = client.chat.completions.create(model="tiny", messages=LONG, stream=True, n=n)
     next(iter(stream))
-    assert len(backend.open) == n
+    assert len(backend.active) == n
     stream.close()
-    wait_until(lambda: not backend.open)
+    wait_until(lambda: not backend.active)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n", [1, 3])
 def test_who_leaves_while_nothing_has_come_ends_the_generation(site: Any, tenant: str, stream: bool, n: int) -> None:
     # Streaming, the first token never comes; otherwise they come, but the whole answer never does.
-    site.backend.now = backend = EchoBackend(seconds_a_token=600 if stream else 0.02)
+    site.backend.now = backend = EchoBackend(seconds_per_token=600 if stream else 0.02)
     body = json.dumps({"model": "tiny", "messages": LONG, "stream": stream, "n": n}).encode()
     address = httpx.URL(site.url)
     with socket.create_connection((address.host, address.port)) as connection:
@@ -206,12 +206,12 @@ def test_who_leaves_while_nothing_has_come_ends_the_generation(site: Any, tenant
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"
             b"authorization: Bearer %s\r\ncontent-length: %d\r\n\r\n" % (site.key(tenant).encode(), len(body)) + body
         )
-        wait_until(lambda: len(backend.open) == n)
-    wait_until(lambda: not backend.open)
+        wait_until(lambda: len(backend.active) == n)
+    wait_until(lambda: not backend.active)
 
 
 def test_a_slow_stream_holds_nobody_up(client: OpenAI, site: Any) -> None:
-    site.backend.now = EchoBackend(seconds_a_token=0.02)
+    site.backend.now = EchoBackend(seconds_per_token=0.02)
     slow = client.chat.completions.create(model="tiny", messages=LONG, stream=True)
     next(iter(slow))
     site.backend.now = EchoBackend()
@@ -241,9 +241,9 @@ def test_closing_ends_what_is_ready_but_not_taken(n: int) -> None:
         backend = Keeping()
         chunks = generate(backend, _requests(n))
         await anext(chunks)
-        assert len(backend.open) == n
+        assert len(backend.active) == n
         await chunks.aclose()
-        assert not backend.open
+        assert not backend.active
 
     asyncio.run(take_one())
 
@@ -267,7 +267,7 @@ def test_who_leaves_without_having_read_ends_the_generation() -> None:
             return {"type": "http.disconnect"}
 
         scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
-        await EventStream(lines(), chunks, {})(scope, receive, send)
-        assert len(backend.requests) == 1 and not backend.open
+        await EventStreamResponse(lines(), chunks, {})(scope, receive, send)
+        assert len(backend.requests) == 1 and not backend.active
 
     asyncio.run(leave())

@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from loramill.serve.protocol import Form
+from loramill.serve.protocol import OutputConstraint
 from loramill.serve.replica.fake import EchoBackend
 
 PARAMETERS = {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]}
@@ -54,7 +54,7 @@ def test_calls_are_those_of_the_message(client: OpenAI, echo: EchoBackend) -> No
         {"type": "function", "function": told_of},
         {"type": "function", "function": {"name": "now", "parameters": NO_ARGUMENTS}},
     )
-    assert (asked.form, asked.stop) == (None, ())
+    assert (asked.constraint, asked.stop) == (None, ())
 
 
 @pytest.mark.parametrize(
@@ -181,23 +181,28 @@ def test_one_call_at_a_time(client: OpenAI, echo: EchoBackend, stream: bool) -> 
         ({"tool_choice": "auto"}, None),
         (
             {"tool_choice": "required"},
-            Form("tools", None, {"weather": PARAMETERS, "now": NO_ARGUMENTS}, several=True),
+            OutputConstraint("tools", None, {"weather": PARAMETERS, "now": NO_ARGUMENTS}, parallel_tool_calls=True),
         ),
         (
             {"tool_choice": "required", "parallel_tool_calls": False},
-            Form("tools", None, {"weather": PARAMETERS, "now": NO_ARGUMENTS}),
+            OutputConstraint("tools", None, {"weather": PARAMETERS, "now": NO_ARGUMENTS}),
         ),
         (
             {"tool_choice": {"type": "function", "function": {"name": "weather"}}},
-            Form("tools", None, {"weather": PARAMETERS}),
+            OutputConstraint("tools", None, {"weather": PARAMETERS}),
         ),
         (
             {"response_format": {"type": "json_object"}},
-            Form("response_format", {"type": "object"}, {"weather": PARAMETERS, "now": NO_ARGUMENTS}, several=True),
+            OutputConstraint(
+                "response_format",
+                {"type": "object"},
+                {"weather": PARAMETERS, "now": NO_ARGUMENTS},
+                parallel_tool_calls=True,
+            ),
         ),
         (
             {"response_format": {"type": "json_object"}, "tool_choice": "none"},
-            Form("response_format", {"type": "object"}),
+            OutputConstraint("response_format", {"type": "object"}),
         ),
         (
             {
@@ -207,17 +212,19 @@ def test_one_call_at_a_time(client: OpenAI, echo: EchoBackend, stream: bool) -> 
                 },
                 "tool_choice": "none",
             },
-            Form("response_format", {"enum": [1]}),
+            OutputConstraint("response_format", {"enum": [1]}),
         ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}, "tool_choice": "none"},
-            Form("response_format", {"type": "object"}),
+            OutputConstraint("response_format", {"type": "object"}),
         ),
     ],
 )
-def test_what_the_answer_is_held_to(client: OpenAI, echo: EchoBackend, asked: Any, form: Form | None) -> None:
+def test_what_the_answer_is_held_to(
+    client: OpenAI, echo: EchoBackend, asked: Any, form: OutputConstraint | None
+) -> None:
     ask(client, OSLO, **asked)
-    assert echo.requests[0].form == form
+    assert echo.requests[0].constraint == form
     assert echo.requests[0].stop == ()
 
 

@@ -58,7 +58,7 @@ LINES: dict[str, dict[str, Any]] = {
 def test_every_answer_follows_the_prompt_that_the_endpoint_renders(tokenizer: ChatTokenizer, kind: str) -> None:
     line = LINES[kind]
     (example,) = read_examples(json.dumps(line).encode(), "train.jsonl").examples
-    spans = [(each, span) for each in tokenizer.example(example).sequences for span in each.spans]
+    spans = [(each, span) for each in tokenizer.encode_example(example).sequences for span in each.spans]
     assert len(spans) == len(example.answers)
     for index, (sequence, span) in zip(example.answers, spans, strict=True):
         if not index:  # nothing can be asked before a greeting
@@ -66,6 +66,6 @@ def test_every_answer_follows_the_prompt_that_the_endpoint_renders(tokenizer: Ch
         request = ChatRequest.model_validate(
             {"model": "m", "messages": line["messages"][:index], "tools": line.get("tools", [])}
         )
-        messages = [message.message() for message in request.messages]
-        served = tokenizer.prompt(messages, [tool.told() for tool in request.usable_tools])
+        messages = [message.to_template() for message in request.messages]
+        served = tokenizer.encode_chat(messages, [tool.to_template() for tool in request.usable_tools])
         assert list(sequence.tokens[: span.start]) == served

@@ -13,7 +13,7 @@ from openai import OpenAI
 
 from loramill.errors import Unavailable
 from loramill.registry import Registry, api_keys, migrate, tenants, usage
-from loramill.registry.usage import Count, Item
+from loramill.registry.usage import UsageCount, UsageItem
 from loramill.serve.api.app import build_api
 from loramill.serve.api.limits import flush as metering
 from loramill.serve.replica.fake import EchoBackend
@@ -48,7 +48,7 @@ def test_usage_is_what_the_answers_said(site: Any, client: OpenAI, tenant: str) 
 
 
 def test_what_was_refused_is_not_counted_and_what_was_left_is(site: Any, http: httpx.Client, tenant: str) -> None:
-    site.backend.now = EchoBackend(seconds_a_token=0.05)
+    site.backend.now = EchoBackend(seconds_per_token=0.05)
     body = {"model": "tiny", "messages": [{"role": "user", "content": "w " * 200}], "stream": True}
     with http.stream("POST", "/v1/chat/completions", json=body) as answer:
         for number, _ in enumerate(answer.iter_lines()):
@@ -79,9 +79,9 @@ def test_the_engine_is_told_the_tenant(site: Any, tenant: str, other: str, echo:
 def test_usage_by_day(site: Any, http: httpx.Client, tenant: str, other: str) -> None:
     today = datetime.now(UTC).date()
     days = [(today - timedelta(back)).isoformat() for back in (0, 29, 30, 400)]
-    counts = {Item(name, day, "tiny", ""): Count(1, 2, 3) for name in (tenant, other) for day in days}
+    counts = {UsageItem(name, day, "tiny", ""): UsageCount(1, 2, 3) for name in (tenant, other) for day in days}
     with site.registry.writing() as session:
-        usage.write(session, f"test-{tenant}", 1, counts, {}, now=time.time())
+        usage.record_batch(session, f"test-{tenant}", 1, counts, {}, now=time.time())
 
     def shown(http: httpx.Client, **query: str) -> list[str]:
         found = http.get("/v1/usage", params=query).json()["data"]
@@ -111,7 +111,7 @@ def test_the_last_page_is_written_at_the_end_and_a_failed_one_later(
     app = build_api(
         registry=registry, base=site.base, tokenizer=site.tokenizer, backend=EchoBackend(), settings=site.settings
     )
-    exchange, failures = metering._exchange, []
+    exchange, failures = metering._write_and_read_peers, []
 
     def failing(written: Registry, gateway: str, page: Any) -> Any:
         # The other tests' gateway keeps its books in this process, too.

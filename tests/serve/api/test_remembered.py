@@ -12,7 +12,7 @@ import pytest
 
 from loramill.errors import Unauthenticated, Unavailable
 from loramill.serve.api import cache
-from loramill.serve.api.cache import SECONDS, Remembered
+from loramill.serve.api.cache import TTL_SECONDS, ReadThroughCache
 
 
 class Record:
@@ -55,8 +55,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return go
 
 
-def view(record: Record, **options: Any) -> Remembered[str, str]:
-    return Remembered(record, record.read, **options)  # type: ignore[arg-type]
+def view(record: Record, **options: Any) -> ReadThroughCache[str, str]:
+    return ReadThroughCache(record, record.read, **options)  # type: ignore[arg-type]
 
 
 def test_an_answer_holds_for_half_a_second(record: Record, clock: Callable[[float], None]) -> None:
@@ -64,10 +64,10 @@ def test_an_answer_holds_for_half_a_second(record: Record, clock: Callable[[floa
         known = view(record)
         assert await known.get("a") == "a old"
         record.word = "new"
-        clock(SECONDS * 0.99)
+        clock(TTL_SECONDS * 0.99)
         assert await known.get("a") == "a old"
         assert await known.get("b") == "b new"
-        clock(SECONDS * 0.02)
+        clock(TTL_SECONDS * 0.02)
         assert await known.get("a") == "a new"
         assert record.reads == ["a", "b", "a"]
 
@@ -141,7 +141,7 @@ def test_one_key_that_is_not_there_spoils_no_other(record: Record) -> None:
         return record.read(session, key)
 
     async def ask() -> None:
-        known: Remembered[str, str] = Remembered(record, read)  # type: ignore[arg-type]
+        known: ReadThroughCache[str, str] = ReadThroughCache(record, read)  # type: ignore[arg-type]
         answers = await asyncio.gather(*map(known.get, "abc"), return_exceptions=True)
         assert answers[::2] == ["a old", "c old"] and str(answers[1]) == "no b"
 
@@ -185,7 +185,7 @@ def test_what_is_old_is_not_told_when_the_record_is_away(record: Record, clock: 
         await known.get("a")
         record.error = Unavailable("away")
         assert await known.get("a") == "a old"
-        clock(SECONDS)
+        clock(TTL_SECONDS)
         with pytest.raises(Unavailable):
             await known.get("a")
 
@@ -212,7 +212,7 @@ def test_known_answers_stay_valid_during_an_outage_for_a_grace(
             await known.get("a")
         monkeypatch.setattr(record, "reading", Record.reading.__get__(record))
         record.word = "new"
-        clock(SECONDS)
+        clock(TTL_SECONDS)
         assert await known.get("a") == "a new"
 
     asyncio.run(ask())
@@ -227,7 +227,7 @@ def test_grace_does_not_outlast_own_changes_or_deletions(record: Record, clock: 
             await known.get("a")
         record.error = None
         assert await known.get("a") == "a old"
-        clock(SECONDS)
+        clock(TTL_SECONDS)
         record.error = Unauthenticated("revoked")
         with pytest.raises(Unauthenticated):
             await known.get("a")
@@ -252,7 +252,7 @@ def test_a_silent_database_is_waited_for_once(record: Record, monkeypatch: pytes
             waits.append(asyncio.get_running_loop().time() - began >= 0.05)
         assert waits[0] and not all(waits[1:])
         record.open.set()
-        while known._reading is not None and not known._reading.done():
+        while known._reader is not None and not known._reader.done():
             await asyncio.sleep(0.001)
         record.word = "new"
         assert await known.get("a") == "a new"

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 from loramill.errors import ModelNotFound
-from loramill.serve.engine import Engine, EngineConfig, Output, Request, Sampling
+from loramill.serve.engine import Engine, EngineConfig, Output, Request, SamplingParams
 from loramill.serve.model import Decoder, load_decoder
 
 from ...llama import tiny_llama, write_base
@@ -95,7 +95,7 @@ class Driver:
         self, id_: str, tokens, version=None, tenant="t", priority=0, timeout=None, mask=None, **sampling
     ) -> None:
         """The answers are `id_`, and `id_/1` … if there are several."""
-        asked = Sampling(**{"max_tokens": 12, **sampling})
+        asked = SamplingParams(**{"max_tokens": 12, **sampling})
         self.engine.submit(Request(id_, tenant, tuple(tokens), asked, version, priority, timeout, mask))
         self.answers |= {name(id_, index): Answer() for index in range(asked.n)}
 
@@ -116,11 +116,11 @@ class Driver:
         self.engine.check_integrity()
         self.steps.append(outputs)
         for output in outputs:
-            answer = self.answers[name(output.request, output.index)]
+            answer = self.answers[name(output.request_id, output.index)]
             assert answer.last is None, "an output after the last"
             answer.tokens += output.tokens
             answer.logprobs += output.logprobs
-            if output.finish:
+            if output.finish_reason:
                 answer.last = output
         return outputs
 

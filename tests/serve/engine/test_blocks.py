@@ -35,19 +35,19 @@ def test_a_key_is_of_the_version_and_of_all_tokens_before():
 def test_a_prefix_is_found_until_its_blocks_are_wanted():
     pool = BlockPool(4)
     keys = chain("v", [1], [2], [3])
-    blocks = pool.take(3)
+    blocks = pool.allocate(3)
     for block, key in zip(blocks, keys, strict=True):
-        pool.seal(block, key)
+        pool.cache(block, key)
     assert pool.match(keys) == blocks
-    pool.release(blocks)
+    pool.free(blocks)
     assert pool.available == 4
     assert pool.match(keys) == blocks
     assert pool.match(chain("w", [1])) == []
     # The free one goes first, then the end of the prefix.
-    pool.take(2)
+    pool.allocate(2)
     assert pool.match(keys) == blocks[:2]
     assert pool.needed(blocks[:2], 1) == 3 > pool.available
-    pool.hold(blocks[:2])
+    pool.incref(blocks[:2])
     assert pool.available == 0
     with pytest.raises(EngineFault):
         pool.check_integrity({})
@@ -55,13 +55,13 @@ def test_a_prefix_is_found_until_its_blocks_are_wanted():
 
 def test_the_first_block_of_a_key_is_the_one_that_is_shared():
     pool = BlockPool(2)
-    first, second = pool.take(2)
+    first, second = pool.allocate(2)
     key = root_key(None)
-    pool.seal(first, key)
-    pool.seal(second, key)
+    pool.cache(first, key)
+    pool.cache(second, key)
     assert pool.match([key]) == [first]
-    pool.release([second])
-    pool.release([first])
+    pool.free([second])
+    pool.free([first])
     assert pool.match([key]) == [first]
     pool.check_integrity({})
 
@@ -78,17 +78,17 @@ def test_no_block_is_lost_or_given_twice(count, events):
             more = number - len(shared)
             if pool.needed(shared, more) > pool.available:
                 continue
-            pool.hold(shared)
-            blocks = shared + pool.take(more)
+            pool.incref(shared)
+            blocks = shared + pool.allocate(more)
             assert len(set(blocks)) == number
             new = set(blocks[len(shared) :])
             assert not new & {block for other in held for block in other}
             for block, key in zip(blocks, keys, strict=True):
-                pool.seal(block, key)
+                pool.cache(block, key)
             held.append(blocks)
         elif held:
-            pool.release(held.pop(step % len(held)))
+            pool.free(held.pop(step % len(held)))
         pool.check_integrity(dict(Counter(block for blocks in held for block in blocks)))
     for blocks in held:
-        pool.release(blocks)
+        pool.free(blocks)
     assert pool.available == count

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from loramill.serve.engine import Finish
+from loramill.serve.engine import FinishReason
 from loramill.serve.model import Decoder
 
 from .conftest import LARGEST
@@ -136,7 +136,7 @@ def test_n_answers_share_the_prompt_and_have_seeds_of_their_own(drive, prompts):
     driver.step()
     driver.engine.cancel("it")
     driver.finish()
-    assert {answer.last.finish for answer in driver.answers.values()} == {Finish.CANCELLED}
+    assert {answer.last.finish for answer in driver.answers.values()} == {FinishReason.CANCELLED}
 
 
 def test_penalties_bias_and_min_tokens_reach_the_choice(drive, prompts, expected):
@@ -177,7 +177,7 @@ def test_echo_tells_the_prompt_and_its_log_probabilities(drive, prompts, expecte
     assert driver.answers["alone"].tokens == prompt
     assert len(driver.answers["alone"].logprobs) == len(prompt)
     assert driver.answers["one token"].tokens == prompt[:1]
-    assert driver.answers["one token"].last.finish == Finish.LENGTH
+    assert driver.answers["one token"].last.finish == FinishReason.LENGTH
 
 
 def test_a_high_priority_takes_the_place_of_a_low_one(drive, prompts, expected):
@@ -217,7 +217,7 @@ def test_a_stop_token_ends_the_answer_and_is_not_in_it(drive, prompts, expected)
     driver.submit("a", prompts[None], stop_ids=(stop,))
     driver.finish()
     assert driver.answers["a"].tokens == tokens[: tokens.index(stop)]
-    assert driver.answers["a"].last.finish == Finish.STOP
+    assert driver.answers["a"].last.finish == FinishReason.STOP
     assert driver.answers["a"].last.tokens == ()
 
 
@@ -239,7 +239,7 @@ def test_an_answer_is_capped_at_the_context_and_at_the_cache(drive):
     driver.submit("context", [1] * 250, max_tokens=100)
     driver.finish()
     assert len(driver.answers["context"].tokens) == 256 - 250
-    assert driver.answers["context"].last.finish == Finish.LENGTH
+    assert driver.answers["context"].last.finish == FinishReason.LENGTH
     small = drive(kv_tokens=48)
     small.submit("cache", [1] * 43, max_tokens=100)
     small.finish()

@@ -18,7 +18,7 @@ from loramill.errors import (
     Unavailable,
 )
 from loramill.registry.artifacts.store import ArtifactStore
-from loramill.serve.engine import EngineConfig, Finish, Request, Sampling
+from loramill.serve.engine import EngineConfig, FinishReason, Request, SamplingParams
 
 from ... import switched
 from .conftest import LARGEST
@@ -39,7 +39,7 @@ def test_a_request_whose_time_is_up_ends_alone(drive, adapters, prompts, expecte
     assert driver.engine.wait(20)
     driver.step()
     last = driver.answers["late"].last
-    assert (last.finish, type(last.error)) == (Finish.ERROR, DeadlineExceeded)
+    assert (last.finish, type(last.error)) == (FinishReason.ERROR, DeadlineExceeded)
     assert "0.05 seconds" in last.error.message
     gate.set()
     assert driver.finish()["patient"] == expected["lora"]
@@ -145,7 +145,7 @@ def test_an_id_serves_one_request_at_a_time(drive):
     driver = drive()
     driver.submit("a", [1])
     with pytest.raises(Conflict):
-        driver.engine.submit(Request("a", "t", (1,), Sampling(max_tokens=1)))
+        driver.engine.submit(Request("a", "t", (1,), SamplingParams(max_tokens=1)))
     driver.finish()
     driver.submit("a", [1])
     driver.finish()
@@ -166,10 +166,10 @@ def test_cancelling_frees_everything_and_says_so_once(drive, prompts):
     driver.finish()
     finishes = {id_: answer.last.finish for id_, answer in driver.answers.items()}
     assert finishes == {
-        "running": Finish.CANCELLED,
-        "other": Finish.LENGTH,
-        "waiting": Finish.CANCELLED,
-        "unseen": Finish.CANCELLED,
+        "running": FinishReason.CANCELLED,
+        "other": FinishReason.LENGTH,
+        "waiting": FinishReason.CANCELLED,
+        "unseen": FinishReason.CANCELLED,
     }
 
 
@@ -192,7 +192,7 @@ def test_a_version_that_cannot_be_had_fails_its_own_requests_and_is_tried_again(
     assert driver.answers["base"].tokens == expected["None"]
     for id_ in ("first", "also first"):
         last = driver.answers[id_].last
-        assert (last.finish, type(last.error)) == (Finish.ERROR, ModelNotFound)
+        assert (last.finish, type(last.error)) == (FinishReason.ERROR, ModelNotFound)
     driver.submit("second", prompts["lora"], "lora")
     driver.finish()
     assert isinstance(driver.answers["second"].last.error, AdapterInvalid)

@@ -6,9 +6,9 @@ import weakref
 import pytest
 
 from loramill.errors import EngineFault, Unavailable
-from loramill.serve.engine import Finish
+from loramill.serve.engine import FinishReason
 from loramill.serve.engine.adapters.residency import Residency
-from loramill.serve.engine.scheduler import Scheduler, Sequence
+from loramill.serve.engine.scheduler import RunningSequence, Scheduler
 
 
 def always(version: str | None) -> bool:
@@ -17,9 +17,9 @@ def always(version: str | None) -> bool:
 
 def run(s: Scheduler, ready=always):
     """One step as an engine does it: whoever was sampled gets a token."""
-    plan = s.plan(ready)
+    plan = s.schedule(ready)
     s.commit(plan)
-    for share in plan.shares:
+    for share in plan.chunks:
         if share.sampled:
             s.get(share.id).tokens.append(7)
     s.check_integrity()
@@ -28,12 +28,12 @@ def run(s: Scheduler, ready=always):
 
 def test_one_that_the_rank_budget_starved_and_that_lost_its_slot_keeps_nobody_out():
     s = Scheduler(100, 4, 100, 10, rank_budget=30, rank_of=lambda version: 16)
-    s.add(Sequence("v", "t", "v", [1]))
+    s.add(RunningSequence("v", "t", "v", [1]))
     run(s)
-    s.add(Sequence("w", "u", "w", [2]))
+    s.add(RunningSequence("w", "u", "w", [2]))
     for _ in range(100):
         run(s)
-    s.add(Sequence("x", "u", "x", [3]))
+    s.add(RunningSequence("x", "u", "x", [3]))
     s.remove("v")
     # Its version waits for a slot, all of which may be held for those that it would keep out.
     assert run(s, lambda version: version != "w").admitted == ("x",)
@@ -41,46 +41,46 @@ def test_one_that_the_rank_budget_starved_and_that_lost_its_slot_keeps_nobody_ou
 
 def test_the_patience_of_one_that_was_let_in_begins_anew():
     s = Scheduler(4, 4, 100, 10, rank_budget=30, rank_of=lambda version: 16)
-    s.add(Sequence("v", "t", "v", [1]))
+    s.add(RunningSequence("v", "t", "v", [1]))
     run(s)
-    s.add(Sequence("w", "u", "w", [2]))
+    s.add(RunningSequence("w", "u", "w", [2]))
     run(s)
-    assert s.get("w").kept_out is not None
+    assert s.get("w").rank_blocked_since is not None
     s.remove("v")
     assert run(s).admitted == ("w",)
-    assert s.get("w").kept_out is None
+    assert s.get("w").rank_blocked_since is None
 
 
 def test_a_prefix_that_a_lower_priority_is_computing_is_not_waited_for():
     s = Scheduler(100, 4, 4, 10)
     tokens = list(range(40))
-    s.add(Sequence("low", "t", None, list(tokens)))
+    s.add(RunningSequence("low", "t", None, list(tokens)))
     run(s)
-    s.add(Sequence("first", "u", None, [100 + i for i in range(8)], priority=1))
-    s.add(Sequence("alike", "u", None, list(tokens), priority=1))
+    s.add(RunningSequence("first", "u", None, [100 + i for i in range(8)], priority=1))
+    s.add(RunningSequence("alike", "u", None, list(tokens), priority=1))
     for number in range(20):
-        s.add(Sequence(f"other {number}", "u", None, [1000 * number + i for i in range(8)], priority=1))
+        s.add(RunningSequence(f"other {number}", "u", None, [1000 * number + i for i in range(8)], priority=1))
     admitted = [id_ for _ in range(6) for id_ in run(s).admitted]
     assert admitted[:2] == ["first", "alike"]
 
 
 def test_an_adapter_as_large_as_two_others_gets_their_room():
-    residency = Residency(slots=3, patience=3)
+    residency = Residency(slots=3, patience_steps=3)
     for version in ("a", "b"):
         for _ in range(2):
-            residency.want(version)
+            residency.acquire(version)
         residency.advance()
-        residency.loaded(version)
-        residency.pin(version)
-    residency.want("large")
+        residency.mark_loaded(version)
+        residency.begin_use(version)
+    residency.acquire("large")
     assert residency.advance().load == ("large",)
-    residency.advance(crowded=1)
+    residency.advance(awaiting_memory=1)
     assert not residency.ready("a") and residency.ready("b")
-    residency.unpin("a")
+    residency.end_use("a")
     # What "a" alone leaves isn't enough.
-    residency.advance(crowded=1)
+    residency.advance(awaiting_memory=1)
     assert residency.idle == ("a",) and not residency.ready("b")
-    residency.unpin("b")
+    residency.end_use("b")
     assert set(residency.idle) == {"a", "b"}
     residency.advance()
     assert residency.ready("a") and residency.ready("b")
@@ -191,7 +191,7 @@ def test_some_of_n_answers_are_done_when_the_rest_is_cancelled(drive, prompts, e
     driver.engine.cancel("it")
     driver.finish()
     finishes = [answer.last.finish for answer in driver.answers.values()]
-    assert set(finishes) == {Finish.STOP, Finish.CANCELLED}
+    assert set(finishes) == {FinishReason.STOP, FinishReason.CANCELLED}
     driver.answers.clear()
     driver.submit("it", prompt)
     assert driver.finish()["it"] == tokens

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill.errors import ModelNotFound, Overloaded
-from loramill.serve.engine import Finish
+from loramill.serve.engine import FinishReason
 
 SMALL = {
     "max_batch_tokens": st.integers(2, 60),
@@ -65,16 +65,16 @@ def test_random_days(new_driver, adapters, prompts, expected, config, events, fl
         driver.engine.close()
     for id_, (version, count) in wanted.items():
         answer = driver.answers[id_]
-        if answer.last.finish == Finish.ERROR:
+        if answer.last.finish == FinishReason.ERROR:
             # It can't be loaded, or its place to wait was given to another tenant.
             failed = version is not None and isinstance(answer.last.error, ModelNotFound)
             assert failed or isinstance(answer.last.error, Overloaded)
             assert answer.tokens == []
             continue
-        assert version != "nowhere" or answer.last.finish == Finish.CANCELLED
+        assert version != "nowhere" or answer.last.finish == FinishReason.CANCELLED
         full = expected.get(str(version), [])[:count]
-        if answer.last.finish == Finish.CANCELLED:
+        if answer.last.finish == FinishReason.CANCELLED:
             assert id_ in cancelled
             assert answer.tokens == full[: len(answer.tokens)]
         else:
-            assert (answer.last.finish, answer.tokens) == (Finish.LENGTH, full)
+            assert (answer.last.finish, answer.tokens) == (FinishReason.LENGTH, full)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loramill.kernels import Batch
 from loramill.kernels.peft_folder import BaseModules, read_adapter
-from loramill.serve.engine import Engine, EngineConfig, Request, Sampling
+from loramill.serve.engine import Engine, EngineConfig, Request, SamplingParams
 from loramill.serve.model import Chunk, load_decoder
 
 NEW = 8
@@ -71,15 +71,15 @@ def prompts(base) -> list[tuple[str | None, tuple[int, ...]]]:
 def answers(decoder, folders, prompts, **config) -> tuple[list[tuple[int, ...]], Engine]:
     engine = Engine(decoder, folders.__getitem__, EngineConfig(**{"kv_tokens": 8192, **config}))
     for i, (version, prompt) in enumerate(prompts):
-        engine.submit(Request(str(i), str(version), prompt, Sampling(max_tokens=NEW), version))
+        engine.submit(Request(str(i), str(version), prompt, SamplingParams(max_tokens=NEW), version))
     got: list[tuple[int, ...]] = [()] * len(prompts)
     open_ = len(prompts)
     while open_:
         assert engine.wait(60)
         for output in engine.step():
             assert output.error is None
-            got[int(output.request)] += output.tokens
-            open_ -= output.finish is not None
+            got[int(output.request_id)] += output.tokens
+            open_ -= output.finish_reason is not None
     engine.check_integrity()
     engine.close()
     return got, engine

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from loramill.serve.engine import EngineConfig
-from loramill.serve.engine.scheduler import Scheduler, Sequence
+from loramill.serve.engine.scheduler import RunningSequence, Scheduler
 
 #: Seconds of a step: reading the weights, and each row's products.
 FIXED, ROW = 0.006, 0.0006
@@ -51,14 +51,14 @@ def first_tokens(arrivals: list[Arrival]) -> dict[Arrival, float]:
         while coming and coming[-1].at <= now:
             arrival, number = coming.pop(), len(here)
             here[number], left[number] = arrival, arrival.answer
-            s.add(Sequence(number, arrival.tenant, None, [number * 1000 + i for i in range(arrival.prompt)]))
-        plan = s.plan(lambda version: True)
-        if not plan.shares:
+            s.add(RunningSequence(number, arrival.tenant, None, [number * 1000 + i for i in range(arrival.prompt)]))
+        plan = s.schedule(lambda version: True)
+        if not plan.chunks:
             now = coming[-1].at
             continue
-        now += FIXED + ROW * sum(share.count for share in plan.shares)
+        now += FIXED + ROW * sum(share.count for share in plan.chunks)
         s.commit(plan)
-        for share in plan.shares:
+        for share in plan.chunks:
             if share.sampled:
                 if here[share.id].tenant in "abc":
                     waited.setdefault(here[share.id], now - here[share.id].at)

@@ -14,9 +14,9 @@ def packed(size: int, content: int) -> PackedAdapter:
 
 
 def has(cache: HostCache, version: str) -> bool:
-    found = cache.borrow(version)
+    found = cache.acquire(version)
     if found is not None:
-        cache.give_back(version)
+        cache.release(version)
     return found is not None
 
 
@@ -34,13 +34,13 @@ def test_what_is_borrowed_stays_as_it_is():
     cache = HostCache(200 * 64)
     cache.put("a", packed(100 * 64, 1))
     cache.put("b", packed(100 * 64, 2))
-    a = cache.borrow("a")
+    a = cache.acquire("a")
     cache.put("c", packed(150 * 64, 3))
     assert [has(cache, version) for version in "abc"] == [True, True, False], "nobody leaves in vain"
     cache.put("c", packed(100 * 64, 3))
     assert [has(cache, version) for version in "abc"] == [True, False, True]
     assert a.data.eq(1).all()
-    cache.give_back("a")
+    cache.release("a")
     cache.put("d", packed(200 * 64, 4))
     assert [has(cache, version) for version in "acd"] == [False, False, True]
 
@@ -64,12 +64,12 @@ def test_an_adapter_is_there_whole_or_not_at_all(events):
     for version, size, keep in events:
         sizes.setdefault(version, size * 64)
         cache.put(version, packed(sizes[version], ord(version)))
-        found = cache.borrow(version)
+        found = cache.acquire(version)
         if found is not None:
             assert found.bytes == sizes[version]
             lent.append((version, found))
         if lent and not keep:
-            cache.give_back(lent.pop(0)[0])
+            cache.release(lent.pop(0)[0])
         for other, adapter in lent:
             assert adapter.data.eq(ord(other)).all()
         assert cache.bytes <= 64 * 64

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from loramill.errors import InvalidRequest
-from loramill.serve.engine import Finish, Sampling
-from loramill.serve.engine.sampler import Chooser, choose
+from loramill.serve.engine import FinishReason, SamplingParams
+from loramill.serve.engine.sampler import Sampler, sample
 
 VOCABULARY = 101
 STOP = 7
@@ -59,7 +59,7 @@ def test_only_what_the_mask_allows_is_chosen(drive, prompts, name):
     driver.submit("it", prompts["lora"], "lora", mask=Steps, max_tokens=30, stop_ids=(STOP,), **SAMPLINGS[name])
     answer = driver.finish()["it"]
     assert len(answer) == 30 and fits(answer)
-    assert driver.answers["it"].last.finish is Finish.LENGTH
+    assert driver.answers["it"].last.finish is FinishReason.LENGTH
 
 
 def test_the_mask_ends_its_answer_with_its_last_token(drive):
@@ -67,7 +67,7 @@ def test_the_mask_ends_its_answer_with_its_last_token(drive):
     driver.submit("it", [1, 2], mask=lambda: Steps(count=4), max_tokens=4, logprobs=1)
     answer = driver.finish()["it"]
     assert len(answer) == 4 and fits(answer)
-    assert driver.answers["it"].last.finish is Finish.STOP
+    assert driver.answers["it"].last.finish is FinishReason.STOP
     assert [entry.token for entry in driver.answers["it"].logprobs] == answer
 
 
@@ -79,7 +79,7 @@ def test_a_stop_token_comes_where_the_mask_allows_it_and_not_before_min_tokens(d
     driver.submit("it", [1], mask=lambda: Steps(count=9, may_stop=range(3, 99)), **sampling)
     answer = driver.finish()["it"]
     assert len(answer) == count and fits(answer)
-    assert driver.answers["it"].last.finish is Finish.STOP
+    assert driver.answers["it"].last.finish is FinishReason.STOP
 
 
 def test_log_probabilities_are_the_models_own(drive, tiny_reference):
@@ -129,12 +129,12 @@ def test_a_mask_that_breaks_ends_its_own_answer_alone(drive, prompts, expected, 
     driver.submit("it", [1], mask=lambda: Steps(breaks=breaks))
     answers = driver.finish()
     last = driver.answers["it"].last
-    assert (last.finish, type(last.error), len(answers.pop("it"))) == (Finish.ERROR, InvalidRequest, breaks)
+    assert (last.finish, type(last.error), len(answers.pop("it"))) == (FinishReason.ERROR, InvalidRequest, breaks)
     assert answers == expected
 
 
 def test_a_model_that_rules_out_all_that_the_mask_allows_is_broken():
-    chooser = Chooser(Sampling(9, logit_bias=((5, 9.0),)), (), mask=Steps())
+    chooser = Sampler(SamplingParams(9, logit_bias=((5, 9.0),)), (), mask=Steps())
     logits = torch.zeros(1, VOCABULARY)
     logits[0, ::5] = -torch.inf
-    assert choose(logits, [chooser]) == [None]
+    assert sample(logits, [chooser]) == [None]

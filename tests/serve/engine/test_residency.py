@@ -5,89 +5,89 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill.errors import EngineFault
-from loramill.serve.engine.adapters.residency import Moves, Residency
+from loramill.serve.engine.adapters.residency import Residency, SlotChanges
 
 
 def use(residency: Residency, version: str) -> None:
     """A request of its own, from arrival to end, for a version that gets a slot at once."""
-    residency.want(version)
+    residency.acquire(version)
     assert version in residency.advance().load
-    residency.loaded(version)
-    residency.pin(version)
-    residency.unpin(version)
-    residency.unwant(version)
+    residency.mark_loaded(version)
+    residency.begin_use(version)
+    residency.end_use(version)
+    residency.release(version)
 
 
 def test_a_version_lingers_until_its_slot_is_wanted_least_recent_first():
-    residency = Residency(slots=2, patience=10)
+    residency = Residency(slots=2, patience_steps=10)
     use(residency, "a")
     use(residency, "b")
-    residency.want("a")
-    assert residency.advance() == Moves((), ())
+    residency.acquire("a")
+    assert residency.advance() == SlotChanges((), ())
     assert residency.ready("a")
-    residency.pin("a")
-    residency.unpin("a")
-    residency.unwant("a")
-    residency.want("c")
-    assert residency.advance() == Moves(("b",), ("c",))
+    residency.begin_use("a")
+    residency.end_use("a")
+    residency.release("a")
+    residency.acquire("c")
+    assert residency.advance() == SlotChanges(("b",), ("c",))
     assert residency.resident == ("a",)
     assert residency.loading == ("c",)
 
 
 def test_wanted_versions_are_not_evicted_and_the_rest_wait_in_order():
-    residency = Residency(slots=1, patience=10)
-    residency.want("a")
+    residency = Residency(slots=1, patience_steps=10)
+    residency.acquire("a")
     residency.advance()
-    residency.want("b")
+    residency.acquire("b")
     residency.advance()
-    residency.want("c")
-    residency.loaded("a")
-    assert residency.advance() == Moves((), ())
-    residency.unwant("a")
-    assert residency.advance() == Moves(("a",), ("b",))
+    residency.acquire("c")
+    residency.mark_loaded("a")
+    assert residency.advance() == SlotChanges((), ())
+    residency.release("a")
+    assert residency.advance() == SlotChanges(("a",), ("b",))
 
 
 def test_the_least_recently_used_drains_for_one_that_waited_too_long():
-    residency = Residency(slots=2, patience=3)
+    residency = Residency(slots=2, patience_steps=3)
     for version in ("a", "b"):
-        residency.want(version)
+        residency.acquire(version)
         residency.advance()
-        residency.loaded(version)
-        residency.pin(version)
-    residency.want("c")
+        residency.mark_loaded(version)
+        residency.begin_use(version)
+    residency.acquire("c")
     for _ in range(3):
         residency.advance()
         assert residency.ready("a") and residency.ready("b")
     residency.advance()
     assert not residency.ready("a") and residency.ready("b")
-    residency.unpin("a")
-    assert residency.advance() == Moves(("a",), ("c",))
+    residency.end_use("a")
+    assert residency.advance() == SlotChanges(("a",), ("c",))
     assert residency.ready("b")
 
 
 def test_draining_ends_when_nobody_waits():
-    residency = Residency(slots=1, patience=1)
-    residency.want("a")
+    residency = Residency(slots=1, patience_steps=1)
+    residency.acquire("a")
     residency.advance()
-    residency.loaded("a")
-    residency.pin("a")
-    residency.want("b")
+    residency.mark_loaded("a")
+    residency.begin_use("a")
+    residency.acquire("b")
     for _ in range(3):
         residency.advance()
     assert not residency.ready("a")
-    residency.unwant("b")
+    residency.release("b")
     residency.advance()
     assert residency.ready("a")
 
 
 def test_a_failed_fetch_gives_the_slot_back_and_may_be_tried_again():
-    residency = Residency(slots=1, patience=1)
-    residency.want("a")
+    residency = Residency(slots=1, patience_steps=1)
+    residency.acquire("a")
     residency.advance()
-    residency.failed("a")
-    residency.unwant("a")
-    residency.want("b")
-    residency.want("a")
+    residency.mark_failed("a")
+    residency.release("a")
+    residency.acquire("b")
+    residency.acquire("a")
     assert residency.advance().load in (("a",), ("b",))
     residency.check_integrity({"a": 1, "b": 1}, {})
     with pytest.raises(EngineFault, match="wanted"):
@@ -113,7 +113,7 @@ def test_every_request_gets_its_version_in_the_end(slots, patience, requests, de
     for step in range(800):
         for version, when, steps in requests:
             if when == step:
-                residency.want(version)
+                residency.acquire(version)
                 waiting.append((version, steps))
         moves = residency.advance()
         assert not set(moves.evict) & {version for version, _ in running}, "evicted in use"
@@ -122,16 +122,16 @@ def test_every_request_gets_its_version_in_the_end(slots, patience, requests, de
         due.update(dict.fromkeys(moves.load, step + delay))
         for version in residency.loading:
             if due[version] == step:
-                residency.loaded(version)
+                residency.mark_loaded(version)
         for version, steps in [request for request in waiting if residency.ready(request[0])]:
             waiting.remove((version, steps))
-            residency.pin(version)
+            residency.begin_use(version)
             running.append([version, steps])
         for item in running:
             item[1] -= 1
         for version, _ in [item for item in running if item[1] == 0]:
-            residency.unpin(version)
-            residency.unwant(version)
+            residency.end_use(version)
+            residency.release(version)
             served += 1
         running = [item for item in running if item[1]]
         if served == len(requests):

@@ -18,20 +18,20 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loramill.serve.engine import Sampling
+from loramill.serve.engine import SamplingParams
 from loramill.serve.engine import sampler as sampling
-from loramill.serve.engine.sampler import Chooser, _mix, choose, likeliest_by_torch, token_logprobs
+from loramill.serve.engine.sampler import Sampler, _mix, argmax_by_torch, sample, token_logprobs
 
 LOGITS = torch.tensor([1.0, 3.0, 0.5, 2.0, -1.0])
 
 
 def tokens(logits, count, prompt=(), index=0, **knobs) -> list[int]:
     """An answer of `count` tokens, the logits the same at each."""
-    chooser = Chooser(Sampling(**{"max_tokens": count, "seed": 11, **knobs}), prompt, index)
+    chooser = Sampler(SamplingParams(**{"max_tokens": count, "seed": 11, **knobs}), prompt, index)
     answer = []
     for _ in range(count):
-        (token,) = choose(logits[None], [chooser])
-        chooser.take(token)
+        (token,) = sample(logits[None], [chooser])
+        chooser.accept(token)
         answer.append(token)
     return answer
 
@@ -198,37 +198,37 @@ def test_a_row_does_not_depend_on_the_others(vocabulary):
     knobs = [*knobs, *(MIXED if vocabulary > 3 else [])]
 
     def choosers():
-        return [Chooser(Sampling(9, seed=seed, **each), [0, 1]) for seed, each in enumerate(knobs)]
+        return [Sampler(SamplingParams(9, seed=seed, **each), [0, 1]) for seed, each in enumerate(knobs)]
 
     together, alone, some = choosers(), choosers(), choosers()
     for step in range(6):
         logits = torch.randn(len(knobs), vocabulary, generator=generator) * 3
-        chosen = choose(logits, together)
-        assert chosen == [choose(row[None], [one])[0] for row, one in zip(logits, alone, strict=True)]
+        chosen = sample(logits, together)
+        assert chosen == [sample(row[None], [one])[0] for row, one in zip(logits, alone, strict=True)]
         order = torch.randperm(len(knobs), generator=generator).tolist()[: step + 1]
-        assert choose(logits[order], [some[row] for row in order]) == [chosen[row] for row in order]
+        assert sample(logits[order], [some[row] for row in order]) == [chosen[row] for row in order]
         for chooser, token in zip(together + alone + some, chosen * 3, strict=True):
             chooser.take(token)
 
 
 def test_an_answer_goes_on_the_same_after_a_preemption():
     logits = torch.randn(40, 50, generator=torch.Generator().manual_seed(3))
-    sampling = Sampling(40, 1.0, seed=9, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.1)
-    chooser, answer = Chooser(sampling, [1, 2]), []
+    sampling = SamplingParams(40, 1.0, seed=9, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.1)
+    chooser, answer = Sampler(sampling, [1, 2]), []
     for step, row in enumerate(logits):
         if step % 7 == 6:
-            chooser = Chooser(sampling, [1, 2])
+            chooser = Sampler(sampling, [1, 2])
             for token in answer:
-                chooser.take(token)
-        again = choose(row[None], [chooser])
-        assert choose(row[None], [chooser]) == again
+                chooser.accept(token)
+        again = sample(row[None], [chooser])
+        assert sample(row[None], [chooser]) == again
         answer += again
-        chooser.take(again[0])
+        chooser.accept(again[0])
     assert len(set(answer)) > 10
-    whole, chooser = [], Chooser(sampling, [1, 2])
+    whole, chooser = [], Sampler(sampling, [1, 2])
     for row in logits:
-        whole += choose(row[None], [chooser])
-        chooser.take(whole[-1])
+        whole += sample(row[None], [chooser])
+        chooser.accept(whole[-1])
     assert whole == answer
 
 
@@ -240,15 +240,15 @@ def test_an_answer_goes_on_the_same_after_a_preemption():
 )
 def test_the_repetition_penalty_is_that_of_transformers(prompt, penalty, seed):
     generator = torch.Generator().manual_seed(seed)
-    chooser, known = Chooser(Sampling(9, repetition_penalty=penalty), prompt), list(prompt)
+    chooser, known = Sampler(SamplingParams(9, repetition_penalty=penalty), prompt), list(prompt)
     processor = RepetitionPenaltyLogitsProcessor(penalty)
     for _ in range(12):
         logits = torch.randn(1, 30, generator=generator)
         before = logits.clone()
-        (token,) = choose(logits, [chooser])
+        (token,) = sample(logits, [chooser])
         assert token == int(processor(torch.tensor([known]), logits.clone()).argmax())
         assert torch.equal(logits, before)
-        chooser.take(token)
+        chooser.accept(token)
         known.append(token)
 
 
@@ -263,7 +263,7 @@ def test_the_repetition_penalty_is_that_of_transformers(prompt, penalty, seed):
 )
 def test_changed_logits_are_those_of_the_definitions(presence, frequency, repetition, bias, min_tokens, seed):
     prompt, stops = [2, 3, 3], (0, 1, 500)
-    sampling = Sampling(
+    sampling = SamplingParams(
         max_tokens=12,
         presence_penalty=presence,
         frequency_penalty=frequency,
@@ -273,7 +273,7 @@ def test_changed_logits_are_those_of_the_definitions(presence, frequency, repeti
         stop_ids=stops,
     )
     generator = torch.Generator().manual_seed(seed)
-    chooser, answer = Chooser(sampling, prompt), []
+    chooser, answer = Sampler(sampling, prompt), []
     for step in range(12):
         logits = torch.randn(12, generator=generator)
         due = logits.double().numpy()
@@ -285,29 +285,31 @@ def test_changed_logits_are_those_of_the_definitions(presence, frequency, repeti
             due[token] += amount
         if step < min_tokens:
             due[[0, 1]] = -np.inf
-        (token,) = choose(logits[None], [chooser])
+        (token,) = sample(logits[None], [chooser])
         assert due[token] == pytest.approx(due.max(), abs=1e-5)
         # A token that the answer would not choose by itself now and then, so that its counts differ.
         answer.append(token if step % 3 else step)
-        chooser.take(answer[-1])
+        chooser.accept(answer[-1])
 
 
 def test_penalties_change_the_distribution_that_is_drawn_from():
     logits = LOGITS.clone()
-    chooser = Chooser(Sampling(9, 1.0, seed=0, presence_penalty=1.0, frequency_penalty=0.5, logit_bias=((4, 3.0),)), [])
+    chooser = Sampler(
+        SamplingParams(9, 1.0, seed=0, presence_penalty=1.0, frequency_penalty=0.5, logit_bias=((4, 3.0),)), []
+    )
     for token in (1, 1, 3):
-        chooser.take(token)
+        chooser.accept(token)
     logits[1] -= 1.0 + 2 * 0.5
     logits[3] -= 1.0 + 0.5
     logits[4] += 3.0
     drawn = []
     for seed in range(3000):
-        one = Chooser(
-            Sampling(9, 1.0, seed=seed, logit_bias=((4, 3.0),), presence_penalty=1.0, frequency_penalty=0.5), []
+        one = Sampler(
+            SamplingParams(9, 1.0, seed=seed, logit_bias=((4, 3.0),), presence_penalty=1.0, frequency_penalty=0.5), []
         )
         for token in (1, 1, 3):
-            one.take(token)
-        drawn += choose(LOGITS[None], [one])
+            one.accept(token)
+        drawn += sample(LOGITS[None], [one])
     assert_drawn_from(naive(logits), drawn)
 
 
@@ -338,8 +340,8 @@ def test_rows_that_are_no_numbers_are_told_apart(broken, temperature):
     logits[1, 2] = broken
     logits[2] = -math.inf
     logits[3, 1] = -math.inf
-    rows = [Chooser(Sampling(9, temperature, seed=1), []) for _ in range(4)]
-    got = choose(logits, rows)
+    rows = [Sampler(SamplingParams(9, temperature, seed=1), []) for _ in range(4)]
+    got = sample(logits, rows)
     assert [token is None for token in got] == [False, True, True, False]
     assert got[3] != 1
 
@@ -355,16 +357,16 @@ def test_rows_that_are_no_numbers_are_told_apart(broken, temperature):
 )
 def test_the_likeliest_tokens_are_the_same_where_a_gpu_finds_them(rows):
     logits = torch.tensor(rows or [[0.0]])[: len(rows)]
-    assert likeliest_by_torch(logits) == choose(logits, [Chooser(Sampling(9), []) for _ in rows])
+    assert argmax_by_torch(logits) == sample(logits, [Sampler(SamplingParams(9), []) for _ in rows])
 
 
 def test_what_a_gpu_finds_is_taken_and_the_other_rows_are_drawn_from(monkeypatch):
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     logits[4, 7] = math.nan
-    sampled = [Sampling(9), Sampling(9, 1.0, seed=1), Sampling(9, logit_bias=((3, 99.0),))] * 2
-    due = choose(logits, [Chooser(one, []) for one in sampled])
-    monkeypatch.setattr(sampling, "_likeliest_by_numpy", likeliest_by_torch)
-    assert choose(logits, [Chooser(one, []) for one in sampled]) == due
+    sampled = [SamplingParams(9), SamplingParams(9, 1.0, seed=1), SamplingParams(9, logit_bias=((3, 99.0),))] * 2
+    due = sample(logits, [Sampler(one, []) for one in sampled])
+    monkeypatch.setattr(sampling, "_likeliest_by_numpy", argmax_by_torch)
+    assert sample(logits, [Sampler(one, []) for one in sampled]) == due
     assert due[2] == 3 and due[4] is None
 
 

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramill.serve.engine.scheduler import Scheduler, Sequence
+from loramill.serve.engine.scheduler import RunningSequence, Scheduler
 
 fresh = itertools.count(1000)
 
@@ -14,9 +14,9 @@ def scheduler(blocks=100, block_size=4, budget=8, sequences=4, **more) -> Schedu
     return Scheduler(blocks, block_size, budget, sequences, **more)
 
 
-def sequence(id_, tenant="t", version=None, known=1, **more) -> Sequence:
+def sequence(id_, tenant="t", version=None, known=1, **more) -> RunningSequence:
     """Its tokens are like no other's, so that none is found in the prefix cache."""
-    return Sequence(id_, tenant, version, [next(fresh) for _ in range(known)], **more)
+    return RunningSequence(id_, tenant, version, [next(fresh) for _ in range(known)], **more)
 
 
 def always(version: str | None) -> bool:
@@ -29,9 +29,9 @@ def shares(plan) -> list[tuple[int, int, int, bool]]:
 
 def run(s: Scheduler, ready=always):
     """One step as an engine does it: whoever was sampled gets a token."""
-    plan = s.plan(ready)
+    plan = s.schedule(ready)
     s.commit(plan)
-    for share in plan.shares:
+    for share in plan.chunks:
         if share.sampled:
             s.get(share.id).tokens.append(next(fresh))
     s.check_integrity()
@@ -62,9 +62,9 @@ def test_tenants_take_turns_and_unready_versions_are_passed_over():
     s = scheduler(sequences=10, budget=100)
     for id_, tenant, version in [("a1", "a", "cold"), ("a2", "a", None), ("a3", "a", None), ("b1", "b", None)]:
         s.add(sequence(id_, tenant, version))
-    assert s.plan(lambda version: version != "cold").admitted == ("a2", "b1", "a3")
+    assert s.schedule(lambda version: version != "cold").admitted == ("a2", "b1", "a3")
     assert s.waiting == 1
-    assert s.plan(always).admitted == ("a1",)
+    assert s.schedule(always).admitted == ("a1",)
 
 
 def test_the_tenant_that_was_served_less_goes_first():
@@ -143,9 +143,9 @@ def test_no_newcomer_jumps_over_one_that_lacks_blocks():
     s.add(sequence("a", known=8))
     s.add(sequence("large", known=12))
     s.add(sequence("small", known=1))
-    assert s.plan(always).admitted == ("a",)
+    assert s.schedule(always).admitted == ("a",)
     s.remove("a")
-    assert s.plan(always).admitted == ("large",)
+    assert s.schedule(always).admitted == ("large",)
 
 
 def test_the_last_admitted_gives_way_and_comes_back_first():
@@ -158,7 +158,7 @@ def test_the_last_admitted_gives_way_and_comes_back_first():
     assert plan.preempted == ("second",)
     assert plan.admitted == ()
     assert shares(plan) == [("first", 8, 1, True)]
-    assert s.get("second").blocks == []
+    assert s.get("second").block_table == []
     s.remove("first")
     plan = run(s)
     assert plan.admitted == ("second", "third")
@@ -175,39 +175,39 @@ def test_the_preempted_come_back_in_the_order_they_were_admitted():
     assert plan.preempted == ("d", "c")
     s.remove("a")
     s.remove("b")
-    assert s.plan(always).admitted == ("c", "d")
+    assert s.schedule(always).admitted == ("c", "d")
 
 
 def test_a_prefix_is_computed_once_a_version():
     s = scheduler(budget=100, sequences=10)
     tokens = list(range(20))
     for id_, version in [("base", None), ("v", "v"), ("v too", "v"), ("w", "w")]:
-        s.add(Sequence(id_, id_, version, list(tokens)))
+        s.add(RunningSequence(id_, id_, version, list(tokens)))
     # "v too" waits for the blocks that "v" is about to fill.
     assert shares(run(s)) == [("base", 0, 20, True), ("v", 0, 20, True), ("w", 0, 20, True)]
     plan = run(s)
     # Of 20 known tokens at least one is computed, so the last full block can't be shared.
     assert ("v too", 16, 4, True) in shares(plan)
-    assert s.reused == 16
-    assert s.get("v too").blocks[:4] == s.get("v").blocks[:4]
-    assert not set(s.get("v").blocks) & set(s.get("w").blocks)
+    assert s.reused_tokens == 16
+    assert s.get("v too").block_table[:4] == s.get("v").block_table[:4]
+    assert not set(s.get("v").block_table) & set(s.get("w").block_table)
     # A conversation goes on: the answer's blocks are known, too.
     s.get("v").tokens += [77] * 8
     longer = [*s.get("v").tokens]
-    while s.get("v").computed < len(longer):
+    while s.get("v").computed_tokens < len(longer):
         run(s)
     s.remove("v")
-    s.add(Sequence("next turn", "v", "v", [*longer, 5, 6]))
-    reused = s.reused
+    s.add(RunningSequence("next turn", "v", "v", [*longer, 5, 6]))
+    reused = s.reused_tokens
     run(s)
-    assert s.reused - reused == len(longer) // 4 * 4
+    assert s.reused_tokens - reused == len(longer) // 4 * 4
 
 
 def test_who_wants_every_position_computed_shares_nothing():
     s = scheduler(budget=100, sequences=10)
     tokens = list(range(20))
     for id_ in ("a", "b"):
-        s.add(Sequence(id_, "t", None, list(tokens), reuse=False))
+        s.add(RunningSequence(id_, "t", None, list(tokens), use_prefix_cache=False))
     assert shares(run(s)) == [("a", 0, 20, True), ("b", 0, 20, True)]
 
 
@@ -263,31 +263,31 @@ def test_everyone_gets_every_token_once(blocks, block_size, budget, sequences, r
                 known = min(prompt, room)
                 tokens = list(range(known)) if alike else [next(fresh) for _ in range(known)]
                 left[number] = min(answer, room + 1 - known)
-                s.add(Sequence(number, tenant, version, tokens, priority))
-        before = {other.id: other.computed for other in s.sequences}
-        plan = s.plan(always)
+                s.add(RunningSequence(number, tenant, version, tokens, priority))
+        before = {other.id: other.computed_tokens for other in s.sequences}
+        plan = s.schedule(always)
         s.check_integrity()
-        assert sum(share.count for share in plan.shares) <= budget
+        assert sum(share.count for share in plan.chunks) <= budget
         assert len(s.running) <= sequences
         versions = {other.version for other in s.running} - {None}
         assert rank_budget is None or len(versions) <= max(1, rank_budget // 4)
-        for share in plan.shares:
+        for share in plan.chunks:
             its = s.get(share.id)
             # A block that is written has one holder, and positions come one after the other.
             first = share.start // block_size
             for index in range(first, -(-(share.start + share.count) // block_size)):
-                assert sum(its.blocks[index] in other.blocks for other in s.running) == 1
+                assert sum(its.block_table[index] in other.block_table for other in s.running) == 1
             if share.id not in plan.admitted and share.id not in plan.preempted:
                 assert share.start == before[share.id], "a position skipped or computed twice"
             # What is taken from the cache was computed for the same tokens of the same version.
-            for index, block in enumerate(its.blocks[:first]):
+            for index, block in enumerate(its.block_table[:first]):
                 content = (its.version, tuple(its.tokens[: (index + 1) * block_size]))
                 assert held.get(block, content) == content
         s.commit(plan)
-        for share in plan.shares:
+        for share in plan.chunks:
             its = s.get(share.id)
-            for index in range(its.computed // block_size):
-                held[its.blocks[index]] = (its.version, tuple(its.tokens[: (index + 1) * block_size]))
+            for index in range(its.computed_tokens // block_size):
+                held[its.block_table[index]] = (its.version, tuple(its.tokens[: (index + 1) * block_size]))
             if share.sampled:
                 left[share.id] -= 1
                 if left[share.id]:
@@ -296,7 +296,7 @@ def test_everyone_gets_every_token_once(blocks, block_size, budget, sequences, r
                     s.remove(share.id)
         if step >= 12 and not any(left.values()):
             break
-        assert plan.shares or step <= 12, "nobody gets on"
+        assert plan.chunks or step <= 12, "nobody gets on"
     assert not any(left.values())
     assert s.free_blocks == blocks
     assert s.waiting == 0

@@ -60,9 +60,21 @@ def assert_computes_as(model, loaded: Model) -> None:
     cache = loaded.new_cache(blocks=24, block_size=16)
     one, two = tokens(100, 1), tokens(21, 2)
     one_blocks, two_blocks = list(range(13, 0, -1)), [20, 14, 22]
-    first = run(loaded, cache, Chunk(two[:5], 0, two_blocks, wanted=0), Chunk(one[:98], 0, one_blocks, wanted=1))
-    second = run(loaded, cache, Chunk(one[98:99], 98, one_blocks, wanted=1), Chunk(two[5:20], 5, two_blocks, wanted=1))
-    third = run(loaded, cache, Chunk(one[99:], 99, one_blocks, wanted=1), Chunk(two[20:], 20, two_blocks, wanted=1))
+    first = run(
+        loaded, cache, Chunk(two[:5], 0, two_blocks, logits_to_keep=0), Chunk(one[:98], 0, one_blocks, logits_to_keep=1)
+    )
+    second = run(
+        loaded,
+        cache,
+        Chunk(one[98:99], 98, one_blocks, logits_to_keep=1),
+        Chunk(two[5:20], 5, two_blocks, logits_to_keep=1),
+    )
+    third = run(
+        loaded,
+        cache,
+        Chunk(one[99:], 99, one_blocks, logits_to_keep=1),
+        Chunk(two[20:], 20, two_blocks, logits_to_keep=1),
+    )
     prompts = (one[:98], one[:99], two[:20], one, two)
     assert_logits_are(torch.cat((first, second, third)), *(last_logits(model, prompt) for prompt in prompts))
 

@@ -106,7 +106,7 @@ def test_a_head_that_no_adapter_of_the_step_targets_costs_nothing_more(tmp_path,
 
     monkeypatch.setattr(ops, "adapted_linear", watch)
     cache = decoder.new_cache(blocks=4, block_size=16)
-    run(decoder, cache, Chunk(tokens(9, 1), 0, [0, 1], wanted=3), slab=slab, slots=[slot])
+    run(decoder, cache, Chunk(tokens(9, 1), 0, [0, 1], logits_to_keep=3), slab=slab, slots=[slot])
     assert batches == [Batch(3, ())]
 
 
@@ -118,7 +118,7 @@ def test_sharded_checkpoints_and_other_dtypes_load(tmp_path):
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
         decoder = load_decoder(tmp_path, dtype=dtype)
         cache = decoder.new_cache(blocks=4, block_size=16)
-        got = run(decoder, cache, Chunk(prompt, 0, [0, 1, 2, 3], wanted=1))[0]
+        got = run(decoder, cache, Chunk(prompt, 0, [0, 1, 2, 3], logits_to_keep=1))[0]
         assert got.dtype == torch.float32
         assert (got - exact).norm() < tolerance * exact.norm()
 
@@ -127,7 +127,7 @@ def test_no_row_is_worked_out_beyond_those_wanted(tmp_path):
     random_model(CONFIGS["llama"], tmp_path)
     decoder = load_decoder(tmp_path, dtype=torch.float32)
     cache = decoder.new_cache(blocks=4, block_size=16)
-    assert run(decoder, cache, Chunk(tokens(9, 1), 0, [0, 1], wanted=0)).shape == (0, 97)
+    assert run(decoder, cache, Chunk(tokens(9, 1), 0, [0, 1], logits_to_keep=0)).shape == (0, 97)
 
 
 def test_a_block_keeps_nothing_of_its_last_owner(tmp_path):
@@ -139,8 +139,10 @@ def test_a_block_keeps_nothing_of_its_last_owner(tmp_path):
         layer.keys.fill_(torch.nan)
         layer.values.fill_(torch.nan)
     short, long = tokens(8, 1), tokens(40, 2)
-    run(decoder, cache, Chunk(short[:7], 0, [1, 2], wanted=0), Chunk(long[:39], 0, [3, 4, 5], wanted=0))
-    logits = run(decoder, cache, Chunk(short[7:], 7, [1, 2], wanted=1), Chunk(long[39:], 39, [3, 4, 5], wanted=1))
+    run(decoder, cache, Chunk(short[:7], 0, [1, 2], logits_to_keep=0), Chunk(long[:39], 0, [3, 4, 5], logits_to_keep=0))
+    logits = run(
+        decoder, cache, Chunk(short[7:], 7, [1, 2], logits_to_keep=1), Chunk(long[39:], 39, [3, 4, 5], logits_to_keep=1)
+    )
     assert logits.isfinite().all()
 
 
@@ -151,18 +153,18 @@ def test_in_bfloat16_too_a_sequence_has_the_same_bits_in_any_company(tmp_path):
         pytest.skip("plain torch sums in another order for other numbers of rows")
     prompt, other = tokens(40, 1), tokens(55, 2)
     cache = decoder.new_cache(blocks=12, block_size=16)
-    alone = run(decoder, cache, Chunk(prompt, 0, [0, 1, 2], wanted=1))
+    alone = run(decoder, cache, Chunk(prompt, 0, [0, 1, 2], logits_to_keep=1))
     run(
         decoder,
         cache,
-        Chunk(prompt[:11], 0, [3, 4, 5], wanted=0),
-        Chunk(other[:54], 0, [6, 7, 8, 9], wanted=1),
+        Chunk(prompt[:11], 0, [3, 4, 5], logits_to_keep=0),
+        Chunk(other[:54], 0, [6, 7, 8, 9], logits_to_keep=1),
     )
     run(
         decoder,
         cache,
-        Chunk(other[54:], 54, [6, 7, 8, 9], wanted=1),
-        Chunk(prompt[11:39], 11, [3, 4, 5], wanted=0),
+        Chunk(other[54:], 54, [6, 7, 8, 9], logits_to_keep=1),
+        Chunk(prompt[11:39], 11, [3, 4, 5], logits_to_keep=0),
     )
-    cut = run(decoder, cache, Chunk(prompt[39:], 39, [3, 4, 5], wanted=1))
+    cut = run(decoder, cache, Chunk(prompt[39:], 39, [3, 4, 5], logits_to_keep=1))
     assert torch.equal(cut, alone)

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from loramill.errors import BaseUnusable, EngineFault, SetupError
-from loramill.kernels import Batch, Delta, Pages, Span, torch_backend
-from loramill.serve.engine import Engine, EngineConfig, Request, Sampling
+from loramill.kernels import Batch, Delta, KVSpan, Pages, torch_backend
+from loramill.serve.engine import Engine, EngineConfig, Request, SamplingParams
 from loramill.serve.engine.durations import Durations
 from loramill.serve.model import Chunk, load_decoder, load_model, loading
 from loramill.serve.model.graphs import GraphedDecoder
@@ -52,14 +52,14 @@ class TorchPages:
 
     def __init__(self, *, rows, blocks, block_size, scratch, device):
         self.rows, self.blocks, self.scratch = rows, blocks, scratch
-        self.pages = Pages.of([Span(0, 1, [scratch])] * rows, block_size)
+        self.pages = Pages.of([KVSpan(0, 1, [scratch])] * rows, block_size)
         self.refresh(Pages.of([], block_size))
 
     def refresh(self, pages):
         pages.check(pages.rows, self.scratch, self.pages.block_size)
         assert len(pages.blocks) <= self.blocks
         missing = self.rows - len(pages.spans)
-        become(self.pages, Pages.of([*pages.spans, *[Span(0, 1, [self.scratch])] * missing], pages.block_size))
+        become(self.pages, Pages.of([*pages.spans, *[KVSpan(0, 1, [self.scratch])] * missing], pages.block_size))
 
 
 class Recorder:
@@ -100,7 +100,7 @@ def recorder():
 @pytest.fixture
 def graphed(decoder, recorder):
     statics = SimpleNamespace(StaticPlan=TorchPlan, StaticPages=TorchPages)
-    return GraphedDecoder(decoder, rows=ROWS, ranks=RANKS, capture=recorder, statics=statics)
+    return GraphedDecoder(decoder, rows=ROWS, ranks=RANKS, capture=recorder, buffers=statics)
 
 
 @pytest.fixture
@@ -243,14 +243,14 @@ def answers(model, config):
     engine = Engine(model, lambda version: pytest.fail(f"{version} was asked for"), config)
     prompts = {f"{size}": tuple(range(size, 2 * size)) for size in (1, 5, 16, 17, 30)}
     for name, prompt in prompts.items():
-        engine.submit(Request(name, "acme", prompt, Sampling(temperature=0.0, max_tokens=20)))
+        engine.submit(Request(name, "acme", prompt, SamplingParams(temperature=0.0, max_tokens=20)))
     tokens = dict.fromkeys(prompts, ())
     while engine.has_work:
         for output in engine.step():
             assert output.error is None
-            tokens[output.request] += output.tokens
+            tokens[output.request_id] += output.tokens
     engine.check_integrity()
-    stats = replace(engine.stats, waits=Durations(), step_times=Durations(), load_times=Durations())
+    stats = replace(engine.stats, queue_times=Durations(), step_times=Durations(), load_times=Durations())
     engine.close()
     return tokens, stats
 
@@ -337,7 +337,7 @@ def test_on_a_gpu_a_replayed_step_is_the_eager_one_and_waits_for_nothing(folder)
 def test_the_largest_rank_is_that_of_the_slab_at_hand(tmp_path):
     write_base(tmp_path)
     graphed = GraphedDecoder(
-        load_decoder(tmp_path, dtype=torch.float32), capture=lambda run: run, statics=SimpleNamespace()
+        load_decoder(tmp_path, dtype=torch.float32), capture=lambda run: run, buffers=SimpleNamespace()
     )
     module, d_in, width = next(
         (site.modules[0], site.d_in, site.widths[0]) for site in graphed.sites if not site.lookup

@@ -108,8 +108,8 @@ def test_contexts_are_those_that_a_mixed_batch_can_have(case):
 def test_a_wanted_row_at_a_time_and_none_at_all(case):
     _, model, _, loaded = case
     cache, prompt = loaded.new_cache(blocks=2, block_size=16), tokens(20, 4)
-    assert run(loaded, cache, Chunk(prompt[:9], 0, [1, 0], wanted=0)).shape == (0, 97)
-    got = run(loaded, cache, Chunk(prompt[9:], 9, [1, 0], wanted=11))
+    assert run(loaded, cache, Chunk(prompt[:9], 0, [1, 0], logits_to_keep=0)).shape == (0, 97)
+    got = run(loaded, cache, Chunk(prompt[9:], 9, [1, 0], logits_to_keep=11))
     torch.testing.assert_close(got[-1], last_logits(model, prompt), rtol=2e-4, atol=2e-4)
     assert len(got) == 11
 
@@ -195,7 +195,7 @@ def test_rows_that_cannot_be_told_apart_are_no_ones(case):
         *x.shape[:-1], -1
     )
     try:
-        cache, chunk = loaded.new_cache(blocks=1, block_size=16), Chunk(tokens(8, 1), 0, [0], wanted=1)
+        cache, chunk = loaded.new_cache(blocks=1, block_size=16), Chunk(tokens(8, 1), 0, [0], logits_to_keep=1)
         with pytest.raises(EngineFault, match="sees 3 rows in a step of 8"):
             run(loaded, cache, chunk, slab=slab, slots=[slot])
         run(loaded, cache, chunk, slab=slab)

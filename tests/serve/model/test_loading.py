@@ -89,7 +89,7 @@ def test_the_layers_linears_are_quantized_and_nothing_else(tmp_path, kind, hidde
                 module.weight.data = rounded if isinstance(rounded, torch.Tensor) else rounded.values(torch.float32)
     decoder = load_decoder(tmp_path, dtype=torch.float32, quantization=kind)
     cache = decoder.new_cache(blocks=2, block_size=16)
-    chunk = Chunk(prompt, 0, [0, 1], wanted=1)
+    chunk = Chunk(prompt, 0, [0, 1], logits_to_keep=1)
     got = decoder.forward([chunk], cache, decoder.new_slab(1, 1 << 10), Batch.of([(None, len(prompt))]))[0]
     torch.testing.assert_close(got, logits(model), rtol=2e-4, atol=2e-4)
     assert (got - whole).norm() > 0.01 * whole.norm()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from alembic import context
 
-from loramill.registry.database.tables import Base
+from loramill.registry.database.tables import TableBase
 
-context.configure(connection=context.config.attributes["connection"], target_metadata=Base.metadata)
+context.configure(connection=context.config.attributes["connection"], target_metadata=TableBase.metadata)
 with context.begin_transaction():
     context.run_migrations()
