@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loramill.data.jsonl import parse, short_repr
-from loramill.data.tokenizer import CALL_BEGIN, CALL_END, Message, ToolCall
+from loramill.data.tokenizer import CALL_BEGIN, CALL_END, Message, TemplateToolCall
 from loramill.errors import DatasetInvalid
 
 #: Keys of a line of chat data.
@@ -237,7 +237,7 @@ def _part(part: object, field: str, kinds: Sequence[str]) -> str:
     return read_text(part, kind, f"{field}.{kind}", empty=True)
 
 
-def _calls(value: Mapping[str, Any], where: str) -> list[ToolCall]:
+def _calls(value: Mapping[str, Any], where: str) -> list[TemplateToolCall]:
     if "function_call" in value:
         if "tool_calls" in value:
             raise LineError(f"{where} has both tool_calls and function_call; leave function_call out.")
@@ -249,7 +249,7 @@ def _calls(value: Mapping[str, Any], where: str) -> list[ToolCall]:
     return [_call(call, where, f".tool_calls[{index}]", ".function") for index, call in enumerate(calls)]
 
 
-def _call(value: object, where: str, key: str, inner: str) -> ToolCall:
+def _call(value: object, where: str, key: str, inner: str) -> TemplateToolCall:
     field = f"{where}{key or '.function_call'}"
     if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(value.get("function"), dict):
         raise LineError(

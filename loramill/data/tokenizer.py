@@ -50,7 +50,7 @@ class FunctionCall(TypedDict):
     arguments: dict[str, Any]
 
 
-class ToolCall(TypedDict):
+class TemplateToolCall(TypedDict):
     """A call of a tool by the assistant; `type` is "function"."""
 
     id: str
@@ -65,7 +65,7 @@ class Message(TypedDict):
     role: str
     content: str
     name: NotRequired[str]
-    tool_calls: NotRequired[list[ToolCall]]
+    tool_calls: NotRequired[list[TemplateToolCall]]
     tool_call_id: NotRequired[str]
 
 

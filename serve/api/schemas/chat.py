@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, with_co
 from pydantic_core import PydanticKnownError
 from typing_extensions import TypedDict
 
-from loramill.data.tokenizer import Message, ToolCall
+from loramill.data.tokenizer import Message, TemplateToolCall
 from loramill.serve.api.schemas.common import RequestBody
 
 
@@ -42,7 +42,7 @@ class MessageToolCall(RequestBody):
     type: Literal["function"]
     function: CalledFunction
 
-    def to_template(self) -> ToolCall:
+    def to_template(self) -> TemplateToolCall:
         """As chat templates know it."""
         arguments = json.loads(self.function.arguments or "{}")
         return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
