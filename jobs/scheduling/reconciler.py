@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 #: A supervisor silent for so many seconds has lost its places.
 SLOT_LEASE_SECONDS = 5.0
-POLL_SECONDS, OUTAGE_RETRY_SECONDS = 1.0, 3.0
+POLL_SECONDS, OUTAGE_PAUSE_SECONDS = 1.0, 3.0
 
 
 class Reconciler:
@@ -75,9 +75,9 @@ class Reconciler:
                 pause = POLL_SECONDS
             except Exception:  # whatever it was (a busy database, say), the next look may succeed
                 log.exception("the supervisor could not look at the queue; trying again")
-                pause = OUTAGE_RETRY_SECONDS
+                pause = OUTAGE_PAUSE_SECONDS
                 # All workers were silent while the database was away; they keep their jobs if they report soon.
-                self._settle_from = time.monotonic() + OUTAGE_RETRY_SECONDS + self._settings.lease_seconds
+                self._settle_from = time.monotonic() + OUTAGE_PAUSE_SECONDS + self._settings.lease_seconds
 
     def reconcile(self) -> None:
         """Settles what was lost, and takes the next actions.

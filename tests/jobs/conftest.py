@@ -21,7 +21,7 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama in bfloat16 with a tokenizer of bytes."""
     folder = tmp_path_factory.mktemp("bases") / "tiny"
     model = tiny_llama(
@@ -46,7 +46,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def spoken(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_chat_base(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama that reads as the real base."""
     model = tiny_llama(
         vocab_size=49152,
@@ -58,7 +58,7 @@ def spoken(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.25,
         tie_word_embeddings=True,
     )
-    return write_base(tmp_path_factory.mktemp("bases") / "spoken", model, tokenizer=base.folder)
+    return write_base(tmp_path_factory.mktemp("bases") / "tiny_chat_base", model, tokenizer=base.folder)
 
 
 def base_of(folder: Path, tmp_path: Path, quantization: Quantization = "none") -> Base:

@@ -17,7 +17,7 @@ from loramill.jobs.train.extract_lora import ExtractionReport, extract_lora, low
 from loramill.jobs.train.methods.seeds import seeded
 from loramill.types import TARGETS
 
-from .tiny import spec_of, tiny, written
+from .tiny_training import spec_of, tiny, written
 
 
 def change_of(rows: int, columns: int, rank: int | None = None, seed: int = 0) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The supervisor without Ray: what it starts, also where there are two of it."""
+"""The supervisor without Ray: what it starts, alone and beside a second supervisor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loramill.errors import Unavailable
-from loramill.jobs.scheduling import reconciler as pool_module
+from loramill.jobs.scheduling import reconciler as reconciler_module
 from loramill.jobs.scheduling.reconciler import Reconciler
 from loramill.registry import Registry, datasets, jobs, migrate, tenants
 from loramill.registry.jobs import worker_slots
@@ -19,7 +19,7 @@ from loramill.types import Executor, JobRecord, JobSpec, JobStatus
 
 
 class Runs:
-    """Sessions and trainers that do nothing until they are told to end."""
+    """Sessions and trainers that do nothing until `ended` is set."""
 
     def __init__(self) -> None:
         self.started: list[str] = []
@@ -70,9 +70,9 @@ def submit(registry: Registry, count: int = 1, executor: Executor = "session", *
         return [jobs.submit(session, spec, {}, executor=executor, priority=priority) for _ in range(count)]
 
 
-def lease(registry: Registry, place: str, now: float | None = None) -> JobRecord | None:
+def lease(registry: Registry, slot: str, now: float | None = None) -> JobRecord | None:
     with registry.writing() as session:
-        owner = pool_module.worker_name(place, 1)
+        owner = reconciler_module.worker_name(slot, 1)
         return jobs.lease(session, owner, now=now or time.time(), seconds=60, max_attempts=2)
 
 
@@ -83,110 +83,108 @@ def eventually(check: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_sessions_start_as_jobs_come_and_no_more_than_there_are_places(registry, make, runs):
-    keeper = make()
-    keeper.look()
-    assert keeper.alive == []
+def test_sessions_start_as_jobs_arrive_up_to_the_number_of_slots(registry, make, runs):
+    reconciler = make()
+    reconciler.reconcile()
+    assert reconciler.active_slots == []
     submit(registry, 2)
-    keeper.look()
-    keeper.look()
-    assert keeper.alive == ["session-1", "session-2"]
+    reconciler.reconcile()
+    reconciler.reconcile()
+    assert reconciler.active_slots == ["session-1", "session-2"]
     submit(registry, 5)
-    keeper.look()
-    assert sorted(runs.started) == keeper.alive == ["session-1", "session-2", "session-3"]
+    reconciler.reconcile()
+    assert sorted(runs.started) == reconciler.active_slots == ["session-1", "session-2", "session-3"]
     runs.ended.set()
-    eventually(lambda: not keeper.alive)
+    eventually(lambda: not reconciler.active_slots)
     runs.ended.clear()
-    keeper.look()
-    assert keeper.alive == ["session-1", "session-2", "session-3"]
+    reconciler.reconcile()
+    assert reconciler.active_slots == ["session-1", "session-2", "session-3"]
 
 
 def test_two_supervisors_start_nothing_twice(registry, make, runs):
     first, second = make(), make()
     submit(registry, 9)
     (dedicated,) = submit(registry, executor="dedicated", priority=1, gpus=2)
-    threads = [threading.Thread(target=keeper.look) for keeper in (first, second) for _ in range(3)]
+    threads = [threading.Thread(target=reconciler.reconcile) for reconciler in (first, second) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(first.alive + second.alive) == sorted({*first.alive, *second.alive})
+    assert sorted(first.active_slots + second.active_slots) == sorted({*first.active_slots, *second.active_slots})
     assert sorted(runs.started) == [f"{dedicated.id} on 2", "session-1"]
 
 
-def test_a_vanished_supervisors_places_are_free_soon_after(registry, make, runs, monkeypatch):
+def test_slots_of_a_vanished_supervisor_become_free(registry, make, runs, monkeypatch):
     first, second = make(), make()
     submit(registry, 3)
-    first.look()
-    second.look()
-    assert len(first.alive) == 3 and second.alive == []
+    first.reconcile()
+    second.reconcile()
+    assert len(first.active_slots) == 3 and second.active_slots == []
     now = time.time()
-    monkeypatch.setattr(pool_module.time, "time", lambda: now + pool_module.SLOT_LEASE_SECONDS + 1)
-    second.look()
-    assert len(second.alive) == 3
+    monkeypatch.setattr(reconciler_module.time, "time", lambda: now + reconciler_module.SLOT_LEASE_SECONDS + 1)
+    second.reconcile()
+    assert len(second.active_slots) == 3
     with registry.reading() as session:
-        assert not worker_slots.is_open(
-            session, "session-1", first.holder
-        )  # where its session learns that it is to end
+        assert not worker_slots.is_open(session, "session-1", first.holder)  # its session reads this and ends
         assert worker_slots.is_open(session, "session-1", second.holder)
 
 
-def test_a_high_priority_gets_the_place_of_a_low_one(registry, make):
-    keeper = make(sessions=1)
+def test_a_high_priority_job_gets_the_slot_of_a_low_one(registry, make):
+    reconciler = make(sessions=1)
     (low,) = submit(registry)
-    keeper.look()
+    reconciler.reconcile()
     assert lease(registry, "session-1").id == low.id
     (high,) = submit(registry, priority=1)
-    keeper.look()
-    keeper.look()
+    reconciler.reconcile()
+    reconciler.reconcile()
     with registry.writing() as session:
         assert jobs.get(session, low.id).pending_action == "preempt"
         jobs.release(session, low.id, 1)
     assert lease(registry, "session-1").id == high.id
-    keeper.look()
-    assert keeper.alive == ["session-1"]
+    reconciler.reconcile()
+    assert reconciler.active_slots == ["session-1"]
 
 
-def test_a_session_makes_room_for_a_trainer(registry, make, runs):
-    keeper = make(sessions=1)
+def test_a_session_ends_to_free_its_slot_for_a_trainer(registry, make, runs):
+    reconciler = make(sessions=1)
     submit(registry)
-    keeper.look()
+    reconciler.reconcile()
     running = lease(registry, "session-1")
     (large,) = submit(registry, executor="dedicated", priority=1)
-    keeper.look()
+    reconciler.reconcile()
     with registry.writing() as session:
-        assert not worker_slots.is_open(session, "session-1", keeper.holder)
+        assert not worker_slots.is_open(session, "session-1", reconciler.holder)
         assert jobs.get(session, running.id).pending_action == "preempt"
         jobs.release(session, running.id, 1)
     runs.ended.set()
-    eventually(lambda: not keeper.alive)
+    eventually(lambda: not reconciler.active_slots)
     runs.ended.clear()
-    keeper.look()
-    assert keeper.alive == [large.id]
+    reconciler.reconcile()
+    assert reconciler.active_slots == [large.id]
 
 
-def test_lost_jobs_are_settled(registry, make):
+def test_a_job_whose_lease_ran_out_is_queued_again(registry, make):
     (job,) = submit(registry)
     lease(registry, "session-1", now=1000.0)
-    make().look()
+    make().reconcile()
     with registry.reading() as session:
         assert jobs.get(session, job.id).status is JobStatus.QUEUED
 
 
-def test_a_run_that_fails_at_once_is_not_started_again_at_once(registry, make, runs, monkeypatch):
-    keeper = make()
+def test_a_session_that_fails_at_once_keeps_its_slot_for_a_while(registry, make, runs, monkeypatch):
+    reconciler = make()
     monkeypatch.setattr(runs, "session", None)
     failing = Reconciler(registry, JobSettings(sessions=1), run_session=fail, run_trainer=runs.trainer)
     submit(registry)
     failing.reconcile()
-    keeper.look()
+    reconciler.reconcile()
     assert failing.active_slots == ["session-1"]
 
 
-def test_why_a_trainer_ended_is_in_the_jobs_history(registry):
+def test_the_job_history_says_why_its_trainer_ended(registry):
     (job,) = submit(registry, executor="dedicated", gpus=2)
-    keeper = Reconciler(registry, JobSettings(sessions=2), run_session=fail, run_trainer=fail)
-    keeper.reconcile()
+    reconciler = Reconciler(registry, JobSettings(sessions=2), run_session=fail, run_trainer=fail)
+    reconciler.reconcile()
 
     def messages() -> list[str]:
         with registry.reading() as session:
@@ -199,25 +197,25 @@ def fail(name: str, holder: object) -> None:
     raise RuntimeError("no GPU")
 
 
-def test_it_watches_whatever_happens(registry, make, monkeypatch):
-    monkeypatch.setattr(pool_module, "AWAY_SECONDS", 0.05)
-    monkeypatch.setattr(pool_module, "LOOK_SECONDS", 0.05)
-    keeper, ended, looks = make(), threading.Event(), []
+def test_reconciling_continues_after_errors(registry, make, monkeypatch):
+    monkeypatch.setattr(reconciler_module, "OUTAGE_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(reconciler_module, "POLL_SECONDS", 0.05)
+    reconciler, ended, calls = make(), threading.Event(), []
 
-    def look() -> None:
-        looks.append(1)
-        if len(looks) < 3:
+    def reconcile() -> None:
+        calls.append(1)
+        if len(calls) < 3:
             raise Unavailable("away")
         ended.set()
 
-    monkeypatch.setattr(keeper, "look", look)
-    keeper.watch(ended)
-    assert len(looks) == 3
+    monkeypatch.setattr(reconciler, "reconcile", reconcile)
+    reconciler.run(ended)
+    assert len(calls) == 3
 
 
 def test_after_an_outage_workers_have_time_to_report(registry, make, monkeypatch):
-    monkeypatch.setattr(pool_module, "AWAY_SECONDS", 0.0)
-    keeper, ended, looks, look = make(lease_seconds=60), threading.Event(), [], Reconciler.reconcile
+    monkeypatch.setattr(reconciler_module, "OUTAGE_PAUSE_SECONDS", 0.0)
+    reconciler, ended, calls, real = make(lease_seconds=60), threading.Event(), [], Reconciler.reconcile
     (job,) = submit(registry)
     lease(registry, "session-1", now=time.time() - 100)
 
@@ -226,16 +224,16 @@ def test_after_an_outage_workers_have_time_to_report(registry, make, monkeypatch
             return jobs.get(session, job.id).status
 
     def away_once() -> None:
-        looks.append(1)
-        if len(looks) == 1:
+        calls.append(1)
+        if len(calls) == 1:
             raise Unavailable("away")
-        look(keeper)
+        real(reconciler)
         ended.set()
 
-    monkeypatch.setattr(keeper, "look", away_once)
-    keeper.watch(ended)
-    assert len(looks) == 2 and status() is JobStatus.RUNNING
-    make().look()
+    monkeypatch.setattr(reconciler, "reconcile", away_once)
+    reconciler.run(ended)
+    assert len(calls) == 2 and status() is JobStatus.RUNNING
+    make().reconcile()
     assert status() is JobStatus.QUEUED
 
 

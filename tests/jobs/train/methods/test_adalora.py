@@ -23,7 +23,7 @@ from loramill.jobs.train.methods.peft_folder import modules_of, tensor_name
 from loramill.models.catalog import Base
 from loramill.types import JobSpec
 
-from .driven import learn, loaded, loss_of, spec_of, stored, tokens, trained
+from .method_training import learn, loaded, loss_of, spec_of, stored, tokens, trained
 
 
 def singular_values(weights: Any) -> torch.Tensor:

@@ -21,7 +21,7 @@ from loramill.kernels.quantization import Quantization
 from loramill.models.catalog import Base
 from loramill.types import JobSpec
 
-from .driven import by_peft, learn, loaded, logits_of, loss_of, spec_of, stored, tokens, trained
+from .method_training import learn, loaded, logits_by_peft, logits_of, loss_of, spec_of, stored, tokens, trained
 
 QUANTIZATIONS: tuple[Quantization, ...] = ("none", "int8", "nf4")
 METHODS = ("lora", "dora", "adalora", "pissa", "loftq")
@@ -73,7 +73,7 @@ def test_what_is_stored_is_what_was_trained(
 ) -> None:
     folder, expected = exported(combined(method, shape), quantization)
     assert not torch.allclose(expected, logits_of(loaded(small, quantization)), atol=1e-2)
-    torch.testing.assert_close(by_peft(loaded(small, quantization), folder), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_by_peft(loaded(small, quantization), folder), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(by_engine(loaded(small, quantization), folder), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -164,7 +164,7 @@ def test_goes_on_from_what_it_stored(small: Base, tmp_path: Path, method: str) -
         learn(tuned, again)
         second, learned = stored(tuned, again, tmp_path / "second"), logits_of(tuned.model)
     assert not torch.allclose(learned, expected, atol=1e-2)
-    torch.testing.assert_close(by_peft(loaded(small, "nf4"), second), learned, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_by_peft(loaded(small, "nf4"), second), learned, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_other_families(tmp_path: Path, method: str, kind: str) -> None:
     model, spec = loaded(base, base.quantization), spec_of(method=method, targets=("all-linear",), steps=4)
     with trained(model, spec, base.folder) as tuned:
         folder, expected = stored(tuned, spec, tmp_path / "adapter"), logits_of(tuned.model)
-    torch.testing.assert_close(by_peft(loaded(base, base.quantization), folder), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_by_peft(loaded(base, base.quantization), folder), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)

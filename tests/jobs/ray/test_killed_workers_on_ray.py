@@ -17,8 +17,8 @@ import ray
 from loramill.jobs.ray.supervisor import deploy
 from loramill.types import JobStatus
 
-from .mill import Mill
-from .test_chaos import PACE, check, left, submitted
+from ..environment import JobEnvironment
+from ..worker.test_killed_workers import PACE, check, left, submitted
 
 pytestmark = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes minutes; set SLOW=1")
 
@@ -27,11 +27,11 @@ VICTIMS = {"worker": "ray::RayTrainWorker", "controller": "ray::TrainController"
 
 
 @pytest.fixture
-def mill(tmp_path: Path, spoken: Path) -> Iterator[Mill]:
+def environment(tmp_path: Path, tiny_chat_base: Path) -> Iterator[JobEnvironment]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     ray.init(address="local", num_cpus=8, num_gpus=4, include_dashboard=False, object_store_memory=128 << 20)
     fields = {"use_gpu": True, "lease_seconds": 5, "idle_seconds": 600, "max_attempts": 99}
-    yield Mill.at(tmp_path, spoken, **fields)
+    yield JobEnvironment.at(tmp_path, tiny_chat_base, **fields)
     ray.shutdown()
 
 
@@ -50,35 +50,35 @@ def kill(chance: random.Random, what: str) -> int:
     return min(1, len(alive))
 
 
-def test_each_job_ends_once_whatever_is_killed(mill: Mill) -> None:
-    queued, chance, killed = submitted(mill), random.Random(0), Counter[str]()
-    deploy(mill.settings)
+def test_each_job_ends_once_whatever_is_killed(environment: JobEnvironment) -> None:
+    queued, chance, killed = submitted(environment), random.Random(0), Counter[str]()
+    deploy(environment.settings)
     deadline = time.monotonic() + 1200
     for goal in range(len(queued) - 2 * PACE, -1, -4 * PACE):
-        while left(mill) > goal:
-            assert time.monotonic() < deadline, f"{left(mill)} jobs are left, after kills of {killed}"
+        while left(environment) > goal:
+            assert time.monotonic() < deadline, f"{left(environment)} jobs are left, after kills of {killed}"
             time.sleep(0.3)
         what = ("worker", "controller", "worker", "supervisor")[sum(killed.values()) % 4]
         killed[what] += kill(chance, what)
-    while left(mill):
-        assert time.monotonic() < deadline, f"{left(mill)} jobs are left at the end"
+    while left(environment):
+        assert time.monotonic() < deadline, f"{left(environment)} jobs are left at the end"
         time.sleep(0.3)
     assert set(killed) == set(VICTIMS)
-    check(mill, queued)
+    check(environment, queued)
 
 
-def test_a_trainer_of_two_processes_that_loses_one(mill: Mill) -> None:
+def test_a_trainer_of_two_processes_that_loses_one(environment: JobEnvironment) -> None:
     spec = {"steps": 60, "batch_size": 6, "checkpoint_every": 5, "micro_tokens": 16, "dropout": 0.0}
-    job = mill.submit("acme/two", executor="dedicated", gpus=2, **spec)
-    deploy(mill.settings)
+    job = environment.submit("acme/two", executor="dedicated", gpus=2, **spec)
+    deploy(environment.settings)
 
     def until(status: JobStatus, step: int) -> None:
         deadline = time.monotonic() + 300
-        while (now := mill.now(job)).status is not status or now.step < step:
+        while (now := environment.now(job)).status is not status or now.step < step:
             assert time.monotonic() < deadline, now
             time.sleep(0.1)
 
     until(JobStatus.RUNNING, 6)
     assert kill(random.Random(1), "worker")
     until(JobStatus.SUCCEEDED, 60)
-    assert mill.now(job).attempt == 2
+    assert environment.now(job).attempt == 2

@@ -37,16 +37,16 @@ from loramill.serve.protocol import TextRequest
 from loramill.settings import JobSettings, ServeSettings
 from loramill.types import JobSpec
 
-from .conftest import base_of
-from .tiny import adapter, made_up, spec_of, textbook, tiny, train, written
+from ..conftest import base_of
+from .tiny_training import adapter, random_examples, reference_loss, spec_of, tiny, train, written
 
 CPU = torch.device("cpu")
 OFFLOAD = ("none", "optimizer", "all")
 
 
 @pytest.fixture
-def tiny_base(llama: Path, tmp_path: Path) -> Base:
-    return base_of(llama, tmp_path)
+def tiny_base(tiny_base_folder: Path, tmp_path: Path) -> Base:
+    return base_of(tiny_base_folder, tmp_path)
 
 
 def full(**changes: Any) -> JobSpec:
@@ -54,8 +54,8 @@ def full(**changes: Any) -> JobSpec:
 
 
 def points(base: Base, spec: JobSpec, checkpoints: Path, valid: int = 0, **more: Any) -> list[TrainingProgress]:
-    held_out = made_up(valid, seed=1)
-    return list(train_full(base, made_up(23), held_out, spec, device=CPU, checkpoints=checkpoints, **more))
+    held_out = random_examples(valid, seed=1)
+    return list(train_full(base, random_examples(23), held_out, spec, device=CPU, checkpoints=checkpoints, **more))
 
 
 def exported(base: Base, spec: JobSpec, checkpoints: Path, folder: Path) -> FullFinetuneResult:
@@ -81,7 +81,9 @@ def test_deepspeed_does_what_torch_does(tmp_path: Path, offload: str, micro_toke
     found = {}
     for name, attach in (("torch", by_torch), ("deepspeed", by_deepspeed)):
         model, place = tiny().requires_grad_(True), tmp_path / name
-        found[name] = list(train(model, made_up(23), made_up(7, seed=1), spec, checkpoints=place, attach=attach))
+        found[name] = list(
+            train(model, random_examples(23), random_examples(7, seed=1), spec, checkpoints=place, attach=attach)
+        )
     for ours, theirs in zip(found["deepspeed"], found["torch"], strict=True):
         assert (ours.step, ours.trained_tokens, ours.learning_rate) == (
             theirs.step,
@@ -105,9 +107,9 @@ def test_the_model_is_in_bfloat16_and_what_is_kept_in_float32(tiny_base: Base, t
     masters = [parameter.detach().float() for parameter in model.parameters()]
     start = [master.clone() for master in masters]
     optimizer = torch.optim.AdamW(masters, weight_decay=0.1)
-    examples = made_up(23)
+    examples = random_examples(23)
     for step, point in enumerate(found):
-        loss, _ = textbook(model, [examples[index] for index in choose_batch(23, 5, step, spec.seed)])
+        loss, _ = reference_loss(model, [examples[index] for index in choose_batch(23, 5, step, spec.seed)])
         loss.backward()
         for master, parameter in zip(masters, model.parameters(), strict=True):
             assert parameter.grad is not None
@@ -133,7 +135,9 @@ def test_the_model_is_in_bfloat16_and_what_is_kept_in_float32(tiny_base: Base, t
 def test_a_stopped_job_goes_on_to_the_same_bits(tiny_base: Base, tmp_path: Path, offload: str, after: int) -> None:
     spec = full(offload=offload, gradient_checkpointing=offload == "all")
     whole = points(tiny_base, spec, tmp_path / "whole", valid=3)
-    running = train_full(tiny_base, made_up(23), made_up(3, seed=1), spec, device=CPU, checkpoints=tmp_path / "stopped")
+    running = train_full(
+        tiny_base, random_examples(23), random_examples(3, seed=1), spec, device=CPU, checkpoints=tmp_path / "stopped"
+    )
     for _ in range(after):
         next(running)
     running.close()
@@ -167,7 +171,9 @@ def test_the_process_is_left_as_it_was(tiny_base: Base, tmp_path: Path) -> None:
     environment, drawn, linear = dict(os.environ), torch.random.get_rng_state(), torch.nn.functional.linear
     with pytest.raises(TrainingDiverged, match="lower learning rate"):
         points(tiny_base, full(learning_rate=1e38), tmp_path / "job")
-    running = train_full(tiny_base, made_up(23), [], full(offload="all"), device=CPU, checkpoints=tmp_path / "left")
+    running = train_full(
+        tiny_base, random_examples(23), [], full(offload="all"), device=CPU, checkpoints=tmp_path / "left"
+    )
     next(running)
     assert torch.distributed.is_initialized()
     running.close()
@@ -184,15 +190,15 @@ def test_begins_from_an_adapter(tiny_base: Base, tmp_path: Path) -> None:
     (fresh,) = points(tiny_base, still, tmp_path / "fresh", valid=9)
     (point,) = points(tiny_base, still, tmp_path / "next", valid=9, start_from=first)
     plain = PeftModel.from_pretrained(load_for_training(tiny_base, torch.float32), first)
-    expected = textbook(plain, made_up(9, seed=1))[0].item()
+    expected = reference_loss(plain, random_examples(9, seed=1))[0].item()
     assert point.valid_loss == pytest.approx(expected, rel=2e-3)
     assert fresh.valid_loss != pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
-def test_the_result_is_a_lora_and_a_base(llama: Path, tmp_path: Path, quantization: Quantization) -> None:
+def test_the_result_is_a_lora_and_a_base(tiny_base_folder: Path, tmp_path: Path, quantization: Quantization) -> None:
     """The LoRA stands on the base as it is served; the whole weights are what was trained, and are served."""
-    base = base_of(llama, tmp_path, quantization)
+    base = base_of(tiny_base_folder, tmp_path, quantization)
     spec = full(rank=64, targets=("all-linear",), steps=2, batch_size=3)
     points(base, spec, tmp_path / "job")
     found = exported(base, spec, tmp_path / "job", tmp_path / "whole")
@@ -225,7 +231,7 @@ def test_the_result_is_a_lora_and_a_base(llama: Path, tmp_path: Path, quantizati
 
 
 def test_an_unfinished_job_has_no_result(tiny_base: Base, tmp_path: Path) -> None:
-    running = train_full(tiny_base, made_up(23), [], full(), device=CPU, checkpoints=tmp_path / "job")
+    running = train_full(tiny_base, random_examples(23), [], full(), device=CPU, checkpoints=tmp_path / "job")
     for _ in range(3):
         next(running)
     running.close()
@@ -239,7 +245,7 @@ from pathlib import Path
 import torch.distributed as dist
 from loramill.errors import JobPaused
 from loramill.jobs.train.distributed import Processes
-from tests.jobs.test_full import SHARED, base_of, points
+from tests.jobs.train.test_full_finetune import SHARED, base_of, points
 rank, root, calls = int(sys.argv[1]), Path(sys.argv[2]), 0
 dist.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=2)
 def check():
@@ -259,32 +265,32 @@ dist.destroy_process_group()
 SHARED = full(offload="all", micro_tokens=16, checkpoint_every=6)
 
 
-def test_two_processes_share_a_job_across_a_pause(llama: Path, tmp_path: Path) -> None:
+def test_two_processes_share_a_job_across_a_pause(tiny_base_folder: Path, tmp_path: Path) -> None:
     """Only one of them is told to pause, when they are in the midst of a step."""
-    (tmp_path / "base").symlink_to(llama)
+    (tmp_path / "base").symlink_to(tiny_base_folder)
     both = [
         subprocess.Popen(
             [sys.executable, "-c", TOGETHER, str(rank), str(tmp_path)],
             stdout=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
         )
         for rank in range(2)
     ]
     assert [process.communicate(timeout=120)[0].count("paused") for process in both] == [1, 1]
     assert [process.returncode for process in both] == [0, 0]
-    points(base_of(llama, tmp_path), SHARED, tmp_path / "alone", valid=3)
+    points(base_of(tiny_base_folder, tmp_path), SHARED, tmp_path / "alone", valid=3)
     ours, theirs = (checkpoint.latest(tmp_path / job, SHARED) for job in ("alone", "job"))
     assert ours is not None and theirs is not None and theirs.run_state.finished
     assert theirs.run_state.figures == pytest.approx(ours.run_state.figures, rel=2e-2)
-    start = load_for_training(base_of(llama, tmp_path), torch.float32)
+    start = load_for_training(base_of(tiny_base_folder, tmp_path), torch.float32)
     for name, parameter in start.named_parameters():
         moved = (ours.weights[name] - parameter).norm()
         assert (ours.weights[name] - theirs.weights[name]).norm() < 0.15 * moved, name
 
 
-def test_a_worker_publishes_both_results_without_a_resident_base(llama: Path, tmp_path: Path) -> None:
-    base = base_of(llama, tmp_path)
+def test_a_worker_publishes_both_results_without_a_resident_base(tiny_base_folder: Path, tmp_path: Path) -> None:
+    base = base_of(tiny_base_folder, tmp_path)
     migrate(f"sqlite:///{tmp_path / 'record.db'}")
     registry = Registry.open(f"sqlite:///{tmp_path / 'record.db'}", (tmp_path / "artifacts").as_uri())
     worker = Worker(
@@ -293,7 +299,7 @@ def test_a_worker_publishes_both_results_without_a_resident_base(llama: Path, tm
         base=base,
         model=lambda: pytest.fail("the resident base was asked for"),
         device=CPU,
-        tokenizer=ChatTokenizer.load(llama),
+        tokenizer=ChatTokenizer.load(tiny_base_folder),
         checkpoints=tmp_path / "checkpoints",
         logs=tmp_path / "logs",
         settings=JobSettings(),

@@ -15,9 +15,9 @@ from loramill.jobs.train.checkpoint import latest
 from loramill.jobs.train.loop import ProcessGroup, TrainingProgress
 from loramill.types import JobSpec
 
-from .tiny import made_up, spec_of, tiny, train
+from .tiny_training import random_examples, spec_of, tiny, train
 
-HELD_OUT = made_up(5, seed=1, weighed=True)
+HELD_OUT = random_examples(5, seed=1, weighed=True)
 
 
 class Group:
@@ -62,7 +62,7 @@ class Group:
 
 def points(spec: JobSpec, place: Path, processes: ProcessGroup, **more: Any) -> list[TrainingProgress]:
     return list(
-        train(tiny(), made_up(23, weighed=True), HELD_OUT, spec, checkpoints=place, processes=processes, **more)
+        train(tiny(), random_examples(23, weighed=True), HELD_OUT, spec, checkpoints=place, processes=processes, **more)
     )
 
 
@@ -98,7 +98,7 @@ def test_all_go_on_from_the_firsts_checkpoint(tmp_path: Path) -> None:
 
     def half(processes: ProcessGroup) -> list[TrainingProgress]:
         running = train(
-            tiny(), made_up(23, weighed=True), HELD_OUT, spec, checkpoints=tmp_path / "job", processes=processes
+            tiny(), random_examples(23, weighed=True), HELD_OUT, spec, checkpoints=tmp_path / "job", processes=processes
         )
         return [next(running) for _ in range(3)]
 

@@ -21,14 +21,14 @@ from loramill.registry.jobs import checkpoints
 from loramill.registry.jobs.queue import MAX_OUTAGE_DELAY_SECONDS
 from loramill.types import JobRecord, JobStatus
 
-from .mill import Mill, rows
+from ..environment import JobEnvironment, rows
 
 
 @pytest.fixture
-def mill(tmp_path: Path, spoken: Path) -> Iterator[Mill]:
-    mill = Mill.at(tmp_path, spoken)
-    yield mill
-    mill.registry.close()
+def environment(tmp_path: Path, tiny_chat_base: Path) -> Iterator[JobEnvironment]:
+    environment = JobEnvironment.at(tmp_path, tiny_chat_base)
+    yield environment
+    environment.registry.close()
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.04)
         check(lease)
 
-    monkeypatch.setattr(Lease, "check", slowly)
+    monkeypatch.setattr(Lease, "raise_if_stopped", slowly)
 
 
 @contextmanager
@@ -60,55 +60,57 @@ def eventually(check: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
-def ask(mill: Mill, act: Callable[..., Any], *arguments: Any) -> Any:
-    with mill.registry.writing() as session:
+def ask(environment: JobEnvironment, act: Callable[..., Any], *arguments: Any) -> Any:
+    with environment.registry.writing() as session:
         return act(session, *arguments)
 
 
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("how", ["pause", "preempt"])
-def test_a_job_that_makes_room_goes_on_to_the_same_weights(mill: Mill, how: str) -> None:
-    calm = mill.submit("acme/calm", steps=24)
-    assert run_next_job(mill.worker())
-    job = mill.submit("acme/asked", steps=24)
-    with in_thread(lambda: run_next_job(mill.worker())):
-        eventually(lambda: mill.now(job).step >= 3)
+def test_a_job_that_makes_room_goes_on_to_the_same_weights(environment: JobEnvironment, how: str) -> None:
+    calm = environment.submit("acme/calm", steps=24)
+    assert run_next_job(environment.worker())
+    job = environment.submit("acme/asked", steps=24)
+    with in_thread(lambda: run_next_job(environment.worker())):
+        eventually(lambda: environment.now(job).step >= 3)
         asked = time.monotonic()
-        ask(mill, jobs.pause, job.id) if how == "pause" else ask(mill, jobs.preempt, job.id, 1)
+        ask(environment, jobs.pause, job.id) if how == "pause" else ask(environment, jobs.preempt, job.id, 1)
         left = JobStatus.PAUSED if how == "pause" else JobStatus.QUEUED
-        eventually(lambda: mill.now(job).status is left, 10)
+        eventually(lambda: environment.now(job).status is left, 10)
         took = time.monotonic() - asked
-    stopped = mill.now(job)
+    stopped = environment.now(job)
     assert 3 <= stopped.step < 24
     assert took < 5, "two seconds on a machine that has nothing else to do"
-    assert list((Path(mill.settings.checkpoints) / job.id).iterdir())
+    assert list((Path(environment.settings.checkpoints) / job.id).iterdir())
     if how == "pause":
-        assert not run_next_job(mill.worker())
-        ask(mill, jobs.resume, job.id)
+        assert not run_next_job(environment.worker())
+        ask(environment, jobs.resume, job.id)
     steps: list[int] = []
     progress = Lease.report
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Lease, "progress", lambda lease, point: (steps.append(point.step), progress(lease, point)))
-        assert run_next_job(mill.worker("w2"))
+        patch.setattr(Lease, "report", lambda lease, point: (steps.append(point.step), progress(lease, point)))
+        assert run_next_job(environment.worker("w2"))
     assert steps == list(range(stopped.step + 1, 25))
-    done = mill.now(job)
+    done = environment.now(job)
     assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 2)
-    assert mill.weights(done.version) == mill.weights(mill.now(calm).version)
+    assert environment.weights(done.version) == environment.weights(environment.now(calm).version)
 
 
 @pytest.mark.usefixtures("slow")
-def test_a_cancelled_job_stops_and_leaves_nothing(mill: Mill) -> None:
-    job = mill.submit(steps=5000)
-    with in_thread(lambda: run_next_job(mill.worker())):
-        eventually(lambda: mill.now(job).step >= 3)
-        ask(mill, jobs.cancel, job.id)
-        eventually(lambda: mill.now(job).status is JobStatus.CANCELLED, 10)
-    assert not (Path(mill.settings.checkpoints) / job.id).exists()
-    with mill.registry.reading() as session:
+def test_a_cancelled_job_stops_and_leaves_nothing(environment: JobEnvironment) -> None:
+    job = environment.submit(steps=5000)
+    with in_thread(lambda: run_next_job(environment.worker())):
+        eventually(lambda: environment.now(job).step >= 3)
+        ask(environment, jobs.cancel, job.id)
+        eventually(lambda: environment.now(job).status is JobStatus.CANCELLED, 10)
+    assert not (Path(environment.settings.checkpoints) / job.id).exists()
+    with environment.registry.reading() as session:
         assert adapters.list_adapters(session, None) == []
 
 
-def test_validated_checkpoints_can_be_asked_and_no_alias_moves(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validated_checkpoints_can_be_asked_and_no_alias_moves(
+    environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
 
     def add(session: Session, *arguments: Any) -> Any:
@@ -118,30 +120,30 @@ def test_validated_checkpoints_can_be_asked_and_no_alias_moves(mill: Mill, monke
 
     real = checkpoints.add
     monkeypatch.setattr(checkpoints, "add", add)
-    job = mill.submit(steps=5, eval_every=1, valid=mill.data("acme", rows(["nine", "ten"])))
-    assert run_next_job(mill.worker())
+    job = environment.submit(steps=5, eval_every=1, valid=environment.data("acme", rows(["nine", "ten"])))
+    assert run_next_job(environment.worker())
     assert seen == [None] * 5
-    with mill.registry.reading() as session:
+    with environment.registry.reading() as session:
         found = checkpoints.list_checkpoints(session, job.id)
         known = {version.id for version in adapters.list_versions(session, "acme/loud")}
     assert [point.step for point in found] == [5, 4, 3, 2, 1]
     asked = [point.version for point in found if point.version]
     assert len(asked) == len({*asked}) == 3
-    done = mill.now(job)
+    done = environment.now(job)
     assert known == {*asked, done.version}
     for version in asked:
-        mill.registry.artifacts.fetch(version)
+        environment.registry.artifacts.fetch(version)
     assert {"step", "train_loss", "valid_loss"} <= found[0].metrics.keys()
     assert done.valid_loss == found[0].metrics["valid_loss"]
 
 
-def test_the_record_knows_every_step_once(mill: Mill) -> None:
-    job = mill.submit(steps=7)
-    assert run_next_job(mill.worker())
-    with mill.registry.reading() as session:
+def test_the_record_knows_every_step_once(environment: JobEnvironment) -> None:
+    job = environment.submit(steps=7)
+    assert run_next_job(environment.worker())
+    with environment.registry.reading() as session:
         events = [event for event in jobs.list_events(session, job.id) if event.kind == "metrics"]
     assert [event.data["step"] for event in events] == [1, 2, 3, 4, 5, 6, 7]
-    done = mill.now(job)
+    done = environment.now(job)
     assert (done.step, done.trained_tokens) == (7, events[-1].data["trained_tokens"])
     assert done.loss == events[-1].data["train_loss"]
 
@@ -162,21 +164,23 @@ class Outage:
 
 
 @pytest.mark.usefixtures("slow")
-def test_a_job_outlives_a_database_that_is_away(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = mill.submit(steps=30)
-    with in_thread(lambda: run_next_job(mill.worker())):
-        eventually(lambda: mill.now(job).step >= 2)
+def test_a_job_outlives_a_database_that_is_away(environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = environment.submit(steps=30)
+    with in_thread(lambda: run_next_job(environment.worker())):
+        eventually(lambda: environment.now(job).step >= 2)
         outage = Outage(monkeypatch, 2.5)  # past the job's last step
     assert outage.met >= 2
-    done = mill.now(job)
+    done = environment.now(job)
     assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 1)
 
 
-def test_a_worker_waits_for_a_database_that_is_away(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "AWAY_SECONDS", 0.1)
-    job, worker = mill.submit(), mill.worker()
+def test_a_worker_waits_for_a_database_that_is_away(
+    environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "OUTAGE_PAUSE_SECONDS", 0.1)
+    job, worker = environment.submit(), environment.worker()
     outage = Outage(monkeypatch, 0.4)
-    assert run_jobs(worker, should_stop=lambda idle: mill.now(job).status.final) == 1
+    assert run_jobs(worker, should_stop=lambda idle: environment.now(job).status.final) == 1
     assert outage.met >= 2
 
 
@@ -205,53 +209,55 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int = 1) -
 
 
 @pytest.mark.parametrize("error", [DiskFull("No room."), Unavailable("Away."), OSError("The network went away.")])
-def test_what_may_pass_is_tried_again_later(mill: Mill, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_what_may_pass_is_tried_again_later(
+    environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     failing(monkeypatch, error)
-    job = mill.submit()
-    waiting = mill.worker(settings=mill.settings.jobs.model_copy(update={"backoff_seconds": 100}))
+    job = environment.submit()
+    waiting = environment.worker(settings=environment.settings.jobs.model_copy(update={"backoff_seconds": 100}))
     assert run_next_job(waiting)
-    queued = mill.now(job)
+    queued = environment.now(job)
     assert queued.status is JobStatus.QUEUED
     wait = MAX_OUTAGE_DELAY_SECONDS if isinstance(error, Unavailable) else 100
     assert 0.4 * wait < (queued.not_before or 0) - time.time() < 1.51 * wait
-    assert str(error) in mill.messages(job)[-1]
+    assert str(error) in environment.messages(job)[-1]
     assert not run_next_job(waiting)
-    with mill.registry.writing() as session:
+    with environment.registry.writing() as session:
         leased = jobs.lease(session, "w", now=time.time() + 200, seconds=20, max_attempts=3)
     assert leased is not None and worker_module.run_attempt(waiting, leased) is None
-    assert mill.now(job).status is JobStatus.SUCCEEDED
+    assert environment.now(job).status is JobStatus.SUCCEEDED
 
 
 def test_out_of_memory_is_tried_with_half_the_tokens_and_then_fails(
-    mill: Mill, monkeypatch: pytest.MonkeyPatch
+    environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = failing(monkeypatch, OutOfMemory("No room for a pass."), times=3)
-    saved, lost = mill.submit(micro_tokens=64), None
-    assert run_next_job(mill.worker()) and mill.now(saved).status is JobStatus.QUEUED
+    saved, lost = environment.submit(micro_tokens=64), None
+    assert run_next_job(environment.worker()) and environment.now(saved).status is JobStatus.QUEUED
     seen.extend([0, 0])  # from here on there is room
-    assert run_next_job(mill.worker())
-    assert mill.now(saved).status is JobStatus.SUCCEEDED
+    assert run_next_job(environment.worker())
+    assert environment.now(saved).status is JobStatus.SUCCEEDED
     assert (seen[0], seen[-1]) == (None, 32)
     del seen[:]
-    lost = mill.submit(micro_tokens=64)
-    assert run_next_job(mill.worker()) and run_next_job(mill.worker())
-    assert (mill.now(lost).status, mill.now(lost).error_code) == (JobStatus.FAILED, "out_of_memory")
+    lost = environment.submit(micro_tokens=64)
+    assert run_next_job(environment.worker()) and run_next_job(environment.worker())
+    assert (environment.now(lost).status, environment.now(lost).error_code) == (JobStatus.FAILED, "out_of_memory")
     assert seen == [None, 32]
 
 
 @pytest.mark.parametrize("damage", ["changed", "gone"])
-def test_unreadable_data_fails_at_once(mill: Mill, damage: str) -> None:
-    job = mill.submit()
-    (file,) = (mill.settings.home / "artifacts").glob("**/data.jsonl")
+def test_unreadable_data_fails_at_once(environment: JobEnvironment, damage: str) -> None:
+    job = environment.submit()
+    (file,) = (environment.settings.home / "artifacts").glob("**/data.jsonl")
     file.chmod(0o600)
     file.write_bytes(b"{}\n") if damage == "changed" else file.unlink()
-    assert run_next_job(mill.worker())
-    failed = mill.now(job)
+    assert run_next_job(environment.worker())
+    failed = environment.now(job)
     assert (failed.status, failed.error_code, failed.attempt) == (JobStatus.FAILED, "artifact_corrupt", 1)
 
 
-def test_divergence_keeps_the_last_checkpoint(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = mill.submit(steps=6)
+def test_divergence_keeps_the_last_checkpoint(environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = environment.submit(steps=6)
     progress = Lease.report
 
     def diverge(lease: Lease, point: Any) -> None:
@@ -259,31 +265,31 @@ def test_divergence_keeps_the_last_checkpoint(mill: Mill, monkeypatch: pytest.Mo
         if point.step == 5:
             raise TrainingDiverged("NaN", examples=[3])
 
-    monkeypatch.setattr(Lease, "progress", diverge)
-    assert run_next_job(mill.worker())
-    failed = mill.now(job)
+    monkeypatch.setattr(Lease, "report", diverge)
+    assert run_next_job(environment.worker())
+    failed = environment.now(job)
     assert (failed.status, failed.error_code, failed.step) == (JobStatus.FAILED, "training_diverged", 5)
-    assert list((Path(mill.settings.checkpoints) / job.id).iterdir())
+    assert list((Path(environment.settings.checkpoints) / job.id).iterdir())
 
 
-def test_a_worker_takes_what_its_executor_takes(mill: Mill) -> None:
-    job = mill.submit(executor="dedicated")
-    assert lease_next_job(mill.worker(executor="session")) is None
-    leased = lease_next_job(mill.worker(executor="dedicated"), job.id)
+def test_a_worker_takes_what_its_executor_takes(environment: JobEnvironment) -> None:
+    job = environment.submit(executor="dedicated")
+    assert lease_next_job(environment.worker(executor="session")) is None
+    leased = lease_next_job(environment.worker(executor="dedicated"), job.id)
     assert leased is not None and leased.id == job.id
-    assert lease_next_job(mill.worker(executor="dedicated"), job.id) is None
+    assert lease_next_job(environment.worker(executor="dedicated"), job.id) is None
 
 
-def test_a_lost_lease_stops_the_training(mill: Mill) -> None:
-    job = mill.submit(steps=5000)
+def test_a_lost_lease_stops_the_training(environment: JobEnvironment) -> None:
+    job = environment.submit(steps=5000)
     ended: list[LoramillError | None] = []
-    leased = lease_next_job(mill.worker())
+    leased = lease_next_job(environment.worker())
     assert leased is not None
-    with in_thread(lambda: ended.append(worker_module.run_attempt(mill.worker(), leased))):
-        eventually(lambda: mill.now(job).step >= 2)
-        with mill.registry.writing() as session:
+    with in_thread(lambda: ended.append(worker_module.run_attempt(environment.worker(), leased))):
+        eventually(lambda: environment.now(job).step >= 2)
+        with environment.registry.writing() as session:
             other = jobs.lease(session, "w2", now=time.time() + 60, seconds=60, max_attempts=3)
     assert other is not None and other.attempt == 2
     assert [error.code for error in ended if error] == ["lease_lost"]
-    now: JobRecord = mill.now(job)
+    now: JobRecord = environment.now(job)
     assert (now.status, now.owner) == (JobStatus.RUNNING, "w2")

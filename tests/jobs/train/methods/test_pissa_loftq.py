@@ -15,7 +15,7 @@ from loramill.jobs.train.methods.peft_folder import lora_config, modules_of, ten
 from loramill.jobs.train.methods.pissa_loftq import A0, B0
 from loramill.models.catalog import Base
 
-from .driven import learn, loaded, logits_of, loss_of, spec_of, tokens, trained
+from .method_training import learn, loaded, logits_of, loss_of, spec_of, tokens, trained
 
 
 def test_pissa_is_lora_on_the_base_less_its_beginning(small: Base) -> None:

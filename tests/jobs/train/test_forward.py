@@ -17,7 +17,7 @@ from loramill.jobs.train.ops.attention import attend
 from loramill.jobs.train.ops.loss import cross_entropy
 from loramill.jobs.train.ops.norm import rms_norm
 
-from .tiny import tiny
+from .tiny_training import tiny
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 

@@ -30,9 +30,9 @@ from loramill.jobs.train.batching import choose_batch
 from loramill.jobs.train.checkpoint import latest
 from loramill.jobs.train.loop import export_adapter
 
-from .tiny import adapter, made_up, spec_of, tiny, train
+from .tiny_training import adapter, random_examples, spec_of, tiny, train
 
-HELD_OUT = made_up(4, seed=1)
+HELD_OUT = random_examples(4, seed=1)
 FILE = "adapter_model.safetensors"
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -83,7 +83,7 @@ def test_a_stopped_job_goes_on_to_the_same_bits(
     whole = adapter(quantized(), spec, tmp_path / "whole", **more)
     for after in range(1, 8):
         place = tmp_path / f"stopped after {after}"
-        running = train(quantized(), made_up(23), HELD_OUT, spec, folder=tmp_path / "base", checkpoints=place)
+        running = train(quantized(), random_examples(23), HELD_OUT, spec, folder=tmp_path / "base", checkpoints=place)
         for _ in range(after):
             next(running)
         running.close()
@@ -110,9 +110,9 @@ def test_a_paused_job_loses_no_step(tmp_path: Path) -> None:
 
         points = []
         with pytest.raises(asked):
-            for point in train(tiny(), made_up(23), HELD_OUT, spec, checkpoints=place, check=stop):
+            for point in train(tiny(), random_examples(23), HELD_OUT, spec, checkpoints=place, check=stop):
                 points.append(point)
-        rest = list(train(tiny(), made_up(23), HELD_OUT, spec, checkpoints=place))
+        rest = list(train(tiny(), random_examples(23), HELD_OUT, spec, checkpoints=place))
         assert [point.step for point in (*points, *rest)] == [1, 2, 3, 4, 5, 6]
         assert [point.step for point in (*points, *rest) if point.valid_loss is not None] == [3, 6]
         assert export_adapter(place, spec, base="tiny") == whole
@@ -129,7 +129,7 @@ def test_a_cancelled_job_ends_before_its_next_pass(tmp_path: Path) -> None:
         list(
             train(
                 tiny(),
-                made_up(23),
+                random_examples(23),
                 [],
                 spec_of(micro_tokens=1000, checkpoint_every=50),
                 checkpoints=tmp_path,
@@ -142,9 +142,9 @@ def test_a_cancelled_job_ends_before_its_next_pass(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from tests.jobs.tiny import made_up, spec_of, tiny, train
+from tests.jobs.train.tiny_training import random_examples, spec_of, tiny, train
 spec = spec_of(dropout=0.2, steps=40)
-for point in train(tiny(), made_up(23), [], spec, checkpoints=Path(sys.argv[1])):
+for point in train(tiny(), random_examples(23), [], spec, checkpoints=Path(sys.argv[1])):
     print(point.step, flush=True)
     time.sleep(0.02)
 """
@@ -154,7 +154,7 @@ def test_a_job_killed_with_9_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     spec = spec_of(dropout=0.2, steps=40)
     whole = adapter(tiny(), spec, tmp_path / "whole")
     command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if int(line) == 13:
@@ -163,18 +163,18 @@ def test_a_job_killed_with_9_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGKILL
     with pytest.raises(ArtifactMissing, match="step 40"):
         export_adapter(tmp_path / "killed", spec, base="tiny")
-    rest = list(train(tiny(), made_up(23), [], spec, checkpoints=tmp_path / "killed"))
+    rest = list(train(tiny(), random_examples(23), [], spec, checkpoints=tmp_path / "killed"))
     assert 13 <= rest[0].step < 40
     assert export_adapter(tmp_path / "killed", spec, base="tiny") == whole
 
 
 def test_checkpoints_may_lie_where_other_machines_reach_them(tmp_path: Path) -> None:
     spec, place = spec_of(dropout=0.2), f"memory://{tmp_path.name}/job"
-    running = train(tiny(), made_up(23), [], spec, checkpoints=place)
+    running = train(tiny(), random_examples(23), [], spec, checkpoints=place)
     for _ in range(3):
         next(running)
     running.close()
-    rest = list(train(tiny(), made_up(23), [], spec, checkpoints=place))
+    rest = list(train(tiny(), random_examples(23), [], spec, checkpoints=place))
     assert [point.step for point in rest] == [3, 4, 5, 6]
     assert export_adapter(place, spec, base="tiny") == adapter(tiny(), spec, (tmp_path / "local").as_uri())
 
@@ -199,23 +199,23 @@ def test_says_when_memory_runs_out_and_what_is_next(tmp_path: Path, fail: Callab
     model = tiny()
     model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: fail())
     with pytest.raises(OutOfMemory, match=r"pass of 64 tokens .* with 'micro_tokens' 32"):
-        next(train(model, made_up(23), [], spec_of(micro_tokens=64), checkpoints=tmp_path))
+        next(train(model, random_examples(23), [], spec_of(micro_tokens=64), checkpoints=tmp_path))
     with pytest.raises(OutOfMemory, match=r"pass of 20 tokens .*'gradient_checkpointing'"):
-        next(train(model, made_up(23), [], spec_of(micro_tokens=64), checkpoints=tmp_path, micro_tokens=20))
+        next(train(model, random_examples(23), [], spec_of(micro_tokens=64), checkpoints=tmp_path, micro_tokens=20))
 
 
 def test_other_errors_are_not_taken_for_memory(tmp_path: Path) -> None:
     model = tiny()
     model.model.layers[1].mlp.register_forward_pre_hook(lambda _, x: x[0] @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size mismatch"):
-        next(train(model, made_up(23), [], spec_of(), checkpoints=tmp_path))
+        next(train(model, random_examples(23), [], spec_of(), checkpoints=tmp_path))
 
 
 def test_smaller_passes_go_on_to_the_same_result(tmp_path: Path) -> None:
     """From the checkpoints of the larger ones, and to rounding: the batch of a step is the same."""
     spec = spec_of(micro_tokens=200)
-    whole = list(train(tiny(), made_up(23), HELD_OUT, spec, checkpoints=tmp_path / "whole"))
-    running = train(tiny(), made_up(23), HELD_OUT, spec, checkpoints=tmp_path / "job")
+    whole = list(train(tiny(), random_examples(23), HELD_OUT, spec, checkpoints=tmp_path / "whole"))
+    running = train(tiny(), random_examples(23), HELD_OUT, spec, checkpoints=tmp_path / "job")
     for _ in range(2):
         next(running)
     running.close()
@@ -223,7 +223,7 @@ def test_smaller_passes_go_on_to_the_same_result(tmp_path: Path) -> None:
     rest = list(
         train(
             tiny(),
-            made_up(23),
+            random_examples(23),
             HELD_OUT,
             spec,
             checkpoints=tmp_path / "job",
@@ -251,7 +251,7 @@ def poisoned() -> PreTrainedModel:
 
 
 def test_a_loss_that_is_no_number_ends_the_job_with_its_examples(tmp_path: Path) -> None:
-    examples = made_up(23)
+    examples = random_examples(23)
     spec = spec_of(steps=30, checkpoint_every=1)
     bad = choose_batch(23, 5, 3, spec.seed)[2]
     tokens = examples[bad].tokens
@@ -275,19 +275,19 @@ def test_a_gradient_that_is_no_number_ends_the_job(tmp_path: Path) -> None:
     model.model.layers[0].input_layernorm.register_full_backward_hook(lambda _, given, __: (given[0] * torch.inf,))
     model.model.layers[0].mlp.register_full_backward_hook(lambda _, given, __: (given[0] * torch.nan,))
     with pytest.raises(TrainingDiverged, match=r"step 1 of 6: loss \d.*gradient norm nan") as told:
-        next(train(model, made_up(9), [], spec_of(), checkpoints=tmp_path))
+        next(train(model, random_examples(9), [], spec_of(), checkpoints=tmp_path))
     assert len(told.value.examples) == 5
 
 
 def test_a_validation_loss_that_is_no_number_ends_the_job(tmp_path: Path) -> None:
     bad = [type(HELD_OUT[0])((61, *HELD_OUT[0].tokens[1:]), HELD_OUT[0].prompt_length)]
     with pytest.raises(TrainingDiverged, match="step 2 of 6: validation loss nan"):
-        list(train(poisoned(), made_up(9), bad, spec_of(), checkpoints=tmp_path))
+        list(train(poisoned(), random_examples(9), bad, spec_of(), checkpoints=tmp_path))
 
 
 def test_says_when_training_diverges(tmp_path: Path) -> None:
     with pytest.raises(TrainingDiverged, match=r"step \d of 6.*lower learning rate"):
-        list(train(tiny(), made_up(9), [], spec_of(learning_rate=1e38), checkpoints=tmp_path))
+        list(train(tiny(), random_examples(9), [], spec_of(learning_rate=1e38), checkpoints=tmp_path))
 
 
 # Disks
@@ -296,7 +296,7 @@ def test_says_when_training_diverges(tmp_path: Path) -> None:
 def test_a_full_disk_ends_the_attempt_and_the_next_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of(dropout=0.2)
     whole = adapter(tiny(), spec, tmp_path / "whole")
-    running = train(tiny(), made_up(23), [], spec, checkpoints=tmp_path / "job")
+    running = train(tiny(), random_examples(23), [], spec, checkpoints=tmp_path / "job")
     next(running), next(running)
 
     def full(_: int) -> None:
@@ -318,6 +318,6 @@ def test_a_checkpoint_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Path, "read_bytes", broken)
     with pytest.raises(ArtifactCorrupt, match="can't be read"):
-        next(train(tiny(), made_up(23), [], spec, checkpoints=tmp_path))
+        next(train(tiny(), random_examples(23), [], spec, checkpoints=tmp_path))
     with pytest.raises(ArtifactCorrupt, match="can't be read"):
         export_adapter(tmp_path, spec, base="tiny")

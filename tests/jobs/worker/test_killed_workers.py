@@ -16,8 +16,8 @@ from loramill.jobs.scheduling.reconciler import Reconciler
 from loramill.registry import adapters, jobs, tenants
 from loramill.types import JobRecord, JobStatus
 
-from . import mill as mill_module
-from .mill import Mill
+from .. import environment as environment_module
+from ..environment import JobEnvironment
 
 TENANTS, EACH = 20, 10
 #: Jobs that end between two kills.
@@ -29,9 +29,9 @@ WEIGHT = 2.0
 class Pool:
     """Worker processes, forked on demand; they die with the supervisor that asked for them, as with Ray."""
 
-    def __init__(self, mill: Mill) -> None:
-        script = Path(mill_module.__file__)
-        command = [sys.executable, str(script), mill.settings.model_dump_json()]
+    def __init__(self, environment: JobEnvironment) -> None:
+        script = Path(environment_module.__file__)
+        command = [sys.executable, str(script), environment.settings.model_dump_json()]
         self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._lock = threading.Lock()
         self.alive: dict[str, tuple[str, int]] = {}
@@ -75,66 +75,68 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def start(mill: Mill, pool: Pool) -> tuple[Reconciler, threading.Event]:
-    keeper = Reconciler(mill.registry, mill.settings.jobs, run_session=pool.run_session, run_trainer=None)  # type: ignore[arg-type]
+def start(environment: JobEnvironment, pool: Pool) -> tuple[Reconciler, threading.Event]:
+    reconciler = Reconciler(
+        environment.registry, environment.settings.jobs, run_session=pool.run_session, run_trainer=None
+    )  # type: ignore[arg-type]
     ended = threading.Event()
-    threading.Thread(target=keeper.run, args=(ended,), daemon=True).start()
-    return keeper, ended
+    threading.Thread(target=reconciler.run, args=(ended,), daemon=True).start()
+    return reconciler, ended
 
 
-def submitted(mill: Mill) -> list[JobRecord]:
+def submitted(environment: JobEnvironment) -> list[JobRecord]:
     """All tenants' jobs, on the same data, so that the same weights must come of them."""
-    data = {f"tenant{n}": mill.data(f"tenant{n}") for n in range(TENANTS)}
-    with mill.registry.writing() as session:
+    data = {f"tenant{n}": environment.data(f"tenant{n}") for n in range(TENANTS)}
+    with environment.registry.writing() as session:
         for n in range(TENANTS):
             tenants.set_fair_share(session, f"tenant{n}", weight=WEIGHT if n % 2 else 1.0)
         return [
-            jobs.submit(session, mill.spec(f"{tenant}/bot", train, checkpoint_every=1), {}, cost=100.0)
+            jobs.submit(session, environment.spec(f"{tenant}/bot", train, checkpoint_every=1), {}, cost=100.0)
             for _ in range(EACH)
             for tenant, train in data.items()
         ]
 
 
-def test_each_job_ends_once_whatever_is_killed(tmp_path: Path, spoken: Path) -> None:
-    mill = Mill.at(tmp_path, spoken, lease_seconds=2, idle_seconds=600, max_attempts=99)
-    pool, chance, killed = Pool(mill), random.Random(0), Counter[str]()
-    queued = submitted(mill)
-    keepers = [start(mill, pool), start(mill, pool)]
+def test_each_job_ends_once_whatever_is_killed(tmp_path: Path, tiny_chat_base: Path) -> None:
+    environment = JobEnvironment.at(tmp_path, tiny_chat_base, lease_seconds=2, idle_seconds=600, max_attempts=99)
+    pool, chance, killed = Pool(environment), random.Random(0), Counter[str]()
+    queued = submitted(environment)
+    keepers = [start(environment, pool), start(environment, pool)]
     deadline = time.monotonic() + 300
     for goal in range(len(queued) - PACE, -1, -PACE):
-        while left(mill) > goal:
-            assert time.monotonic() < deadline, f"{left(mill)} jobs are left, after kills of {killed}"
+        while left(environment) > goal:
+            assert time.monotonic() < deadline, f"{left(environment)} jobs are left, after kills of {killed}"
             time.sleep(0.2)
         time.sleep(chance.random() * 0.3)
         if goal % (8 * PACE) < PACE:
-            keeper, ended = keepers.pop(0)
+            reconciler, ended = keepers.pop(0)
             ended.set()
-            pool.kill(chance, keeper.holder)
+            pool.kill(chance, reconciler.holder)
             killed["supervisor"] += 1
-            keepers.append(start(mill, pool))
+            keepers.append(start(environment, pool))
         else:
             killed["worker"] += pool.kill(chance)
-    while left(mill):
-        assert time.monotonic() < deadline, f"{left(mill)} jobs are left at the end"
+    while left(environment):
+        assert time.monotonic() < deadline, f"{left(environment)} jobs are left at the end"
         time.sleep(0.2)
-    for keeper, ended in keepers:
+    for reconciler, ended in keepers:
         ended.set()
-        pool.kill(chance, keeper.holder)
+        pool.kill(chance, reconciler.holder)
     pool.end()
     assert killed["worker"] >= 20 and killed["supervisor"] >= 3
-    check(mill, queued)
+    check(environment, queued)
 
 
-def left(mill: Mill) -> int:
-    with mill.registry.reading() as session:
+def left(environment: JobEnvironment) -> int:
+    with environment.registry.reading() as session:
         return jobs.count_open(session)
 
 
-def check(mill: Mill, queued: list[JobRecord]) -> None:
+def check(environment: JobEnvironment, queued: list[JobRecord]) -> None:
     """Each job has ended once, with a version that is whole, and every tenant has had its share."""
     published: dict[str, list[str]] = defaultdict(list)
     contents = set()
-    with mill.registry.reading() as session:
+    with environment.registry.reading() as session:
         done = [jobs.get(session, job.id) for job in queued]
         for tenant in {job.tenant for job in queued}:
             for version in adapters.list_versions(session, f"{tenant}/bot"):
@@ -145,8 +147,8 @@ def check(mill: Mill, queued: list[JobRecord]) -> None:
     # Each once, whole, and to the same bits as if nothing had been killed.
     assert {job.id: [job.version] for job in done} == published
     for job in done:
-        mill.registry.artifacts.fetch(job.version or "")
-        contents.add(mill.weights(job.version))
+        environment.registry.artifacts.fetch(job.version or "")
+        contents.add(environment.weights(job.version))
     assert len(contents) == 1
     # Fair as long as every tenant has jobs waiting.
     first = Counter(job.tenant for job in sorted(done, key=lambda job: job.finished_at or 0)[:120])

@@ -8,7 +8,7 @@ from transformers import get_scheduler
 
 from loramill.jobs.train.lr_schedule import learning_rate
 
-from .tiny import spec_of
+from .tiny_training import spec_of
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])

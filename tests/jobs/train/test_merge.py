@@ -32,8 +32,8 @@ from loramill.serve.model import Chunk, load_decoder
 from loramill.settings import Settings
 from loramill.types import VersionRecord
 
-from .conftest import base_of
-from .tiny import made_up, spec_of
+from ..conftest import base_of
+from .tiny_training import random_examples, spec_of
 
 CPU = torch.device("cpu")
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -75,27 +75,29 @@ def logits(model: Any, examples: list[EncodedExample]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_in_float32_the_merged_model_says_what_the_adapter_says(llama: Path, tmp_path: Path, kind: str) -> None:
-    base = base_of(llama, tmp_path)
+def test_in_float32_the_merged_model_says_what_the_adapter_says(
+    tiny_base_folder: Path, tmp_path: Path, kind: str
+) -> None:
+    base = base_of(tiny_base_folder, tmp_path)
     adapter = saved(base, tmp_path / "adapter", KINDS[kind], size=0.2)
-    report = merge(base, adapter, made_up(12), tmp_path / "merged", name="acme/a", dtype="fp32")
+    report = merge(base, adapter, random_examples(12), tmp_path / "merged", name="acme/a", dtype="fp32")
     assert report.divergence.kl < 1e-6 and report.divergence.agreement == 1.0
     plain = PeftModel.from_pretrained(load_for_training(base, torch.bfloat16).float(), adapter)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    wanted = logits(plain, made_up(5))
-    assert not torch.allclose(wanted, logits(load_for_training(base, torch.float32), made_up(5)), atol=1e-2)
-    torch.testing.assert_close(logits(whole, made_up(5)), wanted, rtol=1e-3, atol=1e-3)
+    wanted = logits(plain, random_examples(5))
+    assert not torch.allclose(wanted, logits(load_for_training(base, torch.float32), random_examples(5)), atol=1e-2)
+    torch.testing.assert_close(logits(whole, random_examples(5)), wanted, rtol=1e-3, atol=1e-3)
     # An embedding and a head that were one are two, once an adapter changes only one of them.
     assert whole.config.tie_word_embeddings == (kind not in ("embeddings", "head", "both"))
 
 
-def test_the_folder_is_a_base_with_a_report(llama: Path, tmp_path: Path) -> None:
-    base = base_of(llama, tmp_path)
+def test_the_folder_is_a_base_with_a_report(tiny_base_folder: Path, tmp_path: Path) -> None:
+    base = base_of(tiny_base_folder, tmp_path)
     adapter = saved(base, tmp_path / "adapter", lora())
-    report = merge(base, adapter, made_up(12), tmp_path / "merged", name="acme/a@12345678")
+    report = merge(base, adapter, random_examples(12), tmp_path / "merged", name="acme/a@12345678")
     assert MergeReport.model_validate_json((tmp_path / "merged" / REPORT_FILE).read_bytes()) == report
     assert (report.adapter, report.base, report.into, report.dtype) == ("acme/a@12345678", "tiny", "original", "bf16")
-    assert report.divergence.tokens == sum(len(each.tokens) - each.prompt_length for each in made_up(12))
+    assert report.divergence.tokens == sum(len(each.tokens) - each.prompt_length for each in random_examples(12))
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert whole.dtype == torch.bfloat16
     new = find_base(str(tmp_path / "merged"), tmp_path / "cache")
@@ -106,11 +108,11 @@ def test_the_folder_is_a_base_with_a_report(llama: Path, tmp_path: Path) -> None
 
 
 @torch.no_grad()
-def test_the_divergence_is_the_mean_of_kl(llama: Path, tmp_path: Path) -> None:
+def test_the_divergence_is_the_mean_of_kl(tiny_base_folder: Path, tmp_path: Path) -> None:
     """By its definition, an example at a time, of the files that were written."""
-    base = base_of(llama, tmp_path, "nf4")
+    base = base_of(tiny_base_folder, tmp_path, "nf4")
     adapter = saved(base, tmp_path / "adapter", lora(), size=0.1)
-    examples = made_up(12)
+    examples = random_examples(12)
     report = merge(base, adapter, examples, tmp_path / "merged", name="a", into="original", max_kl=100.0)
     plain = PeftModel.from_pretrained(load_for_training(base, torch.bfloat16).float(), adapter)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").float()
@@ -127,41 +129,43 @@ def test_the_divergence_is_the_mean_of_kl(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_an_adapter_of_a_quantized_base_belongs_to_its_values(llama: Path, tmp_path: Path, quantization: Any) -> None:
-    base = base_of(llama, tmp_path, quantization)
+def test_an_adapter_of_a_quantized_base_belongs_to_its_values(
+    tiny_base_folder: Path, tmp_path: Path, quantization: Any
+) -> None:
+    base = base_of(tiny_base_folder, tmp_path, quantization)
     adapter = saved(base, tmp_path / "adapter", lora())
-    by_default = merge(base, adapter, made_up(12), tmp_path / "by-default", name="a")
-    original = merge(base, adapter, made_up(12), tmp_path / "original", name="a", into="original", force=True)
+    by_default = merge(base, adapter, random_examples(12), tmp_path / "by-default", name="a")
+    original = merge(base, adapter, random_examples(12), tmp_path / "original", name="a", into="original", force=True)
     assert (by_default.into, original.into) == ("dequantised", "original")
     assert by_default.divergence.kl < original.divergence.kl / 3
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
-    exact = merge_into(load_for_training(base_of(llama, tmp_path), torch.bfloat16), adapter)
+    exact = merge_into(load_for_training(base_of(tiny_base_folder, tmp_path), torch.bfloat16), adapter)
     assert torch.equal(found.model.layers[0].mlp.up_proj.weight, exact.model.layers[0].mlp.up_proj.weight)
 
 
-def test_what_is_too_far_is_refused_unless_forced(llama: Path, tmp_path: Path) -> None:
-    base = base_of(llama, tmp_path, "nf4")
+def test_what_is_too_far_is_refused_unless_forced(tiny_base_folder: Path, tmp_path: Path) -> None:
+    base = base_of(tiny_base_folder, tmp_path, "nf4")
     adapter = saved(base, tmp_path / "adapter", lora(), size=0.1)
     to = tmp_path / "merged"
     with pytest.raises(Conflict, match=r"nats a token.*--into dequantised.*--force"):
-        merge(base, adapter, made_up(12), to, name="a", into="original", max_kl=1e-4)
+        merge(base, adapter, random_examples(12), to, name="a", into="original", max_kl=1e-4)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "cache"]  # not even a part of it
-    report = merge(base, adapter, made_up(12), to, name="a", into="original", max_kl=1e-4, force=True)
+    report = merge(base, adapter, random_examples(12), to, name="a", into="original", max_kl=1e-4, force=True)
     assert report.divergence.kl > report.max_kl == 1e-4
     assert json.loads((to / REPORT_FILE).read_text())["divergence"]["kl"] == report.divergence.kl
 
 
-def test_what_can_not_be_merged_is_refused(llama: Path, tmp_path: Path) -> None:
-    base, to = base_of(llama, tmp_path), tmp_path / "merged"
+def test_what_can_not_be_merged_is_refused(tiny_base_folder: Path, tmp_path: Path) -> None:
+    base, to = base_of(tiny_base_folder, tmp_path), tmp_path / "merged"
     adapter = saved(base, tmp_path / "adapter", lora())
     with pytest.raises(InvalidRequest, match="isn't quantized"):
-        merge(base, adapter, made_up(3), to, name="a", into="dequantised")
+        merge(base, adapter, random_examples(3), to, name="a", into="dequantised")
     with pytest.raises(AdapterInvalid, match=r"adapter_config.json"):
-        merge(base, tmp_path / "cache", made_up(3), to, name="a")
+        merge(base, tmp_path / "cache", random_examples(3), to, name="a")
     with pytest.raises(InvalidRequest, match="no completion"):
         merge(base, adapter, [], to, name="a")
     with pytest.raises(InvalidRequest, match="is there already"):
-        merge(base, adapter, made_up(3), adapter, name="a")
+        merge(base, adapter, random_examples(3), adapter, name="a")
     assert not to.exists()
 
 
@@ -181,14 +185,14 @@ def respelled(adapter: Path, spell: Callable[[str], str | None]) -> Path:
     ],
     ids=["tower", "no prefix", "adapter's name"],
 )
-def test_tensor_names_that_peft_only_warns_about_are_merged(llama: Path, tmp_path: Path, spell: Any) -> None:
-    base = base_of(llama, tmp_path)
+def test_tensor_names_that_peft_only_warns_about_are_merged(tiny_base_folder: Path, tmp_path: Path, spell: Any) -> None:
+    base = base_of(tiny_base_folder, tmp_path)
     plain = saved(base, tmp_path / "plain", lora(), size=0.2)
-    merge(base, plain, made_up(3), tmp_path / "wanted", name="a")
-    merge(base, respelled(plain, spell), made_up(3), tmp_path / "merged", name="a")
+    merge(base, plain, random_examples(3), tmp_path / "wanted", name="a")
+    merge(base, respelled(plain, spell), random_examples(3), tmp_path / "merged", name="a")
     wanted, found = (load_file(tmp_path / each / "model.safetensors") for each in ("wanted", "merged"))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert not torch.equal(found[Q_PROJ], load_file(llama / "model.safetensors")[Q_PROJ])
+    assert not torch.equal(found[Q_PROJ], load_file(tiny_base_folder / "model.safetensors")[Q_PROJ])
 
 
 @pytest.mark.parametrize(
@@ -198,29 +202,29 @@ def test_tensor_names_that_peft_only_warns_about_are_merged(llama: Path, tmp_pat
         (lambda name: name if "0.mlp.up_proj.lora_B" not in name else None, r"layers.0.mlp.up_proj.lora_B.weight"),
     ],
 )
-def test_an_incomplete_adapter_is_not_merged(llama: Path, tmp_path: Path, spell: Any, missing: str) -> None:
-    base = base_of(llama, tmp_path)
+def test_an_incomplete_adapter_is_not_merged(tiny_base_folder: Path, tmp_path: Path, spell: Any, missing: str) -> None:
+    base = base_of(tiny_base_folder, tmp_path)
     adapter = respelled(saved(base, tmp_path / "adapter", lora()), spell)
     with pytest.raises(AdapterInvalid, match=f"lacks '[^']*{missing}'"):
-        merge(base, adapter, made_up(3), tmp_path / "merged", name="a", force=True)
+        merge(base, adapter, random_examples(3), tmp_path / "merged", name="a", force=True)
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_merge_that_changes_nothing_is_an_error(llama: Path, tmp_path: Path) -> None:
-    base = base_of(llama, tmp_path)
+def test_a_merge_that_changes_nothing_is_an_error(tiny_base_folder: Path, tmp_path: Path) -> None:
+    base = base_of(tiny_base_folder, tmp_path)
     adapter = tmp_path / "adapter"
     get_peft_model(load_for_training(base, torch.bfloat16), lora()).save_pretrained(adapter)
     with pytest.raises(AdapterInvalid, match="changes no weight"):
-        merge(base, adapter, made_up(3), tmp_path / "merged", name="a", force=True)
+        merge(base, adapter, random_examples(3), tmp_path / "merged", name="a", force=True)
     assert not (tmp_path / "merged").exists()
 
 
-def test_the_divergence_is_measured_from_the_engines_predictions(llama: Path, tmp_path: Path) -> None:
+def test_the_divergence_is_measured_from_the_engines_predictions(tiny_base_folder: Path, tmp_path: Path) -> None:
     """Not from a model that PEFT made, which may be the bare base: a large divergence must show."""
-    base = base_of(llama, tmp_path)
+    base = base_of(tiny_base_folder, tmp_path)
     adapter = saved(base, tmp_path / "adapter", lora(lora_alpha=64), size=0.3)
-    examples = made_up(12)
-    model, engine = load_for_training(base, torch.float32), load_decoder(llama, dtype=torch.float32)
+    examples = random_examples(12)
+    model, engine = load_for_training(base, torch.float32), load_decoder(tiny_base_folder, dtype=torch.float32)
     deltas = read_adapter(adapter, BaseModules.of_sites(engine.sites, engine.target_weight))
     slab = engine.new_slab(1, 1 << 20)
     packed = slab.pack(deltas)
@@ -235,16 +239,16 @@ def test_the_divergence_is_measured_from_the_engines_predictions(llama: Path, tm
         assert not torch.allclose(logits(model, [example]), served, atol=0.1)
 
 
-def test_weights_are_as_readable_as_the_other_files(llama: Path, tmp_path: Path) -> None:
-    base = base_of(llama, tmp_path)
-    merge(base, saved(base, tmp_path / "adapter", lora()), made_up(3), tmp_path / "merged", name="a")
+def test_weights_are_as_readable_as_the_other_files(tiny_base_folder: Path, tmp_path: Path) -> None:
+    base = base_of(tiny_base_folder, tmp_path)
+    merge(base, saved(base, tmp_path / "adapter", lora()), random_examples(3), tmp_path / "merged", name="a")
     modes = {file.name: file.stat().st_mode for file in (tmp_path / "merged").iterdir()}
     assert modes["model.safetensors"] == modes["config.json"] == modes[REPORT_FILE]
 
 
-def test_the_command_prints_only_its_own_output(llama: Path, tmp_path: Path, home: Path) -> None:
+def test_the_command_prints_only_its_own_output(tiny_base_folder: Path, tmp_path: Path, home: Path) -> None:
     """In a process of its own, since libraries log once per process."""
-    adapter, rows = saved(base_of(llama, tmp_path), tmp_path / "adapter", lora()), tmp_path / "rows.jsonl"
+    adapter, rows = saved(base_of(tiny_base_folder, tmp_path), tmp_path / "adapter", lora()), tmp_path / "rows.jsonl"
     rows.write_text(ROWS)
     words = ["adapters", "merge", str(adapter), "--to", str(tmp_path / "merged"), "--valid", str(rows)]
     ran = subprocess.run([sys.executable, "-m", "loramill.cli", *words], capture_output=True, text=True, check=False)
@@ -256,12 +260,12 @@ def loramill(*words: str) -> Result:
 
 
 @pytest.fixture
-def home(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The settings of a machine with this base, and its folder."""
     for name in [*os.environ]:
         if name.startswith("LORAMILL_"):
             monkeypatch.delenv(name)
-    for name, value in {"HOME": tmp_path / "home", "CACHE": tmp_path / "cache", "BASE": llama}.items():
+    for name, value in {"HOME": tmp_path / "home", "CACHE": tmp_path / "cache", "BASE": tiny_base_folder}.items():
         monkeypatch.setenv(f"LORAMILL_{name}", str(value))
     return tmp_path / "home"
 
@@ -292,8 +296,10 @@ def published(home: Path, base: Base, adapter: Path, rows: str) -> str:
 ROWS = "".join(json.dumps({"prompt": f"number {row}: ", "completion": f"is {row}"}) + "\n" for row in range(5))
 
 
-def test_the_command_merges_a_version_and_compares_on_its_jobs_data(llama: Path, tmp_path: Path, home: Path) -> None:
-    base = base_of(llama, tmp_path)
+def test_the_command_merges_a_version_and_compares_on_its_jobs_data(
+    tiny_base_folder: Path, tmp_path: Path, home: Path
+) -> None:
+    base = base_of(tiny_base_folder, tmp_path)
     version = published(home, base, saved(base, tmp_path / "adapter", lora()), ROWS)
     ran = loramill("adapters", "merge", "acme/support", "--to", str(tmp_path / "merged"), "--json")
     assert ran.exit_code == 0, ran.output
@@ -308,8 +314,10 @@ def test_the_command_merges_a_version_and_compares_on_its_jobs_data(llama: Path,
     assert again.exit_code == 1 and "is there already" in again.stderr
 
 
-def test_the_command_takes_a_peft_folder_and_says_what_is_missing(llama: Path, tmp_path: Path, home: Path) -> None:
-    base = base_of(llama, tmp_path)
+def test_the_command_takes_a_peft_folder_and_says_what_is_missing(
+    tiny_base_folder: Path, tmp_path: Path, home: Path
+) -> None:
+    base = base_of(tiny_base_folder, tmp_path)
     adapter, to, rows = saved(base, tmp_path / "adapter", lora()), tmp_path / "merged", tmp_path / "rows.jsonl"
     rows.write_text(ROWS)
     command = ("adapters", "merge", str(adapter), "--to", str(to))

@@ -1,6 +1,6 @@
-"""A small mill: a base, a record, data, and jobs; as a script, a pool of workers.
+"""A small environment: a base, a record, data, and jobs; as a script, a pool of workers.
 
-    python mill.py SETTINGS     each line "PLACE HOLDER" on standard input starts a worker, whose pid is the answer
+    python environment.py SETTINGS     each line "SLOT HOLDER" on standard input starts a worker; prints its pid
 
 The workers are forked from a process that has imported and loaded everything, and so start at once.
 """
@@ -41,7 +41,7 @@ def rows(words: list[str] = WORDS) -> bytes:
 
 
 @dataclass(frozen=True)
-class Mill:
+class JobEnvironment:
     """A record in a home of its own, and what a worker there needs."""
 
     settings: Settings
@@ -50,7 +50,7 @@ class Mill:
     model: PreTrainedModel
 
     @classmethod
-    def at(cls, home: Path, base: Path, **fields: Any) -> Mill:
+    def at(cls, home: Path, base: Path, **fields: Any) -> JobEnvironment:
         quick = {"lease_seconds": 20, "backoff_seconds": 0, "max_attempts": 3, "sessions": 4}
         settings = Settings.load(
             home=home, cache=home / "cache", base=str(base), jobs=JobSettings.model_validate(quick | fields)
@@ -59,7 +59,7 @@ class Mill:
         return cls.opened(settings)
 
     @classmethod
-    def opened(cls, settings: Settings) -> Mill:
+    def opened(cls, settings: Settings) -> JobEnvironment:
         base = find_base(settings.base, settings.cache)
         registry = Registry.open(settings.database, settings.artifacts)
         return cls(settings, registry, base, load_for_training(base, torch.float32))
@@ -114,14 +114,14 @@ class Mill:
 def serve_places() -> None:
     """Starts workers as they are asked for; each ends when its place is not its holder's any more."""
     torch.set_num_threads(1)
-    mill = Mill.opened(Settings.model_validate_json(sys.argv[1]))
+    environment = JobEnvironment.opened(Settings.model_validate_json(sys.argv[1]))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     tell("ready")
     for line in sys.stdin:
         place, holder = line.split()
         pid = os.fork()
         if pid == 0:
-            run_worker(mill, place, holder)
+            run_worker(environment, place, holder)
             os._exit(0)
         tell(str(pid))
 
@@ -131,14 +131,16 @@ def tell(line: str) -> None:
     sys.stdout.flush()
 
 
-def run_worker(mill: Mill, place: str, holder: str) -> None:
-    registry = Registry.open(mill.settings.database, mill.settings.artifacts)
+def run_worker(environment: JobEnvironment, place: str, holder: str) -> None:
+    registry = Registry.open(environment.settings.database, environment.settings.artifacts)
 
     def over(idle: float) -> bool:
         with registry.reading() as session:
-            return idle > mill.settings.jobs.idle_seconds or not worker_slots.is_open(session, place, holder)
+            return idle > environment.settings.jobs.idle_seconds or not worker_slots.is_open(session, place, holder)
 
-    run_jobs(mill.worker(worker_name(place, os.getpid()), registry=registry, executor="session"), should_stop=over)
+    run_jobs(
+        environment.worker(worker_name(place, os.getpid()), registry=registry, executor="session"), should_stop=over
+    )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from loramill.kernels.quantization import Quantization
 from loramill.models.catalog import Base
 from loramill.types import JobSpec
 
-from ...llama import tiny_llama, write_base
-from .driven import VOCABULARY, loaded, logits_of, stored, trained
+from ....llama import tiny_llama, write_base
+from .method_training import VOCABULARY, loaded, logits_of, stored, trained
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the supervisor decides."""
+"""The supervisor's decisions."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def trainer(job: str, size: int) -> WorkerSlot:
     return WorkerSlot(name=job, holder="h", size=size, ending=False)
 
 
-def running(job: str, place: str, **fields: Any) -> RunningJob:
-    return RunningJob(**{"id": job, "attempt": 1, "priority": 0, "started_at": 0.0, "place": place} | fields)
+def running(job: str, slot: str, **fields: Any) -> RunningJob:
+    return RunningJob(**{"id": job, "attempt": 1, "priority": 0, "started_at": 0.0, "worker_slot": slot} | fields)
 
 
 def small(job: str, priority: int = 0) -> WaitingJob:
@@ -48,70 +48,73 @@ TWO = (session(1), session(2))
 CASES: dict[str, tuple[PoolState, tuple[Action, ...]]] = {
     "nothing waits": (PoolState(2), ()),
     "nothing waits, and a session is idle": (PoolState(2, TWO), ()),
-    "a session a job": (
+    "one session starts per job": (
         PoolState(4, waiting=(small("a"), small("b"))),
         (StartSession("session-1"), StartSession("session-2")),
     ),
-    "no more than there are places": (
+    "no more sessions start than there are slots": (
         PoolState(2, waiting=(small("a"), small("b"), small("c"))),
         (StartSession("session-1"), StartSession("session-2")),
     ),
-    "an idle session takes it": (PoolState(2, (session(2),), waiting=(small("a"),)), ()),
-    "a free name": (
+    "an idle session takes the job": (PoolState(2, (session(2),), waiting=(small("a"),)), ()),
+    "a new session gets a free name": (
         PoolState(2, (session(2),), waiting=(small("a"), small("b"))),
         (StartSession("session-1"),),
     ),
-    "an ending session takes nothing, and its place is awaited": (
+    "a job waits for the slot of an ending session": (
         PoolState(1, (session(1, ending=True),), waiting=(small("a", 9),)),
         (),
     ),
-    "all busy": (PoolState(2, TWO, BUSY, (small("c"),)), ()),
-    "a higher priority takes the youngest's place": (PoolState(2, TWO, BUSY, (small("c", 1),)), (Preempt("b", 1),)),
-    "of the lowest priority first": (
+    "a job waits while all sessions are busy": (PoolState(2, TWO, BUSY, (small("c"),)), ()),
+    "a higher priority preempts the youngest job": (PoolState(2, TWO, BUSY, (small("c", 1),)), (Preempt("b", 1),)),
+    "the lowest priority is preempted first": (
         PoolState(2, TWO, (running("a", "session-1", priority=-1), BUSY[1]), (small("c", 1),)),
         (Preempt("a", 1),),
     ),
-    "one for each that waits": (
+    "one job is preempted per waiting job": (
         PoolState(2, TWO, BUSY, (small("c", 1), small("d", 1), small("e", 1))),
         (Preempt("b", 1), Preempt("a", 1)),
     ),
-    "who stops already is not asked again": (
+    "a stopping job is not preempted again": (
         PoolState(2, TWO, (BUSY[0], running("b", "session-2", started_at=2.0, stopping=True)), (small("c", 1),)),
         (),
     ),
-    "an equal priority waits": (PoolState(2, TWO, BUSY, (small("c", 0),)), ()),
-    "a job whose worker is gone has no place to give": (
+    "an equal priority preempts no one": (PoolState(2, TWO, BUSY, (small("c", 0),)), ()),
+    "a job without a held slot is not preempted": (
         PoolState(1, (), (running("a", "session-1"),), (small("b", 1),)),
         (StartSession("session-1"),),
     ),
-    "a trainer": (PoolState(4, waiting=(large("a", 2), small("b"))), (StartTrainer("a", 2), StartSession("session-1"))),
-    "a trainer that is there already": (PoolState(4, (trainer("a", 2),), waiting=(large("a", 2),)), ()),
+    "a trainer and a session start": (
+        PoolState(4, waiting=(large("a", 2), small("b"))),
+        (StartTrainer("a", 2), StartSession("session-1")),
+    ),
+    "a trainer that runs is not started again": (PoolState(4, (trainer("a", 2),), waiting=(large("a", 2),)), ()),
     "a trainer larger than the pool gets all of it": (PoolState(2, waiting=(large("a", 8),)), (StartTrainer("a", 2),)),
-    "idle sessions make room": (
+    "idle sessions end for a trainer": (
         PoolState(2, TWO, waiting=(large("a", 2),)),
         (EndSession("session-2"), EndSession("session-1")),
     ),
-    "busy ones of no higher priority, after their jobs": (
+    "a busy session of equal priority ends after its job": (
         PoolState(2, TWO, BUSY, (large("c", 1),)),
         (EndSession("session-2"),),
     ),
-    "and of a lower one at once": (
+    "a busy session of lower priority ends at once": (
         PoolState(2, TWO, BUSY, (large("c", 1, 1),)),
         (Preempt("b", 1), EndSession("session-2")),
     ),
-    "not those of a higher one": (
+    "a busy session of higher priority does not end": (
         PoolState(1, (session(1),), (running("a", "session-1", priority=5),), (large("c", 1),)),
         (),
     ),
-    "room that is coming is awaited": (
+    "a trainer waits for slots that are free soon": (
         PoolState(2, (session(1, ending=True), session(2)), BUSY, (large("c", 1),)),
         (),
     ),
-    "nothing passes a large job that waits": (
+    "no small job overtakes a large one that waits": (
         PoolState(3, TWO, BUSY, (large("c", 2), small("d"))),
         (EndSession("session-2"),),
     ),
-    "a trainer's places serve several": (
+    "the slots of one trainer serve several jobs": (
         PoolState(2, (trainer("a", 2),), (running("a", "a"),), (small("b", 1), small("c", 1))),
         (Preempt("a", 1),),
     ),
@@ -130,8 +133,8 @@ def pools(draw: st.DrawFn) -> PoolState:
     priorities = st.integers(-1, 1)
     held: list[WorkerSlot] = []
     at_work: list[RunningJob] = []
-    while sum(place.size for place in held) < size and draw(st.booleans()):
-        left = size - sum(place.size for place in held)
+    while sum(slot.size for slot in held) < size and draw(st.booleans()):
+        left = size - sum(slot.size for slot in held)
         if draw(st.booleans()):
             held.append(session(len(held) + 1, draw(st.booleans())))
         else:
@@ -153,58 +156,58 @@ def pools(draw: st.DrawFn) -> PoolState:
 
 @settings(max_examples=600, deadline=None)
 @given(pools())
-def test_whatever_there_is(pool: PoolState) -> None:
+def test_actions_fit_the_pool_and_preempt_the_least_important(pool: PoolState) -> None:
     actions = decide(pool)
     started = [
         1 if isinstance(a, StartSession) else a.slot_count
         for a in actions
         if isinstance(a, StartSession | StartTrainer)
     ]
-    assert sum(place.size for place in pool.held_slots) + sum(started) <= max(
+    assert sum(slot.size for slot in pool.held_slots) + sum(started) <= max(
         pool.slot_count, sum(p.size for p in pool.held_slots)
     )
     names = [a.name for a in actions if isinstance(a, StartSession)]
-    assert len(set(names)) == len(names) and not set(names) & {place.name for place in pool.held_slots}
+    assert len(set(names)) == len(names) and not set(names) & {slot.name for slot in pool.held_slots}
     at_work = {job.id: job for job in pool.running}
     preempted = [at_work[a.job] for a in actions if isinstance(a, Preempt)]
     assert len({job.id for job in preempted}) == len(preempted)
     for victim in preempted:
         assert not victim.stopping
         assert any(victim.priority < job.priority for job in pool.waiting)
-        # Whoever is spared is no worse a victim.
+        # No job that goes on would have been a better choice.
         for spared in at_work.values():
             if spared not in preempted and not spared.stopping:
                 assert (spared.priority, -spared.started_at) >= (victim.priority, -victim.started_at)
     ended = {a.name for a in actions if isinstance(a, EndSession)}
-    assert ended <= {place.name for place in pool.held_slots if not place.ending}
+    assert ended <= {slot.name for slot in pool.held_slots if not slot.ending}
     if not pool.waiting:
         assert not actions
 
 
 @settings(max_examples=300, deadline=None)
 @given(pools())
-def test_what_outranks_everything_starts_in_the_end(pool: PoolState) -> None:
+def test_a_job_above_all_running_priorities_starts_eventually(pool: PoolState) -> None:
     assume(pool.waiting and all(job.priority < pool.waiting[0].priority for job in pool.running))
     first = pool.waiting[0]
     for _ in range(5):
         actions = decide(pool)
         busy = {job.worker_slot for job in pool.running}
-        idle = [place for place in pool.held_slots if is_session(place) and not place.ending and place.name not in busy]
+        idle = [slot for slot in pool.held_slots if is_session(slot) and not slot.ending and slot.name not in busy]
         if first.executor == "session" and (idle or any(isinstance(action, StartSession) for action in actions)):
             return
         if any(isinstance(action, StartTrainer) and action.job == first.id for action in actions):
             return
-        pool = carried_out(pool, actions)
+        pool = after(pool, actions)
     pytest.fail(f"{first} never starts: {pool}")
 
 
-def is_session(place: WorkerSlot) -> bool:
-    return place.name.startswith("session-")
+def is_session(slot: WorkerSlot) -> bool:
+    return slot.name.startswith("session-")
 
 
-def carried_out(pool: PoolState, actions: tuple[Action, ...]) -> PoolState:
-    """The pool when all that was asked to stop has stopped."""
-    ending = {place.name for place in pool.held_slots if place.ending or EndSession(place.name) in actions}
+def after(pool: PoolState, actions: tuple[Action, ...]) -> PoolState:
+    """The pool when everything that was to stop has stopped."""
+    ending = {slot.name for slot in pool.held_slots if slot.ending or EndSession(slot.name) in actions}
     left = tuple(
         job
         for job in pool.running

@@ -90,5 +90,5 @@ def stored(tuned: AdaptedModel, spec: JobSpec, folder: Path) -> Path:
     return folder
 
 
-def by_peft(model: PreTrainedModel, folder: Path) -> torch.Tensor:
+def logits_by_peft(model: PreTrainedModel, folder: Path) -> torch.Tensor:
     return logits_of(PeftModel.from_pretrained(model, folder))

@@ -25,8 +25,8 @@ from loramill.registry import Registry, adapters, datasets, jobs, migrate, tenan
 from loramill.settings import JobSettings
 from loramill.types import JobRecord, JobSpec, JobStatus
 
-from ..chat_templates import GRANITE3
-from ..hermes import SETTINGS, hermes_tokenizer
+from ...chat_templates import GRANITE3
+from ...hermes import SETTINGS, hermes_tokenizer
 
 ROWS = b"".join(
     json.dumps(

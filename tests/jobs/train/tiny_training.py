@@ -1,4 +1,4 @@
-"""A base that trains in milliseconds, examples for it, and the textbook's loss over them."""
+"""A base that trains in milliseconds, examples for it, and the reference_loss's loss over them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loramill.jobs.train import loop
 from loramill.jobs.train.loop import TrainingProgress
 from loramill.types import JobSpec
 
-from ..llama import tiny_llama
+from ...llama import tiny_llama
 
 NOWHERE = Path("/nowhere")
 
@@ -32,7 +32,7 @@ def spec_of(**changes: Any) -> JobSpec:
     return JobSpec(**fields | changes)
 
 
-def made_up(count: int, seed: int = 0, *, weighed: bool = False) -> list[EncodedExample]:
+def random_examples(count: int, seed: int = 0, *, weighed: bool = False) -> list[EncodedExample]:
     """Random examples with a common beginning; weighed, many have two answers of different weights."""
     draw = random.Random(seed)
     examples = []
@@ -58,7 +58,9 @@ def train(model: PreTrainedModel, *arguments: Any, **more: Any) -> Generator[Tra
 
 def adapter(model: PreTrainedModel, spec: JobSpec, place: Path | str, **more: Any) -> dict[str, bytes]:
     """The files of the job, from its last checkpoint on."""
-    for _ in train(model, more.pop("train", made_up(23)), more.pop("valid", []), spec, checkpoints=place, **more):
+    for _ in train(
+        model, more.pop("train", random_examples(23)), more.pop("valid", []), spec, checkpoints=place, **more
+    ):
         pass
     return loop.export_adapter(place, spec, base="tiny")
 
@@ -70,7 +72,7 @@ def written(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def textbook(model: Any, examples: Sequence[EncodedExample]) -> tuple[torch.Tensor, float]:
+def reference_loss(model: Any, examples: Sequence[EncodedExample]) -> tuple[torch.Tensor, float]:
     """Weighted mean cross-entropy and accuracy of padded examples, by transformers' own mask and positions."""
     width = max(len(example.tokens) for example in examples)
     tokens, mask = torch.zeros(len(examples), width, dtype=torch.long), torch.zeros(len(examples), width)

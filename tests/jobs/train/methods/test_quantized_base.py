@@ -10,8 +10,8 @@ from loramill.jobs.train.methods import attach_adapter
 from loramill.jobs.train.methods.pissa_loftq import weight_of
 from loramill.models.catalog import Base
 
-from ...llama import tiny_llama, write_base
-from .driven import loaded, logits_of, loss_of, spec_of, tokens
+from ....llama import tiny_llama, write_base
+from .method_training import loaded, logits_of, loss_of, spec_of, tokens
 
 
 @pytest.fixture(scope="module", params=[64, 80], ids=["whole blocks", "blocks across rows"])

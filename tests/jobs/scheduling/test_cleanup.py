@@ -1,4 +1,4 @@
-"""What is removed, and above all what isn't."""
+"""Clean-up removes what nothing refers to, and keeps everything else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loramill.types import JobSpec
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    database = f"sqlite:///{tmp_path / 'record.db'}"
+    database = f"sqlite:///{tmp_path / 'loramill.db'}"
     migrate(database)
     opened = Registry.open(database, (tmp_path / "artifacts").as_uri())
     with opened.writing() as session:
@@ -31,7 +31,7 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def submitted(registry: Registry, checkpoints: Path) -> str:
-    """A job that waits, and a checkpoint of it."""
+    """Submits a job and writes a checkpoint for it."""
     artifact = registry.artifacts.put({"data.jsonl": b"{}\n"})
     with registry.writing() as session:
         data = datasets.create(session, "acme", "rows.jsonl", artifact, 3, 1).id
@@ -49,38 +49,38 @@ def fail(registry: Registry, job: str) -> None:
         jobs.fail(session, job, leased.attempt, TrainingDiverged("NaN"), retry=False)
 
 
-def test_only_what_ended_goes_and_a_failed_jobs_checkpoints_stay_for_a_week(registry: Registry, tmp_path: Path) -> None:
-    place = tmp_path / "checkpoints"
-    waiting, cancelled, failed = (submitted(registry, place) for _ in range(3))
+def test_checkpoints_of_ended_jobs_are_removed_of_failed_ones_in_a_week(registry: Registry, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    waiting, cancelled, failed = (submitted(registry, checkpoints) for _ in range(3))
     with registry.writing() as session:
         jobs.cancel(session, cancelled)
     fail(registry, failed)
-    (place / "not-a-job").mkdir()
+    (checkpoints / "not-a-job").mkdir()
 
     def left() -> set[str]:
-        return {folder.name for folder in place.iterdir()}
+        return {folder.name for folder in checkpoints.iterdir()}
 
     now = time.time()
-    assert remove_ended_checkpoints(registry, place, now=now) == 0  # its worker may be about to
-    assert remove_ended_checkpoints(registry, place.as_uri(), now=now + ENDED_JOB_RETENTION_SECONDS + 1) == 1
+    assert remove_ended_checkpoints(registry, checkpoints, now=now) == 0  # its worker may be about to
+    assert remove_ended_checkpoints(registry, checkpoints.as_uri(), now=now + ENDED_JOB_RETENTION_SECONDS + 1) == 1
     assert left() == {waiting, failed, "not-a-job"}
-    assert remove_ended_checkpoints(registry, place, now=now + FAILED_JOB_RETENTION_SECONDS + 1) == 1
+    assert remove_ended_checkpoints(registry, checkpoints, now=now + FAILED_JOB_RETENTION_SECONDS + 1) == 1
     assert left() == {waiting, "not-a-job"}
 
 
-def test_checkpoints_of_deleted_jobs_go_at_once(registry: Registry, tmp_path: Path) -> None:
-    place = tmp_path / "checkpoints"
-    failed, _ = submitted(registry, place), submitted(registry, place)
+def test_checkpoints_of_deleted_jobs_are_removed_at_once(registry: Registry, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    failed, _ = submitted(registry, checkpoints), submitted(registry, checkpoints)
     fail(registry, failed)
-    (place / "loramill-sessions").mkdir()
-    assert remove_ended_checkpoints(registry, place, now=time.time()) == 0
+    (checkpoints / "loramill-sessions").mkdir()
+    assert remove_ended_checkpoints(registry, checkpoints, now=time.time()) == 0
     with registry.writing() as session:
         deletion.delete_tenant(session, "acme", cancel_jobs=True)
-    assert remove_ended_checkpoints(registry, place.as_uri(), now=time.time()) == 2
-    assert {folder.name for folder in place.iterdir()} == {"loramill-sessions"}
+    assert remove_ended_checkpoints(registry, checkpoints.as_uri(), now=time.time()) == 2
+    assert {folder.name for folder in checkpoints.iterdir()} == {"loramill-sessions"}
 
 
-def test_artifacts_go_when_nothing_records_them(registry: Registry, tmp_path: Path) -> None:
+def test_unrecorded_artifacts_are_removed(registry: Registry, tmp_path: Path) -> None:
     submitted(registry, tmp_path / "checkpoints")
     forgotten = registry.artifacts.put({"data.jsonl": b"gone\n"})
     yesterday = time.time() - ARTIFACT_GRACE_SECONDS - 60

@@ -28,7 +28,7 @@ from loramill.models.catalog import Base, load_for_training
 from loramill.submission.defaults import count_steps
 from loramill.types import TARGETS, JobSpec
 
-from .tiny import adapter, made_up, spec_of, textbook, tiny, train, written
+from .tiny_training import adapter, random_examples, reference_loss, spec_of, tiny, train, written
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ from .tiny import adapter, made_up, spec_of, textbook, tiny, train, written
     ids=lambda changes: "-".join(changes) or "defaults",
 )
 def test_steps_are_those_of_plain_peft(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Loss, accuracy, gradient norm and weights of the whole run equal the textbook loop's, however it is laid out."""
+    """Loss, accuracy, gradient norm and weights equal those of a plain loop over PEFT, in every layout."""
     spec = spec_of(**changes)
-    examples, held_out = made_up(23, weighed=True), made_up(7, seed=1, weighed=True)
+    examples, held_out = random_examples(23, weighed=True), random_examples(7, seed=1, weighed=True)
     points = list(train(tiny(), examples, held_out, spec, checkpoints=tmp_path))
 
     config = LoraConfig(r=4, lora_alpha=8, use_rslora=spec.rslora, target_modules=list(TARGETS))
@@ -60,7 +60,7 @@ def test_steps_are_those_of_plain_peft(tmp_path: Path, changes: dict[str, Any]) 
         weight_decay=spec.weight_decay,
     )
     for step, point in enumerate(points):
-        loss, accuracy = textbook(plain, [examples[index] for index in choose_batch(23, 5, step, spec.seed)])
+        loss, accuracy = reference_loss(plain, [examples[index] for index in choose_batch(23, 5, step, spec.seed)])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(learned, spec.max_grad_norm)
         assert point.loss == pytest.approx(loss.item(), rel=1e-5)
@@ -70,7 +70,7 @@ def test_steps_are_those_of_plain_peft(tmp_path: Path, changes: dict[str, Any]) 
             group["lr"] = learning_rate(spec, step) * factor
         optimizer.step()
         optimizer.zero_grad()
-    loss, accuracy = textbook(plain, held_out)
+    loss, accuracy = reference_loss(plain, held_out)
     assert points[-1].valid_loss == pytest.approx(loss.item(), rel=1e-4)
     assert points[-1].valid_accuracy == pytest.approx(accuracy, abs=1e-6)
     ours = PeftModel.from_pretrained(tiny(), written(tmp_path / "ours", export_adapter(tmp_path, spec, base="tiny")))
@@ -90,7 +90,7 @@ def begin(plain: PeftModel, folder: Path, spec: JobSpec) -> None:
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 9), weighed=st.booleans())
 def test_packed_padded_and_alone_are_the_same_loss(seed: int, count: int, weighed: bool) -> None:
     """To 1e-4 in fp32, as is the gradient: nobody sees its neighbours in a row, nor other positions."""
-    model, examples = tiny(), made_up(count, seed, weighed=weighed)
+    model, examples = tiny(), random_examples(count, seed, weighed=weighed)
     total = sum(count_supervised_tokens(example) for example in examples)
     weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
     found = []
@@ -99,7 +99,7 @@ def test_packed_padded_and_alone_are_the_same_loss(seed: int, count: int, weighe
             loss, correct = loss_and_accuracy(model, model, examples, total, packing=packing)
             (gradient,) = torch.autograd.grad(loss, weight)
             found.append((loss.item(), correct.item(), gradient))
-    alone, accuracy = textbook(model, examples)
+    alone, accuracy = reference_loss(model, examples)
     share = sum(span.weight * (span.stop - span.start) for example in examples for span in example.spans) / total
     (gradient,) = torch.autograd.grad(alone * share, weight)
     for loss, correct, theirs in found:
@@ -112,8 +112,8 @@ def test_packed_padded_and_alone_are_the_same_loss(seed: int, count: int, weighe
 def test_logits_are_computed_for_the_supervised_tokens_alone(tmp_path: Path, packing: bool) -> None:
     model, seen = tiny(), []
     model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape))
-    next(train(model, made_up(23), [], spec_of(packing=packing, micro_tokens=1000), checkpoints=tmp_path))
-    learnt = sum(count_supervised_tokens(made_up(23)[index]) for index in choose_batch(23, 5, 0, 0))
+    next(train(model, random_examples(23), [], spec_of(packing=packing, micro_tokens=1000), checkpoints=tmp_path))
+    learnt = sum(count_supervised_tokens(random_examples(23)[index]) for index in choose_batch(23, 5, 0, 0))
     assert seen == [(learnt, 64)]
 
 
@@ -150,20 +150,22 @@ def test_files_are_those_of_save_pretrained(tmp_path: Path) -> None:
 
 
 def test_progress_counts(tmp_path: Path) -> None:
-    points = list(train(tiny(), made_up(23), made_up(4, seed=1), spec_of(steps=5), checkpoints=tmp_path))
+    points = list(
+        train(tiny(), random_examples(23), random_examples(4, seed=1), spec_of(steps=5), checkpoints=tmp_path)
+    )
     assert [point.step for point in points] == [1, 2, 3, 4, 5]
-    trained = [made_up(23)[index] for step in range(5) for index in choose_batch(23, 5, step, 0)]
+    trained = [random_examples(23)[index] for step in range(5) for index in choose_batch(23, 5, step, 0)]
     assert points[-1].trained_tokens == sum(len(example.tokens) for example in trained)
 
 
 @pytest.mark.parametrize("changes", [{}, {"packing": False}, {"micro_tokens": 20}])
 def test_the_sequences_of_an_example_count_as_one(tmp_path: Path, changes: dict[str, Any]) -> None:
     """They are trained in one step, and each supervised token counts alike."""
-    first, *others = made_up(6, weighed=True)
+    first, *others = random_examples(6, weighed=True)
     examples = [replace(first, rest=tuple(others[:2])), *others[2:]]
     spec = spec_of(epochs=1, steps=1, batch_size=4, **changes)
     (point,) = train(tiny(), examples, examples[:1], spec, checkpoints=tmp_path)
-    loss, accuracy = textbook(tiny(), sequences(examples))
+    loss, accuracy = reference_loss(tiny(), sequences(examples))
     assert len(sequences(examples)) == 6
     assert point.loss == pytest.approx(loss.item(), rel=1e-5) and point.accuracy == pytest.approx(accuracy)
     assert point.trained_tokens == sum(len(sequence.tokens) for sequence in sequences(examples))
@@ -175,7 +177,7 @@ def test_each_example_is_trained_on_in_every_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, micro_tokens: int, epochs: int
 ) -> None:
     """A step's loss is the mean over its own supervised tokens, also of the last and shorter one."""
-    examples = made_up(11)
+    examples = random_examples(11)
     seen: list[int] = []
     totals: list[float] = []
 
@@ -184,7 +186,7 @@ def test_each_example_is_trained_on_in_every_epoch(
         totals.append(total)
         return loss_and_accuracy(model, base, group, total, **more)
 
-    monkeypatch.setattr(loop, "losses", counted)
+    monkeypatch.setattr(loop, "loss_and_accuracy", counted)
     steps = count_steps(epochs, len(examples), batch_size)
     spec = spec_of(steps=steps, epochs=epochs, batch_size=batch_size, micro_tokens=micro_tokens)
     running = train(tiny(), examples, [], spec, checkpoints=tmp_path)
@@ -210,11 +212,11 @@ def test_the_base_is_left_as_it_was(tmp_path: Path, dtype: torch.dtype, checkpoi
     attention, drawn = model.config._attn_implementation, torch.random.get_rng_state()
 
     spec = spec_of(dropout=0.5, gradient_checkpointing=checkpointing)
-    running = train(model, made_up(9), [], spec, checkpoints=tmp_path)
+    running = train(model, random_examples(9), [], spec, checkpoints=tmp_path)
     next(running)
     assert "Lora" in str(model)
     running.close()
-    diverging = train(model, made_up(9), [], spec_of(learning_rate=1e38), checkpoints=tmp_path)
+    diverging = train(model, random_examples(9), [], spec_of(learning_rate=1e38), checkpoints=tmp_path)
     with pytest.raises(TrainingDiverged):
         list(diverging)
 
@@ -240,25 +242,25 @@ def test_a_resident_base_teaches_each_job_alike(tmp_path: Path) -> None:
 
 
 def test_dropout_changes_from_step_to_step_and_is_off_for_the_validation_loss(tmp_path: Path) -> None:
-    spec, held_out = spec_of(dropout=0.5, batch_size=1, steps=3), made_up(9, seed=1)
+    spec, held_out = spec_of(dropout=0.5, batch_size=1, steps=3), random_examples(9, seed=1)
     still = spec.model_copy(update={"learning_rate": 1e-30})
-    points = list(train(tiny(), made_up(1), [], still, checkpoints=tmp_path / "still"))
+    points = list(train(tiny(), random_examples(1), [], still, checkpoints=tmp_path / "still"))
     assert len({point.grad_norm for point in points}) == 3
 
-    *_, last = train(tiny(), made_up(1), held_out, spec, checkpoints=tmp_path / "job")
+    *_, last = train(tiny(), random_examples(1), held_out, spec, checkpoints=tmp_path / "job")
     plain = PeftModel.from_pretrained(
         tiny(), written(tmp_path / "ours", export_adapter(tmp_path / "job", spec, base="tiny"))
     )
-    assert last.valid_loss == pytest.approx(textbook(plain, held_out)[0].item(), rel=1e-5)
+    assert last.valid_loss == pytest.approx(reference_loss(plain, held_out)[0].item(), rel=1e-5)
 
 
 def test_begins_from_the_weights_of_an_adapter(tmp_path: Path) -> None:
     first = written(tmp_path / "first", adapter(tiny(), spec_of(), tmp_path / "job"))
-    held_out = made_up(23)
+    held_out = random_examples(23)
     spec = spec_of(steps=1, learning_rate=1e-12, start_from="v1", seed=9)
-    (point,) = train(tiny(), made_up(23), held_out, spec, checkpoints=tmp_path / "next", start_from=first)
+    (point,) = train(tiny(), random_examples(23), held_out, spec, checkpoints=tmp_path / "next", start_from=first)
     plain = PeftModel.from_pretrained(tiny(), first)
-    assert point.valid_loss == pytest.approx(textbook(plain, held_out)[0].item(), rel=1e-5)
+    assert point.valid_loss == pytest.approx(reference_loss(plain, held_out)[0].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -269,16 +271,16 @@ def test_begins_from_the_weights_of_an_adapter(tmp_path: Path) -> None:
 def test_refuses_to_begin_from_an_adapter_of_another_kind(tmp_path: Path, change: dict[str, Any]) -> None:
     first = written(tmp_path / "first", adapter(tiny(), spec_of(), tmp_path / "job"))
     with pytest.raises(AdapterInvalid, match="start afresh"):
-        next(train(tiny(), made_up(5), [], spec_of(**change), checkpoints=tmp_path / "next", start_from=first))
+        next(train(tiny(), random_examples(5), [], spec_of(**change), checkpoints=tmp_path / "next", start_from=first))
 
 
 def test_refuses_data_without_a_token_to_learn(tmp_path: Path) -> None:
     silent = EncodedExample((1, 2, 3), 3)
     with pytest.raises(DatasetInvalid, match="Example 6 of the training data") as refused:
-        next(train(tiny(), [*made_up(5), silent], [], spec_of(), checkpoints=tmp_path))
+        next(train(tiny(), [*random_examples(5), silent], [], spec_of(), checkpoints=tmp_path))
     assert len(refused.value.problems) == 1
     with pytest.raises(DatasetInvalid, match="Example 6 of the validation data"):
-        next(train(tiny(), made_up(5), [*made_up(5), silent], spec_of(), checkpoints=tmp_path))
+        next(train(tiny(), random_examples(5), [*random_examples(5), silent], spec_of(), checkpoints=tmp_path))
     with pytest.raises(DatasetInvalid, match="no examples"):
         next(train(tiny(), [], [], spec_of(), checkpoints=tmp_path))
 

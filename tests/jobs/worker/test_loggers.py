@@ -14,7 +14,7 @@ from loramill.errors import SetupError
 from loramill.jobs.train.loop import TrainingProgress
 from loramill.jobs.worker.loggers import open_loggers
 
-from .tiny import spec_of
+from .tiny_training import spec_of
 
 POINTS = [
     TrainingProgress(1, 2, 2.5, 0.25, 1e-3, 3.0, 100),

@@ -15,7 +15,7 @@ from loramill.jobs.train.methods.targets import TargetModule, find_target_module
 from loramill.models.catalog import Base
 from loramill.types import JobSpec
 
-from .driven import loaded, spec_of
+from .method_training import loaded, spec_of
 
 
 def of_peft(model: PreTrainedModel, spec: JobSpec, found: list[TargetModule]) -> dict[str, tuple[int, float]]:
