@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-from loramill.pipelines.nightly.evaluate import EvalAnswer
+from loramill.pipelines.nightly.questions import EvalAnswer
 from loramill.pipelines.nightly.scoring import Score
 
 #: The plot's place in its SVG: left, top, right, bottom.

@@ -1,9 +1,10 @@
-"""Collect: an adapter's new data, frozen into the datasets and the job spec of one night."""
+"""The collection stage: an adapter's new data, frozen into the datasets and the job spec of one nightly run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -14,10 +15,11 @@ from loramill.data.new_data import REPLAY_EXAMPLES, hold_out, outlook, required_
 from loramill.errors import BaseUnusable
 from loramill.models.catalog import Base
 from loramill.names import SHORT_HASH_LENGTH, AdapterName
+from loramill.pipelines.nightly.context import NightlyContext
 from loramill.plural import counted
-from loramill.registry import ArtifactStore, adapters, datasets, jobs
+from loramill.registry import ArtifactStore, adapters, datasets, jobs, nightly
 from loramill.submission.defaults import MIN_STEPS, count_steps, resolve_spec
-from loramill.types import DatasetRecord, JobSpec, NewData, VersionRecord
+from loramill.types import DatasetRecord, JobSpec, NewData, StepStatus, VersionRecord
 
 #: Passes over the data of a nightly run that continues from the champion, if these are at least `MIN_STEPS` steps.
 EPOCHS = 2
@@ -25,82 +27,105 @@ EPOCHS = 2
 
 @dataclass(frozen=True, slots=True)
 class InsufficientData:
-    """The new data isn't enough to train and evaluate with; `reason` says what would be."""
+    """The new data is not enough to train and evaluate with; `reason` states how much would be."""
 
     reason: str
 
 
-def collect(
+def collect_all(context: NightlyContext) -> None:
+    """Freezes each adapter's new data into datasets for this run."""
+    with context.registry.reading() as session:
+        adapters_with_data = [data.adapter for data in nightly.pending_data(session)]
+    ended = {step.adapter for step in context.steps() if step.status is not StepStatus.PENDING}
+    for adapter in adapters_with_data:
+        if adapter not in ended:  # data that arrived after this run had collected is for the next run
+            context.attempt(adapter, "collect", partial(_collect_adapter, context, adapter))
+
+
+def _collect_adapter(context: NightlyContext, adapter: str) -> None:
+    name = AdapterName.parse(adapter)
+    with context.registry.writing() as session:
+        if new_data := nightly.collect(session, context.run.id, name):
+            minimum = context.settings.jobs.min_examples
+            plan = plan_training(session, context.registry.artifacts, name, new_data, context.base, minimum)
+            if isinstance(plan, InsufficientData):
+                nightly.release(session, context.run.id, name)
+                context.report(context.record_pending(session, adapter, "collect", {"waiting": plan.reason}))
+            else:
+                context.finish(session, adapter, "collect", plan)
+
+
+def plan_training(
     session: Session, artifacts: ArtifactStore, name: AdapterName, new_data: NewData, base: Base, minimum: int = 1
 ) -> dict[str, Any] | InsufficientData:
-    """Makes the night's datasets and says what to train: `{spec, champion, slices: {name: dataset}}`.
+    """Creates the run's datasets and returns what to train: `{spec, champion, slices: {name: dataset}}`.
 
-    Training sees the new examples and a replay of old ones. Two slices are held out: `before`, what the
-    champion was judged by, and `new`, the new data's own. The challenger's validation set is both. Old data that
-    its tenant has deleted is left out.
+    The training set is the new examples and a replay of old ones. Two slices are held out: `before`, the champion's
+    validation set, and `new`, a part of the new data. The challenger's validation set is both. Old data that its
+    tenant has deleted is left out.
 
     Args:
-        minimum: examples that training needs at least, old and new together.
+        minimum: the fewest examples to train on, old and new together.
 
     Raises:
-        BaseUnusable: the champion is of another base.
+        BaseUnusable: the champion belongs to another base.
         NotFound: the adapter or a file was deleted.
-        DatasetInvalid: the old and the new data don't go together.
+        DatasetInvalid: the old and the new data cannot be combined.
     """
     champion = adapters.get(session, name).champion
     origin = _version(session, name, champion, base).job if champion else None
     old = jobs.get(session, origin).spec if origin else None
+    old_files = (old.train, old.valid) if old else (None, None)
+    existing = datasets.example_counts(session, filter(None, old_files))
+    old_train, old_valid = (file if file in existing else None for file in old_files)
 
-    def rows(dataset: str | None) -> list[bytes]:
-        if dataset is None:
-            return []
-        return jsonl_rows(artifacts.read(datasets.get(session, dataset).artifact, "data.jsonl"))
-
-    def freeze(kind: str, content: Sequence[bytes]) -> DatasetRecord:
-        return freeze_rows(session, artifacts, name.tenant, f"{name.adapter}-{kind}.jsonl", content)
-
-    new = [row for dataset in new_data.train for row in rows(dataset)]
-    new_valid = [row for dataset in new_data.valid for row in rows(dataset)]
-    count, validation = len(new), len(new_valid)
+    new, new_valid = (_rows(session, artifacts, files) for files in (new_data.train, new_data.valid))
+    replay = sample(_rows(session, artifacts, [old_train]), REPLAY_EXAMPLES)
+    if len(new) < required_examples(validation=bool(new_valid), replay=len(replay), minimum=minimum):
+        return InsufficientData(outlook(len(new), len(new_valid), replay=len(replay), minimum=minimum))
+    new_count = len(new)
     if not new_valid:
         new, new_valid = hold_out(new)
-    there = datasets.example_counts(session, filter(None, (old.train, old.valid))) if old else {}
-    known, judge = (file if file in there else None for file in ((old.train, old.valid) if old else (None, None)))
-    replay = sample(rows(known), REPLAY_EXAMPLES)
-    if count < required_examples(validation=bool(validation), replay=len(replay), minimum=minimum):
-        return InsufficientData(outlook(count, validation, replay=len(replay), minimum=minimum))
     if not new:
         return InsufficientData(
-            f"{counted(count, 'new example')}, all identical, so that none can be held out: add different ones."
+            f"{counted(new_count, 'new example')}, all identical, so none can be held out: add different ones."
         )
-    before = rows(judge)
+
+    def freeze(kind: str, rows: Sequence[bytes]) -> DatasetRecord:
+        return freeze_rows(session, artifacts, name.tenant, f"{name.adapter}-{kind}.jsonl", rows)
+
     train = freeze("train", new + replay)
-    valid = freeze("valid", before + new_valid)
-    slices = {"new": freeze("new", new_valid).id} | ({"before": judge} if judge else {})
+    valid = freeze("valid", _rows(session, artifacts, [old_valid]) + new_valid)
+    slices = {"new": freeze("new", new_valid).id} | ({"before": old_valid} if old_valid else {})
     spec = next_spec(old, champion, train, valid) if old and champion else first_spec(name, train, valid, base)
     return {"spec": spec.model_dump(mode="json"), "champion": champion, "slices": slices}
 
 
+def _rows(session: Session, artifacts: ArtifactStore, files: Iterable[str | None]) -> list[bytes]:
+    """The rows of several datasets, one after another."""
+    found = (datasets.get(session, file) for file in files if file is not None)
+    return [row for dataset in found for row in jsonl_rows(artifacts.read(dataset.artifact, "data.jsonl"))]
+
+
 def _version(session: Session, name: AdapterName, champion: str, base: Base) -> VersionRecord:
-    """The champion, which must be of the base that runs now, since training continues from its weights.
+    """The champion, which must belong to the base in use, since training continues from its weights.
 
     Raises:
-        BaseUnusable: it is of another base.
+        BaseUnusable: it belongs to another base.
     """
     version = adapters.get_version(session, champion)
     if version.base != base.fingerprint:
+        short = SHORT_HASH_LENGTH
         raise BaseUnusable(
-            f"The champion {champion[:SHORT_HASH_LENGTH]} of '{name}' was trained on another base "
-            f"({version.base[:SHORT_HASH_LENGTH]}) than "
-            f"the one in use, {base.name} ({base.fingerprint[:SHORT_HASH_LENGTH]}): set `base` to that one again, or "
-            "submit a job "
+            f"The champion {champion[:short]} of '{name}' was trained on another base ({version.base[:short]}) than "
+            f"the one in use, {base.name} ({base.fingerprint[:short]}): set `base` to that one again, or submit a job "
             f"for '{name}' and promote its version."
         )
     return version
 
 
 def first_spec(name: AdapterName, train: DatasetRecord, valid: DatasetRecord, base: Base) -> JobSpec:
-    """The default recipe, for an adapter without a version."""
+    """A job with default hyperparameters, for an adapter without a version."""
     return resolve_spec(
         base=base.fingerprint,
         context_length=base.context_length,
@@ -130,7 +155,7 @@ def next_spec(old: JobSpec, champion: str, train: DatasetRecord, valid: DatasetR
 def freeze_rows(
     session: Session, artifacts: ArtifactStore, tenant: str, filename: str, rows: Sequence[bytes]
 ) -> DatasetRecord:
-    """Validates rows and records them as a dataset."""
+    """Validates rows and stores them as a dataset."""
     raw = b"\n".join(rows) + b"\n"
     examples = read_examples(raw, filename)
     artifact = artifacts.put({"data.jsonl": raw})

@@ -1,134 +1,152 @@
-"""Asks many questions of many models through the gateway, all mixed, so that the engine batches them."""
+"""The evaluation stage: base, champion and challenger of every adapter on its held-out slices."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-import openai
-from openai import AsyncOpenAI
-
-from loramill.client.http import error_from_response
-from loramill.data.conversation import answer_text, to_request_messages
-from loramill.data.examples import Example
-from loramill.data.tokenizer import ChatTokenizer, Message
+from loramill.data.examples import Example, read_examples
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import LoramillError
-
-#: Requests in flight; more than an engine decodes at once would only wait there.
-CONCURRENCY = 48
-
-
-@dataclass(frozen=True, slots=True)
-class EvalQuestion:
-    """One prompt for one model, and how many tokens its answer may have."""
-
-    model: str
-    messages: tuple[Message, ...]
-    prompt: str | None
-    max_tokens: int
-    tools: tuple[Mapping[str, Any], ...] = ()
+from loramill.names import AdapterName
+from loramill.pipelines.nightly.context import TRANSIENT_ERRORS, NightlyContext, NightlyProgress
+from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion, build_questions
+from loramill.pipelines.nightly.scoring import Score, score
+from loramill.registry import datasets, evaluations
 
 
 @dataclass(frozen=True, slots=True)
-class EvalAnswer:
-    """A model's answer; `cut` if it reached the limit of its tokens."""
+class EvalCell:
+    """One slice of held-out examples, for one candidate.
 
-    text: str
-    truncated: bool = False
-
-
-def build_questions(model: str, examples: Sequence[Example], tokenizer: ChatTokenizer) -> list[EvalQuestion]:
-    """The held-out examples as questions for `model`; `tokenizer` is the base's."""
-    return [
-        EvalQuestion(
-            model,
-            example.messages[:-1],
-            example.prompt,
-            max_answer_tokens(example.completion, tokenizer),
-            example.tools,
-        )
-        for example in examples
-    ]
-
-
-def max_answer_tokens(reference: str, tokenizer: ChatTokenizer) -> int:
-    """The most tokens that an answer may have: twice the reference's and a few.
-
-    A model that rambles then costs little, and a right answer always fits. The base's own tokens are counted: a
-    character is a quarter of one in English and up to three in Japanese, Korean or Thai.
+    Attributes:
+        role: "base", "champion" or "challenger".
+        model: the candidate's name on the wire.
+        version: the candidate's version; None for the base.
     """
-    return 2 * len(tokenizer.encode_text(reference)) + 8
+
+    slice: str
+    dataset: str
+    role: str
+    model: str
+    version: str | None
+    examples: tuple[Example, ...]
 
 
-def answer_all(
-    client: AsyncOpenAI, questions: Sequence[EvalQuestion], *, report: Callable[[int], None] = lambda done: None
-) -> list[EvalAnswer | LoramillError]:
-    """Returns the greedy answers, or the errors in their place, in the order of the questions.
+#: Questions and answers by adapter, slice and role.
+Key = tuple[str, str, str]
+Answers = Mapping[Key, Sequence[EvalAnswer | LoramillError]]
 
-    Questions of all models go round in turn, so that a batch holds as many adapters as there are.
 
-    Args:
-        report: called with the number of finished questions.
+def evaluate_all(context: NightlyContext) -> None:
+    """Scores base, champion and challenger of every adapter on its held-out slices, all questions mixed.
 
     Raises:
-        openai.APIConnectionError: the gateway was away for longer than the client's retries.
+        NotRunning, Unavailable: the gateway is unreachable.
     """
-    return asyncio.run(_answer_all(client, questions, report))
+    cells: dict[str, list[EvalCell]] = {}
+
+    def prepare(adapter: str) -> None:
+        cells[adapter] = list_cells(context, adapter)
+
+    for adapter in context.remaining("evaluate"):
+        context.attempt(adapter, "evaluate", partial(prepare, adapter))
+    if not cells:
+        return
+    tokenizer = ChatTokenizer.load(context.base.folder)
+    answers = _answer(
+        context,
+        {
+            (adapter, cell.slice, cell.role): build_questions(cell.model, cell.examples, tokenizer)
+            for adapter, each in cells.items()
+            for cell in each
+        },
+    )
+    for adapter, each in cells.items():
+        context.attempt(adapter, "evaluate", partial(_record, context, adapter, each, answers))
 
 
-async def _answer_all(
-    client: AsyncOpenAI, questions: Sequence[EvalQuestion], report: Callable[[int], None]
-) -> list[EvalAnswer | LoramillError]:
-    answers: list[EvalAnswer | LoramillError] = [EvalAnswer("")] * len(questions)
-    turn: dict[str, int] = {}
-    places: list[tuple[int, int]] = []
-    for index, question in enumerate(questions):
-        turn[question.model] = turn.get(question.model, -1) + 1
-        places.append((turn[question.model], index))
-    waiting = iter(sorted(places))
-    done = 0
+def _answer(context: NightlyContext, questions: Mapping[Key, Sequence[EvalQuestion]]) -> Answers:
+    """Sends the questions of all adapters together, so that they share the engine's batches."""
+    flat = [(key, question) for key, each in questions.items() for question in each]
 
-    async def stream() -> None:
-        nonlocal done
-        for _, index in waiting:
-            try:
-                answers[index] = await _answer(client, questions[index])
-            except openai.APIStatusError as error:
-                answers[index] = error_from_response(error.status_code, error.body, str(client.base_url))
-            done += 1
-            report(done)
+    def report(done: int) -> None:
+        context.progress(NightlyProgress("evaluate", None, done, len(flat), "answers"))
 
-    async with client:
-        await asyncio.gather(*(stream() for _ in range(min(CONCURRENCY, len(questions)))))
+    report(0)
+    answers: dict[Key, list[EvalAnswer | LoramillError]] = {key: [] for key in questions}
+    if flat:
+        found = context.gateway.answer_all([question for _, question in flat], report)
+        for (key, _), answer in zip(flat, found, strict=True):
+            answers[key].append(answer)
     return answers
 
 
-async def _answer(client: AsyncOpenAI, question: EvalQuestion) -> EvalAnswer:
-    if question.prompt is not None:
-        completion = await client.completions.create(
-            model=question.model, prompt=question.prompt, max_tokens=question.max_tokens, temperature=0
-        )
-        return EvalAnswer(completion.choices[0].text, completion.choices[0].finish_reason == "length")
-    answer = await client.chat.completions.create(
-        model=question.model,
-        messages=to_request_messages(question.messages),  # type: ignore[arg-type]  # our Message is OpenAI's, written as one type
-        tools=list(question.tools) or openai.omit,  # type: ignore[arg-type]  # likewise
-        max_tokens=question.max_tokens,
-        temperature=0,
-    )
-    message, cut = answer.choices[0].message, answer.choices[0].finish_reason == "length"
-    calls = [call.function for call in message.tool_calls or [] if call.type == "function"]
-    return EvalAnswer(
-        answer_text(message.content or "", [(call.name, _arguments(call.arguments)) for call in calls]), cut
-    )
+def list_cells(context: NightlyContext, adapter: str) -> list[EvalCell]:
+    """Every slice of an adapter's held-out examples for its base, champion and challenger.
+
+    Raises:
+        NotFound: the adapter, a version or a slice was deleted.
+    """
+    plan, trained = context.done("collect")[adapter], context.done("train")[adapter]
+    versions = {"base": None, "champion": plan["champion"], "challenger": trained["version"]}
+    models = model_names(context, adapter, plan["champion"], trained["version"])
+    return [
+        EvalCell(slice_, dataset, role, model, versions[role], examples)
+        for slice_, dataset in plan["slices"].items()
+        for examples in [load_examples(context, dataset)]
+        for role, model in models.items()
+    ]
 
 
-def _arguments(text: str) -> Any:
-    """A call's arguments; the text itself if it isn't JSON, which is wrong but must not end the run."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+def _record(context: NightlyContext, adapter: str, cells: Sequence[EvalCell], answers: Answers) -> None:
+    """Records an adapter's scores.
+
+    Where answers are missing for the first time and for a transient reason, the step stays pending with that reason,
+    and the next run asks again; else the reason is raised.
+    """
+    by_cell = [(cell, answers[adapter, cell.slice, cell.role]) for cell in cells]
+    errors = [answer for _, each in by_cell for answer in each if isinstance(answer, LoramillError)]
+    if errors:
+        retried = "error" in context.in_progress("evaluate").get(adapter, {})
+        if retried or not isinstance(errors[0], TRANSIENT_ERRORS):
+            raise errors[0]
+        with context.registry.writing() as session:
+            context.report(context.record_pending(session, adapter, "evaluate", {"error": errors[0].message}))
+        return
+    scores: dict[str, dict[str, dict[str, Any]]] = {}
+    with context.registry.writing() as session:
+        for cell, each in by_cell:
+            result = _score(cell, each)
+            scores.setdefault(cell.slice, {})[cell.role] = asdict(result)
+            evaluations.add(
+                session,
+                adapter,
+                version=cell.version,
+                dataset=cell.dataset,
+                slice=cell.slice,
+                examples=result.examples,
+                metrics={"exact_match": result.exact_match, "token_f1": result.token_f1},
+            )
+        context.finish(session, adapter, "evaluate", scores)
+
+
+def _score(cell: EvalCell, answers: Sequence[EvalAnswer | LoramillError]) -> Score:
+    texts = [answer.text for answer in answers if isinstance(answer, EvalAnswer)]
+    return score(texts, [example.completion for example in cell.examples])
+
+
+def model_names(context: NightlyContext, adapter: str, champion: str | None, challenger: str) -> dict[str, str]:
+    """Model names on the wire by role; there is no champion before the first promotion."""
+    name = AdapterName.parse(adapter)
+    names = {"base": context.base.name, "challenger": name.at(challenger)}
+    return names | ({"champion": name.at(champion)} if champion else {})
+
+
+def load_examples(context: NightlyContext, dataset: str) -> tuple[Example, ...]:
+    """Reads the examples of a dataset."""
+    with context.registry.reading() as session:
+        found = datasets.get(session, dataset)
+    return read_examples(context.registry.artifacts.read(found.artifact, "data.jsonl"), found.filename).examples

@@ -10,7 +10,7 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from loramill.client import Client
 from loramill.client.http import is_local_url, translate_openai_errors
 from loramill.errors import LoramillError, SettingsInvalid, Unavailable
-from loramill.pipelines.nightly.evaluate import EvalAnswer, EvalQuestion, answer_all
+from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion, answer_all
 from loramill.settings import Settings
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from loramill.pipelines.nightly.evaluate import EvalAnswer
+from loramill.pipelines.nightly.questions import EvalAnswer
 from loramill.pipelines.nightly.scoring import Score
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
-from loramill.pipelines.nightly.collect import REPLAY_EXAMPLES, collect, hold_out, jsonl_rows, next_spec, sample
+from loramill.pipelines.nightly.collect import REPLAY_EXAMPLES, hold_out, jsonl_rows, next_spec, plan_training, sample
 from loramill.registry import Registry, adapters, datasets, jobs, migrate, nightly, tenants
 from loramill.types import JobSpec, VersionRecord
 
@@ -81,7 +81,7 @@ def collected(registry: Registry, base: Base, train: list[bytes], valid: list[by
         run = nightly.open_run(session)
         new_data = nightly.collect(session, run.id, NAME)
         assert new_data is not None
-        return collect(session, registry.artifacts, NAME, new_data, base)
+        return plan_training(session, registry.artifacts, NAME, new_data, base)
 
 
 def test_a_champion_goes_on_from_its_weights_with_a_replay_of_what_it_knew(registry: Registry, base: Base) -> None:

@@ -11,7 +11,7 @@ from openai import AsyncOpenAI
 from loramill.data.examples import read_examples
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import ModelNotFound
-from loramill.pipelines.nightly.evaluate import EvalAnswer, EvalQuestion, answer_all, build_questions
+from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion, answer_all, build_questions
 from loramill.serve.api.routes.chat import ChatRequest
 
 #: A sentence in many scripts; a limit by characters (2 of 3, and 8) cut the right answer in ja, zh, ko, th and hi.

@@ -23,10 +23,11 @@ from loramill.errors import (
 )
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
-from loramill.pipelines.nightly import run as pipeline
-from loramill.pipelines.nightly.evaluate import EvalAnswer, EvalQuestion
+from loramill.pipelines.nightly import collect, run, train
+from loramill.pipelines.nightly.context import NightlyProgress
 from loramill.pipelines.nightly.outcome import Outcome, Verdict, describe, outcomes, succeeded, summary
-from loramill.pipelines.nightly.run import NightlyProgress, run_nightly
+from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion
+from loramill.pipelines.nightly.run import run_nightly
 from loramill.registry import Registry, adapters, datasets, deletion, jobs, migrate, nightly, tenants
 from loramill.settings import Settings
 from loramill.types import JobRecord, NightlyStep, StepStatus, VersionRecord
@@ -146,9 +147,9 @@ def mill(
     with registry.writing() as session:
         for tenant in ("acme", "bolt"):
             tenants.create(session, tenant)
-    monkeypatch.setattr(pipeline, "find_base", lambda *_: base)
+    monkeypatch.setattr(run, "find_base", lambda *_: base)
     monkeypatch.setattr(ChatTokenizer, "load", lambda *_: tokenizer)
-    monkeypatch.setattr(pipeline.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
     yield Mill(registry, settings)
     registry.close()
 
@@ -192,7 +193,9 @@ def test_a_first_version_that_is_no_better_is_held_and_the_reason_says_that_it_a
     mill.right = lambda model: False
     mill.feed("acme/a", rows(12))
     held = only(mill.run())
-    assert held.verdict is Verdict.HELD and held.reason.endswith("; as the first version it answers all the same")
+    assert held.verdict is Verdict.HELD and held.reason.endswith(
+        "; as the first version it is the champion all the same"
+    )
 
 
 @pytest.mark.parametrize(("valid", "enough"), [(0, 11), (5, 10)])
@@ -240,14 +243,14 @@ def test_data_that_fails_is_set_aside_and_stops_no_other(mill: Mill) -> None:
 
 
 def test_a_defect_that_one_adapter_meets_is_its_own_failure(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
-    collect = pipeline.collect
+    plan_training = collect.plan_training
 
     def broken(session, artifacts, name, *rest):
         if name.adapter == "bad":
             raise ZeroDivisionError("division by zero")
-        return collect(session, artifacts, name, *rest)
+        return plan_training(session, artifacts, name, *rest)
 
-    monkeypatch.setattr(pipeline, "collect", broken)
+    monkeypatch.setattr(collect, "plan_training", broken)
     mill.feed("acme/bad", rows(12))
     mill.feed("acme/good", rows(12))
     bad, good = mill.run()
@@ -261,7 +264,7 @@ def test_storage_that_is_away_costs_no_data(mill: Mill, monkeypatch: pytest.Monk
 
     mill.feed("acme/a", rows(12))
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "collect", away)
+        patched.setattr(collect, "plan_training", away)
         failed = only(mill.run())
     assert failed.verdict is Verdict.FAILED and failed.reason.endswith("Its data waits for the next nightly run.")
     assert mill.pending() == ["acme/a"] and mill.set_aside() == {}
@@ -347,7 +350,7 @@ def test_jobs_train_on_while_the_gateway_is_away_for_a_moment(mill: Mill, monkey
     mill.checks = [None, *[Unavailable("The models don't answer yet.")] * 3]
     mill.pool = lambda job: None if mill.checks else mill.publish(job)
     assert only(mill.run()).verdict is Verdict.PROMOTED
-    monkeypatch.setattr(pipeline, "AWAY_SECONDS", -1.0)
+    monkeypatch.setattr(train, "UNREACHABLE_SECONDS", -1.0)
     mill.feed("acme/a", rows(12, "more"))
     mill.pool = lambda job: None
     mill.checks = [None, Unavailable("The models don't answer yet.")]
@@ -363,7 +366,7 @@ def test_a_champion_of_another_base_is_named_and_the_data_waits(mill: Mill, base
     mill.feed("acme/a", rows(12, "more"))
     other = Base("other", base.folder, "0" * 64, base.architecture, base.context_length)
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "find_base", lambda *_: other)
+        patched.setattr(run, "find_base", lambda *_: other)
         failed = only(mill.run())
     assert (
         failed.verdict is Verdict.FAILED and "another base" in failed.reason and "other (000000000000)" in failed.reason
@@ -379,11 +382,11 @@ def test_a_base_that_changes_during_a_run_cancels_the_job_that_nothing_runs(
     mill.pool = lambda job: None
     mill.checks = [None, NotRunning("Nothing answers.")]
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "AWAY_SECONDS", -1.0)
+        patched.setattr(train, "UNREACHABLE_SECONDS", -1.0)
         with pytest.raises(NotRunning):
             mill.run()
         other = Base("other", base.folder, "0" * 64, base.architecture, base.context_length)
-        patched.setattr(pipeline, "find_base", lambda *_: other)
+        patched.setattr(run, "find_base", lambda *_: other)
         failed = only(mill.run())
     assert failed.verdict is Verdict.FAILED and "The base has changed" in failed.reason
     assert mill.pending() == ["acme/a"]

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from loramill.names import AdapterName
+from loramill.pipelines.nightly.context import NightlyContext
 from loramill.pipelines.nightly.outcome import outcomes
-from loramill.pipelines.nightly.run import NightlyContext, promote_all
+from loramill.pipelines.nightly.promote import promote_all
 from loramill.registry import Registry, adapters, migrate, nightly, tenants
 from loramill.types import StepStatus, VersionRecord
 

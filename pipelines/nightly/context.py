@@ -1,0 +1,136 @@
+"""What the stages of a nightly run share: the run's recorded steps, and how a failure is recorded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from loramill.errors import (
+    DeadlineExceeded,
+    LoramillError,
+    NotFound,
+    Overloaded,
+    QuotaExceeded,
+    RateLimited,
+    SetupError,
+    Unavailable,
+)
+from loramill.models.catalog import Base
+from loramill.pipelines.nightly.gateway import EvalGateway
+from loramill.registry import Registry, adapters, nightly
+from loramill.settings import Settings
+from loramill.types import NightlyRun, NightlyStep, StepStatus
+
+STAGES = ("collect", "train", "evaluate", "gate", "promote")
+#: Failures that pass by themselves: the next run tries again with the same data.
+TRANSIENT_ERRORS = (Unavailable, DeadlineExceeded, Overloaded, QuotaExceeded, RateLimited, SetupError, OSError)
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class NightlyProgress:
+    """The progress of a stage: steps of an adapter's job, or answers to the questions of all adapters (None)."""
+
+    stage: str
+    adapter: str | None
+    done: int
+    total: int
+    state: str
+
+
+Report = Callable[[NightlyStep], None]
+OnProgress = Callable[[NightlyProgress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class NightlyContext:
+    """One nightly run, with what its stages need."""
+
+    run: NightlyRun
+    registry: Registry
+    settings: Settings
+    base: Base
+    report: Report
+    gateway: EvalGateway
+    progress: OnProgress = lambda progress: None
+
+    def done(self, stage: str) -> dict[str, dict[str, Any]]:
+        """Results of the adapters that finished a stage."""
+        return {step.adapter: step.result for step in self.steps(stage) if step.status is StepStatus.DONE}
+
+    def remaining(self, stage: str) -> list[str]:
+        """Adapters that finished the previous stage and have neither finished this one nor failed in it."""
+        previous = STAGES[STAGES.index(stage) - 1]
+        ended = {step.adapter for step in self.steps(stage) if step.status is not StepStatus.PENDING}
+        return [adapter for adapter in self.done(previous) if adapter not in ended]
+
+    def in_progress(self, stage: str) -> dict[str, dict[str, Any]]:
+        """Recorded results of adapters that have not ended a stage yet."""
+        return {step.adapter: step.result for step in self.steps(stage) if step.status is StepStatus.PENDING}
+
+    def steps(self, stage: str | None = None) -> list[NightlyStep]:
+        """The recorded steps of a stage, or of all stages."""
+        with self.registry.reading() as session:
+            return [step for step in nightly.list_steps(session, self.run.id) if stage in (None, step.step)]
+
+    def record_pending(self, session: Session, adapter: str, stage: str, result: dict[str, Any]) -> NightlyStep:
+        """Records the state of a step that has not ended."""
+        return nightly.record_step(session, self.run.id, adapter, stage, StepStatus.PENDING, result)
+
+    def finish(self, session: Session, adapter: str, stage: str, result: dict[str, Any]) -> None:
+        """Records the end of a step in the transaction of its work, and reports it."""
+        self.report(nightly.record_step(session, self.run.id, adapter, stage, StepStatus.DONE, result))
+
+    def attempt(self, adapter: str, stage: str, work: Callable[[], None]) -> bool:
+        """Does a step's work; a failure is recorded, and affects no other adapter. Returns whether it succeeded."""
+        try:
+            work()
+        except LoramillError as error:
+            self.fail(adapter, stage, error)
+        except Exception as error:  # a bug that one adapter's data triggers must not stop the others
+            log.exception("%s of %s failed", stage, adapter)
+            self.fail(adapter, stage, error)
+        else:
+            return True
+        return False
+
+    def fail(self, adapter: str, stage: str, error: Exception) -> None:
+        """Records why a step failed, and releases the adapter's data or sets it aside."""
+        message = error.message if isinstance(error, LoramillError) else f"{type(error).__name__}: {error}"
+        transient = isinstance(error, TRANSIENT_ERRORS)
+        with self.registry.writing() as session:
+            if not adapter_exists(session, adapter):
+                return  # `deleted_adapters` reports it at the end of the run
+            if transient:
+                nightly.release(session, self.run.id, adapter)
+            elif stage == "collect":  # its own transaction was rolled back
+                nightly.collect(session, self.run.id, adapter)
+            recorded = {
+                step.adapter: step.result for step in nightly.list_steps(session, self.run.id) if step.step == stage
+            }
+            result = recorded.get(adapter, {}) | {"error": message, "data": "waiting" if transient else "set aside"}
+            self.report(nightly.record_step(session, self.run.id, adapter, stage, StepStatus.FAILED, result))
+
+    def interrupt(self, error: LoramillError) -> None:
+        """Records why the run stopped, for every adapter that has not ended; the next run resumes it."""
+        steps = self.steps()
+        ended = {step.adapter for step in steps if step.step == STAGES[-1] or step.status is StepStatus.FAILED}
+        done = {(step.adapter, step.step) for step in steps if step.status is StepStatus.DONE}
+        for adapter in self.done("collect").keys() - ended:
+            stage = next(stage for stage in STAGES if (adapter, stage) not in done)
+            recorded = self.in_progress(stage).get(adapter, {})
+            with self.registry.writing() as session:
+                self.record_pending(session, adapter, stage, recorded | {"error": error.message})
+
+
+def adapter_exists(session: Session, adapter: str) -> bool:
+    """Whether there is an adapter of this name."""
+    try:
+        adapters.get(session, adapter)
+    except NotFound:
+        return False
+    return True

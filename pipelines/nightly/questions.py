@@ -1,0 +1,134 @@
+"""Asks many questions of many models through the gateway, all mixed, so that the engine batches them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+from openai import AsyncOpenAI
+
+from loramill.client.http import error_from_response
+from loramill.data.conversation import answer_text, to_request_messages
+from loramill.data.examples import Example
+from loramill.data.tokenizer import ChatTokenizer, Message
+from loramill.errors import LoramillError
+
+#: Requests in flight; more than an engine decodes at once would only wait there.
+CONCURRENCY = 48
+
+
+@dataclass(frozen=True, slots=True)
+class EvalQuestion:
+    """One prompt for one model, and how many tokens its answer may have."""
+
+    model: str
+    messages: tuple[Message, ...]
+    prompt: str | None
+    max_tokens: int
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EvalAnswer:
+    """A model's answer; `cut` if it reached the limit of its tokens."""
+
+    text: str
+    truncated: bool = False
+
+
+def build_questions(model: str, examples: Sequence[Example], tokenizer: ChatTokenizer) -> list[EvalQuestion]:
+    """The held-out examples as questions for `model`; `tokenizer` is the base's."""
+    return [
+        EvalQuestion(
+            model,
+            example.messages[:-1],
+            example.prompt,
+            max_answer_tokens(example.completion, tokenizer),
+            example.tools,
+        )
+        for example in examples
+    ]
+
+
+def max_answer_tokens(reference: str, tokenizer: ChatTokenizer) -> int:
+    """The most tokens that an answer may have: twice the reference's and a few.
+
+    A model that rambles then costs little, and a right answer always fits. The base's own tokens are counted: a
+    character is a quarter of one in English and up to three in Japanese, Korean or Thai.
+    """
+    return 2 * len(tokenizer.encode_text(reference)) + 8
+
+
+def answer_all(
+    client: AsyncOpenAI, questions: Sequence[EvalQuestion], *, report: Callable[[int], None] = lambda done: None
+) -> list[EvalAnswer | LoramillError]:
+    """Returns the greedy answers, or the errors in their place, in the order of the questions.
+
+    Questions of all models go round in turn, so that a batch holds as many adapters as there are.
+
+    Args:
+        report: called with the number of finished questions.
+
+    Raises:
+        openai.APIConnectionError: the gateway was away for longer than the client's retries.
+    """
+    return asyncio.run(_answer_all(client, questions, report))
+
+
+async def _answer_all(
+    client: AsyncOpenAI, questions: Sequence[EvalQuestion], report: Callable[[int], None]
+) -> list[EvalAnswer | LoramillError]:
+    answers: list[EvalAnswer | LoramillError] = [EvalAnswer("")] * len(questions)
+    turn: dict[str, int] = {}
+    places: list[tuple[int, int]] = []
+    for index, question in enumerate(questions):
+        turn[question.model] = turn.get(question.model, -1) + 1
+        places.append((turn[question.model], index))
+    waiting = iter(sorted(places))
+    done = 0
+
+    async def stream() -> None:
+        nonlocal done
+        for _, index in waiting:
+            try:
+                answers[index] = await _answer(client, questions[index])
+            except openai.APIStatusError as error:
+                answers[index] = error_from_response(error.status_code, error.body, str(client.base_url))
+            done += 1
+            report(done)
+
+    async with client:
+        await asyncio.gather(*(stream() for _ in range(min(CONCURRENCY, len(questions)))))
+    return answers
+
+
+async def _answer(client: AsyncOpenAI, question: EvalQuestion) -> EvalAnswer:
+    if question.prompt is not None:
+        completion = await client.completions.create(
+            model=question.model, prompt=question.prompt, max_tokens=question.max_tokens, temperature=0
+        )
+        return EvalAnswer(completion.choices[0].text, completion.choices[0].finish_reason == "length")
+    answer = await client.chat.completions.create(
+        model=question.model,
+        messages=to_request_messages(question.messages),  # type: ignore[arg-type]  # our Message is OpenAI's, written as one type
+        tools=list(question.tools) or openai.omit,  # type: ignore[arg-type]  # likewise
+        max_tokens=question.max_tokens,
+        temperature=0,
+    )
+    message, cut = answer.choices[0].message, answer.choices[0].finish_reason == "length"
+    calls = [call.function for call in message.tool_calls or [] if call.type == "function"]
+    return EvalAnswer(
+        answer_text(message.content or "", [(call.name, _arguments(call.arguments)) for call in calls]), cut
+    )
+
+
+def _arguments(text: str) -> Any:
+    """A call's arguments; the text itself if it isn't JSON, which is wrong but must not end the run."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,0 +1,101 @@
+"""The training stage: a job per adapter, all at once, and the wait for their ends."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from loramill.errors import BaseUnusable, JobCancelled, JobError, NotFound, SetupError, Unavailable
+from loramill.pipelines.nightly.context import NightlyContext, NightlyProgress
+from loramill.registry import jobs
+from loramill.types import JobRecord, JobSpec, JobStatus
+
+#: Seconds for which a run waits for its jobs while the gateway is unreachable.
+UNREACHABLE_SECONDS = 120.0
+
+
+def train_all(context: NightlyContext, *, poll_seconds: float = 0.5) -> None:
+    """Submits a job for each adapter, then waits until all have ended.
+
+    Raises:
+        NotRunning, Unavailable: the gateway is away, for `AWAY_SECONDS` if jobs train already.
+    """
+    waiting = context.remaining("train")
+    if not waiting:
+        return
+    context.gateway.check()
+    begun = context.in_progress("train")
+    for adapter in waiting:
+        if "job" not in begun.get(adapter, {}):
+            context.attempt(adapter, "train", partial(_submit, context, adapter))
+    open_jobs = {adapter: result["job"] for adapter, result in context.in_progress("train").items() if "job" in result}
+    away: float | None = None
+    while open_jobs:
+        try:
+            context.gateway.check()
+            found = _poll_jobs(context, open_jobs)
+        except (SetupError, Unavailable):
+            away = away or time.monotonic()
+            if time.monotonic() - away > UNREACHABLE_SECONDS:
+                raise
+        else:
+            away = None
+            for adapter, job in found.items():
+                if (
+                    not context.attempt(adapter, "train", partial(_check_job, context, adapter, job))
+                    or job.status.final
+                ):
+                    del open_jobs[adapter]
+            # A job that someone paused may stay so for days; the others don't wait for it.
+            if all(found[adapter].status is JobStatus.PAUSED for adapter in open_jobs):
+                for adapter, job_id in open_jobs.items():
+                    context.fail(adapter, "train", JobError(_paused(job_id)))
+                return
+        if open_jobs:
+            time.sleep(poll_seconds)
+
+
+def _submit(context: NightlyContext, adapter: str) -> None:
+    # With the job in the step's own transaction, a run that is killed here has neither or both.
+    with context.registry.writing() as session:
+        spec = JobSpec.model_validate(context.done("collect")[adapter]["spec"])
+        job = jobs.submit(session, spec, {"nightly_run": context.run.id})
+        context.record_pending(session, adapter, "train", {"job": job.id})
+
+
+def _poll_jobs(context: NightlyContext, open_jobs: dict[str, str]) -> dict[str, JobRecord]:
+    """The adapters' jobs; one that was deleted fails its adapter, and is removed from `open_jobs`."""
+    found = {}
+    for adapter, job_id in list(open_jobs.items()):
+        try:
+            with context.registry.reading() as session:
+                found[adapter] = jobs.get(session, job_id)
+        except NotFound as error:
+            context.fail(adapter, "train", error)
+            del open_jobs[adapter]
+    return found
+
+
+def _check_job(context: NightlyContext, adapter: str, job: JobRecord) -> None:
+    """Finishes the step of an adapter whose job has succeeded; raises if the job never will."""
+    context.progress(NightlyProgress("train", adapter, job.step, job.spec.steps, job.status))
+    if job.status is JobStatus.SUCCEEDED:
+        with context.registry.writing() as session:
+            context.finish(session, adapter, "train", {"job": job.id, "version": job.version, "error": None})
+    elif job.status is JobStatus.CANCELLED:
+        raise JobCancelled(f"The job {job.id} was cancelled.")
+    elif job.status.final:
+        raise JobError(job.error_message or f"The job {job.id} failed.")
+    elif job.status is JobStatus.QUEUED and job.spec.base != context.base.fingerprint:
+        with context.registry.writing() as session:
+            jobs.cancel(session, job.id)
+        raise BaseUnusable(
+            f"The base has changed since the job {job.id} was submitted, so that it can't run; it was cancelled."
+        )
+
+
+def _paused(job: str) -> str:
+    return (
+        f"The job {job} is paused; after `loramill jobs resume {job}` its version becomes the challenger, which "
+        "`loramill promote` can promote."
+    )
