@@ -20,14 +20,18 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loramill import __version__
 from loramill.errors import LoramillError, SettingsInvalid
 from loramill.local.machine import c_compiler
 from loramill.settings import Settings
 from loramill.types import FrozenModel
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 #: Versions that were tested together, as in constraints.txt.
 TESTED_VERSIONS = {
@@ -47,6 +51,7 @@ TESTED_VERSIONS = {
     "msgpack": "1.2.4",
     "numpy": "2.4.6",
     "openai": "3.54.0",
+    "packaging": "26.3",
     "peft": "0.21.2",
     "plotext": "6.1.0",
     "prometheus-client": "0.26.0",
@@ -139,20 +144,32 @@ def python(_: Settings) -> Iterable[Finding]:
 
 
 def packages(_: Settings) -> Iterable[Finding]:
-    """loramill and what it depends on: there, within what is asked for, within what was tested."""
-    from packaging.requirements import Requirement
+    """loramill and its packages, by required and tested versions; only those of the extra `local` must be there."""
     from packaging.utils import canonicalize_name
 
     yield Finding(what="loramill", status=Status.OK, found=__version__)
-    texts = (text for text in importlib.metadata.requires("loramill") or () if "extra ==" not in text)
-    for wanted in map(Requirement, texts):
+    needed = {each.name for each in requirements("local")}
+    for wanted in {each.name: each for each in requirements("all")}.values():
         try:
             version = importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
+            if wanted.name not in needed:
+                continue
             version = None
-        yield judge_package(
-            wanted.name, str(wanted.specifier), version, TESTED_VERSIONS.get(canonicalize_name(wanted.name))
-        )
+        tested = TESTED_VERSIONS.get(canonicalize_name(wanted.name))
+        yield judge_package(wanted.name, str(wanted.specifier), version, tested)
+
+
+def requirements(extra: str) -> Iterable[Requirement]:
+    """What an extra of loramill requires, the extras that it consists of included."""
+    from packaging.requirements import Requirement
+
+    for wanted in map(Requirement, importlib.metadata.requires("loramill") or ()):
+        if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
+            if wanted.name == "loramill":
+                yield from chain.from_iterable(map(requirements, wanted.extras))
+            else:
+                yield wanted
 
 
 def judge_package(name: str, required: str, version: str | None, tested: str | None) -> Finding:

@@ -10,12 +10,10 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from rich.console import Console
 from typer.testing import CliRunner
@@ -55,8 +53,7 @@ def one(check: Callable[[Settings], Iterable[Finding]], **said: object) -> Findi
 def test_what_was_tested_is_what_the_constraints_pin() -> None:
     lines = (line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     pins = {canonicalize_name(name): version for name, version in lines}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [canonicalize_name(Requirement(text).name) for text in project["dependencies"]]
+    wanted = [canonicalize_name(each.name) for each in doctor.requirements("all")]
     assert {name: pins.get(name) for name in wanted} == doctor.TESTED_VERSIONS
 
 
