@@ -108,7 +108,7 @@ def extract_lora(
         The adapter in PEFT's files, by name; and what it holds.
 
     Raises:
-        AdapterInvalid: a target, layer or pattern of the spec matches nothing.
+        InvalidRequest: a target, layer or pattern of the spec matches nothing.
     """
     before = {name: each.detach() for name, each in model.named_parameters()}
     found: dict[str, LowRankFactors] = {}

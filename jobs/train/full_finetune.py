@@ -110,7 +110,7 @@ def export_full(checkpoints: Path | str, spec: JobSpec, *, base: Base, folder: P
     Raises:
         ArtifactMissing: the job is not at its end in `checkpoints`.
         ArtifactCorrupt: a checkpoint can't be read.
-        AdapterInvalid: the base lacks a target.
+        InvalidRequest: the base lacks a target.
     """
     weights = load_checkpoint_to_export(checkpoints, spec).weights
     model = load_for_training(base, torch.bfloat16)

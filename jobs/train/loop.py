@@ -110,7 +110,8 @@ def train(
         DatasetInvalid: an example has no token to learn.
         TrainingDiverged: loss or gradient is not finite; checkpoints stay.
         OutOfMemory: in a pass, with what is next.
-        AdapterInvalid: the base lacks a target, or `start_from` doesn't fit.
+        InvalidRequest: the base lacks a target.
+        AdapterInvalid: `start_from` doesn't fit.
         DiskFull: no room for a checkpoint.
         ArtifactCorrupt: a checkpoint can't be read.
     """

@@ -19,6 +19,7 @@ from typing import Any
 from loramill.errors import BaseUnusable, InvalidRequest
 from loramill.models import hub, smollm2
 from loramill.models.catalog import NATIVE_ARCHITECTURES
+from loramill.models.targets import layer_of
 
 _BILLIONS = re.compile(r"(\d+(?:\.\d+)?)([bm])", re.IGNORECASE)
 #: Llama's own sizes, in billions of weights: width, MLP, layers, heads, heads of keys, vocabulary, tied embeddings.
@@ -34,7 +35,6 @@ _LLAMAS = {
     70: (8192, 28672, 80, 64, 8, 128256, False),
     405: (16384, 53248, 126, 128, 8, 128256, False),
 }
-_LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,10 +273,10 @@ def _transformers_anatomy(config: Mapping[str, Any], architecture: str) -> Anato
 
 def _linears_of(model: Any, head: Any) -> Iterator[LinearShape]:
     for name, module in model.named_modules():
-        place = _LAYER.search(f".{name}.")
+        layer = layer_of(name)
         weight = getattr(module, "weight", None)
-        if module is head or place is None or weight is None or type(module).__name__ not in ("Linear", "Conv1D"):
+        if module is head or layer is None or weight is None or type(module).__name__ not in ("Linear", "Conv1D"):
             continue
         d_out, d_in = weight.shape if type(module).__name__ == "Linear" else reversed(weight.shape)
         if prod(weight.shape):
-            yield LinearShape(name, int(place[1]), d_in, d_out)
+            yield LinearShape(name, layer, d_in, d_out)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loramill.errors import InvalidRequest
 from loramill.models.catalog import Base
+from loramill.models.targets import find_targets, rank_of
 from loramill.sizing.anatomy import Anatomy, LinearShape, linears, read_config
-from loramill.types import ALL_LINEAR, JobSpec
+from loramill.types import JobSpec
 
 #: Linears that read the same as another of their layer does.
 _SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -92,72 +91,11 @@ def check_targets(spec: JobSpec, base: Base) -> None:
 
 
 def adapted_linears(spec: JobSpec, linears: Sequence[LinearShape]) -> list[tuple[LinearShape, int]]:
-    """The linears that get an adapter, each with its rank; for AdaLoRA that before pruning.
-
-    A name in `targets` matches as in PEFT: the last words of a full name.
+    """The linears that get an adapter, each with its rank; for AdaLoRA that is the rank before pruning.
 
     Raises:
-        InvalidRequest: a target, layer or pattern matches nothing.
+        InvalidRequest: as `loramill.models.targets.find_targets`.
     """
-    named = _targeted(spec.targets, linears)
-    chosen = [linear for linear in named if spec.layers is None or linear.layer in spec.layers]
-    there = {linear.layer for linear in named}
-    missing = sorted(set(spec.layers or ()) - there)
-    if missing or not chosen:
-        raise InvalidRequest(
-            f"'layers' names {', '.join(map(str, missing)) or 'none'}; the base's layers with these targets are "
-            f"{min(there)} to {max(there)}: correct it, or leave it out for all.",
-            param="loramill.layers",
-        )
-    _check_patterns("rank_pattern", spec.rank_pattern, chosen)
-    _check_patterns("alpha_pattern", spec.alpha_pattern, chosen)
-    return [(linear, _rank(spec, linear)) for linear in chosen]
-
-
-def _targeted(targets: tuple[str, ...], among: Sequence[LinearShape]) -> list[LinearShape]:
-    if ALL_LINEAR in targets:
-        if len(targets) > 1:
-            raise InvalidRequest(f"'{ALL_LINEAR}' stands alone: leave the other targets out.", param="loramill.targets")
-        return list(among)
-    missing = [target for target in targets if not any(_ends(linear, (target,)) for linear in among)]
-    if missing:
-        raise InvalidRequest(
-            f"The base has no linears named {', '.join(missing)}: leave them out of 'targets', or give "
-            f"'{ALL_LINEAR}' or some of {_known(among)}.",
-            param="loramill.targets",
-        )
-    return [linear for linear in among if _ends(linear, targets)]
-
-
-def _rank(spec: JobSpec, linear: LinearShape) -> int:
-    if spec.method == "adalora":
-        return spec.init_rank or -(-3 * spec.rank // 2)
-    return next((rank for pattern, rank in spec.rank_pattern.items() if _matches(pattern, linear)), spec.rank)
-
-
-def _ends(linear: LinearShape, words: Iterable[str]) -> bool:
-    return any(linear.name == word or linear.name.endswith(f".{word}") for word in words)
-
-
-def _matches(pattern: str, linear: LinearShape) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", linear.name) is not None
-
-
-def _check_patterns(field: str, patterns: Iterable[str], among: Sequence[LinearShape]) -> None:
-    for pattern in patterns:
-        try:
-            found = any(_matches(pattern, linear) for linear in among)
-        except re.error as error:
-            raise InvalidRequest(
-                f"'{field}': '{pattern}' is no regular expression: {error}.", param=f"loramill.{field}"
-            ) from error
-        if not found:
-            raise InvalidRequest(
-                f"'{field}': '{pattern}' matches the end of no adapted linear's name, such as {among[0].name}: "
-                "correct it or leave it out.",
-                param=f"loramill.{field}",
-            )
-
-
-def _known(among: Iterable[LinearShape]) -> str:
-    return ", ".join(dict.fromkeys(linear.suffix for linear in among))
+    by_name = {linear.name: linear for linear in linears}
+    adalora_rank = spec.init_rank or -(-3 * spec.rank // 2) if spec.method == "adalora" else None
+    return [(by_name[name], adalora_rank or rank_of(spec, name)) for name in find_targets(spec, list(by_name))]

@@ -115,7 +115,7 @@ def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
 def test_sizing_a_llama_imports_no_torch(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
     code = (
-        "import sys; from loramill.sizing import fitted, anatomy, read_config;"
+        "import sys; from loramill.sizing import anatomy, fit_spec, read_config;"
         f"anatomy(read_config({str(tmp_path)!r}));"
         "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     )

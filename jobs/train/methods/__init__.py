@@ -41,7 +41,7 @@ def attach_adapter(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Itera
         folder: the base's files; LoftQ reads there what quantization took away.
 
     Raises:
-        AdapterInvalid: targets, layers, patterns or ranks don't fit the base; `param` says which.
+        InvalidRequest: targets, layers, patterns or ranks don't fit the base; `param` names the field.
     """
     found = find_target_modules(model, spec)
     layers = _layers(model, found, spec, folder)

@@ -15,7 +15,8 @@ from loramill.jobs.train.methods.adapted_model import AdaptedModel
 from loramill.jobs.train.methods.layers import LoraLinear
 from loramill.jobs.train.methods.lora import initial_factors
 from loramill.jobs.train.methods.peft_folder import A, B, StoredAdapter, tensor_name
-from loramill.jobs.train.methods.targets import TargetModule, scale_of
+from loramill.jobs.train.methods.targets import TargetModule
+from loramill.models.targets import scale_of
 from loramill.types import JobSpec
 
 #: The singular values, under the end of their name.

@@ -12,7 +12,8 @@ from loramill.jobs.train.methods.adapted_model import AdaptedModel
 from loramill.jobs.train.methods.layers import DoraLinear, LoraLinear
 from loramill.jobs.train.methods.peft_folder import StoredAdapter
 from loramill.jobs.train.methods.seeds import seed_of
-from loramill.jobs.train.methods.targets import TargetModule, scale_of
+from loramill.jobs.train.methods.targets import TargetModule
+from loramill.models.targets import scale_of
 from loramill.types import JobSpec
 
 

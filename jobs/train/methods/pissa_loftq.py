@@ -20,8 +20,9 @@ from loramill.jobs.train.methods.layers import LoraLinear, dense_weight
 from loramill.jobs.train.methods.lora import initial_factors
 from loramill.jobs.train.methods.peft_folder import A, B, StoredAdapter, tensor_name
 from loramill.jobs.train.methods.seeds import seeded
-from loramill.jobs.train.methods.targets import TargetModule, scale_of
+from loramill.jobs.train.methods.targets import TargetModule
 from loramill.models.fingerprint import weight_files
+from loramill.models.targets import scale_of
 from loramill.types import JobSpec
 
 #: The part of the adapter that takes PiSSA's beginning away from the base, under the ends of its names.

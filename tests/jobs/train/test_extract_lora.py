@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from loramill.errors import AdapterInvalid
+from loramill.errors import InvalidRequest
 from loramill.jobs.train.extract_lora import ExtractionReport, extract_lora, low_rank_factors
 from loramill.jobs.train.methods.seeds import seeded
 from loramill.types import TARGETS
@@ -136,5 +136,5 @@ def test_the_report_says_what_no_adapter_holds() -> None:
 
 
 def test_a_target_that_is_not_there_is_named() -> None:
-    with pytest.raises(AdapterInvalid, match="nose"):
+    with pytest.raises(InvalidRequest, match="nose"):
         extract_lora(tiny(), changed(tiny()), spec_of(method="full", targets=(*TARGETS, "nose")), "tiny")

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from loramill.errors import AdapterInvalid
+from loramill.errors import AdapterInvalid, InvalidRequest
 from loramill.jobs.train.methods import attach_adapter, load_start_adapter
 from loramill.jobs.train.methods.peft_folder import lora_config
 from loramill.kernels.peft_folder import BaseModules, read_adapter
@@ -103,7 +103,7 @@ def test_the_base_is_left_as_it_was(small: Base, method: str, dtype: torch.dtype
 def test_a_refusal_leaves_the_base_as_it_was(small: Base, method: str) -> None:
     model = loaded(small, "int8")
     before = str(model)
-    with pytest.raises(AdapterInvalid), attach_adapter(model, spec_of(method=method, targets=("nope",)), small.folder):
+    with pytest.raises(InvalidRequest), attach_adapter(model, spec_of(method=method, targets=("nope",)), small.folder):
         pass
     assert str(model) == before
 

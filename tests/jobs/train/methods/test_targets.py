@@ -9,7 +9,7 @@ import pytest
 from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from loramill.errors import AdapterInvalid
+from loramill.errors import InvalidRequest
 from loramill.jobs.train.methods.peft_folder import lora_config
 from loramill.jobs.train.methods.targets import TargetModule, find_target_modules
 from loramill.models.catalog import Base
@@ -68,18 +68,18 @@ def test_a_layer_of_transposed_weights_is_a_linear_too() -> None:
     [
         ("targets", "no linears named nope, v", {"targets": ("q_proj", "nope", "v")}),
         ("targets", "no linears named embed_tokens", {"targets": ("embed_tokens",)}),
-        ("targets", "stands alone", {"targets": ("all-linear", "q_proj")}),
+        ("targets", "must be the only target", {"targets": ("all-linear", "q_proj")}),
         ("layers", "names 3, 9; .* 0 to 2", {"layers": (1, 3, 9)}),
         ("layers", "names none", {"layers": ()}),
         ("layers", "names 0; .* none", {"targets": ("lm_head",), "layers": (0,)}),
         ("rank_pattern", "'gate' matches", {"rank_pattern": {"q_proj": 2, "gate": 2}}),
         ("rank_pattern", "'down_proj' matches", {"targets": ("q_proj",), "rank_pattern": {"down_proj": 2}}),
-        ("rank_pattern", "no regular expression", {"rank_pattern": {"(": 2}}),
+        ("rank_pattern", "not a regular expression", {"rank_pattern": {"(": 2}}),
         ("rank_pattern", "rank 0", {"rank_pattern": {"q_proj": 0}}),
         ("alpha_pattern", "'layers.7.q_proj' matches", {"alpha_pattern": {"layers.7.q_proj": 2.0}}),
     ],
 )
 def test_says_what_matches_nothing(small: Base, param: str, says: str, changes: dict[str, Any]) -> None:
-    with pytest.raises(AdapterInvalid, match=says) as refused:
+    with pytest.raises(InvalidRequest, match=says) as refused:
         find_target_modules(loaded(small), spec_of(**changes))
-    assert refused.value.param == param
+    assert refused.value.param == f"loramill.{param}"
