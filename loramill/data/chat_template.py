@@ -345,7 +345,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "+"})
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - as overridden
-        __context.resolve(_BUDGET).step()
+        __context.resolve(_BUDGET).use_step()
         if isinstance(getattr(__obj, "__self__", None), str):
             for number in (*args, *kwargs.values()):
                 if isinstance(number, int):
@@ -353,7 +353,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        context.resolve(_BUDGET).step()
+        context.resolve(_BUDGET).use_step()
         if operator == "**":
             _check_size(abs(right) * 64)
         elif operator == "*":
@@ -388,7 +388,7 @@ class _BoundLoopsAndJoins(NodeTransformer):
 def _steps(context: Context, values: Iterable[Any]) -> Iterator[Any]:
     budget = context.resolve(_BUDGET)
     for value in values:
-        budget.step()
+        budget.use_step()
         yield value
 
 
