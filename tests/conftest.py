@@ -1,16 +1,44 @@
-"""Fixtures that several rooms share."""
+"""Fixtures that several packages share, and what each test needs besides Python: see MARKERS."""
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import torch
 
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.models.catalog import Base, find_base
 
 from .hermes import VOCABULARY, write_hermes_tokenizer
 from .llama import tiny_llama, write_base
+
+TESTS = Path(__file__).parent
+#: Markers that tests get by their path or parameter; `make fast` runs the tests that have none of them.
+MARKERS = {
+    "ray": ("e2e/*", "*_on_ray.py*"),
+    "postgres": ("*[[]*postgresql*]", "serve/api/test_api_outage.py*", "jobs/*outage*"),
+    "compiler": ("kernels/test_build.py*", "kernels/test_triton*", "serve/model/test_graphs.py*"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests, skips those that need a GPU where there is none, and groups them for pytest-xdist.
+
+    A file runs in one process, so that its fixtures are made once; everything on Ray runs in one process, so that there
+    is one cluster at a time. That group takes longest and begins.
+    """
+    for item in items:
+        name = f"{item.path.relative_to(TESTS).as_posix()}::{item.name}"
+        for marker, patterns in MARKERS.items():
+            if any(fnmatch(name, pattern) for pattern in patterns):
+                item.add_marker(marker)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        on_ray = item.get_closest_marker("ray") is not None
+        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else name.partition("::")[0]))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 TESTS = Path(__file__).with_name("triton_interpreted.py")
 WITHOUT = "import sys; sys.modules['triton'] = None; import loramill.kernels, loramill_bench.kernels.cuda"
@@ -30,7 +29,7 @@ def test_without_triton_everything_else_can_be_imported():
     run("-c", WITHOUT)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_the_kernels_are_right_on_this_gpu_in_every_dtype_called_and_replayed():
     pytest.importorskip("triton")
     from loramill_bench.kernels import cuda

@@ -103,7 +103,7 @@ def test_the_bench_reports_decodes_against_their_floor(monkeypatch):
     assert (result.value, result.met) == (0.1, False)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_the_kernels_are_right_on_this_gpu_in_every_dtype_called_and_replayed():
     wrong = [check for check in cuda_attention.check() if not check.passed]
     assert not wrong, "\n".join(map(str, wrong))

@@ -295,12 +295,11 @@ def test_a_base_that_the_decoder_does_not_know_is_refused_on_a_gpu(tmp_path):
         load_model(tmp_path, dtype=torch.float32, device="cuda")
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 #: Relative errors of logits: float32 in other orders of sums, and bfloat16's rounding over two layers.
 ON_GPU = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ON_GPU, ids=str)
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
 def test_on_a_gpu_the_logits_are_those_of_the_cpu(folder, graphs, dtype):
@@ -318,7 +317,7 @@ def test_on_a_gpu_the_logits_are_those_of_the_cpu(folder, graphs, dtype):
     session.decode(sequences)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_on_a_gpu_a_replayed_step_is_the_eager_one_and_waits_for_nothing(folder):
     pytest.importorskip("triton")
     decoder = load_decoder(folder, dtype=torch.bfloat16, device="cuda")
