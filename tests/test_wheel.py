@@ -12,7 +12,7 @@ from zipfile import ZipFile
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("kernels", "jobs", "serve", "pipelines")
+PACKAGES = ("kernels", "jobs", "serve", "pipelines")
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
-    for name in ("loramill", *ROOMS):
+    for name in ("loramill", *PACKAGES):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -34,7 +34,7 @@ def in_tree() -> set[str]:
     """Every file of the packages, under the name it must have in the wheel."""
     files = {
         (file.relative_to(ROOT) if name == "loramill" else Path("loramill") / file.relative_to(ROOT)).as_posix()
-        for name in ("loramill", *ROOMS)
+        for name in ("loramill", *PACKAGES)
         for file in (ROOT / name).rglob("*")
         if file.is_file() and "__pycache__" not in file.parts
     }
@@ -60,3 +60,11 @@ def test_wheel_is_typed_licensed_and_has_the_command(wheel: Path) -> None:
         assert archive.read(license_file) == (ROOT / "LICENSE").read_bytes()
     assert "loramill/py.typed" in names
     assert dict(scripts["console_scripts"]) == {"loramill": "loramill.cli:main"}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_has_no_import_name_of_its_own(name: str, tmp_path: Path) -> None:
+    """`kernels` is a Hugging Face package, and ours must not shadow it."""
+    code = f"import importlib.util as u; spec = u.find_spec('{name}'); print(spec and spec.origin)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert str(ROOT) not in ran.stdout

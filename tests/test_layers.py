@@ -1,7 +1,7 @@
-"""The house's floors, enforced: every import of the five packages is read and judged.
+"""The layers, enforced: every import of the five packages is read and judged.
 
-Floor 0 is loramill and kernels, floor 1 jobs and serve, floor 2 pipelines; a room imports only from its own
-floor's room and from below. `loramill/cli` (or `cli_….py`) is the one door upward, and opens it only inside functions.
+Layer 0 is loramill and kernels, layer 1 jobs and serve, layer 2 pipelines; a package imports only itself and lower
+layers. `loramill/cli` (or `cli_….py`) alone imports upward, and only inside functions.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("kernels", "jobs", "serve", "pipelines")
+PACKAGES = ("kernels", "jobs", "serve", "pipelines")
 
-#: Rooms that a room may import besides itself.
+#: Packages that a package may import besides itself.
 BELOW = {
     "loramill": {"kernels"},
     "kernels": {"loramill"},
@@ -42,8 +42,8 @@ UNPICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "m
 #: What imports on a GPU machine that has torch and little else, and what it may use there.
 LEAN = ("kernels/*", "serve/engine/*", "serve/model/*")
 LEAN_LIBRARIES = {"torch", "numpy", "safetensors", "triton"}
-#: What one lean module imports inside functions, where it is installed.
-GUESTS = {
+#: What a lean module may import inside functions, where it is installed.
+OPTIONAL = {
     "serve/model/hf.py": "transformers",
     "kernels/quantization.py": "bitsandbytes",
 }
@@ -101,13 +101,13 @@ def imports(path: str, source: str, modules: frozenset[str]) -> Iterator[Import]
     yield from walk(ast.parse(source), False)
 
 
-def room_of(module: str) -> str | None:
-    """The room that a module lies in; None for other people's."""
+def package_of(module: str) -> str | None:
+    """The package that a module belongs to; None for other libraries."""
     first, _, rest = module.partition(".")
     if first != "loramill":
         return None
     second = rest.partition(".")[0]
-    return second if second in ROOMS else "loramill"
+    return second if second in PACKAGES else "loramill"
 
 
 def is_cli(module: str) -> bool:
@@ -120,28 +120,28 @@ def any_match(path: str, patterns: tuple[str, ...]) -> bool:
 
 def fault(path: str, found: Import) -> str | None:
     """What is wrong with an import, or None."""
-    here, there = room_of(module_name(path)), room_of(found.module)
+    here, there = package_of(module_name(path)), package_of(found.module)
     top = found.module.partition(".")[0]
-    if top in ROOMS:
+    if top in PACKAGES:
         return f"write loramill.{found.module}: a bare {top} may be another package"
     if top in UNPICKLERS:
-        return "nothing here unpickles"
+        return "no module unpickles"
     if top == "ray" and not any_match(path, RAY_SHELLS):
         return f"only {', '.join(RAY_SHELLS)} may import ray"
-    if any_match(path, LEAN) and not is_lean(found.module) and not (found.in_function and GUESTS.get(path) == top):
+    if any_match(path, LEAN) and not is_lean(found.module) and not (found.in_function and OPTIONAL.get(path) == top):
         return f"{', '.join(LEAN)} import only {', '.join(sorted(LEAN_LIBRARIES))} and {', '.join(LEAN_MODULES)}"
     if there is None or is_cli(module_name(path)):
-        upward = there in ("jobs", "serve", "pipelines")
-        return "the door upward opens only inside functions" if upward and not found.in_function else None
+        upward = there in ("jobs", "serve", "pipelines") and not found.in_function
+        return "the command line imports upper layers only inside functions" if upward else None
     if is_cli(found.module):
-        return "nobody imports the command line"
+        return "no module imports the command line"
     if there != here and there not in BELOW[here or ""]:
         return f"{here} may not import {there}"
     return None
 
 
 def is_lean(module: str) -> bool:
-    if room_of(module) is None:
+    if package_of(module) is None:
         return module.partition(".")[0] in LEAN_LIBRARIES | sys.stdlib_module_names
     return any(module == allowed or module.startswith(f"{allowed}.") for allowed in LEAN_MODULES)
 
@@ -158,18 +158,18 @@ def faults(sources: Mapping[str, str]) -> list[str]:
 
 
 def tree() -> dict[str, str]:
-    files = (file for top in ("loramill", *ROOMS) for file in sorted((ROOT / top).rglob("*.py")))
+    files = (file for top in ("loramill", *PACKAGES) for file in sorted((ROOT / top).rglob("*.py")))
     return {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
 
 
-def test_every_room_imports_only_from_below() -> None:
+def test_every_package_imports_only_lower_layers() -> None:
     sources = tree()
-    assert {path.split("/")[0] for path in sources} == {"loramill", *ROOMS}
+    assert {path.split("/")[0] for path in sources} == {"loramill", *PACKAGES}
     assert faults(sources) == []
 
 
-#: A small house in which everything is as it should be.
-HOUSE = {
+#: A small tree without a fault.
+SOURCES = {
     "loramill/errors.py": "import enum\n",
     "loramill/settings.py": "import pydantic\n",
     "loramill/client.py": "import httpx\nfrom loramill import errors\n",
@@ -186,8 +186,8 @@ HOUSE = {
 }
 
 
-def test_a_house_in_order_has_no_faults() -> None:
-    assert faults(HOUSE) == []
+def test_a_tree_in_order_has_no_faults() -> None:
+    assert faults(SOURCES) == []
 
 
 @pytest.mark.parametrize(
@@ -210,8 +210,8 @@ def test_a_house_in_order_has_no_faults() -> None:
         ("serve/api.py", "class A:\n    async def f(self):\n        import jobs.queue", "write loramill.jobs.queue"),
         ("serve/api.py", "import kernels", "write loramill.kernels"),
         ("serve/api.py", "from pipelines import nightly", "write loramill.pipelines"),
-        ("serve/api.py", "from loramill.cli.main import app", "nobody imports the command line"),
-        ("loramill/client.py", "from loramill import cli", "nobody imports the command line"),
+        ("serve/api.py", "from loramill.cli.main import app", "no module imports the command line"),
+        ("loramill/client.py", "from loramill import cli", "no module imports the command line"),
         ("pipelines/nightly.py", "import pickle", "unpickles"),
         ("jobs/queue.py", "def f():\n    from pickle import loads", "unpickles"),
         ("kernels/__init__.py", "import ray", "may import ray"),
@@ -226,8 +226,8 @@ def test_a_house_in_order_has_no_faults() -> None:
     ],
 )
 def test_a_fault_is_found(path: str, source: str, fragment: str) -> None:
-    house = {**HOUSE, "serve/__init__.py": "", "jobs/__init__.py": "", path: source}
-    (found,) = faults(house)
+    sources = {**SOURCES, "serve/__init__.py": "", "jobs/__init__.py": "", path: source}
+    (found,) = faults(sources)
     line = source.count("\n") + 1
     assert found.startswith(f"{path}:{line} imports ")
     assert fragment in found
