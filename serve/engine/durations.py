@@ -1,17 +1,22 @@
-"""How long things took, as numbers that only grow."""
+"""Histograms of durations, as numbers that only grow."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
 
-#: Seconds, each the most that a thing counted under it took; what took longer than the last is counted behind it.
+#: Upper bounds of the buckets in seconds; longer durations are counted in one more bucket.
 BOUNDS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Durations:
-    """A look at a `Stopwatch`: `counts` by `BOUNDS`, one more for the longest, and all `seconds` together."""
+    """A snapshot of a `DurationHistogram`.
+
+    Attributes:
+        counts: Durations per bucket of `BOUNDS_SECONDS`, and the longer ones last.
+        total_seconds: Sum of all durations.
+    """
 
     counts: tuple[int, ...] = (0,) * (len(BOUNDS_SECONDS) + 1)
     total_seconds: float = 0.0
@@ -22,14 +27,14 @@ class DurationHistogram:
 
     def __init__(self) -> None:
         self._counts = [0] * (len(BOUNDS_SECONDS) + 1)
-        self._seconds = 0.0
+        self._total_seconds = 0.0
 
     def observe(self, seconds: float) -> None:
-        """One more thing took so long."""
+        """Counts one duration."""
         self._counts[bisect_left(BOUNDS_SECONDS, seconds)] += 1
-        self._seconds += seconds
+        self._total_seconds += seconds
 
     @property
     def durations(self) -> Durations:
-        """All of them so far."""
-        return Durations(tuple(self._counts), self._seconds)
+        """All durations so far."""
+        return Durations(tuple(self._counts), self._total_seconds)

@@ -1,30 +1,34 @@
-"""One answer between its request's submit and its last output."""
+"""One answer to a request, from its submission to its last output."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
 
-from loramill.serve.engine.sampler import Sampler
-from loramill.serve.engine.scheduler import RunningSequence, ScheduledChunk
+import torch
+
+from loramill.serve.engine.sampler import Sampler, token_logprobs
+from loramill.serve.engine.scheduler import ScheduledChunk
+from loramill.serve.engine.sequence import RunningSequence
 from loramill.serve.engine.types import FinishReason, Output, Request, TokenLogprobs
 
-#: Tokens that an answer is expected to get at most; few get all that they may have.
+#: Tokens that an answer is expected to get at most; few answers use all of their `max_tokens`.
 _EXPECTED_TOKENS = 128
 
 
 @dataclass(slots=True, eq=False)
 class RequestState:
-    """The `index`-th of a request's answers.
+    """The state of one of a request's answers.
 
     Attributes:
-        sequence: what the scheduler knows of it; its tokens are the prompt's and the answer's.
-        chooser: how its tokens are chosen.
-        limit: tokens that it may have.
-        echo: whether the prompt is still to be told.
-        prompt_logprobs: of the prompt's tokens, as far as they were computed.
-        waiting_since: by the monotonic clock; None once it has run.
-        displaced: whether it has to give up its place to wait.
+        index: Which of the request's answers this is.
+        sequence: Its state in the scheduler; the tokens are those of the prompt and the answer.
+        sampler: Samples its tokens.
+        max_tokens: The most tokens that it may get.
+        echo_pending: Whether the prompt is still to be put out.
+        prompt_logprobs: Of the prompt's tokens, as far as they have been computed.
+        waiting_since: Time of submission by the monotonic clock; None once it has run.
+        overload_victim: Whether another tenant's request takes its place among the waiting ones.
     """
 
     request: Request
@@ -38,37 +42,64 @@ class RequestState:
     overload_victim: bool = False
 
     @property
+    def id(self) -> int:
+        """The sequence's id."""
+        return self.sequence.id
+
+    @property
+    def version(self) -> str | None:
+        """The version that it runs with; None: the base alone."""
+        return self.request.version
+
+    @property
     def is_full(self) -> bool:
-        """Whether it has all the tokens that it may have."""
+        """Whether it has as many tokens as it may get."""
         return len(self.sequence.tokens) == len(self.request.tokens) + self.max_tokens
 
     @property
     def pending_tokens(self) -> int:
-        """Tokens still to be computed, of the prompt and, as far as can be guessed, of the answer."""
+        """Number of tokens still to compute, of the prompt and, estimated, of the answer."""
         known = len(self.sequence.tokens)
         left = len(self.request.tokens) + self.max_tokens - known
         return known - self.sequence.computed_tokens + min(left, _EXPECTED_TOKENS)
 
     def logits_to_keep(self, chunk: ScheduledChunk) -> int:
-        """Of how many of a share's last tokens the logits are wanted."""
-        tells = self.echo_pending and self.request.sampling_params.logprobs is not None
-        if tells and chunk.start < len(self.request.tokens):
+        """How many of a chunk's last tokens need logits."""
+        prompt = self.echo_pending and self.request.sampling_params.logprobs is not None
+        if prompt and chunk.start < len(self.request.tokens):
             return chunk.count
         return int(chunk.sampled)
 
+    def add_prompt_logprobs(self, chunk: ScheduledChunk, logits: torch.Tensor) -> None:
+        """Keeps the log probabilities of an echoed prompt's tokens.
+
+        Args:
+            chunk: What was computed.
+            logits: float32 [rows, vocabulary]; the last rows are those of `logits_to_keep`.
+        """
+        top = self.request.sampling_params.logprobs
+        if self.echo_pending and top is not None and self.logits_to_keep(chunk) == chunk.count:
+            targets = self.request.tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
+            rows = logits[len(logits) - chunk.count :][: len(targets)]
+            # An answer that was preempted starts again.
+            self.prompt_logprobs[chunk.start :] = token_logprobs(rows, targets, [top] * len(targets))
+
     def append(self, token: int) -> None:
-        """Takes the token that was chosen."""
+        """Appends a sampled token."""
         self.sequence.tokens.append(token)
         self.sampler.accept(token)
 
     def output(
-        self, tokens: tuple[int, ...], finish: FinishReason | None = None, logprobs: tuple[TokenLogprobs, ...] = ()
+        self,
+        tokens: tuple[int, ...],
+        finish_reason: FinishReason | None = None,
+        logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> Output:
-        """New tokens of it; the first ones come behind the prompt if that is to be echoed."""
+        """Makes an output of new tokens; the first output starts with the prompt if that is echoed."""
         if self.echo_pending:
             self.echo_pending = False
             tokens = (*self.request.tokens, *tokens)
             if self.request.sampling_params.logprobs is not None:
                 first = TokenLogprobs(self.request.tokens[0], None, ())
                 logprobs = (first, *self.prompt_logprobs, *logprobs)
-        return Output(self.request.id, tokens, finish, logprobs=logprobs, index=self.index)
+        return Output(self.request.id, tokens, finish_reason, logprobs=logprobs, index=self.index)

@@ -1,64 +1,36 @@
-"""What runs in the next step: pure Python over numbers.
+"""Decides what runs in each step: pure Python over numbers.
 
-Decode comes first, a token a sequence. What is left of the budget goes to prompts, those of the tenant that was served
-the fewest tokens first (Sheng et al. 2024, "Fairness in Serving Large Language Models", algorithm 2); a tenant that has
-more than its share of the places waits with its decodes, too, until that tenant's prompts are through. A newcomer gets
-the blocks of all its known tokens at once, so only decoding can run short; then a sequence gives its blocks back and is
-computed anew later, from the prefix cache as far as that goes. A newcomer that finds no place may take one from a
-lower priority, or from a tenant that was served more and has at least two places more than its own.
+Decodes come first, one token per sequence. The rest of the token budget goes to prompts, those of the tenant that has
+been served the fewest tokens first. A tenant that runs more than its share of the sequences also waits with its decodes
+until those prompts are through. A sequence that starts gets the blocks for all of its known tokens at once, so only
+decoding can run out of blocks; then one sequence gives its blocks back and is computed again later, from the prefix
+cache as far as possible. A waiting sequence that finds no room may preempt one of lower priority, or of a tenant that
+has been served more and runs at least two sequences more than its own.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from loramill.errors import EngineFault
 from loramill.serve.engine.block_pool import BlockPool, block_key, root_key
-
-#: Steps that a sequence may be kept out by the rank budget before no other version is let in before its own.
-_RANK_PATIENCE_STEPS = 64
-#: Tokens by which a tenant that comes anew is ahead of the others: its first prompt must not be their equal halfway.
-_NEW_TENANT_CREDIT_TOKENS = 512
-
-
-@dataclass(slots=True, eq=False)
-class RunningSequence:
-    """One answer to be computed.
-
-    Attributes:
-        tokens: of the prompt and the answer so far; whoever chooses tokens appends to them.
-        priority: higher goes first.
-        reuse: whether it may begin with what the prefix cache holds.
-        computed: tokens whose keys and values are in the blocks.
-        blocks: what it holds of the KV cache, in order.
-        keys: of its full blocks, as far as they were needed.
-        sealed: blocks that are full, and known by their keys.
-        promised: of its blocks, those that were full of known tokens when it was admitted.
-        charged: tokens that its tenant was charged for.
-        kept_out: the step in which the rank budget first kept it out since it last ran.
-    """
-
-    id: int
-    tenant: str
-    version: str | None
-    tokens: list[int]
-    priority: int = 0
-    use_prefix_cache: bool = True
-    computed_tokens: int = 0
-    block_table: list[int] = field(default_factory=list)
-    block_keys: list[bytes] = field(default_factory=list)
-    cached_blocks: int = 0
-    reserved_blocks: int = 0
-    charged_tokens: int = 0
-    rank_blocked_since: int | None = None
+from loramill.serve.engine.fair_queue import FairQueue
+from loramill.serve.engine.rank_budget import RankBudget
+from loramill.serve.engine.sequence import RunningSequence
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledChunk:
-    """A sequence's part of a step: `count` tokens from position `start`; `sampled` if they are its last known."""
+    """What one sequence computes in a step.
+
+    Attributes:
+        id: Of the sequence.
+        start: Position of the first token.
+        count: Number of tokens.
+        sampled: Whether these are the sequence's last known tokens, so that its next token is sampled.
+    """
 
     id: int
     start: int
@@ -68,12 +40,12 @@ class ScheduledChunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step.
+    """What the scheduler decided for one step.
 
     Attributes:
-        shares: what runs.
-        admitted: sequences that began to run.
-        preempted: sequences that wait again.
+        chunks: What runs.
+        admitted: Ids of the sequences that start.
+        preempted: Ids of the sequences that wait again.
     """
 
     chunks: tuple[ScheduledChunk, ...]
@@ -81,28 +53,11 @@ class StepPlan:
     preempted: tuple[int, ...]
 
 
-@dataclass(slots=True)
-class _Tenant:
-    """Who waits or runs.
-
-    Attributes:
-        came: the least that any other had been served when it came: it has no claim on what it didn't use before.
-        served: tokens.
-        queue: its waiting sequences, in their order.
-        running: how many it runs.
-    """
-
-    floor: int
-    served_tokens: int
-    waiting: list[RunningSequence] = field(default_factory=list)
-    running: int = 0
-
-
 class Scheduler:
-    """The waiting, the running, and their blocks.
+    """The waiting and running sequences, and their blocks of the KV cache.
 
     Attributes:
-        reused: tokens that the prefix cache spared, since the start.
+        reused_tokens: Number of tokens taken from the prefix cache since the start.
     """
 
     def __init__(
@@ -115,34 +70,40 @@ class Scheduler:
         rank_budget: int | None = None,
         rank_of: Callable[[str], int] = lambda version: 0,
     ) -> None:
+        """
+        Args:
+            blocks: Number of blocks of the KV cache.
+            block_size: Tokens per block.
+            max_batch_tokens: Token budget of a step.
+            max_sequences: Number of sequences that run at once.
+            rank_budget: Largest sum of the ranks of a step's different adapters; None: no limit.
+            rank_of: The rank of a version that is ready.
+        """
         self.reused_tokens = 0
         self._block_size = block_size
-        self._budget = max_batch_tokens
+        self._token_budget = max_batch_tokens
         self._max_running = min(max_sequences, max_batch_tokens)
-        self._rank_budget = rank_budget
-        self._rank_of = rank_of
         self._pool = BlockPool(blocks)
+        self._queue = FairQueue()
+        self._ranks = RankBudget(rank_budget, rank_of)
         self._running: list[RunningSequence] = []
-        self._tenants: dict[str, _Tenant] = {}
         self._sequences: dict[int, RunningSequence] = {}
-        # Keys of blocks that a running sequence is about to fill: whoever needs them next waits for them.
+        # Keys of blocks that a running sequence will fill soon: another that needs one waits until it can share it.
         self._reserved: Counter[bytes] = Counter()
-        self._rank_starved: RunningSequence | None = None
-        self._steps = 0
 
     @property
     def blocks(self) -> int:
-        """Of the KV cache."""
+        """Number of blocks of the KV cache."""
         return self._pool.count
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that no sequence holds."""
+        """Number of blocks that no sequence holds."""
         return self._pool.available
 
     @property
     def waiting(self) -> int:
-        """Sequences that don't run."""
+        """Number of sequences that do not run."""
         return len(self._sequences) - len(self._running)
 
     @property
@@ -152,117 +113,86 @@ class Scheduler:
 
     @property
     def sequences(self) -> tuple[RunningSequence, ...]:
-        """All sequences, in the order they came."""
+        """All sequences, in the order of their arrival."""
         return tuple(self._sequences.values())
 
-    def __contains__(self, id_: int) -> bool:
+    def __contains__(self, id_: object) -> bool:
         return id_ in self._sequences
 
     def get(self, id_: int) -> RunningSequence:
-        """A sequence's numbers."""
+        """The sequence with an id."""
         return self._sequences[id_]
 
+    @property
+    def has_running(self) -> bool:
+        """Whether any sequence runs."""
+        return bool(self._running)
+
+    def is_running(self, sequence: RunningSequence) -> bool:
+        """Whether a sequence runs."""
+        return sequence in self._running
+
     def add(self, sequence: RunningSequence) -> None:
-        """Lets a sequence wait, behind its tenant's others."""
-        if sequence.tenant not in self._tenants:
-            came = min((max(tenant.served_tokens, tenant.floor) for tenant in self._tenants.values()), default=0)
-            self._tenants[sequence.tenant] = _Tenant(came, served_tokens=came - _NEW_TENANT_CREDIT_TOKENS)
-        queue = self._tenants[sequence.tenant].waiting
-        queue.insert(bisect_right(queue, -sequence.priority, key=_rank_in_queue), sequence)
+        """Adds a waiting sequence, behind its tenant's others."""
+        self._queue.add(sequence)
         self._sequences[sequence.id] = sequence
 
     def remove(self, id_: int) -> None:
-        """Forgets a sequence, wherever it is, and takes its blocks back."""
+        """Removes a sequence, whether it waits or runs, and frees its blocks."""
         sequence = self._sequences.pop(id_)
-        tenant = self._tenants[sequence.tenant]
-        if sequence is self._rank_starved:
-            self._rank_starved = None
-        if sequence in self._running:
-            self._stop(sequence)
-        else:
-            tenant.waiting.remove(sequence)
-        if not tenant.waiting and not tenant.running:
-            del self._tenants[sequence.tenant]
+        self._ranks.forget(sequence)
+        running = sequence in self._running
+        if running:
+            self._free(sequence)
+        self._queue.remove(sequence, running=running)
 
     def schedule(self, ready: Callable[[str | None], bool]) -> StepPlan:
         """Decides the next step.
 
         Args:
-            ready: whether a sequence of a version may begin to run now; the others wait and hold up nobody.
+            ready: Whether a sequence of a version may start now; those of other versions wait and hold up no one.
         """
-        self._steps += 1
-        if self._rank_starved is not None and not ready(self._rank_starved.version):
-            # Its version waits for a slot, and those that it would keep out may have them all.
-            self._rank_starved = None
+        self._ranks.begin_step(ready)
         preempted = self._allocate_for_decode()
-        # Who has just lost his blocks would only take them back.
-        open_ = not preempted
-        if open_:
+        # A sequence that has just lost its blocks would only take them back.
+        may_admit = not preempted
+        if may_admit:
             preempted = self._preempt_for_waiting(ready)
-        shares: list[ScheduledChunk] = []
-        budget = self._budget
-        later: list[RunningSequence] = []
-        fair = self._max_running / max(1, len(self._tenants))
-        for sequence in self._running:
-            if _decodes(sequence) and self._tenants[sequence.tenant].running <= fair:
-                budget = self._schedule_chunk(sequence, budget, shares)
-            else:
-                later.append(sequence)
-        later.sort(key=lambda sequence: (self._priority_key(sequence), not _decodes(sequence)))
-        admitted: list[int] = []
-        while budget:
-            newcomer = self._next_waiting(ready) if open_ and len(self._running) < self._max_running else None
-            if newcomer is not None and (not later or self._priority_key(newcomer) < self._priority_key(later[0])):
-                # Nobody jumps over one that lacks blocks, lest it lack them for ever.
-                open_ = self._fits(newcomer)
-                if open_:
-                    self._admit(newcomer)
-                    admitted.append(newcomer.id)
-                    budget = self._schedule_chunk(newcomer, budget, shares)
-            elif later:
-                budget = self._schedule_chunk(later.pop(0), budget, shares)
-            else:
-                break
-        return StepPlan(tuple(shares), tuple(admitted), tuple(preempted))
+        chunks, admitted = self._fill_token_budget(ready, may_admit)
+        return StepPlan(tuple(chunks), tuple(admitted), tuple(preempted))
 
     def commit(self, plan: StepPlan) -> None:
-        """Notes that a step was computed."""
-        for share in plan.chunks:
-            sequence = self._sequences[share.id]
-            sequence.computed_tokens += share.count
+        """Records that a step was computed."""
+        for chunk in plan.chunks:
+            sequence = self._sequences[chunk.id]
+            sequence.computed_tokens += chunk.count
             full = sequence.computed_tokens // self._block_size
             for index in range(sequence.cached_blocks, full):
-                key = self._keys(sequence, full)[index]
+                key = self._block_keys(sequence, full)[index]
                 self._pool.cache(sequence.block_table[index], key)
                 if index < sequence.reserved_blocks:
                     self._reserved[key] -= 1
             sequence.cached_blocks = full
 
     def check_integrity(self) -> None:
-        """Compares the books.
+        """Checks blocks, queues and counters against each other.
 
         Raises:
-            EngineFault: a block is lost or held in vain, or a sequence lacks blocks or is in no queue or in two.
+            EngineFault: A block is lost or held in vain, or a sequence lacks blocks or is in no queue or in two.
         """
         self._pool.check_integrity(dict(Counter(block for s in self._sequences.values() for block in s.block_table)))
-        queued = [*self._running, *(s for tenant in self._tenants.values() for s in tenant.waiting)]
+        queued = [*self._running, *self._queue.check_integrity(self._running)]
         if len(queued) != len(self._sequences) or {s.id for s in queued} != set(self._sequences):
-            raise EngineFault(f"{len(self._sequences)} sequences stand in queues {len(queued)} times.")
-        running = Counter(s.tenant for s in self._running)
-        if any(tenant.running != running[name] for name, tenant in self._tenants.items()):
-            raise EngineFault(f"Tenants run {dict(running)} sequences; their books differ.")
+            raise EngineFault(f"{len(self._sequences)} sequences have {len(queued)} queue entries.")
         for s in queued:
-            if len(s.block_table) * self._block_size < s.computed_tokens or s.computed_tokens >= len(s.tokens) + (
-                s in self._running
-            ):
-                raise EngineFault(f"The books of sequence {s.id} don't add up: {s}.")
-        if +self._reserved != Counter(
-            key for s in self._running for key in s.block_keys[s.cached_blocks : s.reserved_blocks]
-        ):
-            raise EngineFault("Blocks are promised that nobody is filling.")
+            known = len(s.tokens) + (s in self._running)
+            if len(s.block_table) * self._block_size < s.computed_tokens or s.computed_tokens >= known:
+                raise EngineFault(f"The counters of sequence {s.id} are inconsistent: {s}.")
+        if +self._reserved != Counter(key for s in self._running for key in s.block_keys[_reserved(s)]):
+            raise EngineFault("There are reserved blocks that no sequence is filling.")
 
     def _allocate_for_decode(self) -> list[int]:
-        """Gives every running sequence room for its known tokens; who had to give way for that."""
+        """Gives each running sequence the blocks for its known tokens; returns the ids preempted for that."""
         preempted: list[int] = []
         for sequence in list(self._running):
             while sequence.id not in preempted and self._blocks_for(sequence) > len(sequence.block_table):
@@ -273,140 +203,135 @@ class Scheduler:
         return preempted
 
     def _preempt_for_waiting(self, ready: Callable[[str | None], bool]) -> list[int]:
-        """Makes a place for the next newcomer where others have more than theirs; who had to give way for that."""
-        newcomer = self._next_waiting(ready)
-        if newcomer is None or self._fits(newcomer):
+        """Makes room for the next waiting sequence where others run more than their share; returns the preempted."""
+        waiting = self._next_waiting(ready)
+        if waiting is None or self._fits(waiting):
             return []
         preempted: list[int] = []
-        while not self._fits(newcomer) and self._may_preempt(newcomer, self._preemption_victim()):
+        while not self._fits(waiting) and self._may_preempt(waiting, self._preemption_victim()):
             preempted.append(self._preempt(self._preemption_victim()))
         return preempted
 
-    def _preemption_victim(self) -> RunningSequence:
-        """Of the running, the one to give way first: of the lowest priority, of who runs the most, the newest."""
-        return max(reversed(self._running), key=lambda s: (-s.priority, self._tenants[s.tenant].running))
+    def _fill_token_budget(
+        self, ready: Callable[[str | None], bool], may_admit: bool
+    ) -> tuple[list[ScheduledChunk], list[int]]:
+        """Hands out the token budget: decodes within their tenant's share, then prompts and other decodes in turn."""
+        chunks: list[ScheduledChunk] = []
+        admitted: list[int] = []
+        budget = self._token_budget
+        later: list[RunningSequence] = []
+        fair_share = self._max_running / max(1, self._queue.tenants)
+        for sequence in self._running:
+            if sequence.is_decoding and self._queue.running(sequence.tenant) <= fair_share:
+                budget -= self._schedule_chunk(sequence, budget, chunks)
+            else:
+                later.append(sequence)
+        priority_key = self._queue.priority_key
+        later.sort(key=lambda sequence: (priority_key(sequence), not sequence.is_decoding))
+        while budget:
+            waiting = self._next_waiting(ready) if may_admit and len(self._running) < self._max_running else None
+            if waiting is not None and (not later or priority_key(waiting) < priority_key(later[0])):
+                # No sequence overtakes one that lacks blocks, or that one might never get them.
+                may_admit = self._fits(waiting)
+                if may_admit:
+                    self._admit(waiting)
+                    admitted.append(waiting.id)
+                    budget -= self._schedule_chunk(waiting, budget, chunks)
+            elif later:
+                budget -= self._schedule_chunk(later.pop(0), budget, chunks)
+            else:
+                break
+        return chunks, admitted
 
-    def _may_preempt(self, newcomer: RunningSequence, other: RunningSequence) -> bool:
-        mine, theirs = self._tenants[newcomer.tenant], self._tenants[other.tenant]
-        more = other.priority < newcomer.priority or theirs.running > mine.running + 1
-        return more and self._priority_key(newcomer) < self._priority_key(other)
-
-    def _priority_key(self, sequence: RunningSequence) -> tuple[int, int, int]:
-        tenant = self._tenants[sequence.tenant]
-        return -sequence.priority, tenant.served_tokens, tenant.running
+    def _schedule_chunk(self, sequence: RunningSequence, budget: int, chunks: list[ScheduledChunk]) -> int:
+        """Schedules as many of a sequence's tokens as the budget allows; returns their number."""
+        left = len(sequence.tokens) - sequence.computed_tokens
+        count = min(left, budget)
+        if count:
+            chunks.append(ScheduledChunk(sequence.id, sequence.computed_tokens, count, count == left))
+            self._queue.charge(sequence, sequence.computed_tokens + count)
+        return count
 
     def _next_waiting(self, ready: Callable[[str | None], bool]) -> RunningSequence | None:
-        """The waiting sequence whose turn it is among those that may begin, the first of its tenant."""
+        """The waiting sequence to start next, of those that may start."""
         if not self.waiting:
             return None
-        firsts = (
-            next((s for s in tenant.waiting if ready(s.version) and self._may_begin(s)), None)
-            for tenant in self._tenants.values()
-        )
-        return min((s for s in firsts if s is not None), key=self._priority_key, default=None)
+        return self._queue.next(lambda sequence: ready(sequence.version) and self._may_start(sequence))
 
-    def _may_begin(self, sequence: RunningSequence) -> bool:
+    def _may_start(self, sequence: RunningSequence) -> bool:
         if sequence.use_prefix_cache:
-            keys = self._prefix(sequence)
+            keys = self._prefix_keys(sequence)
             known = len(self._pool.match(keys))
             if known < len(keys) and self._is_reserved(keys[known], sequence.priority):
                 return False
-        if sequence.version is None or self._has_rank_for(sequence.version):
-            return True
-        if sequence.rank_blocked_since is None:
-            sequence.rank_blocked_since = self._steps
-        elif self._rank_starved is None and self._steps - sequence.rank_blocked_since > _RANK_PATIENCE_STEPS:
-            self._rank_starved = sequence
-        return False
+        return self._ranks.admits(sequence, self._running)
 
     def _is_reserved(self, key: bytes, priority: int) -> bool:
-        """Whether a running sequence is about to fill a block; a lower priority may be put off for ever."""
+        """Whether a running sequence will fill a block soon; one of lower priority might be put off for ever."""
         return self._reserved[key] > 0 and any(
-            key in s.block_keys[s.cached_blocks : s.reserved_blocks] for s in self._running if s.priority >= priority
+            key in s.block_keys[_reserved(s)] for s in self._running if s.priority >= priority
         )
 
-    def _has_rank_for(self, version: str) -> bool:
-        if self._rank_budget is None:
-            return True
-        if self._rank_starved is not None and self._rank_starved.version != version:
-            return False
-        others = {s.version for s in self._running if s.version is not None}
-        if version in others or not others:
-            return True
-        return sum(map(self._rank_of, others)) + self._rank_of(version) <= self._rank_budget
-
     def _fits(self, sequence: RunningSequence) -> bool:
-        shared = self._shared(sequence)
-        more = self._blocks_for(sequence) - len(shared)
-        return len(self._running) < self._max_running and self._pool.needed(shared, more) <= self._pool.available
+        shared = self._shared_blocks(sequence)
+        new = self._blocks_for(sequence) - len(shared)
+        return len(self._running) < self._max_running and self._pool.needed(shared, new) <= self._pool.available
 
     def _admit(self, sequence: RunningSequence) -> None:
-        if sequence is self._rank_starved:
-            self._rank_starved = None
-        sequence.rank_blocked_since = None
-        tenant = self._tenants[sequence.tenant]
-        tenant.waiting.remove(sequence)
-        tenant.running += 1
+        self._ranks.forget(sequence)
+        self._queue.start(sequence)
         self._running.append(sequence)
-        shared = self._shared(sequence)
+        shared = self._shared_blocks(sequence)
         self._pool.incref(shared)
         sequence.block_table = shared + self._pool.allocate(self._blocks_for(sequence) - len(shared))
         sequence.cached_blocks = len(shared)
         sequence.computed_tokens = len(shared) * self._block_size
         self.reused_tokens += sequence.computed_tokens
         sequence.reserved_blocks = len(sequence.tokens) // self._block_size
-        self._reserved.update(
-            self._keys(sequence, sequence.reserved_blocks)[sequence.cached_blocks : sequence.reserved_blocks]
-        )
+        self._reserved.update(self._block_keys(sequence, sequence.reserved_blocks)[_reserved(sequence)])
+
+    def _preemption_victim(self) -> RunningSequence:
+        """The running sequence to preempt first: of the lowest priority, of the tenant that runs most, the newest."""
+        return max(reversed(self._running), key=lambda s: (-s.priority, self._queue.running(s.tenant)))
+
+    def _may_preempt(self, waiting: RunningSequence, victim: RunningSequence) -> bool:
+        mine, theirs = self._queue.running(waiting.tenant), self._queue.running(victim.tenant)
+        entitled = victim.priority < waiting.priority or theirs > mine + 1
+        return entitled and self._queue.priority_key(waiting) < self._queue.priority_key(victim)
 
     def _preempt(self, sequence: RunningSequence) -> int:
-        self._stop(sequence)
-        queue = self._tenants[sequence.tenant].waiting
-        queue.insert(bisect_left(queue, -sequence.priority, key=_rank_in_queue), sequence)
+        self._free(sequence)
+        self._queue.preempt(sequence)
         return sequence.id
 
-    def _stop(self, sequence: RunningSequence) -> None:
+    def _free(self, sequence: RunningSequence) -> None:
+        """Takes a sequence off the running ones and frees its blocks."""
         self._running.remove(sequence)
-        self._tenants[sequence.tenant].running -= 1
-        self._reserved.subtract(sequence.block_keys[sequence.cached_blocks : sequence.reserved_blocks])
+        self._reserved.subtract(sequence.block_keys[_reserved(sequence)])
         self._reserved = +self._reserved
         self._pool.free(sequence.block_table)
         sequence.block_table = []
         sequence.computed_tokens = sequence.cached_blocks = sequence.reserved_blocks = 0
 
-    def _schedule_chunk(self, sequence: RunningSequence, budget: int, shares: list[ScheduledChunk]) -> int:
-        left = len(sequence.tokens) - sequence.computed_tokens
-        count = min(left, budget)
-        if count:
-            shares.append(ScheduledChunk(sequence.id, sequence.computed_tokens, count, count == left))
-            # What is computed anew is not its tenant's fault.
-            end = sequence.computed_tokens + count
-            self._tenants[sequence.tenant].served_tokens += max(0, end - sequence.charged_tokens)
-            sequence.charged_tokens = max(sequence.charged_tokens, end)
-        return budget - count
-
     def _blocks_for(self, sequence: RunningSequence) -> int:
         return -(-len(sequence.tokens) // self._block_size)
 
-    def _shared(self, sequence: RunningSequence) -> list[int]:
-        return self._pool.match(self._prefix(sequence)) if sequence.use_prefix_cache else []
+    def _shared_blocks(self, sequence: RunningSequence) -> list[int]:
+        return self._pool.match(self._prefix_keys(sequence)) if sequence.use_prefix_cache else []
 
-    def _prefix(self, sequence: RunningSequence) -> list[bytes]:
-        """Keys of the blocks that it could begin with; at least one token is left to be computed."""
-        return self._keys(sequence, len(sequence.tokens) // self._block_size)[
-            : (len(sequence.tokens) - 1) // self._block_size
-        ]
+    def _prefix_keys(self, sequence: RunningSequence) -> list[bytes]:
+        """Keys of the blocks that a sequence could start from; at least one token is left to compute."""
+        keys = self._block_keys(sequence, len(sequence.tokens) // self._block_size)
+        return keys[: (len(sequence.tokens) - 1) // self._block_size]
 
-    def _keys(self, sequence: RunningSequence, count: int) -> list[bytes]:
-        for start in range(len(sequence.block_keys) * self._block_size, count * self._block_size, self._block_size):
-            before = sequence.block_keys[-1] if sequence.block_keys else root_key(sequence.version)
-            sequence.block_keys.append(block_key(before, sequence.tokens[start : start + self._block_size]))
-        return sequence.block_keys
-
-
-def _decodes(sequence: RunningSequence) -> bool:
-    return len(sequence.tokens) - sequence.computed_tokens == 1
+    def _block_keys(self, sequence: RunningSequence, count: int) -> list[bytes]:
+        keys, size = sequence.block_keys, self._block_size
+        for start in range(len(keys) * size, count * size, size):
+            parent = keys[-1] if keys else root_key(sequence.version)
+            keys.append(block_key(parent, sequence.tokens[start : start + size]))
+        return keys
 
 
-def _rank_in_queue(sequence: RunningSequence) -> int:
-    return -sequence.priority
+def _reserved(sequence: RunningSequence) -> slice:
+    """Which of its blocks a sequence has yet to fill with tokens that were known when it was admitted."""
+    return slice(sequence.cached_blocks, sequence.reserved_blocks)

@@ -77,17 +77,17 @@ def time_of(results: list[Result]) -> float:
 def lose_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some answers' last output isn't handed out."""
     monkeypatch.setattr(ledger, "PATIENCE", 0.5)
-    _alter_outputs(monkeypatch, lambda output: [], when=lambda output: output.finish == FinishReason.LENGTH)
+    _alter_outputs(monkeypatch, lambda output: [], when=lambda output: output.finish_reason == FinishReason.LENGTH)
 
 
 def lose_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some outputs in the midst aren't handed out."""
-    _alter_outputs(monkeypatch, lambda output: [], when=lambda output: output.finish is None)
+    _alter_outputs(monkeypatch, lambda output: [], when=lambda output: output.finish_reason is None)
 
 
 def go_on_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some answers get their last output once more."""
-    _alter_outputs(monkeypatch, lambda output: [output, output], when=lambda output: output.finish is not None)
+    _alter_outputs(monkeypatch, lambda output: [output, output], when=lambda output: output.finish_reason is not None)
 
 
 def find_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The side threads that fetch, read, pack and copy adapters while the engine steps."""
+"""The threads that fetch, read, pack and copy adapters while the engine steps."""
 
 from __future__ import annotations
 
@@ -23,30 +23,34 @@ from loramill.serve.engine.types import AdapterSource
 log = logging.getLogger(__name__)
 
 
-#: Adapters that are packed before the engine has seen them: more would take more memory than its bounds say.
-_PACKS = 2
-#: Bytes for reading and packing that are kept for the next ones.
-_SPARE = 24 << 20
-#: Bytes of the slab that have pages before they are wanted.
-_AHEAD = 32 << 20
-#: Where the engine's thread wants the same core, it gets three quarters of it.
-_NICE = 5
+#: Adapters that may be packed before the engine has collected them; more would exceed its memory limits.
+_MAX_UNCOLLECTED = 2
+#: Bytes for reading and packing that are kept for reuse.
+_RECYCLED_BYTES = 24 << 20
+#: Bytes of the slab that get their pages before they are needed.
+_PREPARED_BYTES = 32 << 20
+#: With this niceness, an engine thread that competes for the same core gets three quarters of it.
+_NICENESS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
-    """An adapter to find room for; `borrowed` from the host cache, or in memory that the next one gets."""
+class FetchedAdapter:
+    """A packed adapter that needs memory in the slab.
+
+    Attributes:
+        cached: Whether its bytes belong to the host cache; otherwise they are recycled memory.
+    """
 
     adapter: PackedAdapter
-    borrowed: bool
+    cached: bool
 
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """How a version's fetch or copy ended: an adapter to find room for, a slot that is filled, or an error."""
+    """The result of a version's fetch (a packed adapter) or copy (a filled slot), or the error of either."""
 
     version: str
-    result: Fetched | Slot | LoramillError
+    result: FetchedAdapter | Slot | LoramillError
 
 
 class AdapterLoader:
@@ -61,34 +65,45 @@ class AdapterLoader:
         threads: int,
         notify: Callable[[], None],
     ) -> None:
+        """
+        Args:
+            slab: Adapters are packed for it and copied into it.
+            cache: Keeps packed adapters.
+            base: What adapters may target.
+            source: Where versions are.
+            threads: Number of versions that are fetched at once.
+            notify: Called after each result, by the thread that produced it.
+        """
         self._slab = slab
         self._cache = cache
         self._base = base
         self._source = source
         self._notify = notify
-        self._room = Recycler(_SPARE)
-        self._packs = threading.Semaphore(_PACKS)
+        self._recycler = Recycler(_RECYCLED_BYTES)
+        self._uncollected = threading.Semaphore(_MAX_UNCOLLECTED)
         self._closed = False
-        self._done: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
-        # A stage waits for nothing but the one before it, and what nobody waits for comes last. Few threads pack, as
-        # each keeps what memory it ever took.
-        self._sources = ThreadPoolExecutor(threads, thread_name_prefix="adapter-source", initializer=_step_back)
-        self._packers = ThreadPoolExecutor(_PACKS, thread_name_prefix="adapter-packer", initializer=_step_back)
-        self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copier", initializer=_step_back)
-        self._releaser = ThreadPoolExecutor(1, thread_name_prefix="adapter-keeper", initializer=_step_back)
-        self._releaser.submit(self._slab.prepare, _AHEAD)
+        self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
+        # A stage waits for the one before it alone, and work that nothing waits for comes last. Few threads pack, since
+        # each keeps the most memory that it has ever used.
+        self._sources = ThreadPoolExecutor(threads, thread_name_prefix="adapter-source", initializer=_lower_priority)
+        self._packers = ThreadPoolExecutor(
+            _MAX_UNCOLLECTED, thread_name_prefix="adapter-packer", initializer=_lower_priority
+        )
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copier", initializer=_lower_priority)
+        self._releaser = ThreadPoolExecutor(1, thread_name_prefix="adapter-releaser", initializer=_lower_priority)
+        self._releaser.submit(self._slab.prepare, _PREPARED_BYTES)
 
     def fetch(self, version: str) -> None:
-        """Takes a version from the host cache, or begins to read it."""
-        known = self._cache.acquire(version)
-        if known is None:
-            self._sources.submit(self._finish, version, self._locate)
+        """Takes a version from the host cache, or starts to read it."""
+        cached = self._cache.acquire(version)
+        if cached is None:
+            self._sources.submit(self._report, version, self._locate)
         else:
-            self._done.put(LoadResult(version, Fetched(known, borrowed=True)))
+            self._results.put(LoadResult(version, FetchedAdapter(cached, cached=True)))
             self._notify()
 
-    def copy(self, version: str, fetched: Fetched, slot: Slot) -> None:
-        """Begins to copy an adapter into a slot that was allocated for it."""
+    def copy(self, version: str, fetched: FetchedAdapter, slot: Slot) -> None:
+        """Starts to copy an adapter into a slot that was allocated for it."""
 
         def into_slot(version: str) -> Slot:
             try:
@@ -97,75 +112,76 @@ class AdapterLoader:
                 self.release(version, fetched)
             return slot
 
-        self._copier.submit(self._finish, version, into_slot)
+        self._copier.submit(self._report, version, into_slot)
 
-    def release(self, version: str, fetched: Fetched) -> None:
-        """Ends the use of what was fetched; it stays in the host cache if that has room."""
-        self._releaser.submit(self._keep, version, fetched)
+    def release(self, version: str, fetched: FetchedAdapter) -> None:
+        """Ends the use of a fetched adapter; it remains in the host cache if there is room."""
+        self._releaser.submit(self._release, version, fetched)
 
     def take_finished(self) -> list[LoadResult]:
-        """Takes the results that are there."""
-        finished = [self._done.get() for _ in range(self._done.qsize())]
+        """Takes the results that are ready."""
+        finished = [self._results.get() for _ in range(self._results.qsize())]
         for loaded in finished:
-            # Not once it is copied: one that waits long for room must not keep others from being read.
-            if isinstance(loaded.result, Fetched) and not loaded.result.borrowed:
-                self._packs.release()
+            # Not only once it is copied: an adapter that waits long for memory must not keep others from being read.
+            if isinstance(loaded.result, FetchedAdapter) and not loaded.result.cached:
+                self._uncollected.release()
         return finished
 
     def close(self, *, wait: bool) -> None:
-        """Drops what has not begun; the rest goes on to its end, which may be waited for."""
+        """Drops the work that has not begun; with `wait`, returns once the rest has ended."""
         self._closed = True
         for threads in (self._sources, self._packers, self._copier, self._releaser):
             threads.shutdown(wait=wait, cancel_futures=True)
 
-    def _finish(self, version: str, work: Callable[[str], Fetched | Slot | None]) -> None:
-        result: Fetched | Slot | LoramillError | None
+    def _report(self, version: str, work: Callable[[str], FetchedAdapter | Slot | None]) -> None:
+        """Runs a stage and queues its result, if it has one, or its error."""
+        result: FetchedAdapter | Slot | LoramillError | None
         try:
             result = work(version)
         except LoramillError as error:
             log.warning("adapter not loaded", extra={"version": version, "error": error.message})
             result = error
         except Exception as error:
-            # The source is the caller's and the files are a tenant's: whatever they do must end as an answer.
+            # The source is the caller's and the files are a tenant's: whatever they raise must end as an output.
             log.exception("adapter not loaded", extra={"version": version})
             result = AdapterInvalid(f"Version {version} can't be loaded: {error!r}.")
         if result is not None:
-            self._done.put(LoadResult(version, result))
+            self._results.put(LoadResult(version, result))
             self._notify()
 
-    def _keep(self, version: str, fetched: Fetched) -> None:
-        if fetched.borrowed:
+    def _release(self, version: str, fetched: FetchedAdapter) -> None:
+        if fetched.cached:
             self._cache.release(version)
         else:
             try:
                 self._cache.put(version, fetched.adapter)
             finally:
-                self._room.release(fetched.adapter.data)
-        self._slab.prepare(_AHEAD)
+                self._recycler.release(fetched.adapter.data)
+        self._slab.prepare(_PREPARED_BYTES)
 
     def _locate(self, version: str) -> None:
         folder = self._source(version)
-        self._packers.submit(self._finish, version, partial(self._read, folder))
+        self._packers.submit(self._report, version, partial(self._read, folder))
 
-    def _read(self, folder: Path, version: str) -> Fetched:
-        while not self._packs.acquire(timeout=0.1):
+    def _read(self, folder: Path, version: str) -> FetchedAdapter:
+        while not self._uncollected.acquire(timeout=0.1):
             if self._closed:
                 raise Unavailable("The engine is closed.")
         try:
-            with self._room.lending() as lend:
-                adapter = self._slab.pack(read_adapter(folder, self._base, lend), self._room.allocate)
+            with self._recycler.lending() as allocate:
+                adapter = self._slab.pack(read_adapter(folder, self._base, allocate), self._recycler.allocate)
             if adapter.bytes > self._slab.size:
                 raise AdapterInvalid(
-                    f"Version {version} takes {adapter.bytes} bytes, all adapters together have {self._slab.size}; "
+                    f"Version {version} takes {adapter.bytes} bytes; all adapters together may take {self._slab.size}: "
                     "raise serve.adapter_bytes."
                 )
         except BaseException:
-            self._packs.release()
+            self._uncollected.release()
             raise
-        return Fetched(adapter, borrowed=False)
+        return FetchedAdapter(adapter, cached=False)
 
 
-def _step_back() -> None:
-    # Only Linux has a niceness for each thread.
+def _lower_priority() -> None:
+    # Only Linux has a niceness per thread.
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

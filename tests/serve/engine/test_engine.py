@@ -19,8 +19,8 @@ from .conftest import LARGEST
         pytest.param({"max_sequences": 1}, id="one after another"),
         pytest.param({"kv_tokens": 160, "max_batch_tokens": 40}, id="preempted"),
         pytest.param({"adapter_slots": 2, "load_threads": 1}, id="fewer slots than adapters"),
-        pytest.param({"adapter_slots": 1, "patience": 1}, id="one slot"),
-        pytest.param({"adapter_bytes": LARGEST, "patience": 1}, id="room for the largest adapter alone"),
+        pytest.param({"adapter_slots": 1, "slot_patience_steps": 1}, id="one slot"),
+        pytest.param({"adapter_bytes": LARGEST, "slot_patience_steps": 1}, id="room for the largest adapter alone"),
         pytest.param({"host_bytes": 0, "adapter_slots": 1, "max_sequences": 1}, id="nothing kept in the host"),
         pytest.param({"rank_budget": 16}, id="few ranks a step"),
         pytest.param({"prefix_cache": False}, id="no prefix cache"),
@@ -136,7 +136,7 @@ def test_n_answers_share_the_prompt_and_have_seeds_of_their_own(drive, prompts):
     driver.step()
     driver.engine.cancel("it")
     driver.finish()
-    assert {answer.last.finish for answer in driver.answers.values()} == {FinishReason.CANCELLED}
+    assert {answer.last.finish_reason for answer in driver.answers.values()} == {FinishReason.CANCELLED}
 
 
 def test_penalties_bias_and_min_tokens_reach_the_choice(drive, prompts, expected):
@@ -177,7 +177,7 @@ def test_echo_tells_the_prompt_and_its_log_probabilities(drive, prompts, expecte
     assert driver.answers["alone"].tokens == prompt
     assert len(driver.answers["alone"].logprobs) == len(prompt)
     assert driver.answers["one token"].tokens == prompt[:1]
-    assert driver.answers["one token"].last.finish == FinishReason.LENGTH
+    assert driver.answers["one token"].last.finish_reason == FinishReason.LENGTH
 
 
 def test_a_high_priority_takes_the_place_of_a_low_one(drive, prompts, expected):
@@ -189,7 +189,7 @@ def test_a_high_priority_takes_the_place_of_a_low_one(drive, prompts, expected):
     driver.submit("lora", prompts["lora"], "lora", priority=1, tenant="other")
     answers = driver.finish()
     assert (answers["low"], answers["lora"]) == (expected["None"], expected["lora"])
-    ended = [output.request for step in driver.steps for output in step if output.finish]
+    ended = [output.request_id for step in driver.steps for output in step if output.finish_reason]
     assert ended[-2:] == ["lora", "low"]
 
 
@@ -204,7 +204,7 @@ def test_what_was_read_once_comes_from_the_host_cache(drive, adapters, prompts, 
     for number, version in enumerate(["all", "lora", "all", "lora", "rslora", "all"]):
         driver.submit(f"{number}", prompts[version], version)
         assert driver.finish()[f"{number}"] == expected[version]
-        driver.engine._adapters._loader._keeper.submit(lambda: None).result()
+        driver.engine._adapters._loader._releaser.submit(lambda: None).result()
         assert driver.engine.stats.host_bytes <= LARGEST + 4096
     # There is room for two of them, and not beside the third.
     assert read == ["all", "lora", "rslora", "all"]
@@ -217,7 +217,7 @@ def test_a_stop_token_ends_the_answer_and_is_not_in_it(drive, prompts, expected)
     driver.submit("a", prompts[None], stop_ids=(stop,))
     driver.finish()
     assert driver.answers["a"].tokens == tokens[: tokens.index(stop)]
-    assert driver.answers["a"].last.finish == FinishReason.STOP
+    assert driver.answers["a"].last.finish_reason == FinishReason.STOP
     assert driver.answers["a"].last.tokens == ()
 
 
@@ -239,7 +239,7 @@ def test_an_answer_is_capped_at_the_context_and_at_the_cache(drive):
     driver.submit("context", [1] * 250, max_tokens=100)
     driver.finish()
     assert len(driver.answers["context"].tokens) == 256 - 250
-    assert driver.answers["context"].last.finish == FinishReason.LENGTH
+    assert driver.answers["context"].last.finish_reason == FinishReason.LENGTH
     small = drive(kv_tokens=48)
     small.submit("cache", [1] * 43, max_tokens=100)
     small.finish()
@@ -277,12 +277,12 @@ def test_tenants_take_turns(drive):
     for i in range(2):
         driver.submit(f"quiet {i}", [2], tenant="quiet", max_tokens=1)
     driver.finish()
-    order = [output.request for step in driver.steps for output in step]
+    order = [output.request_id for step in driver.steps for output in step]
     assert order == ["loud 0", "quiet 0", "loud 1", "quiet 1", "loud 2"]
 
 
 def test_a_version_that_never_lets_go_does_not_starve_another(drive, prompts):
-    driver = drive(adapter_slots=1, patience=4)
+    driver = drive(adapter_slots=1, slot_patience_steps=4)
     driver.warm("lora")
     driver.submit("hot 0", prompts["lora"], "lora", max_tokens=10)
     driver.submit("cold", prompts["all"], "all", max_tokens=2)

@@ -39,7 +39,7 @@ def test_a_request_whose_time_is_up_ends_alone(drive, adapters, prompts, expecte
     assert driver.engine.wait(20)
     driver.step()
     last = driver.answers["late"].last
-    assert (last.finish, type(last.error)) == (FinishReason.ERROR, DeadlineExceeded)
+    assert (last.finish_reason, type(last.error)) == (FinishReason.ERROR, DeadlineExceeded)
     assert "0.05 seconds" in last.error.message
     gate.set()
     assert driver.finish()["patient"] == expected["lora"]
@@ -164,7 +164,7 @@ def test_cancelling_frees_everything_and_says_so_once(drive, prompts):
         driver.engine.cancel(id_)
         driver.engine.cancel(id_)
     driver.finish()
-    finishes = {id_: answer.last.finish for id_, answer in driver.answers.items()}
+    finishes = {id_: answer.last.finish_reason for id_, answer in driver.answers.items()}
     assert finishes == {
         "running": FinishReason.CANCELLED,
         "other": FinishReason.LENGTH,
@@ -192,7 +192,7 @@ def test_a_version_that_cannot_be_had_fails_its_own_requests_and_is_tried_again(
     assert driver.answers["base"].tokens == expected["None"]
     for id_ in ("first", "also first"):
         last = driver.answers[id_].last
-        assert (last.finish, type(last.error)) == (FinishReason.ERROR, ModelNotFound)
+        assert (last.finish_reason, type(last.error)) == (FinishReason.ERROR, ModelNotFound)
     driver.submit("second", prompts["lora"], "lora")
     driver.finish()
     assert isinstance(driver.answers["second"].last.error, AdapterInvalid)
@@ -240,7 +240,7 @@ def test_a_failing_step_leaves_no_request_hanging(drive, monkeypatch, prompts, e
     driver.submit_all(prompts)
     driver.step()
     with monkeypatch.context() as patch:
-        patch.setattr(driver.engine._scheduler, "plan", lambda ready: 1 / 0)
+        patch.setattr(driver.engine._scheduler, "schedule", lambda ready: 1 / 0)
         driver.submit("new", [1])
         driver.step()
     assert all(isinstance(answer.last.error, EngineFault) for answer in driver.answers.values())

@@ -8,7 +8,8 @@ import pytest
 from loramill.errors import EngineFault, Unavailable
 from loramill.serve.engine import FinishReason
 from loramill.serve.engine.adapters.residency import Residency
-from loramill.serve.engine.scheduler import RunningSequence, Scheduler
+from loramill.serve.engine.scheduler import Scheduler
+from loramill.serve.engine.sequence import RunningSequence
 
 
 def always(version: str | None) -> bool:
@@ -90,7 +91,7 @@ def fail(driver, monkeypatch) -> None:
     """A step that fails outside the model."""
     with monkeypatch.context() as patch:
         # No Python function: pytest keeps what is logged, and with it what a failing function's frame holds.
-        patch.setattr(Scheduler, "plan", staticmethod(int))
+        patch.setattr(Scheduler, "schedule", staticmethod(int))
         driver.step()
 
 
@@ -98,7 +99,7 @@ def test_starting_over_drops_the_old_cache_and_slab_before_it_makes_new_ones(dri
     driver = drive()
     engine = driver.engine
     # What the side threads have begun holds the slab to its end.
-    engine._adapters._loader._keeper.submit(lambda: None).result()
+    engine._adapters._loader._releaser.submit(lambda: None).result()
     old = [weakref.ref(engine._adapters.slab), *(weakref.ref(kv.keys) for kv in engine._cache)]
     left: list[list[bool]] = []
     kind = type(engine._model)
@@ -159,14 +160,14 @@ def test_a_closed_engine_has_nothing_to_do_and_starts_nothing(drive, prompts):
 def test_closing_waits_for_the_step_under_way(drive, monkeypatch):
     driver = drive()
     begun, go = threading.Event(), threading.Event()
-    plan = driver.engine._scheduler.plan
+    plan = driver.engine._scheduler.schedule
 
     def slowly(ready):
         begun.set()
         assert go.wait(20)
         return plan(ready)
 
-    monkeypatch.setattr(driver.engine._scheduler, "plan", slowly)
+    monkeypatch.setattr(driver.engine._scheduler, "schedule", slowly)
     driver.submit("a", [1])
     stepping = threading.Thread(target=driver.step)
     closing = threading.Thread(target=driver.engine.close)
@@ -190,7 +191,7 @@ def test_some_of_n_answers_are_done_when_the_rest_is_cancelled(drive, prompts, e
         driver.step()
     driver.engine.cancel("it")
     driver.finish()
-    finishes = [answer.last.finish for answer in driver.answers.values()]
+    finishes = [answer.last.finish_reason for answer in driver.answers.values()]
     assert set(finishes) == {FinishReason.STOP, FinishReason.CANCELLED}
     driver.answers.clear()
     driver.submit("it", prompt)
@@ -199,7 +200,7 @@ def test_some_of_n_answers_are_done_when_the_rest_is_cancelled(drive, prompts, e
 
 def test_large_adapters_that_wait_for_room_keep_no_small_one_from_being_read(drive, adapters, prompts, expected):
     # "all" is nearly eight times as large as "lora", and there is room for one of it.
-    driver = drive(lambda version: adapters[version.split()[0]], adapter_bytes=31_488 + 4096, patience=1000)
+    driver = drive(lambda version: adapters[version.split()[0]], adapter_bytes=31_488 + 4096, slot_patience_steps=1000)
     driver.submit("busy", prompts["all"], "all", max_tokens=150)
     while not driver.answers["busy"].tokens:
         assert driver.engine.wait(20)

@@ -18,7 +18,7 @@ SMALL = {
     "rank_budget": st.sampled_from([8, 1024]),
     "max_waiting": st.integers(2, 12),
     "load_threads": st.integers(1, 2),
-    "patience": st.integers(1, 10),
+    "slot_patience_steps": st.integers(1, 10),
 }
 VERSIONS = [None, "lora", "all", "rslora", "patterns", "dora", "one layer", "nowhere"]
 EVENT = st.one_of(
@@ -65,16 +65,16 @@ def test_random_days(new_driver, adapters, prompts, expected, config, events, fl
         driver.engine.close()
     for id_, (version, count) in wanted.items():
         answer = driver.answers[id_]
-        if answer.last.finish == FinishReason.ERROR:
+        if answer.last.finish_reason == FinishReason.ERROR:
             # It can't be loaded, or its place to wait was given to another tenant.
             failed = version is not None and isinstance(answer.last.error, ModelNotFound)
             assert failed or isinstance(answer.last.error, Overloaded)
             assert answer.tokens == []
             continue
-        assert version != "nowhere" or answer.last.finish == FinishReason.CANCELLED
+        assert version != "nowhere" or answer.last.finish_reason == FinishReason.CANCELLED
         full = expected.get(str(version), [])[:count]
-        if answer.last.finish == FinishReason.CANCELLED:
+        if answer.last.finish_reason == FinishReason.CANCELLED:
             assert id_ in cancelled
             assert answer.tokens == full[: len(answer.tokens)]
         else:
-            assert (answer.last.finish, answer.tokens) == (FinishReason.LENGTH, full)
+            assert (answer.last.finish_reason, answer.tokens) == (FinishReason.LENGTH, full)

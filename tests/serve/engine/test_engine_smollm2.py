@@ -126,7 +126,7 @@ def test_64_prompts_answer_as_transformers_and_peft_and_in_any_company(base, fol
         max_sequences=24,
         adapter_slots=3,
         rank_budget=32,
-        patience=8,
+        slot_patience_steps=8,
     )
     assert tight == [got[i] for i in chosen]
     assert engine.stats.preemptions > 0, engine.stats

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import pytest
 
 from loramill.serve.engine import EngineConfig
-from loramill.serve.engine.scheduler import RunningSequence, Scheduler
+from loramill.serve.engine.scheduler import Scheduler
+from loramill.serve.engine.sequence import RunningSequence
 
 #: Seconds of a step: reading the weights, and each row's products.
 FIXED, ROW = 0.006, 0.0006

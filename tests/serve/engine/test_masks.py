@@ -59,7 +59,7 @@ def test_only_what_the_mask_allows_is_chosen(drive, prompts, name):
     driver.submit("it", prompts["lora"], "lora", mask=Steps, max_tokens=30, stop_ids=(STOP,), **SAMPLINGS[name])
     answer = driver.finish()["it"]
     assert len(answer) == 30 and fits(answer)
-    assert driver.answers["it"].last.finish is FinishReason.LENGTH
+    assert driver.answers["it"].last.finish_reason is FinishReason.LENGTH
 
 
 def test_the_mask_ends_its_answer_with_its_last_token(drive):
@@ -67,7 +67,7 @@ def test_the_mask_ends_its_answer_with_its_last_token(drive):
     driver.submit("it", [1, 2], mask=lambda: Steps(count=4), max_tokens=4, logprobs=1)
     answer = driver.finish()["it"]
     assert len(answer) == 4 and fits(answer)
-    assert driver.answers["it"].last.finish is FinishReason.STOP
+    assert driver.answers["it"].last.finish_reason is FinishReason.STOP
     assert [entry.token for entry in driver.answers["it"].logprobs] == answer
 
 
@@ -79,7 +79,7 @@ def test_a_stop_token_comes_where_the_mask_allows_it_and_not_before_min_tokens(d
     driver.submit("it", [1], mask=lambda: Steps(count=9, may_stop=range(3, 99)), **sampling)
     answer = driver.finish()["it"]
     assert len(answer) == count and fits(answer)
-    assert driver.answers["it"].last.finish is FinishReason.STOP
+    assert driver.answers["it"].last.finish_reason is FinishReason.STOP
 
 
 def test_log_probabilities_are_the_models_own(drive, tiny_reference):
@@ -129,7 +129,11 @@ def test_a_mask_that_breaks_ends_its_own_answer_alone(drive, prompts, expected, 
     driver.submit("it", [1], mask=lambda: Steps(breaks=breaks))
     answers = driver.finish()
     last = driver.answers["it"].last
-    assert (last.finish, type(last.error), len(answers.pop("it"))) == (FinishReason.ERROR, InvalidRequest, breaks)
+    assert (last.finish_reason, type(last.error), len(answers.pop("it"))) == (
+        FinishReason.ERROR,
+        InvalidRequest,
+        breaks,
+    )
     assert answers == expected
 
 

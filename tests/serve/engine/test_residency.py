@@ -90,9 +90,9 @@ def test_a_failed_fetch_gives_the_slot_back_and_may_be_tried_again():
     residency.acquire("a")
     assert residency.advance().load in (("a",), ("b",))
     residency.check_integrity({"a": 1, "b": 1}, {})
-    with pytest.raises(EngineFault, match="wanted"):
+    with pytest.raises(EngineFault, match="live"):
         residency.check_integrity({"a": 1}, {})
-    with pytest.raises(EngineFault, match="in use"):
+    with pytest.raises(EngineFault, match="running"):
         residency.check_integrity({"a": 1, "b": 1}, {"a": 1})
 
 

@@ -208,7 +208,7 @@ def test_a_row_does_not_depend_on_the_others(vocabulary):
         order = torch.randperm(len(knobs), generator=generator).tolist()[: step + 1]
         assert sample(logits[order], [some[row] for row in order]) == [chosen[row] for row in order]
         for chooser, token in zip(together + alone + some, chosen * 3, strict=True):
-            chooser.take(token)
+            chooser.accept(token)
 
 
 def test_an_answer_goes_on_the_same_after_a_preemption():
@@ -365,7 +365,7 @@ def test_what_a_gpu_finds_is_taken_and_the_other_rows_are_drawn_from(monkeypatch
     logits[4, 7] = math.nan
     sampled = [SamplingParams(9), SamplingParams(9, 1.0, seed=1), SamplingParams(9, logit_bias=((3, 99.0),))] * 2
     due = sample(logits, [Sampler(one, []) for one in sampled])
-    monkeypatch.setattr(sampling, "_likeliest_by_numpy", argmax_by_torch)
+    monkeypatch.setattr(sampling, "_argmax_by_numpy", argmax_by_torch)
     assert sample(logits, [Sampler(one, []) for one in sampled]) == due
     assert due[2] == 3 and due[4] is None
 

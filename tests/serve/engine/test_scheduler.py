@@ -5,7 +5,8 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramill.serve.engine.scheduler import RunningSequence, Scheduler
+from loramill.serve.engine.scheduler import Scheduler
+from loramill.serve.engine.sequence import RunningSequence
 
 fresh = itertools.count(1000)
 
@@ -24,7 +25,7 @@ def always(version: str | None) -> bool:
 
 
 def shares(plan) -> list[tuple[int, int, int, bool]]:
-    return [(share.id, share.start, share.count, share.sampled) for share in plan.shares]
+    return [(share.id, share.start, share.count, share.sampled) for share in plan.chunks]
 
 
 def run(s: Scheduler, ready=always):
