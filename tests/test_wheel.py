@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import os
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,29 @@ def test_wheel_holds_the_tree_and_nothing_else(wheel: Path) -> None:
     missing, unexpected = in_tree() - packed, packed - in_tree()
     assert not missing, "a folder has no __init__.py, or names are missing in package-data"
     assert not unexpected
+
+
+@pytest.mark.slow
+def test_every_module_of_the_wheel_can_be_imported(wheel: Path, tmp_path: Path) -> None:
+    with ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "import importlib, pkgutil, loramill\n"
+        f"assert loramill.__file__.startswith({str(tmp_path)!r})\n"
+        "for module in pkgutil.walk_packages(loramill.__path__, 'loramill.'):\n"
+        "    if not module.name.endswith(('__main__', 'migrations.env')):\n"
+        "        importlib.import_module(module.name)\n"
+    )
+    command = [sys.executable, "-P", "-c", code]
+    ran = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_wheel_is_typed_licensed_and_has_the_command(wheel: Path) -> None:
