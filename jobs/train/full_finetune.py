@@ -1,47 +1,40 @@
-"""Fine-tuning of every weight of a base, by DeepSpeed: norms and embeddings, too.
+"""Full fine-tuning: DeepSpeed trains every weight of a base, norms and embeddings included.
 
-The version that comes of it is the LoRA nearest to what training changed, of the spec's rank, so that it is served in
-the same batches as everybody's; the whole weights are a second result, a base of their own.
+The version is a LoRA of the spec's rank, the one nearest to what training changed, so that it is served in the same
+batches as all others. The full weights are a second result: a base model by themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from loramill.data.tokenizer import EncodedExample
 from loramill.jobs.train.deepspeed import zero_optimizer
 from loramill.jobs.train.extract_lora import ExtractionReport, extract_lora
 from loramill.jobs.train.hf_export import save_hf_model
-from loramill.jobs.train.loop import (
-    SINGLE_PROCESS,
-    ProcessGroup,
-    TrainingProgress,
-    load_checkpoint_to_export,
-    no_check,
-    train,
-)
+from loramill.jobs.train.loop import TrainContext, TrainingProgress, load_checkpoint_to_export, train
 from loramill.jobs.train.merge import merge_into
 from loramill.jobs.train.methods.adapted_model import AdaptedModel
 from loramill.models.catalog import Base, load_for_training
 from loramill.types import JobSpec
 
-#: Where an adapter's files tell how much of the training it holds.
+#: File of the adapter that says how much of the training it holds.
 REPORT_FILE = "extraction.json"
 
 
 @dataclass(frozen=True, slots=True)
 class FullFinetuneResult:
-    """What a full fine-tune leaves.
+    """The results of a full fine-tune.
 
     Attributes:
-        files: of the extracted LoRA, as PEFT has them, and the report.
-        whole: the model in bfloat16 as a Hugging Face folder, with the base's tokenizer; by name, where they lie.
+        adapter_files: the extracted LoRA in PEFT's files, and the report, by name.
+        model_files: paths of the files of a Hugging Face folder, by name: the model in bfloat16, with the base's
+            tokenizer.
         report: how much of the change the LoRA holds.
     """
 
@@ -50,65 +43,43 @@ class FullFinetuneResult:
     report: ExtractionReport
 
 
-def train_full(
-    base: Base,
-    train_examples: Sequence[EncodedExample],
-    valid: Sequence[EncodedExample],
-    spec: JobSpec,
-    *,
-    device: torch.device,
-    checkpoints: Path | str,
-    start_from: Path | None = None,
-    check: Callable[[], None] = no_check,
-    micro_tokens: int | None = None,
-    processes: ProcessGroup = SINGLE_PROCESS,
-) -> Generator[TrainingProgress, None, None]:
-    """Trains all weights as `spec` says; arguments and errors are those of `loramill.jobs.train.loop.train`.
+def train_full(base: Base, context: TrainContext, *, device: torch.device) -> Generator[TrainingProgress, None, None]:
+    """Trains all weights of a base, as `loramill.jobs.train.loop.train` trains an adapter.
 
-    Training begins from the very values that the base is served with, computes in bfloat16, and keeps float32.
+    Training starts from the values that the base is served with, computes in bfloat16, and keeps float32 weights.
 
     Args:
         base: loaded here, for this job alone.
-        device: where the model computes; what lies on the host besides is the spec's `offload`.
-        start_from: a PEFT folder, which is merged into the base's weights first.
-        processes: those of an initialized `torch.distributed`.
+        context: its `start_from` is merged into the base's weights first; its process group is that of an initialized
+            `torch.distributed`.
+        device: where the model computes; the spec's `offload` says what is kept on the host.
 
     Raises:
         SetupError: DeepSpeed can't build its CPU optimizer.
+        LoramillError: as `train`.
     """
     model = load_for_training(base, torch.bfloat16).requires_grad_(True)
-    if start_from is not None:
-        model = merge_into(model, start_from).requires_grad_(True)
+    if context.start_from is not None:
+        model = merge_into(model, context.start_from).requires_grad_(True)
 
     @contextmanager
     def attach(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[AdaptedModel]:
-        with zero_optimizer(model, spec, device, processes) as update:
+        with zero_optimizer(model, spec, device, context.process_group) as optimizer:
             yield AdaptedModel(
-                model=update.model, weights=update.weights, set_dropout=lambda on: None, optimizer=update
+                model=optimizer.model, weights=optimizer.weights, set_dropout=lambda on: None, optimizer=optimizer
             )
 
-    yield from train(
-        model,
-        train_examples,
-        valid,
-        spec,
-        folder=base.folder,
-        checkpoints=checkpoints,
-        check=check,
-        micro_tokens=micro_tokens,
-        processes=processes,
-        attach=attach,
-    )
+    yield from train(model, replace(context, start_from=None, attach=attach))
 
 
 def export_full(checkpoints: Path | str, spec: JobSpec, *, base: Base, folder: Path) -> FullFinetuneResult:
-    """The job's result, of the weights that `spec.keep` names.
+    """Exports the job's result, with the weights that `spec.keep` names.
 
     Args:
-        folder: an empty one, where the whole weights are written.
+        folder: an empty folder, where the full weights are written.
 
     Raises:
-        ArtifactMissing: the job is not at its end in `checkpoints`.
+        ArtifactMissing: the checkpoints do not reach the end of the job.
         ArtifactCorrupt: a checkpoint can't be read.
         InvalidRequest: the base lacks a target.
     """

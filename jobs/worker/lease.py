@@ -1,4 +1,4 @@
-"""A lease in a thread of its own: heartbeats with the job's figures, and what the job is asked to do. No Ray."""
+"""Keeps a job's lease in a thread: heartbeats write the job's metrics and read requests to stop. No Ray."""
 
 from __future__ import annotations
 
@@ -20,49 +20,43 @@ from loramill.errors import (
 )
 from loramill.jobs.train.loop import TrainingProgress
 from loramill.registry import Registry, jobs
+from loramill.retry import retry_while_unavailable
 from loramill.settings import JobSettings
 from loramill.types import JobRecord, PendingAction
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-#: Seconds between heartbeats, so that a job that is asked to stop knows it within two.
+#: Seconds between heartbeats. A job learns of a request to stop within two heartbeats.
 HEARTBEAT_SECONDS = 0.5
 #: Seconds for which a worker keeps its job while the database is away: a failover or a restart takes minutes, and no
 #: other worker can take the job meanwhile.
 DATABASE_OUTAGE_SECONDS = 600.0
 #: A job's history keeps at most about this many metrics events, whatever its number of steps.
 MAX_METRICS_EVENTS = 200
-#: Seconds over which a job's speed is taken.
+#: Seconds over which a job's speed is averaged.
 SPEED_WINDOW_SECONDS = 20.0
 
+T = TypeVar("T")
 
-def retry_while_unavailable(timeout_seconds: float, operation: Callable[[], T]) -> T:
-    """What `act` returns, tried again for so many seconds while the database is away or its disk full.
 
-    A commit whose answer was lost may have gone through: `act` must be harmless twice.
+def outlast_database_outage(write: Callable[[], T]) -> T:
+    """Runs `write`, and repeats it for up to ten minutes while the database is away or its disk is full.
 
     Raises:
-        Unavailable, DiskFull: it was so for longer.
+        Unavailable, DiskFull: the outage lasted longer.
     """
-    deadline, logged = time.monotonic() + timeout_seconds, False
-    while True:
-        try:
-            return operation()
-        except (Unavailable, DiskFull) as error:
-            if time.monotonic() > deadline:
-                raise
-            if not logged:
-                log.warning("trying again, for up to %.0f s: %s", timeout_seconds, error.message)
-            logged = True
-            time.sleep(HEARTBEAT_SECONDS)
+    return retry_while_unavailable(
+        write,
+        timeout_seconds=DATABASE_OUTAGE_SECONDS,
+        pause_seconds=HEARTBEAT_SECONDS,
+        errors=(Unavailable, DiskFull),
+    )
 
 
 class Lease:
-    """Keeps a job's lease alive, and tells the training when it is asked to stop.
+    """Keeps a job's lease alive, and stops the training when its owner or a supervisor requests it.
 
-    A database that is away doesn't end the training: heartbeats and events are tried again until it is back.
+    Training continues while the database is away: heartbeats and events are retried until it is back.
     """
 
     def __init__(self, registry: Registry, job: JobRecord, settings: JobSettings) -> None:
@@ -85,64 +79,69 @@ class Lease:
         self._thread.join()
 
     def raise_if_stopped(self) -> None:
-        """Lets a job that may go on go on.
+        """Raises why the job may not continue, if it may not.
 
         Raises:
-            LeaseLost, JobCancelled, JobPaused, JobPreempted: it may not.
+            LeaseLost: another worker has the job.
+            JobCancelled, JobPaused, JobPreempted: the job was requested to stop.
         """
         if self._stop is not None:
             raise self._stop
 
-    def report(self, point: TrainingProgress) -> None:
-        """Notes how far the job is; the next heartbeat records it."""
+    def report(self, progress: TrainingProgress) -> None:
+        """Takes the progress of a step; the next heartbeat writes it to the registry."""
         now = time.monotonic()
         with self._lock:
-            self._last = point
-            self._valid_loss = self._valid_loss if point.valid_loss is None else point.valid_loss
-            self._speed.append((now, point.trained_tokens))
+            self._last = progress
+            self._valid_loss = self._valid_loss if progress.valid_loss is None else progress.valid_loss
+            self._speed.append((now, progress.trained_tokens))
             while len(self._speed) > 2 and self._speed[0][0] < now - SPEED_WINDOW_SECONDS:
                 self._speed.popleft()
-            every = max(1, point.total_steps // MAX_METRICS_EVENTS)
-            if point.step % every == 0 or point.step == point.total_steps or point.valid_loss is not None:
-                self._pending_events.append(point)
+            interval = max(1, progress.total_steps // MAX_METRICS_EVENTS)
+            if (
+                progress.step % interval == 0
+                or progress.step == progress.total_steps
+                or progress.valid_loss is not None
+            ):
+                self._pending_events.append(progress)
 
     def flush(self) -> None:
-        """Records what was noted so far.
+        """Writes all progress reported so far.
 
         Raises:
-            LeaseLost: the job is another worker's.
-            Unavailable, DiskFull: the record can't be written.
+            LeaseLost: another worker has the job.
+            Unavailable, DiskFull: the registry can't be written.
         """
-        retry_while_unavailable(DATABASE_OUTAGE_SECONDS, self._heartbeat)
+        outlast_database_outage(self._heartbeat)
 
     @property
     def last_progress(self) -> TrainingProgress | None:
-        """The last point noted; None: no step was taken."""
+        """Progress of the last step, or None before the first."""
         return self._last
 
     def _run_heartbeats(self) -> None:
         pause, away = min(HEARTBEAT_SECONDS, self._settings.lease_seconds / 4), False
         while not self._ended.wait(pause):
             try:
-                asked = self._heartbeat()
+                pending_action = self._heartbeat()
             except LeaseLost as error:
                 self._stop = error
                 return
             except LoramillError as error:
                 if not away:
-                    log.warning("job %s: its heartbeat did not reach the database: %s", self._job.id, error.message)
+                    log.warning("job %s: the heartbeat did not reach the database: %s", self._job.id, error.message)
                 away = True
                 continue
             away = False
-            # Beating goes on while the job writes its checkpoint.
-            self._stop = _stop_error(self._job.id, asked)
+            # Heartbeats continue while the job writes its last checkprogress.
+            self._stop = _stop_error(self._job.id, pending_action)
 
     def _heartbeat(self) -> PendingAction | None:
         with self._heartbeat_lock:
             with self._lock:
                 last, events, rate = self._last, tuple(self._pending_events), self._tokens_per_second()
             with self._registry.writing() as session:
-                asked = jobs.heartbeat(
+                pending_action = jobs.heartbeat(
                     session,
                     self._job.id,
                     self._job.attempt,
@@ -154,12 +153,12 @@ class Lease:
                     valid_loss=self._valid_loss,
                     tokens_per_second=rate,
                 )
-                for point in events:
-                    message = f"Step {point.step}/{point.total_steps}: training loss={point.loss:.3f}"
-                    jobs.add_event(session, self._job.id, "info", "metrics", message, _event_data(point, rate))
+                for progress in events:
+                    message = f"Step {progress.step}/{progress.total_steps}: training loss={progress.loss:.3f}"
+                    jobs.add_event(session, self._job.id, "info", "metrics", message, _event_data(progress, rate))
             with self._lock:
                 del self._pending_events[: len(events)]
-            return asked
+            return pending_action
 
     def _tokens_per_second(self) -> float | None:
         if len(self._speed) < 2:
@@ -175,15 +174,15 @@ def _stop_error(job_id: str, pending_action: PendingAction | None) -> LoramillEr
         case "pause":
             return JobPaused(f"Job {job_id} was paused by its owner.")
         case "preempt":
-            return JobPreempted(f"Job {job_id} makes room for one of a higher priority.")
+            return JobPreempted(f"Job {job_id} was preempted by a job of a higher priority.")
     return None
 
 
-def _event_data(point: TrainingProgress, rate: float | None) -> dict[str, float]:
-    figures = point.metrics | {
-        "total_steps": point.total_steps,
-        "learning_rate": point.learning_rate,
-        "grad_norm": point.grad_norm,
-        "trained_tokens": point.trained_tokens,
+def _event_data(progress: TrainingProgress, rate: float | None) -> dict[str, float]:
+    data = progress.metrics | {
+        "total_steps": progress.total_steps,
+        "learning_rate": progress.learning_rate,
+        "grad_norm": progress.grad_norm,
+        "trained_tokens": progress.trained_tokens,
     }
-    return figures if rate is None else figures | {"tokens_per_second": round(rate, 1)}
+    return data if rate is None else data | {"tokens_per_second": round(rate, 1)}

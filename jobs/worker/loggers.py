@@ -1,11 +1,11 @@
-"""Training's numbers for the tools that people look at them with: TensorBoard, Weights & Biases, MLflow.
+"""Sends a job's metrics to TensorBoard, Weights & Biases or MLflow.
 
-    with opened(settings.loggers, run=job.id, spec=spec, folder=logs) as tell:
-        for point in train(...):
-            tell(point)
+    with open_loggers(settings.loggers, run=job.id, spec=spec, folder=logs) as log_progress:
+        for progress in train(...):
+            log_progress(progress)
 
-The record keeps the same numbers in any case. A tool that fails on the way is left out with a line in the log: no job
-is lost because a dashboard is away.
+The registry keeps the same metrics in any case. A tool that fails is dropped with a line in the log, and the job goes
+on: no job is lost because a dashboard is away.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 
-#: The project or experiment that the runs of all jobs are in.
+#: Project or experiment of all runs.
 PROJECT = "loramill"
 
 
@@ -32,42 +32,42 @@ class Logger(Protocol):
     """One tool's run of one job."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds the figures of a step."""
+        """Logs the metrics of a step."""
 
     def close(self) -> None:
-        """Ends the run; everything is stored."""
+        """Ends the run, with everything stored."""
 
 
 @contextmanager
 def open_loggers(
     names: Sequence[LoggerName], *, run: str, spec: JobSpec, folder: Path
 ) -> Iterator[Callable[[TrainingProgress], None]]:
-    """A function that takes every point of a training to the tools of these names.
+    """Opens a run in each of these tools; yields a function that logs the progress of a step in all of them.
 
     Args:
-        run: the job's id; another attempt of the job goes on with the same run.
-        folder: where TensorBoard's runs are.
+        run: the job's id; another attempt of the job continues the same run.
+        folder: folder of TensorBoard's runs.
 
     Raises:
-        SetupError: a tool isn't installed; the message names loramill's extra.
+        SetupError: a tool is not installed; the message names the extra of loramill to install.
     """
     loggers: dict[LoggerName, Logger] = {}
 
-    def tell(point: TrainingProgress) -> None:
-        rest = {
-            "learning_rate": point.learning_rate,
-            "grad_norm": point.grad_norm,
-            "trained_tokens": point.trained_tokens,
+    def log_progress(progress: TrainingProgress) -> None:
+        metrics = progress.metrics | {
+            "learning_rate": progress.learning_rate,
+            "grad_norm": progress.grad_norm,
+            "trained_tokens": progress.trained_tokens,
         }
-        figures = {figure: value for figure, value in (point.metrics | rest).items() if figure != "step"}
+        del metrics["step"]
         for name, logger in list(loggers.items()):
             with _dropped_on_error(name, loggers):
-                logger.log(point.step, figures)
+                logger.log(progress.step, metrics)
 
     try:
         for name in names:
             loggers[name] = _OPEN[name](run, spec, folder)
-        yield tell
+        yield log_progress
     finally:
         for name, logger in list(loggers.items()):
             with _dropped_on_error(name, loggers):
@@ -78,8 +78,8 @@ def open_loggers(
 def _dropped_on_error(name: LoggerName, loggers: dict[LoggerName, Logger]) -> Iterator[None]:
     try:
         yield
-    except Exception:  # theirs are of any kind
-        log.exception("%s takes no more figures of this job", name)
+    except Exception:  # the tools raise errors of any kind
+        log.exception("%s failed; this job is no longer logged there", name)
         del loggers[name]
 
 
@@ -90,9 +90,9 @@ class _TensorBoard:
         self._writer = SummaryWriter(str(folder / run))
         self._writer.add_text("spec", f"```json\n{spec.model_dump_json(indent=1)}\n```")
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        for figure, value in figures.items():
-            self._writer.add_scalar(figure, value, step)
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._writer.close()
@@ -107,8 +107,8 @@ class _Wandb:
             project=PROJECT, id=run, name=f"{spec.adapter} {run}", resume="allow", config=config
         )
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=step)
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -120,16 +120,16 @@ class _Mlflow:
             from mlflow import MlflowClient
         self._client: Any = MlflowClient()
         experiment = self._client.get_experiment_by_name(PROJECT)
-        where = self._client.create_experiment(PROJECT) if experiment is None else experiment.experiment_id
-        begun = self._client.search_runs([where], f"tags.job = '{run}'", max_results=1)
+        experiment_id = self._client.create_experiment(PROJECT) if experiment is None else experiment.experiment_id
+        existing = self._client.search_runs([experiment_id], f"tags.job = '{run}'", max_results=1)
         tags = {"job": run, "mlflow.runName": f"{spec.adapter} {run}"}
-        self._id = (begun[0] if begun else self._client.create_run(where, tags=tags)).info.run_id
-        if not begun:
+        self._id = (existing[0] if existing else self._client.create_run(experiment_id, tags=tags)).info.run_id
+        if not existing:
             for name, value in spec.model_dump(mode="json").items():
                 self._client.log_param(self._id, name, value)
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
             self._client.log_metric(self._id, name, value, step=step)
 
     def close(self) -> None:
@@ -149,6 +149,6 @@ def _requires(name: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise SetupError(
-            f"The setting jobs.loggers names {name}, which isn't installed here: pip install 'loramill[{name}]', "
-            "or take it out of the setting."
+            f"The setting jobs.loggers names {name}, which is not installed: pip install 'loramill[{name}]', "
+            "or remove it from the setting."
         ) from error

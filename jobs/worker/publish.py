@@ -1,4 +1,4 @@
-"""What a worker stores of a job: the artifact first, then its record, so that a crash between leaves only garbage."""
+"""Publishes a job's versions: stores the artifact first and records it second, so that a crash leaves only garbage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from loramill.jobs.train.loop import TrainingProgress, export_adapter
-from loramill.jobs.worker.lease import DATABASE_OUTAGE_SECONDS, retry_while_unavailable
+from loramill.jobs.worker.lease import outlast_database_outage
 from loramill.registry import adapters, jobs
 from loramill.registry.jobs import checkpoints
 from loramill.types import JobRecord, VersionRecord
@@ -22,46 +22,46 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def checkpoint(worker: Worker, job: JobRecord, point: TrainingProgress) -> None:
-    """Publishes the last checkpoint as a version that can be asked, without moving an alias.
+def checkpoint(worker: Worker, job: JobRecord, progress: TrainingProgress) -> None:
+    """Publishes the last checkpoint as a version that can be used by its name; no alias moves.
 
     Raises:
-        LeaseLost: the job is another worker's.
-        DiskFull, Unavailable, StoreUnusable: it can't be stored.
+        LeaseLost: another worker has the job.
+        DiskFull, Unavailable, StoreUnusable: the version can't be stored.
     """
-    stored = None
-    if job.spec.method != "full":  # its LoRA would have to be extracted each time
-        stored = _store(
-            worker, job, export_adapter(worker.checkpoint_location(job), job.spec, base=worker.base.name, best=False)
-        )
+    artifact = None
+    if job.spec.method != "full":  # a LoRA would have to be extracted for each checkpoint
+        location = worker.checkpoint_location(job)
+        artifact = _store(worker, job, export_adapter(location, job.spec, base=worker.base.name, best=False))
 
     def add() -> None:
         with worker.registry.writing() as session:
-            checkpoints.add(session, job.id, job.attempt, point.step, stored, point.metrics)
+            checkpoints.add(session, job.id, job.attempt, progress.step, artifact, progress.metrics)
 
-    retry_while_unavailable(DATABASE_OUTAGE_SECONDS, add)
+    outlast_database_outage(add)
 
 
 def version(worker: Worker, job: JobRecord, last: TrainingProgress | None) -> None:
     """Publishes the trained adapter as the job's version, which ends the job.
 
     Args:
-        last: the last step of this attempt; None: all steps were done before.
+        last: the last step of this attempt, or None if an earlier attempt did all steps.
 
     Raises:
-        LeaseLost, JobCancelled: the job is not this worker's, or not wanted any more.
-        DiskFull, Unavailable, StoreUnusable: it can't be stored.
+        LeaseLost: another worker has the job.
+        JobCancelled: the job was cancelled.
+        DiskFull, Unavailable, StoreUnusable: the version can't be stored.
     """
-    spec, place, result = job.spec, worker.checkpoint_location(job), None
+    spec, location, result = job.spec, worker.checkpoint_location(job), None
     if spec.method == "full":
         from loramill.jobs.train.full_finetune import export_full
 
         with TemporaryDirectory() as folder:
-            full = export_full(place, spec, base=worker.base, folder=Path(folder))
+            full = export_full(location, spec, base=worker.base, folder=Path(folder))
             files, result = full.adapter_files, worker.registry.artifacts.put(full.model_files)
     else:
-        files = export_adapter(place, spec, base=worker.base.name)
-    found = _store(worker, job, files)
+        files = export_adapter(location, spec, base=worker.base.name)
+    new_version = _store(worker, job, files)
 
     def publish() -> None:
         with worker.registry.writing() as session:
@@ -69,16 +69,16 @@ def version(worker: Worker, job: JobRecord, last: TrainingProgress | None) -> No
                 session,
                 job.id,
                 job.attempt,
-                found,
+                new_version,
                 step=None if last is None else last.step,
                 trained_tokens=None if last is None else last.trained_tokens,
                 result=result,
             )
             name = published.spec.adapter_name  # may have changed since the job was leased
             champion = adapters.get(session, name).champion
-        log.info("job %s: published %s, champion %s", job.id, name.at(found.id), champion)
+        log.info("job %s: published %s, champion %s", job.id, name.at(new_version.id), champion)
 
-    retry_while_unavailable(DATABASE_OUTAGE_SECONDS, publish)
+    outlast_database_outage(publish)
 
 
 def _store(worker: Worker, job: JobRecord, files: Mapping[str, bytes]) -> VersionRecord:

@@ -1,4 +1,4 @@
-"""A worker: leases one job after another, trains it on a resident base, and publishes its version. No Ray."""
+"""A worker leases one job after another, trains it on a resident base model and publishes its version. No Ray."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from loramill.errors import (
 from loramill.jobs.train.batching import count_supervised_tokens, sequences
 from loramill.jobs.train.checkpoint_store import delete_all
 from loramill.jobs.train.distributed import SINGLE_PROCESS, ProcessGroup
-from loramill.jobs.train.loop import TrainingProgress, train
+from loramill.jobs.train.loop import TrainContext, TrainingProgress, train
 from loramill.jobs.worker import publish
-from loramill.jobs.worker.lease import DATABASE_OUTAGE_SECONDS, Lease, retry_while_unavailable
+from loramill.jobs.worker.lease import Lease, outlast_database_outage
 from loramill.jobs.worker.loggers import open_loggers
 from loramill.models.catalog import Base
 from loramill.registry import Registry, datasets, jobs
@@ -44,29 +44,30 @@ from loramill.types import Executor, JobRecord
 
 log = logging.getLogger(__name__)
 
-#: What another attempt would meet again: bad or unreadable data, a spec that fits nothing, divergence.
+#: Errors that another attempt would meet again: bad or unreadable data, a spec that fits nothing, divergence.
 PERMANENT_ERRORS = (InvalidRequest, NotFound, AdapterInvalid, BaseUnusable, ArtifactError, JobError)
 
 #: Outages, which no job causes and which end for all jobs at once: a store or database that is away, or a store that
 #: refuses access, for example since its credentials have expired. They cost no attempt.
 OUTAGE_ERRORS = (Unavailable, StoreUnusable)
 
-#: Seconds between looks at an empty queue, and after an outage; the latter double with each job that fails for one, up
-#: to the last.
-POLL_SECONDS, OUTAGE_PAUSE_SECONDS, MAX_OUTAGE_PAUSE_SECONDS = 0.25, 3.0, 60.0
+#: Seconds between two queries of an empty queue.
+POLL_SECONDS = 0.25
+#: Seconds of pause after an outage; they double with each further job that ends in one, up to the maximum.
+OUTAGE_PAUSE_SECONDS, MAX_OUTAGE_PAUSE_SECONDS = 3.0, 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """What a worker needs, all of it kept from job to job.
+    """Everything that a worker keeps from job to job.
 
     Attributes:
-        owner: names it in the record.
-        model: gives the resident base on `device`, always the same one; a full fine-tune loads one of its own.
-        checkpoints: folder or fsspec URL that all of the pool's machines reach.
-        logs: where TensorBoard's runs are, if the settings ask for these.
-        executor: whose jobs it takes; None: any.
-        processes: that share each job's passes; the first alone leases, reports and publishes.
+        name: identifies the worker in the registry.
+        model: returns the resident base model on `device`, the same one at each call; a full fine-tune loads its own.
+        checkpoints: folder or fsspec URL that all of the pool's machines can access.
+        logs: folder of TensorBoard's runs, if the settings enable TensorBoard.
+        executor: executor whose jobs it leases; None for any.
+        process_group: processes that share each job's passes; only the first leases, reports and publishes.
     """
 
     name: str
@@ -82,12 +83,16 @@ class Worker:
     process_group: ProcessGroup = SINGLE_PROCESS
 
     def checkpoint_location(self, job: JobRecord) -> Path | str:
-        """Where the job keeps its checkpoints."""
+        """Folder or URL of the job's checkpoints."""
         return f"{self.checkpoints}/{job.id}" if isinstance(self.checkpoints, str) else self.checkpoints / job.id
 
 
 def run_jobs(worker: Worker, *, should_stop: Callable[[float], bool]) -> int:
-    """Runs jobs as long as there are any; returns how many. `until(idle)` says, between jobs, whether to end."""
+    """Runs one job after another, and returns how many.
+
+    Args:
+        should_stop: called between jobs with the seconds since the last one ended.
+    """
     done, idle_since, settle_from, pause = 0, time.monotonic(), 0.0, OUTAGE_PAUSE_SECONDS
     while True:
         try:
@@ -95,17 +100,17 @@ def run_jobs(worker: Worker, *, should_stop: Callable[[float], bool]) -> int:
                 return done
             job = lease_next_job(worker, settle=time.monotonic() >= settle_from)
         except LoramillError as error:
-            log.warning("no job could be leased, trying again: %s", error.message)
-            # Workers that hold a job may have been silent while the database was: their heartbeats come first.
+            log.warning("no job could be leased; retrying: %s", error.message)
+            # During the outage workers that hold a job could not send heartbeats: they get time to do it first.
             settle_from = time.monotonic() + OUTAGE_PAUSE_SECONDS + worker.settings.lease_seconds
             time.sleep(OUTAGE_PAUSE_SECONDS)
             continue
         if job is None:
             time.sleep(POLL_SECONDS)
             continue
-        ended = run_attempt(worker, job)
+        error_of_attempt = run_attempt(worker, job)
         done, idle_since = done + 1, time.monotonic()
-        if isinstance(ended, OUTAGE_ERRORS):
+        if isinstance(error_of_attempt, OUTAGE_ERRORS):
             time.sleep(pause)
             pause = min(2 * pause, MAX_OUTAGE_PAUSE_SECONDS)
         else:
@@ -113,7 +118,7 @@ def run_jobs(worker: Worker, *, should_stop: Callable[[float], bool]) -> int:
 
 
 def run_next_job(worker: Worker) -> bool:
-    """Leases a job and takes it to its end, or to the point where it is another's; False if none waits."""
+    """Leases a job and runs one attempt of it; returns False if no job waits."""
     job = lease_next_job(worker)
     if job is None:
         return False
@@ -122,12 +127,13 @@ def run_next_job(worker: Worker) -> bool:
 
 
 def lease_next_job(worker: Worker, job_id: str | None = None, *, settle: bool = True) -> JobRecord | None:
-    """Leases the next job, or the one with this id; None if it doesn't wait, or is of another base.
+    """Leases the next job, or the one with this id; returns None if it does not wait or is for another base.
 
-    `settle` first takes jobs from workers that vanished.
+    Args:
+        settle: first queue again the jobs whose workers vanished.
 
     Raises:
-        Unavailable, DiskFull, DatabaseUnusable: the record can't be reached.
+        Unavailable, DiskFull, DatabaseUnusable: the database can't be used.
     """
     settings = worker.settings
     with worker.registry.writing() as session:
@@ -145,21 +151,21 @@ def lease_next_job(worker: Worker, job_id: str | None = None, *, settle: bool = 
 
 
 def run_attempt(worker: Worker, job: JobRecord) -> LoramillError | None:
-    """Takes a leased job to its end, or to the point where it is another's; returns what ended it before, if anything.
+    """Runs one attempt of a leased job; returns the error that ended it early, if any.
 
-    Whatever happens is in the record, or, if that can't be reached, follows from the lease, which runs out.
+    The registry has the outcome. If the registry can't be reached, the lease runs out, and another attempt follows.
     """
     log.info("job %s of %s: attempt %d", job.id, job.tenant, job.attempt)
     try:
         with Lease(worker.registry, job, worker.settings) as lease:
             run_job(worker, job, lease)
     except LeaseLost as error:
-        log.warning("job %s: the lease was lost; another worker has it", job.id)
+        log.warning("job %s: the lease was lost; another worker has the job", job.id)
         return error
     except LoramillError as error:
         record_attempt_end(worker, job, error)
         return error
-    except Exception as error:  # a job must not take its session down with it
+    except Exception as error:  # a job must not end its session
         log.exception("job %s: failed", job.id)
         failed = LoramillError(f"{type(error).__name__}: {error}")
         record_attempt_end(worker, job, failed)
@@ -168,19 +174,20 @@ def run_attempt(worker: Worker, job: JobRecord) -> LoramillError | None:
 
 
 def run_job(worker: Worker, job: JobRecord, lease: Lease) -> None:
-    """Trains `job` from its last checkpoint, or from the start, and publishes the version.
+    """Trains `job` from its last checkpoint, or from the start, and publishes its version.
 
     Raises:
-        LoramillError: the job can't succeed (bad data, divergence, another base), or isn't this worker's any more.
+        LoramillError: the job can't succeed (bad data, divergence, another base) or has to stop.
+        LeaseLost: another worker has the job.
     """
     loggers = open_loggers(worker.settings.loggers, run=job.id, spec=job.spec, folder=worker.logs)
     try:
-        with loggers as tell, closing(training_steps(worker, job, lease.raise_if_stopped)) as progress:
-            for point in progress:
-                lease.report(point)
-                tell(point)
-                if point.valid_loss is not None:
-                    publish.checkpoint(worker, job, point)
+        with loggers as log_progress, closing(training_steps(worker, job, lease.raise_if_stopped)) as steps:
+            for progress in steps:
+                lease.report(progress)
+                log_progress(progress)
+                if progress.valid_loss is not None:
+                    publish.checkpoint(worker, job, progress)
     finally:
         lease.flush()
     publish.version(worker, job, lease.last_progress)
@@ -190,11 +197,12 @@ def run_job(worker: Worker, job: JobRecord, lease: Lease) -> None:
 def training_steps(
     worker: Worker, job: JobRecord, raise_if_stopped: Callable[[], None]
 ) -> Generator[TrainingProgress, None, None]:
-    """The job's steps, each taken when it is asked for.
+    """Returns a generator that takes one of the job's steps at each iteration.
 
     Raises:
-        LoramillError: as `train` does; BaseUnusable if the job is for another base, NotFound or ArtifactError if its
-            data can't be read.
+        BaseUnusable: the job is for another base.
+        NotFound, ArtifactError: its data can't be read.
+        LoramillError: as `train`.
     """
     spec, registry = job.spec, worker.registry
     if spec.base != worker.base.fingerprint:
@@ -203,60 +211,46 @@ def training_steps(
             f"('{worker.base.name}'): submit it again."
         )
     examples = read_dataset(worker, job, spec.train)
-    data = (
-        encode_examples(worker, job, examples),
-        encode_examples(worker, job, read_dataset(worker, job, spec.valid)) if spec.valid else [],
+    context = TrainContext(
+        spec=spec,
+        train_examples=encode_examples(worker, job, examples),
+        valid_examples=encode_examples(worker, job, read_dataset(worker, job, spec.valid)) if spec.valid else [],
+        base_folder=worker.base.folder,
+        checkpoints=worker.checkpoint_location(job),
+        start_from=registry.artifacts.fetch(spec.start_from) if spec.start_from else None,
+        raise_if_stopped=raise_if_stopped,
+        micro_tokens=job.micro_tokens,
+        process_group=worker.process_group,
     )
     if worker.process_group.rank == 0:
-        report_supervised_tokens(worker, job, examples.examples, data[0])
-    start_from = registry.artifacts.fetch(spec.start_from) if spec.start_from else None
+        report_supervised_tokens(worker, job, examples.examples, context.train_examples)
     if spec.method == "full":
-        from loramill.jobs.train.full_finetune import train_full  # with DeepSpeed, which nothing else needs
+        from loramill.jobs.train.full_finetune import train_full  # imports DeepSpeed, which nothing else needs
 
-        return train_full(
-            worker.base,
-            *data,
-            spec,
-            device=worker.device,
-            checkpoints=worker.checkpoint_location(job),
-            start_from=start_from,
-            check=raise_if_stopped,
-            micro_tokens=job.micro_tokens,
-            processes=worker.process_group,
-        )
-    return train(
-        worker.model(),
-        *data,
-        spec,
-        folder=worker.base.folder,
-        checkpoints=worker.checkpoint_location(job),
-        start_from=start_from,
-        check=raise_if_stopped,
-        micro_tokens=job.micro_tokens,
-        processes=worker.process_group,
-    )
+        return train_full(worker.base, context, device=worker.device)
+    return train(worker.model(), context)
 
 
 def read_dataset(worker: Worker, job: JobRecord, dataset: str) -> Examples:
-    """The examples of a dataset of the job's tenant."""
+    """Reads a dataset of the job's tenant."""
     with worker.registry.reading() as session:
-        found = datasets.get(session, dataset, tenant=job.tenant)
-    return read_examples(worker.registry.artifacts.read(found.artifact, "data.jsonl"), found.filename)
+        record = datasets.get(session, dataset, tenant=job.tenant)
+    return read_examples(worker.registry.artifacts.read(record.artifact, "data.jsonl"), record.filename)
 
 
 def encode_examples(worker: Worker, job: JobRecord, examples: Examples) -> list[EncodedExample]:
-    """The tokens of examples. A template that writes the date gets that of the submission, so that every attempt trains
+    """Encodes examples. A template that writes the date gets the job's submission date, so that every attempt trains
     on the same tokens."""
     tokenizer = worker.tokenizer.at_time(datetime.fromtimestamp(job.created_at, UTC))
     return [tokenizer.encode_example(example, job.spec.train_on) for example in examples.examples]
 
 
 def report_supervised_tokens(
-    worker: Worker, job: JobRecord, examples: Sequence[Example], found: Sequence[EncodedExample]
+    worker: Worker, job: JobRecord, examples: Sequence[Example], encoded: Sequence[EncodedExample]
 ) -> None:
-    """Adds an event to the job's history, once: how many answers and tokens of the training file are trained."""
-    parts = sequences(found)
-    figures = {
+    """Adds one event to the job's history: how many answers and tokens of the training file are supervised."""
+    parts = sequences(encoded)
+    counts = {
         "examples": len(examples),
         "answers": sum(len(example.answers) if example.prompt is None else 1 for example in examples),
         "trained_answers": sum(len(part.spans) for part in parts),
@@ -268,11 +262,11 @@ def report_supervised_tokens(
     )
     with worker.registry.writing() as session:
         if not any("supervised_tokens" in event.data for event in jobs.list_events(session, job.id)):
-            jobs.add_event(session, job.id, "info", "message", message.format(**figures), figures)
+            jobs.add_event(session, job.id, "info", "message", message.format(**counts), counts)
 
 
 def record_attempt_end(worker: Worker, job: JobRecord, error: LoramillError) -> None:
-    """Records why an attempt ended before its job; the job waits again if it is to go on or that may help."""
+    """Records the error that ended an attempt; the job is queued again if it is to continue or a retry may help."""
     settings = worker.settings
     if isinstance(error, JobCancelled):
         remove_checkpoints(worker, job)  # before it may be retried
@@ -294,16 +288,16 @@ def record_attempt_end(worker: Worker, job: JobRecord, error: LoramillError) -> 
                 )
 
     try:
-        retry_while_unavailable(DATABASE_OUTAGE_SECONDS, end_attempt)
+        outlast_database_outage(end_attempt)
     except LeaseLost:
-        log.warning("job %s: ended, but the lease was lost before: %s", job.id, error)
+        log.warning("job %s: ended, but the lease had been lost before: %s", job.id, error)
     except LoramillError:
-        log.exception("job %s: ended (%s), and the record can't be reached; its lease runs out", job.id, error)
+        log.exception("job %s: ended (%s), and the registry can't be reached; the lease will run out", job.id, error)
 
 
 def remove_checkpoints(worker: Worker, job: JobRecord) -> None:
-    """Removes a job's checkpoints; the next sweep removes those that can't be removed now."""
+    """Removes a job's checkpoints; what can't be removed now is left to the next clean-up."""
     try:
         delete_all(worker.checkpoint_location(job))
     except (LoramillError, OSError) as error:
-        log.warning("job %s: its checkpoints can't be removed now: %s", job.id, error)
+        log.warning("job %s: the checkpoints can't be removed now: %s", job.id, error)

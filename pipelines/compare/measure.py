@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from loramill.jobs.train.full_finetune import export_full, train_full
 from loramill.jobs.train.hf_export import save_hf_model
-from loramill.jobs.train.loop import export_adapter, load_checkpoint_to_export, train
+from loramill.jobs.train.loop import TrainContext, export_adapter, load_checkpoint_to_export, train
 from loramill.jobs.train.merge import merge_into
 from loramill.jobs.train.methods import AdaptedModel, attach_adapter
 from loramill.models.catalog import Base, load_for_training
@@ -95,14 +95,7 @@ def _full(bench: Workbench) -> ComparisonRow:
     model = bench.load()
     base = memory.used_bytes(task.device)
     del model  # the trainer loads its own
-    progress = train_full(
-        data.base,
-        data.train,
-        data.valid,
-        data.spec,
-        device=torch.device(task.device),
-        checkpoints=bench.checkpoints,
-    )
+    progress = train_full(data.base, _train_context(bench), device=torch.device(task.device))
     training = run_training(bench, progress, base=base)
     folder = task.folder / "whole"
     folder.mkdir()
@@ -160,18 +153,21 @@ def _prefix_cache(tuned: AdaptedModel) -> MakeCache:
 
 def _train(bench: Workbench, model: PreTrainedModel, attach: Attach) -> Training:
     """Trains by the loop of the jobs, which leaves the weights in its checkpoints."""
-    progress = train(
-        model,
-        bench.data.train,
-        bench.data.valid,
-        bench.data.spec,
-        folder=bench.data.base.folder,
-        checkpoints=bench.checkpoints,
-        attach=attach,
-    )
+    progress = train(model, _train_context(bench, attach))
     training = run_training(bench, progress, base=memory.used_bytes(bench.task.device))
     return training.model_copy(
         update={"parameters": sum(weight.numel() for weight in _trained_weights(bench).values())}
+    )
+
+
+def _train_context(bench: Workbench, attach: Attach = attach_adapter) -> TrainContext:
+    return TrainContext(
+        spec=bench.data.spec,
+        train_examples=bench.data.train,
+        valid_examples=bench.data.valid,
+        base_folder=bench.data.base.folder,
+        checkpoints=bench.checkpoints,
+        attach=attach,
     )
 
 

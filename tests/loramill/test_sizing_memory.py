@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loramill.data.tokenizer import EncodedExample
-from loramill.jobs.train.loop import train
+from loramill.jobs.train.loop import TrainContext, train
 from loramill.sizing import anatomy
 from loramill.sizing.memory import estimate, largest_row
 from loramill.types import JobSpec
@@ -65,7 +65,10 @@ def test_what_torch_allocates_is_foretold(config: LlamaConfig, said: dict[str, o
         EncodedExample(tuple(draw.randrange(2000) for _ in range(LENGTH)), round(LENGTH * (1 - LEARNT)))
         for _ in range(32)
     ]
-    steps = train(model, examples, [], spec, folder=tmp_path, checkpoints=tmp_path / "checkpoints")
+    context = TrainContext(
+        spec=spec, train_examples=examples, base_folder=tmp_path, checkpoints=tmp_path / "checkpoints"
+    )
+    steps = train(model, context)
     with closing(steps), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         next(steps)
     row = largest_row(spec, [LENGTH], LEARNT, shared_prefixes=False)

@@ -139,7 +139,7 @@ def main(case: Case) -> str:
     """Trains a case in this process; the device and its peak in bytes."""
     import torch
 
-    from loramill.jobs.train.loop import train
+    from loramill.jobs.train.loop import TrainContext, train
 
     torch.set_num_threads(1)
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,7 +154,13 @@ def main(case: Case) -> str:
         for _ in range(_EXAMPLES)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        for _ in train(model, examples, [], case.spec(base.fingerprint), folder=base.folder, checkpoints=Path(folder)):
+        context = TrainContext(
+            spec=case.spec(base.fingerprint),
+            train_examples=examples,
+            base_folder=base.folder,
+            checkpoints=Path(folder),
+        )
+        for _ in train(model, context):
             pass
     return f"{device} {torch.cuda.max_memory_allocated() if device == 'cuda' else _resident_peak()}"
 

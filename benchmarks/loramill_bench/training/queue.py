@@ -158,19 +158,19 @@ def _submit(
 
 @contextmanager
 def _steps_noted() -> Iterator[list[float]]:
-    """When each step of a job has ended."""
-    noted: list[float] = []
-    progress = lease.Lease.report
+    """The CPU seconds at which each step of a job ended."""
+    times: list[float] = []
+    report = lease.Lease.report
 
-    def note(self: lease.Lease, point: TrainingProgress) -> None:
-        noted.append(time.process_time())
-        progress(self, point)
+    def timed(self: lease.Lease, progress: TrainingProgress) -> None:
+        times.append(time.process_time())
+        report(self, progress)
 
-    lease.Lease.report = note  # type: ignore[method-assign]
+    lease.Lease.report = timed  # type: ignore[method-assign]
     try:
-        yield noted
+        yield times
     finally:
-        lease.Lease.report = progress  # type: ignore[method-assign]
+        lease.Lease.report = report  # type: ignore[method-assign]
 
 
 def _timed(task: Callable[[], object]) -> float:

@@ -14,7 +14,7 @@ import torch
 
 from loramill.data.tokenizer import EncodedExample
 from loramill.jobs.train.batching import choose_batch
-from loramill.jobs.train.loop import train
+from loramill.jobs.train.loop import TrainContext, train
 from loramill.models.catalog import Base, load_for_training
 from loramill.types import JobSpec
 from loramill_bench.measure import Result
@@ -66,7 +66,8 @@ def measure(base: Base, case: str, rounds: int) -> list[Result]:
     model = load_for_training(base, torch.bfloat16)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="loramill-bench-") as scratch:
-        job = train(model, examples, [], spec, folder=base.folder, checkpoints=Path(scratch))
+        context = TrainContext(spec=spec, train_examples=examples, base_folder=base.folder, checkpoints=Path(scratch))
+        job = train(model, context)
         with closing(job), Rival(base, spec, batches, Path(scratch)) as rival:
             ours, theirs, apart = [], [], []
             for _ in batches:

@@ -15,7 +15,7 @@ from loramill.jobs.train.checkpoint import latest
 from loramill.jobs.train.loop import ProcessGroup, TrainingProgress
 from loramill.types import JobSpec
 
-from .tiny_training import random_examples, spec_of, tiny, train
+from .tiny_training import random_examples, spec_of, tiny_model, train
 
 HELD_OUT = random_examples(5, seed=1, weighed=True)
 
@@ -62,7 +62,15 @@ class Group:
 
 def points(spec: JobSpec, place: Path, processes: ProcessGroup, **more: Any) -> list[TrainingProgress]:
     return list(
-        train(tiny(), random_examples(23, weighed=True), HELD_OUT, spec, checkpoints=place, processes=processes, **more)
+        train(
+            tiny_model(),
+            random_examples(23, weighed=True),
+            HELD_OUT,
+            spec,
+            checkpoints=place,
+            process_group=processes,
+            **more,
+        )
     )
 
 
@@ -83,7 +91,7 @@ def test_the_result_is_that_of_one(tmp_path: Path, size: int, changes: dict[str,
     ranks = Group(size).run(lambda processes: points(spec, tmp_path / str(processes.rank), processes))
     assert all(rank == ranks[0] for rank in ranks)
     for ours, theirs in zip(ranks[0], alone, strict=True):
-        assert (ours.step, ours.tokens, ours.best) == (theirs.step, theirs.trained_tokens, theirs.is_best)
+        assert (ours.step, ours.trained_tokens, ours.is_best) == (theirs.step, theirs.trained_tokens, theirs.is_best)
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
         assert ours.accuracy == pytest.approx(theirs.accuracy, abs=1e-6)
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
@@ -98,7 +106,12 @@ def test_all_go_on_from_the_firsts_checkpoint(tmp_path: Path) -> None:
 
     def half(processes: ProcessGroup) -> list[TrainingProgress]:
         running = train(
-            tiny(), random_examples(23, weighed=True), HELD_OUT, spec, checkpoints=tmp_path / "job", processes=processes
+            tiny_model(),
+            random_examples(23, weighed=True),
+            HELD_OUT,
+            spec,
+            checkpoints=tmp_path / "job",
+            process_group=processes,
         )
         return [next(running) for _ in range(3)]
 
@@ -123,7 +136,7 @@ def test_one_that_stops_stops_the_others(tmp_path: Path, own: JobError, others: 
             if processes.rank == 1 and next(passes, None) is None:
                 raise own
 
-        return points(spec_of(checkpoint_every=50), tmp_path, processes, check=check)
+        return points(spec_of(checkpoint_every=50), tmp_path, processes, raise_if_stopped=check)
 
     first, second, third = Group(3).run(stop)
     assert second is own

@@ -17,7 +17,7 @@ from loramill.jobs.train.extract_lora import ExtractionReport, extract_lora, low
 from loramill.jobs.train.methods.seeds import seeded
 from loramill.types import TARGETS
 
-from .tiny_training import spec_of, tiny, written
+from .tiny_training import spec_of, tiny_model, write_files
 
 
 def change_of(rows: int, columns: int, rank: int | None = None, seed: int = 0) -> torch.Tensor:
@@ -85,9 +85,9 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("make", "changes"),
     [
-        (tiny, {"rank": 64, "alpha": 7.0}),
+        (tiny_model, {"rank": 64, "alpha": 7.0}),
         (
-            tiny,
+            tiny_model,
             {"rank": 64, "targets": ("all-linear",), "rslora": True, "dropout": 0.3, "alpha_pattern": {"q_proj": 9}},
         ),
         (gpt2, {"rank": 96, "targets": ("all-linear",)}),
@@ -105,13 +105,13 @@ def test_at_full_rank_plain_peft_says_what_the_trained_linears_say(
     }
     files, report = extract_lora(model, weights, spec_of(method="full", **changes), "tiny")
     assert report.error < 1e-6 and report.energy_of_all > 1 - 1e-9 and report.changes_left_out == {}
-    loaded = PeftModel.from_pretrained(make(), written(tmp_path / "adapter", files))
+    loaded = PeftModel.from_pretrained(make(), write_files(tmp_path / "adapter", files))
     model.load_state_dict(weights, strict=False)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_the_report_says_what_no_adapter_holds() -> None:
-    model = tiny()
+    model = tiny_model()
     weights = changed(model)
     spec = spec_of(method="full", rank=4, targets=("q_proj", "down_proj"), layers=(1,), rank_pattern={"down_proj": 2})
     files, report = extract_lora(model, weights, spec, "tiny")
@@ -137,4 +137,4 @@ def test_the_report_says_what_no_adapter_holds() -> None:
 
 def test_a_target_that_is_not_there_is_named() -> None:
     with pytest.raises(InvalidRequest, match="nose"):
-        extract_lora(tiny(), changed(tiny()), spec_of(method="full", targets=(*TARGETS, "nose")), "tiny")
+        extract_lora(tiny_model(), changed(tiny_model()), spec_of(method="full", targets=(*TARGETS, "nose")), "tiny")

@@ -17,7 +17,7 @@ from loramill.jobs.train.ops.attention import attend
 from loramill.jobs.train.ops.loss import cross_entropy
 from loramill.jobs.train.ops.norm import rms_norm
 
-from .tiny_training import tiny
+from .tiny_training import tiny_model
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 
@@ -92,7 +92,7 @@ def test_the_norm_is_transformers(dtype: torch.dtype) -> None:
 
 
 def test_a_norm_that_is_trained_keeps_its_own_forward() -> None:
-    model = tiny()
+    model = tiny_model()
     model.model.norm.weight.requires_grad_(True)
     with configured_forward(model, 300, checkpointing=False):
         assert "forward" in vars(model.model.layers[0].input_layernorm) and "forward" not in vars(model.model.norm)
@@ -101,7 +101,7 @@ def test_a_norm_that_is_trained_keeps_its_own_forward() -> None:
 
 def test_short_rows_have_their_own_attention_where_it_is_known_to_be_right() -> None:
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    short, qwen = tiny(), Qwen2ForCausalLM(Qwen2Config(vocab_size=8, num_key_value_heads=2, **small))
+    short, qwen = tiny_model(), Qwen2ForCausalLM(Qwen2Config(vocab_size=8, num_key_value_heads=2, **small))
     for model in (short, qwen):
         with configured_forward(model, 300, checkpointing=False):
             assert model.config._attn_implementation == attention.IMPLEMENTATION_NAME

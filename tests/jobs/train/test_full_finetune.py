@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,16 @@ from loramill.settings import JobSettings, ServeSettings
 from loramill.types import JobSpec
 
 from ..conftest import base_of
-from .tiny_training import adapter, random_examples, reference_loss, spec_of, tiny, train, written
+from .tiny_training import (
+    context_of,
+    random_examples,
+    reference_loss,
+    spec_of,
+    tiny_model,
+    train,
+    train_and_export,
+    write_files,
+)
 
 CPU = torch.device("cpu")
 OFFLOAD = ("none", "optimizer", "all")
@@ -53,9 +62,16 @@ def full(**changes: Any) -> JobSpec:
     return spec_of(**{"method": "full", "learning_rate": 1e-2, "weight_decay": 0.1, "rank": 8} | changes)
 
 
+def start(
+    base: Base, spec: JobSpec, checkpoints: Path, valid: int = 0, **more: Any
+) -> Generator[TrainingProgress, None, None]:
+    examples, held_out = random_examples(23), random_examples(valid, seed=1)
+    context = context_of(examples, held_out, spec, base_folder=base.folder, checkpoints=checkpoints, **more)
+    return train_full(base, context, device=CPU)
+
+
 def points(base: Base, spec: JobSpec, checkpoints: Path, valid: int = 0, **more: Any) -> list[TrainingProgress]:
-    held_out = random_examples(valid, seed=1)
-    return list(train_full(base, random_examples(23), held_out, spec, device=CPU, checkpoints=checkpoints, **more))
+    return list(start(base, spec, checkpoints, valid, **more))
 
 
 def exported(base: Base, spec: JobSpec, checkpoints: Path, folder: Path) -> FullFinetuneResult:
@@ -80,7 +96,7 @@ def test_deepspeed_does_what_torch_does(tmp_path: Path, offload: str, micro_toke
 
     found = {}
     for name, attach in (("torch", by_torch), ("deepspeed", by_deepspeed)):
-        model, place = tiny().requires_grad_(True), tmp_path / name
+        model, place = tiny_model().requires_grad_(True), tmp_path / name
         found[name] = list(
             train(model, random_examples(23), random_examples(7, seed=1), spec, checkpoints=place, attach=attach)
         )
@@ -135,9 +151,7 @@ def test_the_model_is_in_bfloat16_and_what_is_kept_in_float32(tiny_base: Base, t
 def test_a_stopped_job_goes_on_to_the_same_bits(tiny_base: Base, tmp_path: Path, offload: str, after: int) -> None:
     spec = full(offload=offload, gradient_checkpointing=offload == "all")
     whole = points(tiny_base, spec, tmp_path / "whole", valid=3)
-    running = train_full(
-        tiny_base, random_examples(23), random_examples(3, seed=1), spec, device=CPU, checkpoints=tmp_path / "stopped"
-    )
+    running = start(tiny_base, spec, tmp_path / "stopped", valid=3)
     for _ in range(after):
         next(running)
     running.close()
@@ -160,32 +174,32 @@ def test_a_paused_job_keeps_its_last_step(tiny_base: Base, tmp_path: Path) -> No
             raise JobPaused("asked")
 
     with pytest.raises(JobPaused):
-        points(tiny_base, spec, tmp_path / "paused", check=check)
+        points(tiny_base, spec, tmp_path / "paused", raise_if_stopped=check)
     rest = points(tiny_base, spec, tmp_path / "paused")
     assert 1 <= len(rest) < 6 and rest == whole[-len(rest) :]
 
 
 def test_the_process_is_left_as_it_was(tiny_base: Base, tmp_path: Path) -> None:
     lora = spec_of(dropout=0.2)
-    before = adapter(tiny(), lora, tmp_path / "before")
+    before = train_and_export(tiny_model(), lora, tmp_path / "before")
     environment, drawn, linear = dict(os.environ), torch.random.get_rng_state(), torch.nn.functional.linear
     with pytest.raises(TrainingDiverged, match="lower learning rate"):
         points(tiny_base, full(learning_rate=1e38), tmp_path / "job")
-    running = train_full(
-        tiny_base, random_examples(23), [], full(offload="all"), device=CPU, checkpoints=tmp_path / "left"
-    )
+    running = start(tiny_base, full(offload="all"), tmp_path / "left")
     next(running)
     assert torch.distributed.is_initialized()
     running.close()
     assert not torch.distributed.is_initialized()
     assert dict(os.environ) == environment and torch.equal(torch.random.get_rng_state(), drawn)
     assert torch.nn.functional.linear is linear
-    assert adapter(tiny(), lora, tmp_path / "after") == before
+    assert train_and_export(tiny_model(), lora, tmp_path / "after") == before
 
 
 def test_begins_from_an_adapter(tiny_base: Base, tmp_path: Path) -> None:
     spec = spec_of(rank=8, learning_rate=3e-2, base=tiny_base.fingerprint)
-    first = written(tmp_path / "first", adapter(load_for_training(tiny_base, torch.bfloat16), spec, tmp_path / "job"))
+    first = write_files(
+        tmp_path / "first", train_and_export(load_for_training(tiny_base, torch.bfloat16), spec, tmp_path / "job")
+    )
     still = full(steps=1, learning_rate=1e-12)
     (fresh,) = points(tiny_base, still, tmp_path / "fresh", valid=9)
     (point,) = points(tiny_base, still, tmp_path / "next", valid=9, start_from=first)
@@ -209,7 +223,7 @@ def test_the_result_is_a_lora_and_a_base(tiny_base_folder: Path, tmp_path: Path,
     assert set(found.report.changes_left_out) == {name for name in last.weights if "norm" in name or "embed" in name}
     assert found.report == type(found.report).model_validate_json(found.adapter_files[REPORT_FILE])
     served = load_for_training(base, torch.bfloat16).float()
-    tuned = PeftModel.from_pretrained(served, written(tmp_path / "lora", found.adapter_files)).merge_and_unload()
+    tuned = PeftModel.from_pretrained(served, write_files(tmp_path / "lora", found.adapter_files)).merge_and_unload()
     for name, parameter in tuned.named_parameters():
         if name not in found.report.changes_left_out:
             torch.testing.assert_close(parameter, last.weights[name], rtol=1e-3, atol=1e-5)
@@ -231,7 +245,7 @@ def test_the_result_is_a_lora_and_a_base(tiny_base_folder: Path, tmp_path: Path,
 
 
 def test_an_unfinished_job_has_no_result(tiny_base: Base, tmp_path: Path) -> None:
-    running = train_full(tiny_base, random_examples(23), [], full(), device=CPU, checkpoints=tmp_path / "job")
+    running = start(tiny_base, full(), tmp_path / "job")
     for _ in range(3):
         next(running)
     running.close()
@@ -244,7 +258,7 @@ import sys
 from pathlib import Path
 import torch.distributed as dist
 from loramill.errors import JobPaused
-from loramill.jobs.train.distributed import Processes
+from loramill.jobs.train.distributed import ProcessGroup
 from tests.jobs.train.test_full_finetune import SHARED, base_of, points
 rank, root, calls = int(sys.argv[1]), Path(sys.argv[2]), 0
 dist.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=2)
@@ -256,7 +270,8 @@ def check():
 base = base_of(root / "base", root)
 for stop in (check, lambda: None):
     try:
-        points(base, SHARED, root / "job", valid=3, check=stop, processes=Processes(rank, 2, dist.all_reduce))
+        group = ProcessGroup(rank, 2, dist.all_reduce)
+        points(base, SHARED, root / "job", valid=3, raise_if_stopped=stop, process_group=group)
     except JobPaused:
         print("paused")
 assert dist.is_initialized()

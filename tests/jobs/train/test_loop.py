@@ -28,7 +28,7 @@ from loramill.models.catalog import Base, load_for_training
 from loramill.submission.defaults import count_steps
 from loramill.types import TARGETS, JobSpec
 
-from .tiny_training import adapter, random_examples, reference_loss, spec_of, tiny, train, written
+from .tiny_training import random_examples, reference_loss, spec_of, tiny_model, train, train_and_export, write_files
 
 
 @pytest.mark.parametrize(
@@ -48,10 +48,10 @@ def test_steps_are_those_of_plain_peft(tmp_path: Path, changes: dict[str, Any]) 
     """Loss, accuracy, gradient norm and weights equal those of a plain loop over PEFT, in every layout."""
     spec = spec_of(**changes)
     examples, held_out = random_examples(23, weighed=True), random_examples(7, seed=1, weighed=True)
-    points = list(train(tiny(), examples, held_out, spec, checkpoints=tmp_path))
+    points = list(train(tiny_model(), examples, held_out, spec, checkpoints=tmp_path))
 
     config = LoraConfig(r=4, lora_alpha=8, use_rslora=spec.rslora, target_modules=list(TARGETS))
-    plain = get_peft_model(tiny(), config)
+    plain = get_peft_model(tiny_model(), config)
     begin(plain, tmp_path / "begin", spec)
     named = [(name, parameter) for name, parameter in plain.named_parameters() if parameter.requires_grad]
     learned = [parameter for _, parameter in named]
@@ -73,7 +73,9 @@ def test_steps_are_those_of_plain_peft(tmp_path: Path, changes: dict[str, Any]) 
     loss, accuracy = reference_loss(plain, held_out)
     assert points[-1].valid_loss == pytest.approx(loss.item(), rel=1e-4)
     assert points[-1].valid_accuracy == pytest.approx(accuracy, abs=1e-6)
-    ours = PeftModel.from_pretrained(tiny(), written(tmp_path / "ours", export_adapter(tmp_path, spec, base="tiny")))
+    ours = PeftModel.from_pretrained(
+        tiny_model(), write_files(tmp_path / "ours", export_adapter(tmp_path, spec, base="tiny"))
+    )
     for name, weight in plain.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name), weight, rtol=1e-3, atol=1e-5)
 
@@ -81,7 +83,9 @@ def test_steps_are_those_of_plain_peft(tmp_path: Path, changes: dict[str, Any]) 
 def begin(plain: PeftModel, folder: Path, spec: JobSpec) -> None:
     """Puts the weights into `plain` that a job of `spec` begins with."""
     still = spec.model_copy(update={"steps": 1, "learning_rate": 1e-30, "weight_decay": 0.0})
-    first = PeftModel.from_pretrained(tiny(), written(folder, adapter(tiny(), still, folder.parent / "still")))
+    first = PeftModel.from_pretrained(
+        tiny_model(), write_files(folder, train_and_export(tiny_model(), still, folder.parent / "still"))
+    )
     for name, parameter in plain.named_parameters():
         parameter.data.copy_(first.get_parameter(name))
 
@@ -90,7 +94,7 @@ def begin(plain: PeftModel, folder: Path, spec: JobSpec) -> None:
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 9), weighed=st.booleans())
 def test_packed_padded_and_alone_are_the_same_loss(seed: int, count: int, weighed: bool) -> None:
     """To 1e-4 in fp32, as is the gradient: nobody sees its neighbours in a row, nor other positions."""
-    model, examples = tiny(), random_examples(count, seed, weighed=weighed)
+    model, examples = tiny_model(), random_examples(count, seed, weighed=weighed)
     total = sum(count_supervised_tokens(example) for example in examples)
     weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
     found = []
@@ -110,7 +114,7 @@ def test_packed_padded_and_alone_are_the_same_loss(seed: int, count: int, weighe
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_logits_are_computed_for_the_supervised_tokens_alone(tmp_path: Path, packing: bool) -> None:
-    model, seen = tiny(), []
+    model, seen = tiny_model(), []
     model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape))
     next(train(model, random_examples(23), [], spec_of(packing=packing, micro_tokens=1000), checkpoints=tmp_path))
     learnt = sum(count_supervised_tokens(random_examples(23)[index]) for index in choose_batch(23, 5, 0, 0))
@@ -121,13 +125,13 @@ def test_activations_that_are_computed_again_give_the_same_bits(tmp_path: Path) 
     calls = {False: 0, True: 0}
     files = {}
     for again in calls:
-        model, spec = tiny(), spec_of(dropout=0.3, gradient_checkpointing=again)
+        model, spec = tiny_model(), spec_of(dropout=0.3, gradient_checkpointing=again)
 
         def count(*_: Any, again: bool = again) -> None:
             calls[again] += 1
 
         model.model.layers[0].input_layernorm.register_forward_hook(count)
-        files[again] = adapter(model, spec, tmp_path / str(again))["adapter_model.safetensors"]
+        files[again] = train_and_export(model, spec, tmp_path / str(again))["adapter_model.safetensors"]
         assert all("forward" not in vars(layer) for layer in model.modules() if isinstance(layer, LlamaDecoderLayer))
     assert files[True] == files[False]
     assert calls[True] == 2 * calls[False]
@@ -135,8 +139,8 @@ def test_activations_that_are_computed_again_give_the_same_bits(tmp_path: Path) 
 
 def test_files_are_those_of_save_pretrained(tmp_path: Path) -> None:
     spec = spec_of(targets=("q_proj", "down_proj"))
-    ours = adapter(tiny(), spec, tmp_path / "job")
-    loaded = PeftModel.from_pretrained(tiny(), written(tmp_path / "ours", ours))
+    ours = train_and_export(tiny_model(), spec, tmp_path / "job")
+    loaded = PeftModel.from_pretrained(tiny_model(), write_files(tmp_path / "ours", ours))
     loaded.peft_config["default"].base_model_name_or_path = "tiny"
     loaded.save_pretrained(tmp_path / "theirs")
     assert ours["adapter_model.safetensors"] == (tmp_path / "theirs" / "adapter_model.safetensors").read_bytes()
@@ -151,7 +155,7 @@ def test_files_are_those_of_save_pretrained(tmp_path: Path) -> None:
 
 def test_progress_counts(tmp_path: Path) -> None:
     points = list(
-        train(tiny(), random_examples(23), random_examples(4, seed=1), spec_of(steps=5), checkpoints=tmp_path)
+        train(tiny_model(), random_examples(23), random_examples(4, seed=1), spec_of(steps=5), checkpoints=tmp_path)
     )
     assert [point.step for point in points] == [1, 2, 3, 4, 5]
     trained = [random_examples(23)[index] for step in range(5) for index in choose_batch(23, 5, step, 0)]
@@ -164,8 +168,8 @@ def test_the_sequences_of_an_example_count_as_one(tmp_path: Path, changes: dict[
     first, *others = random_examples(6, weighed=True)
     examples = [replace(first, rest=tuple(others[:2])), *others[2:]]
     spec = spec_of(epochs=1, steps=1, batch_size=4, **changes)
-    (point,) = train(tiny(), examples, examples[:1], spec, checkpoints=tmp_path)
-    loss, accuracy = reference_loss(tiny(), sequences(examples))
+    (point,) = train(tiny_model(), examples, examples[:1], spec, checkpoints=tmp_path)
+    loss, accuracy = reference_loss(tiny_model(), sequences(examples))
     assert len(sequences(examples)) == 6
     assert point.loss == pytest.approx(loss.item(), rel=1e-5) and point.accuracy == pytest.approx(accuracy)
     assert point.trained_tokens == sum(len(sequence.tokens) for sequence in sequences(examples))
@@ -189,7 +193,7 @@ def test_each_example_is_trained_on_in_every_epoch(
     monkeypatch.setattr(loop, "loss_and_accuracy", counted)
     steps = count_steps(epochs, len(examples), batch_size)
     spec = spec_of(steps=steps, epochs=epochs, batch_size=batch_size, micro_tokens=micro_tokens)
-    running = train(tiny(), examples, [], spec, checkpoints=tmp_path)
+    running = train(tiny_model(), examples, [], spec, checkpoints=tmp_path)
     for epoch in range(epochs):
         for first in range(0, len(examples), batch_size):
             begun = len(seen)
@@ -204,7 +208,7 @@ def test_each_example_is_trained_on_in_every_epoch(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_base_is_left_as_it_was(tmp_path: Path, dtype: torch.dtype, checkpointing: bool) -> None:
-    model = tiny(dtype)
+    model = tiny_model(dtype)
     model.lm_head.weight.requires_grad_(True)
     first, *_ = model.modules()
     before = (str(model), sorted(first.__dict__), model.config.to_dict(), model.training)
@@ -233,33 +237,33 @@ def test_the_base_is_left_as_it_was(tmp_path: Path, dtype: torch.dtype, checkpoi
 
 
 def test_a_resident_base_teaches_each_job_alike(tmp_path: Path) -> None:
-    model, spec, file = tiny(torch.bfloat16), spec_of(dropout=0.2), "adapter_model.safetensors"
-    once = adapter(model, spec, tmp_path / "first")
-    adapter(model, spec_of(seed=1, rank=2), tmp_path / "between")
-    assert adapter(model, spec, tmp_path / "again") == once
-    assert adapter(model, spec_of(dropout=0.2, seed=1), tmp_path / "other")[file] != once[file]
-    assert adapter(model, spec_of(dropout=0.0), tmp_path / "no-dropout")[file] != once[file]
+    model, spec, file = tiny_model(torch.bfloat16), spec_of(dropout=0.2), "adapter_model.safetensors"
+    once = train_and_export(model, spec, tmp_path / "first")
+    train_and_export(model, spec_of(seed=1, rank=2), tmp_path / "between")
+    assert train_and_export(model, spec, tmp_path / "again") == once
+    assert train_and_export(model, spec_of(dropout=0.2, seed=1), tmp_path / "other")[file] != once[file]
+    assert train_and_export(model, spec_of(dropout=0.0), tmp_path / "no-dropout")[file] != once[file]
 
 
 def test_dropout_changes_from_step_to_step_and_is_off_for_the_validation_loss(tmp_path: Path) -> None:
     spec, held_out = spec_of(dropout=0.5, batch_size=1, steps=3), random_examples(9, seed=1)
     still = spec.model_copy(update={"learning_rate": 1e-30})
-    points = list(train(tiny(), random_examples(1), [], still, checkpoints=tmp_path / "still"))
+    points = list(train(tiny_model(), random_examples(1), [], still, checkpoints=tmp_path / "still"))
     assert len({point.grad_norm for point in points}) == 3
 
-    *_, last = train(tiny(), random_examples(1), held_out, spec, checkpoints=tmp_path / "job")
+    *_, last = train(tiny_model(), random_examples(1), held_out, spec, checkpoints=tmp_path / "job")
     plain = PeftModel.from_pretrained(
-        tiny(), written(tmp_path / "ours", export_adapter(tmp_path / "job", spec, base="tiny"))
+        tiny_model(), write_files(tmp_path / "ours", export_adapter(tmp_path / "job", spec, base="tiny"))
     )
     assert last.valid_loss == pytest.approx(reference_loss(plain, held_out)[0].item(), rel=1e-5)
 
 
 def test_begins_from_the_weights_of_an_adapter(tmp_path: Path) -> None:
-    first = written(tmp_path / "first", adapter(tiny(), spec_of(), tmp_path / "job"))
+    first = write_files(tmp_path / "first", train_and_export(tiny_model(), spec_of(), tmp_path / "job"))
     held_out = random_examples(23)
     spec = spec_of(steps=1, learning_rate=1e-12, start_from="v1", seed=9)
-    (point,) = train(tiny(), random_examples(23), held_out, spec, checkpoints=tmp_path / "next", start_from=first)
-    plain = PeftModel.from_pretrained(tiny(), first)
+    (point,) = train(tiny_model(), random_examples(23), held_out, spec, checkpoints=tmp_path / "next", start_from=first)
+    plain = PeftModel.from_pretrained(tiny_model(), first)
     assert point.valid_loss == pytest.approx(reference_loss(plain, held_out)[0].item(), rel=1e-5)
 
 
@@ -269,20 +273,24 @@ def test_begins_from_the_weights_of_an_adapter(tmp_path: Path) -> None:
     ids=lambda change: next(iter(change)),
 )
 def test_refuses_to_begin_from_an_adapter_of_another_kind(tmp_path: Path, change: dict[str, Any]) -> None:
-    first = written(tmp_path / "first", adapter(tiny(), spec_of(), tmp_path / "job"))
+    first = write_files(tmp_path / "first", train_and_export(tiny_model(), spec_of(), tmp_path / "job"))
     with pytest.raises(AdapterInvalid, match="start afresh"):
-        next(train(tiny(), random_examples(5), [], spec_of(**change), checkpoints=tmp_path / "next", start_from=first))
+        next(
+            train(
+                tiny_model(), random_examples(5), [], spec_of(**change), checkpoints=tmp_path / "next", start_from=first
+            )
+        )
 
 
 def test_refuses_data_without_a_token_to_learn(tmp_path: Path) -> None:
     silent = EncodedExample((1, 2, 3), 3)
     with pytest.raises(DatasetInvalid, match="Example 6 of the training data") as refused:
-        next(train(tiny(), [*random_examples(5), silent], [], spec_of(), checkpoints=tmp_path))
+        next(train(tiny_model(), [*random_examples(5), silent], [], spec_of(), checkpoints=tmp_path))
     assert len(refused.value.problems) == 1
     with pytest.raises(DatasetInvalid, match="Example 6 of the validation data"):
-        next(train(tiny(), random_examples(5), [*random_examples(5), silent], spec_of(), checkpoints=tmp_path))
+        next(train(tiny_model(), random_examples(5), [*random_examples(5), silent], spec_of(), checkpoints=tmp_path))
     with pytest.raises(DatasetInvalid, match="no examples"):
-        next(train(tiny(), [], [], spec_of(), checkpoints=tmp_path))
+        next(train(tiny_model(), [], [], spec_of(), checkpoints=tmp_path))
 
 
 def test_the_real_base_learns_a_mapping(base: Base, tokenizer: ChatTokenizer, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from loramill.jobs.train.batching import choose_batch
 from loramill.jobs.train.checkpoint import latest
 from loramill.jobs.train.loop import export_adapter
 
-from .tiny_training import adapter, random_examples, spec_of, tiny, train
+from .tiny_training import random_examples, spec_of, tiny_model, train, train_and_export
 
 HELD_OUT = random_examples(4, seed=1)
 FILE = "adapter_model.safetensors"
@@ -51,10 +51,10 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def quantized(tmp_path: Path) -> Callable[[], PreTrainedModel]:
     """Makes a tiny base of rounded values, whose folder has those before."""
-    tiny().save_pretrained(tmp_path / "base")
+    tiny_model().save_pretrained(tmp_path / "base")
 
     def make() -> PreTrainedModel:
-        model = tiny()
+        model = tiny_model()
         with torch.no_grad():
             for module in model.model.layers.modules():
                 if isinstance(module, nn.Linear):
@@ -79,15 +79,17 @@ def test_a_stopped_job_goes_on_to_the_same_bits(
         micro_tokens=60,
         schedule="cosine",
     ).model_copy(update=METHODS[method])
-    more = {"valid": HELD_OUT, "folder": tmp_path / "base"}
-    whole = adapter(quantized(), spec, tmp_path / "whole", **more)
+    more = {"valid": HELD_OUT, "base_folder": tmp_path / "base"}
+    whole = train_and_export(quantized(), spec, tmp_path / "whole", **more)
     for after in range(1, 8):
         place = tmp_path / f"stopped after {after}"
-        running = train(quantized(), random_examples(23), HELD_OUT, spec, folder=tmp_path / "base", checkpoints=place)
+        running = train(
+            quantized(), random_examples(23), HELD_OUT, spec, base_folder=tmp_path / "base", checkpoints=place
+        )
         for _ in range(after):
             next(running)
         running.close()
-        assert adapter(quantized(), spec, place, **more) == whole
+        assert train_and_export(quantized(), spec, place, **more) == whole
 
 
 def test_a_paused_job_loses_no_step(tmp_path: Path) -> None:
@@ -99,7 +101,7 @@ def test_a_paused_job_loses_no_step(tmp_path: Path) -> None:
         nonlocal passes
         passes += 1
 
-    whole = adapter(tiny(), spec, tmp_path / "whole", valid=HELD_OUT, check=count)
+    whole = train_and_export(tiny_model(), spec, tmp_path / "whole", valid=HELD_OUT, raise_if_stopped=count)
     assert passes > 15
     for last in range(1, passes):
         place, left, asked = tmp_path / str(last), iter(range(last)), (JobPaused, JobPreempted)[last % 2]
@@ -110,9 +112,11 @@ def test_a_paused_job_loses_no_step(tmp_path: Path) -> None:
 
         points = []
         with pytest.raises(asked):
-            for point in train(tiny(), random_examples(23), HELD_OUT, spec, checkpoints=place, check=stop):
+            for point in train(
+                tiny_model(), random_examples(23), HELD_OUT, spec, checkpoints=place, raise_if_stopped=stop
+            ):
                 points.append(point)
-        rest = list(train(tiny(), random_examples(23), HELD_OUT, spec, checkpoints=place))
+        rest = list(train(tiny_model(), random_examples(23), HELD_OUT, spec, checkpoints=place))
         assert [point.step for point in (*points, *rest)] == [1, 2, 3, 4, 5, 6]
         assert [point.step for point in (*points, *rest) if point.valid_loss is not None] == [3, 6]
         assert export_adapter(place, spec, base="tiny") == whole
@@ -128,12 +132,12 @@ def test_a_cancelled_job_ends_before_its_next_pass(tmp_path: Path) -> None:
     with pytest.raises(JobCancelled):
         list(
             train(
-                tiny(),
+                tiny_model(),
                 random_examples(23),
                 [],
                 spec_of(micro_tokens=1000, checkpoint_every=50),
                 checkpoints=tmp_path,
-                check=stop,
+                raise_if_stopped=stop,
             )
         )
     assert not list(tmp_path.iterdir())
@@ -142,9 +146,9 @@ def test_a_cancelled_job_ends_before_its_next_pass(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from tests.jobs.train.tiny_training import random_examples, spec_of, tiny, train
+from tests.jobs.train.tiny_training import random_examples, spec_of, tiny_model, train
 spec = spec_of(dropout=0.2, steps=40)
-for point in train(tiny(), random_examples(23), [], spec, checkpoints=Path(sys.argv[1])):
+for point in train(tiny_model(), random_examples(23), [], spec, checkpoints=Path(sys.argv[1])):
     print(point.step, flush=True)
     time.sleep(0.02)
 """
@@ -152,7 +156,7 @@ for point in train(tiny(), random_examples(23), [], spec, checkpoints=Path(sys.a
 
 def test_a_job_killed_with_9_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     spec = spec_of(dropout=0.2, steps=40)
-    whole = adapter(tiny(), spec, tmp_path / "whole")
+    whole = train_and_export(tiny_model(), spec, tmp_path / "whole")
     command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]) as process:
         assert process.stdout is not None
@@ -163,20 +167,22 @@ def test_a_job_killed_with_9_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGKILL
     with pytest.raises(ArtifactMissing, match="step 40"):
         export_adapter(tmp_path / "killed", spec, base="tiny")
-    rest = list(train(tiny(), random_examples(23), [], spec, checkpoints=tmp_path / "killed"))
+    rest = list(train(tiny_model(), random_examples(23), [], spec, checkpoints=tmp_path / "killed"))
     assert 13 <= rest[0].step < 40
     assert export_adapter(tmp_path / "killed", spec, base="tiny") == whole
 
 
 def test_checkpoints_may_lie_where_other_machines_reach_them(tmp_path: Path) -> None:
     spec, place = spec_of(dropout=0.2), f"memory://{tmp_path.name}/job"
-    running = train(tiny(), random_examples(23), [], spec, checkpoints=place)
+    running = train(tiny_model(), random_examples(23), [], spec, checkpoints=place)
     for _ in range(3):
         next(running)
     running.close()
-    rest = list(train(tiny(), random_examples(23), [], spec, checkpoints=place))
+    rest = list(train(tiny_model(), random_examples(23), [], spec, checkpoints=place))
     assert [point.step for point in rest] == [3, 4, 5, 6]
-    assert export_adapter(place, spec, base="tiny") == adapter(tiny(), spec, (tmp_path / "local").as_uri())
+    assert export_adapter(place, spec, base="tiny") == train_and_export(
+        tiny_model(), spec, (tmp_path / "local").as_uri()
+    )
 
 
 # Memory
@@ -196,7 +202,7 @@ def no_python_memory() -> None:
 
 @pytest.mark.parametrize("fail", [no_memory, no_gpu_memory, no_python_memory])
 def test_says_when_memory_runs_out_and_what_is_next(tmp_path: Path, fail: Callable[[], None]) -> None:
-    model = tiny()
+    model = tiny_model()
     model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: fail())
     with pytest.raises(OutOfMemory, match=r"pass of 64 tokens .* with 'micro_tokens' 32"):
         next(train(model, random_examples(23), [], spec_of(micro_tokens=64), checkpoints=tmp_path))
@@ -205,7 +211,7 @@ def test_says_when_memory_runs_out_and_what_is_next(tmp_path: Path, fail: Callab
 
 
 def test_other_errors_are_not_taken_for_memory(tmp_path: Path) -> None:
-    model = tiny()
+    model = tiny_model()
     model.model.layers[1].mlp.register_forward_pre_hook(lambda _, x: x[0] @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size mismatch"):
         next(train(model, random_examples(23), [], spec_of(), checkpoints=tmp_path))
@@ -214,21 +220,21 @@ def test_other_errors_are_not_taken_for_memory(tmp_path: Path) -> None:
 def test_smaller_passes_go_on_to_the_same_result(tmp_path: Path) -> None:
     """From the checkpoints of the larger ones, and to rounding: the batch of a step is the same."""
     spec = spec_of(micro_tokens=200)
-    whole = list(train(tiny(), random_examples(23), HELD_OUT, spec, checkpoints=tmp_path / "whole"))
-    running = train(tiny(), random_examples(23), HELD_OUT, spec, checkpoints=tmp_path / "job")
+    whole = list(train(tiny_model(), random_examples(23), HELD_OUT, spec, checkpoints=tmp_path / "whole"))
+    running = train(tiny_model(), random_examples(23), HELD_OUT, spec, checkpoints=tmp_path / "job")
     for _ in range(2):
         next(running)
     running.close()
     passes: list[int] = []
     rest = list(
         train(
-            tiny(),
+            tiny_model(),
             random_examples(23),
             HELD_OUT,
             spec,
             checkpoints=tmp_path / "job",
             micro_tokens=30,
-            check=lambda: passes.append(1),
+            raise_if_stopped=lambda: passes.append(1),
         )
     )
     assert len(passes) > 2 * len(rest)
@@ -243,7 +249,7 @@ def test_smaller_passes_go_on_to_the_same_result(tmp_path: Path) -> None:
 
 def poisoned() -> PreTrainedModel:
     """A base that no example with token 61 can be trained on."""
-    model = tiny()
+    model = tiny_model()
     model.model.embed_tokens.register_forward_hook(
         lambda _, tokens, found: found.masked_fill(tokens[0][..., None] == 61, torch.nan)
     )
@@ -271,7 +277,7 @@ def test_a_loss_that_is_no_number_ends_the_job_with_its_examples(tmp_path: Path)
 
 
 def test_a_gradient_that_is_no_number_ends_the_job(tmp_path: Path) -> None:
-    model = tiny()
+    model = tiny_model()
     model.model.layers[0].input_layernorm.register_full_backward_hook(lambda _, given, __: (given[0] * torch.inf,))
     model.model.layers[0].mlp.register_full_backward_hook(lambda _, given, __: (given[0] * torch.nan,))
     with pytest.raises(TrainingDiverged, match=r"step 1 of 6: loss \d.*gradient norm nan") as told:
@@ -287,7 +293,7 @@ def test_a_validation_loss_that_is_no_number_ends_the_job(tmp_path: Path) -> Non
 
 def test_says_when_training_diverges(tmp_path: Path) -> None:
     with pytest.raises(TrainingDiverged, match=r"step \d of 6.*lower learning rate"):
-        list(train(tiny(), random_examples(9), [], spec_of(learning_rate=1e38), checkpoints=tmp_path))
+        list(train(tiny_model(), random_examples(9), [], spec_of(learning_rate=1e38), checkpoints=tmp_path))
 
 
 # Disks
@@ -295,8 +301,8 @@ def test_says_when_training_diverges(tmp_path: Path) -> None:
 
 def test_a_full_disk_ends_the_attempt_and_the_next_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of(dropout=0.2)
-    whole = adapter(tiny(), spec, tmp_path / "whole")
-    running = train(tiny(), random_examples(23), [], spec, checkpoints=tmp_path / "job")
+    whole = train_and_export(tiny_model(), spec, tmp_path / "whole")
+    running = train(tiny_model(), random_examples(23), [], spec, checkpoints=tmp_path / "job")
     next(running), next(running)
 
     def full(_: int) -> None:
@@ -306,18 +312,18 @@ def test_a_full_disk_ends_the_attempt_and_the_next_goes_on(tmp_path: Path, monke
         patch.setattr(os, "fsync", full)
         with pytest.raises(DiskFull):
             list(running)
-    assert adapter(tiny(), spec, tmp_path / "job") == whole
+    assert train_and_export(tiny_model(), spec, tmp_path / "job") == whole
 
 
 def test_a_checkpoint_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of()
-    adapter(tiny(), spec, tmp_path)
+    train_and_export(tiny_model(), spec, tmp_path)
 
     def broken(_: Path) -> bytes:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(Path, "read_bytes", broken)
     with pytest.raises(ArtifactCorrupt, match="can't be read"):
-        next(train(tiny(), random_examples(23), [], spec, checkpoints=tmp_path))
+        next(train(tiny_model(), random_examples(23), [], spec, checkpoints=tmp_path))
     with pytest.raises(ArtifactCorrupt, match="can't be read"):
         export_adapter(tmp_path, spec, base="tiny")

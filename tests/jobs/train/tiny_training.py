@@ -1,4 +1,4 @@
-"""A base that trains in milliseconds, examples for it, and the reference_loss's loss over them."""
+"""A base that trains in milliseconds, random examples for it, and a reference loss over them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from loramill.data.tokenizer import EncodedExample, TokenSpan
 from loramill.jobs.train import loop
-from loramill.jobs.train.loop import TrainingProgress
+from loramill.jobs.train.loop import TrainContext, TrainingProgress
 from loramill.types import JobSpec
 
 from ...llama import tiny_llama
@@ -21,8 +21,8 @@ from ...llama import tiny_llama
 NOWHERE = Path("/nowhere")
 
 
-def tiny(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    # By this seed it gets worse at what it doesn't train on after some steps, not from the first.
+def tiny_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    # With this seed the loss on held-out examples rises after some steps, not from the first.
     return tiny_llama(dtype, seed=2, vocab_size=64, tie_word_embeddings=True).requires_grad_(False)
 
 
@@ -33,7 +33,7 @@ def spec_of(**changes: Any) -> JobSpec:
 
 
 def random_examples(count: int, seed: int = 0, *, weighed: bool = False) -> list[EncodedExample]:
-    """Random examples with a common beginning; weighed, many have two answers of different weights."""
+    """Random examples with a common prefix; weighed, many have two answers of different weights."""
     draw = random.Random(seed)
     examples = []
     for line in range(1, count + 1):
@@ -51,21 +51,33 @@ def random_examples(count: int, seed: int = 0, *, weighed: bool = False) -> list
     return examples
 
 
-def train(model: PreTrainedModel, *arguments: Any, **more: Any) -> Generator[TrainingProgress, None, None]:
-    """`training.train` of a base whose files its method doesn't read."""
-    return loop.train(model, *arguments, **{"folder": NOWHERE} | more)
+def train(
+    model: PreTrainedModel,
+    examples: Sequence[EncodedExample],
+    valid: Sequence[EncodedExample],
+    spec: JobSpec,
+    **fields: Any,
+) -> Generator[TrainingProgress, None, None]:
+    return loop.train(model, context_of(examples, valid, spec, **fields))
 
 
-def adapter(model: PreTrainedModel, spec: JobSpec, place: Path | str, **more: Any) -> dict[str, bytes]:
-    """The files of the job, from its last checkpoint on."""
+def context_of(
+    examples: Sequence[EncodedExample], valid: Sequence[EncodedExample], spec: JobSpec, **fields: Any
+) -> TrainContext:
+    """The context of a job whose method does not read the base's files."""
+    return TrainContext(spec=spec, train_examples=examples, valid_examples=valid, **{"base_folder": NOWHERE} | fields)
+
+
+def train_and_export(model: PreTrainedModel, spec: JobSpec, checkpoints: Path | str, **more: Any) -> dict[str, bytes]:
+    """Trains the job from its last checkpoint to the end; returns the adapter's files."""
     for _ in train(
-        model, more.pop("train", random_examples(23)), more.pop("valid", []), spec, checkpoints=place, **more
+        model, more.pop("train", random_examples(23)), more.pop("valid", []), spec, checkpoints=checkpoints, **more
     ):
         pass
-    return loop.export_adapter(place, spec, base="tiny")
+    return loop.export_adapter(checkpoints, spec, base="tiny")
 
 
-def written(folder: Path, files: dict[str, bytes]) -> Path:
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -73,7 +85,7 @@ def written(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def reference_loss(model: Any, examples: Sequence[EncodedExample]) -> tuple[torch.Tensor, float]:
-    """Weighted mean cross-entropy and accuracy of padded examples, by transformers' own mask and positions."""
+    """Weighted mean cross-entropy and accuracy of padded examples, with transformers' own mask and positions."""
     width = max(len(example.tokens) for example in examples)
     tokens, mask = torch.zeros(len(examples), width, dtype=torch.long), torch.zeros(len(examples), width)
     weights = torch.zeros(len(examples), width)
