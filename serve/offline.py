@@ -65,7 +65,7 @@ class OfflineEngine:
     """Answers prompts for the base and any adapter, all mixed in the same batches. Close it, or use it by `with`.
 
         with OfflineEngine(base, registry.artifacts.fetch, settings.serve) as engine:
-            for completion in engine.generate(TextRequest("1", "acme", prompt=text, max_tokens=64) for text in texts):
+            for completion in engine.generate(TextRequest("1", "acme", prompt=text) for text in texts):
                 ...
 
     Args:
@@ -199,17 +199,20 @@ class _PromptLine(FrozenModel):
     def request(self, number: int, defaults: TextRequest, *, chat: bool) -> TextRequest:
         """The line as a request, with what it doesn't say from `like`."""
         names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
-        said: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
+        params = {name: value for name in names if (value := getattr(self, name)) is not None}
+        fields: dict[str, Any] = {
+            "id": self.id or str(number),
+            "sampling_params": replace(defaults.sampling_params, **params),
+        }
         if self.stop is not None:
-            said["stop"] = (self.stop,) if isinstance(self.stop, str) else self.stop
-        said["id"] = self.id or str(number)
+            fields["stop"] = (self.stop,) if isinstance(self.stop, str) else self.stop
         if self.prompt is not None:
-            return build_request(self.prompt, replace(defaults, **said), chat=chat)
+            return build_request(self.prompt, replace(defaults, **fields), chat=chat)
         messages, tools = read_prompt(self.model_dump(include=set(LINE_KEYS)))
         asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         if not asked:
             raise LineError('write either "prompt" or "messages", with a message to answer.')
-        return replace(defaults, **said, messages=asked, tools=tools)
+        return replace(defaults, **fields, messages=asked, tools=tools)
 
 
 def build_request(text: str, defaults: TextRequest, *, chat: bool) -> TextRequest:

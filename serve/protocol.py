@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from loramill.data.tokenizer import Message
+from loramill.serve.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +29,16 @@ class OutputConstraint:
 
 @dataclass(frozen=True, slots=True)
 class TextRequest:
-    """One answer to be generated. Exactly one of `messages` and `prompt` is given.
+    """One answer to generate. Exactly one of `messages` and `prompt` is set.
 
-    `version` is the adapter's identity, resolved and pinned by the gateway; None asks the base itself.
-    `max_tokens` None means as many as the context holds; 0 is for `echo` alone, with which the answer begins with the
-    prompt. `logprobs` is the number of alternatives to report beside each chosen token, or None for no log
-    probabilities. `tools` are told to the model by the chat template. With a `form` nothing else can be generated, and
-    the answer ends where nothing can follow. What the numbers that choose tokens do, the engine's `Sampling` says.
+    Attributes:
+        version: the adapter's identity, resolved and pinned by the gateway; None: the base alone.
+        prompt: text or token ids to continue.
+        sampling_params: how tokens are sampled; its `n` is 1, and the replica sets its `stop_ids`.
+        stop: strings that end the answer; they are not part of it.
+        ignore_eos: continue after the base's stop tokens.
+        tools: JSON schemas of tools, as the chat template renders them.
+        constraint: what the whole answer must match; it ends where nothing can follow.
     """
 
     id: str
@@ -42,21 +46,9 @@ class TextRequest:
     version: str | None = None
     messages: tuple[Message, ...] = ()
     prompt: str | tuple[int, ...] | None = None
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    min_tokens: int = 0
-    seed: int | None = None
+    sampling_params: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=1.0))
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None
-    echo: bool = False
     tools: tuple[Mapping[str, Any], ...] = ()
     constraint: OutputConstraint | None = None
 

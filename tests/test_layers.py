@@ -47,7 +47,13 @@ OPTIONAL = {
     "serve/model/hf.py": "transformers",
     "kernels/quantization.py": "bitsandbytes",
 }
-LEAN_MODULES = ("loramill.errors", "loramill.kernels", "loramill.serve.engine", "loramill.serve.model")
+LEAN_MODULES = (
+    "loramill.errors",
+    "loramill.kernels",
+    "loramill.serve.engine",
+    "loramill.serve.model",
+    "loramill.serve.sampling_params",
+)
 
 
 @dataclass(frozen=True)

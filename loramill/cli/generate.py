@@ -70,13 +70,13 @@ def generate(
     _check_output(out, file, force)
     from loramill.serve.offline import OfflineEngine, PromptFile, build_request
     from loramill.serve.protocol import TextRequest
+    from loramill.serve.sampling_params import SamplingParams
     from loramill.settings import Settings
 
     settings = Settings.load()
     base, version, source = find_model(model, settings)
-    like = TextRequest(
-        "", "", version, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop or ())
-    )
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    like = TextRequest("", "", version, sampling_params=params, stop=tuple(stop or ()))
     prompts: list[TextRequest] | PromptFile
     if file is not None:
         prompts = PromptFile(file, like, chat=chat)

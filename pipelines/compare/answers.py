@@ -15,6 +15,7 @@ from loramill.pipelines.compare.timing import Effort, interleaved
 from loramill.pipelines.nightly.scoring import Score, score
 from loramill.serve.offline import OfflineEngine
 from loramill.serve.protocol import TextRequest
+from loramill.serve.sampling_params import SamplingParams
 
 #: Tokens of the answer whose speed is measured, and how often.
 TIMED_TOKENS, ROUNDS = 32, 9
@@ -66,8 +67,7 @@ class EngineAnswerer:
             messages=example.messages[:-1],
             tools=example.tools,
             prompt=example.prompt,
-            max_tokens=limit,
-            temperature=0.0,
+            sampling_params=SamplingParams(max_tokens=limit),
             ignore_eos=ignore_eos,
         )
 

@@ -11,10 +11,10 @@ from loramill.serve.engine.types import (
     FinishReason,
     Output,
     Request,
-    SamplingParams,
     TokenLogprobs,
     TokenMask,
 )
+from loramill.serve.sampling_params import SamplingParams
 
 __all__ = [
     "AdapterSource",

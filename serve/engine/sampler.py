@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 
 from loramill.errors import LoramillError
-from loramill.serve.engine.types import SamplingParams, TokenLogprobs, TokenMask
+from loramill.serve.engine.types import TokenLogprobs, TokenMask
+from loramill.serve.sampling_params import SamplingParams
 
 Row = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]

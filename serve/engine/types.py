@@ -13,50 +13,11 @@ import numpy.typing as npt
 
 from loramill.errors import LoramillError, SettingsInvalid
 from loramill.serve.engine.durations import Durations
+from loramill.serve.sampling_params import SamplingParams
 
 #: From a version's hash to a local PEFT folder. Called in the engine's side threads, so it may block and must be
 #: thread-safe; what it raises reaches the requests that wait for the version.
 AdapterSource = Callable[[str], Path]
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How tokens are chosen: penalties and bias change the logits, then temperature, top_k, top_p and min_p choose.
-
-    Attributes:
-        max_tokens: at most so many; capped to what fits the context. 0 is for `echo` alone.
-        temperature: 0 takes the likeliest token.
-        top_p: of the likeliest tokens as many as hold this share of the probability.
-        top_k: of the likeliest tokens so many; 0 for all.
-        min_p: only tokens at least this share as likely as the likeliest.
-        repetition_penalty: divides positive logits, multiplies negative ones, of tokens in the prompt or the answer
-            (Keskar et al. 2019, section 4.1).
-        presence_penalty: taken off the logits of tokens in the answer.
-        frequency_penalty: the same, once for each time that a token is in the answer.
-        logit_bias: (token, added to its logit).
-        seed: the same seed gives the same tokens, whatever else is in the batch; None: another each time.
-        stop_ids: tokens that end the answer, and aren't part of it.
-        min_tokens: no stop token is chosen before so many.
-        n: answers to the one prompt; each has the seed plus its number.
-        logprobs: report each token's log probability and that of so many likeliest (0 to 20); None: don't.
-        echo: the answer begins with the prompt.
-    """
-
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    seed: int | None = None
-    stop_ids: tuple[int, ...] = ()
-    min_tokens: int = 0
-    n: int = 1
-    logprobs: int | None = None
-    echo: bool = False
 
 
 class TokenMask(Protocol):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from loramill.errors import ContextLengthExceeded, InvalidRequest
-from loramill.serve.engine.types import Request, SamplingParams
+from loramill.serve.engine.types import Request
+from loramill.serve.sampling_params import SamplingParams
 
 MAX_LOGPROBS = 20
 MAX_ANSWERS = 128
@@ -46,12 +47,14 @@ def answer_limit(request: Request, *, vocabulary: int, context_length: int, kv_t
             param="prompt",
         )
     # The last token of an answer is never read again, so it takes no room in the cache.
-    return min(request.sampling_params.max_tokens, context_length - prompt, kv_tokens + 1 - prompt)
+    available = min(context_length - prompt, kv_tokens + 1 - prompt)
+    max_tokens = request.sampling_params.max_tokens
+    return available if max_tokens is None else min(max_tokens, available)
 
 
 def _check_sampling(s: SamplingParams) -> None:
     checks = [
-        ("max_tokens", s.max_tokens >= (0 if s.echo else 1), "at least 1, or 0 with echo"),
+        ("max_tokens", s.max_tokens is None or s.max_tokens >= (0 if s.echo else 1), "at least 1, or 0 with echo"),
         ("temperature", 0.0 <= s.temperature < math.inf, "0 or more"),
         ("top_p", 0.0 < s.top_p <= 1.0, "above 0 and at most 1"),
         ("top_k", s.top_k >= 0, "0 (all) or more"),
@@ -59,7 +62,7 @@ def _check_sampling(s: SamplingParams) -> None:
         ("repetition_penalty", 0.0 < s.repetition_penalty < math.inf, "above 0"),
         ("presence_penalty", math.isfinite(s.presence_penalty), "a finite number"),
         ("frequency_penalty", math.isfinite(s.frequency_penalty), "a finite number"),
-        ("min_tokens", 0 <= s.min_tokens <= s.max_tokens, "0 to max_tokens"),
+        ("min_tokens", 0 <= s.min_tokens <= (math.inf if s.max_tokens is None else s.max_tokens), "0 to max_tokens"),
         ("n", 1 <= s.n <= MAX_ANSWERS, f"1 to {MAX_ANSWERS}"),
         ("seed", s.seed is None or -(2**63) <= s.seed < 2**63, "a 64-bit integer"),
         ("logprobs", s.logprobs is None or 0 <= s.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),

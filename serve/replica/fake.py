@@ -39,22 +39,23 @@ class EchoBackend:
 
 
 def echo(request: TextRequest) -> Iterator[TextChunk]:
-    """The chunks of an echo, which ends as a model's answer would: by a stop string, the limit, or by itself."""
-    asked = request.messages[-1]["content"] if request.messages else request.prompt or ""
-    text = asked if isinstance(asked, str) else " ".join(map(str, asked))
-    words = re.findall(r"\s*\S+", text) or [""]
-    said = words[: request.max_tokens]
+    """The chunks of an echo; it ends as a model's answer does: at a stop string, at the limit, or by itself."""
+    params = request.sampling_params
+    content = request.messages[-1]["content"] if request.messages else request.prompt or ""
+    text = content if isinstance(content, str) else " ".join(map(str, content))
+    prompt = re.findall(r"\s*\S+", text) or [""]
+    answer = prompt[: params.max_tokens]
     scanner = StopScanner(request.stop)
-    if request.echo:
+    if params.echo:
         first = SampledToken(TokenText(text, None, text.encode()))
-        yield TextChunk(text, len(words), 0, None if said else "length", () if request.logprobs is None else (first,))
-    for count, word in enumerate(said, start=1):
+        yield TextChunk(text, len(prompt), 0, None if answer else "length", () if params.logprobs is None else (first,))
+    for count, word in enumerate(answer, start=1):
         text, stopped = scanner.push(word)
         finish = "stop" if stopped else None
-        if count == len(said) and not stopped:
-            text, finish = text + scanner.finish(), "stop" if said == words else "length"
+        if count == len(answer) and not stopped:
+            text, finish = text + scanner.finish(), "stop" if answer == prompt else "length"
         token = TokenText(word, -1.0, word.encode())
-        logprobs = () if request.logprobs is None else (SampledToken(token, (token,) * request.logprobs),)
-        yield TextChunk(text, len(words), count, finish, logprobs)
+        logprobs = () if params.logprobs is None else (SampledToken(token, (token,) * params.logprobs),)
+        yield TextChunk(text, len(prompt), count, finish, logprobs)
         if stopped:
             return

@@ -56,7 +56,7 @@ def ignored(stage: TaskProgress) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens are timed once, briefly."""
-    monkeypatch.setattr(answers, "TOKENS", 2)
+    monkeypatch.setattr(answers, "TIMED_TOKENS", 2)
     monkeypatch.setattr(answers, "ROUNDS", 1)
 
 

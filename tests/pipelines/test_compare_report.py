@@ -156,7 +156,7 @@ def invoke(tiny: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.Monke
         return {"base": BASE, "lora": LORA, "prefix": PREFIX, "dora": FAILED}[task.subject]
 
     asked: list[Task] = []
-    monkeypatch.setattr(run, "run", measured)
+    monkeypatch.setattr(run, "run_task", measured)
     files = [word for name in ("train", "valid", "test") for word in (f"--{name}", str(examples / f"{name}.jsonl"))]
 
     def invoked(*words: str):

@@ -58,7 +58,7 @@ def test_what_is_ready_together_is_one_frame(monkeypatch: pytest.MonkeyPatch) ->
     async def work() -> None:
         async with joined() as (receiver, sender, address):
             hand_out = receiver._dispatch
-            monkeypatch.setattr(receiver, "_hand_out", lambda frame, _: (frames.append(frame), hand_out(frame, _)))
+            monkeypatch.setattr(receiver, "_dispatch", lambda frame, _: (frames.append(frame), hand_out(frame, _)))
             send = await sender.connect(address)
             with receiver.inbox("31") as last:
                 for n in range(32):
@@ -134,7 +134,7 @@ def test_a_gateway_that_is_gone_is_said_so() -> None:
 
 
 def test_a_gateway_that_stops_reading_costs_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel, "_BACKLOG", 1 << 20)
+    monkeypatch.setattr(channel, "_MAX_BUFFERED_BYTES", 1 << 20)
 
     async def work() -> None:
         reading = asyncio.Event()

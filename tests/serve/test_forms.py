@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import jsonschema
@@ -114,8 +114,14 @@ def ask(replica: Replica, *requests: TextRequest) -> list[tuple[str, str | None,
     return asyncio.run(all_at_once())
 
 
+SAMPLING = {field.name for field in fields(SamplingParams)}
+
+
 def request(id_: str, form: OutputConstraint | None, **more: Any) -> TextRequest:
-    return TextRequest(**{"id": id_, "tenant": "t", "messages": QUESTION, "max_tokens": 900, "form": form, **more})
+    """A request for one answer; what `SamplingParams` has no field for is the request's own."""
+    params = {"max_tokens": 900, "temperature": 1.0} | {name: more.pop(name) for name in SAMPLING & more.keys()}
+    more = {"messages": QUESTION} | more
+    return TextRequest(id_, "t", sampling_params=SamplingParams(**params), constraint=form, **more)
 
 
 def test_a_random_model_answers_by_every_schema(replica: Replica) -> None:

@@ -190,7 +190,7 @@ Counter("loramill_engine_steps", "Steps.", ("replica",), registry=REGISTRY).labe
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What `exposition` shows."""
-    monkeypatch.setattr(multiprocess, "FOLDER", tmp_path / "metrics")
+    monkeypatch.setattr(multiprocess, "MULTIPROC_DIR", tmp_path / "metrics")
     return tmp_path / "metrics"
 
 

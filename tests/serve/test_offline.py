@@ -29,11 +29,18 @@ from loramill.models.catalog import Base, find_base
 from loramill.serve import offline
 from loramill.serve.offline import OfflineCompletion, OfflineEngine, PromptFile, build_request
 from loramill.serve.protocol import TextRequest
+from loramill.serve.sampling_params import SamplingParams
 from loramill.settings import ServeSettings
 
 from ..llama import tiny_llama, write_base
 
-LIKE = TextRequest("", "", max_tokens=8, temperature=0.0)
+
+def sampled(request: TextRequest, **params: Any) -> TextRequest:
+    """A request with other sampling parameters."""
+    return replace(request, sampling_params=replace(request.sampling_params, **params))
+
+
+LIKE = TextRequest("", "", sampling_params=SamplingParams(max_tokens=8))
 SETTINGS = ServeSettings(max_sequences=4, kv_tokens=2048)
 
 
@@ -97,7 +104,7 @@ def by_transformers(folder: Path | None, request: TextRequest, tokenizer: ChatTo
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=request.max_tokens,
+        max_new_tokens=request.sampling_params.max_tokens,
         do_sample=False,
         eos_token_id=list(tokenizer.stop_ids),
         pad_token_id=0,
@@ -124,7 +131,7 @@ def test_answers_of_mixed_versions_are_those_of_transformers(
 
 
 def test_it_loads_smollm2_and_answers_as_transformers_does(base: Base, tokenizer: ChatTokenizer) -> None:
-    question = replace(build_request("What is the capital of France?", LIKE, chat=True), max_tokens=12)
+    question = sampled(build_request("What is the capital of France?", LIKE, chat=True), max_tokens=12)
     with OfflineEngine(base, Path, ServeSettings(kv_tokens=1024)) as engine:
         (told,) = engine.generate([question])
     assert told.text == "The capital of France is Paris."
@@ -133,7 +140,9 @@ def test_it_loads_smollm2_and_answers_as_transformers_does(base: Base, tokenizer
 
 
 def test_answers_come_as_they_are_done_unless_asked_in_order(engine: OfflineEngine) -> None:
-    asked = [replace(each, max_tokens=100 if n == 0 else 2, ignore_eos=True) for n, each in enumerate(prompts(4))]
+    asked = [
+        sampled(replace(each, ignore_eos=True), max_tokens=100 if n == 0 else 2) for n, each in enumerate(prompts(4))
+    ]
     free = [each.request.id for each in engine.generate(iter(asked))]
     assert sorted(free) == ["0", "1", "2", "3"] and free[-1] == "0"
     assert [each.request.id for each in engine.generate(iter(asked), ordered=True)] == ["0", "1", "2", "3"]
@@ -148,7 +157,7 @@ def test_what_fails_fails_alone(engine: OfflineEngine) -> None:
         replace(good[3], prompt="", messages=()),
         replace(good[4], version="none"),
         replace(good[5], messages=({"role": "nobody", "content": ""},), prompt=None),
-        replace(good[0], top_p=7.0, id="good id"),
+        sampled(replace(good[0], id="good id"), top_p=7.0),
         good[2],
     ]
     told = list(engine.generate(asked, ordered=True))
@@ -170,7 +179,7 @@ def test_what_fails_fails_alone(engine: OfflineEngine) -> None:
 def test_prompts_are_read_and_answers_kept_a_window_at_a_time(
     engine: OfflineEngine, monkeypatch: pytest.MonkeyPatch, ordered: bool
 ) -> None:
-    monkeypatch.setattr(offline, "_WINDOW", 8)
+    monkeypatch.setattr(offline, "_MAX_IN_FLIGHT", 8)
     read = 0
 
     def endless() -> Iterator[TextRequest]:
@@ -178,7 +187,9 @@ def test_prompts_are_read_and_answers_kept_a_window_at_a_time(
         for number in range(10**9):
             read += 1
             # The first is slow: in order, the others wait for it.
-            yield replace(LIKE, id="same", prompt=f"{number}", max_tokens=60 if number == 0 else 1, ignore_eos=True)
+            yield sampled(
+                replace(LIKE, id="same", prompt=f"{number}", ignore_eos=True), max_tokens=60 if number == 0 else 1
+            )
 
     told = engine.generate(endless(), ordered=ordered)
     for yielded in range(60):
@@ -199,7 +210,7 @@ def test_what_is_left_is_dropped(engine: OfflineEngine) -> None:
 
 
 def test_more_prompts_than_the_engine_lets_wait(engine: OfflineEngine, gate: threading.Event) -> None:
-    asked = prompts(1300, max_tokens=1, version="stuck")
+    asked = [sampled(each, max_tokens=1) for each in prompts(1300, version="stuck")]
     timer = threading.Timer(1.0, gate.set)
     timer.start()
     told = list(engine.generate(asked, ordered=True))
@@ -212,9 +223,9 @@ def test_stop_strings_seeds_and_logprobs(engine: OfflineEngine) -> None:
     assert len(whole) > 6
     cut = next(engine.generate(prompts(1, stop=(whole[4:6],))))
     assert (cut.text, cut.finish) == (whole[: whole.index(whole[4:6])], "stop")
-    warm = prompts(1, temperature=1.0, seed=5)
+    warm = [sampled(each, temperature=1.0, seed=5) for each in prompts(1)]
     assert next(engine.generate(warm)).text == next(engine.generate(warm)).text != whole
-    told = next(engine.generate(prompts(1, logprobs=2)))
+    told = next(engine.generate([sampled(each, logprobs=2) for each in prompts(1)]))
     assert len(told.logprobs) == told.completion_tokens
     assert all(entry.top[0] == entry.token for entry in told.logprobs)
 
@@ -238,7 +249,7 @@ def test_it_works_within_an_event_loop(engine: OfflineEngine) -> None:
 
 
 def test_an_engine_that_stopped_is_told(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offline, "_PATIENCE", 0.1)
+    monkeypatch.setattr(offline, "_POLL_SECONDS", 0.1)
     monkeypatch.setattr("threading.excepthook", lambda _: None)
     with OfflineEngine(tiny, Path, SETTINGS) as engine:
 
@@ -270,15 +281,15 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
             {"messages": [question, answer], "stop": ["a", "b"], "temperature": 0},
             {"messages": [question, answer, question]},
         ),
-        replace(LIKE, temperature=1.0),
+        sampled(LIKE, temperature=1.0),
     )
-    like = replace(LIKE, temperature=1.0)
+    like = sampled(LIKE, temperature=1.0)
     assert len(read) == 5
     due = [
         replace(like, id="1", prompt="Once"),
-        replace(like, id="a", messages=(question,), max_tokens=3, temperature=0.5, top_p=0.9, top_k=4),
-        replace(like, id="4", prompt="Twice", seed=0, stop=(".",)),
-        replace(like, id="5", messages=(question,), stop=("a", "b"), temperature=0.0),
+        sampled(replace(like, id="a", messages=(question,)), max_tokens=3, temperature=0.5, top_p=0.9, top_k=4),
+        sampled(replace(like, id="4", prompt="Twice", stop=(".",)), seed=0),
+        sampled(replace(like, id="5", messages=(question,), stop=("a", "b")), temperature=0.0),
         replace(like, id="6", messages=(question, answer, question)),
     ]
     assert list(read) == list(read) == due

@@ -13,6 +13,7 @@ from loramill.errors import Unavailable
 from loramill.models.catalog import Base
 from loramill.serve.protocol import TextRequest
 from loramill.serve.replica.replica import Replica
+from loramill.serve.sampling_params import SamplingParams
 from loramill.settings import ServeSettings
 
 
@@ -43,7 +44,7 @@ def test_a_hung_engine_is_found_out(replica: Replica, monkeypatch: pytest.Monkey
         return step()
 
     async def watch() -> None:
-        answer = replica.generate(TextRequest("1", "acme", prompt="a", max_tokens=1))
+        answer = replica.generate(TextRequest("1", "acme", prompt="a", sampling_params=SamplingParams(max_tokens=1)))
         first = asyncio.ensure_future(anext(answer))
         await asyncio.to_thread(hung.wait)
         try:

@@ -14,7 +14,7 @@ from loramill.data.tokenizer import ChatTokenizer
 from loramill.serve.api.generation.offsets import TextOffsets
 from loramill.serve.engine import TokenLogprobs
 from loramill.serve.protocol import TokenText
-from loramill.serve.replica.replica import _Chosen
+from loramill.serve.replica.output_assembler import TokenTexts
 
 EMOJI = "Emoji list: \U0001f600 \U0001f603 \U0001f604"
 
@@ -114,12 +114,12 @@ def test_alternatives_with_the_same_text_have_different_names() -> None:
     ids = {piece: number for number, piece in enumerate(PIECES)}
     alike = [ids["\u2581a"], ids["a"], ids["<0x61>"]]
     logprobs = [(token, -1.0 - at) for at, token in enumerate(alike)]
-    chosen = _Chosen(tokens)
-    first = chosen.of(TokenLogprobs(alike[1], -2.0, tuple(logprobs)))
+    texts = TokenTexts(tokens)
+    first = texts.translate(TokenLogprobs(alike[1], -2.0, tuple(logprobs)))
     # The chosen token keeps its text; the space before the first is in none.
     assert first.token == TokenText("a", -2.0, b"a")
     assert [(top.text, top.logprob) for top in first.top] == [("\u2581a", -1.0), ("a", -2.0), ("<0x61>", -3.0)]
-    later = chosen.of(TokenLogprobs(alike[0], -1.0, tuple(logprobs)))
+    later = texts.translate(TokenLogprobs(alike[0], -1.0, tuple(logprobs)))
     assert [(top.text, top.raw) for top in later.top] == [(" a", b" a"), ("a", b"a"), ("<0x61>", b"a")]
 
 

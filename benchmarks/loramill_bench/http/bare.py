@@ -80,7 +80,14 @@ def offline(bare: Bare, streams: Sequence[Stream]) -> Run:
     running = _offline(bare, len(streams))
     rounds = zip(*(stream.asks for stream in streams), strict=True)
     requests = [
-        TextRequest("", "bench", bare.version(ask), prompt=ask.prompt, max_tokens=NEW, temperature=0.0, ignore_eos=True)
+        TextRequest(
+            "",
+            "bench",
+            bare.version(ask),
+            prompt=ask.prompt,
+            sampling_params=SamplingParams(max_tokens=NEW),
+            ignore_eos=True,
+        )
         for ask in chain.from_iterable(rounds)
     ]
     begun = time.perf_counter()

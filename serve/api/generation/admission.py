@@ -51,9 +51,8 @@ async def admit(
 def estimate_tokens(requests: Sequence[TextRequest], n: int) -> int:
     """Tokens that a call may come to, roughly: a prompt counts once, however many answers there are to it."""
     prompts = sum(_prompt_tokens(request) for request in requests[::n])
-    return prompts + sum(
-        DEFAULT_COMPLETION_ESTIMATE if request.max_tokens is None else request.max_tokens for request in requests
-    )
+    max_tokens = (request.sampling_params.max_tokens for request in requests)
+    return prompts + sum(DEFAULT_COMPLETION_ESTIMATE if each is None else each for each in max_tokens)
 
 
 def _prompt_tokens(request: TextRequest) -> int:

@@ -84,7 +84,7 @@ async def create_chat_completion(
         "form": form,
     }
     requests = [
-        body.text_request(reply, target, index=index, max_tokens=limit, logprobs=alternatives, **asked)
+        body.text_request(reply, target, index=index, max_tokens=limit, logprobs=alternatives, echo=False, **asked)
         for index in range(body.n)
     ]
     chunks, headers = await admit(gateway, caller, target, requests, body.n)

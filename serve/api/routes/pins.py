@@ -22,6 +22,7 @@ from loramill.serve.api.routes.audit import record_change
 from loramill.serve.api.routes.references import named_by
 from loramill.serve.api.schemas.common import RequestBody
 from loramill.serve.protocol import TextRequest
+from loramill.serve.sampling_params import SamplingParams
 from loramill.types import Alias
 
 router = APIRouter(tags=["adapters"])
@@ -66,7 +67,11 @@ async def warm(
     version = await run_in_threadpool(_resolve_in_session, gateway, name, selected)
     target = await find_model(gateway, caller, f"{name}@{version}")
     request = TextRequest(
-        id=f"warm-{uuid.uuid4().hex}", tenant=target.tenant, version=target.version, prompt="Hello", max_tokens=1
+        id=f"warm-{uuid.uuid4().hex}",
+        tenant=target.tenant,
+        version=target.version,
+        prompt="Hello",
+        sampling_params=SamplingParams(max_tokens=1),
     )
     began = time.perf_counter()
     chunks, _ = await admit(gateway, caller, target, [request])

@@ -16,6 +16,7 @@ from loramill.serve.api.generation.model_lookup import Target
 from loramill.serve.api.generation.streaming import GenerationResult
 from loramill.serve.api.schemas.common import Metadata, RequestBody
 from loramill.serve.protocol import TextChunk, TextRequest
+from loramill.serve.sampling_params import SamplingParams
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
 #: A JSON key.
@@ -91,13 +92,11 @@ class GenerationRequest(RequestBody):
         index: int,
         max_tokens: int | None,
         logprobs: int | None,
-        **what: Any,
+        echo: bool,
+        **fields: Any,
     ) -> TextRequest:
-        """The request for the answer `index`; `what` is `messages` or `prompt`, and what only one of them has."""
-        return TextRequest(
-            id=f"{reply.id}-{index}",
-            tenant=target.tenant,
-            version=target.version,
+        """Builds the request for the answer `index`; `fields` holds `messages` or `prompt`, and what goes with it."""
+        params = SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -108,12 +107,19 @@ class GenerationRequest(RequestBody):
             frequency_penalty=self.frequency_penalty,
             logit_bias=tuple((int(token), bias) for token, bias in self.logit_bias.items()),
             min_tokens=self.min_tokens,
-            # Answers to the same prompt differ, and each can be had again by its own seed.
+            # Answers to the same prompt differ, and each can be reproduced by its own seed.
             seed=None if self.seed is None else self.seed + index % self.n,
+            logprobs=logprobs,
+            echo=echo,
+        )
+        return TextRequest(
+            id=f"{reply.id}-{index}",
+            tenant=target.tenant,
+            version=target.version,
+            sampling_params=params,
             stop=self.stop_strings(),
             ignore_eos=self.ignore_eos,
-            logprobs=logprobs,
-            **what,
+            **fields,
         )
 
 

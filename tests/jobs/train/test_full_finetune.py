@@ -34,6 +34,7 @@ from loramill.registry import Registry, datasets, jobs, tenants
 from loramill.registry.database.migrate import migrate
 from loramill.serve.offline import OfflineEngine
 from loramill.serve.protocol import TextRequest
+from loramill.serve.sampling_params import SamplingParams
 from loramill.settings import JobSettings, ServeSettings
 from loramill.types import JobSpec
 
@@ -237,7 +238,7 @@ def test_the_result_is_a_lora_and_a_base(tiny_base_folder: Path, tmp_path: Path,
     as_base = find_base(str(tmp_path / "whole"), tmp_path / "cache")
     assert as_base.fingerprint != base.fingerprint and as_base.context_length == base.context_length
     with OfflineEngine(as_base, Path, ServeSettings()) as engine:
-        asked = TextRequest("1", "acme", prompt="hello", max_tokens=1, temperature=0.0, logprobs=0)
+        asked = TextRequest("1", "acme", prompt="hello", sampling_params=SamplingParams(max_tokens=1, logprobs=0))
         (answer,) = engine.generate([asked])
     prompt = torch.tensor([Tokenizer.from_file(str(tmp_path / "whole" / "tokenizer.json")).encode("hello").ids])
     likeliest = whole.float()(prompt).logits[0, -1].log_softmax(-1).max().item()

@@ -25,7 +25,13 @@ def test_base_answers(client: OpenAI, site: Any, echo: EchoBackend, tenant: str)
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (3, 3, 6)
     [asked] = echo.requests
-    assert (asked.version, asked.tenant, asked.temperature, asked.max_tokens) == (None, tenant, 1.0, None)
+    params = asked.sampling_params
+    assert (asked.version, asked.tenant, params.temperature, params.max_tokens) == (
+        None,
+        tenant,
+        1.0,
+        None,
+    )
 
 
 def test_parameters_reach_the_backend(client: OpenAI, echo: EchoBackend) -> None:
@@ -51,10 +57,30 @@ def test_parameters_reach_the_backend(client: OpenAI, echo: EchoBackend) -> None
     )
     [asked] = echo.requests
     assert asked.messages == ({"role": "developer", "content": "be brief"}, {"role": "user", "content": "hello"})
-    assert (asked.max_tokens, asked.temperature, asked.top_p, asked.top_k) == (7, 0.0, 0.5, 5)
-    assert (asked.seed, asked.stop, asked.ignore_eos, asked.logprobs) == (11, ("END",), True, None)
-    assert (asked.presence_penalty, asked.frequency_penalty, asked.repetition_penalty) == (0.5, -1.0, 1.2)
-    assert (asked.min_p, asked.min_tokens, asked.logit_bias) == (0.1, 2, ((17, 3.0), (4, -100.0)))
+    assert (
+        asked.sampling_params.max_tokens,
+        asked.sampling_params.temperature,
+        asked.sampling_params.top_p,
+        asked.sampling_params.top_k,
+    ) == (7, 0.0, 0.5, 5)
+    params = asked.sampling_params
+    assert (params.seed, asked.stop, asked.ignore_eos, params.logprobs) == (
+        11,
+        ("END",),
+        True,
+        None,
+    )
+    assert (
+        asked.sampling_params.presence_penalty,
+        asked.sampling_params.frequency_penalty,
+        asked.sampling_params.repetition_penalty,
+    ) == (0.5, -1.0, 1.2)
+    params = asked.sampling_params
+    assert (params.min_p, params.min_tokens, params.logit_bias) == (
+        0.1,
+        2,
+        ((17, 3.0), (4, -100.0)),
+    )
 
 
 TEXT = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "cache_control": None}]
@@ -99,7 +125,7 @@ def test_several_answers_have_their_own_seeds(client: OpenAI, echo: EchoBackend)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert {choice.message.content for choice in answer.choices} == {"one two three"}
     assert answer.usage is not None and (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 9)
-    assert [asked.seed for asked in echo.requests] == [5, 6, 7]
+    assert [asked.sampling_params.seed for asked in echo.requests] == [5, 6, 7]
     assert len({asked.id for asked in echo.requests}) == 3
 
 
@@ -111,7 +137,7 @@ def test_logprobs(client: OpenAI, echo: EchoBackend) -> None:
     first = logprobs.content[0]
     assert (first.logprob, first.bytes, len(first.top_logprobs)) == (-1.0, list(b"one"), 2)
     client.chat.completions.create(model="tiny", messages=HELLO, logprobs=True)
-    assert [asked.logprobs for asked in echo.requests] == [2, 0]
+    assert [asked.sampling_params.logprobs for asked in echo.requests] == [2, 0]
 
 
 def test_an_answer_can_be_sent_back_as_it_came(client: OpenAI, echo: EchoBackend) -> None:
@@ -124,7 +150,7 @@ def test_an_answer_can_be_sent_back_as_it_came(client: OpenAI, echo: EchoBackend
 def test_nulls_ask_for_nothing(http: httpx.Client, echo: EchoBackend) -> None:
     body = {"model": "tiny", "messages": HELLO, "seed": None, "stop": None, "tools": None, "temperature": None}
     assert http.post("/v1/chat/completions", json=body).status_code == 200
-    assert (echo.requests[0].seed, echo.requests[0].temperature) == (None, 1.0)
+    assert (echo.requests[0].sampling_params.seed, echo.requests[0].sampling_params.temperature) == (None, 1.0)
 
 
 def test_adapter_answers_with_its_pinned_version(client: OpenAI, site: Any, echo: EchoBackend, tenant: str) -> None:

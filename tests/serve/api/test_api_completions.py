@@ -31,7 +31,7 @@ def test_text_prompt(client: OpenAI, echo: EchoBackend, site: Any) -> None:
 
 def test_openai_default_length_is_16(client: OpenAI, echo: EchoBackend) -> None:
     client.completions.create(model="tiny", prompt="a")
-    assert echo.requests[0].max_tokens == 16
+    assert echo.requests[0].sampling_params.max_tokens == 16
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_many_prompts_are_no_flood(site: Any, client: OpenAI, stream: bool) -> N
 def test_several_prompts_with_several_answers(client: OpenAI, echo: EchoBackend) -> None:
     answer = client.completions.create(model="tiny", prompt=["a b", "c d e"], n=2, seed=7)
     assert [choice.text for choice in answer.choices] == ["a b", "a b", "c d e", "c d e"]
-    assert [request.seed for request in echo.requests] == [7, 8, 7, 8]
+    assert [request.sampling_params.seed for request in echo.requests] == [7, 8, 7, 8]
     assert answer.usage is not None and (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 10)
 
 
@@ -100,7 +100,7 @@ def test_echo(client: OpenAI, echo: EchoBackend) -> None:
     assert (scored.choices[0].text, scored.choices[0].finish_reason) == ("a bb", "length")
     streamed = client.completions.create(model="tiny", prompt="a bb", max_tokens=1, echo=True, stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed) == "a bba"
-    assert [asked.echo for asked in echo.requests] == [True] * 3
+    assert [asked.sampling_params.echo for asked in echo.requests] == [True] * 3
 
 
 def test_streaming(client: OpenAI) -> None:

@@ -48,7 +48,7 @@ def test_warming_asks_the_version_for_one_token(
         assert (answer["adapter"], answer["version"]) == (f"{tenant}/a", version)
         assert answer["seconds"] >= 0
         asked = echo.requests[-1]
-        assert (asked.version, asked.tenant, asked.max_tokens) == (version, tenant, 1)
+        assert (asked.version, asked.tenant, asked.sampling_params.max_tokens) == (version, tenant, 1)
 
 
 @pytest.mark.parametrize("verb", ["pin", "unpin", "warm"])
