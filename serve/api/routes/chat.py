@@ -75,13 +75,13 @@ async def create_chat_completion(
 ) -> Response:
     """Answers a conversation, streaming or whole."""
     body.check_stream_options()
-    limit, alternatives, form = body.completion_limit(), body.logprob_count(), body.constraint()
+    limit, alternatives, constraint = body.completion_limit(), body.logprob_count(), body.constraint()
     target = await find_model(gateway, caller, body.model)
     reply = ResponseEnvelope.for_target(target, "chatcmpl")
     asked = {
         "messages": tuple(message.to_template() for message in body.messages),
         "tools": tuple(tool.to_template() for tool in body.usable_tools),
-        "form": form,
+        "constraint": constraint,
     }
     requests = [
         body.text_request(reply, target, index=index, max_tokens=limit, logprobs=alternatives, echo=False, **asked)
