@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from loramill.models.catalog import Base
     from loramill_bench.measure import Result
 
-Only = Annotated[str, typer.Option(metavar="TEXT", help="Only groups of cases with this in their name.")]
+Only = Annotated[str, typer.Option(metavar="TEXT", help="Run only groups of cases whose name contains TEXT.")]
 Json = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="Write the results there, too.")
+    Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="Also write the results to FILE as JSON.")
 ]
-Check = Annotated[bool, typer.Option("--check", help="Exit with 1 if a target is missed.")]
-Record = Annotated[bool, typer.Option("--record", help="Add the results to this checkout's benchmarks/results.csv.")]
+Check = Annotated[bool, typer.Option("--check", help="Exit with status 1 if a target is missed.")]
+Record = Annotated[bool, typer.Option("--record", help="Append the results to this checkout's benchmarks/results.csv.")]
 
 app = typer.Typer(
     cls=Root, help="Benchmarks: ratios within one process.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -39,13 +39,13 @@ def main() -> None:
 
 @app.command()
 def kernels(
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Whose kernels.")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to measure.")] = "cpu",
     only: Only = "",
     json: Json = None,
     check: Check = False,
     record: Record = False,
 ) -> None:
-    """Measure the kernels on one thread, about three minutes; medians, against their targets."""
+    """Measure the kernels on one thread (about three minutes)."""
     from loramill_bench.kernels import run
 
     _carry_out(lambda: run(device, only, _report), json, check, record, device)
@@ -53,9 +53,9 @@ def kernels(
 
 @app.command()
 def engine(only: Only = "", json: Json = None, check: Check = False, record: Record = False) -> None:
-    """Measure the engine on the built-in base and one thread, about eight minutes; medians, against their targets.
+    """Measure the engine on the built-in base with one thread (about eight minutes).
 
-    Its rivals are PEFT, transformers' continuous batching and what the machine's memory and arithmetic allow.
+    It is compared with PEFT, with transformers' continuous batching, and with the limits of memory and arithmetic.
     """
     from loramill_bench.engine import RIVALS, run
 
@@ -64,9 +64,9 @@ def engine(only: Only = "", json: Json = None, check: Check = False, record: Rec
 
 @app.command()
 def train(only: Only = "", json: Json = None, check: Check = False, record: Record = False) -> None:
-    """Measure training and the queue on the built-in base and one thread, about fifteen minutes, against their targets.
+    """Measure training and the job queue on the built-in base with one thread (about fifteen minutes).
 
-    The rival of a job's speed is PEFT with transformers' Trainer; of what sizing foretells, the memory that is used.
+    Training speed is compared with PEFT and transformers' Trainer; predicted memory with the memory that a job uses.
     """
     from loramill_bench.training.train import RIVALS, run
 
@@ -81,19 +81,19 @@ def serve(
             metavar="PYTHON",
             exists=True,
             dir_okay=False,
-            help="One that vLLM is installed for, to measure beside it; without, its cases are left out.",
+            help="Python interpreter of an environment with vLLM. Without it, vLLM is not measured.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of adapters and requests.")] = 0,
-    rounds: Annotated[int, typer.Option(min=1, help="Of each comparison, besides one that warms up.")] = 3,
+    seed: Annotated[int, typer.Option(help="Random seed for adapters and requests.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds per comparison, after one warm-up round.")] = 3,
     only: Only = "",
     json: Json = None,
     check: Check = False,
     record: Record = False,
 ) -> None:
-    """Measure serving over HTTP on the built-in base and all cores, about ten minutes, with vLLM half an hour.
+    """Measure serving over HTTP on the built-in base with all cores (ten minutes; half an hour with vLLM).
 
-    It starts a `loramill up` of its own. Its rivals are vLLM, the bare engine and a bare replica, against targets.
+    Starts its own `loramill up`. The gateway is compared with vLLM, the bare engine and a bare replica.
     """
     from loramill_bench.http import run, vllm_version
 
@@ -106,14 +106,14 @@ def serve(
 
 @app.command()
 def soak(
-    minutes: Annotated[float, typer.Option(min=0.01, help="Of requests.")] = 30.0,
-    seed: Annotated[int, typer.Option(help="Of the requests; when they come depends on the machine.")] = 0,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Duration of the run.")] = 30.0,
+    seed: Annotated[int, typer.Option(help="Random seed for the requests. Their timing depends on the machine.")] = 0,
     json: Json = None,
 ) -> None:
-    """Let the engine serve random requests, cancels, timeouts and failing loads for long, and look for faults.
+    """Serve random requests, cancellations, timeouts and failing adapter loads, and check every answer.
 
-    Exits with 1 if an answer is lost, late, given twice or not what it is alone, if the books don't add up, or if
-    memory grows.
+    Exits with status 1 if an answer is lost, late, duplicated or different from the answer to the request alone, if an
+    invariant is violated, or if memory grows.
     """
     from loramill_bench.engine.soak import soak as run
 
@@ -123,13 +123,16 @@ def soak(
 @app.command()
 def quality(
     tenants: Annotated[
-        Path, typer.Option(metavar="FOLDER", exists=True, file_okay=False, help="Of tenants' folders with real data.")
+        Path,
+        typer.Option(
+            metavar="FOLDER", exists=True, file_okay=False, help="Folder that contains one folder of data per tenant."
+        ),
     ],
     only: Only = "",
     json: Json = None,
     check: Check = False,
 ) -> None:
-    """Train the built-in base on real tenants with a job's defaults, for an hour, and judge the test answers."""
+    """Train on real tenants' data with default options and score the answers to their test questions (one hour)."""
     from loramill.settings import Settings
     from loramill_bench.quality import results
 
