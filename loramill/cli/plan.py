@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from loramill.cli import show
 from loramill.errors import DoesNotFit, InvalidRequest
+from loramill.names import AdapterName
 from loramill.settings import Settings
 
 if TYPE_CHECKING:
@@ -110,7 +111,9 @@ def _sizing_request(options: dict[str, Any]) -> tuple[SizingRequest, bool]:
 
 
 def _spec(options: dict[str, Any], context: int, settings: Settings) -> tuple[JobSpec, Quantization]:
-    from loramill.submission.defaults import BATCH_SIZE, Hyperparameters, LoramillOptions, resolve_spec
+    from loramill.models.catalog import Base
+    from loramill.submission.defaults import BATCH_SIZE, resolve_spec
+    from loramill.submission.request import Hyperparameters, JobRequest, LoramillOptions
 
     own = {name: value for name, value in options.items() if name not in _PLAN_FIELDS}
     if "length" in options:
@@ -118,23 +121,21 @@ def _spec(options: dict[str, Any], context: int, settings: Settings) -> tuple[Jo
     quantization = own.pop("quantization", "nf4" if own.get("method") == "qlora" else settings.quantization)
     try:
         # A command line gives numbers as texts.
-        extension = LoramillOptions.model_validate({**own, "quantization": quantization}, strict=False)
-        asked = Hyperparameters.model_validate({"batch_size": options.get("batch_size", BATCH_SIZE)}, strict=False)
+        request = JobRequest(
+            adapter=AdapterName("plan", "plan"),
+            train="plan",
+            hyperparameters=Hyperparameters.model_validate(
+                {"batch_size": options.get("batch_size", BATCH_SIZE)}, strict=False
+            ),
+            options=LoramillOptions.model_validate({**own, "quantization": quantization}, strict=False),
+        )
     except ValidationError as error:
         problem = error.errors()[0]
         field = str(problem["loc"][0])
         raise InvalidRequest(f"'{field}': {problem['msg']}.", param=field) from error
-    spec = resolve_spec(
-        base="0" * 64,
-        context_length=context,
-        adapter="plan/plan",
-        train="plan",
-        examples=1000,
-        quantization=extension.quantization or "none",
-        hyperparameters=asked,
-        extension=extension,
-    )
-    return spec, extension.quantization or "none"
+    quantization = request.options.quantization or "none"
+    base = Base("plan", Path(), "0" * 64, "plan", context, quantization)
+    return resolve_spec(request, base, examples=1000), quantization
 
 
 def _gpu_pool(options: dict[str, Any], settings: Settings) -> GpuPool:

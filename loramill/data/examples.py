@@ -11,6 +11,7 @@ as in OpenAI's format, the default is 1.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -151,7 +152,9 @@ def is_chat(row: bytes) -> bool:
     return "messages" in parse(row)
 
 
-def check_tokens(examples: Examples, tokenizer: ChatTokenizer, max_length: int, train_on: TrainOn = "all") -> None:
+def check_tokens(
+    examples: Examples, tokenizer: ChatTokenizer, max_length: int, train_on: TrainOn = "all"
+) -> Sequence[int]:
     """Checks examples by the base's tokenizer and chat template: lengths, tools, and what the template refuses.
 
     Examples are never truncated, since that would cut off the answer that is to be trained.
@@ -159,19 +162,24 @@ def check_tokens(examples: Examples, tokenizer: ChatTokenizer, max_length: int, 
     Args:
         examples: as read.
         tokenizer: the base's.
-        max_length: tokens of the longest example, prompt and completion and end together.
-        learn: which answers of a conversation.
+        max_length: maximum tokens of an example: prompt, completion and end together.
+        train_on: the answers of a conversation to train on.
+
+    Returns:
+        Tokens of each sequence; an example may have several.
 
     Raises:
         DatasetInvalid: as `read_examples`.
     """
     problems, tokenizer = _Problems(examples.filename), tokenizer.at_time(datetime.now(UTC))
+    lengths = array("L")
     for example in examples.examples:
         try:
             sequences = tokenizer.encode_example(example, train_on).sequences
         except InvalidRequest as error:
             problems.add(example.line, error.message)
             continue
+        lengths.extend(len(sequence.tokens) for sequence in sequences)
         longest = max(sequences, key=lambda sequence: len(sequence.tokens))
         count, prompt = len(longest.tokens), longest.prompt_length
         if any(span.stop == span.start + 1 for sequence in sequences for span in sequence.spans):
@@ -188,6 +196,7 @@ def check_tokens(examples: Examples, tokenizer: ChatTokenizer, max_length: int, 
                 f"{max_length}; shorten it or raise max_length (nothing is truncated: that would cut the completion).",
             )
     problems.raise_if_any()
+    return lengths
 
 
 def compare_splits(train: Examples, valid: Examples) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from loramill.models.catalog import Base
 from loramill.settings import JobSettings
@@ -33,22 +33,28 @@ __all__ = [
 ]
 
 
-def fit_spec(spec: JobSpec, base: Base, lengths: Sequence[int], settings: JobSettings) -> tuple[JobSpec, str | None]:
-    """The spec with what sizing may choose (micro_tokens, gradient_checkpointing, offload) chosen so that it fits.
-
-    What the submitter said stays: that are the fields with which the spec was made.
+def fit_spec(
+    spec: JobSpec,
+    base: Base,
+    lengths: Sequence[int],
+    settings: JobSettings,
+    adjustable: Collection[str] | None = None,
+) -> tuple[JobSpec, str | None]:
+    """Chooses the fields that sizing may change (`ADJUSTABLE`) so that a job fits one device of the pool.
 
     Args:
-        spec: as `resolve_spec` made it.
+        spec: the job.
         base: its base.
-        lengths: tokens of the training examples.
-        settings: of the pool.
+        lengths: tokens of the examples.
+        settings: the pool's.
+        adjustable: fields of `ADJUSTABLE` that may change; None: those with which the spec was not made, so that what
+            a submitter set stays.
 
     Returns:
-        The spec, and a sentence for the job's history; as it was and None where `device_bytes` isn't set.
+        The spec, and a sentence for the job's events. Where `device_bytes` is not set: the spec unchanged, and None.
 
     Raises:
-        DoesNotFit: no choice fits; `nearest` tells the nearest jobs that do.
+        DoesNotFit: no choice fits; `nearest` lists the nearest jobs that do.
         InvalidRequest: a target, layer or pattern matches nothing.
     """
     pool = GpuPool.from_settings(settings)
@@ -61,7 +67,7 @@ def fit_spec(spec: JobSpec, base: Base, lengths: Sequence[int], settings: JobSet
             quantization=base.quantization,
             lengths=tuple(lengths),
             pool=pool,
-            adjustable=frozenset(ADJUSTABLE) - spec.model_fields_set,
+            adjustable=frozenset(ADJUSTABLE) - spec.model_fields_set if adjustable is None else frozenset(adjustable),
         )
     )
     return found.spec, found.explanation

@@ -215,8 +215,9 @@ def _cost(request: SizingRequest, plan: SizingPlan) -> float:
 
 
 def _micro_tokens(request: SizingRequest) -> list[int]:
-    """What the spec says, its halves down to one example a pass, and on a GPU its doubles."""
-    asked = request.spec.micro_tokens
+    """The spec's number, its halves down to one example per pass, and on a GPU its doubles; it begins no lower than the
+    default, since a nightly run continues from a spec that may have been sized for longer data."""
+    asked = max(request.spec.micro_tokens, JobSpec.model_fields["micro_tokens"].default)
     longest = min(request.spec.max_length, max(request.lengths, default=request.spec.max_length))
     halves = [
         asked >> times for times in range(asked.bit_length()) if (asked >> max(0, times - 1)) > longest or not times

@@ -1,1 +1,1 @@
-"""From a request to a job's spec: options, defaults, and files of many jobs."""
+"""Submission of jobs: options, files of many jobs, defaults, checks, and the entry in the queue."""

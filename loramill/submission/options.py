@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 from pydantic import ConfigDict, Field, ValidationError
 
 from loramill.errors import InvalidRequest
-from loramill.submission.defaults import LoramillOptions
+from loramill.submission.request import LoramillOptions
 from loramill.types import Executor, Quantization, Schedule
 
 if TYPE_CHECKING:

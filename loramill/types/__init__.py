@@ -59,63 +59,92 @@ Quantization = Literal["none", "int8", "nf4"]
 
 
 class JobSpec(FrozenModel):
-    """What one fine-tune run does, frozen at submit: every "auto" is already a number."""
+    """One fine-tune job, frozen at submission: every "auto" is already a value.
 
-    base: str = Field(description="fingerprint of the base; its quantization is part of it")
-    adapter: str = Field(description="tenant/adapter that gets the new version")
-    train: str = Field(description="id of the training dataset")
-    valid: str | None = Field(default=None, description="id of the validation dataset")
-    start_from: str | None = Field(default=None, description="version whose weights training begins from; None: fresh")
+    The API's schema, the CLI's help and the docs show these descriptions.
+    """
 
-    method: Method = "lora"
+    base: str = Field(description="Fingerprint of the base, which includes its quantization.")
+    adapter: str = Field(description="The adapter (`tenant/adapter`) that gets the new version.")
+    train: str = Field(description="Id of the training dataset.")
+    valid: str | None = Field(default=None, description="Id of the validation dataset.")
+    start_from: str | None = Field(
+        default=None, description="Version whose weights training starts from; null: new weights."
+    )
+
+    method: Method = Field(default="lora", description="How the base is adapted.")
     rank: int = Field(
         default=16,
         ge=1,
         le=256,
-        description="of every target; AdaLoRA: the mean after pruning; full: of the LoRA that is extracted",
+        description="Rank of each adapted linear. AdaLoRA: the mean rank after pruning; full: the rank of the "
+        "extracted LoRA.",
     )
-    alpha: float = Field(default=32.0, gt=0, description="a delta is scaled by alpha / rank")
-    rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank)")
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="before the adapter")
-    targets: tuple[str, ...] = Field(default=TARGETS, min_length=1, description='names of linears, or "all-linear"')
-    layers: tuple[int, ...] | None = Field(default=None, description="indices of the layers adapted; None: all")
-    rank_pattern: dict[str, int] = Field(default={}, description="rank of the modules whose names end so")
-    alpha_pattern: dict[str, float] = Field(default={}, description="alpha of the modules whose names end so")
-    init_rank: int | None = Field(default=None, ge=1, le=256, description="AdaLoRA: before pruning; None: 1.5 x rank")
-    loraplus_lr_ratio: float = Field(default=1.0, gt=0, description="LoRA+: B's learning rate over A's")
+    alpha: float = Field(default=32.0, gt=0, description="The update is scaled by alpha / rank.")
+    rslora: bool = Field(default=False, description="Scale the update by alpha / sqrt(rank) instead.")
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="Dropout probability of the adapter's input.")
+    targets: tuple[str, ...] = Field(
+        default=TARGETS, min_length=1, description="Linears to adapt: names such as q_proj, or all-linear."
+    )
+    layers: tuple[int, ...] | None = Field(
+        default=None, description="Indices of the layers to adapt; null: all of them."
+    )
+    rank_pattern: dict[str, int] = Field(
+        default={}, description="Other ranks, by the end of a linear's name: down_proj=32, 0.q_proj=4."
+    )
+    alpha_pattern: dict[str, float] = Field(
+        default={}, description="Other alphas, by the end of a linear's name: down_proj=64."
+    )
+    init_rank: int | None = Field(default=None, ge=1, le=256, description="AdaLoRA: rank before pruning.")
+    loraplus_lr_ratio: float = Field(
+        default=1.0, gt=0, description="LoRA+: learning rate of B divided by the learning rate of A."
+    )
 
     train_on: TrainOn = Field(
         default="all",
-        description="answers of a conversation that are trained; all: every one whose weight isn't 0, as OpenAI does; "
-        "only_last: the last one; last (of older jobs): the last one, or those with a weight where the file gives any",
+        description="Assistant messages of a conversation to train on. all: those with a weight above 0, as OpenAI "
+        "does; only_last: the last one; last (older jobs): the last one, or those with a weight if the file has any.",
     )
-    learning_rate: float = Field(default=1e-3, gt=0)
-    schedule: Schedule = Field(default="linear", description="of the learning rate after the warm-up")
-    warmup_ratio: float = Field(default=0.06, ge=0.0, le=1.0)
-    weight_decay: float = Field(default=0.0, ge=0.0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    steps: int = Field(ge=1, le=1_000_000, description="optimizer steps")
+    learning_rate: float = Field(default=1e-3, gt=0, description="Learning rate after the warm-up.")
+    schedule: Schedule = Field(default="linear", description="Schedule of the learning rate after the warm-up.")
+    warmup_ratio: float = Field(default=0.06, ge=0.0, le=1.0, description="Fraction of the steps that warms up.")
+    weight_decay: float = Field(default=0.0, ge=0.0, description="Weight decay of AdamW.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Norm to which gradients are clipped.")
+    steps: int = Field(ge=1, le=1_000_000, description="Number of optimizer steps.")
     epochs: int | None = Field(
         default=None,
         ge=1,
-        description="passes over the training file, whose last batch may be smaller; None: every batch is full",
+        description="Passes over the training file, whose last batch may be smaller; null: every batch is full.",
     )
-    batch_size: int = Field(ge=1, le=4096, description="examples a step")
-    max_length: int = Field(default=1024, ge=8, description="tokens of the longest example")
-    packing: bool = Field(default=True, description="examples share rows without padding; the arithmetic is the same")
+    batch_size: int = Field(ge=1, le=4096, description="Examples per optimizer step.")
+    max_length: int = Field(
+        default=1024, ge=8, description="Maximum tokens per example; a file with a longer one is refused."
+    )
+    packing: bool = Field(
+        default=True, description="Pack examples into rows without padding, which gives the same result."
+    )
     micro_tokens: int = Field(
-        default=256, ge=1, description="tokens of one forward pass, but at least one example; the rest is accumulated"
+        default=256,
+        ge=1,
+        description="Tokens per forward pass, but at least one example; gradients are accumulated over passes.",
     )
-    gradient_checkpointing: bool = Field(default=False, description="recompute activations instead of keeping them")
-    offload: Literal["none", "optimizer", "all"] = Field(default="none", description="full: what lies in host memory")
-    gpus: int = Field(default=1, ge=1, le=64, description="processes that share one step's examples")
-    seed: int = 0
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass instead of keeping them."
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        default="none", description="Full fine-tuning: what is kept in host memory."
+    )
+    gpus: int = Field(default=1, ge=1, le=64, description="Number of GPUs that share the examples of a step.")
+    seed: int = Field(default=0, description="Random seed.")
 
-    checkpoint_every: int = Field(default=10, ge=1, description="optimizer steps between checkpoints")
-    eval_every: int | None = Field(default=None, ge=1, description="steps between validations; None: at checkpoints")
-    patience: int | None = Field(default=None, ge=1, description="validations without gain before an early stop")
+    checkpoint_every: int = Field(default=10, ge=1, description="Optimizer steps between checkpoints.")
+    eval_every: int | None = Field(default=None, ge=1, description="Optimizer steps between validations.")
+    patience: int | None = Field(
+        default=None, ge=1, description="Validations without improvement before training stops early."
+    )
     keep: Literal["best", "last"] = Field(
-        default="best", description="which weights become the version; best: of the lowest validation loss, if known"
+        default="best",
+        description="Weights that become the version: those of the lowest validation loss, or the last.",
     )
 
     @property
@@ -390,11 +419,11 @@ class AuditRecord(FrozenModel):
     created_at: float
     tenant: str | None = Field(description="whose the thing is that changed; None: nobody's")
     actor: str | None = Field(description="the tenant whose key it was; None: an admin's")
-    key: str = Field(description="id of the key")
+    key: str = Field(description="id of the API key, or nightly")
     action: str = Field(description='such as "adapter.promote"')
     subject: str = Field(description="name or id of what changed")
     details: dict[str, Any] = Field(default_factory=dict)
-    request: str = Field(description="id of the request, as its answer (x-request-id) and the access log have it")
+    request: str = Field(description="id of the request, as in x-request-id and the access log, or of the nightly run")
 
 
 @dataclass(frozen=True, slots=True)

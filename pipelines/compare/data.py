@@ -8,8 +8,10 @@ from datetime import UTC, datetime
 from loramill.data.examples import Example, check_tokens, read_examples
 from loramill.data.tokenizer import ChatTokenizer, EncodedExample
 from loramill.models.catalog import Base, find_base
+from loramill.names import AdapterName
 from loramill.pipelines.compare.types import LEARNING_RATES, Task
-from loramill.submission.defaults import Hyperparameters, LoramillOptions, resolve_spec
+from loramill.submission.defaults import resolve_spec
+from loramill.submission.request import Hyperparameters, JobRequest, LoramillOptions
 from loramill.types import JobSpec
 
 
@@ -52,22 +54,19 @@ def read_task(task: Task) -> TaskData:
 
 def _spec(task: Task, base: Base, examples: int) -> JobSpec:
     method = "lora" if task.subject in ("base", "prefix", "bottleneck") else task.subject
-    extension = {
+    options = {
         "method": method,
         "rank": task.rank,
         "steps": task.steps,
         "learning_rate": task.learning_rate or LEARNING_RATES.get(task.subject),
     }
     hyperparameters = {} if task.batch_size is None else {"batch_size": task.batch_size}
-    return resolve_spec(
-        base=base.fingerprint,
-        context_length=base.context_length,
-        adapter=f"compare/{task.subject}",
+    request = JobRequest(
+        adapter=AdapterName("compare", task.subject),
         train=task.train.name,
         valid=task.valid.name,
-        examples=examples,
         seed=task.seed,
-        quantization=base.quantization,
         hyperparameters=Hyperparameters.model_validate(hyperparameters),
-        extension=LoramillOptions.model_validate(extension),
+        options=LoramillOptions.model_validate(options),
     )
+    return resolve_spec(request, base, examples)

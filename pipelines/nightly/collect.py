@@ -19,6 +19,7 @@ from loramill.pipelines.nightly.context import NightlyContext
 from loramill.plural import counted
 from loramill.registry import ArtifactStore, adapters, datasets, jobs, nightly
 from loramill.submission.defaults import MIN_STEPS, count_steps, resolve_spec
+from loramill.submission.request import JobRequest
 from loramill.types import DatasetRecord, JobSpec, NewData, StepStatus, VersionRecord
 
 #: Passes over the data of a nightly run that continues from the champion, if these are at least `MIN_STEPS` steps.
@@ -126,19 +127,12 @@ def _version(session: Session, name: AdapterName, champion: str, base: Base) -> 
 
 def first_spec(name: AdapterName, train: DatasetRecord, valid: DatasetRecord, base: Base) -> JobSpec:
     """A job with default hyperparameters, for an adapter without a version."""
-    return resolve_spec(
-        base=base.fingerprint,
-        context_length=base.context_length,
-        adapter=str(name),
-        train=train.id,
-        valid=valid.id,
-        examples=train.examples,
-    )
+    return resolve_spec(JobRequest(name, train.id, valid.id), base, train.examples)
 
 
 def next_spec(old: JobSpec, champion: str, train: DatasetRecord, valid: DatasetRecord) -> JobSpec:
-    """The champion's recipe, gone on with from its weights at half its learning rate."""
-    # A few examples make few steps per pass; the new is then learned at the cost of the old.
+    """The champion's job, continued from its weights at half its learning rate."""
+    # Few examples make few steps per pass; the new ones are then learned at the cost of the old ones.
     epochs = max(EPOCHS, -(-MIN_STEPS // count_steps(1, train.examples, old.batch_size)))
     changed = {
         "train": train.id,
@@ -149,7 +143,7 @@ def next_spec(old: JobSpec, champion: str, train: DatasetRecord, valid: DatasetR
         "epochs": epochs,
         "learning_rate": old.learning_rate / 2,
     }
-    return old.model_copy(update=changed)
+    return JobSpec.model_validate(old.model_dump() | changed)
 
 
 def freeze_rows(

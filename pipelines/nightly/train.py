@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from functools import partial
 
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import BaseUnusable, JobCancelled, JobError, NotFound, SetupError, Unavailable
 from loramill.pipelines.nightly.context import NightlyContext, NightlyProgress
 from loramill.registry import jobs
+from loramill.sizing import ADJUSTABLE
+from loramill.submission.dataset_checks import DatasetChecks
+from loramill.submission.submit import SubmissionContext, Submitter, check_spec, queue
 from loramill.types import JobRecord, JobSpec, JobStatus
 
 #: Seconds for which a run waits for its jobs while the gateway is unreachable.
@@ -25,9 +29,11 @@ def train_all(context: NightlyContext, *, poll_seconds: float = 0.5) -> None:
         return
     context.gateway.check()
     begun = context.in_progress("train")
-    for adapter in waiting:
-        if "job" not in begun.get(adapter, {}):
-            context.attempt(adapter, "train", partial(_submit, context, adapter))
+    if new := [adapter for adapter in waiting if "job" not in begun.get(adapter, {})]:
+        checks = DatasetChecks(context.registry.artifacts, ChatTokenizer.load(context.base.folder))
+        submission = SubmissionContext(context.base, context.settings.jobs, checks)
+        for adapter in new:
+            context.attempt(adapter, "train", partial(_submit, context, submission, adapter))
     open_jobs = {adapter: result["job"] for adapter, result in context.in_progress("train").items() if "job" in result}
     away: float | None = None
     while open_jobs:
@@ -55,12 +61,17 @@ def train_all(context: NightlyContext, *, poll_seconds: float = 0.5) -> None:
             time.sleep(poll_seconds)
 
 
-def _submit(context: NightlyContext, adapter: str) -> None:
+def _submit(context: NightlyContext, submission: SubmissionContext, adapter: str) -> None:
+    spec = JobSpec.model_validate(context.done("collect")[adapter]["spec"])
+    if spec.base != context.base.fingerprint:
+        raise BaseUnusable("The base has changed since the data was collected.")
+    with context.registry.reading() as session:
+        # What sizing may change doesn't change the result, and the new data may need another choice than the old.
+        job = check_spec(session, spec, submission, adjustable=ADJUSTABLE, metadata={"nightly_run": context.run.id})
     # With the job in the step's own transaction, a run that is killed here has neither or both.
     with context.registry.writing() as session:
-        spec = JobSpec.model_validate(context.done("collect")[adapter]["spec"])
-        job = jobs.submit(session, spec, {"nightly_run": context.run.id})
-        context.record_pending(session, adapter, "train", {"job": job.id})
+        record = queue(session, job, Submitter(tenant=None, key_id="nightly", request_id=context.run.id))
+        context.record_pending(session, adapter, "train", {"job": record.id})
 
 
 def _poll_jobs(context: NightlyContext, open_jobs: dict[str, str]) -> dict[str, JobRecord]:

@@ -21,7 +21,6 @@ from loramill.serve.api.middleware.authentication import AuthenticationMiddlewar
 from loramill.serve.api.middleware.cors import GatewayCORSMiddleware
 from loramill.serve.api.middleware.request_id import BodyLimitMiddleware, InternalErrorMiddleware, RequestIdMiddleware
 from loramill.serve.api.openapi import describe
-from loramill.serve.api.readings import DatasetChecks
 from loramill.serve.api.routes import (
     adapter_imports,
     adapters,
@@ -40,6 +39,7 @@ from loramill.serve.api.routes import (
 )
 from loramill.serve.protocol import GenerationBackend
 from loramill.settings import Settings
+from loramill.submission.dataset_checks import DatasetChecks
 
 #: Paths that take files.
 _UPLOAD_PATHS = re.compile(rf"{files.FILES_PATH}|/v1/adapters/[^/]+/[^/]+/import")
@@ -73,9 +73,9 @@ def build_api(
         lifespan=lambda _: usage_flusher(books, registry),
     )
     served = {each.base.name: each for each in (ServedBase(base, backend), *other_bases)}
-    readings = DatasetChecks(registry.artifacts, tokenizer)
+    dataset_checks = DatasetChecks(registry.artifacts, tokenizer)
     names = version_cache(registry, settings.serve.grace_seconds)
-    app.state.gateway = Gateway(registry, base, tokenizer, served, settings, readings, names, books)
+    app.state.gateway = Gateway(registry, base, tokenizer, served, settings, dataset_checks, names, books)
     offered = (
         chat,
         completions,

@@ -15,9 +15,10 @@ from loramill.registry import Registry
 from loramill.serve.api.cache import ReadThroughCache
 from loramill.serve.api.limits.tracker import UsageTracker
 from loramill.serve.api.middleware.authentication import Caller
-from loramill.serve.api.readings import DatasetChecks
 from loramill.serve.protocol import GenerationBackend
 from loramill.settings import Settings
+from loramill.submission.dataset_checks import DatasetChecks
+from loramill.submission.submit import SubmissionContext
 from loramill.types import VersionRecord
 
 
@@ -49,6 +50,11 @@ class Gateway:
     dataset_checks: DatasetChecks
     version_cache: ReadThroughCache[tuple[AdapterName, str], VersionRecord]
     usage_tracker: UsageTracker
+
+    @property
+    def submission(self) -> SubmissionContext:
+        """What new jobs are checked against."""
+        return SubmissionContext(self.base, self.settings.jobs, self.dataset_checks)
 
 
 # Both are async, so that FastAPI needs no thread to call them.

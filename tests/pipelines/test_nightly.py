@@ -473,7 +473,7 @@ def test_a_champion_that_changed_during_the_run_is_not_replaced(mill: Mill) -> N
 
 
 def test_quota_and_refusals_at_submission_fail_one_adapter(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(session, spec, *rest):
+    def refused(session, spec, *rest, **options):
         raise InvalidRequest("The rank is too large.")
 
     mill.feed("acme/a", rows(12))

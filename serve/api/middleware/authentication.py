@@ -15,6 +15,7 @@ from loramill.registry import Registry, api_keys, tenants
 from loramill.serve.api.cache import ReadThroughCache
 from loramill.serve.api.errors import error_response
 from loramill.serve.api.middleware import scopes
+from loramill.submission.submit import Submitter
 from loramill.types import KeyRecord, Limits
 from loramill.types import Scope as KeyScope
 
@@ -37,6 +38,11 @@ class Caller:
     scopes: frozenset[KeyScope] = frozenset(KeyScope)
     limits: Limits | None = None
     request_id: str = ""
+
+    @property
+    def submitter(self) -> Submitter:
+        """The caller as the author of a job."""
+        return Submitter(None if self.admin else self.tenant, self.key_id, self.request_id)
 
     def require_tenant(self) -> str:
         """The tenant that what is made now will belong to.

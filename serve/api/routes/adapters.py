@@ -18,8 +18,8 @@ from loramill.registry import adapters, evaluations, jobs, nightly
 from loramill.serve.api.dependencies import CallerDep, Gateway, GatewayDep
 from loramill.serve.api.middleware.authentication import Caller
 from loramill.serve.api.routes.audit import record_change
-from loramill.serve.api.routes.references import find_file, named_by
 from loramill.serve.api.schemas.common import RequestBody, list_object
+from loramill.submission.references import find_file, named_by
 from loramill.types import AdapterRecord, Alias, DatasetRecord, FrozenModel, VersionRecord
 
 router = APIRouter(tags=["adapters"])

@@ -14,10 +14,10 @@ from loramill.names import results_id
 from loramill.registry import datasets, jobs, tenants
 from loramill.registry.jobs import results
 from loramill.serve.api.dependencies import CallerDep, GatewayDep
-from loramill.serve.api.readings import DATA_FILE
 from loramill.serve.api.routes.audit import record_change
 from loramill.serve.api.routes.preview import preview_examples
 from loramill.serve.api.schemas.common import ListQuery, page_object
+from loramill.submission.dataset_checks import DATA_FILE
 from loramill.submission.defaults import MAX_LENGTH
 from loramill.types import DatasetRecord, JobRecord, TrainOn
 

@@ -25,7 +25,7 @@ from loramill.serve.api.schemas.jobs import (
     event_object,
     job_object,
 )
-from loramill.serve.api.submission import check, queue
+from loramill.submission.submit import check_request, queue
 from loramill.types import JobRecord
 
 router = APIRouter(tags=["jobs"])
@@ -74,11 +74,11 @@ async def _job_list_query(request: Request) -> JobListQuery:
 @router.post(JOBS_PATH)
 def create_job(body: NewJob, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
     """Freezes a job's spec, checks its data against it, sizes it for one GPU, and queues it."""
-    tenant = caller.require_tenant()
+    request = body.to_request(caller.require_tenant())
     with gateway.registry.reading() as session:
-        checked = check(session, body, gateway, tenant)
+        checked = check_request(session, request, gateway.submission)
     with gateway.registry.writing() as session:
-        return job_object(queue(session, checked, caller), gateway.base, checked.examples)
+        return job_object(queue(session, checked, caller.submitter), gateway.base, checked.examples)
 
 
 #: FastAPI can't see what a function reads of the query by itself.

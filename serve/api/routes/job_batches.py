@@ -18,7 +18,7 @@ from loramill.serve.api.middleware.authentication import Caller
 from loramill.serve.api.routes.fine_tuning import JOBS_PATH
 from loramill.serve.api.schemas.common import RequestBody
 from loramill.serve.api.schemas.jobs import NewJob, job_object
-from loramill.serve.api.submission import CheckedJob, check, queue
+from loramill.submission.submit import CheckedJob, check_request, queue
 from loramill.types import JobRecord, JobStatus
 
 router = APIRouter(tags=["jobs"])
@@ -86,7 +86,9 @@ def _check_item(
         tenant = _tenant(fields.get("tenant"), caller)
         job = _parse_job({name: value for name, value in fields.items() if name != "tenant"})
         before = existing.get((tenant, job.metadata.get(BATCH_KEY, "")))
-        return _BatchItem(existing=before) if before else _BatchItem(checked=check(session, job, gateway, tenant))
+        if before:
+            return _BatchItem(existing=before)
+        return _BatchItem(checked=check_request(session, job.to_request(tenant), gateway.submission))
     except LoramillError as error:
         return _BatchItem(error=error)
 
@@ -111,7 +113,7 @@ def _queue_item(session: Session, item: _BatchItem, gateway: Gateway, caller: Ca
     if item.checked is None:
         return _item_object(gateway, item)
     try:
-        job = queue(session, item.checked, caller)
+        job = queue(session, item.checked, caller.submitter)
     except LoramillError as error:
         return {"job": None, "new": False, **error_body(error)}
     return {"job": job_object(job, gateway.base, item.checked.examples), "new": True, "error": None}

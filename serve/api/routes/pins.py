@@ -19,10 +19,10 @@ from loramill.serve.api.generation.streaming import collect
 from loramill.serve.api.middleware.authentication import Caller
 from loramill.serve.api.routes.adapters import ADAPTER_PATH, adapter_object, authorized_name
 from loramill.serve.api.routes.audit import record_change
-from loramill.serve.api.routes.references import named_by
 from loramill.serve.api.schemas.common import RequestBody
 from loramill.serve.protocol import TextRequest
 from loramill.serve.sampling_params import SamplingParams
+from loramill.submission.references import named_by
 from loramill.types import Alias
 
 router = APIRouter(tags=["adapters"])

@@ -10,9 +10,11 @@ from pydantic import Field
 
 from loramill.errors import InvalidRequest, UnsupportedParameter
 from loramill.models.catalog import Base
-from loramill.names import SHORT_HASH_LENGTH, results_id
+from loramill.names import SHORT_HASH_LENGTH, AdapterName, check_name, results_id
 from loramill.serve.api.schemas.common import Metadata, RequestBody
-from loramill.submission.defaults import Hyperparameters, LoramillOptions, openai_hyperparameters
+from loramill.submission.defaults import openai_hyperparameters
+from loramill.submission.references import named_by
+from loramill.submission.request import Hyperparameters, JobRequest, LoramillOptions
 from loramill.types import CheckpointRecord, JobEvent, JobRecord, JobStatus
 
 #: An event's id on the wire begins so; its number follows, of no more digits than a database counts to.
@@ -49,6 +51,26 @@ class NewJob(RequestBody):
     hyperparameters: Hyperparameters | None = None
     integrations: list[dict[str, Any]] | None = None
     loramill: LoramillOptions = LoramillOptions()
+
+    def to_request(self, tenant: str) -> JobRequest:
+        """The request of `tenant`, as `loramill.submission` takes it.
+
+        Raises:
+            UnsupportedParameter, InvalidRequest: as `hyperparameters_or_default`, or the suffix is not a name.
+        """
+        hyperparameters = self.hyperparameters_or_default()
+        with named_by("suffix"):
+            adapter = AdapterName(tenant, check_name(self.suffix, "adapter"))
+        return JobRequest(
+            adapter=adapter,
+            train=self.training_file,
+            valid=self.validation_file,
+            base=self.model,
+            seed=self.seed,
+            metadata=self.metadata,
+            hyperparameters=hyperparameters,
+            options=self.loramill,
+        )
 
     def hyperparameters_or_default(self) -> Hyperparameters:
         """The hyperparameters, wherever they stand.

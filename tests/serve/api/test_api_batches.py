@@ -114,7 +114,7 @@ def test_a_file_is_read_once(http: httpx.Client, site: Any, file: str, monkeypat
         read.append(name)
         return read_examples(raw, name)
 
-    monkeypatch.setattr("loramill.serve.api.readings.read_examples", reading)
+    monkeypatch.setattr("loramill.submission.dataset_checks.read_examples", reading)
     assert sent(http, *(job(file) for _ in range(30)))[0]
     assert len(read) <= 1
     with site.registry.reading() as session:

@@ -217,11 +217,11 @@ def test_who_runs_it(client: OpenAI, site: Any, file: str, own: Any, priority: i
 def test_it_is_sized_at_submit(client: OpenAI, site: Any, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def fitted(spec: Any, base: Any, lengths: Any, settings: Any) -> Any:
+    def fit_spec(spec: Any, base: Any, lengths: Any, settings: Any, adjustable: Any) -> Any:
         asked.append((base, tuple(lengths), settings))
         return spec.model_copy(update={"micro_tokens": 64}), "Fits with 64 tokens a pass."
 
-    monkeypatch.setattr("loramill.serve.api.submission.fitted", fitted)
+    monkeypatch.setattr("loramill.submission.submit.fit_spec", fit_spec)
     made = client.fine_tuning.jobs.create(model="tiny", training_file=file, validation_file=file)
     assert made.loramill["micro_tokens"] == 64  # type: ignore[attr-defined]
     ((base, lengths, settings),) = asked

@@ -26,7 +26,7 @@ from loramill.names import AdapterName
 from loramill.registry import adapters, datasets, jobs
 from loramill.serve.api.middleware.authentication import OPEN_PATHS
 from loramill.serve.api.openapi import operations
-from loramill.serve.api.readings import DATA_FILE
+from loramill.submission.dataset_checks import DATA_FILE
 from loramill.types import JobSpec, VersionRecord
 
 from .test_api_imports import form

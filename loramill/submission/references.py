@@ -1,4 +1,4 @@
-"""What a request's body points to: files and versions of its tenant."""
+"""Files and versions that the parameters of a request name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loramill.types import DatasetRecord
 
 @contextmanager
 def named_by(param: str) -> Iterator[None]:
-    """Makes "there is no such thing" an error about the parameter that names the thing (400, not the URL's 404)."""
+    """Turns "there is no such thing" into an error about the parameter that names it (400; 404 is about the URL)."""
     try:
         yield
     except (NotFound, InvalidRequest) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,29 +10,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramill.errors import InvalidRequest
+from loramill.models.catalog import Base
+from loramill.names import AdapterName
 from loramill.submission.defaults import (
     MAX_STEPS,
     MIN_STEPS,
-    Hyperparameters,
-    LoramillOptions,
     count_steps,
     count_training_tokens,
     openai_hyperparameters,
     resolve_spec,
 )
+from loramill.submission.request import Hyperparameters, JobRequest, LoramillOptions
 from loramill.types import JobSpec
 
 
-def resolve(examples: int = 160, said: dict[str, Any] | None = None, context: int = 2048, **own: Any) -> JobSpec:
-    return resolve_spec(
-        base="f" * 64,
-        context_length=context,
-        adapter="acme/support",
+def resolve(
+    examples: int = 160,
+    said: dict[str, Any] | None = None,
+    context: int = 2048,
+    **own: Any,
+) -> JobSpec:
+    request = JobRequest(
+        adapter=AdapterName("acme", "support"),
         train="file-1",
-        examples=examples,
         hyperparameters=Hyperparameters(**(said or {})),
-        extension=LoramillOptions(**own),
+        options=LoramillOptions(**own),
     )
+    return resolve_spec(request, base(context), examples)
+
+
+def base(context: int = 2048) -> Base:
+    return Base("tiny", Path(), "f" * 64, "LlamaForCausalLM", context)
 
 
 def test_nothing_said_is_jobspecs_defaults() -> None:
@@ -91,15 +100,8 @@ def test_what_is_said_wins(said: dict[str, Any], own: dict[str, Any], field: str
 
 
 def test_start_from_is_the_version_that_was_looked_up() -> None:
-    spec = resolve_spec(
-        base="f",
-        context_length=512,
-        adapter="a/b",
-        train="t",
-        examples=9,
-        start_from="v",
-        extension=LoramillOptions(start_from="champion"),
-    )
+    request = JobRequest(AdapterName("a", "b"), "t", options=LoramillOptions(start_from="champion"))
+    spec = resolve_spec(request, base(), 9, start_from="v")
     assert spec.start_from == "v"
 
 

@@ -1,0 +1,57 @@
+"""Checks of datasets against jobs, with a cache: a dataset never changes, and is often submitted many times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from loramill.data.examples import Examples, check_tokens, compare_splits, is_chat, read_examples
+from loramill.data.jsonl import iter_rows
+from loramill.data.tokenizer import ChatTokenizer
+from loramill.registry import ArtifactStore
+from loramill.types import DatasetRecord, TrainOn
+
+#: The one file of a dataset's artifact.
+DATA_FILE = "data.jsonl"
+
+#: Number of files whose lengths are cached.
+_CACHE_SIZE = 4096
+
+
+class DatasetChecks:
+    """Checks datasets against jobs' specs, each once per spec that differs in what is checked."""
+
+    def __init__(self, artifacts: ArtifactStore, tokenizer: ChatTokenizer) -> None:
+        self._artifacts, self._tokenizer = artifacts, tokenizer
+        self._lengths = lru_cache(_CACHE_SIZE)(self._check_lengths)
+        self._warnings = lru_cache(_CACHE_SIZE)(self._compare)
+        self._is_chat = lru_cache(_CACHE_SIZE)(self._first_row_is_chat)
+
+    def lengths(self, dataset: DatasetRecord, max_length: int, train_on: TrainOn) -> Sequence[int]:
+        """Tokens of each sequence of the dataset; an example may have several.
+
+        Raises:
+            DatasetInvalid: an example is longer than `max_length`, or can't be trained on in this way.
+        """
+        return self._lengths(dataset.artifact, dataset.filename, max_length, train_on)
+
+    def is_chat(self, dataset: DatasetRecord) -> bool:
+        """Whether the dataset contains conversations; otherwise it contains prompts and completions."""
+        return self._is_chat(dataset.artifact)
+
+    def warnings(self, train: DatasetRecord, valid: DatasetRecord) -> tuple[str, ...]:
+        """Warnings about a train/validation pair."""
+        return self._warnings(train.artifact, train.filename, valid.artifact, valid.filename)
+
+    def _check_lengths(self, artifact: str, filename: str, max_length: int, train_on: TrainOn) -> Sequence[int]:
+        return check_tokens(self._read(artifact, filename), self._tokenizer, max_length, train_on)
+
+    def _compare(self, train: str, train_name: str, valid: str, valid_name: str) -> tuple[str, ...]:
+        return compare_splits(self._read(train, train_name), self._read(valid, valid_name))
+
+    def _first_row_is_chat(self, artifact: str) -> bool:
+        with self._artifacts.open(artifact, DATA_FILE) as content:
+            return is_chat(next(iter_rows(content))[1])
+
+    def _read(self, artifact: str, filename: str) -> Examples:
+        return read_examples(self._artifacts.read(artifact, DATA_FILE), filename)
