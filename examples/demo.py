@@ -188,7 +188,7 @@ def wait_until_up(up: Up) -> Client:
     """Waits for the gateway; `up` itself says what it is doing, and why if it can't."""
     settings = Settings.load()
     while up.revive():
-        if settings.admin_key_file.exists() and (client := Client()).ready():
+        if settings.admin_key_file.exists() and (client := Client()).is_ready():
             return client
         time.sleep(0.5)
     raise SystemExit(1)
@@ -197,10 +197,10 @@ def wait_until_up(up: Up) -> Client:
 def submit_all(client: Client, tenants: list[Tenant]) -> None:
     """Makes the tenants, a key for each, and with that key its fine-tune job."""
     for tenant in tenants:
-        client.create_tenant(tenant.name)
-        key = client.create_key(tenant.name).key
+        client.tenants.create(tenant.name)
+        key = client.keys.create(tenant.name).key
         with Client(client.url, key) as own:
-            job = own.submit(tenant.model, tenant.train, valid=tenant.valid, **RECIPE)
+            job = own.jobs.submit(tenant.model, tenant.train, valid=tenant.valid, **RECIPE)
         console.print(f"{tenant.model}: {len(tenant.train.splitlines())} examples, job {job.id}")
 
 
@@ -208,17 +208,17 @@ def watch_jobs(client: Client, up: Up) -> list[Run]:
     """Shows the jobs while they train; returns their results, by adapter."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        bars = {job.id: progress.add_task(job.adapter, total=job.steps, note="queued") for job in client.jobs()}
+        bars = {job.id: progress.add_task(job.adapter, total=job.steps, note="queued") for job in client.jobs.list()}
         waiting = set(bars)
         while waiting:
-            for job in patiently(lambda: list(client.jobs()), up):
+            for job in patiently(lambda: list(client.jobs.list()), up):
                 progress.update(bars[job.id], completed=job.step, note=job.status.value)
                 if job.failure is not None:
                     raise job.failure
                 if job.status.final:
                     waiting.discard(job.id)
             time.sleep(1.0)
-    return sorted((trained(client, job) for job in client.jobs()), key=lambda run: run.adapter)
+    return sorted((trained(client, job) for job in client.jobs.list()), key=lambda run: run.adapter)
 
 
 def trained(client: Client, job: Job) -> Run:
@@ -246,7 +246,7 @@ def patiently(ask: Callable[[], T], up: Up) -> T:
 
 def loss_curve(client: Client, job: str) -> Curve:
     """A job's training and validation losses by step; a repeated step counts once, as it was last."""
-    metrics = [event.data for event in client.events(job) if event.kind == "metrics"]
+    metrics = [event.data for event in client.jobs.events(job) if event.kind == "metrics"]
     return Curve(
         train={point["step"]: point["train_loss"] for point in metrics},
         valid={point["step"]: point["valid_loss"] for point in metrics if "valid_loss" in point},
@@ -318,9 +318,9 @@ def comparison(rows: list[Row]) -> Table:
 def run_night(client: Client, tenants: list[Tenant]) -> list[NightLine]:
     """Adds the new data and starts a nightly run; then asks the endpoints which version answers."""
     fed = [tenant for tenant in tenants if tenant.new is not None]
-    before = {tenant.model: client.adapter(tenant.model).champion for tenant in fed}
+    before = {tenant.model: client.adapters.get(tenant.model).champion for tenant in fed}
     for tenant in fed:
-        client.add_data(tenant.model, tenant.new or b"", valid=tenant.new_valid)
+        client.adapters.add_data(tenant.model, tenant.new or b"", valid=tenant.new_valid)
         console.print(f"{tenant.model}: {len((tenant.new or b'').splitlines())} new examples for the nightly run")
     settings = Settings.load()
     registry = Registry.open(settings.database, settings.artifacts)

@@ -57,7 +57,7 @@ def register(app: typer.Typer) -> None:
 def list_adapters(tenant: Tenant = None, json: show.JsonFlag = False) -> None:
     """List adapters and the versions that their aliases name."""
     with Client() as client:
-        found = client.adapters(tenant)
+        found = client.adapters.list(tenant)
     if json:
         return show.print_json(found)
     return show.print_table(
@@ -80,7 +80,7 @@ def list_adapters(tenant: Tenant = None, json: show.JsonFlag = False) -> None:
 def show_adapter(name: Adapter, json: show.JsonFlag = False) -> None:
     """Show an adapter's versions, their scores, and how the aliases moved."""
     with Client() as client:
-        adapter = client.adapter(name)
+        adapter = client.adapters.get(name)
     if json:
         return show.print_json(adapter)
     show.print_table(
@@ -134,7 +134,7 @@ def promote(name: Versioned, version: Selected = None, json: show.JsonFlag = Fal
             f"which version? Give an alias, such as {name}@challenger, or one that `adapters show {name}` lists."
         )
     with Client() as client:
-        adapter = client.promote(name, version)
+        adapter = client.adapters.promote(name, version)
     if json:
         show.print_json(adapter)
     else:
@@ -147,7 +147,7 @@ def promote(name: Versioned, version: Selected = None, json: show.JsonFlag = Fal
 def rollback(name: Adapter, json: show.JsonFlag = False) -> None:
     """Make the previous champion the champion again."""
     with Client() as client:
-        adapter = client.rollback(name)
+        adapter = client.adapters.rollback(name)
     if json:
         show.print_json(adapter)
     else:
@@ -171,7 +171,7 @@ def pin(name: Versioned, version: Selected = None, json: show.JsonFlag = False) 
     """
     name, version = _split_version(name, version)
     with Client() as client:
-        adapter = client.pin(name, version or Alias.CHAMPION.value)
+        adapter = client.adapters.pin(name, version or Alias.CHAMPION.value)
     if json:
         show.print_json(adapter)
     else:
@@ -183,7 +183,7 @@ def pin(name: Versioned, version: Selected = None, json: show.JsonFlag = False) 
 def unpin(name: Adapter, json: show.JsonFlag = False) -> None:
     """Let the champion change again."""
     with Client() as client:
-        adapter = client.unpin(name)
+        adapter = client.adapters.unpin(name)
     if json:
         show.print_json(adapter)
     else:
@@ -195,5 +195,5 @@ def warm(name: Versioned, version: Selected = None) -> None:
     name, version = _split_version(name, version)
     version = version or Alias.CHAMPION.value
     with Client() as client:
-        seconds = client.warm(name, version)
+        seconds = client.adapters.warm(name, version)
     show.print_message(f"{name}@{version} answers; its first token took {seconds:.2f} s.")

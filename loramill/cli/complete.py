@@ -14,7 +14,7 @@ _TIMEOUT_SECONDS, _MAX_JOBS = 2.0, 50
 
 def adapters(incomplete: str) -> list[str]:
     """Adapters whose names begin with `incomplete`."""
-    return _matching(incomplete, lambda client: (each.name for each in client.adapters()))
+    return _matching(incomplete, lambda client: (each.name for each in client.adapters.list()))
 
 
 def models(incomplete: str) -> list[str]:
@@ -24,12 +24,12 @@ def models(incomplete: str) -> list[str]:
 
 def tenants(incomplete: str) -> list[str]:
     """Tenants whose names begin with `incomplete`."""
-    return _matching(incomplete, lambda client: (each.name for each in client.tenants()))
+    return _matching(incomplete, lambda client: (each.name for each in client.tenants.list()))
 
 
 def jobs(incomplete: str) -> list[str]:
     """Ids of the newest jobs that begin with `incomplete`."""
-    return _matching(incomplete, lambda client: (each.id for each in islice(client.jobs(), _MAX_JOBS)))
+    return _matching(incomplete, lambda client: (each.id for each in islice(client.jobs.list(), _MAX_JOBS)))
 
 
 def _matching(incomplete: str, names: Callable[[Client], Iterable[str]]) -> list[str]:

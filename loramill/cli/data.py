@@ -47,7 +47,7 @@ def add_data(
 ) -> None:
     """Upload new examples, in any format that `submit` takes, for the next nightly run to train on."""
     with Client() as client:
-        waiting = client.add_data(
+        waiting = client.adapters.add_data(
             name,
             train,
             valid=valid,
@@ -64,7 +64,7 @@ def add_data(
 def list_data(name: Adapter, json: show.JsonFlag = False) -> None:
     """List an adapter's data for nightly runs: what waits, what was used, and what failed."""
     with Client() as client:
-        found = client.data(name)
+        found = client.adapters.list_data(name)
     if json:
         return show.print_json(found)
     return show.print_table(
@@ -88,7 +88,7 @@ def list_data(name: Adapter, json: show.JsonFlag = False) -> None:
 def list_files(tenant: Tenant = None, json: show.JsonFlag = False) -> None:
     """List uploaded files, newest first."""
     with Client() as client:
-        found = [*client.files(tenant)]
+        found = [*client.files.list(tenant)]
     if json:
         return show.print_json(found)
     return show.print_table(
@@ -117,10 +117,10 @@ def show_file(
     """Show a file's description, or its content: the JSONL that the upload was converted to."""
     with Client() as client:
         if content:
-            for part in client.file_content(file):
+            for part in client.files.content(file):
                 sys.stdout.buffer.write(part)
             return None
-        found = client.file(file)
+        found = client.files.get(file)
     if json:
         return show.print_json(found)
     return show.print_fields(
@@ -142,7 +142,7 @@ def delete_files(
     """Delete uploaded files, unless a job that has not ended or the next nightly run needs them."""
     with Client() as client:
         for each in file:
-            client.delete_file(each)
+            client.files.delete(each)
             show.print_message(f"{each} is deleted.")
 
 

@@ -44,17 +44,17 @@ def delete_adapters(
     removed: list[DeletionSummary] = []
     with Client() as client:
         # All are looked up before any is deleted.
-        found = [client.adapter(str(name)) for name, _ in split]
+        found = [client.adapters.get(str(name)) for name, _ in split]
         if not yes:
             _confirm(
                 _consequence([f"{a.name}@{v}" if v else a.name for a, (_, v) in zip(found, split, strict=True)]), "yes"
             )
         for name, version in split:
             if version:
-                client.delete_version(str(name), version, force=force)
+                client.adapters.delete_version(str(name), version, force=force)
                 removed.append(DeletionSummary(versions=1))
             else:
-                removed.append(client.delete_adapter(str(name), cancel_jobs=cancel_jobs))
+                removed.append(client.adapters.delete(str(name), cancel_jobs=cancel_jobs))
             if not json:
                 show.print_message(f"{name.at(version)} is deleted." if version else _summary(str(name), removed[-1]))
     if json:
@@ -70,7 +70,7 @@ def rename_adapter(
 ) -> None:
     """Rename an adapter with all its versions, aliases and jobs. The old name stops working."""
     with Client() as client:
-        renamed = client.rename(name, to)
+        renamed = client.adapters.rename(name, to)
     if json:
         show.print_json(renamed)
     else:
@@ -84,11 +84,11 @@ def delete_tenants(
     removed: list[DeletionSummary] = []
     with Client() as client:
         for name in names:
-            client.tenant(name)
+            client.tenants.get(name)
         if not yes:
             _confirm(_consequence(names), names[0] if len(names) == 1 else "yes")
         for name in names:
-            removed.append(client.delete_tenant(name, cancel_jobs=cancel_jobs))
+            removed.append(client.tenants.delete(name, cancel_jobs=cancel_jobs))
             if not json:
                 show.print_message(_summary(f"Tenant {name}", removed[-1]))
     if json:

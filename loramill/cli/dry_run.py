@@ -22,10 +22,10 @@ def dry_run(adapter: str, train: str, valid: str | None, said: Mapping[str, Any]
     options = read_options({name: value for name, value in said.items() if name not in ("columns", "valid_columns")})
     length, learn = options.max_length, options.train_on
     with Client() as client:
-        found = [client.check(train, tenant=tenant, columns=columns, max_length=length, train_on=learn)]
+        found = [client.files.check(train, tenant=tenant, columns=columns, max_length=length, train_on=learn)]
         if valid is not None:
             source = read_valid(valid, columns, valid_columns)
-            found.append(client.check(source, tenant=tenant, valid=True, max_length=length, train_on=learn))
+            found.append(client.files.check(source, tenant=tenant, valid=True, max_length=length, train_on=learn))
     if json:
         return show.print_json(found)
     for each in found:
@@ -38,7 +38,7 @@ def _print_check(found: FileCheck) -> None:
     tokens = found.tokens
     show.print_fields(
         [
-            (found.filename, Text(found.recognized)),
+            (found.filename, Text(found.format)),
             ("examples", str(found.examples)),
             ("tokens", f"{tokens.min} to {tokens.max}, median {tokens.median}, {tokens.total} in all"),
             ("supervised", f"{found.supervised_tokens} tokens"),

@@ -39,7 +39,7 @@ def export(
         Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress,
     ):
         task = progress.add_task("", total=None)
-        version = client.export(
+        version = client.adapters.export(
             name, to, full=full, on_bytes=lambda come, total: progress.update(task, completed=come, total=total)
         )
     adapter = ModelName.parse(name).adapter

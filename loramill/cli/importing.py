@@ -31,7 +31,7 @@ def import_adapter(
     one becomes the challenger unless you give --promote.
     """
     with Client() as client:
-        version, adapter = client.import_adapter(name, folder, promote=promote)
+        version, adapter = client.adapters.import_folder(name, folder, promote=promote)
     if json:
         return show.print_json(adapter)
     at = AdapterName.parse(name).at(version)

@@ -14,6 +14,7 @@ from loramill.cli.plot import JobId, plot
 from loramill.cli.submit import submit
 from loramill.cli.watch import watch
 from loramill.client import Client
+from loramill.client.jobs import JobsResource
 from loramill.client.models import Event, Job
 from loramill.errors import Conflict, NotFound
 
@@ -47,7 +48,7 @@ def list_jobs(
 ) -> None:
     """List jobs, newest first."""
     with Client() as client:
-        found = list(islice(client.jobs(tenant), limit + 1))
+        found = list(islice(client.jobs.list(tenant), limit + 1))
     if json:
         return show.print_json(found[:limit])
     show.print_table(
@@ -74,7 +75,7 @@ def list_jobs(
 def show_job(job_id: JobId, json: show.JsonFlag = False) -> None:
     """Show one job: its state and its spec."""
     with Client() as client:
-        job = client.job(job_id)
+        job = client.jobs.get(job_id)
     if json:
         return show.print_json(job)
     pairs: list[tuple[str, show.Cell]] = [
@@ -145,7 +146,7 @@ def events(
 ) -> None:
     """Show a job's history, oldest first."""
     with Client() as client:
-        history = client.events(job_id, follow=follow)
+        history = client.jobs.events(job_id, follow=follow)
         if json and not follow:
             return show.print_json(history)
         for event in history:
@@ -171,7 +172,7 @@ def _format_metrics(data: Mapping[str, Any]) -> str:
 def checkpoints(job_id: JobId, json: show.JsonFlag = False) -> None:
     """List where a job's weights were validated; those that are kept can be asked by their model's name."""
     with Client() as client:
-        found = client.checkpoints(job_id)
+        found = client.jobs.checkpoints(job_id)
     if json:
         return show.print_json(found)
     return show.print_table(
@@ -193,19 +194,19 @@ def checkpoints(job_id: JobId, json: show.JsonFlag = False) -> None:
 @jobs.command("cancel")
 def cancel(job_ids: JobIds, json: show.JsonFlag = False) -> None:
     """Ask jobs to stop; they publish nothing from then on."""
-    _change(job_ids, Client.cancel, "is asked to stop", json=json)
+    _change(job_ids, JobsResource.cancel, "is asked to stop", json=json)
 
 
 @jobs.command("pause")
 def pause(job_ids: JobIds, json: show.JsonFlag = False) -> None:
     """Ask jobs to wait; they keep what they have learnt so far."""
-    _change(job_ids, Client.pause, "is asked to pause", json=json)
+    _change(job_ids, JobsResource.pause, "is asked to pause", json=json)
 
 
 @jobs.command("resume")
 def resume(job_ids: JobIds, json: show.JsonFlag = False) -> None:
     """Let paused jobs go on where they were."""
-    _change(job_ids, Client.resume, "goes on", json=json)
+    _change(job_ids, JobsResource.resume, "goes on", json=json)
 
 
 @jobs.command("retry")
@@ -214,16 +215,16 @@ def retry(job_ids: JobIds, json: show.JsonFlag = False) -> None:
 
     A failed job's checkpoints are kept for a week; those of a cancelled job are removed at once.
     """
-    _change(job_ids, Client.retry, "is queued again", json=json)
+    _change(job_ids, JobsResource.retry, "is queued again", json=json)
 
 
-def _change(job_ids: Sequence[str], change: Callable[[Client, str], Job], outcome: str, *, json: bool) -> None:
+def _change(job_ids: Sequence[str], change: Callable[[JobsResource, str], Job], outcome: str, *, json: bool) -> None:
     """Changes every job that can be; those that can't are told, and make the command fail."""
     changed, refused = [], False
     with Client() as client:
         for job_id in job_ids:
             try:
-                changed.append(change(client, job_id))
+                changed.append(change(client.jobs, job_id))
             except (Conflict, NotFound) as error:
                 refused = True
                 show.print_message(error.message, style="red")

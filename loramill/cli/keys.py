@@ -37,7 +37,7 @@ def create_key(
     """Make an API key and print it; it can't be shown again."""
     expires_at = None if expires is None else time.time() + _parse_duration(expires)
     with Client() as client:
-        made = client.create_key(tenant, scopes=scope or None, expires_at=expires_at)
+        made = client.keys.create(tenant, scopes=scope or None, expires_at=expires_at)
     if json:
         return show.print_json(made)
     show.print_message(f"{made.id}, a key of {tenant}; this is the only time it is shown:")
@@ -48,7 +48,7 @@ def create_key(
 def list_keys(tenant: Tenant, json: show.JsonFlag = False) -> None:
     """List a tenant's keys, without their secrets."""
     with Client() as client:
-        found = client.keys(tenant)
+        found = client.keys.list(tenant)
     if json:
         return show.print_json(found)
     return show.print_table(
@@ -65,7 +65,7 @@ def list_keys(tenant: Tenant, json: show.JsonFlag = False) -> None:
 def revoke_key(key_id: Annotated[str, typer.Argument(metavar="KEY", help="The key's id (key-…).")]) -> None:
     """Make a key worthless at once."""
     with Client() as client:
-        client.revoke_key(key_id)
+        client.keys.revoke(key_id)
     show.print_message(f"{key_id} is revoked.")
 
 

@@ -36,8 +36,8 @@ def plot(
 ) -> None:
     """Draw the losses of a job, while it runs or later."""
     with Client() as client:
-        job = client.job(job_id)
-        points = client.metrics(job.id)
+        job = client.jobs.get(job_id)
+        points = client.jobs.metrics(job.id)
     if json:
         show.print_json(points)
     elif not points:

@@ -251,7 +251,7 @@ def _create_tenants(names: Collection[str]) -> None:
     with Client() as client:
         ordered = sorted(names)
         for start in range(0, len(ordered), MAX_TENANTS_PER_REQUEST):
-            for each in client.create_tenants(ordered[start : start + MAX_TENANTS_PER_REQUEST], exist_ok=True):
+            for each in client.tenants.create_many(ordered[start : start + MAX_TENANTS_PER_REQUEST], exist_ok=True):
                 if each.new:
                     show.print_message(f"Tenant {each.name} is made.")
 
@@ -260,7 +260,7 @@ def _submit_one(
     adapter: str, train: str, valid: str | None, options: dict[str, Any], *, wait: bool, promote: bool, json: bool
 ) -> None:
     with Client() as client:
-        job = client.submit(adapter, train, valid=valid, on_upload=report_upload, **options)
+        job = client.jobs.submit(adapter, train, valid=valid, on_upload=report_upload, **options)
         if not json:
             show.print_line(job.id)
         if wait:
@@ -277,7 +277,7 @@ def _report_result(client: Client, job: Job, *, promote: bool) -> None:
     show.print_message(f"{job.model} is ready: `loramill chat {job.model}`")
     version = (job.model or "").partition("@")[2]
     try:
-        adapter = client.promote(job.adapter, version) if promote else client.adapter(job.adapter)
+        adapter = client.adapters.promote(job.adapter, version) if promote else client.adapters.get(job.adapter)
     except Forbidden:  # a key of the scope `training` alone may not read adapters
         if promote:
             raise
@@ -301,7 +301,7 @@ def _submit_file(file: Path, defaults: Mapping[str, Any], *, name: str, retry: b
                     tasks[what] = progress.add_task(what, total=total)
                 progress.update(tasks[what], completed=done)
 
-            found = client.submit_many(
+            found = client.jobs.submit_many(
                 file, defaults=defaults, name=name, retry=retry, on_progress=tell, on_upload=report_warnings
             )
         if json and not wait:
@@ -336,7 +336,7 @@ def _print_submitted(found: Iterable[SubmittedJob]) -> None:
 def report_upload(file: File) -> None:
     """Reports what an uploaded file was read as, and its warnings."""
     count = "" if file.examples is None else f": {counted(file.examples, 'example')}"
-    show.print_message(f"{file.filename}{count}; {file.recognized}.")
+    show.print_message(f"{file.filename}{count}; {file.format}.")
     report_warnings(file)
 
 
@@ -364,4 +364,4 @@ def _wait_with_progress(client: Client, job: Job) -> Job:
             progress.update(task, completed=now.step, description=f"{now.adapter} {now.status}")
 
         with explain_interrupt([job.id]):
-            return client.wait(job.id, advance)
+            return client.jobs.wait(job.id, advance)

@@ -15,7 +15,7 @@ import typer
 from loramill.cli import show
 from loramill.cli.deleting import delete_tenants
 from loramill.client import Client
-from loramill.client.admin import Quota
+from loramill.client.tenants import Quota
 from loramill.client.models import CreatedTenant
 from loramill.client.tenant_list import NewTenant, read_tenants
 from loramill.errors import InvalidRequest
@@ -59,7 +59,7 @@ def create_tenants(
     """Make tenants. If anything is wrong, none is made."""
     wanted = _requested_tenants(names or [], file)
     with Client() as client, _key_file(keys_out) as write_keys:
-        made = client.create_tenants(wanted, exist_ok=exist_ok, keys=with_keys or keys_out is not None)
+        made = client.tenants.create_many(wanted, exist_ok=exist_ok, keys=with_keys or keys_out is not None)
         write_keys(made)
     if json:
         # A single name gives a single object, as before.
@@ -141,7 +141,7 @@ def _summary(made: Sequence[CreatedTenant], keys_out: Path | None, *, with_keys:
 def list_tenants(json: show.JsonFlag = False) -> None:
     """List the tenants."""
     with Client() as client:
-        found = client.tenants()
+        found = client.tenants.list()
     if json:
         return show.print_json(found)
     return show.print_table(
@@ -177,7 +177,7 @@ def set_share(
     """Set a tenant's share of the pool; what isn't given stays as it is."""
     running, queued = _parse_quota(max_running, "--max-running"), _parse_quota(max_queued, "--max-queued")
     with Client() as client:
-        set_to = client.set_share(name, weight=weight, max_running=running, max_queued=queued)
+        set_to = client.tenants.set_share(name, weight=weight, max_running=running, max_queued=queued)
     if json:
         show.print_json(set_to)
     else:
@@ -210,7 +210,7 @@ def set_limits(
         "stored_bytes": _parse_bytes(stored, "--stored"),
     }
     with Client() as client:
-        set_to = client.set_limits(name, **asked) if drop_none(asked) else client.tenant(name)
+        set_to = client.tenants.set_limits(name, **asked) if drop_none(asked) else client.tenants.get(name)
     if json:
         show.print_json(set_to)
     else:

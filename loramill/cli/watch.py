@@ -65,7 +65,7 @@ class JobPoller:
         waited = {job.id for job in self._known.values() if not job.status.final}
         waited |= set(self._job_ids or ()) - self._known.keys()
         fresh: dict[str, Job] = {}
-        for job in islice(self._client.jobs(self._tenant), None if self._job_ids else self._limit):
+        for job in islice(self._client.jobs.list(self._tenant), None if self._job_ids else self._limit):
             if not waited and (self._job_ids or job.id in self._known):
                 break
             waited.discard(job.id)

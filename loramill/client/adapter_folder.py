@@ -1,4 +1,4 @@
-"""PEFT folders: the files that an import uploads, and what an export adds to a version's files."""
+"""PEFT folders: the files that an import uploads, and the files that an export adds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from loramill.errors import InvalidRequest
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-#: Form fields of an import, and the file of each.
+#: Form field of an import -> name of its file.
 ADAPTER_FILES: Mapping[str, str] = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE}
-#: Files of a base that a tokenizer is read from.
+#: Files of a base that make up its tokenizer.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -46,10 +46,10 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 
 def adapter_file(folder: Path, name: str) -> tuple[str, bytes]:
-    """A file's name and content, for an upload.
+    """Reads a file for an upload; returns its name and content.
 
     Raises:
-        InvalidRequest: it is missing, or can't be read.
+        InvalidRequest: The file is missing or can't be read.
     """
     path = folder / name
     if not path.is_file():
@@ -71,16 +71,18 @@ def _hint(folder: Path, name: str) -> str:
 
 
 def find_subfolder(folder: Path, name: str) -> Path | None:
-    """The folder inside `folder` that has the file `name`, as one does in which several adapters were saved."""
+    """Finds a subfolder with the file `name`; PEFT saves several adapters into subfolders."""
     return next((path.parent for path in sorted(folder.glob(f"*/{name}"))), None)
 
 
 def complete_export(folder: Path, name: str, version: str, base: str) -> None:
-    """Makes a version's files a complete PEFT folder, with the base's name and a model card.
+    """Adds the base's name and a model card to the files of a version.
 
     Args:
-        name: the adapter's name.
-        base: a hub id or a folder, which `from_pretrained` takes.
+        folder: Folder with the files.
+        name: Name of the adapter.
+        version: Id of the version.
+        base: Hub id or folder, for `from_pretrained`.
     """
     path = folder / CONFIG_FILE
     config = json.loads(path.read_bytes())

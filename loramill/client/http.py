@@ -1,4 +1,4 @@
-"""One HTTP conversation with the gateway: its answers as dicts, its errors as the classes of the tree."""
+"""HTTP requests to the gateway; its errors are raised as the classes of `loramill.errors`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _error_classes(cls: type[LoramillError]) -> Iterator[type[LoramillError]]:
         yield from _error_classes(child)
 
 
-#: The class of every code that the API answers with.
+#: Error class per code of the API.
 ERROR_BY_CODE = {cls.code: cls for cls in _error_classes(LoramillError)}
 
 _ERROR_BY_STATUS = {
@@ -41,7 +41,7 @@ _ERROR_BY_STATUS = {
 
 @contextmanager
 def translate_openai_errors(url: str) -> Iterator[None]:
-    """Turns the `openai` client's errors in the block back into ours; `url` is the gateway it calls."""
+    """Raises errors of the `openai` client within the block as errors of `loramill.errors`. `url` is the gateway's."""
     import openai
 
     try:
@@ -49,23 +49,23 @@ def translate_openai_errors(url: str) -> Iterator[None]:
     except openai.APITimeoutError as error:
         raise Unavailable(f"The gateway at {url} took too long to answer; try again.") from error
     except (openai.APIConnectionError, httpx.RequestError) as error:
-        # By its name: openai 2 is built on httpx, openai 3 on httpx2.
+        # By name: openai 2 is built on httpx, openai 3 on httpx2.
         if type(error.__cause__).__name__ == "ConnectError":
             raise unreachable(url) from error
         raise connection_lost(url) from error
-    except openai.APIError as error:  # without a status it came in mid-stream
+    except openai.APIError as error:  # an error in mid-stream has no status
         raise error_from_response(getattr(error, "status_code", 500), error.body, url) from error
 
 
 def error_from_response(status: int, body: object, url: str) -> LoramillError:
-    """The error that an answer of `status` (>= 400) with this JSON body stands for."""
-    said = body.get("error", body) if isinstance(body, Mapping) else None
-    if isinstance(said, Mapping) and isinstance(said.get("message"), str):
+    """Returns the error for a response with this status (>= 400) and JSON body."""
+    fields = body.get("error", body) if isinstance(body, Mapping) else None
+    if isinstance(fields, Mapping) and isinstance(fields.get("message"), str):
         cls = ERROR_BY_CODE.get(
-            str(said.get("code")), _ERROR_BY_STATUS.get(status, InvalidRequest if status < 500 else LoramillError)
+            str(fields.get("code")), _ERROR_BY_STATUS.get(status, InvalidRequest if status < 500 else LoramillError)
         )
-        param = said.get("param")
-        error = cls(said["message"], param=param if isinstance(param, str) else None)
+        param = fields.get("param")
+        error = cls(fields["message"], param=param if isinstance(param, str) else None)
         if hasattr(error, "problems"):
             error.problems = tuple(error.message.splitlines()[1:])
         return error
@@ -75,45 +75,45 @@ def error_from_response(status: int, body: object, url: str) -> LoramillError:
 
 
 def unexpected_response(url: str, what: str) -> NotRunning:
-    """The error for an answer that no loramill gives."""
+    """Returns the error for a response that is not loramill's."""
     return NotRunning(f"What answers at {url} isn't loramill ({what}): is LORAMILL_URL right?")
 
 
 def unreachable(url: str) -> NotRunning:
-    """The error for an address where nobody listens."""
+    """Returns the error for an address on which no process listens."""
     return NotRunning(f"Nothing answers at {url}: start it with `loramill up`, or set LORAMILL_URL.")
 
 
 def connection_lost(url: str) -> Unavailable:
-    """The error for an answer that came in part or not at all."""
+    """Returns the error for a response that was cut off or did not arrive."""
     return Unavailable(f"The connection to {url} broke; try again.")
 
 
 def is_local_url(url: str) -> bool:
-    """Whether the address is this machine's: its loopback, or one of its interfaces."""
+    """Whether the address belongs to this machine: its loopback or one of its interfaces."""
     try:
         host = urlsplit(url).hostname or ""
         if host == "localhost":
             return True
         address = ipaddress.ip_address(host)
-    except ValueError:  # a host's name, or no address at all
+    except ValueError:  # a host name, or not an address
         return False
     with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
         try:
-            probe.bind((host, 0))  # which no other machine's address allows
+            probe.bind((host, 0))  # fails for the address of another machine
         except OSError:
             return address.is_loopback
     return True
 
 
 class Transport:
-    """Requests to one gateway with one key. `url` is without `/v1`; `timeout` is in seconds."""
+    """Sends requests to one gateway with one API key. `url` excludes `/v1`; `timeout` is in seconds."""
 
     def __init__(self, url: str, api_key: str | None, organization: str | None, timeout: float) -> None:
         self.url = url
         self._api_key = api_key
         self._organization = organization
-        # A proxy of the environment can't reach this machine's own addresses.
+        # A proxy from the environment can't reach this machine's own addresses.
         self._http = httpx.Client(timeout=httpx.Timeout(timeout, connect=5.0), trust_env=not is_local_url(url))
 
     def close(self) -> None:
@@ -121,30 +121,37 @@ class Transport:
         self._http.close()
 
     def request_json(self, method: str, path: str, *, tenant: str | None = None, **request: Any) -> dict[str, Any]:
-        """One request; returns the JSON object of the answer. `tenant` acts for a tenant, `request` is httpx's.
+        """Sends a request and returns the JSON object of the response.
+
+        Args:
+            method: HTTP method.
+            path: Path on the gateway.
+            tenant: Tenant that an admin's key acts for.
+            request: Further arguments of `httpx.Client.request`.
+
 
         Raises:
-            LoramillError: the class of the answer's code; NotRunning, Unavailable: there is no such answer.
+            LoramillError: The error that the gateway reports. NotRunning, Unavailable: there is no valid response.
         """
         response = self._send(method, path, tenant, request)
         body = _json(response)
         if response.is_error:
             if response.status_code == 401 and self._api_key is None:
                 raise Unauthenticated(
-                    f"The gateway at {self.url} asks for an API key: set LORAMILL_API_KEY "
-                    "(an admin makes one with `loramill key create TENANT`)."
+                    f"The gateway at {self.url} requires an API key: set LORAMILL_API_KEY "
+                    "(an admin creates one with `loramill key create TENANT`)."
                 )
             raise error_from_response(response.status_code, body, self.url)
         if not isinstance(body, dict):
-            raise unexpected_response(self.url, "its answer is no JSON object")
+            raise unexpected_response(self.url, "its response is not a JSON object")
         return body
 
     @contextmanager
     def stream(self, path: str, **request: Any) -> Iterator[Iterator[bytes]]:
-        """The bytes of the answer to a GET, piece by piece as they come; `request` is httpx's.
+        """Yields the body of the response to a GET request in chunks. `request` are arguments of `httpx.Client.stream`.
 
         Raises:
-            LoramillError: as `call`; Unavailable: the answer was cut off.
+            LoramillError: As for `request_json`. Unavailable: the response was cut off.
         """
         with (
             self._translate_errors("GET", path),
@@ -158,24 +165,30 @@ class Transport:
     def paginate(
         self, path: str, *, tenant: str | None = None, limit: int | None = None, query: Mapping[str, Any] | None = None
     ) -> Iterator[dict[str, Any]]:
-        """The objects of a list in the gateway's order, `limit` to a page where it has pages; `query` narrows it.
+        """Yields the objects of a list in the gateway's order, fetching it page by page.
+
+        Args:
+            path: Path of the list.
+            tenant: Tenant that an admin's key acts for.
+            limit: Objects per page, if the list has pages.
+            query: Further query parameters.
 
         Raises:
-            LoramillError: as `call`.
+            LoramillError: As for `request_json`.
         """
-        asked = {**(query or {}), **({} if limit is None else {"limit": limit})}
+        params = {**(query or {}), **({} if limit is None else {"limit": limit})}
         while True:
-            page = self.request_json("GET", path, tenant=tenant, params=asked)
+            page = self.request_json("GET", path, tenant=tenant, params=params)
             rows = page.get("data")
             if not isinstance(rows, list):
-                raise unexpected_response(self.url, f"{path} is no list")
+                raise unexpected_response(self.url, f"{path} is not a list")
             yield from rows
             if not rows or not page.get("has_more"):
                 return
-            asked["after"] = rows[-1]["id"]
+            params["after"] = rows[-1]["id"]
 
     def succeeds(self, path: str) -> bool:
-        """Whether the gateway answers `path` with success."""
+        """Whether a GET request of `path` succeeds."""
         try:
             return self._send("GET", path, None, {}).is_success
         except (NotRunning, Unavailable):
@@ -205,7 +218,7 @@ class Transport:
             ) from error
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise SettingsInvalid(
-                f"'{self.url}' is no address of a gateway ({error}); write it as http://HOST:PORT in LORAMILL_URL."
+                f"'{self.url}' is not the address of a gateway ({error}); write it as http://HOST:PORT in LORAMILL_URL."
             ) from error
         except httpx.RequestError as error:
             raise connection_lost(self.url) from error

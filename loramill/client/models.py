@@ -1,6 +1,6 @@
-"""What the client hands out where the wire's form differs from the record's.
+"""Objects that the client returns.
 
-Tenants, keys, versions and aliases are the records of `loramill.types`; the rest is here.
+Tenants, keys, versions and aliases are those of `loramill.types`; here are the objects whose form on the wire differs.
 """
 
 from __future__ import annotations
@@ -29,29 +29,35 @@ _V = TypeVar("_V", bound=FrozenModel)
 
 
 def parse_object(cls: type[_V], wire: Mapping[str, Any]) -> _V:
-    """Reads one object of the gateway's; fields that this version doesn't know are passed over.
+    """Parses an object of the gateway; unknown fields are ignored.
 
     Raises:
-        NotRunning: the object lacks what it must have, so it isn't a loramill that answered.
+        NotRunning: A required field is missing, so the response is not loramill's.
     """
     try:
         return cls.model_validate(wire, extra="ignore")
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise NotRunning(
-            f"The answer of the gateway isn't a {cls.__name__} ('{where}'): "
-            "another program answers there, or a loramill of another version."
+            f"The gateway's response is not a {cls.__name__} ('{where}'): "
+            "another program listens there, or a loramill of another version."
         ) from error
 
 
 class NewKey(KeyRecord):
-    """A key just made; `key` is the secret and can't be read again."""
+    """A new API key; `key` is the secret and can't be read again."""
 
     key: str = Field(repr=False)
 
 
 class CreatedTenant(TenantRecord):
-    """A tenant of a request for many: whether it is new, and its key, shown this once, if one was made."""
+    """One tenant of `client.tenants.create_many`.
+
+    Attributes:
+        new: Whether the tenant was created by this request.
+        key_id: Id of its new API key, if one was requested.
+        key: The key itself, which can't be read again.
+    """
 
     new: bool
     key_id: str | None = None
@@ -61,8 +67,9 @@ class CreatedTenant(TenantRecord):
 class File(FrozenModel):
     """An uploaded, validated dataset.
 
-    After an upload, `reused` says whether the gateway had a file of this content, and `recognized` what the source was
-    read as, such as "TSV, Alpaca (instruction, input, output)".
+    Attributes:
+        reused: After an upload, whether the gateway already had a file with this content.
+        format: After an upload, the detected format, such as "TSV, Alpaca (instruction, input, output)".
     """
 
     id: str
@@ -72,25 +79,25 @@ class File(FrozenModel):
     tenant: str | None = None
     examples: int | None = None
     reused: bool = False
-    recognized: str | None = None
+    format: str | None = None
     warnings: tuple[str, ...] = ()
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Self:
-        """Reads OpenAI's file object with its `loramill` extension; `status_details` has one warning per line."""
+        """Parses OpenAI's file object with its `loramill` extension; `status_details` has one warning per line."""
         warnings = tuple(line for line in (wire.get("status_details") or "").split("\n") if line)
         return parse_object(cls, {**wire, **wire.get("loramill", {}), "warnings": warnings})
 
 
 class PreviewPart(FrozenModel):
-    """A part of an example as the base's chat template renders it, and whether the loss is computed on it."""
+    """A piece of an example as the base's chat template renders it, and whether the loss is computed on it."""
 
     text: str
     supervised: bool
 
 
 class TokenCounts(FrozenModel):
-    """Tokens of a file's sequences."""
+    """Number of tokens of a file's sequences."""
 
     min: int
     median: int
@@ -99,10 +106,10 @@ class TokenCounts(FrozenModel):
 
 
 class FileCheck(FrozenModel):
-    """What would be trained from a source, which was not stored. `preview` is its first example."""
+    """Result of `client.files.check`. `preview` is the first example."""
 
     filename: str
-    recognized: str
+    format: str
     examples: int
     tokens: TokenCounts
     supervised_tokens: int
@@ -113,10 +120,15 @@ class FileCheck(FrozenModel):
 class Job(FrozenModel):
     """A fine-tune job.
 
-    `model` is the name that asks its result (`tenant/adapter@version`), once it succeeded;
-    `step` of `steps` optimizer steps are done; `spec` is what was frozen at submit. Losses are in nats a token,
-    the last that are known; `estimated_finish` is when it will be done if it goes on as it does; `waits_for` is what
-    keeps a queued job from starting at all, such as a base that is not served.
+    Attributes:
+        model: Name of the result on the wire (`tenant/adapter@version`), once the job has succeeded.
+        step: Optimizer steps done so far, of `steps`.
+        pending_action: Action that was requested but has not been carried out, such as "cancel".
+        loss: Latest training loss in nats per token.
+        valid_loss: Latest validation loss in nats per token.
+        estimated_finish: Expected time of completion at the current speed, in seconds since the epoch.
+        waits_for: Condition that prevents a queued job from starting, such as a base that is not served.
+        spec: The job's options, frozen at submission.
     """
 
     id: str
@@ -150,7 +162,7 @@ class Job(FrozenModel):
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Self:
-        """Reads OpenAI's job object with its `loramill` extension."""
+        """Parses OpenAI's job object with its `loramill` extension."""
         error = wire.get("error") or {}
         own = {
             "base": wire.get("model"),
@@ -163,11 +175,11 @@ class Job(FrozenModel):
 
     @property
     def failure(self) -> LoramillError | None:
-        """Why there is no result and never will be; None while it runs, and when it succeeded."""
+        """Error of a job that failed or was cancelled; None for any other job."""
         if self.status is JobStatus.CANCELLED:
             return JobCancelled(f"The job {self.id} for {self.adapter} was cancelled.")
         if self.status is JobStatus.FAILED:
-            reason = self.error or "the gateway gives no reason; see its events."
+            reason = self.error or "the gateway reports no reason; see the job's events."
             return ERROR_BY_CODE.get(self.error_code or "", JobError)(
                 f"The job {self.id} for {self.adapter} failed: {reason}"
             )
@@ -175,7 +187,7 @@ class Job(FrozenModel):
 
 
 class Event(FrozenModel):
-    """One line of a job's history; `data` holds the numbers of a metrics event."""
+    """One entry of a job's history; `data` holds the measurements of a metrics event."""
 
     id: str
     created_at: float
@@ -186,12 +198,12 @@ class Event(FrozenModel):
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Self:
-        """Reads OpenAI's event object."""
+        """Parses OpenAI's event object."""
         return parse_object(cls, {**wire, "kind": wire.get("type"), "data": wire.get("data") or {}})
 
 
 class Checkpoint(FrozenModel):
-    """Where a job's weights were validated; `model` asks them, while they are kept."""
+    """A validated state of a job's weights; `model` is its name on the wire while it is kept."""
 
     id: str
     step: int
@@ -201,13 +213,13 @@ class Checkpoint(FrozenModel):
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Self:
-        """Reads OpenAI's checkpoint object."""
+        """Parses OpenAI's checkpoint object."""
         own = {"step": wire.get("step_number"), "model": wire.get("fine_tuned_model_checkpoint") or None}
         return parse_object(cls, {**wire, **own})
 
 
 class MetricPoint(FrozenModel):
-    """What was measured at one step of a job; losses are in nats a token, accuracies are shares of learnt tokens."""
+    """Measurements of one step of a job: losses in nats per token, accuracies as fractions of the supervised tokens."""
 
     step: int
     train_loss: float | None = None
@@ -221,7 +233,12 @@ class MetricPoint(FrozenModel):
 
 
 class SubmittedJob(FrozenModel):
-    """What became of one job of many: `where` it was asked for, and whether it is `new` or was there before."""
+    """One job of `client.jobs.submit_many`.
+
+    Attributes:
+        where: Where the job was defined, such as the line of a file.
+        new: Whether the job was created by this request; otherwise it existed before.
+    """
 
     where: str
     job: Job
@@ -229,7 +246,7 @@ class SubmittedJob(FrozenModel):
 
 
 class Adapter(AdapterRecord):
-    """An adapter with its versions and what became of them, newest first."""
+    """An adapter with its versions, the history of its aliases, and its evaluations, newest first."""
 
     versions: tuple[VersionRecord, ...] = ()
     history: tuple[AliasChange, ...] = ()

@@ -1,4 +1,4 @@
-"""Lists of tenants to make: one name per line, CSV or TSV with a header, or JSONL."""
+"""Lists of tenants to create: one name per line, CSV or TSV with a header, or JSONL."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Rate = Annotated[int, Field(ge=1, lt=2**31, strict=True)] | Literal["unlimited"]
 Tokens = Annotated[int, Field(ge=1, lt=2**53, strict=True)] | Literal["unlimited"] | None
 Bytes = Annotated[int, Field(ge=0, lt=2**53, strict=True)] | Literal["unlimited"] | None
 
-#: Tenants that one request may make.
+#: Maximum number of tenants that one request creates.
 MAX_TENANTS_PER_REQUEST = 1000
-#: Problems that an error lists.
+#: Maximum number of problems that an error lists.
 _MAX_PROBLEMS = 20
 
 
 class NewTenant(FrozenModel):
-    """A tenant to make; what is None is the default: weight 1, no limits."""
+    """A tenant to create. Defaults: weight 1, no limits."""
 
     name: str
     weight: float | None = Field(default=None, gt=0, allow_inf_nan=False, strict=True)
@@ -47,13 +47,13 @@ class NewTenant(FrozenModel):
 
 
 def read_tenants(path: Path) -> list[NewTenant]:
-    """Reads a list of tenants; by its suffix .csv, .tsv or .jsonl; otherwise one name per line.
+    """Reads a list of tenants. The suffix .csv, .tsv or .jsonl gives the format; otherwise it is one name per line.
 
-    Columns and keys are the fields of `NewTenant`; empty cells are not given. Blank lines and, in a list of names,
-    lines that begin with # are skipped.
+    Columns and keys are the fields of `NewTenant`; an empty cell means the default. Blank lines and, in a list of
+    names, lines that begin with # are skipped.
 
     Raises:
-        InvalidRequest: the file can't be read, or is wrong; the message gives line and column of every problem.
+        InvalidRequest: The file can't be read or is invalid; the message gives line and field of every problem.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -61,25 +61,25 @@ def read_tenants(path: Path) -> list[NewTenant]:
         raise InvalidRequest(f"{path} can't be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
-    kinds = {".csv": _from_table, ".tsv": _from_table, ".jsonl": _from_json}
+    readers = {".csv": _from_table, ".tsv": _from_table, ".jsonl": _from_json}
     tenants: list[NewTenant] = []
     problems: list[str] = []
     lines: dict[str, int] = {}
-    for line, given in kinds.get(path.suffix.lower(), _from_names)(text, path):
+    for line, fields in readers.get(path.suffix.lower(), _from_names)(text, path):
         try:
-            tenant = NewTenant.model_validate(given)
+            tenant = NewTenant.model_validate(fields)
         except ValidationError as error:
             problems += [f"{path}, line {line}: {_describe_problem(each)}" for each in _one_problem_per_field(error)]
             continue
         if tenant.name in lines:
-            problems.append(f"{path}, line {line}: '{tenant.name}' is on line {lines[tenant.name]} already.")
+            problems.append(f"{path}, line {line}: '{tenant.name}' is already on line {lines[tenant.name]}.")
         lines.setdefault(tenant.name, line)
         tenants.append(tenant)
     if problems:
         more = [f"… and {len(problems) - _MAX_PROBLEMS} more."] if len(problems) > _MAX_PROBLEMS else []
         raise InvalidRequest("\n".join([*problems[:_MAX_PROBLEMS], *more]))
     if not tenants:
-        raise InvalidRequest(f"{path} names no tenant.")
+        raise InvalidRequest(f"{path} contains no tenant.")
     return tenants
 
 
@@ -94,10 +94,10 @@ def _from_json(text: str, path: Path) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            given = json.loads(line)
+            row = json.loads(line)
         except ValueError as error:
-            raise InvalidRequest(f"{path}, line {number}: this is not JSON ({error}).") from error
-        yield number, {"name": given} if isinstance(given, str) else given
+            raise InvalidRequest(f"{path}, line {number}: invalid JSON ({error}).") from error
+        yield number, {"name": row} if isinstance(row, str) else row
 
 
 def _from_table(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -108,7 +108,7 @@ def _from_table(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]
     columns = [column.strip() for column in rows.fieldnames or ()]
     if unknown := [column for column in columns if column not in NewTenant.model_fields]:
         raise InvalidRequest(
-            f"{path} has the column{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}; there may be "
+            f"{path} has the column{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}; allowed are "
             f"{', '.join(NewTenant.model_fields)}, of which name is required."
         )
     if "name" not in columns:
@@ -117,10 +117,10 @@ def _from_table(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]
     for row in rows:
         number = rows.line_num + skipped
         if "" in row:
-            raise InvalidRequest(f"{path}, line {number}: there are more cells than columns.")
-        given = {column: cell.strip() for column, cell in row.items() if cell is not None and cell.strip()}
-        if given:
-            yield number, {column: _parse_number(cell) if column != "name" else cell for column, cell in given.items()}
+            raise InvalidRequest(f"{path}, line {number}: the row has more cells than columns.")
+        cells = {column: cell.strip() for column, cell in row.items() if cell is not None and cell.strip()}
+        if cells:
+            yield number, {column: _parse_number(cell) if column != "name" else cell for column, cell in cells.items()}
 
 
 def _parse_number(cell: str) -> int | float | str:
@@ -133,23 +133,23 @@ def _parse_number(cell: str) -> int | float | str:
 
 
 def _one_problem_per_field(error: ValidationError) -> Sequence[Any]:
-    """One problem per field: a union reports each of its alternatives."""
+    """Keeps one problem per field: pydantic reports one per alternative of a union."""
     return list({problem["loc"][:1]: problem for problem in reversed(error.errors())}.values())[::-1]
 
 
 def _describe_problem(problem: Mapping[str, Any]) -> str:
     field = problem["loc"][0] if problem["loc"] else None
-    wrong = f"'{field}' is {problem['input']!r}; give"
+    prefix = f"'{field}' is {problem['input']!r}; give"
     if problem["type"] == "missing":
-        text = f"there is no '{field}'."
+        text = f"'{field}' is missing."
     elif problem["type"] == "extra_forbidden":
-        text = f"there is no setting '{field}'; there may be {', '.join(NewTenant.model_fields)}."
+        text = f"there is no setting '{field}'; allowed are {', '.join(NewTenant.model_fields)}."
     elif problem["type"] == "value_error":
         text = str(problem["ctx"]["error"])
     elif field is None:
-        text = "this is not an object with a name."
+        text = "the line is not an object with a name."
     elif field == "weight":
-        text = f"{wrong} a number above 0."
+        text = f"{prefix} a number above 0."
     else:
-        text = f"{wrong} {'text' if field == 'name' else 'a whole number, or unlimited'}."
+        text = f"{prefix} {'text' if field == 'name' else 'a whole number, or unlimited'}."
     return text

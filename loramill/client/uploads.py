@@ -1,4 +1,4 @@
-"""The files that one call of the client uploads, which are deleted if the call is refused."""
+"""Files that one call of the client uploads; they are deleted again if the gateway refuses the call."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from loramill.data.ingest import Columns, PreparedSource, read_source
 from loramill.errors import LoramillError, NotRunning, Unavailable
 
 if TYPE_CHECKING:
-    from loramill.client.jobs import JobsResource
+    from loramill.client.files import FilesResource
 
-#: Where examples come from: the path of a file (JSONL, JSON, CSV, TSV, Parquet or Arrow, compressed or not) or of a
-#: folder that `datasets` saved, a data set of a hub (`hf:org/name`, `hf:org/name:split`), JSONL as bytes, what
-#: `loramill.data.ingest.read_source` made of one of them, or an uploaded file (or its id, `file-…`).
+#: A source of examples: the path of a file (JSONL, JSON, CSV, TSV, Parquet or Arrow, compressed or not) or of a folder
+#: that `datasets` saved, a dataset on a hub (`hf:org/name`, `hf:org/name:split`), JSONL as bytes, the result of
+#: `loramill.data.ingest.read_source`, or an uploaded file (or its id, `file-…`).
 Source = Path | str | bytes | PreparedSource | File
 
-#: Called with each file that was uploaded: `recognized` and `warnings` are for the person who gave it.
+#: Called with each uploaded file; its `format` and `warnings` are meant for the user.
 OnUpload = Callable[[File], None]
 
 
 class Uploads:
-    """Uploads in a block; if the gateway refuses something in it, those of them that nothing needs are deleted."""
+    """Uploads within a block. If the gateway refuses a request in the block, the new files are deleted again."""
 
-    def __init__(self, client: JobsResource, on_upload: OnUpload | None = None) -> None:
-        self._client = client
+    def __init__(self, files: FilesResource, on_upload: OnUpload | None = None) -> None:
+        self._files = files
         self._on_upload = on_upload or (lambda file: None)
         self._new: list[str] = []
 
@@ -41,15 +41,15 @@ class Uploads:
         if not isinstance(error, LoramillError) or isinstance(error, NotRunning | Unavailable):
             return
         for file_id in self._new:
-            with suppress(LoramillError):  # a job needs it; the first error is the one to raise
-                self._client.delete_file(file_id)
+            with suppress(LoramillError):  # a job needs the file; the first error is the one to raise
+                self._files.delete(file_id)
 
     def train(self, source: Source, tenant: str, columns: Columns) -> str:
-        """The id of the file of a training source."""
+        """Uploads a training source; returns the file's id."""
         return self._file_id(source, tenant, "train.jsonl", columns)
 
     def valid(self, source: Source | None, tenant: str, columns: Columns, valid_columns: Columns) -> str | None:
-        """The id of the file of a validation source, read by its own columns, or the training file's if it has them."""
+        """Uploads a validation source; returns the file's id, or None if there is no source."""
         if source is None:
             return None
         return self._file_id(read_valid(source, columns, valid_columns), tenant, "valid.jsonl", None)
@@ -59,7 +59,7 @@ class Uploads:
             return source.id
         if isinstance(source, str) and _is_file_id(source):
             return source
-        file = self._client.upload(source, tenant=tenant, filename=filename, columns=columns, reuse=True)
+        file = self._files.upload(source, tenant=tenant, filename=filename, columns=columns, reuse=True)
         if not file.reused:
             self._new.append(file.id)
         self._on_upload(file)
@@ -67,7 +67,7 @@ class Uploads:
 
 
 def read_valid(source: Source, columns: Columns, valid_columns: Columns) -> Source:
-    """A validation source read by its own columns, or the training file's if it has them; an id is returned."""
+    """Reads a validation source by its own columns, or by the training file's if it has them. Ids are returned as is."""
     if not isinstance(source, str | Path) or (isinstance(source, str) and _is_file_id(source)):
         return source
     own = valid_columns is not None

@@ -40,7 +40,7 @@ class HttpGateway:
     def check(self) -> None:
         """As `Gateway`."""
         with Client(self._settings.gateway, self._key()) as client:
-            if not client.ready():
+            if not client.is_ready():
                 client.models()  # raises NotRunning where nothing listens
                 raise Unavailable(f"The models of the gateway at {client.url} don't answer yet; try again.")
 

@@ -33,7 +33,7 @@ class Mill:
     def start(self) -> None:
         self.up = subprocess.Popen(self.command("up"), env=self.environment)
         deadline = time.monotonic() + 240
-        while not (self.settings.admin_key_file.exists() and self.client().ready()):
+        while not (self.settings.admin_key_file.exists() and self.client().is_ready()):
             assert self.up.poll() is None, f"`up` ended with {self.up.returncode}; see {self.home / 'logs' / 'up.log'}"
             assert time.monotonic() < deadline, "`up` did not come up"
             time.sleep(0.5)
@@ -81,8 +81,8 @@ class Mill:
     def tenant(self, name: str) -> str:
         """Makes a tenant; returns a key of its own."""
         with self.client() as client:
-            client.create_tenant(name)
-            return client.create_key(name).key
+            client.tenants.create(name)
+            return client.keys.create(name).key
 
 
 #: A proxy that is set for all programs, as on a company's machine, and cannot reach this machine itself.

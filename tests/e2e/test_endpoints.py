@@ -81,7 +81,7 @@ def versions(endpoints: Mill, base: Base, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def keys(endpoints: Mill, versions: list[str]) -> dict[str, str]:
     with endpoints.client() as client:
-        return {tenant: client.create_key(tenant).key for tenant in ("acme", "globex")}
+        return {tenant: client.keys.create(tenant).key for tenant in ("acme", "globex")}
 
 
 @dataclass
@@ -164,7 +164,7 @@ async def test_promotions_fail_nobody_and_answers_keep_their_version(
         for number in range(12):
             await asyncio.sleep(0.3)
             with endpoints.client(keys["acme"]) as own:
-                own.promote("acme/bot", versions[number % 3])
+                own.adapters.promote("acme/bot", versions[number % 3])
     assert not load.errors
     assert set(dict(load.answers)) == set(versions)
     # Greedy: the same version has the same words, whatever was promoted meanwhile.
@@ -185,7 +185,7 @@ async def test_every_gateway_sees_a_promotion_within_a_second(
     for version in versions:
         assert len(endpoints.processes(GATEWAY)) == 2
         with endpoints.client(keys["acme"]) as own:
-            own.promote("acme/bot", version)
+            own.adapters.promote("acme/bot", version)
         await asyncio.sleep(1.0)
         assert {await champion() for _ in range(12)} == {version}
 
@@ -241,11 +241,11 @@ async def test_who_goes_away_frees_his_place(endpoints: Mill, keys: dict[str, st
 
 async def test_a_revoked_key_ends_within_a_second_and_its_answers_do_not(endpoints: Mill, versions: list[str]) -> None:
     with endpoints.client() as admin:
-        made = admin.create_key("acme")
+        made = admin.keys.create("acme")
     async with streams(client(endpoints, made.key), "acme/bot", 4) as load:
         await eventually(lambda: len(load.answers) > 4, 60, "answers")
         with endpoints.client() as admin:
-            admin.revoke_key(made.id)
+            admin.keys.revoke(made.id)
         await asyncio.sleep(1.0)
         before = len(load.answers)
         await eventually(lambda: load.errors.total() > 8, 30, "refusals")

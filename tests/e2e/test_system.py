@@ -127,16 +127,16 @@ def test_keys_and_names_answer_as_openai_does(mill, acme: str, globex: str) -> N
 
 def test_a_killed_training_worker_loses_nothing(mill, globex: str) -> None:
     with mill.client(globex) as client:
-        calm = client.submit("globex/calm", TRAIN, checkpoint_every=4, **RECIPE)
-        client.wait(calm.id)
-        hit = client.submit("globex/hit", TRAIN, checkpoint_every=4, **RECIPE)
-        eventually(lambda: client.job(hit.id).step >= 6, 120, "the job reaches step 6")
+        calm = client.jobs.submit("globex/calm", TRAIN, checkpoint_every=4, **RECIPE)
+        client.jobs.wait(calm.id)
+        hit = client.jobs.submit("globex/hit", TRAIN, checkpoint_every=4, **RECIPE)
+        eventually(lambda: client.jobs.get(hit.id).step >= 6, 120, "the job reaches step 6")
         with mill.registry.reading() as session:
             owner = jobs.get(session, hit.id).owner
         os.kill(int(owner.split(":")[1]), signal.SIGKILL)
-        client.wait(hit.id)
-        assert client.job(hit.id).attempt == 2
-        assert len(client.adapter("globex/hit").versions) == 1
+        client.jobs.wait(hit.id)
+        assert client.jobs.get(hit.id).attempt == 2
+        assert len(client.adapters.get("globex/hit").versions) == 1
     with mill.registry.reading() as session:
         found = [adapters.get(session, name).champion for name in ("globex/calm", "globex/hit")]
     weights = [load_file(mill.registry.artifacts.fetch(version) / "adapter_model.safetensors") for version in found]
@@ -147,12 +147,12 @@ def test_a_killed_training_worker_loses_nothing(mill, globex: str) -> None:
 
 def test_a_paused_job_goes_on_where_it_was(mill, globex: str) -> None:
     with mill.client(globex) as client:
-        job = client.submit("globex/paused", TRAIN, checkpoint_every=4, **RECIPE)
-        eventually(lambda: client.job(job.id).step >= 2, 120, "the job begins")
-        client.pause(job.id)
-        eventually(lambda: client.job(job.id).status is JobStatus.PAUSED, 30, "the job is paused")
-        client.resume(job.id)
-        assert client.wait(job.id).status is JobStatus.SUCCEEDED
+        job = client.jobs.submit("globex/paused", TRAIN, checkpoint_every=4, **RECIPE)
+        eventually(lambda: client.jobs.get(job.id).step >= 2, 120, "the job begins")
+        client.jobs.pause(job.id)
+        eventually(lambda: client.jobs.get(job.id).status is JobStatus.PAUSED, 30, "the job is paused")
+        client.jobs.resume(job.id)
+        assert client.jobs.wait(job.id).status is JobStatus.SUCCEEDED
     with mill.registry.reading() as session:
         found = [adapters.get(session, name).champion for name in ("globex/calm", "globex/paused")]
     weights = [mill.registry.artifacts.read(version, "adapter_model.safetensors") for version in found]
@@ -161,22 +161,22 @@ def test_a_paused_job_goes_on_where_it_was(mill, globex: str) -> None:
 
 def test_killed_train_controllers_leave_room_for_the_next(mill, globex: str) -> None:
     with mill.client(globex) as client:
-        job = client.submit("globex/stubborn", TRAIN, checkpoint_every=4, **RECIPE)
+        job = client.jobs.submit("globex/stubborn", TRAIN, checkpoint_every=4, **RECIPE)
         for attempt in (1, 2):
-            eventually(lambda attempt=attempt: client.job(job.id).attempt == attempt, 120, f"attempt {attempt}")
-            eventually(lambda: client.job(job.id).step >= 1, 120, "the job begins")
+            eventually(lambda attempt=attempt: client.jobs.get(job.id).attempt == attempt, 120, f"attempt {attempt}")
+            eventually(lambda: client.jobs.get(job.id).step >= 1, 120, "the job begins")
             for controller in mill.processes("ray::TrainController"):
                 os.kill(controller, signal.SIGKILL)
-        assert client.wait(job.id).attempt == 3
+        assert client.jobs.wait(job.id).attempt == 3
 
 
 def test_a_cancelled_job_publishes_nothing(mill, globex: str) -> None:
     with mill.client(globex) as client:
-        job = client.submit("globex/never", TRAIN, **{**RECIPE, "steps": 2000})
-        eventually(lambda: client.job(job.id).step >= 1, 120, "the job begins")
-        client.cancel(job.id)
-        eventually(lambda: client.job(job.id).status is JobStatus.CANCELLED, 30, "the job is cancelled")
-        assert "globex/never" not in [adapter.name for adapter in client.adapters()]
+        job = client.jobs.submit("globex/never", TRAIN, **{**RECIPE, "steps": 2000})
+        eventually(lambda: client.jobs.get(job.id).step >= 1, 120, "the job begins")
+        client.jobs.cancel(job.id)
+        eventually(lambda: client.jobs.get(job.id).status is JobStatus.CANCELLED, 30, "the job is cancelled")
+        assert "globex/never" not in [adapter.name for adapter in client.adapters.list()]
 
 
 def test_a_request_is_in_the_access_log_by_the_id_of_its_answer(mill, acme: str) -> None:
@@ -213,23 +213,23 @@ def test_a_night_promotes_what_is_better_and_holds_what_is_spoiled(mill, acme: s
     more = {**CODES, "purple": "oscar", "yellow": "delta"}
     wrong = dict(zip(CODES, [*[*CODES.values()][1:], CODES["red"]], strict=True))
     with mill.client(globex) as client:
-        spoiled = client.submit("globex/codes", TRAIN, valid=VALID, **RECIPE)
-        client.wait(spoiled.id)
-        client.add_data("globex/codes", rows(wrong, THINGS[:10]))
+        spoiled = client.jobs.submit("globex/codes", TRAIN, valid=VALID, **RECIPE)
+        client.jobs.wait(spoiled.id)
+        client.adapters.add_data("globex/codes", rows(wrong, THINGS[:10]))
     with mill.client(acme) as client:
-        client.add_data("acme/codes", rows(more, THINGS[:12]), valid=rows(more, THINGS[12:]))
-        before = client.adapter("acme/codes").champion
+        client.adapters.add_data("acme/codes", rows(more, THINGS[:12]), valid=rows(more, THINGS[12:]))
+        before = client.adapters.get("acme/codes").champion
     with mill.client() as client:
-        held_before = client.adapter("globex/codes").champion
+        held_before = client.adapters.get("globex/codes").champion
         # Killed while its jobs train, the night goes on where it was.
         night = subprocess.Popen(mill.command("nightly", "run"), env=mill.environment, stdout=subprocess.DEVNULL)
-        eventually(lambda: sum("nightly_run" in job.metadata for job in client.jobs()) == 2, 60, "jobs of the night")
+        eventually(lambda: sum("nightly_run" in job.metadata for job in client.jobs.list()) == 2, 60, "jobs of the night")
         night.kill()
         night.wait()
         ran = mill.run("nightly", "run")
         assert ran.returncode == 0, ran.stderr
-        assert sum("nightly_run" in job.metadata for job in client.jobs()) == 2
-        better, held = client.adapter("acme/codes"), client.adapter("globex/codes")
+        assert sum("nightly_run" in job.metadata for job in client.jobs.list()) == 2
+        better, held = client.adapters.get("acme/codes"), client.adapters.get("globex/codes")
         assert better.champion != before
         assert better.previous == before
         assert held.champion == held_before
@@ -248,7 +248,7 @@ def test_a_night_promotes_what_is_better_and_holds_what_is_spoiled(mill, acme: s
 )
 def test_a_killed_process_comes_back_with_the_same_versions(mill, marks: tuple[str, ...]) -> None:
     with mill.client() as client:
-        champion = client.adapter("acme/codes").champion
+        champion = client.adapters.get("acme/codes").champion
         (victim,) = mill.processes(*marks)
         os.kill(victim, signal.SIGKILL)
         eventually(lambda: mill.processes(*marks) not in ([], [victim]), 180, f"another process of {marks}")
@@ -263,13 +263,13 @@ def test_a_killed_process_comes_back_with_the_same_versions(mill, marks: tuple[s
             return answer.headers["x-loramill-version"] == champion
 
         eventually(answers, 180, f"the endpoint answers again after {marks} was killed")
-        job = patiently(lambda: client.submit("acme/again", TRAIN, **{**RECIPE, "steps": 2}))
-        assert client.wait(job.id).status is JobStatus.SUCCEEDED
+        job = patiently(lambda: client.jobs.submit("acme/again", TRAIN, **{**RECIPE, "steps": 2}))
+        assert client.jobs.wait(job.id).status is JobStatus.SUCCEEDED
 
 
 def test_a_second_up_serves_the_same_versions(mill) -> None:
     with mill.client() as client:
-        before = {adapter.name: adapter.champion for adapter in client.adapters()}
+        before = {adapter.name: adapter.champion for adapter in client.adapters.list()}
     listing = mill.run("jobs", "list", "--json")
     assert json.loads(listing.stdout)
     assert mill.run("down").returncode == 0
@@ -279,7 +279,7 @@ def test_a_second_up_serves_the_same_versions(mill) -> None:
     assert "loramill up" in refused.stderr and "Traceback" not in refused.stderr
     mill.start()
     with mill.client() as client:
-        assert {adapter.name: adapter.champion for adapter in client.adapters()} == before
+        assert {adapter.name: adapter.champion for adapter in client.adapters.list()} == before
         assert client.chat("acme/codes", "Hello", max_tokens=4) is not None
     second = mill.run("up")
     assert second.returncode == 1

@@ -107,5 +107,5 @@ def tenant(gateway: RunningGateway) -> str:
     """A tenant of this test's own."""
     name = f"tenant{next(_NUMBERS)}"
     with gateway.client() as admin:
-        admin.create_tenant(name)
+        admin.tenants.create(name)
     return name

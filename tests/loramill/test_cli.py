@@ -127,7 +127,7 @@ def test_waiting_shows_the_end(here: RunningGateway, tenant: str, train: str, mo
         here.publish(job_id)
         return self.job(job_id)
 
-    monkeypatch.setattr("loramill.client.Client.wait", publish)
+    monkeypatch.setattr("loramill.client.jobs.JobsResource.wait", publish)
     assert f"loramill chat {tenant}/a@" in ok("submit", f"{tenant}/a", "--train", train, "--wait").stderr
     waited = ok("submit", f"{tenant}/a", "--train", train, "--wait", "--json")
     assert json.loads(waited.stdout)["status"] == "succeeded"
@@ -231,9 +231,9 @@ def test_the_version_that_answers_after_a_job_is_shown(
 ) -> None:
     def wait(client: Any, job: str, *_: Any) -> Any:
         here.publish(job)
-        return client.job(job)
+        return client.jobs.get(job)
 
-    monkeypatch.setattr("loramill.client.Client.wait", wait)
+    monkeypatch.setattr("loramill.client.jobs.JobsResource.wait", wait)
     words = ("submit", f"{tenant}/a", "--train", train)
     assert f"{tenant}/a answers with it." in ok(*words, "--wait").stderr
     told = ok(*words, "--wait", "--seed", "1").stderr
@@ -247,7 +247,7 @@ def test_ctrl_c_while_waiting_says_that_the_job_continues(
     def wait(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loramill.client.Client.wait", wait)
+    monkeypatch.setattr("loramill.client.jobs.JobsResource.wait", wait)
     ran = loramill("submit", f"{tenant}/a", "--train", train, "--wait")
     assert ran.exit_code == 130
     assert "The job continues; `loramill jobs cancel ftjob-" in ran.stderr

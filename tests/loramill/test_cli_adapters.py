@@ -43,7 +43,7 @@ def published(gateway: RunningGateway, adapter: str, folder: Path, whole: Path |
         if each is not None
     )
     with gateway.client() as client:
-        job = client.submit(adapter, examples()).id
+        job = client.jobs.submit(adapter, examples()).id
     attempt = gateway.begin(job)
     with gateway.registry.writing() as session:
         base = jobs.get(session, job).spec.base

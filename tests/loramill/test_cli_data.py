@@ -59,7 +59,7 @@ def table(path: str, header: str, separator: str = ",", count: int = 12) -> str:
 def trained_on(job: str) -> list[Any]:
     """The lines of a job's training file."""
     with Client() as client:
-        content = b"".join(client.file_content(client.job(job).training_file))
+        content = b"".join(client.files.content(client.jobs.get(job).training_file))
     return [json.loads(line) for line in content.splitlines()]
 
 
@@ -90,7 +90,7 @@ def test_the_jobs_file_of_the_readme_runs() -> None:
     with Client() as client:
         for tenant in " ".join(made).split():
             with suppress(Conflict):
-                client.create_tenant(tenant)
+                client.tenants.create(tenant)
     (text,) = (text for text in re.findall(r"```toml\n(.*?)```", README, re.DOTALL) if "[[jobs]]" in text)
     Path("jobs.toml").write_text(text)
     table("acme.csv", "question,answer")
@@ -157,7 +157,7 @@ def test_what_is_refused_leaves_no_files(tenant: str) -> None:
     assert loramill("data", "add", f"{tenant}/a", "--train", "train.csv", "--valid", "bad.jsonl").exit_code == 1
     assert shown("files", "list", "--tenant", tenant) == before
     with Client() as client, pytest.raises(InvalidRequest):
-        client.submit_many([{"adapter": f"{tenant}/a", "train": "train.csv", "rank": 100_000}])
+        client.jobs.submit_many([{"adapter": f"{tenant}/a", "train": "train.csv", "rank": 100_000}])
     assert shown("files", "list", "--tenant", tenant) == before
 
 
@@ -183,7 +183,7 @@ def test_data_for_nightly_runs_comes_in_every_format(here: RunningGateway, tenan
 def test_files_are_listed_shown_and_deleted(tenant: str) -> None:
     assert "No files yet" in ok("files", "--tenant", tenant).stderr
     with Client() as client:
-        file = client.upload(examples(12), tenant=tenant, filename="a.jsonl")
+        file = client.files.upload(examples(12), tenant=tenant, filename="a.jsonl")
     line = ok("files", "list", "--tenant", tenant).stdout.splitlines()[1]
     assert file.id in line and "a.jsonl" in line and " 12 " in line
     told = shown("files", "show", file.id)
@@ -197,7 +197,7 @@ def test_files_are_listed_shown_and_deleted(tenant: str) -> None:
 def test_a_file_that_a_job_needs_is_not_deleted(tenant: str) -> None:
     job = ok("submit", f"{tenant}/a", "--train", table("a.csv", "prompt,completion")).stdout.strip()
     with Client() as client:
-        file = client.job(job).training_file
+        file = client.jobs.get(job).training_file
     refused = loramill("files", "delete", file)
     assert refused.exit_code == 1 and f"the job {job} needs it" in refused.stderr
 

@@ -39,7 +39,7 @@ def shown(*words: str) -> Any:
 
 def trained(gateway: RunningGateway, adapter: str, *words: str) -> list[str]:
     with gateway.client() as client:
-        return [gateway.publish(client.submit(adapter, examples(word=word)).id) for word in words]
+        return [gateway.publish(client.jobs.submit(adapter, examples(word=word)).id) for word in words]
 
 
 def test_an_adapter_is_deleted_and_renamed(gateway: RunningGateway, tenant: str) -> None:
@@ -56,7 +56,7 @@ def test_an_adapter_is_deleted_and_renamed(gateway: RunningGateway, tenant: str)
     assert loramill("adapters", "delete", f"{to}@{third[:12]}", "--yes", "--force").exit_code == 0
     assert [row["id"] for row in shown("adapters", "show", to)["versions"]] == [first]
     with gateway.client() as client:
-        job = client.submit(to, examples(word="d")).id
+        job = client.jobs.submit(to, examples(word="d")).id
     ran = loramill("adapters", "delete", to, "--yes")
     assert ran.exit_code == 1 and job in ran.stderr and "loramill jobs cancel" in ran.stderr
     ran = loramill("adapters", "delete", to, "--yes", "--cancel-jobs")
@@ -101,15 +101,15 @@ def test_the_client_deletes(gateway: RunningGateway, tenant: str) -> None:
     first, second = trained(gateway, name, "a", "b")
     with gateway.client() as admin:
         with pytest.raises(errors.Conflict, match="challenger"):
-            admin.delete_version(name, second)
-        admin.delete_version(name, second, force=True)
-        assert admin.rename(name, f"{tenant}/b").champion == first
-        assert admin.delete_adapter(f"{tenant}/b").versions == 1
+            admin.adapters.delete_version(name, second)
+        admin.adapters.delete_version(name, second, force=True)
+        assert admin.adapters.rename(name, f"{tenant}/b").champion == first
+        assert admin.adapters.delete(f"{tenant}/b").versions == 1
         with pytest.raises(errors.NotFound):
-            admin.delete_adapter(f"{tenant}/b")
-        assert admin.delete_tenant(tenant).files == 2
+            admin.adapters.delete(f"{tenant}/b")
+        assert admin.tenants.delete(tenant).files == 2
         with pytest.raises(errors.NotFound):
-            admin.tenant(tenant)
+            admin.tenants.get(tenant)
 
 
 def test_many_tenants_are_made_at_once_or_none(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
@@ -140,9 +140,9 @@ def test_a_list_of_tenants_with_limits_and_keys(gateway: RunningGateway, tenant:
     rows = list(csv.DictReader(out.read_text().splitlines()))
     assert [row["tenant"] for row in rows] == [f"{tenant}-b", f"{tenant}-c"]
     with gateway.client(rows[0]["key"]) as own:
-        assert own.keys(f"{tenant}-b")[0].id == rows[0]["key_id"]
+        assert own.keys.list(f"{tenant}-b")[0].id == rows[0]["key_id"]
     with gateway.client() as admin:
-        assert (admin.tenant(tenant).weight, admin.tenant(f"{tenant}-b").requests_per_minute) == (3.0, 7)
+        assert (admin.tenants.get(tenant).weight, admin.tenants.get(f"{tenant}-b").requests_per_minute) == (3.0, 7)
     again = loramill("tenant", "create", "--file", str(file), "--exist-ok", "--keys-out", str(out))
     assert again.exit_code == 1 and "exists already" in again.stderr
     ran = loramill("tenant", "create", f"{tenant}-e", f"{tenant}-f", "--with-keys")
@@ -174,14 +174,14 @@ def test_limits_and_jobs_are_shown_with_units(gateway: RunningGateway, tenant: s
     assert printed == "requests 600 requests/min tokens 50,000 tokens/min at once unlimited files 1 GB"
     assert loramill("tenant", "limits", tenant, "--stored", "1 gigabyte").exit_code == 2
     with gateway.client() as client:
-        client.set_share(tenant, max_queued=5)
-        job = client.submit(f"{tenant}/a", examples()).id
+        client.tenants.set_share(tenant, max_queued=5)
+        job = client.jobs.submit(f"{tenant}/a", examples()).id
     [row] = [line.split() for line in loramill("tenant", "list").stdout.splitlines() if line.split()[0] == tenant]
     assert row[-4:] == ["0", "unlimited", "1", "5"]
     printed = loramill("jobs", "watch", "--once", "--tenant", tenant).stdout
     assert "1 job: 1 queued" in printed
     with gateway.client() as client:
-        client.cancel(job)
+        client.jobs.cancel(job)
 
 
 def test_the_audit_fits_a_hundred_columns(
@@ -190,9 +190,9 @@ def test_the_audit_fits_a_hundred_columns(
     monkeypatch.setenv("COLUMNS", "100")
     (version,) = trained(gateway, f"{tenant}/support", "a")
     with gateway.client() as admin:
-        key = admin.create_key(tenant, expires_at=1798549271.5)
-        admin.set_limits(tenant, requests_per_minute=600, stored_bytes=10**9)
-        admin.pin(f"{tenant}/support")
+        key = admin.keys.create(tenant, expires_at=1798549271.5)
+        admin.tenants.set_limits(tenant, requests_per_minute=600, stored_bytes=10**9)
+        admin.adapters.pin(f"{tenant}/support")
     lines = loramill("audit", "--tenant", tenant).stdout.splitlines()
     printed = "\n".join(lines)
     assert max(map(len, lines)) <= 100

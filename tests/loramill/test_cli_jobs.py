@@ -104,7 +104,7 @@ def test_a_table_is_submitted_by_its_columns(tenant: str) -> None:
     assert refused.exit_code == 1 and "it is" not in refused.stdout and "columns q, a" in refused.stderr
     job = ok("submit", f"{tenant}/a", "--train", "t.csv", "--columns", "prompt=q,completion=a").stdout.strip()
     with Client() as client:
-        content = client.openai().files.content(client.job(job).training_file).read()
+        content = client.openai().files.content(client.jobs.get(job).training_file).read()
     assert json.loads(content.splitlines()[3]) == {"prompt": "what is 3?", "completion": "number 3"}
 
 
@@ -143,7 +143,7 @@ def test_a_file_is_waited_for(gateway: RunningGateway, tenant: str, monkeypatch:
 
     def work(_: float) -> None:
         with gateway.client() as client:
-            for job in [*client.jobs(tenant)][::-1]:
+            for job in [*client.jobs.list(tenant)][::-1]:
                 if job.status is JobStatus.QUEUED:
                     gateway.publish(job.id)
 

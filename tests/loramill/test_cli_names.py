@@ -33,7 +33,7 @@ def here(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def versions(gateway: RunningGateway, tenant: str) -> list[str]:
     """Two versions of the tenant's adapter `a`; the first is its champion, the second its challenger."""
     with gateway.client() as client:
-        return [gateway.publish(client.submit(f"{tenant}/a", examples(word=word)).id) for word in ("one", "two")]
+        return [gateway.publish(client.jobs.submit(f"{tenant}/a", examples(word=word)).id) for word in ("one", "two")]
 
 
 def loramill(*words: str) -> Result:
@@ -95,7 +95,7 @@ def test_an_invalid_name_is_reported_in_english() -> None:
 
 def test_the_first_digits_of_a_job_are_enough(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
-        job = client.submit(f"{tenant}/a", examples())
+        job = client.jobs.submit(f"{tenant}/a", examples())
     short = job.id[:18]
     for words in (("show",), ("events",), ("checkpoints",)):
         assert ok("jobs", *words, short).exit_code == 0
@@ -110,8 +110,8 @@ def test_digits_of_several_jobs_are_refused_and_other_tenants_jobs_do_not_count(
     gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with gateway.client() as client:
-        client.create_tenant(f"{tenant}-b")
-        made = [client.submit(f"{name}/a", examples()).id for name in (tenant, f"{tenant}-b")]
+        client.tenants.create(f"{tenant}-b")
+        made = [client.jobs.submit(f"{name}/a", examples()).id for name in (tenant, f"{tenant}-b")]
     digits = iter(["abcdef" + 17 * "0" + last for last in "123"])
     monkeypatch.setattr("secrets.token_hex", lambda _: next(digits))
     with gateway.registry.writing() as session:
@@ -119,16 +119,16 @@ def test_digits_of_several_jobs_are_refused_and_other_tenants_jobs_do_not_count(
         mine, *_ = [jobs.submit(session, spec, {}).id for spec in (*specs, specs[1])]
     monkeypatch.undo()
     with gateway.client() as client, pytest.raises(InvalidRequest, match="give more digits"):
-        client.job("ftjob-abcdef")
+        client.jobs.get("ftjob-abcdef")
     with gateway.client() as admin:
-        key = admin.create_key(tenant).key
+        key = admin.keys.create(tenant).key
     with Client(gateway.url, key) as client:
-        assert client.job("ftjob-abcdef").id == mine
+        assert client.jobs.get("ftjob-abcdef").id == mine
 
 
 def test_a_shell_completes_commands_and_what_the_gateway_lists(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
-        job = client.submit(f"{tenant}/a", examples())
+        job = client.jobs.submit(f"{tenant}/a", examples())
     gateway.publish(job.id)
     assert completed("loramill jobs sh") == ["show"]
     assert {"list", "watch", "cancel"} <= set(completed("loramill jobs "))
@@ -145,7 +145,7 @@ def test_a_shell_that_finds_no_gateway_completes_nothing(monkeypatch: pytest.Mon
 
 def test_history_shows_numbers_once_and_short(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
-        job = client.submit(f"{tenant}/a", examples())
+        job = client.jobs.submit(f"{tenant}/a", examples())
     data: dict[str, Any] = {
         "step": 1,
         "total_steps": 36,

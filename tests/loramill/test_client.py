@@ -72,59 +72,59 @@ def closed_port() -> int:
 
 def test_an_admin_makes_tenants_and_keys(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as admin:
-        assert tenant in [each.name for each in admin.tenants()]
-        key = admin.create_key(tenant)
+        assert tenant in [each.name for each in admin.tenants.list()]
+        key = admin.keys.create(tenant)
         assert key.key.startswith("lm-") and key.key not in repr(key)
-        assert [each.id for each in admin.keys(tenant)] == [key.id]
+        assert [each.id for each in admin.keys.list(tenant)] == [key.id]
         with gateway.client(key.key) as own:
             assert own.models() == ["smollm2-135m"]
             with pytest.raises(errors.Forbidden):
-                own.tenants()
-            admin.revoke_key(key.id)
+                own.tenants.list()
+            admin.keys.revoke(key.id)
             with pytest.raises(errors.Unauthenticated):
                 own.models()
-        assert admin.keys(tenant)[0].revoked_at is not None
+        assert admin.keys.list(tenant)[0].revoked_at is not None
         with pytest.raises(errors.Conflict):
-            admin.create_tenant(tenant)
+            admin.tenants.create(tenant)
 
 
 def test_a_tenants_share(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
-        assert client.set_share(tenant, weight=2, max_queued=1).weight == 2
-        assert client.set_share(tenant, max_running=3).max_queued == 1
-        client.submit(f"{tenant}/a", examples())
+        assert client.tenants.set_share(tenant, weight=2, max_queued=1).weight == 2
+        assert client.tenants.set_share(tenant, max_running=3).max_queued == 1
+        client.jobs.submit(f"{tenant}/a", examples())
         with pytest.raises(errors.QuotaExceeded):
-            client.submit(f"{tenant}/a", examples())
-        assert client.set_share(tenant, max_queued="unlimited").max_queued is None
-        client.submit(f"{tenant}/a", examples())
+            client.jobs.submit(f"{tenant}/a", examples())
+        assert client.tenants.set_share(tenant, max_queued="unlimited").max_queued is None
+        client.jobs.submit(f"{tenant}/a", examples())
 
 
 def test_versions_move(gateway: RunningGateway, tenant: str) -> None:
     name = f"{tenant}/support"
     with gateway.client() as client:
-        first = gateway.publish(client.submit(name, examples()).id)
-        second = gateway.publish(client.submit(name, examples(word="new"), start_from="champion").id)
-        assert client.adapter(name).challenger == second
-        promoted = client.promote(name, second[:12])
+        first = gateway.publish(client.jobs.submit(name, examples()).id)
+        second = gateway.publish(client.jobs.submit(name, examples(word="new"), start_from="champion").id)
+        assert client.adapters.get(name).challenger == second
+        promoted = client.adapters.promote(name, second[:12])
         assert (promoted.champion, promoted.previous) == (second, first)
-        assert client.rollback(name).champion == first
+        assert client.adapters.rollback(name).champion == first
         with pytest.raises(errors.InvalidRequest, match="0123456789ab"):
-            client.promote(name, "0123456789ab")
-        client.add_data(name, examples(), valid=examples(2, "held"))
+            client.adapters.promote(name, "0123456789ab")
+        client.adapters.add_data(name, examples(), valid=examples(2, "held"))
 
 
 def test_refusals_are_typed(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
         with pytest.raises(errors.NotFound):
-            client.job("ftjob-none")
+            client.jobs.get("ftjob-none")
         with pytest.raises(errors.NotFound):
-            client.job("../../readyz")
+            client.jobs.get("../../readyz")
         with pytest.raises(errors.NotFound, match="nobody"):
-            client.submit("nobody/a", examples())
+            client.jobs.submit("nobody/a", examples())
         with pytest.raises(errors.InvalidRequest, match="acme/support"):
-            client.submit("noslash", examples())
+            client.jobs.submit("noslash", examples())
         with pytest.raises(errors.InvalidRequest, match="can't be read"):
-            client.submit(f"{tenant}/a", "/nowhere/train.jsonl")
+            client.jobs.submit(f"{tenant}/a", "/nowhere/train.jsonl")
         with pytest.raises(errors.ModelNotFound):
             client.chat(f"{tenant}/nothing", "Hello")
         with pytest.raises(errors.ModelNotFound):
@@ -134,14 +134,14 @@ def test_refusals_are_typed(gateway: RunningGateway, tenant: str) -> None:
             stranger.models()
         with pytest.raises(errors.Unauthenticated):
             stranger.chat("smollm2-135m", "Hello")
-        assert stranger.ready()
+        assert stranger.is_ready()
 
 
 def test_a_client_acts_for_its_organization(gateway: RunningGateway, tenant: str) -> None:
     with Client(gateway.url, gateway.admin_key, organization=tenant) as client:
-        client.upload(examples())
-        job = client.submit(f"{tenant}/a", examples())
-        assert [each.id for each in client.jobs()] == [job.id]
+        client.files.upload(examples())
+        job = client.jobs.submit(f"{tenant}/a", examples())
+        assert [each.id for each in client.jobs.list()] == [job.id]
         assert client.openai().fine_tuning.jobs.retrieve(job.id).organization_id == tenant
 
 
@@ -216,7 +216,7 @@ def test_nobody_there() -> None:
             assert error.value.message == (
                 f"Nothing answers at {url}: start it with `loramill up`, or set LORAMILL_URL."
             )
-        assert not client.ready()
+        assert not client.is_ready()
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_strange_answers_are_typed(answer: Answer, expected: type[errors.Loramil
 def test_an_object_of_another_kind_is_no_loramill() -> None:
     answer = reply(200, {"id": "x"})
     with answering(answer) as url, Client(url, "lm-x") as client, pytest.raises(errors.NotRunning, match="Job"):
-        client.job("x")
+        client.jobs.get("x")
 
 
 def test_a_gateway_that_hangs_is_unavailable() -> None:
@@ -303,10 +303,10 @@ def test_wait_outlives_a_gateway_that_is_away(monkeypatch: pytest.MonkeyPatch) -
         answers.pop(0)(request)
 
     with answering(answer) as url, Client(url, "lm-x") as client:
-        assert client.wait("ftjob-1").model == "a/b@1"
+        assert client.jobs.wait("ftjob-1").model == "a/b@1"
         monkeypatch.setattr("loramill.client.jobs._PATIENCE", 0.0)
         with pytest.raises(errors.Unavailable):
-            client.wait("ftjob-1")
+            client.jobs.wait("ftjob-1")
 
 
 def test_every_code_of_the_tree_comes_back_as_its_class() -> None:

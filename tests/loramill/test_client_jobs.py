@@ -22,9 +22,9 @@ def test_a_job_from_file_to_answer(gateway: RunningGateway, tenant: str, as_admi
     train.write_bytes(examples())
     name = f"{tenant}/support"
     with gateway.client() as admin:
-        key = None if as_admin else admin.create_key(tenant).key
+        key = None if as_admin else admin.keys.create(tenant).key
     with gateway.client(key) as client:
-        job = client.submit(
+        job = client.jobs.submit(
             name, train, valid=examples(3, "other"), steps=5, rank=4, learning_rate=3e-3, targets=["q_proj"], seed=3
         )
         assert (job.adapter, job.base, job.status) == (name, "smollm2-135m", JobStatus.QUEUED)
@@ -39,22 +39,22 @@ def test_a_job_from_file_to_answer(gateway: RunningGateway, tenant: str, as_admi
         assert job.failure is None
         version = gateway.publish(job.id)
         seen = []
-        done = client.wait(job.id, seen.append)
+        done = client.jobs.wait(job.id, seen.append)
         assert done.model == f"{name}@{version[:12]}"
         assert seen == [done]
         assert name in client.models()
         assert client.chat(name, "Hello there") == "Hello there"
         assert "".join(client.stream(done.model, [{"role": "user", "content": "one two"}])) == "one two"
         assert client.chat("smollm2-135m", "one two three", max_tokens=2) == "one two"
-        adapter = client.adapter(name)
+        adapter = client.adapters.get(name)
         assert (adapter.champion, [each.id for each in adapter.versions]) == (version, [version])
         assert adapter.history[0].version == version
-        assert [each.name for each in client.adapters(tenant)] == [name]
+        assert [each.name for each in client.adapters.list(tenant)] == [name]
 
 
 def test_epochs_and_batch_size_reach_the_spec(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
-        job = client.submit(f"{tenant}/a", examples(40), epochs=2, batch_size=8)
+        job = client.jobs.submit(f"{tenant}/a", examples(40), epochs=2, batch_size=8)
         assert (job.spec["batch_size"], job.steps) == (8, 10)
 
 
@@ -99,7 +99,7 @@ def test_every_option_is_the_gateways(gateway: RunningGateway, tenant: str) -> N
     """Each of `submit`'s keywords must arrive in the spec under the gateway's name for it."""
     assert set(JobOptions.model_fields) == set(JobOptionsDict.__annotations__) == set(OPTIONS) | OTHERS
     with gateway.client() as client:
-        job = client.submit(
+        job = client.jobs.submit(
             f"{tenant}/a",
             examples(),
             metadata={"by": "test"},
@@ -116,60 +116,60 @@ def test_every_option_is_the_gateways(gateway: RunningGateway, tenant: str) -> N
 def test_options_that_make_no_sense_are_refused_together(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
         with pytest.raises(errors.InvalidRequest) as caught:
-            client.submit(f"{tenant}/a", examples(), rnak=3, alpha="much")  # type: ignore[call-arg, arg-type]
+            client.jobs.submit(f"{tenant}/a", examples(), rnak=3, alpha="much")  # type: ignore[call-arg, arg-type]
         assert "did you mean 'rank'?" in caught.value.message and "alpha: " in caught.value.message
-        assert client.submit(f"{tenant}/a", examples(), rank=None, layers="0-2,5").spec["layers"] == [0, 1, 2, 5]
+        assert client.jobs.submit(f"{tenant}/a", examples(), rank=None, layers="0-2,5").spec["layers"] == [0, 1, 2, 5]
 
 
 def test_a_job_waits_and_goes_on(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
-        job = client.submit(f"{tenant}/a", examples(), steps=10)
-        assert client.pause(job.id).status is JobStatus.PAUSED
-        assert client.job(job.id).failure is None
-        assert client.resume(job.id).status is JobStatus.QUEUED
-        assert (client.metrics(job.id), client.checkpoints(job.id)) == ([], [])
+        job = client.jobs.submit(f"{tenant}/a", examples(), steps=10)
+        assert client.jobs.pause(job.id).status is JobStatus.PAUSED
+        assert client.jobs.get(job.id).failure is None
+        assert client.jobs.resume(job.id).status is JobStatus.QUEUED
+        assert (client.jobs.metrics(job.id), client.jobs.checkpoints(job.id)) == ([], [])
         attempt = gateway.begin(job.id, step=4)
-        assert client.pause(job.id).pending_action == "pause"
+        assert client.jobs.pause(job.id).pending_action == "pause"
         with gateway.registry.writing() as session:
             for step in (2, 1, 2):
                 data = {"step": step, "train_loss": 1 / step, "trained_tokens": 5 * step}
                 jobs.add_event(session, job.id, "info", "metrics", "", data)
             jobs.add_event(session, job.id, "info", "metrics", "", {"step": 2, "valid_loss": 0.75})
             checkpoints.add(session, job.id, attempt, 4, None, {"valid_loss": 0.5})
-        points = client.metrics(job.id)
+        points = client.jobs.metrics(job.id)
         assert [(point.step, point.train_loss, point.valid_loss) for point in points] == [(1, 1, None), (2, 0.5, 0.75)]
         assert points[1].trained_tokens == 10
-        (checkpoint,) = client.checkpoints(job.id)
+        (checkpoint,) = client.jobs.checkpoints(job.id)
         assert (checkpoint.step, checkpoint.model, checkpoint.metrics["valid_loss"]) == (4, None, 0.5)
         with pytest.raises(errors.NotFound):
-            client.metrics("ftjob-none")
+            client.jobs.metrics("ftjob-none")
 
 
 def test_a_failed_job_is_retried(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
-        job = client.submit(f"{tenant}/a", examples(), steps=10)
+        job = client.jobs.submit(f"{tenant}/a", examples(), steps=10)
         with pytest.raises(errors.Conflict, match="is queued, neither failed nor cancelled"):
-            client.retry(job.id)
+            client.jobs.retry(job.id)
         gateway.fail(job.id, errors.TrainingDiverged("The loss is not finite."))
-        assert client.job(job.id).error == "The loss is not finite."
-        again = client.retry(job.id)
+        assert client.jobs.get(job.id).error == "The loss is not finite."
+        again = client.jobs.retry(job.id)
         assert (again.status, again.error, again.failure, again.step) == (JobStatus.QUEUED, None, None, 1)
-        assert [event.message for event in client.events(job.id)][-1] == "Queued again after it failed."
+        assert [event.message for event in client.jobs.events(job.id)][-1] == "Queued again after it failed."
         gateway.publish(job.id)
         with pytest.raises(errors.Conflict, match="is succeeded"):
-            client.retry(job.id)
+            client.jobs.retry(job.id)
         with pytest.raises(errors.NotFound):
-            client.retry("ftjob-none")
+            client.jobs.retry("ftjob-none")
 
 
 def test_files_go(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
-        file = client.upload(examples(), tenant=tenant)
-        assert client.upload(examples(), tenant=tenant, reuse=True).id == file.id
-        assert client.upload(examples(), tenant=tenant).id != file.id
-        client.delete_file(file.id)
+        file = client.files.upload(examples(), tenant=tenant)
+        assert client.files.upload(examples(), tenant=tenant, reuse=True).id == file.id
+        assert client.files.upload(examples(), tenant=tenant).id != file.id
+        client.files.delete(file.id)
         with pytest.raises(errors.NotFound):
-            client.delete_file(file.id)
+            client.files.delete(file.id)
 
 
 # Many jobs
@@ -180,23 +180,23 @@ def test_many_are_submitted_once(gateway: RunningGateway, tenant: str, tmp_path:
     told = []
     rows = [{"adapter": f"{tenant}/a{i}", "train": tmp_path / "a.jsonl", "rank": 4 + i} for i in range(5)]
     with gateway.client() as client:
-        found = client.submit_many(rows, defaults={"steps": 5}, on_progress=lambda *now: told.append(now))
+        found = client.jobs.submit_many(rows, defaults={"steps": 5}, on_progress=lambda *now: told.append(now))
         assert [(each.job.adapter, each.job.spec["rank"], each.job.steps, each.new) for each in found] == [
             (f"{tenant}/a{i}", 4 + i, 5, True) for i in range(5)
         ]
         assert len({each.job.training_file for each in found}) == 1  # uploaded once
         assert told[0] == ("uploading", 0, 5) and told[-1] == ("submitting", 1, 1)
         # After a crash, say, with one job more: what is there is known again, file and all.
-        again = client.submit_many([*rows, {**rows[0], "seed": 1}], defaults={"steps": 5})
+        again = client.jobs.submit_many([*rows, {**rows[0], "seed": 1}], defaults={"steps": 5})
         assert [each.new for each in again] == [False] * 5 + [True]
         assert [each.job.id for each in again[:5]] == [each.job.id for each in found]
         assert again[5].job.training_file == found[0].job.training_file
-        client.cancel(found[1].job.id)
-        retried = client.submit_many(rows, defaults={"steps": 5}, retry=True)
+        client.jobs.cancel(found[1].job.id)
+        retried = client.jobs.submit_many(rows, defaults={"steps": 5}, retry=True)
         assert [each.new for each in retried] == [False, True, False, False, False]
-        assert all(each.new for each in client.submit_many(rows, defaults={"steps": 5}, name="second"))
+        assert all(each.new for each in client.jobs.submit_many(rows, defaults={"steps": 5}, name="second"))
         (tmp_path / "a.jsonl").write_bytes(examples(13))
-        assert all(each.new for each in client.submit_many(rows, defaults={"steps": 5}))
+        assert all(each.new for each in client.jobs.submit_many(rows, defaults={"steps": 5}))
 
 
 def test_many_are_checked_before_one_is_submitted(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
@@ -205,8 +205,8 @@ def test_many_are_checked_before_one_is_submitted(gateway: RunningGateway, tenan
 
     def refused(*rows: dict[str, object]) -> list[str]:
         with pytest.raises(errors.InvalidRequest) as caught:
-            client.submit_many([good, *rows])
-        assert list(client.jobs(tenant)) == []
+            client.jobs.submit_many([good, *rows])
+        assert list(client.jobs.list(tenant)) == []
         head, *problems = caught.value.message.splitlines()
         assert head == f"{len(problems)} problem{'s' * (len(problems) > 1)}; nothing was submitted:"
         return problems
@@ -244,25 +244,25 @@ def test_a_crash_between_two_parts_loses_nothing(
         with monkeypatch.context() as crash:
             crash.setattr(JobsResource, "_send_batch", crashing)
             with pytest.raises(KeyboardInterrupt):
-                client.submit_many(rows)
-        assert len(list(client.jobs(tenant))) == 2
-        assert [each.new for each in client.submit_many(rows)] == [False, False, True, True, True]
-        assert sorted(job.seed for job in client.jobs(tenant)) == [0, 1, 2, 3, 4]
-        client.set_share(tenant, max_queued=6)
+                client.jobs.submit_many(rows)
+        assert len(list(client.jobs.list(tenant))) == 2
+        assert [each.new for each in client.jobs.submit_many(rows)] == [False, False, True, True, True]
+        assert sorted(job.seed for job in client.jobs.list(tenant)) == [0, 1, 2, 3, 4]
+        client.tenants.set_share(tenant, max_queued=6)
         more = [{**row, "rank": 2} for row in rows[:2]]
         with pytest.raises(errors.InvalidRequest, match="nothing was submitted") as caught:
-            client.submit_many(more)
+            client.jobs.submit_many(more)
         assert "quota" in caught.value.message or "waiting" in caught.value.message
 
 
 def test_jobs_come_page_after_page(gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loramill.client.jobs._PAGE", 2)
     with gateway.client() as client:
-        file = client.upload(examples(), tenant=tenant)
-        ids = [client.submit(f"{tenant}/a", file, seed=i).id for i in range(5)]
-        assert [job.id for job in client.jobs(tenant)] == ids[::-1]
-        assert set(ids) <= {job.id for job in client.jobs()}
-        assert client.submit(f"{tenant}/a", file.id).training_file == file.id
+        file = client.files.upload(examples(), tenant=tenant)
+        ids = [client.jobs.submit(f"{tenant}/a", file, seed=i).id for i in range(5)]
+        assert [job.id for job in client.jobs.list(tenant)] == ids[::-1]
+        assert set(ids) <= {job.id for job in client.jobs.list()}
+        assert client.jobs.submit(f"{tenant}/a", file.id).training_file == file.id
 
 
 def test_events_are_oldest_first_and_followed_to_the_end(
@@ -270,35 +270,35 @@ def test_events_are_oldest_first_and_followed_to_the_end(
 ) -> None:
     monkeypatch.setattr("loramill.client.jobs._PAGE", 2)
     with gateway.client() as client:
-        job = client.submit(f"{tenant}/a", examples())
-        told = client.events(job.id, follow=True, poll_seconds=0.01)
+        job = client.jobs.submit(f"{tenant}/a", examples())
+        told = client.jobs.events(job.id, follow=True, poll_seconds=0.01)
         messages = [next(told).message]
         gateway.publish(job.id)
         messages += [event.message for event in told]
         assert [text.split()[0].rstrip(".") for text in messages] == ["Queued", "Attempt", "Published"]
-        assert [event.message for event in client.events(job.id)] == messages
+        assert [event.message for event in client.jobs.events(job.id)] == messages
 
 
 def test_a_job_that_does_not_succeed_is_an_error_of_its_class(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
-        diverged = client.submit(f"{tenant}/a", examples())
+        diverged = client.jobs.submit(f"{tenant}/a", examples())
         gateway.fail(diverged.id, errors.TrainingDiverged("The loss is NaN at step 3."))
         with pytest.raises(errors.TrainingDiverged, match=f"{diverged.id}.*NaN at step 3"):
-            client.wait(diverged.id)
-        cancelled = client.submit(f"{tenant}/a", examples())
-        assert client.cancel(cancelled.id).status is JobStatus.CANCELLED
+            client.jobs.wait(diverged.id)
+        cancelled = client.jobs.submit(f"{tenant}/a", examples())
+        assert client.jobs.cancel(cancelled.id).status is JobStatus.CANCELLED
         with pytest.raises(errors.JobCancelled):
-            client.wait(cancelled.id)
+            client.jobs.wait(cancelled.id)
 
 
 def test_wrong_data_names_every_problem(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client, pytest.raises(errors.DatasetInvalid) as refused:
-        client.upload(b"[1]\n" + examples() + b"no json\n", tenant=tenant, filename="bad.jsonl")
+        client.files.upload(b"[1]\n" + examples() + b"no json\n", tenant=tenant, filename="bad.jsonl")
     assert len(refused.value.problems) == 2
     assert "bad.jsonl" in refused.value.problems[0] and "14" in refused.value.problems[1]
 
 
 def test_warnings_of_an_upload_are_kept(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
-        file = client.upload(examples() + examples(1), tenant=tenant)
+        file = client.files.upload(examples() + examples(1), tenant=tenant)
     assert len(file.warnings) == 1 and "train.jsonl" in file.warnings[0]

@@ -20,7 +20,7 @@ from .conftest import RunningGateway, examples
 @pytest.fixture
 def version(gateway: RunningGateway, tenant: str) -> str:
     with gateway.client() as client:
-        return gateway.publish(client.submit(f"{tenant}/a", examples()).id)
+        return gateway.publish(client.jobs.submit(f"{tenant}/a", examples()).id)
 
 
 def stored(gateway: RunningGateway, version: str) -> Path:
@@ -31,8 +31,8 @@ def test_the_folder_holds_what_was_stored(gateway: RunningGateway, tenant: str, 
     told: list[tuple[int, int]] = []
     to = tmp_path / "new" / "adapter"
     with gateway.client() as client:
-        assert client.export(f"{tenant}/a", to, on_bytes=lambda *each: told.append(each)) == version
-        client.export(f"{tenant}/a@{version[:8]}", tmp_path / "pinned")
+        assert client.adapters.export(f"{tenant}/a", to, on_bytes=lambda *each: told.append(each)) == version
+        client.adapters.export(f"{tenant}/a@{version[:8]}", tmp_path / "pinned")
     content = stored(gateway, version).read_bytes()
     for folder in (to, tmp_path / "pinned"):
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == {"adapter_model.safetensors": content}
@@ -55,7 +55,7 @@ def test_what_was_altered_is_refused_and_leaves_nothing(
 ) -> None:
     harm(stored(gateway, version))
     with gateway.client() as client, pytest.raises(ArtifactCorrupt, match=r"adapter_model\.safetensors"):
-        client.export(f"{tenant}/a", tmp_path / "adapter")
+        client.adapters.export(f"{tenant}/a", tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -73,7 +73,7 @@ def test_a_gateway_that_lies_about_the_hashes_is_caught(
 
         monkeypatch.setattr(client._wire, "call", lies)
         with pytest.raises(ArtifactCorrupt):
-            client.export(f"{tenant}/a", tmp_path / "adapter")
+            client.adapters.export(f"{tenant}/a", tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -88,17 +88,17 @@ def test_a_connection_that_breaks_leaves_nothing(
 
     monkeypatch.setattr(httpx.Response, "iter_bytes", breaks)
     with gateway.client() as client, pytest.raises(Unavailable):
-        client.export(f"{tenant}/a", tmp_path / "adapter")
+        client.adapters.export(f"{tenant}/a", tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_only_ones_own(gateway: RunningGateway, tenant: str, version: str, tmp_path: Path) -> None:
     with gateway.client() as admin:
-        admin.create_tenant(f"{tenant}-rival")
+        admin.tenants.create(f"{tenant}-rival")
     with gateway.registry.writing() as session:
         _, secret = api_keys.create(session, f"{tenant}-rival")
     with gateway.client(secret) as rival, pytest.raises(Forbidden):
-        rival.export(f"{tenant}/a", tmp_path / "adapter")
+        rival.adapters.export(f"{tenant}/a", tmp_path / "adapter")
     with gateway.client() as client:
         for name, error in (
             (f"{tenant}/none", NotFound),
@@ -106,9 +106,9 @@ def test_only_ones_own(gateway: RunningGateway, tenant: str, version: str, tmp_p
             ("smollm2-135m", InvalidRequest),
         ):
             with pytest.raises(error):
-                client.export(name, tmp_path / "adapter")
+                client.adapters.export(name, tmp_path / "adapter")
         with pytest.raises(NotFound, match="full fine-tuning"):
-            client.export(f"{tenant}/a", tmp_path / "adapter", full=True)
+            client.adapters.export(f"{tenant}/a", tmp_path / "adapter", full=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,8 +118,8 @@ def test_nothing_is_written_over(gateway: RunningGateway, tenant: str, version: 
     with gateway.client() as client:
         for taken in (tmp_path, tmp_path / "mine", tmp_path / "mine" / "below"):
             with pytest.raises(InvalidRequest):
-                client.export(f"{tenant}/a", taken)
-        client.export(f"{tenant}/a", tmp_path / "empty")
+                client.adapters.export(f"{tenant}/a", taken)
+        client.adapters.export(f"{tenant}/a", tmp_path / "empty")
     assert (tmp_path / "mine").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine"]
 
@@ -135,4 +135,4 @@ def test_nobody_who_answers(tmp_path: Path) -> None:
     from loramill.errors import NotRunning
 
     with Client("http://127.0.0.1:9", "lm-key") as client, pytest.raises(NotRunning):
-        client.export("acme/a", tmp_path / "adapter")
+        client.adapters.export("acme/a", tmp_path / "adapter")

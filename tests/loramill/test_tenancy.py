@@ -39,18 +39,18 @@ def shown(*words: str) -> Any:
 
 def test_limits_from_the_client(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as admin:
-        assert admin.set_limits(tenant, requests_per_minute=1, stored_bytes=5).requests_per_minute == 1
-        assert admin.set_limits(tenant, stored_bytes="unlimited") == admin.tenant(tenant)
-        assert (admin.tenant(tenant).stored_bytes, admin.tenant(tenant).requests_per_minute) == (None, 1)
-        key = admin.create_key(tenant).key
+        assert admin.tenants.set_limits(tenant, requests_per_minute=1, stored_bytes=5).requests_per_minute == 1
+        assert admin.tenants.set_limits(tenant, stored_bytes="unlimited") == admin.tenants.get(tenant)
+        assert (admin.tenants.get(tenant).stored_bytes, admin.tenants.get(tenant).requests_per_minute) == (None, 1)
+        key = admin.keys.create(tenant).key
         base = admin.models()[0]
         with gateway.client(key) as own:
             own.chat(base, "hello")
             with own.openai().with_options(max_retries=0) as client, pytest.raises(Exception, match="1 requests"):
                 client.chat.completions.create(model=base, messages=[{"role": "user", "content": "hello"}])
-        admin.set_limits(tenant, requests_per_minute="unlimited", stored_bytes=5)
+        admin.tenants.set_limits(tenant, requests_per_minute="unlimited", stored_bytes=5)
         with gateway.client(key) as own, pytest.raises(errors.QuotaExceeded, match="may store 5"):
-            own.upload(examples())
+            own.files.upload(examples())
 
 
 def test_limits_from_the_command_line(gateway: RunningGateway, tenant: str) -> None:
@@ -74,9 +74,9 @@ def test_keys_with_scopes_and_an_end(gateway: RunningGateway, tenant: str) -> No
     with gateway.client(made["key"]) as own:
         assert own.models()
         with pytest.raises(errors.Forbidden, match="'training'"):
-            own.upload(examples())
+            own.files.upload(examples())
     with gateway.client() as admin:
-        expired = admin.create_key(tenant, scopes=[Scope.READ], expires_at=time.time() + 0.2)
+        expired = admin.keys.create(tenant, scopes=[Scope.READ], expires_at=time.time() + 0.2)
         time.sleep(0.25)
         with gateway.client(expired.key) as own, pytest.raises(errors.Unauthenticated):
             own.models()
@@ -88,8 +88,8 @@ def test_keys_with_scopes_and_an_end(gateway: RunningGateway, tenant: str) -> No
 def test_usage_is_shown(gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Nothing was asked in 2 days" in loramill("usage", "--tenant", tenant, "--days", "2").stderr
     with gateway.client() as admin:
-        key = admin.create_key(tenant).key
-        job = admin.submit(f"{tenant}/a", examples()).id
+        key = admin.keys.create(tenant).key
+        job = admin.jobs.submit(f"{tenant}/a", examples()).id
         version = gateway.publish(job)
         with gateway.client(key) as own:
             own.chat(f"{tenant}/a", "one two three")
@@ -111,7 +111,7 @@ def test_usage_is_shown(gateway: RunningGateway, tenant: str, monkeypatch: pytes
 def test_the_audit_is_shown(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as admin:
         for number in range(3):
-            admin.set_share(tenant, weight=1 + number)
+            admin.tenants.set_share(tenant, weight=1 + number)
         newest, *rest = admin.audit(tenant, limit=3)
         assert (newest.action, newest.actor, newest.details["weight"]) == ("tenant.share", None, 3)
         assert len(rest) == 2
@@ -123,12 +123,12 @@ def test_the_audit_is_shown(gateway: RunningGateway, tenant: str) -> None:
 def test_pins_and_warming(gateway: RunningGateway, tenant: str) -> None:
     name = f"{tenant}/a"
     with gateway.client() as admin:
-        first, second = (gateway.publish(admin.submit(name, examples(word=word)).id) for word in ("x", "y"))
-        assert admin.pin(name).pinned
+        first, second = (gateway.publish(admin.jobs.submit(name, examples(word=word)).id) for word in ("x", "y"))
+        assert admin.adapters.pin(name).pinned
         with pytest.raises(errors.Conflict, match="unpin"):
-            admin.promote(name, "challenger")
-        assert admin.warm(name, "challenger") >= 0
-        assert not admin.unpin(name).pinned
+            admin.adapters.promote(name, "challenger")
+        assert admin.adapters.warm(name, "challenger") >= 0
+        assert not admin.adapters.unpin(name).pinned
     assert shown("adapters", "pin", name, second[:12])["champion"] == second
     assert loramill("rollback", name).exit_code == 1
     assert first[:12] not in loramill("adapters", "unpin", name).stderr

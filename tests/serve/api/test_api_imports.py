@@ -142,13 +142,13 @@ def test_imports_have_bounds(http: httpx.Client, site: Any, tenant: str) -> None
 def test_the_client_imports_a_folder(site: Any, tenant: str, tmp_path: Path) -> None:
     with Client(site.url, api_key=site.key(tenant)) as client:
         with pytest.raises(InvalidRequest, match=r"no adapter_config.json"):
-            client.import_adapter(f"{tenant}/orders", tmp_path)
+            client.adapters.import_folder(f"{tenant}/orders", tmp_path)
         (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
         (tmp_path / "adapter_model.bin").write_bytes(b"")
         with pytest.raises(InvalidRequest, match=r"is a pickle.*weights_only=True"):
-            client.import_adapter(f"{tenant}/orders", tmp_path)
+            client.adapters.import_folder(f"{tenant}/orders", tmp_path)
         (tmp_path / "adapter_model.safetensors").write_bytes(save(weights()))
-        version, adapter = client.import_adapter(f"{tenant}/orders", tmp_path, promote=True)
+        version, adapter = client.adapters.import_folder(f"{tenant}/orders", tmp_path, promote=True)
         assert adapter.champion == version
 
 
@@ -163,8 +163,8 @@ def test_what_is_exported_is_loaded_by_peft_alone(site: Any, tenant: str, tmp_pa
     (adapter / "adapter_config.json").write_text(json.dumps(CONFIG))
     (adapter / "adapter_model.safetensors").write_bytes(save(weights()))
     with Client(site.url, api_key=site.key(tenant)) as client:
-        version, _ = client.import_adapter(f"{tenant}/orders", adapter)
-        assert client.export(f"{tenant}/orders", exported) == version
+        version, _ = client.adapters.import_folder(f"{tenant}/orders", adapter)
+        assert client.adapters.export(f"{tenant}/orders", exported) == version
     stored = json.loads(site.registry.artifacts.read(version, "adapter_config.json"))
     config = json.loads((exported / "adapter_config.json").read_text())
     assert (stored["base_model_name_or_path"], config["base_model_name_or_path"]) == ("tiny", str(site.base.folder))
