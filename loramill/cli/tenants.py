@@ -15,9 +15,9 @@ import typer
 from loramill.cli import show
 from loramill.cli.deleting import delete_tenants
 from loramill.client import Client
-from loramill.client.tenants import Quota
 from loramill.client.models import CreatedTenant
 from loramill.client.tenant_list import NewTenant, read_tenants
+from loramill.client.tenants import Quota
 from loramill.errors import InvalidRequest
 from loramill.names import check_name
 from loramill.submission.options import drop_none

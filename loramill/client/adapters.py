@@ -14,7 +14,7 @@ from loramill.client.uploads import OnUpload, Source, Uploads
 from loramill.data.ingest import Columns
 from loramill.names import AdapterName
 from loramill.submission.options import drop_none
-from loramill.types import AdapterData, AdapterRecord, NewDataState, DeletionSummary
+from loramill.types import AdapterData, AdapterRecord, DeletionSummary, NewDataState
 
 if TYPE_CHECKING:
     from loramill.client.files import FilesResource

@@ -9,7 +9,7 @@ from urllib.parse import quote
 from loramill.client.models import CreatedTenant, NewKey, parse_object
 from loramill.client.tenant_list import NewTenant
 from loramill.submission.options import drop_none
-from loramill.types import KeyRecord, DeletionSummary, Scope, TenantRecord
+from loramill.types import DeletionSummary, KeyRecord, Scope, TenantRecord
 
 if TYPE_CHECKING:
     from loramill.client.http import Transport

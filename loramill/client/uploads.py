@@ -67,7 +67,7 @@ class Uploads:
 
 
 def read_valid(source: Source, columns: Columns, valid_columns: Columns) -> Source:
-    """Reads a validation source by its own columns, or by the training file's if it has them. Ids are returned as is."""
+    """Reads a validation source by its own columns, or by the training file's if it has them; returns ids as is."""
     if not isinstance(source, str | Path) or (isinstance(source, str) and _is_file_id(source)):
         return source
     own = valid_columns is not None

@@ -223,7 +223,9 @@ def test_a_night_promotes_what_is_better_and_holds_what_is_spoiled(mill, acme: s
         held_before = client.adapters.get("globex/codes").champion
         # Killed while its jobs train, the night goes on where it was.
         night = subprocess.Popen(mill.command("nightly", "run"), env=mill.environment, stdout=subprocess.DEVNULL)
-        eventually(lambda: sum("nightly_run" in job.metadata for job in client.jobs.list()) == 2, 60, "jobs of the night")
+        eventually(
+            lambda: sum("nightly_run" in job.metadata for job in client.jobs.list()) == 2, 60, "jobs of the night"
+        )
         night.kill()
         night.wait()
         ran = mill.run("nightly", "run")

@@ -125,7 +125,7 @@ def test_keys_are_listed_and_revoked(here: RunningGateway, tenant: str) -> None:
 def test_waiting_shows_the_end(here: RunningGateway, tenant: str, train: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def publish(self: Any, job_id: str, *_: Any) -> Any:
         here.publish(job_id)
-        return self.job(job_id)
+        return self.get(job_id)
 
     monkeypatch.setattr("loramill.client.jobs.JobsResource.wait", publish)
     assert f"loramill chat {tenant}/a@" in ok("submit", f"{tenant}/a", "--train", train, "--wait").stderr
@@ -229,9 +229,9 @@ def test_a_chat_without_gateway_and_key_says_how_to_start_one() -> None:
 def test_the_version_that_answers_after_a_job_is_shown(
     here: RunningGateway, tenant: str, train: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wait(client: Any, job: str, *_: Any) -> Any:
+    def wait(jobs: Any, job: str, *_: Any) -> Any:
         here.publish(job)
-        return client.jobs.get(job)
+        return jobs.get(job)
 
     monkeypatch.setattr("loramill.client.jobs.JobsResource.wait", wait)
     words = ("submit", f"{tenant}/a", "--train", train)

@@ -21,6 +21,7 @@ from loramill.cli import app
 from loramill.cli.show import duration
 from loramill.cli.submit import _OPTION_HELP
 from loramill.cli.watch import JobPoller, _follow, jobs_table
+from loramill.client.jobs import JobsResource
 from loramill.client.models import Job
 from loramill.errors import InvalidRequest, NotRunning, TrainingDiverged, Unavailable
 from loramill.registry import jobs
@@ -308,13 +309,14 @@ def test_what_has_ended_is_not_looked_at_again(gateway: RunningGateway, tenant: 
     ok("jobs", "cancel", later)
     seen: list[str] = []
 
-    class Counting(Client):
-        def jobs(self, tenant: str | None = None) -> Iterator[Job]:
-            for found in super().jobs(tenant):
+    class CountingJobs(JobsResource):
+        def list(self, tenant: str | None = None) -> Iterator[Job]:
+            for found in super().list(tenant):
                 seen.append(found.id)
                 yield found
 
-    with Counting(gateway.url, gateway.admin_key) as client:
+    with gateway.client() as client:
+        client.jobs = CountingJobs(client._transport, client.files)
         every = JobPoller(client, tenant, 100)
         assert [found.id for found in every.poll()] == seen == [later, open_job, *ended[::-1]]
         seen.clear()

@@ -16,7 +16,11 @@ from pathlib import Path
 import pytest
 
 from loramill import Client, errors
+from loramill.client.adapters import AdaptersResource
+from loramill.client.files import FilesResource
 from loramill.client.http import ERROR_BY_CODE, error_from_response, is_local_url
+from loramill.client.jobs import JobsResource
+from loramill.client.tenants import KeysResource, TenantsResource
 
 from .conftest import RunningGateway, examples
 
@@ -318,5 +322,6 @@ def test_every_code_of_the_tree_comes_back_as_its_class() -> None:
 
 
 def test_every_method_says_what_it_does() -> None:
-    public = {name: method for name, method in inspect.getmembers(Client) if not name.startswith("_")}
-    assert [name for name, method in public.items() if callable(method) and not method.__doc__] == []
+    for cls in (Client, AdaptersResource, FilesResource, JobsResource, KeysResource, TenantsResource):
+        public = {name: method for name, method in inspect.getmembers(cls) if not name.startswith("_")}
+        assert [name for name, method in public.items() if callable(method) and not method.__doc__] == []
