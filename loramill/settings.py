@@ -1,7 +1,8 @@
-"""Settings: defaults, then `loramill.toml`, then `LORAMILL_*` variables, then what a command says.
+"""Settings: defaults, overridden by `loramill.toml`, then by `LORAMILL_*` variables, then by command-line options.
 
-Nested fields are written `LORAMILL_JOBS__SESSIONS=2` or, in the file, `[jobs]` / `sessions = 2`.
-An unknown key is an error. Nothing else in the project reads an environment variable to decide something.
+A nested field is written `LORAMILL_JOBS__SESSIONS=2` or, in the file, `[jobs]` / `sessions = 2`. An unknown key is an
+error. The descriptions of the fields are the source of help texts and docs. No other module reads an environment
+variable to configure itself, except `LORAMILL_KERNELS`.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from pydantic_settings import (
 from loramill.errors import SettingsInvalid
 from loramill.types import Quantization
 
-#: A folder whose path may begin with ~, and whose meaning must not hang on where a process works.
+#: A folder; its path may begin with ~ and is made absolute, since processes have different working folders.
 FolderPath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
 #: An origin as browsers send it: without a path, not even "/".
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
 
-#: The address by which to reach a gateway that listens on all addresses.
+#: Addresses of a gateway that listens on every interface, for clients on the same machine.
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -40,83 +41,129 @@ class _Section(BaseModel):
 
 
 class ServeSettings(_Section):
-    """The gateways and the engine replicas."""
+    """Gateways and engine replicas."""
 
     host: str = Field(
-        default="127.0.0.1", min_length=1, description="address that the gateway listens on; 0.0.0.0 is every one"
+        default="127.0.0.1",
+        min_length=1,
+        description="Address that the gateway listens on; 0.0.0.0 means every interface.",
     )
-    port: int = Field(default=8400, ge=1, le=65535)
+    port: int = Field(default=8400, ge=1, le=65535, description="Port that the gateway listens on.")
     ingress: Literal["direct", "proxy"] = Field(
         default="direct",
-        description="who listens on the port: each gateway itself, or Ray Serve's proxy",
+        description="What listens on the port: each gateway itself (direct), or Ray Serve's proxy (proxy).",
     )
-    gateways: int = Field(default=1, ge=1, description="gateway replicas; on one machine they share the port")
-    bases: tuple[str, ...] = Field(default=(), description="bases that can be asked beside the one that is tuned here")
-    min_replicas: int = Field(default=1, ge=0, description="engine replicas of a base; 0: it sleeps when nobody asks")
-    max_replicas: int = Field(default=1, ge=1, description="engine replicas of a base under load")
-    pending_seconds: float = Field(default=4.0, gt=0, description="of work before a replica, beyond which more come")
-    first_token_seconds: float = Field(default=2.0, gt=0, description="to the first token, beyond which more come")
-    down_seconds: float = Field(default=60.0, gt=0, description="for which fewer replicas must have been enough")
-    idle_seconds: float = Field(default=300.0, gt=0, description="without a request until a base sleeps")
-    start_seconds: float = Field(default=60.0, gt=0, description="for which a request waits for a replica to start")
-    drain_seconds: float = Field(default=120.0, gt=0, description="for which a replica that goes finishes its answers")
-    stuck_seconds: float = Field(default=60.0, gt=0, description="an engine without a step for so long is replaced")
-    threads: int = Field(default=1, ge=1, description="CPU threads of one engine replica")
+    gateways: int = Field(
+        default=1, ge=1, description="Number of gateway replicas; on one machine they share the port."
+    )
+    bases: tuple[str, ...] = Field(
+        default=(), description="Base models to serve in addition to `base`; adapters are not trained on them."
+    )
+    min_replicas: int = Field(
+        default=1, ge=0, description="Minimum number of engine replicas per base; 0 allows scaling to zero when idle."
+    )
+    max_replicas: int = Field(default=1, ge=1, description="Maximum number of engine replicas per base.")
+    pending_seconds: float = Field(
+        default=4.0, gt=0, description="Queued work per replica, in seconds, above which to scale up."
+    )
+    first_token_seconds: float = Field(
+        default=2.0, gt=0, description="Time to first token, in seconds, above which to scale up."
+    )
+    down_seconds: float = Field(
+        default=60.0, gt=0, description="How long fewer replicas must suffice before scaling down, in seconds."
+    )
+    idle_seconds: float = Field(
+        default=300.0, gt=0, description="Time without a request, in seconds, before a base scales to zero."
+    )
+    start_seconds: float = Field(
+        default=60.0, gt=0, description="How long a request waits for a replica to start, in seconds."
+    )
+    drain_seconds: float = Field(
+        default=120.0, gt=0, description="How long a stopping replica may take to finish its requests, in seconds."
+    )
+    stuck_seconds: float = Field(
+        default=60.0, gt=0, description="Time without an engine step, in seconds, after which a replica is replaced."
+    )
+    threads: int = Field(default=1, ge=1, description="CPU threads per engine replica.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
-        description="where the base runs; auto: a GPU if torch finds one, but on Ray the CPU",
+        description="Device that the base runs on. auto: a GPU if torch finds one, except on Ray, where it is the CPU.",
     )
     max_batch_tokens: int | None = Field(
-        default=None, ge=16, description="tokens of one engine step; None: 128 on a CPU, 2048 on a GPU"
+        default=None, ge=16, description="Maximum tokens per engine step. Unset: 128 on a CPU, 2048 on a GPU."
     )
-    max_sequences: int = Field(default=64, ge=1, description="requests that decode at once")
-    max_waiting: int = Field(default=16, ge=1, description="requests that wait at a replica; more are refused")
-    kv_tokens: int = Field(default=32768, ge=512, description="tokens of KV cache")
-    prefix_cache: bool = Field(default=True, description="share what prompts that begin alike have in common")
-    adapter_slots: int = Field(default=64, ge=1, description="adapters resident at once")
-    adapter_bytes: int = Field(default=2**30, ge=2**20, description="what these may take together")
-    adapter_bits: Literal[16, 8] = Field(default=16, description="of a weight of theirs; 8 halves memory and traffic")
-    host_bytes: int = Field(default=2**28, ge=0, description="of adapters that were read and have no slot now")
-    rank_budget: int = Field(default=1024, ge=1, description="sum of the different adapters' ranks in one step")
+    max_sequences: int = Field(default=64, ge=1, description="Maximum number of requests that decode at the same time.")
+    max_waiting: int = Field(
+        default=16, ge=1, description="Maximum number of waiting requests per replica; further ones are refused."
+    )
+    kv_tokens: int = Field(default=32768, ge=512, description="Size of the KV cache per replica, in tokens.")
+    prefix_cache: bool = Field(
+        default=True, description="Reuse the KV cache of prompts that begin with the same tokens."
+    )
+    adapter_slots: int = Field(
+        default=64, ge=1, description="Maximum number of adapters in device memory at the same time."
+    )
+    adapter_bytes: int = Field(default=2**30, ge=2**20, description="Device memory for adapters per replica, in bytes.")
+    adapter_bits: Literal[16, 8] = Field(
+        default=16, description="Bits per adapter weight; 8 halves memory and bandwidth."
+    )
+    host_bytes: int = Field(
+        default=2**28, ge=0, description="Size of the host-memory cache of adapters per replica, in bytes."
+    )
+    rank_budget: int = Field(
+        default=1024, ge=1, description="Maximum sum of the ranks of the different adapters in one engine step."
+    )
     grace_seconds: float = Field(
         default=180.0,
         ge=0,
-        description="how long known keys and names keep working while the database is away",
+        description="How long known API keys and model names keep working while the database is unreachable, "
+        "in seconds.",
     )
-    max_upload_bytes: int = Field(default=256 * 2**20, ge=1, description="bytes of the largest upload")
+    max_upload_bytes: int = Field(default=256 * 2**20, ge=1, description="Maximum size of an upload, in bytes.")
     cors_origins: tuple[Origin, ...] = Field(
-        default=(), description='origins of web pages that may call the gateway from a browser; "*" is every one'
+        default=(),
+        description='Origins of web pages that may call the gateway from a browser; "*" means every origin.',
     )
 
 
 class JobSettings(_Section):
-    """The pool that fine-tune jobs run on."""
+    """The pool that runs fine-tune jobs."""
 
-    sessions: int = Field(default=max(1, min(8, os.cpu_count() or 1)), ge=1, description="jobs that train at once")
-    threads: int = Field(default=1, ge=1, description="CPU threads of one session")
-    use_gpu: bool = False
-    per_gpu: int = Field(default=1, ge=1, le=16, description="jobs that share one GPU, each with 1/k of its memory")
+    sessions: int = Field(
+        default=max(1, min(8, os.cpu_count() or 1)), ge=1, description="Maximum number of jobs that train at once."
+    )
+    threads: int = Field(default=1, ge=1, description="CPU threads per session.")
+    use_gpu: bool = Field(default=False, description="Train on GPUs.")
+    per_gpu: int = Field(
+        default=1, ge=1, le=16, description="Number of jobs that share one GPU, each with an equal part of its memory."
+    )
     device_bytes: int | None = Field(
-        default=None, ge=2**28, description="memory of one GPU, or of a session without; None: jobs aren't sized"
+        default=None,
+        ge=2**28,
+        description="Memory of one GPU (of one session, without GPUs), in bytes. Unset: memory needs are not checked.",
     )
-    cpus: float = Field(
-        default=1.0, gt=0, description="of the Ray cluster's CPUs, what one session takes without a GPU"
+    cpus: float = Field(default=1.0, gt=0, description="CPUs of the Ray cluster that a session without a GPU reserves.")
+    lease_seconds: float = Field(
+        default=15.0, gt=0, description="Time without a heartbeat, in seconds, after which a worker loses its job."
     )
-    lease_seconds: float = Field(default=15.0, gt=0, description="a worker silent for so long has lost its job")
-    idle_seconds: float = Field(default=120.0, gt=0, description="a session without jobs for so long ends")
-    max_attempts: int = Field(default=5, ge=1, description="leases of a job before it counts as failed")
-    backoff_seconds: float = Field(default=2.0, ge=0, description="before a first retry; each further one waits twice")
-    min_examples: int = Field(default=10, ge=1, description="examples below which a training file is refused")
+    idle_seconds: float = Field(
+        default=120.0, gt=0, description="Time without a job, in seconds, after which a session ends."
+    )
+    max_attempts: int = Field(default=5, ge=1, description="Maximum number of attempts per job.")
+    backoff_seconds: float = Field(
+        default=2.0, ge=0, description="Delay before the first retry, in seconds; it doubles with each further retry."
+    )
+    min_examples: int = Field(default=10, ge=1, description="Minimum number of examples in a training file.")
     dedicated_tokens: float = Field(
-        default=50e6, gt=0, description="training tokens from which a job gets a trainer of its own"
+        default=50e6, gt=0, description="Number of training tokens from which a job gets a dedicated trainer."
     )
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
-        default=(), description="where training's numbers go besides the record"
+        default=(), description="Where training metrics are written in addition to the database."
     )
 
 
 class Settings(BaseSettings):
-    """All of loramill's settings; `Settings.load()` is how to get them."""
+    """All settings of loramill, read by `Settings.load()`."""
 
     model_config = SettingsConfigDict(
         env_prefix="LORAMILL_",
@@ -127,23 +174,36 @@ class Settings(BaseSettings):
     )
 
     home: FolderPath = Field(
-        default=Path("~/.loramill"), validate_default=True, description="the record, artifacts, admin key and logs"
+        default=Path("~/.loramill"),
+        validate_default=True,
+        description="Folder of the database, the artifacts, the admin key and the logs.",
     )
     cache: FolderPath = Field(
         default=Path("~/.cache/loramill"),
         validate_default=True,
-        description="converted bases; may be deleted at any time",
+        description="Folder of converted base models; it can be deleted at any time.",
     )
-    database_url: str | None = Field(default=None, description="SQLAlchemy URL; None: SQLite under home")
-    artifacts_url: str | None = Field(default=None, description="fsspec URL; None: a folder under home")
-    base: str = Field(default="smollm2-135m", description="built-in name, local folder or hub id")
+    database_url: str | None = Field(
+        default=None, description="SQLAlchemy URL of the database. Unset: an SQLite file in `home`."
+    )
+    artifacts_url: str | None = Field(
+        default=None, description="fsspec URL of the artifact store. Unset: a folder in `home`."
+    )
+    base: str = Field(
+        default="smollm2-135m",
+        description="Base model that adapters are trained on: built-in name, local folder, or Hugging Face Hub ID.",
+    )
     quantization: Quantization = Field(
-        default="none", description="of the base's linears, where it is served and where adapters are trained"
+        default="none", description="Quantization of the base's linear layers, for serving and for training."
     )
-    url: str | None = Field(default=None, description="gateway that the client calls; None: this machine's")
-    api_key: str | None = Field(default=None, description="key that the client uses; None: the admin key under home")
-    serve: ServeSettings = ServeSettings()
-    jobs: JobSettings = JobSettings()
+    url: str | None = Field(
+        default=None, description="URL of the gateway that the client calls. Unset: this machine's gateway."
+    )
+    api_key: str | None = Field(
+        default=None, description="API key that the client uses. Unset: the admin key in `home`."
+    )
+    serve: ServeSettings = Field(default=ServeSettings(), description="Gateways and engine replicas.")
+    jobs: JobSettings = Field(default=JobSettings(), description="The pool that runs fine-tune jobs.")
 
     @classmethod
     def settings_customise_sources(
@@ -154,18 +214,21 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Puts the file below the environment."""
+        """Gives the file a lower priority than the environment."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     @classmethod
-    def load(cls, **said: Any) -> Settings:
-        """Reads the settings; `said` is what a command line gives and wins over everything.
+    def load(cls, **overrides: Any) -> Settings:
+        """Reads the settings from the file and the environment.
+
+        Args:
+            overrides: values of command-line options, which have the highest priority.
 
         Raises:
-            SettingsInvalid: a key is unknown or a value makes no sense; the message names it.
+            SettingsInvalid: a key is unknown or a value is invalid; the message names it.
         """
         try:
-            settings = cls(**said)
+            settings = cls(**overrides)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -173,56 +236,56 @@ class Settings(BaseSettings):
                 f"Setting '{where}': {first['msg']}. Correct it in loramill.toml or in the LORAMILL_* variables."
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise SettingsInvalid(f"loramill.toml in this folder isn't valid TOML: {error}. Correct it.") from error
+            raise SettingsInvalid(f"loramill.toml in this folder is not valid TOML: {error}. Correct it.") from error
         except SettingsError as error:
             raise SettingsInvalid(f"A LORAMILL_* variable can't be read: {error}. Correct it.") from error
         known = {f"LORAMILL_{name}".upper() for name in cls.model_fields}
         for variable in os.environ:
             top = variable.split("__")[0].upper()
             if top.startswith("LORAMILL_") and top not in known | {"LORAMILL_KERNELS"}:
-                raise SettingsInvalid(f"The variable {variable} is no setting of loramill; remove or correct it.")
+                raise SettingsInvalid(f"The variable {variable} is not a setting of loramill; remove or correct it.")
         return settings
 
     @property
     def database(self) -> str:
-        """The database's URL, resolved."""
+        """URL of the database, with the default filled in."""
         return self.database_url or f"sqlite:///{self.home / 'loramill.db'}"
 
     @property
     def artifacts(self) -> str:
-        """The artifact store's URL, resolved."""
+        """URL of the artifact store, with the default filled in."""
         return self.artifacts_url or (self.home / "artifacts").as_uri()
 
     @property
     def sessions(self) -> str:
-        """Where Ray Train keeps its own notes on the sessions, beside the artifacts: every node must reach it."""
+        """URL of Ray Train's storage for sessions, next to the artifacts; every node must be able to reach it."""
         return self.artifacts.rstrip("/") + "-sessions"
 
     @property
     def checkpoints(self) -> str:
-        """Where jobs keep their checkpoints, beside the artifacts: every node must reach it. A local one is a path."""
-        place = self.artifacts.rstrip("/") + "-checkpoints"
-        return unquote(urlsplit(place).path) if place.startswith("file:") else place
+        """URL (a path if local) of jobs' checkpoints, next to the artifacts; every node must be able to reach it."""
+        url = self.artifacts.rstrip("/") + "-checkpoints"
+        return unquote(urlsplit(url).path) if url.startswith("file:") else url
 
     @property
     def address(self) -> str:
-        """Where this machine reaches its gateway, without `/v1`."""
+        """URL of this machine's gateway, without `/v1`."""
         host = _LOOPBACK.get(self.serve.host, self.serve.host)
         return f"http://[{host}]:{self.serve.port}" if ":" in host else f"http://{host}:{self.serve.port}"
 
     @property
     def address_file(self) -> Path:
-        """Where `up` notes its address, so that commands find a gateway that was given another port."""
+        """File in which `loramill up` stores the gateway's URL, so that commands find it on a non-default port."""
         return self.home / "gateway.url"
 
     @property
     def gateway(self) -> str:
-        """The address that clients call, without `/v1`: the `url` setting, or the gateway of this home."""
+        """URL that clients call, without `/v1`: the `url` setting, or the gateway of this home."""
         if self.url is None and self.address_file.exists():
             return self.address_file.read_text().strip()
         return (self.url or self.address).rstrip("/")
 
     @property
     def admin_key_file(self) -> Path:
-        """Where `up` leaves the admin's key."""
+        """File in which `loramill up` stores the admin key."""
         return self.home / "admin.key"

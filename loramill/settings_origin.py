@@ -1,4 +1,4 @@
-"""The settings in force, each with its value and where it comes from."""
+"""The effective settings: the value and the origin of each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Setting(FrozenModel):
         name: as in loramill.toml, with the section before a dot.
         value: in JSON's types; secrets are masked.
         origin: "default", the path of loramill.toml, or the variable's name.
-        about: its description.
+        description: its description.
     """
 
     name: str
@@ -36,16 +36,16 @@ class Setting(FrozenModel):
 
 
 def effective_settings() -> list[Setting]:
-    """All settings.
+    """The value and the origin of each setting.
 
     Raises:
-        SettingsInvalid: as `Settings.load`.
+        SettingsInvalid: a key is unknown or a value is invalid.
     """
     settings = Settings.load()
     variables, file = EnvSettingsSource(Settings)(), TomlConfigSettingsSource(Settings)()
     resolved = {"database_url": settings.database, "artifacts_url": settings.artifacts, "url": settings.gateway}
     found = []
-    for path, value, about in _fields(settings):
+    for path, value, description in _fields(settings):
         name = ".".join(path)
         if _contains(variables, path):
             origin = _variable_name(path)
@@ -55,8 +55,8 @@ def effective_settings() -> list[Setting]:
             origin = str(settings.address_file)
         else:
             origin = "default"
-        shown = _masked(name, resolved.get(name) if value is None else value)
-        found.append(Setting(name=name, value=shown, origin=origin, description=about))
+        masked = _masked(name, resolved.get(name) if value is None else value)
+        found.append(Setting(name=name, value=masked, origin=origin, description=description))
     return found
 
 
@@ -78,7 +78,7 @@ def _contains(source: Mapping[str, Any], path: tuple[str, ...]) -> bool:
 
 
 def _variable_name(path: tuple[str, ...]) -> str:
-    """The variable that gives a setting: its own, or its section's as JSON."""
+    """Name of the variable that sets a setting: its own, or that of its section, which holds JSON."""
     names = {name.upper(): name for name in os.environ}
     own = f"LORAMILL_{'__'.join(path)}".upper()
     return names.get(own) or names.get(f"LORAMILL_{path[0]}".upper(), own)

@@ -127,7 +127,7 @@ class Reconciler:
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             with self._registry.writing() as session:
-                jobs.add_event(session, job_id, "warn", "message", f"Its trainer ended: {reason[-1]}", {})
+                jobs.add_event(session, job_id, f"Its trainer ended: {reason[-1]}", level="warn")
             raise
 
 

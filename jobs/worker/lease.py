@@ -141,21 +141,25 @@ class Lease:
             with self._lock:
                 last, events, rate = self._last, tuple(self._pending_events), self._tokens_per_second()
             with self._registry.writing() as session:
-                pending_action = jobs.heartbeat(
-                    session,
-                    self._job.id,
-                    self._job.attempt,
-                    now=time.time(),
-                    seconds=self._settings.lease_seconds,
+                reported = jobs.JobProgress(
                     step=self._job.step if last is None else last.step,
                     trained_tokens=self._job.trained_tokens if last is None else last.trained_tokens,
                     loss=None if last is None else last.loss,
                     valid_loss=self._valid_loss,
                     tokens_per_second=rate,
                 )
+                pending_action = jobs.heartbeat(
+                    session,
+                    self._job.id,
+                    self._job.attempt,
+                    reported,
+                    now=time.time(),
+                    seconds=self._settings.lease_seconds,
+                )
                 for progress in events:
                     message = f"Step {progress.step}/{progress.total_steps}: training loss={progress.loss:.3f}"
-                    jobs.add_event(session, self._job.id, "info", "metrics", message, _event_data(progress, rate))
+                    data = _event_data(progress, rate)
+                    jobs.add_event(session, self._job.id, message, kind="metrics", data=data)
             with self._lock:
                 del self._pending_events[: len(events)]
             return pending_action

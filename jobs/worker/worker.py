@@ -262,7 +262,7 @@ def report_supervised_tokens(
     )
     with worker.registry.writing() as session:
         if not any("supervised_tokens" in event.data for event in jobs.list_events(session, job.id)):
-            jobs.add_event(session, job.id, "info", "message", message.format(**counts), counts)
+            jobs.add_event(session, job.id, message.format(**counts), data=counts)
 
 
 def record_attempt_end(worker: Worker, job: JobRecord, error: LoramillError) -> None:

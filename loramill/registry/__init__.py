@@ -1,6 +1,6 @@
-"""The record: tenants, keys, datasets, jobs, adapters, evaluations and nights, in one database and one artifact store.
+"""The registry: tenants, API keys, datasets, jobs, adapters and nightly runs, in a database and an artifact store.
 
-Everything that must outlive a process is here. The modules beside this one are functions over a session:
+Everything that must outlive a process is stored here. The modules of this package are functions that take a session:
 
     with registry.writing() as session:
         job = jobs.submit(session, spec, {})
@@ -24,11 +24,11 @@ __all__ = ["ArtifactStore", "Registry", "migrate"]
 
 
 class Registry:
-    """An open record; picklable, and safe to share between threads.
+    """An open registry; picklable, and safe to share between threads.
 
     Attributes:
-        artifacts: the bytes of datasets and versions, by their hash.
-        mark: another object after each noted commit through this registry, by which caches notice it.
+        artifacts: content of datasets and versions, by hash.
+        commit_token: replaced by a new object at each commit through this registry that invalidates caches.
     """
 
     def __init__(self, engine: Engine, artifacts: ArtifactStore) -> None:
@@ -42,8 +42,8 @@ class Registry:
         """Opens a migrated database and its artifact store.
 
         Raises:
-            DatabaseUnusable: it can't be reached or read, or isn't at this program's newest migration.
-            SetupError: the artifact store can't be used.
+            DatabaseUnusable: the database cannot be reached or read, or is not at the newest migration.
+            SetupError: the artifact store cannot be used.
         """
         engine = make_engine(parse_url(database_url))
         try:
@@ -58,23 +58,24 @@ class Registry:
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
-        """A session on one snapshot of the record; it can't write.
+        """Opens a read-only session on one snapshot of the database.
 
         Raises:
-            DatabaseUnusable, Unavailable: the database failed meanwhile.
+            DatabaseUnusable, Unavailable: the database failed in the meantime.
         """
         with translate_db_errors(self._engine.url), Session(self._reading) as session:
             yield session
 
     @contextmanager
     def writing(self, *, invalidate_caches: bool = True) -> Iterator[Session]:
-        """A session that commits at the end, and undoes everything on an error.
+        """Opens a session that commits at the end, and rolls back on an error.
 
         Args:
-            noted: changes the mark; false for what no one caches, such as usage counts, which are written all the time.
+            invalidate_caches: whether to replace `commit_token`. False for frequent writes that no one caches, such as
+                usage.
 
         Raises:
-            DatabaseUnusable, DiskFull, Unavailable: the database failed meanwhile; nothing was written.
+            DatabaseUnusable, DiskFull, Unavailable: the database failed in the meantime; nothing was written.
         """
         with translate_db_errors(self._engine.url), Session(self._writing) as session, session.begin():
             yield session
@@ -82,13 +83,18 @@ class Registry:
             self.commit_token = object()
 
     def sweep(self, older_than: float) -> int:
-        """Removes artifacts that nothing records, and leftovers of crashes, older than so many seconds.
+        """Deletes unreferenced artifacts and leftovers of crashes.
 
-        Give more than the longest time between `artifacts.put` and recording its hash. Returns how many went.
+        Args:
+            older_than: minimum age in seconds; more than the longest time between `artifacts.put` and the commit that
+                refers to the hash.
+
+        Returns:
+            The number of artifacts and leftovers that were deleted.
         """
         with self.reading() as session:
-            recorded = (DatasetRow.artifact, VersionRow.id, JobRow.result)
-            known = {artifact for column in recorded for artifact in session.scalars(select(column)) if artifact}
+            columns = (DatasetRow.artifact, VersionRow.id, JobRow.result)
+            known = {artifact for column in columns for artifact in session.scalars(select(column)) if artifact}
         return self.artifacts.sweep(known, older_than)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""Adapters, their versions, and the aliases that move between them.
+"""Adapters, their versions, and the aliases that move between the versions.
 
-An adapter with a published version has a champion; before, it may have those of a running job's checkpoints. Champion
-and previous, champion and challenger always differ. Whoever moves an alias holds the adapter's row, so moves come one
-after another and their history is their order.
+An adapter with a published version has a champion; before that, it may have the versions of a running job's
+checkpoints. The champion always differs from the previous champion and from the challenger. Moving an alias locks the
+adapter's row, so that moves are serialized and recorded in their order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loramill.types import AdapterRecord, Alias, AliasChange, VersionRecord
 
 
 def get_or_create(session: Session, name: AdapterName) -> AdapterRecord:
-    """The adapter of this name, made if there is none.
+    """Returns the adapter with this name; creates it if it does not exist.
 
     Raises:
         NotFound: there is no such tenant.
@@ -33,15 +33,15 @@ def get_or_create(session: Session, name: AdapterName) -> AdapterRecord:
             with session.begin_nested():
                 session.add(AdapterRow(name=str(name), tenant=name.tenant, created_at=time.time()))
         except IntegrityError:
-            session.expire_all()  # another writer made it meanwhile
+            session.expire_all()  # another writer created it in the meantime
     return get(session, name)
 
 
 def get(session: Session, name: AdapterName | str) -> AdapterRecord:
-    """The adapter of this name, with where its aliases point.
+    """Returns the adapter with this name.
 
     Raises:
-        NotFound: there is none.
+        NotFound: there is no such adapter.
     """
     row = session.get(AdapterRow, str(name))
     if row is None:
@@ -50,7 +50,7 @@ def get(session: Session, name: AdapterName | str) -> AdapterRecord:
 
 
 def list_adapters(session: Session, tenant: str | None) -> list[AdapterRecord]:
-    """The adapters of a tenant, or all (None), by name."""
+    """Returns the adapters of a tenant, or all adapters (None), by name."""
     rows = select(AdapterRow).order_by(AdapterRow.name)
     pointers = select(AliasRow.adapter, AliasRow.alias, AliasRow.version)
     if tenant is not None:
@@ -63,10 +63,10 @@ def list_adapters(session: Session, tenant: str | None) -> list[AdapterRecord]:
 
 
 def get_version(session: Session, version_id: str) -> VersionRecord:
-    """The version of this full hash. Where adapters share the content, the first to have had it.
+    """Returns the version with this full hash; the oldest one if several adapters share its content.
 
     Raises:
-        NotFound: there is none.
+        NotFound: there is no such version.
     """
     statement = select(VersionRow).where(VersionRow.id == version_id).order_by(VersionRow.created_at).limit(1)
     row = session.scalar(statement)
@@ -76,16 +76,16 @@ def get_version(session: Session, version_id: str) -> VersionRecord:
 
 
 def list_versions(session: Session, name: AdapterName | str) -> list[VersionRecord]:
-    """The versions of an adapter, newest first."""
+    """Returns the versions of an adapter, newest first."""
     statement = select(VersionRow).where(VersionRow.adapter == str(name)).order_by(VersionRow.created_at.desc())
     return [VersionRecord.model_validate(row) for row in session.scalars(statement)]
 
 
 def resolve(session: Session, name: AdapterName | str, selector: str) -> VersionRecord:
-    """The version that an alias points to, or whose hash begins with the selector (at least 8 hex digits).
+    """Returns the version that an alias points to, or whose hash begins with the selector (at least 8 hex digits).
 
     Raises:
-        ModelNotFound: there is none, or more than one.
+        ModelNotFound: there is no such version, or more than one.
     """
     model = f"The model '{name}@{selector}' does not exist"
     if selector in tuple(Alias):
@@ -101,67 +101,69 @@ def resolve(session: Session, name: AdapterName | str, selector: str) -> Version
         return VersionRecord.model_validate(row)
     if not is_version(selector):
         raise ModelNotFound(
-            f"{model}: after the '@' comes {', '.join(Alias)} or the first 8 or more hex digits of a version.",
+            f"{model}: write {', '.join(Alias)} or at least 8 hex digits of a version after the '@'.",
             param="model",
         )
     statement = select(VersionRow).where(VersionRow.adapter == str(name), VersionRow.id.startswith(selector)).limit(2)
     rows = session.scalars(statement).all()
     if len(rows) > 1:
-        raise ModelNotFound(f"{model}: more than one version begins so; write more of its digits.", param="model")
+        raise ModelNotFound(f"{model}: several versions begin with these digits; give more digits.", param="model")
     if not rows:
-        raise ModelNotFound(f"{model}: '{name}' has no version that begins so.", param="model")
+        raise ModelNotFound(f"{model}: '{name}' has no version that begins with these digits.", param="model")
     return VersionRecord.model_validate(rows[0])
 
 
 def add_version(session: Session, record: VersionRecord) -> Alias | None:
-    """Records a version of an adapter that exists: as champion if it is the first, else as challenger.
+    """Records a version of an existing adapter: as champion if it is the first one, otherwise as challenger.
 
-    Content that the adapter has already isn't recorded twice. Returns the alias that now points to it, None if
-    it was the champion and stays so.
+    Content that the adapter already has is not recorded twice.
+
+    Returns:
+        The alias that now points to the version; None if the version already was the champion.
     """
-    held = _lock(session, record.adapter)
+    aliases = _lock(session, record.adapter)
     if session.get(VersionRow, (record.adapter, record.id)) is None:
         session.add(VersionRow(**record.model_dump()))
         session.flush()
-    if held.get(Alias.CHAMPION) == record.id:
+    if aliases.get(Alias.CHAMPION) == record.id:
         return None
-    alias = Alias.CHALLENGER if Alias.CHAMPION in held else Alias.CHAMPION
+    alias = Alias.CHALLENGER if Alias.CHAMPION in aliases else Alias.CHAMPION
     _move_alias(session, record.adapter, alias, record.id, f"published by {record.job}" if record.job else "imported")
     return alias
 
 
 def move(session: Session, name: AdapterName | str, alias: Alias, version: str | None, reason: str) -> AdapterRecord:
-    """Points challenger or previous to a version, or to nothing (None).
+    """Points challenger or previous to a version, or to no version (None).
 
     Raises:
         Conflict: the alias is champion, which only `promote` and `rollback` move, or the version is the champion.
         NotFound: there is no such adapter, or it has no such version.
     """
-    held = _lock(session, name)
+    aliases = _lock(session, name)
     if alias is Alias.CHAMPION:
-        raise Conflict("The champion moves by promote or rollback only.", param="alias")
+        raise Conflict("The champion is moved only by promote and rollback.", param="alias")
     if version is not None:
         _check_owned(session, name, version)
-        if held.get(Alias.CHAMPION) == version:
-            raise Conflict(f"{version[:SHORT_HASH_LENGTH]} is the champion of '{name}' already.", param="version")
+        if aliases.get(Alias.CHAMPION) == version:
+            raise Conflict(f"{version[:SHORT_HASH_LENGTH]} is already the champion of '{name}'.", param="version")
     _move_alias(session, name, alias, version, reason)
     return get(session, name)
 
 
 def promote(session: Session, name: AdapterName | str, version: str, reason: str) -> AdapterRecord:
-    """Makes a version (its full hash) the champion; the champion until now becomes previous.
+    """Makes a version (given by its full hash) the champion; the current champion becomes previous.
 
     Raises:
         NotFound: there is no such adapter, or it has no such version.
-        Conflict: the adapter is pinned to another.
+        Conflict: the adapter is pinned to another version.
     """
-    held = _lock(session, name)
+    aliases = _lock(session, name)
     _check_owned(session, name, version)
-    champion = held.get(Alias.CHAMPION)
+    champion = aliases.get(Alias.CHAMPION)
     if champion != version:
         _check_not_pinned(session, name)
         _move_alias(session, name, Alias.PREVIOUS, champion, reason)
-        _make_champion(session, name, version, held, reason)
+        _make_champion(session, name, version, aliases, reason)
     return get(session, name)
 
 
@@ -170,30 +172,30 @@ def rollback(session: Session, name: AdapterName | str, reason: str) -> AdapterR
 
     Raises:
         NotFound: there is no such adapter.
-        Conflict: it has no previous champion, or is pinned to the one that it has.
+        Conflict: the adapter has no previous champion, or is pinned.
     """
-    held = _lock(session, name)
+    aliases = _lock(session, name)
     _check_not_pinned(session, name)
-    previous = held.get(Alias.PREVIOUS)
+    previous = aliases.get(Alias.PREVIOUS)
     if previous is None:
         raise Conflict(f"'{name}' has no previous champion to roll back to.")
-    _move_alias(session, name, Alias.PREVIOUS, held.get(Alias.CHAMPION), reason)
-    _make_champion(session, name, previous, held, reason)
+    _move_alias(session, name, Alias.PREVIOUS, aliases.get(Alias.CHAMPION), reason)
+    _make_champion(session, name, previous, aliases, reason)
     return get(session, name)
 
 
 def pin(session: Session, name: AdapterName | str, version: str, reason: str) -> AdapterRecord:
-    """Makes a version (its full hash) the champion, which from then on stays it until the adapter is unpinned.
+    """Makes a version (given by its full hash) the champion until the adapter is unpinned.
 
     Raises:
-        NotFound, Conflict: as `promote`.
+        NotFound, Conflict: as in `promote`.
     """
     promote(session, name, version, reason)
     return _set_pinned(session, name, pinned=True)
 
 
 def unpin(session: Session, name: AdapterName | str) -> AdapterRecord:
-    """Lets the champion change again.
+    """Allows the champion to change again.
 
     Raises:
         NotFound: there is no such adapter.
@@ -203,26 +205,26 @@ def unpin(session: Session, name: AdapterName | str) -> AdapterRecord:
 
 
 def lock(session: Session, name: AdapterName | str) -> None:
-    """Locks an adapter until the transaction ends, so that no one else changes or deletes it.
+    """Locks an adapter until the transaction ends, so that no one else can change or delete it.
 
     Raises:
-        NotFound: there is none.
+        NotFound: there is no such adapter.
     """
     _lock(session, name)
 
 
 def get_owned_version(session: Session, name: AdapterName | str, version: str) -> VersionRecord:
-    """The version of this full hash, if the adapter has it.
+    """Returns the adapter's version with this full hash.
 
     Raises:
-        NotFound: it has none.
+        NotFound: the adapter has no such version.
     """
     _check_owned(session, name, version)
     return VersionRecord.model_validate(session.get_one(VersionRow, (str(name), version)))
 
 
 def alias_history(session: Session, name: AdapterName | str) -> list[AliasChange]:
-    """Every move of an adapter's aliases, newest first."""
+    """Returns every move of an adapter's aliases, newest first."""
     statement = select(AliasChangeRow).where(AliasChangeRow.adapter == str(name)).order_by(AliasChangeRow.id.desc())
     return [AliasChange.model_validate(row) for row in session.scalars(statement)]
 
@@ -247,8 +249,8 @@ def _check_not_pinned(session: Session, name: AdapterName | str) -> None:
     if session.get_one(AdapterRow, str(name)).pinned:
         champion = _aliases(session, name)[Alias.CHAMPION]
         raise Conflict(
-            f"'{name}' is pinned to its champion {champion[:SHORT_HASH_LENGTH]}: `loramill adapters unpin {name}` "
-            "lets it change."
+            f"'{name}' is pinned to its champion {champion[:SHORT_HASH_LENGTH]}; "
+            f"`loramill adapters unpin {name}` allows it to change."
         )
 
 
@@ -259,10 +261,10 @@ def _set_pinned(session: Session, name: AdapterName | str, *, pinned: bool) -> A
 
 
 def _make_champion(
-    session: Session, name: AdapterName | str, version: str, held: dict[Alias, str], reason: str
+    session: Session, name: AdapterName | str, version: str, aliases: dict[Alias, str], reason: str
 ) -> None:
     _move_alias(session, name, Alias.CHAMPION, version, reason)
-    if held.get(Alias.CHALLENGER) == version:
+    if aliases.get(Alias.CHALLENGER) == version:
         _move_alias(session, name, Alias.CHALLENGER, None, reason)
 
 

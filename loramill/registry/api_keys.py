@@ -1,4 +1,4 @@
-"""API keys. The record holds the sha256 of a secret: 256 random bits need no salt and no slow hash."""
+"""API keys. The database holds the SHA-256 of a secret: 256 random bits need neither a salt nor a slow hash."""
 
 from __future__ import annotations
 
@@ -19,21 +19,19 @@ from loramill.types import KeyRecord, Scope
 def create(
     session: Session, tenant: str | None, *, scopes: Iterable[Scope] = tuple(Scope), expires_at: float | None = None
 ) -> tuple[KeyRecord, str]:
-    """Makes a key for a tenant, or an admin's (None); returns it with its secret, which is shown only now.
+    """Creates a key for a tenant, or for an admin (None); returns it with its secret, which is not stored.
 
     Raises:
         NotFound: there is no such tenant.
-        InvalidRequest: it would have no scope, or have expired already.
+        InvalidRequest: there is no scope, or the expiry time is in the past.
     """
     if tenant is not None:
         tenants.get(session, tenant)
-    asked = frozenset(scopes)
-    if not asked:
-        raise InvalidRequest(
-            f"A key without a scope is good for nothing; give some of {', '.join(Scope)}.", param="scopes"
-        )
+    granted = frozenset(scopes)
+    if not granted:
+        raise InvalidRequest(f"A key needs at least one scope of {', '.join(Scope)}.", param="scopes")
     if expires_at is not None and expires_at <= time.time():
-        raise InvalidRequest("The key would have expired already; give a time to come.", param="expires_at")
+        raise InvalidRequest("The expiry time is in the past; give a time in the future.", param="expires_at")
     secret = f"lm-{secrets.token_urlsafe(32)}"
     row = KeyRow(
         id=f"key-{secrets.token_hex(12)}",
@@ -42,7 +40,7 @@ def create(
         hint=secret[-4:],
         created_at=time.time(),
         expires_at=expires_at,
-        scopes=" ".join(scope for scope in Scope if scope in asked),
+        scopes=" ".join(scope for scope in Scope if scope in granted),
     )
     session.add(row)
     session.flush()
@@ -50,7 +48,7 @@ def create(
 
 
 def authenticate(session: Session, secret: str) -> KeyRecord:
-    """The key that a secret opens.
+    """Returns the key with this secret.
 
     Raises:
         Unauthenticated: the secret is unknown, or its key has expired or was revoked.
@@ -59,10 +57,10 @@ def authenticate(session: Session, secret: str) -> KeyRecord:
 
 
 def find_by_digest(session: Session, digest: str) -> KeyRecord:
-    """The key that the secret with this digest opens.
+    """Returns the key whose secret has this SHA-256.
 
     Raises:
-        Unauthenticated: as `authenticate`.
+        Unauthenticated: the secret is unknown, or its key has expired or was revoked.
     """
     row = session.scalar(select(KeyRow).where(KeyRow.digest == digest, KeyRow.revoked_at.is_(None)))
     if row is None:
@@ -71,10 +69,10 @@ def find_by_digest(session: Session, digest: str) -> KeyRecord:
 
 
 def check_not_expired(key: KeyRecord) -> KeyRecord:
-    """The same key, unless it has expired.
+    """Returns the same key.
 
     Raises:
-        Unauthenticated: it has.
+        Unauthenticated: the key has expired.
     """
     if key.expires_at is not None and key.expires_at <= time.time():
         raise _invalid_key()
@@ -82,7 +80,7 @@ def check_not_expired(key: KeyRecord) -> KeyRecord:
 
 
 def list_keys(session: Session, tenant: str | None) -> list[KeyRecord]:
-    """The keys of a tenant, or all keys (None), oldest first."""
+    """Returns the keys of a tenant, or all keys (None), oldest first."""
     statement = select(KeyRow).order_by(KeyRow.created_at, KeyRow.id)
     if tenant is not None:
         statement = statement.where(KeyRow.tenant == tenant)
@@ -90,19 +88,19 @@ def list_keys(session: Session, tenant: str | None) -> list[KeyRecord]:
 
 
 def get(session: Session, key_id: str) -> KeyRecord:
-    """The key of this id.
+    """Returns the key with this ID.
 
     Raises:
-        NotFound: there is none.
+        NotFound: there is no such key.
     """
     return KeyRecord.model_validate(_get_row(session, key_id))
 
 
 def revoke(session: Session, key_id: str) -> KeyRecord:
-    """Ends a key from this moment; one that was revoked stays as it is.
+    """Revokes a key immediately; a key that is already revoked does not change.
 
     Raises:
-        NotFound: there is none of this id.
+        NotFound: there is no such key.
     """
     row = _get_row(session, key_id)
     if row.revoked_at is None:
@@ -119,11 +117,11 @@ def _get_row(session: Session, key_id: str) -> KeyRow:
 
 
 def hash_secret(secret: str) -> str:
-    """What the record keeps of a secret."""
+    """Returns the SHA-256 of a secret, as the database stores it."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def _invalid_key() -> Unauthenticated:
     return Unauthenticated(
-        "The API key is not known, has expired or was revoked; ask whoever runs this service for another."
+        "The API key is unknown, has expired or was revoked; ask the operator of this service for another one."
     )

@@ -1,4 +1,4 @@
-"""The audit: who changed what through the API, and when. Written in the change's own transaction; nothing alters it."""
+"""The audit: who changed what through the API, and when; written in the same transaction as the change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def record(
     request: str,
     **details: Any,
 ) -> AuditRecord:
-    """Writes a change down; what the arguments are, `AuditRecord` says. `details` hold no secret and nobody's text."""
+    """Adds an entry; the arguments are the fields of `AuditRecord`. `details` must not hold secrets or users' texts."""
     row = AuditRow(
         id=f"audit-{secrets.token_hex(12)}",
         created_at=time.time(),
@@ -42,9 +42,9 @@ def record(
 
 
 def list_changes(session: Session, tenant: str | None, after: str | None = None, limit: int = 100) -> list[AuditRecord]:
-    """A page of the changes to a tenant's things, or of all (None), newest first.
+    """Returns a page of the changes to what a tenant owns, or of all changes (None), newest first.
 
     Raises:
-        NotFound: `after` is no id of these.
+        NotFound: `after` is not the ID of one of these entries.
     """
     return [AuditRecord.model_validate(row) for row in newest_page(session, AuditRow, tenant, after, limit)]

@@ -1,4 +1,4 @@
-"""Datasets: immutable, validated files of a tenant. Their bytes are artifacts of one file each."""
+"""Datasets: immutable, validated files of a tenant, each stored as an artifact of one file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loramill.types import DatasetRecord, JobStatus
 
 
 def create(session: Session, tenant: str, filename: str, artifact: str, size: int, examples: int) -> DatasetRecord:
-    """Records a dataset whose artifact is stored already; `size` in bytes.
+    """Records a dataset whose artifact is already stored; `size` is in bytes.
 
     Raises:
         NotFound: there is no such tenant.
@@ -39,10 +39,13 @@ def create(session: Session, tenant: str, filename: str, artifact: str, size: in
 
 
 def get(session: Session, dataset_id: str, tenant: str | None = None) -> DatasetRecord:
-    """The dataset of this id, if `tenant` (None: an admin) may see it.
+    """Returns the dataset with this ID.
+
+    Args:
+        tenant: only a dataset of this tenant; None: an admin, who sees all datasets.
 
     Raises:
-        NotFound: there is none, or it is another tenant's; the message doesn't tell which.
+        NotFound: there is no such dataset, or it is another tenant's; the message is the same.
     """
     row = session.get(DatasetRow, dataset_id)
     if row is None or tenant not in (None, row.tenant):
@@ -53,49 +56,49 @@ def get(session: Session, dataset_id: str, tenant: str | None = None) -> Dataset
 def list_datasets(
     session: Session, tenant: str | None, after: str | None = None, limit: int = 100
 ) -> list[DatasetRecord]:
-    """A page of a tenant's datasets, or of all (None), newest first.
+    """Returns a page of a tenant's datasets, or of all datasets (None), newest first.
 
     Raises:
-        NotFound: `after` is no id that the tenant has.
+        NotFound: `after` is not the ID of a dataset of the tenant.
     """
     return [DatasetRecord.model_validate(row) for row in newest_page(session, DatasetRow, tenant, after, limit)]
 
 
 def find(session: Session, tenant: str, artifact: str) -> DatasetRecord | None:
-    """The tenant's oldest dataset of this content; None if it has none."""
-    mine = select(DatasetRow).where(DatasetRow.tenant == tenant, DatasetRow.artifact == artifact)
-    row = session.scalar(mine.order_by(DatasetRow.created_at, DatasetRow.id).limit(1))
+    """Returns the tenant's oldest dataset with this content; None if there is none."""
+    statement = select(DatasetRow).where(DatasetRow.tenant == tenant, DatasetRow.artifact == artifact)
+    row = session.scalar(statement.order_by(DatasetRow.created_at, DatasetRow.id).limit(1))
     return None if row is None else DatasetRecord.model_validate(row)
 
 
 def example_counts(session: Session, dataset_ids: Iterable[str]) -> dict[str, int]:
-    """The number of examples of each of these datasets that is still there."""
+    """Returns the number of examples of each of these datasets that still exists."""
     statement = select(DatasetRow.id, DatasetRow.examples).where(DatasetRow.id.in_(set(dataset_ids)))
     return dict(session.execute(statement).tuples().all())
 
 
 def delete(session: Session, dataset_id: str, tenant: str | None = None) -> None:
-    """Forgets a dataset; the next sweep removes its bytes, unless another dataset has the same.
+    """Deletes a dataset; the next sweep deletes its content, unless another dataset has the same content.
 
     Raises:
-        NotFound: there is none, or it is another tenant's.
-        Conflict: a job that hasn't ended, or the next nightly run, needs it.
+        NotFound: there is no such dataset, or it is another tenant's.
+        Conflict: a job that has not ended, or the next nightly run, needs it.
     """
     found = get(session, dataset_id, tenant)
     open_states = [status for status in JobStatus if not status.final]
     uses = or_(JobRow.spec["train"].as_string() == dataset_id, JobRow.spec["valid"].as_string() == dataset_id)
-    waiting = select(JobRow.id).where(JobRow.tenant == found.tenant, JobRow.status.in_(open_states), uses)
-    if (job := session.scalar(waiting.limit(1))) is not None:
-        raise Conflict(f"The file '{dataset_id}' can't be deleted: the job {job} needs it until it has ended.")
-    given = or_(AdapterDataRow.train == dataset_id, AdapterDataRow.valid == dataset_id)
-    past = select(NightlyRunRow.id).where(NightlyRunRow.finished_at.is_not(None))
+    open_jobs = select(JobRow.id).where(JobRow.tenant == found.tenant, JobRow.status.in_(open_states), uses)
+    if (job := session.scalar(open_jobs.limit(1))) is not None:
+        raise Conflict(f"The file '{dataset_id}' cannot be deleted: the job {job} needs it until it has ended.")
+    refers = or_(AdapterDataRow.train == dataset_id, AdapterDataRow.valid == dataset_id)
+    ended = select(NightlyRunRow.id).where(NightlyRunRow.finished_at.is_not(None))
     needed = select(AdapterDataRow.adapter).where(
-        given, or_(AdapterDataRow.run.is_(None), AdapterDataRow.run.not_in(past))
+        refers, or_(AdapterDataRow.run.is_(None), AdapterDataRow.run.not_in(ended))
     )
     if (adapter := session.scalar(needed.limit(1))) is not None:
         raise Conflict(
-            f"The file '{dataset_id}' can't be deleted: the next nightly run trains {adapter} on it "
-            f"(`loramill nightly drop {adapter}` takes its data out)."
+            f"The file '{dataset_id}' cannot be deleted: the next nightly run trains {adapter} on it "
+            f"(`loramill nightly drop {adapter}` removes the adapter's data from it)."
         )
-    session.execute(delete_from(AdapterDataRow).where(given))
+    session.execute(delete_from(AdapterDataRow).where(refers))
     session.execute(delete_from(DatasetRow).where(DatasetRow.id == dataset_id))

@@ -1,6 +1,6 @@
-"""Deleting adapters, versions and tenants: each in the caller's transaction, with all that belongs to it.
+"""Deleting adapters, versions and tenants, each in the caller's transaction and with everything that belongs to it.
 
-After the commit, nothing refers to what was deleted. Its bytes stay until the next sweep, or for good if another
+After the commit, nothing refers to what was deleted. Its content stays until the next sweep, or longer if another
 version or dataset has the same content. Usage and audit rows are kept; those of a deleted tenant lose all names.
 """
 
@@ -39,16 +39,17 @@ from loramill.registry.jobs import transitions
 from loramill.types import Alias, DeletionSummary, JobStatus
 
 _OPEN_STATUSES = [status for status in JobStatus if not status.final]
-#: Jobs that a refusal names; a tenant may have thousands.
+#: Maximum number of jobs that an error message names; a tenant may have thousands.
 _MAX_NAMED_JOBS = 5
 
 
 def delete_adapter(session: Session, name: AdapterName | str, *, cancel_jobs: bool = False) -> DeletionSummary:
-    """Removes an adapter with its versions, aliases and their history, evaluations, waiting data, nightly steps and
-    jobs. Datasets stay: they belong to the tenant.
+    """Deletes an adapter with its versions, aliases, evaluations, new data, nightly steps and jobs.
+
+    Datasets stay, since they belong to the tenant.
 
     Args:
-        cancel_jobs: cancels its jobs that have not ended; a worker that trains one stops at its next heartbeat.
+        cancel_jobs: cancel the adapter's jobs that have not ended; their workers stop at their next heartbeat.
 
     Raises:
         NotFound: there is no such adapter.
@@ -70,16 +71,17 @@ def delete_adapter(session: Session, name: AdapterName | str, *, cancel_jobs: bo
 
 
 def delete_version(session: Session, name: AdapterName | str, version: str, *, force: bool = False) -> DeletionSummary:
-    """Removes one version (its full hash) with its evaluations. The history keeps the moves of aliases to it, without a
-    reference, so that it has no gap; its job stays, too.
+    """Deletes a version (given by its full hash) with its evaluations.
+
+    Its job stays. The history keeps the moves of aliases to the version, without a reference, so that it has no gap.
 
     Args:
-        force: also if it is the challenger or the previous champion; that alias then points to nothing.
+        force: delete the challenger or the previous champion as well; that alias then points to no version.
 
     Raises:
         NotFound: there is no such adapter, or it has no such version.
-        Conflict: it is the champion; or another alias points to it, and `force` is false; or a job that has not ended
-            starts from it.
+        Conflict: the version is the champion; or another alias points to it and `force` is false; or a job that has not
+            ended starts from it.
     """
     adapter = adapters.get(session, name)
     starts = JobRow.spec["start_from"].as_string() == version
@@ -89,9 +91,9 @@ def delete_version(session: Session, name: AdapterName | str, version: str, *, f
     row = adapters.get_owned_version(session, name, version)
     _release_aliases(session, name, version, shown, force=force)
     of_version = (AliasChangeRow.adapter == str(name)) & (AliasChangeRow.version == version)
-    gone = f" ({version[:SHORT_HASH_LENGTH]}, since deleted)"
+    note = f" ({version[:SHORT_HASH_LENGTH]}, since deleted)"
     _execute(
-        session, update(AliasChangeRow).where(of_version).values(version=None, reason=AliasChangeRow.reason + gone)
+        session, update(AliasChangeRow).where(of_version).values(version=None, reason=AliasChangeRow.reason + note)
     )
     _execute(session, delete(EvaluationRow).where(EvaluationRow.adapter == str(name), EvaluationRow.version == version))
     mine = select(JobRow.id).where(JobRow.tenant == adapter.tenant, JobRow.spec["adapter"].as_string() == str(name))
@@ -104,17 +106,17 @@ def delete_version(session: Session, name: AdapterName | str, version: str, *, f
 
 
 def delete_tenant(session: Session, name: str, *, cancel_jobs: bool = False) -> DeletionSummary:
-    """Removes a tenant with its keys, datasets, jobs, adapters and limits.
+    """Deletes a tenant with its keys, datasets, jobs, adapters and limits.
 
-    What stays has no names: its usage is added to that of `usage.GONE`; its audit rows keep their time, action, key id,
-    request id and ids of files and jobs, and lose tenant, names and details.
+    What stays has no names: the usage is added to that of `usage.DELETED_TENANT`; audit rows keep their time, action,
+    key ID, request ID and the IDs of files and jobs, and lose the tenant, names and details.
 
     Args:
-        cancel_jobs: as for `delete_adapter`.
+        cancel_jobs: as in `delete_adapter`.
 
     Raises:
         NotFound: there is no such tenant.
-        Conflict: a job of it has not ended, and `cancel_jobs` is false.
+        Conflict: a job of the tenant has not ended, and `cancel_jobs` is false.
     """
     tenants.get(session, name)
     mine = JobRow.tenant == name
@@ -136,7 +138,7 @@ def delete_tenant(session: Session, name: str, *, cancel_jobs: bool = False) -> 
 
 
 def _open_jobs(session: Session, tenant: str, which: ColumnElement[bool]) -> Sequence[JobRow]:
-    """The tenant's jobs that have not ended, locked to the transaction's end."""
+    """Returns the tenant's jobs that have not ended, locked until the transaction ends."""
     statement = (
         select(JobRow).where(JobRow.tenant == tenant, JobRow.status.in_(_OPEN_STATUSES), which).order_by(JobRow.id)
     )
@@ -144,13 +146,13 @@ def _open_jobs(session: Session, tenant: str, which: ColumnElement[bool]) -> Seq
 
 
 def _cancel_or_refuse(session: Session, jobs: Iterable[JobRow], what: str, *, cancel: bool) -> tuple[str, ...]:
-    """Cancels jobs, or refuses to delete what they need; returns their ids."""
+    """Cancels jobs, or refuses to delete what they need; returns their IDs."""
     rows = list(jobs)
     ids = tuple(row.id for row in rows)
     if ids and not cancel:
         more = f" and {len(ids) - _MAX_NAMED_JOBS} more" if len(ids) > _MAX_NAMED_JOBS else ""
         raise Conflict(
-            f"{what[0].upper()}{what[1:]} can't be deleted yet: {', '.join(ids[:_MAX_NAMED_JOBS])}{more} "
+            f"{what[0].upper()}{what[1:]} cannot be deleted yet: {', '.join(ids[:_MAX_NAMED_JOBS])}{more} "
             f"{'needs' if len(ids) == 1 else 'need'} it and {'has' if len(ids) == 1 else 'have'} not ended. Cancel "
             f"{'it' if len(ids) == 1 else 'them'} (`loramill jobs cancel`), or wait."
         )
@@ -160,11 +162,11 @@ def _cancel_or_refuse(session: Session, jobs: Iterable[JobRow], what: str, *, ca
 
 
 def _release_aliases(session: Session, name: AdapterName | str, version: str, shown: str, *, force: bool) -> None:
-    """Makes sure that no alias points to a version."""
+    """Checks that no alias points to a version, or with `force` makes it so."""
     adapter = adapters.get(session, name)
     if adapter.champion == version:
         raise Conflict(
-            f"'{shown}' is the champion and can't be deleted: promote another version first (`loramill promote {name} "
+            f"'{shown}' is the champion and cannot be deleted: promote another version first (`loramill promote {name} "
             f"VERSION`), or delete the adapter (`loramill adapters delete {name}`)."
         )
     for alias in (Alias.CHALLENGER, Alias.PREVIOUS):
@@ -179,7 +181,7 @@ def _release_aliases(session: Session, name: AdapterName | str, version: str, sh
 
 
 def _remove_adapters(session: Session, which: ColumnElement[bool]) -> None:
-    """Removes adapters with everything that names them, but for their jobs."""
+    """Deletes adapters with everything that refers to them, except for their jobs."""
     names = select(AdapterRow.name).where(which)
     for table in (NightlyStepRow, AdapterDataRow, EvaluationRow, AliasChangeRow, AliasRow, VersionRow):
         _execute(session, delete(table).where(table.adapter.in_(names)))
@@ -187,9 +189,9 @@ def _remove_adapters(session: Session, which: ColumnElement[bool]) -> None:
 
 
 def _remove_jobs(session: Session, which: ColumnElement[bool]) -> int:
-    """Removes jobs with their events and checkpoints; returns how many."""
+    """Deletes jobs with their events and checkpoints; returns their number."""
     ids = select(JobRow.id).where(which)
-    # Versions of other adapters that these jobs produced stay, without their job.
+    # Versions of other adapters that these jobs produced stay, without a job.
     _execute(session, update(VersionRow).where(VersionRow.job.in_(ids)).values(job=None))
     for table in (CheckpointRow, EventRow):
         _execute(session, delete(table).where(table.job.in_(ids)))
@@ -219,7 +221,7 @@ def _anonymize_audit(session: Session, tenant: str) -> None:
 
 
 def _execute(session: Session, statement: Update | Delete) -> int:
-    """Executes a statement over many rows, and returns how many; expires what the session has loaded."""
+    """Executes a statement on many rows, expires what the session has loaded, and returns the number of rows."""
     result = session.execute(statement, execution_options={"synchronize_session": False})
     session.expire_all()
-    return int(result.rowcount)  # type: ignore[attr-defined]  # a statement of this kind has one
+    return int(result.rowcount)  # type: ignore[attr-defined]  # results of these statements have it

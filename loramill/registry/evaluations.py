@@ -1,4 +1,4 @@
-"""Evaluations: what a version, or the base alone, scored on held-out examples."""
+"""Evaluations: metrics of a version, or of the base alone, on held-out examples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add(
     examples: int,
     metrics: Mapping[str, float],
 ) -> EvaluationRecord:
-    """Records the metrics (finite numbers) of a version, or of the base (None), on `examples` of a dataset.
+    """Records the metrics (finite numbers) of a version, or of the base (None), on `examples` examples of a dataset.
 
     Raises:
         NotFound: there is no such adapter.
@@ -44,6 +44,6 @@ def add(
 
 
 def list_evaluations(session: Session, name: AdapterName | str) -> list[EvaluationRecord]:
-    """The evaluations for an adapter, newest first."""
+    """Returns the evaluations of an adapter, newest first."""
     statement = select(EvaluationRow).where(EvaluationRow.adapter == str(name)).order_by(EvaluationRow.id.desc())
     return [EvaluationRecord.model_validate(row) for row in session.scalars(statement)]

@@ -1,4 +1,4 @@
-"""Nights: which adapters have new data, and how far each has come. A run that was killed goes on where it was."""
+"""New data of adapters, and the steps of nightly runs; a run that was killed resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from loramill.types import (
 
 
 def add_data(session: Session, name: AdapterName, train: str, valid: str | None) -> None:
-    """Hands an adapter, made if there is none, datasets of its tenant to learn from in the next night.
+    """Adds datasets of the tenant to an adapter's new data for the next nightly run; creates the adapter if needed.
 
     Raises:
-        NotFound: the tenant, or a dataset of its own, doesn't exist.
+        NotFound: the tenant does not exist, or does not have such a dataset.
     """
     adapters.get_or_create(session, name)
     for dataset in filter(None, (train, valid)):
@@ -52,7 +52,7 @@ def add_data(session: Session, name: AdapterName, train: str, valid: str | None)
 
 
 def list_data(session: Session, name: AdapterName) -> list[AdapterData]:
-    """An adapter's data for nightly runs, newest first.
+    """Returns an adapter's data for nightly runs, newest first.
 
     Raises:
         NotFound: there is no such adapter.
@@ -86,24 +86,24 @@ def list_data(session: Session, name: AdapterName) -> list[AdapterData]:
 
 
 def pending_data(session: Session) -> list[NewData]:
-    """The adapters with data that no night has collected, by name; their datasets in the order they came in."""
+    """Returns the new data that no nightly run has collected, by adapter; the datasets are in order of arrival."""
     statement = select(AdapterDataRow).where(AdapterDataRow.run.is_(None))
     rows = session.scalars(statement.order_by(AdapterDataRow.adapter, AdapterDataRow.id))
     return [_bundle(list(group)) for _, group in groupby(rows, key=attrgetter("adapter"))]
 
 
 def new_data_state(session: Session, name: AdapterName | str, minimum: int) -> NewDataState:
-    """The state of an adapter's data that no nightly run has collected yet.
+    """Returns the state of an adapter's new data that no nightly run has collected yet.
 
     Args:
-        minimum: examples that training needs at least, old and new together.
+        minimum: minimum number of examples for training, old and new together.
 
     Raises:
         NotFound: there is no such adapter.
     """
     champion = adapters.get(session, name).champion
-    mine = select(AdapterDataRow).where(AdapterDataRow.adapter == str(name), AdapterDataRow.run.is_(None))
-    rows = session.scalars(mine).all()
+    statement = select(AdapterDataRow).where(AdapterDataRow.adapter == str(name), AdapterDataRow.run.is_(None))
+    rows = session.scalars(statement).all()
     job = session.get(JobRow, adapters.get_version(session, champion).job or "") if champion else None
     old = job.spec["train"] if job else ""
     sizes = datasets.example_counts(session, [old, *(file for row in rows for file in (row.train, row.valid) if file)])
@@ -120,37 +120,37 @@ def new_data_state(session: Session, name: AdapterName | str, minimum: int) -> N
 
 
 def next_training_files(session: Session, name: AdapterName | str) -> list[DatasetRecord]:
-    """The files that the next nightly run trains an adapter on, as far as it has them: the champion's and new ones."""
+    """Returns the existing files that the next nightly run trains an adapter on: the champion's, then new ones."""
     champion = session.scalar(
         select(AliasRow.version).where(AliasRow.adapter == str(name), AliasRow.alias == Alias.CHAMPION)
     )
     job = session.get(JobRow, adapters.get_version(session, champion).job or "") if champion else None
-    mine = select(AdapterDataRow.train).where(AdapterDataRow.adapter == str(name), AdapterDataRow.run.is_(None))
-    ids = [*([job.spec["train"]] if job else []), *session.scalars(mine)]
+    new = select(AdapterDataRow.train).where(AdapterDataRow.adapter == str(name), AdapterDataRow.run.is_(None))
+    ids = [*([job.spec["train"]] if job else []), *session.scalars(new)]
     found = (session.get(DatasetRow, each) for each in ids)
     return [DatasetRecord.model_validate(row) for row in found if row is not None]
 
 
 def collect(session: Session, run: str, name: AdapterName | str) -> NewData | None:
-    """Marks an adapter's pending data as this run's, and returns all that the run has of it; None: nothing.
+    """Assigns an adapter's new data to a run, and returns all data of the adapter in this run; None if there is none.
 
-    Called again by the same run, it returns the same and what came in meanwhile.
+    Called again by the same run, it also returns what was added in the meantime.
     """
-    mine = AdapterDataRow.adapter == str(name)
-    session.execute(update(AdapterDataRow).where(mine, AdapterDataRow.run.is_(None)).values(run=run))
-    statement = select(AdapterDataRow).where(mine, AdapterDataRow.run == run).order_by(AdapterDataRow.id)
+    of_adapter = AdapterDataRow.adapter == str(name)
+    session.execute(update(AdapterDataRow).where(of_adapter, AdapterDataRow.run.is_(None)).values(run=run))
+    statement = select(AdapterDataRow).where(of_adapter, AdapterDataRow.run == run).order_by(AdapterDataRow.id)
     rows = session.scalars(statement).all()
     return _bundle(list(rows)) if rows else None
 
 
 def release(session: Session, run: str, name: AdapterName | str) -> None:
-    """Releases an adapter's data from a run, so that the next nightly run collects it again."""
-    mine = (AdapterDataRow.adapter == str(name), AdapterDataRow.run == run)
-    session.execute(update(AdapterDataRow).where(*mine).values(run=None))
+    """Releases an adapter's data from a run, so that the next run collects it again."""
+    of_run = (AdapterDataRow.adapter == str(name), AdapterDataRow.run == run)
+    session.execute(update(AdapterDataRow).where(*of_run).values(run=None))
 
 
 def list_set_aside(session: Session, name: AdapterName | str | None = None) -> list[SetAsideData]:
-    """The data that was set aside since nightly runs failed with it, of one adapter or of all."""
+    """Returns the data that was set aside because nightly runs failed with it, of one adapter or of all (None)."""
     return [
         SetAsideData(run=run, stage=step.step, reason=str(step.result.get("error", "")), **_bundle(rows).model_dump())
         for run, step, rows in _failed(session, name)
@@ -158,14 +158,16 @@ def list_set_aside(session: Session, name: AdapterName | str | None = None) -> l
 
 
 def retry(session: Session, name: AdapterName | str) -> NewData:
-    """Lets the next nightly run collect an adapter's data that was set aside; returns that data.
+    """Makes an adapter's data that was set aside available to the next nightly run; returns that data.
 
     Raises:
-        NotFound: none of its data is set aside.
+        NotFound: the adapter has no data that is set aside.
     """
     found = [row for _, _, rows in _failed(session, name) for row in rows]
     if not found:
-        raise NotFound(f"No data of '{name}' is set aside; `loramill nightly data` lists what waits.", param="adapter")
+        raise NotFound(
+            f"'{name}' has no data that is set aside; `loramill nightly data` lists new data.", param="adapter"
+        )
     for row in found:
         row.run = None
     session.flush()
@@ -173,16 +175,16 @@ def retry(session: Session, name: AdapterName | str) -> NewData:
 
 
 def drop(session: Session, name: AdapterName | str) -> NewData:
-    """Takes an adapter's data that waits or was set aside out of the nightly runs; its files stay. Returns that data.
+    """Drops an adapter's new data, including what was set aside, from nightly runs; the files stay. Returns that data.
 
     Raises:
-        NotFound: it has none.
+        NotFound: the adapter has no such data.
     """
-    waiting = select(AdapterDataRow).where(AdapterDataRow.adapter == str(name), AdapterDataRow.run.is_(None))
+    uncollected = select(AdapterDataRow).where(AdapterDataRow.adapter == str(name), AdapterDataRow.run.is_(None))
     found = [row for _, _, rows in _failed(session, name) for row in rows]
-    found += session.scalars(waiting.order_by(AdapterDataRow.id)).all()
+    found += session.scalars(uncollected.order_by(AdapterDataRow.id)).all()
     if not found:
-        raise NotFound(f"'{name}' has no new data that waits or is set aside.", param="adapter")
+        raise NotFound(f"'{name}' has no new data, and no data that is set aside.", param="adapter")
     dropped = _bundle(found)
     for row in found:
         session.delete(row)
@@ -191,27 +193,27 @@ def drop(session: Session, name: AdapterName | str) -> NewData:
 
 
 def open_run(session: Session) -> NightlyRun:
-    """The run that isn't finished, or a new one."""
+    """Returns the run that is not finished, or a new run."""
     unfinished = select(NightlyRunRow).where(NightlyRunRow.open.is_(True))
     row = session.scalar(unfinished)
     if row is None:
         try:
             with session.begin_nested():
-                session.add(NightlyRunRow(id=f"night-{secrets.token_hex(12)}", open=True, created_at=time.time()))
+                session.add(NightlyRunRow(id=f"nightly-{secrets.token_hex(12)}", open=True, created_at=time.time()))
         except IntegrityError:
-            session.expire_all()  # another process opened one meanwhile
+            session.expire_all()  # another process opened a run in the meantime
         row = session.scalars(unfinished).one()
     return NightlyRun.model_validate(row)
 
 
 def list_runs(session: Session, limit: int = 20) -> list[NightlyRun]:
-    """The last runs, newest first."""
+    """Returns the last runs, newest first."""
     statement = select(NightlyRunRow).order_by(NightlyRunRow.created_at.desc(), NightlyRunRow.id).limit(limit)
     return [NightlyRun.model_validate(row) for row in session.scalars(statement)]
 
 
 def list_steps(session: Session, run: str) -> list[NightlyStep]:
-    """The steps of a run in the order in which they began."""
+    """Returns the steps of a run in the order in which they began."""
     statement = select(NightlyStepRow).where(NightlyStepRow.run == run)
     rows = session.scalars(statement.order_by(NightlyStepRow.created_at, NightlyStepRow.adapter, NightlyStepRow.step))
     return [NightlyStep.model_validate(row) for row in rows]
@@ -225,7 +227,7 @@ def record_step(
     status: StepStatus,
     result: Mapping[str, Any],
 ) -> NightlyStep:
-    """Writes how a step stands, over what it said before; `result` is JSON with finite numbers."""
+    """Writes the status and the result of a step, replacing earlier ones; `result` is JSON with finite numbers."""
     now = time.time()
     row = session.get(NightlyStepRow, (run, str(adapter), step))
     if row is None:
@@ -238,7 +240,7 @@ def record_step(
 
 
 def finish_run(session: Session, run: str) -> NightlyRun:
-    """Closes a run; the next night opens another.
+    """Closes a run; the next call of `open_run` opens another one.
 
     Raises:
         NotFound: there is no such run.
@@ -253,7 +255,7 @@ def finish_run(session: Session, run: str) -> NightlyRun:
 
 
 def _failed(session: Session, name: AdapterName | str | None) -> list[tuple[str, NightlyStepRow, list[AdapterDataRow]]]:
-    """Each run's data of an adapter that failed in it, with the failed step, by adapter and age."""
+    """Returns (run, failed step, data) of the adapters that failed in a run, by adapter and age."""
     failed = and_(
         NightlyStepRow.run == AdapterDataRow.run,
         NightlyStepRow.adapter == AdapterDataRow.adapter,

@@ -1,4 +1,4 @@
-"""Cursor pages as in OpenAI's API: newest first, `after` being the last id of the page before."""
+"""Cursor pages as in OpenAI's API: newest first; `after` is the last ID of the previous page."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ def newest_page(
     limit: int,
     filters: Sequence[ColumnElement[bool]] = (),
 ) -> list[Listed]:
-    """At most `limit` rows of a tenant, or of all (None), for which all of `having` is true.
+    """Returns at most `limit` rows, newest first.
 
-    Ask for one more to learn whether there are more.
+    A caller that has to know whether there are more rows passes a limit that is larger by one.
+
+    Args:
+        tenant: only rows of this tenant; None: of all tenants.
+        filters: conditions that all have to be true.
 
     Raises:
-        NotFound: `after` is no id that the tenant has.
+        NotFound: `after` is not an ID of a row of the tenant.
     """
     statement = select(table).where(*filters).order_by(table.created_at.desc(), table.id.desc()).limit(limit)
     if tenant is not None:

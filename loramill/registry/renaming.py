@@ -1,4 +1,4 @@
-"""Renaming an adapter: everything that has its name follows, in the caller's transaction."""
+"""Renaming an adapter: everything that refers to it follows, in the caller's transaction."""
 
 from __future__ import annotations
 
@@ -25,25 +25,29 @@ from loramill.types import AdapterRecord
 
 
 def rename(session: Session, name: AdapterName, to: AdapterName) -> AdapterRecord:
-    """Renames an adapter. Versions, aliases and their history, the pin, evaluations, waiting data, past nightly steps
-    and jobs follow, a running one too. Usage and audit rows keep the name that was used then.
+    """Renames an adapter.
+
+    Versions, aliases and their history, the pin, evaluations, new data, past nightly steps and jobs (running jobs as
+    well) follow. Usage and audit rows keep the old name.
 
     Raises:
         NotFound: there is no such adapter.
-        InvalidRequest: the new name is another tenant's.
-        Conflict: there is an adapter of the new name, or an open nightly run works on this one.
+        InvalidRequest: the new name belongs to another tenant.
+        Conflict: an adapter with the new name exists, or an open nightly run uses this adapter.
     """
     record = adapters.get(session, name)
     if to.tenant != name.tenant:
         raise InvalidRequest(
-            f"'{name}' can't become '{to}', of another tenant. Write the new name as {name.tenant}/NAME.",
+            f"'{name}' cannot be renamed to '{to}' of another tenant; write the new name as {name.tenant}/NAME.",
             param="to",
         )
     if to == name:
         return record
     # Jobs are locked before their adapter, in the order in which a worker that publishes locks the two.
-    mine = select(JobRow).where(JobRow.tenant == name.tenant, JobRow.spec["adapter"].as_string() == str(name))
-    jobs = session.scalars(mine.order_by(JobRow.id).with_for_update().execution_options(populate_existing=True)).all()
+    statement = select(JobRow).where(JobRow.tenant == name.tenant, JobRow.spec["adapter"].as_string() == str(name))
+    jobs = session.scalars(
+        statement.order_by(JobRow.id).with_for_update().execution_options(populate_existing=True)
+    ).all()
     adapters.lock(session, name)
     _check_no_nightly_run(session, name)
     _copy_adapter(session, name, to)
@@ -56,22 +60,24 @@ def rename(session: Session, name: AdapterName, to: AdapterName) -> AdapterRecor
     for row in jobs:
         row.spec = {**row.spec, "adapter": str(to)}
     session.flush()
-    for gone in (
+    for deletion in (
         delete_from(VersionRow).where(VersionRow.adapter == str(name)),
         delete_from(AdapterRow).where(AdapterRow.name == str(name)),
     ):
-        session.execute(gone, execution_options={"synchronize_session": False})
+        session.execute(deletion, execution_options={"synchronize_session": False})
     session.expire_all()
     return adapters.get(session, to)
 
 
 def _check_no_nightly_run(session: Session, name: AdapterName) -> None:
-    works = select(NightlyStepRow.run).join(NightlyRunRow, NightlyRunRow.id == NightlyStepRow.run)
-    run = session.scalar(works.where(NightlyStepRow.adapter == str(name), NightlyRunRow.finished_at.is_(None)).limit(1))
+    statement = select(NightlyStepRow.run).join(NightlyRunRow, NightlyRunRow.id == NightlyStepRow.run)
+    run = session.scalar(
+        statement.where(NightlyStepRow.adapter == str(name), NightlyRunRow.finished_at.is_(None)).limit(1)
+    )
     if run is not None:
         raise Conflict(
-            f"'{name}' can't be renamed while the nightly run {run} works on it: wait until it has ended, or resume an "
-            "interrupted one with `loramill nightly run`."
+            f"'{name}' cannot be renamed while the nightly run {run} uses it: wait until it has ended, or resume an "
+            "interrupted run with `loramill nightly run`."
         )
 
 
@@ -82,7 +88,7 @@ def _copy_adapter(session: Session, name: AdapterName, to: AdapterName) -> None:
             session.add(AdapterRow(name=str(to), tenant=old.tenant, created_at=old.created_at, pinned=old.pinned))
     except IntegrityError as error:
         raise Conflict(
-            f"There is an adapter '{to}' already; delete it first, or choose another name.", param="to"
+            f"The adapter '{to}' already exists; delete it first, or choose another name.", param="to"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Tenants: the owners of everything else."""
+"""Tenants, their fair shares and their limits."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def create(session: Session, name: str) -> TenantRecord:
     """Adds a tenant.
 
     Raises:
-        InvalidRequest: the name can't be a tenant's.
-        Conflict: there is one of this name.
+        InvalidRequest: the name is not valid.
+        Conflict: the tenant already exists.
     """
     row = TenantRow(name=check_name(name, "tenant"), created_at=time.time())
     try:
         with session.begin_nested():
             session.add(row)
     except IntegrityError as error:
-        raise Conflict(f"There is a tenant '{name}' already.", param="name") from error
+        raise Conflict(f"The tenant '{name}' already exists.", param="name") from error
     return TenantRecord.model_validate(row)
 
 
 def get(session: Session, name: str) -> TenantRecord:
-    """The tenant of this name.
+    """Returns the tenant with this name.
 
     Raises:
-        NotFound: there is none.
+        NotFound: there is no such tenant.
     """
     row = session.scalar(select(TenantRow).where(TenantRow.name == name))
     if row is None:
@@ -44,7 +44,7 @@ def get(session: Session, name: str) -> TenantRecord:
 
 
 def list_tenants(session: Session) -> list[TenantRecord]:
-    """All tenants, by name."""
+    """Returns all tenants, by name."""
     return [TenantRecord.model_validate(row) for row in session.scalars(select(TenantRow).order_by(TenantRow.name))]
 
 
@@ -56,14 +56,19 @@ def set_fair_share(
     max_running: int | None = None,
     max_queued: int | None = None,
 ) -> TenantRecord:
-    """Sets what a tenant may have of the pool: its share against the others', and its quotas (None: no limit).
+    """Sets a tenant's share of the pool, and its quotas.
+
+    Args:
+        weight: share relative to the other tenants' weights.
+        max_running: maximum number of running jobs; None: no limit.
+        max_queued: maximum number of queued and paused jobs; None: no limit.
 
     Raises:
         NotFound: there is no such tenant.
-        InvalidRequest: the weight isn't above 0, or a quota is below 0.
+        InvalidRequest: the weight is not above 0, or a quota is below 0.
     """
     if not 0 < weight < math.inf:
-        raise InvalidRequest(f"A weight of {weight} is no share; give a number above 0.", param="weight")
+        raise InvalidRequest(f"The weight is {weight}; give a number above 0.", param="weight")
     for param, quota in (("max_running", max_running), ("max_queued", max_queued)):
         if quota is not None and quota < 0:
             raise InvalidRequest(f"'{param}' is {quota}; give 0 or more jobs, or nothing for no limit.", param=param)
@@ -74,7 +79,7 @@ def set_fair_share(
 
 
 def set_limits(session: Session, name: str, limits: Limits) -> TenantRecord:
-    """Sets what a tenant may use of the gateways.
+    """Sets a tenant's limits at the gateways.
 
     Raises:
         NotFound: there is no such tenant.
@@ -87,7 +92,7 @@ def set_limits(session: Session, name: str, limits: Limits) -> TenantRecord:
 
 
 def lock(session: Session, name: str) -> None:
-    """Locks a tenant until the transaction ends, so that no one submits a job for it.
+    """Locks a tenant until the transaction ends, so that no one can submit a job for it.
 
     Raises:
         NotFound: there is no such tenant.
@@ -96,7 +101,7 @@ def lock(session: Session, name: str) -> None:
 
 
 def job_counts(session: Session) -> dict[str, tuple[int, int]]:
-    """How many jobs run, and how many wait (queued or paused), of each tenant that has any."""
+    """Returns the number of running and of waiting (queued or paused) jobs of each tenant that has any."""
     running = func.count().filter(JobRow.status == JobStatus.RUNNING)
     waiting = func.count().filter(JobRow.status.in_((JobStatus.QUEUED, JobStatus.PAUSED)))
     open_states = [status for status in JobStatus if not status.final]
@@ -105,11 +110,14 @@ def job_counts(session: Session) -> dict[str, tuple[int, int]]:
 
 
 def check_storage_quota(session: Session, name: str, size: int, *, lock: bool = False) -> None:
-    """Makes sure that a tenant may store `size` bytes more; with `hold`, a writer's, that stays so until it commits.
+    """Checks that a tenant may store `size` more bytes.
+
+    Args:
+        lock: locks the tenant until the transaction ends, so that the result stays true; for writers.
 
     Raises:
         NotFound: there is no such tenant.
-        QuotaExceeded: it may not.
+        QuotaExceeded: the tenant's limit is too small.
     """
     limit = _locked_row(session, name).stored_bytes if lock else get(session, name).stored_bytes
     if limit is None:
@@ -121,7 +129,7 @@ def check_storage_quota(session: Session, name: str, size: int, *, lock: bool = 
     stored = (session.scalar(uploaded) or 0) + (session.scalar(imported) or 0)
     if stored + size > limit:
         raise QuotaExceeded(
-            f"'{name}' stores {stored} bytes, may store {limit}, and this file has {size}: delete files that no job "
+            f"'{name}' stores {stored} bytes and may store {limit}, and this file has {size}: delete files that no job "
             "needs, or ask an admin for a larger limit."
         )
 

@@ -1,7 +1,7 @@
-"""What tenants ask of the gateways: each day's sums, and the meters by which gateways share a tenant's limits.
+"""Usage per day, and the rate windows through which gateways share a tenant's limits.
 
-A gateway writes its books page by page. The number of the last page is in the record with what was on it, so a page
-that is written again, because nobody knows whether it was committed, counts once.
+A gateway writes its usage in numbered batches. The number of the last batch is stored in the same transaction, so that
+a batch that is written again, because it is not known whether it was committed, counts once.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from sqlalchemy.orm import Session
 from loramill.registry.database.tables import GatewayRow, RateWindowRow, TableBase, TenantRow, UsageRow
 from loramill.types import RateWindow, UsageRecord
 
-#: Seconds after which nothing runs any more on a gateway that has been silent.
+#: Time after which a silent gateway is assumed to run no requests.
 SILENT_SECONDS = 5.0
-#: The tenant that has the usage of all deleted tenants; no tenant can have this name.
+#: Tenant of the usage of all deleted tenants; it is not a valid tenant name.
 DELETED_TENANT = "(deleted)"
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class UsageItem:
-    """What a sum is of: as in `UsageRecord`, with empty texts for None."""
+    """Key of a sum, as in `UsageRecord`, with empty strings instead of None."""
 
     tenant: str
     day: str
@@ -35,7 +35,7 @@ class UsageItem:
 
 @dataclass(frozen=True, slots=True)
 class UsageCount:
-    """What was asked."""
+    """Number of requests and of tokens."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -58,38 +58,44 @@ def record_batch(
     *,
     now: float,
 ) -> None:
-    """Writes a gateway's page: adds its counts, unless that page was written before, and sets its tenants' meters."""
+    """Adds the counts of a gateway's batch, unless it was written before, and sets the rate windows of its tenants."""
     row = session.get(GatewayRow, gateway, with_for_update=True)
     if row is None:
         row = GatewayRow(id=gateway, last_seen_at=now, last_batch=0)
         session.add(row)
         session.flush()
     row.last_seen_at = now
-    there = _existing_tenants(session, {item.tenant for item in counts} | windows.keys())
+    existing = _existing_tenants(session, {item.tenant for item in counts} | windows.keys())
     if row.last_batch < batch:
         row.last_batch = batch
         sums: defaultdict[UsageItem, UsageCount] = defaultdict(UsageCount)
         for item, count in counts.items():
-            sums[item if item.tenant in there or not item.tenant else anonymized(item)] += count
+            sums[item if item.tenant in existing or not item.tenant else anonymized(item)] += count
         add(session, sums)
-    kept = [name for name in windows if name in there]
-    _upsert(session, RateWindowRow, [{"gateway": gateway, "tenant": name, **asdict(windows[name])} for name in kept])
+    _upsert(
+        session,
+        RateWindowRow,
+        [{"gateway": gateway, "tenant": name, **asdict(windows[name])} for name in windows if name in existing],
+    )
 
 
 def anonymized(item: UsageItem) -> UsageItem:
-    """What stays of an item when its tenant is deleted: the day, and whether it was for the base or an adapter."""
+    """Returns the key of an item after its tenant was deleted: the day, and the base unless it was an adapter."""
     return UsageItem(DELETED_TENANT, item.day, DELETED_TENANT if item.version else item.model, "")
 
 
 def add(session: Session, counts: Mapping[UsageItem, UsageCount]) -> None:
-    """Adds counts to the sums."""
-    # In one order, so that two gateways never wait for each other.
+    """Adds counts to the sums per day."""
+    # Sorted, so that two gateways cannot deadlock.
     sums = [asdict(item) | asdict(counts[item]) for item in sorted(counts)]
     _upsert(session, UsageRow, sums, adding=True)
 
 
 def peer_windows(session: Session, gateway: str, *, minute: int, now: float) -> dict[str, list[RateWindow]]:
-    """The other gateways' meters that count in this minute, by tenant; nothing runs on those that are silent."""
+    """Returns the rate windows of the other gateways that count in this minute, by tenant.
+
+    A silent gateway is assumed to run no requests.
+    """
     statement = (
         select(RateWindowRow, GatewayRow.last_seen_at)
         .join(GatewayRow, GatewayRow.id == RateWindowRow.gateway)
@@ -108,14 +114,14 @@ def peer_windows(session: Session, gateway: str, *, minute: int, now: float) -> 
 
 
 def delete_silent_gateways(session: Session, before: float) -> None:
-    """Removes gateways that have been silent since `before`, with their meters; their usage stays."""
-    gone = select(GatewayRow.id).where(GatewayRow.last_seen_at < before)
-    session.execute(delete(RateWindowRow).where(RateWindowRow.gateway.in_(gone)))
+    """Deletes gateways that have been silent since `before`, with their rate windows; their usage stays."""
+    silent = select(GatewayRow.id).where(GatewayRow.last_seen_at < before)
+    session.execute(delete(RateWindowRow).where(RateWindowRow.gateway.in_(silent)))
     session.execute(delete(GatewayRow).where(GatewayRow.last_seen_at < before))
 
 
 def daily(session: Session, tenant: str | None, first: str, last: str) -> list[UsageRecord]:
-    """What a tenant, or all and admins (None), asked from the day `first` to `last`, the newest day first."""
+    """Returns the usage of a tenant, or of everyone (None), from day `first` to day `last`, newest day first."""
     statement = select(UsageRow).where(UsageRow.day.between(first, last))
     if tenant is not None:
         statement = statement.where(UsageRow.tenant == tenant)
@@ -124,7 +130,7 @@ def daily(session: Session, tenant: str | None, first: str, last: str) -> list[U
 
 
 def _existing_tenants(session: Session, names: Collection[str]) -> set[str]:
-    """Those of the names that are tenants: one may have been deleted while a gateway counted for it."""
+    """Returns the names that are tenants: a tenant may have been deleted while a gateway counted its usage."""
     return set(session.scalars(select(TenantRow.name).where(TenantRow.name.in_(names))))
 
 

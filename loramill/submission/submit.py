@@ -160,7 +160,7 @@ def queue(session: Session, job: CheckedJob, submitter: Submitter) -> JobRecord:
     """
     record = jobs.submit(session, job.spec, job.metadata, priority=job.priority, executor=job.executor, cost=job.cost)
     for level, note in job.notes:
-        jobs.add_event(session, record.id, level, "message", note, {})
+        jobs.add_event(session, record.id, note, level=level)
     audit.record(
         session,
         tenant=record.tenant,

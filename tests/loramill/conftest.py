@@ -58,7 +58,7 @@ class RunningGateway:
             while (job := jobs.lease(session, "worker", now=time.time(), seconds=600, max_attempts=5)) is not None:
                 if job.id == job_id:
                     jobs.heartbeat(
-                        session, job_id, job.attempt, now=time.time(), seconds=600, step=step, trained_tokens=7
+                        session, job_id, job.attempt, jobs.JobProgress(step, 7), now=time.time(), seconds=600
                     )
                     return job.attempt
         raise AssertionError(f"{job_id} doesn't wait")

@@ -226,7 +226,7 @@ def test_checkpoints_and_plot(gateway: RunningGateway, tenant: str, tmp_path: Pa
     with gateway.registry.writing() as session:
         for step in range(1, 11):
             data = {"step": step, "train_loss": 3 / step} | ({"valid_loss": 0.5} if step == 10 else {})
-            jobs.add_event(session, job, "info", "metrics", "", data)
+            jobs.add_event(session, job, "", kind="metrics", data=data)
         checkpoints.add(session, job, attempt, 10, None, {"valid_loss": 0.5, "train_loss": 0.3})
     assert ok("jobs", "checkpoints", job).stdout.splitlines()[1].split()[:3] == ["10", "0.5000", "0.3000"]
     (checkpoint,) = shown("jobs", "checkpoints", job)

@@ -157,7 +157,7 @@ def test_history_shows_numbers_once_and_short(gateway: RunningGateway, tenant: s
         "trained_tokens": 1034567,
     }
     with gateway.registry.writing() as session:
-        jobs.add_event(session, job.id, "info", "metrics", "Step 1/36: training loss=4.233", data)
+        jobs.add_event(session, job.id, "Step 1/36: training loss=4.233", kind="metrics", data=data)
     line = ok("jobs", "events", job.id).stdout.strip().splitlines()[-1]
     assert line.endswith(
         "Step 1/36: training loss=4.233  "

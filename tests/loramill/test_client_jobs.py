@@ -133,8 +133,8 @@ def test_a_job_waits_and_goes_on(gateway: RunningGateway, tenant: str) -> None:
         with gateway.registry.writing() as session:
             for step in (2, 1, 2):
                 data = {"step": step, "train_loss": 1 / step, "trained_tokens": 5 * step}
-                jobs.add_event(session, job.id, "info", "metrics", "", data)
-            jobs.add_event(session, job.id, "info", "metrics", "", {"step": 2, "valid_loss": 0.75})
+                jobs.add_event(session, job.id, "", kind="metrics", data=data)
+            jobs.add_event(session, job.id, "", kind="metrics", data={"step": 2, "valid_loss": 0.75})
             checkpoints.add(session, job.id, attempt, 4, None, {"valid_loss": 0.5})
         points = client.jobs.metrics(job.id)
         assert [(point.step, point.train_loss, point.valid_loss) for point in points] == [(1, 1, None), (2, 0.5, 0.75)]

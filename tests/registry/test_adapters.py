@@ -75,11 +75,11 @@ def test_resolve(session):
     assert adapters.resolve(session, NAME, "aaaaaaaa1") == first
     assert adapters.resolve(session, NAME, second.id) == second
     for selector, reason in {
-        "aaaaaaaa": "more than one",
-        "bbbbbbbb": "no version that begins so",
-        "aaaaaaa": "first 8 or more",
-        "AAAAAAAA1": "first 8 or more",
-        "%%%%%%%%": "first 8 or more",
+        "aaaaaaaa": "several versions",
+        "bbbbbbbb": "no version that begins with",
+        "aaaaaaa": "at least 8 hex digits",
+        "AAAAAAAA1": "at least 8 hex digits",
+        "%%%%%%%%": "at least 8 hex digits",
         "winner": "champion, challenger, previous",
         "previous": "has no previous; its aliases are challenger, champion",
     }.items():

@@ -32,10 +32,9 @@ def do(registry: Registry, act, *arguments, **named):
         return act(session, *arguments, **named)
 
 
-def beat(registry: Registry, job: JobRecord, attempt: int = 1, step: int = 0, **figures: float):
-    return do(
-        registry, jobs.heartbeat, job.id, attempt, now=NOW, seconds=10, step=step, trained_tokens=10 * step, **figures
-    )
+def beat(registry: Registry, job: JobRecord, attempt: int = 1, step: int = 0, **metrics: float):
+    progress = jobs.JobProgress(step, 10 * step, **metrics)
+    return do(registry, jobs.heartbeat, job.id, attempt, progress, now=NOW, seconds=10)
 
 
 def test_a_waiting_job_pauses_at_once_and_resumes(registry, job):
@@ -53,7 +52,7 @@ def test_a_running_job_pauses_when_its_worker_gives_it_back(registry, job):
     assert do(registry, jobs.pause, job.id).status is JobStatus.RUNNING
     assert beat(registry, job, step=2) == "pause"
     released = do(registry, jobs.release, job.id, 1)
-    assert (released.status, released.asked, released.step) == (JobStatus.PAUSED, None, 2)
+    assert (released.status, released.pending_action, released.step) == (JobStatus.PAUSED, None, 2)
     do(registry, jobs.resume, job.id)
     again = lease(registry, max_attempts=1)
     assert (again.attempt, again.pending_action) == (2, None)
@@ -64,7 +63,7 @@ def test_a_running_job_pauses_when_its_worker_gives_it_back(registry, job):
 def test_a_pause_that_was_taken_back_changes_nothing(registry, job):
     lease(registry)
     do(registry, jobs.pause, job.id)
-    assert do(registry, jobs.resume, job.id).asked is None
+    assert do(registry, jobs.resume, job.id).pending_action is None
     assert beat(registry, job) is None
 
 
@@ -103,7 +102,7 @@ def test_a_preempted_job_goes_on_later(registry, job):
     assert not do(registry, jobs.preempt, "ftjob-0", 1)
     assert beat(registry, job) == "preempt"
     released = do(registry, jobs.release, job.id, 1)
-    assert (released.status, released.asked) == (JobStatus.QUEUED, None)
+    assert (released.status, released.pending_action) == (JobStatus.QUEUED, None)
     assert lease(registry, max_attempts=1).attempt == 2
 
 
@@ -138,7 +137,7 @@ def test_workers_that_vanish_twice_at_the_same_step_ran_out_of_memory(registry, 
     for attempt, step, micro_tokens in ((1, 3, None), (2, 4, None), (3, 4, None), (4, 4, 128), (5, 4, 128)):
         leased = lease(registry, now=NOW * attempt, max_attempts=9)
         assert (leased.attempt, leased.micro_tokens) == (attempt, micro_tokens)
-        do(registry, jobs.heartbeat, job.id, attempt, now=NOW * attempt, seconds=1, step=step, trained_tokens=0)
+        do(registry, jobs.heartbeat, job.id, attempt, jobs.JobProgress(step, 0), now=NOW * attempt, seconds=1)
     assert lease(registry, now=NOW * 6, max_attempts=9) is None
     failed = do(registry, jobs.get, job.id)
     assert (failed.status, failed.error_code) == (JobStatus.FAILED, "out_of_memory")

@@ -48,9 +48,9 @@ def test_a_job_from_submit_to_publish(registry, submit):
     assert (leased.lease_until, leased.started_at, leased.spec) == (1010.0, 1000.0, job.spec)
     assert lease(registry) is None
     with registry.writing() as session:
-        jobs.heartbeat(session, job.id, 1, now=1005.0, seconds=10.0, step=3, trained_tokens=77)
+        jobs.heartbeat(session, job.id, 1, jobs.JobProgress(3, 77), now=1005.0, seconds=10.0)
     with registry.writing() as session:
-        jobs.add_event(session, job.id, "info", "metrics", "Step 3", {"loss": 1.5})
+        jobs.add_event(session, job.id, "Step 3", kind="metrics", data={"loss": 1.5})
         done = jobs.publish(session, job.id, 1, result_of(job))
     assert done == get(registry, job)
     assert (done.status, done.version, done.step, done.trained_tokens) == (JobStatus.SUCCEEDED, "a" * 64, 5, 77)
@@ -86,7 +86,7 @@ def test_publishing_again_changes_nothing(registry, submit):
 
 
 def test_a_second_version_is_challenger_and_the_same_content_stays_champion(registry, submit):
-    for content, alias in (("a", "champion"), ("b", "challenger"), ("a", "champion already")):
+    for content, alias in (("a", "champion"), ("b", "challenger"), ("a", "already the champion")):
         job = submit()
         lease(registry)
         with registry.writing() as session:
@@ -112,7 +112,7 @@ def test_a_worker_that_lost_its_lease_can_do_nothing(registry, submit):
     assert lease(registry, now=1010.0).attempt == 2
     before = get(registry, job)
     late = [
-        lambda session: jobs.heartbeat(session, job.id, 1, now=1011.0, seconds=9.0, step=9, trained_tokens=9),
+        lambda session: jobs.heartbeat(session, job.id, 1, jobs.JobProgress(9, 9), now=1011.0, seconds=9.0),
         lambda session: jobs.publish(session, job.id, 1, result_of(job)),
         lambda session: jobs.fail(session, job.id, 1, TrainingDiverged("nan"), retry=True),
         lambda session: jobs.fail(session, job.id, 1, TrainingDiverged("nan"), retry=False),
@@ -133,7 +133,7 @@ def test_a_late_heartbeat_keeps_a_job_that_nobody_took(registry, submit):
     job = submit()
     lease(registry)
     with registry.writing() as session:
-        jobs.heartbeat(session, job.id, 1, now=1500.0, seconds=10.0, step=1, trained_tokens=1)
+        jobs.heartbeat(session, job.id, 1, jobs.JobProgress(1, 1), now=1500.0, seconds=10.0)
     assert lease(registry, now=1505.0) is None
 
 
@@ -174,7 +174,7 @@ def test_giving_a_job_back_uses_no_attempt_up_but_moves_the_fence(registry, subm
         with registry.writing() as session:
             assert jobs.release(session, job.id, attempt).status is JobStatus.QUEUED
     with pytest.raises(LeaseLost), registry.writing() as session:
-        jobs.heartbeat(session, job.id, 6, now=1.0, seconds=1.0, step=1, trained_tokens=1)
+        jobs.heartbeat(session, job.id, 6, jobs.JobProgress(1, 1), now=1.0, seconds=1.0)
     for attempt in (7, 8):
         assert lease(registry, max_attempts=2).attempt == attempt
         with registry.writing() as session:
@@ -187,7 +187,7 @@ def test_a_queued_job_is_cancelled_at_once_and_never_leased(registry, submit):
     with registry.writing() as session:
         assert jobs.cancel(session, job.id).status is JobStatus.CANCELLED
     assert lease(registry) is None
-    with pytest.raises(Conflict, match="cancelled already"), registry.writing() as session:
+    with pytest.raises(Conflict, match="already cancelled"), registry.writing() as session:
         jobs.cancel(session, job.id)
 
 
@@ -195,11 +195,11 @@ def test_a_running_job_learns_that_it_is_cancelled(registry, submit):
     job = submit()
     lease(registry)
     with registry.writing() as session:
-        asked = jobs.cancel(session, job.id)
-        assert jobs.cancel(session, job.id) == asked
-    assert asked.status is JobStatus.RUNNING and asked.pending_action == "cancel"
+        stopping = jobs.cancel(session, job.id)
+        assert jobs.cancel(session, job.id) == stopping
+    assert stopping.status is JobStatus.RUNNING and stopping.pending_action == "cancel"
     with registry.writing() as session:
-        beat = jobs.heartbeat(session, job.id, 1, now=1001.0, seconds=10.0, step=2, trained_tokens=2)
+        beat = jobs.heartbeat(session, job.id, 1, jobs.JobProgress(2, 2), now=1001.0, seconds=10.0)
     assert beat == "cancel"
     with pytest.raises(JobCancelled) as cancelled, registry.writing() as session:
         jobs.publish(session, job.id, 1, result_of(job))
@@ -272,7 +272,7 @@ def test_a_job_uses_only_what_its_tenant_has(registry, make_spec):
 def test_numbers_that_are_not_json_are_refused_on_every_database(registry, submit):
     job = submit()
     with pytest.raises(Exception, match="JSON"), registry.writing() as session:
-        jobs.add_event(session, job.id, "info", "metrics", "Step 1", {"loss": float("nan")})
+        jobs.add_event(session, job.id, "Step 1", kind="metrics", data={"loss": float("nan")})
 
 
 def test_an_unknown_job(registry):
@@ -281,7 +281,7 @@ def test_an_unknown_job(registry):
             with pytest.raises(NotFound, match="ftjob-0"):
                 act(session, "ftjob-0")
         with pytest.raises(NotFound):
-            jobs.add_event(session, "ftjob-0", "info", "message", "?", {})
+            jobs.add_event(session, "ftjob-0", "?")
 
 
 def queue_hundred(registry: Registry, make_spec) -> set[str]:

@@ -37,7 +37,7 @@ def lose(registry: Registry, job: JobRecord, steps: list[int], max_attempts: int
     for number, step in enumerate(steps):
         leased = do(registry, jobs.lease, "w", now=NOW, seconds=10, max_attempts=max_attempts)
         assert leased is not None, f"after {steps[:number]} it is {states[-1]}"
-        do(registry, jobs.heartbeat, job.id, leased.attempt, now=NOW, seconds=1, step=step, trained_tokens=0)
+        do(registry, jobs.heartbeat, job.id, leased.attempt, jobs.JobProgress(step, 0), now=NOW, seconds=1)
         do(registry, jobs.reclaim_expired, now=NOW + 5, max_attempts=max_attempts)
         found = do(registry, jobs.get, job.id)
         states.append(f"{found.status}{' with half' if found.micro_tokens else ''}")
@@ -67,7 +67,7 @@ def test_a_job_that_gets_nowhere_says_how_far_it_came(registry, job):
     lose(registry, job, [100, 90, 95, 80])
     failed = do(registry, jobs.get, job.id)
     assert failed.error_code == "job_failed"
-    assert "after step 80, without getting further than step 100" in failed.error_message
+    assert "after step 80, without getting past step 100" in failed.error_message
 
 
 class _Row:
@@ -76,7 +76,7 @@ class _Row:
     def __init__(self) -> None:
         spec = JobSpec(base="b" * 64, adapter="acme/bot", train="file-1", steps=10**6, batch_size=1)
         self.id, self.owner, self.spec = "ftjob-1", "w", spec.model_dump(mode="json")
-        self.status, self.asked, self.micro_tokens = JobStatus.RUNNING, None, None
+        self.status, self.pending_action, self.micro_tokens = JobStatus.RUNNING, None, None
         self.lost_step = self.furthest = None
         self.attempt = self.returned = self.step = 0
 
@@ -130,14 +130,14 @@ def test_a_job_given_back_for_an_outage_waits_longer_each_time_and_loses_no_atte
 def test_workers_that_were_silent_in_an_outage_keep_their_jobs(registry, job):
     do(registry, jobs.lease, "w", now=NOW, seconds=10, max_attempts=3)
     assert do(registry, jobs.lease, "w2", now=NOW + 60, seconds=10, max_attempts=3, reclaim=False) is None
-    do(registry, jobs.heartbeat, job.id, 1, now=NOW + 61, seconds=10, step=1, trained_tokens=1)
+    do(registry, jobs.heartbeat, job.id, 1, jobs.JobProgress(1, 1), now=NOW + 61, seconds=10)
     assert do(registry, jobs.lease, "w2", now=NOW + 62, seconds=10, max_attempts=3) is None
     assert do(registry, jobs.get, job.id).attempt == 1
 
 
 def fail(registry: Registry, job: JobRecord, step: int = 7) -> JobRecord:
     leased = do(registry, jobs.lease, "w", now=NOW, seconds=10, max_attempts=1)
-    do(registry, jobs.heartbeat, job.id, leased.attempt, now=NOW, seconds=10, step=step, trained_tokens=70)
+    do(registry, jobs.heartbeat, job.id, leased.attempt, jobs.JobProgress(step, 70), now=NOW, seconds=10)
     return do(registry, jobs.fail, job.id, leased.attempt, TrainingDiverged("NaN"), retry=False)
 
 
@@ -153,11 +153,11 @@ def test_a_failed_job_is_retried_with_all_attempts_and_where_it_was(registry, jo
 
 def test_a_cancelled_job_starts_over(registry, job):
     fail_at = do(registry, jobs.lease, "w", now=NOW, seconds=10, max_attempts=1).attempt
-    do(registry, jobs.heartbeat, job.id, fail_at, now=NOW, seconds=10, step=7, trained_tokens=70)
+    do(registry, jobs.heartbeat, job.id, fail_at, jobs.JobProgress(7, 70), now=NOW, seconds=10)
     do(registry, jobs.cancel, job.id)
     do(registry, jobs.release, job.id, fail_at)
     again = do(registry, jobs.retry, job.id)
-    assert (again.status, again.asked, again.step, again.trained_tokens) == (JobStatus.QUEUED, None, 0, 0)
+    assert (again.status, again.pending_action, again.step, again.trained_tokens) == (JobStatus.QUEUED, None, 0, 0)
     assert do(registry, jobs.lease, "w", now=NOW, seconds=10, max_attempts=1).id == job.id
 
 

@@ -89,7 +89,7 @@ def test_what_was_not_done_is_given_back(registry, submit, end):
     assert lease(registry).id == job.id
     assert served(registry) == {"acme": 500}
     with registry.writing() as session:
-        jobs.heartbeat(session, job.id, 1, now=NOW, seconds=10, step=3, trained_tokens=300)
+        jobs.heartbeat(session, job.id, 1, jobs.JobProgress(3, 300), now=NOW, seconds=10)
     if end == "publish":
         publish(registry, job.model_copy(update={"attempt": 1}), 300)
     with registry.writing() as session:
@@ -142,7 +142,7 @@ def test_a_full_queue_takes_no_more_until_a_job_starts(registry, submit):
     submit("globex")
     with registry.writing() as session:
         jobs.pause(session, second.id)  # waits, too
-    with pytest.raises(QuotaExceeded, match="2 jobs waiting"):
+    with pytest.raises(QuotaExceeded, match="2 waiting jobs"):
         submit("acme")
     assert lease(registry).id == first.id
     submit("acme")
@@ -214,7 +214,7 @@ def test_tokens_follow_the_weights(tmp_path_factory, weights, seed):
             job = running.pop(chance.randrange(4))
             before = jobs.get(session, job.id).trained_tokens
             tokens = before + chance.randint(0, 100)
-            jobs.heartbeat(session, job.id, job.attempt, now=NOW, seconds=99, step=1, trained_tokens=tokens)
+            jobs.heartbeat(session, job.id, job.attempt, jobs.JobProgress(1, tokens), now=NOW, seconds=99)
             if chance.random() < 0.2:
                 jobs.release(session, job.id, job.attempt)
             else:

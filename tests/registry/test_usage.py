@@ -96,7 +96,7 @@ def test_nothing_runs_on_a_gateway_that_is_silent_but_its_minute_counts(registry
         now=1194.0,
     )
     assert others(registry, "one") == {"acme": [RateWindow(20, requests=3)]}
-    assert others(registry, "one", now=1198.9)["acme"][0].running == 2
+    assert others(registry, "one", now=1198.9)["acme"][0].running_requests == 2
     long_ago = RateWindow(10, requests=3, running_requests=1)
     write(registry, "busy", 1, meters={"globex": long_ago}, now=1199.0)
     assert others(registry, "one")["globex"] == [long_ago]
@@ -126,7 +126,7 @@ def test_limits(registry: Registry) -> None:
         datasets.create(session, "globex", "a.jsonl", "a" * 64, 60, 1)
         for hold in (False, True):
             tenants.check_storage_quota(session, "acme", 40, lock=hold)
-            with pytest.raises(QuotaExceeded, match="stores 60 bytes, may store 100"):
+            with pytest.raises(QuotaExceeded, match="stores 60 bytes and may store 100"):
                 tenants.check_storage_quota(session, "acme", 41, lock=hold)
         assert tenants.set_limits(session, "acme", Limits()).stored_bytes is None
         with pytest.raises(NotFound):
@@ -162,7 +162,7 @@ def test_keys_expire_and_have_scopes(registry: Registry, monkeypatch: pytest.Mon
         assert api_keys.authenticate(session, secret) == api_keys.get(session, made.id) == made
         with pytest.raises(InvalidRequest, match="scope"):
             api_keys.create(session, "acme", scopes=[])
-        with pytest.raises(InvalidRequest, match="expired already"):
+        with pytest.raises(InvalidRequest, match="in the past"):
             api_keys.create(session, "acme", expires_at=time.time())
         then = time.time() + 61
         monkeypatch.setattr("loramill.registry.api_keys.time.time", lambda: then)

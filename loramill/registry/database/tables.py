@@ -1,8 +1,7 @@
-"""The record's tables.
+"""The registry's tables.
 
-Tenants, adapters and versions are named by what they are called on the wire, and datasets, jobs and keys by
-their ids: none of these ever changes. Times are seconds since the epoch. A change here needs a migration; a
-test compares the two.
+Tenants, adapters and versions are identified by their names in the API, and datasets, jobs and keys by their IDs. Times
+are seconds since the epoch. A change here needs a migration; a test compares the two.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from loramill.types import Alias, JobStatus, Scope, StepStatus
 
 
 class TableBase(DeclarativeBase):
-    """Holds the metadata of every table."""
+    """Base class of all tables."""
 
     metadata = MetaData(
         naming_convention={
@@ -32,17 +31,17 @@ class TableBase(DeclarativeBase):
 
 
 def _text_enum(enum: type[Enum]) -> EnumType:
-    # Text, not a database enum: a new state then needs no migration.
+    # Text instead of a database enum, so that a new value needs no migration.
     return EnumType(enum, native_enum=False, length=32, values_callable=lambda members: [m.value for m in members])
 
 
 def _version_of_adapter() -> ForeignKeyConstraint:
-    # Two columns, so that no alias can ever point to a version of another adapter.
+    # Two columns, so that an alias can never point to a version of another adapter.
     return ForeignKeyConstraint(["adapter", "version"], ["versions.adapter", "versions.id"])
 
 
 class TenantRow(TableBase):
-    """An owner of everything else."""
+    """A tenant with its fair share and limits."""
 
     __tablename__ = "tenants"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -55,12 +54,12 @@ class TenantRow(TableBase):
     tokens_per_minute: Mapped[int | None] = mapped_column(BigInteger)
     concurrent_requests: Mapped[int | None]
     stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
-    #: Tokens leased to its jobs over its weight: who has had least comes next. Lifted when a tenant was idle.
+    #: Tokens leased to its jobs, divided by its weight; the tenant with the smallest value is next. See `fair_share`.
     served: Mapped[float] = mapped_column(default=0.0, server_default="0")
 
 
 class KeyRow(TableBase):
-    """An API key: the sha256 of its secret, never the secret. Its scopes are words with spaces between."""
+    """An API key, with the SHA-256 of its secret but never the secret. Its scopes are separated by spaces."""
 
     __tablename__ = "api_keys"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -74,7 +73,7 @@ class KeyRow(TableBase):
 
 
 class DatasetRow(TableBase):
-    """A validated file of a tenant; its bytes are an artifact."""
+    """A validated file of a tenant; its content is an artifact."""
 
     __tablename__ = "datasets"
     __table_args__ = (Index(None, "tenant", "created_at"),)
@@ -88,18 +87,18 @@ class DatasetRow(TableBase):
 
 
 class JobRow(TableBase):
-    """A fine-tune job. `attempt` only ever grows; `returned` counts the leases that were given back.
+    """A fine-tune job.
 
-    `cost` is the tokens that it is expected to train on, what its tenant's share of the pool is counted in;
-    `lost_step` is the step at which its worker was last lost, `furthest` the highest such step; `base` is the spec's,
-    for queries.
+    `attempt` counts leases and never decreases; `returned` counts leases that were given back. `cost` is the number of
+    tokens that the job is expected to train on, in which its tenant's fair share is counted. `lost_step` is the step at
+    which its worker was last lost, and `max_lost_step` the highest such step. `base` is that of the spec, for queries.
     """
 
     __tablename__ = "jobs"
     __table_args__ = (
         Index(None, "tenant", "created_at"),
         Index(None, "tenant", "status"),
-        # All that choosing the next job reads: of thousands that wait, no row is touched but the chosen one's.
+        # Covers the choice of the next job: of thousands of queued jobs, only the chosen one is read from the table.
         Index("ix_jobs_queue", "status", "executor", "priority", "tenant", "created_at", "id", "not_before", "base"),
     )
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -136,7 +135,7 @@ class JobRow(TableBase):
 
 
 class CheckpointRow(TableBase):
-    """A validated point of a job; its version goes when newer checkpoints push it out."""
+    """A validated checkpoint of a job; its version is deleted when newer checkpoints replace it."""
 
     __tablename__ = "job_checkpoints"
     __table_args__ = (Index(None, "job", "step"),)
@@ -149,12 +148,13 @@ class CheckpointRow(TableBase):
 
 
 class WorkerSlotRow(TableBase):
-    """A place in the pool that a supervisor holds, for a session or for one job's own trainer.
+    """A worker slot that a supervisor holds for a session or a dedicated trainer.
 
-    `until` passes when its supervisor vanishes, and the session with it; `ending` asks a session to end after its job.
+    A supervisor that disappears, together with its session, stops extending `until`. A session that is `ending` ends
+    after its current job.
     """
 
-    __tablename__ = "places"
+    __tablename__ = "worker_slots"
     name: Mapped[str] = mapped_column(primary_key=True)
     holder: Mapped[str]
     until: Mapped[float]
@@ -177,7 +177,7 @@ class EventRow(TableBase):
 
 
 class AdapterRow(TableBase):
-    """A name that a tenant owns. While it is `pinned`, its champion doesn't change."""
+    """A name that a tenant owns. The champion of a `pinned` adapter does not change."""
 
     __tablename__ = "adapters"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -187,7 +187,7 @@ class AdapterRow(TableBase):
 
 
 class VersionRow(TableBase):
-    """The result of a job. Two adapters may hold the same content, hence the two-column key."""
+    """The result of a job. Two adapters can have the same content, hence the key of two columns."""
 
     __tablename__ = "versions"
     adapter: Mapped[str] = mapped_column(ForeignKey("adapters.name"), primary_key=True)
@@ -199,7 +199,7 @@ class VersionRow(TableBase):
 
 
 class AliasRow(TableBase):
-    """Where an alias points now; it moves in the same transaction as its history."""
+    """The version that an alias points to; changed in the same transaction as its history."""
 
     __tablename__ = "aliases"
     __table_args__ = (_version_of_adapter(),)
@@ -209,7 +209,7 @@ class AliasRow(TableBase):
 
 
 class AliasChangeRow(TableBase):
-    """One move of an alias; the newest row equals the alias."""
+    """One move of an alias; the newest row is equal to the alias."""
 
     __tablename__ = "alias_changes"
     __table_args__ = (_version_of_adapter(), Index(None, "adapter", "id"))
@@ -222,7 +222,7 @@ class AliasChangeRow(TableBase):
 
 
 class EvaluationRow(TableBase):
-    """A score of a version, or of the base (`version` null), for an adapter."""
+    """Metrics of a version of an adapter, or of the base (`version` is null)."""
 
     __tablename__ = "evaluations"
     __table_args__ = (_version_of_adapter(), Index(None, "adapter", "id"))
@@ -237,7 +237,7 @@ class EvaluationRow(TableBase):
 
 
 class NightlyRunRow(TableBase):
-    """A nightly run. `open` is true or null, so that its uniqueness allows one open run."""
+    """A nightly run. `open` is true or null, and unique, so that at most one run is open."""
 
     __tablename__ = "nightly_runs"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -260,7 +260,7 @@ class NightlyStepRow(TableBase):
 
 
 class AdapterDataRow(TableBase):
-    """New data for an adapter; `run` is the night that collected it."""
+    """New data of an adapter; `run` is the nightly run that collected it."""
 
     __tablename__ = "adapter_data"
     __table_args__ = (Index(None, "run", "adapter"),)
@@ -273,7 +273,7 @@ class AdapterDataRow(TableBase):
 
 
 class UsageRow(TableBase):
-    """What was asked on one day; an empty tenant is an admin for none, an empty version the base alone."""
+    """Usage on one day. An empty tenant is an admin acting for no tenant, an empty version the base alone."""
 
     __tablename__ = "usage"
     tenant: Mapped[str] = mapped_column(primary_key=True)
@@ -286,7 +286,7 @@ class UsageRow(TableBase):
 
 
 class GatewayRow(TableBase):
-    """A gateway that keeps books: when it last wrote, and the number of the last page that it wrote."""
+    """A gateway: when it last wrote its usage, and the number of the last batch that it wrote."""
 
     __tablename__ = "gateways"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -295,9 +295,9 @@ class GatewayRow(TableBase):
 
 
 class RateWindowRow(TableBase):
-    """What a gateway has seen of a tenant that has limits, in a minute and the one before, and what runs there."""
+    """Requests and tokens of a tenant with limits at one gateway, as in `RateWindow`."""
 
-    __tablename__ = "meters"
+    __tablename__ = "rate_windows"
     gateway: Mapped[str] = mapped_column(ForeignKey("gateways.id"), primary_key=True)
     tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), primary_key=True)
     minute: Mapped[int]
@@ -310,7 +310,7 @@ class RateWindowRow(TableBase):
 
 
 class AuditRow(TableBase):
-    """One change through the API, written with the change itself."""
+    """One change through the API, written in the same transaction as the change."""
 
     __tablename__ = "audit"
     __table_args__ = (Index(None, "tenant", "created_at"), Index(None, "created_at"))

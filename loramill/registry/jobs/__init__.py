@@ -1,4 +1,4 @@
-"""The job queue: jobs, leases, fair shares, worker slots, and what a job leaves behind."""
+"""The job queue: jobs, leases, fair shares, worker slots, checkpoints and results."""
 
 from loramill.registry.jobs.jobs import (
     add_event,
@@ -13,10 +13,11 @@ from loramill.registry.jobs.jobs import (
     retry,
     submit,
 )
-from loramill.registry.jobs.leases import fail, heartbeat, lease, publish, reclaim_expired, release
+from loramill.registry.jobs.leases import JobProgress, fail, heartbeat, lease, publish, reclaim_expired, release
 from loramill.registry.jobs.queue import count_open
 
 __all__ = [
+    "JobProgress",
     "add_event",
     "cancel",
     "count_open",

@@ -1,4 +1,4 @@
-"""Validated checkpoints of a job: versions that can be asked while it trains, before any alias points to them."""
+"""Validated checkpoints of a job: versions that can be used while it trains, before any alias points to them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loramill.registry.database.tables import (
 from loramill.registry.jobs import leases
 from loramill.types import CheckpointRecord, JobSpec, VersionRecord
 
-#: Checkpoints of a job whose versions can be asked; older ones are numbers only.
+#: Newest checkpoints of a job that keep their versions; older ones keep only their metrics.
 MAX_KEPT_VERSIONS = 3
 
 
@@ -34,15 +34,16 @@ def add(
     version: VersionRecord | None,
     metrics: Mapping[str, float],
 ) -> CheckpointRecord:
-    """Records a checkpoint whose artifact is stored already; of a step that was done before, in place of that one.
+    """Records a checkpoint whose artifact is already stored; it replaces an earlier checkpoint of the same step.
 
-    The versions of all but the newest `KEPT` go, unless something else refers to them.
+    Only the newest `MAX_KEPT_VERSIONS` checkpoints keep their versions; older versions are deleted unless something
+    else refers to them.
 
     Args:
-        version: None: the checkpoint can't be asked.
+        version: None: the checkpoint cannot be used as a model.
 
     Raises:
-        LeaseLost: another worker has the job, or it has ended.
+        LeaseLost: another worker has the job, or the job has ended.
     """
     job = leases.lock_held(session, job_id, attempt)
     if version is not None:
@@ -71,10 +72,10 @@ def add(
 def list_checkpoints(
     session: Session, job_id: str, after: str | None = None, limit: int = 10
 ) -> list[CheckpointRecord]:
-    """A page of a job's checkpoints, the latest step first.
+    """Returns a page of a job's checkpoints, latest step first.
 
     Raises:
-        NotFound: `after` is no checkpoint of the job.
+        NotFound: `after` is not a checkpoint of the job.
     """
     statement = select(CheckpointRow).where(CheckpointRow.job == job_id).order_by(CheckpointRow.step.desc())
     if after is not None:
@@ -94,7 +95,7 @@ def _drop_old_versions(session: Session, job_id: str) -> None:
 
 
 def _delete_unreferenced_version(session: Session, job_id: str, version: str) -> None:
-    """Removes a version that only a checkpoint of this job referred to; the sweep removes its artifact."""
+    """Deletes a version that only a checkpoint of this job refers to; the sweep deletes its artifact."""
     elsewhere = or_(
         select(JobRow.id).where(JobRow.version == version).exists(),
         select(CheckpointRow.id).where(CheckpointRow.version == version).exists(),
@@ -103,5 +104,5 @@ def _delete_unreferenced_version(session: Session, job_id: str, version: str) ->
             for table in (AliasRow, AliasChangeRow, EvaluationRow)
         ),
     )
-    gone = delete(VersionRow).where(VersionRow.id == version, VersionRow.job == job_id, ~elsewhere)
-    session.execute(gone, execution_options={"synchronize_session": False})
+    unreferenced = delete(VersionRow).where(VersionRow.id == version, VersionRow.job == job_id, ~elsewhere)
+    session.execute(unreferenced, execution_options={"synchronize_session": False})

@@ -1,8 +1,8 @@
-"""Fair shares: a tenant's `served` is the tokens its jobs were leased for, over its weight; who has least comes next.
+"""Fair shares: the tenant with the smallest `served`, the tokens leased to its jobs divided by its weight, is next.
 
-That is weighted fair queueing with tokens for bytes (Demers, Keshav, Shenker 1989): what a job has left to do is
-charged when it is leased, and what it did not do is given back when it stops. A tenant that was idle is lifted to the
-least of those with open jobs, so that nobody saves up a claim to the whole pool.
+This is weighted fair queueing with tokens instead of bytes (Demers, Keshav, Shenker 1989). The tokens that a job has
+left are charged when it is leased, and those that it did not train on are refunded when it stops. A tenant that was
+idle is raised to the minimum of the tenants with open jobs, so that no tenant saves up a claim to the whole pool.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ WAITING_STATUSES = (JobStatus.QUEUED, JobStatus.PAUSED)
 
 
 def charge(session: Session, job: JobRow) -> None:
-    """Charges the tenant with what a leased job has left to do."""
+    """Charges the tenant for the tokens that a leased job has left."""
     _add_served(session, job, job.cost - job.trained_tokens)
 
 
 def refund(session: Session, job: JobRow) -> None:
-    """Corrects what was charged to what was done; the same for a job that took more than its cost."""
+    """Corrects the charge to the tokens that the job trained on, which can also be more than its cost."""
     _add_served(session, job, job.trained_tokens - job.cost)
 
 
 def enter_queue(session: Session, tenant: str) -> None:
-    """Makes room in the queue for one more of the tenant's jobs, and lifts a tenant that had none open.
+    """Checks that the tenant may queue one more job, and raises the `served` of a tenant without open jobs.
 
     Raises:
         NotFound: there is no such tenant.
-        QuotaExceeded: it has as many jobs waiting as its quota allows.
+        QuotaExceeded: the tenant has as many waiting jobs as its quota allows.
     """
-    # Held until the job is there: of two that submit at once, the second counts the first one's.
+    # Locks the tenant until the job is inserted: of two concurrent submissions, the second counts the first one's job.
     found = session.execute(_TENANT, {"tenant": tenant}).one_or_none()
     if found is None:
         raise NotFound(f"There is no tenant '{tenant}'.", param="tenant")
@@ -46,7 +46,7 @@ def enter_queue(session: Session, tenant: str) -> None:
         )
         if waiting >= found.max_queued:
             raise QuotaExceeded(
-                f"'{tenant}' has {waiting} jobs waiting and may have {found.max_queued}: submit again when some have "
+                f"'{tenant}' has {waiting} waiting jobs and may have {found.max_queued}: submit again when some have "
                 "started, cancel one, or ask an admin for a larger quota."
             )
     if not found.busy:
@@ -54,16 +54,16 @@ def enter_queue(session: Session, tenant: str) -> None:
 
 
 def reenter_queue(session: Session, tenant: str) -> None:
-    """Lifts a tenant, one of whose jobs goes on, if it has no open one."""
+    """Raises the `served` of a tenant without open jobs, one of whose jobs is about to be queued again."""
     if not session.execute(_TENANT, {"tenant": tenant}).one().busy:
         _raise_to_minimum(session, tenant)
 
 
 def _raise_to_minimum(session: Session, tenant: str) -> None:
-    least = session.scalar(select(func.min(TenantRow.served)).where(_open_jobs(TenantRow.name)))
-    if least is not None:
+    minimum = session.scalar(select(func.min(TenantRow.served)).where(_open_jobs(TenantRow.name)))
+    if minimum is not None:
         session.execute(
-            update(TenantRow).where(TenantRow.name == tenant, TenantRow.served < least).values(served=least),
+            update(TenantRow).where(TenantRow.name == tenant, TenantRow.served < minimum).values(served=minimum),
             execution_options={"synchronize_session": False},
         )
 

@@ -1,4 +1,4 @@
-"""A job's history as it is read: its newest lines page by page, or its numbers alone."""
+"""Reading the history of a job: its newest events page by page, or its metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loramill.types import JobEvent
 
 
 def newest_events(session: Session, job_id: str, *, before: int | None, limit: int) -> list[JobEvent]:
-    """At most `limit` events of a job, newest first; only those whose id is below `before`, if that is given."""
+    """Returns at most `limit` events of a job, newest first; with `before`, only those with a smaller ID."""
     statement = select(EventRow).where(EventRow.job == job_id).order_by(EventRow.id.desc()).limit(limit)
     if before is not None:
         statement = statement.where(EventRow.id < before)
@@ -20,9 +20,9 @@ def newest_events(session: Session, job_id: str, *, before: int | None, limit: i
 
 
 def metrics(session: Session, job_id: str) -> list[dict[str, Any]]:
-    """The numbers of a job's metrics events, a dict for each step, in order.
+    """Returns the metrics of a job, one dict per step, in order of steps.
 
-    A step that another attempt did again is there once, as it was done at last.
+    A step that several attempts did appears once, with the metrics of the last attempt.
     """
     statement = select(EventRow.data).where(EventRow.job == job_id, EventRow.kind == "metrics").order_by(EventRow.id)
     steps: dict[int, dict[str, Any]] = {}

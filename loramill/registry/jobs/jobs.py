@@ -1,4 +1,4 @@
-"""Fine-tune jobs: what their owners do with them. What a worker does with them is in leases.py."""
+"""Fine-tune jobs as their owners use them; `leases.py` is for workers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from loramill.registry.jobs import fair_share, transitions
 from loramill.registry.pagination import newest_page
 from loramill.types import Executor, JobEvent, JobRecord, JobSpec, JobStatus
 
-#: Final states from which a job can be retried.
+#: Final statuses that a job can be retried from.
 RETRYABLE_STATUSES = (JobStatus.FAILED, JobStatus.CANCELLED)
 
-
-#: An id that was shortened.
+#: A shortened job ID.
 _ID_PREFIX = re.compile(r"ftjob-[0-9a-f]{4,23}")
 
 
@@ -38,13 +37,13 @@ def submit(
     """Queues a job for the tenant that owns `spec.adapter`.
 
     Args:
-        priority: jobs of a higher one start first, and may preempt.
-        executor: who is to run it.
-        cost: tokens that it will train on, prompts included; 0: not known, and taken for the most that it can be.
+        priority: jobs of a higher priority start first, and may preempt others.
+        executor: what runs the job.
+        cost: number of tokens that the job will train on, prompts included; 0: unknown, so the maximum is assumed.
 
     Raises:
-        NotFound: the tenant, a dataset of its own, or the version to start from doesn't exist.
-        QuotaExceeded: the tenant has as many jobs waiting as it may have.
+        NotFound: the tenant does not exist, or does not have a dataset or the version to start from.
+        QuotaExceeded: the tenant has as many waiting jobs as its quota allows.
     """
     tenant = spec.adapter_name.tenant
     fair_share.enter_queue(session, tenant)
@@ -66,19 +65,19 @@ def submit(
     )
     session.add(row)
     session.flush()
-    transitions.tell(session, row, "Queued.")
+    transitions.add_event(session, row, "Queued.")
     return transitions.to_record(row)
 
 
 def get(session: Session, job_id: str, tenant: str | None = None) -> JobRecord:
-    """The job with this id, or with an id that begins with it (`ftjob-` and at least 4 digits), if `tenant` may see it.
+    """Returns the job with this ID, or with an ID that begins with it (`ftjob-` and at least 4 digits).
 
     Args:
-        tenant: None: an admin, who sees all.
+        tenant: only a job of this tenant; None: an admin, who sees all jobs.
 
     Raises:
-        NotFound: there is none, or it is another tenant's; the message doesn't tell which.
-        InvalidRequest: several ids begin with it.
+        NotFound: there is no such job, or it is another tenant's; the message is the same.
+        InvalidRequest: several IDs begin with it.
     """
     row = session.get(JobRow, job_id) or _find_by_prefix(session, job_id, tenant)
     if row is None or tenant not in (None, row.tenant):
@@ -89,7 +88,7 @@ def get(session: Session, job_id: str, tenant: str | None = None) -> JobRecord:
 def _find_by_prefix(session: Session, prefix: str, tenant: str | None) -> JobRow | None:
     if not _ID_PREFIX.fullmatch(prefix):
         return None
-    # A range of the primary key, which both databases look up in its index. "g" follows every hexadecimal digit.
+    # A range of the primary key, for which both databases use its index. "g" sorts after every hexadecimal digit.
     statement = select(JobRow).where(JobRow.id >= prefix, JobRow.id < prefix + "g").limit(2)
     if tenant is not None:
         statement = statement.where(JobRow.tenant == tenant)
@@ -107,65 +106,69 @@ def list_jobs(
     limit: int = 20,
     metadata: Mapping[str, str] | None = None,
 ) -> list[JobRecord]:
-    """A page of a tenant's jobs, or of all (None), newest first; with `metadata`, of those that have all of it.
+    """Returns a page of a tenant's jobs, newest first.
+
+    Args:
+        tenant: None: jobs of all tenants.
+        metadata: only jobs that have all of these entries.
 
     Raises:
-        NotFound: `after` is no id that the tenant has.
+        NotFound: `after` is not the ID of a job of the tenant.
     """
-    having = [JobRow.labels[key].as_string() == value for key, value in (metadata or {}).items()]
-    return [transitions.to_record(row) for row in newest_page(session, JobRow, tenant, after, limit, having)]
+    filters = [JobRow.labels[key].as_string() == value for key, value in (metadata or {}).items()]
+    return [transitions.to_record(row) for row in newest_page(session, JobRow, tenant, after, limit, filters)]
 
 
 def list_by_metadata(session: Session, key: str, values: Collection[str]) -> list[JobRecord]:
-    """All jobs whose metadata has one of these values under `key`, newest first."""
+    """Returns all jobs whose metadata has one of these values under `key`, newest first."""
     statement = select(JobRow).where(JobRow.labels[key].as_string().in_(values))
     return [transitions.to_record(row) for row in session.scalars(statement.order_by(JobRow.created_at.desc()))]
 
 
 def cancel(session: Session, job_id: str) -> JobRecord:
-    """Cancels a job: at once if it doesn't run, else its worker stops at the next heartbeat.
+    """Cancels a job: immediately if it is not running, otherwise at its worker's next heartbeat.
 
     Raises:
-        NotFound: there is none.
-        Conflict: it has ended already.
+        NotFound: there is no such job.
+        Conflict: the job has already ended.
     """
     row = transitions.lock_job(session, job_id)
     if row.status.final:
-        raise Conflict(f"Job {job_id} can't be cancelled: it is {row.status} already.")
+        raise Conflict(f"Job {job_id} cannot be cancelled: it is already {row.status}.")
     if row.status is not JobStatus.RUNNING:
         transitions.cancel(session, row)
     elif row.pending_action != "cancel":
         row.pending_action = "cancel"
-        transitions.tell(session, row, "Asked to stop.")
+        transitions.add_event(session, row, "Cancellation requested.")
     return transitions.to_record(row)
 
 
 def pause(session: Session, job_id: str) -> JobRecord:
-    """Lets a job wait until `resume`: at once if it doesn't run, else its worker writes a checkpoint and stops.
+    """Pauses a job: immediately if it is not running, otherwise once its worker has written a checkpoint.
 
     Raises:
-        NotFound: there is none.
-        Conflict: it has ended, or is being cancelled.
+        NotFound: there is no such job.
+        Conflict: the job has ended, or is being cancelled.
     """
     row = transitions.lock_job(session, job_id)
     if row.status.final or row.pending_action == "cancel":
         raise Conflict(
-            f"Job {job_id} can't be paused: it is {'being cancelled' if row.pending_action else row.status}."
+            f"Job {job_id} cannot be paused: it is {'being cancelled' if row.pending_action else row.status}."
         )
     if row.status is JobStatus.QUEUED:
         transitions.pause(session, row)
     elif row.status is JobStatus.RUNNING and row.pending_action != "pause":
         row.pending_action = "pause"
-        transitions.tell(session, row, "Asked to pause.")
+        transitions.add_event(session, row, "Pause requested.")
     return transitions.to_record(row)
 
 
 def resume(session: Session, job_id: str) -> JobRecord:
-    """Queues a paused job again; one that was asked to pause and runs still just goes on.
+    """Queues a paused job again; a running job with a pending pause continues to run.
 
     Raises:
-        NotFound: there is none.
-        Conflict: it isn't paused.
+        NotFound: there is no such job.
+        Conflict: the job is not paused.
     """
     row = transitions.lock_job(session, job_id)
     if row.status is JobStatus.PAUSED:
@@ -175,26 +178,27 @@ def resume(session: Session, job_id: str) -> JobRecord:
         row.pending_action = None
     else:
         hint = " `loramill jobs retry` starts it again." if row.status in RETRYABLE_STATUSES else ""
-        raise Conflict(f"Job {job_id} can't be resumed: it is {row.status}, not paused.{hint}")
-    transitions.tell(session, row, "Resumed.")
+        raise Conflict(f"Job {job_id} cannot be resumed: it is {row.status}, not paused.{hint}")
+    transitions.add_event(session, row, "Resumed.")
     return transitions.to_record(row)
 
 
 def retry(session: Session, job_id: str) -> JobRecord:
-    """Queues a failed or cancelled job again, with all its attempts.
+    """Queues a failed or cancelled job again, with all of its attempts.
 
-    It resumes from its last checkpoint if that still exists, and starts over otherwise. A failed job's checkpoints are
-    kept for a week; those of a cancelled one are removed at once.
+    The job resumes from its last checkpoint if that still exists, and otherwise starts over. Checkpoints of a failed
+    job are kept for a week; those of a cancelled job are deleted immediately.
 
     Raises:
-        NotFound: there is none.
-        Conflict: it has not failed and was not cancelled; or its data, or the version that it starts from, was deleted.
-        QuotaExceeded: its tenant has as many jobs waiting as it may have.
+        NotFound: there is no such job.
+        Conflict: the job has neither failed nor been cancelled, or its data or the version that it starts from was
+            deleted.
+        QuotaExceeded: the tenant has as many waiting jobs as its quota allows.
     """
     row = transitions.lock_job(session, job_id)
     if row.status not in RETRYABLE_STATUSES:
         hint = " `loramill jobs resume` resumes it." if row.status is JobStatus.PAUSED else ""
-        raise Conflict(f"Job {job_id} can't be retried: it is {row.status}, neither failed nor cancelled.{hint}")
+        raise Conflict(f"Job {job_id} cannot be retried: it is {row.status}, neither failed nor cancelled.{hint}")
     _check_inputs_exist(session, row)
     fair_share.enter_queue(session, row.tenant)
     before = row.status
@@ -204,39 +208,40 @@ def retry(session: Session, job_id: str) -> JobRecord:
         row.step = row.trained_tokens = 0
     transitions.stop(session, row, JobStatus.QUEUED)
     how = "failed" if before is JobStatus.FAILED else "was cancelled"
-    transitions.tell(session, row, f"Queued again after it {how}.")
+    transitions.add_event(session, row, f"Queued again after it {how}.")
     return transitions.to_record(row)
 
 
 def preempt(session: Session, job_id: str, attempt: int) -> bool:
-    """Asks the worker of this attempt to make room; False if the attempt is over or was asked something already."""
+    """Preempts this attempt at its next heartbeat; returns False if it is over or has another pending action."""
     row = session.get(JobRow, job_id, with_for_update=True)
     if row is None or (row.status, row.attempt, row.pending_action) != (JobStatus.RUNNING, attempt, None):
         return False
     row.pending_action = "preempt"
-    transitions.tell(session, row, "Asked to make room for a job of a higher priority.")
+    transitions.add_event(session, row, "Preemption requested by a job of a higher priority.")
     return True
 
 
 def add_event(
     session: Session,
     job_id: str,
-    level: Literal["info", "warn", "error"],
-    kind: Literal["message", "metrics"],
     message: str,
-    data: Mapping[str, Any],
-) -> JobEvent:
-    """Adds a line to a job's history; `data` is JSON with finite numbers.
+    *,
+    level: Literal["info", "warn", "error"] = "info",
+    kind: Literal["message", "metrics"] = "message",
+    data: Mapping[str, Any] | None = None,
+) -> None:
+    """Adds an event to a job's history; `data` is JSON with finite numbers.
 
     Raises:
         NotFound: there is no such job.
     """
-    # Holding the job keeps its events' ids in the order in which readers get to see them.
-    return transitions.add_event(session, transitions.lock_job(session, job_id), level, kind, message, data)
+    # The lock on the job makes the IDs of its events increase in the order in which readers see them.
+    transitions.add_event(session, transitions.lock_job(session, job_id), message, level=level, kind=kind, data=data)
 
 
 def list_events(session: Session, job_id: str, after: int = 0, limit: int = 1000) -> list[JobEvent]:
-    """The events of a job whose id is greater than `after`, oldest first."""
+    """Returns the events of a job with an ID greater than `after`, oldest first."""
     statement = select(EventRow).where(EventRow.job == job_id, EventRow.id > after).order_by(EventRow.id).limit(limit)
     return [JobEvent.model_validate(row) for row in session.scalars(statement)]
 
@@ -250,7 +255,7 @@ def _check_inputs_exist(session: Session, row: JobRow) -> None:
             _check_start(session, row.tenant, spec.start_from)
     except NotFound as error:
         raise Conflict(
-            f"Job {row.id} can't be retried, since something that it needs was deleted: {error.message} "
+            f"Job {row.id} cannot be retried, since something that it needs was deleted: {error.message} "
             "Submit a new job."
         ) from error
 

@@ -1,14 +1,15 @@
-"""Leases: what a worker does with a job that it holds.
+"""Leases: how a worker takes, keeps and ends a job.
 
-A worker leases a job for some seconds and extends the lease with heartbeats. Each lease raises the job's
-`attempt`, and whatever a worker changes it changes with its attempt: when it was silent for too long and another
-worker has leased the job, everything it still tries raises LeaseLost. That is the fence that lets nothing be
-published twice or by halves.
+A worker leases a job for some seconds and extends the lease with heartbeats. Each lease increments the job's
+`attempt`, and a worker passes its attempt with every change. If a worker was silent for too long and the job was leased
+to another one, all of its changes raise LeaseLost. This fence prevents anything from being published twice or in part.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from typing import cast
 
 from sqlalchemy.orm import Session
 
@@ -27,6 +28,24 @@ from loramill.registry.jobs import queue, transitions
 from loramill.types import Executor, JobRecord, JobSpec, JobStatus, PendingAction, VersionRecord
 
 
+@dataclass(frozen=True, slots=True)
+class JobProgress:
+    """Progress of a job, as its worker reports it; a metric that is None keeps its previous value.
+
+    Attributes:
+        step: optimizer steps done.
+        trained_tokens: tokens trained on so far, prompts included.
+        loss: loss of the last step, in nats per token.
+        valid_loss: loss of the last validation, in nats per token.
+    """
+
+    step: int
+    trained_tokens: int
+    loss: float | None = None
+    valid_loss: float | None = None
+    tokens_per_second: float | None = None
+
+
 def lease(
     session: Session,
     owner: str,
@@ -39,18 +58,18 @@ def lease(
     base: str | None = None,
     reclaim: bool = True,
 ) -> JobRecord | None:
-    """Gives `owner` a job for so many seconds: of those that wait the one of the highest priority, then of the tenant
-    that has had least for its weight, then the oldest. No tenant has more jobs running than its quota allows.
+    """Leases the next queued job to `owner` for some seconds; returns None if no job can start.
 
-    A running job whose lease has run out waits as well; after `max_attempts` leases it has failed instead.
-    None when nothing waits.
+    The next job is the one of the highest priority; then of the tenant that was served least relative to its weight;
+    then the oldest. No tenant has more running jobs than its quota. A running job whose lease has expired is queued
+    first, or has failed after `max_attempts` leases.
 
     Args:
-        executor: takes only jobs for this one; None: any.
-        job_id: takes only this job.
-        base: takes only jobs of the base with this fingerprint; None: of any.
-        settle: first takes jobs whose lease has run out from their workers; false right after an outage of the
-            database, when these workers are about to report again.
+        executor: only jobs for this executor; None: any.
+        job_id: only this job; None: any.
+        base: only jobs of the base with this fingerprint; None: any.
+        reclaim: first reclaim jobs whose lease has expired. False right after an outage of the database, when their
+            workers are about to send heartbeats again.
     """
     if reclaim:
         reclaim_expired(session, now=now, max_attempts=max_attempts)
@@ -62,12 +81,12 @@ def lease(
 
 
 def reclaim_expired(session: Session, *, now: float, max_attempts: int) -> int:
-    """Takes every job from the worker whose lease has run out; returns how many there were.
+    """Ends all leases that have expired; returns their number.
 
-    It waits again, unless its owner asked for something else, its attempts are used up, or its workers vanished twice
-    in a row after the same step: that is what running out of memory looks like. A loss after a later step
-    than at every loss before uses no attempt, and gives back those that were used: such a job progresses, however often
-    it loses its node, and since its steps are finite, so are these losses.
+    Each job is queued again, unless it has a pending cancel or pause, has no attempts left, or lost two workers in a
+    row after the same step, which is what running out of memory looks like. A loss after a later step than every loss
+    before uses no attempt and gives back those used before: such a job makes progress however often it loses its node,
+    and the number of such losses is limited by its number of steps.
     """
     found = queue.expired_leases(session, now)
     for row in found:
@@ -76,35 +95,25 @@ def reclaim_expired(session: Session, *, now: float, max_attempts: int) -> int:
 
 
 def heartbeat(
-    session: Session,
-    job_id: str,
-    attempt: int,
-    *,
-    now: float,
-    seconds: float,
-    step: int,
-    trained_tokens: int,
-    loss: float | None = None,
-    valid_loss: float | None = None,
-    tokens_per_second: float | None = None,
+    session: Session, job_id: str, attempt: int, progress: JobProgress, *, now: float, seconds: float
 ) -> PendingAction | None:
-    """Extends the lease to `now + seconds` and records how far the job is; a figure that is None stays as it was.
+    """Extends the lease to `now + seconds` and records the job's progress.
 
     Returns:
-        What the worker is asked to do: stop ("cancel"), or write a checkpoint and stop ("pause", "preempt"); then it
-        calls `release`.
+        What the worker has to do: stop ("cancel"), or write a checkpoint and stop ("pause", "preempt"), and then call
+        `release`. None: continue.
 
     Raises:
-        LeaseLost: another worker has the job, or it has ended; stop at once.
+        LeaseLost: another worker has the job, or the job has ended; stop at once.
     """
     row = lock_held(session, job_id, attempt)
     row.lease_until = now + seconds
-    row.step, row.trained_tokens = step, trained_tokens
-    row.loss = row.loss if loss is None else loss
-    row.valid_loss = row.valid_loss if valid_loss is None else valid_loss
-    row.tokens_per_second = row.tokens_per_second if tokens_per_second is None else tokens_per_second
+    row.step, row.trained_tokens = progress.step, progress.trained_tokens
+    for metric in ("loss", "valid_loss", "tokens_per_second"):
+        if (value := getattr(progress, metric)) is not None:
+            setattr(row, metric, value)
     session.flush()
-    return transitions.to_record(row).pending_action
+    return cast("PendingAction | None", row.pending_action)
 
 
 def publish(
@@ -117,21 +126,21 @@ def publish(
     trained_tokens: int | None = None,
     result: str | None = None,
 ) -> JobRecord:
-    """Ends the job with its version, whose artifact is stored already; the same call again changes nothing.
+    """Ends the job with its version, whose artifact is already stored. The same call again changes nothing.
 
-    An adapter's first version becomes champion, a later one challenger.
+    The first version of an adapter becomes its champion, a later one its challenger.
 
     Args:
-        step: in the end; None: the spec's last.
-        trained_tokens: in the end; None: as the last heartbeat said.
-        result: the artifact of a full fine-tune's weights, stored already.
+        step: final step; None: the last step of the spec.
+        trained_tokens: final number of trained tokens; None: that of the last heartbeat.
+        result: artifact of the weights of a full fine-tune, already stored.
 
     Raises:
-        LeaseLost: another worker has the job, or it has ended otherwise.
-        JobCancelled: its owner wants it to stop; call `fail` with this error.
-        InvalidRequest: the version isn't this job's.
+        LeaseLost: another worker has the job, or the job has ended in another way.
+        JobCancelled: the job's owner cancelled it; call `fail` with this error.
+        InvalidRequest: the version is of another job, base or tenant.
     """
-    row = _locked(session, job_id, attempt)
+    row = _lock(session, job_id, attempt)
     if (row.status, row.attempt, row.version) == (JobStatus.SUCCEEDED, attempt, version.id):
         return transitions.to_record(row)
     _check_held(row, attempt)
@@ -148,8 +157,8 @@ def publish(
     row.step = spec.steps if step is None else step
     row.trained_tokens = row.trained_tokens if trained_tokens is None else trained_tokens
     transitions.stop(session, row, JobStatus.SUCCEEDED)
-    as_what = f"as {alias}" if alias else "again; it is the champion already"
-    transitions.tell(session, row, f"Published {spec.adapter_name.at(version.id)} {as_what}.")
+    as_what = f"as {alias}" if alias else "again; it is already the champion"
+    transitions.add_event(session, row, f"Published {spec.adapter_name.at(version.id)} {as_what}.")
     return transitions.to_record(row)
 
 
@@ -163,17 +172,17 @@ def fail(
     backoff_seconds: float = 0.0,
     now: float | None = None,
 ) -> JobRecord:
-    """Ends an attempt: the job is queued again if `retry` and attempts are left, else it has failed.
+    """Ends an attempt with an error: queues the job again if `retry` and attempts are left, otherwise fails it.
 
-    A job that its owner cancelled is cancelled, whatever the error. One that found no memory is tried once more with
-    half as many tokens a forward pass, whatever `retry` says.
+    A job with a pending cancel is cancelled whatever the error. A job that ran out of memory is tried once more with
+    half as many tokens per forward pass, whatever `retry` is.
 
     Args:
-        backoff_seconds: before a first retry, then twice as long each time; see `queue.backoff`.
-        now: when the wait begins; None: now.
+        backoff_seconds: delay before the first retry; it doubles with each further one, see `queue.backoff_delay`.
+        now: when the delay begins; None: the current time.
 
     Raises:
-        LeaseLost: another worker has the job, or it has ended.
+        LeaseLost: another worker has the job, or the job has ended.
     """
     row = lock_held(session, job_id, attempt)
     now = time.time() if now is None else now
@@ -181,7 +190,7 @@ def fail(
     if row.pending_action == "cancel" or isinstance(error, JobCancelled):
         transitions.cancel(session, row)
     elif isinstance(error, OutOfMemory):
-        row.returned += 1  # whatever attempts are left, this retry is had
+        row.returned += 1  # this retry happens even if no attempts are left
         transitions.retry_with_smaller_microbatch(session, row, error)
     elif row.pending_action == "pause" and retry:
         transitions.pause(session, row)
@@ -189,8 +198,8 @@ def fail(
         seconds = queue.backoff_delay(backoff_seconds, failures, row.id, attempt)
         row.not_before = now + seconds if seconds else None
         transitions.stop(session, row, JobStatus.QUEUED)
-        message = f"Attempt {attempt} failed and will be tried again in {seconds:.0f} s: {error.message}"
-        transitions.tell(session, row, message, level="warn")
+        message = f"Attempt {attempt} failed and will be retried in {seconds:.0f} s: {error.message}"
+        transitions.add_event(session, row, message, level="warn")
     else:
         transitions.fail(session, row, error)
     return transitions.to_record(row)
@@ -205,15 +214,16 @@ def release(
     backoff_seconds: float = 0.0,
     now: float | None = None,
 ) -> JobRecord:
-    """Gives a job back: to be cancelled or paused if that was asked, else to go on elsewhere; uses up no attempt.
+    """Gives a job back without using up an attempt: it is cancelled or paused if that is pending, otherwise queued.
 
     Args:
         error: an outage that the job did not cause; the job then waits before it starts again.
-        backoff_seconds: the first wait; each further one is twice as long, up to `queue.LONGEST_PAUSE`.
-        now: when the wait begins; None: now.
+        backoff_seconds: delay after the first outage; it doubles with each further one, up to
+            `queue.MAX_OUTAGE_DELAY_SECONDS`.
+        now: when the delay begins; None: the current time.
 
     Raises:
-        LeaseLost: another worker has the job, or it has ended.
+        LeaseLost: another worker has the job, or the job has ended.
     """
     row = lock_held(session, job_id, attempt)
     row.returned += 1
@@ -229,15 +239,15 @@ def release(
             )
             row.not_before = (time.time() if now is None else now) + seconds if seconds else None
         transitions.stop(session, row, JobStatus.QUEUED)
-        message = f"Attempt {attempt} stopped at step {row.step}; the job goes on when a worker is free."
+        message = f"Attempt {attempt} stopped at step {row.step}; the job resumes when a worker is free."
         if error is not None:
             message += f" This uses up no attempt: {error.message}"
-        transitions.tell(session, row, message, level="info" if error is None else "warn")
+        transitions.add_event(session, row, message, level="info" if error is None else "warn")
     return transitions.to_record(row)
 
 
 def _reclaim(session: Session, row: JobRow, max_attempts: int) -> None:
-    twice, row.lost_step = row.lost_step == row.step, row.step
+    lost_twice, row.lost_step = row.lost_step == row.step, row.step
     if row.step > (row.max_lost_step or 0):
         row.max_lost_step, row.returned = row.step, row.attempt
     if row.pending_action == "cancel":
@@ -246,34 +256,33 @@ def _reclaim(session: Session, row: JobRow, max_attempts: int) -> None:
         transitions.pause(session, row)
     elif row.attempt - row.returned >= max_attempts:
         message = (
-            f"Job {row.id} was started {row.attempt} times and its worker disappeared each time, at last {row.owner} "
-            f"after step {row.step}, without getting further than step {row.max_lost_step or 0}. It may need more "
-            "memory "
+            f"Job {row.id} was started {row.attempt} times and its worker disappeared each time, last {row.owner} "
+            f"after step {row.step}, without getting past step {row.max_lost_step or 0}. It may need more memory "
             "than there is: see that worker's log."
         )
         transitions.fail(session, row, JobError(message))
-    elif twice:
-        message = f"Two workers vanished after step {row.step}, as the kernel ends those that take too much memory."
+    elif lost_twice:
+        message = f"Two workers disappeared after step {row.step}, as if the kernel had killed them for lack of memory."
         transitions.retry_with_smaller_microbatch(session, row, OutOfMemory(message))
     else:
         row.pending_action = None
         transitions.stop(session, row, JobStatus.QUEUED)
-        message = f"The worker of attempt {row.attempt} vanished after step {row.step}; the job waits for another."
-        transitions.tell(session, row, message, level="warn")
+        message = f"The worker of attempt {row.attempt} disappeared after step {row.step}; the job is queued again."
+        transitions.add_event(session, row, message, level="warn")
 
 
 def lock_held(session: Session, job_id: str, attempt: int) -> JobRow:
-    """The job's row, locked, if this attempt holds it.
+    """Returns the job's row, locked, if this attempt holds the job.
 
     Raises:
-        LeaseLost: another worker has the job, or it has ended.
+        LeaseLost: another worker has the job, or the job has ended.
     """
-    row = _locked(session, job_id, attempt)
+    row = _lock(session, job_id, attempt)
     _check_held(row, attempt)
     return row
 
 
-def _locked(session: Session, job_id: str, attempt: int) -> JobRow:
+def _lock(session: Session, job_id: str, attempt: int) -> JobRow:
     try:
         return transitions.lock_job(session, job_id)
     except NotFound as error:

@@ -1,4 +1,4 @@
-"""Which jobs wait, in which order, and when a failed one may try again."""
+"""The order of queued jobs, and the delay before a failed job is retried."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from loramill.registry.database.tables import AliasRow, JobRow, TenantRow, Versi
 from loramill.registry.jobs.fair_share import OPEN_STATUSES
 from loramill.types import Alias, Executor, JobStatus
 
-#: No retry waits longer than so many seconds, give or take its jitter.
+#: Maximum delay before a retry, without its jitter.
 MAX_BACKOFF_SECONDS = 600.0
-#: A job waits no longer than this after an outage of a store, which may end at any time.
+#: Maximum delay after an outage of a store, which may end at any time.
 MAX_OUTAGE_DELAY_SECONDS = 60.0
-#: Names the lock of a choice among jobs, for PostgreSQL.
+#: ID of the advisory lock on PostgreSQL that protects the choice of the next job.
 _QUEUE_LOCK_ID = 0x10AA
 
 
 @dataclass(frozen=True, slots=True)
 class QueuedJob:
-    """A job that may start now."""
+    """A queued job that may start now."""
 
     id: str
     executor: Executor
@@ -34,12 +34,14 @@ class QueuedJob:
 def startable_jobs(
     session: Session, now: float, *, executor: Executor | None, limit: int, base: str | None = None
 ) -> list[QueuedJob]:
-    """The jobs that may start now, the next first.
+    """Returns the queued jobs that may start now, the next one first.
 
-    By priority, then what their tenants were served, then how many jobs these have running, then age.
+    They are ordered by priority, then by their tenant's `served`, then by the number of running jobs of their tenant,
+    then by age.
 
     Args:
-        base: only jobs of the base with this fingerprint; None: of any.
+        executor: only jobs for this executor; None: any.
+        base: only jobs of the base with this fingerprint; None: any.
     """
     running = (
         select(JobRow.tenant, func.count().label("jobs"))
@@ -69,12 +71,16 @@ def startable_jobs(
 
 
 def next_job(session: Session, now: float, executor: Executor | None, base: str | None = None) -> JobRow | None:
-    """The next job, of this base if one is given, locked; None when nothing may start.
+    """Returns the next job, locked; None if no job may start.
+
+    Args:
+        executor: only jobs for this executor; None: any.
+        base: only jobs of the base with this fingerprint; None: any.
 
     Raises:
         Unavailable: the database failed meanwhile.
     """
-    # The first look, which finds nothing for most of an idle pool's workers, keeps nobody waiting.
+    # The first query, which finds nothing for most workers of an idle pool, needs no lock.
     while startable_jobs(session, now, executor=executor, limit=1, base=base):
         lock_queue(session)
         for found in startable_jobs(session, now, executor=executor, limit=1, base=base):
@@ -85,10 +91,10 @@ def next_job(session: Session, now: float, executor: Executor | None, base: str 
 
 
 def job_by_id(session: Session, job_id: str, base: str | None = None) -> JobRow | None:
-    """The job of this id, locked, if it waits, its tenant may have one more running, and it is of this base; or None.
+    """Returns this job, locked, if it is queued and its tenant may have one more running job; otherwise None.
 
     Args:
-        base: a fingerprint; None: any.
+        base: None is returned for jobs of other bases than the one with this fingerprint; None: any base.
     """
     lock_queue(session)
     row = _still_queued(session, job_id)
@@ -100,16 +106,16 @@ def job_by_id(session: Session, job_id: str, base: str | None = None) -> JobRow 
 
 
 def lock_queue(session: Session) -> None:
-    """Lets one worker choose at a time, so that each sees what the one before took: shares and quotas hold exactly.
+    """Lets one worker at a time choose a job until its transaction ends, so that shares and quotas hold exactly.
 
-    SQLite's writers are alone anyway.
+    On SQLite nothing is needed, since there is only one writer at a time.
     """
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(_QUEUE_LOCK_ID)))
 
 
 def expired_leases(session: Session, now: float) -> Sequence[JobRow]:
-    """Running jobs whose lease has run out, locked; those that somebody else looks at are left out."""
+    """Returns the running jobs whose lease has expired, locked; skips those that another transaction has locked."""
     statement = (
         select(JobRow)
         .where(JobRow.status == JobStatus.RUNNING, JobRow.lease_until <= now)
@@ -120,15 +126,15 @@ def expired_leases(session: Session, now: float) -> Sequence[JobRow]:
 
 
 def count_open(session: Session) -> int:
-    """How many jobs are queued or running."""
+    """Returns the number of jobs that are queued or running."""
     return session.scalar(select(func.count()).select_from(JobRow).where(JobRow.status.in_(OPEN_STATUSES))) or 0
 
 
 def count_other_bases(session: Session, base: str, served: Collection[str] = ()) -> tuple[int, int]:
-    """How many open jobs wait for another base than `base`, and how many champions are of a base that is not served.
+    """Counts the open jobs of other bases than `base`, and the champions whose base is not served.
 
     Args:
-        base: fingerprint of the base that jobs train on here.
+        base: fingerprint of the base that jobs train on.
         served: fingerprints of the other served bases.
     """
     open_states = [status for status in JobStatus if not status.final]
@@ -145,14 +151,14 @@ def count_other_bases(session: Session, base: str, served: Collection[str] = ())
 def backoff_delay(
     initial_seconds: float, failures: int, job_id: str, attempt: int, *, max_seconds: float = MAX_BACKOFF_SECONDS
 ) -> float:
-    """Seconds before the next attempt: twice as long after each failure, give or take half.
+    """Returns the delay before the next attempt, in seconds: doubled by each failure, with a jitter of up to a half.
 
-    The jitter is a function of the job and the attempt, so jobs that failed together don't come back together.
+    The jitter is a function of the job and the attempt, so that jobs that failed together are not retried together.
 
     Args:
-        seconds: before the first retry.
-        failures: so far, at least 1.
-        longest: the most that it grows to, before the jitter.
+        initial_seconds: delay before the first retry.
+        failures: number of failures so far, at least 1.
+        max_seconds: maximum delay, before the jitter.
     """
     digest = hashlib.sha256(f"{job_id} {attempt}".encode()).digest()
     jitter = 0.5 + int.from_bytes(digest[:8], "big") / 2**64

@@ -1,4 +1,4 @@
-"""A job's results file, as OpenAI's API has it: a CSV of its metrics, made of its history whenever it is read."""
+"""The results file of a job, as in OpenAI's API: a CSV of its metrics, generated on each read."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _COLUMNS = (
 
 
 def job_id_of(file_id: str) -> str | None:
-    """The job whose results have this id; None: it is no results file's id."""
+    """Returns the ID of the job whose results file has this ID; None if it is not the ID of a results file."""
     return file_id.removeprefix(RESULTS_ID_PREFIX) if file_id.startswith(RESULTS_ID_PREFIX) else None
 
 
 def metrics_csv(session: Session, job_id: str) -> bytes:
-    """The CSV: a line for each step that has metrics; what wasn't measured at a step is empty."""
+    """Returns the CSV: one line per step with metrics; values that were not measured at a step are empty."""
     text = io.StringIO()
     table = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
     table.writeheader()

@@ -1,8 +1,8 @@
-"""Places of the pool: who starts what.
+"""Worker slots: places in the pool, each held by one supervisor at a time.
 
-A supervisor starts a session or a job's own trainer only under a name that it holds here, and holds it as long as that
-runs. So two supervisors at once start nothing twice; and what a vanished one held, which vanished with it, is free
-when its time is over.
+A supervisor starts a session or a dedicated trainer only in a slot that it holds, and renews the slot while that runs.
+Two supervisors at the same time therefore start nothing twice. The slots of a supervisor that disappeared, together
+with what ran in them, are free once their time is over.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from loramill.types import FrozenModel
 
 
 class WorkerSlot(FrozenModel):
-    """A place that is held: `size` of the pool's, `ending` if its session is to take no further job."""
+    """A held worker slot.
+
+    Attributes:
+        size: number of the pool's places that it takes.
+        ending: its session takes no further job.
+    """
 
     name: str
     holder: str
@@ -27,7 +32,7 @@ class WorkerSlot(FrozenModel):
 
 
 def list_held(session: Session, now: float) -> list[WorkerSlot]:
-    """The places held now, by name."""
+    """Returns the slots that are held now, by name."""
     statement = select(WorkerSlotRow).where(WorkerSlotRow.until > now).order_by(WorkerSlotRow.name)
     return [
         WorkerSlot(name=row.name, holder=row.holder, size=row.size, ending=row.ending)
@@ -36,7 +41,7 @@ def list_held(session: Session, now: float) -> list[WorkerSlot]:
 
 
 def claim(session: Session, name: str, holder: str, *, now: float, seconds: float, size: int = 1) -> bool:
-    """Takes a place that nobody holds; False if somebody does."""
+    """Takes a free slot; returns False if the slot is held."""
     row = session.get(WorkerSlotRow, name, with_for_update=True)
     if row is not None and row.until > now:
         return False
@@ -52,20 +57,20 @@ def claim(session: Session, name: str, holder: str, *, now: float, seconds: floa
 
 
 def renew(session: Session, holder: str, names: Collection[str], *, now: float, seconds: float) -> None:
-    """Holds these places of the holder for longer, and gives up its others."""
-    mine = WorkerSlotRow.holder == holder
-    session.execute(update(WorkerSlotRow).where(mine, WorkerSlotRow.name.in_(names)).values(until=now + seconds))
+    """Extends these slots of the holder to `now + seconds`, and frees its other slots."""
+    own = WorkerSlotRow.holder == holder
+    session.execute(update(WorkerSlotRow).where(own, WorkerSlotRow.name.in_(names)).values(until=now + seconds))
     session.execute(
-        delete(WorkerSlotRow).where(or_(mine & WorkerSlotRow.name.not_in(names), WorkerSlotRow.until <= now - seconds))
+        delete(WorkerSlotRow).where(or_(own & WorkerSlotRow.name.not_in(names), WorkerSlotRow.until <= now - seconds))
     )
 
 
 def request_end(session: Session, name: str) -> None:
-    """Asks the session of this place to end when its job has ended."""
+    """Makes the session in this slot end after its current job."""
     session.execute(update(WorkerSlotRow).where(WorkerSlotRow.name == name).values(ending=True))
 
 
 def is_open(session: Session, name: str, holder: str) -> bool:
-    """Whether the place is still this holder's, and its session to take further jobs."""
+    """Returns whether this holder still has the slot and its session may take further jobs."""
     row = session.get(WorkerSlotRow, name)
     return row is not None and row.holder == holder and not row.ending

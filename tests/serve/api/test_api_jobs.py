@@ -103,8 +103,8 @@ def _finish(site: Any, job_id: str, tenant: str) -> str:
         while (leased := jobs.lease(session, "test", now=time.time(), seconds=60, max_attempts=2)) is not None:
             if leased.id == job_id:
                 break
-        jobs.heartbeat(session, job_id, 1, now=time.time(), seconds=60, step=3, trained_tokens=99)
-        jobs.add_event(session, job_id, "info", "metrics", "Step 3", {"step": 3, "train_loss": 1.5})
+        jobs.heartbeat(session, job_id, 1, jobs.JobProgress(3, 99), now=time.time(), seconds=60)
+        jobs.add_event(session, job_id, "Step 3", kind="metrics", data={"step": 3, "train_loss": 1.5})
         version = VersionRecord(
             id=hashlib.sha256(job_id.encode()).hexdigest(),
             adapter=f"{tenant}/default",
@@ -160,7 +160,7 @@ def test_pages(client: OpenAI, site: Any, file: str) -> None:
     assert [job.id for job in client.fine_tuning.jobs.list(limit=2)] == made[::-1]
     with site.registry.writing() as session:
         for number in range(6):
-            jobs.add_event(session, made[0], "info", "message", f"event {number}", {})
+            jobs.add_event(session, made[0], f"event {number}")
     expected = [f"event {number}" for number in range(5, -1, -1)] + ["Queued."]
     assert [event.message for event in client.fine_tuning.jobs.list_events(made[0], limit=3)] == expected
     assert [event.message for event in client.fine_tuning.jobs.list_events(made[0])] == expected

@@ -69,17 +69,10 @@ def version_of(site: Any, job: JobRecord, content: str) -> VersionRecord:
 def beat(site: Any, job: JobRecord, step: int, **numbers: Any) -> None:
     with site.registry.writing() as session:
         jobs.heartbeat(
-            session,
-            job.id,
-            job.attempt,
-            now=time.time(),
-            seconds=60,
-            step=step,
-            trained_tokens=100 * step,
-            **numbers,
+            session, job.id, job.attempt, jobs.JobProgress(step, 100 * step, **numbers), now=time.time(), seconds=60
         )
         data = {"step": step, "total_steps": job.spec.steps, "train_loss": 2.0 / step}
-        jobs.add_event(session, job.id, "info", "metrics", f"Step {step}", data)
+        jobs.add_event(session, job.id, f"Step {step}", kind="metrics", data=data)
 
 
 def test_a_life(client: OpenAI, site: Any, tenant: str, job: str) -> None:
@@ -161,8 +154,8 @@ def test_results_are_a_table_of_the_steps(client: OpenAI, site: Any, job: str) -
     again = lease(site, job)
     with site.registry.writing() as session:  # step 3 is done again, and measured
         data = {"step": 3, "train_loss": 0.5, "valid_loss": 0.75}
-        jobs.add_event(session, job, "info", "metrics", "Step 3", data)
-        jobs.heartbeat(session, job, again.attempt, now=time.time(), seconds=60, step=3, trained_tokens=9)
+        jobs.add_event(session, job, "Step 3", kind="metrics", data=data)
+        jobs.heartbeat(session, job, again.attempt, jobs.JobProgress(3, 9), now=time.time(), seconds=60)
     assert client.fine_tuning.jobs.retrieve(job).result_files == []
     client.fine_tuning.jobs.cancel(job)
     with site.registry.writing() as session:
@@ -183,7 +176,7 @@ def test_events_are_read_page_by_page(client: OpenAI, site: Any, job: str, monke
     """However long a history is, a page costs a page."""
     with site.registry.writing() as session:
         for number in range(40):
-            jobs.add_event(session, job, "info", "message", str(number), {})
+            jobs.add_event(session, job, str(number))
     read = []
     monkeypatch.setattr(
         "loramill.registry.jobs.history.JobEvent.model_validate",

@@ -1,0 +1,114 @@
+"""Tenants, their API keys, limits and usage, and the audit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from loramill.types.base import FrozenModel
+
+
+class Scope(StrEnum):
+    """What a key may be used for. An admin's key has every scope; a tenant's key has those it was created with."""
+
+    INFERENCE = "inference"
+    TRAINING = "training"
+    ADAPTERS = "adapters"
+    READ = "read"
+
+
+class Limits(FrozenModel):
+    """What a tenant may use of all gateways together; None: no limit."""
+
+    requests_per_minute: int | None = Field(default=None, ge=1, lt=2**31, description="Requests per minute.")
+    tokens_per_minute: int | None = Field(
+        default=None, ge=1, lt=2**53, description="Prompt and completion tokens per minute."
+    )
+    concurrent_requests: int | None = Field(
+        default=None, ge=1, lt=2**31, description="Generation requests that run at the same time."
+    )
+    stored_bytes: int | None = Field(default=None, ge=0, lt=2**53, description="Total size of uploaded files.")
+
+
+class TenantRecord(Limits):
+    """A tenant with its limits, its fair share and its number of jobs."""
+
+    id: int
+    name: str
+    created_at: float
+    weight: float = Field(default=1.0, description="Share of the pool, relative to the other tenants' weights.")
+    max_running: int | None = Field(
+        default=None, description="Maximum number of running jobs. Null: as many as the pool has room for."
+    )
+    max_queued: int | None = Field(
+        default=None, description="Maximum number of queued and paused jobs. Null: no limit."
+    )
+    running: int = Field(default=0, description="Number of running jobs.")
+    waiting: int = Field(default=0, description="Number of queued and paused jobs.")
+
+
+class KeyRecord(FrozenModel):
+    """An API key as it is stored: with the hash of its secret, never the secret."""
+
+    id: str
+    tenant: str | None = Field(description="Tenant of the key. Null for an admin's key.")
+    hint: str = Field(description="Last four characters of the secret.")
+    created_at: float
+    revoked_at: float | None = None
+    expires_at: float | None = Field(default=None, description="Expiry time. Null: never.")
+    scopes: tuple[Scope, ...] = tuple(Scope)
+
+    @field_validator("scopes", mode="before")
+    @classmethod
+    def _split_scopes(cls, value: object) -> object:
+        return value.split() if isinstance(value, str) else value  # as the database and OAuth write them
+
+
+class UsageRecord(FrozenModel):
+    """Requests and tokens of a tenant on one day (UTC, such as 2026-01-31), for a base or an adapter's version."""
+
+    day: str
+    tenant: str | None = Field(description="Tenant of the requests. Null: an admin, for no tenant.")
+    model: str = Field(description="Name of the base, or tenant/adapter.")
+    version: str | None
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RateWindow:
+    """Requests and tokens of a tenant at one gateway, in one minute and the minute before.
+
+    Attributes:
+        minute: number of the minute since the epoch.
+        tokens: tokens of the requests that have ended.
+        reserved_tokens: maximum number of tokens that the `running_requests` can still use.
+    """
+
+    minute: int
+    requests: int = 0
+    previous_requests: int = 0
+    tokens: int = 0
+    previous_tokens: int = 0
+    running_requests: int = 0
+    reserved_tokens: int = 0
+
+
+class AuditRecord(FrozenModel):
+    """One change that was made through the API."""
+
+    id: str
+    created_at: float
+    tenant: str | None = Field(description="Tenant that owns what changed. Null: no tenant.")
+    actor: str | None = Field(description="Tenant whose key was used. Null: an admin's key.")
+    key: str = Field(description="ID of the API key, or nightly.")
+    action: str = Field(description='Action, such as "adapter.promote".')
+    subject: str = Field(description="Name or ID of what changed.")
+    details: dict[str, Any] = Field(default_factory=dict)
+    request: str = Field(
+        description="ID of the request, as in the x-request-id header and the access log, or of the nightly run."
+    )
