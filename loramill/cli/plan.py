@@ -12,9 +12,11 @@ import typer
 from pydantic import ValidationError
 
 from loramill.cli import show
+from loramill.cli.job_options import option_help
 from loramill.errors import DoesNotFit, InvalidRequest
 from loramill.names import AdapterName
 from loramill.settings import Settings
+from loramill.submission.options import JobOptions
 
 if TYPE_CHECKING:
     from loramill.sizing import GpuPool, SizingPlan, SizingRequest
@@ -43,19 +45,20 @@ def plan(
     gpu: Annotated[str | None, typer.Option(metavar="GPU", help="Its size or name: 24GB, h100.")] = None,
     cpu: Annotated[str | None, typer.Option(metavar="SIZE", help="Instead: memory of a session without a GPU.")] = None,
     per_gpu: Annotated[int | None, typer.Option(help="Jobs that share the GPU.")] = None,
-    method: Annotated[str | None, typer.Option(help="lora, qlora, dora, adalora, pissa, loftq, full.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="Of the base: none, int8, nf4.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
-    targets: Annotated[str | None, typer.Option(metavar="LIST", help="Linears, with commas, or all-linear.")] = None,
-    layers: Annotated[str | None, typer.Option(metavar="LIST", help="Only these, such as 0-7,20.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of the longest example.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
-    answers: Annotated[float | None, typer.Option(help="Part of the tokens that is learnt, 0 to 1.")] = None,
-    micro_tokens: Annotated[int | None, typer.Option(help="Tokens a forward pass; else chosen.")] = None,
+    method: Annotated[str | None, typer.Option(help=option_help("method"))] = None,
+    quantization: Annotated[str | None, typer.Option(help="Quantization of the base: none, int8 or nf4.")] = None,
+    rank: Annotated[int | None, typer.Option(help=option_help("rank"))] = None,
+    targets: Annotated[str | None, typer.Option(metavar="LIST", help=option_help("targets"))] = None,
+    layers: Annotated[str | None, typer.Option(metavar="LIST", help=option_help("layers"))] = None,
+    length: Annotated[int | None, typer.Option(help=option_help("max_length"))] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per optimizer step. Default: 8.")] = None,
+    answers: Annotated[float | None, typer.Option(help="Fraction of the tokens with a loss. Default: 1.")] = None,
+    micro_tokens: Annotated[int | None, typer.Option(help=option_help("micro_tokens"))] = None,
     gradient_checkpointing: Annotated[
-        bool | None, typer.Option(help="Recompute activations; else chosen.", show_default=False)
+        bool | None,
+        typer.Option(help=JobOptions.model_fields["gradient_checkpointing"].description, show_default=False),
     ] = None,
-    offload: Annotated[str | None, typer.Option(help="full: none, optimizer, all; else chosen.")] = None,
+    offload: Annotated[str | None, typer.Option(help=option_help("offload"))] = None,
     json: show.JsonFlag = False,
 ) -> None:
     """Tell what memory a job needs and what makes it fit, from the base's config.json alone.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from loramill.cli import show
 from loramill.cli.dry_run import dry_run
+from loramill.cli.job_options import with_job_options
 from loramill.cli.watch import explain_interrupt, watch_until_done
 from loramill.client import Client
 from loramill.client.models import File, Job, SubmittedJob
@@ -21,8 +20,7 @@ from loramill.errors import Forbidden
 from loramill.names import AdapterName
 from loramill.plural import counted
 from loramill.submission.job_file import check_entries, read_jobs
-from loramill.submission.options import JobOptions, from_text
-from loramill.types import JobSpec
+from loramill.submission.options import from_text
 
 Adapter = Annotated[str | None, typer.Argument(metavar="TENANT/ADAPTER", help="Such as acme/support.")]
 Train = Annotated[
@@ -66,131 +64,6 @@ DryRun = Annotated[
 ]
 Wait = Annotated[bool, typer.Option("--wait", help="Show progress until all has ended.")]
 Promote = Annotated[bool, typer.Option("--promote", help="Wait for the job, then make the new version the champion.")]
-
-#: What can be said of a job, by panel of the help.
-_OPTION_HELP: Mapping[str, Mapping[str, str]] = {
-    "Method": {
-        "method": "How the base is adapted.",
-        "rank": "Rank of the adapter.",
-        "alpha": "Scale of the adapter: alpha / rank.",
-        "rslora": "Scale by alpha / sqrt(rank).",
-        "dropout": "Dropout before the adapter, 0 to 1.",
-        "targets": "Linears that are adapted: all-linear, or names such as q_proj,v_proj.",
-        "layers": "Layers that are adapted, such as 0-7,20.",
-        "rank_pattern": "Other ranks by the end of a linear's name: down_proj=32,0.q_proj=4.",
-        "alpha_pattern": "Other alphas, likewise.",
-        "init_rank": "AdaLoRA: rank before pruning.",
-        "loraplus_lr_ratio": "LoRA+: learning rate of B over that of A.",
-        "quantization": "What the base must be served with.",
-        "start_from": 'Go on from "champion" or a version; else fresh.',
-        "base": "Model to tune; else the gateway's.",
-    },
-    "Training": {
-        "epochs": "Passes over the examples; each pass sees every example once.",
-        "steps": "Optimizer steps, instead of --epochs.",
-        "batch_size": "Examples a step.",
-        "learning_rate": "Learning rate.",
-        "schedule": "Of the learning rate after the warm-up.",
-        "warmup_ratio": "Part of the steps that warms up, 0 to 1.",
-        "weight_decay": "Weight decay.",
-        "max_grad_norm": "Norm that gradients are clipped to.",
-        "max_length": "Tokens of the longest example.",
-        "train_on": "Answers of a conversation that are trained, where `all` leaves out those of weight 0.",
-        "packing": "Let examples share rows without padding.",
-        "eval_every": "Steps between validations.",
-        "patience": "Validations without gain before an early stop.",
-        "keep": "Weights that become the version.",
-        "checkpoint_every": "Steps between checkpoints.",
-        "seed": "Seed of the run.",
-    },
-    "Placement": {
-        "priority": "Jobs of a higher one go first, -100 to 100.",
-        "executor": "A session, or a trainer of its own.",
-        "gpus": "GPUs that share one step.",
-        "micro_tokens": "Tokens of one forward pass.",
-        "gradient_checkpointing": "Recompute activations instead of keeping them.",
-        "offload": "Full fine-tuning: what lies in host memory.",
-        "metadata": "Up to 16 NAME=VALUE pairs that are kept with the job.",
-    },
-}
-_SHORT_FLAGS = {"learning_rate": ("--lr",)}
-#: Defaults that depend on the job, the data or the pool, as the help shows them.
-_DERIVED_DEFAULTS = {
-    "alpha": "2 x rank",
-    "targets": "all-linear",
-    "epochs": "3, or as many as make 30 to 300 steps",
-    "batch_size": "8, or fewer for few examples",
-    "learning_rate": "0.001; full: 0.0001",
-    "max_length": "1024, or the base's context if shorter",
-    "eval_every": "at checkpoints",
-    "checkpoint_every": "a quarter of the steps, 10 to 100",
-    "micro_tokens": "what fits",
-    "gradient_checkpointing": "what fits",
-    "offload": "what fits",
-    "layers": "all",
-    "init_rank": "1.5 x rank",
-}
-
-
-def with_job_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for everything that can be said of a job, in place of its `**options`."""
-    signature = inspect.signature(command, eval_str=True)
-    fixed = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-    options = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[_option_type(name) | None, _option(name, help_text, panel)],
-        )
-        for panel, helps in _OPTION_HELP.items()
-        for name, help_text in helps.items()
-    ]
-    command.__signature__ = signature.replace(parameters=[*fixed, *options])  # type: ignore[attr-defined]
-    return command
-
-
-def _default_text(name: str) -> str:
-    """The default of an option, as its help shows it."""
-    field = JobSpec.model_fields.get(name)
-    chosen = _DERIVED_DEFAULTS.get(name) or (None if field is None or field.is_required() else field.default)
-    if chosen is None or chosen in ({}, False):
-        return ""
-    return f" (default: {'yes' if chosen is True else chosen})"
-
-
-def _option(name: str, help_text: str, panel: str) -> Any:
-    flag, kind = f"--{name.replace('_', '-')}", _option_type(name)
-    if kind is bool:
-        flag = f"{flag}/--no-{name.replace('_', '-')}"
-    words = get_args(kind) if get_origin(kind) is Literal else ()
-    if words:
-        help_text = f"{help_text.removesuffix('.')}: {', '.join(words)}."
-    return typer.Option(
-        flag,
-        *_SHORT_FLAGS.get(name, ()),
-        help=help_text + _default_text(name),
-        metavar="WORD" if words else None,
-        rich_help_panel=panel,
-    )
-
-
-def _option_type(name: str) -> Any:
-    """The type of an option: that of its field, or text where the value is more than one word or number.
-
-    A flag with a third state besides yes and no takes a word.
-    """
-    choices: list[str] = []
-    for kind in get_args(JobOptions.model_fields[name].annotation) or (JobOptions.model_fields[name].annotation,):
-        if kind is bool and name in _DERIVED_DEFAULTS:
-            return Literal["yes", "no"]
-        if kind in (int, float, bool):
-            return kind
-        if get_origin(kind) is Literal:
-            choices += get_args(kind)
-        elif kind is not NoneType:
-            return str
-    return Literal[tuple(choices)]
 
 
 @with_job_options

@@ -1,4 +1,4 @@
-"""What a submitter may say of a job, whether from Python, on the command line, or in a line of a file of jobs."""
+"""The options of a job, as Python, the command line, and a line of a file of jobs give them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 from pydantic import ConfigDict, Field, ValidationError
 
 from loramill.errors import InvalidRequest
-from loramill.submission.request import LoramillOptions
+from loramill.submission.request import LoramillOptions, spec_field
 from loramill.types import Executor, Quantization, Schedule
 
 if TYPE_CHECKING:
@@ -17,25 +17,29 @@ if TYPE_CHECKING:
 
 
 class JobOptions(LoramillOptions):
-    """Everything that can be said of a job besides its adapter and data; None leaves the choice to the gateway."""
+    """All options of a job besides its adapter and data; the gateway chooses what is None."""
 
-    # A command line gives numbers as texts.
+    # A command line gives numbers as text.
     model_config = ConfigDict(strict=False)
-    base: str | None = Field(default=None, description="the model to tune; None: the gateway's")
-    epochs: int | None = Field(default=None, description="passes over the examples; steps win")
-    batch_size: int | None = Field(default=None, description="examples a step")
-    seed: int | None = None
-    metadata: dict[str, str] | None = None
+    base: str | None = Field(default=None, description="Name of the base to fine-tune. Default: the gateway's.")
+    epochs: int | None = Field(
+        default=None, description="Passes over the training file. Default: 3, or as many as make 30 to 300 steps."
+    )
+    batch_size: int | None = spec_field("batch_size", "8, or fewer for few examples")
+    seed: int | None = spec_field("seed")
+    metadata: dict[str, str] | None = Field(
+        default=None, description="Up to 16 NAME=VALUE pairs that are stored with the job."
+    )
 
     def to_request(self) -> dict[str, Any]:
-        """These as the gateway takes them: OpenAI's words where there are any, the others under `loramill`."""
-        usual = {"n_epochs": self.epochs, "batch_size": self.batch_size}
+        """The body of a request to the gateway: OpenAI's fields where there are any, the others under `loramill`."""
+        hyperparameters = {"n_epochs": self.epochs, "batch_size": self.batch_size}
         own = self.model_dump(include=set(LoramillOptions.model_fields), exclude_unset=True, exclude_none=True)
         request = {
             "model": self.base,
             "seed": self.seed,
             "metadata": self.metadata,
-            "method": {"type": "supervised", "supervised": {"hyperparameters": drop_none(usual)}},
+            "method": {"type": "supervised", "supervised": {"hyperparameters": drop_none(hyperparameters)}},
             "loramill": own,
         }
         return drop_none(request)
@@ -61,7 +65,7 @@ class JobOptionsDict(TypedDict, total=False):
     alpha_pattern: Mapping[str, float] | None
     init_rank: int | None
     loraplus_lr_ratio: float | None
-    learn: Literal["last", "all"] | None
+    train_on: Literal["last", "all"] | None
     learning_rate: float | None
     schedule: Schedule | None
     steps: int | None
@@ -83,16 +87,16 @@ class JobOptionsDict(TypedDict, total=False):
     executor: Executor | None
 
 
-#: Options that are written NAME=VALUE,… where only text can be written, and those that are lists.
+#: Options written as NAME=VALUE,… where only text can be given, and options that are lists.
 PAIRS = ("rank_pattern", "alpha_pattern", "metadata", "columns", "valid_columns")
 LISTS = ("targets",)
 
 
 def read_options(options: Mapping[str, object]) -> JobOptions:
-    """Checks options by their names and types; ranges are the gateway's to check, which knows the base.
+    """Checks the names and types of options; the gateway, which knows the base, checks ranges.
 
     Raises:
-        InvalidRequest: an unknown option, or a value of another type; a line of the message for each.
+        InvalidRequest: options are unknown, or of another type; the message has a line for each.
     """
     try:
         return JobOptions.model_validate(drop_none(options))
@@ -101,10 +105,10 @@ def read_options(options: Mapping[str, object]) -> JobOptions:
 
 
 def from_text(name: str, text: str) -> object:
-    """The value that a cell of a table or an option of a command line stands for; types are checked later.
+    """The value of a table's cell or of an option on the command line; types are checked later.
 
     Raises:
-        InvalidRequest: it should be pairs and isn't.
+        InvalidRequest: it must be pairs and is not.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if name in LISTS:
@@ -120,7 +124,11 @@ def from_text(name: str, text: str) -> object:
 
 
 def columns_of(name: str, text: str | None) -> Columns:
-    """Parses the command-line option `name`, which names columns.
+    """The columns of a command-line option.
+
+    Args:
+        name: of the option.
+        text: its value.
 
     Raises:
         InvalidRequest: it is neither pairs nor "auto".
@@ -129,7 +137,7 @@ def columns_of(name: str, text: str | None) -> Columns:
 
 
 def drop_none(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What isn't None."""
+    """The fields that are not None."""
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -25,7 +25,7 @@ def spec_field(name: str, default: str = "") -> Any:
         default: describes a default that depends on the job, the data or the pool; else JobSpec's own is shown.
     """
     info = JobSpec.model_fields[name]
-    if not default and not info.is_required() and info.default not in (None, False, {}):
+    if not default and not (info.is_required() or info.default is None or info.default is False or info.default == {}):
         default = "yes" if info.default is True else str(info.default)
     return Field(default=None, description=f"{info.description} Default: {default}." if default else info.description)
 

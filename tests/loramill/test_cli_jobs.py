@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 
 from loramill import Client
 from loramill.cli import app
+from loramill.cli.job_options import PANELS
 from loramill.cli.show import duration
-from loramill.cli.submit import _OPTION_HELP
 from loramill.cli.watch import JobPoller, _follow, jobs_table
 from loramill.client.jobs import JobsResource
 from loramill.client.models import Job
@@ -66,7 +66,7 @@ def submitted(tenant: str, *words: str) -> str:
 
 
 def test_every_option_of_a_job_is_an_option_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = [name for helps in _OPTION_HELP.values() for name in helps]
+    told = [name for names in PANELS.values() for name in names]
     assert sorted(told) == sorted(JobOptions.model_fields)
     monkeypatch.setenv("COLUMNS", "200")
     text = ok("submit", "--help").stdout
