@@ -1,74 +1,62 @@
-"""What is counted of an engine replica, from looks at its engine."""
+"""Metrics of an engine replica, taken from its statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge
 
 from loramill.serve.engine import EngineStats
 from loramill.serve.engine.durations import BOUNDS_SECONDS
 from loramill.serve.metrics.definitions import REGISTRY
+from loramill.serve.metrics.prometheus_private import PrecountedHistogram
 
-
-class _PrecountedHistogram(Histogram):
-    """A histogram that takes durations which were counted elsewhere, in its own buckets."""
-
-    def add_counts(self, counts: Sequence[int], seconds: float) -> None:
-        """So many more in each bucket, and the seconds that they took together."""
-        for bucket, more in zip(self._buckets, counts, strict=True):
-            bucket.inc(more)
-        self._sum.inc(seconds)
-
-
-#: What is as it is now.
+#: Current levels.
 _GAUGES = {
     name: Gauge(f"loramill_{name}", text, ("replica",), registry=REGISTRY, multiprocess_mode="livesum")
     for name, text in {
         "engine_running": "Answers in the batch.",
-        "engine_waiting": "Answers that don't run yet, or had to give up their place.",
+        "engine_waiting": "Answers that do not run yet, or were preempted.",
         "kv_blocks": "Blocks of the KV cache.",
-        "kv_blocks_used": "Blocks of the KV cache that answers hold.",
+        "kv_blocks_used": "Blocks of the KV cache in use by answers.",
         "adapter_slots": "Adapters that can be resident at once.",
         "adapter_slots_used": "Adapters that are resident or being loaded.",
-        "adapter_bytes": "Memory of the resident adapters.",
-        "adapter_host_bytes": "Memory of the adapters that were read and may have no slot.",
+        "adapter_bytes": "Bytes of the resident adapters.",
+        "adapter_host_bytes": "Bytes of the host-memory cache of adapters.",
     }.items()
 }
 
-#: What only grows, by its name in EngineStats.
+#: Totals, by their names in EngineStats.
 _COUNTERS = {
     field: Counter(f"loramill_{name}", text, ("replica",), registry=REGISTRY)
     for field, name, text in (
         ("steps", "engine_steps", "Steps that ran the model."),
-        ("computed_tokens", "engine_computed_tokens", "Rows that passed the decoder, of prompts and answers."),
+        ("computed_tokens", "engine_computed_tokens", "Tokens that passed the decoder, of prompts and answers."),
         ("generated_tokens", "engine_generated_tokens", "Tokens of answers."),
-        ("reused_tokens", "prefix_cache_reused_tokens", "Rows that the prefix cache spared."),
-        ("preemptions", "engine_preemptions", "Times that an answer gave up its place and was computed anew."),
-        ("loads", "adapter_loads", "Adapters that got a slot and were loaded."),
-        ("load_failures", "adapter_load_failures", "Adapters that couldn't be loaded."),
+        ("reused_tokens", "prefix_cache_reused_tokens", "Tokens that the prefix cache saved from being computed."),
+        ("preemptions", "engine_preemptions", "Preemptions: answers that lost their KV blocks and are computed again."),
+        ("loads", "adapter_loads", "Adapters that were loaded into a slot."),
+        ("load_failures", "adapter_load_failures", "Adapters that failed to load."),
         ("evictions", "adapter_evictions", "Adapters that lost their slot to another."),
     )
 }
 
-#: How long things took, by their name in EngineStats.
+#: Durations, by their names in EngineStats.
 _HISTOGRAMS = {
-    field: _PrecountedHistogram(
+    field: PrecountedHistogram(
         f"loramill_{name}_seconds", text, ("replica",), registry=REGISTRY, buckets=BOUNDS_SECONDS
     )
     for field, name, text in (
-        ("waits", "engine_queue", "From an answer's submit until it first ran."),
-        ("step_times", "engine_step", "One step of the model for all answers that run."),
-        ("load_times", "adapter_load", "From when an adapter had a slot until it was ready."),
+        ("queue_times", "engine_queue", "From the submission of an answer until it first ran."),
+        ("step_times", "engine_step", "One step of the model for all running answers."),
+        ("load_times", "adapter_load", "From the allocation of an adapter's slot until the adapter was ready."),
     )
 }
 
 
 class EngineMetrics:
-    """Carries over what a replica's engine counts.
+    """Exports the statistics of one replica's engine.
 
     Args:
-        replica: the label; another one for each engine that ever ran.
+        replica: value of the label; unique to each engine that ever ran.
     """
 
     def __init__(self, replica: str) -> None:
@@ -76,7 +64,7 @@ class EngineMetrics:
         self._previous = EngineStats()
 
     def update(self, stats: EngineStats) -> None:
-        """Takes a look in; called by one thread, about as often as the numbers should be new."""
+        """Exports new statistics; called by one thread, at the interval at which metrics should change."""
         levels = {
             "engine_running": stats.running,
             "engine_waiting": stats.waiting,
@@ -91,8 +79,8 @@ class EngineMetrics:
             _GAUGES[name].labels(self._replica).set(level)
         for name, counter in _COUNTERS.items():
             counter.labels(self._replica).inc(getattr(stats, name) - getattr(self._previous, name))
-        for name, tally in _HISTOGRAMS.items():
+        for name, histogram in _HISTOGRAMS.items():
             now, before = getattr(stats, name), getattr(self._previous, name)
-            more = [count - past for count, past in zip(now.counts, before.counts, strict=True)]
-            tally.labels(self._replica).add_counts(more, now.seconds - before.seconds)
+            counts = [count - past for count, past in zip(now.counts, before.counts, strict=True)]
+            histogram.labels(self._replica).add_counts(counts, now.total_seconds - before.total_seconds)
         self._previous = stats

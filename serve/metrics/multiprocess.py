@@ -1,6 +1,6 @@
-"""All metrics of this process, or of all processes that share its folder, as Prometheus reads them."""
+"""The metrics of this process, or of all processes that share its folder, in Prometheus' text format."""
 
-# Prometheus' client has no types where processes share a folder.
+# Prometheus' client has no types for the files of several processes.
 # mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from loramill.serve.metrics.definitions import MULTIPROC_DIR, REGISTRY
+from loramill.serve.metrics.prometheus_private import read_values, write_values
 
-#: What `exposition` returns.
+#: Content type of what `exposition` returns.
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 
-#: Seconds that the numbers of an ended replica are still told; scrapes are closer together.
+#: Seconds for which the metrics of an ended replica remain; longer than the interval between scrapes.
 RETENTION_SECONDS = 600.0
 
 
 def exposition() -> bytes:
-    """The metrics in Prometheus' text format; takes some milliseconds a thousand series."""
+    """The metrics in Prometheus' text format; takes some milliseconds per thousand series."""
     if MULTIPROC_DIR is None:
         return generate_latest(REGISTRY)
     registry = CollectorRegistry()
@@ -39,17 +39,17 @@ def exposition() -> bytes:
 
 
 def merge_dead_processes(folder: Path, *, older_than: float) -> None:
-    """Takes in what ended processes left: what they were doing goes at once, what they counted is kept.
+    """Merges the files of ended processes: their gauges are removed at once, their counts are kept.
 
-    The counts of those whose end was seen before `older_than` become one file of each kind, of process 0, without what
-    belonged to one replica: no scrape gets dearer with every process that ever ran.
+    The counts of processes whose end was noticed before `older_than` become one file per kind, of process 0, without
+    the series of single replicas: a scrape does not become slower with every process that ever ran.
     """
     ended = [file for file in folder.glob("*.db") if not _is_alive(_pid_of(file))]
-    for process in {_pid_of(file) for file in ended if file.name.startswith("gauge_live")}:
-        # Its end is seen for the first time: from now on counts how long ago it was.
-        for file in folder.glob(f"*_{process}.db"):
+    for pid in {_pid_of(file) for file in ended if file.name.startswith("gauge_live")}:
+        # The end is noticed for the first time: the files' age is counted from now.
+        for file in folder.glob(f"*_{pid}.db"):
             file.touch()
-        mark_process_dead(process, str(folder))
+        mark_process_dead(pid, str(folder))
     for kind in ("counter", "histogram"):
         old = [file for file in ended if file.name.startswith(kind) and file.stat().st_mtime < older_than]
         if old:
@@ -59,15 +59,12 @@ def merge_dead_processes(folder: Path, *, older_than: float) -> None:
 def _merge_files(files: list[Path], into: Path) -> None:
     totals: defaultdict[str, float] = defaultdict(float)
     for file in files if not into.exists() else [into, *files]:
-        for key, value, _, _ in MmapedDict.read_all_values_from_file(str(file)):
+        for key, value in read_values(file):
             if "replica" not in json.loads(key)[2]:
                 totals[key] += value
     merged = into.with_suffix(".new")
-    merged.unlink(missing_ok=True)  # of a merge that was cut short
-    values = MmapedDict(str(merged))
-    for key, value in totals.items():
-        values.write_value(key, value, 0.0)
-    values.close()
+    merged.unlink(missing_ok=True)  # left by a merge that was interrupted
+    write_values(merged, totals)
     merged.replace(into)
     for file in files:
         file.unlink()
@@ -77,19 +74,19 @@ def _pid_of(file: Path) -> int:
     return int(file.stem.rpartition("_")[2])
 
 
-def _is_alive(process: int) -> bool:
-    if process == 0:  # what was merged
+def _is_alive(pid: int) -> bool:
+    if pid == 0:  # the merged file
         return True
     try:
-        os.kill(process, 0)
-    except (ProcessLookupError, PermissionError):  # of another user's: the number was given away anew
+        os.kill(pid, 0)
+    except (ProcessLookupError, PermissionError):  # of another user: the pid was reused
         return False
     return True
 
 
 @contextmanager
 def _exclusive_lock(folder: Path) -> Iterator[None]:
-    """Keeps other processes and threads from reading what is half merged."""
+    """Keeps other processes and threads from reading files during a merge."""
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

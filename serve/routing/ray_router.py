@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
 from loramill.serve.protocol import TextRequest
+from loramill.serve.ray_private import RequestRouterByCall
 from loramill.serve.routing.policy import RecentDispatches, ReplicaReport, RoutingLimits, route
 
 
-class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped here
+class AdapterRouter(RequestRouterByCall):
     """Sends a request where its adapter is, as long as that is no busier than the rest."""
 
     def initialize_state(self, **limits: float) -> None:
@@ -52,16 +52,6 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped here
         here = {replica.replica_id for replica in replicas}
         self._reports = {name: known for name, known in self._reports.items() if name in here}
         super().update_replicas(replicas)
-
-    async def _choose_replica_for_request(
-        self, pending_request: PendingRequest, *, is_retry: bool = False
-    ) -> RunningReplica:
-        # All that a replica calls on behalf of one call to it has one id, by which the base class finds the one that a
-        # replica was chosen for: all but the first would wait for ever.
-        if not is_retry:
-            own = f"{pending_request.metadata.internal_request_id}-{id(pending_request):x}"
-            pending_request.metadata = replace(pending_request.metadata, internal_request_id=own)
-        return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
 
     def _report(self, replica: RunningReplica) -> ReplicaReport:
         stats = replica.routing_stats

@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from loramill.errors import LoramillError, Overloaded, Unavailable
 from loramill.serve.protocol import TextChunk, TextRequest
+from loramill.serve.ray_private import by_value
 from loramill.serve.transport.channel import REPLICA_LOST, Arrival, Receiver, ReplicaLost
 
 #: Seconds after a call's end within which its last chunk must be there.
@@ -31,8 +32,7 @@ class HandleBackend:
     def __init__(
         self, handle: DeploymentHandle, receiver: Receiver, *, start_seconds: float, scales_to_zero: bool
     ) -> None:
-        # By gRPC: it takes half the time of a call of Ray's own, and a request is no object that others may want.
-        self._handle = handle.options(_by_reference=False)
+        self._handle = by_value(handle)
         self._receiver = receiver
         self._start_seconds = start_seconds
         self._scales_to_zero = scales_to_zero
