@@ -1,1 +1,1 @@
-"""How many replicas run."""
+"""The number of engine replicas."""

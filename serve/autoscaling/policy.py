@@ -1,8 +1,8 @@
-"""How many engine replicas a base needs: a pure decision from what they have before them.
+"""How many engine replicas a base needs: a pure function of their pending work.
 
-More come at once, as many as the pending work asks for. Fewer come when fewer have been enough for a while, and none
-when nobody has asked for long. How fast a replica is, is learned while it has more to do than it should: only then do
-the tokens that it computes tell what it can.
+The number rises at once to what the pending work needs. It falls when fewer replicas have sufficed for a while, and to
+zero when there has been no request for long. A replica's speed is measured while it has more work than its target:
+only then does the number of tokens that it computes show its capacity.
 """
 
 from __future__ import annotations
@@ -11,8 +11,16 @@ import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-#: Seconds over which the speed of a replica is learned.
-_SPEED_WINDOW_SECONDS = 10.0
+#: Tokens per second, of prompts and answers, that a fully loaded replica computes: a guess until it is measured.
+INITIAL_TOKENS_PER_SECOND = 500.0
+#: Time constant in seconds of the average over which the speed of a replica is measured.
+SPEED_WINDOW_SECONDS = 10.0
+#: Fraction of the replicas' speed in use above which their number does not fall.
+MAX_UTILIZATION = 0.7
+#: Seconds after a change until the time to first token reflects it.
+SETTLE_SECONDS = 20.0
+#: Tokens of a queued request, where there are no others to take the mean of.
+DEFAULT_REQUEST_TOKENS = 256.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,37 +28,28 @@ class ScalingTargets:
     """What the policy aims at.
 
     Attributes:
-        pending_seconds: of work that a replica may have before it.
-        speed: tokens a second, prompts' and answers', that a replica computes when it is full; a guess that holds until
-            it has been seen.
-        first_token_seconds: to the first token, beyond which a replica with requests that wait has too much to do.
-        usage: of the replicas' speed, what is used at most when there are to be fewer.
-        settle_seconds: after a change until the time to the first token tells of it.
-        down_seconds: for which fewer must have been enough.
-        idle_seconds: without a request until there are none, where there may be none.
-        request_tokens: of a request that no replica has yet, where the others' aren't known either.
+        pending_seconds: queued work per replica above which the number rises.
+        first_token_seconds: time to first token above which a replica with waiting requests is overloaded.
+        down_seconds: time for which fewer replicas must have sufficed before the number falls.
+        idle_seconds: time without requests after which the number falls to zero, where zero is allowed.
     """
 
     pending_seconds: float = 4.0
-    tokens_per_second: float = 500.0
     first_token_seconds: float = 2.0
-    max_utilization: float = 0.7
-    settle_seconds: float = 20.0
     down_seconds: float = 60.0
     idle_seconds: float = 300.0
-    request_tokens: float = 256.0
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLoad:
-    """What a replica says of itself.
+    """The load that a replica reports.
 
     Attributes:
-        pending_tokens: of prompts and answers, not computed yet; of an answer, what is likely still to come.
-        tokens_per_second: computed lately, prompts' and answers'.
-        first_token_seconds: to the first token lately; 0 if there was none.
-        running: requests that are computed.
-        waiting: requests that are not, for want of room.
+        pending_tokens: tokens of prompts and answers to compute; for an answer, as many as are likely to remain.
+        tokens_per_second: recently computed tokens of prompts and answers.
+        first_token_seconds: mean time to first token recently; 0 without one.
+        running: number of running requests.
+        waiting: number of waiting requests.
     """
 
     pending_tokens: float = 0.0
@@ -62,14 +61,14 @@ class ReplicaLoad:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSet:
-    """A base's replicas now.
+    """The replicas of a base.
 
     Attributes:
         now: seconds of any clock.
-        wanted: replicas that were last decided on; some of them may not be up yet.
-        up: the load of those that are.
-        queued: requests at the gateways that no replica has taken.
-        least, most: replicas that there may be.
+        target_replicas: the last decision; some of these replicas may not be running yet.
+        loads: the loads of the running replicas.
+        queued_requests: requests at the gateways that no replica has accepted.
+        min_replicas, max_replicas: bounds of the decision.
     """
 
     now: float
@@ -82,15 +81,15 @@ class ReplicaSet:
 
 @dataclass(frozen=True, slots=True)
 class PolicyState:
-    """What a decision leaves for the next one.
+    """What a decision passes to the next one.
 
     Attributes:
         now: when it was made.
-        speed: of a full replica, as far as it was seen.
-        asked: when there was last something to do.
-        changed: when the number of replicas last changed.
-        enough: when how many would have been enough, of the last `down_seconds`. Only those are kept after which no
-            more were needed, so that the first is the highest.
+        last_active: when there was last a request.
+        last_change: when the number of replicas last changed.
+        tokens_per_second: measured speed of a fully loaded replica; None before the first measurement.
+        sufficient: pairs of a time within the last `down_seconds` and the number of replicas that would have sufficed
+            then. Numbers that a later one exceeds or equals are dropped, so the first pair has the highest number.
     """
 
     now: float
@@ -101,19 +100,19 @@ class PolicyState:
 
 
 class Reason(StrEnum):
-    """Why there are to be so many replicas."""
+    """Why there are to be this many replicas."""
 
-    STEADY = "as before"
-    BOUNDS = "the bounds have changed"
-    PENDING_WORK = "the pending work asks for it"
-    FIRST_TOKEN = "first tokens take too long"
-    OVERPROVISIONED = "fewer have been enough"
-    IDLE = "nobody asks"
+    STEADY = "no change"
+    BOUNDS = "outside of the bounds"
+    PENDING_WORK = "pending work above target"
+    FIRST_TOKEN = "time to first token above target"
+    OVERPROVISIONED = "over-provisioned"
+    IDLE = "idle"
 
 
 @dataclass(frozen=True, slots=True)
 class ScalingDecision:
-    """How many replicas there are to be, why, and what the next decision needs to know."""
+    """How many replicas there are to be, why, and the state for the next decision."""
 
     replicas: int
     reason: Reason
@@ -121,74 +120,84 @@ class ScalingDecision:
 
 
 def decide(replica_set: ReplicaSet, state: PolicyState | None, targets: ScalingTargets) -> ScalingDecision:
-    """How many replicas there are to be from now on; `memory` is the last decision's."""
-    state = _observe(replica_set, state or PolicyState(replica_set.now, replica_set.now, replica_set.now), targets)
+    """Decides how many replicas there are to be; `state` is the last decision's, None at first."""
+    now = replica_set.now
+    state = _observe(replica_set, state or PolicyState(now, now, now), targets)
     replicas, reason = _target_replicas(replica_set, state, targets)
     if replicas != replica_set.target_replicas:
-        state = replace(state, last_change=replica_set.now)
+        state = replace(state, last_change=now)
     return ScalingDecision(replicas, reason, state)
 
 
-def _target_replicas(fleet: ReplicaSet, memory: PolicyState, targets: ScalingTargets) -> tuple[int, Reason]:
-    bounded = max(fleet.min_replicas, min(fleet.max_replicas, fleet.target_replicas))
-    if bounded != fleet.target_replicas:
+def _target_replicas(replica_set: ReplicaSet, state: PolicyState, targets: ScalingTargets) -> tuple[int, Reason]:
+    target, now = replica_set.target_replicas, replica_set.now
+    bounded = max(replica_set.min_replicas, min(replica_set.max_replicas, target))
+    if bounded != target:
         return bounded, Reason.BOUNDS
-    pending = pending_tokens(fleet, targets)
-    room = targets.pending_seconds * (memory.tokens_per_second or targets.tokens_per_second)
-    if (work := min(fleet.max_replicas, math.ceil(pending / room))) > fleet.target_replicas:
-        return work, Reason.PENDING_WORK
-    settled = len(fleet.loads) >= fleet.target_replicas and fleet.now - memory.last_change >= targets.settle_seconds
-    if fleet.target_replicas < fleet.max_replicas and settled and any(_is_slow(load, targets) for load in fleet.loads):
-        return fleet.target_replicas + 1, Reason.FIRST_TOKEN
-    if fleet.min_replicas == 0 and fleet.now - memory.last_active >= targets.idle_seconds:
-        return 0, Reason.IDLE if fleet.target_replicas else Reason.STEADY
-    enough = memory.sufficient[0][1]
-    if enough < fleet.target_replicas and fleet.now - memory.last_change >= targets.down_seconds:
-        return max(1, fleet.min_replicas, enough), Reason.OVERPROVISIONED
-    return fleet.target_replicas, Reason.STEADY
+    needed = math.ceil(pending_tokens(replica_set) / _tokens_per_replica(state, targets))
+    needed = max(needed, 1) if replica_set.queued_requests else needed
+    if (needed := min(replica_set.max_replicas, needed)) > target:
+        return needed, Reason.PENDING_WORK
+    settled = len(replica_set.loads) >= target and now - state.last_change >= SETTLE_SECONDS
+    if target < replica_set.max_replicas and settled and any(_is_slow(load, targets) for load in replica_set.loads):
+        return target + 1, Reason.FIRST_TOKEN
+    if replica_set.min_replicas == 0 and now - state.last_active >= targets.idle_seconds:
+        return 0, Reason.IDLE if target else Reason.STEADY
+    sufficient = state.sufficient[0][1]
+    if sufficient < target and now - state.last_change >= targets.down_seconds:
+        return max(1, replica_set.min_replicas, sufficient), Reason.OVERPROVISIONED
+    return target, Reason.STEADY
 
 
-def pending_tokens(fleet: ReplicaSet, targets: ScalingTargets) -> float:
-    """All that is to be computed; requests that no replica has yet count as much as the others do on average."""
-    tokens = sum(load.pending_tokens for load in fleet.loads)
-    requests = sum(load.running + load.waiting for load in fleet.loads)
-    return tokens + fleet.queued_requests * (tokens / requests if requests else targets.request_tokens)
+def pending_tokens(replica_set: ReplicaSet) -> float:
+    """All tokens to compute; a queued request counts as the mean of the requests at the replicas."""
+    tokens = sum(load.pending_tokens for load in replica_set.loads)
+    requests = sum(load.running + load.waiting for load in replica_set.loads)
+    return tokens + replica_set.queued_requests * (tokens / requests if requests else DEFAULT_REQUEST_TOKENS)
+
+
+def _speed(state: PolicyState) -> float:
+    return state.tokens_per_second or INITIAL_TOKENS_PER_SECOND
+
+
+def _tokens_per_replica(state: PolicyState, targets: ScalingTargets) -> float:
+    return targets.pending_seconds * _speed(state)
 
 
 def _is_slow(load: ReplicaLoad, targets: ScalingTargets) -> bool:
-    # Where nothing waits, a first token takes as long as its prompt does, and more replicas don't help.
+    # If nothing waits, a first token takes as long as its prompt does, and more replicas do not help.
     return load.waiting > 0 and load.first_token_seconds > targets.first_token_seconds
 
 
-def _observe(fleet: ReplicaSet, memory: PolicyState, targets: ScalingTargets) -> PolicyState:
-    speed = _estimate_speed(fleet, memory, targets)
-    asked = fleet.queued_requests > 0 or any(load.running or load.waiting for load in fleet.loads)
-    enough = _sufficient_replicas(fleet, speed or targets.tokens_per_second, targets)
-    since = fleet.now - targets.down_seconds
-    kept = ((at, number) for at, number in memory.sufficient if at > since and number > enough)
-    return PolicyState(
-        now=fleet.now,
-        last_active=fleet.now if asked else memory.last_active,
-        last_change=memory.last_change,
-        tokens_per_second=speed,
-        sufficient=(*kept, (fleet.now, enough)),
+def _observe(replica_set: ReplicaSet, state: PolicyState, targets: ScalingTargets) -> PolicyState:
+    now = replica_set.now
+    state = replace(state, tokens_per_second=_measure_speed(replica_set, state, targets))
+    active = replica_set.queued_requests > 0 or any(load.running or load.waiting for load in replica_set.loads)
+    sufficient = _sufficient_replicas(replica_set, state, targets)
+    since = now - targets.down_seconds
+    higher = ((at, number) for at, number in state.sufficient if at > since and number > sufficient)
+    return replace(
+        state,
+        now=now,
+        last_active=now if active else state.last_active,
+        sufficient=(*higher, (now, sufficient)),
     )
 
 
-def _sufficient_replicas(fleet: ReplicaSet, speed: float, targets: ScalingTargets) -> int:
-    """Replicas that would do with half of the work that each may have before it, and with the speed that is used."""
-    pending = pending_tokens(fleet, targets) / (targets.pending_seconds * speed / 2)
-    computed = sum(load.tokens_per_second for load in fleet.loads) / (targets.max_utilization * speed)
+def _sufficient_replicas(replica_set: ReplicaSet, state: PolicyState, targets: ScalingTargets) -> int:
+    """The number of replicas with half of their target work each, and at most `MAX_UTILIZATION` of their speed."""
+    pending = pending_tokens(replica_set) / (_tokens_per_replica(state, targets) / 2)
+    computed = sum(load.tokens_per_second for load in replica_set.loads) / (MAX_UTILIZATION * _speed(state))
     return max(1, math.ceil(pending), math.ceil(computed))
 
 
-def _estimate_speed(fleet: ReplicaSet, memory: PolicyState, targets: ScalingTargets) -> float | None:
-    """The speed of a full replica, a little nearer to that of those that have too much to do now."""
-    room = targets.pending_seconds * (memory.tokens_per_second or targets.tokens_per_second)
-    busy = (load for load in fleet.loads if load.pending_tokens >= room or _is_slow(load, targets))
-    # One that computes nothing is stuck or has just begun.
-    full = [load.tokens_per_second for load in busy if load.tokens_per_second > 0]
-    if not full:
-        return memory.tokens_per_second
-    known, seen = memory.tokens_per_second or targets.tokens_per_second, sum(full) / len(full)
-    return seen + (known - seen) * math.exp((memory.now - fleet.now) / _SPEED_WINDOW_SECONDS)
+def _measure_speed(replica_set: ReplicaSet, state: PolicyState, targets: ScalingTargets) -> float | None:
+    """Moves the speed of a fully loaded replica towards that of the replicas that are overloaded now."""
+    full_tokens = _tokens_per_replica(state, targets)
+    overloaded = (load for load in replica_set.loads if load.pending_tokens >= full_tokens or _is_slow(load, targets))
+    # A replica that computes nothing hangs or has just started.
+    speeds = [load.tokens_per_second for load in overloaded if load.tokens_per_second > 0]
+    if not speeds:
+        return state.tokens_per_second
+    known, measured = _speed(state), sum(speeds) / len(speeds)
+    return measured + (known - measured) * math.exp((state.now - replica_set.now) / SPEED_WINDOW_SECONDS)

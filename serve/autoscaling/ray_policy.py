@@ -1,6 +1,6 @@
 """Ray Serve's autoscaling of engine replicas by `loramill.serve.autoscaling.policy`; it runs in Serve's controller.
 
-Serve pickles this module by value, and everything else by its name.
+Serve pickles this module by value, and all others by their names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ray.serve.config import AutoscalingContext
 
 from loramill.serve.autoscaling.policy import ReplicaLoad, ReplicaSet, ScalingTargets, decide
 
-#: How Serve is told to look once a second and to leave every delay to the policy.
+#: Makes Serve call the policy often, and leaves all delays to the policy.
 UNDELAYED: dict[str, Any] = {
     "metrics_interval_s": 0.5,
     "look_back_period_s": 2.0,
@@ -24,33 +24,39 @@ UNDELAYED: dict[str, Any] = {
 
 
 class Policy:
-    """An autoscaling policy; takes `Targets` by name: the deployment's `policy_kwargs`."""
+    """An autoscaling policy.
+
+    Args:
+        targets: fields of `ScalingTargets`; the deployment's `policy_kwargs`.
+    """
 
     def __init__(self, **targets: float) -> None:
         self._targets = ScalingTargets(**targets)
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """How many replicas there are to be, and what Serve keeps until it asks again, ten times a second."""
-        decision = decide(replica_set_of(context), context.policy_state.get("memory"), self._targets)
+        """The number of replicas, and the state for the next call; Serve calls this ten times per second."""
+        decision = decide(replica_set_of(context), context.policy_state.get("state"), self._targets)
         if decision.replicas != context.target_num_replicas:
             logging.getLogger("ray.serve").info(
-                "%s: %d replicas instead of %d: %s",
+                "%s: scaling from %d to %d replicas: %s",
                 context.deployment_name,
-                decision.replicas,
                 context.target_num_replicas,
+                decision.replicas,
                 decision.reason.value,
             )
-        return decision.replicas, {"memory": decision.state}
+        return decision.replicas, {"state": decision.state}
 
 
 def replica_set_of(context: AutoscalingContext) -> ReplicaSet:
-    """What Serve knows of a deployment. A replica says how it is by `record_autoscaling_stats`, the fields of a
-    `ReplicaLoad`; one that hasn't yet is idle."""
-    said = context.raw_metrics or {}
+    """The replicas of a deployment as Serve reports them.
+
+    `record_autoscaling_stats` of a replica returns the fields of a `ReplicaLoad`; without a report, a replica is idle.
+    """
+    metrics = context.raw_metrics or {}
     names = [field.name for field in fields(ReplicaLoad)]
 
     def load(replica: Any) -> ReplicaLoad:
-        series = {name: said.get(name, {}).get(replica) for name in names}
+        series = {name: metrics.get(name, {}).get(replica) for name in names}
         return ReplicaLoad(**{name: points[-1].value for name, points in series.items() if points})
 
     return ReplicaSet(

@@ -1,86 +1,85 @@
-"""Which replica answers a request: one that holds its adapter, else its home, and none that is busier than its share.
+"""Which replica answers a request: one that holds its adapter, else the adapter's home, but none that is overloaded.
 
-Pure Python over reports and counts. An adapter's home is the live replica with the highest hash of both (rendezvous
-hashing), so a replica that goes moves its own adapters and no others. A replica is crowded when it has more than its
-share of the requests; then the next one takes over what it holds, which is how a hot adapter spreads. Where that
-costs another adapter its slot, crowded means more: a copy too many is loaded again and again.
+A pure function of reports and counts. An adapter's home is the replica with the highest hash of both (rendezvous
+hashing), so a replica that goes away moves its own adapters and no others. A replica is overloaded when it has more
+than its share of the requests; then the next one takes over its adapters, which is how a hot adapter spreads. Where
+that costs another adapter its slot, the threshold is higher: a copy too many is loaded again and again.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True, slots=True)
-class RoutingLimits:
-    """What counts as crowded, and as lately.
-
-    Attributes:
-        factor: a replica's share is so many times the mean of the others,
-        slack: and so many requests more. Where a load would cost another adapter its slot, twice as many.
-        lag: seconds after which a request that was sent is in the replica's reports.
-    """
-
-    load_factor: float = 1.5
-    slack_requests: float = 12.0
-    report_lag_seconds: float = 0.75
+#: A replica's share of the requests: this many times the mean of the other replicas,
+LOAD_FACTOR = 1.5
+#: and this many requests more; twice as many where a load would cost another adapter its slot.
+SLACK_REQUESTS = 12.0
+#: Seconds after which a dispatched request is included in its replica's reports.
+REPORT_LAG_SECONDS = 0.75
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReport:
-    """What a replica last said of itself; it may be about a second old.
+    """The last report of a replica; it may be about a second old.
 
     Attributes:
-        replica: its id.
-        versions: adapters in its slots, those being loaded included.
-        room: adapters that it can take in without losing one.
-        requests: that run or wait there. Their number and not their tokens: how long an answer gets is not known
-            before, and what it may have at most says little.
-        draining: it takes nothing new.
+        replica: the replica's id.
+        versions: adapters in its slots, including those being loaded.
+        free_slots: adapters that it can load without evicting one.
+        requests: running and waiting requests. Their number and not their tokens: the length of an answer is not known
+            in advance, and its limit is a poor estimate.
     """
 
     replica: str
     versions: frozenset[str] = frozenset()
     free_slots: int = 0
     requests: int = 0
-    draining: bool = False
 
     @classmethod
     def from_stats(cls, replica: str, stats: Mapping[str, Any]) -> ReplicaReport:
-        """Reads what `stats_of` wrote; a replica that has said nothing yet is empty, and has no room that is known."""
+        """Reads what `report_stats` wrote. Without a report, a replica is empty, and has no known free slots."""
         if not stats:
             return cls(replica)
-        return cls(replica, frozenset(stats["versions"]), stats["room"], stats["requests"], stats["draining"])
+        return cls(replica, frozenset(stats["versions"]), stats["free_slots"], stats["requests"])
 
 
-def report_stats(versions: Iterable[str], *, slots: int, requests: int, draining: bool = False) -> dict[str, Any]:
-    """What a replica says of itself, as plain values for `Report.of`.
+def report_stats(versions: Iterable[str], *, slots: int, requests: int) -> dict[str, Any]:
+    """A replica's report as plain values, for `ReplicaReport.from_stats`.
 
-    The same is said in the same way: Serve tells the routers only of what has changed.
+    Equal states give equal reports: Serve sends a report to the routers only if it has changed.
     """
     held = sorted(set(versions))
-    return {"versions": held, "room": max(0, slots - len(held)), "requests": requests, "draining": draining}
+    return {"versions": held, "free_slots": max(0, slots - len(held)), "requests": requests}
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A replica as one request sees it: its report, and what was sent there since."""
+    """A replica from the point of view of one request: its report, and what was dispatched to it since.
+
+    Attributes:
+        load: requests that run, wait or are on their way.
+        has_adapter: whether the request's adapter is in a slot, or will be for a dispatched request.
+        free_slots: adapters that it can load without evicting one; negative if dispatched requests need more slots.
+    """
 
     replica: str
     load: int
     has_adapter: bool = False
     free_slots: int = 0
-    draining: bool = False
 
 
 class RecentDispatches:
-    """What one router has sent lately: reports don't tell of it yet."""
+    """What one router dispatched recently, and reports do not include yet.
 
-    def __init__(self, lag_seconds: float) -> None:
+    Args:
+        lag_seconds: seconds after which reports include a dispatched request.
+    """
+
+    def __init__(self, lag_seconds: float = REPORT_LAG_SECONDS) -> None:
         self._lag_seconds = lag_seconds
         # In the order of time.
         self._dispatches: dict[str, tuple[float, str, str | None]] = {}
@@ -88,7 +87,7 @@ class RecentDispatches:
         self._by_version: dict[str, Counter[str]] = {}
 
     def record(self, request: str, replica: str, version: str | None, now: float) -> None:
-        """A request goes to a replica; one that is sent again, to another perhaps, counts there alone."""
+        """Records that a request was dispatched to a replica; a second dispatch of it replaces the first."""
         self._remove(request)
         self._dispatches[request] = (now, replica, version)
         self._by_replica[replica] += 1
@@ -96,19 +95,18 @@ class RecentDispatches:
             self._by_version.setdefault(replica, Counter())[version] += 1
 
     def candidates(self, reports: Iterable[ReplicaReport], version: str | None, now: float) -> list[Candidate]:
-        """The replicas as a request for `version` sees them now."""
+        """The replicas for a request for `version` at `now`."""
         while self._dispatches and (oldest := next(iter(self._dispatches.items())))[1][0] <= now - self._lag_seconds:
             self._remove(oldest[0])
         return [self._candidate(report, version) for report in reports]
 
     def _candidate(self, report: ReplicaReport, version: str | None) -> Candidate:
-        sent = self._by_version.get(report.replica, Counter[str]())
+        dispatched = self._by_version.get(report.replica, Counter[str]())
         return Candidate(
             report.replica,
             report.requests + self._by_replica[report.replica],
-            version in report.versions or version in sent,
-            report.free_slots - len(sent.keys() - report.versions),
-            report.draining,
+            version in report.versions or version in dispatched,
+            report.free_slots - len(dispatched.keys() - report.versions),
         )
 
     def _remove(self, request: str) -> None:
@@ -122,37 +120,38 @@ class RecentDispatches:
                 del self._by_version[replica]
 
 
-def route(version: str | None, candidates: Iterable[Candidate], limits: RoutingLimits) -> tuple[str, ...]:
-    """The replicas that may answer a request for `version` (None: the base), the best first.
+def route(version: str | None, candidates: Sequence[Candidate]) -> tuple[str, ...]:
+    """Orders the replicas for a request for `version` (None: the base), the best first.
 
-    Those that hold it come first, the least loaded before others; then those that have room for it, from its home on;
-    then those where it would push another out. Crowded ones come last, and the base has no preference but the load.
+    Replicas with the adapter come first; then those with a free slot, in the order of rendezvous hashing, the adapter's
+    home first; then those that would evict another adapter. Overloaded replicas come last, the least loaded first. For
+    the base, only the load counts.
     """
-    live = [candidate for candidate in candidates if not candidate.draining]
-    if not live:
-        return ()
     if version is None:
-        return tuple(c.replica for c in sorted(live, key=lambda c: (c.load, c.replica)))
-    total, others = sum(c.load for c in live), max(1, len(live) - 1)
+        return tuple(c.replica for c in sorted(candidates, key=lambda c: (c.load, c.replica)))
+    requests = sum(c.load for c in candidates)
+    others = max(1, len(candidates) - 1)
 
-    def crowded(c: Candidate, slack: float) -> bool:
-        return c.load >= limits.load_factor * (total - c.load) / others + slack
+    def is_overloaded(c: Candidate, slack: float) -> bool:
+        return c.load >= LOAD_FACTOR * (requests - c.load) / others + slack
 
-    cramped = not any(c.free_slots > 0 and not crowded(c, limits.slack_requests) for c in live)
-    patience = 2 * limits.slack_requests if cramped else limits.slack_requests
+    # A copy that evicts another adapter is worth more waiting than one for which a slot is free.
+    slot_is_free = any(c.free_slots > 0 and not is_overloaded(c, SLACK_REQUESTS) for c in candidates)
+    holder_slack = SLACK_REQUESTS if slot_is_free else 2 * SLACK_REQUESTS
 
-    def preference(c: Candidate) -> tuple[int, int, bytes]:
-        if crowded(c, patience if c.has_adapter else limits.slack_requests):
-            return 3, c.load, b""
+    def preference(c: Candidate) -> tuple[int, int, bytes, str]:
+        if is_overloaded(c, holder_slack if c.has_adapter else SLACK_REQUESTS):
+            return 3, c.load, b"", c.replica
+        weight = _rendezvous_weight(version, c.replica)
         if c.has_adapter:
-            return 0, c.load, _rendezvous_weight(version, c.replica)
-        return (1 if c.free_slots > 0 else 2), 0, _rendezvous_weight(version, c.replica)
+            return 0, c.load, weight, c.replica
+        return (1 if c.free_slots > 0 else 2), 0, weight, c.replica
 
-    return tuple(c.replica for c in sorted(live, key=lambda c: (*preference(c), c.replica)))
+    return tuple(c.replica for c in sorted(candidates, key=preference))
 
 
 def _rendezvous_weight(version: str, replica: str) -> bytes:
-    """Of an adapter from a replica; the least is its home (Thaler and Ravishankar 1998, the weights negated)."""
+    """The weight of a replica for an adapter; the lowest is its home (Thaler and Ravishankar 1998, weights negated)."""
     return hashlib.blake2b(f"{version} {replica}".encode(), digest_size=8).digest()
 
 

@@ -1,4 +1,4 @@
-"""Replicas and gateways played out in time: the slots are the engine's own, and what gateways know of them is old."""
+"""Simulated replicas and gateways: slots as in the engine, and gateways with reports of some age."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from loramill.serve.engine.adapters.residency import Residency
-from loramill.serve.routing.policy import RecentDispatches, ReplicaReport, RoutingLimits, report_stats, route
+from loramill.serve.routing.policy import RecentDispatches, ReplicaReport, report_stats, route
 
 TICK = 0.02
 LOAD_SECONDS = 0.2
@@ -99,14 +99,13 @@ def play(
     arrivals: Iterable[Arrival],
     *,
     gateways: int = 2,
-    limits: RoutingLimits | None = None,
     dies: tuple[str, float] | None = None,
     seed: int = 0,
 ) -> Seen:
-    """Routes all arrivals by gateways that know nothing of each other; `dies` is a replica and when it goes."""
-    rng, limits, seen = random.Random(seed), limits or RoutingLimits(), Seen()
+    """Routes all arrivals by gateways that share no state; `dies` is a replica and when it ends."""
+    rng, seen = random.Random(seed), Seen()
     replicas = {name: Replica(name, slots) for name in names}
-    books = [RecentDispatches(limits.report_lag_seconds) for _ in range(gateways)]
+    routers = [RecentDispatches() for _ in range(gateways)]
     known = [replica.report() for replica in replicas.values()]
     under_way: deque[tuple[float, list[ReplicaReport]]] = deque()
     coming = deque(enumerate(arrivals))
@@ -121,9 +120,9 @@ def play(
             known = [report for report in under_way.popleft()[1] if report.replica in replicas]
         while coming and coming[0][1].at <= now:
             number, arrival = coming.popleft()
-            book = rng.choice(books)
-            to = route(arrival.version, book.candidates(known, arrival.version, now), limits)[0]
-            book.record(str(number), to, arrival.version, now)
+            router = rng.choice(routers)
+            to = route(arrival.version, router.candidates(known, arrival.version, now))[0]
+            router.record(str(number), to, arrival.version, now)
             replicas[to].submit(arrival)
             seen.sent.append((now, arrival.version, to))
         for replica in replicas.values():

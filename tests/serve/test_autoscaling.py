@@ -1,4 +1,4 @@
-"""How many replicas there are to be: tables, properties, and days of requests played out."""
+"""Autoscaling decisions: a table of cases, properties, and simulated days of requests."""
 
 from __future__ import annotations
 
@@ -12,23 +12,16 @@ from hypothesis import strategies as st
 from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
+from loramill.serve.autoscaling import policy
 from loramill.serve.autoscaling.policy import PolicyState, Reason, ReplicaLoad, ReplicaSet, ScalingTargets, decide
 from loramill.serve.autoscaling.ray_policy import UNDELAYED, Policy, replica_set_of
 
 from . import fleet
 from .fleet import SPEED, oracle, play, trace
 
-TARGETS = ScalingTargets(
-    pending_seconds=4,
-    tokens_per_second=100,
-    first_token_seconds=2,
-    max_utilization=0.7,
-    settle_seconds=20,
-    down_seconds=60,
-    idle_seconds=300,
-    request_tokens=50,
-)
-LATE = ReplicaLoad(pending_tokens=100, tokens_per_second=80, first_token_seconds=3, running=4, waiting=2)
+#: A replica, whose speed is assumed to be 500 tokens per second, may have 2000 pending tokens.
+TARGETS = ScalingTargets(pending_seconds=4, first_token_seconds=2, down_seconds=60, idle_seconds=300)
+SLOW = ReplicaLoad(pending_tokens=500, tokens_per_second=400, first_token_seconds=3, running=4, waiting=2)
 
 
 def look(
@@ -45,20 +38,21 @@ def remembered(now: float, asked: float = 0.0, changed: float = 0.0, enough: int
     ("seen", "memory", "replicas", "reason"),
     [
         (look(), None, 1, Reason.STEADY),
-        # A replica may have 400 tokens before it.
-        (look(0, 1, ReplicaLoad(pending_tokens=400, running=4)), None, 1, Reason.STEADY),
-        (look(0, 1, ReplicaLoad(pending_tokens=401, running=4)), None, 2, Reason.PENDING_WORK),
-        (look(0, 1, ReplicaLoad(pending_tokens=9999, running=4)), None, 5, Reason.PENDING_WORK),
-        # What waits at the gateways counts as much as the rest does: 10 more requests of 100 tokens.
-        (look(0, 1, ReplicaLoad(pending_tokens=400, running=4), queued=10), None, 4, Reason.PENDING_WORK),
+        (look(0, 1, ReplicaLoad(pending_tokens=2000, running=4)), None, 1, Reason.STEADY),
+        (look(0, 1, ReplicaLoad(pending_tokens=2001, running=4)), None, 2, Reason.PENDING_WORK),
+        (look(0, 1, ReplicaLoad(pending_tokens=49999, running=4)), None, 5, Reason.PENDING_WORK),
+        # Queued requests count as the mean of the others: 10 requests of 500 tokens.
+        (look(0, 1, ReplicaLoad(pending_tokens=2000, running=4), queued=10), None, 4, Reason.PENDING_WORK),
         (look(0, 0, queued=1, least=0), None, 1, Reason.PENDING_WORK),
         (look(0, 0, queued=17, least=0), None, 3, Reason.PENDING_WORK),
-        # What is on its way is counted on.
-        (ReplicaSet(0, 3, (ReplicaLoad(pending_tokens=1200, running=4),), 0, 1, 5), None, 3, Reason.STEADY),
-        (look(100, 1, LATE), remembered(99), 2, Reason.FIRST_TOKEN),
-        (look(100, 5, *[LATE] * 5), remembered(99), 5, Reason.STEADY),
-        (look(100, 1, LATE), remembered(99, changed=81), 1, Reason.STEADY),
-        (look(100, 2, LATE), remembered(99), 2, Reason.STEADY),
+        # A replica that has computed all but does not stop yet leaves no request queued for ever.
+        (look(0, 0, ReplicaLoad(running=1), queued=1, least=0), None, 1, Reason.PENDING_WORK),
+        # Replicas that are starting count.
+        (ReplicaSet(0, 3, (ReplicaLoad(pending_tokens=6000, running=4),), 0, 1, 5), None, 3, Reason.STEADY),
+        (look(100, 1, SLOW), remembered(99), 2, Reason.FIRST_TOKEN),
+        (look(100, 5, *[SLOW] * 5), remembered(99), 5, Reason.STEADY),
+        (look(100, 1, SLOW), remembered(99, changed=81), 1, Reason.STEADY),
+        (look(100, 2, SLOW), remembered(99), 2, Reason.STEADY),
         (look(100, 1, ReplicaLoad(first_token_seconds=3, running=4)), remembered(99), 1, Reason.STEADY),
         (look(100, 3), remembered(99, asked=90), 1, Reason.OVERPROVISIONED),
         (look(100, 3), remembered(99, asked=90, enough=2), 2, Reason.OVERPROVISIONED),
@@ -75,10 +69,12 @@ def remembered(now: float, asked: float = 0.0, changed: float = 0.0, enough: int
 def test_one_decision(seen, memory, replicas, reason):
     decision = decide(seen, memory, TARGETS)
     assert (decision.replicas, decision.reason) == (replicas, reason)
-    assert decision.state.last_change == (seen.now if replicas != seen.wanted else memory.changed if memory else 0.0)
+    assert decision.state.last_change == (
+        seen.now if replicas != seen.target_replicas else memory.last_change if memory else 0.0
+    )
 
 
-def test_the_speed_is_learned_from_replicas_that_are_full():
+def test_the_speed_is_measured_at_overloaded_replicas():
     busy = ReplicaLoad(pending_tokens=5000, tokens_per_second=400, running=16)
     idle = ReplicaLoad(pending_tokens=10, tokens_per_second=20, running=1)
     memory = None
@@ -178,14 +174,15 @@ def test_the_same_load_all_along_is_no_reason_to_go_up_and_down(rate):
 
 
 @pytest.mark.parametrize("guess", [SPEED / 4, SPEED * 4])
-def test_a_wrong_guess_of_the_speed_costs_replicas_or_a_few_turns(guess):
+def test_a_wrong_guess_of_the_speed_costs_replicas_or_a_few_turns(guess, monkeypatch):
+    monkeypatch.setattr(policy, "INITIAL_TOKENS_PER_SECOND", guess)
     asks = trace(0, 1800, lambda now: 8.0)
-    seen = play(asks, ScalingTargets(tokens_per_second=guess), least=1, most=8, seconds=1800)
+    seen = play(asks, ScalingTargets(), least=1, most=8, seconds=1800)
     assert seen.turns <= 4
     assert seen.late(0.9) < 3
 
 
-def test_a_base_that_nobody_asks_sleeps_and_wakes():
+def test_an_idle_base_scales_to_zero_and_back():
     asks = [ask for ask in trace(0, 1800, lambda now: 1.0) if ask.at < 200 or ask.at >= 1000]
     seen = play(asks, ScalingTargets(), least=0, most=4, seconds=1800)
     reasons = [decision.reason for _, decision in seen.changes]
@@ -197,9 +194,10 @@ def test_a_base_that_nobody_asks_sleeps_and_wakes():
     assert max(seen.firsts) < fleet.START + 5
 
 
-def test_what_serve_knows_is_understood_and_its_own_delays_are_off():
-    policy = {"policy_function": "loramill.serve.autoscaling.ray_policy:Policy", "policy_kwargs": {"speed": 100.0}}
-    config = AutoscalingConfig(min_replicas=0, max_replicas=4, initial_replicas=1, policy=policy, **UNDELAYED)
+def test_the_policy_in_serves_context():
+    function = "loramill.serve.autoscaling.ray_policy:Policy"
+    config_policy = {"policy_function": function, "policy_kwargs": {"pending_seconds": 0.8}}
+    config = AutoscalingConfig(min_replicas=0, max_replicas=4, initial_replicas=1, policy=config_policy, **UNDELAYED)
     here = DeploymentID("engine", "loramill")
     one, two = (ReplicaID(name, here) for name in ("one", "two"))
     load = ReplicaLoad(pending_tokens=900, tokens_per_second=90, running=3, waiting=1)

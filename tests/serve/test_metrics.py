@@ -176,7 +176,7 @@ metrics.IN_FLIGHT.inc(2)
 REPLICA = """
 from loramill.serve.engine import EngineStats
 from loramill.serve.metrics.engine import EngineMetrics
-EngineMetrics("r1").note(EngineStats(running=4, steps=7))
+EngineMetrics("r1").update(EngineStats(running=4, steps=7))
 """
 
 #: As a replica's, without the seconds that an engine takes to import.
