@@ -33,6 +33,7 @@ RAY_SHELLS = (
     "serve/deployments.py",
     "serve/replica/engine_deployment.py",
     "serve/transport/handle.py",
+    "serve/ray_private.py",
     "serve/routing/ray_router.py",
     "serve/autoscaling/ray_policy.py",
     "pipelines/*",
