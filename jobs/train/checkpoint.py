@@ -138,7 +138,9 @@ def _names(store: CheckpointStore, spec: JobSpec) -> list[str]:
 def _key(spec: JobSpec) -> str:
     # A spec without the added fields keeps the key that it had, so that an older job resumes.
     unknown = {name for name in _ADDED_FIELDS if getattr(spec, name) == JobSpec.model_fields[name].default}
-    return hashlib.sha256(f"{FORMAT_VERSION} {spec.model_dump_json(exclude=unknown)}".encode()).hexdigest()[:16]
+    # For the same reason the JSON has the name that `train_on` had.
+    json_spec = spec.model_dump_json(exclude=unknown).replace('"train_on":', '"learn":', 1)
+    return hashlib.sha256(f"{FORMAT_VERSION} {json_spec}".encode()).hexdigest()[:16]
 
 
 def _read(store: CheckpointStore, name: str) -> CheckpointData | None:
