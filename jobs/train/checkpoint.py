@@ -8,6 +8,7 @@ kept, as the last may be damaged, and the best that each of them names.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from safetensors.torch import load, save
 
 from loramill.errors import ArtifactCorrupt
 from loramill.jobs.train.checkpoint_store import CheckpointStore, open_checkpoint_store
+from loramill.storage.safetensors_header import read_header
 from loramill.types import JobSpec
 
 log = logging.getLogger(__name__)
@@ -153,9 +155,9 @@ def _read(store: CheckpointStore, name: str) -> CheckpointData | None:
 
 
 def _parse(content: bytes) -> CheckpointData:
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata = read_header(io.BytesIO(content), len(content)).metadata
     parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in _PARTS}
     for key, tensor in load(content).items():
         part, _, name = key.partition(" ")
         parts[part][name] = tensor
-    return CheckpointData(RunState(**json.loads(header["__metadata__"]["standing"])), *(parts[part] for part in _PARTS))
+    return CheckpointData(RunState(**json.loads(metadata["standing"])), *(parts[part] for part in _PARTS))

@@ -11,7 +11,6 @@ the next `up` waits.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -42,6 +41,7 @@ from loramill.registry.database.migrate import migrate
 from loramill.registry.jobs import queue
 from loramill.settings import Settings
 from loramill.storage.atomic import replace_text
+from loramill.storage.locks import try_lock
 from loramill.storage.object_store import check_store
 
 START_SECONDS = 300.0
@@ -394,15 +394,6 @@ def home_lock(settings: Settings) -> Iterator[None]:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         yield
-
-
-def try_lock(file: IO[str]) -> bool:
-    """Takes the lock on an open file if it is free; it goes with the process, however that ends."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def check_port(settings: Settings) -> None:

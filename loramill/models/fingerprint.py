@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from loramill.errors import BaseUnusable
 from loramill.storage.atomic import replace_text
+from loramill.storage.safetensors_header import TensorEntry, read_header
 
 _CHUNK = 1 << 22
 
@@ -107,36 +109,24 @@ def weights_hash(files: Sequence[Path], cache: Path) -> str:
 
 
 def _hash_tensors(files: Sequence[Path]) -> str:
-    tensors = {name: (file, *entry) for file in files for name, entry in _read_header(file).items()}
+    tensors = {name: (file, entry) for file in files for name, entry in _tensors(file).items()}
     digest = hashlib.sha256()
-    for name, (file, dtype, shape, start, end) in sorted(tensors.items()):
-        digest.update(_canonical([name, dtype, shape]))
+    for name, (file, entry) in sorted(tensors.items(), key=itemgetter(0)):
+        digest.update(_canonical([name, entry.dtype, entry.shape]))
         with file.open("rb") as stream:
-            stream.seek(start)
-            for offset in range(start, end, _CHUNK):
-                digest.update(stream.read(min(_CHUNK, end - offset)))
+            stream.seek(entry.start)
+            for offset in range(entry.start, entry.stop, _CHUNK):
+                digest.update(stream.read(min(_CHUNK, entry.stop - offset)))
     return digest.hexdigest()
 
 
-def _read_header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
-    """Type, shape, first and last byte (in the file) of each tensor of a safetensors file."""
-    size = file.stat().st_size
+def _tensors(file: Path) -> Mapping[str, TensorEntry]:
+    """The tensors of a safetensors file by name."""
     try:
         with file.open("rb") as stream:
-            body = 8 + int.from_bytes(stream.read(8), "little")
-            if body > size:
-                raise ValueError("its header is cut short")
-            header = json.loads(stream.read(body - 8))
-        header.pop("__metadata__", None)
-        tensors = {
-            name: (entry["dtype"], entry["shape"], body + entry["data_offsets"][0], body + entry["data_offsets"][1])
-            for name, entry in header.items()
-        }
-        if size != max((end for *_, end in tensors.values()), default=body):
-            raise ValueError("its size is not what its header says")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            return read_header(stream, file.stat().st_size).tensors
+    except ValueError as error:
         raise BaseUnusable(f"{file} is damaged: {error}. Copy, convert or download it again.") from error
-    return tensors
 
 
 def _canonical(value: object) -> bytes:

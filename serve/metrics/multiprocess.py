@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -19,6 +16,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 
 from loramill.serve.metrics.definitions import MULTIPROC_DIR, REGISTRY
 from loramill.serve.metrics.prometheus_private import read_values, write_values
+from loramill.storage.locks import exclusive_lock
 
 #: Content type of what `exposition` returns.
 MEDIA_TYPE = CONTENT_TYPE_LATEST
@@ -32,7 +30,8 @@ def exposition() -> bytes:
     if MULTIPROC_DIR is None:
         return generate_latest(REGISTRY)
     registry = CollectorRegistry()
-    with _exclusive_lock(MULTIPROC_DIR):
+    # Other processes and threads must not read the files during a merge.
+    with exclusive_lock(MULTIPROC_DIR / "lock"):
         merge_dead_processes(MULTIPROC_DIR, older_than=time.time() - RETENTION_SECONDS)
         MultiProcessCollector(registry, str(MULTIPROC_DIR))
         return generate_latest(registry)
@@ -82,11 +81,3 @@ def _is_alive(pid: int) -> bool:
     except (ProcessLookupError, PermissionError):  # of another user: the pid was reused
         return False
     return True
-
-
-@contextmanager
-def _exclusive_lock(folder: Path) -> Iterator[None]:
-    """Keeps other processes and threads from reading files during a merge."""
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

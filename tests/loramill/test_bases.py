@@ -143,7 +143,7 @@ def convert(source, folder):
     time.sleep({seconds})
     (folder / "config.json").write_text("whole")
 smollm2._run_conversion = convert
-print((smollm2.converted(cache) / "config.json").read_text())
+print((smollm2.ensure_converted(cache) / "config.json").read_text())
 """
 
 

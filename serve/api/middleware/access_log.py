@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -11,6 +10,8 @@ import sys
 import time
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
+
+from loramill.storage.locks import wait_for_lock
 
 #: The log's lines; without a handler (`open_file`) they are dropped.
 log = logging.getLogger("loramill.access")
@@ -75,7 +76,7 @@ class SharedLogFile(WatchedFileHandler):
             self._rotate(self.stream.fileno())
 
     def _rotate(self, file: int) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until `emit` opens the new file
+        wait_for_lock(file)  # until `emit` opens the new file
         path = Path(self.baseFilename)
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file)):  # otherwise another gateway was first
             path.replace(f"{path}.1")
