@@ -147,6 +147,7 @@ def _wrong(answer: _Open, output: Output) -> str:
     told = len(request.tokens) if sampling.echo and answer.tokens else 0
     own = answer.tokens[told:]
     timed = request.timeout_seconds is not None
+    assert sampling.max_tokens is not None  # traffic.py limits every request
     known = {
         FinishReason.LENGTH: len(own) == sampling.max_tokens and bool(told) == sampling.echo,
         FinishReason.STOP: bool(sampling.stop_ids) and sampling.min_tokens <= len(own) < sampling.max_tokens,
