@@ -1,6 +1,6 @@
-"""The inference engine: continuous batching with paged KV and an adapter a request.
+"""The inference engine: continuous batching with paged KV and one adapter per request.
 
-Knows nothing of HTTP, Ray or text, and imports with torch, numpy and safetensors alone.
+It is independent of HTTP, Ray and text, and imports with torch, numpy and safetensors alone.
 """
 
 from loramill.serve.engine.engine import Engine

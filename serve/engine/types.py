@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out."""
+"""The engine's inputs and outputs."""
 
 from __future__ import annotations
 
@@ -15,41 +15,45 @@ from loramill.errors import LoramillError, SettingsInvalid
 from loramill.serve.engine.durations import Durations
 from loramill.serve.sampling_params import SamplingParams
 
-#: From a version's hash to a local PEFT folder. Called in the engine's side threads, so it may block and must be
-#: thread-safe; what it raises reaches the requests that wait for the version.
+#: From a version's hash to a local PEFT folder. Called in the loader's threads, so it may block and must be
+#: thread-safe; the requests that wait for the version get the error that it raises.
 AdapterSource = Callable[[str], Path]
 
 
 class TokenMask(Protocol):
-    """Which tokens one answer may go on with, such as those of a grammar. Nothing here raises."""
+    """The tokens that may continue one answer, such as those that a grammar allows. No method raises."""
 
     @property
     def finished(self) -> bool:
-        """Whether nothing may follow; the answer ends here."""
+        """Whether no token may follow, so that the answer ends here."""
         ...
 
     @property
     def error(self) -> LoramillError | None:
-        """Why it can't go on; the answer ends with it."""
+        """The error that ends the answer, if there is one."""
         ...
 
     def allowed(self) -> npt.NDArray[np.bool_]:
-        """[vocabulary]: whether each token may come next, at least one. Stop tokens may where the answer may end."""
+        """Whether each token may come next, [vocabulary]; at least one may. Stop tokens may if the answer may end."""
         ...
 
     def accept(self, token: int) -> None:
-        """Notes that `token`, which isn't one that stops, is the answer's next."""
+        """Appends a token, which is not a stop token, to the answer."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Prompt tokens to go on from, for a tenant, by a version of an adapter (None: the base alone).
+    """A prompt to continue.
 
     Attributes:
-        mask: makes the mask of each of its answers; None: all tokens may come.
-        priority: higher runs first, and takes the place of lower where there is none.
-        timeout: seconds from the submit after which it ends with DeadlineExceeded; None: never.
+        id: Unique among live requests.
+        tenant: Owner of the request, for fairness.
+        tokens: The prompt.
+        version: Version of an adapter to run with; None: the base alone.
+        priority: A higher priority runs first, and preempts lower ones if there is no room.
+        timeout_seconds: Time from submission after which the request ends with DeadlineExceeded; None: no limit.
+        mask: Makes the mask of each answer; None: all tokens are allowed.
     """
 
     id: str
@@ -63,7 +67,7 @@ class Request:
 
 
 class FinishReason(StrEnum):
-    """Why a request got its last output."""
+    """Why an answer ended."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -73,9 +77,12 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural log probabilities, before penalties and temperature: of the token, and of the likeliest, best first.
+    """Natural log probabilities at one position, before penalties and temperature.
 
-    An echoed prompt's first token has no log probability: nothing comes before it.
+    Attributes:
+        token: The token at the position.
+        logprob: Its log probability; None for the first token of an echoed prompt.
+        top: The most probable tokens and their log probabilities, best first.
     """
 
     token: int
@@ -85,7 +92,16 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """New tokens of a request's answer `index`; its last has `finish`, and `error` if that is ERROR."""
+    """New tokens of one answer.
+
+    Attributes:
+        request_id: Id of the request.
+        tokens: The new tokens.
+        finish_reason: Set in an answer's last output.
+        error: Set if the finish reason is ERROR.
+        logprobs: One per token, if they were requested.
+        index: Which of the request's answers.
+    """
 
     request_id: str
     tokens: tuple[int, ...]
@@ -100,21 +116,21 @@ class EngineConfig:
     """Limits of one engine.
 
     Attributes:
-        max_batch_tokens: tokens of one step; on a CPU more make answers come in larger jerks, and no faster.
-        max_sequences: requests that run at once.
-        kv_tokens: tokens of KV cache, rounded down to whole blocks.
-        prefix_cache: whether prompts that begin alike, under one version, share what was computed.
-        block_size: tokens of one block.
-        adapter_slots: adapters resident at once.
-        adapter_bytes: what they may take together.
-        host_bytes: what adapters may take that were read and lost their slot; 0 reads them anew.
-        rank_budget: the ranks of the different adapters of one step sum up to this at most; one adapter always runs.
-        adapter_bits: 16 keeps them in the base's own type; 8 halves their memory and the time that many different ones
-            take in a step, and errs by about 1% of what an adapter adds.
-        max_waiting: requests that may wait besides those that may run; beyond them a newcomer is refused, or takes the
-            place of the newest of a tenant that has more of them waiting.
-        load_threads: adapters that are fetched and read at once.
-        patience: steps that a version waits for a slot before one is taken from a version in use.
+        max_batch_tokens: Tokens per step; on a CPU, more make answers less smooth and not faster.
+        max_sequences: Number of answers that run at once.
+        kv_tokens: Tokens that the KV cache holds, rounded down to whole blocks.
+        prefix_cache: Whether prompts with a common start, under one version, share computed blocks.
+        block_size: Tokens per block.
+        adapter_slots: Number of adapters resident at once.
+        adapter_bytes: Bytes of all resident adapters together.
+        host_bytes: Bytes of the host-memory cache of adapters; with 0, an adapter that lost its slot is read again.
+        rank_budget: Largest sum of the ranks of a step's different adapters; one adapter always runs.
+        adapter_bits: 16 keeps adapters in the base's own dtype. 8 halves their memory and the time that many different
+            ones take in a step, with an error of about 1% of what an adapter adds.
+        max_waiting: Number of answers that may wait in addition to those that may run. Beyond it, a new request is
+            refused, or replaces the newest one of a tenant that has more of them waiting.
+        load_threads: Number of adapters that are fetched and read at once.
+        slot_patience_steps: Steps that a version waits for a slot before one is taken from a version in use.
     """
 
     max_batch_tokens: int = 128
@@ -133,9 +149,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            least = 0 if name in ("prefix_cache", "host_bytes") else 1
-            if getattr(self, name) < least:
-                raise SettingsInvalid(f"The engine's {name} is {getattr(self, name)}; it must be at least {least}.")
+            minimum = 0 if name in ("prefix_cache", "host_bytes") else 1
+            if getattr(self, name) < minimum:
+                raise SettingsInvalid(f"The engine's {name} is {getattr(self, name)}; it must be at least {minimum}.")
         if self.block_size % 16:
             raise SettingsInvalid(f"The engine's block_size is {self.block_size}; it must be a multiple of 16.")
         if self.kv_tokens < self.block_size:
@@ -144,24 +160,30 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A look at the engine after its last step.
+    """The state of the engine after its last step; counters and durations are totals since its start.
 
     Attributes:
-        waiting: requests not yet running, those that wait for their adapter included.
-        running: requests in the batch.
-        pending_tokens: to be computed for both, of prompts and, as a guess, of answers.
-        blocks, free_blocks: of the KV cache.
-        slots: of adapters.
-        resident: versions in slots, ready to use.
-        loading: versions being fetched.
-        adapter_bytes: of the resident adapters.
-        host_bytes: of the adapters that were read and may have no slot.
-        steps, generated_tokens, preemptions, loads, load_failures, evictions: since the start.
-        computed_tokens: rows that passed the decoder since the start, prompts and answers.
-        reused_tokens: rows that the prefix cache spared.
-        waits: of answers, from the submit until they first ran.
-        step_times: of steps that ran the model.
-        load_times: of adapters, from when they had a slot until they were ready.
+        waiting: Number of answers that do not run, those that wait for their adapter included.
+        running: Number of answers that run.
+        pending_tokens: Number of tokens still to compute for both, of prompts and, estimated, of answers.
+        blocks: Number of blocks of the KV cache.
+        free_blocks: Number of blocks that no sequence holds.
+        slots: Number of adapter slots.
+        resident: Versions that are loaded into slots.
+        loading: Versions being fetched.
+        adapter_bytes: Bytes of the resident adapters.
+        host_bytes: Bytes of the adapters in the host cache.
+        steps: Number of steps that ran the model.
+        computed_tokens: Number of tokens that the model has computed, of prompts and answers.
+        reused_tokens: Number of tokens taken from the prefix cache instead.
+        generated_tokens: Number of tokens put out.
+        preemptions: Number of times that a running answer had to wait again.
+        loads: Number of versions loaded.
+        load_failures: Number of versions that could not be loaded.
+        evictions: Number of versions that lost their slots.
+        queue_times: Of answers, from submission until they first ran.
+        step_times: Of steps that ran the model.
+        load_times: Of adapters, from getting a slot until they were ready.
     """
 
     waiting: int = 0

@@ -1,4 +1,4 @@
-"""Whether a request can be served at all, and how long its answer may get."""
+"""Validates a request and computes how long its answer may get."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MAX_ANSWERS = 128
 
 
 def answer_limit(request: Request, *, vocabulary: int, context_length: int, kv_tokens: int) -> int:
-    """Checks a request and returns how many tokens its answer may have.
+    """Validates a request and returns how many tokens each of its answers may have.
 
-    That is `max_tokens`, capped to what the base's context and the KV cache hold beside the prompt.
+    That is `max_tokens`, capped to what the base's context and the KV cache hold in addition to the prompt.
 
     Raises:
-        ContextLengthExceeded: the prompt leaves no room for an answer.
-        InvalidRequest: a field makes no sense.
+        ContextLengthExceeded: The prompt leaves no room for an answer.
+        InvalidRequest: A field is invalid.
     """
     _check_sampling(request.sampling_params)
     for token, bias in request.sampling_params.logit_bias:
@@ -46,7 +46,7 @@ def answer_limit(request: Request, *, vocabulary: int, context_length: int, kv_t
             "server's kv_tokens raised.",
             param="prompt",
         )
-    # The last token of an answer is never read again, so it takes no room in the cache.
+    # The last token of an answer is never read again, so it needs no room in the cache.
     available = min(context_length - prompt, kv_tokens + 1 - prompt)
     max_tokens = request.sampling_params.max_tokens
     return available if max_tokens is None else min(max_tokens, available)

@@ -16,6 +16,7 @@ from loramill.models.catalog import Base
 from loramill.serve.engine import Engine, FinishReason, engine, scheduler
 from loramill.serve.engine.adapters.residency import Residency
 from loramill.serve.engine.block_pool import BlockPool, root_key
+from loramill.serve.engine.request_table import RequestTable
 from loramill_bench.engine import ledger, memory
 from loramill_bench.engine import soak as soaks
 from loramill_bench.engine import subject as subjects
@@ -106,15 +107,15 @@ def find_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def give_wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where three decode together, the last gets a token that its row didn't choose."""
-    choose = engine.sample
+    sample = engine.sample
 
-    def wrong(logits: torch.Tensor, rows: list) -> list[int | None]:
-        chosen = choose(logits, rows)
-        if len(rows) >= 3 and chosen[-1] is not None:
+    def wrong(logits: torch.Tensor, samplers: list) -> list[int | None]:
+        chosen = sample(logits, samplers)
+        if len(samplers) >= 3 and chosen[-1] is not None:
             chosen[-1] = (chosen[-1] + 1) % VOCABULARY
         return chosen
 
-    monkeypatch.setattr(engine, "choose", wrong)
+    monkeypatch.setattr(engine, "sample", wrong)
 
 
 def share_prefixes_between_versions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,14 +125,14 @@ def share_prefixes_between_versions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def take_slots_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """A version may lose its slot while answers run with it."""
-    monkeypatch.setattr(Residency, "pin", lambda self, version: None)
-    monkeypatch.setattr(Residency, "unpin", lambda self, version: None)
+    monkeypatch.setattr(Residency, "begin_use", lambda self, version: None)
+    monkeypatch.setattr(Residency, "end_use", lambda self, version: None)
 
 
 def leak_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of those that a sequence gives back is held for ever."""
-    release = BlockPool.free
-    monkeypatch.setattr(BlockPool, "release", lambda self, blocks: release(self, blocks[1:]))
+    free = BlockPool.free
+    monkeypatch.setattr(BlockPool, "free", lambda self, blocks: free(self, blocks[1:]))
 
 
 def ignore_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +142,7 @@ def ignore_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ignore_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is late goes on."""
-    monkeypatch.setattr(Engine, "_overdue", lambda self: [])
+    monkeypatch.setattr(RequestTable, "take_overdue", lambda self, scheduled: [])
 
 
 def _alter_outputs(monkeypatch: pytest.MonkeyPatch, change: Callable, when: Callable) -> None:
@@ -167,14 +168,14 @@ def asks_canaries_alone(engine: Engine) -> bool:
 @pytest.mark.parametrize(
     ("break_", "complaint"),
     [
-        (lose_an_end, r"No output for \d+ s, and \d+ answers are open: \['\d+\[\d\] of version"),
+        (lose_an_end, r"No output for \d+ s, and \d+ answers are open: \['\d+\[\d\] of version|live on after it"),
         (lose_a_token, r"says|ended by|echoes|log probabilities"),
         (go_on_after_the_end, "has ended or was never asked for"),
         (find_nothing_to_do, "No output for"),
         (give_wrong_tokens, "alone it was|ended by stop"),
         (share_prefixes_between_versions, "alone"),
-        (take_slots_in_use, "Versions are in use"),
-        (leak_a_block, "Blocks are held"),
+        (take_slots_in_use, "versions of running requests"),
+        (leak_a_block, "reference counts"),
         (ignore_cancels, "live on after it"),
         (ignore_timeouts, "live on after it"),
     ],

@@ -1,1 +1,1 @@
-"""Adapters on their way from the registry to the slab."""
+"""Loads adapters from disk into slots."""
