@@ -1,1 +1,1 @@
-"""Jobs on Ray: the supervisor, and the processes that it launches."""
+"""The supervisor on Ray, and the training processes that it launches."""

@@ -1,7 +1,7 @@
-"""Trainers of Ray Train, started and awaited: here is who gets what of the cluster, and no word of training.
+"""Starts sessions and trainers on Ray Train, and waits until they end. Nothing here trains.
 
-What trains is imported by the processes that do. Those that start trainers and watch over them would else all load
-torch, transformers, PEFT and bitsandbytes, which takes 7 s and 400 MB, and need none of it.
+The processes that train import what they need. Without that, each process that starts and watches trainers would load
+torch, transformers, PEFT and bitsandbytes, which takes 7 s and 400 MB.
 """
 
 from __future__ import annotations
@@ -20,92 +20,75 @@ if TYPE_CHECKING:
 
 
 def run_session(settings: Settings, worker_slot: str, holder: str) -> None:
-    """Runs one session at a place until it has been idle for `idle_seconds`, or the place isn't the holder's any more.
+    """Runs one session until it has been idle for `idle_seconds`, or its worker slot is ending or another holder's.
 
-    A killed worker is restarted by Ray Train.
+    Ray Train restarts a worker that was killed.
     """
-    jobs = settings.jobs
-    resources = {"GPU": 1 / jobs.per_gpu} if jobs.use_gpu else {"CPU": jobs.cpus}
-    _fit(
-        _session,
-        {"settings": settings.model_dump(mode="json"), "place": worker_slot, "holder": holder},
-        settings,
-        resources,
-        max_failures=-1,
-    )
+    _fit(_run_session, settings, {"worker_slot": worker_slot, "holder": holder}, max_failures=-1)
 
 
 def run_dedicated(settings: Settings, job_id: str, gpus: int) -> None:
-    """Runs one attempt of a job in `gpus` processes, each with a GPU, or without any where the pool has none."""
+    """Runs one attempt of a job in `gpus` processes, each with a GPU, or without GPUs where the pool has none."""
     from ray.train.torch import TorchConfig
 
-    jobs = settings.jobs
-    resources = {"GPU": 1.0} if jobs.use_gpu else {"CPU": jobs.cpus}
-    # The whole GPU is this job's, whatever fraction a session takes.
-    alone = settings.model_copy(update={"jobs": jobs.model_copy(update={"per_gpu": 1})})
-    _fit(
-        _dedicated,
-        {"settings": alone.model_dump(mode="json"), "place": job_id},
-        settings,
-        resources,
-        workers=gpus,
-        # On a GPU, too: what has to cross GPUs takes a group of its own.
-        backend=TorchConfig(backend="gloo"),
-        max_failures=0,
-    )
+    # Each GPU is this job's alone, whatever fraction a session takes.
+    whole_gpus = settings.model_copy(update={"jobs": settings.jobs.model_copy(update={"per_gpu": 1})})
+    # Gloo on GPUs, too: the processes connect again by NCCL for tensors that cross GPUs.
+    backend = TorchConfig(backend="gloo")
+    _fit(_run_dedicated, whole_gpus, {"worker_slot": job_id}, workers=gpus, backend=backend, max_failures=0)
 
 
 def _fit(
     train: Callable[[dict[str, Any]], None],
-    config: dict[str, Any],
     settings: Settings,
-    resources: dict[str, float],
+    config: dict[str, str],
     *,
     workers: int = 1,
     backend: BackendConfig | None = None,
     max_failures: int,
 ) -> None:
-    """Runs a train function on Ray Train's workers, each with `resources`, and removes Ray's notes on it.
+    """Runs a train function on Ray Train's workers, and removes the files that Ray Train writes about it.
 
-    `backend` connects the workers; one alone needs none.
+    Args:
+        backend: connects the workers; a single one needs none.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     from loramill.jobs.ray.lean_trainer import LeanTrainer
 
-    # The name is never used again.
-    name = f"{config['place']}-{uuid.uuid4().hex[:12]}"
-    run = RunConfig(
-        name=name,
-        storage_path=settings.sessions,
-        failure_config=FailureConfig(max_failures=max_failures),
-        worker_runtime_env={"env_vars": ONLY_ASSIGNED_GPUS},
-    )
+    jobs = settings.jobs
+    resources = {"GPU": 1 / jobs.per_gpu} if jobs.use_gpu else {"CPU": jobs.cpus}
+    name = f"{config['worker_slot']}-{uuid.uuid4().hex[:12]}"  # never used again
     trainer = LeanTrainer(
         train,
-        train_loop_config=config,
+        train_loop_config={"settings": settings.model_dump(mode="json"), **config},
         backend_config=backend,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources),
-        run_config=run,
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=jobs.use_gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=name,
+            storage_path=settings.sessions,
+            failure_config=FailureConfig(max_failures=max_failures),
+            worker_runtime_env={"env_vars": ONLY_ASSIGNED_GPUS},
+        ),
     )
     try:
         trainer.fit()
     finally:
-        # Everything that matters is in the record.
+        # Everything that matters is in the registry.
         files, root = open_filesystem(settings.sessions)
         if files.exists(f"{root}/{name}"):
             files.rm(f"{root}/{name}", recursive=True)
 
 
-def _session(config: dict[str, Any]) -> None:
+def _run_session(config: dict[str, Any]) -> None:
     logs.configure()  # before imports that log
-    from loramill.jobs.ray.session import lease_and_train
+    from loramill.jobs.ray.train_worker import run_session
 
-    lease_and_train(config)
+    run_session(config)
 
 
-def _dedicated(config: dict[str, Any]) -> None:
+def _run_dedicated(config: dict[str, Any]) -> None:
     logs.configure()  # before imports that log
-    from loramill.jobs.ray.dedicated import lease_and_train
+    from loramill.jobs.ray.train_worker import run_dedicated
 
-    lease_and_train(config)
+    run_dedicated(config)

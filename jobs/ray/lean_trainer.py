@@ -1,4 +1,7 @@
-"""Ray's trainer without two processes that it starts beside each worker, of 200 MB each."""
+"""Ray Train's trainer without two processes of 200 MB each that it starts beside each worker.
+
+The only module that uses private names of Ray Train; tests/test_private_apis.py names the version they were read from.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,12 @@ _UNUSED_CALLBACKS = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
 class LeanTrainer(DataParallelTrainer):  # type: ignore[misc]  # untyped
-    """A trainer whose workers read no Ray data sets and whose placement groups `leftovers` looks after.
+    """A trainer whose workers read no Ray data sets, and whose placement groups `orphans` removes.
 
-    It imports no torch unless its backend does. Ray's own cleaner of placement groups asks the dashboard, and says each
-    second in the log where there is none.
+    It imports torch only if its backend does. Ray's own cleaner of placement groups queries the dashboard, and logs a
+    warning each second where there is none.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [
-            callback for callback in super()._create_default_callbacks() if not isinstance(callback, _UNUSED_CALLBACKS)
-        ]
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, _UNUSED_CALLBACKS)]

@@ -1,8 +1,10 @@
-"""Placement groups whose Train controller is dead, with the GPUs that they keep from everybody.
+"""Removes placement groups whose Train controller is dead, which would keep their GPUs reserved.
 
-Ray removes a group when the job that made it has ended, and the supervisor's never does. Ray Train has a cleaner for
-this, one a trainer, which asks the dashboard; a laptop does without, and `lean_trainer` leaves it out. Who made a group
-is in Ray's tables alone, not in its API.
+Ray removes a group when the Ray job that created it ends, and the supervisor's never does. Ray Train has a cleaner for
+this in each trainer, which queries the dashboard; a laptop has no dashboard, and `lean_trainer` leaves the cleaner out.
+Which actor created a group is only in Ray's tables, not in its API.
+
+The only module that uses private names of Ray Core; tests/test_private_apis.py names the version they were read from.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 log = logging.getLogger(__name__)
 
-#: The class of Ray Train's controllers.
+#: Class of Ray Train's controller actors.
 _CONTROLLER_CLASS = "TrainController"
 
 
 def remove_orphans() -> int:
-    """Removes the groups of dead Train controllers; returns how many there were."""
+    """Removes the placement groups of dead Train controllers; returns how many."""
     accessor = state._connect_and_get_accessor()
     removed = 0
     for packed in accessor.get_placement_group_table():
@@ -34,5 +36,5 @@ def remove_orphans() -> int:
         remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
         removed += 1
     if removed:
-        log.warning("removed %d placement groups of Train controllers that are gone", removed)
+        log.warning("removed %d placement groups of dead Train controllers", removed)
     return removed

@@ -1,10 +1,11 @@
-"""The supervisor on Ray: a detached actor around the plain one in pool.py, restarted by Ray when it dies."""
+"""The supervisor on Ray: a detached actor around the reconciler, restarted by Ray when it dies."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 import ray
 
@@ -20,13 +21,13 @@ from loramill.settings import Settings
 
 ACTOR_NAME = "loramill-supervisor"
 NAMESPACE = "loramill"
-#: Seconds between looks for what dead trainers left, and for what the store need not keep.
+#: Seconds between two removals of dead trainers' placement groups, and between two clean-ups of the stores.
 ORPHAN_CHECK_SECONDS, CLEANUP_SECONDS = 5.0, 3600.0
 log = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """Watches the queue; each session and trainer runs in a thread here, which waits for its `fit()`."""
+    """Runs the reconciler; each session and trainer has a thread in this process, which waits for its `fit()`."""
 
     def __init__(self, settings: Settings, base: str) -> None:
         logs.configure()
@@ -35,30 +36,36 @@ class Supervisor:
             registry,
             settings.jobs,
             base=base,
-            run_session=lambda place, holder: run_session(settings, place, holder),
+            run_session=lambda slot, holder: run_session(settings, slot, holder),
             run_trainer=lambda job, gpus: run_dedicated(settings, job, gpus),
         )
-        threading.Thread(target=self._reconciler.run, args=(threading.Event(),), name="watch", daemon=True).start()
-        threading.Thread(target=_remove_orphans_periodically, name="leftovers", daemon=True).start()
-        tidying = {"registry": registry, "checkpoints": settings.checkpoints, "every": CLEANUP_SECONDS}
-        threading.Thread(target=clean_up_periodically, kwargs=tidying, name="tidy", daemon=True).start()
+        _start_thread("reconcile", lambda: self._reconciler.run(threading.Event()))
+        _start_thread("orphans", _remove_orphans_periodically)
+        _start_thread(
+            "clean-up",
+            lambda: clean_up_periodically(registry, settings.checkpoints, interval_seconds=CLEANUP_SECONDS),
+        )
 
     def ping(self) -> list[str]:
-        """Answers with the names of the places where something runs."""
+        """Returns the names of the worker slots in which something runs."""
         return self._reconciler.active_slots
+
+
+def _start_thread(name: str, run: Callable[[], None]) -> None:
+    threading.Thread(target=run, name=name, daemon=True).start()
 
 
 def _remove_orphans_periodically() -> None:
     while True:
         try:
             remove_orphans()
-        except Exception:  # Ray's head may be away; it is looked at again
-            log.exception("what dead trainers left could not be removed; trying again")
+        except Exception:  # Ray's head may be away
+            log.exception("placement groups of dead trainers could not be removed; retrying")
         time.sleep(ORPHAN_CHECK_SECONDS)
 
 
 def deploy(settings: Settings) -> None:
-    """Starts the supervisor on the Ray cluster this process is connected to, in place of one that runs there."""
+    """Starts the supervisor on the Ray cluster that this process is connected to, and replaces one that runs there."""
     base = find_base(settings.base, settings.cache, settings.quantization).fingerprint
     try:
         ray.kill(ray.get_actor(ACTOR_NAME, namespace=NAMESPACE))

@@ -1,1 +1,1 @@
-"""What runs where: the decision, and the reconciler that applies it."""
+"""Decides what runs where, and applies the decision."""

@@ -1,6 +1,7 @@
-"""A supervisor without Ray: looks at the record, decides, and starts what is missing, each in a thread of its own.
+"""The supervisor without Ray: reads the registry, decides, and starts what is missing, each in its own thread.
 
-It holds no state that matters: what it held is free soon after it vanished, and what must be done is in the record.
+It has no state that matters: everything that must be done is in the registry, and the worker slots of a supervisor that
+vanished become free after a few seconds.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ from loramill.types import JobStatus
 
 log = logging.getLogger(__name__)
 
-#: A supervisor silent for so many seconds has lost its places.
+#: Seconds without a renewal after which a supervisor has lost its worker slots.
 SLOT_LEASE_SECONDS = 5.0
 POLL_SECONDS, OUTAGE_PAUSE_SECONDS = 1.0, 3.0
 
 
 class Reconciler:
-    """Keeps as many sessions and trainers running as the queue asks for.
+    """Keeps as many sessions and trainers running as the queue needs.
 
     Args:
-        base: fingerprint of the base that is trained here; jobs of other bases wait. None: any.
-        run_session: runs a session until it ends; called in a thread of its own with the place's name and `holder`.
-        run_trainer: the same for one job's trainer, with the job's id and the number of its processes.
+        base: fingerprint of the base that is trained here; jobs of other bases wait. None for any.
+        run_session: runs a session until it ends; called in its own thread with the worker slot's name and `holder`.
+        run_trainer: runs the trainer of one job; called likewise with the job's id and the number of its processes.
     """
 
     def __init__(
@@ -63,27 +64,27 @@ class Reconciler:
 
     @property
     def active_slots(self) -> list[str]:
-        """The names of the places where something runs."""
+        """The names of the worker slots in which something runs."""
         return sorted(name for name, thread in self._threads.items() if thread.is_alive())
 
     def run(self, stopped: threading.Event) -> None:
-        """Looks again and again until `ended` is set, whatever happens."""
+        """Reconciles again and again until `stopped` is set, also after errors."""
         pause = 0.0
         while not stopped.wait(pause):
             try:
                 self.reconcile()
                 pause = POLL_SECONDS
-            except Exception:  # whatever it was (a busy database, say), the next look may succeed
-                log.exception("the supervisor could not look at the queue; trying again")
+            except Exception:  # for example a busy database: the next attempt may succeed
+                log.exception("the supervisor could not reconcile the pool; retrying")
                 pause = OUTAGE_PAUSE_SECONDS
-                # All workers were silent while the database was away; they keep their jobs if they report soon.
+                # No worker could send heartbeats during the outage: they keep their jobs if they do it soon.
                 self._settle_from = time.monotonic() + OUTAGE_PAUSE_SECONDS + self._settings.lease_seconds
 
     def reconcile(self) -> None:
-        """Settles what was lost, and takes the next actions.
+        """Queues again the jobs whose leases ran out, and takes the next actions.
 
         Raises:
-            Unavailable, DiskFull, DatabaseUnusable: the record can't be reached.
+            Unavailable, DiskFull, DatabaseUnusable: the database can't be used.
         """
         now = time.time()
         with self._registry.writing() as session:
@@ -96,8 +97,8 @@ class Reconciler:
             match action:
                 case StartSession(name):
                     self._start(name, 1, lambda name=name: self._run_session(name, self.holder))  # type: ignore[misc]
-                case StartTrainer(job, size):
-                    self._start(job, size, lambda job=job: self._run_job_trainer(job))  # type: ignore[misc]
+                case StartTrainer(job, count):
+                    self._start(job, count, lambda job=job: self._run_job_trainer(job))  # type: ignore[misc]
                 case EndSession(name):
                     with self._registry.writing() as session:
                         worker_slots.request_end(session, name)
@@ -106,7 +107,7 @@ class Reconciler:
                         jobs.preempt(session, job, attempt)
 
     def _start(self, name: str, size: int, run: Callable[[], None]) -> None:
-        """Runs in a thread what is to run under this name, unless another supervisor was first."""
+        """Claims a worker slot and calls `run` in a thread, unless another supervisor has claimed the slot."""
         if name in self.active_slots:
             return
         with self._registry.writing() as session:
@@ -119,7 +120,7 @@ class Reconciler:
         thread.start()
 
     def _run_job_trainer(self, job_id: str) -> None:
-        """Runs a job's own trainer; what ends it before the job is told in the job's history."""
+        """Runs a job's own trainer; an error that ends the trainer is added to the job's history."""
         with self._registry.reading() as session:
             gpus = jobs.get(session, job_id).spec.gpus
         try:
@@ -132,7 +133,7 @@ class Reconciler:
 
 
 def read_pool_state(session: Session, settings: JobSettings, now: float, base: str | None = None) -> PoolState:
-    """The pool as the registry has it, with as many waiting jobs of this base (None: any) as there are worker slots."""
+    """Reads the pool from the registry, with at most as many waiting jobs (of this base, if given) as worker slots."""
     running = session.execute(
         select(
             JobRow.id, JobRow.attempt, JobRow.priority, JobRow.started_at, JobRow.owner, JobRow.pending_action
@@ -155,12 +156,12 @@ def read_pool_state(session: Session, settings: JobSettings, now: float, base: s
 
 
 def worker_name(worker_slot: str, pid: int) -> str:
-    """The name of a worker in the record."""
+    """Returns the name of a worker in the registry."""
     return f"{worker_slot}:{pid}"
 
 
 def worker_slot_of(worker: str) -> str:
-    """The place of a worker by its name."""
+    """Returns the worker slot of a worker by its name."""
     return worker.partition(":")[0]
 
 
@@ -173,6 +174,6 @@ def _slots_needed(session: Session, job: queue.QueuedJob, settings: JobSettings)
 def _run_logged(name: str, run: Callable[[], None]) -> None:
     try:
         run()
-    except Exception:  # the jobs are in the record; the next look starts what is missing
+    except Exception:  # the jobs are in the registry; the next reconciliation starts what is missing
         log.exception("%s ended with an error", name)
-        time.sleep(SLOT_LEASE_SECONDS)  # keeps the place, so that what fails at once isn't started again at once
+        time.sleep(SLOT_LEASE_SECONDS)  # keeps the slot, so that what fails at once is not started again at once

@@ -1,14 +1,15 @@
-"""An adapter made part of a base's weights, and how far that moves what the model says.
+"""Merges an adapter into a base's weights, and measures how much that changes the model's predictions.
 
-The unmerged adapter is the measure: what the engine serves, and on what it was trained. Merged, a weight is rounded
-once more; and merged into the original of a quantized base, it stands on other values than those it was trained on.
+The reference is the unmerged adapter, as it was trained and as the engine serves it. A merged weight is rounded once
+more; and merged into the original values of a quantized base, the adapter is added to other values than those it was
+trained on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -29,32 +30,32 @@ from loramill.models.catalog import Base, load_for_training
 from loramill.storage.atomic import new_folder
 from loramill.types import FrozenModel, Quantization
 
-#: Which of a quantized base's values an adapter is merged into.
-Into = Literal["original", "dequantised"]
+#: The values of a quantized base that an adapter can be merged into.
+Into = Literal["original", "dequantized"]
 INTO: tuple[Into, ...] = get_args(Into)
 Precision = Literal["bf16", "fp32"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-#: Nats a token from which a merge is refused unless the caller knows better.
+#: Nats per token above which a merge is refused by default.
 MAX_KL = 0.02
-#: Completion tokens that are compared at most: log probabilities over a whole vocabulary take 0.2 MB per token.
+#: Maximum number of compared completion tokens: log probabilities over a full vocabulary take 0.2 MB per token.
 _COMPARED_TOKENS = 1024
 #: Tokens of one forward pass.
 _PASS_TOKENS = 512
 REPORT_FILE = "merge.json"
 
-#: Called with a description of the next stage, for the user.
+#: Called with a description of each stage, for the user.
 OnStage = Callable[[str], None]
 
 
 class Divergence(FrozenModel):
-    """How far a model's answers are from another's, at each token of some completions.
+    """The distance between the predictions of two models at each token of some completions.
 
     Attributes:
-        kl: mean of KL(unmerged || merged), nats a token.
-        largest: of a token.
-        agreement: share of the tokens where both find the same one the likeliest.
-        tokens, examples: that were compared.
+        kl: mean of KL(unmerged || merged), in nats per token.
+        max_token_kl: the largest KL of one token, in nats.
+        agreement: share of the tokens for which both models predict the same most likely token.
+        tokens, examples: numbers of compared tokens and examples.
     """
 
     kl: float
@@ -65,7 +66,7 @@ class Divergence(FrozenModel):
 
 
 class MergeReport(FrozenModel):
-    """What was merged into what, and what came of it."""
+    """What was merged into what, with the measured divergence."""
 
     adapter: str
     base: str
@@ -77,6 +78,29 @@ class MergeReport(FrozenModel):
     divergence: Divergence
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeOptions:
+    """How an adapter is merged.
+
+    Attributes:
+        into: which of the base's values the adapter is added to; by default those it was trained on, which of a
+            quantized base are the dequantized ones.
+        dtype: of the merged weights.
+        max_kl: divergence in nats per token above which the merge is refused.
+        force: write the merged model whatever its divergence.
+    """
+
+    into: Into | None = None
+    dtype: Precision = "bf16"
+    max_kl: float = MAX_KL
+    force: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch has it."""
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+
 def merge(
     base: Base,
     adapter: Path,
@@ -84,109 +108,128 @@ def merge(
     output: Path,
     *,
     name: str,
-    into: Into | None = None,
-    dtype: Precision = "bf16",
-    max_kl: float = MAX_KL,
-    force: bool = False,
+    options: MergeOptions = MergeOptions(),
     on_stage: OnStage = lambda stage: None,
 ) -> MergeReport:
-    """Writes base and adapter as one model, a Hugging Face folder with a report in it.
+    """Writes base and adapter as one model: a Hugging Face folder with a report in it.
 
     Args:
-        base: as it is served; its quantization says on what values the adapter was trained.
-        adapter: a PEFT folder.
-        examples: on whose completions the merged model is compared with the unmerged, in float32 arithmetic.
-        to: must not be there yet, or be empty.
-        name: of the adapter, for the report.
-        into: the values that the adapter was trained on, by default: the dequantised ones of a quantized base.
-        max_kl: nats a token.
-        force: write it however far it is.
+        base: as it is served; the adapter was trained on its values.
+        adapter: PEFT folder.
+        examples: the merged and the unmerged model are compared on their completions, in float32 arithmetic.
+        output: folder that does not exist yet or is empty.
+        name: the adapter's name, for the report.
 
     Raises:
-        Conflict: it is farther than `max_kl`; nothing is written.
-        InvalidRequest: there are no values of this kind, or `to` holds something.
-        AdapterInvalid: the adapter is broken, incomplete or of another base, or changes no weight of this one.
-        DiskFull: no room.
+        Conflict: the divergence is larger than `max_kl`; nothing is written.
+        InvalidRequest: the base has no values of this kind, or `output` is not empty.
+        AdapterInvalid: the adapter is damaged, incomplete or of another base, or changes no weight of this one.
+        DiskFull: no space for the model.
     """
-    quantized = base.quantization != "none"
-    if into == "dequantised" and not quantized:
-        raise InvalidRequest(f"The base '{base.name}' isn't quantized: merge into 'original'.", param="into")
-    into = into or ("dequantised" if quantized else "original")
-    chosen = _choose_compared(examples)
-    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
+    into = _values_to_merge_into(base, options.into)
+    compared = _choose_compared(examples)
     with new_folder(output) as folder:
         on_stage(f"loading {base.name}")
-        model = _load_in_float32(base)
-        deltas = _read_adapter(model, adapter)
+        model, deltas = _load(base, adapter)
         with with_adapter(model, deltas):
-            wanted = _log_probabilities(model, chosen, "the adapter", on_stage)
-        if quantized and into == "original":
+            unmerged = _log_probabilities(model, compared, "the adapter", on_stage)
+        if base.quantization != "none" and into == "original":
             on_stage(f"loading {base.name}, not quantized")
-            model = _load_in_float32(replace(base, quantization="none"))
-            deltas = _read_adapter(model, adapter)  # DoRA's gains depend on the values
+            model, deltas = _load(replace(base, quantization="none"), adapter)  # DoRA's gains depend on the values
         on_stage("merging")
-        if not _merge_weights(model, deltas, precision):
-            raise AdapterInvalid(
-                f"The adapter {name} changes no weight of '{base.name}': everything that it adds is 0, or is lost in "
-                f"rounding to {dtype}. Nothing was written."
-            )
-        model = _cast(_cast(model, precision), torch.float32)  # rounded, so that what is measured is what is written
-        divergence = _measure_divergence(
-            wanted, _log_probabilities(model, chosen, "the merged model", on_stage), len(chosen)
-        )
-        if divergence.kl > max_kl and not force:
-            raise Conflict(
-                f"Merged, {name} says something else: {divergence.kl:.3g} nats a token from the unmerged adapter, over "
-                f"{divergence.tokens} tokens, and the bound is {max_kl:g}. {_advice(base, into, dtype)}Merge it all "
-                "the same with --force, or a larger --max-kl.",
-                param="max_kl",
-            )
+        model = _merge_and_round(model, deltas, base, name, options)
+        merged = _log_probabilities(model, compared, "the merged model", on_stage)
         report = MergeReport(
             adapter=name,
             base=base.name,
             fingerprint=base.fingerprint,
             quantization=base.quantization,
             into=into,
-            dtype=dtype,
-            max_kl=max_kl,
-            divergence=divergence,
+            dtype=options.dtype,
+            max_kl=options.max_kl,
+            divergence=_measure_divergence(unmerged, merged, len(compared)),
         )
+        if not options.force:
+            _check_divergence(report)
         on_stage("writing")
-        save_hf_model(_cast(model, precision), base.folder, folder)
+        save_hf_model(_cast(model, options.torch_dtype), base.folder, folder)
         (folder / REPORT_FILE).write_text(report.model_dump_json(indent=1))
     return report
 
 
+def _values_to_merge_into(base: Base, into: Into | None) -> Into:
+    quantized = base.quantization != "none"
+    if into == "dequantized" and not quantized:
+        raise InvalidRequest(f"The base '{base.name}' is not quantized: merge into 'original'.", param="into")
+    return into or ("dequantized" if quantized else "original")
+
+
+def _load(base: Base, adapter: Path) -> tuple[PreTrainedModel, dict[str, Delta]]:
+    model = _load_in_float32(base)
+    return model, _read_adapter(model, adapter)
+
+
+def _merge_and_round(
+    model: PreTrainedModel, deltas: Mapping[str, Delta], base: Base, name: str, options: MergeOptions
+) -> PreTrainedModel:
+    """Merges the adapter and rounds the weights as they will be written, so that the written model is measured."""
+    if not _merge_weights(model, deltas, options.torch_dtype):
+        raise AdapterInvalid(
+            f"The adapter {name} changes no weight of '{base.name}': all of its changes are 0 or are lost in rounding "
+            f"to {options.dtype}. Nothing was written."
+        )
+    return _cast(_cast(model, options.torch_dtype), torch.float32)
+
+
+def _check_divergence(report: MergeReport) -> None:
+    divergence, max_kl = report.divergence, report.max_kl
+    if divergence.kl > max_kl:
+        raise Conflict(
+            f"Merging changes the answers of {report.adapter}: its divergence from the unmerged adapter is "
+            f"{divergence.kl:.3g} nats per token over {divergence.tokens} tokens, and the bound is {max_kl:g}. "
+            f"{_advice(report)}Use --force or a larger --max-kl to merge it anyway.",
+            param="max_kl",
+        )
+
+
+def _advice(report: MergeReport) -> str:
+    if report.quantization != "none" and report.into == "original":
+        return f"It was trained on the base in {report.quantization}: merge it into those values (--into dequantized). "
+    if report.dtype == "bf16":
+        return "Rounding to bf16 causes some of that: try --dtype fp32. "
+    return ""
+
+
 def _load_in_float32(base: Base) -> PreTrainedModel:
-    """The base with the values that it is served with, to compute with in float32."""
+    """The base with the values that it is served with, for computing in float32."""
     return _cast(load_for_training(base, torch.bfloat16), torch.float32)
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its weights in `dtype`; `to` would round the rotary embedding's frequencies, too."""
+    """Converts the weights to `dtype`; `model.to` would also round the frequencies of the rotary embedding."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
 def merge_into(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """`model` with the adapter of a PEFT folder in its weights, added in float32; in its dtype.
+    """Adds the adapter of a PEFT folder to the weights of `model`, in float32; the weights keep their dtype.
 
     Raises:
-        AdapterInvalid: the adapter is broken, incomplete or of another base.
+        AdapterInvalid: the adapter is damaged, incomplete or of another base.
     """
     _merge_weights(model, _read_adapter(model, adapter), model.dtype)
     return model
 
 
 def _read_adapter(model: PreTrainedModel, adapter: Path) -> dict[str, Delta]:
-    """Reads the adapter as the engine does, so that what is merged is what is served."""
+    """Reads the adapter as the engine does, so that the merged adapter is the served one."""
     return read_adapter(adapter, BaseModules.of_model(model, model.get_output_embeddings()))
 
 
 @contextmanager
 def with_adapter(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> Iterator[None]:
-    """`model` computes with an adapter next to its weights, as the engine does; for float32."""
+    """Within, `model` computes with an adapter beside its weights, as the engine does; in float32."""
     with ExitStack() as stack:
         for name, delta in deltas.items():
             module = model.get_submodule(name)
@@ -198,7 +241,7 @@ def _add_adapter(delta: Delta, module: nn.Module, args: tuple[torch.Tensor, ...]
     """`y` with the adapter: `gain * (W x + scale B A x)`, to which a bias is added last."""
     x, a, b = args[0], delta.a.float(), delta.b.float()
     if delta.lookup:
-        # Gemma's embedding multiplies its vectors.
+        # Gemma's embedding scales its vectors.
         factor = getattr(module, "embed_scale", 1.0)
         return y + nn.functional.embedding(x, a.T) @ b.T * (delta.scale * factor)
     bias: torch.Tensor | float = 0.0 if module.bias is None else module.bias  # type: ignore[assignment]
@@ -211,7 +254,7 @@ def _merge_weights(model: PreTrainedModel, deltas: Mapping[str, Delta], precisio
     """Adds an adapter to the weights, in float32, and converts them back to their dtype.
 
     Returns:
-        Whether a weight changes in `precision`.
+        Whether any weight changes in `precision`.
     """
     _untie_head(model, deltas)
     changed = False
@@ -230,7 +273,7 @@ def _merge_weights(model: PreTrainedModel, deltas: Mapping[str, Delta], precisio
 
 
 def _untie_head(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> None:
-    """Gives the head a weight of its own, if the adapter changes it or the embedding: merged, they would be two."""
+    """Gives the head its own weight if the adapter changes the head or the embedding: merged, the two would differ."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None or embedding.weight is not head.weight:
         return
@@ -240,19 +283,19 @@ def _untie_head(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> None:
 
 
 def _choose_compared(examples: Sequence[EncodedExample]) -> list[EncodedExample]:
-    """As many of the examples, evenly, as have tokens enough."""
+    """Chooses examples evenly, as many as have enough tokens together."""
     total = sum(map(count_supervised_tokens, examples))
     if not total:
         raise InvalidRequest("There is no completion to compare the merged model on: give --valid a file with some.")
-    every = max(1, -(-total // _COMPARED_TOKENS))
-    return list(examples[::every])
+    stride = max(1, -(-total // _COMPARED_TOKENS))
+    return list(examples[::stride])
 
 
 @torch.no_grad()
 def _log_probabilities(
     model: PreTrainedModel, examples: Sequence[EncodedExample], of: str, on_stage: OnStage
 ) -> list[torch.Tensor]:
-    """Of every token of the vocabulary, at each completion token: float32 [S, vocabulary] for each group."""
+    """Log probabilities over the vocabulary at each completion token: float32 [S, vocabulary] per group."""
     longest = max(len(example.tokens) for example in examples)
     groups = list(group_for_passes(examples, _PASS_TOKENS, packing=True))
     found = []
@@ -263,22 +306,14 @@ def _log_probabilities(
     return found
 
 
-def _measure_divergence(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], examples: int) -> Divergence:
-    kl = torch.cat([(p.exp() * (p - q)).double().sum(dim=-1) for p, q in zip(wanted, found, strict=True)])
-    same = torch.cat([p.argmax(dim=-1) == q.argmax(dim=-1) for p, q in zip(wanted, found, strict=True)])
+def _measure_divergence(unmerged: Sequence[torch.Tensor], merged: Sequence[torch.Tensor], examples: int) -> Divergence:
+    kl = torch.cat([(p.exp() * (p - q)).double().sum(dim=-1) for p, q in zip(unmerged, merged, strict=True)])
+    same = torch.cat([p.argmax(dim=-1) == q.argmax(dim=-1) for p, q in zip(unmerged, merged, strict=True)])
     return Divergence(
-        # Rounding may leave the mean of what is never below 0 a little below.
+        # A KL is never negative; rounding may leave its mean slightly below 0.
         kl=max(0.0, kl.mean().item()),
         max_token_kl=max(0.0, kl.max().item()),
         agreement=same.double().mean().item(),
         tokens=len(kl),
         examples=examples,
     )
-
-
-def _advice(base: Base, into: Into, dtype: Precision) -> str:
-    if base.quantization != "none" and into == "original":
-        return f"It was trained on the base in {base.quantization}: merge it into those values (--into dequantised). "
-    if dtype == "bf16":
-        return "Rounding to bf16 costs some of that: try --dtype fp32. "
-    return ""

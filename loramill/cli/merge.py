@@ -26,7 +26,7 @@ def merge(
     to: To,
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the merged weights.")] = "bf16",
     into: Annotated[
-        Literal["original", "dequantised"] | None,
+        Literal["original", "dequantized"] | None,
         typer.Option(help="Of a quantized base: which values. By default those the adapter was trained on."),
     ] = None,
     valid: Annotated[
@@ -51,8 +51,8 @@ def merge(
     """
     from loramill.cli.generate import find_model
     from loramill.errors import InvalidRequest
-    from loramill.jobs.train.merge import MAX_KL
-    from loramill.jobs.train.merge import merge as merge_into
+    from loramill.jobs.train.merge import MAX_KL, MergeOptions
+    from loramill.jobs.train.merge import merge as merge_adapter
     from loramill.settings import Settings
 
     settings = Settings.load()
@@ -60,16 +60,13 @@ def merge(
     if version is None:
         raise InvalidRequest(f"'{name}' is the base alone: name an adapter to merge into it.")
     with show.console(stderr=True).status("Merging…") as status:
-        report = merge_into(
+        report = merge_adapter(
             base,
             source(version),
             _comparison_examples(base, name, valid, settings),
             to,
             name=name if Path(version).is_dir() else f"{name.partition('@')[0]}@{version}",
-            into=into,
-            dtype=dtype,
-            max_kl=MAX_KL if max_kl is None else max_kl,
-            force=force,
+            options=MergeOptions(into=into, dtype=dtype, max_kl=MAX_KL if max_kl is None else max_kl, force=force),
             on_stage=lambda stage: status.update(f"Merging: {stage}…"),
         )
     if json:
@@ -122,7 +119,7 @@ def _print_report(report: MergeReport, to: Path) -> None:
             ("adapter", report.adapter),
             ("base", f"{report.base}, {report.into} values ({report.quantization})"),
             ("weights", report.dtype),
-            ("divergence", f"{found.kl:.2e} nats a token, at most {found.largest:.2e} (bound: {report.max_kl:g})"),
+            ("divergence", f"{found.kl:.2e} nats a token, at most {found.max_token_kl:.2e} (bound: {report.max_kl:g})"),
             ("same choice", f"{found.agreement:.2%} of {found.tokens} tokens of {found.examples} examples"),
         ]
     )

@@ -124,7 +124,7 @@ def test_all_go_on_from_the_firsts_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("own", "others", "says"),
     [
-        (JobPaused("now"), JobPaused, "Another of this job's 3 processes was asked to stop"),
+        (JobPaused("now"), JobPaused, "Another of this job's 3 processes was requested to stop"),
         (LeaseLost("gone"), JobError, "Another of this job's 3 processes stopped"),
     ],
 )

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from loramill.cli import app
 from loramill.data.tokenizer import EncodedExample
 from loramill.errors import AdapterInvalid, Conflict, InvalidRequest
-from loramill.jobs.train.merge import REPORT_FILE, MergeReport, merge, merge_into, with_adapter
+from loramill.jobs.train.merge import REPORT_FILE, MergeOptions, MergeReport, merge, merge_into, with_adapter
 from loramill.jobs.train.methods.seeds import seeded
 from loramill.kernels import Batch
 from loramill.kernels.peft_folder import WEIGHTS_FILE, BaseModules, read_adapter
@@ -80,7 +80,9 @@ def test_in_float32_the_merged_model_says_what_the_adapter_says(
 ) -> None:
     base = base_of(tiny_base_folder, tmp_path)
     adapter = saved(base, tmp_path / "adapter", KINDS[kind], size=0.2)
-    report = merge(base, adapter, random_examples(12), tmp_path / "merged", name="acme/a", dtype="fp32")
+    report = merge(
+        base, adapter, random_examples(12), tmp_path / "merged", name="acme/a", options=MergeOptions(dtype="fp32")
+    )
     assert report.divergence.kl < 1e-6 and report.divergence.agreement == 1.0
     plain = PeftModel.from_pretrained(load_for_training(base, torch.bfloat16).float(), adapter)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -113,7 +115,9 @@ def test_the_divergence_is_the_mean_of_kl(tiny_base_folder: Path, tmp_path: Path
     base = base_of(tiny_base_folder, tmp_path, "nf4")
     adapter = saved(base, tmp_path / "adapter", lora(), size=0.1)
     examples = random_examples(12)
-    report = merge(base, adapter, examples, tmp_path / "merged", name="a", into="original", max_kl=100.0)
+    report = merge(
+        base, adapter, examples, tmp_path / "merged", name="a", options=MergeOptions(into="original", max_kl=100.0)
+    )
     plain = PeftModel.from_pretrained(load_for_training(base, torch.bfloat16).float(), adapter)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").float()
     kls, same = [], []
@@ -135,8 +139,15 @@ def test_an_adapter_of_a_quantized_base_belongs_to_its_values(
     base = base_of(tiny_base_folder, tmp_path, quantization)
     adapter = saved(base, tmp_path / "adapter", lora())
     by_default = merge(base, adapter, random_examples(12), tmp_path / "by-default", name="a")
-    original = merge(base, adapter, random_examples(12), tmp_path / "original", name="a", into="original", force=True)
-    assert (by_default.into, original.into) == ("dequantised", "original")
+    original = merge(
+        base,
+        adapter,
+        random_examples(12),
+        tmp_path / "original",
+        name="a",
+        options=MergeOptions(into="original", force=True),
+    )
+    assert (by_default.into, original.into) == ("dequantized", "original")
     assert by_default.divergence.kl < original.divergence.kl / 3
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
     exact = merge_into(load_for_training(base_of(tiny_base_folder, tmp_path), torch.bfloat16), adapter)
@@ -147,10 +158,12 @@ def test_what_is_too_far_is_refused_unless_forced(tiny_base_folder: Path, tmp_pa
     base = base_of(tiny_base_folder, tmp_path, "nf4")
     adapter = saved(base, tmp_path / "adapter", lora(), size=0.1)
     to = tmp_path / "merged"
-    with pytest.raises(Conflict, match=r"nats a token.*--into dequantised.*--force"):
-        merge(base, adapter, random_examples(12), to, name="a", into="original", max_kl=1e-4)
+    with pytest.raises(Conflict, match=r"nats per token.*--into dequantized.*--force"):
+        merge(base, adapter, random_examples(12), to, name="a", options=MergeOptions(into="original", max_kl=1e-4))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "cache"]  # not even a part of it
-    report = merge(base, adapter, random_examples(12), to, name="a", into="original", max_kl=1e-4, force=True)
+    report = merge(
+        base, adapter, random_examples(12), to, name="a", options=MergeOptions(into="original", max_kl=1e-4, force=True)
+    )
     assert report.divergence.kl > report.max_kl == 1e-4
     assert json.loads((to / REPORT_FILE).read_text())["divergence"]["kl"] == report.divergence.kl
 
@@ -158,8 +171,8 @@ def test_what_is_too_far_is_refused_unless_forced(tiny_base_folder: Path, tmp_pa
 def test_what_can_not_be_merged_is_refused(tiny_base_folder: Path, tmp_path: Path) -> None:
     base, to = base_of(tiny_base_folder, tmp_path), tmp_path / "merged"
     adapter = saved(base, tmp_path / "adapter", lora())
-    with pytest.raises(InvalidRequest, match="isn't quantized"):
-        merge(base, adapter, random_examples(3), to, name="a", into="dequantised")
+    with pytest.raises(InvalidRequest, match="is not quantized"):
+        merge(base, adapter, random_examples(3), to, name="a", options=MergeOptions(into="dequantized"))
     with pytest.raises(AdapterInvalid, match=r"adapter_config.json"):
         merge(base, tmp_path / "cache", random_examples(3), to, name="a")
     with pytest.raises(InvalidRequest, match="no completion"):
@@ -206,7 +219,7 @@ def test_an_incomplete_adapter_is_not_merged(tiny_base_folder: Path, tmp_path: P
     base = base_of(tiny_base_folder, tmp_path)
     adapter = respelled(saved(base, tmp_path / "adapter", lora()), spell)
     with pytest.raises(AdapterInvalid, match=f"lacks '[^']*{missing}'"):
-        merge(base, adapter, random_examples(3), tmp_path / "merged", name="a", force=True)
+        merge(base, adapter, random_examples(3), tmp_path / "merged", name="a", options=MergeOptions(force=True))
     assert not (tmp_path / "merged").exists()
 
 
@@ -215,7 +228,7 @@ def test_a_merge_that_changes_nothing_is_an_error(tiny_base_folder: Path, tmp_pa
     adapter = tmp_path / "adapter"
     get_peft_model(load_for_training(base, torch.bfloat16), lora()).save_pretrained(adapter)
     with pytest.raises(AdapterInvalid, match="changes no weight"):
-        merge(base, adapter, random_examples(3), tmp_path / "merged", name="a", force=True)
+        merge(base, adapter, random_examples(3), tmp_path / "merged", name="a", options=MergeOptions(force=True))
     assert not (tmp_path / "merged").exists()
 
 
@@ -324,7 +337,7 @@ def test_the_command_takes_a_peft_folder_and_says_what_is_missing(
     for words, code, said in (
         (command, 1, "--valid FILE"),
         (("adapters", "merge", "tiny", "--to", str(to)), 1, "the base alone"),
-        ((*command, "--valid", str(rows), "--into", "dequantised"), 1, "isn't quantized"),
+        ((*command, "--valid", str(rows), "--into", "dequantized"), 1, "is not quantized"),
         ((*command, "--valid", str(rows), "--max-kl", "0"), 1, "--force"),
         ((*command, "--valid", str(rows), "--max-kl", "-1"), 2, ""),
     ):

@@ -1,0 +1,117 @@
+"""A worker process of Ray Train: leases jobs and trains them.
+
+A session keeps the base resident and runs one job after another. A dedicated trainer runs one job, long or on several
+GPUs: its first process leases the job, reports and publishes, and the others take their part of each step. Ray Train
+retries no job: attempts are the queue's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ray.train.torch import get_device
+
+from loramill.data.tokenizer import ChatTokenizer
+from loramill.errors import JobError
+from loramill.jobs.scheduling.reconciler import worker_name
+from loramill.jobs.train.distributed import SINGLE_PROCESS, ProcessGroup, connect_processes
+from loramill.jobs.worker.worker import Worker, lease_next_job, run_attempt, run_jobs, training_steps
+from loramill.models.catalog import find_base, load_for_training
+from loramill.registry import Registry
+from loramill.registry.jobs import worker_slots
+from loramill.settings import JobSettings, Settings
+from loramill.types import Executor, JobRecord
+
+log = logging.getLogger(__name__)
+
+#: Niceness of training where it shares a machine with serving, which has to answer soon.
+NICENESS = 15
+
+
+def run_session(config: dict[str, Any]) -> None:
+    """Runs jobs until the session has been idle for long or its worker slot is ending or no longer its holder's."""
+    settings, slot, holder = Settings.model_validate(config["settings"]), config["worker_slot"], config["holder"]
+    worker = build_worker(settings, slot, "session", select_device(settings.jobs))
+    worker.model()  # load the base before the first job is leased
+
+    def should_stop(idle_seconds: float) -> bool:
+        if idle_seconds > settings.jobs.idle_seconds:
+            return True
+        with worker.registry.reading() as session:
+            return not worker_slots.is_open(session, slot, holder)
+
+    run_jobs(worker, should_stop=should_stop)
+
+
+def run_dedicated(config: dict[str, Any]) -> None:
+    """Runs one attempt of the job whose id is the worker slot's name, together with the trainer's other processes."""
+    settings, job_id = Settings.model_validate(config["settings"]), config["worker_slot"]
+    device = select_device(settings.jobs)
+    worker = build_worker(settings, job_id, "dedicated", device, connect_processes(device))
+    job = broadcast_job(lease_next_job(worker, job_id) if worker.process_group.rank == 0 else None)
+    if job is None:
+        return  # it was cancelled meanwhile, or another supervisor's trainer leased it
+    if worker.process_group.rank == 0:
+        run_attempt(worker, job)
+    else:
+        follow_first_process(worker, job)
+
+
+def build_worker(
+    settings: Settings,
+    worker_slot: str,
+    executor: Executor,
+    device: torch.device,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+) -> Worker:
+    """Builds the worker of this process."""
+    os.nice(NICENESS)
+    base = find_base(settings.base, settings.cache, settings.quantization)
+    return Worker(
+        name=worker_name(worker_slot, os.getpid()),
+        registry=Registry.open(settings.database, settings.artifacts),
+        base=base,
+        model=cache(lambda: load_for_training(base, torch.bfloat16, packed=device.type == "cuda").to(device)),
+        device=device,
+        tokenizer=ChatTokenizer.load(base.folder),
+        checkpoints=settings.checkpoints,
+        logs=settings.home / "tensorboard",
+        settings=settings.jobs,
+        executor=executor,
+        process_group=process_group,
+    )
+
+
+def select_device(settings: JobSettings) -> torch.device:
+    """Returns the device to train on: this process's share of the GPU that Ray assigned to it, or the CPU.
+
+    A GPU that torch sees is only used if the settings enable it. Ray's GPUs may not exist, as in tests.
+    """
+    torch.set_num_threads(settings.threads)
+    if not settings.use_gpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device: torch.device = get_device()
+    # Ray counts fractions of a GPU, and does not limit the memory that a process takes of it.
+    torch.cuda.set_per_process_memory_fraction(1 / settings.per_gpu, device)
+    return device
+
+
+def broadcast_job(job: JobRecord | None) -> JobRecord | None:
+    """Returns the first process's job in every process."""
+    message = [None if job is None else job.model_dump_json()]
+    dist.broadcast_object_list(message, src=0)
+    return None if message[0] is None else JobRecord.model_validate_json(message[0])
+
+
+def follow_first_process(worker: Worker, job: JobRecord) -> None:
+    """Takes this process's part of each step; ends when the first process ends."""
+    try:
+        for _ in training_steps(worker, job, raise_if_stopped=lambda: None):
+            pass
+    except JobError as error:
+        log.info("job %s: this process ends with the first: %s", job.id, error)
