@@ -1,11 +1,11 @@
-"""Which examples a step trains on, and how they are laid out as rows of tokens.
+"""Chooses the examples of each step, and lays them out as rows of tokens.
 
 The order is a pure function of (seed, number of examples, step), so a resumed job needs no state of its data.
 
-Rows are *packed*: the examples stand one after another without padding, and what all of their prompts begin with
-(a system prompt, the template's opening) stands only once, in front. Each token sees that prefix and the earlier
-tokens of its own example, at the positions it would have alone, so the arithmetic is that of separate examples.
-Without packing, each example is a row of its own, padded to the longest.
+Rows are *packed*: examples follow one another without padding, and the prefix that all of their prompts share (a system
+prompt, the template's opening) occurs once, in front. Each token attends to that prefix and to the earlier tokens of
+its own example, at the positions that it would have alone, so the arithmetic is that of separate examples. Without
+packing, each example is a row by itself, padded to the longest.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from loramill.data.tokenizer import EncodedExample
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
-    """Some examples as R sequences of T tokens, S of which are supervised.
+    """Some examples as R rows of T tokens; S tokens are supervised.
 
     Attributes:
         tokens, positions: int64 [R, T].
-        sees: bool [R, T, T]; whether the token of a line attends to the token of a column.
-        predicting: int64 [S]; where in the R * T places, row after row, the supervised tokens are predicted.
+        attention_mask: bool [R, T, T]; whether the token of a line attends to the token of a column.
+        target_positions: int64 [S]; positions in the flattened rows [R * T] at which supervised tokens are predicted.
         labels: int64 [S]; the supervised tokens.
-        weights: float64 [S]; of their losses.
+        weights: float64 [S]; weights of their losses.
     """
 
     tokens: torch.Tensor
@@ -42,19 +42,19 @@ class PackedRows:
 
 
 def choose_batch(count: int, batch_size: int, step: int, seed: int, *, epochs: bool = False) -> list[int]:
-    """The indices of the examples, of `count`, that step `step` (from 0) trains on.
+    """Returns the indices of the examples, of `count`, that step `step` (from 0) trains on.
 
     Steps walk through one shuffle of all examples after another: every example is seen once before any is seen again.
 
     Args:
-        size: examples in a step.
+        batch_size: examples per step.
         epochs: end each epoch with a step of the examples that are left, instead of filling it from the next epoch.
     """
     if epochs:
         epoch, batch = divmod(step, -(-count // batch_size))
         return _shuffled(count, seed, epoch)[batch * batch_size : (batch + 1) * batch_size]
     walk = range(step * batch_size, (step + 1) * batch_size)
-    return [_shuffled(count, seed, place // count)[place % count] for place in walk]
+    return [_shuffled(count, seed, index // count)[index % count] for index in walk]
 
 
 @lru_cache(maxsize=2)
@@ -65,10 +65,11 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
 def group_for_passes(
     examples: Sequence[EncodedExample], max_tokens: int, *, packing: bool = True, multiple_of: int = 1
 ) -> list[list[EncodedExample]]:
-    """Cuts `examples` into groups, one for each forward pass; a multiple of `parts`, where there are enough examples.
+    """Splits `examples` into groups, one per forward pass.
 
     Args:
-        limit: about as many tokens in a group: besides the prefix they share; without packing, padding included.
+        max_tokens: about the number of tokens in a group; with packing without the shared prefix, else with padding.
+        multiple_of: the number of groups is a multiple of this, if there are enough examples. Only with packing.
     """
     if packing:
         return _group_evenly(examples, max_tokens, multiple_of)
@@ -85,11 +86,11 @@ def _group_evenly(examples: Sequence[EncodedExample], max_tokens: int, multiple_
     prefix = shared_prefix_length(examples)
     lengths = [len(example.tokens) - prefix for example in examples]
     count = -(-sum(lengths) // (max_tokens * multiple_of)) * multiple_of
-    share = sum(lengths) / count
+    tokens_per_group = sum(lengths) / count
     groups: list[list[EncodedExample]] = []
     before = 0
     for example, length in zip(examples, lengths, strict=True):
-        if before >= len(groups) * share:
+        if before >= len(groups) * tokens_per_group:
             groups.append([])
         groups[-1].append(example)
         before += length
@@ -97,59 +98,59 @@ def _group_evenly(examples: Sequence[EncodedExample], max_tokens: int, multiple_
 
 
 def pack(examples: Sequence[EncodedExample]) -> PackedRows:
-    """Lays `examples` out as one row."""
+    """Lays `examples` out as one packed row."""
     prefix = shared_prefix_length(examples)
     tokens = list(examples[0].tokens[:prefix])
     positions = list(range(prefix))
-    owners = [0] * prefix
-    learnt: list[tuple[int, int, float]] = []
-    for owner, example in enumerate(examples, start=1):
-        learnt += _supervised_targets(example, len(tokens) - prefix)
+    numbers = [0] * prefix  # of the example that each token belongs to; 0 for the prefix
+    targets: list[tuple[int, int, float]] = []
+    for number, example in enumerate(examples, start=1):
+        targets += _supervised_targets(example, len(tokens) - prefix)
         tokens += example.tokens[prefix:]
         positions += range(prefix, len(example.tokens))
-        owners += [owner] * (len(example.tokens) - prefix)
-    owner_of = torch.tensor(owners)
-    same = (owner_of[:, None] == owner_of) | (owner_of == 0)
-    return _packed_rows([tokens], [positions], same.tril()[None], learnt)
+        numbers += [number] * (len(example.tokens) - prefix)
+    example_of = torch.tensor(numbers)
+    same = (example_of[:, None] == example_of) | (example_of == 0)
+    return _packed_rows([tokens], [positions], same.tril()[None], targets)
 
 
 def pad(examples: Sequence[EncodedExample]) -> PackedRows:
-    """Lays each of `examples` out as a row of its own, with zeros after the shorter ones."""
+    """Lays each of `examples` out as one row, padded with zeros."""
     width = max(len(example.tokens) for example in examples)
     tokens = [[*example.tokens, *[0] * (width - len(example.tokens))] for example in examples]
-    learnt = [place for row, example in enumerate(examples) for place in _supervised_targets(example, row * width)]
-    sees = torch.ones(width, width, dtype=torch.bool).tril().expand(len(examples), -1, -1)
-    return _packed_rows(tokens, [list(range(width))] * len(examples), sees, learnt)
+    targets = [target for row, example in enumerate(examples) for target in _supervised_targets(example, row * width)]
+    mask = torch.ones(width, width, dtype=torch.bool).tril().expand(len(examples), -1, -1)
+    return _packed_rows(tokens, [list(range(width))] * len(examples), mask, targets)
 
 
 def shared_prefix_length(examples: Sequence[EncodedExample]) -> int:
-    """How many tokens all of `examples` begin with, short of the place where the first supervised one is predicted."""
+    """Returns the length of the prefix that all `examples` share; it ends before the first supervised prediction."""
     longest = min(max(1, example.spans[0].start) for example in examples) - 1
     columns = zip(*(example.tokens[:longest] for example in examples), strict=True)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def sequences(examples: Iterable[EncodedExample]) -> list[EncodedExample]:
-    """The sequences of `examples`: one each, or several if an answer can't follow the one before."""
+    """Returns the sequences of `examples`: one each, or several if an answer can't follow the one before."""
     return [sequence for example in examples for sequence in example.sequences]
 
 
 def count_supervised_tokens(example: EncodedExample) -> int:
-    """How many tokens of the example have a loss."""
+    """Returns how many tokens of the example have a loss."""
     return len(_supervised_targets(example, 0))
 
 
 def supervised_weight(example: EncodedExample) -> float:
-    """The sum of the weights of the example's losses."""
+    """Returns the sum of the weights of the example's losses."""
     return sum(weight for _, _, weight in _supervised_targets(example, 0))
 
 
 def _supervised_targets(example: EncodedExample, shift: int) -> list[tuple[int, int, float]]:
-    """Where each supervised token is predicted, `shift` places on, the token, and its weight."""
+    """Per supervised token: the position that predicts it, plus `shift`; the token; its weight."""
     return [
-        (shift + place - 1, example.tokens[place], span.weight)
+        (shift + index - 1, example.tokens[index], span.weight)
         for span in example.spans
-        for place in range(max(1, span.start), span.stop)  # nothing predicts token 0
+        for index in range(max(1, span.start), span.stop)  # nothing predicts token 0
     ]
 
 
@@ -163,7 +164,7 @@ def _packed_rows(
         tokens=torch.tensor(tokens),
         positions=torch.tensor(positions),
         attention_mask=attention_mask,
-        target_positions=torch.tensor([place for place, _, _ in targets]),
+        target_positions=torch.tensor([position for position, _, _ in targets]),
         labels=torch.tensor([label for _, label, _ in targets]),
         weights=torch.tensor([weight for _, _, weight in targets], dtype=torch.float64),
     )

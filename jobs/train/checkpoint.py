@@ -1,8 +1,8 @@
-"""A job's checkpoints: files that are whole or not there, in a folder or at an fsspec URL that every node reaches.
+"""A job's checkpoints: files, each complete or absent, in a folder or at an fsspec URL that every node can access.
 
-A file is named `<key>-<step><a or b>-<best step>-<sha256 of its content>.safetensors`. The key is of the job's spec, so
-a checkpoint of another spec is never met; the hash tells a torn or damaged file from a whole one. The last two are
-kept, as the last may be damaged, and the best that each of them names.
+A file is named `<key>-<step><a or b>-<best step>-<sha256 of its content>.safetensors`. The key is a hash of the job's
+spec, so that a checkpoint of another spec is never read; the content's hash shows a damaged file. The last two are
+kept, since the last may be damaged, and the best checkpoint that each of them names.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from loramill.types import JobSpec
 
 log = logging.getLogger(__name__)
 
-#: Checkpoints kept besides the best: the last, and the one before.
+#: Number of checkpoints that are kept besides the best.
 KEEP_LAST = 2
-#: Of what a file holds; one of another form is another job's.
+#: Version of the file format, a part of the key: a file of another version is not read.
 FORMAT_VERSION = 2
-#: Fields that older specs do not have; their defaults are what was done then.
+#: Fields that older specs do not have; their defaults mean what was done without them.
 _ADDED_FIELDS = ("epochs",)
 
 _PARTS = ("weight", "first_moment", "second_moment", "state")
@@ -36,16 +36,16 @@ _PARTS = ("weight", "first_moment", "second_moment", "state")
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """Where a job stands after `step` optimizer steps, besides its tensors.
+    """The state of a job after `step` optimizer steps, without its tensors. The names are those in the files.
 
     Attributes:
-        tokens: trained on so far, prompts included.
-        figures: the last step's loss, accuracy, learning_rate and grad_norm, and valid_loss and valid_accuracy where
-            the job was validated there.
-        pending: the validation that is due at this step is still to be done.
-        best_step, best_loss: where the validation loss was lowest; None before a first validation.
-        stale: validations since.
-        finished: nothing is left to train.
+        tokens: tokens trained on so far, prompts included.
+        figures: loss, accuracy, learning_rate and grad_norm of the last step; valid_loss and valid_accuracy if the job
+            was validated after it.
+        pending: a validation is due after this step and not yet done.
+        best_step, best_loss: of the lowest validation loss; None before the first validation.
+        stale: number of validations since the best.
+        finished: no step is left to train.
     """
 
     step: int = 0
@@ -60,12 +60,12 @@ class RunState:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointData:
-    """All that a job goes on from.
+    """Everything that a job resumes from.
 
     Attributes:
-        weights: what is trained, under its names in PEFT's file.
-        first_moments, second_moments: AdamW's, under the same names.
-        state: the method's other tensors.
+        weights: the trained weights, under their names in PEFT's file.
+        first_moments, second_moments: AdamW's moments, under the same names.
+        state: other tensors of the method.
     """
 
     run_state: RunState
@@ -76,49 +76,49 @@ class CheckpointData:
 
 
 def write(folder: Path | str, spec: JobSpec, checkpoint: CheckpointData) -> None:
-    """Makes `checkpoint` the last of `spec` in `folder`.
+    """Writes `checkpoint` as the last one of `spec` in `folder`, and removes older ones.
 
     Raises:
-        DiskFull: it doesn't fit; those before it stay.
+        DiskFull: no space for it; the earlier checkpoints stay.
     """
     parts = (checkpoint.weights, checkpoint.first_moments, checkpoint.second_moments, checkpoint.state)
     tensors = {
         f"{part} {name}": tensor for part, named in zip(_PARTS, parts, strict=True) for name, tensor in named.items()
     }
     content = save(tensors, metadata={"standing": json.dumps(asdict(checkpoint.run_state))})
-    place = open_checkpoint_store(folder)
-    place.write(_name(spec, checkpoint.run_state, content), content)
-    names = _names(place, spec)
-    kept = {name.split("-")[2] for name in names[:KEEP_LAST]}
+    store = open_checkpoint_store(folder)
+    store.write(_name(spec, checkpoint.run_state, content), content)
+    names = _names(store, spec)
+    best_steps = {name.split("-")[2] for name in names[:KEEP_LAST]}
     for old in names[KEEP_LAST:]:
-        if old.split("-")[1].rstrip("ab") not in kept:
-            place.remove(old)
+        if old.split("-")[1].rstrip("ab") not in best_steps:
+            store.remove(old)
 
 
 def latest(folder: Path | str, spec: JobSpec) -> CheckpointData | None:
-    """The last whole checkpoint of `spec` in `folder`; None if there is none.
+    """Returns the last undamaged checkpoint of `spec` in `folder`, or None if there is none.
 
     Raises:
         ArtifactCorrupt: it can't be read.
     """
-    place = open_checkpoint_store(folder)
-    return next((found for name in _names(place, spec) if (found := _read(place, name)) is not None), None)
+    store = open_checkpoint_store(folder)
+    return next((found for name in _names(store, spec) if (found := _read(store, name)) is not None), None)
 
 
 def best(folder: Path | str, spec: JobSpec, last: CheckpointData) -> CheckpointData:
-    """The checkpoint of the lowest validation loss that `last` knows of; `last` if it knows none.
+    """Returns the checkpoint of the lowest validation loss up to `last`; without validations `last` itself.
 
     Raises:
-        ArtifactCorrupt: it is damaged or gone.
+        ArtifactCorrupt: it is damaged or missing.
     """
     if last.run_state.best_step in (None, last.run_state.step):
         return last
-    place = open_checkpoint_store(folder)
-    for name in _names(place, spec):
-        if name.split("-")[1] == f"{last.run_state.best_step:08d}b" and (found := _read(place, name)) is not None:
+    store = open_checkpoint_store(folder)
+    for name in _names(store, spec):
+        if name.split("-")[1] == f"{last.run_state.best_step:08d}b" and (found := _read(store, name)) is not None:
             return found
     raise ArtifactCorrupt(
-        f"The best checkpoint, of step {last.run_state.best_step}, is damaged or gone from {folder}: "
+        f"The best checkpoint, of step {last.run_state.best_step}, is damaged or missing in {folder}: "
         "submit the job again."
     )
 
@@ -130,7 +130,7 @@ def _name(spec: JobSpec, run_state: RunState, content: bytes) -> str:
 
 
 def _names(store: CheckpointStore, spec: JobSpec) -> list[str]:
-    """The files of the spec's checkpoints, the last first."""
+    """Returns the names of the spec's checkpoints, the last first."""
     key = _key(spec)
     return sorted(
         (name for name in store.names() if name.startswith(key) and name.endswith(".safetensors")), reverse=True
@@ -138,7 +138,7 @@ def _names(store: CheckpointStore, spec: JobSpec) -> list[str]:
 
 
 def _key(spec: JobSpec) -> str:
-    # A spec without the added fields keeps the key that it had, so that an older job resumes.
+    # A spec with the defaults of added fields keeps the key that it had without them, so that an older job resumes.
     unknown = {name for name in _ADDED_FIELDS if getattr(spec, name) == JobSpec.model_fields[name].default}
     # For the same reason the JSON has the name that `train_on` had.
     json_spec = spec.model_dump_json(exclude=unknown).replace('"train_on":', '"learn":', 1)
@@ -146,11 +146,11 @@ def _key(spec: JobSpec) -> str:
 
 
 def _read(store: CheckpointStore, name: str) -> CheckpointData | None:
-    """A checkpoint; None if it is damaged."""
+    """Reads a checkpoint; returns None if it is damaged."""
     content = store.read(name)
     if hashlib.sha256(content).hexdigest() == name.removesuffix(".safetensors").rpartition("-")[2]:
         return _parse(content)
-    log.warning("the checkpoint %s in %s is damaged; going on from the one before", name, store.location)
+    log.warning("the checkpoint %s in %s is damaged; using the one before", name, store.location)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Where a job keeps its checkpoints: a folder of this machine, or an fsspec URL."""
+"""Stores a job's checkpoints: in a folder of this machine, or at an fsspec URL."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from loramill.storage.object_store import open_filesystem, redacted_url, transla
 class CheckpointStore(Protocol):
     """Files by name, each complete or absent.
 
-    Every method raises Unavailable if the store does not answer, and StoreUnusable if it refuses.
+    Every method raises Unavailable if the store does not answer, and StoreUnusable if it denies access.
     """
 
     location: str
 
     def names(self) -> list[str]:
-        """What is there; nothing if the place itself isn't."""
+        """Returns the names of the files; none if the folder does not exist."""
 
     def read(self, name: str) -> bytes:
-        """A file's content.
+        """Returns a file's content.
 
         Raises:
             ArtifactCorrupt: it can't be read.
@@ -38,18 +38,18 @@ class CheckpointStore(Protocol):
         """Stores a file.
 
         Raises:
-            DiskFull: it doesn't fit.
+            DiskFull: no space for it.
         """
 
     def remove(self, name: str) -> None:
-        """Removes a file, if it is there."""
+        """Removes a file, if it exists."""
 
 
 def open_checkpoint_store(location: Path | str) -> CheckpointStore:
-    """The place of a path or URL.
+    """Opens the store at a path or URL.
 
     Raises:
-        SetupError: nothing can open such a URL.
+        SetupError: no installed package can open such a URL.
     """
     parts = urlsplit(str(location))
     if isinstance(location, str) and parts.scheme == "file":
@@ -60,7 +60,7 @@ def open_checkpoint_store(location: Path | str) -> CheckpointStore:
 
 
 class _FolderStore:
-    """Written to another name, synced and renamed."""
+    """A folder; a file is written under another name, synced and renamed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self.location = folder, str(folder)
@@ -84,7 +84,7 @@ class _FolderStore:
 
 
 class _RemoteStore:
-    """A file system of fsspec's, which shows a file only when all of it has arrived."""
+    """A file system of fsspec that shows a file only when it is complete."""
 
     def __init__(self, url: str) -> None:
         files, root = open_filesystem(url)
@@ -107,7 +107,7 @@ class _RemoteStore:
             try:
                 with translate_store_errors(self.location):
                     self._files.pipe_file(f"{self._root}/{name}", content)
-            except FileNotFoundError:  # buckets have no folders; other stores do, and this is the first file
+            except FileNotFoundError:  # unlike buckets, some stores have folders, and this is the first file
                 self._files.makedirs(self._root, exist_ok=True)
                 self._files.pipe_file(f"{self._root}/{name}", content)
 
@@ -118,10 +118,11 @@ class _RemoteStore:
 
 
 def delete_all(location: Path | str) -> None:
-    """Removes a place with all that is in it.
+    """Removes a store with all of its files.
 
     Raises:
-        Unavailable: the store does not answer. StoreUnusable: it refuses.
+        Unavailable: the store does not answer.
+        StoreUnusable: it denies access.
     """
     files, root = open_filesystem(str(location))
     with translate_store_errors(str(location)):
@@ -140,7 +141,7 @@ def _translate_read_errors(location: str, name: str) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise ArtifactCorrupt(
-            f"The checkpoint {name} in {location} can't be read ({error}): look after the disk."
+            f"The checkpoint {name} in {location} can't be read ({error}): check the disk."
         ) from error
 
 
@@ -153,8 +154,8 @@ def _translate_disk_full(content: bytes, location: str) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DiskFull(
-            f"No room for a checkpoint of {len(content) / 1e6:.0f} MB in {location}: free some space; "
-            "the job goes on from the checkpoint before."
+            f"No space for a checkpoint of {len(content) / 1e6:.0f} MB in {location}: free some space; "
+            "the job resumes at the checkpoint before."
         ) from error
 
 

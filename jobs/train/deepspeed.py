@@ -1,9 +1,11 @@
 """DeepSpeed's ZeRO around a model of which every weight is trained.
 
-The model computes in its own dtype; AdamW holds each weight, and its two moments, in float32. What lies in host memory
-instead of the GPU's is the spec's `offload`: nothing, the float32 weights with the moments and their update
-(ZeRO-Offload: Ren et al. 2021, arXiv 2101.06840), or the model's own weights, too (ZeRO stage 3: Rajbhandari et al.
-2020, arXiv 1910.02054, section 5.3).
+The model computes in its own dtype; AdamW keeps each weight and its two moments in float32. The spec's `offload` says
+what is in host memory instead of the GPU's: nothing, the float32 weights with their moments and update (ZeRO-Offload:
+Ren et al. 2021, arXiv 2101.06840), or the model's own weights, too (ZeRO stage 3: Rajbhandari et al. 2020, arXiv
+1910.02054, section 5.3).
+
+The only module that uses private names of DeepSpeed; tests/test_private_apis.py names the version they were read from.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch._C._distributed_c10d import HashStore
 from transformers import PreTrainedModel
 
 from loramill.errors import SetupError
@@ -26,18 +27,18 @@ from loramill.types import JobSpec
 
 log = logging.getLogger(__name__)
 
-#: Elements of a buffer in which gradients are gathered: DeepSpeed's own half a billion would take a gigabyte.
+#: Elements of the buffer that gathers gradients: DeepSpeed's default of half a billion would take a gigabyte.
 _BUCKET_ELEMENTS = 50_000_000
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroOptimizer:
-    """`loramill.jobs.train.optimizer.Update` of every weight of a model, by DeepSpeed.
+    """DeepSpeed as the `Optimizer` of every weight of a model.
 
     Attributes:
-        model: called as the model is; what comes of its last call is what `backward` is called for.
-        weights: the parameters by name, tied ones once. DeepSpeed may have taken their content elsewhere.
+        model: called like the model; `backward` takes a loss of its last call.
+        weights: the parameters by name, tied ones once. DeepSpeed may have moved their content elsewhere.
     """
 
     collective = True
@@ -49,7 +50,6 @@ class ZeroOptimizer:
 
     @torch.no_grad()
     def load_state(self, step: int, state: OptimizerState | None) -> None:
-        """As `Update` says."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -64,24 +64,22 @@ class ZeroOptimizer:
                 safe_set_full_optimizer_state(parameter, moments[name], key)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """As `Update` says."""
         self.model.set_gradient_accumulation_boundary(last)
-        # DeepSpeed takes the mean over the processes; the step's gradient is their sum.
+        # DeepSpeed averages over the processes; the step's gradient is their sum.
         self.model.backward(loss * self._process_group.size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
-        """As `Update` says."""
         for group in self.model.optimizer.param_groups:
             group["lr"] = learning_rate
         self.model.step()
         return float(self.model.get_global_grad_norm())
 
     def zero_grad(self) -> None:
-        """As `Update` says; `step` has done it."""
+        """Does nothing: `step` has cleared the gradients."""
 
     @torch.no_grad()
     def state(self) -> OptimizerState:
-        """As `Update` says: copies, on the CPU, in float32."""
+        """Returns float32 copies on the CPU."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         return OptimizerState(
@@ -93,11 +91,11 @@ class ZeroOptimizer:
         )
 
     def _create_moments(self, step: int) -> None:
-        """AdamW's state before the first step, `step` steps on: DeepSpeed leaves making it to that step."""
+        """Creates AdamW's state after `step` steps: DeepSpeed itself creates it only in its first step."""
         optimizer = self.model.optimizer
         inner = optimizer.optimizer
-        counted = isinstance(inner, torch.optim.AdamW)  # in a tensor; DeepSpeed's own has a number
-        third = hasattr(optimizer, "fp32_partitioned_groups_flat")  # ZeRO's stage
+        counted = isinstance(inner, torch.optim.AdamW)  # torch counts steps in a tensor, DeepSpeed in a number
+        third = hasattr(optimizer, "fp32_partitioned_groups_flat")  # ZeRO stage 3
         for flat in optimizer.fp32_partitioned_groups_flat if third else optimizer.single_partition_of_fp32_groups:
             inner.state[flat] = {"step": torch.tensor(float(step)) if counted else step}
             inner.state[flat] |= {key: torch.zeros_like(flat) for key in _MOMENTS}
@@ -109,11 +107,12 @@ class ZeroOptimizer:
 def zero_optimizer(
     model: PreTrainedModel, spec: JobSpec, device: torch.device, process_group: ProcessGroup
 ) -> Iterator[ZeroOptimizer]:
-    """Puts `model`, of its own for this and on the CPU, under DeepSpeed; afterwards the process is as before.
+    """Puts `model` under DeepSpeed; afterwards the process is as before.
 
     Args:
+        model: on the CPU, and used for nothing else.
         device: where the model computes.
-        processes: of an initialized `torch.distributed`; a process by itself needs none.
+        process_group: of an initialized `torch.distributed`, which a single process does not need.
 
     Raises:
         SetupError: DeepSpeed can't build its CPU optimizer.
@@ -148,7 +147,7 @@ def _config(model: PreTrainedModel, spec: JobSpec, device: torch.device, process
         stage["offload_param"] = host
     return {
         "train_micro_batch_size_per_gpu": 1,
-        # Any number above 1: that gradients are kept from part to part; where a step ends, `backward` is told.
+        # Any number above 1 makes DeepSpeed accumulate gradients; `backward` marks the end of a step.
         "gradient_accumulation_steps": 2,
         "gradient_clipping": spec.max_grad_norm,
         "bf16": {"enabled": model.dtype == torch.bfloat16},
@@ -161,32 +160,32 @@ def _config(model: PreTrainedModel, spec: JobSpec, device: torch.device, process
 
 def _torch_optimizer(model: PreTrainedModel, spec: JobSpec, *, on_host: bool) -> torch.optim.Optimizer:
     if not on_host:
-        # Compiles nothing; on the CPU torch's is as fast.
+        # Nothing is compiled, and on the CPU torch's is as fast.
         return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=spec.weight_decay, fused=True)
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    log.info("DeepSpeed builds its AdamW for this CPU; the first time on a machine that takes a minute or two")
+    log.info("DeepSpeed builds its AdamW for this CPU, which takes a minute or two the first time on a machine")
     try:
         optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(model.parameters(), lr=0.0, weight_decay=spec.weight_decay)
     except RuntimeError as error:
         raise SetupError(
             f"DeepSpeed could not build its optimizer for the host ({error.__cause__ or error}): install a C++ "
-            "compiler and ninja, or say offload='none' if the job fits the GPU without."
+            "compiler and ninja, or use offload='none' if the job fits the GPU without offloading."
         ) from error
     return optimizer
 
 
 @contextmanager
 def _import_deepspeed(device: torch.device) -> Iterator[Any]:
-    """DeepSpeed, told what it would guess; afterwards it, torch and the environment are as before."""
+    """Imports DeepSpeed for this device; afterwards DeepSpeed, torch and the environment are as before."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator, set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-    # Half a minute of compiling, for what several processes on one CPU would add up a little faster.
+    # It takes half a minute to compile, and makes the sums of several processes on one CPU only a little faster.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     guess, ranked = get_accelerator(), "LOCAL_RANK" in os.environ
-    linear = nn.functional.linear  # stage 3 replaces it, and would leave its own to all models that come after
+    linear = nn.functional.linear  # stage 3 replaces it, and would leave the replacement to all later models
     if device.type == "cpu" != guess.device_name():
         set_accelerator(CPU_Accelerator())
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -201,16 +200,17 @@ def _import_deepspeed(device: torch.device) -> Iterator[Any]:
 
 @contextmanager
 def _single_process_group(device: torch.device) -> Iterator[None]:
-    """A group of this process alone, where it is in none yet."""
+    """Within, `torch.distributed` is initialized: with this process alone, unless it already was."""
     from deepspeed.comm import comm
 
     alone = not distributed.is_initialized()
     if alone:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        store = distributed.HashStore()  # type: ignore[attr-defined]  # exported, though not in __all__
+        distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield
     finally:
         if alone:
             comm.destroy_process_group()
-        comm.cdb = None  # DeepSpeed would take the group for alive
+        comm.cdb = None  # else DeepSpeed would use the destroyed group

@@ -99,17 +99,3 @@ def _reconnect(backend: str) -> None:
     store = dist.distributed_c10d.PrefixStore(backend, dist.distributed_c10d._get_default_store())
     dist.destroy_process_group()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-
-
-@contextmanager
-def single_process_group(device: torch.device) -> Iterator[None]:
-    """Within, `torch.distributed` is initialized: with this process alone, unless it already was."""
-    alone = not dist.is_initialized()
-    if alone:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        if alone:
-            dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""A LoRA out of a fully fine-tuned model: of each linear's change, the best approximation of a given rank."""
+"""Extracts a LoRA from a fully fine-tuned model: the best approximation of each linear's change by a given rank."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from loramill.types import FrozenModel, JobSpec
 
 
 class ModuleError(FrozenModel):
-    """How well one module's change is held.
+    """The approximation error of one module's change.
 
     Attributes:
-        rank: of its adapter.
+        rank: rank of the module's adapter.
         change: Frobenius norm of the change.
-        error: Frobenius norm of what the adapter leaves out, over that of the change; 0 where nothing changed.
+        error: Frobenius norm of the part that the adapter leaves out, divided by `change`; 0 if nothing changed.
     """
 
     module: str
@@ -30,15 +30,15 @@ class ModuleError(FrozenModel):
 
 
 class ExtractionReport(FrozenModel):
-    """What the extracted adapter holds of the change that training made to the base.
+    """How much of the training's change to the base the extracted adapter holds.
 
     Attributes:
-        modules: those that are adapted, in the order of the model's files.
-        error: Frobenius norm of what is left out of the adapted modules' change, over that of the change.
-        energy: the share of the squared change that is held, of the adapted modules: 1 - error^2.
-        left: Frobenius norms of the changes that no adapter of these modules can hold, by tensor: embeddings, norms,
-            biases, and linears that weren't targeted.
-        energy_of_all: the share of the squared change that is held, of everything.
+        modules: the adapted modules, in the order of the model's files.
+        error: Frobenius norm of the part of the adapted modules' change that is left out, divided by the change's.
+        energy: the share of the adapted modules' squared change that the adapter holds: 1 - error^2.
+        changes_left_out: Frobenius norms, by tensor, of changes that an adapter of these modules can't hold: of
+            embeddings, norms, biases, and linears that are not targets.
+        energy_of_all: the share of the squared change of all tensors that the adapter holds.
     """
 
     modules: tuple[ModuleError, ...]
@@ -55,7 +55,8 @@ class LowRankFactors:
     Attributes:
         a: [r, d_in].
         b: [d_out, r].
-        change, left: squared Frobenius norms of the change, and of what `b @ a` leaves out of it.
+        squared_change: squared Frobenius norm of the change.
+        squared_residual: squared Frobenius norm of the part that `b @ a` leaves out.
     """
 
     a: torch.Tensor
@@ -65,12 +66,12 @@ class LowRankFactors:
 
 
 def low_rank_factors(change: torch.Tensor, rank: int) -> LowRankFactors:
-    """The matrices of rank `rank`, or of the smaller side, whose product is nearest to `change` [d_out, d_in].
+    """Returns the two matrices of rank `rank` whose product is nearest to `change` [d_out, d_in].
 
-    The truncated singular value decomposition is nearest (Eckart & Young 1936). It is found through the eigenvectors of
-    the smaller side's Gram matrix, in float64: several times faster than the whole decomposition, and as exact for
-    what counts here. Both matrices get the root of the singular values, as peft's PiSSA has it. The same change gives
-    the same bits; each pair's sign is such that the largest entry of its row of `a` is positive.
+    The truncated singular value decomposition is nearest (Eckart & Young 1936). It is computed from the eigenvectors of
+    the smaller side's Gram matrix, in float64: several times faster than the full decomposition, and as exact for the
+    largest singular values. Both matrices get the square root of the singular values, as in PEFT's PiSSA. The same
+    change gives the same bits; each pair's sign makes the largest entry of its row of `a` positive.
     """
     wide = change.double()
     across = wide.shape[0] < wide.shape[1]
@@ -97,51 +98,51 @@ def _squared_norm(matrix: torch.Tensor) -> float:
 def extract_lora(
     model: PreTrainedModel, weights: Mapping[str, torch.Tensor], spec: JobSpec, base: str
 ) -> tuple[dict[str, bytes], ExtractionReport]:
-    """The LoRA of the spec's targets and ranks that is nearest to what training changed.
+    """Extracts the LoRA of the spec's targets and ranks that is nearest to what training changed.
 
     Args:
         model: the base, with the values that it is served with.
-        weights: what became of its parameters, by name; tied ones once.
+        weights: its parameters after training, by name; tied ones once.
         base: the base's name on the wire.
 
     Returns:
-        The adapter in PEFT's files, by name; and what it holds.
+        The adapter in PEFT's files, by name, and the report.
 
     Raises:
         InvalidRequest: a target, layer or pattern of the spec matches nothing.
     """
     before = {name: each.detach() for name, each in model.named_parameters()}
-    found: dict[str, LowRankFactors] = {}
-    for place in find_target_modules(model, spec):
-        name = f"{place.name}.weight"
+    factors: dict[str, LowRankFactors] = {}
+    for target in find_target_modules(model, spec):
+        name = f"{target.name}.weight"
         change = weights[name] - before.pop(name).float()
-        found[place.name] = low_rank_factors(change.T if isinstance(place.linear, Conv1D) else change, place.rank)
-    left = {name: _squared_norm((weights[name] - each.float()).double()) for name, each in before.items()}
-    return _files(found, spec, base), extraction_report(found, left)
+        factors[target.name] = low_rank_factors(change.T if isinstance(target.linear, Conv1D) else change, target.rank)
+    left_out = {name: _squared_norm((weights[name] - each.float()).double()) for name, each in before.items()}
+    return _files(factors, spec, base), extraction_report(factors, left_out)
 
 
-def _files(found: Mapping[str, LowRankFactors], spec: JobSpec, base: str) -> dict[str, bytes]:
+def _files(factors: Mapping[str, LowRankFactors], spec: JobSpec, base: str) -> dict[str, bytes]:
     tensors = {
         tensor_name(module, part): matrix
-        for module, each in found.items()
+        for module, each in factors.items()
         for part, matrix in ((A, each.a), (B, each.b))
     }
-    ranks = {module: len(each.a) for module, each in found.items() if len(each.a) != spec.rank}
-    scales_by_1: dict[str, object] = {"lora_alpha": spec.rank, "alpha_pattern": ranks, "use_rslora": False}
-    return peft_files(spec, tensors, base, rank_pattern=ranks, lora_dropout=0.0, **scales_by_1)
+    ranks = {module: len(each.a) for module, each in factors.items() if len(each.a) != spec.rank}
+    scale_of_1: dict[str, object] = {"lora_alpha": spec.rank, "alpha_pattern": ranks, "use_rslora": False}
+    return peft_files(spec, tensors, base, rank_pattern=ranks, lora_dropout=0.0, **scale_of_1)
 
 
 def extraction_report(
-    found: Mapping[str, LowRankFactors], squared_changes_left_out: Mapping[str, float]
+    factors: Mapping[str, LowRankFactors], squared_changes_left_out: Mapping[str, float]
 ) -> ExtractionReport:
-    """Adds the modules' errors up.
+    """Sums up the modules' errors.
 
     Args:
-        found: by module.
-        left: squared Frobenius norms of the other tensors' changes.
+        factors: by module.
+        squared_changes_left_out: squared Frobenius norms of the other tensors' changes.
     """
-    change = sum(each.squared_change for each in found.values())
-    missed = sum(each.squared_residual for each in found.values())
+    change = sum(each.squared_change for each in factors.values())
+    missed = sum(each.squared_residual for each in factors.values())
     everything = change + sum(squared_changes_left_out.values())
     return ExtractionReport(
         modules=tuple(
@@ -151,7 +152,7 @@ def extraction_report(
                 change=each.squared_change**0.5,
                 error=_ratio(each.squared_residual, each.squared_change) ** 0.5,
             )
-            for name, each in found.items()
+            for name, each in factors.items()
         ),
         error=_ratio(missed, change) ** 0.5,
         energy=1 - _ratio(missed, change),
@@ -160,5 +161,5 @@ def extraction_report(
     )
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+def _ratio(part: float, total: float) -> float:
+    return part / total if total else 0.0

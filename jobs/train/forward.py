@@ -1,4 +1,4 @@
-"""Forward passes of a base over groups of examples, and how they are made cheap."""
+"""Forward passes of a base over groups of examples, at low cost in time and memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from loramill.models.catalog import NATIVE_ARCHITECTURES
 #: Up to this many tokens a row, plain matrix products beat torch's fused attention on a CPU (1.3x a step).
 MAX_EAGER_TOKENS = 512
 
-#: How torch's own allocator of a CPU says that there is no memory: as a RuntimeError like any other.
+#: Messages of the RuntimeError by which torch's CPU allocator reports that memory ran out.
 _CPU_OOM_MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to allocate")
 
 
@@ -37,15 +37,16 @@ def loss_and_accuracy(
     *,
     packing: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One forward pass: what `examples` add to the mean loss and accuracy of a batch whose weights sum to `total`.
+    """Runs one forward pass; returns what `examples` add to the mean loss and accuracy of their batch.
 
     Args:
-        model: called as the base is.
-        base: what it is made of; logits are computed for the supervised tokens alone.
+        model: called like the base.
+        base: the base inside `model`; its head computes logits for the supervised tokens alone.
+        total_weight: sum of the weights of the whole batch.
 
     Returns:
-        The sums of weight / total times the cross-entropy in nats (float32, with a gradient), and times 1 where the
-        token is the likeliest one: float32 scalars on the base's device.
+        Two float32 scalars on the base's device: the sum of weight / total_weight times the cross-entropy in nats, with
+        a gradient, and the sum of weight / total_weight over the tokens that the model predicts as the most likely.
     """
     rows = pack(examples) if packing else pad(examples)
     weights = (rows.weights / total_weight).float()
@@ -53,7 +54,7 @@ def loss_and_accuracy(
 
 
 def supervised_logits(model: Callable[..., Any], base: PreTrainedModel, rows: PackedRows) -> torch.Tensor:
-    """The logits of the supervised tokens alone, float32 [S, vocabulary]; `model` and `base` as for `losses`."""
+    """Returns the logits of the supervised tokens, float32 [S, vocabulary]; arguments as of `loss_and_accuracy`."""
     return _logits(model, base, rows).float()
 
 
@@ -72,22 +73,22 @@ def _logits(model: Callable[..., Any], base: PreTrainedModel, rows: PackedRows) 
 
 @contextmanager
 def configured_forward(model: PreTrainedModel, longest: int, *, checkpointing: bool) -> Iterator[None]:
-    """Makes `model` compute in the way that is fastest for rows of `longest` tokens; afterwards it is as before.
+    """Within, `model` computes in the fastest way for rows of `longest` tokens; afterwards it is as before.
 
     Args:
-        checkpointing: whether a layer's activations are computed again in the backward pass, not kept: the same
-            gradients to the bit, dropout included.
+        checkpointing: compute each layer's activations again in the backward pass instead of keeping them. The
+            gradients are the same to the bit, dropout included.
     """
-    known = type(model).__name__ in NATIVE_ARCHITECTURES
+    served = type(model).__name__ in NATIVE_ARCHITECTURES
     with ExitStack() as stack:
         if model.device.type == "cpu" and longest <= MAX_EAGER_TOKENS:
             stack.callback(model.set_attn_implementation, model.config._attn_implementation)
-            model.set_attn_implementation(attention.IMPLEMENTATION_NAME if known else "eager")
+            model.set_attn_implementation(attention.IMPLEMENTATION_NAME if served else "eager")
         for module in model.modules():
-            if known and _is_frozen_norm(module):
+            if served and _is_frozen_norm(module):
                 _replace_forward(module, partial(rms_norm, module), stack)
             if checkpointing and isinstance(module, GradientCheckpointingLayer):
-                # transformers' own switch works in train mode alone, which turns on the base's dropout
+                # transformers' own switch works only in train mode, which turns on the base's dropout
                 _replace_forward(module, partial(checkpoint, module.forward, use_reentrant=False), stack)
         yield
 
@@ -107,20 +108,21 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any], stack: Exit
 
 @contextmanager
 def translate_oom(pass_tokens: int, longest_example: int) -> Iterator[None]:
-    """Tells that memory ran out, whoever ran out of it, in passes of `limit` tokens.
+    """Translates the errors by which torch and Python report that memory ran out.
 
     Args:
-        smallest: tokens of the longest example, which a pass can't be smaller than.
+        pass_tokens: tokens of one pass.
+        longest_example: tokens of the longest example, and thus of the smallest possible pass.
 
     Raises:
-        OutOfMemory: with what is next.
+        OutOfMemory: its message says what to change.
     """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if type(error) is RuntimeError and not any(words in str(error) for words in _CPU_OOM_MESSAGES):
             raise
-        following = (
+        advice = (
             f"with 'micro_tokens' {pass_tokens // 2} a pass is half as large, for the same result"
             if pass_tokens // 2 >= longest_example
             else "give the job 'gradient_checkpointing', a lower rank, or shorter examples"
@@ -128,13 +130,13 @@ def translate_oom(pass_tokens: int, longest_example: int) -> Iterator[None]:
         raise OutOfMemory(
             f"No memory for a forward and backward pass of {pass_tokens} tokens ('micro_tokens'; the longest example "
             "has "
-            f"{longest_example}): {following}."
+            f"{longest_example}): {advice}."
         ) from error
 
 
 @contextmanager
 def _head_on_positions(base: PreTrainedModel, positions: torch.Tensor) -> Iterator[None]:
-    """Within, the head sees only these of all rows' places: logits are [places, vocabulary]."""
+    """Within, the head computes logits only at these positions of the flattened rows: [positions, vocabulary]."""
     head = base.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0].flatten(0, 1)[positions],))
     try:

@@ -8,7 +8,7 @@ from loramill.types import JobSpec
 
 
 def learning_rate(spec: JobSpec, step: int) -> float:
-    """The rate of step `step`, from 0: linear warm-up, then the spec's schedule; no step is spent at zero itself.
+    """Returns the rate of step `step`, from 0: linear warm-up, then the spec's schedule; no step has the rate zero.
 
     After the warm-up, with x from 1 at the first step down to 1 / steps at the last: `linear` x, `cosine`
     (1 - cos(pi x)) / 2 (Loshchilov & Hutter 2017, arXiv 1608.03983, equation 5, without restarts), `constant` 1.

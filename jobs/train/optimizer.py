@@ -1,4 +1,4 @@
-"""How a step's gradient changes what is trained."""
+"""Optimizers: AdamW in torch, and the interface that DeepSpeed's has, too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loramill.jobs.train.distributed import ProcessGroup
 
 @dataclass(frozen=True, slots=True)
 class OptimizerState:
-    """Trained weights with AdamW's two moments, under the same names; what a job goes on from."""
+    """The trained weights and AdamW's two moments, under the same names; a job resumes from them."""
 
     weights: dict[str, torch.Tensor]
     first_moments: dict[str, torch.Tensor]
@@ -26,37 +26,37 @@ class Optimizer(Protocol):
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), on one device or spread over several and the host.
 
     Attributes:
-        together: with several processes, each backward pass, and `masters`, is done by all of them at once.
+        collective: all processes must call `backward` and `state` together.
     """
 
     collective: bool
 
     def load_state(self, step: int, state: OptimizerState | None) -> None:
-        """Goes on after `step` steps, where `masters` were taken; None: from the weights as they are, at step 0."""
+        """Resumes after `step` steps with the state of that step, or starts with the current weights if it is None."""
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Adds the gradient of a part of the step's loss; `last` says that the step has no more parts."""
+        """Adds the gradient of a part of the step's loss; `last` marks the last part of the step."""
 
     def step(self, learning_rate: float) -> float:
-        """Takes the step, unless the gradient isn't finite; returns the gradient's norm before clipping.
+        """Updates the weights, unless the gradient is not finite; returns the gradient's norm before clipping.
 
         Args:
-            rate: the learning rate, before each weight's own factor.
+            learning_rate: before each weight's own factor.
         """
 
     def zero_grad(self) -> None:
-        """Forgets the step's gradient, which until then is the parameters' own where `together` isn't."""
+        """Clears the gradients. Until then the parameters have them as `grad`, unless the optimizer is collective."""
 
     def state(self) -> OptimizerState:
-        """What `begin` takes."""
+        """Returns the state that `load_state` takes."""
 
 
 class AdamW:
-    """torch's, on weights that lie where the model computes; the processes' gradients are summed.
+    """torch's AdamW, on weights where the model computes; the gradients of all processes are summed.
 
     Args:
-        factors: of the learning rate, by name; 1 where there is none.
-        max_norm: of the gradient; a longer one is shortened.
+        lr_factors: factors of the learning rate, by name of the weight; 1 by default.
+        max_norm: to which the gradient is clipped.
     """
 
     collective = False
@@ -82,7 +82,6 @@ class AdamW:
 
     @torch.no_grad()
     def load_state(self, step: int, state: OptimizerState | None) -> None:
-        """As `Update` says."""
         for name, parameter in self._weights.items():
             first = second = torch.zeros_like(parameter)
             if state is not None:
@@ -95,11 +94,9 @@ class AdamW:
             }
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """As `Update` says."""
         torch.autograd.backward(loss)
 
     def step(self, learning_rate: float) -> float:
-        """As `Update` says."""
         self._process_group.add_gradients(self._weights.values())
         norm = torch.nn.utils.clip_grad_norm_(self._weights.values(), self._max_norm).item()
         if math.isfinite(norm):
@@ -109,11 +106,10 @@ class AdamW:
         return norm
 
     def zero_grad(self) -> None:
-        """As `Update` says."""
         self._optimizer.zero_grad()
 
     def state(self) -> OptimizerState:
-        """As `Update` says; the tensors are those in use."""
+        """Returns the tensors in use, not copies."""
         state = {name: self._optimizer.state[parameter] for name, parameter in self._weights.items()}
         return OptimizerState(
             {name: parameter.detach() for name, parameter in self._weights.items()},

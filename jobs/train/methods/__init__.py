@@ -1,4 +1,4 @@
-"""What a job trains on a frozen base: one module a method, all with the same face."""
+"""The methods by which a job trains a frozen base: one module per method, all with the same interface."""
 
 from __future__ import annotations
 
@@ -33,38 +33,38 @@ _EXPORTERS = {"adalora": adalora_files, "pissa": pissa_files}
 
 @contextmanager
 def attach_adapter(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[AdaptedModel]:
-    """`model` with the fp32 layers of `spec`'s method, all that is trained; afterwards it is as before.
+    """Within, `model` has the fp32 layers of `spec`'s method, and nothing else is trained; afterwards it is as before.
 
     The layers are a function of the base, the spec and its seed; their dropout is off.
 
     Args:
-        folder: the base's files; LoftQ reads there what quantization took away.
+        folder: the base's files; LoftQ reads the weights before quantization there.
 
     Raises:
         InvalidRequest: targets, layers, patterns or ranks don't fit the base; `param` names the field.
     """
-    found = find_target_modules(model, spec)
-    layers = _layers(model, found, spec, folder)
-    with insert_layers(model, layers, found):
+    targets = find_target_modules(model, spec)
+    layers = _layers(model, targets, spec, folder)
+    with insert_layers(model, layers, targets):
         yield _adapted_model(model, layers, spec)
 
 
 @torch.no_grad()
-def load_start_adapter(tuned: AdaptedModel, folder: Path, spec: JobSpec) -> None:
-    """Continues from the adapter in a PEFT folder, which a job of the same method, targets, ranks and scale made.
+def load_start_adapter(adapted: AdaptedModel, folder: Path, spec: JobSpec) -> None:
+    """Loads the adapter to start from: a PEFT folder made by a job of the same method, targets, ranks and scale.
 
     Raises:
-        AdapterInvalid: the folder can't be read, or its adapter is another; `param` is "start_from".
+        AdapterInvalid: the folder can't be read, or its adapter does not fit the job; `param` is "start_from".
     """
     _LOADERS.get(spec.method, load_lora)(
-        tuned, peft_folder.read_start_adapter(folder, _base_modules(tuned.model)), spec
+        adapted, peft_folder.read_start_adapter(folder, _base_modules(adapted.model)), spec
     )
 
 
 def _base_modules(model: nn.Module) -> BaseModules:
-    """The base's own modules, under the layers that are trained."""
+    """The base's own modules, without the layers that are trained."""
     trained = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
-    head = model.get_output_embeddings()  # type: ignore[operator]  # of transformers, as every base is
+    head = model.get_output_embeddings()  # type: ignore[operator]  # a model of transformers, as every base
     found = BaseModules.of_model(model, head.linear if isinstance(head, LoraLinear) else head)
     names = {f"{name}.linear": name for name in trained}
     modules = {names.get(name, name): module for name, module in found.modules.items()}
@@ -74,34 +74,34 @@ def _base_modules(model: nn.Module) -> BaseModules:
 def adapter_files(
     spec: JobSpec, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], base: str
 ) -> dict[str, bytes]:
-    """The adapter in PEFT's files, as a LoRA or DoRA on the unmodified base.
+    """Returns the adapter in PEFT's files, as a LoRA or DoRA on the unmodified base.
 
     Args:
-        weights, state: what a checkpoint holds of `Tuned`.
+        weights, state: those of an `AdaptedModel`, as a checkpoint holds them.
         base: the base's name on the wire.
     """
     return _EXPORTERS.get(spec.method, lora_files)(spec, weights, state, base)
 
 
-def _layers(model: PreTrainedModel, found: list[TargetModule], spec: JobSpec, folder: Path) -> dict[str, LoraLinear]:
+def _layers(model: PreTrainedModel, targets: list[TargetModule], spec: JobSpec, folder: Path) -> dict[str, LoraLinear]:
     match spec.method:
         case "lora":
-            return lora_layers(found, spec)
+            return lora_layers(targets, spec)
         case "dora":
-            return dora_layers(found, spec)
+            return dora_layers(targets, spec)
         case "adalora":
-            return adalora_layers(found, spec)
+            return adalora_layers(targets, spec)
         case "pissa":
-            return pissa_layers(found, spec)
+            return pissa_layers(targets, spec)
         case "loftq":
-            return loftq_layers(found, spec, model, folder)
+            return loftq_layers(targets, spec, model, folder)
         case "full":
-            raise AdapterInvalid("Full fine-tuning attaches nothing to the base; it has a trainer of its own.")
+            raise AdapterInvalid("Full fine-tuning attaches nothing to the base; it has its own trainer.")
 
 
 def _adapted_model(model: PreTrainedModel, layers: Mapping[str, LoraLinear], spec: JobSpec) -> AdaptedModel:
     weights = _with_full_names({name: layer.trained_parameters() for name, layer in layers.items()})
-    tuned = AdaptedModel(
+    adapted = AdaptedModel(
         model=model,
         weights=weights,
         set_dropout=lambda on: _set_dropout(layers, on),
@@ -110,10 +110,10 @@ def _adapted_model(model: PreTrainedModel, layers: Mapping[str, LoraLinear], spe
         after_step=lambda step: _invalidate_caches(layers),
     )
     if spec.method != "adalora":
-        return tuned
+        return adapted
     ranks = new_rank_allocator(spec, weights)
     return replace(
-        tuned,
+        adapted,
         state=ranks.state,
         penalty=ranks.penalty,
         after_step=ranks.after_step,
@@ -122,7 +122,7 @@ def _adapted_model(model: PreTrainedModel, layers: Mapping[str, LoraLinear], spe
 
 
 def _with_full_names(parts: Mapping[str, Mapping[str, _Tensor]]) -> dict[str, _Tensor]:
-    """Tensors of modules under their whole names, sorted."""
+    """The tensors of all modules under their full names, sorted."""
     pairs = (
         (peft_folder.tensor_name(module, part), tensor) for module, own in parts.items() for part, tensor in own.items()
     )

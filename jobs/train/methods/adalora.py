@@ -1,4 +1,4 @@
-"""AdaLoRA (Zhang et al. 2023, 2303.10512): ranks go to the linears where they matter most."""
+"""AdaLoRA (Zhang et al. 2023, 2303.10512): the linears that need it most get the highest ranks."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from loramill.jobs.train.methods.targets import TargetModule
 from loramill.models.targets import scale_of
 from loramill.types import JobSpec
 
-#: The singular values, under the end of their name.
+#: Last part of the name of the singular values.
 E = "lora_E"
-#: Of a sensitivity, smoothed, and of how it varies, under the ends of their names.
+#: Last parts of the names of the smoothed sensitivities and of their uncertainties.
 _SENSITIVITY, _UNCERTAINTY = "sensitivity", "uncertainty"
 
-#: When pruning begins and ends, as parts of all steps.
+#: When pruning begins and ends, as fractions of all steps.
 PRUNING_BEGIN, PRUNING_END = 0.1, 0.6
-#: Smoothing of the sensitivities and of their uncertainty, and the weight of the penalty, as in the authors' code. At
-#: PEFT's default, 0.5, the penalty's gradient rivals that of a nearly learnt loss: deltas grow to 1.5 times LoRA's.
+#: Smoothing of the sensitivities and of their uncertainties, and the weight of the penalty, as in the authors' code.
+#: With PEFT's default, 0.5, the penalty's gradient rivals that of a small loss: deltas grow to 1.5 times LoRA's.
 _BETA_1, _BETA_2, _ORTHOGONALITY = 0.85, 0.85, 0.1
 
 
 class AdaLoraLinear(LoraLinear):
-    """y = W x + scale B diag(E) A x (equation 3); a penalty draws A's rows and B's columns towards orthonormal ones.
+    """y = W x + scale B diag(E) A x (equation 3); a penalty keeps A's rows and B's columns close to orthonormal.
 
-    In the paper the singular values E begin at zero, so that at first A and B don't learn at all. Here B does, and E at
-    one: a job of a few hundred steps learns as fast as by LoRA.
+    In the paper the singular values E start at zero, so that A and B get no gradient at first. Here B starts at zero
+    and E at one: a job of a few hundred steps learns as fast as with LoRA.
     """
 
     def __init__(self, target: TargetModule, a: torch.Tensor, b: torch.Tensor, dropout: float) -> None:
@@ -43,46 +43,46 @@ class AdaLoraLinear(LoraLinear):
         self.e = nn.Parameter(a.new_ones(len(a), 1))
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """With the singular values."""
+        """Returns A, B and the singular values."""
         return {**super().trained_parameters(), E: self.e}
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """diag(E) A and B."""
+        """Returns diag(E) A, and B."""
         return self.a * self.e, self.b
 
 
 def adalora_layers(targets: list[TargetModule], spec: JobSpec) -> dict[str, LoraLinear]:
-    """The layers of AdaLoRA, by name of their place, at the rank before pruning.
+    """Returns the layers of AdaLoRA, by name of their target module, at the rank before pruning.
 
     Raises:
-        AdapterInvalid: that rank is below the one after, or the job gives single modules ranks.
+        AdapterInvalid: that rank is below the one after pruning, or the job sets the ranks of single modules.
     """
     if spec.rank_pattern:
         raise AdapterInvalid(
-            "AdaLoRA finds the modules' ranks itself: leave 'rank_pattern' out, or use 'lora'.", param="rank_pattern"
+            "AdaLoRA chooses the modules' ranks itself: leave 'rank_pattern' out, or use 'lora'.", param="rank_pattern"
         )
     if initial_rank(spec) < spec.rank:
         raise AdapterInvalid(
             f"'init_rank' is {spec.init_rank}, and AdaLoRA prunes from it down to 'rank', {spec.rank}: give more.",
             param="init_rank",
         )
-    wide = [replace(place, rank=initial_rank(spec)) for place in targets]
-    return {place.name: AdaLoraLinear(place, *initial_factors(place, spec), spec.dropout) for place in wide}
+    wide = [replace(target, rank=initial_rank(spec)) for target in targets]
+    return {target.name: AdaLoraLinear(target, *initial_factors(target, spec), spec.dropout) for target in wide}
 
 
 def initial_rank(spec: JobSpec) -> int:
-    """The rank before pruning."""
+    """Returns the rank before pruning."""
     return spec.init_rank or math.ceil(1.5 * spec.rank)
 
 
 @dataclass(frozen=True, slots=True)
 class RankAllocator:
-    """Which ranks are alive (section 3.2 and 3.3), from importances smoothed over the steps.
+    """Chooses which ranks are alive (sections 3.2 and 3.3), by importances smoothed over the steps.
 
     Attributes:
-        spec: rank and steps.
-        weights: all trained parameters by name.
-        state: the sensitivities and uncertainties, under the parameters' names and an end of their own.
+        spec: gives the rank and the number of steps.
+        weights: all trained parameters, by name.
+        state: the sensitivities and uncertainties, under the parameters' names with a suffix.
     """
 
     spec: JobSpec
@@ -91,19 +91,19 @@ class RankAllocator:
 
     @property
     def best_from_step(self) -> int:
-        """The first step after which no more than the job's rank is alive in the mean."""
+        """The first step after which at most the job's rank is alive, in the mean over the modules."""
         return math.ceil(PRUNING_END * self.spec.steps)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Notes the importances and prunes; to be called with gradients, after the update of step `step` (from 1)."""
+        """Updates the importances and prunes, with the gradients of step `step` (from 1), after its update."""
         if step == 1 or step < PRUNING_END * self.spec.steps:
             self._update_importances()
         if step > PRUNING_BEGIN * self.spec.steps:
             self._prune(rank_budget(self.spec, step) * len(self._modules))
 
     def penalty(self) -> torch.Tensor:
-        """How far A's rows and B's columns are from orthonormal (equation 4, as the authors' code weighs it)."""
+        """The distance of A's rows and B's columns from orthonormality (equation 4, with the authors' weight)."""
         grams = [weight @ weight.T for name, weight in self.weights.items() if name.endswith(A)]
         grams += [weight.T @ weight for name, weight in self.weights.items() if name.endswith(B)]
         one = torch.eye(len(grams[0]), device=grams[0].device)
@@ -114,20 +114,20 @@ class RankAllocator:
         return peft_folder.modules_of(self.weights)
 
     def _update_importances(self) -> None:
-        """Equations 8 to 10: the sensitivity |w dL/dw| of each weight, smoothed, and how far it strays from that."""
+        """Equations 8 to 10: each weight's smoothed sensitivity |w dL/dw|, and the smoothed deviation from it."""
         weights = [weight.detach() for weight in self.weights.values()]
         gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
-        smoothed, strayed = (
+        smoothed, deviations = (
             [self.state[f"{name}.{part}"] for name in self.weights] for part in (_SENSITIVITY, _UNCERTAINTY)
         )
         now = torch._foreach_abs(torch._foreach_mul(weights, gradients))
         torch._foreach_lerp_(smoothed, now, 1 - _BETA_1)
         torch._foreach_sub_(now, smoothed)
         torch._foreach_abs_(now)
-        torch._foreach_lerp_(strayed, now, 1 - _BETA_2)
+        torch._foreach_lerp_(deviations, now, 1 - _BETA_2)
 
     def _prune(self, alive: float) -> None:
-        """Sets all singular values but those of the `alive` most important triples to zero (equations 6 and 7)."""
+        """Sets all singular values to zero except those of the `alive` most important triples (equations 6 and 7)."""
         modules = self._modules
         scores = torch.stack([self._score(module) for module in modules])
         dead = torch.ones_like(scores, dtype=torch.bool).flatten()
@@ -136,7 +136,7 @@ class RankAllocator:
             self.weights[tensor_name(module, E)][row] = 0.0
 
     def _score(self, module: str) -> torch.Tensor:
-        """The importance of each triple of a module, [r]."""
+        """Returns the importance of each triple of a module, [r]."""
         a, b, e = (self._importance(tensor_name(module, part)) for part in (A, B, E))
         return e.flatten() + a.mean(dim=1) + b.mean(dim=0)
 
@@ -145,7 +145,7 @@ class RankAllocator:
 
 
 def new_rank_allocator(spec: JobSpec, weights: Mapping[str, nn.Parameter]) -> RankAllocator:
-    """An allocator at its beginning."""
+    """Returns an allocator before the first step."""
     state = {
         f"{name}.{part}": torch.zeros_like(weight, requires_grad=False)
         for name, weight in weights.items()
@@ -155,7 +155,7 @@ def new_rank_allocator(spec: JobSpec, weights: Mapping[str, nn.Parameter]) -> Ra
 
 
 def rank_budget(spec: JobSpec, step: int) -> float:
-    """The mean rank that is alive after step `step` (from 1): a cubic way down (section 3.3)."""
+    """Returns the mean rank that is alive after step `step` (from 1): a cubic decrease (section 3.3)."""
     first, last = PRUNING_BEGIN * spec.steps, PRUNING_END * spec.steps
     left = 1 - min(1.0, max(0.0, (step - first) / (last - first)))
     return spec.rank + (initial_rank(spec) - spec.rank) * left**3
@@ -164,7 +164,7 @@ def rank_budget(spec: JobSpec, step: int) -> float:
 def adalora_files(
     spec: JobSpec, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], base: str
 ) -> dict[str, bytes]:
-    """The adapter as a LoRA whose modules have the ranks that are alive; one of zeros where none is."""
+    """Returns the adapter as a LoRA with the ranks that are alive; a module without any gets one rank of zeros."""
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     for module in peft_folder.modules_of(weights):
@@ -174,7 +174,7 @@ def adalora_files(
         tensors[tensor_name(module, A)] = a[alive]
         tensors[tensor_name(module, B)] = b[:, alive] * e.flatten()[alive]
         ranks[module] = int(alive.sum())
-    # alpha / r is the scale everywhere, whether or not a reader knows of patterns.
+    # alpha / r is the scale of every module, also for a reader that ignores patterns.
     largest = max(ranks.values())
     return peft_folder.peft_files(
         spec,
@@ -189,20 +189,20 @@ def adalora_files(
 
 
 def load_adalora(adapted: AdaptedModel, stored: StoredAdapter, spec: JobSpec) -> None:
-    """Continues from the files of AdaLoRA, in place: their product's singular triples come first.
+    """Loads an adapter of AdaLoRA: the singular triples of its product become the first triples.
 
     Raises:
-        AdapterInvalid: their targets or scales are others, or a rank is above the job's before pruning.
+        AdapterInvalid: its targets or scales differ from the job's, or a rank is above the job's before pruning.
     """
     modules = peft_folder.modules_of(adapted.weights)
-    wanted: dict[str, torch.Size] = {}
+    expected: dict[str, torch.Size] = {}
     for module in modules:
         a, b = (adapted.weights[tensor_name(module, part)] for part in (A, B))
-        there = stored.tensors.get(tensor_name(module, A))
-        rank = min(len(a), len(a) if there is None else len(there))
-        wanted[tensor_name(module, A)] = torch.Size((rank, a.shape[1]))
-        wanted[tensor_name(module, B)] = torch.Size((b.shape[0], rank))
-    peft_folder.check_same(stored, wanted, {module: scale_of(spec, module) for module in modules})
+        existing = stored.tensors.get(tensor_name(module, A))
+        rank = min(len(a), len(a) if existing is None else len(existing))
+        expected[tensor_name(module, A)] = torch.Size((rank, a.shape[1]))
+        expected[tensor_name(module, B)] = torch.Size((b.shape[0], rank))
+    peft_folder.check_same(stored, expected, {module: scale_of(spec, module) for module in modules})
     for module in modules:
         a, b, e = (adapted.weights[tensor_name(module, part)] for part in (A, B, E))
         u, s, v = _svd(stored.tensors[tensor_name(module, B)], stored.tensors[tensor_name(module, A)])
@@ -210,7 +210,7 @@ def load_adalora(adapted: AdaptedModel, stored: StoredAdapter, spec: JobSpec) ->
 
 
 def _svd(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U [d_out, k], S [k] and V [d_in, k] of the product of b [d_out, r] and a [r, d_in], without making it."""
+    """Returns U [d_out, k], S [k] and V [d_in, k] of b [d_out, r] @ a [r, d_in], without computing the product."""
     left, of_left = torch.linalg.qr(b.float())
     right, of_right = torch.linalg.qr(a.float().T)
     u, s, v = torch.linalg.svd(of_left @ of_right.T, full_matrices=False)

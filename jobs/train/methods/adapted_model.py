@@ -1,4 +1,4 @@
-"""The face that every method of fine-tuning shows to the training loop."""
+"""The interface between a method of fine-tuning and the training loop."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from loramill.jobs.train.optimizer import Optimizer
 
 
 def no_penalty() -> torch.Tensor | None:
-    """A method that adds nothing to the loss."""
+    """The penalty of a method that adds nothing to the loss."""
     return None
 
 
 def do_nothing(step: int) -> None:
-    """A method with nothing to do after a step."""
+    """The `after_step` of a method that has nothing to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptedModel:
-    """A base with what a job trains on it.
+    """A base with the parameters that a job trains on it.
 
     Attributes:
-        model: called as the base is.
-        weights: the trained parameters, sorted by name; a checkpoint and the exported files are made of these.
-        set_dropout: turns the adapter's own dropout on or off; the base's stays off, as it was served so.
-        rates: factors of the learning rate, by name; 1 where there is none (LoRA+).
-        state: other tensors that training changes, in place, and that a checkpoint has to hold (AdaLoRA's importances).
-        penalty: what is added to a step's mean loss, with a gradient; None: nothing (AdaLoRA's orthogonality).
-        update: what changes the weights; None: AdamW where the model is.
+        model: called like the base.
+        weights: the trained parameters, sorted by name; checkpoints and exported files contain these.
+        set_dropout: turns the adapter's dropout on or off; the base's dropout stays off, as in serving.
+        lr_factors: factors of the learning rate, by name of the weight; 1 by default (LoRA+).
+        state: other tensors that training changes in place and a checkpoint has to hold (AdaLoRA's importances).
+        penalty: returns what is added to a step's mean loss, with a gradient, or None (AdaLoRA's orthogonality).
+        optimizer: None for AdamW on the model's device.
         after_step: called with the number of steps done, after each optimizer step and before gradients are cleared
-            (AdaLoRA prunes; DoRA's norms are out of date).
-        settled: the first step whose weights may be the best and end the job early (AdaLoRA's ranks are pruned then).
+            (AdaLoRA prunes; DoRA drops its norms).
+        best_from_step: the first step whose weights may be the best and end the job early (AdaLoRA has pruned its ranks
+            by then).
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""LoRA, rsLoRA, LoRA+ and DoRA: the adapters that begin with nothing."""
+"""LoRA, rsLoRA, LoRA+ and DoRA: adapters that start as zero."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from loramill.types import JobSpec
 
 
 def lora_layers(targets: list[TargetModule], spec: JobSpec) -> dict[str, LoraLinear]:
-    """The layers of LoRA and rsLoRA, by name of their place."""
-    return {place.name: LoraLinear(place, *initial_factors(place, spec), spec.dropout) for place in targets}
+    """Returns the layers of LoRA and rsLoRA, by name of their target module."""
+    return {target.name: LoraLinear(target, *initial_factors(target, spec), spec.dropout) for target in targets}
 
 
 def dora_layers(targets: list[TargetModule], spec: JobSpec) -> dict[str, LoraLinear]:
-    """The layers of DoRA, by name of their place."""
-    return {place.name: DoraLinear(place, *initial_factors(place, spec), spec.dropout) for place in targets}
+    """Returns the layers of DoRA, by name of their target module."""
+    return {target.name: DoraLinear(target, *initial_factors(target, spec), spec.dropout) for target in targets}
 
 
 def initial_factors(target: TargetModule, spec: JobSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B, fp32, as PEFT begins: A uniform within 1 / sqrt(d_in), B zero. A function of the seed and the name."""
+    """Returns A and B, fp32, as PEFT initializes them: A uniform within 1 / sqrt(d_in), B zero.
+
+    A is a function of the seed and the name.
+    """
     d_out, d_in = target.shape
     generator = torch.Generator().manual_seed(seed_of(spec.seed, "layers", target.name))
     bound = 1 / math.sqrt(d_in)
@@ -37,7 +40,7 @@ def initial_factors(target: TargetModule, spec: JobSpec) -> tuple[torch.Tensor, 
 
 
 def loraplus_factors(spec: JobSpec, weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """LoRA+ (Hayou et al. 2024, 2402.12354, section 4): B learns faster than A."""
+    """Learning-rate factors of LoRA+ (Hayou et al. 2024, 2402.12354, section 4): B has a higher rate than A."""
     ratio = spec.loraplus_lr_ratio
     return {} if ratio == 1 else {name: ratio for name in weights if name.endswith(peft_folder.B)}
 
@@ -45,15 +48,15 @@ def loraplus_factors(spec: JobSpec, weights: Mapping[str, torch.Tensor]) -> dict
 def lora_files(
     spec: JobSpec, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], base: str
 ) -> dict[str, bytes]:
-    """The adapter as it is trained."""
+    """Returns the adapter as it was trained, in PEFT's files."""
     return peft_folder.peft_files(spec, weights, base)
 
 
 def load_lora(adapted: AdaptedModel, stored: StoredAdapter, spec: JobSpec) -> None:
-    """Continues from such files, in place.
+    """Loads such an adapter into the weights.
 
     Raises:
-        AdapterInvalid: their method, targets, ranks or scales are others.
+        AdapterInvalid: its method, targets, ranks or scales differ from the job's.
     """
     scales = {module: scale_of(spec, module) for module in peft_folder.modules_of(adapted.weights)}
     peft_folder.check_same(stored, {name: weight.shape for name, weight in adapted.weights.items()}, scales)

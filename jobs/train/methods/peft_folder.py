@@ -1,4 +1,4 @@
-"""Adapters as PEFT's folders: what every method is stored as, and may begin from."""
+"""Adapters as PEFT folders, the format in which every method is stored, and from which training can start."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 
 
 def tensor_name(module: str, part: str) -> str:
-    """The name of a module's tensor in the file."""
+    """Returns the name of a module's tensor in the file."""
     return f"{PREFIX}{module}.{part}"
 
 
 def modules_of(names: Mapping[str, Any]) -> list[str]:
-    """The modules that tensors of these names adapt, sorted."""
+    """Returns the modules that tensors of these names adapt, sorted."""
     return sorted(name.removeprefix(PREFIX).removesuffix(f".{A}") for name in names if name.endswith(f".{A}"))
 
 
 def lora_config(spec: JobSpec, base: str | None = None, modules: list[str] | None = None) -> LoraConfig:
-    """PEFT's configuration of what `spec` asks for.
+    """Returns PEFT's configuration for `spec`.
 
     Args:
         base: the base's name on the wire.
-        modules: those that are adapted; needed where the targets are "all-linear".
+        modules: the adapted modules; needed if the targets are "all-linear".
     """
     if ALL_LINEAR in spec.targets and modules is None:
         targets: Any = ALL_LINEAR
@@ -62,10 +62,10 @@ def lora_config(spec: JobSpec, base: str | None = None, modules: list[str] | Non
 def peft_files(
     spec: JobSpec, tensors: Mapping[str, torch.Tensor], base: str, **config_overrides: object
 ) -> dict[str, bytes]:
-    """The files that `PeftModel.save_pretrained` would write, the same bytes for the same tensors, always.
+    """Returns the files that `PeftModel.save_pretrained` would write, by name; the same bytes for the same tensors.
 
     Args:
-        changes: of PEFT's configuration, against what `spec` says.
+        config_overrides: values of PEFT's configuration that differ from the spec's.
     """
     config = lora_config(spec, base, modules_of(tensors)).to_dict()
     config |= {"inference_mode": True, "target_modules": sorted(config["target_modules"])} | config_overrides
@@ -78,11 +78,11 @@ def peft_files(
 
 @dataclass(frozen=True, slots=True)
 class StoredAdapter:
-    """An adapter of a folder.
+    """An adapter in a folder.
 
     Attributes:
-        tensors: by the names that PEFT gives them in a file.
-        scales: what the product of a module's B and A is multiplied by, by module.
+        tensors: by their names in PEFT's file.
+        scales: factor of the product of a module's B and A, by module.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -90,10 +90,10 @@ class StoredAdapter:
 
 
 def read_start_adapter(folder: Path, base: BaseModules) -> StoredAdapter:
-    """The adapter that training begins from.
+    """Reads the adapter that training starts from.
 
     Raises:
-        AdapterInvalid: the folder holds no LoRA, or it is broken, incomplete or of another base.
+        AdapterInvalid: the folder contains no LoRA, or it is damaged, incomplete or of another base.
     """
     try:
         found = read_modules(folder, base)
@@ -109,38 +109,38 @@ def read_start_adapter(folder: Path, base: BaseModules) -> StoredAdapter:
 
 
 def check_same(stored: StoredAdapter, expected: Mapping[str, torch.Size], scales: Mapping[str, float]) -> None:
-    """Checks that the stored adapter is just what the job would make.
+    """Checks that the stored adapter has the tensors and scales of the job's adapter.
 
     Args:
-        wanted: the shapes of the job's tensors, by their names in the file.
-        scales: the job's, by module.
+        expected: shapes of the job's tensors, by their names in the file.
+        scales: the job's scales, by module.
 
     Raises:
-        AdapterInvalid: its method, targets, ranks or scales are others.
+        AdapterInvalid: its method, targets, ranks or scales differ.
     """
     for name in sorted(expected.keys() | stored.tensors.keys()):
         have, want = stored.tensors.get(name), expected.get(name)
         if have is None or want is None or have.shape != want:
             raise AdapterInvalid(
-                "The adapter to start from doesn't have the job's method, targets and rank: "
+                "The adapter to start from does not have the job's method, targets and rank: "
                 f"{name} is {_shape(None if have is None else have.shape)} there, and {_shape(want)} in the job. Give "
-                "the job the same method, rank and targets, or start afresh.",
+                "the job the same method, rank and targets, or leave out 'start_from'.",
                 param="start_from",
             )
     check_scales(stored, scales)
 
 
 def check_scales(stored: StoredAdapter, scales: Mapping[str, float]) -> None:
-    """Checks that the stored adapter's scales are the job's.
+    """Checks that the stored adapter has the job's scales.
 
     Raises:
-        AdapterInvalid: they are others.
+        AdapterInvalid: its scales differ.
     """
     for module, scale in scales.items():
         if not math.isclose(stored.scales[module], scale, rel_tol=1e-6):
             raise AdapterInvalid(
                 f"The adapter to start from scales {module} by {stored.scales[module]:g}, the job by {scale:g}: give "
-                "the job the same alpha, rank and rslora, or start afresh.",
+                "the job the same alpha, rank and rslora, or leave out 'start_from'.",
                 param="start_from",
             )
 

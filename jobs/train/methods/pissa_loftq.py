@@ -1,4 +1,4 @@
-"""PiSSA and LoftQ: adapters that begin with a part of the base's weights rather than with nothing."""
+"""PiSSA and LoftQ: adapters that start with a part of the base's weights instead of zero."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from loramill.models.fingerprint import weight_files
 from loramill.models.targets import scale_of
 from loramill.types import JobSpec
 
-#: The part of the adapter that takes PiSSA's beginning away from the base, under the ends of its names.
+#: Last parts of the names of the half that subtracts PiSSA's initial factors from the base.
 A0, B0 = "lora_A0", "lora_B0"
 
-#: Subspace iterations of a randomized SVD, and singular vectors beyond those wanted (Halko et al. 2011, 0909.4061,
-#: algorithm 4.4). PEFT's own advice for PiSSA is 16 iterations without any beyond.
+#: Subspace iterations of a randomized SVD, and its number of additional singular vectors (Halko et al. 2011, 0909.4061,
+#: algorithm 4.4). PEFT recommends 16 iterations without oversampling for PiSSA.
 _ITERATIONS, _OVERSAMPLING = 4, 8
 
 
 class ResidualLinear(LoraLinear):
-    """y = W x + scale (B A - B0 A0) x: a LoRA of twice the rank, of which the second half stays as it is.
+    """y = W x + scale (B A - B0 A0) x: a LoRA of twice the rank, of which the second half is frozen.
 
     PiSSA trains BA over the base less its largest singular triples B0 A0 (Meng et al. 2024, 2404.02948, equations 2 to
     4); this is the same function of x, on the unmodified base.
@@ -49,55 +49,57 @@ class ResidualLinear(LoraLinear):
         self.register_buffer("b0", b)
 
     def extra_state(self) -> dict[str, torch.Tensor]:
-        """The half that isn't trained."""
+        """Returns the half that is not trained."""
         return {A0: self.a0, B0: self.b0}
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A over A0, and B beside -B0."""
+        """Returns A above A0, and B beside -B0."""
         return torch.cat([self.a, self.a0]), torch.cat([self.b, -self.b0], dim=1)
 
 
 def pissa_layers(targets: list[TargetModule], spec: JobSpec) -> dict[str, LoraLinear]:
-    """The layers of PiSSA, by name of their place.
+    """Returns the layers of PiSSA, by name of their target module.
 
     Raises:
         AdapterInvalid: a linear has fewer singular values than its rank.
     """
     return {
-        place.name: ResidualLinear(place, *_svd_factors(weight_of(place.linear), place, spec), spec.dropout)
-        for place in targets
+        target.name: ResidualLinear(target, *_svd_factors(weight_of(target.linear), target, spec), spec.dropout)
+        for target in targets
     }
 
 
 def loftq_layers(
     targets: list[TargetModule], spec: JobSpec, model: PreTrainedModel, folder: Path
 ) -> dict[str, LoraLinear]:
-    """The layers of LoftQ, by name of their place: plain LoRA that begins with what quantization took from the base.
+    """Returns the layers of LoftQ, by name of their target module: LoRA that starts with the quantization error.
 
     One iteration of Li et al. 2023 (2310.08659, algorithm 1), after which the base is the plain quantized one.
 
     Args:
-        folder: where the base's own weights lie.
+        folder: contains the base's weights before quantization.
 
     Raises:
-        AdapterInvalid: the base isn't quantized, or a linear has fewer singular values than its rank.
+        AdapterInvalid: the base is not quantized, or a linear has fewer singular values than its rank.
         BaseUnusable: the folder lacks a weight.
     """
     layers: dict[str, LoraLinear] = {}
     lossy = False
     with _original_weights(model, folder) as original:
-        for place in targets:
-            if place.linear is model.get_output_embeddings():  # keeps all its bits; two factors of zero never learn
-                halves = initial_factors(place, spec)
+        for target in targets:
+            if (
+                target.linear is model.get_output_embeddings()
+            ):  # not quantized; its error is zero, and two factors of zero would get no gradient
+                factors = initial_factors(target, spec)
             else:
-                weight = weight_of(place.linear)
-                lost = original(place.name).to(weight).float() - weight.float()
+                weight = weight_of(target.linear)
+                lost = original(target.name).to(weight).float() - weight.float()
                 lossy = lossy or bool(lost.any())
-                halves = _svd_factors(lost, place, spec)
-            layers[place.name] = LoraLinear(place, *halves, spec.dropout)
+                factors = _svd_factors(lost, target, spec)
+            layers[target.name] = LoraLinear(target, *factors, spec.dropout)
     if not lossy:
         raise AdapterInvalid(
-            "LoftQ begins with what quantization took from the base, and this base has all its bits: use 'lora' or "
+            "LoftQ starts with the quantization error of the base, and this base is not quantized: use 'lora' or "
             "'pissa', or set the setting quantization to 'nf4'.",
             param="method",
         )
@@ -105,17 +107,17 @@ def loftq_layers(
 
 
 def weight_of(linear: nn.Linear | Conv1D) -> torch.Tensor:
-    """A linear's weight [d_out, d_in], of its own dtype."""
+    """Returns a linear's weight [d_out, d_in], in its own dtype."""
     weight = dense_weight(linear)
     return weight if isinstance(weight, torch.Tensor) else weight()
 
 
 def _svd_factors(weight: torch.Tensor, target: TargetModule, spec: JobSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B, fp32, whose product times the scale is the best approximation of `weight` of the place's rank."""
+    """Returns A and B, fp32, whose product times the scale is the best approximation of `weight` by its rank."""
     if target.rank > min(weight.shape):
         raise AdapterInvalid(
-            f"The rank at {target.name} is {target.rank}, and that linear has {min(weight.shape)} singular values to "
-            f"begin with: lower 'rank', or give it a lower one in 'rank_pattern'.",
+            f"The rank of {target.name} is {target.rank}, and that linear has {min(weight.shape)} singular values: "
+            f"lower 'rank', or give it a lower one in 'rank_pattern'.",
             param="rank",
         )
     with seeded(weight.device, spec.seed, "svd", target.name):
@@ -126,7 +128,7 @@ def _svd_factors(weight: torch.Tensor, target: TargetModule, spec: JobSpec) -> t
 
 @contextmanager
 def _original_weights(model: PreTrainedModel, folder: Path) -> Iterator[Callable[[str], torch.Tensor]]:
-    """What gives a linear's weight [d_out, d_in] as it lies in the folder, by the linear's name."""
+    """Yields a function that reads a linear's weight [d_out, d_in] from the folder, by the linear's name."""
     linears = dict(model.named_modules())
     with ExitStack() as open_files:
         files = [open_files.enter_context(safe_open(path, framework="pt")) for path in weight_files(folder)]
@@ -138,7 +140,7 @@ def _original_weights(model: PreTrainedModel, folder: Path) -> Iterator[Callable
                 if key in holder:
                     weight: torch.Tensor = holder[key].get_tensor(key)
                     return weight.T if isinstance(linears[name], Conv1D) else weight
-            raise BaseUnusable(f"{folder} holds no '{name}.weight', with which LoftQ begins; use another method.")
+            raise BaseUnusable(f"{folder} contains no '{name}.weight', which LoftQ starts with: use another method.")
 
         yield original
 
@@ -146,7 +148,7 @@ def _original_weights(model: PreTrainedModel, folder: Path) -> Iterator[Callable
 def pissa_files(
     spec: JobSpec, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], base: str
 ) -> dict[str, bytes]:
-    """PiSSA's adapter as a LoRA of twice the rank on the unmodified base."""
+    """Returns PiSSA's adapter as a LoRA of twice the rank on the unmodified base."""
     tensors: dict[str, torch.Tensor] = {}
     for module in peft_folder.modules_of(weights):
         a, b, a0, b0 = _pissa_tensors(module, weights, state)
@@ -166,24 +168,24 @@ def pissa_files(
 
 
 def load_pissa(adapted: AdaptedModel, stored: StoredAdapter, spec: JobSpec) -> None:
-    """Continues from the files of PiSSA, in place.
+    """Loads an adapter of PiSSA.
 
     Raises:
-        AdapterInvalid: their targets, ranks or scales are others.
+        AdapterInvalid: its targets, ranks or scales differ from the job's.
     """
     modules = peft_folder.modules_of(adapted.weights)
-    wanted: dict[str, torch.Size] = {}
+    expected: dict[str, torch.Size] = {}
     for module in modules:
         a, b, *_ = _pissa_tensors(module, adapted.weights, adapted.state)
-        wanted[tensor_name(module, A)] = torch.Size((2 * a.shape[0], a.shape[1]))
-        wanted[tensor_name(module, B)] = torch.Size((b.shape[0], 2 * b.shape[1]))
-    peft_folder.check_same(stored, wanted, {module: scale_of(spec, module) for module in modules})
+        expected[tensor_name(module, A)] = torch.Size((2 * a.shape[0], a.shape[1]))
+        expected[tensor_name(module, B)] = torch.Size((b.shape[0], 2 * b.shape[1]))
+    peft_folder.check_same(stored, expected, {module: scale_of(spec, module) for module in modules})
     for module in modules:
         a, b, a0, b0 = _pissa_tensors(module, adapted.weights, adapted.state)
         upper, lower = stored.tensors[tensor_name(module, A)].chunk(2)
         left, right = stored.tensors[tensor_name(module, B)].chunk(2, dim=1)
-        for place, value in ((a, upper), (a0, lower), (b, left), (b0, -right)):
-            place.copy_(value)
+        for tensor, value in ((a, upper), (a0, lower), (b, left), (b0, -right)):
+            tensor.copy_(value)
 
 
 def _pissa_tensors(

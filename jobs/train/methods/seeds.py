@@ -1,4 +1,4 @@
-"""Randomness that is a function of words alone."""
+"""Randomness that is a function of its keys alone."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 
 def seed_of(*keys: object) -> int:
-    """A seed, 64 bits, for `words`."""
+    """Returns a seed of 64 bits for `keys`."""
     return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "little", signed=True)
 
 
 @contextmanager
 def seeded(device: torch.device, *keys: object) -> Iterator[None]:
-    """Torch's global generators begin inside where `words` say, and are outside as if nothing had been drawn."""
+    """Within, torch's global generators are seeded by `keys`; afterwards their state is as before."""
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type="cuda"):
         torch.manual_seed(seed_of(*keys))
         yield

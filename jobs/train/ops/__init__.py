@@ -1,1 +1,1 @@
-"""Autograd operations that use less memory or time than PyTorch's own."""
+"""Autograd operations that need less memory or time than PyTorch's own."""

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-#: Its name among transformers' implementations.
+#: Name under which it is registered with transformers.
 IMPLEMENTATION_NAME = "loramill_short_rows"
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(scale Q K^T + mask) V, heads that share keys as one: half the time of transformers' plain products."""
+    """softmax(scale Q K^T + mask) V, heads that share keys together: half the time of transformers' eager code."""
 
     @staticmethod
     def forward(
@@ -49,14 +49,14 @@ def attend(
     scaling: float,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' interface, for layers without attention dropout.
+    """Attention with the interface of transformers, for layers without attention dropout.
 
     Args:
-        query: [rows, heads, tokens, d]; key and value [rows, kv_heads, seen, d], of these tokens and of a prefix.
-        attention_mask: what is added to the scores, [rows, 1, tokens, seen].
+        query: [rows, heads, tokens, d]; key and value are [rows, kv_heads, seen, d], of a prefix and these tokens.
+        attention_mask: added to the scores, [rows, 1, tokens, seen].
 
     Returns:
-        [rows, tokens, heads, d], and no weights.
+        The output [rows, tokens, heads, d], and None for the attention weights.
     """
     out: torch.Tensor = _Attention.apply(query, key, value, attention_mask, scaling)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2).contiguous(), None

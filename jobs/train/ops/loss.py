@@ -8,7 +8,7 @@ import torch
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Makes the logits' gradient along with the loss: one float32 copy of them in all, a half of torch's time."""
+    """Computes the logits' gradient with the loss: one float32 copy of the logits, half of torch's time."""
 
     @staticmethod
     def forward(
@@ -36,8 +36,8 @@ class _CrossEntropy(torch.autograd.Function):
 def cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of weight * -log softmax(logits)[label] over the tokens, with a gradient once, and of the weights of
-    those whose likeliest token is the label.
+    """Returns the sum over the tokens of weight * -log softmax(logits)[label], with a gradient (no second one), and the
+    sum of the weights of the tokens whose most likely prediction is the label.
 
     Args:
         logits: [tokens, vocabulary].

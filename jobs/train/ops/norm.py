@@ -1,4 +1,4 @@
-"""RMS normalisation with a frozen weight, for training on a CPU."""
+"""RMS normalization with a frozen weight, for training on a CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class _RmsNorm(torch.autograd.Function):
-    """x / sqrt(mean x^2 + eps) * w (Zhang & Sennrich 2019, arXiv 1910.07467): about half of autograd's operations."""
+    """x / sqrt(mean x^2 + eps) * w (Zhang & Sennrich 2019, arXiv 1910.07467): half of autograd's operations."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -29,10 +29,10 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rms_norm(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What a Llama-like norm of transformers computes, differentiable in x alone.
+    """The RMSNorm of a Llama-like model of transformers, differentiable in x alone.
 
     Args:
-        module: with a frozen `weight` and its `variance_epsilon`.
+        module: has a frozen `weight` and a `variance_epsilon`.
         x: [..., d].
     """
     y: torch.Tensor = _RmsNorm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]

@@ -90,7 +90,7 @@ def test_a_best_one_that_is_gone_is_told(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         write(tmp_path, SPEC, at(step, 5))
     next(tmp_path.glob("*-00000005b-*")).unlink()
-    with pytest.raises(ArtifactCorrupt, match="of step 5, is damaged or gone"):
+    with pytest.raises(ArtifactCorrupt, match="of step 5, is damaged or missing"):
         best_of(tmp_path)
 
 

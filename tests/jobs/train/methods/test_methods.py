@@ -190,7 +190,7 @@ def test_refuses_to_go_on_from_another_kind(small: Base, tmp_path: Path, method:
     wanted = spec_of(**{"method": method} | change | ({"method": other} if "method" in change else {}))
     with (
         attach_adapter(model, wanted, small.folder) as tuned,
-        pytest.raises(AdapterInvalid, match="start afresh") as refused,
+        pytest.raises(AdapterInvalid, match="leave out") as refused,
     ):
         load_start_adapter(tuned, folder, wanted)
     assert refused.value.param == "start_from"
