@@ -30,6 +30,8 @@ KEEP_LAST = 2
 FORMAT_VERSION = 2
 #: Fields that older specs do not have; their defaults mean what was done without them.
 _ADDED_FIELDS = ("epochs",)
+#: Fields by the names that they had when the first checkpoints were written.
+_RENAMED_FIELDS = {"train_on": "learn"}
 
 _PARTS = ("weight", "first_moment", "second_moment", "state")
 
@@ -138,11 +140,12 @@ def _names(store: CheckpointStore, spec: JobSpec) -> list[str]:
 
 
 def _key(spec: JobSpec) -> str:
-    # A spec with the defaults of added fields keeps the key that it had without them, so that an older job resumes.
+    # A spec keeps the key that it had before fields were added or renamed, so that an older job resumes.
     unknown = {name for name in _ADDED_FIELDS if getattr(spec, name) == JobSpec.model_fields[name].default}
-    # For the same reason the JSON has the name that `train_on` had.
-    json_spec = spec.model_dump_json(exclude=unknown).replace('"train_on":', '"learn":', 1)
-    return hashlib.sha256(f"{FORMAT_VERSION} {json_spec}".encode()).hexdigest()[:16]
+    text = spec.model_dump_json(exclude=unknown)
+    for new, old in _RENAMED_FIELDS.items():
+        text = text.replace(f'"{new}":', f'"{old}":')
+    return hashlib.sha256(f"{FORMAT_VERSION} {text}".encode()).hexdigest()[:16]
 
 
 def _read(store: CheckpointStore, name: str) -> CheckpointData | None:

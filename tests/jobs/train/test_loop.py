@@ -22,7 +22,6 @@ from loramill.jobs.train import loop
 from loramill.jobs.train.batching import choose_batch, count_supervised_tokens, sequences
 from loramill.jobs.train.forward import configured_forward, loss_and_accuracy
 from loramill.jobs.train.loop import TrainingProgress, export_adapter
-from loramill.jobs.train.loop import train as train_in
 from loramill.jobs.train.lr_schedule import learning_rate
 from loramill.models.catalog import Base, load_for_training
 from loramill.submission.defaults import count_steps
@@ -303,7 +302,7 @@ def test_the_real_base_learns_a_mapping(base: Base, tokenizer: ChatTokenizer, tm
     spec = spec_of(rank=8, alpha=16.0, steps=12, batch_size=4, learning_rate=3e-3, checkpoint_every=12)
     model = load_for_training(base, torch.bfloat16)
     points: list[TrainingProgress] = list(
-        train_in(model, examples, examples, spec, folder=base.folder, checkpoints=tmp_path)
+        train(model, examples, examples, spec, base_folder=base.folder, checkpoints=tmp_path)
     )
     assert points[-1].valid_loss is not None and points[-1].valid_accuracy is not None
     assert points[0].loss > 3.0 and points[-1].valid_loss < 0.5

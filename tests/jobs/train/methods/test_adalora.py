@@ -16,7 +16,7 @@ from safetensors.torch import load, load_file
 
 from loramill.data.tokenizer import EncodedExample
 from loramill.errors import AdapterInvalid
-from loramill.jobs.train.loop import export_adapter, train
+from loramill.jobs.train.loop import TrainContext, export_adapter, train
 from loramill.jobs.train.methods import adalora, adapter_files, attach_adapter
 from loramill.jobs.train.methods.adalora import initial_rank, rank_budget
 from loramill.jobs.train.methods.peft_folder import modules_of, tensor_name
@@ -177,7 +177,14 @@ def test_no_unpruned_weights_become_the_version(small: Base, tmp_path: Path) -> 
     """Nor do they end a job early, however bad their validation losses."""
     spec = spec_of(method="adalora", steps=10, eval_every=1, patience=1, learning_rate=0.5)
     examples = [EncodedExample(tuple(row), 6) for row in tokens(rows=4).tolist()]
-    points = list(train(loaded(small), examples, examples, spec, folder=small.folder, checkpoints=tmp_path / "job"))
+    context = TrainContext(
+        spec=spec,
+        train_examples=examples,
+        valid_examples=examples,
+        base_folder=small.folder,
+        checkpoints=tmp_path / "job",
+    )
+    points = list(train(loaded(small), context))
     assert next(point.step for point in points if point.is_best) == 6
     assert len(points) >= 7
     tensors = load(export_adapter(tmp_path / "job", spec, base="small")["adapter_model.safetensors"])

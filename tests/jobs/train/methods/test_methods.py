@@ -235,8 +235,8 @@ def test_dora_takes_its_norms_anew_after_every_step(small: Base) -> None:
         for name, layer in tuned.model.named_modules():
             if hasattr(layer, "magnitude"):
                 merged = layer.linear.weight + layer.scale * layer.b @ layer.a
-                torch.testing.assert_close(layer.lengths(), merged.norm(dim=1), msg=name)
-                assert not torch.allclose(layer.lengths(), layer.linear.weight.norm(dim=1))
+                torch.testing.assert_close(layer.row_norms(), merged.norm(dim=1), msg=name)
+                assert not torch.allclose(layer.row_norms(), layer.linear.weight.norm(dim=1))
 
 
 def test_dropout_is_off_until_it_is_turned_on(small: Base) -> None:
