@@ -75,7 +75,9 @@ def test_rows_say_what_their_examples_say(examples: list[EncodedExample], layout
     count, width = rows.tokens.shape
     assert (count, rows.attention_mask.shape) == (1 if layout is pack else len(examples), (count, width, width))
     learned = []
-    for place, label, share in zip(rows.target_positions.tolist(), rows.labels.tolist(), rows.weights.tolist(), strict=True):
+    for place, label, share in zip(
+        rows.target_positions.tolist(), rows.labels.tolist(), rows.weights.tolist(), strict=True
+    ):
         row, column = divmod(place, width)
         visible = rows.attention_mask[row, column].nonzero().flatten()
         assert rows.positions[row, visible].tolist() == list(range(len(visible)))
