@@ -1,4 +1,4 @@
-"""Ray Serve around the gateway and the engine replicas: who runs where, and nothing else."""
+"""The composition root: gateways and engine replicas as one Ray Serve application."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ log = logging.getLogger(__name__)
 APP = "loramill"
 ENGINE = "engine"
 
-#: A port of its own is where it is looked for: on the machine that deployed it.
+#: Places gateways with a port of their own on the head node, where clients expect the port.
 HEAD_NODE_RESOURCE = {"node:__internal_head__": 0.001}
 
-#: Our code blocks no event loop, so that Serve needs none of its own beside it: each call saves some milliseconds.
+#: This code does not block its event loop, so that Serve needs no second one: that saves some milliseconds per call.
 SINGLE_LOOP_ENV = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 
 
 class GatewayDeployment:
-    """A gateway replica behind Serve's proxy; what it does is in the app that `gateway_builder` makes there."""
+    """A gateway replica behind Serve's proxy; `gateway_builder` builds its app in the replica."""
 
     def __init__(self, *engines: Any) -> None:
-        self._engines = engines  # Serve starts what a deployment is bound to before it
+        self._engines = engines  # Serve starts the deployments that one is bound to first
 
 
 class ListeningGateway:
@@ -58,16 +58,16 @@ class ListeningGateway:
         await self._listener.start()
 
     async def check_health(self) -> None:
-        """Tells Serve to replace a gateway that doesn't listen."""
+        """Raises if the port is not served; Serve then replaces the gateway."""
         self._listener.check()
 
     async def __del__(self) -> None:
-        """Serve's word for the end: no more connections, and what is under way goes on to its end."""
+        """Called by Serve at the end: accepts no more connections, and completes the open responses."""
         await self._listener.drain()
 
 
 def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
-    """Returns what a gateway replica calls to build its app; nothing of the app itself is shipped."""
+    """Returns the function that builds a gateway's app in its replica; the app itself is not pickled."""
 
     def build() -> FastAPI:
         logs.configure()
@@ -86,7 +86,7 @@ def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
             other_bases=others,
         )
         gc.collect()
-        gc.freeze()  # as in an engine replica: looking for garbage stops all streams
+        gc.freeze()  # as in an engine replica: collecting garbage among these objects stops all streams
         return app
 
     return build
@@ -103,18 +103,18 @@ def _served(deployment: str, settings: Settings, receiver: Receiver) -> ServedBa
 
 
 def engine_settings(settings: Settings) -> dict[str, Settings]:
-    """The engine deployments by name, one for each base that is served, and the settings of each."""
+    """The settings of the engine deployments by name, one per base that is served."""
     others = settings.serve.bases
     return {ENGINE: settings} | {f"{ENGINE}-{Path(base).name}": _additional_base(settings, base) for base in others}
 
 
 def _additional_base(settings: Settings, base: str) -> Settings:
-    """The settings of a further base: it sleeps until it is asked."""
+    """The settings of an additional base: it starts without replicas."""
     return settings.model_copy(update={"base": base, "serve": settings.serve.model_copy(update={"min_replicas": 0})})
 
 
 def application(settings: Settings) -> Any:
-    """The Serve application: gateways in front of the engine replicas of each base."""
+    """Builds the Serve application: gateways in front of the engine replicas of each base."""
     behind = [_engine_deployment(name, each).bind(each) for name, each in engine_settings(_on_ray(settings)).items()]
     options = _options(settings) | {"name": "gateway", "num_replicas": settings.serve.gateways}
     environment = SINGLE_LOOP_ENV | ONLY_ASSIGNED_GPUS | metrics_env(settings)
@@ -143,7 +143,7 @@ def _engine_deployment(name: str, settings: Settings) -> Any:
 
 def _options(settings: Settings) -> dict[str, Any]:
     return {
-        # The engines' own bounds refuse first.
+        # Above the bounds of the engines, which refuse first.
         "max_ongoing_requests": 4096,
         "health_check_period_s": 2,
         "graceful_shutdown_timeout_s": settings.serve.drain_seconds + 10,
@@ -152,7 +152,7 @@ def _options(settings: Settings) -> dict[str, Any]:
 
 
 def replica_options(settings: ServeSettings) -> dict[str, Any]:
-    """How many replicas Serve runs: always as many, or as `loramill.serve.autoscaling.policy` decides."""
+    """The number of replicas: constant, or decided by `loramill.serve.autoscaling.policy`."""
     if settings.min_replicas >= settings.max_replicas:
         return {"num_replicas": settings.min_replicas}
     targets = ("pending_seconds", "first_token_seconds", "down_seconds", "idle_seconds")
@@ -169,16 +169,16 @@ def _on_ray(settings: Settings) -> Settings:
 
 
 def with_fixed_device(settings: ServeSettings) -> ServeSettings:
-    """The settings of a replica that Ray places: there, "auto" is the CPU.
+    """The settings of a replica that Ray places, where the device "auto" is the CPU.
 
-    Where it runs must not hang on which nodes are up just now; nor may it take a GPU that Ray knows nothing of: a
-    replica that asks for none sees all of its node's, those of jobs included.
+    The device must not depend on which nodes are running at the moment, and a replica must not use a GPU that Ray has
+    not assigned: without an assignment it sees all GPUs of its node, including those of jobs.
     """
     return settings.model_copy(update={"device": "cpu"}) if settings.device == "auto" else settings
 
 
 def engine_options(settings: Settings) -> dict[str, Any]:
-    """What Ray is asked for on behalf of an engine replica: a whole GPU if the settings say cuda, and else none."""
+    """Ray options of an engine replica: a whole GPU if the device is cuda, otherwise none."""
     gpus = 1 if settings.serve.device == "cuda" else 0
     threads = one_thread_env(settings.serve.threads)
     environment = SINGLE_LOOP_ENV | ONLY_ASSIGNED_GPUS | threads | metrics_env(settings)
@@ -186,17 +186,17 @@ def engine_options(settings: Settings) -> dict[str, Any]:
 
 
 def metrics_env(settings: Settings) -> dict[str, str]:
-    """Where the processes of one node count together, so that any of its gateways tells the numbers of all."""
+    """Variables that make the processes of one node share their metrics: each gateway exposes those of all."""
     return {"PROMETHEUS_MULTIPROC_DIR": str(settings.home / "run" / "metrics")}
 
 
 def one_thread_env(threads: int) -> dict[str, str]:
-    """Variables that keep OpenMP from spinning on cores that others use (it costs 10x on a busy machine)."""
+    """Variables that keep OpenMP from spinning on cores that others use (which costs 10x on a busy machine)."""
     return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
 
 def deploy(settings: Settings) -> None:
-    """Starts or updates the application on the Ray cluster this process is connected to; returns when it answers."""
+    """Starts or updates the application on the Ray cluster of this process; returns when it answers."""
     gpus = ray.cluster_resources().get("GPU", 0)
     if gpus and settings.serve.device == "auto":
         log.warning("the engine runs on a CPU of a cluster with %d GPUs: set serve.device to cuda or cpu", gpus)

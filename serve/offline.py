@@ -1,4 +1,4 @@
-"""Answers to many prompts on this machine, without a gateway: an engine replica of one's own, as busy as it can be."""
+"""Batch generation on this machine without a gateway, by an engine replica in this process."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from loramill.serve.replica.replica import Replica
 from loramill.settings import ServeSettings
 from loramill.types import FrozenModel
 
-#: Prompts under way at once: more than the engine runs, and half of what it lets wait, because requests that a stop
-#: string ended still count as waiting until the engine's next step.
+#: Prompts in flight: more than the engine runs, and half of its maximum of waiting requests, because requests that a
+#: stop string ended count as waiting until the engine's next step.
 _MAX_IN_FLIGHT = EngineConfig().max_waiting // 2
 
-#: Bytes that show a file's kind.
+#: Number of bytes by which a file's type is detected.
 _MAGIC_BYTES = 16
 
-#: Seconds of silence after which is looked whether the engine still runs.
+#: Seconds without an answer after which the engine is checked.
 _POLL_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class OfflineCompletion:
-    """What came of one prompt.
+    """The answer to one prompt.
 
     Attributes:
-        request: the prompt as it was asked.
-        text: the answer, as far as it came.
-        finish: "stop" or "length"; None where there was an error.
-        error: why there is no answer.
-        logprobs: of the answer's tokens, if the prompt asks for them.
+        request: the prompt's request, as it was passed.
+        text: the answer, up to the error if there was one.
+        finish: "stop" or "length"; None if there was an error.
+        error: why the answer is missing or incomplete.
+        logprobs: the answer's tokens, if the request has `logprobs`.
     """
 
     request: TextRequest
@@ -62,19 +62,19 @@ class OfflineCompletion:
 
 
 class OfflineEngine:
-    """Answers prompts for the base and any adapter, all mixed in the same batches. Close it, or use it by `with`.
+    """Answers prompts with the base and any adapter, all mixed in the same batches. Close it, or use it with `with`.
 
         with OfflineEngine(base, registry.artifacts.fetch, settings.serve) as engine:
             for completion in engine.generate(TextRequest("1", "acme", prompt=text) for text in texts):
                 ...
 
     Args:
-        base: the model, of which weights and caches are loaded here.
-        source: from a prompt's `version` to a PEFT folder; called in side threads.
+        base: the base model; it is loaded into this process.
+        source: returns the PEFT folder of a request's `version`; called in other threads.
         settings: limits and threads of the engine.
 
     Raises:
-        BaseUnusable: the base can't be loaded.
+        BaseUnusable: the base cannot be loaded.
     """
 
     def __init__(self, base: Base, source: AdapterSource, settings: ServeSettings) -> None:
@@ -82,7 +82,7 @@ class OfflineEngine:
         self._replica = Replica(base, source, settings.model_copy(update={"max_waiting": 2 * _MAX_IN_FLIGHT}))
         self._loop = asyncio.new_event_loop()
         self._closing = asyncio.Event()
-        # A loop of its own, so that it works wherever it is called, and text is made while the engine computes.
+        # An event loop of its own: callers need none, and text is decoded while the engine computes.
         self._thread = threading.Thread(target=self._run, name="offline", daemon=True)
         self._thread.start()
 
@@ -93,24 +93,25 @@ class OfflineEngine:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads; what is under way is dropped."""
+        """Stops the threads; answers in flight are dropped."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._closing.set)
             self._thread.join()
             self._replica.close()
 
     def generate(self, prompts: Iterable[TextRequest], *, ordered: bool = False) -> Iterator[OfflineCompletion]:
-        """Answers as they are done, or in the order of the prompts. Every prompt gets one; an error is in its own.
+        """Yields one completion per prompt, when it is complete or in the order of the prompts.
 
-        Prompts are read, and answers kept, a few hundred at a time. Leaving the iterator drops what is under way.
+        The error of a prompt is in its completion. A few hundred prompts are read ahead. Closing the iterator drops
+        answers in flight.
 
         Args:
-            prompts: any number; `id` is the caller's own.
-            ordered: whether an answer waits for those of the prompts before it.
+            prompts: any number of requests; their ids may repeat.
+            ordered: whether completions have the order of the prompts.
 
         Raises:
             Unavailable: the engine has stopped.
-            Exception: what reading `prompts` raised.
+            Exception: raised by iterating over `prompts`.
         """
         rest = enumerate(prompts)
         done: SimpleQueue[Future[OfflineCompletion]] = SimpleQueue()
@@ -119,18 +120,18 @@ class OfflineEngine:
         due = 0
         try:
             while True:
-                for place, prompt in islice(rest, _MAX_IN_FLIGHT - len(live) - len(early)):
+                for position, prompt in islice(rest, _MAX_IN_FLIGHT - len(live) - len(early)):
                     future = asyncio.run_coroutine_threadsafe(self._answer(prompt), self._loop)
-                    live[future] = place
+                    live[future] = position
                     future.add_done_callback(done.put)
                 if not live:
                     return
                 future = self._wait(done)
-                place = live.pop(future)
+                position = live.pop(future)
                 if not ordered:
                     yield future.result()
                     continue
-                early[place] = future.result()
+                early[position] = future.result()
                 while due in early:
                     due += 1
                     yield early.pop(due - 1)
@@ -143,7 +144,7 @@ class OfflineEngine:
         logprobs: list[SampledToken] = []
         completion = OfflineCompletion(prompt)
         try:
-            # Its own id: those of a file may repeat.
+            # An id of its own: those of the caller may repeat.
             async with aclosing(self._replica.generate(replace(prompt, id=f"offline-{next(self._numbers)}"))) as chunks:
                 async for chunk in chunks:
                     text.append(chunk.text)
@@ -168,7 +169,7 @@ class OfflineEngine:
 
 
 class _PromptLine(FrozenModel):
-    """A line of a JSONL file of prompts, or of a dataset, whose answer is left out.
+    """A line of a JSONL file of prompts, or of a dataset, whose answers are ignored.
 
     The keys of a conversation are those of `read_prompt`.
     """
@@ -191,13 +192,13 @@ class _PromptLine(FrozenModel):
     @model_validator(mode="after")
     def _require_one_prompt(self) -> _PromptLine:
         if (self.prompt is None) == (not self.messages):
-            raise ValueError('write either "prompt" or "messages", with a message that asks')
+            raise ValueError('write either "prompt" or "messages", with a message to answer')
         if self.completion is not None and self.prompt is None:
             raise ValueError('"completion" belongs to "prompt"')
         return self
 
     def request(self, number: int, defaults: TextRequest, *, chat: bool) -> TextRequest:
-        """The line as a request, with what it doesn't say from `like`."""
+        """The line as a request; `defaults` has what the line does not set."""
         names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
         params = {name: value for name in names if (value := getattr(self, name)) is not None}
         fields: dict[str, Any] = {
@@ -209,35 +210,36 @@ class _PromptLine(FrozenModel):
         if self.prompt is not None:
             return build_request(self.prompt, replace(defaults, **fields), chat=chat)
         messages, tools = read_prompt(self.model_dump(include=set(LINE_KEYS)))
-        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        if not asked:
+        conversation = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        if not conversation:
             raise LineError('write either "prompt" or "messages", with a message to answer.')
-        return replace(defaults, **fields, messages=asked, tools=tools)
+        return replace(defaults, **fields, messages=conversation, tools=tools)
 
 
 def build_request(text: str, defaults: TextRequest, *, chat: bool) -> TextRequest:
-    """A request as `like` for the answer to a text, by the chat template, or for how the text goes on."""
+    """A request as `defaults`, to answer a text by the chat template, or to continue it if not `chat`."""
     if chat:
         return replace(defaults, messages=(Message(role="user", content=text),))
     return replace(defaults, prompt=text)
 
 
 class PromptFile:
-    """The prompts of a file, read anew at each pass; its length is their number.
+    """The prompts of a file. Each iteration reads the file again; the length is the number of prompts.
 
     `.txt`: one prompt per line. All other files are JSONL: lines of `{"prompt": …}` or `{"messages": […]}`, the latter
-    with optional `tools`, and both with `id`, `max_tokens`, `temperature`, `top_p`, `top_k`, `seed` and `stop`. A
-    dataset's lines work unchanged: their answers are left out. Blank lines are skipped. A prompt without an id gets its
-    line's number.
+    with optional `tools`, and both with optional `id`, `max_tokens`, `temperature`, `top_p`, `top_k`, `seed` and
+    `stop`. A dataset's lines work unchanged: their answers are ignored. Blank lines are skipped. A prompt without an id
+    gets its line number.
 
     Args:
         path: the file.
-        like: what a line doesn't say: version, tenant, sampling.
-        chat: whether texts are questions for the chat template; None: those of a .txt are, those of JSONL go on.
+        defaults: what a line does not set: version, tenant, sampling parameters.
+        chat: whether texts are questions for the chat template, rather than texts to continue; None: those of a .txt
+            are, those of JSONL are not.
 
     Raises:
         DatasetInvalid: `problems` lists what is wrong, with file, line, field and what to do.
-        OSError: it can't be read.
+        OSError: the file cannot be read.
     """
 
     def __init__(self, path: Path, defaults: TextRequest, *, chat: bool | None = None) -> None:

@@ -1,10 +1,10 @@
-"""What the gateway and an engine replica say to each other: plain values, no HTTP, no Ray."""
+"""What gateways and engine replicas exchange: plain values, without HTTP and Ray."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from loramill.data.tokenizer import Message
 from loramill.serve.sampling_params import SamplingParams
@@ -12,13 +12,13 @@ from loramill.serve.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class OutputConstraint:
-    """What a whole answer must be: JSON, or calls of tools, or one of the two if both are given.
+    """What the whole answer must match: a JSON schema, or tool calls; either of them if both are set.
 
     Attributes:
-        param: the parameter that asks for it.
-        schema: JSON schema of an answer in JSON; None: it may not be in JSON.
-        calls: JSON schema of the arguments of each tool that may be called, by its name.
-        several: whether there may be more than one call.
+        param: the request parameter that sets the constraint.
+        schema: JSON schema of an answer in JSON; None: no such answer is allowed.
+        tool_schemas: JSON schema of the arguments of each tool that may be called, by name.
+        parallel_tool_calls: whether more than one call is allowed.
     """
 
     param: str
@@ -53,14 +53,13 @@ class TextRequest:
     constraint: OutputConstraint | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TokenText:
-    r"""A token with its log probability; the first of an echoed prompt has none.
+class TokenText(NamedTuple):
+    r"""A token with its log probability. A tuple, so that chunks are packed as they are.
 
     Attributes:
-        text: as it is shown; `\xf0\x9f` if `raw` is not UTF-8, and its name if it is special.
-        logprob: in nats.
-        raw: the bytes that it adds to the answer's text; None: it is special and adds none.
+        text: the token's text; `\xf0\x9f` if `raw` is not UTF-8; the name of a special token.
+        logprob: in nats; None for the first token of an echoed prompt.
+        raw: the bytes that the token adds to the answer's text; None for a special token, which adds none.
     """
 
     text: str
@@ -68,19 +67,20 @@ class TokenText:
     raw: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """The token that was chosen and the most probable alternatives."""
+class SampledToken(NamedTuple):
+    """The token that was sampled, and the most probable tokens in its place."""
 
     token: TokenText
     top: tuple[TokenText, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class TextChunk:
-    """The part of an answer that became ready together.
+class TextChunk(NamedTuple):
+    """A part of an answer: what became ready together.
 
-    `finish` is "stop" or "length" on the last chunk and None before. The counts are totals so far.
+    Attributes:
+        prompt_tokens: number of the prompt's tokens.
+        completion_tokens: number of the answer's tokens so far.
+        finish: "stop" or "length" for the last chunk, None before.
     """
 
     text: str
@@ -91,12 +91,16 @@ class TextChunk:
 
 
 class GenerationBackend(Protocol):
-    """What generates text for the gateway: an engine replica, near or behind a Ray Serve handle."""
+    """What generates text for a gateway: an engine replica, in this process or behind a Ray Serve handle."""
 
     def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
-        """Streams one answer; closing the iterator cancels it. Raises errors of `loramill.errors`."""
+        """Streams one answer; closing the iterator cancels it.
+
+        Raises:
+            LoramillError: the answer cannot be generated.
+        """
         ...
 
     async def ready(self) -> None:
-        """Returns when requests can be answered; raises Unavailable with the reason otherwise."""
+        """Returns if requests can be answered; raises Unavailable with the reason otherwise."""
         ...

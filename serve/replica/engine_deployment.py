@@ -19,17 +19,17 @@ from loramill.serve.protocol import TextChunk, TextRequest
 from loramill.serve.transport.channel import Address, Sender
 from loramill.settings import Settings
 
-#: Seconds between looks at the engine for the metrics.
+#: Seconds between updates of the engine's metrics.
 _METRICS_INTERVAL_SECONDS = 0.5
 
 
 class EngineDeployment:
-    """One engine, the answers of which go to the gateways that asked, and what it says of itself."""
+    """One engine replica: sends answers to the calling gateways, and reports its load."""
 
     _metrics_task: asyncio.Task[None] | None = None
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
-        # torch, which the gateway and the driver can do without
+        # they import torch, which the gateway and the driver do not need
         from loramill.serve.metrics.engine import EngineMetrics
         from loramill.serve.replica.replica import Replica
         from loramill.serve.routing.load import LoadWindow
@@ -42,16 +42,16 @@ class EngineDeployment:
         self._load = LoadWindow()
         self._metrics = EngineMetrics(serve.get_replica_context().replica_id.unique_id)
         self._metrics_task = asyncio.create_task(self._update_metrics())
-        # What is here now stays; to look through it for garbage would stop all answers for 0.2 s, again and again.
+        # The objects so far stay: collecting garbage among them would stop all answers for 0.2 s each time.
         gc.collect()
         gc.freeze()
 
     async def answer(self, request: TextRequest, to: Address) -> LoramillError | None:
-        """Generates one answer, of which each chunk goes to the gateway at once.
+        """Generates one answer, and sends each chunk to the gateway at `to` at once.
 
         Returns:
-            When all chunks have gone, None; or why there is no more. It isn't raised: Serve would write each refusal
-            of a flood into its log, with a traceback.
+            None after the last chunk, or the error that ended the answer. It is not raised: under overload, Serve would
+            log each refusal with a traceback.
         """
         try:
             await self._answer(request, await self._sender.connect(to))
@@ -60,25 +60,25 @@ class EngineDeployment:
         return None
 
     async def _answer(self, request: TextRequest, send: Callable[[str, TextChunk | None], None]) -> None:
-        asked, begun = time.monotonic(), False
+        started, first = time.monotonic(), True
         send(request.id, None)
         async with aclosing(self._replica.generate(request)) as chunks:
             async for chunk in chunks:
                 send(request.id, chunk)
-                if not begun:
-                    begun, now = True, time.monotonic()
-                    self._load.record_first_token(now, now - asked)
+                if first:
+                    first, now = False, time.monotonic()
+                    self._load.record_first_token(now, now - started)
 
     async def check_health(self) -> None:
-        """Tells Serve to replace a replica whose engine has stopped or hangs."""
+        """Raises if the engine has stopped or hangs; Serve then replaces the replica."""
         await self._replica.ready()
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """What Serve tells the gateways' routers."""
+        """The report that Serve passes to the gateways' routers."""
         return self._load.routing_stats(self._replica.stats())
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Serve tells the autoscaling policy."""
+        """The load that Serve passes to the autoscaling policy."""
         return self._load.autoscaling_stats(time.monotonic(), self._replica.stats())
 
     async def _update_metrics(self) -> None:
@@ -87,7 +87,7 @@ class EngineDeployment:
             await asyncio.sleep(_METRICS_INTERVAL_SECONDS)
 
     async def __del__(self) -> None:
-        """Serve calls this when all answers are finished, and after a constructor that failed."""
+        """Called by Serve when all answers are complete, and after a constructor that failed."""
         if self._metrics_task is None:
             return
         self._metrics_task.cancel()

@@ -1,4 +1,4 @@
-"""A backend without a model: answers with what it was asked, word by word."""
+"""A backend without a model, which echoes the prompt."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from loramill.serve.replica.stop_strings import StopScanner
 
 
 class EchoBackend:
-    """Repeats the last message or the prompt; a word with its space is a token. For tests and for trying clients.
+    """Repeats the last message or the prompt, one word per token. For tests, and for trying out clients.
 
     Attributes:
-        requests: what was asked, in order.
-        open: ids of the answers that are being generated now.
+        requests: the requests so far, in order.
+        active: ids of the answers that are being generated.
     """
 
     def __init__(self, *, seconds_per_token: float = 0.0) -> None:
@@ -24,7 +24,7 @@ class EchoBackend:
         self._seconds_per_token = seconds_per_token
 
     async def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
-        """Streams the echo, a token a chunk."""
+        """Streams the echo, one token per chunk."""
         self.requests.append(request)
         self.active.add(request.id)
         try:
@@ -35,7 +35,7 @@ class EchoBackend:
             self.active.discard(request.id)
 
     async def ready(self) -> None:
-        """Always."""
+        """Returns: the backend is always ready."""
 
 
 def echo(request: TextRequest) -> Iterator[TextChunk]:

@@ -1,4 +1,4 @@
-"""The grammar of an answer's form, in llguidance's dialect of Lark."""
+"""Grammars of output constraints, in llguidance's dialect of Lark."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from loramill.serve.protocol import OutputConstraint
 
-#: Between two tokens of JSON: nothing, a space, or a new line with its indentation. Were any white space allowed, a
-#: model with nothing to say would say white space until it has no tokens left.
+#: Between two tokens of JSON: nothing, a space, or a new line with its indentation. If any white space were allowed,
+#: some models would generate white space until they reach max_tokens.
 _SPACE = r"( |\n[ \t]{0,20})"
 
 
 def build_grammar(constraint: OutputConstraint, begin_tag: str, end_tag: str) -> str:
-    """The grammar of a form; calls are as Hermes and Qwen write them.
+    """Builds the grammar of a constraint; tool calls are as Hermes and Qwen write them.
 
     Args:
-        form: with a schema or calls.
-        begin: the terminal before a call.
-        end: the terminal behind it.
+        constraint: with a schema, tool calls or both.
+        begin_tag: the terminal before a call.
+        end_tag: the terminal after a call.
     """
     rules = [] if constraint.schema is None else [f"json: {_json(constraint.schema)}"]
     kinds = [rule.partition(":")[0] for rule in rules]

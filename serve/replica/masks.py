@@ -1,4 +1,4 @@
-"""Answers held to a form: grammars compiled for a base's tokens by llguidance, and a mask for each answer."""
+"""Structured output: grammars that llguidance compiles for a base's tokens, and a token mask per answer."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ from loramill.serve.engine import TokenMask
 from loramill.serve.protocol import OutputConstraint
 from loramill.serve.replica.grammar import build_grammar
 
-#: Characters of a grammar; a schema of this size takes under a second to compile.
+#: Maximum number of characters of a grammar; a schema of this size compiles in under a second.
 MAX_GRAMMAR_CHARACTERS = 1 << 16
-#: Compiled grammars that are kept: some hundred KB each, most of them less.
+#: Number of compiled grammars in the cache: at most some hundred KB each.
 _CACHED_GRAMMARS = 64
 
-#: Masks are made in the engine's thread, so one may take a few milliseconds at the very most, and not much memory.
+#: Masks are computed in the engine's thread, so that one must take at most a few milliseconds, and little memory.
 _LIMITS = LLParserLimits(step_lexer_fuel=50_000, step_max_items=20_000, max_lexer_states=50_000, verbose_errors=False)
 
 
 class ConstraintCompiler:
-    """Makes masks for one base.
+    """Compiles constraints to token masks for one base.
 
     Args:
-        tokenizer: its tokenizer.
-        vocabulary: logits of a row, at least as many as the tokenizer has ids.
+        tokenizer: the base's tokenizer.
+        vocabulary: number of logits per position, at least the tokenizer's number of ids.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, vocabulary: int) -> None:
         self._chat_tokenizer = tokenizer
         self._vocabulary = vocabulary
-        # Not in the event loop, and not in the engine's thread: compiling may take long.
+        # A thread of its own: compiling would block the event loop or the engine for long.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._compiled = lru_cache(_CACHED_GRAMMARS)(self._compile)
 
     async def mask_factory(self, constraint: OutputConstraint) -> Callable[[], TokenMask]:
-        """What makes a mask for each answer of a form.
+        """Compiles a constraint; returns a function that makes a mask for one answer.
 
         Raises:
-            InvalidRequest: it is too large, makes no sense, or uses what llguidance can't enforce; it names the param.
-            BaseUnusable: llguidance can't read the base's tokenizer.
+            InvalidRequest: the schema is too large, is invalid, or uses what llguidance cannot enforce.
+            BaseUnusable: llguidance cannot read the base's tokenizer.
         """
         matcher = await asyncio.get_running_loop().run_in_executor(self._pool, self._matcher, constraint)
         return lambda: _GrammarMask(matcher.deep_copy(), self._vocabulary, constraint.param)
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._pool.shutdown(cancel_futures=True)
 
     def _matcher(self, constraint: OutputConstraint) -> LLMatcher:
@@ -66,7 +66,7 @@ class ConstraintCompiler:
     def _compile(self, grammar: str) -> LLMatcher:
         if len(grammar) > MAX_GRAMMAR_CHARACTERS:
             raise InvalidRequest(
-                f"the schemas have over {MAX_GRAMMAR_CHARACTERS} characters together; make them smaller."
+                f"the schemas have more than {MAX_GRAMMAR_CHARACTERS} characters together; make them smaller."
             )
         matcher = LLMatcher(self._grammar_tokenizer, grammar, limits=_LIMITS, log_level=0)
         if matcher.is_error():
@@ -78,7 +78,7 @@ class ConstraintCompiler:
 
     @cached_property
     def _grammar_tokenizer(self) -> LLTokenizer:
-        # Made when it is first asked for: it takes a quarter of a second and some memory.
+        # Created at the first use: it takes a quarter of a second and some memory.
         try:
             return LLTokenizer(
                 self._chat_tokenizer.tokenizer_json,
@@ -90,14 +90,14 @@ class ConstraintCompiler:
             raise BaseUnusable(f"No grammar can be used with this base's tokenizer: {error}.") from error
 
     def _tag(self, tag: str) -> str:
-        """A tag as a terminal: the one token that it is, or its text."""
+        """A tag as a terminal: its token if it is a single special token, else its text."""
         tokens = self._grammar_tokenizer.tokenize_str(tag, parse_special=True)
         alone = len(tokens) == 1 and self._grammar_tokenizer.is_special_token(tokens[0])
         return f"<[{tokens[0]}]>" if alone else json.dumps(tag)
 
 
 class _GrammarMask:
-    """One answer on its way through a grammar."""
+    """The state of one answer in a grammar."""
 
     def __init__(self, matcher: LLMatcher, vocabulary: int, param: str) -> None:
         self._matcher = matcher
@@ -111,20 +111,20 @@ class _GrammarMask:
 
     @property
     def error(self) -> LoramillError | None:
-        """What llguidance met with, which is a grammar that takes it too long."""
+        """The error of llguidance, if the grammar takes too long."""
         if not self._matcher.is_error():
             return None
         return InvalidRequest(
-            f"'{self._param}': the answer can't go on, for the schema is too complex: {_reason(self._matcher)}.",
+            f"'{self._param}': the schema is too complex to continue the answer: {_reason(self._matcher)}.",
             param=self._param,
         )
 
     def allowed(self) -> npt.NDArray[np.bool_]:
-        """The tokens by which the grammar can still be satisfied; after an error, those that stop."""
+        """The tokens after which the grammar can still be satisfied; after an error, the stop tokens."""
         return _allowed(self._matcher, self._vocabulary)
 
     def accept(self, token: int) -> None:
-        """Goes on by a token."""
+        """Advances by a token."""
         self._matcher.consume_token(token)
 
 
@@ -135,7 +135,7 @@ def _allowed(matcher: LLMatcher, vocabulary: int) -> npt.NDArray[np.bool_]:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """llguidance's message in one line, without its place in our grammar and a listing of that."""
+    """llguidance's message in one line, without its position in the grammar and a listing of the grammar."""
     text = re.sub(
         r"^at \d+\(\d+\): |failed to compile JSON schema: |\n +\d+ \| .*|<non-verbose/>", "", matcher.get_error()
     )

@@ -1,4 +1,4 @@
-"""Calls of tools in the text of an answer, found while it comes: as Hermes and Qwen write them.
+"""Finds tool calls in the text of an answer while it is generated. They are as Hermes and Qwen write them:
 
 <tool_call>
 {"name": "weather", "arguments": {"town": "Oslo"}}
@@ -18,25 +18,25 @@ from loramill.serve.replica.stop_strings import partial_match_length
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A tool that the model wants called; `arguments` is a JSON object, as text."""
+    """A tool call of the model; `arguments` is a JSON object, as text."""
 
     name: str
     arguments: str
 
 
-#: Texts and calls, in their order.
+#: Texts and calls, in order.
 Parts: TypeAlias = list[str | ToolCall]
 
-#: The inside of a call: up to the first end that isn't in one of its strings.
+#: The content of a call: up to the first end tag outside of its strings.
 _INSIDE = re.compile(rf'((?:[^"<]++|"(?:[^"\\]++|\\.)*+"|<(?!{CALL_END[1:]}))*+){CALL_END}', re.DOTALL)
 
 
 class ToolCallScanner:
     """Separates calls from text.
 
-    What may still become a call is held back. What turns out to be none, for its inside isn't an object with a `name`
-    and `arguments`, is text as it stands; a call that lacks nothing but its end is one. White space before a call, and
-    behind the last, belongs to the markup.
+    Text that may still become a call is held back. If its content is not an object with `name` and `arguments`, it is
+    text after all; a call that lacks only its end tag is a call. White space before a call and after the last one is a
+    part of the markup.
     """
 
     def __init__(self) -> None:
@@ -44,11 +44,11 @@ class ToolCallScanner:
         self._called = False
 
     def push(self, text: str) -> Parts:
-        """What is certain by now."""
+        """Returns the parts that are certain by now."""
         self._held += text
         parts: Parts = []
         while (begin := self._held.find(CALL_BEGIN)) >= 0:
-            # Most times there is no end at all, which is known at once.
+            # Usually there is no end tag at all, which is a quick check.
             found = _INSIDE.match(self._held, begin + len(CALL_BEGIN)) if CALL_END in self._held else None
             if found is None:
                 break
@@ -57,14 +57,14 @@ class ToolCallScanner:
         return parts + self._emit_text(len(self._held[:certain].rstrip()))
 
     def finish(self) -> Parts:
-        """What was held back, when the answer ends."""
+        """Returns the parts that were held back, when the answer ends."""
         parts: Parts = []
         while (begin := self._held.find(CALL_BEGIN)) >= 0:
             parts += self._emit_call(begin, self._held[begin + len(CALL_BEGIN) :], len(self._held)) + self.push("")
         return parts + ([] if self._called and self._held.isspace() else self._emit_text(len(self._held)))
 
     def _emit_call(self, begin: int, inside: str, end: int) -> Parts:
-        """The call that begins and ends there; or its tag as text, for what follows may be a call still."""
+        """The call between two positions; or its tag as text, since a call may still follow."""
         if (call := _call(inside)) is None:
             return self._emit_text(begin + len(CALL_BEGIN))
         before = self._held[:begin].rstrip()
@@ -86,6 +86,6 @@ def _call(inside: str) -> ToolCall | None:
             return None
         call = ToolCall(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
         f"{call.name}{call.arguments}".encode()
-    except (ValueError, RecursionError):  # no JSON; numbers and characters that JSON can spell and nobody can read
+    except (ValueError, RecursionError):  # not JSON, or numbers and characters that JSON can express and parsers cannot
         return None
     return call

@@ -1,4 +1,4 @@
-"""What a replica says of its load: to the routers in each report, and to the autoscaling."""
+"""The load of a replica, as it is reported to the routers and to the autoscaling policy."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from loramill.serve.autoscaling.policy import ReplicaLoad
 from loramill.serve.engine import EngineStats
 from loramill.serve.routing.policy import report_stats
 
-#: Seconds that count as lately.
+#: Seconds over which the load is averaged.
 WINDOW_SECONDS = 10.0
 
 
 class LoadWindow:
-    """Turns looks at an engine into what is reported of it. Times are seconds of any one clock."""
+    """Averages an engine's statistics over the last `WINDOW_SECONDS`. Times are seconds of any one clock."""
 
     def __init__(self) -> None:
         self._first_tokens: deque[tuple[float, float]] = deque()
         self._computed: deque[tuple[float, int]] = deque()
 
     def record_first_token(self, now: float, seconds: float) -> None:
-        """An answer's first token has come, so long after it was asked for."""
+        """Records an answer's time to first token."""
         self._first_tokens.append((now, seconds))
 
     def load(self, now: float, stats: EngineStats) -> ReplicaLoad:
-        """For the autoscaling; called again and again, since speed is the difference of two looks."""
+        """The load for the autoscaling policy; call it periodically: speed is the difference of two calls."""
         self._computed.append((now, stats.computed_tokens))
         for series in (self._first_tokens, self._computed):
             while len(series) > 1 and series[0][0] < now - WINDOW_SECONDS:
@@ -44,11 +44,11 @@ class LoadWindow:
         )
 
     def autoscaling_stats(self, now: float, stats: EngineStats) -> dict[str, float]:
-        """The load as Serve takes it from `record_autoscaling_stats`."""
+        """The load, as Serve expects it from `record_autoscaling_stats`."""
         return {name: float(value) for name, value in asdict(self.load(now, stats)).items()}
 
     def routing_stats(self, stats: EngineStats) -> dict[str, Any]:
-        """Adapters and requests as Serve takes them from `record_routing_stats`."""
+        """Adapters and requests, as Serve expects them from `record_routing_stats`."""
         return report_stats(
             (*stats.resident, *stats.loading), slots=stats.slots, requests=stats.running + stats.waiting
         )

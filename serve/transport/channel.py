@@ -1,11 +1,10 @@
-"""The way of tokens from engine replicas to a gateway: one TCP connection for each pair of them.
+"""Streams tokens from engine replicas to gateways: one TCP connection per pair of them.
 
-A chunk that travels by a Ray call costs about a millisecond on either side; 32 answers would cost more than the
-model's step that made them. So a call goes by Ray (which routes, counts, drains and cancels it), and its chunks go by
-a connection that the replica opens to the gateway which asked. What a step makes ready for one gateway is one frame:
-its length in 4 bytes, then msgpack.
+A chunk that travels by a Ray call costs about a millisecond at either end; for 32 answers that is more than the model's
+step. So a call goes by Ray (which routes, counts, drains and cancels it), and its chunks go by a connection that the
+replica opens to the calling gateway. What a step makes ready for one gateway is one frame.
 
-The gateway's address goes with each call, and with it a secret, which a connection must begin with.
+A call carries the gateway's address, and with it a secret that a connection must begin with.
 """
 
 from __future__ import annotations
@@ -14,26 +13,23 @@ import asyncio
 import hmac
 import logging
 import secrets
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
-
-import msgpack
+from typing import NamedTuple
 
 from loramill.errors import Unavailable
-from loramill.serve.protocol import SampledToken, TextChunk, TokenText
+from loramill.serve.protocol import TextChunk
+from loramill.serve.transport.frames import ReplicaMessage, frame, pack_messages, read_frame, unpack_messages
 
 log = logging.getLogger(__name__)
 
-_LENGTH = struct.Struct("!I")
-#: Bytes that may wait for a gateway that doesn't read; beyond them it has stopped, and its connection is closed.
+#: Bytes that may wait for a gateway that does not read; beyond this, it hangs, and its connection is closed.
 _MAX_BUFFERED_BYTES = 64 << 20
 _CONNECT_SECONDS = 5.0
 
 
 class Address(NamedTuple):
-    """Where a gateway receives, and the secret that opens it."""
+    """Where a gateway listens, and the secret that a connection begins with."""
 
     host: str
     port: int
@@ -41,17 +37,17 @@ class Address(NamedTuple):
 
 
 class ReplicaLost(Unavailable):
-    """The replica that was answering has gone."""
+    """The replica that was answering is gone."""
 
 
-REPLICA_LOST = "The engine replica was lost while it answered; ask again."
+REPLICA_LOST = "The engine replica was lost while it answered; try again."
 
-#: What comes for a request: None when a replica has taken it, its chunks, or the reason why nothing more will come.
+#: What a gateway receives for a request: None when a replica has accepted it, chunks, or the error that ends it.
 Arrival = TextChunk | Exception | None
 
 
 class Receiver:
-    """A gateway's end. Open it in the event loop that uses it."""
+    """A gateway's end. Create it in the event loop that uses it."""
 
     def __init__(self) -> None:
         self._secret = secrets.token_hex(16)
@@ -61,7 +57,7 @@ class Receiver:
         self._connections: set[asyncio.StreamWriter] = set()
 
     async def address(self, host: str) -> Address:
-        """Where replicas send to, as `host` is known to them; listens from the first call on."""
+        """The address for replicas, which reach this machine as `host`; the first call starts to listen."""
         async with self._opening:
             if self._server is None:
                 self._server = await asyncio.start_server(self._serve, host, 0)
@@ -69,7 +65,7 @@ class Receiver:
 
     @contextmanager
     def inbox(self, request: str) -> Iterator[asyncio.Queue[Arrival]]:
-        """What comes for a request from now on; what comes later is dropped."""
+        """Receives what arrives for a request inside the context; later arrivals are dropped."""
         self._inboxes[request] = asyncio.Queue()
         try:
             yield self._inboxes[request]
@@ -85,72 +81,71 @@ class Receiver:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._connections.add(writer)
-        open_: set[str] = set()
+        unfinished: set[str] = set()
         try:
             with suppress(asyncio.IncompleteReadError, ConnectionError):
-                if hmac.compare_digest(await _read_frame(reader), self._secret.encode()):
+                if hmac.compare_digest(await read_frame(reader), self._secret.encode()):
                     while True:
-                        self._dispatch(await _read_frame(reader), open_)
+                        self._dispatch(await read_frame(reader), unfinished)
         finally:
-            for request in open_:
+            for request in unfinished:
                 if inbox := self._inboxes.get(request):
                     inbox.put_nowait(ReplicaLost(REPLICA_LOST))
             self._connections.discard(writer)
             writer.close()
 
-    def _dispatch(self, frame: bytes, open_: set[str]) -> None:
-        """Puts chunks where they are waited for; keeps `open_` to those that this connection still owes chunks."""
-        for request, chunk in msgpack.unpackb(frame):
-            arrival = _unpack(chunk)
-            if arrival is not None and arrival.finish:
-                open_.discard(request)
+    def _dispatch(self, content: bytes, unfinished: set[str]) -> None:
+        """Puts chunks into their inboxes, and updates the set of requests that this connection must still finish."""
+        for request, chunk in unpack_messages(content):
+            if chunk is not None and chunk.finish:
+                unfinished.discard(request)
             else:
-                open_.add(request)
+                unfinished.add(request)
             if inbox := self._inboxes.get(request):
-                inbox.put_nowait(arrival)
+                inbox.put_nowait(chunk)
             else:
-                open_.discard(request)
+                unfinished.discard(request)
 
 
 class Sender:
-    """A replica's end, with a connection to each gateway that has asked."""
+    """A replica's end, with a connection to each gateway that has called it."""
 
     def __init__(self) -> None:
         self._connections: dict[Address, asyncio.Task[_Connection]] = {}
 
     async def connect(self, address: Address) -> Callable[[str, TextChunk | None], None]:
-        """What sends a request's chunks to a gateway, a connection being made where there is none.
+        """Returns a function that sends a request's chunks to a gateway; connects if there is no connection.
 
         Raises:
-            Unavailable: the gateway can't be reached.
+            Unavailable: the gateway is unreachable.
         """
         if address not in self._connections or not await _is_usable(self._connections[address]):
             self._connections[address] = asyncio.create_task(_Connection.connect(address))
         return (await asyncio.shield(self._connections[address])).send
 
     async def close(self) -> None:
-        """Closes all connections, what was sent being through."""
+        """Closes all connections after everything was sent."""
         for task in self._connections.values():
             if await _is_usable(task):
                 await task.result().close()
 
 
 class _Connection:
-    """One connection. What is sent within one turn of the event loop leaves as one frame."""
+    """One connection. Messages that are sent in one turn of the event loop leave as one frame."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
-        self._ready: list[tuple[str, Any]] = []
-        self._watch = asyncio.create_task(self._close_with(reader))
+        self._ready: list[ReplicaMessage] = []
+        self._closing = asyncio.create_task(self._close_with_peer(reader))
 
     @classmethod
     async def connect(cls, address: Address) -> _Connection:
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 reader, writer = await asyncio.open_connection(address.host, address.port)
-        except OSError as error:  # a timeout is one, too
-            raise Unavailable(f"The gateway at {address.host}:{address.port} can't be reached: {error!r}.") from error
-        writer.write(_encode_frame(address.secret.encode()))
+        except OSError as error:  # includes the timeout
+            raise Unavailable(f"The gateway at {address.host}:{address.port} is unreachable: {error!r}.") from error
+        writer.write(frame(address.secret.encode()))
         return cls(reader, writer)
 
     @property
@@ -160,7 +155,7 @@ class _Connection:
     def send(self, request: str, chunk: TextChunk | None) -> None:
         if not self._ready:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._ready.append((request, _pack(chunk)))
+        self._ready.append(ReplicaMessage(request, chunk))
 
     async def close(self) -> None:
         self._flush()
@@ -168,8 +163,8 @@ class _Connection:
         with suppress(ConnectionError):
             await self._writer.wait_closed()
 
-    async def _close_with(self, reader: asyncio.StreamReader) -> None:
-        """Closes this end when the gateway, which says nothing, has closed the other."""
+    async def _close_with_peer(self, reader: asyncio.StreamReader) -> None:
+        """Closes this end when the gateway, which sends nothing, has closed the other."""
         with suppress(ConnectionError):
             await reader.read()
         self._writer.close()
@@ -178,45 +173,15 @@ class _Connection:
         ready, self._ready = self._ready, []
         if not ready or not self.is_open:
             return
-        self._writer.write(_encode_frame(msgpack.packb(ready)))
+        self._writer.write(pack_messages(ready))
         if self._writer.transport.get_write_buffer_size() > _MAX_BUFFERED_BYTES:
-            log.error("a gateway has stopped reading; its connection is closed")
+            log.error("a gateway does not read; its connection is closed")
             self._writer.transport.abort()
 
 
-async def _is_usable(line: asyncio.Task[_Connection]) -> bool:
-    """Whether a connection was made and is open; one that is being made is waited for."""
+async def _is_usable(connection: asyncio.Task[_Connection]) -> bool:
+    """Whether a connection was made and is open; waits for one that is being made."""
     try:
-        return (await asyncio.shield(line)).is_open
+        return (await asyncio.shield(connection)).is_open
     except Unavailable:
         return False
-
-
-async def _read_frame(reader: asyncio.StreamReader) -> bytes:
-    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    return await reader.readexactly(length)
-
-
-def _encode_frame(content: bytes) -> bytes:
-    return _LENGTH.pack(len(content)) + content
-
-
-def _pack(chunk: TextChunk | None) -> Any:
-    if chunk is None:
-        return None
-    tokens = [[_fields(token.token), *map(_fields, token.top)] for token in chunk.logprobs]
-    return chunk.text, chunk.prompt_tokens, chunk.completion_tokens, chunk.finish, tokens
-
-
-def _unpack(packed: Any) -> TextChunk | None:
-    if packed is None:
-        return None
-    text, prompt_tokens, completion_tokens, finish, tokens = packed
-    logprobs = tuple(
-        SampledToken(TokenText(*chosen), tuple(TokenText(*each) for each in top)) for chosen, *top in tokens
-    )
-    return TextChunk(text, prompt_tokens, completion_tokens, finish, logprobs)
-
-
-def _fields(token: TokenText) -> tuple[str, float | None, bytes | None]:
-    return token.text, token.logprob, token.raw

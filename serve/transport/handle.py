@@ -1,4 +1,4 @@
-"""The engine replicas of one base behind a Ray Serve handle, as the gateway's `Backend`."""
+"""The engine replicas of one base behind a Ray Serve handle, as a `GenerationBackend` of the gateway."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from loramill.serve.protocol import TextChunk, TextRequest
 from loramill.serve.ray_private import by_value
 from loramill.serve.transport.channel import REPLICA_LOST, Arrival, Receiver, ReplicaLost
 
-#: Seconds after a call's end within which its last chunk must be there.
+#: Seconds after the end of a call within which its last chunk must arrive.
 _LAST_CHUNK_SECONDS = 5.0
 
 
 class HandleBackend:
-    """Calls go by Serve's handle, which routes, counts and cancels them; what they answer comes by a `Receiver`.
+    """Calls go by Serve's handle, which routes, counts and cancels them; their chunks arrive by a `Receiver`.
 
     Args:
-        handle: of the base's engine deployment.
-        receiver: shared by the gateway's backends.
-        start_seconds: for which a request waits until a replica takes it.
-        sleeps: whether the base may be without replicas; a request wakes it.
+        handle: handle of the base's engine deployment.
+        receiver: the gateway's, which its backends share.
+        start_seconds: time for which a request waits until a replica accepts it.
+        scales_to_zero: whether the base may have no replicas; a request starts one.
     """
 
     def __init__(
@@ -36,12 +36,13 @@ class HandleBackend:
         self._receiver = receiver
         self._start_seconds = start_seconds
         self._scales_to_zero = scales_to_zero
-        # Held, because the event loop itself holds tasks weakly.
+        # Keeps references: the event loop has only weak ones.
         self._calls: set[asyncio.Future[None]] = set()
 
     async def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
-        """Streams one answer; closing the iterator cancels it on the replica. One that was lost before it began is
-        asked for once more: it may only be the replica that has gone.
+        """Streams one answer; closing the iterator cancels it at the replica.
+
+        A request whose replica is lost before the first chunk is sent once more, to another replica.
         """
         begun = done = False
         for again in (True, False):
@@ -64,18 +65,18 @@ class HandleBackend:
                         response.cancel()
 
     async def ready(self) -> None:
-        """Raises Unavailable until an engine replica answers. A base that sleeps is ready."""
+        """Raises Unavailable until an engine replica answers. A base that may scale to zero is always ready."""
         if self._scales_to_zero:
             return
         try:
             await self._handle.check_health.remote()
         except (RayTaskError, RayActorError, DeploymentUnavailableError) as error:
-            raise Unavailable("No engine replica is up yet; try again in a moment.") from error
+            raise Unavailable("No engine replica is running yet; try again in a moment.") from error
 
     async def _call_replica(
         self, request: TextRequest, inbox: asyncio.Queue[Arrival]
     ) -> DeploymentResponse[LoramillError | None]:
-        """Calls a replica; the inbox hears of it if that fails."""
+        """Calls a replica; a failure of the call is put into the inbox."""
         address = await self._receiver.address(ray.util.get_node_ip_address())
         response = self._handle.answer.remote(request, address)
         call = asyncio.ensure_future(_follow(response, inbox))
@@ -89,18 +90,18 @@ class HandleBackend:
                 return _raise_errors(await inbox.get())
         except TimeoutError as error:
             raise Unavailable(
-                f"No engine replica could take the request within {self._start_seconds:g} s; the base may still be "
+                f"No engine replica could accept the request within {self._start_seconds:g} s; the base may still be "
                 "starting, try again in a moment."
             ) from error
 
 
 async def _follow(response: DeploymentResponse[LoramillError | None], inbox: asyncio.Queue[Arrival]) -> None:
-    """Puts into the inbox why a call has failed; one that has ended well has sent all, or its connection broke."""
+    """Puts the error of a failed call into the inbox. A call that succeeded has sent all, or its connection broke."""
     try:
         refusal = await response
     except RequestCancelledError:
         return
-    except Exception as error:  # noqa: BLE001 - whoever reads the inbox raises it
+    except Exception as error:  # noqa: BLE001 - raised by the reader of the inbox
         inbox.put_nowait(_translate_error(error))
     else:
         if refusal is not None:
@@ -110,7 +111,7 @@ async def _follow(response: DeploymentResponse[LoramillError | None], inbox: asy
 
 
 def _translate_error(error: Exception) -> Exception:
-    """What the gateway's caller is told of how a call failed."""
+    """The error for the gateway's client."""
     if isinstance(error, BackPressureError):
         return Overloaded("Every engine replica is at its limit; try again in a moment.")
     if isinstance(error, RayActorError | DeploymentUnavailableError):

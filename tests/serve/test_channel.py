@@ -1,4 +1,4 @@
-"""What a replica sends reaches the gateway that asked, or the gateway learns that it won't."""
+"""What a replica sends reaches the calling gateway, or the gateway gets an error."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_gateway_that_is_gone_is_said_so() -> None:
         async with joined() as (receiver, sender, address):
             await receiver.close()
             for _ in range(2):
-                with pytest.raises(Unavailable, match=f"{HOST}:{address.port} can't be reached"):
+                with pytest.raises(Unavailable, match=f"{HOST}:{address.port} is unreachable"):
                     await sender.connect(address)
 
     run(work())

@@ -79,5 +79,5 @@ def test_two_share_a_port_and_one_may_go() -> None:
 def test_a_port_that_is_taken_is_named() -> None:
     with socket.create_server((HOST, 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(PortTaken, match=f"{HOST}:{port} can't be listened on"):
+        with pytest.raises(PortTaken, match=f"{HOST}:{port} is not available"):
             listening_socket(HOST, port)
