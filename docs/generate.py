@@ -309,26 +309,15 @@ def answer_text(status: str, answer: dict[str, Any]) -> str:
 
 def client_page() -> str:
     """The client's methods, and those of its resources."""
-    sections = ["## Client", docstring(Client), *method_sections("Client", Client)]
-    for name, resource in sorted(resources(Client).items()):
-        sections += [f"## client.{name}", docstring(resource), *method_sections(f"client.{name}", resource)]
+    sections = ["## Client", docstring(Client), *method_sections("client", Client)]
+    for name, resource in vars(Client("http://127.0.0.1", "key")).items():
+        if type(resource).__name__.endswith("Resource") and not name.startswith("_"):
+            sections += [
+                f"## client.{name}",
+                docstring(type(resource)),
+                *method_sections(f"client.{name}", type(resource)),
+            ]
     return page("Python client", "`from loramill import Client`", *sections)
-
-
-def resources(cls: type) -> dict[str, type]:
-    """The client's attributes that hold methods of one topic, by name."""
-    hints: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):
-        hints |= inspect.get_annotations(base, eval_str=True) if base is not object else {}
-    for name, member in inspect.getmembers_static(cls):
-        getter = getattr(member, "fget", None) or getattr(member, "func", None)
-        if getter is not None:
-            hints[name] = inspect.get_annotations(getter, eval_str=True).get("return")
-    return {
-        name: hint
-        for name, hint in hints.items()
-        if not name.startswith("_") and inspect.isclass(hint) and hint.__module__.startswith("loramill.client")
-    }
 
 
 def method_sections(above: str, cls: type) -> list[str]:
