@@ -2,7 +2,7 @@
 
 Blocks of commands run one after another against one gateway with an echo for a model and a worker that publishes a
 ready-made adapter for each job. A block after `<!-- not run: why -->` is only checked for commands and options that
-exist; `<!-- file: NAME -->` makes a block a file of the page's folder; `<!-- first: COMMAND; COMMAND -->` prepares a page.
+exist; `<!-- file: NAME -->` makes a block a file of the page's folder; `<!-- first: COMMAND; … -->` prepares a page.
 """
 
 from __future__ import annotations
@@ -254,12 +254,12 @@ def folder(tmp_path: Path) -> Path:
 def filled(text: str, admin: Client, url: str) -> str:
     """A page's text with this gateway's address, and ids in place of its examples."""
     if "ftjob-" in text:
-        found = list(admin.jobs())
+        found = list(admin.jobs.list())
         text = text.replace("ftjob-new", found[0].id).replace("ftjob-1", found[-1].id)
     if "3f2a9c01" in text:
-        text = re.sub(r"3f2a9c01\w*", (admin.adapter("acme/support").champion or "")[:12], text)
+        text = re.sub(r"3f2a9c01\w*", (admin.adapters.get("acme/support").champion or "")[:12], text)
     if "lm-…" in text:
-        text = text.replace("lm-…", admin.create_key("acme").key)
+        text = text.replace("lm-…", admin.keys.create("acme").key)
     return text.replace("http://127.0.0.1:8400", url)
 
 
@@ -277,13 +277,11 @@ def test_the_commands_of_a_page_run(
     monkeypatch.setenv("LORAMILL_API_KEY", gateway.admin_key)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     worker.clear()
-    text = (ROOT / page).read_text(encoding="utf-8")
+    prepared = re.findall(r"<!-- first: (.*) -->", (ROOT / page).read_text(encoding="utf-8"))
     with gateway.client() as admin:
-        for tenant in admin.tenants():
-            admin.delete_tenant(tenant.name, cancel_jobs=True)
-        for command in itertools.chain.from_iterable(
-            re.findall(r"<!-- first: (.*) -->", text)[:1] and [re.findall(r"<!-- first: (.*) -->", text)[0].split("; ")]
-        ):
+        for tenant in admin.tenants.list():
+            admin.tenants.delete(tenant.name, cancel_jobs=True)
+        for command in "; ".join(prepared).split("; ") if prepared else ():
             run(command, folder, worker)
         for block in [each for each in BLOCKS if each.page == page]:
             if block.mark == "file":
@@ -297,7 +295,7 @@ def test_the_commands_of_a_page_run(
 
 
 def run(command: str, folder: Path, worker: threading.Event) -> None:
-    """Runs one command; `loramill` in this process. A job that the page pauses or cancels is not trained before that."""
+    """Runs one command; `loramill` in this process. From a job of low priority on, the worker trains no more."""
     if "--priority -10" in command:
         worker.set()
     if command.startswith("loramill "):

@@ -19,7 +19,7 @@ from loramill.registry import nightly
 
 from .conftest import RunningGateway, examples
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "howto" / "submit-many.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
@@ -84,14 +84,14 @@ def test_columns_that_are_not_used_are_shown(tenant: str) -> None:
     assert trained_on(ran.stdout.strip())[3] == {"prompt": "p3", "completion": "c"}
 
 
-def test_the_jobs_file_of_the_readme_runs() -> None:
+def test_the_jobs_file_of_the_documentation_runs() -> None:
     """Typed as printed, with files of the kinds that it names."""
-    made = set(re.findall(r"^\$ loramill tenant create ([\w ]+?)(?: +#.*)?$", README, re.MULTILINE))
+    made = set(re.findall(r"^\$ loramill tenant create ([\w ]+?)(?: +#.*)?$", PAGE, re.MULTILINE))
     with Client() as client:
         for tenant in " ".join(made).split():
             with suppress(Conflict):
                 client.tenants.create(tenant)
-    (text,) = (text for text in re.findall(r"```toml\n(.*?)```", README, re.DOTALL) if "[[jobs]]" in text)
+    (text,) = (text for text in re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL) if "[[jobs]]" in text)
     Path("jobs.toml").write_text(text)
     table("acme.csv", "question,answer")
     Path("bolt.jsonl").write_bytes(examples(12, "bolt"))
