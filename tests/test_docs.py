@@ -47,16 +47,7 @@ BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>[a-z ]+)(?:: (?P<detail>[^\n]*?))? -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```", re.M | re.S
 )
 #: Why a block may not run: what it needs that a test cannot have, or what tests it elsewhere.
-REASONS = (
-    "needs the network",
-    "needs a Ray cluster",
-    "needs a GPU",
-    "needs make",
-    "starts",
-    "loads",
-    "trains",
-    "writes",
-)
+REASONS = ("needs the network", "needs a Ray cluster", "needs a GPU", "starts", "loads", "trains", "writes", "examines")
 
 
 @dataclass(frozen=True)
