@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from loramill import logs
+from loramill.data.encoding import limitations
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.gpus import ONLY_ASSIGNED_GPUS
 from loramill.models.catalog import find_base
@@ -75,7 +76,7 @@ def gateway_builder(settings: Settings) -> Callable[[], FastAPI]:
         receiver = Receiver()
         first, *others = (_served(name, each, receiver) for name, each in engine_settings(settings).items())
         tokenizer = ChatTokenizer.load(first.base.folder)
-        for limit in tokenizer.limitations:
+        for limit in limitations(tokenizer):
             log.warning("%s", limit)
         app = build_api(
             registry=Registry.open(settings.database, settings.artifacts),

@@ -17,10 +17,10 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from loramill.data.conversation import LINE_KEYS, LineError, read_prompt
-from loramill.data.examples import MAX_LISTED
 from loramill.data.filetype import describe_kind, detect_kind
 from loramill.data.jsonl import decode, iter_rows, parse
-from loramill.data.tokenizer import Message
+from loramill.data.messages import Message
+from loramill.data.problems import ProblemList
 from loramill.errors import DatasetInvalid, LoramillError
 from loramill.models.catalog import Base
 from loramill.serve.engine import AdapterSource, EngineConfig
@@ -247,20 +247,17 @@ class PromptFile:
         self._defaults = defaults
         self._plain = path.suffix == ".txt"
         self._chat = self._plain if chat is None else chat
-        self._length, count, problems = 0, 0, []
+        self._length = 0
+        problems = ProblemList(path.name)
         for number, row in self._rows():
             self._length += 1
             try:
                 self._read(number, row)
             except DatasetInvalid as error:
-                count += 1
-                problems += [error.message] if count <= MAX_LISTED else []
+                problems.add(error.message, f"line {number}")
         if not self._length:
             raise DatasetInvalid(f"{path.name} has no prompts; write one on each line.")
-        if count:
-            first = f"; the first {MAX_LISTED}" if count > MAX_LISTED else ""
-            head = f"{path.name} has {count} problem{'s' if count > 1 else ''}{first}:"
-            raise DatasetInvalid("\n".join([head, *problems]), problems=problems)
+        problems.raise_if_any()
 
     def __len__(self) -> int:
         return self._length
@@ -276,7 +273,7 @@ class PromptFile:
             yield from iter_rows(file)
 
     def _read(self, number: int, row: bytes) -> TextRequest:
-        where = f"{self._path.name}, line {number}"
+        """The request of a line; messages of errors say what is wrong, not where."""
         try:
             if self._plain:
                 return build_request(
@@ -284,11 +281,9 @@ class PromptFile:
                 )
             parse(row)  # stricter than pydantic, which accepts repeated keys and half surrogate pairs
             return _PromptLine.model_validate_json(row).request(number, self._defaults, chat=self._chat)
-        except DatasetInvalid as error:
-            raise DatasetInvalid(f"{where}: {error.message}") from error
         except LineError as error:
-            raise DatasetInvalid(f"{where}: {error}") from error
+            raise DatasetInvalid(str(error)) from error
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(map(str, first["loc"]))
-            raise DatasetInvalid(f"{where}: {field + ': ' if field else ''}{first['msg']}.") from error
+            raise DatasetInvalid(f"{field + ': ' if field else ''}{first['msg']}.") from error

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from loramill.data.tokenizer import Message
+from loramill.data.messages import Message
 from loramill.serve.sampling_params import SamplingParams
 
 

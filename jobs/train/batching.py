@@ -18,7 +18,7 @@ from itertools import takewhile
 
 import torch
 
-from loramill.data.tokenizer import EncodedExample
+from loramill.data.encoding import EncodedExample
 
 
 @dataclass(frozen=True, slots=True)

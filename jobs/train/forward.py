@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from loramill.data.tokenizer import EncodedExample
+from loramill.data.encoding import EncodedExample
 from loramill.errors import OutOfMemory
 from loramill.jobs.train.batching import PackedRows, pack, pad
 from loramill.jobs.train.ops import attention

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from loramill.data.tokenizer import EncodedExample
+from loramill.data.encoding import EncodedExample
 from loramill.errors import ArtifactMissing, DatasetInvalid, JobPaused, JobPreempted, TrainingDiverged
 from loramill.jobs.train import checkpoint
 from loramill.jobs.train.batching import choose_batch, group_for_passes, sequences, supervised_weight

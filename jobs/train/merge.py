@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from loramill.data.tokenizer import EncodedExample
+from loramill.data.encoding import EncodedExample
 from loramill.errors import AdapterInvalid, Conflict, InvalidRequest
 from loramill.jobs.train.batching import count_supervised_tokens, group_for_passes, pack
 from loramill.jobs.train.forward import configured_forward, supervised_logits

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from loramill.data.encoding import EncodedExample, encode_example
 from loramill.data.examples import Example, Examples, read_examples
-from loramill.data.tokenizer import ChatTokenizer, EncodedExample
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import (
     AdapterInvalid,
     ArtifactError,
@@ -242,7 +243,7 @@ def encode_examples(worker: Worker, job: JobRecord, examples: Examples) -> list[
     """Encodes examples. A template that writes the date gets the job's submission date, so that every attempt trains
     on the same tokens."""
     tokenizer = worker.tokenizer.at_time(datetime.fromtimestamp(job.created_at, UTC))
-    return [tokenizer.encode_example(example, job.spec.train_on) for example in examples.examples]
+    return [encode_example(tokenizer, example, job.spec.train_on) for example in examples.examples]
 
 
 def report_supervised_tokens(

@@ -12,7 +12,7 @@ from loramill.cli import show
 from loramill.cli.export import To
 
 if TYPE_CHECKING:
-    from loramill.data.tokenizer import EncodedExample
+    from loramill.data.encoding import EncodedExample, encode_example
     from loramill.models.catalog import Base
     from loramill.settings import Settings
 
@@ -88,7 +88,7 @@ def _comparison_examples(base: Base, name: str, file: Path | None, settings: Set
     raw, filename = (file.read_bytes(), file.name) if file is not None else _job_dataset(name, settings)
     tokenizer = ChatTokenizer.load(base.folder).at_time(datetime.now(UTC))
     found = read_examples(raw, filename).examples
-    return [sequence for example in found for sequence in tokenizer.encode_example(example).sequences]
+    return [sequence for example in found for sequence in encode_example(tokenizer, example).sequences]
 
 
 def _job_dataset(name: str, settings: Settings) -> tuple[bytes, str]:

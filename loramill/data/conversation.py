@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loramill.data.jsonl import parse, short_repr
-from loramill.data.tokenizer import CALL_BEGIN, CALL_END, Message, TemplateToolCall
+from loramill.data.messages import CALL_BEGIN, CALL_END, Message, TemplateToolCall
 from loramill.errors import DatasetInvalid
 
 #: Keys of a line of chat data.

@@ -268,6 +268,7 @@ def ray(_: Settings) -> Iterable[Finding]:
 
 def base(settings: Settings) -> Iterable[Finding]:
     """The base model: there, and usable; nothing is converted or downloaded."""
+    from loramill.data.encoding import limitations
     from loramill.data.tokenizer import ChatTokenizer
     from loramill.models import smollm2
     from loramill.models.catalog import find_base
@@ -282,7 +283,7 @@ def base(settings: Settings) -> Iterable[Finding]:
         return
     try:
         found = find_base(name, settings.cache, settings.quantization)
-        limits = ChatTokenizer.load(found.folder).limitations
+        limits = limitations(ChatTokenizer.load(found.folder))
     except LoramillError as error:
         yield Finding(what="base", status=Status.ERROR, found=f"{name}: unusable", fix=error.message)
     else:

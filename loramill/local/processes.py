@@ -29,6 +29,7 @@ import httpx
 from rich.console import Console
 from rich.markup import escape
 
+from loramill.data.encoding import limitations
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import Conflict, DiskFull, LoramillError, PortTaken, SetupError, Unauthenticated
 from loramill.local import background
@@ -147,7 +148,7 @@ def prepare_base(settings: Settings, console: Console) -> Base:
     """
     with console.status(f"Preparing the base {settings.base}…"):
         base = find_base(settings.base, settings.cache, settings.quantization)
-        limits = ChatTokenizer.load(base.folder).limitations
+        limits = limitations(ChatTokenizer.load(base.folder))
     for limit in limits:
         console.print(f"[yellow]{escape(limit)}[/yellow]", soft_wrap=True)
     return base

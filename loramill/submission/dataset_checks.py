@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from loramill.data.examples import Examples, check_tokens, compare_splits, is_chat, read_examples
+from loramill.data.encoding import check_tokens
+from loramill.data.examples import Examples, compare_splits, is_chat, read_examples
 from loramill.data.jsonl import iter_rows
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.registry import ArtifactStore

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from loramill.data.examples import Example, check_tokens, read_examples
-from loramill.data.tokenizer import ChatTokenizer, EncodedExample
+from loramill.data.encoding import EncodedExample, check_tokens, encode_example
+from loramill.data.examples import Example, read_examples
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.models.catalog import Base, find_base
 from loramill.names import AdapterName
 from loramill.pipelines.compare.types import LEARNING_RATES, Task
@@ -47,7 +48,7 @@ def read_task(task: Task) -> TaskData:
     for file in files:
         check_tokens(file, tokenizer, spec.max_length, spec.train_on)
     train, valid = (
-        tuple(tokenizer.encode_example(each, spec.train_on) for each in file.examples) for file in files[:2]
+        tuple(encode_example(tokenizer, each, spec.train_on) for each in file.examples) for file in files[:2]
     )
     return TaskData(base, tokenizer, spec, train, valid, files[2].examples)
 

@@ -14,7 +14,8 @@ from openai import AsyncOpenAI
 from loramill.client.http import error_from_response
 from loramill.data.conversation import answer_text, to_request_messages
 from loramill.data.examples import Example
-from loramill.data.tokenizer import ChatTokenizer, Message
+from loramill.data.messages import Message
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import LoramillError
 
 #: Requests in flight; more than an engine decodes at once would only wait there.

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from loramill.data.tokenizer import CALL_BEGIN, CALL_END, ChatTokenizer
+from loramill.data.messages import CALL_BEGIN, CALL_END
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import BaseUnusable, InvalidRequest, LoramillError
 from loramill.serve.engine import TokenMask
 from loramill.serve.protocol import OutputConstraint

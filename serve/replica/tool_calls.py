@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from loramill.data.tokenizer import CALL_BEGIN, CALL_END
+from loramill.data.messages import CALL_BEGIN, CALL_END
 from loramill.serve.replica.stop_strings import partial_match_length
 
 

@@ -10,7 +10,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from torch.nn.functional import gelu
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from loramill.data.tokenizer import EncodedExample
+from loramill.data.encoding import EncodedExample
 from loramill.errors import AdapterInvalid
 from loramill.jobs.train.forward import configured_forward, loss_and_accuracy
 from loramill.pipelines.compare.methods import bottleneck, prefix, transformers

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
+from loramill.data.encoding import encode_example
 from loramill.data.examples import read_examples
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import ModelNotFound
@@ -43,7 +44,7 @@ def test_the_right_answer_is_never_cut(language: str, kind: str, tokenizer: Chat
     }[kind]
     examples = read_examples(json.dumps(row).encode(), "one.jsonl").examples
     (question,) = build_questions("acme/a", examples, tokenizer)
-    encoded = tokenizer.encode_example(examples[0])
+    encoded = encode_example(tokenizer, examples[0])
     needed = len(encoded.tokens) - encoded.prompt_length
     assert needed < question.max_tokens <= 2 * needed + 8
 
@@ -72,7 +73,7 @@ def test_tools_are_asked_about_as_they_were_trained(tokenizer: ChatTokenizer) ->
     http = httpx.AsyncClient(transport=httpx.MockTransport(answer))
     client = AsyncOpenAI(base_url="http://gateway/v1", api_key="k", http_client=http, max_retries=0)
     assert answer_all(client, build_questions("acme/a", examples, tokenizer)) == [EvalAnswer(examples[0].completion)]
-    encoded = tokenizer.encode_example(examples[0])
+    encoded = encode_example(tokenizer, examples[0])
     served = tokenizer.encode_chat(
         [each.to_template() for each in sent[0].messages], [tool.to_template() for tool in sent[0].tools]
     )

@@ -226,7 +226,7 @@ def test_data_that_fails_is_set_aside_and_stops_no_other(mill: Mill) -> None:
     mill.feed("bolt/good", rows(12))
     bad, good = mill.run()
     assert (bad.verdict, bad.stage, good.verdict) == (Verdict.FAILED, "collect", Verdict.PROMOTED)
-    assert "another form" in bad.reason and "loramill nightly retry acme/bad" in bad.reason
+    assert "another format" in bad.reason and "loramill nightly retry acme/bad" in bad.reason
     assert not succeeded([bad, good])
     assert summary([bad, good]) == "Nightly run: 1 promoted, 1 failed (acme/bad at collect)."
     assert mill.set_aside() == {"acme/bad": "collect"} and mill.run() == []

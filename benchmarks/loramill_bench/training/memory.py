@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from loramill.data.tokenizer import EncodedExample
+from loramill.data.encoding import EncodedExample
 from loramill.errors import SetupError
 from loramill.models.catalog import find_base, load_for_training
 from loramill.models.smollm2 import NAME

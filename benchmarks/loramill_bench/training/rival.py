@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from loramill.data.tokenizer import EncodedExample
+from loramill.data.encoding import EncodedExample
 from loramill.jobs.train.lr_schedule import learning_rate
 from loramill.jobs.train.methods import attach_adapter
 from loramill.models.catalog import Base

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from loramill.data.tokenizer import EncodedExample
+from loramill.data.encoding import EncodedExample
 from loramill.jobs.train.batching import choose_batch
 from loramill.jobs.train.loop import TrainContext, train
 from loramill.models.catalog import Base, load_for_training

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from loramill.data.tokenizer import CALL_END
+from loramill.data.messages import CALL_END
 from loramill.errors import InvalidRequest
 from loramill.serve.api.dependencies import CallerDep, GatewayDep
 from loramill.serve.api.generation.admission import admit

@@ -9,7 +9,8 @@ from fastapi import APIRouter, Form, Query, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from loramill.data.examples import check_tokens, read_examples
+from loramill.data.encoding import check_tokens
+from loramill.data.examples import read_examples
 from loramill.names import results_id
 from loramill.registry import datasets, jobs, tenants
 from loramill.registry.jobs import results

@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 from statistics import median
 from typing import Any
 
+from loramill.data.encoding import EncodedExample, encode_example
 from loramill.data.examples import Examples
-from loramill.data.tokenizer import ChatTokenizer, EncodedExample
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.types import TrainOn
 
 #: Characters of one part of the preview.
@@ -24,7 +25,7 @@ def preview_examples(examples: Examples, tokenizer: ChatTokenizer, train_on: Tra
         learn: which answers of a conversation.
     """
     tokenizer = tokenizer.at_time(datetime.now(UTC))
-    encoded = [tokenizer.encode_example(example, train_on) for example in examples.examples]
+    encoded = [encode_example(tokenizer, example, train_on) for example in examples.examples]
     sequences = [sequence for each in encoded for sequence in each.sequences]
     lengths = [len(sequence.tokens) for sequence in sequences]
     return {

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, with_co
 from pydantic_core import PydanticKnownError
 from typing_extensions import TypedDict
 
-from loramill.data.tokenizer import Message, TemplateToolCall
+from loramill.data.messages import Message, TemplateToolCall
 from loramill.serve.api.schemas.common import RequestBody
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.data.tokenizer import EncodedExample, TokenSpan
+from loramill.data.encoding import EncodedExample, TokenSpan
 from loramill.jobs.train.batching import (
     choose_batch,
     count_supervised_tokens,

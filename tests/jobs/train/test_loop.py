@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from loramill.data.tokenizer import ChatTokenizer, EncodedExample
+from loramill.data.encoding import EncodedExample
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import AdapterInvalid, DatasetInvalid, TrainingDiverged
 from loramill.jobs.train import loop
 from loramill.jobs.train.batching import choose_batch, count_supervised_tokens, sequences

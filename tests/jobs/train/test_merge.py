@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from loramill.cli import app
-from loramill.data.tokenizer import EncodedExample
+from loramill.data.encoding import EncodedExample
 from loramill.errors import AdapterInvalid, Conflict, InvalidRequest
 from loramill.jobs.train.merge import REPORT_FILE, MergeOptions, MergeReport, merge, merge_into, with_adapter
 from loramill.jobs.train.methods.seeds import seeded

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from loramill.data.tokenizer import EncodedExample, TokenSpan
+from loramill.data.encoding import EncodedExample, TokenSpan
 from loramill.jobs.train import loop
 from loramill.jobs.train.loop import TrainContext, TrainingProgress
 from loramill.types import JobSpec

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from loramill.data.encoding import encode_example
 from loramill.data.examples import read_examples
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.serve.api.routes.chat import ChatRequest
@@ -58,7 +59,7 @@ LINES: dict[str, dict[str, Any]] = {
 def test_every_answer_follows_the_prompt_that_the_endpoint_renders(tokenizer: ChatTokenizer, kind: str) -> None:
     line = LINES[kind]
     (example,) = read_examples(json.dumps(line).encode(), "train.jsonl").examples
-    spans = [(each, span) for each in tokenizer.encode_example(example).sequences for span in each.spans]
+    spans = [(each, span) for each in encode_example(tokenizer, example).sequences for span in each.spans]
     assert len(spans) == len(example.answers)
     for index, (sequence, span) in zip(example.answers, spans, strict=True):
         if not index:  # nothing can be asked before a greeting

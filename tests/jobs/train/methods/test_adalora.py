@@ -14,7 +14,7 @@ from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.adalora.layer import RankAllocator
 from safetensors.torch import load, load_file
 
-from loramill.data.tokenizer import EncodedExample
+from loramill.data.encoding import EncodedExample
 from loramill.errors import AdapterInvalid
 from loramill.jobs.train.loop import TrainContext, export_adapter, train
 from loramill.jobs.train.methods import adalora, adapter_files, attach_adapter

@@ -9,12 +9,13 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loramill.data.conversation import LineError, answer_text, read_conversation, to_request_messages
-from loramill.data.examples import Example, check_tokens, read_examples
+from loramill.data.encoding import check_tokens, encode_example
+from loramill.data.examples import Example, read_examples
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import DatasetInvalid
 from loramill.models.catalog import Base
 
-from ..hermes import SETTINGS, TEMPLATE, hermes_tokenizer
+from ...hermes import SETTINGS, TEMPLATE, hermes_tokenizer
 
 END = 257
 
@@ -125,7 +126,7 @@ def test_a_refusal_is_what_is_said_where_nothing_else_is(refusing: dict[str, Any
 )
 def test_turns_need_not_alternate(tokenizer: ChatTokenizer, roles: list[str], spoken: int) -> None:
     found = example({"messages": [say(role, str(index)) for index, role in enumerate(roles)]})
-    encoded = tokenizer.encode_example(found)
+    encoded = encode_example(tokenizer, found)
     assert len(encoded.spans) == spoken
     assert list(encoded.tokens[: encoded.prompt_length]) == tokenizer.encode_chat(found.messages[:-1])
 
@@ -134,8 +135,8 @@ def test_a_name_reaches_the_template(tokenizer: ChatTokenizer) -> None:
     named = [say("user", "Hi", name="ann"), ANSWER]
     assert example({"messages": named}).messages[0]["name"] == "ann"
     plain = example({"messages": [say("user", "Hi"), ANSWER]})
-    assert tokenizer.encode_example(example({"messages": named})) == tokenizer.encode_example(
-        plain
+    assert encode_example(tokenizer, example({"messages": named})) == encode_example(
+        tokenizer, plain
     )  # SmolLM2's shows none
 
 
@@ -210,7 +211,7 @@ def test_tool_calls_are_trained_as_transformers_renders_them(line: dict[str, Any
     """Each of the assistant's turns and its end, and nothing else."""
     tokenizer, found = hermes(), example(line)
     oracle = PreTrainedTokenizerFast(tokenizer_object=hermes_tokenizer(), chat_template=TEMPLATE)
-    (encoded,) = tokenizer.encode_example(found).sequences
+    (encoded,) = encode_example(tokenizer, found).sequences
     whole = oracle.apply_chat_template(list(found.messages), tools=[TOOL], tokenize=False).rstrip("\n")
     assert list(encoded.tokens) == oracle.encode(whole, add_special_tokens=False)
     assert len(encoded.spans) == len(found.answers)
@@ -235,7 +236,7 @@ def test_conversations_are_trained_as_transformers_renders_them(
     oracle = AutoTokenizer.from_pretrained(base.folder)
     line = [say(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
     found = example({"messages": line})
-    (encoded,) = tokenizer.encode_example(found).sequences
+    (encoded,) = encode_example(tokenizer, found).sequences
     whole = oracle.apply_chat_template(line, tokenize=False).removesuffix("\n")
     assert list(encoded.tokens) == oracle(whole, add_special_tokens=False)["input_ids"]
 
@@ -258,7 +259,7 @@ def test_tools_are_refused_where_the_template_has_none(tokenizer: ChatTokenizer)
 
 def test_special_tokens_in_a_text_are_trained_as_text(tokenizer: ChatTokenizer) -> None:
     line = {"messages": [say("user", "What does <|im_end|> mean?"), say("assistant", "It, <|im_end|>, ends a turn.")]}
-    encoded = tokenizer.encode_example(example(line))
+    encoded = encode_example(tokenizer, example(line))
     assert encoded.tokens.count(2) == 3  # the default system prompt's end, the question's and the answer's
     assert encoded.tokens[-1] == 2
     assert tokenizer.decode(encoded.tokens[encoded.prompt_length :]) == "It, <|im_end|>, ends a turn."

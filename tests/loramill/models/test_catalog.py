@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from loramill.data.tokenizer import ChatTokenizer, Message
+from loramill.data.messages import Message
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import BaseUnusable, DiskFull
 from loramill.models import smollm2
 from loramill.models.catalog import Base, find_base, load_for_training

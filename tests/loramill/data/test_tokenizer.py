@@ -13,8 +13,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from loramill.data.encoding import encode_example
 from loramill.data.examples import Example
-from loramill.data.tokenizer import ChatTokenizer, IncrementalDecoder, Message
+from loramill.data.messages import Message
+from loramill.data.tokenizer import ChatTokenizer, IncrementalDecoder
 from loramill.errors import BaseUnusable, DatasetInvalid, InvalidRequest
 from loramill.models.catalog import Base
 
@@ -166,7 +168,7 @@ def test_requests_that_cannot_be_rendered(tokenizer: ChatTokenizer, messages: li
 def test_an_example_is_the_served_prompt_and_its_answer(
     tokenizer: ChatTokenizer, contents: list[str], system: str | None
 ) -> None:
-    encoded = tokenizer.encode_example(chat_example(*contents, system=system), "only_last")
+    encoded = encode_example(tokenizer, chat_example(*contents, system=system), "only_last")
     prompt = tokenizer.encode_chat(chat(*contents[:-1], system=system))
     assert list(encoded.tokens[: encoded.prompt_length]) == prompt
     completion = encoded.tokens[encoded.prompt_length :]
@@ -193,7 +195,7 @@ def test_every_learnt_answer_follows_the_prompt_that_is_served(
     if weights is not None and not any(weights):
         return
     made = replace(chat_example(*contents, system=system), weights=None if weights is None else tuple(weights))
-    encoded = tokenizer.encode_example(made, "all")
+    encoded = encode_example(tokenizer, made, "all")
     learnt = [(2 * turn + 1, weight) for turn, weight in enumerate(weights or [1.0] * count) if weight]
     assert [span.weight for span in encoded.spans] == [weight for _, weight in learnt]
     for span, (turn, _) in zip(encoded.spans, learnt, strict=True):
@@ -206,19 +208,19 @@ def test_every_learnt_answer_follows_the_prompt_that_is_served(
 
 def test_what_comes_after_the_last_learnt_answer_is_left_away(tokenizer: ChatTokenizer) -> None:
     whole = replace(chat_example("one", "two", "three", "four"), weights=(1.0, 0.0))
-    assert tokenizer.encode_example(whole) == tokenizer.encode_example(chat_example("one", "two"))
+    assert encode_example(tokenizer, whole) == encode_example(tokenizer, chat_example("one", "two"))
 
 
 def test_a_file_says_where_its_examples_stand(tokenizer: ChatTokenizer) -> None:
-    assert tokenizer.encode_example(replace(chat_example("one", "two"), line=7)).line == 7
-    assert tokenizer.encode_example(replace(completion_example("one", "two"), line=8, weights=(3.0,))).line == 8
-    assert tokenizer.encode_example(replace(completion_example("one", "two"), weights=(3.0,))).weight == 3.0
+    assert encode_example(tokenizer, replace(chat_example("one", "two"), line=7)).line == 7
+    assert encode_example(tokenizer, replace(completion_example("one", "two"), line=8, weights=(3.0,))).line == 8
+    assert encode_example(tokenizer, replace(completion_example("one", "two"), weights=(3.0,))).weight == 3.0
 
 
 @given(prompt=(spelled | text).filter(bool), completion=spelled | text)
 @example(prompt="Say: ", completion="yes")
 def test_completion_data_is_plain_text(tokenizer: ChatTokenizer, prompt: str, completion: str) -> None:
-    encoded = tokenizer.encode_example(completion_example(prompt, completion))
+    encoded = encode_example(tokenizer, completion_example(prompt, completion))
     assert list(encoded.tokens[: encoded.prompt_length]) == tokenizer.encode_text(prompt)
     learnt = encoded.tokens[encoded.prompt_length :]
     assert learnt[-1] == END
@@ -231,7 +233,7 @@ def test_a_template_that_rewrites_the_past_is_refused(altered: Path) -> None:
     forgetful = template.read_text().replace("{% for message in messages %}", "{% for message in messages[-2:] %}")
     template.write_text(forgetful)
     with pytest.raises(DatasetInvalid, match="writes the messages before an answer differently"):
-        ChatTokenizer.load(altered).encode_example(chat_example("one", "two", "three", "four"))
+        encode_example(ChatTokenizer.load(altered), chat_example("one", "two", "three", "four"))
 
 
 def test_answers_that_a_template_rewrites_later_have_sequences_of_their_own(altered: Path) -> None:
@@ -241,7 +243,7 @@ def test_answers_that_a_template_rewrites_later_have_sequences_of_their_own(alte
     template.write_text(template.read_text().replace("message['content']", f"({thought})"))
     tokenizer = ChatTokenizer.load(altered)
     turns = ("one", "<think>a</think>two", "three", "four", "five", "<think>b</think>six")
-    encoded = tokenizer.encode_example(replace(chat_example(*turns), weights=(1.0, 0.5, 2.0), line=3))
+    encoded = encode_example(tokenizer, replace(chat_example(*turns), weights=(1.0, 0.5, 2.0), line=3))
     assert [sequence.line for sequence in encoded.sequences] == [3, 3]
     first, second = encoded.sequences
     assert tokenizer.decode(first.tokens[first.prompt_length :]) == turns[1]
@@ -255,7 +257,7 @@ def test_answers_that_a_template_rewrites_later_have_sequences_of_their_own(alte
 
 
 def test_an_answer_whose_white_space_joins_the_markup_has_a_sequence_of_its_own(tokenizer: ChatTokenizer) -> None:
-    encoded = tokenizer.encode_example(chat_example("a", "\n\nb", "c", "d"))
+    encoded = encode_example(tokenizer, chat_example("a", "\n\nb", "c", "d"))
     assert [tokenizer.decode(each.tokens[each.prompt_length :]) for each in encoded.sequences] == ["\n\nb", "d"]
     assert list(encoded.rest[0].tokens[: encoded.rest[0].prompt_length]) == tokenizer.encode_chat(
         chat("a", "\n\nb", "c")
@@ -265,23 +267,23 @@ def test_an_answer_whose_white_space_joins_the_markup_has_a_sequence_of_its_own(
 def test_an_answer_that_begins_a_conversation_begins_where_answers_do(tokenizer: ChatTokenizer, altered: Path) -> None:
     greeting = (Message(role="assistant", content="Welcome."), *chat("Hi", "Hello"))
     made = Example(greeting, None, "Hello", 1)
-    encoded = tokenizer.encode_example(made)
+    encoded = encode_example(tokenizer, made)
     first, second = encoded.spans
     assert tokenizer.decode(encoded.tokens[: first.start]).endswith("assistant\n")
     assert tokenizer.decode(encoded.tokens[first.start : first.stop]) == "Welcome."
     assert list(encoded.tokens[: second.start]) == tokenizer.encode_chat(greeting[:2])
-    assert tokenizer.encode_example(replace(made, weights=(0.0, 1.0))).spans == (second,)
+    assert encode_example(tokenizer, replace(made, weights=(0.0, 1.0))).spans == (second,)
     template = altered / "chat_template.jinja"
     template.write_text(template.read_text().replace("{{ '<|im_start|>assistant\n' }}", ""))
     with pytest.raises(DatasetInvalid, match=r"messages\[0\] is the assistant's"):
-        ChatTokenizer.load(altered).encode_example(made)
+        encode_example(ChatTokenizer.load(altered), made)
 
 
 def test_a_template_that_ends_no_answer_is_refused(altered: Path) -> None:
     template = altered / "chat_template.jinja"
     template.write_text(template.read_text().replace("'<|im_end|>' + ", ""))
     with pytest.raises(DatasetInvalid, match="would never learn to stop"):
-        ChatTokenizer.load(altered).encode_example(chat_example("one", "two"))
+        encode_example(ChatTokenizer.load(altered), chat_example("one", "two"))
 
 
 def test_hugging_faces_template_dialect(altered: Path) -> None:
@@ -295,8 +297,8 @@ def test_hugging_faces_template_dialect(altered: Path) -> None:
         "{%- endfor %}"
     )
     tokenizer = ChatTokenizer.load(altered)
-    assert tokenizer.encode_chat(chat("é<b>")) == [START, *tokenizer.text('True["é<b>"]')]
-    encoded = tokenizer.encode_example(chat_example("q", " a "))
+    assert tokenizer.encode_chat(chat("é<b>")) == [START, *tokenizer.encode_text('True["é<b>"]')]
+    encoded = encode_example(tokenizer, chat_example("q", " a "))
     assert list(encoded.tokens) == [START, *tokenizer.encode_text('True["q"]'), *tokenizer.encode_text("a"), END]
     with pytest.raises(InvalidRequest, match="refuses this: no system prompts"):
         tokenizer.encode_chat(chat("x", system="y"))
@@ -331,7 +333,7 @@ def test_bos_where_the_model_demands_it(altered: Path) -> None:
     change(altered / "tokenizer_config.json", add_bos_token=True, bos_token={"content": "<|im_start|>"})
     tokenizer = ChatTokenizer.load(altered)
     assert tokenizer.encode_text("Hi")[0] == START
-    assert tokenizer.encode_example(completion_example("Hi", " there")).tokens[0] == START
+    assert encode_example(tokenizer, completion_example("Hi", " there")).tokens[0] == START
     assert tokenizer.encode_chat(chat("Hi")).count(START) == 3  # the template writes its own
 
 

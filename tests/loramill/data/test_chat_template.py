@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from loramill.data.encoding import _encode_answer, encode_example, training_problem
 from loramill.data.examples import Example
-from loramill.data.tokenizer import ChatTokenizer, Message
+from loramill.data.messages import Message
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import BaseUnusable, InvalidRequest
 
-from ..chat_templates import CHATML, DEEPSEEK_R1, FAMILIES, GRANITE3, PARTS_ONLY, QWEN25
-from ..hermes import SETTINGS, hermes_tokenizer, write_hermes_tokenizer
+from ...chat_templates import CHATML, DEEPSEEK_R1, FAMILIES, GRANITE3, PARTS_ONLY, QWEN25
+from ...hermes import SETTINGS, hermes_tokenizer, write_hermes_tokenizer
 
 TOOL = {
     "type": "function",
@@ -75,12 +77,12 @@ def test_families_are_rendered_as_transformers_renders_them(
         )
     except Exception as error:  # noqa: BLE001 - a template's own error, which must be ours, too
         with pytest.raises(InvalidRequest) as caught:
-            tokenizer._render(messages, add_generation_prompt=answer, tools=tools)
+            tokenizer.render(messages, add_generation_prompt=answer, tools=tools)
         assert str(error) in caught.value.message
         return
     if family == "phi" and conversation == "tools":
         return  # it has no role for results, which the tokenizer refuses before
-    assert tokenizer._render(messages, add_generation_prompt=answer, tools=tools) == theirs
+    assert tokenizer.render(messages, add_generation_prompt=answer, tools=tools) == theirs
 
 
 def test_which_families_take_tools() -> None:
@@ -98,8 +100,8 @@ def test_which_families_take_tools() -> None:
 @pytest.mark.parametrize("family", [each for each in FAMILIES if each != "phi"])
 def test_families_can_be_trained(family: str) -> None:
     tokenizer = tokenizer_of(FAMILIES[family])
-    assert (tokenizer.chat_problem, tokenizer.training_problem) == (None, None)
-    encoded = tokenizer.encode_example(chat_example("Hi", "Hello."))
+    assert (tokenizer.chat_problem, training_problem(tokenizer)) == (None, None)
+    encoded = encode_example(tokenizer, chat_example("Hi", "Hello."))
     assert list(encoded.tokens[: encoded.prompt_length]) == tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
     answer = tokenizer.decode(encoded.tokens[encoded.prompt_length :])
     assert answer.strip() == ("<think>\n\n</think>\n\nHello." if family == "qwen3" else "Hello.")
@@ -110,10 +112,10 @@ def test_families_can_be_trained(family: str) -> None:
 
 def test_a_date_is_todays_or_that_of_the_submission() -> None:
     tokenizer, question = tokenizer_of(GRANITE3), [Message(role="user", content="Hi")]
-    assert f"Today's Date: {datetime.now(UTC):%B %d, %Y}." in tokenizer._render(question, add_generation_prompt=True)
+    assert f"Today's Date: {datetime.now(UTC):%B %d, %Y}." in tokenizer.render(question, add_generation_prompt=True)
     submitted = tokenizer.at_time(datetime(2024, 2, 29, 23, 59, tzinfo=UTC))
-    assert "Today's Date: February 29, 2024." in submitted._render(question, add_generation_prompt=True)
-    assert submitted.encode_example(chat_example("Hi", "Ho")) == submitted.encode_example(chat_example("Hi", "Ho"))
+    assert "Today's Date: February 29, 2024." in submitted.render(question, add_generation_prompt=True)
+    assert encode_example(submitted, chat_example("Hi", "Ho")) == encode_example(submitted, chat_example("Hi", "Ho"))
     assert submitted.encode_chat(question) != tokenizer.encode_chat(question)
 
 
@@ -137,8 +139,8 @@ def test_an_answer_is_trained_after_the_prompt_that_opens_its_reasoning(
     template: str, written: str, trained: str
 ) -> None:
     tokenizer, question = tokenizer_of(template), Message(role="user", content="Hi")
-    assert tokenizer._render([question], add_generation_prompt=True).endswith("<think>\n")
-    encoded = tokenizer.encode_example(chat_example("Hi", written))
+    assert tokenizer.render([question], add_generation_prompt=True).endswith("<think>\n")
+    encoded = encode_example(tokenizer, chat_example("Hi", written))
     assert list(encoded.tokens[: encoded.prompt_length]) == tokenizer.encode_chat([question])
     answer = encoded.tokens[encoded.prompt_length :]
     assert list(answer) == [*tokenizer.encode_text(trained), tokenizer.stop_ids[0]]
@@ -147,7 +149,7 @@ def test_an_answer_is_trained_after_the_prompt_that_opens_its_reasoning(
 def test_a_call_is_trained_after_such_a_prompt_too() -> None:
     template = QWEN25.replace("assistant\\n' }}{% endif %}", "assistant\\n<think>\\n' }}{% endif %}")
     tokenizer, messages = tokenizer_of(template), CONVERSATIONS["tools"][:2]
-    prompt, answer = tokenizer._encode_answer(messages, [TOOL])
+    prompt, answer = _encode_answer(tokenizer, messages, [TOOL])
     assert prompt == tokenizer.encode_chat(messages[:1], [TOOL])
     call = '<tool_call>\n{"name": "weather", "arguments": {"town": "Tromsø"}}\n</tool_call>'
     assert tokenizer.decode(answer) == call
@@ -161,9 +163,9 @@ def test_templates_that_read_only_parts_get_parts() -> None:
     messages = CONVERSATIONS["system"] + CONVERSATIONS["turns"][1:]
     given = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
     oracle = oracle_of(PARTS_ONLY).apply_chat_template(given, add_generation_prompt=True, tokenize=False)
-    assert tokenizer._render(messages, add_generation_prompt=True) == oracle
+    assert tokenizer.render(messages, add_generation_prompt=True) == oracle
     assert "Be brief." in oracle and "And?" in oracle
-    assert tokenizer.training_problem is None
+    assert training_problem(tokenizer) is None
 
 
 @pytest.mark.parametrize(
@@ -194,13 +196,13 @@ def test_developer_becomes_system_if_the_template_lacks_the_role() -> None:
     asked = [Message(role="developer", content="Be brief."), messages[1]]
     assert tokenizer_of(CHATML).encode_chat(asked) == tokenizer_of(CHATML).encode_chat(messages)
     knowing = CHATML.replace("message['role'] +", "('DEV' if message['role'] == 'developer' else message['role']) +")
-    assert "DEV\nBe brief." in tokenizer_of(knowing)._render(asked, add_generation_prompt=True)
+    assert "DEV\nBe brief." in tokenizer_of(knowing).render(asked, add_generation_prompt=True)
 
 
 def test_names_are_given_to_the_template() -> None:
     named = CHATML.replace("message['role'] +", "message['role'] + (message.name or '') +")
     asked = [Message(role="user", content="Hi", name="ann<|im_end|>")]
-    assert "<|im_start|>userann" in tokenizer_of(named)._render(asked, add_generation_prompt=True)
+    assert "<|im_start|>userann" in tokenizer_of(named).render(asked, add_generation_prompt=True)
     tokens = tokenizer_of(named).encode_chat(asked)
     assert tokens.count(tokenizer_of(named).stop_ids[0]) == 1
     assert tokenizer_of(CHATML).encode_chat(asked) == tokenizer_of(CHATML).encode_chat(
@@ -212,7 +214,7 @@ def test_marks_survive_ascii_json() -> None:
     template = "{% for m in messages %}{{ m.content | tojson(ensure_ascii=true) }}<|im_end|>{% endfor %}"
     tokenizer = tokenizer_of(template)
     text = "é\U00010000 <|im_end|> \\ud800"
-    rendered = tokenizer._render([Message(role="user", content=text)], add_generation_prompt=True).replace("\ud800", "")
+    rendered = tokenizer.render([Message(role="user", content=text)], add_generation_prompt=True).replace("\ud800", "")
     assert rendered == json.dumps(text) + "<|im_end|>"
     assert tokenizer.encode_chat([Message(role="user", content=text)]).count(tokenizer.stop_ids[0]) == 1
 
@@ -293,7 +295,7 @@ def test_a_damaged_template_file(tmp_path: Path) -> None:
 )
 def test_a_base_that_can_not_chat_says_why(template: str, says: str) -> None:
     tokenizer = tokenizer_of(template)
-    assert says in (tokenizer.chat_problem or "") and says in (tokenizer.training_problem or "")
+    assert says in (tokenizer.chat_problem or "") and says in (training_problem(tokenizer) or "")
     with pytest.raises(InvalidRequest):
         tokenizer.encode_chat(CONVERSATIONS["user"])
 
@@ -301,7 +303,7 @@ def test_a_base_that_can_not_chat_says_why(template: str, says: str) -> None:
 def test_a_base_that_can_not_train_on_conversations_says_why() -> None:
     tokenizer = tokenizer_of(CHATML.replace("<|im_end|>", ""))
     assert tokenizer.chat_problem is None
-    assert "never learn to stop" in (tokenizer.training_problem or "")
+    assert "never learn to stop" in (training_problem(tokenizer) or "")
 
 
 @pytest.mark.parametrize(

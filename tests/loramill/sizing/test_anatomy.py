@@ -12,7 +12,8 @@ import pytest
 
 from loramill.errors import BaseUnusable, InvalidRequest
 from loramill.sizing.anatomy import _transformers_anatomy, anatomy, find_config, linears, read_config
-from tests.loramill.test_sizing import LLAMA_2_70B, LLAMA_3_8B, LLAMA_65B
+
+from .test_planner import LLAMA_2_70B, LLAMA_3_8B, LLAMA_65B
 
 COMMON = {
     "hidden_size": 48,

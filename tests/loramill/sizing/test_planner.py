@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramill.data.tokenizer import EncodedExample
+from loramill.data.encoding import EncodedExample
 from loramill.errors import DoesNotFit, InvalidRequest
 from loramill.jobs.train.batching import group_for_passes, pack, pad
 from loramill.models.catalog import Base

@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loramill.data.tokenizer import EncodedExample
+from loramill.data.encoding import EncodedExample
 from loramill.jobs.train.loop import TrainContext, train
 from loramill.sizing import anatomy
 from loramill.sizing.memory import estimate, largest_row

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from loramill.data.tokenizer import ChatTokenizer, Message
+from loramill.data.messages import Message
+from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import InvalidRequest, UnsupportedParameter
 from loramill.models import smollm2
 from loramill.models.catalog import Base
 
-from ..hermes import SETTINGS, TEMPLATE, hermes_tokenizer
+from ...hermes import SETTINGS, TEMPLATE, hermes_tokenizer
 
 WEATHER = {
     "type": "function",
@@ -141,7 +142,7 @@ turns = st.lists(
 @given(messages=turns, answer=st.booleans())
 def test_the_built_in_base_renders_the_same_as_before_without_tools(messages: list[Message], answer: bool) -> None:
     now, before = hermes(smollm2.TEMPLATE), hermes(OLD)
-    assert now._render(messages, add_generation_prompt=answer) == before._render(messages, add_generation_prompt=answer)
+    assert now.render(messages, add_generation_prompt=answer) == before.render(messages, add_generation_prompt=answer)
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
@@ -149,7 +150,7 @@ def test_the_built_in_base_supports_tools(tokenizer: ChatTokenizer, base: Base, 
     assert tokenizer.supports_tool_calls and tokenizer.renders_tool_calls
     first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages = [*first, *CONVERSATION, CONVERSATION[2], {"role": "assistant", "content": "Cold."}]
-    rendered = tokenizer._render(messages, add_generation_prompt=True, tools=[WEATHER])
+    rendered = tokenizer.render(messages, add_generation_prompt=True, tools=[WEATHER])
     oracle = AutoTokenizer.from_pretrained(base.folder)
     theirs = oracle.apply_chat_template(messages, tools=[WEATHER], add_generation_prompt=True, tokenize=False)
     assert rendered == theirs
