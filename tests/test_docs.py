@@ -181,6 +181,15 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def test_ci_runs_on_every_supported_python() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    job = workflow["jobs"]["test"]
+    assert ".ci/run" in [step.get("run") for step in job["steps"]]
+    supported = re.search(r"for version in ([\d. ]+); do", (ROOT / ".ci" / "resolve").read_text(encoding="utf-8"))
+    assert supported
+    assert job["strategy"]["matrix"]["python"] == supported[1].split()
+
+
 # What the pages run against.
 
 
