@@ -1,4 +1,4 @@
-"""Batched multi-LoRA operations: one contract, a backend for each kind of machine. Floor 0; never imports Ray."""
+"""Batched multi-LoRA operations: one contract, with a backend per kind of machine. Never imports Ray."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-#: What LORAMILL_KERNELS may say; `cpu` is the best tier that the processor has.
+#: Values of LORAMILL_KERNELS; `cpu` is the best tier that the processor supports.
 BACKENDS = ("reference", "torch", "cpu", "cpu-avx512", "cpu-avx2", "triton")
-#: Those that run on one kind of device alone.
+#: The device of each backend that runs on one kind of device only.
 _DEVICES = {"cpu": "cpu", "cpu-avx512": "cpu", "cpu-avx2": "cpu", "triton": "cuda"}
 
 
 @functools.cache
 def backend(device: str = "cpu") -> Backend:
-    """The backend for a kind of device, chosen once: what LORAMILL_KERNELS says, or the best there is.
+    """The backend for a kind of device, selected once: the one in LORAMILL_KERNELS, or the best available.
 
-    Without a C compiler, or on a processor without AVX2, the CPU's is `torch`, and the log says so.
+    Without a C compiler, or on a processor without AVX2, the CPU's backend is `torch`, with a warning in the log.
 
     Raises:
-        SettingsInvalid: the variable names no backend, or one that can't run here or on such a device.
+        SettingsInvalid: LORAMILL_KERNELS is not a backend, or one that can't run here or on such a device.
     """
     name = os.environ.get("LORAMILL_KERNELS")
     if name is None:
         return _best(device)
     if name not in BACKENDS:
-        raise SettingsInvalid(f"LORAMILL_KERNELS={name} is no backend; use {', '.join(BACKENDS)}.")
+        raise SettingsInvalid(f"LORAMILL_KERNELS={name} is not a backend; use {', '.join(BACKENDS)}.")
     if _DEVICES.get(name, device) != device:
         raise SettingsInvalid(
             f"LORAMILL_KERNELS={name} doesn't run on {device}; unset it there, or use "
@@ -69,25 +69,25 @@ def backend(device: str = "cpu") -> Backend:
 
 
 def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
-    """Adds to y, in place, what each run's adapter makes of x.
+    """Applies each run's adapter to y in place.
 
     For every run of `batch` and every target module of its adapter at this site, with a [r, d_in], b [d_out, r]
     (scale folded in) and gain [d_out] (1 without DoRA), and sums in float32:
 
         y[rows, columns] = gain * (y[rows, columns] + x[rows] @ a.T @ b.T)
 
-    Rows without an adapter, and columns of modules that an adapter doesn't target, stay as they are bit for bit, and
-    no weight of an adapter, were it NaN, meets a row that isn't its own. y is the base's output before any bias
-    (DoRA's gain scales the weights alone).
+    Rows without an adapter, and columns of modules that an adapter does not target, are unchanged bit for bit. An
+    adapter's weights affect its own rows only, even if they are NaN. y is the base's output before any bias (DoRA's
+    gain scales the weights alone).
 
     Args:
         x: [rows, d_in] of the slab's dtype; its rows may be strided.
         y: [rows, sum of the site's widths], of x's dtype; may be a view of wider rows.
-        slab: this site of a slab in the layout of the device's backend.
-        batch: whose rows are whose.
+        slab: This site of a slab in the layout of the device's backend.
+        batch: The adapter of each row.
 
     Raises:
-        EngineFault: a run's slot was freed since, or the shapes and dtypes don't fit each other.
+        EngineFault: A run's slot has been freed, or shapes and dtypes do not match.
     """
     backend(x.device.type).lora(x, y, slab, batch)
 
@@ -97,12 +97,12 @@ def _best(device: str) -> Backend:
         try:
             return _open("triton")
         except ImportError:
-            log.warning("triton isn't installed: adapters run on plain torch operations; `pip install triton`")
+            log.warning("triton isn't installed; adapters run on plain torch operations: `pip install triton`")
             return _open("torch")
     try:
         return _open("cpu")
     except SetupError as error:
-        log.warning("native kernels can't run, plain torch operations do: %s", error)
+        log.warning("native kernels can't run; falling back to plain torch operations: %s", error)
         return _open("torch")
 
 

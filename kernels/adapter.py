@@ -1,4 +1,4 @@
-"""The normal form of an adapter, where in a base it acts, and how its bytes lie in a slab."""
+"""The normal form of an adapter, the sites of a base where it applies, and its byte layout in a slab."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from loramill.kernels.memory import Allocator, aligned, host_memory
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A linear of the base, or several fused ones: they read the same x [rows, d_in] and lie side by side in y.
+    """A linear of the base, or several fused ones, which read the same x [rows, d_in] and have adjacent columns in y.
 
     Attributes:
-        d_in: columns of x.
-        modules: names of the target modules, in the order of their columns in y.
+        d_in: Number of columns of x.
+        modules: Names of the target modules, in the order of their columns in y.
         widths: d_out of each module; y has `sum(widths)` columns.
-        lookup: the one module is an embedding: x are one-hot rows over a vocabulary of `d_in`, given as their tokens.
-            Such adapters lie as `LOOKUP` says, whatever the backend's layout.
-        head: the one module gives the logits.
+        lookup: Whether the one module is an embedding: rows of x are one-hot over a vocabulary of `d_in`, given as
+            tokens. Its adapters have the layout `LOOKUP` on every backend.
+        head: Whether the one module computes the logits.
     """
 
     d_in: int
@@ -36,14 +36,14 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What an adapter does to one target module: y becomes `gain * (y + scale * b @ (a @ x))`.
+    """An adapter at one target module: y becomes `gain * (y + scale * b @ (a @ x))`.
 
     Attributes:
-        a: [r, d_in], of any floating dtype, as b.
-        b: [d_out, r]; what is stored is b times the scale.
-        gain: [d_out], DoRA's magnitude over the norm of the merged weight's rows; None: 1.
-        lookup: the module is an embedding; a is [r, vocabulary].
-        scale: alpha over the rank, or over its root.
+        a: [r, d_in], of any floating dtype, like b.
+        b: [d_out, r]; a slab stores b times the scale.
+        gain: [d_out], DoRA's magnitude divided by the norms of the merged weight's rows; None: 1.
+        lookup: Whether the module is an embedding; then a is [r, vocabulary].
+        scale: alpha divided by the rank or its square root.
     """
 
     a: torch.Tensor
@@ -55,12 +55,13 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a backend wants the weights to lie.
+    """A backend's layout of an adapter's weights.
 
     Attributes:
-        a, b: turn a [r, d_in] and b [d_out, r] into what is stored, in their dtype. They are called under `torch.vmap`:
-            for the matrices of many modules at once.
-        place: does the same to matrices of the slab's own dtype or float32, straight to where they go; None: can't.
+        a: Converts a [r, d_in] to its stored form, in its dtype; called under `torch.vmap`, for many modules at once.
+        b: Likewise for b [d_out, r].
+        copy: Does both for matrices of the slab's own dtype or float32, written directly to their destination; None:
+            not supported.
     """
 
     a: Callable[[torch.Tensor], torch.Tensor]
@@ -68,31 +69,31 @@ class Layout:
     copy: Callable[[NDArray[np.void], torch.dtype], None] | None = None
 
 
-#: What `Layout.place` takes, a record a matrix: the addresses from and to, its shape, whether it is a b, whether it
-#: is of float32, and its scale.
+#: What `Layout.copy` takes, one record per matrix: source and destination address, shape, whether it is a b, whether it
+#: is float32, and its scale.
 COPY_RECORD = np.dtype(
     [(name, np.int64) for name in ("from", "to", "rows", "columns", "of_b", "floats")] + [("scale", np.float64)]
 )
 
 
-#: Both matrices as they are, row by row.
+#: Both matrices unchanged, row by row.
 ROWS = Layout(torch.Tensor.contiguous, torch.Tensor.contiguous)
 
-#: Both transposed: a token's row of a is read alone, and b one rank after the other.
+#: Both transposed: a token's row of a is read alone, and b rank by rank.
 LOOKUP = Layout(lambda a: a.T.contiguous(), lambda b: b.T.contiguous())
 
-#: Fields of a table's last axis: bytes from the start to a, b and gain (-1: no gain), and the rank (0: no target).
+#: Fields of a table's last axis: offsets in bytes of a, b and gain (-1: no gain), and the rank (0: not a target).
 A, B, GAIN, RANK = range(4)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """An adapter as a slab takes it: one run of bytes.
+    """An adapter in the form that a slab takes: contiguous bytes.
 
     Attributes:
-        data: uint8 [bytes]; each part begins on a cache line; a and b in the slab's dtype, gains in float32. In int8
-            the scales of a module's ranks, float32, lie just before its a.
-        table: int64 [sites, modules of the widest site, 4]: where what lies.
+        data: uint8 [bytes]; each part starts at a cache line; a and b are in the slab's dtype, gains in float32. In
+            int8, the float32 scales of a module's ranks directly precede its a.
+        table: int64 [sites, modules of the widest site, 4]: the offsets of the parts.
     """
 
     data: torch.Tensor
@@ -100,12 +101,12 @@ class PackedAdapter:
 
     @property
     def bytes(self) -> int:
-        """Bytes that it takes up in a slab."""
+        """Number of bytes in a slab."""
         return self.data.numel()
 
 
 def modules_per_site(sites: Sequence[Site]) -> int:
-    """Modules of the widest site."""
+    """Number of modules of the widest site."""
     return max((len(site.modules) for site in sites), default=0)
 
 
@@ -116,22 +117,22 @@ def pack(
     dtype: torch.dtype,
     allocate: Allocator = host_memory,
 ) -> PackedAdapter:
-    """Lays an adapter out for a slab over `sites`; touches no shared state, so any thread may do it.
+    """Packs an adapter for a slab over `sites`; touches no shared state, so any thread may call it.
 
     Args:
-        sites: of the base.
-        deltas: by module.
-        layout: the backend's.
-        dtype: of a and b in the slab; int8 comes with a scale a rank, and errs by about 1% of the delta.
-        memory: where the bytes go.
+        sites: The base's sites.
+        deltas: By module.
+        layout: The backend's layout.
+        dtype: Of a and b in the slab; int8 has one scale per rank and an error of about 1% of the delta.
+        allocate: Returns the memory for the bytes.
 
     Raises:
-        AdapterInvalid: a delta names no module of `sites`, or its shapes don't fit the module.
+        AdapterInvalid: A delta's module is not in `sites`, or its shapes do not match.
     """
     targets = _targets(sites, deltas)
-    alike = _group_by_shape(targets, deltas)
+    groups = _group_by_shape(targets, deltas)
     sizes: dict[str, tuple[int, ...]] = {}
-    for names in alike:
+    for names in groups:
         one = deltas[names[0]]
         shapes = (one.a.shape, one.b.shape, one.gain is not None, one.lookup)
         sizes |= dict.fromkeys(names, _sizes(layout, dtype, *shapes))
@@ -149,18 +150,18 @@ def pack(
         if deltas[name].gain is not None:
             table[s, m, GAIN] = gain
     data = allocate(end)
-    for names in alike:
+    for names in groups:
         if layout.copy is not None and all(_is_plain(deltas[name], dtype) for name in names):
             layout.copy(_copy_records(names, deltas, starts, data.data_ptr()), dtype)
             continue
-        # One shape after the other: what that takes beside the adapter is soon free again.
+        # Shape by shape, so that the additional memory is soon free again.
         for part, rows in enumerate(_lay_out(names, deltas, layout, dtype)):
             _copy_rows(data.numpy(), [starts[name][part] for name in names], rows)
     return PackedAdapter(data, table)
 
 
 def _is_plain(delta: Delta, dtype: torch.dtype) -> bool:
-    """Whether its two matrices are all of it, row by row, and in a slab's dtype or float32."""
+    """Whether a delta consists of two contiguous matrices, in the slab's dtype or float32."""
     plain = delta.a.dtype == delta.b.dtype and delta.a.dtype in (dtype, torch.float32) and dtype != torch.int8
     return plain and delta.gain is None and not delta.lookup and delta.a.is_contiguous() and delta.b.is_contiguous()
 
@@ -168,7 +169,7 @@ def _is_plain(delta: Delta, dtype: torch.dtype) -> bool:
 def _copy_records(
     names: list[str], deltas: Mapping[str, Delta], starts: Mapping[str, list[int]], address: int
 ) -> NDArray[np.void]:
-    """The records of these modules, for data at an address."""
+    """The `COPY_RECORD`s of these modules, for data at an address."""
     records = []
     for name in names:
         delta, (_, a, b, _) = deltas[name], starts[name]
@@ -179,7 +180,7 @@ def _copy_records(
 
 
 def _copy_rows(data: NDArray[np.uint8], starts: Sequence[int], parts: NDArray[np.uint8]) -> None:
-    """Copies rows of bytes [n, size] to where each is to start; equally far apart, all at once."""
+    """Copies rows of bytes [n, size] to their offsets; all at once if these are equally far apart."""
     steps = np.diff(starts)
     if len(parts) > 1 and parts.shape[1] and (steps == steps[0]).all():
         rows = np.lib.stride_tricks.as_strided(data[starts[0] :], parts.shape, (int(steps[0]), 1))
@@ -190,33 +191,33 @@ def _copy_rows(data: NDArray[np.uint8], starts: Sequence[int], parts: NDArray[np
 
 
 def _targets(sites: Sequence[Site], deltas: Mapping[str, Delta]) -> dict[str, tuple[int, int, Site]]:
-    """Each delta's place in the table, and its site; in the table's order."""
+    """Site index, module index and site of each delta, in the table's order."""
     targets = {
         name: (s, m, site) for s, site in enumerate(sites) for m, name in enumerate(site.modules) if name in deltas
     }
     for module in deltas:
         if module not in targets:
-            raise AdapterInvalid(f"The adapter targets '{module}', which this base can't adapt.")
+            raise AdapterInvalid(f"The adapter targets '{module}', which can't be adapted in this base.")
     for module, (_, m, site) in targets.items():
         _check(module, site, site.widths[m], deltas[module])
     return targets
 
 
 def _group_by_shape(targets: Mapping[str, tuple[int, int, Site]], deltas: Mapping[str, Delta]) -> list[list[str]]:
-    """The modules by shape: one by one, torch's calls would take longer than their work."""
-    alike: dict[Hashable, list[str]] = {}
+    """Groups the modules by shape: for single modules, torch's calls would take longer than their work."""
+    groups: dict[Hashable, list[str]] = {}
     for name in targets:
         delta = deltas[name]
         key = (delta.lookup, delta.a.shape, delta.b.shape, delta.a.dtype, delta.b.dtype, delta.gain is None)
-        alike.setdefault(key, []).append(name)
-    return list(alike.values())
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
 
 
 @functools.lru_cache(maxsize=1024)
 def _sizes(
     layout: Layout, dtype: torch.dtype, a: torch.Size, b: torch.Size, gain: bool, lookup: bool
 ) -> tuple[int, ...]:
-    """The sizes of `_lay_out`, for matrices of these shapes."""
+    """The sizes in bytes of the parts that `_lay_out` returns, for matrices of these shapes."""
     one = Delta(torch.zeros(a), torch.zeros(b), torch.zeros(b[0]) if gain else None, lookup)
     return tuple(part.shape[1] for part in _lay_out(["one"], {"one": one}, layout, dtype))
 
@@ -226,7 +227,7 @@ def _lay_out(
 ) -> tuple[NDArray[np.uint8], ...]:
     """Bytes [names, size] of modules of equal shapes, in the order in which a kernel reads them.
 
-    These are the scales (none, but in int8), a, b, and the gains (none, but in DoRA).
+    The parts are the scales (empty except in int8), a, b, and the gains (empty except in DoRA).
     """
     a, b = torch.stack([deltas[name].a for name in names]), torch.stack([deltas[name].b for name in names])
     b = _scaled(b, torch.tensor([deltas[name].scale for name in names]))
@@ -244,7 +245,7 @@ def _lay_out(
 
 
 def _scaled(b: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Each of b [n, ...] times its scale: in place by powers of two, which cost no digit, else in float32."""
+    """Each of b [n, ...] times its scale: in place for powers of two, which lose no precision, else in float32."""
     if ((scales.frexp().mantissa == 0.5) & (scales >= 1)).all():
         return b.mul_(scales.to(b.dtype)[:, None, None])
     return b * scales[:, None, None]
@@ -257,9 +258,9 @@ def _bytes(tensors: torch.Tensor) -> NDArray[np.uint8]:
 
 
 def _quantize(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Matrices of int8 with one scale a rank: b @ a is about b8 @ diag(scale) @ a8, for each of a stack.
+    """Quantizes matrices to int8 with one scale per rank: b @ a is about b8 @ diag(scale) @ a8, for each of a stack.
 
-    A rank with a value that is no number gets a scale that is none: what it touches must show it.
+    A rank with a NaN gets a NaN as its scale, so that the results show it.
     """
     a, b = a.float(), b.float()
     of_a, of_b = a.abs().amax(-1) / 127, b.abs().amax(-2) / 127
@@ -268,15 +269,15 @@ def _quantize(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def scales_offset(a: int, rank: int) -> int:
-    """Where the scales [rank] float32 of an int8 module begin whose matrix a begins at byte `a`."""
+    """Offset of an int8 module's scales, float32 [rank], given the offset of its a."""
     return a - aligned(4 * rank)
 
 
 def _check(module: str, site: Site, d_out: int, delta: Delta) -> None:
     if delta.lookup != site.lookup or (delta.lookup and delta.gain is not None):
         raise AdapterInvalid(
-            f"'{module}' is {'an embedding' if site.lookup else 'a linear'} of this base; the adapter has for it a "
-            f"{'lookup' if delta.lookup else 'linear'} {'with' if delta.gain is not None else 'without'} a gain."
+            f"'{module}' is {'an embedding' if site.lookup else 'a linear'} in this base; the adapter is for "
+            f"{'an embedding' if delta.lookup else 'a linear'} with{'' if delta.gain is not None else 'out'} a gain."
         )
     r = delta.a.shape[0]
     expected: list[tuple[str, torch.Tensor, tuple[int, ...]]] = [
@@ -293,5 +294,5 @@ def _check(module: str, site: Site, d_out: int, delta: Delta) -> None:
             )
 
 
-#: The kernels keep a row's shrunk values on the stack.
+#: The kernels keep a row's product with a on the stack.
 MAX_RANK = 256

@@ -1,4 +1,4 @@
-"""What a backend of the kernels offers: the operations of a decoder's step, over weights that it lays out itself."""
+"""The interface of a kernel backend: the operations of a decoder's step, on weights in the backend's own layout."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A matrix [d_out, d_in] of small codes: in a dtype it is `(levels[codes] * scales).to(dtype)`, in float32 first.
+    """A quantized matrix [d_out, d_in]: its values are `(levels[codes] * scales).to(dtype)`, computed in float32.
 
     Attributes:
-        codes: [d_out, d_in]: uint8, each one of the levels; or int8, where they are the numbers themselves.
+        codes: [d_out, d_in]: uint8 indices of levels, or int8 values.
         levels: float32 [16]; None: the codes are int8.
-        scales: float32 [d_out, d_in / group]: of `group` neighbouring inputs each, a multiple of four or all.
+        scales: float32 [d_out, d_in / group]: one per `group` adjacent inputs; a group is a multiple of four or all.
 
     Raises:
-        EngineFault: these don't fit each other.
+        EngineFault: Shapes or dtypes do not match.
     """
 
     codes: torch.Tensor
@@ -45,23 +45,23 @@ class Quantized:
         if not fits:
             raise EngineFault(
                 f"Codes {codes.dtype} {list(codes.shape)} and scales {scales.dtype} {list(scales.shape)} with "
-                f"{'no' if levels is None else list(levels.shape)} levels make no matrix."
+                f"{'no' if levels is None else list(levels.shape)} levels don't form a quantized matrix."
             )
 
     @property
     def group(self) -> int:
-        """Inputs that share a scale."""
+        """Number of inputs that share a scale."""
         return self.codes.shape[1] // self.scales.shape[1]
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix itself, [d_out, d_in]."""
+        """The dequantized matrix, [d_out, d_in]."""
         numbers = self.codes.float() if self.levels is None else self.levels[self.codes.int()]
         return (numbers * self.scales.repeat_interleave(self.group, dim=1)).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class Codebook:
-    """What the codes of a quantized weight stand for, as its backend laid it out."""
+    """Levels and scales of a quantized weight, in its backend's layout."""
 
     levels: torch.Tensor | None
     scales: torch.Tensor
@@ -70,7 +70,7 @@ class Codebook:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A frozen matrix [d_out, d_in] as its backend laid it out, for x of `dtype`; with a codebook, `data` are codes."""
+    """A frozen matrix [d_out, d_in] in its backend's layout, for x of `dtype`; with a codebook, `data` holds codes."""
 
     data: torch.Tensor
     dtype: torch.dtype
@@ -81,7 +81,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
-    """One layer's paged keys and values as their backend laid them out, in blocks of `block_size` positions."""
+    """One layer's paged keys and values in their backend's layout, in blocks of `block_size` positions."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -91,27 +91,27 @@ class LayerKV:
 
 
 class Backend(Protocol):
-    """Operations on rows of bfloat16 or float32; sums are in float32. Each says what it does in torch.
+    """Operations on rows of bfloat16 or float32, with sums in float32. Each is described by its equivalent in torch.
 
     Attributes:
-        name: as in LORAMILL_KERNELS.
-        layout: how adapters lie in a slab for `lora`.
+        name: As in LORAMILL_KERNELS.
+        layout: The layout of adapters in a slab for `lora`.
     """
 
     name: str
     layout: Layout
 
     def set_threads(self, threads: int) -> None:
-        """So many CPU threads share an operation from now on, in the whole process."""
+        """Sets the number of CPU threads per operation, for the whole process."""
 
     def lora(self, x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
-        """Adds each run's adapter; the contract is that of `loramill.kernels.lora`."""
+        """Applies each run's adapter; see `loramill.kernels.lora` for the contract."""
 
     def pack(self, weight: torch.Tensor) -> Weight:
-        """Lays a matrix [d_out, d_in] out for `linear`, `adapted_linear` and `embed`, for x of its dtype."""
+        """Converts a matrix [d_out, d_in] to the layout of `linear`, `adapted_linear` and `embed`."""
 
     def pack_quantized(self, matrix: Quantized, dtype: torch.dtype) -> Weight:
-        """The same for x of a dtype: all results are those of `pack(matrix.values(dtype))`, in less memory."""
+        """Like `pack(matrix.values(dtype))`, with the same results in less memory."""
 
     def embed(self, tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
         """Rows of the matrix: `weight[tokens]`, for int64 tokens [rows]; returns [rows, d_in]."""
@@ -123,7 +123,7 @@ class Backend(Protocol):
         """`linear`, then `lora` on its result."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """`x / sqrt(mean(x ** 2) + eps) * weight` over the last of x [..., d], whose rows may be strided."""
+        """`x / sqrt(mean(x ** 2) + eps) * weight` over the last axis of x [..., d], whose rows may be strided."""
 
     def add_rms_norm(self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Adds x to the residual in place, both [rows, d]; returns `rms_norm(residual, weight, eps)`."""
@@ -134,7 +134,7 @@ class Backend(Protocol):
     def new_kv(
         self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> tuple[LayerKV, ...]:
-        """Paged keys and values of all layers; memory is taken up only as blocks are written."""
+        """Paged keys and values for all layers; memory is used only as blocks are written."""
 
     def rope_write(
         self, qkv: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKV, pages: Pages
@@ -143,25 +143,25 @@ class Backend(Protocol):
 
         Args:
             qkv: [rows, (heads + 2 kv_heads) * head_dim].
-            heads: of the queries.
-            cos: [rows, head_dim / 2] float32; the halves of a head are the pairs that turn.
-            sin: as cos.
-            kv: of the layer.
-            pages: of the step.
+            heads: Number of query heads.
+            cos: float32 [rows, head_dim / 2]; pairs consist of an element of each half of a head.
+            sin: Like cos.
+            kv: The layer's keys and values.
+            pages: The paging of the step.
         """
 
     def attention(
         self, qkv: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None = None
     ) -> torch.Tensor:
-        """Each row's queries over its sequence's keys up to its own position, once `rope_write` wrote them.
+        """Attention of each row to its sequence's positions up to its own, after `rope_write`.
 
         Args:
-            qkv: as `rope_write` left it; only the queries are read.
-            heads: of the queries; a multiple of kv_heads, neighbours share one.
-            kv: of the layer.
-            pages: of the step.
-            scale: of the scores.
-            window: positions that a row sees, its own counted; None: all.
+            qkv: As `rope_write` left it; only the queries are read.
+            heads: Number of query heads; a multiple of kv_heads, adjacent ones share a KV head.
+            kv: The layer's keys and values.
+            pages: The paging of the step.
+            scale: Factor of the scores.
+            window: Number of positions that a row sees, including its own; None: all.
 
         Returns:
             [rows, heads * head_dim].

@@ -1,4 +1,4 @@
-"""Which rows of a step belong to which adapter."""
+"""The adapter of each row of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True, order=True)
 class Slot:
-    """A handle to a place in a slab; stale once the place is freed, since the next owner's has another generation."""
+    """A handle to a slot of a slab; it becomes stale when the slot is freed, which increments the generation."""
 
     index: int
     generation: int
@@ -21,7 +21,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Adjacent rows of one adapter."""
+    """Adjacent rows with the same adapter."""
 
     slot: Slot
     rows: slice
@@ -32,9 +32,9 @@ class Batch:
     """The rows of one step, built once and used by every layer.
 
     Attributes:
-        rows: rows of x and y.
-        runs: the runs that have an adapter, in the order of their rows; all other rows are the base's alone.
-        memo: what backends and slabs work out once for all layers, by a key of theirs.
+        rows: Number of rows of x and y.
+        runs: Runs with an adapter, in the order of their rows; all other rows use the base alone.
+        memo: Values that backends and slabs compute once for all layers, by keys of their own.
     """
 
     rows: int
@@ -43,7 +43,7 @@ class Batch:
 
     @classmethod
     def of(cls, counts: Iterable[tuple[Slot | None, int]]) -> Batch:
-        """Builds the batch from (slot, or None for the base; number of rows), joining neighbours of equal slot."""
+        """Builds a batch from pairs (slot, or None for the base; number of rows), joining adjacent equal slots."""
         rows = 0
         runs: list[Run] = []
         for slot, count in counts:
@@ -57,6 +57,6 @@ class Batch:
 
     @cached_property
     def segments(self) -> NDArray[np.int32]:
-        """The runs as int32 [runs, 3]: index of the slot, first row, row after the last."""
+        """The runs as int32 [runs, 3]: slot index, first row, row after the last."""
         numbers = [(run.slot.index, run.rows.start, run.rows.stop) for run in self.runs]
         return np.array(numbers, dtype=np.int32).reshape(-1, 3)

@@ -1,4 +1,4 @@
-"""Adapters on embeddings: the same plain torch on every backend, since a row reads but r numbers of a."""
+"""Adapters on embeddings: plain torch on every backend, since each row reads only r numbers of a."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from loramill.kernels.slab import SiteSlab
 def adapt_embedding(
     tokens: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch, scale: float | torch.Tensor = 1.0
 ) -> None:
-    """Adds to y, in place, what each run's adapter makes of its tokens.
+    """Applies each run's adapter of an embedding to y in place.
 
     For every run whose adapter targets this site, with a [r, vocabulary] and b [d, r], and sums in float32:
 
         y[rows] += scale * (a.T[tokens[rows]] @ b.T)
 
-    Rows of other runs stay as they are bit for bit, and a row's bits don't depend on the rows beside it.
+    Rows of other runs are unchanged bit for bit, and a row's bits do not depend on the other rows.
 
     Args:
         tokens: int64 [rows].
         y: [rows, d].
-        slab: a lookup's site of a slab.
-        batch: whose rows are whose.
-        scale: what the base's embedding is multiplied by, as in the Gemma family.
+        slab: The embedding's site of a slab.
+        batch: The adapter of each row.
+        scale: Factor of the base's embedding, as in the Gemma family.
 
     Raises:
-        EngineFault: a run's slot was freed since.
+        EngineFault: A run's slot has been freed.
     """
     slab.slab.check(batch)
     dtype, width = slab.slab.dtype, slab.columns
@@ -44,14 +44,14 @@ def adapt_embedding(
             shrunk *= slab.tensor(scales_offset(a, rank), (rank,), torch.float32)
         expand = slab.tensor(b, (rank, width), dtype).float()
         delta = torch.zeros(len(shrunk), width, device=y.device)
-        # Rank by rank: a matrix product sums in another order for another number of rows.
+        # Rank by rank: the order of sums in a matrix product depends on the number of rows.
         for column, row in zip(shrunk.T, expand, strict=True):
             delta.addcmul_(column[:, None], row)
         y[run.rows] = (y[run.rows].float() + delta * scale).to(y.dtype)
 
 
 def batch_of_rows(batch: Batch, rows: Sequence[int], slab: SiteSlab) -> Batch:
-    """The batch of some of a batch's rows, in rising order, with only the runs whose adapters target this site."""
+    """The batch of some of a batch's rows, in ascending order, with only the runs whose adapters target this site."""
     runs = []
     for run in batch.runs:
         part = slice(bisect_left(rows, run.rows.start), bisect_left(rows, run.rows.stop))

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """One linear, or several fused by rows: its weight, bias [d_out] or None, and its adapters' site."""
+    """One linear, or several fused by rows.
+
+    Attributes:
+        weight: [d_out, d_in].
+        bias: [d_out], or None.
+        site: Index of its adapters' site.
+    """
 
     weight: Weight
     bias: torch.Tensor | None
@@ -27,7 +33,13 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer; the q and k norms are Qwen3's. `window`: positions that a row sees, its own counted; None: all."""
+    """One decoder layer.
+
+    Attributes:
+        q_norm: Norm of each query head, as in Qwen3; None in other families.
+        k_norm: Norm of each key head, likewise.
+        window: Number of positions that a row sees, including its own; None: all.
+    """
 
     input_norm: torch.Tensor
     qkv: Linear
@@ -42,7 +54,14 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """All layers, at least one, and the norm behind them; `heads` of the queries, `eps` of all norms."""
+    """The layers of a decoder and its final norm.
+
+    Attributes:
+        layers: At least one.
+        norm: The final norm.
+        heads: Number of query heads.
+        eps: Epsilon of all norms.
+    """
 
     layers: tuple[Layer, ...]
     norm: torch.Tensor
@@ -52,7 +71,15 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What all layers of a step share: the rows' angles [rows, head_dim / 2] float32, pages and adapters."""
+    """What all layers of a step share.
+
+    Attributes:
+        cos: float32 [rows, head_dim / 2]: of the rows' rotary angles.
+        sin: Like cos.
+        pages: The paging.
+        slab: The adapters.
+        batch: The adapter of each row.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -63,24 +90,24 @@ class Step:
 
 @runtime_checkable
 class RunsLayers(Protocol):
-    """A backend that takes all layers at once, to the same bits."""
+    """A backend that runs all layers at once, with the same bits."""
 
     def run_layers(self, stack: Stack, x: torch.Tensor, cache: Sequence[LayerKV], step: Step) -> torch.Tensor:
-        """What `run_layers` does."""
+        """Like `loramill.kernels.layers.run_layers`."""
 
 
 def run_layers(ops: Backend, stack: Stack, x: torch.Tensor, cache: Sequence[LayerKV], step: Step) -> torch.Tensor:
-    """Takes the rows of a step through all layers.
+    """Runs the rows of a step through all layers.
 
     Args:
-        ops: the backend that laid out the weights, the cache and the slab.
-        stack: the layers.
-        x: [rows, d], the embedded tokens; becomes the residual behind the last layer.
-        cache: a `LayerKV` a layer; gets the rows' keys and values.
-        step: what is the rows' own.
+        ops: The backend that laid out the weights, the cache and the slab.
+        stack: The layers.
+        x: [rows, d], the embedded tokens; becomes the residual after the last layer.
+        cache: One `LayerKV` per layer; gets the rows' keys and values.
+        step: Angles, paging and adapters of the rows.
 
     Returns:
-        [rows, d], the normed residual.
+        [rows, d], the normalized residual.
     """
     if isinstance(ops, RunsLayers):
         return ops.run_layers(stack, x, cache, step)
@@ -88,7 +115,7 @@ def run_layers(ops: Backend, stack: Stack, x: torch.Tensor, cache: Sequence[Laye
 
 
 def run_one_by_one(ops: Backend, stack: Stack, x: torch.Tensor, cache: Sequence[LayerKV], step: Step) -> torch.Tensor:
-    """`run_layers` by the backend's other operations."""
+    """`run_layers` as a sequence of the backend's other operations."""
     h = ops.rms_norm(x, stack.layers[0].input_norm, stack.eps)
     next_norms = [*(layer.input_norm for layer in stack.layers[1:]), stack.norm]
     for layer, kv, next_norm in zip(stack.layers, cache, next_norms, strict=True):
@@ -111,5 +138,5 @@ def _attention(ops: Backend, stack: Stack, layer: Layer, h: torch.Tensor, kv: La
 
 def _linear(ops: Backend, linear: Linear, x: torch.Tensor, step: Step) -> torch.Tensor:
     y = ops.adapted_linear(x, linear.weight, step.slab.views[linear.site], step.batch)
-    # After the adapter: DoRA's gain doesn't scale the bias.
+    # After the adapter, since DoRA's gain does not scale the bias.
     return y if linear.bias is None else y.add_(linear.bias)

@@ -1,4 +1,4 @@
-"""Memory that weights live in, and who has which part of it."""
+"""Host memory for weights, and the allocation of parts of a block of memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-#: Every block begins on a cache line.
+#: Every allocation starts at a cache line.
 ALIGNMENT = 64
-#: Bytes of a huge page, where there are any.
+#: Bytes of a huge page, on systems that have them.
 HUGE_PAGE = 2 << 20
 _MADV_POPULATE_WRITE = 23
 
@@ -27,10 +27,10 @@ def aligned(size: int) -> int:
 
 
 def host_memory(size: int) -> torch.Tensor:
-    """Zeroed bytes [size] at a cache line's start, on huge pages where the system has them.
+    """Zeroed bytes [size] that start at a cache line, on huge pages where the system has them.
 
-    A page takes up memory only once it is written. Weights are read once a step from end to end: with pages of 4 KiB
-    a good part of the time would go into address translation.
+    A page uses memory only once it is written. Weights are read from end to end in each step: with pages of 4 KiB,
+    much of the time would be spent on address translation.
     """
     if size == 0:
         return torch.empty(0, dtype=torch.uint8)
@@ -45,9 +45,9 @@ def host_memory(size: int) -> torch.Tensor:
 
 
 def populate(memory: torch.Tensor) -> None:
-    """Has the system find pages for host memory that will soon be written, which takes longer than writing it.
+    """Populates the pages of host memory that will soon be written, which takes longer than writing to them.
 
-    No byte changes. Nothing happens where the system can't (before Linux 5.14).
+    No byte changes. Does nothing on systems without this call (before Linux 5.14).
     """
     start = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = memory.data_ptr() + memory.numel() - start
@@ -56,12 +56,12 @@ def populate(memory: torch.Tensor) -> None:
 
 
 def copy_to_device(numbers: NDArray[Any], to: torch.Tensor) -> None:
-    """Copies to a device without waiting; torch keeps the page-locked memory until the stream has read it."""
+    """Copies asynchronously to a device; torch keeps the page-locked memory until the stream has read it."""
     to.copy_(_page_locked(numbers, to.device), non_blocking=True)
 
 
 def to_device(numbers: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """The numbers on a device, copied as `send` does; on the CPU they are the tensor's own memory."""
+    """The numbers on a device, copied asynchronously; on the CPU, the tensor shares the array's memory."""
     return _page_locked(numbers, device).to(device, non_blocking=True)
 
 
@@ -71,9 +71,9 @@ def _page_locked(numbers: NDArray[Any], device: torch.device) -> torch.Tensor:
 
 
 class HostPool:
-    """Host memory for many tensors that live equally long: next to each other, so that none takes up pages of its own.
+    """Host memory for many tensors of the same lifetime, adjacent so that none needs pages of its own.
 
-    A chunk of it is given back when nothing that was carved from it is left.
+    A chunk is freed once no tensor in it is left.
     """
 
     def __init__(self, chunk: int = 64 << 20) -> None:
@@ -81,7 +81,7 @@ class HostPool:
         self._left = host_memory(0)
 
     def allocate(self, size: int) -> torch.Tensor:
-        """Zeroed bytes [size] at a cache line's start."""
+        """Zeroed bytes [size] that start at a cache line."""
         whole = aligned(size)
         if whole > self._left.numel():
             self._left = host_memory(max(whole, self._chunk))
@@ -89,14 +89,14 @@ class HostPool:
         return taken
 
 
-#: Where memory comes from: from a size to zeroed or used bytes [size].
+#: From a size to bytes [size] of any content.
 Allocator = Callable[[int], torch.Tensor]
 
 
 class Recycler:
-    """Host memory that is given back and lent again: new pages take far longer to write than those that are there.
+    """Reuses host memory: new pages take far longer to write than pages that exist. Thread-safe.
 
-    Keeps at most `size` bytes that nobody has. Any thread may call.
+    Keeps at most `size` unused bytes.
     """
 
     def __init__(self, size: int) -> None:
@@ -105,7 +105,7 @@ class Recycler:
         self._lock = threading.Lock()
 
     def allocate(self, size: int) -> torch.Tensor:
-        """Bytes [size] at a cache line's start; whatever was there is there."""
+        """Bytes [size] that start at a cache line; their content is arbitrary."""
         with self._lock:
             fitting = [index for index, memory in enumerate(self._free) if memory.numel() >= size]
             best = min(fitting, key=lambda index: self._free[index].numel(), default=None)
@@ -113,7 +113,7 @@ class Recycler:
         return (host_memory(size) if memory is None else memory)[:size]
 
     def release(self, memory: torch.Tensor) -> None:
-        """Takes back what `take` gave, and nobody uses any more."""
+        """Returns memory from `allocate` that is no longer used."""
         whole = memory.untyped_storage().nbytes() - memory.storage_offset()
         with self._lock:
             self._free.append(memory.as_strided((whole,), (1,)))
@@ -122,7 +122,7 @@ class Recycler:
 
     @contextmanager
     def lending(self) -> Iterator[Allocator]:
-        """Memory that is taken back at the end."""
+        """An allocator whose memory is released at the end."""
         lent: list[torch.Tensor] = []
 
         def lend(size: int) -> torch.Tensor:
@@ -137,7 +137,7 @@ class Recycler:
 
 
 class Extents:
-    """Which parts of `size` bytes are free: first fit; neighbours are joined, so that crumbs don't stay for ever."""
+    """The free parts of `size` bytes: first fit; adjacent free parts are joined."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -149,17 +149,17 @@ class Extents:
         return sum(size for _, size in self._free)
 
     def copy(self) -> Extents:
-        """Another book of the same state."""
+        """An independent copy."""
         other = Extents(0)
         other.size, other._free = self.size, list(self._free)
         return other
 
     def fits(self, size: int) -> bool:
-        """Whether `take(size)` would find a place."""
+        """Whether `allocate(size)` would succeed."""
         return any(free >= aligned(size) for _, free in self._free) or not size
 
     def allocate(self, size: int) -> int | None:
-        """The offset of `size` adjacent bytes, rounded up to cache lines; None: no free part is that large."""
+        """Takes `size` adjacent bytes, rounded up to cache lines; returns the offset, or None if no part fits."""
         size = aligned(size)
         if not size:
             return 0
@@ -170,7 +170,7 @@ class Extents:
         return None
 
     def release(self, offset: int, size: int) -> None:
-        """Takes back what `take` gave."""
+        """Frees a part that `allocate` returned."""
         if not size:
             return
         insort(self._free, (offset, aligned(size)))
@@ -183,7 +183,7 @@ class Extents:
         self._free = joined
 
     def faults(self, taken: list[tuple[int, int]]) -> list[str]:
-        """What is wrong, in words, if `taken` (offset, size) is all that is in use: what overlaps and what is lost."""
+        """Describes overlapping and lost parts, given that exactly `taken` (offset, size) are in use."""
         parts = sorted([*self._free, *((offset, aligned(size)) for offset, size in taken if size)])
         end, faults = 0, []
         for offset, size in [*parts, (self.size, 0)]:

@@ -1,4 +1,4 @@
-"""Which rows of a step belong to which sequence, and where its keys and values are in a paged cache."""
+"""The sequence of each row of a step, and where its keys and values are in a paged cache."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from loramill.kernels.memory import to_device
 
 @dataclass(frozen=True, slots=True)
 class KVSpan:
-    """New tokens of one sequence, adjacent rows of a step.
+    """New tokens of one sequence, which are adjacent rows of a step.
 
     Attributes:
-        start: position of the first; all before it are in the cache.
-        count: of new tokens.
-        blocks: the sequence's, in order, at least enough for `start + count` positions.
+        start: Position of the first token; all positions before it are in the cache.
+        count: Number of new tokens.
+        block_table: The sequence's blocks in order, at least enough for `start + count` positions.
     """
 
     start: int
@@ -31,12 +31,12 @@ class KVSpan:
 
     @property
     def stop(self) -> int:
-        """Positions that the sequence has after the step."""
+        """Number of positions that the sequence has after the step."""
         return self.start + self.count
 
 
 class PagedRows(NamedTuple):
-    """A step's rows on a device: int64 [rows] each, as in `Pages`."""
+    """A step's rows on a device, int64 [rows] each; see `Pages`."""
 
     positions: torch.Tensor
     slots: torch.Tensor
@@ -51,14 +51,15 @@ class Pages:
     """The paging of one step, built once and used by every layer.
 
     Attributes:
-        block_size: positions of a block.
-        spans: in the order of their rows.
-        table: int32 [spans, 4]: first row, number of rows, position of the first, and where in `blocks` its own begin.
-        blocks: int32 [blocks in use]: of all spans, each as many as its positions need.
-        positions: int32 [rows]: of each row in its sequence.
-        slots: int32 [rows]: where each row's keys and values go, `block * block_size + offset`.
-        end: one more than the highest block.
-        memo: what backends work out once for all layers, by a key of theirs.
+        block_size: Positions per block.
+        spans: In the order of their rows.
+        table: int32 [spans, 4]: first row, number of rows, position of the first row, and the start of the span's
+            blocks in `blocks`.
+        blocks: int32 [blocks in use]: the blocks of all spans, each as many as its positions need.
+        positions: int32 [rows]: position of each row in its sequence.
+        slots: int32 [rows]: where each row's keys and values are written, `block * block_size + offset`.
+        end: One more than the highest block.
+        memo: Values that backends compute once for all layers, by keys of their own.
     """
 
     block_size: int
@@ -75,7 +76,7 @@ class Pages:
         """Builds the paging of the sequences' spans.
 
         Raises:
-            EngineFault: a span is empty or begins before its sequence, its blocks don't suffice, or one is negative.
+            EngineFault: A span is empty, starts at a negative position or has too few blocks, or a block is negative.
         """
         used = [-(-span.stop // block_size) for span in spans]
         for number, (span, need) in enumerate(zip(spans, used, strict=True)):
@@ -83,7 +84,7 @@ class Pages:
                 raise EngineFault(
                     f"Span {number} has {len(span.block_table)} blocks of {block_size} for {span.count} rows from "
                     "position "
-                    f"{span.start}; it needs {need} blocks, a row and no negative position."
+                    f"{span.start}; it needs {need} blocks, at least one row and no negative position."
                 )
         listed = chain.from_iterable(span.block_table[:need] for span, need in zip(spans, used, strict=True))
         blocks = np.fromiter(listed, np.int32, sum(used))
@@ -102,7 +103,7 @@ class Pages:
 
     @property
     def rows(self) -> int:
-        """Rows of the step."""
+        """Number of rows of the step."""
         return len(self.positions)
 
     def on(self, device: torch.device) -> PagedRows:
@@ -115,13 +116,13 @@ class Pages:
         return rows
 
     def check(self, rows: int, blocks: int, block_size: int) -> None:
-        """Makes sure that the paging is of `rows` rows over a cache of `blocks` blocks.
+        """Checks that the paging is for `rows` rows over a cache of `blocks` blocks.
 
         Raises:
-            EngineFault: it is of other rows or blocks: a kernel would write where it must not.
+            EngineFault: It is not, so that a kernel would write out of bounds.
         """
         if rows != len(self.positions) or block_size != self.block_size or blocks < self.end:
             raise EngineFault(
-                f"The paging is of {self.rows} rows and {self.end} blocks of {self.block_size}, "
-                f"the step of {rows} rows and a cache of {blocks} blocks of {block_size}."
+                f"The paging has {self.rows} rows and {self.end} blocks of {self.block_size}; the step has {rows} rows "
+                f"and a cache of {blocks} blocks of {block_size}."
             )

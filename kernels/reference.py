@@ -1,4 +1,4 @@
-"""The specification: every operation in float32 and in the plainest torch, run by run and row by row."""
+"""The specification: every operation in float32 and in plain torch, run by run and row by row."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ layout: Layout = ROWS
 
 
 def set_threads(threads: int) -> None:
-    """So many CPU threads share an operation from now on, in the whole process."""
+    """Sets the number of CPU threads per operation, for the whole process."""
     torch.set_num_threads(threads)
 
 
 def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
-    """Adds each run's adapter; the contract is that of `loramill.kernels.lora`."""
+    """Applies each run's adapter; see `loramill.kernels.lora` for the contract."""
     slab.slab.check(batch)
     for run in batch.runs:
         column = 0
@@ -34,12 +34,12 @@ def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None
 
 
 def pack(weight: torch.Tensor) -> Weight:
-    """Keeps the matrix [d_out, d_in] as it is."""
+    """Returns the matrix [d_out, d_in] unchanged."""
     return Weight(weight, weight.dtype, *weight.shape)
 
 
 def pack_quantized(matrix: Quantized, dtype: torch.dtype) -> Weight:
-    """Keeps the matrix's values."""
+    """Returns the matrix's values."""
     return pack(matrix.values(dtype))
 
 
@@ -61,13 +61,13 @@ def adapted_linear(x: torch.Tensor, weight: Weight, slab: SiteSlab, batch: Batch
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Each row over the root of its mean square, times the weight [d] (Zhang and Sennrich 2019, equation 4)."""
+    """Root mean square normalization times the weight [d] (Zhang and Sennrich 2019, equation 4)."""
     wide = x.float()
     return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.float()).to(x.dtype)
 
 
 def add_rms_norm(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Adds x to the residual in place and norms that."""
+    """Adds x to the residual in place and normalizes the sum."""
     residual.copy_(residual.float() + x.float())
     return rms_norm(residual, weight, eps)
 
@@ -81,14 +81,14 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def new_kv(
     layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[LayerKV, ...]:
-    """Keys and values [blocks, block_size, kv_heads, head_dim] a layer."""
+    """Keys and values [blocks, block_size, kv_heads, head_dim] per layer."""
     shape = (2, layers, blocks, block_size, kv_heads, head_dim)
     keys, values = torch.zeros(shape, dtype=dtype)
     return tuple(LayerKV(k, v, block_size, kv_heads, head_dim) for k, v in zip(keys, values, strict=True))
 
 
 def rope_write(qkv: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKV, pages: Pages) -> None:
-    """Rotates queries and keys (Su et al. 2021, equation 34, halves of a head as pairs); writes keys and values."""
+    """Rotates queries and keys (Su et al. 2021, equation 34, pairing the halves of a head); writes keys and values."""
     pages.check(len(qkv), len(kv.keys), kv.block_size)
     split = qkv.view(len(qkv), heads + 2 * kv.kv_heads, kv.head_dim)
     turned = heads + kv.kv_heads
@@ -104,7 +104,7 @@ def rope_write(qkv: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tens
 def attention(
     qkv: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None = None
 ) -> torch.Tensor:
-    """`softmax(scale * q k^T) v` (Vaswani et al. 2017, equation 1), a row at a time."""
+    """`softmax(scale * q k^T) v` (Vaswani et al. 2017, equation 1), row by row."""
     pages.check(len(qkv), len(kv.keys), kv.block_size)
     queries = qkv[:, : heads * kv.head_dim].float().view(len(qkv), kv.kv_heads, heads // kv.kv_heads, kv.head_dim)
     out = torch.empty_like(queries)

@@ -1,4 +1,4 @@
-"""The arena that resident adapters live in."""
+"""The memory arena of resident adapters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from loramill.kernels.memory import Allocator, Extents, host_memory, populate
 
 @dataclass(slots=True)
 class _Allocation:
-    """One slot's part of the arena; `loaded` once its weights are all there."""
+    """One slot's part of the arena; `loaded` once all of its weights are copied."""
 
     generation: int = 0
     offset: int = 0
@@ -40,21 +40,21 @@ class _Allocation:
 
 
 class Slab:
-    """Adapters of any ranks and targets in one arena of bytes, each behind a numbered slot.
+    """Adapters of any ranks and targets in one arena of bytes, each in a numbered slot.
 
     One thread allocates, frees and runs kernels. Any thread may pack, and may load a slot that was allocated for it:
     nothing reads the slot before `load` returns.
 
     Attributes:
-        sites: where the adapters act.
-        dtype: of their matrices; float32, bfloat16 or float16 as x, or int8.
-        layout: how these lie; the backend's.
+        sites: Where adapters apply.
+        dtype: Dtype of their matrices: float32, bfloat16 or float16, as x, or int8.
+        layout: The backend's layout of these matrices.
         arena: uint8 [size], on the device.
-        arena_address: of the arena's first byte.
-        table: int64 [sites, slots, modules of the widest site, 4], on the host: bytes from the arena's start to a, b
-            and gain (-1: none), and the rank (0: no target).
-        changes: another number each time a slot is loaded or freed; what was worked out for another is out of date.
-        views: the slab at each site, what `lora` takes.
+        arena_address: Address of the arena's first byte.
+        table: int64 [sites, slots, modules of the widest site, 4], on the host: offsets in bytes from the arena's start
+            of a, b and gain (-1: none), and the rank (0: not a target).
+        changes: A number that changes each time a slot is loaded or freed, for invalidating cached values.
+        views: The slab at each site, as `lora` takes it.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Slab:
     @property
     def bytes(self) -> int:
         """Bytes of the adapters in all slots."""
-        return sum(place.size for place in self._allocations)
+        return sum(allocation.size for allocation in self._allocations)
 
     @property
     def size(self) -> int:
@@ -84,57 +84,57 @@ class Slab:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes of the arena that no slot has."""
+        """Bytes of the arena that no slot holds."""
         return self._extents.free_bytes
 
     @property
     def free_slots(self) -> int:
-        """Slots that nobody has."""
-        return sum(not place.taken for place in self._allocations)
+        """Number of slots that are not taken."""
+        return sum(not allocation.taken for allocation in self._allocations)
 
     def pack(self, deltas: Mapping[str, Delta], allocate: Allocator = host_memory) -> PackedAdapter:
-        """Lays an adapter out for `load`, in bytes that come from `memory`; any thread may do it.
+        """Converts an adapter to the form that `load` takes, in memory from `allocate`; any thread may call it.
 
         Raises:
-            AdapterInvalid: a delta names no module of the base, or its shapes don't fit.
+            AdapterInvalid: A delta's module is not in the base, or its shapes do not match.
         """
         return pack(self.sites, deltas, self.layout, self.dtype, allocate)
 
     def allocate(self, size: int) -> Slot | None:
-        """Takes a slot with room for `size` bytes; None: all slots are taken, or no free part is large enough."""
-        index = next((i for i, place in enumerate(self._allocations) if not place.taken), None)
+        """Takes a slot of `size` bytes; returns None if all slots are taken or no free part is large enough."""
+        index = next((i for i, allocation in enumerate(self._allocations) if not allocation.taken), None)
         offset = None if index is None else self._extents.allocate(size)
         if index is None or offset is None:
             return None
-        place = self._allocations[index]
-        place.offset, place.size, place.taken, place.loaded = offset, size, True, False
-        return Slot(index, place.generation)
+        allocation = self._allocations[index]
+        allocation.offset, allocation.size, allocation.taken, allocation.loaded = offset, size, True, False
+        return Slot(index, allocation.generation)
 
     def load(self, slot: Slot, adapter: PackedAdapter) -> None:
         """Copies an adapter into a slot that was allocated for its bytes.
 
         Raises:
-            EngineFault: the handle is stale, the slot is loaded already or was allocated for another size, or the
+            EngineFault: The handle is stale, the slot is already loaded or was allocated for another size, or the
                 adapter was packed for other sites.
         """
-        place = self._allocation(slot)
-        if place.loaded or adapter.bytes != place.size:
+        allocation = self._allocation(slot)
+        if allocation.loaded or adapter.bytes != allocation.size:
             raise EngineFault(
-                f"Slot {slot.index} is loaded, or was allocated for {place.size} bytes and no other size."
+                f"Slot {slot.index} is loaded, or was allocated for {allocation.size} bytes, not {adapter.bytes}."
             )
         if adapter.table.shape != self.table[:, slot.index].shape:
             raise EngineFault(f"An adapter of {len(adapter.table)} sites doesn't fit a slab of {len(self.sites)}.")
-        self.arena[place.offset : place.offset + place.size].copy_(adapter.data)
+        self.arena[allocation.offset : allocation.offset + allocation.size].copy_(adapter.data)
         table = adapter.table.copy()
-        table[..., [A, B]] += place.offset
-        table[..., GAIN] += np.where(table[..., GAIN] < 0, 0, place.offset)
+        table[..., [A, B]] += allocation.offset
+        table[..., GAIN] += np.where(table[..., GAIN] < 0, 0, allocation.offset)
         self.table[:, slot.index] = table
         self.changes = next(self._ticks)
-        place.loaded = True
+        allocation.loaded = True
 
     def prepare(self, size: int) -> None:
-        """Has pages ready for the next `size` bytes of adapters, as far as the arena goes; any thread may do it."""
-        end = max(place.offset + place.size for place in self._allocations) if self._allocations else 0
+        """Populates the pages of the next `size` bytes of the arena, up to its end; any thread may call it."""
+        end = max(allocation.offset + allocation.size for allocation in self._allocations) if self._allocations else 0
         if self.arena.device.type == "cpu":
             populate(self.arena[end : end + size])
 
@@ -142,29 +142,29 @@ class Slab:
         """Empties a slot and makes every handle to it stale.
 
         Raises:
-            EngineFault: the handle is stale already.
+            EngineFault: The handle is already stale.
         """
-        place = self._allocation(slot)
-        self._extents.release(place.offset, place.size)
+        allocation = self._allocation(slot)
+        self._extents.release(allocation.offset, allocation.size)
         self.table[:, slot.index] = 0
-        self._allocations[slot.index] = _Allocation(generation=place.generation + 1)
+        self._allocations[slot.index] = _Allocation(generation=allocation.generation + 1)
         self.changes = next(self._ticks)
 
     def evict(self, size: int, idle: Sequence[Slot]) -> list[Slot] | None:
         """Frees slots, in the order of `idle`, until `allocate(size)` would succeed.
 
         Returns:
-            The slots that were freed; None, and nothing is freed, if all of them together wouldn't make the room.
+            The slots that were freed; None, and nothing is freed, if not even all of them would make enough room.
 
         Raises:
-            EngineFault: a handle is stale.
+            EngineFault: A handle is stale.
         """
         trial = self._extents.copy()
         slots = self.free_slots
         for count, slot in enumerate([None, *idle]):
             if slot is not None:
-                place = self._allocation(slot)
-                trial.release(place.offset, place.size)
+                allocation = self._allocation(slot)
+                trial.release(allocation.offset, allocation.size)
                 slots += 1
             if slots and trial.fits(size):
                 for freed in idle[:count]:
@@ -173,10 +173,10 @@ class Slab:
         return None
 
     def check(self, batch: Batch) -> None:
-        """Makes sure that a batch's handles are good; costs next to nothing until a slot changes.
+        """Checks a batch's handles; costs next to nothing until a slot changes.
 
         Raises:
-            EngineFault: a run's slot was freed since, or nothing was loaded into it.
+            EngineFault: A run's slot has been freed, or nothing was loaded into it.
         """
         if batch.memo.get(self) == self.changes:
             return
@@ -187,45 +187,48 @@ class Slab:
         batch.memo[self] = changes
 
     def check_integrity(self) -> None:
-        """Compares the books.
+        """Checks allocations and tables against each other.
 
         Raises:
-            EngineFault: parts of the arena overlap or are lost, or a table points out of its slot's part.
+            EngineFault: Parts of the arena overlap or are lost, or a table points outside of its slot's part.
         """
-        faults = self._extents.faults([(place.offset, place.size) for place in self._allocations if place.taken])
-        for index, place in enumerate(self._allocations):
+        faults = self._extents.faults(
+            [(allocation.offset, allocation.size) for allocation in self._allocations if allocation.taken]
+        )
+        for index, allocation in enumerate(self._allocations):
             table = self.table[:, index]
             used = table[table[..., RANK] > 0]
-            # One that is taken may be on its way: the table is written before the place counts as loaded.
-            if used.size and not place.taken:
+            # A taken slot may be loading: its table is written before it counts as loaded.
+            if used.size and not allocation.taken:
                 faults.append(f"slot {index} has targets and no owner")
             offsets = used[:, [A, B, GAIN]]
-            inside = (offsets >= place.offset) & (offsets < place.offset + max(place.size, 1))
+            inside = (offsets >= allocation.offset) & (offsets < allocation.offset + max(allocation.size, 1))
             if not (inside | (offsets == -1)).all():
-                faults.append(f"slot {index} points out of its part of the arena")
+                faults.append(f"slot {index} points outside of its part of the arena")
         if faults:
-            raise EngineFault(f"The slab's books don't add up: {'; '.join(faults)}.")
+            raise EngineFault(f"Slab invariant violated: {'; '.join(faults)}.")
 
     def _allocation(self, slot: Slot) -> _Allocation:
-        place = self._allocations[slot.index]
-        if place.generation != slot.generation or not place.taken:
+        allocation = self._allocations[slot.index]
+        if allocation.generation != slot.generation or not allocation.taken:
             raise EngineFault(
-                f"Slot {slot.index} is of generation {place.generation}, the handle of {slot.generation}: "
-                "it was freed meanwhile."
+                f"Slot {slot.index} has generation {allocation.generation}, the handle {slot.generation}: the slot was "
+                "freed meanwhile."
             )
-        return place
+        return allocation
 
 
 class SiteSlab:
     """One site of a slab.
 
     Attributes:
-        slab: the whole.
-        site: where.
-        index: of the site.
-        table: int64 [slots, modules, 4], as the slab's.
-        columns: of y.
-        table_address, widths_address: of the table, and of the site's widths as int64, for kernels in C.
+        slab: The whole slab.
+        site: The site.
+        index: Index of the site.
+        table: int64 [slots, modules, 4], a part of the slab's table.
+        columns: Number of columns of y.
+        table_address: Address of the table, for kernels in C.
+        widths_address: Address of the site's widths as int64, likewise.
     """
 
     __slots__ = ("_widths", "columns", "index", "site", "slab", "table", "table_address", "widths_address")
@@ -241,7 +244,7 @@ class SiteSlab:
         self.widths_address = self._widths.ctypes.data
 
     def delta(self, slot: int, module: int) -> Delta | None:
-        """A module's matrices as they lie in a slab of layout ROWS, int8 ones as floats again; None: no target."""
+        """A module's matrices in a slab of layout ROWS, with int8 dequantized; None if it is not a target."""
         a, b, gain, rank = self.table[slot, module].tolist()
         if not rank:
             return None
@@ -253,6 +256,6 @@ class SiteSlab:
         return Delta(matrix_a, matrix_b, None if gain < 0 else self.tensor(gain, (width,), torch.float32))
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A view of the arena from byte `offset` on."""
+        """A view of the arena that starts at byte `offset`."""
         size = int(np.prod(shape)) * dtype.itemsize
         return self.slab.arena[offset : offset + size].view(dtype).view(shape)

@@ -1,4 +1,4 @@
-"""The operations in plain torch, on any device and in x's own type: where there is no native kernel."""
+"""The operations in plain torch, on any device and in x's own dtype, for machines without native kernels."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ layout: Layout = ROWS
 
 
 def set_threads(threads: int) -> None:
-    """So many CPU threads share an operation from now on, in the whole process."""
+    """Sets the number of CPU threads per operation, for the whole process."""
     torch.set_num_threads(threads)
 
 
 def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
-    """Adds each run's adapter; the contract is that of `loramill.kernels.lora`."""
+    """Applies each run's adapter; see `loramill.kernels.lora` for the contract."""
     slab.slab.check(batch)
     for run in batch.runs:
         rows, column = x[run.rows], 0
@@ -38,17 +38,17 @@ def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None
 
 
 def pack(weight: torch.Tensor) -> Weight:
-    """Keeps the matrix [d_out, d_in] as it is."""
+    """Returns the matrix [d_out, d_in] unchanged."""
     return Weight(weight, weight.dtype, *weight.shape)
 
 
 def pack_quantized(matrix: Quantized, dtype: torch.dtype) -> Weight:
-    """Keeps the codes, those that choose a level two a byte; every operation makes values of them."""
+    """Keeps the codes, indices of levels two per byte; every operation dequantizes them."""
     codes, levels = matrix.codes, matrix.levels
     if levels is not None:
         codes = F.pad(codes, (0, codes.shape[1] % 2))
         codes = codes[:, 0::2] | codes[:, 1::2] << 4
-        # A byte finds both of its levels at once.
+        # A byte indexes both of its levels at once.
         levels = torch.stack([levels.repeat(16), levels.repeat_interleave(16)], dim=1)
     book = Codebook(levels, matrix.scales, matrix.group)
     return Weight(codes, dtype, *matrix.codes.shape, codebook=book)
@@ -69,7 +69,7 @@ def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
 
 
 def _values(weight: Weight, codes: torch.Tensor, book: Codebook, scales: torch.Tensor) -> torch.Tensor:
-    """Some rows of the matrix from their codes and scales."""
+    """Dequantizes some rows of the matrix."""
     numbers = codes.float() if book.levels is None else F.embedding(codes.int(), book.levels).flatten(1)
     groups = numbers[:, : weight.d_in].reshape(*scales.shape, book.group)
     return (groups * scales[..., None]).flatten(1).to(weight.dtype)
@@ -83,12 +83,12 @@ def adapted_linear(x: torch.Tensor, weight: Weight, slab: SiteSlab, batch: Batch
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Norms the last of x [..., d]."""
+    """Normalizes the last axis of x [..., d]."""
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def add_rms_norm(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Adds x to the residual in place and norms that."""
+    """Adds x to the residual in place and normalizes the sum."""
     return rms_norm(residual.add_(x), weight, eps)
 
 
@@ -103,7 +103,7 @@ def new_kv(
 ) -> tuple[LayerKV, ...]:
     """Keys and values [blocks, block_size, kv_heads, head_dim] a layer, on torch's default device."""
     shape = (layers, blocks, block_size, kv_heads, head_dim)
-    # Not filled, hence not yet there on the host; `attention` trusts nothing that was not written.
+    # Not filled, hence without pages on the host so far; `attention` ignores what was not written.
     keys, values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
     return tuple(LayerKV(k, v, block_size, kv_heads, head_dim) for k, v in zip(keys, values, strict=True))
 
@@ -125,7 +125,7 @@ def rope_write(qkv: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tens
 def attention(
     qkv: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None = None
 ) -> torch.Tensor:
-    """Each row's queries over its sequence's keys; returns [rows, heads * head_dim]."""
+    """Attention of each row to its sequence's positions; returns [rows, heads * head_dim]."""
     pages.check(len(qkv), len(kv.keys), kv.block_size)
     out = torch.empty(len(qkv), heads * kv.head_dim, dtype=qkv.dtype, device=qkv.device)
     _attend_decodes(qkv, out, heads, kv, pages, scale, window)
@@ -136,7 +136,7 @@ def attention(
 def attend_prefills(
     qkv: torch.Tensor, out: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None
 ) -> None:
-    """`attention` of the sequences with several rows, into these rows of out [rows, heads * head_dim]."""
+    """`attention` for sequences with several rows, written to their rows of out [rows, heads * head_dim]."""
     prefills = _prefills(pages, window, qkv.device)
     q, results = (part[:, : heads * kv.head_dim].view(len(qkv), heads, kv.head_dim) for part in (qkv, out))
     for prefill in prefills:
@@ -151,14 +151,14 @@ def attend_prefills(
 def _attend_decodes(
     qkv: torch.Tensor, out: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None
 ) -> None:
-    """`attention` of the sequences with one row."""
-    # The query heads of one KV head stand in the place of a decode's query positions: nothing is repeated.
+    """`attention` for sequences with one row, written to their rows of out."""
+    # The query heads of one KV head take the axis of query positions, so that nothing is repeated.
     shape = (len(qkv), kv.kv_heads, heads // kv.kv_heads, kv.head_dim)
     q, results = qkv[:, : heads * kv.head_dim].view(shape), out.view(shape)
     for decode in _decodes(pages, window, qkv.device):
         keys, values = (_gather(part, decode.blocks, len(decode.rows)) for part in (kv.keys, kv.values))
         for gathered in (keys, values):
-            # A masked position is still multiplied by zero, which somebody else's NaN would survive.
+            # A masked position is still multiplied by zero, which another sequence's NaN would survive.
             gathered.flatten(0, 1).index_fill_(0, decode.stale, 0)
         results[decode.rows] = F.scaled_dot_product_attention(
             q[decode.rows], keys.transpose(1, 2), values.transpose(1, 2), attn_mask=decode.mask, scale=scale
@@ -170,10 +170,10 @@ class _Decode:
     """Sequences with one new row and of similar length.
 
     Attributes:
-        rows: int64 [n].
-        blocks: int64 [n * width]: of each sequence, filled up with block 0.
+        rows: int64 [n]: their rows.
+        blocks: int64 [n * width]: the blocks of each sequence, padded with block 0.
         stale: int64 [...]: those of the n * width * block_size positions that are not the sequence's own.
-        mask: bool [n, 1, 1, width * block_size]: what the row sees.
+        mask: bool [n, 1, 1, width * block_size]: the positions that the row sees.
     """
 
     rows: torch.Tensor
@@ -187,10 +187,10 @@ class _Prefill:
     """A sequence with several new rows.
 
     Attributes:
-        rows: of the step.
-        blocks: int64 [...]: those that any of the rows sees.
-        length: positions of these that are the sequence's own.
-        mask: bool [count, length]; None where plain causality says it all.
+        rows: Its rows of the step.
+        blocks: int64 [...]: the blocks that any of the rows sees.
+        length: Number of positions in these blocks that are the sequence's own.
+        mask: bool [count, length]; None if a causal mask suffices.
     """
 
     rows: slice
@@ -205,7 +205,7 @@ def _decodes(pages: Pages, window: int | None, device: torch.device) -> list[_De
         groups: dict[int, list[tuple[int, KVSpan]]] = {}
         for row, span in zip(pages.table[:, FIRST].tolist(), pages.spans, strict=True):
             if span.count == 1:
-                # Lengths within a factor of two share a gather: what it is filled up with stays below the real work.
+                # Lengths within a factor of two share a gather: the padding is less than the real work.
                 used = len(_seen(span, window, pages.block_size)[1])
                 groups.setdefault(used.bit_length(), []).append((row, span))
         pages.memo[key] = [_decode(group, window, pages.block_size, device) for group in groups.values()]
@@ -226,7 +226,7 @@ def _prefills(pages: Pages, window: int | None, device: torch.device) -> list[_P
 
 
 def _seen(span: KVSpan, window: int | None, block_size: int) -> tuple[int, list[int]]:
-    """The first position of the first block that any row of the span sees, and all those blocks."""
+    """The blocks that any row of the span sees, preceded by the first position of the first of them."""
     first = 0 if window is None else max(0, span.start + 1 - window) // block_size
     return first * block_size, list(span.block_table[first : -(-span.stop // block_size)])
 
@@ -256,6 +256,6 @@ def _prefill(row: int, span: KVSpan, window: int | None, block_size: int, device
 
 
 def _gather(part: torch.Tensor, blocks: torch.Tensor, sequences: int) -> torch.Tensor:
-    """The blocks of a layer's keys or values as [sequences, positions, kv_heads, head_dim]."""
-    # index_select over more than two dimensions goes element by element on a CPU.
+    """Gathers blocks of a layer's keys or values as [sequences, positions, kv_heads, head_dim]."""
+    # index_select over more than two dimensions copies element by element on a CPU.
     return F.embedding(blocks, part.flatten(1)).view(sequences, -1, *part.shape[2:])

@@ -1,4 +1,4 @@
-"""The training counterpart of `lora`: several adapters trained at once over one frozen linear, each as if alone."""
+"""The training counterpart of `lora`: trains several adapters at once on one frozen linear, each as if alone."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.autograd.function import once_differentiable
 from loramill.errors import AdapterInvalid, EngineFault
 from loramill.kernels.batch import Batch, Slot
 
-#: A frozen weight [d_out, d_in], or, for one kept in another form, a function that makes it: called once in the forward
-#: and once in the backward, its result is not kept. For a bitsandbytes `Params4bit` (NF4) this is
-#: `functools.partial(bitsandbytes.functional.dequantize_4bit, weight.data, weight.quant_state)`.
+#: A frozen weight [d_out, d_in], or a function that returns it if it is stored in another form. The function is called
+#: once in the forward and once in the backward pass; its result is not kept. For a bitsandbytes `Params4bit` (NF4) it
+#: is `functools.partial(bitsandbytes.functional.dequantize_4bit, weight.data, weight.quant_state)`.
 Frozen = torch.Tensor | Callable[[], torch.Tensor]
 
-#: Dropout compares 16 random bits an element, so its probability is rounded to this fraction.
+#: Dropout compares 16 random bits per element, so its probability is rounded to multiples of 1 / DROPOUT_STEPS.
 DROPOUT_STEPS = 2**16
 
 
@@ -29,10 +29,10 @@ class Trainable:
 
     Attributes:
         a: [r, d_in].
-        b: [d_out, r], of a's dtype, in which the adapter computes, whatever x's.
-        scale: of the delta: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732).
-        dropout: probability that an element of x is hidden from the adapter, to the nearest 1 / DROPOUT_STEPS.
-        seed: of the dropout, see `dropout_seed`.
+        b: [d_out, r], of a's dtype; the adapter computes in this dtype, whatever x's.
+        scale: Factor of the delta: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732).
+        dropout: Probability that an element of x is dropped for the adapter, rounded to multiples of 1 / DROPOUT_STEPS.
+        seed: Seed of the dropout; see `dropout_seed`.
     """
 
     a: torch.Tensor
@@ -43,12 +43,12 @@ class Trainable:
 
 
 def dropout_seed(adapter: str, step: int, site: str) -> int:
-    """The seed of an adapter's dropout at one linear in one forward.
+    """The seed of an adapter's dropout at one linear in one forward pass.
 
     Args:
-        adapter: whose; nothing of its neighbours enters.
-        step: of the adapter's own training; with gradient accumulation, counted in micro-batches.
-        site: name of the linear.
+        adapter: Identifies the adapter; the seed is independent of the other adapters.
+        step: The step of the adapter's own training; with gradient accumulation, counted in micro-batches.
+        site: Name of the linear.
     """
     return int.from_bytes(hashlib.blake2b(repr((adapter, step, site)).encode(), digest_size=8).digest(), "big")
 
@@ -60,7 +60,7 @@ def grouped_lora(
     batch: Batch,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A frozen linear, and on the rows of every adapter its LoRA; differentiable once, in x, a and b.
+    """A frozen linear, with LoRA on the rows of each adapter; differentiable once, in x, a and b.
 
     With `rows` all rows of an adapter in their order, x_a = x[rows] in the adapter's dtype, p its dropout, and a
     generator of x's device:
@@ -71,24 +71,24 @@ def grouped_lora(
         kept = words.view(torch.int16)[: x_a.numel()].view_as(x_a) >= p * 2**16 - 2**15
         y[rows] += (x_a * kept / (1 - p)) @ a.T @ b.T * scale
 
-    (LoRA: arXiv 2106.09685, equation 3.) What an adapter adds, and the gradients of a and b, are a function of its own
-    rows of x and dy, its parameters and its seed alone: a NaN in one reaches no other. Rows without a slot, or whose
-    slot is not in `adapters`, are the base's alone, bit for bit. Products are in the dtypes given, within autocast too.
-    Works under `torch.utils.checkpoint`. DoRA's gain is not trained here.
+    (LoRA: arXiv 2106.09685, equation 3.) An adapter's delta, and the gradients of a and b, depend only on its own rows
+    of x and dy, its parameters and its seed: a NaN in one adapter reaches no other. Rows without a slot, or whose slot
+    is not in `adapters`, equal the base's output bit for bit. Products are in the given dtypes, also within autocast.
+    Works under `torch.utils.checkpoint`. Does not train DoRA's gain.
 
     Args:
         x: [rows, d_in].
-        base: the frozen weight [d_out, d_in], of x's dtype.
-        adapters: those that have a target at this linear; one without rows gets no gradient (None, not zeros).
-        batch: whose rows are whose.
+        base: The frozen weight [d_out, d_in], of x's dtype.
+        adapters: The adapters that target this linear; one without rows gets no gradient (None, not zeros).
+        batch: The adapter of each row.
         bias: [d_out], frozen, of x's dtype.
 
     Returns:
         y, [rows, d_out], of x's dtype.
 
     Raises:
-        AdapterInvalid: an adapter's shapes, dtypes or dropout don't fit.
-        EngineFault: x, base and batch don't fit together, or the base isn't frozen.
+        AdapterInvalid: An adapter's shapes, dtypes or dropout are invalid.
+        EngineFault: x, base and batch do not match, or the base is not frozen.
     """
     with torch.no_grad():
         dense = _dense(base)
@@ -102,8 +102,8 @@ def grouped_lora(
     for slot, own in rows.items():
         adapter = adapters[slot]
         _check_adapter(slot, adapter, dense)
-        hidden = round(adapter.dropout * DROPOUT_STEPS)
-        parts.append(_Part(tuple(own), adapter.scale / (1 - hidden / DROPOUT_STEPS), hidden, adapter.seed))
+        dropped = round(adapter.dropout * DROPOUT_STEPS)
+        parts.append(_Part(tuple(own), adapter.scale / (1 - dropped / DROPOUT_STEPS), dropped, adapter.seed))
         weights += (adapter.a, adapter.b)
     y: torch.Tensor = _GroupedLora.apply(x, dense, base, bias, parts, *weights)  # type: ignore[no-untyped-call]
     return y
@@ -111,47 +111,51 @@ def grouped_lora(
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """An adapter's rows of a batch, and all of the adapter that is no tensor.
+    """An adapter's rows of a batch, and its parameters that are not tensors.
 
-    `hidden` is its dropout in steps. `scale` has the dropout's 1 / (1 - p) in it: every product with the thinned x or
-    its gradient also has the scale as a factor.
+    Attributes:
+        rows: Its rows.
+        scale: Includes the dropout's 1 / (1 - p): every product with the masked x or its gradient also has the scale
+            as a factor.
+        dropped: The dropout probability in units of 1 / DROPOUT_STEPS.
+        seed: Of the dropout.
     """
 
     rows: tuple[slice, ...]
     scale: float
-    hidden: int
+    dropped: int
     seed: int
 
     def take(self, whole: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Its rows of `whole`, in order; a view where it can be one."""
+        """Its rows of `whole`, in order; a view if possible."""
         own = whole[self.rows[0]] if len(self.rows) == 1 else torch.cat([whole[rows] for rows in self.rows])
         return own.to(dtype)
 
     def add_product(self, whole: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Adds left @ right to its rows of `whole`, in one go where these are one run of the same dtype."""
+        """Adds left @ right to its rows of `whole`, in one operation if these are one run of the same dtype."""
         if len(self.rows) == 1 and whole.dtype == left.dtype:
             whole[self.rows[0]].addmm_(left, right)
         else:
             self.add(whole, left @ right)
 
     def add(self, whole: torch.Tensor, own: torch.Tensor) -> None:
-        """Adds to its rows of `whole`, rounding once where that has the narrower dtype."""
+        """Adds to its rows of `whole`, rounding once if that has the narrower dtype."""
         pieces = torch.split(own, [rows.stop - rows.start for rows in self.rows])
         for rows, piece in zip(self.rows, pieces, strict=True):
             whole[rows] += piece
 
     def kept(self, rows: int, d_in: int, device: torch.device) -> torch.Tensor | None:
-        """The dropout's mask [rows, d_in]; None: all is kept.
+        """The dropout's mask [rows, d_in]; None if nothing is dropped.
 
-        It is drawn in the forward and once more in the backward: twice this costs less than half of one
-        `F.dropout`, while masks that are stored would about double what a layer holds for its backward.
+        It is drawn in the forward and again in the backward pass: both together cost less than half of one
+        `F.dropout`, while stored masks would about double what a layer keeps for its backward pass.
         """
-        if not self.hidden:
+        if not self.dropped:
             return None
         generator = torch.Generator(device).manual_seed(self.seed)
         words = torch.empty(-(-rows * d_in // 4), dtype=torch.int64, device=device)
         words.random_(-(2**63), None, generator=generator)
-        return words.view(torch.int16)[: rows * d_in].view(rows, d_in) >= self.hidden - DROPOUT_STEPS // 2
+        return words.view(torch.int16)[: rows * d_in].view(rows, d_in) >= self.dropped - DROPOUT_STEPS // 2
 
 
 class _GroupedLora(torch.autograd.Function):
@@ -165,14 +169,14 @@ class _GroupedLora(torch.autograd.Function):
         parts: Sequence[_Part],
         *weights: torch.Tensor,
     ) -> torch.Tensor:
-        # The base is not among the saved tensors: hooks on those (offloading) would copy it for every linear and step.
+        # The base is not a saved tensor: hooks on those (offloading) would copy it for every linear and step.
         ctx.base, ctx.parts = base, parts
         saved = [x if any(ctx.needs_input_grad[5::2]) else None]
         with torch.autocast(x.device.type, enabled=False):
             y = F.linear(x, dense, bias)
             for part, a, b in zip(parts, weights[::2], weights[1::2], strict=True):
                 own = part.take(x, a.dtype)
-                h = (_thinned(own, part.kept(len(own), x.shape[1], x.device)) @ a.T).mul_(part.scale)
+                h = (_masked(own, part.kept(len(own), x.shape[1], x.device)) @ a.T).mul_(part.scale)
                 part.add_product(y, h, b.T)
                 saved += (a, b, h)
         ctx.save_for_backward(*saved)
@@ -196,7 +200,7 @@ class _GroupedLora(torch.autograd.Function):
                     dh = (own @ b).mul_(part.scale)
                     kept = part.kept(len(dh), a.shape[1], a.device)
                     if needs_a:
-                        da = dh.T @ _thinned(part.take(x, a.dtype), kept)
+                        da = dh.T @ _masked(part.take(x, a.dtype), kept)
                     if dx is not None and kept is None:
                         part.add_product(dx, dh, a)
                     elif dx is not None:
@@ -205,7 +209,7 @@ class _GroupedLora(torch.autograd.Function):
         return (dx, None, None, None, None, *grads)
 
 
-def _thinned(x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+def _masked(x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
     return x if kept is None else x * kept
 
 
@@ -219,12 +223,12 @@ def _check_base(x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None,
     if dense.ndim != 2 or dense.shape[1] != x.shape[1] or dense.dtype != x.dtype:
         raise EngineFault(
             f"The base is {list(dense.shape)} {dense.dtype} and x {list(x.shape)} {x.dtype}; the base must be "
-            "[d_out, d_in] of x's dtype, or, if it is quantized, a function that returns that."
+            "[d_out, d_in] of x's dtype, or a function that returns that if it is quantized."
         )
     if bias is not None and (bias.shape != dense.shape[:1] or bias.dtype != x.dtype):
         raise EngineFault(f"The bias is {list(bias.shape)} {bias.dtype}; it must be [{dense.shape[0]}] {x.dtype}.")
     if dense.requires_grad or (bias is not None and bias.requires_grad):
-        raise EngineFault("The base wants a gradient, but only adapters are trained here; freeze weight and bias.")
+        raise EngineFault("The base requires a gradient, but only adapters are trained here; freeze weight and bias.")
 
 
 def _check_adapter(slot: Slot, adapter: Trainable, dense: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
-"""The one reader of adapters in PEFT's format: for serving, generation, merging, import, and jobs that start from one.
+"""The only reader of adapters in PEFT's format: for serving, generation, merging, import, and continued training.
 
-It is strict where PEFT only warns: each tensor that `adapter_config.json` and the base call for is there, finite and of
-the right shape, and each tensor of the file is used. Imports with torch alone.
+It is strict where PEFT only warns: each tensor that `adapter_config.json` and the base require must be present, finite
+and of the right shape, and each tensor in the file must be used. Imports with torch alone.
 """
 
 from loramill.kernels.peft_folder.base import PREFIX, BaseModules, Module

@@ -1,4 +1,4 @@
-"""The modules of a base that an adapter may target, and which of them a tensor's name means."""
+"""The modules of a base that an adapter may target, and the module that a tensor's name refers to."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import nn
 
 from loramill.kernels.adapter import Site
 
-#: What PEFT puts before a module's name in a file.
+#: PEFT's prefix of module names in a file.
 PREFIX = "base_model.model."
-#: What wrappers put before or between the parts of a module's name: torch.compile, FSDP, activation checkpointing.
+#: What torch.compile, FSDP and activation checkpointing insert before or between the parts of a module's name.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-#: What PEFT and DDP put before a module's name; PEFT applied twice puts it there twice.
+#: What PEFT and DDP insert before a module's name; PEFT applied twice inserts it twice.
 _PEFT = re.compile(r"(?:(?:base_model\.model|module)\.)*")
 #: Prefixes of the same layers in other classes of transformers: with or without a head, alone or next to a tower.
 _HOLDERS = re.compile(r"(?:(?:model|language_model|transformer|text_model)\.)*")
@@ -27,10 +27,10 @@ class Module:
     """A linear or embedding of a base.
 
     Attributes:
-        d_in: columns of the weight; of an embedding, its vocabulary.
-        d_out: rows of the weight; of an embedding, the width of its vectors.
-        lookup: whether it is an embedding.
-        head: whether it gives the logits; "all-linear" leaves it out.
+        d_in: Columns of the weight; of an embedding, its vocabulary.
+        d_out: Rows of the weight; of an embedding, the width of its vectors.
+        lookup: Whether it is an embedding.
+        head: Whether it computes the logits; "all-linear" excludes it.
     """
 
     d_in: int
@@ -41,12 +41,12 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class BaseModules:
-    """What an adapter may target in a base.
+    """The modules of a base that an adapter may target.
 
     Attributes:
-        modules: by their names in the base, in its order.
-        weight: a module's weight [d_out, d_in], of an embedding [vocabulary, width]; or its bias [d_out] by
-            `<module>.bias`. None if it has none.
+        modules: By their names in the base, in its order.
+        weight: Returns a module's weight [d_out, d_in], of an embedding [vocabulary, width]; for `<module>.bias`, its
+            bias [d_out]. None if it has none.
     """
 
     modules: Mapping[str, Module]
@@ -54,7 +54,7 @@ class BaseModules:
     _cores: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Finds the names that are unique without the prefixes of the layers."""
+        """Finds the names that are unique without their prefixes."""
         counts = Counter(map(_core, self.modules))
         cores = {core: name for name in self.modules if counts[core := _core(name)] == 1}
         object.__setattr__(self, "_cores", cores)
@@ -71,10 +71,11 @@ class BaseModules:
 
     @staticmethod
     def of_model(model: nn.Module, head: nn.Module | None) -> BaseModules:
-        """The modules of a transformers model, in full precision; it may be on the meta device.
+        """The modules of a transformers model in full precision, which may be on the meta device.
 
         Args:
-            head: its output embeddings.
+            model: The model.
+            head: Its output embeddings.
         """
         found = {name: module for name, module in model.named_modules() if _adaptable(module)}
 
@@ -88,13 +89,13 @@ class BaseModules:
         return BaseModules({name: _described(module, module is head) for name, module in found.items()}, weight)
 
     def find(self, path: str) -> tuple[str, str] | None:
-        """The module of a tensor in a file, by the tensor's name without its part.
+        """Finds the module of a tensor in a file by the tensor's name without its part.
 
         Returns:
-            The name in this base, and the name in the model that was trained, by which the config's patterns go.
+            The name in this base, and the name in the model that was trained, to which the config's patterns refer.
         """
         plain = path.removeprefix(PREFIX)
-        if plain in self.modules:  # as PEFT writes it: hundreds of names of each adapter that is loaded
+        if plain in self.modules:  # PEFT's form: the common case, with hundreds of names per adapter
             return plain, plain
         trained = _WRAPPERS.sub("", path)
         trained = trained[_PEFT.match(trained).end() :]  # type: ignore[union-attr]  # matches nothing, at least
@@ -104,10 +105,10 @@ class BaseModules:
         return None if name is None else (name, trained)
 
     def trained_names(self, found: Mapping[str, str]) -> dict[str, str]:
-        """What the trainer called each module of the base.
+        """The name of each module of the base in the model that was trained.
 
         Args:
-            found: that name for the modules that a file holds.
+            found: These names for the modules in a file.
         """
         holders = {_holder(name): _holder(trained) for name, trained in found.items() if name != trained}
         return {

@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: what is refused, which modules it targets, and the rank and alpha of each."""
+"""PEFT's `adapter_config.json`: unsupported features, target modules, and the rank and alpha of each module."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loramill.kernels.peft_folder.base import Module
 
 CONFIG_FILE = "adapter_config.json"
 
-#: Settings of PEFT's LoraConfig that change what an adapter computes and have no place in the normal form.
+#: Settings of PEFT's LoraConfig that change what an adapter computes and can't be expressed in the normal form.
 _UNSUPPORTED = (
     "modules_to_save",
     "target_parameters",
@@ -22,7 +22,7 @@ _UNSUPPORTED = (
     "lora_bias",
     "alora_invocation_tokens",
 )
-#: Names of settings that enable a variant of LoRA. Those below do not change what a saved adapter computes.
+#: Names of settings that enable a variant of LoRA; those in `_HARMLESS` do not change what a saved adapter computes.
 _SWITCHES = re.compile(r"use_\w+|\w+_config")
 _HARMLESS = (
     "use_rslora",
@@ -48,10 +48,10 @@ _LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config in a folder, if it is one of an adapter that is supported.
+    """Reads the config in a folder and checks that the adapter is supported.
 
     Raises:
-        AdapterInvalid: it isn't; the message names what is in the way.
+        AdapterInvalid: The config is missing or unreadable, or the adapter is not supported; the message says why.
     """
     path = folder / CONFIG_FILE
     if not path.is_file() and (inside := sorted(folder.glob(f"*/{CONFIG_FILE}"))):
@@ -66,7 +66,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def parse_config(name: str, text: str | bytes) -> dict[str, Any]:
-    """The config of the adapter `name`; as `read_config`."""
+    """Parses and checks the config of the adapter `name`; see `read_config`."""
     try:
         config = json.loads(text)
     except ValueError as error:
@@ -102,10 +102,10 @@ def _check_supported(name: str, config: Mapping[str, Any]) -> None:
 
 
 class TargetModules:
-    """PEFT's rule for which modules of a base an adapter has, by the names that they had in training.
+    """PEFT's rule for the modules of a base that an adapter targets, by their names in training.
 
     Raises:
-        AdapterInvalid: the config has no target_modules, or they are garbled.
+        AdapterInvalid: The config has no target_modules, or they are malformed.
     """
 
     def __init__(self, name: str, config: Mapping[str, Any]) -> None:
@@ -122,12 +122,13 @@ class TargetModules:
             self._numbers = [re.compile(rf"(?:^|.*?\.){each}\.(?P<idx>\d+)\.") for each in patterns]
         except (TypeError, re.error) as error:
             raise AdapterInvalid(
-                f"{CONFIG_FILE} in {name} lacks or garbles target_modules, exclude_modules or the layers: {error}."
+                f"target_modules, exclude_modules or the layers in {CONFIG_FILE} of {name} are missing or malformed: "
+                f"{error}."
             ) from error
         self._numbers = self._numbers or [re.compile(_LAYER)]
 
     def __contains__(self, item: tuple[str, Module]) -> bool:
-        """Whether a module of this name in training has an adapter."""
+        """Whether the adapter targets a module, given with its name in training."""
         name, module = item
         if _selects(self._excluded, name):
             return False
@@ -153,7 +154,7 @@ def _selection(value: Any) -> re.Pattern[str] | frozenset[str]:
 
 
 def _selects(selection: re.Pattern[str] | frozenset[str], name: str) -> bool:
-    """By a regular expression of the whole name; or by one of its ends at a dot."""
+    """Whether a pattern matches the whole name, or a list contains one of its suffixes that start at a dot."""
     if isinstance(selection, re.Pattern):
         return selection.fullmatch(name) is not None
     return bool(selection) and any(end in selection for end in _ends(name))
@@ -165,12 +166,12 @@ def _ends(name: str) -> list[str]:
 
 
 class Patterns:
-    """PEFT's rule for ranks and alphas: the first key that, as a regular expression, matches the name's end at a dot.
+    """PEFT's rule for ranks and alphas: the first key whose regular expression matches a suffix that starts at a dot.
 
-    Plain names are looked up: an adapter may have one for each module.
+    Plain names are looked up in a dictionary: an adapter may have one per module.
 
     Raises:
-        AdapterInvalid: the patterns are garbled.
+        AdapterInvalid: The patterns are malformed.
     """
 
     def __init__(self, name: str, config: Mapping[str, Any], key: str) -> None:
@@ -183,10 +184,12 @@ class Patterns:
                 else:
                     self._others.append((index, re.compile(rf"(.*\.)?({pattern})$"), value))
         except (AttributeError, re.error) as error:
-            raise AdapterInvalid(f"{CONFIG_FILE} in {name} lacks or garbles rank or alpha: {error!r}.") from error
+            raise AdapterInvalid(
+                f"Rank or alpha is missing or malformed in {CONFIG_FILE} of {name}: {error!r}."
+            ) from error
 
     def of(self, trained: str, module: str) -> Any:
-        """The value for a module by its name in training or, where that matches nothing, by its name in the base."""
+        """The value for a module, by its name in training or, if none matches, by its name in the base."""
         if not self._plain and not self._others:
             return None
         found = self._first(trained)

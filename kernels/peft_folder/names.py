@@ -1,4 +1,4 @@
-"""The tensors of an adapter's file, by the base's module and the part of its adapter that each is."""
+"""Sorts the tensors of an adapter's file by the base's module and the part of its adapter."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _OF_BASE = re.compile(rf"(?P<path>.+?)(?:\.base_layer)?\.(?P<part>{WEIGHT}|{BIAS
 
 @dataclass(frozen=True, slots=True)
 class FileModule:
-    """What a file holds for one module.
+    """The tensors in a file for one module.
 
     Attributes:
-        trained: the module's name in the model that was trained.
-        parts: tensors by part.
-        names: the tensors' names in the file, by part.
+        trained: The module's name in the model that was trained.
+        parts: Tensors by part.
+        names: The tensors' names in the file, by part.
     """
 
     trained: str
@@ -42,10 +42,10 @@ class FileModule:
 
 
 def by_module(folder: str, tensors: Mapping[str, torch.Tensor], base: BaseModules) -> dict[str, FileModule]:
-    """Sorts a file's tensors.
+    """Sorts a file's tensors by module.
 
     Raises:
-        AdapterInvalid: a tensor belongs to no supported adapter or to no module of the base, or is there twice.
+        AdapterInvalid: A tensor is not part of a supported adapter or of a module of the base, or occurs twice.
     """
     modules: dict[str, FileModule] = {}
     adapters: set[str] = set()
@@ -87,7 +87,7 @@ def _split(folder: str, name: str) -> tuple[str, str, str | None]:
 
 
 def file_name(module: str, part: str) -> str:
-    """What PEFT calls a part in a file."""
+    """PEFT's name of a part in a file."""
     return f"{PREFIX}{module}.{part}" + (".weight" if part in (A, B) else "")
 
 

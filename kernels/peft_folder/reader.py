@@ -1,4 +1,4 @@
-"""An adapter in PEFT's format, checked against its config and its base, and brought to the normal form."""
+"""Reads an adapter in PEFT's format, checks it against its config and base, and converts it to the normal form."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from loramill.kernels.peft_folder.safetensors_file import first_non_finite, read
 __all__ = ["WEIGHTS_FILE", "AdapterModule", "parse_config", "read_adapter", "read_modules"]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-#: What other programs call their files, and what to do with them.
+#: Files of other programs, and what to do with them.
 _OTHER_FILES = {
     "adapter_model.bin": "it has adapter_model.bin, a pickle, which can run any code and is not read. If you trust it, "
     "convert it: safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
@@ -46,14 +46,14 @@ _OTHER_FILES = {
 
 @dataclass(frozen=True, slots=True)
 class AdapterModule:
-    """The adapter of one module, as trained; in the file's dtype.
+    """The adapter of one module, as trained, in the file's dtype.
 
     Attributes:
         a: [r, d_in].
         b: [d_out, r].
-        scale: what their product is multiplied by.
-        magnitude: DoRA's [d_out]; None without DoRA.
-        lookup: whether the module is an embedding.
+        scale: Factor of b @ a.
+        magnitude: DoRA's magnitude [d_out]; None without DoRA.
+        lookup: Whether the module is an embedding.
     """
 
     a: torch.Tensor
@@ -66,7 +66,7 @@ class AdapterModule:
         """The normal form.
 
         Args:
-            weight: of the base's module, [d_out, d_in]; needed with a magnitude only.
+            weight: The base module's weight [d_out, d_in]; needed only with a magnitude.
         """
         if self.magnitude is None:
             return Delta(self.a, self.b, lookup=self.lookup, scale=self.scale)
@@ -77,7 +77,7 @@ class AdapterModule:
 
 
 def read_adapter(folder: Path, base: BaseModules, allocate: Allocator = host_memory) -> dict[str, Delta]:
-    """The deltas of an adapter by module; arguments and errors are those of `read_modules`."""
+    """The deltas of an adapter by module; for arguments and errors see `read_modules`."""
     return {
         module: tuned.delta(None if tuned.magnitude is None else base.weight(module))
         for module, tuned in read_modules(folder, base, allocate).items()
@@ -85,21 +85,21 @@ def read_adapter(folder: Path, base: BaseModules, allocate: Allocator = host_mem
 
 
 def read_modules(folder: Path, base: BaseModules, allocate: Allocator = host_memory) -> dict[str, AdapterModule]:
-    """Reads `adapter_config.json` and `adapter_model.safetensors`, of LoRA or raw AdaLoRA.
+    """Reads `adapter_config.json` and `adapter_model.safetensors` of LoRA or raw AdaLoRA.
 
     Args:
-        folder: as PEFT's `save_pretrained` writes it, or others in its format: with other prefixes of the modules'
-            names, or the adapter's name in them.
-        base: its weights are read where the file holds some of them, to compare.
-        memory: where the file's bytes go.
+        folder: Written by PEFT's `save_pretrained`, or by another program in its format; names may have other prefixes
+            or contain the adapter's name.
+        base: Its weights are read to compare them with base weights in the file, if there are any.
+        allocate: Returns the memory for the file's bytes.
 
     Returns:
-        By module, in the base's order; the tensors share these bytes. Modules all of whose AdaLoRA ranks are pruned
-        are left out.
+        The adapter of each module, in the base's order; the tensors share the file's bytes. Modules whose AdaLoRA
+        ranks are all pruned are left out.
 
     Raises:
-        AdapterInvalid: a broken file, another method, or something that isn't supported; a required tensor that
-            is missing, of another shape, or not finite; a tensor that is not required. The message names it.
+        AdapterInvalid: The file is broken, the method or a feature is not supported, a required tensor is missing, of
+            another shape or not finite, or a tensor is not required. The message names it.
     """
     config = read_config(folder)
     name = folder.name
@@ -146,10 +146,10 @@ def _targeted(
     """The modules that the config targets, in the base's order.
 
     Raises:
-        AdapterInvalid: the file holds a module that is not targeted.
+        AdapterInvalid: The file contains a module that is not targeted.
     """
     targets = TargetModules(name, config)
-    # A config may name the modules as they were named in training, or as in this base.
+    # A config may use the modules' names in training, or those in this base.
     promised = {
         module: None
         for module, site in base.modules.items()
@@ -170,7 +170,7 @@ def _targeted(
 
 
 def _drop_base_layers(name: str, found: dict[str, FileModule], base: BaseModules) -> None:
-    """Removes the base's own layers, which PEFT saves with adapters of embeddings and heads."""
+    """Removes base weights, which PEFT saves with adapters of embeddings and heads, after comparing them."""
     for module, own in list(found.items()):
         for part, end in ((WEIGHT, ""), (BIAS, ".bias")):
             if part not in own.parts:
@@ -186,7 +186,7 @@ def _drop_base_layers(name: str, found: dict[str, FileModule], base: BaseModules
 
 
 def _equal(saved: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether both are the same numbers, once rounded to the coarser of the dtypes."""
+    """Whether both are equal after rounding to the coarser of their dtypes."""
     return torch.equal(saved.to(weight.dtype), weight) or torch.equal(saved, weight.to(saved.dtype))
 
 
@@ -196,22 +196,22 @@ def _lora(
     of_a, of_b = (EMBEDDING_A, EMBEDDING_B) if site.lookup else (A, B)
     if dora and site.lookup:
         raise AdapterInvalid(f"The adapter in {name} uses DoRA on the embedding '{module}', which isn't supported.")
-    wanted = {of_a: (rank, site.d_in), of_b: (site.d_out, rank)} | ({MAGNITUDE: (site.d_out,)} if dora else {})
-    parts = _require_parts(name, module, own, wanted)
+    required = {of_a: (rank, site.d_in), of_b: (site.d_out, rank)} | ({MAGNITUDE: (site.d_out,)} if dora else {})
+    parts = _require_parts(name, module, own, required)
     return AdapterModule(parts[of_a], parts[of_b], scale, parts.get(MAGNITUDE), site.lookup)
 
 
 def _adalora(
     name: str, module: str, site: Module, trained: str, own: FileModule | None, config: Mapping[str, Any]
 ) -> AdapterModule | None:
-    """B diag(E) A (Zhang et al. 2023, eq. 3) without the ranks whose singular value is 0; None if all are."""
+    """B diag(E) A (Zhang et al. 2023, eq. 3) without the ranks whose singular value is 0; None if all are 0."""
     try:
         rank, alpha = int(config["init_r"]), float(config["lora_alpha"])
         divisor = float(rank)
         kept = (config.get("rank_pattern") or {}).get(f"{trained}.{E}")
         rank = rank if kept is None else sum(map(bool, kept))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AdapterInvalid(f"{CONFIG_FILE} in {name} lacks or garbles rank or alpha: {error!r}.") from error
+        raise AdapterInvalid(f"Rank or alpha is missing or malformed in {CONFIG_FILE} of {name}: {error!r}.") from error
     if rank == 0 and own is None:
         return None
     if own is not None and (ranknum := own.parts.pop(RANKS, None)) is not None:
@@ -231,12 +231,12 @@ def _number(name: str, tensor: str, value: torch.Tensor) -> float:
 
 
 def _rank_and_scale(name: str, module: str, config: Mapping[str, Any], rank: Any, alpha: Any) -> tuple[int, float]:
-    """A module's rank and scale; `rank` and `alpha` are its patterns' values, None if it has none."""
+    """A module's rank and scale; `rank` and `alpha` are the values of its patterns, None if it has none."""
     try:
         rank = int(config["r"] if rank is None else rank)
         alpha = float(config["lora_alpha"] if alpha is None else alpha)
     except (KeyError, TypeError, ValueError) as error:
-        raise AdapterInvalid(f"{CONFIG_FILE} in {name} lacks or garbles rank or alpha: {error!r}.") from error
+        raise AdapterInvalid(f"Rank or alpha is missing or malformed in {CONFIG_FILE} of {name}: {error!r}.") from error
     if rank < 1 or not math.isfinite(alpha):
         raise AdapterInvalid(
             f"'{module}' of the adapter in {name} has rank {rank} and alpha {alpha:g}; the rank must be at least 1, "
@@ -246,29 +246,29 @@ def _rank_and_scale(name: str, module: str, config: Mapping[str, Any], rank: Any
 
 
 def _require_parts(
-    name: str, module: str, own: FileModule | None, wanted: Mapping[str, tuple[int, ...]]
+    name: str, module: str, own: FileModule | None, required: Mapping[str, tuple[int, ...]]
 ) -> dict[str, torch.Tensor]:
-    """The module's parts, which must be exactly those that are wanted, with these shapes."""
-    there = {} if own is None else own.parts
-    for part, shape in wanted.items():
-        if part not in there:
+    """The module's parts, which must be exactly those in `required`, with these shapes."""
+    present = {} if own is None else own.parts
+    for part, shape in required.items():
+        if part not in present:
             raise AdapterInvalid(
                 f"The adapter in {name} lacks '{file_name(module, part)}': its {CONFIG_FILE} requires "
-                f"{_listed(wanted)} for '{module}', and {WEIGHTS_FILE} holds {_listed(there) or 'nothing'} of it. Save "
-                "or copy the whole adapter again."
+                f"{_listed(required)} for '{module}', and {WEIGHTS_FILE} holds {_listed(present) or 'none'}. Save or "
+                "copy the whole adapter again."
             )
-        if tuple(there[part].shape) != shape:
+        if tuple(present[part].shape) != shape:
             raise AdapterInvalid(
-                f"'{_named(own, part)}' of the adapter in {name} is {list(there[part].shape)}; by its {CONFIG_FILE} "
-                f"and this base, it must be {list(shape)}.{_hint(there[part])}"
+                f"'{_named(own, part)}' of the adapter in {name} is {list(present[part].shape)}; by its {CONFIG_FILE} "
+                f"and this base, it must be {list(shape)}.{_hint(present[part])}"
             )
-    for part in there:
-        if part not in wanted:
+    for part in present:
+        if part not in required:
             raise AdapterInvalid(
                 f"The adapter in {name} holds '{_named(own, part)}'; by its {CONFIG_FILE}, '{module}' has only "
-                f"{_listed(wanted)}."
+                f"{_listed(required)}."
             )
-    return there
+    return present
 
 
 def _hint(tensor: torch.Tensor) -> str:

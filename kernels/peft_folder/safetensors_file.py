@@ -15,11 +15,11 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def read_tensors(path: Path, allocate: Allocator = host_memory) -> dict[str, torch.Tensor]:
-    """The tensors of a file by name; they share its bytes, which go to `memory`.
+    """The tensors of a file by name; they share its bytes, which are in memory from `allocate`.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: it is no such file, or a tensor is of none of F32, BF16 and F16; the message says what is wrong.
+        OSError: The file can't be read.
+        ValueError: It is not a safetensors file, or a tensor is not F32, BF16 or F16; the message says which.
     """
     with path.open("rb") as file:
         size = path.stat().st_size
@@ -47,7 +47,7 @@ def _tensor(name: str, entry: TensorEntry, content: memoryview) -> torch.Tensor:
 def first_non_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """The name of the first tensor with a NaN or an infinity; None if there is none."""
     for name, tensor in tensors.items():
-        # A sum is one pass without a copy. One of finite values may overflow, which the slow look then tells.
+        # A sum is one pass without a copy. That of finite values may overflow, which the slower check then finds.
         if not math.isfinite(tensor.sum(dtype=torch.float32).item()) and not tensor.isfinite().all():
             return name
     return None

@@ -1,4 +1,4 @@
-"""Writes an adapter that was read in the one form that imported adapters are stored in."""
+"""Writes an adapter in the normalized form in which imported adapters are stored."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from loramill.kernels.peft_folder.reader import WEIGHTS_FILE, AdapterModule
 
 
 def normalized_files(modules: Mapping[str, AdapterModule], base: BaseModules, base_name: str) -> dict[str, bytes]:
-    """The files that PEFT writes for a LoRA or DoRA, with the base's own names; the same bytes for the same adapter.
+    """The files that PEFT would write for a LoRA or DoRA, with the base's own names; equal adapters give equal bytes.
 
     Args:
-        modules: by name, at least one; all of them with a magnitude, or none.
-        base_name: the base's name on the wire.
+        modules: By name, at least one; either all have a magnitude or none has.
+        base: The base's modules.
+        base_name: The base's name on the wire.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, tuned in modules.items():
@@ -53,13 +54,13 @@ def _config(modules: Mapping[str, AdapterModule], base: BaseModules, base_name: 
 
 
 def _targets(modules: Mapping[str, AdapterModule], base: BaseModules) -> list[str]:
-    """The last parts of the names if they mean just these modules, else the whole names."""
+    """The last parts of the names if these match exactly these modules, else the full names."""
     last = {name.rpartition(".")[2] for name in modules}
     meant = {name for name in base.modules if name.rpartition(".")[2] in last}
     return sorted(last if meant == modules.keys() else modules)
 
 
 def _number(value: float) -> float:
-    """Rounds away the last bits, in which alpha / rank * rank may differ."""
+    """Rounds off the last bits, in which alpha / rank * rank may differ."""
     rounded = round(value, 9)
     return int(rounded) if rounded.is_integer() else rounded

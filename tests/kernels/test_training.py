@@ -593,7 +593,7 @@ def test_an_adapter_that_does_not_fit_is_refused(change, message):
         ({"x": torch.zeros(13, 1, 12)}, r"pass x as \[rows, d_in\]"),
         ({"base": torch.zeros(10, 11)}, r"The base is \[10, 11\]"),
         ({"base": torch.zeros(10, 12).bfloat16()}, "of x's dtype"),
-        ({"base": lambda: torch.zeros(60, 1, dtype=torch.uint8)}, "if it is quantized, a function"),
+        ({"base": lambda: torch.zeros(60, 1, dtype=torch.uint8)}, "or a function that returns that"),
         ({"base": nn.Parameter(torch.zeros(10, 12))}, "freeze"),
         ({"bias": nn.Parameter(torch.zeros(10))}, "freeze"),
         ({"bias": torch.zeros(12)}, r"The bias is \[12\]"),

@@ -266,7 +266,7 @@ def test_a_graph_refuses_what_it_was_not_sized_for():
         with pytest.raises(EngineFault, match="take the graph of a larger bucket"):
             static.refresh(pages)
     for pages in (Pages.of([KVSpan(0, 1, [world.scratch])], 16), Pages.of([KVSpan(0, 1, [0])], 32)):
-        with pytest.raises(EngineFault, match="paging is of"):
+        with pytest.raises(EngineFault, match="paging has"):
             static.refresh(pages)
 
 

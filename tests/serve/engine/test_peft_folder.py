@@ -196,7 +196,7 @@ def test_adalora_that_saved_its_own_divisor_uses_it(tiny, tiny_folder, tmp_path)
     ("changes", "words"),
     [
         ({"init_r": 5}, r"it must be \[5, 32\]"),
-        ({"init_r": None}, "garbles rank or alpha"),
+        ({"init_r": None}, "Rank or alpha is missing or malformed"),
         ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True, False]}}, r"it must be \[1, 32\]"),
     ],
 )
@@ -258,12 +258,12 @@ def change_weights(folder, change):
         ({"use_dora": True}, "lora_magnitude_vector"),
         ({"r": 5}, r"q_proj.lora_A.weight.* is \[4, 32\];.*must be \[5, 32\]"),
         ({"r": 0}, "rank 0"),
-        ({"r": None}, "garbles rank or alpha"),
-        ({"lora_alpha": "much"}, "garbles rank or alpha"),
-        ({"rank_pattern": {"(": 3}}, "garbles rank or alpha"),
+        ({"r": None}, "Rank or alpha is missing or malformed"),
+        ({"lora_alpha": "much"}, "Rank or alpha is missing or malformed"),
+        ({"rank_pattern": {"(": 3}}, "Rank or alpha is missing or malformed"),
         ({"rank_pattern": {"q_proj": 3}}, r"must be \[3, 32\]"),
         ({"rank_pattern": {"(q|v)_proj": 3}}, r"must be \[3, 32\]"),
-        ({"rank_pattern": [1]}, "garbles rank or alpha"),
+        ({"rank_pattern": [1]}, "Rank or alpha is missing or malformed"),
     ],
 )
 def test_settings_that_cannot_be_served_are_named(folder, tiny, changes, words):

@@ -234,7 +234,7 @@ def test_a_stale_handle_is_an_error(session, graphed):
 
 
 def test_the_scratch_block_is_nobodys(session):
-    with pytest.raises(EngineFault, match="paging is of"):
+    with pytest.raises(EngineFault, match="paging has"):
         session.sides[0].forward([Chunk([1], 0, [40], 1)], [None])
 
 
