@@ -1,11 +1,11 @@
-"""Every error loramill raises on purpose, in one tree.
+"""All errors that loramill raises on purpose, in one tree.
 
     LoramillError                    500 internal_error
     ├── InvalidRequest               400 invalid_request
     │   ├── UnsupportedParameter     400 unsupported_parameter
     │   ├── ContextLengthExceeded    400 context_length_exceeded
     │   ├── DatasetInvalid           400 invalid_dataset
-    │   └── DoesNotFit               400 does_not_fit           a job that no GPU of the pool can hold
+    │   └── DoesNotFit               400 does_not_fit           no GPU of the pool has enough memory for a job
     ├── Unauthenticated              401 invalid_api_key
     ├── Forbidden                    403 forbidden
     ├── NotFound                     404 not_found
@@ -16,20 +16,20 @@
     ├── RateLimited                  429 rate_limit_exceeded
     ├── Unavailable                  503 unavailable
     ├── DeadlineExceeded             504 deadline_exceeded
-    ├── SetupError                   500 setup_error            this machine can't run it as it is
+    ├── SetupError                   500 setup_error            this machine cannot run loramill as it is set up
     │   ├── SettingsInvalid          500 settings_invalid
     │   ├── PortTaken                500 port_taken
     │   ├── DiskFull                 500 disk_full
     │   ├── NotEnoughMemory          500 not_enough_memory
     │   ├── DatabaseUnusable         500 database_unusable
-    │   ├── StoreUnusable            500 store_unusable         no such bucket, or no permission there
+    │   ├── StoreUnusable            500 store_unusable         no such bucket, or no permission
     │   ├── BaseUnusable             500 base_unusable
     │   └── NotRunning               500 not_running
     ├── ArtifactError                500 artifact_error
     │   ├── ArtifactMissing          500 artifact_missing
     │   └── ArtifactCorrupt          500 artifact_corrupt
-    ├── AdapterInvalid               500 adapter_invalid        an adapter the engine can't serve
-    ├── EngineFault                  500 engine_fault           a step failed, or the engine's books don't add up
+    ├── AdapterInvalid               500 adapter_invalid        the engine cannot serve an adapter
+    ├── EngineFault                  500 engine_fault           a step failed, or an invariant of the engine is violated
     └── JobError                     500 job_failed
         ├── LeaseLost                500 lease_lost
         ├── JobCancelled             500 job_cancelled
@@ -38,8 +38,8 @@
         ├── OutOfMemory              500 out_of_memory
         └── TrainingDiverged         500 training_diverged
 
-A message says what was wrong, where, and what to do; it is written for whoever caused the error.
-Every class is picklable, so an error raised in a Ray worker is the same error in the gateway.
+A message says what was wrong, where, and what to do; it is written for the person who caused the error.
+Every class is picklable, so that an error raised in a Ray worker is the same error in the gateway.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class LoramillError(Exception):
     """Root of the tree.
 
     Attributes:
-        message: one or two sentences for the person who can mend it.
-        param: the request parameter at fault, if it is one.
-        code, status: what the API answers with.
+        message: one or two sentences for the person who can fix the problem.
+        param: name of the invalid request parameter, if there is one.
+        code, status: the error code and the HTTP status in the API.
     """
 
     status: ClassVar[int] = 500
@@ -67,7 +67,7 @@ class LoramillError(Exception):
 
     @property
     def type(self) -> str:
-        """OpenAI's coarse class of an error: who has to act."""
+        """OpenAI's `type` of the error."""
         return "invalid_request_error" if self.status < 500 else "server_error"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -81,26 +81,26 @@ def _restore(cls: type[LoramillError], args: tuple[Any, ...], state: dict[str, A
 
 
 class InvalidRequest(LoramillError):
-    """The request can't be carried out as it is written."""
+    """The request is invalid."""
 
     status = 400
     code = "invalid_request"
 
 
 class UnsupportedParameter(InvalidRequest):
-    """A parameter of OpenAI's API that loramill doesn't have; `param` names it."""
+    """A parameter of OpenAI's API that loramill does not support; `param` is its name."""
 
     code = "unsupported_parameter"
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Prompt and answer together don't fit the base's context."""
+    """The prompt and the completion together exceed the context length of the base."""
 
     code = "context_length_exceeded"
 
 
 class DatasetInvalid(InvalidRequest):
-    """A dataset has errors; `problems` lists them all, each with file, line and field."""
+    """A dataset has errors; `problems` lists all of them, each with file, line and field."""
 
     code = "invalid_dataset"
 
@@ -110,7 +110,7 @@ class DatasetInvalid(InvalidRequest):
 
 
 class DoesNotFit(InvalidRequest):
-    """A job needs more memory than one GPU of the pool has; `nearest` describes the nearest ones that fit."""
+    """A job needs more memory than one GPU of the pool has; `nearest` describes similar jobs that fit."""
 
     code = "does_not_fit"
 
@@ -120,48 +120,48 @@ class DoesNotFit(InvalidRequest):
 
 
 class Unauthenticated(LoramillError):
-    """No API key, or one that isn't known, has expired or was revoked."""
+    """The API key is missing, unknown, expired or revoked."""
 
     status = 401
     code = "invalid_api_key"
 
 
 class Forbidden(LoramillError):
-    """The key may not do this. Says nothing about whether the thing exists."""
+    """The key does not allow this. The error does not reveal whether the object exists."""
 
     status = 403
     code = "forbidden"
 
 
 class NotFound(LoramillError):
-    """Nothing of this name or id that the key may see."""
+    """There is no object with this name or ID that the key may see."""
 
     status = 404
     code = "not_found"
 
 
 class ModelNotFound(NotFound):
-    """`model` names no base, adapter, alias or version that the key may use."""
+    """`model` is not a base, adapter, alias or version that the key may use."""
 
     code = "model_not_found"
 
 
 class Conflict(LoramillError):
-    """The thing exists already, or its state forbids the change."""
+    """The object already exists, or its state does not allow the change."""
 
     status = 409
     code = "conflict"
 
 
 class Overloaded(LoramillError):
-    """A queue is full; try again after a moment."""
+    """A queue is full; try again in a moment."""
 
     status = 429
     code = "overloaded"
 
 
 class QuotaExceeded(LoramillError):
-    """A tenant has as many jobs waiting, or as many bytes stored, as its quota allows."""
+    """A tenant has as many waiting jobs, or stored bytes, as its quota allows."""
 
     status = 429
     code = "quota_exceeded"
@@ -171,9 +171,9 @@ class RateLimited(LoramillError):
     """A tenant's limit of requests or tokens is reached.
 
     Attributes:
-        kind: which, "requests" or "tokens"; OpenAI's `type` of such an error.
-        seconds: after which the same request may pass.
-        headers: of the answer, what is left of the limits.
+        kind: "requests" or "tokens"; OpenAI's `type` of such an error.
+        seconds: time after which the same request may succeed.
+        headers: headers of the response with what is left of the limits.
     """
 
     status = 429
@@ -193,146 +193,146 @@ class RateLimited(LoramillError):
 
     @property
     def type(self) -> str:
-        """What there was too much of."""
+        """Which limit was reached: "requests" or "tokens"."""
         return self.kind
 
 
 class Unavailable(LoramillError):
-    """A part that is needed isn't up (yet); try again."""
+    """A required service is not ready or not reachable; try again."""
 
     status = 503
     code = "unavailable"
 
 
 class DeadlineExceeded(LoramillError):
-    """An answer wasn't finished in the time that its request gave it."""
+    """A request was not finished before its deadline."""
 
     status = 504
     code = "deadline_exceeded"
 
 
 class SetupError(LoramillError):
-    """This machine can't run loramill as it is set up."""
+    """This machine cannot run loramill as it is set up."""
 
     code = "setup_error"
 
 
 class SettingsInvalid(SetupError):
-    """A setting is unknown or has a value that makes no sense."""
+    """A setting is unknown or has an invalid value."""
 
     code = "settings_invalid"
 
 
 class PortTaken(SetupError):
-    """Another program listens on the port."""
+    """Another program uses the port."""
 
     code = "port_taken"
 
 
 class DiskFull(SetupError):
-    """Too little free space for what is about to be written."""
+    """There is too little free disk space."""
 
     code = "disk_full"
 
 
 class NotEnoughMemory(SetupError):
-    """Less memory is free than the command needs."""
+    """There is less free memory than the command needs."""
 
     code = "not_enough_memory"
 
 
 class DatabaseUnusable(SetupError):
-    """The record can't be opened: broken file, wrong version, no server."""
+    """The database cannot be opened: the file is damaged, the version is wrong, or there is no server."""
 
     code = "database_unusable"
 
 
 class StoreUnusable(SetupError):
-    """The artifact or checkpoint store can't be used: no such bucket, wrong credentials, or no permission."""
+    """The artifact or checkpoint store cannot be used: no such bucket, wrong credentials, or no permission."""
 
     code = "store_unusable"
 
 
 class BaseUnusable(SetupError):
-    """A base model can't be found, read, or is of an unknown architecture."""
+    """A base model cannot be found or read, or its architecture is unknown."""
 
     code = "base_unusable"
 
 
 class NotRunning(SetupError):
-    """Nothing answers at the address of the gateway."""
+    """There is no gateway at its address."""
 
     code = "not_running"
 
 
 class ArtifactError(LoramillError):
-    """A stored artifact can't be used."""
+    """A stored artifact cannot be used."""
 
     code = "artifact_error"
 
 
 class ArtifactMissing(ArtifactError):
-    """No artifact of this hash in the store."""
+    """There is no artifact with this hash in the store."""
 
     code = "artifact_missing"
 
 
 class ArtifactCorrupt(ArtifactError):
-    """An artifact's bytes aren't those that its hash names."""
+    """The content of an artifact does not match its hash."""
 
     code = "artifact_corrupt"
 
 
 class AdapterInvalid(LoramillError):
-    """An adapter doesn't fit the base, or holds what the engine can't serve."""
+    """An adapter does not fit the base, or contains something that the engine cannot serve."""
 
     code = "adapter_invalid"
 
 
 class EngineFault(LoramillError):
-    """A step of the engine failed, or its books (blocks, slots, pins) don't add up: a defect, here or below."""
+    """An engine step failed, or an invariant of blocks, slots or pins is violated: a defect of the code."""
 
     code = "engine_fault"
 
 
 class JobError(LoramillError):
-    """A fine-tune job can't go on."""
+    """A fine-tune job cannot continue."""
 
     code = "job_failed"
 
 
 class LeaseLost(JobError):
-    """The job was leased to another worker meanwhile; this one may publish nothing."""
+    """The job was leased to another worker in the meantime; this worker may not publish anything."""
 
     code = "lease_lost"
 
 
 class JobCancelled(JobError):
-    """The job's owner asked it to stop."""
+    """The job's owner cancelled it."""
 
     code = "job_cancelled"
 
 
 class JobPaused(JobError):
-    """The job's owner asked it to wait; it goes on from its checkpoint when resumed."""
+    """The job's owner paused it; it continues from its checkpoint when it is resumed."""
 
     code = "job_paused"
 
 
 class JobPreempted(JobError):
-    """A job of a higher priority takes the place; this one goes on from its checkpoint later."""
+    """A job of a higher priority takes the worker; this job continues from its checkpoint later."""
 
     code = "job_preempted"
 
 
 class OutOfMemory(JobError):
-    """A forward or backward pass found no memory."""
+    """A forward or backward pass ran out of memory."""
 
     code = "out_of_memory"
 
 
 class TrainingDiverged(JobError):
-    """Loss or gradient became NaN or infinite; `examples` are those of the step, counted from 1 in their file."""
+    """The loss or a gradient became NaN or infinite; `examples` are those of the step, counted from 1 in their file."""
 
     code = "training_diverged"
 
@@ -342,7 +342,7 @@ class TrainingDiverged(JobError):
 
 
 def first_lines(message: str, lines: int = 2) -> str:
-    """The first lines of a message that may list many problems, and how many follow."""
+    """Returns the first lines of a message that may list many problems, and the number of further lines."""
     first, rest = message.splitlines()[:lines], message.splitlines()[lines:]
     more = f"(and {len(rest)} more line{'' if len(rest) == 1 else 's'}: `loramill nightly show --json`)"
     return "\n".join([*first, more] if rest else first)

@@ -1,6 +1,6 @@
-"""Logging of loramill's processes: one format, on standard error.
+"""Logging of loramill's processes to standard error, in one format.
 
-`configure` is for processes that loramill starts (the cluster's, replicas, sessions); a library never calls it.
+`configure` is called by processes that loramill starts (cluster, replicas, sessions), never by library code.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ import logging
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
-#: Loggers of libraries that log on import, and the level from which on they are kept.
+#: Loggers of libraries that log on import, and the minimum level of the messages that are kept.
 _LIBRARIES = {
-    "alembic": logging.WARNING,  # "setup plugin …", seven lines for each process that opens the registry
+    "alembic": logging.WARNING,  # "setup plugin …", seven lines per process that opens the registry
     "bitsandbytes.backends.cpu.ops": logging.ERROR,  # an optional kernel that is missing
 }
 
 
 def configure() -> None:
-    """Sends loramill's own log from INFO on, and the warnings of libraries, to standard error."""
+    """Logs loramill's messages from INFO and libraries' messages from WARNING to standard error."""
     root = logging.getLogger()
     bare = [each for each in root.handlers if isinstance(each, logging.StreamHandler) and each.formatter is None]
-    for handler in bare:  # Ray Train's, in a session, which writes nothing but the message
+    for handler in bare:  # Ray Train's in a session, which writes only the message
         root.removeHandler(handler)
     if bare or not root.handlers:
         ours = logging.StreamHandler()
@@ -31,6 +31,6 @@ def configure() -> None:
 
 
 def quiet_libraries() -> None:
-    """Keeps what libraries log on import out of the log and off the terminal."""
+    """Suppresses what libraries log on import."""
     for name, level in _LIBRARIES.items():
         logging.getLogger(name).setLevel(level)

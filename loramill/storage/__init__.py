@@ -1,1 +1,1 @@
-"""Files written atomically, in a local folder or an object store."""
+"""Files: atomic writes, object stores, locks between processes, and headers of safetensors files."""

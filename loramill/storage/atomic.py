@@ -1,4 +1,4 @@
-"""Files that survive a power cut; files and folders that are there wholly or not at all."""
+"""Writing files and folders durably and atomically: they survive a power cut, and exist completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loramill.errors import DiskFull, InvalidRequest
 
 
 def fsync(path: Path) -> None:
-    """Waits until a file's content, or the names in a folder, are on disk; a new name needs its folder synced too."""
+    """Waits until a file's content, or the names in a folder, are on disk; a new file needs this for its folder too."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -23,10 +23,10 @@ def fsync(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str, *, mode: int = 0o644) -> None:
-    """Gives a file another text at once: who reads it meanwhile gets all of the old one or all of the new one.
+    """Replaces the text of a file atomically: readers get the complete old or the complete new text.
 
     Raises:
-        OSError: it can't be written; the old text stays.
+        OSError: the file cannot be written; the old text stays.
     """
     building = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -41,15 +41,15 @@ def replace_text(path: Path, text: str, *, mode: int = 0o644) -> None:
 
 @contextmanager
 def new_folder(to: Path) -> Iterator[Path]:
-    """A folder to write files into, which becomes `to` at the end; after an error there is nothing.
+    """Yields a folder to write files into, which becomes `to` at the end; after an error nothing is left.
 
     Raises:
-        InvalidRequest: `to` holds something already, or can't be made.
-        DiskFull: no room.
+        InvalidRequest: `to` already exists and is not an empty folder, or cannot be created.
+        DiskFull: there is too little space.
     """
     to = to.expanduser().absolute()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InvalidRequest(f"{to} is there already: name a folder that isn't.")
+        raise InvalidRequest(f"{to} already exists: name a folder that does not exist.")
     building = to.parent / f".{to.name}.{secrets.token_hex(4)}"
     try:
         building.mkdir(parents=True)
@@ -60,10 +60,12 @@ def new_folder(to: Path) -> Iterator[Path]:
         building.rename(to)
         fsync(to.parent)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise InvalidRequest(f"{to} can't be written ({error.strerror}): name another folder.") from error
+        raise InvalidRequest(f"{to} cannot be written ({error.strerror}): name another folder.") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise DiskFull(f"No room for {to}: make some, or name another folder. Nothing was written.") from error
+        raise DiskFull(
+            f"There is no space for {to}: free some, or name another folder. Nothing was written."
+        ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)

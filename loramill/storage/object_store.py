@@ -1,8 +1,8 @@
-"""Files at an fsspec URL: how they are opened, and what the errors of fsspec's backends mean.
+"""Opening file systems at fsspec URLs, and translating the errors of fsspec's backends.
 
-Most backends raise the errors of their own libraries (botocore, aiohttp, Google's, Azure's), few of which are an
-OSError. They are recognized by their class names, so that none of these libraries is imported here. An error about one
-file, such as FileNotFoundError, passes unchanged: an outage of a store must never be taken for a missing file.
+Most backends raise errors of their own libraries (botocore, aiohttp, Google's, Azure's), few of which are an OSError.
+They are recognized by their class names, so that none of these libraries is imported here. An error about one file,
+such as FileNotFoundError, passes unchanged: an outage of a store must never be taken for a missing file.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from loramill.errors import LoramillError, SetupError, StoreUnusable, Unavailabl
 
 log = logging.getLogger(__name__)
 
-#: What is wrong with a store: it does not answer, it is not there, or it refuses.
-Fault = Literal["away", "bucket", "credentials", "permission"]
+#: What is wrong with a store: it is unreachable, its bucket does not exist, or it refuses access.
+Fault = Literal["unreachable", "bucket", "credentials", "permission"]
 
-#: Packages whose errors are looked at by name.
+#: Packages whose errors are recognized by name.
 _BACKENDS = ("botocore", "aiobotocore", "s3fs", "aiohttp", "gcsfs", "google", "azure", "adlfs", "requests", "urllib3")
-#: Their classes for a server that cannot be reached or breaks off, also for the one that hands out credentials.
+#: Their classes for a server, including one for credentials, that cannot be reached or drops the connection.
 _UNREACHABLE_ERRORS = frozenset(
     {
         "ConnectionError",
@@ -61,7 +61,7 @@ _CREDENTIAL_ERRORS = frozenset(
         "ClientAuthenticationError",
     }
 )
-#: S3's codes; the status alone does not tell a wrong key from a missing permission.
+#: Error codes of S3; the status alone does not distinguish a wrong key from a missing permission.
 _S3_CODES: Mapping[str, Fault] = {
     "NoSuchBucket": "bucket",
     "InvalidBucketName": "bucket",
@@ -74,12 +74,12 @@ _S3_CODES: Mapping[str, Fault] = {
     "InvalidToken": "credentials",
     "TokenRefreshRequired": "credentials",
     "RequestTimeTooSkewed": "credentials",
-    "SlowDown": "away",
-    "RequestTimeout": "away",
-    "Throttling": "away",
-    "OperationAborted": "away",
+    "SlowDown": "unreachable",
+    "RequestTimeout": "unreachable",
+    "Throttling": "unreachable",
+    "OperationAborted": "unreachable",
 }
-#: Errors of a network mount whose server is away. EIO is not among them: a broken disk gives it, too.
+#: Errors of a network mount whose server is unreachable. EIO is not among them: a broken disk raises it as well.
 _UNREACHABLE_ERRNOS = frozenset(
     getattr(errno, name)
     for name in (
@@ -88,7 +88,7 @@ _UNREACHABLE_ERRNOS = frozenset(
     )
     if hasattr(errno, name)
 )
-#: botocore's own limits let an upload to a dead endpoint wait for a minute; callers try again.
+#: With botocore's own limits an upload to a dead endpoint takes a minute to fail; callers retry.
 _OPTIONS: Mapping[str, Mapping[str, Any]] = {
     scheme: {"config_kwargs": {"connect_timeout": 4, "read_timeout": 30, "retries": {"max_attempts": 2}}}
     for scheme in ("s3", "s3a")
@@ -96,20 +96,20 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = {
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path there.
+    """Returns the fsspec file system of a URL, and the path in it.
 
     Raises:
-        SetupError: nothing can open such a URL.
+        SetupError: no installed backend can open the URL.
     """
     try:
         files, root = fsspec.core.url_to_fs(url, **_OPTIONS.get(urlsplit(url).scheme, {}))
     except (ImportError, ValueError) as error:
-        raise SetupError(f"The store '{redacted_url(url)}' can't be used: {error}.") from error
+        raise SetupError(f"The store '{redacted_url(url)}' cannot be used: {error}.") from error
     return files, str(root)
 
 
 def redacted_url(url: str) -> str:
-    """How a message names a store: never with the credentials that its URL may hold."""
+    """Returns a URL without the credentials that it may contain, for messages."""
     if "://" not in url:
         return url
     parts = urlsplit(url)
@@ -118,10 +118,10 @@ def redacted_url(url: str) -> str:
 
 @contextmanager
 def translate_store_errors(url: str) -> Iterator[None]:
-    """Turns errors about a whole store into loramill's; an error about one file passes as it is.
+    """Translates errors about a whole store into loramill's; an error about one file passes unchanged.
 
     Raises:
-        Unavailable: the store does not answer just now.
+        Unavailable: the store does not respond.
         StoreUnusable: its bucket does not exist, or it refuses these credentials.
     """
     try:
@@ -132,32 +132,32 @@ def translate_store_errors(url: str) -> Iterator[None]:
         known = store_fault(error)
         if known is None:
             raise
-        # The backend's message may name hosts and accounts, so it is only logged.
+        # The backend's message can contain hosts and accounts, so it is only logged.
         log.warning("the store %s: %s: %s", redacted_url(url), type(error).__name__, error)
         raise _translate(known, redacted_url(url)) from error
 
 
 def store_fault(error: BaseException) -> Fault | None:
-    """What a backend's error says about the whole store; None if it is about one file, or about neither."""
+    """Returns what a backend's error means for the whole store; None if it is not about the whole store."""
     cause: BaseException | None = error
     while cause is not None:
         found = _fault_of_cause(cause)
         if found is not None:
             return found
         cause = cause.__cause__
-    # A backend's error without a cause; the kernel's errors have a number, and are about a file.
+    # A backend's error without a cause; the kernel's errors have an errno and are about one file.
     return "permission" if isinstance(error, PermissionError) and error.errno is None else None
 
 
 def check_store(url: str) -> None:
-    """Writes, lists, reads and deletes one small object.
+    """Checks a store by writing, listing, reading and deleting a small object.
 
-    For a folder on this machine, only checks that it, or the folder that it will be made in, can be written to.
+    A folder on this machine is only checked to be writable, or to be in a writable folder if it does not exist.
 
     Raises:
-        SetupError: nothing can open such a URL.
-        StoreUnusable: one of these fails; the message says whether the endpoint, the bucket, the credentials or a
-            permission is wrong.
+        SetupError: no installed backend can open the URL.
+        StoreUnusable: one of the operations failed; the message says whether the endpoint, the bucket, the credentials
+            or a permission is wrong.
     """
     parts = urlsplit(url)
     if parts.scheme == "file" or "://" not in url:
@@ -170,7 +170,7 @@ def check_store(url: str) -> None:
         _attempt(url, "write to", lambda: files.pipe_file(path, content))
         _attempt(url, "list", lambda: files.ls(root, detail=False, refresh=True))
         if _attempt(url, "read from", lambda: files.cat_file(path)) != content:
-            raise StoreUnusable(f"The store {redacted_url(url)} returns other data than was written to it.")
+            raise StoreUnusable(f"The store {redacted_url(url)} returns different data from what was written to it.")
         _attempt(url, "delete in", lambda: files.rm_file(path))
     except StoreUnusable:
         with suppress(Exception):  # the first error is the one to report
@@ -180,11 +180,11 @@ def check_store(url: str) -> None:
 
 def _fault_of_cause(error: BaseException) -> Fault | None:
     if isinstance(error, TimeoutError | ConnectionError | socket.gaierror):
-        return "away"
+        return "unreachable"
     names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.partition(".")[0] in _BACKENDS}
     if names:
         return _fault_of_backend(error, names)
-    return "away" if isinstance(error, OSError) and error.errno in _UNREACHABLE_ERRNOS else None
+    return "unreachable" if isinstance(error, OSError) and error.errno in _UNREACHABLE_ERRNOS else None
 
 
 def _fault_of_backend(error: BaseException, names: Set[str]) -> Fault | None:
@@ -195,12 +195,12 @@ def _fault_of_backend(error: BaseException, names: Set[str]) -> Fault | None:
         return "credentials"
     if status == 403:
         return "permission"
-    away = status in (408, 429) or status >= 500 or (not status and bool(names & _UNREACHABLE_ERRORS))
-    return "away" if away else None
+    unreachable = status in (408, 429) or status >= 500 or (not status and bool(names & _UNREACHABLE_ERRORS))
+    return "unreachable" if unreachable else None
 
 
 def _response_code_and_status(error: BaseException) -> tuple[str, int]:
-    """The code and the HTTP status of a server's answer; "" and 0 where there was none."""
+    """Returns the code and the HTTP status of a server's response; "" and 0 without a response."""
     response = getattr(error, "response", None)
     if isinstance(response, Mapping):  # botocore's
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0
@@ -212,16 +212,16 @@ def _response_code_and_status(error: BaseException) -> tuple[str, int]:
 
 
 def _translate(known: Fault, where: str) -> LoramillError:
-    if known == "away":
-        return Unavailable(f"The store {where} can't be reached just now; try again in a moment.")
+    if known == "unreachable":
+        return Unavailable(f"The store {where} cannot be reached; try again in a moment.")
     return StoreUnusable(_REASONS[known].format(where=where, act="read or write"))
 
 
 _REASONS: Mapping[Fault, str] = {
-    "away": "The endpoint of the store {where} can't be reached: start it, or correct the endpoint (for S3 the "
+    "unreachable": "The endpoint of the store {where} cannot be reached: start it, or correct the endpoint (for S3 the "
     "variable AWS_ENDPOINT_URL) and the region.",
-    "bucket": "The store {where} can't be used: its bucket does not exist, or is in another "
-    "region. Make it, or correct artifacts_url.",
+    "bucket": "The store {where} cannot be used: its bucket does not exist, or is in another "
+    "region. Create it, or correct artifacts_url.",
     "credentials": "The store {where} does not accept the credentials: set the right ones (for S3 the variables "
     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the machine's role).",
     "permission": "These credentials have no permission to {act} {where}: grant it for this prefix, and the others "
@@ -238,7 +238,7 @@ def _attempt(url: str, act: str, do: Callable[[], Any]) -> Any:
         if known is None and isinstance(error, FileNotFoundError):
             known = "bucket"
         what = (
-            f"loramill can't {act} the store {redacted_url(url)}."
+            f"loramill cannot {act} the store {redacted_url(url)}."
             if known is None
             else _REASONS[known].format(where=redacted_url(url), act=act)
         )
@@ -252,6 +252,6 @@ def _check_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise StoreUnusable(
-            f"The store {folder} can't be used, since {there} can't be written to ({error.strerror}): make it a folder "
-            "that you may write to, or correct artifacts_url."
+            f"The store {folder} cannot be used, since {there} cannot be written to ({error.strerror}): make it a "
+            "folder that you may write to, or correct artifacts_url."
         ) from error

@@ -94,7 +94,7 @@ def test_what_can_not_be_exported_is_one_sentence(gateway: RunningGateway, tenan
         ((f"{tenant}/none",), "There is no adapter"),
         ((f"{tenant}/a@previous",), "has no previous"),
         ((f"{tenant}/a", "--full"), "loramill adapters merge"),
-        (("smollm2-135m",), "is no adapter"),
+        (("smollm2-135m",), "is not an adapter"),
     ):
         ran = loramill("adapters", "export", *words, "--to", str(to))
         assert (ran.exit_code, ran.stdout) == (1, "") and said in ran.stderr and not to.exists()

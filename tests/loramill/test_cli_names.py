@@ -79,7 +79,7 @@ def test_a_version_stands_in_the_name_or_after_it(tenant: str, versions: list[st
     [
         (("promote", "acme/a"), "which version?"),
         (("promote", "acme/a@previous", "3f2a9c01"), "two versions"),
-        (("adapters", "pin", "acme/a@"), "nothing follows the '@'"),
+        (("adapters", "pin", "acme/a@"), "there is nothing after the '@'"),
     ],
 )
 def test_a_version_is_named_once(words: tuple[str, ...], told: str) -> None:
@@ -89,8 +89,8 @@ def test_a_version_is_named_once(words: tuple[str, ...], told: str) -> None:
 
 
 def test_an_invalid_name_is_reported_in_english() -> None:
-    assert "can't name an adapter" in loramill("adapters", "show", "acme/!").stderr
-    assert "can't name a tenant" in loramill("adapters", "show", "!/acme").stderr
+    assert "is not a valid name for an adapter" in loramill("adapters", "show", "acme/!").stderr
+    assert "is not a valid name for a tenant" in loramill("adapters", "show", "!/acme").stderr
 
 
 def test_the_first_digits_of_a_job_are_enough(gateway: RunningGateway, tenant: str) -> None:

@@ -156,5 +156,5 @@ def test_a_folder_is_checked_and_not_made(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(StoreUnusable, match="can't be written to"):
+    with pytest.raises(StoreUnusable, match="cannot be written to"):
         check_store(str(tmp_path / "store"))

@@ -40,7 +40,11 @@ def test_a_list_is_read(tmp_path: Path, name: str, content: bytes, expected: lis
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.txt", b"acme\nBad Name\nacme\n", ["line 2: 'Bad Name' can't name a tenant", "line 3: 'acme' is on line 1"]),
+        (
+            "a.txt",
+            b"acme\nBad Name\nacme\n",
+            ["line 2: 'Bad Name' is not a valid name for a tenant", "line 3: 'acme' is on line 1"],
+        ),
         (
             "a.csv",
             b"\nname,weight\nacme,0\nglobex,many\n",

@@ -273,7 +273,7 @@ def test_a_reference_to_something_deleted_is_a_conflict(registry):
     with registry.writing() as session:
         tenants.create(session, "acme")
         run = nightly.open_run(session).id
-    with pytest.raises(Conflict, match="deleted meanwhile"), registry.writing() as session:
+    with pytest.raises(Conflict, match="deleted in the meantime"), registry.writing() as session:
         nightly.record_step(session, run, NAME, "collect", StepStatus.DONE, {})
 
 

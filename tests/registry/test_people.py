@@ -118,7 +118,7 @@ def test_a_reader_sees_one_snapshot(registry, acme):
 
 
 def test_foreign_keys_hold(registry, acme):
-    with pytest.raises(Conflict, match="deleted meanwhile"), registry.writing() as session:
+    with pytest.raises(Conflict, match="deleted in the meantime"), registry.writing() as session:
         session.execute(text("INSERT INTO datasets VALUES ('file-1', 'nobody', 'f', 'a', 1, 1, 1.0)"))
 
 

@@ -20,18 +20,18 @@ from loramill.storage.atomic import fsync
 
 
 class LocalArtifacts:
-    """A place for artifacts on this machine."""
+    """Artifacts in a folder of this machine."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._temporary = root / ".tmp"
 
     def location(self, artifact: str) -> str:
-        """How a message names an artifact's place."""
+        """Returns where an artifact is, for messages."""
         return str(self._path(artifact))
 
     def write(self, files: Mapping[str, bytes | Path]) -> str:
-        """Stores files, durably, and returns their artifact's hash. A damaged artifact of this hash is mended."""
+        """Stores files durably and returns the hash of their artifact; replaces a damaged artifact with this hash."""
         building = self._temporary_path()
         try:
             _make_folder(building)
@@ -47,23 +47,23 @@ class LocalArtifacts:
         return manifest.hash
 
     def open(self, artifact: str, name: str) -> BinaryIO:
-        """A file's content, unchecked; FileNotFoundError if it isn't there."""
+        """Opens a file, whose content is not checked; FileNotFoundError if it does not exist."""
         return (self._path(artifact) / name).open("rb")
 
     def fetch(self, artifact: str) -> Path:
-        """The artifact's folder, checked; FileNotFoundError if it isn't there."""
+        """Returns the folder of an artifact, whose content is checked; FileNotFoundError if it does not exist."""
         folder = self._path(artifact)
         with self.open(artifact, MANIFEST) as file:
             _check(folder, Manifest.parse(file.read(), str(folder), artifact))
         return folder
 
     def sweep(self, known: Collection[str], older_than: float) -> int:
-        """Removes what is older than so many seconds and isn't known. Returns how many artifacts and leftovers."""
+        """Deletes unknown artifacts and leftovers that are older than `older_than` seconds; returns their number."""
         before = time.time() - older_than
         discarded = [path for path in self._temporary.glob("*") if _is_old(path, before)]
         for path in self.root.glob("[0-9a-f][0-9a-f]/*"):
             if is_hash(path.name) and path.name not in known and _is_old(path, before):
-                # Renamed first, so that it is never there by halves.
+                # Renamed first, so that the artifact never exists in part.
                 discarded.append(path.rename(self._temporary_path()))
         for path in discarded:
             shutil.rmtree(path)
@@ -86,7 +86,7 @@ class LocalArtifacts:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            # The same content is there already. It counts as new, so that a sweep leaves it to be recorded.
+            # The same content exists. It counts as new, so that a sweep does not delete it before it is recorded.
             os.utime(final)
             shutil.rmtree(building)
         fsync(final.parent)
@@ -113,7 +113,7 @@ def _is_old(path: Path, before: float) -> bool:
     try:
         return path.stat().st_mtime <= before
     except FileNotFoundError:
-        return False  # renamed by the `put` that was building it
+        return False  # renamed by the `put` that wrote it
 
 
 def _make_folder(path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Artifacts in any file system that fsspec knows, such as `s3://bucket/folder`: the files first, the manifest last.
+"""Artifacts in a file system of fsspec, such as `s3://bucket/folder`. The manifest is written after the files.
 
-What has no manifest isn't there, so an upload that was cut off is garbage and never half an artifact.
+An artifact without a manifest does not exist, so that an interrupted upload is garbage and never half an artifact.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from loramill.storage.object_store import open_filesystem
 
 
 class RemoteArtifacts:
-    """A place for artifacts that several machines share; what is fetched is kept in a local cache."""
+    """Artifacts that several machines share; fetched artifacts are kept in a local cache."""
 
     def __init__(self, url: str, cache: LocalArtifacts) -> None:
         self._files, self._root = open_filesystem(url)
         self._cache = cache
 
     def location(self, artifact: str) -> str:
-        """How a message names an artifact's place."""
+        """Returns where an artifact is, for messages."""
         return str(self._files.unstrip_protocol(self._path(artifact)))
 
     def write(self, files: Mapping[str, bytes | Path]) -> str:
-        """Stores files and returns their artifact's hash."""
+        """Stores files and returns the hash of their artifact."""
         manifest = Manifest({name: digest_and_size(source) for name, source in files.items()})
         for name, source in files.items():
             if isinstance(source, bytes):
@@ -41,11 +41,11 @@ class RemoteArtifacts:
         return manifest.hash
 
     def open(self, artifact: str, name: str) -> BinaryIO:
-        """A file's content, unchecked; FileNotFoundError if it isn't there."""
+        """Opens a file, whose content is not checked; FileNotFoundError if it does not exist."""
         return cast("BinaryIO", self._files.open(self._path(artifact, name), "rb"))
 
     def fetch(self, artifact: str) -> Path:
-        """A local copy, checked; FileNotFoundError if there is no such artifact."""
+        """Returns the folder of a local copy, whose content is checked; FileNotFoundError if it does not exist."""
         try:
             return self._cache.fetch(artifact)
         except (FileNotFoundError, ArtifactCorrupt):
@@ -53,9 +53,10 @@ class RemoteArtifacts:
             return self._cache.fetch(artifact)
 
     def sweep(self, known: Collection[str], older_than: float) -> int:
-        """Removes artifacts that are older than so many seconds and not known, also from this machine's cache.
+        """Deletes artifacts that are not known and older than `older_than` seconds, also from this machine's cache.
 
-        Returns how many were removed from the store.
+        Returns:
+            The number of artifacts that were deleted from the store.
         """
         self._cache.sweep(known, older_than)
         self._files.invalidate_cache()

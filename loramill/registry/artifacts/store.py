@@ -1,4 +1,4 @@
-"""The artifact store: immutable trees of files, named by the hash of their content."""
+"""The artifact store: immutable sets of files, named by the hash of their content."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _ACCESS_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.E
 
 
 class ArtifactStore:
-    """Artifacts at an fsspec URL: `file:///folder` (or a plain path), or a place such as `s3://bucket/folder`.
+    """Artifacts at an fsspec URL: `file:///folder` (or a plain path), or a URL such as `s3://bucket/folder`.
 
-    An artifact is there wholly or not at all, whenever a process is killed; every read checks the content against
-    the hash. Safe to use from threads and processes at once.
+    An artifact exists completely or not at all, whenever a process is killed; every read checks the content against
+    the hash. Safe to use from several threads and processes.
 
     Args:
-        url: where the artifacts are.
-        cache: folder for copies of what isn't on this machine; may be deleted at any time.
+        url: URL of the artifacts.
+        cache: folder for copies of artifacts that are not on this machine; it can be deleted at any time.
 
     Raises:
-        SetupError: nothing can open such a URL.
+        SetupError: no installed backend can open the URL.
     """
 
     def __init__(self, url: str, cache: Path = Path("~/.cache/loramill/artifacts")) -> None:
@@ -43,14 +43,18 @@ class ArtifactStore:
         )
 
     def put(self, files: Mapping[str, bytes | Path]) -> str:
-        """Stores files, given by name as content or as a path to copy; returns the artifact's hash.
+        """Stores files and returns the artifact's hash.
 
-        Record the hash only after this returns. The same files again give the same hash and change nothing.
+        Record the hash only after this returns. The same files give the same hash, and storing them again changes
+        nothing.
+
+        Args:
+            files: by name, the content or the path of a file to copy.
 
         Raises:
-            InvalidRequest: no files, or a name that an artifact's file can't have.
-            DiskFull: too little space; nothing is stored.
-            Unavailable: the store does not answer.
+            InvalidRequest: there are no files, or a name is not valid for a file of an artifact.
+            DiskFull: there is too little space; nothing was stored.
+            Unavailable: the store does not respond.
             StoreUnusable: the store refuses access.
         """
         if not files:
@@ -59,23 +63,23 @@ class ArtifactStore:
             return self._backend.write({check_name(name): source for name, source in files.items()})
 
     def fetch(self, artifact: str) -> Path:
-        """A local folder with the artifact's files, their content checked; don't write into it.
+        """Returns a local folder with the artifact's files, whose content is checked; it must not be written to.
 
         Raises:
-            ArtifactMissing: it isn't in the store.
-            ArtifactCorrupt: a file has another content than it was stored with, or is gone.
-            Unavailable, StoreUnusable: as for `put`.
+            ArtifactMissing: the artifact is not in the store.
+            ArtifactCorrupt: a file is missing, or its content differs from what was stored.
+            Unavailable, StoreUnusable: as in `put`.
         """
         with self._translate_errors(artifact):
             return self._backend.fetch(artifact)
 
     def read(self, artifact: str, name: str) -> bytes:
-        """One file's content, checked.
+        """Returns the content of one file, which is checked.
 
         Raises:
-            ArtifactMissing: the artifact isn't in the store, or has no such file.
-            ArtifactCorrupt: the file has another content than it was stored with, or is gone.
-            Unavailable, StoreUnusable: as for `put`.
+            ArtifactMissing: the artifact is not in the store, or has no such file.
+            ArtifactCorrupt: the file is missing, or its content differs from what was stored.
+            Unavailable, StoreUnusable: as in `put`.
         """
         with self.open(artifact, name) as file, self._translate_errors(artifact):
             content = file.read()
@@ -83,12 +87,12 @@ class ArtifactStore:
         return content
 
     def open(self, artifact: str, name: str) -> BinaryIO:
-        """One file's content as a stream, unchecked: whoever reads it compares it with the manifest.
+        """Opens one file, whose content is not checked; the reader has to compare it with the manifest.
 
         Raises:
-            ArtifactMissing: the artifact isn't in the store, or has no such file.
-            ArtifactCorrupt: the file is gone.
-            Unavailable, StoreUnusable: as for `put`.
+            ArtifactMissing: the artifact is not in the store, or has no such file.
+            ArtifactCorrupt: the file is missing.
+            Unavailable, StoreUnusable: as in `put`.
         """
         files = self.manifest(artifact).files
         if name not in files:
@@ -101,26 +105,30 @@ class ArtifactStore:
                 raise corrupt(self._backend.location(artifact), name) from error
 
     def size(self, artifact: str) -> int:
-        """Bytes of the artifact's files together.
+        """Returns the total size of the artifact's files in bytes.
 
         Raises:
-            ArtifactMissing, ArtifactCorrupt: as for `read`.
+            ArtifactMissing, ArtifactCorrupt: as in `read`.
         """
         return self.manifest(artifact).size
 
     def manifest(self, artifact: str) -> Manifest:
-        """The artifact's files with their hashes.
+        """Returns the artifact's files with their hashes.
 
         Raises:
-            ArtifactMissing, ArtifactCorrupt: as for `fetch`.
+            ArtifactMissing, ArtifactCorrupt: as in `fetch`.
         """
         with self._translate_errors(artifact), self._backend.open(artifact, MANIFEST) as file:
             return Manifest.parse(file.read(), self._backend.location(artifact), artifact)
 
     def sweep(self, known: Collection[str], older_than: float) -> int:
-        """Removes artifacts that aren't `known` and leftovers of crashes, if older than so many seconds.
+        """Deletes artifacts that are not `known`, and leftovers of crashes.
 
-        Returns how many went. Give more seconds than pass between a `put` and its record.
+        Args:
+            older_than: minimum age in seconds; more than the longest time between a `put` and recording its hash.
+
+        Returns:
+            The number of artifacts and leftovers that were deleted.
         """
         with self._translate_errors():
             return self._backend.sweep(known, older_than)
@@ -128,7 +136,7 @@ class ArtifactStore:
     @contextmanager
     def _translate_errors(self, artifact: str | None = None) -> Iterator[None]:
         missing = ArtifactMissing(
-            f"The artifact {artifact} isn't at {redacted_url(self.url)}: restore it from a backup, or make it again."
+            f"The artifact {artifact} is not at {redacted_url(self.url)}: restore it from a backup, or create it again."
         )
         if artifact is not None and not is_hash(artifact):
             raise missing
@@ -146,7 +154,7 @@ class ArtifactStore:
                 ) from error
             if error.errno in _ACCESS_ERRNOS:
                 raise StoreUnusable(
-                    f"The artifacts at {redacted_url(self.url)} can't be read or written ({error.strerror}); "
+                    f"The artifacts at {redacted_url(self.url)} cannot be read or written ({error.strerror}); "
                     "make it a folder that you may write to, or correct artifacts_url."
                 ) from error
             raise

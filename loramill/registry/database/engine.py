@@ -1,7 +1,7 @@
-"""Engines and sessions: SQLite in WAL mode or PostgreSQL, with errors that say how to mend them.
+"""Database engines: SQLite in WAL mode, or PostgreSQL, with errors that say how to fix them.
 
-A writer's transaction is exclusive on SQLite (BEGIN IMMEDIATE), so it waits instead of failing half-way; a
-reader sees one snapshot on both databases and can't write.
+On SQLite the transaction of a writer is exclusive (BEGIN IMMEDIATE), so that it waits instead of failing halfway. On
+both databases a reader sees one snapshot and cannot write.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from loramill.errors import Conflict, DatabaseUnusable, DiskFull, LoramillError,
 log = logging.getLogger(__name__)
 
 BUSY_SECONDS = 30
-#: For PostgreSQL: a server that vanished is noticed after 25 s, not after the kernel's two hours.
+#: For PostgreSQL: a server that disappeared is noticed after 25 s instead of the kernel's two hours.
 _CONNECT: Mapping[str, Any] = {
     "connect_timeout": 10,
     "keepalives_idle": 10,
@@ -34,7 +34,7 @@ _CONNECT: Mapping[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 25_000,
 }
-#: Seconds between two log lines that are the same, and when each was last written.
+#: Minimum time between two equal log lines, and the time at which each was last written.
 _LOG_SECONDS = 10.0
 _LAST_LOGGED: dict[str, float] = {}
 _WRITING = "loramill_writing"
@@ -46,39 +46,39 @@ def parse_url(text: str) -> URL:
     """Reads a database URL; SQLite's path becomes absolute, PostgreSQL's driver psycopg 3.
 
     Raises:
-        DatabaseUnusable: the text is no URL of a database that loramill can use.
+        DatabaseUnusable: the text is not the URL of a supported database.
     """
     try:
         url = make_url(text)
     except ArgumentError as error:
         raise DatabaseUnusable(
-            "database_url can't be read as a URL; write sqlite:////folder/loramill.db or postgresql://user@host/name."
+            "database_url is not a valid URL; write sqlite:////folder/loramill.db or postgresql://user@host/name."
         ) from error
     kind = url.get_backend_name()
     if kind in ("postgresql", "postgres"):
         return url.set(drivername="postgresql+psycopg")
     if kind != "sqlite":
-        raise DatabaseUnusable(f"loramill keeps its record in SQLite or PostgreSQL, not in '{kind}': set database_url.")
+        raise DatabaseUnusable(f"loramill stores its data in SQLite or PostgreSQL, not in '{kind}': set database_url.")
     if url.database in (None, "", ":memory:"):
         raise DatabaseUnusable(
-            "The record must outlive the process: give database_url a file, not a database in memory."
+            "The database must outlive the process: set database_url to a file, not to a database in memory."
         )
-    # Absolute, because a Ray worker that gets this URL has another working folder.
+    # Absolute, because a Ray worker that gets this URL has a different working folder.
     return url.set(database=str(Path(str(url.database)).expanduser().absolute()))
 
 
 def redacted_url(url: URL) -> str:
-    """How a message names the database: never with its password."""
+    """Returns the URL without its password, for messages."""
     return str(url.database) if url.get_backend_name() == "sqlite" else url.render_as_string(hide_password=True)
 
 
 def make_engine(url: URL) -> Engine:
-    """An engine for a parsed URL; connects to nothing yet.
+    """Creates an engine for a parsed URL, without connecting.
 
     Raises:
-        DatabaseUnusable: PostgreSQL's driver isn't installed.
+        DatabaseUnusable: PostgreSQL's driver is not installed.
     """
-    # NaN isn't JSON: PostgreSQL refuses it, so SQLite has to as well.
+    # NaN is not JSON: PostgreSQL refuses it, so SQLite has to refuse it as well.
     options: dict[str, Any] = {"json_serializer": partial(json.dumps, allow_nan=False)}
     if url.get_backend_name() == "sqlite":
         engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS}, max_overflow=-1, **options)
@@ -92,7 +92,7 @@ def make_engine(url: URL) -> Engine:
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
-    # pysqlite's own transaction handling would begin too late and end around DDL; "begin" below does it instead.
+    # pysqlite's own transaction handling would begin too late and end before DDL; `_begin_sqlite` replaces it.
     connection.isolation_level = None
     connection.execute("PRAGMA foreign_keys = ON")
     connection.execute("PRAGMA synchronous = FULL")
@@ -105,36 +105,36 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def for_reading(engine: Engine) -> Engine:
-    """The same engine, its transactions read-only snapshots."""
+    """Returns the engine with read-only transactions on one snapshot."""
     if engine.dialect.name == "sqlite":
         return engine
     return engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
 
 def for_writing(engine: Engine) -> Engine:
-    """The same engine, its transactions those of a writer."""
+    """Returns the engine with transactions that may write."""
     return engine.execution_options(**{_WRITING: True})
 
 
-#: Messages for users, over HTTP for example; the database's address and the driver's message are only logged.
+#: Messages for users, such as over HTTP; the database's address and the driver's message are only logged.
 _PUBLIC: Mapping[type[LoramillError], str] = {
-    Unavailable: "The database does not answer just now; try again in a moment.",
+    Unavailable: "The database does not respond; try again in a moment.",
     DiskFull: "The disk of the database is full; free some space and try again.",
-    DatabaseUnusable: "The database can't be used; the server's log says why.",
+    DatabaseUnusable: "The database cannot be used; the server's log says why.",
 }
 
 
 @contextmanager
 def translate_db_errors(url: URL, *, opening: bool = False) -> Iterator[None]:
-    """Turns a driver's errors that a user can mend into loramill's; every other error passes as it is.
+    """Translates a driver's errors that a user can fix into loramill's; other errors pass unchanged.
 
     Args:
-        opening: the database is being opened, so that the message is for the operator and has its address and the
-            driver's message. Otherwise these are only logged.
+        opening: whether the database is being opened. The message is then for the operator and contains the database's
+            address and the driver's message, which are otherwise only logged.
 
     Raises:
-        DatabaseUnusable, DiskFull, Unavailable: as their names say.
-        Conflict: what was written refers to something that another transaction deleted.
+        DatabaseUnusable, DiskFull, Unavailable: the database failed.
+        Conflict: a written row refers to one that another transaction deleted.
     """
     try:
         yield
@@ -152,14 +152,14 @@ def translate_db_errors(url: URL, *, opening: bool = False) -> Iterator[None]:
 
 
 def _public(error: LoramillError, opening: bool) -> LoramillError:
-    if opening or type(error) not in _PUBLIC:  # a Conflict names nothing of the database
+    if opening or type(error) not in _PUBLIC:  # a Conflict contains no details of the database
         return error
     _log_throttled(error.message)
     return type(error)(_PUBLIC[type(error)])
 
 
 def _log_throttled(message: str) -> None:
-    """Logs a message once in ten seconds: in an outage, each heartbeat and each request has the same one."""
+    """Logs a message at most once in ten seconds: in an outage, every heartbeat and every request has the same one."""
     now = time.monotonic()
     if now - _LAST_LOGGED.get(message, -math.inf) < _LOG_SECONDS:
         return
@@ -179,19 +179,21 @@ def _translate_sqlite(error: sqlite3.Error, path: str) -> LoramillError | None:
             return Unavailable(f"The database {path} has been locked for {BUSY_SECONDS} s; try again.")
         case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
             return DatabaseUnusable(
-                f"{path} is no SQLite database or is damaged ({error}); it was left as it is. "
-                "Restore it from a backup, or move it away and run `loramill up` for an empty record."
+                f"{path} is not an SQLite database or is damaged ({error}); it was left unchanged. "
+                "Restore it from a backup, or move it away and run `loramill up` to create an empty database."
             )
         case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM | sqlite3.SQLITE_IOERR:
             return DatabaseUnusable(
-                f"The database {path} can't be opened, read or written ({error}); "
-                "make sure that it is a file, that its folder is writable, and that the disk is sound."
+                f"The database {path} cannot be opened, read or written ({error}); "
+                "check that it is a file, that its folder is writable, and that the disk works."
             )
     return None
 
 
 def _reference_conflict() -> LoramillError:
-    return Conflict("This refers to something that was deleted meanwhile, or is still in use; nothing was changed.")
+    return Conflict(
+        "This refers to something that was deleted in the meantime, or is still in use; nothing was changed."
+    )
 
 
 def _translate_postgresql(error: BaseException | None, where: str, opening: bool) -> LoramillError | None:
@@ -200,7 +202,7 @@ def _translate_postgresql(error: BaseException | None, where: str, opening: bool
     if state == "53100":
         return DiskFull(f"The disk of the server of {where} is full; free some space and try again.")
     if state in ("40001", "40P01", "55P03"):
-        return Unavailable(f"Another transaction was in the way at {where}; try again.")
+        return Unavailable(f"Another transaction at {where} was in conflict; try again.")
     if state == "23503":
         return _reference_conflict()
     if state == "42501":
@@ -209,6 +211,6 @@ def _translate_postgresql(error: BaseException | None, where: str, opening: bool
     unreachable = type(error).__name__ == "OperationalError" if state is None else state.startswith(_UNREACHABLE)
     if unreachable and opening:
         return DatabaseUnusable(
-            f"The PostgreSQL database {where} can't be reached ({reason}); start the server or correct database_url."
+            f"The PostgreSQL database {where} cannot be reached ({reason}); start the server or correct database_url."
         )
     return Unavailable(f"The connection to {where} was lost ({reason}); try again.") if unreachable else None

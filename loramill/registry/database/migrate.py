@@ -1,6 +1,6 @@
-"""Brings a database to the newest migration, and checks that it is there.
+"""Migrates a database, and checks that it is at the newest migration.
 
-Works from an installed wheel: there is no alembic.ini, and Alembic finds the migrations by package.
+This works from an installed wheel: there is no alembic.ini, and Alembic finds the migrations by package.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from loramill.registry.database.engine import (
     translate_db_errors,
 )
 
-# Any number that other programs don't lock; it only has to be the same everywhere.
+# Any number that other programs do not lock; it has to be the same in all processes.
 _POSTGRESQL_LOCK = 7_242_081_965
 
 
 def migrate(database_url: str) -> None:
-    """Creates the database's tables, or brings them to the newest migration; safe to call from two processes.
+    """Creates the database's tables, or migrates them to the newest migration; safe to call from two processes.
 
-    A missing SQLite file is created with its folder. What isn't loramill's, or is damaged, is left as it is.
+    A missing SQLite file is created with its folder. A damaged database, or one of another program, is left unchanged.
 
     Raises:
-        DatabaseUnusable: it can't be opened or written, is damaged, newer than this program, or another program's.
-        DiskFull: no space for it.
+        DatabaseUnusable: the database cannot be opened or written, is damaged, is newer than this program, or belongs
+            to another program.
+        DiskFull: there is no space for it.
     """
     url = parse_url(database_url)
     if url.get_backend_name() == "sqlite":
@@ -49,7 +50,7 @@ def migrate(database_url: str) -> None:
                     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_POSTGRESQL_LOCK})")
                 _upgrade(connection, redacted_url(url))
             if engine.dialect.name == "sqlite":
-                # Kept in the file from then on. Only now, since it would alter a file that isn't ours.
+                # The mode is stored in the file. Set last, so that a file of another program is not altered.
                 with closing(engine.raw_connection()) as raw:
                     raw.cursor().execute("PRAGMA journal_mode = WAL")
     finally:
@@ -64,7 +65,7 @@ def check_current(engine: Engine) -> None:
     with translate_db_errors(engine.url, opening=True), for_reading(engine).connect() as connection:
         if not _is_current(connection, where):
             raise DatabaseUnusable(
-                f"The database {where} isn't at the newest migration: run `loramill up`, which migrates."
+                f"The database {where} is not at the newest migration: run `loramill up`, which migrates it."
             )
 
 
@@ -74,7 +75,7 @@ def _upgrade(connection: Connection, where: str) -> None:
     names = set(inspect(connection).get_table_names())
     if names and "alembic_version" not in names:
         raise DatabaseUnusable(
-            f"The database {where} holds tables of another program (such as '{min(names)}') and was left as it is; "
+            f"The database {where} holds tables of another program (such as '{min(names)}') and was left unchanged; "
             "give loramill a database of its own."
         )
     config = _config()
@@ -87,8 +88,8 @@ def _is_current(connection: Connection, where: str) -> bool:
     found = MigrationContext.configure(connection).get_current_revision()
     if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
         raise DatabaseUnusable(
-            f"The database {where} is at migration '{found}', which this loramill doesn't know, and was left as it is: "
-            "a newer loramill wrote it; upgrade this one."
+            f"The database {where} is at migration '{found}', which is unknown to this loramill, and was left "
+            "unchanged: it was written by a newer loramill; upgrade this one."
         )
     return found == scripts.get_current_head()
 
@@ -105,12 +106,12 @@ def _prepare_file(url: URL) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DatabaseUnusable(
-            f"The folder {path.parent} of the database can't be created ({error.strerror}); "
-            "make it, or set LORAMILL_HOME or database_url to a place that you may write to."
+            f"The folder {path.parent} of the database cannot be created ({error.strerror}); "
+            "create it, or set LORAMILL_HOME or database_url to a folder that you may write to."
         ) from error
     if not path.exists():
         return
-    # Read-only, since opening a damaged file for writing may already alter it.
+    # Read-only, since opening a damaged file for writing can already alter it.
     with (
         translate_db_errors(url, opening=True),
         closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection,
@@ -118,6 +119,6 @@ def _prepare_file(url: URL) -> None:
         problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if problem != "ok":
         raise DatabaseUnusable(
-            f"The database {path} is damaged ({problem}); it was left as it is. "
-            "Restore it from a backup, or move it away and run `loramill up` for an empty record."
+            f"The database {path} is damaged ({problem}); it was left unchanged. "
+            "Restore it from a backup, or move it away and run `loramill up` to create an empty database."
         )

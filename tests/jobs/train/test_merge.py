@@ -177,7 +177,7 @@ def test_what_can_not_be_merged_is_refused(tiny_base_folder: Path, tmp_path: Pat
         merge(base, tmp_path / "cache", random_examples(3), to, name="a")
     with pytest.raises(InvalidRequest, match="no completion"):
         merge(base, adapter, [], to, name="a")
-    with pytest.raises(InvalidRequest, match="is there already"):
+    with pytest.raises(InvalidRequest, match="already exists"):
         merge(base, adapter, random_examples(3), adapter, name="a")
     assert not to.exists()
 
@@ -324,7 +324,7 @@ def test_the_command_merges_a_version_and_compares_on_its_jobs_data(
     )
     assert "nats a token" in told.stdout and "original values" in told.stdout
     again = loramill("adapters", "merge", "acme/support", "--to", str(tmp_path / "merged"))
-    assert again.exit_code == 1 and "is there already" in again.stderr
+    assert again.exit_code == 1 and "already exists" in again.stderr
 
 
 def test_the_command_takes_a_peft_folder_and_says_what_is_missing(

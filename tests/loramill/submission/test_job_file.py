@@ -118,7 +118,7 @@ def test_all_problems_are_told_by_line(folder: Path) -> None:
     for problem, (line, says) in zip(
         problems,
         [
-            (3, "'noslash' is no adapter name"),
+            (3, "'noslash' is not an adapter name"),
             (4, "adapter is missing"),
             (4, "train: there is no file"),
             (4, "rank: Input should be a valid integer"),

@@ -1,4 +1,4 @@
-"""Alembic's entry point: runs the migrations on the connection that `migrate.py` opened and will commit."""
+"""Alembic's entry point: runs the migrations on the connection that `migrate.py` opened and commits."""
 
 from __future__ import annotations
 
