@@ -54,8 +54,8 @@ def to_record(row: JobRow) -> JobRecord:
 
 def start(session: Session, row: JobRow, owner: str, now: float, seconds: float, max_attempts: int) -> None:
     """Leases a queued job to a worker."""
-    fair_share.charge(session, row)
     _set_status(row, JobStatus.RUNNING)
+    fair_share.charge(session, row)
     row.owner, row.lease_until, row.max_attempts = owner, now + seconds, max_attempts
     row.attempt += 1
     row.started_at = row.started_at or now
@@ -65,9 +65,10 @@ def start(session: Session, row: JobRow, owner: str, now: float, seconds: float,
 
 def stop(session: Session, row: JobRow, status: JobStatus) -> None:
     """Ends the job's lease, if it has one, and gives the job another status than running."""
-    if row.status is JobStatus.RUNNING:
-        fair_share.refund(session, row)
+    was_running = row.status is JobStatus.RUNNING
     _set_status(row, status)
+    if was_running:
+        fair_share.refund(session, row)
     row.owner = row.lease_until = row.tokens_per_second = None
     row.finished_at = time.time() if status.final else None
     session.flush()

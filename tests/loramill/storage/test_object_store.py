@@ -22,8 +22,8 @@ from loramill.storage.object_store import (
     translate_store_errors,
 )
 
-from .. import switched
-from ..switched import client_error, translated
+from ... import switched
+from ...switched import client_error, translated
 
 URL = "switched://bucket/loramill"
 
@@ -51,23 +51,23 @@ class GoogleError(Exception):
 
 
 FAULTS = {
-    "no endpoint": (switched.away(), "away"),
-    "a read that takes too long": (switched.ReadTimeoutError("?"), "away"),
-    "an inner error": (client_error("InternalError", 500), "away"),
-    "too many requests": (client_error("SlowDown", 503), "away"),
-    "an inner error, by s3fs": (translated(OSError(errno.EREMOTEIO, "?"), "InternalError", 500), "away"),
-    "an unknown code, by s3fs": (translated(OSError(errno.EIO, "?"), "Strange", 502), "away"),
-    "a connection that aiohttp loses": (aiohttp.ServerDisconnectedError(), "away"),
-    "a body that is cut off": (aiohttp.ClientPayloadError("?"), "away"),
-    "aiohttp's 503": (aiohttp_status(503), "away"),
-    "gcsfs's 500": (GoogleError(500), "away"),
-    "a time-out": (TimeoutError(), "away"),
-    "asyncio's": (TimeoutError(), "away"),
-    "fsspec's": (FSTimeoutError(), "away"),
-    "refused": (ConnectionRefusedError(errno.ECONNREFUSED, "?"), "away"),
-    "no such host": (socket.gaierror(socket.EAI_AGAIN, "?"), "away"),
-    "a stale handle": (OSError(errno.ESTALE, "Stale file handle"), "away"),
-    "a mount that is gone": (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), "away"),
+    "no endpoint": (switched.away(), "unreachable"),
+    "a read that takes too long": (switched.ReadTimeoutError("?"), "unreachable"),
+    "an inner error": (client_error("InternalError", 500), "unreachable"),
+    "too many requests": (client_error("SlowDown", 503), "unreachable"),
+    "an inner error, by s3fs": (translated(OSError(errno.EREMOTEIO, "?"), "InternalError", 500), "unreachable"),
+    "an unknown code, by s3fs": (translated(OSError(errno.EIO, "?"), "Strange", 502), "unreachable"),
+    "a connection that aiohttp loses": (aiohttp.ServerDisconnectedError(), "unreachable"),
+    "a body that is cut off": (aiohttp.ClientPayloadError("?"), "unreachable"),
+    "aiohttp's 503": (aiohttp_status(503), "unreachable"),
+    "gcsfs's 500": (GoogleError(500), "unreachable"),
+    "a time-out": (TimeoutError(), "unreachable"),
+    "asyncio's": (TimeoutError(), "unreachable"),
+    "fsspec's": (FSTimeoutError(), "unreachable"),
+    "refused": (ConnectionRefusedError(errno.ECONNREFUSED, "?"), "unreachable"),
+    "no such host": (socket.gaierror(socket.EAI_AGAIN, "?"), "unreachable"),
+    "a stale handle": (OSError(errno.ESTALE, "Stale file handle"), "unreachable"),
+    "a mount that is gone": (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), "unreachable"),
     "no bucket": (translated(FileNotFoundError("?"), "NoSuchBucket", 404), "bucket"),
     "another region": (client_error("PermanentRedirect", 301), "bucket"),
     "no credentials": (switched.NoCredentialsError("?"), "credentials"),
@@ -93,7 +93,7 @@ FAULTS = {
 def test_each_error_of_a_backend_is_about_the_store_or_about_a_file(case: str) -> None:
     error, expected = FAULTS[case]
     assert store_fault(error) == expected
-    kinds = {None: type(error), "away": Unavailable}
+    kinds = {None: type(error), "unreachable": Unavailable}
     with (
         pytest.raises(kinds.get(expected, StoreUnusable)) as told,
         translate_store_errors("s3://key:secret@bucket/loramill"),
@@ -132,7 +132,7 @@ REFUSALS = {
     "list": (lambda: PermissionError("Access Denied"), ("ls",), "permission to list"),
     "read": (lambda: PermissionError("Access Denied"), ("cat_file",), "permission to read from"),
     "delete": (lambda: PermissionError("Access Denied"), ("rm_file",), "permission to delete in"),
-    "other": (lambda: ValueError("odd"), (), r"can't write to the store .*odd"),
+    "other": (lambda: ValueError("odd"), (), r"cannot write to the store .*odd"),
 }
 
 

@@ -13,7 +13,7 @@ from loramill.registry.jobs.leases import _reclaim
 from loramill.registry.jobs.queue import MAX_OUTAGE_DELAY_SECONDS
 from loramill.types import JobRecord, JobSpec, JobStatus, VersionRecord
 
-from .conftest import FINGERPRINT
+from ..conftest import FINGERPRINT
 
 NOW = 1000.0
 OTHER = "c" * 64
@@ -71,13 +71,13 @@ def test_a_job_that_gets_nowhere_says_how_far_it_came(registry, job):
 
 
 class _Row:
-    """What `_settle` needs of a row, without a database."""
+    """What `_reclaim` needs of a row, without a database."""
 
     def __init__(self) -> None:
         spec = JobSpec(base="b" * 64, adapter="acme/bot", train="file-1", steps=10**6, batch_size=1)
         self.id, self.owner, self.spec = "ftjob-1", "w", spec.model_dump(mode="json")
         self.status, self.pending_action, self.micro_tokens = JobStatus.RUNNING, None, None
-        self.lost_step = self.furthest = None
+        self.lost_step = self.max_lost_step = None
         self.attempt = self.returned = self.step = 0
 
 
@@ -85,7 +85,7 @@ class _Row:
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(1, 6))
 def test_a_job_fails_only_if_it_makes_no_progress(steps, max_attempts):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loramill.registry.jobs.transitions.tell", lambda *_, **__: None)
+        patch.setattr("loramill.registry.jobs.transitions.add_event", lambda *_, **__: None)
         patch.setattr(
             "loramill.registry.jobs.transitions.stop", lambda _session, row, status: setattr(row, "status", status)
         )

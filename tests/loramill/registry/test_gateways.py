@@ -1,4 +1,4 @@
-"""Two gateways on one record, SQLite's and PostgreSQL's: what one changes, the other sees within a second."""
+"""Two gateways on one registry, on SQLite and PostgreSQL: what one changes, the other sees within a second."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loramill.serve.replica.fake import EchoBackend
 from loramill.settings import Settings
 from loramill.types import VersionRecord
 
-from ..serve.api.conftest import byte_tokenizer, running
+from ...serve.api.conftest import byte_tokenizer, running
 
 VERSIONS = ("1" * 64, "2" * 64)
 

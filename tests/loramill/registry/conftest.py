@@ -1,4 +1,4 @@
-"""The record's tests run on SQLite and on a real PostgreSQL server, each test on an empty, migrated database."""
+"""The registry's tests run on SQLite and on a real PostgreSQL server, each test on an empty, migrated database."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from loramill.registry import Registry, datasets, migrate, tenants
 from loramill.types import JobSpec
 
-from ..postgresql import PostgreSQL
+from ...postgresql import PostgreSQL
 
 FINGERPRINT = "b" * 64
 

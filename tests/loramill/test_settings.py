@@ -1,0 +1,58 @@
+"""Settings: where their values come from, and what their descriptions say."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from loramill.settings import Settings
+from loramill.settings_origin import effective_settings
+from loramill.types import JobSpec, Limits
+
+
+def descriptions(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}", field.description or ""
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from descriptions(field.annotation, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize(
+    ("name", "description"),
+    [*descriptions(Settings), *descriptions(JobSpec, "JobSpec."), *descriptions(Limits, "Limits.")],
+)
+def test_a_description_is_understood_without_its_name(name: str, description: str) -> None:
+    assert re.fullmatch(r"[A-Z][^\n]{9,}[.]", description) or description.startswith("fsspec URL"), name
+    # A fragment that needs its label.
+    assert not re.match(r"(Of|That|For which|Beyond|Beside|It|They|Its|Their) ", description), name
+
+
+def test_settings_show_where_they_come_from_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("LORAMILL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loramill.toml").write_text(
+        'artifacts_url = "s3://key:hidden@bucket/x?secret_access_key=hidden"\n[serve]\nport = 9000\nthreads = 2\n'
+    )
+    monkeypatch.setenv("LORAMILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LORAMILL_SERVE__PORT", "9001")
+    monkeypatch.setenv("LORAMILL_JOBS", '{"sessions": 3}')
+    monkeypatch.setenv("LORAMILL_DATABASE_URL", "postgresql+psycopg://me:hidden@db.example/mill?sslpassword=hidden")
+    monkeypatch.setenv("LORAMILL_API_KEY", "lm-hidden")
+    found = {each.name: each for each in effective_settings()}
+    file = str(tmp_path / "loramill.toml")
+    assert {name: (found[name].value, found[name].origin) for name in ("serve.port", "serve.threads", "base")} == {
+        "serve.port": (9001, "LORAMILL_SERVE__PORT"),
+        "serve.threads": (2, file),
+        "base": ("smollm2-135m", "default"),
+    }
+    assert (found["jobs.sessions"].value, found["jobs.sessions"].origin) == (3, "LORAMILL_JOBS")
+    assert found["database_url"].value == "postgresql+psycopg://me:…@db.example/mill?sslpassword=…"
+    assert found["artifacts_url"].value == "s3://key:…@bucket/x?secret_access_key=…"
+    assert found["url"].value == "http://127.0.0.1:9001"
+    assert "hidden" not in " ".join(str(each.value) for each in found.values())
