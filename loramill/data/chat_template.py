@@ -1,7 +1,7 @@
-"""Chat templates in Hugging Face's dialect of Jinja: finding, rendering, and detecting what they support.
+"""Chat templates in Hugging Face's dialect of Jinja: finds and renders them, and detects what they support.
 
 A template comes with the base and runs in Jinja's sandbox. Loops, calls and sizes are bounded, so that a template that
-never ends is an error, not a hanging replica.
+never ends is an error and does not block a replica.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from jinja2.visitor import NodeTransformer
 
 from loramill.errors import BaseUnusable, InvalidRequest
 
-#: Iterations and calls of one rendering. A million messages do not fit into any context; a million steps take a second.
+#: Maximum iterations and calls per rendering. A million messages do not fit any context; a million steps take a second.
 MAX_STEPS = 2_000_000
-#: Characters of one rendering, and of any intermediate text.
+#: Maximum characters of a rendering and of any intermediate text.
 MAX_CHARACTERS = 1 << 25
 
 _BUDGET = "loramill_budget"
@@ -34,7 +34,7 @@ _NON_ASCII = re.compile(r"[^\x00-\x7f]")
 
 
 class _RefusedError(Exception):
-    """A template raised, by `raise_exception` or by an error of its own; the text is its message."""
+    """A template raised an error, by `raise_exception` or by a fault of its own; the text is its message."""
 
 
 def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -44,11 +44,11 @@ def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     (a text, or a list of named ones), and that before chat_template.json.
 
     Args:
-        folder: the base's.
-        settings: tokenizer_config.json.
+        folder: the base's folder.
+        settings: the content of tokenizer_config.json.
 
     Raises:
-        BaseUnusable: a file cannot be read, or holds no template.
+        BaseUnusable: a file can't be read, or does not contain a template.
     """
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (default := folder / "chat_template.jinja").is_file():
@@ -81,17 +81,17 @@ def templates_by_name(value: object) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class TemplateSupport:
-    """What a template supports, found by rendering marked words.
+    """What a template supports, detected by rendering marker words.
 
     Attributes:
-        refusal: why no conversation at all can be rendered.
-        parts: roles whose content must be a list of parts, since plain text is lost.
-        dropped: roles whose text is lost in either form.
+        refusal: why the template can't render any conversation.
+        parts: roles whose content must be a list of parts, since the template drops plain text.
+        dropped: roles whose text the template drops in either form.
         developer: whether the template has the role "developer".
         tools: whether it renders tools.
-        calls: whether it renders the assistant's tool calls and their results.
-        json_arguments: whether a call's arguments must be JSON as text, where others take the object.
-        tools_text: its rendering of a tool.
+        tool_calls: whether it renders tool calls of the assistant and their results.
+        json_arguments: whether the arguments of a call must be JSON text; other templates take an object.
+        rendered_tool: a tool as the template renders it.
     """
 
     refusal: str | None = None
@@ -108,8 +108,8 @@ class ChatTemplate:
     """A base's compiled chat templates, and what they support.
 
     Args:
-        templates: by name; "default" is rendered, and "tool_use", if there is one, where there are tools.
-        tokens: values of `bos_token` and the like.
+        templates: templates by name; "default" is rendered, or "tool_use", if it exists, when there are tools.
+        tokens: values of `bos_token` and the other token variables.
 
     Raises:
         BaseUnusable: a template has an error, or drops messages of users or the assistant.
@@ -139,12 +139,12 @@ class ChatTemplate:
 
         Args:
             messages: plain JSON, each with a role and a text as its content; arguments of calls are objects.
-            answer: whether the generation prompt follows, after which the assistant answers.
-            tools: what the assistant may call; given to the template as None where there are none.
-            now: the time that `strftime_now` formats; None: the current time, in UTC.
+            add_generation_prompt: whether the text ends where the assistant's answer begins.
+            tools: tools for the assistant; the template gets None if there are none.
+            now: the time for `strftime_now`; None: the current time, in UTC.
 
         Raises:
-            InvalidRequest: the template raises, takes more steps or characters than it may, or drops a role's text.
+            InvalidRequest: the template raises, exceeds its steps or characters, or drops a role's text.
         """
         findings = self.support
         for index, message in enumerate(messages):
@@ -162,7 +162,7 @@ class ChatTemplate:
 
     @cached_property
     def support(self) -> TemplateSupport:
-        """What the template supports, found by rendering."""
+        """What the template supports."""
         return _detect_support(self)
 
     def _render(
@@ -189,14 +189,14 @@ class ChatTemplate:
             for piece in template.generate(variables):
                 budget.use_characters(len(piece))
                 pieces.append(piece)
-        except Exception as error:  # a template may divide by zero, and recurse, as any program
+        except Exception as error:  # a template may divide by zero or recurse, as any program
             own = isinstance(error, jinja2.TemplateError)
             raise _RefusedError(str(error) if own else f"{type(error).__name__}: {error}") from error
         return "".join(pieces)
 
 
 def _adapt_message(message: Mapping[str, Any], findings: TemplateSupport) -> dict[str, Any]:
-    """A message in the form that the template reads."""
+    """A message in the form that the template takes."""
     made = dict(message)
     if made["role"] == "developer" and not findings.developer:
         made["role"] = "system"
@@ -212,7 +212,7 @@ def _with_json_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
-# What a template supports, by looking for marked words in what it renders
+# Detection of what a template supports: renders marker words and looks for them in the text
 
 _MARKER, _NAME, _KEY = "qwordq", "qnameq", "qkeyq"
 _TOOL = {
@@ -226,10 +226,10 @@ _TOOL = {
 
 
 def _detect_support(template: ChatTemplate) -> TemplateSupport:
-    """Renders a word as each role, as a text and as a part, and looks for it in the result.
+    """Renders a marker as each role, as text and as a part, and looks for it in the result.
 
-    A role that the template refuses, such as the system's in Gemma's, is neither dropped nor in parts: a request with
-    such a message gets the template's error.
+    A role that the template refuses, such as "system" in Gemma's, is neither dropped nor in parts: a request with such
+    a message gets the template's error.
     """
     refusal, users = _refusal_reason(template), _content_form(template, "user")
     if users is None and refusal:
@@ -246,7 +246,7 @@ def _detect_support(template: ChatTemplate) -> TemplateSupport:
 
 
 def _refusal_reason(template: ChatTemplate) -> str | None:
-    """Why neither a user's message nor one after a system message can be rendered; None if either can."""
+    """Why a user's message can be rendered neither alone nor after a system message; None if it can."""
     user, system = _message("user", _MARKER), _message("system", _MARKER)
     reason = None
     for messages in ([user], [system, user]):
@@ -259,7 +259,7 @@ def _refusal_reason(template: ChatTemplate) -> str | None:
 
 
 def _content_form(template: ChatTemplate, role: str, users: str | None = "text") -> str | None:
-    """How a role's content is read: as a "text", in "parts", or "dropped"; None: such a message is refused."""
+    """How a role's content is read: as "text" or "parts", or "dropped"; None: the template refuses such a message."""
     seen = None
     for form in ("text", "parts"):
         other = _message("user", "Hi", "parts" if users == "parts" else "text")
@@ -297,7 +297,7 @@ def _detect_tool_support(template: ChatTemplate, found: TemplateSupport) -> Temp
     )
 
 
-#: Mistral's templates accept only ids such as this one.
+#: Mistral's templates accept only ids of nine letters and digits.
 _TOOL_CALL_CONVERSATION: tuple[dict[str, Any], ...] = (
     {"role": "user", "content": "Hi"},
     {
@@ -323,7 +323,7 @@ def _render_tool_call(template: ChatTemplate, messages: Sequence[Mapping[str, An
 
 @dataclass(slots=True)
 class _Budget:
-    """What a rendering may still use."""
+    """The steps and characters that a rendering has left."""
 
     steps: int = MAX_STEPS
     left: int = MAX_CHARACTERS
@@ -371,7 +371,7 @@ def _check_size(size: int) -> None:
 
 
 class _BoundLoopsAndJoins(NodeTransformer):
-    """Passes each loop's values, and each joined text, through a filter that counts them."""
+    """Passes the values of each loop, and each joined text, through a filter that counts them."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - by the node's name
         self.generic_visit(node)
@@ -399,7 +399,7 @@ def _joined(pieces: Sequence[Any]) -> str:
 
 
 class _GenerationBlock(Extension):
-    """Accepts `{% generation %}` blocks, which are not needed to find an answer."""
+    """Accepts `{% generation %}` blocks; answers are found without them."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's way to declare it
 
@@ -409,7 +409,7 @@ class _GenerationBlock(Extension):
 
 
 def compile_template(template: str) -> jinja2.Template:
-    """A template in the dialect that Hugging Face's are written in.
+    """Compiles a template in Hugging Face's dialect.
 
     Raises:
         BaseUnusable: its syntax has an error.
@@ -430,9 +430,9 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """transformers' `tojson`: Jinja's own would escape HTML."""
+    """`tojson` as in transformers; Jinja's own escapes HTML."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-    # json would also escape the lone surrogates that mark special tokens, and these must stay what they are.
+    # json would also escape the lone surrogates that mark special tokens; these must stay.
     return _NON_ASCII.sub(_escaped, text) if ensure_ascii else text
 
 

@@ -39,18 +39,18 @@ _KEYS = {
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
-class LineError(Exception):  # dataset.py makes a DatasetInvalid of all that a file has
-    """What is wrong with one line."""
+class LineError(Exception):  # examples.py turns those of a file into one DatasetInvalid
+    """A problem of one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A line in the form that chat templates take.
+    """A line as chat templates take it.
 
     Attributes:
-        messages: at least one is the assistant's, and so is the last.
-        weights: of the loss of each of the assistant's messages, in order, at least one above 0; None: none is given.
-        tools: what the assistant may call.
+        messages: the last one, and perhaps others, are the assistant's.
+        weights: loss weights of the assistant's messages, in order, at least one above 0; None if the line has none.
+        tools: tools for the assistant.
     """
 
     messages: tuple[Message, ...]
@@ -62,7 +62,7 @@ def read_conversation(line: Mapping[str, Any]) -> Conversation:
     """Reads the object of a line.
 
     Raises:
-        BadLine: it is not in OpenAI's format; says which field is wrong and what to do.
+        LineError: it is not in OpenAI's format; the message names the field and the fix.
     """
     messages, tools = read_prompt(line)
     found = line["messages"]
@@ -80,10 +80,10 @@ def read_conversation(line: Mapping[str, Any]) -> Conversation:
 
 
 def read_prompt(line: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...]]:
-    """Reads the messages of a line, whatever the role of the last one, and its tools.
+    """Reads the messages of a line, whose last one may have any role, and its tools.
 
     Raises:
-        BadLine: as `read_conversation`.
+        LineError: as `read_conversation`.
     """
     line = _drop_empty(line)
     refuse_other_keys(line, LINE_KEYS, "the line")
@@ -100,9 +100,9 @@ def read_prompt(line: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Map
 
 
 def template_tool(function: Mapping[str, Any]) -> dict[str, Any]:
-    """A function of OpenAI's `tools` in the form that chat templates take, in training and in serving.
+    """A function of OpenAI's `tools` as chat templates take it, in training and in serving.
 
-    `strict` is left out, since it only affects how calls are constrained.
+    `strict` is left out, since it only constrains how calls are generated.
     """
     fields = {key: function.get(key) for key in ("name", "description", "parameters")}
     if fields["parameters"] is None:
@@ -111,7 +111,7 @@ def template_tool(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def answer_text(content: str, calls: Sequence[tuple[str, Any]]) -> str:
-    """An assistant's message as one text: its content, then each tool call in Hermes' form.
+    """A message of the assistant as one text: its content, then each tool call in Hermes' format.
 
     Args:
         calls: name and arguments of each.
@@ -124,7 +124,7 @@ def answer_text(content: str, calls: Sequence[tuple[str, Any]]) -> str:
 
 
 def to_request_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as a request to the chat endpoint has them: arguments of calls as text."""
+    """Messages as in a request to the chat endpoint, where arguments of calls are text."""
     return [{**message, **_to_request_calls(message)} for message in messages]
 
 
@@ -140,7 +140,7 @@ def _to_request_calls(message: Message) -> dict[str, Any]:
 
 
 def read_weight(value: Mapping[str, Any], field: str) -> float | None:
-    """The weight that is given, if one is."""
+    """The weight of a message; None if it has none."""
     weight = value.get("weight")
     if weight is None:
         return None
@@ -150,7 +150,7 @@ def read_weight(value: Mapping[str, Any], field: str) -> float | None:
 
 
 def read_weights(weights: Sequence[float | None]) -> tuple[float, ...] | None:
-    """The weights of all answers of a line; None if none is given."""
+    """The weights of all answers of a line; None if none of them has one."""
     if all(weight is None for weight in weights):
         return None
     if not any(weight is None or weight for weight in weights):
@@ -161,7 +161,7 @@ def read_weights(weights: Sequence[float | None]) -> tuple[float, ...] | None:
 
 
 def read_text(value: Mapping[str, Any], key: str, field: str, *, empty: bool = False) -> str:
-    """A text that is there, and not blank unless it may be `empty`."""
+    """A required text, which may be blank only if `empty` is true."""
     if key not in value:
         raise LineError(f"{field} is missing; add it.")
     text = value[key]
@@ -170,21 +170,19 @@ def read_text(value: Mapping[str, Any], key: str, field: str, *, empty: bool = F
     if not empty and not text.strip():
         raise LineError(f"{field} is empty; write the text, or remove the line.")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise LineError(
-            f"{field} holds half a surrogate pair (\\ud800 to \\udfff), which is not a character; remove it."
-        )
+        raise LineError(f"{field} contains a lone surrogate (\\ud800 to \\udfff), which is invalid Unicode; remove it.")
     return text
 
 
 def refuse_other_keys(value: Collection[str], allowed: Sequence[str], where: str) -> None:
-    """Refuses keys that are not `allowed`."""
+    """Raises LineError if there is a key that is not `allowed`."""
     other = next((key for key in value if key not in allowed), None)
     if other is not None:
         raise LineError(f"{where} has the unknown key {short_repr(other)}; it may have {', '.join(allowed)} only.")
 
 
 def _drop_empty(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that are neither null nor an empty list; a content and a role are always kept."""
+    """The keys whose value is neither null nor an empty list; a content and a role are always kept."""
     return {key: item for key, item in value.items() if key in ("role", "content") or item not in (None, [])}
 
 
@@ -211,7 +209,7 @@ def _message(value: object, before: Sequence[Message], where: str) -> Message:
 
 
 def _content(value: Mapping[str, Any], where: str, *, empty: bool, calls: bool) -> str:
-    """The text of a message, whose parts are joined; an assistant's refusal where it has no other."""
+    """The text of a message, its parts joined; the refusal of an assistant's message without text."""
     field, content = f"{where}.content", value.get("content")
     if content is None and "refusal" in value:
         return read_text(value, "refusal", f"{where}.refusal")
@@ -225,7 +223,7 @@ def _content(value: Mapping[str, Any], where: str, *, empty: bool, calls: bool) 
 
 
 def _part(part: object, field: str, kinds: Sequence[str]) -> str:
-    """What a part of a content says, which has one of the types `kinds`."""
+    """The text of a part of a content, whose type must be one of `kinds`."""
     given = part.get("type") if isinstance(part, dict) else part
     kind = next((kind for kind in kinds if kind == given), None)
     if not isinstance(part, dict) or kind is None:
@@ -281,7 +279,7 @@ def _arguments(function: Mapping[str, Any], field: str) -> dict[str, Any]:
 
 
 def _answered_call_id(role: str, value: Mapping[str, Any], before: Sequence[Message], where: str) -> str:
-    """The id of the call that this message answers: one in the last message that is not a result itself."""
+    """The id of the call that this message answers, in the last message that is not a result itself."""
     asking = next((message for message in reversed(before) if message["role"] != "tool"), None)
     calls = asking.get("tool_calls", []) if asking is not None else []
     if role == "tool":

@@ -1,8 +1,8 @@
-"""Detects what a file is by its first bytes, since names are often wrong."""
+"""Detects the kind of a file by its first bytes, since names are often wrong."""
 
 from __future__ import annotations
 
-#: First bytes and the kind that they show; longer ones come first.
+#: First bytes and the kind of file; longer prefixes come first.
 _MAGIC = (
     (b"\x1f\x8b", "gzip"),
     (b"\x28\xb5\x2f\xfd", "zstd"),
@@ -24,7 +24,7 @@ _MAGIC = (
     (b"\xfe\xff", "utf-16"),
 )
 
-#: Descriptions for messages, where the kind itself is not one.
+#: Descriptions for messages, of kinds that are not descriptions themselves.
 _DESCRIPTIONS = {
     "gzip": "compressed by gzip",
     "zstd": "compressed by zstd",
@@ -39,7 +39,7 @@ _DESCRIPTIONS = {
 
 
 def detect_kind(head: bytes) -> str | None:
-    """The kind of a file that isn't text in UTF-8, by its first 16 bytes or more; None: it may be text in UTF-8."""
+    """The kind of a file by its first 16 bytes or more; None: it may be text in UTF-8."""
     found = next((kind for begins, kind in _MAGIC if head.startswith(begins)), None)
     if found is None and len(head) >= 4 and (head[1::2][:2] == b"\0\0") != (head[::2][:2] == b"\0\0"):
         return "utf-16"  # without a byte order mark

@@ -1,4 +1,4 @@
-"""Reads JSONL line by line as strict JSON, which all readers understand alike.
+"""Reads JSONL line by line as strict JSON, which all readers interpret in the same way.
 
 Only a line feed ends a line; U+2028, U+0085 and form feeds may be part of a text.
 """
@@ -15,17 +15,17 @@ from typing import Any, BinaryIO
 
 from loramill.errors import DatasetInvalid
 
-#: Bytes of one line. 16 MiB are about four million tokens, more than any base reads.
+#: Maximum bytes of a line. 16 MiB are about four million tokens, more than any base reads.
 MAX_LINE = 1 << 24
 
-#: Levels of lists and objects within one another. A tool's JSON schema has about 20; templates recurse.
+#: Maximum levels of nested lists and objects. A tool's JSON schema has about 20; templates recurse.
 MAX_DEPTH = 64
 
 
 def iter_rows(content: bytes | BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines that aren't blank, with their numbers from 1, without their ends and byte order marks.
+    """The lines that are not blank, with their numbers from 1, without line ends and byte order marks.
 
-    Only the beginning of a line longer than `MAX_LINE` is read, which `parse` refuses.
+    Of a line longer than `MAX_LINE`, which `parse` refuses, only the beginning is read.
     """
     file = io.BytesIO(content) if isinstance(content, bytes) else content
     number = 0
@@ -43,8 +43,8 @@ def parse(row: bytes | str) -> Any:
     """The value of one line, or of any JSON text.
 
     Raises:
-        DatasetInvalid: it isn't JSON in UTF-8, repeats a key, holds NaN or half a surrogate pair, or is too long or
-            nested too deeply. The message says "it" and names no file.
+        DatasetInvalid: it isn't JSON in UTF-8, repeats a key, contains NaN or a lone surrogate, or is too long or
+            nested too deeply. The message calls it "it" and names no file.
     """
     if len(row) > MAX_LINE:
         raise DatasetInvalid(_TOO_LONG)
@@ -56,10 +56,10 @@ def parse(row: bytes | str) -> Any:
 
 
 def iter_items(text: str) -> Iterator[Any]:
-    """The items of a JSON list, one after the other.
+    """The items of a JSON list, one after another.
 
     Raises:
-        DatasetInvalid: as `parse`; the message says at which item, from 1, unless it is not JSON at all.
+        DatasetInvalid: as `parse`; the message names the item, from 1, unless the text is not JSON at all.
     """
     at = _skip_space(text, _skip_space(text, 0) + 1)
     number = 0
@@ -95,16 +95,16 @@ def decode(row: bytes) -> str:
 
 
 def short_repr(value: object) -> str:
-    """A foreign value for a message: short, and printable whatever it holds."""
+    """A value of a user for a message: short and printable."""
     text = ascii(value)
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def check_tree(value: object) -> None:
-    """Refuses values that JSON can express but that can't be stored as text, and deep nesting.
+    """Checks for values that JSON can express but that can't be stored as text, and for deep nesting.
 
     Raises:
-        DatasetInvalid: half a surrogate pair, or more than `MAX_DEPTH` levels.
+        DatasetInvalid: a lone surrogate, or more than `MAX_DEPTH` levels.
     """
     stack = [(value, "", 1)]
     while stack:
@@ -126,13 +126,13 @@ _TOO_DEEP = f"it is nested too deeply, more than {MAX_DEPTH} levels; make it fla
 
 
 def _skip_space(text: str, at: int) -> int:
-    """The next character that isn't JSON's white space."""
+    """The position of the next character that is not white space in JSON."""
     found = _SPACE.match(text, at)
     return found.end() if found else at
 
 
 def _read(text: str, at: int) -> tuple[Any, int]:
-    """The value that begins there, and where it ends."""
+    """The value at a position, and the position after it."""
     try:
         value, end = _DECODER.raw_decode(text, at)
     except RecursionError as error:
@@ -140,7 +140,7 @@ def _read(text: str, at: int) -> tuple[Any, int]:
     except json.JSONDecodeError as error:
         raise _not_json(error.msg, text, error.pos) from error
     except ValueError as error:  # the interpreter's own limit, against quadratic time
-        raise DatasetInvalid("it holds an integer of more than 4300 digits; write a shorter one.") from error
+        raise DatasetInvalid("it contains an integer of more than 4300 digits; write a shorter one.") from error
     if end - at > MAX_LINE:
         raise DatasetInvalid(_TOO_LONG)
     if text.count("{", at, end) + text.count("[", at, end) > MAX_DEPTH or text.find("\\u", at, end) >= 0:
@@ -159,7 +159,7 @@ def _check_text(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise DatasetInvalid(
-            f"{where} holds half a surrogate pair (\\ud800 to \\udfff), which is not a character; remove it."
+            f"{where} contains a lone surrogate (\\ud800 to \\udfff), which is invalid Unicode; remove it."
         ) from error
 
 
@@ -179,7 +179,7 @@ def _refuse_constant(name: str) -> object:
 def _finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise DatasetInvalid(f"it holds the number {text[:40]}, which is too large.")
+        raise DatasetInvalid(f"it contains the number {text[:40]}, which is too large.")
     return value
 
 

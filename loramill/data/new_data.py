@@ -1,4 +1,4 @@
-"""How an adapter's new examples are split in a nightly run, and how many are enough. Pure functions."""
+"""Splits the new examples of an adapter for a nightly run, and decides how many are enough. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from collections.abc import Sequence
 from loramill.data import jsonl
 from loramill.plural import counted
 
-#: Old examples that are trained again with the new ones; they halve forgetting.
+#: Number of old examples that are trained again with the new ones; they halve forgetting.
 REPLAY_EXAMPLES = 64
-#: Share of new data that is held out when no validation file came with it.
+#: Fraction of the new data that is held out if it has no validation file.
 HELD_OUT_FRACTION = 0.1
 
 
 def held_out_count(examples: int) -> int:
-    """How many of `examples` new ones are held out where no validation file came with them."""
+    """Number of new examples that are held out if they have no validation file."""
     return max(1, round(examples * HELD_OUT_FRACTION))
 
 
 def required_examples(*, validation: bool, replay: int, minimum: int) -> int:
-    """The number of new examples that a nightly run trains on.
+    """The fewest new examples that a nightly run trains on.
 
     Args:
-        validation: a validation file came with them, so that none is held out.
-        replay: old examples that are trained again with them.
-        minimum: examples that training needs at least, old and new together.
+        validation: whether they have a validation file, so that none is held out.
+        replay: number of old examples that are trained again with them.
+        minimum: the fewest examples to train on, old and new together.
     """
     to_train = max(1, minimum - replay)
     examples = to_train
@@ -36,7 +36,7 @@ def required_examples(*, validation: bool, replay: int, minimum: int) -> int:
 
 
 def outlook(examples: int, validation: int, *, replay: int, minimum: int) -> str:
-    """What the next nightly run does with new examples, in one sentence, or how many are missing."""
+    """What the next nightly run does with new examples, or how many are missing, in one or two sentences."""
     needed = required_examples(validation=bool(validation), replay=replay, minimum=minimum)
     if examples < needed:
         held = "" if validation else f" ({held_out_count(needed)} of them held out to evaluate the new version)"
@@ -53,7 +53,7 @@ def outlook(examples: int, validation: int, *, replay: int, minimum: int) -> str
 
 
 def hold_out(rows: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
-    """Splits rows into (train, held out) by their content, so that the same row always falls on the same side."""
+    """Splits rows into (train, held out) by their content, so that the same row always gets the same part."""
     ordered = sorted(rows, key=digest)
     count = held_out_count(len(ordered))
     held = set(ordered[:count])
@@ -66,5 +66,5 @@ def sample(rows: Sequence[bytes], count: int) -> list[bytes]:
 
 
 def digest(row: bytes) -> bytes:
-    """A row's place in a random-looking, repeatable order."""
+    """A key that orders rows in a random-looking, repeatable way."""
     return hashlib.sha256(json.dumps(jsonl.parse(row), sort_keys=True).encode()).digest()

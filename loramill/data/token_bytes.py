@@ -1,4 +1,4 @@
-"""The bytes of a token, from the vocabulary: a token may be half a character, which no decoded text can show."""
+"""The bytes of a token, from the vocabulary: a token may be a part of a character, which decoded text can't show."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenBytes:
-    """What each token of a tokenizer adds to a text, in bytes.
+    """The bytes that each token of a tokenizer adds to a text.
 
-    Joined over the tokens of a text they are that text in UTF-8. Read from the vocabulary as the tokenizer's decoder
-    reads it: GPT-2's alphabet of bytes, or sentencepiece's pieces with U+2581 for a space and `<0xF0>` for a byte.
-    With other decoders, a token's bytes are those of its decoded text.
+    Joined over the tokens of a text, they are that text in UTF-8. They are read from the vocabulary in the way of the
+    tokenizer's decoder: GPT-2's alphabet of bytes, or sentencepiece's pieces with U+2581 for a space and `<0xF0>` for a
+    byte. With other decoders, a token's bytes are those of its decoded text.
 
     Args:
         tokenizer: the tokenizer.
-        special: ids that decoding leaves out.
+        special: ids of special tokens, which decoding leaves out.
     """
 
     def __init__(self, tokenizer: Tokenizer, special: frozenset[int]) -> None:
@@ -30,7 +30,7 @@ class TokenBytes:
         self._special = special
 
     def bytes_of(self, token: int, *, first: bool = False) -> bytes | None:
-        """The bytes of a token; None if it adds nothing to a text, since it is special or not in the vocabulary.
+        """The bytes of a token; None if it adds nothing to a text because it is special or not in the vocabulary.
 
         Args:
             token: its id.
@@ -59,12 +59,12 @@ class TokenBytes:
         return piece.encode()
 
     def text(self, token: int, *, first: bool = False) -> str:
-        r"""A token as it is shown: its text; `\xf0\x9f` if its bytes are not text; a special token's name."""
+        r"""A token for display: its text; `\xf0\x9f` if its bytes are not text; the name of a special token."""
         found = self.bytes_of(token, first=first)
         return self.piece(token) if found is None else bytes_as_text(found)
 
     def piece(self, token: int) -> str:
-        """A token as the vocabulary spells it: no two tokens alike."""
+        """A token's entry in the vocabulary, which is unique."""
         return self._tokenizer.id_to_token(token) or f"token_id:{token}"
 
     @cached_property
@@ -85,7 +85,7 @@ def bytes_as_text(found: bytes) -> str:
 
 
 def is_utf8(found: bytes) -> bool:
-    """Whether bytes are whole characters."""
+    """Whether bytes are complete characters in UTF-8."""
     try:
         found.decode()
     except UnicodeDecodeError:
@@ -97,7 +97,7 @@ _SENTENCEPIECE = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspa
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes are their own characters, the others follow from U+0100 on."""
+    """GPT-2's alphabet: a printable byte is its own character, the others begin at U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + at): byte for at, byte in enumerate(others)}

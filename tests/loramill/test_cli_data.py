@@ -80,7 +80,7 @@ def test_columns_that_are_not_used_are_shown(tenant: str) -> None:
     rows = [{"id": i, "prompt": f"p{i}", "completion": "c"} for i in range(12)]
     Path("x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ran = ok("submit", f"{tenant}/a", "--train", "x.jsonl")
-    assert "Warning: x.jsonl: not used: id." in ran.stderr
+    assert "Warning: x.jsonl: unused columns: id." in ran.stderr
     assert trained_on(ran.stdout.strip())[3] == {"prompt": "p3", "completion": "c"}
 
 

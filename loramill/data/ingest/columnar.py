@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 HUB = "hf:"
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<split>[\w.\[\]:%+-]+))?")
-#: Rows that are turned into Python values at once.
+#: Rows that are converted to Python values at once.
 _ROWS = 1000
 
 
 class NotJson:
-    """A cell, or a part of one, that JSON can't express; `what` describes it."""
+    """A cell, or a part of one, that JSON can't express."""
 
     def __init__(self, what: str) -> None:
         self.description = what
@@ -59,10 +59,10 @@ def read_arrow(name: str, raw: bytes) -> Table:
 
 
 def read_folder(path: Path) -> Table:
-    """The rows of a folder that `datasets`' `save_to_disk` made.
+    """The rows of a folder that was written by `save_to_disk` of `datasets`.
 
     Raises:
-        InvalidRequest: it is another kind of folder, or one of several splits.
+        InvalidRequest: it is another kind of folder, or contains several splits.
         DatasetInvalid: it is damaged.
     """
     if (path / "dataset_dict.json").is_file():
@@ -72,7 +72,8 @@ def read_folder(path: Path) -> Table:
         )
     if not (path / "state.json").is_file():
         raise InvalidRequest(
-            f"{path} can't be read: it is a folder that `datasets` did not save (save_to_disk); give a file in it."
+            f"{path} can't be read: it is a folder that was not written by `save_to_disk` of `datasets`; give a file in "
+            "it."
         )
     import datasets
 
@@ -104,7 +105,7 @@ def read_hub(source: str) -> Table:
 
 
 def _table_of_dataset(name: str, kind: str, loaded: datasets.Dataset) -> Table:
-    # As Arrow, so that columns that aren't used (images, audio) are never decoded.
+    # As Arrow, so that unused columns (images, audio) are not decoded.
     tables = loaded.with_format("arrow").iter(_ROWS)
     return _table(name, kind, loaded.features.arrow_schema, tables)
 
@@ -137,7 +138,7 @@ def _rows(name: str, columns: list[str], batches: Iterator[Any]) -> Iterator[tup
 
 
 def as_json(cell: Any) -> Any:
-    """A cell as JSON: dates and times as text in ISO 8601, and `NoJson` for what JSON can't express."""
+    """A cell as JSON: dates and times become text in ISO 8601, and what JSON can't express becomes `NotJson`."""
     if cell is None or isinstance(cell, str | bool | int):
         return cell
     if isinstance(cell, float):

@@ -13,12 +13,12 @@ from loramill.data.filetype import describe_kind, detect_kind
 from loramill.data.jsonl import decode
 from loramill.errors import DatasetInvalid, InvalidRequest
 
-#: Suffixes that only say how a file is compressed.
+#: Suffixes that describe only the compression of a file.
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's content, unpacked if it is compressed.
+    """A file's content, decompressed if necessary.
 
     Raises:
         InvalidRequest: it can't be read.

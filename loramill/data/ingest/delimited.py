@@ -1,4 +1,4 @@
-"""CSV with any common separator. All cells are text: 007 is a code, and "NA" is an answer."""
+"""Reads CSV with any common separator. All cells are text: 007 may be a code, and "NA" an answer."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from loramill.data.ingest.table import Table
 from loramill.data.jsonl import MAX_LINE
 from loramill.errors import DatasetInvalid
 
-#: Separators, the most usual first, and the name of a file with each.
+#: Separators, the most common first, and the description of a file with each.
 _SEPARATORS = {
     ",": "CSV",
     ";": "CSV separated by ';'",
     "\t": "TSV (separated by tabs)",
     "|": "CSV separated by '|'",
 }
-#: Rows that decide between separators if the header could have several.
+#: Number of rows that decide between separators if several split the header.
 _SAMPLE = 100
 
 
 def read_delimited(name: str, text: str) -> Table:
-    """The rows below a header, each with as many cells as the header.
+    """The rows below the header; each must have as many cells as the header.
 
     Raises:
-        DatasetInvalid: it is empty or not CSV, the header leaves out or repeats a name, or a row has other cells.
+        DatasetInvalid: it is empty or not CSV, the header lacks or repeats a name, or a row has more or fewer cells.
     """
     _allow_long_cells()
     separator = separator_of(text)
@@ -51,7 +51,7 @@ def read_delimited(name: str, text: str) -> Table:
 
 
 def separator_of(text: str) -> str:
-    """The separator that splits the header, and the rows below into as many cells; by default a comma."""
+    """The separator that splits the header and the rows into equally many cells; by default a comma."""
     counts = {separator: _counts(text, separator) for separator in _SEPARATORS}
     splitting = {separator: found for separator, found in counts.items() if found and found[0] > 1}
     even = [separator for separator, found in splitting.items() if set(found) == {found[0]}]
@@ -59,7 +59,7 @@ def separator_of(text: str) -> str:
 
 
 def read_cells(text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
-    """The rows of a small table of options below its header, each with the line on which it ends.
+    """The rows of a small table of options, each with the number of its last line.
 
     Raises:
         DatasetInvalid: as `read_delimited`; the message names no file.
@@ -74,7 +74,7 @@ def read_cells(text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
                 header = [cell.strip() for cell in row]
                 _check_header("it", header)
             elif len(row) != len(header):
-                raise DatasetInvalid(f"line {reader.line_num} doesn't have as many cells as the header")
+                raise DatasetInvalid(f"line {reader.line_num} has a different number of cells than the header")
             else:
                 yield reader.line_num, dict(zip(header, row, strict=True))
     except csv.Error as error:
@@ -82,7 +82,7 @@ def read_cells(text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
 
 
 def _counts(text: str, separator: str) -> list[int]:
-    """The cells of each of the first rows, split by a separator; -1 where they can't be."""
+    """The number of cells of each of the first rows, split by a separator; -1 if a row can't be split."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     found: list[int] = []
     try:
@@ -113,5 +113,5 @@ def _separator_name(separator: str) -> str:
 
 
 def _allow_long_cells() -> None:
-    """The csv module's own limit, for the whole process, is 131,072 characters."""
+    """Raises the limit of the csv module, which is 131,072 characters, for the whole process."""
     csv.field_size_limit(max(MAX_LINE, csv.field_size_limit()))

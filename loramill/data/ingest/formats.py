@@ -1,4 +1,4 @@
-"""Recognizes the common forms of training data, and converts a row of each to the gateway's line."""
+"""Recognizes the common formats of training data, and converts their rows to the gateway's lines."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Cells = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """One form of training data.
+    """A format of training data.
 
     Attributes:
-        name: for messages.
+        name: its name, for messages.
         required: fields that every row has.
         optional: fields that a row may have.
-        line: converts a row's fields to the gateway's line; raises Wrong.
+        to_line: converts the fields of a row to the gateway's line; raises CellError.
     """
 
     name: str
@@ -34,12 +34,12 @@ class RowFormat:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """All of them."""
+        """Required and optional fields."""
         return (*self.required, *self.optional)
 
 
 class CellError(Exception):
-    """What is wrong with one cell: its field, and a sentence about it."""
+    """A problem of a cell: its field, and a sentence."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(problem)
@@ -47,10 +47,10 @@ class CellError(Exception):
 
 
 def recognize(name: str, columns: Collection[str]) -> RowFormat:
-    """The form that these columns have.
+    """The format with these columns.
 
     Raises:
-        DatasetInvalid: they have none, or several.
+        DatasetInvalid: no format matches, or several do.
     """
     found = [form for form in FORMATS if set(form.required) <= set(columns)]
     if len(found) == 1:
@@ -68,23 +68,23 @@ def recognize(name: str, columns: Collection[str]) -> RowFormat:
             "chosen answers only, set columns prompt=prompt,completion=chosen."
         )
     raise DatasetInvalid(
-        f"{name} has the columns {shown}, which match no known form ({'; '.join(map(_required_fields, FORMATS))}): "
+        f"{name} has the columns {shown}, which match no known format ({'; '.join(map(_required_fields, FORMATS))}): "
         "name "
         "them, such as columns prompt=question,completion=answer."
     )
 
 
 def format_of(columns: Mapping[str, str]) -> RowFormat:
-    """The form that has these fields: {field: column}.
+    """The format of these fields, from {field: column}.
 
     Raises:
-        InvalidRequest: the fields make no example.
+        InvalidRequest: the fields do not make an example.
     """
     for form in FORMATS:
         if set(form.required) <= set(columns) <= set(form.fields):
             return form
     raise InvalidRequest(
-        f"The columns {', '.join(map(_column_name, columns))} don't make an example: give those of one form "
+        f"The columns {', '.join(map(_column_name, columns))} don't make an example: give those of one format "
         f"({'; '.join(map(_required_fields, FORMATS))}).",
         param="columns",
     )
@@ -94,7 +94,7 @@ def _required_fields(form: RowFormat) -> str:
     return " and ".join(form.required)
 
 
-# One row of each form
+# Conversion of a row of each format
 
 
 def _messages(cells: Cells) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _messages(cells: Cells) -> dict[str, Any]:
 
 
 def _pair(cells: Cells) -> dict[str, Any]:
-    """Texts, or TRL's lists of messages, of which the completion's alone are trained."""
+    """Texts, or TRL's lists of messages, of which only the completion is trained."""
     spoken = {field: _is_conversation(cells[field]) for field in ("prompt", "completion")}
     if not any(spoken.values()):
         line: dict[str, Any] = {field: _text(cells, field) for field in ("prompt", "completion")}
@@ -129,7 +129,7 @@ def _pair(cells: Cells) -> dict[str, Any]:
 
 
 def _alpaca(cells: Cells) -> dict[str, Any]:
-    """As LLaMA-Factory reads it: the input is on the line below the instruction."""
+    """As in LLaMA-Factory: the input is on the line below the instruction."""
     messages = _system(cells)
     history = [] if cells.get("history") in (None, "") else _list(cells, "history", "[question, answer] pairs")
     for index, pair in enumerate(history):
@@ -184,7 +184,7 @@ _ROLES = {
 
 
 def _turns(turns: list[Any], field: str) -> list[dict[str, Any]]:
-    """Turns with `from` and `value` as messages; those with `role` and `content` are messages already."""
+    """Converts turns with `from` and `value` to messages; turns with `role` and `content` already are messages."""
     messages: list[dict[str, Any]] = []
     waiting: list[str] = []
     for index, turn in enumerate(turns):
@@ -199,7 +199,7 @@ def _turns(turns: list[Any], field: str) -> list[dict[str, Any]]:
 
 
 def _turn(turn: Mapping[str, Any], where: str, field: str, index: int, waiting: list[str]) -> dict[str, Any]:
-    """One turn; `waiting` are the ids of calls without a result yet."""
+    """Converts one turn; `waiting` has the ids of calls without a result so far."""
     speaker, value = turn["from"], turn.get("value")
     role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
@@ -213,9 +213,7 @@ def _turn(turn: Mapping[str, Any], where: str, field: str, index: int, waiting: 
         return {"role": "assistant", "content": None, "tool_calls": calls, **weight}
     if role == "tool":
         if not waiting:
-            raise CellError(
-                field, f"{where}.from is {speaker}, and no function_call turn before it waits for a result."
-            )
+            raise CellError(field, f"{where}.from is {speaker}, and no function_call turn before it needs a result.")
         return {"role": "tool", "tool_call_id": waiting.pop(0), "content": value}
     return {"role": role, "content": value, **weight}
 
@@ -237,7 +235,7 @@ def _calls(text: str, where: str, field: str, index: int) -> list[dict[str, Any]
 
 
 def _wrapped(tools: Any) -> Any:
-    """Tools in OpenAI's form; ShareGPT's are often bare functions."""
+    """Tools in OpenAI's format; ShareGPT's are often plain functions."""
     if not isinstance(tools, list):
         return tools
     return [
@@ -289,7 +287,7 @@ def _list(cells: Cells, field: str, of: str) -> list[Any]:
 
 
 def _value(cells: Cells, field: str, advice: str = "write JSON") -> Any:
-    """A cell's JSON value; tables without lists or objects hold it as text."""
+    """A cell's JSON value, which is text in tables without lists and objects."""
     value = cells[field]
     if not isinstance(value, str):
         return value
@@ -300,7 +298,7 @@ def _value(cells: Cells, field: str, advice: str = "write JSON") -> Any:
 
 
 def short_repr(value: object) -> str:
-    """A foreign value for a message, as `jsonl.shown`; `NoJson` by its description."""
+    """A value of a user for a message, as `jsonl.short_repr`; the description of a `NotJson`."""
     return value.description if isinstance(value, NotJson) else jsonl.short_repr(value)
 
 

@@ -23,13 +23,13 @@ _MAX_NAMED_COLUMNS = 8
 
 @dataclass(frozen=True, slots=True)
 class PreparedSource:
-    """A source as the gateway takes it.
+    """A source, converted to what the gateway takes.
 
     Attributes:
-        name: for messages.
+        name: its name, for messages.
         content: JSONL; its lines have the numbers of the source's rows.
-        recognized: what it was read as, such as "TSV, Alpaca (instruction, input, output)".
-        warnings: what was left out.
+        format: the recognized format, such as "TSV, Alpaca (instruction, input, output)".
+        warnings: warnings about what was left out.
     """
 
     name: str
@@ -154,7 +154,7 @@ class RowReader:
         if self._ignored:
             names = [short_repr(column)[1:-1] for column in self._ignored]
             more = f" and {len(names) - _MAX_NAMED_COLUMNS} more" if len(names) > _MAX_NAMED_COLUMNS else ""
-            found.append(f"{self._table.name}: not used: {', '.join(names[:_MAX_NAMED_COLUMNS])}{more}.")
+            found.append(f"{self._table.name}: unused columns: {', '.join(names[:_MAX_NAMED_COLUMNS])}{more}.")
         if dated := [column for column in self._table.temporal_columns if column in self._used]:
             found.append(
                 f"{self._table.name}: {', '.join(dated)} holds dates, which became text such as 2024-03-01T00:00:00."
@@ -163,7 +163,7 @@ class RowReader:
 
 
 def _check_json(field: str, value: Any, where: str = "it") -> None:
-    """Refuses values that JSON can't express, anywhere in a cell."""
+    """Raises CellError if JSON can't express a value anywhere in a cell."""
     if isinstance(value, NotJson):
         raise CellError(field, f"{where} is {value.description}.")
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -172,7 +172,7 @@ def _check_json(field: str, value: Any, where: str = "it") -> None:
 
 
 def _without_nulls(value: Any) -> Any:
-    """The value without the nulls that Arrow adds: if one message has a key, all others have it as null."""
+    """The value without the nulls that Arrow adds: if one message has a key, all others have it too, as null."""
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if not isinstance(value, dict):

@@ -25,12 +25,12 @@ def read_source(source: str | Path, columns: Columns = None, *, columns_optional
 
     Args:
         source: a path, or `hf:…`.
-        columns: {field: column} where the columns don't have the names of a known form.
-        if_there: use `columns` only if the source has them, and recognize its columns otherwise.
+        columns: {field: column}, if the columns don't have the names of a known format.
+        columns_optional: use `columns` only if the source has them, and recognize its columns otherwise.
 
     Raises:
-        InvalidRequest: the source can't be read, or `columns` makes no sense.
-        DatasetInvalid: rows lack what an example needs; `problems` gives row or line (from 1) and column of each.
+        InvalidRequest: the source can't be read, or `columns` does not make an example.
+        DatasetInvalid: rows are incomplete or wrong; `problems` has the row or line (from 1) and column of each.
     """
     if str(source).startswith(HUB):
         return RowReader(read_hub(str(source)), columns, columns_optional).read(None)
@@ -45,7 +45,7 @@ def read_source(source: str | Path, columns: Columns = None, *, columns_optional
 
 
 def _open(path: Path, raw: bytes) -> Table:
-    """The table in a file, by its content, and for plain text by its name."""
+    """Opens the table in a file, by its content, and for plain text by its name."""
     kind, suffix = detect_kind(raw), inner_suffix(path)
     if kind == "parquet":
         return read_parquet(path.name, raw)
@@ -55,7 +55,7 @@ def _open(path: Path, raw: bytes) -> Table:
         raise DatasetInvalid(f"{path.name} is {describe_kind(kind or '')}; save it as CSV, JSONL or Parquet.")
     if suffix in (".parquet", ".arrow", ".feather"):
         raise DatasetInvalid(
-            f"{path.name} can't be read as a table: its content is not what its name says; write it again."
+            f"{path.name} can't be read as a table: its content is not of the kind that its name says; write it again."
         )
     if suffix in _DELIMITED:
         return read_delimited(path.name, text_of(path.name, raw))
@@ -67,7 +67,7 @@ def _open(path: Path, raw: bytes) -> Table:
         return Table(path.name, "JSON", "row", None, enumerate(_with_file_name(path.name, items), start=1))
     if begins not in (b"{", b"[") and suffix not in _JSON:
         raise DatasetInvalid(
-            f"{path.name} is in no known format: give JSONL, JSON, CSV or TSV (with that suffix) or Parquet."
+            f"{path.name} is not in a known format: give JSONL, JSON, CSV or TSV (with that suffix) or Parquet."
         )
     if (whole := _one_object(raw)) is not None:
         return Table(path.name, "JSON", "row", None, [(1, whole)])
@@ -87,7 +87,7 @@ def _are_lines(raw: bytes) -> bool:
 
 
 def _one_object(raw: bytes) -> dict[str, Any] | None:
-    """The object of a file that holds just one, on several lines; None if it holds something else."""
+    """The object of a file that consists of one object on several lines; None for other files."""
     first = next(jsonl.iter_rows(raw), None)
     if first is None or first[1].rstrip().endswith(b"}"):
         return None

@@ -1,4 +1,4 @@
-"""What every reader returns for a file: its rows and their numbers."""
+"""The rows of a source, as every reader returns them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows before their form is recognized.
+    """Rows before their format is recognized.
 
     Attributes:
         name: of the file, for messages.
-        kind: what was read, such as "CSV separated by ';'".
-        unit: what a row's number counts: "row" or "line", from 1.
+        kind: the kind of file, such as "CSV separated by ';'".
+        unit: what row numbers count, from 1: "row" or "line".
         columns: the header; None where each row has its own keys.
-        rows: each with its number; a row of JSON may be any value.
-        dated: columns with dates or times, which become text.
-        sparse: whether a null may only mean that other rows have the key, as in Arrow.
+        rows: rows with their numbers; a row of JSON may be any value.
+        temporal_columns: columns with dates or times, which become text.
+        nulls_may_be_absent: whether a null may mean that only other rows have the key, as in Arrow.
     """
 
     name: str

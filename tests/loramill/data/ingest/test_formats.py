@@ -143,7 +143,7 @@ def test_columns_of_a_form_may_have_other_names(tmp_path: Path) -> None:
     found = read(tmp_path, row, columns={"instruction": "q", "input": "context", "output": "a"})
     assert line(found) == {"messages": [turn("user", "Add.\n1 and 2"), turn("assistant", "3")]}
     assert found.format == "JSONL, Alpaca (instruction=q, input=context, output=a)"
-    assert found.warnings == ("x.jsonl: not used: id.",)
+    assert found.warnings == ("x.jsonl: unused columns: id.",)
 
 
 def test_a_later_row_may_have_a_field_that_the_first_lacks(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_nulls_that_arrow_adds_are_removed(tmp_path: Path) -> None:
         ({"conversations": ["a"]}, "conversations[0] is 'a'; it must be an object with 'from' and 'value'"),
         ({"conversations": "a"}, "column conversations: it is not JSON: .*; write a list of turns"),
         ({"conversations": []}, None),
-        ({"conversations": [{"from": "tool", "value": "a"}]}, "no function_call turn before it waits for a result"),
+        ({"conversations": [{"from": "tool", "value": "a"}]}, "no function_call turn before it needs a result"),
         ({"conversations": [{"from": "function_call", "value": "a"}]}, "conversations[0].value: it is not JSON"),
         (
             {"conversations": [{"from": "function_call", "value": "[1]"}]},
@@ -203,7 +203,7 @@ def test_nulls_that_arrow_adds_are_removed(tmp_path: Path) -> None:
         ({"prompt": "a", "completion": "b", "weight": "nan"}, "column weight: it is 'nan'; it must be a number"),
         (
             {"question": "a", "answer": "b"},
-            "x.jsonl has the columns question, answer, which match no known form",
+            "x.jsonl has the columns question, answer, which match no known format",
         ),
         ({"instruction": "a", "output": "b", "conversations": []}, "can be read as Alpaca and as ShareGPT"),
     ],

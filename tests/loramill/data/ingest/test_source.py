@@ -93,9 +93,9 @@ def test_columns_are_chosen_and_others_left_out_with_a_warning(tmp_path: Path, s
     rows = [{"id": str(i), "question": row["prompt"], "answer": row["completion"]} for i, row in enumerate(ROWS)]
     path = write(tmp_path / f"x{suffix}", rows)
     found = read_source(path, {"prompt": "question", "completion": "answer"})
-    assert (lines(found), found.warnings) == (ROWS, (f"x{suffix}: not used: id.",))
+    assert (lines(found), found.warnings) == (ROWS, (f"x{suffix}: unused columns: id.",))
     assert found.format.endswith("prompt and completion (prompt=question, completion=answer)")
-    assert f"x{suffix} has the columns id, question, answer, which match no known form" in refused(path, "auto")
+    assert f"x{suffix} has the columns id, question, answer, which match no known format" in refused(path, "auto")
     assert "no column nose; it has id, question, answer" in refused(path, {"prompt": "nose", "completion": "answer"})
     for odd in ({"prompt": "question"}, {"wibble": "question"}, {"messages": "question", "prompt": "answer"}):
         with pytest.raises(InvalidRequest) as caught:
@@ -107,7 +107,7 @@ def test_columns_are_chosen_and_others_left_out_with_a_warning(tmp_path: Path, s
 def test_columns_beyond_the_form_are_left_out_with_a_warning(tmp_path: Path, suffix: str) -> None:
     for rows in ([{"messages": chat, "id": "x"} for chat in CHATS], [{**row, "id": "x"} for row in ROWS]):
         found = read_source(write(tmp_path / f"x{suffix}", rows))
-        assert found.warnings == (f"x{suffix}: not used: id.",)
+        assert found.warnings == (f"x{suffix}: unused columns: id.",)
         assert lines(found) == [{key: cell for key, cell in row.items() if key != "id"} for row in rows]
         assert len(read_examples(found.content, "x").examples) == 2
 
@@ -193,10 +193,10 @@ def test_a_hub_id_names_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (
             "x.json",
             b'{\n"version": 1,\n"data": []\n}',
-            "x.json has the columns version, data, which match no known form",
+            "x.json has the columns version, data, which match no known format",
         ),
         ("x.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}', "line 2, column completion: it is missing"),
-        ("x.jsonl", b'{"prompt": "\\ud800", "completion": "b"}', "x.jsonl, line 1: prompt holds half a surrogate"),
+        ("x.jsonl", b'{"prompt": "\\ud800", "completion": "b"}', "x.jsonl, line 1: prompt contains a lone surrogate"),
         ("x.jsonl", b"\n", "x.jsonl is empty"),
         ("x.jsonl", b"prompt,completion\na,b\n", "x.jsonl, line 1: it is not JSON"),
         (
@@ -207,13 +207,13 @@ def test_a_hub_id_names_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (
             "x.jsonl",
             b'{"text": "a"}',
-            "x.jsonl has the columns text, which match no known form (messages; prompt and comp",
+            "x.jsonl has the columns text, which match no known format (messages; prompt and comp",
         ),
         ("x.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c"}', "x.jsonl has preference pairs"),
         ("x.jsonl", b'{"messages": [], "prompt": "", "completion": ""}', "can be read as messages and as prompt and"),
-        ("x.txt", b"prompt,completion\na,b\n", "is in no known format"),
+        ("x.txt", b"prompt,completion\na,b\n", "is not in a known format"),
         ("x.parquet", b"PAR1", "x.parquet can't be read as a table"),
-        ("x.parquet", b"{}", "x.parquet can't be read as a table: its content is not what its name says"),
+        ("x.parquet", b"{}", "x.parquet can't be read as a table: its content is not of the kind that its name says"),
         ("x.csv.gz", gzip.compress(b"prompt,completion\n" * 99)[:-9], "x.csv.gz is compressed by gzip, and damaged"),
         ("x.jsonl.zst", zstd(b"{}" * 999)[:-9], "x.jsonl.zst is compressed by zstd, and damaged"),
         ("x.xlsx", b"PK\x03\x04...", "x.xlsx is a ZIP archive (an .xlsx workbook is one); save it as CSV"),
@@ -336,7 +336,7 @@ def test_dates_of_a_table_become_text_with_a_warning(tmp_path: Path) -> None:
     found = read_source(write(tmp_path / "x.parquet", rows))
     assert lines(found) == [{"prompt": "When?", "completion": "2024-03-01"}]
     assert found.warnings == (
-        "x.parquet: not used: at.",
+        "x.parquet: unused columns: at.",
         "x.parquet: completion holds dates, which became text such as 2024-03-01T00:00:00.",
     )
     when = datetime.datetime(2024, 3, 1, 9, 30, tzinfo=datetime.UTC)
@@ -370,7 +370,7 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     assert f"has the splits test, train: give one of them, such as {tmp_path / 'more' / 'test'}" in refused(
         tmp_path / "more"
     )
-    assert "it is a folder that `datasets` did not save" in refused(tmp_path)
+    assert "it is a folder that was not written by" in refused(tmp_path)
     (tmp_path / "one" / "state.json").write_text("{}")
     assert "one can't be read as a table" in refused(tmp_path / "one")
 
