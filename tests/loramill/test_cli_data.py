@@ -218,7 +218,7 @@ def test_a_dry_run_shows_what_would_be_trained_and_stores_nothing(tenant: str) -
     assert "Nothing was stored or submitted" in ran.stderr
     Path("chat.jsonl").write_bytes(examples())
     (found,) = shown("submit", f"{tenant}/a", "--train", "chat.jsonl", "--dry-run")
-    assert (found["recognized"], found["examples"]) == ("JSONL, messages", 12)
+    assert (found["format"], found["examples"]) == ("JSONL, messages", 12)
     *prompt, answer = found["preview"]
     assert (answer["supervised"], answer["text"]) == (True, "code 0<|im_end|>")
     assert prompt[-1]["text"].endswith("<|im_start|>assistant\n") and not prompt[-1]["supervised"]

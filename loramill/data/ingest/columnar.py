@@ -72,8 +72,8 @@ def read_folder(path: Path) -> Table:
         )
     if not (path / "state.json").is_file():
         raise InvalidRequest(
-            f"{path} can't be read: it is a folder that was not written by `save_to_disk` of `datasets`; give a file in "
-            "it."
+            f"{path} can't be read: it is a folder that was not written by `save_to_disk` of `datasets`; give a file "
+            "in it."
         )
     import datasets
 
