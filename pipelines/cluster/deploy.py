@@ -24,23 +24,23 @@ from loramill.settings import Settings
 
 OBJECT_STORE_BYTES = 128 << 20
 
-#: What a session on this machine takes of Ray's CPUs. Not a whole one: a Train controller that is killed leaves its
-#: placement group behind until the supervisor finds it, and a few of those would leave no room for sessions.
+#: CPUs in Ray of a session on this machine. Not a whole one: a Train controller that is killed leaves its placement
+#: group until the supervisor finds it, and a few of those would leave no CPUs for sessions.
 NOMINAL_CPUS = 0.01
 log = logging.getLogger("loramill.cluster")  # __name__ is __main__ here
 
 
 def deploy(settings: Settings) -> None:
-    """Starts or updates everything on the Ray cluster this process is connected to."""
+    """Starts or updates everything on the Ray cluster of this process."""
     loramill.jobs.ray.supervisor.deploy(settings)
     loramill.serve.deployments.deploy(settings)
 
 
 def start_local(scratch: Path) -> None:
-    """Starts a Ray on this machine. Its number of CPUs means nothing: the settings bound what runs here.
+    """Starts Ray on this machine. Its number of CPUs does not matter: the settings bound what runs here.
 
     Args:
-        scratch: a folder on disk for Ray's object store, if shared memory has no room for it.
+        scratch: a folder on disk for Ray's object store, in case shared memory is too small for it.
     """
     store = object_store_folder(OBJECT_STORE_BYTES, scratch)
     ray.init(
@@ -61,7 +61,7 @@ def wait_for_end(ended: threading.Event) -> None:
 
 
 def main() -> None:
-    """Runs a local cluster until standard input ends; if it can't, the reason is the first error on standard error."""
+    """Runs a local cluster until standard input ends; on failure, standard error begins with the reason."""
     logs.configure()
     settings = Settings.model_validate_json(sys.stdin.readline())
     try:

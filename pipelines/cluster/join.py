@@ -1,4 +1,4 @@
-"""loramill on the Ray cluster that this machine is the head of: see cluster.yaml."""
+"""Deploys loramill on the Ray cluster whose head is this machine: see cluster.yaml."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from loramill.settings import Settings
 
 
 def join(settings: Settings) -> None:
-    """Brings the record up to date and deploys supervisor, gateway and engine, in place of those that run there.
+    """Migrates the database, and deploys supervisor, gateways and engines in place of those that run there.
 
-    Unlike `up` it starts no Ray, and what it deployed stays when this process ends.
+    Unlike `up`, this does not start Ray, and the deployments remain when this process ends.
 
     Raises:
-        SetupError: no Ray runs on this machine, or the home, the stores or the registry can't be used.
+        SetupError: no Ray runs on this machine, or the home, the stores or the registry cannot be used.
     """
     prepare_home(settings.home)
     check_stores(settings)

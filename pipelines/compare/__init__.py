@@ -1,1 +1,1 @@
-"""Ways to fine-tune one base on one task, measured side by side: `loramill compare`."""
+"""Compares methods to fine-tune one base on one task: `loramill compare`."""

@@ -1,4 +1,4 @@
-"""Test questions, who answers them, and how long a token takes them."""
+"""Answers to test questions, by the engine and by transformers, and the time per token."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from loramill.serve.offline import OfflineEngine
 from loramill.serve.protocol import TextRequest
 from loramill.serve.sampling_params import SamplingParams
 
-#: Tokens of the answer whose speed is measured, and how often.
+#: Tokens of the answer whose speed is measured, and the number of measurements.
 TIMED_TOKENS, ROUNDS = 32, 9
 
 Report = Callable[[int], None]
 
 
 class Answerer(Protocol):
-    """Something that answers greedily."""
+    """Something that answers examples greedily."""
 
     def answer(self, examples: Sequence[Example], limits: Sequence[int], report: Report) -> list[str]:
-        """The answers in order, of at most so many tokens each."""
+        """Returns the answers in order; `limits` are their maximum numbers of tokens."""
         ...
 
     def generate_tokens(self, example: Example, tokens: int) -> None:
-        """Answers one example with exactly so many tokens."""
+        """Answers one example with exactly `tokens` tokens."""
         ...
 
 
 class EngineAnswerer:
-    """The engine that serves, with a version or the base alone."""
+    """Answers by the serving engine, with a version or the base alone."""
 
     def __init__(self, engine: OfflineEngine, version: str | None = None) -> None:
         self._engine = engine
         self._version = version
 
     def answer(self, examples: Sequence[Example], limits: Sequence[int], report: Report) -> list[str]:
-        """As `Answerer`; what the engine refuses is raised."""
-        asked = [self._request(each, limit) for each, limit in zip(examples, limits, strict=True)]
+        """See `Answerer`; raises the engine's errors."""
+        requests = [self._request(each, limit) for each, limit in zip(examples, limits, strict=True)]
         texts = []
-        for completion in self._engine.generate(asked, ordered=True):
+        for completion in self._engine.generate(requests, ordered=True):
             if completion.error is not None:
                 raise completion.error
             texts.append(completion.text)
@@ -54,7 +54,7 @@ class EngineAnswerer:
         return texts
 
     def generate_tokens(self, example: Example, tokens: int) -> None:
-        """As `Answerer`."""
+        """See `Answerer`."""
         (completion,) = self._engine.generate([self._request(example, tokens, ignore_eos=True)])
         if completion.error is not None:
             raise completion.error
@@ -73,7 +73,7 @@ class EngineAnswerer:
 
 
 class TransformersAnswerer:
-    """A transformers model, with what hangs on it."""
+    """Answers by a transformers model, with the modules attached to it."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: ChatTokenizer, cache: MakeCache = empty_cache) -> None:
         self._model = model
@@ -81,14 +81,14 @@ class TransformersAnswerer:
         self._cache = cache
 
     def answer(self, examples: Sequence[Example], limits: Sequence[int], report: Report) -> list[str]:
-        """As `Answerer`."""
+        """See `Answerer`."""
         prompts = [self._prompt(example) for example in examples]
         stop_ids = self._tokenizer.stop_ids
         answers = greedy(self._model, prompts, limits, stop_ids, cache=self._cache, report=report)
         return [self._tokenizer.decode(tokens) for tokens in answers]
 
     def generate_tokens(self, example: Example, tokens: int) -> None:
-        """As `Answerer`."""
+        """See `Answerer`."""
         greedy(self._model, [self._prompt(example)], [tokens], (), cache=self._cache)
 
     def _prompt(self, example: Example) -> list[int]:
@@ -100,7 +100,7 @@ class TransformersAnswerer:
 def quality(answerer: Answerer, examples: Sequence[Example], tokenizer: ChatTokenizer, report: Report) -> Score:
     """Scores the answers to all test examples.
 
-    An answer may be half as long again as its reference: one that rambles costs little, and still can't be right.
+    An answer may have half as many tokens again as its reference: a model that rambles then costs little.
     """
     lengths = [len(tokenizer.encode_text(example.completion)) for example in examples]
     texts = answerer.answer(examples, [length * 3 // 2 + 8 for length in lengths], report)
@@ -108,7 +108,7 @@ def quality(answerer: Answerer, examples: Sequence[Example], tokenizer: ChatToke
 
 
 def token_seconds(answerers: Mapping[str, Answerer], example: Example, device: str) -> dict[str, float]:
-    """Median seconds of a token after the first, one answer at a time, side by side: every round asks each."""
+    """Median seconds per token after the first, one answer at a time; every round measures each answerer."""
 
     def asking(answerer: Answerer, tokens: int) -> Callable[[], None]:
         return lambda: answerer.generate_tokens(example, tokens)

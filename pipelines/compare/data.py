@@ -1,4 +1,4 @@
-"""What a task trains on and is asked, read and checked before anything is computed."""
+"""Reads and checks the data of a task before anything is computed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from loramill.types import JobSpec
 
 @dataclass(frozen=True, slots=True)
 class TaskData:
-    """What a task names, in hand.
+    """The base and the data that a task names.
 
     Attributes:
-        base: in the bits that the subject trains on.
-        spec: what the training loop does; of prefix tuning and bottleneck adapters it knows all but the method.
+        base: with the quantization that the subject trains on.
+        spec: the spec for the training loop; its method is "lora" for prefix tuning and bottleneck adapters.
     """
 
     base: Base
@@ -37,9 +37,9 @@ def read_task(task: Task) -> TaskData:
     """Finds the base and reads the examples.
 
     Raises:
-        BaseUnusable: there is no such base.
+        BaseUnusable: the base was not found.
         DatasetInvalid: an example is bad, or too long for the base.
-        InvalidRequest: a number makes no sense.
+        InvalidRequest: a hyperparameter is invalid.
     """
     base = find_base(task.base, task.cache, "nf4" if task.subject == "qlora" else "none")
     tokenizer = ChatTokenizer.load(base.folder).at_time(datetime.now(UTC))

@@ -27,23 +27,21 @@ from loramill.pipelines.compare.workbench import Workbench, run_training
 from loramill.serve.offline import OfflineEngine
 from loramill.types import JobSpec
 
-#: Inner units of a bottleneck adapter, and tokens of a prefix, for each of LoRA's rank: the first then trains about as
-#: many parameters as LoRA at all linears does.
+#: Inner units of a bottleneck adapter, and tokens of a prefix, per rank of LoRA: bottleneck adapters then have about as
+#: many parameters as LoRA at all linears.
 UNITS, TOKENS = 4, 2
 
-#: What there is to know of QLoRA's memory on a CPU.
-DENSE_NOTE = (
-    "while it trains on a CPU its base is kept dense; what four bits save shows where it is served, and on a GPU."
-)
+#: A note on QLoRA's memory on a CPU.
+DENSE_NOTE = "on a CPU it trains on a dense base; four bits save memory in serving, and in training on a GPU."
 
 Attach = Callable[[PreTrainedModel, JobSpec, Path], AbstractContextManager[AdaptedModel]]
 
 
 def measure_task(task: Task, report: Report) -> ComparisonRow:
-    """The row of a task.
+    """Measures a task.
 
     Raises:
-        LoramillError: it can't be done.
+        LoramillError: the task failed.
     """
     torch.set_num_threads(task.threads)
     report(TaskProgress(name="reading"))
@@ -62,14 +60,14 @@ def measure_task(task: Task, report: Report) -> ComparisonRow:
 
 
 def _untuned(bench: Workbench) -> ComparisonRow:
-    """The base as it is."""
+    """Measures the base itself."""
     with OfflineEngine(bench.data.base, Path, bench.engine) as engine:
         base = EngineAnswerer(engine)
         return ComparisonRow(subject="base", quality=bench.quality(base), serving=bench.serving("engine", base=base))
 
 
 def _adapter(bench: Workbench) -> ComparisonRow:
-    """What ends as a LoRA or DoRA, which the engine serves beside others."""
+    """Measures a method whose result is a LoRA or DoRA, which the engine serves."""
     training = _train(bench, bench.load(), attach_adapter)
     folder = _write_files(
         export_adapter(bench.checkpoints, bench.data.spec, base=bench.data.base.name), bench.task.folder / "adapter"
@@ -90,11 +88,11 @@ def _adapter(bench: Workbench) -> ComparisonRow:
 
 
 def _full(bench: Workbench) -> ComparisonRow:
-    """What ends as a base of its own."""
+    """Measures full fine-tuning, whose result is a base of its own."""
     task, data = bench.task, bench.data
     model = bench.load()
     base = memory.used_bytes(task.device)
-    del model  # the trainer loads its own
+    del model  # the trainer loads one itself
     progress = train_full(data.base, _train_context(bench), device=torch.device(task.device))
     training = run_training(bench, progress, base=base)
     folder = task.folder / "whole"
@@ -106,9 +104,7 @@ def _full(bench: Workbench) -> ComparisonRow:
             subject="full",
             training=_with_artifact(training.model_copy(update={"parameters": training.base_parameters}), folder),
             quality=bench.quality(tuned),
-            notes=(
-                f"as a LoRA of rank {data.spec.rank} {result.report.energy_of_all:.0%} of the change would be kept.",
-            ),
+            notes=(f"a LoRA of rank {data.spec.rank} would keep {result.report.energy_of_all:.0%} of the change.",),
         )
         if not task.serving:
             return row
@@ -117,7 +113,7 @@ def _full(bench: Workbench) -> ComparisonRow:
 
 
 def _transformers_only(bench: Workbench, attach: Attach, cache: Callable[[AdaptedModel], MakeCache]) -> ComparisonRow:
-    """What the engine doesn't serve, by transformers; `cache` is what its answers begin with."""
+    """Measures a method that the engine does not serve, by transformers; `cache` makes the cache of its answers."""
     model = bench.load()
     training = _train(bench, model, attach)
     weights = _trained_weights(bench)
@@ -152,7 +148,7 @@ def _prefix_cache(tuned: AdaptedModel) -> MakeCache:
 
 
 def _train(bench: Workbench, model: PreTrainedModel, attach: Attach) -> Training:
-    """Trains by the loop of the jobs, which leaves the weights in its checkpoints."""
+    """Trains with the loop of jobs, which writes the weights to its checkpoints."""
     progress = train(model, _train_context(bench, attach))
     training = run_training(bench, progress, base=memory.used_bytes(bench.task.device))
     return training.model_copy(
@@ -172,12 +168,12 @@ def _train_context(bench: Workbench, attach: Attach = attach_adapter) -> TrainCo
 
 
 def _trained_weights(bench: Workbench) -> dict[str, torch.Tensor]:
-    """The weights that training came to."""
+    """The weights after training."""
     return load_checkpoint_to_export(bench.checkpoints, bench.data.spec).weights
 
 
 def _merge(bench: Workbench, adapter: Path) -> Base:
-    """The base with an adapter's deltas in its own weights, those it was trained on; in bfloat16."""
+    """The base that the adapter was trained on, with the adapter merged into it; in bfloat16."""
     base, folder = bench.data.base, bench.task.folder / "merged"
     folder.mkdir()
     save_hf_model(merge_into(load_for_training(base, torch.bfloat16), adapter), base.folder, folder)

@@ -1,4 +1,4 @@
-"""What this process holds at its most."""
+"""The memory of this process: current and peak."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PROC = Path("/proc/self")
 
 
 def used_bytes(device: str) -> int:
-    """The bytes held now: resident on a CPU, in tensors on a GPU."""
+    """Bytes in use: resident on a CPU, in tensors on a GPU."""
     if device == "cuda":
         return torch.cuda.memory_allocated()
     _trim_heap()
@@ -21,30 +21,28 @@ def used_bytes(device: str) -> int:
 
 
 def reset_peak(device: str) -> None:
-    """Has `peak` begin anew.
+    """Resets `peak_bytes`.
 
     Raises:
-        SetupError: the system doesn't keep these books; Linux does.
+        SetupError: the system does not record the peak; Linux does.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return
     _trim_heap()
     try:
-        (_PROC / "clear_refs").write_text("5")  # proc(5): the peak is set to what is resident now
+        (_PROC / "clear_refs").write_text("5")  # proc(5): sets the peak to the resident size
     except OSError as error:
-        raise SetupError(
-            f"{_PROC} doesn't tell how much memory a process takes ({error}); run this on Linux."
-        ) from error
+        raise SetupError(f"{_PROC} does not contain the memory of a process ({error}); run this on Linux.") from error
 
 
 def peak_bytes(device: str) -> int:
-    """The most bytes held since `forget_peak`."""
+    """Maximum bytes in use since `reset_peak`."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
 
 
 def _trim_heap() -> None:
-    """Gives free pages back: glibc keeps what loading, and rounding most of all, needed for a moment."""
+    """Returns free pages to the system: glibc keeps what loading, and mostly rounding, needed temporarily."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""Runs each task in a process of its own: its memory is then its own, and so is its failure."""
+"""Runs each task in a process of its own, which separates their memory and their failures."""
 
 from __future__ import annotations
 
@@ -30,42 +30,42 @@ from loramill.pipelines.compare.types import (
 from loramill.serve.replica.replica import resolve_device
 from loramill.settings import Settings
 
-#: Of what a failed process wrote, what a row keeps.
+#: Characters of a failed process's output that a row keeps.
 LOG_CHARACTERS = 4000
 
-#: Without the working folder on its path (-P): it may hold folders that are called as packages are.
+#: Without the working folder on its path (-P): it may contain folders with the names of packages.
 COMMAND = (sys.executable, "-P", "-m", "loramill.pipelines.compare.worker_process")
 
-#: What a task's process writes: a line of JSON each.
+#: A line of JSON from a task's process.
 PROCESS_OUTPUT: TypeAdapter[TaskProgress | ComparisonRow] = TypeAdapter(TaskProgress | ComparisonRow)
 
 
 def run_task(task: Task, report: Report = lambda stage: None) -> ComparisonRow:
-    """Measures a task, and removes its folder; the row says so if it failed, however it did."""
+    """Measures a task, and removes its folder. If the task failed, the row has the error."""
     task.folder.mkdir(parents=True, exist_ok=True)
     try:
         (task.folder / "task.json").write_text(task.model_dump_json(), encoding="utf-8")
         row, code = _run_process(task, report)
         log = (task.folder / "log").read_bytes().decode(errors="replace")[-LOG_CHARACTERS:]
     finally:
-        shutil.rmtree(task.folder)  # a whole model and its checkpoints, perhaps
+        shutil.rmtree(task.folder)  # it may contain a whole model and its checkpoints
     return _failed_row(task, code, log) if row is None else row
 
 
 def _run_process(task: Task, report: Report) -> tuple[ComparisonRow | None, int]:
-    """Runs the task's process to its end; the row, if there was one, and the exit code."""
+    """Runs the task's process to its end; returns the row, if there was one, and the exit code."""
     row = None
-    with (task.folder / "task.json").open("rb") as asked, (task.folder / "log").open("wb") as log:
-        # In a session of its own: Ctrl-C is for this process alone, and what the task's started ends with it.
-        process = subprocess.Popen(COMMAND, stdin=asked, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+    with (task.folder / "task.json").open("rb") as task_file, (task.folder / "log").open("wb") as log:
+        # A session of its own: Ctrl-C reaches this process alone, which then kills the task's whole process group.
+        process = subprocess.Popen(COMMAND, stdin=task_file, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
     assert process.stdout is not None
     try:
         for line in process.stdout:
-            said = PROCESS_OUTPUT.validate_json(line)
-            if isinstance(said, ComparisonRow):
-                row = said
+            output = PROCESS_OUTPUT.validate_json(line)
+            if isinstance(output, ComparisonRow):
+                row = output
             else:
-                report(said)
+                report(output)
         return row, process.wait()
     finally:
         if process.poll() is None:
@@ -75,13 +75,13 @@ def _run_process(task: Task, report: Report) -> tuple[ComparisonRow | None, int]
 
 
 def _failed_row(task: Task, code: int, written: str) -> ComparisonRow:
-    """The row of a process that ended without one."""
-    last = next((line.strip() for line in reversed(written.splitlines()) if line.strip()), "it wrote nothing")
+    """The row of a process that ended without writing one."""
+    last = next((line.strip() for line in reversed(written.splitlines()) if line.strip()), "no output")
     if code == -signal.SIGKILL:
         return ComparisonRow(
-            subject=task.subject, error="Its process was killed: memory ran out, most likely.", log=written
+            subject=task.subject, error="The process was killed, most likely because memory ran out.", log=written
         )
-    return ComparisonRow(subject=task.subject, error=f"Its process ended with code {code}: {last}", log=written)
+    return ComparisonRow(subject=task.subject, error=f"The process ended with code {code}: {last}", log=written)
 
 
 def plan_tasks(
@@ -90,19 +90,19 @@ def plan_tasks(
     *,
     methods: Sequence[str],
     rates: Sequence[str] = (),
-    **said: Any,
+    **fields: Any,
 ) -> list[Task]:
-    """The tasks of a comparison: the base as it is, then each method; their numbers and data are all checked.
+    """Returns the tasks of a comparison, the base itself first; their hyperparameters and data are checked.
 
     Args:
-        folder: for what they leave behind.
+        folder: parent of the tasks' folders.
         methods: names of `TUNINGS`, in order.
         rates: learning rates, as "lora=5e-4".
-        said: the other fields of `Task`.
+        fields: the other fields of `Task`.
 
     Raises:
-        InvalidRequest: a method or a number makes no sense.
-        DatasetInvalid, BaseUnusable: of the data or the base.
+        InvalidRequest: a method or a hyperparameter is invalid.
+        DatasetInvalid, BaseUnusable: the data or the base cannot be used.
     """
     subjects: list[Subject] = ["base", *dict.fromkeys(_method(name.strip()) for name in methods)]
     own: dict[Subject, float] = dict(_rate(text) for text in rates)
@@ -116,7 +116,7 @@ def plan_tasks(
             device="cuda" if resolve_device(settings.serve) == "cuda" else "cpu",
             threads=settings.jobs.threads,
             learning_rate=own.get(subject),
-            **said,
+            **fields,
         )
         for subject in subjects
     ]
@@ -129,7 +129,7 @@ def compare_all(tasks: Sequence[Task], following: Callable[[str], AbstractContex
     """Runs all tasks of a plan, one after another.
 
     Args:
-        following: entered with a task's title while it runs; hears its stages.
+        following: a context for a task's title; it gets the task's progress.
     """
     rows = []
     for task in tasks:
@@ -150,7 +150,7 @@ def compare_all(tasks: Sequence[Task], following: Callable[[str], AbstractContex
 def _method(name: str) -> Tuning:
     known = next((tuning for tuning in TUNINGS if tuning == name), None)
     if known is None:
-        raise InvalidRequest(f"There is no method '{name}'; there are {', '.join(TUNINGS)}.", param="methods")
+        raise InvalidRequest(f"There is no method '{name}'; the methods are {', '.join(TUNINGS)}.", param="methods")
     return known
 
 
@@ -161,5 +161,7 @@ def _rate(text: str) -> tuple[Tuning, float]:
     except ValueError:
         rate = 0.0
     if not 0 < rate < 1:
-        raise InvalidRequest(f"'{text}' gives no method a learning rate; write for instance lora=5e-4.", param="rate")
+        raise InvalidRequest(
+            f"'{text}' is not a method and its learning rate; write for instance lora=5e-4.", param="rate"
+        )
     return _method(name), rate

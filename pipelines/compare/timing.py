@@ -14,33 +14,33 @@ from loramill.kernels.memory import host_memory
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long the variants of a case are measured against each other.
+    """How long variants are measured against each other.
 
     Attributes:
-        seconds: by the clock, after which no further round begins.
-        rounds: at least so many, however long they take.
+        seconds: wall time after which no further round begins.
+        rounds: minimum number of rounds.
     """
 
     seconds: float = 6.0
     rounds: int = 5
 
 
-#: Bytes that fill the largest cache there is likely to be.
+#: Bytes that fill any CPU cache.
 _CACHE = 128 << 20
 
 
 def interleaved(
     variants: Mapping[str, Callable[[], object]], effort: Effort, clock: Callable[[], float] | None = None
 ) -> dict[str, float]:
-    """Median seconds in each variant; a round runs each once, so that all meet the same noise.
+    """Median seconds per variant; each round runs each variant once, so that all are exposed to the same noise.
 
-    What the first round does is not counted: it warms up. Each variant finds a cache that something else has filled,
-    and every second round is in the reverse order: none profits from what runs before it.
+    The first round is not counted: it warms up. Before each variant the cache is filled with other data, and every
+    second round has the reverse order, so that no variant profits from the previous one.
 
     Args:
-        variants: what to run.
-        effort: how often.
-        clock: in seconds; None: the CPU time of this thread.
+        variants: functions by name.
+        effort: number of rounds.
+        clock: returns seconds; default: CPU time of this thread.
     """
     clock = clock or time.thread_time
     refill = pure_read(_CACHE)
@@ -58,13 +58,13 @@ def interleaved(
 
 
 def pure_read(size: int) -> Callable[[], object]:
-    """What reads `size` bytes (rounded up to 8) from end to end and does next to nothing else."""
+    """A function that reads `size` bytes (rounded up to 8) and does little else."""
     memory = host_memory(-(-size // 8) * 8)
     memory.fill_(1)  # a page that was never written is not read from memory
     return reader(memory)
 
 
 def reader(memory: torch.Tensor) -> Callable[[], object]:
-    """What reads memory, uint8 [a multiple of 8], from end to end and does next to nothing else."""
+    """A function that reads a memory, uint8 [a multiple of 8], and does little else."""
     words = memory.view(torch.int64)
     return words.sum

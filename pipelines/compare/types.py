@@ -1,4 +1,4 @@
-"""What is asked of a comparison and what it says, as it crosses between its processes."""
+"""Tasks and results of a comparison, as its processes exchange them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loramill.types import FrozenModel
 
 Tuning = Literal["full", "lora", "qlora", "dora", "adalora", "prefix", "bottleneck"]
 TUNINGS: tuple[Tuning, ...] = get_args(Tuning)
-#: What a row is about: a way to tune, or the base as it is, for reference.
+#: What a row measures: a method, or the base itself for reference.
 Subject = Literal["base"] | Tuning
 
 TITLES: dict[Subject, str] = {
@@ -27,12 +27,12 @@ TITLES: dict[Subject, str] = {
     "bottleneck": "Bottleneck adapters",
 }
 
-#: Learning rates of those that `recipe` doesn't know, and of full fine-tuning, whose best is about a tenth of LoRA's.
+#: Learning rates of the methods without a default in jobs, and of full fine-tuning, whose best is a tenth of LoRA's.
 LEARNING_RATES: dict[Subject, float] = {"full": 1e-4, "prefix": 1e-2, "bottleneck": 1e-3}
 
 
 class Task(FrozenModel):
-    """One row's work: everything its process needs to know."""
+    """The work for one row."""
 
     subject: Subject
     base: str = Field(description="built-in name, folder or hub id")
@@ -40,71 +40,71 @@ class Task(FrozenModel):
     train: Path
     valid: Path
     test: Path
-    folder: Path = Field(description="of this task alone; what is left there may be deleted afterwards")
-    steps: int | None = Field(default=None, ge=1, description="None: as many as of a job")
+    folder: Path = Field(description="a folder of the task's own, which is removed afterwards")
+    steps: int | None = Field(default=None, ge=1, description="default: as in a job")
     batch_size: int | None = Field(default=None, ge=1)
-    rank: int | None = Field(default=None, ge=1, le=256, description="None: as of a job")
-    learning_rate: float | None = Field(default=None, gt=0, description="None: the method's default")
+    rank: int | None = Field(default=None, ge=1, le=256, description="default: as in a job")
+    learning_rate: float | None = Field(default=None, gt=0, description="default: the method's")
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(default=1, ge=1)
-    serving: bool = Field(default=True, description="whether to measure what serving a token takes")
+    serving: bool = Field(default=True, description="whether to measure the time per token in serving")
 
 
 class MemoryUse(FrozenModel):
-    """Bytes of the process on a CPU, and of its tensors on a GPU, at their most."""
+    """Peak memory in bytes: of the process on a CPU, of its tensors on a GPU."""
 
-    base: int = Field(description="with the base loaded, before anything else")
+    base: int = Field(description="with the base alone loaded")
     peak: int = Field(description="while training")
 
     @property
     def added(self) -> int:
-        """What training took on top of the base."""
+        """Bytes that training needed in addition to the base."""
         return self.peak - self.base
 
 
 class Serving(FrozenModel):
-    """Seconds a token of one answer, medians of rounds side by side: CPU time, or the clock's on a GPU."""
+    """Seconds per token of one answer, medians of alternating rounds: CPU time, or wall time on a GPU."""
 
     backend: Literal["engine", "transformers"]
     base: float
-    unmerged: float | None = Field(default=None, description="None: there is nothing beside the base's own weights")
-    merged: float | None = Field(default=None, description="None: it can't be merged")
+    unmerged: float | None = Field(default=None, description="None: there is no adapter")
+    merged: float | None = Field(default=None, description="None: the method cannot be merged")
 
 
 class Training(FrozenModel):
-    """What training one subject took, and came to."""
+    """Cost and result of training one subject."""
 
-    parameters: int = Field(description="that were trained")
-    base_parameters: int = Field(description="parameters of the base")
+    parameters: int = Field(description="number of trained parameters")
+    base_parameters: int = Field(description="number of parameters of the base")
     learning_rate: float
     steps: int
     batch_size: int
     memory: MemoryUse
-    step_seconds: float = Field(description="median; CPU time, or the clock's on a GPU")
+    step_seconds: float = Field(description="median seconds per step: CPU time, or wall time on a GPU")
     valid_loss: float | None
     artifact_bytes: int
 
 
 class ComparisonRow(FrozenModel):
-    """What became of one task."""
+    """The result of one task."""
 
     subject: Subject
-    training: Training | None = Field(default=None, description="None: the base, or there was an error")
+    training: Training | None = Field(default=None, description="None for the base, or if there was an error")
     quality: Score | None = None
     serving: Serving | None = None
-    notes: tuple[str, ...] = Field(default=(), description="what to know when comparing, a sentence each")
-    error: str | None = Field(default=None, description="why there are no figures")
-    log: str = Field(default="", description="the end of what the failed process wrote")
+    notes: tuple[str, ...] = Field(default=(), description="remarks on the comparison, one sentence each")
+    error: str | None = Field(default=None, description="why the task failed")
+    log: str = Field(default="", description="the end of the failed process's output")
 
     @property
     def title(self) -> str:
-        """What to call it."""
+        """The subject's name in tables."""
         return TITLES[self.subject]
 
 
 class TaskProgress(FrozenModel):
-    """How far a task is."""
+    """The progress of a task."""
 
     name: str
     done: int = 0
@@ -115,7 +115,7 @@ Report = Callable[[TaskProgress], None]
 
 
 class Comparison(FrozenModel):
-    """All rows, and what they have in common."""
+    """All rows, and the settings that they share."""
 
     base: str
     device: str
@@ -127,6 +127,6 @@ class Comparison(FrozenModel):
 
     @property
     def metric(self) -> Literal["exact_match", "rouge_l"]:
-        """What tells the subjects apart: exact match, unless hardly any answer is, as with free text."""
+        """The metric that separates the subjects: exact match, unless hardly any answer matches, as with free text."""
         best = max((row.quality.exact_match for row in self.rows if row.quality), default=0.0)
         return "exact_match" if best >= 0.1 else "rouge_l"

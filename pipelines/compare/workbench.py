@@ -1,4 +1,4 @@
-"""What all subjects share: the same examples in the same order, the same loop, the same watch and scales."""
+"""What all subjects share: the examples and their order, the training loop, and the measurements."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from loramill.sizing.anatomy import anatomy, read_config
 
 @dataclass(frozen=True, slots=True)
 class Workbench:
-    """A task, its data, and who wants to hear how far it is."""
+    """A task, its data, and a function that gets the task's progress."""
 
     task: Task
     data: TaskData
@@ -33,16 +33,16 @@ class Workbench:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the loop keeps its own."""
+        """The folder for the training loop's checkpoints."""
         return self.task.folder / "checkpoints"
 
     @property
     def engine(self) -> ServeSettings:
-        """How the engine is to run."""
+        """The settings of the engine."""
         return ServeSettings(threads=self.task.threads, device=self.task.device)
 
     def load(self) -> PreTrainedModel:
-        """The base as it is trained on: on a GPU a quantized one stays in its few bits."""
+        """Loads the base for training: on a GPU, a quantized base stays quantized."""
         packed = self.task.device == "cuda"
         return load_for_training(self.data.base, torch.bfloat16, packed=packed).to(self.task.device)
 
@@ -55,7 +55,7 @@ class Workbench:
         return quality(answerer, self.data.test, self.data.tokenizer, report)
 
     def serving(self, by: Literal["engine", "transformers"], **answerers: Answerer) -> Serving | None:
-        """What a token takes each of `base`, `unmerged` and `merged`; None if nobody wants to know."""
+        """The seconds per token of `base`, `unmerged` and `merged`; None if the task does not measure serving."""
         if not self.task.serving:
             return None
         self.report(TaskProgress(name="timing tokens"))
@@ -63,12 +63,12 @@ class Workbench:
 
 
 def run_training(bench: Workbench, progress: Iterable[TrainingProgress], *, base: int) -> Training:
-    """Trains to the end, with an eye on memory and clock; `parameters` and `artifact_bytes` are for others to fill in.
+    """Trains to the end, and measures memory and time; the caller sets `parameters` and `artifact_bytes`.
 
-    A step's time leaves out those with a validation, and the first, which warms up, where there are others.
+    The median time per step excludes steps with a validation and the first step, which warms up, if there are others.
 
     Args:
-        base: bytes held with the base loaded.
+        base: bytes in use with the base loaded.
     """
     device = bench.task.device
     clock = time.perf_counter if device == "cuda" else time.process_time

@@ -1,6 +1,6 @@
-"""One task, measured in this process: `python -m loramill.pipelines.compare.worker_process`, a child of `run`.
+"""Measures one task in this process: `python -m loramill.pipelines.compare.worker_process`, a child of `run`.
 
-Standard input holds the task as JSON; standard output tells how far it is, and at last the row.
+Standard input is the task as JSON; standard output is its progress and, at the end, the row, one JSON per line.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from loramill.pipelines.compare.types import ComparisonRow, Report, Task, TaskPr
 
 
 def main() -> None:
-    """Measures the task that standard input holds."""
-    # Libraries write to standard output whatever they like: it is kept apart for what is said here.
-    told = os.fdopen(os.dup(1), "w", buffering=1)
+    """Measures the task on standard input."""
+    # Libraries may write to standard output, so that it is redirected for all but the lines written here.
+    output = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
-    def tell(said: TaskProgress | ComparisonRow) -> None:
-        told.write(said.model_dump_json() + "\n")
+    def write(value: TaskProgress | ComparisonRow) -> None:
+        output.write(value.model_dump_json() + "\n")
 
-    tell(row_of(Task.model_validate_json(sys.stdin.read()), tell))
+    write(row_of(Task.model_validate_json(sys.stdin.read()), write))
 
 
 def row_of(task: Task, report: Report) -> ComparisonRow:
-    """The task's row, of its figures or of the error that kept it from any."""
+    """The task's row, with its results or its error."""
     try:
         return measure_task(task, report)
     except LoramillError as error:

@@ -1,4 +1,4 @@
-"""The gate: whether a challenger may take the champion's place. A pure function of numbers."""
+"""The gate: whether a challenger replaces the champion. A pure function of scores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class SliceScores:
-    """What the three candidates scored on one slice of held-out examples; no champion: a first version."""
+    """The scores of the three candidates on one slice of held-out examples; None without a champion."""
 
     name: str
     base: Score
@@ -23,10 +23,11 @@ class SliceScores:
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """How much better is better, in token F1 (0 to 1).
+    """Thresholds in token F1 (0 to 1).
 
-    `min_gain`: what the challenger must gain over the champion on all slices together.
-    `max_drop`: what it may lose on any one slice (noise of a small held-out set).
+    Attributes:
+        min_gain: what the challenger must gain over the champion on all slices together.
+        max_drop: what it may lose on any one slice (noise of a small held-out set).
     """
 
     min_gain: float = 0.01
@@ -35,7 +36,7 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True)
 class GateDecision:
-    """Promote or hold, and why in one sentence."""
+    """Whether to promote the challenger, and the reason in one sentence."""
 
     promote: bool
     reason: str
@@ -44,7 +45,7 @@ class GateDecision:
 def decide(slices: Sequence[SliceScores], thresholds: Thresholds) -> GateDecision:
     """Promotes a challenger that gains overall, loses on no slice, and beats the base."""
     if not slices:
-        return GateDecision(False, "there are no held-out examples to judge by")
+        return GateDecision(False, "there are no held-out examples to evaluate on")
     challenger = overall([part.challenger for part in slices])
     base = overall([part.base for part in slices])
     if challenger.token_f1 <= base.token_f1:

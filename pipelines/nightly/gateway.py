@@ -1,4 +1,4 @@
-"""The gateway as a nightly run uses it: a check that it answers, and questions to it."""
+"""The gateway for a nightly run: whether it answers, and answers to questions."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from loramill.settings import Settings
 
 
 class EvalGateway(Protocol):
-    """What a nightly run needs from a gateway."""
+    """What a nightly run needs of a gateway."""
 
     def check(self) -> None:
-        """Raises NotRunning if nothing answers, and Unavailable if its models don't answer yet."""
+        """Raises NotRunning if nothing answers, and Unavailable if the models do not answer yet."""
 
     def answer_all(
         self, questions: Sequence[EvalQuestion], report: Callable[[int], None]
     ) -> list[EvalAnswer | LoramillError]:
-        """The greedy answers, or the errors in their place, in order; `report` gets the number of finished questions.
+        """Returns the greedy answers, or errors in their place; `report` gets the number of finished questions.
 
         Raises:
-            NotRunning, Unavailable: the gateway stopped answering.
+            NotRunning, Unavailable: the gateway does not answer any more.
         """
         ...
 
 
 class HttpGateway:
-    """The gateway of the settings, with the admin's key."""
+    """The gateway that the settings name, with the admin's key."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
     def check(self) -> None:
-        """As `Gateway`."""
+        """See `EvalGateway`."""
         with Client(self._settings.gateway, self._key()) as client:
             if not client.is_ready():
                 client.models()  # raises NotRunning where nothing listens
-                raise Unavailable(f"The models of the gateway at {client.url} don't answer yet; try again.")
+                raise Unavailable(f"The models of the gateway at {client.url} do not answer yet; try again.")
 
     def answer_all(
         self, questions: Sequence[EvalQuestion], report: Callable[[int], None]
     ) -> list[EvalAnswer | LoramillError]:
-        """As `Gateway`."""
+        """See `EvalGateway`."""
         url = self._settings.gateway
         with translate_openai_errors(url):
             return answer_all(openai_client(url, self._key()), questions, report=report)
@@ -55,11 +55,13 @@ class HttpGateway:
     def _key(self) -> str:
         file = self._settings.admin_key_file
         if not self._settings.api_key and not file.is_file():
-            raise SettingsInvalid(f"There is no API key: set LORAMILL_API_KEY, or run this where {file} is.")
+            raise SettingsInvalid(
+                f"There is no API key: set LORAMILL_API_KEY, or run this on the machine that has {file}."
+            )
         return self._settings.api_key or file.read_text().strip()
 
 
 def openai_client(url: str, key: str) -> AsyncOpenAI:
-    """A client of the gateway at `url`; this machine's own is reached without a proxy."""
+    """A client of the gateway at `url`; a gateway on this machine is reached without a proxy."""
     http = DefaultAsyncHttpxClient(trust_env=not is_local_url(url))
     return AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=8, timeout=600, http_client=http)

@@ -32,9 +32,9 @@ class Outcome(FrozenModel):
     """The outcome of a nightly run for one adapter.
 
     Attributes:
-        stage: the last one that the adapter reached.
+        stage: the last stage that the adapter reached.
         reason: one or two sentences; empty while it runs.
-        base, champion, challenger: token F1 over all held-out slices; None: not evaluated.
+        base, champion, challenger: token F1 over all held-out slices; None if not evaluated.
     """
 
     adapter: str
@@ -53,7 +53,7 @@ def outcomes(steps: Sequence[NightlyStep]) -> list[Outcome]:
 
 
 def summary(found: Sequence[Outcome]) -> str:
-    """One line: how many ended how, and what failed where."""
+    """One line: the number of adapters per verdict, and which failed at which stage."""
     if not found:
         return "No adapter had new data."
     counts = [(verdict, sum(each.verdict is verdict for each in found)) for verdict in Verdict]
@@ -95,7 +95,7 @@ def _outcome(adapter: str, steps: list[NightlyStep]) -> Outcome:
 
 
 def _verdict(adapter: str, steps: list[NightlyStep], done: Mapping[str, Mapping[str, Any]]) -> tuple[Verdict, str, str]:
-    """How it ended, where, and why."""
+    """The verdict, the stage and the reason."""
     for step in steps:
         if step.result.get("deleted"):
             return Verdict.DELETED, step.step, str(step.result["error"])

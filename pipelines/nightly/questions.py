@@ -1,4 +1,4 @@
-"""Asks many questions of many models through the gateway, all mixed, so that the engine batches them."""
+"""Sends evaluation questions to many models through the gateway, all mixed, so that the engine batches them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from loramill.data.messages import Message
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import LoramillError
 
-#: Requests in flight; more than an engine decodes at once would only wait there.
+#: Requests in flight; more than an engine runs at once would only wait there.
 CONCURRENCY = 48
 
 
 @dataclass(frozen=True, slots=True)
 class EvalQuestion:
-    """One prompt for one model, and how many tokens its answer may have."""
+    """One prompt for one model, and the maximum number of tokens of the answer."""
 
     model: str
     messages: tuple[Message, ...]
@@ -35,7 +35,7 @@ class EvalQuestion:
 
 @dataclass(frozen=True, slots=True)
 class EvalAnswer:
-    """A model's answer; `cut` if it reached the limit of its tokens."""
+    """A model's answer; `truncated` if it reached its maximum number of tokens."""
 
     text: str
     truncated: bool = False
@@ -56,10 +56,10 @@ def build_questions(model: str, examples: Sequence[Example], tokenizer: ChatToke
 
 
 def max_answer_tokens(reference: str, tokenizer: ChatTokenizer) -> int:
-    """The most tokens that an answer may have: twice the reference's and a few.
+    """The maximum number of tokens of an answer: twice the reference's and 8.
 
-    A model that rambles then costs little, and a right answer always fits. The base's own tokens are counted: a
-    character is a quarter of one in English and up to three in Japanese, Korean or Thai.
+    A model that rambles then costs little, and a right answer always fits. Tokens are the base's own: a character has
+    a quarter of a token in English and up to three in Japanese, Korean or Thai.
     """
     return 2 * len(tokenizer.encode_text(reference)) + 8
 
@@ -67,15 +67,15 @@ def max_answer_tokens(reference: str, tokenizer: ChatTokenizer) -> int:
 def answer_all(
     client: AsyncOpenAI, questions: Sequence[EvalQuestion], *, report: Callable[[int], None] = lambda done: None
 ) -> list[EvalAnswer | LoramillError]:
-    """Returns the greedy answers, or the errors in their place, in the order of the questions.
+    """Returns the greedy answers, or errors in their place, in the order of the questions.
 
-    Questions of all models go round in turn, so that a batch holds as many adapters as there are.
+    The models take turns, so that a batch contains as many adapters as possible.
 
     Args:
         report: called with the number of finished questions.
 
     Raises:
-        openai.APIConnectionError: the gateway was away for longer than the client's retries.
+        openai.APIConnectionError: the gateway was unreachable for longer than the client's retries.
     """
     return asyncio.run(_answer_all(client, questions, report))
 
@@ -85,11 +85,11 @@ async def _answer_all(
 ) -> list[EvalAnswer | LoramillError]:
     answers: list[EvalAnswer | LoramillError] = [EvalAnswer("")] * len(questions)
     turn: dict[str, int] = {}
-    places: list[tuple[int, int]] = []
+    order: list[tuple[int, int]] = []
     for index, question in enumerate(questions):
         turn[question.model] = turn.get(question.model, -1) + 1
-        places.append((turn[question.model], index))
-    waiting = iter(sorted(places))
+        order.append((turn[question.model], index))
+    waiting = iter(sorted(order))
     done = 0
 
     async def stream() -> None:
@@ -120,15 +120,15 @@ async def _answer(client: AsyncOpenAI, question: EvalQuestion) -> EvalAnswer:
         max_tokens=question.max_tokens,
         temperature=0,
     )
-    message, cut = answer.choices[0].message, answer.choices[0].finish_reason == "length"
+    message, truncated = answer.choices[0].message, answer.choices[0].finish_reason == "length"
     calls = [call.function for call in message.tool_calls or [] if call.type == "function"]
     return EvalAnswer(
-        answer_text(message.content or "", [(call.name, _arguments(call.arguments)) for call in calls]), cut
+        answer_text(message.content or "", [(call.name, _arguments(call.arguments)) for call in calls]), truncated
     )
 
 
 def _arguments(text: str) -> Any:
-    """A call's arguments; the text itself if it isn't JSON, which is wrong but must not end the run."""
+    """A call's arguments; the text itself if it is not JSON, which is wrong but must not end the run."""
     try:
         return json.loads(text)
     except ValueError:

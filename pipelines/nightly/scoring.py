@@ -1,9 +1,8 @@
 """Scores of generated answers against references, in any script.
 
-Texts are compared in Unicode's form NFKC, without invisible format characters. Scripts that are written without spaces
-between words are compared by characters, as SQuAD's scores are in Chinese and Japanese (CMRC 2018, DRCD, JSQuAD):
-split at white space, a whole sentence would be one word, which is right or wrong as a whole. In mixed text each run of
-such a script is split, and the rest stays words.
+Texts are compared in Unicode's form NFKC, without invisible format characters. Scripts without spaces between words are
+compared by characters, as SQuAD's scores in Chinese and Japanese (CMRC 2018, DRCD, JSQuAD): split at white space, a
+whole sentence would be one word. In mixed text, each run of such a script is split, and the rest is words.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ import regex
 
 #: Scripts without spaces between words: Chinese, Japanese and Yi, Tibetan, and those of South East Asia whose lines
 #: Unicode's annex 14 breaks by dictionary (class SA) or at any syllable (rule LB28a). The prolonged sound mark of kana
-#: is of no script.
+#: has no script.
 _UNSPACED = (
     r"[\p{Han}\p{Hiragana}\p{Katakana}\u30FC\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
     r"\p{New_Tai_Lue}\p{Tai_Le}\p{Tai_Tham}\p{Tai_Viet}\p{Yi}\p{Javanese}\p{Balinese}]"
 )
-#: A character of theirs with the vowel signs and tone marks that are written on it.
+#: A character of these scripts with its vowel signs and tone marks.
 _CHARACTER = rf"{_UNSPACED}\p{{M}}*"
 #: An emoji or a flag starts here; signs such as (c), which are text without a selector, are not emoji.
 _EMOJI = r"(?=[\p{Emoji_Presentation}\p{Regional_Indicator}]|\p{Emoji}\uFE0F)"
-#: What token F1 counts: such a character, an emoji, or other text between white space, with its punctuation.
+#: A word of token F1: such a character, an emoji, or other text between white space, with its punctuation.
 _TOKEN = regex.compile(rf"{_CHARACTER}|{_EMOJI}\X|(?:(?!{_UNSPACED}|{_EMOJI})\S)+")
-#: What ROUGE-L counts: such a character, if it is a letter or digit, or a run of others. A joiner doesn't end a word.
+#: A word of ROUGE-L: such a character, if it is a letter or digit, or a run of others. A joiner does not end a word.
 _WORD = regex.compile(
     rf"(?=[\p{{L}}\p{{N}}]){_CHARACTER}|"
     rf"(?:(?!{_UNSPACED})[\p{{L}}\p{{N}}\p{{M}}](?:[\u200C\u200D](?=[\p{{L}}\p{{N}}]))?)+"
 )
-#: Format characters that no reader sees: soft hyphen, zero-width space, direction marks, word joiner, byte order mark.
+#: Invisible format characters: soft hyphen, zero-width space, direction marks, word joiner, byte order mark.
 _INVISIBLE = dict.fromkeys([0x00AD, 0x061C, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), 0x2060, 0xFEFF])
 _INVISIBLE |= dict.fromkeys(range(0x2066, 0x206A))
 
@@ -43,9 +42,9 @@ class Score:
     """Means over `examples` answers, each 0 to 1.
 
     Attributes:
-        exact_match: the share that is exactly right.
+        exact_match: the fraction of answers that equal their references.
         token_f1: SQuAD's, on words, or characters of scripts without spaces.
-        rouge_l: how much of the order of the reference's words, or such characters, is kept.
+        rouge_l: F-measure of the longest common subsequence of words, or characters of scripts without spaces.
     """
 
     examples: int
@@ -55,7 +54,7 @@ class Score:
 
 
 def score(answers: Sequence[str], references: Sequence[str]) -> Score:
-    """Scores answers against their references; surrounding white space doesn't count."""
+    """Scores answers against their references; surrounding white space is ignored."""
     pairs = [(normalized(answer), normalized(reference)) for answer, reference in zip(answers, references, strict=True)]
     if not pairs:
         return Score(0, 0.0, 0.0, 0.0)
@@ -74,44 +73,44 @@ def score(answers: Sequence[str], references: Sequence[str]) -> Score:
 def normalized(text: str) -> str:
     """The text in NFKC, without invisible format characters and surrounding white space.
 
-    NFKC makes full-width and half-width forms, composed and decomposed letters one.
+    NFKC unifies full-width and half-width forms, and composed and decomposed letters.
     """
     return unicodedata.normalize("NFKC", text.translate(_INVISIBLE)).strip()
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of precision and recall of the answer's words, counted with their multiplicity.
+    """Harmonic mean of precision and recall of the answer's words, with multiplicity.
 
-    Words are separated by white space; in scripts without spaces, each character is one.
+    Words are separated by white space; in scripts without spaces, each character is a word.
     """
-    given, wanted = _TOKEN.findall(normalized(answer)), _TOKEN.findall(normalized(reference))
-    if not given or not wanted:
-        return float(given == wanted)
-    common = sum((Counter(given) & Counter(wanted)).values())
-    return 2 * common / (len(given) + len(wanted))
+    answer_words, reference_words = _TOKEN.findall(normalized(answer)), _TOKEN.findall(normalized(reference))
+    if not answer_words or not reference_words:
+        return float(answer_words == reference_words)
+    common = sum((Counter(answer_words) & Counter(reference_words)).values())
+    return 2 * common / (len(answer_words) + len(reference_words))
 
 
 def rouge_l(answer: str, reference: str) -> float:
     """ROUGE-L: the F-measure (beta 1) of the longest common subsequence of words (Lin 2004, section 3.1).
 
-    Words are runs of letters and digits in lower case, as the usual `rouge_score` has them, but of any script, with
-    their vowel signs; in scripts without spaces, each letter or digit is one.
+    Words are runs of letters and digits in lower case, as in `rouge_score`, but of any script, with their vowel signs;
+    in scripts without spaces, each letter or digit is a word.
     """
     answer, reference = normalized(answer), normalized(reference)
-    given, wanted = _WORD.findall(answer.lower()), _WORD.findall(reference.lower())
-    if not given or not wanted:
+    answer_words, reference_words = _WORD.findall(answer.lower()), _WORD.findall(reference.lower())
+    if not answer_words or not reference_words:
         return float(answer == reference)
-    return 2 * common_subsequence(given, wanted) / (len(given) + len(wanted))
+    return 2 * common_subsequence(answer_words, reference_words) / (len(answer_words) + len(reference_words))
 
 
 def common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
-    """Length of the longest sequence that is left of both by crossing words out."""
+    """Length of the longest sequence that is a subsequence of both."""
     lengths = [0] * (len(other) + 1)
     for word in one:
         diagonal = 0
-        for place, candidate in enumerate(other, start=1):
-            above = lengths[place]
-            lengths[place] = diagonal + 1 if word == candidate else max(above, lengths[place - 1])
+        for position, candidate in enumerate(other, start=1):
+            above = lengths[position]
+            lengths[position] = diagonal + 1 if word == candidate else max(above, lengths[position - 1])
             diagonal = above
     return lengths[-1]
 

@@ -141,13 +141,13 @@ def child(monkeypatch: pytest.MonkeyPatch):
 def test_a_crash_is_a_row_with_its_traceback(task, child) -> None:
     child("import sys; sys.stderr.write('Of old\\n'); raise ZeroDivisionError('of a test')")
     row = run.run_task(task("lora"))
-    assert row.error == "Its process ended with code 1: ZeroDivisionError: of a test"
+    assert row.error == "The process ended with code 1: ZeroDivisionError: of a test"
     assert row.log.startswith("Of old\nTraceback")
 
 
 def test_a_process_that_says_nothing_is_a_row(task, child) -> None:
     child("raise SystemExit(3)")
-    assert run.run_task(task("lora")).error == "Its process ended with code 3: it wrote nothing"
+    assert run.run_task(task("lora")).error == "The process ended with code 3: no output"
 
 
 STAGE = 'import sys, time; print(\'{"name": "training"}\', flush=True); '
@@ -211,7 +211,7 @@ def test_a_plan_begins_with_the_base_and_keeps_the_order(tiny: Path, examples: P
     ("said", "error", "words"),
     [
         ({"methods": ["lora", "lorra"]}, InvalidRequest, "no method 'lorra'; there are full, lora"),
-        ({"rates": ["lora"]}, InvalidRequest, "'lora' gives no method a learning rate"),
+        ({"rates": ["lora"]}, InvalidRequest, "'lora' is not a method and its learning rate"),
         ({"rates": ["lora=fast"]}, InvalidRequest, "'lora=fast' gives"),
         ({"rates": ["lora=0"]}, InvalidRequest, "'lora=0' gives"),
         ({"rates": ["dora=1e-3"]}, InvalidRequest, "names 'dora', which --methods leaves out"),

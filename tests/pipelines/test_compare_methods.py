@@ -97,7 +97,7 @@ def test_bottleneck_adapters_are_a_function_of_the_seed(model: LlamaForCausalLM)
 def test_a_base_of_other_names_is_refused() -> None:
     gpt = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2))
     with (
-        pytest.raises(AdapterInvalid, match="no linears called o_proj or down_proj"),
+        pytest.raises(AdapterInvalid, match="no linears named o_proj or down_proj"),
         bottleneck.attach_bottleneck(gpt, 4, 0),
     ):
         pass

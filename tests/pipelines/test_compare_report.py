@@ -91,7 +91,7 @@ def test_the_tables_say_what_was_measured() -> None:
 
 def test_notes_say_what_the_figures_are_of() -> None:
     on_cpu = "\n".join(table.notes(comparison(BASE, LORA, PREFIX)))
-    assert "resident bytes" in on_cpu and "CPU seconds" in on_cpu and "transformers' own" in on_cpu
+    assert "resident bytes" in on_cpu and "CPU time" in on_cpu and "one of transformers" in on_cpu
     assert "Prefix tuning: begins as a text." in on_cpu
     on_gpu = "\n".join(table.notes(comparison(BASE, LORA, device="cuda", threads=2)))
     assert "on the GPU" in on_gpu and "2 threads" in on_gpu and "transformers" not in on_gpu
@@ -198,7 +198,7 @@ def test_where_all_fail_there_is_no_chart(invoke, tmp_path: Path) -> None:
     ("words", "said"),
     [
         (("--methods", "lorra"), "There is no method 'lorra'"),
-        (("--rate", "lora"), "gives no method a learning rate"),
+        (("--rate", "lora"), "is not a method and its learning rate"),
         (("--json", "nowhere/all.json"), "nowhere/all.json can't be written"),
         (("--chart", "nowhere/all.png"), "nowhere/all.png can't be written"),
     ],

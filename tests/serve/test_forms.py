@@ -241,7 +241,7 @@ def test_any_schema_with_any_sampling(
         ({"$ref": "#/nowhere"}, "Pointer '/nowhere' does not exist"),
         ({"$ref": "https://example.com/a.json"}, "is not present in a registry"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "nothing satisfies the schema"),
-        ({"enum": ["word " * 20] * 1000}, f"over {MAX_GRAMMAR_CHARACTERS} characters"),
+        ({"enum": ["word " * 20] * 1000}, f"more than {MAX_GRAMMAR_CHARACTERS} characters"),
         ({"allOf": [{"anyOf": [{"required": [f"{x}{i}"]} for x in "ab"]} for i in range(18)]}, "schema too large"),
     ],
 )

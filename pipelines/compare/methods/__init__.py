@@ -1,1 +1,1 @@
-"""Methods that are compared: loramill's, transformers', prefix and bottleneck adapters."""
+"""Methods that exist for comparison only, since the engine does not serve them."""

@@ -1,7 +1,7 @@
-"""Bottleneck adapters (Houlsby et al. 2019, 1902.00751, section 2.1): small residual networks behind each sublayer.
+"""Bottleneck adapters (Houlsby et al. 2019, 1902.00751, section 2.1): small residual networks after each sublayer.
 
 `y = h + U gelu(D h + d) + u` after a layer's attention and after its MLP, before either is added to the stream. U and
-u begin at zero, so that training begins from the base itself. (Pfeiffer et al. 2021 keep those after the MLP alone.)
+u are initialized to zero, so that training starts at the base. (Pfeiffer et al. 2021 keep only those after the MLP.)
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from loramill.errors import AdapterInvalid
 from loramill.jobs.train.methods import AdaptedModel
 from loramill.jobs.train.methods.seeds import seeded
 
-#: The last linears of a layer's two sublayers, as the Llama family calls them.
+#: The last linears of a layer's two sublayers, by their names in the Llama family.
 SUBLAYERS = ("o_proj", "down_proj")
 
 
 class Bottleneck(nn.Module):
-    """One adapter in fp32: [..., width] to the same, through `size` inner units."""
+    """One adapter in fp32, from [..., width] to the same shape through `size` inner units."""
 
     def __init__(self, width: int, size: int, device: torch.device) -> None:
         super().__init__()
@@ -33,32 +33,32 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The sublayer's output with the adapter's own added, in its dtype."""
+        """Adds the adapter's output to the sublayer's, in the sublayer's dtype."""
         added: torch.Tensor = self.up(gelu(self.down(hidden.to(self.down.weight.dtype))))
         return hidden + added.to(hidden.dtype)
 
-    def hook(self, place: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
-        """`forward` as a hook behind the linear at its place."""
+    def hook(self, linear: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        """`forward` as a forward hook of the linear."""
         return self.forward(output)
 
 
 @contextmanager
 def attach_bottleneck(model: PreTrainedModel, size: int, seed: int) -> Iterator[AdaptedModel]:
-    """`model` with fresh adapters of `size` inner units, a function of the seed; afterwards as it was before.
+    """Attaches new adapters of `size` inner units, initialized by the seed; the context's end removes them.
 
     Raises:
-        AdapterInvalid: the base's layers aren't called as the Llama family's.
+        AdapterInvalid: the base's layers do not have the Llama family's names.
     """
-    places = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in SUBLAYERS}
-    if not places:
+    linears = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in SUBLAYERS}
+    if not linears:
         raise AdapterInvalid(
-            f"The base ({type(model).__name__}) has no linears called {' or '.join(SUBLAYERS)}, behind which "
-            "bottleneck adapters stand: leave bottleneck out.",
+            f"The base ({type(model).__name__}) has no linears named {' or '.join(SUBLAYERS)}, after which "
+            "bottleneck adapters are inserted: omit bottleneck.",
             param="methods",
         )
     with seeded(model.device, seed, "layers"):
-        adapters = {name: Bottleneck(place.out_features, size, model.device) for name, place in places.items()}
-    hooks = [place.register_forward_hook(adapters[name].hook) for name, place in places.items()]
+        adapters = {name: Bottleneck(linear.out_features, size, model.device) for name, linear in linears.items()}
+    hooks = [linear.register_forward_hook(adapters[name].hook) for name, linear in linears.items()]
     weights = {
         f"{name}.{key}": value for name, adapter in adapters.items() for key, value in adapter.named_parameters()
     }

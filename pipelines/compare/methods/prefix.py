@@ -1,6 +1,7 @@
-"""Prefix tuning (Li & Liang 2021, 2101.00190) by PEFT: trained keys and values that every token of a layer sees.
+"""Prefix tuning (Li & Liang 2021, 2101.00190) by PEFT: trained keys and values that every token of a layer attends to.
 
-They begin as the base's own keys and values of a text, without which little is learnt from few examples (section 7.4).
+They are initialized to the base's keys and values of a text, without which few examples have little effect (section
+7.4).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from loramill.jobs.train.methods import AdaptedModel
 
 
 class PrefixModel(nn.Module):
-    """A base that begins every row with the prefix, called as the base is: PEFT's own call takes no packed rows."""
+    """A base with the prefix before each row, called like the base: PEFT's own forward does not take packed rows."""
 
     def __init__(self, tuned: PeftModel, tokens: int) -> None:
         super().__init__()
@@ -26,12 +27,12 @@ class PrefixModel(nn.Module):
         self.tokens = tokens
 
     def forward(self, position_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any) -> Any:
-        """As the base's.
+        """The base's forward.
 
         Args:
             position_ids: int64 [B, T], without the prefix.
-            attention_mask: [B, 1, T, T], added to the scores: 0 where a token sees another, and -inf elsewhere.
-            inputs: what else the base takes.
+            attention_mask: [B, 1, T, T], added to the scores: 0 where a token attends to another, and -inf elsewhere.
+            inputs: other arguments of the base.
         """
         prefix = attention_mask.new_zeros(*attention_mask.shape[:-1], self.tokens)
         return self.tuned.get_base_model()(
@@ -48,7 +49,7 @@ class PrefixModel(nn.Module):
 
 @contextmanager
 def attach_prefix(model: PreTrainedModel, begin: Sequence[int]) -> Iterator[AdaptedModel]:
-    """`model` with a prefix in fp32 that begins as the tokens `begin`; afterwards as it was before."""
+    """Attaches a prefix in fp32, initialized to the tokens `begin`; the context's end removes it."""
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     tuned = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(begin)))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Answers by the transformers model itself, for what the engine doesn't serve."""
+"""Greedy generation by transformers, for methods that the engine does not serve."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-#: Sequences that are answered together.
+#: Sequences per batch.
 BATCH = 16
 
 MakeCache = Callable[[int], Cache]
 
 
 def empty_cache(rows: int) -> Cache:
-    """A cache that nothing is in."""
+    """An empty cache."""
     return DynamicCache()
 
 
@@ -28,15 +28,15 @@ def greedy(
     cache: MakeCache = empty_cache,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
-    """The most probable token after another, until a stop token (left out) or the prompt's limit.
+    """Generates greedily, until a stop token (which is omitted) or the prompt's limit.
 
     Args:
         model: in eval mode.
         prompts: at least one token each.
-        limits: the most tokens of each answer, at least 1.
-        stop_ids: that end an answer.
-        cache: makes a cache for so many sequences; what is in it already, all tokens see.
-        report: hears how many are answered.
+        limits: maximum number of tokens per answer, at least 1.
+        stop_ids: tokens that end an answer.
+        cache: makes a cache for a number of sequences; all tokens attend to what it contains already.
+        report: called with the number of complete answers.
     """
     answers: dict[int, list[int]] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -57,7 +57,7 @@ def greedy(
 def _decode(
     model: PreTrainedModel, prompts: list[Sequence[int]], limits: list[int], stop_ids: frozenset[int], cache: Cache
 ) -> list[list[int]]:
-    """Answers padded on their left, so that all go on at the same place."""
+    """Generates a batch, padded on the left so that all answers continue at the same position."""
     width, before = max(map(len, prompts)), cache.get_seq_length()
     tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)

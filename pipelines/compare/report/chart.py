@@ -1,4 +1,4 @@
-"""The comparison as a picture: what quality costs, in parameters, memory and time."""
+"""The comparison as a chart: quality against parameters, memory and time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.transforms import Bbox
 from loramill.pipelines.compare.format import scaled, size
 from loramill.pipelines.compare.types import Comparison, Subject, Training
 
-#: Okabe and Ito's colours, which the colour-blind tell apart, too.
+#: Okabe and Ito's colors, which color-blind readers can distinguish.
 COLORS: dict[Subject, str] = {
     "full": "#000000",
     "lora": "#0072B2",
@@ -29,16 +29,22 @@ METRICS = {"exact_match": "exact match on the test set", "rouge_l": "ROUGE-L on 
 
 DPI = 160
 
-#: What a label calls them: there is little room.
+#: Short names for labels.
 NAMES: dict[Subject, str] = {"full": "full", "prefix": "prefix", "bottleneck": "bottleneck"}
 
-#: Where a label may stand beside its point, in points to the right and up; the nearest first.
+#: Possible offsets of a label from its point, in points to the right and up; the nearest first.
 LABEL_OFFSETS = [(x, sign * y) for y in range(0, 80, 5) for sign in (1, -1) for x in (8, -8)]
 
 
 @dataclass(frozen=True, slots=True)
 class CostPanel:
-    """A panel: a title, the number of it, how that is written, and whether its scale is logarithmic."""
+    """A panel of the chart.
+
+    Attributes:
+        value: the cost on the x axis.
+        format: writes a cost as text.
+        log: whether the axis is logarithmic.
+    """
 
     title: str
     value: Callable[[Training], float]
@@ -49,13 +55,13 @@ class CostPanel:
 COSTS = (
     CostPanel("trained parameters", lambda training: training.parameters, scaled, log=True),
     CostPanel("memory for training, above the base", lambda training: training.memory.added, size),
-    CostPanel("time a step", lambda training: training.step_seconds, lambda seconds: f"{seconds:g} s"),
+    CostPanel("time per step", lambda training: training.step_seconds, lambda seconds: f"{seconds:g} s"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ChartPoint:
-    """A subject that was trained, and how good it became."""
+    """A trained subject and its quality."""
 
     subject: Subject
     name: str
@@ -67,13 +73,13 @@ def save_chart(comparison: Comparison, file: Path) -> None:
     """Writes the chart as PNG.
 
     Raises:
-        OSError: the file can't be written.
+        OSError: the file cannot be written.
     """
     build_figure(comparison).savefig(file, format="png")
 
 
 def build_figure(comparison: Comparison) -> Figure:
-    """The chart of a comparison of which at least one row has figures; the others have no place in it."""
+    """Draws the rows with results; there must be at least one."""
     points = [
         ChartPoint(
             row.subject, NAMES.get(row.subject, row.title), row.training, getattr(row.quality, comparison.metric)
@@ -92,14 +98,14 @@ def build_figure(comparison: Comparison) -> Figure:
         if base is not None:
             _base_line(axis, getattr(base, comparison.metric), min(point.quality for point in points))
     axes[0].set_ylabel(METRICS[comparison.metric], color=INK)
-    figure.draw_without_rendering()  # what a label must not cover has its place now
+    figure.draw_without_rendering()  # fixes the positions that labels must not cover
     for axis, cost in zip(axes, COSTS, strict=True):
         _labels(axis, cost, points)
     return figure
 
 
 def _logarithmic(costs: Sequence[float]) -> Locator:
-    """The numbers on a logarithmic axis; powers of ten alone are two or more only if costs differ a lot."""
+    """Ticks of a logarithmic axis; powers of ten alone suffice only if the costs differ by orders of magnitude."""
     ratio = max(costs) / min(costs)
     if ratio < 10:
         return MaxNLocator(4)
@@ -128,7 +134,7 @@ def _panel(axis: Axes, cost: CostPanel, points: Sequence[ChartPoint]) -> None:
 
 
 def _base_line(axis: Axes, value: float, worst: float) -> None:
-    """The base's own quality: a line, or words below where it lies so low that a line would press the rest together."""
+    """Draws the base's quality: a line, or a note at the bottom if a line would compress the rest of the chart."""
     near = value > worst - 0.1
     if near:
         axis.axhline(value, color=PALE, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -145,7 +151,7 @@ def _base_line(axis: Axes, value: float, worst: float) -> None:
 
 
 def _labels(axis: Axes, cost: CostPanel, points: Sequence[ChartPoint]) -> None:
-    """Names the points; each name stands where it covers the least of points, other names and the margin."""
+    """Labels the points; each label is where it overlaps least with points, other labels and the margin."""
     frame = axis.get_window_extent()
     taken = [_point_box(axis, cost.value(point.training), point.quality) for point in points]
     taken += [text.get_window_extent() for text in axis.texts]
@@ -160,32 +166,32 @@ def _labels(axis: Axes, cost: CostPanel, points: Sequence[ChartPoint]) -> None:
             (x, y): _label_box(across + x * DPI / 72, up + y * DPI / 72, box.width if x > 0 else -box.width, box)
             for x, y in LABEL_OFFSETS
         }
-        place = min(boxes, key=lambda place: _overlapping_pixels(boxes[place], taken, frame))
-        taken.append(boxes[place])
-        label.set_position(place)
-        label.set_horizontalalignment("left" if place[0] > 0 else "right")
-        if abs(place[1]) > 10:
+        offset = min(boxes, key=lambda offset: _overlapping_pixels(boxes[offset], taken, frame))
+        taken.append(boxes[offset])
+        label.set_position(offset)
+        label.set_horizontalalignment("left" if offset[0] > 0 else "right")
+        if abs(offset[1]) > 10:
             axis.annotate(
                 "",
                 at,
-                place,
+                offset,
                 textcoords="offset points",
                 arrowprops={"arrowstyle": "-", "color": PALE, "linewidth": 0.6},
             )
 
 
 def _label_box(x: float, y: float, width: float, like: Bbox) -> Bbox:
-    """A box as high as `like` with the middle of one side at (x, y)."""
+    """A box of the height of `like` with the middle of one side at (x, y)."""
     return Bbox.from_extents(min(x, x + width), y - like.height / 2, max(x, x + width), y + like.height / 2)
 
 
 def _overlapping_pixels(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> int:
-    """Pixels of a label that lie on something, or outside."""
+    """Pixels of a label that overlap with something or are outside of the frame."""
     return round(sum(_overlap(box, other) for other in taken) + _area(box) - _overlap(box, frame))
 
 
 def _point_box(axis: Axes, x: float, y: float) -> Bbox:
-    """The pixels of a point."""
+    """The box of a point in pixels."""
     (across, up), radius = axis.transData.transform((x, y)), 7.0
     return Bbox.from_extents(across - radius, up - radius, across + radius, up + radius)
 

@@ -1,4 +1,4 @@
-"""The comparison as text: two tables, since one would be too wide for a terminal, and what to know when reading."""
+"""The comparison as text: two tables, since one would be too wide for a terminal, and notes on them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from loramill.pipelines.compare.format import duration, scaled, size
 from loramill.pipelines.compare.types import Comparison, Serving
 
-TRAINING = ("METHOD", "TRAINED", "SHARE", "PEAK MEMORY", "ABOVE BASE", "A STEP", "RATE", "VALID LOSS", "ARTIFACT")
-RESULT = ("METHOD", "EXACT MATCH", "TOKEN F1", "ROUGE-L", "BASE'S TOKEN", "+ UNMERGED", "+ MERGED", "BY")
+TRAINING = ("METHOD", "TRAINED", "SHARE", "PEAK MEMORY", "ABOVE BASE", "STEP TIME", "RATE", "VALID LOSS", "ARTIFACT")
+RESULT = ("METHOD", "EXACT MATCH", "TOKEN F1", "ROUGE-L", "BASE TOKEN", "+ UNMERGED", "+ MERGED", "BY")
 
 
 def training_rows(comparison: Comparison) -> list[tuple[str, ...]]:
-    """What training took, under `TRAINING`."""
+    """The rows of the training table; `TRAINING` is its header."""
     return [
         (
             row.title,
@@ -31,7 +31,7 @@ def training_rows(comparison: Comparison) -> list[tuple[str, ...]]:
 
 
 def result_rows(comparison: Comparison) -> list[tuple[str, ...]]:
-    """What came of it, under `RESULT`."""
+    """The rows of the result table; `RESULT` is its header."""
     return [
         (
             row.title,
@@ -46,26 +46,26 @@ def result_rows(comparison: Comparison) -> list[tuple[str, ...]]:
 
 
 def failures(comparison: Comparison) -> list[str]:
-    """A sentence a row without figures."""
+    """One sentence per row that failed."""
     return [f"{row.title} failed: {row.error}" for row in comparison.rows if row.error]
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What the figures are of."""
+    """Notes on how the numbers were measured, and on single rows."""
     if comparison.device == "cuda":
-        memory, clock = "bytes of tensors on the GPU", "the clock's"
+        memory, clock = "bytes of tensors on the GPU", "wall time"
     else:
-        memory, clock = "resident bytes of the method's own process", "CPU seconds"
-    said = [
-        f"Memory: {memory}, at their most while training; and what of it came after the base was loaded.",
-        f"Times: {clock}, medians, on {comparison.threads} thread{'s' if comparison.threads > 1 else ''}. "
-        "A token is one of a single answer; + is what it takes more than the base's, measured side by side.",
+        memory, clock = "resident bytes of the method's process", "CPU time"
+    texts = [
+        f"Memory: peak {memory} during training; ABOVE BASE is the part that was added to the loaded base.",
+        f"Times: median {clock} on {comparison.threads} thread{'s' if comparison.threads > 1 else ''}. Token times are "
+        "those of a single answer; + is the time in addition to the base's, measured in alternation.",
     ]
     if any(row.serving and row.serving.backend == "transformers" for row in comparison.rows):
-        said.append(
-            "By transformers: what the engine doesn't serve, beside transformers' own forward pass of the base."
+        texts.append(
+            "BY transformers: the engine does not serve the method; its base token is one of transformers, too."
         )
-    return said + [f"{row.title}: {note}" for row in comparison.rows for note in row.notes]
+    return texts + [f"{row.title}: {note}" for row in comparison.rows for note in row.notes]
 
 
 def _tokens(serving: Serving | None) -> Sequence[str]:
@@ -76,7 +76,7 @@ def _tokens(serving: Serving | None) -> Sequence[str]:
 
 
 def _added(seconds: float | None, base: float) -> str:
-    """What a token takes more; less than a percent is within the noise of the measurement."""
+    """The additional time per token; less than one percent is noise."""
     if seconds is None:
         return "-"
     return f"{1000 * (seconds - base):+.2f} ms ({seconds / base - 1:+.0%})"
