@@ -29,7 +29,7 @@ from loramill.serve.replica.replica import Replica
 from loramill.serve.replica.tool_calls import ToolCall, ToolCallScanner
 from loramill.settings import ServeSettings
 
-from ..hermes import SETTINGS, VOCABULARY, hermes_tokenizer
+from ...hermes import SETTINGS, VOCABULARY, hermes_tokenizer
 
 QUESTION = ({"role": "user", "content": "Say it in JSON."},)
 

@@ -210,10 +210,10 @@ def test_a_plan_begins_with_the_base_and_keeps_the_order(tiny: Path, examples: P
 @pytest.mark.parametrize(
     ("said", "error", "words"),
     [
-        ({"methods": ["lora", "lorra"]}, InvalidRequest, "no method 'lorra'; there are full, lora"),
+        ({"methods": ["lora", "lorra"]}, InvalidRequest, "no method 'lorra'; the methods are full, lora"),
         ({"rates": ["lora"]}, InvalidRequest, "'lora' is not a method and its learning rate"),
-        ({"rates": ["lora=fast"]}, InvalidRequest, "'lora=fast' gives"),
-        ({"rates": ["lora=0"]}, InvalidRequest, "'lora=0' gives"),
+        ({"rates": ["lora=fast"]}, InvalidRequest, "'lora=fast' is not a method"),
+        ({"rates": ["lora=0"]}, InvalidRequest, "'lora=0' is not a method"),
         ({"rates": ["dora=1e-3"]}, InvalidRequest, "names 'dora', which --methods leaves out"),
         ({"batch_size": 5000}, InvalidRequest, "batch_size"),
         ({"base": "nowhere"}, Exception, "no base 'nowhere'"),
