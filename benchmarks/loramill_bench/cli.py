@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.text import Text
 
-from loramill.cli import show
+from loramill.cli.format import Cell, print_message, print_table
 from loramill.cli.main import Root
 from loramill.logs import quiet_libraries
 
@@ -172,11 +172,11 @@ def _report(group: str) -> None:
 
 
 def _note(sentence: str) -> None:
-    show.print_message(sentence, style="dim")
+    print_message(sentence, style="dim")
 
 
 def _show(results: Sequence[Result], json: Path | None) -> None:
-    show.print_table(("CASE", "VALUE", "TARGET", "VERDICT", "FLOOR"), map(_row, results), empty="Nothing was measured.")
+    print_table(("CASE", "VALUE", "TARGET", "VERDICT", "FLOOR"), map(_row, results), empty="Nothing was measured.")
     if json is not None:
         values = [{**asdict(result), "met": result.met} for result in results]
         json.write_text(encoding.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -185,11 +185,11 @@ def _show(results: Sequence[Result], json: Path | None) -> None:
 def _judge(results: Sequence[Result], check: bool) -> None:
     missed = [result.case for result in results if result.met is False]
     if check and missed:
-        show.print_message(f"Missed targets: {'; '.join(missed)}.", style="red")
+        print_message(f"Missed targets: {'; '.join(missed)}.", style="red")
         raise typer.Exit(1)
 
 
-def _row(result: Result) -> tuple[show.Cell, ...]:
+def _row(result: Result) -> tuple[Cell, ...]:
     verdict = {True: Text("met", style="green"), False: Text("missed", style="red"), None: Text("-")}[result.met]
     floor = "-" if result.floor is None else f"{result.floor:.3g}"
     value = f"{result.value:.3g}" if abs(result.value) < 1000 else f"{result.value:.0f}"

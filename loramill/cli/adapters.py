@@ -6,9 +6,20 @@ from typing import Annotated
 
 import typer
 
-from loramill.cli import complete, show
+from loramill.cli import complete
 from loramill.cli.deleting import delete_adapters, rename_adapter
 from loramill.cli.export import export
+from loramill.cli.format import (
+    JsonFlag,
+    ListByDefault,
+    print_fields,
+    print_json,
+    print_line,
+    print_message,
+    print_table,
+    short_version,
+    time_ago,
+)
 from loramill.cli.importing import import_adapter
 from loramill.cli.jobs import Tenant
 from loramill.cli.merge import merge
@@ -16,7 +27,7 @@ from loramill.client import Client
 from loramill.client.models import Adapter as AdapterView
 from loramill.types import Alias
 
-adapters = typer.Typer(cls=show.ListByDefault, help="Adapters and their versions; alone it lists them.")
+adapters = typer.Typer(cls=ListByDefault, help="Adapters and their versions; alone it lists them.")
 
 Adapter = Annotated[
     str,
@@ -54,21 +65,21 @@ def register(app: typer.Typer) -> None:
 
 
 @adapters.command("list")
-def list_adapters(tenant: Tenant = None, json: show.JsonFlag = False) -> None:
+def list_adapters(tenant: Tenant = None, json: JsonFlag = False) -> None:
     """List adapters and the versions that their aliases name."""
     with Client() as client:
         found = client.adapters.list(tenant)
     if json:
-        return show.print_json(found)
-    return show.print_table(
+        return print_json(found)
+    return print_table(
         ("ADAPTER", "CHAMPION", "CHALLENGER", "PREVIOUS", "MADE"),
         (
             (
                 each.name,
-                show.short_version(each.champion),
-                show.short_version(each.challenger),
-                show.short_version(each.previous),
-                show.time_ago(each.created_at),
+                short_version(each.champion),
+                short_version(each.challenger),
+                short_version(each.previous),
+                time_ago(each.created_at),
             )
             for each in found
         ),
@@ -77,21 +88,21 @@ def list_adapters(tenant: Tenant = None, json: show.JsonFlag = False) -> None:
 
 
 @adapters.command("show")
-def show_adapter(name: Adapter, json: show.JsonFlag = False) -> None:
+def show_adapter(name: Adapter, json: JsonFlag = False) -> None:
     """Show an adapter's versions, their scores, and how the aliases moved."""
     with Client() as client:
         adapter = client.adapters.get(name)
     if json:
-        return show.print_json(adapter)
-    show.print_table(
+        return print_json(adapter)
+    print_table(
         ("VERSION", "ALIASES", "JOB", "SIZE", "MADE"),
         (
             (
-                show.short_version(version.id),
+                short_version(version.id),
                 ", ".join(_aliases(adapter, version.id)) or "-",
                 version.job or "-",
                 f"{version.bytes / 1e6:.1f} MB",
-                show.time_ago(version.created_at),
+                time_ago(version.created_at),
             )
             for version in adapter.versions
         ),
@@ -99,8 +110,8 @@ def show_adapter(name: Adapter, json: show.JsonFlag = False) -> None:
     )
     for title, rows in (("Scores", _score_fields(adapter)), ("History", _history_fields(adapter))):
         if rows:
-            show.print_line(f"\n{title}")
-            show.print_fields(rows)
+            print_line(f"\n{title}")
+            print_fields(rows)
     return None
 
 
@@ -111,7 +122,7 @@ def _aliases(adapter: AdapterView, version: str) -> list[str]:
 def _score_fields(adapter: AdapterView) -> list[tuple[str, str]]:
     return [
         (
-            show.short_version(each.version) if each.version else "base",
+            short_version(each.version) if each.version else "base",
             f"{each.slice} ({each.examples}): "
             + ", ".join(f"{name} {value:.3f}" for name, value in each.metrics.items()),
         )
@@ -121,12 +132,12 @@ def _score_fields(adapter: AdapterView) -> list[tuple[str, str]]:
 
 def _history_fields(adapter: AdapterView) -> list[tuple[str, str]]:
     return [
-        (show.time_ago(move.created_at), f"{move.alias} -> {show.short_version(move.version)}  {move.reason}")
+        (time_ago(move.created_at), f"{move.alias} -> {short_version(move.version)}  {move.reason}")
         for move in adapter.history
     ]
 
 
-def promote(name: Versioned, version: Selected = None, json: show.JsonFlag = False) -> None:
+def promote(name: Versioned, version: Selected = None, json: JsonFlag = False) -> None:
     """Make a version the champion: the one that answers."""
     name, version = _split_version(name, version)
     if version is None:
@@ -136,22 +147,21 @@ def promote(name: Versioned, version: Selected = None, json: show.JsonFlag = Fal
     with Client() as client:
         adapter = client.adapters.promote(name, version)
     if json:
-        show.print_json(adapter)
+        print_json(adapter)
     else:
-        show.print_message(
-            f"{name} now answers with {show.short_version(adapter.champion)} (before: "
-            f"{show.short_version(adapter.previous)})."
+        print_message(
+            f"{name} now answers with {short_version(adapter.champion)} (before: {short_version(adapter.previous)})."
         )
 
 
-def rollback(name: Adapter, json: show.JsonFlag = False) -> None:
+def rollback(name: Adapter, json: JsonFlag = False) -> None:
     """Make the previous champion the champion again."""
     with Client() as client:
         adapter = client.adapters.rollback(name)
     if json:
-        show.print_json(adapter)
+        print_json(adapter)
     else:
-        show.print_message(f"{name} answers with {show.short_version(adapter.champion)} again.")
+        print_message(f"{name} answers with {short_version(adapter.champion)} again.")
 
 
 def _split_version(name: str, version: str | None) -> tuple[str, str | None]:
@@ -164,7 +174,7 @@ def _split_version(name: str, version: str | None) -> tuple[str, str | None]:
     return name, within or version
 
 
-def pin(name: Versioned, version: Selected = None, json: show.JsonFlag = False) -> None:
+def pin(name: Versioned, version: Selected = None, json: JsonFlag = False) -> None:
     """Make a version (by default the current champion) the champion, and keep it.
 
     Until it is unpinned, no nightly run, promotion or rollback replaces it.
@@ -173,21 +183,19 @@ def pin(name: Versioned, version: Selected = None, json: show.JsonFlag = False) 
     with Client() as client:
         adapter = client.adapters.pin(name, version or Alias.CHAMPION.value)
     if json:
-        show.print_json(adapter)
+        print_json(adapter)
     else:
-        show.print_message(
-            f"{name} answers with {show.short_version(adapter.champion)} until `loramill adapters unpin {name}`."
-        )
+        print_message(f"{name} answers with {short_version(adapter.champion)} until `loramill adapters unpin {name}`.")
 
 
-def unpin(name: Adapter, json: show.JsonFlag = False) -> None:
+def unpin(name: Adapter, json: JsonFlag = False) -> None:
     """Let the champion change again."""
     with Client() as client:
         adapter = client.adapters.unpin(name)
     if json:
-        show.print_json(adapter)
+        print_json(adapter)
     else:
-        show.print_message(f"{name} answers with {show.short_version(adapter.champion)}, and may be promoted again.")
+        print_message(f"{name} answers with {short_version(adapter.champion)}, and may be promoted again.")
 
 
 def warm(name: Versioned, version: Selected = None) -> None:
@@ -196,4 +204,4 @@ def warm(name: Versioned, version: Selected = None) -> None:
     version = version or Alias.CHAMPION.value
     with Client() as client:
         seconds = client.adapters.warm(name, version)
-    show.print_message(f"{name}@{version} answers; its first token took {seconds:.2f} s.")
+    print_message(f"{name}@{version} answers; its first token took {seconds:.2f} s.")

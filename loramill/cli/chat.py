@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from loramill.cli import complete, show
+from loramill.cli import complete
+from loramill.cli.format import print_line, print_message
 from loramill.client import Client
 from loramill.errors import LoramillError
 
@@ -54,7 +55,7 @@ def chat(
 
 def _run_conversation(client: Client, model: str, opening: list[dict[str, str]], sampling: dict[str, Any]) -> None:
     """Sends what is typed until the input ends. Ctrl-C stops an answer, of which the text so far is kept."""
-    show.print_message(f"Chatting with {model}; /help lists the commands, Ctrl-D ends.", style="dim")
+    print_message(f"Chatting with {model}; /help lists the commands, Ctrl-D ends.", style="dim")
     conversation = list(opening)
     while (question := _read_question()) is not None:
         match question:
@@ -63,20 +64,20 @@ def _run_conversation(client: Client, model: str, opening: list[dict[str, str]],
             case "/bye" | "/exit" | "/quit" | "exit" | "quit":
                 return
             case "/help" | "/?":
-                show.print_message(_COMMANDS_HELP, style="dim")
+                print_message(_COMMANDS_HELP, style="dim")
             case "/clear":
                 conversation = list(opening)
-                show.print_message("The conversation was cleared.", style="dim")
+                print_message("The conversation was cleared.", style="dim")
             case _:
                 conversation.append({"role": "user", "content": question})
                 pieces: list[str] = []
                 try:
                     _ask(client, model, conversation, sampling, pieces)
                 except KeyboardInterrupt:
-                    show.print_line("")
-                    show.print_message("Stopped; Ctrl-D ends the conversation.", style="dim")
+                    print_line("")
+                    print_message("Stopped; Ctrl-D ends the conversation.", style="dim")
                 except LoramillError as error:  # the next question may succeed
-                    show.print_message(error.message, style="red")
+                    print_message(error.message, style="red")
                     conversation.pop()
                     continue
                 conversation.append({"role": "assistant", "content": "".join(pieces)})
@@ -92,11 +93,11 @@ def _read_question() -> str | None:
         try:
             return input("> ").strip()
         except EOFError:
-            show.print_line("")
+            print_line("")
             return None
         except KeyboardInterrupt:
-            show.print_line("")
-            show.print_message("Ctrl-D or /bye ends the conversation.", style="dim")
+            print_line("")
+            print_message("Ctrl-D or /bye ends the conversation.", style="dim")
 
 
 def _ask(
@@ -111,4 +112,4 @@ def _ask(
         for piece in answer:
             typer.echo(piece, nl=False)
             pieces.append(piece)
-    show.print_line("")
+    print_line("")

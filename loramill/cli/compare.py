@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from loramill.cli import show
+from loramill.cli.format import make_console, print_line, print_message, print_table
 
 Stage = Any  # of loramill.pipelines.compare, to which the door opens only inside functions
 
@@ -60,7 +60,7 @@ def compare(
     settings = Settings.load()
     _check_writable(json, chart)
     with tempfile.TemporaryDirectory(prefix="loramill-compare-") as folder:
-        with show.console(stderr=True).status("Reading the data…"):
+        with make_console(stderr=True).status("Reading the data…"):
             tasks = plan_tasks(
                 settings,
                 Path(folder),
@@ -88,14 +88,14 @@ def compare(
 def _print_comparison(comparison: Any) -> None:
     from loramill.pipelines.compare.report import table
 
-    show.print_table(table.TRAINING, table.training_rows(comparison), empty="Nothing was trained.")
-    show.print_line("")
-    show.print_table(table.RESULT, table.result_rows(comparison), empty="Nothing was answered.")
-    show.print_line("")
+    print_table(table.TRAINING, table.training_rows(comparison), empty="Nothing was trained.")
+    print_line("")
+    print_table(table.RESULT, table.result_rows(comparison), empty="Nothing was answered.")
+    print_line("")
     for note in table.notes(comparison):
-        show.print_message(note, style="dim")
+        print_message(note, style="dim")
     for failure in table.failures(comparison):
-        show.print_message(failure, style="red")
+        print_message(failure, style="red")
 
 
 def _check_writable(*files: Path | None) -> None:
@@ -116,7 +116,7 @@ def _progress(title: str) -> Iterator[Callable[[Stage], None]]:
         TextColumn("{task.fields[stage]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=show.console(stderr=True), redirect_stdout=False) as progress:
+    with Progress(*columns, console=make_console(stderr=True), redirect_stdout=False) as progress:
         line = progress.add_task(title, total=None, stage="starting")
 
         def hear(stage: Stage) -> None:

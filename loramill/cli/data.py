@@ -8,8 +8,19 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from loramill.cli import show
 from loramill.cli.adapters import Adapter
+from loramill.cli.format import (
+    JsonFlag,
+    ListByDefault,
+    local_time,
+    print_fields,
+    print_json,
+    print_message,
+    print_table,
+    rounded_size,
+    styled_status,
+    time_ago,
+)
 from loramill.cli.jobs import Tenant
 from loramill.cli.submit import Columns, Valid, ValidColumns, report_upload
 from loramill.client import Client
@@ -18,7 +29,7 @@ from loramill.submission.options import columns_of
 from loramill.types import AdapterData
 
 data = typer.Typer(help="New examples of an adapter, for nightly runs.", no_args_is_help=True)
-files = typer.Typer(cls=show.ListByDefault, help="Uploaded files of examples; alone it lists them.")
+files = typer.Typer(cls=ListByDefault, help="Uploaded files of examples; alone it lists them.")
 
 Train = Annotated[
     str,
@@ -55,19 +66,19 @@ def add_data(
             valid_columns=columns_of("valid_columns", valid_columns),
             on_upload=report_upload,
         )
-    show.print_message(f"{name}: {waiting.outlook}", style=None if waiting.enough else "yellow")
+    print_message(f"{name}: {waiting.outlook}", style=None if waiting.enough else "yellow")
     if waiting.enough:
-        show.print_message("`loramill nightly run` starts one now.")
+        print_message("`loramill nightly run` starts one now.")
 
 
 @data.command("list")
-def list_data(name: Adapter, json: show.JsonFlag = False) -> None:
+def list_data(name: Adapter, json: JsonFlag = False) -> None:
     """List an adapter's data for nightly runs: what waits, what was used, and what failed."""
     with Client() as client:
         found = client.adapters.list_data(name)
     if json:
-        return show.print_json(found)
-    return show.print_table(
+        return print_json(found)
+    return print_table(
         ("FILE", "NAME", "EXAMPLES", "VALIDATION", "ADDED", "STATE"),
         (
             (
@@ -75,7 +86,7 @@ def list_data(name: Adapter, json: show.JsonFlag = False) -> None:
                 each.train_filename,
                 str(each.train_examples),
                 each.valid_filename or "-",
-                show.time_ago(each.created_at),
+                time_ago(each.created_at),
                 _format_state(each),
             )
             for each in found
@@ -85,13 +96,13 @@ def list_data(name: Adapter, json: show.JsonFlag = False) -> None:
 
 
 @files.command("list")
-def list_files(tenant: Tenant = None, json: show.JsonFlag = False) -> None:
+def list_files(tenant: Tenant = None, json: JsonFlag = False) -> None:
     """List uploaded files, newest first."""
     with Client() as client:
         found = [*client.files.list(tenant)]
     if json:
-        return show.print_json(found)
-    return show.print_table(
+        return print_json(found)
+    return print_table(
         ("FILE", "TENANT", "NAME", "EXAMPLES", "SIZE", "MADE"),
         (
             (
@@ -99,8 +110,8 @@ def list_files(tenant: Tenant = None, json: show.JsonFlag = False) -> None:
                 each.tenant or "-",
                 each.filename,
                 "-" if each.examples is None else str(each.examples),
-                show.rounded_size(each.bytes),
-                show.time_ago(each.created_at),
+                rounded_size(each.bytes),
+                time_ago(each.created_at),
             )
             for each in found
         ),
@@ -112,7 +123,7 @@ def list_files(tenant: Tenant = None, json: show.JsonFlag = False) -> None:
 def show_file(
     file: FileId,
     content: Annotated[bool, typer.Option("--content", help="Print the file's content to stdout instead.")] = False,
-    json: show.JsonFlag = False,
+    json: JsonFlag = False,
 ) -> None:
     """Show a file's description, or its content: the JSONL that the upload was converted to."""
     with Client() as client:
@@ -122,15 +133,15 @@ def show_file(
             return None
         found = client.files.get(file)
     if json:
-        return show.print_json(found)
-    return show.print_fields(
+        return print_json(found)
+    return print_fields(
         [
             ("file", found.id),
             ("name", found.filename),
             ("tenant", found.tenant or "-"),
             ("examples", "-" if found.examples is None else str(found.examples)),
-            ("size", show.rounded_size(found.bytes)),
-            ("made", show.local_time(found.created_at)),
+            ("size", rounded_size(found.bytes)),
+            ("made", local_time(found.created_at)),
         ]
     )
 
@@ -143,13 +154,13 @@ def delete_files(
     with Client() as client:
         for each in file:
             client.files.delete(each)
-            show.print_message(f"{each} is deleted.")
+            print_message(f"{each} is deleted.")
 
 
 def _format_state(data: AdapterData) -> Text:
     if data.run is None:
-        return show.styled_status("waiting")
+        return styled_status("waiting")
     if data.set_aside is not None:
         reason = first_lines(data.set_aside)
-        return show.styled_status(f"failed in {data.run}: {reason} (`loramill nightly retry {data.adapter}`)")
-    return Text(f"in {data.run}" if data.used_at is None else f"used {show.time_ago(data.used_at)}")
+        return styled_status(f"failed in {data.run}: {reason} (`loramill nightly retry {data.adapter}`)")
+    return Text(f"in {data.run}" if data.used_at is None else f"used {time_ago(data.used_at)}")

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from loramill.cli import complete, show
+from loramill.cli import complete
+from loramill.cli.format import JsonFlag, print_json, print_message
 from loramill.client import Client
 from loramill.names import AdapterName
 from loramill.plural import counted
@@ -37,7 +38,7 @@ Force = Annotated[
 
 
 def delete_adapters(
-    models: Models, yes: Yes = False, cancel_jobs: CancelJobs = False, force: Force = False, json: show.JsonFlag = False
+    models: Models, yes: Yes = False, cancel_jobs: CancelJobs = False, force: Force = False, json: JsonFlag = False
 ) -> None:
     """Delete adapters with their versions, jobs and history, or single versions. Uploaded files stay."""
     split = [(AdapterName.parse(model.partition("@")[0]), model.partition("@")[2]) for model in models]
@@ -56,9 +57,9 @@ def delete_adapters(
             else:
                 removed.append(client.adapters.delete(str(name), cancel_jobs=cancel_jobs))
             if not json:
-                show.print_message(f"{name.at(version)} is deleted." if version else _summary(str(name), removed[-1]))
+                print_message(f"{name.at(version)} is deleted." if version else _summary(str(name), removed[-1]))
     if json:
-        show.print_json(removed)
+        print_json(removed)
 
 
 def rename_adapter(
@@ -66,20 +67,18 @@ def rename_adapter(
         str, typer.Argument(metavar="TENANT/ADAPTER", show_default=False, autocompletion=complete.adapters)
     ],
     to: Annotated[str, typer.Argument(metavar="NEW", help="The new name, of the same tenant.", show_default=False)],
-    json: show.JsonFlag = False,
+    json: JsonFlag = False,
 ) -> None:
     """Rename an adapter with all its versions, aliases and jobs. The old name stops working."""
     with Client() as client:
         renamed = client.adapters.rename(name, to)
     if json:
-        show.print_json(renamed)
+        print_json(renamed)
     else:
-        show.print_message(f"{name} is now {renamed.name}.")
+        print_message(f"{name} is now {renamed.name}.")
 
 
-def delete_tenants(
-    names: Tenants, yes: Yes = False, cancel_jobs: CancelJobs = False, json: show.JsonFlag = False
-) -> None:
+def delete_tenants(names: Tenants, yes: Yes = False, cancel_jobs: CancelJobs = False, json: JsonFlag = False) -> None:
     """Delete tenants with their keys, files, jobs and adapters. Usage and audit stay without their names."""
     removed: list[DeletionSummary] = []
     with Client() as client:
@@ -90,9 +89,9 @@ def delete_tenants(
         for name in names:
             removed.append(client.tenants.delete(name, cancel_jobs=cancel_jobs))
             if not json:
-                show.print_message(_summary(f"Tenant {name}", removed[-1]))
+                print_message(_summary(f"Tenant {name}", removed[-1]))
     if json:
-        show.print_json(removed)
+        print_json(removed)
 
 
 def _consequence(names: Sequence[str]) -> str:
@@ -105,9 +104,9 @@ def _confirm(sentence: str, expected: str) -> None:
         raise typer.BadParameter(
             "this is not a terminal, so that the deletion can't be confirmed; --yes deletes without asking."
         )
-    show.print_message(f"{sentence} It can't be undone.", style="yellow")
+    print_message(f"{sentence} It can't be undone.", style="yellow")
     if typer.prompt(f"Type {expected} to delete", default="", show_default=False, err=True) != expected:
-        show.print_message("Nothing was deleted.")
+        print_message("Nothing was deleted.")
         raise typer.Exit(1)
 
 

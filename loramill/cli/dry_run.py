@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from loramill.cli import show
+from loramill.cli.format import escape_control_characters, print_fields, print_json, print_line, print_message
 from loramill.client import Client
 from loramill.client.models import FileCheck
 from loramill.client.uploads import read_valid
@@ -27,16 +27,16 @@ def dry_run(adapter: str, train: str, valid: str | None, said: Mapping[str, Any]
             source = read_valid(valid, columns, valid_columns)
             found.append(client.files.check(source, tenant=tenant, valid=True, max_length=length, train_on=learn))
     if json:
-        return show.print_json(found)
+        return print_json(found)
     for each in found:
         _print_check(each)
-    show.print_line(_mark_supervised(found[0]))
-    return show.print_message("Nothing was stored or submitted. The loss is computed on the text between ⟦ and ⟧.")
+    print_line(_mark_supervised(found[0]))
+    return print_message("Nothing was stored or submitted. The loss is computed on the text between ⟦ and ⟧.")
 
 
 def _print_check(found: FileCheck) -> None:
     tokens = found.tokens
-    show.print_fields(
+    print_fields(
         [
             (found.filename, Text(found.format)),
             ("examples", str(found.examples)),
@@ -45,9 +45,9 @@ def _print_check(found: FileCheck) -> None:
         ]
     )
     for warning in found.warnings:
-        show.print_message(f"Warning: {warning}", style="yellow")
+        print_message(f"Warning: {warning}", style="yellow")
 
 
 def _mark_supervised(found: FileCheck) -> str:
-    parts = ((show.escape_control_characters(part.text), part.supervised) for part in found.preview)
+    parts = ((escape_control_characters(part.text), part.supervised) for part in found.preview)
     return "".join(f"⟦{text}⟧" if supervised else text for text, supervised in parts)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from loramill.cli import show
+from loramill.cli.format import make_console, print_message
 from loramill.client import Client
 from loramill.names import ModelName
 
@@ -33,7 +33,7 @@ def export(
     Every file is compared with the hash that it was stored under; the folder is there wholly or not at all.
     """
     columns = (TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = show.console(stderr=True)
+    console = make_console(stderr=True)
     with (
         Client() as client,
         Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress,
@@ -44,6 +44,6 @@ def export(
         )
     adapter = ModelName.parse(name).adapter
     assert adapter is not None  # or `export` had refused it
-    show.print_message(f"{adapter.at(version)} is in {to}.")
+    print_message(f"{adapter.at(version)} is in {to}.")
     if full:
-        show.print_message(f"Serve it as a base of its own with `loramill up --base {to}`.")
+        print_message(f"Serve it as a base of its own with `loramill up --base {to}`.")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from loramill.cli import show
+from loramill.cli.format import make_console, print_line, print_message
 
 if TYPE_CHECKING:
     from loramill.models.catalog import Base
@@ -83,7 +83,7 @@ def generate(
     else:
         numbered = ((replace(like, id=str(number)), text) for number, text in enumerate(texts, start=1))
         prompts = [build_request(text, each, chat=chat is not False) for each, text in numbered]
-    with show.console(stderr=True).status(f"Loading {base.name}…"):
+    with make_console(stderr=True).status(f"Loading {base.name}…"):
         engine = OfflineEngine(base, source, settings.serve)
     with engine, ExitStack() as stack:
         write = stack.enter_context(_jsonl_writer(out, force)) if file or out else _write_text
@@ -144,7 +144,7 @@ def _write_completions(
     )
     failed, first, tokens, start = 0, "", 0, time.monotonic()
     # Rich would take what goes to stdout for the terminal's, too.
-    with Progress(*columns, console=show.console(stderr=True), disable=not bar, redirect_stdout=False) as progress:
+    with Progress(*columns, console=make_console(stderr=True), disable=not bar, redirect_stdout=False) as progress:
         task = progress.add_task("", total=total, speed=0.0)
         for completion in completions:
             write(completion)
@@ -154,13 +154,13 @@ def _write_completions(
                 first = first or f"{completion.request.id}: {completion.error.message}"
                 failed += 1
     if failed:
-        show.print_message(f"{failed} of {total} prompts failed; the first, {first}", style="red")
+        print_message(f"{failed} of {total} prompts failed; the first, {first}", style="red")
     return failed
 
 
 def _write_text(completion: Completion) -> None:
     if completion.error is None:
-        show.print_line(completion.text)
+        print_line(completion.text)
 
 
 def _check_output(out: Path | None, file: Path | None, force: bool) -> None:
@@ -181,7 +181,7 @@ def _check_output(out: Path | None, file: Path | None, force: bool) -> None:
 def _jsonl_writer(out: Path | None, force: bool) -> Iterator[Callable[[Completion], None]]:
     """Writes answers as JSONL."""
     if out is None:
-        yield lambda completion: show.print_line(_json_line(completion))
+        yield lambda completion: print_line(_json_line(completion))
         return
     with out.open("wb" if force else "xb", buffering=0) as file:
         yield lambda completion: _append(file, _json_line(completion).encode() + b"\n")

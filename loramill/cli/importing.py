@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loramill.cli import show
+from loramill.cli.format import JsonFlag, print_json, print_message, short_version
 from loramill.client import Client
 from loramill.names import AdapterName
 
@@ -23,7 +23,7 @@ def import_adapter(
         ),
     ],
     promote: Annotated[bool, typer.Option("--promote", help="Make it the champion: the version that answers.")] = False,
-    json: show.JsonFlag = False,
+    json: JsonFlag = False,
 ) -> None:
     """Store a LoRA that was trained elsewhere, on the same base, as a version of an adapter.
 
@@ -33,12 +33,12 @@ def import_adapter(
     with Client() as client:
         version, adapter = client.adapters.import_folder(name, folder, promote=promote)
     if json:
-        return show.print_json(adapter)
+        return print_json(adapter)
     at = AdapterName.parse(name).at(version)
     if adapter.champion == version:
-        return show.print_message(f"{at} is imported, and {name} answers with it: `loramill chat {name}`.")
-    return show.print_message(
-        f"{at} is imported; {name} still answers with {show.short_version(adapter.champion)}. `loramill promote "
+        return print_message(f"{at} is imported, and {name} answers with it: `loramill chat {name}`.")
+    return print_message(
+        f"{at} is imported; {name} still answers with {short_version(adapter.champion)}. `loramill promote "
         f"{at}` changes "
         "that."
     )

@@ -9,7 +9,23 @@ from typing import Annotated, Any
 
 import typer
 
-from loramill.cli import complete, show
+from loramill.cli import complete
+from loramill.cli.format import (
+    Cell,
+    JsonFlag,
+    ListByDefault,
+    duration,
+    four_digits,
+    local_time,
+    print_fields,
+    print_json,
+    print_line,
+    print_message,
+    print_table,
+    short_version,
+    styled_status,
+    time_ago,
+)
 from loramill.cli.plot import JobId, plot
 from loramill.cli.submit import submit
 from loramill.cli.watch import watch
@@ -18,7 +34,7 @@ from loramill.client.jobs import JobsResource
 from loramill.client.models import Event, Job
 from loramill.errors import Conflict, NotFound
 
-jobs = typer.Typer(cls=show.ListByDefault, help="Fine-tune jobs; alone it lists them.")
+jobs = typer.Typer(cls=ListByDefault, help="Fine-tune jobs; alone it lists them.")
 
 JobIds = Annotated[
     list[str],
@@ -44,47 +60,47 @@ def register(app: typer.Typer) -> None:
 def list_jobs(
     tenant: Tenant = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many, the newest.")] = 50,
-    json: show.JsonFlag = False,
+    json: JsonFlag = False,
 ) -> None:
     """List jobs, newest first."""
     with Client() as client:
         found = list(islice(client.jobs.list(tenant), limit + 1))
     if json:
-        return show.print_json(found[:limit])
-    show.print_table(
+        return print_json(found[:limit])
+    print_table(
         ("JOB", "ADAPTER", "STATUS", "STEP", "RESULT", "SUBMITTED"),
         (
             (
                 job.id,
                 job.adapter,
-                show.styled_status(job.status if job.waits_for is None else f"{job.status}, waits for {job.waits_for}"),
+                styled_status(job.status if job.waits_for is None else f"{job.status}, waits for {job.waits_for}"),
                 f"{job.step}/{job.steps}",
-                show.short_version(job.model and job.model.partition("@")[2]),
-                show.time_ago(job.created_at),
+                short_version(job.model and job.model.partition("@")[2]),
+                time_ago(job.created_at),
             )
             for job in found[:limit]
         ),
         empty="No jobs yet: `loramill submit TENANT/ADAPTER --train FILE` submits one.",
     )
     if len(found) > limit:
-        show.print_message(f"There are more than {limit}: --limit shows them.")
+        print_message(f"There are more than {limit}: --limit shows them.")
     return None
 
 
 @jobs.command("show")
-def show_job(job_id: JobId, json: show.JsonFlag = False) -> None:
+def show_job(job_id: JobId, json: JsonFlag = False) -> None:
     """Show one job: its state and its spec."""
     with Client() as client:
         job = client.jobs.get(job_id)
     if json:
-        return show.print_json(job)
-    pairs: list[tuple[str, show.Cell]] = [
+        return print_json(job)
+    pairs: list[tuple[str, Cell]] = [
         ("job", job.id),
         ("adapter", job.adapter),
-        ("status", show.styled_status(job.status)),
+        ("status", styled_status(job.status)),
         ("step", f"{job.step}/{job.steps}"),
         ("attempt", str(job.attempt)),
-        ("submitted", show.time_ago(job.created_at)),
+        ("submitted", time_ago(job.created_at)),
     ]
     pairs += [
         (name, _format_value(value))
@@ -101,9 +117,9 @@ def show_job(job_id: JobId, json: show.JsonFlag = False) -> None:
     if job.waits_for:
         pairs.append(("waits for", job.waits_for))
     if job.estimated_finish:
-        pairs.append(("finishes in", show.duration(job.estimated_finish - time.time())))
+        pairs.append(("finishes in", duration(job.estimated_finish - time.time())))
     if job.finished_at:
-        pairs.append(("finished", show.time_ago(job.finished_at)))
+        pairs.append(("finished", time_ago(job.finished_at)))
     if job.model:
         pairs.append(("result", job.model))
     if job.error:
@@ -115,7 +131,7 @@ def show_job(job_id: JobId, json: show.JsonFlag = False) -> None:
         for name, value in job.spec.items()
         if name not in _HIDDEN_SPEC_FIELDS
     ]
-    return show.print_fields(pairs)
+    return print_fields(pairs)
 
 
 #: Fields of a spec that are shown by other names.
@@ -125,7 +141,7 @@ _HIDDEN_SPEC_FIELDS = ("base", "adapter", "train")
 def _format_spec_field(name: str, value: object) -> str:
     if name == "eval_every" and value is None:
         return "at each checkpoint"
-    return show.short_version(str(value)) if name == "start_from" and value else _format_value(value)
+    return short_version(str(value)) if name == "start_from" and value else _format_value(value)
 
 
 def _format_value(value: object) -> str:
@@ -134,7 +150,7 @@ def _format_value(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}={each}" for key, each in value.items()) or "-"
     if isinstance(value, float):
-        return show.four_digits(value)
+        return four_digits(value)
     return "-" if value is None else str(value)
 
 
@@ -148,15 +164,15 @@ def events(
     with Client() as client:
         history = client.jobs.events(job_id, follow=follow)
         if json and not follow:
-            return show.print_json(history)
+            return print_json(history)
         for event in history:
-            show.print_line(event.model_dump_json() if json else _format_event(event))
+            print_line(event.model_dump_json() if json else _format_event(event))
     return None
 
 
 def _format_event(event: Event) -> str:
     numbers = _format_metrics(event.data) if event.kind == "metrics" else ""
-    return f"{show.local_time(event.created_at)}  {event.level:<5}  {event.message}  {numbers}".rstrip()
+    return f"{local_time(event.created_at)}  {event.level:<5}  {event.message}  {numbers}".rstrip()
 
 
 def _format_metrics(data: Mapping[str, Any]) -> str:
@@ -169,20 +185,20 @@ def _format_metrics(data: Mapping[str, Any]) -> str:
 
 
 @jobs.command("checkpoints")
-def checkpoints(job_id: JobId, json: show.JsonFlag = False) -> None:
+def checkpoints(job_id: JobId, json: JsonFlag = False) -> None:
     """List where a job's weights were validated; those that are kept can be asked by their model's name."""
     with Client() as client:
         found = client.jobs.checkpoints(job_id)
     if json:
-        return show.print_json(found)
-    return show.print_table(
+        return print_json(found)
+    return print_table(
         ("STEP", "VALIDATION LOSS", "TRAINING LOSS", "WRITTEN", "MODEL"),
         (
             (
                 str(each.step),
                 _format_loss(each.metrics.get("valid_loss")),
                 _format_loss(each.metrics.get("train_loss")),
-                show.time_ago(each.created_at),
+                time_ago(each.created_at),
                 each.model or "-",
             )
             for each in found
@@ -192,25 +208,25 @@ def checkpoints(job_id: JobId, json: show.JsonFlag = False) -> None:
 
 
 @jobs.command("cancel")
-def cancel(job_ids: JobIds, json: show.JsonFlag = False) -> None:
+def cancel(job_ids: JobIds, json: JsonFlag = False) -> None:
     """Ask jobs to stop; they publish nothing from then on."""
     _change(job_ids, JobsResource.cancel, "is asked to stop", json=json)
 
 
 @jobs.command("pause")
-def pause(job_ids: JobIds, json: show.JsonFlag = False) -> None:
+def pause(job_ids: JobIds, json: JsonFlag = False) -> None:
     """Ask jobs to wait; they keep what they have learnt so far."""
     _change(job_ids, JobsResource.pause, "is asked to pause", json=json)
 
 
 @jobs.command("resume")
-def resume(job_ids: JobIds, json: show.JsonFlag = False) -> None:
+def resume(job_ids: JobIds, json: JsonFlag = False) -> None:
     """Let paused jobs go on where they were."""
     _change(job_ids, JobsResource.resume, "goes on", json=json)
 
 
 @jobs.command("retry")
-def retry(job_ids: JobIds, json: show.JsonFlag = False) -> None:
+def retry(job_ids: JobIds, json: JsonFlag = False) -> None:
     """Queue failed or cancelled jobs again. They resume from their last checkpoint if it still exists.
 
     A failed job's checkpoints are kept for a week; those of a cancelled job are removed at once.
@@ -227,12 +243,12 @@ def _change(job_ids: Sequence[str], change: Callable[[JobsResource, str], Job], 
                 changed.append(change(client.jobs, job_id))
             except (Conflict, NotFound) as error:
                 refused = True
-                show.print_message(error.message, style="red")
+                print_message(error.message, style="red")
     if json:
-        show.print_json(changed)
+        print_json(changed)
     else:
         for job in changed:
-            show.print_message(f"{job.id} {outcome} (now {job.status}).")
+            print_message(f"{job.id} {outcome} (now {job.status}).")
     if refused:
         raise typer.Exit(1)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from loramill.cli import show
+from loramill.cli.format import JsonFlag, local_time, print_json, print_line, print_message, print_table, time_ago
 from loramill.cli.tenants import Tenant
 from loramill.client import Client
 from loramill.types import KeyRecord, Scope
@@ -32,31 +32,28 @@ def create_key(
     expires: Annotated[
         str | None, typer.Option(metavar="SPAN", help="After 90s, 15m, 12h, 30d; never, if left out.")
     ] = None,
-    json: show.JsonFlag = False,
+    json: JsonFlag = False,
 ) -> None:
     """Make an API key and print it; it can't be shown again."""
     expires_at = None if expires is None else time.time() + _parse_duration(expires)
     with Client() as client:
         made = client.keys.create(tenant, scopes=scope or None, expires_at=expires_at)
     if json:
-        return show.print_json(made)
-    show.print_message(f"{made.id}, a key of {tenant}; this is the only time it is shown:")
-    return show.print_line(made.key)
+        return print_json(made)
+    print_message(f"{made.id}, a key of {tenant}; this is the only time it is shown:")
+    return print_line(made.key)
 
 
 @key.command("list")
-def list_keys(tenant: Tenant, json: show.JsonFlag = False) -> None:
+def list_keys(tenant: Tenant, json: JsonFlag = False) -> None:
     """List a tenant's keys, without their secrets."""
     with Client() as client:
         found = client.keys.list(tenant)
     if json:
-        return show.print_json(found)
-    return show.print_table(
+        return print_json(found)
+    return print_table(
         ("KEY", "ENDS WITH", "SCOPES", "MADE", "ENDS"),
-        (
-            (each.id, each.hint, _format_scopes(each), show.time_ago(each.created_at), _format_expiry(each))
-            for each in found
-        ),
+        ((each.id, each.hint, _format_scopes(each), time_ago(each.created_at), _format_expiry(each)) for each in found),
         empty=f"{tenant} has no keys: `loramill key create {tenant}` makes one.",
     )
 
@@ -66,7 +63,7 @@ def revoke_key(key_id: Annotated[str, typer.Argument(metavar="KEY", help="The ke
     """Make a key worthless at once."""
     with Client() as client:
         client.keys.revoke(key_id)
-    show.print_message(f"{key_id} is revoked.")
+    print_message(f"{key_id} is revoked.")
 
 
 def _parse_duration(text: str) -> float:
@@ -82,5 +79,5 @@ def _format_scopes(key: KeyRecord) -> str:
 
 def _format_expiry(key: KeyRecord) -> str:
     if key.revoked_at is not None:
-        return f"revoked {show.time_ago(key.revoked_at)}"
-    return "-" if key.expires_at is None else show.local_time(key.expires_at)
+        return f"revoked {time_ago(key.revoked_at)}"
+    return "-" if key.expires_at is None else local_time(key.expires_at)

@@ -7,7 +7,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from loramill.cli import show
+from loramill.cli.format import (
+    JsonFlag,
+    make_console,
+    print_json,
+    print_line,
+    print_message,
+    print_table,
+    styled_status,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -51,7 +59,7 @@ def down() -> None:
     from loramill.local.processes import down as stop
     from loramill.settings import Settings
 
-    show.print_message("Stopped." if stop(Settings.load()) else "Nothing was running.")
+    print_message("Stopped." if stop(Settings.load()) else "Nothing was running.")
 
 
 def join() -> None:
@@ -66,42 +74,42 @@ def join() -> None:
 
     settings = Settings.load()
     deploy(settings)
-    show.print_message(f"loramill is up at {settings.address}/v1; the admin key is in {settings.admin_key_file}.")
+    print_message(f"loramill is up at {settings.address}/v1; the admin key is in {settings.admin_key_file}.")
     signal.sigwait({signal.SIGINT, signal.SIGTERM})
 
 
-def doctor(json: show.JsonFlag = False) -> None:
+def doctor(json: JsonFlag = False) -> None:
     """Tell what is installed, which kernels and which accelerator, what is wrong and how to mend it.
 
     Exit code 1 only where something makes loramill unusable.
     """
     from loramill.local.doctor import Status, collapse_packages, examine
 
-    with show.console(stderr=True).status("Examining this machine…"):
+    with make_console(stderr=True).status("Examining this machine…"):
         findings = examine()
     if json:
-        show.print_json(findings)
+        print_json(findings)
     else:
-        grid = [(show.styled_status(each.status), each.what, each.found) for each in collapse_packages(findings)]
-        show.print_table(("", "WHAT", "FOUND"), grid, empty="Nothing to examine.")
-        mends = [(show.styled_status(each.status), each.what, each.fix) for each in findings if each.fix]
+        grid = [(styled_status(each.status), each.what, each.found) for each in collapse_packages(findings)]
+        print_table(("", "WHAT", "FOUND"), grid, empty="Nothing to examine.")
+        mends = [(styled_status(each.status), each.what, each.fix) for each in findings if each.fix]
         if mends:
-            show.print_line("")
-            show.print_table(("", "WHAT", "HOW TO MEND IT"), mends, empty="")
+            print_line("")
+            print_table(("", "WHAT", "HOW TO MEND IT"), mends, empty="")
     if any(each.status is Status.ERROR for each in findings):
         raise typer.Exit(1)
 
 
-def settings(json: show.JsonFlag = False) -> None:
+def settings(json: JsonFlag = False) -> None:
     """Print the settings in force and where each comes from; secrets are masked."""
     from loramill.settings_origin import effective_settings
 
     found = effective_settings()
     if json:
-        show.print_json(found)
+        print_json(found)
         return
     rows = [(each.name, _format_value(each.value), each.origin) for each in found]
-    show.print_table(("SETTING", "VALUE", "FROM"), rows, empty="")
+    print_table(("SETTING", "VALUE", "FROM"), rows, empty="")
 
 
 def _format_value(value: Any) -> str:

@@ -22,7 +22,7 @@ from loramill.cli import (
     tenants,
     usage,
 )
-from loramill.cli.show import print_line, print_message
+from loramill.cli.format import print_line, print_message
 from loramill.errors import LoramillError
 from loramill.logs import quiet_libraries
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from loramill.cli import show
 from loramill.cli.export import To
+from loramill.cli.format import JsonFlag, make_console, print_fields, print_json, print_message
 
 if TYPE_CHECKING:
     from loramill.data.encoding import EncodedExample, encode_example
@@ -42,7 +42,7 @@ def merge(
         float | None, typer.Option(min=0, help="Nats a token from which it is refused.", show_default="0.02")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write it however far it is.")] = False,
-    json: show.JsonFlag = False,
+    json: JsonFlag = False,
 ) -> None:
     """Merge an adapter into the base of the settings, as a Hugging Face folder.
 
@@ -59,7 +59,7 @@ def merge(
     base, version, source = find_model(name, settings)
     if version is None:
         raise InvalidRequest(f"'{name}' is the base alone: name an adapter to merge into it.")
-    with show.console(stderr=True).status("Merging…") as status:
+    with make_console(stderr=True).status("Merging…") as status:
         report = merge_adapter(
             base,
             source(version),
@@ -70,7 +70,7 @@ def merge(
             on_stage=lambda stage: status.update(f"Merging: {stage}…"),
         )
     if json:
-        return show.print_json(report)
+        return print_json(report)
     _print_report(report, to)
     return None
 
@@ -113,7 +113,7 @@ def _job_dataset(name: str, settings: Settings) -> tuple[bytes, str]:
 
 def _print_report(report: MergeReport, to: Path) -> None:
     found = report.divergence
-    show.print_fields(
+    print_fields(
         [
             ("folder", str(to)),
             ("adapter", report.adapter),
@@ -124,6 +124,6 @@ def _print_report(report: MergeReport, to: Path) -> None:
         ]
     )
     if found.kl > report.max_kl:
-        show.print_message(
+        print_message(
             "It is farther from the unmerged adapter than the bound; it was written since you asked.", "yellow"
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from loramill.cli import show
+from loramill.cli.format import Cell, JsonFlag, make_console, print_line, print_message, print_table, styled_status
 from loramill.errors import LoramillError, first_lines
 from loramill.names import AdapterName
 
@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
 
 
 @nightly.command()
-def run(json: show.JsonFlag = False) -> None:
+def run(json: JsonFlag = False) -> None:
     """Retrain every adapter that has new data, or resume a run that was interrupted.
 
     Exits with 1 if an adapter failed or the run was interrupted.
@@ -56,26 +56,26 @@ def run(json: show.JsonFlag = False) -> None:
     deleted = [step for step in reported if step.result.get("deleted")]
     found = _print_run(registry, night, json, deleted)
     if stopped is not None and not json:
-        show.print_message(stopped.message, style="red")
+        print_message(stopped.message, style="red")
     if stopped is not None or not succeeded(found):
         raise typer.Exit(1)
 
 
 @nightly.command("show")
-def show_run(json: show.JsonFlag = False) -> None:
+def show_run(json: JsonFlag = False) -> None:
     """Show the last nightly run: scores, decisions and reasons."""
     _, registry = _open_registry()
     night = _last_run(registry)
     if night is not None:
         _print_run(registry, night, json)
     elif json:
-        show.print_line(dumps(None))
+        print_line(dumps(None))
     else:
-        show.print_message("There has been no nightly run yet: `loramill nightly run` starts one.")
+        print_message("There has been no nightly run yet: `loramill nightly run` starts one.")
 
 
 @nightly.command("data")
-def show_data(json: show.JsonFlag = False) -> None:
+def show_data(json: JsonFlag = False) -> None:
     """List the new data that waits for the next nightly run, and what was set aside after a failure."""
     from loramill.registry.nightly import list_set_aside, new_data_state, pending_data
 
@@ -85,14 +85,12 @@ def show_data(json: show.JsonFlag = False) -> None:
         aside = list_set_aside(session)
     if json:
         dumped = {"waiting": [each.model_dump() for each in ready], "set_aside": [each.model_dump() for each in aside]}
-        return show.print_line(dumps(dumped, indent=2))
-    rows = [(each.adapter, show.styled_status("waiting"), each.outlook) for each in ready]
+        return print_line(dumps(dumped, indent=2))
+    rows = [(each.adapter, styled_status("waiting"), each.outlook) for each in ready]
     for each in aside:
         files = ", ".join((*each.train, *each.valid))
-        rows.append(
-            (each.adapter, show.styled_status("set aside"), f"{each.stage}: {first_lines(each.reason)} ({files})")
-        )
-    return show.print_table(("ADAPTER", "STATE", ""), rows, empty="No adapter has new data.")
+        rows.append((each.adapter, styled_status("set aside"), f"{each.stage}: {first_lines(each.reason)} ({files})"))
+    return print_table(("ADAPTER", "STATE", ""), rows, empty="No adapter has new data.")
 
 
 @nightly.command()
@@ -103,7 +101,7 @@ def retry(name: Adapter) -> None:
     _, registry = _open_registry()
     with registry.writing() as session:
         data = give_back(session, AdapterName.parse(name))
-    show.print_message(f"The next nightly run collects {_format_files(data.train + data.valid)} of {name} again.")
+    print_message(f"The next nightly run collects {_format_files(data.train + data.valid)} of {name} again.")
 
 
 @nightly.command()
@@ -114,7 +112,7 @@ def drop(name: Adapter) -> None:
     _, registry = _open_registry()
     with registry.writing() as session:
         data = forget(session, AdapterName.parse(name))
-    show.print_message(f"Nightly runs no longer train {name} on {_format_files(data.train + data.valid)}.")
+    print_message(f"Nightly runs no longer train {name} on {_format_files(data.train + data.valid)}.")
 
 
 def _format_files(ids: Sequence[str]) -> str:
@@ -145,7 +143,7 @@ def _progress(*, quiet: bool) -> Iterator[tuple[Callable[[NightlyStep], None], C
     from loramill.pipelines.nightly.outcome import describe
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
-    console = show.console(stderr=True)
+    console = make_console(stderr=True)
     bars: dict[str, TaskID] = {}
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=quiet) as progress:
 
@@ -178,24 +176,24 @@ def _print_run(
             "set_aside": [each.model_dump(mode="json") for each in aside],
             "steps": [step.model_dump(mode="json") for step in recorded],
         }
-        show.print_line(dumps(shown, indent=2))
+        print_line(dumps(shown, indent=2))
         return found
     if found:
         columns = ("ADAPTER", "BASE", "CHAMPION", "CHALLENGER", "DECISION", "REASON")
-        show.print_table(columns, (outcome_row(each) for each in found), empty="")
+        print_table(columns, (outcome_row(each) for each in found), empty="")
     for each in aside:
-        show.print_message(
+        print_message(
             f"{each.adapter}: data of an earlier nightly run is set aside ({each.stage}: {first_lines(each.reason)}); "
             f"`loramill nightly retry {each.adapter}` tries it again, `loramill nightly drop {each.adapter}` "
             "discards it.",
             style="yellow",
         )
-    show.print_message(summary(found))
+    print_message(summary(found))
     return found
 
 
-def outcome_row(outcome: Any) -> tuple[show.Cell, ...]:
+def outcome_row(outcome: Any) -> tuple[Cell, ...]:
     """One adapter's line; scores are token F1 over all its slices."""
     scores = (outcome.base, outcome.champion, outcome.challenger)
     shown = ("-" if score is None else f"{score:.3f}" for score in scores)
-    return (outcome.adapter, *shown, show.styled_status(outcome.verdict), outcome.reason)
+    return (outcome.adapter, *shown, styled_status(outcome.verdict), outcome.reason)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from loramill.cli import show
+from loramill.cli.format import JsonFlag, print_line, print_table
 from loramill.cli.job_options import option_help
 from loramill.errors import DoesNotFit, InvalidRequest
 from loramill.names import AdapterName
@@ -59,7 +59,7 @@ def plan(
         typer.Option(help=JobOptions.model_fields["gradient_checkpointing"].description, show_default=False),
     ] = None,
     offload: Annotated[str | None, typer.Option(help=option_help("offload"))] = None,
-    json: show.JsonFlag = False,
+    json: JsonFlag = False,
 ) -> None:
     """Tell what memory a job needs and what makes it fit, from the base's config.json alone.
 
@@ -81,13 +81,11 @@ def plan(
         found = planned(question) if known else plan_as_is(question, question.spec)
     except DoesNotFit as error:
         if json:
-            show.print_line(
-                encoding.dumps({"fits": False, "message": error.message, "nearest": error.nearest}, indent=2)
-            )
+            print_line(encoding.dumps({"fits": False, "message": error.message, "nearest": error.nearest}, indent=2))
             raise typer.Exit(1) from error
         raise
     if json:
-        show.print_line(encoding.dumps(_as_dict(found, known), indent=2))
+        print_line(encoding.dumps(_as_dict(found, known), indent=2))
     else:
         _print_plan(found, known)
 
@@ -198,9 +196,9 @@ def _print_plan(found: SizingPlan, known: bool) -> None:
         (item.name, format_bytes(item.bytes), f"{item.bytes / total:.0%}", item.description)
         for item in found.memory.items
     ]
-    show.print_table(("ITEM", "BYTES", "SHARE", ""), [*rows, ("total", format_bytes(total), "100%", "")], empty="")
+    print_table(("ITEM", "BYTES", "SHARE", ""), [*rows, ("total", format_bytes(total), "100%", "")], empty="")
     if found.memory.host_bytes:
-        show.print_line(f"In the host's memory besides: {format_bytes(found.memory.host_bytes)}.")
-    show.print_line(
+        print_line(f"In the host's memory besides: {format_bytes(found.memory.host_bytes)}.")
+    print_line(
         found.explanation if known else "Give --gpu or --cpu to learn whether that fits, and what would make it fit."
     )

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from loramill.cli import complete, show
+from loramill.cli import complete
+from loramill.cli.format import JsonFlag, make_console, print_json, print_line, print_message
 from loramill.client import Client
 from loramill.client.models import Job, MetricPoint
 from loramill.errors import DiskFull, SetupError
@@ -32,21 +33,21 @@ JobId = Annotated[
 def plot(
     job_id: JobId,
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a PNG instead.")] = None,
-    json: show.JsonFlag = False,
+    json: JsonFlag = False,
 ) -> None:
     """Draw the losses of a job, while it runs or later."""
     with Client() as client:
         job = client.jobs.get(job_id)
         points = client.jobs.metrics(job.id)
     if json:
-        show.print_json(points)
+        print_json(points)
     elif not points:
-        show.print_message(f"{job.id} has no numbers yet: it is {job.status} at step {job.step}.")
+        print_message(f"{job.id} has no numbers yet: it is {job.status} at step {job.step}.")
     elif png is None:
-        show.print_line(render_text(job, points, *_terminal_size()))
+        print_line(render_text(job, points, *_terminal_size()))
     else:
         write_png(png, job, points)
-        show.print_message(f"{png} shows {len(points)} steps of {job.id}.")
+        print_message(f"{png} shows {len(points)} steps of {job.id}.")
 
 
 def render_text(job: Job, points: Sequence[MetricPoint], width: int, height: int) -> str:
@@ -153,5 +154,5 @@ def _subtitle(job: Job) -> str:
 
 
 def _terminal_size() -> tuple[int, int]:
-    screen = show.console()
+    screen = make_console()
     return min(screen.width, 100), min(max(12, screen.height - 4), 28) if screen.is_terminal else 24

@@ -9,8 +9,17 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from loramill.cli import show
 from loramill.cli.dry_run import dry_run
+from loramill.cli.format import (
+    JsonFlag,
+    make_console,
+    print_json,
+    print_line,
+    print_message,
+    print_table,
+    short_version,
+    styled_status,
+)
 from loramill.cli.job_options import with_job_options
 from loramill.cli.watch import explain_interrupt, watch_until_done
 from loramill.client import Client
@@ -81,7 +90,7 @@ def submit(
     promote: Promote = False,
     create_tenant: CreateTenant = False,
     dry: DryRun = False,
-    json: show.JsonFlag = False,
+    json: JsonFlag = False,
     **options: Any,
 ) -> None:
     """Upload examples, submit a fine-tune job, and print its id; or all jobs of a file.
@@ -126,7 +135,7 @@ def _create_tenants(names: Collection[str]) -> None:
         for start in range(0, len(ordered), MAX_TENANTS_PER_REQUEST):
             for each in client.tenants.create_many(ordered[start : start + MAX_TENANTS_PER_REQUEST], exist_ok=True):
                 if each.new:
-                    show.print_message(f"Tenant {each.name} is made.")
+                    print_message(f"Tenant {each.name} is made.")
 
 
 def _submit_one(
@@ -135,19 +144,19 @@ def _submit_one(
     with Client() as client:
         job = client.jobs.submit(adapter, train, valid=valid, on_upload=report_upload, **options)
         if not json:
-            show.print_line(job.id)
+            print_line(job.id)
         if wait:
             job = _wait_with_progress(client, job)
             _report_result(client, job, promote=promote)
         elif not json:
-            show.print_message(f"Queued; `loramill jobs events -f {job.id}` follows it.")
+            print_message(f"Queued; `loramill jobs events -f {job.id}` follows it.")
     if json:
-        show.print_json(job)
+        print_json(job)
 
 
 def _report_result(client: Client, job: Job, *, promote: bool) -> None:
     """Reports the new version and which version answers; only an adapter's first becomes champion by itself."""
-    show.print_message(f"{job.model} is ready: `loramill chat {job.model}`")
+    print_message(f"{job.model} is ready: `loramill chat {job.model}`")
     version = (job.model or "").partition("@")[2]
     try:
         adapter = client.adapters.promote(job.adapter, version) if promote else client.adapters.get(job.adapter)
@@ -155,11 +164,11 @@ def _report_result(client: Client, job: Job, *, promote: bool) -> None:
         if promote:
             raise
         return
-    if show.short_version(adapter.champion) == version:
-        show.print_message(f"{job.adapter} answers with it.")
+    if short_version(adapter.champion) == version:
+        print_message(f"{job.adapter} answers with it.")
     else:
-        show.print_message(
-            f"{job.adapter} still answers with its champion {show.short_version(adapter.champion)}; "
+        print_message(
+            f"{job.adapter} still answers with its champion {short_version(adapter.champion)}; "
             f"`loramill promote {job.model}` makes the new version answer."
         )
 
@@ -178,28 +187,28 @@ def _submit_file(file: Path, defaults: Mapping[str, Any], *, name: str, retry: b
                 file, defaults=defaults, name=name, retry=retry, on_progress=tell, on_upload=report_warnings
             )
         if json and not wait:
-            return show.print_json(found)
+            return print_json(found)
         new = [each for each in found if each.new]
         if not json:
             _print_submitted(found)
             before = f", {len(found) - len(new)} were submitted before" if len(new) < len(found) else ""
-            show.print_message(f"{counted(len(new), 'job')} submitted{before}; `loramill jobs watch` shows them all.")
+            print_message(f"{counted(len(new), 'job')} submitted{before}; `loramill jobs watch` shows them all.")
         if wait:
             ids = [each.job.id for each in found]
             with explain_interrupt(ids):
                 jobs = watch_until_done(client, ids, quiet=json)
             if json:
-                show.print_json(jobs)
+                print_json(jobs)
             if any(job.failure for job in jobs):
                 raise typer.Exit(1)
     return None
 
 
 def _print_submitted(found: Iterable[SubmittedJob]) -> None:
-    show.print_table(
+    print_table(
         ("JOB", "ADAPTER", "STATUS", ""),
         (
-            (each.job.id, each.job.adapter, show.styled_status(each.job.status), "new" if each.new else "there before")
+            (each.job.id, each.job.adapter, styled_status(each.job.status), "new" if each.new else "there before")
             for each in found
         ),
         empty="",
@@ -209,14 +218,14 @@ def _print_submitted(found: Iterable[SubmittedJob]) -> None:
 def report_upload(file: File) -> None:
     """Reports what an uploaded file was read as, and its warnings."""
     count = "" if file.examples is None else f": {counted(file.examples, 'example')}"
-    show.print_message(f"{file.filename}{count}; {file.format}.")
+    print_message(f"{file.filename}{count}; {file.format}.")
     report_warnings(file)
 
 
 def report_warnings(file: File) -> None:
     """Reports the warnings about an uploaded file."""
     for warning in file.warnings:
-        show.print_message(f"Warning: {warning}", style="yellow")
+        print_message(f"Warning: {warning}", style="yellow")
 
 
 def _progress() -> Progress:
@@ -226,7 +235,7 @@ def _progress() -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    return Progress(*columns, console=show.console(stderr=True))
+    return Progress(*columns, console=make_console(stderr=True))
 
 
 def _wait_with_progress(client: Client, job: Job) -> Job:

@@ -12,8 +12,17 @@ from typing import Annotated
 
 import typer
 
-from loramill.cli import show
 from loramill.cli.deleting import delete_tenants
+from loramill.cli.format import (
+    Cell,
+    JsonFlag,
+    exact_size,
+    print_fields,
+    print_json,
+    print_message,
+    print_table,
+    time_ago,
+)
 from loramill.client import Client
 from loramill.client.models import CreatedTenant
 from loramill.client.tenant_list import NewTenant, read_tenants
@@ -54,7 +63,7 @@ def create_tenants(
             "--exist-ok", help="Accept tenants that exist, and set the weights and limits that FILE gives them."
         ),
     ] = False,
-    json: show.JsonFlag = False,
+    json: JsonFlag = False,
 ) -> None:
     """Make tenants. If anything is wrong, none is made."""
     wanted = _requested_tenants(names or [], file)
@@ -63,14 +72,14 @@ def create_tenants(
         write_keys(made)
     if json:
         # A single name gives a single object, as before.
-        return show.print_json(made[0] if file is None and len(made) == 1 else made)
+        return print_json(made[0] if file is None and len(made) == 1 else made)
     if with_keys:
-        show.print_table(
+        print_table(
             ("TENANT", "KEY"),
             ((each.name, each.key or "- (existed already; `loramill key create` makes a key)") for each in made),
             empty="",
         )
-    return show.print_message(_summary(made, keys_out, with_keys=with_keys))
+    return print_message(_summary(made, keys_out, with_keys=with_keys))
 
 
 def _requested_tenants(names: Sequence[str], file: Path | None) -> list[str | NewTenant]:
@@ -138,18 +147,18 @@ def _summary(made: Sequence[CreatedTenant], keys_out: Path | None, *, with_keys:
 
 
 @tenant.command("list")
-def list_tenants(json: show.JsonFlag = False) -> None:
+def list_tenants(json: JsonFlag = False) -> None:
     """List the tenants."""
     with Client() as client:
         found = client.tenants.list()
     if json:
-        return show.print_json(found)
-    return show.print_table(
+        return print_json(found)
+    return print_table(
         ("TENANT", "MADE", "WEIGHT", "RUNNING", "MAX RUNNING", "WAITING", "MAX WAITING"),
         (
             (
                 each.name,
-                show.time_ago(each.created_at),
+                time_ago(each.created_at),
                 f"{each.weight:g}",
                 str(each.running),
                 _format_quota(each.max_running),
@@ -172,16 +181,16 @@ def set_share(
     max_queued: Annotated[
         str | None, typer.Option(metavar="JOBS", help="Jobs that may wait: a number, or unlimited.")
     ] = None,
-    json: show.JsonFlag = False,
+    json: JsonFlag = False,
 ) -> None:
     """Set a tenant's share of the pool; what isn't given stays as it is."""
     running, queued = _parse_quota(max_running, "--max-running"), _parse_quota(max_queued, "--max-queued")
     with Client() as client:
         set_to = client.tenants.set_share(name, weight=weight, max_running=running, max_queued=queued)
     if json:
-        show.print_json(set_to)
+        print_json(set_to)
     else:
-        show.print_message(
+        print_message(
             f"{set_to.name} has the weight {set_to.weight:g}; running at most: {_format_quota(set_to.max_running)}, "
             f"waiting at most: {_format_quota(set_to.max_queued)}."
         )
@@ -200,7 +209,7 @@ def set_limits(
     stored: Annotated[
         str | None, typer.Option(metavar="BYTES", help="Size of its files, such as 10GB, or unlimited.")
     ] = None,
-    json: show.JsonFlag = False,
+    json: JsonFlag = False,
 ) -> None:
     """Set what a tenant may use of the gateways; what isn't given stays as it is. Alone it shows the limits."""
     asked = {
@@ -212,17 +221,17 @@ def set_limits(
     with Client() as client:
         set_to = client.tenants.set_limits(name, **asked) if drop_none(asked) else client.tenants.get(name)
     if json:
-        show.print_json(set_to)
+        print_json(set_to)
     else:
-        show.print_fields(_limit_fields(set_to))
+        print_fields(_limit_fields(set_to))
 
 
-def _limit_fields(tenant: TenantRecord) -> list[tuple[str, show.Cell]]:
+def _limit_fields(tenant: TenantRecord) -> list[tuple[str, Cell]]:
     return [
         ("requests", _format_quota(tenant.requests_per_minute, "{:,} requests/min")),
         ("tokens", _format_quota(tenant.tokens_per_minute, "{:,} tokens/min")),
         ("at once", _format_quota(tenant.concurrent_requests, "{:,} requests")),
-        ("files", "unlimited" if tenant.stored_bytes is None else show.exact_size(tenant.stored_bytes)),
+        ("files", "unlimited" if tenant.stored_bytes is None else exact_size(tenant.stored_bytes)),
     ]
 
 

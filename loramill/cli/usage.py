@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loramill.cli import show
+from loramill.cli.format import JsonFlag, exact_size, local_minute, print_json, print_table, short_version
 from loramill.cli.jobs import Tenant
 from loramill.client import Client
 from loramill.types import Scope
@@ -33,20 +33,20 @@ def register(app: typer.Typer) -> None:
     app.command(rich_help_panel="Tenants")(audit)
 
 
-def usage(tenant: Tenant = None, days: Days = 30, json: show.JsonFlag = False) -> None:
+def usage(tenant: Tenant = None, days: Days = 30, json: JsonFlag = False) -> None:
     """Show what was asked on each day (UTC), in requests and tokens."""
     today = datetime.now(UTC).date()
     with Client() as client:
         found = client.usage(tenant, first=today - timedelta(days - 1), last=today)
     if json:
-        return show.print_json(found)
-    return show.print_table(
+        return print_json(found)
+    return print_table(
         ("DAY", "TENANT", "MODEL", "REQUESTS", "PROMPT TOKENS", "COMPLETION TOKENS"),
         (
             (
                 each.day,
                 each.tenant or "(admin)",
-                each.model if each.version is None else f"{each.model}@{show.short_version(each.version)}",
+                each.model if each.version is None else f"{each.model}@{short_version(each.version)}",
                 str(each.requests),
                 str(each.prompt_tokens),
                 str(each.completion_tokens),
@@ -57,17 +57,17 @@ def usage(tenant: Tenant = None, days: Days = 30, json: show.JsonFlag = False) -
     )
 
 
-def audit(tenant: Tenant = None, limit: Limit = 50, json: show.JsonFlag = False) -> None:
+def audit(tenant: Tenant = None, limit: Limit = 50, json: JsonFlag = False) -> None:
     """Show what was changed through the API, and with whose key, newest first."""
     with Client() as client:
         found = client.audit(tenant, limit=limit)
     if json:
-        return show.print_json(found)
-    return show.print_table(
+        return print_json(found)
+    return print_table(
         ("WHEN", "KEY", "OF", "ACTION", "ON", "DETAILS"),
         (
             (
-                show.local_minute(each.created_at),
+                local_minute(each.created_at),
                 _short_id(each.key),
                 each.actor or "(admin)",
                 each.action,
@@ -97,12 +97,12 @@ def _format_details(details: Mapping[str, Any]) -> str:
 
 def _format_value(name: str, value: object) -> str:
     if name == "expires_at" and isinstance(value, float):
-        return show.local_minute(value).partition(" ")[0]
+        return local_minute(value).partition(" ")[0]
     if name == "stored_bytes" and isinstance(value, int):
-        return show.exact_size(value).replace(" ", "")
+        return exact_size(value).replace(" ", "")
     if isinstance(value, list):
         return "all" if set(value) == set(Scope) else ",".join(map(str, value))
     if isinstance(value, int | float):
         return f"{value:,.10g}"
     text = str(value)
-    return show.short_version(text) if re.fullmatch(r"[0-9a-f]{64}", text) else _short_id(text)
+    return short_version(text) if re.fullmatch(r"[0-9a-f]{64}", text) else _short_id(text)

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from loramill.cli import show
+from loramill.cli.format import duration, make_console, print_message, styled_status
 from loramill.client import Client
 from loramill.client.models import Job
 from loramill.errors import LoramillError, NotRunning, Overloaded, Unavailable
@@ -109,9 +109,9 @@ def explain_interrupt(ids: Sequence[str]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if len(ids) == 1:
-            show.print_message(f"The job continues; `loramill jobs cancel {ids[0]}` ends it.")
+            print_message(f"The job continues; `loramill jobs cancel {ids[0]}` ends it.")
         else:
-            show.print_message(
+            print_message(
                 f"The {len(ids)} jobs continue; `loramill jobs watch` shows them, `loramill jobs cancel` ends them."
             )
         raise
@@ -119,15 +119,15 @@ def explain_interrupt(ids: Sequence[str]) -> Iterator[None]:
 
 def _print_jobs(jobs: Sequence[Job]) -> None:
     if jobs:
-        screen = show.console()
+        screen = make_console()
         screen.print(jobs_table(jobs, time(), screen.width))
     else:
-        show.print_message("No jobs yet: `loramill submit TENANT/ADAPTER --train FILE` submits one.")
+        print_message("No jobs yet: `loramill submit TENANT/ADAPTER --train FILE` submits one.")
 
 
 def _follow(poll: Callable[[], list[Job]], poll_seconds: float, *, quiet: bool = False) -> list[Job]:
     """Draws what `look` sees until all has ended. Only a gateway that has answered once is waited for."""
-    screen = show.console()
+    screen = make_console()
     live = Live(console=screen, auto_refresh=False, transient=True) if screen.is_terminal and not quiet else None
     jobs, away = poll(), None
     with live or nullcontext():
@@ -174,13 +174,13 @@ def _row(job: Job, now: float) -> tuple[RenderableType, ...]:
     return (
         job.id,
         job.adapter,
-        show.styled_status(f"{job.status} ({asked})" if asked else job.status),
+        styled_status(f"{job.status} ({asked})" if asked else job.status),
         ProgressBar(total=job.steps, completed=job.step, width=16),
         f"{job.step}/{job.steps}",
         _format_loss(job.loss),
         _format_loss(job.valid_loss),
         f"{job.tokens_per_second:,.0f}" if job.tokens_per_second and job.status is JobStatus.RUNNING else "-",
-        show.duration(job.estimated_finish - now) if job.estimated_finish else "-",
+        duration(job.estimated_finish - now) if job.estimated_finish else "-",
     )
 
 

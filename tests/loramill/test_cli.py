@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from loramill import errors
 from loramill.cli import app
-from loramill.cli.show import time_ago
+from loramill.cli.format import time_ago
 from loramill.names import AdapterName
 from loramill.registry import adapters, nightly
 from loramill.settings import Settings

@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 
 from loramill import Client
 from loramill.cli import app
+from loramill.cli.format import duration
 from loramill.cli.job_options import PANELS
-from loramill.cli.show import duration
 from loramill.cli.watch import JobPoller, _follow, jobs_table
 from loramill.client.jobs import JobsResource
 from loramill.client.models import Job

@@ -1,4 +1,4 @@
-"""How commands print: results to stdout as tables or JSON, everything else to stderr."""
+"""Output of the commands: results go to stdout as tables or JSON, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -39,34 +39,34 @@ _AGO_UNITS = ((60, 1, "s"), (3600, 60, "min"), (86400, 3600, "h"), (30 * 86400, 
 
 
 class ListByDefault(TyperGroup):
-    """A noun that, said alone, lists: `loramill jobs --json` is `loramill jobs list --json`."""
+    """A command group that lists by default: `loramill jobs --json` is `loramill jobs list --json`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Puts `list` where no command is named, except while a shell completes the line."""
+        """Inserts `list` if no command is given, except during shell completion."""
         if not ctx.resilient_parsing and (not args or (args[0].startswith("-") and args[0] != "--help")):
             args = ["list", *args]
         return super().parse_args(ctx, args)
 
 
-def console(*, stderr: bool = False) -> Console:
-    """A console that takes data as data (no markup) and does not cut what goes to a file or a pipe."""
+def make_console(*, stderr: bool = False) -> Console:
+    """Returns a console without markup that does not cut lines written to a file or a pipe."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else 200
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
 
 
 def print_message(sentence: str, style: str | None = None) -> None:
-    """A sentence for the person at the keyboard, to stderr."""
-    console(stderr=True).print(sentence, style=style, soft_wrap=True)
+    """Prints a sentence for the user to stderr."""
+    make_console(stderr=True).print(sentence, style=style, soft_wrap=True)
 
 
 def print_line(text: str) -> None:
-    """A result, to stdout, as it is."""
+    """Prints a result to stdout unchanged."""
     typer.echo(text)
 
 
 def print_json(value: BaseModel | Iterable[BaseModel]) -> None:
-    """A value or a list of values as JSON, to stdout."""
+    """Prints an object, or a list of objects, as JSON to stdout."""
     if isinstance(value, BaseModel):
         typer.echo(value.model_dump_json(indent=2))
     else:
@@ -74,33 +74,33 @@ def print_json(value: BaseModel | Iterable[BaseModel]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], empty: str) -> None:
-    """A table to stdout; `empty` is said instead where there is nothing to list."""
+    """Prints a table to stdout, or the message `empty` to stderr if it has no rows."""
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
-        grid.add_column(column, no_wrap=number == 0, overflow="fold")  # an id that is cut off is none
+        grid.add_column(column, no_wrap=number == 0, overflow="fold")  # a truncated id is useless
     for row in rows:
         grid.add_row(*row)
     if grid.row_count:
-        console().print(grid)
+        make_console().print(grid)
     else:
         print_message(empty)
 
 
 def print_fields(pairs: Iterable[tuple[str, Cell]]) -> None:
-    """Name and value, a line each, to stdout."""
+    """Prints one name and value per line to stdout."""
     grid = Table.grid(padding=(0, 2))
     for name, value in pairs:
         grid.add_row(Text(name, style="bold"), value)
-    console().print(grid)
+    make_console().print(grid)
 
 
 def styled_status(word: str) -> Text:
-    """A state in its colour; what follows the first word goes with it."""
+    """Colors a status; its first word decides."""
     return Text(word, style=_STYLES.get(word.partition(" ")[0], ""))
 
 
 def exact_size(number: int) -> str:
-    """Bytes with a decimal unit, exactly: "1 GB", "1.5 MB", "1,234,567 bytes"."""
+    """Formats a number of bytes exactly: "1 GB", "1.5 MB", "1,234,567 bytes"."""
     for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if number >= unit and number * 100 % unit == 0:
             return f"{number / unit:,.10g} {name}"
@@ -108,7 +108,7 @@ def exact_size(number: int) -> str:
 
 
 def escape_control_characters(text: str) -> str:
-    """Text of others for a terminal: control characters, which could move its cursor, as \\x1b; lines and tabs stay."""
+    """Escapes control characters of untrusted text, which could move the cursor, as \\x1b; newlines and tabs stay."""
     return "".join(
         repr(letter)[1:-1]
         if unicodedata.category(letter) in ("Cc", "Cf") and letter not in "\n\t\u200c\u200d"
@@ -118,12 +118,12 @@ def escape_control_characters(text: str) -> str:
 
 
 def short_version(version: str | None) -> str:
-    """A version's hash as it is shown."""
+    """Shortens the hash of a version for display."""
     return version[:SHORT_HASH_LENGTH] if version else "-"
 
 
 def rounded_size(count: int) -> str:
-    """Bytes, rounded: "512 B", "1.5 kB", "20.3 MB"."""
+    """Formats a rounded number of bytes: "512 B", "1.5 kB", "20.3 MB"."""
     if count < 1000:
         return f"{count} B"
     unit = next(unit for unit in (3, 2, 1) if count >= 1000**unit or unit == 1)
@@ -131,17 +131,17 @@ def rounded_size(count: int) -> str:
 
 
 def local_time(then: float) -> str:
-    """A time (seconds since the epoch) as this place's clock shows it."""
+    """Formats a time (seconds since the epoch) in local time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(then))
 
 
 def local_minute(then: float) -> str:
-    """A time (seconds since the epoch) in local time, without seconds."""
+    """Formats a time (seconds since the epoch) in local time, without seconds."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(then))
 
 
 def time_ago(then: float, now: float | None = None) -> str:
-    """A time (seconds since the epoch) as people say it: "3 min ago", or the day after a month."""
+    """Formats a time (seconds since the epoch) relative to now: "3 min ago"; a date if older than a month."""
     passed = max(0.0, (time.time() if now is None else now) - then)
     for below, unit, name in _AGO_UNITS:
         if passed < below:
@@ -150,12 +150,12 @@ def time_ago(then: float, now: float | None = None) -> str:
 
 
 def four_digits(value: float) -> str:
-    """A measured number, to four digits: "4.233", "0.001", "1234", "1.2e-05"."""
+    """Formats a measurement to four digits: "4.233", "0.001", "1234", "1.2e-05"."""
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
 def duration(seconds: float) -> str:
-    """A span of time as people say it: "40 s", "3 min", "2 h 05 min", "3 d 4 h"."""
+    """Formats a duration: "40 s", "3 min", "2 h 05 min", "3 d 4 h"."""
     minutes = round(max(0.0, seconds) / 60)
     if seconds < 60:
         return f"{max(0.0, seconds):.0f} s"
