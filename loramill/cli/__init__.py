@@ -1,4 +1,4 @@
-"""The command `loramill`: a module a noun, and `show` for all that is printed."""
+"""The command `loramill`: one module per noun; all output goes through `format`."""
 
 from loramill.cli.main import app, main
 

@@ -1,4 +1,4 @@
-"""`loramill adapters`, `promote` and `rollback`: adapters, their versions, and which version answers."""
+"""`loramill adapters`, `promote` and `rollback`: adapters, their versions and aliases."""
 
 from __future__ import annotations
 
@@ -27,25 +27,29 @@ from loramill.client import Client
 from loramill.client.models import Adapter as AdapterView
 from loramill.types import Alias
 
-adapters = typer.Typer(cls=ListByDefault, help="Adapters and their versions; alone it lists them.")
+adapters = typer.Typer(cls=ListByDefault, help="List and change adapters and their versions. Default: list.")
 
 Adapter = Annotated[
     str,
     typer.Argument(
-        metavar="TENANT/ADAPTER", help="Such as acme/support.", show_default=False, autocompletion=complete.adapters
+        metavar="TENANT/ADAPTER",
+        help="Name of the adapter, such as acme/support.",
+        show_default=False,
+        autocompletion=complete.adapters,
     ),
 ]
 Versioned = Annotated[
     str,
     typer.Argument(
         metavar="TENANT/ADAPTER[@VERSION]",
-        help="Such as acme/support@3f2a9c01; a version is at least 8 digits of its hash, or an alias.",
+        help="Adapter and version, such as acme/support@3f2a9c01. A version is at least 8 digits of its hash, or an alias.",
         show_default=False,
         autocompletion=complete.adapters,
     ),
 ]
 Selected = Annotated[
-    str | None, typer.Argument(metavar="[VERSION]", help="The version, unless the name has it.", show_default=False)
+    str | None,
+    typer.Argument(metavar="[VERSION]", help="Version, if not part of the first argument.", show_default=False),
 ]
 
 
@@ -66,13 +70,13 @@ def register(app: typer.Typer) -> None:
 
 @adapters.command("list")
 def list_adapters(tenant: Tenant = None, json: JsonFlag = False) -> None:
-    """List adapters and the versions that their aliases name."""
+    """List adapters with the versions of their aliases."""
     with Client() as client:
         found = client.adapters.list(tenant)
     if json:
         return print_json(found)
     return print_table(
-        ("ADAPTER", "CHAMPION", "CHALLENGER", "PREVIOUS", "MADE"),
+        ("ADAPTER", "CHAMPION", "CHALLENGER", "PREVIOUS", "CREATED"),
         (
             (
                 each.name,
@@ -83,19 +87,19 @@ def list_adapters(tenant: Tenant = None, json: JsonFlag = False) -> None:
             )
             for each in found
         ),
-        empty="No adapters yet: `loramill submit TENANT/ADAPTER --train FILE` makes the first version of one.",
+        empty="No adapters yet: `loramill submit TENANT/ADAPTER --train FILE` creates the first version of one.",
     )
 
 
 @adapters.command("show")
 def show_adapter(name: Adapter, json: JsonFlag = False) -> None:
-    """Show an adapter's versions, their scores, and how the aliases moved."""
+    """Show an adapter's versions, evaluation scores and alias history."""
     with Client() as client:
         adapter = client.adapters.get(name)
     if json:
         return print_json(adapter)
     print_table(
-        ("VERSION", "ALIASES", "JOB", "SIZE", "MADE"),
+        ("VERSION", "ALIASES", "JOB", "SIZE", "CREATED"),
         (
             (
                 short_version(version.id),
@@ -138,11 +142,11 @@ def _history_fields(adapter: AdapterView) -> list[tuple[str, str]]:
 
 
 def promote(name: Versioned, version: Selected = None, json: JsonFlag = False) -> None:
-    """Make a version the champion: the one that answers."""
+    """Make a version the champion, which answers requests."""
     name, version = _split_version(name, version)
     if version is None:
         raise typer.BadParameter(
-            f"which version? Give an alias, such as {name}@challenger, or one that `adapters show {name}` lists."
+            f"give a version: an alias, such as {name}@challenger, or a version that `adapters show {name}` lists."
         )
     with Client() as client:
         adapter = client.adapters.promote(name, version)
@@ -168,16 +172,16 @@ def _split_version(name: str, version: str | None) -> tuple[str, str | None]:
     """The adapter's name and the version, which may be part of the name (NAME@VERSION)."""
     name, at, within = name.partition("@")
     if at and version is not None:
-        raise typer.BadParameter(f"two versions were given, {within} and {version}; give one.")
+        raise typer.BadParameter(f"{within} and {version} are two versions; give one.")
     if at and not within:
-        raise typer.BadParameter("nothing follows the '@'; give a version or an alias, such as @previous.")
+        raise typer.BadParameter("give a version or an alias after the '@', such as @previous.")
     return name, within or version
 
 
 def pin(name: Versioned, version: Selected = None, json: JsonFlag = False) -> None:
-    """Make a version (by default the current champion) the champion, and keep it.
+    """Make a version (default: the current champion) the champion until it is unpinned.
 
-    Until it is unpinned, no nightly run, promotion or rollback replaces it.
+    No nightly run, promotion or rollback replaces a pinned champion.
     """
     name, version = _split_version(name, version)
     with Client() as client:
@@ -189,19 +193,19 @@ def pin(name: Versioned, version: Selected = None, json: JsonFlag = False) -> No
 
 
 def unpin(name: Adapter, json: JsonFlag = False) -> None:
-    """Let the champion change again."""
+    """Allow the champion to change again."""
     with Client() as client:
         adapter = client.adapters.unpin(name)
     if json:
         print_json(adapter)
     else:
-        print_message(f"{name} answers with {short_version(adapter.champion)}, and may be promoted again.")
+        print_message(f"{name} answers with {short_version(adapter.champion)}; promotions are allowed again.")
 
 
 def warm(name: Versioned, version: Selected = None) -> None:
-    """Load a version (by default the champion) before the first request for it."""
+    """Load a version (default: the champion) before its first request."""
     name, version = _split_version(name, version)
     version = version or Alias.CHAMPION.value
     with Client() as client:
         seconds = client.adapters.warm(name, version)
-    print_message(f"{name}@{version} answers; its first token took {seconds:.2f} s.")
+    print_message(f"{name}@{version} is loaded; its first token took {seconds:.2f} s.")

@@ -1,4 +1,4 @@
-"""`loramill chat`: a conversation with a model, or one question."""
+"""`loramill chat`: a conversation with a model, or one message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loramill.cli.format import print_line, print_message
 from loramill.client import Client
 from loramill.errors import LoramillError
 
-_COMMANDS_HELP = """/clear  forget the conversation so far
+_COMMANDS_HELP = """/clear  start a new conversation
 /bye    end the conversation (also Ctrl-D)
 Ctrl-C  stop an answer"""
 
@@ -27,20 +27,24 @@ def chat(
     model: Annotated[
         str,
         typer.Argument(
-            help="A base, TENANT/ADAPTER, or TENANT/ADAPTER@VERSION.",
+            help="Base model, TENANT/ADAPTER, or TENANT/ADAPTER@VERSION.",
             show_default=False,
             autocompletion=complete.models,
         ),
     ],
-    message: Annotated[str | None, typer.Option("--message", "-m", help="Ask this one question.")] = None,
-    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0: always the most probable token.")] = 0.0,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", help="Send one message, print the answer and exit.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=2, help="Sampling temperature; 0 always chooses the most probable token.")
+    ] = 0.0,
     top_p: Annotated[
         float | None, typer.Option(min=0, max=1, help="Sample from the most likely tokens with this total probability.")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of tokens of an answer.")] = None,
 ) -> None:
-    """Talk with a model; Ctrl-D ends. A question from a pipe is answered alone."""
+    """Chat with a model until Ctrl-D. A message from a pipe gets one answer."""
     conversation = [{"role": "system", "content": system}] if system else []
     sampling: dict[str, Any] = {"temperature": temperature}
     sampling |= {name: value for name, value in (("top_p", top_p), ("max_tokens", max_tokens)) if value is not None}
@@ -54,7 +58,7 @@ def chat(
 
 
 def _run_conversation(client: Client, model: str, opening: list[dict[str, str]], sampling: dict[str, Any]) -> None:
-    """Sends what is typed until the input ends. Ctrl-C stops an answer, of which the text so far is kept."""
+    """Sends the user's messages until the input ends. Ctrl-C stops an answer; its text so far is kept."""
     print_message(f"Chatting with {model}; /help lists the commands, Ctrl-D ends.", style="dim")
     conversation = list(opening)
     while (question := _read_question()) is not None:
@@ -88,7 +92,7 @@ def _is_interactive() -> bool:
 
 
 def _read_question() -> str | None:
-    """The next line that is typed; None at the end of the input."""
+    """Returns the next line of input, or None at its end."""
     while True:
         try:
             return input("> ").strip()
@@ -107,7 +111,7 @@ def _ask(
     sampling: dict[str, Any],
     pieces: list[str],
 ) -> None:
-    """Prints the answer as it comes, and adds each piece to `pieces`."""
+    """Prints the answer as it is generated, and appends each piece to `pieces`."""
     with closing(client.stream(model, conversation, **sampling)) as answer:
         for piece in answer:
             typer.echo(piece, nl=False)

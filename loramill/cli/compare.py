@@ -1,4 +1,4 @@
-"""`loramill compare`: the ways to fine-tune, measured side by side on the user's own data."""
+"""`loramill compare`: fine-tuning methods, measured side by side on the user's own data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from loramill.cli.format import make_console, print_line, print_message, print_table
 
-Stage = Any  # of loramill.pipelines.compare, to which the door opens only inside functions
+Stage = Any  # loramill.pipelines.compare's; the CLI imports higher layers only inside functions
 
 METHODS = "full,lora,qlora,dora,adalora,prefix,bottleneck"
 
@@ -24,34 +24,45 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
-    train: Annotated[Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Examples to learn.")],
+    train: Annotated[Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Examples to train on.")],
     valid: Annotated[
         Path,
-        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Examples by which the best weights are kept."),
+        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Examples that select the best weights."),
     ],
     test: Annotated[
-        Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Examples whose answers are judged.")
+        Path,
+        typer.Option(
+            metavar="FILE", exists=True, dir_okay=False, help="Examples that the trained models are scored on."
+        ),
     ],
-    base: Annotated[str | None, typer.Option(help="Name, folder or hub id; by default the setting's.")] = None,
-    methods: Annotated[str, typer.Option(help="Those to measure, in this order.")] = METHODS,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; by default as a job's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step; by default as a job's.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model: built-in name, folder or hub id. Default: the base of the settings.")
+    ] = None,
+    methods: Annotated[str, typer.Option(metavar="LIST", help="Methods to measure, in this order.")] = METHODS,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps. Default: as for a job.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step. Default: as for a job.")] = None,
     rank: Annotated[
         int | None,
-        typer.Option(min=1, max=256, help="Of LoRA; prefix and bottleneck grow with it. By default as a job's."),
+        typer.Option(
+            min=1, max=256, help="Rank of LoRA; prefix and bottleneck sizes follow it. Default: as for a job."
+        ),
     ] = None,
-    rate: Annotated[list[str] | None, typer.Option(metavar="METHOD=RATE", help="A method's learning rate.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed, the same weights.")] = 0,
+    rate: Annotated[
+        list[str] | None, typer.Option(metavar="METHOD=RATE", help="Learning rate of one method (repeatable).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same weights.")] = 0,
     json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="Write everything there.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", dir_okay=False, help="Write all results to this file as JSON."),
     ] = None,
     chart: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", dir_okay=False, help="Draw quality against cost there.")
+        Path | None,
+        typer.Option(metavar="FILE.png", dir_okay=False, help="Draw quality against cost into this PNG file."),
     ] = None,
 ) -> None:
-    """Fine-tune by each method on the same examples, and show what that costs and comes to on this machine.
+    """Fine-tune with each method on the same examples, and compare cost and quality on this machine.
 
-    Each method runs in a process of its own, one after another. Exits with 1 if one failed, after the others' results.
+    Each method runs in its own process, one after another. Exits with 1 if a method failed, after printing the rest.
     """
     from loramill.pipelines.compare.report.chart import save_chart
     from loramill.pipelines.compare.run import compare_all, plan_tasks
@@ -99,17 +110,17 @@ def _print_comparison(comparison: Any) -> None:
 
 
 def _check_writable(*files: Path | None) -> None:
-    """Refuses what would fail only after all was measured."""
+    """Checks the output files before anything is measured."""
     from loramill.errors import InvalidRequest
 
     for file in files:
         if file is not None and not file.parent.is_dir():
-            raise InvalidRequest(f"{file} can't be written: name a file in a folder that is there.")
+            raise InvalidRequest(f"{file} can't be written: name a file in an existing folder.")
 
 
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[Stage], None]]:
-    """A line for one method; yields what hears its stages."""
+    """Shows the progress of one method; yields a callback for its stages."""
     columns = (
         TextColumn("{task.description:<20}"),
         BarColumn(),
@@ -119,8 +130,8 @@ def _progress(title: str) -> Iterator[Callable[[Stage], None]]:
     with Progress(*columns, console=make_console(stderr=True), redirect_stdout=False) as progress:
         line = progress.add_task(title, total=None, stage="starting")
 
-        def hear(stage: Stage) -> None:
+        def on_stage(stage: Stage) -> None:
             progress.update(line, stage=stage.name, completed=stage.done, total=stage.total)
 
-        yield hear
+        yield on_stage
         progress.update(line, stage="done", completed=1, total=1)

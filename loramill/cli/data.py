@@ -28,18 +28,18 @@ from loramill.errors import first_lines
 from loramill.submission.options import columns_of
 from loramill.types import AdapterData
 
-data = typer.Typer(help="New examples of an adapter, for nightly runs.", no_args_is_help=True)
-files = typer.Typer(cls=ListByDefault, help="Uploaded files of examples; alone it lists them.")
+data = typer.Typer(help="Add and list the examples that nightly runs train an adapter on.", no_args_is_help=True)
+files = typer.Typer(cls=ListByDefault, help="List, show and delete uploaded files of examples. Default: list.")
 
 Train = Annotated[
     str,
     typer.Option(
         metavar="FILE",
-        help="Examples to train on: JSONL, JSON, CSV, TSV, Parquet, Arrow, hf:org/name or a file's id.",
+        help="Examples to train on: a JSONL, JSON, CSV, TSV, Parquet or Arrow file, hf:org/name, or the id of an uploaded file.",
         show_default=False,
     ),
 ]
-FileId = Annotated[str, typer.Argument(metavar="FILE", help="An uploaded file's id (file-…).", show_default=False)]
+FileId = Annotated[str, typer.Argument(metavar="FILE", help="Id of an uploaded file (file-…).", show_default=False)]
 
 
 def register(app: typer.Typer) -> None:
@@ -56,7 +56,7 @@ def add_data(
     columns: Columns = None,
     valid_columns: ValidColumns = None,
 ) -> None:
-    """Upload new examples, in any format that `submit` takes, for the next nightly run to train on."""
+    """Upload new examples, in any format of `loramill submit`, for the next nightly run."""
     with Client() as client:
         waiting = client.adapters.add_data(
             name,
@@ -73,7 +73,7 @@ def add_data(
 
 @data.command("list")
 def list_data(name: Adapter, json: JsonFlag = False) -> None:
-    """List an adapter's data for nightly runs: what waits, what was used, and what failed."""
+    """List an adapter's data for nightly runs: waiting, used, or failed."""
     with Client() as client:
         found = client.adapters.list_data(name)
     if json:
@@ -103,7 +103,7 @@ def list_files(tenant: Tenant = None, json: JsonFlag = False) -> None:
     if json:
         return print_json(found)
     return print_table(
-        ("FILE", "TENANT", "NAME", "EXAMPLES", "SIZE", "MADE"),
+        ("FILE", "TENANT", "NAME", "EXAMPLES", "SIZE", "CREATED"),
         (
             (
                 each.id,
@@ -122,7 +122,9 @@ def list_files(tenant: Tenant = None, json: JsonFlag = False) -> None:
 @files.command("show")
 def show_file(
     file: FileId,
-    content: Annotated[bool, typer.Option("--content", help="Print the file's content to stdout instead.")] = False,
+    content: Annotated[
+        bool, typer.Option("--content", help="Print the content of the file instead of its description.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Show a file's description, or its content: the JSONL that the upload was converted to."""
@@ -141,16 +143,18 @@ def show_file(
             ("tenant", found.tenant or "-"),
             ("examples", "-" if found.examples is None else str(found.examples)),
             ("size", rounded_size(found.bytes)),
-            ("made", local_time(found.created_at)),
+            ("created", local_time(found.created_at)),
         ]
     )
 
 
 @files.command("delete")
 def delete_files(
-    file: Annotated[list[str], typer.Argument(metavar="FILE...", help="Ids (file-…).", show_default=False)],
+    file: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Ids of uploaded files (file-…).", show_default=False)
+    ],
 ) -> None:
-    """Delete uploaded files, unless a job that has not ended or the next nightly run needs them."""
+    """Delete uploaded files. A file that an unfinished job or the next nightly run needs is kept."""
     with Client() as client:
         for each in file:
             client.files.delete(each)

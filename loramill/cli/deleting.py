@@ -19,18 +19,18 @@ Models = Annotated[
     list[str],
     typer.Argument(
         metavar="TENANT/ADAPTER[@VERSION]…",
-        help="Adapters, or single versions.",
+        help="Adapters, or single versions, to delete.",
         show_default=False,
         autocompletion=complete.adapters,
     ),
 ]
 Tenants = Annotated[
     list[str],
-    typer.Argument(metavar="TENANT…", help="Names of tenants.", show_default=False, autocompletion=complete.tenants),
+    typer.Argument(metavar="TENANT…", help="Tenants to delete.", show_default=False, autocompletion=complete.tenants),
 ]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Delete without confirmation.")]
 CancelJobs = Annotated[
-    bool, typer.Option("--cancel-jobs", help="Cancel jobs that have not ended; without it, they prevent the deletion.")
+    bool, typer.Option("--cancel-jobs", help="Cancel unfinished jobs; otherwise they prevent the deletion.")
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="Delete a version even if it is the challenger or the previous champion.")
@@ -40,11 +40,11 @@ Force = Annotated[
 def delete_adapters(
     models: Models, yes: Yes = False, cancel_jobs: CancelJobs = False, force: Force = False, json: JsonFlag = False
 ) -> None:
-    """Delete adapters with their versions, jobs and history, or single versions. Uploaded files stay."""
+    """Delete adapters with their versions, jobs and history, or single versions. Uploaded files are kept."""
     split = [(AdapterName.parse(model.partition("@")[0]), model.partition("@")[2]) for model in models]
     removed: list[DeletionSummary] = []
     with Client() as client:
-        # All are looked up before any is deleted.
+        # All must exist before any is deleted.
         found = [client.adapters.get(str(name)) for name, _ in split]
         if not yes:
             _confirm(
@@ -64,9 +64,15 @@ def delete_adapters(
 
 def rename_adapter(
     name: Annotated[
-        str, typer.Argument(metavar="TENANT/ADAPTER", show_default=False, autocompletion=complete.adapters)
+        str,
+        typer.Argument(
+            metavar="TENANT/ADAPTER",
+            help="Current name of the adapter.",
+            show_default=False,
+            autocompletion=complete.adapters,
+        ),
     ],
-    to: Annotated[str, typer.Argument(metavar="NEW", help="The new name, of the same tenant.", show_default=False)],
+    to: Annotated[str, typer.Argument(metavar="NEW", help="New name; the tenant stays the same.", show_default=False)],
     json: JsonFlag = False,
 ) -> None:
     """Rename an adapter with all its versions, aliases and jobs. The old name stops working."""
@@ -79,7 +85,7 @@ def rename_adapter(
 
 
 def delete_tenants(names: Tenants, yes: Yes = False, cancel_jobs: CancelJobs = False, json: JsonFlag = False) -> None:
-    """Delete tenants with their keys, files, jobs and adapters. Usage and audit stay without their names."""
+    """Delete tenants with their keys, files, jobs and adapters. Usage and audit entries lose their names."""
     removed: list[DeletionSummary] = []
     with Client() as client:
         for name in names:
@@ -99,11 +105,9 @@ def _consequence(names: Sequence[str]) -> str:
 
 
 def _confirm(sentence: str, expected: str) -> None:
-    """Asks for a word to be typed, and exits without it."""
+    """Requires the user to type a word, and exits otherwise."""
     if not _is_interactive():
-        raise typer.BadParameter(
-            "this is not a terminal, so that the deletion can't be confirmed; --yes deletes without asking."
-        )
+        raise typer.BadParameter("the deletion can't be confirmed without a terminal; use --yes.")
     print_message(f"{sentence} It can't be undone.", style="yellow")
     if typer.prompt(f"Type {expected} to delete", default="", show_default=False, err=True) != expected:
         print_message("Nothing was deleted.")

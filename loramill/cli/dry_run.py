@@ -1,4 +1,4 @@
-"""`loramill submit --dry-run`: what would be trained, as the base's chat template renders it."""
+"""`loramill submit --dry-run`: the examples as the base's chat template renders them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from loramill.submission.options import read_options
 
 
 def dry_run(adapter: str, train: str, valid: str | None, said: Mapping[str, Any], *, json: bool) -> None:
-    """Checks data and options as `submit` would, prints what it found, and stores nothing."""
+    """Checks data and options as `submit` would, and prints the result. Nothing is stored."""
     tenant = AdapterName.parse(adapter).tenant
     columns, valid_columns = said.get("columns"), said.get("valid_columns")
     options = read_options({name: value for name, value in said.items() if name not in ("columns", "valid_columns")})
-    length, learn = options.max_length, options.train_on
+    length, train_on = options.max_length, options.train_on
     with Client() as client:
-        found = [client.files.check(train, tenant=tenant, columns=columns, max_length=length, train_on=learn)]
+        found = [client.files.check(train, tenant=tenant, columns=columns, max_length=length, train_on=train_on)]
         if valid is not None:
             source = read_valid(valid, columns, valid_columns)
-            found.append(client.files.check(source, tenant=tenant, valid=True, max_length=length, train_on=learn))
+            found.append(client.files.check(source, tenant=tenant, valid=True, max_length=length, train_on=train_on))
     if json:
         return print_json(found)
     for each in found:

@@ -1,4 +1,4 @@
-"""`loramill adapters export`: a version's files on this machine."""
+"""`loramill adapters export`: download a version."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from loramill.names import ModelName
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="TENANT/ADAPTER[@VERSION]", help="The champion, or another alias or version.", show_default=False
+        metavar="TENANT/ADAPTER[@VERSION]",
+        help="Adapter, and optionally an alias or version. Default: its champion.",
+        show_default=False,
     ),
 ]
-To = Annotated[
-    Path, typer.Option("--to", metavar="FOLDER", help="Written there; must not be there yet.", show_default=False)
-]
+To = Annotated[Path, typer.Option("--to", metavar="FOLDER", help="Folder to create.", show_default=False)]
 
 
 def export(
     name: Model,
     to: To,
-    full: Annotated[bool, typer.Option("--full", help="The whole weights of a full fine-tune.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Download the complete weights of a full fine-tune.")] = False,
 ) -> None:
     """Download a version as a folder that PEFT, vLLM and `loramill generate` load.
 
-    Every file is compared with the hash that it was stored under; the folder is there wholly or not at all.
+    Every file is compared with the hash that it was stored under. After an error no folder is left.
     """
     columns = (TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = make_console(stderr=True)
@@ -40,10 +40,10 @@ def export(
     ):
         task = progress.add_task("", total=None)
         version = client.adapters.export(
-            name, to, full=full, on_bytes=lambda come, total: progress.update(task, completed=come, total=total)
+            name, to, full=full, on_bytes=lambda received, total: progress.update(task, completed=received, total=total)
         )
     adapter = ModelName.parse(name).adapter
-    assert adapter is not None  # or `export` had refused it
+    assert adapter is not None  # otherwise `export` raised
     print_message(f"{adapter.at(version)} is in {to}.")
     if full:
-        print_message(f"Serve it as a base of its own with `loramill up --base {to}`.")
+        print_message(f"`loramill up --base {to}` serves it as a base.")

@@ -1,4 +1,4 @@
-"""`loramill generate`: answers to prompts on this machine, without a gateway."""
+"""`loramill generate`: run prompts on this machine, without a gateway."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from loramill.models.catalog import Base
     from loramill.settings import Settings
 
-Completion = Any  # of loramill.serve.offline, to which the door opens only inside functions
+Completion = Any  # loramill.serve.offline's; the CLI imports higher layers only inside functions
 
 
 def register(app: typer.Typer) -> None:
@@ -33,40 +33,51 @@ def register(app: typer.Typer) -> None:
 def generate(
     model: Annotated[
         str,
-        typer.Argument(help="The base, TENANT/ADAPTER, TENANT/ADAPTER@VERSION, or a PEFT folder.", show_default=False),
+        typer.Argument(
+            help="Base model, TENANT/ADAPTER, TENANT/ADAPTER@VERSION, or a PEFT folder.", show_default=False
+        ),
     ],
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be said again.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Prompt (repeatable).")] = None,
     file: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", exists=True, dir_okay=False, help='JSONL of {"prompt": …} or {"messages": […]}, or .txt.'
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help='File of prompts: JSONL of {"prompt": …} or {"messages": […]}, or .txt with one prompt per line.',
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSONL there, not to stdout.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over the file that is there.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0: always the most probable token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the probability to choose from.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed, the same answers.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be said again.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the answers to this file as JSONL, not to stdout.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing --out file.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens per answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=2, help="Sampling temperature; 0 always chooses the most probable token.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.001, max=1, help="Sample from the most likely tokens with this total probability.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Random seed; the same seed gives the same answers.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer (repeatable).")] = None,
     chat: Annotated[
         bool | None,
         typer.Option(
             "--chat/--raw",
-            help="Prompts are questions, or texts to go on with; by default questions, save a JSONL's.",
+            help="Treat prompts as user messages, or as text to continue. Default: --chat, except for JSONL files.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Answer prompts with the engine in this process: no gateway, no Ray.
+    """Run prompts with the engine in this process, without a gateway and Ray.
 
-    Prompts come from --prompt, from --file, or as one from a pipe. Answers come in their order: as text, or with --file
-    or --out as JSONL, a line as soon as it can be written. What a line of the file says wins over the options.
-    Exit code 1 if a prompt failed.
+    Prompts come from --prompt, --file, or a pipe (one prompt). Answers are printed in the order of the prompts: as
+    text, or with --file or --out as JSONL. Fields of a line in the file override the options. Exits with 1 if a prompt
+    failed.
     """
     texts = prompt or ([] if file or sys.stdin.isatty() else [sys.stdin.read().strip()])
     if (prompt and file) or not (file or any(texts)):
-        raise typer.BadParameter("give prompts by --prompt or by --file, or pipe one in.")
+        raise typer.BadParameter("give prompts with --prompt or --file, or pipe one in.")
     _check_output(out, file, force)
     from loramill.serve.offline import OfflineEngine, PromptFile, build_request
     from loramill.serve.protocol import TextRequest
@@ -94,11 +105,14 @@ def generate(
 
 
 def find_model(model: str, settings: Settings) -> tuple[Base, str | None, Callable[[str], Path]]:
-    """The base, the version on it (None: the base alone), and where that is found.
+    """Finds a model by its name or PEFT folder.
+
+    Returns:
+        The base, the version (None for the base itself), and a function from the version to its folder.
 
     Raises:
-        ModelNotFound: no base, version or PEFT folder of this name, or one for another base.
-        LoramillError: the record or the artifact can't be read.
+        ModelNotFound: No base, version or PEFT folder of this name exists, or it is for another base.
+        LoramillError: The registry or the artifact can't be read.
     """
     from loramill.client.adapter_folder import CONFIG_FILE, find_subfolder
     from loramill.errors import ModelNotFound
@@ -121,20 +135,20 @@ def find_model(model: str, settings: Settings) -> tuple[Base, str | None, Callab
             version = adapters.resolve(session, name.adapter, name.selector)
     except ModelNotFound as error:
         if inside := find_subfolder(folder, CONFIG_FILE):
-            hint = f"The folder {model} has no {CONFIG_FILE}; its folder {inside.name} has one: give that."
+            hint = f"The folder {model} has no {CONFIG_FILE}; its folder {inside.name} contains one: give that folder."
         else:
-            hint = f"Nor is it a folder with an {CONFIG_FILE}."
+            hint = f"It is not a folder with an {CONFIG_FILE} either."
         raise ModelNotFound(f"{error.message} {hint}") from error
     if version.base != base.fingerprint:
         raise ModelNotFound(f"The model '{model}' was trained on another base than '{base.name}'.")
-    registry.artifacts.fetch(version.id)  # before the base is loaded, which takes longer
+    registry.artifacts.fetch(version.id)  # before loading the base, which takes longer
     return base, version.id, registry.artifacts.fetch
 
 
 def _write_completions(
     completions: Iterable[Completion], total: int, write: Callable[[Completion], None], *, bar: bool
 ) -> int:
-    """Writes the answers, shows how far they are, and tells how many failed."""
+    """Writes the answers with a progress bar; returns the number of failed prompts."""
     columns = (
         TextColumn("prompts answered"),
         BarColumn(),
@@ -143,7 +157,7 @@ def _write_completions(
         TimeRemainingColumn(),
     )
     failed, first, tokens, start = 0, "", 0, time.monotonic()
-    # Rich would take what goes to stdout for the terminal's, too.
+    # Rich would redirect stdout to the terminal, too.
     with Progress(*columns, console=make_console(stderr=True), disable=not bar, redirect_stdout=False) as progress:
         task = progress.add_task("", total=total, speed=0.0)
         for completion in completions:
@@ -164,17 +178,17 @@ def _write_text(completion: Completion) -> None:
 
 
 def _check_output(out: Path | None, file: Path | None, force: bool) -> None:
-    """Refuses what would fail, or destroy something, only after the answers are made."""
+    """Checks the output file before any answer is generated."""
     from loramill.errors import InvalidRequest
 
     if out is None:
         return
     if not out.parent.is_dir() or out.is_dir():
-        raise InvalidRequest(f"{out} can't be written: name a file in a folder that is there.")
+        raise InvalidRequest(f"{out} can't be written: name a file in an existing folder.")
     if out.exists() and file is not None and out.samefile(file):
-        raise InvalidRequest(f"{out} holds the prompts; write the answers to another file.")
+        raise InvalidRequest(f"{out} is the file of prompts; write the answers to another file.")
     if out.exists() and not force:
-        raise InvalidRequest(f"{out} is there already; name another file, or write over it with --force.")
+        raise InvalidRequest(f"{out} exists; name another file, or overwrite it with --force.")
 
 
 @contextmanager
@@ -188,19 +202,19 @@ def _jsonl_writer(out: Path | None, force: bool) -> Iterator[Callable[[Completio
 
 
 def _append(file: FileIO, line: bytes) -> None:
-    """Appends a line by one write: a killed run, or a full disk, leaves whole lines."""
+    """Appends a line with one write, so that a killed run or a full disk leaves complete lines."""
     from loramill.errors import DiskFull
 
     start = file.tell()
     try:
         written = file.write(line)
         if written < len(line):
-            file.write(line[written:])  # the disk is full, which this says
+            file.write(line[written:])  # raises that the disk is full
     except OSError as error:
         file.truncate(start)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise DiskFull(f"No room for more answers in {file.name}; those that are there are whole.") from error
+        raise DiskFull(f"The disk of {file.name} is full; the answers in it are complete lines.") from error
 
 
 def _json_line(completion: Completion) -> str:

@@ -1,4 +1,4 @@
-"""`loramill adapters import`: an adapter that was trained elsewhere."""
+"""`loramill adapters import`: upload an adapter that was trained elsewhere."""
 
 from __future__ import annotations
 
@@ -14,21 +14,28 @@ from loramill.names import AdapterName
 
 def import_adapter(
     name: Annotated[
-        str, typer.Argument(metavar="TENANT/ADAPTER", help="Created if it does not exist.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="TENANT/ADAPTER",
+            help="Name of the adapter; it is created if it does not exist.",
+            show_default=False,
+        ),
     ],
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="FOLDER", help="A folder that PEFT, Unsloth or axolotl saved.", exists=True, file_okay=False
+            metavar="FOLDER", help="Folder that PEFT, Unsloth or axolotl saved.", exists=True, file_okay=False
         ),
     ],
-    promote: Annotated[bool, typer.Option("--promote", help="Make it the champion: the version that answers.")] = False,
+    promote: Annotated[
+        bool, typer.Option("--promote", help="Make the version the champion, which answers requests.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Store a LoRA that was trained elsewhere, on the same base, as a version of an adapter.
+    """Upload a LoRA that was trained elsewhere on the same base, as a version of an adapter.
 
-    FOLDER holds adapter_config.json and adapter_model.safetensors. An adapter's first version is its champion; a later
-    one becomes the challenger unless you give --promote.
+    FOLDER contains adapter_config.json and adapter_model.safetensors. The first version of an adapter becomes its
+    champion, a later one its challenger unless --promote is given.
     """
     with Client() as client:
         version, adapter = client.adapters.import_folder(name, folder, promote=promote)

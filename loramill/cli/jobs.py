@@ -34,18 +34,18 @@ from loramill.client.jobs import JobsResource
 from loramill.client.models import Event, Job
 from loramill.errors import Conflict, NotFound
 
-jobs = typer.Typer(cls=ListByDefault, help="Fine-tune jobs; alone it lists them.")
+jobs = typer.Typer(cls=ListByDefault, help="List, watch and control fine-tune jobs. Default: list.")
 
 JobIds = Annotated[
     list[str],
     typer.Argument(
         metavar="JOB…",
-        help="The jobs' ids (ftjob-…), or their first digits.",
+        help="Ids of jobs (ftjob-…), or their first digits.",
         show_default=False,
         autocompletion=complete.jobs,
     ),
 ]
-Tenant = Annotated[str | None, typer.Option("--tenant", help="Of this tenant only (for an admin's key).")]
+Tenant = Annotated[str | None, typer.Option("--tenant", help="Show only this tenant (for an admin's key).")]
 
 
 def register(app: typer.Typer) -> None:
@@ -59,7 +59,7 @@ def register(app: typer.Typer) -> None:
 @jobs.command("list")
 def list_jobs(
     tenant: Tenant = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many, the newest.")] = 50,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Maximum number of jobs, newest first.")] = 50,
     json: JsonFlag = False,
 ) -> None:
     """List jobs, newest first."""
@@ -83,13 +83,13 @@ def list_jobs(
         empty="No jobs yet: `loramill submit TENANT/ADAPTER --train FILE` submits one.",
     )
     if len(found) > limit:
-        print_message(f"There are more than {limit}: --limit shows them.")
+        print_message(f"There are more than {limit} jobs; use --limit to show more.")
     return None
 
 
 @jobs.command("show")
 def show_job(job_id: JobId, json: JsonFlag = False) -> None:
-    """Show one job: its state and its spec."""
+    """Show the status and the options of a job."""
     with Client() as client:
         job = client.jobs.get(job_id)
     if json:
@@ -134,7 +134,7 @@ def show_job(job_id: JobId, json: JsonFlag = False) -> None:
     return print_fields(pairs)
 
 
-#: Fields of a spec that are shown by other names.
+#: Fields of a spec that are shown under other names.
 _HIDDEN_SPEC_FIELDS = ("base", "adapter", "train")
 
 
@@ -157,8 +157,10 @@ def _format_value(value: object) -> str:
 @jobs.command("events")
 def events(
     job_id: JobId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more until the job ends.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON: a list, or with -f an object a line.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for further events until the job ends.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: a list, or with --follow one object per line.")
+    ] = False,
 ) -> None:
     """Show a job's history, oldest first."""
     with Client() as client:
@@ -176,7 +178,7 @@ def _format_event(event: Event) -> str:
 
 
 def _format_metrics(data: Mapping[str, Any]) -> str:
-    """The measurements, without those in the message, and each validation once (OpenAI has two names for it)."""
+    """Formats measurements that the message lacks; each validation once (OpenAI has two names for it)."""
     in_message = ("step", "total_steps", "train_loss")
     shown = {
         name: value for name, value in data.items() if name not in in_message and not name.startswith("full_valid_")
@@ -186,7 +188,7 @@ def _format_metrics(data: Mapping[str, Any]) -> str:
 
 @jobs.command("checkpoints")
 def checkpoints(job_id: JobId, json: JsonFlag = False) -> None:
-    """List where a job's weights were validated; those that are kept can be asked by their model's name."""
+    """List a job's checkpoints; `loramill chat` accepts the MODEL of those that are kept."""
     with Client() as client:
         found = client.jobs.checkpoints(job_id)
     if json:
@@ -209,33 +211,33 @@ def checkpoints(job_id: JobId, json: JsonFlag = False) -> None:
 
 @jobs.command("cancel")
 def cancel(job_ids: JobIds, json: JsonFlag = False) -> None:
-    """Ask jobs to stop; they publish nothing from then on."""
-    _change(job_ids, JobsResource.cancel, "is asked to stop", json=json)
+    """Cancel jobs. They publish nothing afterwards."""
+    _change(job_ids, JobsResource.cancel, "will be cancelled", json=json)
 
 
 @jobs.command("pause")
 def pause(job_ids: JobIds, json: JsonFlag = False) -> None:
-    """Ask jobs to wait; they keep what they have learnt so far."""
-    _change(job_ids, JobsResource.pause, "is asked to pause", json=json)
+    """Pause jobs. Their progress is kept."""
+    _change(job_ids, JobsResource.pause, "will be paused", json=json)
 
 
 @jobs.command("resume")
 def resume(job_ids: JobIds, json: JsonFlag = False) -> None:
-    """Let paused jobs go on where they were."""
-    _change(job_ids, JobsResource.resume, "goes on", json=json)
+    """Resume paused jobs."""
+    _change(job_ids, JobsResource.resume, "resumes", json=json)
 
 
 @jobs.command("retry")
 def retry(job_ids: JobIds, json: JsonFlag = False) -> None:
     """Queue failed or cancelled jobs again. They resume from their last checkpoint if it still exists.
 
-    A failed job's checkpoints are kept for a week; those of a cancelled job are removed at once.
+    Checkpoints of a failed job are kept for a week; those of a cancelled job are deleted immediately.
     """
     _change(job_ids, JobsResource.retry, "is queued again", json=json)
 
 
 def _change(job_ids: Sequence[str], change: Callable[[JobsResource, str], Job], outcome: str, *, json: bool) -> None:
-    """Changes every job that can be; those that can't are told, and make the command fail."""
+    """Changes each job; prints the errors of those that can't be changed, and exits with 1 for them."""
     changed, refused = [], False
     with Client() as client:
         for job_id in job_ids:

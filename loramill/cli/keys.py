@@ -1,4 +1,4 @@
-"""`loramill key`: API keys of tenants. Making and revoking one needs the admin's key."""
+"""`loramill key`: API keys of tenants. Creating and revoking one needs an admin's key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loramill.cli.tenants import Tenant
 from loramill.client import Client
 from loramill.types import KeyRecord, Scope
 
-key = typer.Typer(help="API keys of a tenant.", no_args_is_help=True)
+key = typer.Typer(help="Create, list and revoke API keys of tenants.", no_args_is_help=True)
 
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -26,15 +26,16 @@ def register(app: typer.Typer) -> None:
 @key.command("create")
 def create_key(
     tenant: Tenant,
-    scope: Annotated[
-        list[Scope] | None, typer.Option(help="What it may be used for; say it again for more. All, if left out.")
-    ] = None,
+    scope: Annotated[list[Scope] | None, typer.Option(help="Scope to grant (repeatable). Default: all scopes.")] = None,
     expires: Annotated[
-        str | None, typer.Option(metavar="SPAN", help="After 90s, 15m, 12h, 30d; never, if left out.")
+        str | None,
+        typer.Option(
+            metavar="DURATION", help="Time until the key expires, such as 90s, 15m, 12h or 30d. Default: never."
+        ),
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Make an API key and print it; it can't be shown again."""
+    """Create an API key and print it. It can't be shown again."""
     expires_at = None if expires is None else time.time() + _parse_duration(expires)
     with Client() as client:
         made = client.keys.create(tenant, scopes=scope or None, expires_at=expires_at)
@@ -52,15 +53,15 @@ def list_keys(tenant: Tenant, json: JsonFlag = False) -> None:
     if json:
         return print_json(found)
     return print_table(
-        ("KEY", "ENDS WITH", "SCOPES", "MADE", "ENDS"),
+        ("KEY", "ENDS WITH", "SCOPES", "CREATED", "EXPIRES"),
         ((each.id, each.hint, _format_scopes(each), time_ago(each.created_at), _format_expiry(each)) for each in found),
-        empty=f"{tenant} has no keys: `loramill key create {tenant}` makes one.",
+        empty=f"{tenant} has no keys: `loramill key create {tenant}` creates one.",
     )
 
 
 @key.command("revoke")
-def revoke_key(key_id: Annotated[str, typer.Argument(metavar="KEY", help="The key's id (key-…).")]) -> None:
-    """Make a key worthless at once."""
+def revoke_key(key_id: Annotated[str, typer.Argument(metavar="KEY", help="Id of the key (key-…).")]) -> None:
+    """Revoke a key immediately."""
     with Client() as client:
         client.keys.revoke(key_id)
     print_message(f"{key_id} is revoked.")
@@ -69,7 +70,7 @@ def revoke_key(key_id: Annotated[str, typer.Argument(metavar="KEY", help="The ke
 def _parse_duration(text: str) -> float:
     found = re.fullmatch(r"(\d{1,9})([smhd])", text)
     if found is None:
-        raise typer.BadParameter("give a span of time such as 90s, 15m, 12h or 30d.", param_hint="--expires")
+        raise typer.BadParameter("give a duration such as 90s, 15m, 12h or 30d.", param_hint="--expires")
     return float(int(found[1]) * _UNIT_SECONDS[found[2]])
 
 

@@ -1,4 +1,4 @@
-"""`loramill up`, `down` and `doctor`: this machine."""
+"""`loramill up`, `down`, `join`, `doctor` and `settings`: loramill on this machine."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ def register(app: typer.Typer) -> None:
 
 
 def up(
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the gateway.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port that the gateway listens on.")] = None,
     host: Annotated[
-        str | None, typer.Option(help="Address that the gateway listens on; 0.0.0.0 is every address of this machine.")
+        str | None,
+        typer.Option(help="Address that the gateway listens on; 0.0.0.0 means all addresses of this machine."),
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model: built-in name, local folder or hub id.")] = None,
-    sessions: Annotated[int | None, typer.Option(min=1, help="Jobs that train at once.")] = None,
+    sessions: Annotated[int | None, typer.Option(min=1, help="Maximum number of jobs that train at once.")] = None,
     detach: Annotated[
-        bool, typer.Option("--detach", "-d", help="Run in the background, and return once it is ready.")
+        bool, typer.Option("--detach", "-d", help="Run in the background; return when the gateway is ready.")
     ] = False,
 ) -> None:
-    """Run everything on this machine until Ctrl-C: record, gateway, engine, training.
+    """Run the registry, gateway, engine and training on this machine until Ctrl-C.
 
-    What was there is found again. Options win over loramill.toml and LORAMILL_* variables.
+    State of earlier runs is kept. Options override loramill.toml and LORAMILL_* variables.
     """
     from loramill.local.processes import up as run
     from loramill.local.processes import up_in_background
@@ -55,7 +56,7 @@ def up(
 
 
 def down() -> None:
-    """Stop what `up` runs on this machine; the record stays."""
+    """Stop `loramill up` on this machine. Its data is kept."""
     from loramill.local.processes import down as stop
     from loramill.settings import Settings
 
@@ -63,9 +64,9 @@ def down() -> None:
 
 
 def join() -> None:
-    """Deploy to the Ray cluster that this machine is the head of, and wait; Ctrl-C leaves it running.
+    """Deploy to the Ray cluster whose head is this machine, and wait. Ctrl-C leaves the deployment running.
 
-    See cluster.yaml. Run again, it takes the place of what it deployed before.
+    See cluster.yaml. A second run replaces the deployment.
     """
     import signal
 
@@ -79,9 +80,9 @@ def join() -> None:
 
 
 def doctor(json: JsonFlag = False) -> None:
-    """Tell what is installed, which kernels and which accelerator, what is wrong and how to mend it.
+    """Check the installation, kernels, accelerator and settings, and suggest fixes.
 
-    Exit code 1 only where something makes loramill unusable.
+    Exits with 1 if a problem makes loramill unusable.
     """
     from loramill.local.doctor import Status, collapse_packages, examine
 
@@ -91,17 +92,17 @@ def doctor(json: JsonFlag = False) -> None:
         print_json(findings)
     else:
         grid = [(styled_status(each.status), each.what, each.found) for each in collapse_packages(findings)]
-        print_table(("", "WHAT", "FOUND"), grid, empty="Nothing to examine.")
+        print_table(("", "CHECK", "FOUND"), grid, empty="Nothing to examine.")
         mends = [(styled_status(each.status), each.what, each.fix) for each in findings if each.fix]
         if mends:
             print_line("")
-            print_table(("", "WHAT", "HOW TO MEND IT"), mends, empty="")
+            print_table(("", "CHECK", "FIX"), mends, empty="")
     if any(each.status is Status.ERROR for each in findings):
         raise typer.Exit(1)
 
 
 def settings(json: JsonFlag = False) -> None:
-    """Print the settings in force and where each comes from; secrets are masked."""
+    """Print all settings with their values and sources. Secrets are masked."""
     from loramill.settings_origin import effective_settings
 
     found = effective_settings()
@@ -109,11 +110,11 @@ def settings(json: JsonFlag = False) -> None:
         print_json(found)
         return
     rows = [(each.name, _format_value(each.value), each.origin) for each in found]
-    print_table(("SETTING", "VALUE", "FROM"), rows, empty="")
+    print_table(("SETTING", "VALUE", "SOURCE"), rows, empty="")
 
 
 def _format_value(value: Any) -> str:
-    """A setting's value as it is shown."""
+    """Formats the value of a setting."""
     if value is None:
         return "-"
     if isinstance(value, list):

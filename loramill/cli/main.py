@@ -1,4 +1,4 @@
-"""The root of the commands: what they share, and how they end."""
+"""The root command: registers the commands and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -27,19 +27,40 @@ from loramill.errors import LoramillError
 from loramill.logs import quiet_libraries
 
 
+#: Extra of loramill that installs a package; the extra `local` installs all others.
+EXTRAS = {
+    "datasets": "data",
+    "deepspeed": "full",
+    "matplotlib": "plot",
+    "openai": "openai",
+    "plotext": "plot",
+    "pyarrow": "data",
+}
+
+
 class Root(TyperGroup):
-    """Ends every command alike: an error of ours is one sentence and 1. (Typer's own: usage 2, Ctrl-C 130.)"""
+    """Prints an error of loramill as one sentence and exits with 1. (Typer: wrong usage exits with 2, Ctrl-C with 130.)"""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _hide_flag_types(self)
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command; prints an error of ours and exits with 1."""
+        """Runs the command; prints an error of loramill, or the extra to install, and exits with 1."""
         try:
             return super().invoke(ctx)
         except LoramillError as error:
             print_message(error.message, style="red")
+            raise typer.Exit(1) from error
+        except ModuleNotFoundError as error:
+            package = (error.name or "loramill").partition(".")[0]
+            if package == "loramill":
+                raise
+            extra = EXTRAS.get(package, "local")
+            print_message(
+                f"This needs the package {package}, which is not installed: pip install 'loramill[{extra}]'.",
+                style="red",
+            )
             raise typer.Exit(1) from error
 
 
@@ -63,12 +84,14 @@ def _version(requested: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
-    """Many tenants, one base model, an adapter each.
+    """Fine-tune and serve one base model for many tenants, one adapter each.
 
-    Commands call the gateway at LORAMILL_URL (this machine's by default)
-    with LORAMILL_API_KEY (by default the admin key that `loramill up` left).
+    Commands call the gateway at LORAMILL_URL (default: this machine's) with the
+    API key LORAMILL_API_KEY (default: the admin key that `loramill up` created).
     """
 
 

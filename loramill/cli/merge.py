@@ -1,4 +1,4 @@
-"""`loramill adapters merge`: an adapter made part of this machine's base."""
+"""`loramill adapters merge`: merge an adapter into this machine's base."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ if TYPE_CHECKING:
     from loramill.models.catalog import Base
     from loramill.settings import Settings
 
-MergeReport = Any  # of loramill.jobs.train.merge, to which the door opens only inside functions
+MergeReport = Any  # loramill.jobs.train.merge's; the CLI imports higher layers only inside functions
 
 
 def merge(
     name: Annotated[
-        str, typer.Argument(metavar="TENANT/ADAPTER[@VERSION]", help="Or a PEFT folder.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="TENANT/ADAPTER[@VERSION]",
+            help="Adapter, and optionally an alias or version; or a PEFT folder.",
+            show_default=False,
+        ),
     ],
     to: To,
-    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the merged weights.")] = "bf16",
+    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Data type of the merged weights.")] = "bf16",
     into: Annotated[
         Literal["original", "dequantized"] | None,
-        typer.Option(help="Of a quantized base: which values. By default those the adapter was trained on."),
+        typer.Option(help="Values of a quantized base to merge into. Default: those that the adapter was trained on."),
     ] = None,
     valid: Annotated[
         Path | None,
@@ -35,19 +40,20 @@ def merge(
             metavar="FILE",
             exists=True,
             dir_okay=False,
-            help="JSONL to compare on. By default the validation or training file of the adapter's job.",
+            help="JSONL of examples to compare the merged model on. Default: the validation or training file of the adapter's job.",
         ),
     ] = None,
     max_kl: Annotated[
-        float | None, typer.Option(min=0, help="Nats a token from which it is refused.", show_default="0.02")
+        float | None,
+        typer.Option(min=0, help="Refuse if the KL divergence exceeds this (nats per token).", show_default="0.02"),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write it however far it is.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write the merged model even if it exceeds --max-kl.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Merge an adapter into the base of the settings, as a Hugging Face folder.
 
-    What the merged model says is compared with what the adapter says unmerged, as it is served: the mean divergence
-    in nats a token is told, kept in the folder, and refused above a bound.
+    The merged model is compared with the unmerged adapter as it is served. The mean KL divergence in nats per token is
+    printed and stored in the folder; above --max-kl nothing is written.
     """
     from loramill.cli.generate import find_model
     from loramill.errors import InvalidRequest
@@ -58,7 +64,7 @@ def merge(
     settings = Settings.load()
     base, version, source = find_model(name, settings)
     if version is None:
-        raise InvalidRequest(f"'{name}' is the base alone: name an adapter to merge into it.")
+        raise InvalidRequest(f"'{name}' is the base itself: name an adapter to merge into it.")
     with make_console(stderr=True).status("Merging…") as status:
         report = merge_adapter(
             base,
@@ -76,11 +82,11 @@ def merge(
 
 
 def _comparison_examples(base: Base, name: str, file: Path | None, settings: Settings) -> list[EncodedExample]:
-    """Those of the file, or those that the version's job was validated or trained on.
+    """Reads the examples of the file, or those that the version's job was validated or trained on.
 
     Raises:
-        InvalidRequest: nothing tells them.
-        DatasetInvalid: the file is no data.
+        InvalidRequest: There is no file, and the version's job is unknown.
+        DatasetInvalid: The file is invalid.
     """
     from loramill.data.examples import read_examples
     from loramill.data.tokenizer import ChatTokenizer
@@ -96,11 +102,11 @@ def _job_dataset(name: str, settings: Settings) -> tuple[bytes, str]:
     from loramill.names import ModelName
     from loramill.registry import Registry, adapters, datasets, jobs
 
-    missing = InvalidRequest(f"No job is known that made {name}: give examples to compare on with --valid FILE.")
+    missing = InvalidRequest(f"The job that created {name} is unknown: give examples to compare on with --valid FILE.")
     if Path(name).expanduser().is_dir():
         raise missing
     model = ModelName.parse(name)
-    assert model.adapter is not None  # it was found by this name
+    assert model.adapter is not None  # `find_model` found it
     registry = Registry.open(settings.database, settings.artifacts)
     with registry.reading() as session:
         made_by = adapters.resolve(session, model.adapter, model.selector).job
@@ -119,11 +125,9 @@ def _print_report(report: MergeReport, to: Path) -> None:
             ("adapter", report.adapter),
             ("base", f"{report.base}, {report.into} values ({report.quantization})"),
             ("weights", report.dtype),
-            ("divergence", f"{found.kl:.2e} nats a token, at most {found.max_token_kl:.2e} (bound: {report.max_kl:g})"),
-            ("same choice", f"{found.agreement:.2%} of {found.tokens} tokens of {found.examples} examples"),
+            ("divergence", f"{found.kl:.2e} nats per token, at most {found.max_token_kl:.2e} (bound: {report.max_kl:g})"),
+            ("same token", f"{found.agreement:.2%} of {found.tokens} tokens of {found.examples} examples"),
         ]
     )
     if found.kl > report.max_kl:
-        print_message(
-            "It is farther from the unmerged adapter than the bound; it was written since you asked.", "yellow"
-        )
+        print_message("The divergence exceeds the bound; the model was written because of --force.", "yellow")

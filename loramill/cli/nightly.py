@@ -1,4 +1,4 @@
-"""`loramill nightly`: retrain adapters that have new data, and promote what is measurably better."""
+"""`loramill nightly`: retrain adapters that have new data, and promote the measurably better versions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from loramill.settings import Settings
     from loramill.types import NightlyRun, NightlyStep
 
-nightly = typer.Typer(help="Nightly retraining, on the machine that holds the registry.", no_args_is_help=True)
+nightly = typer.Typer(
+    help="Retrain adapters with new data; runs on the machine with the registry.", no_args_is_help=True
+)
 
-Adapter = Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", help="Such as acme/support.")]
+Adapter = Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", help="Name of the adapter, such as acme/support.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -31,7 +33,7 @@ def register(app: typer.Typer) -> None:
 
 @nightly.command()
 def run(json: JsonFlag = False) -> None:
-    """Retrain every adapter that has new data, or resume a run that was interrupted.
+    """Retrain every adapter that has new data, or resume an interrupted run.
 
     Exits with 1 if an adapter failed or the run was interrupted.
     """
@@ -63,7 +65,7 @@ def run(json: JsonFlag = False) -> None:
 
 @nightly.command("show")
 def show_run(json: JsonFlag = False) -> None:
-    """Show the last nightly run: scores, decisions and reasons."""
+    """Show the scores, decisions and reasons of the last nightly run."""
     _, registry = _open_registry()
     night = _last_run(registry)
     if night is not None:
@@ -76,7 +78,7 @@ def show_run(json: JsonFlag = False) -> None:
 
 @nightly.command("data")
 def show_data(json: JsonFlag = False) -> None:
-    """List the new data that waits for the next nightly run, and what was set aside after a failure."""
+    """List the new data for the next nightly run, and the data that was set aside after a failure."""
     from loramill.registry.nightly import list_set_aside, new_data_state, pending_data
 
     settings, registry = _open_registry()
@@ -95,18 +97,18 @@ def show_data(json: JsonFlag = False) -> None:
 
 @nightly.command()
 def retry(name: Adapter) -> None:
-    """Let the next nightly run try again with data that was set aside."""
+    """Include data that was set aside in the next nightly run."""
     from loramill.registry.nightly import retry as give_back
 
     _, registry = _open_registry()
     with registry.writing() as session:
         data = give_back(session, AdapterName.parse(name))
-    print_message(f"The next nightly run collects {_format_files(data.train + data.valid)} of {name} again.")
+    print_message(f"The next nightly run uses {_format_files(data.train + data.valid)} of {name} again.")
 
 
 @nightly.command()
 def drop(name: Adapter) -> None:
-    """Take an adapter's new data, waiting or set aside, out of the nightly runs; its files stay."""
+    """Remove an adapter's new data, waiting or set aside, from nightly runs. Its files are kept."""
     from loramill.registry.nightly import drop as forget
 
     _, registry = _open_registry()
@@ -128,7 +130,7 @@ def _open_registry() -> tuple[Settings, Registry]:
 
 
 def _last_run(registry: Registry) -> NightlyRun | None:
-    """The newest run that had something to do."""
+    """Returns the newest run that had work to do."""
     from loramill.registry.nightly import list_runs, list_steps
 
     with registry.reading() as session:
@@ -139,7 +141,7 @@ def _last_run(registry: Registry) -> NightlyRun | None:
 
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[tuple[Callable[[NightlyStep], None], Callable[[Any], None]]]:
-    """Callbacks for finished steps and for progress, which is shown as a bar per job and one for the answers."""
+    """Yields callbacks for finished steps and for progress, shown as a bar per job and one for the answers."""
     from loramill.pipelines.nightly.outcome import describe
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
@@ -184,7 +186,7 @@ def _print_run(
     for each in aside:
         print_message(
             f"{each.adapter}: data of an earlier nightly run is set aside ({each.stage}: {first_lines(each.reason)}); "
-            f"`loramill nightly retry {each.adapter}` tries it again, `loramill nightly drop {each.adapter}` "
+            f"`loramill nightly retry {each.adapter}` uses it again, `loramill nightly drop {each.adapter}` "
             "discards it.",
             style="yellow",
         )
@@ -193,7 +195,7 @@ def _print_run(
 
 
 def outcome_row(outcome: Any) -> tuple[Cell, ...]:
-    """One adapter's line; scores are token F1 over all its slices."""
+    """Returns the table row of an adapter; scores are token F1 over all its slices."""
     scores = (outcome.base, outcome.champion, outcome.challenger)
     shown = ("-" if score is None else f"{score:.3f}" for score in scores)
     return (outcome.adapter, *shown, styled_status(outcome.verdict), outcome.reason)

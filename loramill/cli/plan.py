@@ -1,4 +1,4 @@
-"""`loramill plan`: whether a job fits a GPU, told from the base's config.json alone."""
+"""`loramill plan`: the memory that a job needs, from the base's config.json alone."""
 
 from __future__ import annotations
 

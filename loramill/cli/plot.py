@@ -1,4 +1,4 @@
-"""`loramill jobs plot`: a job's losses as a picture, in the terminal or as a PNG."""
+"""`loramill jobs plot`: plot a job's losses in the terminal or into a PNG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loramill.client.models import Job, MetricPoint
 from loramill.errors import DiskFull, SetupError
 
 _INK, _MUTED, _TRAIN, _VALID = "#1f2933", "#9aa5b1", "#2b6cb0", "#c2410c"
-#: A smoothed loss is the mean over this part of all steps on each side, at least one.
+#: Half width of the smoothing window as a fraction of all steps; at least one step.
 _SMOOTHING_FRACTION = 1 / 24
 
 
@@ -23,7 +23,7 @@ JobId = Annotated[
     str,
     typer.Argument(
         metavar="JOB",
-        help="The job's id (ftjob-…), or its first digits.",
+        help="Id of the job (ftjob-…), or its first digits.",
         show_default=False,
         autocompletion=complete.jobs,
     ),
@@ -32,17 +32,17 @@ JobId = Annotated[
 
 def plot(
     job_id: JobId,
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a PNG instead.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plot to this PNG file.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Draw the losses of a job, while it runs or later."""
+    """Plot the losses of a running or finished job."""
     with Client() as client:
         job = client.jobs.get(job_id)
         points = client.jobs.metrics(job.id)
     if json:
         print_json(points)
     elif not points:
-        print_message(f"{job.id} has no numbers yet: it is {job.status} at step {job.step}.")
+        print_message(f"{job.id} has no measurements yet: it is {job.status} at step {job.step}.")
     elif png is None:
         print_line(render_text(job, points, *_terminal_size()))
     else:
@@ -51,7 +51,7 @@ def plot(
 
 
 def render_text(job: Job, points: Sequence[MetricPoint], width: int, height: int) -> str:
-    """The picture in characters, so many of them wide and high."""
+    """Draws the plot as text of this many columns and lines."""
     import plotext
 
     plotext.terminal.limit(False, False)
@@ -59,7 +59,7 @@ def render_text(job: Job, points: Sequence[MetricPoint], width: int, height: int
     figure.clear()
     figure.plot_size(width, height - 1)
     figure.theme("colorless")
-    figure.legend(False)  # it would lie on the curve
+    figure.legend(False)  # it would cover the curve
     steps, losses = _series(points, "train_loss")
     figure.draw(figure.signal(steps, losses, marker="braille").lines())
     ticks = integer_ticks(points[0].step, points[-1].step)
@@ -67,15 +67,15 @@ def render_text(job: Job, points: Sequence[MetricPoint], width: int, height: int
     steps, losses = _series(points, "valid_loss")
     if steps:
         figure.draw(figure.signal(steps, losses, marker="o"))
-    head = f"{job.adapter}: training (line) and validation (o) loss in nats a token"
+    head = f"{job.adapter}: training (line) and validation (o) loss in nats per token"
     return "\n".join([head, *(line.rstrip() for line in plotext.uncolorize(figure.build().string()).splitlines())])
 
 
 def write_png(path: Path, job: Job, points: Sequence[MetricPoint]) -> None:
-    """The picture as a file.
+    """Writes the plot as a PNG.
 
     Raises:
-        DiskFull, SetupError: the file can't be written.
+        DiskFull, SetupError: The file can't be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -114,7 +114,7 @@ def _draw(axes: Any, points: Sequence[MetricPoint]) -> None:
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step", color=_INK)
-    axes.set_ylabel("loss, nats a token", color=_INK)
+    axes.set_ylabel("loss, nats per token", color=_INK)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
     axes.grid(axis="y", color=_MUTED, alpha=0.25)
@@ -126,7 +126,7 @@ def _draw(axes: Any, points: Sequence[MetricPoint]) -> None:
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """Centered moving means, which do not lag behind a falling loss; the window narrows toward both ends."""
+    """Returns centered moving means; the window narrows toward both ends, so that they do not lag behind."""
     widest, last = max(1, round(len(losses) * _SMOOTHING_FRACTION)), len(losses) - 1
     means = []
     for middle in range(len(losses)):
@@ -136,7 +136,7 @@ def smoothed(losses: Sequence[float]) -> list[float]:
 
 
 def integer_ticks(first: int, last: int, count: int = 7) -> list[int]:
-    """At most `count` whole steps from `first` to `last`, evenly spaced by a step of 1, 2 or 5 times a power of ten."""
+    """Returns at most `count` ticks from `first` to `last`, spaced by 1, 2 or 5 times a power of ten."""
     by = next(
         unit * 10**power for power in range(9) for unit in (1, 2, 5) if (last - first) // (unit * 10**power) < count
     )

@@ -1,4 +1,4 @@
-"""`loramill submit`: one fine-tune job, or a file of hundreds."""
+"""`loramill submit`: submit one fine-tune job, or a file of many."""
 
 from __future__ import annotations
 
@@ -31,47 +31,55 @@ from loramill.plural import counted
 from loramill.submission.job_file import check_entries, read_jobs
 from loramill.submission.options import from_text
 
-Adapter = Annotated[str | None, typer.Argument(metavar="TENANT/ADAPTER", help="Such as acme/support.")]
+Adapter = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="TENANT/ADAPTER", help="Name of the adapter, such as acme/support; it is created with its first job."
+    ),
+]
 Train = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="Examples to train on: JSONL, JSON, CSV, TSV, Parquet, Arrow, hf:org/name or a file's id.",
+        help="Examples to train on: a JSONL, JSON, CSV, TSV, Parquet or Arrow file, hf:org/name, or the id of an uploaded file.",
     ),
 ]
 Valid = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Examples to measure the validation loss on, in the same formats.")
+    str | None,
+    typer.Option(metavar="FILE", help="Examples to measure the validation loss on, in the same formats as --train."),
 ]
 Columns = Annotated[
     str | None,
     typer.Option(
         metavar="LIST",
-        help="The column of each field, such as prompt=question,completion=answer. Messages, prompt and completion, "
-        "Alpaca and ShareGPT columns are recognized without it.",
+        help="Column of each field, such as prompt=question,completion=answer. Default: detected, for messages, prompt and "
+        "completion, Alpaca and ShareGPT columns.",
     ),
 ]
 ValidColumns = Annotated[
     str | None,
-    typer.Option(
-        metavar="LIST", help="Columns of --valid, if they differ from those of --columns and are not recognized."
-    ),
+    typer.Option(metavar="LIST", help="Columns of --valid, if they differ from --columns and are not detected."),
 ]
 Jobs = Annotated[
     Path | None,
     typer.Option(
-        "--file", metavar="JOBS", help="Submit all jobs of a TOML, JSONL, CSV or TSV file; options are defaults."
+        "--file",
+        metavar="JOBS",
+        help="Submit all jobs of a TOML, JSONL, CSV or TSV file; other options are their defaults.",
     ),
 ]
-Name = Annotated[str, typer.Option(help="With --file: another name submits the same jobs again.")]
-Retry = Annotated[bool, typer.Option("--retry", help="With --file: submit again what failed or was cancelled.")]
+Name = Annotated[
+    str, typer.Option(help="With --file: name of this batch; the same jobs are submitted again under another name.")
+]
+Retry = Annotated[bool, typer.Option("--retry", help="With --file: submit failed and cancelled jobs again.")]
 CreateTenant = Annotated[
-    bool, typer.Option("--create-tenant", help="Make tenants that do not exist (needs an admin's key).")
+    bool, typer.Option("--create-tenant", help="Create tenants that do not exist (needs an admin's key).")
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Show what would be trained and what is wrong with the data; store nothing."),
+    typer.Option("--dry-run", help="Check the data and show the training examples; nothing is stored or submitted."),
 ]
-Wait = Annotated[bool, typer.Option("--wait", help="Show progress until all has ended.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Show progress until the jobs have ended.")]
 Promote = Annotated[bool, typer.Option("--promote", help="Wait for the job, then make the new version the champion.")]
 
 
@@ -93,9 +101,9 @@ def submit(
     json: JsonFlag = False,
     **options: Any,
 ) -> None:
-    """Upload examples, submit a fine-tune job, and print its id; or all jobs of a file.
+    """Upload examples, submit a fine-tune job, and print its id; or submit all jobs of a file.
 
-    What isn't given is chosen by the gateway; `loramill jobs show JOB` tells it all.
+    The gateway fills in defaults for omitted options; `loramill jobs show JOB` shows them.
     """
     said = {
         name: from_text(name, value) if isinstance(value, str) else value
@@ -105,15 +113,18 @@ def submit(
     if dry:
         if file is not None or not (adapter and train):
             raise typer.BadParameter(
-                "it works for one job only: give TENANT/ADAPTER and --train FILE.", param_hint="--dry-run"
+                "checks a single job: give TENANT/ADAPTER and --train FILE.", param_hint="--dry-run"
             )
         dry_run(adapter, train, valid, said, json=json)
     elif file is not None:
         if adapter or train or valid:
-            raise typer.BadParameter("a file of jobs names adapters and data itself.", param_hint="--file")
+            raise typer.BadParameter(
+                "can't be combined with TENANT/ADAPTER, --train or --valid, which the file contains.",
+                param_hint="--file",
+            )
         if promote:
             raise typer.BadParameter(
-                "it works for one job only; promote the adapters of a file with `loramill promote`.",
+                "works for a single job; promote the adapters of a file with `loramill promote`.",
                 param_hint="--promote",
             )
         rows = read_jobs(file, said)  # before any request to the gateway
@@ -129,13 +140,13 @@ def submit(
 
 
 def _create_tenants(names: Collection[str]) -> None:
-    """Makes the tenants that do not exist, and reports each."""
+    """Creates the tenants that do not exist, and reports each."""
     with Client() as client:
         ordered = sorted(names)
         for start in range(0, len(ordered), MAX_TENANTS_PER_REQUEST):
             for each in client.tenants.create_many(ordered[start : start + MAX_TENANTS_PER_REQUEST], exist_ok=True):
                 if each.new:
-                    print_message(f"Tenant {each.name} is made.")
+                    print_message(f"Tenant {each.name} created.")
 
 
 def _submit_one(
@@ -155,12 +166,12 @@ def _submit_one(
 
 
 def _report_result(client: Client, job: Job, *, promote: bool) -> None:
-    """Reports the new version and which version answers; only an adapter's first becomes champion by itself."""
+    """Reports the new version and the champion; only an adapter's first version becomes champion automatically."""
     print_message(f"{job.model} is ready: `loramill chat {job.model}`")
     version = (job.model or "").partition("@")[2]
     try:
         adapter = client.adapters.promote(job.adapter, version) if promote else client.adapters.get(job.adapter)
-    except Forbidden:  # a key of the scope `training` alone may not read adapters
+    except Forbidden:  # a key with only the scope `training` may not read adapters
         if promote:
             raise
         return
@@ -208,7 +219,7 @@ def _print_submitted(found: Iterable[SubmittedJob]) -> None:
     print_table(
         ("JOB", "ADAPTER", "STATUS", ""),
         (
-            (each.job.id, each.job.adapter, styled_status(each.job.status), "new" if each.new else "there before")
+            (each.job.id, each.job.adapter, styled_status(each.job.status), "new" if each.new else "existed")
             for each in found
         ),
         empty="",
@@ -216,7 +227,7 @@ def _print_submitted(found: Iterable[SubmittedJob]) -> None:
 
 
 def report_upload(file: File) -> None:
-    """Reports what an uploaded file was read as, and its warnings."""
+    """Reports the detected format of an uploaded file, and its warnings."""
     count = "" if file.examples is None else f": {counted(file.examples, 'example')}"
     print_message(f"{file.filename}{count}; {file.format}.")
     report_warnings(file)

@@ -1,4 +1,4 @@
-"""`loramill tenant`: who may use the gateway, and how much of it. It needs the admin's key."""
+"""`loramill tenant`: tenants, their shares and limits. Needs an admin's key."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from loramill.names import check_name
 from loramill.submission.options import drop_none
 from loramill.types import TenantRecord
 
-tenant = typer.Typer(help="Owners of data, jobs, adapters and keys.", no_args_is_help=True)
+tenant = typer.Typer(help="Create, list, limit and delete tenants (needs an admin's key).", no_args_is_help=True)
 
-Tenant = Annotated[str, typer.Argument(help="The tenant's name.", show_default=False)]
+Tenant = Annotated[str, typer.Argument(help="Name of the tenant.", show_default=False)]
 
 
 def register(app: typer.Typer) -> None:
@@ -45,48 +45,52 @@ def register(app: typer.Typer) -> None:
 
 @tenant.command("create")
 def create_tenants(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[TENANT…]", help="Names of tenants.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[TENANT…]", help="Names of the new tenants.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="One name per line, or CSV, TSV or JSONL with name, weight and limits."),
+        typer.Option(
+            metavar="FILE",
+            help="File of tenants: one name per line, or CSV, TSV or JSONL with name, weight and limits.",
+        ),
     ] = None,
     with_keys: Annotated[
-        bool, typer.Option("--with-keys", help="Make a key for each new tenant, and print it this once.")
+        bool,
+        typer.Option("--with-keys", help="Create and print an API key for each new tenant. It can't be shown again."),
     ] = False,
     keys_out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Make a key for each new tenant, and write the keys to a new CSV file."),
+        typer.Option(
+            metavar="FILE", help="Create an API key for each new tenant, and write the keys to a new CSV file."
+        ),
     ] = None,
     exist_ok: Annotated[
         bool,
-        typer.Option(
-            "--exist-ok", help="Accept tenants that exist, and set the weights and limits that FILE gives them."
-        ),
+        typer.Option("--exist-ok", help="Accept existing tenants, and update their weights and limits from FILE."),
     ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Make tenants. If anything is wrong, none is made."""
+    """Create tenants, all or none."""
     wanted = _requested_tenants(names or [], file)
     with Client() as client, _key_file(keys_out) as write_keys:
         made = client.tenants.create_many(wanted, exist_ok=exist_ok, keys=with_keys or keys_out is not None)
         write_keys(made)
     if json:
-        # A single name gives a single object, as before.
+        # A single name gives a single object.
         return print_json(made[0] if file is None and len(made) == 1 else made)
     if with_keys:
         print_table(
             ("TENANT", "KEY"),
-            ((each.name, each.key or "- (existed already; `loramill key create` makes a key)") for each in made),
+            ((each.name, each.key or "- (already existed; `loramill key create` creates a key)") for each in made),
             empty="",
         )
     return print_message(_summary(made, keys_out, with_keys=with_keys))
 
 
 def _requested_tenants(names: Sequence[str], file: Path | None) -> list[str | NewTenant]:
-    """The tenants to make, each once.
+    """Returns the tenants to create, each once.
 
     Raises:
-        InvalidRequest: a name or the file is wrong.
+        InvalidRequest: A name or the file is invalid.
     """
     for name in names:
         check_name(name, "tenant")
@@ -99,10 +103,10 @@ def _requested_tenants(names: Sequence[str], file: Path | None) -> list[str | Ne
 
 @contextmanager
 def _key_file(path: Path | None) -> Iterator[Callable[[Sequence[CreatedTenant]], None]]:
-    """Opens a file for keys, readable by its owner alone, before any key is made; removes it if none was made.
+    """Opens a file for keys, readable only by its owner, before any key is created; deletes it after an error.
 
     Raises:
-        InvalidRequest: it exists already or can't be written.
+        InvalidRequest: The file exists or can't be written.
     """
     if path is None:
         yield lambda made: None
@@ -110,7 +114,7 @@ def _key_file(path: Path | None) -> Iterator[Callable[[Sequence[CreatedTenant]],
     try:
         file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8", newline="")
     except FileExistsError as error:
-        raise InvalidRequest(f"{path} exists already; keys are written to a new file only.") from error
+        raise InvalidRequest(f"{path} exists; keys are written only to a new file.") from error
     except OSError as error:
         raise InvalidRequest(f"{path} can't be written: {error.strerror}.") from error
 
@@ -122,7 +126,7 @@ def _key_file(path: Path | None) -> Iterator[Callable[[Sequence[CreatedTenant]],
             file.flush()
         except OSError as error:
             raise InvalidRequest(
-                f"The tenants are made, but {path} can't be written ({error.strerror}): make new keys with "
+                f"The tenants were created, but {path} can't be written ({error.strerror}): create new keys with "
                 "`loramill key create`."
             ) from error
 
@@ -136,25 +140,25 @@ def _key_file(path: Path | None) -> Iterator[Callable[[Sequence[CreatedTenant]],
 
 def _summary(made: Sequence[CreatedTenant], keys_out: Path | None, *, with_keys: bool) -> str:
     new = [each for each in made if each.new]
-    before = f", {len(made) - len(new)} existed already" if len(new) < len(made) else ""
-    what = f"Tenant {new[0].name} is made" if len(new) == 1 else f"{len(new)} tenants are made"
+    before = f", {len(made) - len(new)} already existed" if len(new) < len(made) else ""
+    what = f"Tenant {new[0].name} created" if len(new) == 1 else f"{len(new)} tenants created"
     if keys_out is not None:
         return f"{what}{before}; their keys are in {keys_out}."
     if with_keys:
         return f"{what}{before}. The keys can't be shown again."
     name = new[0].name if len(new) == 1 else "TENANT"
-    return f"{what}{before}; `loramill key create {name}` gives {'it' if len(new) == 1 else 'one of them'} a key."
+    return f"{what}{before}; `loramill key create {name}` creates a key{'' if len(new) == 1 else ' for one of them'}."
 
 
 @tenant.command("list")
 def list_tenants(json: JsonFlag = False) -> None:
-    """List the tenants."""
+    """List tenants with their shares and quotas."""
     with Client() as client:
         found = client.tenants.list()
     if json:
         return print_json(found)
     return print_table(
-        ("TENANT", "MADE", "WEIGHT", "RUNNING", "MAX RUNNING", "WAITING", "MAX WAITING"),
+        ("TENANT", "CREATED", "WEIGHT", "RUNNING", "MAX RUNNING", "WAITING", "MAX WAITING"),
         (
             (
                 each.name,
@@ -167,23 +171,25 @@ def list_tenants(json: JsonFlag = False) -> None:
             )
             for each in found
         ),
-        empty="No tenants yet: `loramill tenant create NAME` makes one.",
+        empty="No tenants yet: `loramill tenant create NAME` creates one.",
     )
 
 
 @tenant.command("share")
 def set_share(
     name: Tenant,
-    weight: Annotated[float | None, typer.Option(help="Tokens it may train on, relative to other tenants'.")] = None,
+    weight: Annotated[
+        float | None, typer.Option(help="Weight in the fair share of training tokens, relative to other tenants.")
+    ] = None,
     max_running: Annotated[
-        str | None, typer.Option(metavar="JOBS", help="Jobs that run at once: a number, or unlimited.")
+        str | None, typer.Option(metavar="JOBS", help="Maximum number of jobs that run at once, or unlimited.")
     ] = None,
     max_queued: Annotated[
-        str | None, typer.Option(metavar="JOBS", help="Jobs that may wait: a number, or unlimited.")
+        str | None, typer.Option(metavar="JOBS", help="Maximum number of jobs that wait, or unlimited.")
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Set a tenant's share of the pool; what isn't given stays as it is."""
+    """Set a tenant's share of the training pool. Omitted options keep their values."""
     running, queued = _parse_quota(max_running, "--max-running"), _parse_quota(max_queued, "--max-queued")
     with Client() as client:
         set_to = client.tenants.set_share(name, weight=weight, max_running=running, max_queued=queued)
@@ -191,35 +197,40 @@ def set_share(
         print_json(set_to)
     else:
         print_message(
-            f"{set_to.name} has the weight {set_to.weight:g}; running at most: {_format_quota(set_to.max_running)}, "
-            f"waiting at most: {_format_quota(set_to.max_queued)}."
+            f"{set_to.name}: weight {set_to.weight:g}; max running: {_format_quota(set_to.max_running)}, "
+            f"max waiting: {_format_quota(set_to.max_queued)}."
         )
 
 
 @tenant.command("limits")
 def set_limits(
     name: Tenant,
-    requests: Annotated[str | None, typer.Option(metavar="N", help="Requests a minute, or unlimited.")] = None,
+    requests: Annotated[
+        str | None, typer.Option(metavar="N", help="Maximum requests per minute, or unlimited.")
+    ] = None,
     tokens: Annotated[
-        str | None, typer.Option(metavar="N", help="Tokens a minute, of prompts and answers, or unlimited.")
+        str | None, typer.Option(metavar="N", help="Maximum prompt and completion tokens per minute, or unlimited.")
     ] = None,
     concurrent: Annotated[
-        str | None, typer.Option(metavar="N", help="Requests that run at once, or unlimited.")
+        str | None, typer.Option(metavar="N", help="Maximum number of requests that run at once, or unlimited.")
     ] = None,
     stored: Annotated[
-        str | None, typer.Option(metavar="BYTES", help="Size of its files, such as 10GB, or unlimited.")
+        str | None,
+        typer.Option(
+            metavar="BYTES", help="Maximum size of uploaded files and imported adapters, such as 10GB, or unlimited."
+        ),
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Set what a tenant may use of the gateways; what isn't given stays as it is. Alone it shows the limits."""
-    asked = {
+    """Set a tenant's limits at the gateways, or show them if no option is given. Omitted options keep their values."""
+    limits = {
         "requests_per_minute": _parse_quota(requests, "--requests"),
         "tokens_per_minute": _parse_quota(tokens, "--tokens"),
         "concurrent_requests": _parse_quota(concurrent, "--concurrent"),
         "stored_bytes": _parse_bytes(stored, "--stored"),
     }
     with Client() as client:
-        set_to = client.tenants.set_limits(name, **asked) if drop_none(asked) else client.tenants.get(name)
+        set_to = client.tenants.set_limits(name, **limits) if drop_none(limits) else client.tenants.get(name)
     if json:
         print_json(set_to)
     else:

@@ -1,4 +1,4 @@
-"""`loramill usage` and `loramill audit`: what tenants asked, and who changed what."""
+"""`loramill usage` and `loramill audit`: requests and tokens per day, and the log of changes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from loramill.cli.jobs import Tenant
 from loramill.client import Client
 from loramill.types import Scope
 
-Days = Annotated[int, typer.Option(min=1, max=36_500, help="How many, with today.")]
-Limit = Annotated[int, typer.Option("-n", "--limit", min=1, help="At most so many.")]
+Days = Annotated[int, typer.Option(min=1, max=36_500, help="Number of days, including today.")]
+Limit = Annotated[int, typer.Option("-n", "--limit", min=1, help="Maximum number of changes.")]
 
-#: Shorter names for fields of the audit's details.
+#: Shorter names of fields in an audit entry's details.
 _SHORT_NAMES = {
     "requests_per_minute": "requests/min",
     "tokens_per_minute": "tokens/min",
@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 
 def usage(tenant: Tenant = None, days: Days = 30, json: JsonFlag = False) -> None:
-    """Show what was asked on each day (UTC), in requests and tokens."""
+    """Show requests and tokens per day (UTC), tenant and model."""
     today = datetime.now(UTC).date()
     with Client() as client:
         found = client.usage(tenant, first=today - timedelta(days - 1), last=today)
@@ -53,18 +53,18 @@ def usage(tenant: Tenant = None, days: Days = 30, json: JsonFlag = False) -> Non
             )
             for each in found
         ),
-        empty=f"Nothing was asked in {days} days.",
+        empty=f"No requests in {days} days.",
     )
 
 
 def audit(tenant: Tenant = None, limit: Limit = 50, json: JsonFlag = False) -> None:
-    """Show what was changed through the API, and with whose key, newest first."""
+    """Show changes made through the API, newest first."""
     with Client() as client:
         found = client.audit(tenant, limit=limit)
     if json:
         return print_json(found)
     return print_table(
-        ("WHEN", "KEY", "OF", "ACTION", "ON", "DETAILS"),
+        ("TIME", "KEY", "TENANT", "ACTION", "OBJECT", "DETAILS"),
         (
             (
                 local_minute(each.created_at),
@@ -76,17 +76,17 @@ def audit(tenant: Tenant = None, limit: Limit = 50, json: JsonFlag = False) -> N
             )
             for each in found
         ),
-        empty="Nothing was changed yet.",
+        empty="No changes yet.",
     )
 
 
 def _short_id(text: str) -> str:
-    """An id as it is shown: its kind and its first 8 digits. Names stay as they are."""
+    """Shortens ids to their prefix and first 8 digits; names are unchanged."""
     return re.sub(r"\b(file|ftjob|ftckpt|key)-([0-9a-f]{8})[0-9a-f]{16}\b", r"\1-\2", text)
 
 
 def _format_details(details: Mapping[str, Any]) -> str:
-    """What a change set, as NAME=VALUE pairs; None, such as no limit, is left out."""
+    """Formats the details of a change as NAME=VALUE pairs, without None."""
     pairs = [
         f"{_SHORT_NAMES.get(name, name)}={_format_value(name, value)}"
         for name, value in details.items()

@@ -1,4 +1,4 @@
-"""`loramill jobs watch`: all jobs in one table that is kept up to date."""
+"""`loramill jobs watch`: a live table of all jobs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from loramill.errors import LoramillError, NotRunning, Overloaded, Unavailable
 from loramill.plural import counted
 from loramill.types import JobStatus
 
-#: What is looked at first stands first.
+#: Order of the rows.
 _STATUS_ORDER = (
     JobStatus.RUNNING,
     JobStatus.PAUSED,
@@ -33,11 +33,11 @@ _STATUS_ORDER = (
     JobStatus.CANCELLED,
     JobStatus.SUCCEEDED,
 )
-#: The columns, and the width of a screen from which on each is shown.
+#: Column -> minimum width of the screen for which it is shown.
 _COLUMN_MIN_WIDTHS = {
     "JOB": 104,
     "ADAPTER": 0,
-    "STATE": 0,
+    "STATUS": 0,
     "PROGRESS": 122,
     "STEP": 0,
     "LOSS": 0,
@@ -46,14 +46,14 @@ _COLUMN_MIN_WIDTHS = {
     "ETA": 0,
 }
 _NUMERIC_COLUMNS = ("STEP", "LOSS", "VALID", "TOK/S", "ETA")
-#: Lines of a screen that aren't jobs: the header, what isn't shown, the sum, and a line of air.
+#: Lines of the screen without jobs: the header, the omitted jobs, the totals, and an empty line.
 _RESERVED_LINES = 4
 
 
 class JobPoller:
-    """The newest jobs, at most `limit`, or `only` some, as they were when they were last looked at.
+    """Polls the state of the newest jobs, at most `limit`, or of those with `job_ids`.
 
-    What has ended never changes, so a look goes only as far back as the oldest job that hasn't.
+    Ended jobs do not change, so a poll reads only as far back as the oldest unfinished job.
     """
 
     def __init__(self, client: Client, tenant: str | None, limit: int, job_ids: Collection[str] | None = None) -> None:
@@ -61,7 +61,7 @@ class JobPoller:
         self._known: dict[str, Job] = {}
 
     def poll(self) -> list[Job]:
-        """The jobs as they are now, newest first."""
+        """Returns the current state of the jobs, newest first."""
         waited = {job.id for job in self._known.values() if not job.status.final}
         waited |= set(self._job_ids or ()) - self._known.keys()
         fresh: dict[str, Job] = {}
@@ -77,14 +77,14 @@ class JobPoller:
 
 
 def watch(
-    tenant: Annotated[str | None, typer.Option("--tenant", help="Of this tenant only (for an admin's key).")] = None,
-    once: Annotated[bool, typer.Option("--once", help="Print all of it once and end.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 1.0,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many jobs, the newest.")] = 1000,
+    tenant: Annotated[str | None, typer.Option("--tenant", help="Show only this tenant (for an admin's key).")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print the table once and exit.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Refresh interval in seconds.")] = 1.0,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Maximum number of jobs, newest first.")] = 1000,
 ) -> None:
-    """Show all jobs until they have ended: state, progress, losses, speed, time left.
+    """Show a live table of all jobs until they have ended: status, progress, losses, speed, time left.
 
-    A gateway that is away is waited for. Ctrl-C ends the watching, not the jobs.
+    The table waits for an unreachable gateway. Ctrl-C ends the table, not the jobs.
     """
     with Client() as client:
         jobs = JobPoller(client, tenant, limit)
@@ -92,27 +92,27 @@ def watch(
         if once or not found:
             _print_jobs(found)
         else:
-            _follow(jobs.poll, every)
+            _follow(jobs.poll, interval)
 
 
 def watch_until_done(
     client: Client, job_ids: Collection[str], *, quiet: bool = False, poll_seconds: float = 1.0
 ) -> list[Job]:
-    """Shows (unless `quiet`) these jobs until all have ended; returns them as they ended."""
+    """Waits until all of these jobs have ended, showing them unless `quiet`; returns their final state."""
     return _follow(JobPoller(client, None, len(job_ids), job_ids).poll, poll_seconds, quiet=quiet)
 
 
 @contextmanager
 def explain_interrupt(ids: Sequence[str]) -> Iterator[None]:
-    """On Ctrl-C in the block, says that the jobs with these ids continue, and how to end them."""
+    """On Ctrl-C within the block, prints that these jobs continue, and how to cancel them."""
     try:
         yield
     except KeyboardInterrupt:
         if len(ids) == 1:
-            print_message(f"The job continues; `loramill jobs cancel {ids[0]}` ends it.")
+            print_message(f"The job continues; `loramill jobs cancel {ids[0]}` cancels it.")
         else:
             print_message(
-                f"The {len(ids)} jobs continue; `loramill jobs watch` shows them, `loramill jobs cancel` ends them."
+                f"The {len(ids)} jobs continue; `loramill jobs watch` shows them, `loramill jobs cancel` cancels them."
             )
         raise
 
@@ -126,7 +126,7 @@ def _print_jobs(jobs: Sequence[Job]) -> None:
 
 
 def _follow(poll: Callable[[], list[Job]], poll_seconds: float, *, quiet: bool = False) -> list[Job]:
-    """Draws what `look` sees until all has ended. Only a gateway that has answered once is waited for."""
+    """Draws the polled jobs until all have ended. An outage ends it only before the first successful poll."""
     screen = make_console()
     live = Live(console=screen, auto_refresh=False, transient=True) if screen.is_terminal and not quiet else None
     jobs, away = poll(), None
@@ -150,7 +150,7 @@ def _follow(poll: Callable[[], list[Job]], poll_seconds: float, *, quiet: bool =
 def jobs_table(
     jobs: Sequence[Job], now: float, width: int, *, rows: int | None = None, outage: LoramillError | None = None
 ) -> RenderableType:
-    """The table, of at most so many rows, the most interesting first; then the sums. `width` in characters."""
+    """Builds the table of at most `rows` jobs, unfinished ones first, with totals. `width` is in characters."""
     ranked = sorted(jobs, key=lambda job: _STATUS_ORDER.index(job.status))
     shown = ranked if rows is None else ranked[: max(1, rows)]
     grid = Table(box=None, pad_edge=False, header_style="bold")
@@ -165,7 +165,7 @@ def jobs_table(
         parts.append(Text(f"… and {_count_by_status(ranked[len(shown) :])}", style="dim"))
     parts.append(Text(f"{counted(len(jobs), 'job')}: {_count_by_status(ranked)}{_total_speed(jobs)}", style="bold"))
     if outage is not None:
-        parts.append(Text(f"The gateway is away; trying again. {outage.message}", style="yellow"))
+        parts.append(Text(f"Gateway unreachable; retrying. {outage.message}", style="yellow"))
     return Group(*parts)
 
 
