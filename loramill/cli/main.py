@@ -26,7 +26,6 @@ from loramill.cli.format import print_line, print_message
 from loramill.errors import LoramillError
 from loramill.logs import quiet_libraries
 
-
 #: Extra of loramill that installs a package; the extra `local` installs all others.
 EXTRAS = {
     "datasets": "data",
@@ -39,7 +38,7 @@ EXTRAS = {
 
 
 class Root(TyperGroup):
-    """Prints an error of loramill as one sentence and exits with 1. (Typer: wrong usage exits with 2, Ctrl-C with 130.)"""
+    """Prints an error of loramill as one sentence and exits with 1. (Typer: 2 for wrong usage, 130 for Ctrl-C.)"""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

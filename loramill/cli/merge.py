@@ -40,7 +40,7 @@ def merge(
             metavar="FILE",
             exists=True,
             dir_okay=False,
-            help="JSONL of examples to compare the merged model on. Default: the validation or training file of the adapter's job.",
+            help="JSONL of examples to compare on. Default: the validation or training file of the adapter's job.",
         ),
     ] = None,
     max_kl: Annotated[

@@ -41,7 +41,7 @@ Train = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="Examples to train on: a JSONL, JSON, CSV, TSV, Parquet or Arrow file, hf:org/name, or the id of an uploaded file.",
+        help="Examples to train on: a JSONL, JSON, CSV, TSV, Parquet or Arrow file, hf:org/name, or an uploaded file's id.",
     ),
 ]
 Valid = Annotated[
@@ -52,8 +52,8 @@ Columns = Annotated[
     str | None,
     typer.Option(
         metavar="LIST",
-        help="Column of each field, such as prompt=question,completion=answer. Default: detected, for messages, prompt and "
-        "completion, Alpaca and ShareGPT columns.",
+        help="Column of each field, such as prompt=question,completion=answer. Default: detected for messages, "
+        "prompt and completion, Alpaca and ShareGPT columns.",
     ),
 ]
 ValidColumns = Annotated[
