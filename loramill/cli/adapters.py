@@ -42,7 +42,7 @@ Versioned = Annotated[
     str,
     typer.Argument(
         metavar="TENANT/ADAPTER[@VERSION]",
-        help="Adapter and version, such as acme/support@3f2a9c01. A version is an alias or at least 8 digits of a hash.",
+        help="Adapter and version: acme/support@3f2a9c01. The version is an alias or at least 8 digits of a hash.",
         show_default=False,
         autocompletion=complete.adapters,
     ),

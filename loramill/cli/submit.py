@@ -41,7 +41,7 @@ Train = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="Examples to train on: a JSONL, JSON, CSV, TSV, Parquet or Arrow file, hf:org/name, or an uploaded file's id.",
+        help="Examples to train on: JSONL, JSON, CSV, TSV, Parquet, Arrow, hf:org/name, or an uploaded file's id.",
     ),
 ]
 Valid = Annotated[

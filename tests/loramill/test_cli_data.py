@@ -137,8 +137,8 @@ def test_missing_tenants_are_reported_once_before_any_upload(tenant: str) -> Non
     assert refused.exit_code == 1
     assert refused.stderr.splitlines()[-3:] == [
         "2 problems; nothing was submitted:",
-        "jobs.csv, line 3: There is no tenant 'nobody'. (`loramill tenant create nobody` makes it.)",
-        "jobs.csv, line 5: There is no tenant 'noone'. (`loramill tenant create noone` makes it.)",
+        "jobs.csv, line 3: There is no tenant 'nobody'. (`loramill tenant create nobody` creates it.)",
+        "jobs.csv, line 5: There is no tenant 'noone'. (`loramill tenant create noone` creates it.)",
     ]
     assert shown("files", "list", "--tenant", tenant) == []
 

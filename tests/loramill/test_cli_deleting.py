@@ -115,7 +115,7 @@ def test_the_client_deletes(gateway: RunningGateway, tenant: str) -> None:
 def test_many_tenants_are_made_at_once_or_none(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
     a, b, c = (f"{tenant}-{word}" for word in "abc")
     ran = loramill("tenant", "create", a, b)
-    assert (ran.exit_code, ran.stdout) == (0, "") and "2 tenants are made" in ran.stderr
+    assert (ran.exit_code, ran.stdout) == (0, "") and "2 tenants created" in ran.stderr
     ran = loramill("tenant", "create", b, c)
     assert ran.exit_code == 1 and b in ran.stderr and "--exist-ok" in ran.stderr
     assert loramill("tenant", "limits", c).exit_code == 1
@@ -123,7 +123,7 @@ def test_many_tenants_are_made_at_once_or_none(gateway: RunningGateway, tenant: 
     assert ran.exit_code == 1 and "Bad Name" in ran.stderr
     assert loramill("tenant", "limits", c).exit_code == 1
     ran = loramill("tenant", "create", b, c, "--exist-ok")
-    assert ran.exit_code == 0 and ran.stderr.startswith(f"Tenant {c} is made, 1 existed already;")
+    assert ran.exit_code == 0 and ran.stderr.startswith(f"Tenant {c} created, 1 already existed;")
     assert loramill("tenant", "create").exit_code == 2
     assert shown("tenant", "create", f"{tenant}-d")["name"] == f"{tenant}-d"
 
@@ -157,11 +157,11 @@ def test_submit_makes_the_tenants_that_are_missing(gateway: RunningGateway, tena
     ran = loramill(*one)
     assert ran.exit_code == 1 and f"{tenant}-x" in ran.stderr
     ran = loramill(*one, "--create-tenant")
-    assert ran.exit_code == 0 and f"Tenant {tenant}-x is made." in ran.stderr, ran.stderr
+    assert ran.exit_code == 0 and f"Tenant {tenant}-x created." in ran.stderr, ran.stderr
     rows = [{"adapter": f"{tenant}-{word}/a", "train": "train.jsonl"} for word in "xyz"]
     (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ran = loramill("submit", "--file", str(tmp_path / "jobs.jsonl"), "--create-tenant")
-    assert ran.exit_code == 0 and ran.stderr.count("is made") == 2, ran.stderr
+    assert ran.exit_code == 0 and ran.stderr.count("created") == 2, ran.stderr
     (tmp_path / "wrong.jsonl").write_text('{"adapter": "never-made/a"}\n')
     assert loramill("submit", "--file", str(tmp_path / "wrong.jsonl"), "--create-tenant").exit_code == 1
     assert loramill("tenant", "limits", "never-made").exit_code == 1

@@ -172,8 +172,8 @@ def test_a_model_is_the_base_a_folder_or_of_the_record(here: Path, tiny: Path, p
     assert "no challenger" in failed("acme/support@challenger", "-p", "Why?")
     assert "does not exist" in failed("acme/nothing", "-p", "Why?")
     assert "the base here is 'tiny'" in failed("smollm2-135m", "-p", "Why?")
-    assert f"its folder {peft.name} has one: give that" in failed(peft.parent, "-p", "Why?")
-    assert "Nor is it a folder" in failed(here / "nothing", "-p", "Why?")
+    assert f"its folder {peft.name} contains one: give that folder" in failed(peft.parent, "-p", "Why?")
+    assert "It is not a folder" in failed(here / "nothing", "-p", "Why?")
     weights = registry.artifacts.fetch(version) / "adapter_model.safetensors"
     weights.chmod(0o644)
     weights.write_bytes(b"\0" * weights.stat().st_size)
@@ -247,7 +247,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
 
     with Small(tmp_path / "out", "wb") as file:
         _append(file, b"whole 1\n")
-        with pytest.raises(DiskFull, match="those that are there are whole"):
+        with pytest.raises(DiskFull, match="the answers in it are complete lines"):
             _append(file, b"whole 2\n")
     assert (tmp_path / "out").read_bytes() == b"whole 1\n"
 

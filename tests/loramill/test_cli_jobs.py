@@ -183,7 +183,7 @@ def test_failed_and_cancelled_jobs_are_queued_again(gateway: RunningGateway, ten
 
 def test_a_tenants_share(tenant: str) -> None:
     told = ok("tenant", "share", tenant, "--weight", "2.5", "--max-running", "3").stderr
-    assert "weight 2.5" in told and "running at most: 3" in told and "waiting at most: unlimited" in told
+    assert "weight 2.5" in told and "max running: 3" in told and "max waiting: unlimited" in told
     set_to = shown("tenant", "share", tenant, "--max-running", "unlimited", "--max-queued", "1")
     assert (set_to["weight"], set_to["max_running"], set_to["max_queued"]) == (2.5, None, 1)
     row = next(line for line in ok("tenant", "list").stdout.splitlines() if line.startswith(f"{tenant} "))
@@ -221,7 +221,7 @@ def test_a_job_of_another_base_says_what_it_waits_for(
 def test_checkpoints_and_plot(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
     job = submitted(tenant)
     assert "has no checkpoints yet" in ok("jobs", "checkpoints", job).stderr
-    assert "has no numbers yet" in ok("jobs", "plot", job).stderr
+    assert "has no measurements yet" in ok("jobs", "plot", job).stderr
     attempt = gateway.begin(job, step=10)
     with gateway.registry.writing() as session:
         for step in range(1, 11):
@@ -336,7 +336,7 @@ def test_watch(gateway: RunningGateway, tenant: str) -> None:
     assert "1 job: 1 queued" in ok("jobs", "watch", "--tenant", tenant, "--once").stdout
     threading.Timer(0.3, gateway.publish, [first]).start()
     began = time.monotonic()
-    assert "1 job: 1 succeeded" in ok("jobs", "watch", "--tenant", tenant, "--every", "0.1").stdout
+    assert "1 job: 1 succeeded" in ok("jobs", "watch", "--tenant", tenant, "--interval", "0.1").stdout
     assert time.monotonic() - began > 0.2
 
 

@@ -77,9 +77,9 @@ def test_a_version_stands_in_the_name_or_after_it(tenant: str, versions: list[st
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("promote", "acme/a"), "which version?"),
-        (("promote", "acme/a@previous", "3f2a9c01"), "two versions"),
-        (("adapters", "pin", "acme/a@"), "there is nothing after the '@'"),
+        (("promote", "acme/a"), "give a version"),
+        (("promote", "acme/a@previous", "3f2a9c01"), "are two versions"),
+        (("adapters", "pin", "acme/a@"), "after the '@'"),
     ],
 )
 def test_a_version_is_named_once(words: tuple[str, ...], told: str) -> None:

@@ -221,7 +221,7 @@ def test_many_are_checked_before_one_is_submitted(gateway: RunningGateway, tenan
         specs = refused({**good, "rank": 10_000}, {**good, "seed": 1}, {**good, "targets": ["nose"]})
         assert [problem.partition(":")[0] for problem in specs] == ["job 2", "job 4"]
         assert refused({**good}) == [
-            "job 2: it asks for the same as job 1; remove one, or give it another seed.",
+            "job 2: the same job as job 1; remove one, or give it another seed.",
         ]
 
 

@@ -86,7 +86,7 @@ def test_keys_with_scopes_and_an_end(gateway: RunningGateway, tenant: str) -> No
 
 
 def test_usage_is_shown(gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "Nothing was asked in 2 days" in loramill("usage", "--tenant", tenant, "--days", "2").stderr
+    assert "No requests in 2 days" in loramill("usage", "--tenant", tenant, "--days", "2").stderr
     with gateway.client() as admin:
         key = admin.keys.create(tenant).key
         job = admin.jobs.submit(f"{tenant}/a", examples()).id
