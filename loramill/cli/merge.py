@@ -125,7 +125,10 @@ def _print_report(report: MergeReport, to: Path) -> None:
             ("adapter", report.adapter),
             ("base", f"{report.base}, {report.into} values ({report.quantization})"),
             ("weights", report.dtype),
-            ("divergence", f"{found.kl:.2e} nats per token, at most {found.max_token_kl:.2e} (bound: {report.max_kl:g})"),
+            (
+                "divergence",
+                f"{found.kl:.2e} nats per token, at most {found.max_token_kl:.2e}; bound {report.max_kl:g}",
+            ),
             ("same token", f"{found.agreement:.2%} of {found.tokens} tokens of {found.examples} examples"),
         ]
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from loramill.client.adapters import AdaptersResource
 from loramill.client.files import FilesResource
-from loramill.client.http import Transport, is_local_url, translate_openai_errors
+from loramill.client.http import Transport, is_local_url, unexpected_response
 from loramill.client.jobs import JobsResource
 from loramill.client.models import parse_object
 from loramill.client.tenants import KeysResource, TenantsResource
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: A conversation, such as `[{"role": "user", "content": "Hello"}]`, or the text of one user message.
 Messages = str | Iterable[Mapping[str, str]]
+
+_CHAT = "/v1/chat/completions"
 
 
 class Client:
@@ -106,24 +108,24 @@ class Client:
             messages: The conversation so far, or the text of one user message.
             parameters: OpenAI's: max_tokens, temperature, seed, …
         """
-        self._check_key()
-        with translate_openai_errors(self.url), self.openai() as client:
-            response = client.chat.completions.create(model=model, messages=_message_list(messages), **parameters)
-        return response.choices[0].message.content or ""
+        response = self._transport.request_json("POST", _CHAT, json=_chat_request(model, messages, parameters))
+        try:
+            return response["choices"][0]["message"]["content"] or ""
+        except (KeyError, IndexError) as error:
+            raise unexpected_response(self.url, "its response is not a chat completion") from error
 
     def stream(self, model: str, messages: Messages, **parameters: Any) -> Generator[str, None, None]:
         """Yields the model's answer in pieces as it is generated. The arguments are those of `chat`."""
-        self._check_key()
-        with translate_openai_errors(self.url), self.openai() as client:
-            chunks = client.chat.completions.create(
-                model=model, messages=_message_list(messages), stream=True, **parameters
-            )
-            for chunk in chunks:
-                if chunk.choices and (text := chunk.choices[0].delta.content):
-                    yield text
+        request = {**_chat_request(model, messages, parameters), "stream": True}
+        for chunk in self._transport.stream_events(_CHAT, request):
+            if (choices := chunk.get("choices")) and (text := choices[0]["delta"].get("content")):
+                yield text
 
     def openai(self) -> openai.OpenAI:
-        """Returns an `openai` client of this gateway, for everything in OpenAI's API beyond `chat`."""
+        """Returns an `openai` client of this gateway, for everything in OpenAI's API beyond `chat`.
+
+        It needs the package `openai`: `pip install loramill[openai]`.
+        """
         from openai import DefaultHttpxClient, OpenAI
 
         if self._api_key is None:
@@ -159,11 +161,6 @@ class Client:
         rows = self._transport.paginate("/v1/audit", limit=min(limit, 100), query=drop_none({"tenant": tenant}))
         return [parse_object(AuditRecord, row) for row in islice(rows, limit)]
 
-    def _check_key(self) -> None:
-        """Without a key, raises NotRunning if no gateway answers, and Unauthenticated if one does."""
-        if self._api_key is None:
-            self._transport.request_json("GET", "/v1/models")
-
 
 def _default_api_key(settings: Settings, url: str) -> str | None:
     """The key of the settings, or this machine's admin key, which is sent to no other machine."""
@@ -177,7 +174,7 @@ def _default_api_key(settings: Settings, url: str) -> str | None:
         raise Unauthenticated(f"The admin key in {settings.admin_key_file} can't be read: {error.strerror}.") from error
 
 
-def _message_list(messages: Messages) -> Any:
+def _chat_request(model: str, messages: Messages, parameters: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(messages, str):
-        return [{"role": "user", "content": messages}]
-    return [dict(message) for message in messages]
+        messages = [{"role": "user", "content": messages}]
+    return {"model": model, "messages": [dict(message) for message in messages], **parameters}

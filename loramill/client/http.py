@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -134,17 +135,37 @@ class Transport:
             LoramillError: The error that the gateway reports. NotRunning, Unavailable: there is no valid response.
         """
         response = self._send(method, path, tenant, request)
-        body = _json(response)
         if response.is_error:
-            if response.status_code == 401 and self._api_key is None:
-                raise Unauthenticated(
-                    f"The gateway at {self.url} requires an API key: set LORAMILL_API_KEY "
-                    "(an admin creates one with `loramill key create TENANT`)."
-                )
-            raise error_from_response(response.status_code, body, self.url)
+            raise self._error_of(response)
+        body = _json(response)
         if not isinstance(body, dict):
             raise unexpected_response(self.url, "its response is not a JSON object")
         return body
+
+    def stream_events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Sends a POST request and yields the JSON objects of its server-sent events as they arrive.
+
+        Raises:
+            LoramillError: As for `request_json`, also in mid-stream. Unavailable: the response was cut off.
+        """
+        with (
+            self._translate_errors("POST", path),
+            self._http.stream("POST", self.url + path, headers=self._headers(None), json=body) as response,
+        ):
+            if response.is_error:
+                response.read()
+                raise self._error_of(response)
+            for line in response.iter_lines():
+                data = line.removeprefix("data:").strip()
+                if not line.startswith("data:") or data == "[DONE]":
+                    continue
+                try:
+                    event = json.loads(data)
+                except ValueError as error:
+                    raise unexpected_response(self.url, f"{path} sent an invalid event") from error
+                if "error" in event:
+                    raise error_from_response(500, event, self.url)
+                yield event
 
     @contextmanager
     def stream(self, path: str, **request: Any) -> Iterator[Iterator[bytes]]:
@@ -159,7 +180,7 @@ class Transport:
         ):
             if response.is_error:
                 response.read()
-                raise error_from_response(response.status_code, _json(response), self.url)
+                raise self._error_of(response)
             yield response.iter_bytes(1 << 20)
 
     def paginate(
@@ -197,6 +218,14 @@ class Transport:
     def _send(self, method: str, path: str, tenant: str | None, request: Mapping[str, Any]) -> httpx.Response:
         with self._translate_errors(method, path):
             return self._http.request(method, self.url + path, headers=self._headers(tenant), **request)
+
+    def _error_of(self, response: httpx.Response) -> LoramillError:
+        if response.status_code == 401 and self._api_key is None:
+            return Unauthenticated(
+                f"The gateway at {self.url} requires an API key: set LORAMILL_API_KEY "
+                "(an admin creates one with `loramill key create TENANT`)."
+            )
+        return error_from_response(response.status_code, _json(response), self.url)
 
     def _headers(self, tenant: str | None) -> dict[str, str]:
         headers = {}

@@ -39,7 +39,7 @@ def parse_object(cls: type[_V], wire: Mapping[str, Any]) -> _V:
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise NotRunning(
-            f"The gateway's response is not a {cls.__name__} ('{where}'): "
+            f"The gateway's response is not a valid {cls.__name__} ('{where}'): "
             "another program listens there, or a loramill of another version."
         ) from error
 

@@ -82,7 +82,7 @@ def test_a_deletion_is_confirmed_by_typing(
     for words in (("adapters", "delete", f"{tenant}/a"), ("tenant", "delete", tenant)):
         ran = loramill(*words)  # a script, where no one can be asked
         assert ran.exit_code == 2 and "--yes" in ran.stderr
-    monkeypatch.setattr(deleting, "_interactive", lambda: True)
+    monkeypatch.setattr(deleting, "_is_interactive", lambda: True)
     for words, typed in (
         (("adapters", "delete", f"{tenant}/a"), "no\n"),
         (("tenant", "delete", tenant), "yes\n"),
@@ -144,7 +144,7 @@ def test_a_list_of_tenants_with_limits_and_keys(gateway: RunningGateway, tenant:
     with gateway.client() as admin:
         assert (admin.tenants.get(tenant).weight, admin.tenants.get(f"{tenant}-b").requests_per_minute) == (3.0, 7)
     again = loramill("tenant", "create", "--file", str(file), "--exist-ok", "--keys-out", str(out))
-    assert again.exit_code == 1 and "exists already" in again.stderr
+    assert again.exit_code == 1 and "exists; keys are written" in again.stderr
     ran = loramill("tenant", "create", f"{tenant}-e", f"{tenant}-f", "--with-keys")
     assert ran.exit_code == 0 and ran.stdout.count("lm-") == 2 and "can't be shown again" in ran.stderr
     made = shown("tenant", "create", f"{tenant}-g", f"{tenant}-h", "--with-keys")

@@ -308,7 +308,7 @@ def test_wait_outlives_a_gateway_that_is_away(monkeypatch: pytest.MonkeyPatch) -
 
     with answering(answer) as url, Client(url, "lm-x") as client:
         assert client.jobs.wait("ftjob-1").model == "a/b@1"
-        monkeypatch.setattr("loramill.client.jobs._PATIENCE", 0.0)
+        monkeypatch.setattr("loramill.client.jobs._OUTAGE_SECONDS", 0.0)
         with pytest.raises(errors.Unavailable):
             client.jobs.wait("ftjob-1")
 

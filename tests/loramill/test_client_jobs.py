@@ -228,7 +228,7 @@ def test_many_are_checked_before_one_is_submitted(gateway: RunningGateway, tenan
 def test_a_crash_between_two_parts_loses_nothing(
     gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loramill.client.jobs._BATCH", 2)
+    monkeypatch.setattr("loramill.client.jobs._BATCH_SIZE", 2)
     rows = [{"adapter": f"{tenant}/a", "train": examples(), "steps": 5, "seed": seed} for seed in range(5)]
     sent = []
     send = JobsResource._send_batch
@@ -256,7 +256,7 @@ def test_a_crash_between_two_parts_loses_nothing(
 
 
 def test_jobs_come_page_after_page(gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loramill.client.jobs._PAGE", 2)
+    monkeypatch.setattr("loramill.client.jobs._PAGE_SIZE", 2)
     with gateway.client() as client:
         file = client.files.upload(examples(), tenant=tenant)
         ids = [client.jobs.submit(f"{tenant}/a", file, seed=i).id for i in range(5)]
@@ -268,7 +268,7 @@ def test_jobs_come_page_after_page(gateway: RunningGateway, tenant: str, monkeyp
 def test_events_are_oldest_first_and_followed_to_the_end(
     gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loramill.client.jobs._PAGE", 2)
+    monkeypatch.setattr("loramill.client.jobs._PAGE_SIZE", 2)
     with gateway.client() as client:
         job = client.jobs.submit(f"{tenant}/a", examples())
         told = client.jobs.events(job.id, follow=True, poll_seconds=0.01)

@@ -64,14 +64,14 @@ def test_a_gateway_that_lies_about_the_hashes_is_caught(
 ) -> None:
     """The version's own hash is over its files' hashes: altered with them, it isn't that version any more."""
     with gateway.client() as client:
-        call = client._wire.request_json
+        call = client._transport.request_json
 
         def lies(*arguments: Any, **more: Any) -> dict[str, Any]:
             answer = call(*arguments, **more)
             answer["files"]["adapter_model.safetensors"]["sha256"] = "0" * 64
             return answer
 
-        monkeypatch.setattr(client._wire, "call", lies)
+        monkeypatch.setattr(client._transport, "call", lies)
         with pytest.raises(ArtifactCorrupt):
             client.adapters.export(f"{tenant}/a", tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []

@@ -59,7 +59,7 @@ def test_a_list_is_read(tmp_path: Path, name: str, content: bytes, expected: lis
         ("a.csv", b"tenant\nacme\n", ["the column tenant; allowed are name"]),
         ("a.csv", b"weight\n1\n", ["no column 'name'"]),
         ("a.csv", b"name,weight\nacme,1,2\n", ["line 2: the row has more cells than columns"]),
-        ("a.csv", b"name,weight\n,1\n", ["line 2: there is no 'name'"]),
+        ("a.csv", b"name,weight\n,1\n", ["line 2: 'name' is missing"]),
         ("a.jsonl", b'{"name": "acme"\n', ["line 1: invalid JSON"]),
         (
             "a.jsonl",
@@ -67,7 +67,7 @@ def test_a_list_is_read(tmp_path: Path, name: str, content: bytes, expected: lis
             [
                 "line 1: 'name' is 5; give text",
                 "line 2: there is no setting 'size'",
-                "line 3: this is not an object",
+                "line 3: the line is not an object",
                 "line 4: 'max_queued' is True",
             ],
         ),
