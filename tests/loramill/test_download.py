@@ -71,7 +71,7 @@ def test_a_gateway_that_lies_about_the_hashes_is_caught(
             answer["files"]["adapter_model.safetensors"]["sha256"] = "0" * 64
             return answer
 
-        monkeypatch.setattr(client._transport, "call", lies)
+        monkeypatch.setattr(client._transport, "request_json", lies)
         with pytest.raises(ArtifactCorrupt):
             client.adapters.export(f"{tenant}/a", tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []

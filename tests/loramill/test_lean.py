@@ -91,7 +91,7 @@ class Gateway(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, *_: object) -> None:
         """Keeps the requests out of the test's output."""
 
 
@@ -108,7 +108,9 @@ def loramill(*arguments: str, url: str = "http://127.0.0.1:9", home: Path) -> su
     """Runs the command where only the client's packages can be imported."""
     environment = {**os.environ, "LORAMILL_URL": url, "LORAMILL_API_KEY": "lm-x", "LORAMILL_HOME": str(home)}
     command = [sys.executable, "-c", RUN, *arguments]
-    return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    return subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize("command", ["", "submit", "jobs", "plan", "generate", "compare", "up"])
