@@ -63,7 +63,7 @@ def test_image_has_the_ray_that_the_project_is_tested_with(config: dict[str, Any
         assert config["docker"][image].startswith(f"rayproject/ray:{version[1]}-py311")
 
 
-def test_header_names_only_settings_files_and_commands_that_exist() -> None:
+def test_the_header_names_existing_settings_files_and_commands() -> None:
     header = PATH.read_text().split("\ncluster_name:")[0]
     variables = set(re.findall(r"LORAMILL_(\w+)=", header))
     assert variables >= {"DATABASE_URL", "ARTIFACTS_URL", "URL", "API_KEY"}

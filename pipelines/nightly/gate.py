@@ -63,18 +63,18 @@ def decide(slices: Sequence[SliceScores], thresholds: Thresholds) -> GateDecisio
     gain = challenger.token_f1 - overall(champions).token_f1
     if gain < thresholds.min_gain - _ROUNDING:
         return GateDecision(
-            False, f"{_gained(gain, thresholds.min_gain)}; at least +{thresholds.min_gain:.3f} is required"
+            False, f"{_describe_gain(gain, thresholds.min_gain)}; at least +{thresholds.min_gain:.3f} is required"
         )
     return GateDecision(True, f"it gains {gain:.3f} over the champion")
 
 
-def _gained(gain: float, least: float) -> str:
+def _describe_gain(gain: float, minimum: float) -> str:
     """Describes a gain that is too small."""
     if abs(gain) < _ROUNDING:
         return "it scores the same as the champion"
     if gain < 0:
         return f"it loses {_distinct(-gain, 0)[0]} against the champion"
-    return f"it gains only {_distinct(gain, least)[0]} over the champion"
+    return f"it gains only {_distinct(gain, minimum)[0]} over the champion"
 
 
 def _distinct(value: float, other: float) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The training stage: a job per adapter, all at once, and the wait for their ends."""
+"""The training stage: submits one job per adapter, and waits until all have ended."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def train_all(context: NightlyContext, *, poll_seconds: float = 0.5) -> None:
     """Submits a job for each adapter, then waits until all have ended.
 
     Raises:
-        NotRunning, Unavailable: the gateway is away, for `AWAY_SECONDS` if jobs train already.
+        NotRunning, Unavailable: the gateway is unreachable, for `UNREACHABLE_SECONDS` if jobs train already.
     """
     waiting = context.remaining("train")
     if not waiting:
@@ -35,24 +35,24 @@ def train_all(context: NightlyContext, *, poll_seconds: float = 0.5) -> None:
         for adapter in new:
             context.attempt(adapter, "train", partial(_submit, context, submission, adapter))
     open_jobs = {adapter: result["job"] for adapter, result in context.in_progress("train").items() if "job" in result}
-    away: float | None = None
+    unreachable_since: float | None = None
     while open_jobs:
         try:
             context.gateway.check()
             found = _poll_jobs(context, open_jobs)
         except (SetupError, Unavailable):
-            away = away or time.monotonic()
-            if time.monotonic() - away > UNREACHABLE_SECONDS:
+            unreachable_since = unreachable_since or time.monotonic()
+            if time.monotonic() - unreachable_since > UNREACHABLE_SECONDS:
                 raise
         else:
-            away = None
+            unreachable_since = None
             for adapter, job in found.items():
                 if (
                     not context.attempt(adapter, "train", partial(_check_job, context, adapter, job))
                     or job.status.final
                 ):
                     del open_jobs[adapter]
-            # A job that someone paused may stay so for days; the others don't wait for it.
+            # A paused job may stay so for days; the others do not wait for it.
             if all(found[adapter].status is JobStatus.PAUSED for adapter in open_jobs):
                 for adapter, job_id in open_jobs.items():
                     context.fail(adapter, "train", JobError(_paused(job_id)))
@@ -66,7 +66,7 @@ def _submit(context: NightlyContext, submission: SubmissionContext, adapter: str
     if spec.base != context.base.fingerprint:
         raise BaseUnusable("The base has changed since the data was collected.")
     with context.registry.reading() as session:
-        # What sizing may change doesn't change the result, and the new data may need another choice than the old.
+        # What sizing may adjust does not change the result, and the new data may need other values than the old.
         job = check_spec(session, spec, submission, adjustable=ADJUSTABLE, metadata={"nightly_run": context.run.id})
     # With the job in the step's own transaction, a run that is killed here has neither or both.
     with context.registry.writing() as session:

@@ -10,7 +10,7 @@ from loramill.settings import ServeSettings, Settings
 
 
 @pytest.mark.parametrize(("device", "gpus", "there"), [("auto", 0, "cpu"), ("cpu", 0, "cpu"), ("cuda", 1, "cuda")])
-def test_ray_gives_a_gpu_to_who_says_so_and_nobody_takes_another(device, gpus, there, monkeypatch):
+def test_a_replica_uses_only_the_gpu_that_ray_assigned(device, gpus, there, monkeypatch):
     # Ray shows all of a node's GPUs to a replica that asked for none.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     settings = ServeSettings(device=device, threads=3)
@@ -21,7 +21,7 @@ def test_ray_gives_a_gpu_to_who_says_so_and_nobody_takes_another(device, gpus, t
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_without_ray_auto_is_what_torch_finds(there, monkeypatch):
+def test_without_ray_auto_is_the_device_that_torch_finds(there, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     assert resolve_device(ServeSettings()) == ("cuda" if there else "cpu")
     assert resolve_device(ServeSettings(device="cpu")) == "cpu"
@@ -37,9 +37,7 @@ class Started(Exception):
     [({"device": "cpu"}, "cpu", 128), ({"device": "cuda"}, "cuda", 2048)]
     + [({"device": device, "max_batch_tokens": 64}, device, 64) for device in ("cpu", "cuda")],
 )
-def test_the_device_decides_where_the_base_is_loaded_and_how_many_tokens_a_step_has(
-    said, device, tokens, base, monkeypatch
-):
+def test_the_device_decides_where_the_base_is_and_the_tokens_per_step(said, device, tokens, base, monkeypatch):
     seen = {}
 
     def load(folder, **asked):

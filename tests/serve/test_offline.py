@@ -139,7 +139,7 @@ def test_it_loads_smollm2_and_answers_as_transformers_does(base: Base, tokenizer
     assert (told.prompt_tokens, told.completion_tokens) == (len(tokenizer.encode_chat(question.messages)), 7)
 
 
-def test_answers_come_as_they_are_done_unless_asked_in_order(engine: OfflineEngine) -> None:
+def test_answers_are_yielded_when_complete_unless_ordered(engine: OfflineEngine) -> None:
     asked = [
         sampled(replace(each, ignore_eos=True), max_tokens=100 if n == 0 else 2) for n, each in enumerate(prompts(4))
     ]
@@ -331,7 +331,7 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
     assert [(each.id, each.prompt) for each in PromptFile(path, LIKE, chat=False)] == [("1", asked[0]), ("3", asked[1])]
 
 
-def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_of_a_file_are_listed_at_once(tmp_path: Path) -> None:
     path = file(
         tmp_path,
         "bad.jsonl",

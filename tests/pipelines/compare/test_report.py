@@ -73,7 +73,7 @@ def test_sizes_and_durations_have_units() -> None:
     assert [duration(seconds) for seconds in (1.523, 0.00936, 0.4)] == ["1.52 s", "9.36 ms", "400 ms"]
 
 
-def test_the_tables_say_what_was_measured() -> None:
+def test_the_tables_show_the_measurements() -> None:
     found = comparison(BASE, LORA, PREFIX, FAILED)
     assert table.training_rows(found) == [
         ("LoRA", "4.88M", "3.63%", "991 MB", "391 MB", "1.5 s", "0.001", "0.204", "19.5 MB"),
@@ -89,7 +89,7 @@ def test_the_tables_say_what_was_measured() -> None:
     assert table.failures(found) == ["DoRA failed: Memory ran out."]
 
 
-def test_notes_say_what_the_figures_are_of() -> None:
+def test_notes_explain_the_measurements() -> None:
     on_cpu = "\n".join(table.notes(comparison(BASE, LORA, PREFIX)))
     assert "resident bytes" in on_cpu and "CPU time" in on_cpu and "one of transformers" in on_cpu
     assert "Prefix tuning: begins as a text." in on_cpu
@@ -114,7 +114,7 @@ def test_the_chart_names_every_point_once_a_panel(rows: tuple[ComparisonRow, ...
     assert [axis.get_title(loc="left") for axis in figure.axes] == [cost.title for cost in chart.COSTS]
 
 
-def test_labels_of_points_that_lie_together_cover_each_other_nowhere() -> None:
+def test_labels_of_close_points_do_not_overlap() -> None:
     close = [
         row(subject, 4_000_000 + 10_000 * number, 0.92 + 0.002 * number, ENGINE)
         for number, subject in enumerate(("full", "lora", "qlora", "dora", "adalora", "bottleneck"))
@@ -166,7 +166,7 @@ def invoke(tiny: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.Monke
     return invoked
 
 
-def test_the_command_shows_and_writes_what_was_measured(invoke, tmp_path: Path) -> None:
+def test_the_command_shows_and_writes_the_results(invoke, tmp_path: Path) -> None:
     outputs = ("--json", str(tmp_path / "all.json"), "--chart", str(tmp_path / "all.png"))
     result, asked = invoke("--methods", "lora,prefix", "--rank", "8", "--steps", "5", "--rate", "prefix=0.02", *outputs)
     assert result.exit_code == 0, result.output
@@ -180,7 +180,7 @@ def test_the_command_shows_and_writes_what_was_measured(invoke, tmp_path: Path) 
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_failed_method_costs_the_exit_code_and_not_the_others(invoke, tmp_path: Path) -> None:
+def test_a_failed_method_changes_the_exit_code_alone(invoke, tmp_path: Path) -> None:
     result, _ = invoke("--methods", "dora,lora", "--json", str(tmp_path / "all.json"))
     assert result.exit_code == 1
     assert "DoRA failed: Memory ran out." in result.stderr
@@ -203,7 +203,7 @@ def test_where_all_fail_there_is_no_chart(invoke, tmp_path: Path) -> None:
         (("--chart", "nowhere/all.png"), "nowhere/all.png can't be written"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_anything_runs(invoke, words: tuple[str, ...], said: str) -> None:
+def test_invalid_options_are_refused_before_anything_runs(invoke, words: tuple[str, ...], said: str) -> None:
     result, asked = invoke(*words)
     assert result.exit_code == 1
     assert said in result.stderr

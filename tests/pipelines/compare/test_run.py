@@ -61,7 +61,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("subject", ["lora", "qlora", "adalora", "full", "bottleneck", "prefix"])
-def test_a_row_says_what_a_method_costs_and_comes_to(subject: Subject, task, quick: None) -> None:
+def test_a_row_has_the_cost_and_the_result_of_a_method(subject: Subject, task, quick: None) -> None:
     stages: list[TaskProgress] = []
     row = measure_task(task(subject), stages.append)
     assert row.subject == subject
@@ -145,7 +145,7 @@ def test_a_crash_is_a_row_with_its_traceback(task, child) -> None:
     assert row.log.startswith("Of old\nTraceback")
 
 
-def test_a_process_that_says_nothing_is_a_row(task, child) -> None:
+def test_a_process_without_output_is_a_row(task, child) -> None:
     child("raise SystemExit(3)")
     assert run.run_task(task("lora")).error == "The process ended with code 3: no output"
 
@@ -162,7 +162,7 @@ def test_a_killed_process_is_a_row(task, child) -> None:
     assert row.error is not None and "memory ran out" in row.error
 
 
-def test_whoever_stops_listening_ends_the_process_and_what_it_started(task, child, tmp_path: Path) -> None:
+def test_closing_the_reader_kills_the_process_group(task, child, tmp_path: Path) -> None:
     child(
         "import subprocess, sys; from pathlib import Path\n"
         "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
@@ -181,7 +181,7 @@ def test_whoever_stops_listening_ends_the_process_and_what_it_started(task, chil
     assert not status.exists() or "State:\tZ" in status.read_text()
 
 
-def test_memory_counts_what_was_held_and_let_go() -> None:
+def test_memory_counts_allocations_and_releases() -> None:
     memory.reset_peak("cpu")
     held = memory.used_bytes("cpu")
     block = bytearray(os.urandom(1 << 20) * 64)

@@ -84,7 +84,7 @@ def collected(registry: Registry, base: Base, train: list[bytes], valid: list[by
         return plan_training(session, registry.artifacts, NAME, new_data, base)
 
 
-def test_a_champion_goes_on_from_its_weights_with_a_replay_of_what_it_knew(registry: Registry, base: Base) -> None:
+def test_a_champion_is_trained_further_with_a_replay_of_old_data(registry: Registry, base: Base) -> None:
     old = champion(registry, base)
     plan = collected(registry, base, NEW, None)
     spec = JobSpec.model_validate(plan["spec"])
@@ -115,7 +115,7 @@ def test_the_next_job_trains_the_answers_that_were_asked_for(
     assert (new.train_on, new.rank, new.alpha) == (then, 4, 32.0)
 
 
-def test_validation_data_of_its_own_is_what_new_data_is_judged_by(registry: Registry, base: Base) -> None:
+def test_new_data_is_evaluated_on_its_own_validation_data(registry: Registry, base: Base) -> None:
     champion(registry, base)
     mine = [row(f"new held-out question {i}", "new") for i in range(5)]
     plan = collected(registry, base, NEW, mine)

@@ -44,7 +44,7 @@ def decided(registry: Registry, name: str, *, promote: bool) -> None:
 
 
 @pytest.mark.parametrize(("pinned", "promotes"), [(True, False), (False, True)])
-def test_a_pinned_champion_is_held_and_the_night_says_why(registry: Registry, pinned: bool, promotes: bool) -> None:
+def test_a_pinned_champion_is_held_with_the_reason(registry: Registry, pinned: bool, promotes: bool) -> None:
     with registry.writing() as session:
         tenants.create(session, "acme")
         adapters.get_or_create(session, AdapterName.parse("acme/a"))

@@ -171,7 +171,7 @@ def only(found: list[Outcome]) -> Outcome:
     return outcome
 
 
-def test_what_is_better_is_promoted_and_a_second_run_repeats_nothing(mill: Mill) -> None:
+def test_a_better_challenger_is_promoted_and_a_rerun_does_nothing(mill: Mill) -> None:
     mill.feed("acme/a", rows(12), rows(4, "other"))
     first = only(mill.run())
     assert (first.verdict, first.base, first.challenger) == (Verdict.PROMOTED, 0.0, 1.0)
@@ -189,7 +189,7 @@ def test_what_is_better_is_promoted_and_a_second_run_repeats_nothing(mill: Mill)
     assert stages == {("train", "acme/a"), ("evaluate", None)}
 
 
-def test_a_first_version_that_is_no_better_is_held_and_the_reason_says_that_it_answers(mill: Mill) -> None:
+def test_a_first_version_that_is_not_better_is_still_the_champion(mill: Mill) -> None:
     mill.right = lambda model: False
     mill.feed("acme/a", rows(12))
     held = only(mill.run())
@@ -242,7 +242,7 @@ def test_data_that_fails_is_set_aside_and_stops_no_other(mill: Mill) -> None:
     assert mill.set_aside() == {} and mill.pending() == []
 
 
-def test_a_defect_that_one_adapter_meets_is_its_own_failure(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_that_one_adapter_triggers_fails_it_alone(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
     plan_training = collect.plan_training
 
     def broken(session, artifacts, name, *rest):
@@ -258,7 +258,7 @@ def test_a_defect_that_one_adapter_meets_is_its_own_failure(mill: Mill, monkeypa
     assert bad.reason.startswith("collect: ZeroDivisionError: division by zero.")
 
 
-def test_storage_that_is_away_costs_no_data(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_storage_loses_no_data(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_):
         raise Unavailable("The store is away; try again.")
 
@@ -330,7 +330,7 @@ def ordered(mill: Mill, ending: Callable[[Mill, JobRecord], None]) -> Callable[[
     return pool
 
 
-def test_a_gateway_that_is_away_leaves_a_run_that_resumes(mill: Mill) -> None:
+def test_an_unreachable_gateway_leaves_a_run_that_resumes(mill: Mill) -> None:
     mill.feed("acme/a", rows(12))
     mill.checks = [NotRunning("Nothing answers at http://127.0.0.1:9: start it with `loramill up`.")]
     with pytest.raises(NotRunning):
@@ -345,7 +345,7 @@ def test_a_gateway_that_is_away_leaves_a_run_that_resumes(mill: Mill) -> None:
     assert only(mill.run()).verdict is Verdict.PROMOTED and mill.trained == ["acme/a"]
 
 
-def test_jobs_train_on_while_the_gateway_is_away_for_a_moment(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_continue_while_the_gateway_is_unreachable(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
     mill.feed("acme/a", rows(12))
     mill.checks = [None, *[Unavailable("The models don't answer yet.")] * 3]
     mill.pool = lambda job: None if mill.checks else mill.publish(job)
@@ -375,9 +375,7 @@ def test_a_champion_of_another_base_is_named_and_the_data_waits(mill: Mill, base
     assert only(mill.run()).verdict is not Verdict.FAILED
 
 
-def test_a_base_that_changes_during_a_run_cancels_the_job_that_nothing_runs(
-    mill: Mill, base: Base, monkeypatch
-) -> None:
+def test_a_base_that_changes_during_a_run_cancels_its_jobs(mill: Mill, base: Base, monkeypatch) -> None:
     mill.feed("acme/a", rows(12))
     mill.pool = lambda job: None
     mill.checks = [None, NotRunning("Nothing answers.")]
@@ -401,7 +399,7 @@ def test_a_version_that_is_gone_fails_its_adapter_alone(mill: Mill) -> None:
     assert mill.set_aside() == {"acme/bad": "evaluate"}
 
 
-def test_an_adapter_that_cannot_answer_now_is_asked_again_once(mill: Mill) -> None:
+def test_an_adapter_with_a_transient_error_is_evaluated_again_once(mill: Mill) -> None:
     mill.feed("acme/bad", rows(12))
     mill.feed("bolt/good", rows(12))
     mill.refuse = {"acme/bad": Unavailable("The adapter can't be read now; try again.")}

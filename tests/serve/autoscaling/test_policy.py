@@ -137,7 +137,7 @@ def test_a_day_is_followed_up_and_down(seed):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_a_burst_is_met_with_all_there_may_be_and_forgotten_after_it(seed):
+def test_a_burst_scales_to_the_maximum_and_back(seed):
     asks = trace(seed, 1200, lambda now: 20.0 if 300 <= now < 420 else 0.5)
     seen = play(asks, ScalingTargets(), least=1, most=8, seconds=1200)
     (first, _), *_ = seen.changes
@@ -163,7 +163,7 @@ def test_one_hot_tenant(seed):
 
 
 @pytest.mark.parametrize("rate", [1, 2.5, 3.5, 5, 8, 12])
-def test_the_same_load_all_along_is_no_reason_to_go_up_and_down(rate):
+def test_a_constant_load_causes_no_oscillation(rate):
     asks = trace(0, 1800, lambda now: rate)
     seen = play(asks, ScalingTargets(), least=1, most=8, seconds=1800)
     # At most the first guess is corrected, once.
@@ -174,7 +174,7 @@ def test_the_same_load_all_along_is_no_reason_to_go_up_and_down(rate):
 
 
 @pytest.mark.parametrize("guess", [SPEED / 4, SPEED * 4])
-def test_a_wrong_guess_of_the_speed_costs_replicas_or_a_few_turns(guess, monkeypatch):
+def test_a_wrong_guess_of_the_speed_is_corrected(guess, monkeypatch):
     monkeypatch.setattr(policy, "INITIAL_TOKENS_PER_SECOND", guess)
     asks = trace(0, 1800, lambda now: 8.0)
     seen = play(asks, ScalingTargets(), least=1, most=8, seconds=1800)

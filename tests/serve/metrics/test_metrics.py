@@ -56,7 +56,7 @@ def test_first_come() -> None:
     assert [label(name) for name in ("b", "a", "c", "b", "d", "a")] == ["b", "a", OTHER_LABEL, "b", OTHER_LABEL, "a"]
 
 
-def test_nobody_can_be_named_like_a_shared_label() -> None:
+def test_no_tenant_can_have_the_name_of_a_shared_label() -> None:
     with pytest.raises(InvalidRequest):
         check_name(OTHER_LABEL, "tenant")
 
@@ -233,7 +233,7 @@ def shown() -> tuple[float | None, ...]:
     )
 
 
-def test_processes_are_summed_and_a_killed_one_leaves_what_it_counted(start, folder: Path) -> None:
+def test_processes_are_summed_and_a_killed_one_keeps_its_counts(start, folder: Path) -> None:
     first, replica = start(GATEWAY), start(REPLICA)
     assert shown() == (3, 1, 2, 7, 4)
     second = start(GATEWAY)
@@ -254,7 +254,7 @@ def test_processes_are_summed_and_a_killed_one_leaves_what_it_counted(start, fol
     assert {int(file.stem.rpartition("_")[2]) for file in before & set(folder.glob("*.db"))} == {second.pid}
 
 
-def test_what_has_just_ended_is_told_for_a_while(start, folder: Path) -> None:
+def test_an_ended_process_is_exposed_for_a_while(start, folder: Path) -> None:
     process = start(OLD_REPLICA)
     killed(process)
     old = folder / f"counter_{process.pid}.db"
@@ -266,7 +266,7 @@ def test_what_has_just_ended_is_told_for_a_while(start, folder: Path) -> None:
     assert not old.exists()
 
 
-def test_a_merge_that_was_cut_short_does_no_harm(start, folder: Path) -> None:
+def test_an_interrupted_merge_does_no_harm(start, folder: Path) -> None:
     killed(start(GATEWAY))
     (folder / "counter_0.new").write_bytes(b"half")
     multiprocess.merge_dead_processes(folder, older_than=float("inf"))

@@ -245,7 +245,9 @@ def test_any_schema_with_any_sampling(
         ({"allOf": [{"anyOf": [{"required": [f"{x}{i}"]} for x in "ab"]} for i in range(18)]}, "schema too large"),
     ],
 )
-def test_a_schema_that_cannot_be_kept_is_refused_with_the_reason(replica: Replica, schema: Any, reason: str) -> None:
+def test_a_schema_that_cannot_be_enforced_is_refused_with_the_reason(
+    replica: Replica, schema: Any, reason: str
+) -> None:
     with pytest.raises(InvalidRequest) as caught:
         ask(replica, request("bad", OutputConstraint("response_format", schema)))
     assert caught.value.param == "response_format" and caught.value.message.startswith("'response_format': ")
@@ -274,7 +276,7 @@ def test_deep_schemas_are_refused_or_kept(replica: Replica) -> None:
         ask(replica, request("deeper", OutputConstraint("response_format", nested(400))))
 
 
-def test_a_grammar_that_becomes_too_complex_ends_its_answer_and_no_other(replica: Replica) -> None:
+def test_a_grammar_that_becomes_too_complex_ends_its_answer_alone(replica: Replica) -> None:
     # Any of these may come next: more than a row of the parser may hold.
     fields = {f"p{i}": {"type": "string"} for i in range(1500)}
     wide = {"type": "object", "properties": fields, "required": ["p1499"], "additionalProperties": False}
@@ -354,7 +356,7 @@ def test_others_in_the_batch_are_not_changed(replica: Replica) -> None:
     assert ask(replica, *plain, *held)[:3] == alone
 
 
-def test_a_form_is_compiled_once_and_not_in_the_thread_that_asks(
+def test_a_constraint_is_compiled_once_in_a_thread_of_its_own(
     forms: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[str] = []

@@ -104,14 +104,14 @@ def test_text_without_a_call_is_left_alone(text: str) -> None:
     assert scan(text) == (text, [])
 
 
-def test_no_part_of_a_tag_is_told_before_it_is_known_what_it_is() -> None:
+def test_no_part_of_a_tag_is_released_early() -> None:
     scanner, told = ToolCallScanner(), ""
     for letter in "I look. " + call(x=1):
         told += "".join(part for part in scanner.push(letter) if isinstance(part, str))
     assert told == "I look."
 
 
-def test_text_is_told_as_soon_as_it_is_certain() -> None:
+def test_text_is_released_as_soon_as_it_is_certain() -> None:
     scanner = ToolCallScanner()
     assert scanner.push("one two") == ["one two"]
     assert scanner.push(" three ") == [" three"]

@@ -52,7 +52,7 @@ def test_chunks_arrive_whole_and_in_order() -> None:
     run(work())
 
 
-def test_what_is_ready_together_is_one_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_that_are_ready_together_are_one_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = []
 
     async def work() -> None:
@@ -71,7 +71,7 @@ def test_what_is_ready_together_is_one_frame(monkeypatch: pytest.MonkeyPatch) ->
     assert len(frames) == 2
 
 
-def test_a_replica_that_goes_leaves_nobody_waiting() -> None:
+def test_a_replica_that_ends_leaves_no_request_waiting() -> None:
     async def work() -> None:
         async with joined() as (receiver, sender, address):
             send = await sender.connect(address)
@@ -88,7 +88,7 @@ def test_a_replica_that_goes_leaves_nobody_waiting() -> None:
     run(work())
 
 
-def test_one_connection_serves_all_and_is_made_anew_when_it_breaks() -> None:
+def test_one_connection_serves_all_and_is_replaced_if_it_breaks() -> None:
     async def work() -> None:
         async with joined() as (receiver, sender, address):
             first, second = await asyncio.gather(sender.connect(address), sender.connect(address))
@@ -122,7 +122,7 @@ def test_a_stranger_is_not_listened_to() -> None:
     run(work())
 
 
-def test_a_gateway_that_is_gone_is_said_so() -> None:
+def test_an_unreachable_gateway_is_an_error() -> None:
     async def work() -> None:
         async with joined() as (receiver, sender, address):
             await receiver.close()
