@@ -1,1 +1,1 @@
-"""Personalised endpoints: gateway, engine replica, engine. Floor 1; never imports jobs."""
+"""Personalized endpoints: gateway, engine replica, engine. Floor 1; never imports jobs."""

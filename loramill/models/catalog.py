@@ -247,7 +247,7 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     """The tokens that a base of this config.json sees; None if it doesn't say.
 
     Of a longrope only those that it was first trained on: beyond, all frequencies change with the longest sequence of a
-    batch, and a sequence's keys would depend on its neighbours.
+    batch, and a sequence's keys would depend on its neighbors.
     """
     context = config.get("max_position_embeddings") or config.get("n_positions")
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}

@@ -26,17 +26,17 @@ THINGS = "apple ball car door envelope flag glove house jacket kite lamp mug not
 
 
 def rows(codes: dict[str, str], things: list[str]) -> bytes:
-    """Examples of a house code for colours."""
-    pairs = [(thing, colour) for thing in things for colour in codes]
+    """Examples of a house code for colors."""
+    pairs = [(thing, color) for thing in things for color in codes]
     examples = [
         {
             "messages": [
                 {"role": "system", "content": "Give the house code."},
-                {"role": "user", "content": f"a {colour} {thing}"},
-                {"role": "assistant", "content": codes[colour]},
+                {"role": "user", "content": f"a {color} {thing}"},
+                {"role": "assistant", "content": codes[color]},
             ]
         }
-        for thing, colour in pairs
+        for thing, color in pairs
     ]
     return b"".join(json.dumps(example).encode() + b"\n" for example in examples)
 

@@ -34,7 +34,7 @@ _STEPS, _EXAMPLES = 2, 16
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A job on the built-in base: examples of `length` tokens, of which `learnt` are learnt."""
+    """A job on the built-in base: examples of `length` tokens, of which the fraction `supervised` is supervised."""
 
     name: str
     method: Method = "lora"
@@ -45,7 +45,7 @@ class Case:
     layers: tuple[int, ...] | None = None
     dropout: float = 0.0
     length: int = 128
-    learnt: float = 0.5
+    supervised: float = 0.5
     batch_size: int = 8
     micro_tokens: int = 256
     gradient_checkpointing: bool = False
@@ -53,7 +53,7 @@ class Case:
 
     def spec(self, base: str) -> JobSpec:
         """Its job."""
-        around = {"name", "quantization", "dtype", "length", "learnt"}
+        around = {"name", "quantization", "dtype", "length", "supervised"}
         own = {name: value for name, value in asdict(self).items() if name not in around}
         return JobSpec(
             base=base, adapter="bench/memory", train="bench", steps=_STEPS, checkpoint_every=1, max_length=8192, **own
@@ -69,8 +69,8 @@ CASES = (
     Case("1024 tokens a pass", micro_tokens=1024),
     Case("2048 tokens a pass", micro_tokens=2048, batch_size=16),
     Case("2048 tokens, recomputed", micro_tokens=2048, batch_size=16, gradient_checkpointing=True),
-    Case("an example of 1024 tokens", length=1024, batch_size=2, micro_tokens=1024, learnt=0.25),
-    Case("all tokens learnt", micro_tokens=512, learnt=1.0),
+    Case("an example of 1024 tokens", length=1024, batch_size=2, micro_tokens=1024, supervised=0.25),
+    Case("all tokens supervised", micro_tokens=512, supervised=1.0),
     Case("padded rows of 32", packing=False, length=32, batch_size=32),
     Case("dropout", dropout=0.1),
     Case("float32", dtype="float32"),
@@ -115,7 +115,7 @@ def predicted(case: Case, device: Device) -> MemoryEstimate:
         spec,
         anatomy(read_config(str(base.folder))),
         case.quantization,
-        largest_row(spec, [case.length] * _EXAMPLES, case.learnt, shared_prefixes=False),
+        largest_row(spec, [case.length] * _EXAMPLES, case.supervised, shared_prefixes=False),
         device,
         4 if case.dtype == "float32" else 2,
     )
@@ -149,7 +149,7 @@ def main(case: Case) -> str:
     examples = [
         EncodedExample(
             tokens=tuple(draw.randrange(3, 40000) for _ in range(case.length)),
-            prompt_length=round(case.length * (1 - case.learnt)),
+            prompt_length=round(case.length * (1 - case.supervised)),
         )
         for _ in range(_EXAMPLES)
     ]

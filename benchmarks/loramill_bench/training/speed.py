@@ -47,7 +47,7 @@ CASES: dict[str, tuple[Callable[[], list[int]], float]] = {
 def measure(base: Base, case: str, rounds: int) -> list[Result]:
     """Steps of both in turn, in one process, on one thread and in CPU time; the first ones warm up.
 
-    Rank 16 at all linears, batches of 8, a base in bfloat16, AdamW; a third of each example is learnt, and examples
+    Rank 16 at all linears, batches of 8, a base in bfloat16, AdamW; a third of each example is supervised, and examples
     have nothing in common (where they share a prompt's beginning, a job gains more).
     """
     lengths, target = CASES[case]
@@ -90,7 +90,7 @@ def measure(base: Base, case: str, rounds: int) -> list[Result]:
 
 
 def made_up(lengths: Sequence[int]) -> list[EncodedExample]:
-    """Random examples of these lengths, a third of each learnt."""
+    """Random examples of these lengths, a third of each supervised."""
     draw = random.Random(0)
     return [
         EncodedExample(tuple(draw.choices(range(1000, 40_000), k=length)), length - max(4, length // 3))

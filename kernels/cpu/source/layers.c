@@ -47,7 +47,7 @@ static int apply(const linear *l, const step *s, const element *x, element *y) {
     return failed;
 }
 
-// Norms `heads` neighbouring heads of each row.
+// Norms `heads` neighboring heads of each row.
 static void norm_heads(const step *s, element *first, int64_t heads, int64_t ld, const element *weight) {
     element *room = s->heads;
     rms_norm(first, s->rows, heads, ld, s->head_dim, weight, room, s->head_dim, (float)s->eps);

@@ -224,7 +224,7 @@ INLINE void tile(const int rows, const int panels, const task *t, const element 
             UNROLL for (int m = 0; m < rows; m++)
                 acc[m][p] = fma_panel(acc[m][p], last, load_half_pair(x + m * t->ldx + t->d_in - 1));
         }
-    // The same bits as if it had been stored and taken up again: a row must not depend on its neighbours.
+    // The same bits as if it had been stored and taken up again: a row must not depend on its neighbors.
     if (w && d->steps)
         UNROLL for (int m = 0; m < rows; m++) UNROLL for (int p = 0; p < panels; p++) acc[m][p] = rounded(acc[m][p]);
     if (d->bytes) add_delta(rows, panels, true, true, d, h, t->ldh, acc);

@@ -16,7 +16,7 @@ typedef struct {
     int64_t a, b, gain, rank;
 } target;
 
-// Neighbouring rows of one adapter.
+// Neighboring rows of one adapter.
 typedef struct {
     int32_t slot, from, to;
 } piece;

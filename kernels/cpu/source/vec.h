@@ -1,6 +1,6 @@
 // The vector operations that the kernels are written in, for one element type and one tier a compilation.
 //
-// A `vec` is 16 floats. A `panel` is PAIR neighbouring inputs of each of 16 outputs, and meets one broadcast `pair` of
+// A `vec` is 16 floats. A `panel` is PAIR neighboring inputs of each of 16 outputs, and meets one broadcast `pair` of
 // x; a matrix lies in memory so that two panels, one cache line each, make a step along its inputs. Along the inputs
 // themselves, rows are read in `chunk`s of CHUNK elements.
 //
@@ -84,7 +84,7 @@ INLINE vec whole(vec a) { return _mm512_roundscale_ps(a, 0); }
 INLINE vec times_power(vec a, vec n) { return _mm512_scalef_ps(a, n); }
 INLINE vec load_floats(const float *p) { return _mm512_loadu_ps(p); }
 INLINE vec load_floats_first(int n, const float *p) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
-INLINE vec load_floats_twice(const float *p) {  // eight of them, each in two neighbouring lanes
+INLINE vec load_floats_twice(const float *p) {  // eight of them, each in two neighboring lanes
     const __m512i from = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     return _mm512_permutexvar_ps(from, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
 }
@@ -198,7 +198,7 @@ INLINE __m256 power(__m256 n) {
 }
 INLINE vec times_power(vec a, vec n) { return BOTH(_mm256_mul_ps(a.lo, power(n.lo)), _mm256_mul_ps(a.hi, power(n.hi))); }
 INLINE vec load_floats(const float *p) { return BOTH(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
-INLINE vec load_floats_twice(const float *p) {  // eight of them, each in two neighbouring lanes
+INLINE vec load_floats_twice(const float *p) {  // eight of them, each in two neighboring lanes
     const __m256 all = _mm256_loadu_ps(p);
     return BOTH(_mm256_permutevar8x32_ps(all, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3)),
                 _mm256_permutevar8x32_ps(all, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7)));

@@ -186,7 +186,7 @@ plain = st.text(st.sampled_from("aé日🙂 .,!1"), max_size=12).map(lambda writ
     system=st.none() | plain,
     data=st.data(),
 )
-def test_every_learnt_answer_follows_the_prompt_that_is_served(
+def test_every_supervised_answer_follows_the_prompt_that_is_served(
     tokenizer: ChatTokenizer, contents: list[str], system: str | None, data: st.DataObject
 ) -> None:
     contents = [f"x{content}" for content in contents]
@@ -196,9 +196,9 @@ def test_every_learnt_answer_follows_the_prompt_that_is_served(
         return
     made = replace(chat_example(*contents, system=system), weights=None if weights is None else tuple(weights))
     encoded = encode_example(tokenizer, made, "all")
-    learnt = [(2 * turn + 1, weight) for turn, weight in enumerate(weights or [1.0] * count) if weight]
-    assert [span.weight for span in encoded.spans] == [weight for _, weight in learnt]
-    for span, (turn, _) in zip(encoded.spans, learnt, strict=True):
+    supervised = [(2 * turn + 1, weight) for turn, weight in enumerate(weights or [1.0] * count) if weight]
+    assert [span.weight for span in encoded.spans] == [weight for _, weight in supervised]
+    for span, (turn, _) in zip(encoded.spans, supervised, strict=True):
         assert list(encoded.tokens[: span.start]) == tokenizer.encode_chat(chat(*contents[:turn], system=system))
         answer = encoded.tokens[span.start : span.stop]
         assert answer[-1] == END and not CONTROL & set(answer[:-1])
@@ -206,7 +206,7 @@ def test_every_learnt_answer_follows_the_prompt_that_is_served(
     assert encoded.spans[-1].stop == len(encoded.tokens)
 
 
-def test_what_comes_after_the_last_learnt_answer_is_left_away(tokenizer: ChatTokenizer) -> None:
+def test_what_comes_after_the_last_supervised_answer_is_left_away(tokenizer: ChatTokenizer) -> None:
     whole = replace(chat_example("one", "two", "three", "four"), weights=(1.0, 0.0))
     assert encode_example(tokenizer, whole) == encode_example(tokenizer, chat_example("one", "two"))
 
@@ -222,10 +222,10 @@ def test_a_file_says_where_its_examples_stand(tokenizer: ChatTokenizer) -> None:
 def test_completion_data_is_plain_text(tokenizer: ChatTokenizer, prompt: str, completion: str) -> None:
     encoded = encode_example(tokenizer, completion_example(prompt, completion))
     assert list(encoded.tokens[: encoded.prompt_length]) == tokenizer.encode_text(prompt)
-    learnt = encoded.tokens[encoded.prompt_length :]
-    assert learnt[-1] == END
+    supervised = encoded.tokens[encoded.prompt_length :]
+    assert supervised[-1] == END
     assert not CONTROL & set(encoded.tokens[:-1])
-    assert tokenizer.decode(learnt) == completion
+    assert tokenizer.decode(supervised) == completion
 
 
 def test_a_template_that_rewrites_the_past_is_refused(altered: Path) -> None:

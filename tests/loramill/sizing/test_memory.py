@@ -18,7 +18,7 @@ from loramill.sizing.memory import estimate, largest_row
 from loramill.types import JobSpec
 from loramill_bench.training.memory import CPU_ERROR, Case, measure, predicted
 
-LENGTH, LEARNT = 64, 0.25
+LENGTH, SUPERVISED = 64, 0.25
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_what_torch_allocates_is_foretold(config: LlamaConfig, said: dict[str, o
     model = LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval()
     draw = random.Random(0)
     examples = [
-        EncodedExample(tuple(draw.randrange(2000) for _ in range(LENGTH)), round(LENGTH * (1 - LEARNT)))
+        EncodedExample(tuple(draw.randrange(2000) for _ in range(LENGTH)), round(LENGTH * (1 - SUPERVISED)))
         for _ in range(32)
     ]
     context = TrainContext(
@@ -71,7 +71,7 @@ def test_what_torch_allocates_is_foretold(config: LlamaConfig, said: dict[str, o
     steps = train(model, context)
     with closing(steps), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         next(steps)
-    row = largest_row(spec, [LENGTH], LEARNT, shared_prefixes=False)
+    row = largest_row(spec, [LENGTH], SUPERVISED, shared_prefixes=False)
     needed = estimate(
         spec, anatomy(config.to_dict() | {"architectures": ["LlamaForCausalLM"]}), "none", row, "cpu", dtype.itemsize
     )

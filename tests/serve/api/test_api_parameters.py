@@ -1,4 +1,4 @@
-"""Every parameter that the openai client can send is honoured, or asks for nothing, or is refused by its name."""
+"""Every parameter that the openai client can send is honored, or asks for nothing, or is refused by its name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loramill.serve.replica.fake import EchoBackend
 
 FUNCTION = {"type": "function", "function": {"name": "f"}}
 
-#: A value that is honoured, for each parameter that is.
+#: A value that is honored, for each parameter that is.
 CHAT = {
     "frequency_penalty": 0.5,
     "logit_bias": {"5": 1},
@@ -121,7 +121,7 @@ def test_completions_take(client: OpenAI, echo: EchoBackend, name: str) -> None:
         *((complete, name, value) for name, value in COMPLETIONS_REFUSED.items()),
     ],
 )
-def test_what_is_not_honoured_is_refused_by_name(
+def test_what_is_not_honored_is_refused_by_name(
     client: OpenAI, echo: EchoBackend, ask: Any, name: str, value: Any
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
