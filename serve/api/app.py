@@ -17,9 +17,12 @@ from loramill.serve.api.errors import add_error_handlers
 from loramill.serve.api.generation.model_lookup import version_cache
 from loramill.serve.api.limits.flush import usage_flusher
 from loramill.serve.api.limits.tracker import UsageTracker
+from loramill.serve.api.middleware.access_log import AccessLogMiddleware
 from loramill.serve.api.middleware.authentication import AuthenticationMiddleware
+from loramill.serve.api.middleware.body_limit import BodyLimitMiddleware
 from loramill.serve.api.middleware.cors import GatewayCORSMiddleware
-from loramill.serve.api.middleware.request_id import BodyLimitMiddleware, InternalErrorMiddleware, RequestIdMiddleware
+from loramill.serve.api.middleware.internal_errors import InternalErrorMiddleware
+from loramill.serve.api.middleware.request_id import RequestIdMiddleware
 from loramill.serve.api.openapi import describe
 from loramill.serve.api.routes import (
     adapter_imports,
@@ -97,7 +100,7 @@ def build_api(
     add_error_handlers(app)
     app.include_router(docs.router)
     describe(app)
-    # The last that is added is the first to see a request.
+    # The middleware that is added last sees a request first.
     app.add_middleware(
         BodyLimitMiddleware, upload_paths=_UPLOAD_PATHS, max_upload_bytes=settings.serve.max_upload_bytes
     )
@@ -105,5 +108,6 @@ def build_api(
     app.add_middleware(InternalErrorMiddleware)
     if settings.serve.cors_origins:
         app.add_middleware(GatewayCORSMiddleware, origins=settings.serve.cors_origins)
+    app.add_middleware(AccessLogMiddleware)
     app.add_middleware(RequestIdMiddleware)
     return app

@@ -1,1 +1,1 @@
-"""ASGI middleware and the checks before every endpoint."""
+"""ASGI middleware."""

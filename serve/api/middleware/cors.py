@@ -1,4 +1,4 @@
-"""CORS: browsers let pages of other origins call the gateway only if the setting `serve.cors_origins` lists them."""
+"""CORS: browsers only let pages of the origins in the setting `serve.cors_origins` call the gateway."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-#: Headers of an answer that a page may read.
+#: Response headers that a page may read.
 EXPOSED_HEADERS = (
     "x-request-id",
     "x-loramill-version",
@@ -18,9 +18,9 @@ EXPOSED_HEADERS = (
 
 
 class GatewayCORSMiddleware(CORSMiddleware):
-    """Answers preflights of listed origins, without a key, and sets the CORS headers of their answers.
+    """Answers preflight requests of the listed origins, without an API key, and sets their CORS headers.
 
-    A request of another origin is handled as without CORS: its preflight needs a key like any request.
+    Requests of other origins pass through: their preflights need an API key like any request.
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from loramill.errors import Unavailable
 from loramill.registry import Registry, migrate
 from loramill.serve.api.app import build_api
-from loramill.serve.api.middleware.request_id import MAX_JSON_BYTES
+from loramill.serve.api.middleware.body_limit import MAX_JSON_BYTES
 from loramill.serve.api.routes import health
 from loramill.serve.protocol import TextChunk, TextRequest
 from loramill.serve.replica.fake import EchoBackend

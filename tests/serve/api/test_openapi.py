@@ -29,7 +29,7 @@ from loramill.serve.api.openapi import operations
 from loramill.submission.dataset_checks import DATA_FILE
 from loramill.types import JobSpec, VersionRecord
 
-from .test_api_imports import form
+from .routes.test_adapter_imports import form
 
 #: Requests of each kind (allowed, forbidden) that are drawn at random for an operation, besides the systematic ones.
 DRAWN = 4

@@ -17,7 +17,7 @@ from loramill.models.catalog import Base
 from loramill.serve.replica.replica import Replica
 from loramill.settings import ServeSettings
 
-from ...hermes import SPECIAL, VOCABULARY
+from ....hermes import SPECIAL, VOCABULARY
 
 #: Logits that the model has beyond its tokens.
 UNUSED = [f"token_id:{VOCABULARY + more}" for more in range(3)]

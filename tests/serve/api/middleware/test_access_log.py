@@ -67,7 +67,7 @@ def test_a_probe_is_logged_only_where_it_fails(folder: Path, http: httpx.Client)
 def test_a_full_file_is_moved_by_one_of_the_gateways_that_share_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access_log, "FILE_BYTES", 1000)
+    monkeypatch.setattr(access_log, "MAX_FILE_BYTES", 1000)
     access_log.open_access_log(folder)  # as a second gateway's
     first, second = (each for each in access_log.log.handlers if isinstance(each, access_log.SharedLogFile))
     for number in range(30):

@@ -14,7 +14,7 @@ from openai import OpenAI
 from loramill.registry import api_keys, audit, jobs
 from loramill.types import AuditRecord
 
-from .test_api_imports import form
+from .test_adapter_imports import form
 
 HELLO: Any = [{"role": "user", "content": "a word that nobody may write down"}]
 

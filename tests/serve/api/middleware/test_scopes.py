@@ -10,8 +10,7 @@ import openai
 import pytest
 
 from loramill.registry import api_keys
-from loramill.serve.api.middleware.authentication import OPEN_PATHS
-from loramill.serve.api.middleware.scopes import accepted_scopes
+from loramill.serve.api.middleware.authentication import OPEN_PATHS, accepted_scopes
 from loramill.types import Scope
 
 HELLO: Any = [{"role": "user", "content": "hi"}]
