@@ -40,6 +40,7 @@ TESTED_VERSIONS = {
     "datasets": "5.2.0",
     "deepspeed": "0.19.8",
     "fastapi": "0.165.0",
+    "fastapi-offline": "1.7.7",
     "fsspec": "2026.9.0",
     "gguf": "0.19.0",
     "httptools": "0.9.0",

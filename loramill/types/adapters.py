@@ -20,52 +20,52 @@ class Alias(StrEnum):
 class AdapterRecord(FrozenModel):
     """An adapter with the versions that its aliases point to; the champion of a `pinned` adapter does not change."""
 
-    name: str
-    tenant: str
-    created_at: float
-    champion: str | None = None
-    challenger: str | None = None
-    previous: str | None = None
-    pinned: bool = False
+    name: str = Field(description="Name of the adapter, `tenant/adapter`.")
+    tenant: str = Field(description="Tenant that owns the adapter.")
+    created_at: float = Field(description="When it was created, in seconds since the epoch.")
+    champion: str | None = Field(default=None, description="Version that answers by default.")
+    challenger: str | None = Field(default=None, description="Version of the last nightly run, if it was not promoted.")
+    previous: str | None = Field(default=None, description="Version that was the champion before.")
+    pinned: bool = Field(default=False, description="Whether the champion is pinned.")
 
 
 class VersionRecord(FrozenModel):
     """The immutable result of a job; `id` is the hash of its content, which is also the name of its artifact."""
 
-    id: str
-    adapter: str
-    job: str | None
-    base: str
-    bytes: int
-    created_at: float
+    id: str = Field(description="ID of the version: the hash of its content.")
+    adapter: str = Field(description="Name of the adapter.")
+    job: str | None = Field(description="ID of the job that made it. Null: it was imported.")
+    base: str = Field(description="Fingerprint of the base model.")
+    bytes: int = Field(description="Size of its files in bytes.")
+    created_at: float = Field(description="When it was created, in seconds since the epoch.")
 
 
 class AliasChange(FrozenModel):
     """One move of an alias; the newest one is where the alias points now."""
 
-    alias: Alias
-    version: str | None
-    reason: str
-    created_at: float
+    alias: Alias = Field(description="The alias.")
+    version: str | None = Field(description="Version that it points to since then. Null: none.")
+    reason: str = Field(description="Why it was changed.")
+    created_at: float = Field(description="When it was changed, in seconds since the epoch.")
 
 
 class EvaluationRecord(FrozenModel):
     """Metrics of a version, or of the base (`version` is None), on one slice of held-out examples."""
 
-    id: int
-    adapter: str
-    version: str | None
-    dataset: str
-    slice: str
-    examples: int
-    metrics: dict[str, float]
-    created_at: float
+    id: int = Field(description="Number of the evaluation.")
+    adapter: str = Field(description="Name of the adapter.")
+    version: str | None = Field(description="Version that was evaluated. Null: the base model.")
+    dataset: str = Field(description="ID of the dataset.")
+    slice: str = Field(description="Name of the slice of held-out examples.")
+    examples: int = Field(description="Number of examples.")
+    metrics: dict[str, float] = Field(description="Metrics by name.")
+    created_at: float = Field(description="When it was evaluated, in seconds since the epoch.")
 
 
 class DeletionSummary(FrozenModel):
     """What was deleted together with an adapter, version or tenant."""
 
-    versions: int = 0
-    jobs: int = 0
-    files: int = 0
+    versions: int = Field(default=0, description="Number of deleted versions.")
+    jobs: int = Field(default=0, description="Number of deleted jobs.")
+    files: int = Field(default=0, description="Number of deleted files.")
     cancelled: tuple[str, ...] = Field(default=(), description="IDs of the jobs that had not ended.")

@@ -29,32 +29,28 @@ class SetAsideData(NewData):
 class NewDataState(FrozenModel):
     """New data of an adapter that no nightly run has collected yet, and whether the next one trains on it."""
 
-    adapter: str
-    examples: int
-    validation_examples: int
+    adapter: str = Field(description="Name of the adapter.")
+    examples: int = Field(description="Number of training examples that wait.")
+    validation_examples: int = Field(description="Number of validation examples that wait.")
     enough: bool = Field(description="Whether there are enough examples for the next nightly run to train on.")
     outlook: str = Field(description="What the next nightly run does with the data, or how many examples are missing.")
 
 
 class AdapterData(FrozenModel):
-    """A training file, and optionally a validation file, for an adapter's nightly runs.
+    """A training file, and optionally a validation file, for an adapter's nightly runs."""
 
-    Attributes:
-        run: the nightly run that collected the files; None while they wait.
-        used_at: when that run ended.
-        set_aside: why that run failed; no other run collects the files until they are retried.
-    """
-
-    adapter: str
-    train: str
-    train_filename: str
-    train_examples: int
-    valid: str | None
-    valid_filename: str | None
-    created_at: float
-    run: str | None
-    used_at: float | None
-    set_aside: str | None
+    adapter: str = Field(description="Name of the adapter.")
+    train: str = Field(description="ID of the training file.")
+    train_filename: str = Field(description="Name of the training file.")
+    train_examples: int = Field(description="Number of training examples.")
+    valid: str | None = Field(description="ID of the validation file.")
+    valid_filename: str | None = Field(description="Name of the validation file.")
+    created_at: float = Field(description="When it was added, in seconds since the epoch.")
+    run: str | None = Field(description="Nightly run that collected it. Null while it waits.")
+    used_at: float | None = Field(description="When that run ended, in seconds since the epoch.")
+    set_aside: str | None = Field(
+        description="Why that run failed with it. No other run collects it until it is retried."
+    )
 
 
 class StepStatus(StrEnum):

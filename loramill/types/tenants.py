@@ -36,9 +36,9 @@ class Limits(FrozenModel):
 class TenantRecord(Limits):
     """A tenant with its limits, its fair share and its number of jobs."""
 
-    id: int
-    name: str
-    created_at: float
+    id: int = Field(description="Number of the tenant.")
+    name: str = Field(description="Name of the tenant.")
+    created_at: float = Field(description="When it was created, in seconds since the epoch.")
     weight: float = Field(default=1.0, description="Share of the pool, relative to the other tenants' weights.")
     max_running: int | None = Field(
         default=None, description="Maximum number of running jobs. Null: as many as the pool has room for."
@@ -53,13 +53,13 @@ class TenantRecord(Limits):
 class KeyRecord(FrozenModel):
     """An API key as it is stored: with the hash of its secret, never the secret."""
 
-    id: str
+    id: str = Field(description="ID of the key.")
     tenant: str | None = Field(description="Tenant of the key. Null for an admin's key.")
     hint: str = Field(description="Last four characters of the secret.")
-    created_at: float
-    revoked_at: float | None = None
+    created_at: float = Field(description="When it was created, in seconds since the epoch.")
+    revoked_at: float | None = Field(default=None, description="When it was revoked, in seconds since the epoch.")
     expires_at: float | None = Field(default=None, description="Expiry time. Null: never.")
-    scopes: tuple[Scope, ...] = tuple(Scope)
+    scopes: tuple[Scope, ...] = Field(default=tuple(Scope), description="What it may be used for.")
 
     @field_validator("scopes", mode="before")
     @classmethod
@@ -70,13 +70,13 @@ class KeyRecord(FrozenModel):
 class UsageRecord(FrozenModel):
     """Requests and tokens of a tenant on one day (UTC, such as 2026-01-31), for a base or an adapter's version."""
 
-    day: str
+    day: str = Field(description="Day (UTC), such as 2026-01-31.")
     tenant: str | None = Field(description="Tenant of the requests. Null: an admin, for no tenant.")
     model: str = Field(description="Name of the base, or tenant/adapter.")
-    version: str | None
-    requests: int
-    prompt_tokens: int
-    completion_tokens: int
+    version: str | None = Field(description="Version of the adapter. Null: the base model.")
+    requests: int = Field(description="Number of requests.")
+    prompt_tokens: int = Field(description="Number of tokens in prompts.")
+    completion_tokens: int = Field(description="Number of generated tokens.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +101,14 @@ class RateWindow:
 class AuditRecord(FrozenModel):
     """One change that was made through the API."""
 
-    id: str
-    created_at: float
+    id: str = Field(description="ID of the change.")
+    created_at: float = Field(description="When it was made, in seconds since the epoch.")
     tenant: str | None = Field(description="Tenant that owns what changed. Null: no tenant.")
     actor: str | None = Field(description="Tenant whose key was used. Null: an admin's key.")
     key: str = Field(description="ID of the API key, or nightly.")
     action: str = Field(description='Action, such as "adapter.promote".')
     subject: str = Field(description="Name or ID of what changed.")
-    details: dict[str, Any] = Field(default_factory=dict)
+    details: dict[str, Any] = Field(default_factory=dict, description="More about the change, by name.")
     request: str = Field(
         description="ID of the request, as in the x-request-id header and the access log, or of the nightly run."
     )

@@ -1,4 +1,4 @@
-"""The gateway: OpenAI's API over the record and a backend."""
+"""The gateway: an OpenAI-compatible API over the registry and a backend that generates text."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import loramill
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.models.catalog import Base
 from loramill.registry import Registry
-from loramill.serve.api import docs
 from loramill.serve.api.dependencies import Gateway, ServedBase
+from loramill.serve.api.docs import add_docs
 from loramill.serve.api.errors import add_error_handlers
 from loramill.serve.api.generation.model_lookup import version_cache
 from loramill.serve.api.limits.flush import usage_flusher
@@ -23,9 +23,9 @@ from loramill.serve.api.middleware.body_limit import BodyLimitMiddleware
 from loramill.serve.api.middleware.cors import GatewayCORSMiddleware
 from loramill.serve.api.middleware.internal_errors import InternalErrorMiddleware
 from loramill.serve.api.middleware.request_id import RequestIdMiddleware
-from loramill.serve.api.openapi import describe
+from loramill.serve.api.openapi import DESCRIPTION, TAGS, extend_openapi
 from loramill.serve.api.routes import (
-    adapter_imports,
+    adapter_files,
     adapters,
     audit,
     chat,
@@ -36,7 +36,6 @@ from loramill.serve.api.routes import (
     health,
     job_batches,
     models,
-    pins,
     tenants,
     usage,
 )
@@ -44,7 +43,24 @@ from loramill.serve.protocol import GenerationBackend
 from loramill.settings import Settings
 from loramill.submission.dataset_checks import DatasetChecks
 
-#: Paths that take files.
+#: All endpoints, in the order in which the documentation lists them.
+ROUTERS = (
+    chat.router,
+    completions.router,
+    models.router,
+    files.router,
+    fine_tuning.router,
+    job_batches.router,
+    adapters.router,
+    adapter_files.router,
+    deletion.router,
+    tenants.router,
+    usage.router,
+    audit.router,
+    health.router,
+)
+
+#: Paths that accept files.
 _UPLOAD_PATHS = re.compile(rf"{files.FILES_PATH}|/v1/adapters/[^/]+/[^/]+/import")
 
 
@@ -60,46 +76,32 @@ def build_api(
     """Builds the gateway's app.
 
     Args:
-        registry: the open record.
-        base: the base that `backend` serves, and that new jobs train on.
-        tokenizer: the base's, for validating data.
-        backend: what generates text.
-        settings: limits of uploads and of training files.
-        others: further bases that can be asked.
+        registry: the registry, open.
+        base: the base model that `backend` serves and that new jobs train.
+        tokenizer: the base's tokenizer, for validating data.
+        backend: generates text.
+        settings: limits of uploads and of training files, CORS origins, and more.
+        other_bases: more base models that are served.
     """
-    books = UsageTracker()
+    usage_tracker = UsageTracker()
     app = FastAPI(
         title="loramill",
         version=loramill.__version__,
+        description=DESCRIPTION,
+        openapi_tags=TAGS,
         docs_url=None,
         redoc_url=None,
-        lifespan=lambda _: usage_flusher(books, registry),
+        lifespan=lambda _: usage_flusher(usage_tracker, registry),
     )
     served = {each.base.name: each for each in (ServedBase(base, backend), *other_bases)}
     dataset_checks = DatasetChecks(registry.artifacts, tokenizer)
-    names = version_cache(registry, settings.serve.grace_seconds)
-    app.state.gateway = Gateway(registry, base, tokenizer, served, settings, dataset_checks, names, books)
-    offered = (
-        chat,
-        completions,
-        models,
-        files,
-        fine_tuning,
-        job_batches,
-        adapters,
-        adapter_imports,
-        pins,
-        deletion,
-        tenants,
-        usage,
-        audit,
-        health,
-    )
-    for rooms in offered:
-        app.include_router(rooms.router)
+    versions = version_cache(registry, settings.serve.grace_seconds)
+    app.state.gateway = Gateway(registry, base, tokenizer, served, settings, dataset_checks, versions, usage_tracker)
+    for router in ROUTERS:
+        app.include_router(router)
+    add_docs(app)
     add_error_handlers(app)
-    app.include_router(docs.router)
-    describe(app)
+    extend_openapi(app)
     # The middleware that is added last sees a request first.
     app.add_middleware(
         BodyLimitMiddleware, upload_paths=_UPLOAD_PATHS, max_upload_bytes=settings.serve.max_upload_bytes

@@ -1,4 +1,4 @@
-"""What every endpoint works with, and how it gets it: parameters annotated `Here` and `Who`."""
+"""Dependencies of the endpoints: parameters annotated `GatewayDep` and `CallerDep`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from loramill.types import VersionRecord
 
 @dataclass(frozen=True, slots=True)
 class ServedBase:
-    """A base that can be asked, and what answers for it and for its adapters."""
+    """A base model, and the backend that serves it and its adapters."""
 
     base: Base
     backend: GenerationBackend
@@ -32,14 +32,17 @@ class ServedBase:
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """The record, the bases that are served, and what is known of files.
+    """Everything that endpoints share.
 
     Attributes:
-        base: the one that new jobs train on.
-        tokenizer: its.
-        served: it and any others, by name.
-        versions: what an adapter's alias or prefix of a version names.
-        books: what tenants use here.
+        registry: the registry.
+        base: the base model that new jobs train.
+        tokenizer: the tokenizer of `base`.
+        served: the base models that are served, by name.
+        settings: the settings.
+        dataset_checks: cached checks of files.
+        version_cache: the version of an adapter and an alias or version prefix.
+        usage_tracker: limits and usage of the tenants.
     """
 
     registry: Registry
@@ -53,11 +56,11 @@ class Gateway:
 
     @property
     def submission(self) -> SubmissionContext:
-        """What new jobs are checked against."""
+        """The context of new jobs."""
         return SubmissionContext(self.base, self.settings.jobs, self.dataset_checks)
 
 
-# Both are async, so that FastAPI needs no thread to call them.
+# Both are async, so that FastAPI does not call them in a thread.
 async def _get_gateway(request: Request) -> Gateway:
     gateway: Gateway = request.app.state.gateway
     return gateway

@@ -1,55 +1,60 @@
-"""What every generation passes between its lookup and the backend: the tenant's limits, the books, the metrics."""
+"""Admission: every generation passes the tenant's limits, and is counted in usage and metrics when it ends."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 
 from loramill.errors import LoramillError
 from loramill.registry.usage import UsageCount
 from loramill.serve.api.dependencies import Gateway
 from loramill.serve.api.generation.metrics import GenerationMetrics
 from loramill.serve.api.generation.model_lookup import Target
-from loramill.serve.api.generation.streaming import Chunks, generate
-from loramill.serve.api.limits.tracker import Permit, UsageTracker
+from loramill.serve.api.generation.streaming import Admission, generate
 from loramill.serve.api.middleware.authentication import Caller
 from loramill.serve.protocol import TextChunk, TextRequest
 
-#: Characters of a prompt that are taken for one token, as OpenAI does before it has counted.
+#: Characters per token, for prompts that are not tokenized yet. OpenAI estimates with the same number.
 CHARS_PER_TOKEN = 4
 
-#: Tokens that are reserved for an answer whose request gives no limit.
+#: Tokens that are reserved for an answer whose request sets no maximum.
 DEFAULT_COMPLETION_ESTIMATE = 256
 
-#: What a generation says first, to nobody: from then on, closing it is noticed.
-_BEGUN = (0, TextChunk("", 0, 0))
 
-
-async def admit(
+@asynccontextmanager
+async def admitted(
     gateway: Gateway, caller: Caller, target: Target, requests: Sequence[TextRequest], n: int = 1
-) -> tuple[Chunks, Mapping[str, str]]:
-    """Begins to generate all answers of one call; returns their chunks and the response's headers.
+) -> AsyncIterator[Admission]:
+    """Generates all answers of one call while the block runs. Leaving it cancels those that are not finished.
 
     Args:
-        n: answers to each prompt, which follow each other.
+        gateway: its limits apply, and it counts the usage.
+        caller: who sends the call.
+        target: the model.
+        requests: one request per answer.
+        n: answers per prompt; those to the same prompt are adjacent.
 
     Raises:
-        RateLimited: a limit of the caller's is reached.
-        LoramillError: of the first answer that fails, from the chunks; the others are cancelled.
+        RateLimited: a limit of the caller's tenant is reached.
+        LoramillError: raised by the chunks when the first answer fails; the others are cancelled.
     """
-    watch = GenerationMetrics(target, requests, n)
+    metrics = GenerationMetrics(target, requests, n)
     try:
         permit = gateway.usage_tracker.acquire(target.tenant, caller.limits, estimate_tokens(requests, n))
     except LoramillError as error:
-        watch.record_end(error)
+        metrics.record_end(error)
         raise
-    chunks = _noted(generate(target.served.backend, requests), watch, gateway.usage_tracker, permit, target, n)
-    await anext(chunks)
-    return chunks, {**target.headers, **permit.headers}
+    try:
+        with metrics:
+            async with aclosing(generate(target.served.backend, requests, metrics.record_chunk)) as chunks:
+                yield Admission(chunks, {**target.headers, **permit.headers})
+    finally:
+        count = _usage_count(metrics.last_chunks, n)
+        gateway.usage_tracker.release(permit, target.name, target.version, count)
 
 
 def estimate_tokens(requests: Sequence[TextRequest], n: int) -> int:
-    """Tokens that a call may come to, roughly: a prompt counts once, however many answers there are to it."""
+    """A rough estimate of the tokens of a call. A prompt counts once, however many answers it has."""
     prompts = sum(_prompt_tokens(request) for request in requests[::n])
     max_tokens = (request.sampling_params.max_tokens for request in requests)
     return prompts + sum(DEFAULT_COMPLETION_ESTIMATE if each is None else each for each in max_tokens)
@@ -62,24 +67,10 @@ def _prompt_tokens(request: TextRequest) -> int:
     return sum(len(text) // CHARS_PER_TOKEN + 1 for text in texts)
 
 
-async def _noted(
-    chunks: Chunks, watch: GenerationMetrics, books: UsageTracker, permit: Permit, target: Target, n: int
-) -> Chunks:
-    try:
-        with watch:
-            yield _BEGUN
-            async with aclosing(chunks):
-                async for index, chunk in chunks:
-                    watch.record_chunk(index, chunk)
-                    yield index, chunk
-    finally:
-        books.release(permit, target.name, target.version, _usage_count(watch.last_chunks, n))
-
-
-def _usage_count(last: Mapping[int, TextChunk], n: int) -> UsageCount:
-    """What came, by the last chunk of each answer."""
+def _usage_count(last_chunks: Mapping[int, TextChunk], n: int) -> UsageCount:
+    """What was generated, by the last chunk of each answer."""
     prompts: dict[int, int] = {}
-    for index, chunk in last.items():
+    for index, chunk in last_chunks.items():
         prompts[index // n] = max(chunk.prompt_tokens, prompts.get(index // n, 0))
-    completion = sum(chunk.completion_tokens for chunk in last.values())
-    return UsageCount(1 if last else 0, sum(prompts.values()), completion)
+    completion = sum(chunk.completion_tokens for chunk in last_chunks.values())
+    return UsageCount(1 if last_chunks else 0, sum(prompts.values()), completion)

@@ -1,4 +1,4 @@
-"""Generation as the endpoints need it: several answers at once, the first chunk peeked, the caller watched."""
+"""Responses of generations: complete or as server-sent events, from several answers that are generated at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
@@ -24,16 +24,16 @@ log = logging.getLogger("loramill.gateway")
 
 _T = TypeVar("_T")
 
-#: Answers of one call that are generated at once: a call with many prompts isn't a flood.
+#: Answers of one call that are generated at once, so that a call with many prompts does not flood the engine.
 _MAX_CONCURRENT_ANSWERS = 16
 
-#: Chunks of several answers, each with its answer's index, in the order they become ready.
+#: Chunks of several answers, each with the index of its answer, in the order in which they become ready.
 Chunks: TypeAlias = AsyncGenerator[tuple[int, TextChunk], None]
 
 
 @dataclass(slots=True)
 class GenerationResult:
-    """One whole answer."""
+    """One complete answer."""
 
     text: str = ""
     prompt_tokens: int = 0
@@ -42,86 +42,109 @@ class GenerationResult:
     logprobs: list[SampledToken] = field(default_factory=list)
 
     def add(self, chunk: TextChunk) -> None:
-        """Takes the next chunk in."""
+        """Appends the next chunk."""
         self.text += chunk.text
         self.prompt_tokens, self.completion_tokens = chunk.prompt_tokens, chunk.completion_tokens
         self.finish = chunk.finish
         self.logprobs.extend(chunk.logprobs)
 
 
-def generate(backend: GenerationBackend, requests: Sequence[TextRequest]) -> Chunks:
-    """Generates all answers at the same time. Closing it cancels those that aren't finished.
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """An admitted call.
+
+    Attributes:
+        chunks: the chunks of all its answers.
+        headers: headers of the response.
+    """
+
+    chunks: Chunks
+    headers: Mapping[str, str]
+
+
+def generate(
+    backend: GenerationBackend, requests: Sequence[TextRequest], on_chunk: Callable[[int, TextChunk], None]
+) -> Chunks:
+    """Generates all answers at the same time. Closing the generator cancels those that are not finished.
+
+    Args:
+        backend: generates the answers.
+        requests: one request per answer.
+        on_chunk: called with each chunk and the index of its answer.
 
     Raises:
-        LoramillError: of the first answer that fails; the others are cancelled.
+        LoramillError: the error of the first answer that fails; the others are cancelled.
     """
-    # A backend's iterator is a generator: closing it is what cancels the answer.
+    # A backend's iterator is a generator, and closing it cancels its answer.
     streams = [backend.generate(request) for request in requests]
-    return _interleaved(streams) if len(streams) > 1 else _single(streams[0])
+    return _interleaved(streams, on_chunk) if len(streams) > 1 else _single(streams[0], on_chunk)
 
 
-async def _single(stream: AsyncGenerator[TextChunk, None]) -> Chunks:
+async def _single(stream: AsyncGenerator[TextChunk, None], on_chunk: Callable[[int, TextChunk], None]) -> Chunks:
     async with aclosing(stream):
         async for chunk in stream:
+            on_chunk(0, chunk)
             yield 0, chunk
 
 
-async def _interleaved(streams: Sequence[AsyncGenerator[TextChunk, None]]) -> Chunks:
+async def _interleaved(
+    streams: Sequence[AsyncGenerator[TextChunk, None]], on_chunk: Callable[[int, TextChunk], None]
+) -> Chunks:
     upcoming = iter(enumerate(streams))
-    waiting = {_next(stream): index for index, stream in islice(upcoming, _MAX_CONCURRENT_ANSWERS)}
+    pending = {_next(stream): index for index, stream in islice(upcoming, _MAX_CONCURRENT_ANSWERS)}
     try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        while pending:
+            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                index = waiting.pop(task)
+                index = pending.pop(task)
                 if (chunk := task.result()) is not None:
-                    waiting[_next(streams[index])] = index
+                    pending[_next(streams[index])] = index
+                    on_chunk(index, chunk)
                     yield index, chunk
                 else:
-                    waiting |= {_next(stream): following for following, stream in islice(upcoming, 1)}
+                    pending |= {_next(stream): following for following, stream in islice(upcoming, 1)}
     finally:
-        # Shielded: the caller who went away must not also interrupt the clearing up.
+        # Shielded, since a client that disconnects must not interrupt the clean-up too.
         with anyio.CancelScope(shield=True):
-            for task in waiting:
+            for task in pending:
                 task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+            await asyncio.gather(*pending, return_exceptions=True)
             for stream in streams:
                 await stream.aclose()
 
 
 def _next(stream: AsyncGenerator[TextChunk, None]) -> asyncio.Task[TextChunk | None]:
-    async def following() -> TextChunk | None:
+    async def next_chunk() -> TextChunk | None:
         return await anext(stream, None)
 
-    return asyncio.create_task(following())
+    return asyncio.create_task(next_chunk())
 
 
 async def collect(chunks: Chunks, count: int) -> list[GenerationResult]:
-    """The `count` answers, whole, by index."""
-    answers = [GenerationResult() for _ in range(count)]
-    async with aclosing(chunks):
-        async for index, chunk in chunks:
-            answers[index].add(chunk)
-    return answers
+    """Returns the `count` complete answers, by index."""
+    results = [GenerationResult() for _ in range(count)]
+    async for index, chunk in chunks:
+        results[index].add(chunk)
+    return results
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """Returns what `work` returns; cancels it when the caller goes away.
+    """Returns the result of `work`, which is cancelled when the client disconnects.
 
     Raises:
-        ClientDisconnect: the caller went away.
+        ClientDisconnect: the client disconnected.
     """
-    task, gone = asyncio.create_task(work), asyncio.create_task(_wait_for_disconnect(request))
+    task, disconnected = asyncio.create_task(work), asyncio.create_task(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnect
         return task.result()
     finally:
         task.cancel()
-        gone.cancel()
+        disconnected.cancel()
         with anyio.CancelScope(shield=True):
-            await asyncio.gather(task, gone, return_exceptions=True)
+            await asyncio.gather(task, disconnected, return_exceptions=True)
 
 
 async def _wait_for_disconnect(request: Request) -> None:
@@ -131,57 +154,81 @@ async def _wait_for_disconnect(request: Request) -> None:
 
 async def respond_complete(
     request: Request,
-    chunks: Chunks,
+    admission: AbstractAsyncContextManager[Admission],
     count: int,
     render: Callable[[list[GenerationResult]], Any],
-    headers: Mapping[str, str],
 ) -> JSONResponse:
-    """All answers in one JSON object."""
-    answers = await while_connected(request, collect(chunks, count))
-    return JSONResponse(render(answers), headers=headers)
+    """Responds with all answers in one JSON object, made by `render`."""
+    async with admission as admitted:
+        results = await while_connected(request, collect(admitted.chunks, count))
+    return JSONResponse(render(results), headers=admitted.headers)
 
 
 async def respond_streaming(
-    request: Request, chunks: Chunks, render: Callable[[Chunks], AsyncGenerator[str, None]], headers: Mapping[str, str]
+    request: Request,
+    admission: AbstractAsyncContextManager[Admission],
+    render: Callable[[Chunks], AsyncGenerator[str, None]],
 ) -> StreamingResponse:
-    """Answers as server-sent events, of which `show` makes the JSON.
+    """Responds with server-sent events, whose JSON is made by `render`.
 
-    An error before the first event is raised, with a status of its own.
+    The first event is awaited here, so that an error before it has a status of its own.
     """
-    payloads = render(chunks)
+    async with AsyncExitStack() as stack:
+        admitted = await stack.enter_async_context(admission)
+        payloads = render(admitted.chunks)
+        first = await while_connected(request, _first(payloads))
+        # From here on, the response leaves the admission.
+        return EventStreamResponse(first, payloads, request.state.request_id, admitted.headers, stack.pop_all())
 
-    async def first() -> str:
-        return await anext(payloads)
 
-    peeked = await while_connected(request, first())
-    return EventStreamResponse(_sse(peeked, payloads, request.state.request_id), chunks, headers)
+async def _first(payloads: AsyncGenerator[str, None]) -> str:
+    return await anext(payloads)
 
 
 class EventStreamResponse(StreamingResponse):
-    """Server-sent events that close the generation under them, however the response ends."""
+    """Server-sent events of a generation.
+
+    Args:
+        first: payload of the first event.
+        rest: payloads of the following events.
+        request_id: id of the request, for the log.
+        headers: headers of the response.
+        resources: closed at the end of the generation, before the client sees the end, and however the response ends.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, lines: AsyncIterator[str], chunks: Chunks, headers: Mapping[str, str]) -> None:
-        super().__init__(lines, headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
-        self._chunks = chunks
+    def __init__(
+        self,
+        first: str,
+        rest: AsyncIterator[str],
+        request_id: str,
+        headers: Mapping[str, str],
+        resources: AsyncExitStack,
+    ) -> None:
+        events = _events(first, rest, request_id, resources)
+        super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+        self._resources = resources
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events."""
-        async with aclosing(self._chunks):
+        async with self._resources:
             await super().__call__(scope, receive, send)
 
 
-async def _sse(first: str, rest: AsyncIterator[str], request_id: str) -> AsyncIterator[str]:
+async def _events(
+    first: str, rest: AsyncIterator[str], request_id: str, resources: AsyncExitStack
+) -> AsyncIterator[str]:
     try:
-        yield _event(first)
-        async for payload in rest:
-            yield _event(payload)
+        async with resources:
+            yield _event(first)
+            async for payload in rest:
+                yield _event(payload)
         yield "data: [DONE]\n\n"
     except LoramillError as error:
         yield _event(json.dumps(error_body(error)))
     except Exception:
-        log.exception("request %s failed in mid-stream", request_id, extra={"request": request_id})
+        log.exception("request %s failed mid-stream", request_id, extra={"request": request_id})
         yield _event(json.dumps(error_body(internal_error(request_id))))
 
 

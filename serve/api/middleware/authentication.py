@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loramill.errors import Forbidden, InvalidRequest, LoramillError, Unauthenticated
 from loramill.registry import Registry, api_keys, tenants
+from loramill.serve.api import docs
 from loramill.serve.api.cache import ReadThroughCache
 from loramill.serve.api.errors import error_response
 from loramill.submission.submit import Submitter
@@ -22,7 +23,7 @@ from loramill.types import KeyRecord, Limits
 from loramill.types import Scope as KeyScope
 
 #: Paths that need no API key.
-OPEN_PATHS = frozenset({"/", "/favicon.ico", "/health", "/healthz", "/readyz", "/openapi.json", "/docs"})
+OPEN_PATHS = docs.PATHS | {"/health", "/healthz", "/readyz"}
 
 #: Scope of the endpoints by the beginning of their path. A GET also accepts the scope `read`.
 _SCOPE_BY_PREFIX = (

@@ -1,69 +1,59 @@
-"""/v1/adapters: versions and their files, promotion, rollback, and data for the next nightly run."""
+"""/v1/adapters: adapters, the aliases of their versions, and data for the next nightly run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, BinaryIO
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
 
-from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict
+from fastapi import APIRouter
 from sqlalchemy.orm import Session
-from starlette.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
 
-from loramill.client.adapter_folder import TOKENIZER_FILES
-from loramill.errors import InvalidRequest, NotFound
-from loramill.models.catalog import Base
-from loramill.names import SHORT_HASH_LENGTH, AdapterName
-from loramill.registry import adapters, evaluations, jobs, nightly
+from loramill.errors import InvalidRequest
+from loramill.names import AdapterName
+from loramill.registry import adapters, evaluations, nightly
 from loramill.serve.api.dependencies import CallerDep, Gateway, GatewayDep
+from loramill.serve.api.generation.admission import admitted
+from loramill.serve.api.generation.model_lookup import find_model
+from loramill.serve.api.generation.streaming import collect
 from loramill.serve.api.middleware.authentication import Caller
+from loramill.serve.api.responses import ERRORS, returns
 from loramill.serve.api.routes.audit import record_change
-from loramill.serve.api.schemas.common import RequestBody, list_object
+from loramill.serve.api.schemas.adapters import (
+    Adapter,
+    AdapterDataObject,
+    AdapterHistory,
+    AdapterWarm,
+    AdapterWithData,
+    NewDataRequest,
+    PromotionRequest,
+    VersionSelector,
+)
+from loramill.serve.api.schemas.common import AdapterPath, ListObject, TenantPath, list_object
+from loramill.serve.protocol import TextRequest
+from loramill.serve.sampling_params import SamplingParams
 from loramill.submission.references import find_file, named_by
-from loramill.types import AdapterRecord, Alias, DatasetRecord, FrozenModel, VersionRecord
+from loramill.types import AdapterRecord, DatasetRecord, FrozenModel
 
-router = APIRouter(tags=["adapters"])
+router = APIRouter(tags=["adapters"], responses=ERRORS)
 
 ADAPTER_PATH = "/v1/adapters/{tenant}/{adapter}"
 
 
-class PromotionRequest(RequestBody):
-    """Which version becomes the champion: an alias, or a version's id or the first 8 digits of it or more."""
-
-    version: str
-
-
-class NewDataRequest(RequestBody):
-    """Files that the next nightly run trains on."""
-
-    training_file: str
-    validation_file: str | None = None
-
-
-class VersionFilesQuery(BaseModel):
-    """The query for a version's files: which version, and whether its files or a full fine-tune's whole weights."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    version: str = Alias.CHAMPION.value
-    full: bool = False
-
-
-VersionFilesParam = Annotated[VersionFilesQuery, Query()]
-
-#: Bytes of a file that are sent at once.
-_CHUNK_BYTES = 1 << 20
-
-
-@router.get("/v1/adapters")
+@router.get("/v1/adapters", summary="List adapters", responses=returns(ListObject[Adapter]))
 def list_adapters(gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """The caller's adapters."""
+    """Lists the caller's adapters."""
     with gateway.registry.reading() as session:
         return list_object(adapters.list_adapters(session, caller.tenant), adapter_object)
 
 
-@router.get(ADAPTER_PATH)
-def retrieve_adapter(tenant: str, adapter: str, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """An adapter with its versions, the history of its aliases, and its evaluations, each newest first."""
+@router.get(ADAPTER_PATH, summary="Retrieve an adapter", responses=returns(AdapterHistory))
+def retrieve_adapter(
+    tenant: TenantPath, adapter: AdapterPath, gateway: GatewayDep, caller: CallerDep
+) -> dict[str, Any]:
+    """Returns an adapter with its versions, the history of its aliases, and its evaluations."""
     name = authorized_name(caller, tenant, adapter)
     with gateway.registry.reading() as session:
         return adapter_object(adapters.get(session, name)) | {
@@ -73,54 +63,11 @@ def retrieve_adapter(tenant: str, adapter: str, gateway: GatewayDep, caller: Cal
         }
 
 
-@router.get(ADAPTER_PATH + "/files")
-def list_files(
-    tenant: str, adapter: str, query: VersionFilesParam, gateway: GatewayDep, caller: CallerDep
-) -> dict[str, Any]:
-    """A version's files with their sizes and hashes, and the artifact's hash over all of them.
-
-    `base` is the base that the version is an adapter for, and the tokenizer files that can be downloaded with it; it is
-    null if that base isn't served here.
-    """
-    name = authorized_name(caller, tenant, adapter)
-    with gateway.registry.reading() as session:
-        version, artifact = _find_artifact(session, name, query)
-    manifest = gateway.registry.artifacts.manifest(artifact)
-    files = {file: {"sha256": entry.sha256, "bytes": entry.bytes} for file, entry in manifest.files.items()}
-    return {
-        "object": "adapter.files",
-        "adapter": str(name),
-        "version": version.id,
-        "artifact": artifact,
-        "files": files,
-        "base": _base_files(gateway, version),
-    }
-
-
-@router.get(ADAPTER_PATH + "/files/{file}")
-def retrieve_file(
-    tenant: str, adapter: str, file: str, query: VersionFilesParam, gateway: GatewayDep, caller: CallerDep
-) -> StreamingResponse:
-    """One file's bytes, also one of the base's tokenizer; check a version's files against their hashes."""
-    name = authorized_name(caller, tenant, adapter)
-    with gateway.registry.reading() as session:
-        version, artifact = _find_artifact(session, name, query)
-    if file not in gateway.registry.artifacts.manifest(artifact).files:
-        base = None if query.full else _served_base(gateway, version)
-        if base is not None and file in TOKENIZER_FILES and (base.folder / file).is_file():
-            return StreamingResponse(
-                _iter_bytes((base.folder / file).open("rb")), media_type="application/octet-stream"
-            )
-        raise NotFound(f"The version has no file '{file}'.", param="file")
-    content = gateway.registry.artifacts.open(artifact, file)
-    return StreamingResponse(_iter_bytes(content), media_type="application/octet-stream")
-
-
-@router.post(ADAPTER_PATH + "/promote")
+@router.post(ADAPTER_PATH + "/promote", summary="Promote a version", responses=returns(Adapter))
 def promote(
-    tenant: str, adapter: str, body: PromotionRequest, gateway: GatewayDep, caller: CallerDep
+    tenant: TenantPath, adapter: AdapterPath, body: PromotionRequest, gateway: GatewayDep, caller: CallerDep
 ) -> dict[str, Any]:
-    """Makes a version the champion: the one that answers from the next request on."""
+    """Makes a version the champion. It answers from the next request on."""
     name = authorized_name(caller, tenant, adapter)
     with gateway.registry.writing() as session:
         adapters.get(session, name)
@@ -131,8 +78,8 @@ def promote(
         return adapter_object(promoted)
 
 
-@router.post(ADAPTER_PATH + "/rollback")
-def rollback(tenant: str, adapter: str, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
+@router.post(ADAPTER_PATH + "/rollback", summary="Roll back", responses=returns(Adapter))
+def rollback(tenant: TenantPath, adapter: AdapterPath, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
     """Makes the previous champion the champion again."""
     name = authorized_name(caller, tenant, adapter)
     with gateway.registry.writing() as session:
@@ -141,9 +88,66 @@ def rollback(tenant: str, adapter: str, gateway: GatewayDep, caller: CallerDep) 
         return adapter_object(rolled_back)
 
 
-@router.get(ADAPTER_PATH + "/data")
-def list_data(tenant: str, adapter: str, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """The adapter's data for nightly runs, newest first; `run` is null while the data waits for the next run."""
+@router.post(ADAPTER_PATH + "/pin", summary="Pin a version", responses=returns(Adapter))
+def pin(
+    tenant: TenantPath,
+    adapter: AdapterPath,
+    gateway: GatewayDep,
+    caller: CallerDep,
+    body: VersionSelector | None = None,
+) -> dict[str, Any]:
+    """Makes a version the champion until it is unpinned: nightly runs, promotions and rollbacks do not change it."""
+    name, selected = authorized_name(caller, tenant, adapter), body or VersionSelector()
+    with gateway.registry.writing() as session:
+        version = _resolve(session, name, selected)
+        pinned = adapters.pin(session, name, version, f"pinned with {caller.key_id}")
+        record_change(session, caller, "adapter.pin", str(name), tenant, version=version)
+        return adapter_object(pinned)
+
+
+@router.post(ADAPTER_PATH + "/unpin", summary="Unpin", responses=returns(Adapter))
+def unpin(tenant: TenantPath, adapter: AdapterPath, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
+    """Allows the champion to change again."""
+    name = authorized_name(caller, tenant, adapter)
+    with gateway.registry.writing() as session:
+        adapters.get(session, name)
+        unpinned = adapters.unpin(session, name)
+        record_change(session, caller, "adapter.unpin", str(name), tenant)
+        return adapter_object(unpinned)
+
+
+@router.post(ADAPTER_PATH + "/warm", summary="Load a version", responses=returns(AdapterWarm))
+async def warm(
+    tenant: TenantPath,
+    adapter: AdapterPath,
+    gateway: GatewayDep,
+    caller: CallerDep,
+    body: VersionSelector | None = None,
+) -> dict[str, Any]:
+    """Loads a version where its requests are routed, by generating one token, which counts as usage."""
+    name, selected = authorized_name(caller, tenant, adapter), body or VersionSelector()
+    version = await run_in_threadpool(_resolve_in_session, gateway, name, selected)
+    target = await find_model(gateway, caller, f"{name}@{version}")
+    request = TextRequest(
+        id=f"warm-{uuid.uuid4().hex}",
+        tenant=target.tenant,
+        version=target.version,
+        prompt="Hello",
+        sampling_params=SamplingParams(max_tokens=1),
+    )
+    began = time.perf_counter()
+    async with admitted(gateway, caller, target, [request]) as admission:
+        await collect(admission.chunks, 1)
+    seconds = time.perf_counter() - began
+    await run_in_threadpool(_record_warm_up, gateway, caller, name, version)
+    return {"object": "adapter.warm", "adapter": str(name), "version": version, "seconds": round(seconds, 3)}
+
+
+@router.get(
+    ADAPTER_PATH + "/data", summary="List data for nightly runs", responses=returns(ListObject[AdapterDataObject])
+)
+def list_data(tenant: TenantPath, adapter: AdapterPath, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
+    """Lists the adapter's data for nightly runs, newest first. `run` is null while data waits for the next run."""
     name = authorized_name(caller, tenant, adapter)
     with gateway.registry.reading() as session:
         return list_object(
@@ -151,12 +155,11 @@ def list_data(tenant: str, adapter: str, gateway: GatewayDep, caller: CallerDep)
         )
 
 
-@router.post(ADAPTER_PATH + "/data")
-def add_data(tenant: str, adapter: str, body: NewDataRequest, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """Adds examples for the next nightly run to train the adapter on. The adapter is created if it does not exist.
-
-    `new_data` in the answer describes all data that waits, and whether it is enough.
-    """
+@router.post(ADAPTER_PATH + "/data", summary="Add data for nightly runs", responses=returns(AdapterWithData))
+def add_data(
+    tenant: TenantPath, adapter: AdapterPath, body: NewDataRequest, gateway: GatewayDep, caller: CallerDep
+) -> dict[str, Any]:
+    """Adds examples that the next nightly run trains the adapter on. If the adapter does not exist, it is created."""
     name = authorized_name(caller, tenant, adapter)
     _check_formats(gateway, name, body)
     with gateway.registry.writing() as session:
@@ -169,6 +172,38 @@ def add_data(tenant: str, adapter: str, body: NewDataRequest, gateway: GatewayDe
         )
         waiting = nightly.new_data_state(session, name, gateway.settings.jobs.min_examples)
         return adapter_object(adapters.get(session, name)) | {"new_data": waiting.model_dump(mode="json")}
+
+
+def authorized_name(caller: Caller, tenant: str, adapter: str) -> AdapterName:
+    """The adapter's name, if the caller may use what is called so.
+
+    Raises:
+        Forbidden: it is another tenant's, whether it exists or not.
+        InvalidRequest: it is no name.
+    """
+    caller.check_adapter(tenant)
+    return AdapterName.parse(f"{tenant}/{adapter}")
+
+
+def adapter_object(record: AdapterRecord) -> dict[str, Any]:
+    """An adapter on the wire."""
+    return record.model_dump() | {"id": record.name, "object": "adapter"}
+
+
+def _resolve(session: Session, name: AdapterName, selected: VersionSelector) -> str:
+    adapters.get(session, name)
+    with named_by("version"):
+        return adapters.resolve(session, name, selected.version).id
+
+
+def _resolve_in_session(gateway: Gateway, name: AdapterName, selected: VersionSelector) -> str:
+    with gateway.registry.reading() as session:
+        return _resolve(session, name, selected)
+
+
+def _record_warm_up(gateway: Gateway, caller: Caller, name: AdapterName, version: str) -> None:
+    with gateway.registry.writing() as session:
+        record_change(session, caller, "adapter.warm", str(name), name.tenant, version=version)
 
 
 def _check_formats(gateway: Gateway, name: AdapterName, body: NewDataRequest) -> None:
@@ -196,60 +231,6 @@ def _format_mismatch(file: DatasetRecord, other: DatasetRecord, name: AdapterNam
         f"{file.filename} holds {mine}, but {other.filename}, which '{name}' uses too, holds {its}; a nightly run "
         f"needs one form: `{columns}` makes messages of prompts and completions, and `{drop}` takes out what waits."
     )
-
-
-def authorized_name(caller: Caller, tenant: str, adapter: str) -> AdapterName:
-    """The adapter's name, if the caller may use what is called so.
-
-    Raises:
-        Forbidden: it is another tenant's, whether it exists or not.
-        InvalidRequest: it is no name.
-    """
-    caller.check_adapter(tenant)
-    return AdapterName.parse(f"{tenant}/{adapter}")
-
-
-def _find_artifact(session: Session, name: AdapterName, query: VersionFilesQuery) -> tuple[VersionRecord, str]:
-    """The version and the artifact that are wanted.
-
-    Raises:
-        NotFound: there is no such adapter or version, or it isn't of a full fine-tune.
-    """
-    adapters.get(session, name)
-    version = adapters.resolve(session, name, query.version)
-    if not query.full:
-        return version, version.id
-    result = jobs.get(session, version.job).result if version.job else None
-    if result is None:
-        raise NotFound(
-            f"{name.at(version.id)} wasn't made by full fine-tuning, so it has no whole weights: leave 'full' out, or "
-            f"merge it (`loramill adapters merge {name}@{version.id[:SHORT_HASH_LENGTH]}`).",
-            param="full",
-        )
-    return version, result
-
-
-def _served_base(gateway: Gateway, version: VersionRecord) -> Base | None:
-    return next((each.base for each in gateway.served.values() if each.base.fingerprint == version.base), None)
-
-
-def _base_files(gateway: Gateway, version: VersionRecord) -> dict[str, Any] | None:
-    base = _served_base(gateway, version)
-    if base is None:
-        return None
-    tokenizer = [file for file in TOKENIZER_FILES if (base.folder / file).is_file()]
-    return {"name": base.name, "source": base.source, "tokenizer": tokenizer}
-
-
-def _iter_bytes(content: BinaryIO) -> Iterator[bytes]:
-    with content:
-        while chunk := content.read(_CHUNK_BYTES):
-            yield chunk
-
-
-def adapter_object(record: AdapterRecord) -> dict[str, Any]:
-    """An adapter on the wire."""
-    return record.model_dump() | {"id": record.name, "object": "adapter"}
 
 
 def _dump(records: Sequence[FrozenModel]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""GET /v1/audit, and how every endpoint that changes something writes it down there."""
+"""GET /v1/audit, and the function with which endpoints record their changes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,17 @@ from sqlalchemy.orm import Session
 from loramill.registry import audit, tenants
 from loramill.serve.api.dependencies import CallerDep, GatewayDep
 from loramill.serve.api.middleware.authentication import Caller
-from loramill.serve.api.schemas.common import ListQuery, page_object
+from loramill.serve.api.responses import ERRORS, returns
+from loramill.serve.api.schemas.common import ListObject, page_object
+from loramill.serve.api.schemas.tenants import AuditChange, AuditQuery
 from loramill.types import AuditRecord
 
-router = APIRouter(tags=["tenants"])
+router = APIRouter(tags=["tenants"], responses=ERRORS)
 
 
-class AuditQuery(ListQuery):
-    """The query of the list of changes."""
-
-    tenant: str | None = None
-
-
-@router.get("/v1/audit")
+@router.get("/v1/audit", summary="List the audit log", responses=returns(ListObject[AuditChange]))
 def list_changes(query: Annotated[AuditQuery, Query()], gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """Changes to the caller's tenant's things, newest first; an admin sees all, or a tenant's."""
+    """Lists changes made through the API, newest first."""
     tenant = caller.tenant if query.tenant is None else query.tenant
     with gateway.registry.reading() as session:
         if query.tenant is not None:

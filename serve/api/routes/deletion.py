@@ -1,6 +1,6 @@
 """Deletes adapters, versions, models and tenants, and renames adapters.
 
-The answer is sent after the commit: this gateway then refuses the name, and every other one within half a second.
+The response follows the commit. From then on this gateway rejects the name, and all others do within half a second.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from loramill.errors import InvalidRequest, ModelNotFound
@@ -16,66 +15,64 @@ from loramill.names import AdapterName, ModelName
 from loramill.registry import adapters, deletion, renaming
 from loramill.serve.api.dependencies import CallerDep, Gateway, GatewayDep
 from loramill.serve.api.middleware.authentication import Caller
+from loramill.serve.api.responses import ERRORS, returns
 from loramill.serve.api.routes.adapters import ADAPTER_PATH, adapter_object, authorized_name
 from loramill.serve.api.routes.audit import record_change
-from loramill.serve.api.schemas.common import RequestBody
+from loramill.serve.api.schemas.adapters import (
+    Adapter,
+    AdapterDeleted,
+    DeletionQuery,
+    ModelDeleted,
+    RenameRequest,
+    VersionDeleted,
+    VersionDeletionQuery,
+)
+from loramill.serve.api.schemas.common import AdapterPath, ModelPath, TenantPath, VersionPath
+from loramill.serve.api.schemas.tenants import TenantDeleted
 from loramill.types import DeletionSummary
 
-router = APIRouter()
+router = APIRouter(responses=ERRORS)
 
 
-class RenameRequest(RequestBody):
-    """An adapter's new name, `tenant/adapter`, of the same tenant."""
-
-    to: str
-
-
-class DeletionQuery(BaseModel):
-    """The query of a deletion that may affect jobs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    cancel_jobs: bool = Field(
-        default=False, description="cancel jobs that have not ended; otherwise they are a conflict"
-    )
-
-
-class VersionDeletionQuery(BaseModel):
-    """The query of a deletion of a version."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    force: bool = Field(default=False, description="delete the challenger or the previous champion, too")
-
-
-@router.delete(ADAPTER_PATH, tags=["adapters"])
+@router.delete(ADAPTER_PATH, tags=["adapters"], summary="Delete an adapter", responses=returns(AdapterDeleted))
 def delete_adapter(
-    tenant: str, adapter: str, query: Annotated[DeletionQuery, Query()], gateway: GatewayDep, caller: CallerDep
+    tenant: TenantPath,
+    adapter: AdapterPath,
+    query: Annotated[DeletionQuery, Query()],
+    gateway: GatewayDep,
+    caller: CallerDep,
 ) -> dict[str, Any]:
-    """Deletes an adapter with its versions, jobs, history, evaluations and waiting data; the tenant's files stay."""
+    """Deletes an adapter with its versions, jobs, history, evaluations and waiting data, but not the tenant's files."""
     name = authorized_name(caller, tenant, adapter)
     removed = _delete_adapter(gateway, caller, name, cancel_jobs=query.cancel_jobs)
     return {"id": str(name), "object": "adapter", "deleted": True} | removed.model_dump()
 
 
-@router.delete(ADAPTER_PATH + "/versions/{version}", tags=["adapters"])
+@router.delete(
+    ADAPTER_PATH + "/versions/{version}",
+    tags=["adapters"],
+    summary="Delete a version",
+    responses=returns(VersionDeleted),
+)
 def delete_version(
-    tenant: str,
-    adapter: str,
-    version: str,
+    tenant: TenantPath,
+    adapter: AdapterPath,
+    version: VersionPath,
     query: Annotated[VersionDeletionQuery, Query()],
     gateway: GatewayDep,
     caller: CallerDep,
 ) -> dict[str, Any]:
-    """Deletes one version, by its id or at least the first 8 digits of it; the champion can't be deleted."""
+    """Deletes one version of an adapter. The champion cannot be deleted."""
     name = authorized_name(caller, tenant, adapter)
     found = _delete_version(gateway, caller, name, version, force=query.force)
     return {"id": f"{name}@{found}", "object": "adapter.version", "deleted": True}
 
 
-@router.post(ADAPTER_PATH + "/rename", tags=["adapters"])
+@router.post(ADAPTER_PATH + "/rename", tags=["adapters"], summary="Rename an adapter", responses=returns(Adapter))
 def rename_adapter(
-    tenant: str, adapter: str, body: RenameRequest, gateway: GatewayDep, caller: CallerDep
+    tenant: TenantPath, adapter: AdapterPath, body: RenameRequest, gateway: GatewayDep, caller: CallerDep
 ) -> dict[str, Any]:
-    """Renames an adapter with everything that belongs to it; after that, the old name is a 404."""
+    """Renames an adapter with everything that belongs to it. Afterwards, the old name does not exist (404)."""
     name, to = authorized_name(caller, tenant, adapter), AdapterName.parse(body.to)
     with gateway.registry.writing() as session:
         renamed = renaming.rename(session, name, to)
@@ -83,14 +80,14 @@ def rename_adapter(
         return adapter_object(renamed)
 
 
-@router.delete("/v1/models/{model:path}", tags=["inference"])
-def delete_model(model: str, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """Deletes an adapter, or one version of it if the name has an `@`, as the endpoints of adapters do."""
+@router.delete("/v1/models/{model:path}", tags=["inference"], summary="Delete a model", responses=returns(ModelDeleted))
+def delete_model(model: ModelPath, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
+    """Deletes an adapter, or one version if the name has an `@`."""
     name = ModelName.parse(model)
     if name.adapter is None:
         if name.base in gateway.served:
             raise InvalidRequest(
-                f"'{model}' is a base, which is chosen when loramill starts and can't be deleted.", param="model"
+                f"'{model}' is a base model, which is set when loramill starts and cannot be deleted.", param="model"
             )
         raise ModelNotFound(f"The model '{model}' does not exist.", param="model")
     caller.check_adapter(name.adapter.tenant)
@@ -101,15 +98,15 @@ def delete_model(model: str, gateway: GatewayDep, caller: CallerDep) -> dict[str
     return {"id": model, "object": "model", "deleted": True}
 
 
-@router.delete("/v1/tenants/{tenant}", tags=["tenants"])
+@router.delete("/v1/tenants/{tenant}", tags=["tenants"], summary="Delete a tenant", responses=returns(TenantDeleted))
 def delete_tenant(
-    tenant: str, query: Annotated[DeletionQuery, Query()], gateway: GatewayDep, caller: CallerDep
+    tenant: TenantPath, query: Annotated[DeletionQuery, Query()], gateway: GatewayDep, caller: CallerDep
 ) -> dict[str, Any]:
-    """Deletes a tenant with its keys, files, jobs and adapters. Usage and audit rows stay without its name."""
+    """Deletes a tenant with its keys, files, jobs and adapters. Its usage and audit log stay, without its name."""
     caller.check_admin()
     with gateway.registry.writing() as session:
         removed = deletion.delete_tenant(session, tenant, cancel_jobs=query.cancel_jobs)
-        # The one row that keeps the name, as evidence of the deletion. It belongs to no tenant.
+        # This one row keeps the name, as evidence of the deletion. It belongs to no tenant.
         record_change(session, caller, "tenant.delete", tenant, None, **_counts(removed))
     return {"id": tenant, "object": "tenant", "deleted": True} | removed.model_dump()
 
@@ -135,5 +132,5 @@ def _resolve(session: Session, name: AdapterName, selector: str) -> str:
 
 
 def _counts(removed: DeletionSummary) -> dict[str, int]:
-    """How much was deleted; ids of deleted things are of no use."""
+    """Numbers of deleted things. Their ids are of no use."""
     return {"versions": removed.versions, "jobs": removed.jobs, "files": removed.files}

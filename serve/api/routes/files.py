@@ -1,70 +1,44 @@
-"""/v1/files: datasets, validated while they are uploaded, and the results of jobs."""
+"""/v1/files: dataset files, which are validated on upload, and result files of jobs."""
 
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Form, Query, UploadFile
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Form, Query
 from starlette.responses import Response
 
 from loramill.data.encoding import check_tokens
 from loramill.data.examples import read_examples
+from loramill.data.preview import preview_examples
 from loramill.names import results_id
 from loramill.registry import datasets, jobs, tenants
 from loramill.registry.jobs import results
 from loramill.serve.api.dependencies import CallerDep, GatewayDep
+from loramill.serve.api.responses import ERRORS, returns, returns_file
 from loramill.serve.api.routes.audit import record_change
-from loramill.serve.api.routes.preview import preview_examples
-from loramill.serve.api.schemas.common import ListQuery, page_object
+from loramill.serve.api.schemas.common import FileIdPath, ListObject, page_object
+from loramill.serve.api.schemas.files import File, FileCheck, FileCheckForm, FileDeleted, FileListQuery, UploadForm
 from loramill.submission.dataset_checks import DATA_FILE
 from loramill.submission.defaults import MAX_LENGTH
-from loramill.types import DatasetRecord, JobRecord, TrainOn
+from loramill.types import DatasetRecord, JobRecord
 
-router = APIRouter(tags=["data"])
+router = APIRouter(tags=["data"], responses=ERRORS)
 
 FILES_PATH = "/v1/files"
 
 
-class UploadForm(BaseModel):
-    """The form of an upload."""
-
-    model_config = ConfigDict(extra="forbid")
-    purpose: Literal["fine-tune"]
-    file: UploadFile
-    reuse: bool = Field(default=False, description="answer with the tenant's file of this content, if it has one")
-
-
-class FileCheckForm(BaseModel):
-    """A file to check, and the options of a job that would train on it."""
-
-    model_config = ConfigDict(extra="forbid")
-    file: UploadFile
-    use: Literal["training", "validation"] = "training"
-    max_length: int | None = Field(default=None, ge=8, description="tokens of the longest example")
-    train_on: TrainOn = Field(default="all", description="which answers of a conversation are trained")
-
-
-class FileListQuery(ListQuery):
-    """The query of the list of files."""
-
-    limit: int = Field(default=10_000, ge=1, le=10_000)
-    purpose: Literal["fine-tune"] = "fine-tune"
-    order: Literal["desc"] = "desc"
-
-
-@router.post(FILES_PATH)
+@router.post(FILES_PATH, summary="Upload a file", responses=returns(File))
 def create_file(
     form: Annotated[UploadForm, Form(media_type="multipart/form-data")], gateway: GatewayDep, caller: CallerDep
 ) -> dict[str, Any]:
-    """Validates examples and keeps them. Every problem is in the error's message, one a line."""
+    """Validates examples and stores them. The error of an invalid file lists its problems, one per line."""
     tenant = caller.require_tenant()
     filename, raw = PurePath(form.file.filename or "upload.jsonl").name, form.file.file.read()
     with gateway.registry.reading() as session:
         tenants.check_storage_quota(session, tenant, len(raw))
     examples = read_examples(raw, filename)
-    # A job may say a smaller limit, and is checked against it; what is longer than the context can never be trained on.
+    # Examples longer than the context can never be trained on. A job's own, smaller limit is checked with the job.
     check_tokens(examples, gateway.tokenizer, gateway.base.context_length)
     artifact = gateway.registry.artifacts.put({DATA_FILE: raw})
     with gateway.registry.writing() as session:
@@ -78,11 +52,11 @@ def create_file(
     return shown | ({"loramill": {**shown["loramill"], "reused": True}} if reused else {})
 
 
-@router.post(FILES_PATH + "/check")
+@router.post(FILES_PATH + "/check", summary="Check a file", responses=returns(FileCheck))
 def check_file(
     form: Annotated[FileCheckForm, Form(media_type="multipart/form-data")], gateway: GatewayDep, caller: CallerDep
 ) -> dict[str, Any]:
-    """Validates examples as an upload and a job would, and describes what would be trained; nothing is stored."""
+    """Validates examples like an upload and a job, and describes what a job would train on. Nothing is stored."""
     caller.require_tenant()
     filename, raw = PurePath(form.file.filename or "upload.jsonl").name, form.file.file.read()
     minimum = gateway.settings.jobs.min_examples if form.use == "training" else 1
@@ -99,26 +73,31 @@ def check_file(
     }
 
 
-@router.get(FILES_PATH)
+@router.get(FILES_PATH, summary="List files", responses=returns(ListObject[File]))
 def list_files(query: Annotated[FileListQuery, Query()], gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """The caller's files, newest first."""
+    """Lists the caller's files, newest first."""
     with gateway.registry.reading() as session:
         records = datasets.list_datasets(session, caller.tenant, query.after, query.limit + 1)
     return page_object(records, query.limit, _file_object)
 
 
-@router.get(FILES_PATH + "/{file_id}")
-def retrieve_file(file_id: str, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """One file's description."""
+@router.get(FILES_PATH + "/{file_id}", summary="Retrieve a file", responses=returns(File))
+def retrieve_file(file_id: FileIdPath, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
+    """Returns the description of a file."""
     with gateway.registry.reading() as session:
         if (job_id := results.job_id_of(file_id)) is not None:
             return _results_object(jobs.get(session, job_id, caller.tenant), results.metrics_csv(session, job_id))
         return _file_object(datasets.get(session, file_id, caller.tenant))
 
 
-@router.get(FILES_PATH + "/{file_id}/content")
-def retrieve_content(file_id: str, gateway: GatewayDep, caller: CallerDep) -> Response:
-    """One file's bytes, as they were uploaded; or a job's metrics, at any time, as a CSV."""
+@router.get(
+    FILES_PATH + "/{file_id}/content",
+    summary="Download a file",
+    responses=returns_file("application/octet-stream", "text/csv"),
+    response_class=Response,
+)
+def retrieve_content(file_id: FileIdPath, gateway: GatewayDep, caller: CallerDep) -> Response:
+    """Returns the bytes of a file as they were uploaded, or the metrics of a job so far as CSV."""
     with gateway.registry.reading() as session:
         if (job_id := results.job_id_of(file_id)) is not None:
             jobs.get(session, job_id, caller.tenant)
@@ -127,9 +106,9 @@ def retrieve_content(file_id: str, gateway: GatewayDep, caller: CallerDep) -> Re
     return Response(gateway.registry.artifacts.read(record.artifact, DATA_FILE), media_type="application/octet-stream")
 
 
-@router.delete(FILES_PATH + "/{file_id}")
-def delete_file(file_id: str, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """Forgets a file that nothing needs any more."""
+@router.delete(FILES_PATH + "/{file_id}", summary="Delete a file", responses=returns(FileDeleted))
+def delete_file(file_id: FileIdPath, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
+    """Deletes a file that neither a job nor a nightly run needs."""
     with gateway.registry.writing() as session:
         owner = datasets.get(session, file_id, caller.tenant).tenant
         datasets.delete(session, file_id, caller.tenant)

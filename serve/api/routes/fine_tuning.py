@@ -15,8 +15,10 @@ from loramill.errors import InvalidRequest
 from loramill.registry import datasets, jobs
 from loramill.registry.jobs import checkpoints, history
 from loramill.serve.api.dependencies import CallerDep, Gateway, GatewayDep
+from loramill.serve.api.responses import ERRORS, returns
 from loramill.serve.api.routes.audit import record_change
-from loramill.serve.api.schemas.common import ListQuery, ListQueryParam, page_object
+from loramill.serve.api.schemas.common import JobIdPath, ListObject, ListQuery, ListQueryParam, page_object
+from loramill.serve.api.schemas.job_objects import Checkpoint, Job, JobEventObject
 from loramill.serve.api.schemas.jobs import (
     EVENT_ID_PATTERN,
     NewJob,
@@ -28,52 +30,54 @@ from loramill.serve.api.schemas.jobs import (
 from loramill.submission.submit import check_request, queue
 from loramill.types import JobRecord
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter(tags=["jobs"], responses=ERRORS)
 
 JOBS_PATH = "/v1/fine_tuning/jobs"
 
 _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
-#: Metadata that jobs can be looked up by: SQLite's paths into JSON can name no others.
+#: Metadata keys that jobs can be listed by: SQLite's JSON paths cannot express others.
 _METADATA_KEY = r"^[ !#-\[\]-~]*$"
 
 
 class JobListQuery(ListQuery):
-    """The query of the list of jobs: OpenAI's, with `metadata[key]=value` read into one mapping."""
+    """The query of the list of jobs. `metadata[key]=value` pairs are read into one mapping."""
 
     metadata: dict[Annotated[str, StringConstraints(pattern=_METADATA_KEY)], str] = Field(
-        default={}, json_schema_extra={"additionalProperties": False}
+        default={}, description="Pairs that jobs must have.", json_schema_extra={"additionalProperties": False}
     )
 
 
 class EventListQuery(ListQuery):
     """The query of a job's events."""
 
-    after: Annotated[str, StringConstraints(pattern=EVENT_ID_PATTERN)] | None = None
+    after: Annotated[str, StringConstraints(pattern=EVENT_ID_PATTERN)] | None = Field(
+        default=None, description="ID of the last event of the previous page."
+    )
 
 
 async def _job_list_query(request: Request) -> JobListQuery:
-    said: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     metadata: dict[str, str] = {}
     for name, value in request.query_params.items():
         found = _METADATA.fullmatch(name)
         if found is None:
-            said[name] = value
+            fields[name] = value
         elif not re.fullmatch(_METADATA_KEY, found[1]):
             raise InvalidRequest(
-                "Jobs can be looked up by metadata whose key is printable ASCII without quotes.", param=name
+                "Jobs can only be listed by metadata keys of printable ASCII without quotes.", param=name
             )
         else:
             metadata[found[1]] = value
     try:
-        return JobListQuery.model_validate(said | ({"metadata": metadata} if metadata else {}))
+        return JobListQuery.model_validate(fields | ({"metadata": metadata} if metadata else {}))
     except ValidationError as error:
         problems = [{**problem, "loc": ("query", *problem["loc"])} for problem in error.errors()]
         raise RequestValidationError(problems) from error
 
 
-@router.post(JOBS_PATH)
+@router.post(JOBS_PATH, summary="Create a job", responses=returns(Job))
 def create_job(body: NewJob, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """Freezes a job's spec, checks its data against it, sizes it for one GPU, and queues it."""
+    """Checks a job's options and data, sizes it for a GPU, and queues it with a frozen spec."""
     request = body.to_request(caller.require_tenant())
     with gateway.registry.reading() as session:
         checked = check_request(session, request, gateway.submission)
@@ -81,20 +85,21 @@ def create_job(body: NewJob, gateway: GatewayDep, caller: CallerDep) -> dict[str
         return job_object(queue(session, checked, caller.submitter), gateway.base, checked.examples)
 
 
-#: FastAPI can't see what a function reads of the query by itself.
+#: FastAPI does not see the parameters that a function reads from the query itself.
 _LIST_PARAMETERS = {
     "parameters": [
-        {"name": name, "in": "query", "schema": schema} | ({"style": "deepObject"} if name == "metadata" else {})
+        {"name": name, "in": "query", "description": schema["description"], "schema": schema}
+        | ({"style": "deepObject"} if name == "metadata" else {})
         for name, schema in JobListQuery.model_json_schema()["properties"].items()
     ]
 }
 
 
-@router.get(JOBS_PATH, openapi_extra=_LIST_PARAMETERS)
+@router.get(JOBS_PATH, openapi_extra=_LIST_PARAMETERS, summary="List jobs", responses=returns(ListObject[Job]))
 def list_jobs(
     query: Annotated[JobListQuery, Depends(_job_list_query)], gateway: GatewayDep, caller: CallerDep
 ) -> dict[str, Any]:
-    """The caller's jobs, newest first; those with all the metadata that is asked for."""
+    """Lists the caller's jobs, newest first. Filters by metadata must all match."""
     with gateway.registry.reading() as session:
         records = jobs.list_jobs(
             session, tenant=caller.tenant, after=query.after, limit=query.limit + 1, metadata=query.metadata
@@ -103,42 +108,42 @@ def list_jobs(
     return page_object(records, query.limit, lambda job: job_object(job, gateway.base, counts.get(job.spec.train)))
 
 
-@router.get(JOBS_PATH + "/{job_id}")
-def retrieve_job(job_id: str, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """One job as it is now. Here and below, the first digits of an id are enough if they belong to one job only."""
+@router.get(JOBS_PATH + "/{job_id}", summary="Retrieve a job", responses=returns(Job))
+def retrieve_job(job_id: JobIdPath, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
+    """Returns a job. Wherever a job's id is needed, its first digits are enough if no other job has them."""
     with gateway.registry.reading() as session:
         return _job_response(gateway, session, jobs.get(session, job_id, caller.tenant))
 
 
-@router.post(JOBS_PATH + "/{job_id}/cancel")
-def cancel_job(job_id: str, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """Asks a job to stop; it publishes nothing from then on."""
+@router.post(JOBS_PATH + "/{job_id}/cancel", summary="Cancel a job", responses=returns(Job))
+def cancel_job(job_id: JobIdPath, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
+    """Requests a job to stop. It does not publish a version."""
     return _change_state(job_id, gateway, caller, "cancel", jobs.cancel)
 
 
-@router.post(JOBS_PATH + "/{job_id}/pause")
-def pause_job(job_id: str, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """Asks a job to wait; it goes on where it was once it is resumed."""
+@router.post(JOBS_PATH + "/{job_id}/pause", summary="Pause a job", responses=returns(Job))
+def pause_job(job_id: JobIdPath, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
+    """Requests a job to pause. When it is resumed, it continues at the same step."""
     return _change_state(job_id, gateway, caller, "pause", jobs.pause)
 
 
-@router.post(JOBS_PATH + "/{job_id}/resume")
-def resume_job(job_id: str, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """Lets a paused job go on."""
+@router.post(JOBS_PATH + "/{job_id}/resume", summary="Resume a job", responses=returns(Job))
+def resume_job(job_id: JobIdPath, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
+    """Queues a paused job again."""
     return _change_state(job_id, gateway, caller, "resume", jobs.resume)
 
 
-@router.post(JOBS_PATH + "/{job_id}/retry")
-def retry_job(job_id: str, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """Queues a failed or cancelled job again; it resumes from its last checkpoint if that still exists."""
+@router.post(JOBS_PATH + "/{job_id}/retry", summary="Retry a job", responses=returns(Job))
+def retry_job(job_id: JobIdPath, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
+    """Queues a failed or cancelled job again. It resumes from its last checkpoint if that still exists."""
     return _change_state(job_id, gateway, caller, "retry", jobs.retry)
 
 
-@router.get(JOBS_PATH + "/{job_id}/events")
+@router.get(JOBS_PATH + "/{job_id}/events", summary="List events", responses=returns(ListObject[JobEventObject]))
 def list_events(
-    job_id: str, query: Annotated[EventListQuery, Query()], gateway: GatewayDep, caller: CallerDep
+    job_id: JobIdPath, query: Annotated[EventListQuery, Query()], gateway: GatewayDep, caller: CallerDep
 ) -> dict[str, Any]:
-    """A job's history, newest first."""
+    """Lists a job's history, newest first."""
     before = event_number(query.after) if query.after else None
     with gateway.registry.reading() as session:
         job = jobs.get(session, job_id, caller.tenant)
@@ -146,11 +151,13 @@ def list_events(
     return page_object(events, query.limit, event_object)
 
 
-@router.get(JOBS_PATH + "/{job_id}/checkpoints")
-def list_checkpoints(job_id: str, query: ListQueryParam, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """Where a job's weights were validated, the latest first.
+@router.get(JOBS_PATH + "/{job_id}/checkpoints", summary="List checkpoints", responses=returns(ListObject[Checkpoint]))
+def list_checkpoints(
+    job_id: JobIdPath, query: ListQueryParam, gateway: GatewayDep, caller: CallerDep
+) -> dict[str, Any]:
+    """Lists the steps at which a job's weights were validated, newest first.
 
-    The weights of a few can be asked (`fine_tuned_model_checkpoint`); that name is empty where they are gone.
+    The weights of some are kept and can be used like a version, under `fine_tuned_model_checkpoint`.
     """
     with gateway.registry.reading() as session:
         job = jobs.get(session, job_id, caller.tenant)

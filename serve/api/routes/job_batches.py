@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs/batch: hundreds of jobs in one request, of which all are submitted or none."""
+"""/v1/fine_tuning/jobs/batch: hundreds of jobs in one request. All are submitted, or none."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from loramill.registry import jobs
 from loramill.serve.api.dependencies import CallerDep, Gateway, GatewayDep
 from loramill.serve.api.errors import error_body, invalid_request
 from loramill.serve.api.middleware.authentication import Caller
+from loramill.serve.api.responses import ERRORS, returns
 from loramill.serve.api.routes.fine_tuning import JOBS_PATH
 from loramill.serve.api.schemas.common import RequestBody
+from loramill.serve.api.schemas.job_objects import BatchResult
 from loramill.serve.api.schemas.jobs import NewJob, job_object
 from loramill.submission.submit import CheckedJob, check_request, queue
 from loramill.types import JobRecord, JobStatus
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter(tags=["jobs"], responses=ERRORS)
 
-#: The metadata by which a job of a batch is known when the batch is sent again.
+#: The metadata key that identifies a job when its batch is sent again.
 BATCH_KEY = "loramill_key"
 
 
 class JobBatch(RequestBody):
-    """Jobs to submit together.
+    """Jobs to submit together."""
 
-    Each is the body of a job of its own, with `tenant` for an admin's key. One whose tenant has a job with the same
-    `metadata.loramill_key` is submitted already; with `retry`, not if that job failed or was cancelled.
-    """
-
-    jobs: list[dict[str, Any]] = Field(min_length=1, max_length=500)
-    check_only: bool = False
-    retry: bool = False
+    jobs: list[dict[str, Any]] = Field(
+        min_length=1,
+        max_length=500,
+        description="Requests for jobs, like the body of a single one, with `tenant` if the key is an admin key. If "
+        "the tenant has a job with the same `metadata.loramill_key`, that job is returned instead of a new one.",
+    )
+    check_only: bool = Field(default=False, description="Only check the jobs.")
+    retry: bool = Field(default=False, description="Submit again those jobs that failed or were cancelled.")
 
 
 @dataclass(frozen=True, slots=True)
 class _BatchItem:
-    """What is known of one job of a batch: the error, or what can be queued, or what was queued before."""
+    """One job of a batch: an error, a checked job, or a job that was submitted before."""
 
     checked: CheckedJob | None = None
     existing: JobRecord | None = None
     error: LoramillError | None = None
 
 
-@router.post(JOBS_PATH + "/batch")
+@router.post(JOBS_PATH + "/batch", summary="Create many jobs", responses=returns(BatchResult))
 def create_batch(body: JobBatch, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """Checks all jobs, then submits them in one transaction; with an error in any of them, none.
-
-    Each entry of `data` has its `error`, or its `job` (null if there is only a check), and whether that is `new`.
-    """
+    """Checks all jobs, then submits them in one transaction. If any of them has an error, none is submitted."""
     with gateway.registry.reading() as session:
         there = _existing_jobs(session, body)
         entries = [_check_item(session, given, there, gateway, caller) for given in body.jobs]
@@ -97,7 +97,7 @@ def _tenant(tenant: object, caller: Caller) -> str:
     if tenant is None:
         return caller.require_tenant()
     if not isinstance(tenant, str):
-        raise InvalidRequest("'tenant' is no text.", param="tenant")
+        raise InvalidRequest("'tenant' must be a string.", param="tenant")
     caller.check_adapter(tenant)
     return tenant
 

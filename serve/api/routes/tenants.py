@@ -1,4 +1,4 @@
-"""/v1/tenants and /v1/keys: an admin's business."""
+"""/v1/tenants and /v1/keys: tenants, their shares, limits and API keys. Changes need an admin key."""
 
 from __future__ import annotations
 
@@ -6,78 +6,40 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from fastapi import APIRouter
-from pydantic import Field
 from sqlalchemy.orm import Session
 
-from loramill.client.tenant_list import MAX_TENANTS_PER_REQUEST, Bytes, Quota, Rate, Tokens
 from loramill.errors import Conflict, InvalidRequest
 from loramill.registry import api_keys as keys
 from loramill.registry import tenants
 from loramill.serve.api.dependencies import CallerDep, GatewayDep
 from loramill.serve.api.middleware.authentication import Caller
+from loramill.serve.api.responses import ERRORS, returns
 from loramill.serve.api.routes.audit import record_change
-from loramill.serve.api.schemas.common import RequestBody, list_object
+from loramill.serve.api.schemas.common import KeyIdPath, ListObject, TenantPath, list_object
+from loramill.serve.api.schemas.tenants import (
+    CreatedKey,
+    CreatedTenant,
+    FairShareRequest,
+    Key,
+    LimitsRequest,
+    NewKeyRequest,
+    NewTenantRequest,
+    NewTenantsRequest,
+    RevokedKey,
+    Tenant,
+    TenantTerms,
+)
 from loramill.types import KeyRecord, Limits, Scope, TenantRecord
 
-router = APIRouter(tags=["tenants"])
+router = APIRouter(tags=["tenants"], responses=ERRORS)
 
-#: Names that an error lists.
+#: Number of names that an error lists.
 _MAX_NAMES_SHOWN = 10
 
 
-class NewTenantRequest(RequestBody):
-    """What a tenant is made of."""
-
-    name: str
-
-
-class TenantTerms(NewTenantRequest):
-    """A tenant's name, and its share and limits if they are not the defaults."""
-
-    weight: float | None = Field(default=None, gt=0)
-    max_running: Quota = None
-    max_queued: Quota = None
-    requests_per_minute: Rate = None
-    tokens_per_minute: Tokens = None
-    concurrent_requests: Rate = None
-    stored_bytes: Bytes = None
-
-
-class NewTenantsRequest(RequestBody):
-    """Many tenants; existing ones are a conflict, or with `exist_ok` get the shares and limits that are given."""
-
-    tenants: list[TenantTerms] = Field(min_length=1, max_length=MAX_TENANTS_PER_REQUEST)
-    exist_ok: bool = False
-    keys: bool = Field(default=False, description="make an API key for each new tenant")
-
-
-class FairShareRequest(RequestBody):
-    """A tenant's part of the pool; what isn't given stays as it is."""
-
-    weight: float | None = Field(default=None, gt=0)
-    max_running: Quota = None
-    max_queued: Quota = None
-
-
-class LimitsRequest(RequestBody):
-    """What a tenant may use of the gateways; what isn't given stays as it is."""
-
-    requests_per_minute: Rate = None
-    tokens_per_minute: Tokens = None
-    concurrent_requests: Rate = None
-    stored_bytes: Bytes = None
-
-
-class NewKeyRequest(RequestBody):
-    """What a tenant's key may be used for, and until when (seconds since the epoch)."""
-
-    scopes: list[Literal["inference", "training", "adapters", "read"]] = Field(default=[*Scope], min_length=1)
-    expires_at: float | None = Field(default=None, gt=0, lt=2**40)
-
-
-@router.post("/v1/tenants")
+@router.post("/v1/tenants", summary="Create a tenant", responses=returns(Tenant))
 def create_tenant(body: NewTenantRequest, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """Makes a tenant."""
+    """Creates a tenant."""
     caller.check_admin()
     with gateway.registry.writing() as session:
         made = tenants.create(session, body.name)
@@ -85,14 +47,14 @@ def create_tenant(body: NewTenantRequest, gateway: GatewayDep, caller: CallerDep
         return _tenant_object(made, {})
 
 
-@router.post("/v1/tenants/batch")
+@router.post("/v1/tenants/batch", summary="Create many tenants", responses=returns(ListObject[CreatedTenant]))
 def create_tenants(body: NewTenantsRequest, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """Makes many tenants, all or none; each key is shown this once."""
+    """Creates many tenants, all or none. Secrets of new keys are shown only once."""
     caller.check_admin()
     terms = {each.name: each for each in body.tenants}
     if len(terms) < len(body.tenants):
         twice = next(name for name in terms if sum(each.name == name for each in body.tenants) > 1)
-        raise InvalidRequest(f"The tenant '{twice}' is named twice; name it once.", param="tenants")
+        raise InvalidRequest(f"The tenant '{twice}' is listed twice; list it once.", param="tenants")
     with gateway.registry.writing() as session:
         there = {record.name for record in tenants.list_tenants(session)} & terms.keys()
         if there and not body.exist_ok:
@@ -100,7 +62,7 @@ def create_tenants(body: NewTenantsRequest, gateway: GatewayDep, caller: CallerD
             more = f" and {len(there) - _MAX_NAMES_SHOWN} more" if len(there) > _MAX_NAMES_SHOWN else ""
             raise Conflict(
                 f"{'These tenants exist' if len(there) > 1 else 'This tenant exists'} already: {shown}{more}. "
-                "Nothing was made; leave them out, or set 'exist_ok' (`--exist-ok`).",
+                "No tenant was created; omit them, or set 'exist_ok' (`--exist-ok`).",
                 param="tenants",
             )
         made = [
@@ -113,7 +75,7 @@ def create_tenants(body: NewTenantsRequest, gateway: GatewayDep, caller: CallerD
 def _create_or_update(
     session: Session, caller: Caller, terms: TenantTerms, *, new: bool, key: bool
 ) -> tuple[TenantRecord, dict[str, Any]]:
-    """Makes a tenant, or changes an existing one, by its terms; makes a key if it is new and `key` is true."""
+    """Creates or updates a tenant. Creates a key if the tenant is new and `key` is true."""
     name = terms.name
     if new:
         tenants.create(session, name)
@@ -126,46 +88,46 @@ def _create_or_update(
     return tenants.get(session, name), {"new": new, "key_id": record and record.id, "key": secret}
 
 
-@router.get("/v1/tenants")
+@router.get("/v1/tenants", summary="List tenants", responses=returns(ListObject[Tenant]))
 def list_tenants(gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """All tenants."""
+    """Lists all tenants."""
     caller.check_admin()
     with gateway.registry.reading() as session:
         load = tenants.job_counts(session)
         return list_object(tenants.list_tenants(session), lambda record: _tenant_object(record, load))
 
 
-@router.get("/v1/tenants/{tenant}")
-def retrieve_tenant(tenant: str, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """A tenant with its share of the pool."""
+@router.get("/v1/tenants/{tenant}", summary="Retrieve a tenant", responses=returns(Tenant))
+def retrieve_tenant(tenant: TenantPath, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
+    """Returns a tenant with its share of the pool and its limits."""
     caller.check_admin()
     with gateway.registry.reading() as session:
         return _tenant_object(tenants.get(session, tenant), tenants.job_counts(session))
 
 
-@router.post("/v1/tenants/{tenant}/share")
-def set_share(tenant: str, body: FairShareRequest, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """Sets a tenant's share of the pool, relative to the other tenants', and its quotas."""
+@router.post("/v1/tenants/{tenant}/share", summary="Set a tenant's share", responses=returns(Tenant))
+def set_share(tenant: TenantPath, body: FairShareRequest, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
+    """Sets a tenant's share of the worker pool and its job quotas."""
     caller.check_admin()
     with gateway.registry.writing() as session:
         changed = _set_share(session, caller, tenant, body)
         return _tenant_object(changed, tenants.job_counts(session))
 
 
-@router.post("/v1/tenants/{tenant}/limits")
-def set_limits(tenant: str, body: LimitsRequest, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """Sets what a tenant may use of the gateways; all of them keep to it within a second."""
+@router.post("/v1/tenants/{tenant}/limits", summary="Set a tenant's limits", responses=returns(Tenant))
+def set_limits(tenant: TenantPath, body: LimitsRequest, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
+    """Sets a tenant's limits. All gateways apply them within a second."""
     caller.check_admin()
     with gateway.registry.writing() as session:
         changed = _set_limits(session, caller, tenant, body)
         return _tenant_object(changed, tenants.job_counts(session))
 
 
-@router.post("/v1/tenants/{tenant}/keys")
+@router.post("/v1/tenants/{tenant}/keys", summary="Create an API key", responses=returns(CreatedKey))
 def create_key(
-    tenant: str, gateway: GatewayDep, caller: CallerDep, body: NewKeyRequest | None = None
+    tenant: TenantPath, gateway: GatewayDep, caller: CallerDep, body: NewKeyRequest | None = None
 ) -> dict[str, Any]:
-    """Makes a key for a tenant; `key` is shown this once."""
+    """Creates an API key for a tenant. The secret, `key`, is shown only once."""
     caller.check_admin()
     asked = body or NewKeyRequest()
     with gateway.registry.writing() as session:
@@ -173,18 +135,18 @@ def create_key(
     return _key_object(record) | {"key": secret}
 
 
-@router.get("/v1/tenants/{tenant}/keys")
-def list_keys(tenant: str, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """A tenant's keys, without their secrets; a tenant may list its own."""
+@router.get("/v1/tenants/{tenant}/keys", summary="List API keys", responses=returns(ListObject[Key]))
+def list_keys(tenant: TenantPath, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
+    """Lists a tenant's API keys without their secrets. A tenant may list its own."""
     caller.check_tenant(tenant)
     with gateway.registry.reading() as session:
         tenants.get(session, tenant)
         return list_object(keys.list_keys(session, tenant), _key_object)
 
 
-@router.delete("/v1/keys/{key_id}")
-def revoke_key(key_id: str, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
-    """Makes a key worthless at once."""
+@router.delete("/v1/keys/{key_id}", summary="Revoke an API key", responses=returns(RevokedKey))
+def revoke_key(key_id: KeyIdPath, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
+    """Revokes an API key immediately."""
     caller.check_admin()
     with gateway.registry.writing() as session:
         revoked = keys.revoke(session, key_id)
@@ -192,7 +154,7 @@ def revoke_key(key_id: str, gateway: GatewayDep, caller: CallerDep) -> dict[str,
     return _key_object(revoked) | {"deleted": True}
 
 
-def _set_share(session: Session, caller: Caller, tenant: str, body: FairShareRequest | TenantTerms) -> TenantRecord:
+def _set_share(session: Session, caller: Caller, tenant: str, body: FairShareRequest) -> TenantRecord:
     now = tenants.get(session, tenant)
     share: dict[str, Any] = {
         "weight": body.weight or now.weight,
@@ -204,7 +166,7 @@ def _set_share(session: Session, caller: Caller, tenant: str, body: FairShareReq
     return changed
 
 
-def _set_limits(session: Session, caller: Caller, tenant: str, body: LimitsRequest | TenantTerms) -> TenantRecord:
+def _set_limits(session: Session, caller: Caller, tenant: str, body: LimitsRequest) -> TenantRecord:
     now = tenants.get(session, tenant)
     limits = {name: _resolve_quota(getattr(body, name), getattr(now, name)) for name in Limits.model_fields}
     changed = tenants.set_limits(session, tenant, Limits(**limits))
@@ -225,7 +187,7 @@ def _resolve_quota(said: int | Literal["unlimited"] | None, now: int | None) -> 
 
 
 def _tenant_object(record: TenantRecord, load: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """A tenant on the wire, with how many of its jobs run and wait."""
+    """Returns a tenant with its numbers of running and waiting jobs."""
     running, waiting = load.get(record.name, (0, 0))
     return record.model_dump() | {"object": "tenant", "running": running, "waiting": waiting}
 

@@ -1,148 +1,177 @@
-"""The messages of a chat request, and how they become those that chat templates know."""
+"""Chat requests and responses. `messages` has the messages of a request."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NotRequired
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator, with_config
-from pydantic_core import PydanticKnownError
+from pydantic import Field
 from typing_extensions import TypedDict
 
-from loramill.data.messages import Message, TemplateToolCall
-from loramill.serve.api.schemas.common import RequestBody
+from loramill.data.messages import CALL_END
+from loramill.errors import InvalidRequest
+from loramill.serve.api.schemas.common import CreatedAt, ObjectType, response_object
+from loramill.serve.api.schemas.generation import (
+    AnswerIndex,
+    Fingerprint,
+    GenerationRequest,
+    ModelUsed,
+    ResponseId,
+    Usage,
+)
+from loramill.serve.api.schemas.messages import ChatMessage
+from loramill.serve.api.schemas.structured_output import StructuredOutputParams
 
 
-class CalledFunction(RequestBody):
-    """The function that was called; `arguments` is a JSON object as text. OpenAI's client adds `parsed_arguments`,
-    which is ignored."""
+class ChatRequest(GenerationRequest, StructuredOutputParams):
+    """OpenAI's chat completion request, with the parameters that are supported."""
 
-    name: str = Field(min_length=1)
-    arguments: str
-    parsed_arguments: Any = None
+    no_op_values: ClassVar[Mapping[str, Sequence[Any]]] = {
+        **GenerationRequest.no_op_values,
+        **StructuredOutputParams.no_op_values,
+        "modalities": (["text"],),
+    }
+    messages: list[ChatMessage] = Field(min_length=1, description="The conversation so far.")
+    max_completion_tokens: int | None = Field(default=None, ge=1, description="Maximum number of tokens per answer.")
+    logprobs: bool = Field(default=False, description="Return log probabilities.")
+    top_logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="Number of likely tokens to return per position. Needs `logprobs`."
+    )
+    safety_identifier: str | None = Field(default=None, description="Accepted for compatibility, and ignored.")
+    prompt_cache_key: str | None = Field(default=None, description="Accepted for compatibility, and ignored.")
 
-    @field_validator("arguments")
-    @classmethod
-    def _require_json_object(cls, arguments: str) -> str:
-        try:
-            good = isinstance(json.loads(arguments or "{}"), dict)
-        except (ValueError, RecursionError):
-            good = False
-        if not good:
-            raise ValueError("must be a JSON object, as text")
-        return arguments
+    def completion_limit(self) -> int | None:
+        """Maximum number of tokens per answer.
 
+        Raises:
+            InvalidRequest: it is given twice.
+        """
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise InvalidRequest(
+                "'max_tokens' and 'max_completion_tokens' have the same meaning; give one of them.", param="max_tokens"
+            )
+        return self.max_completion_tokens or self.max_tokens
 
-class MessageToolCall(RequestBody):
-    """A tool call of the assistant; `index` is its position in a stream's deltas, and is ignored."""
+    def logprob_count(self) -> int | None:
+        """Number of likely tokens to return per position; None: no log probabilities.
 
-    index: int | None = None
-    id: str = Field(min_length=1)
-    type: Literal["function"]
-    function: CalledFunction
+        Raises:
+            InvalidRequest: `top_logprobs` without `logprobs`.
+        """
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
 
-    def to_template(self) -> TemplateToolCall:
-        """As chat templates know it."""
-        arguments = json.loads(self.function.arguments or "{}")
-        return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
-
-
-@with_config(ConfigDict(extra="allow"))
-class TextPart(TypedDict):
-    """A piece of a content."""
-
-    type: Literal["text"]
-    text: str
-
-
-@with_config(ConfigDict(extra="allow"))
-class RefusalPart(TypedDict):
-    """A refusal in an assistant's content."""
-
-    type: Literal["refusal"]
-    refusal: str
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings, and the end of the first call if only one is allowed and nothing else ends the answer."""
+        one_call = self.usable_tools and not self.parallel_tool_calls and self.constraint() is None
+        return (*super().stop_strings(), CALL_END) if one_call else super().stop_strings()
 
 
-class ChatMessage(RequestBody):
-    """A message; the text parts of its content are joined. Only an assistant that calls tools or refuses may have none.
+@response_object
+class TopLogprob(TypedDict):
+    r"""A likely token. Its text is `\xf0\x9f` if its bytes are not valid text; special tokens have no bytes."""
 
-    `name` tells participants of one role apart, if the chat template renders it. OpenAI's client adds `parsed` to an
-    answer; it is ignored.
-    """
-
-    # What OpenAI's own answers carry, and callers send back as they got it.
-    no_op_values: ClassVar[Mapping[str, Sequence[Any]]] = {"annotations": ([],), "tool_calls": ([],)}
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    name: str | None = None
-    refusal: str | None = None
-    parsed: Any = None
-    tool_calls: list[MessageToolCall] = Field(default=[], max_length=128)
-    tool_call_id: str | None = Field(default=None, min_length=1, validate_default=True)
-    content: str | None = Field(default=None, validate_default=True)
-
-    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart | RefusalPart])
-    @classmethod
-    def _join_parts(cls, content: object, others: ValidationInfo) -> object:
-        if not isinstance(content, list):
-            return content
-        texts = [_text(part, refuses=others.data.get("role") == "assistant") for part in content]
-        if None in texts:
-            raise ValueError('only parts like {"type": "text", "text": "…"} are understood')
-        return "".join(text for text in texts if text is not None)
-
-    @field_validator("content")
-    @classmethod
-    def _require_content(cls, content: str | None, others: ValidationInfo) -> str | None:
-        if content is None and not others.data.get("tool_calls") and others.data.get("refusal") is None:
-            raise PydanticKnownError("missing")
-        return content
-
-    @field_validator("refusal", "parsed")
-    @classmethod
-    def _only_for_assistant(cls, value: Any, others: ValidationInfo) -> Any:
-        if value is not None and others.data.get("role") != "assistant":
-            raise ValueError("only a message of the role 'assistant' may have it")
-        return value
-
-    @field_validator("tool_calls")
-    @classmethod
-    def _only_assistant_calls_tools(cls, calls: list[MessageToolCall], others: ValidationInfo) -> list[MessageToolCall]:
-        if calls and others.data.get("role") != "assistant":
-            raise ValueError("only the assistant calls tools")
-        return calls
-
-    @field_validator("tool_call_id")
-    @classmethod
-    def _only_for_tool(cls, id_: str | None, others: ValidationInfo) -> str | None:
-        if id_ is None and others.data.get("role") == "tool":
-            raise PydanticKnownError("missing")
-        if id_ is not None and others.data.get("role") != "tool":
-            raise ValueError("only a message of the role 'tool' has it")
-        return id_
-
-    def to_template(self) -> Message:
-        """The form that chat templates take; a refusal is the content of a message without any."""
-        content = self.refusal if self.content is None else self.content
-        message: Message = {"role": self.role, "content": content or ""}
-        if self.name is not None:
-            message["name"] = self.name
-        if self.tool_calls:
-            message["tool_calls"] = [each.to_template() for each in self.tool_calls]
-        if self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
-        return message
+    token: Annotated[str, Field(description="Text of the token.")]
+    logprob: Annotated[float, Field(description="Log probability in nats.")]
+    bytes: Annotated[list[int] | None, Field(description="UTF-8 bytes of the token; null: a special token.")]
 
 
-def _text(part: object, *, refuses: bool) -> str | None:
-    """A part's text, if the part is supported; null keys are ignored."""
-    match part:
-        case {"type": "text", "text": str(text), **rest} if not _given(rest):
-            return text
-        case {"type": "refusal", "refusal": str(text), **rest} if refuses and not _given(rest):
-            return text
-    return None
+@response_object
+class TokenLogprob(TopLogprob):
+    """A generated token, with the most likely tokens at its position."""
+
+    top_logprobs: Annotated[list[TopLogprob], Field(description="The most likely tokens, up to `top_logprobs`.")]
 
 
-def _given(rest: Mapping[Any, object]) -> bool:
-    return any(value is not None for value in rest.values())
+@response_object
+class Logprobs(TypedDict):
+    """Log probabilities of the tokens of an answer."""
+
+    content: Annotated[list[TokenLogprob], Field(description="The tokens.")]
+    refusal: Annotated[None, Field(description="Always null.")]
+
+
+@response_object
+class FunctionCallObject(TypedDict):
+    """A function call. In a stream, a part of one."""
+
+    name: NotRequired[Annotated[str, Field(description="Name of the function.")]]
+    arguments: NotRequired[Annotated[str, Field(description="Arguments, as JSON.")]]
+
+
+@response_object
+class ToolCallObject(TypedDict):
+    """A tool call. In a stream, a part of the call at `index`."""
+
+    index: NotRequired[Annotated[int, Field(description="In streams: the call that this part belongs to.")]]
+    id: NotRequired[Annotated[str, Field(description="ID of the call.")]]
+    type: NotRequired[Annotated[Literal["function"], Field(description="Type of the tool.")]]
+    function: Annotated[FunctionCallObject, Field(description="The function call.")]
+
+
+@response_object
+class AssistantMessage(TypedDict):
+    """The model's message."""
+
+    role: Annotated[Literal["assistant"], Field(description="Role of the author.")]
+    content: Annotated[str | None, Field(description="Text of the message; null: there are only tool calls.")]
+    refusal: Annotated[None, Field(description="Always null.")]
+    tool_calls: NotRequired[Annotated[list[ToolCallObject], Field(description="Tool calls of the model.")]]
+
+
+@response_object
+class ChatChoice(TypedDict):
+    """One answer."""
+
+    index: AnswerIndex
+    message: Annotated[AssistantMessage, Field(description="The answer.")]
+    logprobs: Annotated[Logprobs | None, Field(description="Log probabilities, if requested.")]
+    finish_reason: Annotated[Literal["stop", "length", "tool_calls"], Field(description="Why the answer ended.")]
+
+
+@response_object
+class ChatCompletion(TypedDict):
+    """Answers to a conversation."""
+
+    id: ResponseId
+    object: ObjectType[Literal["chat.completion"]]
+    created: CreatedAt
+    model: ModelUsed
+    system_fingerprint: Fingerprint
+    choices: Annotated[list[ChatChoice], Field(description="The answers.")]
+    usage: Annotated[Usage, Field(description="Token counts.")]
+
+
+@response_object
+class ChatDelta(TypedDict):
+    """The next part of an answer."""
+
+    role: NotRequired[Annotated[Literal["assistant"], Field(description="Role of the author, in the first part.")]]
+    content: NotRequired[Annotated[str | None, Field(description="More text.")]]
+    tool_calls: NotRequired[Annotated[list[ToolCallObject], Field(description="More of the tool calls.")]]
+
+
+@response_object
+class ChatChunkChoice(TypedDict):
+    """A part of one answer."""
+
+    index: AnswerIndex
+    delta: Annotated[ChatDelta, Field(description="The next part of the answer.")]
+    logprobs: Annotated[Logprobs | None, Field(description="Log probabilities, if requested.")]
+    finish_reason: Annotated[
+        Literal["stop", "length", "tool_calls"] | None, Field(description="Why the answer ended; null: it continues.")
+    ]
+
+
+@response_object
+class ChatCompletionChunk(TypedDict):
+    """A part of a streamed chat completion. With `include_usage`, the last chunk has the usage and no choices."""
+
+    id: ResponseId
+    object: ObjectType[Literal["chat.completion.chunk"]]
+    created: CreatedAt
+    model: ModelUsed
+    system_fingerprint: Fingerprint
+    choices: Annotated[list[ChatChunkChoice], Field(description="Parts of the answers.")]
+    usage: NotRequired[Annotated[Usage | None, Field(description="Token counts, if requested.")]]

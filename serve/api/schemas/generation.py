@@ -1,4 +1,4 @@
-"""What chat and plain completions have in common: parameters, and how they become requests to the backend."""
+"""What chat and plain completions have in common: parameters, requests to the backend, and response objects."""
 
 from __future__ import annotations
 
@@ -10,55 +10,88 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
+from typing_extensions import TypedDict
 
 from loramill.errors import InvalidRequest
 from loramill.serve.api.generation.model_lookup import Target
 from loramill.serve.api.generation.streaming import GenerationResult
-from loramill.serve.api.schemas.common import Metadata, RequestBody
+from loramill.serve.api.schemas.common import Metadata, RequestBody, response_object
 from loramill.serve.protocol import TextChunk, TextRequest
 from loramill.serve.sampling_params import SamplingParams
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
-#: A JSON key.
+#: A token's id as the key of a JSON object.
 TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+
+ResponseId = Annotated[str, Field(description="ID of the response.")]
+ModelUsed = Annotated[str, Field(description="The model, as named in the request.")]
+Fingerprint = Annotated[str, Field(description="Identifies the base model's weights and the adapter's version.")]
+AnswerIndex = Annotated[int, Field(description="Index of the answer.")]
+
+
+@response_object
+class Usage(TypedDict):
+    """Token counts. A prompt with several answers counts once."""
+
+    prompt_tokens: Annotated[int, Field(description="Number of tokens in the prompts.")]
+    completion_tokens: Annotated[int, Field(description="Number of generated tokens.")]
+    total_tokens: Annotated[int, Field(description="Sum of both.")]
 
 
 class StreamOptions(RequestBody):
-    """OpenAI's stream_options."""
+    """Options of a stream."""
 
     no_op_values: ClassVar[Mapping[str, Sequence[Any]]] = {"include_obfuscation": (False,)}
-    include_usage: bool = False
+    include_usage: bool = Field(default=False, description="End the stream with a chunk of token counts.")
     continuous_usage_stats: bool = Field(
-        default=False, description="vLLM's: with include_usage, every chunk has the token counts of its answer so far"
+        default=False,
+        description="Include the token counts so far in every chunk, as in vLLM. Needs `include_usage`.",
     )
 
 
 class GenerationRequest(RequestBody):
-    """Parameters of every generation; top_k, min_p, repetition_penalty, min_tokens and ignore_eos aren't OpenAI's."""
+    """Parameters of all generations.
+
+    `top_k`, `min_p`, `repetition_penalty`, `min_tokens` and `ignore_eos` extend OpenAI's API as in vLLM.
+    """
 
     no_op_values: ClassVar[Mapping[str, Sequence[Any]]] = {
         "store": (False,),
         "service_tier": ("auto", "default"),
     }
-    model: NonEmptyText
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int = Field(default=0, ge=0)
-    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
-    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
-    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(default={}, max_length=1024)
-    min_tokens: int = Field(default=0, ge=0)
-    n: int = Field(default=1, ge=1, le=8)
-    seed: int | None = Field(default=None, ge=-(2**62), le=2**62)
-    stop: list[NonEmptyText] = Field(default=[], max_length=4)
-    ignore_eos: bool = False
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    metadata: Metadata | None = None
+    model: NonEmptyText = Field(description="The base, `tenant/adapter` or `tenant/adapter@version`.")
+    max_tokens: int | None = Field(default=None, ge=1, description="Maximum number of tokens per answer.")
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0, description="Sampling temperature; 0: greedy decoding.")
+    top_p: float = Field(
+        default=1.0, gt=0.0, le=1.0, description="Sample from the most likely tokens with this total probability."
+    )
+    top_k: int = Field(default=0, ge=0, description="Sample from this number of most likely tokens; 0: from all.")
+    min_p: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="Minimum probability of a token, relative to the most likely one."
+    )
+    repetition_penalty: float = Field(
+        default=1.0, gt=0.0, le=10.0, description="Divides the logits of tokens in the prompt or answer; 1: no penalty."
+    )
+    presence_penalty: float = Field(
+        default=0.0, ge=-2.0, le=2.0, description="Subtracted from the logits of tokens that occur in the answer."
+    )
+    frequency_penalty: float = Field(
+        default=0.0, ge=-2.0, le=2.0, description="Subtracted from a token's logit per occurrence in the answer."
+    )
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
+        default={}, max_length=1024, description="Added to the logits of tokens, by token id."
+    )
+    min_tokens: int = Field(default=0, ge=0, description="Minimum number of tokens per answer.")
+    n: int = Field(default=1, ge=1, le=8, description="Number of answers per prompt.")
+    seed: int | None = Field(
+        default=None, ge=-(2**62), le=2**62, description="Seed of the sampling. Answer i of a prompt uses seed + i."
+    )
+    stop: list[NonEmptyText] = Field(default=[], max_length=4, description="Strings that end an answer.")
+    ignore_eos: bool = Field(default=False, description="Generate on after the end-of-sequence token.")
+    stream: bool = Field(default=False, description="Return server-sent events.")
+    stream_options: StreamOptions | None = Field(default=None, description="Options of a stream.")
+    user: str | None = Field(default=None, description="Accepted for compatibility, and ignored.")
+    metadata: Metadata | None = Field(default=None, description="Accepted for compatibility, and ignored.")
 
     @field_validator("stop", mode="before", json_schema_input_type=NonEmptyText | list[NonEmptyText])
     @classmethod
@@ -72,13 +105,13 @@ class GenerationRequest(RequestBody):
 
     @property
     def continuous_usage(self) -> bool:
-        """Whether every chunk of a stream has token counts; as in vLLM, only together with `include_usage`."""
+        """Whether every chunk of a stream has token counts. As in vLLM, this needs `include_usage`."""
         return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def check_stream_options(self) -> None:
-        """Raises InvalidRequest for stream_options without a stream."""
+        """Raises InvalidRequest if there are stream_options without a stream."""
         if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("'stream_options' is for streams: set 'stream' to true.", param="stream_options")
+            raise InvalidRequest("'stream_options' needs 'stream' to be true.", param="stream_options")
 
     def stop_strings(self) -> tuple[str, ...]:
         """Strings that end an answer."""
@@ -125,7 +158,7 @@ class GenerationRequest(RequestBody):
 
 @dataclass(frozen=True, slots=True)
 class ResponseEnvelope:
-    """What every object of one response says in the same words."""
+    """The fields that all objects of one response share."""
 
     id: str
     model: str
@@ -134,11 +167,11 @@ class ResponseEnvelope:
 
     @classmethod
     def for_target(cls, target: Target, prefix: str) -> ResponseEnvelope:
-        """A reply with an id of its own."""
+        """Returns an envelope with a new id."""
         return cls(f"{prefix}-{uuid.uuid4().hex}", target.model, target.fingerprint)
 
     def object(self, kind: str, choices: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
-        """A response object or a chunk of one."""
+        """Returns a response object or a chunk of one."""
         return {
             "id": self.id,
             "object": kind,
@@ -150,7 +183,7 @@ class ResponseEnvelope:
         }
 
     def chunk_template(self, kind: str, body: GenerationRequest) -> ChunkTemplate:
-        """What surrounds the choice of each chunk in the stream that `body` asks for."""
+        """Returns the JSON around the choices of a stream that `body` requests."""
         more = {"usage": None} if body.include_usage else {}
         whole = json.dumps(self.object(kind, [], **more), separators=(",", ":"))
         head, empty, tail = whole.rpartition('"choices":[]')
@@ -159,10 +192,12 @@ class ResponseEnvelope:
 
 @dataclass(frozen=True, slots=True)
 class ChunkTemplate:
-    """The JSON around the choice of a chunk: the same for all chunks, so that it is rendered once.
+    """The JSON around the choice of a chunk. It is the same for all chunks, so it is rendered once.
 
     Attributes:
-        continuous: whether each chunk has the token counts of its answer so far instead of `tail`'s null.
+        head: the JSON before the choice.
+        tail: the JSON after the choice.
+        continuous: whether each chunk has the token counts of its answer so far, instead of the null in `tail`.
     """
 
     head: str
@@ -170,14 +205,14 @@ class ChunkTemplate:
     continuous_usage: bool
 
     def render(self, choice: str, counted: GenerationResult | TextChunk) -> str:
-        """The JSON of a chunk with this choice; `counted` has the tokens of the choice's answer up to here."""
+        """Returns the JSON of a chunk with this choice; `counted` has the token counts of the answer so far."""
         if not self.continuous_usage:
             return f"{self.head}{choice}{self.tail}"
         return f'{self.head}{choice}],"usage":{json.dumps(usage_object([counted], 1))}}}'
 
 
 def usage_object(answers: Sequence[GenerationResult | TextChunk], n: int) -> dict[str, int]:
-    """Token counts; a prompt with `n` answers (which follow each other) counts once."""
+    """Returns token counts. A prompt with `n` adjacent answers counts once."""
     prompt = sum(answer.prompt_tokens for answer in answers[::n])
     completion = sum(answer.completion_tokens for answer in answers)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -1,135 +1,145 @@
-"""What the endpoints of fine-tune jobs answer, as the description tells it."""
+"""Responses about fine-tune jobs."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
-from loramill.serve.api.schemas.objects import ErrorDetail, no_extra_keys
+from loramill.serve.api.schemas.common import CreatedAt, ErrorDetail, ObjectType, response_object
 from loramill.types import Executor, JobSpec, JobStatus, PendingAction
 
 
-@no_extra_keys
+@response_object
 class JobErrorObject(TypedDict):
     """Why a job failed."""
 
-    code: str | None
-    message: str | None
-    param: None
+    code: Annotated[str | None, Field(description="Code of the error.")]
+    message: Annotated[str | None, Field(description="What went wrong and what to do.")]
+    param: Annotated[None, Field(description="Always null.")]
 
 
-@no_extra_keys
+@response_object
 class JobHyperparameters(TypedDict):
-    """The spec in OpenAI's terms; `n_epochs` is null if its steps do not make whole passes over the file."""
+    """The spec in OpenAI's terms."""
 
-    n_epochs: int | None
-    batch_size: int
-    learning_rate_multiplier: float
+    n_epochs: Annotated[
+        int | None, Field(description="Passes over the file; null: the steps do not make whole passes.")
+    ]
+    batch_size: Annotated[int, Field(description="Examples per optimizer step.")]
+    learning_rate_multiplier: Annotated[float, Field(description="Learning rate relative to the default.")]
 
 
-@no_extra_keys
+@response_object
 class JobSupervised(TypedDict):
-    """How supervised training goes."""
+    """Supervised training."""
 
-    hyperparameters: JobHyperparameters
+    hyperparameters: Annotated[JobHyperparameters, Field(description="The hyperparameters.")]
 
 
-@no_extra_keys
+@response_object
 class JobMethod(TypedDict):
-    """OpenAI's method."""
+    """The training method in OpenAI's terms."""
 
-    type: Literal["supervised"]
-    supervised: JobSupervised
+    type: Annotated[Literal["supervised"], Field(description="Type of the method.")]
+    supervised: Annotated[JobSupervised, Field(description="Options of supervised training.")]
 
 
-@no_extra_keys
+@response_object
 class JobExtension(TypedDict):
-    """What OpenAI's job has no field for."""
+    """Fields that OpenAI's job object does not have."""
 
-    adapter: str
-    status: JobStatus
-    asked: PendingAction | None
-    spec: JobSpec
-    priority: int
-    executor: Executor
-    attempt: int
-    micro_tokens: int
-    step: int
-    steps: int
-    loss: float | None
-    valid_loss: float | None
-    tokens_per_second: float | None
-    started_at: float | None
-    result: str | None
-    waits_for: str | None
+    adapter: Annotated[str, Field(description="Adapter that gets the new version.")]
+    status: Annotated[JobStatus, Field(description="Status of the job, which can also be `paused`.")]
+    pending_action: Annotated[
+        PendingAction | None, Field(description="Requested of the running job, which has not complied yet.")
+    ]
+    spec: Annotated[JobSpec, Field(description="The whole spec.")]
+    priority: Annotated[int, Field(description="Jobs of a higher priority run first.")]
+    executor: Annotated[Executor, Field(description="Where it runs: in a shared session, or in a trainer of its own.")]
+    attempt: Annotated[int, Field(description="Number of times that a worker took the job.")]
+    micro_tokens: Annotated[int, Field(description="Tokens per forward pass, which shrink if memory runs out.")]
+    step: Annotated[int, Field(description="Optimizer steps done.")]
+    steps: Annotated[int, Field(description="Optimizer steps in all.")]
+    loss: Annotated[float | None, Field(description="Loss of the last step, in nats per token.")]
+    valid_loss: Annotated[float | None, Field(description="Last validation loss, in nats per token.")]
+    tokens_per_second: Annotated[float | None, Field(description="Training speed.")]
+    started_at: Annotated[float | None, Field(description="When it first ran, in seconds since the epoch.")]
+    result: Annotated[str | None, Field(description="Artifact with the weights of a full fine-tune.")]
+    waits_for: Annotated[str | None, Field(description="What a queued job waits for besides a free worker.")]
 
 
-@no_extra_keys
+@response_object
 class Job(TypedDict):
-    """A fine-tune job; one that is paused is `queued` here, and `paused` in `loramill.status`."""
+    """A fine-tune job. A paused job has the status `queued` here, and `paused` in `loramill.status`."""
 
-    id: str
-    object: Literal["fine_tuning.job"]
-    created_at: int
-    finished_at: int | None
-    estimated_finish: int | None
-    model: str
-    fine_tuned_model: str | None
-    organization_id: str
-    status: Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
-    error: JobErrorObject | None
-    hyperparameters: JobHyperparameters
-    method: JobMethod
-    integrations: list[Any]
-    training_file: str
-    validation_file: str | None
-    result_files: list[str]
-    trained_tokens: int
-    seed: int
-    metadata: dict[str, str]
-    loramill: JobExtension
+    id: Annotated[str, Field(description="ID of the job.")]
+    object: ObjectType[Literal["fine_tuning.job"]]
+    created_at: CreatedAt
+    finished_at: Annotated[int | None, Field(description="When it ended, in seconds since the epoch.")]
+    estimated_finish: Annotated[int | None, Field(description="When it will end at the current speed.")]
+    model: Annotated[str, Field(description="The base model.")]
+    fine_tuned_model: Annotated[str | None, Field(description="Name of the new version.")]
+    organization_id: Annotated[str, Field(description="Tenant that owns the job.")]
+    status: Annotated[
+        Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"],
+        Field(description="Status of the job."),
+    ]
+    error: Annotated[JobErrorObject | None, Field(description="Why the job failed.")]
+    hyperparameters: Annotated[JobHyperparameters, Field(description="The hyperparameters.")]
+    method: Annotated[JobMethod, Field(description="The training method.")]
+    integrations: Annotated[list[Any], Field(description="Always empty.")]
+    training_file: Annotated[str, Field(description="ID of the training file.")]
+    validation_file: Annotated[str | None, Field(description="ID of the validation file.")]
+    result_files: Annotated[list[str], Field(description="ID of the file with the job's metrics, once it has ended.")]
+    trained_tokens: Annotated[int, Field(description="Number of tokens trained on.")]
+    seed: Annotated[int, Field(description="Seed of the training.")]
+    metadata: Annotated[dict[str, str], Field(description="Pairs of strings given at submission.")]
+    loramill: Annotated[JobExtension, Field(description="More about the job.")]
 
 
-@no_extra_keys
+@response_object
 class JobEventObject(TypedDict):
-    """A line of a job's history; `data` has the numbers of a `metrics` event."""
+    """An event in a job's history."""
 
-    id: str
-    object: Literal["fine_tuning.job.event"]
-    created_at: int
-    level: Literal["info", "warn", "error"]
-    message: str
-    type: Literal["message", "metrics"]
-    data: dict[str, Any]
+    id: Annotated[str, Field(description="ID of the event.")]
+    object: ObjectType[Literal["fine_tuning.job.event"]]
+    created_at: CreatedAt
+    level: Annotated[Literal["info", "warn", "error"], Field(description="Level of the event.")]
+    message: Annotated[str, Field(description="What happened.")]
+    type: Annotated[Literal["message", "metrics"], Field(description="Type of the event.")]
+    data: Annotated[dict[str, Any], Field(description="Numbers of a `metrics` event.")]
 
 
-@no_extra_keys
+@response_object
 class Checkpoint(TypedDict):
-    """A point of a job whose weights were validated; its name is empty once they are gone."""
+    """A step at which a job's weights were validated."""
 
-    id: str
-    object: Literal["fine_tuning.job.checkpoint"]
-    created_at: int
-    fine_tuning_job_id: str
-    fine_tuned_model_checkpoint: str
-    step_number: int
-    metrics: dict[str, float]
+    id: Annotated[str, Field(description="ID of the checkpoint.")]
+    object: ObjectType[Literal["fine_tuning.job.checkpoint"]]
+    created_at: CreatedAt
+    fine_tuning_job_id: Annotated[str, Field(description="ID of the job.")]
+    fine_tuned_model_checkpoint: Annotated[
+        str, Field(description="Model name of the weights; empty: they are not kept.")
+    ]
+    step_number: Annotated[int, Field(description="Optimizer step.")]
+    metrics: Annotated[dict[str, float], Field(description="Metrics of the validation.")]
 
 
-@no_extra_keys
+@response_object
 class BatchEntry(TypedDict):
-    """What became of one job of a batch."""
+    """The outcome for one job of a batch."""
 
-    job: Job | None
-    new: bool
-    error: ErrorDetail | None
+    job: Annotated[Job | None, Field(description="The job; null: it was only checked, or not submitted.")]
+    new: Annotated[bool, Field(description="Whether this request submitted it.")]
+    error: Annotated[ErrorDetail | None, Field(description="Why it cannot be submitted.")]
 
 
-@no_extra_keys
+@response_object
 class BatchResult(TypedDict):
-    """What became of a batch; unless it was submitted, nothing was changed."""
+    """The outcome of a batch."""
 
-    object: Literal["fine_tuning.batch"]
-    submitted: bool
-    data: list[BatchEntry]
+    object: ObjectType[Literal["fine_tuning.batch"]]
+    submitted: Annotated[bool, Field(description="Whether the batch was submitted; otherwise nothing was changed.")]
+    data: Annotated[list[BatchEntry], Field(description="One entry per job, in the order of the request.")]

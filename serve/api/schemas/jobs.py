@@ -1,4 +1,4 @@
-"""Fine-tune jobs, their events and checkpoints as OpenAI writes them."""
+"""Requests for fine-tune jobs; and jobs, events and checkpoints in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -17,40 +17,42 @@ from loramill.submission.references import named_by
 from loramill.submission.request import Hyperparameters, JobRequest, LoramillOptions
 from loramill.types import CheckpointRecord, JobEvent, JobRecord, JobStatus
 
-#: An event's id on the wire begins so; its number follows, of no more digits than a database counts to.
+#: The id of an event is this prefix and a number, of no more digits than fit in a database's integer.
 EVENT_PREFIX = "ftevent-"
 EVENT_ID_PATTERN = rf"^{EVENT_PREFIX}[0-9]{{1,18}}$"
 
 
 class SupervisedMethod(RequestBody):
-    """How supervised training goes."""
+    """Supervised training."""
 
-    hyperparameters: Hyperparameters | None = None
+    hyperparameters: Hyperparameters | None = Field(default=None, description="The hyperparameters.")
 
 
 class Method(RequestBody):
-    """OpenAI's method; what it says of the two that aren't there is not looked at."""
+    """OpenAI's training method. Only `supervised` is supported."""
 
-    type: Literal["supervised", "dpo", "reinforcement"]
-    supervised: SupervisedMethod | None = None
-    dpo: dict[str, Any] | None = None
-    reinforcement: dict[str, Any] | None = None
+    type: Literal["supervised", "dpo", "reinforcement"] = Field(description="Type of the method.")
+    supervised: SupervisedMethod | None = Field(default=None, description="Supervised training.")
+    dpo: dict[str, Any] | None = Field(default=None, description="Not supported.")
+    reinforcement: dict[str, Any] | None = Field(default=None, description="Not supported.")
 
 
 class NewJob(RequestBody):
-    """OpenAI's request for a job, with loramill's own fields under `loramill`."""
+    """OpenAI's request for a job, with more options under `loramill`."""
 
     no_op_values: ClassVar[Mapping[str, Sequence[Any]]] = {"integrations": ([],)}
-    model: str
-    training_file: str
-    validation_file: str | None = None
-    suffix: str = "default"
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    metadata: Metadata = Field(default={})
-    method: Method | None = None
-    hyperparameters: Hyperparameters | None = None
-    integrations: list[dict[str, Any]] | None = None
-    loramill: LoramillOptions = LoramillOptions()
+    model: str = Field(description="The base model.")
+    training_file: str = Field(description="ID of the file with training examples.")
+    validation_file: str | None = Field(default=None, description="ID of a file with validation examples.")
+    suffix: str = Field(default="default", description="Name of the adapter, without its tenant.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the training.")
+    metadata: Metadata = Field(default={}, description="Up to 16 pairs of strings, by which jobs can be listed.")
+    method: Method | None = Field(default=None, description="The training method and its hyperparameters.")
+    hyperparameters: Hyperparameters | None = Field(
+        default=None, description="The hyperparameters, in the place of older versions of OpenAI's API."
+    )
+    integrations: list[dict[str, Any]] | None = Field(default=None, description="Not supported.")
+    loramill: LoramillOptions = Field(default=LoramillOptions(), description="More options of the job.")
 
     def to_request(self, tenant: str) -> JobRequest:
         """The request of `tenant`, as `loramill.submission` takes it.
@@ -73,20 +75,21 @@ class NewJob(RequestBody):
         )
 
     def hyperparameters_or_default(self) -> Hyperparameters:
-        """The hyperparameters, wherever they stand.
+        """The hyperparameters, from either place.
 
         Raises:
-            UnsupportedParameter: another method than supervised training, or an integration.
-            InvalidRequest: they stand in both places and differ.
+            UnsupportedParameter: the method is not supervised training, or there are integrations.
+            InvalidRequest: both places have hyperparameters, and they differ.
         """
         if self.method and self.method.type != "supervised":
             raise UnsupportedParameter(
-                f"Training by '{self.method.type}' isn't there; 'method.type' is 'supervised'.", param="method.type"
+                f"The method '{self.method.type}' is not supported; 'method.type' must be 'supervised'.",
+                param="method.type",
             )
         if self.integrations:
             raise UnsupportedParameter(
-                "A job has no integrations of its own: whoever runs the pool sets jobs.loggers "
-                "(such as LORAMILL_JOBS__LOGGERS='[\"wandb\"]') for all jobs; leave 'integrations' out.",
+                "Integrations per job are not supported: the setting jobs.loggers (such as "
+                "LORAMILL_JOBS__LOGGERS='[\"wandb\"]') applies to all jobs; omit 'integrations'.",
                 param="integrations",
             )
         supervised = self.method.supervised if self.method else None
@@ -148,7 +151,7 @@ def _extension_object(job: JobRecord) -> dict[str, Any]:
     return {
         "adapter": job.spec.adapter,
         "status": job.status,
-        "asked": job.pending_action,
+        "pending_action": job.pending_action,
         "spec": job.spec.model_dump(mode="json"),
         "priority": job.priority,
         "executor": job.executor,

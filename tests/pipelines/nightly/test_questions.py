@@ -13,7 +13,7 @@ from loramill.data.examples import read_examples
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import ModelNotFound
 from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion, answer_all, build_questions
-from loramill.serve.api.routes.chat import ChatRequest
+from loramill.serve.api.schemas.chat import ChatRequest
 
 #: A sentence in many scripts; a limit by characters (2 of 3, and 8) cut the right answer in ja, zh, ko, th and hi.
 SENTENCES = {

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from loramill.errors import Overloaded, QuotaExceeded, Unavailable
 from loramill.serve.api.dependencies import ServedBase
 from loramill.serve.api.generation import metrics as watch
-from loramill.serve.api.generation.admission import admit
+from loramill.serve.api.generation.admission import admitted
 from loramill.serve.api.generation.model_lookup import Target
 from loramill.serve.api.limits.tracker import UsageTracker
 from loramill.serve.metrics.definitions import ADMIN_LABEL, OTHER_LABEL, BoundedLabels
@@ -220,7 +220,7 @@ def test_refused_at_admission(
     def refuse(*_: object) -> Any:
         raise QuotaExceeded("too many a minute")
 
-    monkeypatch.setattr(UsageTracker, "enter", refuse)
+    monkeypatch.setattr(UsageTracker, "acquire", refuse)
     with pytest.raises(openai.RateLimitError):
         client.chat.completions.create(model="tiny", messages=HELLO)
     seen = see()
@@ -279,12 +279,12 @@ def test_what_is_not_read_to_its_end_is_closed(site: Any, see: Any, read: int, c
 
     async def leave() -> None:
         target = Target("tiny", ServedBase(site.base, Longwinded()), tenant, None, 0.0, "")  # type: ignore[arg-type]
-        here = SimpleNamespace(books=UsageTracker())
-        chunks, _ = await admit(here, SimpleNamespace(limits=None), target, [TextRequest("1", tenant, prompt="a")])  # type: ignore[arg-type]
-        for _ in range(read):
-            await anext(chunks)
-        assert open_ == [1] * bool(read)
-        await chunks.aclose()
+        gateway, caller = SimpleNamespace(usage_tracker=UsageTracker()), SimpleNamespace(limits=None)
+        request = TextRequest("1", tenant, prompt="a")
+        async with admitted(gateway, caller, target, [request]) as admission:  # type: ignore[arg-type]
+            for _ in range(read):
+                await anext(admission.chunks)
+            assert open_ == [1] * bool(read)
 
     asyncio.run(leave())
     assert not open_

@@ -7,7 +7,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import Any, cast
 
 import httpx
@@ -239,7 +239,7 @@ def _requests(n: int) -> list[TextRequest]:
 def test_closing_ends_what_is_ready_but_not_taken(n: int) -> None:
     async def take_one() -> None:
         backend = Keeping()
-        chunks = generate(backend, _requests(n))
+        chunks = generate(backend, _requests(n), lambda *_: None)
         await anext(chunks)
         assert len(backend.active) == n
         await chunks.aclose()
@@ -251,7 +251,8 @@ def test_closing_ends_what_is_ready_but_not_taken(n: int) -> None:
 def test_who_leaves_without_having_read_ends_the_generation() -> None:
     async def leave() -> None:
         backend, blocked = Keeping(), asyncio.Event()
-        chunks = generate(backend, _requests(1))
+        resources = AsyncExitStack()
+        chunks = await resources.enter_async_context(aclosing(generate(backend, _requests(1), lambda *_: None)))
 
         async def lines() -> AsyncIterator[str]:
             async for _, chunk in chunks:
@@ -267,7 +268,9 @@ def test_who_leaves_without_having_read_ends_the_generation() -> None:
             return {"type": "http.disconnect"}
 
         scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
-        await EventStreamResponse(lines(), chunks, {})(scope, receive, send)
+        payloads = lines()
+        response = EventStreamResponse(await anext(payloads), payloads, "req-1", {}, resources)
+        await response(scope, receive, send)
         assert len(backend.requests) == 1 and not backend.active
 
     asyncio.run(leave())

@@ -10,7 +10,7 @@ import pytest
 from loramill.data.encoding import encode_example
 from loramill.data.examples import read_examples
 from loramill.data.tokenizer import ChatTokenizer
-from loramill.serve.api.routes.chat import ChatRequest
+from loramill.serve.api.schemas.chat import ChatRequest
 
 USER, ANSWER = {"role": "user", "content": "Where is parcel 7?"}, {"role": "assistant", "content": "In Rome."}
 CALL = {"id": "c1", "type": "function", "function": {"name": "parcel", "arguments": '{"id":"7","é":[1.5,null]}'}}

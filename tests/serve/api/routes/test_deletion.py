@@ -238,7 +238,7 @@ def test_many_tenants_are_made_in_one_transaction(site: Any, tenant: str) -> Non
         for wrong, status, said in (
             ([a, {"name": "Bad Name"}], 400, "Bad Name"),
             ([a, {"name": tenant}], 409, tenant),
-            ([a, b, a], 400, "named twice"),
+            ([a, b, a], 400, "listed twice"),
             ([a, {"name": f"{tenant}-c", "weight": 0}], 400, "weight"),
             ([], 400, "tenants"),
         ):

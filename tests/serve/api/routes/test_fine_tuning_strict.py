@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from loramill.errors import TrainingDiverged
 from loramill.registry import jobs
 from loramill.registry.jobs import checkpoints
-from loramill.types import JobRecord, JobStatus, VersionRecord
+from loramill.types import JobEvent, JobRecord, JobStatus, VersionRecord
 
 METRICS = {"train_loss": 1.5, "train_mean_token_accuracy": 0.5, "valid_loss": 1.25, "valid_mean_token_accuracy": 0.625}
 
@@ -131,8 +131,8 @@ def test_pause_and_resume(client: OpenAI, site: Any, job: str) -> None:
         client.fine_tuning.jobs.resume(job)
     lease(site, job)
     asked = strict_job(client.fine_tuning.jobs.pause(job))
-    assert (asked.status, asked.loramill["asked"]) == ("running", "pause")
-    assert strict_job(client.fine_tuning.jobs.cancel(job)).loramill["asked"] == "cancel"
+    assert (asked.status, asked.loramill["pending_action"]) == ("running", "pause")
+    assert strict_job(client.fine_tuning.jobs.cancel(job)).loramill["pending_action"] == "cancel"
 
 
 def test_a_failure_and_a_cancellation(client: OpenAI, site: Any, file: str, job: str) -> None:
@@ -179,8 +179,8 @@ def test_events_are_read_page_by_page(client: OpenAI, site: Any, job: str, monke
             jobs.add_event(session, job, str(number))
     read = []
     monkeypatch.setattr(
-        "loramill.registry.jobs.history.JobEvent.model_validate",
-        lambda row, validate=jobs.JobEvent.model_validate: read.append(row) or validate(row),
+        "loramill.types.JobEvent.model_validate",
+        lambda row, validate=JobEvent.model_validate: read.append(row) or validate(row),
     )
     page = client.fine_tuning.jobs.list_events(job, limit=5)
     assert [event.message for event in page.data] == ["39", "38", "37", "36", "35"] and page.has_more

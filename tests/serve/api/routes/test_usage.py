@@ -122,7 +122,7 @@ def test_the_last_page_is_written_at_the_end_and_a_failed_one_later(
         failures.append(page.number)
         raise Unavailable("away")
 
-    monkeypatch.setattr(metering, "_exchange", failing)
+    monkeypatch.setattr(metering, "_write_and_read_peers", failing)
     with serving(app) as address, httpx.Client(base_url=address, headers={"authorization": f"Bearer {secret}"}) as http:
         for _ in range(4):
             http.post("/v1/completions", json={"model": "tiny", "prompt": "a b"}).raise_for_status()

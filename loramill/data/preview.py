@@ -22,7 +22,7 @@ def preview_examples(examples: Examples, tokenizer: ChatTokenizer, train_on: Tra
     Args:
         examples: they passed `check_tokens`.
         tokenizer: the base's.
-        learn: which answers of a conversation.
+        train_on: which answers of a conversation.
     """
     tokenizer = tokenizer.at_time(datetime.now(UTC))
     encoded = [encode_example(tokenizer, example, train_on) for example in examples.examples]
