@@ -19,7 +19,7 @@ class Record:
     """A record of one word a key, which counts its readers and may hold them up."""
 
     def __init__(self) -> None:
-        self.mark = object()
+        self.commit_token = object()
         self.word, self.reads, self.error, self.sessions = "old", [], None, 0
         self.open = threading.Event()
         self.open.set()
@@ -78,7 +78,7 @@ def test_what_this_process_commits_is_seen_at_once(record: Record) -> None:
     async def ask() -> None:
         known = view(record)
         assert await known.get("a") == "a old"
-        record.word, record.mark = "new", object()
+        record.word, record.commit_token = "new", object()
         assert await known.get("a") == "a new"
 
     asyncio.run(ask())
@@ -91,7 +91,7 @@ def test_a_read_that_began_before_a_commit_does_not_answer_who_asks_after_it(rec
         early = asyncio.create_task(known.get("a"))
         while not record.reads:
             await asyncio.sleep(0.001)
-        record.word, record.mark = "new", object()
+        record.word, record.commit_token = "new", object()
         late = asyncio.create_task(known.get("a"))
         await asyncio.sleep(0)
         record.open.set()
@@ -120,7 +120,7 @@ def test_many_at_once_are_one_read_and_one_who_leaves_ends_it_for_nobody(record:
 
 def test_who_comes_while_a_read_is_under_way_shares_the_next_session(record: Record) -> None:
     async def ask() -> None:
-        known = view(record, most=2)
+        known = view(record, max_entries=2)
         record.open.clear()
         tasks = [asyncio.create_task(known.get("a"))]
         while not record.reads:
@@ -199,7 +199,7 @@ def test_known_answers_stay_valid_during_an_outage_for_a_grace(
         raise Unavailable("away")
 
     async def ask() -> None:
-        known = view(record, grace=60.0)
+        known = view(record, grace_seconds=60.0)
         await known.get("a")
         monkeypatch.setattr(record, "reading", away)
         for _ in range(3):
@@ -220,9 +220,9 @@ def test_known_answers_stay_valid_during_an_outage_for_a_grace(
 
 def test_grace_does_not_outlast_own_changes_or_deletions(record: Record, clock: Callable[[float], None]) -> None:
     async def ask() -> None:
-        known = view(record, grace=60.0)
+        known = view(record, grace_seconds=60.0)
         await known.get("a")
-        record.mark, record.error = object(), Unavailable("away")
+        record.commit_token, record.error = object(), Unavailable("away")
         with pytest.raises(Unavailable):
             await known.get("a")
         record.error = None
@@ -240,10 +240,10 @@ def test_grace_does_not_outlast_own_changes_or_deletions(record: Record, clock: 
 
 def test_a_silent_database_is_waited_for_once(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     async def ask() -> None:
-        known = view(record, grace=60.0)
+        known = view(record, grace_seconds=60.0)
         await known.get("a")
-        monkeypatch.setattr(cache, "PATIENCE", 0.05)
-        monkeypatch.setattr(cache, "SECONDS", 0.0)
+        monkeypatch.setattr(cache, "READ_TIMEOUT_SECONDS", 0.05)
+        monkeypatch.setattr(cache, "TTL_SECONDS", 0.0)
         record.open.clear()
         waits = []
         for _ in range(5):
@@ -262,7 +262,7 @@ def test_a_silent_database_is_waited_for_once(record: Record, monkeypatch: pytes
 
 def test_a_bounded_number_is_remembered_the_newest(record: Record) -> None:
     async def ask() -> None:
-        known = view(record, most=3)
+        known = view(record, max_entries=3)
         for key in "abcdbe":
             await known.get(key)
         assert record.reads == list("abcde")

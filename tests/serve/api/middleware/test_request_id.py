@@ -42,7 +42,7 @@ def test_health_needs_no_key(site: Any, monkeypatch: pytest.MonkeyPatch) -> None
         response = http.get("/readyz")
         assert response.status_code == 503 and "No engine replica" in response.json()["error"]["message"]
         site.backend.now = Silent()
-        monkeypatch.setattr(health, "PATIENCE", 0.05)
+        monkeypatch.setattr(health, "READY_TIMEOUT_SECONDS", 0.05)
         assert http.get("/readyz").status_code == 503
         assert http.get("/healthz").status_code == 200
         assert http.get("/health").status_code == 503
