@@ -1,4 +1,4 @@
-"""cluster.yaml is what Ray's cluster launcher accepts, and what its header promises."""
+"""Ray's cluster launcher accepts cluster.yaml, and its header is right."""
 
 from __future__ import annotations
 

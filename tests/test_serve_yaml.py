@@ -1,4 +1,4 @@
-"""serve.yaml is what `serve build` makes of the application, and what its header says."""
+"""serve.yaml equals the output of `serve build`, and its header is right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the engine replica runs: what Ray is asked for, and what the replica makes of its settings."""
+"""Devices of engine replicas: Ray options, and the settings of the engine."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from loramill.settings import ServeSettings, Settings
 
 @pytest.mark.parametrize(("device", "gpus", "there"), [("auto", 0, "cpu"), ("cpu", 0, "cpu"), ("cuda", 1, "cuda")])
 def test_a_replica_uses_only_the_gpu_that_ray_assigned(device, gpus, there, monkeypatch):
-    # Ray shows all of a node's GPUs to a replica that asked for none.
+    # A replica without a GPU from Ray sees all GPUs of its node.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     settings = ServeSettings(device=device, threads=3)
     options = engine_options(Settings(serve=settings))

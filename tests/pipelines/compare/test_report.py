@@ -147,7 +147,7 @@ def test_the_chart_is_a_png(tmp_path: Path) -> None:
 
 @pytest.fixture
 def invoke(tiny: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The command over measures that are made up; what they were asked for is in `asked`."""
+    """The command with invented measurements; `asked` has the tasks."""
     monkeypatch.setenv("LORAMILL_CACHE", str(tmp_path / "cache"))
 
     def measured(task: Task, report) -> ComparisonRow:

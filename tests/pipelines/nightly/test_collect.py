@@ -1,4 +1,4 @@
-"""What a night trains on and is judged by."""
+"""The datasets and the job spec of a nightly run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A night and an adapter whose champion is pinned."""
+"""A nightly run with an adapter whose champion is pinned."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 
 
 def decided(registry: Registry, name: str, *, promote: bool) -> None:
-    """A night that has come as far as its decision about `name`."""
+    """A nightly run up to the gate's decision on `name`."""
     with registry.writing() as session:
         run = nightly.open_run(session)
         for step, result in (

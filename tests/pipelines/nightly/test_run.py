@@ -211,7 +211,7 @@ def test_little_data_waits_until_there_is_enough(mill: Mill, valid: int, enough:
     assert state.outlook == waits.reason
     mill.feed("acme/a", rows(enough - 1, "more"))
     assert only(mill.run()).verdict is Verdict.PROMOTED
-    mill.feed("acme/a", rows(2, "late"))  # beside old ones, two are enough: one to train on, one to judge by
+    mill.feed("acme/a", rows(2, "late"))  # with old data, two are enough: one to train on, one to evaluate on
     assert only(mill.run()).verdict in (Verdict.PROMOTED, Verdict.HELD)
 
 

@@ -37,7 +37,7 @@ class Answer:
 
 @dataclass(eq=False)
 class Engine:
-    """A replica that computes its answers side by side, as many at once as it has sequences."""
+    """A replica that computes its answers in parallel, up to its number of sequences."""
 
     answers: list[Answer] = field(default_factory=list)
     firsts: deque[tuple[float, float]] = field(default_factory=deque)
@@ -146,7 +146,7 @@ def trace(seed: int, seconds: float, rate: Callable[[float], float]) -> list[Ask
 
 
 def oracle(asks: Sequence[Ask], least: int, seconds: float, minute: float = 60.0) -> float:
-    """Seconds of replicas that one needs who knows each minute's work before and fills replicas to four fifths."""
+    """Replica seconds if each minute's work is known in advance and replicas are used to four fifths."""
     tokens = [0.0] * math.ceil(seconds / minute)
     for ask in asks:
         tokens[int(ask.at / minute)] += ask.prompt / PREFILL + ask.answer

@@ -1,4 +1,4 @@
-"""What is counted: names, labels, what an engine tells, and the numbers of several processes, killed ones included."""
+"""Metrics: names, labels, engine statistics, and the sums over processes, including killed ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers held to a form: whatever the model, what ends by itself is what was asked for."""
+"""Structured output: every answer that ends by itself satisfies its constraint, whatever the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a replica says of its health."""
+"""The health of a replica."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls of tools in a stream of text, cut at every place."""
+"""Tool calls in a stream of text, split at every position."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def zipf(
 
 
 def clairvoyant(asked: Sequence[str], slots: int) -> int:
-    """Loads of one replica that has all the slots and knows what will be asked: Belady's, the least there can be when
+    """Loads of one replica that has all the slots and knows all future requests: Belady's, the minimum when
     requests are served in the order in which they come."""
     following: list[float] = [float("inf")] * len(asked)
     last: dict[str, int] = {}
@@ -173,9 +173,9 @@ def clairvoyant(asked: Sequence[str], slots: int) -> int:
 
 
 def informed(asked: Sequence[str], slots: int) -> int:
-    """Loads of one replica that has all the slots and knows how popular each version is, but not what comes next: it
-    loses the least popular. Of all who can't see the future none loads less on average where each request is drawn
-    anew (Aho, Denning and Ullman 1971)."""
+    """Loads of one replica that has all the slots and knows how popular each version is, but not the future: it evicts
+    the least popular. No policy without the future loads less on average if each request is drawn independently
+    (Aho, Denning and Ullman 1971)."""
     ranks = {version: rank for rank, (version, _) in enumerate(Counter(asked).most_common())}
     held: set[str] = set()
     loads = 0

@@ -160,12 +160,12 @@ def test_few_loads_and_balanced_replicas_under_zipfs_law(replicas, slots, adapte
 def test_a_hot_adapter_spreads_in_five_seconds_and_others_stay(replicas, others, seed):
     names = [f"{seed}-{number}" for number in range(replicas)]
     quiet = [Arrival(at / 4, f"v{at % others}") for at in range(120)]
-    # From then on more is asked of one adapter than a replica can do.
+    # From then on one adapter has more requests than a replica can serve.
     hot = [Arrival(at, "hot") for at in accumulate([10.0, *[1 / 16] * 320])]
     seen = play(names, 8, sorted((*quiet, *hot), key=lambda arrival: arrival.at), seed=seed)
     assert len({to for at, version, to in seen.sent if version == "hot" and at < 15}) >= 2
     alone = play(names, 8, quiet, seed=seed)
-    # A hot one that comes where a cold one is may push that elsewhere, but not again and again.
+    # A hot adapter may evict a cold one once, but not repeatedly.
     assert seen.loads.total() - seen.loads["hot"] <= 2 * alone.loads.total()
 
 
