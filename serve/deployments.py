@@ -116,7 +116,8 @@ def _additional_base(settings: Settings, base: str) -> Settings:
 
 def application(settings: Settings) -> Any:
     """Builds the Serve application: gateways in front of the engine replicas of each base."""
-    behind = [_engine_deployment(name, each).bind(each) for name, each in engine_settings(_on_ray(settings)).items()]
+    fixed = settings.model_copy(update={"serve": with_fixed_device(settings.serve)})
+    behind = [_engine_deployment(name, each).bind(each) for name, each in engine_settings(fixed).items()]
     options = _options(settings) | {"name": "gateway", "num_replicas": settings.serve.gateways}
     environment = SINGLE_LOOP_ENV | ONLY_ASSIGNED_GPUS | metrics_env(settings)
     options["ray_actor_options"] = {"num_cpus": 0.1, "runtime_env": {"env_vars": environment}}
@@ -163,10 +164,6 @@ def replica_options(settings: ServeSettings) -> dict[str, Any]:
     }
     bounds = {"min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas}
     return {"autoscaling_config": {**UNDELAYED, **bounds, "initial_replicas": settings.min_replicas, "policy": policy}}
-
-
-def _on_ray(settings: Settings) -> Settings:
-    return settings.model_copy(update={"serve": with_fixed_device(settings.serve)})
 
 
 def with_fixed_device(settings: ServeSettings) -> ServeSettings:

@@ -65,7 +65,9 @@ class OfflineEngine:
     """Answers prompts with the base and any adapter, all mixed in the same batches. Close it, or use it with `with`.
 
         with OfflineEngine(base, registry.artifacts.fetch, settings.serve) as engine:
-            for completion in engine.generate(TextRequest("1", "acme", prompt=text) for text in texts):
+            params = SamplingParams(max_tokens=64)
+            prompts = (TextRequest("", "acme", prompt=text, sampling_params=params) for text in texts)
+            for completion in engine.generate(prompts, ordered=True):
                 ...
 
     Args:

@@ -29,7 +29,7 @@ class EngineDeployment:
     _metrics_task: asyncio.Task[None] | None = None
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
-        # they import torch, which the gateway and the driver do not need
+        # These import torch, which the gateway and the driver do not need
         from loramill.serve.metrics.engine import EngineMetrics
         from loramill.serve.replica.replica import Replica
         from loramill.serve.routing.load import LoadWindow
