@@ -1,1 +1,1 @@
-"""The native CPU backend: C kernels, compiled at first use."""
+"""The native CPU backend: C kernels that are compiled at first use."""

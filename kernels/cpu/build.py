@@ -1,8 +1,8 @@
 """Compiles the native kernels at first use.
 
-The library lies in a cache under a name made of the sources, the compiler and its flags: a change of any of them is
-another file. It is written under a temporary name and renamed, so two processes that compile at once both get a whole
-one.
+The library is cached under a name derived from the sources, the compiler and its flags, so a change of any of them
+makes another file. It is written under a temporary name and renamed, so two processes that compile at once both get a
+complete library.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from loramill.errors import SetupError
 
 SOURCES = Path(__file__).parent / "source"
 
-#: Flags of the tiers, the best first, and the CPU features that each needs.
+#: Compiler flags and required CPU features of each tier, the best first.
 TIERS = {
     "avx512": (
         "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16",
@@ -37,7 +37,7 @@ _SECONDS = 120
 
 
 def supported_tiers() -> tuple[str, ...]:
-    """The tiers that this processor can run, the best first; by CPUID."""
+    """The tiers that this processor supports by CPUID, the best first."""
     features = torch.cpu.get_capabilities()
     if features["architecture"] != "x86_64":
         return ()
@@ -45,16 +45,16 @@ def supported_tiers() -> tuple[str, ...]:
 
 
 def compiler() -> str | None:
-    """The C compiler: what CC says, else cc, gcc or clang; None where there is none."""
+    """The C compiler: the one in CC, else cc, gcc or clang; None if there is none."""
     return next(filter(None, map(shutil.which, [os.environ.get("CC", ""), "cc", "gcc", "clang"])), None)
 
 
 @functools.cache
 def library(tier: str, dtype: torch.dtype) -> ctypes.CDLL:
-    """The kernels for one tier and one element type, compiled if the cache hasn't got them.
+    """The kernels for one tier and one element type, compiled if they are not cached.
 
     Raises:
-        SetupError: there is no compiler, or it can't compile them.
+        SetupError: There is no compiler, or it can't compile them.
     """
     cc = compiler()
     if cc is None:
@@ -73,7 +73,7 @@ def library(tier: str, dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def _caches() -> list[Path]:
-    """Where libraries may lie: the user's cache, then a temporary folder of the user's own."""
+    """Folders for libraries: the user's cache, then a temporary folder of the user's own."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111 (never raises)
     return [base / "loramill" / "kernels", Path(tempfile.gettempdir()) / f"loramill-kernels-{os.getuid()}"]
 

@@ -1,7 +1,7 @@
 """The decoder's operations other than its linears, over a library of the native kernels.
 
-Each does what `Backend` says, for tensors of the library's element type; `library` has the argument types of
-`SIGNATURES`.
+Each implements the operation of `Backend` with its name, for tensors of the library's element type; `library` has the
+argument types of `SIGNATURES`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from loramill.kernels.backend import LayerKV
 from loramill.kernels.memory import ALIGNMENT, HUGE_PAGE, host_memory
 from loramill.kernels.paging import COUNT, START, Pages
 
-#: Positions of a group of keys.
+#: Number of positions in a group of keys.
 _LANES = 16
-#: As in the C sources: the largest head, and queries that share a pass over the keys.
+#: As in the C sources: the largest head, and the number of queries that share a pass over the keys.
 _MAX_HEAD, _QUERIES = 256, 48
 #: Counts and strides are declared as pointers too: ctypes takes an int for those three times as fast as for c_int64.
 SIGNATURES: dict[str, list[Any]] = {
@@ -36,7 +36,7 @@ SIGNATURES: dict[str, list[Any]] = {
 
 
 def rms_norm(library: ctypes.CDLL, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Norms the last of x [..., d]."""
+    """Normalizes the last axis of x [..., d]."""
     if x.dim() == 2:
         (rows, d), (ld, step) = x.shape, x.stride()
         members, ld_member = 1, 0
@@ -54,7 +54,7 @@ def rms_norm(library: ctypes.CDLL, x: torch.Tensor, weight: torch.Tensor, eps: f
 def add_rms_norm(
     library: ctypes.CDLL, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """Adds x [rows, d] to the residual in place and norms that."""
+    """Adds x [rows, d] to the residual in place and normalizes the sum."""
     (rows, d), (ldx, step) = x.shape, x.stride()
     ld, residual_step = residual.stride()
     if step != 1 or residual_step != 1 or residual.dtype != x.dtype or residual.shape != (rows, d):
@@ -85,7 +85,7 @@ def new_kv(
     """Keys and values in the layout of attention.c.
 
     Raises:
-        EngineFault: `block_size` is no multiple of 16, or `head_dim` is odd or larger than 256.
+        EngineFault: `block_size` is not a multiple of 16, or `head_dim` is odd or larger than 256.
     """
     if block_size % _LANES or head_dim % 2 or not 2 <= head_dim <= _MAX_HEAD:
         raise EngineFault(
@@ -95,7 +95,8 @@ def new_kv(
     pair, width = 4 // dtype.itemsize, -(-head_dim // _LANES) * _LANES
     of_keys = (blocks, kv_heads, block_size // _LANES, head_dim // pair, _LANES, pair)
     of_values = (blocks, kv_heads, block_size // pair, width, pair)
-    # Each begins elsewhere in a huge page: else a step that fills one fills all, and finding new ones takes 0.3 s.
+    # Each starts at another offset in its huge page: else a step that fills one fills all of them, and getting new ones
+    # takes 0.3 s.
     gap = HUGE_PAGE // (2 * layers) // ALIGNMENT * ALIGNMENT
     sizes = [prod(of_keys) * dtype.itemsize, gap, prod(of_values) * dtype.itemsize, gap]
     parts = torch.split(host_memory(layers * sum(sizes)), sizes * layers)
@@ -139,7 +140,7 @@ def attention(
     scale: float,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Each row's queries over its sequence's keys; returns [rows, heads * head_dim]."""
+    """Attention of each row to its sequence's positions; returns [rows, heads * head_dim]."""
     rows, columns = qkv.shape
     pages.check(rows, kv.keys.shape[0], kv.block_size)
     ld, step = qkv.stride()
@@ -155,18 +156,19 @@ def attention(
     return y
 
 
+#: The window of a layer without one.
 UNLIMITED = 1 << 40
 
 
 def _mismatch(x: torch.Tensor, other: torch.Tensor) -> EngineFault:
     return EngineFault(
-        f"{x.dtype} {list(x.shape)} of strides {x.stride()} and {other.dtype} {list(other.shape)} of strides "
-        f"{other.stride()} don't go together: the kernels need one type, matching sizes, and rows without gaps."
+        f"{x.dtype} {list(x.shape)} with strides {x.stride()} and {other.dtype} {list(other.shape)} with strides "
+        f"{other.stride()} don't match: the kernels need equal dtypes, matching sizes and contiguous rows."
     )
 
 
 def slot_address(pages: Pages) -> int:
-    """The address of the rows' slots."""
+    """The address of `pages.slots`."""
     address = pages.memo.get(slot_address)
     if address is None:
         address = pages.memo[slot_address] = pages.slots.ctypes.data
@@ -175,12 +177,15 @@ def slot_address(pages: Pages) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """How attention is shared out among threads.
+    """How attention is divided among threads.
 
     Attributes:
-        units: int32 [count, 3]: span, and its queries from and to; each unit is a part at each KV head.
-        address, blocks, spans: of the units, and of the arrays in `Pages`.
-        scores: products of a query and a key, of an average part, and as many of a probability and a value.
+        units: int32 [count, 3]: span, first query, query after the last; each unit is one part of work per KV head.
+        address: Address of the units.
+        blocks: Address of `Pages.blocks`.
+        spans: Address of `Pages.table`.
+        count: Number of units.
+        scores: Number of products of a query and a key in an average part, and as many of a probability and a value.
     """
 
     units: NDArray[np.int32]
@@ -192,7 +197,7 @@ class AttentionPlan:
 
 
 def attention_plan(pages: Pages, group: int) -> AttentionPlan:
-    """The plan of a step, where `group` query heads share a KV head."""
+    """The plan of a step in which `group` query heads share a KV head."""
     plan = pages.memo.get((AttentionPlan, group))
     if plan is None:
         queries = pages.table[:, COUNT].astype(np.int64) * group

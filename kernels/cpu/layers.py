@@ -1,4 +1,4 @@
-"""A step through all layers in one call of the native kernels."""
+"""Runs a step through all layers in one call of the native kernels."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class _Step(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class _Bound:
-    """A stack's addresses with those of a cache and a slab, good as long as these are the same."""
+    """The addresses of a stack, a cache and a slab; valid as long as these are the same."""
 
     stack: Stack
     cache: Sequence[LayerKV]
@@ -93,22 +93,22 @@ def run_layers(
     step: Step,
     pieces: tuple[int, int],
 ) -> torch.Tensor:
-    """`Backend.run_layers`; `pieces` are the address and number of the batch's."""
+    """Runs all layers; `pieces` are the address and number of the batch's pieces. See `RunsLayers.run_layers`."""
     kv, first = cache[0], stack.layers[0]
     (rows, hidden), (ld, gap) = x.shape, x.stride()
     step.pages.check(rows, kv.keys.shape[0], kv.block_size)
     step.slab.check(step.batch)
     angles = (rows, kv.head_dim // 2)
     if step.slab.dtype != x.dtype and (step.slab.dtype, x.dtype) != (torch.int8, torch.bfloat16):
-        raise EngineFault(f"Adapters in {step.slab.dtype} don't go with rows in {x.dtype}.")
+        raise EngineFault(f"Adapters in {step.slab.dtype} can't be applied to rows in {x.dtype}.")
     if ld != hidden or gap != 1 or step.batch.rows != rows or not x.dtype == kv.keys.dtype == first.qkv.weight.dtype:
         raise EngineFault(
-            f"x is {x.dtype} {[rows, hidden]} of strides {x.stride()} for a batch of {step.batch.rows} rows; "
-            f"{first.qkv.weight.dtype} rows without gaps were expected."
+            f"x is {x.dtype} {[rows, hidden]} with strides {x.stride()} for a batch of {step.batch.rows} rows; it must "
+            f"be {first.qkv.weight.dtype} with contiguous rows."
         )
     for angle in (step.cos, step.sin):
         if angle.shape != angles or angle.dtype != torch.float32 or not angle.is_contiguous():
-            raise EngineFault(f"The angles are {angle.dtype} {list(angle.shape)}; float32 {list(angles)} was expected.")
+            raise EngineFault(f"The angles are {angle.dtype} {list(angle.shape)}; they must be float32 {list(angles)}.")
     columns, intermediate = stack.heads * kv.head_dim, first.down.weight.d_in
     widths = (first.qkv.weight.d_out, columns, 2 * intermediate, intermediate)
     h, room = torch.empty_like(x), x.new_empty(rows, sum(max(width, hidden) for width in widths))
@@ -132,7 +132,7 @@ def run_layers(
 
 
 def matrix(weight: Weight) -> Matrix:
-    """What the kernels read of a weight."""
+    """A weight as the kernels take it."""
     book = weight.codebook
     if book is None:
         return Matrix(weight.data.data_ptr())

@@ -1,4 +1,4 @@
-"""How the native kernels want matrices to lie."""
+"""The matrix layouts of the native kernels."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch.nn.functional as F
 
 from loramill.kernels.adapter import Layout
 
-#: Outputs that lie side by side: two 512-bit registers of floats.
+#: Number of adjacent outputs: two 512-bit registers of floats.
 OUTPUTS = 32
-#: Ranks of `a` that lie side by side.
+#: Number of adjacent ranks of `a`.
 RANKS = 4
-#: Inputs whose codes lie side by side.
+#: Number of inputs with adjacent codes.
 INPUTS = 4
 _WORDS = {2: torch.int16, 4: torch.int32}
 
@@ -19,8 +19,8 @@ _WORDS = {2: torch.int16, 4: torch.int32}
 def panels(weight: torch.Tensor) -> torch.Tensor:
     """Weight [d_out, d_in] as [ceil(d_out / 32), ceil(d_in / p), 32, p], padded with zeros; p is 1 in float32, else 2.
 
-    The kernels read it from end to end: a step along the inputs takes p inputs of 32 outputs, two cache lines or, in
-    int8, one.
+    The kernels read it from end to end: a step along the inputs reads p inputs of 32 outputs, which are two cache lines
+    or, in int8, one.
     """
     return _panels(weight, _lane(weight.dtype), _lane(weight.dtype))
 
@@ -33,7 +33,7 @@ def byte_panels(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def nibble_panels(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Codes [d_out, d_in] below 16 as bytes [ceil(d_out / 32), ceil(d_in / 4), 64].
 
-    The kernels take 64 bytes for 16 numbers of 32 bits: of number l, the n-th four bits from the lowest are the code
+    The kernels read 64 bytes as 16 numbers of 32 bits: in number l, the n-th four bits from the lowest are code
     16 n + l of 128 in `byte_panels`.
     """
     ordered = byte_panels(codes, dtype)
@@ -43,12 +43,12 @@ def nibble_panels(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def rows_of_bytes(packed: torch.Tensor, outputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rows [n, d_in padded] of the codes that `byte_panels` packed, for int64 outputs [n]."""
-    return packed[outputs[:, None] // OUTPUTS, :, _places(outputs, dtype)].transpose(1, 2).flatten(1)
+    return packed[outputs[:, None] // OUTPUTS, :, _code_positions(outputs, dtype)].transpose(1, 2).flatten(1)
 
 
 def rows_of_nibbles(packed: torch.Tensor, outputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The same of what `nibble_panels` packed."""
-    nibble, number = _places(outputs, dtype) // 16, _places(outputs, dtype) % 16
+    """Rows [n, d_in padded] of the codes that `nibble_panels` packed, for int64 outputs [n]."""
+    nibble, number = _code_positions(outputs, dtype) // 16, _code_positions(outputs, dtype) % 16
     pairs = packed[outputs[:, None] // OUTPUTS, :, number * 4 + nibble // 2]
     return (pairs >> (nibble % 2 * 4)[..., None] & 15).transpose(1, 2).flatten(1)
 
@@ -61,15 +61,15 @@ def scale_panels(scales: torch.Tensor) -> torch.Tensor:
 def quads(a: torch.Tensor) -> torch.Tensor:
     """Matrix a [r, d_in] as [ceil(r / 4), ceil(d_in / n), 4, n], padded with zeros; n is 16 in float32, else 32.
 
-    Read from end to end like `panels`: a step along the inputs takes n of them for each of four ranks.
+    Read from end to end like `panels`: a step along the inputs reads n of them for each of four ranks.
     """
     line = 16 * _lane(a.dtype)
     padded = F.pad(a, (0, -a.shape[1] % line, 0, -a.shape[0] % RANKS))
     return padded.view(-1, RANKS, padded.shape[1] // line, line).transpose(1, 2).contiguous()
 
 
-def _places(outputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Which of 128 in `byte_panels` are the codes of each output [n] and four inputs, [n, 4]."""
+def _code_positions(outputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Positions among the 128 codes in `byte_panels` of each output [n] and four inputs, [n, 4]."""
     lane, inputs = _lane(dtype), torch.arange(INPUTS)
     return (inputs // lane * OUTPUTS + outputs[:, None] % OUTPUTS) * lane + inputs % lane
 
@@ -87,7 +87,7 @@ def _panels(matrix: torch.Tensor, lane: int, inputs: int) -> torch.Tensor:
 
 
 def _lane(dtype: torch.dtype) -> int:
-    """Inputs that a 32-bit lane of the kernels' registers holds; an adapter's int8 is widened to bfloat16."""
+    """Number of inputs in a 32-bit lane of the kernels' registers; an adapter's int8 is widened to bfloat16."""
     return 1 if dtype == torch.float32 else 2
 
 

@@ -1,4 +1,4 @@
-"""The native backend: ctypes over the C kernels of one tier."""
+"""The native backend: calls the C kernels of one tier through ctypes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from loramill.kernels.memory import HostPool
 from loramill.kernels.paging import Pages
 from loramill.kernels.slab import SiteSlab
 
-#: Rows of a run that `lora` takes at once: PIECE in lora.c.
+#: Number of rows of a run that `lora` processes at once: PIECE in the C sources.
 _PIECE = 96
 #: Counts and strides are declared as pointers too, as in `decoder_ops`.
 _SIGNATURES: dict[str, list[Any]] = {
@@ -47,10 +47,10 @@ _SIGNATURES: dict[str, list[Any]] = {
 
 
 def open_native(tier: str | None = None) -> Native:
-    """The backend of a tier, by default the best that the processor has, with its kernels compiled.
+    """The backend of a tier, by default the best that the processor supports, with its kernels compiled.
 
     Raises:
-        SetupError: the processor hasn't got the tier or any, or there is no compiler that can make the kernels.
+        SetupError: The processor does not support the tier, or any, or no compiler can compile the kernels.
     """
     tiers = supported_tiers()
     if not tiers or tier not in (None, *tiers):
@@ -61,7 +61,7 @@ def open_native(tier: str | None = None) -> Native:
 
 
 class Native:
-    """The operations of `Backend` on a processor of `tier`, for bfloat16 and float32."""
+    """Implements `Backend` on processors of a tier, for bfloat16 and float32."""
 
     def __init__(self, tier: str) -> None:
         self.layout = replace(PANELS, copy=self._copy_laid_out)
@@ -72,16 +72,16 @@ class Native:
         self._libraries: dict[torch.dtype, ctypes.CDLL] = {}
 
     def lora(self, x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
-        """Adds each run's adapter; the contract is that of `loramill.kernels.lora`."""
+        """Applies each run's adapter; see `loramill.kernels.lora` for the contract."""
         if batch.runs:
             self._adapt(x, None, y, slab, batch)
 
     def pack(self, weight: torch.Tensor) -> Weight:
-        """Lays a matrix [d_out, d_in] out for `linear` and `embed`."""
+        """Converts a matrix [d_out, d_in] to the layout of `linear` and `embed`."""
         return Weight(self._store(panels(weight)), weight.dtype, *weight.shape)
 
     def pack_quantized(self, matrix: Quantized, dtype: torch.dtype) -> Weight:
-        """Lays the codes out in the order of `pack`, those that choose a level two a byte."""
+        """Converts the codes to the layout of `pack`; indices of levels take four bits."""
         levels = None if matrix.levels is None else matrix.levels.contiguous()
         lay_out = byte_panels if levels is None else nibble_panels
         book = Codebook(levels, self._store(scale_panels(matrix.scales)), matrix.group)
@@ -108,7 +108,7 @@ class Native:
         y = torch.empty(len(tokens), weight.d_in, dtype=weight.dtype)
         indices: NDArray[np.int64] = tokens.numpy()
         if len(indices) and not 0 <= indices.min() <= indices.max() < weight.d_out:
-            raise EngineFault(f"Rows {indices.min()} to {indices.max()} of a matrix of {weight.d_out} are asked for.")
+            raise EngineFault(f"Rows {indices.min()} to {indices.max()} are out of a matrix of {weight.d_out} rows.")
         indices = np.ascontiguousarray(indices)
         self._library(weight.dtype).take_rows(
             indices.ctypes.data, len(indices), weight.data.data_ptr(), weight.d_in, y.data_ptr()
@@ -148,9 +148,9 @@ class Native:
         dtype = torch.bfloat16 if of_bytes else slab.slab.dtype
         if not fits or not x.dtype == y.dtype == dtype or step != 1 or step_y != 1:
             raise EngineFault(
-                f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}, y {y.dtype} {list(shape)} of {y.stride()}; "
-                f"{dtype} {[batch.rows, slab.site.d_in]} and {[batch.rows, slab.columns]} was expected, rows "
-                "without gaps."
+                f"x is {x.dtype} {list(x.shape)} with strides {x.stride()}, y {y.dtype} {list(shape)} with "
+                f"{y.stride()}; they must be {dtype} {[batch.rows, slab.site.d_in]} and {[batch.rows, slab.columns]} "
+                "with contiguous rows."
             )
         pieces = _pieces(batch)
         failed = self._library(x.dtype).adapted_linear(
@@ -162,11 +162,11 @@ class Native:
             raise MemoryError
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Norms the last of x [..., d]."""
+        """Normalizes the last axis of x [..., d]."""
         return decoder_ops.rms_norm(self._library(x.dtype), x, weight, eps)
 
     def add_rms_norm(self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Adds x to the residual in place and norms that."""
+        """Adds x to the residual in place and normalizes the sum."""
         return decoder_ops.add_rms_norm(self._library(x.dtype), residual, x, weight, eps)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -176,7 +176,7 @@ class Native:
     def new_kv(
         self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> tuple[LayerKV, ...]:
-        """Paged keys and values of all layers."""
+        """Paged keys and values for all layers."""
         return decoder_ops.new_kv(layers, blocks, block_size, kv_heads, head_dim, dtype)
 
     def rope_write(
@@ -188,26 +188,26 @@ class Native:
     def attention(
         self, qkv: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None = None
     ) -> torch.Tensor:
-        """Each row's queries over its sequence's keys."""
+        """Attention of each row to its sequence's positions."""
         return decoder_ops.attention(self._library(qkv.dtype), qkv, heads, kv, pages, scale, window)
 
     def run_layers(self, stack: Stack, x: torch.Tensor, cache: Sequence[LayerKV], step: Step) -> torch.Tensor:
-        """All layers in one call."""
+        """Runs all layers in one call; see `loramill.kernels.layers.run_layers`."""
         pieces = _pieces(step.batch)
         return run_layers(self._library(x.dtype), stack, x, cache, step, (pieces.address, pieces.count))
 
     def set_threads(self, threads: int) -> None:
-        """So many threads share an operation from now on, in the whole process; they sleep between operations."""
+        """Sets the number of threads per operation, for the whole process; they sleep between operations."""
         torch.set_num_threads(threads)
         self._threads = threads
         for opened in self._libraries.values():
             opened.set_threads(threads)
 
     def warm_up(self) -> None:
-        """Compiles what isn't in the cache yet.
+        """Compiles the kernels unless they are cached.
 
         Raises:
-            SetupError: there is no compiler, or it can't.
+            SetupError: There is no compiler, or it can't compile them.
         """
         self._library(torch.bfloat16)
 
@@ -224,14 +224,14 @@ class Native:
 def _check(x: torch.Tensor, weight: Weight) -> None:
     if x.dtype != weight.dtype or x.shape[1] != weight.d_in or x.stride(1) != 1:
         raise EngineFault(
-            f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}; {weight.dtype} [rows, {weight.d_in}] was "
-            "expected, rows without gaps."
+            f"x is {x.dtype} {list(x.shape)} with strides {x.stride()}; it must be {weight.dtype} "
+            f"[rows, {weight.d_in}] with contiguous rows."
         )
 
 
 def _open(tier: str, dtype: torch.dtype) -> ctypes.CDLL:
     if dtype not in (torch.bfloat16, torch.float32):
-        raise EngineFault(f"The native kernels know bfloat16 and float32, not {dtype}.")
+        raise EngineFault(f"The native kernels support bfloat16 and float32, not {dtype}.")
     opened = library(tier, dtype)
     for name, arguments in _SIGNATURES.items():
         function = getattr(opened, name)
@@ -241,7 +241,7 @@ def _open(tier: str, dtype: torch.dtype) -> ctypes.CDLL:
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """The runs of a batch, none longer than `_PIECE`; `address` is that of int32 [count, 3] in `numbers`."""
+    """The runs of a batch, cut into pieces of up to `_PIECE` rows; `address` is that of `numbers`, int32 [count, 3]."""
 
     numbers: NDArray[np.int32]
     address: int

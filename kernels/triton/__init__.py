@@ -1,4 +1,4 @@
-"""The backend of NVIDIA GPUs: adapters and decodes' attention by Triton kernels, the rest by torch's operations."""
+"""The backend for NVIDIA GPUs: Triton kernels for adapters and decode attention, torch operations for the rest."""
 
 from loramill.kernels.torch_backend import add_rms_norm as add_rms_norm
 from loramill.kernels.torch_backend import embed as embed

@@ -1,12 +1,12 @@
-"""Paged attention on a GPU: sequences with one new row by kernels of our own, those with several by torch.
+"""Paged attention on a GPU: our own kernels for sequences with one new row, torch for those with several.
 
-Why not torch's: `torch.nn.attention.varlen` takes a block table in recent versions alone (2.13), and FlashAttention 2
-beneath it pages of 256 positions alone. `scaled_dot_product_attention` takes no block table: every step would copy all
-keys and values of its sequences, by lengths that the host must know, and no CUDA graph could hold it.
+Why not torch for all: `torch.nn.attention.varlen` takes a block table only in recent versions (2.13), and the
+FlashAttention 2 behind it only pages of 256 positions. `scaled_dot_product_attention` takes no block table: every step
+would copy all keys and values of its sequences, by lengths that the host must know, which no CUDA graph can capture.
 
-Each sequence's positions are cut into splits (flash-decoding: Dao et al. 2023), which programs of `attend` go through
-at once, for all query heads of one KV head together; `combine` adds up what they found. The grid is (sequences, KV
-heads, splits) and holds for any lengths: these, and the block tables, are read on the device.
+Each sequence's positions are divided into splits (flash-decoding: Dao et al. 2023), which programs of `attend` process
+in parallel, for all query heads of one KV head together; `combine` adds up their results. The grid is (sequences, KV
+heads, splits) and is valid for any lengths: lengths and block tables are read on the device.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from loramill.kernels.paging import BLOCKS, COUNT, FIRST, START, KVSpan, PagedRo
 from loramill.kernels.triton.attention_kernels import attend, combine
 from loramill.kernels.triton.plans import Launch
 
-#: Programs that keep an H100's 132 multiprocessors' memory queues full, about 4 each.
+#: Number of programs that keep the memory queues of an H100's 132 multiprocessors full, about 4 each.
 PROGRAMS = 512
-#: Splits of a sequence: some even for many sequences, lest a long one hold up the step; a power of two.
+#: Minimum and maximum splits of a sequence, powers of two; not 1, so that one long sequence does not delay the step.
 SPLITS = (8, 64)
-#: Bytes of keys, and as many of values, that a program reads at a time.
+#: Bytes of keys, and as many of values, that a program reads per iteration.
 TILE = 16 << 10
-#: What a window is where there is none.
+#: The window of a layer without one.
 _ALL = 2**31 - 1
 
 
 def attention(
     qkv: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None = None
 ) -> torch.Tensor:
-    """Each row's queries over its sequence's keys; returns [rows, heads * head_dim]; see `Backend.attention`."""
+    """Attention of each row to its sequence's positions; see `Backend.attention`."""
     pages.check(len(qkv), len(kv.keys), kv.block_size)
     out = torch.empty(len(qkv), heads * kv.head_dim, dtype=qkv.dtype, device=qkv.device)
     decodes = _decodes(pages, qkv.device)
@@ -56,9 +56,9 @@ class DecodeBatch:
     """Sequences with one new row, on the device.
 
     Attributes:
-        table: int32 [sequences, 3]: the row, positions up to it and with it (0: nothing to do), and where in `blocks`
-            its own begin.
-        blocks: int32 [...], of all.
+        table: int32 [sequences, 3]: the row, the number of positions up to and including it (0: nothing to do), and the
+            start of its blocks in `blocks`.
+        blocks: int32 [...]: the blocks of all sequences.
     """
 
     table: torch.Tensor
@@ -69,41 +69,41 @@ class StaticPages:
     """The paging of decode steps in buffers of fixed size, for CUDA graphs.
 
     Call the step once with `pages`, so that its kernels are compiled; capture it with `pages`; then, before each replay
-    and on the stream of the replay, `refresh` with the paging to come. Rows that it doesn't have write to the scratch
-    block, and read nothing.
+    and on the stream of the replay, call `refresh` with the next paging. Unused rows write to the scratch block and
+    read nothing.
 
     Attributes:
-        pages: what `rope_write` and `attention` take while a graph is captured.
+        pages: What `rope_write` and `attention` take while a graph is captured.
     """
 
     def __init__(self, *, rows: int, blocks: int, block_size: int, scratch: int, device: torch.device) -> None:
-        """Sizes the buffers.
+        """Allocates the buffers.
 
         Args:
-            rows: at most, each of a sequence of its own.
-            blocks: of all sequences together, at most; shared ones count each time.
-            block_size: positions of a block.
-            scratch: a block that no sequence has; theirs are those before it.
-            device: where the graph runs.
+            rows: Maximum number of rows, each of its own sequence.
+            blocks: Maximum number of blocks of all sequences together; shared ones count each time.
+            block_size: Positions per block.
+            scratch: A block that no sequence has; the sequences' blocks precede it.
+            device: Where the graph runs.
         """
         self.pages = Pages.of([KVSpan(0, 1, [scratch])] * rows, block_size)
         self._scratch = scratch
         self._numbers = torch.empty(2, rows, dtype=torch.int64, device=device)
         self._table = torch.empty(3 * rows + blocks, dtype=torch.int32, device=device)
-        # Of the tensors: "cuda" is another key than "cuda:0".
+        # The tensors' device, since "cuda" and "cuda:0" are different keys.
         device = self._numbers.device
         self.pages.memo[device] = PagedRows(*self._numbers)
         self.pages.memo[DecodeBatch, device] = DecodeBatch(
             self._table[: 3 * rows].view(rows, 3), self._table[3 * rows :]
         )
-        # What is launched before the first refresh must write to the scratch block, too.
+        # Launches before the first refresh must write to the scratch block, too.
         self.refresh(Pages.of([], block_size))
 
     def refresh(self, pages: Pages) -> None:
         """Replaces the paging.
 
         Raises:
-            EngineFault: it is larger than the buffers, has a sequence with several rows, or the scratch block.
+            EngineFault: It is larger than the buffers, or has a sequence with several rows or the scratch block.
         """
         own = self.pages
         pages.check(pages.rows, self._scratch, own.block_size)
@@ -111,7 +111,7 @@ class StaticPages:
         if pages.rows > own.rows or len(pages.spans) != pages.rows or len(pages.blocks) > room:
             raise EngineFault(
                 f"A graph for {own.rows} decodes over {room} blocks can't run {pages.rows} rows of {len(pages.spans)} "
-                f"sequences over {len(pages.blocks)} blocks: take the graph of a larger bucket, or none."
+                f"sequences over {len(pages.blocks)} blocks: use the graph of a larger bucket, or none."
             )
         numbers = np.zeros((2, own.rows), dtype=np.int64)
         numbers[1] = own.slots
@@ -132,7 +132,7 @@ def decode(
     scale: float,
     window: int | None,
 ) -> None:
-    """Writes the sequences' rows of out [rows, heads * head_dim]; what else is there stays."""
+    """Writes the sequences' rows of out [rows, heads * head_dim]; other rows are unchanged."""
     sequences, group = len(decodes.table), heads // kv.kv_heads
     launch = attend_launch(group, kv.head_dim, kv.block_size, qkv.itemsize)
     splits = splits_of(sequences, kv.kv_heads)
@@ -140,7 +140,7 @@ def decode(
     totals = torch.empty(*shape, launch.constants["DIM"], dtype=torch.float32, device=qkv.device)
     peaks = torch.empty(*shape, 2, dtype=torch.float32, device=qkv.device)
     seen = _ALL if window is None else window
-    # Scores in units of log 2: exp2 is one instruction.
+    # Scores are scaled by 1 / log 2, since exp2 is one instruction.
     scores = scale / math.log(2)
     attend[sequences, kv.kv_heads, splits](
         qkv, kv.keys, kv.values, totals, peaks, decodes.table, decodes.blocks, scores, seen, qkv.stride(0),
@@ -154,8 +154,8 @@ def decode(
 
 @cache
 def attend_launch(group: int, head_dim: int, block_size: int, itemsize: int) -> Launch:
-    """Of `attend`, for `group` query heads a KV head and numbers of `itemsize` bytes."""
-    # The matrix units take 16 rows and columns at least.
+    """The launch of `attend`, for `group` query heads per KV head and numbers of `itemsize` bytes."""
+    # The matrix units take at least 16 rows and columns.
     dim = max(16, triton.next_power_of_2(head_dim))
     constants = {
         "GROUP": group,
@@ -165,22 +165,22 @@ def attend_launch(group: int, head_dim: int, block_size: int, itemsize: int) -> 
         "BLOCK_SIZE": block_size,
         "KEYS": max(16, min(128, TILE // (dim * itemsize))),
     }
-    # Without the matrix units, which don't take float32, four warps would have too few registers.
+    # float32 does not use the matrix units; with four warps it would have too few registers.
     return Launch("attend", constants, {"num_warps": 8 if itemsize == 4 else 4, "num_stages": 2})
 
 
 @cache
 def combine_launch(group: int, head_dim: int, splits: int, keys: int) -> Launch:
-    """Of `combine`, after an `attend` with tiles of `keys` positions."""
+    """The launch of `combine`, after an `attend` with tiles of `keys` positions."""
     dim = max(16, triton.next_power_of_2(head_dim))
     constants = {"GROUP": group, "HEAD_DIM": head_dim, "DIM": dim, "KEYS": keys, "SPLITS": splits}
     return Launch("combine", constants, {"num_warps": 4, "num_stages": 1})
 
 
 def splits_of(sequences: int, kv_heads: int) -> int:
-    """Into how many splits a sequence is cut, at most: as few as fill the GPU."""
-    least, most = SPLITS
-    return int(min(most, max(least, triton.next_power_of_2(triton.cdiv(PROGRAMS, sequences * kv_heads)))))
+    """Maximum number of splits of a sequence: as few as fill the GPU."""
+    minimum, maximum = SPLITS
+    return int(min(maximum, max(minimum, triton.next_power_of_2(triton.cdiv(PROGRAMS, sequences * kv_heads)))))
 
 
 def _decodes(pages: Pages, device: torch.device) -> DecodeBatch:

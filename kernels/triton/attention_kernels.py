@@ -1,8 +1,8 @@
-"""The device code of the decode attention: one split of a sequence (`attend`), and what its splits come to (`combine`).
+"""Device code of decode attention: one split of a sequence (`attend`), and the sum of its splits (`combine`).
 
-The grid is (sequences, KV heads, splits or query heads of a KV head). Each program writes what no other writes, and
-each sum has one order, so the same call gives the same bits. Nothing but a sequence's own positions is loaded: masked
-values are zeros, never another's NaN.
+The grid is (sequences, KV heads, splits or query heads of a KV head). No two programs write to the same place, and each
+sum has one order, so the same call gives the same bits. Only a sequence's own positions are loaded: masked values are
+zeros, never another sequence's NaN.
 """
 
 # Compile-time arguments are in capitals, and types are Triton's own.
@@ -14,11 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: The least float32, not -inf: a split whose scores are all -inf then has weights of zero, and no NaN.
+#: About the lowest float32, not -inf: a split whose scores are all -inf then has weights of zero instead of NaN.
 _LEAST = tl.constexpr(-3.4e38)
 
 
-# The blocks lie behind a table of any length.
+# The blocks follow a table of any length, so their alignment varies.
 @triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["blocks"])
 def attend(
     qkv, keys, values, totals, peaks, table, blocks, scale, window, q_row,
@@ -28,13 +28,13 @@ def attend(
     """One split of one sequence, for the query heads of one KV head.
 
     Args:
-        qkv: [rows, ...]: queries first, a row's elements adjacent and `q_row` apart from the next row's.
+        qkv: [rows, ...]: queries first; a row's elements are adjacent, and rows are `q_row` apart.
         keys, values: [blocks, BLOCK_SIZE, KV heads, HEAD_DIM].
         totals: float32 [sequences, KV heads, GROUP, splits, DIM]: the values, weighted by exp2(score - peak).
         peaks: float32 [sequences, KV heads, GROUP, splits, 2]: the peak, and the sum of the weights.
-        table, blocks: of `Decodes`.
-        scale: of scores, over log 2.
-        window: positions that a row sees.
+        table, blocks: See `DecodeBatch`.
+        scale: Factor of the scores, divided by log 2.
+        window: Number of positions that a row sees.
     """
     entry = table + tl.program_id(0) * 3
     length = tl.load(entry + 1)
@@ -57,7 +57,7 @@ def attend(
     for step in range(tile, stop):
         position = step * KEYS + tl.arange(0, KEYS)
         seen = (position < length) & (position >= length - window)
-        # Nothing else is read: what isn't the sequence's own may be NaN.
+        # Nothing else is read: other sequences' values may be NaN.
         block = tl.load(own + position // BLOCK_SIZE, mask=seen, other=0)
         slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
         place = (slot * heads + head) * HEAD_DIM
@@ -82,14 +82,14 @@ def combine(
     out, totals, peaks, table, window, out_row,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the splits of one sequence and query head, with arguments as those of `attend`."""
+    """Adds up the splits of one sequence and query head; for the arguments see `attend`."""
     entry = table + tl.program_id(0) * 3
     length = tl.load(entry + 1)
     if length == 0:
         return
     begin, tiles, share = _shares(length, window, SPLITS, KEYS)
     split = tl.arange(0, SPLITS)
-    # The others have written nothing.
+    # The other splits have written nothing.
     live = split < tl.cdiv(tiles - begin, share)
     head = tl.program_id(1) * GROUP + tl.program_id(2)
     part = (tl.program_id(0) * tl.num_programs(1) * GROUP + head).to(tl.int64) * SPLITS + split
@@ -106,7 +106,7 @@ def combine(
 
 @triton.jit
 def _shares(length, window, splits, KEYS: tl.constexpr):
-    """Of a sequence's tiles: the first that a row sees, the one after the last, and how many a split goes through."""
+    """The first of a sequence's tiles that a row sees, the one after the last, and the number of tiles per split."""
     begin = tl.maximum(length - window, 0) // KEYS
     tiles = tl.cdiv(length, KEYS)
     return begin, tiles, tl.cdiv(tiles - begin, splits)

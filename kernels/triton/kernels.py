@@ -1,18 +1,18 @@
-"""The device code: shrink (h = x A^T) and expand (y = gain * (y + h B^T)), for one row a tile and for many.
+"""Device code: shrink (h = x A^T) and expand (y = gain * (y + h B^T)), for tiles of one row and of many.
 
-Arguments that the kernels share:
-    x, y: [rows, ...] in the slab's dtype; a row's elements are adjacent, `x_row` and `y_row` apart from the next row's.
-    weights, gains: the slab's arena as elements of its dtype, and as float32.
-    table: int64 [slots, STRIDE, 4]: for each of a site's MODULES, elements from the start to a [rank, d_in], to the
-        transposed b [rank, width] and to the gain [width] (-1: none), and the rank (0: no target).
-    starts: int32 [MODULES + 1]: the columns of y at which modules begin, and the end.
+Common arguments of the kernels:
+    x, y: [rows, ...] in the slab's dtype; a row's elements are adjacent, and rows are `x_row` and `y_row` apart.
+    weights, gains: The slab's arena as elements of its dtype, and as float32.
+    table: int64 [slots, STRIDE, 4]: for each of a site's MODULES, the offsets in elements of a [rank, d_in], the
+        transposed b [rank, width] and the gain [width] (-1: none), and the rank (0: not a target).
+    starts: int32 [MODULES + 1]: the first column of y of each module, and the end.
     tiles: int32 [tiles, 4]: slot (-1: nothing to do), first row, row after the last, first rank.
-    h: float32 [splits, MODULES, rows, h_row]: the parts of each sum over d_in that a split added up.
-    ALIGN, ALIGN_Y: what offsets into the weights, and columns of y, are multiples of.
+    h: float32 [splits, MODULES, rows, h_row]: each split's part of the sums over d_in.
+    ALIGN, ALIGN_Y: Divisors of the offsets into the weights, and of the first columns of y.
 
-The grid is (tiles, modules, splits or blocks of columns). Each program writes what no other writes, and each sum has
-one order, so the same call gives the same bits. Nothing outside a run's rows or an adapter's rank is loaded: masked
-values are zeros, never another's NaN.
+The grid is (tiles, modules, splits or blocks of columns). No two programs write to the same place, and each sum has one
+order, so the same call gives the same bits. Nothing outside of a run's rows or an adapter's rank is loaded: masked
+values are zeros, never another adapter's NaN.
 """
 
 # Compile-time arguments are in capitals, and types are Triton's own.
@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: Integers that vary from step to step: Triton would compile anew for a 1 or a multiple of 16.
+#: Integers that vary between steps: Triton would compile again for a 1 or a multiple of 16.
 _VARYING = ["rows", "splits"]
 
 
@@ -34,7 +34,7 @@ def shrink_row(
     MODULES: tl.constexpr, STRIDE: tl.constexpr, ALIGN: tl.constexpr,
     RANKS: tl.constexpr, DEPTH: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of one row, without the matrix units: a is read once, in adjacent columns, for live ranks alone."""
+    """Tiles of one row, without the matrix units: a is read once, in adjacent columns, for existing ranks only."""
     tile = tiles + tl.program_id(0) * 4
     slot = tl.load(tile)
     if slot < 0:
@@ -94,7 +94,7 @@ def expand_row(
     MODULES: tl.constexpr, STRIDE: tl.constexpr, ALIGN: tl.constexpr, ALIGN_Y: tl.constexpr,
     SPLITS: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of one row: b is read once, in adjacent columns, for live ranks alone."""
+    """Tiles of one row: b is read once, in adjacent columns, for existing ranks only."""
     tile = tiles + tl.program_id(0) * 4
     slot = tl.load(tile)
     if slot < 0:
@@ -178,7 +178,7 @@ def fused_row(
     MODULES: tl.constexpr, STRIDE: tl.constexpr, ALIGN: tl.constexpr, ALIGN_Y: tl.constexpr,
     RANKS: tl.constexpr, DEPTH: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Shrink and expand of one row in one launch, for ranks up to RANKS: each block of columns shrinks for itself."""
+    """Shrink and expand of one row in one launch, for ranks up to RANKS; each block of columns repeats the shrink."""
     tile = tiles + tl.program_id(0) * 4
     slot = tl.load(tile)
     if slot < 0:
@@ -201,7 +201,7 @@ def fused_row(
     b_part = tl.load(b + r[:, None] * width + n[None, :], mask=live[:, None] & inside[None, :], other=0.0)
     a = weights + tl.multiple_of(tl.load(entry), ALIGN)
     shrunk = _times_row(a, x + row * x_row, r, rank, d_in, 0, DEPTH, STEPS)
-    # x may hold an Inf or NaN, which times the zeros of a dead rank is NaN.
+    # x may hold an Inf or NaN, which times the zeros of a rank that does not exist is NaN.
     shrunk = tl.where(live, shrunk, 0.0)
     total = tl.sum(shrunk[:, None] * b_part.to(tl.float32), axis=0)
     _add_to_row(y + row * y_row + start, n, inside, total, gains, tl.load(entry + 2))
@@ -209,7 +209,7 @@ def fused_row(
 
 @triton.jit
 def _times_row(a, x, r, rank, d_in, first_step, DEPTH: tl.constexpr, STEPS: tl.constexpr):
-    """Rows r of a [rank, d_in] times x [d_in], summed over STEPS steps of DEPTH columns from `first_step` on."""
+    """Rows r of a [rank, d_in] times x [d_in], summed over STEPS iterations of DEPTH columns from `first_step` on."""
     total = tl.zeros((r.shape[0], DEPTH), tl.float32)
     for step in range(STEPS):
         k = (first_step + step) * DEPTH + tl.arange(0, DEPTH)
@@ -223,7 +223,7 @@ def _times_row(a, x, r, rank, d_in, first_step, DEPTH: tl.constexpr, STEPS: tl.c
 
 @triton.jit
 def _add_to_row(y, n, inside, total, gains, gain):
-    """Columns n of y become gain * (y + total); without a gain, it is 1, which changes no bit."""
+    """Columns n of y become gain * (y + total); a missing gain is 1, which changes no bit."""
     scale = tl.load(gains + gain + n, mask=inside & (gain >= 0), other=1.0)
     result = scale * (tl.load(y + n, mask=inside, other=0.0).to(tl.float32) + total)
     tl.store(y + n, result.to(y.dtype.element_ty), mask=inside)

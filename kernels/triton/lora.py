@@ -1,4 +1,4 @@
-"""Multi-LoRA on a GPU, from the host's side: what a step has to do, worked out once for all of its layers."""
+"""Host side of multi-LoRA on a GPU: the work of a step is computed once for all layers."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ layout: Layout = Layout(torch.Tensor.contiguous, lambda b: b.T.contiguous())
 
 
 def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None:
-    """Adds each run's adapter; the contract is that of `loramill.kernels.lora`.
+    """Applies each run's adapter; see `loramill.kernels.lora` for the contract.
 
-    All work goes to the current stream of the current device, which the host never waits for. The first call for a
-    step sends its tiles to the device; a call captured into a CUDA graph takes `StaticPlan.batch`.
+    All work is launched on the current stream of the current device, without synchronization. The first call for a
+    step copies its tiles to the device; a call captured into a CUDA graph takes `StaticPlan.batch`.
 
     Args:
         x: [rows, d_in] in the slab's dtype; a row's elements are adjacent.
         y: [rows, sum of the site's widths], likewise; changed in place.
-        slab: a site of a slab with this module's layout.
-        batch: whose runs say which rows are whose.
+        slab: A site of a slab with this module's layout.
+        batch: The adapter of each row.
 
     Raises:
-        EngineFault: a handle is stale, the slab has another layout, or x or y another shape or dtype.
+        EngineFault: A handle is stale, the slab has another layout, or x or y has another shape or dtype.
     """
     slab.slab.check(batch)
     work = batch.memo.get((StepWork, slab.slab))
@@ -61,17 +61,18 @@ def adapted_linear(x: torch.Tensor, weight: Weight, slab: SiteSlab, batch: Batch
 
 @dataclass(frozen=True, slots=True)
 class ResidentSite:
-    """One site's numbers as the kernels take them.
+    """One site's data as the kernels take it.
 
     Attributes:
-        d_in: columns of x.
-        columns: of y.
-        modules: of the site.
-        widest: columns of the widest module.
-        align_y: what the columns at which modules begin are multiples of, up to 16.
-        weights, gains: the slab's arena, as elements of its dtype and as float32.
+        d_in: Number of columns of x.
+        columns: Number of columns of y.
+        modules: Number of modules of the site.
+        widest: Number of columns of the widest module.
+        align_y: A divisor of the first columns of all modules, at most 16.
+        weights: The slab's arena as elements of its dtype.
+        gains: The slab's arena as float32.
         table: int64 [slots, modules of the widest site, 4], on the device.
-        starts: int32 [modules + 1], on the device: the columns at which modules begin, and the end.
+        starts: int32 [modules + 1], on the device: the first column of each module, and the end.
     """
 
     d_in: int
@@ -86,29 +87,31 @@ class ResidentSite:
 
 
 class ResidentSlab:
-    """What the kernels read of a slab.
+    """A slab's data as the kernels take it.
 
     Attributes:
-        sites: its sites' numbers.
+        sites: The data of each site.
         ranks: int64 [slots]: the largest rank of each adapter.
     """
 
     def __init__(self, slab: Slab) -> None:
         if slab.layout != layout:
-            raise EngineFault("The slab has another backend's layout; give it loramill.kernels.triton.layout.")
+            raise EngineFault("The slab has another backend's layout; create it with loramill.kernels.triton.layout.")
         if not slab.dtype.is_floating_point:
-            raise EngineFault(f"The GPU's kernels read no {slab.dtype} adapters; give the slab the model's dtype.")
+            raise EngineFault(
+                f"The GPU's kernels don't read {slab.dtype} adapters; create the slab with the model's dtype."
+            )
         self._table = torch.zeros(slab.table.shape, dtype=torch.int64, device=slab.arena.device)
         self._units = np.array([slab.dtype.itemsize, slab.dtype.itemsize, torch.float32.itemsize, 1])
         self._changes = 0
         self.ranks = np.zeros(slab.table.shape[1], dtype=np.int64)
-        # Adapters take whole cache lines: none lies in the rest of a line at the arena's end.
+        # Adapters take whole cache lines: none is in the partial line at the arena's end.
         arena = slab.arena[: slab.arena.numel() // ALIGNMENT * ALIGNMENT]
         weights, gains = arena.view(slab.dtype), arena.view(torch.float32)
         self.sites = [_site(view.site, weights, gains, self._table[view.index]) for view in slab.views]
 
     def refresh(self, slab: Slab) -> None:
-        """Sends the table if a slot changed; kernels in flight still read the old one, since the stream keeps order."""
+        """Copies the table if a slot changed; kernels launched earlier still read the old one, by stream order."""
         changes = slab.changes
         if changes != self._changes:
             table = slab.table // self._units
@@ -119,15 +122,15 @@ class ResidentSlab:
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """A step, cut into tiles.
+    """A step, divided into tiles.
 
     Attributes:
-        resident: the slab.
-        plan: the cut.
-        tiles: int32 [tiles, 4], on the device: slot (-1: nothing), first row, row after the last, first rank.
-        count: how many of the tiles, the first ones, begin at rank 0: what the expand has to do.
-        rows: of the batch.
-        rank: the largest.
+        resident: The slab.
+        plan: How the step is divided.
+        tiles: int32 [tiles, 4], on the device: slot (-1: none), first row, row after the last, first rank.
+        count: Number of tiles that start at rank 0; they come first, and are those that the expand processes.
+        rows: Number of rows of the batch.
+        rank: The largest rank.
     """
 
     resident: ResidentSlab
@@ -142,14 +145,14 @@ class StaticPlan:
     """A step's work in buffers of fixed size, for CUDA graphs.
 
     Call `lora` once with `batch`, so that its kernels are compiled; capture it with `batch`; then, before each replay
-    and on the stream of the replay, `refresh` with the batch to come. Tiles that it doesn't need end at once.
+    and on the stream of the replay, call `refresh` with the next batch. Tiles that it does not need end at once.
 
     Attributes:
-        batch: what `lora` takes while a graph is captured.
+        batch: What `lora` takes while a graph is captured.
     """
 
     def __init__(self, slab: Slab, *, rows: int, rank: int) -> None:
-        """Sizes the buffers for up to `rows` rows, in runs of any length, of adapters of ranks up to `rank`."""
+        """Allocates buffers for up to `rows` rows, in runs of any length, of adapters with ranks up to `rank`."""
         plan = plans.choose_static(rows, rank)
         self._slab, self._rows, self._rank = slab, rows, rank
         self._more = rows * (-(-rank // plan.shrink.ranks) - 1)
@@ -162,7 +165,7 @@ class StaticPlan:
         """Replaces the work by that of a batch.
 
         Raises:
-            EngineFault: a handle is stale, or the batch is larger than the buffers.
+            EngineFault: A handle is stale, or the batch is larger than the buffers.
         """
         self._slab.check(batch)
         resident = self._work.resident
@@ -171,7 +174,7 @@ class StaticPlan:
         if batch.rows > self._rows or ranks.max(initial=0) > self._rank:
             raise EngineFault(
                 f"A graph for {self._rows} rows of rank {self._rank} can't run {batch.rows} rows of rank "
-                f"{ranks.max(initial=0)}: take the graph of a larger bucket."
+                f"{ranks.max(initial=0)}: use the graph of a larger bucket."
             )
         plan = self._work.plan
         first, more = tile_list(batch.segments, ranks, plan.rows, plan.shrink.ranks)
@@ -184,15 +187,16 @@ class StaticPlan:
 def tile_list(
     segments: NDArray[np.int32], ranks: NDArray[np.int64], rows: int, ranks_per_tile: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Cuts runs into tiles of up to `rows` rows and `ranks_per_tile` ranks: live rows of live ranks, and no others.
+    """Divides runs into tiles of up to `rows` rows and `ranks_per_tile` ranks, with only existing rows and ranks.
 
     Args:
         segments: int32 [runs, 3]: slot, first row, row after the last.
-        ranks: [runs]: the adapters' largest.
-        rows, ranks_per_tile: of a tile.
+        ranks: [runs]: the adapters' largest ranks.
+        rows: Maximum number of rows per tile.
+        ranks_per_tile: Maximum number of ranks per tile.
 
     Returns:
-        int32 [tiles, 4] (slot, first row, row after the last, first rank): those that begin at rank 0, and the others.
+        int32 [tiles, 4] (slot, first row, row after the last, first rank): tiles that start at rank 0, and the others.
     """
     segments, ranks = segments[ranks > 0], ranks[ranks > 0]
     run, index = _copies(-(-(segments[:, 2] - segments[:, 1]) // rows))
@@ -207,7 +211,7 @@ def tile_list(
 
 
 def shrink_and_expand(x: torch.Tensor, y: torch.Tensor, site: ResidentSite, work: StepWork) -> None:
-    """The step at a site in two launches, with h [splits, modules, rows, rank] between them in device memory."""
+    """A site's work in two launches, with the intermediate h [splits, modules, rows, rank] in device memory."""
     plan, tiles = work.plan, work.tiles
     shrink = plans.shrink(plan, x.itemsize, plans.steps(site.d_in, x.itemsize, plan, len(tiles) * site.modules))
     splits = triton.cdiv(site.d_in, shrink.constants["DEPTH"] * shrink.constants["STEPS"])
@@ -226,7 +230,7 @@ def shrink_and_expand(x: torch.Tensor, y: torch.Tensor, site: ResidentSite, work
 
 
 def fused(x: torch.Tensor, y: torch.Tensor, site: ResidentSite, work: StepWork) -> None:
-    """The step at a site in one launch, for tiles of one row and ranks up to `plans.FUSED.ranks`."""
+    """A site's work in one launch, for tiles of one row and ranks up to `plans.FUSED.ranks`."""
     launch = plans.fused(site.d_in, x.itemsize)
     _launch(
         launch, (work.count, site.modules, triton.cdiv(site.widest, launch.constants["WIDTH"])), site,
@@ -274,7 +278,7 @@ def _site(site: Site, weights: torch.Tensor, gains: torch.Tensor, table: torch.T
 
 
 def build_work(slab: Slab, batch: Batch) -> StepWork:
-    """Cuts a batch into tiles and starts sending them, after the table if that changed."""
+    """Divides a batch into tiles and starts to copy them, after the table if that changed."""
     resident = _resident(slab)
     resident.refresh(slab)
     segments = batch.segments
@@ -288,7 +292,7 @@ def build_work(slab: Slab, batch: Batch) -> StepWork:
 
 
 def _copies(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each of `counts` copies of each item: the item's index, and the copy's."""
+    """For `counts[i]` copies of each item i: the index of the item, and that of the copy."""
     item = np.repeat(np.arange(len(counts)), counts)
     return item, np.arange(len(item)) - np.repeat(np.cumsum(counts) - counts, counts)
 
@@ -298,6 +302,6 @@ def _check(x: torch.Tensor, y: torch.Tensor, site: ResidentSite, work: StepWork,
         fits = tensor.dtype == dtype and tensor.shape == (work.rows, columns)
         if not fits or (columns > 1 and tensor.stride(1) != 1):
             raise EngineFault(
-                f"{name} is {tensor.dtype} {list(tensor.shape)} of strides {tensor.stride()}; the slab's kernels need "
-                f"{dtype} {[work.rows, columns]} with a row's elements adjacent."
+                f"{name} is {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}; it must be {dtype} "
+                f"{[work.rows, columns]} with contiguous rows."
             )

@@ -1,7 +1,7 @@
-"""Which tiles, warps and splits a step uses: a small table, keyed on the rows of its runs, on rank and on dimensions.
+"""Tiles, warps and splits of a step: a small table, by the rows of its runs, rank and dimensions.
 
-The numbers come from bytes in flight and from what compiles for sm_90 without spilling; `loramill-bench kernels
---device cuda` shows what they cost on a GPU.
+The numbers follow from bytes in flight and from what compiles for sm_90 without spilling; `loramill-bench kernels
+--device cuda` shows their cost on a GPU.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from functools import cache
 
 @dataclass(frozen=True, slots=True)
 class Shrink:
-    """How h = x A^T is cut up.
+    """How h = x A^T is divided.
 
     Attributes:
-        ranks: of an adapter in a tile; a larger adapter has several tiles.
-        depth: bytes of a row of x that a step multiplies.
-        splits: into how many programs the sum over d_in may be cut.
-        warps, stages: of a program.
+        ranks: Ranks of an adapter per tile; a larger adapter has several tiles.
+        depth: Bytes of a row of x per iteration.
+        splits: Maximum number of programs that the sum over d_in is divided into.
+        warps, stages: Of a program.
     """
 
     ranks: int
@@ -32,12 +32,12 @@ class Shrink:
 
 @dataclass(frozen=True, slots=True)
 class Expand:
-    """How y + h B^T is cut up.
+    """How y + h B^T is divided.
 
     Attributes:
-        ranks: a step.
-        width: columns a program.
-        warps: of a program.
+        ranks: Ranks per iteration.
+        width: Columns per program.
+        warps: Of a program.
     """
 
     ranks: int
@@ -47,7 +47,7 @@ class Expand:
 
 @dataclass(frozen=True, slots=True)
 class TilePlan:
-    """How a step is cut up; `rows` of a run make a tile, and with 1 the matrix units are left alone."""
+    """How a step is divided; a tile has up to `rows` rows of a run. With 1, the matrix units are not used."""
 
     rows: int
     shrink: Shrink
@@ -56,13 +56,13 @@ class TilePlan:
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """Shrink and expand in one launch, where each block of columns shrinks for itself.
+    """Shrink and expand in one launch, in which each block of columns repeats the shrink.
 
     Attributes:
-        tiles, ranks, d_in: it is used up to these: A is read once more for each block of columns, and in sequence.
-        depth: bytes of a row of x that a step multiplies.
-        width: columns a program.
-        warps: of a program.
+        tiles, ranks, d_in: Upper limits of its use: A is read again for each block of columns, sequentially.
+        depth: Bytes of a row of x per iteration.
+        width: Columns per program.
+        warps: Of a program.
     """
 
     tiles: int
@@ -75,12 +75,12 @@ class Fused:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What a kernel is compiled with.
+    """How a kernel is compiled and launched.
 
     Attributes:
-        kernel: its name in `loramill.kernels.triton.kernels`.
-        constants: those of its constexpr arguments that the plan decides.
-        options: Triton's: warps, stages and registers.
+        kernel: Its name in `loramill.kernels.triton.kernels`.
+        constants: The constexpr arguments that the plan determines.
+        options: Triton's options: warps, stages and registers.
     """
 
     kernel: str
@@ -89,7 +89,7 @@ class Launch:
 
 
 #: (rows of the longest run up to, ranks up to, plan); the first that fits is used.
-#: With 64 rows, an expand of 32 ranks a step spills where widths are odd.
+#: With 64 rows, an expand of 32 ranks per iteration spills registers if widths are odd.
 TABLE: tuple[tuple[float, int, TilePlan], ...] = (
     (3, 256, TilePlan(1, Shrink(16, 512, 16, 4, 1), Expand(16, 512, 4))),
     (32, 16, TilePlan(16, Shrink(16, 256, 16, 4, 4), Expand(16, 128, 4))),
@@ -100,14 +100,14 @@ TABLE: tuple[tuple[float, int, TilePlan], ...] = (
 
 FUSED = Fused(tiles=32, ranks=16, d_in=2048, depth=2048, width=512, warps=8)
 
-#: Programs that keep an H100's 132 multiprocessors' memory queues full, about 4 each.
+#: Number of programs that keep the memory queues of an H100's 132 multiprocessors full, about 4 each.
 PROGRAMS = 512
 
 #: Registers that a thread of a one-row program may use: the 65,536 of a multiprocessor over 4 programs of 128 threads.
 #: Without a limit, ptxas takes 80 for more programs and spills one.
 REGISTERS = 128
 
-#: Up to so many rows a graph, whose runs aren't known when it is captured, has tiles of one row.
+#: Up to this many rows, a graph, whose runs are unknown when it is captured, has tiles of one row.
 STATIC_ROWS = 32
 
 
@@ -122,18 +122,20 @@ def choose_static(rows: int, rank: int) -> TilePlan:
 
 
 def fuses(plan: TilePlan, tiles: int, rank: int, d_in: int) -> bool:
-    """Whether one launch does it all."""
+    """Whether shrink and expand run in one launch."""
     return plan.rows == 1 and tiles <= FUSED.tiles and rank <= FUSED.ranks and d_in <= FUSED.d_in
 
 
 def steps(d_in: int, itemsize: int, plan: TilePlan, programs: int) -> int:
-    """Steps of each split of the sum over d_in: as few as fill the GPU; a power of two, so that few variants compile.
+    """Iterations per split of the sum over d_in, such that the splits fill the GPU.
+
+    The result is a power of two, so that few variants are compiled.
 
     Args:
-        d_in: terms of the sum.
-        itemsize: bytes of a term.
-        plan: of the step.
-        programs: that there are before the sum is split.
+        d_in: Number of terms of the sum.
+        itemsize: Bytes per term.
+        plan: The step's plan.
+        programs: Number of programs without splits.
     """
     splits = min(plan.shrink.splits, max(1, PROGRAMS // programs))
     return _power_of_two(-(-d_in * itemsize // (plan.shrink.depth * splits)))
@@ -141,7 +143,7 @@ def steps(d_in: int, itemsize: int, plan: TilePlan, programs: int) -> int:
 
 @cache
 def shrink(plan: TilePlan, itemsize: int, steps: int) -> Launch:
-    """The shrink of weights of `itemsize` bytes."""
+    """The launch of a shrink of weights of `itemsize` bytes."""
     cut = plan.shrink
     constants = {"RANKS": cut.ranks, "DEPTH": cut.depth // itemsize, "STEPS": steps}
     return _launch("shrink", plan, constants, cut.warps, cut.stages)
@@ -149,7 +151,7 @@ def shrink(plan: TilePlan, itemsize: int, steps: int) -> Launch:
 
 @cache
 def expand(plan: TilePlan) -> Launch:
-    """The expand."""
+    """The launch of an expand."""
     cut = plan.expand
     constants = {"SPLITS": plan.shrink.splits, "RANKS": cut.ranks, "WIDTH": cut.width}
     return _launch("expand", plan, constants, cut.warps, 1)
@@ -157,7 +159,7 @@ def expand(plan: TilePlan) -> Launch:
 
 @cache
 def fused(d_in: int, itemsize: int) -> Launch:
-    """The launch that does it all."""
+    """The launch of a fused shrink and expand."""
     steps = _power_of_two(-(-d_in * itemsize // FUSED.depth))
     constants = {"RANKS": FUSED.ranks, "DEPTH": FUSED.depth // itemsize, "STEPS": steps, "WIDTH": FUSED.width}
     return Launch("fused_row", constants, {"num_warps": FUSED.warps, "num_stages": 1})

@@ -1,4 +1,4 @@
-"""Base models over paged KV, with adapters at every linear and embedding. Imports with torch and safetensors."""
+"""Base models with a paged KV cache and adapters at every linear and embedding. Imports with torch and safetensors."""
 
 from loramill.serve.model.config import DecoderConfig, read_config
 from loramill.serve.model.decoder import Decoder

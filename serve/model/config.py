@@ -1,4 +1,4 @@
-"""A base's config.json, as the decoder understands it."""
+"""Reads a base's config.json for the decoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from loramill.errors import BaseUnusable
 
-#: Which linears of an architecture have a bias whatever its config says.
+#: The linears of each supported architecture that always have a bias.
 _BIASED = {
     "LlamaForCausalLM": (),
     "MistralForCausalLM": (),
@@ -19,10 +19,10 @@ _BIASED = {
     "Qwen3ForCausalLM": (),
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-#: Of the kernels.
-_MAX_HEAD = 256
+#: Largest head_dim that the kernels support.
+_MAX_HEAD_DIM = 256
 _MLP = ("gate_proj", "up_proj", "down_proj")
-#: The numbers that a kind of rope can't do without.
+#: Required numbers of each kind of rope.
 _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
@@ -34,7 +34,13 @@ _ROPE_KEYS = {
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary embedding: `kind` is default, linear, dynamic, yarn or llama3; `factors` holds its numbers by name."""
+    """A rotary embedding.
+
+    Attributes:
+        theta: Base of the frequencies.
+        kind: default, linear, dynamic, yarn or llama3.
+        factors: The kind's numbers by name.
+    """
 
     theta: float
     kind: str
@@ -43,9 +49,15 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """Shapes and switches of one decoder; `context_length` in tokens.
+    """Shapes and features of one decoder.
 
-    `windows` holds, for each layer, the positions that a row sees, its own counted; None: all before it.
+    Attributes:
+        vocabulary: Number of tokens in the vocabulary.
+        context_length: Maximum number of tokens of a sequence.
+        tied: Whether the head has the embedding's weight.
+        qk_norm: Whether queries and keys are normalized per head.
+        biased: Names of the linears with a bias.
+        windows: For each layer, the number of positions that a row sees, including its own; None: all.
     """
 
     architecture: str
@@ -66,24 +78,24 @@ class DecoderConfig:
 
 
 def read_config(folder: Path) -> DecoderConfig:
-    """Reads `config.json`, as transformers 4 and 5 write it.
+    """Reads `config.json` in the formats of transformers 4 and 5.
 
     Raises:
-        BaseUnusable: no readable config, another architecture, or a feature that the decoder lacks.
+        BaseUnusable: The config is not readable, or the architecture or a feature is not supported.
     """
     path = folder / "config.json"
     raw = read_raw_config(folder)
     try:
         return _parse(raw, path)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise BaseUnusable(f"{path} lacks or garbles a field: {error!r}.") from error
+        raise BaseUnusable(f"A field in {path} is missing or malformed: {error!r}.") from error
 
 
 def read_raw_config(folder: Path) -> dict[str, Any]:
-    """`config.json` as it is.
+    """The content of `config.json`.
 
     Raises:
-        BaseUnusable: there is none, or it is no JSON object.
+        BaseUnusable: It is missing, not readable, or not a JSON object.
     """
     path = folder / "config.json"
     try:
@@ -91,20 +103,20 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise BaseUnusable(f"{path} can't be read ({error}); the folder must hold a Hugging Face model.") from error
     if not isinstance(raw, dict):
-        raise BaseUnusable(f"{path} is no JSON object; the folder must hold a Hugging Face model.")
+        raise BaseUnusable(f"{path} is not a JSON object; the folder must hold a Hugging Face model.")
     return raw
 
 
 def _parse(raw: dict[str, Any], path: Path) -> DecoderConfig:
     architecture = str((raw.get("architectures") or ["none named"])[0])
     if architecture not in _BIASED:
-        raise BaseUnusable(f"{path}: architecture {architecture}; the decoder knows {', '.join(_BIASED)}.")
+        raise BaseUnusable(f"{path}: architecture {architecture}; the decoder supports {', '.join(_BIASED)}.")
     context = int(raw["max_position_embeddings"])
     _refuse_unknown_features(raw, path)
     heads = int(raw["num_attention_heads"])
     head_dim = int(raw.get("head_dim") or int(raw["hidden_size"]) // heads)
-    if head_dim % 2 or head_dim > _MAX_HEAD:
-        raise BaseUnusable(f"{path}: head_dim {head_dim}; the decoder knows even ones up to {_MAX_HEAD}.")
+    if head_dim % 2 or head_dim > _MAX_HEAD_DIM:
+        raise BaseUnusable(f"{path}: head_dim {head_dim}; the decoder supports even ones up to {_MAX_HEAD_DIM}.")
     biased = set(_BIASED[architecture])
     if raw.get("attention_bias") and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM"):
         biased.update(_ATTENTION)
@@ -131,7 +143,7 @@ def _parse(raw: dict[str, Any], path: Path) -> DecoderConfig:
 
 def _refuse_unknown_features(raw: dict[str, Any], path: Path) -> None:
     if raw.get("hidden_act", "silu") != "silu":
-        raise BaseUnusable(f"{path}: hidden_act {raw['hidden_act']}; the decoder knows silu.")
+        raise BaseUnusable(f"{path}: hidden_act {raw['hidden_act']}; the decoder supports silu.")
     if raw.get("quantization_config"):
         raise BaseUnusable(f"{path}: the weights are quantized; loramill reads bfloat16, float16 or float32.")
 
@@ -140,7 +152,7 @@ def _parse_windows(raw: dict[str, Any], path: Path) -> tuple[int | None, ...]:
     layers = int(raw["num_hidden_layers"])
     architecture = raw["architectures"][0]
     if architecture == "MistralForCausalLM":
-        # A window unless the config says null, at every layer whatever its `layer_types`.
+        # A window unless the config has null, at every layer whatever its `layer_types`.
         window = raw.get("sliding_window", 4096)
         return (None if window is None else int(window),) * layers
     if architecture not in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
@@ -153,8 +165,8 @@ def _parse_windows(raw: dict[str, Any], path: Path) -> tuple[int | None, ...]:
     sliding = "sliding_attention"
     if len(kinds) != layers or set(kinds) - {"full_attention", sliding} or (sliding in kinds and window is None):
         raise BaseUnusable(
-            f"{path}: layer_types {kinds} of {layers} layers with a window of {window}; the decoder knows one of "
-            f"full_attention and {sliding} for each layer, the latter with a window in use."
+            f"{path}: layer_types {kinds} of {layers} layers with a window of {window}; the decoder supports "
+            f"full_attention or {sliding} for each layer, the latter with a window."
         )
     return tuple(int(window) if kind == sliding and window is not None else None for kind in kinds)
 
@@ -164,7 +176,7 @@ def _parse_rope(raw: dict[str, Any], context: int, path: Path) -> Rope:
     kind = str(fields.get("rope_type", fields.get("type", "default")))
     partial = fields.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if kind not in _ROPE_KEYS or partial not in (None, 1.0):
-        raise BaseUnusable(f"{path}: rope {fields}; the decoder knows {', '.join(_ROPE_KEYS)} over whole heads.")
+        raise BaseUnusable(f"{path}: rope {fields}; the decoder supports {', '.join(_ROPE_KEYS)} over whole heads.")
     factors = {key: float(fields[key]) for key in _ROPE_KEYS[kind]}
     if kind in ("llama3", "yarn"):
         original = raw.get("original_max_position_embeddings") or fields.get("original_max_position_embeddings")
@@ -175,8 +187,8 @@ def _parse_rope(raw: dict[str, Any], context: int, path: Path) -> Rope:
 
 
 def _yarn(fields: dict[str, Any], stretch: float) -> dict[str, float]:
-    # YaRN (Peng et al. 2023): section 3.2 for beta (their names: alpha and beta), section 3.4 for the attention's
-    # factor (there 1 / sqrt(t)); mscale and mscale_all_dim are DeepSeek's.
+    # YaRN (Peng et al. 2023): section 3.2 for beta_fast and beta_slow (alpha and beta there), section 3.4 for the
+    # attention factor (1 / sqrt(t) there); mscale and mscale_all_dim are DeepSeek's.
     def growth(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 

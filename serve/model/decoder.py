@@ -1,4 +1,4 @@
-"""The decoder: Llama, SmolLM2, Mistral, Qwen2 and Qwen3 by configuration."""
+"""A decoder for Llama, SmolLM2, Mistral, Qwen2 and Qwen3, by configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from loramill.serve.model.rope import amplitude, angles, inverse_frequencies
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """All tensors of a decoder, in one dtype, as the backend laid them out; `head` has `embedding` if they are tied."""
+    """All tensors of a decoder, in one dtype and the backend's layout.
+
+    Attributes:
+        embedding: The token embedding.
+        embedding_site: Index of its adapters' site.
+        stack: The layers.
+        head: The head; its weight is `embedding` if they are tied.
+    """
 
     embedding: Weight
     embedding_site: int
@@ -28,12 +35,12 @@ class DecoderWeights:
 
 
 class Decoder:
-    """A frozen base model; a `Model`.
+    """A frozen base model; implements `Model`.
 
     Attributes:
-        config: shapes and switches.
-        vocabulary, context_length, dtype, sites: as in `Model`.
-        device: of the weights, and of a step.
+        config: Shapes and features.
+        vocabulary, context_length, dtype, sites: See `Model`.
+        device: Of the weights and of each step.
     """
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, sites: Sequence[Site], backend: Backend) -> None:
@@ -56,14 +63,14 @@ class Decoder:
             return self._backend.new_kv(c.layers, blocks, block_size, c.kv_heads, c.head_dim, self.dtype)
 
     def new_slab(self, slots: int, size: int, bits: int = 16) -> Slab:
-        """An empty slab of `slots` adapters in `size` bytes for `forward`; of int8 if `bits` is 8."""
+        """An empty slab of `slots` adapters in `size` bytes for `forward`; int8 if `bits` is 8."""
         dtype = torch.int8 if bits == 8 else self.dtype
         return Slab(
             self.sites, slots=slots, size=size, dtype=dtype, layout=self._backend.layout, device=str(self.device)
         )
 
     def target_weight(self, module: str) -> torch.Tensor | None:
-        """The weight of a module by its name in the checkpoint; None if adapters can't target it."""
+        """The weight of a module, by its name in the checkpoint; None if adapters can't target it."""
         if module not in self._targets:
             return None
         weight, start, width = self._targets[module]
@@ -72,7 +79,7 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], cache: Sequence[LayerKV], slab: Slab, batch: Batch) -> torch.Tensor:
-        """Runs one step over the chunks' tokens, as `Model.forward` says."""
+        """Runs one step over the chunks' tokens; see `Model.forward`."""
         x = self.embed(chunks, slab, batch)
         h = self.layers(x, cache, self.pages(chunks, cache), slab, batch)
         return self.head(h, chunks, slab, batch)
@@ -84,7 +91,7 @@ class Decoder:
         )
 
     def embed(self, chunks: Sequence[Chunk], slab: Slab, batch: Batch) -> torch.Tensor:
-        """The chunks' tokens as the first layer takes them, [rows, hidden]."""
+        """The embeddings of the chunks' tokens, [rows, hidden]."""
         numbers = np.array([token for chunk in chunks for token in chunk.tokens], np.int64)
         tokens, weights = to_device(numbers, self.device), self._weights
         x = self._backend.embed(tokens, weights.embedding)
@@ -92,21 +99,21 @@ class Decoder:
         return x
 
     def layers(self, x: torch.Tensor, cache: Sequence[LayerKV], pages: Pages, slab: Slab, batch: Batch) -> torch.Tensor:
-        """The normed states [rows, hidden] behind the layers; x [rows, hidden] becomes the residual there."""
+        """The normalized states [rows, hidden] after all layers; x [rows, hidden] becomes the residual."""
         turns = angles(pages.on(self.device).positions, self._frequencies, self._amplitude)
         return run_layers(self._backend, self._weights.stack, x, cache, Step(*turns, pages, slab, batch))
 
     def head(self, h: torch.Tensor, chunks: Sequence[Chunk], slab: Slab, batch: Batch) -> torch.Tensor:
-        """The wanted logits, float32 [wanted, vocabulary], of the states [rows, hidden]."""
-        wanted, head = logits_rows(chunks), self._weights.head
-        if len(wanted) < len(h):
-            h = h[to_device(np.array(wanted, np.int64), self.device)]
+        """The logits that the chunks need, float32 [logits, vocabulary], of the states [rows, hidden]."""
+        rows, head = logits_rows(chunks), self._weights.head
+        if len(rows) < len(h):
+            h = h[to_device(np.array(rows, np.int64), self.device)]
         view = slab.views[head.site]
-        return self._backend.adapted_linear(h, head.weight, view, batch_of_rows(batch, wanted, view)).float()
+        return self._backend.adapted_linear(h, head.weight, view, batch_of_rows(batch, rows, view)).float()
 
 
 def _targets(weights: DecoderWeights, sites: Sequence[Site]) -> dict[str, tuple[Weight, int, int]]:
-    """Where the weight of each module is: the matrix that it was fused into, its first row, and its rows."""
+    """Where each module's weight is: the matrix into which it was fused, its first row and its number of rows."""
     embedding = sites[weights.embedding_site].modules[0]
     targets = {embedding: (weights.embedding, 0, weights.embedding.d_out)}
     of_layers = [linear for layer in weights.stack.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]

@@ -1,4 +1,4 @@
-"""The fallback: any causal language model of transformers, over the same paged KV and with the same adapters."""
+"""The fallback: any causal language model of transformers, with the same paged KV cache and adapters."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ from loramill.serve.model.hf_step import (
 )
 from loramill.serve.model.protocol import Chunk, logits_rows
 
-#: Kinds of layers that paged attention does justice to.
+#: Kinds of layers that paged attention supports.
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-#: Tokens of the trial, and how far its logits may be off, relative to their norm: far below what a mistake makes.
+#: Number of tokens of the trial, and the allowed error of its logits relative to their norm: far below that of a bug.
 _TRIAL = 20
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -51,20 +51,20 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 def load_hf(
     folder: Path, *, dtype: torch.dtype, quantization: Quantization = "none", threads: int | None = None
 ) -> HuggingFaceModel:
-    """Loads a base through transformers, and proves on a few tokens that it is computed as transformers does.
+    """Loads a base through transformers, and verifies on a few tokens that its logits equal those of transformers.
 
     Args:
-        folder: a Hugging Face model.
-        dtype: bfloat16 or float32, whatever the files hold.
-        quantization: of the linears other than the head; all else stays in `dtype`.
-        threads: CPU threads of this whole process from now on; None: leave them.
+        folder: A Hugging Face model.
+        dtype: bfloat16 or float32, whatever the files contain.
+        quantization: Of the linears other than the head; everything else stays in `dtype`.
+        threads: Number of CPU threads, for the whole process; None: unchanged.
 
     Raises:
-        BaseUnusable: transformers can't load it, or it does something that a paged cache or mixed batches can't do.
-        SetupError: NF4 was asked for, and bitsandbytes isn't installed.
+        BaseUnusable: transformers can't load it, or it does not work with a paged cache or mixed batches.
+        SetupError: NF4 was requested, and bitsandbytes isn't installed.
     """
     if read_raw_config(folder).get("quantization_config"):
-        raise BaseUnusable(f"The weights in {folder} are quantized already; give the model's original folder.")
+        raise BaseUnusable(f"The weights in {folder} are already quantized; use the model's original folder.")
     ops = backend()
     if threads is not None:
         ops.set_threads(threads)
@@ -81,23 +81,23 @@ def load_hf(
     except SetupError:
         raise
     except Exception as error:
-        # The code of any architecture, with a config that somebody wrote: it may fail in any way.
+        # The code of any architecture, with a config of unknown origin, may fail in any way.
         raise BaseUnusable(f"{folder} can't be served through transformers: {error!r}.") from error
     return loaded
 
 
 class HuggingFaceModel:
-    """A frozen model of transformers; a `Model`.
+    """A frozen transformers model; implements `Model`.
 
     Attributes:
-        vocabulary, context_length, dtype, sites: as in `Model`.
+        vocabulary, context_length, dtype, sites: See `Model`.
     """
 
     def __init__(self, model: Any, ops: Backend) -> None:
-        """Takes the model over: from now on it runs in steps only.
+        """Adapts the model, which from then on runs only within steps.
 
         Raises:
-            BaseUnusable: its layers aren't all plain attention.
+            BaseUnusable: Its layers are not all plain attention.
         """
         self.context_length = _context_length(model.config.get_text_config())
         self.dtype: torch.dtype = model.dtype
@@ -119,39 +119,39 @@ class HuggingFaceModel:
         )
 
     def new_slab(self, slots: int, size: int, bits: int = 16) -> Slab:
-        """An empty slab of `slots` adapters in `size` bytes for `forward`; of int8 if `bits` is 8."""
+        """An empty slab of `slots` adapters in `size` bytes for `forward`; int8 if `bits` is 8."""
         dtype = torch.int8 if bits == 8 else self.dtype
         return Slab(self.sites, slots=slots, size=size, dtype=dtype, layout=self._ops.layout)
 
     def target_weight(self, module: str) -> torch.Tensor | None:
-        """The weight of a module, or its bias by `<module>.bias`; None if adapters can't target the module."""
+        """The weight of a module, or its bias for `<module>.bias`; None if adapters can't target the module."""
         return self._weights[module]() if module in self._weights else None
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], cache: Sequence[LayerKV], slab: Slab, batch: Batch) -> torch.Tensor:
-        """Runs one step over the chunks' tokens, as `Model.forward` says."""
+        """Runs one step over the chunks' tokens; see `Model.forward`."""
         spans = [KVSpan(chunk.start, len(chunk.tokens), chunk.block_table) for chunk in chunks]
-        pages, wanted = Pages.of(spans, cache[0].block_size), logits_rows(chunks)
-        step = HFStep(pages, slab, batch, wanted, dict(zip(self._attentions, cache, strict=True)))
+        pages, kept_rows = Pages.of(spans, cache[0].block_size), logits_rows(chunks)
+        step = HFStep(pages, slab, batch, kept_rows, dict(zip(self._attentions, cache, strict=True)))
         tokens = torch.tensor([token for chunk in chunks for token in chunk.tokens])
         with in_step(step):
             return self._logits(
-                tokens, torch.from_numpy(pages.positions).long(), torch.tensor(wanted, dtype=torch.long)
+                tokens, torch.from_numpy(pages.positions).long(), torch.tensor(kept_rows, dtype=torch.long)
             )
 
-    def _logits(self, tokens: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        kept = {"logits_to_keep": wanted} if self._keeps else {}
+    def _logits(self, tokens: torch.Tensor, positions: torch.Tensor, kept_rows: torch.Tensor) -> torch.Tensor:
+        kept = {"logits_to_keep": kept_rows} if self._keeps else {}
         out = self._model(input_ids=tokens[None], position_ids=positions[None], use_cache=False, **kept)
-        logits: torch.Tensor = out.logits[0] if self._keeps else out.logits[0, wanted]
+        logits: torch.Tensor = out.logits[0] if self._keeps else out.logits[0, kept_rows]
         return logits.float()
 
     def _probe(self) -> tuple[ProbeStep, list[tuple[str, nn.Module]], int]:
-        """The attentions, the modules that adapters can have, and the vocabulary.
+        """Finds the attention modules, the modules that adapters can target, and the vocabulary.
 
-        A linear can have adapters if it sees each row of the step, or each wanted one: a vision tower's sees none, an
-        expert's those that a router chose.
+        A linear can have adapters if it sees every row of the step, or every row that needs logits. A vision tower's
+        linears see none; an expert's see those that a router selected.
         """
-        rows, wanted = 11, torch.tensor([2, 4])
+        rows, kept_rows = 11, torch.tensor([2, 4])
         head = self._model.get_output_embeddings()
         seen: dict[nn.Module, bool] = {}
 
@@ -162,17 +162,17 @@ class HuggingFaceModel:
             elif isinstance(module, nn.Embedding):
                 seen[module] = x.dtype == torch.int64 and x.shape == (1, rows)
             else:
-                at_head = module is head and x.shape[:-1] == (1, len(wanted))
+                at_head = module is head and x.shape[:-1] == (1, len(kept_rows))
                 seen[module] = x.dtype == self.dtype and (x.shape[:-1] in ((1, rows), (rows,)) or at_head)
 
         modules = {module: name for name, module in self._model.named_modules() if _adaptable(module)}
         hooks = [module.register_forward_hook(look) for module in modules]
         survey = ProbeStep()
         with in_step(survey):
-            logits = self._logits(torch.arange(rows), torch.arange(rows), wanted)
+            logits = self._logits(torch.arange(rows), torch.arange(rows), kept_rows)
         for hook in hooks:
             hook.remove()
-        if not survey.attentions or logits.shape[0] != len(wanted):
+        if not survey.attentions or logits.shape[0] != len(kept_rows):
             raise BaseUnusable(f"{type(self._model).__name__} doesn't take its attention from transformers' registry.")
         return survey, [(name, module) for module, name in modules.items() if seen.get(module)], logits.shape[1]
 
@@ -181,7 +181,7 @@ class HuggingFaceModel:
             self._weights[name] = lambda: module.weight
             adapt_lookup(module, index)
             return Site(module.num_embeddings, (name,), (module.embedding_dim,), lookup=True)
-        # GPT-2's Conv1D has its weight the other way round.
+        # GPT-2's Conv1D has a transposed weight.
         weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
         self._weights[name] = lambda: weight
         if module.bias is not None:
@@ -191,7 +191,7 @@ class HuggingFaceModel:
         return Site(weight.shape[1], (name,), (weight.shape[0],), head=head)
 
     def quantize(self, kind: Literal["int8", "nf4"]) -> None:
-        """Rounds the weights of all linears that adapters can have but the head's, and frees the exact ones."""
+        """Quantizes the weights of all linears that adapters can target except the head, and frees the originals."""
         for index, site in enumerate(self.sites):
             name = site.modules[0]
             module = self._model.get_submodule(name)
@@ -218,7 +218,7 @@ def _packed(weight: torch.Tensor, ops: Backend, quantization: Literal["int8", "n
 
 
 def _adaptable(module: nn.Module) -> bool:
-    """Whether PEFT's adapter of a module does what ours does; a subclass may compute something else."""
+    """Whether PEFT's adapter of a module computes the same as ours; a subclass may compute something else."""
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Embedding):
@@ -257,31 +257,31 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def _context_length(config: Any) -> int:
-    """As `loramill.models.catalog.context_length`: of a longrope the part in which its frequencies don't change."""
+    """As `loramill.models.catalog.context_length`: for longrope, the part in which its frequencies are constant."""
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return int(rope["original_max_position_embeddings"])
     context = getattr(config, "max_position_embeddings", None)
     if not isinstance(context, int):
-        raise BaseUnusable("its config has no number in max_position_embeddings.")
+        raise BaseUnusable("max_position_embeddings in its config is not a number.")
     return context
 
 
 def _check_windows(config: Any, attentions: list[AttentionShape]) -> None:
-    """Refuses layers whose reach the attention function isn't told: the trial is too short to show it."""
+    """Refuses layers that do not pass their window to the attention function: the trial is too short to detect them."""
     kinds = list(getattr(config, "layer_types", None) or ())
     if set(kinds) - _KNOWN_LAYERS or getattr(config, "attention_chunk_size", None):
-        raise BaseUnusable(f"its layers are {sorted(set(kinds))}; known are {sorted(_KNOWN_LAYERS)}.")
-    told = sum(attention.window is not None for attention in attentions)
-    promised = kinds.count("sliding_attention")
+        raise BaseUnusable(f"its layers are {sorted(set(kinds))}; {sorted(_KNOWN_LAYERS)} are supported.")
+    passed = sum(attention.window is not None for attention in attentions)
+    expected = kinds.count("sliding_attention")
     if not kinds and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        promised = 1
-    if told < promised:
-        raise BaseUnusable(f"{promised} of its layers slide, and {told} say so to the attention.")
+        expected = 1
+    if passed < expected:
+        raise BaseUnusable(f"{expected} of its layers have a sliding window, but {passed} pass it to the attention.")
 
 
 def _verify(model: HuggingFaceModel, expected: torch.Tensor) -> None:
-    """Runs the trial in two chunks beside another sequence, and compares."""
+    """Runs the trial in two chunks, batched with another sequence, and compares the logits."""
     tokens, size = list(range(_TRIAL)), 16
     cache, slab = model.new_cache(4, size), model.new_slab(1, 0)
     got = []
@@ -292,6 +292,6 @@ def _verify(model: HuggingFaceModel, expected: torch.Tensor) -> None:
     error = ((torch.cat(got) - expected).norm() / expected.norm()).item()
     if not error < _TOLERANCE[model.dtype]:
         raise BaseUnusable(
-            f"a prompt in two chunks has other logits than in one, by {error:.2g} of their norm: the model keeps "
-            "something else than keys and values between tokens."
+            f"the logits of a prompt in two chunks differ from those in one by {error:.2g} of their norm: the model "
+            "keeps something other than keys and values between tokens."
         )

@@ -1,4 +1,4 @@
-"""A step through a model of transformers: paged attention and adapters where its modules are called."""
+"""A step through a transformers model: paged attention and adapters hook into the calls of its modules."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class HFStep:
-    """What the modules need of a step.
+    """What a model's modules need during a step.
 
     Attributes:
-        pages, slab, batch: of the step.
-        wanted: rows whose logits are wanted.
-        cache: by attention module.
+        pages: The paging.
+        slab: The adapters.
+        batch: The adapter of each row.
+        logits_rows: The rows that need logits.
+        cache: Keys and values by attention module.
     """
 
     pages: Pages
@@ -38,10 +40,10 @@ class HFStep:
     cache: Mapping[nn.Module, LayerKV]
 
     def batch_at(self, view: SiteSlab, rows: int) -> Batch:
-        """The batch of a linear that sees all rows of the step, or the wanted ones.
+        """The batch of a linear that sees all rows of the step, or only those that need logits.
 
         Raises:
-            EngineFault: it sees others, and an adapter of the step targets it.
+            EngineFault: The linear sees other rows, and an adapter of the step targets it.
         """
         if rows == self.batch.rows:
             return self.batch
@@ -49,16 +51,15 @@ class HFStep:
             return batch_of_rows(self.batch, self.logits_rows, view)
         if batch_of_rows(self.batch, range(self.batch.rows), view).runs:
             raise EngineFault(
-                f"'{view.site.modules[0]}' sees {rows} rows in a step of {self.batch.rows} with "
-                f"{len(self.logits_rows)} "
-                "wanted: whose they are can't be told, so no adapter may target it."
+                f"'{view.site.modules[0]}' sees {rows} rows in a step of {self.batch.rows} rows and "
+                f"{len(self.logits_rows)} logits: their adapters are unknown, so no adapter may target it."
             )
         return Batch(rows, ())
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What one attention module works on; `window` as in `Backend.attention`."""
+    """The shape of one attention module; for `window` see `Backend.attention`."""
 
     kv_heads: int
     head_dim: int
@@ -67,7 +68,7 @@ class AttentionShape:
 
 @dataclass(frozen=True, slots=True)
 class ProbeStep:
-    """A step that only looks: the attention modules in the order of their calls."""
+    """A step that only records the attention modules, in the order of their calls."""
 
     attentions: dict[nn.Module, AttentionShape] = field(default_factory=dict)
 
@@ -77,7 +78,7 @@ _STEP: ContextVar[HFStep | ProbeStep | None] = ContextVar("step", default=None)
 
 @contextmanager
 def in_step(step: HFStep | ProbeStep) -> Iterator[None]:
-    """Within it, the modules that are called belong to the step."""
+    """Makes modules that are called within it belong to the step."""
     token = _STEP.set(step)
     try:
         yield
@@ -103,12 +104,12 @@ def attend(
         module: the attention.
         query: [1, heads, rows, head_dim].
         key: [1, kv_heads, rows, head_dim].
-        value: as key.
-        attention_mask: none is made for a function that transformers doesn't know.
-        scaling: of the scores; None: head_dim ** -0.5.
-        sliding_window: positions that a row sees, its own counted.
-        softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
-        s_aux: sinks, which aren't supported.
+        value: Like key.
+        attention_mask: None, since transformers makes no mask for a custom function.
+        scaling: Factor of the scores; None: head_dim ** -0.5.
+        sliding_window: Number of positions that a row sees, including its own.
+        softcap: Scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+        s_aux: Attention sinks, which are not supported.
 
     Returns:
         [1, rows, heads, head_dim].
@@ -117,8 +118,8 @@ def attend(
     if isinstance(step, ProbeStep):
         if module in step.attentions or attention_mask is not None or s_aux is not None or key.shape != value.shape:
             raise BaseUnusable(
-                f"{type(module).__name__} has an attention that loramill lacks: a mask, sinks, values of another width "
-                "than the keys, or one module for several layers."
+                f"The attention of {type(module).__name__} isn't supported: it has a mask, sinks, values of another "
+                "width than the keys, or one module for several layers."
             )
         step.attentions[module] = AttentionShape(key.shape[1], key.shape[3], sliding_window)
         return torch.zeros_like(query).transpose(1, 2), None
@@ -140,7 +141,7 @@ def attend(
 def _softcapped(
     q: torch.Tensor, kv: LayerKV, pages: Pages, scale: float, window: int | None, softcap: float
 ) -> torch.Tensor:
-    """`Backend.attention` with bounded scores, a sequence at a time and in float32."""
+    """`Backend.attention` with soft-capped scores, sequence by sequence and in float32."""
     queries = q.float().view(len(q), kv.kv_heads, -1, kv.head_dim)
     out = torch.empty_like(queries)
     row = 0
@@ -159,7 +160,7 @@ def _softcapped(
 
 
 def adapt_linear(module: nn.Module, product: Product, bias: torch.Tensor | None, site: int, ops: Backend) -> None:
-    """Makes a linear add its rows' adapters at a site between its product and its bias, as DoRA wants it."""
+    """Makes a linear apply its rows' adapters at a site before it adds its bias, as DoRA requires."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
@@ -176,8 +177,8 @@ def adapt_linear(module: nn.Module, product: Product, bias: torch.Tensor | None,
 
 
 def adapt_lookup(module: nn.Embedding, site: int) -> None:
-    """Makes an embedding add its rows' adapters at a site."""
-    # PEFT multiplies the adapter too where the module multiplies what it looks up, as in Gemma 3.
+    """Makes an embedding apply its rows' adapters at a site."""
+    # If the module scales its output, as in Gemma 3, PEFT scales the adapter's, too.
     scale = getattr(module, "embed_scale", 1.0)
 
     def add(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""From a Hugging Face folder's safetensors to a decoder."""
+"""Loads a Hugging Face folder's safetensors into a decoder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from loramill.serve.model.decoder import Decoder, DecoderWeights
 from loramill.serve.model.graphs import GraphedDecoder
 from loramill.serve.model.protocol import Model
 
-#: Elements that are read at once.
+#: Number of elements that are read at once.
 _PIECE = 4 << 20
-#: Tensors that old checkpoints hold and nobody needs.
+#: Tensors in old checkpoints that are not needed.
 _IGNORED = ("rotary_emb.inv_freq",)
 
 
@@ -36,20 +36,20 @@ def load_model(
     threads: int | None = None,
     device: str = "cpu",
 ) -> Model:
-    """Loads any base: by the decoder if it knows the architecture, else through transformers, which is slower.
+    """Loads any base: as a decoder if that supports the architecture, else through transformers, which is slower.
 
-    On a GPU it must be the decoder; with Triton's kernels its decodes are replayed from graphs.
+    On a GPU only the decoder is supported; with Triton's kernels its decodes are replayed from graphs.
 
     Args:
-        folder: a Hugging Face model.
-        dtype: bfloat16 or float32, whatever the files hold.
-        quantization: of the layers' linears; embedding, head and norms stay in `dtype`.
-        threads: CPU threads of this whole process from now on; None: leave them.
-        device: "cpu" or "cuda": where the weights live and the steps run.
+        folder: A Hugging Face model.
+        dtype: bfloat16 or float32, whatever the files contain.
+        quantization: Of the layers' linears; embedding, head and norms stay in `dtype`.
+        threads: Number of CPU threads, for the whole process; None: unchanged.
+        device: "cpu" or "cuda", for weights and steps.
 
     Raises:
-        BaseUnusable: neither can serve it.
-        SetupError: NF4 was asked for, and bitsandbytes isn't installed; or there is no GPU.
+        BaseUnusable: Neither can serve it.
+        SetupError: NF4 was requested, and bitsandbytes isn't installed; or there is no GPU.
     """
     try:
         read_config(folder)
@@ -74,23 +74,21 @@ def load_decoder(
     threads: int | None = None,
     device: str = "cpu",
 ) -> Decoder:
-    """Loads a base of a family that the decoder knows, in little more memory than it takes up in the end.
+    """Loads a base of a family that the decoder supports, in little more memory than it needs afterwards.
 
     Args:
         folder: config.json and *.safetensors, sharded or not.
-        dtype: bfloat16 or float32, whatever the files hold.
-        quantization: of the layers' linears; embedding, head and norms stay in `dtype`, as transformers keeps them.
-        threads: CPU threads of this whole process from now on; None: leave them.
-        device: "cpu" or "cuda": where the weights live and the steps run.
+        dtype: bfloat16 or float32, whatever the files contain.
+        quantization: Of the layers' linears; embedding, head and norms stay in `dtype`, as in transformers.
+        threads: Number of CPU threads, for the whole process; None: unchanged.
+        device: "cpu" or "cuda", for weights and steps.
 
     Raises:
-        BaseUnusable: files are missing or broken, or the architecture has something that the decoder lacks.
-        SetupError: NF4 was asked for, and bitsandbytes isn't installed; or there is no GPU.
+        BaseUnusable: Files are missing or broken, or the decoder lacks a feature of the architecture.
+        SetupError: NF4 was requested, and bitsandbytes isn't installed; or there is no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise SetupError(
-            "torch finds no CUDA device on this machine; serve on the CPU, or run this where there is one."
-        )
+        raise SetupError("torch finds no CUDA device on this machine; serve on the CPU, or use a machine that has one.")
     config = read_config(folder)
     ops = backend(device)
     if threads is not None:
@@ -120,7 +118,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 class _Tensors:
-    """The folder's tensors by name; remembers which were taken."""
+    """The folder's tensors by name; keeps track of those that have been read."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: str) -> None:
         self.dtype = dtype
@@ -134,11 +132,11 @@ class _Tensors:
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
         if name not in self._owners:
-            raise BaseUnusable(f"The weights in {self._folder} lack '{name}', which config.json promises.")
+            raise BaseUnusable(f"The weights in {self._folder} lack '{name}', which config.json requires.")
         taken = torch.empty(shape, dtype=self.dtype, device=self._device)
         rows = max(1, _PIECE * shape[0] // taken.numel())
         for start in range(0, shape[0], rows):
-            # What was read of a mapped file counts as this process's memory until the file is closed.
+            # The pages read from a mapped file count as this process's memory until the file is closed.
             with safe_open(self._owners[name], framework="pt") as file:
                 piece = file.get_slice(name)
                 if tuple(piece.get_shape()) != shape:
@@ -156,15 +154,15 @@ class _Tensors:
         left = sorted(name for name in self._left if not name.endswith(_IGNORED))
         if left:
             raise BaseUnusable(
-                f"The weights in {self._folder} hold '{left[0]}' ({len(left)} in all), which the decoder has no use "
-                "for: config.json describes another model."
+                f"The weights in {self._folder} contain '{left[0]}' ({len(left)} in all), which the decoder doesn't "
+                "use: config.json describes another model."
             )
 
 
 def _build(
     c: DecoderConfig, tensors: _Tensors, ops: Backend, quantization: Quantization
 ) -> tuple[DecoderWeights, list[Site]]:
-    # The largest first: what packing them takes beside them is free again when the layers come.
+    # The largest first: the additional memory for packing them is free again before the layers are loaded.
     embedding = ops.pack(tensors.take("model.embed_tokens.weight", c.vocabulary, c.hidden))
     if c.tied:
         tensors.skip("lm_head.weight")
@@ -195,7 +193,7 @@ def _build_layer(
             weights.append(tensors.take(f"{name}.weight", width, d_in))
             if part in c.biased:
                 biases.append(tensors.take(f"{name}.bias", width))
-        # An architecture biases all parts of a fused linear or none.
+        # An architecture has a bias at all parts of a fused linear or at none.
         packed = _pack(weights, tensors.dtype, ops, quantization)
         return Linear(packed, torch.cat(biases) if biases else None, len(sites) - 1)
 
@@ -214,14 +212,14 @@ def _build_layer(
 
 
 def _trim_heap() -> None:
-    """Gives free pages back: glibc would keep some of each layer's passing tensors, more with every layer."""
+    """Returns free pages to the system: glibc would keep some after each layer's temporary tensors."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def _pack(weights: list[torch.Tensor], dtype: torch.dtype, ops: Backend, quantization: Quantization) -> Weight:
-    """Weights that read the same x as one, a module below the other."""
+    """Fuses the weights of modules that read the same x, one below the other."""
     if quantization == "none":
         return ops.pack(torch.cat(weights))
     parts = [quantize(weight, quantization) for weight in weights]

@@ -1,4 +1,4 @@
-"""What the engine needs of a base model."""
+"""The engine's interface to a base model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from loramill.kernels import Batch, LayerKV, Site, Slab
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens of one sequence that pass the model in this step.
+    """Tokens of one sequence that the model computes in one step.
 
     Attributes:
-        tokens: the new ones, at least one.
-        start: position of the first of them; all before it are in the cache.
-        blocks: the sequence's blocks in order, enough for `start + len(tokens)` positions.
-        wanted: of how many of its last tokens the logits are wanted.
+        tokens: The new tokens, at least one.
+        start: Position of the first of them; all positions before it are in the cache.
+        block_table: The sequence's blocks in order, enough for `start + len(tokens)` positions.
+        logits_to_keep: How many of the last tokens need logits.
     """
 
     tokens: Sequence[int]
@@ -29,55 +29,55 @@ class Chunk:
 
 
 class Model(Protocol):
-    """A frozen base over paged KV, with adapters at its sites.
+    """A frozen base with a paged KV cache and adapters at its sites.
 
     Attributes:
-        sites: where adapters act; `forward` wants a slab over exactly these.
+        sites: Where adapters apply; `forward` takes a slab over exactly these.
     """
 
     sites: tuple[Site, ...]
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that it knows: columns of the logits."""
+        """Size of the vocabulary: number of columns of the logits."""
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and answer together."""
+        """Maximum number of tokens of prompt and answer together."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations, and of adapters in a slab that isn't int8."""
+        """Dtype of activations, and of adapters in a slab that is not int8."""
 
     def new_cache(self, blocks: int, block_size: int) -> Sequence[LayerKV]:
         """An empty KV cache of `blocks` blocks, each of `block_size` positions, for `forward`."""
 
     def new_slab(self, slots: int, size: int, bits: int = 16) -> Slab:
-        """An empty slab of `slots` adapters in `size` bytes for `forward`; of int8 if `bits` is 8."""
+        """An empty slab of `slots` adapters in `size` bytes for `forward`; int8 if `bits` is 8."""
 
     def target_weight(self, module: str) -> torch.Tensor | None:
-        """The weight of a module by its name in the checkpoint; None if adapters can't target it.
+        """The weight of a module, by its name in the checkpoint; None if adapters can't target it.
 
-        [d_out, d_in] of a linear, [vocabulary, hidden] of an embedding, in the dtype in which it is used. A head's bias
-        [d_out], if it has one, by `<module>.bias`.
+        It is [d_out, d_in] for a linear, [vocabulary, hidden] for an embedding, in the dtype in which it is used. For
+        `<module>.bias`, a head's bias [d_out] if it has one.
         """
 
     def forward(self, chunks: Sequence[Chunk], cache: Sequence[LayerKV], slab: Slab, batch: Batch) -> torch.Tensor:
         """Runs one step over the chunks' tokens, in order.
 
         Args:
-            chunks: at least one.
-            cache: of `new_cache`; gets the new keys and values.
-            slab: the adapters.
-            batch: whose rows are whose; a row a token.
+            chunks: At least one.
+            cache: From `new_cache`; gets the new keys and values.
+            slab: The adapters.
+            batch: The adapter of each row; there is one row per token.
 
         Returns:
-            float32 logits [wanted of all chunks, vocabulary], in the order of the rows.
+            float32 logits [sum of the chunks' `logits_to_keep`, vocabulary], in the order of the rows.
         """
 
 
 def logits_rows(chunks: Sequence[Chunk]) -> list[int]:
-    """The rows of a step whose logits are wanted, in order."""
+    """The rows of a step that need logits, in order."""
     rows: list[int] = []
     stop = 0
     for chunk in chunks:

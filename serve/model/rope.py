@@ -10,7 +10,7 @@ from loramill.serve.model.config import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
-    """The angle a position adds, for each pair of channels: [head_dim / 2] float32, in radians."""
+    """The angle per position of each pair of channels: float32 [head_dim / 2], in radians."""
     frequencies = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
     if rope.kind == "linear":
         return frequencies / rope.factors["factor"]
@@ -18,17 +18,17 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
         return _llama3(frequencies, rope)
     if rope.kind == "yarn":
         return _yarn(frequencies, rope, head_dim)
-    # Of the dynamic kind too: it stretches only beyond the context, which nothing here exceeds.
+    # Also for the dynamic kind: it stretches only beyond the context, which no sequence exceeds here.
     return frequencies
 
 
 def amplitude(rope: Rope) -> float:
-    """What cosine and sine are multiplied by: YaRN's temperature of the attention, half of it at the queries."""
+    """Factor of cosine and sine: YaRN's attention temperature, applied to queries and keys alike."""
     return rope.factors.get("attention_factor", 1.0)
 
 
 def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
-    # Llama 3.1: long waves are stretched by the factor, short ones kept, those between are blended.
+    # Llama 3.1: long waves are stretched by the factor, short ones are kept, those in between are blended.
     turns = rope.factors["original_context"] * frequencies / (2 * math.pi)
     low, high = rope.factors["low_freq_factor"], rope.factors["high_freq_factor"]
     kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
@@ -36,7 +36,7 @@ def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
 
 
 def _yarn(frequencies: torch.Tensor, rope: Rope, head_dim: int) -> torch.Tensor:
-    # YaRN (Peng et al. 2023, section 3.2): as Llama 3.1's, but blended by the channel instead of its turns.
+    # YaRN (Peng et al. 2023, section 3.2): like Llama 3.1, but blended by channel instead of by turns.
     def channel(turns: float) -> float:
         span = math.log(rope.factors["original_context"] / (turns * 2 * math.pi))
         return head_dim * span / (2 * math.log(rope.theta))
@@ -51,6 +51,6 @@ def _yarn(frequencies: torch.Tensor, rope: Rope, head_dim: int) -> torch.Tensor:
 
 
 def angles(positions: torch.Tensor, frequencies: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine for positions [rows], times `scale`: two of [rows, head_dim / 2] float32."""
+    """Cosine and sine for positions [rows], times `scale`: each float32 [rows, head_dim / 2]."""
     turns = positions.float()[:, None] * frequencies
     return turns.cos().mul_(scale), turns.sin().mul_(scale)

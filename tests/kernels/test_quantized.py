@@ -160,7 +160,7 @@ def test_what_makes_no_matrix_is_refused():
         {"scales": torch.rand(6, 0)},
         {"scales": torch.rand(6)},
     ):
-        with pytest.raises(EngineFault, match="make no matrix"):
+        with pytest.raises(EngineFault, match="form a quantized matrix"):
             replace(good, **wrong)
 
 

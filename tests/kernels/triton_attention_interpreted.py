@@ -263,7 +263,7 @@ def test_a_graph_refuses_what_it_was_not_sized_for():
     static = StaticPages(rows=2, blocks=4, block_size=16, scratch=world.scratch, device=CPU)
     several = Pages.of([world.span(1, 2)], 16)
     for pages in (world.pages([0, 1, 2]), world.pages([0, 2]), several):
-        with pytest.raises(EngineFault, match="take the graph of a larger bucket"):
+        with pytest.raises(EngineFault, match="use the graph of a larger bucket"):
             static.refresh(pages)
     for pages in (Pages.of([KVSpan(0, 1, [world.scratch])], 16), Pages.of([KVSpan(0, 1, [0])], 32)):
         with pytest.raises(EngineFault, match="paging has"):

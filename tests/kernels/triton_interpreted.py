@@ -250,8 +250,8 @@ def test_an_adapted_linear_is_the_linear_and_the_adapter(loaded):
 
 def sends(monkeypatch):
     sent = []
-    send = host.send
-    monkeypatch.setattr(host, "send", lambda numbers, to: (sent.append(to.shape), send(numbers, to)))
+    copy = host.copy_to_device
+    monkeypatch.setattr(host, "copy_to_device", lambda numbers, to: (sent.append(to.shape), copy(numbers, to)))
     return sent
 
 
@@ -272,7 +272,7 @@ def test_a_step_sends_its_tiles_once_and_the_table_only_after_a_change(monkeypat
 
 def test_a_step_without_adapters_or_targets_launches_nothing(monkeypatch):
     loaded = Loaded([{}], torch.float32)
-    monkeypatch.setattr(host, "_start", lambda *_, **__: pytest.fail("a kernel was started"))
+    monkeypatch.setattr(host, "_launch", lambda *_, **__: pytest.fail("a kernel was launched"))
     check(loaded, [None, 0, 0], torch.float32)
 
 
@@ -315,7 +315,7 @@ def test_a_graph_refuses_what_it_was_not_sized_for(loaded):
     large = next(i for i, deltas in enumerate(own.adapters) if max(d.a.shape[0] for d in deltas.values()) > 64)
     static = StaticPlan(own.slab, rows=4, rank=64)
     for owner in ([None] * 5, [large]):
-        with pytest.raises(EngineFault, match="take the graph of a larger bucket"):
+        with pytest.raises(EngineFault, match="use the graph of a larger bucket"):
             static.refresh(own.batch(owner))
 
 
@@ -344,11 +344,11 @@ def test_wrong_tensors_and_slabs_are_errors(loaded):
         (x, y[:, 1:]),
         (x, y.T.contiguous().T),
     ):
-        with pytest.raises(EngineFault, match="elements adjacent"):
+        with pytest.raises(EngineFault, match="contiguous rows"):
             lora(bad_x, bad_y, view, batch)
     for dtype, laid_out, match in (
         (torch.float32, ROWS, "another backend's layout"),
-        (torch.int8, layout, "no torch.int8 adapters"),
+        (torch.int8, layout, "don't read torch.int8 adapters"),
     ):
         other = Slab(SITES, slots=1, size=1 << 20, dtype=dtype, layout=laid_out)
         with pytest.raises(EngineFault, match=match):

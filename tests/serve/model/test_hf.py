@@ -142,7 +142,7 @@ def test_linears_are_quantized_but_for_the_head(kind, tmp_path):
         (GptOssConfig(**SIZES, head_dim=16, num_local_experts=4), "sinks"),
         (Llama4TextConfig(**SIZES, head_dim=16, intermediate_size_mlp=56, num_local_experts=2), "chunked_attention"),
         (DeepseekV3Config(**SIZES), "can't be served through transformers"),
-        (BertConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}), "other logits than in one"),
+        (BertConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}), "differ from those in one"),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
@@ -155,7 +155,7 @@ def test_what_pages_cannot_do_is_refused(config, words, tmp_path):
 def test_windows_that_the_attention_is_not_told_are_refused(tmp_path):
     # StableLM knows none: whatever its config says, each row sees everything.
     random_model(StableLmConfig(**SIZES, sliding_window=8), tmp_path)
-    with pytest.raises(BaseUnusable, match="of its layers slide"):
+    with pytest.raises(BaseUnusable, match="of its layers have a sliding window"):
         load_hf(tmp_path, dtype=torch.float32)
 
 

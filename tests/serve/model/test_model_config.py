@@ -32,7 +32,7 @@ def written(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; the decoder knows Llama"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; the decoder supports Llama"),
         ({"architectures": None}, "none named"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
@@ -44,7 +44,7 @@ def written(folder, **changes):
         ({"head_dim": 512}, "head_dim 512"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "whole heads"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
-        ({"hidden_size": None}, "garbles"),
+        ({"hidden_size": None}, "missing or malformed"),
     ],
 )
 def test_what_the_decoder_lacks_is_refused(tmp_path, changes, words):
@@ -100,7 +100,7 @@ def test_a_tensor_missing_too_many_or_of_another_shape_is_named(saved):
     norm = "model.layers.0.input_layernorm.weight"
     broken = [
         ({k: v for k, v in tensors.items() if k != norm}, f"lack '{norm}'"),
-        ({**tensors, "model.layers.1.mlp.up_proj.weight": torch.zeros(2)}, "hold 'model.layers.1.mlp"),
+        ({**tensors, "model.layers.1.mlp.up_proj.weight": torch.zeros(2)}, "contain 'model.layers.1.mlp"),
         ({**tensors, norm: torch.zeros(3)}, rf"'{norm}' in .* is \[3\].*should be \[32\]"),
     ]
     for weights, words in broken:
