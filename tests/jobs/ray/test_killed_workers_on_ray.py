@@ -50,7 +50,7 @@ def kill(chance: random.Random, what: str) -> int:
     return min(1, len(alive))
 
 
-def test_each_job_ends_once_whatever_is_killed(environment: JobEnvironment) -> None:
+def test_each_job_ends_once_while_processes_are_killed(environment: JobEnvironment) -> None:
     queued, chance, killed = submitted(environment), random.Random(0), Counter[str]()
     deploy(environment.settings)
     deadline = time.monotonic() + 1200
@@ -67,7 +67,7 @@ def test_each_job_ends_once_whatever_is_killed(environment: JobEnvironment) -> N
     check(environment, queued)
 
 
-def test_a_trainer_of_two_processes_that_loses_one(environment: JobEnvironment) -> None:
+def test_a_trainer_that_loses_one_of_two_processes_is_retried(environment: JobEnvironment) -> None:
     spec = {"steps": 60, "batch_size": 6, "checkpoint_every": 5, "micro_tokens": 16, "dropout": 0.0}
     job = environment.submit("acme/two", executor="dedicated", gpus=2, **spec)
     deploy(environment.settings)

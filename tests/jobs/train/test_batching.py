@@ -70,7 +70,7 @@ def examples(draw: st.DrawFn) -> list[EncodedExample]:
 
 
 @given(examples=examples(), layout=st.sampled_from([pack, pad]))
-def test_rows_say_what_their_examples_say(examples: list[EncodedExample], layout: type) -> None:
+def test_rows_hold_the_tokens_of_their_examples(examples: list[EncodedExample], layout: type) -> None:
     rows = layout(examples)
     count, width = rows.tokens.shape
     assert (count, rows.attention_mask.shape) == (1 if layout is pack else len(examples), (count, width, width))
@@ -93,20 +93,22 @@ def test_rows_say_what_their_examples_say(examples: list[EncodedExample], layout
     assert sum(share for *_, share in expected) == pytest.approx(sum(map(supervised_weight, examples)))
 
 
-def test_the_shared_prefix_stands_once() -> None:
+def test_the_shared_prefix_occurs_once() -> None:
     row = pack([EncodedExample((7, 8, 9, tail, 5), 4) for tail in (1, 2, 3)])
     assert row.tokens.tolist() == [[7, 8, 9, 1, 5, 2, 5, 3, 5]]
     assert row.positions.tolist() == [[0, 1, 2, 3, 4, 3, 4, 3, 4]]
 
 
-def test_equal_prompts_keep_the_place_that_predicts_the_completion() -> None:
+def test_the_shared_prefix_ends_before_the_first_prediction() -> None:
     assert shared_prefix_length([EncodedExample((7, 8, 1), 2), EncodedExample((7, 8, 2), 2)]) == 1
     earlier = (TokenSpan(1, 2, 1.0),)
     assert shared_prefix_length([EncodedExample((7, 8, 1), 2, earlier=earlier), EncodedExample((7, 8, 2), 2)]) == 0
 
 
 @given(examples=examples(), limit=st.integers(1, 60), parts=st.integers(1, 4), packing=st.booleans())
-def test_groups_are_few_even_and_whole(examples: list[EncodedExample], limit: int, parts: int, packing: bool) -> None:
+def test_groups_are_few_and_even_and_complete(
+    examples: list[EncodedExample], limit: int, parts: int, packing: bool
+) -> None:
     groups = group_for_passes(examples, limit, packing=packing, multiple_of=parts)
     assert [example for group in groups for example in group] == examples
     assert all(groups)
@@ -119,13 +121,13 @@ def test_groups_are_few_even_and_whole(examples: list[EncodedExample], limit: in
             assert len(group) == 1 or max(len(example.tokens) for example in group) * len(group) <= limit
 
 
-def test_processes_get_a_group_each_where_there_are_examples_enough() -> None:
+def test_each_process_gets_a_group_if_there_are_enough_examples() -> None:
     equal = [EncodedExample((number, 6, 7, 8), 2) for number in range(8)]
     assert [len(group) for group in group_for_passes(equal, 1000, multiple_of=4)] == [2, 2, 2, 2]
     assert [len(group) for group in group_for_passes(equal, 1000, multiple_of=1)] == [8]
 
 
-def test_one_long_example_has_a_row_of_its_own() -> None:
+def test_a_long_example_is_a_group_by_itself() -> None:
     long, short = EncodedExample(tuple(range(900)), 3), EncodedExample((5, 6, 7), 2)
     assert [len(group) for group in group_for_passes([short, long, short], 256)] == [2, 1]
     assert torch.equal(pack([long]).attention_mask[0], torch.ones(900, 900, dtype=torch.bool).tril())

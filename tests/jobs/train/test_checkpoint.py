@@ -39,7 +39,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path | str
     fsspec.filesystem("memory").store.clear()
 
 
-def test_comes_back_as_it_was(place: Path | str) -> None:
+def test_a_checkpoint_is_read_as_it_was_written(place: Path | str) -> None:
     written = at(7, best_step=5)
     assert latest(place, SPEC) is None
     write(place, SPEC, written)
@@ -50,7 +50,7 @@ def test_comes_back_as_it_was(place: Path | str) -> None:
         torch.testing.assert_close(getattr(read, part), getattr(written, part), rtol=0, atol=0)
 
 
-def test_keeps_the_last_two(place: Path | str) -> None:
+def test_the_last_two_are_kept(place: Path | str) -> None:
     for step in (5, 10, 15):
         write(place, SPEC, at(step))
     assert files(place) == [10, 15]
@@ -58,7 +58,7 @@ def test_keeps_the_last_two(place: Path | str) -> None:
     assert step_of(best_of(place)) == 15
 
 
-def test_keeps_the_best_as_well_also_of_the_one_before(place: Path | str) -> None:
+def test_the_best_of_each_kept_checkpoint_is_kept(place: Path | str) -> None:
     for step, best_step in ((5, 5), (10, 10), (15, 10), (20, 10), (25, 10)):
         write(place, SPEC, at(step, best_step))
     assert files(place) == [10, 20, 25]
@@ -78,7 +78,7 @@ def files(place: Path | str) -> list[int]:
     return sorted(int(name.split("-")[1].rstrip("ab")) for name in open_checkpoint_store(place).names())
 
 
-def test_one_whose_validation_is_due_comes_before_the_validated(place: Path | str) -> None:
+def test_a_checkpoint_before_validation_sorts_before_the_validated(place: Path | str) -> None:
     write(place, SPEC, at(8, pending=True))
     write(place, SPEC, at(8, best_step=8))
     read = latest(place, SPEC)
@@ -86,7 +86,7 @@ def test_one_whose_validation_is_due_comes_before_the_validated(place: Path | st
     assert step_of(best_of(place)) == 8
 
 
-def test_a_best_one_that_is_gone_is_told(tmp_path: Path) -> None:
+def test_a_missing_best_checkpoint_is_reported(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         write(tmp_path, SPEC, at(step, 5))
     next(tmp_path.glob("*-00000005b-*")).unlink()
@@ -94,7 +94,7 @@ def test_a_best_one_that_is_gone_is_told(tmp_path: Path) -> None:
         best_of(tmp_path)
 
 
-def test_another_spec_has_no_checkpoint_here_and_loses_none(tmp_path: Path) -> None:
+def test_checkpoints_of_another_spec_are_neither_read_nor_removed(tmp_path: Path) -> None:
     other = SPEC.model_copy(update={"learning_rate": 0.5})
     write(tmp_path, SPEC, at(25))
     assert latest(tmp_path, other) is None
@@ -103,7 +103,7 @@ def test_another_spec_has_no_checkpoint_here_and_loses_none(tmp_path: Path) -> N
     assert step_of(latest(tmp_path, SPEC)) == 25
 
 
-def test_a_job_from_before_epochs_finds_its_checkpoint(tmp_path: Path) -> None:
+def test_a_spec_from_before_added_and_renamed_fields_keeps_its_key(tmp_path: Path) -> None:
     """Its spec keeps the key that it had then."""
     old = JobSpec.model_validate(
         {
@@ -121,7 +121,7 @@ def test_a_job_from_before_epochs_finds_its_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "empty"])
-def test_a_damaged_one_gives_way_to_the_one_before(tmp_path: Path, damage: str) -> None:
+def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path: Path, damage: str) -> None:
     write(tmp_path, SPEC, at(10))
     write(tmp_path, SPEC, at(20))
     (last,) = tmp_path.glob("*-00000020b-*")
@@ -131,12 +131,12 @@ def test_a_damaged_one_gives_way_to_the_one_before(tmp_path: Path, damage: str) 
     assert step_of(latest(tmp_path, SPEC)) == 10
 
 
-def test_a_half_written_one_is_nothing(tmp_path: Path) -> None:
+def test_a_partly_written_checkpoint_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "xyz.partial").write_bytes(b"half")
     assert latest(tmp_path, SPEC) is None
 
 
-def test_a_full_disk_keeps_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, SPEC, at(10))
 
     def full(_: int) -> None:

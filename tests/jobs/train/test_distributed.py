@@ -84,7 +84,9 @@ def points(spec: JobSpec, place: Path, processes: ProcessGroup, **more: Any) -> 
     ],
 )
 @pytest.mark.parametrize("method", ["lora", "adalora"])
-def test_the_result_is_that_of_one(tmp_path: Path, size: int, changes: dict[str, Any], method: str) -> None:
+def test_several_processes_give_the_result_of_one(
+    tmp_path: Path, size: int, changes: dict[str, Any], method: str
+) -> None:
     """Also where a process has nothing to do, as with two examples for four."""
     spec = spec_of(method=method, **changes)
     alone = points(spec, tmp_path / "alone", ProcessGroup(0, 1, lambda _: None))
@@ -100,7 +102,7 @@ def test_the_result_is_that_of_one(tmp_path: Path, size: int, changes: dict[str,
     assert not any((tmp_path / str(rank)).exists() for rank in range(1, size))  # the first alone writes
 
 
-def test_all_go_on_from_the_firsts_checkpoint(tmp_path: Path) -> None:
+def test_all_processes_resume_from_the_first_ones_checkpoint(tmp_path: Path) -> None:
     spec = spec_of(dropout=0.3)
     whole = Group(2).run(lambda processes: points(spec, tmp_path / "whole", processes))
 
@@ -128,7 +130,9 @@ def test_all_go_on_from_the_firsts_checkpoint(tmp_path: Path) -> None:
         (LeaseLost("gone"), JobError, "Another of this job's 3 processes stopped"),
     ],
 )
-def test_one_that_stops_stops_the_others(tmp_path: Path, own: JobError, others: type[JobError], says: str) -> None:
+def test_a_process_that_stops_stops_the_others(
+    tmp_path: Path, own: JobError, others: type[JobError], says: str
+) -> None:
     def stop(processes: ProcessGroup) -> list[TrainingProgress]:
         passes = iter(range(4))
 
@@ -145,7 +149,7 @@ def test_one_that_stops_stops_the_others(tmp_path: Path, own: JobError, others: 
     assert (latest(tmp_path, spec_of(checkpoint_every=50)) is not None) == (others is JobPaused)
 
 
-def test_all_see_that_training_diverges(tmp_path: Path) -> None:
+def test_all_processes_report_divergence(tmp_path: Path) -> None:
     spec = spec_of(learning_rate=1e38)
     errors = Group(2).run(lambda processes: points(spec, tmp_path, processes))
     assert [type(error) for error in errors] == [TrainingDiverged, TrainingDiverged]

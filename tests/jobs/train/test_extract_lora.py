@@ -45,14 +45,14 @@ def test_no_matrix_of_the_rank_is_nearer(rows: int, columns: int, rank: int, see
     torch.testing.assert_close(found.a.norm(dim=1), found.b.norm(dim=0), rtol=1e-3, atol=1e-4 * scale**0.5)
 
 
-def test_what_has_the_rank_is_held_wholly() -> None:
+def test_a_change_of_the_rank_is_extracted_exactly() -> None:
     change = change_of(24, 60, rank=3)
     found = low_rank_factors(change, 3)
     assert found.squared_residual / found.squared_change < 1e-12
     torch.testing.assert_close(found.b @ found.a, change, rtol=1e-4, atol=1e-4)
 
 
-def test_no_change_and_one_of_a_lower_rank_are_no_trouble() -> None:
+def test_zero_and_low_rank_changes_are_extracted() -> None:
     found = low_rank_factors(torch.zeros(5, 7), 2)
     assert (found.squared_change, found.squared_residual) == (0.0, 0.0) and not found.b.any() and not found.a.any()
     found = low_rank_factors(change_of(20, 30, rank=2), 8)
@@ -93,9 +93,7 @@ def logits(model: Any) -> torch.Tensor:
         (gpt2, {"rank": 96, "targets": ("all-linear",)}),
     ],
 )
-def test_at_full_rank_plain_peft_says_what_the_trained_linears_say(
-    make: Any, changes: dict[str, Any], tmp_path: Path
-) -> None:
+def test_at_full_rank_peft_equals_the_trained_linears(make: Any, changes: dict[str, Any], tmp_path: Path) -> None:
     """Whatever scale the spec gives its method, the adapter is the change, and so is what PEFT computes."""
     model = make()
     linears = {name for name, _ in model.named_parameters() if ".layers." in name or ".h." in name}
@@ -110,7 +108,7 @@ def test_at_full_rank_plain_peft_says_what_the_trained_linears_say(
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
 
 
-def test_the_report_says_what_no_adapter_holds() -> None:
+def test_the_report_names_changes_that_no_adapter_holds() -> None:
     model = tiny_model()
     weights = changed(model)
     spec = spec_of(method="full", rank=4, targets=("q_proj", "down_proj"), layers=(1,), rank_pattern={"down_proj": 2})
@@ -135,6 +133,6 @@ def test_the_report_says_what_no_adapter_holds() -> None:
     assert extract_lora(model, weights, spec, "tiny")[0] == files
 
 
-def test_a_target_that_is_not_there_is_named() -> None:
+def test_a_missing_target_is_named() -> None:
     with pytest.raises(InvalidRequest, match="nose"):
         extract_lora(tiny_model(), changed(tiny_model()), spec_of(method="full", targets=(*TARGETS, "nose")), "tiny")

@@ -30,7 +30,7 @@ def near(ours: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (4, 4), (4, 1)])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_attention_is_the_eager_one(dtype: torch.dtype, heads: int, kv_heads: int, rows: int) -> None:
+def test_attention_equals_eager_attention(dtype: torch.dtype, heads: int, kv_heads: int, rows: int) -> None:
     tokens, width = 17, 24  # whose root is no power of two
     generator = torch.Generator().manual_seed(0)
 
@@ -78,7 +78,7 @@ def test_a_loss_without_gradient_keeps_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_norm_is_transformers(dtype: torch.dtype) -> None:
+def test_the_norm_equals_that_of_transformers(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     norm = LlamaRMSNorm(40, eps=0.3).requires_grad_(False)
     norm.weight.normal_(generator=generator)
@@ -99,7 +99,7 @@ def test_a_norm_that_is_trained_keeps_its_own_forward() -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_short_rows_have_their_own_attention_where_it_is_known_to_be_right() -> None:
+def test_only_supported_models_use_the_attention_for_short_rows() -> None:
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     short, qwen = tiny_model(), Qwen2ForCausalLM(Qwen2Config(vocab_size=8, num_key_value_heads=2, **small))
     for model in (short, qwen):

@@ -82,7 +82,7 @@ def exported(base: Base, spec: JobSpec, checkpoints: Path, folder: Path) -> Full
 
 @pytest.mark.parametrize("micro_tokens", [16, 1000])
 @pytest.mark.parametrize("offload", OFFLOAD)
-def test_deepspeed_does_what_torch_does(tmp_path: Path, offload: str, micro_tokens: int) -> None:
+def test_deepspeed_equals_torch(tmp_path: Path, offload: str, micro_tokens: int) -> None:
     """In float32: figures and weights of the whole run are those of torch's AdamW on all parameters."""
     spec = full(offload=offload, micro_tokens=micro_tokens)
 
@@ -116,7 +116,7 @@ def test_deepspeed_does_what_torch_does(tmp_path: Path, offload: str, micro_toke
             torch.testing.assert_close(getattr(other, part)[name], tensor, rtol=2e-3, atol=1e-5)
 
 
-def test_the_model_is_in_bfloat16_and_what_is_kept_in_float32(tiny_base: Base, tmp_path: Path) -> None:
+def test_the_model_is_in_bfloat16_and_its_checkpoint_in_float32(tiny_base: Base, tmp_path: Path) -> None:
     """The mixed precision of the plain loop that everybody writes; norms and the embedding are trained, too."""
     spec = full(learning_rate=2e-3)
     found = points(tiny_base, spec, tmp_path / "job", valid=7)
@@ -149,7 +149,7 @@ def test_the_model_is_in_bfloat16_and_what_is_kept_in_float32(tiny_base: Base, t
 
 @pytest.mark.parametrize("offload", OFFLOAD)
 @pytest.mark.parametrize("after", [1, 3, 4])
-def test_a_stopped_job_goes_on_to_the_same_bits(tiny_base: Base, tmp_path: Path, offload: str, after: int) -> None:
+def test_a_stopped_job_resumes_to_the_same_bits(tiny_base: Base, tmp_path: Path, offload: str, after: int) -> None:
     spec = full(offload=offload, gradient_checkpointing=offload == "all")
     whole = points(tiny_base, spec, tmp_path / "whole", valid=3)
     running = start(tiny_base, spec, tmp_path / "stopped", valid=3)
@@ -180,7 +180,7 @@ def test_a_paused_job_keeps_its_last_step(tiny_base: Base, tmp_path: Path) -> No
     assert 1 <= len(rest) < 6 and rest == whole[-len(rest) :]
 
 
-def test_the_process_is_left_as_it_was(tiny_base: Base, tmp_path: Path) -> None:
+def test_the_process_is_unchanged_afterwards(tiny_base: Base, tmp_path: Path) -> None:
     lora = spec_of(dropout=0.2)
     before = train_and_export(tiny_model(), lora, tmp_path / "before")
     environment, drawn, linear = dict(os.environ), torch.random.get_rng_state(), torch.nn.functional.linear
@@ -196,7 +196,7 @@ def test_the_process_is_left_as_it_was(tiny_base: Base, tmp_path: Path) -> None:
     assert train_and_export(tiny_model(), lora, tmp_path / "after") == before
 
 
-def test_begins_from_an_adapter(tiny_base: Base, tmp_path: Path) -> None:
+def test_starts_from_an_adapter(tiny_base: Base, tmp_path: Path) -> None:
     spec = spec_of(rank=8, learning_rate=3e-2, base=tiny_base.fingerprint)
     first = write_files(
         tmp_path / "first", train_and_export(load_for_training(tiny_base, torch.bfloat16), spec, tmp_path / "job")

@@ -44,7 +44,7 @@ from .tiny_training import random_examples, reference_loss, spec_of, tiny_model,
     ],
     ids=lambda changes: "-".join(changes) or "defaults",
 )
-def test_steps_are_those_of_plain_peft(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_steps_equal_those_of_plain_peft(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Loss, accuracy, gradient norm and weights equal those of a plain loop over PEFT, in every layout."""
     spec = spec_of(**changes)
     examples, held_out = random_examples(23, weighed=True), random_examples(7, seed=1, weighed=True)
@@ -92,7 +92,7 @@ def begin(plain: PeftModel, folder: Path, spec: JobSpec) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 9), weighed=st.booleans())
-def test_packed_padded_and_alone_are_the_same_loss(seed: int, count: int, weighed: bool) -> None:
+def test_packed_padded_and_single_examples_have_the_same_loss(seed: int, count: int, weighed: bool) -> None:
     """To 1e-4 in fp32, as is the gradient: nobody sees its neighbours in a row, nor other positions."""
     model, examples = tiny_model(), random_examples(count, seed, weighed=weighed)
     total = sum(count_supervised_tokens(example) for example in examples)
@@ -121,7 +121,7 @@ def test_logits_are_computed_for_the_supervised_tokens_alone(tmp_path: Path, pac
     assert seen == [(learnt, 64)]
 
 
-def test_activations_that_are_computed_again_give_the_same_bits(tmp_path: Path) -> None:
+def test_gradient_checkpointing_gives_the_same_bits(tmp_path: Path) -> None:
     calls = {False: 0, True: 0}
     files = {}
     for again in calls:
@@ -137,7 +137,7 @@ def test_activations_that_are_computed_again_give_the_same_bits(tmp_path: Path) 
     assert calls[True] == 2 * calls[False]
 
 
-def test_files_are_those_of_save_pretrained(tmp_path: Path) -> None:
+def test_files_equal_those_of_save_pretrained(tmp_path: Path) -> None:
     spec = spec_of(targets=("q_proj", "down_proj"))
     ours = train_and_export(tiny_model(), spec, tmp_path / "job")
     loaded = PeftModel.from_pretrained(tiny_model(), write_files(tmp_path / "ours", ours))
@@ -207,7 +207,7 @@ def test_each_example_is_trained_on_in_every_epoch(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_base_is_left_as_it_was(tmp_path: Path, dtype: torch.dtype, checkpointing: bool) -> None:
+def test_the_base_is_unchanged_afterwards(tmp_path: Path, dtype: torch.dtype, checkpointing: bool) -> None:
     model = tiny_model(dtype)
     model.lm_head.weight.requires_grad_(True)
     first, *_ = model.modules()
@@ -236,7 +236,7 @@ def test_the_base_is_left_as_it_was(tmp_path: Path, dtype: torch.dtype, checkpoi
         assert torch.equal(parameter, weights[name])
 
 
-def test_a_resident_base_teaches_each_job_alike(tmp_path: Path) -> None:
+def test_jobs_on_one_resident_base_do_not_affect_each_other(tmp_path: Path) -> None:
     model, spec, file = tiny_model(torch.bfloat16), spec_of(dropout=0.2), "adapter_model.safetensors"
     once = train_and_export(model, spec, tmp_path / "first")
     train_and_export(model, spec_of(seed=1, rank=2), tmp_path / "between")
@@ -245,7 +245,7 @@ def test_a_resident_base_teaches_each_job_alike(tmp_path: Path) -> None:
     assert train_and_export(model, spec_of(dropout=0.0), tmp_path / "no-dropout")[file] != once[file]
 
 
-def test_dropout_changes_from_step_to_step_and_is_off_for_the_validation_loss(tmp_path: Path) -> None:
+def test_dropout_differs_per_step_and_is_off_in_validation(tmp_path: Path) -> None:
     spec, held_out = spec_of(dropout=0.5, batch_size=1, steps=3), random_examples(9, seed=1)
     still = spec.model_copy(update={"learning_rate": 1e-30})
     points = list(train(tiny_model(), random_examples(1), [], still, checkpoints=tmp_path / "still"))
@@ -258,7 +258,7 @@ def test_dropout_changes_from_step_to_step_and_is_off_for_the_validation_loss(tm
     assert last.valid_loss == pytest.approx(reference_loss(plain, held_out)[0].item(), rel=1e-5)
 
 
-def test_begins_from_the_weights_of_an_adapter(tmp_path: Path) -> None:
+def test_starts_from_the_weights_of_an_adapter(tmp_path: Path) -> None:
     first = write_files(tmp_path / "first", train_and_export(tiny_model(), spec_of(), tmp_path / "job"))
     held_out = random_examples(23)
     spec = spec_of(steps=1, learning_rate=1e-12, start_from="v1", seed=9)
@@ -272,7 +272,7 @@ def test_begins_from_the_weights_of_an_adapter(tmp_path: Path) -> None:
     [{"rank": 8, "alpha": 16.0}, {"alpha": 16.0}, {"rslora": True}, {"targets": ("q_proj",)}],
     ids=lambda change: next(iter(change)),
 )
-def test_refuses_to_begin_from_an_adapter_of_another_kind(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_refuses_to_start_from_an_adapter_of_another_kind(tmp_path: Path, change: dict[str, Any]) -> None:
     first = write_files(tmp_path / "first", train_and_export(tiny_model(), spec_of(), tmp_path / "job"))
     with pytest.raises(AdapterInvalid, match="leave out"):
         next(
@@ -282,7 +282,7 @@ def test_refuses_to_begin_from_an_adapter_of_another_kind(tmp_path: Path, change
         )
 
 
-def test_refuses_data_without_a_token_to_learn(tmp_path: Path) -> None:
+def test_data_without_a_supervised_token_is_refused(tmp_path: Path) -> None:
     silent = EncodedExample((1, 2, 3), 3)
     with pytest.raises(DatasetInvalid, match="Example 6 of the training data") as refused:
         next(train(tiny_model(), [*random_examples(5), silent], [], spec_of(), checkpoints=tmp_path))

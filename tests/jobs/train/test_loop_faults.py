@@ -65,7 +65,7 @@ def quantized(tmp_path: Path) -> Callable[[], PreTrainedModel]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_stopped_job_goes_on_to_the_same_bits(
+def test_a_stopped_job_resumes_to_the_same_bits(
     tmp_path: Path, quantized: Callable[[], PreTrainedModel], method: str
 ) -> None:
     """Wherever it stops: optimizer, schedule, order, dropout, the method's state, the best weights, patience."""
@@ -154,7 +154,7 @@ for point in train(tiny_model(), random_examples(23), [], spec, checkpoints=Path
 """
 
 
-def test_a_job_killed_with_9_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_killed_job_resumes_to_the_same_bits(tmp_path: Path) -> None:
     spec = spec_of(dropout=0.2, steps=40)
     whole = train_and_export(tiny_model(), spec, tmp_path / "whole")
     command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
@@ -172,7 +172,7 @@ def test_a_job_killed_with_9_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert export_adapter(tmp_path / "killed", spec, base="tiny") == whole
 
 
-def test_checkpoints_may_lie_where_other_machines_reach_them(tmp_path: Path) -> None:
+def test_checkpoints_can_be_at_a_url(tmp_path: Path) -> None:
     spec, place = spec_of(dropout=0.2), f"memory://{tmp_path.name}/job"
     running = train(tiny_model(), random_examples(23), [], spec, checkpoints=place)
     for _ in range(3):
@@ -201,7 +201,7 @@ def no_python_memory() -> None:
 
 
 @pytest.mark.parametrize("fail", [no_memory, no_gpu_memory, no_python_memory])
-def test_says_when_memory_runs_out_and_what_is_next(tmp_path: Path, fail: Callable[[], None]) -> None:
+def test_out_of_memory_says_what_to_change(tmp_path: Path, fail: Callable[[], None]) -> None:
     model = tiny_model()
     model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: fail())
     with pytest.raises(OutOfMemory, match=r"pass of 64 tokens .* with 'micro_tokens' 32"):
@@ -210,14 +210,14 @@ def test_says_when_memory_runs_out_and_what_is_next(tmp_path: Path, fail: Callab
         next(train(model, random_examples(23), [], spec_of(micro_tokens=64), checkpoints=tmp_path, micro_tokens=20))
 
 
-def test_other_errors_are_not_taken_for_memory(tmp_path: Path) -> None:
+def test_other_errors_are_not_reported_as_out_of_memory(tmp_path: Path) -> None:
     model = tiny_model()
     model.model.layers[1].mlp.register_forward_pre_hook(lambda _, x: x[0] @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size mismatch"):
         next(train(model, random_examples(23), [], spec_of(), checkpoints=tmp_path))
 
 
-def test_smaller_passes_go_on_to_the_same_result(tmp_path: Path) -> None:
+def test_smaller_passes_resume_to_the_same_result(tmp_path: Path) -> None:
     """From the checkpoints of the larger ones, and to rounding: the batch of a step is the same."""
     spec = spec_of(micro_tokens=200)
     whole = list(train(tiny_model(), random_examples(23), HELD_OUT, spec, checkpoints=tmp_path / "whole"))
@@ -256,7 +256,7 @@ def poisoned() -> PreTrainedModel:
     return model
 
 
-def test_a_loss_that_is_no_number_ends_the_job_with_its_examples(tmp_path: Path) -> None:
+def test_a_loss_of_nan_ends_the_job_and_names_its_examples(tmp_path: Path) -> None:
     examples = random_examples(23)
     spec = spec_of(steps=30, checkpoint_every=1)
     bad = choose_batch(23, 5, 3, spec.seed)[2]
@@ -276,7 +276,7 @@ def test_a_loss_that_is_no_number_ends_the_job_with_its_examples(tmp_path: Path)
     assert all(tensor.isfinite().all() for tensor in last.weights.values())
 
 
-def test_a_gradient_that_is_no_number_ends_the_job(tmp_path: Path) -> None:
+def test_a_gradient_of_nan_ends_the_job(tmp_path: Path) -> None:
     model = tiny_model()
     model.model.layers[0].input_layernorm.register_full_backward_hook(lambda _, given, __: (given[0] * torch.inf,))
     model.model.layers[0].mlp.register_full_backward_hook(lambda _, given, __: (given[0] * torch.nan,))
@@ -285,13 +285,13 @@ def test_a_gradient_that_is_no_number_ends_the_job(tmp_path: Path) -> None:
     assert len(told.value.examples) == 5
 
 
-def test_a_validation_loss_that_is_no_number_ends_the_job(tmp_path: Path) -> None:
+def test_a_validation_loss_of_nan_ends_the_job(tmp_path: Path) -> None:
     bad = [type(HELD_OUT[0])((61, *HELD_OUT[0].tokens[1:]), HELD_OUT[0].prompt_length)]
     with pytest.raises(TrainingDiverged, match="step 2 of 6: validation loss nan"):
         list(train(poisoned(), random_examples(9), bad, spec_of(), checkpoints=tmp_path))
 
 
-def test_says_when_training_diverges(tmp_path: Path) -> None:
+def test_divergence_is_reported(tmp_path: Path) -> None:
     with pytest.raises(TrainingDiverged, match=r"step \d of 6.*lower learning rate"):
         list(train(tiny_model(), random_examples(9), [], spec_of(learning_rate=1e38), checkpoints=tmp_path))
 
@@ -299,7 +299,7 @@ def test_says_when_training_diverges(tmp_path: Path) -> None:
 # Disks
 
 
-def test_a_full_disk_ends_the_attempt_and_the_next_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_ends_the_attempt_and_the_next_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of(dropout=0.2)
     whole = train_and_export(tiny_model(), spec, tmp_path / "whole")
     running = train(tiny_model(), random_examples(23), [], spec, checkpoints=tmp_path / "job")
@@ -315,7 +315,7 @@ def test_a_full_disk_ends_the_attempt_and_the_next_goes_on(tmp_path: Path, monke
     assert train_and_export(tiny_model(), spec, tmp_path / "job") == whole
 
 
-def test_a_checkpoint_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_checkpoint_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of()
     train_and_export(tiny_model(), spec, tmp_path)
 

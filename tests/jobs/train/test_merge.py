@@ -75,9 +75,7 @@ def logits(model: Any, examples: list[EncodedExample]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_in_float32_the_merged_model_says_what_the_adapter_says(
-    tiny_base_folder: Path, tmp_path: Path, kind: str
-) -> None:
+def test_in_float32_the_merged_model_equals_the_adapter(tiny_base_folder: Path, tmp_path: Path, kind: str) -> None:
     base = base_of(tiny_base_folder, tmp_path)
     adapter = saved(base, tmp_path / "adapter", KINDS[kind], size=0.2)
     report = merge(
@@ -133,7 +131,7 @@ def test_the_divergence_is_the_mean_of_kl(tiny_base_folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_an_adapter_of_a_quantized_base_belongs_to_its_values(
+def test_an_adapter_is_merged_into_the_values_it_was_trained_on(
     tiny_base_folder: Path, tmp_path: Path, quantization: Any
 ) -> None:
     base = base_of(tiny_base_folder, tmp_path, quantization)
@@ -154,7 +152,7 @@ def test_an_adapter_of_a_quantized_base_belongs_to_its_values(
     assert torch.equal(found.model.layers[0].mlp.up_proj.weight, exact.model.layers[0].mlp.up_proj.weight)
 
 
-def test_what_is_too_far_is_refused_unless_forced(tiny_base_folder: Path, tmp_path: Path) -> None:
+def test_a_large_divergence_is_refused_unless_forced(tiny_base_folder: Path, tmp_path: Path) -> None:
     base = base_of(tiny_base_folder, tmp_path, "nf4")
     adapter = saved(base, tmp_path / "adapter", lora(), size=0.1)
     to = tmp_path / "merged"
@@ -168,7 +166,7 @@ def test_what_is_too_far_is_refused_unless_forced(tiny_base_folder: Path, tmp_pa
     assert json.loads((to / REPORT_FILE).read_text())["divergence"]["kl"] == report.divergence.kl
 
 
-def test_what_can_not_be_merged_is_refused(tiny_base_folder: Path, tmp_path: Path) -> None:
+def test_impossible_merges_are_refused(tiny_base_folder: Path, tmp_path: Path) -> None:
     base, to = base_of(tiny_base_folder, tmp_path), tmp_path / "merged"
     adapter = saved(base, tmp_path / "adapter", lora())
     with pytest.raises(InvalidRequest, match="is not quantized"):
@@ -198,7 +196,7 @@ def respelled(adapter: Path, spell: Callable[[str], str | None]) -> Path:
     ],
     ids=["tower", "no prefix", "adapter's name"],
 )
-def test_tensor_names_that_peft_only_warns_about_are_merged(tiny_base_folder: Path, tmp_path: Path, spell: Any) -> None:
+def test_tensor_names_that_peft_warns_about_are_merged(tiny_base_folder: Path, tmp_path: Path, spell: Any) -> None:
     base = base_of(tiny_base_folder, tmp_path)
     plain = saved(base, tmp_path / "plain", lora(), size=0.2)
     merge(base, plain, random_examples(3), tmp_path / "wanted", name="a")
@@ -309,9 +307,7 @@ def published(home: Path, base: Base, adapter: Path, rows: str) -> str:
 ROWS = "".join(json.dumps({"prompt": f"number {row}: ", "completion": f"is {row}"}) + "\n" for row in range(5))
 
 
-def test_the_command_merges_a_version_and_compares_on_its_jobs_data(
-    tiny_base_folder: Path, tmp_path: Path, home: Path
-) -> None:
+def test_the_command_compares_a_version_on_its_jobs_data(tiny_base_folder: Path, tmp_path: Path, home: Path) -> None:
     base = base_of(tiny_base_folder, tmp_path)
     version = published(home, base, saved(base, tmp_path / "adapter", lora()), ROWS)
     ran = loramill("adapters", "merge", "acme/support", "--to", str(tmp_path / "merged"), "--json")
@@ -327,7 +323,7 @@ def test_the_command_merges_a_version_and_compares_on_its_jobs_data(
     assert again.exit_code == 1 and "already exists" in again.stderr
 
 
-def test_the_command_takes_a_peft_folder_and_says_what_is_missing(
+def test_the_command_merges_a_folder_and_names_what_is_missing(
     tiny_base_folder: Path, tmp_path: Path, home: Path
 ) -> None:
     base = base_of(tiny_base_folder, tmp_path)

@@ -19,7 +19,7 @@ HELD_OUT = random_examples(4, seed=1, weighed=True)
 @pytest.mark.parametrize(
     ("every", "checked"), [(None, [4, 8, 10]), (3, [3, 6, 9, 10]), (1, list(range(1, 11))), (50, [10])]
 )
-def test_is_done_where_the_spec_says_and_at_the_end(tmp_path: Path, every: int | None, checked: list[int]) -> None:
+def test_runs_at_the_specs_interval_and_at_the_end(tmp_path: Path, every: int | None, checked: list[int]) -> None:
     spec = spec_of(steps=10, checkpoint_every=4, eval_every=every)
     points = list(train(tiny_model(), random_examples(23), HELD_OUT, spec, checkpoints=tmp_path))
     assert [point.step for point in points if point.valid_loss is not None] == checked
@@ -30,7 +30,7 @@ def test_is_done_where_the_spec_says_and_at_the_end(tmp_path: Path, every: int |
     )
 
 
-def test_tells_the_loss_of_what_can_be_exported_then(tmp_path: Path) -> None:
+def test_its_loss_is_that_of_the_exported_weights(tmp_path: Path) -> None:
     """At every validation the last checkpoint holds the very weights that were validated."""
     for point in train(
         tiny_model(), random_examples(23), HELD_OUT, spec_of(eval_every=2), checkpoints=tmp_path / "job"
@@ -44,7 +44,7 @@ def test_tells_the_loss_of_what_can_be_exported_then(tmp_path: Path) -> None:
         assert point.valid_accuracy == pytest.approx(accuracy, abs=1e-6)
 
 
-def test_the_best_weights_become_the_version_unless_the_last_are_wanted(tmp_path: Path) -> None:
+def test_the_version_has_the_weights_that_keep_names(tmp_path: Path) -> None:
     spec = spec_of(steps=12, eval_every=1, checkpoint_every=5, learning_rate=0.1, schedule="constant", keep="best")
     weights, losses, best = [], [], []
     for point in train(tiny_model(), random_examples(8), HELD_OUT, spec, checkpoints=tmp_path / "best"):
@@ -78,7 +78,7 @@ def test_an_early_stop_ends_the_job_with_its_best_weights(tmp_path: Path) -> Non
     assert loss.item() == pytest.approx(min(losses), rel=1e-5)
 
 
-def test_metrics_are_openais(tmp_path: Path) -> None:
+def test_metrics_have_openais_names(tmp_path: Path) -> None:
     points = list(train(tiny_model(), random_examples(23), HELD_OUT, spec_of(), checkpoints=tmp_path))
     assert set(points[-1].metrics) == set(Metrics.model_fields)
     assert set(points[0].metrics) == {"step", "train_loss", "train_mean_token_accuracy"}

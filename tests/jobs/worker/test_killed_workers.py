@@ -97,7 +97,7 @@ def submitted(environment: JobEnvironment) -> list[JobRecord]:
         ]
 
 
-def test_each_job_ends_once_whatever_is_killed(tmp_path: Path, tiny_chat_base: Path) -> None:
+def test_each_job_ends_once_while_processes_are_killed(tmp_path: Path, tiny_chat_base: Path) -> None:
     environment = JobEnvironment.at(tmp_path, tiny_chat_base, lease_seconds=2, idle_seconds=600, max_attempts=99)
     pool, chance, killed = Pool(environment), random.Random(0), Counter[str]()
     queued = submitted(environment)

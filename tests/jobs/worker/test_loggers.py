@@ -14,7 +14,7 @@ from loramill.errors import SetupError
 from loramill.jobs.train.loop import TrainingProgress
 from loramill.jobs.worker.loggers import open_loggers
 
-from .tiny_training import spec_of
+from ..train.tiny_training import spec_of
 
 POINTS = [
     TrainingProgress(1, 2, 2.5, 0.25, 1e-3, 3.0, 100),
@@ -28,7 +28,7 @@ def told(names: list[Any], folder: Path) -> None:
             tell(point)
 
 
-def test_tensorboard_reads_every_figure(tmp_path: Path) -> None:
+def test_tensorboard_gets_every_metric(tmp_path: Path) -> None:
     told(["tensorboard"], tmp_path)
     read = EventAccumulator(str(tmp_path / "ftjob-1")).Reload()
     scalars = {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
@@ -60,7 +60,7 @@ class Wandb(ModuleType):
         self.finished += 1
 
 
-def test_wandb_is_told_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_every_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     told(["wandb"], tmp_path)
@@ -103,7 +103,7 @@ class Client:
         self.runs[run]["ended"] += 1
 
 
-def test_mlflow_is_told_every_figure_in_one_run_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_gets_every_metric_in_one_run_per_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Client, "experiments", {}, raising=False)
     monkeypatch.setattr(Client, "runs", {}, raising=False)
     module = ModuleType("mlflow")
@@ -117,16 +117,14 @@ def test_mlflow_is_told_every_figure_in_one_run_a_job(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
-def test_one_that_is_not_installed_is_named_with_its_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for module in (name, "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SetupError, match=rf"names {name}.*pip install 'loramill\[{name}\]'"):
         told([name], tmp_path)
 
 
-def test_one_that_fails_is_left_out_and_costs_no_job(
+def test_a_failing_logger_is_dropped_and_the_job_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     wandb = Wandb()
@@ -137,6 +135,6 @@ def test_one_that_fails_is_left_out_and_costs_no_job(
     assert EventAccumulator(str(tmp_path / "ftjob-1")).Reload().Scalars("train_loss")[1].value == 1.5
 
 
-def test_none_is_nothing(tmp_path: Path) -> None:
+def test_no_loggers_log_nothing(tmp_path: Path) -> None:
     told([], tmp_path)
     assert not list(tmp_path.iterdir())

@@ -32,7 +32,7 @@ URL = "switched://bucket/loramill"
 
 @pytest.fixture
 def environment(tmp_path: Path, tiny_chat_base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobEnvironment]:
-    """A environment whose artifacts and checkpoints are in a store that can be switched off; two attempts per job."""
+    """An environment whose artifacts and checkpoints are in a store that can be switched off; two attempts per job."""
     switched.clear()
     monkeypatch.setattr(worker_module, "OUTAGE_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(worker_module, "MAX_OUTAGE_PAUSE_SECONDS", 0.05)
@@ -86,7 +86,7 @@ OUTAGES: dict[str, Callable[[], Exception]] = {
 def test_a_store_that_is_away_costs_no_attempt(environment: JobEnvironment, case: str) -> None:
     calm = environment.submit("acme/calm", steps=12)
     assert run_next_job(worker_of(environment))
-    train, next_one = environment.submit("acme/asked", steps=12), environment.submit("acme/queued", steps=12)
+    train, next_one = environment.submit("acme/running", steps=12), environment.submit("acme/queued", steps=12)
     with working(environment, train, next_one):
         eventually(lambda: environment.now(train).step >= 3)
         with switched.off(OUTAGES[case]):
@@ -124,7 +124,7 @@ def test_an_outage_of_the_store_is_not_a_missing_checkpoint(environment: JobEnvi
     assert latest(place, spec) is None
 
 
-def test_a_job_ends_though_its_checkpoints_can_not_be_removed(environment: JobEnvironment) -> None:
+def test_a_job_ends_even_if_its_checkpoints_can_not_be_removed(environment: JobEnvironment) -> None:
     job = environment.submit(steps=4)
     with switched.off(switched.away, "rm"):
         assert run_next_job(worker_of(environment))

@@ -44,7 +44,7 @@ def model(base: Base) -> torch.nn.Module:
 
 @pytest.fixture
 def worker(tmp_path: Path, base: Base, model: torch.nn.Module) -> Worker:
-    database = f"sqlite:///{tmp_path / 'record.db'}"
+    database = f"sqlite:///{tmp_path / 'loramill.db'}"
     migrate(database)
     registry = Registry.open(database, (tmp_path / "artifacts").as_uri())
     with registry.writing() as session:
@@ -116,10 +116,10 @@ def two_turns(count: int, **last: object) -> bytes:
         ({"weight": 1}, {"train_on": "last"}, 16),
     ],
 )
-def test_a_job_reports_once_how_many_answers_it_trains(
-    worker: Worker, last: dict[str, object], learn: dict[str, str], trained: int
+def test_a_job_reports_its_supervised_answers_once(
+    worker: Worker, last: dict[str, object], train_on: dict[str, str], trained: int
 ) -> None:
-    job = submit(worker, two_turns(8, **last), **learn)
+    job = submit(worker, two_turns(8, **last), **train_on)
     for _ in range(2):
         with closing(worker_module.training_steps(worker, job, raise_if_stopped=lambda: None)):
             pass
@@ -133,7 +133,7 @@ def test_a_job_reports_once_how_many_answers_it_trains(
     assert tokens == {16: first + second, 8: first if last.get("weight") == 0 else second}[trained]
 
 
-def test_a_template_writes_the_date_of_the_submission_in_every_attempt(worker: Worker) -> None:
+def test_every_attempt_has_the_date_of_the_submission(worker: Worker) -> None:
     dated = ChatTokenizer(hermes_tokenizer().to_str(), {**SETTINGS, "chat_template": GRANITE3}, {})
     worker, examples = replace(worker, tokenizer=dated), read_examples(ROWS, "rows.jsonl")
     submitted = datetime(2024, 2, 29, 23, 59, tzinfo=UTC)
@@ -143,7 +143,7 @@ def test_a_template_writes_the_date_of_the_submission_in_every_attempt(worker: W
     assert first == encode_examples(worker, job, examples)[0]
 
 
-def test_what_would_fail_again_is_not_tried_again(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_permanent_error_is_not_retried(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverge(*_: object, **__: object) -> None:
         raise TrainingDiverged("NaN")
 
@@ -153,7 +153,7 @@ def test_what_would_fail_again_is_not_tried_again(worker: Worker, monkeypatch: p
     assert (now(worker, job).status, now(worker, job).error_code) == (JobStatus.FAILED, "training_diverged")
 
 
-def test_what_may_pass_is_tried_until_attempts_are_used_up(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transient_error_is_retried_up_to_the_last_attempt(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     def stumble(*_: object, **__: object) -> None:
         raise OSError("the network went away")
 
@@ -190,7 +190,7 @@ def test_a_worker_that_lost_its_lease_publishes_nothing(worker: Worker, monkeypa
         assert adapters.list_adapters(session, None) == []
 
 
-def test_work_goes_on_until_told(worker: Worker) -> None:
+def test_jobs_run_until_the_worker_should_stop(worker: Worker) -> None:
     first, second = submit(worker), submit(worker, seed=1)
     assert run_jobs(worker, should_stop=lambda idle: idle > 0.1) == 2
     assert {now(worker, first).status, now(worker, second).status} == {JobStatus.SUCCEEDED}

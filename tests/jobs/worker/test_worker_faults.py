@@ -1,4 +1,4 @@
-"""What can go wrong while a worker has a job, and what its owner may ask meanwhile; on a tiny base."""
+"""Faults while a worker runs a job, and requests of its owner meanwhile; on a tiny base."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 from sqlalchemy.orm import Session
+from transformers import PreTrainedModel
 
 from loramill.errors import DiskFull, LoramillError, OutOfMemory, TrainingDiverged, Unavailable
+from loramill.jobs.train.loop import TrainContext
 from loramill.jobs.worker import worker as worker_module
-from loramill.jobs.worker.lease import Lease, retry_while_unavailable
+from loramill.jobs.worker.lease import Lease
 from loramill.jobs.worker.worker import lease_next_job, run_jobs, run_next_job
 from loramill.registry import Registry, adapters, jobs
 from loramill.registry.jobs import checkpoints
@@ -45,7 +47,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def in_thread(task: Callable[[], object]) -> Iterator[None]:
-    # A daemon: where the test fails, its worker may insist for minutes on a database that is gone.
+    # A daemon: if the test fails, its worker may retry for minutes on a database that is gone.
     thread = threading.Thread(target=task, daemon=True)
     thread.start()
     yield
@@ -60,31 +62,31 @@ def eventually(check: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
-def ask(environment: JobEnvironment, act: Callable[..., Any], *arguments: Any) -> Any:
+def write(environment: JobEnvironment, act: Callable[..., Any], *arguments: Any) -> Any:
     with environment.registry.writing() as session:
         return act(session, *arguments)
 
 
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("how", ["pause", "preempt"])
-def test_a_job_that_makes_room_goes_on_to_the_same_weights(environment: JobEnvironment, how: str) -> None:
+def test_a_preempted_job_resumes_to_the_same_weights(environment: JobEnvironment, how: str) -> None:
     calm = environment.submit("acme/calm", steps=24)
     assert run_next_job(environment.worker())
-    job = environment.submit("acme/asked", steps=24)
+    job = environment.submit("acme/stopped", steps=24)
     with in_thread(lambda: run_next_job(environment.worker())):
         eventually(lambda: environment.now(job).step >= 3)
-        asked = time.monotonic()
-        ask(environment, jobs.pause, job.id) if how == "pause" else ask(environment, jobs.preempt, job.id, 1)
+        requested_at = time.monotonic()
+        write(environment, jobs.pause, job.id) if how == "pause" else write(environment, jobs.preempt, job.id, 1)
         left = JobStatus.PAUSED if how == "pause" else JobStatus.QUEUED
         eventually(lambda: environment.now(job).status is left, 10)
-        took = time.monotonic() - asked
+        took = time.monotonic() - requested_at
     stopped = environment.now(job)
     assert 3 <= stopped.step < 24
     assert took < 5, "two seconds on a machine that has nothing else to do"
     assert list((Path(environment.settings.checkpoints) / job.id).iterdir())
     if how == "pause":
         assert not run_next_job(environment.worker())
-        ask(environment, jobs.resume, job.id)
+        write(environment, jobs.resume, job.id)
     steps: list[int] = []
     progress = Lease.report
     with pytest.MonkeyPatch.context() as patch:
@@ -101,14 +103,14 @@ def test_a_cancelled_job_stops_and_leaves_nothing(environment: JobEnvironment) -
     job = environment.submit(steps=5000)
     with in_thread(lambda: run_next_job(environment.worker())):
         eventually(lambda: environment.now(job).step >= 3)
-        ask(environment, jobs.cancel, job.id)
+        write(environment, jobs.cancel, job.id)
         eventually(lambda: environment.now(job).status is JobStatus.CANCELLED, 10)
     assert not (Path(environment.settings.checkpoints) / job.id).exists()
     with environment.registry.reading() as session:
         assert adapters.list_adapters(session, None) == []
 
 
-def test_validated_checkpoints_can_be_asked_and_no_alias_moves(
+def test_validated_checkpoints_become_versions_without_an_alias(
     environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -127,17 +129,17 @@ def test_validated_checkpoints_can_be_asked_and_no_alias_moves(
         found = checkpoints.list_checkpoints(session, job.id)
         known = {version.id for version in adapters.list_versions(session, "acme/loud")}
     assert [point.step for point in found] == [5, 4, 3, 2, 1]
-    asked = [point.version for point in found if point.version]
-    assert len(asked) == len({*asked}) == 3
+    stored = [point.version for point in found if point.version]
+    assert len(stored) == len({*stored}) == 3
     done = environment.now(job)
-    assert known == {*asked, done.version}
-    for version in asked:
+    assert known == {*stored, done.version}
+    for version in stored:
         environment.registry.artifacts.fetch(version)
     assert {"step", "train_loss", "valid_loss"} <= found[0].metrics.keys()
     assert done.valid_loss == found[0].metrics["valid_loss"]
 
 
-def test_the_record_knows_every_step_once(environment: JobEnvironment) -> None:
+def test_the_registry_has_every_step_once(environment: JobEnvironment) -> None:
     job = environment.submit(steps=7)
     assert run_next_job(environment.worker())
     with environment.registry.reading() as session:
@@ -149,7 +151,7 @@ def test_the_record_knows_every_step_once(environment: JobEnvironment) -> None:
 
 
 class Outage:
-    """A database that doesn't answer for a while."""
+    """A database that does not answer for a while."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
         self.until, self.met, writing = time.monotonic() + seconds, 0, Registry.writing
@@ -164,7 +166,9 @@ class Outage:
 
 
 @pytest.mark.usefixtures("slow")
-def test_a_job_outlives_a_database_that_is_away(environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_continues_through_a_database_outage(
+    environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = environment.submit(steps=30)
     with in_thread(lambda: run_next_job(environment.worker())):
         eventually(lambda: environment.now(job).step >= 2)
@@ -174,9 +178,7 @@ def test_a_job_outlives_a_database_that_is_away(environment: JobEnvironment, mon
     assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 1)
 
 
-def test_a_worker_waits_for_a_database_that_is_away(
-    environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_waits_through_a_database_outage(environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "OUTAGE_PAUSE_SECONDS", 0.1)
     job, worker = environment.submit(), environment.worker()
     outage = Outage(monkeypatch, 0.4)
@@ -184,32 +186,23 @@ def test_a_worker_waits_for_a_database_that_is_away(
     assert outage.met >= 2
 
 
-def test_insisting_has_an_end() -> None:
-    def away() -> None:
-        raise Unavailable("away")
-
-    with pytest.raises(Unavailable):
-        retry_while_unavailable(0.1, away)
-    assert retry_while_unavailable(0.1, lambda: 7) == 7
-
-
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int = 1) -> list[Any]:
-    """Lets so many attempts fail; the micro_tokens of all of them."""
+    """Makes the first attempts fail; returns the list of the attempts' micro_tokens."""
     seen: list[Any] = []
     train = worker_module.train
 
-    def sometimes(*arguments: Any, **named: Any) -> Any:
-        seen.append(named["micro_tokens"])
+    def sometimes(model: PreTrainedModel, context: TrainContext) -> Any:
+        seen.append(context.micro_tokens)
         if len(seen) <= times:
             raise error
-        return train(*arguments, **named)
+        return train(model, context)
 
     monkeypatch.setattr(worker_module, "train", sometimes)
     return seen
 
 
 @pytest.mark.parametrize("error", [DiskFull("No room."), Unavailable("Away."), OSError("The network went away.")])
-def test_what_may_pass_is_tried_again_later(
+def test_a_transient_error_is_retried_later(
     environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     failing(monkeypatch, error)
@@ -228,7 +221,7 @@ def test_what_may_pass_is_tried_again_later(
     assert environment.now(job).status is JobStatus.SUCCEEDED
 
 
-def test_out_of_memory_is_tried_with_half_the_tokens_and_then_fails(
+def test_out_of_memory_is_retried_with_half_the_tokens_once(
     environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = failing(monkeypatch, OutOfMemory("No room for a pass."), times=3)
@@ -272,7 +265,7 @@ def test_divergence_keeps_the_last_checkpoint(environment: JobEnvironment, monke
     assert list((Path(environment.settings.checkpoints) / job.id).iterdir())
 
 
-def test_a_worker_takes_what_its_executor_takes(environment: JobEnvironment) -> None:
+def test_a_worker_leases_jobs_of_its_executor(environment: JobEnvironment) -> None:
     job = environment.submit(executor="dedicated")
     assert lease_next_job(environment.worker(executor="session")) is None
     leased = lease_next_job(environment.worker(executor="dedicated"), job.id)

@@ -30,7 +30,7 @@ def singular_values(weights: Any) -> torch.Tensor:
     return torch.stack([weights[tensor_name(module, "lora_E")].detach().flatten() for module in modules_of(weights)])
 
 
-def test_prunes_as_peft_does(small: Base) -> None:
+def test_pruning_equals_that_of_peft(small: Base) -> None:
     """The same gradients, the same importances, the same triples dead, the same penalty; step by step to the end."""
     spec = spec_of(method="adalora", rank=4, init_rank=6, steps=20)
     first, last = int(adalora.PRUNING_BEGIN * 20), int(adalora.PRUNING_END * 20)
@@ -80,7 +80,7 @@ def test_prunes_as_peft_does(small: Base) -> None:
         assert (singular_values(tuned.weights) != 0).sum() == 4 * len(modules_of(tuned.weights))
 
 
-def test_ends_at_its_rank_in_the_mean_and_stores_no_more(small: Base, tmp_path: Path) -> None:
+def test_the_mean_rank_at_the_end_is_the_specs(small: Base, tmp_path: Path) -> None:
     spec = spec_of(method="adalora", rank=3, steps=8)
     with trained(loaded(small), spec, small.folder) as tuned:
         alive = (singular_values(tuned.weights) != 0).sum(dim=1)
@@ -104,7 +104,7 @@ def test_a_module_without_a_rank_is_stored_as_zeros(small: Base) -> None:
     assert not any(t.any() for n, t in tensors.items() if "lora_B" in n)
 
 
-def test_state_and_weights_are_all_of_it(small: Base) -> None:
+def test_state_and_weights_suffice_to_resume(small: Base) -> None:
     """A run that stops, and goes on from copies of both, ends at the same bits (the moments aside: plain SGD)."""
     spec = spec_of(method="adalora", steps=8)
 
@@ -133,14 +133,14 @@ def test_state_and_weights_are_all_of_it(small: Base) -> None:
 
 
 @given(steps=st.integers(1, 500), rank=st.integers(1, 64), more=st.integers(0, 64))
-def test_the_budget_only_falls_from_first_to_last(steps: int, rank: int, more: int) -> None:
+def test_the_rank_budget_never_rises(steps: int, rank: int, more: int) -> None:
     spec = spec_of(steps=steps, rank=rank, init_rank=rank + more)
     ranks = [rank_budget(spec, step) for step in range(steps + 1)]
     assert ranks[0] == rank + more and ranks[-1] == rank
     assert ranks == sorted(ranks, reverse=True)
 
 
-def test_the_rank_before_pruning(small: Base) -> None:
+def test_the_initial_rank_has_a_default(small: Base) -> None:
     assert [initial_rank(spec_of(rank=rank)) for rank in (1, 4, 5)] == [2, 6, 8]
     assert initial_rank(spec_of(rank=4, init_rank=4)) == 4
 
@@ -149,7 +149,7 @@ def test_the_rank_before_pruning(small: Base) -> None:
     ("param", "changes"),
     [("init_rank", {"rank": 8, "init_rank": 7}), ("rank_pattern", {"rank_pattern": {"q_proj": 2}})],
 )
-def test_refuses_what_has_no_meaning(small: Base, param: str, changes: dict[str, Any]) -> None:
+def test_meaningless_ranks_are_refused(small: Base, param: str, changes: dict[str, Any]) -> None:
     model = loaded(small)
     with (
         pytest.raises(AdapterInvalid) as refused,
@@ -159,7 +159,7 @@ def test_refuses_what_has_no_meaning(small: Base, param: str, changes: dict[str,
     assert refused.value.param == param
 
 
-def test_the_last_part_of_the_steps_is_at_the_final_ranks(small: Base) -> None:
+def test_the_last_steps_train_the_final_ranks(small: Base) -> None:
     spec: JobSpec = spec_of(method="adalora", steps=10)
     with attach_adapter(loaded(small), spec, small.folder) as tuned:
         assert tuned.best_from_step == 6
@@ -173,7 +173,7 @@ def test_the_last_part_of_the_steps_is_at_the_final_ranks(small: Base) -> None:
         assert all(map(torch.equal, tuned.state.values(), state))
 
 
-def test_no_unpruned_weights_become_the_version(small: Base, tmp_path: Path) -> None:
+def test_unpruned_weights_never_become_the_version(small: Base, tmp_path: Path) -> None:
     """Nor do they end a job early, however bad their validation losses."""
     spec = spec_of(method="adalora", steps=10, eval_every=1, patience=1, learning_rate=0.5)
     examples = [EncodedExample(tuple(row), 6) for row in tokens(rows=4).tolist()]

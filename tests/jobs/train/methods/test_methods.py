@@ -64,7 +64,7 @@ GRID = [
 
 
 @pytest.mark.parametrize(("method", "shape", "quantization"), GRID)
-def test_what_is_stored_is_what_was_trained(
+def test_the_stored_adapter_equals_the_trained_model(
     small: Base,
     exported: Callable[..., tuple[Path, torch.Tensor]],
     method: str,
@@ -79,7 +79,7 @@ def test_what_is_stored_is_what_was_trained(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_base_is_left_as_it_was(small: Base, method: str, dtype: torch.dtype) -> None:
+def test_the_base_is_unchanged_afterwards(small: Base, method: str, dtype: torch.dtype) -> None:
     model = loaded(small, "nf4", dtype)
     model.lm_head.weight.requires_grad_(True)
     before = str(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}, logits_of(model)
@@ -100,7 +100,7 @@ def test_the_base_is_left_as_it_was(small: Base, method: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_refusal_leaves_the_base_as_it_was(small: Base, method: str) -> None:
+def test_the_base_is_unchanged_after_a_refusal(small: Base, method: str) -> None:
     model = loaded(small, "int8")
     before = str(model)
     with pytest.raises(InvalidRequest), attach_adapter(model, spec_of(method=method, targets=("nope",)), small.folder):
@@ -109,7 +109,7 @@ def test_a_refusal_leaves_the_base_as_it_was(small: Base, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_seed_alone_decides(small: Base, method: str) -> None:
+def test_layers_depend_on_the_seed_alone(small: Base, method: str) -> None:
     model = loaded(small, "nf4")
 
     def run(seed: int, steps: int) -> list[torch.Tensor]:
@@ -127,7 +127,7 @@ def test_the_seed_alone_decides(small: Base, method: str) -> None:
         assert not all(map(torch.equal, run(2, steps=0), begun))
 
 
-def test_begins_as_peft_does(small: Base) -> None:
+def test_initial_factors_have_the_distribution_of_peft(small: Base) -> None:
     with attach_adapter(loaded(small), spec_of(rank=64), small.folder) as tuned:
         for name, weight in tuned.weights.items():
             bound = 1 / math.sqrt(weight.shape[1])
@@ -139,7 +139,7 @@ def test_begins_as_peft_does(small: Base) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_begins_from_the_base(small: Base, method: str) -> None:
+def test_training_starts_from_the_base(small: Base, method: str) -> None:
     """All but LoftQ's first logits are the base's; LoftQ's are nearer to those of the base before quantization."""
     model = loaded(small, "nf4")
     base = logits_of(model)
@@ -153,7 +153,7 @@ def test_training_begins_from_the_base(small: Base, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_goes_on_from_what_it_stored(small: Base, tmp_path: Path, method: str) -> None:
+def test_a_job_starts_from_a_stored_adapter(small: Base, tmp_path: Path, method: str) -> None:
     spec, model = spec_of(method=method, rank=8, init_rank=12), loaded(small, "nf4")
     with trained(model, spec, small.folder) as tuned:
         folder, expected = stored(tuned, spec, tmp_path / "first"), logits_of(tuned.model)
@@ -181,7 +181,9 @@ def test_goes_on_from_what_it_stored(small: Base, tmp_path: Path, method: str) -
     ids=lambda change: next(iter(change)),
 )
 @pytest.mark.parametrize("method", METHODS)
-def test_refuses_to_go_on_from_another_kind(small: Base, tmp_path: Path, method: str, change: dict[str, Any]) -> None:
+def test_an_adapter_of_another_kind_is_refused(
+    small: Base, tmp_path: Path, method: str, change: dict[str, Any]
+) -> None:
     # Untrained, AdaLoRA's ranks would all be pruned away, and those of any job be enough for them.
     spec, model = spec_of(method=method, steps=2), loaded(small, "nf4")
     with trained(model, spec, small.folder) as tuned:
@@ -197,7 +199,7 @@ def test_refuses_to_go_on_from_another_kind(small: Base, tmp_path: Path, method:
 
 
 @pytest.mark.parametrize("config", [None, "{", "[]", '{"peft_type": "PREFIX_TUNING"}'])
-def test_refuses_to_go_on_from_what_is_no_adapter(small: Base, tmp_path: Path, config: str | None) -> None:
+def test_a_folder_without_an_adapter_is_refused(small: Base, tmp_path: Path, config: str | None) -> None:
     with trained(loaded(small), spec_of(steps=1), small.folder) as tuned:
         folder = stored(tuned, spec_of(), tmp_path / "first")
         (folder / "adapter_config.json").unlink()
@@ -209,7 +211,7 @@ def test_refuses_to_go_on_from_what_is_no_adapter(small: Base, tmp_path: Path, c
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_gradients_are_those_of_peft(small: Base, method: str, rslora: bool) -> None:
+def test_gradients_equal_those_of_peft(small: Base, method: str, rslora: bool) -> None:
     """Of weights in the middle of training, where DoRA's magnitudes differ from the norms."""
     spec = spec_of(method=method, rslora=rslora)
     plain = get_peft_model(loaded(small), lora_config(spec))
@@ -229,7 +231,7 @@ def test_gradients_are_those_of_peft(small: Base, method: str, rslora: bool) -> 
             torch.testing.assert_close(weight.grad, theirs[name].grad, rtol=1e-4, atol=1e-6)
 
 
-def test_dora_takes_its_norms_anew_after_every_step(small: Base) -> None:
+def test_dora_computes_its_norms_after_every_step(small: Base) -> None:
     spec = spec_of(method="dora", steps=4)
     with trained(loaded(small), spec, small.folder) as tuned:
         for name, layer in tuned.model.named_modules():
@@ -239,7 +241,7 @@ def test_dora_takes_its_norms_anew_after_every_step(small: Base) -> None:
                 assert not torch.allclose(layer.row_norms(), layer.linear.weight.norm(dim=1))
 
 
-def test_dropout_is_off_until_it_is_turned_on(small: Base) -> None:
+def test_dropout_is_off_by_default(small: Base) -> None:
     spec = spec_of(dropout=0.5)
     with trained(loaded(small), spec, small.folder) as tuned:
         still = logits_of(tuned.model)
@@ -250,7 +252,7 @@ def test_dropout_is_off_until_it_is_turned_on(small: Base) -> None:
         assert torch.equal(logits_of(tuned.model), still)
 
 
-def test_loraplus_gives_b_its_own_rate(small: Base) -> None:
+def test_loraplus_has_a_learning_rate_for_b(small: Base) -> None:
     for method in ("lora", "dora", "pissa", "adalora"):
         with attach_adapter(loaded(small), spec_of(method=method, loraplus_lr_ratio=16.0), small.folder) as tuned:
             parts = {name.split(".lora_")[1]: rate for name, rate in tuned.lr_factors.items()}
@@ -262,7 +264,7 @@ def test_loraplus_gives_b_its_own_rate(small: Base) -> None:
 @pytest.mark.parametrize(
     ("method", "kind"), [(method, "qwen2") for method in METHODS] + [(method, "gpt2") for method in METHODS[:-1]]
 )
-def test_other_families(tmp_path: Path, method: str, kind: str) -> None:
+def test_other_model_families_train(tmp_path: Path, method: str, kind: str) -> None:
     """GPT-2's weights lie the other way round; Qwen2's q, k and v have biases, which DoRA doesn't scale."""
     sizes = {"vocab_size": 64, "num_attention_heads": 4}
     family, config = {
@@ -286,7 +288,7 @@ def test_other_families(tmp_path: Path, method: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_files_are_the_same_for_the_same_weights_and_name_no_machine(small: Base, tmp_path: Path, method: str) -> None:
+def test_files_depend_on_the_weights_and_not_on_the_machine(small: Base, tmp_path: Path, method: str) -> None:
     spec, model = spec_of(method=method, targets=("all-linear",), steps=3), loaded(small, "nf4")
     folders = []
     for name in ("first", "second"):

@@ -18,7 +18,7 @@ from loramill.models.catalog import Base
 from .method_training import learn, loaded, logits_of, loss_of, spec_of, tokens, trained
 
 
-def test_pissa_is_lora_on_the_base_less_its_beginning(small: Base) -> None:
+def test_pissa_is_lora_on_the_base_without_its_initial_factors(small: Base) -> None:
     """The paper's form, by plain PEFT: the same loss and gradients, and the same logits after the same change."""
     spec = spec_of(method="pissa", targets=("q_proj", "up_proj"))
     changed = loaded(small)
@@ -43,7 +43,7 @@ def test_pissa_is_lora_on_the_base_less_its_beginning(small: Base) -> None:
         torch.testing.assert_close(logits_of(tuned.model), logits_of(plain), rtol=1e-4, atol=1e-4)
 
 
-def test_weight_decay_leaves_the_frozen_half_alone(small: Base) -> None:
+def test_weight_decay_does_not_change_the_frozen_half(small: Base) -> None:
     spec = spec_of(method="pissa", weight_decay=0.5)
     with attach_adapter(loaded(small), spec, small.folder) as tuned:
         frozen = {name: tensor.clone() for name, tensor in tuned.state.items()}
@@ -55,7 +55,7 @@ def test_weight_decay_leaves_the_frozen_half_alone(small: Base) -> None:
 
 @pytest.mark.parametrize("method", ["pissa", "loftq"])
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_begins_with_nearly_the_best_approximation(small: Base, method: str, quantization: str) -> None:
+def test_initial_factors_are_nearly_the_best_approximation(small: Base, method: str, quantization: str) -> None:
     model, originals = loaded(small, quantization), loaded(small)
     with attach_adapter(model, spec_of(method=method, rslora=True), small.folder) as tuned:
         for module in modules_of(tuned.weights):
@@ -67,12 +67,12 @@ def test_begins_with_nearly_the_best_approximation(small: Base, method: str, qua
             assert (sought - 6.0 / 2 * b @ a).norm() <= 1.01 * least
 
 
-def test_loftq_changes_what_training_begins_with_alone(small: Base) -> None:
+def test_loftq_changes_the_initial_factors_alone(small: Base) -> None:
     with attach_adapter(loaded(small, "nf4"), spec_of(method="loftq"), small.folder) as tuned:
         assert not tuned.state and not tuned.lr_factors
 
 
-def test_loftq_begins_plainly_where_nothing_was_lost(small: Base) -> None:
+def test_loftq_starts_as_lora_where_quantization_lost_nothing(small: Base) -> None:
     spec = spec_of(method="loftq", targets=("q_proj", "lm_head"), steps=2)
     with trained(loaded(small, "nf4"), spec, small.folder) as tuned:
         assert all(weight.any() for name, weight in tuned.weights.items())
@@ -88,7 +88,7 @@ def test_loftq_needs_a_quantized_base_and_its_files(small: Base, tmp_path: Path)
 
 
 @pytest.mark.parametrize("method", ["pissa", "loftq"])
-def test_refuses_a_rank_above_the_singular_values(small: Base, method: str) -> None:
+def test_a_rank_above_the_number_of_singular_values_is_refused(small: Base, method: str) -> None:
     model, spec = loaded(small, "int8"), spec_of(method=method, rank=33)
     with (
         pytest.raises(AdapterInvalid, match=r"k_proj.* 32 singular values") as refused,

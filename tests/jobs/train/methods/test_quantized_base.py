@@ -29,7 +29,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa", "loftq"])
-def test_values_logits_and_gradients_are_the_same(base: Base, method: str, dtype: torch.dtype) -> None:
+def test_values_logits_and_gradients_equal_those_of_dense_weights(base: Base, method: str, dtype: torch.dtype) -> None:
     spec, results = spec_of(method=method, targets=("all-linear",)), []
     dense = dict(loaded(base, "nf4", dtype).named_modules())
     for packed in (False, True):

@@ -40,7 +40,7 @@ def of_peft(model: PreTrainedModel, spec: JobSpec, found: list[TargetModule]) ->
     ],
     ids=["plain", "names", "expressions"],
 )
-def test_they_are_those_of_peft(
+def test_targets_equal_those_of_peft(
     small: Base, targets: tuple[str, ...], layers: tuple[int, ...] | None, patterns: dict[str, Any], rslora: bool
 ) -> None:
     spec = spec_of(targets=targets, layers=layers, rslora=rslora)
@@ -79,7 +79,7 @@ def test_a_layer_of_transposed_weights_is_a_linear_too() -> None:
         ("alpha_pattern", "'layers.7.q_proj' matches", {"alpha_pattern": {"layers.7.q_proj": 2.0}}),
     ],
 )
-def test_says_what_matches_nothing(small: Base, param: str, says: str, changes: dict[str, Any]) -> None:
+def test_a_pattern_that_matches_nothing_is_named(small: Base, param: str, says: str, changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match=says) as refused:
         find_target_modules(loaded(small), spec_of(**changes))
     assert refused.value.param == f"loramill.{param}"
