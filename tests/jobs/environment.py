@@ -1,4 +1,4 @@
-"""A small environment: a base, a record, data, and jobs; as a script, a pool of workers.
+"""A base, a registry, data and jobs for tests; as a script, a pool of workers.
 
     python environment.py SETTINGS     each line "SLOT HOLDER" on standard input starts a worker; prints its pid
 
@@ -42,7 +42,7 @@ def rows(words: list[str] = WORDS) -> bytes:
 
 @dataclass(frozen=True)
 class JobEnvironment:
-    """A record in a home of its own, and what a worker there needs."""
+    """A registry in its own home, and what a worker there needs."""
 
     settings: Settings
     registry: Registry
@@ -64,9 +64,9 @@ class JobEnvironment:
         registry = Registry.open(settings.database, settings.artifacts)
         return cls(settings, registry, base, load_for_training(base, torch.float32))
 
-    def worker(self, owner: str = "w1", **fields: Any) -> Worker:
-        given = {
-            "owner": owner,
+    def worker(self, name: str = "w1", **fields: Any) -> Worker:
+        defaults = {
+            "name": name,
             "registry": self.registry,
             "base": self.base,
             "model": lambda: self.model,
@@ -76,10 +76,10 @@ class JobEnvironment:
             "logs": self.settings.home / "logs",
             "settings": self.settings.jobs,
         }
-        return Worker(**given | fields)
+        return Worker(**defaults | fields)
 
     def data(self, tenant: str, raw: bytes | None = None) -> str:
-        """A dataset of a tenant, which is made if need be."""
+        """Creates a dataset of a tenant, and the tenant if it does not exist."""
         raw = rows() if raw is None else raw
         artifact = self.registry.artifacts.put({"data.jsonl": raw})
         with self.registry.writing() as session:
@@ -88,8 +88,8 @@ class JobEnvironment:
             return datasets.create(session, tenant, "rows.jsonl", artifact, len(raw), raw.count(b"\n")).id
 
     def spec(self, adapter: str, train: str, **fields: Any) -> JobSpec:
-        given = {"base": self.base.fingerprint, "adapter": adapter, "train": train, "steps": 2, "batch_size": 2}
-        return JobSpec.model_validate(given | {"rank": 4, "dropout": 0.1, "checkpoint_every": 2} | fields)
+        defaults = {"base": self.base.fingerprint, "adapter": adapter, "train": train, "steps": 2, "batch_size": 2}
+        return JobSpec.model_validate(defaults | {"rank": 4, "dropout": 0.1, "checkpoint_every": 2} | fields)
 
     def submit(
         self, adapter: str = "acme/loud", *, priority: int = 0, executor: str = "session", **fields: Any
@@ -111,37 +111,38 @@ class JobEnvironment:
         return self.registry.artifacts.read(version or "", "adapter_model.safetensors")
 
 
-def serve_places() -> None:
-    """Starts workers as they are asked for; each ends when its place is not its holder's any more."""
+def start_workers() -> None:
+    """Starts a worker per line of standard input; each ends when its slot is no longer its holder's."""
     torch.set_num_threads(1)
     environment = JobEnvironment.opened(Settings.model_validate_json(sys.argv[1]))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    tell("ready")
+    write_line("ready")
     for line in sys.stdin:
-        place, holder = line.split()
+        slot, holder = line.split()
         pid = os.fork()
         if pid == 0:
-            run_worker(environment, place, holder)
+            run_worker(environment, slot, holder)
             os._exit(0)
-        tell(str(pid))
+        write_line(str(pid))
 
 
-def tell(line: str) -> None:
+def write_line(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
-def run_worker(environment: JobEnvironment, place: str, holder: str) -> None:
+def run_worker(environment: JobEnvironment, slot: str, holder: str) -> None:
     registry = Registry.open(environment.settings.database, environment.settings.artifacts)
 
-    def over(idle: float) -> bool:
+    def should_stop(idle: float) -> bool:
         with registry.reading() as session:
-            return idle > environment.settings.jobs.idle_seconds or not worker_slots.is_open(session, place, holder)
+            return idle > environment.settings.jobs.idle_seconds or not worker_slots.is_open(session, slot, holder)
 
     run_jobs(
-        environment.worker(worker_name(place, os.getpid()), registry=registry, executor="session"), should_stop=over
+        environment.worker(worker_name(slot, os.getpid()), registry=registry, executor="session"),
+        should_stop=should_stop,
     )
 
 
 if __name__ == "__main__":
-    serve_places()
+    start_workers()
