@@ -144,7 +144,12 @@ def read_pool_state(session: Session, settings: JobSettings, now: float, base: s
         held_slots=tuple(worker_slots.list_held(session, now)),
         running=tuple(
             RunningJob(
-                row.id, row.attempt, row.priority, row.started_at, worker_slot_of(row.owner), row.pending_action is not None
+                row.id,
+                row.attempt,
+                row.priority,
+                row.started_at,
+                worker_slot_of(row.owner),
+                row.pending_action is not None,
             )
             for row in running
         ),
