@@ -113,7 +113,7 @@ def resolve(session: Session, name: AdapterName | str, selector: str) -> Version
     return VersionRecord.model_validate(rows[0])
 
 
-def add_version(session: Session, record: VersionRecord) -> Alias | None:
+def add_version(session: Session, version: VersionRecord) -> Alias | None:
     """Records a version of an existing adapter: as champion if it is the first one, otherwise as challenger.
 
     Content that the adapter already has is not recorded twice.
@@ -121,14 +121,16 @@ def add_version(session: Session, record: VersionRecord) -> Alias | None:
     Returns:
         The alias that now points to the version; None if the version already was the champion.
     """
-    aliases = _lock(session, record.adapter)
-    if session.get(VersionRow, (record.adapter, record.id)) is None:
-        session.add(VersionRow(**record.model_dump()))
+    aliases = _lock(session, version.adapter)
+    if session.get(VersionRow, (version.adapter, version.id)) is None:
+        session.add(VersionRow(**version.model_dump()))
         session.flush()
-    if aliases.get(Alias.CHAMPION) == record.id:
+    if aliases.get(Alias.CHAMPION) == version.id:
         return None
     alias = Alias.CHALLENGER if Alias.CHAMPION in aliases else Alias.CHAMPION
-    _move_alias(session, record.adapter, alias, record.id, f"published by {record.job}" if record.job else "imported")
+    _move_alias(
+        session, version.adapter, alias, version.id, f"published by {version.job}" if version.job else "imported"
+    )
     return alias
 
 

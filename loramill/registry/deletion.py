@@ -96,8 +96,8 @@ def delete_version(session: Session, name: AdapterName | str, version: str, *, f
         session, update(AliasChangeRow).where(of_version).values(version=None, reason=AliasChangeRow.reason + note)
     )
     _execute(session, delete(EvaluationRow).where(EvaluationRow.adapter == str(name), EvaluationRow.version == version))
-    mine = select(JobRow.id).where(JobRow.tenant == adapter.tenant, JobRow.spec["adapter"].as_string() == str(name))
-    checkpoints = (CheckpointRow.version == version) & CheckpointRow.job.in_(mine)
+    jobs = select(JobRow.id).where(JobRow.tenant == adapter.tenant, JobRow.spec["adapter"].as_string() == str(name))
+    checkpoints = (CheckpointRow.version == version) & CheckpointRow.job.in_(jobs)
     _execute(session, update(CheckpointRow).where(checkpoints).values(version=None))
     if row.job is not None:
         _execute(session, update(JobRow).where(JobRow.id == row.job).values(result=None))
@@ -119,15 +119,19 @@ def delete_tenant(session: Session, name: str, *, cancel_jobs: bool = False) -> 
         Conflict: a job of the tenant has not ended, and `cancel_jobs` is false.
     """
     tenants.get(session, name)
-    mine = JobRow.tenant == name
-    cancelled = _cancel_or_refuse(session, _open_jobs(session, name, mine), f"the tenant '{name}'", cancel=cancel_jobs)
+    of_tenant = JobRow.tenant == name
+    cancelled = _cancel_or_refuse(
+        session, _open_jobs(session, name, of_tenant), f"the tenant '{name}'", cancel=cancel_jobs
+    )
     tenants.lock(session, name)
     # Jobs that were submitted before the lock; none can be submitted after it.
-    cancelled += _cancel_or_refuse(session, _open_jobs(session, name, mine), f"the tenant '{name}'", cancel=cancel_jobs)
+    cancelled += _cancel_or_refuse(
+        session, _open_jobs(session, name, of_tenant), f"the tenant '{name}'", cancel=cancel_jobs
+    )
     owned = select(AdapterRow.name).where(AdapterRow.tenant == name)
     versions = len(session.scalars(select(VersionRow.id).where(VersionRow.adapter.in_(owned))).all())
     _remove_adapters(session, AdapterRow.tenant == name)
-    jobs = _remove_jobs(session, mine)
+    jobs = _remove_jobs(session, of_tenant)
     files = _execute(session, delete(DatasetRow).where(DatasetRow.tenant == name))
     for table in (KeyRow, RateWindowRow):
         _execute(session, delete(table).where(table.tenant == name))

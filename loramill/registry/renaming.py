@@ -35,14 +35,14 @@ def rename(session: Session, name: AdapterName, to: AdapterName) -> AdapterRecor
         InvalidRequest: the new name belongs to another tenant.
         Conflict: an adapter with the new name exists, or an open nightly run uses this adapter.
     """
-    record = adapters.get(session, name)
+    adapter = adapters.get(session, name)
     if to.tenant != name.tenant:
         raise InvalidRequest(
             f"'{name}' cannot be renamed to '{to}' of another tenant; write the new name as {name.tenant}/NAME.",
             param="to",
         )
     if to == name:
-        return record
+        return adapter
     # Jobs are locked before their adapter, in the order in which a worker that publishes locks the two.
     statement = select(JobRow).where(JobRow.tenant == name.tenant, JobRow.spec["adapter"].as_string() == str(name))
     jobs = session.scalars(

@@ -261,8 +261,8 @@ def _check_inputs_exist(session: Session, row: JobRow) -> None:
 
 
 def _check_start(session: Session, tenant: str, version_id: str) -> None:
-    mine = select(VersionRow.id).where(
+    owned = select(VersionRow.id).where(
         VersionRow.id == version_id, VersionRow.adapter.startswith(f"{tenant}/", autoescape=True)
     )
-    if session.scalar(mine) is None:
+    if session.scalar(owned) is None:
         raise NotFound(f"There is no version '{version_id}' to start from.", param="start_from")

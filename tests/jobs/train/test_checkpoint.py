@@ -150,5 +150,5 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
 
 
 def test_a_url_that_nothing_opens_is_reported() -> None:
-    with pytest.raises(SetupError, match="store 'nosuch://x' can't be used"):
+    with pytest.raises(SetupError, match="store 'nosuch://x' cannot be used"):
         latest("nosuch://x", SPEC)

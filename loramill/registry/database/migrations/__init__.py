@@ -1,1 +1,1 @@
-"""Alembic migrations of the record."""
+"""Alembic migrations of the registry."""
