@@ -26,7 +26,7 @@ SPEC = {
     "steps": 5,
     "batch_size": 2,
 }
-LEARNED = {**{"train_on" if key == "learn" else key: value for key, value in SPEC.items()}}
+RENAMED = {"train_on" if key == "learn" else key: value for key, value in SPEC.items()}
 
 
 def job(number: int, **fields: object) -> dict[str, object]:
@@ -54,7 +54,12 @@ ROWS: dict[str, list[dict[str, object]]] = {
     ],
     "adapters": [{"name": "acme/support", "tenant": "acme", "created_at": 1.0, "pinned": True}],
     "jobs": [
-        job(1, status="succeeded", version=VERSION, spec={"base": BASE, "adapter": "acme/support", "train": "file-1"}),
+        job(
+            1,
+            status="succeeded",
+            version=VERSION,
+            spec={name: value for name, value in SPEC.items() if name != "learn"},
+        ),
         job(2, **RUNNING, asked="cancel", step=3, loss=1.5),
         job(3, **RUNNING, lost_step=4, furthest=8, step=4),
         job(4),
@@ -162,7 +167,7 @@ def test_tenants_keys_files_versions_and_aliases_are_as_they_were(migrated):
 
 
 def test_jobs_keep_their_specs_statuses_and_pending_actions(migrated):
-    with migrated.reading() as session:
+    with migrated.writing() as session:
         found = {job.id: job for job in jobs.list_jobs(session, tenant="acme", limit=9)}
         assert {id_: job.status.value for id_, job in found.items()} == {
             row["id"]: row["status"] for row in ROWS["jobs"]
@@ -175,7 +180,7 @@ def test_jobs_keep_their_specs_statuses_and_pending_actions(migrated):
         row = transitions.lock_job(session, "ftjob-3")
         assert (row.lost_step, row.max_lost_step) == (4, 8)
         # Nothing but the renamed key differs, not even the order.
-        assert json.dumps(transitions.lock_job(session, "ftjob-4").spec) == json.dumps(LEARNED)
+        assert json.dumps(transitions.lock_job(session, "ftjob-4").spec) == json.dumps(RENAMED)
 
 
 def test_the_queue_goes_on_in_the_same_order(migrated):
@@ -195,7 +200,7 @@ def test_an_open_nightly_run_resumes_with_its_spec(migrated):
     with migrated.writing() as session:
         assert nightly.open_run(session).id == "night-1"
         steps = {step.step: step for step in nightly.list_steps(session, "night-1")}
-        assert (steps["collect"].status, steps["collect"].result["spec"]) == (StepStatus.DONE, LEARNED)
+        assert (steps["collect"].status, steps["collect"].result["spec"]) == (StepStatus.DONE, RENAMED)
         assert steps["train"].result == {"job": "ftjob-4"}
         assert nightly.collect(session, "night-1", NAME).train == ("file-1",)
 
