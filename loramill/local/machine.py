@@ -1,4 +1,4 @@
-"""What `loramill up` needs of this machine: memory, a folder for sockets, shared memory, and its own addresses."""
+"""Checks of this machine for `loramill up`: memory, folders for sockets and shared memory, network addresses."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from loramill.errors import NotEnoughMemory, SetupError
 from loramill.models.catalog import Base
 from loramill.settings import Settings
 
-#: Bytes of a process with torch, and of Ray's own processes, the gateway and the supervisor together. Measured as PSS
+#: Memory of one process with torch, and of Ray's own processes, the gateway and the supervisor together, in bytes. PSS
 #: with the built-in base: 790 MB for the engine, weights included, and 1080 MB for everything else.
 PROCESS_BYTES = 500 * 10**6
 OVERHEAD_BYTES = 1100 * 10**6
 
 #: The longest path of a Unix socket on Linux; macOS has 103.
 SOCKET_PATH_BYTES = 107 if os.uname().sysname == "Linux" else 103
-#: What Ray adds to its folder: /ray/session_2026-11-29_15-24-08_659737_4194304/sockets/plasma_store
+#: Length of the path that Ray appends to its folder.
 _SESSION_BYTES = len("/ray/session_2026-11-29_15-24-08_659737_4194304/sockets/plasma_store")
 
 
 @dataclass(frozen=True, slots=True)
 class MachineMemory:
-    """Free memory in bytes, and what limits it."""
+    """Free memory in bytes, and a description of its limit."""
 
     free_bytes: int
     limited_by: str
 
 
 def free_memory(root: Path = Path("/")) -> MachineMemory | None:
-    """The memory that this process and its children can still use, swap included; None if the system doesn't report it.
+    """Returns the memory that this process can still use, including swap; None if the system does not report it.
 
-    A container's or a service's limit (cgroup v1 or v2, at any level) counts as the machine's memory does.
+    Limits of containers and services (cgroup v1 or v2, at any level) are taken into account.
     """
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -48,7 +48,7 @@ def free_memory(root: Path = Path("/")) -> MachineMemory | None:
 
 
 def _cgroup_memory(root: Path) -> Iterator[MachineMemory]:
-    """What each cgroup limit of this process leaves; file pages that can be dropped don't count as used."""
+    """Yields the free memory of each cgroup limit of this process; the page cache counts as free."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -71,20 +71,21 @@ def _cgroup_memory(root: Path) -> Iterator[MachineMemory]:
 
 def _read_limit(folder: Path, limit: str, used: str, droppable: str) -> MachineMemory | None:
     try:
-        most = int((folder / limit).read_text())  # "max" is no limit
-        now = int((folder / used).read_text())
+        limit_bytes = int((folder / limit).read_text())  # ValueError for "max", no limit
+        used_bytes = int((folder / used).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
-    if most >= 1 << 60:  # how v1 writes "no limit"
+    if limit_bytes >= 1 << 60:  # how v1 writes "no limit"
         return None
     return MachineMemory(
-        max(0, most - now + int(stat.get(droppable, 0))), f"the limit of {most / 1e9:.1f} GB in {folder}"
+        max(0, limit_bytes - used_bytes + int(stat.get(droppable, 0))),
+        f"limit of {limit_bytes / 1e9:.1f} GB in {folder}",
     )
 
 
 def required_memory(base: Base, settings: Settings) -> int:
-    """Bytes that an engine replica of this base, one training session, and the other processes need at the start."""
+    """Returns the bytes that an engine replica, one training session and the other processes need at start."""
     from loramill.sizing.anatomy import anatomy, read_config
     from loramill.sizing.memory import base_bytes
 
@@ -94,34 +95,34 @@ def required_memory(base: Base, settings: Settings) -> int:
 
 
 def check_memory(base: Base, settings: Settings, memory: MachineMemory | None) -> None:
-    """Raises NotEnoughMemory if `loramill up` can't run in the free memory."""
+    """Raises NotEnoughMemory if the free memory does not suffice for `loramill up`."""
     needed = required_memory(base, settings)
     if memory is not None and memory.free_bytes < needed:
         raise NotEnoughMemory(
-            f"{memory.free_bytes / 1e9:.1f} GB of memory are free ({memory.limited_by}), and `loramill up` needs "
+            f"{memory.free_bytes / 1e9:.1f} GB of memory is free ({memory.limited_by}), and `loramill up` needs "
             f"{needed / 1e9:.1f} GB for the base {base.name}: end other programs, raise the limit, or use a "
             "smaller base."
         )
 
 
 def socket_folder(preferred: Sequence[str | None] = ()) -> Path:
-    """A folder that can be written to, and whose path leaves room for Ray's sockets.
+    """Returns a writable folder whose path is short enough for Ray's sockets.
 
     Args:
-        preferred: what to try first; None is skipped.
+        preferred: Folders to try first; None is skipped.
 
     Raises:
-        SetupError: there is none; the message says how long its path may be.
+        SetupError: There is none; the message gives the maximum length of its path.
     """
-    most = SOCKET_PATH_BYTES - _SESSION_BYTES
+    max_bytes = SOCKET_PATH_BYTES - _SESSION_BYTES
     tried = [*filter(None, preferred), "/tmp", "/var/tmp", "/dev/shm"]
     for folder in map(Path, dict.fromkeys(tried)):
-        for candidate in (folder, folder / f"ray-{os.getuid()}"):  # another user's "ray" may be closed to us
-            if len(os.fsencode(candidate)) <= most and _is_writable(candidate / "ray"):
+        for candidate in (folder, folder / f"ray-{os.getuid()}"):  # another user may own "ray"
+            if len(os.fsencode(candidate)) <= max_bytes and _is_writable(candidate / "ray"):
                 return candidate
     raise SetupError(
-        f"No folder can hold Ray's sockets: {', '.join(dict.fromkeys(tried))} can't be written to, or have paths "
-        f"longer than {most} bytes. Set RAY_TMPDIR to a folder that you may write to, with a shorter path."
+        f"No folder can hold Ray's sockets: {', '.join(dict.fromkeys(tried))} are not writable, or have paths "
+        f"longer than {max_bytes} bytes. Set RAY_TMPDIR to a writable folder with a shorter path."
     )
 
 
@@ -135,10 +136,10 @@ def _is_writable(folder: Path) -> bool:
 
 
 def object_store_folder(size: int, fallback: Path, shared: Path = Path("/dev/shm")) -> Path | None:
-    """The folder for Ray's object store of `size` bytes; None is shared memory, Ray's default, if it has enough room.
+    """Returns the folder for Ray's object store of `size` bytes; None for shared memory, if it is large enough.
 
-    A container has 64 MB of it by default, or none. Little goes through the store here, so that `otherwise`, a folder
-    on disk, is good enough.
+    Containers have 64 MB of shared memory by default, or none. loramill puts little into the store, so `fallback`, a
+    folder on disk, is fast enough.
     """
     try:
         enough = shutil.disk_usage(shared).free >= size and os.access(shared, os.W_OK)
@@ -148,15 +149,15 @@ def object_store_folder(size: int, fallback: Path, shared: Path = Path("/dev/shm
 
 
 def c_compiler() -> str | None:
-    """The C compiler that the native kernels are compiled with: CC, cc, gcc or clang; None if there is none."""
+    """Returns the C compiler for the native kernels (CC, cc, gcc or clang), or None."""
     return next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
 
 
 def local_addresses() -> tuple[str, ...]:
-    """Names and addresses under which this machine's processes reach one another."""
+    """Returns the names and addresses of this machine."""
     found = ["localhost", "127.0.0.1", "::1"]
     for family, elsewhere in ((socket.AF_INET, "8.8.8.8"), (socket.AF_INET6, "2001:4860:4860::8888")):
-        # As Ray finds a node's address: that of the way out. No packet is sent for it.
+        # The address of the outgoing interface, as Ray determines it; no packet is sent.
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             try:
                 probe.connect((elsewhere, 9))
@@ -172,12 +173,12 @@ def local_addresses() -> tuple[str, ...]:
 
 
 def bypass_proxy(environment: Mapping[str, str], addresses: Sequence[str]) -> dict[str, str]:
-    """The environment in which traffic to these addresses, and all gRPC, bypasses the proxies.
+    """Returns the environment with proxies bypassed for these addresses and for gRPC.
 
     Other traffic (a model hub, an object store, an experiment tracker) uses the proxies as before.
     """
     listed = [environment.get(name, "") for name in ("no_proxy", "NO_PROXY")]
     parts = [part.strip() for text in listed for part in text.split(",")]
     value = "*" if "*" in parts else ",".join(dict.fromkeys([*filter(None, parts), *addresses]))
-    # An empty proxy is none for gRPC, which then looks at no other variable.
+    # An empty value disables the proxy for gRPC, which then ignores the other variables.
     return {**environment, "no_proxy": value, "NO_PROXY": value, "grpc_proxy": ""}

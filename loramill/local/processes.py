@@ -1,11 +1,10 @@
-"""`loramill up` and `loramill down`: everything on this machine, watched by one small process.
+"""`loramill up` and `loramill down`: the cluster on this machine, supervised by one small process.
 
-The watcher holds a lock on `<home>/up.lock` for as long as it lives and runs the cluster (Ray, the
-gateway, the engine, the training sessions) as one child process. A child that dies, by whatever
-cause, is started again; the record, the checkpoints and the versions are on disk, so work goes on.
-The child reads its settings from standard input and ends when that is closed, so it can't outlive
-the watcher; Ray's own processes end with the child. Until then it holds a lock of its own, for which
-the next `up` waits.
+The supervising process holds a lock on `<home>/up.lock` and runs the cluster (Ray, the gateway, the engine, the
+training sessions) as one child process. If the child dies, it is started again; the registry, the checkpoints and the
+versions are on disk, so that work resumes. The child reads its settings from standard input and ends when that is
+closed, so that it can't outlive its parent; Ray's own processes end with the child. Until then the child holds its own
+lock, for which the next `up` waits.
 """
 
 from __future__ import annotations
@@ -48,28 +47,30 @@ from loramill.storage.object_store import check_store
 START_SECONDS = 300.0
 UNHEALTHY_SECONDS = 60.0
 STOP_SECONDS = 45.0
-#: Seconds that a start may take after its first error; what succeeds when tried again has done so by then.
+#: How long a start may take after its first error; a retry that succeeds has done so by then.
 ERROR_GRACE_SECONDS = 15.0
 FREE_BYTES = 1 << 30
 
-#: Shown once; everything works without a compiler, too.
-NO_COMPILER = "There is no C compiler: adapters are computed by plain torch operations, which are slower; install gcc."
+#: A warning only; a compiler is not required.
+NO_COMPILER = (
+    "There is no C compiler: adapters are computed with plain torch operations, which are slower; install gcc."
+)
 
-#: What the child process runs.
+#: Python arguments of the child process.
 CLUSTER = ("-m", "loramill.pipelines.cluster.deploy")
 
-#: Ray as a laptop wants it: a secret of its own, no usage reports, quick to notice what died.
+#: Settings of Ray for one machine: its own token, no usage reports, fast detection of failures.
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # Serve's controller looks at everything so often; ten times a second, its default, takes 3% of a core.
+    # Period of Serve's control loop; its default, ten times per second, takes 3% of a core.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
-    # Ray makes all workers nice, which leaves answers to whatever else runs; training gives way by itself.
+    # Ray raises the niceness of all workers, which delays answers under load; training lowers its own priority.
     "RAY_worker_niceness": "0",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # The log is a file: no colors, and every line of every process (`uplog` folds what is repeated).
+    # The log is a file: no colors, and every line of every process (`up_log` suppresses repetitions).
     "RAY_COLOR_PREFIX": "0",
     "RAY_DEDUP_LOGS": "0",
     "OMP_NUM_THREADS": "1",
@@ -87,12 +88,13 @@ def up(
     """Runs everything on this machine until Ctrl-C, SIGTERM or `down`.
 
     Args:
-        console: shows the progress.
-        on_ready: called when the gateway first answers, and after each restart of the cluster.
-        stop_with: how the user stops it, for the greeting.
+        settings: The settings.
+        console: Shows the progress.
+        on_ready: Called when the gateway first answers, and after each restart of the cluster.
+        stop_with: How the user stops it, for the greeting.
 
     Raises:
-        SetupError, Conflict: this machine can't run it as it is; nothing was started.
+        SetupError, Conflict: This machine can't run the cluster; nothing was started.
     """
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -114,16 +116,16 @@ def up(
 
             supervise(settings, console, stop, ready)
         settings.address_file.unlink(missing_ok=True)
-        console.print("Stopped. `loramill up` goes on where this ended.")
+        console.print("Stopped. `loramill up` resumes.")
 
 
 def prepare(settings: Settings, console: Console) -> Base:
-    """Checks what the cluster needs, opens registry and base, and prints what the user should know of them.
+    """Checks the machine, opens the registry and the base, and prints warnings about them.
 
     Raises:
-        SetupError, Conflict: this machine can't run it as it is.
+        SetupError, Conflict: This machine can't run the cluster.
     """
-    with console.status("Waiting for the cluster of the last `up` to end…"), cluster_lock(settings):
+    with console.status("Waiting for the cluster of the previous `up` to end…"), cluster_lock(settings):
         check_port(settings)
     with console.status("Checking the artifact store…"):
         check_stores(settings)
@@ -140,11 +142,11 @@ def prepare(settings: Settings, console: Console) -> Base:
 
 
 def prepare_base(settings: Settings, console: Console) -> Base:
-    """Finds the base, converts it if necessary, and prints what it can't do because of its chat template.
+    """Finds the base, converts it if necessary, and prints the limits of its chat template.
 
     Raises:
-        BaseUnusable: it can't be served, or its chat template is broken.
-        DiskFull: no room for the conversion or the download.
+        BaseUnusable: The base can't be served, or its chat template is broken.
+        DiskFull: The disk has no space for the conversion or the download.
     """
     with console.status(f"Preparing the base {settings.base}…"):
         base = find_base(settings.base, settings.cache, settings.quantization)
@@ -155,7 +157,7 @@ def prepare_base(settings: Settings, console: Console) -> Base:
 
 
 def up_in_background(settings: Settings, *, console: Console) -> None:
-    """Runs `up` in a process of its own; returns when the gateway answers.
+    """Runs `up` in a background process; returns when the gateway answers.
 
     Raises:
         LoramillError: `up` failed; nothing is running.
@@ -172,10 +174,10 @@ def up_in_background(settings: Settings, *, console: Console) -> None:
 
 
 def down(settings: Settings) -> bool:
-    """Stops the `up` of this home, if one runs; returns whether there was one.
+    """Stops the `up` of this home, if it runs; returns whether it did.
 
     Raises:
-        SetupError: it did not end in time.
+        SetupError: It did not end in time.
     """
     path = settings.home / "up.lock"
     if not path.exists():
@@ -188,16 +190,16 @@ def down(settings: Settings) -> bool:
         deadline = time.monotonic() + STOP_SECONDS + 15
         while not try_lock(lock):
             if time.monotonic() > deadline:
-                raise SetupError(f"Process {pid} was asked to stop and still runs; end it with `kill -9 {pid}`.")
+                raise SetupError(f"Process {pid} did not stop in time; end it with `kill -9 {pid}`.")
             time.sleep(0.2)
     return True
 
 
 def supervise(settings: Settings, console: Console, stop: threading.Event, on_ready: Callable[[], None]) -> None:
-    """Keeps the cluster alive until `stop` is set; calls `on_ready` each time it answers.
+    """Runs the cluster until `stop` is set, restarting it after failures; calls `on_ready` after each start.
 
     Raises:
-        SetupError: the cluster did not start; the message has the first error.
+        SetupError: The cluster did not start; the message has the first error.
     """
     pause, started_once = 1.0, False
     while not stop.is_set():
@@ -214,18 +216,18 @@ def supervise(settings: Settings, console: Console, stop: threading.Event, on_re
                 return
             failed = failure_reason(settings, cluster, log)
             if not ready:
-                cluster.kill()  # it would go on trying
+                cluster.kill()  # it would keep retrying
         if not started_once:
-            raise SetupError(f"The cluster did not start: {failed} More is in {log_path(settings)}.")
-        console.print(f"The cluster went down ({log_path(settings)}); starting it again in {pause:.0f} s.")
+            raise SetupError(f"The cluster did not start: {failed} See {log_path(settings)}.")
+        console.print(f"The cluster failed (see {log_path(settings)}); restarting it in {pause:.0f} s.")
         stop.wait(pause)
         pause = min(pause * 2, 30.0)
 
 
 def failure_reason(settings: Settings, cluster: subprocess.Popen[bytes], log: ClusterLog) -> str:
-    """Why the cluster isn't up, as a sentence: the first error in its log."""
+    """Returns why the cluster is not up, as a sentence: the first error in its log."""
     if cluster.poll() is not None:
-        log.close(5.0)  # its last lines may be on their way
+        log.close(5.0)  # its last lines may not have arrived yet
     reason = log.reason
     if reason is None and cluster.returncode is not None:
         reason = f"its process ended with status {cluster.returncode}"
@@ -235,7 +237,7 @@ def failure_reason(settings: Settings, cluster: subprocess.Popen[bytes], log: Cl
 
 
 def print_greeting(settings: Settings, console: Console, base: str, stop_with: str) -> None:
-    """Says where everything is."""
+    """Prints the address, the files and how to stop."""
     console.print(f"[bold]loramill is up[/bold] at {settings.address}/v1 with the base {base}.", soft_wrap=True)
     for what, where in (
         ("admin key", settings.admin_key_file),
@@ -247,7 +249,7 @@ def print_greeting(settings: Settings, console: Console, base: str, stop_with: s
 
 @contextlib.contextmanager
 def run_cluster(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], ClusterLog]]:
-    """Starts the child process that runs the cluster, and ends it afterwards, gently where it can."""
+    """Starts the child process that runs the cluster; afterwards ends it, killing it only after a timeout."""
     with cluster_lock(settings) as lock:
         cluster = subprocess.Popen(
             [sys.executable, "-u", *CLUSTER],
@@ -257,7 +259,7 @@ def run_cluster(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], C
             cwd=settings.home / "run",  # Ray puts this folder on its workers' path
             pass_fds=[lock.fileno()],
             env=environment(),
-            start_new_session=True,  # Ctrl-C is the watcher's; it tells the child in its own time
+            start_new_session=True,  # Ctrl-C must reach only the parent, which then ends the child
         )
     assert cluster.stdin is not None and cluster.stdout is not None
     log = ClusterLog(log_path(settings), cluster.stdout, cluster.pid)
@@ -277,28 +279,28 @@ def run_cluster(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], C
 
 
 def environment() -> dict[str, str]:
-    """The environment of the cluster, without this process's settings, which the child reads from standard input."""
-    kept = {"LORAMILL_KERNELS"}  # not a setting: the kernels read it
+    """Returns the environment of the cluster, without the settings, which the child reads from standard input."""
+    kept = {"LORAMILL_KERNELS"}  # not a setting; the kernels read it
     inherited = {name: value for name, value in os.environ.items() if name in kept or not name.startswith("LORAMILL_")}
     own = {"RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_TMPDIR": str(ray_folder())}
     return bypass_proxy({**inherited, **RAY_ENVIRONMENT, **own}, local_addresses())
 
 
 def ray_folder() -> Path:
-    """The folder of Ray's sessions and their sockets.
+    """Returns the folder for Ray's sessions and their sockets.
 
     Raises:
-        SetupError: no folder can be used.
+        SetupError: No folder is usable.
     """
     return socket_folder([os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR")])
 
 
 @contextlib.contextmanager
 def cluster_lock(settings: Settings) -> Iterator[IO[str]]:
-    """Holds the lock of the cluster's process, once an earlier one has ended.
+    """Holds the lock of the cluster's process, after a previous one has ended.
 
     Raises:
-        Conflict: that one doesn't end.
+        Conflict: The previous process does not end.
     """
     with (settings.home / "run" / "cluster.lock").open("a") as lock:
         deadline = time.monotonic() + STOP_SECONDS
@@ -310,7 +312,7 @@ def cluster_lock(settings: Settings) -> Iterator[IO[str]]:
 
 
 def wait_ready(settings: Settings, cluster: subprocess.Popen[bytes], stop: threading.Event, log: ClusterLog) -> bool:
-    """Waits until the gateway answers; False if it didn't in time, an error prevented it, or `stop` was set."""
+    """Waits until the gateway answers; returns False after a timeout, an error, or once `stop` is set."""
     deadline, failed_at = time.monotonic() + START_SECONDS, float("inf")
     with httpx.Client(trust_env=False) as client:  # a proxy can't reach this machine
         while not stop.wait(0.5) and cluster.poll() is None and time.monotonic() < deadline:
@@ -324,9 +326,9 @@ def wait_ready(settings: Settings, cluster: subprocess.Popen[bytes], stop: threa
 
 
 def wait_unhealthy(settings: Settings, cluster: subprocess.Popen[bytes], stop: threading.Event) -> None:
-    """Returns when the child has ended, the gateway or its engine has been silent for too long, or `stop` was set.
+    """Waits until the child ends, the gateway or its engine stops answering, or `stop` is set.
 
-    An outage of the database is no reason: a restart would not end it, and the cluster's processes wait for it.
+    An outage of the database does not count: a restart would not end it, and the cluster's processes wait for it.
     """
     well = time.monotonic()
     with httpx.Client(trust_env=False) as client:  # one for all looks: making one costs more than they do
@@ -339,7 +341,7 @@ def wait_unhealthy(settings: Settings, cluster: subprocess.Popen[bytes], stop: t
 
 
 def is_answering(client: httpx.Client, settings: Settings, path: str = "/readyz") -> bool:
-    """Whether the gateway and an engine answer now and, with `/readyz`, the database, too."""
+    """Whether the gateway and an engine answer; with `/readyz`, also the database."""
     try:
         return client.get(f"{settings.address}{path}", timeout=5.0).status_code == 200
     except httpx.HTTPError:
@@ -347,10 +349,10 @@ def is_answering(client: httpx.Client, settings: Settings, path: str = "/readyz"
 
 
 def prepare_home(home: Path) -> None:
-    """Makes the home folder, readable by its owner alone.
+    """Creates the home folder, readable only by its owner.
 
     Raises:
-        SetupError, DiskFull: it can't be written to, or there is no room.
+        SetupError, DiskFull: The folder is not writable, or the disk is full.
     """
     try:
         for folder in ("logs", "run"):
@@ -358,33 +360,33 @@ def prepare_home(home: Path) -> None:
         home.chmod(0o700)
     except OSError as error:
         raise SetupError(
-            f"The home folder {home} can't be written to ({error.strerror}); set LORAMILL_HOME to one that can."
+            f"The home folder {home} is not writable ({error.strerror}); set LORAMILL_HOME to another folder."
         ) from error
     free = shutil.disk_usage(home).free
     if free < FREE_BYTES:
         raise DiskFull(
-            f"{home} has {free >> 20} MiB free and loramill needs 1024: make room, or set LORAMILL_HOME elsewhere."
+            f"{home} has {free >> 20} MiB free and loramill needs 1024: free some space, or move LORAMILL_HOME."
         )
 
 
 def prepare_cache(cache: Path) -> None:
-    """Makes the folder for converted bases; raises SetupError if it can't be written to."""
+    """Creates the folder for converted bases; raises SetupError if it is not writable."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
             pass
     except OSError as error:
         raise SetupError(
-            f"The cache folder {cache} can't be written to ({error.strerror}); set LORAMILL_CACHE to one that can."
+            f"The cache folder {cache} is not writable ({error.strerror}); set LORAMILL_CACHE to another folder."
         ) from error
 
 
 @contextlib.contextmanager
 def home_lock(settings: Settings) -> Iterator[None]:
-    """Holds the home's lock, with this process's id in it.
+    """Holds the lock of the home folder; the lock file contains the id of this process.
 
     Raises:
-        Conflict: another `up` runs on this home.
+        Conflict: Another `up` runs on this home.
     """
     with (settings.home / "up.lock").open("a+") as lock:
         if not try_lock(lock):
@@ -398,7 +400,7 @@ def home_lock(settings: Settings) -> Iterator[None]:
 
 
 def check_port(settings: Settings) -> None:
-    """Raises PortTaken unless the gateway can listen where the settings say."""
+    """Raises PortTaken if the gateway can't listen on the address of the settings."""
     host, port = settings.serve.host, settings.serve.port
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -407,13 +409,13 @@ def check_port(settings: Settings) -> None:
             probe.bind(address)
     except OSError as error:
         raise PortTaken(
-            f"{host}:{port} can't be listened on ({error.strerror}): end the program that uses it, or choose another "
+            f"{host}:{port} is not available ({error.strerror}): end the program that uses it, or choose another "
             "with `loramill up --port` (or `--host`)."
         ) from error
 
 
 def ensure_admin_key(settings: Settings) -> None:
-    """Leaves a valid admin key in the home folder, a new one if the one there isn't known to the record."""
+    """Ensures that the home folder has an admin key that the registry knows; creates one if necessary."""
     registry, path = Registry.open(settings.database, settings.artifacts), settings.admin_key_file
     if path.exists():
         with registry.reading() as session, contextlib.suppress(Unauthenticated):
@@ -425,21 +427,21 @@ def ensure_admin_key(settings: Settings) -> None:
 
 
 def check_stores(settings: Settings) -> None:
-    """Writes, reads and deletes one small object in each of the three stores.
+    """Writes, reads and deletes a small object in each of the three stores.
 
     Raises:
-        SetupError: nothing can open one of their URLs; StoreUnusable: one of them can't be used.
+        SetupError: The URL of a store can't be opened. StoreUnusable: A store can't be used.
     """
     for url in (settings.artifacts, settings.checkpoints, settings.sessions):
         check_store(url)
 
 
 def describe_other_bases(settings: Settings, base: Base) -> Sequence[str]:
-    """Describes the jobs and adapters whose base is neither this one nor one of `serve.bases`; empty if there are none.
+    """Describes the jobs and adapters whose base is neither this one nor in `serve.bases`, one line each.
 
     Raises:
-        DatabaseUnusable: the database can't be read.
-        BaseUnusable: a further base can't be found.
+        DatabaseUnusable: The database can't be read.
+        BaseUnusable: A base of `serve.bases` can't be found.
     """
     served = [find_base(name, settings.cache, settings.quantization).fingerprint for name in settings.serve.bases]
     registry = Registry.open(settings.database, settings.artifacts)
@@ -450,14 +452,16 @@ def describe_other_bases(settings: Settings, base: Base) -> Sequence[str]:
         registry.close()
     lines = []
     if waiting:
-        lines.append(f"{counted(waiting, 'job')} of other bases than {base.name}: queued until these bases are served.")
+        lines.append(
+            f"{counted(waiting, 'job')} for other bases than {base.name}: queued until these bases are served."
+        )
     if unserved:
         lines.append(
-            f"{counted(unserved, 'adapter')} of other bases than {base.name}: 404 until these bases are served."
+            f"{counted(unserved, 'adapter')} for other bases than {base.name}: 404 until these bases are served."
         )
     return lines
 
 
 def log_path(settings: Settings) -> Path:
-    """Where the cluster's processes write."""
+    """Returns the log file of the cluster's processes."""
     return settings.home / "logs" / "up.log"

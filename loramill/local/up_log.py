@@ -2,7 +2,7 @@
 
     2026-11-29 15:22:19,956 INFO gateway[8840] loramill.gateway: …
 
-A process is named by what it does; `|` replaces the logger in lines without one, such as those of a traceback.
+Processes have the names of their roles. `|` replaces the logger in lines without one, such as those of a traceback.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
-#: The size at which the file becomes `up.log.1`.
+#: Size at which the file is rotated to `up.log.1`.
 FILE_BYTES = 32 << 20
-#: Of lines that differ only in numbers, how many are written in how many seconds.
+#: Lines that differ only in numbers are written at most MAX_REPEATS times per REPEAT_SECONDS.
 MAX_REPEATS, REPEAT_SECONDS = 20, 10.0
-#: Lines of the first error that are kept.
+#: Maximum number of lines of the first error to keep.
 _MAX_ERROR_LINES = 200
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-#: What Ray puts before a line of another process.
+#: Prefix that Ray adds to a line of another process.
 _RAY_PREFIX = re.compile(
     r"\((?:(?P<name>[^()]*?) )?pid=(?P<pid>\d+)(?:, ip=[^)]*)?\) |\((?P<part>raylet|gcs_server|autoscaler)[^)]*\) "
 )
@@ -54,13 +54,13 @@ _PROCESS_NAMES = {
     "TrainController": "train",
     "RayTrainWorker": "session",
 }
-#: What Ray logs whenever a cluster ends, though nothing is wrong.
+#: Harmless line that Ray logs whenever a cluster ends.
 _NOISE = re.compile(r"Task ServeController\.graceful_shutdown failed\. There are infinite retries remaining")
 
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """One line of the log; `logger` is "|" where a line continues the one before."""
+    """One line of the log; `logger` is "|" if it continues the previous line."""
 
     time: str
     level: str
@@ -74,30 +74,30 @@ class LogEntry:
 
     @property
     def is_error(self) -> bool:
-        """Whether something failed."""
+        """Whether the level is ERROR or CRITICAL."""
         return self.level in ("ERROR", "CRITICAL")
 
     @property
     def is_startup(self) -> bool:
-        """Whether it is from what starts the cluster; others log errors that they recover from."""
+        """Whether it comes from the start-up of the cluster; other processes recover from the errors they log."""
         if self.process.startswith("cluster"):
             return self.logger == "|" or self.logger.startswith(("loramill", "ray.serve"))
-        return self.logger == "ray.controller"  # Ray Serve's, which has the reason why a replica failed
+        return self.logger == "ray.controller"  # Ray Serve's controller, which logs why a replica failed
 
 
 class LogParser:
-    """Parses what processes write into entries."""
+    """Parses the output of processes into entries."""
 
     def __init__(self, pid: int, clock: Callable[[], float] = time.time) -> None:
         self._pid, self._clock = pid, clock
-        self._tracebacks: dict[str, str] = {}  # of processes: "in" one, or "behind" its exception
+        self._tracebacks: dict[str, str] = {}  # process -> "in" a traceback, or "behind" its exception
 
     def parse(self, text: str) -> LogEntry | None:
-        """The entry of one line; None where there is nothing to keep."""
-        text = _ESCAPE.sub("", text).rstrip().rpartition("\r")[2]  # of a progress bar, its last state
-        who = _RAY_PREFIX.match(text)
-        process = self._process(who)
-        message = text[who.end() :] if who else text
+        """Parses one line; returns None for an empty or harmless line."""
+        text = _ESCAPE.sub("", text).rstrip().rpartition("\r")[2]  # keeps the last state of a progress bar
+        prefix = _RAY_PREFIX.match(text)
+        process = self._process(prefix)
+        message = text[prefix.end() :] if prefix else text
         if not message.strip() or _NOISE.search(message):
             return None
         for form in _LINE_FORMATS:
@@ -109,7 +109,7 @@ class LogParser:
         return LogEntry(self._now(), self._level(process, message), process, "|", message)
 
     def _level(self, process: str, message: str) -> str:
-        """ERROR for a traceback, the exception that it ends with, and what this was caused by."""
+        """Returns ERROR for the lines of a traceback, its exception and its causes, otherwise INFO."""
         if _TRACEBACK in message:
             self._tracebacks[process] = "in"
         elif process not in self._tracebacks:
@@ -121,15 +121,15 @@ class LogParser:
             self._tracebacks[process] = "behind"
         return "ERROR"
 
-    def _process(self, who: re.Match[str] | None) -> str:
-        if who is None:
+    def _process(self, prefix: re.Match[str] | None) -> str:
+        if prefix is None:
             return f"cluster[{self._pid}]"
-        if who["part"]:
-            return who["part"]
-        name = who["name"] or "worker"
+        if prefix["part"]:
+            return prefix["part"]
+        name = prefix["name"] or "worker"
         if name.startswith("ServeReplica:"):
             name = name.rpartition(":")[2]
-        return f"{_PROCESS_NAMES.get(name, name)}[{who['pid']}]".replace(" ", "-")
+        return f"{_PROCESS_NAMES.get(name, name)}[{prefix['pid']}]".replace(" ", "-")
 
     def _now(self) -> str:
         now = self._clock()
@@ -149,22 +149,22 @@ class _Repeat:
 
 @dataclass(slots=True)
 class RepeatFilter:
-    """Holds back lines that repeat, and counts them."""
+    """Suppresses and counts repeated lines."""
 
     clock: Callable[[], float] = time.monotonic
     _seen: dict[tuple[str, str], _Repeat] = field(default_factory=dict)
 
     def push(self, entry: LogEntry) -> list[LogEntry]:
-        """The entries to write after this one has come."""
+        """Adds an entry; returns the entries to write."""
         over = self.expire()
-        # Our lines may differ only in a number and be about another job; those of libraries hardly do.
+        # Lines of loramill that differ only in a number may concern different jobs; lines of libraries do not.
         same = entry.message if entry.logger.startswith("loramill") else re.sub(r"\d+", "0", entry.message)
         seen = self._seen.setdefault((entry.process, same), _Repeat(entry, self.clock()))
         seen.entry, seen.count = entry, seen.count + 1
         return over if seen.count > MAX_REPEATS else [*over, entry]
 
     def expire(self, *, all_: bool = False) -> list[LogEntry]:
-        """The counts of lines whose time is up."""
+        """Returns the counts of suppressed lines whose interval has ended."""
         now, counts = self.clock(), []
         for key, seen in list(self._seen.items()):
             if all_ or now - seen.since > REPEAT_SECONDS:
@@ -180,11 +180,11 @@ def _repeat_summary(seen: _Repeat, seconds: float) -> LogEntry:
 
 
 class ClusterLog:
-    """Copies a process's pipe to the file until the pipe ends, and keeps the first error.
+    """Copies a process's output to the log file until it ends, and keeps the first error.
 
     Attributes:
-        reason: the first error, in one line; None: there was none.
-        failed: whether it is from what starts the cluster, so that there is no use in waiting.
+        reason: The first error in one line, or None.
+        failed: Whether that error comes from the start-up of the cluster, so that waiting is useless.
     """
 
     def __init__(self, path: Path, pipe: IO[bytes], pid: int) -> None:
@@ -193,12 +193,12 @@ class ClusterLog:
         self._path, self._pipe = path, pipe
         self._reader, self._repeats = LogParser(pid), RepeatFilter()
         self._first: list[LogEntry] = []
-        self._open = False  # whether the first error's lines still come
+        self._open = False  # whether further lines of the first error may follow
         self._thread = threading.Thread(target=self._run, name="up.log", daemon=True)
         self._thread.start()
 
     def close(self, seconds: float) -> None:
-        """Waits until the pipe has ended, which a process that is left over may keep open."""
+        """Waits up to this long for the end of the pipe, which an orphaned process may keep open."""
         self._thread.join(seconds)
 
     def _run(self) -> None:
@@ -217,11 +217,11 @@ class ClusterLog:
                 full = file.tell() > FILE_BYTES
             if full:
                 self._path.replace(f"{self._path}.1")
-        except OSError as error:  # the pipe must be read, or the processes block
+        except OSError as error:  # the pipe must still be read, or the processes block
             self.reason = self.reason or f"{self._path} can't be written ({error.strerror})."
 
     def _remember_error(self, entry: LogEntry) -> None:
-        """Keeps the first error, preferably one of ours, with its traceback."""
+        """Keeps the first error with its traceback, preferably one from start-up."""
         if entry.is_error and (not self._first or (entry.is_startup and not self.failed)):
             self._first, self._open, self.failed = [entry], True, entry.is_startup
         elif self._open and entry.process == self._first[0].process:
@@ -234,7 +234,7 @@ class ClusterLog:
 
 
 def error_line(lines: list[str]) -> str:
-    """The line of an error that says why: the end of a traceback, or else the first."""
+    """Returns the most informative line of an error: the exception of a traceback, otherwise the first line."""
     if any(line.startswith(_TRACEBACK) for line in lines):
         ends = [line for line in lines if not line.startswith((" ", _TRACEBACK)) and ": " in line]
         return (ends or lines)[-1].removeprefix("loramill.errors.")

@@ -52,6 +52,6 @@ def test_the_reason_is_given_if_the_command_ends_early(tmp_path: Path) -> None:
     assert started(tmp_path, "fails") == "The port is taken.\n"
     for how in ("breaks", "dies"):
         assert started(tmp_path, how) == (
-            f"The process ended without a reason; its output is in {tmp_path / 'output'}.\n"
+            f"The process ended without an error message; its output is in {tmp_path / 'output'}.\n"
         )
     assert started(tmp_path, "breaks") and "ZeroDivisionError" in (tmp_path / "output").read_text()

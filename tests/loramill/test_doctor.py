@@ -46,7 +46,7 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def one(check: Callable[[Settings], Iterable[Finding]], **said: object) -> Finding:
     (finding,) = check(Settings.load(**said))
-    assert bool(finding.fix) == (finding.status is not Status.OK), "what isn't well says how to mend it, and only that"
+    assert bool(finding.fix) == (finding.status is not Status.OK), "what isn't well has a fix, and only that"
     return finding
 
 
@@ -102,7 +102,7 @@ def test_a_torch_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
     assert finding.status is Status.ERROR and "SIGILL" in finding.found
     monkeypatch.setattr(doctor, "_TORCH", "import time; time.sleep(60)")
     monkeypatch.setattr(doctor, "_PROBE_SECONDS", 0.2)
-    assert "doesn't start" in one(doctor.hardware).found
+    assert "does not start" in one(doctor.hardware).found
 
 
 def test_the_kernels_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def test_limits_of_a_bases_chat_template_are_reported(
 def test_folders_are_examined_and_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home, cache = doctor.folders(Settings.load(home=tmp_path / "a/b", cache=tmp_path))
     assert (home.status, cache.status) == (Status.OK, Status.OK)
-    assert "made at first use" in home.found and "made" not in cache.found
+    assert "created at first use" in home.found and "made" not in cache.found
     assert not (tmp_path / "a").exists()
     (tmp_path / "file").write_text("")
     home, _ = doctor.folders(Settings.load(home=tmp_path / "file/home", cache=tmp_path))
@@ -186,7 +186,7 @@ def test_folders_are_examined_and_not_made(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_database_is_told(tmp_path: Path) -> None:
     path = tmp_path / "loramill.db"
-    assert "not there yet" in one(doctor.database, home=tmp_path).found
+    assert "does not exist" in one(doctor.database, home=tmp_path).found
     assert not path.exists()
     migrate(f"sqlite:///{path}")
     assert "newest migration" in one(doctor.database, home=tmp_path).found
@@ -223,7 +223,7 @@ def test_jobs_and_adapters_of_other_bases_are_told(tmp_path: Path, base: Base) -
         jobs.submit(session, JobSpec(base="f" * 64, adapter="acme/bot", train=train, steps=1, batch_size=1), {})
     registry.close()
     found = one(doctor.other_bases, **said)
-    assert found.status is Status.WARN and found.found.startswith("1 job of other bases than ")
+    assert found.status is Status.WARN and found.found.startswith("1 job for other bases than ")
     assert "LORAMILL_BASE" in found.fix and "loramill jobs list" in found.fix
     assert list(doctor.other_bases(Settings.load(home=tmp_path, base="nowhere/at-all"))) == []
 

@@ -82,7 +82,7 @@ def test_a_home_that_can_not_be_made(tmp_path: Path) -> None:
 def test_a_cache_that_can_not_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     said = one_sentence(up(tmp_path / "home", LORAMILL_CACHE=str(tmp_path / "file" / "cache")))
-    assert "LORAMILL_CACHE" in said and "can't be written to" in said
+    assert "LORAMILL_CACHE" in said and "is not writable" in said
 
 
 def test_the_reason_is_given_in_the_background_too(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_what_waits_for_another_base_is_counted(tmp_path: Path, base: Base) -> N
             jobs.submit(session, spec, {})
     registry.close()
     (line,) = processes.describe_other_bases(settings, base)
-    assert line.startswith("2 jobs of other bases than smollm2-135m: queued until")
+    assert line.startswith("2 jobs for other bases than smollm2-135m: queued until")
 
 
 def test_the_admin_key_stays_while_it_is_valid_and_is_replaced_when_it_is_not(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_too_little_memory_is_refused_before_anything_runs(tmp_path: Path, monke
     monkeypatch.setattr(processes, "run_cluster", lambda settings: pytest.fail("it was started"))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     settings = Settings.load(home=tmp_path, serve={"port": free_port()})
-    with pytest.raises(NotEnoughMemory, match=r"2\.0 GB of memory are free .* needs 2\.6 GB"):
+    with pytest.raises(NotEnoughMemory, match=r"2\.0 GB of memory is free .* needs 2\.6 GB"):
         processes.up(settings, console=Console(quiet=True))
 
 
@@ -242,7 +242,7 @@ print("more noise", flush=True)
     monkeypatch.setattr(processes, "FAILED_SECONDS", 0.1)
     settings = Settings.load(home=tmp_path, serve={"port": free_port()})
     processes.prepare_home(settings.home)
-    with pytest.raises(SetupError, match=r"did not start: The engine has no weights\. More is in .*up\.log"):
+    with pytest.raises(SetupError, match=r"did not start: The engine has no weights\. See .*up\.log"):
         processes.supervise(settings, Console(quiet=True), threading.Event(), lambda: None)
     assert "noise of the end" in (tmp_path / "logs" / "up.log").read_text()
 

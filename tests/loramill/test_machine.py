@@ -73,7 +73,7 @@ def test_unknown_memory_is_not_refused(tmp_path: Path, base: Base) -> None:
 
 
 def test_too_little_memory_is_refused_with_the_figures(base: Base) -> None:
-    with pytest.raises(NotEnoughMemory, match=r"^2\.0 GB of memory are free .* needs 2\.6 GB for the base smollm2"):
+    with pytest.raises(NotEnoughMemory, match=r"^2\.0 GB of memory is free .* needs 2\.6 GB for the base smollm2"):
         check_memory(base, Settings(), MachineMemory(2 * GB, "this machine"))
     check_memory(base, Settings(), MachineMemory(3 * GB, "this machine"))
 
