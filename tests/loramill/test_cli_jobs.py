@@ -261,7 +261,7 @@ def test_the_table_shows_what_is_interesting_first() -> None:
     many = [job(n, JobStatus.SUCCEEDED, step=10) for n in range(5)] + [
         job(8, JobStatus.QUEUED),
         job(9, JobStatus.RUNNING, step=5, loss=1.25, valid_loss=1.5, tokens_per_second=1234.5, estimated_finish=1090.0),
-        job(7, JobStatus.RUNNING, step=1, tokens_per_second=100.0, asked="pause"),
+        job(7, JobStatus.RUNNING, step=1, tokens_per_second=100.0, pending_action="pause"),
     ]
     text = drawn(jobs_table(many, 1000.0, 130, rows=3))
     rows = text.splitlines()
@@ -270,7 +270,7 @@ def test_the_table_shows_what_is_interesting_first() -> None:
     assert "running (pause)" in rows[2] and rows[3].split()[2] == "queued"
     assert rows[4] == "… and 5 succeeded"
     assert rows[5] == "8 jobs: 2 running, 1 queued, 5 succeeded; 1,334 tokens/s"
-    assert "away" in drawn(jobs_table(many, 0.0, 130, outage=NotRunning("Nothing answers.")))
+    assert "unreachable" in drawn(jobs_table(many, 0.0, 130, outage=NotRunning("Nothing answers.")))
     narrow = drawn(jobs_table(many, 1000.0, 80), width=80)
     assert "ftjob" not in narrow and "1,234" in narrow and "…" not in narrow
 
