@@ -1,4 +1,4 @@
-"""The choices of chat answers as they stand on the wire, whole or in pieces."""
+"""Choices of chat responses and of their chunks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loramill.serve.replica.tool_calls import ToolCall, ToolCallScanner
 
 
 class ChatDeltas:
-    """One answer's pieces, as the JSON of a choice each. Written by hand: one is made for every token."""
+    """The choices of one answer's chunks, as JSON that is written by hand, since one is made for every token."""
 
     def __init__(self, index: int, *, tools: bool, logprobs: bool) -> None:
         self._index = index
@@ -21,12 +21,12 @@ class ChatDeltas:
         self._calls = 0
 
     def opening(self) -> str:
-        """What begins an answer."""
+        """Returns the choice that begins the answer, with the role."""
         content = '""' if self._scanner is None else "null"
         return self._choice(f'{{"role":"assistant","content":{content}}}')
 
     def choices(self, chunk: TextChunk) -> Iterator[str]:
-        """The pieces of a chunk."""
+        """Returns the choices of a chunk."""
         logprobs = json.dumps(logprobs_object(chunk.logprobs)) if self._logprobs and chunk.logprobs else "null"
         for delta in self._deltas(chunk):
             yield self._choice(delta, logprobs)
@@ -36,11 +36,11 @@ class ChatDeltas:
 
     def _deltas(self, chunk: TextChunk) -> list[str]:
         if self._scanner is None:
-            told = [_content(chunk.text)] if chunk.text else []
+            deltas = [_content(chunk.text)] if chunk.text else []
         else:
             parts = self._scanner.push(chunk.text) + (self._scanner.finish() if chunk.finish else [])
-            told = [_content(part) if isinstance(part, str) else self._call(part) for part in parts]
-        return told or ([_content("")] if chunk.logprobs else [])
+            deltas = [_content(part) if isinstance(part, str) else self._call(part) for part in parts]
+        return deltas or ([_content("")] if chunk.logprobs else [])
 
     def _call(self, call: ToolCall) -> str:
         self._calls += 1
@@ -51,18 +51,18 @@ class ChatDeltas:
 
 
 def call_object(call: ToolCall) -> dict[str, Any]:
-    """A call of a tool, with an id of its own."""
+    """Returns a tool call with a new ID."""
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
 def finish_reason(finish: str | None, *, called: bool) -> str | None:
-    """Why an answer ended: one that calls tools does so for them, unless it was cut off."""
+    """Returns why an answer ended: because of its tool calls, unless it was cut off."""
     return "tool_calls" if called and finish == "stop" else finish
 
 
 def logprobs_object(tokens: Sequence[SampledToken]) -> dict[str, Any]:
-    """Log probabilities of an answer's tokens."""
+    """Returns the log probabilities of tokens."""
     content = [{**_token(token.token), "top_logprobs": [_token(top) for top in token.top]} for token in tokens]
     return {"content": content, "refusal": None}
 

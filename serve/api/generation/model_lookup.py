@@ -1,4 +1,4 @@
-"""From the `model` of a request to what answers it: authorized first, then looked up, then pinned."""
+"""Resolves the `model` of a request: authorizes, looks up, and pins the version."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from loramill.types import VersionRecord
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What answers a request, from admission to its last token, whatever is promoted meanwhile.
+    """The model of a request, pinned from admission to the last token, whatever is promoted meanwhile.
 
     Attributes:
-        model: the name as the caller wrote it.
-        served: the base, and what generates with it.
-        tenant: whom the work is counted to.
-        version: the adapter's version; None: the base alone.
+        model: the name in the request.
+        served: the base model and its backend.
+        tenant: the tenant that the usage is counted for.
+        version: the adapter's version; None: the base model alone.
+        created_at: when the version or base was created, in seconds since the epoch.
         fingerprint: OpenAI's `system_fingerprint`.
     """
 
@@ -37,7 +38,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """The base's or the adapter's name, without what follows an `@`."""
+        """Name of the base or the adapter, without the `@` and what follows."""
         return self.model.partition("@")[0]
 
     @property
@@ -47,11 +48,11 @@ class Target:
 
 
 async def find_model(gateway: Gateway, caller: Caller, text: str) -> Target:
-    """Resolves a model's name; what another gateway promotes is seen within half a second.
+    """Resolves a model's name. Promotions by another gateway are seen within half a second.
 
     Raises:
-        Forbidden: another tenant's adapter, whether it exists or not.
-        ModelNotFound: no such base, adapter, alias or version.
+        Forbidden: the adapter belongs to another tenant, whether it exists or not.
+        ModelNotFound: there is no such base, adapter, alias or version.
     """
     name = ModelName.parse(text)
     if name.adapter is None:
@@ -59,7 +60,7 @@ async def find_model(gateway: Gateway, caller: Caller, text: str) -> Target:
         if served is None:
             bases = ", ".join(f"'{base}'" for base in gateway.served)
             raise ModelNotFound(
-                f"The model '{text}' does not exist. Bases here: {bases}; adapters are tenant/adapter.", param="model"
+                f"The model '{text}' does not exist. Base models: {bases}; adapters are tenant/adapter.", param="model"
             )
         fingerprint = served.base.fingerprint[:SHORT_HASH_LENGTH]
         return Target(text, served, caller.tenant or "", None, base_created_at(served.base), fingerprint)
@@ -67,14 +68,14 @@ async def find_model(gateway: Gateway, caller: Caller, text: str) -> Target:
     version = await gateway.version_cache.get((name.adapter, name.selector))
     served = next((each for each in gateway.served.values() if each.base.fingerprint == version.base), None)
     if served is None:
-        raise ModelNotFound(f"The model '{text}' was trained on a base that isn't served here.", param="model")
+        raise ModelNotFound(f"The model '{text}' was trained on a base that is not served here.", param="model")
     fingerprint = f"{version.base[:SHORT_HASH_LENGTH]}-{version.id[:SHORT_HASH_LENGTH]}"
     return Target(text, served, caller.tenant or name.adapter.tenant, version.id, version.created_at, fingerprint)
 
 
 @lru_cache
 def base_created_at(base: Base) -> float:
-    """When a base was created, in seconds since the epoch: the time of its config.json, else now."""
+    """When a base was created, in seconds since the epoch: the time of its config.json, or now."""
     try:
         return (base.folder / "config.json").stat().st_mtime
     except OSError:
@@ -84,7 +85,7 @@ def base_created_at(base: Base) -> float:
 def version_cache(
     registry: Registry, grace_seconds: float = 0.0
 ) -> ReadThroughCache[tuple[AdapterName, str], VersionRecord]:
-    """The version of an adapter's alias or a version's prefix; while the database is away, at most `grace` old."""
+    """Caches the version of an adapter and an alias or version prefix."""
     return ReadThroughCache(
         registry, lambda session, asked: adapters.resolve(session, *asked), grace_seconds=grace_seconds
     )

@@ -1,4 +1,4 @@
-"""Where the tokens of an answer begin in its text."""
+"""Positions of tokens in the text of an answer."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from loramill.serve.protocol import TokenText
 
 
 class TextOffsets:
-    """Counts the characters of an answer by its tokens' bytes; several tokens may make one character."""
+    """Counts the characters of an answer by its tokens' bytes. Several tokens may form one character."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._characters = 0
 
     def next_offset(self, token: TokenText, end: int | None = None) -> int:
-        """Where the next token's text begins, in characters: at the character that its first byte belongs to.
+        """Returns where the text of the next token begins, in characters: at the character of its first byte.
 
         Args:
-            token: the next.
+            token: the next token.
             end: length of the whole answer in characters, which a stop string may have shortened.
         """
         raw = token.raw or b""
-        if raw and raw[0] & 0xC0 != 0x80:  # it begins a character, which ends an incomplete one
+        if raw and raw[0] & 0xC0 != 0x80:  # a new character, which ends an incomplete one
             self._characters += len(self._decoder.decode(b"", True))
             self._decoder.reset()
         offset = self._characters

@@ -1,4 +1,4 @@
-"""Writes the gateway's books to the record every half second, and reads there what the other gateways have seen."""
+"""Writes a gateway's usage to the database every half second, and reads the rate windows of the other gateways."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from loramill.types import RateWindow
 
 log = logging.getLogger("loramill.gateway")
 
-#: Seconds between two pages: by what others do in this time, a limit can be overshot.
+#: Seconds between two flushes. Limits can be exceeded by what other gateways admit in this time.
 FLUSH_INTERVAL_SECONDS = 0.5
 
-#: Seconds after which a gateway that wrote nothing is forgotten when another starts.
+#: Seconds without a flush after which a gateway counts as dead, and is deleted when another starts.
 _FORGET_AFTER_SECONDS = 86_400.0
 
 
 @asynccontextmanager
 async def usage_flusher(tracker: UsageTracker, registry: Registry) -> AsyncIterator[None]:
-    """Keeps the books in the record while the block runs, and writes the last page at its end."""
+    """Flushes usage while the block runs, and a last time at its end."""
     await run_in_threadpool(_forget_dead_gateways, registry)
     await flush_once(tracker, registry)
     stop = asyncio.Event()
 
-    async def keep() -> None:
+    async def flush_periodically() -> None:
         while not stop.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(FLUSH_INTERVAL_SECONDS):
                     await stop.wait()
             await flush_once(tracker, registry)
 
-    keeper = asyncio.create_task(keep())
+    flusher = asyncio.create_task(flush_periodically())
     try:
         yield
     finally:
         stop.set()
-        await keeper
+        await flusher
 
 
 async def flush_once(tracker: UsageTracker, registry: Registry) -> None:
-    """Writes what has to be written and hears of the others; what fails is logged, and done at the next turn."""
+    """Writes what is new and reads the other gateways' windows. A failure is logged, and the next flush retries."""
     batch = tracker.next_batch()
     try:
         tracker.update_peers(await run_in_threadpool(_write_and_read_peers, registry, tracker.gateway_id, batch))
@@ -57,8 +57,8 @@ async def flush_once(tracker: UsageTracker, registry: Registry) -> None:
             tracker.mark_failed()
         return
     except Exception:
-        # Whatever it is: limits and usage must go on as soon as the record does.
-        log.exception("the usage of the last moments couldn't be written; it is kept, and tried again")
+        # Whatever the error is, limits and usage must continue as soon as the database is available.
+        log.exception("recent usage could not be written; retrying")
         if batch is not None:
             tracker.mark_failed()
         return

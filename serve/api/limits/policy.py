@@ -1,4 +1,4 @@
-"""A tenant's limits: whether a request may pass now, and else when. Pure; what was used is given, and by whom.
+"""Rate limits: whether a request is allowed now, and if not, when. Pure functions of the usage so far.
 
 A minute's count fades out evenly over the minute after it, so that no more than a limit passes in any sixty seconds
 of even traffic, and no gateway needs to know each request of the others: the approximated sliding window of
@@ -16,13 +16,13 @@ from loramill.types import Limits, RateWindow
 
 MINUTE_SECONDS = 60.0
 
-#: Seconds after which to ask again, where only the end of another request makes room.
+#: Seconds to wait if only the end of another request can help.
 RETRY_SOON_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class QuotaState:
-    """What is left of a limit, and the seconds until all of it will be."""
+    """What is left of a limit, and the seconds until all of it is available."""
 
     limit: int
     remaining: int
@@ -31,11 +31,14 @@ class QuotaState:
 
 @dataclass(frozen=True, slots=True)
 class LimitDecision:
-    """Whether a request may pass: `wait` is 0.0, or the seconds after which it may.
+    """Whether a request is allowed.
 
     Attributes:
-        kind: OpenAI's word for what there is too much of, and `reason` a sentence about it; empty if it may pass.
-        requests, tokens: what is left of the minute once it has; None: no limit.
+        wait_seconds: after how many seconds it is allowed; 0.0: now.
+        kind: OpenAI's word for the limit that is reached.
+        reason: a sentence about that limit; empty: the request is allowed.
+        requests: what is left of the limit of requests; None: no limit.
+        tokens: what is left of the limit of tokens; None: no limit.
     """
 
     wait_seconds: float
@@ -46,12 +49,12 @@ class LimitDecision:
 
     @property
     def allowed(self) -> bool:
-        """Whether the request may pass."""
+        """Whether the request is allowed."""
         return not self.reason
 
     @property
     def headers(self) -> dict[str, str]:
-        """OpenAI's `x-ratelimit-…` headers of the answer."""
+        """OpenAI's `x-ratelimit-…` headers of the response."""
         quotas = {"requests": self.requests, "tokens": self.tokens}
         return {
             f"x-ratelimit-{name}-{kind}": value
@@ -66,41 +69,44 @@ class LimitDecision:
 
 
 def decide(limits: Limits, usage: RateWindow, tokens: int, now: float) -> LimitDecision:
-    """Decides about one more request.
+    """Decides whether one more request is allowed.
 
     Args:
-        used: what all gateways together have seen of the tenant; its minute is that of `now`.
-        tokens: what the request may come to. One that is larger than the limit passes when nothing else counts.
+        limits: the tenant's limits.
+        usage: the tenant's usage on all gateways together, in the minute of `now`.
+        tokens: maximum number of tokens of the request. If it exceeds the limit, the request is allowed alone.
         now: seconds since the epoch.
     """
-    passed = now % MINUTE_SECONDS
+    elapsed = now % MINUTE_SECONDS
     waits: list[tuple[float, Literal["requests", "tokens"], str]] = []
     requests_left = tokens_left = None
     if (limit := limits.concurrent_requests) is not None and usage.running_requests >= limit:
         waits.append(
-            (RETRY_SOON_SECONDS, "requests", f"{usage.running_requests} requests run at once, of {limit} that may")
+            (RETRY_SOON_SECONDS, "requests", f"{usage.running_requests} of {limit} concurrent requests are running")
         )
     if (limit := limits.requests_per_minute) is not None:
-        wait = _wait_seconds(limit - 1, usage.requests, usage.previous_requests, passed)
-        waits.append((wait, "requests", f"the limit is {limit} requests a minute"))
-        requests_left = _quota_state(limit, usage.requests, usage.previous_requests, passed, 0 if wait else 1)
+        wait = _wait_seconds(limit - 1, usage.requests, usage.previous_requests, elapsed)
+        waits.append((wait, "requests", f"the limit is {limit} requests per minute"))
+        requests_left = _quota_state(limit, usage.requests, usage.previous_requests, elapsed, 0 if wait else 1)
     if (limit := limits.tokens_per_minute) is not None:
-        asked = min(tokens, limit)
-        room = limit - asked - usage.reserved_tokens
-        if room >= 0:
-            wait = _wait_seconds(room, usage.tokens, usage.previous_tokens, passed)
-        else:  # what runs has to end first, and may have used less than was reserved
-            wait = max(RETRY_SOON_SECONDS, _wait_seconds(limit - asked, usage.tokens, usage.previous_tokens, passed))
-        said = f"the limit is {limit} tokens a minute, and this request may take {tokens}"
-        waits.append((wait, "tokens", said))
-        taken = usage.reserved_tokens + (0 if wait else asked)
-        tokens_left = _quota_state(limit, usage.tokens, usage.previous_tokens, passed, taken)
+        requested = min(tokens, limit)
+        available = limit - requested - usage.reserved_tokens
+        if available >= 0:
+            wait = _wait_seconds(available, usage.tokens, usage.previous_tokens, elapsed)
+        else:  # running requests must end first, and may use less than is reserved for them
+            wait = max(
+                RETRY_SOON_SECONDS, _wait_seconds(limit - requested, usage.tokens, usage.previous_tokens, elapsed)
+            )
+        reason = f"the limit is {limit} tokens per minute, and this request may use {tokens}"
+        waits.append((wait, "tokens", reason))
+        reserved = usage.reserved_tokens + (0 if wait else requested)
+        tokens_left = _quota_state(limit, usage.tokens, usage.previous_tokens, elapsed, reserved)
     wait, kind, reason = max(waits, default=(0.0, "requests", ""), key=lambda each: each[0])
     return LimitDecision(wait, kind, reason if wait else "", requests_left, tokens_left)
 
 
 def roll_to_minute(meter: RateWindow, minute: int) -> RateWindow:
-    """The meter as it stands in another minute than its own."""
+    """Returns the window in a later minute."""
     if meter.minute == minute:
         return meter
     requests, tokens = (meter.requests, meter.tokens) if meter.minute == minute - 1 else (0, 0)
@@ -108,7 +114,7 @@ def roll_to_minute(meter: RateWindow, minute: int) -> RateWindow:
 
 
 def merge_meters(meters: Iterable[RateWindow], minute: int) -> RateWindow:
-    """The sum of several gateways' meters."""
+    """Returns the sum of several gateways' windows."""
     total = RateWindow(minute)
     for meter in meters:
         now = roll_to_minute(meter, minute)
@@ -125,7 +131,7 @@ def merge_meters(meters: Iterable[RateWindow], minute: int) -> RateWindow:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as OpenAI's headers have them: "120ms", "1s", "7.5s", "6m0s"."""
+    """Formats seconds as in OpenAI's headers: "120ms", "1s", "7.5s", "6m0s"."""
     milliseconds = math.ceil(seconds * 1000)
     if 0 < milliseconds < 1000:
         return f"{milliseconds}ms"
@@ -134,7 +140,7 @@ def format_duration(seconds: float) -> str:
 
 
 def _wait_seconds(available: int, current: int, previous: int, elapsed: float) -> float:
-    """Seconds until this minute's count and what is left of the one before come down to `room`, which is >= 0."""
+    """Seconds until this minute's count and what is left of the previous one are at most `available`, which is >= 0."""
     if current <= available:
         fraction = (available - current) / previous if previous else 1.0
         return max(0.0, MINUTE_SECONDS * (1 - fraction) - elapsed)

@@ -1,6 +1,6 @@
-"""A gateway's books: what its tenants use, exactly, and what the record last said of the other gateways.
+"""A gateway's usage by tenant, and the rate windows of the other gateways as last read.
 
-Only the event loop's thread touches them. What has to be written is a `Page`; `metering` writes it.
+Only the event loop's thread uses it. `flush` writes it to the database, in batches.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from loramill.registry.usage import UsageCount, UsageItem
 from loramill.serve.api.limits.policy import MINUTE_SECONDS, LimitDecision, decide, merge_meters, roll_to_minute
 from loramill.types import Limits, RateWindow
 
-#: Seconds after which a gateway on which something runs says that it lives, though nothing changed.
+#: Seconds after which a gateway with running requests writes its windows even if they did not change.
 _HEARTBEAT_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Permit:
-    """Leave for one request to run, to be given back at its end. `reserved` tokens are kept for it, if it is metered.
+    """Permission for one request to run, until it is released.
 
     Attributes:
-        headers: of its answer.
+        tenant: tenant of the request.
+        metered: whether the tenant has limits.
+        reserved: tokens that are reserved for the request.
+        headers: headers of the response.
     """
 
     tenant: str
@@ -36,7 +39,7 @@ class Permit:
 
 @dataclass(frozen=True, slots=True)
 class UsageBatch:
-    """What is to be written: counts, which must be added once, and meters as they stand."""
+    """What is written by one flush: counts, which must be added exactly once, and the current rate windows."""
 
     number: int
     counts: Mapping[UsageItem, UsageCount]
@@ -45,10 +48,10 @@ class UsageBatch:
 
 
 class UsageTracker:
-    """What one gateway counts.
+    """Usage and rate windows of one gateway.
 
     Attributes:
-        gateway: its id in the record.
+        gateway_id: ID of the gateway in the database.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
@@ -61,10 +64,10 @@ class UsageTracker:
         self._batch_number, self._flushed_at, self._changed = 0, 0.0, False
 
     def acquire(self, tenant: str, limits: Limits | None, tokens: int) -> Permit:
-        """Lets a request that may come to so many tokens begin; without limits it isn't metered.
+        """Admits a request of up to this number of tokens. Without limits it is not metered.
 
         Raises:
-            RateLimited: a limit of the tenant's is reached.
+            RateLimited: a limit of the tenant is reached.
         """
         if limits is None or (limits.requests_per_minute, limits.tokens_per_minute, limits.concurrent_requests) == (
             None,
@@ -89,7 +92,7 @@ class UsageTracker:
         return Permit(tenant, True, reserved, decision.headers)
 
     def release(self, permit: Permit, model: str, version: str | None, count: UsageCount) -> None:
-        """Ends a request of which `count` came; nothing is counted for one that was refused before it began."""
+        """Ends a request and adds its usage. A request that was rejected before it began has none."""
         if permit.metered:
             mine = self._meter(permit.tenant)
             self._set(
@@ -107,7 +110,7 @@ class UsageTracker:
             self._counts[item] = self._counts.get(item, UsageCount()) + count
 
     def next_batch(self) -> UsageBatch | None:
-        """What has to be written now, None if nothing: a page that wasn't written yet comes again, as it was."""
+        """What to write now; None: nothing. Counts that were not flushed yet are returned again, unchanged."""
         now = self._clock()
         if self._unflushed is None and self._counts:
             self._batch_number += 1
@@ -123,7 +126,7 @@ class UsageTracker:
         return UsageBatch(self._batch_number, counts, dict(self._meters), now)
 
     def mark_flushed(self, batch: UsageBatch) -> None:
-        """Takes note that a page is in the record."""
+        """Records that a batch is in the database."""
         self._unflushed, self._flushed_at = None, batch.taken_at
         minute = int(batch.taken_at // MINUTE_SECONDS)
         for tenant, meter in batch.meters.items():
@@ -131,11 +134,11 @@ class UsageTracker:
                 del self._meters[tenant]
 
     def mark_failed(self) -> None:
-        """Takes note that a page may not be in the record."""
+        """Records that a batch may not be in the database."""
         self._changed = True
 
     def update_peers(self, peers: Mapping[str, Sequence[RateWindow]]) -> None:
-        """Takes note of what the other gateways have seen."""
+        """Replaces the rate windows of the other gateways."""
         self._peers = peers
 
     def _meter(self, tenant: str) -> RateWindow:

@@ -134,10 +134,10 @@ def import_adapter(
 
 
 def _find_artifact(session: Session, name: AdapterName, query: VersionFilesQuery) -> tuple[VersionRecord, str]:
-    """The version and the artifact that are wanted.
+    """Returns the version and the artifact of a query.
 
     Raises:
-        NotFound: there is no such adapter or version, or it isn't of a full fine-tune.
+        NotFound: there is no such adapter or version, or the version has no whole weights.
     """
     adapters.get(session, name)
     version = adapters.resolve(session, name, query.version)
@@ -146,7 +146,7 @@ def _find_artifact(session: Session, name: AdapterName, query: VersionFilesQuery
     result = jobs.get(session, version.job).result if version.job else None
     if result is None:
         raise NotFound(
-            f"{name.at(version.id)} wasn't made by full fine-tuning, so it has no whole weights: leave 'full' out, or "
+            f"{name.at(version.id)} was not made by full fine-tuning, so it has no whole weights: omit 'full', or "
             f"merge it (`loramill adapters merge {name}@{version.id[:SHORT_HASH_LENGTH]}`).",
             param="full",
         )
@@ -172,10 +172,10 @@ def _iter_bytes(content: BinaryIO) -> Iterator[bytes]:
 
 
 def _normal_form(base: Base, name: str, config: bytes, weights: bytes) -> dict[str, bytes]:
-    """The adapter's files in the normal form.
+    """Returns the adapter's files in the normal form.
 
     Raises:
-        InvalidRequest: it is broken, incomplete, of another base, or of a kind that isn't supported.
+        InvalidRequest: the adapter is broken, incomplete, for another base, or of a kind that is not supported.
     """
     # Imported here, so that only gateways that import adapters load torch.
     from loramill.kernels.peft_folder import CONFIG_FILE, WEIGHTS_FILE, normalized_files, read_modules

@@ -175,18 +175,18 @@ def add_data(
 
 
 def authorized_name(caller: Caller, tenant: str, adapter: str) -> AdapterName:
-    """The adapter's name, if the caller may use what is called so.
+    """Returns the adapter's name if the caller may use it.
 
     Raises:
-        Forbidden: it is another tenant's, whether it exists or not.
-        InvalidRequest: it is no name.
+        Forbidden: the adapter belongs to another tenant, whether it exists or not.
+        InvalidRequest: the name is invalid.
     """
     caller.check_adapter(tenant)
     return AdapterName.parse(f"{tenant}/{adapter}")
 
 
 def adapter_object(record: AdapterRecord) -> dict[str, Any]:
-    """An adapter on the wire."""
+    """Returns an adapter object."""
     return record.model_dump() | {"id": record.name, "object": "adapter"}
 
 
@@ -207,10 +207,10 @@ def _record_warm_up(gateway: Gateway, caller: Caller, name: AdapterName, version
 
 
 def _check_formats(gateway: Gateway, name: AdapterName, body: NewDataRequest) -> None:
-    """Refuses new data that a nightly run can't train on together with what the adapter has: a job takes one form.
+    """Rejects new data of another format than the adapter's other data, since a job takes one format.
 
     Raises:
-        InvalidRequest: there is no such file, or one holds messages and another prompts and completions.
+        InvalidRequest: a file does not exist, or one has messages and another has prompts and completions.
     """
     with gateway.registry.reading() as session:
         train = find_file(session, body.training_file, name.tenant, "training_file")

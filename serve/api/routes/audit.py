@@ -33,10 +33,10 @@ def list_changes(query: Annotated[AuditQuery, Query()], gateway: GatewayDep, cal
 def record_change(
     session: Session, caller: Caller, action: str, subject: str, tenant: str | None, **details: Any
 ) -> None:
-    """Writes down, in the transaction of the change, that the caller did `action` to a thing of `tenant`'s.
+    """Records, in the transaction of the change, that the caller did `action` to `subject`, which `tenant` owns.
 
-    `details` are names and numbers: no secret, and nothing of a prompt. Called after the change, which takes its locks
-    first: a note takes one on the tenant.
+    `details` are names and numbers: no secrets, and no text of prompts. It is called after the change, which takes its
+    locks first, since this takes one on the tenant.
     """
     audit.record(
         session,

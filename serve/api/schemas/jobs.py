@@ -102,13 +102,13 @@ class NewJob(RequestBody):
 
 
 def job_object(job: JobRecord, base: Base, examples: int | None, now: float | None = None) -> dict[str, Any]:
-    """A job.
+    """Returns a job object.
 
-    OpenAI's types know no state `paused`: it is `queued` there, and itself in `loramill.status`.
+    OpenAI's types have no status `paused`: a paused job is `queued`, and `paused` in `loramill.status`.
 
     Args:
-        job: as it is.
-        base: what the gateway serves.
+        job: the job.
+        base: the base model that the gateway serves.
         examples: number of examples in the job's training file; None: it was deleted.
         now: seconds since the epoch.
     """
@@ -147,7 +147,7 @@ def _waits_for(job: JobRecord, base: Base) -> str | None:
 
 
 def _extension_object(job: JobRecord) -> dict[str, Any]:
-    """What OpenAI's object has no field for."""
+    """Fields that OpenAI's object does not have."""
     return {
         "adapter": job.spec.adapter,
         "status": job.status,
@@ -168,9 +168,9 @@ def _extension_object(job: JobRecord) -> dict[str, Any]:
 
 
 def _estimated_finish(job: JobRecord, now: float) -> int | None:
-    """When a running job will be done if it goes on as it does; None while nobody can tell.
+    """When a running job will end at its current speed; None: unknown.
 
-    By its speed where that is known: since the start it may have been paused, or begun again.
+    The time since its start is only used if the speed is unknown, since the job may have been paused or restarted.
     """
     if job.status is not JobStatus.RUNNING or not job.step or not job.started_at:
         return None
@@ -181,7 +181,7 @@ def _estimated_finish(job: JobRecord, now: float) -> int | None:
 
 
 def event_object(event: JobEvent) -> dict[str, Any]:
-    """A line of a job's history."""
+    """Returns an event object."""
     return {
         "id": f"{EVENT_PREFIX}{event.id}",
         "object": "fine_tuning.job.event",
@@ -194,12 +194,12 @@ def event_object(event: JobEvent) -> dict[str, Any]:
 
 
 def event_number(event_id: str) -> int:
-    """The number in an event's id."""
+    """Returns the number in an event's ID."""
     return int(event_id.removeprefix(EVENT_PREFIX))
 
 
 def checkpoint_object(checkpoint: CheckpointRecord, job: JobRecord) -> dict[str, Any]:
-    """A point of a job whose weights were validated, and that can be asked like a version."""
+    """Returns a checkpoint object."""
     return {
         "id": checkpoint.id,
         "object": "fine_tuning.job.checkpoint",

@@ -109,9 +109,11 @@ def running(app: FastAPI) -> Iterator[str]:
         while not server.started:
             assert thread.is_alive(), "the gateway failed to start; its log has the reason"
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def byte_tokenizer() -> ChatTokenizer:

@@ -74,7 +74,7 @@ def test_requests_a_minute(client: OpenAI, limit: Callable[..., None], echo: Ech
         ask(client)
     error, headers = caught.value, caught.value.response.headers
     assert (error.status_code, error.code, error.type, error.param) == (429, "rate_limit_exceeded", "requests", None)
-    assert "3 requests a minute" in error.message
+    assert "3 requests per minute" in error.message
     seconds, milliseconds = int(headers["retry-after"]), int(headers["retry-after-ms"])
     assert 0 < milliseconds <= 120_000 and 1000 * (seconds - 1) < milliseconds <= 1000 * seconds
     assert (headers["x-ratelimit-limit-requests"], headers["x-ratelimit-remaining-requests"]) == ("3", "0")

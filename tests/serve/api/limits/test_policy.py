@@ -16,11 +16,11 @@ meters = st.builds(
     RateWindow,
     minute=st.just(7),
     requests=counts,
-    requests_before=counts,
+    previous_requests=counts,
     tokens=counts,
-    tokens_before=counts,
-    running=st.integers(0, 3),
-    reserved=st.integers(0, 30),
+    previous_tokens=counts,
+    running_requests=st.integers(0, 3),
+    reserved_tokens=st.integers(0, 30),
 )
 limit = st.none() | st.integers(1, 40)
 limited = st.builds(Limits, requests_per_minute=limit, tokens_per_minute=limit, concurrent_requests=limit)
@@ -30,23 +30,29 @@ moments = st.floats(7 * MINUTE_SECONDS, 8 * MINUTE_SECONDS, exclude_max=True)
 @pytest.mark.parametrize(
     ("limits", "used", "second", "wait", "kind"),
     [
-        ({}, {"requests": 10**9, "running": 10**9}, 0, 0.0, "requests"),
+        ({}, {"requests": 10**9, "running_requests": 10**9}, 0, 0.0, "requests"),
         ({"requests_per_minute": 3}, {"requests": 2}, 10, 0.0, "requests"),
         # This minute's three are gone a third at the 20th second of the next one.
         ({"requests_per_minute": 3}, {"requests": 3}, 10, 70.0, "requests"),
         ({"requests_per_minute": 1}, {"requests": 1}, 10, 110.0, "requests"),
         # The last minute's four count as three a quarter into this one, and must come down to two.
-        ({"requests_per_minute": 3}, {"requests_before": 4}, 15, 15.0, "requests"),
-        ({"requests_per_minute": 3}, {"requests_before": 4}, 30, 0.0, "requests"),
+        ({"requests_per_minute": 3}, {"previous_requests": 4}, 15, 15.0, "requests"),
+        ({"requests_per_minute": 3}, {"previous_requests": 4}, 30, 0.0, "requests"),
         ({"tokens_per_minute": 100}, {"tokens": 90}, 0, 0.0, "requests"),
         ({"tokens_per_minute": 100}, {"tokens": 91}, 0, 60 + 60 / 91, "tokens"),
-        ({"tokens_per_minute": 100}, {"reserved": 91}, 0, 1.0, "tokens"),
+        ({"tokens_per_minute": 100}, {"reserved_tokens": 91}, 0, 1.0, "tokens"),
         ({"tokens_per_minute": 5}, {}, 0, 0.0, "requests"),  # larger than the limit, but alone
-        ({"tokens_per_minute": 5}, {"tokens_before": 1}, 59, 1.0, "tokens"),
-        ({"concurrent_requests": 2}, {"running": 1}, 0, 0.0, "requests"),
-        ({"concurrent_requests": 2}, {"running": 2}, 0, 1.0, "requests"),
+        ({"tokens_per_minute": 5}, {"previous_tokens": 1}, 59, 1.0, "tokens"),
+        ({"concurrent_requests": 2}, {"running_requests": 1}, 0, 0.0, "requests"),
+        ({"concurrent_requests": 2}, {"running_requests": 2}, 0, 1.0, "requests"),
         # The longer wait decides.
-        ({"concurrent_requests": 1, "tokens_per_minute": 100}, {"running": 1, "tokens_before": 100}, 0, 6.0, "tokens"),
+        (
+            {"concurrent_requests": 1, "tokens_per_minute": 100},
+            {"running_requests": 1, "previous_tokens": 100},
+            0,
+            6.0,
+            "tokens",
+        ),
     ],
 )
 def test_who_waits_how_long(

@@ -64,6 +64,7 @@ def test_not_ready_without_its_database(site: Any, serving: Callable[..., Any], 
         registry.close()
         for file in tmp_path.glob("own.db*"):
             file.write_bytes(b"this is no database" * 1000)
+        registry.close()  # the flusher may have connected again meanwhile
         response = http.get("/readyz")
         assert response.status_code >= 500
         assert "Traceback" not in response.text and response.json()["error"]["message"]
