@@ -22,7 +22,7 @@ from loramill.client.http import ERROR_BY_CODE, error_from_response, is_local_ur
 from loramill.client.jobs import JobsResource
 from loramill.client.tenants import KeysResource, TenantsResource
 
-from .conftest import RunningGateway, examples
+from ..conftest import RunningGateway, examples
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 

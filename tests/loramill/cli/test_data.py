@@ -17,9 +17,9 @@ from loramill.cli import app
 from loramill.errors import Conflict, InvalidRequest
 from loramill.registry import nightly
 
-from .conftest import RunningGateway, examples
+from ..conftest import RunningGateway, examples
 
-PAGE = (Path(__file__).parents[2] / "docs" / "howto" / "submit-many.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "howto" / "submit-many.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)

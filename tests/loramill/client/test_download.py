@@ -14,7 +14,7 @@ from loramill.errors import ArtifactCorrupt, DiskFull, Forbidden, InvalidRequest
 from loramill.registry import api_keys
 from loramill.storage.atomic import new_folder
 
-from .conftest import RunningGateway, examples
+from ..conftest import RunningGateway, examples
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from loramill import errors
 from loramill.cli import app
 from loramill.types import Scope
 
-from .conftest import RunningGateway, examples
+from ..conftest import RunningGateway, examples
 
 
 @pytest.fixture(autouse=True)

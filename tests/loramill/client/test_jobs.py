@@ -13,7 +13,7 @@ from loramill.registry.jobs import checkpoints
 from loramill.submission.options import JobOptions, JobOptionsDict
 from loramill.types import JobStatus
 
-from .conftest import RunningGateway, examples
+from ..conftest import RunningGateway, examples
 
 
 @pytest.mark.parametrize("as_admin", [True, False])

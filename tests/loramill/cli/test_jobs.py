@@ -29,7 +29,7 @@ from loramill.registry.jobs import checkpoints
 from loramill.submission.options import JobOptions
 from loramill.types import JobStatus
 
-from .conftest import RunningGateway, examples
+from ..conftest import RunningGateway, examples
 
 
 @pytest.fixture(autouse=True)

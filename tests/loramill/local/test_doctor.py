@@ -29,9 +29,9 @@ from loramill.registry.database.migrate import migrate
 from loramill.settings import Settings
 from loramill.types import JobSpec
 
-from .conftest import RunningGateway
+from ..conftest import RunningGateway
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from loramill.client import Client
 from loramill.errors import InvalidRequest
 from loramill.registry import jobs
 
-from .conftest import RunningGateway, examples
+from ..conftest import RunningGateway, examples
 
 
 @pytest.fixture(autouse=True)

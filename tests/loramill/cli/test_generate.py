@@ -29,7 +29,7 @@ from loramill.registry.database.migrate import migrate
 from loramill.settings import Settings
 from loramill.types import VersionRecord
 
-from ..llama import tiny_llama, write_base
+from ...llama import tiny_llama, write_base
 
 
 def random_model() -> LlamaForCausalLM:

@@ -23,7 +23,7 @@ from loramill.registry import adapters, nightly
 from loramill.settings import Settings
 from loramill.types import StepStatus
 
-from .conftest import RunningGateway, examples
+from ..conftest import RunningGateway, examples
 
 COMMAND = [sys.executable, "-m", "loramill.cli"]
 

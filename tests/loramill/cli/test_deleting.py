@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from loramill import errors
 from loramill.cli import app, deleting
 
-from .conftest import RunningGateway, examples
+from ..conftest import RunningGateway, examples
 
 
 @pytest.fixture(autouse=True)

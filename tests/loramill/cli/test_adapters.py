@@ -18,8 +18,8 @@ from loramill.cli import app
 from loramill.registry import jobs
 from loramill.types import VersionRecord
 
-from ..llama import tiny_llama
-from .conftest import RunningGateway, examples
+from ...llama import tiny_llama
+from ..conftest import RunningGateway, examples
 
 
 @pytest.fixture(autouse=True)
