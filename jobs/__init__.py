@@ -1,1 +1,1 @@
-"""Fine-tune jobs: from a leased job to a published version. Floor 1; never imports serve."""
+"""Fine-tune jobs, from the queue to a published version. Layer 1; never imports serve."""

@@ -1,1 +1,1 @@
-"""Runs one leased job, from its lease to its published version."""
+"""Runs leased jobs, each up to its published version."""

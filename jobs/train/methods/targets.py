@@ -19,9 +19,9 @@ class TargetModule:
 
     Attributes:
         name: its path in the base.
-        parent: the module that holds it, under the last part of the name.
+        parent: the module that contains it, under the last part of the name.
         linear: torch's or bitsandbytes' linear, or GPT-2's Conv1D.
-        rank, scale: of the adapter there.
+        rank, scale: of its adapter.
     """
 
     name: str
@@ -40,12 +40,12 @@ class TargetModule:
 
     @property
     def device(self) -> torch.device:
-        """Where the linear lies."""
+        """The linear's device."""
         return self.linear.weight.device
 
 
 def find_target_modules(model: PreTrainedModel, spec: JobSpec) -> list[TargetModule]:
-    """The linears that `spec` adapts, in the base's order.
+    """Returns the linears that `spec` adapts, in the base's order.
 
     Raises:
         InvalidRequest: as `loramill.models.targets.find_targets`.

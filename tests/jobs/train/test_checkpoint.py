@@ -33,7 +33,7 @@ def step_of(found: CheckpointData | None) -> int | None:
 
 @pytest.fixture(params=["folder", "file", "memory"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path | str]:
-    """A place for checkpoints that isn't there yet."""
+    """A folder for checkpoints that does not exist yet."""
     folder = tmp_path / "a job"
     yield {"folder": folder, "file": folder.as_uri(), "memory": f"memory://{tmp_path.name}/job"}[request.param]
     fsspec.filesystem("memory").store.clear()

@@ -21,7 +21,7 @@ HELD_OUT = random_examples(5, seed=1, weighed=True)
 
 
 class Group:
-    """Threads in place of processes, of which one at a time runs: torch's generators are all threads'."""
+    """Threads instead of processes; one runs at a time, since all threads share torch's generators."""
 
     def __init__(self, size: int) -> None:
         self._size, self._turn, self._arrived = size, threading.Lock(), threading.Barrier(size, timeout=60)

@@ -282,7 +282,7 @@ SHARED = full(offload="all", micro_tokens=16, checkpoint_every=6)
 
 
 def test_two_processes_share_a_job_across_a_pause(tiny_base_folder: Path, tmp_path: Path) -> None:
-    """Only one of them is told to pause, when they are in the midst of a step."""
+    """Only one process gets the request to pause, in the middle of a step."""
     (tmp_path / "base").symlink_to(tiny_base_folder)
     both = [
         subprocess.Popen(

@@ -93,7 +93,7 @@ def begin(plain: PeftModel, folder: Path, spec: JobSpec) -> None:
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 9), weighed=st.booleans())
 def test_packed_padded_and_single_examples_have_the_same_loss(seed: int, count: int, weighed: bool) -> None:
-    """To 1e-4 in fp32, as is the gradient: nobody sees its neighbours in a row, nor other positions."""
+    """To 1e-4 in fp32, also the gradient: no example attends to its neighbors in a row."""
     model, examples = tiny_model(), random_examples(count, seed, weighed=weighed)
     total = sum(count_supervised_tokens(example) for example in examples)
     weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)

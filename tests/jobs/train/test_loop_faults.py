@@ -93,7 +93,7 @@ def test_a_stopped_job_resumes_to_the_same_bits(
 
 
 def test_a_paused_job_loses_no_step(tmp_path: Path) -> None:
-    """Asked before each forward pass in turn, those of a validation included."""
+    """The request arrives before each forward pass in turn, those of a validation included."""
     spec = spec_of(dropout=0.2, eval_every=3, checkpoint_every=50, keep="best", micro_tokens=25)
     passes = 0
 

@@ -282,7 +282,7 @@ def home(tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def published(home: Path, base: Base, adapter: Path, rows: str) -> str:
-    """A version in the record, of a job that was validated on these rows."""
+    """A version in the registry, of a job that was validated on these rows."""
     (home / "artifacts").mkdir(parents=True)
     settings = Settings.load()
     migrate(settings.database)

@@ -27,7 +27,7 @@ WEIGHT = 2.0
 
 
 class Pool:
-    """Worker processes, forked on demand; they die with the supervisor that asked for them, as with Ray."""
+    """Worker processes, forked on demand; they die with the supervisor that started them, as with Ray."""
 
     def __init__(self, environment: JobEnvironment) -> None:
         script = Path(environment_module.__file__)

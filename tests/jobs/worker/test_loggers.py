@@ -1,4 +1,4 @@
-"""TensorBoard's files as it reads them itself; the others by what they are told."""
+"""The metrics in TensorBoard's files, and those sent to the other tools."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_tensorboard_gets_every_metric(tmp_path: Path) -> None:
 
 
 class Wandb(ModuleType):
-    """Takes the place of wandb, and notes what it is told."""
+    """Replaces wandb and records its calls."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
@@ -71,7 +71,7 @@ def test_wandb_gets_every_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 class Client:
-    """Takes the place of mlflow's; its server outlives it."""
+    """Replaces mlflow's client; its server outlives it."""
 
     experiments: dict[str, str]
     runs: dict[str, dict[str, Any]]

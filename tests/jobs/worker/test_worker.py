@@ -1,4 +1,4 @@
-"""A worker on a real record and the real base, without Ray."""
+"""A worker on a real registry and the real base, without Ray."""
 
 from __future__ import annotations
 

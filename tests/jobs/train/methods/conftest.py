@@ -13,7 +13,7 @@ from loramill.models.catalog import Base
 from loramill.types import JobSpec
 
 from ....llama import tiny_llama, write_base
-from .method_training import VOCABULARY, loaded, logits_of, stored, trained
+from .method_training import VOCABULARY, load_model, logits_of, store_adapter, trained_model
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,7 @@ def exported(small: Base, tmp_path: Path) -> Callable[..., tuple[Path, torch.Ten
     """Trains a spec and returns its folder with the logits of the model it was trained on."""
 
     def export(spec: JobSpec, quantization: Quantization = "none") -> tuple[Path, torch.Tensor]:
-        with trained(loaded(small, quantization), spec, small.folder) as tuned:
-            return stored(tuned, spec, tmp_path / "adapter"), logits_of(tuned.model)
+        with trained_model(load_model(small, quantization), spec, small.folder) as tuned:
+            return store_adapter(tuned, spec, tmp_path / "adapter"), logits_of(tuned.model)
 
     return export

@@ -1,4 +1,4 @@
-"""Jobs' methods, driven as the training loop drives them."""
+"""Trains by the jobs' methods as the training loop does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOCABULARY = 64
 CPU = torch.device("cpu")
 
 
-def loaded(
+def load_model(
     base: Base, quantization: Quantization = "none", dtype: torch.dtype = torch.float32, **more: Any
 ) -> PreTrainedModel:
     return copy.deepcopy(_read(replace(base, quantization=quantization), dtype, **more))
@@ -50,8 +50,8 @@ def loss_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def learn(tuned: AdaptedModel, spec: JobSpec, steps: int | None = None, begin: int = 0) -> None:
-    """Steps as the training loop takes them."""
+def train_steps(tuned: AdaptedModel, spec: JobSpec, steps: int | None = None, begin: int = 0) -> None:
+    """Takes steps as the training loop does."""
     groups = [
         {"params": [p], "lr": spec.learning_rate * tuned.lr_factors.get(n, 1.0)} for n, p in tuned.weights.items()
     ]
@@ -75,14 +75,14 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 @contextmanager
-def trained(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[AdaptedModel]:
+def trained_model(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[AdaptedModel]:
     """A model in training, at the job's end."""
     with attach_adapter(model, spec, folder) as tuned:
-        learn(tuned, spec)
+        train_steps(tuned, spec)
         yield tuned
 
 
-def stored(tuned: AdaptedModel, spec: JobSpec, folder: Path) -> Path:
+def store_adapter(tuned: AdaptedModel, spec: JobSpec, folder: Path) -> Path:
     """The adapter's files."""
     folder.mkdir()
     for name, content in adapter_files(spec, tuned.weights, tuned.state, "small").items():

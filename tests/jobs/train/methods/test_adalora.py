@@ -23,7 +23,7 @@ from loramill.jobs.train.methods.peft_folder import modules_of, tensor_name
 from loramill.models.catalog import Base
 from loramill.types import JobSpec
 
-from .method_training import learn, loaded, loss_of, spec_of, stored, tokens, trained
+from .method_training import load_model, loss_of, spec_of, store_adapter, tokens, train_steps, trained_model
 
 
 def singular_values(weights: Any) -> torch.Tensor:
@@ -46,9 +46,9 @@ def test_pruning_equals_that_of_peft(small: Base) -> None:
         target_modules=list(spec.targets),
         task_type="CAUSAL_LM",
     )
-    plain = get_peft_model(loaded(small), config)
+    plain = get_peft_model(load_model(small), config)
     theirs = {n.replace(".default", ""): p for n, p in plain.named_parameters() if p.requires_grad}
-    with attach_adapter(loaded(small), spec, small.folder) as tuned:
+    with attach_adapter(load_model(small), spec, small.folder) as tuned:
         ours = {name.removesuffix(".weight"): weight for name, weight in tuned.weights.items()}
         assert ours.keys() == theirs.keys()
         with torch.no_grad():
@@ -82,9 +82,9 @@ def test_pruning_equals_that_of_peft(small: Base) -> None:
 
 def test_the_mean_rank_at_the_end_is_the_specs(small: Base, tmp_path: Path) -> None:
     spec = spec_of(method="adalora", rank=3, steps=8)
-    with trained(loaded(small), spec, small.folder) as tuned:
+    with trained_model(load_model(small), spec, small.folder) as tuned:
         alive = (singular_values(tuned.weights) != 0).sum(dim=1)
-        folder = stored(tuned, spec, tmp_path / "adapter")
+        folder = store_adapter(tuned, spec, tmp_path / "adapter")
     assert alive.float().mean() == 3 and alive.min() < 3 < alive.max()
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["lora_alpha"] / config["r"] == 6.0 / 3, "readers that know of no patterns need the scale, too"
@@ -95,7 +95,7 @@ def test_the_mean_rank_at_the_end_is_the_specs(small: Base, tmp_path: Path) -> N
 
 def test_a_module_without_a_rank_is_stored_as_zeros(small: Base) -> None:
     spec = spec_of(method="adalora", targets=("q_proj",))
-    with attach_adapter(loaded(small), spec, small.folder) as tuned, torch.no_grad():
+    with attach_adapter(load_model(small), spec, small.folder) as tuned, torch.no_grad():
         for name, weight in tuned.weights.items():
             weight.fill_(0.0 if "lora_E" in name else 1.0)
         files = adapter_files(spec, tuned.weights, tuned.state, "small")
@@ -118,11 +118,11 @@ def test_state_and_weights_suffice_to_resume(small: Base) -> None:
             for weight in tuned.weights.values():
                 weight.grad = None
 
-    with attach_adapter(loaded(small), spec, small.folder) as whole:
+    with attach_adapter(load_model(small), spec, small.folder) as whole:
         run(whole, 0, 8)
-    with attach_adapter(loaded(small), spec, small.folder) as first:
+    with attach_adapter(load_model(small), spec, small.folder) as first:
         run(first, 0, 3)
-    with attach_adapter(loaded(small), spec.model_copy(update={"seed": 7}), small.folder) as rest, torch.no_grad():
+    with attach_adapter(load_model(small), spec.model_copy(update={"seed": 7}), small.folder) as rest, torch.no_grad():
         for mine, theirs in ((rest.weights, first.weights), (rest.state, first.state)):
             assert mine.keys() == theirs.keys()
             for name, tensor in mine.items():
@@ -150,7 +150,7 @@ def test_the_initial_rank_has_a_default(small: Base) -> None:
     [("init_rank", {"rank": 8, "init_rank": 7}), ("rank_pattern", {"rank_pattern": {"q_proj": 2}})],
 )
 def test_meaningless_ranks_are_refused(small: Base, param: str, changes: dict[str, Any]) -> None:
-    model = loaded(small)
+    model = load_model(small)
     with (
         pytest.raises(AdapterInvalid) as refused,
         attach_adapter(model, spec_of(method="adalora", **changes), small.folder),
@@ -161,14 +161,14 @@ def test_meaningless_ranks_are_refused(small: Base, param: str, changes: dict[st
 
 def test_the_last_steps_train_the_final_ranks(small: Base) -> None:
     spec: JobSpec = spec_of(method="adalora", steps=10)
-    with attach_adapter(loaded(small), spec, small.folder) as tuned:
+    with attach_adapter(load_model(small), spec, small.folder) as tuned:
         assert tuned.best_from_step == 6
-        learn(tuned, spec, steps=2)
+        train_steps(tuned, spec, steps=2)
         assert (singular_values(tuned.weights) != 0).float().sum(dim=1).mean() > 4
-        learn(tuned, spec, steps=6, begin=2)
+        train_steps(tuned, spec, steps=6, begin=2)
         dead, state = singular_values(tuned.weights) == 0, [tensor.clone() for tensor in tuned.state.values()]
         assert (~dead).float().sum(dim=1).mean() == 4
-        learn(tuned, spec, begin=6)
+        train_steps(tuned, spec, begin=6)
         assert torch.equal(singular_values(tuned.weights) == 0, dead)
         assert all(map(torch.equal, tuned.state.values(), state))
 
@@ -184,7 +184,7 @@ def test_unpruned_weights_never_become_the_version(small: Base, tmp_path: Path) 
         base_folder=small.folder,
         checkpoints=tmp_path / "job",
     )
-    points = list(train(loaded(small), context))
+    points = list(train(load_model(small), context))
     assert next(point.step for point in points if point.is_best) == 6
     assert len(points) >= 7
     tensors = load(export_adapter(tmp_path / "job", spec, base="small")["adapter_model.safetensors"])

@@ -21,7 +21,17 @@ from loramill.kernels.quantization import Quantization
 from loramill.models.catalog import Base
 from loramill.types import JobSpec
 
-from .method_training import learn, loaded, logits_by_peft, logits_of, loss_of, spec_of, stored, tokens, trained
+from .method_training import (
+    load_model,
+    logits_by_peft,
+    logits_of,
+    loss_of,
+    spec_of,
+    store_adapter,
+    tokens,
+    train_steps,
+    trained_model,
+)
 
 QUANTIZATIONS: tuple[Quantization, ...] = ("none", "int8", "nf4")
 METHODS = ("lora", "dora", "adalora", "pissa", "loftq")
@@ -72,15 +82,15 @@ def test_the_stored_adapter_equals_the_trained_model(
     quantization: Quantization,
 ) -> None:
     folder, expected = exported(combined(method, shape), quantization)
-    assert not torch.allclose(expected, logits_of(loaded(small, quantization)), atol=1e-2)
-    torch.testing.assert_close(logits_by_peft(loaded(small, quantization), folder), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(by_engine(loaded(small, quantization), folder), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, logits_of(load_model(small, quantization)), atol=1e-2)
+    torch.testing.assert_close(logits_by_peft(load_model(small, quantization), folder), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(by_engine(load_model(small, quantization), folder), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_base_is_unchanged_afterwards(small: Base, method: str, dtype: torch.dtype) -> None:
-    model = loaded(small, "nf4", dtype)
+    model = load_model(small, "nf4", dtype)
     model.lm_head.weight.requires_grad_(True)
     before = str(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}, logits_of(model)
     drawn, modules = torch.random.get_rng_state(), dict(model.named_modules())
@@ -90,7 +100,7 @@ def test_the_base_is_unchanged_afterwards(small: Base, method: str, dtype: torch
     ):
         assert all(weight.dtype == torch.float32 for weight in tuned.weights.values())
         assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in tuned.weights.values()}
-        learn(tuned, spec_of(dropout=0.5), steps=2)
+        train_steps(tuned, spec_of(dropout=0.5), steps=2)
         raise KeyboardInterrupt
     assert str(model) == before[0] and dict(model.named_modules()) == modules
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["model.embed_tokens.weight"]
@@ -101,7 +111,7 @@ def test_the_base_is_unchanged_afterwards(small: Base, method: str, dtype: torch
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_base_is_unchanged_after_a_refusal(small: Base, method: str) -> None:
-    model = loaded(small, "int8")
+    model = load_model(small, "int8")
     before = str(model)
     with pytest.raises(InvalidRequest), attach_adapter(model, spec_of(method=method, targets=("nope",)), small.folder):
         pass
@@ -110,13 +120,13 @@ def test_the_base_is_unchanged_after_a_refusal(small: Base, method: str) -> None
 
 @pytest.mark.parametrize("method", METHODS)
 def test_layers_depend_on_the_seed_alone(small: Base, method: str) -> None:
-    model = loaded(small, "nf4")
+    model = load_model(small, "nf4")
 
     def run(seed: int, steps: int) -> list[torch.Tensor]:
         torch.rand(3)
         spec = spec_of(method=method, seed=seed, dropout=0.3)
         with attach_adapter(model, spec, small.folder) as tuned:
-            learn(tuned, spec, steps)
+            train_steps(tuned, spec, steps)
             return [weight.detach().clone() for weight in tuned.weights.values()]
 
     learned, begun = run(1, steps=3), run(1, steps=0)
@@ -128,7 +138,7 @@ def test_layers_depend_on_the_seed_alone(small: Base, method: str) -> None:
 
 
 def test_initial_factors_have_the_distribution_of_peft(small: Base) -> None:
-    with attach_adapter(loaded(small), spec_of(rank=64), small.folder) as tuned:
+    with attach_adapter(load_model(small), spec_of(rank=64), small.folder) as tuned:
         for name, weight in tuned.weights.items():
             bound = 1 / math.sqrt(weight.shape[1])
             if "lora_A" in name:
@@ -141,12 +151,12 @@ def test_initial_factors_have_the_distribution_of_peft(small: Base) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_training_starts_from_the_base(small: Base, method: str) -> None:
     """All but LoftQ's first logits are the base's; LoftQ's are nearer to those of the base before quantization."""
-    model = loaded(small, "nf4")
+    model = load_model(small, "nf4")
     base = logits_of(model)
     with attach_adapter(model, spec_of(method=method, rank=16), small.folder) as tuned:
         first = logits_of(tuned.model)
     if method == "loftq":
-        original = logits_of(loaded(small))
+        original = logits_of(load_model(small))
         assert (first - original).norm() < 0.8 * (base - original).norm()
     else:
         torch.testing.assert_close(first, base, rtol=1e-5, atol=1e-5)
@@ -154,17 +164,17 @@ def test_training_starts_from_the_base(small: Base, method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_job_starts_from_a_stored_adapter(small: Base, tmp_path: Path, method: str) -> None:
-    spec, model = spec_of(method=method, rank=8, init_rank=12), loaded(small, "nf4")
-    with trained(model, spec, small.folder) as tuned:
-        folder, expected = stored(tuned, spec, tmp_path / "first"), logits_of(tuned.model)
+    spec, model = spec_of(method=method, rank=8, init_rank=12), load_model(small, "nf4")
+    with trained_model(model, spec, small.folder) as tuned:
+        folder, expected = store_adapter(tuned, spec, tmp_path / "first"), logits_of(tuned.model)
     again = spec.model_copy(update={"seed": 5})
     with attach_adapter(model, again, small.folder) as tuned:
         load_start_adapter(tuned, folder, again)
         torch.testing.assert_close(logits_of(tuned.model), expected, rtol=1e-5, atol=1e-5)
-        learn(tuned, again)
-        second, learned = stored(tuned, again, tmp_path / "second"), logits_of(tuned.model)
+        train_steps(tuned, again)
+        second, learned = store_adapter(tuned, again, tmp_path / "second"), logits_of(tuned.model)
     assert not torch.allclose(learned, expected, atol=1e-2)
-    torch.testing.assert_close(logits_by_peft(loaded(small, "nf4"), second), learned, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_by_peft(load_model(small, "nf4"), second), learned, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -185,9 +195,9 @@ def test_an_adapter_of_another_kind_is_refused(
     small: Base, tmp_path: Path, method: str, change: dict[str, Any]
 ) -> None:
     # Untrained, AdaLoRA's ranks would all be pruned away, and those of any job be enough for them.
-    spec, model = spec_of(method=method, steps=2), loaded(small, "nf4")
-    with trained(model, spec, small.folder) as tuned:
-        folder = stored(tuned, spec, tmp_path / "first")
+    spec, model = spec_of(method=method, steps=2), load_model(small, "nf4")
+    with trained_model(model, spec, small.folder) as tuned:
+        folder = store_adapter(tuned, spec, tmp_path / "first")
     other = {"lora": "dora", "loftq": "dora", "adalora": "dora"}.get(method, "lora")
     wanted = spec_of(**{"method": method} | change | ({"method": other} if "method" in change else {}))
     with (
@@ -200,8 +210,8 @@ def test_an_adapter_of_another_kind_is_refused(
 
 @pytest.mark.parametrize("config", [None, "{", "[]", '{"peft_type": "PREFIX_TUNING"}'])
 def test_a_folder_without_an_adapter_is_refused(small: Base, tmp_path: Path, config: str | None) -> None:
-    with trained(loaded(small), spec_of(steps=1), small.folder) as tuned:
-        folder = stored(tuned, spec_of(), tmp_path / "first")
+    with trained_model(load_model(small), spec_of(steps=1), small.folder) as tuned:
+        folder = store_adapter(tuned, spec_of(), tmp_path / "first")
         (folder / "adapter_config.json").unlink()
         if config is not None:
             (folder / "adapter_config.json").write_text(config)
@@ -214,8 +224,8 @@ def test_a_folder_without_an_adapter_is_refused(small: Base, tmp_path: Path, con
 def test_gradients_equal_those_of_peft(small: Base, method: str, rslora: bool) -> None:
     """Of weights in the middle of training, where DoRA's magnitudes differ from the norms."""
     spec = spec_of(method=method, rslora=rslora)
-    plain = get_peft_model(loaded(small), lora_config(spec))
-    with trained(loaded(small), spec, small.folder) as tuned:
+    plain = get_peft_model(load_model(small), lora_config(spec))
+    with trained_model(load_model(small), spec, small.folder) as tuned:
         theirs = {
             name.replace(".default", "").replace("vector.weight", "vector"): p for name, p in plain.named_parameters()
         }
@@ -233,7 +243,7 @@ def test_gradients_equal_those_of_peft(small: Base, method: str, rslora: bool) -
 
 def test_dora_computes_its_norms_after_every_step(small: Base) -> None:
     spec = spec_of(method="dora", steps=4)
-    with trained(loaded(small), spec, small.folder) as tuned:
+    with trained_model(load_model(small), spec, small.folder) as tuned:
         for name, layer in tuned.model.named_modules():
             if hasattr(layer, "magnitude"):
                 merged = layer.linear.weight + layer.scale * layer.b @ layer.a
@@ -243,7 +253,7 @@ def test_dora_computes_its_norms_after_every_step(small: Base) -> None:
 
 def test_dropout_is_off_by_default(small: Base) -> None:
     spec = spec_of(dropout=0.5)
-    with trained(loaded(small), spec, small.folder) as tuned:
+    with trained_model(load_model(small), spec, small.folder) as tuned:
         still = logits_of(tuned.model)
         assert torch.equal(logits_of(tuned.model), still)
         tuned.set_dropout(True)
@@ -254,10 +264,10 @@ def test_dropout_is_off_by_default(small: Base) -> None:
 
 def test_loraplus_has_a_learning_rate_for_b(small: Base) -> None:
     for method in ("lora", "dora", "pissa", "adalora"):
-        with attach_adapter(loaded(small), spec_of(method=method, loraplus_lr_ratio=16.0), small.folder) as tuned:
+        with attach_adapter(load_model(small), spec_of(method=method, loraplus_lr_ratio=16.0), small.folder) as tuned:
             parts = {name.split(".lora_")[1]: rate for name, rate in tuned.lr_factors.items()}
             assert parts["B.weight"] == 16.0 and "A.weight" not in parts
-    with attach_adapter(loaded(small), spec_of(), small.folder) as tuned:
+    with attach_adapter(load_model(small), spec_of(), small.folder) as tuned:
         assert not tuned.lr_factors
 
 
@@ -281,22 +291,24 @@ def test_other_model_families_train(tmp_path: Path, method: str, kind: str) -> N
                 parameter.normal_()
     model.save_pretrained(tmp_path / "base")
     base = Base("other", tmp_path / "base", "0" * 64, "", 128, "nf4" if method == "loftq" else "none")
-    model, spec = loaded(base, base.quantization), spec_of(method=method, targets=("all-linear",), steps=4)
-    with trained(model, spec, base.folder) as tuned:
-        folder, expected = stored(tuned, spec, tmp_path / "adapter"), logits_of(tuned.model)
-    torch.testing.assert_close(logits_by_peft(loaded(base, base.quantization), folder), expected, rtol=1e-4, atol=1e-4)
+    model, spec = load_model(base, base.quantization), spec_of(method=method, targets=("all-linear",), steps=4)
+    with trained_model(model, spec, base.folder) as tuned:
+        folder, expected = store_adapter(tuned, spec, tmp_path / "adapter"), logits_of(tuned.model)
+    torch.testing.assert_close(
+        logits_by_peft(load_model(base, base.quantization), folder), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_files_depend_on_the_weights_and_not_on_the_machine(small: Base, tmp_path: Path, method: str) -> None:
-    spec, model = spec_of(method=method, targets=("all-linear",), steps=3), loaded(small, "nf4")
+    spec, model = spec_of(method=method, targets=("all-linear",), steps=3), load_model(small, "nf4")
     folders = []
     for name in ("first", "second"):
-        with trained(model, spec, small.folder) as tuned:
-            folders.append(stored(tuned, spec, tmp_path / name))
+        with trained_model(model, spec, small.folder) as tuned:
+            folders.append(store_adapter(tuned, spec, tmp_path / name))
     for file in folders[0].iterdir():
         assert file.read_bytes() == (folders[1] / file.name).read_bytes()
     config = json.loads((folders[0] / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "small" and config["peft_type"] == "LORA"
     assert config["init_lora_weights"] is True and config["inference_mode"]
-    PeftModel.from_pretrained(loaded(small), folders[0])
+    PeftModel.from_pretrained(load_model(small), folders[0])

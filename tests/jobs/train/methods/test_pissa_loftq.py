@@ -15,14 +15,14 @@ from loramill.jobs.train.methods.peft_folder import lora_config, modules_of, ten
 from loramill.jobs.train.methods.pissa_loftq import A0, B0
 from loramill.models.catalog import Base
 
-from .method_training import learn, loaded, logits_of, loss_of, spec_of, tokens, trained
+from .method_training import load_model, logits_of, loss_of, spec_of, tokens, train_steps, trained_model
 
 
 def test_pissa_is_lora_on_the_base_without_its_initial_factors(small: Base) -> None:
     """The paper's form, by plain PEFT: the same loss and gradients, and the same logits after the same change."""
     spec = spec_of(method="pissa", targets=("q_proj", "up_proj"))
-    changed = loaded(small)
-    with attach_adapter(loaded(small), spec, small.folder) as tuned, torch.no_grad():
+    changed = load_model(small)
+    with attach_adapter(load_model(small), spec, small.folder) as tuned, torch.no_grad():
         for module in modules_of(tuned.weights):
             a, b = (tuned.state[tensor_name(module, part)] for part in (A0, B0))
             changed.get_submodule(module).weight.sub_(b @ a, alpha=1.5)
@@ -45,10 +45,10 @@ def test_pissa_is_lora_on_the_base_without_its_initial_factors(small: Base) -> N
 
 def test_weight_decay_does_not_change_the_frozen_half(small: Base) -> None:
     spec = spec_of(method="pissa", weight_decay=0.5)
-    with attach_adapter(loaded(small), spec, small.folder) as tuned:
+    with attach_adapter(load_model(small), spec, small.folder) as tuned:
         frozen = {name: tensor.clone() for name, tensor in tuned.state.items()}
         trainable = {name: weight.detach().clone() for name, weight in tuned.weights.items()}
-        learn(tuned, spec)
+        train_steps(tuned, spec)
         assert frozen and all(torch.equal(tensor, frozen[name]) for name, tensor in tuned.state.items())
         assert not any(torch.equal(weight, trainable[name]) for name, weight in tuned.weights.items())
 
@@ -56,7 +56,7 @@ def test_weight_decay_does_not_change_the_frozen_half(small: Base) -> None:
 @pytest.mark.parametrize("method", ["pissa", "loftq"])
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_initial_factors_are_nearly_the_best_approximation(small: Base, method: str, quantization: str) -> None:
-    model, originals = loaded(small, quantization), loaded(small)
+    model, originals = load_model(small, quantization), load_model(small)
     with attach_adapter(model, spec_of(method=method, rslora=True), small.folder) as tuned:
         for module in modules_of(tuned.weights):
             a, b = (tuned.weights[tensor_name(module, part)] for part in ("lora_A.weight", "lora_B.weight"))
@@ -68,28 +68,28 @@ def test_initial_factors_are_nearly_the_best_approximation(small: Base, method: 
 
 
 def test_loftq_changes_the_initial_factors_alone(small: Base) -> None:
-    with attach_adapter(loaded(small, "nf4"), spec_of(method="loftq"), small.folder) as tuned:
+    with attach_adapter(load_model(small, "nf4"), spec_of(method="loftq"), small.folder) as tuned:
         assert not tuned.state and not tuned.lr_factors
 
 
 def test_loftq_starts_as_lora_where_quantization_lost_nothing(small: Base) -> None:
     spec = spec_of(method="loftq", targets=("q_proj", "lm_head"), steps=2)
-    with trained(loaded(small, "nf4"), spec, small.folder) as tuned:
+    with trained_model(load_model(small, "nf4"), spec, small.folder) as tuned:
         assert all(weight.any() for name, weight in tuned.weights.items())
 
 
 def test_loftq_needs_a_quantized_base_and_its_files(small: Base, tmp_path: Path) -> None:
-    whole, spec = loaded(small, dtype=torch.bfloat16), spec_of(method="loftq")
+    whole, spec = load_model(small, dtype=torch.bfloat16), spec_of(method="loftq")
     with pytest.raises(AdapterInvalid, match="is not quantized") as refused, attach_adapter(whole, spec, small.folder):
         pass
     assert refused.value.param == "method"
-    with pytest.raises(BaseUnusable), attach_adapter(loaded(small, "nf4"), spec_of(method="loftq"), tmp_path):
+    with pytest.raises(BaseUnusable), attach_adapter(load_model(small, "nf4"), spec_of(method="loftq"), tmp_path):
         pass
 
 
 @pytest.mark.parametrize("method", ["pissa", "loftq"])
 def test_a_rank_above_the_number_of_singular_values_is_refused(small: Base, method: str) -> None:
-    model, spec = loaded(small, "int8"), spec_of(method=method, rank=33)
+    model, spec = load_model(small, "int8"), spec_of(method=method, rank=33)
     with (
         pytest.raises(AdapterInvalid, match=r"k_proj.* 32 singular values") as refused,
         attach_adapter(model, spec, small.folder),

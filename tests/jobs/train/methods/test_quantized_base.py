@@ -11,7 +11,7 @@ from loramill.jobs.train.methods.pissa_loftq import weight_of
 from loramill.models.catalog import Base
 
 from ....llama import tiny_llama, write_base
-from .method_training import loaded, logits_of, loss_of, spec_of, tokens
+from .method_training import load_model, logits_of, loss_of, spec_of, tokens
 
 
 @pytest.fixture(scope="module", params=[64, 80], ids=["whole blocks", "blocks across rows"])
@@ -31,9 +31,9 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa", "loftq"])
 def test_values_logits_and_gradients_equal_those_of_dense_weights(base: Base, method: str, dtype: torch.dtype) -> None:
     spec, results = spec_of(method=method, targets=("all-linear",)), []
-    dense = dict(loaded(base, "nf4", dtype).named_modules())
+    dense = dict(load_model(base, "nf4", dtype).named_modules())
     for packed in (False, True):
-        model = loaded(base, "nf4", dtype, packed=packed)
+        model = load_model(base, "nf4", dtype, packed=packed)
         linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
         assert len(linears) == (14 if packed else 0)
         for name, linear in linears.items():
@@ -50,5 +50,5 @@ def test_values_logits_and_gradients_equal_those_of_dense_weights(base: Base, me
 
 
 def test_int8_stays_dense(base: Base) -> None:
-    packed, dense = loaded(base, "int8", packed=True), loaded(base, "int8")
+    packed, dense = load_model(base, "int8", packed=True), load_model(base, "int8")
     assert all(map(torch.equal, packed.parameters(), dense.parameters()))

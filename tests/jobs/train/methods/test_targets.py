@@ -15,7 +15,7 @@ from loramill.jobs.train.methods.targets import TargetModule, find_target_module
 from loramill.models.catalog import Base
 from loramill.types import JobSpec
 
-from .method_training import loaded, spec_of
+from .method_training import load_model, spec_of
 
 
 def of_peft(model: PreTrainedModel, spec: JobSpec, found: list[TargetModule]) -> dict[str, tuple[int, float]]:
@@ -45,12 +45,12 @@ def test_targets_equal_those_of_peft(
 ) -> None:
     spec = spec_of(targets=targets, layers=layers, rslora=rslora)
     spec = spec.model_copy(update=patterns if "q_proj" not in targets else {"alpha_pattern": {"down_proj": 7.0}})
-    found = find_target_modules(loaded(small), spec)
-    assert {place.name: (place.rank, place.scale) for place in found} == of_peft(loaded(small), spec, found)
+    found = find_target_modules(load_model(small), spec)
+    assert {place.name: (place.rank, place.scale) for place in found} == of_peft(load_model(small), spec, found)
 
 
 def test_all_linear_leaves_the_head_alone(small: Base) -> None:
-    names = {place.name for place in find_target_modules(loaded(small), spec_of(targets=("all-linear",)))}
+    names = {place.name for place in find_target_modules(load_model(small), spec_of(targets=("all-linear",)))}
     assert len(names) == 3 * 7 and not any("lm_head" in name for name in names)
 
 
@@ -81,5 +81,5 @@ def test_a_layer_of_transposed_weights_is_a_linear_too() -> None:
 )
 def test_a_pattern_that_matches_nothing_is_named(small: Base, param: str, says: str, changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match=says) as refused:
-        find_target_modules(loaded(small), spec_of(**changes))
+        find_target_modules(load_model(small), spec_of(**changes))
     assert refused.value.param == f"loramill.{param}"
