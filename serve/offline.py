@@ -275,7 +275,7 @@ class PromptFile:
             yield from iter_rows(file)
 
     def _read(self, number: int, row: bytes) -> TextRequest:
-        """The request of a line; messages of errors say what is wrong, not where."""
+        """The request of a line. Raises DatasetInvalid with the position of the line."""
         try:
             if self._plain:
                 return build_request(
