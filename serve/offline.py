@@ -275,7 +275,7 @@ class PromptFile:
             yield from iter_rows(file)
 
     def _read(self, number: int, row: bytes) -> TextRequest:
-        """The request of a line. Raises DatasetInvalid with the position of the line."""
+        """The request of a line; error messages do not contain its position."""
         try:
             if self._plain:
                 return build_request(

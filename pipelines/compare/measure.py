@@ -54,7 +54,7 @@ def measure_task(task: Task, report: Report) -> ComparisonRow:
         case "prefix":
             return _transformers_only(bench, _prefix(bench), _prefix_cache)
         case "bottleneck":
-            return _transformers_only(bench, _bottleneck, lambda tuned: empty_cache)
+            return _transformers_only(bench, _bottleneck, lambda adapted: empty_cache)
         case _:
             return _adapter(bench)
 
@@ -73,17 +73,17 @@ def _adapter(bench: Workbench) -> ComparisonRow:
         export_adapter(bench.checkpoints, bench.data.spec, base=bench.data.base.name), bench.task.folder / "adapter"
     )
     with OfflineEngine(bench.data.base, Path, bench.engine) as engine:
-        tuned = EngineAnswerer(engine, str(folder))
+        adapted = EngineAnswerer(engine, str(folder))
         row = ComparisonRow(
             subject=bench.task.subject,
             training=_with_artifact(training, folder),
-            quality=bench.quality(tuned),
+            quality=bench.quality(adapted),
             notes=(DENSE_NOTE,) if bench.data.base.quantization == "nf4" and bench.task.device == "cpu" else (),
         )
         if not bench.task.serving:
             return row
         with OfflineEngine(_merge(bench, folder), Path, bench.engine) as other:
-            timed = bench.serving("engine", base=EngineAnswerer(engine), unmerged=tuned, merged=EngineAnswerer(other))
+            timed = bench.serving("engine", base=EngineAnswerer(engine), unmerged=adapted, merged=EngineAnswerer(other))
     return row.model_copy(update={"serving": timed})
 
 
@@ -99,17 +99,19 @@ def _full(bench: Workbench) -> ComparisonRow:
     folder.mkdir()
     result = export_full(bench.checkpoints, data.spec, base=data.base, folder=folder)
     with OfflineEngine(replace(data.base, folder=folder, fingerprint=""), Path, bench.engine) as engine:
-        tuned = EngineAnswerer(engine)
+        adapted = EngineAnswerer(engine)
         row = ComparisonRow(
             subject="full",
             training=_with_artifact(training.model_copy(update={"parameters": training.base_parameters}), folder),
-            quality=bench.quality(tuned),
+            quality=bench.quality(adapted),
             notes=(f"a LoRA of rank {data.spec.rank} would keep {result.report.energy_of_all:.0%} of the change.",),
         )
         if not task.serving:
             return row
         with OfflineEngine(data.base, Path, bench.engine) as other:
-            return row.model_copy(update={"serving": bench.serving("engine", base=EngineAnswerer(other), merged=tuned)})
+            return row.model_copy(
+                update={"serving": bench.serving("engine", base=EngineAnswerer(other), merged=adapted)}
+            )
 
 
 def _transformers_only(bench: Workbench, attach: Attach, cache: Callable[[AdaptedModel], MakeCache]) -> ComparisonRow:
@@ -118,11 +120,11 @@ def _transformers_only(bench: Workbench, attach: Attach, cache: Callable[[Adapte
     training = _train(bench, model, attach)
     weights = _trained_weights(bench)
     folder = _write_files({"adapter.safetensors": save(weights)}, bench.task.folder / "adapter")
-    with attach(model, bench.data.spec, bench.data.base.folder) as tuned:
+    with attach(model, bench.data.spec, bench.data.base.folder) as adapted:
         with torch.no_grad():
-            for name, weight in tuned.weights.items():
+            for name, weight in adapted.weights.items():
                 weight.copy_(weights[name])
-        after = TransformersAnswerer(model, bench.data.tokenizer, cache(tuned))
+        after = TransformersAnswerer(model, bench.data.tokenizer, cache(adapted))
         return ComparisonRow(
             subject=bench.task.subject,
             training=_with_artifact(training, folder),
@@ -142,9 +144,9 @@ def _prefix(bench: Workbench) -> Attach:
     return lambda model, spec, folder: prefix.attach_prefix(model, begin)
 
 
-def _prefix_cache(tuned: AdaptedModel) -> MakeCache:
-    assert isinstance(tuned.model, prefix.PrefixModel)
-    return tuned.model.cache
+def _prefix_cache(adapted: AdaptedModel) -> MakeCache:
+    assert isinstance(adapted.model, prefix.PrefixModel)
+    return adapted.model.cache
 
 
 def _train(bench: Workbench, model: PreTrainedModel, attach: Attach) -> Training:

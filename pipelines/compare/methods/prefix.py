@@ -21,9 +21,9 @@ from loramill.jobs.train.methods import AdaptedModel
 class PrefixModel(nn.Module):
     """A base with the prefix before each row, called like the base: PEFT's own forward does not take packed rows."""
 
-    def __init__(self, tuned: PeftModel, tokens: int) -> None:
+    def __init__(self, adapted: PeftModel, tokens: int) -> None:
         super().__init__()
-        self.tuned = tuned
+        self.adapted = adapted
         self.tokens = tokens
 
     def forward(self, position_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any) -> Any:
@@ -35,7 +35,7 @@ class PrefixModel(nn.Module):
             inputs: other arguments of the base.
         """
         prefix = attention_mask.new_zeros(*attention_mask.shape[:-1], self.tokens)
-        return self.tuned.get_base_model()(
+        return self.adapted.get_base_model()(
             position_ids=position_ids + self.tokens,
             attention_mask=torch.cat([prefix, attention_mask], dim=-1),
             past_key_values=self.cache(len(position_ids)),
@@ -44,20 +44,20 @@ class PrefixModel(nn.Module):
 
     def cache(self, rows: int) -> Cache:
         """The prefix as a KV cache of `rows` sequences."""
-        return self.tuned.get_prompt(batch_size=rows)
+        return self.adapted.get_prompt(batch_size=rows)
 
 
 @contextmanager
 def attach_prefix(model: PreTrainedModel, begin: Sequence[int]) -> Iterator[AdaptedModel]:
     """Attaches a prefix in fp32, initialized to the tokens `begin`; the context's end removes it."""
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    tuned = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(begin)))
+    adapted = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(begin)))
     with torch.no_grad():
         read = model(input_ids=torch.tensor([begin], device=model.device), use_cache=True)
-    initialize_kv_prefix_from_past_key_values(tuned, past_key_values=read.past_key_values)
-    weights = {name: parameter for name, parameter in tuned.named_parameters() if parameter.requires_grad}
+    initialize_kv_prefix_from_past_key_values(adapted, past_key_values=read.past_key_values)
+    weights = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     try:
-        yield AdaptedModel(model=PrefixModel(tuned, len(begin)), weights=weights, set_dropout=lambda on: None)
+        yield AdaptedModel(model=PrefixModel(adapted, len(begin)), weights=weights, set_dropout=lambda on: None)
     finally:
         for parameter, requires_grad in frozen:
             parameter.requires_grad_(requires_grad)
