@@ -72,9 +72,9 @@ def templates_by_name(value: object) -> dict[str, str]:
     """
     if isinstance(value, list):
         value = {entry["name"]: entry["template"] for entry in value}
-    given = value if isinstance(value, dict) else {"default": value} if value else {}
-    templates = {name: template for name, template in given.items() if isinstance(template, str)}
-    if len(templates) < len(given):
+    named = value if isinstance(value, dict) else {"default": value} if value else {}
+    templates = {name: template for name, template in named.items() if isinstance(template, str)}
+    if len(templates) < len(named):
         raise TypeError("a chat template is a text")
     return templates
 
@@ -120,10 +120,10 @@ class ChatTemplate:
         self._tokens = dict(tokens)
         self._default = compile_template(templates["default"])
         self._tool_use = compile_template(templates["tool_use"]) if "tool_use" in templates else self._default
-        lost = self.support.dropped & {"user", "assistant"}
-        if lost:
+        dropped = self.support.dropped & {"user", "assistant"}
+        if dropped:
             raise BaseUnusable(
-                f"the chat template drops the content of {' and '.join(sorted(lost))} messages, as a text and as a "
+                f"the chat template drops the content of {' and '.join(sorted(dropped))} messages, as a text and as a "
                 "list of parts. Correct the template, or remove it to serve completions only."
             )
 

@@ -192,19 +192,19 @@ def _message(value: object, before: Sequence[Message], where: str) -> Message:
     role = value.get("role")
     if not isinstance(role, str) or role not in _KEYS:
         raise LineError(f"{where}.role is {short_repr(role)}; use one of {', '.join(_KEYS)}.")
-    given = _drop_empty(value)
-    refuse_other_keys(given, ("role", *_KEYS[role]), where)
-    calls = _calls(given, where) if role == "assistant" else []
+    fields = _drop_empty(value)
+    refuse_other_keys(fields, ("role", *_KEYS[role]), where)
+    calls = _calls(fields, where) if role == "assistant" else []
     message: Message = {
         "role": "tool" if role == "function" else role,
-        "content": _content(given, where, empty=bool(calls) or role not in ("user", "assistant"), calls=bool(calls)),
+        "content": _content(fields, where, empty=bool(calls) or role not in ("user", "assistant"), calls=bool(calls)),
     }
-    if "name" in given:
-        message["name"] = read_text(given, "name", f"{where}.name")
+    if "name" in fields:
+        message["name"] = read_text(fields, "name", f"{where}.name")
     if calls:
         message["tool_calls"] = calls
     if role in ("tool", "function"):
-        message["tool_call_id"] = _answered_call_id(role, given, before, where)
+        message["tool_call_id"] = _answered_call_id(role, fields, before, where)
     return message
 
 
@@ -224,11 +224,11 @@ def _content(value: Mapping[str, Any], where: str, *, empty: bool, calls: bool) 
 
 def _part(part: object, field: str, kinds: Sequence[str]) -> str:
     """The text of a part of a content, whose type must be one of `kinds`."""
-    given = part.get("type") if isinstance(part, dict) else part
-    kind = next((kind for kind in kinds if kind == given), None)
+    kind_of_part = part.get("type") if isinstance(part, dict) else part
+    kind = next((kind for kind in kinds if kind == kind_of_part), None)
     if not isinstance(part, dict) or kind is None:
         raise LineError(
-            f'{field} is of the type {short_repr(given)}; only parts like {{"type": "text", "text": "..."}} '
+            f'{field} is of the type {short_repr(kind_of_part)}; only parts like {{"type": "text", "text": "..."}} '
             "can be trained on."
         )
     refuse_other_keys(_drop_empty(part), ("type", kind), field)
@@ -318,18 +318,18 @@ def _tool(value: object, where: str, *, bare: bool) -> Mapping[str, Any]:
     if not isinstance(function, dict):
         form = '{"name": "..."}' if bare else '{"type": "function", "function": {"name": "..."}}'
         raise LineError(f"{where} must be an object; write {form}.")
-    given = _drop_empty(function)
-    refuse_other_keys(given, ("name", "description", "parameters", "strict"), field)
-    _name(given, f"{field}.name")
-    if "description" in given:
-        read_text(given, "description", f"{field}.description", empty=True)
-    if not isinstance(given.get("parameters", {}), dict):
+    fields = _drop_empty(function)
+    refuse_other_keys(fields, ("name", "description", "parameters", "strict"), field)
+    _name(fields, f"{field}.name")
+    if "description" in fields:
+        read_text(fields, "description", f"{field}.description", empty=True)
+    if not isinstance(fields.get("parameters", {}), dict):
         raise LineError(
-            f"{field}.parameters is {short_repr(given['parameters'])}; it must be a JSON schema, an object."
+            f"{field}.parameters is {short_repr(fields['parameters'])}; it must be a JSON schema, an object."
         )
-    if not isinstance(given.get("strict", False), bool):
-        raise LineError(f"{field}.strict is {short_repr(given['strict'])}; it must be true or false.")
-    return template_tool(given)
+    if not isinstance(fields.get("strict", False), bool):
+        raise LineError(f"{field}.strict is {short_repr(fields['strict'])}; it must be true or false.")
+    return template_tool(fields)
 
 
 def _name(value: Mapping[str, Any], field: str) -> str:

@@ -1,7 +1,7 @@
 """Finding a base model: built in, in a local Hugging Face folder, or on a hub.
 
-Nothing here imports torch or transformers until weights are converted or loaded: the CLI and the gateway
-look a base up at every start.
+Nothing here imports torch or transformers until weights are converted or loaded, since the CLI and the gateway look a
+base up at every start.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from loramill.kernels.peft_folder import BaseModules
     from loramill.kernels.quantization import Quantization
 
-#: Architectures that the engine has a fast decoder for; the last two differ from the first in q/k/v biases and in q/k
-#: norms. Other causal language models of transformers are served through transformers.
+#: Architectures with a decoder of our own; the last two differ from the first in q/k/v biases and in q/k norms. Other
+#: causal language models are served through transformers.
 NATIVE_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 
-#: Keys of config.json that reach no further than the attention's windows, which `fingerprint` takes for unused.
+#: Keys of config.json that only affect attention windows, which `fingerprint` regards as unused.
 _WINDOWS = ("layer_types", "max_window_layers", "sliding_window", "sliding_window_pattern", "use_sliding_window")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -41,15 +41,15 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A frozen model that adapters are trained on and served over.
+    """A frozen model on which adapters are trained and served.
 
     Attributes:
-        name: its name on the wire, without a slash.
+        name: the name in the API, without a slash.
         folder: Hugging Face folder with config.json, safetensors and tokenizer.
-        fingerprint: sha256 (hex) of configuration, weights and quantization; equal wherever the folder lies.
-        architecture: one of `SERVED`, or another causal language model of transformers.
-        context_length: tokens of prompt and answer together.
-        quantization: of the layers' linears, when the weights are loaded.
+        fingerprint: sha256 (hex) of configuration, weights and quantization; independent of the folder.
+        architecture: one of `NATIVE_ARCHITECTURES`, or another causal language model of transformers.
+        context_length: maximum tokens of prompt and answer together.
+        quantization: quantization of the layers' linears, applied when the weights are loaded.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Base:
 
     @property
     def source(self) -> str:
-        """What `from_pretrained` takes: its id if it came from a hub, else the absolute folder."""
+        """The argument for `from_pretrained`: the hub id of a downloaded base, otherwise the absolute folder."""
         if self.name == smollm2.NAME:
             return smollm2.HUB_ID
         # The hub's cache has folders named models--owner--name.
@@ -71,17 +71,17 @@ class Base:
 
 
 def find_base(name: str, cache: Path, quantization: Quantization = "none") -> Base:
-    """Finds, checks and identifies a base; what is costly is done once and kept under `cache`.
+    """Finds, checks and identifies a base; results of costly work are cached under `cache`.
 
     Args:
-        name: "smollm2-135m", a local Hugging Face folder, or a hub id such as "Qwen/Qwen3-0.6B". A hub id that was
-            downloaded before is not asked for again, so that a base doesn't change under its adapters.
+        name: "smollm2-135m", a local Hugging Face folder, or a hub id such as "Qwen/Qwen3-0.6B". A model that was
+            downloaded before is not downloaded again, so that a base doesn't change under its adapters.
         cache: folder for converted weights and known hashes; it may be deleted at any time.
-        quantization: of its linears when it is loaded, to serve or to train on: a base in fewer bits is another base.
+        quantization: quantization of its linears for serving and training; a base in fewer bits is another base.
 
     Raises:
-        BaseUnusable: it can't be found, read or served; the message says how to mend it.
-        DiskFull: no room for the conversion or the download.
+        BaseUnusable: it can't be found, read or served; the message names the fix.
+        DiskFull: the disk has no room for the conversion or the download.
     """
     try:
         if name == smollm2.NAME:
@@ -103,13 +103,13 @@ def find_base(name: str, cache: Path, quantization: Quantization = "none") -> Ba
 
 
 def load_for_training(base: Base, dtype: torch.dtype, *, packed: bool = False) -> PreTrainedModel:
-    """The base as a transformers model on the CPU, in `dtype`, frozen and in eval mode.
+    """Loads a base as a transformers model on the CPU, in `dtype`, frozen and in eval mode.
 
-    Of a quantized base the linears hold the very values that the engine serves with, in `dtype`.
+    The linears of a quantized base have exactly the values that the engine serves with, in `dtype`.
 
     Args:
         packed: keep NF4 in four bits, as bitsandbytes' Linear4bit with doubly quantized scales (QLoRA), which computes
-            with the same values. For a GPU: on a CPU unpacking takes several times as long as multiplying.
+            with the same values. For a GPU; on a CPU, unpacking takes several times as long as multiplying.
 
     Raises:
         BaseUnusable: the weights don't fit the configuration or can't be read.
@@ -138,7 +138,7 @@ def load_for_training(base: Base, dtype: torch.dtype, *, packed: bool = False) -
 
 
 def base_modules(base: Base) -> BaseModules:
-    """The modules of a base that adapters may target; weights are read from its files only when they are needed.
+    """The modules of a base that adapters may target; weights are read from its files when they are needed.
 
     Raises:
         BaseUnusable: transformers can't build it.
@@ -163,7 +163,7 @@ def base_modules(base: Base) -> BaseModules:
 
 
 def _read_weight(base: Base, name: str) -> torch.Tensor | None:
-    """A module's weight, or its bias by `<module>.bias`, from the base's files; None if they do not have it."""
+    """A module's weight, or its bias by `<module>.bias`, from the base's files; None if they don't contain it."""
     from safetensors import safe_open
 
     tensor = name if name.endswith(".bias") else f"{name}.weight"
@@ -177,11 +177,11 @@ def _read_weight(base: Base, name: str) -> torch.Tensor | None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps the progress bars and the advice of transformers out of a terminal; errors still show."""
+    """Hides the progress bars and warnings of transformers; errors are still shown."""
     from torch import cuda
     from transformers.utils import logging
 
-    if not cuda.is_available():  # transformers imports DeepSpeed, which would say so to stdout
+    if not cuda.is_available():  # transformers imports DeepSpeed, which would report that on stdout
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -195,7 +195,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _identify(name: str, folder: Path, cache: Path, quantization: Quantization) -> Base:
-    """Checks a Hugging Face folder and gives it its identity."""
+    """Checks a Hugging Face folder and computes its identity."""
     config = _read_config(folder)
     architecture = _check_architecture(config, folder)
     context = context_length(config)
@@ -220,34 +220,34 @@ def _identify(name: str, folder: Path, cache: Path, quantization: Quantization) 
 def _read_config(folder: Path) -> Mapping[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise BaseUnusable(f"{folder} has no config.json: it is no Hugging Face model folder.")
+        raise BaseUnusable(f"{folder} has no config.json: it is not a Hugging Face model folder.")
     try:
         config = json.loads(path.read_bytes())
     except ValueError as error:
         raise BaseUnusable(f"{path} is not JSON: {error}. Copy or download the folder again.") from error
     if not isinstance(config, dict):
-        raise BaseUnusable(f"{path} holds no JSON object. Copy or download the folder again.")
+        raise BaseUnusable(f"{path} does not contain a JSON object. Copy or download the folder again.")
     return config
 
 
 def _check_architecture(config: Mapping[str, Any], folder: Path) -> str:
-    """The architecture, if it is one that the engine may serve."""
+    """The architecture, if it can be served."""
     architecture = next(iter(config.get("architectures") or ()), None)
     if not str(architecture).endswith(_CAUSAL):
         raise BaseUnusable(
-            f"{folder} is a {architecture or 'nameless model'}; served are causal language models: "
+            f"{folder} is a {architecture or 'model without architecture'}; causal language models can be served: "
             f"{', '.join(NATIVE_ARCHITECTURES)}, and others of transformers."
         )
     if config.get("quantization_config"):
-        raise BaseUnusable(f"{folder} holds quantized weights; give the model's original folder.")
+        raise BaseUnusable(f"{folder} contains quantized weights; give the model's original folder.")
     return str(architecture)
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
-    """The tokens that a base of this config.json sees; None if it doesn't say.
+    """The context length of a base with this config.json, in tokens; None if the config has none.
 
-    Of a longrope only those that it was first trained on: beyond, all frequencies change with the longest sequence of a
-    batch, and a sequence's keys would depend on its neighbors.
+    With longrope, only the length of the original training counts: beyond it, all frequencies change with the longest
+    sequence of a batch, and the keys of a sequence would depend on the other sequences.
     """
     context = config.get("max_position_embeddings") or config.get("n_positions")
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -257,8 +257,8 @@ def context_length(config: Mapping[str, Any]) -> int | None:
 
 
 def _identity(config: Mapping[str, Any], architecture: str) -> Mapping[str, Any]:
-    """The config for a fingerprint: with the windows where they are in use, and with what is switched off by false
-    where another family's default may be true."""
+    """The config for a fingerprint: with windows that are in use, and with the keys that are false where the default of
+    another family may be true."""
     if architecture in NATIVE_ARCHITECTURES:
         return (
             {**config, "windows": {key: config.get(key) for key in _WINDOWS}}
@@ -270,7 +270,7 @@ def _identity(config: Mapping[str, Any], architecture: str) -> Mapping[str, Any]
 
 
 def _uses_sliding_window(config: Mapping[str, Any]) -> bool:
-    """Whether a sliding window may be shorter than the context, and is switched on."""
+    """Whether a sliding window is enabled that may be shorter than the context."""
     mistral = config["architectures"][0] == "MistralForCausalLM"
     if not mistral and (not config["architectures"][0].startswith("Qwen") or not config.get("use_sliding_window")):
         return False
@@ -279,9 +279,9 @@ def _uses_sliding_window(config: Mapping[str, Any]) -> bool:
 
 
 def _from_hub(repo: str, cache: Path, quantization: Quantization) -> Base:
-    """Takes a hub's model from where it was downloaded before, or downloads it."""
+    """A hub's model from an earlier download, or downloads it."""
     name = repo.rpartition("/")[2]
     if (folder := hub.cached_snapshot(repo, _HUB_FILES)) is not None:
-        with suppress(BaseUnusable):  # an interrupted download, which the one below completes
+        with suppress(BaseUnusable):  # an interrupted download, which is completed below
             return _identify(name, folder, cache, quantization)
     return _identify(name, hub.download_snapshot(repo, _HUB_FILES), cache, quantization)

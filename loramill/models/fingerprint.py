@@ -1,6 +1,6 @@
-"""A base's identity: a hash of its configuration's mathematics, of its weights, and of how they are quantized.
+"""The identity of a base: a hash of its weights, their quantization, and the part of its configuration that matters.
 
-The same weights have the same fingerprint in every folder, in any number of files, and after being saved again.
+The same weights have the same fingerprint in every folder, in any number of files, and after they were saved again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from loramill.storage.safetensors_header import TensorEntry, read_header
 
 _CHUNK = 1 << 22
 
-#: Keys of config.json that leave the forward pass as it is; every key that isn't listed counts. Sliding windows are
-#: here because most configs have one that isn't in use; where it is, `bases` adds it under another key.
+#: Keys of config.json that don't change the forward pass; every key that is not listed counts. Sliding windows are
+#: listed because most configs have one that is not in use; if it is, `catalog` adds it under another key.
 _IGNORED_KEYS = {
     "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range", "layer_types",
     "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
@@ -32,9 +32,9 @@ def fingerprint(config: Mapping[str, Any], weights: str, quantization: str) -> s
     """The sha256 (hex) of a base.
 
     Args:
-        config: config.json as read.
-        weights: what `weights_hash` returned.
-        quantization: how the base is quantized when it is loaded; "none" if it isn't.
+        config: the content of config.json.
+        weights: the result of `weights_hash`.
+        quantization: the quantization of the base when it is loaded, or "none".
     """
     parts = {"config": relevant_config(config), "weights": weights, "quantization": quantization}
     return hashlib.sha256(_canonical(parts)).hexdigest()
@@ -46,28 +46,28 @@ def relevant_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Absent, null and false mean the same in the served families, so null and false are left out. The rotary
     embedding, which each version of transformers writes in another form, becomes one `rope`.
     """
-    kept = {
+    relevant = {
         key: value
         for key, value in config.items()
         if value is not None and value is not False and key not in _IGNORED_KEYS and not key.startswith("_")
     }
-    rope = {"rope_theta": kept.pop("rope_theta", 10000.0)}
-    rope |= kept.pop("rope_scaling", {}) | kept.pop("rope_parameters", {})
+    rope = {"rope_theta": relevant.pop("rope_theta", 10000.0)}
+    rope |= relevant.pop("rope_scaling", {}) | relevant.pop("rope_parameters", {})
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-    heads = kept.get("num_attention_heads", 1)
+    heads = relevant.get("num_attention_heads", 1)
     defaults = {
         "hidden_act": "silu",
         "num_key_value_heads": heads,
-        "head_dim": kept.get("hidden_size", 0) // heads,
+        "head_dim": relevant.get("hidden_size", 0) // heads,
     }
-    return defaults | kept | {"rope": rope}
+    return defaults | relevant | {"rope": rope}
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a Hugging Face folder: `model.safetensors`, or those its index lists.
 
     Raises:
-        BaseUnusable: there are none, or one that the index lists is missing.
+        BaseUnusable: there are none, or a file of the index is missing.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -91,11 +91,11 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 def weights_hash(files: Sequence[Path], cache: Path) -> str:
     """The sha256 (hex) over all tensors: names, types, shapes and bytes, in order of name.
 
-    The result is kept under `cache` by the files' real paths, sizes and modification times, so that only the first
+    The result is cached under `cache` by the files' real paths, sizes and modification times, so that only the first
     call reads the weights (about 1 GB/s).
 
     Raises:
-        BaseUnusable: a file is no safetensors file, or is cut short.
+        BaseUnusable: a file is not a safetensors file, or is truncated.
         OSError: a file can't be read, or the cache can't be written.
     """
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

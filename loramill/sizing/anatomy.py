@@ -1,7 +1,7 @@
-"""What a base is made of, from its config.json alone: no weights are read.
+"""The dimensions of a base, from its config.json alone; no weights are read.
 
-The families that loramill decodes itself are computed from their numbers; other architectures are built by
-transformers on torch's meta device, which costs a second and no memory.
+They are computed from the numbers of the config for native architectures; others are built by transformers on torch's
+meta device, which takes a second and no memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LLAMAS = {
 
 @dataclass(frozen=True, slots=True)
 class LinearShape:
-    """A linear of a layer: its full name, as `model.layers.0.self_attn.q_proj`, and its dimensions."""
+    """A linear of a layer: its full name, such as `model.layers.0.self_attn.q_proj`, and its dimensions."""
 
     name: str
     layer: int
@@ -48,26 +48,28 @@ class LinearShape:
 
     @property
     def suffix(self) -> str:
-        """The name that targets know it by."""
+        """The last part of the name, by which targets name it."""
         return self.name.rpartition(".")[2]
 
     @property
     def weights(self) -> int:
-        """Without a bias."""
+        """Number of weights without a bias."""
         return self.d_in * self.d_out
 
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """The numbers of a base that memory depends on.
+    """The numbers of a base that determine its memory.
 
     Attributes:
-        architecture: as config.json names it.
-        layers: how many; `linears` are theirs.
+        architecture: the name in config.json.
+        layers: number of layers.
         hidden, intermediate, heads, kv_heads, head_dim, vocabulary: as in config.json.
-        embedding: weights of the embedding and, if it isn't tied to that, of the head.
-        rest: all other weights: norms, biases.
-        llama: whether the layers are like Llama's (RMS norms, rotary positions, a gated MLP).
+        context: maximum number of tokens.
+        linears: the linears of all layers.
+        embedding_weights: weights of the embedding and, if it is not tied to that, of the head.
+        other_weights: all other weights: norms and biases.
+        llama_like: whether the layers are like Llama's (RMS norms, rotary positions, a gated MLP).
     """
 
     architecture: str
@@ -86,7 +88,7 @@ class Anatomy:
 
     @property
     def parameters(self) -> int:
-        """All weights."""
+        """Number of all weights."""
         return sum(linear.weights for linear in self.linears) + self.embedding_weights + self.other_weights
 
 
@@ -94,13 +96,13 @@ def anatomy(config: Mapping[str, Any]) -> Anatomy:
     """The anatomy of a base with this config.json.
 
     Raises:
-        BaseUnusable: a number is missing, or transformers knows no such model.
+        BaseUnusable: a number is missing, or transformers does not have such a model.
     """
     return _anatomy(json.dumps(config, sort_keys=True, default=str))
 
 
 def linears(config: Mapping[str, Any]) -> tuple[LinearShape, ...]:
-    """The linears of the layers, in the order of the model; the head is none of them.
+    """The linears of the layers, in the order of the model; the head is not among them.
 
     Raises:
         BaseUnusable: as `anatomy`.
@@ -112,7 +114,7 @@ def read_config(name: str) -> dict[str, Any]:
     """The config of a local folder or config.json, or of a Llama of a size such as "65B".
 
     Raises:
-        InvalidRequest: it is none of them.
+        InvalidRequest: it is neither.
         BaseUnusable: the file can't be read.
     """
     path = Path(name).expanduser()
@@ -123,7 +125,7 @@ def read_config(name: str) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise BaseUnusable(f"{file} can't be read as a model's config: {error}.") from error
         if not isinstance(config, dict):
-            raise BaseUnusable(f"{file} holds no JSON object: give a Hugging Face config.json.")
+            raise BaseUnusable(f"{file} does not contain a JSON object: give a Hugging Face config.json.")
         return config
     if size := _BILLIONS.fullmatch(name):
         return llama_of(float(size[1]) / (1 if size[2] in "bB" else 1000))
@@ -134,11 +136,11 @@ def read_config(name: str) -> dict[str, Any]:
 
 
 def find_config(name: str, cache: Path) -> dict[str, Any]:
-    """The config of what `read_config` reads, of the built-in base, or of a hub id; no weights are downloaded.
+    """The config of anything that `read_config` reads, of the built-in base, or of a hub id; downloads no weights.
 
     Raises:
-        InvalidRequest: it is none of them.
-        BaseUnusable: the file can't be read, or the hub not reached.
+        InvalidRequest: it is neither.
+        BaseUnusable: the file can't be read, or the hub can't be reached.
     """
     if name == smollm2.NAME:
         return read_config(str(smollm2.ensure_converted(cache)))
@@ -148,10 +150,10 @@ def find_config(name: str, cache: Path) -> dict[str, Any]:
 
 
 def llama_of(billions: float) -> dict[str, Any]:
-    """The config of the Llama of this size; if there is none, of one with Llama 1's proportions.
+    """The config of the Llama of this size; if there is none, of a model with the proportions of Llama 1.
 
-    Those are heads of 128, a width of 128 times the layers, an MLP of 8/3 of the width, 32,000 words, and no sharing of
-    keys and values, which asks for more memory than sharing them.
+    These are heads of 128, a width of 128 times the layers, an MLP of 8/3 of the width, a vocabulary of 32,000, and no
+    sharing of keys and values, which takes more memory than sharing them.
     """
     if (published := _LLAMAS.get(int(billions))) and billions == int(billions):
         return _llama(*published)
@@ -186,17 +188,17 @@ def _llama(
 @lru_cache(maxsize=1024)
 def _anatomy(text: str) -> Anatomy:
     config = json.loads(text)
-    architecture = str(next(iter(config.get("architectures") or ()), "a nameless model"))
+    architecture = str(next(iter(config.get("architectures") or ()), "a model without an architecture"))
     if architecture not in NATIVE_ARCHITECTURES:
         return _transformers_anatomy(config, architecture)
     try:
         return _native_anatomy(config, architecture)
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise BaseUnusable(f"The base's config.json lacks {error} or holds no number there; correct it.") from error
+        raise BaseUnusable(f"The base's config.json lacks {error}, or has no number there; correct it.") from error
 
 
 def _native_anatomy(config: Mapping[str, Any], architecture: str) -> Anatomy:
-    """Of Llama, Mistral, Qwen2 and Qwen3, by their numbers."""
+    """The anatomy of Llama, Mistral, Qwen2 and Qwen3, computed from the numbers of the config."""
     hidden, intermediate = int(config["hidden_size"]), int(config["intermediate_size"])
     layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
     kv_heads, head_dim = int(config.get("num_key_value_heads") or heads), int(config.get("head_dim") or hidden // heads)
@@ -238,7 +240,7 @@ def _native_anatomy(config: Mapping[str, Any], architecture: str) -> Anatomy:
 
 
 def _transformers_anatomy(config: Mapping[str, Any], architecture: str) -> Anatomy:
-    """Of any other causal language model of transformers, by looking at it without weights."""
+    """The anatomy of any other causal language model of transformers, built without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

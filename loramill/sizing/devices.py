@@ -1,4 +1,4 @@
-"""How much memory a device has: by its size, or by a GPU's name."""
+"""The memory of a device, by its size or by the name of a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from loramill.errors import InvalidRequest
 
-#: GiB that a program finds on a GPU of this name.
+#: GiB that a program can use, by the name of the GPU.
 GPU_GIB = {
     "t4": 14.5, "l4": 22.0, "a10": 22.0, "a10g": 22.0, "3090": 23.5, "4090": 23.5, "5090": 31.3, "v100": 31.7,
     "a100-40": 39.4, "l40s": 44.3, "a6000": 47.4, "a100": 79.1, "h100": 79.1, "h200": 139.7, "b200": 178.0,
@@ -14,12 +14,12 @@ GPU_GIB = {
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib|mb|mib)?", re.IGNORECASE)
 _UNITS = {"gb": 2**30, "gib": 2**30, "mb": 2**20, "mib": 2**20}
-#: Of the size in a GPU's name, what its driver leaves to a program.
+#: Fraction of the size of a GPU that its driver leaves to a program.
 _USABLE = 0.98
 
 
 def gpu_bytes(text: str) -> int:
-    """Bytes of a GPU as people name it: "24GB", "h100". A GPU's GB are GiB, less what its driver keeps.
+    """Bytes that a program can use on a GPU such as "24GB" or "h100"; the GB of a GPU are GiB.
 
     Raises:
         InvalidRequest: it is neither.
@@ -33,9 +33,9 @@ def memory_bytes(text: str, hint: str = "for instance 16GB", param: str = "cpu")
     """Bytes of a size such as "16GB" (GiB).
 
     Raises:
-        InvalidRequest: it is none.
+        InvalidRequest: it is not a size.
     """
     size = _SIZE.fullmatch(text.strip())
     if size is None:
-        raise InvalidRequest(f"'{text}' is no size of memory; give one such as 24GB, {hint}.", param=param)
+        raise InvalidRequest(f"'{text}' is not a size of memory; give one such as 24GB, {hint}.", param=param)
     return round(float(size[1]) * _UNITS[(size[2] or "gb").lower()])

@@ -1,4 +1,4 @@
-"""The bytes of full fine-tuning by DeepSpeed's ZeRO (Rajbhandari et al. 2020) and ZeRO-Offload (Ren et al. 2021)."""
+"""The memory of full fine-tuning by DeepSpeed's ZeRO (Rajbhandari et al. 2020) and ZeRO-Offload (Ren et al. 2021)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from loramill.sizing.memory import (
 from loramill.sizing.targets import TrainedElements
 from loramill.types import JobSpec
 
-#: Bytes a weight: in bf16, its gradient in fp32, and AdamW's copy and two moments in fp32.
+#: Bytes per weight: in bf16, its gradient in fp32, and AdamW's copy and two moments in fp32.
 _WEIGHT, _GRADIENT, _OPTIMIZER = 2, 4, 12
-#: Weights whose gradients are on their way together, and those of stage 3 that are on the device at once.
+#: Number of weights whose gradients are transferred together, and of weights on the device at once in stage 3.
 _BUCKET, _LIVE = 50_000_000, 1_000_000_000
 
 
@@ -52,7 +52,7 @@ def estimate_full(spec: JobSpec, base: Anatomy, row: MemoryRow, device: Device) 
 
 
 def _everything(base: Anatomy, device: Device) -> TrainedElements:
-    """All weights: each linear keeps its input, each norm its output, and on a CPU its input in fp32."""
+    """All weights: each linear saves its input, each norm its output and, on a CPU, its input in fp32."""
     kept = (2 + 2 + 2 * (device == "cpu")) * base.hidden + base.intermediate
     return TrainedElements(
         weights=base.parameters,

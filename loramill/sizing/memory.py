@@ -1,8 +1,8 @@
-"""The bytes that a job needs at its peak, item by item.
+"""The peak memory of a job, item by item.
 
-What is counted are the tensors that are alive then: those that a forward pass keeps for its backward pass, as
-transformers' layers and `jobs.methods.layers` make them, and beside them the largest that come and go. h, i, q and kv
-are the widths of a layer, T the tokens of a pass, r a rank, b the bytes of the base's dtype.
+It is the sum of the tensors that are alive at the peak: those that a forward pass saves for its backward pass, as the
+layers of transformers and of `jobs.train.methods.layers` do, and the largest temporary ones. h, i, q and kv are the
+widths of a layer, T the tokens of a pass, r a rank, b the bytes of the base's dtype.
 """
 
 from __future__ import annotations
@@ -21,32 +21,33 @@ Device = Literal["cpu", "cuda"]
 #: (Dettmers et al. 2023, QLoRA, section 3, double quantization).
 NF4_BYTES = 4 / 8 + 1 / 64 + 4 / (64 * 256)
 
-#: What a process with torch and transformers takes before it has a tensor, and after its first step.
+#: Memory of a process with torch and transformers, without tensors, after its first step.
 _PROCESS = 580 * 10**6
-#: The CUDA context with its libraries, and cuBLAS's workspace, which torch counts among the tensors.
+#: The CUDA context with its libraries; and cuBLAS's workspace, which torch counts as a tensor.
 _CONTEXT, _CUBLAS = 700 * 2**20, 32 * 2**20
 
-#: What glibc's malloc can't reuse, with its own thresholds, which grow to 32 MiB: what comes and goes in a layer leaves
-#: holes between what stays. As measured by `loramill-bench train`: parts of the activations, and times a layer's.
+#: Memory that glibc's malloc can't reuse with its default thresholds, which grow to 32 MiB: temporary tensors of a
+#: layer leave holes between those that stay. Measured by `loramill-bench train`: a fraction of all activations, and a
+#: multiple of a layer's.
 _FRAGMENTED_ACTIVATIONS, _FRAGMENTED_LAYERS = 0.18, 4
 
-#: Copies that safetensors makes of a checkpoint: of each tensor, of all in Rust, and of that in Python.
+#: Copies of a checkpoint that safetensors makes: each tensor, all of them in Rust, and those in Python.
 _COPIES = 3
 
-#: Up to this many tokens, training on a CPU attends by plain matrix products.
+#: Maximum tokens for which training on a CPU computes attention by plain matrix products.
 EAGER_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryRow:
-    """The largest forward pass of a step.
+    """The dimensions of the largest forward pass of a step.
 
     Attributes:
-        tokens: of all its examples, padding included.
-        width: of these, how many attend to one another.
-        learnt: how many have a loss and so need logits.
-        step: tokens of all examples of a step.
-        eager: whether a CPU attends by plain matrix products and so keeps the scores.
+        tokens: tokens of all examples of the pass, padding included.
+        width: number of tokens that attend to one another.
+        supervised_tokens: tokens with a loss, which need logits.
+        step_tokens: tokens of all examples of a step.
+        eager: whether a CPU computes attention by plain matrix products, and so saves the scores.
     """
 
     tokens: int
@@ -58,7 +59,7 @@ class MemoryRow:
 
 @dataclass(frozen=True, slots=True)
 class MemoryItem:
-    """A part of what a job needs."""
+    """A part of the memory of a job."""
 
     name: str
     bytes: int
@@ -67,37 +68,38 @@ class MemoryItem:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """What a job needs at its peak; `host` is what DeepSpeed moves out of the GPU's memory."""
+    """The peak memory of a job; `host_bytes` is memory that DeepSpeed moves from the GPU to the host."""
 
     items: tuple[MemoryItem, ...]
     host_bytes: int = 0
 
     @property
     def bytes(self) -> int:
-        """All of it."""
+        """The sum of all items."""
         return sum(item.bytes for item in self.items)
 
     @property
     def tensors(self) -> int:
-        """Those of torch alone: on a GPU what torch.cuda.max_memory_allocated tells."""
+        """Bytes of torch's tensors: on a GPU, the value of torch.cuda.max_memory_allocated."""
         return sum(item.bytes for item in self.items if item.name not in ("framework", "fragments"))
 
 
 def largest_row(
     spec: JobSpec, lengths: Sequence[int], supervised_fraction: float = 1.0, *, shared_prefixes: bool = True
 ) -> MemoryRow:
-    """The largest row that a step may have.
+    """The largest forward pass that a step may have.
 
     Args:
-        spec: its micro_tokens, batch_size, packing and max_length count.
-        lengths: tokens of the examples; nothing is longer than max_length.
-        learnt: the largest share of a row's tokens that have a loss.
-        alike: whether examples may begin with the same tokens, which a packed row has once, and so holds more of them.
+        spec: the job; its micro_tokens, batch_size, packing and max_length matter.
+        lengths: tokens of the examples, at most max_length each.
+        supervised_fraction: the largest fraction of a row's tokens with a loss.
+        shared_prefixes: whether examples may begin with the same tokens, which a packed row contains once, so that it
+            has room for more examples.
     """
     cut = sorted((min(length, spec.max_length) for length in lengths), reverse=True) or [spec.max_length]
     longest, shortest = cut[0], cut[-1]
-    step = sum(cut[place % len(cut)] for place in range(spec.batch_size))
-    # A packed row is closed once it has its tokens, so the last example may stand out by all but one.
+    step = sum(cut[index % len(cut)] for index in range(spec.batch_size))
+    # A packed row is complete once it has its tokens, so all but one token of the last example may exceed them.
     tokens = spec.micro_tokens + longest - 1 if spec.packing else max(spec.micro_tokens, longest)
     if longest == shortest and not shared_prefixes:
         tokens -= tokens % longest
@@ -120,10 +122,10 @@ def estimate(
     dtype_bytes: int = 2,
     trained: TrainedElements | None = None,
 ) -> MemoryEstimate:
-    """What a job of any method but "full" needs on its device.
+    """The memory of a job of any method but "full" on its device.
 
     Args:
-        tuned: `tuning(spec, base)`, where it is known already.
+        trained: the result of `trained_elements(spec, base)`, if it is known.
 
     Raises:
         InvalidRequest: a target, layer or pattern matches nothing.
@@ -147,7 +149,7 @@ def estimate(
         ],
         checkpoint_bytes=(12 + 4 * trained.extra_state) * trained.weights + 4 * trained.frozen,
         layer_bytes=one_layer(base, trained, row, device, dtype_bytes),
-        # A base in another dtype than its file's went through memory in that.
+        # A base was loaded in the dtype of its file before it was converted to another.
         hole_bytes=2 * base.parameters if dtype_bytes == 4 else 0,
     )
 
@@ -161,12 +163,15 @@ def total(
     layer_bytes: int,
     hole_bytes: int = 0,
 ) -> MemoryEstimate:
-    """What is kept all the time, and what a pass or, on a CPU, the writing of a checkpoint needs besides.
+    """The memory of a job: resident items, those of a pass and, on a CPU, those of writing a checkpoint.
 
     Args:
-        written: bytes of a checkpoint.
-        layer: bytes of a layer's activations.
-        holes: bytes that were freed when the base had been loaded.
+        device: the kind of device.
+        resident: items that stay for the whole job.
+        transient: items of a pass.
+        checkpoint_bytes: size of a checkpoint.
+        layer_bytes: activations of one layer.
+        hole_bytes: memory that was freed when the base was loaded.
     """
     items = [framework(device), *resident, *transient]
     if device == "cpu":
@@ -181,16 +186,16 @@ def total(
 
 
 def framework(device: Device) -> MemoryItem:
-    """What is there before any tensor."""
+    """The memory of the process before it has tensors."""
     if device == "cpu":
         return MemoryItem("framework", _PROCESS, "the process with its libraries")
     return MemoryItem("framework", _CONTEXT, "the CUDA context with its libraries")
 
 
 def base_bytes(base: Anatomy, quantization: Quantization, device: Device, dtype_bytes: int = 2) -> int:
-    """The base's weights as training keeps them.
+    """Bytes of the base's weights in training.
 
-    NF4 is packed on a GPU. A CPU has the rounded values as dense ones, beside the file's, which stay mapped.
+    NF4 is packed on a GPU. A CPU has the rounded values as dense weights in addition to the file's, which stay mapped.
     """
     weights = sum(linear.weights for linear in base.linears)
     whole = base.parameters * dtype_bytes
@@ -200,25 +205,25 @@ def base_bytes(base: Anatomy, quantization: Quantization, device: Device, dtype_
 
 
 def logits_of(base: Anatomy, row: MemoryRow) -> MemoryItem:
-    """The logits and their gradient in the base's dtype, and a copy in fp32; in fp32 the copy is the gradient."""
+    """The logits and their gradient in the base's dtype, and a copy in fp32; with fp32, the copy is the gradient."""
     return MemoryItem(
-        "logits", 8 * row.supervised_tokens * base.vocabulary, f"of {row.supervised_tokens:,} learnt tokens"
+        "logits", 8 * row.supervised_tokens * base.vocabulary, f"of {row.supervised_tokens:,} supervised tokens"
     )
 
 
 def activations(
-    spec: JobSpec, base: Anatomy, tuned: TrainedElements, row: MemoryRow, device: Device, dtype_bytes: int = 2
+    spec: JobSpec, base: Anatomy, trained: TrainedElements, row: MemoryRow, device: Device, dtype_bytes: int = 2
 ) -> MemoryItem:
-    """What the layers keep for the backward pass: all that it needs, or only what enters each of them."""
-    layers = base.layers - tuned.first_layer
+    """The tensors that the layers save for the backward pass: all that it needs, or only the input of each layer."""
+    layers = base.layers - trained.first_layer
     if spec.gradient_checkpointing:
         kept = row.tokens * base.hidden * dtype_bytes * layers
         how = ", which are recomputed"
     else:
-        own = tuned.attention_outputs * _layer(base, row, device, dtype_bytes, True)
-        own += (layers - tuned.attention_outputs) * _layer(base, row, device, dtype_bytes, False)
-        kept = row.tokens * (own + dtype_bytes * tuned.saved) + _cast(tuned, dtype_bytes) * tuned.cast
-        # The mask, and on a CPU what it was made of.
+        own = trained.attention_outputs * _layer(base, row, device, dtype_bytes, True)
+        own += (layers - trained.attention_outputs) * _layer(base, row, device, dtype_bytes, False)
+        kept = row.tokens * (own + dtype_bytes * trained.saved) + _cast(trained, dtype_bytes) * trained.cast
+        # The mask, and on a CPU the tensor that it was made of.
         kept += row.tokens * row.width * (dtype_bytes + (device == "cpu"))
         how = ""
     return MemoryItem("activations", kept, f"of {row.tokens:,} tokens in {layers} layers{how}")
@@ -227,45 +232,45 @@ def activations(
 def scratch(
     spec: JobSpec,
     base: Anatomy,
-    tuned: TrainedElements,
+    trained: TrainedElements,
     row: MemoryRow,
     device: Device,
     logits: MemoryItem,
     quantization: Quantization = "none",
     dtype_bytes: int = 2,
 ) -> MemoryItem:
-    """What comes and goes in the backward pass of a layer: only what exceeds the logits, which are gone by then."""
+    """Temporary tensors of the backward pass of a layer, as far as they exceed the logits, which are freed by then."""
     b = dtype_bytes
     mlp = 4 * b * base.intermediate
-    # Attention's come when those of the MLP, and what that kept, are gone.
+    # Attention's tensors are allocated after those of the MLP, and the ones it saved, are freed.
     scores = 2 * b * base.heads * row.width - mlp if _eager(row, device) else 0
     passing = row.tokens * max(mlp, scores)
     if spec.gradient_checkpointing:
-        passing += one_layer(base, tuned, row, device, b)
+        passing += one_layer(base, trained, row, device, b)
     if device == "cuda" and quantization == "nf4":
         passing += b * max(linear.weights for linear in base.linears)
     fixed = _CUBLAS if device == "cuda" else 0
-    return MemoryItem("scratch", fixed + max(0, passing - logits.bytes), "what comes and goes in a layer")
+    return MemoryItem("scratch", fixed + max(0, passing - logits.bytes), "temporary tensors of a layer")
 
 
-def one_layer(base: Anatomy, tuned: TrainedElements, row: MemoryRow, device: Device, b: int) -> int:
-    """Bytes that the layer with the most adapters keeps in a pass."""
-    own = _layer(base, row, device, b, bool(tuned.attention_outputs)) + b * tuned.max_layer_saved
-    return row.tokens * own + _cast(tuned, b) * tuned.max_layer_cast
+def one_layer(base: Anatomy, trained: TrainedElements, row: MemoryRow, device: Device, b: int) -> int:
+    """Bytes that the layer with the most adapters saves in a pass."""
+    own = _layer(base, row, device, b, bool(trained.attention_outputs)) + b * trained.max_layer_saved
+    return row.tokens * own + _cast(trained, b) * trained.max_layer_cast
 
 
-def _cast(tuned: TrainedElements, b: int) -> int:
-    """Bytes of a weight of A or B in the base's dtype, where that is not the weight itself."""
-    return b if b < 4 or tuned.frozen else 0
+def _cast(trained: TrainedElements, b: int) -> int:
+    """Bytes of a weight of A or B that is cast to the base's dtype; 0 if it is not cast."""
+    return b if b < 4 or trained.frozen else 0
 
 
 def _layer(base: Anatomy, row: MemoryRow, device: Device, b: int, attended: bool) -> int:
-    """Bytes a token that a layer keeps of its own: two norms, attention, and the gated MLP.
+    """Bytes per token that a layer of the base saves: two norms, attention, and the gated MLP.
 
-    A norm keeps its input: as `jobs.norm` has it in the base's dtype, as transformers has it in fp32.
-    A fused kernel keeps queries, keys and values of all heads, its output, and a sum a head; plain products, as
-    `jobs.attention` has them, keys and values once and each share; those of transformers these in fp32, too.
-    Attention's output is also kept where it enters an adapted linear.
+    A norm saves its input: `jobs.train.ops.norm` in the base's dtype, transformers in fp32. A fused kernel saves
+    queries, keys and values of all heads, its output, and one sum per head. The plain products of
+    `jobs.train.ops.attention` save keys and values once, and the attention weights; those of transformers save the
+    weights in fp32 too. The output of attention is also saved if it is the input of an adapted linear.
     """
     q, kv = base.heads * base.head_dim, base.kv_heads * base.head_dim
     if not _eager(row, device):

@@ -1,4 +1,4 @@
-"""Whether a job fits, what is chosen so that it does, and what would fit if it doesn't."""
+"""Decides whether a job fits, chooses what makes it fit, and finds similar jobs that fit."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from loramill.sizing.memory import Device, MemoryEstimate, MemoryRow, estimate, 
 from loramill.sizing.targets import TrainedElements, trained_elements
 from loramill.types import JobSpec, Quantization
 
-#: What sizing may choose, where the submitter left it open.
+#: Fields that sizing may choose if the submitter did not set them. None of them changes the result of training.
 ADJUSTABLE = ("micro_tokens", "gradient_checkpointing", "offload")
 
-#: Tokens of a forward pass beyond which a GPU gains next to nothing.
+#: Tokens per forward pass above which a GPU is hardly faster.
 GPU_TOKENS = 4096
 
-#: Tokens whose arithmetic takes as long as what each forward pass costs besides: dequantising the base (a measured
-#: +37% on 512 tokens, +2% on 8,192), or only the calls.
+#: Tokens whose computation takes as long as the overhead of a forward pass: dequantizing the base (measured: +37% on
+#: 512 tokens, +2% on 8,192), or only the calls.
 _OVERHEAD_NF4, _OVERHEAD = 190, 16
 _CHECKPOINTING = 4 / 3
 _OFFLOAD = {"none": 1.0, "optimizer": 1.3, "all": 2.0}
@@ -33,11 +33,12 @@ _MAX_NEAREST = 4
 
 @dataclass(frozen=True, slots=True)
 class GpuPool:
-    """The device that a job runs on.
+    """The kind of device that a job runs on.
 
     Attributes:
-        bytes: of one device.
-        sharers: jobs that share it, each with as much.
+        device: a GPU or a CPU.
+        device_bytes: memory of one device.
+        sharers: number of jobs that share a device equally.
     """
 
     device: Device
@@ -46,7 +47,7 @@ class GpuPool:
 
     @classmethod
     def from_settings(cls, settings: JobSettings) -> GpuPool | None:
-        """What the settings say; None if they don't tell the size."""
+        """The pool of the settings; None if `device_bytes` is not set."""
         if settings.device_bytes is None:
             return None
         return (
@@ -57,18 +58,19 @@ class GpuPool:
 
     @property
     def budget_bytes(self) -> int:
-        """Bytes of one job."""
+        """Memory for one job."""
         return self.device_bytes // self.sharers
 
 
 @dataclass(frozen=True, slots=True)
 class SizingRequest:
-    """A job, its base, its data and where it is to run.
+    """A job with its base, its data and the pool.
 
     Attributes:
-        open: names of `FREE` that may be chosen.
-        learnt: the largest share of a row's tokens with a loss.
-        alike: whether examples may begin with the same tokens.
+        lengths: tokens of the examples.
+        adjustable: fields of `ADJUSTABLE` that may be chosen.
+        supervised_fraction: the largest fraction of a row's tokens with a loss.
+        shared_prefixes: whether examples may begin with the same tokens.
     """
 
     spec: JobSpec
@@ -83,7 +85,7 @@ class SizingRequest:
 
 @dataclass(frozen=True, slots=True)
 class SizingPlan:
-    """A job that fits: its spec with everything chosen, and what that needs."""
+    """A sized job: its spec with everything chosen, and its memory."""
 
     spec: JobSpec
     row: MemoryRow
@@ -92,22 +94,22 @@ class SizingPlan:
 
     @property
     def sharers(self) -> int:
-        """How many such jobs one device holds, at most 16."""
+        """Number of such jobs that fit one device together, at most 16."""
         return max(1, min(_MAX_SHARERS, self.pool.device_bytes // self.memory.bytes))
 
     @property
     def passes(self) -> int:
-        """Forward passes whose gradients make a step; each is of one example at least."""
+        """Number of forward passes per step; each has at least one example."""
         return min(self.spec.batch_size, -(-self.row.step_tokens // self.spec.micro_tokens))
 
     @property
     def explanation(self) -> str:
-        """It in a sentence."""
+        """The plan in a sentence."""
         spec = self.spec
         how = ["gradient_checkpointing = true"] if spec.gradient_checkpointing else []
         how += [f"offload = {spec.offload}"] if spec.offload != "none" else []
         passes = (
-            f"micro_tokens = {spec.micro_tokens} ({self.passes} passes a step, of up to {self.row.tokens:,} tokens)"
+            f"micro_tokens = {spec.micro_tokens} ({self.passes} passes per step, of up to {self.row.tokens:,} tokens)"
         )
         sharing = f"; {self.sharers} such jobs fit one device" if self.sharers > 1 else ""
         taken, budget = format_bytes(self.memory.bytes), format_bytes(self.pool.budget_bytes)
@@ -118,21 +120,21 @@ def plan(request: SizingRequest) -> SizingPlan:
     """The fastest choice that fits.
 
     Raises:
-        DoesNotFit: there is none; `nearest` tells the nearest jobs for which there is one.
+        DoesNotFit: none fits; `nearest` lists the nearest jobs that fit.
         InvalidRequest: a target, layer or pattern matches nothing.
     """
     found = fastest_fit(request)
     if found is not None:
         return found
-    least = min(candidate_plans(request), key=lambda plan: plan.memory.bytes)
+    smallest = min(candidate_plans(request), key=lambda plan: plan.memory.bytes)
     others = nearest_fits(request)
     share = "" if request.pool.sharers == 1 else f" (1/{request.pool.sharers} of a GPU)"
-    advice = f" Nearest that fit: {'; '.join(words for words, _ in others)}." if others else " Nothing near it fits."
+    advice = f" Nearest that fit: {'; '.join(name for name, _ in others)}." if others else " Nothing near it fits."
     raise DoesNotFit(
-        f"The job needs {format_bytes(least.memory.bytes)}, and has "
+        f"The job needs {format_bytes(smallest.memory.bytes)}, and has "
         f"{format_bytes(request.pool.budget_bytes)}{share}; most of it is "
-        f"{max(least.memory.items, key=lambda item: item.bytes).name}.{advice}",
-        nearest=[words for words, _ in others],
+        f"{max(smallest.memory.items, key=lambda item: item.bytes).name}.{advice}",
+        nearest=[name for name, _ in others],
     )
 
 
@@ -143,14 +145,14 @@ def fastest_fit(request: SizingRequest) -> SizingPlan | None:
 
 
 def candidate_plans(request: SizingRequest) -> Iterator[SizingPlan]:
-    """What each choice needs."""
-    tuned = None if request.spec.method == "full" else trained_elements(request.spec, request.base)
+    """A plan for each choice."""
+    trained = None if request.spec.method == "full" else trained_elements(request.spec, request.base)
     for spec in candidate_specs(request):
-        yield plan_as_is(request, spec, tuned)
+        yield plan_as_is(request, spec, trained)
 
 
 def plan_as_is(request: SizingRequest, spec: JobSpec, trained: TrainedElements | None = None) -> SizingPlan:
-    """What a spec needs, as it is."""
+    """The plan of a spec without changes."""
     row = largest_row(spec, request.lengths, request.supervised_fraction, shared_prefixes=request.shared_prefixes)
     if spec.method == "full":
         needed = estimate_full(spec, request.base, row, request.pool.device)
@@ -160,7 +162,7 @@ def plan_as_is(request: SizingRequest, spec: JobSpec, trained: TrainedElements |
 
 
 def candidate_specs(request: SizingRequest) -> Iterator[JobSpec]:
-    """The specs that differ from the question's only in what is open."""
+    """Specs that differ from the request's only in adjustable fields."""
     spec, free = request.spec, request.adjustable
     tokens = _micro_tokens(request) if "micro_tokens" in free else [spec.micro_tokens]
     checkpointing = [False, True] if "gradient_checkpointing" in free else [spec.gradient_checkpointing]
@@ -178,10 +180,10 @@ def candidate_specs(request: SizingRequest) -> Iterator[JobSpec]:
 
 
 def nearest_fits(request: SizingRequest) -> list[tuple[str, SizingRequest]]:
-    """Questions that have an answer, each with its words, at most 4: the nearest first.
+    """Similar requests that fit, at most 4, each with its description; the nearest first.
 
-    Near is one thing changed, a number by no more than a factor of 4; then two; then a number by any factor; then
-    everything at once.
+    The nearest have one change, where a number changes by at most a factor of 4; then two changes; then a number that
+    changes by any factor; then everything at once.
     """
     pairs = [
         (f"{first} and {second}", both)
@@ -192,23 +194,23 @@ def nearest_fits(request: SizingRequest) -> list[tuple[str, SizingRequest]]:
         _switches(request), _numbers(request), pairs, _numbers(request, far=True), _everything(request)
     )
     found: dict[str, SizingRequest] = {}
-    for words, changed in ways:
-        parts = words.split(" and ")
+    for description, changed in ways:
+        parts = description.split(" and ")
         beyond = any(set(known.split(" and ")) <= set(parts) for known in found)
         if not beyond and fastest_fit(changed):
-            found[words] = changed
+            found[description] = changed
         if len(found) == _MAX_NEAREST:
             break
     return list(found.items())
 
 
 def format_bytes(size: float) -> str:
-    """Bytes as people say them."""
+    """Bytes as text, such as "1.5 GB" or "40 MB"."""
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def _cost(request: SizingRequest, plan: SizingPlan) -> float:
-    """Time a token, relative to a pass without end; equal ones keep what the spec says."""
+    """Time per token, relative to an infinitely long pass; of equal plans, the first is taken."""
     nf4 = request.quantization == "nf4" and request.pool.device == "cuda"
     calls = 1 + (_OVERHEAD_NF4 if nf4 else _OVERHEAD) / plan.row.tokens
     return calls * (_CHECKPOINTING if plan.spec.gradient_checkpointing else 1.0) * _OFFLOAD[plan.spec.offload]
@@ -217,25 +219,25 @@ def _cost(request: SizingRequest, plan: SizingPlan) -> float:
 def _micro_tokens(request: SizingRequest) -> list[int]:
     """The spec's number, its halves down to one example per pass, and on a GPU its doubles; it begins no lower than the
     default, since a nightly run continues from a spec that may have been sized for longer data."""
-    asked = max(request.spec.micro_tokens, JobSpec.model_fields["micro_tokens"].default)
+    start = max(request.spec.micro_tokens, JobSpec.model_fields["micro_tokens"].default)
     longest = min(request.spec.max_length, max(request.lengths, default=request.spec.max_length))
     halves = [
-        asked >> times for times in range(asked.bit_length()) if (asked >> max(0, times - 1)) > longest or not times
+        start >> times for times in range(start.bit_length()) if (start >> max(0, times - 1)) > longest or not times
     ]
     last = [1] if halves[-1] > 1 else []
-    doubles = [asked << times for times in range(1, 16) if asked << times <= GPU_TOKENS]
+    doubles = [start << times for times in range(1, 16) if start << times <= GPU_TOKENS]
     return halves + last + (doubles if request.pool.device == "cuda" else [])
 
 
 def _switches(request: SizingRequest) -> Iterator[tuple[str, SizingRequest]]:
-    """What is one way or another, turned to where it takes less."""
+    """Changes of options that take less memory."""
     spec = request.spec
     if not spec.gradient_checkpointing and "gradient_checkpointing" not in request.adjustable:
         yield "gradient_checkpointing = true", _with(request, gradient_checkpointing=True)
     if "micro_tokens" not in request.adjustable:
-        yield "micro_tokens left open", replace(request, adjustable=request.adjustable | {"micro_tokens"})
+        yield "micro_tokens left out", replace(request, adjustable=request.adjustable | {"micro_tokens"})
     if spec.method == "full" and "offload" not in request.adjustable:
-        yield "offload left open", replace(request, adjustable=request.adjustable | {"offload"})
+        yield "offload left out", replace(request, adjustable=request.adjustable | {"offload"})
     if spec.method == "full":
         yield 'method = "lora"', _with(request, method="lora", offload="none")
     if request.quantization != "nf4" and spec.method != "full" and request.pool.device == "cuda":
@@ -245,7 +247,7 @@ def _switches(request: SizingRequest) -> Iterator[tuple[str, SizingRequest]]:
 
 
 def _numbers(request: SizingRequest, *, far: bool = False) -> Iterator[tuple[str, SizingRequest]]:
-    """What is a number, as large as fits; `far` allows less than a quarter of what was asked."""
+    """Numbers reduced to the largest value that fits; `far` allows less than a quarter of the requested one."""
     spec = request.spec
     lowest = 1 if far else -(-spec.rank // 4)
     if spec.method != "full" and (rank := _largest(spec.rank, lowest, lambda value: _with(request, rank=value))):
@@ -257,15 +259,15 @@ def _numbers(request: SizingRequest, *, far: bool = False) -> Iterator[tuple[str
 
 
 def _everything(request: SizingRequest) -> Iterator[tuple[str, SizingRequest]]:
-    """All switches at once, alone and with one number, whatever it takes."""
-    words: list[str] = []
+    """All changes of options at once, alone and with one reduced number."""
+    changes: list[str] = []
     while switch := next(_switches(request), None):
-        words.append(switch[0])
+        changes.append(switch[0])
         request = switch[1]
-    if words:
-        yield " and ".join(words), request
+    if changes:
+        yield " and ".join(changes), request
     for number, changed in _numbers(request, far=True):
-        yield " and ".join([*words, number]), changed
+        yield " and ".join([*changes, number]), changed
 
 
 def _with(request: SizingRequest, **fields: Any) -> SizingRequest:
@@ -273,7 +275,7 @@ def _with(request: SizingRequest, **fields: Any) -> SizingRequest:
 
 
 def _largest(below: int, lowest: int, change: Callable[[int], SizingRequest]) -> int | None:
-    """The largest value from `lowest` to before `below` that fits; None if that one doesn't."""
+    """The largest value in [lowest, below) that fits; None if `lowest` doesn't fit."""
     if lowest >= below or not fastest_fit(change(lowest)):
         return None
     low, high = lowest, below - 1

@@ -1,4 +1,4 @@
-"""Which linears of a base a job adapts, with what rank, and what they keep."""
+"""The linears of a base that a job adapts: number of trained weights, and tensors saved for the backward pass."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from loramill.models.targets import find_targets, rank_of
 from loramill.sizing.anatomy import Anatomy, LinearShape, linears, read_config
 from loramill.types import JobSpec
 
-#: Linears that read the same as another of their layer does.
+#: Linears that have the same input as another linear of their layer.
 _SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedElements:
-    """What a method trains on a base, in numbers of elements.
+    """What a job trains on a base, in numbers of elements.
 
     Attributes:
-        weights: those that are trained.
-        fixed: those of the adapter that aren't.
-        state: what the method notes of each weight.
-        first: the lowest adapted layer; those below keep nothing.
-        gradients: what their gradients take; PiSSA's of A are half of one that is as large as A and A0.
-        kept, most_kept: what the adapted linears keep for each token, all of them and those of one layer at most,
-            without the input of Llama's o_proj.
-        attended: layers in which that input is kept.
-        copied, most_copied: what they keep for a whole pass: A and B in the base's dtype.
+        weights: trained weights.
+        frozen: weights of the adapter that are not trained.
+        extra_state: numbers per weight that the method keeps in addition to the optimizer.
+        gradients: elements of the gradients; PiSSA's of A are half of a gradient that is as large as A and A0.
+        first_layer: the lowest adapted layer; those below save nothing.
+        saved, max_layer_saved: elements per token that the adapted linears save, in all layers and in one layer at
+            most, without the input of Llama's o_proj.
+        attention_outputs: number of layers in which that input is saved.
+        cast, max_layer_cast: elements that they save per pass: A and B in the base's dtype.
     """
 
     weights: int
@@ -43,7 +43,7 @@ class TrainedElements:
 
 
 def trained_elements(spec: JobSpec, base: Anatomy) -> TrainedElements:
-    """What a job trains.
+    """What a job trains, and what its adapted linears save.
 
     Raises:
         InvalidRequest: a target, layer or pattern matches nothing.

@@ -1,9 +1,9 @@
-"""Hundreds of jobs at once: reading them from a file, and what each of them asks for.
+"""Reads files of jobs: hundreds of jobs, each with its adapter, data and options.
 
 A file of jobs is TOML (one `[[jobs]]` table per job), JSONL (one object per line), CSV or TSV (one row per job; the
-header names the options). A job has an `adapter` (tenant/adapter), `train`, perhaps `valid`, `columns` and
-`valid_columns`, and any of `Options`. `[defaults]` (in JSONL a line {"defaults": {...}}) applies to every job that does
-not override it. Paths are relative to the file.
+header names the options). A job has an `adapter` (tenant/adapter), `train`, optionally `valid`, `columns` and
+`valid_columns`, and any of `JobOptions`. `[defaults]` (in JSONL a line {"defaults": {...}}) applies to every job that
+does not override it. Paths are relative to the file.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from loramill.data.ingest.content import read_bytes, text_of
 from loramill.data.ingest.delimited import read_cells
 from loramill.errors import DatasetInvalid, InvalidRequest
 from loramill.names import AdapterName
+from loramill.plural import counted
 from loramill.submission.options import JobOptions, from_text, read_options
 
-#: A row with where it stands, for messages.
+#: A row with its place in the file, for messages.
 LabeledRow = tuple[str, dict[str, object]]
 
 _DATA = ("adapter", "train", "valid", "columns", "valid_columns")
@@ -33,7 +34,7 @@ _DATA = ("adapter", "train", "valid", "columns", "valid_columns")
 
 @dataclass(frozen=True, slots=True)
 class JobFileEntry:
-    """One job that is asked for; `where` names its line."""
+    """A job of the file; `where` is its place in the file, for messages."""
 
     where: str
     adapter: AdapterName
@@ -45,10 +46,10 @@ class JobFileEntry:
 
 
 def read_jobs(path: Path, defaults: Mapping[str, object]) -> list[LabeledRow]:
-    """The rows of a file of jobs, each with all that goes for it; `defaults` win over the file's own.
+    """The rows of a file of jobs, each with the defaults; `defaults` win over the defaults of the file.
 
     Raises:
-        InvalidRequest: the file can't be read as what its name says it is.
+        InvalidRequest: the file can't be read in the format of its suffix.
     """
     readers: dict[str, Callable[[str], list[LabeledRow]]] = {
         ".toml": _toml,
@@ -59,7 +60,7 @@ def read_jobs(path: Path, defaults: Mapping[str, object]) -> list[LabeledRow]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise InvalidRequest(
-            f"{path.name} isn't a file of jobs; its name must end in .toml, .jsonl, .csv or .tsv.", param="file"
+            f"{path.name} is not a file of jobs; its name must end in .toml, .jsonl, .csv or .tsv.", param="file"
         )
     text = text_of(path.name, read_bytes(path))
     try:
@@ -71,15 +72,15 @@ def read_jobs(path: Path, defaults: Mapping[str, object]) -> list[LabeledRow]:
     own = next((row for where, row in rows if not where), {})
     found = [(f"{path.name}, {where}", {**own, **defaults, **row}) for where, row in rows if where]
     if not found:
-        raise InvalidRequest(f"{path.name} holds no jobs.", param="file")
+        raise InvalidRequest(f"{path.name} contains no jobs.", param="file")
     return [(where, _resolve_paths(path.parent, row)) for where, row in found]
 
 
 def check_entries(rows: Iterable[tuple[str, Mapping[str, object]]]) -> list[JobFileEntry]:
-    """What the rows ask for.
+    """The jobs of the rows.
 
     Raises:
-        InvalidRequest: of any row, an adapter's name, a file or an option makes no sense; a line for each problem.
+        InvalidRequest: an adapter's name, a file or an option of any row is wrong; the message has a line for each.
     """
     entries: list[JobFileEntry] = []
     problems: list[str] = []
@@ -104,15 +105,14 @@ def check_entries(rows: Iterable[tuple[str, Mapping[str, object]]]) -> list[JobF
 
 
 def raise_problems(problems: Sequence[str], submitted: int = 0) -> None:
-    """Raises InvalidRequest with all problems, if there are any; so many jobs were submitted before they showed."""
+    """Raises InvalidRequest if there are problems; `submitted` is the number of jobs that were submitted before."""
     if problems:
-        plural = "problem" if len(problems) == 1 else "problems"
-        what = f"{submitted} jobs were submitted, the others not" if submitted else "nothing was submitted"
-        raise InvalidRequest("\n".join([f"{len(problems)} {plural}; {what}:", *problems]))
+        what = f"{counted(submitted, 'job')} submitted, the others not" if submitted else "nothing was submitted"
+        raise InvalidRequest("\n".join([f"{counted(len(problems), 'problem')}; {what}:", *problems]))
 
 
 def request_body(entry: JobFileEntry, train: str, valid: str | None, model: str, name: str) -> dict[str, Any]:
-    """An entry as the gateway takes it; its key is what it asks for, so that it is known when it is asked for again."""
+    """The body of the request for a job, with a key of its content by which a second submission is recognized."""
     request = {
         "model": model,
         "tenant": entry.adapter.tenant,
@@ -171,7 +171,7 @@ def _jsonl(text: str) -> list[LabeledRow]:
         except DatasetInvalid as error:
             raise ValueError(f"line {number}: {error.message.removesuffix('.')}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"line {number} is no object")
+            raise ValueError(f"line {number} is not an object")
         rows.append(("", row["defaults"]) if [*row] == ["defaults"] else (f"line {number}", row))
     return rows
 

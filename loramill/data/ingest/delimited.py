@@ -94,17 +94,17 @@ def _counts(text: str, separator: str) -> list[int]:
 
 
 def _check_header(name: str, header: Iterable[str]) -> None:
-    there: set[str] = set()
+    seen: set[str] = set()
     for number, column in enumerate(header, start=1):
         if not column:
             raise DatasetInvalid(
                 f"{name}: column {number} of the header has no name; give it one (pandas writes its index so: "
                 "to_csv(…, index=False) leaves that out)."
             )
-        if column in there:
+        if column in seen:
             raise DatasetInvalid(f"{name}: the header has the column '{column}' twice; rename one.")
-        there.add(column)
-    if not there:
+        seen.add(column)
+    if not seen:
         raise DatasetInvalid(f"{name} is empty; its first row names the columns.")
 
 

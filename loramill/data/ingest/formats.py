@@ -136,13 +136,13 @@ def _alpaca(cells: Cells) -> dict[str, Any]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise CellError("history", f"entry {index + 1} is {short_repr(pair)}; it must be a pair of texts.")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    asked = [_text(cells, "instruction")]
+    question = [_text(cells, "instruction")]
     if cells.get("input") not in (None, ""):
-        asked.append(_text(cells, "input"))
+        question.append(_text(cells, "input"))
     return {
         "messages": [
             *messages,
-            {"role": "user", "content": "\n".join(asked)},
+            {"role": "user", "content": "\n".join(question)},
             {"role": "assistant", "content": _text(cells, "output")},
         ]
     }

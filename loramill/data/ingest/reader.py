@@ -114,26 +114,26 @@ class RowReader:
             cells = {field: _without_nulls(value) for field, value in cells.items()}
         return self._format.to_line(cells)
 
-    def _choose_format(self, there: list[str] | tuple[str, ...]) -> None:
+    def _choose_format(self, names: list[str] | tuple[str, ...]) -> None:
         """Chooses the format by the header, or by the keys of the first row."""
         name = self._table.name
-        given = self._requested_columns if isinstance(self._requested_columns, Mapping) else None
+        requested = self._requested_columns if isinstance(self._requested_columns, Mapping) else None
         fixed = self._table.columns is not None  # a row of JSON may lack what is optional
-        lost = [
+        missing = [
             column
-            for field, column in (given or {}).items()
-            if column not in there and (fixed or field in format_of(given or {}).required)
+            for field, column in (requested or {}).items()
+            if column not in names and (fixed or field in format_of(requested or {}).required)
         ]
-        if given and lost and not self._columns_optional:
+        if requested and missing and not self._columns_optional:
             raise DatasetInvalid(
-                f"{name} has no column {', '.join(lost)}; it has {', '.join(map(str, there))}.", param="columns"
+                f"{name} has no column {', '.join(missing)}; it has {', '.join(map(str, names))}.", param="columns"
             )
-        if given and not lost:
-            self._format, self._columns = format_of(given), dict(given)
+        if requested and not missing:
+            self._format, self._columns = format_of(requested), dict(requested)
         else:
-            self._format = recognize(name, there)
+            self._format = recognize(name, names)
             # In JSON, a later row may have an optional field that the first lacks.
-            known = there if fixed else self._format.fields
+            known = names if fixed else self._format.fields
             self._columns = {field: field for field in self._format.fields if field in known}
         self._used = set(self._columns.values())
 

@@ -85,7 +85,7 @@ def test_what_deepspeed_moves_to_the_host_is_told() -> None:
     ("words", "fragment"),
     [
         (("--base", "nothing"), "no base 'nothing'"),
-        (("--base", "8B", "--gpu", "huge"), "'huge' is no size"),
+        (("--base", "8B", "--gpu", "huge"), "'huge' is not a size"),
         (("--base", "8B", "--gpu", "24GB", "--cpu", "8GB"), "exclude each other"),
         (("--base", "8B", "--method", "magic"), "'method'"),
         (("--base", "8B", "--rank", "0"), "rank"),

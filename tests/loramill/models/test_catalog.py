@@ -232,7 +232,7 @@ def test_the_real_folder_is_the_same_base_by_another_name(base: Base, tmp_path: 
     ("keys", "says"),
     [
         ({"architectures": ["T5ForConditionalGeneration"]}, r"a T5For.* LlamaForCausalLM.* and others of transformers"),
-        ({"architectures": None}, "nameless"),
+        ({"architectures": None}, "model without architecture"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
         ({"max_position_embeddings": None}, "max_position_embeddings"),
     ],
@@ -283,7 +283,7 @@ def test_contexts_as_each_family_writes_them(
         ("config.json", None, "no config.json"),
         ("config.json", b"{", "not JSON"),
         ("config.json", b"\xff\xfe", "not JSON"),
-        ("config.json", b"[]", "no JSON object"),
+        ("config.json", b"[]", "not contain a JSON object"),
         ("tokenizer.json", None, "no tokenizer.json"),
         ("model.safetensors", None, "no safetensors"),
         ("model.safetensors", b"", "damaged"),

@@ -95,7 +95,11 @@ def test_a_size_is_a_llama_of_about_so_many_weights(size: str, published: dict[s
 
 @pytest.mark.parametrize(
     ("content", "fragment"),
-    [("{", "can't be read"), ("[1]", "no JSON object"), ('{"architectures": ["LlamaForCausalLM"]}', "hidden_size")],
+    [
+        ("{", "can't be read"),
+        ("[1]", "not contain a JSON object"),
+        ('{"architectures": ["LlamaForCausalLM"]}', "hidden_size"),
+    ],
 )
 def test_a_damaged_config_is_named(tmp_path: Path, content: str, fragment: str) -> None:
     (tmp_path / "config.json").write_text(content)
