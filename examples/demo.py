@@ -1,9 +1,9 @@
 """The main job, end to end, as a user would do it: `make demo`, or `python examples/demo.py [FOLDER …]`.
 
 Starts `loramill up` on a home of its own, gives each folder of examples a tenant with a key and a
-fine-tune job, asks all test questions of base and adapters through the `openai` client, and ends
-with a night: one tenant with new data, one with spoiled data. Exit status 1 if an adapter does not
-beat the base and every other adapter on its own tenant's questions, or the night promotes spoiled data.
+fine-tune job, sends all test questions to base and adapters through the `openai` client, and ends with a
+nightly run: one tenant with new data, one with spoiled data. Exit status 1 if an adapter does not beat the
+base and every other adapter on its own tenant's questions, or the nightly run promotes spoiled data.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ T = TypeVar("T")
 HERE = Path(__file__).parent
 #: The example tenant whose new data are an accident (see README.md).
 SPOILED = "copperline"
-#: New examples that the night gets of anybody's tenants, so that it stays short.
+#: Maximum number of new examples from the user's own tenants, so that the nightly run stays short.
 NIGHT_EXAMPLES = 200
 #: Answers of each tenant that the report shows.
 SAMPLES = 4
@@ -56,7 +56,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Tenant:
-    """A folder of examples and what the night will bring."""
+    """A folder of examples, and the new data for the nightly run."""
 
     name: str
     train: bytes
@@ -73,7 +73,7 @@ class Tenant:
 
 
 class Up:
-    """`loramill up` as a process; killed from outside, it is started again and finds everything as it was."""
+    """A `loramill up` process, which is started again if it is killed."""
 
     command = (sys.executable, "-m", "loramill.cli", "up")
 
@@ -81,7 +81,7 @@ class Up:
         self.process = subprocess.Popen(self.command)
 
     def revive(self) -> bool:
-        """Starts it again if a signal ended it; False if it ended by itself, having said why."""
+        """Restarts the process if a signal ended it; returns False if it exited by itself, after printing an error."""
         ended = self.process.poll()
         if ended is not None and ended < 0:
             self.process = subprocess.Popen(self.command)
@@ -124,12 +124,12 @@ def main() -> int:
 
 
 def example_tenants() -> list[Tenant]:
-    """The tenants beside this file, two of them with something for the night."""
+    """Reads the tenants next to this file, two of them with new data."""
     return [read_tenant(folder, HERE / "new_data" / folder.name) for folder in sorted((HERE / "tenants").iterdir())]
 
 
 def own_tenants(folders: list[Path]) -> list[Tenant]:
-    """Anybody's tenants. For the night, the first keeps back a third of its data; the second's is mixed up."""
+    """Reads the user's tenants. A third of the first one's data is new; the second one's new data is spoiled."""
     tenants = [read_tenant(folder, folder / "new") for folder in folders]
     first = tenants[0].train.splitlines(keepends=True)
     kept = len(first) * 2 // 3
@@ -185,7 +185,7 @@ def running(home: Path) -> Iterator[tuple[Client, Up]]:
 
 
 def wait_until_up(up: Up) -> Client:
-    """Waits for the gateway; `up` itself says what it is doing, and why if it can't."""
+    """Waits for the gateway; `up` prints its progress and errors itself."""
     settings = Settings.load()
     while up.revive():
         if settings.admin_key_file.exists() and (client := Client()).is_ready():
@@ -195,7 +195,7 @@ def wait_until_up(up: Up) -> Client:
 
 
 def submit_all(client: Client, tenants: list[Tenant]) -> None:
-    """Makes the tenants, a key for each, and with that key its fine-tune job."""
+    """Creates the tenants, a key for each, and with that key its fine-tune job."""
     for tenant in tenants:
         client.tenants.create(tenant.name)
         key = client.keys.create(tenant.name).key
@@ -234,7 +234,7 @@ def trained(client: Client, job: Job) -> Run:
 
 
 def patiently(ask: Callable[[], T], up: Up) -> T:
-    """Asks again while the gateway is away, as long as `up` can bring it back."""
+    """Retries while the gateway is unreachable and `up` can restart it."""
     while True:
         try:
             return ask()

@@ -27,7 +27,7 @@ _PLAN_FIELDS = ("base", "gpu", "cpu", "per_gpu", "length", "batch_size", "answer
 
 SpecFile = Annotated[
     Path | None,
-    typer.Argument(metavar="[SPEC]", help="TOML or JSON with the options below and a job's other fields."),
+    typer.Argument(metavar="[SPEC]", help="TOML or JSON file with the options below and other options of a job."),
 ]
 
 
@@ -40,11 +40,16 @@ def plan(
     spec: SpecFile = None,
     *,
     base: Annotated[
-        str | None, typer.Option(metavar="BASE", help="Folder, config.json, hub id, or a Llama's size such as 65B.")
+        str | None,
+        typer.Option(metavar="BASE", help="Base: folder, config.json, hub id, or the size of a Llama such as 65B."),
     ] = None,
-    gpu: Annotated[str | None, typer.Option(metavar="GPU", help="Its size or name: 24GB, h100.")] = None,
-    cpu: Annotated[str | None, typer.Option(metavar="SIZE", help="Instead: memory of a session without a GPU.")] = None,
-    per_gpu: Annotated[int | None, typer.Option(help="Jobs that share the GPU.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="GPU", help="GPU, by memory or name, such as 24GB or h100.")
+    ] = None,
+    cpu: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of a session without a GPU, instead of --gpu.")
+    ] = None,
+    per_gpu: Annotated[int | None, typer.Option(help="Number of jobs that share the GPU.")] = None,
     method: Annotated[str | None, typer.Option(help=option_help("method"))] = None,
     quantization: Annotated[str | None, typer.Option(help="Quantization of the base: none, int8 or nf4.")] = None,
     rank: Annotated[int | None, typer.Option(help=option_help("rank"))] = None,
@@ -61,10 +66,10 @@ def plan(
     offload: Annotated[str | None, typer.Option(help=option_help("offload"))] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Tell what memory a job needs and what makes it fit, from the base's config.json alone.
+    """Show the memory that a job needs and the options that make it fit, from the base's config.json alone.
 
-    Without --gpu or --cpu it is the pool of the settings; if that doesn't tell its size, nothing is chosen. Exits
-    with 1 if the job doesn't fit, and names the nearest that do.
+    Default device: the pool of the settings; if its size is unknown, no options are chosen. Exits with 1 if the job
+    does not fit, and shows the nearest jobs that do.
     """
     from loramill.sizing import plan as planned
     from loramill.sizing.planner import plan_as_is
@@ -198,7 +203,5 @@ def _print_plan(found: SizingPlan, known: bool) -> None:
     ]
     print_table(("ITEM", "BYTES", "SHARE", ""), [*rows, ("total", format_bytes(total), "100%", "")], empty="")
     if found.memory.host_bytes:
-        print_line(f"In the host's memory besides: {format_bytes(found.memory.host_bytes)}.")
-    print_line(
-        found.explanation if known else "Give --gpu or --cpu to learn whether that fits, and what would make it fit."
-    )
+        print_line(f"Additional host memory: {format_bytes(found.memory.host_bytes)}.")
+    print_line(found.explanation if known else "Give --gpu or --cpu to see whether the job fits.")
