@@ -325,8 +325,8 @@ version must be held.</p>
 <dt>Question</dt><dd>{{ sample.question }}</dd>
 <dt>Right answer</dt><dd><code>{{ sample.reference }}</code></dd>
 <dt>Own adapter</dt><dd class="{{ 'good' if sample.right else 'bad' }}"><code>{{ sample.own.text }}
-{{- "…" if sample.own.cut }}</code> {{ "✓" if sample.right else "✗" }}</dd>
-<dt>Base alone</dt><dd><code>{{ sample.base.text }}{{ "…" if sample.base.cut }}</code></dd>
+{{- "…" if sample.own.truncated }}</code> {{ "✓" if sample.right else "✗" }}</dd>
+<dt>Base alone</dt><dd><code>{{ sample.base.text }}{{ "…" if sample.base.truncated }}</code></dd>
 </dl></article>
 {% endfor %}
 </div>
