@@ -171,7 +171,7 @@ def test_any_steps_of_sequences_that_come_and_go(name, data, dtype, seed):
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NATIVE)
-def test_the_same_bits_however_a_sequence_is_cut_and_whoever_is_beside_it(name, dtype, window):
+def test_the_same_bits_in_any_chunks_and_any_batch(name, dtype, window):
     seed, rows = random.getrandbits(32), 200
     world = World(name, dtype, seed=seed)
     qkv = world.qkv(rows)

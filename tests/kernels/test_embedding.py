@@ -1,4 +1,4 @@
-"""Adapters on embeddings: against a dense product, in any company, and what it costs those who have none."""
+"""Adapters on embeddings: against a dense product, in any batch, and what it costs those who have none."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_rows_get_their_adapters_columns(ops, of_slab, of_rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_has_the_same_bits_in_any_company(ops, dtype):
+def test_a_row_has_the_same_bits_in_any_batch(ops, dtype):
     _, view, slots = loaded(dtype, ops.layout)
     tokens, base = torch.randint(0, VOCABULARY, (70,)), torch.randn(70, WIDTH).to(dtype)
     together = base.clone()

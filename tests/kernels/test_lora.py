@@ -238,7 +238,7 @@ def test_the_same_bits_every_time(ops, dtype, adapters):
 
 @pytest.mark.parametrize("site", [ODD, EVEN], ids=["odd", "even"])
 @pytest.mark.parametrize("popularity", POPULARITY)
-def test_a_row_has_the_same_bits_alone_and_in_any_company(native, dtype, adapters, site, popularity):
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(native, dtype, adapters, site, popularity):
     slab, slots = filled_slab([site], adapters[site], dtype, native.layout)
     weight = native.pack(torch.randn(sum(site.widths), site.d_in).to(dtype))
     for rows in (7, 33, 130):

@@ -98,7 +98,7 @@ def test_adapters_on_top(ops, dtype, bits, site):
             assert_near(got, contract(x, base, site, adapters, owner, dtype), TOLERANCE[dtype])
 
 
-def test_a_row_has_the_same_bits_alone_and_in_any_company(native, dtype, bits):
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(native, dtype, bits):
     adapters = [random_adapter(FUSED, RANKS, seed) for seed in range(ADAPTERS)]
     slab, slots = filled_slab([FUSED], adapters, dtype, native.layout)
     weight = native.pack_quantized(random_matrix(136, 64, bits), dtype)

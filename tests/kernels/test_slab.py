@@ -1,4 +1,4 @@
-"""The arena's books: slots, bytes, generations, eviction, loading beside the kernels; which backend there is."""
+"""The slab: slots, bytes, generations, eviction, loading while kernels run; selection of the backend."""
 
 import threading
 from functools import partial
@@ -133,7 +133,7 @@ def test_room_is_made_by_as_few_as_it_takes():
     slab.check_integrity()
 
 
-def test_nobody_leaves_when_it_would_not_help():
+def test_nothing_is_evicted_if_it_would_not_help():
     slab = new_slab(slots=2, size=1024)
     first, second = slab.allocate(512), slab.allocate(512)
     assert slab.evict(1024, [first]) is None
@@ -208,7 +208,7 @@ def test_neighbours_of_one_adapter_are_one_run():
 
 @settings(deadline=None, max_examples=80)
 @given(data=st.data(), slots=st.integers(1, 6), size=st.integers(0, 40).map(lambda n: 64 * n))
-def test_books_balance_whatever_comes(data, slots, size):
+def test_invariants_hold_for_any_operations(data, slots, size):
     slab = new_slab(slots=slots, size=size)
     held = {}
     for _ in range(data.draw(st.integers(0, 30))):
@@ -235,7 +235,7 @@ def test_books_balance_whatever_comes(data, slots, size):
 
 
 @pytest.mark.parametrize("broken", ["overlap", "lost", "pointer", "ghost"])
-def test_broken_books_are_found(broken):
+def test_broken_invariants_are_found(broken):
     slab = new_slab()
     slot = put(slab, {"q": delta(2)})
     place = slab._allocations[slot.index]
@@ -251,7 +251,7 @@ def test_broken_books_are_found(broken):
         slab.check_integrity()
 
 
-def test_loading_beside_the_kernels_disturbs_nobody(ops):
+def test_loading_while_kernels_run_changes_no_result(ops):
     site = Site(64, ("q",), (96,))
     adapters = [{"q": random_delta(r, 64, 96)} for r in (4, 16, 40)]
     slab = Slab([site], slots=2, size=1 << 17, dtype=torch.float32, layout=ops.layout)

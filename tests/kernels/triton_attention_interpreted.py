@@ -41,7 +41,7 @@ def interpreter_ranges():
 
 @pytest.fixture(scope="module", autouse=True)
 def nan_in_fresh_memory():
-    """Makes `torch.empty` return NaN, so that a read of what nobody wrote shows."""
+    """Makes `torch.empty` return NaN, so that a read of unwritten memory shows."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -56,7 +56,7 @@ def few_splits():
 
 
 class World:
-    """Sequences in blocks in any order; every position that is nobody's is NaN."""
+    """Sequences in blocks in any order; every position without an owner is NaN."""
 
     def __init__(self, lengths, dtype, *, group=3, kv_heads=2, head_dim=64, block_size=16, seed=0):
         self.group, self.kv_heads, self.head_dim, self.block_size = group, kv_heads, head_dim, block_size
@@ -86,7 +86,7 @@ class World:
         return torch.randn(shape, generator=self.random).to(self.dtype)
 
     def qkv(self, rows):
-        # Rows of a wider tensor, whose keys and values nobody may read.
+        # Rows of a wider tensor, whose keys and values must not be read.
         wide = torch.full((rows, 5 + (self.heads + 2 * self.kv_heads) * self.head_dim), torch.nan, dtype=self.dtype)
         wide[:, 5 : 5 + self.heads * self.head_dim] = self.draw(rows, self.heads * self.head_dim)
         return wide[:, 5:]

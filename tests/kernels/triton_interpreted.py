@@ -42,7 +42,7 @@ UNITS = {torch.float32: 16, torch.float16: 2, torch.bfloat16: 2}
 
 @pytest.fixture(scope="module", autouse=True)
 def nan_in_fresh_memory():
-    """Makes `torch.empty` return NaN, so that a read of what nobody wrote shows."""
+    """Makes `torch.empty` return NaN, so that a read of unwritten memory shows."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -84,7 +84,7 @@ def name(request: str, index: int) -> str:
 
 
 class Driver:
-    """Runs an engine to the end of its requests, its books checked after every step."""
+    """Runs an engine until its requests have ended, and checks its invariants after every step."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

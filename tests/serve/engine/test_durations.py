@@ -1,4 +1,4 @@
-"""How long the engine says that things took, and how often."""
+"""The durations and counters that the engine reports."""
 
 from .conftest import LARGEST
 

@@ -1,4 +1,4 @@
-"""Bad luck in the engine's books: what once hung, leaked or was told wrongly."""
+"""Regressions in the engine's state: what once hung, leaked or was reported wrongly."""
 
 import threading
 import weakref
@@ -17,17 +17,17 @@ def always(version: str | None) -> bool:
 
 
 def run(s: Scheduler, ready=always):
-    """One step as an engine does it: whoever was sampled gets a token."""
+    """One step as the engine runs it: each sampled sequence gets a token."""
     plan = s.schedule(ready)
     s.commit(plan)
-    for share in plan.chunks:
-        if share.sampled:
-            s.get(share.id).tokens.append(7)
+    for chunk in plan.chunks:
+        if chunk.sampled:
+            s.get(chunk.id).tokens.append(7)
     s.check_integrity()
     return plan
 
 
-def test_one_that_the_rank_budget_starved_and_that_lost_its_slot_keeps_nobody_out():
+def test_a_rank_starved_sequence_without_slot_blocks_no_one():
     s = Scheduler(100, 4, 100, 10, rank_budget=30, rank_of=lambda version: 16)
     s.add(RunningSequence("v", "t", "v", [1]))
     run(s)
@@ -40,7 +40,7 @@ def test_one_that_the_rank_budget_starved_and_that_lost_its_slot_keeps_nobody_ou
     assert run(s, lambda version: version != "w").admitted == ("x",)
 
 
-def test_the_patience_of_one_that_was_let_in_begins_anew():
+def test_the_patience_of_an_admitted_sequence_restarts():
     s = Scheduler(4, 4, 100, 10, rank_budget=30, rank_of=lambda version: 16)
     s.add(RunningSequence("v", "t", "v", [1]))
     run(s)
@@ -95,7 +95,7 @@ def fail(driver, monkeypatch) -> None:
         driver.step()
 
 
-def test_starting_over_drops_the_old_cache_and_slab_before_it_makes_new_ones(drive, monkeypatch):
+def test_a_reset_drops_the_old_cache_and_slab_before_it_allocates_new_ones(drive, monkeypatch):
     driver = drive()
     engine = driver.engine
     # What the side threads have begun holds the slab to its end.
@@ -119,7 +119,7 @@ def test_starting_over_drops_the_old_cache_and_slab_before_it_makes_new_ones(dri
     assert len(left) == 2 and not any(map(any, left))
 
 
-def test_an_engine_that_can_not_start_over_is_closed(drive, monkeypatch):
+def test_an_engine_that_cannot_be_reset_is_closed(drive, monkeypatch):
     driver = drive()
     monkeypatch.setattr(type(driver.engine._model), "new_cache", lambda *args: 1 / 0)
     driver.submit("a", [1])
@@ -182,7 +182,7 @@ def test_closing_waits_for_the_step_under_way(drive, monkeypatch):
     assert len(driver.answers["a"].tokens) == 1
 
 
-def test_some_of_n_answers_are_done_when_the_rest_is_cancelled(drive, prompts, expected):
+def test_some_of_n_answers_have_ended_when_the_rest_is_cancelled(drive, prompts, expected):
     driver = drive()
     prompt, tokens = prompts[None], expected["None"]
     # One of the seeds meets its stop token early.

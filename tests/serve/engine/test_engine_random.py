@@ -1,4 +1,4 @@
-"""Random days: arrivals, cancels, shortages, failing loads. Answers are right or typed, the books hold at each step."""
+"""Random arrivals, cancellations, shortages and failing loads: answers are right or typed errors, invariants hold."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

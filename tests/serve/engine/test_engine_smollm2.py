@@ -90,7 +90,7 @@ def tuned(base, folders, version, dtype=torch.float32):
     return model if version is None else PeftModel.from_pretrained(model, folders[version]).eval()
 
 
-def test_64_prompts_answer_as_transformers_and_peft_and_in_any_company(base, folders, prompts):
+def test_64_prompts_answer_as_transformers_and_peft_and_in_any_batch(base, folders, prompts):
     assert (min(LENGTHS), max(LENGTHS)) == (1, 600)
     decoder = load_decoder(base.folder, dtype=torch.float32)
     got, engine = answers(decoder, folders, prompts, max_batch_tokens=256)

@@ -57,17 +57,17 @@ def first_tokens(arrivals: list[Arrival]) -> dict[Arrival, float]:
         if not plan.chunks:
             now = coming[-1].at
             continue
-        now += FIXED + ROW * sum(share.count for share in plan.chunks)
+        now += FIXED + ROW * sum(chunk.count for chunk in plan.chunks)
         s.commit(plan)
-        for share in plan.chunks:
-            if share.sampled:
-                if here[share.id].tenant in "abc":
-                    waited.setdefault(here[share.id], now - here[share.id].at)
-                left[share.id] -= 1
-                s.get(share.id).tokens.append(0)
-                if not left[share.id]:
-                    del left[share.id]
-                    s.remove(share.id)
+        for chunk in plan.chunks:
+            if chunk.sampled:
+                if here[chunk.id].tenant in "abc":
+                    waited.setdefault(here[chunk.id], now - here[chunk.id].at)
+                left[chunk.id] -= 1
+                s.get(chunk.id).tokens.append(0)
+                if not left[chunk.id]:
+                    del left[chunk.id]
+                    s.remove(chunk.id)
     return waited
 
 

@@ -24,17 +24,17 @@ def always(version: str | None) -> bool:
     return True
 
 
-def shares(plan) -> list[tuple[int, int, int, bool]]:
-    return [(share.id, share.start, share.count, share.sampled) for share in plan.chunks]
+def chunks(plan) -> list[tuple[int, int, int, bool]]:
+    return [(chunk.id, chunk.start, chunk.count, chunk.sampled) for chunk in plan.chunks]
 
 
 def run(s: Scheduler, ready=always):
-    """One step as an engine does it: whoever was sampled gets a token."""
+    """One step as the engine runs it: each sampled sequence gets a token."""
     plan = s.schedule(ready)
     s.commit(plan)
-    for share in plan.chunks:
-        if share.sampled:
-            s.get(share.id).tokens.append(next(fresh))
+    for chunk in plan.chunks:
+        if chunk.sampled:
+            s.get(chunk.id).tokens.append(next(fresh))
     s.check_integrity()
     return plan
 
@@ -43,12 +43,12 @@ def test_decode_comes_first_and_prompts_share_what_is_left():
     s = scheduler()
     s.add(sequence("a", known=3))
     s.add(sequence("b", known=20))
-    assert shares(run(s)) == [("a", 0, 3, True), ("b", 0, 5, False)]
+    assert chunks(run(s)) == [("a", 0, 3, True), ("b", 0, 5, False)]
     s.add(sequence("c", known=2))
-    assert shares(run(s)) == [("a", 3, 1, True), ("b", 5, 7, False)]
-    assert shares(run(s)) == [("a", 4, 1, True), ("b", 12, 7, False)]
-    assert shares(run(s)) == [("a", 5, 1, True), ("b", 19, 1, True), ("c", 0, 2, True)]
-    assert shares(run(s)) == [("a", 6, 1, True), ("b", 20, 1, True), ("c", 2, 1, True)]
+    assert chunks(run(s)) == [("a", 3, 1, True), ("b", 5, 7, False)]
+    assert chunks(run(s)) == [("a", 4, 1, True), ("b", 12, 7, False)]
+    assert chunks(run(s)) == [("a", 5, 1, True), ("b", 19, 1, True), ("c", 0, 2, True)]
+    assert chunks(run(s)) == [("a", 6, 1, True), ("b", 20, 1, True), ("c", 2, 1, True)]
 
 
 def test_a_decode_behind_a_long_prompt_is_not_held_up():
@@ -56,7 +56,7 @@ def test_a_decode_behind_a_long_prompt_is_not_held_up():
     s.add(sequence("short", known=5))
     s.add(sequence("long", known=40))
     run(s)
-    assert shares(run(s)) == [("short", 5, 1, True), ("long", 1, 5, False)]
+    assert chunks(run(s)) == [("short", 5, 1, True), ("long", 1, 5, False)]
 
 
 def test_tenants_take_turns_and_unready_versions_are_passed_over():
@@ -81,7 +81,7 @@ def test_the_tenant_that_was_served_less_goes_first():
     assert order == ["long", *(f"short {number}" for number in range(5)), "next", *(f"short {n}" for n in (5, 6, 7))]
 
 
-def test_who_was_away_has_no_claim_on_what_he_did_not_use():
+def test_an_absent_tenant_has_no_claim_to_what_it_did_not_use():
     s = scheduler(blocks=1000, block_size=16, sequences=1, budget=10_000)
     s.add(sequence("a", "a", known=9000))
     run(s)
@@ -99,7 +99,7 @@ def test_who_was_away_has_no_claim_on_what_he_did_not_use():
     assert "aa" not in whose[:18] and "bb" not in whose[6:]
 
 
-def test_a_full_batch_makes_room_for_a_tenant_that_has_no_place():
+def test_a_full_batch_makes_room_for_a_tenant_that_runs_nothing():
     s = scheduler(sequences=4, budget=100)
     for number in range(6):
         s.add(sequence(f"flood {number}", "flood", known=4))
@@ -112,19 +112,19 @@ def test_a_full_batch_makes_room_for_a_tenant_that_has_no_place():
         s.add(sequence(f"other {number}", "quiet", known=4))
     for _ in range(12):
         run(s)
-    # Two each: nobody takes more than his share.
+    # Two each: no tenant takes more than its share.
     assert [other.tenant for other in s.running] == ["flood", "flood", "quiet", "quiet"]
 
 
-def test_a_newcomer_is_computed_before_the_rest_of_a_flood_s_prompt():
+def test_a_new_tenant_goes_before_the_rest_of_a_flood_s_prompt():
     s = scheduler(budget=8)
     s.add(sequence("long", "flood", known=40))
     run(s)
     s.add(sequence("short", "quiet", known=6))
-    assert shares(run(s)) == [("short", 0, 6, True), ("long", 8, 2, False)]
+    assert chunks(run(s)) == [("short", 0, 6, True), ("long", 8, 2, False)]
 
 
-def test_priority_goes_first_and_takes_places():
+def test_higher_priority_goes_first_and_preempts():
     s = scheduler(sequences=2, budget=100)
     s.add(sequence("low", known=4, priority=-1))
     s.add(sequence("low too", known=4, priority=-1))
@@ -139,7 +139,7 @@ def test_priority_goes_first_and_takes_places():
     assert run(s).admitted == ("normal", "low")
 
 
-def test_no_newcomer_jumps_over_one_that_lacks_blocks():
+def test_no_sequence_overtakes_one_that_lacks_blocks():
     s = scheduler(blocks=4)
     s.add(sequence("a", known=8))
     s.add(sequence("large", known=12))
@@ -158,13 +158,13 @@ def test_the_last_admitted_gives_way_and_comes_back_first():
     plan = run(s)
     assert plan.preempted == ("second",)
     assert plan.admitted == ()
-    assert shares(plan) == [("first", 8, 1, True)]
+    assert chunks(plan) == [("first", 8, 1, True)]
     assert s.get("second").block_table == []
     s.remove("first")
     plan = run(s)
     assert plan.admitted == ("second", "third")
     # The first had taken the end of what the second left behind.
-    assert shares(plan)[0] == ("second", 4, 5, True)
+    assert chunks(plan)[0] == ("second", 4, 5, True)
 
 
 def test_the_preempted_come_back_in_the_order_they_were_admitted():
@@ -185,10 +185,10 @@ def test_a_prefix_is_computed_once_a_version():
     for id_, version in [("base", None), ("v", "v"), ("v too", "v"), ("w", "w")]:
         s.add(RunningSequence(id_, id_, version, list(tokens)))
     # "v too" waits for the blocks that "v" is about to fill.
-    assert shares(run(s)) == [("base", 0, 20, True), ("v", 0, 20, True), ("w", 0, 20, True)]
+    assert chunks(run(s)) == [("base", 0, 20, True), ("v", 0, 20, True), ("w", 0, 20, True)]
     plan = run(s)
     # Of 20 known tokens at least one is computed, so the last full block can't be shared.
-    assert ("v too", 16, 4, True) in shares(plan)
+    assert ("v too", 16, 4, True) in chunks(plan)
     assert s.reused_tokens == 16
     assert s.get("v too").block_table[:4] == s.get("v").block_table[:4]
     assert not set(s.get("v").block_table) & set(s.get("w").block_table)
@@ -204,15 +204,15 @@ def test_a_prefix_is_computed_once_a_version():
     assert s.reused_tokens - reused == len(longer) // 4 * 4
 
 
-def test_who_wants_every_position_computed_shares_nothing():
+def test_without_the_prefix_cache_nothing_is_shared():
     s = scheduler(budget=100, sequences=10)
     tokens = list(range(20))
     for id_ in ("a", "b"):
         s.add(RunningSequence(id_, "t", None, list(tokens), use_prefix_cache=False))
-    assert shares(run(s)) == [("a", 0, 20, True), ("b", 0, 20, True)]
+    assert chunks(run(s)) == [("a", 0, 20, True), ("b", 0, 20, True)]
 
 
-def test_a_step_has_so_many_ranks_and_nobody_starves():
+def test_the_rank_budget_holds_and_no_sequence_starves():
     ranks = {"v": 16, "w": 16, "x": 8, "huge": 64}
     s = scheduler(budget=100, sequences=10, rank_budget=30, rank_of=ranks.__getitem__)
     for id_, version in [("v1", "v"), ("w1", "w"), ("x1", "x"), ("v2", "v"), ("none", None)]:
@@ -268,36 +268,36 @@ def test_everyone_gets_every_token_once(blocks, block_size, budget, sequences, r
         before = {other.id: other.computed_tokens for other in s.sequences}
         plan = s.schedule(always)
         s.check_integrity()
-        assert sum(share.count for share in plan.chunks) <= budget
+        assert sum(chunk.count for chunk in plan.chunks) <= budget
         assert len(s.running) <= sequences
         versions = {other.version for other in s.running} - {None}
         assert rank_budget is None or len(versions) <= max(1, rank_budget // 4)
-        for share in plan.chunks:
-            its = s.get(share.id)
+        for chunk in plan.chunks:
+            its = s.get(chunk.id)
             # A block that is written has one holder, and positions come one after the other.
-            first = share.start // block_size
-            for index in range(first, -(-(share.start + share.count) // block_size)):
+            first = chunk.start // block_size
+            for index in range(first, -(-(chunk.start + chunk.count) // block_size)):
                 assert sum(its.block_table[index] in other.block_table for other in s.running) == 1
-            if share.id not in plan.admitted and share.id not in plan.preempted:
-                assert share.start == before[share.id], "a position skipped or computed twice"
+            if chunk.id not in plan.admitted and chunk.id not in plan.preempted:
+                assert chunk.start == before[chunk.id], "a position skipped or computed twice"
             # What is taken from the cache was computed for the same tokens of the same version.
             for index, block in enumerate(its.block_table[:first]):
                 content = (its.version, tuple(its.tokens[: (index + 1) * block_size]))
                 assert held.get(block, content) == content
         s.commit(plan)
-        for share in plan.chunks:
-            its = s.get(share.id)
+        for chunk in plan.chunks:
+            its = s.get(chunk.id)
             for index in range(its.computed_tokens // block_size):
                 held[its.block_table[index]] = (its.version, tuple(its.tokens[: (index + 1) * block_size]))
-            if share.sampled:
-                left[share.id] -= 1
-                if left[share.id]:
+            if chunk.sampled:
+                left[chunk.id] -= 1
+                if left[chunk.id]:
                     its.tokens.append(7)
                 else:
-                    s.remove(share.id)
+                    s.remove(chunk.id)
         if step >= 12 and not any(left.values()):
             break
-        assert plan.chunks or step <= 12, "nobody gets on"
+        assert plan.chunks or step <= 12, "no sequence makes progress"
     assert not any(left.values())
     assert s.free_blocks == blocks
     assert s.waiting == 0

@@ -146,7 +146,7 @@ def test_a_block_keeps_nothing_of_its_last_owner(tmp_path):
     assert logits.isfinite().all()
 
 
-def test_in_bfloat16_too_a_sequence_has_the_same_bits_in_any_company(tmp_path):
+def test_in_bfloat16_too_a_sequence_has_the_same_bits_in_any_batch(tmp_path):
     random_model(CONFIGS["llama"], tmp_path)
     decoder = load_decoder(tmp_path, dtype=torch.bfloat16)
     if not backend().name.startswith("cpu"):

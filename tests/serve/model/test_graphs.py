@@ -181,7 +181,7 @@ def test_rows_that_a_step_lacks_write_to_the_scratch_block_alone(session, graphe
 
 
 def test_what_a_row_lacks_may_be_anything(session, graphed):
-    """A NaN of a row that was there before, and of the scratch block, is nobody's."""
+    """A NaN of a row that was there before, and of the scratch block, reaches no row."""
     sequences = [session.begin(8 + index, who) for index, who in enumerate((None, 0, 1, 2))]
     session.decode(sequences)
     with torch.inference_mode():
@@ -233,7 +233,7 @@ def test_a_stale_handle_is_an_error(session, graphed):
             graphed.forward([Chunk([1], 6, sequence.blocks, wanted)], side.cache, side.slab, stale)
 
 
-def test_the_scratch_block_is_nobodys(session):
+def test_the_scratch_block_has_no_owner(session):
     with pytest.raises(EngineFault, match="paging has"):
         session.sides[0].forward([Chunk([1], 0, [40], 1)], [None])
 

@@ -1,4 +1,4 @@
-"""Who is in the slots: tables, and random lives of versions."""
+"""Residency: cases, and random request sequences."""
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +18,7 @@ def use(residency: Residency, version: str) -> None:
     residency.release(version)
 
 
-def test_a_version_lingers_until_its_slot_is_wanted_least_recent_first():
+def test_a_version_stays_until_its_slot_is_needed_least_recent_first():
     residency = Residency(slots=2, patience_steps=10)
     use(residency, "a")
     use(residency, "b")
@@ -34,7 +34,7 @@ def test_a_version_lingers_until_its_slot_is_wanted_least_recent_first():
     assert residency.loading == ("c",)
 
 
-def test_wanted_versions_are_not_evicted_and_the_rest_wait_in_order():
+def test_versions_with_requests_are_not_evicted_and_others_wait_in_order():
     residency = Residency(slots=1, patience_steps=10)
     residency.acquire("a")
     residency.advance()
@@ -65,7 +65,7 @@ def test_the_least_recently_used_drains_for_one_that_waited_too_long():
     assert residency.ready("b")
 
 
-def test_draining_ends_when_nobody_waits():
+def test_draining_ends_when_no_version_waits():
     residency = Residency(slots=1, patience_steps=1)
     residency.acquire("a")
     residency.advance()

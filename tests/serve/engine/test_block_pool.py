@@ -32,7 +32,7 @@ def test_a_key_is_of_the_version_and_of_all_tokens_before():
     assert chain("v", a, b) == chain("v", a, b, c)[:2]
 
 
-def test_a_prefix_is_found_until_its_blocks_are_wanted():
+def test_a_prefix_is_found_until_its_blocks_are_reused():
     pool = BlockPool(4)
     keys = chain("v", [1], [2], [3])
     blocks = pool.allocate(3)

@@ -36,7 +36,7 @@ def test_what_is_borrowed_stays_as_it_is():
     cache.put("b", packed(100 * 64, 2))
     a = cache.acquire("a")
     cache.put("c", packed(150 * 64, 3))
-    assert [has(cache, version) for version in "abc"] == [True, True, False], "nobody leaves in vain"
+    assert [has(cache, version) for version in "abc"] == [True, True, False], "no adapter is evicted in vain"
     cache.put("c", packed(100 * 64, 3))
     assert [has(cache, version) for version in "abc"] == [True, False, True]
     assert a.data.eq(1).all()
