@@ -1,4 +1,4 @@
-"""Ray Train's trainer without two processes of 200 MB each that it starts beside each worker.
+"""Ray Train's trainer without two processes of 200 MB each that it starts with each worker.
 
 The only module that uses private names of Ray Train; tests/test_private_apis.py names the version they were read from.
 """

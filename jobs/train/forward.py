@@ -22,7 +22,7 @@ from loramill.jobs.train.ops.loss import cross_entropy
 from loramill.jobs.train.ops.norm import rms_norm
 from loramill.models.catalog import NATIVE_ARCHITECTURES
 
-#: Up to this many tokens a row, plain matrix products beat torch's fused attention on a CPU (1.3x a step).
+#: Up to this many tokens per row, plain matrix products beat torch's fused attention on a CPU (1.3x per step).
 MAX_EAGER_TOKENS = 512
 
 #: Messages of the RuntimeError by which torch's CPU allocator reports that memory ran out.

@@ -290,7 +290,7 @@ class _TrainingRun:
         passes = group_for_passes(examples, self._context.pass_tokens, packing=packing, multiple_of=group.size)
         own = [(each, 1.0) for each in passes[group.rank :: group.size]]
         if optimizer.collective and len(own) < -(-len(passes) // group.size):
-            own.append((passes[0], 0.0))  # a pass that counts for nothing, beside the last pass of the others
+            own.append((passes[0], 0.0))  # a pass that counts for nothing, during the last pass of the others
         with group.all_reduce_on_exit(sums):
             for number, (pass_examples, factor) in enumerate(own, start=1):
                 with group.all_reduce_on_exit(sums.new_zeros(0)) if optimizer.collective else nullcontext():

@@ -229,7 +229,7 @@ def _read_adapter(model: PreTrainedModel, adapter: Path) -> dict[str, Delta]:
 
 @contextmanager
 def with_adapter(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> Iterator[None]:
-    """Within, `model` computes with an adapter beside its weights, as the engine does; in float32."""
+    """Within, `model` computes with an adapter next to its weights, as the engine does; in float32."""
     with ExitStack() as stack:
         for name, delta in deltas.items():
             module = model.get_submodule(name)

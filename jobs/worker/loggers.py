@@ -4,8 +4,8 @@
         for progress in train(...):
             log_progress(progress)
 
-The registry keeps the same metrics in any case. A tool that fails is dropped with a line in the log, and the job goes
-on: no job is lost because a dashboard is away.
+The registry keeps the same metrics in any case. A tool that fails is dropped with a line in the log, and the job
+continues: no job is lost because a dashboard is away.
 """
 
 from __future__ import annotations

@@ -15,11 +15,13 @@ from loramill.names import AdapterName
 from loramill.submission.options import read_options
 
 
-def dry_run(adapter: str, train: str, valid: str | None, said: Mapping[str, Any], *, json: bool) -> None:
+def dry_run(adapter: str, train: str, valid: str | None, job_options: Mapping[str, Any], *, json: bool) -> None:
     """Checks data and options as `submit` would, and prints the result. Nothing is stored."""
     tenant = AdapterName.parse(adapter).tenant
-    columns, valid_columns = said.get("columns"), said.get("valid_columns")
-    options = read_options({name: value for name, value in said.items() if name not in ("columns", "valid_columns")})
+    columns, valid_columns = job_options.get("columns"), job_options.get("valid_columns")
+    options = read_options(
+        {name: value for name, value in job_options.items() if name not in ("columns", "valid_columns")}
+    )
     length, train_on = options.max_length, options.train_on
     with Client() as client:
         found = [client.files.check(train, tenant=tenant, columns=columns, max_length=length, train_on=train_on)]

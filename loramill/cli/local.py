@@ -44,15 +44,15 @@ def up(
     from loramill.local.processes import up_in_background
     from loramill.settings import Settings
 
-    said: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     if port is not None or host is not None:
-        said["serve"] = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+        overrides["serve"] = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     if sessions is not None:
-        said["jobs"] = {"sessions": sessions}
+        overrides["jobs"] = {"sessions": sessions}
     if base is not None:
-        said["base"] = base
+        overrides["base"] = base
     start = up_in_background if detach else run
-    start(Settings.load(**said), console=Console(highlight=False))
+    start(Settings.load(**overrides), console=Console(highlight=False))
 
 
 def down() -> None:
@@ -93,10 +93,10 @@ def doctor(json: JsonFlag = False) -> None:
     else:
         grid = [(styled_status(each.status), each.what, each.found) for each in collapse_packages(findings)]
         print_table(("", "CHECK", "FOUND"), grid, empty="Nothing to examine.")
-        mends = [(styled_status(each.status), each.what, each.fix) for each in findings if each.fix]
-        if mends:
+        fixes = [(styled_status(each.status), each.what, each.fix) for each in findings if each.fix]
+        if fixes:
             print_line("")
-            print_table(("", "CHECK", "FIX"), mends, empty="")
+            print_table(("", "CHECK", "FIX"), fixes, empty="")
     if any(each.status is Status.ERROR for each in findings):
         raise typer.Exit(1)
 

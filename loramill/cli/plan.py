@@ -80,8 +80,8 @@ def plan(
         "batch_size": batch_size, "answers": answers, "micro_tokens": micro_tokens,
         "gradient_checkpointing": gradient_checkpointing, "offload": offload,
     }  # fmt: skip
-    said = _read_spec_file(spec) | {name: value for name, value in options.items() if value is not None}
-    question, known = _sizing_request(said)
+    question_fields = _read_spec_file(spec) | {name: value for name, value in options.items() if value is not None}
+    question, known = _sizing_request(question_fields)
     try:
         found = planned(question) if known else plan_as_is(question, question.spec)
     except DoesNotFit as error:

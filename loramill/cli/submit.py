@@ -105,7 +105,7 @@ def submit(
 
     The gateway fills in defaults for omitted options; `loramill jobs show JOB` shows them.
     """
-    said = {
+    job_options = {
         name: from_text(name, value) if isinstance(value, str) else value
         for name, value in {**options, "columns": columns, "valid_columns": valid_columns}.items()
         if value is not None
@@ -115,7 +115,7 @@ def submit(
             raise typer.BadParameter(
                 "checks a single job: give TENANT/ADAPTER and --train FILE.", param_hint="--dry-run"
             )
-        dry_run(adapter, train, valid, said, json=json)
+        dry_run(adapter, train, valid, job_options, json=json)
     elif file is not None:
         if adapter or train or valid:
             raise typer.BadParameter(
@@ -127,14 +127,14 @@ def submit(
                 "works for a single job; promote the adapters of a file with `loramill promote`.",
                 param_hint="--promote",
             )
-        rows = read_jobs(file, said)  # before any request to the gateway
+        rows = read_jobs(file, job_options)  # before any request to the gateway
         if create_tenant:
             _create_tenants({entry.adapter.tenant for entry in check_entries(rows)})
-        _submit_file(file, said, name=name, retry=retry, wait=wait, json=json)
+        _submit_file(file, job_options, name=name, retry=retry, wait=wait, json=json)
     elif adapter and train:
         if create_tenant:
             _create_tenants({AdapterName.parse(adapter).tenant})
-        _submit_one(adapter, train, valid, said, wait=wait or promote, promote=promote, json=json)
+        _submit_one(adapter, train, valid, job_options, wait=wait or promote, promote=promote, json=json)
     else:
         raise typer.BadParameter("give TENANT/ADAPTER and --train FILE, or --file JOBS.")
 

@@ -170,11 +170,11 @@ def jobs_table(
 
 
 def _row(job: Job, now: float) -> tuple[RenderableType, ...]:
-    asked = job.pending_action if job.pending_action and not job.status.final else None
+    pending = job.pending_action if job.pending_action and not job.status.final else None
     return (
         job.id,
         job.adapter,
-        styled_status(f"{job.status} ({asked})" if asked else job.status),
+        styled_status(f"{job.status} ({pending})" if pending else job.status),
         ProgressBar(total=job.steps, completed=job.step, width=16),
         f"{job.step}/{job.steps}",
         _format_loss(job.loss),

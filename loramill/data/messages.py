@@ -34,7 +34,7 @@ class Message(TypedDict):
 
     Attributes:
         role: one of `TEMPLATE_ROLES`; "tool" for the result of the call `tool_call_id`.
-        name: tells participants of one role apart; most templates ignore it.
+        name: distinguishes participants of one role; most templates ignore it.
     """
 
     role: str

@@ -21,7 +21,7 @@ _ESCAPE = "\ud800"
 
 
 class TextCodec:
-    """A tokenizer of `tokenizers` that tells the special tokens of a template from those that users wrote.
+    """A tokenizer of `tokenizers` that distinguishes the special tokens of a template from those that users wrote.
 
     Args:
         tokenizer_json: the text of tokenizer.json.

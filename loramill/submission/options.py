@@ -46,7 +46,7 @@ class JobOptions(LoramillOptions):
 
 
 class JobOptionsDict(TypedDict, total=False):
-    """The keywords of `Client.submit`: the fields of `Options`, for whoever reads or checks a call."""
+    """The keywords of `Client.submit`: the fields of `Options`, for readers and type checkers."""
 
     base: str | None
     epochs: int | None

@@ -36,7 +36,7 @@ class RankBudget:
             self._starved = None
 
     def admits(self, sequence: RunningSequence, running: Iterable[RunningSequence]) -> bool:
-        """Whether a waiting sequence may start beside the running ones; remembers since when it may not."""
+        """Whether a waiting sequence may start next to the running ones; records since when it may not."""
         if sequence.version is None or self._has_rank_for(sequence.version, running):
             return True
         if sequence.rank_blocked_since is None:

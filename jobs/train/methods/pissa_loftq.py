@@ -53,7 +53,7 @@ class ResidualLinear(LoraLinear):
         return {A0: self.a0, B0: self.b0}
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns A above A0, and B beside -B0."""
+        """Returns A above A0, and B left of -B0."""
         return torch.cat([self.a, self.a0]), torch.cat([self.b, -self.b0], dim=1)
 
 
