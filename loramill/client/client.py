@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import date
-from itertools import islice
+from itertools import chain, islice
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from loramill.client.adapters import AdaptersResource
 from loramill.client.files import FilesResource
@@ -14,7 +14,8 @@ from loramill.client.http import Transport, is_local_url, unexpected_response
 from loramill.client.jobs import JobsResource
 from loramill.client.models import parse_object
 from loramill.client.tenants import KeysResource, TenantsResource
-from loramill.errors import SettingsInvalid, Unauthenticated
+from loramill.errors import Overloaded, SettingsInvalid, Unauthenticated, Unavailable
+from loramill.retry import retry_while_unavailable
 from loramill.settings import Settings
 from loramill.submission.options import drop_none
 from loramill.types import AuditRecord, UsageRecord
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 #: A conversation, such as `[{"role": "user", "content": "Hello"}]`, or the text of one user message.
 Messages = str | Iterable[Mapping[str, str]]
 
+T = TypeVar("T")
+
 _CHAT = "/v1/chat/completions"
+#: How long a generation is retried that a busy gateway refuses.
+_RETRY_SECONDS = 4.0
 
 
 class Client:
@@ -108,7 +113,8 @@ class Client:
             messages: The conversation so far, or the text of one user message.
             parameters: OpenAI's: max_tokens, temperature, seed, …
         """
-        response = self._transport.request_json("POST", _CHAT, json=_chat_request(model, messages, parameters))
+        request = _chat_request(model, messages, parameters)
+        response = _retry(lambda: self._transport.request_json("POST", _CHAT, json=request))
         try:
             return response["choices"][0]["message"]["content"] or ""
         except (KeyError, IndexError) as error:
@@ -117,7 +123,13 @@ class Client:
     def stream(self, model: str, messages: Messages, **parameters: Any) -> Generator[str, None, None]:
         """Yields the model's answer in pieces as it is generated. The arguments are those of `chat`."""
         request = {**_chat_request(model, messages, parameters), "stream": True}
-        for chunk in self._transport.stream_events(_CHAT, request):
+
+        def start() -> tuple[Any, Iterator[Any]]:
+            events = self._transport.stream_events(_CHAT, request)
+            return next(events, {}), events
+
+        first, events = _retry(start)
+        for chunk in chain([first], events):
             if (choices := chunk.get("choices")) and (text := choices[0]["delta"].get("content")):
                 yield text
 
@@ -160,6 +172,12 @@ class Client:
         """
         rows = self._transport.paginate("/v1/audit", limit=min(limit, 100), query=drop_none({"tenant": tenant}))
         return [parse_object(AuditRecord, row) for row in islice(rows, limit)]
+
+
+def _retry(operation: Callable[[], T]) -> T:
+    """Retries a generation that the gateway refused because it is busy; it has not begun."""
+    errors = (Overloaded, Unavailable)
+    return retry_while_unavailable(operation, timeout_seconds=_RETRY_SECONDS, pause_seconds=1.0, errors=errors)
 
 
 def _default_api_key(settings: Settings, url: str) -> str | None:

@@ -40,7 +40,7 @@ def download(
         DiskFull: The disk is full; nothing is written.
         LoramillError: The error that the gateway reports. Unavailable: the response was cut off. Nothing is written.
     """
-    from loramill.registry.artifacts.manifest import Manifest
+    from loramill.storage.manifest import Manifest
 
     model = ModelName.parse(name)
     if model.adapter is None:

@@ -89,7 +89,8 @@ def run_training(bench: Workbench, progress: Iterable[TrainingProgress], *, base
         learning_rate=bench.data.spec.learning_rate,
         steps=len(seconds),
         batch_size=bench.data.spec.batch_size,
-        memory=MemoryUse(base=base, peak=memory.peak_bytes(device)),
+        # Pages that `base` still counted may have been returned to the system since.
+        memory=MemoryUse(base=base, peak=max(base, memory.peak_bytes(device))),
         step_seconds=statistics.median(plain[1:] or plain or seconds),
         valid_loss=min(losses, default=None),
         artifact_bytes=0,

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from loramill.errors import ArtifactCorrupt
-from loramill.registry.artifacts.manifest import MANIFEST, Manifest, corrupt, digest_and_size, is_hash
 from loramill.storage.atomic import fsync
+from loramill.storage.manifest import MANIFEST, Manifest, corrupt, digest_and_size, is_hash
 
 
 class LocalArtifacts:

@@ -14,7 +14,7 @@ from typing import BinaryIO, cast
 
 from loramill.errors import ArtifactCorrupt
 from loramill.registry.artifacts.local import LocalArtifacts
-from loramill.registry.artifacts.manifest import MANIFEST, Manifest, digest_and_size, is_hash
+from loramill.storage.manifest import MANIFEST, Manifest, digest_and_size, is_hash
 from loramill.storage.object_store import open_filesystem
 
 

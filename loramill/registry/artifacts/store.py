@@ -11,8 +11,8 @@ from urllib.parse import unquote, urlsplit
 
 from loramill.errors import ArtifactMissing, DiskFull, InvalidRequest, StoreUnusable
 from loramill.registry.artifacts.local import LocalArtifacts
-from loramill.registry.artifacts.manifest import MANIFEST, Manifest, check_name, corrupt, digest_and_size, is_hash
 from loramill.registry.artifacts.remote import RemoteArtifacts
+from loramill.storage.manifest import MANIFEST, Manifest, check_name, corrupt, digest_and_size, is_hash
 from loramill.storage.object_store import redacted_url, translate_store_errors
 
 _ACCESS_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)

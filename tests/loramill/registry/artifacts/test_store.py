@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from loramill.errors import ArtifactCorrupt, ArtifactMissing, DiskFull, InvalidRequest, SetupError
 from loramill.registry import ArtifactStore, Registry, adapters, datasets, jobs, tenants
-from loramill.registry.artifacts.manifest import Manifest, digest_and_size
+from loramill.storage.manifest import Manifest, digest_and_size
 from loramill.types import VersionRecord
 
 FILES = {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": bytes(range(256)) * 40, "empty": b""}

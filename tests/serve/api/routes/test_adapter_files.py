@@ -11,7 +11,7 @@ import pytest
 
 from loramill.names import AdapterName
 from loramill.registry import datasets, jobs
-from loramill.registry.artifacts.manifest import Manifest, ManifestEntry
+from loramill.storage.manifest import Manifest, ManifestEntry
 from loramill.types import JobSpec, VersionRecord
 
 FILES = {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": bytes(range(256)) * 9000}
