@@ -45,6 +45,7 @@ fast: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/typos
 
 types: $(INSTALLED)
 	$(BIN)/mypy -p loramill -p loramill_bench

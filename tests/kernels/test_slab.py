@@ -127,7 +127,7 @@ def test_room_is_made_by_as_few_as_it_takes():
     assert slab.evict(256, slots[1:]) == [slots[1]]
     assert slab.evict(100, slots[2:]) == []
     taken = slab.allocate(256)
-    # Slots 0 and 2 are not neighbours: the third is needed to make them one piece.
+    # Slots 0 and 2 are not neighbors: the third is needed to make them one piece.
     assert slab.evict(512, [slots[0], slots[2], taken]) == [slots[0], slots[2], taken]
     assert slab.allocate(512) is not None
     slab.check_integrity()
@@ -198,7 +198,7 @@ def test_a_slot_used_before_it_is_loaded_is_an_error():
         slab.check(Batch.of([(slot, 1)]))
 
 
-def test_neighbours_of_one_adapter_are_one_run():
+def test_neighbors_of_one_adapter_are_one_run():
     slab = new_slab()
     one, two = slab.allocate(0), slab.allocate(0)
     batch = Batch.of([(None, 3), (one, 2), (one, 1), (two, 4), (None, 1), (two, 0), (two, 1)])

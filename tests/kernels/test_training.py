@@ -342,14 +342,14 @@ def test_a_weight_that_is_made_is_not_kept():
     assert [ref() for ref in made] == [None, None]
 
 
-# Neighbours
+# Neighbors
 
 
-def alone_and_among(adapter, x, dy, neighbours, base):
-    """The adapter's y and gradients by itself, and among `neighbours` (pairs of slot and rows around every row)."""
+def alone_and_among(adapter, x, dy, neighbors, base):
+    """The adapter's y and gradients by itself, and among `neighbors` (pairs of slot and rows around every row)."""
     rows = len(x)
     alone = gradients(grouped_lora, x, base, {ONE: adapter}, Batch.of([(ONE, rows)]), dy)
-    counts = list(itertools.chain.from_iterable([(ONE, 1), *neighbours] for _ in range(rows)))
+    counts = list(itertools.chain.from_iterable([(ONE, 1), *neighbors] for _ in range(rows)))
     batch = Batch.of(counts)
     own = torch.tensor([row for run in batch.runs if run.slot == ONE for row in range(batch.rows)[run.rows]])
     wide = torch.randn(batch.rows, x.shape[1]).index_copy(0, own, x.detach()).requires_grad_()
@@ -359,11 +359,11 @@ def alone_and_among(adapter, x, dy, neighbours, base):
     return alone, {"0.a": among["0.a"], "0.b": among["0.b"], "y": among["y"][own], "x": among["x"][own]}
 
 
-@pytest.mark.parametrize("neighbours", [[(None, 1)], [(TWO, 2)], [(TWO, 1), (None, 3), (THREE, 1)]])
-def test_an_adapter_trains_the_same_among_any_neighbours(neighbours):
+@pytest.mark.parametrize("neighbors", [[(None, 1)], [(TWO, 2)], [(TWO, 1), (None, 3), (THREE, 1)]])
+def test_an_adapter_trains_the_same_among_any_neighbors(neighbors):
     adapter = trainable(8, 64, 48, dropout=0.5, seed=3)
     x, dy, base = torch.randn(11, 64, requires_grad=True), torch.randn(11, 48), torch.randn(48, 64)
-    alone, among = alone_and_among(adapter, x, dy, neighbours, base)
+    alone, among = alone_and_among(adapter, x, dy, neighbors, base)
     assert_same_bits(among["0.a"], alone["0.a"], "gradient of a")
     assert_same_bits(among["0.b"], alone["0.b"], "gradient of b")
     # The base's products may group more rows differently; a wrong mask would be off by a whole element.
@@ -427,7 +427,7 @@ def test_dropout_hides_a_fraction_p_and_keeps_the_mean(p):
     assert abs(y.double().mean() - 1) < 6 * deviation / (1 - p) + 1e-4
     torch.testing.assert_close(y[~hidden], torch.full_like(y[~hidden], 1 / (1 - p)), rtol=1e-4, atol=0)
     assert_same_bits(dx, y, "the mask of the backward")
-    # Rows, columns and neighbours within a random word have the same share each.
+    # Rows, columns and neighbors within a random word have the same share each.
     for axis in (0, 1):
         assert (hidden.double().mean(axis) - p).abs().max() < 7 * math.sqrt(p * (1 - p) / hidden.shape[axis])
     pairs = (hidden[:, 1:] & hidden[:, :-1]).double().mean()

@@ -117,8 +117,8 @@ def test_logits_are_computed_for_the_supervised_tokens_alone(tmp_path: Path, pac
     model, seen = tiny_model(), []
     model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape))
     next(train(model, random_examples(23), [], spec_of(packing=packing, micro_tokens=1000), checkpoints=tmp_path))
-    learnt = sum(count_supervised_tokens(random_examples(23)[index]) for index in choose_batch(23, 5, 0, 0))
-    assert seen == [(learnt, 64)]
+    supervised = sum(count_supervised_tokens(random_examples(23)[index]) for index in choose_batch(23, 5, 0, 0))
+    assert seen == [(supervised, 64)]
 
 
 def test_gradient_checkpointing_gives_the_same_bits(tmp_path: Path) -> None:

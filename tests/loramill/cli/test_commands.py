@@ -326,7 +326,7 @@ def test_ctrl_c_is_quiet_and_130(here: RunningGateway, tenant: str, train: str) 
         assert following.stderr.read() == ""
 
 
-def test_a_pipe_gets_whole_rows_without_colour(here: RunningGateway, tenant: str, train: str) -> None:
+def test_a_pipe_gets_whole_rows_without_color(here: RunningGateway, tenant: str, train: str) -> None:
     job = ok("submit", f"{tenant}/{'long' * 15}", "--train", train).stdout.strip()
     ran = process("jobs", "--tenant", tenant)
     assert "\x1b" not in ran.stdout

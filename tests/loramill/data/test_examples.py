@@ -334,7 +334,7 @@ DEFECTS: dict[str, tuple[str, str]] = {
     "a weight no number": (weighted(1, "2"), "messages[3].weight is '2'"),
     "a weight below 0": (weighted(-1, 1), "messages[1].weight is -1"),
     "a weight of a question": (weighted(1, 1, weight="user"), "messages[0] has the unknown key 'weight'"),
-    "nothing that is learnt": (weighted(0, 0), "weight is 0 for every answer"),
+    "nothing that is supervised": (weighted(0, 0), "weight is 0 for every answer"),
     "too long a prompt": (row("x " * 200, "y", roles="ua"), "the prompt alone fills it"),
     "too long an answer": (row("x", "y " * 80, roles="ua"), "shorten it or raise max_length"),
     "an answer without tokens": (row("x", "\x04", roles="ua"), "the completion has no tokens"),
