@@ -18,7 +18,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
@@ -220,21 +220,35 @@ def publish_next(gateway: RunningGateway, number: int) -> bool:
     return True
 
 
+@dataclass
+class Worker:
+    """Publishes a version for each queued job in a thread, unless it is paused.
+
+    Attributes:
+        lock: held while a job is leased and published, so that no job is deleted or paused in between.
+    """
+
+    gateway: RunningGateway
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    ended: threading.Event = field(default_factory=threading.Event)
+    paused: bool = False
+
+    def run(self) -> None:
+        for number in itertools.count():
+            with self.lock:
+                if not self.paused:
+                    publish_next(self.gateway, number)
+            if self.ended.wait(0.05):
+                return
+
+
 @pytest.fixture(scope="module")
-def worker(gateway: RunningGateway) -> Iterator[threading.Event]:
-    """A worker that publishes a version for each job while its event is clear."""
-    paused, ended = threading.Event(), threading.Event()
-
-    def run() -> None:
-        numbers = itertools.count()
-        while not ended.wait(0.05):
-            if not paused.is_set():
-                publish_next(gateway, next(numbers))
-
-    thread = threading.Thread(target=run)
+def worker(gateway: RunningGateway) -> Iterator[Worker]:
+    worker = Worker(gateway)
+    thread = threading.Thread(target=worker.run)
     thread.start()
-    yield paused
-    ended.set()
+    yield worker
+    worker.ended.set()
     thread.join()
 
 
@@ -269,7 +283,7 @@ def filled(text: str, admin: Client, url: str) -> str:
 def test_the_commands_of_a_page_run(
     page: str,
     gateway: RunningGateway,
-    worker: threading.Event,
+    worker: Worker,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -278,11 +292,12 @@ def test_the_commands_of_a_page_run(
     monkeypatch.setenv("LORAMILL_URL", gateway.url)
     monkeypatch.setenv("LORAMILL_API_KEY", gateway.admin_key)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    worker.clear()
     prepared = re.findall(r"<!-- first: (.*) -->", (ROOT / page).read_text(encoding="utf-8"))
     with gateway.client() as admin:
-        for tenant in admin.tenants.list():
-            admin.tenants.delete(tenant.name, cancel_jobs=True)
+        with worker.lock:
+            for tenant in admin.tenants.list():
+                admin.tenants.delete(tenant.name, cancel_jobs=True)
+            worker.paused = False
         for command in "; ".join(prepared).split("; ") if prepared else ():
             run(command, folder, worker)
         for block in [each for each in BLOCKS if each.page == page]:
@@ -296,10 +311,11 @@ def test_the_commands_of_a_page_run(
                 exec(compile(filled(block.text, admin, gateway.url), page, "exec"), {})  # a page's own code
 
 
-def run(command: str, folder: Path, worker: threading.Event) -> None:
+def run(command: str, folder: Path, worker: Worker) -> None:
     """Runs one command; `loramill` in this process. From a job of low priority on, the worker trains no more."""
     if "--priority -10" in command:
-        worker.set()
+        with worker.lock:
+            worker.paused = True
     if command.startswith("loramill "):
         ran = CliRunner().invoke(app, shlex.split(command)[1:], input="", catch_exceptions=False)
         assert ran.exit_code == 0, f"{command}\n{ran.output}"
