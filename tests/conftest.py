@@ -18,11 +18,12 @@ TESTS = Path(__file__).parent
 #: Markers that tests get by their path or parameter; `make fast` runs the tests that have none of them.
 MARKERS = {
     "ray": ("e2e/*", "*_on_ray.py*"),
-    "postgres": ("*[[]*postgresql*]", "serve/api/test_api_outage.py*", "jobs/*outage*"),
+    "postgres": ("*[[]*postgresql*]", "serve/api/*outage*", "jobs/*outage*"),
     "compiler": ("kernels/test_build.py*", "kernels/test_triton*", "serve/model/test_graphs.py*"),
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the tests, skips those that need a GPU where there is none, and groups them for pytest-xdist.
 

@@ -196,7 +196,7 @@ def test_the_log_of_all_processes_has_one_format(mill) -> None:
         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR|CRITICAL) [\w.-]+(\[\d+\])? \S+ .*"
     )
     assert [line for line in text.splitlines() if not form.fullmatch(line)] == []
-    assert re.search(r" INFO session\[\d+\] loramill\.jobs\.worker: job ftjob-\w+ of acme: attempt 1", text)
+    assert re.search(r" INFO session\[\d+\] loramill\.jobs\.worker\.worker: job ftjob-\w+ of acme: attempt 1", text)
     assert "setup plugin" not in text and "pip install kernels" not in text and "repeated" not in text
 
 
