@@ -291,7 +291,7 @@ def test_a_graph_replays_any_batch_that_fits(rows):
     dtype = torch.float32
     loaded = Loaded([random_adapter(dtype, (1, 8, 40)) for _ in range(ADAPTERS)], dtype)
     static = StaticPlan(loaded.slab, rows=rows, rank=64)
-    tiles = static.batch.memo[host.Work, loaded.slab].tiles
+    tiles = static.batch.memo[host.StepWork, loaded.slab].tiles
     address = tiles.data_ptr()
     batches = [[0] * rows, [None] * rows, [row % ADAPTERS for row in range(rows)], [5, None, 7]]
     for step, owner in enumerate(batches):
