@@ -307,7 +307,7 @@ def fused_launch(problem: Problem) -> Callable[[], None] | None:
     from loramill.kernels.triton import plans
 
     host = importlib.import_module("loramill.kernels.triton.lora")
-    work = host.work_of(problem.slab, problem.batch)
+    work = host.build_work(problem.slab, problem.batch)
     if work.plan.rows > 1 or work.rank > plans.FUSED.ranks:
         return None
     site = work.resident.sites[problem.view.index]
