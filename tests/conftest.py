@@ -23,13 +23,8 @@ MARKERS = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests, skips those that need a GPU where there is none, and groups them for pytest-xdist.
-
-    A file runs in one process, so that its fixtures are made once; everything on Ray runs in one process, so that there
-    is one cluster at a time. That group takes longest and begins.
-    """
+    """Marks the tests, and skips those that need a GPU where there is none."""
     for item in items:
         name = f"{item.path.relative_to(TESTS).as_posix()}::{item.name}"
         for marker, patterns in MARKERS.items():
@@ -37,9 +32,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(marker)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-        on_ray = item.get_closest_marker("ray") is not None
-        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else name.partition("::")[0]))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 @pytest.fixture(scope="session")
