@@ -18,8 +18,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("loramill", "kernels", "jobs", "serve", "pipelines")
-#: Folders that still wait for plain words.
-WAIT: tuple[str, ...] = ("serve/api/", "serve/model/", "kernels/cpu/", "kernels/triton/", "docs/reference/")
 
 
 @dataclass(frozen=True)
@@ -103,12 +101,7 @@ NAMES = {
 def sources() -> list[Path]:
     """Python files of the packages."""
     found = [path for folder in PACKAGES for path in sorted((ROOT / folder).rglob("*.py"))]
-    return [path for path in found if path.parent.name != "versions" and not waits(path)]  # migrations never change
-
-
-def waits(path: Path) -> bool:
-    """Whether a file still waits for plain words."""
-    return path.relative_to(ROOT).as_posix().startswith(WAIT)
+    return [path for path in found if path.parent.name != "versions"]  # migrations never change
 
 
 def docstrings(tree: ast.Module) -> dict[int, ast.Constant]:
@@ -201,12 +194,7 @@ def test_comments_are_in_plain_words() -> None:
 
 def test_the_documentation_is_in_plain_words() -> None:
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("benchmarks/*.md")]
-    found = [
-        line
-        for page in pages
-        if not waits(page)
-        for line in problems(page, iter([(0, prose(page.read_text(encoding="utf-8")))]))
-    ]
+    found = [line for page in pages for line in problems(page, iter([(0, prose(page.read_text(encoding="utf-8")))]))]
     assert not found, "\n".join(found)
 
 

@@ -86,6 +86,4 @@ def version_cache(
     registry: Registry, grace_seconds: float = 0.0
 ) -> ReadThroughCache[tuple[AdapterName, str], VersionRecord]:
     """Caches the version of an adapter and an alias or version prefix."""
-    return ReadThroughCache(
-        registry, lambda session, asked: adapters.resolve(session, *asked), grace_seconds=grace_seconds
-    )
+    return ReadThroughCache(registry, lambda session, key: adapters.resolve(session, *key), grace_seconds=grace_seconds)

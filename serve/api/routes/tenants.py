@@ -129,9 +129,8 @@ def create_key(
 ) -> dict[str, Any]:
     """Creates an API key for a tenant. The secret, `key`, is shown only once."""
     caller.check_admin()
-    asked = body or NewKeyRequest()
     with gateway.registry.writing() as session:
-        record, secret = _new_key(session, caller, tenant, asked)
+        record, secret = _new_key(session, caller, tenant, body or NewKeyRequest())
     return _key_object(record) | {"key": secret}
 
 
@@ -180,10 +179,10 @@ def _new_key(session: Session, caller: Caller, tenant: str, terms: NewKeyRequest
     return record, secret
 
 
-def _resolve_quota(said: int | Literal["unlimited"] | None, now: int | None) -> int | None:
-    if said is None:
-        return now
-    return None if said == "unlimited" else said
+def _resolve_quota(requested: int | Literal["unlimited"] | None, current: int | None) -> int | None:
+    if requested is None:
+        return current
+    return None if requested == "unlimited" else requested
 
 
 def _tenant_object(record: TenantRecord, load: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
