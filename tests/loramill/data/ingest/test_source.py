@@ -214,7 +214,11 @@ def test_a_hub_id_names_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("x.txt", b"prompt,completion\na,b\n", "is not in a known format"),
         ("x.parquet", b"PAR1", "x.parquet can't be read as a table"),
         ("x.parquet", b"{}", "x.parquet can't be read as a table: its content is not of the kind that its name says"),
-        ("x.csv.gz", gzip.compress(b"prompt,completion\n" * 99, mtime=0)[:-9], "x.csv.gz is compressed by gzip, and damaged"),
+        (
+            "x.csv.gz",
+            gzip.compress(b"prompt,completion\n" * 99, mtime=0)[:-9],
+            "x.csv.gz is compressed by gzip, and damaged",
+        ),
         ("x.jsonl.zst", zstd(b"{}" * 999)[:-9], "x.jsonl.zst is compressed by zstd, and damaged"),
         ("x.xlsx", b"PK\x03\x04...", "x.xlsx is a ZIP archive (an .xlsx workbook is one); save it as CSV"),
         ("x.pkl", b"\x80\x05\x95", "x.pkl is a Python pickle"),
