@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from loramill.models.catalog import Base, find_base
 
 from .hermes import VOCABULARY, write_hermes_tokenizer
 from .llama import tiny_llama, write_base
+
+# The readline that pytest loads exports COLUMNS to the processes of pytest-xdist, where it would fold every table.
+os.environ.pop("COLUMNS", None)
 
 TESTS = Path(__file__).parent
 #: Markers that tests get by their path or parameter; `make fast` runs the tests that have none of them.

@@ -12,7 +12,7 @@ from loramill.cli.export import To
 from loramill.cli.format import JsonFlag, make_console, print_fields, print_json, print_message
 
 if TYPE_CHECKING:
-    from loramill.data.encoding import EncodedExample, encode_example
+    from loramill.data.encoding import EncodedExample
     from loramill.models.catalog import Base
     from loramill.settings import Settings
 
@@ -88,6 +88,7 @@ def _comparison_examples(base: Base, name: str, file: Path | None, settings: Set
         InvalidRequest: There is no file, and the version's job is unknown.
         DatasetInvalid: The file is invalid.
     """
+    from loramill.data.encoding import encode_example
     from loramill.data.examples import read_examples
     from loramill.data.tokenizer import ChatTokenizer
 

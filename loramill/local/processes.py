@@ -264,8 +264,9 @@ def run_cluster(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], C
     assert cluster.stdin is not None and cluster.stdout is not None
     log = ClusterLog(log_path(settings), cluster.stdout, cluster.pid)
     try:
-        cluster.stdin.write(settings.model_dump_json().encode() + b"\n")
-        cluster.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already; its log gives the reason
+            cluster.stdin.write(settings.model_dump_json().encode() + b"\n")
+            cluster.stdin.flush()
         yield cluster, log
     finally:
         with contextlib.suppress(BrokenPipeError):

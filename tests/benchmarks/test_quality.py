@@ -40,7 +40,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
         scores = (0.01, value) if tenant == "e2e-restaurants" else (value, 0.01)
         return ComparisonRow(subject=task.subject, quality=Score(200, scores[0], 0.02, scores[1]))
 
-    monkeypatch.setattr(quality, "run", run)
+    monkeypatch.setattr(quality, "run_task", run)
     return asked
 
 
@@ -78,7 +78,7 @@ def test_a_folder_without_the_tenants_is_refused(tenants: Path, trained: list[Ta
 
 
 def test_a_training_that_failed_says_so(tenants: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "run", lambda task: ComparisonRow(subject=task.subject, error="Memory ran out."))
+    monkeypatch.setattr(quality, "run_task", lambda task: ComparisonRow(subject=task.subject, error="Memory ran out."))
     with pytest.raises(JobError, match="LoRA on clinc-travel: Memory ran out"):
         quality.results(tenants, Settings(), "", lambda group: None)
 

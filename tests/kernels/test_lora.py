@@ -223,7 +223,7 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused(native, adapters):
         (torch.randn(37, 2).T, torch.randn(2, 45)),
     ]:
         before = y.clone()
-        with pytest.raises(EngineFault, match="expected"):
+        with pytest.raises(EngineFault, match="they must be"):
             native.lora(x, y, slab.views[0], batch)
         assert torch.equal(y, before)
 

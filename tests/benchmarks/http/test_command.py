@@ -124,9 +124,10 @@ def test_every_case_runs_over_a_real_gateway_and_has_the_issues_target(
     assert values(results)["promote 32: errors"] == values(results)["overload: errors"] == 0
     assert values(results)["promote 32: promotions"].expected > 0
     assert started == [(0, DISTINCT), (6, DISTINCT)]
-    assert {(len(r.prompt.split()), r.max_tokens, r.temperature, r.ignore_eos) for r in backend.requests} == {
-        (PROMPT, NEW, 0.0, True)
-    }
+    assert {
+        (len(r.prompt.split()), r.sampling_params.max_tokens, r.sampling_params.temperature, r.ignore_eos)
+        for r in backend.requests
+    } == {(PROMPT, NEW, 0.0, True)}
     asked = {request.version for request in backend.requests}
     assert None in asked and asked <= known
     assert len(asked) >= 1 + 2 and len(known) == 1 + 6

@@ -318,7 +318,7 @@ def test_the_command_compares_a_version_on_its_jobs_data(tiny_base_folder: Path,
     told = loramill(
         "adapters", "merge", f"acme/support@{version[:8]}", "--to", str(tmp_path / "text"), "--dtype", "fp32"
     )
-    assert "nats a token" in told.stdout and "original values" in told.stdout
+    assert "nats per token" in told.stdout and "original values" in told.stdout
     again = loramill("adapters", "merge", "acme/support", "--to", str(tmp_path / "merged"))
     assert again.exit_code == 1 and "already exists" in again.stderr
 
@@ -332,7 +332,7 @@ def test_the_command_merges_a_folder_and_names_what_is_missing(
     command = ("adapters", "merge", str(adapter), "--to", str(to))
     for words, code, said in (
         (command, 1, "--valid FILE"),
-        (("adapters", "merge", "tiny", "--to", str(to)), 1, "the base alone"),
+        (("adapters", "merge", "tiny", "--to", str(to)), 1, "is the base itself"),
         ((*command, "--valid", str(rows), "--into", "dequantized"), 1, "is not quantized"),
         ((*command, "--valid", str(rows), "--max-kl", "0"), 1, "--force"),
         ((*command, "--valid", str(rows), "--max-kl", "-1"), 2, ""),

@@ -132,4 +132,4 @@ def test_pins_and_warming(gateway: RunningGateway, tenant: str) -> None:
     assert shown("adapters", "pin", name, second[:12])["champion"] == second
     assert loramill("rollback", name).exit_code == 1
     assert first[:12] not in loramill("adapters", "unpin", name).stderr
-    assert f"{name}@previous answers" in loramill("adapters", "warm", name, "previous").stderr
+    assert f"{name}@previous is loaded" in loramill("adapters", "warm", name, "previous").stderr

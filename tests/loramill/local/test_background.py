@@ -27,7 +27,7 @@ def run(ready):
 
 started = background.start(run, Path(sys.argv[1], "output"))
 try:
-    started.wait()
+    started.wait_ready()
 except LoramillError as error:
     print(error.message)
 os.waitpid(started.pid, 0)

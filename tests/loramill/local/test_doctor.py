@@ -296,5 +296,5 @@ def test_packages_that_are_well_are_one_line() -> None:
     ]
     shown = doctor.collapse_packages(found)
     assert [each.what for each in shown] == ["loramill", "packages", "ray", "disk"]
-    assert shown[1].found.startswith("2 as needed")
+    assert shown[1].found.startswith("2 as required")
     assert doctor.collapse_packages(found[3:]) == found[3:]

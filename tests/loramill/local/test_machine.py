@@ -93,7 +93,7 @@ def test_sockets_go_where_their_paths_fit(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_for_sockets_the_limit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_usable", lambda folder: False)
+    monkeypatch.setattr(machine, "_is_writable", lambda folder: False)
     with pytest.raises(SetupError, match=r"longer than 39 bytes\. Set RAY_TMPDIR"):
         socket_folder([str(tmp_path)])
 

@@ -154,7 +154,7 @@ class Cluster:
 def test_a_cluster_is_ended_for_its_engine_but_not_its_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statuses: dict[str, int], killed: bool
 ) -> None:
-    monkeypatch.setattr(processes, "SICK_SECONDS", 0.0)
+    monkeypatch.setattr(processes, "UNHEALTHY_SECONDS", 0.0)
     monkeypatch.setattr(Gateway, "statuses", statuses)
     monkeypatch.setattr(Gateway, "asked", [])
 
@@ -239,7 +239,7 @@ print("more noise", flush=True)
 {then}
 """
     monkeypatch.setattr(processes, "CLUSTER", ("-c", script))
-    monkeypatch.setattr(processes, "FAILED_SECONDS", 0.1)
+    monkeypatch.setattr(processes, "ERROR_GRACE_SECONDS", 0.1)
     settings = Settings.load(home=tmp_path, serve={"port": free_port()})
     processes.prepare_home(settings.home)
     with pytest.raises(SetupError, match=r"did not start: The engine has no weights\. See .*up\.log"):
