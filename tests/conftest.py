@@ -24,6 +24,33 @@ MARKERS = {
     "ray": ("e2e/*", "*_on_ray.py*"),
     "postgres": ("*[[]*postgresql*]", "serve/api/*outage*", "jobs/*outage*"),
     "compiler": ("kernels/test_build.py*", "kernels/test_triton*", "serve/model/test_graphs.py*"),
+    # 1,000 of the 1,330 CPU seconds without Ray: training, the real base, grids of shapes, gateways behind commands.
+    "slow": (
+        "benchmarks/*",
+        "jobs/train/*",
+        "jobs/worker/*",
+        "kernels/test_attention*",
+        "kernels/test_lora*",
+        "kernels/test_peft_reader*",
+        "kernels/test_pointwise*",
+        "kernels/test_quantized*",
+        "loramill/cli/*",
+        "loramill/client/test_client*",
+        "loramill/data/test_chat_template*",
+        "loramill/local/*",
+        "loramill/models/test_catalog*",
+        "loramill/registry/*",
+        "loramill/sizing/test_memory*",
+        "pipelines/compare/test_run*",
+        "serve/api/limits/*",
+        "serve/api/test_open*",
+        "serve/engine/test_engine_smollm2*",
+        "serve/metrics/*",
+        "serve/model/*",
+        "serve/test_offline*",
+        "test_docs*",
+        "test_wheel*",
+    ),
 }
 
 
