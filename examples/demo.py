@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-from report import Curve, NightLine, Row, Run, Sample, best, write_report
+from report import Curve, NightlyResult, Row, Run, Sample, best, write_report
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -109,7 +109,7 @@ def main() -> int:
         runs = watch_jobs(client, up)
         rows, samples = compare(client, tenants)
         console.print(comparison(rows))
-        night = run_night(client, tenants)
+        night = run_nightly_pipeline(client, tenants)
     seconds = time.monotonic() - begun
     base = served_base().name
     write_report(options.report, base=base, rows=rows, runs=runs, samples=samples, night=night, seconds=seconds)
@@ -211,7 +211,7 @@ def watch_jobs(client: Client, up: Up) -> list[Run]:
         bars = {job.id: progress.add_task(job.adapter, total=job.steps, note="queued") for job in client.jobs.list()}
         waiting = set(bars)
         while waiting:
-            for job in patiently(lambda: list(client.jobs.list()), up):
+            for job in retry_while_away(lambda: list(client.jobs.list()), up):
                 progress.update(bars[job.id], completed=job.step, note=job.status.value)
                 if job.failure is not None:
                     raise job.failure
@@ -233,7 +233,7 @@ def trained(client: Client, job: Job) -> Run:
     )
 
 
-def patiently(ask: Callable[[], T], up: Up) -> T:
+def retry_while_away(ask: Callable[[], T], up: Up) -> T:
     """Retries while the gateway is unreachable and `up` can restart it."""
     while True:
         try:
@@ -315,7 +315,7 @@ def comparison(rows: list[Row]) -> Table:
     return table
 
 
-def run_night(client: Client, tenants: list[Tenant]) -> list[NightLine]:
+def run_nightly_pipeline(client: Client, tenants: list[Tenant]) -> list[NightlyResult]:
     """Adds the new data and starts a nightly run; then asks the endpoints which version answers."""
     fed = [tenant for tenant in tenants if tenant.new is not None]
     before = {tenant.model: client.adapters.get(tenant.model).champion for tenant in fed}
@@ -333,14 +333,14 @@ def run_night(client: Client, tenants: list[Tenant]) -> list[NightLine]:
     lines = [
         night_line(tenant, found[tenant.model], scores[tenant.model], before[tenant.model], client) for tenant in fed
     ]
-    console.print(night_table(lines))
+    console.print(nightly_table(lines))
     for line in lines:
         now = f"after {line.before:.12}" if line.promoted else "as before"
         console.print(f"{line.adapter}: {line.reason}; {line.champion:.12} answers, {now}.")
     return lines
 
 
-def night_table(lines: list[NightLine]) -> Table:
+def nightly_table(lines: list[NightlyResult]) -> Table:
     """Token F1 of the three candidates on each held-out slice, and what the gate decided."""
     table = Table(title="The nightly run: token F1 on held-out examples")
     for heading in ("tenant", "slice", "base", "champion", "challenger", "gate"):
@@ -356,12 +356,12 @@ def night_table(lines: list[NightLine]) -> Table:
 
 def night_line(
     tenant: Tenant, outcome: Outcome, scores: dict[str, dict[str, Any]], before: str | None, client: Client
-) -> NightLine:
+) -> NightlyResult:
     """The nightly run's outcome for one adapter, and the version that its endpoint answers with now."""
     answer = client.openai().chat.completions.with_raw_response.create(
         model=tenant.model, messages=[{"role": "user", "content": "Hello"}], max_tokens=1
     )
-    return NightLine(
+    return NightlyResult(
         adapter=tenant.model,
         spoiled=tenant.spoiled,
         promoted=outcome.verdict is Verdict.PROMOTED,

@@ -84,7 +84,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class NightLine:
+class NightlyResult:
     """The nightly run's outcome for one adapter.
 
     Attributes:
@@ -112,7 +112,7 @@ def best(scores: Mapping[str, Score]) -> tuple[str, ...]:
     return tuple(sorted(model for model, score in scores.items() if rank(score) == top))
 
 
-def verdict(rows: Sequence[Row], night: Sequence[NightLine]) -> tuple[bool, list[str]]:
+def verdict(rows: Sequence[Row], night: Sequence[NightlyResult]) -> tuple[bool, list[str]]:
     """Whether the demo succeeded, and the sentences of the headline."""
     wins, ties = sum(row.wins for row in rows), sum(row.ties for row in rows)
     own = sum(row.own.exact_match * row.own.examples for row in rows) / sum(row.own.examples for row in rows)
@@ -137,7 +137,7 @@ def write_report(
     rows: Sequence[Row],
     runs: Sequence[Run],
     samples: Sequence[Sample],
-    night: Sequence[NightLine],
+    night: Sequence[NightlyResult],
     seconds: float,
 ) -> None:
     """Writes the page; it needs no network and no other file."""

@@ -52,7 +52,7 @@ def eventually(check: Callable[[], bool], seconds: float, what: str) -> None:
         time.sleep(0.3)
 
 
-def patiently(ask: Callable[[], T]) -> T:
+def retry_while_away(ask: Callable[[], T]) -> T:
     """Asks until the gateway is there."""
     deadline = time.monotonic() + 180
     while True:
@@ -265,7 +265,7 @@ def test_a_killed_process_comes_back_with_the_same_versions(mill, marks: tuple[s
             return answer.headers["x-loramill-version"] == champion
 
         eventually(answers, 180, f"the endpoint answers again after {marks} was killed")
-        job = patiently(lambda: client.jobs.submit("acme/again", TRAIN, **{**RECIPE, "steps": 2}))
+        job = retry_while_away(lambda: client.jobs.submit("acme/again", TRAIN, **{**RECIPE, "steps": 2}))
         assert client.jobs.wait(job.id).status is JobStatus.SUCCEEDED
 
 

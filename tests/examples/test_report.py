@@ -27,7 +27,7 @@ def score(exact: float, f1: float | None = None, examples: int = 40) -> Score:
 
 def line(report: ModuleType, *, spoiled: bool, promoted: bool):
     slices = {"new": {role: {"token_f1": 0.5} for role in ("base", "challenger")}}
-    return report.NightLine("acme/a", spoiled, promoted, "it gains 0.212", "a" * 64, "b" * 64, slices)
+    return report.NightlyResult("acme/a", spoiled, promoted, "it gains 0.212", "a" * 64, "b" * 64, slices)
 
 
 def test_a_tie_is_a_tie(report: ModuleType) -> None:
