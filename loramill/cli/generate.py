@@ -69,7 +69,7 @@ def generate(
         ),
     ] = None,
 ) -> None:
-    """Run prompts with the engine in this process, without a gateway and Ray.
+    """Run prompts with the engine in this process, without a gateway or Ray.
 
     Prompts come from --prompt, --file, or a pipe (one prompt). Answers are printed in the order of the prompts: as
     text, or with --file or --out as JSONL. Fields of a line in the file override the options. Exits with 1 if a prompt

@@ -65,7 +65,7 @@ Jobs = Annotated[
     typer.Option(
         "--file",
         metavar="JOBS",
-        help="Submit all jobs of a TOML, JSONL, CSV or TSV file; other options are their defaults.",
+        help="Submit all jobs of a TOML, JSONL, CSV or TSV file; other options are defaults for these jobs.",
     ),
 ]
 Name = Annotated[
