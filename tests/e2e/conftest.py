@@ -79,7 +79,7 @@ class Mill:
         return [int(pid) for pid, _, *args in table if pid in below and args and all(mark in args[0] for mark in marks)]
 
     def tenant(self, name: str) -> str:
-        """Makes a tenant; returns a key of its own."""
+        """Creates a tenant; returns a key of its own."""
         with self.client() as client:
             client.tenants.create(name)
             return client.keys.create(name).key

@@ -40,8 +40,8 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="module")
 def endpoints(tmp_path_factory: pytest.TempPathFactory, hermes_base: Base) -> Iterator[Mill]:
-    """Two gateways, one to three replicas of the real base, and a second base that sleeps."""
-    said = {
+    """Two gateways, one to three replicas of the real base, and a second base that scales to zero."""
+    settings = {
         "JOBS__SESSIONS": "1",
         "SERVE__GATEWAYS": "2",
         "SERVE__MAX_REPLICAS": "3",
@@ -50,7 +50,7 @@ def endpoints(tmp_path_factory: pytest.TempPathFactory, hermes_base: Base) -> It
         "SERVE__IDLE_SECONDS": "5",
         "SERVE__BASES": f'["{hermes_base.folder}"]',
     }
-    with running(tmp_path_factory.mktemp("endpoints"), **said) as system:
+    with running(tmp_path_factory.mktemp("endpoints"), **settings) as system:
         yield system
 
 
@@ -86,14 +86,14 @@ def keys(endpoints: Mill, versions: list[str]) -> dict[str, str]:
 
 @dataclass
 class Load:
-    """What came of the answers of some streams."""
+    """The answers and errors of a number of streams."""
 
     answers: list[tuple[str, str]] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     broken: int = 0
 
     async def stream(self, client: AsyncOpenAI, model: str) -> None:
-        """One answer; `broken` counts those that had begun."""
+        """Reads one answer; `broken` counts those that failed after their first chunk."""
         text, begun, version = "", False, ""
         try:
             async with client.completions.with_streaming_response.create(
@@ -125,15 +125,15 @@ def client(endpoints: Mill, key: str | None = None, retries: int = 0) -> AsyncOp
 
 
 @asynccontextmanager
-async def streams(ask: AsyncOpenAI, model: str, count: int) -> AsyncIterator[Load]:
-    """So many at once, one after another, until the block ends and all are through; then the client is closed."""
+async def streams(api: AsyncOpenAI, model: str, count: int) -> AsyncIterator[Load]:
+    """Keeps `count` streams running until the block ends, then waits for them and closes the client."""
     load, ending = Load(), asyncio.Event()
 
     async def stream() -> None:
         while not ending.is_set():
-            await load.stream(ask, model)
+            await load.stream(api, model)
 
-    async with ask:
+    async with api:
         tasks = [asyncio.create_task(stream()) for _ in range(count)]
         try:
             yield load
@@ -153,11 +153,11 @@ async def eventually(check: Callable[[], bool | Awaitable[bool]], seconds: float
 
 
 def replaced(endpoints: Mill, mark: str, victim: int, count: int) -> Callable[[], bool]:
-    """Whether so many processes are there, and the victim isn't."""
+    """Whether at least `count` processes run and the victim isn't among them."""
     return lambda: len(pids := endpoints.processes(mark)) >= count and victim not in pids
 
 
-async def test_promotions_fail_nobody_and_answers_keep_their_version(
+async def test_promotions_fail_no_request_and_answers_keep_their_version(
     endpoints: Mill, versions: list[str], keys: dict[str, str]
 ) -> None:
     async with streams(client(endpoints, keys["acme"]), "acme/bot", 8) as load:
@@ -167,11 +167,11 @@ async def test_promotions_fail_nobody_and_answers_keep_their_version(
                 own.adapters.promote("acme/bot", versions[number % 3])
     assert not load.errors
     assert set(dict(load.answers)) == set(versions)
-    # Greedy: the same version has the same words, whatever was promoted meanwhile.
+    # Greedy: a version gives the same text, whatever was promoted meanwhile.
     alone = Load()
-    async with client(endpoints, keys["acme"]) as ask:
+    async with client(endpoints, keys["acme"]) as api:
         for version in versions:
-            await alone.stream(ask, f"acme/bot@{version}")
+            await alone.stream(api, f"acme/bot@{version}")
     assert set(load.answers) == set(alone.answers)
 
 
@@ -190,14 +190,14 @@ async def test_every_gateway_sees_a_promotion_within_a_second(
         assert {await champion() for _ in range(12)} == {version}
 
 
-async def test_a_killed_replica_breaks_only_what_it_had_begun(endpoints: Mill, keys: dict[str, str]) -> None:
+async def test_a_killed_replica_breaks_only_answers_that_had_begun(endpoints: Mill, keys: dict[str, str]) -> None:
     victim = endpoints.processes(ENGINE)[0]
     async with streams(client(endpoints, keys["acme"]), "acme/bot", 8) as load:
         await eventually(lambda: len(load.answers) > 8, 60, "answers")
         os.kill(victim, signal.SIGKILL)
         await eventually(replaced(endpoints, ENGINE, victim, 1), 60, "another replica")
         before = len(load.answers)
-        await eventually(lambda: len(load.answers) > before + 8, 90, "answers of it")
+        await eventually(lambda: len(load.answers) > before + 8, 90, "answers from it")
     assert sum(load.errors.values()) == load.broken <= 8, load.errors
 
 
@@ -207,12 +207,12 @@ async def test_a_killed_gateway_leaves_the_port_to_the_other(endpoints: Mill, ke
         await eventually(lambda: len(load.answers) > 8, 60, "answers")
         os.kill(victim, signal.SIGKILL)
         before = len(load.answers)
-        await eventually(lambda: len(load.answers) > before + 16, 60, "answers of the other")
+        await eventually(lambda: len(load.answers) > before + 16, 60, "answers from the other")
         await eventually(replaced(endpoints, GATEWAY, victim, 2), 60, "another gateway")
     assert sum(load.errors.values()) <= 8, load.errors
 
 
-async def test_a_killed_controller_is_not_noticed(endpoints: Mill, keys: dict[str, str]) -> None:
+async def test_a_killed_controller_fails_no_request(endpoints: Mill, keys: dict[str, str]) -> None:
     (victim,) = endpoints.processes(CONTROLLER)
     async with streams(client(endpoints, keys["acme"]), "acme/bot", 8) as load:
         await eventually(lambda: len(load.answers) > 8, 60, "answers")
@@ -223,23 +223,25 @@ async def test_a_killed_controller_is_not_noticed(endpoints: Mill, keys: dict[st
     assert not load.errors
 
 
-async def test_who_goes_away_frees_his_place(endpoints: Mill, keys: dict[str, str]) -> None:
+async def test_a_disconnected_client_frees_its_slot(endpoints: Mill, keys: dict[str, str]) -> None:
     def running() -> float:
         with httpx.Client(base_url=endpoints.settings.gateway, trust_env=False) as http:
-            told = http.get("/metrics", headers={"authorization": f"Bearer {endpoints.admin_key()}"}).text
-        return sum(float(line.split()[-1]) for line in told.splitlines() if line.startswith("loramill_engine_running{"))
+            text = http.get("/metrics", headers={"authorization": f"Bearer {endpoints.admin_key()}"}).text
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("loramill_engine_running{"))
 
-    async with client(endpoints, keys["acme"]) as ask:
-        stream = await ask.completions.create(
+    async with client(endpoints, keys["acme"]) as api:
+        stream = await api.completions.create(
             model="acme/bot", prompt="Once", max_tokens=1500, stream=True, extra_body={"ignore_eos": True}
         )
         await anext(aiter(stream))
-        await eventually(lambda: running() == 1, 5, "an answer that runs")
+        await eventually(lambda: running() == 1, 5, "a running sequence")
         await stream.close()
-        await eventually(lambda: running() == 0, 5, "a place that is free again")
+        await eventually(lambda: running() == 0, 5, "no running sequence")
 
 
-async def test_a_revoked_key_ends_within_a_second_and_its_answers_do_not(endpoints: Mill, versions: list[str]) -> None:
+async def test_a_revoked_key_is_refused_within_a_second_but_answers_finish(
+    endpoints: Mill, versions: list[str]
+) -> None:
     with endpoints.client() as admin:
         made = admin.keys.create("acme")
     async with streams(client(endpoints, made.key), "acme/bot", 4) as load:
@@ -253,10 +255,10 @@ async def test_a_revoked_key_ends_within_a_second_and_its_answers_do_not(endpoin
     assert load.broken == 0 and len(load.answers) <= before + 4
 
 
-async def test_one_tenants_flood_leaves_the_other_its_answers(endpoints: Mill, keys: dict[str, str]) -> None:
+async def test_one_tenants_flood_does_not_starve_another(endpoints: Mill, keys: dict[str, str]) -> None:
     quiet = Load()
     async with streams(client(endpoints, keys["acme"]), "smollm2-135m", 250) as flood:
-        await eventually(lambda: flood.errors.total() > 0, 60, "refusals of what is too much")
+        await eventually(lambda: flood.errors.total() > 0, 60, "rate-limit errors")
         async with client(endpoints, keys["globex"]) as other:
             for _ in range(8):
                 await quiet.stream(other, "smollm2-135m")
@@ -264,7 +266,7 @@ async def test_one_tenants_flood_leaves_the_other_its_answers(endpoints: Mill, k
     assert not quiet.errors and len(quiet.answers) == 8
 
 
-async def test_load_brings_replicas_and_quiet_takes_them_away(endpoints: Mill, keys: dict[str, str]) -> None:
+async def test_replicas_scale_up_under_load_and_down_afterwards(endpoints: Mill, keys: dict[str, str]) -> None:
     def replicas() -> int:
         return len(endpoints.processes(ENGINE))
 
@@ -277,14 +279,14 @@ async def test_load_brings_replicas_and_quiet_takes_them_away(endpoints: Mill, k
     assert load.answers and trickle.answers and not trickle.errors
 
 
-async def test_a_base_that_nobody_asks_for_sleeps_and_wakes(endpoints: Mill, hermes_base: Base) -> None:
+async def test_an_idle_base_scales_to_zero_and_wakes(endpoints: Mill, hermes_base: Base) -> None:
     def replicas() -> int:
         return len(endpoints.processes(f"{ENGINE}-{hermes_base.folder.name}"))
 
     name = hermes_base.folder.name
     await eventually(lambda: replicas() == 0, 60, "no replica")
-    async with client(endpoints) as ask:
-        assert name in [model.id async for model in ask.models.list()]
-        answer = await ask.completions.create(model=name, prompt="a", max_tokens=3, extra_body={"ignore_eos": True})
+    async with client(endpoints) as api:
+        assert name in [model.id async for model in api.models.list()]
+        answer = await api.completions.create(model=name, prompt="a", max_tokens=3, extra_body={"ignore_eos": True})
     assert answer.usage is not None and answer.usage.completion_tokens == 3 and replicas() == 1
     await eventually(lambda: replicas() == 0, 60, "no replica again")

@@ -52,12 +52,12 @@ def eventually(check: Callable[[], bool], seconds: float, what: str) -> None:
         time.sleep(0.3)
 
 
-def retry_while_away(ask: Callable[[], T]) -> T:
-    """Asks until the gateway is there."""
+def retry_while_unreachable(call: Callable[[], T]) -> T:
+    """Retries until the gateway is reachable."""
     deadline = time.monotonic() + 180
     while True:
         try:
-            return ask()
+            return call()
         except (NotRunning, Unavailable):
             assert time.monotonic() < deadline, "the gateway did not come back"
             time.sleep(0.5)
@@ -110,10 +110,10 @@ def test_a_reader_of_openais_documentation_gets_an_adapter(mill, acme: str) -> N
     assert plain.choices[0].message.content != "kilo"
 
 
-def test_keys_and_names_answer_as_openai_does(mill, acme: str, globex: str) -> None:
+def test_wrong_keys_and_names_give_openais_errors(mill, acme: str, globex: str) -> None:
     hello = [{"role": "user", "content": "Hello"}]
     with pytest.raises(openai.AuthenticationError):
-        mill.openai("lm-nobody").chat.completions.create(model="acme/codes", messages=hello)
+        mill.openai("lm-unknown").chat.completions.create(model="acme/codes", messages=hello)
     with pytest.raises(openai.NotFoundError) as missing:
         mill.openai(acme).chat.completions.create(model="acme/nothing", messages=hello)
     assert missing.value.code == "model_not_found"
@@ -140,12 +140,12 @@ def test_a_killed_training_worker_loses_nothing(mill, globex: str) -> None:
     with mill.registry.reading() as session:
         found = [adapters.get(session, name).champion for name in ("globex/calm", "globex/hit")]
     weights = [load_file(mill.registry.artifacts.fetch(version) / "adapter_model.safetensors") for version in found]
-    # It went on from its checkpoint, bit for bit where the undisturbed job was.
+    # It resumed from its checkpoint: its weights are the undisturbed job's, bit for bit.
     assert weights[0].keys() == weights[1].keys()
     assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
 
 
-def test_a_paused_job_goes_on_where_it_was(mill, globex: str) -> None:
+def test_a_paused_job_resumes_where_it_stopped(mill, globex: str) -> None:
     with mill.client(globex) as client:
         job = client.jobs.submit("globex/paused", TRAIN, checkpoint_every=4, **RECIPE)
         eventually(lambda: client.jobs.get(job.id).step >= 2, 120, "the job begins")
@@ -159,7 +159,7 @@ def test_a_paused_job_goes_on_where_it_was(mill, globex: str) -> None:
     assert weights[0] == weights[1]
 
 
-def test_killed_train_controllers_leave_room_for_the_next(mill, globex: str) -> None:
+def test_killed_train_controllers_free_their_resources(mill, globex: str) -> None:
     with mill.client(globex) as client:
         job = client.jobs.submit("globex/stubborn", TRAIN, checkpoint_every=4, **RECIPE)
         for attempt in (1, 2):
@@ -179,7 +179,7 @@ def test_a_cancelled_job_publishes_nothing(mill, globex: str) -> None:
         assert "globex/never" not in [adapter.name for adapter in client.adapters.list()]
 
 
-def test_a_request_is_in_the_access_log_by_the_id_of_its_answer(mill, acme: str) -> None:
+def test_the_access_log_has_a_request_under_its_id(mill, acme: str) -> None:
     answer = mill.openai(acme).chat.completions.with_raw_response.create(
         model="acme/codes", messages=[{"role": "user", "content": "a secret"}], max_tokens=2
     )
@@ -209,7 +209,7 @@ def test_bad_data_is_refused_before_any_compute(mill, acme: str) -> None:
     assert str(len(raw.splitlines())) in refused.value.message
 
 
-def test_a_night_promotes_what_is_better_and_holds_what_is_spoiled(mill, acme: str, globex: str) -> None:
+def test_a_nightly_run_promotes_better_and_holds_worse_adapters(mill, acme: str, globex: str) -> None:
     more = {**CODES, "purple": "oscar", "yellow": "delta"}
     wrong = dict(zip(CODES, [*[*CODES.values()][1:], CODES["red"]], strict=True))
     with mill.client(globex) as client:
@@ -221,13 +221,13 @@ def test_a_night_promotes_what_is_better_and_holds_what_is_spoiled(mill, acme: s
         before = client.adapters.get("acme/codes").champion
     with mill.client() as client:
         held_before = client.adapters.get("globex/codes").champion
-        # Killed while its jobs train, the night goes on where it was.
-        night = subprocess.Popen(mill.command("nightly", "run"), env=mill.environment, stdout=subprocess.DEVNULL)
+        # Killed while its jobs train, the nightly run resumes where it was.
+        nightly = subprocess.Popen(mill.command("nightly", "run"), env=mill.environment, stdout=subprocess.DEVNULL)
         eventually(
-            lambda: sum("nightly_run" in job.metadata for job in client.jobs.list()) == 2, 60, "jobs of the night"
+            lambda: sum("nightly_run" in job.metadata for job in client.jobs.list()) == 2, 60, "jobs of the nightly run"
         )
-        night.kill()
-        night.wait()
+        nightly.kill()
+        nightly.wait()
         ran = mill.run("nightly", "run")
         assert ran.returncode == 0, ran.stderr
         assert sum("nightly_run" in job.metadata for job in client.jobs.list()) == 2
@@ -265,7 +265,7 @@ def test_a_killed_process_comes_back_with_the_same_versions(mill, marks: tuple[s
             return answer.headers["x-loramill-version"] == champion
 
         eventually(answers, 180, f"the endpoint answers again after {marks} was killed")
-        job = retry_while_away(lambda: client.jobs.submit("acme/again", TRAIN, **{**RECIPE, "steps": 2}))
+        job = retry_while_unreachable(lambda: client.jobs.submit("acme/again", TRAIN, **{**RECIPE, "steps": 2}))
         assert client.jobs.wait(job.id).status is JobStatus.SUCCEEDED
 
 
@@ -288,7 +288,7 @@ def test_a_second_up_serves_the_same_versions(mill) -> None:
     assert "already up" in second.stderr
 
 
-def test_no_alias_points_to_a_version_that_can_not_be_read(mill) -> None:
+def test_every_alias_points_to_a_readable_version(mill) -> None:
     with mill.registry.reading() as session:
         versions = [
             version

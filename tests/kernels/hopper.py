@@ -1,4 +1,4 @@
-"""Compiling Triton kernels for sm_90 where there is no GPU, and what the binaries tell."""
+"""Compiling Triton kernels for sm_90 where there is no GPU, and reading what the binaries use."""
 
 import re
 import subprocess

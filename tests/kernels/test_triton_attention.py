@@ -1,4 +1,4 @@
-"""The decode attention: right in Triton's interpreter, and compiled for sm_90 without a GPU; right on one where it is.
+"""Decode attention: right in Triton's interpreter, compiled for sm_90 without a GPU, and right on a GPU.
 
 `TRITON_INTERPRET=1 pytest tests/kernels/triton_attention_interpreted.py` runs the interpreted tests one by one.
 """
@@ -29,10 +29,10 @@ host = importlib.import_module("loramill.kernels.triton.attention")
 TESTS = Path(__file__).with_name("triton_attention_interpreted.py")
 IN_KV_DTYPE = ("qkv", "keys", "values", "out")
 TYPES = {"totals": "*fp32", "peaks": "*fp32", "table": "*i32", "blocks": "*i32", "scale": "fp32"}
-#: What Triton knows to be multiples of 16; the blocks lie behind a table of any length.
+#: Arguments that Triton knows to be multiples of 16; the blocks follow a table of any length.
 MULTIPLES = (*IN_KV_DTYPE, "totals", "peaks", "table", "q_row", "out_row")
 
-#: Head dimension and query heads a KV head: SmolLM2 and Llama 3.2, 80 channels, Llama 3 and Qwen, multi-query, Gemma.
+#: Head dimension and query heads per KV head: SmolLM2 and Llama 3.2, 80 channels, Llama 3 and Qwen, multi-query, Gemma.
 SHAPES = ((64, 3), (80, 8), (128, 4), (128, 20), (256, 8))
 
 
@@ -80,8 +80,8 @@ def test_keys_and_values_are_read_ahead_16_bytes_at_a_time_for_the_matrix_units(
     assert re.search(r"wgmma|mma\.sync", text)
 
 
-def test_the_gate_sees_a_kernel_that_spills(tmp_path):
-    # As for two-byte numbers.
+def test_a_kernel_that_spills_is_detected(tmp_path):
+    # The options for two-byte numbers.
     launch = replace(host.attend_launch(4, 128, 16, 4), options={"num_warps": 4, "num_stages": 2})
     size, usage = spilled(compiled(host.attend, launch, torch.float32), tmp_path)
     assert size, usage
@@ -90,7 +90,7 @@ def test_the_gate_sees_a_kernel_that_spills(tmp_path):
 def test_the_bench_reports_decodes_against_their_floor(monkeypatch):
     case = cuda_attention.Case(127, 512, 32768)
     monkeypatch.setattr(
-        cuda_attention, "timing", lambda asked: cuda_attention.Timing(7.0, 5.0, 40.0) if asked == case else None
+        cuda_attention, "timing", lambda requested: cuda_attention.Timing(7.0, 5.0, 40.0) if requested == case else None
     )
     results = on_cuda.groups()["cuda attention 127x512+32768"]()
     assert {result.case: (result.value, result.floor) for result in results} == {

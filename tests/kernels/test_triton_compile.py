@@ -35,7 +35,7 @@ def launches(itemsize):
 
 
 def compiled(launch, dtype, aligned):
-    """A kernel as `lora` would have it compiled at a q/k/v site whose dimensions are multiples of 16, or odd."""
+    """A kernel as `lora` compiles it at a q/k/v site whose dimensions are multiples of 16, or odd."""
     kernel = getattr(kernels, launch.kernel)
     site = {"MODULES": 3, "STRIDE": 3, "ALIGN": ALIGNMENT // dtype.itemsize, "ALIGN_Y": 16 if aligned else 1}
     constants = {name: value for name, value in {**site, **launch.constants}.items() if name in kernel.arg_names}
@@ -57,7 +57,7 @@ def compiled(launch, dtype, aligned):
     return triton.compile(source, target=HOPPER, options=dict(launch.options))
 
 
-def test_there_is_a_plan_for_every_step_and_the_gate_sees_them_all():
+def test_every_step_has_a_plan_and_every_plan_is_compiled_here():
     chosen = {plans.choose(rows, rank) for rows, rank in product((0, 1, 2, 7, 33, 5000), range(257))}
     static = {plans.choose_static(rows, rank) for rows, rank in product((1, 32, 33, 512), (1, 16, 17, 256))}
     assert chosen == {plan for _, _, plan in plans.TABLE}
@@ -88,7 +88,7 @@ def test_tiles_of_many_rows_use_the_matrix_units(plan):
         assert re.search(r"wgmma|mma\.sync", compiled(launch, torch.bfloat16, True).asm["ptx"]), launch
 
 
-def test_the_gate_sees_a_kernel_that_spills(tmp_path):
+def test_a_kernel_that_spills_is_detected(tmp_path):
     constants = {"SPLITS": 8, "RANKS": 64, "WIDTH": 256, "ROWS": 128}
     huge = plans.Launch("expand_rows", constants, {"num_warps": 4, "num_stages": 1})
     size, usage = spilled(compiled(huge, torch.bfloat16, True), tmp_path)

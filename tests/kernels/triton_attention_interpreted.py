@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreter_ranges():
-    """Lets `range` take what was read on the device: the interpreter's numbers are arrays, which numpy 2.4 refuses."""
+    """Lets `range` take numbers read on the device: the interpreter's are arrays, which numpy 2.4 refuses."""
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor, scope):
@@ -49,7 +49,7 @@ def nan_in_fresh_memory():
 
 @pytest.fixture(scope="module", autouse=True)
 def few_splits():
-    """The interpreter takes a millisecond a program, whether or not there is something to do."""
+    """The interpreter takes a millisecond per program, whether or not it has work."""
     with pytest.MonkeyPatch.context() as context:
         context.setattr(host, "SPLITS", (4, 4))
         yield
@@ -66,7 +66,7 @@ class World:
         counts = [-(-length // block_size) for length in lengths]
         order = torch.randperm(sum(counts) + 3, generator=self.random)
         self.blocks = [part.tolist() for part in order[: sum(counts)].split(counts)]
-        # The last, as a graph's scratch block is.
+        # The last block is the scratch block, as in a graph.
         total = sum(counts) + 4
         shape = (total, block_size, kv_heads, head_dim)
         self.kv = LayerKV(*(torch.full(shape, torch.nan, dtype=dtype) for _ in "kv"), block_size, kv_heads, head_dim)
@@ -98,7 +98,7 @@ class World:
         return Pages.of([self.span(number) for number in numbers], self.block_size)
 
     def expected(self, queries, number, window):
-        """Float64 [count, heads * head_dim]; the queries are of the sequence's last positions."""
+        """Float64 [count, heads * head_dim]; the queries belong to the sequence's last positions."""
         k, v = (part.double().transpose(0, 1).repeat_interleave(self.group, 0) for part in self.content[number])
         q = queries[:, : self.heads * self.head_dim].double().view(len(queries), self.heads, self.head_dim)
         mask = torch.ones(len(queries), self.lengths[number], dtype=torch.bool)
@@ -131,11 +131,11 @@ GRID = [(head_dim, group) for head_dim in (64, 80, 128) for group in (1, 3, 4, 8
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("head_dim", "group"), GRID)
 def test_decodes_of_all_lengths(head_dim, group, dtype):
-    place = GRID.index((head_dim, group))
-    block_size = (16, 32)[(place + (dtype == torch.float16)) % 2]
-    lengths = LENGTHS[(place + 2 * (dtype == torch.float16)) % 4 :: 4]
+    index = GRID.index((head_dim, group))
+    block_size = (16, 32)[(index + (dtype == torch.float16)) % 2]
+    lengths = LENGTHS[(index + 2 * (dtype == torch.float16)) % 4 :: 4]
     world = World(lengths, dtype, group=group, kv_heads=1, head_dim=head_dim, block_size=block_size)
-    attend(world, range(len(lengths)), window=(None, 40)[place // 2 % 2])
+    attend(world, range(len(lengths)), window=(None, 40)[index // 2 % 2])
 
 
 @pytest.mark.parametrize("splits", [(1, 1), (16, 16)])
@@ -146,7 +146,7 @@ def test_windows_and_splits(window, splits, monkeypatch):
 
 
 @pytest.mark.parametrize(("group", "head_dim", "block_size"), [(17, 16, 16), (1, 8, 8), (5, 250, 48), (2, 34, 1)])
-def test_shapes_that_no_power_of_two_fits(group, head_dim, block_size):
+def test_shapes_that_are_not_powers_of_two(group, head_dim, block_size):
     attend(World((70, 5), torch.float32, group=group, head_dim=head_dim, block_size=block_size), [0, 1])
 
 
@@ -162,7 +162,7 @@ def test_any_decodes(data):
         head_dim=data.draw(st.sampled_from([16, 24, 64])),
         block_size=data.draw(st.sampled_from([16, 32, 48])),
     )
-    # Rows may share a sequence's blocks, as answers to one prompt do.
+    # Rows may share a sequence's blocks, as the answers to one prompt do.
     numbers = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=4))
     attend(world, numbers, data.draw(st.none() | st.integers(1, 160)))
 
@@ -177,7 +177,7 @@ def test_the_programs_of_a_step_fill_the_gpu_and_each_sequence_has_some(monkeypa
             assert splits == 64 or sequences * kv_heads * splits >= host.PROGRAMS
 
 
-def test_decodes_beside_prefills():
+def test_decodes_and_prefills_in_one_batch():
     world = World((40, 33, 90, 21), torch.float32)
     counts = [1, 7, 1, 21]
     pages = Pages.of([world.span(number, count) for number, count in enumerate(counts)], world.block_size)
@@ -218,7 +218,7 @@ def test_nan_stays_in_its_own_sequence_and_is_seen_there(part):
 
 
 def test_scores_of_any_size():
-    """exp2 would overflow or vanish, did the greatest score not come off first, over tiles and splits too."""
+    """exp2 overflows or vanishes unless the greatest score is subtracted first, across tiles and splits too."""
     world = World((300,), torch.float32)
     qkv = world.qkv(1).mul_(60)
     got = attention(qkv, world.heads, world.kv, world.pages([0]), world.scale)
@@ -245,7 +245,7 @@ def test_a_graph_replays_any_decodes_that_fit():
     assert addresses == [part.data_ptr() for part in static.pages.on(CPU)]
 
 
-def test_a_graph_writes_the_rows_that_it_lacks_to_the_scratch_block():
+def test_a_graph_writes_its_unused_rows_to_the_scratch_block():
     world = World((17, 30), torch.float32, head_dim=16)
     static = StaticPages(rows=4, blocks=4, block_size=16, scratch=world.scratch, device=CPU)
     static.refresh(world.pages([1]))
@@ -270,7 +270,7 @@ def test_a_graph_refuses_what_it_was_not_sized_for():
             static.refresh(pages)
 
 
-def test_the_bench_checks_what_it_can_here_and_would_see_an_error(monkeypatch):
+def test_the_bench_checks_run_on_a_cpu_and_detect_an_error(monkeypatch):
     monkeypatch.setattr(cuda_attention, "CHECKED", (((17, 40), 3, 16, None), ((33,), 1, 16, 20)))
     checks = list(cuda_attention.check("cpu", dtypes=[torch.float32]))
     assert [check.runs.split(":")[0] for check in checks] == ["called", "replayed"] * 2

@@ -30,12 +30,12 @@ SITES = (
     Site(300, ("o",), (70,)),
     Site(16, ("gate", "up"), (520, 520)),
 )
-#: Of each adapter; a module has one of the two.
+#: The ranks of each adapter; a module has one of the two.
 RANKS = ((1, 1), (3, 8), (8, 8), (17, 1), (16, 4), (64, 3), (8, 1), (256, 16), (2, 5), (16, 16), (8, 3), (128, 7))
 COUNTS = (1, 2, 7, 8, 33, 128)
 POPULARITY = ("none", "one", "distinct", "uniform", "zipf", "skewed")
 ADAPTERS = len(RANKS)
-#: Unit roundoffs that a result may be off, of the sum of its terms' magnitudes: h and y are rounded once each, and
+#: Unit roundoffs, of the sum of its terms' magnitudes, by which a result may be off: h and y are rounded once each, and
 #: float32's own sums of up to 300 terms are most of what there is for float32.
 UNITS = {torch.float32: 16, torch.float16: 2, torch.bfloat16: 2}
 
@@ -49,7 +49,7 @@ def nan_in_fresh_memory():
 
 
 def random_adapter(dtype, ranks=(1, 8, 20), absent=0.25, gains=0.3):
-    """Deltas of their own rank in every module, some with a gain, some modules without any."""
+    """A delta with a rank of its own per module, some with a gain; some modules have none."""
     deltas = {}
     for site in SITES:
         for module, width in zip(site.modules, site.widths, strict=True):
@@ -77,7 +77,7 @@ class Loaded:
         return slot
 
     def batch(self, owner):
-        return Batch.of((None if who is None else self.slots[who], 1) for who in owner)
+        return Batch.of((None if index is None else self.slots[index], 1) for index in owner)
 
 
 def owners(popularity, rows):
@@ -94,12 +94,12 @@ def owners(popularity, rows):
 
 
 def contract(x, y, site, adapters, owner):
-    """The docstring of `lora` in float64, a row and a module at a time, and the magnitude of what was added up."""
+    """The docstring of `lora` in float64, one row and module at a time, and the sum of its terms' magnitudes."""
     expected, magnitude = y.double(), y.double().abs()
-    for row, who in enumerate(owner):
+    for row, index in enumerate(owner):
         column = 0
         for module, width in zip(site.modules, site.widths, strict=True):
-            delta = None if who is None else adapters[who].get(module)
+            delta = None if index is None else adapters[index].get(module)
             if delta is not None:
                 part = slice(column, column + width)
                 gain = 1 if delta.gain is None else delta.gain.double()
@@ -112,7 +112,7 @@ def contract(x, y, site, adapters, owner):
 
 def assert_close(got, expected, magnitude):
     error = (got.double() - expected).abs() / (magnitude * torch.finfo(got.dtype).eps * UNITS[got.dtype])
-    # A NaN is no small error.
+    # A NaN is not a small error.
     error = torch.where(error.isnan(), torch.inf, error)
     worst = error.flatten().topk(min(5, error.numel())).indices.tolist()
     lines = [
@@ -128,7 +128,7 @@ def inputs(site, rows, dtype):
 
 
 def check(loaded, owner, dtype, sites=SITES):
-    """One step over several sites, as a decoder's layers make it: one batch."""
+    """One step over several sites with one batch, as in a decoder's layers."""
     batch = loaded.batch(owner)
     for site in sites:
         view = loaded.slab.views[SITES.index(site)]
@@ -136,7 +136,7 @@ def check(loaded, owner, dtype, sites=SITES):
         got = y.clone()
         lora(x, got, view, batch)
         assert_close(got, *contract(x, y, site, loaded.adapters, owner))
-        base = [row for row, who in enumerate(owner) if who is None]
+        base = [row for row, index in enumerate(owner) if index is None]
         assert torch.equal(got[base], y[base])
 
 
@@ -149,7 +149,7 @@ def loaded():
 @pytest.mark.parametrize("rows", COUNTS)
 @pytest.mark.parametrize("popularity", POPULARITY)
 def test_every_mix_of_adapters_keeps_the_contract(loaded, popularity, rows, dtype):
-    # The interpreter takes a millisecond a program: many rows at one site alone.
+    # The interpreter takes a millisecond per program: many rows run at one site only.
     check(
         loaded[dtype], owners(popularity, rows), dtype, SITES if rows < 8 else SITES[:1] if rows < 128 else SITES[1:2]
     )
@@ -177,7 +177,7 @@ def test_any_batch_keeps_the_contract(loaded, data):
     runs = data.draw(
         st.lists(st.tuples(st.none() | st.integers(0, ADAPTERS - 1), st.integers(1, 40)), min_size=1, max_size=4)
     )
-    check(loaded[dtype], [who for who, count in runs for _ in range(count)], dtype)
+    check(loaded[dtype], [index for index, count in runs for _ in range(count)], dtype)
 
 
 @pytest.mark.parametrize("owner", [[0, 1, 2, 3], [0] * 30 + [1] * 3], ids=["rows", "runs"])
@@ -193,26 +193,26 @@ def test_the_same_call_gives_the_same_bits(loaded, owner):
 
 @pytest.mark.parametrize(("poison", "ranks"), [(torch.nan, (4,)), (torch.inf, (4, 70))])
 @pytest.mark.parametrize("owner", [[0, 0, 1, 2, None], [0] * 9 + [1] * 7 + [2] * 2 + [None]], ids=["rows", "runs"])
-def test_an_adapter_of_nan_touches_its_own_rows_alone(owner, poison, ranks):
+def test_an_adapter_of_nan_touches_only_its_own_rows(owner, poison, ranks):
     adapters = [random_adapter(torch.float32, ranks, absent=0, gains=0.5) for _ in range(3)]
     adapters[1] = {
         module: Delta(torch.full_like(delta.a, poison), torch.full_like(delta.b, poison), delta.gain)
         for module, delta in adapters[1].items()
     }
     loaded = Loaded(adapters, torch.float32)
-    mine = torch.tensor([who == 1 for who in owner])
-    sane = [None if who == 1 else who for who in owner]
+    poisoned = torch.tensor([index == 1 for index in owner])
+    sane = [None if index == 1 else index for index in owner]
     for site, view in zip(SITES[:2], loaded.slab.views, strict=False):
         x, y = inputs(site, len(owner), torch.float32)
         with_poison, without = y.clone(), y.clone()
         lora(x, with_poison, view, loaded.batch(owner))
         lora(x, without, view, loaded.batch(sane))
-        assert not with_poison[mine].isfinite().any()
-        assert torch.equal(with_poison[~mine], without[~mine])
+        assert not with_poison[poisoned].isfinite().any()
+        assert torch.equal(with_poison[~poisoned], without[~poisoned])
 
 
 @pytest.mark.parametrize(("rows", "rank"), [(3, 1), (3, 70), (20, 1), (20, 70)])
-def test_an_infinite_x_is_its_own_rows_trouble(rows, rank):
+def test_an_infinite_x_touches_only_its_own_row(rows, rank):
     loaded = Loaded([random_adapter(torch.float32, (rank,), absent=0)], torch.float32)
     owner, bad = [0] * rows, rows // 2
     others = [row for row in range(rows) if row != bad]
@@ -276,7 +276,7 @@ def test_a_step_without_adapters_or_targets_launches_nothing(monkeypatch):
     check(loaded, [None, 0, 0], torch.float32)
 
 
-def test_a_slab_is_forgotten_with_its_device_copies():
+def test_a_slab_is_freed_with_its_device_copies():
     loaded = Loaded([random_adapter(torch.float32)], torch.float32)
     check(loaded, [0], torch.float32)
     slab = weakref.ref(loaded.slab)
@@ -396,7 +396,7 @@ def test_the_steps_of_all_splits_cover_the_sum(d_in, itemsize, plan, programs):
     assert splits <= plan.shrink.splits == plans.expand(plan).constants["SPLITS"]
 
 
-def test_the_bench_checks_what_it_can_here_and_would_see_an_error(monkeypatch):
+def test_the_bench_checks_run_on_a_cpu_and_detect_an_error(monkeypatch):
     arguments = {"device": "cpu", "sites": SITES[:1], "dtypes": [torch.float32, torch.float16]}
     runs = [[(0, 1), (None, 1), (2, 2)], [(3, 20), (1, 2)]]
     checks = list(cuda.check(runs=runs, **arguments))
@@ -431,7 +431,7 @@ def test_the_floor_counts_live_adapters_and_the_rows_once():
     assert cuda.floor_bytes(site, case, 2) == sum(tensor.nbytes for tensor in moved)
 
 
-def test_the_bench_measures_the_punica_operators_only_where_they_are(monkeypatch):
+def test_the_bench_measures_the_punica_operators_only_if_installed(monkeypatch):
     problem = cuda.pose(Site(48, ("o",), (32,)), cuda.Case(2, 2, 4), torch.float32, "cpu")
     monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda _: None)
     assert cuda.punica_operators(problem) is None

@@ -1,4 +1,4 @@
-"""Regressions in the engine's state: what once hung, leaked or was reported wrongly."""
+"""Regressions in the engine's state: hangs, leaks and wrong reports."""
 
 import threading
 import weakref
@@ -36,7 +36,7 @@ def test_a_rank_starved_sequence_without_slot_blocks_no_one():
         run(s)
     s.add(RunningSequence("x", "u", "x", [3]))
     s.remove("v")
-    # Its version waits for a slot, all of which may be held for those that it would keep out.
+    # Its version waits for a slot, and all slots may be held for sequences that it would block.
     assert run(s, lambda version: version != "w").admitted == ("x",)
 
 
@@ -52,7 +52,7 @@ def test_the_patience_of_an_admitted_sequence_restarts():
     assert s.get("w").rank_blocked_since is None
 
 
-def test_a_prefix_that_a_lower_priority_is_computing_is_not_waited_for():
+def test_a_prefix_computed_at_lower_priority_is_not_waited_for():
     s = Scheduler(100, 4, 4, 10)
     tokens = list(range(40))
     s.add(RunningSequence("low", "t", None, list(tokens)))
@@ -78,7 +78,7 @@ def test_an_adapter_as_large_as_two_others_gets_their_room():
     residency.advance(awaiting_memory=1)
     assert not residency.ready("a") and residency.ready("b")
     residency.end_use("a")
-    # What "a" alone leaves isn't enough.
+    # The memory that "a" frees is not enough.
     residency.advance(awaiting_memory=1)
     assert residency.idle == ("a",) and not residency.ready("b")
     residency.end_use("b")
@@ -90,7 +90,7 @@ def test_an_adapter_as_large_as_two_others_gets_their_room():
 def fail(driver, monkeypatch) -> None:
     """A step that fails outside the model."""
     with monkeypatch.context() as patch:
-        # No Python function: pytest keeps what is logged, and with it what a failing function's frame holds.
+        # Not a Python function: pytest keeps log records, and with them everything that a failing frame references.
         patch.setattr(Scheduler, "schedule", staticmethod(int))
         driver.step()
 
@@ -98,7 +98,7 @@ def fail(driver, monkeypatch) -> None:
 def test_a_reset_drops_the_old_cache_and_slab_before_it_allocates_new_ones(drive, monkeypatch):
     driver = drive()
     engine = driver.engine
-    # What the side threads have begun holds the slab to its end.
+    # Work that the side threads have begun holds the slab until it ends.
     engine._adapters._loader._releaser.submit(lambda: None).result()
     old = [weakref.ref(engine._adapters.slab), *(weakref.ref(kv.keys) for kv in engine._cache)]
     left: list[list[bool]] = []
@@ -106,7 +106,7 @@ def test_a_reset_drops_the_old_cache_and_slab_before_it_allocates_new_ones(drive
 
     def watched(make):
         def made(*args):
-            left.append([there() is not None for there in old])
+            left.append([reference() is not None for reference in old])
             return make(*args)
 
         return made
@@ -130,7 +130,7 @@ def test_an_engine_that_cannot_be_reset_is_closed(drive, monkeypatch):
     driver.engine.close()
 
 
-def test_what_is_counted_since_the_start_is_not_forgotten_by_a_failing_step(drive, monkeypatch, prompts):
+def test_counters_since_the_start_survive_a_failing_step(drive, monkeypatch, prompts):
     driver = drive()
     for _ in range(2):
         driver.submit("a", prompts["all"], "all")
@@ -145,7 +145,7 @@ def test_what_is_counted_since_the_start_is_not_forgotten_by_a_failing_step(driv
     assert driver.engine.stats.loads == 2
 
 
-def test_a_closed_engine_has_nothing_to_do_and_starts_nothing(drive, prompts):
+def test_a_closed_engine_has_no_work_and_starts_none(drive, prompts):
     driver = drive()
     driver.submit("running", prompts[None], max_tokens=50)
     driver.step()
@@ -198,7 +198,7 @@ def test_some_of_n_answers_have_ended_when_the_rest_is_cancelled(drive, prompts,
     assert driver.finish()["it"] == tokens
 
 
-def test_large_adapters_that_wait_for_room_keep_no_small_one_from_being_read(drive, adapters, prompts, expected):
+def test_large_adapters_that_wait_for_memory_do_not_block_small_ones(drive, adapters, prompts, expected):
     # "all" is nearly eight times as large as "lora", and there is room for one of it.
     driver = drive(lambda version: adapters[version.split()[0]], adapter_bytes=31_488 + 4096, slot_patience_steps=1000)
     driver.submit("busy", prompts["all"], "all", max_tokens=150)

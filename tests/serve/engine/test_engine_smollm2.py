@@ -1,4 +1,4 @@
-"""On the real SmolLM2: the tokens of transformers and PEFT in float32, whatever the engine does; in bfloat16 the KL."""
+"""The real SmolLM2: in float32 the same tokens as transformers and PEFT, always; in bfloat16 a bounded KL."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def transformer(base, dtype=torch.float32):
 
 @pytest.fixture(scope="module")
 def folders(base, tmp_path_factory) -> dict[str, Path]:
-    """An adapter of each method, strong enough to change what is said."""
+    """An adapter of each method, strong enough to change the answers."""
     root = tmp_path_factory.mktemp("smollm2-adapters")
     for seed, (name, config) in enumerate(METHODS.items()):
         torch.manual_seed(seed)
@@ -61,7 +61,7 @@ def folders(base, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def prompts(base) -> list[tuple[str | None, tuple[int, ...]]]:
-    """64 prompts of a text, round the versions."""
+    """64 prompts from one text, assigned to the versions in turn."""
     tokenizer = AutoTokenizer.from_pretrained(base.folder)
     text = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     tokens = tokenizer(text).input_ids
@@ -99,12 +99,12 @@ def test_64_prompts_answer_as_transformers_and_peft_and_in_any_batch(base, folde
         model = tuned(base, folders, version)
         own = [i for i, (its, _) in enumerate(prompts) if its == version]
         for i in own:
-            # What greedy decoding would say at each place, given that it said the same before.
+            # The greedy token at each position, after the same tokens before it.
             _, prompt = prompts[i]
             with torch.inference_mode():
                 logits = model(torch.tensor([prompt + got[i][:-1]]), logits_to_keep=NEW).logits[0]
             assert tuple(logits.argmax(-1).tolist()) == got[i]
-        # And literally, for one of middling length.
+        # And literally, for a prompt of medium length.
         ids = torch.tensor([prompts[own[len(own) // 2]][1]])
         out = model.generate(
             input_ids=ids,
@@ -115,7 +115,7 @@ def test_64_prompts_answer_as_transformers_and_peft_and_in_any_batch(base, folde
             pad_token_id=0,
         )
         assert tuple(out[0, ids.shape[1] :].tolist()) == got[own[len(own) // 2]]
-    # A shortage of blocks and rows, slots and ranks; the second time round the prefixes are known.
+    # A shortage of blocks and rows, slots and ranks; the second time the prefixes are cached.
     chosen = [*range(16, 58), *range(16, 24)]
     tight, engine = answers(
         decoder,
@@ -133,15 +133,15 @@ def test_64_prompts_answer_as_transformers_and_peft_and_in_any_batch(base, folde
     again, engine = answers(decoder, folders, [prompts[i] for i in (50, 51, 52, 50, 51, 52)], max_sequences=2)
     assert again == [got[i] for i in (50, 51, 52, 50, 51, 52)]
     assert engine.stats.reused_tokens > 500
-    # The same prompt means another thing under each version.
+    # The same prompt has a different answer under each version.
     story = prompts[30][1]
-    said, _ = answers(decoder, folders, [(version, story) for version in VERSIONS])
-    assert len(set(said)) == len(VERSIONS)
+    outputs, _ = answers(decoder, folders, [(version, story) for version in VERSIONS])
+    assert len(set(outputs)) == len(VERSIONS)
 
 
 @torch.inference_mode()
-def test_in_bfloat16_the_kl_to_float32_is_no_worse_than_peft_s(base, prompts, tmp_path):
-    # Of a trained adapter's strength: it moves the base by a KL of about 0.06.
+def test_in_bfloat16_the_kl_to_float32_is_no_worse_than_pefts(base, prompts, tmp_path):
+    # As strong as a trained adapter: it moves the base by a KL of about 0.06.
     torch.manual_seed(0)
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
     random = get_peft_model(transformer(base), config)
@@ -166,7 +166,7 @@ def test_in_bfloat16_the_kl_to_float32_is_no_worse_than_peft_s(base, prompts, tm
             "own": decoder.forward([chunk], cache, slab, Batch.of([(slot, len(prompt))])),
             "theirs": theirs(torch.tensor([prompt])).logits[0].float(),
         }
-        for whose, logits in found.items():
-            kl[whose].append((expected.exp() * (expected - logits.log_softmax(-1))).sum(-1))
+        for side, logits in found.items():
+            kl[side].append((expected.exp() * (expected - logits.log_softmax(-1))).sum(-1))
     own, peft = (float(torch.cat(its).mean()) for its in kl.values())
     assert 1e-4 < own <= peft < 1e-2
