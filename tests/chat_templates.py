@@ -1,10 +1,10 @@
-"""Small chat templates, each written as a family of models writes its own: the constructs, not the texts."""
+"""Small chat templates, each with the constructs, but not the texts, of a family of models."""
 
 # ruff: noqa: E501
 
 from __future__ import annotations
 
-#: Its markup: special tokens of the built-in base's tokenizer.
+#: Its markers are special tokens of the built-in base's tokenizer.
 CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}
 {%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
@@ -41,7 +41,7 @@ LLAMA3 = """{{- bos_token }}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n\\n' }}{% endif %}
 """
 
-#: No role for the system, which stands in the first user's message.
+#: No system role: the system prompt is part of the first user message.
 MISTRAL_V1 = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}
 {%- set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% endif %}
 {%- for message in loop_messages %}
@@ -92,7 +92,7 @@ MISTRAL_V3 = """{%- set user_messages = messages | selectattr("role", "equalto",
 {%- endfor %}
 """
 
-#: A default system prompt with today's date, and contents as a text or in parts.
+#: A default system prompt with today's date, and contents as a string or as parts.
 MISTRAL_SMALL3 = """{%- set today = strftime_now("%Y-%m-%d") %}
 {%- set default_system_message = "You are a small model. The current date is " + today + "." %}
 {{- bos_token }}
@@ -142,7 +142,7 @@ GRANITE3 = """{%- if messages[0]['role'] == 'system' %}
     {%- endif %}
 {%- endfor %}"""
 
-#: A block that says what the assistant generated, and a mode.
+#: A `generation` block around the assistant's text, and a thinking mode.
 SMOLLM3 = """{%- if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}
 {%- if messages[0].role == "system" %}{% set system_message = messages[0].content %}
     {%- if "/no_think" in system_message %}{% set mode = "/no_think" %}{% else %}{% set mode = "/think" %}{% endif %}
@@ -198,7 +198,7 @@ QWEN25 = """{%- if tools %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
 """
 
-#: Reasoning is taken out of answers before the last user message, and an empty one is written after it.
+#: Reasoning is removed from answers before the last user message; after it, an empty one is written.
 QWEN3 = """{%- if tools %}{{- '<|im_start|>system\\n<tools>' }}{% for tool in tools %}{{- "\\n" }}{{- tool | tojson }}{% endfor %}
 {{- "\\n</tools>\\nReturn <tool_call></tool_call>.<|im_end|>\\n" }}
 {%- elif messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{% endif %}
@@ -240,7 +240,7 @@ QWEN3 = """{%- if tools %}{{- '<|im_start|>system\\n<tools>' }}{% for tool in to
     {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}
 {%- endif %}"""
 
-#: The prompt opens the reasoning, which past answers lose; a call's arguments are written as they come.
+#: The prompt opens the reasoning, which is removed from past answers; a call's arguments are written verbatim.
 DEEPSEEK_R1 = """{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}
 {%- set ns = namespace(system_prompt='', is_first=true) %}
 {%- for message in messages %}{% if message['role'] == 'system' %}{% set ns.system_prompt = message['content'] %}{% endif %}{% endfor %}
@@ -257,7 +257,7 @@ DEEPSEEK_R1 = """{% if not add_generation_prompt is defined %}{% set add_generat
 {%- if message['role'] == 'tool' %}{{ '<|output|>' + message['content'] }}{% endif %}
 {%- endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"""
 
-#: As multimodal models have them: contents are lists of parts, and nothing else.
+#: As in multimodal models: contents must be lists of parts.
 PARTS_ONLY = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% for part in message['content'] %}
 {%- if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}{{ '<image>' }}{% endif %}
 {%- endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""

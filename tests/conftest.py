@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def base() -> Base:
-    """The real SmolLM2-135M, converted once a machine."""
+    """The real SmolLM2-135M, converted once per machine."""
     return find_base("smollm2-135m", Path("~/.cache/loramill").expanduser())
 
 
@@ -79,7 +79,7 @@ def tokenizer(base: Base) -> ChatTokenizer:
 
 @pytest.fixture(scope="session")
 def hermes_base(tmp_path_factory) -> Base:
-    """A tiny random Llama that reads bytes and knows tools; it has a few logits more than there are tokens."""
+    """A tiny random Llama with a byte tokenizer and tools; it has a few more logits than there are tokens."""
     model = tiny_llama(
         vocab_size=VOCABULARY + 3,
         max_position_embeddings=4096,

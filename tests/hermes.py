@@ -1,4 +1,4 @@
-"""A byte tokenizer whose chat template tells of tools as Hermes' and Qwen's do."""
+"""A byte tokenizer whose chat template lists tools as those of Hermes and Qwen do."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Return each call within <tool_call></tool_call>.<|im_end|>
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<pad>")
 TAGS = ("<tool_call>", "</tool_call>")
 
-#: Ids: a byte each, then SPECIAL, then TAGS.
+#: Ids: one per byte, then SPECIAL, then TAGS.
 VOCABULARY = 256 + len(SPECIAL) + len(TAGS)
 
 SETTINGS = {"eos_token": "<|im_end|>", "pad_token": "<pad>", "chat_template": TEMPLATE}
 
 
 def hermes_tokenizer(*, tags_are_tokens: bool = True) -> Tokenizer:
-    """A token a byte; and one for each tag, which isn't special, as Qwen has it, or none."""
+    """One token per byte and, if `tags_are_tokens`, one per tag, which isn't special, as in Qwen's tokenizer."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -46,6 +46,6 @@ def hermes_tokenizer(*, tags_are_tokens: bool = True) -> Tokenizer:
 
 
 def write_hermes_tokenizer(folder: Path, *, tags_are_tokens: bool = True) -> None:
-    """The files of it, as a base's folder has them."""
+    """Writes the tokenizer's files into a base's folder."""
     (folder / "tokenizer.json").write_text(hermes_tokenizer(tags_are_tokens=tags_are_tokens).to_str())
     (folder / "tokenizer_config.json").write_text(json.dumps(SETTINGS))

@@ -21,14 +21,14 @@ SIZES = {
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32, *, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """Weights by `seed`, of SIZES and what `changes` in them; torch's global generator is left as it was."""
+    """Random weights from `seed`, of SIZES with `changes`; torch's global generator is left unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**SIZES | changes)).to(dtype).eval()
 
 
 def write_base(folder: Path, model: LlamaForCausalLM, tokenizer: Path | None = None) -> Path:
-    """The folder of a base, which reads and ends its answers as the one in the folder `tokenizer`."""
+    """Writes a base's folder, with the tokenizer and the generation config of the folder `tokenizer`."""
     model.save_pretrained(folder)
     for file in tokenizer.iterdir() if tokenizer else ():
         if file.name.startswith(("tokenizer", "chat_template", "generation_config")):

@@ -33,9 +33,7 @@ class PostgreSQL:
         """A new cluster, not started yet; skips the test if PostgreSQL isn't installed."""
         binaries = _server_binaries()
         if binaries is None:
-            pytest.skip(
-                "no PostgreSQL server is installed here (initdb not found); apt-get install postgresql brings one"
-            )
+            pytest.skip("no PostgreSQL server is installed here (initdb not found); apt-get install postgresql")
         home = Path(tempfile.mkdtemp(prefix="loramill-postgresql-"))
         server = cls(binaries, home)
         try:
@@ -46,7 +44,7 @@ class PostgreSQL:
             shutil.rmtree(home, ignore_errors=True)
 
     def start(self) -> None:
-        """Returns when it answers."""
+        """Returns when the server accepts connections."""
         options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
         command = [self._binaries / "postgres", "-D", self._home / "data", "-p", str(self._port)]
         command += [

@@ -18,8 +18,8 @@ class Switched(MemoryFileSystem):
     """Files in memory at `switched://bucket/…`.
 
     Attributes:
-        error: makes what every operation raises; None: the store works.
-        met: how many operations met it.
+        error: makes the exception that an operation raises; None: the store works.
+        met: how many operations raised it.
     """
 
     protocol = "switched"
@@ -74,7 +74,7 @@ def _botocore(name: str, *bases: type[Exception]) -> Any:
     return type(name, bases, {"__module__": "botocore.exceptions"})
 
 
-# As botocore 1.43 has them.
+# As in botocore 1.43.
 BotoCoreError = _botocore("BotoCoreError", Exception)
 HTTPClientError = _botocore("HTTPClientError", BotoCoreError)
 ConnectionFailed = _botocore("ConnectionError", BotoCoreError)
@@ -86,7 +86,7 @@ _ClientError = _botocore("ClientError", Exception)
 
 
 def client_error(code: str, status: int) -> Exception:
-    """botocore's error for an answer of the server."""
+    """botocore's error for an error response of the server."""
     error: Exception = _ClientError(f"An error occurred ({code})")
     error.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}  # type: ignore[attr-defined]
     return error

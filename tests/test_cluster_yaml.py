@@ -27,17 +27,17 @@ def test_ray_accepts_it(config: dict[str, Any]) -> None:
     validate_config(prepare_config(config))
 
 
-@pytest.mark.parametrize("place", [(), ("auth",), ("docker",), ("available_node_types", "small-gpu")])
-def test_ray_refuses_a_typo(config: dict[str, Any], place: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("keys", [(), ("auth",), ("docker",), ("available_node_types", "small-gpu")])
+def test_ray_refuses_a_typo(config: dict[str, Any], keys: tuple[str, ...]) -> None:
     section = config
-    for key in place:
+    for key in keys:
         section = section.setdefault(key, {})
     section["max_wrokers"] = 3
     with pytest.raises(jsonschema.ValidationError, match="max_wrokers"):
         validate_config(prepare_config(config))
 
 
-def test_ray_refuses_a_head_type_that_is_not_there(config: dict[str, Any]) -> None:
+def test_ray_refuses_an_unknown_head_type(config: dict[str, Any]) -> None:
     config["head_node_type"] = "haed"
     with pytest.raises(ValueError, match="head_node_type"):
         validate_config(prepare_config(config))
@@ -55,7 +55,7 @@ def test_head_without_gpu_and_workers_that_scale_from_zero(config: dict[str, Any
         assert 0 < nodes[name]["max_workers"] <= prepared["max_workers"]
 
 
-def test_image_has_the_ray_that_the_project_is_tested_with(config: dict[str, Any]) -> None:
+def test_the_image_has_the_version_of_ray_that_is_tested(config: dict[str, Any]) -> None:
     constraints = (PATH.parent / "constraints.txt").read_text()
     version = re.search(r"^ray==(\S+)$", constraints, re.MULTILINE)
     assert version

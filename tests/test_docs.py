@@ -1,6 +1,6 @@
 """The documentation is true: its commands and its Python run, its settings and files exist, its links lead somewhere.
 
-Blocks of commands run one after another against one gateway with an echo for a model and a worker that publishes a
+Blocks of commands run one after another against one gateway with an echo as the model and a worker that publishes a
 ready-made adapter for each job. A block after `<!-- not run: why -->` is only checked for commands and options that
 exist; `<!-- file: NAME -->` makes a block a file of the page's folder; `<!-- first: COMMAND; … -->` prepares a page.
 """
@@ -204,7 +204,7 @@ def peft_adapter() -> dict[str, bytes]:
 
 
 def publish_next(gateway: RunningGateway, number: int) -> bool:
-    """Trains the next job, in a way: publishes a ready-made adapter; returns whether a job waited."""
+    """Publishes a ready-made adapter for the next job; returns whether a job was queued."""
     with gateway.registry.writing() as session:
         job = jobs.lease(session, "worker", now=time.time(), seconds=600, max_attempts=5)
     if job is None:
@@ -312,7 +312,7 @@ def test_the_commands_of_a_page_run(
 
 
 def run(command: str, folder: Path, worker: Worker) -> None:
-    """Runs one command; `loramill` in this process. From a job of low priority on, the worker trains no more."""
+    """Runs one command; `loramill` in this process. After a job of low priority, the worker is paused."""
     if "--priority -10" in command:
         with worker.lock:
             worker.paused = True

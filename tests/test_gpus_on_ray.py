@@ -1,4 +1,4 @@
-"""Ray's GPUs are seen by the processes that asked for them. Ray is told of one here; no driver is needed."""
+"""A process sees only the GPUs that Ray assigned to it. Ray is started with one GPU here; no driver is needed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def process(gpus: float) -> ray.actor.ActorHandle:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_process_sees_the_gpu_that_it_asked_for_and_no_other():
+def test_a_process_sees_only_the_gpu_that_it_requested():
     supervisor, session = process(0), process(0.5)
     assert ray.get([supervisor.sees.remote(), session.sees.remote()]) == ["", "0"]
     # What the supervisor starts inherits its environment.

@@ -39,9 +39,9 @@ def test_every_requirement_has_a_pin_that_satisfies_it(requirement: Requirement)
 @pytest.mark.parametrize(
     ("pip", "imports", "finishes"),
     [(0, 0, True), (1, 0, False), (0, 1, False)],
-    ids=["all is well", "pip fails", "what was installed can't be imported"],
+    ids=["all works", "pip fails", "the installed packages can't be imported"],
 )
-def test_only_an_install_that_worked_is_taken_for_finished(
+def test_only_an_install_that_worked_is_marked_as_finished(
     pip: int, imports: int, finishes: bool, tmp_path: Path
 ) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):

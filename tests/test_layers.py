@@ -1,7 +1,7 @@
-"""The layers, enforced: every import of the five packages is read and judged.
+"""The layers, enforced: every import of the five packages is checked.
 
 Layer 0 is loramill and kernels, layer 1 jobs and serve, layer 2 pipelines; a package imports only itself and lower
-layers. `loramill/cli` (or `cli_….py`) alone imports upward, and only inside functions.
+layers. Only `loramill/cli` (or `cli_….py`) imports upward, and only inside functions.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ RAY_SHELLS = (
 )
 UNPICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
-#: What imports on a GPU machine that has torch and little else, and what it may use there.
+#: Modules that import on a GPU machine with torch and little else, and the libraries that they may use.
 LEAN = ("kernels/*", "serve/engine/*", "serve/model/*")
 LEAN_LIBRARIES = {"torch", "numpy", "safetensors", "triton"}
-#: What a lean module may import inside functions, where it is installed.
+#: Libraries that a lean module may import inside functions, where they are installed.
 OPTIONAL = {
     "serve/model/hf.py": "transformers",
     "kernels/quantization.py": "bitsandbytes",
@@ -60,7 +60,7 @@ LEAN_MODULES = (
 
 @dataclass(frozen=True)
 class Import:
-    """One import: the module's full name, where it stands, and whether inside a function."""
+    """One import: the module's full name, its line, and whether it is inside a function."""
 
     module: str
     line: int
@@ -75,7 +75,7 @@ def module_name(path: str) -> str:
 
 
 def imports(path: str, source: str, modules: frozenset[str]) -> Iterator[Import]:
-    """All imports of a source, wherever they stand; `from a import b` is `a.b` where that is a module."""
+    """All imports of a source, at any depth; `from a import b` is `a.b` where that is a module."""
 
     def walk(node: ast.AST, in_function: bool) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
@@ -127,8 +127,8 @@ def any_match(path: str, patterns: tuple[str, ...]) -> bool:
 
 
 def fault(path: str, found: Import) -> str | None:
-    """What is wrong with an import, or None."""
-    here, there = package_of(module_name(path)), package_of(found.module)
+    """Why an import is forbidden, or None."""
+    own, other = package_of(module_name(path)), package_of(found.module)
     top = found.module.partition(".")[0]
     if top in PACKAGES:
         return f"write loramill.{found.module}: a bare {top} may be another package"
@@ -138,13 +138,13 @@ def fault(path: str, found: Import) -> str | None:
         return f"only {', '.join(RAY_SHELLS)} may import ray"
     if any_match(path, LEAN) and not is_lean(found.module) and not (found.in_function and OPTIONAL.get(path) == top):
         return f"{', '.join(LEAN)} import only {', '.join(sorted(LEAN_LIBRARIES))} and {', '.join(LEAN_MODULES)}"
-    if there is None or is_cli(module_name(path)):
-        upward = there in ("jobs", "serve", "pipelines") and not found.in_function
+    if other is None or is_cli(module_name(path)):
+        upward = other in ("jobs", "serve", "pipelines") and not found.in_function
         return "the command line imports upper layers only inside functions" if upward else None
     if is_cli(found.module):
         return "no module imports the command line"
-    if there != here and there not in BELOW[here or ""]:
-        return f"{here} may not import {there}"
+    if other != own and other not in BELOW[own or ""]:
+        return f"{own} may not import {other}"
     return None
 
 
@@ -242,7 +242,7 @@ def test_a_fault_is_found(path: str, source: str, fragment: str) -> None:
 
 
 def test_kernels_and_engine_load_nothing_heavy(tmp_path: Path) -> None:
-    """The static rule leaves out what their parents' `__init__` pull in; a fresh interpreter doesn't."""
+    """The static rule misses what their parents' `__init__` import; a fresh interpreter doesn't."""
     lean = [module_name(path) for path in tree() if any_match(path, LEAN)]
     heavy = ["ray", "pydantic", "transformers", "peft", "sqlalchemy", "fastapi", "httpx", "typer", "rich"]
     script = f"""

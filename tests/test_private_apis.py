@@ -1,8 +1,8 @@
-"""Private APIs of libraries: each is used in one module, and is still what it was when that module was written.
+"""Private APIs of libraries: each is used in one module and has not changed since that module was written.
 
-A module that uses a private API stands in `PRIVATE_APIS`, with the version of the library that it was written for and,
-per private object, a digest of the object's source in that version. An upgrade that changes none of these sources
-passes; one that does fails here, with what to read.
+A module that uses a private API is listed in `PRIVATE_APIS`, with the version of the library that it was written for
+and, per private object, a digest of the object's source in that version. An upgrade that changes none of these sources
+passes; any other fails here and names what to read.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ PACKAGES = ("loramill", "kernels", "jobs", "serve", "pipelines")
 
 @dataclass(frozen=True)
 class PrivateApi:
-    """What one module uses of a library's private API.
+    """The part of a library's private API that one module uses.
 
     Attributes:
         module: the one module that uses it.
-        version: of the library, which the module was written for.
+        version: the library's version that the module was written for.
         objects: digests of the objects' sources in that version, by module and name.
         names: what the module's source may contain: imports, attributes and keyword arguments.
     """
@@ -110,7 +110,7 @@ PRIVATE_APIS = (
     ),
 )
 
-#: Modules of the libraries whose names look public, and that they do not document.
+#: Undocumented modules of the libraries, whose names look public.
 UNDOCUMENTED = ("prometheus_client.mmap_dict",)
 LIBRARIES = frozenset(api.library for api in PRIVATE_APIS)
 
@@ -184,13 +184,15 @@ def digest(found: object) -> str:
 
 
 def fault(api: PrivateApi, name: str, expected: str) -> str | None:
-    """Says what to do if a private object is not what it was; None if it is."""
+    """Returns what to do if a private object has changed, else None."""
     installed = metadata.version(api.library)
     task = f"Read what has changed, adapt {api.module}, and record version {installed} and the digest here."
     try:
         found = digest(resolve(name))
     except (ImportError, AttributeError):
-        return f"{api.library} {installed} has no {name}; {api.module} was written for {api.version}, which has. {task}"
+        return (
+            f"{api.library} {installed} has no {name}; {api.module} was written for {api.version}, which has it. {task}"
+        )
     if found != expected:
         return (
             f"{name} of {api.library} {installed} (digest {found}) is not what it was in {api.version} (digest "
@@ -204,11 +206,11 @@ def fault(api: PrivateApi, name: str, expected: str) -> str | None:
     [(api, name) for api in PRIVATE_APIS for name in api.objects],
     ids=lambda value: value if isinstance(value, str) else value.module,
 )
-def test_private_apis_are_what_they_were(api: PrivateApi, name: str) -> None:
+def test_private_apis_have_not_changed(api: PrivateApi, name: str) -> None:
     assert fault(api, name, api.objects[name]) is None
 
 
-def test_each_private_name_is_used_in_its_module_alone() -> None:
+def test_each_private_name_is_used_only_in_its_module() -> None:
     tree = sources()
     own = frozenset().union(*map(defined_private, tree.values()))
     used = {path: names for path, source in tree.items() if (names := private_names(source, own))}
@@ -249,7 +251,7 @@ def test_a_changed_or_missing_object_is_named_with_what_to_do() -> None:
     api = PrivateApi("ray", "jobs/ray/x.py", "1.0", {}, frozenset())
     module = sys.modules[__name__].__name__
     assert fault(api, f"{module}:changed", digest(changed)) is None
-    told = fault(api, f"{module}:changed", "000000000000")
-    assert told is not None and digest(changed) in told and "jobs/ray/x.py was written" in told
-    told = fault(api, f"{module}:gone", "000000000000")
-    assert told is not None and f"has no {module}:gone" in told and "adapt jobs/ray/x.py" in told
+    message = fault(api, f"{module}:changed", "000000000000")
+    assert message is not None and digest(changed) in message and "jobs/ray/x.py was written" in message
+    message = fault(api, f"{module}:gone", "000000000000")
+    assert message is not None and f"has no {module}:gone" in message and "adapt jobs/ray/x.py" in message

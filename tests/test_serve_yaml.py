@@ -23,13 +23,13 @@ def committed() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def built(committed: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the command of the header writes now, with the variables that the file itself sets."""
-    said = committed["applications"][0]["runtime_env"]["env_vars"]
+    """The output of the header's command, with the variables that the file itself sets."""
+    variables = committed["applications"][0]["runtime_env"]["env_vars"]
     (words,) = re.findall(r"^# +(serve build .*)$", PATH.read_text(), re.MULTILINE)
     output = tmp_path_factory.mktemp("built") / "serve.yaml"
     subprocess.run(
         [str(Path(sys.executable).with_name("serve")), *words.split()[1:], "-o", str(output)],
-        env={name: value for name, value in os.environ.items() if not name.startswith("LORAMILL_")} | said,
+        env={name: value for name, value in os.environ.items() if not name.startswith("LORAMILL_")} | variables,
         cwd=output.parent,
         check=True,
     )
@@ -43,7 +43,7 @@ def test_the_deployments_are_those_of_the_code(committed: dict[str, Any], built:
     assert mine["name"] == "loramill" and committed["proxy_location"] == "Disabled"
 
 
-def test_serve_reads_it_and_knows_every_key(committed: dict[str, Any]) -> None:
+def test_serve_accepts_every_key(committed: dict[str, Any]) -> None:
     read = ServeDeploySchema.model_validate(committed).model_dump(by_alias=True, exclude_unset=True)
     assert unknown(committed, read) == []
 
@@ -56,11 +56,13 @@ def test_an_unknown_key_is_found(committed: dict[str, Any]) -> None:
     assert unknown(wrong, read) == ["applications.0.deployments.0.num_replcas"]
 
 
-def unknown(said: Any, read: Any, where: str = "") -> list[str]:
-    """Keys that reading has dropped; Serve itself passes over them in silence."""
-    if isinstance(said, list):
-        said, read = dict(enumerate(said)), dict(enumerate(read))
-    if not isinstance(said, dict) or where.endswith(("env_vars.", "policy_kwargs.")):
+def unknown(written: Any, read: Any, where: str = "") -> list[str]:
+    """Keys that parsing has dropped; Serve itself ignores them silently."""
+    if isinstance(written, list):
+        written, read = dict(enumerate(written)), dict(enumerate(read))
+    if not isinstance(written, dict) or where.endswith(("env_vars.", "policy_kwargs.")):
         return []
-    missing = [f"{where}{key}" for key in said if key not in read]
-    return missing + [found for key in said if key in read for found in unknown(said[key], read[key], f"{where}{key}.")]
+    missing = [f"{where}{key}" for key in written if key not in read]
+    return missing + [
+        found for key in written if key in read for found in unknown(written[key], read[key], f"{where}{key}.")
+    ]

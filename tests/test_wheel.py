@@ -18,7 +18,7 @@ PACKAGES = ("kernels", "jobs", "serve", "pipelines")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy, so that neither an old build folder nor this one's leaves a trace."""
+    """A wheel built from a copy, so that no build folder leaves a trace in either."""
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)

@@ -176,7 +176,7 @@ def test_plain_sentences_pass() -> None:
     assert not [match for phrase in PHRASES for match in phrase.found(plain)]
 
 
-def test_messages_and_comments_are_told_apart() -> None:
+def test_messages_and_comments_are_distinguished() -> None:
     source = '"""A doc."""\n# one\n# two\ndef f():\n    """Another."""\n    return f"it {f} is"  # three\n'
     assert [text for _, text in messages(source) if text] == ["it ", " is"]
     assert sorted(text for _, text in comments(source)) == ["A doc.", "Another.", "one two", "three"]

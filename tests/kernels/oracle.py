@@ -1,4 +1,4 @@
-"""What the kernels' tests share: random adapters, who owns which rows, and comparisons that show the worst elements."""
+"""Helpers of the kernels' tests: random adapters, owners of rows, and comparisons that show the worst elements."""
 
 import random
 
@@ -20,7 +20,7 @@ def random_delta(r: int, d_in: int, d_out: int, *, gain: bool = False) -> Delta:
 
 
 def random_adapter(site: Site, ranks: list[int], seed: int) -> dict[str, Delta]:
-    """An adapter at one site: a rank a module drawn from `ranks`, some modules missing, some with a gain."""
+    """An adapter at one site: one rank per module drawn from `ranks`, some modules missing, some with a gain."""
     draw = random.Random(seed)
     modules = list(zip(site.modules, site.widths, strict=True))
     kept = [module for module in modules if draw.random() < 0.8] or [draw.choice(modules)]
@@ -28,7 +28,7 @@ def random_adapter(site: Site, ranks: list[int], seed: int) -> dict[str, Delta]:
 
 
 def owners(popularity: str, rows: int, adapters: int) -> list[int | None]:
-    """Whose each row is; None: the base's alone."""
+    """The adapter of each row; None: the base alone."""
     draw = random.Random(rows)
     if popularity == "none":
         return [None] * rows
@@ -46,7 +46,7 @@ def owners(popularity: str, rows: int, adapters: int) -> list[int | None]:
 def filled_slab(
     sites: list[Site], adapters: list[dict[str, Delta]], dtype: torch.dtype, layout: Layout
 ) -> tuple[Slab, list[Slot]]:
-    """A slab with the adapters in its slots, and one slot more."""
+    """A slab with the adapters in its slots, and one free slot."""
     size = 64 * 1024 + sum(
         64 * 1024 + 4 * 300 * (d.a.numel() + d.b.numel()) // 256 for a in adapters for d in a.values()
     )
@@ -62,12 +62,12 @@ def filled_slab(
 
 
 def contract(x, y, site, adapters, owner, dtype):
-    """The docstring of `lora`, a row and a module at a time, in float64; the weights rounded to the slab's dtype."""
+    """The docstring of `lora`, one row and module at a time, in float64; the weights rounded to the slab's dtype."""
     expected = y.double()
-    for row, who in enumerate(owner):
+    for row, index in enumerate(owner):
         column = 0
         for module, width in zip(site.modules, site.widths, strict=True):
-            delta = None if who is None else adapters[who].get(module)
+            delta = None if index is None else adapters[index].get(module)
             if delta is not None:
                 part = slice(column, column + width)
                 a, b = (matrix.to(dtype).double() for matrix in (delta.a, delta.b))

@@ -28,7 +28,7 @@ def near(got, expected, dtype, tolerance=None):
 
 @dataclass(eq=False)
 class Sequence:
-    """What the oracle knows of a sequence: float64 [kv_heads, positions, head_dim], as rounded."""
+    """The oracle's copy of a sequence: float64 [kv_heads, positions, head_dim], as rounded."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -74,7 +74,7 @@ class World:
         return self.draw(rows, (self.heads + 2 * self.kv_heads) * self.head_dim)
 
     def step(self, sequences, counts, window=None, qkv=None):
-        """Runs the backend; returns what it got, and what it should have got."""
+        """Runs the backend; returns its output and the expected one."""
         q, qkv, pages = self.extend(sequences, counts, qkv)
         parts = zip(q.split(counts, dim=1), sequences, strict=True)
         expected = torch.cat([self.attend(part, sequence, window) for part, sequence in parts])
@@ -162,7 +162,7 @@ def test_any_steps_of_sequences_that_come_and_go(name, data, dtype, seed):
         chosen = [sequence for sequence in alive if data.draw(st.booleans())] or alive[:1]
         counts = [data.draw(st.just(1) | st.integers(1, 70)) for _ in chosen]
         near(*world.step(chosen, counts, window), dtype)
-        # What it leaves in its blocks is stale for the next, who gets them first.
+        # A finished sequence leaves stale content in its blocks, which the next one gets first.
         for sequence in [sequence for sequence in chosen if data.draw(st.integers(0, 3)) == 0]:
             alive.remove(sequence)
             world.drop(sequence)
@@ -239,7 +239,7 @@ def test_rows_of_a_wider_tensor(name, dtype):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_scores_of_any_size(name):
-    """exp would overflow or vanish, did the greatest score not come off first, over the tiles too."""
+    """exp overflows or vanishes unless the greatest score is subtracted first, across tiles too."""
     world = World(name, torch.float32)
     qkv = world.qkv(140)
     world.split(qkv)[0].mul_(40)  # scores up to some hundreds
@@ -252,7 +252,7 @@ def test_a_long_context(name, dtype):
     world = World(name, dtype, heads=3, kv_heads=1, head_dim=32, blocks=2100)
     sequence = world.sequence()
     world.extend([sequence], [32_761])
-    # Sharp enough that a few positions, anywhere, decide.
+    # Sharp enough that a few positions dominate, wherever they are.
     qkv = world.qkv(3)
     world.split(qkv)[0].mul_(8)
     near(*world.step([sequence], [3], None, qkv), dtype, tolerance=1e-4 if dtype == torch.float32 else 2e-2)
@@ -281,13 +281,13 @@ def test_paging():
 @pytest.mark.parametrize(
     "span", [KVSpan(0, 17, [1]), KVSpan(16, 1, [1]), KVSpan(0, 0, [1]), KVSpan(-1, 1, [1]), KVSpan(0, 1, [-1])], ids=str
 )
-def test_a_span_that_its_blocks_do_not_hold(span):
+def test_a_span_that_its_blocks_do_not_hold_is_refused(span):
     with pytest.raises(EngineFault, match=r"needs \d blocks, at least one row and no negative|is negative"):
         Pages.of([KVSpan(0, 1, [0]), span], 16)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_pages_of_another_step_or_cache(name):
+def test_pages_of_another_step_or_cache_are_refused(name):
     world = World(name, torch.bfloat16, blocks=4)
     cos = sin = torch.ones(2, 16)
     kv = world.kv[1]
@@ -303,12 +303,12 @@ def test_pages_of_another_step_or_cache(name):
 
 
 @pytest.mark.parametrize(("block_size", "head_dim"), [(8, 64), (24, 64), (16, 33), (16, 258)])
-def test_what_the_native_layout_cannot_hold(native, block_size, head_dim):
+def test_shapes_that_the_native_layout_cannot_hold_are_refused(native, block_size, head_dim):
     with pytest.raises(EngineFault, match="multiple of 16"):
         native.new_kv(1, 2, block_size, 1, head_dim, torch.bfloat16)
 
 
-def test_no_two_parts_of_a_cache_come_to_a_new_huge_page_in_the_same_step(native):
+def test_no_two_parts_of_a_cache_reach_a_huge_page_in_the_same_step(native):
     layers = native.new_kv(30, 64 * 32, 16, 3, 64, torch.bfloat16)
     parts = [part for layer in layers for part in (layer.keys, layer.values)]
     assert len({part.data_ptr() % HUGE_PAGE for part in parts}) == 60

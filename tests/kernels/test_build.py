@@ -1,4 +1,4 @@
-"""Compiling at first use: the cache, two at once, no compiler, an unwritable home, threads."""
+"""Compiling at first use: the cache, two processes at once, no compiler, an unwritable home, threads."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ TIER = (build.supported_tiers() or (None,))[-1]
 
 
 @pytest.fixture(autouse=True)
-def forget():
+def clear_caches():
     build.library.cache_clear()
     kernels.backend.cache_clear()
     yield
@@ -74,7 +74,7 @@ def test_the_cache_is_used_and_a_changed_source_is_another_file(tmp_path, monkey
     assert len(list((tmp_path / "loramill" / "kernels").iterdir())) == 2
 
 
-def test_a_broken_file_in_the_cache_does_not_stop_anybody(tmp_path, monkeypatch):
+def test_a_broken_file_in_the_cache_does_no_harm(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
     tier = TIER
@@ -98,7 +98,7 @@ def test_a_home_that_cannot_be_written_falls_back_to_a_temporary_folder(tmp_path
     assert len(list(folder.iterdir())) == 1
 
 
-def test_a_folder_of_somebody_else_is_not_trusted(tmp_path, monkeypatch):
+def test_a_folder_of_another_user_is_not_trusted(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(build.os, "getuid", lambda: 12345)
@@ -106,7 +106,7 @@ def test_a_folder_of_somebody_else_is_not_trusted(tmp_path, monkeypatch):
         build.library(TIER, torch.float32)
 
 
-def test_without_a_compiler_torch_computes_and_the_log_says_so(monkeypatch, caplog):
+def test_without_a_compiler_torch_computes_and_this_is_logged(monkeypatch, caplog):
     monkeypatch.setattr(build, "compiler", lambda: None)
     monkeypatch.delenv("LORAMILL_KERNELS", raising=False)
     assert kernels.backend() is torch_backend
@@ -132,13 +132,13 @@ def test_without_a_compiler_on_the_path(tmp_path):
     assert done.stdout == "torch [[6.0, 22.0, 38.0]]\n", done.stderr
 
 
-def test_a_compiler_that_fails_is_reported_with_its_words(tmp_path, monkeypatch):
+def test_a_compiler_that_fails_is_reported_with_its_output(tmp_path, monkeypatch):
     liar = tmp_path / "cc"
-    liar.write_text("#!/bin/sh\necho 'this is no compiler' >&2\nexit 1\n")
+    liar.write_text("#!/bin/sh\necho 'this is not a compiler' >&2\nexit 1\n")
     liar.chmod(0o755)
     monkeypatch.setattr(build, "compiler", lambda: str(liar))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(SetupError, match="this is no compiler"):
+    with pytest.raises(SetupError, match="this is not a compiler"):
         build.library(TIER, torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Adapters on embeddings: against a dense product, in any batch, and what it costs those who have none."""
+"""Adapters on embeddings: against a dense product, in any batch, and without an effect on other rows."""
 
 import pytest
 import torch
@@ -27,25 +27,25 @@ def loaded(dtype, layout, ranks=(1, 5, 16)):
     return adapters, slab.views[1], slots
 
 
-@pytest.mark.parametrize(("of_slab", "of_rows"), [("fp32", "fp32"), ("bf16", "bf16"), ("int8", "bf16")])
-def test_rows_get_their_adapters_columns(ops, of_slab, of_rows):
+@pytest.mark.parametrize(("slab_dtype", "row_dtype"), [("fp32", "fp32"), ("bf16", "bf16"), ("int8", "bf16")])
+def test_rows_get_their_adapters_columns(ops, slab_dtype, row_dtype):
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-    adapters, view, slots = loaded(types[of_slab], ops.layout)
+    adapters, view, slots = loaded(types[slab_dtype], ops.layout)
     owners = [None, 0, 0, 1, 3, 2, 2, None, 1]
     tokens = torch.tensor([4, 0, 52, 4, 4, 17, 4, 4, 8])
-    base = torch.randn(len(tokens), WIDTH).to(types[of_rows])
+    base = torch.randn(len(tokens), WIDTH).to(types[row_dtype])
     got = base.clone()
     adapt_embedding(
-        tokens, got, view, Batch.of([(None if who is None else slots[who], 1) for who in owners]), scale=1.5
+        tokens, got, view, Batch.of([(None if index is None else slots[index], 1) for index in owners]), scale=1.5
     )
     expected = base.double()
-    for row, who in enumerate(owners):
-        if who in (0, 1, 2):
-            delta = adapters[who]["embed"]
+    for row, index in enumerate(owners):
+        if index in (0, 1, 2):
+            delta = adapters[index]["embed"]
             expected[row] += 1.5 * (delta.b.double() @ delta.a.double()[:, tokens[row]])
-    assert_near(got, expected, {"fp32": 2e-6, "bf16": 1.2e-2, "int8": 3e-2}[of_slab])
+    assert_near(got, expected, {"fp32": 2e-6, "bf16": 1.2e-2, "int8": 3e-2}[slab_dtype])
     assert not torch.allclose(got.double(), base.double(), atol=0.1)
-    untouched = [row for row, who in enumerate(owners) if who in (None, 3)]
+    untouched = [row for row, index in enumerate(owners) if index in (None, 3)]
     assert torch.equal(got[untouched], base[untouched])
 
 
@@ -69,7 +69,7 @@ def test_a_stale_slot_is_an_error(ops):
 
 
 @pytest.mark.parametrize(
-    ("deltas", "words"),
+    ("deltas", "message"),
     [
         ({"embed": random_delta(2, VOCABULARY, WIDTH)}, "'embed' is an embedding"),
         ({"q": Delta(torch.ones(2, WIDTH), torch.ones(16, 2), lookup=True)}, "'q' is a linear"),
@@ -77,9 +77,9 @@ def test_a_stale_slot_is_an_error(ops):
         ({"embed": Delta(torch.ones(2, 9), torch.ones(WIDTH, 2), lookup=True)}, r"A of 'embed' is \[2, 9\]"),
     ],
 )
-def test_adapters_of_another_kind_of_module_are_refused(ops, deltas, words):
+def test_adapters_of_another_kind_of_module_are_refused(ops, deltas, message):
     _, view, _ = loaded(torch.float32, ops.layout)
-    with pytest.raises(AdapterInvalid, match=words):
+    with pytest.raises(AdapterInvalid, match=message):
         view.slab.pack(deltas)
 
 

@@ -1,4 +1,4 @@
-"""All layers in one call of the native kernels, against the same layers one operation after the other: equal bits."""
+"""All layers in one call of the native kernels, against the same layers one operation at a time: equal bits."""
 
 from dataclasses import dataclass
 
@@ -117,7 +117,7 @@ def test_one_call_has_the_bits_of_many(native, dtype, name, adapted):
     assert results[0][0].isfinite().all()
 
 
-def test_what_does_not_fit_is_refused(native):
+def test_arguments_that_do_not_fit_are_refused(native):
     stack, sites = build(native, Shape(), torch.float32)
     slab, slots = loaded(native, sites, torch.float32)
     cache = native.new_kv(LAYERS, 2, 16, 2, 16, torch.float32)

@@ -25,7 +25,7 @@ def test_any_number_of_rows(ops, dtype, d_out, d_in):
 def test_random_shapes(data, rows, d_out, d_in):
     ops = open_backend(data.draw(st.sampled_from(NATIVE)))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    # Outputs are about 1: a single small one among large products is no measure of their rounding.
+    # Outputs are about 1: a single small one among large products does not measure their rounding.
     weight = (torch.randn(d_out, d_in) / d_in**0.5).to(dtype)
     x = torch.randn(rows, d_in + 9).to(dtype)[:, 3 : 3 + d_in]
     assert_near(ops.linear(x, ops.pack(weight)), x.double() @ weight.double().T, TOLERANCE[dtype])
@@ -39,15 +39,15 @@ def test_rows_of_the_matrix(ops, dtype):
     assert ops.embed(tokens[:0], ops.pack(weight)).shape == (0, 37)
 
 
-def test_a_row_that_is_not_there_is_refused(native):
+def test_a_token_outside_the_matrix_is_refused(native):
     weight = native.pack(torch.randn(70, 37))
     for token in (70, -1):
         with pytest.raises(EngineFault, match="matrix of 70"):
             native.embed(torch.tensor([0, token]), weight)
 
 
-def test_a_row_of_nan_stays_alone_in_odd_widths(native, dtype):
-    # The last input of an odd row has no partner: the next row's first must not be taken for it.
+def test_nan_stays_in_its_row_for_odd_widths(native, dtype):
+    # The last input of an odd row has no partner: the next row's first must not take its place.
     weight = native.pack(torch.randn(20, 37).to(dtype))
     x = torch.randn(3, 37).to(dtype)
     clean = native.linear(x, weight)

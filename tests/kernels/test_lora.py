@@ -1,4 +1,4 @@
-"""Every backend against the contract's own words, over popularity, rows, ranks, odd sizes and dtypes."""
+"""Every backend against the contract's docstring, over popularity, rows, ranks, odd sizes and dtypes."""
 
 import pytest
 import torch
@@ -34,12 +34,12 @@ def adapters():
 
 
 def batch_of(slots, owner) -> Batch:
-    return Batch.of((None if who is None else slots[who], 1) for who in owner)
+    return Batch.of((None if index is None else slots[index], 1) for index in owner)
 
 
 @pytest.mark.parametrize("site", [ODD, EVEN], ids=["odd", "even"])
 @pytest.mark.parametrize("popularity", POPULARITY)
-def test_the_grid(ops, dtype, adapters, site, popularity):
+def test_every_backend_keeps_the_contract(ops, dtype, adapters, site, popularity):
     slab, slots = filled_slab([site], adapters[site], dtype, ops.layout)
     for rows in ROWS:
         owner = owners(popularity, rows, ADAPTERS)
@@ -47,7 +47,7 @@ def test_the_grid(ops, dtype, adapters, site, popularity):
         got = y.clone()
         ops.lora(x, got, slab.views[0], batch_of(slots, owner))
         assert_near(got, contract(x, y, site, adapters[site], owner, dtype), TOLERANCE[dtype])
-        alone = torch.tensor([who is None for who in owner])
+        alone = torch.tensor([index is None for index in owner])
         assert torch.equal(got[alone], y[alone])
 
 
@@ -61,7 +61,7 @@ def test_random_batches(data):
     ranks = data.draw(st.lists(st.integers(1, 256), min_size=1, max_size=4))
     adapters = [random_adapter(site, ranks, seed) for seed in range(3)]
     counts = data.draw(st.lists(st.tuples(st.sampled_from([None, 0, 1, 2]), st.integers(0, 30)), max_size=8))
-    owner = [who for who, count in counts for _ in range(count)]
+    owner = [index for index, count in counts for _ in range(count)]
     slab, slots = filled_slab([site], adapters, dtype, ops.layout)
     exact, exact_slots = filled_slab([site], adapters, dtype, reference.layout)
     x, y = torch.randn(len(owner), site.d_in).to(dtype), torch.randn(len(owner), sum(widths)).to(dtype)
@@ -84,13 +84,13 @@ def test_an_adapted_linear_is_the_linear_and_its_adapters(ops, dtype, adapters, 
         expected = contract(x, base, site, adapters[site], owner, dtype)
         got = ops.adapted_linear(x, packed, slab.views[0], batch_of(slots, owner))
         assert_near(got, expected, TOLERANCE[dtype])
-        alone = torch.tensor([who is None for who in owner])
+        alone = torch.tensor([index is None for index in owner])
         assert torch.equal(got[alone], ops.linear(x, packed)[alone]), "rows of the base alone"
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
 @pytest.mark.parametrize("rows", [1, 7, 40])
-def test_adapters_of_int8_are_what_their_rounding_says(name, adapters, rows):
+def test_int8_adapters_compute_what_their_rounded_values_do(name, adapters, rows):
     ops, dtype = open_backend(name), torch.bfloat16
     for site in (ODD, EVEN):
         slab, slots = filled_slab([site], adapters[site], torch.int8, ops.layout)
@@ -143,7 +143,7 @@ def test_views_are_read_and_written_in_place(ops, dtype, adapters):
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 @pytest.mark.parametrize("rows", [1, 20])
-def test_an_adapter_of_nan_touches_its_own_rows_alone(ops, dtype, adapters, poison, rows):
+def test_an_adapter_of_nan_touches_only_its_own_rows(ops, dtype, adapters, poison, rows):
     sizes = dict(zip(ODD.modules, ODD.widths, strict=True))
     bad = {m: Delta(torch.full((3, 37), poison), torch.full((w, 3), poison), torch.ones(w)) for m, w in sizes.items()}
     good = {m: random_delta(3, 37, w) for m, w in sizes.items()}
@@ -164,7 +164,7 @@ def test_an_adapter_of_nan_touches_its_own_rows_alone(ops, dtype, adapters, pois
         assert torch.equal(with_bad[keep], without[keep])
 
 
-def test_a_row_of_nan_stays_alone(ops, dtype, adapters):
+def test_nan_stays_in_its_row(ops, dtype, adapters):
     slab, slots = filled_slab([ODD], adapters[ODD], dtype, ops.layout)
     weight = ops.pack(torch.randn(45, 37).to(dtype))
     x = torch.randn(9, 37).to(dtype)
@@ -179,8 +179,8 @@ def test_a_row_of_nan_stays_alone(ops, dtype, adapters):
         assert torch.equal(got[others], clean[others])
 
 
-def test_what_lies_around_an_adapter_is_never_read_as_part_of_it(ops, dtype):
-    # The arena is poisoned wherever the adapter isn't, padding between its own parts excepted.
+def test_memory_around_an_adapter_is_never_read(ops, dtype):
+    # The arena is poisoned outside of the adapter, except for the padding between its parts.
     sizes = dict(zip(ODD.modules, ODD.widths, strict=True))
     adapter = {m: random_delta(5, 37, w, gain=True) for m, w in sizes.items()}
     slab, (slot,) = filled_slab([ODD], [adapter], dtype, ops.layout)

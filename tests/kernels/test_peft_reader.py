@@ -43,9 +43,9 @@ def base() -> BaseModules:
 @contextmanager
 def saved(model: PreTrainedModel | None = None, **config: Any) -> Iterator[Path]:
     """A folder that PEFT saved, in which no matrix is zero."""
-    asked = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
     torch.manual_seed(3)
-    tuned = get_peft_model(model or llama(), LoraConfig(**asked | config))
+    tuned = get_peft_model(model or llama(), LoraConfig(**options | config))
     for name, parameter in tuned.named_parameters():
         if "magnitude" in name:
             parameter.data.mul_(torch.rand_like(parameter) + 0.5)
@@ -72,7 +72,7 @@ def logits(model: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def with_adapter(model: PreTrainedModel, folder: Path) -> torch.Tensor:
-    """The logits of the base with the deltas that were read in its weights; an embedding's own copy, if it is tied."""
+    """The base's logits with the adapter's deltas added to its weights; a tied embedding is copied first."""
     for name, delta in read_adapter(folder, BaseModules.of_model(model, model.get_output_embeddings())).items():
         module = model.get_submodule(name)
         change = delta.scale * delta.b.float() @ delta.a.float()
@@ -85,7 +85,7 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> torch.Tensor:
 
 
 def assert_as_in_peft(folder: Path, renamed: Path | None = None, make: Callable[[], PreTrainedModel] = llama) -> None:
-    """`renamed`, as it is read, computes what PEFT computes from `folder`."""
+    """`renamed`, as read here, computes what PEFT computes from `folder`."""
     expected = logits(PeftModel.from_pretrained(make(), folder).eval())
     assert not torch.allclose(expected, logits(make()), atol=1e-2)
     torch.testing.assert_close(with_adapter(make(), renamed or folder), expected, rtol=1e-3, atol=1e-3)
@@ -100,7 +100,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "one layer": {"layers_to_transform": 10},
     "regex": {"target_modules": r".*layers\.(0|1|11)\.(self_attn|mlp)\.(q|k|o|gate|up)_proj"},
     "full name": {"target_modules": ["model.layers.1.self_attn.q_proj", "layers.11.mlp.up_proj"]},
-    "all-linear but": {"target_modules": "all-linear", "exclude_modules": r".*\.0\..*"},
+    "all-linear except": {"target_modules": "all-linear", "exclude_modules": r".*\.0\..*"},
     "excluded names": {"exclude_modules": ["layers.3.self_attn.q_proj", "v_proj"]},
     "dora": {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 2}},
     "embedding and head": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
@@ -109,7 +109,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_modules_that_a_config_targets_are_those_of_peft(kind: str) -> None:
+def test_a_config_targets_the_same_modules_as_in_peft(kind: str) -> None:
     with saved(**KINDS[kind]) as folder:
         assert_as_in_peft(folder)
         names = [name for name in load_file(folder / FILE) if "lora_" in name]
@@ -152,7 +152,7 @@ def _dropped(name: str) -> str:
     return name.removeprefix(PREFIX)
 
 
-#: Names of the tensors as other programs write them, of those that PEFT writes.
+#: How other programs change the names of tensors that PEFT writes.
 SPELLINGS: dict[str, Callable[[str], str]] = {
     "adapter's name": lambda name: name.replace(".weight", ".default.weight"),
     "another name": lambda name: name.replace(".weight", ".my_run.weight"),
@@ -177,7 +177,7 @@ def test_other_names_of_tensors_are_understood(spelling: str, tmp_path: Path) ->
         assert_as_in_peft(folder, renamed)
 
 
-def test_patterns_go_by_the_names_of_the_model_that_was_trained(tmp_path: Path) -> None:
+def test_patterns_match_the_names_of_the_trained_model(tmp_path: Path) -> None:
     with saved(target_modules=["q_proj"]) as folder:
         change(folder, rename(SPELLINGS["prefix of a tower"]))
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -198,7 +198,7 @@ def only_the_first_layer(tensors: Tensors) -> Tensors:
 
 
 @pytest.mark.parametrize(
-    ("edit", "words"),
+    ("edit", "message"),
     [
         (only_the_first_layer, rf"lacks '{PREFIX}model.layers.1.self_attn.q_proj.lora_A.weight'.* holds none"),
         (lambda t: (t.pop(f"{Q7}.lora_B.weight"), None)[1], rf"lacks '{Q7}.lora_B.weight'.* holds lora_A"),
@@ -221,15 +221,15 @@ def only_the_first_layer(tensors: Tensors) -> Tensors:
         (lambda t: {name: tensor.double() for name, tensor in t.items()}, "is F64; save it in one of F32"),
     ],
 )
-def test_what_is_missing_or_too_much_is_named(edit: Callable[[Tensors], Tensors | None], words: str) -> None:
+def test_missing_and_unexpected_tensors_are_named(edit: Callable[[Tensors], Tensors | None], message: str) -> None:
     with saved() as folder:
         change(folder, edit)
-        with pytest.raises(AdapterInvalid, match=words):
+        with pytest.raises(AdapterInvalid, match=message):
             read_adapter(folder, base())
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "message"),
     [
         ({"target_modules": None}, "target_modules"),
         ({"target_modules": "("}, "target_modules"),
@@ -242,26 +242,26 @@ def test_what_is_missing_or_too_much_is_named(edit: Callable[[Tensors], Tensors 
         ({"peft_type": None, "fine_tune_type": "lora", "lora_parameters": {"rank": 8}}, "MLX-LM's format"),
     ],
 )
-def test_configs_that_are_not_supported_are_refused(config: dict[str, Any], words: str) -> None:
+def test_configs_that_are_not_supported_are_refused(config: dict[str, Any], message: str) -> None:
     with saved() as folder:
         known = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(known | config))
-        with pytest.raises(AdapterInvalid, match=words):
+        with pytest.raises(AdapterInvalid, match=message):
             read_adapter(folder, base())
 
 
-def test_files_of_other_formats_say_how_to_convert_them(tmp_path: Path) -> None:
+def test_other_formats_are_refused_with_how_to_convert_them(tmp_path: Path) -> None:
     with saved() as folder:
         inner = shutil.copytree(folder, tmp_path / "outer" / "default")
         with pytest.raises(AdapterInvalid, match="its folder default has one"):
             read_adapter(Path(inner).parent, base())
-        for name, words in (
+        for name, message in (
             ("adapter_model.bin", r"a pickle.*weights_only=True"),
             ("adapters.safetensors", "MLX-LM"),
             ("adapter_model.safetensors.index.json", "shards"),
         ):
             (folder / FILE).rename(folder / name)
-            with pytest.raises(AdapterInvalid, match=words):
+            with pytest.raises(AdapterInvalid, match=message):
                 read_adapter(folder, base())
             (folder / name).rename(folder / FILE)
 
@@ -293,7 +293,7 @@ def test_any_adapter_is_read_as_peft_reads_it(
     dtype: torch.dtype,
 ) -> None:
     if targets == {"lm_head"}:
-        layers = None  # PEFT refuses it: the head lies in no layer
+        layers = None  # PEFT refuses it: the head is in no layer
 
     def make() -> PreTrainedModel:
         return tiny_llama(num_hidden_layers=4, initializer_range=0.2)

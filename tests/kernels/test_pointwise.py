@@ -14,7 +14,7 @@ from loramill.kernels import KVSpan, Pages
 from .conftest import BACKENDS, open_backend
 from .oracle import TOLERANCE, assert_near
 
-# Around the lanes of a register, and of some models.
+# Widths around the lanes of a register, and those of some models.
 WIDTHS = [1, 2, 15, 16, 17, 31, 33, 64, 100, 576, 1536]
 # Heads, KV heads, head_dim, block_size.
 SHAPES = [(9, 3, 64, 16), (4, 4, 32, 32), (5, 1, 48, 16), (2, 2, 80, 48), (3, 1, 96, 16), (2, 1, 128, 32)]
@@ -178,7 +178,7 @@ def test_any_rows(name, rows, width, dtype, size, seed):
     near(got / size, F.rms_norm(added.double(), (width,), weight.double(), 1e-5) / size, dtype)
 
 
-def test_tensors_that_a_kernel_would_misread(native):
+def test_tensors_that_a_kernel_would_misread_are_refused(native):
     x, weight = torch.randn(4, 32), torch.randn(32)
     for call in (
         lambda: native.rms_norm(x.T, torch.ones(4), 1e-5),
@@ -193,7 +193,7 @@ def test_tensors_that_a_kernel_would_misread(native):
             call()
 
 
-def test_angles_or_heads_that_do_not_fit(native):
+def test_angles_or_heads_that_do_not_fit_are_refused(native):
     pages = Pages.of([KVSpan(0, 2, [0])], 16)
     kv = native.new_kv(1, 1, 16, 1, 32, torch.float32)[0]
     good, qkv = torch.ones(2, 16), torch.randn(2, 3 * 32)

@@ -91,7 +91,7 @@ def test_a_weight_of_nan_is_not_hidden():
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_modules_below_each_other_keep_their_values(kind):
+def test_concatenated_modules_keep_their_values(kind):
     parts = [quantize(torch.randn(d_out, 128), kind) for d_out in (64, 7, 32)]
     joined = concatenate(parts)
     for dtype in DTYPES:

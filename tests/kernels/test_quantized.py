@@ -91,7 +91,7 @@ def test_adapters_on_top(ops, dtype, bits, site):
         x = torch.randn(rows, site.d_in).to(dtype)
         for popularity in ("none", "distinct", "zipf", "skewed"):
             owner = owners(popularity, rows, ADAPTERS)
-            batch = Batch.of((None if who is None else slots[who], 1) for who in owner)
+            batch = Batch.of((None if index is None else slots[index], 1) for index in owner)
             got = ops.adapted_linear(x, packed, slab.views[0], batch)
             assert torch.equal(got, ops.adapted_linear(x, plain, slab.views[0], batch))
             base = x.double() @ matrix.values(dtype).double().T
@@ -104,11 +104,11 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(native, dtype, bits):
     weight = native.pack_quantized(random_matrix(136, 64, bits), dtype)
     for rows in (2, 7, 33, 128, 200):
         owner = owners("uniform", rows, ADAPTERS)
-        who = [None if who is None else slots[who] for who in owner]
+        assigned = [None if index is None else slots[index] for index in owner]
         x = torch.randn(rows, 64).to(dtype)
-        together = native.adapted_linear(x, weight, slab.views[0], Batch.of((slot, 1) for slot in who))
+        together = native.adapted_linear(x, weight, slab.views[0], Batch.of((slot, 1) for slot in assigned))
         for row in range(0, rows, 5):
-            alone = native.adapted_linear(x[row : row + 1], weight, slab.views[0], Batch.of([(who[row], 1)]))
+            alone = native.adapted_linear(x[row : row + 1], weight, slab.views[0], Batch.of([(assigned[row], 1)]))
             assert torch.equal(alone[0], together[row])
 
 
@@ -128,7 +128,7 @@ def test_more_threads_give_the_same_bits(native, dtype, bits, threads):
         native.set_threads(before)
 
 
-def test_a_broken_scale_reaches_its_own_output_alone(ops, dtype, bits):
+def test_a_broken_scale_touches_only_its_own_output(ops, dtype, bits):
     matrix = random_matrix(70, 128, bits, 64)
     x = torch.randn(3, 128).to(dtype)
     clean = ops.linear(x, ops.pack_quantized(matrix, dtype))
@@ -140,12 +140,12 @@ def test_a_broken_scale_reaches_its_own_output_alone(ops, dtype, bits):
 
 
 @pytest.mark.parametrize("name", ["torch", *NATIVE])
-def test_memory_is_what_the_bits_say(name, dtype, bits):
+def test_memory_is_proportional_to_the_bits(name, dtype, bits):
     ops, matrix = open_backend(name), random_matrix(96, 256, bits, 64)
     assert ops.pack_quantized(matrix, dtype).data.nbytes == 96 * 256 * bits // 8
 
 
-def test_what_makes_no_matrix_is_refused():
+def test_parts_that_form_no_matrix_are_refused():
     good = random_matrix(6, 24, 4, 8)
     for wrong in (
         {"levels": None},

@@ -37,7 +37,7 @@ def put(slab: Slab, deltas):
     return slot
 
 
-def test_a_full_slab_gives_nothing_and_a_freed_slot_comes_again():
+def test_a_full_slab_allocates_nothing_and_a_freed_slot_is_reused():
     slab = new_slab(slots=2)
     first, second = slab.allocate(64), slab.allocate(64)
     assert slab.free_slots == 0
@@ -59,7 +59,7 @@ def test_bytes_are_counted_to_the_last():
     assert (slab.bytes, slab.free_bytes) == (0, 4096)
 
 
-def test_ranks_differ_by_module_and_take_no_more_than_their_own():
+def test_a_module_takes_only_the_bytes_of_its_own_rank():
     slab = new_slab()
     small, large = (slab.pack({"q": delta(r)}).bytes for r in (8, 64))
     assert (small, large) == (2 * 8 * 8 * 4, 2 * 64 * 8 * 4)
@@ -69,12 +69,12 @@ NATIVE_LAYOUTS = [partial(lambda name: open_backend(name).layout, name) for name
 
 
 def packed_one_by_one(sites, deltas, layout, dtype):
-    """The bytes and table of `pack`, a module at a time."""
+    """The bytes and table of `pack`, one module at a time."""
     table = torch.zeros(len(sites), max(len(site.modules) for site in sites), 4, dtype=torch.int64)
     table[..., 2] = -1
     data: list[int] = []
 
-    def place(tensor: torch.Tensor) -> int:
+    def append(tensor: torch.Tensor) -> int:
         start, raw = len(data), tensor.reshape(-1).view(torch.uint8).tolist()
         data.extend(raw + [0] * (-len(raw) % 64))
         return start
@@ -86,12 +86,12 @@ def packed_one_by_one(sites, deltas, layout, dtype):
                 b = deltas[name].b.float() * deltas[name].scale
                 if dtype == torch.int8:
                     of_a, of_b = a.float().abs().amax(1) / 127, b.float().abs().amax(0) / 127
-                    place(of_a * of_b)
+                    append(of_a * of_b)
                     a, b = (a.float() / of_a[:, None]).round(), (b.float() / of_b).round()
-                table[s, m, 0], table[s, m, 1] = place(laid.a(a.to(dtype))), place(laid.b(b.to(dtype)))
+                table[s, m, 0], table[s, m, 1] = append(laid.a(a.to(dtype))), append(laid.b(b.to(dtype)))
                 table[s, m, 3] = len(a)
                 if deltas[name].gain is not None:
-                    table[s, m, 2] = place(deltas[name].gain)
+                    table[s, m, 2] = append(deltas[name].gain)
     return torch.tensor(data, dtype=torch.uint8), table
 
 
@@ -121,7 +121,7 @@ def test_modules_packed_together_have_the_bytes_of_modules_packed_alone(lay, dat
     assert torch.equal(torch.from_numpy(got.table), table)
 
 
-def test_room_is_made_by_as_few_as_it_takes():
+def test_as_few_adapters_as_possible_are_evicted():
     slab = new_slab(slots=4, size=1024)
     slots = [slab.allocate(256) for _ in range(4)]
     assert slab.evict(256, slots[1:]) == [slots[1]]
@@ -163,7 +163,7 @@ def test_a_slot_takes_one_adapter_of_the_size_it_was_allocated_for():
 
 
 @pytest.mark.parametrize(
-    ("deltas", "words"),
+    ("deltas", "message"),
     [
         ({"z": delta(2)}, "targets 'z'"),
         ({"k": delta(2)}, r"B of 'k' is \[8, 2\].*needs \[4, 2\]"),
@@ -173,8 +173,8 @@ def test_a_slot_takes_one_adapter_of_the_size_it_was_allocated_for():
         ({"q": Delta(torch.ones(2, 8), torch.ones(8, 2), torch.ones(3))}, "gain of 'q'"),
     ],
 )
-def test_deltas_that_do_not_fit_are_named(deltas, words):
-    with pytest.raises(AdapterInvalid, match=words):
+def test_deltas_that_do_not_fit_are_named(deltas, message):
+    with pytest.raises(AdapterInvalid, match=message):
         new_slab().pack(deltas)
 
 
@@ -238,11 +238,11 @@ def test_invariants_hold_for_any_operations(data, slots, size):
 def test_broken_invariants_are_found(broken):
     slab = new_slab()
     slot = put(slab, {"q": delta(2)})
-    place = slab._allocations[slot.index]
+    allocation = slab._allocations[slot.index]
     if broken == "overlap":
-        slab._extents.release(place.offset, 64)
+        slab._extents.release(allocation.offset, 64)
     elif broken == "lost":
-        place.size -= 64
+        allocation.size -= 64
     elif broken == "pointer":
         slab.table[0, slot.index, 0, 1] = slab.bytes + 64
     else:
@@ -288,14 +288,14 @@ def test_loading_while_kernels_run_changes_no_result(ops):
 
 
 def test_host_memory_is_zero_aligned_and_lazy():
-    memory = host_memory(1 << 34)  # more than would be there if it were taken up
+    memory = host_memory(1 << 34)  # more than the machine has, which matters only once it is used
     assert memory.data_ptr() % 64 == 0
     assert not memory[:4096].any()
     assert not memory[-4096:].any()
     assert host_memory(0).numel() == 0
 
 
-def test_a_pool_s_parts_lie_side_by_side_and_never_on_each_other():
+def test_parts_of_a_pool_are_adjacent_and_do_not_overlap():
     pool = HostPool(chunk=1 << 20)
     sizes = [100, 64, 1, 500_000, 600_000, 3 << 20, 10]
     parts = [pool.allocate(size).fill_(index) for index, size in enumerate(sizes)]
@@ -305,7 +305,7 @@ def test_a_pool_s_parts_lie_side_by_side_and_never_on_each_other():
     assert parts[1].data_ptr() == parts[0].data_ptr() + 128
 
 
-def test_extents_join_what_comes_back():
+def test_released_extents_are_merged():
     extents = Extents(256)
     parts = [extents.allocate(64) for _ in range(4)]
     assert extents.allocate(1) is None
@@ -324,21 +324,21 @@ def test_backends_are_chosen_by_the_variable(monkeypatch):
     kernels.backend.cache_clear()
 
 
-def test_given_memory_is_lent_again_whole():
-    room = Recycler(16 << 20)
-    with room.lending() as lend:
+def test_returned_memory_is_reused_whole():
+    recycler = Recycler(16 << 20)
+    with recycler.lending() as lend:
         large, small = lend(6 << 20), lend(100)
         assert large.data_ptr() % 64 == 0
         assert large.data_ptr() != small.data_ptr()
-    assert room.allocate(90).data_ptr() == small.data_ptr(), "the smallest that suffices"
-    again = room.allocate((6 << 20) + 5)
+    assert recycler.allocate(90).data_ptr() == small.data_ptr(), "the smallest that suffices"
+    again = recycler.allocate((6 << 20) + 5)
     assert (again.data_ptr(), again.numel()) == (large.data_ptr(), (6 << 20) + 5), "its pages hold a little more"
     huge = host_memory(20 << 20)
-    room.release(huge)
-    assert room.allocate(20 << 20).data_ptr() != huge.data_ptr(), "more than it may keep"
+    recycler.release(huge)
+    assert recycler.allocate(20 << 20).data_ptr() != huge.data_ptr(), "more than it may keep"
 
 
-def test_pages_are_made_ready_without_a_change():
+def test_populating_pages_changes_no_byte():
     memory = host_memory(3 << 20)
     memory[::1000] = 7
     populate(memory[5 : 2 << 20])

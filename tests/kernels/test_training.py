@@ -1,4 +1,4 @@
-"""`grouped_lora` against separate PEFT models, autograd of plain rows, finite differences, and itself among others."""
+"""`grouped_lora` against PEFT models, autograd of plain rows, finite differences, and itself in mixed batches."""
 
 import copy
 import functools
@@ -31,7 +31,7 @@ def trainable(r, d_in, d_out, dtype=torch.float32, **rest):
 
 
 def mask(seed, p, rows, d_in):
-    """The docstring's dropout: what remains of ones."""
+    """The docstring's dropout of ones."""
     words = torch.empty(math.ceil(rows * d_in / 4), dtype=torch.int64)
     words.random_(-(2**63), None, generator=torch.Generator().manual_seed(seed))
     steps = round(p * 2**16)
@@ -40,7 +40,7 @@ def mask(seed, p, rows, d_in):
 
 
 def plainly(x, base, adapters, batch, bias=None):
-    """The contract a row at a time, for autograd."""
+    """The contract one row at a time, for autograd."""
     owner = {row: run.slot for run in batch.runs for row in range(batch.rows)[run.rows]}
     masks = {}
     for slot, adapter in adapters.items():
@@ -99,7 +99,7 @@ class Masked(nn.Module):
 
 
 class Grouped(nn.Module):
-    """A linear of a model of several tenants; `step` is what they share."""
+    """A linear of a model of several tenants; `step` holds their shared batch."""
 
     def __init__(self, linear, adapters, step):
         super().__init__()
@@ -111,7 +111,7 @@ class Grouped(nn.Module):
 
 
 def tenants_of(base, configs):
-    """A PEFT model a tenant, with seeded dropout; and one model of all, on copies of their parameters."""
+    """One PEFT model per tenant, with seeded dropout, and one model for all, on copies of their parameters."""
     together, step = copy.deepcopy(base).requires_grad_(False), {}
     models, pairs, sites = {}, [], {}
     for slot, config in configs.items():
@@ -132,7 +132,7 @@ def tenants_of(base, configs):
 
 
 def assert_like_peft(models, together, step, pairs, inputs, owners, loss):
-    """One step of all together, and one a tenant alone; `inputs` are samples, `owners` whose."""
+    """One step of all tenants together against one per tenant; `owners` are the slots of the samples in `inputs`."""
     per_sample = inputs.shape[1]
     step["batch"] = Batch.of((owner, per_sample) for owner in owners)
     out = together(inputs)
@@ -216,7 +216,7 @@ def test_gradients_are_those_of_separate_peft_runs_of_a_llama():
     sizes=st.tuples(st.integers(1, 11), st.integers(1, 11)),
     seed=st.integers(0, 2**32),
 )
-def test_any_batch_is_what_its_rows_are_one_by_one(counts, ranks, dropouts, targeted, with_bias, sizes, seed):
+def test_any_batch_equals_its_rows_one_by_one(counts, ranks, dropouts, targeted, with_bias, sizes, seed):
     torch.manual_seed(seed)
     d_in, d_out = sizes
     batch = Batch.of(counts)
@@ -242,7 +242,7 @@ def test_any_batch_is_what_its_rows_are_one_by_one(counts, ranks, dropouts, targ
 @pytest.mark.parametrize(
     ("d_in", "d_out", "ranks"), [(37, 29, (1, 256, 7)), (128, 61, (64, 3, 100)), (5, 3, (1, 2, 3))]
 )
-def test_in_float32_too_within_rounding(d_in, d_out, ranks):
+def test_float32_agrees_within_rounding(d_in, d_out, ranks):
     adapters = {slot: trainable(r, d_in, d_out, dropout=0.2, seed=r) for slot, r in zip(SLOTS, ranks, strict=False)}
     batch = Batch.of([(ONE, 30), (None, 3), (TWO, 41), (ONE, 1), (THREE, 7)])
     x, dy = torch.randn(82, d_in, requires_grad=True), torch.randn(82, d_out)
@@ -304,7 +304,9 @@ def test_a_delta_of_wider_dtype_is_rounded_with_the_sum():
     delta = x.float() @ adapter.a.T @ adapter.b.T * adapter.scale
     once = (F.linear(x, base).float() + delta).bfloat16()
     assert (y != once).float().mean() < 0.01, "two orders of the same float32 sums may straddle a tie, but rarely"
-    assert (F.linear(x, base) + delta.bfloat16() != y).float().mean() > 0.05, "the inputs don't tell once from twice"
+    assert (F.linear(x, base) + delta.bfloat16() != y).float().mean() > 0.05, (
+        "the inputs don't show whether rounding happens once or twice"
+    )
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -327,7 +329,7 @@ def test_a_base_in_nf4(dtype, nested):
     assert_near(got["y"][9:13], module(x)[9:13], 1e-5 if dtype == torch.float32 else 3e-2, "rows of the base")
 
 
-def test_a_weight_that_is_made_is_not_kept():
+def test_a_weight_that_is_computed_is_not_kept():
     weight, made = torch.randn(6, 8), []
 
     def make():
@@ -374,7 +376,7 @@ def test_an_adapter_trains_the_same_among_any_neighbors(neighbors):
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["a", "b", "rows", "gradient"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_not_a_number_stays_with_its_adapter(where, poison, dtype):
+def test_nan_and_infinity_stay_with_their_adapter(where, poison, dtype):
     def run(poisoned, *, present=True):
         adapters = dict(kept)
         wide, narrow = x.detach().clone(), dy.clone()
@@ -427,7 +429,7 @@ def test_dropout_hides_a_fraction_p_and_keeps_the_mean(p):
     assert abs(y.double().mean() - 1) < 6 * deviation / (1 - p) + 1e-4
     torch.testing.assert_close(y[~hidden], torch.full_like(y[~hidden], 1 / (1 - p)), rtol=1e-4, atol=0)
     assert_same_bits(dx, y, "the mask of the backward")
-    # Rows, columns and neighbors within a random word have the same share each.
+    # Each row and column has the same fraction; neighbors within a random word are independent.
     for axis in (0, 1):
         assert (hidden.double().mean(axis) - p).abs().max() < 7 * math.sqrt(p * (1 - p) / hidden.shape[axis])
     pairs = (hidden[:, 1:] & hidden[:, :-1]).double().mean()
@@ -517,7 +519,7 @@ def test_a_parameter_changed_before_the_backward_is_noticed():
 
 
 @pytest.mark.parametrize("wanted", itertools.chain.from_iterable(itertools.combinations("xab", n) for n in (1, 2)))
-def test_only_gradients_that_are_wanted_are_made(wanted):
+def test_only_gradients_that_are_wanted_are_computed(wanted):
     x, base, adapters, batch = example()
     dy = torch.randn(13, 10)
     full = gradients(grouped_lora, x, base, adapters, batch, dy)
