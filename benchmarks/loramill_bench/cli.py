@@ -12,7 +12,7 @@ import typer
 from rich.text import Text
 
 from loramill.cli.format import Cell, print_message, print_table
-from loramill.cli.main import Root
+from loramill.cli.groups import Root
 from loramill.logs import quiet_libraries
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The command `loramill`: one module per noun; all output goes through `format`."""
+"""The command `loramill`: one folder per panel of its help; all output goes through `format`."""
 
 from loramill.cli.main import app, main
 

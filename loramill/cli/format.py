@@ -8,19 +8,16 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperGroup
 
 from loramill.names import SHORT_HASH_LENGTH
 from loramill.plural import counted
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else.")]
 Cell = str | Text
 
 _STYLES = {
@@ -36,16 +33,6 @@ _STYLES = {
     "paused": "yellow",
 }
 _AGO_UNITS = ((60, 1, "s"), (3600, 60, "min"), (86400, 3600, "h"), (30 * 86400, 86400, "d"))
-
-
-class ListByDefault(TyperGroup):
-    """A command group that lists by default: `loramill jobs --json` is `loramill jobs list --json`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Inserts `list` if no command is given, except during shell completion."""
-        if not ctx.resilient_parsing and (not args or (args[0].startswith("-") and args[0] != "--help")):
-            args = ["list", *args]
-        return super().parse_args(ctx, args)
 
 
 def make_console(*, stderr: bool = False) -> Console:

@@ -190,7 +190,7 @@ def test_an_interactive_chat_remembers(here: RunningGateway, tenant: str, monkey
         raise EOFError
 
     monkeypatch.setattr("loramill.client.Client.stream", stream)
-    monkeypatch.setattr("loramill.cli.chat._is_interactive", lambda: True)
+    monkeypatch.setattr("loramill.cli.adapters.chat._is_interactive", lambda: True)
     monkeypatch.setattr("builtins.input", typed)
     assert ok("chat", "smollm2-135m", "--system", "Be short.").stdout == "to one\nto two\n\n"
     assert [message["content"] for message in asked[-1]] == ["Be short.", "one", "to one", "two"]
@@ -213,7 +213,7 @@ def test_an_interactive_chat_survives_a_stopped_answer(
 
     lines = iter(["/help", "long", "", "much", "one", "/clear", "two", "/bye", "never"])
     monkeypatch.setattr("loramill.client.Client.stream", stream)
-    monkeypatch.setattr("loramill.cli.chat._is_interactive", lambda: True)
+    monkeypatch.setattr("loramill.cli.adapters.chat._is_interactive", lambda: True)
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     ran = ok("chat", "smollm2-135m", "--temperature", "0.5", "--top-p", "0.9")
     assert asked == [["long"], ["long", "so ", "much"], ["long", "so ", "one"], ["two"]]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import pytest
 
-from loramill.cli.job_options import PANELS, option_help
+from loramill.cli.fine_tuning.job_options import PANELS, option_help
 from loramill.errors import InvalidRequest
 from loramill.submission.options import JobOptions, JobOptionsDict, from_text, read_options
 from loramill.submission.request import LoramillOptions

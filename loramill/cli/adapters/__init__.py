@@ -1,0 +1,1 @@
+"""Commands for adapters: their versions, aliases and nightly runs, chats, and batch generation."""

@@ -1,0 +1,186 @@
+"""`loramill nightly`: retrain adapters that have new data, and promote the measurably better versions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from json import dumps
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from loramill.cli.arguments import AdapterArgument, JsonFlag
+from loramill.cli.format import Cell, make_console, print_line, print_message, print_table, styled_status
+from loramill.errors import LoramillError, first_lines
+from loramill.names import AdapterName
+
+if TYPE_CHECKING:
+    from loramill.registry import Registry
+    from loramill.settings import Settings
+    from loramill.types import NightlyRun, NightlyStep
+
+
+def run(json: JsonFlag = False) -> None:
+    """Retrain every adapter that has new data, or resume an interrupted run.
+
+    Exits with 1 if an adapter failed or the run was interrupted.
+    """
+    from loramill.pipelines.nightly.outcome import succeeded
+    from loramill.pipelines.nightly.run import run_nightly
+
+    settings, registry = _open_registry()
+    reported: list[NightlyStep] = []
+    stopped: LoramillError | None = None
+    with _progress(quiet=json) as (on_step, on_progress):
+
+        def report(step: NightlyStep) -> None:
+            reported.append(step)
+            on_step(step)
+
+        try:
+            night = run_nightly(registry, settings, report=report, progress=on_progress)
+        except LoramillError as error:
+            stopped, night = error, _last_run(registry)  # type: ignore[assignment]
+            if night is None or night.finished_at is not None:
+                raise
+    deleted = [step for step in reported if step.result.get("deleted")]
+    found = _print_run(registry, night, json, deleted)
+    if stopped is not None and not json:
+        print_message(stopped.message, style="red")
+    if stopped is not None or not succeeded(found):
+        raise typer.Exit(1)
+
+
+def show_run(json: JsonFlag = False) -> None:
+    """Show the scores, decisions and reasons of the last nightly run."""
+    _, registry = _open_registry()
+    night = _last_run(registry)
+    if night is not None:
+        _print_run(registry, night, json)
+    elif json:
+        print_line(dumps(None))
+    else:
+        print_message("There has been no nightly run yet: `loramill nightly run` starts one.")
+
+
+def show_data(json: JsonFlag = False) -> None:
+    """List the new data for the next nightly run, and the data that was set aside after a failure."""
+    from loramill.registry.nightly import list_set_aside, new_data_state, pending_data
+
+    settings, registry = _open_registry()
+    with registry.reading() as session:
+        ready = [new_data_state(session, each.adapter, settings.jobs.min_examples) for each in pending_data(session)]
+        aside = list_set_aside(session)
+    if json:
+        dumped = {"waiting": [each.model_dump() for each in ready], "set_aside": [each.model_dump() for each in aside]}
+        return print_line(dumps(dumped, indent=2))
+    rows = [(each.adapter, styled_status("waiting"), each.outlook) for each in ready]
+    for each in aside:
+        files = ", ".join((*each.train, *each.valid))
+        rows.append((each.adapter, styled_status("set aside"), f"{each.stage}: {first_lines(each.reason)} ({files})"))
+    return print_table(("ADAPTER", "STATE", ""), rows, empty="No adapter has new data.")
+
+
+def retry(name: AdapterArgument) -> None:
+    """Include data that was set aside in the next nightly run."""
+    from loramill.registry.nightly import retry as give_back
+
+    _, registry = _open_registry()
+    with registry.writing() as session:
+        data = give_back(session, AdapterName.parse(name))
+    print_message(f"The next nightly run uses {_format_files(data.train + data.valid)} of {name} again.")
+
+
+def drop(name: AdapterArgument) -> None:
+    """Remove an adapter's new data, waiting or set aside, from nightly runs. Its files are kept."""
+    from loramill.registry.nightly import drop as forget
+
+    _, registry = _open_registry()
+    with registry.writing() as session:
+        data = forget(session, AdapterName.parse(name))
+    print_message(f"Nightly runs no longer train {name} on {_format_files(data.train + data.valid)}.")
+
+
+def _format_files(ids: Sequence[str]) -> str:
+    return f"{len(ids)} file{'' if len(ids) == 1 else 's'} ({', '.join(ids)})"
+
+
+def _open_registry() -> tuple[Settings, Registry]:
+    from loramill.registry import Registry
+    from loramill.settings import Settings
+
+    settings = Settings.load()
+    return settings, Registry.open(settings.database, settings.artifacts)
+
+
+def _last_run(registry: Registry) -> NightlyRun | None:
+    """Returns the newest run that had work to do."""
+    from loramill.registry.nightly import list_runs, list_steps
+
+    with registry.reading() as session:
+        return next(
+            (night for night in list_runs(session) if night.finished_at is None or list_steps(session, night.id)), None
+        )
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[tuple[Callable[[NightlyStep], None], Callable[[Any], None]]]:
+    """Yields callbacks for finished steps and for progress, shown as a bar per job and one for the answers."""
+    from loramill.pipelines.nightly.outcome import describe
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+    console = make_console(stderr=True)
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=quiet) as progress:
+
+        def on_progress(now: Any) -> None:
+            name = f"{now.stage} {now.adapter or 'all adapters'}"
+            if name not in bars:
+                bars[name] = progress.add_task(name, total=now.total, state=now.state)
+            progress.update(bars[name], completed=now.done, total=now.total, state=now.state)
+
+        def on_step(step: NightlyStep) -> None:
+            if not quiet:
+                console.print(describe(step), soft_wrap=True)
+
+        yield on_step, on_progress
+
+
+def _print_run(
+    registry: Registry, nightly_run: NightlyRun, json: bool, deleted: Sequence[NightlyStep] = ()
+) -> list[Any]:
+    from loramill.pipelines.nightly.outcome import outcomes, summary
+    from loramill.registry.nightly import list_set_aside, list_steps
+
+    with registry.reading() as session:
+        recorded = [*list_steps(session, nightly_run.id), *deleted]
+        aside = [each for each in list_set_aside(session) if each.run != nightly_run.id]
+    found = outcomes(recorded)
+    if json:
+        shown: dict[str, Any] = nightly_run.model_dump(mode="json") | {
+            "adapters": [each.model_dump(mode="json") for each in found],
+            "set_aside": [each.model_dump(mode="json") for each in aside],
+            "steps": [step.model_dump(mode="json") for step in recorded],
+        }
+        print_line(dumps(shown, indent=2))
+        return found
+    if found:
+        columns = ("ADAPTER", "BASE", "CHAMPION", "CHALLENGER", "DECISION", "REASON")
+        print_table(columns, (outcome_row(each) for each in found), empty="")
+    for each in aside:
+        print_message(
+            f"{each.adapter}: data of an earlier nightly run is set aside ({each.stage}: {first_lines(each.reason)}); "
+            f"`loramill nightly retry {each.adapter}` uses it again, `loramill nightly drop {each.adapter}` "
+            "discards it.",
+            style="yellow",
+        )
+    print_message(summary(found))
+    return found
+
+
+def outcome_row(outcome: Any) -> tuple[Cell, ...]:
+    """Returns the table row of an adapter; scores are token F1 over all its slices."""
+    scores = (outcome.base, outcome.champion, outcome.challenger)
+    shown = ("-" if score is None else f"{score:.3f}" for score in scores)
+    return (outcome.adapter, *shown, styled_status(outcome.verdict), outcome.reason)

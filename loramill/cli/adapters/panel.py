@@ -1,0 +1,49 @@
+"""Adds the commands of the panel "Adapters"."""
+
+from __future__ import annotations
+
+import typer
+
+from loramill.cli.adapters.aliases import pin, promote, rollback, unpin, warm
+from loramill.cli.adapters.chat import chat
+from loramill.cli.adapters.data import add_data, list_data
+from loramill.cli.adapters.delete import delete_adapters
+from loramill.cli.adapters.export import export
+from loramill.cli.adapters.generate import generate
+from loramill.cli.adapters.import_folder import import_adapter
+from loramill.cli.adapters.merge import merge
+from loramill.cli.adapters.nightly import drop, retry, run, show_data, show_run
+from loramill.cli.adapters.show import list_adapters, rename_adapter, show_adapter
+from loramill.cli.groups import ListByDefault
+
+adapters = typer.Typer(cls=ListByDefault, help="List and change adapters and their versions. Default: list.")
+data = typer.Typer(help="Add and list the examples that nightly runs train an adapter on.", no_args_is_help=True)
+nightly = typer.Typer(
+    help="Retrain adapters with new data; runs on the machine with the registry.", no_args_is_help=True
+)
+
+
+def add_adapter_commands(app: typer.Typer) -> None:
+    """Adds the commands to the root."""
+    adapters.command("list")(list_adapters)
+    adapters.command("show")(show_adapter)
+    adapters.command("delete")(delete_adapters)
+    adapters.command("rename")(rename_adapter)
+    adapters.command("export")(export)
+    adapters.command("import")(import_adapter)
+    adapters.command("merge")(merge)
+    adapters.command("pin")(pin)
+    adapters.command("unpin")(unpin)
+    adapters.command("warm")(warm)
+    data.command("add")(add_data)
+    data.command("list")(list_data)
+    nightly.command("run")(run)
+    nightly.command("show")(show_run)
+    nightly.command("data")(show_data)
+    nightly.command("retry")(retry)
+    nightly.command("drop")(drop)
+    for command in (promote, rollback, chat, generate):
+        app.command(rich_help_panel="Adapters")(command)
+    app.add_typer(adapters, name="adapters", rich_help_panel="Adapters")
+    app.add_typer(data, name="data", rich_help_panel="Adapters")
+    app.add_typer(nightly, name="nightly", rich_help_panel="Adapters")

@@ -1,0 +1,1 @@
+"""Commands that run on this machine: `up`, `down`, `join`, `doctor`, `settings` and `compare`."""

@@ -1,0 +1,1 @@
+"""Commands for tenants: their shares and limits, API keys, usage and audit log."""

@@ -1,0 +1,261 @@
+"""`loramill generate`: once on the real base, else on a tiny random model with the real tokenizer."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner, Result
+
+from loramill.cli import app
+from loramill.cli.adapters.generate import _append
+from loramill.errors import DiskFull
+from loramill.models.catalog import Base, find_base
+from loramill.names import AdapterName
+from loramill.registry import Registry, adapters, tenants
+from loramill.registry.database.migrate import migrate
+from loramill.settings import Settings
+from loramill.types import VersionRecord
+
+from ....llama import tiny_llama, write_base
+
+
+def random_model() -> LlamaForCausalLM:
+    return tiny_llama(
+        torch.bfloat16,
+        vocab_size=49152,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.4,
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Path:
+    return write_base(tmp_path_factory.mktemp("bases") / "tiny", random_model(), tokenizer=base.folder)
+
+
+@pytest.fixture(scope="module")
+def peft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters") / "peft"
+    model = random_model()
+    torch.manual_seed(1)
+    lora = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def here(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to stand in, the tiny base being the base, and nothing else set."""
+    for name in [*os.environ]:
+        if name.startswith("LORAMILL_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("LORAMILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LORAMILL_BASE", str(tiny))
+    monkeypatch.setenv("LORAMILL_CACHE", str(tiny.parent / "cache"))
+    monkeypatch.setenv("LORAMILL_SERVE__KV_TOKENS", "1024")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*words: str | Path, stdin: str | None = None) -> Result:
+    words = (*words, "--max-tokens", "6") if "--max-tokens" not in words else words
+    return CliRunner().invoke(app, ["generate", *map(str, words)], input=stdin, catch_exceptions=False)
+
+
+def ok(*words: str | Path, stdin: str | None = None) -> str:
+    ran = run(*words, stdin=stdin)
+    assert ran.exit_code == 0, ran.output
+    return ran.stdout
+
+
+def failed(*words: str | Path, stdin: str | None = None) -> str:
+    ran = run(*words, stdin=stdin)
+    assert (ran.exit_code, ran.stdout) == (1, "")
+    return ran.stderr
+
+
+def rows(text: str) -> list[dict[str, Any]]:
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_real_base_answers(here: Path, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAMILL_BASE", base.name)
+    monkeypatch.delenv("LORAMILL_CACHE")
+    told = ok(base.name, "-p", "What is the capital of France?", "-p", "Say hello.", "--max-tokens", "12")
+    first, second = told.splitlines()
+    assert first == "The capital of France is Paris."
+    assert second
+
+
+def test_prompts_from_options_and_from_a_pipe(here: Path) -> None:
+    asked, other = ok("tiny", "-p", "Why?"), ok("tiny", "-p", "How?")
+    assert ok("tiny", "-p", "Why?", "-p", "How?") == asked + other != asked * 2
+    assert ok("tiny", stdin="Why?\n") == asked
+    assert ok("tiny", "-p", "Why?", "--chat") == asked != ok("tiny", "-p", "Why?", "--raw")
+    assert ok("tiny", "-p", "Why?", "--stop", asked[2:4]) == asked[: asked.index(asked[2:4])] + "\n"
+    warm = ("tiny", "-p", "Why?", "--temperature", "1", "--top-p", "0.9", "--seed", "3")
+    assert ok(*warm) == ok(*warm) != asked
+
+
+def test_a_file_of_prompts_is_answered_line_by_line(here: Path) -> None:
+    lines = [
+        {"prompt": "Once", "max_tokens": 3},
+        {"messages": [{"role": "user", "content": "Why?"}], "id": "why"},
+        {"prompt": "Twice", "completion": " upon a time"},
+    ]
+    (here / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    ran = run("tiny", "--file", "prompts.jsonl")
+    assert ran.exit_code == 0 and "3/3" in ran.stderr and "tokens/s" in ran.stderr
+    told = rows(ran.stdout)
+    assert [row["id"] for row in told] == ["1", "why", "3"]
+    assert [row["usage"]["completion_tokens"] for row in told] == [3, 6, 6]
+    assert told[1]["text"] + "\n" == ok("tiny", "-p", "Why?")
+    assert told[2]["text"] + "\n" == ok("tiny", "-p", "Twice", "--raw")
+    assert set(told[0]) == {"id", "text", "finish_reason", "usage"} and told[0]["finish_reason"] == "length"
+    (here / "prompts.txt").write_text("Why?\n\nHow?\n")
+    assert ok("tiny", "--file", "prompts.txt", "--out", "out.jsonl") == ""
+    told = rows((here / "out.jsonl").read_text(encoding="utf-8"))
+    assert [row["id"] for row in told] == ["1", "3"]
+    assert told[0]["text"] + "\n" == ok("tiny", "-p", "Why?")
+
+
+def test_nothing_is_written_over(here: Path) -> None:
+    (here / "prompts.txt").write_text("Why?\n")
+    (here / "out.jsonl").write_text("precious\n" * 100)
+    for out in ("out.jsonl", "prompts.txt", "none/out.jsonl", "."):
+        assert out in failed("tiny", "--file", "prompts.txt", "--out", out)
+    assert "another" in failed("tiny", "--file", "prompts.txt", "--out", "prompts.txt", "--force")
+    assert (here / "prompts.txt").read_text() == "Why?\n"
+    assert (here / "out.jsonl").read_text() == "precious\n" * 100
+    ok("tiny", "-p", "Why?", "--out", "out.jsonl", "--force")
+    assert [row["id"] for row in rows((here / "out.jsonl").read_text())] == ["1"]
+
+
+def publish(folder: Path, name: str, base: str) -> tuple[Registry, str]:
+    settings = Settings.load()
+    migrate(settings.database)
+    registry = Registry.open(settings.database, settings.artifacts)
+    artifact = registry.artifacts.put({file.name: file for file in folder.iterdir()})
+    with registry.writing() as session:
+        adapter = AdapterName.parse(name)
+        tenants.create(session, adapter.tenant)
+        adapters.get_or_create(session, adapter)
+        adapters.add_version(
+            session, VersionRecord(id=artifact, adapter=name, job=None, base=base, bytes=1, created_at=1.0)
+        )
+    return registry, artifact
+
+
+def test_a_model_is_the_base_a_folder_or_of_the_record(here: Path, tiny: Path, peft: Path) -> None:
+    base = find_base(str(tiny), here / "cache")
+    registry, version = publish(peft, "acme/support", base.fingerprint)
+    by_base, by_folder = ok("tiny", "-p", "Why?"), ok(peft, "-p", "Why?")
+    assert by_base != by_folder
+    for model in ("acme/support", "acme/support@champion", f"acme/support@{version[:12]}"):
+        assert ok(model, "-p", "Why?") == by_folder
+    assert "no challenger" in failed("acme/support@challenger", "-p", "Why?")
+    assert "does not exist" in failed("acme/nothing", "-p", "Why?")
+    assert "the base here is 'tiny'" in failed("smollm2-135m", "-p", "Why?")
+    assert f"its folder {peft.name} contains one: give that folder" in failed(peft.parent, "-p", "Why?")
+    assert "It is not a folder" in failed(here / "nothing", "-p", "Why?")
+    weights = registry.artifacts.fetch(version) / "adapter_model.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(b"\0" * weights.stat().st_size)
+    assert "adapter_model.safetensors" in failed("acme/support", "-p", "Why?")
+    registry.close()
+
+
+def test_a_version_for_another_base_is_refused(here: Path, peft: Path) -> None:
+    publish(peft, "acme/support", "0" * 64)[0].close()
+    assert "another base" in failed("acme/support", "-p", "Why?")
+
+
+def test_a_record_that_is_not_there_is_told(here: Path) -> None:
+    assert "loramill up" in failed("acme/support", "-p", "Why?")
+
+
+def test_what_fails_is_told_and_the_rest_is_answered(here: Path) -> None:
+    (here / "prompts.txt").write_text(f"Why?\n{'word ' * 200}\nHow?\n")
+    ran = run("tiny", "--file", "prompts.txt")
+    assert ran.exit_code == 1
+    assert "1 of 3 prompts failed; the first, 2: The prompt has" in ran.stderr
+    first, second, third = rows(ran.stdout)
+    assert first["text"] and third["text"]
+    assert (second["id"], second["error"]["code"]) == ("2", "context_length_exceeded")
+    ran = run("tiny", "-p", "Why?", "-p", "word " * 200)
+    assert ran.exit_code == 1 and ran.stdout == first["text"] + "\n"
+
+
+def test_an_adapter_that_does_not_fit_fails_all(here: Path, peft: Path) -> None:
+    broken = shutil.copytree(peft, here / "broken")
+    (broken / "adapter_model.safetensors").write_bytes(b"nothing")
+    assert "2 of 2 prompts failed; the first, 1: adapter_model.safetensors" in failed(broken, "-p", "a", "-p", "b")
+
+
+def test_a_bad_file_is_refused_before_anything_is_loaded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loramill.serve.offline.OfflineEngine", None)
+    (here / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": 1}\n{\n')
+    told = failed("tiny", "--file", "bad.jsonl")
+    assert "bad.jsonl has 2 problems" in told and "line 2: prompt" in told and "line 3: " in told
+
+
+@pytest.mark.parametrize("words", [(), ("-p", "a", "--file", "prompts.txt"), ("--file", "none.txt")])
+def test_prompts_are_given_one_way(here: Path, words: tuple[str, ...]) -> None:
+    (here / "prompts.txt").write_text("Why?\n")
+    assert run("tiny", *words, stdin="").exit_code == 2
+
+
+def test_a_killed_run_leaves_whole_lines(here: Path) -> None:
+    (here / "prompts.txt").write_text("Why?\n" * 20_000)
+    words = ["tiny", "--file", "prompts.txt", "--out", "out.jsonl", "--max-tokens", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "loramill.cli", "generate", *words], stderr=subprocess.DEVNULL)
+    out = here / "out.jsonl"
+    while not (out.exists() and out.stat().st_size > 2000):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    told = rows(out.read_text(encoding="utf-8"))
+    assert 10 < len(told) < 20_000
+    assert [row["id"] for row in told] == [str(number) for number in range(1, len(told) + 1)]
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    class Small(FileIO):
+        def write(self, line: Any) -> int:
+            if self.tell() + len(line) <= 12:
+                return super().write(line)
+            if self.tell() == 12:
+                raise OSError(errno.ENOSPC, "full")
+            return super().write(bytes(line)[: 12 - self.tell()])
+
+    with Small(tmp_path / "out", "wb") as file:
+        _append(file, b"whole 1\n")
+        with pytest.raises(DiskFull, match="the answers in it are complete lines"):
+            _append(file, b"whole 2\n")
+    assert (tmp_path / "out").read_bytes() == b"whole 1\n"
+
+
+def test_help_loads_nothing_heavy() -> None:
+    script = (
+        "import sys; from typer.testing import CliRunner; from loramill.cli import app\n"
+        "assert '--max-tokens' in CliRunner().invoke(app, ['generate', '--help']).output\n"
+        "assert not {'torch', 'transformers', 'tokenizers', 'sqlalchemy', 'ray'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "COLUMNS": "100"})

@@ -1,0 +1,202 @@
+"""`adapters delete`, `adapters rename`, `tenant delete` and `tenant create` of many, on the real gateway."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from loramill import errors
+from loramill.cli import app, confirm
+
+from ...conftest import RunningGateway, examples
+
+
+@pytest.fixture(autouse=True)
+def here(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*os.environ]:
+        if name.startswith("LORAMILL_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("LORAMILL_HOME", str(gateway.home))
+    monkeypatch.setenv("LORAMILL_URL", gateway.url)
+
+
+def loramill(*words: str, typed: str | None = None) -> Result:
+    return CliRunner().invoke(app, words, input=typed, catch_exceptions=False)
+
+
+def shown(*words: str) -> Any:
+    ran = loramill(*words, "--json")
+    assert ran.exit_code == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def trained(gateway: RunningGateway, adapter: str, *words: str) -> list[str]:
+    with gateway.client() as client:
+        return [gateway.publish(client.jobs.submit(adapter, examples(word=word)).id) for word in words]
+
+
+def test_an_adapter_is_deleted_and_renamed(gateway: RunningGateway, tenant: str) -> None:
+    name, to = f"{tenant}/support", f"{tenant}/help"
+    first, second, third = trained(gateway, name, "a", "b", "c")
+    ran = loramill("adapters", "rename", name, to)
+    assert (ran.exit_code, ran.stderr) == (0, f"{name} is now {to}.\n")
+    assert loramill("adapters", "show", name).exit_code == 1
+    ran = loramill("adapters", "delete", f"{to}@{second[:8]}", "--yes")
+    assert (ran.exit_code, ran.stderr) == (0, f"{to}@{second[:8]} is deleted.\n")
+    for version, words, said in ((third, (), "--force"), (first, ("--force",), "is the champion")):
+        ran = loramill("adapters", "delete", f"{to}@{version[:8]}", "--yes", *words)
+        assert ran.exit_code == 1 and said in ran.stderr
+    assert loramill("adapters", "delete", f"{to}@{third[:12]}", "--yes", "--force").exit_code == 0
+    assert [row["id"] for row in shown("adapters", "show", to)["versions"]] == [first]
+    with gateway.client() as client:
+        job = client.jobs.submit(to, examples(word="d")).id
+    ran = loramill("adapters", "delete", to, "--yes")
+    assert ran.exit_code == 1 and job in ran.stderr and "loramill jobs cancel" in ran.stderr
+    ran = loramill("adapters", "delete", to, "--yes", "--cancel-jobs")
+    assert ran.exit_code == 0
+    assert ran.stderr == f"{to} is deleted, with 1 version, 4 jobs. 1 job had not ended and was cancelled.\n"
+    ran = loramill("adapters", "delete", to, "--yes")
+    assert (ran.exit_code, ran.stderr) == (1, f"There is no adapter '{to}'.\n")
+
+
+def test_many_are_deleted_only_if_all_are_there(gateway: RunningGateway, tenant: str) -> None:
+    for word in "ab":
+        trained(gateway, f"{tenant}/{word}", word)
+    ran = loramill("adapters", "delete", f"{tenant}/a", f"{tenant}/none", "--yes")
+    assert ran.exit_code == 1 and "none" in ran.stderr
+    removed = shown("adapters", "delete", f"{tenant}/a", f"{tenant}/b", "--yes")
+    assert [row["versions"] for row in removed] == [1, 1]
+
+
+def test_a_deletion_is_confirmed_by_typing(
+    gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(gateway, f"{tenant}/a", "a")
+    for words in (("adapters", "delete", f"{tenant}/a"), ("tenant", "delete", tenant)):
+        ran = loramill(*words)  # a script, where no one can be asked
+        assert ran.exit_code == 2 and "--yes" in ran.stderr
+    monkeypatch.setattr(confirm, "_is_interactive", lambda: True)
+    for words, typed in (
+        (("adapters", "delete", f"{tenant}/a"), "no\n"),
+        (("tenant", "delete", tenant), "yes\n"),
+        (("tenant", "delete", tenant), "\n"),
+    ):
+        ran = loramill(*words, typed=typed)
+        assert ran.exit_code == 1 and "can't be undone" in ran.stderr and "Nothing was deleted" in ran.stderr
+    assert loramill("adapters", "delete", f"{tenant}/a", typed="yes\n").exit_code == 0
+    ran = loramill("tenant", "delete", tenant, typed=f"{tenant}\n")
+    assert ran.exit_code == 0 and f"Tenant {tenant} is deleted" in ran.stderr
+    assert loramill("tenant", "limits", tenant).exit_code == 1
+
+
+def test_the_client_deletes(gateway: RunningGateway, tenant: str) -> None:
+    name = f"{tenant}/a"
+    first, second = trained(gateway, name, "a", "b")
+    with gateway.client() as admin:
+        with pytest.raises(errors.Conflict, match="challenger"):
+            admin.adapters.delete_version(name, second)
+        admin.adapters.delete_version(name, second, force=True)
+        assert admin.adapters.rename(name, f"{tenant}/b").champion == first
+        assert admin.adapters.delete(f"{tenant}/b").versions == 1
+        with pytest.raises(errors.NotFound):
+            admin.adapters.delete(f"{tenant}/b")
+        assert admin.tenants.delete(tenant).files == 2
+        with pytest.raises(errors.NotFound):
+            admin.tenants.get(tenant)
+
+
+def test_many_tenants_are_made_at_once_or_none(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
+    a, b, c = (f"{tenant}-{word}" for word in "abc")
+    ran = loramill("tenant", "create", a, b)
+    assert (ran.exit_code, ran.stdout) == (0, "") and "2 tenants created" in ran.stderr
+    ran = loramill("tenant", "create", b, c)
+    assert ran.exit_code == 1 and b in ran.stderr and "--exist-ok" in ran.stderr
+    assert loramill("tenant", "limits", c).exit_code == 1
+    ran = loramill("tenant", "create", c, "Bad Name")
+    assert ran.exit_code == 1 and "Bad Name" in ran.stderr
+    assert loramill("tenant", "limits", c).exit_code == 1
+    ran = loramill("tenant", "create", b, c, "--exist-ok")
+    assert ran.exit_code == 0 and ran.stderr.startswith(f"Tenant {c} created, 1 already existed;")
+    assert loramill("tenant", "create").exit_code == 2
+    assert shown("tenant", "create", f"{tenant}-d")["name"] == f"{tenant}-d"
+
+
+def test_a_list_of_tenants_with_limits_and_keys(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
+    file, out = tmp_path / "tenants.csv", tmp_path / "keys.csv"
+    file.write_text(f"name;weight;requests_per_minute\n{tenant};3;\n{tenant}-b;;7\n{tenant}-c;;\n")
+    ran = loramill("tenant", "create", "--file", str(file), "--keys-out", str(out))
+    assert ran.exit_code == 1 and not out.exists()  # one is there already
+    ran = loramill("tenant", "create", "--file", str(file), "--keys-out", str(out), "--exist-ok")
+    assert ran.exit_code == 0, ran.stderr
+    assert (ran.stdout, "lm-" in ran.stderr) == ("", False)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert [row["tenant"] for row in rows] == [f"{tenant}-b", f"{tenant}-c"]
+    with gateway.client(rows[0]["key"]) as own:
+        assert own.keys.list(f"{tenant}-b")[0].id == rows[0]["key_id"]
+    with gateway.client() as admin:
+        assert (admin.tenants.get(tenant).weight, admin.tenants.get(f"{tenant}-b").requests_per_minute) == (3.0, 7)
+    again = loramill("tenant", "create", "--file", str(file), "--exist-ok", "--keys-out", str(out))
+    assert again.exit_code == 1 and "exists; keys are written" in again.stderr
+    ran = loramill("tenant", "create", f"{tenant}-e", f"{tenant}-f", "--with-keys")
+    assert ran.exit_code == 0 and ran.stdout.count("lm-") == 2 and "can't be shown again" in ran.stderr
+    made = shown("tenant", "create", f"{tenant}-g", f"{tenant}-h", "--with-keys")
+    assert all(row["key"].startswith("lm-") and row["new"] for row in made)
+
+
+def test_submit_makes_the_tenants_that_are_missing(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(examples())
+    one = ("submit", f"{tenant}-x/a", "--train", str(tmp_path / "train.jsonl"))
+    ran = loramill(*one)
+    assert ran.exit_code == 1 and f"{tenant}-x" in ran.stderr
+    ran = loramill(*one, "--create-tenant")
+    assert ran.exit_code == 0 and f"Tenant {tenant}-x created." in ran.stderr, ran.stderr
+    rows = [{"adapter": f"{tenant}-{word}/a", "train": "train.jsonl"} for word in "xyz"]
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ran = loramill("submit", "--file", str(tmp_path / "jobs.jsonl"), "--create-tenant")
+    assert ran.exit_code == 0 and ran.stderr.count("created") == 2, ran.stderr
+    (tmp_path / "wrong.jsonl").write_text('{"adapter": "never-made/a"}\n')
+    assert loramill("submit", "--file", str(tmp_path / "wrong.jsonl"), "--create-tenant").exit_code == 1
+    assert loramill("tenant", "limits", "never-made").exit_code == 1
+
+
+def test_limits_and_jobs_are_shown_with_units(gateway: RunningGateway, tenant: str) -> None:
+    said = ("--requests", "600", "--tokens", "50000", "--stored", "1GB")
+    assert shown("tenant", "limits", tenant, *said)["stored_bytes"] == 10**9
+    printed = " ".join(loramill("tenant", "limits", tenant).stdout.split())
+    assert printed == "requests 600 requests/min tokens 50,000 tokens/min at once unlimited files 1 GB"
+    assert loramill("tenant", "limits", tenant, "--stored", "1 gigabyte").exit_code == 2
+    with gateway.client() as client:
+        client.tenants.set_share(tenant, max_queued=5)
+        job = client.jobs.submit(f"{tenant}/a", examples()).id
+    [row] = [line.split() for line in loramill("tenant", "list").stdout.splitlines() if line.split()[0] == tenant]
+    assert row[-4:] == ["0", "unlimited", "1", "5"]
+    printed = loramill("jobs", "watch", "--once", "--tenant", tenant).stdout
+    assert "1 job: 1 queued" in printed
+    with gateway.client() as client:
+        client.jobs.cancel(job)
+
+
+def test_the_audit_fits_a_hundred_columns(
+    gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    (version,) = trained(gateway, f"{tenant}/support", "a")
+    with gateway.client() as admin:
+        key = admin.keys.create(tenant, expires_at=1798549271.5)
+        admin.tenants.set_limits(tenant, requests_per_minute=600, stored_bytes=10**9)
+        admin.adapters.pin(f"{tenant}/support")
+    lines = loramill("audit", "--tenant", tenant).stdout.splitlines()
+    printed = "\n".join(lines)
+    assert max(map(len, lines)) <= 100
+    for pair in (f"version={version[:12]}", "requests/min=600", "stored=1GB", "scopes=all", "expires=2026-12-29"):
+        assert pair in printed
+    assert key.id[:12] in printed and key.id not in printed
+    assert "{" not in printed
