@@ -142,6 +142,9 @@ class AdapterLoader:
             log.warning("adapter not loaded", extra={"version": version, "error": error.message})
             result = error
         except Exception as error:
+            # Closing without a wait ends the threads that the next stage would need; its results go to no one.
+            if self._closed:
+                return
             # The source is the caller's and the files are a tenant's: whatever they raise must end as an output.
             log.exception("adapter not loaded", extra={"version": version})
             result = AdapterInvalid(f"Version {version} can't be loaded: {error!r}.")
