@@ -219,9 +219,7 @@ def test_some_of_n_answers_have_ended_when_the_rest_is_cancelled(drive, prompts,
     assert driver.finish()["it"] == tokens
 
 
-def test_large_adapters_that_wait_for_memory_do_not_block_small_ones(
-    drive, adapters, prompts, expected, monkeypatch
-):
+def test_large_adapters_that_wait_for_memory_do_not_block_small_ones(drive, adapters, prompts, expected, monkeypatch):
     # "all" is nearly eight times as large as "lora", and there is room for one of it.
     driver = drive(lambda version: adapters[version.split()[0]], adapter_bytes=31_488 + 4096, slot_patience_steps=1000)
     driver.submit("busy", prompts["all"], "all", max_tokens=150)
