@@ -1,4 +1,4 @@
-"""The real gateway on a real record, with a backend that echoes: what a client calls."""
+"""The real gateway on a real registry, with a backend that echoes prompts: the server of the client tests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def examples(count: int = 12, word: str = "thing") -> bytes:
 
 @dataclass(frozen=True)
 class RunningGateway:
-    """A gateway in a thread, the record behind it, and the work of a training session."""
+    """A gateway in a thread, its registry, and the methods of a training session."""
 
     url: str
     home: Path
@@ -64,7 +64,7 @@ class RunningGateway:
         raise AssertionError(f"{job_id} doesn't wait")
 
     def publish(self, job_id: str) -> str:
-        """Trains the job, in a way, and publishes its version, which it returns."""
+        """Publishes a version as the job's result, without training; returns it."""
         attempt = self.begin(job_id)
         artifact = self.registry.artifacts.put({"adapter_model.safetensors": job_id.encode()})
         with self.registry.writing() as session:
@@ -104,7 +104,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, base: Base, tokenizer: Cha
 
 @pytest.fixture
 def tenant(gateway: RunningGateway) -> str:
-    """A tenant of this test's own."""
+    """A new tenant for each test."""
     name = f"tenant{next(_NUMBERS)}"
     with gateway.client() as admin:
         admin.tenants.create(name)

@@ -1,4 +1,4 @@
-"""Settings: where their values come from, and what their descriptions say."""
+"""Settings: where their values come from, and their descriptions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`loramill.Client` against the real gateway, and against whatever else may answer at an address."""
+"""`loramill.Client` with the real gateway, and with other servers at its address."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_an_admin_makes_tenants_and_keys(gateway: RunningGateway, tenant: str) -
             admin.tenants.create(tenant)
 
 
-def test_a_tenants_share(gateway: RunningGateway, tenant: str) -> None:
+def test_fair_share_settings_change_one_at_a_time(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
         assert client.tenants.set_share(tenant, weight=2, max_queued=1).weight == 2
         assert client.tenants.set_share(tenant, max_running=3).max_queued == 1
@@ -103,7 +103,7 @@ def test_a_tenants_share(gateway: RunningGateway, tenant: str) -> None:
         client.jobs.submit(f"{tenant}/a", examples())
 
 
-def test_versions_move(gateway: RunningGateway, tenant: str) -> None:
+def test_an_adapter_is_promoted_and_rolled_back(gateway: RunningGateway, tenant: str) -> None:
     name = f"{tenant}/support"
     with gateway.client() as client:
         first = gateway.publish(client.jobs.submit(name, examples()).id)
@@ -171,9 +171,9 @@ def test_the_key_comes_from_the_settings_then_from_home(home: Path, monkeypatch:
         assert Client().models() == ["none"]
         (home / "admin.key").write_text("lm-admin\n")
         assert Client().models() == ["Bearer lm-admin"]
-        monkeypatch.setenv("LORAMILL_API_KEY", "lm-mine")
-        assert Client().models() == ["Bearer lm-mine"]
-        assert Client(api_key="lm-said").models() == ["Bearer lm-said"]
+        monkeypatch.setenv("LORAMILL_API_KEY", "lm-environment")
+        assert Client().models() == ["Bearer lm-environment"]
+        assert Client(api_key="lm-argument").models() == ["Bearer lm-argument"]
 
 
 def test_the_admin_key_never_leaves_this_machine(home: Path) -> None:
@@ -184,7 +184,7 @@ def test_the_admin_key_never_leaves_this_machine(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "own"),
+    ("url", "local"),
     [
         ("http://localhost:8400", True),
         ("http://127.0.0.2", True),
@@ -195,11 +195,11 @@ def test_the_admin_key_never_leaves_this_machine(home: Path) -> None:
         ("", False),
     ],
 )
-def test_loopback(url: str, own: bool) -> None:
-    assert is_local_url(url) is own
+def test_local_urls_are_recognized(url: str, local: bool) -> None:
+    assert is_local_url(url) is local
 
 
-def test_no_key_is_said_clearly(gateway: RunningGateway, home: Path) -> None:
+def test_a_missing_or_invalid_key_is_reported(gateway: RunningGateway, home: Path) -> None:
     with pytest.raises(errors.Unauthenticated, match="LORAMILL_API_KEY"):
         Client(gateway.url).models()
     with pytest.raises(errors.Unauthenticated, match="LORAMILL_API_KEY"):
@@ -208,15 +208,15 @@ def test_no_key_is_said_clearly(gateway: RunningGateway, home: Path) -> None:
         Client(gateway.url, "lm-ключ")
 
 
-# With anything else at the address
+# Without a gateway at the address
 
 
-def test_nobody_there() -> None:
+def test_a_closed_port_means_not_running() -> None:
     url = f"http://127.0.0.1:{closed_port()}"
     with Client(url, "lm-x") as client:
-        for ask in (client.models, lambda: client.chat("smollm2-135m", "Hello")):
+        for request in (client.models, lambda: client.chat("smollm2-135m", "Hello")):
             with pytest.raises(errors.NotRunning) as error:
-                ask()
+                request()
             assert error.value.message == (
                 f"Nothing answers at {url}: start it with `loramill up`, or set LORAMILL_URL."
             )
@@ -224,7 +224,7 @@ def test_nobody_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "expected", "says"),
+    ("answer", "expected", "message"),
     [
         (reply(200, b"<html>hello</html>"), errors.NotRunning, "isn't loramill"),
         (reply(200, [1]), errors.NotRunning, "isn't loramill"),
@@ -238,13 +238,19 @@ def test_nobody_there() -> None:
         (lambda request: request.connection.close(), errors.Unavailable, "broke"),
     ],
 )
-def test_strange_answers_are_typed(answer: Answer, expected: type[errors.LoramillError], says: str) -> None:
-    with answering(answer) as url, Client(url, "lm-x") as client, pytest.raises(errors.LoramillError, match=says) as it:
+def test_unexpected_responses_are_typed_errors(
+    answer: Answer, expected: type[errors.LoramillError], message: str
+) -> None:
+    with (
+        answering(answer) as url,
+        Client(url, "lm-x") as client,
+        pytest.raises(errors.LoramillError, match=message) as it,
+    ):
         client.models()
     assert type(it.value) is expected
 
 
-def test_an_object_of_another_kind_is_no_loramill() -> None:
+def test_an_unexpected_object_means_another_server() -> None:
     answer = reply(200, {"id": "x"})
     with answering(answer) as url, Client(url, "lm-x") as client, pytest.raises(errors.NotRunning, match="Job"):
         client.jobs.get("x")
@@ -259,7 +265,7 @@ def test_a_gateway_that_hangs_is_unavailable() -> None:
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8400", "ftp://host", "http://host:port"])
-def test_an_address_that_is_none(url: str) -> None:
+def test_an_invalid_address_is_a_settings_error(url: str) -> None:
     with pytest.raises(errors.SettingsInvalid, match="LORAMILL_URL"):
         Client(url, "lm-x").models()
 
@@ -275,7 +281,7 @@ def test_an_error_in_mid_stream_is_typed() -> None:
             next(pieces)
 
 
-def test_a_stream_that_is_cut_is_typed() -> None:
+def test_a_stream_that_breaks_is_unavailable() -> None:
     def cut(request: BaseHTTPRequestHandler) -> None:
         request.send_response(200)
         request.send_header("content-length", "1000")
@@ -289,7 +295,7 @@ def test_a_stream_that_is_cut_is_typed() -> None:
             next(pieces)
 
 
-def test_wait_outlives_a_gateway_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_continues_through_a_short_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     job = {
         "id": "ftjob-1",
@@ -300,8 +306,8 @@ def test_wait_outlives_a_gateway_that_is_away(monkeypatch: pytest.MonkeyPatch) -
         "fine_tuned_model": "a/b@1",
         "loramill": {"adapter": "a/b", "steps": 1, "spec": {}, "newer": 1},
     }
-    away = reply(503, {"error": {"message": "Not yet.", "code": "unavailable"}})
-    answers = [away, reply(200, job), away]
+    unavailable = reply(503, {"error": {"message": "Not yet.", "code": "unavailable"}})
+    answers = [unavailable, reply(200, job), unavailable]
 
     def answer(request: BaseHTTPRequestHandler) -> None:
         answers.pop(0)(request)
@@ -321,7 +327,7 @@ def test_every_code_of_the_tree_comes_back_as_its_class() -> None:
         assert (error.message, error.param) == ("m", "p")
 
 
-def test_every_method_says_what_it_does() -> None:
+def test_every_method_has_a_docstring() -> None:
     for cls in (Client, AdaptersResource, FilesResource, JobsResource, KeysResource, TenantsResource):
         public = {name: method for name, method in inspect.getmembers(cls) if not name.startswith("_")}
         assert [name for name, method in public.items() if callable(method) and not method.__doc__] == []

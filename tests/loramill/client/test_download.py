@@ -1,4 +1,4 @@
-"""A version brought to this machine: whole and checked, or not at all."""
+"""Downloading a version: complete and verified, or nothing."""
 
 from __future__ import annotations
 
@@ -27,17 +27,19 @@ def stored(gateway: RunningGateway, version: str) -> Path:
     return gateway.registry.artifacts.fetch(version) / "adapter_model.safetensors"
 
 
-def test_the_folder_holds_what_was_stored(gateway: RunningGateway, tenant: str, version: str, tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
+def test_the_folder_contains_the_stored_files(
+    gateway: RunningGateway, tenant: str, version: str, tmp_path: Path
+) -> None:
+    progress: list[tuple[int, int]] = []
     to = tmp_path / "new" / "adapter"
     with gateway.client() as client:
-        assert client.adapters.export(f"{tenant}/a", to, on_bytes=lambda *each: told.append(each)) == version
+        assert client.adapters.export(f"{tenant}/a", to, on_bytes=lambda *each: progress.append(each)) == version
         client.adapters.export(f"{tenant}/a@{version[:8]}", tmp_path / "pinned")
     content = stored(gateway, version).read_bytes()
     for folder in (to, tmp_path / "pinned"):
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == {"adapter_model.safetensors": content}
         assert stat.S_IMODE(folder.stat().st_mode) & 0o500 == 0o500
-    assert told[-1] == (len(content), len(content))
+    assert progress[-1] == (len(content), len(content))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "pinned"]
 
 
@@ -49,35 +51,35 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-3])
 
 
-@pytest.mark.parametrize("harm", [damaged, cut, Path.unlink])
-def test_what_was_altered_is_refused_and_leaves_nothing(
-    gateway: RunningGateway, tenant: str, version: str, tmp_path: Path, harm: Callable[[Path], None]
+@pytest.mark.parametrize("damage", [damaged, cut, Path.unlink])
+def test_a_damaged_artifact_is_refused_and_leaves_no_files(
+    gateway: RunningGateway, tenant: str, version: str, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
-    harm(stored(gateway, version))
+    damage(stored(gateway, version))
     with gateway.client() as client, pytest.raises(ArtifactCorrupt, match=r"adapter_model\.safetensors"):
         client.adapters.export(f"{tenant}/a", tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_gateway_that_lies_about_the_hashes_is_caught(
+def test_wrong_hashes_from_the_gateway_are_detected(
     gateway: RunningGateway, tenant: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The version's own hash is over its files' hashes: altered with them, it isn't that version any more."""
+    """A version's hash is computed from its files' hashes, so changed file hashes no longer match it."""
     with gateway.client() as client:
         call = client._transport.request_json
 
-        def lies(*arguments: Any, **more: Any) -> dict[str, Any]:
+        def with_wrong_hash(*arguments: Any, **more: Any) -> dict[str, Any]:
             answer = call(*arguments, **more)
             answer["files"]["adapter_model.safetensors"]["sha256"] = "0" * 64
             return answer
 
-        monkeypatch.setattr(client._transport, "request_json", lies)
+        monkeypatch.setattr(client._transport, "request_json", with_wrong_hash)
         with pytest.raises(ArtifactCorrupt):
             client.adapters.export(f"{tenant}/a", tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_connection_that_breaks_leaves_nothing(
+def test_a_connection_that_breaks_leaves_no_files(
     gateway: RunningGateway, tenant: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import httpx
@@ -92,7 +94,9 @@ def test_a_connection_that_breaks_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_ones_own(gateway: RunningGateway, tenant: str, version: str, tmp_path: Path) -> None:
+def test_only_versions_of_the_own_tenant_are_exported(
+    gateway: RunningGateway, tenant: str, version: str, tmp_path: Path
+) -> None:
     with gateway.client() as admin:
         admin.tenants.create(f"{tenant}-rival")
     with gateway.registry.writing() as session:
@@ -112,26 +116,26 @@ def test_only_ones_own(gateway: RunningGateway, tenant: str, version: str, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_written_over(gateway: RunningGateway, tenant: str, version: str, tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(gateway: RunningGateway, tenant: str, version: str, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "empty").mkdir()
     with gateway.client() as client:
-        for taken in (tmp_path, tmp_path / "mine", tmp_path / "mine" / "below"):
+        for target in (tmp_path, tmp_path / "mine", tmp_path / "mine" / "below"):
             with pytest.raises(InvalidRequest):
-                client.adapters.export(f"{tenant}/a", taken)
+                client.adapters.export(f"{tenant}/a", target)
         client.adapters.export(f"{tenant}/a", tmp_path / "empty")
     assert (tmp_path / "mine").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine"]
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_no_files(tmp_path: Path) -> None:
     with pytest.raises(DiskFull, match="Nothing was written"), new_folder(tmp_path / "to") as folder:
         (folder / "part").write_bytes(b"1")
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nobody_who_answers(tmp_path: Path) -> None:
+def test_export_without_a_gateway_means_not_running(tmp_path: Path) -> None:
     from loramill.errors import NotRunning
 
     with Client("http://127.0.0.1:9", "lm-key") as client, pytest.raises(NotRunning):

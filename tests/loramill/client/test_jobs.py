@@ -1,4 +1,4 @@
-"""Data and jobs by `loramill.Client`, against the real gateway."""
+"""Files and jobs of `loramill.Client`, with the real gateway."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def test_a_job_from_file_to_answer(gateway: RunningGateway, tenant: str, as_admi
         assert job.validation_file is not None
         assert job.failure is None
         version = gateway.publish(job.id)
-        seen = []
-        done = client.jobs.wait(job.id, seen.append)
+        updates = []
+        done = client.jobs.wait(job.id, updates.append)
         assert done.model == f"{name}@{version[:12]}"
-        assert seen == [done]
+        assert updates == [done]
         assert name in client.models()
         assert client.chat(name, "Hello there") == "Hello there"
         assert "".join(client.stream(done.model, [{"role": "user", "content": "one two"}])) == "one two"
@@ -58,7 +58,7 @@ def test_epochs_and_batch_size_reach_the_spec(gateway: RunningGateway, tenant: s
         assert (job.spec["batch_size"], job.steps) == (8, 10)
 
 
-#: A value of each option that the gateway puts into the spec as it is.
+#: One value for each option that the gateway copies into the spec unchanged.
 OPTIONS: dict[str, object] = {
     "method": "dora",
     "rank": 3,
@@ -91,12 +91,12 @@ OPTIONS: dict[str, object] = {
     "keep": "last",
     "seed": 11,
 }
-#: Those that mean something else than a field of the spec.
+#: Options that are not fields of the spec.
 OTHERS = {"epochs", "base", "metadata", "quantization", "start_from", "priority", "executor"}
 
 
-def test_every_option_is_the_gateways(gateway: RunningGateway, tenant: str) -> None:
-    """Each of `submit`'s keywords must arrive in the spec under the gateway's name for it."""
+def test_every_option_reaches_the_spec(gateway: RunningGateway, tenant: str) -> None:
+    """Each keyword of `submit` arrives in the spec under the gateway's name for it."""
     assert set(JobOptions.model_fields) == set(JobOptionsDict.__annotations__) == set(OPTIONS) | OTHERS
     with gateway.client() as client:
         job = client.jobs.submit(
@@ -113,7 +113,7 @@ def test_every_option_is_the_gateways(gateway: RunningGateway, tenant: str) -> N
     assert (job.metadata, job.priority, job.executor) == ({"by": "test"}, -3, "dedicated")
 
 
-def test_options_that_make_no_sense_are_refused_together(gateway: RunningGateway, tenant: str) -> None:
+def test_invalid_options_are_reported_together(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
         with pytest.raises(errors.InvalidRequest) as caught:
             client.jobs.submit(f"{tenant}/a", examples(), rnak=3, alpha="much")  # type: ignore[call-arg, arg-type]
@@ -121,7 +121,7 @@ def test_options_that_make_no_sense_are_refused_together(gateway: RunningGateway
         assert client.jobs.submit(f"{tenant}/a", examples(), rank=None, layers="0-2,5").spec["layers"] == [0, 1, 2, 5]
 
 
-def test_a_job_waits_and_goes_on(gateway: RunningGateway, tenant: str) -> None:
+def test_a_job_is_paused_and_resumed_and_has_metrics(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
         job = client.jobs.submit(f"{tenant}/a", examples(), steps=10)
         assert client.jobs.pause(job.id).status is JobStatus.PAUSED
@@ -162,7 +162,7 @@ def test_a_failed_job_is_retried(gateway: RunningGateway, tenant: str) -> None:
             client.jobs.retry("ftjob-none")
 
 
-def test_files_go(gateway: RunningGateway, tenant: str) -> None:
+def test_files_are_reused_and_deleted(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client:
         file = client.files.upload(examples(), tenant=tenant)
         assert client.files.upload(examples(), tenant=tenant, reuse=True).id == file.id
@@ -175,18 +175,18 @@ def test_files_go(gateway: RunningGateway, tenant: str) -> None:
 # Many jobs
 
 
-def test_many_are_submitted_once(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
+def test_a_batch_is_submitted_once(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(examples())
-    told = []
+    progress = []
     rows = [{"adapter": f"{tenant}/a{i}", "train": tmp_path / "a.jsonl", "rank": 4 + i} for i in range(5)]
     with gateway.client() as client:
-        found = client.jobs.submit_many(rows, defaults={"steps": 5}, on_progress=lambda *now: told.append(now))
+        found = client.jobs.submit_many(rows, defaults={"steps": 5}, on_progress=lambda *now: progress.append(now))
         assert [(each.job.adapter, each.job.spec["rank"], each.job.steps, each.new) for each in found] == [
             (f"{tenant}/a{i}", 4 + i, 5, True) for i in range(5)
         ]
         assert len({each.job.training_file for each in found}) == 1  # uploaded once
-        assert told[0] == ("uploading", 0, 5) and told[-1] == ("submitting", 1, 1)
-        # After a crash, say, with one job more: what is there is known again, file and all.
+        assert progress[0] == ("uploading", 0, 5) and progress[-1] == ("submitting", 1, 1)
+        # Submitting again with one more job, as after a crash: the existing jobs and their file are found.
         again = client.jobs.submit_many([*rows, {**rows[0], "seed": 1}], defaults={"steps": 5})
         assert [each.new for each in again] == [False] * 5 + [True]
         assert [each.job.id for each in again[:5]] == [each.job.id for each in found]
@@ -199,7 +199,7 @@ def test_many_are_submitted_once(gateway: RunningGateway, tenant: str, tmp_path:
         assert all(each.new for each in client.jobs.submit_many(rows, defaults={"steps": 5}))
 
 
-def test_many_are_checked_before_one_is_submitted(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
+def test_a_batch_is_checked_before_any_job_is_submitted(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_bytes(b"[1]\n" + examples())
     good: dict[str, object] = {"adapter": f"{tenant}/a", "train": examples(), "steps": 5}
 
@@ -212,10 +212,10 @@ def test_many_are_checked_before_one_is_submitted(gateway: RunningGateway, tenan
         return problems
 
     with gateway.client() as client:
-        # What this machine can tell, of all of them.
-        here = refused({"adapter": "noslash", "train": "/nowhere.jsonl", "rnak": 3}, {**good, "rank": "x"}, {})
-        assert [problem.partition(":")[0] for problem in here] == ["job 2"] * 3 + ["job 3"] + ["job 4"] * 2
-        # Then what is wrong with the data, then what the gateway knows of the specs.
+        # Checks on this machine come first, for all jobs.
+        local = refused({"adapter": "noslash", "train": "/nowhere.jsonl", "rnak": 3}, {**good, "rank": "x"}, {})
+        assert [problem.partition(":")[0] for problem in local] == ["job 2"] * 3 + ["job 3"] + ["job 4"] * 2
+        # Then the data is checked, then the specs, by the gateway.
         (data,) = refused({**good, "train": tmp_path / "bad.jsonl", "seed": 1})
         assert data.startswith("job 2: bad.jsonl, line 1: ")
         specs = refused({**good, "rank": 10_000}, {**good, "seed": 1}, {**good, "targets": ["nose"]})
@@ -225,7 +225,7 @@ def test_many_are_checked_before_one_is_submitted(gateway: RunningGateway, tenan
         ]
 
 
-def test_a_crash_between_two_parts_loses_nothing(
+def test_a_crash_between_two_requests_loses_no_job(
     gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loramill.client.jobs._BATCH_SIZE", 2)
@@ -255,7 +255,7 @@ def test_a_crash_between_two_parts_loses_nothing(
         assert "quota" in caught.value.message or "waiting" in caught.value.message
 
 
-def test_jobs_come_page_after_page(gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_are_listed_across_pages(gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loramill.client.jobs._PAGE_SIZE", 2)
     with gateway.client() as client:
         file = client.files.upload(examples(), tenant=tenant)
@@ -271,10 +271,10 @@ def test_events_are_oldest_first_and_followed_to_the_end(
     monkeypatch.setattr("loramill.client.jobs._PAGE_SIZE", 2)
     with gateway.client() as client:
         job = client.jobs.submit(f"{tenant}/a", examples())
-        told = client.jobs.events(job.id, follow=True, poll_seconds=0.01)
-        messages = [next(told).message]
+        events = client.jobs.events(job.id, follow=True, poll_seconds=0.01)
+        messages = [next(events).message]
         gateway.publish(job.id)
-        messages += [event.message for event in told]
+        messages += [event.message for event in events]
         assert [text.split()[0].rstrip(".") for text in messages] == ["Queued", "Attempt", "Published"]
         assert [event.message for event in client.jobs.events(job.id)] == messages
 
@@ -291,7 +291,7 @@ def test_a_job_that_does_not_succeed_is_an_error_of_its_class(gateway: RunningGa
             client.jobs.wait(cancelled.id)
 
 
-def test_wrong_data_names_every_problem(gateway: RunningGateway, tenant: str) -> None:
+def test_invalid_data_is_reported_with_every_problem(gateway: RunningGateway, tenant: str) -> None:
     with gateway.client() as client, pytest.raises(errors.DatasetInvalid) as refused:
         client.files.upload(b"[1]\n" + examples() + b"no json\n", tenant=tenant, filename="bad.jsonl")
     assert len(refused.value.problems) == 2

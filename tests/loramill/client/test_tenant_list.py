@@ -1,4 +1,4 @@
-"""Lists of tenants: what is read, and every problem with its line."""
+"""Tenant list files: what is read, and each problem with its line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_list_is_read(tmp_path: Path, name: str, content: bytes, expected: lis
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "messages"),
     [
         (
             "a.txt",
@@ -76,15 +76,15 @@ def test_a_list_is_read(tmp_path: Path, name: str, content: bytes, expected: lis
         ("a.txt", b"caf\xe9\n", ["is not UTF-8 (byte 3)"]),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, said: list[str]) -> None:
+def test_each_problem_is_reported_with_its_line(tmp_path: Path, name: str, content: bytes, messages: list[str]) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InvalidRequest) as refused:
         read_tenants(tmp_path / name)
-    for each in said:
+    for each in messages:
         assert each in refused.value.message
-    assert len(refused.value.message.splitlines()) == len(said)
+    assert len(refused.value.message.splitlines()) == len(messages)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="can't be read"):
         read_tenants(tmp_path / "none.csv")

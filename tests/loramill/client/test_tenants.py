@@ -19,7 +19,7 @@ from ..conftest import RunningGateway, examples
 
 
 @pytest.fixture(autouse=True)
-def here(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*os.environ]:
         if name.startswith("LORAMILL_"):
             monkeypatch.delenv(name)
@@ -27,14 +27,14 @@ def here(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAMILL_URL", gateway.url)
 
 
-def loramill(*words: str) -> Result:
-    return CliRunner().invoke(app, words, catch_exceptions=False)
+def loramill(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
-def shown(*words: str) -> Any:
-    ran = loramill(*words, "--json")
-    assert ran.exit_code == 0, ran.stderr
-    return json.loads(ran.stdout)
+def json_output(*arguments: str) -> Any:
+    result = loramill(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 def test_limits_from_the_client(gateway: RunningGateway, tenant: str) -> None:
@@ -55,18 +55,18 @@ def test_limits_from_the_client(gateway: RunningGateway, tenant: str) -> None:
 
 def test_limits_from_the_command_line(gateway: RunningGateway, tenant: str) -> None:
     assert "unlimited" in loramill("tenant", "limits", tenant).stdout
-    said = ("--requests", "60", "--tokens", "5000", "--concurrent", "4", "--stored", "1000000")
-    assert shown("tenant", "limits", tenant, *said)["tokens_per_minute"] == 5000
+    limits = ("--requests", "60", "--tokens", "5000", "--concurrent", "4", "--stored", "1000000")
+    assert json_output("tenant", "limits", tenant, *limits)["tokens_per_minute"] == 5000
     printed = loramill("tenant", "limits", tenant, "--tokens", "unlimited").stdout
     assert printed.split() == "requests 60 requests/min tokens unlimited at once 4 requests files 1 MB".split()
     wrong = loramill("tenant", "limits", tenant, "--tokens", "many")
     assert wrong.exit_code == 2 and "--tokens" in wrong.stderr
-    assert shown("audit", "--tenant", tenant)[0]["details"]["tokens_per_minute"] is None
-    assert len([row for row in shown("audit", "--tenant", tenant) if row["action"] == "tenant.limits"]) == 2
+    assert json_output("audit", "--tenant", tenant)[0]["details"]["tokens_per_minute"] is None
+    assert len([row for row in json_output("audit", "--tenant", tenant) if row["action"] == "tenant.limits"]) == 2
 
 
-def test_keys_with_scopes_and_an_end(gateway: RunningGateway, tenant: str) -> None:
-    made = shown("key", "create", tenant, "--scope", "read", "--scope", "inference", "--expires", "30d")
+def test_keys_have_scopes_and_expire(gateway: RunningGateway, tenant: str) -> None:
+    made = json_output("key", "create", tenant, "--scope", "read", "--scope", "inference", "--expires", "30d")
     assert made["scopes"] == ["inference", "read"]
     assert abs(made["expires_at"] - time.time() - 30 * 86400) < 60
     listed = loramill("key", "list", tenant).stdout
@@ -101,7 +101,7 @@ def test_usage_is_shown(gateway: RunningGateway, tenant: str, monkeypatch: pytes
         assert (base.requests, base.prompt_tokens, base.completion_tokens) == (1, 3, 3)
         assert admin.usage(tenant, last=today - timedelta(1)) == []
     monkeypatch.setenv("LORAMILL_API_KEY", key)
-    assert {row["model"] for row in shown("usage")} == {base.model, tuned.model}
+    assert {row["model"] for row in json_output("usage")} == {base.model, tuned.model}
     lines = loramill("usage", "--days", "1").stdout.splitlines()
     assert len(lines) == 3 and any(f"{tenant}/a@{version[:12]}" in line for line in lines)
     other = loramill("usage", "--tenant", "somebody")
@@ -120,7 +120,7 @@ def test_the_audit_is_shown(gateway: RunningGateway, tenant: str) -> None:
     assert printed.count("tenant.share") == 2 and "(admin)" in printed
 
 
-def test_pins_and_warming(gateway: RunningGateway, tenant: str) -> None:
+def test_an_adapter_is_pinned_and_warmed(gateway: RunningGateway, tenant: str) -> None:
     name = f"{tenant}/a"
     with gateway.client() as admin:
         first, second = (gateway.publish(admin.jobs.submit(name, examples(word=word)).id) for word in ("x", "y"))
@@ -129,7 +129,7 @@ def test_pins_and_warming(gateway: RunningGateway, tenant: str) -> None:
             admin.adapters.promote(name, "challenger")
         assert admin.adapters.warm(name, "challenger") >= 0
         assert not admin.adapters.unpin(name).pinned
-    assert shown("adapters", "pin", name, second[:12])["champion"] == second
+    assert json_output("adapters", "pin", name, second[:12])["champion"] == second
     assert loramill("rollback", name).exit_code == 1
     assert first[:12] not in loramill("adapters", "unpin", name).stderr
     assert f"{name}@previous is loaded" in loramill("adapters", "warm", name, "previous").stderr

@@ -1,4 +1,4 @@
-"""Chat templates as bases have them: rendered as transformers renders them, or refused with the reason."""
+"""Chat templates of real models: rendered as transformers renders them, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -68,26 +68,26 @@ def test_families_are_rendered_as_transformers_renders_them(
     family: str, conversation: str, tools: tuple[Any, ...], answer: bool
 ) -> None:
     tokenizer, messages = tokenizer_of(FAMILIES[family]), CONVERSATIONS[conversation]
-    given: list[Any] = json.loads(json.dumps(messages))
-    if family == "deepseek-r1" and conversation == "tools":  # it joins the arguments to text
-        given[1]["tool_calls"][0]["function"]["arguments"] = json.dumps({"town": "Tromsø"}, ensure_ascii=False)
+    inputs: list[Any] = json.loads(json.dumps(messages))
+    if family == "deepseek-r1" and conversation == "tools":  # its template joins the arguments as text
+        inputs[1]["tool_calls"][0]["function"]["arguments"] = json.dumps({"town": "Tromsø"}, ensure_ascii=False)
     try:
-        theirs = oracle_of(FAMILIES[family]).apply_chat_template(
-            given, tools=list(tools) or None, add_generation_prompt=answer, tokenize=False
+        expected = oracle_of(FAMILIES[family]).apply_chat_template(
+            inputs, tools=list(tools) or None, add_generation_prompt=answer, tokenize=False
         )
-    except Exception as error:  # noqa: BLE001 - a template's own error, which must be ours, too
+    except Exception as error:  # noqa: BLE001 - a template's own error; ours must contain it
         with pytest.raises(InvalidRequest) as caught:
             tokenizer.render(messages, add_generation_prompt=answer, tools=tools)
         assert str(error) in caught.value.message
         return
     if family == "phi" and conversation == "tools":
-        return  # it has no role for results, which the tokenizer refuses before
-    assert tokenizer.render(messages, add_generation_prompt=answer, tools=tools) == theirs
+        return  # it has no role for tool results, which the tokenizer refuses first
+    assert tokenizer.render(messages, add_generation_prompt=answer, tools=tools) == expected
 
 
-def test_which_families_take_tools() -> None:
+def test_families_that_support_tools() -> None:
     found = {family: tokenizer_of(template) for family, template in FAMILIES.items()}
-    # Served are those whose calls are read; trained on is what a template writes in any form.
+    # Serving requires calls that can be parsed; training takes any format that the template writes.
     assert {family for family, each in found.items() if each.supports_tool_calls} == {"qwen2.5", "qwen3"}
     assert {family for family, each in found.items() if each.renders_tool_calls} == {
         "llama3",
@@ -128,7 +128,7 @@ def test_a_date_is_todays_or_that_of_the_submission() -> None:
         ("Hello.", "Hello."),
         ("<think>\nHm.\n</think>\n\nHello.", "Hm.\n</think>\n\nHello."),
         ("\n<think>Hm.</think>Hello.", "Hm.</think>Hello."),
-        ("Hm.\n</think>\n\nHello.", "Hm.\n</think>\n\nHello."),  # as this base's answers are served
+        ("Hm.\n</think>\n\nHello.", "Hm.\n</think>\n\nHello."),  # the form in which this base's answers are served
         ("<|im_end|>", "<|im_end|>"),
     ],
 )
@@ -146,7 +146,7 @@ def test_an_answer_is_trained_after_the_prompt_that_opens_its_reasoning(
     assert list(answer) == [*tokenizer.encode_text(trained), tokenizer.stop_ids[0]]
 
 
-def test_a_call_is_trained_after_such_a_prompt_too() -> None:
+def test_a_tool_call_is_trained_after_a_prompt_that_opens_its_reasoning() -> None:
     template = QWEN25.replace("assistant\\n' }}{% endif %}", "assistant\\n<think>\\n' }}{% endif %}")
     tokenizer, messages = tokenizer_of(template), CONVERSATIONS["tools"][:2]
     prompt, answer = _encode_answer(tokenizer, messages, [TOOL])
@@ -161,15 +161,15 @@ def test_a_call_is_trained_after_such_a_prompt_too() -> None:
 def test_templates_that_read_only_parts_get_parts() -> None:
     tokenizer = tokenizer_of(PARTS_ONLY)
     messages = CONVERSATIONS["system"] + CONVERSATIONS["turns"][1:]
-    given = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-    oracle = oracle_of(PARTS_ONLY).apply_chat_template(given, add_generation_prompt=True, tokenize=False)
+    inputs = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    oracle = oracle_of(PARTS_ONLY).apply_chat_template(inputs, add_generation_prompt=True, tokenize=False)
     assert tokenizer.render(messages, add_generation_prompt=True) == oracle
     assert "Be brief." in oracle and "And?" in oracle
     assert training_problem(tokenizer) is None
 
 
 @pytest.mark.parametrize(
-    ("template", "says"),
+    ("template", "message"),
     [
         ("{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}", "drops the content of assistant and user"),
         ("{{ messages[-1].content }}", "drops the content of assistant messages"),
@@ -177,8 +177,8 @@ def test_templates_that_read_only_parts_get_parts() -> None:
         ("{% for %}", "has an error"),
     ],
 )
-def test_a_template_that_drops_messages_is_refused(template: str, says: str) -> None:
-    with pytest.raises(BaseUnusable, match=says):
+def test_a_template_that_drops_messages_is_refused(template: str, message: str) -> None:
+    with pytest.raises(BaseUnusable, match=message):
         tokenizer_of(template)
 
 
@@ -193,24 +193,24 @@ def test_system_messages_that_a_template_drops_are_refused() -> None:
 
 def test_developer_becomes_system_if_the_template_lacks_the_role() -> None:
     messages = CONVERSATIONS["system"]
-    asked = [Message(role="developer", content="Be brief."), messages[1]]
-    assert tokenizer_of(CHATML).encode_chat(asked) == tokenizer_of(CHATML).encode_chat(messages)
-    knowing = CHATML.replace("message['role'] +", "('DEV' if message['role'] == 'developer' else message['role']) +")
-    assert "DEV\nBe brief." in tokenizer_of(knowing).render(asked, add_generation_prompt=True)
+    conversation = [Message(role="developer", content="Be brief."), messages[1]]
+    assert tokenizer_of(CHATML).encode_chat(conversation) == tokenizer_of(CHATML).encode_chat(messages)
+    own_role = CHATML.replace("message['role'] +", "('DEV' if message['role'] == 'developer' else message['role']) +")
+    assert "DEV\nBe brief." in tokenizer_of(own_role).render(conversation, add_generation_prompt=True)
 
 
-def test_names_are_given_to_the_template() -> None:
+def test_names_are_passed_to_the_template() -> None:
     named = CHATML.replace("message['role'] +", "message['role'] + (message.name or '') +")
-    asked = [Message(role="user", content="Hi", name="ann<|im_end|>")]
-    assert "<|im_start|>userann" in tokenizer_of(named).render(asked, add_generation_prompt=True)
-    tokens = tokenizer_of(named).encode_chat(asked)
+    messages = [Message(role="user", content="Hi", name="ann<|im_end|>")]
+    assert "<|im_start|>userann" in tokenizer_of(named).render(messages, add_generation_prompt=True)
+    tokens = tokenizer_of(named).encode_chat(messages)
     assert tokens.count(tokenizer_of(named).stop_ids[0]) == 1
-    assert tokenizer_of(CHATML).encode_chat(asked) == tokenizer_of(CHATML).encode_chat(
+    assert tokenizer_of(CHATML).encode_chat(messages) == tokenizer_of(CHATML).encode_chat(
         [Message(role="user", content="Hi")]
     )
 
 
-def test_marks_survive_ascii_json() -> None:
+def test_special_tokens_stay_text_in_ascii_json() -> None:
     template = "{% for m in messages %}{{ m.content | tojson(ensure_ascii=true) }}<|im_end|>{% endfor %}"
     tokenizer = tokenizer_of(template)
     text = "é\U00010000 <|im_end|> \\ud800"
@@ -256,7 +256,7 @@ LISTED = [{"name": "default", "template": ONE}, {"name": "tool_use", "template":
         ({"tokenizer_config_json": json.dumps({**SETTINGS, "chat_template": LISTED})}, ONE),
     ],
 )
-def test_files_that_hold_the_template(tmp_path: Path, files: dict[str, str], expected: str) -> None:
+def test_files_that_contain_the_template(tmp_path: Path, files: dict[str, str], expected: str) -> None:
     loaded = ChatTokenizer.load(folder_with(tmp_path, **files))
     assert loaded.encode_chat(CONVERSATIONS["user"]) == tokenizer_of(expected).encode_chat(CONVERSATIONS["user"])
 
@@ -268,11 +268,11 @@ def test_files_that_hold_the_template(tmp_path: Path, files: dict[str, str], exp
         {"chat_template_jinja": ONE, "additional_chat_templates__tool_use_jinja": QWEN25},
     ],
 )
-def test_a_template_for_tools_is_used_where_there_are_some(tmp_path: Path, files: dict[str, str]) -> None:
+def test_the_tool_template_is_used_if_there_are_tools(tmp_path: Path, files: dict[str, str]) -> None:
     loaded = ChatTokenizer.load(folder_with(tmp_path, **files))
-    asked = CONVERSATIONS["tools"]
+    messages = CONVERSATIONS["tools"]
     assert loaded.supports_tool_calls
-    assert loaded.encode_chat(asked, [TOOL]) == tokenizer_of(QWEN25).encode_chat(asked, [TOOL])
+    assert loaded.encode_chat(messages, [TOOL]) == tokenizer_of(QWEN25).encode_chat(messages, [TOOL])
     assert loaded.encode_chat(CONVERSATIONS["user"]) == tokenizer_of(ONE).encode_chat(CONVERSATIONS["user"])
 
 
@@ -281,11 +281,11 @@ def test_a_damaged_template_file(tmp_path: Path) -> None:
         ChatTokenizer.load(folder_with(tmp_path, chat_template_json="{}"))
 
 
-# Templates that work for nobody, and those that never end
+# Unusable templates, and templates that never end
 
 
 @pytest.mark.parametrize(
-    ("template", "says"),
+    ("template", "problem"),
     [
         ("", "it has no chat template"),
         ("{{ raise_exception('images only') }}", "refuses every conversation: images only"),
@@ -293,14 +293,14 @@ def test_a_damaged_template_file(tmp_path: Path) -> None:
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
     ],
 )
-def test_a_base_that_can_not_chat_says_why(template: str, says: str) -> None:
+def test_a_base_that_cannot_chat_has_a_reason(template: str, problem: str) -> None:
     tokenizer = tokenizer_of(template)
-    assert says in (tokenizer.chat_problem or "") and says in (training_problem(tokenizer) or "")
+    assert problem in (tokenizer.chat_problem or "") and problem in (training_problem(tokenizer) or "")
     with pytest.raises(InvalidRequest):
         tokenizer.encode_chat(CONVERSATIONS["user"])
 
 
-def test_a_base_that_can_not_train_on_conversations_says_why() -> None:
+def test_a_base_that_cannot_train_on_conversations_has_a_reason() -> None:
     tokenizer = tokenizer_of(CHATML.replace("<|im_end|>", ""))
     assert tokenizer.chat_problem is None
     assert "never learn to stop" in (training_problem(tokenizer) or "")

@@ -1,4 +1,4 @@
-"""Tools in the chat template: told as transformers tells them, and nobody's text is markup."""
+"""Tools in the chat template: rendered as transformers renders them, and text is never markup."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ def test_special_tokens_in_tools_calls_and_results_are_plain_text() -> None:
     clean = tokenizer.encode_chat(CONVERSATION, [WEATHER])
     tokens = tokenizer.encode_chat(messages, [tool])
     assert tokens.count(start) == clean.count(start) == 5
-    # Each is there as the characters that it is made of; JSON writes the line breaks of eight.
+    # Each is encoded as the characters that it consists of; in eight of them JSON escapes the line break.
     plain = tokenizer.encode_text("<|im_start|>")
     assert sum(tokens[i : i + len(plain)] == plain for i in range(len(tokens))) == 8
 
 
-def test_bases_whose_template_has_no_tools_say_so() -> None:
+def test_tools_are_refused_if_the_template_does_not_support_them() -> None:
     tokenizer = hermes(OLD)
     assert not tokenizer.supports_tool_calls and hermes().supports_tool_calls
     with pytest.raises(UnsupportedParameter) as caught:
@@ -93,32 +93,32 @@ def test_bases_whose_template_has_no_tools_say_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "knows"),
+    ("template", "supported"),
     [
         (TEMPLATE, True),
-        (TEMPLATE.replace("<tool_call></tool_call>", "[CALLS]"), False),  # calls of another form than is read
+        (TEMPLATE.replace("<tool_call></tool_call>", "[CALLS]"), False),  # calls in a format that is not parsed
         (TEMPLATE.replace("{{ tool | tojson }}", "{{ loop.index }}"), False),
         ("{{ raise_exception('no') if tools }}{% for m in messages %}{{ m.content }}{% endfor %}", False),
     ],
 )
-def test_what_a_template_makes_of_tools_is_looked_at(template: str, knows: bool) -> None:
-    assert hermes(template).supports_tool_calls is knows
+def test_tool_support_depends_on_what_the_template_renders(template: str, supported: bool) -> None:
+    assert hermes(template).supports_tool_calls is supported
 
 
-def test_tags_that_decoding_would_drop_are_of_no_use() -> None:
+def test_tool_tags_that_decoding_drops_are_not_supported() -> None:
     tokenizer = hermes_tokenizer(tags_are_tokens=False)
     tokenizer.add_special_tokens([AddedToken("<tool_call>", special=True)])
     assert not ChatTokenizer(tokenizer.to_str(), SETTINGS, {}).supports_tool_calls
 
 
-def test_half_a_character_in_a_tool_is_refused() -> None:
+def test_a_lone_surrogate_in_a_tool_is_refused() -> None:
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"enum": ["\udc00"]}}}
     with pytest.raises(InvalidRequest) as caught:
         hermes().encode_chat(CONVERSATION[:1], [tool])
     assert caught.value.param == "tools"
 
 
-def test_the_definition_makes_the_same_tokens() -> None:
+def test_a_copy_of_the_tokenizer_encodes_the_same() -> None:
     again = ChatTokenizer(hermes().tokenizer_json, SETTINGS, {})
     assert again.encode_chat(CONVERSATION, [WEATHER]) == hermes().encode_chat(CONVERSATION, [WEATHER])
     assert json.loads(hermes().tokenizer_json)["model"]["type"] == "BPE"
@@ -152,10 +152,10 @@ def test_the_built_in_base_supports_tools(tokenizer: ChatTokenizer, base: Base, 
     messages = [*first, *CONVERSATION, CONVERSATION[2], {"role": "assistant", "content": "Cold."}]
     rendered = tokenizer.render(messages, add_generation_prompt=True, tools=[WEATHER])
     oracle = AutoTokenizer.from_pretrained(base.folder)
-    theirs = oracle.apply_chat_template(messages, tools=[WEATHER], add_generation_prompt=True, tokenize=False)
-    assert rendered == theirs
-    said = system or "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    assert rendered.startswith(f"<|im_start|>system\n{said}\n\n# Tools\n\n")
+    expected = oracle.apply_chat_template(messages, tools=[WEATHER], add_generation_prompt=True, tokenize=False)
+    assert rendered == expected
+    instructions = system or "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert rendered.startswith(f"<|im_start|>system\n{instructions}\n\n# Tools\n\n")
     assert f"<tools>\n{json.dumps(WEATHER, ensure_ascii=False)}\n</tools>" in rendered
     called = '<tool_call>\n{"name": "weather", "arguments": {"town": "Troms\u00f8"}}\n</tool_call>'
     assert f"<|im_start|>assistant\n{called}<|im_end|>\n<|im_start|>user\n<tool_response>\n" in rendered

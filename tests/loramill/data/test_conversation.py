@@ -1,4 +1,4 @@
-"""Training lines as OpenAI writes them: read, and rendered as transformers renders them."""
+"""Training lines in OpenAI's format: read, and rendered as transformers renders them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def hermes(template: str = TEMPLATE) -> ChatTokenizer:
     return ChatTokenizer(hermes_tokenizer().to_str(), {**SETTINGS, "chat_template": template}, {})
 
 
-def say(role: str, content: object, **more: object) -> dict[str, Any]:
+def turn(role: str, content: object, **more: object) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
@@ -38,12 +38,12 @@ PARCEL = {
     "parameters": {"type": "object", "properties": {"id": {"type": "string"}}},
 }
 TOOL = {"type": "function", "function": PARCEL}
-USER, ANSWER = say("user", "Where is parcel 7?"), say("assistant", "It is in Rome.")
+USER, ANSWER = turn("user", "Where is parcel 7?"), turn("assistant", "It is in Rome.")
 TOOLS = {
     "messages": [
         USER,
-        say("assistant", None, tool_calls=[call()]),
-        say("tool", "in Rome", tool_call_id="c1"),
+        turn("assistant", None, tool_calls=[call()]),
+        turn("tool", "in Rome", tool_call_id="c1"),
         ANSWER,
     ],
     "tools": [TOOL],
@@ -52,8 +52,8 @@ TOOLS = {
 FUNCTIONS = {
     "messages": [
         USER,
-        say("assistant", None, function_call={"name": "parcel", "arguments": '{"id":"7"}'}),
-        say("function", "in Rome", name="parcel"),
+        turn("assistant", None, function_call={"name": "parcel", "arguments": '{"id":"7"}'}),
+        turn("function", "in Rome", name="parcel"),
         ANSWER,
     ],
     "functions": [PARCEL],
@@ -86,19 +86,19 @@ def test_legacy_functions_are_tools() -> None:
 @pytest.mark.parametrize(
     ("line", "same_as"),
     [
-        ([say("user", [{"type": "text", "text": "Hi "}, {"type": "text", "text": "you"}]), ANSWER], ["Hi you", None]),
-        ([say("user", "Hi", name=None), {**ANSWER, **NULLS}], ["Hi", None]),
-        ([say("user", "Hi"), {**ANSWER, "weight": None}], ["Hi", None]),
+        ([turn("user", [{"type": "text", "text": "Hi "}, {"type": "text", "text": "you"}]), ANSWER], ["Hi you", None]),
+        ([turn("user", "Hi", name=None), {**ANSWER, **NULLS}], ["Hi", None]),
+        ([turn("user", "Hi"), {**ANSWER, "weight": None}], ["Hi", None]),
     ],
 )
 def test_parts_and_nulls_mean_what_plain_messages_mean(line: list[Any], same_as: list[Any]) -> None:
-    plain = [say("user", same_as[0]), ANSWER]
+    plain = [turn("user", same_as[0]), ANSWER]
     nothing = {"tools": None, "functions": None, "parallel_tool_calls": None}
     assert read_conversation({"messages": line, **nothing}) == read_conversation({"messages": plain})
 
 
 @pytest.mark.parametrize(
-    "refusing",
+    "answer",
     [
         {"content": None, "refusal": "No."},
         {"refusal": "No."},
@@ -106,15 +106,15 @@ def test_parts_and_nulls_mean_what_plain_messages_mean(line: list[Any], same_as:
         {"content": "No.", "refusal": "Never."},
     ],
 )
-def test_a_refusal_is_what_is_said_where_nothing_else_is(refusing: dict[str, Any]) -> None:
-    line = [say("user", "Hi"), {"role": "assistant", **refusing}]
+def test_a_refusal_is_the_answer_if_there_is_no_content(answer: dict[str, Any]) -> None:
+    line = [turn("user", "Hi"), {"role": "assistant", **answer}]
     assert read_conversation({"messages": line}) == read_conversation(
-        {"messages": [say("user", "Hi"), say("assistant", "No.")]}
+        {"messages": [turn("user", "Hi"), turn("assistant", "No.")]}
     )
 
 
 @pytest.mark.parametrize(
-    ("roles", "spoken"),
+    ("roles", "answers"),
     [
         (["developer", "user", "assistant"], 1),
         (["user", "user", "assistant"], 1),
@@ -124,20 +124,20 @@ def test_a_refusal_is_what_is_said_where_nothing_else_is(refusing: dict[str, Any
         (["system", "assistant"], 1),
     ],
 )
-def test_turns_need_not_alternate(tokenizer: ChatTokenizer, roles: list[str], spoken: int) -> None:
-    found = example({"messages": [say(role, str(index)) for index, role in enumerate(roles)]})
+def test_turns_need_not_alternate(tokenizer: ChatTokenizer, roles: list[str], answers: int) -> None:
+    found = example({"messages": [turn(role, str(index)) for index, role in enumerate(roles)]})
     encoded = encode_example(tokenizer, found)
-    assert len(encoded.spans) == spoken
+    assert len(encoded.spans) == answers
     assert list(encoded.tokens[: encoded.prompt_length]) == tokenizer.encode_chat(found.messages[:-1])
 
 
 def test_a_name_reaches_the_template(tokenizer: ChatTokenizer) -> None:
-    named = [say("user", "Hi", name="ann"), ANSWER]
+    named = [turn("user", "Hi", name="ann"), ANSWER]
     assert example({"messages": named}).messages[0]["name"] == "ann"
-    plain = example({"messages": [say("user", "Hi"), ANSWER]})
+    plain = example({"messages": [turn("user", "Hi"), ANSWER]})
     assert encode_example(tokenizer, example({"messages": named})) == encode_example(
         tokenizer, plain
-    )  # SmolLM2's shows none
+    )  # SmolLM2's template shows none
 
 
 def changed(**message: Any) -> list[dict[str, Any]]:
@@ -145,7 +145,7 @@ def changed(**message: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ({"messages": changed(), "tool": [1]}, "the line has the unknown key 'tool'"),
         ({"messages": changed(), "parallel_tool_calls": 1}, "parallel_tool_calls is 1; it must be true or false"),
@@ -162,53 +162,56 @@ def changed(**message: Any) -> list[dict[str, Any]]:
         ),
         ({"messages": [USER]}, "messages has no assistant message"),
         ({"messages": [ANSWER, USER]}, r"messages\[1\]\.role is user; the last message must be the assistant's"),
-        ({"messages": [say("bot", "x"), ANSWER]}, r"messages\[0\]\.role is 'bot'; use one of system, developer, user"),
-        ({"messages": [say("user", None), ANSWER]}, r"messages\[0\]\.content is None; it must be a string"),
+        ({"messages": [turn("bot", "x"), ANSWER]}, r"messages\[0\]\.role is 'bot'; use one of system, developer, user"),
+        ({"messages": [turn("user", None), ANSWER]}, r"messages\[0\]\.content is None; it must be a string"),
         ({"messages": changed(content=None)}, r"messages\[1\]\.content is None"),
         ({"messages": changed(content="")}, r"messages\[1\]\.content is empty"),
         ({"messages": changed(content=None, refusal=" ")}, r"messages\[1\]\.refusal is empty"),
         ({"messages": changed(content=None, refusal=7)}, r"messages\[1\]\.refusal is 7; it must be a string"),
-        ({"messages": [say("user", "x", refusal="No."), ANSWER]}, r"messages\[0\] has the unknown key 'refusal'"),
+        ({"messages": [turn("user", "x", refusal="No."), ANSWER]}, r"messages\[0\] has the unknown key 'refusal'"),
         (
-            {"messages": [say("user", [{"type": "refusal", "refusal": "No."}]), ANSWER]},
+            {"messages": [turn("user", [{"type": "refusal", "refusal": "No."}]), ANSWER]},
             r"messages\[0\]\.content\[0\] is of the type 'refusal'",
         ),
-        ({"messages": [say("user", "x", weight=1), ANSWER]}, r"messages\[0\] has the unknown key 'weight'"),
-        ({"messages": [say("user", "x", tool_calls=[call()]), ANSWER]}, r"messages\[0\] has the unknown key 'tool_ca"),
+        ({"messages": [turn("user", "x", weight=1), ANSWER]}, r"messages\[0\] has the unknown key 'weight'"),
+        ({"messages": [turn("user", "x", tool_calls=[call()]), ANSWER]}, r"messages\[0\] has the unknown key 'tool_ca"),
         (
-            {"messages": [say("user", [{"type": "image_url", "image_url": {"url": "x"}}]), ANSWER]},
+            {"messages": [turn("user", [{"type": "image_url", "image_url": {"url": "x"}}]), ANSWER]},
             r"messages\[0\]\.content\[0\] is of the type 'image_url'; only parts like",
         ),
-        ({"messages": [say("user", []), ANSWER]}, r"messages\[0\]\.content is empty"),
+        ({"messages": [turn("user", []), ANSWER]}, r"messages\[0\]\.content is empty"),
         ({"messages": changed(tool_calls=[{"id": "x"}])}, r"messages\[1\]\.tool_calls\[0\] must be an object"),
         ({"messages": changed(tool_calls=[call("[]")])}, r"tool_calls\[0\]\.function\.arguments is '\[\]'"),
         ({"messages": changed(tool_calls=[call("{")])}, r"tool_calls\[0\]\.function\.arguments must be a JSON obj"),
         ({"messages": changed(tool_calls=[call(7)])}, r"tool_calls\[0\]\.function\.arguments is 7"),
         ({"messages": changed(tool_calls=[call(call_id="")])}, r"tool_calls\[0\]\.id is empty"),
         ({"messages": changed(function_call={"name": "f"})}, r"messages\[1\]\.function_call\.arguments is missing"),
-        ({"messages": [USER, say("tool", "x", tool_call_id="c1"), ANSWER]}, r"messages\[1\]\.tool_call_id is 'c1', wh"),
-        ({"messages": [USER, say("tool", "x"), ANSWER]}, r"messages\[1\]\.tool_call_id is missing"),
-        ({"messages": [USER, say("function", "x", name="parcel"), ANSWER]}, r"messages\[1\]\.name is 'parcel', which"),
+        (
+            {"messages": [USER, turn("tool", "x", tool_call_id="c1"), ANSWER]},
+            r"messages\[1\]\.tool_call_id is 'c1', w",
+        ),
+        ({"messages": [USER, turn("tool", "x"), ANSWER]}, r"messages\[1\]\.tool_call_id is missing"),
+        ({"messages": [USER, turn("function", "x", name="parcel"), ANSWER]}, r"messages\[1\]\.name is 'parcel', which"),
         ({"messages": changed(weight=0)}, "weight is 0 for every answer"),
     ],
 )
-def test_what_openai_refuses_is_refused_with_its_field(line: dict[str, Any], says: str) -> None:
-    with pytest.raises(LineError, match=says):
+def test_what_openai_refuses_is_refused_with_its_field(line: dict[str, Any], message: str) -> None:
+    with pytest.raises(LineError, match=message):
         read_conversation(line)
-    with pytest.raises(DatasetInvalid, match=f"train.jsonl, line 1: .*{says}"):
+    with pytest.raises(DatasetInvalid, match=f"train.jsonl, line 1: .*{message}"):
         example(line)
 
 
 def test_two_calls_are_answered_in_any_order() -> None:
-    calls = say("assistant", "One moment.", tool_calls=[call(), call(call_id="c2")])
-    results = [say("tool", "", tool_call_id="c2"), say("tool", "in Oslo", tool_call_id="c1")]
+    calls = turn("assistant", "One moment.", tool_calls=[call(), call(call_id="c2")])
+    results = [turn("tool", "", tool_call_id="c2"), turn("tool", "in Oslo", tool_call_id="c1")]
     found = read_conversation({"messages": [USER, calls, *results, ANSWER], "tools": [TOOL]})
     assert [message.get("tool_call_id") for message in found.messages[2:4]] == ["c2", "c1"]
 
 
 @pytest.mark.parametrize("line", [TOOLS, FUNCTIONS, {**TOOLS, "messages": TOOLS["messages"][:2]}])
 def test_tool_calls_are_trained_as_transformers_renders_them(line: dict[str, Any]) -> None:
-    """Each of the assistant's turns and its end, and nothing else."""
+    """Each assistant turn with its end token, and nothing else."""
     tokenizer, found = hermes(), example(line)
     oracle = PreTrainedTokenizerFast(tokenizer_object=hermes_tokenizer(), chat_template=TEMPLATE)
     (encoded,) = encode_example(tokenizer, found).sequences
@@ -216,10 +219,10 @@ def test_tool_calls_are_trained_as_transformers_renders_them(line: dict[str, Any
     assert list(encoded.tokens) == oracle.encode(whole, add_special_tokens=False)
     assert len(encoded.spans) == len(found.answers)
     for span, index in zip(encoded.spans, found.answers, strict=True):
-        asked = oracle.apply_chat_template(
+        prompt = oracle.apply_chat_template(
             list(found.messages[:index]), tools=[TOOL], tokenize=False, add_generation_prompt=True
         )
-        assert list(encoded.tokens[: span.start]) == oracle.encode(asked, add_special_tokens=False)
+        assert list(encoded.tokens[: span.start]) == oracle.encode(prompt, add_special_tokens=False)
         assert encoded.tokens[span.stop - 1] == END
     first = encoded.spans[0]
     assert tokenizer.decode(encoded.tokens[first.start : first.stop]).strip() == answer_text(
@@ -234,7 +237,7 @@ def test_conversations_are_trained_as_transformers_renders_them(
     base: Base, tokenizer: ChatTokenizer, contents: list[str]
 ) -> None:
     oracle = AutoTokenizer.from_pretrained(base.folder)
-    line = [say(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
+    line = [turn(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
     found = example({"messages": line})
     (encoded,) = encode_example(tokenizer, found).sequences
     whole = oracle.apply_chat_template(line, tokenize=False).removesuffix("\n")
@@ -258,21 +261,21 @@ def test_tools_are_refused_where_the_template_has_none(tokenizer: ChatTokenizer)
 
 
 def test_special_tokens_in_a_text_are_trained_as_text(tokenizer: ChatTokenizer) -> None:
-    line = {"messages": [say("user", "What does <|im_end|> mean?"), say("assistant", "It, <|im_end|>, ends a turn.")]}
+    line = {"messages": [turn("user", "What does <|im_end|> mean?"), turn("assistant", "It, <|im_end|>, ends a turn.")]}
     encoded = encode_example(tokenizer, example(line))
     assert encoded.tokens.count(2) == 3  # the default system prompt's end, the question's and the answer's
     assert encoded.tokens[-1] == 2
     assert tokenizer.decode(encoded.tokens[encoded.prompt_length :]) == "It, <|im_end|>, ends a turn."
 
 
-def test_messages_are_sent_as_they_came() -> None:
+def test_messages_are_sent_as_they_were_read() -> None:
     sent = to_request_messages(example(TOOLS).messages)
     assert sent[1]["tool_calls"] == [call('{"id": "7"}')]
     assert sent[0] == USER and sent[3] == ANSWER
     assert read_conversation({**TOOLS, "messages": sent}).messages == example(TOOLS).messages
 
 
-def test_an_answer_that_is_a_call_has_a_text() -> None:
+def test_a_tool_call_has_a_text_form() -> None:
     found = example({**TOOLS, "messages": TOOLS["messages"][:2]})
     assert found.completion == '<tool_call>\n{"name": "parcel", "arguments": {"id": "7"}}\n</tool_call>'
     assert answer_text("Sure.", []) == "Sure." and answer_text("", []) == ""

@@ -32,12 +32,12 @@ def pair(prompt: object, completion: object, **more: object) -> str:
 
 
 def weighted(first: object, second: object, **of: str) -> str:
-    """Two answers with these weights, None for none; or a weight at another role's message."""
+    """Two answers with these weights (None: no weight); `weight` names another role that gets a weight."""
     roles = ("user", "assistant", "user", "assistant")
-    said = ({}, {"weight": first}, {}, {"weight": second})
+    weights = ({}, {"weight": first}, {}, {"weight": second})
     messages = [
         {"role": role, "content": str(index)} | {key: value for key, value in own.items() if value is not None}
-        for index, (role, own) in enumerate(zip(roles, said, strict=True))
+        for index, (role, own) in enumerate(zip(roles, weights, strict=True))
     ]
     if of:
         messages[roles.index(of["weight"])]["weight"] = 1
@@ -70,26 +70,26 @@ def test_chat_and_completion_examples() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "older", "every"),
+    ("line", "for_last", "for_all"),
     [
         (weighted(None, None), [(3, 1.0)], [(1, 1.0), (3, 1.0)]),
         (weighted(0, 1), [(3, 1.0)], [(3, 1.0)]),
         (weighted(1, 0), [(1, 1.0)], [(1, 1.0)]),
         (weighted(0.5, 2), [(1, 0.5), (3, 2.0)], [(1, 0.5), (3, 2.0)]),
         (weighted(0, None), [(3, 1.0)], [(3, 1.0)]),
-        (weighted(None, 0), [(1, 1.0)], [(1, 1.0)]),  # as in OpenAI's format: no weight is 1 where others have one
+        (weighted(None, 0), [(1, 1.0)], [(1, 1.0)]),  # as in OpenAI's format, a missing weight is 1
     ],
 )
-def test_weights_say_what_is_trained_and_how_much(line: str, older: object, every: object) -> None:
+def test_weights_decide_which_answers_are_trained_and_how_much(line: str, for_last: object, for_all: object) -> None:
     (found,) = read(line).examples
-    assert (found.supervised_answers("last"), found.supervised_answers("all")) == (older, every)
+    assert (found.supervised_answers("last"), found.supervised_answers("all")) == (for_last, for_all)
 
 
 @pytest.mark.parametrize(
     ("line", "last"),
     [
         (weighted(None, None), [(3, 1.0)]),
-        (weighted(None, 1), [(3, 1.0)]),  # a weight of the last answer turns the first one on no more
+        (weighted(None, 1), [(3, 1.0)]),  # a weight on the last answer does not enable the first
         (weighted(1, 2), [(3, 2.0)]),
         (weighted(1, 0), []),
     ],
@@ -99,7 +99,7 @@ def test_training_can_be_limited_to_the_last_answer(line: str, last: object) -> 
     assert found.supervised_answers("only_last") == last
 
 
-def test_no_answer_is_left_where_the_last_has_no_weight(tokenizer: ChatTokenizer) -> None:
+def test_training_on_a_last_answer_of_weight_0_is_refused(tokenizer: ChatTokenizer) -> None:
     with pytest.raises(DatasetInvalid, match=r"line 1: messages\[3\]\.weight is 0, and only the last answer"):
         check_tokens(read(weighted(1, 0)), tokenizer, 100, "only_last")
 
@@ -108,7 +108,7 @@ def test_completion_data_may_have_a_weight() -> None:
     assert [found.weights for found in read(pair("a", "b"), pair("c", "d", weight=2)).examples] == [None, (2.0,)]
 
 
-def test_windows_line_ends_and_blank_lines_keep_the_count() -> None:
+def test_windows_line_ends_and_blank_lines_keep_line_numbers() -> None:
     raw = f"\r\n{GOOD}\r\n  \r\n\r\n{row('Hi', 'Hello', roles='ua')}\r\n".encode()
     assert [example.line for example in read_examples(raw, "train.jsonl").examples] == [2, 5]
     assert (
@@ -116,7 +116,7 @@ def test_windows_line_ends_and_blank_lines_keep_the_count() -> None:
     )
 
 
-def test_line_separators_within_a_text_end_no_line() -> None:
+def test_line_separators_within_a_text_do_not_end_a_line() -> None:
     text = "a\u2028b\u0085c"
     raw = json.dumps({"prompt": text, "completion": "x"}, ensure_ascii=False).encode()
     assert read_examples(raw, "train.jsonl").examples[0].prompt == text
@@ -127,7 +127,7 @@ def test_an_empty_system_message_is_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ("{", "it is not JSON: .* at character 2"),
         ('{"prompt": "a", "completion": "b", "weight": 1e999}', "it contains the number 1e999, which is too large"),
@@ -175,13 +175,13 @@ def test_an_empty_system_message_is_allowed() -> None:
         (pair("x", "y"), "it has another format than line 1"),
     ],
 )
-def test_a_bad_line_is_named(line: str, says: str) -> None:
+def test_a_bad_line_is_named(line: str, message: str) -> None:
     (problem,) = problems(f"{GOOD}\n\n{line}\n{GOOD}\n".encode())
-    assert re.match(f"train.jsonl, line 3: .*{says}", problem)
+    assert re.match(f"train.jsonl, line 3: .*{message}", problem)
 
 
 @pytest.mark.parametrize(
-    ("raw", "says"),
+    ("raw", "message"),
     [
         (b"", "train.jsonl: it is empty"),
         (b"\n \r\n", "train.jsonl: it is empty"),
@@ -195,12 +195,12 @@ def test_a_bad_line_is_named(line: str, says: str) -> None:
         (b'{"prompt": "\x81"}', "line 1: byte 13 is not UTF-8; save the file as"),
     ],
 )
-def test_a_bad_file_is_named(raw: bytes, says: str) -> None:
-    assert says in problems(raw)[0]
+def test_a_bad_file_is_named(raw: bytes, message: str) -> None:
+    assert message in problems(raw)[0]
 
 
 def test_a_byte_order_mark_is_accepted_at_every_line() -> None:
-    """Files that were concatenated have one in the middle."""
+    """Concatenated files have one in the middle."""
     raw = b"\xef\xbb\xbf" + f"{GOOD}\n".encode()
     assert [example.line for example in read_examples(raw + raw, "train.jsonl").examples] == [1, 2]
 
@@ -224,7 +224,7 @@ def test_too_few_examples() -> None:
     assert not any("at least" in problem for problem in problems(many, minimum=10))
 
 
-def test_a_foreign_value_is_shown_short_and_printable() -> None:
+def test_an_unexpected_value_is_shown_short_and_printable() -> None:
     (problem,) = problems(json.dumps({"messages": [{"role": "\x1b[31m" + "x" * 500, "content": "y"}]}).encode())
     assert problem.isprintable()
     assert len(problem) < 150
@@ -240,7 +240,7 @@ def test_repeated_examples_are_a_warning() -> None:
     assert "and 29 more" in warning
 
 
-def test_the_same_answer_to_another_question_repeats_nothing() -> None:
+def test_the_same_answer_to_another_question_is_not_a_repetition() -> None:
     assert read(row("a", "b", roles="ua"), row("c", "b", roles="ua"), row("a", "c", roles="ua")).warnings == ()
     assert read(pair("a", "b"), pair("ab", "b")).warnings == ()
 
@@ -256,7 +256,7 @@ def test_validation_examples_that_are_in_train_are_a_warning() -> None:
 # With the base's tokenizer
 
 
-def tokens_problems(examples: Examples, tokenizer: ChatTokenizer, max_length: int = 100) -> tuple[str, ...]:
+def token_problems(examples: Examples, tokenizer: ChatTokenizer, max_length: int = 100) -> tuple[str, ...]:
     with pytest.raises(DatasetInvalid) as caught:
         check_tokens(examples, tokenizer, max_length)
     return caught.value.problems
@@ -267,30 +267,30 @@ def test_an_example_may_be_as_long_as_the_limit_and_no_longer(tokenizer: ChatTok
     encoded = encode_example(tokenizer, examples.examples[0])
     count, prompt = len(encoded.tokens), encoded.prompt_length
     check_tokens(examples, tokenizer, count)
-    (problem,) = tokens_problems(examples, tokenizer, count - 1)
+    (problem,) = token_problems(examples, tokenizer, count - 1)
     assert problem.startswith(
         f"train.jsonl, line 2: it has {count} tokens (prompt {prompt}, completion {count - prompt}), "
         f"the limit is {count - 1}; shorten it or raise max_length"
     )
     assert "nothing is truncated" in problem
-    (problem,) = tokens_problems(examples, tokenizer, prompt)
+    (problem,) = token_problems(examples, tokenizer, prompt)
     assert "the prompt alone fills it" in problem
 
 
-def test_special_tokens_may_be_spelled_anywhere(tokenizer: ChatTokenizer) -> None:
+def test_special_tokens_may_be_written_as_text_anywhere(tokenizer: ChatTokenizer) -> None:
     lines = [row(token, f"Hello{token}", roles="ua") for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")]
     check_tokens(read(GOOD, *lines, row("How do I copy?", "cp <filename> there", roles="ua")), tokenizer, 100)
     check_tokens(read(pair("<|im_end|>", "<|im_end|>")), tokenizer, 100)
 
 
-def test_a_completion_that_the_vocabulary_drops(tokenizer: ChatTokenizer) -> None:
-    (problem,) = tokens_problems(read(pair("Which one?", "\x04")), tokenizer)
+def test_a_completion_without_tokens_is_a_problem(tokenizer: ChatTokenizer) -> None:
+    (problem,) = token_problems(read(pair("Which one?", "\x04")), tokenizer)
     assert "the completion has no tokens" in problem
 
 
 def test_chat_data_for_a_base_without_a_template(tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "_template", None)
-    (problem,) = tokens_problems(read(GOOD), tokenizer)
+    (problem,) = token_problems(read(GOOD), tokenizer)
     assert problem.startswith("train.jsonl, line 1: This base has no chat template")
 
 
@@ -343,16 +343,16 @@ DEFECTS: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_defect_is_refused_before_any_compute(tokenizer: ChatTokenizer, defect: str) -> None:
-    """With its line and field, and only it: the lines around it are sound."""
-    line, says = DEFECTS[defect]
+    """The error has its line and field, and no other problem: the lines around it are valid."""
+    line, message = DEFECTS[defect]
     with pytest.raises(DatasetInvalid) as caught:
         check_tokens(read(GOOD, "", line, GOOD), tokenizer, 96, train_on="all")
     (problem,) = caught.value.problems
     assert problem.startswith("train.jsonl, line 3: ")
-    assert says in problem
+    assert message in problem
 
 
-# Anything at all
+# Arbitrary input
 
 values = st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(),

@@ -38,7 +38,7 @@ def test_only_a_line_feed_ends_a_line(separator: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("row", "message"),
     [
         (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' twice"),
         (b"[NaN]", "NaN is not a number"),
@@ -55,19 +55,19 @@ def test_only_a_line_feed_ends_a_line(separator: str) -> None:
         (b"", "it is not JSON"),
     ],
 )
-def test_what_is_refused(row: bytes, says: str) -> None:
-    with pytest.raises(DatasetInvalid, match=says):
+def test_invalid_json_is_refused_with_a_reason(row: bytes, message: str) -> None:
+    with pytest.raises(DatasetInvalid, match=message):
         jsonl.parse(row)
 
 
 @pytest.mark.parametrize(
     "value", [10**300, -(2**64), "\U0001f600", [[]] * 100, {"a": ["[{" * 100]}, json.loads("[" * 64 + "]" * 64)]
 )
-def test_what_is_kept(value: Any) -> None:
+def test_large_and_nested_values_are_kept(value: Any) -> None:
     assert jsonl.parse(json.dumps(value)) == value
 
 
-def test_a_line_that_is_too_long_hides_no_other() -> None:
+def test_a_line_that_is_too_long_does_not_hide_others() -> None:
     long = b'"' + b"x" * (2 * jsonl.MAX_LINE) + b'"'
     found = [*jsonl.iter_rows(b"1\n" + long + b"\n2\n" + long)]
     assert [number for number, _ in found] == [1, 2, 3, 4]
@@ -75,12 +75,12 @@ def test_a_line_that_is_too_long_hides_no_other() -> None:
 
 
 @pytest.mark.parametrize("size", [jsonl.MAX_LINE - 1, jsonl.MAX_LINE, jsonl.MAX_LINE + 1])
-def test_a_line_about_as_long_as_the_limit_ends_where_it_ends(size: int) -> None:
+def test_a_line_near_the_limit_ends_at_its_line_feed(size: int) -> None:
     found = [*jsonl.iter_rows(b"1" * size + b"\n2\n")]
     assert [number for number, _ in found] == [1, 2] and found[1][1] == b"2"
 
 
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=3, max_size=20))
-def test_utf_8_text_is_not_taken_for_another_kind(text: str) -> None:
+def test_utf_8_text_is_not_taken_for_another_encoding(text: str) -> None:
     assert detect_kind(f'{{"a": "{text}"}}'.encode()) is None

@@ -1,4 +1,4 @@
-"""Bytes of tokens: joined they are the text, whatever kind of vocabulary it is."""
+"""Token bytes: joined, they are the text, for every kind of vocabulary."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_bytes_of_the_real_tokenizer_are_its_text(tokenizer: ChatTokenizer, text
 
 @settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 49151), max_size=60))
-def test_bytes_of_any_tokens_decode_as_they_do(tokenizer: ChatTokenizer, ids: list[int]) -> None:
+def test_bytes_of_any_tokens_decode_to_their_text(tokenizer: ChatTokenizer, ids: list[int]) -> None:
     assert joined(tokenizer.token_bytes, ids).decode(errors="replace") == tokenizer.decode(ids)
 
 
@@ -88,7 +88,7 @@ def test_bytes_of_sentencepiece_are_its_text(kind: str, text: str) -> None:
     assert joined(tokens, [1, *ids, 2]).decode() == tokenizer.decode(ids)
 
 
-def test_tokens_as_they_are_shown(tokenizer: ChatTokenizer) -> None:
+def test_tokens_are_displayed_as_text(tokenizer: ChatTokenizer) -> None:
     tokens = tokenizer.token_bytes
     assert [tokens.text(token) for token in tokenizer.encode_text("Hi you")] == ["Hi", " you"]
     assert [(tokens.text(token), tokens.bytes_of(token)) for token in (0, 2)] == [
@@ -116,7 +116,7 @@ def test_alternatives_with_the_same_text_have_different_names() -> None:
     logprobs = [(token, -1.0 - at) for at, token in enumerate(alike)]
     texts = TokenTexts(tokens)
     first = texts.translate(TokenLogprobs(alike[1], -2.0, tuple(logprobs)))
-    # The chosen token keeps its text; the space before the first is in none.
+    # The chosen token keeps its text; no text includes the space before the first token.
     assert first.token == TokenText("a", -2.0, b"a")
     assert [(top.text, top.logprob) for top in first.top] == [("\u2581a", -1.0), ("a", -2.0), ("<0x61>", -3.0)]
     later = texts.translate(TokenLogprobs(alike[0], -1.0, tuple(logprobs)))

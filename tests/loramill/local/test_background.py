@@ -1,4 +1,4 @@
-"""A command in the background is ready or gives its reason; settings as a command shows them."""
+"""A background command is ready, or its error is reported."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-#: Of a process of its own: pytest's would be forked with its threads.
+#: Runs in its own process: forking pytest's would copy its threads.
 SCRIPT = """
 import os, sys
 from pathlib import Path
@@ -34,24 +34,24 @@ os.waitpid(started.pid, 0)
 """
 
 
-def started(folder: Path, how: str) -> str:
-    command = [sys.executable, "-c", SCRIPT, str(folder), how]
+def run_in_background(folder: Path, mode: str) -> str:
+    command = [sys.executable, "-c", SCRIPT, str(folder), mode]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr == ""
     return done.stdout
 
 
 def test_it_returns_when_the_command_is_ready(tmp_path: Path) -> None:
-    assert started(tmp_path, "works") == ""
+    assert run_in_background(tmp_path, "works") == ""
     session, pid = (tmp_path / "session").read_text().split()
     assert session == pid, "it would end with the terminal"
     assert (tmp_path / "output").read_text() == "a line\n"
 
 
-def test_the_reason_is_given_if_the_command_ends_early(tmp_path: Path) -> None:
-    assert started(tmp_path, "fails") == "The port is taken.\n"
-    for how in ("breaks", "dies"):
-        assert started(tmp_path, how) == (
+def test_the_error_is_reported_if_the_command_ends_early(tmp_path: Path) -> None:
+    assert run_in_background(tmp_path, "fails") == "The port is taken.\n"
+    for mode in ("breaks", "dies"):
+        assert run_in_background(tmp_path, mode) == (
             f"The process ended without an error message; its output is in {tmp_path / 'output'}.\n"
         )
-    assert started(tmp_path, "breaks") and "ZeroDivisionError" in (tmp_path / "output").read_text()
+    assert run_in_background(tmp_path, "breaks") and "ZeroDivisionError" in (tmp_path / "output").read_text()

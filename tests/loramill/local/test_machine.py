@@ -1,4 +1,4 @@
-"""What a machine has: memory under limits, folders for sockets and shared memory, proxies to bypass."""
+"""The machine: memory limits, folders for sockets and shared memory, proxies to bypass."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ UNLIMITED = {**V1, "sys/fs/cgroup/memory/memory.limit_in_bytes": "92233720368547
         (UNLIMITED, 9_000_000 << 10, "this machine"),
     ],
 )
-def test_the_narrowest_limit_counts(tmp_path: Path, files: dict[str, str], free: int, bound: str) -> None:
+def test_the_lowest_limit_counts(tmp_path: Path, files: dict[str, str], free: int, bound: str) -> None:
     found = free_memory(system(tmp_path, files))
     assert found is not None and found.free_bytes == free and bound in found.limited_by
 
@@ -78,7 +78,7 @@ def test_too_little_memory_is_refused_with_the_figures(base: Base) -> None:
     check_memory(base, Settings(), MachineMemory(3 * GB, "this machine"))
 
 
-def test_what_is_needed_grows_with_the_base_and_not_where_a_gpu_holds_it(base: Base) -> None:
+def test_required_memory_excludes_weights_that_are_on_a_gpu(base: Base) -> None:
     weights = 134_515_008 * 2
     on_gpu = Settings(serve={"device": "cuda"}, jobs={"use_gpu": True})
     assert required_memory(base, Settings()) - required_memory(base, on_gpu) == 2 * weights
@@ -104,7 +104,7 @@ def test_another_users_folder_is_skipped(tmp_path: Path, monkeypatch: pytest.Mon
     assert socket_folder([str(tmp_path)]) == tmp_path / f"ray-{os.getuid()}"
 
 
-def test_the_object_store_leaves_shared_memory_that_is_too_small_or_not_there(tmp_path: Path) -> None:
+def test_the_object_store_avoids_small_or_missing_shared_memory(tmp_path: Path) -> None:
     assert object_store_folder(1, tmp_path, shared=tmp_path) is None
     assert object_store_folder(1 << 62, tmp_path, shared=tmp_path) == tmp_path
     assert object_store_folder(1, tmp_path, shared=tmp_path / "nowhere") == tmp_path

@@ -1,4 +1,4 @@
-"""Bad days of `loramill up`: one sentence that says what and how to mend, no traceback, nothing lost."""
+"""Failures of `loramill up`: one sentence with the cause and the fix, no traceback, no lost data."""
 
 from __future__ import annotations
 
@@ -53,48 +53,48 @@ def test_a_taken_port(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        said = one_sentence(up(tmp_path, LORAMILL_SERVE__PORT=str(port)))
-    assert str(port) in said
-    assert "--port" in said
+        message = one_sentence(up(tmp_path, LORAMILL_SERVE__PORT=str(port)))
+    assert str(port) in message
+    assert "--port" in message
 
 
 def test_a_broken_database_file_is_left_as_it_was(tmp_path: Path) -> None:
     broken = b"this is no database, but it may be somebody's" * 100
     (tmp_path / "loramill.db").write_bytes(broken)
-    said = one_sentence(up(tmp_path))
-    assert str(tmp_path / "loramill.db") in said
+    message = one_sentence(up(tmp_path))
+    assert str(tmp_path / "loramill.db") in message
     assert (tmp_path / "loramill.db").read_bytes() == broken
 
 
-def test_a_model_folder_that_is_no_model(tmp_path: Path) -> None:
+def test_a_base_folder_without_a_model(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    said = one_sentence(up(tmp_path / "home", LORAMILL_BASE=str(tmp_path / "model")))
-    assert str(tmp_path / "model") in said
-    assert "config.json" in said
+    message = one_sentence(up(tmp_path / "home", LORAMILL_BASE=str(tmp_path / "model")))
+    assert str(tmp_path / "model") in message
+    assert "config.json" in message
 
 
-def test_a_home_that_can_not_be_made(tmp_path: Path) -> None:
+def test_a_home_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    said = one_sentence(up(tmp_path / "file" / "home"))
-    assert "LORAMILL_HOME" in said
+    message = one_sentence(up(tmp_path / "file" / "home"))
+    assert "LORAMILL_HOME" in message
 
 
-def test_a_cache_that_can_not_be_made(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    said = one_sentence(up(tmp_path / "home", LORAMILL_CACHE=str(tmp_path / "file" / "cache")))
-    assert "LORAMILL_CACHE" in said and "is not writable" in said
+    message = one_sentence(up(tmp_path / "home", LORAMILL_CACHE=str(tmp_path / "file" / "cache")))
+    assert "LORAMILL_CACHE" in message and "is not writable" in message
 
 
-def test_the_reason_is_given_in_the_background_too(tmp_path: Path) -> None:
+def test_the_error_is_reported_with_detach_too(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    said = one_sentence(up(tmp_path / "home", "--detach", LORAMILL_BASE=str(tmp_path / "model")))
-    assert "config.json" in said
+    message = one_sentence(up(tmp_path / "home", "--detach", LORAMILL_BASE=str(tmp_path / "model")))
+    assert "config.json" in message
     assert processes.down(Settings.load(home=tmp_path / "home")) is False
 
 
 def test_an_unknown_setting(tmp_path: Path) -> None:
-    said = one_sentence(up(tmp_path, LORAMILL_SERVE__PROT="1"))
-    assert "prot" in said.lower()
+    message = one_sentence(up(tmp_path, LORAMILL_SERVE__PROT="1"))
+    assert "prot" in message.lower()
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,17 +111,17 @@ def test_a_home_that_is_in_use(tmp_path: Path) -> None:
         processes.home_lock(settings),
     ):
         pass
-    assert processes.down(settings) is False  # the lock went with its holder
+    assert processes.down(settings) is False  # the lock was released with its holder
 
 
 class Gateway(BaseHTTPRequestHandler):
     """Answers each path with the status that the test sets; other paths are 404."""
 
     statuses: ClassVar[dict[str, int]] = {}
-    asked: ClassVar[list[str]] = []
+    paths: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
-        self.asked.append(self.path)
+        self.paths.append(self.path)
         self.send_response(self.statuses.get(self.path, 404))
         self.send_header("content-length", "0")
         self.end_headers()
@@ -131,7 +131,7 @@ class Gateway(BaseHTTPRequestHandler):
 
 
 class Cluster:
-    """The child process, as far as it is watched."""
+    """Replaces the child process."""
 
     killed = False
 
@@ -151,36 +151,36 @@ class Cluster:
     ],
     ids=["database", "engine", "gateway"],
 )
-def test_a_cluster_is_ended_for_its_engine_but_not_its_database(
+def test_an_unhealthy_engine_ends_the_cluster_but_a_database_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statuses: dict[str, int], killed: bool
 ) -> None:
     monkeypatch.setattr(processes, "UNHEALTHY_SECONDS", 0.0)
     monkeypatch.setattr(Gateway, "statuses", statuses)
-    monkeypatch.setattr(Gateway, "asked", [])
+    monkeypatch.setattr(Gateway, "paths", [])
 
-    class Looks(threading.Event):
-        """Set after three looks, without a pause between them."""
+    class SetAfterThreeRequests(threading.Event):
+        """Set once the gateway has had three requests; `wait` does not pause."""
 
         def wait(self, timeout: float | None = None) -> bool:
-            return len(Gateway.asked) >= 3
+            return len(Gateway.paths) >= 3
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         settings = Settings.load(home=tmp_path, serve={"port": server.server_port})
         cluster: Any = Cluster()
-        processes.wait_unhealthy(settings, cluster, Looks())
+        processes.wait_unhealthy(settings, cluster, SetAfterThreeRequests())
         server.shutdown()
     assert cluster.killed is killed
 
 
 def test_an_unusable_store_is_reported_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    said = one_sentence(up(tmp_path / "home", LORAMILL_ARTIFACTS_URL=f"file://{tmp_path}/file/store"))
-    assert "artifacts_url" in said and "file/store" in said
+    message = one_sentence(up(tmp_path / "home", LORAMILL_ARTIFACTS_URL=f"file://{tmp_path}/file/store"))
+    assert "artifacts_url" in message and "file/store" in message
     assert not (tmp_path / "home" / "loramill.db").exists()
 
 
-def test_what_waits_for_another_base_is_counted(tmp_path: Path, base: Base) -> None:
+def test_jobs_for_other_bases_are_counted(tmp_path: Path, base: Base) -> None:
     settings = Settings.load(home=tmp_path)
     migrate(settings.database)
     assert list(processes.describe_other_bases(settings, base)) == []
@@ -220,15 +220,17 @@ def test_too_little_memory_is_refused_before_anything_runs(tmp_path: Path, monke
         processes.up(settings, console=Console(quiet=True))
 
 
-#: A cluster that fails as a script says; its standard input ends when it is to stop.
+#: What the script of a failed cluster does after its error; its standard input is closed to stop it.
 FAILS = {
-    "it ends": "sys.exit(3)",
-    "it goes on": "sys.stdin.read()",
+    "it exits": "sys.exit(3)",
+    "it keeps running": "sys.stdin.read()",
 }
 
 
-@pytest.mark.parametrize("then", FAILS.values(), ids=FAILS)
-def test_why_it_did_not_start_is_its_first_error(then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ending", FAILS.values(), ids=FAILS)
+def test_a_failed_start_is_reported_with_its_first_error(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = f"""
 import logging, sys
 sys.stdin.readline()
@@ -236,7 +238,7 @@ logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 logging.getLogger("loramill.cluster").error("The engine has no weights.")
 logging.getLogger("loramill.cluster").error("noise of the end")
 print("more noise", flush=True)
-{then}
+{ending}
 """
     monkeypatch.setattr(processes, "CLUSTER", ("-c", script))
     monkeypatch.setattr(processes, "ERROR_GRACE_SECONDS", 0.1)
@@ -255,11 +257,11 @@ def test_a_cluster_that_ends_without_output(tmp_path: Path, monkeypatch: pytest.
         processes.supervise(settings, Console(quiet=True), threading.Event(), lambda: None)
 
 
-class Answering(http.server.BaseHTTPRequestHandler):
-    """A gateway that is ready, or a proxy: it records its requests."""
+class RecordingHandler(http.server.BaseHTTPRequestHandler):
+    """A ready gateway, or a proxy; records the paths of its requests."""
 
     def do_GET(self) -> None:
-        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        self.server.paths.append(self.path)  # type: ignore[attr-defined]
         self.send_response(200)
         self.send_header("content-type", "application/json")
         self.end_headers()
@@ -270,9 +272,9 @@ class Answering(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def answering() -> Iterator[http.server.ThreadingHTTPServer]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
-        server.asked = []  # type: ignore[attr-defined]
+def recording_server() -> Iterator[http.server.ThreadingHTTPServer]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RecordingHandler) as server:
+        server.paths = []  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield server
@@ -290,44 +292,44 @@ def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("dead_proxy")
 def test_the_local_gateway_is_reached_without_a_proxy(
-    tmp_path: Path, answering: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, recording_server: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "CLUSTER", ("-c", "import sys; sys.stdin.read()"))
-    settings = Settings.load(home=tmp_path, serve={"port": answering.server_port}, api_key="lm-x")
+    settings = Settings.load(home=tmp_path, serve={"port": recording_server.server_port}, api_key="lm-x")
     processes.prepare_home(settings.home)
     monkeypatch.setattr(processes, "START_SECONDS", 20.0)
     stop = threading.Event()
     processes.supervise(settings, Console(quiet=True), stop, stop.set)
-    assert answering.asked[0] == "/readyz"  # type: ignore[attr-defined]
+    assert recording_server.paths[0] == "/readyz"  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("dead_proxy")
 def test_the_nightly_client_bypasses_the_proxy_for_this_machine_only(
-    answering: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+    recording_server: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def ask(url: str) -> None:
+    async def request(url: str) -> None:
         async with openai_client(url, "lm-x") as client:
             await client.models.list()
 
-    asyncio.run(ask(f"http://127.0.0.1:{answering.server_port}"))
-    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{answering.server_port}")
-    asyncio.run(ask("http://gateway.example:8400"))
-    assert answering.asked == ["/v1/models", "http://gateway.example:8400/v1/models"]  # type: ignore[attr-defined]
+    asyncio.run(request(f"http://127.0.0.1:{recording_server.server_port}"))
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{recording_server.server_port}")
+    asyncio.run(request("http://gateway.example:8400"))
+    assert recording_server.paths == ["/v1/models", "http://gateway.example:8400/v1/models"]  # type: ignore[attr-defined]
 
 
-def test_without_a_compiler_it_runs_and_says_so_once(
-    tmp_path: Path, answering: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+def test_a_missing_compiler_is_reported_once(
+    tmp_path: Path, recording_server: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(processes, "CLUSTER", ("-c", "import sys; sys.stdin.read()"))
-    monkeypatch.setattr(processes, "check_port", lambda settings: None)  # the gateway is there already
-    said, settings = io.StringIO(), Settings.load(home=tmp_path, serve={"port": answering.server_port})
+    monkeypatch.setattr(processes, "check_port", lambda settings: None)  # the gateway already uses the port
+    output, settings = io.StringIO(), Settings.load(home=tmp_path, serve={"port": recording_server.server_port})
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        processes.up(settings, console=Console(file=said), on_ready=lambda: signal.raise_signal(signal.SIGTERM))
+        processes.up(settings, console=Console(file=output), on_ready=lambda: signal.raise_signal(signal.SIGTERM))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert said.getvalue().count("no C compiler") == 1
-    assert "loramill is up" in said.getvalue() and "Stopped." in said.getvalue()
+    assert output.getvalue().count("no C compiler") == 1
+    assert "loramill is up" in output.getvalue() and "Stopped." in output.getvalue()

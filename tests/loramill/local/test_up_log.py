@@ -136,12 +136,12 @@ def test_a_full_log_is_moved_and_an_unwritable_one_is_reported(tmp_path: Path, m
     ClusterLog(tmp_path / "up.log", io.BytesIO(text.encode()), 7).close(10)
     both = (tmp_path / "up.log.1").read_text() + (tmp_path / "up.log").read_text()
     assert both.splitlines()[-1].endswith("line 59") and (tmp_path / "up.log").stat().st_size < 2100
-    away = ClusterLog(tmp_path / "nowhere" / "up.log", io.BytesIO(text.encode()), 7)
-    away.close(10)
-    assert away.reason is not None and "can't be written" in away.reason
+    unwritable = ClusterLog(tmp_path / "nowhere" / "up.log", io.BytesIO(text.encode()), 7)
+    unwritable.close(10)
+    assert unwritable.reason is not None and "can't be written" in unwritable.reason
 
 
-def test_what_processes_write_has_time_level_and_logger(
+def test_log_lines_of_processes_have_time_level_and_logger(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = logging.getLogger()

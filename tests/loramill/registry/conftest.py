@@ -16,7 +16,7 @@ FINGERPRINT = "b" * 64
 
 @pytest.fixture(scope="session")
 def postgresql_server() -> Iterator[str]:
-    """The URL of a server of our own, without a database's name."""
+    """The URL of a server for these tests, without a database name."""
     with PostgreSQL.installed() as server:
         server.start()
         yield server.url
@@ -24,7 +24,7 @@ def postgresql_server() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def postgresql_template(postgresql_server: str) -> str:
-    """The name of a migrated database that is copied for each test: faster than to migrate each."""
+    """The name of a migrated database that is copied for each test, which is faster than migrating."""
     _administer(postgresql_server, "CREATE DATABASE template_loramill")
     migrate(f"{postgresql_server}/template_loramill")
     return "template_loramill"

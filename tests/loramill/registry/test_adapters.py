@@ -41,7 +41,7 @@ def session(registry):
         yield session
 
 
-def test_ensure_makes_an_adapter_once_and_only_for_a_tenant(session):
+def test_get_or_create_makes_an_adapter_once_and_only_for_a_tenant(session):
     assert adapters.get_or_create(session, NAME) == adapters.get(session, "acme/support")
     with pytest.raises(NotFound, match="globex"):
         adapters.get_or_create(session, AdapterName("globex", "support"))
@@ -124,7 +124,7 @@ def test_a_version_of_another_adapter_is_refused(session):
         adapters.resolve(session, NAME, "cccccccc")
 
 
-def test_two_adapters_may_hold_the_same_content(session):
+def test_two_adapters_may_have_the_same_content(session):
     other = AdapterName("acme", "sales")
     adapters.get_or_create(session, other)
     adapters.add_version(session, a_version("aaaaaaaa1"))
@@ -137,8 +137,8 @@ def test_move_leaves_the_champion_alone(session):
     first, second = a_version("aaaaaaaa1"), a_version("aaaaaaaa22")
     adapters.add_version(session, first)
     adapters.add_version(session, second)
-    held = adapters.move(session, NAME, Alias.CHALLENGER, None, "worse")
-    assert (held.champion, held.challenger) == (first.id, None)
+    record = adapters.move(session, NAME, Alias.CHALLENGER, None, "worse")
+    assert (record.champion, record.challenger) == (first.id, None)
     with pytest.raises(Conflict):
         adapters.move(session, NAME, Alias.CHAMPION, second.id, "by the back door")
     with pytest.raises(Conflict):
@@ -166,7 +166,7 @@ def test_evaluations(session):
 
 
 class Aliases(RuleBasedStateMachine):
-    """The registry against three variables, whatever is published, promoted, rolled back, deleted and renamed."""
+    """The registry agrees with three variables after any publish, promotion, rollback, deletion and rename."""
 
     registry = None
 
@@ -249,20 +249,22 @@ class Aliases(RuleBasedStateMachine):
         self.name = to
 
     @rule()
-    def hold(self):
+    def clear_challenger(self):
         with self.registry.writing() as session:
             adapters.move(session, self.name, Alias.CHALLENGER, None, "test")
         self.challenger = None
 
     @invariant()
-    def record_agrees(self):
+    def registry_agrees(self):
         with self.registry.reading() as session:
             record = adapters.get(session, self.name)
             history = adapters.alias_history(session, self.name)
             versions = {version.id for version in adapters.list_versions(session, self.name)}
-        held = {alias: getattr(record, alias) for alias in Alias}
-        assert held == {"champion": self.champion, "challenger": self.challenger, "previous": self.previous}
-        assert held == {alias: next((move.version for move in history if move.alias is alias), None) for alias in Alias}
+        aliases = {alias: getattr(record, alias) for alias in Alias}
+        assert aliases == {"champion": self.champion, "challenger": self.challenger, "previous": self.previous}
+        assert aliases == {
+            alias: next((move.version for move in history if move.alias is alias), None) for alias in Alias
+        }
         assert versions == set(self.versions)
         assert bool(self.versions) == (record.champion is not None)
         assert record.champion is None or record.champion not in (record.previous, record.challenger)

@@ -33,7 +33,7 @@ NAME = AdapterName("acme", "support")
 
 
 def published(registry: Registry, make_spec, content: bytes, adapter: str = "acme/support") -> tuple[str, str]:
-    """A version with a job, a checkpoint, an evaluation and a whole-weights result; returns (version, job)."""
+    """A version with a job, a checkpoint, an evaluation and full weights; returns (version, job)."""
     version, result = registry.artifacts.put({"a": content}), registry.artifacts.put({"whole": content})
     spec = make_spec(adapter)
     with registry.writing() as session:
@@ -47,18 +47,18 @@ def published(registry: Registry, make_spec, content: bytes, adapter: str = "acm
     return version, job.id
 
 
-def rows(registry: Registry, but: tuple[str, ...] = ("audit", "usage")) -> dict[str, int]:
-    """How many rows each table has, without those that have none."""
+def rows(registry: Registry, without: tuple[str, ...] = ("audit", "usage")) -> dict[str, int]:
+    """Number of rows per table, without the empty tables."""
     with registry.reading() as session:
         counts = {
             table.name: len(session.execute(select(table)).all())
             for table in TableBase.metadata.sorted_tables
-            if table.name not in but
+            if table.name not in without
         }
     return {name: count for name, count in counts.items() if count}
 
 
-def test_an_adapter_goes_with_all_that_is_its_own_and_nothing_else(registry, make_spec):
+def test_an_adapter_is_deleted_with_its_own_rows_and_no_others(registry, make_spec):
     published(registry, make_spec, b"other", "globex/support")
     before = rows(registry)
     first, _ = published(registry, make_spec, b"1")
@@ -71,7 +71,7 @@ def test_an_adapter_goes_with_all_that_is_its_own_and_nothing_else(registry, mak
         removed = deletion.delete_adapter(session, NAME)
     assert (removed.versions, removed.jobs, removed.cancelled) == (2, 2, ())
     left = rows(registry)
-    # The tenant and its file stay; the nightly run itself is nobody's.
+    # The tenant and its file stay; the nightly run itself belongs to no tenant.
     assert left == before | {"tenants": 2, "datasets": 2, "nightly_runs": 1}
     with registry.writing() as session:
         with pytest.raises(NotFound):
@@ -82,7 +82,7 @@ def test_an_adapter_goes_with_all_that_is_its_own_and_nothing_else(registry, mak
     assert registry.sweep(older_than=-1) == 4
 
 
-def test_bytes_that_another_tenant_has_too_survive_the_sweep(registry, make_spec):
+def test_artifacts_that_another_tenant_has_too_survive_the_sweep(registry, make_spec):
     version, _ = published(registry, make_spec, b"equal")
     twin, _ = published(registry, make_spec, b"equal", "globex/bot")
     assert version == twin
@@ -111,7 +111,7 @@ def test_an_open_job_is_named_or_cancelled(registry, make_spec):
     with registry.writing() as session:
         removed = deletion.delete_adapter(session, NAME, cancel_jobs=True)
     assert set(removed.cancelled) == {queued.id, running.id}
-    # The worker that still trains it learns so at its next heartbeat, and can publish nothing.
+    # The next heartbeat of its worker reports the deletion; the worker can publish nothing.
     with pytest.raises(LeaseLost), registry.writing() as session:
         jobs.heartbeat(session, running.id, leased.attempt, jobs.JobProgress(1, 1), now=time.time(), seconds=60)
     version = VersionRecord(id="a" * 64, adapter="acme/support", job=running.id, base="b" * 64, bytes=1, created_at=1.0)
@@ -129,14 +129,14 @@ def test_an_open_job_is_named_or_cancelled(registry, make_spec):
         assert tenants.job_counts(session) == {"acme": (0, 1)}
 
 
-def test_a_version_goes_unless_something_points_to_it(registry, make_spec):
+def test_a_version_is_deleted_unless_an_alias_points_to_it(registry, make_spec):
     first, first_job = published(registry, make_spec, b"1")
     second, _ = published(registry, make_spec, b"2")
     third, _ = published(registry, make_spec, b"3")
     with registry.writing() as session:
         adapters.promote(session, NAME, second, "better")
-    for version, said in ((second, "is the champion"), (first, "previous champion"), (third, "challenger")):
-        with pytest.raises(Conflict, match=said), registry.writing() as session:
+    for version, message in ((second, "is the champion"), (first, "previous champion"), (third, "challenger")):
+        with pytest.raises(Conflict, match=message), registry.writing() as session:
             deletion.delete_version(session, NAME, version)
     with pytest.raises(Conflict, match="is the champion"), registry.writing() as session:
         deletion.delete_version(session, NAME, second, force=True)
@@ -144,8 +144,8 @@ def test_a_version_goes_unless_something_points_to_it(registry, make_spec):
         moves = len(adapters.alias_history(session, NAME))
         deletion.delete_version(session, NAME, first, force=True)
     with registry.writing() as session:
-        held = adapters.get(session, NAME)
-        assert (held.champion, held.challenger, held.previous) == (second, third, None)
+        record = adapters.get(session, NAME)
+        assert (record.champion, record.challenger, record.previous) == (second, third, None)
         history = adapters.alias_history(session, NAME)
         assert len(history) == moves + 1 and first not in {move.version for move in history}
         assert f"({first[:12]}, since deleted)" in history[-1].reason
@@ -171,7 +171,7 @@ def test_a_version_that_a_job_starts_from_is_kept(registry, make_spec):
         deletion.delete_version(session, NAME, first)
 
 
-def test_a_tenant_goes_and_what_stays_has_no_name(registry, make_spec):
+def test_rows_that_outlive_a_tenant_do_not_contain_its_name(registry, make_spec):
     published(registry, make_spec, b"other", "globex/support")
     with registry.writing() as session:
         _, key = api_keys.create(session, "globex")
@@ -262,8 +262,8 @@ def test_usage_that_a_gateway_counted_for_a_deleted_tenant_is_written(registry):
             usage.UsageItem("", "2026-01-01", "base", ""): usage.UsageCount(1, 2, 3),
             usage.UsageItem("globex", "2026-01-01", "base", ""): usage.UsageCount(1, 2, 3),
         }
-        meters = {"acme": RateWindow(1, requests=1), "globex": RateWindow(1, requests=1)}
-        usage.record_batch(session, "gateway-1", 1, counts, meters, now=1.0)
+        windows = {"acme": RateWindow(1, requests=1), "globex": RateWindow(1, requests=1)}
+        usage.record_batch(session, "gateway-1", 1, counts, windows, now=1.0)
     with registry.reading() as session:
         found = {(row.tenant, row.model): row.requests for row in usage.daily(session, None, "2026", "2027")}
     assert found == {(None, "base"): 1, ("globex", "base"): 1, ("(deleted)", "(deleted)"): 2}
@@ -277,7 +277,7 @@ def test_a_reference_to_something_deleted_is_a_conflict(registry):
         nightly.record_step(session, run, NAME, "collect", StepStatus.DONE, {})
 
 
-def test_everything_follows_a_new_name(registry, make_spec):
+def test_a_rename_changes_every_reference(registry, make_spec):
     _, done = published(registry, make_spec, b"1")
     second, _ = published(registry, make_spec, b"2")
     to = AdapterName("acme", "help")
@@ -316,14 +316,14 @@ def test_everything_follows_a_new_name(registry, make_spec):
         assert [each.name for each in adapters.list_adapters(session, "acme")] == ["acme/help"]
 
 
-def test_a_rename_that_would_mix_things_up_is_refused(registry, make_spec):
+def test_a_conflicting_rename_is_refused(registry, make_spec):
     published(registry, make_spec, b"1")
     published(registry, make_spec, b"2", "acme/sales")
-    for to, error, said in (
+    for to, error, message in (
         ("acme/sales", Conflict, "already"),
         ("globex/support", Exception, "of another tenant"),
     ):
-        with pytest.raises(error, match=said), registry.writing() as session:
+        with pytest.raises(error, match=message), registry.writing() as session:
             renaming.rename(session, NAME, AdapterName.parse(to))
     with registry.writing() as session:
         assert renaming.rename(session, NAME, NAME) == adapters.get(session, NAME)
@@ -348,7 +348,7 @@ with registry.writing() as session:
 
 def test_a_deletion_that_is_killed_has_changed_nothing(registry, make_spec, database_url, tmp_path):
     version, _ = published(registry, make_spec, b"1")
-    before = rows(registry, but=())
+    before = rows(registry, without=())
     process = subprocess.Popen(
         [sys.executable, "-c", _KILLED, database_url, (tmp_path / "artifacts").as_uri()],
         stdin=subprocess.PIPE,
@@ -359,7 +359,7 @@ def test_a_deletion_that_is_killed_has_changed_nothing(registry, make_spec, data
     assert process.stdout.readline() == "deleted\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert rows(registry, but=()) == before
+    assert rows(registry, without=()) == before
     with registry.writing() as session:
         deletion.delete_tenant(session, "acme")
     with registry.reading() as session:

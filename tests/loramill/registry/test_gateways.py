@@ -1,4 +1,4 @@
-"""Two gateways on one registry, on SQLite and PostgreSQL: what one changes, the other sees within a second."""
+"""Two gateways on one registry, on SQLite and PostgreSQL: a change by one reaches the other within a second."""
 
 from __future__ import annotations
 
@@ -49,38 +49,39 @@ def gateways(registry: Registry, database_url: str, tmp_path: Path) -> Iterator[
         yield addresses
 
 
-def test_what_one_gateway_changes_the_other_sees_within_a_second(registry: Registry, gateways: list[str]) -> None:
+def test_a_change_reaches_the_other_gateway_within_a_second(registry: Registry, gateways: list[str]) -> None:
     with registry.writing() as session:
         key, secret = api_keys.create(session, "acme")
         _, root = api_keys.create(session, None)
 
-    def as_who(address: str, secret: str) -> httpx.Client:
+    def client_of(address: str, secret: str) -> httpx.Client:
         return httpx.Client(base_url=address, headers={"authorization": f"Bearer {secret}"}, trust_env=False)
 
-    def ask(client: httpx.Client) -> httpx.Response:
+    def complete(client: httpx.Client) -> httpx.Response:
         return client.post("/v1/completions", json={"model": "acme/a", "prompt": "a b", "max_tokens": 1})
 
-    here, there = gateways
-    with as_who(here, root) as admin, as_who(here, secret) as mine, as_who(there, secret) as other:
+    first, second = gateways
+    with client_of(first, root) as admin, client_of(first, secret) as local, client_of(second, secret) as remote:
         for version, verb, body in (
             (VERSIONS[1], "promote", {"version": "challenger"}),
             (VERSIONS[0], "rollback", None),
         ):
-            assert ask(other).headers["x-loramill-version"] != version
+            assert complete(remote).headers["x-loramill-version"] != version
             admin.post(f"/v1/adapters/acme/a/{verb}", json=body).raise_for_status()
-            assert ask(mine).headers["x-loramill-version"] == version  # at once, where it was changed
+            # The gateway that made the change uses it immediately.
+            assert complete(local).headers["x-loramill-version"] == version
             time.sleep(1.0)
-            assert ask(other).headers["x-loramill-version"] == version
+            assert complete(remote).headers["x-loramill-version"] == version
         admin.post(
             "/v1/tenants/acme/limits", json={"concurrent_requests": 5, "requests_per_minute": 9}
         ).raise_for_status()
-        assert ask(mine).headers["x-ratelimit-remaining-requests"] == "8"
+        assert complete(local).headers["x-ratelimit-remaining-requests"] == "8"
         time.sleep(1.2)
-        assert ask(other).headers["x-ratelimit-remaining-requests"] == "7"
+        assert complete(remote).headers["x-ratelimit-remaining-requests"] == "7"
         admin.delete(f"/v1/keys/{key.id}").raise_for_status()
-        assert ask(mine).status_code == 401
+        assert complete(local).status_code == 401
         time.sleep(1.0)
-        assert ask(other).status_code == 401
+        assert complete(remote).status_code == 401
         rows = admin.get("/v1/usage").json()["data"]
     assert sum(row["requests"] for row in rows) == 8
     assert {row["version"] for row in rows} == set(VERSIONS)

@@ -1,4 +1,4 @@
-"""Nights: new data, runs and their steps."""
+"""Nightly runs: new data, runs and their steps."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_data_waits_until_it_is_collected(registry, files):
         assert nightly.collect(session, following, SUPPORT) is None
 
 
-def test_data_is_its_tenants_own(registry, files):
+def test_data_must_belong_to_the_adapters_tenant(registry, files):
     with registry.writing() as session:
         with pytest.raises(NotFound):
             nightly.add_data(session, AdapterName("globex", "bot"), files[0], None)
@@ -45,7 +45,7 @@ def test_data_is_its_tenants_own(registry, files):
         assert nightly.pending_data(session) == []
 
 
-def test_an_unfinished_run_goes_on(registry):
+def test_an_unfinished_run_is_resumed(registry):
     with registry.writing() as session:
         run = nightly.open_run(session)
     with registry.writing() as session:
@@ -59,12 +59,12 @@ def test_an_unfinished_run_goes_on(registry):
             nightly.finish_run(session, "night-0")
 
 
-def test_steps_say_how_they_stand(registry, files):
+def test_steps_have_a_status(registry, files):
     with registry.writing() as session:
         nightly.add_data(session, SUPPORT, files[0], None)
         run = nightly.open_run(session).id
-        begun = nightly.record_step(session, run, SUPPORT, "train", StepStatus.PENDING, {"job": "ftjob-1"})
-        assert begun.finished_at is None
+        pending = nightly.record_step(session, run, SUPPORT, "train", StepStatus.PENDING, {"job": "ftjob-1"})
+        assert pending.finished_at is None
         other = nightly.record_step(session, run, SUPPORT, "evaluate", StepStatus.FAILED, {})
     with registry.writing() as session:
         done = nightly.record_step(session, run, "acme/support", "train", StepStatus.DONE, {"version": "a" * 64})

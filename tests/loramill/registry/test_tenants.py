@@ -1,4 +1,4 @@
-"""Tenants, keys, datasets: whom things belong to."""
+"""Tenants, keys and datasets: ownership and access."""
 
 import hashlib
 import sqlite3
@@ -35,7 +35,7 @@ def test_a_tenants_name_is_checked(registry):
         tenants.create(session, "Not a name")
 
 
-def test_a_key_opens_until_it_is_revoked(registry, acme):
+def test_a_key_is_valid_until_it_is_revoked(registry, acme):
     with registry.writing() as session:
         key, secret = api_keys.create(session, "acme")
         admin, _ = api_keys.create(session, None)
@@ -99,7 +99,7 @@ def test_datasets_are_listed_in_pages_newest_first(registry, acme):
     assert first + second == made[::-1]
 
 
-def test_a_reader_can_not_write_and_a_failed_writer_leaves_nothing(registry: Registry, acme):
+def test_a_reader_cannot_write_and_a_failed_writer_leaves_nothing(registry: Registry, acme):
     with pytest.raises(Exception, match=r"read-only|cannot be used"), registry.reading() as session:
         tenants.create(session, "globex")
     with pytest.raises(ZeroDivisionError), registry.writing() as session:

@@ -1,4 +1,4 @@
-"""Usage, meters, limits and the audit in the record."""
+"""Usage, rate windows, limits and the audit in the registry."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def acme(registry):
         tenants.create(session, "globex")
 
 
-def write(registry, gateway, page, counts=None, meters=None, now=1000.0):
+def write(registry, gateway, batch, counts=None, windows=None, now=1000.0):
     with registry.writing() as session:
-        usage.record_batch(session, gateway, page, counts or {}, meters or {}, now=now)
+        usage.record_batch(session, gateway, batch, counts or {}, windows or {}, now=now)
 
 
-def others(registry, gateway, minute=20, now=1200.0):
+def windows_of_others(registry, gateway, minute=20, now=1200.0):
     with registry.reading() as session:
         return usage.peer_windows(session, gateway, minute=minute, now=now)
 
@@ -34,13 +34,13 @@ TUNED = UsageItem("acme", "2026-01-31", "acme/a", "f" * 64)
 BASE = UsageItem("acme", "2026-01-31", "tiny", "")
 
 
-def test_a_page_that_is_written_again_counts_once(registry: Registry) -> None:
-    for page, counts in (
+def test_a_batch_that_is_written_again_counts_once(registry: Registry) -> None:
+    for batch, counts in (
         (1, {TUNED: UsageCount(1, 10, 5)}),
         (1, {TUNED: UsageCount(1, 10, 5)}),
         (2, {TUNED: UsageCount(2, 1, 1)}),
     ):
-        write(registry, "one", page, counts)
+        write(registry, "one", batch, counts)
     write(registry, "two", 1, {TUNED: UsageCount(1, 0, 100), BASE: UsageCount(1, 2, 3)})
     with registry.reading() as session:
         tuned, base = usage.daily(session, "acme", "2026-01-01", "2026-12-31")
@@ -52,13 +52,13 @@ def test_a_page_that_is_written_again_counts_once(registry: Registry) -> None:
 def test_many_gateways_at_once_lose_nothing(registry: Registry) -> None:
     items = [UsageItem("acme", "2026-01-31", f"m{number}", "") for number in range(20)]
 
-    def keep(gateway: int) -> None:
-        for page in range(1, 6):
+    def record(gateway: int) -> None:
+        for batch in range(1, 6):
             order = items if gateway % 2 else items[::-1]
-            write(registry, str(gateway), page, {item: UsageCount(1, 1, 1) for item in order})
+            write(registry, str(gateway), batch, {item: UsageCount(1, 1, 1) for item in order})
 
     with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(keep, gateway) for gateway in range(4)]:
+        for done in [pool.submit(record, gateway) for gateway in range(4)]:
             done.result()
     with registry.reading() as session:
         assert {row.requests for row in usage.daily(session, None, "2026-01-31", "2026-01-31")} == {20}
@@ -76,40 +76,40 @@ def test_usage_by_day_and_tenant(registry: Registry) -> None:
         assert usage.daily(session, "nobody", days[0], days[2]) == []
 
 
-def test_gateways_hear_of_each_other(registry: Registry) -> None:
+def test_gateways_read_each_others_rate_windows(registry: Registry) -> None:
     now = RateWindow(20, requests=3, tokens=40, running_requests=2, reserved_tokens=7)
-    write(registry, "one", 1, meters={"acme": now, "globex": RateWindow(20, requests=1)}, now=1199.0)
-    write(registry, "one", 1, meters={"acme": RateWindow(20, requests=4)}, now=1199.5)
-    write(registry, "two", 1, meters={"acme": now}, now=1198.0)
-    assert others(registry, "one") == {"acme": [now]}
-    heard = others(registry, "three")
-    assert sorted(heard["acme"], key=lambda meter: meter.requests) == [now, RateWindow(20, requests=4)]
-    assert heard["globex"] == [RateWindow(20, requests=1)]
+    write(registry, "one", 1, windows={"acme": now, "globex": RateWindow(20, requests=1)}, now=1199.0)
+    write(registry, "one", 1, windows={"acme": RateWindow(20, requests=4)}, now=1199.5)
+    write(registry, "two", 1, windows={"acme": now}, now=1198.0)
+    assert windows_of_others(registry, "one") == {"acme": [now]}
+    found = windows_of_others(registry, "three")
+    assert sorted(found["acme"], key=lambda window: window.requests) == [now, RateWindow(20, requests=4)]
+    assert found["globex"] == [RateWindow(20, requests=1)]
 
 
-def test_nothing_runs_on_a_gateway_that_is_silent_but_its_minute_counts(registry: Registry) -> None:
+def test_a_silent_gateway_runs_nothing_but_its_minute_counts(registry: Registry) -> None:
     write(
         registry,
         "dead",
         1,
-        meters={"acme": RateWindow(20, requests=3, running_requests=2, reserved_tokens=9)},
+        windows={"acme": RateWindow(20, requests=3, running_requests=2, reserved_tokens=9)},
         now=1194.0,
     )
-    assert others(registry, "one") == {"acme": [RateWindow(20, requests=3)]}
-    assert others(registry, "one", now=1198.9)["acme"][0].running_requests == 2
+    assert windows_of_others(registry, "one") == {"acme": [RateWindow(20, requests=3)]}
+    assert windows_of_others(registry, "one", now=1198.9)["acme"][0].running_requests == 2
     long_ago = RateWindow(10, requests=3, running_requests=1)
-    write(registry, "busy", 1, meters={"globex": long_ago}, now=1199.0)
-    assert others(registry, "one")["globex"] == [long_ago]
-    write(registry, "busy", 1, meters={"globex": RateWindow(10, requests=3)}, now=1199.0)
-    assert "globex" not in others(registry, "one")
+    write(registry, "busy", 1, windows={"globex": long_ago}, now=1199.0)
+    assert windows_of_others(registry, "one")["globex"] == [long_ago]
+    write(registry, "busy", 1, windows={"globex": RateWindow(10, requests=3)}, now=1199.0)
+    assert "globex" not in windows_of_others(registry, "one")
 
 
-def test_forgotten_gateways_leave_their_usage(registry: Registry) -> None:
+def test_deleted_gateways_leave_their_usage(registry: Registry) -> None:
     write(registry, "old", 3, {TUNED: UsageCount(1, 1, 1)}, {"acme": RateWindow(20, requests=1)}, now=1000.0)
-    write(registry, "new", 1, meters={"acme": RateWindow(20, requests=2)}, now=1100.0)
+    write(registry, "new", 1, windows={"acme": RateWindow(20, requests=2)}, now=1100.0)
     with registry.writing() as session:
         usage.delete_silent_gateways(session, 1050.0)
-    assert others(registry, "me") == {"acme": [RateWindow(20, requests=2)]}
+    assert windows_of_others(registry, "me") == {"acme": [RateWindow(20, requests=2)]}
     write(registry, "old", 4, {TUNED: UsageCount(1, 1, 1)})
     with registry.reading() as session:
         assert usage.daily(session, None, "2026-01-31", "2026-01-31")[0].requests == 2
@@ -119,21 +119,21 @@ def test_limits(registry: Registry) -> None:
     with registry.writing() as session:
         assert tenants.get(session, "acme").stored_bytes is None
         tenants.check_storage_quota(session, "acme", 10**15)
-        given = Limits(requests_per_minute=3, tokens_per_minute=2**40, concurrent_requests=2, stored_bytes=100)
-        assert tenants.set_limits(session, "acme", given) == tenants.get(session, "acme")
+        limits = Limits(requests_per_minute=3, tokens_per_minute=2**40, concurrent_requests=2, stored_bytes=100)
+        assert tenants.set_limits(session, "acme", limits) == tenants.get(session, "acme")
         assert tenants.get(session, "acme").tokens_per_minute == 2**40
         datasets.create(session, "acme", "a.jsonl", "a" * 64, 60, 1)
         datasets.create(session, "globex", "a.jsonl", "a" * 64, 60, 1)
-        for hold in (False, True):
-            tenants.check_storage_quota(session, "acme", 40, lock=hold)
+        for lock in (False, True):
+            tenants.check_storage_quota(session, "acme", 40, lock=lock)
             with pytest.raises(QuotaExceeded, match="stores 60 bytes and may store 100"):
-                tenants.check_storage_quota(session, "acme", 41, lock=hold)
+                tenants.check_storage_quota(session, "acme", 41, lock=lock)
         assert tenants.set_limits(session, "acme", Limits()).stored_bytes is None
         with pytest.raises(NotFound):
             tenants.set_limits(session, "nobody", Limits())
 
 
-def test_two_uploads_at_once_do_not_both_take_the_last_room(registry: Registry) -> None:
+def test_concurrent_uploads_do_not_exceed_the_storage_quota(registry: Registry) -> None:
     with registry.writing() as session:
         tenants.set_limits(session, "acme", Limits(stored_bytes=100))
 
@@ -170,16 +170,16 @@ def test_keys_expire_and_have_scopes(registry: Registry, monkeypatch: pytest.Mon
             api_keys.authenticate(session, secret)
 
 
-def test_the_audit_goes_with_its_change(registry: Registry) -> None:
-    def note(session, subject, tenant):
+def test_an_audit_entry_is_part_of_its_transaction(registry: Registry) -> None:
+    def record_change(session, subject, tenant):
         return audit.record(
             session, tenant=tenant, actor=None, key="key-1", action="x.y", subject=subject, request="req-1", n=1
         )
 
     with registry.writing() as session:
-        first, second = note(session, "a", "acme"), note(session, "b", "globex")
+        first, second = record_change(session, "a", "acme"), record_change(session, "b", "globex")
     with pytest.raises(ZeroDivisionError), registry.writing() as session:
-        note(session, "c", "acme")
+        record_change(session, "c", "acme")
         raise ZeroDivisionError
     with registry.reading() as session:
         assert audit.list_changes(session, None) == [second, first]

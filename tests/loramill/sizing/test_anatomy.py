@@ -1,4 +1,4 @@
-"""A base's anatomy from its numbers, against transformers' own model of the same config."""
+"""A base's anatomy computed from its config, against transformers' own model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def config_of(family: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_numbers_are_the_models_own(family: str) -> None:
+def test_the_anatomy_equals_that_of_the_model(family: str) -> None:
     config = config_of(family)
     computed, built = anatomy(config), _transformers_anatomy(config, config["architectures"][0])
     assert (computed.linears, computed.embedding_weights, computed.other_weights) == (
@@ -53,14 +53,14 @@ def test_the_numbers_are_the_models_own(family: str) -> None:
     assert (computed.hidden, computed.intermediate, computed.vocabulary) == (48, 80, 101)
 
 
-def test_the_built_in_base_is_what_its_name_says(base) -> None:
+def test_the_built_in_base_has_135m_parameters(base) -> None:
     found = anatomy(read_config(str(base.folder)))
     assert found.parameters == 134_515_008
     assert len(found.linears) == 30 * 7
     assert linears(read_config(str(base.folder / "config.json"))) == found.linears
 
 
-def test_an_architecture_that_transformers_alone_knows_is_built_without_weights() -> None:
+def test_other_architectures_are_built_by_transformers_without_weights() -> None:
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 32, "n_head": 2, "n_layer": 2}
     found = anatomy(config)
     assert {(each.suffix, each.d_in, each.d_out) for each in found.linears} == {
@@ -78,19 +78,19 @@ SIZES = pytest.mark.parametrize(
 )
 
 
-def test_a_published_size_is_that_llama() -> None:
+def test_a_published_size_is_the_llama_of_that_size() -> None:
     for size, published in (("8B", LLAMA_3_8B), ("65b", LLAMA_65B)):
         assert anatomy(read_config(size)).linears == anatomy(published).linears
         assert anatomy(read_config(size)).vocabulary == published["vocab_size"]
 
 
 @SIZES
-def test_a_size_is_a_llama_of_about_so_many_weights(size: str, published: dict[str, object] | None) -> None:
+def test_a_size_is_a_llama_of_about_that_many_parameters(size: str, published: dict[str, object] | None) -> None:
     found = anatomy(read_config(size)).parameters
-    wanted = float(size[:-1]) * (1e6 if size.endswith("M") else 1e9)
-    assert found == pytest.approx(wanted, rel=0.12)
+    expected = float(size[:-1]) * (1e6 if size.endswith("M") else 1e9)
+    assert found == pytest.approx(expected, rel=0.12)
     if published is not None:
-        assert anatomy(published).parameters == pytest.approx(wanted, rel=0.02)
+        assert anatomy(published).parameters == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -107,17 +107,17 @@ def test_a_damaged_config_is_named(tmp_path: Path, content: str, fragment: str) 
         anatomy(read_config(str(tmp_path)))
 
 
-def test_an_architecture_that_nobody_knows_is_refused() -> None:
+def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(BaseUnusable, match="NoSuchForCausalLM"):
         anatomy({"architectures": ["NoSuchForCausalLM"], "model_type": "no-such"})
 
 
-def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="no base 'nothing'"):
         find_config("nothing", tmp_path)
 
 
-def test_sizing_a_llama_imports_no_torch(tmp_path: Path) -> None:
+def test_sizing_a_llama_does_not_import_torch(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
     code = (
         "import sys; from loramill.sizing import anatomy, fit_spec, read_config;"

@@ -1,4 +1,4 @@
-"""The prediction against the memory that training really takes: what torch allocates, and what the process grows to."""
+"""The prediction against the memory that training takes: torch's allocations, and the growth of the process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def config() -> LlamaConfig:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "options",
     [
         {},
         {"rank": 32, "dropout": 0.1},
@@ -52,9 +52,9 @@ def config() -> LlamaConfig:
     ],
     ids=str,
 )
-def test_what_torch_allocates_is_foretold(config: LlamaConfig, said: dict[str, object], tmp_path: Path) -> None:
-    own = {name: value for name, value in said.items() if name != "dtype"}
-    dtype = said.get("dtype", torch.bfloat16)
+def test_torch_allocates_the_predicted_size(config: LlamaConfig, options: dict[str, object], tmp_path: Path) -> None:
+    own = {name: value for name, value in options.items() if name != "dtype"}
+    dtype = options.get("dtype", torch.bfloat16)
     spec = JobSpec.model_validate(
         {"base": "0" * 64, "adapter": "a/b", "train": "t", "steps": 2, "batch_size": 32, "micro_tokens": 256} | own
     )
@@ -76,10 +76,10 @@ def test_what_torch_allocates_is_foretold(config: LlamaConfig, said: dict[str, o
         spec, anatomy(config.to_dict() | {"architectures": ["LlamaForCausalLM"]}), "none", row, "cpu", dtype.itemsize
     )
     sizes = {item.name: item.bytes for item in needed.items}
-    # torch's allocator sees neither the process nor malloc's losses, and the base is there before; a checkpoint is
-    # written only at the end.
-    seen = sum(size for name, size in sizes.items() if name not in ("framework", "fragments", "base", "checkpoint"))
-    assert seen == pytest.approx(peak(profiled), rel=0.06)
+    # torch's allocator counts neither the process nor malloc's fragmentation; the base is loaded before, and a
+    # checkpoint is written only at the end.
+    visible = sum(size for name, size in sizes.items() if name not in ("framework", "fragments", "base", "checkpoint"))
+    assert visible == pytest.approx(peak(profiled), rel=0.06)
 
 
 def peak(profiled: profile) -> int:
@@ -93,7 +93,7 @@ def peak(profiled: profile) -> int:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="`loramill-bench train` measures the GPU")
-def test_a_process_grows_to_what_was_foretold() -> None:
+def test_memory_grows_to_the_predicted_size() -> None:
     case = Case("small", rank=4, targets=("q_proj", "v_proj"), batch_size=2, length=64, micro_tokens=128)
     device, measured = measure(case)
     assert predicted(case, device).bytes == pytest.approx(measured, rel=CPU_ERROR)

@@ -1,4 +1,4 @@
-"""What a job needs, what is chosen so that it fits, and what would fit."""
+"""The memory that a job needs, the options that are chosen so that it fits, and the alternatives of a refusal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GIB = 2**30
 
 
 def llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, object]:
-    """A published Llama's config, as far as memory depends on it."""
+    """The parts of a published Llama's config that determine its memory."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -51,7 +51,9 @@ def spec(**fields: object) -> JobSpec:
     )
 
 
-def question(config: dict[str, object], quantization: str, gpu: str, job: JobSpec, sharers: int = 1) -> SizingRequest:
+def sizing_request(
+    config: dict[str, object], quantization: str, gpu: str, job: JobSpec, sharers: int = 1
+) -> SizingRequest:
     return SizingRequest(
         spec=job,
         base=anatomy(config),
@@ -63,60 +65,60 @@ def question(config: dict[str, object], quantization: str, gpu: str, job: JobSpe
 
 
 def test_65b_in_nf4_at_rank_64_fits_48_gb() -> None:
-    found = plan(question(LLAMA_65B, "nf4", "48GB", spec(rank=64)))
+    found = plan(sizing_request(LLAMA_65B, "nf4", "48GB", spec(rank=64)))
     assert found.memory.bytes <= 48 * GIB
     assert found.spec.gradient_checkpointing
 
 
 def test_65b_in_bf16_does_not_fit_48_gb_and_nf4_is_named() -> None:
     with pytest.raises(DoesNotFit) as refused:
-        plan(question(LLAMA_65B, "none", "48GB", spec(rank=64)))
+        plan(sizing_request(LLAMA_65B, "none", "48GB", spec(rank=64)))
     assert any("nf4" in words for words in refused.value.nearest)
 
 
 def test_70b_in_nf4_does_not_fit_24_gb() -> None:
     with pytest.raises(DoesNotFit, match="most of it is base"):
-        plan(question(LLAMA_2_70B, "nf4", "24GB", spec(rank=1, max_length=8)))
+        plan(sizing_request(LLAMA_2_70B, "nf4", "24GB", spec(rank=1, max_length=8)))
 
 
 def test_8b_in_nf4_at_rank_16_and_2048_tokens_fits_24_gb() -> None:
-    found = plan(question(LLAMA_3_8B, "nf4", "24GB", spec(rank=16, max_length=2048)))
+    found = plan(sizing_request(LLAMA_3_8B, "nf4", "24GB", spec(rank=16, max_length=2048)))
     assert found.row.tokens >= 2048
     assert found.memory.bytes <= 24 * GIB
 
 
 def test_full_fine_tuning_of_8b_fits_80_gb_by_offload_alone() -> None:
-    found = plan(question(LLAMA_3_8B, "none", "80GB", spec(method="full")))
+    found = plan(sizing_request(LLAMA_3_8B, "none", "80GB", spec(method="full")))
     assert found.spec.offload != "none"
     assert found.memory.host_bytes > 12 * found.memory.items[1].bytes / 2
     with pytest.raises(DoesNotFit) as refused:
-        plan(question(LLAMA_3_8B, "none", "80GB", spec(method="full", offload="none")))
+        plan(sizing_request(LLAMA_3_8B, "none", "80GB", spec(method="full", offload="none")))
     assert any("offload" in words for words in refused.value.nearest)
 
 
-def test_what_was_said_stays_and_what_was_not_is_chosen() -> None:
-    said = spec(max_length=2048, gradient_checkpointing=False, micro_tokens=4096)
+def test_given_options_stay_and_the_others_are_chosen() -> None:
+    job = spec(max_length=2048, gradient_checkpointing=False, micro_tokens=4096)
     with pytest.raises(DoesNotFit) as refused:
-        plan(question(LLAMA_3_8B, "nf4", "12GB", said))
+        plan(sizing_request(LLAMA_3_8B, "nf4", "12GB", job))
     assert "gradient_checkpointing = true" in " ".join(refused.value.nearest)
-    assert plan(question(LLAMA_3_8B, "nf4", "12GB", spec(max_length=2048))).spec.gradient_checkpointing
+    assert plan(sizing_request(LLAMA_3_8B, "nf4", "12GB", spec(max_length=2048))).spec.gradient_checkpointing
 
 
-def test_a_share_of_a_gpu_is_what_must_hold_the_job() -> None:
-    whole = plan(question(LLAMA_3_8B, "nf4", "80GB", spec()))
-    half = plan(question(LLAMA_3_8B, "nf4", "80GB", spec(), sharers=2))
+def test_a_job_must_fit_into_its_share_of_a_gpu() -> None:
+    whole = plan(sizing_request(LLAMA_3_8B, "nf4", "80GB", spec()))
+    half = plan(sizing_request(LLAMA_3_8B, "nf4", "80GB", spec(), sharers=2))
     assert half.memory.bytes <= half.pool.device_bytes // 2 < whole.memory.bytes * 2
     assert half.sharers >= 2
 
 
-def test_a_gpu_is_given_longer_passes_than_a_cpu() -> None:
-    asked = question(SMALL, "none", "24GB", spec(batch_size=64))
-    assert plan(asked).spec.micro_tokens > 256
-    assert plan(SizingRequest(**{**vars_of(asked), "pool": GpuPool("cpu", 24 * GIB)})).spec.micro_tokens == 256
+def test_passes_are_longer_on_a_gpu_than_on_a_cpu() -> None:
+    request = sizing_request(SMALL, "none", "24GB", spec(batch_size=64))
+    assert plan(request).spec.micro_tokens > 256
+    assert plan(SizingRequest(**{**fields_of(request), "pool": GpuPool("cpu", 24 * GIB)})).spec.micro_tokens == 256
 
 
-def vars_of(asked: SizingRequest) -> dict[str, object]:
-    return {name: getattr(asked, name) for name in SizingRequest.__slots__}
+def fields_of(request: SizingRequest) -> dict[str, object]:
+    return {name: getattr(request, name) for name in SizingRequest.__slots__}
 
 
 def test_nf4_bytes_are_those_of_bitsandbytes() -> None:
@@ -125,20 +127,20 @@ def test_nf4_bytes_are_those_of_bitsandbytes() -> None:
 
     weight = torch.randn(1024, 2048).bfloat16()
     packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
-    kept = [packed, state.absmax, state.state2.absmax]
-    assert sum(each.nbytes for each in kept) == NF4_BYTES * weight.numel()
+    parts = [packed, state.absmax, state.state2.absmax]
+    assert sum(part.nbytes for part in parts) == NF4_BYTES * weight.numel()
 
 
 def test_only_a_gpu_keeps_nf4_in_four_bits() -> None:
     base = anatomy(LLAMA_3_8B)
     assert base_bytes(base, "nf4", "cuda") == pytest.approx(6.98e9 * NF4_BYTES + 2 * 1.0506e9, rel=1e-3)
-    # The file's pages stay mapped beside the rounded values.
+    # The file's pages stay mapped in addition to the rounded values.
     assert base_bytes(base, "nf4", "cpu") == pytest.approx(2 * base.parameters + 2 * 6.98e9, rel=1e-3)
     assert base_bytes(base, "none", "cpu") == base_bytes(base, "int8", "cuda") == 2 * base.parameters
 
 
 @pytest.mark.parametrize(
-    ("said", "param"),
+    ("options", "param"),
     [
         ({"targets": ("w_pack",)}, "loramill.targets"),
         ({"targets": ("all-linear", "q_proj")}, "loramill.targets"),
@@ -149,11 +151,13 @@ def test_only_a_gpu_keeps_nf4_in_four_bits() -> None:
         ({"alpha_pattern": {"(": 4.0}}, "loramill.alpha_pattern"),
     ],
 )
-def test_what_matches_nothing_is_refused_by_name(tmp_path: Path, said: dict[str, object], param: str) -> None:
+def test_an_option_that_matches_nothing_is_refused_by_name(
+    tmp_path: Path, options: dict[str, object], param: str
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     base = Base("small", tmp_path, "0" * 64, "LlamaForCausalLM", 8192)
     with pytest.raises(InvalidRequest) as refused:
-        check_targets(spec(**said), base)
+        check_targets(spec(**options), base)
     assert refused.value.param == param
 
 
@@ -164,13 +168,13 @@ def test_targets_layers_and_patterns_that_match_pass(tmp_path: Path) -> None:
     check_targets(spec(targets=("self_attn.q_proj", "up_proj"), layers=(0, 3), alpha_pattern={"up_proj": 1.0}), base)
 
 
-def test_fitted_leaves_a_spec_alone_where_the_pool_is_not_sized(tmp_path: Path) -> None:
+def test_fit_spec_changes_nothing_if_the_pool_has_no_size(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     base = Base("small", tmp_path, "0" * 64, "LlamaForCausalLM", 8192)
     job = spec()
     assert fit_spec(job, base, [100], JobSettings()) == (job, None)
-    chosen, told = fit_spec(job, base, [100], JobSettings(device_bytes=4 * GIB))
-    assert (chosen, "of 4.29 GB" in (told or "")) == (job, True)
+    chosen, explanation = fit_spec(job, base, [100], JobSettings(device_bytes=4 * GIB))
+    assert (chosen, "of 4.29 GB" in (explanation or "")) == (job, True)
     with pytest.raises(DoesNotFit) as refused:
         fit_spec(job.model_copy(update={"rank": 256}), base, [100], JobSettings(device_bytes=GIB // 4))
     assert refused.value.nearest == ()
@@ -184,7 +188,7 @@ def test_gpus_by_size_or_name(text: str, gib: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "big", "-3GB", "24TB2"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_an_invalid_size_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest):
         memory_bytes(text)
 
@@ -216,17 +220,17 @@ def jobs(draw: st.DrawFn) -> JobSpec:
     st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
-def test_a_plan_fits_and_so_do_the_nearest_of_a_refusal(job, config, quantization, gib, sharers, cpu) -> None:
+def test_a_plan_fits_and_so_do_the_alternatives_of_a_refusal(job, config, quantization, gib, sharers, cpu) -> None:
     pool = GpuPool("cpu", gib * GIB) if cpu else GpuPool("cuda", gib * GIB, sharers)
-    asked = SizingRequest(
+    request = SizingRequest(
         job, anatomy(config), quantization, (job.max_length,), pool, frozenset(ADJUSTABLE) - job.model_fields_set
     )
     try:
-        found = plan(asked)
+        found = plan(request)
     except DoesNotFit as refused:
-        assert fastest_fit(asked) is None
-        others = nearest_fits(asked)
-        assert [words for words, _ in others] == list(refused.nearest)
+        assert fastest_fit(request) is None
+        others = nearest_fits(request)
+        assert [text for text, _ in others] == list(refused.nearest)
         assert all(plan(changed).memory.bytes <= changed.pool.budget_bytes for _, changed in others)
     else:
         assert found.memory.bytes <= pool.budget_bytes
@@ -240,22 +244,22 @@ GROWTH = ("rank", "max_length", "micro_tokens", "batch_size", "layers", "hidden"
 
 @given(jobs(), st.sampled_from(GROWTH), st.integers(1, 500), st.sampled_from(["none", "int8", "nf4"]))
 @settings(max_examples=100, deadline=None)
-def test_more_of_anything_never_needs_less(job, what, more, quantization) -> None:
+def test_more_of_anything_never_needs_less(job, field, more, quantization) -> None:
     grown, config, larger = job, SMALL, SMALL
-    if what == "layers":
+    if field == "layers":
         larger = {**SMALL, "num_hidden_layers": 4 + more}
-    elif what == "hidden":
+    elif field == "hidden":
         larger = {**SMALL, "hidden_size": 64 + 4 * more}
-    elif what == "vocabulary":
+    elif field == "vocabulary":
         larger = {**SMALL, "vocab_size": 500 + more}
     else:
-        grown = job.model_copy(update={what: getattr(job, what) + more})
+        grown = job.model_copy(update={field: getattr(job, field) + more})
     assert bytes_of(job, config, quantization) <= bytes_of(grown, larger, quantization)
 
 
 def bytes_of(job: JobSpec, config: dict[str, object], quantization: str) -> int:
-    asked = question(config, quantization, "24GB", job)
-    return plan_as_is(asked, job).memory.bytes
+    request = sizing_request(config, quantization, "24GB", job)
+    return plan_as_is(request, job).memory.bytes
 
 
 @given(st.integers(1, 16), st.integers(1, 600), st.booleans(), st.integers(0, 40), st.data())
@@ -270,9 +274,9 @@ def test_no_pass_of_a_step_is_larger_than_its_row(size, limit, packing, prefix, 
         EncodedExample((*start, *(draw.randrange(1000) for _ in range(length)))[:length], max(1, length - 2))
         for length in lengths
     ]
-    # A step may also take an example twice, which then is all that its row begins with.
+    # A step may also take an example twice; the whole example is then the shared prefix.
     row = largest_row(job, lengths, shared_prefixes=prefix > 0 or size > len(lengths))
-    for group in group_for_passes([examples[place % len(examples)] for place in range(size)], limit, packing=packing):
+    for group in group_for_passes([examples[index % len(examples)] for index in range(size)], limit, packing=packing):
         rows = pack(group) if packing else pad(group)
         assert rows.tokens.numel() <= row.tokens
         assert rows.tokens.shape[1] <= row.width
@@ -280,7 +284,7 @@ def test_no_pass_of_a_step_is_larger_than_its_row(size, limit, packing, prefix, 
             assert row.tokens <= -(-limit // 300) * 300
 
 
-def test_need_of_an_item_is_whole_bytes() -> None:
+def test_every_item_is_a_whole_number_of_bytes() -> None:
     job = spec()
     needed = estimate(job, anatomy(SMALL), "nf4", largest_row(job, [100]), "cuda")
     assert all(isinstance(item.bytes, int) and item.bytes > 0 for item in needed.items)

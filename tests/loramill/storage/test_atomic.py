@@ -1,4 +1,4 @@
-"""Files that are replaced under their readers."""
+"""Files that are replaced while others read them."""
 
 import os
 import threading
@@ -9,7 +9,7 @@ import pytest
 from loramill.storage.atomic import replace_text
 
 
-def test_a_reader_gets_a_whole_text_at_any_moment(tmp_path: Path) -> None:
+def test_a_reader_gets_a_complete_text_at_any_moment(tmp_path: Path) -> None:
     path, done = tmp_path / "address", threading.Event()
     texts = {name * 10_000 for name in "ab"}
     replace_text(path, "a" * 10_000)
@@ -37,7 +37,7 @@ def test_a_secret_is_never_readable_by_others(tmp_path: Path) -> None:
     assert (path.read_text(), path.stat().st_mode & 0o777) == ("another", 0o600)
 
 
-def test_what_fails_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "address"
     replace_text(path, "old")
 

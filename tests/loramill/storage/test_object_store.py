@@ -36,12 +36,12 @@ def store() -> Iterator[None]:
 
 
 def aiohttp_status(status: int) -> Exception:
-    asked = SimpleNamespace(real_url="http://10.1.2.3:9000/bucket")
-    return aiohttp.ClientResponseError(asked, (), status=status)  # type: ignore[arg-type]
+    request_info = SimpleNamespace(real_url="http://10.1.2.3:9000/bucket")
+    return aiohttp.ClientResponseError(request_info, (), status=status)  # type: ignore[arg-type]
 
 
 class GoogleError(Exception):
-    """As gcsfs raises it."""
+    """The error that gcsfs raises."""
 
     __module__ = "gcsfs.retry"
 
@@ -95,13 +95,13 @@ def test_each_error_of_a_backend_is_about_the_store_or_about_a_file(case: str) -
     assert store_fault(error) == expected
     kinds = {None: type(error), "unreachable": Unavailable}
     with (
-        pytest.raises(kinds.get(expected, StoreUnusable)) as told,
+        pytest.raises(kinds.get(expected, StoreUnusable)) as caught,
         translate_store_errors("s3://key:secret@bucket/loramill"),
     ):
         raise error
     if expected is not None:
-        assert "s3://bucket/loramill" in told.value.message
-        assert "secret" not in told.value.message and "10.1.2.3" not in told.value.message
+        assert "s3://bucket/loramill" in caught.value.message
+        assert "secret" not in caught.value.message and "10.1.2.3" not in caught.value.message
 
 
 def test_our_own_errors_pass() -> None:
@@ -114,7 +114,7 @@ def test_a_store_is_shown_without_its_credentials() -> None:
     assert redacted_url("/a folder?") == "/a folder?"
 
 
-def test_a_url_that_nothing_opens_is_reported() -> None:
+def test_a_url_with_an_unknown_protocol_is_reported() -> None:
     with pytest.raises(SetupError, match="nosuch://host/x"):
         open_filesystem("nosuch://me:secret@host/x")
 
@@ -137,14 +137,14 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_a_check_says_which_part_is_wrong(case: str) -> None:
+def test_a_check_reports_the_part_that_is_wrong(case: str) -> None:
     error, operations, message = REFUSALS[case]
     with pytest.raises(StoreUnusable, match=message), switched.off(error, *operations):
         check_store(URL)
     assert bool(switched.Switched.store) == (case == "delete")
 
 
-def test_a_folder_is_checked_and_not_made(tmp_path: Path) -> None:
+def test_a_folder_is_checked_but_not_created(tmp_path: Path) -> None:
     check_store((tmp_path / "a" / "b").as_uri())
     check_store(str(tmp_path / "a" / "b"))
     assert list(tmp_path.iterdir()) == []
@@ -154,7 +154,7 @@ def test_a_folder_is_checked_and_not_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_writable(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(StoreUnusable, match="cannot be written to"):
         check_store(str(tmp_path / "store"))

@@ -1,4 +1,4 @@
-"""What "auto" comes to."""
+"""How "auto" is resolved."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from loramill.types import JobSpec
 
 def resolve(
     examples: int = 160,
-    said: dict[str, Any] | None = None,
+    hyperparameters: dict[str, Any] | None = None,
     context: int = 2048,
-    **own: Any,
+    **options: Any,
 ) -> JobSpec:
     request = JobRequest(
         adapter=AdapterName("acme", "support"),
         train="file-1",
-        hyperparameters=Hyperparameters(**(said or {})),
-        options=LoramillOptions(**own),
+        hyperparameters=Hyperparameters(**(hyperparameters or {})),
+        options=LoramillOptions(**options),
     )
     return resolve_spec(request, base(context), examples)
 
@@ -43,7 +43,7 @@ def base(context: int = 2048) -> Base:
     return Base("tiny", Path(), "f" * 64, "LlamaForCausalLM", context)
 
 
-def test_nothing_said_is_jobspecs_defaults() -> None:
+def test_without_options_a_spec_has_the_defaults() -> None:
     spec = resolve()
     assert spec == JobSpec(
         base="f" * 64, adapter="acme/support", train="file-1", steps=60, epochs=3, batch_size=8, checkpoint_every=15
@@ -64,13 +64,13 @@ def test_nothing_said_is_jobspecs_defaults() -> None:
         (10**7, 256, 39063),
     ],
 )
-def test_autos_follow_the_number_of_examples(examples: int, batch_size: int, steps: int) -> None:
+def test_auto_values_follow_the_number_of_examples(examples: int, batch_size: int, steps: int) -> None:
     spec = resolve(examples)
     assert (spec.batch_size, spec.steps) == (batch_size, steps)
 
 
 @pytest.mark.parametrize(
-    ("said", "own", "field", "value"),
+    ("hyperparameters", "options", "field", "value"),
     [
         ({"n_epochs": 1}, {}, "steps", 20),
         ({"n_epochs": 1, "batch_size": 7}, {}, "steps", 23),
@@ -95,8 +95,10 @@ def test_autos_follow_the_number_of_examples(examples: int, batch_size: int, ste
         ({}, {"start_from": "champion"}, "start_from", None),
     ],
 )
-def test_what_is_said_wins(said: dict[str, Any], own: dict[str, Any], field: str, value: object) -> None:
-    assert getattr(resolve(said=said, **own), field) == value
+def test_given_options_override_the_defaults(
+    hyperparameters: dict[str, Any], options: dict[str, Any], field: str, value: object
+) -> None:
+    assert getattr(resolve(hyperparameters=hyperparameters, **options), field) == value
 
 
 def test_start_from_is_the_version_that_was_looked_up() -> None:
@@ -113,7 +115,7 @@ def test_a_small_context_bounds_the_examples() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "own", "param"),
+    ("hyperparameters", "options", "param"),
     [
         ({"n_epochs": 0}, {}, "hyperparameters.n_epochs"),
         ({"n_epochs": 10**400}, {}, "hyperparameters.n_epochs"),
@@ -127,14 +129,14 @@ def test_a_small_context_bounds_the_examples() -> None:
         ({}, {"targets": ()}, "loramill.targets"),
     ],
 )
-def test_what_is_out_of_range_is_named(said: dict[str, Any], own: dict[str, Any], param: str) -> None:
+def test_an_option_out_of_range_is_named(hyperparameters: dict[str, Any], options: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        resolve(said=said, **own)
+        resolve(hyperparameters=hyperparameters, **options)
     assert caught.value.param == param and param in caught.value.message
 
 
 @given(st.integers(1, 10**7))
-def test_autos_are_always_a_spec(examples: int) -> None:
+def test_auto_values_always_make_a_valid_spec(examples: int) -> None:
     spec = resolve(examples)
     assert spec.epochs is not None and spec.steps == count_steps(spec.epochs, examples, spec.batch_size)
     assert spec.steps >= MIN_STEPS
@@ -143,15 +145,15 @@ def test_autos_are_always_a_spec(examples: int) -> None:
 
 
 @given(st.integers(1, 50), st.integers(1, 64), st.integers(1, 5000))
-def test_openai_terms_give_back_what_was_said(epochs: int, batch_size: int, examples: int) -> None:
+def test_openai_hyperparameters_are_reported_as_submitted(epochs: int, batch_size: int, examples: int) -> None:
     spec = resolve(examples, {"n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": 0.3})
-    shown = openai_hyperparameters(spec, examples)
-    assert shown == {"n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": 0.3}
-    assert openai_hyperparameters(spec, None) == shown
+    reported = openai_hyperparameters(spec, examples)
+    assert reported == {"n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": 0.3}
+    assert openai_hyperparameters(spec, None) == reported
     assert count_training_tokens(spec, [10] * examples, examples) == 10 * examples * epochs
 
 
 @pytest.mark.parametrize(("examples", "epochs"), [(10, 4), (11, None), (80, None), (None, None)])
-def test_steps_are_shown_as_epochs_where_they_are(examples: int | None, epochs: int | None) -> None:
-    spec = resolve(said={"batch_size": 8}, steps=5)
+def test_steps_are_reported_as_epochs_if_they_are_whole_epochs(examples: int | None, epochs: int | None) -> None:
+    spec = resolve(hyperparameters={"batch_size": 8}, steps=5)
     assert openai_hyperparameters(spec, examples)["n_epochs"] == epochs

@@ -1,4 +1,4 @@
-"""Files of hundreds of jobs: three forms, one meaning, and every problem by its line."""
+"""Job files: the formats have the same meaning, and each problem is reported with its line."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
         ("jobs.csv", TSV.replace("\t", ";"), ("line 2", "line 3")),
     ],
 )
-def test_three_forms(folder: Path, name: str, content: str, where: tuple[str, str]) -> None:
+def test_all_formats_have_the_same_meaning(folder: Path, name: str, content: str, where: tuple[str, str]) -> None:
     (folder / name).write_text(content)
     first, second = check_entries(read_jobs(folder / name, {"seed": 3}))
     assert (first.where, second.where) == tuple(f"{name}, {line}" for line in where)
@@ -88,7 +88,7 @@ def test_line_separators_and_long_texts_within_a_job(folder: Path, name: str) ->
     assert entry.options.metadata == {"note": note}
 
 
-def test_columns_are_texts_or_auto(folder: Path) -> None:
+def test_columns_are_a_mapping_or_auto(folder: Path) -> None:
     job: dict[str, object] = {"adapter": "acme/a", "train": str(folder / "acme.jsonl")}
     (entry,) = check_entries([("job 1", {**job, "columns": "auto", "valid_columns": {"prompt": "q"}})])
     assert (entry.columns, entry.valid_columns) == ("auto", {"prompt": "q"})
@@ -97,13 +97,13 @@ def test_columns_are_texts_or_auto(folder: Path) -> None:
             check_entries([("job 1", {**job, "valid_columns": wrong})])
 
 
-def test_what_the_command_says_wins_over_defaults_but_not_over_a_job(folder: Path) -> None:
+def test_options_of_the_command_override_defaults_but_not_a_job(folder: Path) -> None:
     (folder / "jobs.toml").write_text(TOML)
     first, second = check_entries(read_jobs(folder / "jobs.toml", {"rank": 2, "epochs": 9}))
     assert (first.options.rank, second.options.rank, second.options.epochs) == (2, 4, 9)
 
 
-def test_all_problems_are_told_by_line(folder: Path) -> None:
+def test_all_problems_are_reported_with_their_line(folder: Path) -> None:
     (folder / "jobs.csv").write_text(
         "adapter,train,rank,rnak,dropout\n"
         "acme/support,acme.jsonl,8,,\n"
@@ -115,7 +115,7 @@ def test_all_problems_are_told_by_line(folder: Path) -> None:
         check_entries(read_jobs(folder / "jobs.csv", {}))
     head, *problems = caught.value.message.splitlines()
     assert head == "6 problems; nothing was submitted:"
-    for problem, (line, says) in zip(
+    for problem, (line, message) in zip(
         problems,
         [
             (3, "'noslash' is not an adapter name"),
@@ -127,11 +127,11 @@ def test_all_problems_are_told_by_line(folder: Path) -> None:
         ],
         strict=True,
     ):
-        assert problem.startswith(f"jobs.csv, line {line}: ") and says in problem
+        assert problem.startswith(f"jobs.csv, line {line}: ") and message in problem
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "message"),
     [
         ("jobs.toml", "x = ", "jobs.toml can't be read"),
         ("jobs.toml", "[wibble]", "nothing else"),
@@ -154,18 +154,18 @@ def test_all_problems_are_told_by_line(folder: Path) -> None:
         ("jobs.yaml", "", "its name must end in .toml, .jsonl, .csv or .tsv"),
     ],
 )
-def test_what_is_no_file_of_jobs(tmp_path: Path, name: str, content: str, says: str) -> None:
+def test_an_invalid_job_file_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(InvalidRequest) as caught:
         read_jobs(tmp_path / name, {})
-    assert says in caught.value.message
+    assert message in caught.value.message
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"jobs\.toml can't be read"):
         read_jobs(tmp_path / "jobs.toml", {})
 
 
-def test_lines_are_counted_where_a_text_looks_like_a_table(tmp_path: Path) -> None:
+def test_jobs_are_numbered_if_a_text_looks_like_a_table(tmp_path: Path) -> None:
     (tmp_path / "jobs.toml").write_text('[[jobs]]\nadapter = "a/b"\nmetadata = {x = """\n[[jobs]]\n"""}\n')
     assert [where for where, _ in read_jobs(tmp_path / "jobs.toml", {})] == ["jobs.toml, job 1"]

@@ -1,4 +1,4 @@
-"""One source for the options of a job: what a field is called, may be and means."""
+"""One source for job options: names, types and descriptions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loramill.types import JobSpec
 
 
 def kinds(annotation: Any) -> set[Any]:
-    """The parts of a union: plain types, words, and containers without their mutability."""
+    """The members of a union: plain types, literals, and containers regardless of their mutability."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         return set().union(*map(kinds, arguments))
@@ -44,8 +44,8 @@ def test_each_field_has_a_keyword_and_an_option_of_the_command_line() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(JobOptions.model_fields.keys() & JobSpec.model_fields.keys()))
-def test_an_option_may_be_what_its_field_of_the_spec_may_be(name: str) -> None:
-    if name == "train_on":  # the spec has further words, for older jobs
+def test_an_option_has_the_type_of_its_spec_field(name: str) -> None:
+    if name == "train_on":  # the spec has further values, for older jobs
         return
     spec, option = (kinds(model.model_fields[name].annotation) for model in (JobSpec, JobOptions))
     assert spec - {NoneType} <= option
@@ -82,7 +82,7 @@ def test_an_unknown_option_and_a_wrong_type_are_named() -> None:
     assert first.startswith("alpha: ") and second == "there is no option 'ranks'; did you mean 'rank'?"
 
 
-def test_text_becomes_lists_and_pairs_where_the_option_is_one() -> None:
+def test_text_is_parsed_into_lists_and_pairs() -> None:
     assert from_text("targets", "q_proj, v_proj") == ["q_proj", "v_proj"]
     assert from_text("rank_pattern", "q_proj=4,v_proj=8") == {"q_proj": "4", "v_proj": "8"}
     assert from_text("columns", "auto") == "auto" and from_text("rank", "4") == "4"

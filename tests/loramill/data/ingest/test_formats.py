@@ -1,4 +1,4 @@
-"""The forms that training data comes in are recognized, and become OpenAI's messages without losing a field."""
+"""Known formats of training data are recognized and converted to OpenAI's messages without losing a field."""
 
 from __future__ import annotations
 
@@ -107,14 +107,14 @@ def call(number: str, name: str, arguments: str) -> dict[str, Any]:
         ),
     ],
 )
-def test_a_form_is_recognized(tmp_path: Path, row: object, recognized: str, messages: object) -> None:
+def test_a_format_is_recognized(tmp_path: Path, row: object, recognized: str, messages: object) -> None:
     for columns in (None, "auto"):
         found = read(tmp_path, row, columns=columns)
         assert (found.format, found.warnings, line(found)) == (recognized, (), {"messages": messages})
 
 
 @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [WRAPPED]])
-def test_calls_of_tools_in_sharegpt(tmp_path: Path, tools: object) -> None:
+def test_tool_calls_in_sharegpt(tmp_path: Path, tools: object) -> None:
     conversation = [
         {"from": "human", "value": "Rome or Oslo?"},
         {
@@ -138,7 +138,7 @@ def test_calls_of_tools_in_sharegpt(tmp_path: Path, tools: object) -> None:
     }
 
 
-def test_columns_of_a_form_may_have_other_names(tmp_path: Path) -> None:
+def test_columns_may_have_other_names(tmp_path: Path) -> None:
     row = {"q": "Add.", "context": "1 and 2", "a": "3", "id": 5}
     found = read(tmp_path, row, columns={"instruction": "q", "input": "context", "output": "a"})
     assert line(found) == {"messages": [turn("user", "Add.\n1 and 2"), turn("assistant", "3")]}
@@ -161,7 +161,7 @@ def test_messages_keep_their_tools(tmp_path: Path) -> None:
 
 
 def test_nulls_that_arrow_adds_are_removed(tmp_path: Path) -> None:
-    """Arrow gives every message the keys that any has; the content of a call is null on purpose."""
+    """Arrow adds each key to every message; the null content of a call is intended."""
     messages = [
         turn("user", "a"),
         {"role": "assistant", "content": None, "tool_calls": [call("1", "weather", "{}")]},
@@ -173,7 +173,7 @@ def test_nulls_that_arrow_adds_are_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("row", "message"),
     [
         (
             {"conversations": [{"from": "elf", "value": "a"}]},
@@ -208,17 +208,17 @@ def test_nulls_that_arrow_adds_are_removed(tmp_path: Path) -> None:
         ({"instruction": "a", "output": "b", "conversations": []}, "can be read as Alpaca and as ShareGPT"),
     ],
 )
-def test_rows_that_are_not_examples_are_named(tmp_path: Path, row: object, says: str | None) -> None:
-    if says is None:  # the gateway says what messages must be
+def test_invalid_rows_are_reported(tmp_path: Path, row: object, message: str | None) -> None:
+    if message is None:  # the gateway validates messages
         assert line(read(tmp_path, row)) == {"messages": []}
         return
     with pytest.raises(DatasetInvalid) as caught:
         read(tmp_path, row)
-    assert all(part in caught.value.message for part in says.split(".*"))
+    assert all(part in caught.value.message for part in message.split(".*"))
 
 
 def test_columns_of_another_file_are_used_only_if_they_exist(tmp_path: Path) -> None:
-    """Those of a training file, say: a validation file of its own form is recognized."""
+    """The columns may be those of a training file; a validation file in another format is still recognized."""
     columns = {"prompt": "question", "completion": "answer"}
     (tmp_path / "x.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     assert line(read_source(tmp_path / "x.jsonl", columns, columns_optional=True)) == {"prompt": "a", "completion": "b"}

@@ -37,7 +37,7 @@ FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".csv.gz", "
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """The rows in the format that the file's name says."""
+    """Writes the rows in the format of the file's extension."""
     kind, *packed = "".join(path.suffixes).strip(".").split(".")
     match kind:
         case "csv" | "tsv":
@@ -104,7 +104,7 @@ def test_columns_are_chosen_and_others_left_out_with_a_warning(tmp_path: Path, s
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_columns_beyond_the_form_are_left_out_with_a_warning(tmp_path: Path, suffix: str) -> None:
+def test_extra_columns_are_left_out_with_a_warning(tmp_path: Path, suffix: str) -> None:
     for rows in ([{"messages": chat, "id": "x"} for chat in CHATS], [{**row, "id": "x"} for row in ROWS]):
         found = read_source(write(tmp_path / f"x{suffix}", rows))
         assert found.warnings == (f"x{suffix}: unused columns: id.",)
@@ -127,7 +127,7 @@ def test_jsonl_that_needs_no_change_stays_byte_for_byte(tmp_path: Path) -> None:
 
 
 def test_a_line_keeps_its_number(tmp_path: Path) -> None:
-    """So that line numbers in the gateway's messages are those of the file."""
+    """Line numbers in the gateway's messages are then those of the file."""
     (tmp_path / "x.jsonl").write_text(
         '\n\n{"prompt": "a", "completion": "b", "id": 1}\n\n{"prompt": "c", "completion": "d"}'
     )
@@ -135,15 +135,15 @@ def test_a_line_keeps_its_number(tmp_path: Path) -> None:
     assert numbers == [3, 5]
 
 
-def test_weights_of_completions(tmp_path: Path) -> None:
+def test_completions_may_have_weights(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv", [{**ROWS[0], "weight": "0.5"}])
     assert lines(read_source(path)) == [{**ROWS[0], "weight": 0.5}]
     with pytest.raises(DatasetInvalid, match="row 1, column weight: it is 'much'"):
         read_source(write(tmp_path / "x.csv", [{**ROWS[0], "weight": "much"}]))
 
 
-def test_a_hub_id_names_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a folder here, which `datasets` reads by the same name, so that nothing is asked of a hub."""
+def test_a_hub_id_names_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local folder, which `datasets` reads by the same name, stands in for the hub."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     write(tmp_path / "org" / "name" / "train.jsonl", ROWS)
@@ -158,7 +158,7 @@ def test_a_hub_id_names_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "message"),
     [
         ("x.csv", b"", "is empty"),
         ("x.csv", b"prompt,completion\na,\n", "x.csv, row 1, column completion: it is empty"),
@@ -231,11 +231,11 @@ def test_a_hub_id_names_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("x.csv", b'prompt|completion\n"a"b|c', "line 2: it is not CSV separated by '|'"),
     ],
 )
-def test_defects_are_named(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+def test_defects_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DatasetInvalid) as caught:
         read_source(tmp_path / name)
-    assert says in caught.value.message
+    assert message in caught.value.message
 
 
 def test_many_problems_are_counted(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_many_problems_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.parquet", "x.json", "x.jsonl", ".", "x"])
-def test_a_file_that_is_not_there(tmp_path: Path, name: str) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidRequest, match="can't be read"):
         read_source(tmp_path / name)
 
@@ -259,7 +259,7 @@ def test_a_file_that_is_not_there(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
 def test_the_separator_is_found(tmp_path: Path, separator: str, suffix: str) -> None:
-    """Whatever other separators the texts hold, whose counts may even agree."""
+    """Even if the texts contain other separators, whose counts may agree."""
     path = tmp_path / f"x{suffix}"
     rows = [{"prompt": "one, two; three | four\tfive", "completion": "six, seven; eight | nine\tten"}] * 3
     for quoting, end in ((csv.QUOTE_ALL, "\r\n"), (csv.QUOTE_MINIMAL, "\n")):
@@ -279,7 +279,7 @@ def test_rows_decide_between_two_separators_of_a_header(tmp_path: Path) -> None:
     ]
 
 
-def test_a_cell_may_be_long_and_hold_any_line_end(tmp_path: Path) -> None:
+def test_a_cell_may_be_long_and_contain_any_line_end(tmp_path: Path) -> None:
     rows = [{"prompt": "x" * 200_000, "completion": "a\nb\r\nc\u2028d\x85e\x0bf\x0cg"}]
     assert lines(read_source(write(tmp_path / "x.csv", rows))) == rows
 
@@ -288,14 +288,14 @@ def test_one_column_is_enough(tmp_path: Path) -> None:
     assert lines(read_source(write(tmp_path / "x.csv", [{"messages": CHATS[0]}]))) == [{"messages": CHATS[0]}]
 
 
-def test_text_in_utf_16_is_read_by_its_mark(tmp_path: Path) -> None:
-    """As spreadsheets save "Unicode text"; and it is written as UTF-8."""
+def test_utf_16_is_recognized_by_its_byte_order_mark(tmp_path: Path) -> None:
+    """Spreadsheets save "Unicode text" this way; it is written as UTF-8."""
     for name, content in (("x.tsv", "prompt\tcompletion\nä\tö\n"), ("x.jsonl", '{"prompt": "ä", "completion": "ö"}')):
         (tmp_path / name).write_text(content, encoding="utf-16")
         assert lines(read_source(tmp_path / name)) == [{"prompt": "ä", "completion": "ö"}]
 
 
-# What JSON is not
+# Values that JSON has no type for
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
@@ -310,14 +310,14 @@ def test_texts_that_look_like_dates_stay_texts(tmp_path: Path, name: str, date: 
             assert lines(read_source(tmp_path / name)) == rows
 
 
-def test_large_integers_stay_what_they_are(tmp_path: Path) -> None:
+def test_large_integers_stay_exact(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('[{"messages": [{"role": "user", "content": "a", "seen": 12345678901234567890123}]}]')
     assert lines(read_source(path))[0]["messages"][0]["seen"] == 12345678901234567890123
 
 
 @pytest.mark.parametrize(
-    ("cell", "says"),
+    ("cell", "message"),
     [
         (b"a", "row 2, column prompt: it is bytes (binary); cast the column to text."),
         (decimal.Decimal("1.5"), "row 2, column prompt: it is a decimal; cast the column to text."),
@@ -330,9 +330,9 @@ def test_large_integers_stay_what_they_are(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
-def test_a_cell_that_is_not_text_is_named(tmp_path: Path, suffix: str, cell: Any, says: str) -> None:
+def test_a_cell_that_is_not_text_is_named(tmp_path: Path, suffix: str, cell: Any, message: str) -> None:
     path = write(tmp_path / f"x{suffix}", [{"prompt": None, "completion": "b"}, {"prompt": cell, "completion": "b"}])
-    assert says in refused(path)
+    assert message in refused(path)
 
 
 def test_dates_of_a_table_become_text_with_a_warning(tmp_path: Path) -> None:
@@ -349,16 +349,16 @@ def test_dates_of_a_table_become_text_with_a_warning(tmp_path: Path) -> None:
     assert lines(found)[0]["messages"][1]["at"] == "2024-03-01T09:30:00+00:00" and len(found.warnings) == 1
 
 
-def test_two_columns_of_one_name(tmp_path: Path) -> None:
+def test_two_columns_with_the_same_name(tmp_path: Path) -> None:
     table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
     pq.write_table(table, tmp_path / "x.parquet")
     assert "two columns have the same name" in refused(tmp_path / "x.parquet")
 
 
-# Names that are wrong, and folders
+# Wrong extensions, and folders
 
 
-def test_the_content_decides_and_not_the_name(tmp_path: Path) -> None:
+def test_the_content_decides_rather_than_the_extension(tmp_path: Path) -> None:
     for right, wrong in ((".parquet", ".jsonl"), (".json", ".jsonl"), (".jsonl", ".json"), (".csv.gz", ".csv")):
         content = write(tmp_path / f"x{right}", ROWS).read_bytes()
         (tmp_path / f"y{wrong}").write_bytes(content)
@@ -407,7 +407,7 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
         read_source(path)
 
 
-def test_jsonl_and_csv_need_no_datasets(tmp_path: Path) -> None:
+def test_jsonl_and_csv_do_not_import_datasets(tmp_path: Path) -> None:
     for suffix in (".jsonl", ".csv"):
         path = write(tmp_path / f"x{suffix}", ROWS)
         script = f"import sys; from loramill.data.ingest import read_source; read_source({str(path)!r}); " + (

@@ -1,4 +1,4 @@
-"""The artifact store: local folders and any other place that fsspec knows."""
+"""The artifact store: local folders and any other URL that fsspec supports."""
 
 import errno
 import os
@@ -43,7 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
 
 
-def test_what_was_put_comes_back(store, tmp_path):
+def test_files_are_read_as_they_were_put(store, tmp_path):
     (tmp_path / "model").write_bytes(FILES["adapter_model.safetensors"])
     artifact = store.put(FILES)
     assert re.fullmatch("[0-9a-f]{64}", artifact)
@@ -90,7 +90,7 @@ def test_an_artifact_has_files(store):
 
 
 @pytest.mark.parametrize("artifact", ["a" * 64, "", "../../../../etc", "A" * 64, "abc"])
-def test_what_is_not_there_is_missing(store, artifact):
+def test_an_unknown_artifact_is_missing(store, artifact):
     for act in (store.fetch, store.size, lambda artifact: store.read(artifact, "x")):
         with pytest.raises(ArtifactMissing):
             act(artifact)
@@ -111,7 +111,7 @@ def _alter(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [_alter, Path.unlink, lambda path: os.truncate(path, 3)])
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "manifest.json"])
-def test_damage_is_found_and_putting_again_mends_it(local, damage, name):
+def test_damage_is_detected_and_repaired_by_putting_again(local, damage, name):
     artifact = local.put(FILES)
     damage(local.fetch(artifact) / name)
     expected = ArtifactMissing if name == "manifest.json" and damage is Path.unlink else ArtifactCorrupt
@@ -124,7 +124,7 @@ def test_damage_is_found_and_putting_again_mends_it(local, damage, name):
     assert contents(local.fetch(artifact)) == FILES
 
 
-def test_damage_in_the_bucket_is_found_and_mended(remote):
+def test_damage_in_the_bucket_is_detected_and_repaired(remote):
     artifact = remote.put(FILES)
     model = f"memory://artifacts/{artifact[:2]}/{artifact}/adapter_model.safetensors"
     with fsspec.open(model, "wb") as file:
@@ -136,13 +136,13 @@ def test_damage_in_the_bucket_is_found_and_mended(remote):
     assert contents(remote.fetch(artifact)) == FILES
 
 
-def test_a_damaged_cache_is_fetched_anew(remote):
+def test_a_damaged_cache_is_fetched_again(remote):
     artifact = remote.put(FILES)
     _alter(remote.fetch(artifact) / "adapter_config.json")
     assert contents(remote.fetch(artifact)) == FILES
 
 
-def test_an_upload_without_its_manifest_is_not_there(remote):
+def test_an_upload_without_its_manifest_is_missing(remote):
     artifact = remote.put(FILES)
     fsspec.filesystem("memory").rm(f"/artifacts/{artifact[:2]}/{artifact}/manifest.json")
     with pytest.raises(ArtifactMissing):
@@ -151,28 +151,28 @@ def test_an_upload_without_its_manifest_is_not_there(remote):
     assert fsspec.filesystem("memory").find("/artifacts") == []
 
 
-def test_sweep_takes_what_is_old_and_not_known(store):
-    known, unknown = store.put(FILES), store.put({"a": b"1"})
-    assert store.sweep({known}, older_than=60) == 0
-    assert store.sweep({known}, older_than=-1) == 1
-    assert contents(store.fetch(known)) == FILES
+def test_sweep_removes_old_unreferenced_artifacts(store):
+    referenced, unreferenced = store.put(FILES), store.put({"a": b"1"})
+    assert store.sweep({referenced}, older_than=60) == 0
+    assert store.sweep({referenced}, older_than=-1) == 1
+    assert contents(store.fetch(referenced)) == FILES
     with pytest.raises(ArtifactMissing):
-        store.fetch(unknown)
+        store.fetch(unreferenced)
 
 
-def test_sweep_spares_what_was_put_again(local):
+def test_sweep_keeps_an_artifact_that_was_put_again(local):
     artifact = local.put(FILES)
     os.utime(local.fetch(artifact), (1, 1))
     local.put(FILES)
     assert local.sweep((), older_than=60) == 0
 
 
-def test_sweep_of_nothing(store):
+def test_sweep_of_an_empty_store(store):
     assert store.sweep((), 0) == 0
 
 
-def test_the_registry_sweeps_what_it_does_not_record(tmp_path, registry: Registry, make_spec):
-    data, result, whole, orphan = (registry.artifacts.put({"f": content}) for content in (b"1", b"2", b"3", b"4"))
+def test_the_registry_sweeps_unrecorded_artifacts(tmp_path, registry: Registry, make_spec):
+    data, result, full_model, orphan = (registry.artifacts.put({"f": content}) for content in (b"1", b"2", b"3", b"4"))
     job_spec = make_spec()
     with registry.writing() as session:
         datasets.create(session, "acme", "f", data, 1, 1)
@@ -181,11 +181,11 @@ def test_the_registry_sweeps_what_it_does_not_record(tmp_path, registry: Registr
         version = VersionRecord(
             id=result, adapter="acme/support", job=job.id, base=job_spec.base, bytes=1, created_at=1.0
         )
-        jobs.publish(session, job.id, 1, version, result=whole)
+        jobs.publish(session, job.id, 1, version, result=full_model)
         assert adapters.get(session, "acme/support").champion == result
         assert tenants.list_tenants(session)
     assert registry.sweep(older_than=-1) == 1
-    for artifact in (data, result, whole):
+    for artifact in (data, result, full_model):
         registry.artifacts.fetch(artifact)
     with pytest.raises(ArtifactMissing):
         registry.artifacts.fetch(orphan)
@@ -204,25 +204,25 @@ def test_a_full_disk_leaves_nothing(local, tmp_path, monkeypatch):
     assert {path.parent.name for path in stored} == {artifact}
 
 
-def test_a_store_where_no_folder_can_be(tmp_path):
+def test_a_store_whose_folder_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SetupError, match="artifacts_url"):
         ArtifactStore(str(tmp_path / "file" / "store")).put(FILES)
 
 
-def test_a_url_that_nothing_opens():
+def test_a_url_with_an_unknown_protocol():
     with pytest.raises(SetupError, match="nosuch://"):
         ArtifactStore("nosuch://bucket")
 
 
-def test_threads_may_put_the_same_at_once(store):
+def test_threads_may_put_the_same_files_at_once(store):
     with ThreadPoolExecutor(8) as pool:
         hashes = [result.result() for result in [pool.submit(store.put, FILES) for _ in range(8)]]
     assert len(set(hashes)) == 1
     assert contents(store.fetch(hashes[0])) == FILES
 
 
-# Forks a child for each n that kills itself at its n-th call that changes what is on disk, until one gets through.
+# For n = 1, 2, ...: forks a child that kills itself at its n-th call that changes the disk, until one completes.
 KILLED = """
 import os, pathlib, signal, sys
 from loramill.registry.artifacts.store import ArtifactStore
@@ -258,14 +258,14 @@ def test_a_kill_in_the_middle_of_put_leaves_all_or_nothing(tmp_path):
     killer = subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=True, capture_output=True, text=True)
     statuses = [int(line) for line in killer.stdout.split()]
     assert statuses == [-9] * (len(statuses) - 1) + [0] and len(statuses) > 10
-    whole = []
+    complete = []
     for point in range(len(statuses)):
         store = ArtifactStore(str(tmp_path / str(point)))
         try:
-            whole.append(contents(store.fetch(artifact)) == files)
+            complete.append(contents(store.fetch(artifact)) == files)
         except ArtifactMissing:
-            whole.append(False)
+            complete.append(False)
         assert store.put(files) == artifact
         store.sweep({artifact}, older_than=-1)
         assert {path.parent.name for path in (tmp_path / str(point)).rglob("*") if path.is_file()} == {artifact}
-    assert whole == sorted(whole) and 0 < sum(whole) < len(whole)
+    assert complete == sorted(complete) and 0 < sum(complete) < len(complete)

@@ -29,7 +29,7 @@ def fingerprints(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
 
 
-def test_the_migrations_make_what_the_models_say(database_url):
+def test_the_migrations_create_the_schema_of_the_models(database_url):
     engine = make_engine(parse_url(database_url))
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_server_default": True})
@@ -60,12 +60,12 @@ def test_migrating_again_changes_nothing(empty_url):
     registry.close()
 
 
-def test_two_may_migrate_at_once(empty_url, monkeypatch):
+def test_two_processes_may_migrate_at_once(empty_url, monkeypatch):
     upgrade = command.upgrade
 
     def slowly(config, revision):
         upgrade(config, revision)
-        time.sleep(0.5)  # migrated, not committed: the other one arrives
+        time.sleep(0.5)  # migrated but not committed: the other one starts
 
     monkeypatch.setattr(command, "upgrade", slowly)
     with ThreadPoolExecutor(2) as pool:
@@ -95,7 +95,7 @@ def test_a_relative_path_means_the_same_after_a_change_of_folder(tmp_path, monke
     assert (tmp_path / "here" / "loramill.db").is_file()
 
 
-def test_an_unmigrated_database_says_how_to_migrate(empty_url):
+def test_an_unmigrated_database_is_refused_with_the_command_to_run(empty_url):
     with pytest.raises(DatabaseUnusable, match="run `loramill up`"):
         open_at(empty_url)
 
@@ -152,13 +152,13 @@ def test_a_broken_file_is_left_as_it_was(tmp_path, breakage):
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before
 
 
-def test_what_a_crash_left_beside_a_broken_file_stays_too(tmp_path):
-    living, crashed = tmp_path / "living", tmp_path / "crashed"
-    migrate(f"sqlite:///{living / 'loramill.db'}")
-    registry = open_at(f"sqlite:///{living / 'loramill.db'}")
+def test_files_that_a_crash_left_next_to_a_broken_one_are_kept(tmp_path):
+    live, crashed = tmp_path / "live", tmp_path / "crashed"
+    migrate(f"sqlite:///{live / 'loramill.db'}")
+    registry = open_at(f"sqlite:///{live / 'loramill.db'}")
     with registry.writing() as session:
         tenants.create(session, "acme")
-    shutil.copytree(living, crashed)
+    shutil.copytree(live, crashed)
     registry.close()
     _scratch(crashed / "loramill.db")
     before = fingerprints(crashed)
@@ -171,7 +171,7 @@ def test_what_a_crash_left_beside_a_broken_file_stays_too(tmp_path):
     }
 
 
-def test_opening_a_file_that_is_no_database(tmp_path):
+def test_opening_a_file_that_is_not_a_database(tmp_path):
     path = tmp_path / "loramill.db"
     _garbage(path)
     before = fingerprints(tmp_path)
@@ -192,14 +192,14 @@ def test_a_folder_in_place_of_the_file(tmp_path):
             attempt(f"sqlite:///{tmp_path}")
 
 
-def test_a_folder_that_can_not_be_made(tmp_path):
+def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DatabaseUnusable, match=r"folder .* cannot be created"):
         migrate(f"sqlite:///{tmp_path / 'file' / 'sub' / 'loramill.db'}")
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_can_not_be_written(tmp_path):
+def test_a_folder_that_is_not_writable(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(DatabaseUnusable, match="writable"):
         migrate(f"sqlite:///{tmp_path / 'loramill.db'}")
@@ -215,7 +215,7 @@ def test_a_folder_that_can_not_be_written(tmp_path):
         ("postgresql://loramill:geheim@127.0.0.1:1/loramill", "cannot be reached"),
     ],
 )
-def test_urls_that_can_not_work(url, message):
+def test_unusable_urls(url, message):
     for attempt in (migrate, open_at):
         with pytest.raises(DatabaseUnusable, match=message) as error:
             attempt(url)
@@ -253,14 +253,14 @@ def test_a_lost_connection_is_unavailable_and_then_comes_back(registry, database
         assert tenants.list_tenants(session) == []
 
 
-def test_a_lock_that_is_not_given_back_is_unavailable(tmp_path):
+def test_a_lock_that_is_never_released_is_unavailable(tmp_path):
     path = tmp_path / "loramill.db"
     migrate(f"sqlite:///{path}")
     registry = open_at(f"sqlite:///{path}")
     holder = sqlite3.connect(path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     with registry.reading() as session:
-        session.execute(text("PRAGMA busy_timeout = 50"))  # of the one connection in the pool
+        session.execute(text("PRAGMA busy_timeout = 50"))  # for the only connection in the pool
     with pytest.raises(Unavailable, match="does not respond"), registry.writing() as session:
         tenants.create(session, "acme")
     holder.close()

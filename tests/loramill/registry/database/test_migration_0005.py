@@ -1,4 +1,4 @@
-"""Migration 0005: an older database is opened with everything in it as it was, under the new names."""
+"""Migration 0005: an older database keeps all of its content, under the new names."""
 
 import json
 
@@ -183,7 +183,7 @@ def test_jobs_keep_their_specs_statuses_and_pending_actions(migrated):
         assert json.dumps(transitions.lock_job(session, "ftjob-4").spec) == json.dumps(RENAMED)
 
 
-def test_the_queue_goes_on_in_the_same_order(migrated):
+def test_the_queue_keeps_its_order(migrated):
     with migrated.writing() as session:
         assert [each.id for each in queue.startable_jobs(session, 10.0, executor=None, limit=9)] == [
             "ftjob-5",
@@ -213,7 +213,7 @@ def test_slots_and_rate_windows_are_still_held(migrated):
         window = RateWindow(20, 3, 2, 50, 40, 1, 9)
         assert usage.peer_windows(session, "other", minute=20, now=1191.0) == {"acme": [window]}
         item = usage.UsageItem("acme", "2026-01-01", "base", "")
-        for batch in (4, 5):  # the fourth was written before
+        for batch in (4, 5):  # batch 4 was recorded before the migration
             usage.record_batch(session, "g", batch, {item: usage.UsageCount(1)}, {}, now=1192.0)
         assert [row.requests for row in usage.daily(session, "acme", "2026-01-01", "2026-01-01")] == [1]
 

@@ -1,4 +1,4 @@
-"""Who comes next: priorities, fair shares of tokens, quotas."""
+"""Which job is next: priorities, fair shares of tokens, quotas."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def served(registry: Registry) -> dict[str, float]:
 
 
 def test_priority_goes_first_then_share_then_age(registry, submit):
-    old, young = submit("acme", cost=100), submit("acme", cost=100)
+    older, newer = submit("acme", cost=100), submit("acme", cost=100)
     other, urgent = submit("globex", cost=100), submit("acme", cost=100, priority=1)
-    assert [lease(registry).id for _ in range(4)] == [urgent.id, other.id, old.id, young.id]
+    assert [lease(registry).id for _ in range(4)] == [urgent.id, other.id, older.id, newer.id]
 
 
-def test_a_heavier_tenant_has_more(registry, submit):
+def test_a_tenant_with_a_higher_weight_gets_more_jobs(registry, submit):
     for _ in range(4):
         submit("small", cost=100)
         submit("big", cost=100)
@@ -71,7 +71,7 @@ def test_a_heavier_tenant_has_more(registry, submit):
     assert "".join(lease(registry).tenant[0] for _ in range(8)) == "sbbbsbss"
 
 
-def test_a_tenant_that_was_idle_saves_nothing_up(registry, submit):
+def test_an_idle_tenant_accumulates_no_credit(registry, submit):
     for _ in range(6):
         submit("busy", cost=100)
     submit("idle", cost=100)
@@ -83,7 +83,7 @@ def test_a_tenant_that_was_idle_saves_nothing_up(registry, submit):
 
 
 @pytest.mark.parametrize("end", ["publish", "fail", "retry", "release", "cancel", "pause", "vanish", "vanish for good"])
-def test_what_was_not_done_is_given_back(registry, submit, end):
+def test_the_cost_of_untrained_tokens_is_refunded(registry, submit, end):
     job = submit("acme", cost=1000)
     share(registry, "acme", weight=2)
     assert lease(registry).id == job.id
@@ -109,7 +109,7 @@ def test_what_was_not_done_is_given_back(registry, submit, end):
         assert served(registry) == {"acme": 500}
 
 
-def test_a_job_of_unknown_cost_is_taken_for_the_most_it_can_be(registry, submit):
+def test_a_job_of_unknown_cost_is_charged_its_maximum(registry, submit):
     job = submit("acme")
     lease(registry)
     assert served(registry) == {"acme": job.spec.steps * job.spec.batch_size * job.spec.max_length}
@@ -118,37 +118,37 @@ def test_a_job_of_unknown_cost_is_taken_for_the_most_it_can_be(registry, submit)
 
 
 @pytest.mark.parametrize("fields", [{"weight": 0}, {"weight": -1.0}, {"weight": float("inf")}, {"max_running": -1}])
-def test_shares_that_make_no_sense_are_refused(registry, submit, fields):
+def test_invalid_shares_are_refused(registry, submit, fields):
     submit("acme")
     with pytest.raises(InvalidRequest) as refused, registry.writing() as session:
         tenants.set_fair_share(session, "acme", **fields)
     assert refused.value.param in fields
 
 
-def test_a_share_is_a_tenants(registry, submit):
+def test_a_fair_share_is_stored_with_its_tenant(registry, submit):
     submit("acme")
     with registry.writing() as session:
-        told = tenants.set_fair_share(session, "acme", weight=2.5, max_running=3, max_queued=4)
-        assert tenants.get(session, "acme") == told
-        assert (told.weight, told.max_running, told.max_queued) == (2.5, 3, 4)
+        updated = tenants.set_fair_share(session, "acme", weight=2.5, max_running=3, max_queued=4)
+        assert tenants.get(session, "acme") == updated
+        assert (updated.weight, updated.max_running, updated.max_queued) == (2.5, 3, 4)
         with pytest.raises(NotFound):
             tenants.set_fair_share(session, "nobody")
 
 
-def test_a_full_queue_takes_no_more_until_a_job_starts(registry, submit):
+def test_a_full_queue_refuses_jobs_until_one_starts(registry, submit):
     first = submit("acme")
     share(registry, "acme", max_queued=2)
     second = submit("acme")
     submit("globex")
     with registry.writing() as session:
-        jobs.pause(session, second.id)  # waits, too
+        jobs.pause(session, second.id)  # a paused job counts as waiting
     with pytest.raises(QuotaExceeded, match="2 waiting jobs"):
         submit("acme")
     assert lease(registry).id == first.id
     submit("acme")
 
 
-def test_many_that_submit_at_once_keep_to_the_quota(registry, submit):
+def test_concurrent_submissions_respect_the_quota(registry, submit):
     submit("acme")
     share(registry, "acme", max_queued=5)
 
@@ -163,11 +163,11 @@ def test_many_that_submit_at_once_keep_to_the_quota(registry, submit):
         assert Counter(pool.map(one, range(12))) == {True: 4, False: 8}
 
 
-def test_many_that_lease_at_once_keep_to_the_quota(registry, submit, monkeypatch):
+def test_concurrent_leases_respect_the_quota(registry, submit, monkeypatch):
     charge = fair_share.charge
-    # Chosen, not committed: the others arrive.
+    # Chosen but not committed: the others start.
     monkeypatch.setattr(fair_share, "charge", lambda *arguments: (time.sleep(0.1), charge(*arguments)))
-    # Some take the next job, as sessions do, and some a certain one, as trainers do.
+    # Some lease the next job, as sessions do, and some a specific one, as trainers do.
     mine = [submit("acme", cost=10).id for _ in range(12)]
     for _ in range(5):
         submit("globex", cost=10)
@@ -225,5 +225,5 @@ def test_tokens_follow_the_weights(tmp_path_factory, weights, seed):
     total = sum(done.values())
     for number, weight in enumerate(weights):
         expected = total * weight / sum(weights)
-        # Ten per cent, and what four jobs in progress and one too many or too few make out.
+        # 10%, plus the error of four jobs in progress and of one job too many or too few.
         assert abs(done[f"t{number}"] - expected) <= 0.1 * expected + 3 * largest, (weights, done)

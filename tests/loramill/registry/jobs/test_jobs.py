@@ -1,4 +1,4 @@
-"""Jobs that are paused, preempted, retried, or run out of memory; their checkpoints; the pool's places."""
+"""Jobs that are paused, preempted, retried, or run out of memory; their checkpoints; worker slots."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_waiting_job_pauses_at_once_and_resumes(registry, job):
     assert lease(registry).id == job.id
 
 
-def test_a_running_job_pauses_when_its_worker_gives_it_back(registry, job):
+def test_a_running_job_pauses_when_its_worker_releases_it(registry, job):
     lease(registry)
     assert do(registry, jobs.pause, job.id).status is JobStatus.RUNNING
     assert beat(registry, job, step=2) == "pause"
@@ -56,11 +56,11 @@ def test_a_running_job_pauses_when_its_worker_gives_it_back(registry, job):
     do(registry, jobs.resume, job.id)
     again = lease(registry, max_attempts=1)
     assert (again.attempt, again.pending_action) == (2, None)
-    # It used no attempt up: this one may still fail once.
+    # The pause used up no attempt: this one may still fail once.
     assert do(registry, jobs.fail, job.id, 2, Unavailable("?"), retry=True).status is JobStatus.FAILED
 
 
-def test_a_pause_that_was_taken_back_changes_nothing(registry, job):
+def test_a_withdrawn_pause_changes_nothing(registry, job):
     lease(registry)
     do(registry, jobs.pause, job.id)
     assert do(registry, jobs.resume, job.id).pending_action is None
@@ -68,7 +68,7 @@ def test_a_pause_that_was_taken_back_changes_nothing(registry, job):
 
 
 @pytest.mark.parametrize("end", ["vanish", "retry"])
-def test_a_job_that_was_to_pause_does_not_start_again(registry, job, end):
+def test_a_job_with_a_pending_pause_does_not_start_again(registry, job, end):
     lease(registry)
     do(registry, jobs.pause, job.id)
     if end == "retry":
@@ -94,7 +94,7 @@ def test_a_paused_job_can_be_cancelled(registry, job):
     assert do(registry, jobs.cancel, job.id).status is JobStatus.CANCELLED
 
 
-def test_a_preempted_job_goes_on_later(registry, job):
+def test_a_preempted_job_resumes_later(registry, job):
     lease(registry)
     assert not do(registry, jobs.preempt, job.id, 2)
     assert do(registry, jobs.preempt, job.id, 1)
@@ -107,15 +107,15 @@ def test_a_preempted_job_goes_on_later(registry, job):
 
 
 def test_a_retry_waits_twice_as_long_each_time(registry, job):
-    waits = []
+    delays = []
     for attempt in (1, 2, 3):
         assert lease(registry, now=NOW * attempt, max_attempts=9).attempt == attempt
         failed = do(
             registry, jobs.fail, job.id, attempt, Unavailable("?"), retry=True, backoff_seconds=8, now=NOW * attempt
         )
-        waits.append(failed.not_before - NOW * attempt)
+        delays.append(failed.not_before - NOW * attempt)
         assert lease(registry, now=failed.not_before - 0.1) is None
-    assert all(0.5 * 8 * 2**n <= wait < 1.5 * 8 * 2**n for n, wait in enumerate(waits)), waits
+    assert all(0.5 * 8 * 2**n <= delay < 1.5 * 8 * 2**n for n, delay in enumerate(delays)), delays
 
 
 def test_backoff_is_a_function_of_job_and_attempt():
@@ -125,7 +125,7 @@ def test_backoff_is_a_function_of_job_and_attempt():
     assert backoff_delay(2, 10**6, "a", 1) <= 1.5 * MAX_BACKOFF_SECONDS
 
 
-def test_out_of_memory_is_tried_once_with_half_the_tokens(registry, job):
+def test_out_of_memory_is_retried_once_with_half_the_tokens(registry, job):
     for attempt, micro_tokens in ((1, None), (2, 128)):
         leased = lease(registry, max_attempts=1)
         assert (leased.attempt, leased.micro_tokens) == (attempt, micro_tokens)
@@ -144,7 +144,7 @@ def test_workers_that_vanish_twice_at_the_same_step_ran_out_of_memory(registry, 
     assert "after step 4" in failed.error_message
 
 
-def test_figures_of_a_running_job(registry, job):
+def test_a_running_job_has_metrics(registry, job):
     lease(registry)
     beat(registry, job, step=1, loss=2.0, valid_loss=3.0, tokens_per_second=50.0)
     beat(registry, job, step=2, loss=1.5)
@@ -153,7 +153,7 @@ def test_figures_of_a_running_job(registry, job):
     assert do(registry, jobs.release, job.id, 1).tokens_per_second is None
 
 
-def test_executors_take_only_their_jobs(registry, make_spec):
+def test_executors_lease_only_their_own_jobs(registry, make_spec):
     spec = make_spec("acme/bot")
     long = do(registry, jobs.submit, spec, {}, executor="dedicated", priority=5)
     short = do(registry, jobs.submit, spec, {})
@@ -169,7 +169,7 @@ def version(job: JobRecord, content: str) -> VersionRecord:
     )
 
 
-def test_checkpoints_can_be_asked_until_newer_ones_push_them_out(registry, job):
+def test_only_the_newest_checkpoints_keep_their_versions(registry, job):
     lease(registry)
     for step, content in enumerate("abcde", start=1):
         do(registry, checkpoints.add, job.id, 1, step, version(job, content), {"step": step, "train_loss": 1 / step})
@@ -210,7 +210,7 @@ def test_a_checkpoint_that_an_alias_points_to_keeps_its_version(registry, make_s
         assert {found.id[0] for found in adapters.list_versions(session, "acme/bot")} == set("abdef")
 
 
-def test_a_step_done_again_replaces_its_checkpoint(registry, job):
+def test_a_repeated_step_replaces_its_checkpoint(registry, job):
     lease(registry)
     do(registry, checkpoints.add, job.id, 1, 1, version(job, "a"), {"step": 1})
     lease(registry, now=NOW + 60)
@@ -227,7 +227,7 @@ def test_a_failure_keeps_its_checkpoints(registry, job):
     assert [point.version for point in do(registry, checkpoints.list_checkpoints, job.id)] == [None]
 
 
-def test_places_are_held_by_one(registry):
+def test_a_worker_slot_has_one_holder(registry):
     def claim(name: str, holder: str, now: float = NOW) -> bool:
         return do(registry, worker_slots.claim, name, holder, now=now, seconds=5, size=2)
 
@@ -235,7 +235,7 @@ def test_places_are_held_by_one(registry):
     assert not claim("session-1", "b") and not claim("session-1", "a")
     do(registry, worker_slots.renew, "a", ["session-1"], now=NOW + 1, seconds=5)
     with registry.reading() as session:
-        assert [(held.name, held.size) for held in worker_slots.list_held(session, NOW + 1)] == [("session-1", 2)]
+        assert [(slot.name, slot.size) for slot in worker_slots.list_held(session, NOW + 1)] == [("session-1", 2)]
         assert worker_slots.is_open(session, "session-1", "a") and not worker_slots.is_open(session, "session-1", "b")
     do(registry, worker_slots.request_end, "session-1")
     with registry.reading() as session:
@@ -245,7 +245,7 @@ def test_places_are_held_by_one(registry):
         assert worker_slots.is_open(session, "session-1", "b") and not worker_slots.is_open(session, "session-1", "a")
 
 
-def test_of_many_claims_one_is_granted(registry):
+def test_one_of_many_concurrent_claims_is_granted(registry):
     with ThreadPoolExecutor(6) as pool:
         granted = list(
             pool.map(lambda n: do(registry, worker_slots.claim, "session-1", str(n), now=NOW, seconds=5), range(12))

@@ -1,4 +1,4 @@
-"""What a lost worker costs a job: nothing if the job progressed, otherwise an attempt; and how jobs are retried."""
+"""A lost worker costs a job an attempt, unless the job progressed; retries and jobs of other bases."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def do(registry: Registry, act, *arguments, **named):
 
 
 def lose(registry: Registry, job: JobRecord, steps: list[int], max_attempts: int = 3) -> list[str]:
-    """Leases the job once for each of these steps, after which its worker vanishes; returns the states after that."""
+    """For each step, leases the job, reports the step and lets the worker vanish; returns the state after each."""
     states = []
     for number, step in enumerate(steps):
         leased = do(registry, jobs.lease, "w", now=NOW, seconds=10, max_attempts=max_attempts)
@@ -63,7 +63,7 @@ def test_a_loss_costs_an_attempt_unless_the_job_progressed(registry, job, steps,
     assert lose(registry, job, steps)[-1] == last
 
 
-def test_a_job_that_gets_nowhere_says_how_far_it_came(registry, job):
+def test_a_job_without_progress_fails_with_its_furthest_step(registry, job):
     lose(registry, job, [100, 90, 95, 80])
     failed = do(registry, jobs.get, job.id)
     assert failed.error_code == "job_failed"
@@ -71,7 +71,7 @@ def test_a_job_that_gets_nowhere_says_how_far_it_came(registry, job):
 
 
 class _Row:
-    """What `_reclaim` needs of a row, without a database."""
+    """The columns that `_reclaim` uses, without a database."""
 
     def __init__(self) -> None:
         spec = JobSpec(base="b" * 64, adapter="acme/bot", train="file-1", steps=10**6, batch_size=1)
@@ -93,17 +93,17 @@ def test_a_job_fails_only_if_it_makes_no_progress(steps, max_attempts):
         for step in steps:
             row.status, row.attempt, row.step = JobStatus.RUNNING, row.attempt + 1, step
             _reclaim(None, row, max_attempts)
-            got_on = step > furthest
-            furthest, idle = max(step, furthest), 0 if got_on else idle + 1
-            if got_on:
+            progressed = step > furthest
+            furthest, idle = max(step, furthest), 0 if progressed else idle + 1
+            if progressed:
                 assert row.status is JobStatus.QUEUED
             assert idle <= max_attempts
             if row.status is JobStatus.FAILED:
                 break
 
 
-def test_a_job_given_back_for_an_outage_waits_longer_each_time_and_loses_no_attempt(registry, job):
-    waits = []
+def test_release_for_an_outage_backs_off_and_costs_no_attempt(registry, job):
+    delays = []
     for attempt in range(1, 12):
         now = NOW * attempt
         leased = do(registry, jobs.lease, "w", now=now, seconds=10, max_attempts=2)
@@ -118,10 +118,10 @@ def test_a_job_given_back_for_an_outage_waits_longer_each_time_and_loses_no_atte
             now=now,
         )
         assert released.status is JobStatus.QUEUED
-        waits.append(released.not_before - now)
+        delays.append(released.not_before - now)
         assert do(registry, jobs.lease, "w", now=released.not_before - 0.1, seconds=10, max_attempts=2) is None
-    assert all(0.5 * 2 * 2**n <= wait < 1.5 * 2 * 2**n for n, wait in enumerate(waits[:4])), waits
-    assert max(waits) <= 1.5 * MAX_OUTAGE_DELAY_SECONDS
+    assert all(0.5 * 2 * 2**n <= delay < 1.5 * 2 * 2**n for n, delay in enumerate(delays[:4])), delays
+    assert max(delays) <= 1.5 * MAX_OUTAGE_DELAY_SECONDS
     with registry.reading() as session:
         last = jobs.list_events(session, job.id)[-1]
     assert (last.level, "This uses up no attempt: The store is away." in last.message) == ("warn", True)
@@ -141,7 +141,7 @@ def fail(registry: Registry, job: JobRecord, step: int = 7) -> JobRecord:
     return do(registry, jobs.fail, job.id, leased.attempt, TrainingDiverged("NaN"), retry=False)
 
 
-def test_a_failed_job_is_retried_with_all_attempts_and_where_it_was(registry, job):
+def test_a_failed_job_is_retried_at_its_step_with_all_attempts(registry, job):
     fail(registry, job)
     again = do(registry, jobs.retry, job.id)
     assert (again.status, again.step, again.error_code, again.error_message) == (JobStatus.QUEUED, 7, None, None)
@@ -161,7 +161,7 @@ def test_a_cancelled_job_starts_over(registry, job):
     assert do(registry, jobs.lease, "w", now=NOW, seconds=10, max_attempts=1).id == job.id
 
 
-def test_what_can_not_be_retried_says_why(registry, job):
+def test_a_job_that_cannot_be_retried_is_refused_with_the_reason(registry, job):
     with pytest.raises(NotFound):
         do(registry, jobs.retry, "ftjob-0")
     with pytest.raises(Conflict, match="is queued, neither failed nor cancelled"):
@@ -183,13 +183,13 @@ def test_what_can_not_be_retried_says_why(registry, job):
     assert do(registry, jobs.get, job.id).status is JobStatus.FAILED
 
 
-def test_jobs_of_another_base_stay_where_they_are(registry, make_spec):
+def test_jobs_of_another_base_stay_queued(registry, make_spec):
     spec = make_spec("acme/bot")
     foreign = do(registry, jobs.submit, spec.model_copy(update={"base": OTHER}), {}, priority=9)
     mine = do(registry, jobs.submit, spec, {})
     with registry.reading() as session:
-        seen = queue.startable_jobs(session, NOW, executor=None, limit=9, base=FINGERPRINT)
-        assert [each.id for each in seen] == [mine.id]
+        startable = queue.startable_jobs(session, NOW, executor=None, limit=9, base=FINGERPRINT)
+        assert [each.id for each in startable] == [mine.id]
         assert queue.count_other_bases(session, FINGERPRINT) == (1, 0)
         assert queue.count_other_bases(session, OTHER) == (1, 0)
     lease = {"now": NOW, "seconds": 10, "max_attempts": 3, "base": FINGERPRINT}
@@ -212,7 +212,7 @@ def test_adapters_of_other_bases_are_counted_by_their_champions(registry, make_s
         assert queue.count_other_bases(session, FINGERPRINT, [OTHER]) == (0, 1)
 
 
-def test_jobs_that_were_there_before_have_their_base(empty_url):
+def test_older_jobs_get_their_base_by_migration(empty_url):
     from alembic import command
 
     from loramill.registry import migrate

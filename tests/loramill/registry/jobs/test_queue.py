@@ -97,7 +97,7 @@ def test_a_second_version_is_challenger_and_the_same_content_stays_champion(regi
 
 
 @pytest.mark.parametrize("change", [{"adapter": "globex/support"}, {"job": None}, {"base": "f" * 64}])
-def test_a_version_of_something_else_is_refused(registry, submit, change):
+def test_a_version_that_does_not_match_its_job_is_refused(registry, submit, change):
     job = submit()
     lease(registry)
     with pytest.raises(InvalidRequest), registry.writing() as session:
@@ -105,7 +105,7 @@ def test_a_version_of_something_else_is_refused(registry, submit, change):
     assert get(registry, job).status is JobStatus.RUNNING
 
 
-def test_a_worker_that_lost_its_lease_can_do_nothing(registry, submit):
+def test_a_worker_that_lost_its_lease_can_change_nothing(registry, submit):
     job = submit()
     assert lease(registry).attempt == 1
     assert lease(registry, now=1009.9) is None
@@ -129,7 +129,7 @@ def test_a_worker_that_lost_its_lease_can_do_nothing(registry, submit):
             act(session)
 
 
-def test_a_late_heartbeat_keeps_a_job_that_nobody_took(registry, submit):
+def test_a_late_heartbeat_keeps_a_job_that_was_not_leased_again(registry, submit):
     job = submit()
     lease(registry)
     with registry.writing() as session:
@@ -149,7 +149,7 @@ def test_a_job_whose_workers_vanish_fails_in_the_end(registry, submit):
         assert jobs.list_events(session, job.id)[-1].level == "error"
 
 
-def test_a_failure_is_tried_again_until_the_attempts_are_used_up(registry, submit):
+def test_a_failure_is_retried_until_the_attempts_are_used_up(registry, submit):
     job = submit()
     for attempt in (1, 2):
         lease(registry, max_attempts=2)
@@ -167,7 +167,7 @@ def test_a_failure_without_retry_is_final(registry, submit):
         assert jobs.fail(session, job.id, 1, TrainingDiverged("NaN"), retry=False).status is JobStatus.FAILED
 
 
-def test_giving_a_job_back_uses_no_attempt_up_but_moves_the_fence(registry, submit):
+def test_releasing_a_job_uses_up_no_attempt_but_moves_the_fence(registry, submit):
     job = submit()
     for attempt in range(1, 7):
         assert lease(registry, max_attempts=2).attempt == attempt
@@ -191,7 +191,7 @@ def test_a_queued_job_is_cancelled_at_once_and_never_leased(registry, submit):
         jobs.cancel(session, job.id)
 
 
-def test_a_running_job_learns_that_it_is_cancelled(registry, submit):
+def test_a_running_job_is_notified_of_its_cancellation(registry, submit):
     job = submit()
     lease(registry)
     with registry.writing() as session:
@@ -224,7 +224,7 @@ def test_a_cancelled_job_does_not_start_again(registry, submit, end):
     assert get(registry, job).status is JobStatus.CANCELLED
 
 
-def test_tenants_take_turns_by_what_they_have_running(registry, submit):
+def test_tenants_take_turns_by_their_running_jobs(registry, submit):
     big = [submit("big/bot").id for _ in range(6)]
     small = [submit("small/bot").id for _ in range(2)]
     late = submit("late/bot").id
@@ -256,7 +256,7 @@ def test_jobs_are_listed_in_pages_newest_first_and_hidden_from_others(registry, 
             jobs.list_jobs(session, tenant="acme", after=theirs)
 
 
-def test_a_job_uses_only_what_its_tenant_has(registry, make_spec):
+def test_a_job_uses_only_data_and_versions_of_its_tenant(registry, make_spec):
     spec, foreign = make_spec("acme/bot"), make_spec("globex/bot")
     wrong = [{"train": foreign.train}, {"valid": foreign.train}, {"start_from": "e" * 64}, {"adapter": "nobody/bot"}]
     with registry.writing() as session:
@@ -303,7 +303,7 @@ def test_threads_lease_every_job_once(registry, make_spec):
             result.result()
     assert Counter(job.id for job in leased) == Counter(queued)
     assert {job.attempt for job in leased} == {1}
-    # Fair at every moment, give or take who was in the middle of choosing.
+    # Fair at every moment, apart from threads that are still choosing.
     for k in range(10, 101, 10):
         share = Counter(job.tenant for job in leased[:k])
         assert max(share.values()) - min(share.values(), default=0) <= 3, share
@@ -320,8 +320,8 @@ while True:
     if job is None:
         break
     content = job.id.removeprefix("ftjob-").ljust(64, "0")
-    what = {"adapter": job.spec.adapter, "job": job.id, "base": job.spec.base, "bytes": 1, "created_at": 1.0}
-    version = VersionRecord(id=content, **what)
+    fields = {"adapter": job.spec.adapter, "job": job.id, "base": job.spec.base, "bytes": 1, "created_at": 1.0}
+    version = VersionRecord(id=content, **fields)
     with registry.writing() as session:
         jobs.publish(session, job.id, job.attempt, version)
     print(job.id)
@@ -352,8 +352,8 @@ registry = Registry.open(sys.argv[1], "memory://test")
 with registry.writing() as session:
     job = jobs.lease(session, "worker", now=1000.0, seconds=10.0, max_attempts=3)
 with registry.writing() as session:
-    what = {"adapter": job.spec.adapter, "job": job.id, "base": job.spec.base, "bytes": 1, "created_at": 1.0}
-    version = VersionRecord(id="a" * 64, **what)
+    fields = {"adapter": job.spec.adapter, "job": job.id, "base": job.spec.base, "bytes": 1, "created_at": 1.0}
+    version = VersionRecord(id="a" * 64, **fields)
     jobs.publish(session, job.id, job.attempt, version)
     print("published, not committed", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
