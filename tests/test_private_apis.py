@@ -79,12 +79,18 @@ PRIVATE_APIS = (
             "ray.train.v2._internal.callbacks.datasets:DatasetsCallback": "327420dda318",
             "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback": "a8dc88141e22",
             "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer._create_default_callbacks": "00a45d7c799b",
+            "ray.train.v2._internal.execution.scaling_policy:FixedScalingPolicy": "d443527d2a25",
+            "ray.train.v2._internal.execution.scaling_policy.scaling_policy"
+            ":ScalingPolicy.after_controller_start": "4be41d23183c",
+            "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer._initialize_and_run_controller": "4592316f87cb",
         },
         names=frozenset(
             {
                 "ray.train.v2._internal.callbacks.datasets.DatasetsCallback",
                 "ray.train.v2._internal.callbacks.placement_group_callback.PlacementGroupCleanerCallback",
+                "ray.train.v2._internal.execution.scaling_policy.FixedScalingPolicy",
                 "_create_default_callbacks",
+                "_initialize_and_run_controller",
             }
         ),
     ),

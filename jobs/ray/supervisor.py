@@ -64,8 +64,8 @@ def _remove_orphans_periodically() -> None:
         time.sleep(ORPHAN_CHECK_SECONDS)
 
 
-def deploy(settings: Settings) -> None:
-    """Starts the supervisor on the Ray cluster that this process is connected to, and replaces one that runs there."""
+def deploy(settings: Settings) -> ray.actor.ActorHandle:
+    """Starts the supervisor on this process's Ray cluster in place of one that runs there; returns without waiting."""
     base = find_base(settings.base, settings.cache, settings.quantization).fingerprint
     try:
         ray.kill(ray.get_actor(ACTOR_NAME, namespace=NAMESPACE))
@@ -73,5 +73,9 @@ def deploy(settings: Settings) -> None:
         log.info("no supervisor was running")
     options = {"name": ACTOR_NAME, "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": -1, "num_cpus": 0}
     environment = {"env_vars": ONLY_ASSIGNED_GPUS}
-    supervisor = ray.remote(Supervisor).options(**options, runtime_env=environment).remote(settings, base)
+    return ray.remote(Supervisor).options(**options, runtime_env=environment).remote(settings, base)
+
+
+def wait_ready(supervisor: ray.actor.ActorHandle) -> None:
+    """Waits until the supervisor runs."""
     ray.get(supervisor.ping.remote())

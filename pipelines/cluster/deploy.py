@@ -32,8 +32,9 @@ log = logging.getLogger("loramill.cluster")  # __name__ is __main__ here
 
 def deploy(settings: Settings) -> None:
     """Starts or updates everything on the Ray cluster of this process."""
-    loramill.jobs.ray.supervisor.deploy(settings)
+    supervisor = loramill.jobs.ray.supervisor.deploy(settings)  # its process starts while Serve does
     loramill.serve.deployments.deploy(settings)
+    loramill.jobs.ray.supervisor.wait_ready(supervisor)
 
 
 def start_local(scratch: Path) -> None:

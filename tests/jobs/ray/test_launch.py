@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 
-def test_the_supervisor_imports_nothing_that_trains():
+def test_the_supervisor_imports_nothing_that_trains_or_serves():
     code = "import sys, loramill.pipelines.cluster.deploy, loramill.jobs.ray.supervisor; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"torch", "transformers", "peft", "bitsandbytes", "ray.train"} & set(ran.stdout.split())
+    trains = {"torch", "transformers", "peft", "bitsandbytes", "ray.train"}
+    assert not (trains | {"loramill.serve.api.app"}) & set(ran.stdout.split())
 
 
 def test_the_lean_trainer_imports_no_torch():
@@ -29,3 +30,16 @@ def test_the_lean_trainer_leaves_out_two_callbacks():
         "PlacementGroupCleanerCallback",
     }
     assert "BackendSetupCallback" in callbacks(LeanTrainer)
+
+
+def test_the_lean_trainer_starts_its_workers_without_a_coordinator():
+    from ray.train import ScalingConfig
+
+    from loramill.jobs.ray.lean_trainer import _FixedScaling
+
+    policy = _FixedScaling(ScalingConfig(num_workers=2))
+    policy.after_controller_start(None)
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 2
+    policy.make_decision_for_running_worker_group(None, None)
+    policy.before_controller_abort()
+    assert policy._coordinator_client is None
