@@ -42,7 +42,7 @@ def rows(words: list[str] = WORDS) -> bytes:
 
 @dataclass(frozen=True)
 class JobEnvironment:
-    """A registry in its own home, and what a worker there needs."""
+    """A registry in its own home, and the parts of its workers."""
 
     settings: Settings
     registry: Registry

@@ -1,4 +1,4 @@
-"""A base that is loaded and trained in no time, and examples for it."""
+"""A base that loads and trains quickly, and examples for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same on a real Ray with fake GPUs: minutes, and so only where SLOW is set."""
+"""Processes are killed on a real Ray with fake GPUs; takes minutes, so only if SLOW is set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..worker.test_killed_workers import PACE, check, left, submitted
 
 pytestmark = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes minutes; set SLOW=1")
 
-#: What is killed, by the beginning of its process's title.
+#: The beginning of the title of each kind of process that is killed.
 VICTIMS = {"worker": "ray::RayTrainWorker", "controller": "ray::TrainController", "supervisor": "ray::Supervisor"}
 
 
@@ -35,15 +35,15 @@ def environment(tmp_path: Path, tiny_chat_base: Path) -> Iterator[JobEnvironment
     ray.shutdown()
 
 
-def kill(chance: random.Random, what: str) -> int:
-    """Kills one of our processes of this kind; returns how many."""
+def kill(chance: random.Random, kind: str) -> int:
+    """Kills one of our processes of this kind, if there is one; returns the number killed."""
     alive = []
     for process in psutil.Process().children(recursive=True):
         try:
             title = " ".join(process.cmdline())
         except psutil.NoSuchProcess:
             continue
-        if title.startswith(VICTIMS[what]):
+        if title.startswith(VICTIMS[kind]):
             alive.append(process.pid)
     for pid in chance.sample(alive, min(1, len(alive))):
         os.kill(pid, signal.SIGKILL)
@@ -58,8 +58,8 @@ def test_each_job_ends_once_while_processes_are_killed(environment: JobEnvironme
         while left(environment) > goal:
             assert time.monotonic() < deadline, f"{left(environment)} jobs are left, after kills of {killed}"
             time.sleep(0.3)
-        what = ("worker", "controller", "worker", "supervisor")[sum(killed.values()) % 4]
-        killed[what] += kill(chance, what)
+        kind = ("worker", "controller", "worker", "supervisor")[sum(killed.values()) % 4]
+        killed[kind] += kill(chance, kind)
     while left(environment):
         assert time.monotonic() < deadline, f"{left(environment)} jobs are left at the end"
         time.sleep(0.3)

@@ -49,7 +49,7 @@ def fail(registry: Registry, job: str) -> None:
         jobs.fail(session, job, leased.attempt, TrainingDiverged("NaN"), retry=False)
 
 
-def test_checkpoints_of_ended_jobs_are_removed_of_failed_ones_in_a_week(registry: Registry, tmp_path: Path) -> None:
+def test_ended_jobs_lose_their_checkpoints_failed_ones_after_a_week(registry: Registry, tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     waiting, cancelled, failed = (submitted(registry, checkpoints) for _ in range(3))
     with registry.writing() as session:

@@ -174,7 +174,7 @@ def test_actions_fit_the_pool_and_preempt_the_least_important(pool: PoolState) -
     for victim in preempted:
         assert not victim.stopping
         assert any(victim.priority < job.priority for job in pool.waiting)
-        # No job that goes on would have been a better choice.
+        # No job that keeps running would have been a better choice.
         for spared in at_work.values():
             if spared not in preempted and not spared.stopping:
                 assert (spared.priority, -spared.started_at) >= (victim.priority, -victim.started_at)
@@ -206,7 +206,7 @@ def is_session(slot: WorkerSlot) -> bool:
 
 
 def after(pool: PoolState, actions: tuple[Action, ...]) -> PoolState:
-    """The pool when everything that was to stop has stopped."""
+    """The pool once everything that should stop has stopped."""
     ending = {slot.name for slot in pool.held_slots if slot.ending or EndSession(slot.name) in actions}
     left = tuple(
         job

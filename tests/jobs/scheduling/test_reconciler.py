@@ -1,4 +1,4 @@
-"""The supervisor without Ray: what it starts, alone and beside a second supervisor."""
+"""The supervisor without Ray: what it starts, alone and together with a second supervisor."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def make(registry: Registry, runs: Runs) -> Callable[..., Reconciler]:
 def submit(registry: Registry, count: int = 1, executor: Executor = "session", **fields: object) -> list[JobRecord]:
     with registry.writing() as session:
         (data,) = datasets.list_datasets(session, "acme")
-        given = {"base": "b" * 64, "adapter": "acme/bot", "train": data.id, "steps": 5, "batch_size": 2}
+        defaults = {"base": "b" * 64, "adapter": "acme/bot", "train": data.id, "steps": 5, "batch_size": 2}
         priority = int(str(fields.pop("priority", 0)))
-        spec = JobSpec.model_validate(given | fields)
+        spec = JobSpec.model_validate(defaults | fields)
         return [jobs.submit(session, spec, {}, executor=executor, priority=priority) for _ in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""Order and layout: every example once an epoch, and rows that say the same as separate examples."""
+"""Order and layout: each example once per epoch, and rows that are equivalent to separate examples."""
 
 from __future__ import annotations
 
@@ -70,25 +70,25 @@ def examples(draw: st.DrawFn) -> list[EncodedExample]:
 
 
 @given(examples=examples(), layout=st.sampled_from([pack, pad]))
-def test_rows_hold_the_tokens_of_their_examples(examples: list[EncodedExample], layout: type) -> None:
+def test_rows_contain_the_tokens_of_their_examples(examples: list[EncodedExample], layout: type) -> None:
     rows = layout(examples)
     count, width = rows.tokens.shape
     assert (count, rows.attention_mask.shape) == (1 if layout is pack else len(examples), (count, width, width))
-    learned = []
-    for place, label, share in zip(
+    predicted = []
+    for position, label, share in zip(
         rows.target_positions.tolist(), rows.labels.tolist(), rows.weights.tolist(), strict=True
     ):
-        row, column = divmod(place, width)
+        row, column = divmod(position, width)
         visible = rows.attention_mask[row, column].nonzero().flatten()
         assert rows.positions[row, visible].tolist() == list(range(len(visible)))
-        learned.append((tuple(rows.tokens[row, visible].tolist()), label, share))
+        predicted.append((tuple(rows.tokens[row, visible].tolist()), label, share))
     expected = [
-        (example.tokens[:place], example.tokens[place], span.weight)
+        (example.tokens[:position], example.tokens[position], span.weight)
         for example in examples
         for span in example.spans
-        for place in range(max(1, span.start), span.stop)
+        for position in range(max(1, span.start), span.stop)
     ]
-    assert learned == expected
+    assert predicted == expected
     assert len(expected) == sum(map(count_supervised_tokens, examples))
     assert sum(share for *_, share in expected) == pytest.approx(sum(map(supervised_weight, examples)))
 

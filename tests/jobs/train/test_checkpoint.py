@@ -23,8 +23,8 @@ def at(step: int, best_step: int | None = None, *, pending: bool = False) -> Che
     generator = torch.Generator().manual_seed(step)
     parts = [{"b.lora_A.weight": torch.randn(3, 5, generator=generator), "a": torch.randn(2)} for _ in range(4)]
     figures = {"loss": 0.1 + step, "grad_norm": 1e-300}
-    standing = RunState(step, step * 100, figures, pending, best_step, None if best_step is None else 1 / 3, stale=2)
-    return CheckpointData(standing, *parts)
+    run_state = RunState(step, step * 100, figures, pending, best_step, None if best_step is None else 1 / 3, stale=2)
+    return CheckpointData(run_state, *parts)
 
 
 def step_of(found: CheckpointData | None) -> int | None:
@@ -32,58 +32,58 @@ def step_of(found: CheckpointData | None) -> int | None:
 
 
 @pytest.fixture(params=["folder", "file", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path | str]:
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path | str]:
     """A folder for checkpoints that does not exist yet."""
     folder = tmp_path / "a job"
     yield {"folder": folder, "file": folder.as_uri(), "memory": f"memory://{tmp_path.name}/job"}[request.param]
     fsspec.filesystem("memory").store.clear()
 
 
-def test_a_checkpoint_is_read_as_it_was_written(place: Path | str) -> None:
+def test_a_checkpoint_is_read_as_it_was_written(location: Path | str) -> None:
     written = at(7, best_step=5)
-    assert latest(place, SPEC) is None
-    write(place, SPEC, written)
-    read = latest(place, SPEC)
+    assert latest(location, SPEC) is None
+    write(location, SPEC, written)
+    read = latest(location, SPEC)
     assert read is not None
     assert read.run_state == written.run_state
     for part in ("weights", "first_moments", "second_moments", "state"):
         torch.testing.assert_close(getattr(read, part), getattr(written, part), rtol=0, atol=0)
 
 
-def test_the_last_two_are_kept(place: Path | str) -> None:
+def test_the_last_two_are_kept(location: Path | str) -> None:
     for step in (5, 10, 15):
-        write(place, SPEC, at(step))
-    assert files(place) == [10, 15]
-    assert step_of(latest(place, SPEC)) == 15
-    assert step_of(best_of(place)) == 15
+        write(location, SPEC, at(step))
+    assert files(location) == [10, 15]
+    assert step_of(latest(location, SPEC)) == 15
+    assert step_of(best_of(location)) == 15
 
 
-def test_the_best_of_each_kept_checkpoint_is_kept(place: Path | str) -> None:
+def test_the_best_of_each_kept_checkpoint_is_kept(location: Path | str) -> None:
     for step, best_step in ((5, 5), (10, 10), (15, 10), (20, 10), (25, 10)):
-        write(place, SPEC, at(step, best_step))
-    assert files(place) == [10, 20, 25]
-    assert step_of(best_of(place)) == 10
-    write(place, SPEC, at(30, 30))
-    assert files(place) == [10, 25, 30]  # were the last damaged, 10 would still be the best
-    assert step_of(best_of(place)) == 30
+        write(location, SPEC, at(step, best_step))
+    assert files(location) == [10, 20, 25]
+    assert step_of(best_of(location)) == 10
+    write(location, SPEC, at(30, 30))
+    assert files(location) == [10, 25, 30]  # were the last damaged, 10 would still be the best
+    assert step_of(best_of(location)) == 30
 
 
-def best_of(place: Path | str) -> CheckpointData:
-    last = latest(place, SPEC)
+def best_of(location: Path | str) -> CheckpointData:
+    last = latest(location, SPEC)
     assert last is not None
-    return best(place, SPEC, last)
+    return best(location, SPEC, last)
 
 
-def files(place: Path | str) -> list[int]:
-    return sorted(int(name.split("-")[1].rstrip("ab")) for name in open_checkpoint_store(place).names())
+def files(location: Path | str) -> list[int]:
+    return sorted(int(name.split("-")[1].rstrip("ab")) for name in open_checkpoint_store(location).names())
 
 
-def test_a_checkpoint_before_validation_sorts_before_the_validated(place: Path | str) -> None:
-    write(place, SPEC, at(8, pending=True))
-    write(place, SPEC, at(8, best_step=8))
-    read = latest(place, SPEC)
+def test_a_checkpoint_before_validation_sorts_before_the_validated(location: Path | str) -> None:
+    write(location, SPEC, at(8, pending=True))
+    write(location, SPEC, at(8, best_step=8))
+    read = latest(location, SPEC)
     assert read is not None and not read.run_state.pending
-    assert step_of(best_of(place)) == 8
+    assert step_of(best_of(location)) == 8
 
 
 def test_a_missing_best_checkpoint_is_reported(tmp_path: Path) -> None:
@@ -149,6 +149,6 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
     assert step_of(latest(tmp_path, SPEC)) == 10
 
 
-def test_a_url_that_nothing_opens_is_reported() -> None:
+def test_a_url_with_an_unknown_protocol_is_reported() -> None:
     with pytest.raises(SetupError, match="store 'nosuch://x' cannot be used"):
         latest("nosuch://x", SPEC)

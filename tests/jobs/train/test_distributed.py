@@ -1,4 +1,4 @@
-"""Several processes share a step's passes: the result is one's, to rounding."""
+"""Several processes share a step's passes; the result equals that of one process, to rounding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Group:
         self._tensors: list[torch.Tensor] = []
 
     def run(self, task: Callable[[ProcessGroup], Any]) -> list[Any]:
-        """What `task`, or its error, comes to in each."""
+        """Runs `task` in each process; returns the results, or the errors."""
         results: list[Any] = [None] * self._size
 
         def work(rank: int) -> None:
@@ -60,14 +60,14 @@ class Group:
         self._turn.acquire()
 
 
-def points(spec: JobSpec, place: Path, processes: ProcessGroup, **more: Any) -> list[TrainingProgress]:
+def points(spec: JobSpec, checkpoints: Path, processes: ProcessGroup, **more: Any) -> list[TrainingProgress]:
     return list(
         train(
             tiny_model(),
             random_examples(23, weighed=True),
             HELD_OUT,
             spec,
-            checkpoints=place,
+            checkpoints=checkpoints,
             process_group=processes,
             **more,
         )
@@ -99,12 +99,12 @@ def test_several_processes_give_the_result_of_one(
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
         assert ours.valid_loss == (None if theirs.valid_loss is None else pytest.approx(theirs.valid_loss, rel=1e-5))
     assert latest(tmp_path / "0", spec) is not None
-    assert not any((tmp_path / str(rank)).exists() for rank in range(1, size))  # the first alone writes
+    assert not any((tmp_path / str(rank)).exists() for rank in range(1, size))  # only the first one writes
 
 
 def test_all_processes_resume_from_the_first_ones_checkpoint(tmp_path: Path) -> None:
     spec = spec_of(dropout=0.3)
-    whole = Group(2).run(lambda processes: points(spec, tmp_path / "whole", processes))
+    uninterrupted = Group(2).run(lambda processes: points(spec, tmp_path / "whole", processes))
 
     def half(processes: ProcessGroup) -> list[TrainingProgress]:
         running = train(
@@ -117,21 +117,21 @@ def test_all_processes_resume_from_the_first_ones_checkpoint(tmp_path: Path) -> 
         )
         return [next(running) for _ in range(3)]
 
-    begun = Group(2).run(half)
+    stopped = Group(2).run(half)
     rest = Group(2).run(lambda processes: points(spec, tmp_path / "job", processes))
-    assert begun[0] + rest[0][1:] == whole[0]
+    assert stopped[0] + rest[0][1:] == uninterrupted[0]
     assert rest[0] == rest[1]
 
 
 @pytest.mark.parametrize(
-    ("own", "others", "says"),
+    ("own", "others", "message"),
     [
         (JobPaused("now"), JobPaused, "Another of this job's 3 processes was requested to stop"),
         (LeaseLost("gone"), JobError, "Another of this job's 3 processes stopped"),
     ],
 )
 def test_a_process_that_stops_stops_the_others(
-    tmp_path: Path, own: JobError, others: type[JobError], says: str
+    tmp_path: Path, own: JobError, others: type[JobError], message: str
 ) -> None:
     def stop(processes: ProcessGroup) -> list[TrainingProgress]:
         passes = iter(range(4))
@@ -145,7 +145,7 @@ def test_a_process_that_stops_stops_the_others(
     first, second, third = Group(3).run(stop)
     assert second is own
     assert type(first) is type(third) is others
-    assert says in str(first)
+    assert message in str(first)
     assert (latest(tmp_path, spec_of(checkpoint_every=50)) is not None) == (others is JobPaused)
 
 

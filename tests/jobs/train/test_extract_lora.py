@@ -30,7 +30,7 @@ def change_of(rows: int, columns: int, rank: int | None = None, seed: int = 0) -
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 50), st.integers(0, 99))
 def test_no_matrix_of_the_rank_is_nearer(rows: int, columns: int, rank: int, seed: int) -> None:
-    """Eckart and Young: what the truncated SVD leaves out is the least there is."""
+    """Eckart and Young: the error of the truncated SVD is the smallest possible."""
     change = change_of(rows, columns, seed=seed)
     u, s, v = torch.linalg.svd(change.double(), full_matrices=False)
     found = low_rank_factors(change, rank)
@@ -62,7 +62,7 @@ def test_zero_and_low_rank_changes_are_extracted() -> None:
 
 
 def changed(model: PreTrainedModel, size: float = 0.02) -> dict[str, torch.Tensor]:
-    """Weights after some training, in a way."""
+    """Weights as if after some training."""
     draw = torch.Generator().manual_seed(5)
     return {
         name: each.detach().float() + size * torch.randn(each.shape, generator=draw)
@@ -94,7 +94,7 @@ def logits(model: Any) -> torch.Tensor:
     ],
 )
 def test_at_full_rank_peft_equals_the_trained_linears(make: Any, changes: dict[str, Any], tmp_path: Path) -> None:
-    """Whatever scale the spec gives its method, the adapter is the change, and so is what PEFT computes."""
+    """For any scale of the method, the adapter equals the change, and PEFT computes the same."""
     model = make()
     linears = {name for name, _ in model.named_parameters() if ".layers." in name or ".h." in name}
     weights = {
@@ -108,7 +108,7 @@ def test_at_full_rank_peft_equals_the_trained_linears(make: Any, changes: dict[s
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
 
 
-def test_the_report_names_changes_that_no_adapter_holds() -> None:
+def test_the_report_names_changes_that_no_adapter_represents() -> None:
     model = tiny_model()
     weights = changed(model)
     spec = spec_of(method="full", rank=4, targets=("q_proj", "down_proj"), layers=(1,), rank_pattern={"down_proj": 2})
@@ -125,9 +125,9 @@ def test_the_report_names_changes_that_no_adapter_holds() -> None:
         assert each.error == pytest.approx((s[each.rank :].norm() / s.norm()).item(), rel=1e-5)
     assert set(report.changes_left_out) == set(before) - {f"{each.module}.weight" for each in report.modules}
     assert {"model.embed_tokens.weight", "model.norm.weight"} < set(report.changes_left_out)
-    held = sum(each.change**2 * (1 - each.error**2) for each in report.modules)
+    kept = sum(each.change**2 * (1 - each.error**2) for each in report.modules)
     everything = sum(float((weights[name] - before[name]).double().norm()) ** 2 for name in before)
-    assert report.energy_of_all == pytest.approx(held / everything, rel=1e-6)
+    assert report.energy_of_all == pytest.approx(kept / everything, rel=1e-6)
     assert report.error == pytest.approx((1 - report.energy) ** 0.5)
     assert ExtractionReport.model_validate_json(report.model_dump_json()) == report
     assert extract_lora(model, weights, spec, "tiny")[0] == files

@@ -31,7 +31,7 @@ def near(ours: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (4, 4), (4, 1)])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_attention_equals_eager_attention(dtype: torch.dtype, heads: int, kv_heads: int, rows: int) -> None:
-    tokens, width = 17, 24  # whose root is no power of two
+    tokens, width = 17, 24  # whose square root is not a power of two
     generator = torch.Generator().manual_seed(0)
 
     def drawn(count: int) -> torch.Tensor:
@@ -41,8 +41,8 @@ def test_attention_equals_eager_attention(dtype: torch.dtype, heads: int, kv_hea
     inputs = [drawn(heads), drawn(kv_heads), drawn(kv_heads)]
     exact = [each.detach().float().requires_grad_(True) for each in inputs]
     owner = torch.arange(tokens) // 6
-    sees = (owner[:, None] == owner).tril()
-    mask = torch.zeros(rows, 1, tokens, tokens).masked_fill(~sees, -math.inf)
+    attended = (owner[:, None] == owner).tril()
+    mask = torch.zeros(rows, 1, tokens, tokens).masked_fill(~attended, -math.inf)
     module = SimpleNamespace(num_key_value_groups=heads // kv_heads, training=False)
     theirs, _ = eager_attention_forward(module, *exact, mask, width**-0.5)  # type: ignore[arg-type]
     ours, _ = attend(module, *inputs, mask.to(dtype), scaling=width**-0.5)  # type: ignore[arg-type]

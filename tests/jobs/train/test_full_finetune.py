@@ -1,5 +1,5 @@
-"""Full fine-tuning by DeepSpeed against a plain loop, across stops, and what comes of it as PEFT, transformers and the
-engine load it."""
+"""Full fine-tuning by DeepSpeed against a plain loop, across stops, and its results as PEFT, transformers and the
+engine load them."""
 
 from __future__ import annotations
 
@@ -97,9 +97,9 @@ def test_deepspeed_equals_torch(tmp_path: Path, offload: str, micro_tokens: int)
 
     found = {}
     for name, attach in (("torch", by_torch), ("deepspeed", by_deepspeed)):
-        model, place = tiny_model().requires_grad_(True), tmp_path / name
+        model, folder = tiny_model().requires_grad_(True), tmp_path / name
         found[name] = list(
-            train(model, random_examples(23), random_examples(7, seed=1), spec, checkpoints=place, attach=attach)
+            train(model, random_examples(23), random_examples(7, seed=1), spec, checkpoints=folder, attach=attach)
         )
     for ours, theirs in zip(found["deepspeed"], found["torch"], strict=True):
         assert (ours.step, ours.trained_tokens, ours.learning_rate) == (
@@ -158,7 +158,7 @@ def test_a_stopped_job_resumes_to_the_same_bits(tiny_base: Base, tmp_path: Path,
     running.close()
     rest = points(tiny_base, spec, tmp_path / "stopped", valid=3)
     assert rest == whole[after - after % 2 :]
-    # A checkpoint's name has the hash of its content: weights, both moments, and where the job stands.
+    # A checkpoint's name has the hash of its content: weights, both moments, and the job's progress.
     names = [sorted(file.name for file in (tmp_path / job).iterdir()) for job in ("whole", "stopped")]
     assert names[0] == names[1]
 
@@ -172,7 +172,7 @@ def test_a_paused_job_keeps_its_last_step(tiny_base: Base, tmp_path: Path) -> No
         nonlocal calls
         calls += 1
         if calls == 18:
-            raise JobPaused("asked")
+            raise JobPaused("requested")
 
     with pytest.raises(JobPaused):
         points(tiny_base, spec, tmp_path / "paused", raise_if_stopped=check)
@@ -212,7 +212,7 @@ def test_starts_from_an_adapter(tiny_base: Base, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
 def test_the_result_is_a_lora_and_a_base(tiny_base_folder: Path, tmp_path: Path, quantization: Quantization) -> None:
-    """The LoRA stands on the base as it is served; the whole weights are what was trained, and are served."""
+    """The LoRA applies to the base as it is served; the full weights are those that were trained, and are served."""
     base = base_of(tiny_base_folder, tmp_path, quantization)
     spec = full(rank=64, targets=("all-linear",), steps=2, batch_size=3)
     points(base, spec, tmp_path / "job")
@@ -238,8 +238,8 @@ def test_the_result_is_a_lora_and_a_base(tiny_base_folder: Path, tmp_path: Path,
     as_base = find_base(str(tmp_path / "whole"), tmp_path / "cache")
     assert as_base.fingerprint != base.fingerprint and as_base.context_length == base.context_length
     with OfflineEngine(as_base, Path, ServeSettings()) as engine:
-        asked = TextRequest("1", "acme", prompt="hello", sampling_params=SamplingParams(max_tokens=1, logprobs=0))
-        (answer,) = engine.generate([asked])
+        request = TextRequest("1", "acme", prompt="hello", sampling_params=SamplingParams(max_tokens=1, logprobs=0))
+        (answer,) = engine.generate([request])
     prompt = torch.tensor([Tokenizer.from_file(str(tmp_path / "whole" / "tokenizer.json")).encode("hello").ids])
     likeliest = whole.float()(prompt).logits[0, -1].log_softmax(-1).max().item()
     assert answer.error is None and answer.logprobs[0].token.logprob == pytest.approx(likeliest, abs=0.15)
@@ -267,7 +267,7 @@ def check():
     global calls
     calls += 1
     if rank == 0 and calls == 9:
-        raise JobPaused("asked")
+        raise JobPaused("requested")
 base = base_of(root / "base", root)
 for stop in (check, lambda: None):
     try:
@@ -313,7 +313,7 @@ def test_a_worker_publishes_both_results_without_a_resident_base(tiny_base_folde
         name="w1",
         registry=registry,
         base=base,
-        model=lambda: pytest.fail("the resident base was asked for"),
+        model=lambda: pytest.fail("the resident base was requested"),
         device=CPU,
         tokenizer=ChatTokenizer.load(tiny_base_folder),
         checkpoints=tmp_path / "checkpoints",

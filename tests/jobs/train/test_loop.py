@@ -54,7 +54,7 @@ def test_steps_equal_those_of_plain_peft(tmp_path: Path, changes: dict[str, Any]
     plain = get_peft_model(tiny_model(), config)
     begin(plain, tmp_path / "begin", spec)
     named = [(name, parameter) for name, parameter in plain.named_parameters() if parameter.requires_grad]
-    learned = [parameter for _, parameter in named]
+    trainable = [parameter for _, parameter in named]
     optimizer = torch.optim.AdamW(
         [{"params": [p for name, p in named if (".lora_B." in name) == is_b]} for is_b in (False, True)],
         weight_decay=spec.weight_decay,
@@ -62,7 +62,7 @@ def test_steps_equal_those_of_plain_peft(tmp_path: Path, changes: dict[str, Any]
     for step, point in enumerate(points):
         loss, accuracy = reference_loss(plain, [examples[index] for index in choose_batch(23, 5, step, spec.seed)])
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(learned, spec.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(trainable, spec.max_grad_norm)
         assert point.loss == pytest.approx(loss.item(), rel=1e-5)
         assert point.accuracy == pytest.approx(accuracy, abs=1e-6)
         assert point.grad_norm == pytest.approx(norm.item(), rel=1e-4)
@@ -196,11 +196,11 @@ def test_each_example_is_trained_on_in_every_epoch(
     running = train(tiny_model(), examples, [], spec, checkpoints=tmp_path)
     for epoch in range(epochs):
         for first in range(0, len(examples), batch_size):
-            begun = len(seen)
+            offset = len(seen)
             totals.clear()
             point = next(running)
             assert len(seen) == epoch * 11 + min(11, first + batch_size)
-            assert set(totals) == {sum(count_supervised_tokens(examples[line - 1]) for line in seen[begun:])}
+            assert set(totals) == {sum(count_supervised_tokens(examples[line - 1]) for line in seen[offset:])}
         assert Counter(seen) == dict.fromkeys(range(1, 12), epoch + 1)
     assert next(running, None) is None and point.step == steps
 

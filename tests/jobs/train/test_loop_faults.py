@@ -1,4 +1,4 @@
-"""Kills, pauses, a full memory or disk, numbers that aren't finite: a job goes on to the same bits, or says why not."""
+"""Kills, pauses, full memory or disk, non-finite numbers: a job resumes to the same bits, or reports the reason."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def quantized(tmp_path: Path) -> Callable[[], PreTrainedModel]:
-    """Makes a tiny base of rounded values, whose folder has those before."""
+    """Makes a tiny base of rounded values; its folder has the original values."""
     tiny_model().save_pretrained(tmp_path / "base")
 
     def make() -> PreTrainedModel:
@@ -82,14 +82,14 @@ def test_a_stopped_job_resumes_to_the_same_bits(
     more = {"valid": HELD_OUT, "base_folder": tmp_path / "base"}
     whole = train_and_export(quantized(), spec, tmp_path / "whole", **more)
     for after in range(1, 8):
-        place = tmp_path / f"stopped after {after}"
+        folder = tmp_path / f"stopped after {after}"
         running = train(
-            quantized(), random_examples(23), HELD_OUT, spec, base_folder=tmp_path / "base", checkpoints=place
+            quantized(), random_examples(23), HELD_OUT, spec, base_folder=tmp_path / "base", checkpoints=folder
         )
         for _ in range(after):
             next(running)
         running.close()
-        assert train_and_export(quantized(), spec, place, **more) == whole
+        assert train_and_export(quantized(), spec, folder, **more) == whole
 
 
 def test_a_paused_job_loses_no_step(tmp_path: Path) -> None:
@@ -104,29 +104,29 @@ def test_a_paused_job_loses_no_step(tmp_path: Path) -> None:
     whole = train_and_export(tiny_model(), spec, tmp_path / "whole", valid=HELD_OUT, raise_if_stopped=count)
     assert passes > 15
     for last in range(1, passes):
-        place, left, asked = tmp_path / str(last), iter(range(last)), (JobPaused, JobPreempted)[last % 2]
+        folder, left, error = tmp_path / str(last), iter(range(last)), (JobPaused, JobPreempted)[last % 2]
 
-        def stop(left: Any = left, asked: type[Exception] = asked) -> None:
+        def stop(left: Any = left, error: type[Exception] = error) -> None:
             if next(left, None) is None:
-                raise asked("now")
+                raise error("now")
 
         points = []
-        with pytest.raises(asked):
+        with pytest.raises(error):
             for point in train(
-                tiny_model(), random_examples(23), HELD_OUT, spec, checkpoints=place, raise_if_stopped=stop
+                tiny_model(), random_examples(23), HELD_OUT, spec, checkpoints=folder, raise_if_stopped=stop
             ):
                 points.append(point)
-        rest = list(train(tiny_model(), random_examples(23), HELD_OUT, spec, checkpoints=place))
+        rest = list(train(tiny_model(), random_examples(23), HELD_OUT, spec, checkpoints=folder))
         assert [point.step for point in (*points, *rest)] == [1, 2, 3, 4, 5, 6]
         assert [point.step for point in (*points, *rest) if point.valid_loss is not None] == [3, 6]
-        assert export_adapter(place, spec, base="tiny") == whole
+        assert export_adapter(folder, spec, base="tiny") == whole
 
 
 def test_a_cancelled_job_ends_before_its_next_pass(tmp_path: Path) -> None:
-    asked = iter([None, None])
+    calls = iter([None, None])
 
     def stop() -> None:
-        if next(asked, 0) is not None:
+        if next(calls, 0) is not None:
             raise JobCancelled("now")
 
     with pytest.raises(JobCancelled):
@@ -173,14 +173,14 @@ def test_a_killed_job_resumes_to_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_checkpoints_can_be_at_a_url(tmp_path: Path) -> None:
-    spec, place = spec_of(dropout=0.2), f"memory://{tmp_path.name}/job"
-    running = train(tiny_model(), random_examples(23), [], spec, checkpoints=place)
+    spec, folder = spec_of(dropout=0.2), f"memory://{tmp_path.name}/job"
+    running = train(tiny_model(), random_examples(23), [], spec, checkpoints=folder)
     for _ in range(3):
         next(running)
     running.close()
-    rest = list(train(tiny_model(), random_examples(23), [], spec, checkpoints=place))
+    rest = list(train(tiny_model(), random_examples(23), [], spec, checkpoints=folder))
     assert [point.step for point in rest] == [3, 4, 5, 6]
-    assert export_adapter(place, spec, base="tiny") == train_and_export(
+    assert export_adapter(folder, spec, base="tiny") == train_and_export(
         tiny_model(), spec, (tmp_path / "local").as_uri()
     )
 
@@ -189,7 +189,7 @@ def test_checkpoints_can_be_at_a_url(tmp_path: Path) -> None:
 
 
 def no_memory() -> None:
-    torch.empty(2**60)  # what torch's own allocator on a CPU says
+    torch.empty(2**60)  # the error of torch's own allocator on a CPU
 
 
 def no_gpu_memory() -> None:
@@ -265,12 +265,12 @@ def test_a_loss_of_nan_ends_the_job_and_names_its_examples(tmp_path: Path) -> No
     seen = []
     with pytest.raises(
         TrainingDiverged, match=r"step 4 of 30: loss nan.*lower learning rate.*before it is of step 3"
-    ) as told:
+    ) as caught:
         for point in train(poisoned(), examples, [], spec, checkpoints=tmp_path):
             seen.append(point.step)
     assert seen == [1, 2, 3]
-    assert told.value.examples == tuple(examples[index].line for index in choose_batch(23, 5, 3, spec.seed))
-    assert 101 + bad - 1 in told.value.examples and str(100 + bad) in told.value.message
+    assert caught.value.examples == tuple(examples[index].line for index in choose_batch(23, 5, 3, spec.seed))
+    assert 101 + bad - 1 in caught.value.examples and str(100 + bad) in caught.value.message
     last = latest(tmp_path, spec)
     assert last is not None and last.run_state.step == 3
     assert all(tensor.isfinite().all() for tensor in last.weights.values())
@@ -280,9 +280,9 @@ def test_a_gradient_of_nan_ends_the_job(tmp_path: Path) -> None:
     model = tiny_model()
     model.model.layers[0].input_layernorm.register_full_backward_hook(lambda _, given, __: (given[0] * torch.inf,))
     model.model.layers[0].mlp.register_full_backward_hook(lambda _, given, __: (given[0] * torch.nan,))
-    with pytest.raises(TrainingDiverged, match=r"step 1 of 6: loss \d.*gradient norm nan") as told:
+    with pytest.raises(TrainingDiverged, match=r"step 1 of 6: loss \d.*gradient norm nan") as caught:
         next(train(model, random_examples(9), [], spec_of(), checkpoints=tmp_path))
-    assert len(told.value.examples) == 5
+    assert len(caught.value.examples) == 5
 
 
 def test_a_validation_loss_of_nan_ends_the_job(tmp_path: Path) -> None:

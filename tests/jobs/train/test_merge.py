@@ -83,12 +83,12 @@ def test_in_float32_the_merged_model_equals_the_adapter(tiny_base_folder: Path, 
     )
     assert report.divergence.kl < 1e-6 and report.divergence.agreement == 1.0
     plain = PeftModel.from_pretrained(load_for_training(base, torch.bfloat16).float(), adapter)
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    wanted = logits(plain, random_examples(5))
-    assert not torch.allclose(wanted, logits(load_for_training(base, torch.float32), random_examples(5)), atol=1e-2)
-    torch.testing.assert_close(logits(whole, random_examples(5)), wanted, rtol=1e-3, atol=1e-3)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = logits(plain, random_examples(5))
+    assert not torch.allclose(expected, logits(load_for_training(base, torch.float32), random_examples(5)), atol=1e-2)
+    torch.testing.assert_close(logits(merged, random_examples(5)), expected, rtol=1e-3, atol=1e-3)
     # An embedding and a head that were one are two, once an adapter changes only one of them.
-    assert whole.config.tie_word_embeddings == (kind not in ("embeddings", "head", "both"))
+    assert merged.config.tie_word_embeddings == (kind not in ("embeddings", "head", "both"))
 
 
 def test_the_folder_is_a_base_with_a_report(tiny_base_folder: Path, tmp_path: Path) -> None:
@@ -98,12 +98,12 @@ def test_the_folder_is_a_base_with_a_report(tiny_base_folder: Path, tmp_path: Pa
     assert MergeReport.model_validate_json((tmp_path / "merged" / REPORT_FILE).read_bytes()) == report
     assert (report.adapter, report.base, report.into, report.dtype) == ("acme/a@12345678", "tiny", "original", "bf16")
     assert report.divergence.tokens == sum(len(each.tokens) - each.prompt_length for each in random_examples(12))
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert whole.dtype == torch.bfloat16
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == torch.bfloat16
     new = find_base(str(tmp_path / "merged"), tmp_path / "cache")
     assert new.fingerprint != base.fingerprint
     exact = merge_into(load_for_training(base, torch.bfloat16), adapter)
-    for name, parameter in whole.named_parameters():
+    for name, parameter in merged.named_parameters():
         assert torch.equal(parameter, exact.get_parameter(name)), name
 
 
@@ -117,11 +117,11 @@ def test_the_divergence_is_the_mean_of_kl(tiny_base_folder: Path, tmp_path: Path
         base, adapter, examples, tmp_path / "merged", name="a", options=MergeOptions(into="original", max_kl=100.0)
     )
     plain = PeftModel.from_pretrained(load_for_training(base, torch.bfloat16).float(), adapter)
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").float()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").float()
     kls, same = [], []
     for example in examples:
-        places = slice(example.prompt_length - 1, len(example.tokens) - 1)
-        p, q = (logits(model, [example])[places].double().log_softmax(-1) for model in (plain, whole))
+        positions = slice(example.prompt_length - 1, len(example.tokens) - 1)
+        p, q = (logits(model, [example])[positions].double().log_softmax(-1) for model in (plain, merged))
         kls.append((p.exp() * (p - q)).sum(-1))
         same.append(p.argmax(-1) == q.argmax(-1))
     assert report.divergence.kl > 1e-3
@@ -199,10 +199,10 @@ def respelled(adapter: Path, spell: Callable[[str], str | None]) -> Path:
 def test_tensor_names_that_peft_warns_about_are_merged(tiny_base_folder: Path, tmp_path: Path, spell: Any) -> None:
     base = base_of(tiny_base_folder, tmp_path)
     plain = saved(base, tmp_path / "plain", lora(), size=0.2)
-    merge(base, plain, random_examples(3), tmp_path / "wanted", name="a")
+    merge(base, plain, random_examples(3), tmp_path / "expected", name="a")
     merge(base, respelled(plain, spell), random_examples(3), tmp_path / "merged", name="a")
-    wanted, found = (load_file(tmp_path / each / "model.safetensors") for each in ("wanted", "merged"))
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    expected, found = (load_file(tmp_path / each / "model.safetensors") for each in ("expected", "merged"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert not torch.equal(found[Q_PROJ], load_file(tiny_base_folder / "model.safetensors")[Q_PROJ])
 
 
@@ -261,13 +261,15 @@ def test_the_command_prints_only_its_own_output(tiny_base_folder: Path, tmp_path
     """In a process of its own, since libraries log once per process."""
     adapter, rows = saved(base_of(tiny_base_folder, tmp_path), tmp_path / "adapter", lora()), tmp_path / "rows.jsonl"
     rows.write_text(ROWS)
-    words = ["adapters", "merge", str(adapter), "--to", str(tmp_path / "merged"), "--valid", str(rows)]
-    ran = subprocess.run([sys.executable, "-m", "loramill.cli", *words], capture_output=True, text=True, check=False)
+    arguments = ["adapters", "merge", str(adapter), "--to", str(tmp_path / "merged"), "--valid", str(rows)]
+    ran = subprocess.run(
+        [sys.executable, "-m", "loramill.cli", *arguments], capture_output=True, text=True, check=False
+    )
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
-def loramill(*words: str) -> Result:
-    return CliRunner().invoke(app, words, catch_exceptions=False)
+def loramill(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
 @pytest.fixture
@@ -315,10 +317,10 @@ def test_the_command_compares_a_version_on_its_jobs_data(tiny_base_folder: Path,
     report = MergeReport.model_validate_json(ran.stdout)
     assert (report.adapter, report.divergence.examples) == (f"acme/support@{version}", 5)
     assert report == MergeReport.model_validate_json((tmp_path / "merged" / REPORT_FILE).read_bytes())
-    told = loramill(
+    result = loramill(
         "adapters", "merge", f"acme/support@{version[:8]}", "--to", str(tmp_path / "text"), "--dtype", "fp32"
     )
-    assert "nats per token" in told.stdout and "original values" in told.stdout
+    assert "nats per token" in result.stdout and "original values" in result.stdout
     again = loramill("adapters", "merge", "acme/support", "--to", str(tmp_path / "merged"))
     assert again.exit_code == 1 and "already exists" in again.stderr
 
@@ -330,14 +332,14 @@ def test_the_command_merges_a_folder_and_names_what_is_missing(
     adapter, to, rows = saved(base, tmp_path / "adapter", lora()), tmp_path / "merged", tmp_path / "rows.jsonl"
     rows.write_text(ROWS)
     command = ("adapters", "merge", str(adapter), "--to", str(to))
-    for words, code, said in (
+    for arguments, code, message in (
         (command, 1, "--valid FILE"),
         (("adapters", "merge", "tiny", "--to", str(to)), 1, "is the base itself"),
         ((*command, "--valid", str(rows), "--into", "dequantized"), 1, "is not quantized"),
         ((*command, "--valid", str(rows), "--max-kl", "0"), 1, "--force"),
         ((*command, "--valid", str(rows), "--max-kl", "-1"), 2, ""),
     ):
-        ran = loramill(*words)
-        assert ran.exit_code == code and said in ran.stderr and not to.exists(), ran.output
+        result = loramill(*arguments)
+        assert result.exit_code == code and message in result.stderr and not to.exists(), result.output
     assert loramill(*command, "--valid", str(rows), "--max-kl", "0", "--force").exit_code == 0
     assert (to / "model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""Validation during training: when, what of, early stops, and which weights become the version."""
+"""Validation during training: its steps, its loss, early stops, and the weights that become the version."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_its_loss_is_that_of_the_exported_weights(tmp_path: Path) -> None:
         assert point.valid_accuracy == pytest.approx(accuracy, abs=1e-6)
 
 
-def test_the_version_has_the_weights_that_keep_names(tmp_path: Path) -> None:
+def test_the_version_has_the_weights_that_keep_selects(tmp_path: Path) -> None:
     spec = spec_of(steps=12, eval_every=1, checkpoint_every=5, learning_rate=0.1, schedule="constant", keep="best")
     weights, losses, best = [], [], []
     for point in train(tiny_model(), random_examples(8), HELD_OUT, spec, checkpoints=tmp_path / "best"):
@@ -54,10 +54,10 @@ def test_the_version_has_the_weights_that_keep_names(tmp_path: Path) -> None:
         losses.append(point.valid_loss)
         best.append(point.is_best)
     lowest = min(range(12), key=losses.__getitem__)
-    assert 0 < lowest < 9  # otherwise this shows nothing
+    assert 0 < lowest < 9  # otherwise the test shows nothing
     assert best == [losses[step] < min(losses[:step], default=9e9) for step in range(12)]
     assert export_adapter(tmp_path / "best", spec, base="tiny") == weights[lowest]
-    assert len(list((tmp_path / "best").iterdir())) == 3  # the last two, and it
+    assert len(list((tmp_path / "best").iterdir())) == 3  # the last two, and the best
     assert (
         train_and_export(
             tiny_model(), spec.model_copy(update={"keep": "last"}), tmp_path / "last", train=random_examples(8)

@@ -22,7 +22,7 @@ from ..environment import JobEnvironment
 TENANTS, EACH = 20, 10
 #: Jobs that end between two kills.
 PACE = 6
-#: Of every second tenant; the others' is 1.
+#: The weight of every second tenant; the others have 1.
 WEIGHT = 2.0
 
 
@@ -37,19 +37,19 @@ class Pool:
         self.alive: dict[str, tuple[str, int]] = {}
         assert self._server.stdout is not None and self._server.stdout.readline() == "ready\n"
 
-    def run_session(self, place: str, holder: str) -> None:
+    def run_session(self, slot: str, holder: str) -> None:
         with self._lock:
             assert self._server.stdin is not None and self._server.stdout is not None
-            self._server.stdin.write(f"{place} {holder}\n")
+            self._server.stdin.write(f"{slot} {holder}\n")
             self._server.stdin.flush()
             pid = int(self._server.stdout.readline())
-            self.alive[f"{place} {holder}"] = holder, pid
+            self.alive[f"{slot} {holder}"] = holder, pid
         while is_alive(pid):
             time.sleep(0.1)
-        self.alive.pop(f"{place} {holder}")
+        self.alive.pop(f"{slot} {holder}")
 
     def kill(self, chance: random.Random, holder: str | None = None) -> int:
-        """Kills a worker, or all of a holder; returns how many were there to be killed."""
+        """Kills a worker, or all of a holder; returns the number of those that were still running."""
         victims = [pid for of, pid in list(self.alive.values()) if holder in (None, of)]
         victims = victims if holder else chance.sample(victims, min(1, len(victims)))
         return sum(was_killed(pid) for pid in victims)
@@ -101,7 +101,7 @@ def test_each_job_ends_once_while_processes_are_killed(tmp_path: Path, tiny_chat
     environment = JobEnvironment.at(tmp_path, tiny_chat_base, lease_seconds=2, idle_seconds=600, max_attempts=99)
     pool, chance, killed = Pool(environment), random.Random(0), Counter[str]()
     queued = submitted(environment)
-    keepers = [start(environment, pool), start(environment, pool)]
+    reconcilers = [start(environment, pool), start(environment, pool)]
     deadline = time.monotonic() + 300
     for goal in range(len(queued) - PACE, -1, -PACE):
         while left(environment) > goal:
@@ -109,17 +109,17 @@ def test_each_job_ends_once_while_processes_are_killed(tmp_path: Path, tiny_chat
             time.sleep(0.2)
         time.sleep(chance.random() * 0.3)
         if goal % (8 * PACE) < PACE:
-            reconciler, ended = keepers.pop(0)
+            reconciler, ended = reconcilers.pop(0)
             ended.set()
             pool.kill(chance, reconciler.holder)
             killed["supervisor"] += 1
-            keepers.append(start(environment, pool))
+            reconcilers.append(start(environment, pool))
         else:
             killed["worker"] += pool.kill(chance)
     while left(environment):
         assert time.monotonic() < deadline, f"{left(environment)} jobs are left at the end"
         time.sleep(0.2)
-    for reconciler, ended in keepers:
+    for reconciler, ended in reconcilers:
         ended.set()
         pool.kill(chance, reconciler.holder)
     pool.end()
@@ -133,7 +133,7 @@ def left(environment: JobEnvironment) -> int:
 
 
 def check(environment: JobEnvironment, queued: list[JobRecord]) -> None:
-    """Each job has ended once, with a version that is whole, and every tenant has had its share."""
+    """Each job has ended once, with a complete version, and every tenant has had its share."""
     published: dict[str, list[str]] = defaultdict(list)
     contents = set()
     with environment.registry.reading() as session:
@@ -142,9 +142,9 @@ def check(environment: JobEnvironment, queued: list[JobRecord]) -> None:
             for version in adapters.list_versions(session, f"{tenant}/bot"):
                 published[version.job or ""].append(version.id)
         for job in done:
-            told = [event for event in jobs.list_events(session, job.id) if event.message.startswith("Published")]
-            assert (job.status, len(told)) == (JobStatus.SUCCEEDED, 1), job
-    # Each once, whole, and to the same bits as if nothing had been killed.
+            events = [event for event in jobs.list_events(session, job.id) if event.message.startswith("Published")]
+            assert (job.status, len(events)) == (JobStatus.SUCCEEDED, 1), job
+    # Each once, complete, and to the same bits as if nothing had been killed.
     assert {job.id: [job.version] for job in done} == published
     for job in done:
         environment.registry.artifacts.fetch(job.version or "")

@@ -22,14 +22,14 @@ POINTS = [
 ]
 
 
-def told(names: list[Any], folder: Path) -> None:
-    with open_loggers(names, run="ftjob-1", spec=spec_of(), folder=folder) as tell:
+def log_points(names: list[Any], folder: Path) -> None:
+    with open_loggers(names, run="ftjob-1", spec=spec_of(), folder=folder) as log:
         for point in POINTS:
-            tell(point)
+            log(point)
 
 
 def test_tensorboard_gets_every_metric(tmp_path: Path) -> None:
-    told(["tensorboard"], tmp_path)
+    log_points(["tensorboard"], tmp_path)
     read = EventAccumulator(str(tmp_path / "ftjob-1")).Reload()
     scalars = {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
     assert scalars["train_loss"] == [(1, 2.5), (2, 1.5)]
@@ -45,12 +45,12 @@ class Wandb(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("wandb")
-        self.begun: dict[str, Any] = {}
+        self.run_config: dict[str, Any] = {}
         self.logged: list[tuple[int, dict[str, float]]] = []
         self.finished = 0
 
-    def init(self, **said: Any) -> Wandb:
-        self.begun = said
+    def init(self, **config: Any) -> Wandb:
+        self.run_config = config
         return self
 
     def log(self, figures: dict[str, float], step: int) -> None:
@@ -63,8 +63,12 @@ class Wandb(ModuleType):
 def test_wandb_gets_every_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    told(["wandb"], tmp_path)
-    assert (wandb.begun["id"], wandb.begun["resume"], wandb.begun["config"]["rank"]) == ("ftjob-1", "allow", 4)
+    log_points(["wandb"], tmp_path)
+    assert (wandb.run_config["id"], wandb.run_config["resume"], wandb.run_config["config"]["rank"]) == (
+        "ftjob-1",
+        "allow",
+        4,
+    )
     assert [step for step, _ in wandb.logged] == [1, 2]
     assert wandb.logged[1][1]["valid_loss"] == 1.75
     assert wandb.finished == 1
@@ -83,9 +87,9 @@ class Client:
         self.experiments[name] = "7"
         return "7"
 
-    def search_runs(self, where: list[str], wanted: str, max_results: int) -> list[Any]:
+    def search_runs(self, where: list[str], query: str, max_results: int) -> list[Any]:
         assert where == ["7"]
-        found = [id_ for id_, run in self.runs.items() if wanted == f"tags.job = '{run['tags']['job']}'"]
+        found = [id_ for id_, run in self.runs.items() if query == f"tags.job = '{run['tags']['job']}'"]
         return [SimpleNamespace(info=SimpleNamespace(run_id=id_)) for id_ in found]
 
     def create_run(self, where: str, tags: dict[str, str]) -> Any:
@@ -109,8 +113,8 @@ def test_mlflow_gets_every_metric_in_one_run_per_job(tmp_path: Path, monkeypatch
     module = ModuleType("mlflow")
     monkeypatch.setattr(module, "MlflowClient", Client, raising=False)
     monkeypatch.setitem(sys.modules, "mlflow", module)
-    told(["mlflow"], tmp_path)
-    told(["mlflow"], tmp_path)  # another attempt of the job
+    log_points(["mlflow"], tmp_path)
+    log_points(["mlflow"], tmp_path)  # another attempt of the job
     ((run, kept),) = Client.runs.items()
     assert (run, kept["tags"]["job"], kept["params"]["rank"], kept["ended"]) == ("run-0", "ftjob-1", 4, 2)
     assert (2, "valid_loss", 1.75) in kept["metrics"] and (1, "train_loss", 2.5) in kept["metrics"]
@@ -121,7 +125,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: 
     for module in (name, "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SetupError, match=rf"names {name}.*pip install 'loramill\[{name}\]'"):
-        told([name], tmp_path)
+        log_points([name], tmp_path)
 
 
 def test_a_failing_logger_is_dropped_and_the_job_continues(
@@ -130,11 +134,11 @@ def test_a_failing_logger_is_dropped_and_the_job_continues(
     wandb = Wandb()
     monkeypatch.setattr(wandb, "log", lambda *_, **__: 1 / 0)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    told(["wandb", "tensorboard"], tmp_path)
+    log_points(["wandb", "tensorboard"], tmp_path)
     assert caplog.text.count("wandb failed; this job") == 1
     assert EventAccumulator(str(tmp_path / "ftjob-1")).Reload().Scalars("train_loss")[1].value == 1.5
 
 
 def test_no_loggers_log_nothing(tmp_path: Path) -> None:
-    told([], tmp_path)
+    log_points([], tmp_path)
     assert not list(tmp_path.iterdir())

@@ -83,7 +83,7 @@ OUTAGES: dict[str, Callable[[], Exception]] = {
 
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("case", OUTAGES)
-def test_a_store_that_is_away_costs_no_attempt(environment: JobEnvironment, case: str) -> None:
+def test_an_unavailable_store_costs_no_attempt(environment: JobEnvironment, case: str) -> None:
     calm = environment.submit("acme/calm", steps=12)
     assert run_next_job(worker_of(environment))
     train, next_one = environment.submit("acme/running", steps=12), environment.submit("acme/queued", steps=12)
@@ -114,14 +114,14 @@ def test_a_job_resumes_from_its_checkpoint_after_an_outage(
 
 def test_an_outage_of_the_store_is_not_a_missing_checkpoint(environment: JobEnvironment) -> None:
     spec = environment.spec("acme/loud", environment.data("acme"))
-    place = f"{environment.settings.checkpoints}/job"
+    checkpoints = f"{environment.settings.checkpoints}/job"
     with switched.off(switched.away), pytest.raises(Unavailable):
-        latest(place, spec)
+        latest(checkpoints, spec)
     with switched.off(lambda: PermissionError("Access Denied")), pytest.raises(StoreUnusable):
-        latest(place, spec)
+        latest(checkpoints, spec)
     with switched.off(switched.away), pytest.raises(Unavailable):
-        delete_all(place)
-    assert latest(place, spec) is None
+        delete_all(checkpoints)
+    assert latest(checkpoints, spec) is None
 
 
 def test_a_job_ends_even_if_its_checkpoints_can_not_be_removed(environment: JobEnvironment) -> None:
@@ -136,13 +136,13 @@ def test_a_failed_job_is_retried_from_its_checkpoint(
 ) -> None:
     job, steps, progress = environment.submit(steps=9), list[int](), Lease.report
 
-    def note(lease: Lease, point: object) -> None:
+    def report(lease: Lease, point: object) -> None:
         steps.append(point.step)  # type: ignore[attr-defined]
         progress(lease, point)  # type: ignore[arg-type]
         if steps == [1, 2, 3, 4, 5]:
             raise StopIteration
 
-    monkeypatch.setattr(Lease, "report", note)
+    monkeypatch.setattr(Lease, "report", report)
     once = environment.settings.jobs.model_copy(update={"max_attempts": 1})
     assert run_next_job(environment.worker(checkpoints=environment.settings.checkpoints, settings=once))
     assert environment.now(job).status is JobStatus.FAILED
@@ -183,10 +183,10 @@ def while_set(event: threading.Event) -> Iterator[None]:
 
 
 def counted_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Callable[[bool], int]:
-    """Counts a function's calls that succeeded (True) or met a database that is away (False)."""
+    """Counts a function's calls that succeeded (True) or failed because the database was unavailable (False)."""
     ends, act = list[bool](), getattr(owner, name)
 
-    def noted(*arguments: Any, **named: Any) -> Any:
+    def counting(*arguments: Any, **named: Any) -> Any:
         try:
             result = act(*arguments, **named)
         except Unavailable:
@@ -195,7 +195,7 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Cal
         ends.append(True)
         return result
 
-    monkeypatch.setattr(owner, name, noted)
+    monkeypatch.setattr(owner, name, counting)
     return ends.count
 
 
@@ -208,7 +208,7 @@ def test_a_database_that_stops_for_longer_than_a_lease_costs_no_attempt(
         monkeypatch.setattr(module, "OUTAGE_PAUSE_SECONDS", 0.1)
     with PostgreSQL.installed() as server:
         server.start()
-        # Long, so that no busy machine lets it run out: here the clock moves on instead.
+        # Long, so that it does not expire on a busy machine: the test moves the clock instead.
         home = JobEnvironment.at(tmp_path, tiny_chat_base, lease_seconds=60.0, max_attempts=1).settings
         settings = home.model_copy(update={"database_url": f"{server.url}/postgres"})
         migrate(settings.database)
@@ -216,9 +216,9 @@ def test_a_database_that_stops_for_longer_than_a_lease_costs_no_attempt(
         reconciler = Reconciler(
             other.registry, settings.jobs, run_session=lambda *_: ended.wait(), run_trainer=lambda *_: None
         )
-        silent, beat = threading.Event(), Lease._heartbeat
-        monkeypatch.setattr(Lease, "_heartbeat", lambda lease: unheard() if silent.is_set() else beat(lease))
-        beats = counted_calls(monkeypatch, Lease, "_heartbeat")
+        silent, heartbeat = threading.Event(), Lease._heartbeat
+        monkeypatch.setattr(Lease, "_heartbeat", lambda lease: lose_heartbeat() if silent.is_set() else heartbeat(lease))
+        heartbeats = counted_calls(monkeypatch, Lease, "_heartbeat")
         job = environment.submit(steps=30)
         try:
             with in_thread(lambda: run_next_job(environment.worker(worker_name("session-1", 1)))):
@@ -234,8 +234,8 @@ def test_a_database_that_stops_for_longer_than_a_lease_costs_no_attempt(
                 ):
                     eventually(lambda: all(count(True) > 0 for count in others))
                     server.stop()
-                    eventually(lambda: all(count(False) > 0 for count in (beats, *others)))
-                    # The lease runs out, and the others look again before the job's worker is heard.
+                    eventually(lambda: all(count(False) > 0 for count in (heartbeats, *others)))
+                    # The lease expires, and the other workers look for jobs before the job's worker can report.
                     later = time.time() + 2 * settings.jobs.lease_seconds
                     monkeypatch.setattr(time, "time", lambda: later)
                     with while_set(silent):
@@ -251,5 +251,5 @@ def test_a_database_that_stops_for_longer_than_a_lease_costs_no_attempt(
     assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 1)
 
 
-def unheard() -> None:
+def lose_heartbeat() -> None:
     raise Unavailable("No heartbeat arrives.")

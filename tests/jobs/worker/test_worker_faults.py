@@ -1,4 +1,4 @@
-"""Faults while a worker runs a job, and requests of its owner meanwhile; on a tiny base."""
+"""Faults, and requests of the owner, while a worker runs a job; on a tiny base."""
 
 from __future__ import annotations
 
@@ -68,23 +68,23 @@ def write(environment: JobEnvironment, act: Callable[..., Any], *arguments: Any)
 
 
 @pytest.mark.usefixtures("slow")
-@pytest.mark.parametrize("how", ["pause", "preempt"])
-def test_a_preempted_job_resumes_to_the_same_weights(environment: JobEnvironment, how: str) -> None:
+@pytest.mark.parametrize("action", ["pause", "preempt"])
+def test_a_preempted_job_resumes_to_the_same_weights(environment: JobEnvironment, action: str) -> None:
     calm = environment.submit("acme/calm", steps=24)
     assert run_next_job(environment.worker())
     job = environment.submit("acme/stopped", steps=24)
     with in_thread(lambda: run_next_job(environment.worker())):
         eventually(lambda: environment.now(job).step >= 3)
         requested_at = time.monotonic()
-        write(environment, jobs.pause, job.id) if how == "pause" else write(environment, jobs.preempt, job.id, 1)
-        left = JobStatus.PAUSED if how == "pause" else JobStatus.QUEUED
+        write(environment, jobs.pause, job.id) if action == "pause" else write(environment, jobs.preempt, job.id, 1)
+        left = JobStatus.PAUSED if action == "pause" else JobStatus.QUEUED
         eventually(lambda: environment.now(job).status is left, 10)
         took = time.monotonic() - requested_at
     stopped = environment.now(job)
     assert 3 <= stopped.step < 24
-    assert took < 5, "two seconds on a machine that has nothing else to do"
+    assert took < 5, "two seconds on an idle machine"
     assert list((Path(environment.settings.checkpoints) / job.id).iterdir())
-    if how == "pause":
+    if action == "pause":
         assert not run_next_job(environment.worker())
         write(environment, jobs.resume, job.id)
     steps: list[int] = []
@@ -113,26 +113,26 @@ def test_a_cancelled_job_stops_and_leaves_nothing(environment: JobEnvironment) -
 def test_validated_checkpoints_become_versions_without_an_alias(
     environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    champions = []
 
     def add(session: Session, *arguments: Any) -> Any:
         found = real(session, *arguments)
-        seen.append(adapters.get(session, "acme/loud").champion)
+        champions.append(adapters.get(session, "acme/loud").champion)
         return found
 
     real = checkpoints.add
     monkeypatch.setattr(checkpoints, "add", add)
     job = environment.submit(steps=5, eval_every=1, valid=environment.data("acme", rows(["nine", "ten"])))
     assert run_next_job(environment.worker())
-    assert seen == [None] * 5
+    assert champions == [None] * 5
     with environment.registry.reading() as session:
         found = checkpoints.list_checkpoints(session, job.id)
-        known = {version.id for version in adapters.list_versions(session, "acme/loud")}
+        versions = {version.id for version in adapters.list_versions(session, "acme/loud")}
     assert [point.step for point in found] == [5, 4, 3, 2, 1]
     stored = [point.version for point in found if point.version]
     assert len(stored) == len({*stored}) == 3
     done = environment.now(job)
-    assert known == {*stored, done.version}
+    assert versions == {*stored, done.version}
     for version in stored:
         environment.registry.artifacts.fetch(version)
     assert {"step", "train_loss", "valid_loss"} <= found[0].metrics.keys()
@@ -227,7 +227,7 @@ def test_out_of_memory_is_retried_with_half_the_tokens_once(
     seen = failing(monkeypatch, OutOfMemory("No room for a pass."), times=3)
     saved, lost = environment.submit(micro_tokens=64), None
     assert run_next_job(environment.worker()) and environment.now(saved).status is JobStatus.QUEUED
-    seen.extend([0, 0])  # from here on there is room
+    seen.extend([0, 0])  # from here on there is enough memory
     assert run_next_job(environment.worker())
     assert environment.now(saved).status is JobStatus.SUCCEEDED
     assert (seen[0], seen[-1]) == (None, 32)

@@ -1,4 +1,4 @@
-"""What `compare` brings along itself: bottleneck adapters, prefix tuning in packed rows, greedy answers."""
+"""The parts that `compare` implements itself: bottleneck adapters, prefix tuning in packed rows, greedy answers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_fresh_bottleneck_adapter_changes_nothing(model: LlamaForCausalLM, dty
         assert {weight.dtype for weight in tuned.weights.values()} == {torch.float32}
 
 
-def test_a_bottleneck_adapter_stands_behind_each_sublayer(model: LlamaForCausalLM) -> None:
+def test_a_bottleneck_adapter_follows_each_sublayer(model: LlamaForCausalLM) -> None:
     """Against the definition, in a forward pass of one layer written out."""
     layer = model.model.layers[0]
     hidden = torch.randn(1, 5, 32)
@@ -63,8 +63,8 @@ def test_a_bottleneck_adapter_stands_behind_each_sublayer(model: LlamaForCausalL
             weight.normal_(std=0.5)
         found = layer(hidden, position_embeddings=rotary, attention_mask=None)
     after = hidden + adapted("model.layers.0.self_attn.o_proj", plain)
-    wanted = after + adapted("model.layers.0.mlp.down_proj", layer.mlp(layer.post_attention_layernorm(after)))
-    torch.testing.assert_close(found, wanted)
+    expected = after + adapted("model.layers.0.mlp.down_proj", layer.mlp(layer.post_attention_layernorm(after)))
+    torch.testing.assert_close(found, expected)
 
 
 def test_bottleneck_adapters_leave_the_base_as_it_was(model: LlamaForCausalLM) -> None:
@@ -94,7 +94,7 @@ def test_bottleneck_adapters_are_a_function_of_the_seed(model: LlamaForCausalLM)
     assert not torch.equal(drawn(1), drawn(2))
 
 
-def test_a_base_of_other_names_is_refused() -> None:
+def test_a_base_with_other_module_names_is_refused() -> None:
     gpt = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2))
     with (
         pytest.raises(AdapterInvalid, match="no linears named o_proj or down_proj"),
@@ -104,28 +104,28 @@ def test_a_base_of_other_names_is_refused() -> None:
 
 
 def drawn_prefix(tuned) -> None:
-    """Weights far from where they begin."""
+    """Weights far from their initial values."""
     with torch.no_grad():
         for weight in tuned.weights.values():
             weight.normal_()
 
 
-def test_a_prefix_begins_as_the_base_reading_its_text(model: LlamaForCausalLM) -> None:
+def test_an_initial_prefix_equals_the_base_after_its_text(model: LlamaForCausalLM) -> None:
     text = [31, 32, 33, 34]
-    wanted = logits(model, text + PROMPTS[1])[len(text) :]
+    expected = logits(model, text + PROMPTS[1])[len(text) :]
     with prefix.attach_prefix(model, text) as tuned, torch.no_grad():
         rows = len(PROMPTS[1])
         mask = torch.full((rows, rows), -torch.inf).triu(1)[None, None]
         found = tuned.model(
             input_ids=torch.tensor([PROMPTS[1]]), position_ids=torch.arange(rows)[None], attention_mask=mask
         ).logits[0]
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("longest", [64, 4096])
 def test_a_packed_prefix_trains_as_peft_does(model: LlamaForCausalLM, packing: bool, longest: int) -> None:
-    """The loss and the gradient, in each way to attend, against PEFT's own forward pass, an example at a time."""
+    """Loss and gradient, by each attention path, against PEFT's own forward pass, one example at a time."""
     with prefix.attach_prefix(model, [31, 32, 33]) as tuned, configured_forward(model, longest, checkpointing=False):
         drawn_prefix(tuned)
         loss, _ = loss_and_accuracy(tuned.model, model, EXAMPLES, 1.0, packing=packing)
@@ -170,21 +170,21 @@ def generated(model: LlamaForCausalLM, prompt: list[int], new: int, stop: tuple[
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
-def test_greedy_answers_are_transformers_own(
+def test_greedy_answers_equal_those_of_transformers(
     model: LlamaForCausalLM, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transformers, "BATCH", batch)
     limits = [6, 3, 9, 1]
     free = [generated(model, prompt, limit, ()) for prompt, limit in zip(PROMPTS, limits, strict=True)]
     stop = (free[0][3], free[2][5])
-    heard: list[int] = []
-    found = transformers.greedy(model, PROMPTS, limits, stop, report=heard.append)
+    reported: list[int] = []
+    found = transformers.greedy(model, PROMPTS, limits, stop, report=reported.append)
     assert found == [generated(model, prompt, limit, stop) for prompt, limit in zip(PROMPTS, limits, strict=True)]
-    assert len(found[0]) <= 3 and heard[-1] == len(PROMPTS)
+    assert len(found[0]) <= 3 and reported[-1] == len(PROMPTS)
 
 
-def test_greedy_answers_see_the_prefix(model: LlamaForCausalLM) -> None:
-    """A prefix that begins as a text answers as the base does after that text."""
+def test_greedy_answers_depend_on_the_prefix(model: LlamaForCausalLM) -> None:
+    """A prefix that is initialized from a text answers as the base does after that text."""
     text = [31, 32, 33, 34, 35]
     with prefix.attach_prefix(model, text) as tuned:
         found = transformers.greedy(model, PROMPTS, [5] * 4, (), cache=tuned.model.cache)

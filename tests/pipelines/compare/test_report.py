@@ -1,4 +1,4 @@
-"""What a comparison looks like: tables, chart, and the command around them."""
+"""The output of a comparison: tables, chart, and the command."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ENGINE = Serving(backend="engine", base=0.010, unmerged=0.011, merged=0.010)
 TRANSFORMERS = Serving(backend="transformers", base=0.040, unmerged=0.043)
 
 
-def row(subject: Subject, parameters: int, exact: float, serving: Serving, **said) -> ComparisonRow:
+def row(subject: Subject, parameters: int, exact: float, serving: Serving, **fields) -> ComparisonRow:
     training = Training(
         parameters=parameters,
         base_parameters=134_515_008,
@@ -42,7 +42,7 @@ def row(subject: Subject, parameters: int, exact: float, serving: Serving, **sai
         artifact_bytes=4 * parameters,
     )
     return ComparisonRow(
-        subject=subject, training=training, quality=Score(200, exact, 0.9, 0.8), serving=serving, **said
+        subject=subject, training=training, quality=Score(200, exact, 0.9, 0.8), serving=serving, **fields
     )
 
 
@@ -54,9 +54,9 @@ PREFIX = row("prefix", 368_640, 0.62, TRANSFORMERS, notes=("begins as a text.",)
 FAILED = ComparisonRow(subject="dora", error="Memory ran out.", log="Traceback")
 
 
-def comparison(*rows: ComparisonRow, **said) -> Comparison:
+def comparison(*rows: ComparisonRow, **fields) -> Comparison:
     values = {"base": "smollm2-135m", "device": "cpu", "threads": 1, "seed": 0, "train": "a.jsonl", "test": "b.jsonl"}
-    return Comparison.model_validate(values | said | {"rows": rows})
+    return Comparison.model_validate(values | fields | {"rows": rows})
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_free_text_is_judged_by_rouge(exact: float, metric: str) -> None:
 @pytest.mark.parametrize(
     "rows", [(LORA,), (BASE, LORA, PREFIX, FAILED), (LORA, LORA.model_copy(update={"subject": "qlora"}))]
 )
-def test_the_chart_names_every_point_once_a_panel(rows: tuple[ComparisonRow, ...], tmp_path: Path) -> None:
+def test_the_chart_names_every_point_once_per_panel(rows: tuple[ComparisonRow, ...], tmp_path: Path) -> None:
     figure = chart.build_figure(comparison(*rows))
     for axis in figure.axes:
         names = [text.get_text() for text in axis.texts]
@@ -124,7 +124,7 @@ def test_labels_of_close_points_do_not_overlap() -> None:
     for axis in figure.axes:
         boxes = [text.get_window_extent() for text in axis.texts if text.get_text()]
         assert len(boxes) == len(close) + 1
-        assert not any(a.overlaps(b) for place, a in enumerate(boxes) for b in boxes[:place])
+        assert not any(a.overlaps(b) for index, a in enumerate(boxes) for b in boxes[:index])
 
 
 @pytest.mark.parametrize("other", [4_000_000, 368_640, 4_884_480 * 12])
@@ -147,32 +147,34 @@ def test_the_chart_is_a_png(tmp_path: Path) -> None:
 
 @pytest.fixture
 def invoke(tiny: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The command with invented measurements; `asked` has the tasks."""
+    """The command with invented measurements; each call returns the result and the tasks."""
     monkeypatch.setenv("LORAMILL_CACHE", str(tmp_path / "cache"))
 
     def measured(task: Task, report) -> ComparisonRow:
-        asked.append(task)
+        tasks.append(task)
         report(TaskProgress(name="training", done=1, total=2))
         return {"base": BASE, "lora": LORA, "prefix": PREFIX, "dora": FAILED}[task.subject]
 
-    asked: list[Task] = []
+    tasks: list[Task] = []
     monkeypatch.setattr(run, "run_task", measured)
-    files = [word for name in ("train", "valid", "test") for word in (f"--{name}", str(examples / f"{name}.jsonl"))]
+    files = [
+        argument for name in ("train", "valid", "test") for argument in (f"--{name}", str(examples / f"{name}.jsonl"))
+    ]
 
-    def invoked(*words: str):
-        result = CliRunner().invoke(app, ["compare", *files, "--base", str(tiny), *words])
-        return result, asked
+    def invoked(*arguments: str):
+        result = CliRunner().invoke(app, ["compare", *files, "--base", str(tiny), *arguments])
+        return result, tasks
 
     return invoked
 
 
 def test_the_command_shows_and_writes_the_results(invoke, tmp_path: Path) -> None:
     outputs = ("--json", str(tmp_path / "all.json"), "--chart", str(tmp_path / "all.png"))
-    result, asked = invoke("--methods", "lora,prefix", "--rank", "8", "--steps", "5", "--rate", "prefix=0.02", *outputs)
+    result, tasks = invoke("--methods", "lora,prefix", "--rank", "8", "--steps", "5", "--rate", "prefix=0.02", *outputs)
     assert result.exit_code == 0, result.output
-    assert [task.subject for task in asked] == ["base", "lora", "prefix"]
-    assert {(task.rank, task.steps) for task in asked} == {(8, 5)}
-    assert [task.learning_rate for task in asked] == [None, None, 0.02]
+    assert [task.subject for task in tasks] == ["base", "lora", "prefix"]
+    assert {(task.rank, task.steps) for task in tasks} == {(8, 5)}
+    assert [task.learning_rate for task in tasks] == [None, None, 0.02]
     for text in ("LoRA", "Prefix tuning", "4.88M", "+1.00 ms (+10%)", "Base, untuned"):
         assert text in result.stdout
     written = Comparison.model_validate(json.loads((tmp_path / "all.json").read_text()))
@@ -188,14 +190,14 @@ def test_a_failed_method_changes_the_exit_code_alone(invoke, tmp_path: Path) -> 
     assert json.loads((tmp_path / "all.json").read_text())["rows"][1]["error"] == "Memory ran out."
 
 
-def test_where_all_fail_there_is_no_chart(invoke, tmp_path: Path) -> None:
+def test_there_is_no_chart_if_every_method_fails(invoke, tmp_path: Path) -> None:
     result, _ = invoke("--methods", "dora", "--chart", str(tmp_path / "all.png"))
     assert result.exit_code == 1
     assert not (tmp_path / "all.png").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (("--methods", "lorra"), "There is no method 'lorra'"),
         (("--rate", "lora"), "is not a method and its learning rate"),
@@ -203,8 +205,8 @@ def test_where_all_fail_there_is_no_chart(invoke, tmp_path: Path) -> None:
         (("--chart", "nowhere/all.png"), "nowhere/all.png can't be written"),
     ],
 )
-def test_invalid_options_are_refused_before_anything_runs(invoke, words: tuple[str, ...], said: str) -> None:
-    result, asked = invoke(*words)
+def test_invalid_options_are_refused_before_anything_runs(invoke, arguments: tuple[str, ...], message: str) -> None:
+    result, tasks = invoke(*arguments)
     assert result.exit_code == 1
-    assert said in result.stderr
-    assert not asked
+    assert message in result.stderr
+    assert not tasks

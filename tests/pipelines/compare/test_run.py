@@ -1,4 +1,4 @@
-"""`loramill compare`: each subject measured on a tiny base, in this process and in one of its own."""
+"""`loramill compare`: each subject is measured on a tiny base, in this process and in its own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PARAMETERS = {
 
 @pytest.fixture
 def task(tiny: Path, examples: Path, tmp_path: Path):
-    def make(subject: Subject, **said) -> Task:
+    def make(subject: Subject, **options) -> Task:
         values = {
             "subject": subject,
             "base": str(tiny),
@@ -42,7 +42,7 @@ def task(tiny: Path, examples: Path, tmp_path: Path):
             "batch_size": 4,
             "rank": 4,
         }
-        made = Task.model_validate(values | said)
+        made = Task.model_validate(values | options)
         made.folder.mkdir(parents=True, exist_ok=True)
         return made
 
@@ -50,7 +50,7 @@ def task(tiny: Path, examples: Path, tmp_path: Path):
 
 
 def ignored(stage: TaskProgress) -> None:
-    """Nobody listens."""
+    """Ignores progress."""
 
 
 @pytest.fixture
@@ -90,8 +90,8 @@ def test_the_base_is_measured_without_training(task, quick: None) -> None:
 
 
 @pytest.mark.parametrize("subject", ["bottleneck", "prefix"])
-def test_what_is_trained_here_learns(subject: Subject, task) -> None:
-    """Of few steps at a high rate the validation loss falls well below that of one step."""
+def test_methods_implemented_here_reduce_the_loss(subject: Subject, task) -> None:
+    """After a few steps at a high rate the validation loss is well below that after one step."""
 
     def loss(steps: int) -> float:
         folder = task(subject).folder / str(steps)
@@ -112,7 +112,7 @@ def test_the_same_seed_gives_the_same_weights(subject: Subject, task) -> None:
     assert weights("one", 1) == weights("again", 1) != weights("other", 2)
 
 
-def test_a_task_runs_in_a_process_of_its_own(task) -> None:
+def test_a_task_runs_in_its_own_process(task) -> None:
     stages: list[TaskProgress] = []
     row = run.run_task(task("bottleneck", serving=False), stages.append)
     assert row.error is None and row.training is not None
@@ -130,7 +130,7 @@ def test_an_error_is_a_row(task, tmp_path: Path) -> None:
 
 @pytest.fixture
 def child(monkeypatch: pytest.MonkeyPatch):
-    """Lets a script stand for a task's process."""
+    """Replaces a task's process by a script."""
 
     def stand_in(script: str) -> None:
         monkeypatch.setattr(run, "COMMAND", (sys.executable, "-c", script))
@@ -154,7 +154,7 @@ STAGE = 'import sys, time; print(\'{"name": "training"}\', flush=True); '
 
 
 def test_a_killed_process_is_a_row(task, child) -> None:
-    """As the kernel does where memory runs out."""
+    """As the kernel does when memory runs out."""
     child(STAGE + "import os; os.kill(os.getpid(), 9)")
     stages: list[TaskProgress] = []
     row = run.run_task(task("lora"), stages.append)
@@ -183,20 +183,20 @@ def test_closing_the_reader_kills_the_process_group(task, child, tmp_path: Path)
 
 def test_memory_counts_allocations_and_releases() -> None:
     memory.reset_peak("cpu")
-    held = memory.used_bytes("cpu")
+    before = memory.used_bytes("cpu")
     block = bytearray(os.urandom(1 << 20) * 64)
-    assert held + (60 << 20) < memory.used_bytes("cpu")
+    assert before + (60 << 20) < memory.used_bytes("cpu")
     del block
-    assert held + (60 << 20) < memory.peak_bytes("cpu") < held + (200 << 20)
-    assert memory.used_bytes("cpu") < held + (30 << 20)
+    assert before + (60 << 20) < memory.peak_bytes("cpu") < before + (200 << 20)
+    assert memory.used_bytes("cpu") < before + (30 << 20)
     memory.reset_peak("cpu")
-    assert memory.peak_bytes("cpu") < held + (30 << 20)
+    assert memory.peak_bytes("cpu") < before + (30 << 20)
 
 
-def plan(tiny: Path, examples: Path, tmp_path: Path, **said) -> list[Task]:
+def plan(tiny: Path, examples: Path, tmp_path: Path, **options) -> list[Task]:
     files = {name: examples / f"{name}.jsonl" for name in ("train", "valid", "test")}
     values = {"methods": ["lora", "prefix"], "base": str(tiny), "rank": 4, "seed": 3}
-    return run.plan_tasks(Settings(cache=tmp_path), tmp_path, **(values | files | said))
+    return run.plan_tasks(Settings(cache=tmp_path), tmp_path, **(values | files | options))
 
 
 def test_a_plan_begins_with_the_base_and_keeps_the_order(tiny: Path, examples: Path, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_plan_begins_with_the_base_and_keeps_the_order(tiny: Path, examples: P
 
 
 @pytest.mark.parametrize(
-    ("said", "error", "words"),
+    ("options", "error", "message"),
     [
         ({"methods": ["lora", "lorra"]}, InvalidRequest, "no method 'lorra'; the methods are full, lora"),
         ({"rates": ["lora"]}, InvalidRequest, "'lora' is not a method and its learning rate"),
@@ -220,10 +220,10 @@ def test_a_plan_begins_with_the_base_and_keeps_the_order(tiny: Path, examples: P
     ],
 )
 def test_a_plan_is_checked_before_anything_runs(
-    said, error: type[Exception], words: str, tiny: Path, examples: Path, tmp_path: Path
+    options, error: type[Exception], message: str, tiny: Path, examples: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(error, match=words.replace("(", r"\(")):
-        plan(tiny, examples, tmp_path, **said)
+    with pytest.raises(error, match=message.replace("(", r"\(")):
+        plan(tiny, examples, tmp_path, **options)
 
 
 def test_bad_data_are_refused_with_their_line(tiny: Path, examples: Path, tmp_path: Path) -> None:

@@ -93,48 +93,48 @@ def test_a_champion_is_trained_further_with_a_replay_of_old_data(registry: Regis
     assert (spec.start_from, plan["champion"]) == (now, now)
     assert (spec.rank, spec.learning_rate) == (old.rank, old.learning_rate / 2)
     train = rows_of(registry, spec.train)
-    held = rows_of(registry, plan["slices"]["new"])
-    assert len(held) == 4
-    assert not set(train) & set(held)
-    assert set(train) | set(held) >= set(NEW)
+    held_out = rows_of(registry, plan["slices"]["new"])
+    assert len(held_out) == 4
+    assert not set(train) & set(held_out)
+    assert set(train) | set(held_out) >= set(NEW)
     assert len(set(train) & set(OLD)) == REPLAY_EXAMPLES
     assert plan["slices"]["before"] == old.valid
-    assert rows_of(registry, spec.valid or "") == OLD_VALID + held
+    assert rows_of(registry, spec.valid or "") == OLD_VALID + held_out
     assert (spec.epochs, spec.steps) == (3, 3 * -(-len(train) // 8)), "two passes would be 26 steps"
 
 
-@pytest.mark.parametrize(("train_on", "then"), [("all", "all"), ("only_last", "only_last"), ("last", "all")])
-def test_the_next_job_trains_the_answers_that_were_asked_for(
-    registry: Registry, base: Base, train_on: str, then: str
+@pytest.mark.parametrize(("train_on", "expected"), [("all", "all"), ("only_last", "only_last"), ("last", "all")])
+def test_the_next_job_keeps_train_on_if_it_was_chosen(
+    registry: Registry, base: Base, train_on: str, expected: str
 ) -> None:
     """Older jobs have "last" by default, which no one chose."""
     old = champion(registry, base).model_copy(update={"train_on": train_on, "rank": 4, "alpha": 32.0, "steps": 9})
     with registry.reading() as session:
         train, valid = (datasets.get(session, each) for each in (old.train, old.valid or ""))
     new = next_spec(old, "v", train, valid)
-    assert (new.train_on, new.rank, new.alpha) == (then, 4, 32.0)
+    assert (new.train_on, new.rank, new.alpha) == (expected, 4, 32.0)
 
 
 def test_new_data_is_evaluated_on_its_own_validation_data(registry: Registry, base: Base) -> None:
     champion(registry, base)
-    mine = [row(f"new held-out question {i}", "new") for i in range(5)]
-    plan = collected(registry, base, NEW, mine)
-    assert rows_of(registry, plan["slices"]["new"]) == mine
+    own = [row(f"new held-out question {i}", "new") for i in range(5)]
+    plan = collected(registry, base, NEW, own)
+    assert rows_of(registry, plan["slices"]["new"]) == own
     assert set(rows_of(registry, plan["spec"]["train"])) >= set(NEW)
 
 
 def test_old_data_that_was_deleted_is_left_out(registry: Registry, base: Base) -> None:
     old = champion(registry, base)
     with registry.writing() as session:
-        for gone in (old.train, old.valid):
-            datasets.delete(session, gone or "")
+        for deleted in (old.train, old.valid):
+            datasets.delete(session, deleted or "")
     plan = collected(registry, base, NEW, None)
     assert list(plan["slices"]) == ["new"] and plan["spec"]["start_from"] == plan["champion"]
     assert set(rows_of(registry, plan["spec"]["train"])) <= set(NEW)
     assert rows_of(registry, plan["spec"]["valid"]) == rows_of(registry, plan["slices"]["new"])
 
 
-def test_a_first_version_begins_afresh(registry: Registry, base: Base) -> None:
+def test_a_first_version_is_trained_from_scratch(registry: Registry, base: Base) -> None:
     plan = collected(registry, base, NEW, None)
     spec = JobSpec.model_validate(plan["spec"])
     assert (spec.start_from, plan["champion"], list(plan["slices"])) == (None, None, ["new"])
@@ -146,10 +146,10 @@ answers = st.lists(st.integers(0, 50), min_size=2, max_size=40).map(lambda ns: [
 
 @given(rows=answers)
 def test_the_same_row_is_never_on_both_sides(rows: list[bytes]) -> None:
-    train, held = hold_out(rows)
-    assert held
-    assert not set(train) & set(held)
-    assert set(train) | set(held) == set(rows)
+    train, held_out = hold_out(rows)
+    assert held_out
+    assert not set(train) & set(held_out)
+    assert set(train) | set(held_out) == set(rows)
 
 
 @given(rows=answers, count=st.integers(0, 10))

@@ -16,7 +16,7 @@ def part(name: str, base: float, champion: float | None, challenger: float, exam
 
 
 @pytest.mark.parametrize(
-    ("slices", "promote", "why"),
+    ("slices", "promote", "reason"),
     [
         ([part("new", 0.0, 0.5, 0.9), part("before", 0.0, 0.9, 0.9)], True, "gains 0.200"),
         ([part("new", 0.0, 0.5, 0.9), part("before", 0.0, 0.9, 0.8)], False, "loses 0.100 on the slice 'before'"),
@@ -28,10 +28,10 @@ def part(name: str, base: float, champion: float | None, challenger: float, exam
         ([], False, "no held-out examples"),
     ],
 )
-def test_decisions(slices: list[SliceScores], promote: bool, why: str) -> None:
+def test_decisions(slices: list[SliceScores], promote: bool, reason: str) -> None:
     decision = decide(slices, RULES)
     assert decision.promote is promote
-    assert why in decision.reason
+    assert reason in decision.reason
 
 
 shares = st.floats(0, 1)

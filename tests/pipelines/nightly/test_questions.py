@@ -1,4 +1,4 @@
-"""Questions to the gateway, and how long an answer may be."""
+"""Questions to the gateway, and the token limits of their answers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_right_answer_is_never_cut(language: str, kind: str, tokenizer: Chat
     assert needed < question.max_tokens <= 2 * needed + 8
 
 
-def test_tools_are_asked_about_as_they_were_trained(tokenizer: ChatTokenizer) -> None:
+def test_questions_with_tools_have_the_trained_format(tokenizer: ChatTokenizer) -> None:
     """The gateway gets the file's own form, and calls are compared without regard to white space in their JSON."""
     function = {"name": "parcel", "parameters": {"type": "object", "properties": {"id": {"type": "string"}}}}
     call = {"id": "c1", "type": "function", "function": {"name": "parcel", "arguments": '{"id":"7", "at": 1}'}}
@@ -80,14 +80,14 @@ def test_tools_are_asked_about_as_they_were_trained(tokenizer: ChatTokenizer) ->
     assert served == list(encoded.tokens[: encoded.prompt_length])
 
 
-def test_a_refused_question_costs_the_others_nothing() -> None:
+def test_a_refused_question_does_not_affect_the_others() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
-        asked = json.loads(request.content)
-        if asked["model"] == "acme/gone":
+        body = json.loads(request.content)
+        if body["model"] == "acme/gone":
             error = {"message": "The model 'acme/gone' does not exist.", "code": "model_not_found", "param": "model"}
             return httpx.Response(404, json={"error": error})
-        ended = "length" if asked["max_tokens"] == 5 else "stop"
-        choice = {"index": 0, "finish_reason": ended, "text": f"{asked['prompt']} {asked['max_tokens']}"}
+        ended = "length" if body["max_tokens"] == 5 else "stop"
+        choice = {"index": 0, "finish_reason": ended, "text": f"{body['prompt']} {body['max_tokens']}"}
         return httpx.Response(200, json={"id": "c", "object": "text_completion", "created": 0, "choices": [choice]})
 
     http = httpx.AsyncClient(transport=httpx.MockTransport(answer))

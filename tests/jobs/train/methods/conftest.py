@@ -1,4 +1,4 @@
-"""A tiny base on disk, and what a job makes of it."""
+"""A tiny base on disk, and the exported result of a job."""
 
 from __future__ import annotations
 

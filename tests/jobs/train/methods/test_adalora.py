@@ -31,7 +31,7 @@ def singular_values(weights: Any) -> torch.Tensor:
 
 
 def test_pruning_equals_that_of_peft(small: Base) -> None:
-    """The same gradients, the same importances, the same triples dead, the same penalty; step by step to the end."""
+    """The gradients, importances, pruned triples and penalty are equal, step by step to the end."""
     spec = spec_of(method="adalora", rank=4, init_rank=6, steps=20)
     first, last = int(adalora.PRUNING_BEGIN * 20), int(adalora.PRUNING_END * 20)
     config = AdaLoraConfig(
@@ -87,7 +87,7 @@ def test_the_mean_rank_at_the_end_is_the_specs(small: Base, tmp_path: Path) -> N
         folder = store_adapter(tuned, spec, tmp_path / "adapter")
     assert alive.float().mean() == 3 and alive.min() < 3 < alive.max()
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["lora_alpha"] / config["r"] == 6.0 / 3, "readers that know of no patterns need the scale, too"
+    assert config["lora_alpha"] / config["r"] == 6.0 / 3, "readers that do not support patterns need the scale, too"
     tensors = load_file(folder / "adapter_model.safetensors")
     ranks = [len(tensors[tensor_name(module, "lora_A.weight")]) for module in modules_of(tensors)]
     assert ranks == [max(1, rank) for rank in alive.tolist()]
@@ -105,7 +105,7 @@ def test_a_module_without_a_rank_is_stored_as_zeros(small: Base) -> None:
 
 
 def test_state_and_weights_suffice_to_resume(small: Base) -> None:
-    """A run that stops, and goes on from copies of both, ends at the same bits (the moments aside: plain SGD)."""
+    """A run that stops and resumes from copies of both ends at the same bits (by plain SGD, which has no moments)."""
     spec = spec_of(method="adalora", steps=8)
 
     def run(tuned: Any, begin: int, end: int) -> None:
@@ -118,8 +118,8 @@ def test_state_and_weights_suffice_to_resume(small: Base) -> None:
             for weight in tuned.weights.values():
                 weight.grad = None
 
-    with attach_adapter(load_model(small), spec, small.folder) as whole:
-        run(whole, 0, 8)
+    with attach_adapter(load_model(small), spec, small.folder) as uninterrupted:
+        run(uninterrupted, 0, 8)
     with attach_adapter(load_model(small), spec, small.folder) as first:
         run(first, 0, 3)
     with attach_adapter(load_model(small), spec.model_copy(update={"seed": 7}), small.folder) as rest, torch.no_grad():
@@ -129,7 +129,7 @@ def test_state_and_weights_suffice_to_resume(small: Base) -> None:
                 tensor.copy_(theirs[name])
         with torch.enable_grad():
             run(rest, 3, 8)
-    assert all(torch.equal(weight, whole.weights[name]) for name, weight in rest.weights.items())
+    assert all(torch.equal(weight, uninterrupted.weights[name]) for name, weight in rest.weights.items())
 
 
 @given(steps=st.integers(1, 500), rank=st.integers(1, 64), more=st.integers(0, 64))

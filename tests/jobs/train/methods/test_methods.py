@@ -1,4 +1,4 @@
-"""Every method, over the grid of what a spec may say: what is stored is what was trained, to PEFT and to the engine."""
+"""Every method over a grid of specs: PEFT and the engine compute from the stored files what was trained."""
 
 from __future__ import annotations
 
@@ -129,12 +129,12 @@ def test_layers_depend_on_the_seed_alone(small: Base, method: str) -> None:
             train_steps(tuned, spec, steps)
             return [weight.detach().clone() for weight in tuned.weights.values()]
 
-    learned, begun = run(1, steps=3), run(1, steps=0)
-    assert all(map(torch.equal, run(1, steps=3), learned))
-    assert all(map(torch.equal, run(1, steps=0), begun))
-    assert not all(map(torch.equal, run(2, steps=3), learned))
+    trained, initial = run(1, steps=3), run(1, steps=0)
+    assert all(map(torch.equal, run(1, steps=3), trained))
+    assert all(map(torch.equal, run(1, steps=0), initial))
+    assert not all(map(torch.equal, run(2, steps=3), trained))
     if method in ("lora", "dora", "adalora"):
-        assert not all(map(torch.equal, run(2, steps=0), begun))
+        assert not all(map(torch.equal, run(2, steps=0), initial))
 
 
 def test_initial_factors_have_the_distribution_of_peft(small: Base) -> None:
@@ -172,9 +172,9 @@ def test_a_job_starts_from_a_stored_adapter(small: Base, tmp_path: Path, method:
         load_start_adapter(tuned, folder, again)
         torch.testing.assert_close(logits_of(tuned.model), expected, rtol=1e-5, atol=1e-5)
         train_steps(tuned, again)
-        second, learned = store_adapter(tuned, again, tmp_path / "second"), logits_of(tuned.model)
-    assert not torch.allclose(learned, expected, atol=1e-2)
-    torch.testing.assert_close(logits_by_peft(load_model(small, "nf4"), second), learned, rtol=1e-5, atol=1e-5)
+        second, trained = store_adapter(tuned, again, tmp_path / "second"), logits_of(tuned.model)
+    assert not torch.allclose(trained, expected, atol=1e-2)
+    torch.testing.assert_close(logits_by_peft(load_model(small, "nf4"), second), trained, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -194,17 +194,17 @@ def test_a_job_starts_from_a_stored_adapter(small: Base, tmp_path: Path, method:
 def test_an_adapter_of_another_kind_is_refused(
     small: Base, tmp_path: Path, method: str, change: dict[str, Any]
 ) -> None:
-    # Untrained, AdaLoRA's ranks would all be pruned away, and those of any job be enough for them.
+    # Untrained, AdaLoRA's ranks would all be pruned, and any job's ranks would suffice.
     spec, model = spec_of(method=method, steps=2), load_model(small, "nf4")
     with trained_model(model, spec, small.folder) as tuned:
         folder = store_adapter(tuned, spec, tmp_path / "first")
     other = {"lora": "dora", "loftq": "dora", "adalora": "dora"}.get(method, "lora")
-    wanted = spec_of(**{"method": method} | change | ({"method": other} if "method" in change else {}))
+    other_spec = spec_of(**{"method": method} | change | ({"method": other} if "method" in change else {}))
     with (
-        attach_adapter(model, wanted, small.folder) as tuned,
+        attach_adapter(model, other_spec, small.folder) as tuned,
         pytest.raises(AdapterInvalid, match="leave out") as refused,
     ):
-        load_start_adapter(tuned, folder, wanted)
+        load_start_adapter(tuned, folder, other_spec)
     assert refused.value.param == "start_from"
 
 
@@ -222,7 +222,7 @@ def test_a_folder_without_an_adapter_is_refused(small: Base, tmp_path: Path, con
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_gradients_equal_those_of_peft(small: Base, method: str, rslora: bool) -> None:
-    """Of weights in the middle of training, where DoRA's magnitudes differ from the norms."""
+    """The weights are from the middle of training, where DoRA's magnitudes differ from the norms."""
     spec = spec_of(method=method, rslora=rslora)
     plain = get_peft_model(load_model(small), lora_config(spec))
     with trained_model(load_model(small), spec, small.folder) as tuned:
@@ -275,7 +275,7 @@ def test_loraplus_has_a_learning_rate_for_b(small: Base) -> None:
     ("method", "kind"), [(method, "qwen2") for method in METHODS] + [(method, "gpt2") for method in METHODS[:-1]]
 )
 def test_other_model_families_train(tmp_path: Path, method: str, kind: str) -> None:
-    """GPT-2's weights lie the other way round; Qwen2's q, k and v have biases, which DoRA doesn't scale."""
+    """GPT-2's weights are transposed; Qwen2's q, k and v have biases, which DoRA does not scale."""
     sizes = {"vocab_size": 64, "num_attention_heads": 4}
     family, config = {
         "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4)),

@@ -61,10 +61,10 @@ def test_initial_factors_are_nearly_the_best_approximation(small: Base, method: 
         for module in modules_of(tuned.weights):
             a, b = (tuned.weights[tensor_name(module, part)] for part in ("lora_A.weight", "lora_B.weight"))
             weight = model.get_submodule(module).linear.weight
-            sought = originals.get_submodule(module).weight - weight if method == "loftq" else weight
-            exact = _low_rank_decomposition(sought, reduced_rank=4)
-            least = (sought - exact["L"] @ exact["R"]).norm()
-            assert (sought - 6.0 / 2 * b @ a).norm() <= 1.01 * least
+            target = originals.get_submodule(module).weight - weight if method == "loftq" else weight
+            exact = _low_rank_decomposition(target, reduced_rank=4)
+            least = (target - exact["L"] @ exact["R"]).norm()
+            assert (target - 6.0 / 2 * b @ a).norm() <= 1.01 * least
 
 
 def test_loftq_changes_the_initial_factors_alone(small: Base) -> None:
@@ -79,8 +79,11 @@ def test_loftq_starts_as_lora_where_quantization_lost_nothing(small: Base) -> No
 
 
 def test_loftq_needs_a_quantized_base_and_its_files(small: Base, tmp_path: Path) -> None:
-    whole, spec = load_model(small, dtype=torch.bfloat16), spec_of(method="loftq")
-    with pytest.raises(AdapterInvalid, match="is not quantized") as refused, attach_adapter(whole, spec, small.folder):
+    unquantized, spec = load_model(small, dtype=torch.bfloat16), spec_of(method="loftq")
+    with (
+        pytest.raises(AdapterInvalid, match="is not quantized") as refused,
+        attach_adapter(unquantized, spec, small.folder),
+    ):
         pass
     assert refused.value.param == "method"
     with pytest.raises(BaseUnusable), attach_adapter(load_model(small, "nf4"), spec_of(method="loftq"), tmp_path):

@@ -1,4 +1,4 @@
-"""Which linears a spec adapts: PEFT's choice, or a refusal that says what matches nothing."""
+"""Which linears a spec adapts: PEFT's choice, or a refusal that names what matches nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .method_training import load_model, spec_of
 
 def of_peft(model: PreTrainedModel, spec: JobSpec, found: list[TargetModule]) -> dict[str, tuple[int, float]]:
     """Rank and scale by module, as PEFT would load what is written."""
-    modules = get_peft_model(model, lora_config(spec, modules=[place.name for place in found])).named_modules()
+    modules = get_peft_model(model, lora_config(spec, modules=[target.name for target in found])).named_modules()
     found = {name: module for name, module in modules if hasattr(module, "lora_A")}
     return {
         name.removeprefix("base_model.model."): (module.r["default"], pytest.approx(module.scaling["default"]))
@@ -46,11 +46,11 @@ def test_targets_equal_those_of_peft(
     spec = spec_of(targets=targets, layers=layers, rslora=rslora)
     spec = spec.model_copy(update=patterns if "q_proj" not in targets else {"alpha_pattern": {"down_proj": 7.0}})
     found = find_target_modules(load_model(small), spec)
-    assert {place.name: (place.rank, place.scale) for place in found} == of_peft(load_model(small), spec, found)
+    assert {target.name: (target.rank, target.scale) for target in found} == of_peft(load_model(small), spec, found)
 
 
 def test_all_linear_leaves_the_head_alone(small: Base) -> None:
-    names = {place.name for place in find_target_modules(load_model(small), spec_of(targets=("all-linear",)))}
+    names = {target.name for target in find_target_modules(load_model(small), spec_of(targets=("all-linear",)))}
     assert len(names) == 3 * 7 and not any("lm_head" in name for name in names)
 
 
@@ -58,13 +58,13 @@ def test_a_layer_of_transposed_weights_is_a_linear_too() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=64))
     spec = spec_of(targets=("all-linear",), layers=(1,))
     found = find_target_modules(model, spec)
-    assert {place.name: (place.rank, place.scale) for place in found} == of_peft(model, spec, found)
-    assert {place.name.rpartition(".")[2]: place.shape for place in found}["c_attn"] == (48, 16)
+    assert {target.name: (target.rank, target.scale) for target in found} == of_peft(model, spec, found)
+    assert {target.name.rpartition(".")[2]: target.shape for target in found}["c_attn"] == (48, 16)
     assert math.isclose(found[0].scale, 1.5)
 
 
 @pytest.mark.parametrize(
-    ("param", "says", "changes"),
+    ("param", "message", "changes"),
     [
         ("targets", "no linears named nope, v", {"targets": ("q_proj", "nope", "v")}),
         ("targets", "no linears named embed_tokens", {"targets": ("embed_tokens",)}),
@@ -79,7 +79,9 @@ def test_a_layer_of_transposed_weights_is_a_linear_too() -> None:
         ("alpha_pattern", "'layers.7.q_proj' matches", {"alpha_pattern": {"layers.7.q_proj": 2.0}}),
     ],
 )
-def test_a_pattern_that_matches_nothing_is_named(small: Base, param: str, says: str, changes: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequest, match=says) as refused:
+def test_a_pattern_that_matches_nothing_is_named(
+    small: Base, param: str, message: str, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidRequest, match=message) as refused:
         find_target_modules(load_model(small), spec_of(**changes))
     assert refused.value.param == f"loramill.{param}"
