@@ -217,7 +217,9 @@ def test_a_database_that_stops_for_longer_than_a_lease_costs_no_attempt(
             other.registry, settings.jobs, run_session=lambda *_: ended.wait(), run_trainer=lambda *_: None
         )
         silent, heartbeat = threading.Event(), Lease._heartbeat
-        monkeypatch.setattr(Lease, "_heartbeat", lambda lease: lose_heartbeat() if silent.is_set() else heartbeat(lease))
+        monkeypatch.setattr(
+            Lease, "_heartbeat", lambda lease: lose_heartbeat() if silent.is_set() else heartbeat(lease)
+        )
         heartbeats = counted_calls(monkeypatch, Lease, "_heartbeat")
         job = environment.submit(steps=30)
         try:
