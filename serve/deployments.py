@@ -145,7 +145,6 @@ def _engine_deployment(name: str, settings: Settings) -> Any:
         name=name,
         **replica_options(settings.serve),
         request_router_config=routing,
-        graceful_shutdown_wait_loop_s=0.1,
         ray_actor_options=engine_options(settings),
         **_options(settings),
     )
@@ -157,6 +156,8 @@ def _options(settings: Settings) -> dict[str, Any]:
         "max_ongoing_requests": 4096,
         "health_check_period_s": 2,
         "graceful_shutdown_timeout_s": settings.serve.drain_seconds + 10,
+        # Period at which a stopping replica looks whether it still has requests; Serve's default is 2 s.
+        "graceful_shutdown_wait_loop_s": 0.1,
         "logging_config": {"enable_access_log": False},
     }
 
