@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,8 +45,8 @@ def client(settings: Settings) -> OpenAI:
     return OpenAI(base_url=f"{settings.address}/v1", api_key=secret, max_retries=2, timeout=120)
 
 
-def ask(client: OpenAI, settings: Settings, tokens: int) -> int:
-    """Streams an answer; returns how many tokens came."""
+def ask(client: OpenAI, settings: Settings, tokens: int, begun: threading.Event | None = None) -> int:
+    """Streams an answer, and sets `begun` at its first chunk; returns how many tokens came."""
     stream = client.completions.create(
         model=Path(settings.base).name,
         prompt="once",
@@ -56,6 +55,9 @@ def ask(client: OpenAI, settings: Settings, tokens: int) -> int:
         stream_options={"include_usage": True},
         extra_body={"ignore_eos": True},
     )
+    next(iter(stream))
+    if begun is not None:
+        begun.set()
     *_, last = stream
     assert last.usage is not None
     return last.usage.completion_tokens
@@ -64,10 +66,11 @@ def ask(client: OpenAI, settings: Settings, tokens: int) -> int:
 def test_no_stream_is_cut(settings: Settings, client: OpenAI) -> None:
     assert ask(client, settings, 2) == 2
     got: list[int] = []
-    streams = [threading.Thread(target=lambda: got.append(ask(client, settings, TOKENS))) for _ in range(6)]
+    begun = [threading.Event() for _ in range(6)]
+    streams = [threading.Thread(target=lambda e=each: got.append(ask(client, settings, TOKENS, e))) for each in begun]
     for stream in streams:
         stream.start()
-    time.sleep(0.5)
+    assert all(each.wait(60) for each in begun)
     assert all(stream.is_alive() for stream in streams), "too short to be in anybody's way"
     deploy(settings.model_copy(update={"serve": settings.serve.model_copy(update={"max_sequences": 9})}))
     assert ask(client, settings, 2) == 2
