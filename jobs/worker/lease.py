@@ -133,7 +133,7 @@ class Lease:
                 away = True
                 continue
             away = False
-            # Heartbeats continue while the job writes its last checkprogress.
+            # Heartbeats continue while the job writes its last checkpoint.
             self._stop = _stop_error(self._job.id, pending_action)
 
     def _heartbeat(self) -> PendingAction | None:

@@ -17,6 +17,8 @@ from loramill.registry.jobs import worker_slots
 from loramill.settings import JobSettings
 from loramill.types import Executor, JobRecord, JobSpec, JobStatus
 
+from ...waiting import eventually
+
 
 class Runs:
     """Sessions and trainers that do nothing until `ended` is set."""
@@ -74,13 +76,6 @@ def lease(registry: Registry, slot: str, now: float | None = None) -> JobRecord 
     with registry.writing() as session:
         owner = reconciler_module.worker_name(slot, 1)
         return jobs.lease(session, owner, now=now or time.time(), seconds=60, max_attempts=2)
-
-
-def eventually(check: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_sessions_start_as_jobs_arrive_up_to_the_number_of_slots(registry, make, runs):

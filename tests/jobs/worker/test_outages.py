@@ -24,8 +24,9 @@ from loramill.types import JobRecord, JobStatus
 
 from ... import switched
 from ...postgresql import PostgreSQL
+from ...waiting import eventually, in_thread
 from ..environment import JobEnvironment
-from .test_worker_faults import eventually, in_thread
+from .holding import hold_training
 
 URL = "switched://bucket/loramill"
 
@@ -42,18 +43,6 @@ def environment(tmp_path: Path, tiny_chat_base: Path, monkeypatch: pytest.Monkey
     yield environment
     environment.registry.close()
     switched.clear()
-
-
-@pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps that can be interrupted."""
-    check = Lease.raise_if_stopped
-
-    def slowly(lease: Lease) -> None:
-        time.sleep(0.04)
-        check(lease)
-
-    monkeypatch.setattr(Lease, "raise_if_stopped", slowly)
 
 
 def worker_of(environment: JobEnvironment, owner: str = "w1") -> worker_module.Worker:
@@ -81,15 +70,19 @@ OUTAGES: dict[str, Callable[[], Exception]] = {
 }
 
 
-@pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("case", OUTAGES)
-def test_an_unavailable_store_costs_no_attempt(environment: JobEnvironment, case: str) -> None:
+def test_an_unavailable_store_costs_no_attempt(
+    environment: JobEnvironment, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calm = environment.submit("acme/calm", steps=12)
     assert run_next_job(worker_of(environment))
     train, next_one = environment.submit("acme/running", steps=12), environment.submit("acme/queued", steps=12)
+    away = threading.Event()
+    hold_training(monkeypatch, 3, until=lambda _: away.is_set())
     with working(environment, train, next_one):
-        eventually(lambda: environment.now(train).step >= 3)
+        eventually(lambda: environment.now(train).step == 3)
         with switched.off(OUTAGES[case]):
+            away.set()
             eventually(lambda: leases(environment, train) >= 4 and leases(environment, next_one) >= 3)
     for job in (train, next_one):
         done = environment.now(job)
@@ -199,7 +192,6 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Cal
     return ends.count
 
 
-@pytest.mark.usefixtures("slow")
 def test_a_database_that_stops_for_longer_than_a_lease_costs_no_attempt(
     tmp_path: Path, tiny_chat_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,10 +213,11 @@ def test_a_database_that_stops_for_longer_than_a_lease_costs_no_attempt(
             Lease, "_heartbeat", lambda lease: lose_heartbeat() if silent.is_set() else heartbeat(lease)
         )
         heartbeats = counted_calls(monkeypatch, Lease, "_heartbeat")
-        job = environment.submit(steps=30)
+        job, stopped = environment.submit(steps=30), threading.Event()
+        hold_training(monkeypatch, 3, until=lambda _: stopped.is_set())
         try:
             with in_thread(lambda: run_next_job(environment.worker(worker_name("session-1", 1)))):
-                eventually(lambda: environment.now(job).step >= 3)
+                eventually(lambda: environment.now(job).step == 3)
                 others = (
                     counted_calls(monkeypatch, worker_module, "lease_next_job"),
                     counted_calls(monkeypatch, Reconciler, "reconcile"),
@@ -236,6 +229,7 @@ def test_a_database_that_stops_for_longer_than_a_lease_costs_no_attempt(
                 ):
                     eventually(lambda: all(count(True) > 0 for count in others))
                     server.stop()
+                    stopped.set()
                     eventually(lambda: all(count(False) > 0 for count in (heartbeats, *others)))
                     # The lease expires, and the other workers look for jobs before the job's worker can report.
                     later = time.time() + 2 * settings.jobs.lease_seconds
@@ -245,7 +239,7 @@ def test_a_database_that_stops_for_longer_than_a_lease_costs_no_attempt(
                         before = [count(True) for count in others]
                         eventually(lambda: all(count(True) > n + 1 for count, n in zip(others, before, strict=True)))
                     assert (environment.now(job).status.final, leases(environment, job)) == (False, 1)
-                    eventually(lambda: environment.now(job).status.final, 60)
+                    eventually(lambda: environment.now(job).status.final)
             done = environment.now(job)
         finally:
             environment.registry.close()
