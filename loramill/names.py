@@ -48,7 +48,13 @@ class AdapterName:
         tenant, slash, adapter = text.partition("/")
         if not slash or "/" in adapter:
             raise InvalidRequest(f"'{text}' is not an adapter name; write it as tenant/adapter, such as acme/support.")
-        return cls(check_name(tenant, "tenant"), check_name(adapter, "adapter"))
+        adapter, at, _ = adapter.partition("@")
+        name = cls(check_name(tenant, "tenant"), check_name(adapter, "adapter"))
+        if at:
+            raise InvalidRequest(
+                f"'{text}' includes a version, but only an adapter's name is allowed here; write {name}."
+            )
+        return name
 
 
 @dataclass(frozen=True, slots=True)

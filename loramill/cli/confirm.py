@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from loramill.cli.format import print_message
-from loramill.plural import counted
+from loramill.plural import counted, listed
 from loramill.types import DeletionSummary
 
 
@@ -35,6 +35,4 @@ def summarize_deletion(name: str, removed: DeletionSummary) -> str:
     parts = [counted(count, what) for count, what in counts if count]
     open_jobs = len(removed.cancelled)
     ended = f" {counted(open_jobs, 'job')} had not ended and {'was' if open_jobs == 1 else 'were'} cancelled."
-    return (f"{name} is deleted, with {', '.join(parts)}." if parts else f"{name} is deleted.") + ended * bool(
-        open_jobs
-    )
+    return (f"{name} is deleted, with {listed(parts)}." if parts else f"{name} is deleted.") + ended * bool(open_jobs)

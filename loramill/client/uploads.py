@@ -31,6 +31,7 @@ class Uploads:
         self._files = files
         self._on_upload = on_upload or (lambda file: None)
         self._new: list[str] = []
+        self._reported: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -62,7 +63,9 @@ class Uploads:
         file = self._files.upload(source, tenant=tenant, filename=filename, columns=columns, reuse=True)
         if not file.reused:
             self._new.append(file.id)
-        self._on_upload(file)
+        if file.id not in self._reported:  # a file of jobs may name it several times
+            self._reported.add(file.id)
+            self._on_upload(file)
         return file.id
 
 

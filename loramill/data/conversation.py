@@ -155,7 +155,7 @@ def read_weights(weights: Sequence[float | None]) -> tuple[float, ...] | None:
         return None
     if not any(weight is None or weight for weight in weights):
         raise LineError(
-            "weight is 0 for every answer, so that nothing is trained; give one a higher weight, or remove the line."
+            "weight is 0 for every answer, so that nothing is trained; give one a higher weight, or remove the example."
         )
     return tuple(1.0 if weight is None else weight for weight in weights)
 
@@ -168,7 +168,7 @@ def read_text(value: Mapping[str, Any], key: str, field: str, *, empty: bool = F
     if not isinstance(text, str):
         raise LineError(f"{field} is {short_repr(text)}; it must be a string.")
     if not empty and not text.strip():
-        raise LineError(f"{field} is empty; write the text, or remove the line.")
+        raise LineError(f"{field} is empty; write the text, or remove the example.")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise LineError(f"{field} contains a lone surrogate (\\ud800 to \\udfff), which is invalid Unicode; remove it.")
     return text

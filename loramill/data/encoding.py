@@ -10,7 +10,7 @@ from typing import Any
 
 from loramill.data.examples import Example, Examples
 from loramill.data.messages import Message, first_tool_param
-from loramill.data.problems import ProblemList
+from loramill.data.problems import ProblemList, unit_of
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import DatasetInvalid, InvalidRequest
 from loramill.types import TrainOn
@@ -116,10 +116,11 @@ def check_tokens(
     Raises:
         DatasetInvalid: as `read_examples`.
     """
-    problems, tokenizer = ProblemList(examples.filename), tokenizer.at_time(datetime.now(UTC))
+    problems, unit = ProblemList(examples.filename), unit_of(examples.filename)
+    tokenizer = tokenizer.at_time(datetime.now(UTC))
     lengths = array("L")
     for example in examples.examples:
-        where = f"line {example.line}"
+        where = f"{unit} {example.line}"
         try:
             sequences = encode_example(tokenizer, example, train_on).sequences
         except InvalidRequest as error:
@@ -131,7 +132,7 @@ def check_tokens(
         if any(span.stop == span.start + 1 for sequence in sequences for span in sequence.spans):
             problems.add(
                 "the completion has no tokens: this base's vocabulary or chat template leaves nothing of it; "
-                "write it in other characters, or remove the line.",
+                "write it in other characters, or remove the example.",
                 where,
             )
         if count > max_length:

@@ -27,7 +27,7 @@ from loramill.data.conversation import (
 from loramill.data.filetype import describe_kind, detect_kind
 from loramill.data.jsonl import iter_rows, parse
 from loramill.data.messages import Message
-from loramill.data.problems import ProblemList, list_first
+from loramill.data.problems import ProblemList, list_first, unit_of
 from loramill.errors import DatasetInvalid
 from loramill.plural import counted
 from loramill.types import TrainOn
@@ -92,7 +92,7 @@ def read_examples(raw: bytes, filename: str, *, minimum: int = 1) -> Examples:
     Raises:
         DatasetInvalid: `problems` lists the problems, with file, line, field and fix.
     """
-    problems = ProblemList(filename)
+    problems, unit = ProblemList(filename), unit_of(filename)
     if (kind := detect_kind(raw)) is not None:
         problems.add(f"it is {describe_kind(kind)}; upload JSONL in UTF-8 (`loramill submit` converts tables to it).")
         problems.raise_if_any()
@@ -103,11 +103,11 @@ def read_examples(raw: bytes, filename: str, *, minimum: int = 1) -> Examples:
         try:
             example = _read_row(row, line)
         except LineError as bad:
-            problems.add(str(bad), f"line {line}")
+            problems.add(str(bad), f"{unit} {line}")
             continue
         if examples and (example.prompt is None) != (examples[0].prompt is None):
-            problem = f"it has another format than line {examples[0].line}; use one format per file: {_FORMATS_HINT}."
-            problems.add(problem, f"line {line}")
+            problem = f"it has another format than {unit} {examples[0].line}; use one format per file: {_FORMATS_HINT}."
+            problems.add(problem, f"{unit} {line}")
             continue
         examples.append(example)
     if not count:
@@ -129,7 +129,8 @@ def compare_splits(train: Examples, valid: Examples) -> tuple[str, ...]:
     shared = [(example.line, where[example.content_key]) for example in valid.examples if example.content_key in where]
     if not shared:
         return ()
-    lines = list_first(f"line {line} is line {other}" for line, other in shared)
+    valid_unit, train_unit = unit_of(valid.filename), unit_of(train.filename)
+    lines = list_first(f"{valid_unit} {line} is {train_unit} {other}" for line, other in shared)
     return (
         f"{valid.filename}: {len(shared)} of {len(valid.examples)} examples are in {train.filename} too ({lines}); "
         "remove them from one of the files, or the validation loss will look better than it is.",
@@ -166,5 +167,7 @@ def _repeated(filename: str, examples: Sequence[Example]) -> tuple[str, ...]:
     ]
     if not again:
         return ()
-    lines = list_first(f"line {line} repeats line {other}" for line, other in again)
-    return (f"{filename}: {len(again)} examples repeat earlier ones ({lines}); they count twice in training.",)
+    unit = unit_of(filename)
+    repeat = "1 example repeats an earlier one" if len(again) == 1 else f"{len(again):,} examples repeat earlier ones"
+    lines = list_first(f"{unit} {line} repeats {unit} {other}" for line, other in again)
+    return (f"{filename}: {repeat} ({lines}); training uses every repetition.",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import PurePath
 
 from loramill.errors import DatasetInvalid
 from loramill.plural import counted
@@ -35,6 +36,12 @@ class ProblemList:
             more = f"; the first {MAX_LISTED}" if self._count > MAX_LISTED else ""
             head = f"{self._name} has {counted(self._count, 'problem')}{more}:"
             raise DatasetInvalid("\n".join([head, *self._listed]), problems=self._listed)
+
+
+def unit_of(filename: str) -> str:
+    """What the rows of a file are called: "line" in JSONL, "row" in a table, which was converted row by row."""
+    suffixes = PurePath(filename.lower()).suffixes
+    return "row" if suffixes and not {".jsonl", ".ndjson"}.intersection(suffixes) else "line"
 
 
 def list_first(items: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from loramill import __version__
 from loramill.errors import LoramillError, SettingsInvalid
 from loramill.local.machine import c_compiler
+from loramill.plural import counted
 from loramill.settings import Settings
 from loramill.types import FrozenModel
 
@@ -225,7 +226,7 @@ def hardware(settings: Settings) -> Iterable[Finding]:
 def cpu(capability: str, flags: frozenset[str], cores: int, threads: int) -> Finding:
     """Reports the processor's vector instructions, cores and threads."""
     features = [name for flag, name in (("avx2", "AVX2"), ("avx512_bf16", "AVX512-BF16")) if flag in flags]
-    found = f"{', '.join(features) or capability}; {cores} cores, torch uses {threads} threads"
+    found = f"{', '.join(features) or capability}; {cores} cores, torch uses {counted(threads, 'thread')}"
     if platform.machine() in ("x86_64", "AMD64") and "AVX2" not in features and "AVX" not in capability:
         return Finding(
             what="cpu", status=Status.WARN, found=found, fix="Without AVX2 everything is slow: use another processor."

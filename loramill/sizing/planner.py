@@ -129,10 +129,10 @@ def plan(request: SizingRequest) -> SizingPlan:
     smallest = min(candidate_plans(request), key=lambda plan: plan.memory.bytes)
     others = nearest_fits(request)
     share = "" if request.pool.sharers == 1 else f" (1/{request.pool.sharers} of a GPU)"
-    advice = f" Nearest that fit: {'; '.join(name for name, _ in others)}." if others else " Nothing near it fits."
+    advice = f" Nearest jobs that fit: {'; '.join(name for name, _ in others)}." if others else " Nothing near it fits."
     raise DoesNotFit(
-        f"The job needs {format_bytes(smallest.memory.bytes)}, and has "
-        f"{format_bytes(request.pool.budget_bytes)}{share}; most of it is "
+        f"The job needs {format_bytes(smallest.memory.bytes)} of memory, but "
+        f"{format_bytes(request.pool.budget_bytes)}{share} are available; the largest part is the "
         f"{max(smallest.memory.items, key=lambda item: item.bytes).name}.{advice}",
         nearest=[name for name, _ in others],
     )

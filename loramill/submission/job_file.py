@@ -24,12 +24,13 @@ from loramill.data.ingest.delimited import read_cells
 from loramill.errors import DatasetInvalid, InvalidRequest
 from loramill.names import AdapterName
 from loramill.plural import counted
-from loramill.submission.options import JobOptions, from_text, read_options
+from loramill.submission.options import JobOptions, from_text, parsed, read_options
 
 #: A row with its place in the file, for messages.
 LabeledRow = tuple[str, dict[str, object]]
 
-_DATA = ("adapter", "train", "valid", "columns", "valid_columns")
+_COLUMNS = ("columns", "valid_columns")
+_DATA = ("adapter", "train", "valid", *_COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ def check_entries(rows: Iterable[tuple[str, Mapping[str, object]]]) -> list[JobF
     for where, row in rows:
         wrong = _missing(row)
         try:
+            columns, valid_columns = (cast(Columns, parsed(name, row.get(name))) for name in _COLUMNS)
             options = read_options({name: value for name, value in row.items() if name not in _DATA})
         except InvalidRequest as error:
             wrong += error.message.split("\n")
@@ -96,7 +98,6 @@ def check_entries(rows: Iterable[tuple[str, Mapping[str, object]]]) -> list[JobF
             wrong.append(error.message)
         problems += [f"{where}: {problem}" for problem in wrong]
         if not wrong:
-            columns, valid_columns = (cast(Columns, row.get(name)) for name in ("columns", "valid_columns"))
             entries.append(
                 JobFileEntry(where, adapter, row["train"], row.get("valid"), columns, valid_columns, options)
             )
@@ -131,9 +132,9 @@ def _missing(row: Mapping[str, object]) -> list[str]:
         source = row.get(name)
         if isinstance(source, str | Path) and _is_path(source) and not Path(source).exists():
             wrong.append(f"{name}: there is no file {source}.")
-    for name in ("columns", "valid_columns"):
+    for name in _COLUMNS:
         columns = row.get(name)
-        if columns not in (None, "auto") and not _are_texts(columns):
+        if columns is not None and not isinstance(columns, str) and not _are_texts(columns):
             wrong.append(f"{name}: give the column of each field, such as prompt=question,completion=answer, or auto.")
     return wrong
 

@@ -99,7 +99,7 @@ def read_options(options: Mapping[str, object]) -> JobOptions:
         InvalidRequest: options are unknown, or of another type; the message has a line for each.
     """
     try:
-        return JobOptions.model_validate(drop_none(options))
+        return JobOptions.model_validate({name: parsed(name, value) for name, value in drop_none(options).items()})
     except ValidationError as error:
         raise InvalidRequest("\n".join(dict.fromkeys(map(_problem, error.errors())))) from error
 
@@ -108,7 +108,7 @@ def from_text(name: str, text: str) -> object:
     """The value of a table's cell or of an option on the command line; types are checked later.
 
     Raises:
-        InvalidRequest: it must be pairs and is not.
+        InvalidRequest: it is not NAME=VALUE pairs where these are required.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if name in LISTS:
@@ -121,6 +121,15 @@ def from_text(name: str, text: str) -> object:
     if len(pairs) != len(parts):
         raise InvalidRequest(f"{name} is '{text}'; write it as NAME=VALUE,NAME=VALUE.")
     return pairs
+
+
+def parsed(name: str, value: object) -> object:
+    """The value of an option; pairs may be given as text.
+
+    Raises:
+        InvalidRequest: as `from_text`.
+    """
+    return from_text(name, value) if name in PAIRS and isinstance(value, str) else value
 
 
 def columns_of(name: str, text: str | None) -> Columns:

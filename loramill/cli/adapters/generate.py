@@ -6,7 +6,7 @@ import errno
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from io import FileIO
@@ -107,7 +107,8 @@ def _write_completions(
         TextColumn("{task.fields[speed]:.0f} tokens/s"),
         TimeRemainingColumn(),
     )
-    failed, first, tokens, start = 0, "", 0, time.monotonic()
+    failed: list[Completion] = []
+    tokens, start = 0, time.monotonic()
     # Rich would redirect stdout to the terminal, too.
     with Progress(*columns, console=make_console(stderr=True), disable=not bar, redirect_stdout=False) as progress:
         task = progress.add_task("", total=total, speed=0.0)
@@ -116,11 +117,18 @@ def _write_completions(
             tokens += completion.completion_tokens
             progress.update(task, advance=1, speed=tokens / (time.monotonic() - start))
             if completion.error is not None:
-                first = first or f"{completion.request.id}: {completion.error.message}"
-                failed += 1
+                failed.append(completion)
     if failed:
-        print_message(f"{failed} of {total} prompts failed; the first, {first}", style="red")
-    return failed
+        print_message(_describe_failures(failed, total), style="red")
+    return len(failed)
+
+
+def _describe_failures(failed: Sequence[Completion], total: int) -> str:
+    first = failed[0]
+    reason = "" if first.error is None else first.error.message
+    if total == 1:
+        return f"The prompt failed: {reason}"
+    return f"{len(failed)} of {total} prompts failed; the first of them is prompt {first.request.id}: {reason}"
 
 
 def _write_text(completion: Completion) -> None:

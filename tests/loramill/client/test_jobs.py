@@ -8,6 +8,7 @@ import pytest
 
 from loramill import errors
 from loramill.client.jobs import JobsResource
+from loramill.client.models import File
 from loramill.registry import jobs
 from loramill.registry.jobs import checkpoints
 from loramill.submission.options import JobOptions, JobOptionsDict
@@ -187,7 +188,10 @@ def test_a_batch_is_submitted_once(gateway: RunningGateway, tenant: str, tmp_pat
         assert len({each.job.training_file for each in found}) == 1  # uploaded once
         assert progress[0] == ("uploading", 0, 5) and progress[-1] == ("submitting", 1, 1)
         # Submitting again with one more job, as after a crash: the existing jobs and their file are found.
-        again = client.jobs.submit_many([*rows, {**rows[0], "seed": 1}], defaults={"steps": 5})
+        uploaded: list[File] = []
+        more = [*rows, {**rows[0], "columns": "auto", "seed": 1}]
+        again = client.jobs.submit_many(more, defaults={"steps": 5}, on_upload=uploaded.append)
+        assert [file.id for file in uploaded] == [found[0].job.training_file]  # reported once
         assert [each.new for each in again] == [False] * 5 + [True]
         assert [each.job.id for each in again[:5]] == [each.job.id for each in found]
         assert again[5].job.training_file == found[0].job.training_file

@@ -235,9 +235,36 @@ def test_repeated_examples_are_a_warning() -> None:
     assert warning.startswith(
         "train.jsonl: 3 examples repeat earlier ones (line 3 repeats line 1, line 4 repeats line 2"
     )
+    assert warning.endswith("training uses every repetition.")
+    (warning,) = read(GOOD, GOOD).warnings
+    assert warning.startswith("train.jsonl: 1 example repeats an earlier one (line 2 repeats line 1)")
     (warning,) = read(*[GOOD] * 50).warnings
     assert warning.count("repeats") == MAX_LISTED
     assert "and 29 more" in warning
+
+
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        ("a.jsonl", "line"),
+        ("A.JSONL.gz", "line"),
+        ("a.ndjson", "line"),
+        ("upload", "line"),
+        ("a.csv", "row"),
+        ("a.csv.gz", "row"),
+        ("a.tsv", "row"),
+        ("a.json", "row"),
+        ("a.parquet", "row"),
+    ],
+)
+def test_places_are_lines_of_jsonl_and_rows_of_tables(tokenizer: ChatTokenizer, name: str, unit: str) -> None:
+    good, other, bad = row("Hi", "Hello", roles="ua"), row("Hi", "Good day", roles="ua"), "3"
+    examples = read_examples(f"{good}\n{other}\n{good}\n".encode(), name)
+    assert f"({unit} 3 repeats {unit} 1)" in examples.warnings[0]
+    assert f"({unit} 1 is line 2, {unit} 2 is line 1" in compare_splits(read(other, good), examples)[0]
+    assert f"{name}, {unit} 2: it has" in token_problems(examples, tokenizer, 3)[1]
+    with pytest.raises(DatasetInvalid, match=f"{name}, {unit} 2: it is not an object"):
+        read_examples(f"{good}\n{bad}\n".encode(), name)
 
 
 def test_the_same_answer_to_another_question_is_not_a_repetition() -> None:

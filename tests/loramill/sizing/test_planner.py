@@ -77,7 +77,7 @@ def test_65b_in_bf16_does_not_fit_48_gb_and_nf4_is_named() -> None:
 
 
 def test_70b_in_nf4_does_not_fit_24_gb() -> None:
-    with pytest.raises(DoesNotFit, match="most of it is base"):
+    with pytest.raises(DoesNotFit, match="the largest part is the base"):
         plan(sizing_request(LLAMA_2_70B, "nf4", "24GB", spec(rank=1, max_length=8)))
 
 

@@ -92,9 +92,38 @@ def test_columns_are_a_mapping_or_auto(folder: Path) -> None:
     job: dict[str, object] = {"adapter": "acme/a", "train": str(folder / "acme.jsonl")}
     (entry,) = check_entries([("job 1", {**job, "columns": "auto", "valid_columns": {"prompt": "q"}})])
     assert (entry.columns, entry.valid_columns) == ("auto", {"prompt": "q"})
-    for wrong in ("prompt=q", {"prompt": 3}, 3):
+    for wrong in ({"prompt": 3}, 3):
         with pytest.raises(InvalidRequest, match="job 1: valid_columns: give the column of each field"):
             check_entries([("job 1", {**job, "valid_columns": wrong})])
+
+
+@pytest.mark.parametrize("name", ["jobs.toml", "jobs.jsonl"])
+def test_pairs_may_be_written_as_on_the_command_line(folder: Path, name: str) -> None:
+    job = {
+        "adapter": "acme/a",
+        "train": "acme.jsonl",
+        "columns": "prompt=q, completion=a",
+        "valid_columns": "auto",
+        "rank_pattern": "down_proj=32",
+        "metadata": "team=b,note=x=y",
+    }
+    pairs = "".join(f"{key} = {json.dumps(value)}\n" for key, value in job.items())
+    (folder / name).write_text(f"[[jobs]]\n{pairs}" if name == "jobs.toml" else json.dumps(job))
+    (entry,) = check_entries(read_jobs(folder / name, {}))
+    assert (entry.columns, entry.valid_columns) == ({"prompt": "q", "completion": "a"}, "auto")
+    assert entry.options.rank_pattern == {"down_proj": 32}
+    assert entry.options.metadata == {"team": "b", "note": "x=y"}
+
+
+def test_text_that_is_no_pairs_is_named_by_line(folder: Path) -> None:
+    jobs = [{"adapter": "acme/a", "train": "acme.jsonl", name: "nonsense"} for name in ("columns", "metadata")]
+    (folder / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
+    with pytest.raises(InvalidRequest) as caught:
+        check_entries(read_jobs(folder / "jobs.jsonl", {}))
+    assert caught.value.message.splitlines()[1:] == [
+        "jobs.jsonl, line 1: columns is 'nonsense'; write it as NAME=VALUE,NAME=VALUE.",
+        "jobs.jsonl, line 2: metadata is 'nonsense'; write it as NAME=VALUE,NAME=VALUE.",
+    ]
 
 
 def test_options_of_the_command_override_defaults_but_not_a_job(folder: Path) -> None:

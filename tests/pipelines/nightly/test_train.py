@@ -157,7 +157,7 @@ def test_data_that_no_longer_fits_fails_its_adapter_alone(cluster: Cluster) -> N
     found = cluster.run()
     failed, other = found["acme/long"], found["bolt/short"]
     assert (failed.verdict, failed.stage) == (Verdict.FAILED, "train")
-    assert "The job needs" in failed.reason and "Nearest that fit" in failed.reason
+    assert "The job needs" in failed.reason and "Nearest jobs that fit" in failed.reason
     assert other.verdict in (Verdict.PROMOTED, Verdict.HELD)
     with cluster.registry.reading() as session:
         assert [each.adapter for each in nightly.list_set_aside(session)] == ["acme/long"]

@@ -194,7 +194,7 @@ def test_what_fails_is_told_and_the_rest_is_answered(here: Path) -> None:
     (here / "prompts.txt").write_text(f"Why?\n{'word ' * 200}\nHow?\n")
     ran = run("tiny", "--file", "prompts.txt")
     assert ran.exit_code == 1
-    assert "1 of 3 prompts failed; the first, 2: The prompt has" in ran.stderr
+    assert "1 of 3 prompts failed; the first of them is prompt 2: The prompt has" in ran.stderr
     first, second, third = rows(ran.stdout)
     assert first["text"] and third["text"]
     assert (second["id"], second["error"]["code"]) == ("2", "context_length_exceeded")
@@ -205,7 +205,10 @@ def test_what_fails_is_told_and_the_rest_is_answered(here: Path) -> None:
 def test_an_adapter_that_does_not_fit_fails_all(here: Path, peft: Path) -> None:
     broken = shutil.copytree(peft, here / "broken")
     (broken / "adapter_model.safetensors").write_bytes(b"nothing")
-    assert "2 of 2 prompts failed; the first, 1: adapter_model.safetensors" in failed(broken, "-p", "a", "-p", "b")
+    assert "The prompt failed: adapter_model.safetensors" in failed(broken, "-p", "a")
+    assert "2 of 2 prompts failed; the first of them is prompt 1: adapter_model.safetensors" in failed(
+        broken, "-p", "a", "-p", "b"
+    )
 
 
 def test_a_bad_file_is_refused_before_anything_is_loaded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

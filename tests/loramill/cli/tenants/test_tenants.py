@@ -61,7 +61,7 @@ def test_an_adapter_is_deleted_and_renamed(gateway: RunningGateway, tenant: str)
     assert ran.exit_code == 1 and job in ran.stderr and "loramill jobs cancel" in ran.stderr
     ran = loramill("adapters", "delete", to, "--yes", "--cancel-jobs")
     assert ran.exit_code == 0
-    assert ran.stderr == f"{to} is deleted, with 1 version, 4 jobs. 1 job had not ended and was cancelled.\n"
+    assert ran.stderr == f"{to} is deleted, with 1 version and 4 jobs. 1 job had not ended and was cancelled.\n"
     ran = loramill("adapters", "delete", to, "--yes")
     assert (ran.exit_code, ran.stderr) == (1, f"There is no adapter '{to}'.\n")
 
