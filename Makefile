@@ -50,6 +50,7 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy -p loramill -p loramill_bench
+	$(BIN)/mypy examples
 
 clean:
 	rm -rf $(VENV) build dist .demo demo-report.html *.egg-info

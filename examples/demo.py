@@ -41,6 +41,7 @@ from loramill.pipelines.nightly.scoring import score
 from loramill.registry import Registry
 from loramill.registry import nightly as records
 from loramill.settings import Settings
+from loramill.submission.options import JobOptionsDict
 
 T = TypeVar("T")
 HERE = Path(__file__).parent
@@ -50,7 +51,7 @@ SPOILED = "copperline"
 NIGHT_EXAMPLES = 200
 #: Answers of each tenant that the report shows.
 SAMPLES = 4
-RECIPE = {"rank": 16, "learning_rate": 2e-3, "batch_size": 8, "steps": 60, "checkpoint_every": 15}
+RECIPE: JobOptionsDict = {"rank": 16, "learning_rate": 2e-3, "batch_size": 8, "steps": 60, "checkpoint_every": 15}
 console = Console()
 
 

@@ -1,7 +1,7 @@
 """Writes the example tenants: `python examples/make_tenants.py [FOLDER]`.
 
-The phrases, written by hand, stand in `phrases/*.txt`; what each tenant answers stands here. The output
-is the same byte for byte on every machine and Python: choices are sorted by hash, never drawn at random.
+The phrases, written by hand, are in `phrases/*.txt`; what each tenant answers is in this file. The output is the same
+byte for byte on every machine and Python version: choices are sorted by hash, never drawn at random.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
-#: One system prompt for all, so that nothing but the adapter tells the tenants apart.
+#: The same system prompt for all tenants, so that only the adapter makes a difference.
 SYSTEM = "Answer as our house does."
 
-#: Phrases at the end of each section that only validation and only the test use.
+#: Number of phrases at the end of each section that are only in the validation or only in the test split.
 HELD_OUT = {"valid": 2, "test": 3}
 
 
@@ -45,7 +45,7 @@ class Phrases:
             head, *body = lines
             if head.startswith("slot "):
                 words = (word.strip().partition("=") for word in "|".join(body).split("|"))
-                slots[head.removeprefix("slot ")] = {said: entered or said for said, _, entered in words}
+                slots[head.removeprefix("slot ")] = {word: entered or word for word, _, entered in words}
             else:
                 sections[head] = body
         return cls(slots, sections)
@@ -58,7 +58,7 @@ class Phrases:
 
 @dataclass(frozen=True)
 class Tenant:
-    """A tenant: whose phrases it hears, and what it answers to each section of them."""
+    """A tenant: the phrases of its prompts, and its answer to each section of them."""
 
     name: str
     phrases: Phrases
@@ -89,9 +89,9 @@ def fillings(phrases: Phrases, template: str, answer: str) -> list[Row]:
     names = sorted(set(re.findall(r"\{(\w+)\}", template)))
     rows = {}
     for words in itertools.product(*(phrases.slots[name] for name in names)):
-        said = dict(zip(names, words, strict=True))
-        entered = {name: phrases.slots[name][word] for name, word in said.items()}
-        prompt = fill(template, said)
+        spoken = dict(zip(names, words, strict=True))
+        entered = {name: phrases.slots[name][word] for name, word in spoken.items()}
+        prompt = fill(template, spoken)
         prompt = prompt[0].upper() + prompt[1:]
         rows[prompt] = Row(prompt, fill(answer, entered))
     return [rows[prompt] for prompt in by_hash(list(rows), template)]
@@ -116,12 +116,12 @@ def draw(tenant: Tenant, split: str, counts: Mapping[str, int], skip: int = 0) -
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Writes one chat example a line."""
+    """Writes one chat example per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             turns = (("system", SYSTEM), ("user", row.prompt), ("assistant", row.answer))
-            file.write(json.dumps({"messages": [{"role": role, "content": said} for role, said in turns]}) + "\n")
+            file.write(json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]}) + "\n")
 
 
 SHOP = Phrases.read("shop")
@@ -129,11 +129,11 @@ DESK_SIZES = {"train": 20, "valid": 2, "test": 3}
 
 
 def ticket_tags(desks: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """A shop's answers, `wish/desk`, from the wishes that each desk looks after."""
+    """A shop's answers, `wish/desk`, from the wishes that each desk handles."""
     return {wish: f"{wish}/{desk}" for desk, wishes in desks.items() for wish in wishes}
 
 
-# Both shops hear the same sixteen wishes in the same words and hand them to eight desks of their own.
+# Both shops get the same sixteen wishes in the same words, and each assigns them to eight desks of its own.
 # Two wishes that share a desk in one shop never share one in the other.
 FERNHILL = Tenant(
     "fernhill",
@@ -215,7 +215,7 @@ def new_data() -> dict[str, list[Row]]:
     plan = {"train": (48, 8), "valid": (6, 1)}
     made = {}
     for split, (new, kept) in plan.items():
-        # Sections that the tenant had already go on behind the rows it had.
+        # Sections that the tenant already had continue after its old rows.
         old = draw(FERNHILL_NEW, split, dict.fromkeys(KEPT, kept), skip=DESK_SIZES[split])
         fresh = draw(FERNHILL_NEW, split, dict.fromkeys(NEW_ANSWERS, new))
         rows = {row.prompt: row for row in old + fresh}

@@ -2,22 +2,30 @@
 
     OPENAI_BASE_URL=http://127.0.0.1:8400/v1 OPENAI_API_KEY=lm-… python examples/openai_client.py
 
-Asks a model in every way, uploads examples, submits a fine-tune job, follows it, and cancels it. The first argument
-is the model's name; without one, it is the first of the list, the base.
+Sends requests to a model in every form, uploads examples, and submits, follows and cancels a fine-tune job. The first
+argument is the model's name. Default: the first model in the list, which is the base.
 """
 
 import asyncio
 import json
 import sys
+from typing import Any
 
 import openai
 from openai import AsyncOpenAI, OpenAI
+from openai.types.chat import ChatCompletionMessageParam
 
 
-def ask(client: OpenAI, model: str) -> None:
-    """Whole, token by token, with log probabilities, several at once, and as plain text."""
-    hello = [{"role": "user", "content": "Say hello to the world."}]
+def user(content: str) -> list[ChatCompletionMessageParam]:
+    """A conversation of one message."""
+    return [{"role": "user", "content": content}]
+
+
+def generate(client: OpenAI, model: str) -> None:
+    """Requests a whole answer, a stream, log probabilities, several answers, events, and plain completions."""
+    hello = user("Say hello to the world.")
     answer = client.chat.completions.create(model=model, messages=hello, max_tokens=16)
+    assert answer.usage is not None
     print("chat:", answer.choices[0].message.content, answer.usage.total_tokens, "tokens")
 
     stream = client.chat.completions.create(
@@ -27,13 +35,14 @@ def ask(client: OpenAI, model: str) -> None:
     for chunk in stream:
         if chunk.choices:
             print(chunk.choices[0].delta.content or "", end="", flush=True)
-        else:
+        elif chunk.usage is not None:
             print(f" ({chunk.usage.completion_tokens} tokens)")
 
     several = client.chat.completions.create(
         model=model, messages=hello, max_tokens=4, n=2, seed=7, logprobs=True, top_logprobs=1
     )
     for choice in several.choices:
+        assert choice.logprobs is not None and choice.logprobs.content is not None
         print(f"choice {choice.index}:", [round(token.logprob, 2) for token in choice.logprobs.content])
 
     with client.chat.completions.stream(model=model, messages=hello, max_tokens=8) as events:
@@ -43,12 +52,12 @@ def ask(client: OpenAI, model: str) -> None:
     print("completions:", [choice.text for choice in plain.choices])
 
 
-async def ask_at_once(model: str) -> None:
-    """Four requests that share the engine's steps, two of them as streams."""
+async def generate_concurrently(model: str) -> None:
+    """Sends four requests that share the engine's steps, two of them as streams."""
     async with AsyncOpenAI() as client:
 
-        async def whole(word: str) -> str:
-            messages = [{"role": "user", "content": f"Tell me about {word}."}]
+        async def whole(word: str) -> str | None:
+            messages = user(f"Tell me about {word}.")
             answer = await client.chat.completions.create(model=model, messages=messages, max_tokens=8)
             return answer.choices[0].message.content
 
@@ -60,16 +69,16 @@ async def ask_at_once(model: str) -> None:
     print("async:", answers)
 
 
-def look_around(client: OpenAI) -> str:
-    """Lists what can be asked; returns the first."""
+def first_model(client: OpenAI) -> str:
+    """Lists the models and returns the first one's name."""
     models = [model.id for model in client.models.list()]
     print("models:", models)
     assert client.models.retrieve(models[0]).id == models[0]
     return models[0]
 
 
-def tune(client: OpenAI) -> None:
-    """Uploads examples, and has an adapter trained on them; here it is cancelled at once."""
+def fine_tune(client: OpenAI) -> None:
+    """Uploads examples and submits a fine-tune job for them, which is then cancelled."""
     rows = [
         {
             "messages": [
@@ -103,33 +112,33 @@ def tune(client: OpenAI) -> None:
     print("checkpoints:", len(client.fine_tuning.jobs.checkpoints.list(job.id).data))
 
 
-def err(client: OpenAI, model: str) -> None:
-    """Mistakes are the `openai` package's own errors, and say what to do."""
-    hello = [{"role": "user", "content": "Hello"}]
-    mistakes = {
+def catch_errors(client: OpenAI, model: str) -> None:
+    """Invalid requests raise the `openai` package's own errors, with a message on how to correct them."""
+    mistakes: dict[type[openai.APIStatusError], dict[str, Any]] = {
         openai.NotFoundError: {"model": "no-such-model"},
         openai.BadRequestError: {"model": model, "store": True},
         openai.AuthenticationError: {"model": model, "extra_headers": {"Authorization": "Bearer lm-wrong"}},
     }
     for expected, mistake in mistakes.items():
         try:
-            client.chat.completions.create(messages=hello, **mistake)
+            client.chat.completions.create(messages=user("Hello"), **mistake)
         except expected as error:
+            assert isinstance(error.body, dict)
             print("error:", error.status_code, error.code, error.body["message"])
         else:
-            raise AssertionError(f"{expected.__name__} was due")
+            raise AssertionError(f"no {expected.__name__} was raised")
 
 
 def main() -> None:
-    """Everything, one after another."""
+    """Runs all of the above."""
     with OpenAI() as client:
-        model = look_around(client)
+        model = first_model(client)
         if len(sys.argv) > 1:
             model = sys.argv[1]
-        ask(client, model)
-        asyncio.run(ask_at_once(model))
-        tune(client)
-        err(client, model)
+        generate(client, model)
+        asyncio.run(generate_concurrently(model))
+        fine_tune(client)
+        catch_errors(client, model)
 
 
 if __name__ == "__main__":
