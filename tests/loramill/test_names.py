@@ -13,10 +13,10 @@ from loramill.names import AdapterName, ModelName
     [
         ("support", "'support' is not an adapter name; write it as tenant/adapter, such as acme/support."),
         (
-            "acme/support@3f2a9c01",
-            "'acme/support@3f2a9c01' names a version, and this needs an adapter; write acme/support.",
+            "acme/support@3f2a",
+            "'acme/support@3f2a' includes a version, but only an adapter's name is allowed here; write ",
         ),
-        ("acme/support@", "'acme/support@' names a version, and this needs an adapter; write acme/support."),
+        ("acme/support@", "'acme/support@' includes a version, but only an adapter's name is allowed here; write "),
         ("acme/Support@3f2a", "'Support' is not a valid name for an adapter: use"),
     ],
 )
