@@ -176,7 +176,7 @@ def test_a_session_that_fails_at_once_keeps_its_slot_for_a_while(registry, make,
     assert failing.active_slots == ["session-1"]
 
 
-def test_the_job_history_says_why_its_trainer_ended(registry):
+def test_the_job_history_contains_why_its_trainer_ended(registry):
     (job,) = submit(registry, executor="dedicated", gpus=2)
     reconciler = Reconciler(registry, JobSettings(sessions=2), run_session=fail, run_trainer=fail)
     reconciler.reconcile()

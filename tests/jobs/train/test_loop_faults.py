@@ -202,7 +202,7 @@ def no_python_memory() -> None:
 
 
 @pytest.mark.parametrize("fail", [no_memory, no_gpu_memory, no_python_memory])
-def test_out_of_memory_says_what_to_change(tmp_path: Path, fail: Callable[[], None]) -> None:
+def test_out_of_memory_is_reported_with_what_to_change(tmp_path: Path, fail: Callable[[], None]) -> None:
     model = tiny_model()
     model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: fail())
     with pytest.raises(OutOfMemory, match=r"pass of 64 tokens .* with 'micro_tokens' 32"):

@@ -1,4 +1,4 @@
-"""The command `loramill`: run in this process where that is enough, and as a process where it shows."""
+"""The command `loramill`: in this process, or in its own where exit codes and output streams matter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMAND = [sys.executable, "-m", "loramill.cli"]
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An environment in which nothing was ever set, and nobody listens."""
+    """An environment without settings, whose gateway address refuses connections."""
     for name in [*os.environ]:
         if name.startswith("LORAMILL_"):
             monkeypatch.delenv(name)
@@ -40,33 +40,33 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def here(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> RunningGateway:
-    """The gateway, as the one that commands call with the admin's key."""
+def running_gateway(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> RunningGateway:
+    """The gateway that commands call, with the admin's key."""
     monkeypatch.setenv("LORAMILL_HOME", str(gateway.home))
     monkeypatch.setenv("LORAMILL_URL", gateway.url)
     return gateway
 
 
-def loramill(*words: str, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(app, words, input=stdin, catch_exceptions=False)
+def loramill(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, arguments, input=stdin, catch_exceptions=False)
 
 
-def ok(*words: str, stdin: str | None = None) -> Result:
-    ran = loramill(*words, stdin=stdin)
+def ok(*arguments: str, stdin: str | None = None) -> Result:
+    ran = loramill(*arguments, stdin=stdin)
     assert ran.exit_code == 0, ran.output
     return ran
 
 
-def shown(*words: str) -> Any:
-    """What a command prints with --json, where nothing else may stand."""
-    ran = ok(*words, "--json")
+def json_output(*arguments: str) -> Any:
+    """The JSON that a command prints with --json, and nothing else."""
+    ran = ok(*arguments, "--json")
     assert ran.stderr == ""
     return json.loads(ran.stdout)
 
 
-def process(*words: str) -> subprocess.CompletedProcess[str]:
-    # os.environ, not the process's own: the readline that pytest loads puts a COLUMNS into that.
-    return subprocess.run([*COMMAND, *words], env={**os.environ}, capture_output=True, text=True, check=False)
+def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # os.environ, not the process's own environment, into which pytest's readline puts a COLUMNS.
+    return subprocess.run([*COMMAND, *arguments], env={**os.environ}, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -76,55 +76,57 @@ def train(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_from_tenant_to_answer(here: RunningGateway, train: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_tenant_to_answer(running_gateway: RunningGateway, train: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "key create walk" in ok("tenant", "create", "walk").stderr
-    assert "walk" in [each["name"] for each in shown("tenant", "list")]
+    assert "walk" in [each["name"] for each in json_output("tenant", "list")]
     key = ok("key", "create", "walk").stdout.strip()
     monkeypatch.setenv("LORAMILL_API_KEY", key)
     submitted = ok("submit", "walk/support", "--train", train, "--steps", "4", "--lr", "0.01", "--targets", "q_proj")
     job = submitted.stdout.strip()
     assert job.startswith("ftjob-") and f"jobs events -f {job}" in submitted.stderr
-    spec = shown("jobs", "show", job)["spec"]
+    spec = json_output("jobs", "show", job)["spec"]
     assert (spec["steps"], spec["learning_rate"], spec["targets"]) == (4, 0.01, ["q_proj"])
-    version = here.publish(job)
+    version = running_gateway.publish(job)
     assert version[:12] in ok("jobs").stdout
     assert "Published" in ok("jobs", "events", "-f", job).stdout
-    assert [event["message"].split()[0] for event in shown("jobs", "events", job)] == [
+    assert [event["message"].split()[0] for event in json_output("jobs", "events", job)] == [
         "Queued.",
         "Attempt",
         "Published",
     ]
     assert ok("chat", "walk/support", "-m", "Hello [bold] you").stdout == "Hello [bold] you\n"
     assert ok("chat", "walk/support", stdin="from a pipe\n").stdout == "from a pipe\n"
-    assert shown("adapters")[0]["champion"] == version
+    assert json_output("adapters")[0]["champion"] == version
     assert "champion" in ok("adapters", "show", "walk/support").stdout
-    assert shown("adapters", "show", "walk/support")["versions"][0]["id"] == version
+    assert json_output("adapters", "show", "walk/support")["versions"][0]["id"] == version
 
 
-def test_versions_move(here: RunningGateway, tenant: str, train: str) -> None:
+def test_an_adapter_is_promoted_and_rolled_back(running_gateway: RunningGateway, tenant: str, train: str) -> None:
     name = f"{tenant}/a"
-    first = here.publish(ok("submit", name, "--train", train).stdout.strip())
-    second = here.publish(ok("submit", name, "--train", train, "--start-from", "champion").stdout.strip())
+    first = running_gateway.publish(ok("submit", name, "--train", train).stdout.strip())
+    second = running_gateway.publish(ok("submit", name, "--train", train, "--start-from", "champion").stdout.strip())
     assert second[:12] in ok("promote", name, "challenger").stderr
-    assert shown("adapters", "show", name)["champion"] == second
+    assert json_output("adapters", "show", name)["champion"] == second
     assert first[:12] in ok("rollback", name).stderr
     assert "nightly run" in ok("data", "add", name, "--train", train).stderr
-    with here.registry.reading() as session:
+    with running_gateway.registry.reading() as session:
         assert name in [waiting.adapter for waiting in nightly.pending_data(session)]
 
 
-def test_keys_are_listed_and_revoked(here: RunningGateway, tenant: str) -> None:
-    made = shown("key", "create", tenant)
+def test_keys_are_listed_and_revoked(running_gateway: RunningGateway, tenant: str) -> None:
+    made = json_output("key", "create", tenant)
     assert made["key"].endswith(made["hint"])
     ok("key", "revoke", made["id"])
-    (listed,) = shown("key", "list", tenant)
+    (listed,) = json_output("key", "list", tenant)
     assert listed["revoked_at"] is not None and "key" not in listed
     assert made["id"] in ok("key", "list", tenant).stdout
 
 
-def test_waiting_shows_the_end(here: RunningGateway, tenant: str, train: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_shows_the_end(
+    running_gateway: RunningGateway, tenant: str, train: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def publish(self: Any, job_id: str, *_: Any) -> Any:
-        here.publish(job_id)
+        running_gateway.publish(job_id)
         return self.get(job_id)
 
     monkeypatch.setattr("loramill.client.jobs.JobsResource.wait", publish)
@@ -133,39 +135,39 @@ def test_waiting_shows_the_end(here: RunningGateway, tenant: str, train: str, mo
     assert json.loads(waited.stdout)["status"] == "succeeded"
 
 
-def test_waiting_for_a_job_that_fails_is_1(here: RunningGateway, tenant: str, train: str) -> None:
+def test_waiting_for_a_job_that_fails_exits_with_1(running_gateway: RunningGateway, tenant: str, train: str) -> None:
     command = [*COMMAND, "submit", f"{tenant}/a", "--train", train, "--wait"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
         assert waiting.stdout is not None and waiting.stderr is not None
         job = waiting.stdout.readline().strip()
-        here.fail(job, errors.TrainingDiverged("The loss is NaN at step 3."))
-        said = waiting.stderr.read()
+        running_gateway.fail(job, errors.TrainingDiverged("The loss is NaN at step 3."))
+        output = waiting.stderr.read()
     assert waiting.returncode == 1
-    assert "The loss is NaN at step 3." in said and "Traceback" not in said
+    assert "The loss is NaN at step 3." in output and "Traceback" not in output
 
 
-def test_jobs_are_listed_up_to_a_limit(here: RunningGateway, tenant: str, train: str) -> None:
+def test_jobs_are_listed_up_to_a_limit(running_gateway: RunningGateway, tenant: str, train: str) -> None:
     for _ in range(3):
         ok("submit", f"{tenant}/a", "--train", train)
-    assert len(shown("jobs", "--tenant", tenant)) == 3
+    assert len(json_output("jobs", "--tenant", tenant)) == 3
     short = ok("jobs", "list", "--tenant", tenant, "-n", "2")
     assert len(short.stdout.splitlines()) == 3 and "more than 2" in short.stderr
-    job = shown("jobs", "--tenant", tenant)[0]["id"]
-    (cancelled,) = shown("jobs", "cancel", job)
+    job = json_output("jobs", "--tenant", tenant)[0]["id"]
+    (cancelled,) = json_output("jobs", "cancel", job)
     assert cancelled["status"] == "cancelled"
     refused = loramill("jobs", "cancel", job)
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "already cancelled" in refused.stderr
 
 
-def test_nothing_to_list_says_how_to_begin(here: RunningGateway, tenant: str) -> None:
-    for words in (["jobs", "--tenant", tenant], ["adapters", "--tenant", tenant], ["key", "list", tenant]):
-        assert ok(*words).stdout == ""
-        assert "`loramill " in ok(*words).stderr
-        assert shown(*words) == []
+def test_an_empty_list_comes_with_the_command_to_begin(running_gateway: RunningGateway, tenant: str) -> None:
+    for arguments in (["jobs", "--tenant", tenant], ["adapters", "--tenant", tenant], ["key", "list", tenant]):
+        assert ok(*arguments).stdout == ""
+        assert "`loramill " in ok(*arguments).stderr
+        assert json_output(*arguments) == []
 
 
-def test_warnings_and_errors_of_data_are_told(here: RunningGateway, tenant: str, tmp_path: Path) -> None:
+def test_warnings_and_errors_of_data_are_reported(running_gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
     twice = tmp_path / "twice.jsonl"
     twice.write_bytes(examples() + examples(1))
     assert "Warning: " in ok("submit", f"{tenant}/a", "--train", str(twice)).stderr
@@ -175,11 +177,13 @@ def test_warnings_and_errors_of_data_are_told(here: RunningGateway, tenant: str,
     assert ran.exit_code == 1 and "wrong.jsonl" in ran.stderr
 
 
-def test_an_interactive_chat_remembers(here: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[dict[str, str]]] = []
+def test_an_interactive_chat_remembers(
+    running_gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversations: list[list[dict[str, str]]] = []
 
     def stream(_: Any, model: str, conversation: Any, **sampling: Any) -> Any:
-        asked.append([*conversation])
+        conversations.append([*conversation])
         yield from ("to ", conversation[-1]["content"])
 
     lines = iter(["one", "two"])
@@ -193,21 +197,21 @@ def test_an_interactive_chat_remembers(here: RunningGateway, tenant: str, monkey
     monkeypatch.setattr("loramill.cli.adapters.chat._is_interactive", lambda: True)
     monkeypatch.setattr("builtins.input", typed)
     assert ok("chat", "smollm2-135m", "--system", "Be short.").stdout == "to one\nto two\n\n"
-    assert [message["content"] for message in asked[-1]] == ["Be short.", "one", "to one", "two"]
+    assert [message["content"] for message in conversations[-1]] == ["Be short.", "one", "to one", "two"]
 
 
 def test_an_interactive_chat_survives_a_stopped_answer(
-    here: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
+    running_gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[list[str]] = []
+    conversations: list[list[str]] = []
 
     def stream(_: Any, model: str, conversation: Any, **sampling: Any) -> Any:
-        asked.append([message["content"] for message in conversation])
+        conversations.append([message["content"] for message in conversation])
         assert sampling == {"temperature": 0.5, "top_p": 0.9}
         yield "so "
-        if asked[-1][-1] == "long":
+        if conversations[-1][-1] == "long":
             raise KeyboardInterrupt
-        if asked[-1][-1] == "much":
+        if conversations[-1][-1] == "much":
             raise errors.Overloaded("Too much at once.")
         yield "far"
 
@@ -216,33 +220,33 @@ def test_an_interactive_chat_survives_a_stopped_answer(
     monkeypatch.setattr("loramill.cli.adapters.chat._is_interactive", lambda: True)
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     ran = ok("chat", "smollm2-135m", "--temperature", "0.5", "--top-p", "0.9")
-    assert asked == [["long"], ["long", "so ", "much"], ["long", "so ", "one"], ["two"]]
+    assert conversations == [["long"], ["long", "so ", "much"], ["long", "so ", "one"], ["two"]]
     assert "/clear" in ran.stderr and "Stopped" in ran.stderr and "Too much at once." in ran.stderr
 
 
-def test_a_chat_without_gateway_and_key_says_how_to_start_one() -> None:
+def test_a_chat_without_gateway_and_key_is_refused_with_the_fix() -> None:
     ran = loramill("chat", "smollm2-135m", "-m", "Hello")
     assert ran.exit_code == 1
     assert "Nothing answers at http://127.0.0.1:9: start it with `loramill up`" in ran.stderr
 
 
-def test_the_version_that_answers_after_a_job_is_shown(
-    here: RunningGateway, tenant: str, train: str, monkeypatch: pytest.MonkeyPatch
+def test_the_version_that_is_served_after_a_job_is_shown(
+    running_gateway: RunningGateway, tenant: str, train: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wait(jobs: Any, job: str, *_: Any) -> Any:
-        here.publish(job)
+        running_gateway.publish(job)
         return jobs.get(job)
 
     monkeypatch.setattr("loramill.client.jobs.JobsResource.wait", wait)
-    words = ("submit", f"{tenant}/a", "--train", train)
-    assert f"{tenant}/a answers with it." in ok(*words, "--wait").stderr
-    told = ok(*words, "--wait", "--seed", "1").stderr
-    assert f"{tenant}/a still answers with its champion" in told and f"`loramill promote {tenant}/a@" in told
-    assert f"{tenant}/a answers with it." in ok(*words, "--promote", "--seed", "2").stderr
+    arguments = ("submit", f"{tenant}/a", "--train", train)
+    assert f"{tenant}/a answers with it." in ok(*arguments, "--wait").stderr
+    output = ok(*arguments, "--wait", "--seed", "1").stderr
+    assert f"{tenant}/a still answers with its champion" in output and f"`loramill promote {tenant}/a@" in output
+    assert f"{tenant}/a answers with it." in ok(*arguments, "--promote", "--seed", "2").stderr
 
 
-def test_ctrl_c_while_waiting_says_that_the_job_continues(
-    here: RunningGateway, tenant: str, train: str, monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_while_waiting_reports_that_the_job_continues(
+    running_gateway: RunningGateway, tenant: str, train: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wait(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -254,7 +258,7 @@ def test_ctrl_c_while_waiting_says_that_the_job_continues(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["jobs"], "Nothing answers at http://127.0.0.1:9: start it with `loramill up`, or set LORAMILL_URL."),
         (["submit", "noslash", "--train", "x"], "'noslash' is not an adapter name"),
@@ -263,8 +267,8 @@ def test_ctrl_c_while_waiting_says_that_the_job_continues(
         (["down"], ""),
     ],
 )
-def test_what_goes_wrong_is_one_sentence(words: list[str], message: str) -> None:
-    ran = process(*words)
+def test_errors_are_one_line(arguments: list[str], message: str) -> None:
+    ran = process(*arguments)
     assert ran.returncode == (1 if message else 0), ran.stderr
     assert ran.stdout == ""
     assert message in ran.stderr
@@ -281,7 +285,7 @@ def test_what_goes_wrong_is_one_sentence(words: list[str], message: str) -> None
         ("", {"LORAMILL_SERVE": "{"}, 'field "serve"'),
     ],
 )
-def test_wrong_settings_are_one_sentence(
+def test_invalid_settings_have_a_one_line_error(
     file: str, variable: dict[str, str], where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "loramill.toml").write_text(file)
@@ -293,7 +297,7 @@ def test_wrong_settings_are_one_sentence(
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ["bogus"],
         ["submit", "a/b"],
@@ -306,17 +310,19 @@ def test_wrong_settings_are_one_sentence(
         ["jobs", "-n", "x"],
     ],
 )
-def test_wrong_usage_is_2(words: list[str]) -> None:
-    ran = loramill(*words)
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    ran = loramill(*arguments)
     assert (ran.exit_code, ran.stdout) == (2, "")
 
 
-def test_a_wrong_target_names_the_right_ones(here: RunningGateway, tenant: str, train: str) -> None:
+def test_a_wrong_target_is_refused_with_the_valid_ones(
+    running_gateway: RunningGateway, tenant: str, train: str
+) -> None:
     ran = loramill("submit", f"{tenant}/b", "--train", train, "--targets", "q_proj,nose")
     assert ran.exit_code == 1 and "nose" in ran.stderr and "down_proj" in ran.stderr
 
 
-def test_ctrl_c_is_quiet_and_130(here: RunningGateway, tenant: str, train: str) -> None:
+def test_ctrl_c_is_quiet_and_exits_with_130(running_gateway: RunningGateway, tenant: str, train: str) -> None:
     job = ok("submit", f"{tenant}/a", "--train", train).stdout.strip()
     with subprocess.Popen([*COMMAND, "jobs", "events", "-f", job], stdout=-1, stderr=-1, text=True) as following:
         assert following.stdout is not None and following.stderr is not None
@@ -326,7 +332,7 @@ def test_ctrl_c_is_quiet_and_130(here: RunningGateway, tenant: str, train: str) 
         assert following.stderr.read() == ""
 
 
-def test_a_pipe_gets_whole_rows_without_color(here: RunningGateway, tenant: str, train: str) -> None:
+def test_a_pipe_gets_complete_rows_without_color(running_gateway: RunningGateway, tenant: str, train: str) -> None:
     job = ok("submit", f"{tenant}/{'long' * 15}", "--train", train).stdout.strip()
     ran = process("jobs", "--tenant", tenant)
     assert "\x1b" not in ran.stdout
@@ -336,19 +342,19 @@ def test_a_pipe_gets_whole_rows_without_color(here: RunningGateway, tenant: str,
 
 def test_help_names_every_command() -> None:
     text = process("--help").stdout
-    words = "up down tenant key submit jobs adapters promote rollback data nightly chat doctor"
-    assert [word for word in words.split() if f" {word} " not in text] == []
+    commands = "up down tenant key submit jobs adapters promote rollback data nightly chat doctor"
+    assert [name for name in commands.split() if f" {name} " not in text] == []
     assert "loramill 0." in process("--version").stdout
 
 
-def test_the_command_line_starts_without_the_heavy_ones() -> None:
+def test_the_command_line_starts_without_heavy_packages() -> None:
     heavy = "torch ray transformers sqlalchemy openai datasets pandas pyarrow matplotlib plotext".split()
     script = f"import sys, loramill.cli; print(*({{*{heavy!r}}} & {{*sys.modules}}))"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == []
 
 
-def test_up_takes_options_over_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_up_override_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     got: list[Settings] = []
 
     def up(settings: Settings, *, console: Console) -> None:
@@ -362,10 +368,10 @@ def test_up_takes_options_over_settings(monkeypatch: pytest.MonkeyPatch) -> None
     assert (settings.base, settings.jobs.sessions) == ("elsewhere", 2)
 
 
-def test_the_last_nightly_run_is_shown(here: RunningGateway, tenant: str) -> None:
+def test_the_last_nightly_run_is_shown(running_gateway: RunningGateway, tenant: str) -> None:
     name = AdapterName(tenant, "a")
     score = {"examples": 2, "exact_match": 0.5, "token_f1": 0.25}
-    with here.registry.writing() as session:
+    with running_gateway.registry.writing() as session:
         adapters.get_or_create(session, name)
         run = nightly.open_run(session).id
         results = {"all": {"base": score, "challenger": {**score, "token_f1": 0.75}}}
@@ -373,17 +379,17 @@ def test_the_last_nightly_run_is_shown(here: RunningGateway, tenant: str) -> Non
         nightly.record_step(session, run, name, "gate", StepStatus.DONE, {"promote": True, "reason": "it gains 0.500"})
         nightly.record_step(session, run, name, "promote", StepStatus.DONE, {"promoted": True, "champion": "c"})
         nightly.finish_run(session, run)
-        nightly.finish_run(session, nightly.open_run(session).id)  # one that had nothing to do hides none
-    told = ok("nightly", "show")
-    assert told.stdout.splitlines()[1].split()[:5] == [str(name), "0.250", "-", "0.750", "promoted"]
-    assert told.stderr == "Nightly run: 1 promoted.\n"
-    found = shown("nightly", "show")
+        nightly.finish_run(session, nightly.open_run(session).id)  # a run without new data does not hide earlier ones
+    output = ok("nightly", "show")
+    assert output.stdout.splitlines()[1].split()[:5] == [str(name), "0.250", "-", "0.750", "promoted"]
+    assert output.stderr == "Nightly run: 1 promoted.\n"
+    found = json_output("nightly", "show")
     assert {step["step"] for step in found["steps"]} == {"evaluate", "gate", "promote"}
     assert found["adapters"][0]["verdict"] == "promoted" and found["id"] == run
 
 
 def test_a_failed_nightly_run_is_reported_and_exits_with_1(
-    here: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
+    running_gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = AdapterName(tenant, "a")
 
@@ -400,27 +406,27 @@ def test_a_failed_nightly_run_is_reported_and_exits_with_1(
     ran = loramill("nightly", "run")
     assert ran.exit_code == 1 and f"{name}: train failed: The loss is NaN." in ran.stderr
     assert ran.stderr.endswith(f"Nightly run: 1 failed ({name} at train).\n")
-    told = " ".join(ran.stdout.split())
-    assert "failed train: The loss is NaN. a.jsonl, line 0: it is empty. (and 19 more lines:" in told
-    assert "Its data is set aside: `loramill nightly retry" in told and "line 19" in ran.stderr
+    output = " ".join(ran.stdout.split())
+    assert "failed train: The loss is NaN. a.jsonl, line 0: it is empty. (and 19 more lines:" in output
+    assert "Its data is set aside: `loramill nightly retry" in output and "line 19" in ran.stderr
     as_json = loramill("nightly", "run", "--json")
     assert as_json.exit_code == 1 and as_json.stderr == ""
     assert json.loads(as_json.stdout)["adapters"][0]["reason"].startswith("train: The loss is NaN.")
 
 
-def test_new_data_is_listed_retried_and_dropped(here: RunningGateway, tenant: str, train: str) -> None:
+def test_new_data_is_listed_retried_and_dropped(running_gateway: RunningGateway, tenant: str, train: str) -> None:
     name = f"{tenant}/a"
     added = ok("data", "add", name, "--train", train)
     assert "The next nightly run trains on" in added.stderr
-    listed = next(each for each in shown("nightly", "data")["waiting"] if each["adapter"] == name)
+    listed = next(each for each in json_output("nightly", "data")["waiting"] if each["adapter"] == name)
     assert listed["enough"] and name in ok("nightly", "data").stdout
     assert loramill("nightly", "retry", name).exit_code == 1
-    with here.registry.writing() as session:
+    with running_gateway.registry.writing() as session:
         run = nightly.open_run(session).id
         nightly.collect(session, run, name)
         nightly.record_step(session, run, name, "train", StepStatus.FAILED, {"error": "The loss is NaN."})
         nightly.finish_run(session, run)
-    (aside,) = [each for each in shown("nightly", "data")["set_aside"] if each["adapter"] == name]
+    (aside,) = [each for each in json_output("nightly", "data")["set_aside"] if each["adapter"] == name]
     assert (aside["stage"], aside["reason"]) == ("train", "The loss is NaN.")
     assert name in ok("nightly", "show").stderr, "the last run with anything to do shows it, too"
     assert "1 file" in ok("nightly", "retry", name).stderr
@@ -430,7 +436,9 @@ def test_new_data_is_listed_retried_and_dropped(here: RunningGateway, tenant: st
     assert refused.exit_code == 1 and "no new data" in refused.stderr
 
 
-def test_too_little_data_is_named_when_it_is_added(here: RunningGateway, tenant: str, tmp_path: Path) -> None:
+def test_too_little_data_is_named_when_it_is_added(
+    running_gateway: RunningGateway, tenant: str, tmp_path: Path
+) -> None:
     one = tmp_path / "one.jsonl"
     one.write_bytes(examples().splitlines(keepends=True)[0])
     added = ok("data", "add", f"{tenant}/a", "--train", str(one))
@@ -439,7 +447,7 @@ def test_too_little_data_is_named_when_it_is_added(here: RunningGateway, tenant:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [
         (-5, "just now"),
         (0.4, "just now"),
@@ -449,8 +457,8 @@ def test_too_little_data_is_named_when_it_is_added(here: RunningGateway, tenant:
         (86400 * 3, "3 d ago"),
     ],
 )
-def test_times_are_said_as_people_say_them(seconds: float, said: str) -> None:
-    assert time_ago(1e9 - seconds, now=1e9) == said
+def test_times_are_written_in_everyday_units(seconds: float, text: str) -> None:
+    assert time_ago(1e9 - seconds, now=1e9) == text
 
 
 def test_times_long_ago_are_days() -> None:

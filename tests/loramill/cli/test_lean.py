@@ -1,4 +1,4 @@
-"""What `pip install loramill` alone can do: the client and the commands that call a gateway."""
+"""A plain `pip install loramill`: the client and the commands that call a gateway."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ PIECES = b"".join(
 
 
 class Gateway(BaseHTTPRequestHandler):
-    """A gateway with one job, one file and one adapter, which answers every chat alike."""
+    """A gateway with one job, one file and one adapter, and the same answer to every chat."""
 
     def do_GET(self) -> None:
         rows = LISTS.get(self.path.partition("?")[0])

@@ -1,4 +1,4 @@
-"""How adapters, versions and jobs are named on the command line, and what a shell completes."""
+"""Names of adapters, versions and jobs on the command line, and shell completion."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..conftest import RunningGateway, examples
 
 
 @pytest.fixture(autouse=True)
-def here(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The gateway, as the one that commands call with the admin's key."""
+def environment(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The gateway that commands call, with the admin's key."""
     for name in [*os.environ]:
         if name.startswith("LORAMILL_"):
             monkeypatch.delenv(name)
@@ -36,18 +36,18 @@ def versions(gateway: RunningGateway, tenant: str) -> list[str]:
         return [gateway.publish(client.jobs.submit(f"{tenant}/a", examples(word=word)).id) for word in ("one", "two")]
 
 
-def loramill(*words: str) -> Result:
-    return CliRunner().invoke(app, words, catch_exceptions=False)
+def loramill(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
-def ok(*words: str) -> Result:
-    ran = loramill(*words)
+def ok(*arguments: str) -> Result:
+    ran = loramill(*arguments)
     assert ran.exit_code == 0, ran.output
     return ran
 
 
 def completed(line: str) -> list[str]:
-    """What bash offers for the last word of the line."""
+    """The completions that bash offers for the last word of the line."""
     environment = {
         "_LORAMILL_COMPLETE": "complete_bash",
         "COMP_WORDS": line,
@@ -60,7 +60,7 @@ def champion(name: str) -> str:
     return str(json.loads(ok("adapters", "show", name, "--json").stdout)["champion"])
 
 
-def test_a_version_stands_in_the_name_or_after_it(tenant: str, versions: list[str]) -> None:
+def test_a_version_is_given_in_the_name_or_after_it(tenant: str, versions: list[str]) -> None:
     name, (first, second) = f"{tenant}/a", versions
     assert champion(name) == first
     ok("promote", f"{name}@challenger")
@@ -75,17 +75,17 @@ def test_a_version_stands_in_the_name_or_after_it(tenant: str, versions: list[st
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("arguments", "message"),
     [
         (("promote", "acme/a"), "give a version"),
         (("promote", "acme/a@previous", "3f2a9c01"), "are two versions"),
         (("adapters", "pin", "acme/a@"), "after the '@'"),
     ],
 )
-def test_a_version_is_named_once(words: tuple[str, ...], told: str) -> None:
-    ran = loramill(*words)
+def test_a_version_is_given_exactly_once(arguments: tuple[str, ...], message: str) -> None:
+    ran = loramill(*arguments)
     assert ran.exit_code == 2
-    assert told in " ".join(ran.stderr.replace("│", " ").split())
+    assert message in " ".join(ran.stderr.replace("│", " ").split())
 
 
 def test_an_invalid_name_is_reported_in_english() -> None:
@@ -97,8 +97,8 @@ def test_the_first_digits_of_a_job_are_enough(gateway: RunningGateway, tenant: s
     with gateway.client() as client:
         job = client.jobs.submit(f"{tenant}/a", examples())
     short = job.id[:18]
-    for words in (("show",), ("events",), ("checkpoints",)):
-        assert ok("jobs", *words, short).exit_code == 0
+    for command in (("show",), ("events",), ("checkpoints",)):
+        assert ok("jobs", *command, short).exit_code == 0
     assert job.id in ok("jobs", "plot", short).stderr
     assert job.id in ok("jobs", "cancel", short).stderr
     assert "no fine-tuning job 'ftjob-123'" in loramill("jobs", "show", "ftjob-123").stderr
@@ -163,5 +163,5 @@ def test_history_shows_numbers_once_and_short(gateway: RunningGateway, tenant: s
         "Step 1/36: training loss=4.233  "
         "train_mean_token_accuracy=0.2697 valid_loss=3.5 learning_rate=1.667e-05 trained_tokens=1034567"
     )
-    shown = ok("jobs", "show", job.id).stdout
-    assert "smollm2-135m" in shown and "at each checkpoint" in shown and job.spec["base"] not in shown
+    output = ok("jobs", "show", job.id).stdout
+    assert "smollm2-135m" in output and "at each checkpoint" in output and job.spec["base"] not in output

@@ -319,7 +319,7 @@ def test_wait_continues_through_a_short_outage(monkeypatch: pytest.MonkeyPatch) 
             client.jobs.wait("ftjob-1")
 
 
-def test_every_code_of_the_tree_comes_back_as_its_class() -> None:
+def test_every_error_code_is_raised_as_its_class() -> None:
     assert len(ERROR_BY_CODE) == len(re.findall(r" [45]\d\d ", errors.__doc__))
     for code, cls in ERROR_BY_CODE.items():
         error = error_from_response(cls.status, {"error": {"message": "m", "param": "p", "code": code}}, "url")

@@ -128,7 +128,7 @@ def test_only_the_template_opens_and_closes_roles(
 
 
 @given(text=spelled | text)
-def test_a_completion_prompt_holds_no_special_tokens(tokenizer: ChatTokenizer, text: str) -> None:
+def test_a_completion_prompt_contains_no_special_tokens(tokenizer: ChatTokenizer, text: str) -> None:
     tokens = tokenizer.encode_text(text)
     assert not CONTROL & set(tokens)
     assert tokenizer.decode(tokens) == text

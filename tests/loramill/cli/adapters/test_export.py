@@ -1,4 +1,4 @@
-"""`loramill adapters export`: what PEFT and transformers load of what the command wrote."""
+"""`loramill adapters export` and `import`: PEFT and transformers load what was exported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ...conftest import RunningGateway, examples
 
 
 @pytest.fixture(autouse=True)
-def here(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*os.environ]:
         if name.startswith("LORAMILL_"):
             monkeypatch.delenv(name)
@@ -35,11 +35,11 @@ def model() -> LlamaForCausalLM:
     return tiny_llama(vocab_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64)
 
 
-def published(gateway: RunningGateway, adapter: str, folder: Path, whole: Path | None = None) -> str:
-    """The version that a job made of a folder's files; a full fine-tune's if there are whole weights."""
+def published(gateway: RunningGateway, adapter: str, folder: Path, full_model: Path | None = None) -> str:
+    """A version with a folder's files, published by a job; with full weights, by a full fine-tuning job."""
     version, *results = (
         gateway.registry.artifacts.put({file.name: file for file in each.iterdir() if file.suffix != ".md"})
-        for each in (folder, whole)
+        for each in (folder, full_model)
         if each is not None
     )
     with gateway.client() as client:
@@ -52,21 +52,19 @@ def published(gateway: RunningGateway, adapter: str, folder: Path, whole: Path |
     return version
 
 
-def loramill(*words: str) -> Result:
-    return CliRunner().invoke(app, words, catch_exceptions=False)
+def loramill(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
-def test_what_is_exported_is_loaded_by_peft_and_transformers(
-    gateway: RunningGateway, tenant: str, tmp_path: Path
-) -> None:
+def test_exports_are_loaded_by_peft_and_transformers(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     tuned = get_peft_model(model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     tuned.save_pretrained(tmp_path / "adapter")
-    whole = model()
-    whole.lm_head.weight.data += 1
-    whole.save_pretrained(tmp_path / "whole")
+    full_model = model()
+    full_model.lm_head.weight.data += 1
+    full_model.save_pretrained(tmp_path / "full")
     name = f"{tenant}/a"
-    version = published(gateway, name, tmp_path / "adapter", tmp_path / "whole")
+    version = published(gateway, name, tmp_path / "adapter", tmp_path / "full")
 
     ran = loramill("adapters", "export", name, "--to", str(tmp_path / "exported"))
     assert (ran.exit_code, ran.stdout) == (0, "") and f"{name}@{version[:12]}" in ran.stderr
@@ -79,43 +77,43 @@ def test_what_is_exported_is_loaded_by_peft_and_transformers(
     loaded = PeftModel.from_pretrained(model(), tmp_path / "exported")
     assert torch.equal(loaded(tokens).logits, tuned.eval()(tokens).logits)
 
-    ran = loramill("adapters", "export", f"{name}@champion", "--full", "--to", str(tmp_path / "exported-whole"))
+    ran = loramill("adapters", "export", f"{name}@champion", "--full", "--to", str(tmp_path / "exported-full"))
     assert ran.exit_code == 0 and "loramill up --base" in ran.stderr
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "exported-whole")
-    assert torch.equal(loaded(tokens).logits, whole.eval()(tokens).logits)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "exported-full")
+    assert torch.equal(loaded(tokens).logits, full_model.eval()(tokens).logits)
 
 
-def test_what_can_not_be_exported_is_one_sentence(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
+def test_a_failed_export_has_a_one_line_error(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "who").write_text(tenant)
+    (tmp_path / "adapter" / "tenant").write_text(tenant)
     published(gateway, f"{tenant}/a", tmp_path / "adapter")
     to = tmp_path / "exported"
-    for words, said in (
+    for arguments, message in (
         ((f"{tenant}/none",), "There is no adapter"),
         ((f"{tenant}/a@previous",), "has no previous"),
         ((f"{tenant}/a", "--full"), "loramill adapters merge"),
         (("smollm2-135m",), "is not an adapter"),
     ):
-        ran = loramill("adapters", "export", *words, "--to", str(to))
-        assert (ran.exit_code, ran.stdout) == (1, "") and said in ran.stderr and not to.exists()
+        ran = loramill("adapters", "export", *arguments, "--to", str(to))
+        assert (ran.exit_code, ran.stdout) == (1, "") and message in ran.stderr and not to.exists()
     assert loramill("adapters", "export", f"{tenant}/a").exit_code == 2
 
 
-def test_a_folder_is_imported_and_the_version_that_answers_is_shown(
+def test_a_folder_is_imported_and_the_served_version_is_shown(
     gateway: RunningGateway, tenant: str, tmp_path: Path
 ) -> None:
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "layers_to_transform": [3]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     name, q_proj = f"{tenant}/orders", "base_model.model.model.layers.3.self_attn.q_proj.lora_"
-    for seed, words, said in (
+    for seed, options, message in (
         (1.0, (), f"{name} answers with it"),
         (2.0, (), f"{name} still answers with"),
         (3.0, ("--promote",), f"{name} answers with it"),
     ):
         tensors = {f"{q_proj}A.weight": torch.full((2, 576), seed), f"{q_proj}B.weight": torch.ones(576, 2)}
         save_file(tensors, tmp_path / "adapter_model.safetensors")
-        ran = loramill("adapters", "import", name, str(tmp_path), *words)
-        assert ran.exit_code == 0 and said in ran.stderr.replace("\n", " "), ran.stderr
+        ran = loramill("adapters", "import", name, str(tmp_path), *options)
+        assert ran.exit_code == 0 and message in ran.stderr.replace("\n", " "), ran.stderr
     save_file({f"{q_proj}A.weight": torch.ones(2, 576)}, tmp_path / "adapter_model.safetensors")
     ran = loramill("adapters", "import", name, str(tmp_path))
     assert ran.exit_code == 1 and f"{q_proj}B.weight" in ran.stderr.replace("\n", "")

@@ -1,4 +1,4 @@
-"""`loramill generate`: once on the real base, else on a tiny random model with the real tokenizer."""
+"""`loramill generate`: once on the real base, otherwise on a tiny random model with the real tokenizer."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def peft(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to stand in, the tiny base being the base, and nothing else set."""
+def workdir(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory; only the tiny base is set."""
     for name in [*os.environ]:
         if name.startswith("LORAMILL_"):
             monkeypatch.delenv(name)
@@ -72,19 +72,19 @@ def here(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(*words: str | Path, stdin: str | None = None) -> Result:
-    words = (*words, "--max-tokens", "6") if "--max-tokens" not in words else words
-    return CliRunner().invoke(app, ["generate", *map(str, words)], input=stdin, catch_exceptions=False)
+def run(*arguments: str | Path, stdin: str | None = None) -> Result:
+    arguments = (*arguments, "--max-tokens", "6") if "--max-tokens" not in arguments else arguments
+    return CliRunner().invoke(app, ["generate", *map(str, arguments)], input=stdin, catch_exceptions=False)
 
 
-def ok(*words: str | Path, stdin: str | None = None) -> str:
-    ran = run(*words, stdin=stdin)
+def ok(*arguments: str | Path, stdin: str | None = None) -> str:
+    ran = run(*arguments, stdin=stdin)
     assert ran.exit_code == 0, ran.output
     return ran.stdout
 
 
-def failed(*words: str | Path, stdin: str | None = None) -> str:
-    ran = run(*words, stdin=stdin)
+def failed(*arguments: str | Path, stdin: str | None = None) -> str:
+    ran = run(*arguments, stdin=stdin)
     assert (ran.exit_code, ran.stdout) == (1, "")
     return ran.stderr
 
@@ -94,57 +94,57 @@ def rows(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_the_real_base_answers(here: Path, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_base_answers(workdir: Path, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAMILL_BASE", base.name)
     monkeypatch.delenv("LORAMILL_CACHE")
-    told = ok(base.name, "-p", "What is the capital of France?", "-p", "Say hello.", "--max-tokens", "12")
-    first, second = told.splitlines()
+    output = ok(base.name, "-p", "What is the capital of France?", "-p", "Say hello.", "--max-tokens", "12")
+    first, second = output.splitlines()
     assert first == "The capital of France is Paris."
     assert second
 
 
-def test_prompts_from_options_and_from_a_pipe(here: Path) -> None:
-    asked, other = ok("tiny", "-p", "Why?"), ok("tiny", "-p", "How?")
-    assert ok("tiny", "-p", "Why?", "-p", "How?") == asked + other != asked * 2
-    assert ok("tiny", stdin="Why?\n") == asked
-    assert ok("tiny", "-p", "Why?", "--chat") == asked != ok("tiny", "-p", "Why?", "--raw")
-    assert ok("tiny", "-p", "Why?", "--stop", asked[2:4]) == asked[: asked.index(asked[2:4])] + "\n"
+def test_prompts_from_options_and_from_a_pipe(workdir: Path) -> None:
+    first, second = ok("tiny", "-p", "Why?"), ok("tiny", "-p", "How?")
+    assert ok("tiny", "-p", "Why?", "-p", "How?") == first + second != first * 2
+    assert ok("tiny", stdin="Why?\n") == first
+    assert ok("tiny", "-p", "Why?", "--chat") == first != ok("tiny", "-p", "Why?", "--raw")
+    assert ok("tiny", "-p", "Why?", "--stop", first[2:4]) == first[: first.index(first[2:4])] + "\n"
     warm = ("tiny", "-p", "Why?", "--temperature", "1", "--top-p", "0.9", "--seed", "3")
-    assert ok(*warm) == ok(*warm) != asked
+    assert ok(*warm) == ok(*warm) != first
 
 
-def test_a_file_of_prompts_is_answered_line_by_line(here: Path) -> None:
+def test_a_file_of_prompts_is_answered_line_by_line(workdir: Path) -> None:
     lines = [
         {"prompt": "Once", "max_tokens": 3},
         {"messages": [{"role": "user", "content": "Why?"}], "id": "why"},
         {"prompt": "Twice", "completion": " upon a time"},
     ]
-    (here / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (workdir / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     ran = run("tiny", "--file", "prompts.jsonl")
     assert ran.exit_code == 0 and "3/3" in ran.stderr and "tokens/s" in ran.stderr
-    told = rows(ran.stdout)
-    assert [row["id"] for row in told] == ["1", "why", "3"]
-    assert [row["usage"]["completion_tokens"] for row in told] == [3, 6, 6]
-    assert told[1]["text"] + "\n" == ok("tiny", "-p", "Why?")
-    assert told[2]["text"] + "\n" == ok("tiny", "-p", "Twice", "--raw")
-    assert set(told[0]) == {"id", "text", "finish_reason", "usage"} and told[0]["finish_reason"] == "length"
-    (here / "prompts.txt").write_text("Why?\n\nHow?\n")
+    answers = rows(ran.stdout)
+    assert [row["id"] for row in answers] == ["1", "why", "3"]
+    assert [row["usage"]["completion_tokens"] for row in answers] == [3, 6, 6]
+    assert answers[1]["text"] + "\n" == ok("tiny", "-p", "Why?")
+    assert answers[2]["text"] + "\n" == ok("tiny", "-p", "Twice", "--raw")
+    assert set(answers[0]) == {"id", "text", "finish_reason", "usage"} and answers[0]["finish_reason"] == "length"
+    (workdir / "prompts.txt").write_text("Why?\n\nHow?\n")
     assert ok("tiny", "--file", "prompts.txt", "--out", "out.jsonl") == ""
-    told = rows((here / "out.jsonl").read_text(encoding="utf-8"))
-    assert [row["id"] for row in told] == ["1", "3"]
-    assert told[0]["text"] + "\n" == ok("tiny", "-p", "Why?")
+    answers = rows((workdir / "out.jsonl").read_text(encoding="utf-8"))
+    assert [row["id"] for row in answers] == ["1", "3"]
+    assert answers[0]["text"] + "\n" == ok("tiny", "-p", "Why?")
 
 
-def test_nothing_is_written_over(here: Path) -> None:
-    (here / "prompts.txt").write_text("Why?\n")
-    (here / "out.jsonl").write_text("precious\n" * 100)
+def test_existing_files_are_not_overwritten(workdir: Path) -> None:
+    (workdir / "prompts.txt").write_text("Why?\n")
+    (workdir / "out.jsonl").write_text("precious\n" * 100)
     for out in ("out.jsonl", "prompts.txt", "none/out.jsonl", "."):
         assert out in failed("tiny", "--file", "prompts.txt", "--out", out)
     assert "another" in failed("tiny", "--file", "prompts.txt", "--out", "prompts.txt", "--force")
-    assert (here / "prompts.txt").read_text() == "Why?\n"
-    assert (here / "out.jsonl").read_text() == "precious\n" * 100
+    assert (workdir / "prompts.txt").read_text() == "Why?\n"
+    assert (workdir / "out.jsonl").read_text() == "precious\n" * 100
     ok("tiny", "-p", "Why?", "--out", "out.jsonl", "--force")
-    assert [row["id"] for row in rows((here / "out.jsonl").read_text())] == ["1"]
+    assert [row["id"] for row in rows((workdir / "out.jsonl").read_text())] == ["1"]
 
 
 def publish(folder: Path, name: str, base: str) -> tuple[Registry, str]:
@@ -162,8 +162,8 @@ def publish(folder: Path, name: str, base: str) -> tuple[Registry, str]:
     return registry, artifact
 
 
-def test_a_model_is_the_base_a_folder_or_of_the_record(here: Path, tiny: Path, peft: Path) -> None:
-    base = find_base(str(tiny), here / "cache")
+def test_a_model_is_the_base_a_folder_or_from_the_registry(workdir: Path, tiny: Path, peft: Path) -> None:
+    base = find_base(str(tiny), workdir / "cache")
     registry, version = publish(peft, "acme/support", base.fingerprint)
     by_base, by_folder = ok("tiny", "-p", "Why?"), ok(peft, "-p", "Why?")
     assert by_base != by_folder
@@ -173,7 +173,7 @@ def test_a_model_is_the_base_a_folder_or_of_the_record(here: Path, tiny: Path, p
     assert "does not exist" in failed("acme/nothing", "-p", "Why?")
     assert "the base here is 'tiny'" in failed("smollm2-135m", "-p", "Why?")
     assert f"its folder {peft.name} contains one: give that folder" in failed(peft.parent, "-p", "Why?")
-    assert "It is not a folder" in failed(here / "nothing", "-p", "Why?")
+    assert "It is not a folder" in failed(workdir / "nothing", "-p", "Why?")
     weights = registry.artifacts.fetch(version) / "adapter_model.safetensors"
     weights.chmod(0o644)
     weights.write_bytes(b"\0" * weights.stat().st_size)
@@ -181,17 +181,17 @@ def test_a_model_is_the_base_a_folder_or_of_the_record(here: Path, tiny: Path, p
     registry.close()
 
 
-def test_a_version_for_another_base_is_refused(here: Path, peft: Path) -> None:
+def test_a_version_for_another_base_is_refused(workdir: Path, peft: Path) -> None:
     publish(peft, "acme/support", "0" * 64)[0].close()
     assert "another base" in failed("acme/support", "-p", "Why?")
 
 
-def test_a_record_that_is_not_there_is_told(here: Path) -> None:
+def test_a_missing_database_is_reported(workdir: Path) -> None:
     assert "loramill up" in failed("acme/support", "-p", "Why?")
 
 
-def test_what_fails_is_told_and_the_rest_is_answered(here: Path) -> None:
-    (here / "prompts.txt").write_text(f"Why?\n{'word ' * 200}\nHow?\n")
+def test_a_failed_prompt_is_reported_and_the_others_are_answered(workdir: Path) -> None:
+    (workdir / "prompts.txt").write_text(f"Why?\n{'word ' * 200}\nHow?\n")
     ran = run("tiny", "--file", "prompts.txt")
     assert ran.exit_code == 1
     assert "1 of 3 prompts failed; the first of them is prompt 2: The prompt has" in ran.stderr
@@ -202,8 +202,8 @@ def test_what_fails_is_told_and_the_rest_is_answered(here: Path) -> None:
     assert ran.exit_code == 1 and ran.stdout == first["text"] + "\n"
 
 
-def test_an_adapter_that_does_not_fit_fails_all(here: Path, peft: Path) -> None:
-    broken = shutil.copytree(peft, here / "broken")
+def test_an_unreadable_adapter_fails_every_prompt(workdir: Path, peft: Path) -> None:
+    broken = shutil.copytree(peft, workdir / "broken")
     (broken / "adapter_model.safetensors").write_bytes(b"nothing")
     assert "The prompt failed: adapter_model.safetensors" in failed(broken, "-p", "a")
     assert "2 of 2 prompts failed; the first of them is prompt 1: adapter_model.safetensors" in failed(
@@ -211,36 +211,38 @@ def test_an_adapter_that_does_not_fit_fails_all(here: Path, peft: Path) -> None:
     )
 
 
-def test_a_bad_file_is_refused_before_anything_is_loaded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_file_is_refused_before_anything_is_loaded(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loramill.serve.offline.OfflineEngine", None)
-    (here / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": 1}\n{\n')
-    told = failed("tiny", "--file", "bad.jsonl")
-    assert "bad.jsonl has 2 problems" in told and "line 2: prompt" in told and "line 3: " in told
+    (workdir / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": 1}\n{\n')
+    message = failed("tiny", "--file", "bad.jsonl")
+    assert "bad.jsonl has 2 problems" in message and "line 2: prompt" in message and "line 3: " in message
 
 
-@pytest.mark.parametrize("words", [(), ("-p", "a", "--file", "prompts.txt"), ("--file", "none.txt")])
-def test_prompts_are_given_one_way(here: Path, words: tuple[str, ...]) -> None:
-    (here / "prompts.txt").write_text("Why?\n")
-    assert run("tiny", *words, stdin="").exit_code == 2
+@pytest.mark.parametrize("arguments", [(), ("-p", "a", "--file", "prompts.txt"), ("--file", "none.txt")])
+def test_prompts_come_from_exactly_one_source(workdir: Path, arguments: tuple[str, ...]) -> None:
+    (workdir / "prompts.txt").write_text("Why?\n")
+    assert run("tiny", *arguments, stdin="").exit_code == 2
 
 
-def test_a_killed_run_leaves_whole_lines(here: Path) -> None:
-    (here / "prompts.txt").write_text("Why?\n" * 20_000)
-    words = ["tiny", "--file", "prompts.txt", "--out", "out.jsonl", "--max-tokens", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "loramill.cli", "generate", *words], stderr=subprocess.DEVNULL)
-    out = here / "out.jsonl"
+def test_a_killed_run_leaves_complete_lines(workdir: Path) -> None:
+    (workdir / "prompts.txt").write_text("Why?\n" * 20_000)
+    arguments = ["tiny", "--file", "prompts.txt", "--out", "out.jsonl", "--max-tokens", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loramill.cli", "generate", *arguments], stderr=subprocess.DEVNULL
+    )
+    out = workdir / "out.jsonl"
     while not (out.exists() and out.stat().st_size > 2000):
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()
     process.wait()
-    told = rows(out.read_text(encoding="utf-8"))
-    assert 10 < len(told) < 20_000
-    assert [row["id"] for row in told] == [str(number) for number in range(1, len(told) + 1)]
+    answers = rows(out.read_text(encoding="utf-8"))
+    assert 10 < len(answers) < 20_000
+    assert [row["id"] for row in answers] == [str(number) for number in range(1, len(answers) + 1)]
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
-    class Small(FileIO):
+def test_a_full_disk_leaves_complete_lines(tmp_path: Path) -> None:
+    class SmallDisk(FileIO):
         def write(self, line: Any) -> int:
             if self.tell() + len(line) <= 12:
                 return super().write(line)
@@ -248,7 +250,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
                 raise OSError(errno.ENOSPC, "full")
             return super().write(bytes(line)[: 12 - self.tell()])
 
-    with Small(tmp_path / "out", "wb") as file:
+    with SmallDisk(tmp_path / "out", "wb") as file:
         _append(file, b"whole 1\n")
         with pytest.raises(DiskFull, match="the answers in it are complete lines"):
             _append(file, b"whole 2\n")

@@ -23,8 +23,8 @@ PAGE = (Path(__file__).parents[4] / "docs" / "howto" / "submit-many.md").read_te
 
 
 @pytest.fixture(autouse=True)
-def here(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunningGateway:
-    """The gateway, as the one that commands call with the admin's key, and a folder of one's own."""
+def running_gateway(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunningGateway:
+    """The gateway that commands call, with the admin's key, in an empty working directory."""
     for name in [*os.environ]:
         if name.startswith("LORAMILL_"):
             monkeypatch.delenv(name)
@@ -35,18 +35,18 @@ def here(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     return gateway
 
 
-def loramill(*words: str) -> Result:
-    return CliRunner().invoke(app, words, catch_exceptions=False)
+def loramill(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
-def ok(*words: str) -> Result:
-    ran = loramill(*words)
+def ok(*arguments: str) -> Result:
+    ran = loramill(*arguments)
     assert ran.exit_code == 0, ran.output
     return ran
 
 
-def shown(*words: str) -> Any:
-    return json.loads(ok(*words, "--json").stdout)
+def json_output(*arguments: str) -> Any:
+    return json.loads(ok(*arguments, "--json").stdout)
 
 
 def table(path: str, header: str, separator: str = ",", count: int = 12) -> str:
@@ -64,16 +64,16 @@ def trained_on(job: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("path", "header", "separator", "says"),
+    ("path", "header", "separator", "message"),
     [
         ("a.tsv", "prompt\tcompletion", "\t", "TSV (separated by tabs), prompt and completion (prompt, completion)"),
         ("b.csv", "instruction;output", ";", "CSV separated by ';', Alpaca (instruction, output)"),
         ("c.csv", "prompt|completion", "|", "CSV separated by '|', prompt and completion (prompt, completion)"),
     ],
 )
-def test_the_recognized_form_is_shown(tenant: str, path: str, header: str, separator: str, says: str) -> None:
-    told = ok("submit", f"{tenant}/a", "--train", table(path, header, separator)).stderr
-    assert f"{path}: 12 examples; {says}." in told
+def test_the_recognized_format_is_shown(tenant: str, path: str, header: str, separator: str, message: str) -> None:
+    output = ok("submit", f"{tenant}/a", "--train", table(path, header, separator)).stderr
+    assert f"{path}: 12 examples; {message}." in output
 
 
 def test_columns_that_are_not_used_are_shown(tenant: str) -> None:
@@ -85,7 +85,7 @@ def test_columns_that_are_not_used_are_shown(tenant: str) -> None:
 
 
 def test_the_jobs_file_of_the_documentation_runs() -> None:
-    """Typed as printed, with files of the kinds that it names."""
+    """The commands run as printed, with files of the formats that they name."""
     made = set(re.findall(r"^\$ loramill tenant create ([\w ]+?)(?: +#.*)?$", PAGE, re.MULTILINE))
     with Client() as client:
         for tenant in " ".join(made).split():
@@ -96,7 +96,7 @@ def test_the_jobs_file_of_the_documentation_runs() -> None:
     table("acme.csv", "question,answer")
     Path("bolt.jsonl").write_bytes(examples(12, "bolt"))
     Path("valid.jsonl").write_bytes(examples(5, "valid"))
-    found = shown("submit", "--file", "jobs.toml")
+    found = json_output("submit", "--file", "jobs.toml")
     assert [each["job"]["adapter"] for each in found] == ["acme/support", "bolt/sales"]
     assert trained_on(found[0]["job"]["id"])[3] == {"prompt": "what is acme.csv 3?", "completion": "number 3"}
 
@@ -140,14 +140,14 @@ def test_missing_tenants_are_reported_once_before_any_upload(tenant: str) -> Non
         "jobs.csv, line 3: There is no tenant 'nobody'. (`loramill tenant create nobody` creates it.)",
         "jobs.csv, line 5: There is no tenant 'noone'. (`loramill tenant create noone` creates it.)",
     ]
-    assert shown("files", "list", "--tenant", tenant) == []
+    assert json_output("files", "list", "--tenant", tenant) == []
 
 
-def test_what_is_refused_leaves_no_files(tenant: str) -> None:
+def test_a_refused_submission_leaves_no_files(tenant: str) -> None:
     table("train.csv", "prompt,completion")
     table("kept.csv", "prompt,completion")
     ok("submit", f"{tenant}/a", "--train", "kept.csv")
-    before = shown("files", "list", "--tenant", tenant)
+    before = json_output("files", "list", "--tenant", tenant)
     Path("bad.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     Path("jobs.csv").write_text(
         f"adapter,train,rank\n{tenant}/a,train.csv,4\n{tenant}/b,bad.jsonl,4\n{tenant}/c,kept.csv,4\n"
@@ -155,25 +155,27 @@ def test_what_is_refused_leaves_no_files(tenant: str) -> None:
     assert loramill("submit", "--file", "jobs.csv").exit_code == 1  # the gateway refuses a file
     assert loramill("submit", f"{tenant}/a", "--train", "train.csv", "--rank", "100000").exit_code == 1  # or the job
     assert loramill("data", "add", f"{tenant}/a", "--train", "train.csv", "--valid", "bad.jsonl").exit_code == 1
-    assert shown("files", "list", "--tenant", tenant) == before
+    assert json_output("files", "list", "--tenant", tenant) == before
     with Client() as client, pytest.raises(InvalidRequest):
         client.jobs.submit_many([{"adapter": f"{tenant}/a", "train": "train.csv", "rank": 100_000}])
-    assert shown("files", "list", "--tenant", tenant) == before
+    assert json_output("files", "list", "--tenant", tenant) == before
 
 
-def test_data_for_nightly_runs_comes_in_every_format(here: RunningGateway, tenant: str) -> None:
+def test_data_for_nightly_runs_comes_in_every_format(running_gateway: RunningGateway, tenant: str) -> None:
     name = f"{tenant}/a"
     assert "There is no adapter" in loramill("data", "list", name).stderr
-    told = ok("data", "add", name, "--train", table("new.csv", "q;a", ";"), "--columns", "prompt=q,completion=a").stderr
-    assert "new.csv: 12 examples; CSV separated by ';', prompt and completion (prompt=q, completion=a)." in told
+    output = ok(
+        "data", "add", name, "--train", table("new.csv", "q;a", ";"), "--columns", "prompt=q,completion=a"
+    ).stderr
+    assert "new.csv: 12 examples; CSV separated by ';', prompt and completion (prompt=q, completion=a)." in output
     rows = [{"conversations": [{"from": "human", "value": f"h{i}"}, {"from": "gpt", "value": "g"}]} for i in range(12)]
     Path("share.json").write_text(json.dumps(rows))
-    with here.registry.writing() as session:
+    with running_gateway.registry.writing() as session:
         run = nightly.open_run(session)
         nightly.collect(session, run.id, name)
         nightly.finish_run(session, run.id)
     ok("data", "add", name, "--train", "share.json", "--valid", table("valid.tsv", "instruction\toutput", "\t", 3))
-    waiting, used = shown("data", "list", name)
+    waiting, used = json_output("data", "list", name)
     assert (waiting["train_filename"], waiting["valid_filename"], waiting["run"]) == ("share.json", "valid.tsv", None)
     assert (used["train_filename"], used["train_examples"], used["run"]) == ("new.csv", 12, run.id)
     lines = ok("data", "list", name).stdout.splitlines()
@@ -186,8 +188,13 @@ def test_files_are_listed_shown_and_deleted(tenant: str) -> None:
         file = client.files.upload(examples(12), tenant=tenant, filename="a.jsonl")
     line = ok("files", "list", "--tenant", tenant).stdout.splitlines()[1]
     assert file.id in line and "a.jsonl" in line and " 12 " in line
-    told = shown("files", "show", file.id)
-    assert (told["id"], told["tenant"], told["examples"], told["bytes"]) == (file.id, tenant, 12, len(examples(12)))
+    details = json_output("files", "show", file.id)
+    assert (details["id"], details["tenant"], details["examples"], details["bytes"]) == (
+        file.id,
+        tenant,
+        12,
+        len(examples(12)),
+    )
     assert "a.jsonl" in ok("files", "show", file.id).stdout
     assert ok("files", "show", file.id, "--content").stdout_bytes == examples(12)
     assert f"{file.id} is deleted." in ok("files", "delete", file.id).stderr
@@ -217,7 +224,7 @@ def test_a_dry_run_shows_what_would_be_trained_and_stores_nothing(tenant: str) -
     assert "what is train.csv 0?\u27e6number 0<|im_end|>\u27e7" in ran.stdout
     assert "Nothing was stored or submitted" in ran.stderr
     Path("chat.jsonl").write_bytes(examples())
-    (found,) = shown("submit", f"{tenant}/a", "--train", "chat.jsonl", "--dry-run")
+    (found,) = json_output("submit", f"{tenant}/a", "--train", "chat.jsonl", "--dry-run")
     assert (found["format"], found["examples"]) == ("JSONL, messages", 12)
     *prompt, answer = found["preview"]
     assert (answer["supervised"], answer["text"]) == (True, "code 0<|im_end|>")
@@ -225,22 +232,22 @@ def test_a_dry_run_shows_what_would_be_trained_and_stores_nothing(tenant: str) -
     tokens = found["tokens"]
     assert 0 < tokens["min"] <= tokens["median"] <= tokens["max"] < tokens["total"]
     assert 0 < found["supervised_tokens"] < tokens["total"]
-    assert shown("files", "list", "--tenant", tenant) == [] == shown("jobs", "--tenant", tenant)
+    assert json_output("files", "list", "--tenant", tenant) == [] == json_output("jobs", "--tenant", tenant)
 
 
-def test_a_dry_run_shows_control_characters_instead_of_sending_them_to_the_terminal(tenant: str) -> None:
+def test_a_dry_run_escapes_control_characters(tenant: str) -> None:
     row = '{"prompt": "a\\u001b[31mb\\u202ec\\td", "completion": "e%d\\u0000"}\n'
     Path("train.jsonl").write_text("".join(row % number for number in range(12)))
-    shown = ok("submit", f"{tenant}/a", "--train", "train.jsonl", "--dry-run").stdout
-    assert r"a\x1b[31mb\u202ec" in shown and "\td" in shown and r"e0\x00" in shown
-    assert not {"\x1b", "\u202e", "\x00"} & set(shown)
+    output = ok("submit", f"{tenant}/a", "--train", "train.jsonl", "--dry-run").stdout
+    assert r"a\x1b[31mb\u202ec" in output and "\td" in output and r"e0\x00" in output
+    assert not {"\x1b", "\u202e", "\x00"} & set(output)
 
 
-def test_a_dry_run_names_what_is_refused(tenant: str) -> None:
+def test_a_dry_run_reports_refusals(tenant: str) -> None:
     few = loramill("submit", f"{tenant}/a", "--train", table("few.csv", "prompt,completion", count=3), "--dry-run")
     assert few.exit_code == 1 and "few.csv: it has 3 examples, and at least 10 are needed" in few.stderr
     table("train.csv", "prompt,completion")
     long = loramill("submit", f"{tenant}/a", "--train", "train.csv", "--max-length", "8", "--dry-run")
     assert long.exit_code == 1 and "train.csv, line 1: it has" in long.stderr and "the limit is 8" in long.stderr
-    for words in (["--file", "jobs.toml"], [f"{tenant}/a"]):
-        assert loramill("submit", *words, "--dry-run").exit_code == 2
+    for arguments in (["--file", "jobs.toml"], [f"{tenant}/a"]):
+        assert loramill("submit", *arguments, "--dry-run").exit_code == 2

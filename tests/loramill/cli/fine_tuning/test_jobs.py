@@ -1,4 +1,4 @@
-"""`loramill submit` and `loramill jobs`: many jobs, and what becomes of them."""
+"""`loramill submit` and `loramill jobs`: submitting, changing and watching jobs."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from ...conftest import RunningGateway, examples
 
 
 @pytest.fixture(autouse=True)
-def here(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The gateway, as the one that commands call with the admin's key, and files to submit."""
+def environment(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The gateway that commands call, with the admin's key, and files to submit."""
     for name in [*os.environ]:
         if name.startswith("LORAMILL_"):
             monkeypatch.delenv(name)
@@ -44,43 +44,43 @@ def here(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     Path("train.jsonl").write_bytes(examples())
 
 
-def loramill(*words: str) -> Result:
-    return CliRunner().invoke(app, words, catch_exceptions=False)
+def loramill(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
-def ok(*words: str) -> Result:
-    ran = loramill(*words)
+def ok(*arguments: str) -> Result:
+    ran = loramill(*arguments)
     assert ran.exit_code == 0, ran.output
     return ran
 
 
-def shown(*words: str) -> Any:
-    return json.loads(ok(*words, "--json").stdout)
+def json_output(*arguments: str) -> Any:
+    return json.loads(ok(*arguments, "--json").stdout)
 
 
-def submitted(tenant: str, *words: str) -> str:
-    return ok("submit", f"{tenant}/a", "--train", "train.jsonl", *words).stdout.strip()
+def submitted(tenant: str, *arguments: str) -> str:
+    return ok("submit", f"{tenant}/a", "--train", "train.jsonl", *arguments).stdout.strip()
 
 
 # Submitting
 
 
 def test_every_option_of_a_job_is_an_option_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = [name for names in PANELS.values() for name in names]
-    assert sorted(told) == sorted(JobOptions.model_fields)
+    listed = [name for names in PANELS.values() for name in names]
+    assert sorted(listed) == sorted(JobOptions.model_fields)
     monkeypatch.setenv("COLUMNS", "200")
     text = ok("submit", "--help").stdout
-    for name in told:
+    for name in listed:
         assert f"--{name.replace('_', '-')}" in text
 
 
-def test_options_of_every_kind_arrive(tenant: str) -> None:
-    words = (
+def test_options_of_every_type_reach_the_spec(tenant: str) -> None:
+    options = (
         "--method dora --rank 4 --alpha 8 --no-packing --targets q_proj,v_proj --layers 0-2,5 --lr 0.01 --keep last "
         "--rank-pattern q_proj=2 --alpha-pattern q_proj=1.5 --metadata team=a,run=2 --priority -5 --schedule cosine "
         "--gradient-checkpointing yes --eval-every 3"
     )
-    job = shown("jobs", "show", submitted(tenant, *words.split()))
+    job = json_output("jobs", "show", submitted(tenant, *options.split()))
     assert {
         "method": "dora",
         "rank": 4,
@@ -115,11 +115,11 @@ def test_a_file_of_jobs(tenant: str, tmp_path: Path) -> None:
     first = ok("submit", "--file", str(file), "--steps", "5")
     assert "60 jobs submitted; " in first.stderr and len(first.stdout.splitlines()) == 61
     file.write_text(file.read_text() + f"{tenant}/more,train.jsonl,\n")
-    again = shown("submit", "--file", str(file), "--steps", "5")
+    again = json_output("submit", "--file", str(file), "--steps", "5")
     assert [each["new"] for each in again] == [False] * 60 + [True]
     assert (again[7]["job"]["spec"]["rank"], again[7]["job"]["steps"]) == (8, 5)
     assert again[60]["where"] == "jobs.csv, line 62"
-    assert len(shown("jobs", "--tenant", tenant, "-n", "100")) == 61
+    assert len(json_output("jobs", "--tenant", tenant, "-n", "100")) == 61
     cut = ok("submit", "--file", str(file), "--steps", "5")
     assert "0 jobs submitted, 61 were submitted before" in cut.stderr
 
@@ -132,10 +132,12 @@ def test_a_file_with_problems_submits_nothing(tenant: str) -> None:
     ran = loramill("submit", "--file", "jobs.toml")
     assert ran.exit_code == 1 and "2 problems; nothing was submitted:" in ran.stderr
     assert "jobs.toml, line 4: train: there is no file" in ran.stderr and "line 4: rank" in ran.stderr
-    assert shown("jobs", "--tenant", tenant) == []
+    assert json_output("jobs", "--tenant", tenant) == []
 
 
-def test_a_file_is_waited_for(gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submit_waits_for_the_jobs_of_a_file(
+    gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("jobs.jsonl").write_text(
         "".join(
             json.dumps({"adapter": f"{tenant}/a", "train": "train.jsonl", "seed": seed}) + "\n" for seed in range(3)
@@ -156,14 +158,14 @@ def test_a_file_is_waited_for(gateway: RunningGateway, tenant: str, monkeypatch:
 # Changing
 
 
-def test_several_are_changed_at_once(tenant: str) -> None:
+def test_several_jobs_are_changed_at_once(tenant: str) -> None:
     first, second = submitted(tenant), submitted(tenant, "--seed", "2")
-    assert [job["status"] for job in shown("jobs", "pause", first, second)] == ["paused", "paused"]
+    assert [job["status"] for job in json_output("jobs", "pause", first, second)] == ["paused", "paused"]
     assert first in ok("jobs", "resume", first).stderr
     ran = loramill("jobs", "resume", first, second, "ftjob-none", "--json")
     assert ran.exit_code == 1 and [job["id"] for job in json.loads(ran.stdout)] == [second]
     assert "it is queued, not paused" in ran.stderr and "ftjob-none" in ran.stderr
-    assert [job["status"] for job in shown("jobs", "cancel", first, second)] == ["cancelled"] * 2
+    assert [job["status"] for job in json_output("jobs", "cancel", first, second)] == ["cancelled"] * 2
 
 
 def test_failed_and_cancelled_jobs_are_queued_again(gateway: RunningGateway, tenant: str) -> None:
@@ -172,19 +174,19 @@ def test_failed_and_cancelled_jobs_are_queued_again(gateway: RunningGateway, ten
     ok("jobs", "cancel", cancelled)
     refused = loramill("jobs", "resume", failed)
     assert refused.exit_code == 1 and "`loramill jobs retry`" in refused.stderr
-    told = ok("jobs", "retry", failed, cancelled).stderr
-    assert [line for line in told.splitlines() if line] == [
+    output = ok("jobs", "retry", failed, cancelled).stderr
+    assert [line for line in output.splitlines() if line] == [
         f"{job} is queued again (now queued)." for job in (failed, cancelled)
     ]
-    assert [(shown("jobs", "show", job)["status"]) for job in (failed, cancelled)] == ["queued", "queued"]
+    assert [(json_output("jobs", "show", job)["status"]) for job in (failed, cancelled)] == ["queued", "queued"]
     ran = loramill("jobs", "retry", failed, queued, "ftjob-none")
     assert ran.exit_code == 1 and "is queued, neither failed nor cancelled" in ran.stderr and "ftjob-none" in ran.stderr
 
 
-def test_a_tenants_share(tenant: str) -> None:
-    told = ok("tenant", "share", tenant, "--weight", "2.5", "--max-running", "3").stderr
-    assert "weight 2.5" in told and "max running: 3" in told and "max waiting: unlimited" in told
-    set_to = shown("tenant", "share", tenant, "--max-running", "unlimited", "--max-queued", "1")
+def test_a_fair_share_is_shown_and_changed(tenant: str) -> None:
+    output = ok("tenant", "share", tenant, "--weight", "2.5", "--max-running", "3").stderr
+    assert "weight 2.5" in output and "max running: 3" in output and "max waiting: unlimited" in output
+    set_to = json_output("tenant", "share", tenant, "--max-running", "unlimited", "--max-queued", "1")
     assert (set_to["weight"], set_to["max_running"], set_to["max_queued"]) == (2.5, None, 1)
     row = next(line for line in ok("tenant", "list").stdout.splitlines() if line.startswith(f"{tenant} "))
     assert row.split()[-5:] == ["2.5", "0", "unlimited", "0", "1"]
@@ -194,10 +196,10 @@ def test_a_tenants_share(tenant: str) -> None:
     assert loramill("tenant", "share", tenant, "--max-running", "some").exit_code == 2
 
 
-# Looking
+# Showing
 
 
-def test_a_job_of_another_base_says_what_it_waits_for(
+def test_a_job_of_another_base_is_shown_with_what_it_waits_for(
     gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -229,11 +231,11 @@ def test_checkpoints_and_plot(gateway: RunningGateway, tenant: str, tmp_path: Pa
             jobs.add_event(session, job, "", kind="metrics", data=data)
         checkpoints.add(session, job, attempt, 10, None, {"valid_loss": 0.5, "train_loss": 0.3})
     assert ok("jobs", "checkpoints", job).stdout.splitlines()[1].split()[:3] == ["10", "0.5000", "0.3000"]
-    (checkpoint,) = shown("jobs", "checkpoints", job)
+    (checkpoint,) = json_output("jobs", "checkpoints", job)
     assert checkpoint["metrics"]["valid_loss"] == 0.5 and checkpoint["model"] is None
     text = ok("jobs", "plot", job).stdout
     assert f"{tenant}/a" in text and "┤" in text
-    assert len(shown("jobs", "plot", job)) == 10
+    assert len(json_output("jobs", "plot", job)) == 10
     assert "10 steps" in ok("jobs", "plot", job, "--png", "x.png").stderr
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
@@ -257,7 +259,7 @@ def drawn(rendered: Any, width: int = 130) -> str:
     return console.export_text()
 
 
-def test_the_table_shows_what_is_interesting_first() -> None:
+def test_the_table_shows_running_jobs_first() -> None:
     many = [job(n, JobStatus.SUCCEEDED, step=10) for n in range(5)] + [
         job(8, JobStatus.QUEUED),
         job(9, JobStatus.RUNNING, step=5, loss=1.25, valid_loss=1.5, tokens_per_second=1234.5, estimated_finish=1090.0),
@@ -276,7 +278,7 @@ def test_the_table_shows_what_is_interesting_first() -> None:
 
 
 def test_watching_ends_with_the_last_job(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gateway that is away meanwhile is waited for; one that never was there isn't."""
+    """An outage of the gateway is waited for; a gateway that never answered is an error."""
     answers: list[Any] = [
         [job(1, JobStatus.RUNNING)],
         NotRunning("Nothing answers."),
@@ -284,47 +286,47 @@ def test_watching_ends_with_the_last_job(capsys: pytest.CaptureFixture[str], mon
         [job(1, JobStatus.SUCCEEDED)],
     ]
 
-    def look() -> list[Job]:
+    def poll() -> list[Job]:
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer  # type: ignore[no-any-return]
 
-    assert [each.status for each in _follow(look, 0.0)] == ["succeeded"] and answers == []
+    assert [each.status for each in _follow(poll, 0.0)] == ["succeeded"] and answers == []
     assert "1 job: 1 succeeded" in capsys.readouterr().out
     for error in (NotRunning("Nothing answers."), InvalidRequest("No.")):
         answers.append(error)
         with pytest.raises(type(error)):
-            _follow(look, 0.0)
+            _follow(poll, 0.0)
     answers[:] = [[job(1, JobStatus.RUNNING)], InvalidRequest("No.")]
     with pytest.raises(InvalidRequest):
-        _follow(look, 0.0)
+        _follow(poll, 0.0)
 
 
-def test_what_has_ended_is_not_looked_at_again(gateway: RunningGateway, tenant: str) -> None:
+def test_ended_jobs_are_not_polled_again(gateway: RunningGateway, tenant: str) -> None:
     ended = [submitted(tenant, "--seed", str(seed)) for seed in range(3)]
     ok("jobs", "cancel", *ended)
     open_job = submitted(tenant, "--seed", "9")
     later = submitted(tenant, "--seed", "10")
     ok("jobs", "cancel", later)
-    seen: list[str] = []
+    listed: list[str] = []
 
     class CountingJobs(JobsResource):
         def list(self, tenant: str | None = None) -> Iterator[Job]:
             for found in super().list(tenant):
-                seen.append(found.id)
+                listed.append(found.id)
                 yield found
 
     with gateway.client() as client:
         client.jobs = CountingJobs(client._transport, client.files)
         every = JobPoller(client, tenant, 100)
-        assert [found.id for found in every.poll()] == seen == [later, open_job, *ended[::-1]]
-        seen.clear()
+        assert [found.id for found in every.poll()] == listed == [later, open_job, *ended[::-1]]
+        listed.clear()
         newer = submitted(tenant, "--seed", "11")
         assert [found.id for found in every.poll()] == [newer, later, open_job, *ended[::-1]]
-        assert seen == [newer, later, open_job, ended[-1]]
+        assert listed == [newer, later, open_job, ended[-1]]
         assert len(JobPoller(client, tenant, 2).poll()) == 2
-        seen.clear()
+        listed.clear()
         some = JobPoller(client, None, 1, [ended[-1]])
         assert [found.id for found in some.poll()] == [ended[-1]] == [found.id for found in some.poll()]
         ok("jobs", "cancel", open_job, newer)
@@ -341,7 +343,7 @@ def test_watch(gateway: RunningGateway, tenant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [
         (-3, "0 s"),
         (0, "0 s"),
@@ -352,5 +354,5 @@ def test_watch(gateway: RunningGateway, tenant: str) -> None:
         (2e5, "2 d 7 h"),
     ],
 )
-def test_spans_are_said_as_people_say_them(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+def test_durations_are_written_in_everyday_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

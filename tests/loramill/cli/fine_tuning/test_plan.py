@@ -1,4 +1,4 @@
-"""`loramill plan`: what it prints, and how it ends."""
+"""`loramill plan`: its output and exit codes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
 
 
-def run(*words: str) -> click.testing.Result:
-    return CliRunner().invoke(app, ["plan", *words])
+def run(*arguments: str) -> click.testing.Result:
+    return CliRunner().invoke(app, ["plan", *arguments])
 
 
 def test_a_table_and_the_choice() -> None:
@@ -35,7 +35,7 @@ def test_a_table_and_the_choice() -> None:
     assert "of 25.3 GB" in done.stdout
 
 
-def test_json_adds_up() -> None:
+def test_sizes_in_the_json_add_up() -> None:
     done = run("--base", "8B", "--gpu", "h100", "--rank", "64", "--targets", "q_proj, v_proj", "--json")
     found = json.loads(done.stdout)
     assert found["fits"] is True
@@ -44,13 +44,13 @@ def test_json_adds_up() -> None:
 
 
 def test_a_refusal_names_what_would_fit() -> None:
-    words = ("--base", "65B", "--gpu", "48GB", "--quantization", "none", "--rank", "64", "--length", "512")
-    done = run(*words)
+    arguments = ("--base", "65B", "--gpu", "48GB", "--quantization", "none", "--rank", "64", "--length", "512")
+    done = run(*arguments)
     assert done.exit_code == 1
     assert "nf4" in done.stderr
-    refused = json.loads(run(*words, "--json").stdout)
+    refused = json.loads(run(*arguments, "--json").stdout)
     assert refused["fits"] is False
-    assert any("nf4" in words for words in refused["nearest"])
+    assert any("nf4" in text for text in refused["nearest"])
 
 
 @pytest.mark.parametrize(
@@ -60,14 +60,14 @@ def test_a_refusal_names_what_would_fit() -> None:
         ("job.json", '{"base": "8B", "gpu": "24GB", "quantization": "nf4", "rank": 8, "length": 512, "layers": "0-7"}'),
     ],
 )
-def test_a_file_says_the_same_as_options_which_win(tmp_path: Path, name: str, content: str) -> None:
+def test_a_file_equals_options_and_options_override_it(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     options = ("--base", "8B", "--gpu", "24GB", "--quantization", "nf4", "--length", "512", "--layers", "0-7", "--json")
     assert json.loads(run(name, "--json").stdout) == json.loads(run(*options, "--rank", "8").stdout)
     assert json.loads(run(name, "--rank", "4", "--json").stdout) == json.loads(run(*options, "--rank", "4").stdout)
 
 
-def test_without_a_device_it_is_what_the_job_says_that_is_told(tmp_path: Path) -> None:
+def test_without_a_device_the_jobs_own_options_are_reported(tmp_path: Path) -> None:
     found = json.loads(run("--base", "8B", "--micro-tokens", "128", "--length", "64", "--json").stdout)
     assert (found["fits"], found["budget"], found["micro_tokens"]) == (None, None, 128)
     (tmp_path / "loramill.toml").write_text(f"[jobs]\nuse_gpu = true\nper_gpu = 2\ndevice_bytes = {80 * 2**30}\n")
@@ -75,14 +75,14 @@ def test_without_a_device_it_is_what_the_job_says_that_is_told(tmp_path: Path) -
     assert (found["fits"], found["budget"]) == (True, 40 * 2**30)
 
 
-def test_what_deepspeed_moves_to_the_host_is_told() -> None:
+def test_host_memory_used_by_deepspeed_is_reported() -> None:
     done = run("--base", "8B", "--gpu", "80GB", "--method", "full")
     assert "Additional host memory" in done.stdout
     assert "offload = " in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "fragment"),
+    ("arguments", "fragment"),
     [
         (("--base", "nothing"), "no base 'nothing'"),
         (("--base", "8B", "--gpu", "huge"), "'huge' is not a size"),
@@ -93,8 +93,8 @@ def test_what_deepspeed_moves_to_the_host_is_told() -> None:
         (("no.toml",), "no.toml"),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(words: tuple[str, ...], fragment: str) -> None:
-    done = run(*words)
+def test_invalid_options_have_a_one_line_error(arguments: tuple[str, ...], fragment: str) -> None:
+    done = run(*arguments)
     assert done.exit_code == 1
     assert fragment in done.stderr
     assert "Traceback" not in done.output
@@ -107,7 +107,7 @@ def test_an_unknown_field_of_a_file_is_named(tmp_path: Path) -> None:
     assert "rnk" in done.stderr
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_has_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     command = [sys.executable, "-m", "loramill.cli", "plan", "--base", "no-such-owner/no-such-model"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -19,7 +19,7 @@ FLAT = [MetricPoint(step=s, train_loss=1.0) for s in (1, 2)]
 
 
 @pytest.mark.parametrize("points", [MANY, FLAT, MANY[:1], [MetricPoint(step=3, valid_loss=1.0)]])
-def test_both_pictures(tmp_path: Path, points: list[MetricPoint]) -> None:
+def test_a_curve_is_drawn_as_picture_and_text(tmp_path: Path, points: list[MetricPoint]) -> None:
     write_png(tmp_path / "x.png", JOB, points)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     text = render_text(JOB, points, 60, 14)
@@ -29,7 +29,7 @@ def test_both_pictures(tmp_path: Path, points: list[MetricPoint]) -> None:
 
 def test_the_text_shows_the_curve() -> None:
     rows = render_text(JOB, MANY, 60, 14).splitlines()
-    # It falls: what is drawn at the left is above what is drawn at the right.
+    # The loss falls: the points on the left are above those on the right.
     left = next(i for i, row in enumerate(rows[2:]) if row[5:9].strip())
     right = next(i for i, row in enumerate(rows[2:]) if row[50:58].strip())
     assert left < right
@@ -37,7 +37,7 @@ def test_the_text_shows_the_curve() -> None:
     assert render_text(JOB, MANY, 60, 14) == "\n".join(rows)
 
 
-def test_a_place_that_cant_be_written_is_told(tmp_path: Path) -> None:
+def test_an_unwritable_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="can't be written: No such file"):
         write_png(tmp_path / "none" / "x.png", JOB, MANY)
 
@@ -46,7 +46,7 @@ def test_smoothing_begins_at_the_first_loss() -> None:
     assert smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
     falling = smoothed([4.0, 2.0, 1.0])
     assert falling == pytest.approx([4.0, 7 / 3, 1.0])
-    # It does not lag behind a loss that falls evenly.
+    # The smoothed curve does not lag behind a loss that falls evenly.
     straight = [float(loss) for loss in range(100, 0, -1)]
     assert smoothed(straight) == pytest.approx(straight)
 

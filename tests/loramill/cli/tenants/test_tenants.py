@@ -19,7 +19,7 @@ from ...conftest import RunningGateway, examples
 
 
 @pytest.fixture(autouse=True)
-def here(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*os.environ]:
         if name.startswith("LORAMILL_"):
             monkeypatch.delenv(name)
@@ -27,19 +27,19 @@ def here(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAMILL_URL", gateway.url)
 
 
-def loramill(*words: str, typed: str | None = None) -> Result:
-    return CliRunner().invoke(app, words, input=typed, catch_exceptions=False)
+def loramill(*arguments: str, typed: str | None = None) -> Result:
+    return CliRunner().invoke(app, arguments, input=typed, catch_exceptions=False)
 
 
-def shown(*words: str) -> Any:
-    ran = loramill(*words, "--json")
+def json_output(*arguments: str) -> Any:
+    ran = loramill(*arguments, "--json")
     assert ran.exit_code == 0, ran.stderr
     return json.loads(ran.stdout)
 
 
-def trained(gateway: RunningGateway, adapter: str, *words: str) -> list[str]:
+def trained(gateway: RunningGateway, adapter: str, *contents: str) -> list[str]:
     with gateway.client() as client:
-        return [gateway.publish(client.jobs.submit(adapter, examples(word=word)).id) for word in words]
+        return [gateway.publish(client.jobs.submit(adapter, examples(word=content)).id) for content in contents]
 
 
 def test_an_adapter_is_deleted_and_renamed(gateway: RunningGateway, tenant: str) -> None:
@@ -50,11 +50,11 @@ def test_an_adapter_is_deleted_and_renamed(gateway: RunningGateway, tenant: str)
     assert loramill("adapters", "show", name).exit_code == 1
     ran = loramill("adapters", "delete", f"{to}@{second[:8]}", "--yes")
     assert (ran.exit_code, ran.stderr) == (0, f"{to}@{second[:8]} is deleted.\n")
-    for version, words, said in ((third, (), "--force"), (first, ("--force",), "is the champion")):
-        ran = loramill("adapters", "delete", f"{to}@{version[:8]}", "--yes", *words)
-        assert ran.exit_code == 1 and said in ran.stderr
+    for version, options, message in ((third, (), "--force"), (first, ("--force",), "is the champion")):
+        ran = loramill("adapters", "delete", f"{to}@{version[:8]}", "--yes", *options)
+        assert ran.exit_code == 1 and message in ran.stderr
     assert loramill("adapters", "delete", f"{to}@{third[:12]}", "--yes", "--force").exit_code == 0
-    assert [row["id"] for row in shown("adapters", "show", to)["versions"]] == [first]
+    assert [row["id"] for row in json_output("adapters", "show", to)["versions"]] == [first]
     with gateway.client() as client:
         job = client.jobs.submit(to, examples(word="d")).id
     ran = loramill("adapters", "delete", to, "--yes")
@@ -66,12 +66,12 @@ def test_an_adapter_is_deleted_and_renamed(gateway: RunningGateway, tenant: str)
     assert (ran.exit_code, ran.stderr) == (1, f"There is no adapter '{to}'.\n")
 
 
-def test_many_are_deleted_only_if_all_are_there(gateway: RunningGateway, tenant: str) -> None:
-    for word in "ab":
-        trained(gateway, f"{tenant}/{word}", word)
+def test_several_adapters_are_deleted_only_if_all_exist(gateway: RunningGateway, tenant: str) -> None:
+    for name in "ab":
+        trained(gateway, f"{tenant}/{name}", name)
     ran = loramill("adapters", "delete", f"{tenant}/a", f"{tenant}/none", "--yes")
     assert ran.exit_code == 1 and "none" in ran.stderr
-    removed = shown("adapters", "delete", f"{tenant}/a", f"{tenant}/b", "--yes")
+    removed = json_output("adapters", "delete", f"{tenant}/a", f"{tenant}/b", "--yes")
     assert [row["versions"] for row in removed] == [1, 1]
 
 
@@ -79,16 +79,16 @@ def test_a_deletion_is_confirmed_by_typing(
     gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(gateway, f"{tenant}/a", "a")
-    for words in (("adapters", "delete", f"{tenant}/a"), ("tenant", "delete", tenant)):
-        ran = loramill(*words)  # a script, where no one can be asked
+    for arguments in (("adapters", "delete", f"{tenant}/a"), ("tenant", "delete", tenant)):
+        ran = loramill(*arguments)  # in a script, without a terminal to confirm on
         assert ran.exit_code == 2 and "--yes" in ran.stderr
     monkeypatch.setattr(confirm, "_is_interactive", lambda: True)
-    for words, typed in (
+    for arguments, typed in (
         (("adapters", "delete", f"{tenant}/a"), "no\n"),
         (("tenant", "delete", tenant), "yes\n"),
         (("tenant", "delete", tenant), "\n"),
     ):
-        ran = loramill(*words, typed=typed)
+        ran = loramill(*arguments, typed=typed)
         assert ran.exit_code == 1 and "can't be undone" in ran.stderr and "Nothing was deleted" in ran.stderr
     assert loramill("adapters", "delete", f"{tenant}/a", typed="yes\n").exit_code == 0
     ran = loramill("tenant", "delete", tenant, typed=f"{tenant}\n")
@@ -112,8 +112,10 @@ def test_the_client_deletes(gateway: RunningGateway, tenant: str) -> None:
             admin.tenants.get(tenant)
 
 
-def test_many_tenants_are_made_at_once_or_none(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
-    a, b, c = (f"{tenant}-{word}" for word in "abc")
+def test_several_tenants_are_created_together_or_not_at_all(
+    gateway: RunningGateway, tenant: str, tmp_path: Path
+) -> None:
+    a, b, c = (f"{tenant}-{letter}" for letter in "abc")
     ran = loramill("tenant", "create", a, b)
     assert (ran.exit_code, ran.stdout) == (0, "") and "2 tenants created" in ran.stderr
     ran = loramill("tenant", "create", b, c)
@@ -125,14 +127,14 @@ def test_many_tenants_are_made_at_once_or_none(gateway: RunningGateway, tenant: 
     ran = loramill("tenant", "create", b, c, "--exist-ok")
     assert ran.exit_code == 0 and ran.stderr.startswith(f"Tenant {c} created, 1 already existed;")
     assert loramill("tenant", "create").exit_code == 2
-    assert shown("tenant", "create", f"{tenant}-d")["name"] == f"{tenant}-d"
+    assert json_output("tenant", "create", f"{tenant}-d")["name"] == f"{tenant}-d"
 
 
 def test_a_list_of_tenants_with_limits_and_keys(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
     file, out = tmp_path / "tenants.csv", tmp_path / "keys.csv"
     file.write_text(f"name;weight;requests_per_minute\n{tenant};3;\n{tenant}-b;;7\n{tenant}-c;;\n")
     ran = loramill("tenant", "create", "--file", str(file), "--keys-out", str(out))
-    assert ran.exit_code == 1 and not out.exists()  # one is there already
+    assert ran.exit_code == 1 and not out.exists()  # one of them exists
     ran = loramill("tenant", "create", "--file", str(file), "--keys-out", str(out), "--exist-ok")
     assert ran.exit_code == 0, ran.stderr
     assert (ran.stdout, "lm-" in ran.stderr) == ("", False)
@@ -147,18 +149,18 @@ def test_a_list_of_tenants_with_limits_and_keys(gateway: RunningGateway, tenant:
     assert again.exit_code == 1 and "exists; keys are written" in again.stderr
     ran = loramill("tenant", "create", f"{tenant}-e", f"{tenant}-f", "--with-keys")
     assert ran.exit_code == 0 and ran.stdout.count("lm-") == 2 and "can't be shown again" in ran.stderr
-    made = shown("tenant", "create", f"{tenant}-g", f"{tenant}-h", "--with-keys")
+    made = json_output("tenant", "create", f"{tenant}-g", f"{tenant}-h", "--with-keys")
     assert all(row["key"].startswith("lm-") and row["new"] for row in made)
 
 
-def test_submit_makes_the_tenants_that_are_missing(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
+def test_submit_creates_missing_tenants(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_bytes(examples())
     one = ("submit", f"{tenant}-x/a", "--train", str(tmp_path / "train.jsonl"))
     ran = loramill(*one)
     assert ran.exit_code == 1 and f"{tenant}-x" in ran.stderr
     ran = loramill(*one, "--create-tenant")
     assert ran.exit_code == 0 and f"Tenant {tenant}-x created." in ran.stderr, ran.stderr
-    rows = [{"adapter": f"{tenant}-{word}/a", "train": "train.jsonl"} for word in "xyz"]
+    rows = [{"adapter": f"{tenant}-{letter}/a", "train": "train.jsonl"} for letter in "xyz"]
     (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ran = loramill("submit", "--file", str(tmp_path / "jobs.jsonl"), "--create-tenant")
     assert ran.exit_code == 0 and ran.stderr.count("created") == 2, ran.stderr
@@ -168,8 +170,8 @@ def test_submit_makes_the_tenants_that_are_missing(gateway: RunningGateway, tena
 
 
 def test_limits_and_jobs_are_shown_with_units(gateway: RunningGateway, tenant: str) -> None:
-    said = ("--requests", "600", "--tokens", "50000", "--stored", "1GB")
-    assert shown("tenant", "limits", tenant, *said)["stored_bytes"] == 10**9
+    limits = ("--requests", "600", "--tokens", "50000", "--stored", "1GB")
+    assert json_output("tenant", "limits", tenant, *limits)["stored_bytes"] == 10**9
     printed = " ".join(loramill("tenant", "limits", tenant).stdout.split())
     assert printed == "requests 600 requests/min tokens 50,000 tokens/min at once unlimited files 1 GB"
     assert loramill("tenant", "limits", tenant, "--stored", "1 gigabyte").exit_code == 2

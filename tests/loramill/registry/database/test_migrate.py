@@ -243,7 +243,7 @@ def test_a_full_disk_undoes_the_transaction(tmp_path):
     registry.close()
 
 
-def test_a_lost_connection_is_unavailable_and_then_comes_back(registry, database_url):
+def test_a_lost_connection_is_unavailable_and_then_restored(registry, database_url):
     if not database_url.startswith("postgresql"):
         pytest.skip("about PostgreSQL")
     end = text("SELECT pg_terminate_backend(pg_backend_pid())")

@@ -57,7 +57,7 @@ def served(registry: Registry) -> dict[str, float]:
         return {row.name: row.served for row in session.scalars(select(TenantRow))}
 
 
-def test_priority_goes_first_then_share_then_age(registry, submit):
+def test_jobs_are_ordered_by_priority_then_share_then_age(registry, submit):
     older, newer = submit("acme", cost=100), submit("acme", cost=100)
     other, urgent = submit("globex", cost=100), submit("acme", cost=100, priority=1)
     assert [lease(registry).id for _ in range(4)] == [urgent.id, other.id, older.id, newer.id]
