@@ -174,7 +174,7 @@ class ChatTemplate:
     ) -> str:
         moment = now or datetime.now(UTC)
         template = self._tool_use if tools else self._default
-        budget = _Budget()
+        budget = _Budget(MAX_STEPS, MAX_CHARACTERS)
         variables = {
             **self._tokens,
             "messages": list(messages),
@@ -325,8 +325,8 @@ def _render_tool_call(template: ChatTemplate, messages: Sequence[Mapping[str, An
 class _Budget:
     """The steps and characters that a rendering has left."""
 
-    steps: int = MAX_STEPS
-    left: int = MAX_CHARACTERS
+    steps: int
+    left: int
 
     def use_step(self) -> None:
         self.steps -= 1
