@@ -81,7 +81,8 @@ def test_a_stopped_job_resumes_to_the_same_bits(
     ).model_copy(update=METHODS[method])
     more = {"valid": HELD_OUT, "base_folder": tmp_path / "base"}
     whole = train_and_export(quantized(), spec, tmp_path / "whole", **more)
-    for after in range(1, 8):
+    # After a checkpoint, after a validation and between two; after every step with plain LoRA.
+    for after in range(1, 8) if method == "lora" else (2, 3, 5):
         folder = tmp_path / f"stopped after {after}"
         running = train(
             quantized(), random_examples(23), HELD_OUT, spec, base_folder=tmp_path / "base", checkpoints=folder
@@ -147,7 +148,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from tests.jobs.train.tiny_training import random_examples, spec_of, tiny_model, train
-spec = spec_of(dropout=0.2, steps=40)
+spec = spec_of(dropout=0.2, steps=25)
 for point in train(tiny_model(), random_examples(23), [], spec, checkpoints=Path(sys.argv[1])):
     print(point.step, flush=True)
     if point.step == 13:
@@ -156,7 +157,7 @@ for point in train(tiny_model(), random_examples(23), [], spec, checkpoints=Path
 
 
 def test_a_killed_job_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    spec = spec_of(dropout=0.2, steps=40)
+    spec = spec_of(dropout=0.2, steps=25)
     whole = train_and_export(tiny_model(), spec, tmp_path / "whole")
     command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]) as process:
@@ -166,10 +167,10 @@ def test_a_killed_job_resumes_to_the_same_bits(tmp_path: Path) -> None:
                 process.send_signal(signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL
-    with pytest.raises(ArtifactMissing, match="step 40"):
+    with pytest.raises(ArtifactMissing, match="step 25"):
         export_adapter(tmp_path / "killed", spec, base="tiny")
     rest = list(train(tiny_model(), random_examples(23), [], spec, checkpoints=tmp_path / "killed"))
-    assert 13 <= rest[0].step < 40
+    assert 13 <= rest[0].step < 25
     assert export_adapter(tmp_path / "killed", spec, base="tiny") == whole
 
 
