@@ -62,17 +62,17 @@ def filled_slab(
 
 
 def contract(x, y, site, adapters, owner, dtype):
-    """The docstring of `lora`, one row and module at a time, in float64; the weights rounded to the slab's dtype."""
+    """The docstring of `lora`, one adapter and module at a time, in float64, with weights rounded to `dtype`."""
     expected = y.double()
-    for row, index in enumerate(owner):
+    for index in {*owner} - {None}:
+        rows = [row for row, its in enumerate(owner) if its == index]
         column = 0
         for module, width in zip(site.modules, site.widths, strict=True):
-            delta = None if index is None else adapters[index].get(module)
-            if delta is not None:
+            if (delta := adapters[index].get(module)) is not None:
                 part = slice(column, column + width)
                 a, b = (matrix.to(dtype).double() for matrix in (delta.a, delta.b))
-                total = expected[row, part] + x[row].double() @ a.T @ b.T
-                expected[row, part] = total if delta.gain is None else delta.gain.double() * total
+                total = expected[rows, part] + x[rows].double() @ a.T @ b.T
+                expected[rows, part] = total if delta.gain is None else delta.gain.double() * total
             column += width
     return expected
 

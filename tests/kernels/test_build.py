@@ -38,6 +38,12 @@ def clear_caches():
     kernels.backend.cache_clear()
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Compiles without optimization, in half the time."""
+    monkeypatch.setattr(build, "_FLAGS", build._FLAGS.replace("-O2", "-O0"))
+
+
 def compute(**environment):
     return subprocess.run(
         [sys.executable, "-c", COMPUTE], capture_output=True, text=True, check=False, env={**os.environ, **environment}
@@ -55,7 +61,7 @@ def test_two_processes_that_compile_at_once_both_get_a_whole_library(tmp_path):
     assert cached.name.startswith(f"{TIER}-bf16-")
 
 
-def test_the_cache_is_used_and_a_changed_source_is_another_file(tmp_path, monkeypatch):
+def test_the_cache_is_used_and_a_changed_source_is_another_file(tmp_path, monkeypatch, quick):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tier = TIER
     build.library(tier, torch.float32)
@@ -74,7 +80,7 @@ def test_the_cache_is_used_and_a_changed_source_is_another_file(tmp_path, monkey
     assert len(list((tmp_path / "loramill" / "kernels").iterdir())) == 2
 
 
-def test_a_broken_file_in_the_cache_does_no_harm(tmp_path, monkeypatch):
+def test_a_broken_file_in_the_cache_does_no_harm(tmp_path, monkeypatch, quick):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
     tier = TIER
@@ -87,7 +93,7 @@ def test_a_broken_file_in_the_cache_does_no_harm(tmp_path, monkeypatch):
     assert build.library(tier, torch.float32).adapted_linear
 
 
-def test_a_home_that_cannot_be_written_falls_back_to_a_temporary_folder(tmp_path, monkeypatch):
+def test_a_home_that_cannot_be_written_falls_back_to_a_temporary_folder(tmp_path, monkeypatch, quick):
     blocked = tmp_path / "file"
     blocked.write_text("no folder can be made below this")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))

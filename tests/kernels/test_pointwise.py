@@ -32,14 +32,14 @@ def rows_of_wider(rows, columns, dtype):
     return torch.randn(rows, columns + 9).to(dtype)[:, 5 : 5 + columns]
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 33])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_rms_norm(ops, dtype, width, rows):
-    x, weight = rows_of_wider(rows, width, dtype) * 3, torch.randn(width).to(dtype)
-    before = x.clone()
-    got = ops.rms_norm(x, weight, 1e-5)
-    near(got, F.rms_norm(x.double(), (width,), weight.double(), 1e-5), dtype)
-    assert torch.equal(x, before)
+def test_rms_norm(ops, dtype, width):
+    for rows in (0, 1, 2, 33):
+        x, weight = rows_of_wider(rows, width, dtype) * 3, torch.randn(width).to(dtype)
+        before = x.clone()
+        got = ops.rms_norm(x, weight, 1e-5)
+        near(got, F.rms_norm(x.double(), (width,), weight.double(), 1e-5), dtype)
+        assert torch.equal(x, before)
 
 
 def test_rms_norm_of_heads_and_of_any_shape(ops, dtype):
@@ -72,14 +72,14 @@ def test_add_rms_norm_writes_nothing_but_its_rows(ops, dtype):
     assert torch.equal(wide[:, 20:], before[:, 20:])
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 33])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_silu_mul(ops, dtype, width, rows):
-    x = rows_of_wider(rows, 2 * width, dtype)
-    gate, up = x.double().chunk(2, dim=-1)
-    got = ops.silu_mul(x * 1)
-    near(got, F.silu(gate) * up, dtype)
-    assert torch.equal(ops.silu_mul(x), got)
+def test_silu_mul(ops, dtype, width):
+    for rows in (0, 1, 2, 33):
+        x = rows_of_wider(rows, 2 * width, dtype)
+        gate, up = x.double().chunk(2, dim=-1)
+        got = ops.silu_mul(x * 1)
+        near(got, F.silu(gate) * up, dtype)
+        assert torch.equal(ops.silu_mul(x), got)
 
 
 def test_silu_of_gates_of_any_size(ops, dtype):
@@ -156,7 +156,7 @@ def test_rope_write(ops, dtype, shape):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(1, 40),
     width=st.integers(1, 130),
