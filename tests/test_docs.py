@@ -19,6 +19,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -26,7 +27,7 @@ import pytest
 import yaml
 from safetensors.torch import save
 from torch import ones
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from loramill.cli import app
 from loramill.client import Client
@@ -100,16 +101,21 @@ def test_every_block_that_does_not_run_gives_a_known_reason() -> None:
         assert block.mark != "not run" or block.detail.startswith(REASONS), block
 
 
+@cache
+def help_of(*nouns: str) -> Result:
+    """What `loramill NOUNS --help` prints."""
+    return CliRunner().invoke(app, [*nouns, "--help"], env={"COLUMNS": "200"})
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_and_option_exists(command: str) -> None:
     words = shlex.split(command)[1:]
     nouns = list(itertools.takewhile(lambda word: re.fullmatch(r"[a-z]+", word), words))
     while nouns:
-        shown = CliRunner().invoke(app, [*nouns, "--help"], env={"COLUMNS": "200"})
-        if shown.exit_code == 0:
+        if help_of(*nouns).exit_code == 0:
             break
         nouns.pop()  # the last word was an argument
-    shown = CliRunner().invoke(app, [*nouns, "--help"], env={"COLUMNS": "200"})
+    shown = help_of(*nouns)
     for option in (word for word in words if re.match(r"--?[a-z]", word)):
         assert re.search(rf"(^|[\s,/]){re.escape(option)}($|[\s,/])", shown.output, re.M), f"{option} of {command}"
 
