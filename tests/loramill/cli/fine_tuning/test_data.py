@@ -248,6 +248,6 @@ def test_a_dry_run_reports_refusals(tenant: str) -> None:
     assert few.exit_code == 1 and "few.csv: it has 3 examples, and at least 10 are needed" in few.stderr
     table("train.csv", "prompt,completion")
     long = loramill("submit", f"{tenant}/a", "--train", "train.csv", "--max-length", "8", "--dry-run")
-    assert long.exit_code == 1 and "train.csv, line 1: it has" in long.stderr and "the limit is 8" in long.stderr
+    assert long.exit_code == 1 and "train.csv, row 1: it has" in long.stderr and "the limit is 8" in long.stderr
     for arguments in (["--file", "jobs.toml"], [f"{tenant}/a"]):
         assert loramill("submit", *arguments, "--dry-run").exit_code == 2
