@@ -1,4 +1,4 @@
-"""A base that is loaded in no time."""
+"""A base that loads fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A redeployment under Ray Serve: what is being answered is answered to its end, and nothing is refused meanwhile."""
+"""A redeployment under Ray Serve: open streams finish, and no request is refused meanwhile."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def client(settings: Settings) -> OpenAI:
     return OpenAI(base_url=f"{settings.address}/v1", api_key=secret, max_retries=2, timeout=120)
 
 
-def ask(client: OpenAI, settings: Settings, tokens: int, begun: threading.Event | None = None) -> int:
-    """Streams an answer, and sets `begun` at its first chunk; returns how many tokens came."""
+def complete(client: OpenAI, settings: Settings, tokens: int, begun: threading.Event | None = None) -> int:
+    """Streams an answer, and sets `begun` at its first chunk; returns its number of tokens."""
     stream = client.completions.create(
         model=Path(settings.base).name,
         prompt="once",
@@ -63,17 +63,19 @@ def ask(client: OpenAI, settings: Settings, tokens: int, begun: threading.Event 
     return last.usage.completion_tokens
 
 
-def test_no_stream_is_cut(settings: Settings, client: OpenAI) -> None:
-    assert ask(client, settings, 2) == 2
+def test_a_redeployment_cuts_no_stream(settings: Settings, client: OpenAI) -> None:
+    assert complete(client, settings, 2) == 2
     got: list[int] = []
     begun = [threading.Event() for _ in range(6)]
-    streams = [threading.Thread(target=lambda e=each: got.append(ask(client, settings, TOKENS, e))) for each in begun]
+    streams = [
+        threading.Thread(target=lambda e=each: got.append(complete(client, settings, TOKENS, e))) for each in begun
+    ]
     for stream in streams:
         stream.start()
     assert all(each.wait(60) for each in begun)
-    assert all(stream.is_alive() for stream in streams), "too short to be in anybody's way"
+    assert all(stream.is_alive() for stream in streams), "the answers ended before the redeployment"
     deploy(settings.model_copy(update={"serve": settings.serve.model_copy(update={"max_sequences": 9})}))
-    assert ask(client, settings, 2) == 2
+    assert complete(client, settings, 2) == 2
     for stream in streams:
         stream.join()
     assert got == [TOKENS] * 6

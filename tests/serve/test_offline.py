@@ -46,7 +46,7 @@ SETTINGS = ServeSettings(max_sequences=4, kv_tokens=2048)
 
 def random_model() -> LlamaForCausalLM:
     model = tiny_llama(torch.bfloat16, vocab_size=49152, initializer_range=0.4)
-    # Few tokens ever come, so that bfloat16 seldom decides between two.
+    # Few tokens are possible, so that rounding to bfloat16 seldom decides between two.
     for rows in (slice(0, 1000), slice(1016, None)):
         model.lm_head.weight.data[rows] = 0
     return model
@@ -71,7 +71,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def gate() -> threading.Event:
-    """Until it is set, the version "stuck" isn't found."""
+    """Until it is set, loading the version "stuck" blocks."""
     return threading.Event()
 
 
@@ -90,8 +90,8 @@ def engine(tiny: Base, adapters: dict[str, Path], gate: threading.Event) -> Iter
         gate.set()
 
 
-def prompts(count: int, **said: Any) -> list[TextRequest]:
-    return [replace(build_request(f"Number {n}?", LIKE, chat=n % 2 == 0), id=str(n), **said) for n in range(count)]
+def prompts(count: int, **changes: Any) -> list[TextRequest]:
+    return [replace(build_request(f"Number {n}?", LIKE, chat=n % 2 == 0), id=str(n), **changes) for n in range(count)]
 
 
 def by_transformers(folder: Path | None, request: TextRequest, tokenizer: ChatTokenizer) -> str:
@@ -120,48 +120,53 @@ def by_transformers(folder: Path | None, request: TextRequest, tokenizer: ChatTo
 def test_answers_of_mixed_versions_are_those_of_transformers(
     engine: OfflineEngine, adapters: dict[str, Path], tokenizer: ChatTokenizer
 ) -> None:
-    asked = [replace(each, version=(None, "one", "two")[n % 3]) for n, each in enumerate(prompts(9))]
-    told = list(engine.generate(asked, ordered=True))
-    assert [each.request for each in told] == asked
-    due = [by_transformers(adapters.get(each.version or ""), each, tokenizer) for each in asked]
-    for each, text in zip(told, due, strict=True):
+    requests = [replace(each, version=(None, "one", "two")[n % 3]) for n, each in enumerate(prompts(9))]
+    completions = list(engine.generate(requests, ordered=True))
+    assert [each.request for each in completions] == requests
+    expected = [by_transformers(adapters.get(each.version or ""), each, tokenizer) for each in requests]
+    for each, text in zip(completions, expected, strict=True):
         assert each.text.startswith(text)
-    assert sum(map(len, due)) > 100
-    assert {each.finish for each in told} == {"length"} and {each.completion_tokens for each in told} == {8}
+    assert sum(map(len, expected)) > 100
+    assert {each.finish for each in completions} == {"length"} and {each.completion_tokens for each in completions} == {
+        8
+    }
 
 
 def test_it_loads_smollm2_and_answers_as_transformers_does(base: Base, tokenizer: ChatTokenizer) -> None:
     question = sampled(build_request("What is the capital of France?", LIKE, chat=True), max_tokens=12)
     with OfflineEngine(base, Path, ServeSettings(kv_tokens=1024)) as engine:
-        (told,) = engine.generate([question])
-    assert told.text == "The capital of France is Paris."
-    assert told.finish == "stop"
-    assert (told.prompt_tokens, told.completion_tokens) == (len(tokenizer.encode_chat(question.messages)), 7)
+        (completion,) = engine.generate([question])
+    assert completion.text == "The capital of France is Paris."
+    assert completion.finish == "stop"
+    assert (completion.prompt_tokens, completion.completion_tokens) == (
+        len(tokenizer.encode_chat(question.messages)),
+        7,
+    )
 
 
 def test_answers_are_yielded_when_complete_unless_ordered(engine: OfflineEngine) -> None:
-    asked = [
+    requests = [
         sampled(replace(each, ignore_eos=True), max_tokens=100 if n == 0 else 2) for n, each in enumerate(prompts(4))
     ]
-    free = [each.request.id for each in engine.generate(iter(asked))]
+    free = [each.request.id for each in engine.generate(iter(requests))]
     assert sorted(free) == ["0", "1", "2", "3"] and free[-1] == "0"
-    assert [each.request.id for each in engine.generate(iter(asked), ordered=True)] == ["0", "1", "2", "3"]
+    assert [each.request.id for each in engine.generate(iter(requests), ordered=True)] == ["0", "1", "2", "3"]
 
 
-def test_what_fails_fails_alone(engine: OfflineEngine) -> None:
+def test_a_failing_prompt_fails_alone(engine: OfflineEngine) -> None:
     good = prompts(6)
-    asked = [
+    requests = [
         replace(good[0], version="none"),
         replace(good[1], version="one"),
         replace(good[2], messages=(), prompt="word " * 300),
         replace(good[3], prompt="", messages=()),
         replace(good[4], version="none"),
-        replace(good[5], messages=({"role": "nobody", "content": ""},), prompt=None),
+        replace(good[5], messages=({"role": "unknown", "content": ""},), prompt=None),
         sampled(replace(good[0], id="good id"), top_p=7.0),
         good[2],
     ]
-    told = list(engine.generate(asked, ordered=True))
-    assert [type(each.error) for each in told] == [
+    completions = list(engine.generate(requests, ordered=True))
+    assert [type(each.error) for each in completions] == [
         ModelNotFound,
         type(None),
         ContextLengthExceeded,
@@ -171,12 +176,12 @@ def test_what_fails_fails_alone(engine: OfflineEngine) -> None:
         InvalidRequest,
         type(None),
     ]
-    assert told[1].text and told[7].text
-    assert [each.request for each in told] == asked
+    assert completions[1].text and completions[7].text
+    assert [each.request for each in completions] == requests
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-def test_prompts_are_read_and_answers_kept_a_window_at_a_time(
+def test_only_a_window_of_prompts_and_answers_is_held(
     engine: OfflineEngine, monkeypatch: pytest.MonkeyPatch, ordered: bool
 ) -> None:
     monkeypatch.setattr(offline, "_MAX_IN_FLIGHT", 8)
@@ -191,31 +196,31 @@ def test_prompts_are_read_and_answers_kept_a_window_at_a_time(
                 replace(LIKE, id="same", prompt=f"{number}", ignore_eos=True), max_tokens=60 if number == 0 else 1
             )
 
-    told = engine.generate(endless(), ordered=ordered)
+    completions = engine.generate(endless(), ordered=ordered)
     for yielded in range(60):
-        next(told)
+        next(completions)
         assert read <= yielded + 8
-    told.close()  # type: ignore[attr-defined]  # an iterator of ours, with what a generator has
+    completions.close()  # type: ignore[attr-defined]  # our iterator has a generator's close
     assert next(iter(engine.generate(prompts(1)))).text
 
 
-def test_what_is_left_is_dropped(engine: OfflineEngine) -> None:
-    told = engine.generate([*prompts(1), *prompts(3, version="stuck")])
-    assert next(told).text
-    told.close()  # type: ignore[attr-defined]
+def test_closing_the_iterator_drops_what_is_left(engine: OfflineEngine) -> None:
+    completions = engine.generate([*prompts(1), *prompts(3, version="stuck")])
+    assert next(completions).text
+    completions.close()  # type: ignore[attr-defined]
     end = time.monotonic() + 20
     while engine._replica.stats().waiting:
         assert time.monotonic() < end
         time.sleep(0.01)
 
 
-def test_more_prompts_than_the_engine_lets_wait(engine: OfflineEngine, gate: threading.Event) -> None:
-    asked = [sampled(each, max_tokens=1) for each in prompts(1300, version="stuck")]
+def test_more_prompts_than_may_wait_in_the_engine(engine: OfflineEngine, gate: threading.Event) -> None:
+    requests = [sampled(each, max_tokens=1) for each in prompts(1300, version="stuck")]
     timer = threading.Timer(1.0, gate.set)
     timer.start()
-    told = list(engine.generate(asked, ordered=True))
-    assert [each.request for each in told] == asked
-    assert not [each.error for each in told if each.error]
+    completions = list(engine.generate(requests, ordered=True))
+    assert [each.request for each in completions] == requests
+    assert not [each.error for each in completions if each.error]
 
 
 def test_stop_strings_seeds_and_logprobs(engine: OfflineEngine) -> None:
@@ -225,9 +230,9 @@ def test_stop_strings_seeds_and_logprobs(engine: OfflineEngine) -> None:
     assert (cut.text, cut.finish) == (whole[: whole.index(whole[4:6])], "stop")
     warm = [sampled(each, temperature=1.0, seed=5) for each in prompts(1)]
     assert next(engine.generate(warm)).text == next(engine.generate(warm)).text != whole
-    told = next(engine.generate([sampled(each, logprobs=2) for each in prompts(1)]))
-    assert len(told.logprobs) == told.completion_tokens
-    assert all(entry.top[0] == entry.token for entry in told.logprobs)
+    completion = next(engine.generate([sampled(each, logprobs=2) for each in prompts(1)]))
+    assert len(completion.logprobs) == completion.completion_tokens
+    assert all(entry.top[0] == entry.token for entry in completion.logprobs)
 
 
 def test_an_error_of_the_prompts_reaches_the_caller(engine: OfflineEngine) -> None:
@@ -248,7 +253,7 @@ def test_it_works_within_an_event_loop(engine: OfflineEngine) -> None:
     assert len(asyncio.run(inside())) == 2
 
 
-def test_an_engine_that_stopped_is_told(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_stopped_is_reported(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "_POLL_SECONDS", 0.1)
     monkeypatch.setattr("threading.excepthook", lambda _: None)
     with OfflineEngine(tiny, Path, SETTINGS) as engine:
@@ -285,14 +290,14 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
     )
     like = sampled(LIKE, temperature=1.0)
     assert len(read) == 5
-    due = [
+    expected = [
         replace(like, id="1", prompt="Once"),
         sampled(replace(like, id="a", messages=(question,)), max_tokens=3, temperature=0.5, top_p=0.9, top_k=4),
         sampled(replace(like, id="4", prompt="Twice", stop=(".",)), seed=0),
         sampled(replace(like, id="5", messages=(question,), stop=("a", "b")), temperature=0.0),
         replace(like, id="6", messages=(question, answer, question)),
     ]
-    assert list(read) == list(read) == due
+    assert list(read) == list(read) == expected
     chat = PromptFile(file(tmp_path, "one.jsonl", {"prompt": "Why?"}), LIKE, chat=True)
     assert list(chat) == [replace(LIKE, id="1", messages=(question,))]
 
@@ -310,8 +315,8 @@ def test_lines_of_openais_training_format_are_prompts(tmp_path: Path) -> None:
         "tools": [{"type": "function", "function": {"name": "f"}}],
         "parallel_tool_calls": False,
     }
-    [asked] = PromptFile(file(tmp_path, "prompts.jsonl", line), LIKE)
-    assert asked.messages == (
+    [request] = PromptFile(file(tmp_path, "prompts.jsonl", line), LIKE)
+    assert request.messages == (
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": "Hi", "name": "ann"},
         {
@@ -321,14 +326,17 @@ def test_lines_of_openais_training_format_are_prompts(tmp_path: Path) -> None:
         },
         {"role": "tool", "content": "2", "tool_call_id": "1"},
     )
-    assert [tool["function"]["name"] for tool in asked.tools] == ["f"]
+    assert [tool["function"]["name"] for tool in request.tools] == ["f"]
 
 
-def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
+def test_a_text_file_has_one_prompt_per_line(tmp_path: Path) -> None:
     path = file(tmp_path, "prompts.txt", " Why? \r", "", '{"prompt"')
-    asked = [" Why? ", '{"prompt"']
-    assert [each.messages[0]["content"] for each in PromptFile(path, LIKE)] == asked
-    assert [(each.id, each.prompt) for each in PromptFile(path, LIKE, chat=False)] == [("1", asked[0]), ("3", asked[1])]
+    requests = [" Why? ", '{"prompt"']
+    assert [each.messages[0]["content"] for each in PromptFile(path, LIKE)] == requests
+    assert [(each.id, each.prompt) for each in PromptFile(path, LIKE, chat=False)] == [
+        ("1", requests[0]),
+        ("3", requests[1]),
+    ]
 
 
 def test_all_problems_of_a_file_are_listed_at_once(tmp_path: Path) -> None:
@@ -341,7 +349,7 @@ def test_all_problems_of_a_file_are_listed_at_once(tmp_path: Path) -> None:
         {"prompt": "a", "messages": [{"role": "user", "content": "b"}]},
         {},
         {"messages": [{"role": "assistant", "content": "b"}]},
-        {"messages": [{"role": "nobody", "content": "b"}]},
+        {"messages": [{"role": "unknown", "content": "b"}]},
         {"prompt": "a", "temprature": 1},
         {"prompt": "a", "max_tokens": 0},
         {"messages": [{"role": "user", "content": "b"}], "completion": "c"},
@@ -352,7 +360,7 @@ def test_all_problems_of_a_file_are_listed_at_once(tmp_path: Path) -> None:
     assert [problem.partition(":")[0] for problem in raised.value.problems] == [
         f"bad.jsonl, line {line}" for line in range(2, 11)
     ]
-    told = "\n".join(raised.value.problems)
+    message = "\n".join(raised.value.problems)
     for word in (
         "JSON",
         "line 3: prompt: ",
@@ -361,7 +369,7 @@ def test_all_problems_of_a_file_are_listed_at_once(tmp_path: Path) -> None:
         "temprature",
         "max_tokens",
     ):
-        assert word in told
+        assert word in message
 
 
 def test_files_without_prompts_or_of_another_encoding(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A fleet of replicas played out in time under the autoscaling policy, and the traces it is tried on."""
+"""A simulated fleet of replicas under the autoscaling policy, and traces of requests for it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from itertools import pairwise
 from loramill.serve.autoscaling.policy import ReplicaLoad, ReplicaSet, ScalingDecision, ScalingTargets, decide
 
 TICK = 0.25
-#: Seconds after which a replica that was asked for is up, and by which what is known of a replica is old.
+#: Seconds that a new replica takes to start, and the age in seconds of a replica's reports.
 START, STALE = 10.0, 1.0
-#: Tokens a second of a full replica. With n answers under way it reaches n / (n + 4) of that.
+#: Tokens per second of a full replica; with n running answers it reaches n / (n + 4) of that.
 SPEED, HALF = 400.0, 4
 SEQUENCES = 16
-#: A prompt's token costs so much less than an answer's.
+#: An answer's token costs as much as this number of prompt tokens.
 PREFILL = 8
 WINDOW = 10.0
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     at: float
     prompt: int
     answer: int
@@ -31,7 +31,7 @@ class Ask:
 
 @dataclass(eq=False)
 class Answer:
-    ask: Ask
+    request: Request
     left: float
 
 
@@ -42,7 +42,7 @@ class Engine:
     answers: list[Answer] = field(default_factory=list)
     firsts: deque[tuple[float, float]] = field(default_factory=deque)
     computed: deque[tuple[float, float]] = field(default_factory=deque)
-    told: deque[tuple[float, ReplicaLoad]] = field(default_factory=deque)
+    reports: deque[tuple[float, ReplicaLoad]] = field(default_factory=deque)
     draining: bool = False
 
     def tick(self, now: float) -> list[float]:
@@ -52,10 +52,12 @@ class Engine:
         first, tokens = [], 0.0
         for answer in running:
             before = answer.left
-            answer.left -= min(step * PREFILL, before - answer.ask.answer) if before > answer.ask.answer else step
+            answer.left -= (
+                min(step * PREFILL, before - answer.request.answer) if before > answer.request.answer else step
+            )
             tokens += before - answer.left
-            if before >= answer.ask.answer > answer.left:
-                first.append(now - answer.ask.at)
+            if before >= answer.request.answer > answer.left:
+                first.append(now - answer.request.at)
         self.answers = [answer for answer in self.answers if answer.left > 0]
         self.firsts += [(now, seconds) for seconds in first]
         self.computed.append((now, tokens))
@@ -70,16 +72,15 @@ class Engine:
             running=len(running),
             waiting=len(self.answers) - len(running),
         )
-        self.told.append((now, load))
-        while len(self.told) > 1 and self.told[1][0] <= now - STALE:
-            self.told.popleft()
+        self.reports.append((now, load))
+        while len(self.reports) > 1 and self.reports[1][0] <= now - STALE:
+            self.reports.popleft()
         return first
 
 
 @dataclass
 class Seen:
-    """What came of it: each decision that changed something, seconds to first tokens and when each of them came, and
-    replicas' seconds."""
+    """The outcome: decisions that changed the target, seconds to first tokens and when each came, replica seconds."""
 
     changes: list[tuple[float, ScalingDecision]] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
@@ -87,24 +88,24 @@ class Seen:
     replica_seconds: float = 0.0
     most: int = 0
 
-    def late(self, share: float) -> float:
-        """Seconds within which this share of the first tokens came."""
-        return sorted(self.firsts)[int(share * (len(self.firsts) - 1))]
+    def late(self, quantile: float) -> float:
+        """Seconds to the first token, at a quantile of the requests."""
+        return sorted(self.firsts)[int(quantile * (len(self.firsts) - 1))]
 
     @property
     def turns(self) -> int:
-        """How often the number of replicas went the other way than the time before."""
+        """How often the number of replicas changed direction."""
         counts = [decision.replicas for _, decision in self.changes]
         ways = [after > before for before, after in pairwise(counts)]
         return sum(a != b for a, b in pairwise(ways))
 
 
-def play(asks: Sequence[Ask], targets: ScalingTargets, *, least: int, most: int, seconds: float) -> Seen:
-    """Plays a trace; the replicas begin at `least`."""
-    seen, memory, wanted = Seen(), None, least
+def play(requests: Sequence[Request], targets: ScalingTargets, *, least: int, most: int, seconds: float) -> Seen:
+    """Simulates a trace, from `least` replicas on."""
+    seen, previous, target = Seen(), None, least
     engines = [Engine() for _ in range(least)]
     starting: list[float] = []
-    coming, queue = deque(asks), deque[Ask]()
+    coming, queue = deque(requests), deque[Request]()
     for now in (tick * TICK for tick in range(int(seconds / TICK))):
         engines += [Engine() for ready in starting if ready <= now]
         starting = [ready for ready in starting if ready > now]
@@ -112,42 +113,44 @@ def play(asks: Sequence[Ask], targets: ScalingTargets, *, least: int, most: int,
             queue.append(coming.popleft())
         live = [engine for engine in engines if not engine.draining]
         while queue and live:
-            ask = queue.popleft()
-            min(live, key=lambda engine: len(engine.answers)).answers.append(Answer(ask, ask.prompt + ask.answer))
+            request = queue.popleft()
+            min(live, key=lambda engine: len(engine.answers)).answers.append(
+                Answer(request, request.prompt + request.answer)
+            )
         for engine in engines:
             seen.firsts += engine.tick(now)
         seen.at += [now] * (len(seen.firsts) - len(seen.at))
         engines = [engine for engine in engines if engine.answers or not engine.draining]
-        loads = tuple(engine.told[0][1] for engine in live)
-        decision = decide(ReplicaSet(now, wanted, loads, len(queue), least, most), memory, targets)
-        memory = decision.state
-        if decision.replicas != wanted:
+        loads = tuple(engine.reports[0][1] for engine in live)
+        decision = decide(ReplicaSet(now, target, loads, len(queue), least, most), previous, targets)
+        previous = decision.state
+        if decision.replicas != target:
             seen.changes.append((now, decision))
-            starting += [now + START] * (decision.replicas - wanted)
-            for _ in range(wanted - decision.replicas):
+            starting += [now + START] * (decision.replicas - target)
+            for _ in range(target - decision.replicas):
                 if starting:
                     starting.pop()
                 else:
                     live.pop(live.index(min(live, key=lambda engine: len(engine.answers)))).draining = True
-            wanted = decision.replicas
+            target = decision.replicas
         seen.replica_seconds += TICK * (len(engines) + len(starting))
-        seen.most = max(seen.most, wanted)
+        seen.most = max(seen.most, target)
     return seen
 
 
-def trace(seed: int, seconds: float, rate: Callable[[float], float]) -> list[Ask]:
-    """Requests that come by chance, `rate` a second at each time; prompts and answers of a chat's lengths."""
-    rng, now, asks = random.Random(seed), 0.0, []
+def trace(seed: int, seconds: float, rate: Callable[[float], float]) -> list[Request]:
+    """Requests that arrive at random, `rate` per second at each time; prompts and answers are as long as in a chat."""
+    rng, now, requests = random.Random(seed), 0.0, []
     highest = max(rate(at) for at in range(int(seconds)))
     while (now := now + rng.expovariate(highest)) < seconds:
         if rng.random() * highest < rate(now):
-            asks.append(Ask(now, rng.randint(20, 200), rng.randint(20, 160)))
-    return asks
+            requests.append(Request(now, rng.randint(20, 200), rng.randint(20, 160)))
+    return requests
 
 
-def oracle(asks: Sequence[Ask], least: int, seconds: float, minute: float = 60.0) -> float:
-    """Replica seconds if each minute's work is known in advance and replicas are used to four fifths."""
+def oracle(requests: Sequence[Request], least: int, seconds: float, minute: float = 60.0) -> float:
+    """Replica seconds if each minute's work is known in advance and replicas are four fifths utilized."""
     tokens = [0.0] * math.ceil(seconds / minute)
-    for ask in asks:
-        tokens[int(ask.at / minute)] += ask.prompt / PREFILL + ask.answer
+    for request in requests:
+        tokens[int(request.at / minute)] += request.prompt / PREFILL + request.answer
     return sum(max(least, math.ceil(each / minute / (0.8 * SPEED))) * minute for each in tokens)

@@ -1,4 +1,4 @@
-"""Simulated replicas and gateways: slots as in the engine, and gateways with reports of some age."""
+"""Simulated replicas and gateways: slots as in the engine, and gateways with old reports."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Replica:
 
 @dataclass
 class Seen:
-    """What came of it. `sent` is in order: when, which version, which replica."""
+    """The outcome. `sent` is in order: time, version, replica."""
 
     loads: Counter[str] = field(default_factory=Counter)
     sent: list[tuple[float, str | None, str]] = field(default_factory=list)
@@ -106,22 +106,22 @@ def play(
     rng, seen = random.Random(seed), Seen()
     replicas = {name: Replica(name, slots) for name in names}
     routers = [RecentDispatches() for _ in range(gateways)]
-    known = [replica.report() for replica in replicas.values()]
+    reports = [replica.report() for replica in replicas.values()]
     under_way: deque[tuple[float, list[ReplicaReport]]] = deque()
     coming = deque(enumerate(arrivals))
     now = next_report = busiest = mean = 0.0
     while coming or any(replica.requests for replica in replicas.values()):
         if dies and now >= dies[1] and replicas.pop(dies[0], None):
-            known = [report for report in known if report.replica in replicas]
+            reports = [report for report in reports if report.replica in replicas]
         if now >= next_report:
             under_way.append((now + REPORT_DELAY, [replica.report() for replica in replicas.values()]))
             next_report += REPORT_SECONDS
         if under_way and under_way[0][0] <= now:
-            known = [report for report in under_way.popleft()[1] if report.replica in replicas]
+            reports = [report for report in under_way.popleft()[1] if report.replica in replicas]
         while coming and coming[0][1].at <= now:
             number, arrival = coming.popleft()
             router = rng.choice(routers)
-            to = route(arrival.version, router.candidates(known, arrival.version, now))[0]
+            to = route(arrival.version, router.candidates(reports, arrival.version, now))[0]
             router.record(str(number), to, arrival.version, now)
             replicas[to].submit(arrival)
             seen.sent.append((now, arrival.version, to))
@@ -139,28 +139,28 @@ def play(
 def zipf(
     seed: int, replicas: int, versions: int, count: int, *, busy: float = 0.6, power: float = 1.0
 ) -> list[Arrival]:
-    """Requests that come by chance, for versions by Zipf's law, and keep the replicas busy for a part of the time."""
+    """Requests that arrive at random, for versions by Zipf's law, and keep the replicas busy for a part of the time."""
     rng = random.Random(seed)
     names = [f"v{number}" for number in range(versions)]
     rng.shuffle(names)
     rate = busy * replicas * CAPACITY / WORK_SECONDS
     times = accumulate(rng.expovariate(rate) for _ in range(count))
-    asked = rng.choices(names, [1 / (rank + 1) ** power for rank in range(versions)], k=count)
-    return [Arrival(at, name, rng.expovariate(1 / WORK_SECONDS)) for at, name in zip(times, asked, strict=True)]
+    requested = rng.choices(names, [1 / (rank + 1) ** power for rank in range(versions)], k=count)
+    return [Arrival(at, name, rng.expovariate(1 / WORK_SECONDS)) for at, name in zip(times, requested, strict=True)]
 
 
-def clairvoyant(asked: Sequence[str], slots: int) -> int:
-    """Loads of one replica that has all the slots and knows all future requests: Belady's, the minimum when
+def clairvoyant(requested: Sequence[str], slots: int) -> int:
+    """Loads of one replica with all the slots that knows all future requests: Belady's, the minimum when
     requests are served in the order in which they come."""
-    following: list[float] = [float("inf")] * len(asked)
+    following: list[float] = [float("inf")] * len(requested)
     last: dict[str, int] = {}
-    for index in range(len(asked) - 1, -1, -1):
-        following[index] = last.get(asked[index], float("inf"))
-        last[asked[index]] = index
+    for index in range(len(requested) - 1, -1, -1):
+        following[index] = last.get(requested[index], float("inf"))
+        last[requested[index]] = index
     held: dict[str, float] = {}
     farthest: list[tuple[float, str]] = []
     loads = 0
-    for index, version in enumerate(asked):
+    for index, version in enumerate(requested):
         if version not in held:
             loads += 1
             while len(held) >= slots:
@@ -172,14 +172,14 @@ def clairvoyant(asked: Sequence[str], slots: int) -> int:
     return loads
 
 
-def informed(asked: Sequence[str], slots: int) -> int:
-    """Loads of one replica that has all the slots and knows how popular each version is, but not the future: it evicts
+def informed(requested: Sequence[str], slots: int) -> int:
+    """Loads of one replica with all the slots that knows how popular each version is, but not the future: it evicts
     the least popular. No policy without the future loads less on average if each request is drawn independently
     (Aho, Denning and Ullman 1971)."""
-    ranks = {version: rank for rank, (version, _) in enumerate(Counter(asked).most_common())}
+    ranks = {version: rank for rank, (version, _) in enumerate(Counter(requested).most_common())}
     held: set[str] = set()
     loads = 0
-    for version in asked:
+    for version in requested:
         if version not in held:
             loads += 1
             if len(held) >= slots:

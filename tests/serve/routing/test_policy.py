@@ -93,7 +93,7 @@ def test_the_best_is_not_overloaded(version, seen):
 
 
 @given(st.sampled_from(["v1", "v2", "v3"]), candidates, st.integers(0, 7))
-def test_a_replica_that_goes_moves_only_its_own_adapters(version, seen, gone):
+def test_a_replica_that_ends_moves_only_its_own_adapters(version, seen, gone):
     alike = [Candidate(c.replica, 3, c.has_adapter, c.free_slots) for c in seen]
     rest = [c for c in alike if c.replica != f"replica-{gone}"]
     before = [name for name in route(version, alike) if name != f"replica-{gone}"]
@@ -140,19 +140,19 @@ def test_a_report_is_read_back():
     [(3, 8, 24, 400), (4, 16, 64, 600), (2, 16, 64, 600), (4, 8, 128, 600), (3, 8, 64, 600)],
 )
 def test_few_loads_and_balanced_replicas_under_zipfs_law(replicas, slots, adapters, count):
-    loads = least = foreseen = 0
+    loads = least = minimum = 0
     for seed in range(4):
         arrivals = zipf(seed, replicas, adapters, count)
-        asked = [arrival.version for arrival in arrivals if arrival.version]
+        requested = [arrival.version for arrival in arrivals if arrival.version]
         seen = play([f"{seed}-{number}" for number in range(replicas)], slots, arrivals, seed=seed)
         loads += seen.loads.total()
-        least += informed(asked, replicas * slots)
-        foreseen += clairvoyant(asked, replicas * slots)
+        least += informed(requested, replicas * slots)
+        minimum += clairvoyant(requested, replicas * slots)
         assert seen.imbalance < 2.5
     assert loads <= 1.6 * least
-    # Where all adapters fit, foresight is worth nothing: each is loaded once.
-    assert foreseen <= least
-    assert loads <= (1.6 if adapters <= replicas * slots else 2.0) * foreseen
+    # Where all adapters fit, knowing the future doesn't help: each is loaded once.
+    assert minimum <= least
+    assert loads <= (1.6 if adapters <= replicas * slots else 2.0) * minimum
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -175,7 +175,7 @@ def test_a_cold_adapter_stays_where_it_is():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_adapters_of_a_replica_that_died_move_and_no_others_do(seed):
+def test_only_the_adapters_of_a_dead_replica_move(seed):
     names = [f"{seed}-{number}" for number in range(3)]
     arrivals = [Arrival(number / 4, f"v{number % 12}") for number in range(160)]
     seen = play(names, 16, arrivals, dies=(names[0], 20.0), seed=seed)

@@ -1,4 +1,4 @@
-"""The router inside of Ray Serve, in front of replicas that only pretend to load adapters."""
+"""The router inside Ray Serve, in front of replicas that only pretend to load adapters."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SLOTS = 8
 LOAD_SECONDS = 0.05
 
 
-class Pretender:
-    """A replica whose adapters are names, and which loses the one that was used least recently."""
+class FakeReplica:
+    """A replica whose adapters are names and which evicts the least recently used one."""
 
     def __init__(self) -> None:
         self._slots: OrderedDict[str, None] = OrderedDict()
@@ -31,7 +31,7 @@ class Pretender:
         self._loads = 0
 
     async def answer(self, request: TextRequest, seconds: float) -> tuple[int, int]:
-        """Returns which process this is, and how many adapters it has loaded."""
+        """Returns this process's pid and how many adapters it has loaded."""
         self._requests += 1
         if request.version is not None and request.version not in self._slots:
             self._loads += 1
@@ -50,7 +50,7 @@ class Pretender:
 
 
 class Gateway:
-    """Asks for three answers to one call at once; Serve gives all that is done for a call one id."""
+    """Requests three answers at once within one call; Serve gives all of them the id of the call."""
 
     def __init__(self, engine: DeploymentHandle) -> None:
         self._engine = engine
@@ -66,7 +66,7 @@ def gateway() -> Iterator[DeploymentHandle]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=128 << 20, log_to_driver=False)
     serve.start(proxy_location="Disabled")
     engine = serve.deployment(
-        Pretender,
+        FakeReplica,
         num_replicas=3,
         max_ongoing_requests=64,
         health_check_period_s=0.5,
@@ -83,48 +83,48 @@ def gateway() -> Iterator[DeploymentHandle]:
 
 
 @pytest.fixture
-def ask(gateway: DeploymentHandle) -> Callable[..., Awaitable[tuple[int, int]]]:
-    handle = serve.get_deployment_handle("Pretender", "app")
+def answer(gateway: DeploymentHandle) -> Callable[..., Awaitable[tuple[int, int]]]:
+    handle = serve.get_deployment_handle("FakeReplica", "app")
 
-    async def ask(version: str | None, seconds: float = 0.02) -> tuple[int, int]:
+    async def answer(version: str | None, seconds: float = 0.02) -> tuple[int, int]:
         return await handle.answer.remote(TextRequest("r", "acme", version), seconds)
 
-    return ask
+    return answer
 
 
-def test_all_calls_of_one_call_are_answered(gateway):
+def test_all_requests_of_one_call_are_answered(gateway):
     assert gateway.three.remote().result(timeout_s=20) == 3
 
 
-async def places(ask, versions: list[str]) -> dict[str, int]:
-    """Asks for each version, some at a time; returns which process answered."""
+async def pids(answer, versions: list[str]) -> dict[str, int]:
+    """Sends a request for each version, four at a time; returns the pids of the processes that answered."""
     found = {}
     for start in range(0, len(versions), 4):
         group = versions[start : start + 4]
-        found |= dict(zip(group, [pid for pid, _ in await asyncio.gather(*map(ask, group))], strict=True))
+        found |= dict(zip(group, [pid for pid, _ in await asyncio.gather(*map(answer, group))], strict=True))
     return found
 
 
-def test_adapters_stay_where_they_are_until_their_replica_dies(ask):
+def test_adapters_stay_where_they_are_until_their_replica_dies(answer):
     versions = [f"v{number}" for number in range(24)]
 
     async def story() -> None:
-        first = await places(ask, versions)
+        first = await pids(answer, versions)
         assert len(set(first.values())) == 3
         await asyncio.sleep(1.5)  # for the reports of the replicas, which a busy machine delays
         deadline = time.monotonic() + 60
         rounds = [first]
         while any(each != rounds[0] for each in rounds) or len(rounds) < 4:
             assert time.monotonic() < deadline
-            rounds = [await places(ask, versions) for _ in range(4)]
-        loads = dict([await ask(version) for version in versions])
+            rounds = [await pids(answer, versions) for _ in range(4)]
+        loads = dict([await answer(version) for version in versions])
         assert sum(loads.values()) <= 1.25 * len(versions)
         victim = Counter(rounds[0].values()).most_common(1)[0][0]
         os.kill(victim, signal.SIGKILL)
         deadline = time.monotonic() + 60
         while True:
             try:
-                after = await places(ask, versions)
+                after = await pids(answer, versions)
                 break
             except ray.exceptions.RayActorError:
                 assert time.monotonic() < deadline
@@ -136,12 +136,12 @@ def test_adapters_stay_where_they_are_until_their_replica_dies(ask):
     asyncio.run(story())
 
 
-def test_a_hot_adapter_spreads(ask):
+def test_a_hot_adapter_spreads(answer):
     found: set[int] = set()
 
     async def stream(deadline: float) -> None:
         while len(found) < 2 and time.monotonic() < deadline:
-            pid, _ = await ask("hot", seconds=0.5)
+            pid, _ = await answer("hot", seconds=0.5)
             found.add(pid)
 
     async def story() -> None:
