@@ -57,7 +57,7 @@ ADAPTERS = {
     "dora": {"r": 4, "lora_alpha": 4, "use_dora": True, "target_modules": ["q_proj", "o_proj", "gate_proj"]},
     "one layer": {"r": 3, "target_modules": ["down_proj"], "layers_to_transform": [1]},
 }
-#: Bytes of the largest of them.
+#: Bytes of the largest adapter.
 LARGEST = 31488
 
 
@@ -72,7 +72,7 @@ def adapters(tmp_path_factory) -> dict[str, Path]:
 
 @dataclass
 class Answer:
-    """What came of one request."""
+    """The outputs of one answer."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list = field(default_factory=list)
@@ -94,13 +94,13 @@ class Driver:
     def submit(
         self, id_: str, tokens, version=None, tenant="t", priority=0, timeout=None, mask=None, **sampling
     ) -> None:
-        """The answers are `id_`, and `id_/1` … if there are several."""
-        asked = SamplingParams(**{"max_tokens": 12, **sampling})
-        self.engine.submit(Request(id_, tenant, tuple(tokens), asked, version, priority, timeout, mask))
-        self.answers |= {name(id_, index): Answer() for index in range(asked.n)}
+        """The answers have the ids `id_`, `id_/1`, …"""
+        params = SamplingParams(**{"max_tokens": 12, **sampling})
+        self.engine.submit(Request(id_, tenant, tuple(tokens), params, version, priority, timeout, mask))
+        self.answers |= {name(id_, index): Answer() for index in range(params.n)}
 
     def submit_all(self, prompts) -> None:
-        """The prompt of each version, by str(version), which is its tenant too."""
+        """Submits the prompt of each version; str(version) is the id and the tenant."""
         for version, tokens in prompts.items():
             self.submit(str(version), tokens, version, tenant=str(version))
 
@@ -135,7 +135,7 @@ class Driver:
 
 @pytest.fixture(scope="session")
 def new_driver(tiny, adapters) -> Callable[..., Driver]:
-    """Makes drivers; versions are the names in ADAPTERS, unless a source is given. Who makes one closes it."""
+    """Makes drivers; versions are the names in ADAPTERS, unless a source is passed. The caller closes them."""
 
     def source_of_adapters(version: str) -> Path:
         if version not in adapters:
@@ -162,7 +162,7 @@ def drive(new_driver):
         driver.engine.close()
 
 
-#: A prompt for the base and each adapter: from one token to more than a step takes.
+#: A prompt for the base and each adapter: from one token to more than fit in a step.
 PROMPTS = {
     version: [(start * 13 + i * i) % VOCABULARY for i in range(length)]
     for start, (version, length) in enumerate(zip([None, *ADAPTERS], (1, 5, 90, 17, 4, 33, 64), strict=True))

@@ -18,7 +18,7 @@ def chain(version, *blocks):
     return keys
 
 
-def test_a_key_is_of_the_version_and_of_all_tokens_before():
+def test_a_key_depends_on_the_version_and_all_tokens_before():
     a, b, c = [1, 2], [3, 4], [5, 6]
     keys = {
         *chain(None, a, b, c),
@@ -68,7 +68,7 @@ def test_the_first_block_of_a_key_is_the_one_that_is_shared():
 
 @settings(deadline=None)
 @given(st.integers(1, 8), st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), max_size=40))
-def test_no_block_is_lost_or_given_twice(count, events):
+def test_no_block_is_lost_or_allocated_twice(count, events):
     pool = BlockPool(count)
     held: list[list[int]] = []
     for step, (kind, number) in enumerate(events):

@@ -3,13 +3,13 @@
 from .conftest import LARGEST
 
 
-def test_each_answer_waits_once_each_step_and_load_is_timed(drive, prompts, expected):
+def test_each_wait_step_and_load_is_timed_once(drive, prompts, expected):
     driver = drive(kv_tokens=160, max_batch_tokens=40)
     driver.warm(*prompts)
     driver.submit_all(prompts)
     assert driver.finish() == expected
     stats = driver.engine.stats
-    assert stats.preemptions > 0, "an answer that runs anew must not be counted again"
+    assert stats.preemptions > 0, "a preempted answer must not be counted again"
     assert sum(stats.queue_times.counts) == 2 * len(prompts)
     assert sum(stats.step_times.counts) == stats.steps > 0
     assert sum(stats.load_times.counts) == stats.loads == 6
@@ -42,7 +42,7 @@ def test_a_failed_load_is_not_timed_and_can_be_tried_again(drive):
     assert sum(driver.engine.stats.load_times.counts) == 0
 
 
-def test_numbers_survive_a_fault(drive, monkeypatch):
+def test_counters_survive_a_fault(drive, monkeypatch):
     driver = drive(adapter_slots=1)
     for version in ("lora", "all"):
         driver.submit(version, [1], version, max_tokens=1)

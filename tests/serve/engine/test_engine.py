@@ -20,9 +20,9 @@ from .conftest import LARGEST
         pytest.param({"kv_tokens": 160, "max_batch_tokens": 40}, id="preempted"),
         pytest.param({"adapter_slots": 2, "load_threads": 1}, id="fewer slots than adapters"),
         pytest.param({"adapter_slots": 1, "slot_patience_steps": 1}, id="one slot"),
-        pytest.param({"adapter_bytes": LARGEST, "slot_patience_steps": 1}, id="room for the largest adapter alone"),
-        pytest.param({"host_bytes": 0, "adapter_slots": 1, "max_sequences": 1}, id="nothing kept in the host"),
-        pytest.param({"rank_budget": 16}, id="few ranks a step"),
+        pytest.param({"adapter_bytes": LARGEST, "slot_patience_steps": 1}, id="memory for the largest adapter only"),
+        pytest.param({"host_bytes": 0, "adapter_slots": 1, "max_sequences": 1}, id="no host cache"),
+        pytest.param({"rank_budget": 16}, id="few ranks per step"),
         pytest.param({"prefix_cache": False}, id="no prefix cache"),
     ],
 )
@@ -44,7 +44,7 @@ def test_a_mixed_batch_answers_as_peft_does_alone(drive, prompts, expected, conf
         ({"kv_tokens": 80}, [[80], [1], [1] * 2, [1] * 4, [1] * 5]),
     ],
 )
-def test_a_model_that_was_warmed_up_answers_as_before(drive, prompts, expected, monkeypatch, config, rows):
+def test_warming_up_changes_no_answer(drive, prompts, expected, monkeypatch, config, rows):
     driver, steps = drive(**config), []
     forward = Decoder.forward
     with monkeypatch.context() as patch:
@@ -68,7 +68,7 @@ def test_blocks_do_run_out_in_the_preempted_case(drive, prompts, expected):
     assert driver.engine.stats.preemptions > 0
 
 
-def test_alone_is_as_together(drive, prompts, expected):
+def test_answers_are_the_same_alone_and_together(drive, prompts, expected):
     driver = drive()
     for version, tokens in prompts.items():
         driver.submit(str(version), tokens, version)
@@ -105,7 +105,7 @@ def test_the_prefix_cache_changes_no_token(drive, prompts, expected):
         assert answer.tokens == expected[id_[:-2]]
 
 
-def test_another_version_or_a_new_one_of_the_same_adapter_meets_no_kv_of_the_first(drive, adapters, prompts, expected):
+def test_no_version_meets_the_kv_of_another(drive, adapters, prompts, expected):
     # The same folder is served first as one adapter, then, retrained, as another: only the version differs.
     folders = {"monday": adapters["lora"], "tuesday": adapters["all"]}
     driver = drive(lambda version: folders[version])
@@ -139,7 +139,7 @@ def test_n_answers_share_the_prompt_and_have_seeds_of_their_own(drive, prompts):
     assert {answer.last.finish_reason for answer in driver.answers.values()} == {FinishReason.CANCELLED}
 
 
-def test_penalties_bias_and_min_tokens_reach_the_choice(drive, prompts, expected):
+def test_penalties_bias_and_min_tokens_reach_the_sampler(drive, prompts, expected):
     driver = drive()
     tokens = expected["None"]
     prompt = prompts[None]
@@ -156,7 +156,7 @@ def test_penalties_bias_and_min_tokens_reach_the_choice(drive, prompts, expected
 
 
 @pytest.mark.parametrize("config", [{}, {"max_batch_tokens": 7}], ids=["whole", "chunked"])
-def test_echo_tells_the_prompt_and_its_log_probabilities(drive, prompts, expected, config, tiny_reference):
+def test_echo_returns_the_prompt_with_its_log_probabilities(drive, prompts, expected, config, tiny_reference):
     driver = drive(**config)
     prompt = prompts["rslora"]
     driver.submit("echo", prompt, echo=True, logprobs=2, max_tokens=3)
@@ -170,8 +170,8 @@ def test_echo_tells_the_prompt_and_its_log_probabilities(drive, prompts, expecte
     assert len(answer.tokens) == len(prompt) + 3
     assert [entry.token for entry in answer.logprobs] == answer.tokens
     assert answer.logprobs[0].logprob is None
-    told = [entry.logprob for entry in answer.logprobs[1 : len(prompt)]]
-    assert told == pytest.approx([float(logprobs[i, token]) for i, token in enumerate(prompt[1:])], abs=2e-4)
+    found = [entry.logprob for entry in answer.logprobs[1 : len(prompt)]]
+    assert found == pytest.approx([float(logprobs[i, token]) for i, token in enumerate(prompt[1:])], abs=2e-4)
     assert answer.logprobs[5].top[0][0] == int(logprobs[4].argmax())
     assert driver.answers["bare"].tokens == answer.tokens[:-1]
     assert driver.answers["alone"].tokens == prompt
@@ -180,7 +180,7 @@ def test_echo_tells_the_prompt_and_its_log_probabilities(drive, prompts, expecte
     assert driver.answers["one token"].last.finish_reason == FinishReason.LENGTH
 
 
-def test_a_high_priority_takes_the_place_of_a_low_one(drive, prompts, expected):
+def test_a_high_priority_preempts_a_low_one(drive, prompts, expected):
     driver = drive(max_sequences=1)
     driver.warm("lora")
     driver.submit("low", prompts[None])
@@ -193,7 +193,7 @@ def test_a_high_priority_takes_the_place_of_a_low_one(drive, prompts, expected):
     assert ended[-2:] == ["lora", "low"]
 
 
-def test_what_was_read_once_comes_from_the_host_cache(drive, adapters, prompts, expected):
+def test_an_evicted_adapter_is_reloaded_from_the_host_cache(drive, adapters, prompts, expected):
     read = []
 
     def source(version):
@@ -206,7 +206,7 @@ def test_what_was_read_once_comes_from_the_host_cache(drive, adapters, prompts, 
         assert driver.finish()[f"{number}"] == expected[version]
         driver.engine._adapters._loader._releaser.submit(lambda: None).result()
         assert driver.engine.stats.host_bytes <= LARGEST + 4096
-    # There is room for two of them, and not beside the third.
+    # The host cache holds two of them, but not together with the third.
     assert read == ["all", "lora", "rslora", "all"]
 
 
@@ -281,7 +281,7 @@ def test_tenants_take_turns(drive):
     assert order == ["loud 0", "quiet 0", "loud 1", "quiet 1", "loud 2"]
 
 
-def test_a_version_that_never_lets_go_does_not_starve_another(drive, prompts):
+def test_a_version_in_constant_use_does_not_starve_another(drive, prompts):
     driver = drive(adapter_slots=1, slot_patience_steps=4)
     driver.warm("lora")
     driver.submit("hot 0", prompts["lora"], "lora", max_tokens=10)

@@ -1,4 +1,4 @@
-"""What the engine refuses, cancels or fails on a tiny model, and that the other requests feel nothing of it."""
+"""Requests that the engine refuses, cancels or fails, on a tiny model; the other requests are unaffected."""
 
 import threading
 
@@ -24,7 +24,7 @@ from ... import switched
 from .conftest import LARGEST
 
 
-def test_a_request_whose_time_is_up_ends_alone(drive, adapters, prompts, expected):
+def test_a_request_past_its_deadline_ends_alone(drive, adapters, prompts, expected):
     gate = threading.Event()
 
     def source(version):
@@ -35,7 +35,7 @@ def test_a_request_whose_time_is_up_ends_alone(drive, adapters, prompts, expecte
     driver.submit("late", prompts["lora"], "lora", timeout=0.05)
     driver.submit("patient", prompts["lora"], "lora", timeout=60)
     driver.step()
-    # Nothing happens but that the time passes.
+    # Only time passes.
     assert driver.engine.wait(20)
     driver.step()
     last = driver.answers["late"].last
@@ -48,9 +48,7 @@ def test_a_request_whose_time_is_up_ends_alone(drive, adapters, prompts, expecte
     assert isinstance(driver.answers["running"].last.error, DeadlineExceeded)
 
 
-def test_a_store_that_is_away_fails_cold_adapters_alone_and_only_for_as_long(
-    drive, adapters, prompts, expected, tmp_path
-):
+def test_a_store_outage_fails_only_cold_adapters_and_only_while_it_lasts(drive, adapters, prompts, expected, tmp_path):
     switched.clear()
     store = ArtifactStore("switched://bucket/loramill", cache=tmp_path / "cache")
     put = {name: store.put({file.name: file for file in adapters[name].iterdir()}) for name in ("lora", "dora")}
@@ -65,12 +63,12 @@ def test_a_store_that_is_away_fails_cold_adapters_alone_and_only_for_as_long(
     assert type(error) is Unavailable and "switched://bucket/loramill" in error.message
     driver.submit("later", prompts["dora"], put["dora"])
     assert driver.finish()["later"] == expected["dora"]
-    with switched.off(switched.away):  # what is on this machine already needs no store
+    with switched.off(switched.away):  # a local copy needs no store
         assert store.fetch(put["dora"]).is_dir()
     switched.clear()
 
 
-def test_an_adapter_larger_than_all_room_says_what_to_raise(drive, prompts):
+def test_an_adapter_larger_than_the_slab_names_the_setting_to_raise(drive, prompts):
     driver = drive(adapter_bytes=LARGEST - 1)
     driver.submit("a", prompts["all"], "all")
     driver.finish()
@@ -79,7 +77,7 @@ def test_an_adapter_larger_than_all_room_says_what_to_raise(drive, prompts):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "sampling", "error", "words"),
+    ("tokens", "sampling", "error", "message"),
     [
         ((), {}, InvalidRequest, "empty"),
         ((1, 101), {}, InvalidRequest, "vocabulary of 101"),
@@ -106,15 +104,15 @@ def test_an_adapter_larger_than_all_room_says_what_to_raise(drive, prompts):
         ((1,), {"logprobs": 21}, InvalidRequest, "logprobs"),
     ],
 )
-def test_what_can_never_be_served_is_refused_at_once(drive, tokens, sampling, error, words):
+def test_requests_that_can_never_be_served_are_refused_at_once(drive, tokens, sampling, error, message):
     driver = drive(kv_tokens=103)
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=message):
         driver.submit("a", tokens, **sampling)
     driver.engine.check_integrity()
     assert not driver.engine.has_work
 
 
-def test_a_queue_has_an_end(drive):
+def test_a_full_queue_refuses_requests(drive):
     driver = drive(max_waiting=2, max_sequences=1)
     driver.submit("running", [1, 2])
     driver.step()
@@ -127,7 +125,7 @@ def test_a_queue_has_an_end(drive):
     driver.finish()
 
 
-def test_where_all_wait_the_fullest_gives_way(drive):
+def test_the_tenant_with_the_longest_queue_gives_way(drive):
     driver = drive(max_waiting=3, max_sequences=1)
     driver.submit("running", [1, 2], tenant="flood")
     driver.step()
@@ -151,7 +149,7 @@ def test_an_id_serves_one_request_at_a_time(drive):
     driver.finish()
 
 
-def test_cancelling_frees_everything_and_says_so_once(drive, prompts):
+def test_cancelling_frees_everything_and_is_reported_once(drive, prompts):
     driver = drive(max_sequences=2)
     for id_ in ("running", "other", "waiting"):
         driver.submit(id_, prompts["lora"], "lora")
@@ -160,7 +158,7 @@ def test_cancelling_frees_everything_and_says_so_once(drive, prompts):
     driver.engine.wait(20)
     driver.step()
     driver.submit("unseen", [1])
-    for id_ in ("running", "waiting", "unseen", "never known"):
+    for id_ in ("running", "waiting", "unseen", "unknown"):
         driver.engine.cancel(id_)
         driver.engine.cancel(id_)
     driver.finish()
@@ -173,7 +171,7 @@ def test_cancelling_frees_everything_and_says_so_once(drive, prompts):
     }
 
 
-def test_a_version_that_cannot_be_had_fails_its_own_requests_and_is_tried_again(drive, adapters, prompts, expected):
+def test_a_version_that_fails_to_load_fails_its_requests_and_is_retried(drive, adapters, prompts, expected):
     calls = []
 
     def source(version):
@@ -207,7 +205,7 @@ def test_an_adapter_whose_logits_overflow_fails_alone(drive, adapters, prompts, 
     (broken / "adapter_config.json").write_bytes((adapters["all"] / "adapter_config.json").read_bytes())
     weights = load_file(adapters["all"] / "adapter_model.safetensors")
     save_file({name: tensor * 1e30 for name, tensor in weights.items()}, broken / "adapter_model.safetensors")
-    # So little cache that the blocks with NaN pass on to the others.
+    # The cache is so small that the others get the blocks with NaN.
     driver = drive(lambda version: broken if version == "broken" else adapters[version], kv_tokens=116)
     for i in range(4):
         driver.submit(f"broken {i}", prompts["all"][:40], "broken", tenant="bad")
@@ -219,7 +217,7 @@ def test_an_adapter_whose_logits_overflow_fails_alone(drive, adapters, prompts, 
         assert isinstance(driver.answers[f"broken {i}"].last.error, AdapterInvalid)
 
 
-def test_a_failing_decoder_fails_its_step_and_the_engine_goes_on(drive, monkeypatch, prompts, expected):
+def test_a_failing_decoder_fails_its_step_and_the_engine_continues(drive, monkeypatch, prompts, expected):
     driver = drive(max_sequences=1)
     driver.submit("a", prompts["lora"], "lora")
     driver.submit("lora", prompts["lora"], "lora")
@@ -249,7 +247,7 @@ def test_a_failing_step_leaves_no_request_hanging(drive, monkeypatch, prompts, e
     assert driver.finish() == expected
 
 
-def test_a_closed_engine_has_no_threads_and_takes_nothing(drive, prompts):
+def test_a_closed_engine_has_no_threads_and_refuses_requests(drive, prompts):
     driver = drive()
     driver.submit("a", prompts["lora"], "lora")
     driver.step()

@@ -30,7 +30,7 @@ EVENT = st.one_of(
 
 @settings(deadline=None, max_examples=60)
 @given(config=st.fixed_dictionaries(SMALL), events=st.lists(EVENT, max_size=40), flaky=st.sets(st.integers(0, 8)))
-def test_random_days(new_driver, adapters, prompts, expected, config, events, flaky):
+def test_random_traffic(new_driver, adapters, prompts, expected, config, events, flaky):
     loads = []
 
     def source(version):
@@ -66,7 +66,7 @@ def test_random_days(new_driver, adapters, prompts, expected, config, events, fl
     for id_, (version, count) in wanted.items():
         answer = driver.answers[id_]
         if answer.last.finish_reason == FinishReason.ERROR:
-            # It can't be loaded, or its place to wait was given to another tenant.
+            # It can't be loaded, or it left the full queue for another tenant's request.
             failed = version is not None and isinstance(answer.last.error, ModelNotFound)
             assert failed or isinstance(answer.last.error, Overloaded)
             assert answer.tokens == []

@@ -1,4 +1,4 @@
-"""Answers under a mask: what it allows, whatever else happens to them, and everybody else as if it weren't there."""
+"""Answers under a mask contain only tokens that it allows, whatever happens, and other answers are unchanged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Steps:
 
 
 def fits(tokens: list[int]) -> bool:
-    return STOP not in tokens and all(token % 5 == place % 5 for place, token in enumerate(tokens))
+    return STOP not in tokens and all(token % 5 == position % 5 for position, token in enumerate(tokens))
 
 
 SAMPLINGS = {
@@ -54,7 +54,7 @@ SAMPLINGS = {
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
-def test_only_what_the_mask_allows_is_chosen(drive, prompts, name):
+def test_only_tokens_that_the_mask_allows_are_sampled(drive, prompts, name):
     driver = drive()
     driver.submit("it", prompts["lora"], "lora", mask=Steps, max_tokens=30, stop_ids=(STOP,), **SAMPLINGS[name])
     answer = driver.finish()["it"]
@@ -87,8 +87,8 @@ def test_log_probabilities_are_the_models_own(drive, tiny_reference):
     driver.submit("it", [5, 6, 8], mask=Steps, max_tokens=6, logprobs=2)
     answer = driver.finish()["it"]
     expected = tiny_reference([5, 6, 8, *answer])
-    for place, entry in enumerate(driver.answers["it"].logprobs):
-        assert entry.logprob == pytest.approx(float(expected[2 + place, answer[place]]), abs=1e-4)
+    for position, entry in enumerate(driver.answers["it"].logprobs):
+        assert entry.logprob == pytest.approx(float(expected[2 + position, answer[position]]), abs=1e-4)
 
 
 def test_each_answer_has_a_mask_of_its_own(drive):
@@ -105,7 +105,7 @@ def test_each_answer_has_a_mask_of_its_own(drive):
     assert sorted(answers.values(), key=len) == [mask.taken for mask in made]
 
 
-def test_a_preempted_answer_goes_on_as_it_would_have(drive, prompts, expected):
+def test_a_preempted_answer_resumes_unchanged(drive, prompts, expected):
     sampling = {"max_tokens": 40, "temperature": 1.0, "seed": 4, "mask": Steps}
     alone = drive()
     alone.submit("it", prompts["all"], "all", **sampling)
@@ -118,12 +118,12 @@ def test_a_preempted_answer_goes_on_as_it_would_have(drive, prompts, expected):
     answers = crowd.finish()
     assert crowd.engine.stats.preemptions > 0
     assert answers["it"] == answer and fits(answers["other"])
-    # And those without a mask are as they are alone.
+    # Answers without a mask are the same as alone.
     assert {name: answers[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("breaks", [0, 3])
-def test_a_mask_that_breaks_ends_its_own_answer_alone(drive, prompts, expected, breaks):
+def test_a_mask_that_breaks_ends_only_its_own_answer(drive, prompts, expected, breaks):
     driver = drive()
     driver.submit_all(prompts)
     driver.submit("it", [1], mask=lambda: Steps(breaks=breaks))
@@ -137,8 +137,8 @@ def test_a_mask_that_breaks_ends_its_own_answer_alone(drive, prompts, expected, 
     assert answers == expected
 
 
-def test_a_model_that_rules_out_all_that_the_mask_allows_is_broken():
-    chooser = Sampler(SamplingParams(9, logit_bias=((5, 9.0),)), (), mask=Steps())
+def test_a_model_that_rules_out_every_allowed_token_is_broken():
+    sampler = Sampler(SamplingParams(9, logit_bias=((5, 9.0),)), (), mask=Steps())
     logits = torch.zeros(1, VOCABULARY)
     logits[0, ::5] = -torch.inf
-    assert sample(logits, [chooser]) == [None]
+    assert sample(logits, [sampler]) == [None]

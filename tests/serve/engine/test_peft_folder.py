@@ -1,4 +1,4 @@
-"""What of PEFT's format is served, module by module as PEFT computes it, and what is refused with its name."""
+"""The parts of PEFT's format that are served compute what PEFT computes; the others are refused by name."""
 
 import json
 import shutil
@@ -67,12 +67,12 @@ def test_every_module_computes_what_it_does_in_peft(adapters, tiny, tiny_folder,
     assert set(deltas) == set(tuned)
 
 
-def test_the_first_pattern_that_matches_counts_however_it_is_written(tiny, tiny_folder, tmp_path):
+def test_the_first_pattern_that_matches_counts_in_any_spelling(tiny, tiny_folder, tmp_path):
     config = LoraConfig(
         r=2,
         lora_alpha=7,
         target_modules=["q_proj", "v_proj", "up_proj", "gate_proj"],
-        # As PEFT sorts them when it saves.
+        # In the order in which PEFT saves them.
         rank_pattern={
             "(up|gate)_proj": 5,
             "layers.1.self_attn.q_proj": 9,
@@ -105,9 +105,7 @@ def test_dora_in_lower_precision_is_normed_in_float32(adapters, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_heads_and_embeddings_are_read_with_the_base_layers_that_peft_saves_beside_them(
-    tiny, tiny_folder, tmp_path, dora
-):
+def test_heads_and_embeddings_are_read_with_the_base_layers_peft_saves(tiny, tiny_folder, tmp_path, dora):
     targets = ["lm_head", "v_proj"] if dora else ["embed_tokens", "lm_head", "v_proj"]
     config = LoraConfig(r=4, lora_alpha=9, target_modules=targets, init_lora_weights=False, use_dora=dora)
     get_peft_model(base_of(tiny_folder), config).save_pretrained(tmp_path)
@@ -193,22 +191,22 @@ def test_adalora_that_saved_its_own_divisor_uses_it(tiny, tiny_folder, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"init_r": 5}, r"it must be \[5, 32\]"),
         ({"init_r": None}, "Rank or alpha is missing or malformed"),
         ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True, False]}}, r"it must be \[1, 32\]"),
     ],
 )
-def test_adalora_that_contradicts_its_config_is_refused(tiny, tiny_folder, tmp_path, changes, words):
+def test_adalora_that_contradicts_its_config_is_refused(tiny, tiny_folder, tmp_path, changes, message):
     folder = save_adalora(base_of(tiny_folder), tmp_path, prune=False)
     change_config(folder, **changes)
-    with pytest.raises(AdapterInvalid, match=words):
+    with pytest.raises(AdapterInvalid, match=message):
         read_adapter(folder, tiny)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_starts_that_change_the_base_are_read_once_converted(tiny, tiny_folder, tmp_path, start):
+def test_initializations_that_change_the_base_are_read_once_converted(tiny, tiny_folder, tmp_path, start):
     config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=start)
     torch.manual_seed(2)
     model = get_peft_model(base_of(tiny_folder), config)
@@ -244,7 +242,7 @@ def change_weights(folder, change):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "not a LoRA adapter"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -266,9 +264,9 @@ def change_weights(folder, change):
         ({"rank_pattern": [1]}, "Rank or alpha is missing or malformed"),
     ],
 )
-def test_settings_that_cannot_be_served_are_named(folder, tiny, changes, words):
+def test_settings_that_cannot_be_served_are_named(folder, tiny, changes, message):
     change_config(folder, **changes)
-    with pytest.raises(AdapterInvalid, match=words):
+    with pytest.raises(AdapterInvalid, match=message):
         read_adapter(folder, tiny)
 
 
@@ -277,7 +275,7 @@ def rename(old, new):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda t: t.clear(), "no weights"),
         (rename(f"{Q}.lora_A.weight", "base_model.model.lm_head.lora_A.weight"), "doesn't target 'lm_head'"),
@@ -289,9 +287,9 @@ def rename(old, new):
         (lambda t: t.update({Q.replace("layers.0", "layers.7") + ".lora_A.weight": torch.zeros(4, 32)}), "layers.7"),
     ],
 )
-def test_weights_that_cannot_be_served_are_named(folder, tiny, change, words):
+def test_weights_that_cannot_be_served_are_named(folder, tiny, change, message):
     change_weights(folder, change)
-    with pytest.raises(AdapterInvalid, match=words):
+    with pytest.raises(AdapterInvalid, match=message):
         tiny.new_slab(1, 1 << 20).pack(read_adapter(folder, tiny))
 
 
@@ -323,7 +321,7 @@ def test_lower_precision_is_read_as_it_is(folder, tiny):
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_that_are_no_numbers_are_named(folder, tiny, value, dtype):
+def test_weights_that_are_nan_or_infinite_are_named(folder, tiny, value, dtype):
     name = f"{Q}.lora_B.weight"
 
     def spoil(tensors):

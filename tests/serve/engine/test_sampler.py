@@ -1,4 +1,4 @@
-"""The sampler against the distributions that its words describe: naive float64, and transformers' processors."""
+"""The sampler against the distributions that its documentation defines: naive float64, and transformers' processors."""
 
 import math
 from collections import Counter
@@ -27,11 +27,11 @@ LOGITS = torch.tensor([1.0, 3.0, 0.5, 2.0, -1.0])
 
 def tokens(logits, count, prompt=(), index=0, **knobs) -> list[int]:
     """An answer of `count` tokens, the logits the same at each."""
-    chooser = Sampler(SamplingParams(**{"max_tokens": count, "seed": 11, **knobs}), prompt, index)
+    sampler = Sampler(SamplingParams(**{"max_tokens": count, "seed": 11, **knobs}), prompt, index)
     answer = []
     for _ in range(count):
-        (token,) = sample(logits[None], [chooser])
-        chooser.accept(token)
+        (token,) = sample(logits[None], [sampler])
+        sampler.accept(token)
         answer.append(token)
     return answer
 
@@ -93,7 +93,7 @@ KNOBS = [
 
 
 @pytest.mark.parametrize("knobs", KNOBS)
-def test_tokens_come_as_often_as_they_should(knobs):
+def test_tokens_are_as_frequent_as_in_the_distribution(knobs):
     p = oracle(LOGITS, **knobs)
     np.testing.assert_allclose(p, naive(LOGITS, **knobs), atol=1e-12)
     assert_drawn_from(p, tokens(LOGITS, 4000, temperature=knobs.get("temperature", 1.0), **without_t(knobs)))
@@ -119,7 +119,7 @@ def test_any_distribution_is_drawn_from(vocabulary, spread, seed, **knobs):
 
 
 @pytest.mark.parametrize("knobs", [{"top_p": 0.95}, {"top_p": 0.3}, {"top_k": 600, "top_p": 0.8}, {"top_k": 300}, {}])
-def test_flat_distributions_over_large_vocabularies_are_cut_right(knobs):
+def test_flat_distributions_over_large_vocabularies_are_cut_correctly(knobs):
     logits = torch.randn(2000, generator=torch.Generator().manual_seed(1)) * 0.1
     allowed = set(np.flatnonzero(oracle(logits, **knobs)).tolist())
     got = set(tokens(logits, 8000, temperature=1.0, **knobs))
@@ -127,14 +127,14 @@ def test_flat_distributions_over_large_vocabularies_are_cut_right(knobs):
     assert len(got) > 0.97 * len(allowed)
 
 
-def test_of_equals_the_lower_tokens_are_kept():
+def test_among_equal_tokens_the_lower_ids_are_kept():
     flat = torch.zeros(8)
     assert set(tokens(flat, 200, temperature=1.0, top_k=3)) == {0, 1, 2}
     assert set(tokens(flat, 200, temperature=1.0, top_p=0.5)) == {0, 1, 2, 3}
     assert set(tokens(flat, 200, temperature=1.0, top_k=4, top_p=0.5)) == {0, 1}
 
 
-def test_no_temperature_or_hardly_any_takes_the_likeliest():
+def test_a_temperature_of_zero_or_almost_zero_is_greedy():
     for temperature in (0.0, 1e-40, 1e-6, 1e-4):
         assert set(tokens(LOGITS, 20, temperature=temperature)) == {1}
     assert set(tokens(torch.full((9,), torch.finfo(torch.float32).min).index_fill(0, torch.tensor(4), 1.0), 20)) == {4}
@@ -152,7 +152,7 @@ def test_a_seed_repeats_and_none_does_not():
     assert eight(None) != eight(None)
 
 
-def test_an_answer_of_many_has_the_seed_plus_its_number():
+def test_one_of_n_answers_has_the_seed_plus_its_index():
     flat = torch.zeros(1000)
     answers = [tokens(flat, 8, temperature=1.0, seed=5, index=index) for index in range(4)]
     assert answers == [tokens(flat, 8, temperature=1.0, seed=5 + index) for index in range(4)]
@@ -197,38 +197,38 @@ def test_a_row_does_not_depend_on_the_others(vocabulary):
     knobs = [{name: value for name, value in mixed.items() if name != "logit_bias"} for mixed in MIXED]
     knobs = [*knobs, *(MIXED if vocabulary > 3 else [])]
 
-    def choosers():
+    def samplers():
         return [Sampler(SamplingParams(9, seed=seed, **each), [0, 1]) for seed, each in enumerate(knobs)]
 
-    together, alone, some = choosers(), choosers(), choosers()
+    together, alone, some = samplers(), samplers(), samplers()
     for step in range(6):
         logits = torch.randn(len(knobs), vocabulary, generator=generator) * 3
         chosen = sample(logits, together)
         assert chosen == [sample(row[None], [one])[0] for row, one in zip(logits, alone, strict=True)]
         order = torch.randperm(len(knobs), generator=generator).tolist()[: step + 1]
         assert sample(logits[order], [some[row] for row in order]) == [chosen[row] for row in order]
-        for chooser, token in zip(together + alone + some, chosen * 3, strict=True):
-            chooser.accept(token)
+        for sampler, token in zip(together + alone + some, chosen * 3, strict=True):
+            sampler.accept(token)
 
 
-def test_an_answer_goes_on_the_same_after_a_preemption():
+def test_an_answer_resumes_unchanged_after_a_preemption():
     logits = torch.randn(40, 50, generator=torch.Generator().manual_seed(3))
     sampling = SamplingParams(40, 1.0, seed=9, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.1)
-    chooser, answer = Sampler(sampling, [1, 2]), []
+    sampler, answer = Sampler(sampling, [1, 2]), []
     for step, row in enumerate(logits):
         if step % 7 == 6:
-            chooser = Sampler(sampling, [1, 2])
+            sampler = Sampler(sampling, [1, 2])
             for token in answer:
-                chooser.accept(token)
-        again = sample(row[None], [chooser])
-        assert sample(row[None], [chooser]) == again
+                sampler.accept(token)
+        again = sample(row[None], [sampler])
+        assert sample(row[None], [sampler]) == again
         answer += again
-        chooser.accept(again[0])
+        sampler.accept(again[0])
     assert len(set(answer)) > 10
-    whole, chooser = [], Sampler(sampling, [1, 2])
+    whole, sampler = [], Sampler(sampling, [1, 2])
     for row in logits:
-        whole += sample(row[None], [chooser])
-        chooser.accept(whole[-1])
+        whole += sample(row[None], [sampler])
+        sampler.accept(whole[-1])
     assert whole == answer
 
 
@@ -240,15 +240,15 @@ def test_an_answer_goes_on_the_same_after_a_preemption():
 )
 def test_the_repetition_penalty_is_that_of_transformers(prompt, penalty, seed):
     generator = torch.Generator().manual_seed(seed)
-    chooser, known = Sampler(SamplingParams(9, repetition_penalty=penalty), prompt), list(prompt)
+    sampler, known = Sampler(SamplingParams(9, repetition_penalty=penalty), prompt), list(prompt)
     processor = RepetitionPenaltyLogitsProcessor(penalty)
     for _ in range(12):
         logits = torch.randn(1, 30, generator=generator)
         before = logits.clone()
-        (token,) = sample(logits, [chooser])
+        (token,) = sample(logits, [sampler])
         assert token == int(processor(torch.tensor([known]), logits.clone()).argmax())
         assert torch.equal(logits, before)
-        chooser.accept(token)
+        sampler.accept(token)
         known.append(token)
 
 
@@ -273,7 +273,7 @@ def test_changed_logits_are_those_of_the_definitions(presence, frequency, repeti
         stop_ids=stops,
     )
     generator = torch.Generator().manual_seed(seed)
-    chooser, answer = Sampler(sampling, prompt), []
+    sampler, answer = Sampler(sampling, prompt), []
     for step in range(12):
         logits = torch.randn(12, generator=generator)
         due = logits.double().numpy()
@@ -285,20 +285,20 @@ def test_changed_logits_are_those_of_the_definitions(presence, frequency, repeti
             due[token] += amount
         if step < min_tokens:
             due[[0, 1]] = -np.inf
-        (token,) = sample(logits[None], [chooser])
+        (token,) = sample(logits[None], [sampler])
         assert due[token] == pytest.approx(due.max(), abs=1e-5)
-        # A token that the answer would not choose by itself now and then, so that its counts differ.
+        # Now and then another token than the sampled one, so that the counts differ.
         answer.append(token if step % 3 else step)
-        chooser.accept(answer[-1])
+        sampler.accept(answer[-1])
 
 
 def test_penalties_change_the_distribution_that_is_drawn_from():
     logits = LOGITS.clone()
-    chooser = Sampler(
+    sampler = Sampler(
         SamplingParams(9, 1.0, seed=0, presence_penalty=1.0, frequency_penalty=0.5, logit_bias=((4, 3.0),)), []
     )
     for token in (1, 1, 3):
-        chooser.accept(token)
+        sampler.accept(token)
     logits[1] -= 1.0 + 2 * 0.5
     logits[3] -= 1.0 + 0.5
     logits[4] += 3.0
@@ -321,7 +321,7 @@ def test_a_banned_token_never_comes(ban, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_where_everything_is_banned_nothing_is(temperature):
+def test_bans_of_every_token_have_no_effect(temperature):
     bans = tuple((token, -math.inf) for token in range(5))
     free = tokens(LOGITS, 50, temperature=temperature)
     assert tokens(LOGITS, 50, temperature=temperature, logit_bias=bans) == free
@@ -335,7 +335,7 @@ def test_stop_tokens_come_only_after_min_tokens():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_rows_that_are_no_numbers_are_told_apart(broken, temperature):
+def test_broken_rows_give_no_token_and_other_rows_do(broken, temperature):
     logits = LOGITS.repeat(4, 1)
     logits[1, 2] = broken
     logits[2] = -math.inf
@@ -355,12 +355,12 @@ def test_rows_that_are_no_numbers_are_told_apart(broken, temperature):
         )
     )
 )
-def test_the_likeliest_tokens_are_the_same_where_a_gpu_finds_them(rows):
+def test_the_argmax_for_a_gpu_equals_greedy_sampling(rows):
     logits = torch.tensor(rows or [[0.0]])[: len(rows)]
     assert argmax_by_torch(logits) == sample(logits, [Sampler(SamplingParams(9), []) for _ in rows])
 
 
-def test_what_a_gpu_finds_is_taken_and_the_other_rows_are_drawn_from(monkeypatch):
+def test_greedy_rows_use_the_argmax_for_a_gpu_and_others_are_sampled(monkeypatch):
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     logits[4, 7] = math.nan
     sampled = [SamplingParams(9), SamplingParams(9, 1.0, seed=1), SamplingParams(9, logit_bias=((3, 99.0),))] * 2
@@ -381,8 +381,8 @@ def test_logprobs_are_natural_and_sum_to_one():
 
 def test_logprobs_of_a_row_do_not_depend_on_the_others():
     logits = torch.randn(33, 1003, generator=torch.Generator().manual_seed(2)).round(decimals=1)
-    asked, tops = list(range(33)), [row % 21 for row in range(33)]
-    together = token_logprobs(logits, asked, tops)
+    chosen, tops = list(range(33)), [row % 21 for row in range(33)]
+    together = token_logprobs(logits, chosen, tops)
     assert together == [token_logprobs(logits[row : row + 1], [row], [row % 21])[0] for row in range(33)]
     due = logits.double().log_softmax(-1)
     assert [entry.logprob for entry in together] == pytest.approx([float(due[row, row]) for row in range(33)], abs=1e-5)

@@ -16,7 +16,7 @@ def scheduler(blocks=100, block_size=4, budget=8, sequences=4, **more) -> Schedu
 
 
 def sequence(id_, tenant="t", version=None, known=1, **more) -> RunningSequence:
-    """Its tokens are like no other's, so that none is found in the prefix cache."""
+    """A sequence of unique tokens, so that none is found in the prefix cache."""
     return RunningSequence(id_, tenant, version, [next(fresh) for _ in range(known)], **more)
 
 
@@ -39,7 +39,7 @@ def run(s: Scheduler, ready=always):
     return plan
 
 
-def test_decode_comes_first_and_prompts_share_what_is_left():
+def test_decode_comes_first_and_prompts_share_the_rest():
     s = scheduler()
     s.add(sequence("a", known=3))
     s.add(sequence("b", known=20))
@@ -51,7 +51,7 @@ def test_decode_comes_first_and_prompts_share_what_is_left():
     assert chunks(run(s)) == [("a", 6, 1, True), ("b", 20, 1, True), ("c", 2, 1, True)]
 
 
-def test_a_decode_behind_a_long_prompt_is_not_held_up():
+def test_a_decode_behind_a_long_prompt_is_not_delayed():
     s = scheduler(budget=6)
     s.add(sequence("short", known=5))
     s.add(sequence("long", known=40))
@@ -59,7 +59,7 @@ def test_a_decode_behind_a_long_prompt_is_not_held_up():
     assert chunks(run(s)) == [("short", 5, 1, True), ("long", 1, 5, False)]
 
 
-def test_tenants_take_turns_and_unready_versions_are_passed_over():
+def test_tenants_take_turns_and_unready_versions_are_skipped():
     s = scheduler(sequences=10, budget=100)
     for id_, tenant, version in [("a1", "a", "cold"), ("a2", "a", None), ("a3", "a", None), ("b1", "b", None)]:
         s.add(sequence(id_, tenant, version))
@@ -81,7 +81,7 @@ def test_the_tenant_that_was_served_less_goes_first():
     assert order == ["long", *(f"short {number}" for number in range(5)), "next", *(f"short {n}" for n in (5, 6, 7))]
 
 
-def test_an_absent_tenant_has_no_claim_to_what_it_did_not_use():
+def test_an_absent_tenant_accumulates_no_credit():
     s = scheduler(blocks=1000, block_size=16, sequences=1, budget=10_000)
     s.add(sequence("a", "a", known=9000))
     run(s)
@@ -93,10 +93,10 @@ def test_an_absent_tenant_has_no_claim_to_what_it_did_not_use():
     for _ in range(20):
         order += run(s).admitted
         s.remove(s.running[0].id)
-    # Not 90 of b's first: it is ahead by the credit of a newcomer alone, and then they take turns.
-    whose = "".join(id_[0] for id_ in order)
-    assert whose.startswith("b" * 5)
-    assert "aa" not in whose[:18] and "bb" not in whose[6:]
+    # Not 90 of b's first: b is ahead only by a newcomer's credit, and then they take turns.
+    owners = "".join(id_[0] for id_ in order)
+    assert owners.startswith("b" * 5)
+    assert "aa" not in owners[:18] and "bb" not in owners[6:]
 
 
 def test_a_full_batch_makes_room_for_a_tenant_that_runs_nothing():
@@ -116,7 +116,7 @@ def test_a_full_batch_makes_room_for_a_tenant_that_runs_nothing():
     assert [other.tenant for other in s.running] == ["flood", "flood", "quiet", "quiet"]
 
 
-def test_a_new_tenant_goes_before_the_rest_of_a_flood_s_prompt():
+def test_a_new_tenant_goes_before_the_rest_of_a_long_prompt():
     s = scheduler(budget=8)
     s.add(sequence("long", "flood", known=40))
     run(s)
@@ -149,7 +149,7 @@ def test_no_sequence_overtakes_one_that_lacks_blocks():
     assert s.schedule(always).admitted == ("large",)
 
 
-def test_the_last_admitted_gives_way_and_comes_back_first():
+def test_the_last_admitted_is_preempted_first_and_readmitted_first():
     s = scheduler(blocks=4, budget=100)
     s.add(sequence("first", known=8))
     s.add(sequence("second", known=8))
@@ -163,11 +163,11 @@ def test_the_last_admitted_gives_way_and_comes_back_first():
     s.remove("first")
     plan = run(s)
     assert plan.admitted == ("second", "third")
-    # The first had taken the end of what the second left behind.
+    # The first had reused the last block that the second left in the cache.
     assert chunks(plan)[0] == ("second", 4, 5, True)
 
 
-def test_the_preempted_come_back_in_the_order_they_were_admitted():
+def test_preempted_sequences_return_in_their_order_of_admission():
     s = scheduler(blocks=4, budget=100)
     for id_ in "abcd":
         s.add(sequence(id_, known=4))
@@ -179,7 +179,7 @@ def test_the_preempted_come_back_in_the_order_they_were_admitted():
     assert s.schedule(always).admitted == ("c", "d")
 
 
-def test_a_prefix_is_computed_once_a_version():
+def test_a_prefix_is_computed_once_per_version():
     s = scheduler(budget=100, sequences=10)
     tokens = list(range(20))
     for id_, version in [("base", None), ("v", "v"), ("v too", "v"), ("w", "w")]:
@@ -192,7 +192,7 @@ def test_a_prefix_is_computed_once_a_version():
     assert s.reused_tokens == 16
     assert s.get("v too").block_table[:4] == s.get("v").block_table[:4]
     assert not set(s.get("v").block_table) & set(s.get("w").block_table)
-    # A conversation goes on: the answer's blocks are known, too.
+    # A conversation continues: the answer's blocks are cached, too.
     s.get("v").tokens += [77] * 8
     longer = [*s.get("v").tokens]
     while s.get("v").computed_tokens < len(longer):
@@ -221,12 +221,12 @@ def test_the_rank_budget_holds_and_no_sequence_starves():
     alone = scheduler(budget=100, sequences=10, rank_budget=30, rank_of=ranks.__getitem__)
     alone.add(sequence("huge", version="huge"))
     assert run(alone).admitted == ("huge",)
-    # Those of a version that runs keep coming, and yet the one that doesn't fit gets in.
-    came = 0
+    # Sequences of a running version keep arriving, yet the one that doesn't fit is admitted.
+    arrived = 0
     while "w1" not in [other.id for other in s.running]:
-        came += 1
-        assert came < 1000
-        s.add(sequence(f"more {came}", version="v", tenant="v"))
+        arrived += 1
+        assert arrived < 1000
+        s.add(sequence(f"more {arrived}", version="v", tenant="v"))
         for running in s.running:
             if len(running.tokens) > 4:
                 s.remove(running.id)
@@ -253,17 +253,17 @@ def test_the_rank_budget_holds_and_no_sequence_starves():
         max_size=14,
     ),
 )
-def test_everyone_gets_every_token_once(blocks, block_size, budget, sequences, rank_budget, arrivals):
+def test_every_sequence_gets_every_token_once(blocks, block_size, budget, sequences, rank_budget, arrivals):
     s = Scheduler(blocks, block_size, budget, sequences, rank_budget=rank_budget, rank_of=lambda version: 4)
-    room = blocks * block_size
+    capacity = blocks * block_size
     left: dict[int, int] = {}
     held: dict[int, list] = {}
     for step in range(5000):
         for number, (when, prompt, answer, tenant, version, priority, alike) in enumerate(arrivals):
             if when == step:
-                known = min(prompt, room)
+                known = min(prompt, capacity)
                 tokens = list(range(known)) if alike else [next(fresh) for _ in range(known)]
-                left[number] = min(answer, room + 1 - known)
+                left[number] = min(answer, capacity + 1 - known)
                 s.add(RunningSequence(number, tenant, version, tokens, priority))
         before = {other.id: other.computed_tokens for other in s.sequences}
         plan = s.schedule(always)
@@ -280,7 +280,7 @@ def test_everyone_gets_every_token_once(blocks, block_size, budget, sequences, r
                 assert sum(its.block_table[index] in other.block_table for other in s.running) == 1
             if chunk.id not in plan.admitted and chunk.id not in plan.preempted:
                 assert chunk.start == before[chunk.id], "a position skipped or computed twice"
-            # What is taken from the cache was computed for the same tokens of the same version.
+            # A block taken from the cache was computed for the same tokens of the same version.
             for index, block in enumerate(its.block_table[:first]):
                 content = (its.version, tuple(its.tokens[: (index + 1) * block_size]))
                 assert held.get(block, content) == content

@@ -42,7 +42,7 @@ def of(text: bytes, name: str, **labels: str) -> float | None:
 
 
 @given(st.lists(st.text(max_size=3)), st.integers(0, 5))
-def test_labels_are_few_and_stay(names: list[str], most: int) -> None:
+def test_labels_are_bounded_and_stable(names: list[str], most: int) -> None:
     label = BoundedLabels(most)
     first = {name: label(name) for name in reversed(names)} | {name: label(name) for name in names}
     assert {name: label(name) for name in names} == first
@@ -51,7 +51,7 @@ def test_labels_are_few_and_stay(names: list[str], most: int) -> None:
     assert OTHER_LABEL not in first.values() or len(own) == most or OTHER_LABEL in names
 
 
-def test_first_come() -> None:
+def test_the_first_names_get_labels_of_their_own() -> None:
     label = BoundedLabels(2)
     assert [label(name) for name in ("b", "a", "c", "b", "d", "a")] == ["b", "a", OTHER_LABEL, "b", OTHER_LABEL, "a"]
 
@@ -61,7 +61,7 @@ def test_no_tenant_can_have_the_name_of_a_shared_label() -> None:
         check_name(OTHER_LABEL, "tenant")
 
 
-def test_names_are_as_prometheus_wants_them() -> None:
+def test_names_follow_the_conventions_of_prometheus() -> None:
     families = list(REGISTRY.collect())
     assert len(families) > 25
     for family in families:
@@ -72,7 +72,7 @@ def test_names_are_as_prometheus_wants_them() -> None:
 
 # -- an engine's numbers -----------------------------------------------------------------------------------------------
 
-LOOK = EngineStats(
+STATS = EngineStats(
     waiting=3,
     running=5,
     blocks=100,
@@ -94,10 +94,10 @@ LOOK = EngineStats(
 
 
 def durations(*seconds: float) -> Durations:
-    watch = DurationHistogram()
+    histogram = DurationHistogram()
     for each in seconds:
-        watch.observe(each)
-    return watch.durations
+        histogram.observe(each)
+    return histogram.durations
 
 
 @pytest.mark.parametrize(
@@ -121,27 +121,27 @@ def durations(*seconds: float) -> Durations:
         ("adapter_evictions_total", 1, 3),
     ],
 )
-def test_an_engine_is_told_as_it_is(name: str, first: int, second: int) -> None:
-    replica = f"told {name}"
+def test_an_engines_statistics_are_exported(name: str, first: int, second: int) -> None:
+    replica = f"exported {name}"
     engine = EngineMetrics(replica)
-    engine.update(LOOK)
+    engine.update(STATS)
     assert of(generate_latest(REGISTRY), f"loramill_{name}", replica=replica) == first
-    later = replace(LOOK, waiting=0, running=6, loading=(), steps=45, generated_tokens=230, evictions=3)
-    for _ in range(2):  # looking twice counts nothing twice
+    later = replace(STATS, waiting=0, running=6, loading=(), steps=45, generated_tokens=230, evictions=3)
+    for _ in range(2):  # a second update counts nothing twice
         engine.update(later)
         assert of(generate_latest(REGISTRY), f"loramill_{name}", replica=replica) == second
 
 
-def test_replicas_are_apart() -> None:
-    for replica, running in (("apart 1", 3), ("apart 2", 4)):
-        EngineMetrics(replica).update(replace(LOOK, running=running))
+def test_replicas_are_separate() -> None:
+    for replica, running in (("separate 1", 3), ("separate 2", 4)):
+        EngineMetrics(replica).update(replace(STATS, running=running))
     text = generate_latest(REGISTRY)
-    assert of(text, "loramill_engine_running", replica="apart 1") == 3
-    assert of(text, "loramill_engine_running", replica="apart 2") == 4
+    assert of(text, "loramill_engine_running", replica="separate 1") == 3
+    assert of(text, "loramill_engine_running", replica="separate 2") == 4
 
 
 @given(st.lists(st.floats(0, 100)))
-def test_a_stopwatch_counts_by_bounds(seconds: list[float]) -> None:
+def test_a_histogram_counts_by_bounds(seconds: list[float]) -> None:
     counted = durations(*seconds)
     assert [sum(counted.counts[: i + 1]) for i in range(len(BOUNDS_SECONDS))] == [
         sum(each <= bound for each in seconds) for bound in BOUNDS_SECONDS
@@ -179,7 +179,7 @@ from loramill.serve.metrics.engine import EngineMetrics
 EngineMetrics("r1").update(EngineStats(running=4, steps=7))
 """
 
-#: As a replica's, without the seconds that an engine takes to import.
+#: Counts as a replica does, without the seconds that an engine takes to import.
 OLD_REPLICA = """
 from prometheus_client import Counter
 from loramill.serve.metrics.definitions import REGISTRY
@@ -189,7 +189,7 @@ Counter("loramill_engine_steps", "Steps.", ("replica",), registry=REGISTRY).labe
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What `exposition` shows."""
+    """The folder that `exposition` reads."""
     monkeypatch.setattr(multiprocess, "MULTIPROC_DIR", tmp_path / "metrics")
     return tmp_path / "metrics"
 
@@ -244,7 +244,7 @@ def test_processes_are_summed_and_a_killed_one_keeps_its_counts(start, folder: P
     assert shown() == (6, 2, 2, 7, None)
     assert not list(folder.glob(f"gauge_live*_{first.pid}.db"))
 
-    # Long afterwards their files are one, to which later ones come; what was one replica's own is gone.
+    # Long afterwards their files are merged, and later ones join them; a dead replica's own series are gone.
     before = set(folder.glob("*.db"))
     for rounds in (1, 2):
         multiprocess.merge_dead_processes(folder, older_than=float("inf"))
@@ -258,7 +258,7 @@ def test_an_ended_process_is_exposed_for_a_while(start, folder: Path) -> None:
     process = start(OLD_REPLICA)
     killed(process)
     old = folder / f"counter_{process.pid}.db"
-    os.utime(old, (0, 0))  # it counted nothing new for long
+    os.utime(old, (0, 0))  # it has counted nothing for a long time
     for _ in range(2):
         assert shown()[3] == 7
     os.utime(old, (0, 0))  # it ended long ago

@@ -1,4 +1,4 @@
-"""What the tests of graphs share: a tiny base, and its decodes with and without graphs side by side."""
+"""Helpers of the tests of graphs: a tiny base, and its decodes with and without graphs side by side."""
 
 import json
 import random
@@ -72,15 +72,15 @@ def adapter(sites, rank, seed, share=0.7):
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens of which all but the last are in the cache; `who` is the adapter's number."""
+    """Tokens of which all but the last are in the cache; `adapter_id` is None for the base."""
 
     tokens: list[int]
-    who: int | None
+    adapter_id: int | None
     blocks: list[int] = field(default_factory=list)
 
 
 class Side:
-    """A model with a cache and a slab, and how it is given adapters."""
+    """A model with a cache, a slab and loaded adapters."""
 
     def __init__(self, model, blocks, slots=4):
         self.model = model
@@ -88,21 +88,21 @@ class Side:
         self.slab = model.new_slab(slots, 1 << 20)
         self.slots = {}
 
-    def load(self, who, deltas):
-        if who in self.slots:
-            self.slab.free(self.slots[who])
+    def load(self, adapter_id, deltas):
+        if adapter_id in self.slots:
+            self.slab.free(self.slots[adapter_id])
         packed = self.slab.pack(deltas)
-        self.slots[who] = self.slab.allocate(packed.bytes)
-        self.slab.load(self.slots[who], packed)
+        self.slots[adapter_id] = self.slab.allocate(packed.bytes)
+        self.slab.load(self.slots[adapter_id], packed)
 
     def forward(self, chunks, owners):
-        slots = [None if who is None else self.slots[who] for who in owners]
+        slots = [None if adapter_id is None else self.slots[adapter_id] for adapter_id in owners]
         batch = Batch.of((slot, len(chunk.tokens)) for slot, chunk in zip(slots, chunks, strict=True))
         return self.model.forward(chunks, self.cache, self.slab, batch)
 
 
 class Session:
-    """Sequences that come, grow and go on both sides alike; every step's logits are compared."""
+    """Sequences that start, grow and end on both sides alike; every step's logits are compared."""
 
     def __init__(self, graphed, plain, *, blocks=40, tolerance=2e-5, seed=0):
         self.sides = Side(graphed, blocks), Side(plain, blocks)
@@ -110,15 +110,15 @@ class Session:
         self.free = list(range(blocks))
         self.random.shuffle(self.free)
 
-    def load(self, who, rank, seed=0, share=0.7):
+    def load(self, adapter_id, rank, seed=0, share=0.7):
         for side in self.sides:
-            side.load(who, adapter(side.model.sites, rank, 100 * who + seed, share))
+            side.load(adapter_id, adapter(side.model.sites, rank, 100 * adapter_id + seed, share))
 
-    def begin(self, length, who):
+    def begin(self, length, adapter_id):
         """A sequence with its prompt in the cache, all but the last token."""
-        sequence = Sequence([self.random.randrange(VOCABULARY) for _ in range(length)], who)
+        sequence = Sequence([self.random.randrange(VOCABULARY) for _ in range(length)], adapter_id)
         if length > 1:
-            self.check([self.chunk(sequence, 0, length - 1)], [who])
+            self.check([self.chunk(sequence, 0, length - 1)], [adapter_id])
         return sequence
 
     def end(self, sequence):
@@ -130,10 +130,10 @@ class Session:
         return Chunk(sequence.tokens[start : start + count], start, sequence.blocks, wanted)
 
     def decode(self, sequences):
-        """One token more of each; the next is drawn."""
-        sequences = sorted(sequences, key=lambda s: -1 if s.who is None else s.who)
+        """Decodes one token of each sequence."""
+        sequences = sorted(sequences, key=lambda s: -1 if s.adapter_id is None else s.adapter_id)
         chunks = [self.chunk(s, len(s.tokens) - 1, 1) for s in sequences]
-        logits = self.check(chunks, [s.who for s in sequences])
+        logits = self.check(chunks, [s.adapter_id for s in sequences])
         for sequence, row in zip(sequences, logits, strict=True):
             sequence.tokens.append(int(row.argmax()))
 

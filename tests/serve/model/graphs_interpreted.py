@@ -31,7 +31,7 @@ def loaded(folder, backend, monkeypatch):
 
 
 def test_decodes_of_the_triton_backend_in_graphs(tmp_path, monkeypatch):
-    # The interpreter takes a millisecond a program, whether or not there is something to do.
+    # The interpreter takes a millisecond per program, whether or not it has work.
     monkeypatch.setattr(importlib.import_module("loramill.kernels.triton.attention"), "SPLITS", (2, 2))
     folder, recorded = write_base(tmp_path / "base"), []
 
@@ -42,14 +42,14 @@ def test_decodes_of_the_triton_backend_in_graphs(tmp_path, monkeypatch):
 
     decoder, eager = (loaded(folder, backend, monkeypatch) for backend in (triton, torch_backend))
     session = Session(GraphedDecoder(decoder, rows=(1, 3), ranks=(0, 4, 8), capture=capture), eager)
-    for who, rank in enumerate((3, 8)):
-        session.load(who, rank, share=0.4)
-    sequences = [session.begin(length, who) for length, who in ((18, None), (3, 0), (33, 1))]
+    for adapter_id, rank in enumerate((3, 8)):
+        session.load(adapter_id, rank, share=0.4)
+    sequences = [session.begin(length, adapter_id) for length, adapter_id in ((18, None), (3, 0), (33, 1))]
     session.decode(sequences)
     session.decode(sequences[:2])
     session.load(1, 5, seed=7, share=0.4)
     session.decode(sequences)
-    # Rows change places, and one is missing.
+    # The rows are in another order, and one is missing.
     session.decode([sequences[2], sequences[0]])
     session.decode([sequences[0]])
     session.load(0, 9, share=0.2)

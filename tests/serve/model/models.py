@@ -1,4 +1,4 @@
-"""Tiny random models, and what transformers and PEFT make of them."""
+"""Tiny random models, compared with transformers and PEFT."""
 
 from copy import deepcopy
 from itertools import accumulate
@@ -56,7 +56,7 @@ def assert_logits_are(got: torch.Tensor, *expected: torch.Tensor) -> None:
 
 
 def assert_computes_as(model, loaded: Model) -> None:
-    """A whole prompt and the beginning of another; the other's middle beside a decode; then two decodes."""
+    """A whole prompt and the beginning of another; the other's middle with a decode; then two decodes."""
     cache = loaded.new_cache(blocks=24, block_size=16)
     one, two = tokens(100, 1), tokens(21, 2)
     one_blocks, two_blocks = list(range(13, 0, -1)), [20, 14, 22]

@@ -86,7 +86,7 @@ def test_adapters_of_embedding_head_and_layers_do_what_they_do_in_peft(tied, bit
     assert_adapts_as_peft(tmp_path / "base", decoder, tmp_path, ADAPTERS, bits)
 
 
-def test_a_head_that_no_adapter_of_the_step_targets_costs_nothing_more(tmp_path, monkeypatch):
+def test_a_head_that_no_adapter_targets_costs_nothing_more(tmp_path, monkeypatch):
     random_model(CONFIGS["llama"], tmp_path)
     decoder = load_decoder(tmp_path, dtype=torch.float32)
     slab = decoder.new_slab(1, 1 << 20)
@@ -123,7 +123,7 @@ def test_sharded_checkpoints_and_other_dtypes_load(tmp_path):
         assert (got - exact).norm() < tolerance * exact.norm()
 
 
-def test_no_row_is_worked_out_beyond_those_wanted(tmp_path):
+def test_no_row_is_computed_beyond_those_requested(tmp_path):
     random_model(CONFIGS["llama"], tmp_path)
     decoder = load_decoder(tmp_path, dtype=torch.float32)
     cache = decoder.new_cache(blocks=4, block_size=16)
@@ -131,7 +131,7 @@ def test_no_row_is_worked_out_beyond_those_wanted(tmp_path):
 
 
 def test_a_block_keeps_nothing_of_its_last_owner(tmp_path):
-    # NaN behind a sequence's end would pass a mask: it is multiplied by zero, not left out.
+    # NaN after a sequence's end would pass a mask, which multiplies it by zero.
     random_model(CONFIGS["llama"], tmp_path)
     decoder = load_decoder(tmp_path, dtype=torch.float32)
     cache = decoder.new_cache(blocks=8, block_size=16)
@@ -146,7 +146,7 @@ def test_a_block_keeps_nothing_of_its_last_owner(tmp_path):
     assert logits.isfinite().all()
 
 
-def test_in_bfloat16_too_a_sequence_has_the_same_bits_in_any_batch(tmp_path):
+def test_in_bfloat16_a_sequence_has_the_same_bits_in_any_batch(tmp_path):
     random_model(CONFIGS["llama"], tmp_path)
     decoder = load_decoder(tmp_path, dtype=torch.bfloat16)
     if not backend().name.startswith("cpu"):

@@ -1,6 +1,6 @@
-"""Decodes in graphs against the decoder on its own: with graphs that only run again here, and with real ones on a GPU.
+"""Decodes in graphs against the decoder on its own: with simulated graphs here, and with real ones on a GPU.
 
-`TRITON_INTERPRET=1 pytest tests/serve/model/graphs_interpreted.py` runs those over the Triton kernels one by one.
+`TRITON_INTERPRET=1 pytest tests/serve/model/graphs_interpreted.py` runs the tests with the Triton kernels one by one.
 """
 
 import gc
@@ -28,7 +28,7 @@ ROWS, RANKS = (1, 2, 4, 6), (0, 4, 16)
 
 
 def become(target, source):
-    """A frozen object takes another's fields."""
+    """Gives a frozen object the fields of another."""
     for each in fields(target):
         object.__setattr__(target, each.name, getattr(source, each.name))
     vars(target).pop("segments", None)
@@ -63,7 +63,7 @@ class TorchPages:
 
 
 class Recorder:
-    """Runs the function again at each replay, into the same memory; notes the shapes recorded and replayed."""
+    """Runs the function again at each replay, into the same memory; lists the numbers of rows recorded and replayed."""
 
     def __init__(self):
         self.recorded, self.replayed = [], []
@@ -106,12 +106,12 @@ def graphed(decoder, recorder):
 @pytest.fixture
 def session(graphed, decoder):
     session = Session(graphed, decoder)
-    for who, rank in enumerate((3, 4, 16)):
-        session.load(who, rank)
+    for adapter_id, rank in enumerate((3, 4, 16)):
+        session.load(adapter_id, rank)
     return session
 
 
-def test_sequences_that_come_grow_and_go(session, recorder):
+def test_sequences_that_start_grow_and_end(session, recorder):
     draw, alive = session.random, []
     for step in range(25):
         while len(alive) < draw.randint(1, 6):
@@ -122,7 +122,7 @@ def test_sequences_that_come_grow_and_go(session, recorder):
             alive.remove(sequence)
             session.end(sequence)
         if step % 9 == 8:
-            # Another adapter in a slot that graphs have met.
+            # Another adapter in a slot that graphs have used.
             session.load(draw.randrange(3), draw.choice([1, 4, 9, 16]), seed=step)
     assert len(recorder.replayed) == 25
     assert len(recorder.recorded) <= len(ROWS) * len(RANKS)
@@ -139,9 +139,9 @@ def test_a_step_takes_the_smallest_graph_that_holds_its_rows(session, recorder, 
     assert recorder.recorded.count(rows) == (rows is not None)
 
 
-def test_the_largest_rank_of_a_step_chooses_among_graphs(session, recorder, graphed):
+def test_the_largest_rank_of_a_step_selects_the_graph(session, recorder, graphed):
     session.load(3, 17)
-    sequences = [session.begin(5, who) for who in (None, 0, 1, 2, 3)]
+    sequences = [session.begin(5, adapter_id) for adapter_id in (None, 0, 1, 2, 3)]
     expected = {(0,): 0, (0, 1): 4, (2,): 4, (1, 2, 0): 4, (3, 1): 16, (4,): None, (4, 0): None}
     for chosen, rank in expected.items():
         graphed.new_cache(1, BLOCK)  # drops the graphs
@@ -167,22 +167,22 @@ def test_only_steps_of_single_wanted_tokens_are_replayed(session, recorder):
     assert recorder.replayed == [2]
 
 
-def test_rows_that_a_step_lacks_write_to_the_scratch_block_alone(session, graphed):
-    sequences = [session.begin(20 + index, who) for index, who in enumerate((None, 0, 2))]
+def test_unused_rows_write_only_to_the_scratch_block(session, graphed):
+    sequences = [session.begin(20 + index, adapter_id) for index, adapter_id in enumerate((None, 0, 2))]
     side = session.sides[0]
     before = [part.clone() for kv in side.cache for part in (kv.keys, kv.values)]
     session.decode(sequences)
-    places = {s.blocks[(len(s.tokens) - 2) // BLOCK] for s in sequences}
+    written = {s.blocks[(len(s.tokens) - 2) // BLOCK] for s in sequences}
     for old, new in zip(before, [part for kv in side.cache for part in (kv.keys, kv.values)], strict=True):
         changed = (old != new) & ~(old.isnan() & new.isnan())
-        assert set(changed.nonzero()[:, 0].tolist()) - {40} == places
+        assert set(changed.nonzero()[:, 0].tolist()) - {40} == written
         assert len(new) == 41
     assert not {40} & {block for s in sequences for block in s.blocks}
 
 
-def test_what_a_row_lacks_may_be_anything(session, graphed):
-    """A NaN of a row that was there before, and of the scratch block, reaches no row."""
-    sequences = [session.begin(8 + index, who) for index, who in enumerate((None, 0, 1, 2))]
+def test_stale_values_in_unused_rows_have_no_effect(session, graphed):
+    """NaN in a row of an earlier step, or in the scratch block, reaches no row."""
+    sequences = [session.begin(8 + index, adapter_id) for index, adapter_id in enumerate((None, 0, 1, 2))]
     session.decode(sequences)
     with torch.inference_mode():
         for graph in graphed._graphs.values():
@@ -213,7 +213,7 @@ def test_graphs_are_dropped_with_their_cache_and_slab(graphed, decoder, recorder
     assert keys() is None
     assert slab() is None
     assert len(recorder.recorded) == 2
-    # Another slab alone is another owner, too.
+    # A new slab alone drops the graphs, too.
     other = fresh.sides[0].slab = graphed.new_slab(2, 1 << 20)
     assert other is not slab
     fresh.sides[0].slots.clear()
@@ -239,8 +239,8 @@ def test_the_scratch_block_has_no_owner(session):
 
 
 def answers(model, config):
-    """What an engine makes of some prompts, greedily, and the steps that it took."""
-    engine = Engine(model, lambda version: pytest.fail(f"{version} was asked for"), config)
+    """An engine's greedy answers to some prompts, and its statistics."""
+    engine = Engine(model, lambda version: pytest.fail(f"{version} was requested"), config)
     prompts = {f"{size}": tuple(range(size, 2 * size)) for size in (1, 5, 16, 17, 30)}
     for name, prompt in prompts.items():
         engine.submit(Request(name, "acme", prompt, SamplingParams(temperature=0.0, max_tokens=20)))
@@ -256,7 +256,7 @@ def answers(model, config):
 
 
 def test_an_engine_gives_the_same_answers(graphed, decoder, recorder):
-    # Little room: sequences are put off and computed again, and blocks change hands.
+    # Little memory: sequences are preempted and recomputed, and blocks change owners.
     config = EngineConfig(kv_tokens=128, max_batch_tokens=24)
     got, stats = answers(graphed, config)
     assert (got, stats) == answers(decoder, config)
@@ -265,7 +265,7 @@ def test_an_engine_gives_the_same_answers(graphed, decoder, recorder):
     assert len(recorder.replayed) > stats.steps / 2
 
 
-def test_it_is_the_decoder_in_all_else(graphed, decoder):
+def test_everything_else_is_delegated_to_the_decoder(graphed, decoder):
     for name in ("vocabulary", "context_length", "dtype", "sites"):
         assert getattr(graphed, name) == getattr(decoder, name)
     module = "model.layers.1.self_attn.k_proj"
@@ -289,7 +289,7 @@ def test_without_a_gpu_cuda_is_an_error(folder):
         load_model(folder, dtype=torch.float32, device="cuda")
 
 
-def test_a_base_that_the_decoder_does_not_know_is_refused_on_a_gpu(tmp_path):
+def test_a_base_that_the_decoder_does_not_support_is_refused_on_a_gpu(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["CohereForCausalLM"]}')
     with pytest.raises(BaseUnusable, match=r"CohereForCausalLM.* on the CPU alone"):
         load_model(tmp_path, dtype=torch.float32, device="cuda")
@@ -308,9 +308,9 @@ def test_on_a_gpu_the_logits_are_those_of_the_cpu(folder, graphs, dtype):
     on_gpu, on_cpu = load(folder, dtype=dtype, device="cuda"), load_decoder(folder, dtype=torch.float32)
     assert isinstance(on_gpu, GraphedDecoder) == graphs
     session = Session(on_gpu, on_cpu, tolerance=ON_GPU[dtype])
-    for who, rank in enumerate((3, 16, 64)):
-        session.load(who, rank)
-    sequences = [session.begin(3 + 9 * index, who) for index, who in enumerate((None, 0, 1, 2, 0))]
+    for adapter_id, rank in enumerate((3, 16, 64)):
+        session.load(adapter_id, rank)
+    sequences = [session.begin(3 + 9 * index, adapter_id) for index, adapter_id in enumerate((None, 0, 1, 2, 0))]
     for count in (5, 3, 1, 5, 2, 4):
         session.decode(sequences[:count])
     session.load(1, 8, seed=9)
@@ -323,7 +323,7 @@ def test_on_a_gpu_a_replayed_step_is_the_eager_one_and_waits_for_nothing(folder)
     decoder = load_decoder(folder, dtype=torch.bfloat16, device="cuda")
     session = Session(GraphedDecoder(decoder), decoder, tolerance=2e-2)
     session.load(0, 16)
-    sequences = [session.begin(5 + index, who) for index, who in enumerate((None, 0, 0))]
+    sequences = [session.begin(5 + index, adapter_id) for index, adapter_id in enumerate((None, 0, 0))]
     session.decode(sequences)
     chunks = [session.chunk(sequence, len(sequence.tokens) - 1, 1) for sequence in sequences]
     torch.cuda.set_sync_debug_mode("error")
@@ -333,7 +333,7 @@ def test_on_a_gpu_a_replayed_step_is_the_eager_one_and_waits_for_nothing(folder)
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_largest_rank_is_that_of_the_slab_at_hand(tmp_path):
+def test_the_largest_rank_is_that_of_the_current_slab(tmp_path):
     write_base(tmp_path)
     graphed = GraphedDecoder(
         load_decoder(tmp_path, dtype=torch.float32), capture=lambda run: run, buffers=SimpleNamespace()

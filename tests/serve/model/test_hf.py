@@ -105,7 +105,7 @@ def test_contexts_are_those_that_a_mixed_batch_can_have(case):
     assert loaded.context_length == (128 if name == "longrope" else 256)
 
 
-def test_a_wanted_row_at_a_time_and_none_at_all(case):
+def test_only_the_requested_rows_are_returned(case):
     _, model, _, loaded = case
     cache, prompt = loaded.new_cache(blocks=2, block_size=16), tokens(20, 4)
     assert run(loaded, cache, Chunk(prompt[:9], 0, [1, 0], logits_to_keep=0)).shape == (0, 97)
@@ -122,7 +122,7 @@ def test_int8_adapters_and_bfloat16(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_linears_are_quantized_but_for_the_head(kind, tmp_path):
+def test_linears_except_the_head_are_quantized(kind, tmp_path):
     model = random_model(CONFIGS["gpt2"], tmp_path)
     loaded = load_hf(tmp_path, dtype=torch.float32, quantization=kind)
     weights = {module: loaded.target_weight(module) for site in loaded.sites for module in site.modules}
@@ -136,7 +136,7 @@ def test_linears_are_quantized_but_for_the_head(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "message"),
     [
         (FalconConfig(vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4), "registry"),
         (GptOssConfig(**SIZES, head_dim=16, num_local_experts=4), "sinks"),
@@ -146,20 +146,20 @@ def test_linears_are_quantized_but_for_the_head(kind, tmp_path):
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
-def test_what_pages_cannot_do_is_refused(config, words, tmp_path):
+def test_architectures_that_cannot_be_paged_are_refused(config, message, tmp_path):
     random_model(config, tmp_path)
-    with pytest.raises(BaseUnusable, match=words):
+    with pytest.raises(BaseUnusable, match=message):
         load_hf(tmp_path, dtype=torch.float32)
 
 
-def test_windows_that_the_attention_is_not_told_are_refused(tmp_path):
-    # StableLM knows none: whatever its config says, each row sees everything.
+def test_windows_that_the_attention_does_not_get_are_refused(tmp_path):
+    # StableLM ignores it: whatever its config contains, each row attends to everything.
     random_model(StableLmConfig(**SIZES, sliding_window=8), tmp_path)
     with pytest.raises(BaseUnusable, match="of its layers have a sliding window"):
         load_hf(tmp_path, dtype=torch.float32)
 
 
-def test_a_folder_that_is_no_model_is_refused_in_one_sentence(tmp_path):
+def test_a_folder_that_is_not_a_model_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(BaseUnusable, match=r"config\.json can't be read"):
         load_model(tmp_path, dtype=torch.float32)
     CONFIGS["opt"].save_pretrained(tmp_path)
@@ -167,7 +167,7 @@ def test_a_folder_that_is_no_model_is_refused_in_one_sentence(tmp_path):
         load_model(tmp_path, dtype=torch.float32)
 
 
-def test_the_decoder_is_taken_where_it_can_be(tmp_path, caplog):
+def test_the_decoder_is_used_where_it_can_be(tmp_path, caplog):
     random_model(CONFIGS["llama"], tmp_path / "llama")
     random_model(CohereConfig(**SIZES), tmp_path / "cohere")
     with caplog.at_level(logging.INFO, "loramill"):
@@ -181,7 +181,7 @@ def test_the_decoder_is_taken_where_it_can_be(tmp_path, caplog):
     assert "architecture CohereForCausalLM" in caplog.records[1].message
 
 
-def test_rows_that_cannot_be_told_apart_are_no_ones(case):
+def test_rows_that_cannot_be_matched_to_adapters_are_an_error(case):
     loaded = case[3]
     site = next(site for site in loaded.sites if not site.lookup)
     slab = loaded.new_slab(1, 1 << 20)
@@ -190,7 +190,7 @@ def test_rows_that_cannot_be_told_apart_are_no_ones(case):
     slab.load(slot, packed)
     module = loaded._model.get_submodule(site.modules[0])
     before = module.forward
-    # As an expert's: it gets some of the rows.
+    # Like an expert, it gets only some of the rows.
     module.forward = lambda x: torch.cat((before(x.flatten(0, -2)[:3]), before(x.flatten(0, -2)[3:]))).view(
         *x.shape[:-1], -1
     )

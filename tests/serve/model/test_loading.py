@@ -42,7 +42,7 @@ print(status("VmHWM") - before, status("VmRSS") - before)
 
 
 def write_zeros(folder, config, dtype):
-    """A model folder of that many zeros; returns how many."""
+    """Writes a model folder of zeros; returns their number."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
@@ -53,15 +53,15 @@ def write_zeros(folder, config, dtype):
 
 
 @pytest.mark.parametrize(
-    ("of_file", "of_weights", "tied", "vocabulary"),
+    ("file_dtype", "weight_dtype", "tied", "vocabulary"),
     [(torch.bfloat16, "bfloat16", True, 32000), (torch.float32, "bfloat16", False, 16000)],
 )
-def test_loading_takes_little_more_than_the_weights(tmp_path, of_file, of_weights, tied, vocabulary):
+def test_loading_takes_little_more_than_the_weights(tmp_path, file_dtype, weight_dtype, tied, vocabulary):
     config = LlamaConfig(**LARGE, vocab_size=vocabulary, tie_word_embeddings=tied)
-    weights = write_zeros(tmp_path, config, of_file) * getattr(torch, of_weights).itemsize
+    weights = write_zeros(tmp_path, config, file_dtype) * getattr(torch, weight_dtype).itemsize
     assert weights > 130 << 20
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path), of_weights], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEASURE, str(tmp_path), weight_dtype], capture_output=True, text=True, check=True
     )
     peak, kept = map(int, done.stdout.split())
     assert weights < kept < 1.1 * weights
@@ -93,7 +93,7 @@ def test_the_layers_linears_are_quantized_and_nothing_else(tmp_path, kind, hidde
     got = decoder.forward([chunk], cache, decoder.new_slab(1, 1 << 10), Batch.of([(None, len(prompt))]))[0]
     torch.testing.assert_close(got, logits(model), rtol=2e-4, atol=2e-4)
     assert (got - whole).norm() > 0.01 * whole.norm()
-    # What DoRA's gain is worked out from.
+    # The weights that DoRA's gain is computed from.
     k_proj = "model.layers.1.self_attn.k_proj"
     assert torch.equal(decoder.target_weight(k_proj), model.get_submodule(k_proj).weight)
     assert torch.equal(decoder.target_weight("lm_head"), model.lm_head.weight)

@@ -1,4 +1,4 @@
-"""Bases that the decoder refuses, each in one sentence that says why."""
+"""Bases that the decoder refuses, each in one sentence with the reason."""
 
 import json
 
@@ -30,7 +30,7 @@ def written(folder, **changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; the decoder supports Llama"),
         ({"architectures": None}, "none named"),
@@ -47,8 +47,8 @@ def written(folder, **changes):
         ({"hidden_size": None}, "missing or malformed"),
     ],
 )
-def test_what_the_decoder_lacks_is_refused(tmp_path, changes, words):
-    with pytest.raises(BaseUnusable, match=words):
+def test_configs_that_the_decoder_does_not_support_are_refused(tmp_path, changes, message):
+    with pytest.raises(BaseUnusable, match=message):
         read_config(written(tmp_path, **changes))
 
 
@@ -81,7 +81,7 @@ def test_each_layer_has_its_window(tmp_path, changes, windows):
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]"])
-def test_a_config_that_is_none_is_refused(tmp_path, content):
+def test_a_missing_or_malformed_config_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(BaseUnusable, match=r"config\.json"):
@@ -95,7 +95,7 @@ def saved(tmp_path):
     return tmp_path, load_file(tmp_path / "model.safetensors")
 
 
-def test_a_tensor_missing_too_many_or_of_another_shape_is_named(saved):
+def test_a_missing_unexpected_or_misshapen_tensor_is_named(saved):
     folder, tensors = saved
     norm = "model.layers.0.input_layernorm.weight"
     broken = [
@@ -103,9 +103,9 @@ def test_a_tensor_missing_too_many_or_of_another_shape_is_named(saved):
         ({**tensors, "model.layers.1.mlp.up_proj.weight": torch.zeros(2)}, "contain 'model.layers.1.mlp"),
         ({**tensors, norm: torch.zeros(3)}, rf"'{norm}' in .* is \[3\].*should be \[32\]"),
     ]
-    for weights, words in broken:
+    for weights, message in broken:
         save_file(weights, folder / "model.safetensors")
-        with pytest.raises(BaseUnusable, match=words):
+        with pytest.raises(BaseUnusable, match=message):
             load_decoder(folder, dtype=torch.float32)
 
 

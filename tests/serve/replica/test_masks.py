@@ -98,8 +98,8 @@ def replica(hermes_base: Base) -> Iterator[Replica]:
     replica.close()
 
 
-async def tell(replica: Replica, request: TextRequest) -> tuple[str, str | None, int]:
-    """The text, why it ended, and its tokens."""
+async def collect(replica: Replica, request: TextRequest) -> tuple[str, str | None, int]:
+    """The text, the finish reason, and the number of tokens."""
     text, finish, count = "", None, 0
     async with aclosing(replica.generate(request)) as chunks:
         async for chunk in chunks:
@@ -107,9 +107,9 @@ async def tell(replica: Replica, request: TextRequest) -> tuple[str, str | None,
     return text, finish, count
 
 
-def ask(replica: Replica, *requests: TextRequest) -> list[tuple[str, str | None, int]]:
+def generate(replica: Replica, *requests: TextRequest) -> list[tuple[str, str | None, int]]:
     async def all_at_once() -> list[tuple[str, str | None, int]]:
-        return await asyncio.gather(*(tell(replica, request) for request in requests))
+        return await asyncio.gather(*(collect(replica, request) for request in requests))
 
     return asyncio.run(all_at_once())
 
@@ -117,34 +117,34 @@ def ask(replica: Replica, *requests: TextRequest) -> list[tuple[str, str | None,
 SAMPLING = {field.name for field in fields(SamplingParams)}
 
 
-def request(id_: str, form: OutputConstraint | None, **more: Any) -> TextRequest:
-    """A request for one answer; what `SamplingParams` has no field for is the request's own."""
+def request(id_: str, constraint: OutputConstraint | None, **more: Any) -> TextRequest:
+    """A request for one answer; `more` has fields of `SamplingParams` and of `TextRequest`."""
     params = {"max_tokens": 900, "temperature": 1.0} | {name: more.pop(name) for name in SAMPLING & more.keys()}
     more = {"messages": QUESTION} | more
-    return TextRequest(id_, "t", sampling_params=SamplingParams(**params), constraint=form, **more)
+    return TextRequest(id_, "t", sampling_params=SamplingParams(**params), constraint=constraint, **more)
 
 
-def test_a_random_model_answers_by_every_schema(replica: Replica) -> None:
-    asked = [
+def test_a_random_model_satisfies_every_schema(replica: Replica) -> None:
+    requests = [
         request(f"{name}-{seed}", OutputConstraint("response_format", schema), seed=seed, temperature=seed % 3 / 2)
         for name, schema in SCHEMAS.items()
         for seed in range(6)
     ]
-    answers = ask(replica, *asked)
-    for each, (text, finish, _) in zip(asked, answers, strict=True):
+    answers = generate(replica, *requests)
+    for each, (text, finish, _) in zip(requests, answers, strict=True):
         assert each.constraint is not None and each.constraint.schema is not None
         if finish == "stop":
             jsonschema.validate(json.loads(text), each.constraint.schema, format_checker=jsonschema.FormatChecker())
         else:
-            # It may have more to say than it may say, where the schema sets no bound.
+            # Where the schema sets no bound, the answer may reach max_tokens first.
             assert finish == "length" and each.id.startswith(("tree", "number", "integer"))
     assert sum(finish == "stop" for _, finish, _ in answers) > 0.9 * len(answers)
 
 
 def test_any_object(replica: Replica) -> None:
-    asked = [request(str(seed), OutputConstraint("response_format", {"type": "object"}), seed=seed, temperature=1.5,
-                     logit_bias=((ord('"') - 33, 6.0), (ord("}") - 33, 4.0))) for seed in range(12)]  # fmt: skip
-    ended = [json.loads(text) for text, finish, _ in ask(replica, *asked) if finish == "stop"]
+    requests = [request(str(seed), OutputConstraint("response_format", {"type": "object"}), seed=seed, temperature=1.5,
+                        logit_bias=((ord('"') - 33, 6.0), (ord("}") - 33, 4.0))) for seed in range(12)]  # fmt: skip
+    ended = [json.loads(text) for text, finish, _ in generate(replica, *requests) if finish == "stop"]
     assert len(ended) > 8 and all(isinstance(value, dict) for value in ended)
     assert any(ended)
 
@@ -179,28 +179,30 @@ schema = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def forms() -> Iterator[ConstraintCompiler]:
-    forms = ConstraintCompiler(ChatTokenizer(hermes_tokenizer().to_str(), SETTINGS, {}), VOCABULARY + 3)
-    yield forms
-    forms.close()
+def compiler() -> Iterator[ConstraintCompiler]:
+    compiler = ConstraintCompiler(ChatTokenizer(hermes_tokenizer().to_str(), SETTINGS, {}), VOCABULARY + 3)
+    yield compiler
+    compiler.close()
 
 
-def say(forms: ConstraintCompiler, form: OutputConstraint, random: np.random.Generator, **sampling: Any) -> str | None:
-    """What a model with random logits answers; None: it found no end."""
+def sample_answer(
+    compiler: ConstraintCompiler, constraint: OutputConstraint, random: np.random.Generator, **sampling: Any
+) -> str | None:
+    """The answer of a model with random logits; None if it did not end."""
     tokenizer = hermes_tokenizer()
     stop = tokenizer.token_to_id("<|im_end|>")
-    mask = asyncio.run(forms.mask_factory(form))()
-    asked = SamplingParams(**{"max_tokens": 600, "temperature": 1.0, "seed": 1, "stop_ids": (stop,), **sampling})
-    chooser = Sampler(asked, (), mask=mask)
+    mask = asyncio.run(compiler.mask_factory(constraint))()
+    params = SamplingParams(**{"max_tokens": 600, "temperature": 1.0, "seed": 1, "stop_ids": (stop,), **sampling})
+    sampler = Sampler(params, (), mask=mask)
     tokens: list[int] = []
-    while len(tokens) < asked.max_tokens:
-        token = chooser.sample(random.normal(size=VOCABULARY + 3, scale=2.0).astype(np.float32))
-        assert token is not None and token < VOCABULARY and chooser.error is None
+    while len(tokens) < params.max_tokens:
+        token = sampler.sample(random.normal(size=VOCABULARY + 3, scale=2.0).astype(np.float32))
+        assert token is not None and token < VOCABULARY and sampler.error is None
         if token == stop:
             return tokenizer.decode(tokens)
         tokens.append(token)
-        chooser.accept(token)
-        if chooser.finished:
+        sampler.accept(token)
+        if sampler.finished:
             return tokenizer.decode(tokens)
     return None
 
@@ -223,9 +225,9 @@ def say(forms: ConstraintCompiler, form: OutputConstraint, random: np.random.Gen
     ),
 )
 def test_any_schema_with_any_sampling(
-    forms: ConstraintCompiler, schema: Any, seed: int, sampling: Mapping[str, Any]
+    compiler: ConstraintCompiler, schema: Any, seed: int, sampling: Mapping[str, Any]
 ) -> None:
-    text = say(forms, OutputConstraint("response_format", schema), np.random.default_rng(seed), **sampling)
+    text = sample_answer(compiler, OutputConstraint("response_format", schema), np.random.default_rng(seed), **sampling)
     if text is not None:
         jsonschema.validate(json.loads(text), schema)
 
@@ -249,7 +251,7 @@ def test_a_schema_that_cannot_be_enforced_is_refused_with_the_reason(
     replica: Replica, schema: Any, reason: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        ask(replica, request("bad", OutputConstraint("response_format", schema)))
+        generate(replica, request("bad", OutputConstraint("response_format", schema)))
     assert caught.value.param == "response_format" and caught.value.message.startswith("'response_format': ")
     assert (
         reason in caught.value.message and "start:" not in caught.value.message and "%json" not in caught.value.message
@@ -262,8 +264,8 @@ def nested(depth: int) -> dict[str, Any]:
     return {"type": "array", "items": nested(depth - 1)} if depth else {"type": "null"}
 
 
-def test_deep_schemas_are_refused_or_kept(replica: Replica) -> None:
-    answers = ask(
+def test_deep_schemas_are_refused_or_satisfied(replica: Replica) -> None:
+    answers = generate(
         replica, *(request(f"deep-{n}", OutputConstraint("response_format", nested(50)), seed=n) for n in range(8))
     )
     assert all(set(text) <= set("[null, \n\t]") for text, _, _ in answers)
@@ -273,20 +275,20 @@ def test_deep_schemas_are_refused_or_kept(replica: Replica) -> None:
     for each in whole:
         jsonschema.validate(each, nested(50))
     with pytest.raises(InvalidRequest, match="recursion limit"):
-        ask(replica, request("deeper", OutputConstraint("response_format", nested(400))))
+        generate(replica, request("deeper", OutputConstraint("response_format", nested(400))))
 
 
-def test_a_grammar_that_becomes_too_complex_ends_its_answer_alone(replica: Replica) -> None:
+def test_a_grammar_that_becomes_too_complex_ends_only_its_answer(replica: Replica) -> None:
     # Any of these may come next: more than a row of the parser may hold.
     fields = {f"p{i}": {"type": "string"} for i in range(1500)}
     wide = {"type": "object", "properties": fields, "required": ["p1499"], "additionalProperties": False}
 
     async def both() -> list[Any]:
-        asked = [
+        requests = [
             request("wide", OutputConstraint("response_format", wide), seed=1),
             request("other", None, seed=1, max_tokens=40),
         ]
-        return await asyncio.gather(*(tell(replica, each) for each in asked), return_exceptions=True)
+        return await asyncio.gather(*(collect(replica, each) for each in requests), return_exceptions=True)
 
     broken, other = asyncio.run(both())
     assert isinstance(broken, InvalidRequest) and broken.param == "response_format"
@@ -296,68 +298,73 @@ def test_a_grammar_that_becomes_too_complex_ends_its_answer_alone(replica: Repli
 
 @pytest.mark.parametrize("several", [False, True])
 def test_calls_are_forced(replica: Replica, several: bool) -> None:
-    form = OutputConstraint("tools", tool_schemas={"weather": WEATHER, "now": NOTHING}, parallel_tool_calls=several)
-    asked = [request(str(seed), form, seed=seed, temperature=2.0, max_tokens=400) for seed in range(12)]
+    constraint = OutputConstraint(
+        "tools", tool_schemas={"weather": WEATHER, "now": NOTHING}, parallel_tool_calls=several
+    )
+    requests = [request(str(seed), constraint, seed=seed, temperature=2.0, max_tokens=400) for seed in range(12)]
     names, most = set(), 0
-    for text, finish, _ in ask(replica, *asked):
+    for text, finish, _ in generate(replica, *requests):
         scanner = ToolCallScanner()
         parts = scanner.push(text) + scanner.finish()
         calls = [part for part in parts if isinstance(part, ToolCall)]
         assert calls and (finish == "length" or parts == calls)
         for call in calls:
             names.add(call.name)
-            jsonschema.validate(json.loads(call.arguments), form.tool_schemas[call.name])
+            jsonschema.validate(json.loads(call.arguments), constraint.tool_schemas[call.name])
         most = max(most, len(calls))
         assert several or (finish, len(calls)) == ("stop", 1)
     assert names == {"weather", "now"} and (most > 1) == several
 
 
 def test_json_or_calls(replica: Replica) -> None:
-    form = OutputConstraint(
+    constraint = OutputConstraint(
         "response_format", {"type": "object", "properties": {}, "additionalProperties": False}, {"now": NOTHING}
     )
-    texts = {text for text, _, _ in ask(replica, *(request(str(seed), form, seed=seed) for seed in range(16)))}
+    texts = {
+        text for text, _, _ in generate(replica, *(request(str(seed), constraint, seed=seed) for seed in range(16)))
+    }
     assert any("<tool_call>" in text for text in texts) and any("<tool_call>" not in text for text in texts)
 
 
-def test_tags_may_be_spelled_where_they_are_no_tokens(hermes_base: Base, tmp_path: Any) -> None:
+def test_tags_may_be_spelled_where_they_are_not_tokens(hermes_base: Base, tmp_path: Any) -> None:
     tokenizer = hermes_tokenizer(tags_are_tokens=False)
-    forms = ConstraintCompiler(ChatTokenizer(tokenizer.to_str(), SETTINGS, {}), VOCABULARY)
-    mask = asyncio.run(forms.mask_factory(OutputConstraint("tools", tool_schemas={"now": NOTHING})))()
+    compiler = ConstraintCompiler(ChatTokenizer(tokenizer.to_str(), SETTINGS, {}), VOCABULARY)
+    mask = asyncio.run(compiler.mask_factory(OutputConstraint("tools", tool_schemas={"now": NOTHING})))()
     for token in tokenizer.encode('<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>').ids:
         assert mask.allowed()[token]
         mask.accept(token)
     assert mask.finished and mask.error is None
-    forms.close()
+    compiler.close()
 
 
 def test_cut_off_by_max_tokens(replica: Replica) -> None:
-    [(text, finish, count)] = ask(
+    [(text, finish, count)] = generate(
         replica, request("cut", OutputConstraint("response_format", SCHEMAS["object"]), max_tokens=6)
     )
     assert (finish, count) == ("length", 6) and text.startswith("{")
 
 
-def test_ignoring_the_end_only_puts_it_off(replica: Replica) -> None:
-    form = OutputConstraint("response_format", {"type": "integer", "minimum": 0, "maximum": 99999})
-    asked = [request(str(seed), form, seed=seed, temperature=2.0) for seed in range(12)]
-    ended = {len(text) for text, _, _ in ask(replica, *asked)}
+def test_ignoring_the_end_only_delays_it(replica: Replica) -> None:
+    constraint = OutputConstraint("response_format", {"type": "integer", "minimum": 0, "maximum": 99999})
+    requests = [request(str(seed), constraint, seed=seed, temperature=2.0) for seed in range(12)]
+    ended = {len(text) for text, _, _ in generate(replica, *requests)}
     assert len(ended) > 2
-    for text, finish, count in ask(replica, *(replace(each, ignore_eos=True) for each in asked)):
+    for text, finish, count in generate(replica, *(replace(each, ignore_eos=True) for each in requests)):
         assert (finish, count) == ("stop", len(text)) and (text == "0" or len(text) == 5)
 
 
 def test_others_in_the_batch_are_not_changed(replica: Replica) -> None:
     plain = [request(f"plain-{seed}", None, seed=seed, max_tokens=30) for seed in range(3)]
-    alone = ask(replica, *plain)
-    held = [
-        request(f"held-{seed}", OutputConstraint("response_format", SCHEMAS["object"]), seed=seed) for seed in range(3)
+    alone = generate(replica, *plain)
+    constrained = [
+        request(f"constrained-{seed}", OutputConstraint("response_format", SCHEMAS["object"]), seed=seed)
+        for seed in range(3)
     ]
-    assert ask(replica, *plain, *held)[:3] == alone
+    assert generate(replica, *plain, *constrained)[:3] == alone
 
 
 def test_a_constraint_is_compiled_once_in_a_thread_of_its_own(
-    forms: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
+    compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[str] = []
 
@@ -367,11 +374,11 @@ def test_a_constraint_is_compiled_once_in_a_thread_of_its_own(
 
     monkeypatch.setattr(masks, "LLMatcher", compile_in)
     for _ in range(3):
-        asyncio.run(forms.mask_factory(OutputConstraint("response_format", {"type": "object", "title": "once"})))
+        asyncio.run(compiler.mask_factory(OutputConstraint("response_format", {"type": "object", "title": "once"})))
     assert threads == ["grammar_0"]
 
 
-def test_the_real_base_answers_by_a_schema(base: Base) -> None:
+def test_the_real_base_satisfies_a_schema(base: Base) -> None:
     replica = Replica(base, no_adapters, ServeSettings(device="cpu", threads=1, kv_tokens=2048, max_sequences=4))
     person = {
         "type": "object",
@@ -385,9 +392,9 @@ def test_the_real_base_answers_by_a_schema(base: Base) -> None:
     }
     try:
         messages = ({"role": "user", "content": "Ada Lovelace was 36. Give her name, age and tags in JSON."},)
-        asked = [request(str(t), OutputConstraint("response_format", person), messages=messages, temperature=t, seed=1)
-                 for t in (0.0, 1.0)]  # fmt: skip
-        for text, finish, _ in ask(replica, *asked):
+        constraint = OutputConstraint("response_format", person)
+        requests = [request(str(t), constraint, messages=messages, temperature=t, seed=1) for t in (0.0, 1.0)]
+        for text, finish, _ in generate(replica, *requests):
             assert finish == "stop"
             jsonschema.validate(json.loads(text), person)
     finally:

@@ -24,9 +24,9 @@ def replica(hermes_base: Base) -> Iterator[Replica]:
     replica.close()
 
 
-def test_an_idle_replica_is_well(replica: Replica) -> None:
+def test_an_idle_replica_is_healthy(replica: Replica) -> None:
     async def watch() -> None:
-        replica._last_step -= 120.0  # as if the engine had been silent for so long; it is idle, and shows itself again
+        replica._last_step -= 120.0  # as if the engine had been silent for two minutes; an idle one steps again
         while time.monotonic() - replica._last_step > 60.0:
             await asyncio.sleep(0.01)
         await replica.ready()
@@ -34,7 +34,7 @@ def test_an_idle_replica_is_well(replica: Replica) -> None:
     asyncio.run(asyncio.wait_for(watch(), 30))
 
 
-def test_a_hung_engine_is_found_out(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hung_engine_is_detected(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
     hung, go_on = threading.Event(), threading.Event()
     step = replica._engine.step
 

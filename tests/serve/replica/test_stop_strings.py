@@ -24,11 +24,11 @@ def test_the_first_of_several_stops_wins() -> None:
     assert run(["one two three"], ("three", "two")) == ("one ", True)
 
 
-def test_a_stop_that_only_began_comes_out_at_the_end() -> None:
+def test_an_incomplete_stop_string_is_returned_at_the_end() -> None:
     assert run(["ends with a st"], ("stop",)) == ("ends with a st", False)
 
 
-def test_nothing_is_held_back_that_can_not_become_a_stop() -> None:
+def test_only_text_that_can_become_a_stop_string_is_held_back() -> None:
     scanner = StopScanner(("END",))
     assert scanner.push("abcE") == ("abc", False)
     assert scanner.push("xyz") == ("Exyz", False)
@@ -40,7 +40,7 @@ def test_streaming_equals_a_search_in_the_whole_text(pieces: list[str], stops: l
     whole = "".join(pieces)
     found = [at for stop in stops if (at := whole.find(stop)) >= 0]
     assert stopped == bool(found)
-    # Which of two stops that overlap is met first may depend on the pieces; what is shown never holds one.
+    # Which of two overlapping stops is found first may depend on the pieces; the text never contains one.
     assert whole.startswith(shown)
     assert not any(stop in shown for stop in stops)
     if not found:

@@ -29,7 +29,7 @@ ANSWERS = {
     "white space": (" \n ", " \n ", []),
     "a call": (call(x=1), "", [ToolCall("f", '{"x": 1}')]),
     "text before": ("Let me see.\n\n" + call(), "Let me see.", [ToolCall("f", "{}")]),
-    "text behind": (call() + "\nDone.\n", "\nDone.", [ToolCall("f", "{}")]),
+    "text after": (call() + "\nDone.\n", "\nDone.", [ToolCall("f", "{}")]),
     "several": (f"\n{call('a')}\n{call('b', y=[1])} \n", "", [ToolCall("a", "{}"), ToolCall("b", '{"y": [1]}')]),
     "text between": (f"1 {call('a')} 2 {call('b')}", "1 2", [ToolCall("a", "{}"), ToolCall("b", "{}")]),
     "no white space": (
@@ -55,12 +55,12 @@ ANSWERS = {
         '<tool_call>{"name": "f", "arguments": "x"}</tool_call>',
         [],
     ),
-    "a number that is none": (
+    "an infinite number": (
         '<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>',
         '<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>',
         [],
     ),
-    "half a character": (
+    "a lone surrogate": (
         '<tool_call>{"name": "f", "arguments": {"x": "\\ud800"}}</tool_call>',
         '<tool_call>{"name": "f", "arguments": {"x": "\\ud800"}}</tool_call>',
         [],
@@ -105,10 +105,10 @@ def test_text_without_a_call_is_left_alone(text: str) -> None:
 
 
 def test_no_part_of_a_tag_is_released_early() -> None:
-    scanner, told = ToolCallScanner(), ""
+    scanner, text = ToolCallScanner(), ""
     for letter in "I look. " + call(x=1):
-        told += "".join(part for part in scanner.push(letter) if isinstance(part, str))
-    assert told == "I look."
+        text += "".join(part for part in scanner.push(letter) if isinstance(part, str))
+    assert text == "I look."
 
 
 def test_text_is_released_as_soon_as_it_is_certain() -> None:

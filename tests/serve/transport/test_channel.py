@@ -35,7 +35,7 @@ def chunk(text: str, count: int, finish: str | None = None) -> TextChunk:
 
 def test_chunks_arrive_whole_and_in_order() -> None:
     token = TokenText("é", -0.25, "é".encode())
-    told = TextChunk(
+    complete = TextChunk(
         "héllo", 7, 2, None, (SampledToken(token, (token, TokenText("<x>", None, None))), SampledToken(token))
     )
 
@@ -43,10 +43,10 @@ def test_chunks_arrive_whole_and_in_order() -> None:
         async with joined() as (receiver, sender, address):
             send = await sender.connect(address)
             with receiver.inbox("a") as inbox, receiver.inbox("b") as other:
-                for each in (None, told, chunk("", 3, "stop")):
+                for each in (None, complete, chunk("", 3, "stop")):
                     send("a", each)
                 send("b", chunk("b", 1))
-                assert [await inbox.get() for _ in range(3)] == [None, told, chunk("", 3, "stop")]
+                assert [await inbox.get() for _ in range(3)] == [None, complete, chunk("", 3, "stop")]
                 assert await other.get() == chunk("b", 1)
 
     run(work())
@@ -57,8 +57,8 @@ def test_chunks_that_are_ready_together_are_one_frame(monkeypatch: pytest.Monkey
 
     async def work() -> None:
         async with joined() as (receiver, sender, address):
-            hand_out = receiver._dispatch
-            monkeypatch.setattr(receiver, "_dispatch", lambda frame, _: (frames.append(frame), hand_out(frame, _)))
+            dispatch = receiver._dispatch
+            monkeypatch.setattr(receiver, "_dispatch", lambda frame, _: (frames.append(frame), dispatch(frame, _)))
             send = await sender.connect(address)
             with receiver.inbox("31") as last:
                 for n in range(32):
@@ -108,7 +108,7 @@ def test_one_connection_serves_all_and_is_replaced_if_it_breaks() -> None:
     run(work())
 
 
-def test_a_stranger_is_not_listened_to() -> None:
+def test_a_sender_without_the_secret_is_ignored() -> None:
     async def work() -> None:
         async with joined() as (receiver, sender, address):
             with receiver.inbox("a") as inbox:
@@ -133,7 +133,7 @@ def test_an_unreachable_gateway_is_an_error() -> None:
     run(work())
 
 
-def test_a_gateway_that_stops_reading_costs_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gateway_that_stops_reading_costs_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel, "_MAX_BUFFERED_BYTES", 1 << 20)
 
     async def work() -> None:

@@ -1,4 +1,4 @@
-"""A gateway's own port: shared, refused to strangers, and left without cutting an answer."""
+"""A gateway's port: shared by gateways, refused if another program has it, and closed without cutting an answer."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_stream_outlives_the_drain_and_nothing_new_begins() -> None:
     asyncio.run(asyncio.wait_for(work(), 30))
 
 
-def test_two_share_a_port_and_one_may_go() -> None:
+def test_two_servers_share_a_port_and_one_may_stop() -> None:
     async def work() -> None:
         port = free_port()
         first, second = (HttpServer(app(ticks=1), HOST, port, drain_seconds=5) for _ in range(2))

@@ -20,7 +20,7 @@ def has(cache: HostCache, version: str) -> bool:
     return found is not None
 
 
-def test_the_one_used_longest_ago_leaves_first():
+def test_the_least_recently_used_adapter_is_evicted_first():
     cache = HostCache(300 * 64)
     for version in "abc":
         cache.put(version, packed(100 * 64, ord(version)))
@@ -30,7 +30,7 @@ def test_the_one_used_longest_ago_leaves_first():
     assert cache.bytes == 300 * 64
 
 
-def test_what_is_borrowed_stays_as_it_is():
+def test_a_borrowed_adapter_is_not_evicted():
     cache = HostCache(200 * 64)
     cache.put("a", packed(100 * 64, 1))
     cache.put("b", packed(100 * 64, 2))
@@ -45,7 +45,7 @@ def test_what_is_borrowed_stays_as_it_is():
     assert [has(cache, version) for version in "acd"] == [False, False, True]
 
 
-def test_one_larger_than_all_of_it_is_not_kept():
+def test_an_adapter_larger_than_the_cache_is_not_kept():
     cache = HostCache(64)
     cache.put("a", packed(65, 1))
     assert not has(cache, "a")
@@ -57,7 +57,7 @@ def test_one_larger_than_all_of_it_is_not_kept():
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 40), st.booleans()), max_size=40))
-def test_an_adapter_is_there_whole_or_not_at_all(events):
+def test_an_adapter_is_cached_whole_or_not_at_all(events):
     cache = HostCache(64 * 64)
     sizes: dict[str, int] = {}
     lent = []

@@ -9,7 +9,7 @@ from loramill.serve.engine.adapters.residency import Residency, SlotChanges
 
 
 def use(residency: Residency, version: str) -> None:
-    """A request of its own, from arrival to end, for a version that gets a slot at once."""
+    """One request, from arrival to end, for a version that gets a slot at once."""
     residency.acquire(version)
     assert version in residency.advance().load
     residency.mark_loaded(version)
@@ -80,7 +80,7 @@ def test_draining_ends_when_no_version_waits():
     assert residency.ready("a")
 
 
-def test_a_failed_fetch_gives_the_slot_back_and_may_be_tried_again():
+def test_a_failed_fetch_frees_the_slot_and_may_be_retried():
     residency = Residency(slots=1, patience_steps=1)
     residency.acquire("a")
     residency.advance()
@@ -103,7 +103,7 @@ def test_a_failed_fetch_gives_the_slot_back_and_may_be_tried_again():
     requests=st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 20), st.integers(1, 6)), max_size=25),
     delay=st.integers(0, 4),
 )
-def test_every_request_gets_its_version_in_the_end(slots, patience, requests, delay):
+def test_every_request_is_served_eventually(slots, patience, requests, delay):
     residency = Residency(slots, patience)
     waiting: list[tuple[str, int]] = []
     running: list[list] = []
