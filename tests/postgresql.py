@@ -33,7 +33,7 @@ class PostgreSQL:
         """A new cluster, not started yet; skips the test if PostgreSQL isn't installed."""
         binaries = _server_binaries()
         if binaries is None:
-            pytest.skip("no PostgreSQL server is installed here (initdb not found); apt-get install postgresql")
+            pytest.skip("no PostgreSQL server is installed here (initdb not found); run `apt-get install postgresql`")
         home = Path(tempfile.mkdtemp(prefix="loramill-postgresql-"))
         server = cls(binaries, home)
         try:

@@ -98,7 +98,7 @@ def test_concatenated_modules_keep_their_values(kind):
         assert torch.equal(joined.values(dtype), torch.cat([part.values(dtype) for part in parts]))
 
 
-def test_modules_of_two_kinds_are_no_matrix():
+def test_modules_of_two_kinds_are_not_concatenated():
     with pytest.raises(EngineFault):
         concatenate([quantize(torch.randn(8, 64), "nf4"), quantize(torch.randn(8, 64), "int8")])
 

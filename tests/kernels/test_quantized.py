@@ -145,7 +145,7 @@ def test_memory_is_proportional_to_the_bits(name, dtype, bits):
     assert ops.pack_quantized(matrix, dtype).data.nbytes == 96 * 256 * bits // 8
 
 
-def test_parts_that_form_no_matrix_are_refused():
+def test_parts_that_do_not_form_a_matrix_are_refused():
     good = random_matrix(6, 24, 4, 8)
     for wrong in (
         {"levels": None},

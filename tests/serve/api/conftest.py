@@ -1,4 +1,4 @@
-"""A real gateway on a real port over a real record; only the model is an echo."""
+"""A real gateway on a real port over a real registry; only the model is an echo."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-#: All that the gateway itself ever reads of a base.
+#: Everything that the gateway itself reads of a base.
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -52,7 +52,7 @@ CONFIG = {
 
 
 class Switch:
-    """Passes everything on to the backend that the current test wants."""
+    """Passes everything on to the backend that the current test sets."""
 
     def __init__(self) -> None:
         self.now: GenerationBackend = EchoBackend()
@@ -66,7 +66,7 @@ class Switch:
 
 @dataclass(frozen=True)
 class Site:
-    """A running gateway and its record."""
+    """A running gateway and its registry."""
 
     url: str
     registry: Registry
@@ -128,7 +128,7 @@ def byte_tokenizer() -> ChatTokenizer:
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    home = tmp_path_factory.mktemp("record")
+    home = tmp_path_factory.mktemp("registry")
     settings = Settings(home=home, cache=home / "cache", serve={"max_upload_bytes": 200_000}, jobs={"min_examples": 4})
     migrate(settings.database)
     registry = Registry.open(settings.database, settings.artifacts)
@@ -145,7 +145,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.fixture
 def twin(site: Site) -> Iterator[Site]:
-    """A second gateway on the same record, which reads and writes it by itself, as another process would."""
+    """A second gateway on the same database with its own connections, as in another process."""
     registry = Registry.open(site.settings.database, site.settings.artifacts)
     app = build_api(
         registry=registry, base=site.base, tokenizer=site.tokenizer, backend=site.backend, settings=site.settings
@@ -157,7 +157,7 @@ def twin(site: Site) -> Iterator[Site]:
 
 @pytest.fixture
 def endpoints(site: Site) -> list[tuple[str, str]]:
-    """Method and path of all that the gateway answers; a part of a path that is a name is a star."""
+    """Method and path of every endpoint; a path parameter is a star."""
     paths = get_openapi(title="", version="", routes=site.app.routes)["paths"]
     return [(method.upper(), re.sub(r"{[^}]*}", "*", path)) for path, methods in paths.items() for method in methods]
 

@@ -45,20 +45,20 @@ def test_an_ordinary_users_script(python: Path, site: Any, tenant: str) -> None:
     script, model = str(ROOT / "examples" / "openai_client.py"), f"{tenant}/support"
     done = run(python, site, site.key(tenant), script, model)
     assert done.returncode == 0, done.stdout + done.stderr
-    said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-    assert said["models"] == str(["tiny", model])
-    assert said["chat"] == "Say hello to the world. 10 tokens"
-    assert said["stream"] == "Say hello to the world. (5 tokens)"
-    assert said["choice 1"] == "[-1.0, -1.0, -1.0, -1.0]"
-    assert said["events"] == "Say hello to the world."
-    assert said["completions"] == "['Once upon', 'There was']"
-    assert said["async"] == "['Tell me about rain.', 'Tell me about snow.', 'A fog', 'A storm']"
-    assert said["cancelled"] == "cancelled"
+    printed = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert printed["models"] == str(["tiny", model])
+    assert printed["chat"] == "Say hello to the world. 10 tokens"
+    assert printed["stream"] == "Say hello to the world. (5 tokens)"
+    assert printed["choice 1"] == "[-1.0, -1.0, -1.0, -1.0]"
+    assert printed["events"] == "Say hello to the world."
+    assert printed["completions"] == "['Once upon', 'There was']"
+    assert printed["async"] == "['Tell me about rain.', 'Tell me about snow.', 'A fog', 'A storm']"
+    assert printed["cancelled"] == "cancelled"
     errors = re.findall(r"^error: (\d+ \w+) \S", done.stdout, re.MULTILINE)
     assert errors == ["404 model_not_found", "400 unsupported_parameter", "401 invalid_api_key"]
 
 
-def test_it_is_empty_but_for_openai(python: Path, site: Any) -> None:
+def test_the_environment_has_only_openai(python: Path, site: Any) -> None:
     for module in ("loramill", "torch", "fastapi"):
         missing = run(python, site, "", "-c", f"import {module}")
         assert missing.returncode != 0 and "ModuleNotFoundError" in missing.stderr

@@ -1,7 +1,7 @@
-"""The description is true: what it says is answered, and what it doesn't say never is.
+"""The OpenAPI description is true: the gateway accepts what it allows, and every answer is one that it describes.
 
-Schemathesis asks every operation for what the description allows and for what it forbids, as an admin, as a tenant
-and without a key; the same requests in every run. Every answer has to be one that is described.
+Schemathesis sends every operation requests that the description allows and that it forbids, as an admin, as a tenant
+and without a key; the same requests in every run.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ Json = dict[str, Any]
 
 #: Requests of each kind (allowed, forbidden) that are drawn at random for an operation, besides the systematic ones.
 DRAWN = 4
-#: Instead of a boolean that is false (and 0 is none, though Python says so).
+#: Values that mean false where a boolean may be absent (0 is not one, although it equals False).
 ABSENT: tuple[Any, ...] = (None, False)
 
-#: The description can't tell whether what is well-formed makes sense; and GET …/jobs/batch asks for a job named so.
+#: The description can't express whether a well-formed request makes sense; and GET …/jobs/batch is for a job "batch".
 UNDECIDED = [positive_data_acceptance, unsupported_method]
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "one two"}]}
@@ -72,7 +72,7 @@ def operations(description: Json) -> Iterator[tuple[str, Json]]:
 
 @pytest.fixture
 def known(site: Any, tenant: str, jsonl: Any) -> dict[str, list[Any]]:
-    """What there is to find, by the parameter that names it: a tenant with files, a job, an adapter of two versions."""
+    """Names that exist, by parameter: a tenant with files, a job, an adapter of two versions."""
     name = AdapterName(tenant, "support")
     versions = [site.registry.artifacts.put({"a.bin": f"{tenant} {number}".encode()}) for number in range(2)]
     data = site.registry.artifacts.put({DATA_FILE: jsonl(8, tenant)})
@@ -109,10 +109,13 @@ def test_everything_is_described(description: dict[str, Any]) -> None:
         for parameter in operation.get("parameters", ()):
             assert "$ref" in parameter or parameter["description"], f"{name}: {parameter['name']}"
         for media, content in operation["responses"]["200"]["content"].items():
-            told = content["schema"]
-            assert "$ref" in told or told.get("properties") or told.get("format") or media.startswith("text/plain"), (
-                f"{name} answers {media}, which its `responses` do not describe"
-            )
+            body_schema = content["schema"]
+            assert (
+                "$ref" in body_schema
+                or body_schema.get("properties")
+                or body_schema.get("format")
+                or media.startswith("text/plain")
+            ), f"{name} answers {media}, which its `responses` do not describe"
         refusals = operation["responses"].keys() - {"200"}
         if name.partition(" ")[2] in OPEN_PATHS:
             assert (refusals, operation["security"]) == ({"500", "503"}, [])
@@ -126,11 +129,11 @@ def test_everything_is_described(description: dict[str, Any]) -> None:
             assert about["description"][0].isupper() and about["description"].endswith((".", "`")), f"{name}.{field}"
 
 
-def test_what_asks_for_nothing_is_described(description: dict[str, Any]) -> None:
-    asked = description["components"]["schemas"]["ChatRequest"]["properties"]
-    assert asked["store"]["anyOf"] == [{"enum": [False, None]}]
-    assert asked["seed"]["anyOf"][-1] == asked["temperature"]["anyOf"][-1] == {"type": "null"}
-    assert asked["temperature"]["default"] == 1.0
+def test_values_without_effect_are_described(description: dict[str, Any]) -> None:
+    properties = description["components"]["schemas"]["ChatRequest"]["properties"]
+    assert properties["store"]["anyOf"] == [{"enum": [False, None]}]
+    assert properties["seed"]["anyOf"][-1] == properties["temperature"]["anyOf"][-1] == {"type": "null"}
+    assert properties["temperature"]["default"] == 1.0
 
 
 def test_every_operation_answers_as_described(
@@ -143,7 +146,7 @@ def test_every_operation_answers_as_described(
             {"model": "tiny", "training_file": known["training_file"][0], "suffix": "s"},
         )
         key = http.post(f"/v1/tenants/{tenant}/keys").json()["id"]
-        asked = REQUESTS | {
+        valid_requests = REQUESTS | {
             "POST /v1/files": {"data": {"purpose": "fine-tune"}, "files": {"file": ("new.jsonl", jsonl(9))}},
             "POST /v1/files/check": {"files": {"file": ("new.jsonl", jsonl(12))}},
             "POST /v1/fine_tuning/jobs": {"json": job},
@@ -154,13 +157,17 @@ def test_every_operation_answers_as_described(
         }
         site.publish(f"{tenant}/spare", f"{tenant} spare")
         deleted = {"model": f"{tenant}/spare", "version": "previous"}
-        places = {name: values[0] for name, values in known.items()} | {"key_id": key}
+        parameter_values = {name: values[0] for name, values in known.items()} | {"key_id": key}
         for name in sorted(
-            todo, key=lambda name: (name.startswith("DELETE"), list(asked).index(name) if name in asked else -1)
+            todo,
+            key=lambda name: (
+                name.startswith("DELETE"),
+                list(valid_requests).index(name) if name in valid_requests else -1,
+            ),
         ):
             method, _, path = name.partition(" ")
-            here = places | deleted if method == "DELETE" else places
-            answer = http.request(method, path.format(**here), **asked.get(name, {}))
+            parameters = parameter_values | deleted if method == "DELETE" else parameter_values
+            answer = http.request(method, path.format(**parameters), **valid_requests.get(name, {}))
             answer.request.read()
             assert answer.status_code == 200, f"{name}: REQUESTS should have one that succeeds, not {answer.text}"
             api[path][method].validate_response(answer)
@@ -173,9 +180,9 @@ def test_streams_are_as_described(site: Any, http: httpx.Client, description: di
     answer = http.post(path, json=body)
     assert answer.headers["content-type"].startswith("text/event-stream") and answer.text.count("data: ") > 3
     api[path]["POST"].validate_response(answer)
-    for said, instead in (('"choices"', '"chosen"'), ("[DONE]", "[OVER]"), ('"created":', '"created":1.5,"c":')):
+    for written, instead in (('"choices"', '"chosen"'), ("[DONE]", "[OVER]"), ('"created":', '"created":1.5,"c":')):
         wrong = httpx.Response(
-            200, headers=answer.headers, content=answer.text.replace(said, instead).encode(), request=answer.request
+            200, headers=answer.headers, content=answer.text.replace(written, instead).encode(), request=answer.request
         )
         wrong.elapsed = timedelta(0)
         with pytest.raises(Failure):
@@ -200,16 +207,16 @@ def test_no_answer_is_undescribed(
 ) -> None:
     key = site.admin_key if admin else site.key(tenant)
     headers = {"authorization": f"Bearer {key}", "openai-organization": tenant}
-    wrong = asked(site.url, narrowed(description, known), headers, systematic=admin)
+    wrong = failures(site.url, narrowed(description, known), headers, systematic=admin)
     assert not wrong, f"{len(wrong)} answers aren't as described; the first:\n\n" + "\n\n".join(wrong[:5])
 
 
 def test_nothing_is_answered_without_a_key(site: Any, known: dict[str, list[Any]], description: dict[str, Any]) -> None:
-    places = {name: values[0] for name, values in known.items()} | {"key_id": "key-none"}
+    parameter_values = {name: values[0] for name, values in known.items()} | {"key_id": "key-none"}
     with site.http() as http:
         for name, operation in operations(description):
             method, _, path = name.partition(" ")
-            answer = http.request(method, path.format(**places))
+            answer = http.request(method, path.format(**parameter_values))
             assert answer.status_code == (200 if path in OPEN_PATHS else 401), name
             schemathesis.openapi.from_dict(description)[path][method].validate_response(answer)
             assert ("security" in operation) == (path in OPEN_PATHS)
@@ -234,7 +241,7 @@ JOBS = "/v1/fine_tuning/jobs"
         ("OPTIONS", "/v1/files", None, 405, None),
     ],
 )
-def test_what_was_wrong_once(
+def test_past_mistakes_stay_fixed(
     http: httpx.Client, known: dict[str, list[Any]], method: str, path: str, body: Any, status: int, param: str | None
 ) -> None:
     whole = body and {"model": "tiny", **({"training_file": known["training_file"][0]} if path == JOBS else {}), **body}
@@ -243,8 +250,8 @@ def test_what_was_wrong_once(
     assert answer.headers.get("allow") == ("GET, POST" if status == 405 else None)
 
 
-def asked(url: str, description: dict[str, Any], headers: dict[str, str], *, systematic: bool) -> list[str]:
-    """Asks every operation; returns what is wrong, once for each operation and kind of mistake, with how to see it."""
+def failures(url: str, description: dict[str, Any], headers: dict[str, str], *, systematic: bool) -> list[str]:
+    """Sends requests to every operation; returns one failure per operation and kind, with how to reproduce it."""
     api, wrong = schemathesis.openapi.from_dict(description), {}
     with requests.Session() as session:
         session.trust_env = False
@@ -284,7 +291,7 @@ def cases(operation: Any, *, systematic: bool) -> Iterator[Any]:
 
 
 def sensible(body: Any) -> None:
-    """Takes out of a generation's body what contradicts itself, so that something else of it is put to the test."""
+    """Removes contradictions from a generation's body, so that the rest of it is tested."""
     if not isinstance(body, dict):
         return
     if "max_tokens" in body and "max_completion_tokens" in body:
@@ -297,7 +304,7 @@ def sensible(body: Any) -> None:
 
 
 def narrowed(description: dict[str, Any], known: dict[str, list[Any]]) -> dict[str, Any]:
-    """A description by which only what there is to find is allowed, so that more than 404s are put to the test."""
+    """A description that allows only names that exist, so that more than 404s are tested."""
     description = deepcopy(description)
     for name, operation in operations(description):
         for parameter in operation.get("parameters", ()):

@@ -16,7 +16,7 @@ from loramill.serve.api.app import build_api
 from ... import switched
 from ...postgresql import PostgreSQL
 
-#: Of the URL of a database, and of what libpq says of it.
+#: Parts of a database's URL and of libpq's messages about it.
 SECRETS = ("postgresql", "127.0.0.1", "loramill@", "port", "refused", "server", "psycopg")
 
 
@@ -35,7 +35,7 @@ def check_unavailable(answer: httpx.Response) -> str:
     return str(answer.json()["error"]["message"])
 
 
-def test_endpoints_answer_while_postgresql_is_away_and_nothing_shows_where_it_is(
+def test_endpoints_answer_without_postgresql_and_do_not_reveal_its_address(
     site: Any, serving: Callable[..., Any], jsonl: Any
 ) -> None:
     with PostgreSQL.installed() as server:
@@ -47,24 +47,27 @@ def test_endpoints_answer_while_postgresql_is_away_and_nothing_shows_where_it_is
             tenants.create(session, "acme")
             _, secret = api_keys.create(session, "acme")
             _, admin = api_keys.create(session, None)
-        here = replace(site, registry=registry)
+        own_site = replace(site, registry=registry)
         app = build_api(
             registry=registry, base=site.base, tokenizer=site.tokenizer, backend=site.backend, settings=site.settings
         )
-        version = here.publish("acme/support", "acme one")
-        here.publish("acme/unasked", "acme two")
+        version = own_site.publish("acme/support", "acme one")
+        own_site.publish("acme/uncached", "acme two")
         names = ("tiny", "acme/support", f"acme/support@{version[:12]}")
-        with serving(app) as address, replace(here, url=address).http(secret) as http:
+        with serving(app) as address, replace(own_site, url=address).http(secret) as http:
             assert [chat(http, name).status_code for name in names] == [200, 200, 200]
             server.stop()
             for _ in range(3):
                 assert [chat(http, name).status_code for name in names] == [200, 200, 200]
             assert http.get("/health").status_code == http.get("/healthz").status_code == 200
-            with replace(here, url=address).http(admin) as unknown, replace(here, url=address).http() as nobody:
+            with (
+                replace(own_site, url=address).http(admin) as unknown,
+                replace(own_site, url=address).http() as anonymous,
+            ):
                 refused = [
-                    chat(http, "acme/unasked"),
+                    chat(http, "acme/uncached"),
                     chat(unknown, "tiny"),
-                    nobody.get("/readyz"),
+                    anonymous.get("/readyz"),
                     http.get("/v1/fine_tuning/jobs"),
                     http.get("/v1/files"),
                     upload(http, jsonl(5)),
@@ -73,13 +76,13 @@ def test_endpoints_answer_while_postgresql_is_away_and_nothing_shows_where_it_is
                 message = check_unavailable(answer)
                 assert not [secret for secret in SECRETS if secret in message.lower()], message
             server.start()
-            assert chat(http, "acme/unasked").status_code == http.get("/readyz").status_code == 200
+            assert chat(http, "acme/uncached").status_code == http.get("/readyz").status_code == 200
             assert upload(http, jsonl(5)).status_code == 200
         registry.close()
 
 
 @pytest.fixture
-def away(site: Any, tmp_path: Any, serving: Callable[..., Any]) -> Iterator[Any]:
+def switchable(site: Any, tmp_path: Any, serving: Callable[..., Any]) -> Iterator[Any]:
     """The site, with a store that can be switched off."""
     switched.clear()
     registry = Registry.open(site.settings.database, "switched://key:secret@bucket/loramill")
@@ -92,8 +95,8 @@ def away(site: Any, tmp_path: Any, serving: Callable[..., Any]) -> Iterator[Any]
     switched.clear()
 
 
-def test_a_store_that_is_away_is_named_and_tried_again(away: Any, tenant: str, jsonl: Any) -> None:
-    with away.http(away.key(tenant)) as http:
+def test_an_unavailable_store_is_named_and_retried(switchable: Any, tenant: str, jsonl: Any) -> None:
+    with switchable.http(switchable.key(tenant)) as http:
         with switched.off(switched.away):
             message = check_unavailable(upload(http, jsonl(5)))
         assert "switched://bucket/loramill" in message
@@ -106,18 +109,18 @@ def test_a_store_that_is_away_is_named_and_tried_again(away: Any, tenant: str, j
         assert http.post("/v1/fine_tuning/jobs", json=new).status_code == 200
 
 
-def test_a_store_that_refuses_says_why(away: Any, tenant: str, jsonl: Any) -> None:
+def test_the_reason_of_a_store_that_refuses_is_given(switchable: Any, tenant: str, jsonl: Any) -> None:
     refusals = {
         "NoSuchBucket": (FileNotFoundError("?"), 404, "bucket does not exist"),
         "SignatureDoesNotMatch": (PermissionError("?"), 403, "credentials"),
         "AccessDenied": (PermissionError("?"), 403, "permission to read or write"),
     }
-    with away.http(away.key(tenant)) as http:
-        for code, (error, status, words) in refusals.items():
+    with switchable.http(switchable.key(tenant)) as http:
+        for code, (error, status, reason) in refusals.items():
             with switched.off(lambda error=error, code=code, status=status: switched.translated(error, code, status)):
                 answer = upload(http, jsonl(5, code))
             assert (answer.status_code, answer.json()["error"]["code"]) == (500, "store_unusable")
-            assert words in answer.json()["error"]["message"]
+            assert reason in answer.json()["error"]["message"]
 
 
 def test_a_failed_job_is_retried_over_http(site: Any, tenant: str, http: httpx.Client, jsonl: Any) -> None:
@@ -132,7 +135,9 @@ def test_a_failed_job_is_retried_over_http(site: Any, tenant: str, http: httpx.C
     assert (again["status"], again["error"], again["loramill"]["waits_for"]) == ("queued", None, None)
 
 
-def test_a_job_of_another_base_says_what_it_waits_for(site: Any, tenant: str, http: httpx.Client, jsonl: Any) -> None:
+def test_a_job_of_another_base_reports_what_it_waits_for(
+    site: Any, tenant: str, http: httpx.Client, jsonl: Any
+) -> None:
     file = upload(http, jsonl(5)).json()["id"]
     job = http.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file}).json()
     base = hashlib.sha256(b"another").hexdigest()

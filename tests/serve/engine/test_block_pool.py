@@ -53,7 +53,7 @@ def test_a_prefix_is_found_until_its_blocks_are_reused():
         pool.check_integrity({})
 
 
-def test_the_first_block_of_a_key_is_the_one_that_is_shared():
+def test_the_first_block_of_a_key_is_shared():
     pool = BlockPool(2)
     first, second = pool.allocate(2)
     key = root_key(None)

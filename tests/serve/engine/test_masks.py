@@ -72,7 +72,7 @@ def test_the_mask_ends_its_answer_with_its_last_token(drive):
 
 
 @pytest.mark.parametrize(("min_tokens", "count"), [(0, 3), (6, 6), (20, 9)])
-def test_a_stop_token_comes_where_the_mask_allows_it_and_not_before_min_tokens(drive, min_tokens, count):
+def test_a_stop_token_comes_where_mask_and_min_tokens_allow_it(drive, min_tokens, count):
     # From its third token on it may stop; after the ninth it must.
     driver = drive()
     sampling = {"max_tokens": 20, "stop_ids": (STOP,), "logit_bias": ((STOP, 100.0),), "min_tokens": min_tokens}

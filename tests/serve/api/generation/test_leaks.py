@@ -1,4 +1,4 @@
-"""A tenant learns nothing of another's things: what exists and what doesn't are answered alike, to the header."""
+"""A tenant learns nothing about another's objects: existing and unknown names get the same answer, headers included."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loramill.types import Scope
 
 @dataclass(frozen=True)
 class Names:
-    """Names of one of everything."""
+    """Names of one object of each kind."""
 
     tenant: str
     adapter: str
@@ -36,8 +36,8 @@ def theirs(site: Any, other: str, jsonl: Any) -> Names:
 
 
 @pytest.fixture
-def nobodys(theirs: Names) -> Names:
-    """Names of the same length that name nothing."""
+def unknown(theirs: Names) -> Names:
+    """Names of the same lengths that do not exist."""
 
     def turned(text: str) -> str:
         kind, dash, rest = text.rpartition("-")
@@ -104,7 +104,7 @@ def _requests(it: Names, mine: str) -> list[tuple[str, str, dict[str, Any]]]:
     ]
 
 
-def _told(answer: httpx.Response, it: Names) -> tuple[int, str, dict[str, str]]:
+def _visible(answer: httpx.Response, it: Names) -> tuple[int, str, dict[str, str]]:
     text = answer.text
     for name, value in vars(it).items():
         text = text.replace(value, f"<{name}>").replace(value[:12], f"<{name}>")
@@ -112,46 +112,50 @@ def _told(answer: httpx.Response, it: Names) -> tuple[int, str, dict[str, str]]:
     return answer.status_code, text, headers
 
 
-def test_what_is_anothers_and_what_is_not_are_answered_alike(
-    site: Any, http: httpx.Client, tenant: str, theirs: Names, nobodys: Names, endpoints: list[tuple[str, str]]
+def test_existing_and_unknown_names_of_others_are_answered_alike(
+    site: Any, http: httpx.Client, tenant: str, theirs: Names, unknown: Names, endpoints: list[tuple[str, str]]
 ) -> None:
     site.publish(f"{tenant}/a", f"{tenant} one")
-    asked = set()
+    requested = set()
     for (method, path, how), (_, elsewhere, other_how) in zip(
-        _requests(theirs, tenant), _requests(nobodys, tenant), strict=True
+        _requests(theirs, tenant), _requests(unknown, tenant), strict=True
     ):
-        there = http.request(method, path, **how)
-        told = _told(there, theirs)
-        assert told == _told(http.request(method, elsewhere, **other_how), nobodys), (method, path)
+        answer = http.request(method, path, **how)
+        visible = _visible(answer, theirs)
+        assert visible == _visible(http.request(method, elsewhere, **other_how), unknown), (method, path)
         # A batch answers 200 with an error for each job.
-        assert there.status_code in (400, 403, 404) or "batch" in path, (method, path, there.text)
-        asked.add((method, there.request.url.path))
+        assert answer.status_code in (400, 403, 404) or "batch" in path, (method, path, answer.text)
+        requested.add((method, answer.request.url.path))
     naming = [(method, path) for method, path in endpoints if "*" in path]
     for method, path in naming:
         parts = path.split("*")
-        assert any(verb == method and url.startswith(parts[0]) and url.endswith(parts[-1]) for verb, url in asked), path
+        assert any(
+            verb == method and url.startswith(parts[0]) and url.endswith(parts[-1]) for verb, url in requested
+        ), path
 
 
-def test_nothing_of_anothers_was_changed(site: Any, http: httpx.Client, tenant: str, theirs: Names) -> None:
+def test_requests_for_anothers_objects_change_nothing(
+    site: Any, http: httpx.Client, tenant: str, theirs: Names
+) -> None:
     with site.http(site.admin_key) as admin:
-        looks = [
+        paths = [
             f"/v1/adapters/{theirs.tenant}/{theirs.adapter}",
             f"/v1/fine_tuning/jobs/{theirs.job}",
             f"/v1/tenants/{theirs.tenant}",
             f"/v1/tenants/{theirs.tenant}/keys",
             f"/v1/files/{theirs.file}",
         ]
-        before = [admin.get(path).text for path in looks]
+        before = [admin.get(path).text for path in paths]
         site.publish(f"{tenant}/a", f"{tenant} one")
         for method, path, how in _requests(theirs, tenant):
             http.request(method, path, **how)
-        assert [admin.get(path).text for path in looks] == before
+        assert [admin.get(path).text for path in paths] == before
 
 
-def test_a_key_without_the_scope_learns_nothing_either(site: Any, tenant: str, theirs: Names, nobodys: Names) -> None:
+def test_a_key_without_the_scope_learns_nothing_either(site: Any, tenant: str, theirs: Names, unknown: Names) -> None:
     with site.registry.writing() as session:
         _, secret = api_keys.create(session, tenant, scopes=[Scope.INFERENCE])
     with site.http(secret) as http:
-        for it in (theirs, nobodys):
+        for it in (theirs, unknown):
             answer = http.get(f"/v1/files/{it.file}")
             assert answer.status_code == 403 and "scope" in answer.json()["error"]["message"]

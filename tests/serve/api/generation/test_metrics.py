@@ -1,4 +1,4 @@
-"""GET /metrics, and what the gateway counts of real requests."""
+"""GET /metrics, and the gateway's counts of real requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loramill.errors import Overloaded, QuotaExceeded, Unavailable
 from loramill.serve.api.dependencies import ServedBase
-from loramill.serve.api.generation import metrics as watch
+from loramill.serve.api.generation import metrics as generation_metrics
 from loramill.serve.api.generation.admission import admitted
 from loramill.serve.api.generation.model_lookup import Target
 from loramill.serve.api.limits.tracker import UsageTracker
@@ -28,7 +28,7 @@ HELLO: Any = [{"role": "user", "content": "one two three"}]
 
 
 class Seen:
-    """What /metrics says now."""
+    """The samples that /metrics returns."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -49,7 +49,7 @@ class Seen:
 
 
 @pytest.fixture
-def see(site: Any) -> Iterator[Callable[[], Seen]]:
+def scrape(site: Any) -> Iterator[Callable[[], Seen]]:
     with site.http(site.admin_key) as http:
         yield lambda: Seen(http.get("/metrics").raise_for_status().text)
 
@@ -57,12 +57,12 @@ def see(site: Any) -> Iterator[Callable[[], Seen]]:
 @pytest.fixture(autouse=True)
 def fresh_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests' tenants have taken labels already."""
-    monkeypatch.setattr(watch, "_tenant_label", BoundedLabels(10))
-    monkeypatch.setattr(watch, "_adapter_label", BoundedLabels(10))
+    monkeypatch.setattr(generation_metrics, "_tenant_label", BoundedLabels(10))
+    monkeypatch.setattr(generation_metrics, "_adapter_label", BoundedLabels(10))
 
 
 class Answering(EchoBackend):
-    """Says these chunks, then raises the error."""
+    """Yields these chunks, then raises the error."""
 
     def __init__(self, chunks: list[TextChunk], error: Exception | None = None) -> None:
         super().__init__()
@@ -75,13 +75,13 @@ class Answering(EchoBackend):
             raise self._error
 
 
-# -- who may look ------------------------------------------------------------------------------------------------------
+# -- access ------------------------------------------------------------------------------------------------------------
 
 
-def test_only_an_admin_may_look(site: Any, http: httpx.Client) -> None:
+def test_only_an_admin_may_read_them(site: Any, http: httpx.Client) -> None:
     assert http.get("/metrics").status_code == 403
-    with site.http() as nobody:
-        assert nobody.get("/metrics").status_code == 401
+    with site.http() as anonymous:
+        assert anonymous.get("/metrics").status_code == 401
     with site.http(site.admin_key) as admin:
         answer = admin.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
@@ -92,18 +92,18 @@ def test_only_an_admin_may_look(site: Any, http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_generation_is_counted(client: OpenAI, site: Any, tenant: str, see: Any, stream: bool) -> None:
+def test_a_generation_is_counted(client: OpenAI, site: Any, tenant: str, scrape: Any, stream: bool) -> None:
     version = site.publish(f"{tenant}/support", f"{tenant} {stream}")
     client.completions.create(model="tiny", prompt="a b", max_tokens=1)
-    asked = client.chat.completions.create(model=f"{tenant}/support@{version[:12]}", messages=HELLO, stream=stream)
+    answer = client.chat.completions.create(model=f"{tenant}/support@{version[:12]}", messages=HELLO, stream=stream)
     if stream:
-        list(asked)
-    seen, adapter = see(), f"{tenant}/support"
+        list(answer)
+    seen, adapter = scrape(), f"{tenant}/support"
     assert seen("requests_total", endpoint="chat", tenant=tenant, adapter=adapter, code="200") == 1
     assert seen("requests_total", endpoint="completions", tenant=tenant, adapter="tiny", code="200") == 1
-    for name, of_adapter, of_base in (("prompt_tokens_total", 3, 2), ("completion_tokens_total", 3, 1)):
-        assert seen(name, tenant=tenant, adapter=adapter) == of_adapter
-        assert seen(name, tenant=tenant, adapter="tiny") == of_base
+    for name, adapter_tokens, base_tokens in (("prompt_tokens_total", 3, 2), ("completion_tokens_total", 3, 1)):
+        assert seen(name, tenant=tenant, adapter=adapter) == adapter_tokens
+        assert seen(name, tenant=tenant, adapter="tiny") == base_tokens
     assert seen("time_to_first_token_seconds_count", tenant=tenant, adapter=adapter) == 1
     assert seen("time_between_tokens_seconds_count", tenant=tenant) == 2
     assert seen("request_duration_seconds_count", tenant=tenant) == 2
@@ -111,9 +111,9 @@ def test_a_generation_is_counted(client: OpenAI, site: Any, tenant: str, see: An
     assert version[:8] not in seen.text, "versions are too many to be labels"
 
 
-def test_several_answers(client: OpenAI, tenant: str, see: Any) -> None:
+def test_several_answers(client: OpenAI, tenant: str, scrape: Any) -> None:
     usage = client.completions.create(model="tiny", prompt=["a b c", "d e", "d e f"], n=2, max_tokens=2).usage
-    seen = see()
+    seen = scrape()
     assert usage is not None
     assert seen("prompt_tokens_total", tenant=tenant) == usage.prompt_tokens == 8
     assert seen("completion_tokens_total", tenant=tenant) == usage.completion_tokens == 12
@@ -122,11 +122,11 @@ def test_several_answers(client: OpenAI, tenant: str, see: Any) -> None:
     assert seen.codes(tenant) == {"200": 1}
 
 
-def test_time_is_measured(client: OpenAI, site: Any, tenant: str, see: Any) -> None:
+def test_time_is_measured(client: OpenAI, site: Any, tenant: str, scrape: Any) -> None:
     site.backend.now = EchoBackend(seconds_per_token=0.05)
     client.chat.completions.create(model="tiny", messages=HELLO)
-    seen = see()
-    # A chunk that is seen late makes the gap behind it shorter, and a timer may fire a millisecond early.
+    seen = scrape()
+    # A chunk that is seen late makes the next gap shorter, and a timer may fire a millisecond early.
     first, between = (
         seen(f"time_{which}_seconds_sum", tenant=tenant) for which in ("to_first_token", "between_tokens")
     )
@@ -134,7 +134,7 @@ def test_time_is_measured(client: OpenAI, site: Any, tenant: str, see: Any) -> N
     assert seen("request_duration_seconds_sum", tenant=tenant) > 0.14
 
 
-def test_a_chunk_of_several_tokens_shares_its_gap(client: OpenAI, site: Any, tenant: str, see: Any) -> None:
+def test_a_chunk_of_several_tokens_shares_its_gap(client: OpenAI, site: Any, tenant: str, scrape: Any) -> None:
     class Jerky(Answering):
         async def generate(self, request: TextRequest) -> AsyncGenerator[TextChunk, None]:
             yield TextChunk("a", 2, 1)
@@ -144,42 +144,42 @@ def test_a_chunk_of_several_tokens_shares_its_gap(client: OpenAI, site: Any, ten
 
     site.backend.now = Jerky([])
     client.chat.completions.create(model="tiny", messages=HELLO)
-    seen = see()
+    seen = scrape()
     assert seen("time_between_tokens_seconds_count", tenant=tenant) == 1
     assert 0.1 <= seen("time_between_tokens_seconds_sum", tenant=tenant) < 0.4
     assert seen("completion_tokens_total", tenant=tenant) == 5
 
 
-def test_an_answer_without_tokens(client: OpenAI, site: Any, tenant: str, see: Any) -> None:
+def test_an_answer_without_tokens(client: OpenAI, site: Any, tenant: str, scrape: Any) -> None:
     site.backend.now = Answering([TextChunk("", 4, 0), TextChunk("", 4, 0, "stop")])
     client.chat.completions.create(model="tiny", messages=HELLO)
-    seen = see()
+    seen = scrape()
     assert seen("prompt_tokens_total", tenant=tenant) == 4
     assert seen("completion_tokens_total", tenant=tenant) == 0
     assert seen("time_to_first_token_seconds_count", tenant=tenant) == 1
 
 
-def test_an_admin_has_a_label_of_its_own(admin: OpenAI, site: Any, tenant: str, see: Any) -> None:
-    before = see()
+def test_an_admin_has_a_label_of_its_own(admin: OpenAI, site: Any, tenant: str, scrape: Any) -> None:
+    before = scrape()
     site.publish(f"{tenant}/support", f"{tenant} admin")
     for model in ("tiny", f"{tenant}/support"):
         admin.chat.completions.create(model=model, messages=HELLO)
-    seen = see()
+    seen = scrape()
     base = {"tenant": ADMIN_LABEL, "adapter": "tiny"}
     assert seen("requests_total", **base) == before("requests_total", **base) + 1
     assert seen("requests_total", tenant=tenant, adapter=f"{tenant}/support") == 1
 
 
 def test_further_tenants_and_adapters_share_a_label(
-    site: Any, tenant: str, other: str, see: Any, monkeypatch: pytest.MonkeyPatch
+    site: Any, tenant: str, other: str, scrape: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "_tenant_label", BoundedLabels(1))
-    monkeypatch.setattr(watch, "_adapter_label", BoundedLabels(1))
-    before = see()
+    monkeypatch.setattr(generation_metrics, "_tenant_label", BoundedLabels(1))
+    monkeypatch.setattr(generation_metrics, "_adapter_label", BoundedLabels(1))
+    before = scrape()
     for name in (tenant, other, tenant):
         site.publish(f"{name}/support", name)
         site.openai(site.key(name)).chat.completions.create(model=f"{name}/support", messages=HELLO)
-    seen = see()
+    seen = scrape()
     assert seen("requests_total", tenant=tenant, adapter=f"{tenant}/support") == 2
     assert (
         seen("requests_total", tenant=OTHER_LABEL, adapter=OTHER_LABEL)
@@ -188,7 +188,7 @@ def test_further_tenants_and_adapters_share_a_label(
     assert other not in seen.text
 
 
-# -- what goes wrong ---------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -201,12 +201,12 @@ def test_further_tenants_and_adapters_share_a_label(
     ],
 )
 def test_refused_by_the_backend(
-    client: OpenAI, site: Any, tenant: str, see: Any, error: Exception, code: str, reason: str | None, stream: bool
+    client: OpenAI, site: Any, tenant: str, scrape: Any, error: Exception, code: str, reason: str | None, stream: bool
 ) -> None:
     site.backend.now = Answering([], error)
     with pytest.raises(openai.APIStatusError):
         client.chat.completions.create(model="tiny", messages=HELLO, stream=stream)
-    seen = see()
+    seen = scrape()
     assert seen.codes(tenant) == {code: 1}
     assert seen("refused_requests_total", tenant=tenant) == (reason is not None)
     assert reason is None or seen("refused_requests_total", tenant=tenant, reason=reason) == 1
@@ -215,47 +215,49 @@ def test_refused_by_the_backend(
 
 
 def test_refused_at_admission(
-    client: OpenAI, tenant: str, see: Any, monkeypatch: pytest.MonkeyPatch, echo: EchoBackend
+    client: OpenAI, tenant: str, scrape: Any, monkeypatch: pytest.MonkeyPatch, echo: EchoBackend
 ) -> None:
     def refuse(*_: object) -> Any:
-        raise QuotaExceeded("too many a minute")
+        raise QuotaExceeded("too many per minute")
 
     monkeypatch.setattr(UsageTracker, "acquire", refuse)
     with pytest.raises(openai.RateLimitError):
         client.chat.completions.create(model="tiny", messages=HELLO)
-    seen = see()
+    seen = scrape()
     assert seen.codes(tenant) == {"429": 1}
     assert seen("refused_requests_total", tenant=tenant, reason="quota_exceeded") == 1
     assert not echo.requests
 
 
-def test_lost_in_mid_stream_is_an_error_but_no_refusal(client: OpenAI, site: Any, tenant: str, see: Any) -> None:
+def test_a_loss_in_mid_stream_is_an_error_but_not_a_refusal(
+    client: OpenAI, site: Any, tenant: str, scrape: Any
+) -> None:
     site.backend.now = Answering([TextChunk("a", 2, 1), TextChunk(" b", 2, 2)], Unavailable("lost"))
     with pytest.raises(openai.APIError):
         list(client.chat.completions.create(model="tiny", messages=HELLO, stream=True))
-    seen = see()
+    seen = scrape()
     assert seen.codes(tenant) == {"503": 1}
     assert seen("refused_requests_total", tenant=tenant) == 0
     assert seen("completion_tokens_total", tenant=tenant) == 2
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_caller_who_goes_away(
-    client: OpenAI, site: Any, tenant: str, see: Any, echo: EchoBackend, stream: bool
+def test_a_disconnected_caller_is_counted(
+    client: OpenAI, site: Any, tenant: str, scrape: Any, echo: EchoBackend, stream: bool
 ) -> None:
     site.backend.now = slow = EchoBackend(seconds_per_token=0.02)
     long: Any = [{"role": "user", "content": "word " * 2000}]
     if stream:
         with client.chat.completions.create(model="tiny", messages=long, stream=True) as chunks:
             next(iter(chunks))
-            assert see()("requests_in_flight") == 1
+            assert scrape()("requests_in_flight") == 1
     else:
         with pytest.raises(openai.APITimeoutError):
             client.with_options(timeout=0.3).chat.completions.create(model="tiny", messages=long)
     deadline = time.monotonic() + 30
     while slow.active and time.monotonic() < deadline:
         time.sleep(0.01)
-    seen = see()
+    seen = scrape()
     assert seen.codes(tenant) == {"499": 1}
     assert seen("requests_in_flight") == 0
     assert 0 < seen("completion_tokens_total", tenant=tenant) < 2000
@@ -263,7 +265,7 @@ def test_a_caller_who_goes_away(
 
 
 @pytest.mark.parametrize(("read", "code"), [(0, "499"), (1, "499"), (2, "200")])
-def test_what_is_not_read_to_its_end_is_closed(site: Any, see: Any, read: int, code: str) -> None:
+def test_an_answer_that_is_not_read_to_its_end_is_closed(site: Any, scrape: Any, read: int, code: str) -> None:
     open_: list[int] = []
     tenant = f"unread-{read}"
 
@@ -288,15 +290,15 @@ def test_what_is_not_read_to_its_end_is_closed(site: Any, see: Any, read: int, c
 
     asyncio.run(leave())
     assert not open_
-    assert see().codes(tenant) == {code: 1}
+    assert scrape().codes(tenant) == {code: 1}
 
 
-def test_a_name_that_a_caller_made_up_is_no_label(client: OpenAI, http: httpx.Client, tenant: str, see: Any) -> None:
+def test_a_made_up_name_is_not_a_label(client: OpenAI, http: httpx.Client, tenant: str, scrape: Any) -> None:
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model=f"{tenant}/made-up", messages=HELLO)
     http.request("MADEUP", "/v1/made-up")
     http.get("/v1/files/made-up")
-    assert "made-up" not in see().text and "MADEUP" not in see().text
+    assert "made-up" not in scrape().text and "MADEUP" not in scrape().text
 
 
 # -- all requests ------------------------------------------------------------------------------------------------------
@@ -314,14 +316,16 @@ def test_a_name_that_a_caller_made_up_is_no_label(client: OpenAI, http: httpx.Cl
         ("GET", "/healthz", "/healthz", "200"),
     ],
 )
-def test_requests_of_all_kinds(http: httpx.Client, see: Any, method: str, path: str, endpoint: str, code: str) -> None:
-    before = see()("http_requests_total", endpoint=endpoint, code=code)
+def test_requests_of_all_kinds(
+    http: httpx.Client, scrape: Any, method: str, path: str, endpoint: str, code: str
+) -> None:
+    before = scrape()("http_requests_total", endpoint=endpoint, code=code)
     http.request(method, path)
-    assert see()("http_requests_total", endpoint=endpoint, code=code) == before + 1
+    assert scrape()("http_requests_total", endpoint=endpoint, code=code) == before + 1
 
 
-def test_requests_without_a_key(site: Any, see: Any) -> None:
-    before = see()("http_requests_total", endpoint="(none)", code="401")
-    with site.http() as nobody:
-        nobody.get("/v1/models")
-    assert see()("http_requests_total", endpoint="(none)", code="401") == before + 1
+def test_requests_without_a_key(site: Any, scrape: Any) -> None:
+    before = scrape()("http_requests_total", endpoint="(none)", code="401")
+    with site.http() as anonymous:
+        anonymous.get("/v1/models")
+    assert scrape()("http_requests_total", endpoint="(none)", code="401") == before + 1

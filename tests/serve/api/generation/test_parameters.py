@@ -1,4 +1,4 @@
-"""Every parameter that the openai client can send is honored, or asks for nothing, or is refused by its name."""
+"""Every parameter that the openai client can send is honored, or is refused by its name."""
 
 from __future__ import annotations
 
@@ -62,10 +62,13 @@ COMPLETIONS = {
     "top_p": 0.5,
     "user": "u",
 }
-#: What a parameter needs beside it.
-BESIDE: Mapping[str, Mapping[str, Any]] = {"stream_options": {"stream": True}, "top_logprobs": {"logprobs": True}}
+#: Parameters that a parameter requires.
+REQUIRED_WITH: Mapping[str, Mapping[str, Any]] = {
+    "stream_options": {"stream": True},
+    "top_logprobs": {"logprobs": True},
+}
 
-#: A value that is refused, for each parameter of which there is one that means something elsewhere.
+#: A value that is refused, for each parameter with a value that only OpenAI honors.
 CHAT_REFUSED = {
     "audio": {"format": "wav", "voice": "alloy"},
     "function_call": "auto",
@@ -94,37 +97,37 @@ def test_no_parameter_is_forgotten() -> None:
     assert parameters(Completions.create) == COMPLETIONS.keys() | COMPLETIONS_REFUSED.keys()
 
 
-def ask_chat(client: OpenAI, **more: Any) -> Any:
+def create_chat(client: OpenAI, **more: Any) -> Any:
     return client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}], **more)
 
 
-def complete(client: OpenAI, **more: Any) -> Any:
+def create_completion(client: OpenAI, **more: Any) -> Any:
     return client.completions.create(model="tiny", prompt="x", **more)
 
 
 @pytest.mark.parametrize("name", CHAT)
-def test_chat_takes(client: OpenAI, echo: EchoBackend, name: str) -> None:
-    ask_chat(client, **{name: CHAT[name]}, **BESIDE.get(name, {}))
+def test_chat_accepts(client: OpenAI, echo: EchoBackend, name: str) -> None:
+    create_chat(client, **{name: CHAT[name]}, **REQUIRED_WITH.get(name, {}))
     assert echo.requests
 
 
 @pytest.mark.parametrize("name", COMPLETIONS)
-def test_completions_take(client: OpenAI, echo: EchoBackend, name: str) -> None:
-    complete(client, **{name: COMPLETIONS[name]}, **BESIDE.get(name, {}))
+def test_completions_accept(client: OpenAI, echo: EchoBackend, name: str) -> None:
+    create_completion(client, **{name: COMPLETIONS[name]}, **REQUIRED_WITH.get(name, {}))
     assert echo.requests
 
 
 @pytest.mark.parametrize(
-    ("ask", "name", "value"),
+    ("create", "name", "value"),
     [
-        *((ask_chat, name, value) for name, value in CHAT_REFUSED.items()),
-        *((complete, name, value) for name, value in COMPLETIONS_REFUSED.items()),
+        *((create_chat, name, value) for name, value in CHAT_REFUSED.items()),
+        *((create_completion, name, value) for name, value in COMPLETIONS_REFUSED.items()),
     ],
 )
-def test_what_is_not_honored_is_refused_by_name(
-    client: OpenAI, echo: EchoBackend, ask: Any, name: str, value: Any
+def test_values_that_are_not_honored_are_refused_by_name(
+    client: OpenAI, echo: EchoBackend, create: Any, name: str, value: Any
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        ask(client, **{name: value})
+        create(client, **{name: value})
     assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
     assert not echo.requests

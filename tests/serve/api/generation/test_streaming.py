@@ -25,7 +25,7 @@ LONG: Any = [{"role": "user", "content": "word " * 20_000}]
 
 
 class Failing(EchoBackend):
-    """Raises `error` after so many chunks."""
+    """Raises `error` after `after` chunks."""
 
     def __init__(self, error: Exception, after: int = 0) -> None:
         super().__init__()
@@ -69,10 +69,10 @@ def test_usage_is_the_last_chunk(client: OpenAI) -> None:
 
 
 def test_usage_on_every_chunk_as_vllm_gives_it(client: OpenAI) -> None:
-    asked: Any = {"stream": True, "n": 2, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    options: Any = {"stream": True, "n": 2, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     for create in (
-        lambda: client.chat.completions.create(model="tiny", messages=HELLO, **asked),
-        lambda: client.completions.create(model="tiny", prompt="one two three", **asked),
+        lambda: client.chat.completions.create(model="tiny", messages=HELLO, **options),
+        lambda: client.completions.create(model="tiny", prompt="one two three", **options),
     ):
         *chunks, last = create()
         counts: dict[int, list[int]] = {0: [], 1: []}
@@ -119,12 +119,12 @@ def test_bytes_on_the_wire(http: httpx.Client) -> None:
 
 
 def test_async_client(site: Any, tenant: str) -> None:
-    async def ask() -> str:
+    async def complete() -> str:
         async with AsyncOpenAI(base_url=f"{site.url}/v1", api_key=site.key(tenant)) as client:
             stream = await client.chat.completions.create(model="tiny", messages=HELLO, stream=True)
             return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
-    assert asyncio.run(ask()) == "one two three"
+    assert asyncio.run(complete()) == "one two three"
 
 
 def test_stream_helper_of_the_client(client: OpenAI) -> None:
@@ -185,7 +185,7 @@ def test_error_after_chunks_without_a_stream_has_its_status(client: OpenAI, site
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_who_leaves_a_stream_ends_the_generation(client: OpenAI, site: Any, n: int) -> None:
+def test_leaving_a_stream_ends_the_generation(client: OpenAI, site: Any, n: int) -> None:
     site.backend.now = backend = EchoBackend(seconds_per_token=0.02)
     stream = client.chat.completions.create(model="tiny", messages=LONG, stream=True, n=n)
     next(iter(stream))
@@ -196,7 +196,7 @@ def test_who_leaves_a_stream_ends_the_generation(client: OpenAI, site: Any, n: i
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n", [1, 3])
-def test_who_leaves_while_nothing_has_come_ends_the_generation(site: Any, tenant: str, stream: bool, n: int) -> None:
+def test_leaving_before_any_output_ends_the_generation(site: Any, tenant: str, stream: bool, n: int) -> None:
     # Streaming, the first token never comes; otherwise they come, but the whole answer never does.
     site.backend.now = backend = EchoBackend(seconds_per_token=600 if stream else 0.02)
     body = json.dumps({"model": "tiny", "messages": LONG, "stream": stream, "n": n}).encode()
@@ -210,7 +210,7 @@ def test_who_leaves_while_nothing_has_come_ends_the_generation(site: Any, tenant
     wait_until(lambda: not backend.active)
 
 
-def test_a_slow_stream_holds_nobody_up(client: OpenAI, site: Any) -> None:
+def test_a_slow_stream_delays_no_other_request(client: OpenAI, site: Any) -> None:
     site.backend.now = EchoBackend(seconds_per_token=0.02)
     slow = client.chat.completions.create(model="tiny", messages=LONG, stream=True)
     next(iter(slow))
@@ -220,7 +220,7 @@ def test_a_slow_stream_holds_nobody_up(client: OpenAI, site: Any) -> None:
 
 
 class Keeping(EchoBackend):
-    """Keeps its iterators, so that only closing them can end them, not their disappearance."""
+    """Keeps its iterators, so that only closing can end them, not garbage collection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ def _requests(n: int) -> list[TextRequest]:
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])
-def test_closing_ends_what_is_ready_but_not_taken(n: int) -> None:
+def test_closing_ends_answers_that_are_ready_but_unread(n: int) -> None:
     async def take_one() -> None:
         backend = Keeping()
         chunks = generate(backend, _requests(n), lambda *_: None)
@@ -248,7 +248,7 @@ def test_closing_ends_what_is_ready_but_not_taken(n: int) -> None:
     asyncio.run(take_one())
 
 
-def test_who_leaves_without_having_read_ends_the_generation() -> None:
+def test_leaving_without_having_read_ends_the_generation() -> None:
     async def leave() -> None:
         backend, blocked = Keeping(), asyncio.Event()
         resources = AsyncExitStack()

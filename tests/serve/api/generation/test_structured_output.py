@@ -22,7 +22,7 @@ from ....hermes import SPECIAL, VOCABULARY
 #: Logits that the model has beyond its tokens.
 UNUSED = [f"token_id:{VOCABULARY + more}" for more in range(3)]
 
-ASKED: Any = [{"role": "user", "content": "In JSON!"}]
+QUESTION: Any = [{"role": "user", "content": "In JSON!"}]
 
 
 class Person(BaseModel):
@@ -54,13 +54,13 @@ def random_model(site: Any, echo: Any, replica: Replica) -> None:
 
 
 def test_answers_parse_into_a_model(client: OpenAI) -> None:
-    answer = client.chat.completions.parse(model="tiny", messages=ASKED, response_format=Person, n=3, seed=1)
+    answer = client.chat.completions.parse(model="tiny", messages=QUESTION, response_format=Person, n=3, seed=1)
     for choice in answer.choices:
         assert isinstance(choice.message.parsed, Person) and choice.finish_reason == "stop"
 
 
 def test_streams_parse_into_a_model(client: OpenAI) -> None:
-    with client.chat.completions.stream(model="tiny", messages=ASKED, response_format=Person, seed=2) as stream:
+    with client.chat.completions.stream(model="tiny", messages=QUESTION, response_format=Person, seed=2) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_completion()
     assert {"content.delta", "content.done"} <= set(kinds)
@@ -69,7 +69,7 @@ def test_streams_parse_into_a_model(client: OpenAI) -> None:
 
 def test_any_object_and_a_limit(client: OpenAI) -> None:
     answer = client.chat.completions.create(
-        model="tiny", messages=ASKED, response_format={"type": "json_object"}, max_tokens=5, seed=1
+        model="tiny", messages=QUESTION, response_format={"type": "json_object"}, max_tokens=5, seed=1
     )
     [choice] = answer.choices
     assert choice.message.content is not None and choice.message.content.startswith("{")
@@ -79,7 +79,7 @@ def test_any_object_and_a_limit(client: OpenAI) -> None:
 def test_forced_calls_parse_into_a_model(client: OpenAI) -> None:
     answer = client.chat.completions.parse(
         model="tiny",
-        messages=ASKED,
+        messages=QUESTION,
         tools=[pydantic_function_tool(Weather)],
         tool_choice={"type": "function", "function": {"name": "Weather"}},
         seed=1,
@@ -91,28 +91,30 @@ def test_forced_calls_parse_into_a_model(client: OpenAI) -> None:
 
 
 def test_forced_calls_stream_with_the_async_client(site: Any, tenant: str) -> None:
-    async def ask() -> Any:
-        asked: Any = {"tools": [pydantic_function_tool(Weather)], "tool_choice": "required", "seed": 3}
+    async def stream() -> Any:
+        options: Any = {"tools": [pydantic_function_tool(Weather)], "tool_choice": "required", "seed": 3}
         async with (
             AsyncOpenAI(base_url=f"{site.url}/v1", api_key=site.key(tenant), max_retries=0) as client,
-            client.chat.completions.stream(model="tiny", messages=ASKED, parallel_tool_calls=False, **asked) as stream,
+            client.chat.completions.stream(
+                model="tiny", messages=QUESTION, parallel_tool_calls=False, **options
+            ) as stream,
         ):
             kinds = [event.type async for event in stream]
             return kinds, await stream.get_final_completion()
 
-    kinds, final = asyncio.run(ask())
+    kinds, final = asyncio.run(stream())
     assert "tool_calls.function.arguments.done" in kinds
     [called] = final.choices[0].message.tool_calls
     assert isinstance(called.function.parsed_arguments, Weather)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_schema_that_cannot_be_kept_is_a_400(client: OpenAI, stream: bool) -> None:
+def test_a_schema_that_cannot_be_enforced_is_a_400(client: OpenAI, stream: bool) -> None:
     schema = {"name": "x", "schema": {"type": "array", "uniqueItems": True}}
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(
             model="tiny",
-            messages=ASKED,
+            messages=QUESTION,
             response_format={"type": "json_schema", "json_schema": schema},
             stream=stream,
         )
@@ -120,18 +122,18 @@ def test_a_schema_that_cannot_be_kept_is_a_400(client: OpenAI, stream: bool) -> 
     assert "uniqueItems" in caught.value.message
 
 
-def test_tools_whose_schema_cannot_be_kept_are_a_400(client: OpenAI) -> None:
+def test_tools_whose_schema_cannot_be_enforced_are_a_400(client: OpenAI) -> None:
     tool: Any = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}}
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="tiny", messages=ASKED, tools=[tool], tool_choice="required")
+        client.chat.completions.create(model="tiny", messages=QUESTION, tools=[tool], tool_choice="required")
     assert caught.value.param == "tools"
 
 
 def test_raw_and_streaming_responses(client: OpenAI) -> None:
-    asked: Any = {"model": "tiny", "messages": ASKED, "response_format": {"type": "json_object"}, "max_tokens": 4}
-    raw = client.chat.completions.with_raw_response.create(**asked)
+    options: Any = {"model": "tiny", "messages": QUESTION, "response_format": {"type": "json_object"}, "max_tokens": 4}
+    raw = client.chat.completions.with_raw_response.create(**options)
     assert raw.parse().choices[0].message.content and raw.headers["x-request-id"]
-    with client.chat.completions.with_streaming_response.create(**asked, stream=True) as response:
+    with client.chat.completions.with_streaming_response.create(**options, stream=True) as response:
         lines = [line for line in response.iter_lines() if line]
     assert lines[-1] == "data: [DONE]" and json.loads(lines[0].removeprefix("data: "))["choices"]
 
@@ -162,16 +164,16 @@ EMOJI = "Emoji list: \U0001f600 \U0001f603 \U0001f604"
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_tokens_that_are_half_a_character_are_shown_by_their_bytes(client: OpenAI, stream: bool) -> None:
+def test_tokens_that_are_parts_of_a_character_are_shown_as_bytes(client: OpenAI, stream: bool) -> None:
     """The model reads bytes, so that none of an emoji's four tokens is a character."""
-    asked: Any = {"prompt": EMOJI, "echo": True, "logprobs": 5, "max_tokens": 6, "n": 2, "seed": 5}
-    answer: Any = client.completions.create(model="tiny", stream=stream, **asked)
+    options: Any = {"prompt": EMOJI, "echo": True, "logprobs": 5, "max_tokens": 6, "n": 2, "seed": 5}
+    answer: Any = client.completions.create(model="tiny", stream=stream, **options)
     texts, entries = ["", ""], [[], []]
     for chunk in answer if stream else [answer]:
         for choice in chunk.choices:
             texts[choice.index] += choice.text
-            if (told := choice.logprobs) is not None:
-                rows = zip(told.tokens, told.token_logprobs, told.top_logprobs, told.text_offset, strict=True)
+            if (found := choice.logprobs) is not None:
+                rows = zip(found.tokens, found.token_logprobs, found.top_logprobs, found.text_offset, strict=True)
                 entries[choice.index] += rows
     for text, rows in zip(texts, entries, strict=True):
         assert text.startswith(EMOJI)
@@ -187,8 +189,8 @@ def test_tokens_that_are_half_a_character_are_shown_by_their_bytes(client: OpenA
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_bytes_of_a_chats_tokens_are_its_text(client: OpenAI, stream: bool) -> None:
-    asked: Any = {"messages": ASKED, "logprobs": True, "top_logprobs": 20, "max_tokens": 40, "seed": 7}
-    answer: Any = client.chat.completions.create(model="tiny", stream=stream, **asked)
+    options: Any = {"messages": QUESTION, "logprobs": True, "top_logprobs": 20, "max_tokens": 40, "seed": 7}
+    answer: Any = client.chat.completions.create(model="tiny", stream=stream, **options)
     text, tokens = "", []
     for chunk in answer if stream else [answer]:
         for choice in chunk.choices:

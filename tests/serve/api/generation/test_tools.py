@@ -1,4 +1,4 @@
-"""Tools through the unmodified openai client: told, called, answered; the model's text is an echo."""
+"""Tools through the unmodified openai client: declared, called, answered; the model's text is an echo."""
 
 from __future__ import annotations
 
@@ -26,35 +26,38 @@ def call(name: str, **arguments: object) -> str:
 OSLO, ROME = call("weather", town="Oslo \u00e9"), call("weather", town="Rome")
 
 
-def saying(text: str) -> Any:
-    """Messages to which the echo answers so."""
+def echoing(text: str) -> Any:
+    """Messages that the echo answers with `text`."""
     return [{"role": "user", "content": text}]
 
 
-def ask(client: OpenAI, text: str, **more: Any) -> Any:
-    return client.chat.completions.create(model="tiny", messages=saying(text), tools=[WEATHER, NOW], **more)
+def create(client: OpenAI, text: str, **more: Any) -> Any:
+    return client.chat.completions.create(model="tiny", messages=echoing(text), tools=[WEATHER, NOW], **more)
 
 
-def told(calls: Any) -> list[tuple[str, str]]:
+def functions(calls: Any) -> list[tuple[str, str]]:
     return [(each.function.name, each.function.arguments) for each in calls or []]
 
 
 def test_calls_are_those_of_the_message(client: OpenAI, echo: EchoBackend) -> None:
-    answer = ask(client, f"Let me look.\n{OSLO}\n{ROME}", n=2)
+    answer = create(client, f"Let me look.\n{OSLO}\n{ROME}", n=2)
     ids = set()
     for choice in answer.choices:
         assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me look.")
-        assert told(choice.message.tool_calls) == [("weather", '{"town": "Oslo é"}'), ("weather", '{"town": "Rome"}')]
+        assert functions(choice.message.tool_calls) == [
+            ("weather", '{"town": "Oslo é"}'),
+            ("weather", '{"town": "Rome"}'),
+        ]
         assert {each.type for each in choice.message.tool_calls} == {"function"}
         ids |= {each.id for each in choice.message.tool_calls}
     assert len(ids) == 4 and all(each.startswith("call_") for each in ids)
-    [asked, _] = echo.requests
-    told_of = {"name": "weather", "description": "d", "parameters": PARAMETERS}
-    assert asked.tools == (
-        {"type": "function", "function": told_of},
+    [request, _] = echo.requests
+    declared = {"name": "weather", "description": "d", "parameters": PARAMETERS}
+    assert request.tools == (
+        {"type": "function", "function": declared},
         {"type": "function", "function": {"name": "now", "parameters": NO_ARGUMENTS}},
     )
-    assert (asked.constraint, asked.stop) == (None, ())
+    assert (request.constraint, request.stop) == (None, ())
 
 
 @pytest.mark.parametrize(
@@ -66,32 +69,35 @@ def test_calls_are_those_of_the_message(client: OpenAI, echo: EchoBackend) -> No
     ],
 )
 def test_content_and_finish(client: OpenAI, text: str, content: str | None, finish: str) -> None:
-    [choice] = ask(client, text).choices
+    [choice] = create(client, text).choices
     assert (choice.message.content, choice.finish_reason) == (content, finish)
     assert (choice.message.tool_calls is None) == (finish == "stop")
 
 
-def test_an_answer_that_is_cut_off_says_so(client: OpenAI) -> None:
-    [choice] = ask(client, f"{OSLO} and more", max_tokens=7).choices
-    assert (choice.finish_reason, told(choice.message.tool_calls)) == ("length", [("weather", '{"town": "Oslo é"}')])
+def test_an_answer_that_is_cut_off_ends_by_length(client: OpenAI) -> None:
+    [choice] = create(client, f"{OSLO} and more", max_tokens=7).choices
+    assert (choice.finish_reason, functions(choice.message.tool_calls)) == (
+        "length",
+        [("weather", '{"town": "Oslo é"}')],
+    )
 
 
 def test_streams(client: OpenAI) -> None:
-    chunks = list(ask(client, f"Let me look.\n{OSLO}\n{ROME}", stream=True))
+    chunks = list(create(client, f"Let me look.\n{OSLO}\n{ROME}", stream=True))
     deltas = [chunk.choices[0].delta for chunk in chunks]
     assert (deltas[0].role, deltas[0].content) == ("assistant", None)
     assert "".join(delta.content or "" for delta in deltas) == "Let me look."
-    assert deltas[1].content == "Let"  # text doesn't wait for what comes
+    assert deltas[1].content == "Let"  # text doesn't wait for the calls
     calls = [each for delta in deltas for each in delta.tool_calls or []]
     assert [each.index for each in calls] == [0, 1]
-    assert told(calls) == [("weather", '{"town": "Oslo é"}'), ("weather", '{"town": "Rome"}')]
+    assert functions(calls) == [("weather", '{"town": "Oslo é"}'), ("weather", '{"town": "Rome"}')]
     assert len({each.id for each in calls}) == 2 and calls[0].type == "function"
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
 @pytest.mark.parametrize("text", [f"So: {OSLO}", 'In<tool_call>{"name":"now"}</tool_call>one.'])
-def test_logprobs_are_told_once_though_text_is_held_back(client: OpenAI, text: str) -> None:
-    chunks = list(ask(client, text, stream=True, logprobs=True))
+def test_logprobs_are_sent_once_although_text_is_held_back(client: OpenAI, text: str) -> None:
+    chunks = list(create(client, text, stream=True, logprobs=True))
     tokens = [
         token.token
         for chunk in chunks
@@ -102,18 +108,18 @@ def test_logprobs_are_told_once_though_text_is_held_back(client: OpenAI, text: s
 
 
 def test_the_stream_helper_of_the_client(client: OpenAI) -> None:
-    with client.chat.completions.stream(model="tiny", messages=saying(f"Hm. {OSLO}"), tools=[NOW]) as stream:
+    with client.chat.completions.stream(model="tiny", messages=echoing(f"Hm. {OSLO}"), tools=[NOW]) as stream:
         events = [event.type for event in stream]
         final = stream.get_final_completion()
     assert {"content.delta", "content.done", "tool_calls.function.arguments.done", "chunk"} <= set(events)
-    assert told(final.choices[0].message.tool_calls) == [("weather", '{"town": "Oslo é"}')]
+    assert functions(final.choices[0].message.tool_calls) == [("weather", '{"town": "Oslo é"}')]
     assert final.choices[0].message.content == "Hm."
 
 
-def test_the_async_client_goes_a_whole_round(site: Any, tenant: str, echo: EchoBackend) -> None:
+def test_the_async_client_completes_a_whole_round(site: Any, tenant: str, echo: EchoBackend) -> None:
     async def converse() -> str | None:
         async with AsyncOpenAI(base_url=f"{site.url}/v1", api_key=site.key(tenant), max_retries=0) as client:
-            messages = saying(OSLO)
+            messages = echoing(OSLO)
             first = await client.chat.completions.create(model="tiny", messages=messages, tools=[WEATHER])
             [called] = first.choices[0].message.tool_calls or []
             result = {"role": "tool", "tool_call_id": called.id, "content": "snow"}
@@ -139,13 +145,13 @@ def test_the_async_client_goes_a_whole_round(site: Any, tenant: str, echo: EchoB
 
 
 def test_a_call_is_sent_back_as_it_was_dumped(client: OpenAI, echo: EchoBackend) -> None:
-    called = ask(client, OSLO).choices[0].message
-    with client.chat.completions.stream(model="tiny", messages=saying(OSLO), tools=[WEATHER]) as stream:
+    called = create(client, OSLO).choices[0].message
+    with client.chat.completions.stream(model="tiny", messages=echoing(OSLO), tools=[WEATHER]) as stream:
         streamed = stream.get_final_completion().choices[0].message
     for message in (called, streamed):
         again = message.model_dump()
         result = {"role": "tool", "tool_call_id": again["tool_calls"][0]["id"], "name": "weather", "content": "snow"}
-        messages: Any = [*saying(OSLO), again, result]
+        messages: Any = [*echoing(OSLO), again, result]
         client.chat.completions.create(model="tiny", messages=messages, tools=[WEATHER])
         _, sent, returned = echo.requests[-1].messages
         assert sent["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"town": "Oslo é"}}
@@ -158,7 +164,7 @@ def test_a_call_is_sent_back_as_it_was_dumped(client: OpenAI, echo: EchoBackend)
 
 
 def test_no_choice_means_no_tools(client: OpenAI, echo: EchoBackend) -> None:
-    [choice] = ask(client, OSLO, tool_choice="none").choices
+    [choice] = create(client, OSLO, tool_choice="none").choices
     assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (OSLO, None, "stop")
     assert echo.requests[0].tools == ()
 
@@ -166,16 +172,16 @@ def test_no_choice_means_no_tools(client: OpenAI, echo: EchoBackend) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_one_call_at_a_time(client: OpenAI, echo: EchoBackend, stream: bool) -> None:
     if stream:
-        chunks = list(ask(client, f"{OSLO}\n{ROME}", parallel_tool_calls=False, stream=True))
+        chunks = list(create(client, f"{OSLO}\n{ROME}", parallel_tool_calls=False, stream=True))
         calls = [each for chunk in chunks for each in chunk.choices[0].delta.tool_calls or []]
     else:
-        calls = ask(client, f"{OSLO}\n{ROME}", parallel_tool_calls=False).choices[0].message.tool_calls
-    assert told(calls) == [("weather", '{"town": "Oslo é"}')]
+        calls = create(client, f"{OSLO}\n{ROME}", parallel_tool_calls=False).choices[0].message.tool_calls
+    assert functions(calls) == [("weather", '{"town": "Oslo é"}')]
     assert echo.requests[0].stop == ("</tool_call>",)
 
 
 @pytest.mark.parametrize(
-    ("asked", "form"),
+    ("options", "constraint"),
     [
         ({}, None),
         ({"tool_choice": "auto"}, None),
@@ -220,11 +226,11 @@ def test_one_call_at_a_time(client: OpenAI, echo: EchoBackend, stream: bool) -> 
         ),
     ],
 )
-def test_what_the_answer_is_held_to(
-    client: OpenAI, echo: EchoBackend, asked: Any, form: OutputConstraint | None
+def test_the_constraint_of_an_answer(
+    client: OpenAI, echo: EchoBackend, options: Any, constraint: OutputConstraint | None
 ) -> None:
-    ask(client, OSLO, **asked)
-    assert echo.requests[0].constraint == form
+    create(client, OSLO, **options)
+    assert echo.requests[0].constraint == constraint
     assert echo.requests[0].stop == ()
 
 
@@ -272,9 +278,9 @@ def calling(arguments: Any, role: str = "assistant", **what: Any) -> Any:
         ({"response_format": "json"}, "response_format"),
     ],
 )
-def test_what_is_refused_is_named(client: OpenAI, echo: EchoBackend, change: Any, param: str) -> None:
+def test_refused_fields_are_named(client: OpenAI, echo: EchoBackend, change: Any, param: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(**{"model": "tiny", "messages": saying("x"), **change})
+        client.chat.completions.create(**{"model": "tiny", "messages": echoing("x"), **change})
     assert caught.value.param is not None and caught.value.param.startswith(param)
     assert param.rpartition(".")[2].partition("[")[0] in caught.value.message
     assert not echo.requests

@@ -1,4 +1,4 @@
-"""What is trained is what is served: each answer of a training line follows the chat endpoint's own prompt."""
+"""Training and serving use the same prompts: each answer of a training line follows the chat endpoint's own prompt."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LINES: dict[str, dict[str, Any]] = {
         "messages": [USER, ANSWER],
         "tools": [{"type": "function", "function": {"name": "now"}}],
     },
-    "calls that say something": {
+    "calls with text": {
         "messages": [USER, {"role": "assistant", "content": "Well.", "tool_calls": [CALL]}, RESULT, ANSWER],
         "tools": [TOOL],
         "parallel_tool_calls": False,
@@ -62,7 +62,7 @@ def test_every_answer_follows_the_prompt_that_the_endpoint_renders(tokenizer: Ch
     spans = [(each, span) for each in encode_example(tokenizer, example).sequences for span in each.spans]
     assert len(spans) == len(example.answers)
     for index, (sequence, span) in zip(example.answers, spans, strict=True):
-        if not index:  # nothing can be asked before a greeting
+        if not index:  # a greeting has no prompt
             continue
         request = ChatRequest.model_validate(
             {"model": "m", "messages": line["messages"][:index], "tools": line.get("tools", [])}

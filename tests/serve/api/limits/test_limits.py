@@ -1,4 +1,4 @@
-"""Limits of tenants, as a client meets them; and that gateways keep to them together."""
+"""Limits of tenants, as a client sees them and across gateways."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HEADERS = {f"x-ratelimit-{name}-{kind}" for name in ("limit", "remaining", "res
 
 @pytest.fixture(autouse=True)
 def whole_minute() -> None:
-    """Keeps the turn of a minute, when counts begin to fade, out of a test."""
+    """Waits so that no minute, after which counts begin to fade, ends within a test."""
     left = 60 - time.time() % 60
     if left < 10:
         time.sleep(left)
@@ -40,13 +40,13 @@ def limit(site: Any, tenant: str) -> Callable[..., None]:
     return set_to
 
 
-def ask(client: OpenAI, **changes: Any) -> httpx.Response:
-    given = {"model": "tiny", "messages": HELLO, "max_tokens": 2} | changes
-    return client.chat.completions.with_raw_response.create(**given).http_response
+def chat(client: OpenAI, **changes: Any) -> httpx.Response:
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 2} | changes
+    return client.chat.completions.with_raw_response.create(**body).http_response
 
 
 class Held(EchoBackend):
-    """Begins, and answers no more until it is let go."""
+    """Sends its first chunk, and its last only once `go` is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,12 +66,12 @@ def wait_for(what: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_requests_a_minute(client: OpenAI, limit: Callable[..., None], echo: EchoBackend) -> None:
+def test_requests_per_minute(client: OpenAI, limit: Callable[..., None], echo: EchoBackend) -> None:
     limit(requests_per_minute=3)
-    left = [ask(client).headers["x-ratelimit-remaining-requests"] for _ in range(3)]
+    left = [chat(client).headers["x-ratelimit-remaining-requests"] for _ in range(3)]
     assert left == ["2", "1", "0"]
     with pytest.raises(openai.RateLimitError) as caught:
-        ask(client)
+        chat(client)
     error, headers = caught.value, caught.value.response.headers
     assert (error.status_code, error.code, error.type, error.param) == (429, "rate_limit_exceeded", "requests", None)
     assert "3 requests per minute" in error.message
@@ -83,7 +83,7 @@ def test_requests_a_minute(client: OpenAI, limit: Callable[..., None], echo: Ech
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_every_generation_tells_what_is_left(
+def test_every_generation_reports_what_is_left(
     http: httpx.Client, limit: Callable[..., None], path: str, stream: bool
 ) -> None:
     body = {"model": "tiny", "stream": stream, "max_tokens": 2}
@@ -99,26 +99,26 @@ def test_every_generation_tells_what_is_left(
 def test_tokens_are_reserved_and_then_counted(client: OpenAI, limit: Callable[..., None]) -> None:
     limit(tokens_per_minute=100)
     # A prompt of 3 tokens (taken for 4 by its characters) and an answer of 2, of which 60 were reserved.
-    assert ask(client, max_tokens=60).headers["x-ratelimit-remaining-tokens"] == str(100 - 4 - 60)
-    assert ask(client, max_tokens=60).headers["x-ratelimit-remaining-tokens"] == str(100 - 6 - 4 - 60)
-    assert ask(client, max_tokens=80).headers["x-ratelimit-remaining-tokens"] == str(100 - 12 - 4 - 80)
+    assert chat(client, max_tokens=60).headers["x-ratelimit-remaining-tokens"] == str(100 - 4 - 60)
+    assert chat(client, max_tokens=60).headers["x-ratelimit-remaining-tokens"] == str(100 - 6 - 4 - 60)
+    assert chat(client, max_tokens=80).headers["x-ratelimit-remaining-tokens"] == str(100 - 12 - 4 - 80)
     with pytest.raises(openai.RateLimitError) as caught:
-        ask(client, max_tokens=90)
+        chat(client, max_tokens=90)
     assert (caught.value.type, caught.value.code) == ("tokens", "rate_limit_exceeded")
     assert caught.value.response.headers["x-ratelimit-remaining-tokens"] == "82"
-    assert ask(client, max_tokens=70).status_code == 200  # what was refused took nothing
+    assert chat(client, max_tokens=70).status_code == 200  # the refused request used nothing
 
 
-def test_a_request_of_more_than_the_limit_passes_alone(client: OpenAI, limit: Callable[..., None]) -> None:
+def test_a_request_larger_than_the_limit_passes_alone(client: OpenAI, limit: Callable[..., None]) -> None:
     limit(tokens_per_minute=20)
-    assert ask(client, max_tokens=500).status_code == 200
+    assert chat(client, max_tokens=500).status_code == 200
     with pytest.raises(openai.RateLimitError):
-        ask(client, max_tokens=500)
-    assert ask(client, max_tokens=5).status_code == 200
+        chat(client, max_tokens=500)
+    assert chat(client, max_tokens=5).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_requests_at_once_and_their_end(
+def test_concurrent_requests_count_until_they_end(
     site: Any, http: httpx.Client, limit: Callable[..., None], stream: bool
 ) -> None:
     limit(concurrent_requests=1)
@@ -134,20 +134,20 @@ def test_requests_at_once_and_their_end(
             if not leaving:
                 first.read()
         held.go = True
-        # Whoever leaves is noticed in a moment.
+        # A disconnection takes a moment to be noticed.
         wait_for(lambda: http.post("/v1/chat/completions", json=body).status_code == 200)
         held.go = False
 
 
 class Failing(EchoBackend):
-    """Refuses before it begins."""
+    """Refuses every request before its first chunk."""
 
     async def generate(self, request: TextRequest) -> AsyncIterator[TextChunk]:
         raise ContextLengthExceeded("too long")
         yield
 
 
-def test_what_fails_gives_back_what_it_took(site: Any, http: httpx.Client, limit: Callable[..., None]) -> None:
+def test_a_failed_request_returns_what_it_reserved(site: Any, http: httpx.Client, limit: Callable[..., None]) -> None:
     limit(concurrent_requests=1, tokens_per_minute=100)
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 90}
     site.backend.now = Failing()
@@ -161,24 +161,24 @@ def test_tenants_and_admins_do_not_share(
     site: Any, client: OpenAI, limit: Callable[..., None], tenant: str, other: str
 ) -> None:
     limit(requests_per_minute=1)
-    ask(client)
+    chat(client)
     with pytest.raises(openai.RateLimitError):
-        ask(client)
+        chat(client)
     for _ in range(2):
-        ask(site.openai(site.key(other)))
-        ask(site.openai(site.admin_key))
-        answer = ask(site.openai(site.admin_key, organization=tenant))  # as the night does
+        chat(site.openai(site.key(other)))
+        chat(site.openai(site.admin_key))
+        answer = chat(site.openai(site.admin_key, organization=tenant))  # as the nightly run does
         assert not _HEADERS & set(answer.headers)
     with site.openai(site.key(tenant)) as second, pytest.raises(openai.RateLimitError):
-        ask(second)  # another key of the same tenant
+        chat(second)  # another key of the same tenant
 
 
-def test_limits_are_set_in_parts(site: Any, tenant: str, http: httpx.Client) -> None:
+def test_limits_are_set_one_by_one(site: Any, tenant: str, http: httpx.Client) -> None:
     names = ("requests_per_minute", "tokens_per_minute", "concurrent_requests", "stored_bytes")
     with site.http(site.admin_key) as admin:
 
-        def set_to(**said: Any) -> tuple[Any, ...]:
-            answer = admin.post(f"/v1/tenants/{tenant}/limits", json=said)
+        def set_to(**changes: Any) -> tuple[Any, ...]:
+            answer = admin.post(f"/v1/tenants/{tenant}/limits", json=changes)
             assert answer.status_code == 200, answer.text
             assert admin.get(f"/v1/tenants/{tenant}").json() == answer.json()
             return tuple(answer.json()[name] for name in names)
@@ -186,7 +186,7 @@ def test_limits_are_set_in_parts(site: Any, tenant: str, http: httpx.Client) -> 
         assert set_to() == (None, None, None, None)
         assert set_to(requests_per_minute=5, stored_bytes=0) == (5, None, None, 0)
         assert set_to(tokens_per_minute=2**40, stored_bytes="unlimited") == (5, 2**40, None, None)
-        for said in (
+        for changes in (
             {"requests_per_minute": 0},
             {"requests_per_minute": 2**31},
             {"tokens_per_minute": 1.5},
@@ -194,9 +194,9 @@ def test_limits_are_set_in_parts(site: Any, tenant: str, http: httpx.Client) -> 
             {"stored_bytes": -1},
             {"wibble": 1},
         ):
-            refused = admin.post(f"/v1/tenants/{tenant}/limits", json=said)
-            assert (refused.status_code, refused.json()["error"]["param"]) == (400, next(iter(said)))
-        assert admin.post("/v1/tenants/nobody/limits", json={}).status_code == 404
+            refused = admin.post(f"/v1/tenants/{tenant}/limits", json=changes)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, next(iter(changes)))
+        assert admin.post("/v1/tenants/unknown/limits", json={}).status_code == 404
     assert http.post(f"/v1/tenants/{tenant}/limits", json={}).status_code == 403
 
 
@@ -209,7 +209,7 @@ def test_stored_bytes(client: OpenAI, http: httpx.Client, limit: Callable[..., N
     assert (caught.value.code, caught.value.response.headers["x-should-retry"]) == ("quota_exceeded", "false")
     assert int(caught.value.response.headers["retry-after"]) > 0
     again = http.post("/v1/files", data={"purpose": "fine-tune", "reuse": "true"}, files={"file": ("a", content)})
-    assert again.status_code == 429  # nothing tells that it is there before there is room for it
+    assert again.status_code == 429  # without quota, nothing reveals that the file exists already
     client.files.delete(made.id)
     client.files.create(file=("b.jsonl", jsonl(4)), purpose="fine-tune")
 
@@ -220,14 +220,14 @@ def test_stored_bytes(client: OpenAI, http: httpx.Client, limit: Callable[..., N
 def test_gateways_share_a_tenants_minute(site: Any, twin: Any, tenant: str, limit: Callable[..., None]) -> None:
     limit(requests_per_minute=4)
     secret = site.key(tenant)
-    with site.openai(secret) as here, twin.openai(secret) as there:
-        assert [ask(here).status_code for _ in range(4)] == [200] * 4
-        time.sleep(1.2)  # two turns of the books
+    with site.openai(secret) as first, twin.openai(secret) as second:
+        assert [chat(first).status_code for _ in range(4)] == [200] * 4
+        time.sleep(1.2)  # two flushes of the usage
         with pytest.raises(openai.RateLimitError):
-            ask(there)
+            chat(second)
 
 
-def test_what_ran_on_a_killed_gateway_runs_no_more(site: Any, tenant: str, limit: Callable[..., None]) -> None:
+def test_requests_of_a_killed_gateway_stop_counting(site: Any, tenant: str, limit: Callable[..., None]) -> None:
     limit(concurrent_requests=1)
 
     def write(ago: float) -> None:
@@ -240,9 +240,9 @@ def test_what_ran_on_a_killed_gateway_runs_no_more(site: Any, tenant: str, limit
     with site.openai(site.key(tenant)) as client:
         write(ago=0.0)
         with pytest.raises(openai.RateLimitError):
-            ask(client)
+            chat(client)
         write(ago=usage.SILENT_SECONDS)
-        assert ask(client).status_code == 200
+        assert chat(client).status_code == 200
 
 
 @pytest.mark.parametrize("change", ["revoke", "promote", "limits"])
@@ -252,14 +252,14 @@ def test_a_change_by_one_gateway_is_seen_by_another_within_a_second(
     first, second = site.publish(f"{tenant}/a", f"{tenant} one"), site.publish(f"{tenant}/a", f"{tenant} two")
     with site.registry.writing() as session:
         key, secret = api_keys.create(session, tenant)
-    with site.http(site.admin_key) as admin, twin.http(secret) as there:
+    with site.http(site.admin_key) as admin, twin.http(secret) as other_gateway:
 
         def seen() -> bool:
             if change == "limits":
-                answer = there.post("/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1})
+                answer = other_gateway.post("/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1})
                 return "x-ratelimit-limit-requests" in answer.raise_for_status().headers
-            # A generation would be written down, and whoever writes reads anew.
-            answer = there.get(f"/v1/models/{tenant}/a")
+            # Not a generation, whose usage would be written: a write makes a gateway read again.
+            answer = other_gateway.get(f"/v1/models/{tenant}/a")
             if change == "revoke":
                 return answer.status_code == 401
             assert answer.json()["version"] in (first, second)
@@ -276,19 +276,19 @@ def test_a_change_by_one_gateway_is_seen_by_another_within_a_second(
         assert seen()
 
 
-def test_without_the_database_only_names_that_were_read_before_are_answered(
+def test_without_the_database_only_cached_names_are_served(
     site: Any, client: OpenAI, tenant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(self: Registry) -> Any:
         raise Unavailable("The connection to the database was lost.")
 
-    ask(client)
+    chat(client)
     monkeypatch.setattr(Registry, "reading", away)
-    time.sleep(0.6)  # for so long, what was read holds anyhow
-    assert ask(client).status_code == 200
+    time.sleep(0.6)  # until then, what was read is valid anyhow
+    assert chat(client).status_code == 200
     with pytest.raises(openai.InternalServerError) as caught:
-        ask(client, model=f"{tenant}/never-asked")
+        chat(client, model=f"{tenant}/never-read")
     assert (caught.value.status_code, caught.value.code) == (503, "unavailable")
     assert caught.value.response.headers["retry-after"] == "1"
     monkeypatch.undo()
-    assert ask(client).status_code == 200
+    assert chat(client).status_code == 200

@@ -32,7 +32,7 @@ moments = st.floats(7 * MINUTE_SECONDS, 8 * MINUTE_SECONDS, exclude_max=True)
     [
         ({}, {"requests": 10**9, "running_requests": 10**9}, 0, 0.0, "requests"),
         ({"requests_per_minute": 3}, {"requests": 2}, 10, 0.0, "requests"),
-        # This minute's three are gone a third at the 20th second of the next one.
+        # A third of this minute's three has faded at the 20th second of the next one.
         ({"requests_per_minute": 3}, {"requests": 3}, 10, 70.0, "requests"),
         ({"requests_per_minute": 1}, {"requests": 1}, 10, 110.0, "requests"),
         # The last minute's four count as three a quarter into this one, and must come down to two.
@@ -55,7 +55,7 @@ moments = st.floats(7 * MINUTE_SECONDS, 8 * MINUTE_SECONDS, exclude_max=True)
         ),
     ],
 )
-def test_who_waits_how_long(
+def test_how_long_a_request_waits(
     limits: dict[str, int], used: dict[str, int], second: float, wait: float, kind: str
 ) -> None:
     decision = decide(Limits(**limits), RateWindow(7, **used), 10, 7 * MINUTE_SECONDS + second)
@@ -64,7 +64,7 @@ def test_who_waits_how_long(
     assert decision.allowed or decision.kind == kind
 
 
-def test_what_is_left_is_told_as_openai_tells_it() -> None:
+def test_what_is_left_is_reported_as_openai_does() -> None:
     limits = Limits(requests_per_minute=10, tokens_per_minute=1000)
     used = RateWindow(7, requests=2, previous_requests=6, tokens=100, reserved_tokens=50)
     assert decide(limits, used, 30, 7 * MINUTE_SECONDS + 30).headers == {
@@ -104,28 +104,28 @@ def test_a_meter_in_other_minutes() -> None:
 
 
 @given(limited, meters, st.integers(1, 60), moments)
-def test_after_the_wait_it_passes_if_nothing_else_came(
+def test_after_the_wait_a_request_passes_if_no_other_came(
     limits: Limits, used: RateWindow, tokens: int, now: float
 ) -> None:
     decision = decide(limits, used, tokens, now)
     assert 0 <= decision.wait_seconds <= 2 * MINUTE_SECONDS
-    settled = replace(used, running_requests=0, reserved_tokens=0)  # what runs ends meanwhile, and has used nothing
+    settled = replace(
+        used, running_requests=0, reserved_tokens=0
+    )  # running requests end meanwhile, and have used nothing
     later = now + decision.wait_seconds + 1e-6
     assert decide(limits, roll_to_minute(settled, int(later // MINUTE_SECONDS)), tokens, later).allowed
 
 
 @given(limited, meters, st.integers(1, 60), moments)
 def test_more_use_never_shortens_the_wait(limits: Limits, used: RateWindow, tokens: int, now: float) -> None:
-    # Where only the end of others makes room the wait is a guess; whether one has to wait is none.
+    # If only the end of other requests helps, the length of the wait is a guess, but not whether to wait.
     more = replace(used, requests=used.requests + 1, tokens=used.tokens + 1, running_requests=used.running_requests + 1)
     if decide(limits, more, tokens, now).allowed:
         assert decide(limits, used, tokens, now).allowed
 
 
 @given(limited, meters, st.integers(1, 60), moments)
-def test_what_is_left_is_never_below_nothing_nor_above_the_limit(
-    limits: Limits, used: RateWindow, tokens: int, now: float
-) -> None:
+def test_what_is_left_is_between_zero_and_the_limit(limits: Limits, used: RateWindow, tokens: int, now: float) -> None:
     decision = decide(limits, used, tokens, now)
     for quota, most in ((decision.requests, limits.requests_per_minute), (decision.tokens, limits.tokens_per_minute)):
         assert (quota is None) == (most is None)
@@ -136,7 +136,7 @@ def test_what_is_left_is_never_below_nothing_nor_above_the_limit(
 
 @settings(max_examples=50)
 @given(st.integers(1, 20), st.lists(st.floats(0, 20), min_size=50, max_size=150))
-def test_no_clock_minute_lets_more_than_the_limit_through(most: int, gaps: list[float]) -> None:
+def test_no_clock_minute_admits_more_than_the_limit(most: int, gaps: list[float]) -> None:
     now, meter, passed = 0.0, RateWindow(0), []
     for gap in gaps:
         now += gap

@@ -43,15 +43,15 @@ def test_every_request_is_found_by_the_id_of_its_answer(
     with site.http() as keyless:
         answers += [keyless.get("/v1/models"), keyless.get("/v1/models/lm-abc_DEF-1/x%0Ay")]
     found = {line["request"]: line for line in lines(folder)}
-    told = [found[answer.headers["x-request-id"]] for answer in answers]
-    assert [(line["tenant"], line["method"], line["path"], line["status"]) for line in told] == [
+    logged = [found[answer.headers["x-request-id"]] for answer in answers]
+    assert [(line["tenant"], line["method"], line["path"], line["status"]) for line in logged] == [
         (tenant, "POST", "/v1/completions", 200),
         (tenant, "GET", "/v1/nothing", 404),
         (tenant, "POST", "/v1/completions", 404),
         (None, "GET", "/v1/models", 401),
         (None, "GET", "/v1/models/lm-…/x\ny", 401),
     ]
-    assert all(line["ms"] >= 0 and line["time"].endswith("Z") for line in told)
+    assert all(line["ms"] >= 0 and line["time"].endswith("Z") for line in logged)
     text = (folder / "access.log").read_text()
     assert "secret" not in text and "abc_DEF" not in text and http.headers["authorization"][7:] not in text
     assert len(text.splitlines()) == len(found) == 5
@@ -78,7 +78,7 @@ def test_a_full_file_is_moved_by_one_of_the_gateways_that_share_it(
     assert (folder / "access.log").stat().st_size <= 1000 + 91
 
 
-def test_a_file_that_can_not_be_written_costs_no_request(
+def test_a_log_that_cannot_be_written_fails_no_request(
     folder: Path, http: httpx.Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: logging.Handler, __: logging.LogRecord) -> None:
@@ -87,5 +87,5 @@ def test_a_file_that_can_not_be_written_costs_no_request(
     [handler] = (each for each in access_log.log.handlers if isinstance(each, access_log.SharedLogFile))
     monkeypatch.setattr(handler, "format", lambda record: full(handler, record))
     assert [http.get("/v1/models").status_code for _ in range(3)] == [200] * 3
-    said = [record.getMessage() for record in caplog.records if record.name == "loramill.gateway"]
-    assert len(said) == 1 and "access.log can't be written" in said[0] and "No space left" in said[0]
+    messages = [record.getMessage() for record in caplog.records if record.name == "loramill.gateway"]
+    assert len(messages) == 1 and "access.log can't be written" in messages[0] and "No space left" in messages[0]

@@ -23,7 +23,7 @@ def test_unknown_key(site: Any, echo: EchoBackend) -> None:
     assert not echo.requests
 
 
-def test_a_url_may_hold_the_key(site: Any, tenant: str) -> None:
+def test_a_url_may_contain_the_key(site: Any, tenant: str) -> None:
     with site.http() as http:
         assert http.get("/v1/models", auth=("key", site.key(tenant))).status_code == 200
         assert http.get("/v1/models", auth=("key", "lm-wrong")).status_code == 401
@@ -83,21 +83,21 @@ def _call(client: OpenAI, http: httpx.Client, how: str, name: str) -> httpx.Resp
 
 
 @pytest.mark.parametrize("how", ["chat", "stream", "completion", "model", "adapter", "promote", "rollback", "data"])
-def test_foreign_adapters_are_forbidden_and_nothing_tells_whether_they_exist(
+def test_foreign_adapters_are_forbidden_whether_or_not_they_exist(
     client: OpenAI, http: httpx.Client, site: Any, other: str, how: str
 ) -> None:
     answers = [_call(client, http, how, f"{other}/secret")]
     site.publish(f"{other}/secret", f"{other} v1")
     answers.append(_call(client, http, how, f"{other}/secret"))
-    answers.append(_call(client, http, how, "nobody/nothing"))
+    answers.append(_call(client, http, how, "unknown/nothing"))
     assert [answer.status_code for answer in answers] == [403, 403, 403]
     assert answers[0].json()["error"]["code"] == "forbidden"
     assert len({answer.content for answer in answers}) == 1
 
-    def telling(answer: httpx.Response) -> dict[str, str]:
+    def comparable(answer: httpx.Response) -> dict[str, str]:
         return {name: value for name, value in answer.headers.items() if name not in ("x-request-id", "date")}
 
-    assert telling(answers[0]) == telling(answers[1]) == telling(answers[2])
+    assert comparable(answers[0]) == comparable(answers[1]) == comparable(answers[2])
 
 
 def test_permission_denied_in_the_client(client: OpenAI, other: str) -> None:
@@ -109,7 +109,7 @@ def test_permission_denied_in_the_client(client: OpenAI, other: str) -> None:
 def test_a_tenant_acts_for_itself_only(site: Any, tenant: str, other: str) -> None:
     secret = site.key(tenant)
     assert site.openai(secret, organization=tenant).models.list().data
-    for organization in (other, "nobody"):
+    for organization in (other, "unknown"):
         with pytest.raises(openai.PermissionDeniedError):
             site.openai(secret, organization=organization).models.list()
 
@@ -119,13 +119,13 @@ def test_an_admin_acts_for_any_tenant(site: Any, admin: OpenAI, tenant: str, oth
     admin.chat.completions.create(model=f"{other}/secret", messages=HELLO)
     acting = site.openai(site.admin_key, organization=tenant)
     acting.chat.completions.create(model="tiny", messages=HELLO)
-    assert [asked.tenant for asked in echo.requests] == [other, tenant]
+    assert [request.tenant for request in echo.requests] == [other, tenant]
     assert f"{other}/secret" not in {model.id for model in acting.models.list()}
     with pytest.raises(openai.NotFoundError):
-        site.openai(site.admin_key, organization="nobody").models.list()
+        site.openai(site.admin_key, organization="unknown").models.list()
 
 
-def test_who_owns_nothing_can_make_nothing(admin: OpenAI, jsonl: Any) -> None:
+def test_an_admin_without_a_tenant_cannot_create_files(admin: OpenAI, jsonl: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="OpenAI-Organization"):
         admin.files.create(file=("a.jsonl", jsonl(5)), purpose="fine-tune")
 
@@ -140,7 +140,7 @@ def test_tenants_and_keys(site: Any) -> None:
         assert http.post("/v1/tenants", json={"name": "No Good"}).status_code == 400
         key = http.post("/v1/tenants/made-by-test/keys").json()
         assert key["key"].startswith("lm-") and key["key"].endswith(key["hint"]) and key["tenant"] == "made-by-test"
-        assert http.post("/v1/tenants/nobody/keys").status_code == 404
+        assert http.post("/v1/tenants/unknown/keys").status_code == 404
         client = site.openai(key["key"])
         client.models.list()
         listed = http.get("/v1/tenants/made-by-test/keys").json()
@@ -151,13 +151,13 @@ def test_tenants_and_keys(site: Any) -> None:
         assert http.delete("/v1/keys/key-none").status_code == 404
 
 
-def test_a_tenant_is_no_admin(http: httpx.Client, tenant: str, other: str) -> None:
+def test_a_tenant_is_not_an_admin(http: httpx.Client, tenant: str, other: str) -> None:
     refused = [
         http.post("/v1/tenants", json={"name": "mine"}),
         http.get("/v1/tenants"),
         http.post(f"/v1/tenants/{tenant}/keys"),
         http.get(f"/v1/tenants/{other}/keys"),
-        http.get("/v1/tenants/nobody/keys"),
+        http.get("/v1/tenants/unknown/keys"),
         http.delete("/v1/keys/key-x"),
     ]
     assert {response.status_code for response in refused} == {403}

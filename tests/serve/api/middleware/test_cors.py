@@ -1,4 +1,4 @@
-"""Pages of other origins: those that the settings list, and no others."""
+"""Pages of other origins may call the gateway only if the settings list them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_no_page_is_listed_by_default(site: Any) -> None:
 
 
 @pytest.mark.parametrize("origin", ["https://app.example/", "app.example", "https://app.example/page", ""])
-def test_what_no_browser_sends_as_an_origin_is_refused(origin: str) -> None:
+def test_malformed_origins_are_refused(origin: str) -> None:
     with pytest.raises(ValidationError):
         ServeSettings(cors_origins=(origin,))
     assert ServeSettings(cors_origins=("*", "http://localhost:3000", "tauri://localhost"))

@@ -1,4 +1,4 @@
-"""The gateway's edges: health, request ids, unknown URLs, what nobody foresaw."""
+"""Health, request ids, unknown URLs and unexpected errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class NotReady(EchoBackend):
 
 
 class Silent(EchoBackend):
-    """A backend that never says whether it is up."""
+    """A backend whose readiness check never returns."""
 
     async def ready(self) -> None:
         import asyncio
@@ -47,7 +47,7 @@ def test_health_needs_no_key(site: Any, monkeypatch: pytest.MonkeyPatch) -> None
         assert http.get("/healthz").status_code == 200
         assert http.get("/health").status_code == 503
         site.backend.now = EchoBackend()
-        assert http.get("/health").status_code == 200  # guidellm asks for it first
+        assert http.get("/health").status_code == 200  # guidellm requests it first
         assert http.get("/openapi.json").json()["info"]["title"] == "loramill"
         assert http.get("/docs").status_code == 200
 
@@ -61,8 +61,8 @@ def test_not_ready_without_its_database(site: Any, serving: Callable[..., Any], 
     )
     with serving(app) as address, httpx.Client(base_url=address, trust_env=False) as http:
         assert http.get("/readyz").status_code == 200
-        # The connections stay open: on such a one, SQLite answers SELECT 1 without a look at the file.
-        (tmp_path / "own.db").write_bytes(b"this is no database" * 1000)
+        # The connections stay open: over an open one, SQLite answers SELECT 1 without reading the file.
+        (tmp_path / "own.db").write_bytes(b"this is not a database" * 1000)
         response = http.get("/readyz")
         assert response.status_code >= 500
         assert "Traceback" not in response.text and response.json()["error"]["message"]
@@ -107,7 +107,7 @@ class Broken(EchoBackend):
         yield
 
 
-def test_the_unforeseen_is_logged_under_its_request_id_and_not_told(
+def test_an_unexpected_error_is_logged_under_its_request_id_and_not_sent(
     site: Any, http: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     site.backend.now = Broken()

@@ -1,4 +1,4 @@
-"""What a key may be used for, and until when."""
+"""Scopes and expiry of keys."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from loramill.serve.api.middleware.authentication import OPEN_PATHS, accepted_sc
 from loramill.types import Scope
 
 HELLO: Any = [{"role": "user", "content": "hi"}]
-ASK, TRAIN, MOVE, READ = Scope.INFERENCE, Scope.TRAINING, Scope.ADAPTERS, Scope.READ
+INFER, TRAIN, MANAGE, READ = Scope.INFERENCE, Scope.TRAINING, Scope.ADAPTERS, Scope.READ
 
 #: Every endpoint that needs a key, and the scopes that each takes.
 TABLE: dict[str, tuple[Scope, ...]] = {
-    "POST /v1/chat/completions": (ASK,),
-    "POST /v1/completions": (ASK,),
-    "GET /v1/models": (ASK, READ),
-    "GET /v1/models/*": (ASK, READ),
-    "DELETE /v1/models/*": (MOVE,),
+    "POST /v1/chat/completions": (INFER,),
+    "POST /v1/completions": (INFER,),
+    "GET /v1/models": (INFER, READ),
+    "GET /v1/models/*": (INFER, READ),
+    "DELETE /v1/models/*": (MANAGE,),
     "POST /v1/files": (TRAIN,),
     "POST /v1/files/check": (TRAIN,),
     "GET /v1/files": (TRAIN, READ),
@@ -39,19 +39,19 @@ TABLE: dict[str, tuple[Scope, ...]] = {
     "POST /v1/fine_tuning/jobs/*/retry": (TRAIN,),
     "GET /v1/fine_tuning/jobs/*/events": (TRAIN, READ),
     "GET /v1/fine_tuning/jobs/*/checkpoints": (TRAIN, READ),
-    "GET /v1/adapters": (MOVE, READ),
-    "GET /v1/adapters/*/*": (MOVE, READ),
-    "GET /v1/adapters/*/*/files": (MOVE, READ),
-    "GET /v1/adapters/*/*/files/*": (MOVE, READ),
-    "DELETE /v1/adapters/*/*": (MOVE,),
-    "DELETE /v1/adapters/*/*/versions/*": (MOVE,),
-    "POST /v1/adapters/*/*/rename": (MOVE,),
-    "POST /v1/adapters/*/*/import": (MOVE,),
-    "POST /v1/adapters/*/*/promote": (MOVE,),
-    "POST /v1/adapters/*/*/rollback": (MOVE,),
-    "POST /v1/adapters/*/*/pin": (MOVE,),
-    "POST /v1/adapters/*/*/unpin": (MOVE,),
-    "POST /v1/adapters/*/*/warm": (MOVE,),
+    "GET /v1/adapters": (MANAGE, READ),
+    "GET /v1/adapters/*/*": (MANAGE, READ),
+    "GET /v1/adapters/*/*/files": (MANAGE, READ),
+    "GET /v1/adapters/*/*/files/*": (MANAGE, READ),
+    "DELETE /v1/adapters/*/*": (MANAGE,),
+    "DELETE /v1/adapters/*/*/versions/*": (MANAGE,),
+    "POST /v1/adapters/*/*/rename": (MANAGE,),
+    "POST /v1/adapters/*/*/import": (MANAGE,),
+    "POST /v1/adapters/*/*/promote": (MANAGE,),
+    "POST /v1/adapters/*/*/rollback": (MANAGE,),
+    "POST /v1/adapters/*/*/pin": (MANAGE,),
+    "POST /v1/adapters/*/*/unpin": (MANAGE,),
+    "POST /v1/adapters/*/*/warm": (MANAGE,),
     "GET /v1/adapters/*/*/data": (TRAIN, READ),
     "POST /v1/adapters/*/*/data": (TRAIN,),
     "POST /v1/tenants": (READ,),
@@ -71,8 +71,8 @@ TABLE: dict[str, tuple[Scope, ...]] = {
 
 
 def test_every_endpoint_is_in_the_table(site: Any, endpoints: list[tuple[str, str]]) -> None:
-    there = {f"{method} {path}" for method, path in endpoints if path not in OPEN_PATHS}
-    assert there == set(TABLE)
+    served = {f"{method} {path}" for method, path in endpoints if path not in OPEN_PATHS}
+    assert served == set(TABLE)
 
 
 @pytest.mark.parametrize(("endpoint", "scopes"), TABLE.items())
@@ -81,37 +81,37 @@ def test_the_scopes_of_an_endpoint(endpoint: str, scopes: tuple[Scope, ...]) -> 
     assert accepted_scopes(method, path.replace("*", "x")) == scopes
 
 
-def test_a_key_with_a_scope_does_that_and_names_what_it_lacks(site: Any, tenant: str, jsonl: Any) -> None:
+def test_a_key_allows_only_its_scope_and_errors_name_the_other(site: Any, tenant: str, jsonl: Any) -> None:
     with site.registry.writing() as session:
         secrets = {scope: api_keys.create(session, tenant, scopes=[scope])[1] for scope in Scope}
     site.publish(f"{tenant}/a", f"{tenant} one")
 
-    def ask(http: httpx.Client) -> dict[Scope, httpx.Response]:
+    def call_each(http: httpx.Client) -> dict[Scope, httpx.Response]:
         upload = {"file": ("a.jsonl", jsonl(5))}
         return {
-            ASK: http.post("/v1/chat/completions", json={"model": f"{tenant}/a", "messages": HELLO}),
+            INFER: http.post("/v1/chat/completions", json={"model": f"{tenant}/a", "messages": HELLO}),
             TRAIN: http.post("/v1/files", data={"purpose": "fine-tune"}, files=upload),
-            MOVE: http.post(f"/v1/adapters/{tenant}/a/promote", json={"version": "champion"}),
+            MANAGE: http.post(f"/v1/adapters/{tenant}/a/promote", json={"version": "champion"}),
             READ: http.get("/v1/usage"),
         }
 
     for scope, secret in secrets.items():
         with site.http(secret) as http:
-            for needed, answer in ask(http).items():
+            for needed, answer in call_each(http).items():
                 if needed is scope:
                     assert answer.status_code == 200, answer.text
                 else:
                     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
                     assert f"'{needed}'" in answer.json()["error"]["message"]
     with site.http(site.key(tenant)) as http:
-        assert {answer.status_code for answer in ask(http).values()} == {200}
-    with site.http(secrets[ASK]) as http:
+        assert {answer.status_code for answer in call_each(http).values()} == {200}
+    with site.http(secrets[INFER]) as http:
         assert http.get("/v1/models").status_code == 200
     with site.openai(secrets[READ]) as client, pytest.raises(openai.PermissionDeniedError, match="inference"):
         client.chat.completions.create(model=f"{tenant}/a", messages=HELLO)
 
 
-def test_keys_are_made_with_scopes_and_an_end(site: Any, tenant: str) -> None:
+def test_keys_are_made_with_scopes_and_an_expiry(site: Any, tenant: str) -> None:
     ends = time.time() + 3600
     with site.http(site.admin_key) as http:
         path = f"/v1/tenants/{tenant}/keys"
@@ -131,11 +131,11 @@ def test_keys_are_made_with_scopes_and_an_end(site: Any, tenant: str) -> None:
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), refused.text
 
 
-def test_an_expired_key_is_refused_though_it_is_remembered(site: Any, tenant: str) -> None:
+def test_an_expired_key_is_refused_although_it_is_cached(site: Any, tenant: str) -> None:
     with site.registry.writing() as session:
         _, secret = api_keys.create(session, tenant, expires_at=time.time() + 0.3)
     with site.http(secret) as http:
         assert http.get("/v1/models").status_code == 200
-        time.sleep(0.35)  # the end of what is remembered is later
+        time.sleep(0.35)  # the cache entry is still valid
         answer = http.get("/v1/models")
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")

@@ -66,13 +66,13 @@ def test_whole_weights_of_a_full_fine_tune(http: httpx.Client, site: Any, tenant
     assert other[:12] in refused.json()["error"]["message"]
 
 
-def test_versions_are_their_tenants(http: httpx.Client, site: Any, tenant: str, other: str) -> None:
+def test_files_are_for_their_own_tenant_only(http: httpx.Client, site: Any, tenant: str, other: str) -> None:
     published(site, f"{other}/secret", {"who": other.encode()})
     for path in (f"/v1/adapters/{other}/secret/files", f"/v1/adapters/{other}/none/files"):
         for file in ("", "/who"):
             assert http.get(path + file).status_code == 403
-    with site.http() as nobody:
-        assert nobody.get(f"/v1/adapters/{other}/secret/files").status_code == 401
+    with site.http() as anonymous:
+        assert anonymous.get(f"/v1/adapters/{other}/secret/files").status_code == 401
     with site.http(site.admin_key) as admin:
         assert admin.get(f"/v1/adapters/{other}/secret/files/who").content == other.encode()
 
@@ -89,7 +89,7 @@ def test_versions_are_their_tenants(http: httpx.Client, site: Any, tenant: str, 
         ("support/files?latest=1", 400, "latest"),
     ],
 )
-def test_what_is_not_there(
+def test_unknown_adapters_versions_and_files(
     http: httpx.Client, site: Any, tenant: str, path: str, status: int, param: str | None
 ) -> None:
     published(site, f"{tenant}/support", {"who": tenant.encode()})

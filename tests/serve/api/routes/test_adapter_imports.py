@@ -26,7 +26,7 @@ CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_pr
 
 
 def weights(prefix: str = "base_model.model.", seed: int = 1) -> dict[str, torch.Tensor]:
-    """Of the gateway's tiny base."""
+    """An adapter for the gateway's tiny base."""
     generator = torch.Generator().manual_seed(seed)
     return {
         f"{prefix}model.layers.{layer}.self_attn.{module}.lora_{part}.weight": torch.randn(shape, generator=generator)
@@ -82,7 +82,7 @@ def test_other_spellings_are_stored_in_one_normal_form(http: httpx.Client, site:
     assert torch.equal(deltas["model.layers.1.self_attn.q_proj"].b, weights()[q])
 
 
-def test_ranks_scales_and_layers_of_its_own_are_kept(http: httpx.Client, site: Any, tenant: str) -> None:
+def test_ranks_scales_and_layers_per_module_are_kept(http: httpx.Client, site: Any, tenant: str) -> None:
     own = {
         "rank_pattern": {"layers.1.self_attn.q_proj": 3},
         "alpha_pattern": {"layers.0.self_attn.q_proj": 5.3},
@@ -105,7 +105,7 @@ def without_layer_1() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("files", "words"),
+    ("files", "message"),
     [
         (form(tensors=without_layer_1()), "layers.1.self_attn.q_proj.lora_A.weight"),
         (form({"peft_type": "IA3"}), "LORA and ADALORA"),
@@ -118,11 +118,11 @@ def without_layer_1() -> dict[str, torch.Tensor]:
         ({"config": ("c", b"{"), "weights": ("w", save(weights()))}, "can't be read"),
     ],
 )
-def test_what_can_not_be_served_is_refused(http: httpx.Client, tenant: str, files: Any, words: str) -> None:
+def test_adapters_that_cannot_be_served_are_refused(http: httpx.Client, tenant: str, files: Any, message: str) -> None:
     answer = http.post(f"/v1/adapters/{tenant}/orders/import", files=files)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_request", "weights"), answer.text
-    assert words in error["message"] and "orders" in error["message"]
+    assert message in error["message"] and "orders" in error["message"]
     assert http.get(f"/v1/adapters/{tenant}/orders").status_code == 404
 
 
@@ -152,8 +152,8 @@ def test_the_client_imports_a_folder(site: Any, tenant: str, tmp_path: Path) -> 
         assert adapter.champion == version
 
 
-def test_what_is_exported_is_loaded_by_peft_alone(site: Any, tenant: str, tmp_path: Path) -> None:
-    """With its base, which the gateway has in a folder, and that base's tokenizer; the stored bytes stay."""
+def test_an_export_is_loaded_by_peft_alone(site: Any, tenant: str, tmp_path: Path) -> None:
+    """The export names the base's folder and has its tokenizer; the stored bytes are unchanged."""
     torch.manual_seed(1)
     base = LlamaForCausalLM(LlamaConfig(**{key: CONFIG_OF_BASE[key] for key in CONFIG_OF_BASE if key[:5] != "archi"}))
     save_file(base.model.state_dict(prefix="model."), site.base.folder / "model.safetensors", {"format": "pt"})

@@ -13,7 +13,7 @@ from loramill.serve.replica.fake import EchoBackend
 HELLO: Any = [{"role": "user", "content": "hi"}]
 
 
-def test_promotion_moves_what_answers(
+def test_promotion_changes_the_version_that_answers(
     client: OpenAI, http: httpx.Client, site: Any, tenant: str, echo: EchoBackend
 ) -> None:
     name = f"{tenant}/support"
@@ -47,7 +47,7 @@ def test_everything_about_an_adapter(http: httpx.Client, site: Any, tenant: str)
     assert listed["name"] == name and listed["challenger"] == versions[2]
 
 
-def test_lists_are_the_callers(http: httpx.Client, site: Any, tenant: str, other: str) -> None:
+def test_lists_contain_only_the_callers_adapters(http: httpx.Client, site: Any, tenant: str, other: str) -> None:
     site.publish(f"{other}/secret", f"{other} v1")
     assert http.get("/v1/adapters").json()["data"] == []
     with site.http(site.admin_key) as admin:
@@ -57,7 +57,7 @@ def test_lists_are_the_callers(http: httpx.Client, site: Any, tenant: str, other
         assert admin.get("/v1/adapters").json()["data"] == []
 
 
-def test_own_unknowns(http: httpx.Client, site: Any, tenant: str) -> None:
+def test_unknown_names_of_the_own_tenant(http: httpx.Client, site: Any, tenant: str) -> None:
     missing = f"/v1/adapters/{tenant}/none"
     for response in (
         http.get(missing),
@@ -66,18 +66,18 @@ def test_own_unknowns(http: httpx.Client, site: Any, tenant: str) -> None:
     ):
         assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
     site.publish(f"{tenant}/support", f"{tenant} v1")
-    there = f"/v1/adapters/{tenant}/support"
-    refused = http.post(f"{there}/promote", json={"version": "0123456789ab"})
+    known = f"/v1/adapters/{tenant}/support"
+    refused = http.post(f"{known}/promote", json={"version": "0123456789ab"})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "version")
-    assert http.post(f"{there}/rollback").status_code == 409
-    assert http.post(f"{there}/promote", json={}).json()["error"]["param"] == "version"
+    assert http.post(f"{known}/rollback").status_code == 409
+    assert http.post(f"{known}/promote", json={}).json()["error"]["param"] == "version"
     assert http.get(f"/v1/adapters/{tenant}/Bad%20Name").status_code == 400
 
 
-def test_data_for_the_next_night(
+def test_data_for_the_next_nightly_run(
     client: OpenAI, http: httpx.Client, site: Any, tenant: str, other: str, jsonl: Any
 ) -> None:
-    path = f"/v1/adapters/{tenant}/support/data"  # an adapter without a version yet: the night makes the first
+    path = f"/v1/adapters/{tenant}/support/data"  # an adapter without a version yet: the nightly run makes the first
     mine = client.files.create(file=("a.jsonl", jsonl(5)), purpose="fine-tune").id
     foreign = site.openai(site.key(other)).files.create(file=("a.jsonl", jsonl(5)), purpose="fine-tune").id
     assert http.post(path, json={"training_file": mine, "validation_file": mine}).status_code == 200
@@ -113,5 +113,5 @@ def test_new_data_of_another_form_is_refused_when_it_is_added(
         assert (refused.status_code, error["param"]) == (400, param)
         assert "chat.jsonl" in error["message"] and "text.jsonl" in error["message"]
     assert "`--columns instruction=prompt,output=completion`" in add("forms", text).json()["error"]["message"]
-    assert add("forms", chat, chat).status_code == 200  # what was refused left nothing behind
+    assert add("forms", chat, chat).status_code == 200  # the refused data left nothing behind
     assert add("plain", text).status_code == 200

@@ -1,4 +1,4 @@
-"""The audit: every endpoint that changes something leaves a row, and no row holds a secret or a prompt."""
+"""The audit: every endpoint that changes something leaves a row, and no row contains a secret or a prompt."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from loramill.types import AuditRecord
 
 from .test_adapter_imports import form
 
-HELLO: Any = [{"role": "user", "content": "a word that nobody may write down"}]
+HELLO: Any = [{"role": "user", "content": "a word that must not be logged"}]
 
-#: What changes nothing that lasts: generation, and what it is counted by is usage; and a check of data.
+#: Endpoints that change nothing lasting: generation, which is counted as usage, and a check of data.
 GENERATION = {"POST /v1/chat/completions", "POST /v1/completions", "POST /v1/files/check"}
 
 
 @dataclass
 class Stage:
-    """A tenant with one of everything, and who acts on it."""
+    """A tenant with one object of each kind, and the clients that act on it."""
 
     site: Any
     tenant: str
@@ -76,7 +76,7 @@ def _deleting_a_version(stage: Stage) -> httpx.Response:
     return stage.own.delete(f"/v1/adapters/{stage.tenant}/a/versions/{challenger}", params={"force": "true"})
 
 
-#: How each endpoint is called, what it is written down as, and whether by an admin.
+#: How each endpoint is called, its action in the audit, and whether an admin calls it.
 CALLS: dict[str, tuple[Callable[[Stage], httpx.Response], str, bool]] = {
     "POST /v1/tenants": (lambda s: s.admin.post("/v1/tenants", json={"name": f"{s.tenant}-b"}), "tenant.create", True),
     "POST /v1/tenants/batch": (
@@ -170,7 +170,7 @@ def _rows(site: Any) -> list[AuditRecord]:
         return audit.list_changes(session, None, limit=10_000)
 
 
-def test_nothing_that_changes_something_is_left_out(endpoints: list[tuple[str, str]]) -> None:
+def test_every_endpoint_that_changes_something_is_listed(endpoints: list[tuple[str, str]]) -> None:
     changing = {f"{method} {path}" for method, path in endpoints if method != "GET"}
     assert changing == CALLS.keys() | GENERATION
 
@@ -195,7 +195,7 @@ def test_a_change_leaves_a_row(stage: Stage, endpoint: str) -> None:
 
 
 @pytest.mark.parametrize("refused", ["promote", "limits", "file"])
-def test_what_is_refused_leaves_none(stage: Stage, refused: str) -> None:
+def test_a_refused_request_leaves_no_row(stage: Stage, refused: str) -> None:
     before = len(_rows(stage.site))
     answer = {
         "promote": lambda: stage.own.post(f"/v1/adapters/{stage.tenant}/a/promote", json={"version": "0123456789"}),
@@ -206,7 +206,7 @@ def test_what_is_refused_leaves_none(stage: Stage, refused: str) -> None:
     assert len(_rows(stage.site)) == before
 
 
-def test_the_audit_is_read_in_pages_by_whom_it_concerns(stage: Stage, tenant: str, other: str) -> None:
+def test_the_audit_is_paginated_and_limited_to_the_caller(stage: Stage, tenant: str, other: str) -> None:
     stage.admin.post(f"/v1/tenants/{tenant}/limits", json={"requests_per_minute": 7})
     stage.admin.post(f"/v1/tenants/{other}/limits", json={"requests_per_minute": 8})
     newest, *rest = stage.own.get("/v1/audit", params={"limit": 2}).json()["data"]
@@ -219,11 +219,11 @@ def test_the_audit_is_read_in_pages_by_whom_it_concerns(stage: Stage, tenant: st
     assert [row["details"]["requests_per_minute"] for row in of_other] == [8]
     assert {tenant, other} <= {row["tenant"] for row in stage.admin.get("/v1/audit").json()["data"]}
     assert stage.own.get("/v1/audit", params={"tenant": other}).status_code == 403
-    assert stage.admin.get("/v1/audit", params={"tenant": "nobody"}).status_code == 404
+    assert stage.admin.get("/v1/audit", params={"tenant": "unknown"}).status_code == 404
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_prompt_is_written_down_nowhere(
+def test_a_prompt_is_neither_logged_nor_audited(
     site: Any, client: OpenAI, tenant: str, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     site.publish(f"{tenant}/a", f"{tenant} one")
@@ -233,8 +233,8 @@ def test_a_prompt_is_written_down_nowhere(
         client.completions.create(model="tiny", prompt=HELLO[0]["content"])
         with pytest.raises(Exception, match="nothing-such"):
             client.chat.completions.create(model=f"{tenant}/nothing-such", messages=HELLO)
-    assert "nobody may" in text
+    assert "must not be" in text
     ours = [record for record in caplog.records if record.name.startswith(("loramill", "uvicorn", "sqlalchemy"))]
     assert len(ours) >= 3
-    assert not [record for record in ours if "nobody may" in f"{record.getMessage()} {record.__dict__}"]
-    assert "nobody may" not in str(_rows(site))
+    assert not [record for record in ours if "must not be" in f"{record.getMessage()} {record.__dict__}"]
+    assert "must not be" not in str(_rows(site))

@@ -24,9 +24,9 @@ def test_base_answers(client: OpenAI, site: Any, echo: EchoBackend, tenant: str)
     assert choice.message.content == "one two three" and choice.message.role == "assistant"
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (3, 3, 6)
-    [asked] = echo.requests
-    params = asked.sampling_params
-    assert (asked.version, asked.tenant, params.temperature, params.max_tokens) == (
+    [request] = echo.requests
+    params = request.sampling_params
+    assert (request.version, request.tenant, params.temperature, params.max_tokens) == (
         None,
         tenant,
         1.0,
@@ -55,27 +55,27 @@ def test_parameters_reach_the_backend(client: OpenAI, echo: EchoBackend) -> None
         response_format={"type": "text"},
         extra_body={"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 2, "ignore_eos": True},
     )
-    [asked] = echo.requests
-    assert asked.messages == ({"role": "developer", "content": "be brief"}, {"role": "user", "content": "hello"})
+    [request] = echo.requests
+    assert request.messages == ({"role": "developer", "content": "be brief"}, {"role": "user", "content": "hello"})
     assert (
-        asked.sampling_params.max_tokens,
-        asked.sampling_params.temperature,
-        asked.sampling_params.top_p,
-        asked.sampling_params.top_k,
+        request.sampling_params.max_tokens,
+        request.sampling_params.temperature,
+        request.sampling_params.top_p,
+        request.sampling_params.top_k,
     ) == (7, 0.0, 0.5, 5)
-    params = asked.sampling_params
-    assert (params.seed, asked.stop, asked.ignore_eos, params.logprobs) == (
+    params = request.sampling_params
+    assert (params.seed, request.stop, request.ignore_eos, params.logprobs) == (
         11,
         ("END",),
         True,
         None,
     )
     assert (
-        asked.sampling_params.presence_penalty,
-        asked.sampling_params.frequency_penalty,
-        asked.sampling_params.repetition_penalty,
+        request.sampling_params.presence_penalty,
+        request.sampling_params.frequency_penalty,
+        request.sampling_params.repetition_penalty,
     ) == (0.5, -1.0, 1.2)
-    params = asked.sampling_params
+    params = request.sampling_params
     assert (params.min_p, params.min_tokens, params.logit_bias) == (
         0.1,
         2,
@@ -88,7 +88,7 @@ NULLS = {"refusal": None, "annotations": None, "audio": None, "function_call": N
 
 
 @pytest.mark.parametrize(
-    ("given", "content"),
+    ("message", "content"),
     [
         *(({"role": role, "content": TEXT}, "ab") for role in ("system", "developer", "user", "assistant")),
         ({"role": "assistant", "content": "x", **NULLS, "annotations": []}, "x"),
@@ -98,11 +98,11 @@ NULLS = {"refusal": None, "annotations": None, "audio": None, "function_call": N
     ],
 )
 @pytest.mark.parametrize("name", [None, "ann"])
-def test_messages_as_openais_schema_has_them(
-    client: OpenAI, echo: EchoBackend, given: dict[str, Any], content: str, name: str | None
+def test_messages_of_openais_schema_are_accepted(
+    client: OpenAI, echo: EchoBackend, message: dict[str, Any], content: str, name: str | None
 ) -> None:
-    client.chat.completions.create(model="tiny", messages=[{**given, "name": name}, *HELLO])  # type: ignore[list-item]
-    expected = {"role": given["role"], "content": content} | ({} if name is None else {"name": name})
+    client.chat.completions.create(model="tiny", messages=[{**message, "name": name}, *HELLO])  # type: ignore[list-item]
+    expected = {"role": message["role"], "content": content} | ({} if name is None else {"name": name})
     assert echo.requests[0].messages[0] == expected
 
 
@@ -125,8 +125,8 @@ def test_several_answers_have_their_own_seeds(client: OpenAI, echo: EchoBackend)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert {choice.message.content for choice in answer.choices} == {"one two three"}
     assert answer.usage is not None and (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 9)
-    assert [asked.sampling_params.seed for asked in echo.requests] == [5, 6, 7]
-    assert len({asked.id for asked in echo.requests}) == 3
+    assert [request.sampling_params.seed for request in echo.requests] == [5, 6, 7]
+    assert len({request.id for request in echo.requests}) == 3
 
 
 def test_logprobs(client: OpenAI, echo: EchoBackend) -> None:
@@ -137,7 +137,7 @@ def test_logprobs(client: OpenAI, echo: EchoBackend) -> None:
     first = logprobs.content[0]
     assert (first.logprob, first.bytes, len(first.top_logprobs)) == (-1.0, list(b"one"), 2)
     client.chat.completions.create(model="tiny", messages=HELLO, logprobs=True)
-    assert [asked.sampling_params.logprobs for asked in echo.requests] == [2, 0]
+    assert [request.sampling_params.logprobs for request in echo.requests] == [2, 0]
 
 
 def test_an_answer_can_be_sent_back_as_it_came(client: OpenAI, echo: EchoBackend) -> None:
@@ -147,7 +147,7 @@ def test_an_answer_can_be_sent_back_as_it_came(client: OpenAI, echo: EchoBackend
     assert [message["role"] for message in echo.requests[1].messages] == ["user", "assistant", "user"]
 
 
-def test_nulls_ask_for_nothing(http: httpx.Client, echo: EchoBackend) -> None:
+def test_nulls_mean_the_defaults(http: httpx.Client, echo: EchoBackend) -> None:
     body = {"model": "tiny", "messages": HELLO, "seed": None, "stop": None, "tools": None, "temperature": None}
     assert http.post("/v1/chat/completions", json=body).status_code == 200
     assert (echo.requests[0].sampling_params.seed, echo.requests[0].sampling_params.temperature) == (None, 1.0)
@@ -253,7 +253,7 @@ def test_models_are_the_base_and_own_champions(
         ),
     ],
 )
-def test_what_is_refused_is_named(client: OpenAI, echo: EchoBackend, change: Any, param: str, code: str) -> None:
+def test_refused_fields_are_named(client: OpenAI, echo: EchoBackend, change: Any, param: str, code: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**{"model": "tiny", "messages": HELLO, **change})
     assert (caught.value.param, caught.value.code, caught.value.type) == (param, code, "invalid_request_error")
@@ -288,16 +288,16 @@ def test_broken_bodies_are_400(http: httpx.Client, content: bytes, kind: str) ->
 
 
 def test_fifty_at_once(site: Any, tenant: str, echo: EchoBackend) -> None:
-    async def ask_all() -> list[str | None]:
+    async def send_all() -> list[str | None]:
         async with AsyncOpenAI(base_url=f"{site.url}/v1", api_key=site.key(tenant), max_retries=0) as client:
 
-            async def ask(number: int) -> str | None:
+            async def send(number: int) -> str | None:
                 answer = await client.chat.completions.create(
                     model="tiny", messages=[{"role": "user", "content": f"this is {number}"}]
                 )
                 return answer.choices[0].message.content
 
-            return await asyncio.gather(*(ask(number) for number in range(50)))
+            return await asyncio.gather(*(send(number) for number in range(50)))
 
-    assert asyncio.run(ask_all()) == [f"this is {number}" for number in range(50)]
+    assert asyncio.run(send_all()) == [f"this is {number}" for number in range(50)]
     assert not echo.active

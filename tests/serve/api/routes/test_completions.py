@@ -35,7 +35,7 @@ def test_openai_default_length_is_16(client: OpenAI, echo: EchoBackend) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "asked"),
+    ("prompt", "expected"),
     [
         ("x y", ["x y"]),
         (["x", "y z"], ["x", "y z"]),
@@ -43,14 +43,14 @@ def test_openai_default_length_is_16(client: OpenAI, echo: EchoBackend) -> None:
         ([[1, 2], [3]], [(1, 2), (3,)]),
     ],
 )
-def test_forms_of_prompts(client: OpenAI, echo: EchoBackend, prompt: Any, asked: list[Any]) -> None:
+def test_forms_of_prompts(client: OpenAI, echo: EchoBackend, prompt: Any, expected: list[Any]) -> None:
     answer = client.completions.create(model="tiny", prompt=prompt, echo=False, best_of=1, suffix=None)
-    assert [request.prompt for request in echo.requests] == asked
-    assert [choice.index for choice in answer.choices] == list(range(len(asked)))
+    assert [request.prompt for request in echo.requests] == expected
+    assert [choice.index for choice in answer.choices] == list(range(len(expected)))
 
 
 class Counting(EchoBackend):
-    """Notes how many answers were generated at once."""
+    """Counts how many answers were generated at once."""
 
     most = 0
 
@@ -61,7 +61,7 @@ class Counting(EchoBackend):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_many_prompts_are_no_flood(site: Any, client: OpenAI, stream: bool) -> None:
+def test_many_prompts_are_generated_sixteen_at_a_time(site: Any, client: OpenAI, stream: bool) -> None:
     site.backend.now = backend = Counting(seconds_per_token=0.001)
     answer = client.completions.create(model="tiny", prompt=[f"a b {n}" for n in range(40)], stream=stream)
     chunks = [choice for part in answer for choice in part.choices] if stream else answer.choices
@@ -100,7 +100,7 @@ def test_echo(client: OpenAI, echo: EchoBackend) -> None:
     assert (scored.choices[0].text, scored.choices[0].finish_reason) == ("a bb", "length")
     streamed = client.completions.create(model="tiny", prompt="a bb", max_tokens=1, echo=True, stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed) == "a bba"
-    assert [asked.sampling_params.echo for asked in echo.requests] == [True] * 3
+    assert [request.sampling_params.echo for request in echo.requests] == [True] * 3
 
 
 def test_streaming(client: OpenAI) -> None:
@@ -135,7 +135,7 @@ def test_streaming(client: OpenAI) -> None:
         ({"prompt": {"text": "x"}}, "prompt", "invalid_request"),
     ],
 )
-def test_what_is_refused_is_named(client: OpenAI, echo: EchoBackend, change: Any, param: str, code: str) -> None:
+def test_refused_fields_are_named(client: OpenAI, echo: EchoBackend, change: Any, param: str, code: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(**{"model": "tiny", "prompt": "x", **change})
     assert caught.value.param is not None

@@ -34,7 +34,7 @@ def test_openais_client_deletes_a_model(client: OpenAI, site: Any, tenant: str, 
         with pytest.raises(openai.NotFoundError):
             client.models.delete(model)
     assert name not in [model.id for model in client.models.list().data]
-    # A new adapter of the name is another version; the old one is reached by no name, so neither are its slot and KV.
+    # A new adapter of this name is another version; no name reaches the old one, nor its slot and KV.
     new = site.publish(name, f"{tenant} two")
     client.chat.completions.create(model=name, messages=HELLO)
     assert [request.version for request in echo.requests] == [old, new]
@@ -42,14 +42,14 @@ def test_openais_client_deletes_a_model(client: OpenAI, site: Any, tenant: str, 
         client.chat.completions.create(model=f"{name}@{old}", messages=HELLO)
 
 
-def test_a_version_is_deleted_with_openais_client_unless_an_alias_points_to_it(
+def test_openais_client_deletes_a_version_without_an_alias(
     client: OpenAI, http: httpx.Client, site: Any, tenant: str
 ) -> None:
     name = f"{tenant}/support"
     versions = [site.publish(name, f"{tenant} {number}") for number in range(4)]
     http.post(f"/v1/adapters/{name}/promote", json={"version": versions[2]})
-    for version, said in ((versions[2], "champion"), (versions[0], "previous"), (versions[3], "challenger")):
-        with pytest.raises(openai.ConflictError, match=said):
+    for version, alias in ((versions[2], "champion"), (versions[0], "previous"), (versions[3], "challenger")):
+        with pytest.raises(openai.ConflictError, match=alias):
             client.models.delete(f"{name}@{version[:12]}")
     deleted = client.models.delete(f"{name}@{versions[1][:12]}")
     assert deleted.deleted and deleted.id == f"{name}@{versions[1][:12]}"
@@ -62,7 +62,7 @@ def test_a_version_is_deleted_with_openais_client_unless_an_alias_points_to_it(
     assert http.get(f"/v1/adapters/{name}").json()["challenger"] is None
 
 
-def test_what_is_no_adapter_is_not_deleted(client: OpenAI, tenant: str, other: str) -> None:
+def test_only_adapters_are_deleted(client: OpenAI, tenant: str, other: str) -> None:
     with pytest.raises(openai.BadRequestError, match="is a base"):
         client.models.delete("tiny")
     with pytest.raises(openai.NotFoundError):
@@ -77,7 +77,7 @@ def test_every_gateway_refuses_what_was_deleted_within_a_second(
     name, key = f"{tenant}/support", site.key(tenant)
     site.publish(name, f"{tenant} one")
     with twin.openai(key) as elsewhere:
-        elsewhere.chat.completions.create(model=name, messages=HELLO)  # both name and key are remembered there now
+        elsewhere.chat.completions.create(model=name, messages=HELLO)  # both name and key are cached there now
         client.models.delete(name)
         refused_after(lambda: elsewhere.chat.completions.create(model=name, messages=HELLO), openai.NotFoundError)
         with site.http(site.admin_key) as admin:
@@ -87,12 +87,12 @@ def test_every_gateway_refuses_what_was_deleted_within_a_second(
         client.models.list()
 
 
-def refused_after(ask: Any, error: type[Exception]) -> None:
+def refused_after(send: Any, error: type[Exception]) -> None:
     """Sends requests until one is refused, for a second at most."""
     deadline = time.monotonic() + 1.0
     while time.monotonic() < deadline:
         try:
-            ask()
+            send()
         except error:
             return
         time.sleep(0.05)
@@ -129,7 +129,7 @@ def test_a_request_in_flight_ends_with_its_version(client: OpenAI, site: Any, te
         client.chat.completions.create(model=name, messages=HELLO)
 
 
-def test_a_job_that_has_not_ended_is_named_and_cancelled_if_asked(
+def test_a_job_that_has_not_ended_is_named_and_cancelled_on_request(
     client: OpenAI, http: httpx.Client, site: Any, tenant: str, jsonl: Any
 ) -> None:
     file = client.files.create(file=("a.jsonl", jsonl(5)), purpose="fine-tune").id
@@ -150,7 +150,7 @@ def test_a_job_that_has_not_ended_is_named_and_cancelled_if_asked(
         assert http.delete(f"/v1/adapters/{name}", params=wrong).status_code == 400
 
 
-def test_a_tenant_is_deleted_by_an_admin_alone(http: httpx.Client, site: Any, tenant: str, other: str) -> None:
+def test_only_an_admin_deletes_a_tenant(http: httpx.Client, site: Any, tenant: str, other: str) -> None:
     assert http.delete(f"/v1/tenants/{tenant}").status_code == 403
     site.publish(f"{tenant}/support", f"{tenant} one")
     with site.http(site.admin_key) as admin:
@@ -182,7 +182,7 @@ def test_only_a_key_for_adapters_deletes_them(site: Any, tenant: str) -> None:
         assert client.models.delete(f"{tenant}/support").deleted
 
 
-def test_a_renamed_adapter_answers_by_its_new_name_alone(
+def test_a_renamed_adapter_answers_only_by_its_new_name(
     client: OpenAI, http: httpx.Client, site: Any, twin: Any, tenant: str, other: str, jsonl: Any
 ) -> None:
     name, to = f"{tenant}/support", f"{tenant}/help"
@@ -231,11 +231,11 @@ def test_a_base_is_as_old_as_its_file(site: Any, client: OpenAI) -> None:
 def test_many_tenants_are_made_in_one_transaction(site: Any, tenant: str) -> None:
     with site.http(site.admin_key) as admin:
 
-        def make(*named: dict[str, Any], **said: Any) -> httpx.Response:
-            return admin.post("/v1/tenants/batch", json={"tenants": list(named), **said})
+        def make(*named: dict[str, Any], **options: Any) -> httpx.Response:
+            return admin.post("/v1/tenants/batch", json={"tenants": list(named), **options})
 
         a, b = {"name": f"{tenant}-a", "weight": 3, "requests_per_minute": 5}, {"name": f"{tenant}-b"}
-        for wrong, status, said in (
+        for wrong, status, fragment in (
             ([a, {"name": "Bad Name"}], 400, "Bad Name"),
             ([a, {"name": tenant}], 409, tenant),
             ([a, b, a], 400, "listed twice"),
@@ -243,7 +243,7 @@ def test_many_tenants_are_made_in_one_transaction(site: Any, tenant: str) -> Non
             ([], 400, "tenants"),
         ):
             refused = make(*wrong)
-            assert (refused.status_code, said in refused.text) == (status, True), refused.text
+            assert (refused.status_code, fragment in refused.text) == (status, True), refused.text
             assert admin.get(f"/v1/tenants/{tenant}-a").status_code == 404
         first, second = make(a, b, keys=True).json()["data"]
         assert (first["new"], first["weight"], first["requests_per_minute"]) == (True, 3, 5)

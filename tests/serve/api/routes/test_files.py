@@ -29,7 +29,7 @@ def test_warnings_come_back(client: OpenAI, jsonl: Any) -> None:
     assert made.status_details is not None and "twice.jsonl" in made.status_details
 
 
-def test_every_problem_is_told(client: OpenAI, jsonl: Any) -> None:
+def test_every_problem_is_reported(client: OpenAI, jsonl: Any) -> None:
     bad = jsonl(2) + b'{"messages": []}\nnot json\n' + jsonl(1, "x" * 600)
     with pytest.raises(openai.BadRequestError) as caught:
         client.files.create(file=("bad.jsonl", bad), purpose="fine-tune")
@@ -55,7 +55,7 @@ def test_pages(client: OpenAI, jsonl: Any) -> None:
             client.files.list(**bad)  # type: ignore[arg-type]
 
 
-def test_another_tenants_file_is_not_there(client: OpenAI, admin: OpenAI, site: Any, other: str, jsonl: Any) -> None:
+def test_another_tenants_file_is_not_found(client: OpenAI, admin: OpenAI, site: Any, other: str, jsonl: Any) -> None:
     foreign = site.openai(site.key(other)).files.create(file=("a.jsonl", jsonl(4)), purpose="fine-tune").id
     for name in (foreign, "file-none"):
         with pytest.raises(openai.NotFoundError) as caught:
@@ -67,7 +67,7 @@ def test_another_tenants_file_is_not_there(client: OpenAI, admin: OpenAI, site: 
     assert admin.files.retrieve(foreign).id == foreign
 
 
-def test_what_is_refused_is_named(client: OpenAI, http: httpx.Client, jsonl: Any) -> None:
+def test_refused_fields_are_named(client: OpenAI, http: httpx.Client, jsonl: Any) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.files.create(file=("a.jsonl", jsonl(4)), purpose="vision")
     assert caught.value.param == "purpose"
@@ -107,7 +107,7 @@ def test_a_name_is_only_a_name(client: OpenAI, jsonl: Any) -> None:
     assert made.filename == "passwd"
 
 
-def test_the_same_content_is_one_file_where_that_is_asked(
+def test_the_same_content_is_one_file_on_request(
     http: httpx.Client, site: Any, client: OpenAI, other: str, jsonl: Any
 ) -> None:
     def made(name: str, content: bytes, by: httpx.Client = http, **form: str) -> str:
@@ -135,27 +135,27 @@ def test_a_file_that_is_deleted_is_gone(client: OpenAI, site: Any, other: str, j
     assert client.files.list().data == []
 
 
-def test_a_file_that_a_night_needs_stays(
+def test_a_file_that_a_nightly_run_needs_stays(
     client: OpenAI, http: httpx.Client, site: Any, tenant: str, jsonl: Any
 ) -> None:
     train, valid = (client.files.create(file=(f"{i}.jsonl", jsonl(5)), purpose="fine-tune").id for i in range(2))
-    given = http.post(f"/v1/adapters/{tenant}/a/data", json={"training_file": train, "validation_file": valid})
-    assert given.status_code == 200, given.text
+    added = http.post(f"/v1/adapters/{tenant}/a/data", json={"training_file": train, "validation_file": valid})
+    assert added.status_code == 200, added.text
     with site.registry.writing() as session:
-        night = nightly.open_run(session)
+        run = nightly.open_run(session)
     for file in (train, valid):
         with pytest.raises(openai.ConflictError, match=f"{tenant}/a"):
             client.files.delete(file)
     with site.registry.writing() as session:
-        nightly.collect(session, night.id, f"{tenant}/a")
+        nightly.collect(session, run.id, f"{tenant}/a")
     with pytest.raises(openai.ConflictError):
         client.files.delete(train)
     with site.registry.writing() as session:
-        nightly.finish_run(session, night.id)
+        nightly.finish_run(session, run.id)
     assert client.files.delete(train).deleted and client.files.delete(valid).deleted
 
 
-def test_results_of_no_job_are_not_there(client: OpenAI) -> None:
+def test_results_of_an_unknown_job_are_not_found(client: OpenAI) -> None:
     for read in (client.files.retrieve, client.files.content):
         with pytest.raises(openai.NotFoundError):
             read("file-results-ftjob-none")

@@ -76,15 +76,15 @@ def test_create_with_everything(client: OpenAI, site: Any, tenant: str, file: st
 
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(8, 2), (32, 1), (11, 1), (1, 11)])
-def test_epochs_are_shown_as_they_were_asked_for(client: OpenAI, jsonl: Any, batch_size: int, steps: int) -> None:
+def test_epochs_are_shown_as_requested(client: OpenAI, jsonl: Any, batch_size: int, steps: int) -> None:
     file = client.files.create(file=("eleven.jsonl", jsonl(11)), purpose="fine-tune").id
-    asked = {"n_epochs": 1, "batch_size": batch_size}
-    job = client.fine_tuning.jobs.create(model="tiny", training_file=file, hyperparameters=asked)
+    hyperparameters = {"n_epochs": 1, "batch_size": batch_size}
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file, hyperparameters=hyperparameters)
     assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (1, batch_size)
     assert job.loramill["steps"] == steps  # type: ignore[attr-defined]
 
 
-def test_the_last_answer_alone_and_a_rank_by_itself(client: OpenAI, file: str) -> None:
+def test_training_on_the_last_answer_with_a_rank_pattern(client: OpenAI, file: str) -> None:
     extra = {"loramill": {"train_on": "last", "rank": 4, "rank_pattern": {"q_proj": 2}}}
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file, extra_body=extra)
     spec = job.loramill["spec"]  # type: ignore[attr-defined]
@@ -98,7 +98,7 @@ def test_older_clients_write_hyperparameters_at_the_top(client: OpenAI, file: st
 
 
 def _finish(site: Any, job_id: str, tenant: str) -> str:
-    """Plays the worker; returns the version."""
+    """Acts as the worker; returns the version."""
     with site.registry.writing() as session:
         while (leased := jobs.lease(session, "test", now=time.time(), seconds=60, max_attempts=2)) is not None:
             if leased.id == job_id:
@@ -135,7 +135,7 @@ def test_life_of_a_job(client: OpenAI, site: Any, tenant: str, file: str) -> Non
         client.fine_tuning.jobs.cancel(job.id)
 
 
-def test_a_failed_job_says_why(client: OpenAI, site: Any, file: str) -> None:
+def test_a_failed_job_has_its_error(client: OpenAI, site: Any, file: str) -> None:
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file)
     with site.registry.writing() as session:
         while (leased := jobs.lease(session, "test", now=time.time(), seconds=60, max_attempts=2)) is not None:
@@ -194,7 +194,7 @@ def test_jobs_are_found_by_their_metadata(client: OpenAI, file: str) -> None:
             found(**{unnameable: "1"})
 
 
-def test_another_tenants_job_is_not_there(client: OpenAI, admin: OpenAI, site: Any, other: str, jsonl: Any) -> None:
+def test_another_tenants_job_is_not_found(client: OpenAI, admin: OpenAI, site: Any, other: str, jsonl: Any) -> None:
     theirs = site.openai(site.key(other))
     file = theirs.files.create(file=("a.jsonl", jsonl(10)), purpose="fine-tune").id
     foreign = theirs.fine_tuning.jobs.create(model="tiny", training_file=file).id
@@ -274,14 +274,14 @@ def test_an_admin_submits_for_a_tenant(site: Any, tenant: str, jsonl: Any) -> No
         ({"extra_body": {"loramill": {"start_from": "champion"}}}, "loramill.start_from", "invalid_request"),
     ],
 )
-def test_what_is_refused_is_named(client: OpenAI, file: str, change: Any, param: str, code: str) -> None:
+def test_refused_fields_are_named(client: OpenAI, file: str, change: Any, param: str, code: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.fine_tuning.jobs.create(**{"model": "tiny", "training_file": file, **change})
     assert (caught.value.param, caught.value.code) == (param, code)
     assert client.fine_tuning.jobs.list().data == []
 
 
-def test_nan_is_no_number(http: httpx.Client, file: str) -> None:
+def test_nan_and_infinity_are_refused(http: httpx.Client, file: str) -> None:
     body = '{"model": "tiny", "training_file": "%s", "loramill": {"alpha": %s}}'
     for number in ("NaN", "Infinity", "1e999"):
         response = http.post(
@@ -301,7 +301,7 @@ def test_data_is_checked_against_the_spec(client: OpenAI, file: str, jsonl: Any)
     assert caught.value.code == "invalid_dataset" and "train.jsonl, line 1" in caught.value.message
 
 
-def test_what_is_odd_is_told_in_the_events(client: OpenAI, file: str) -> None:
+def test_warnings_about_the_data_are_events(client: OpenAI, file: str) -> None:
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file, validation_file=file)
     levels = [event.level for event in client.fine_tuning.jobs.list_events(job.id)]
     assert "warn" in levels

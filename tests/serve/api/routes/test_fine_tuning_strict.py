@@ -1,4 +1,4 @@
-"""Every answer about jobs is what the openai client's own types say: nothing lacks, nothing is of another type."""
+"""Every answer about jobs matches the openai client's own types: nothing is missing or of another type."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def job(client: OpenAI, file: str) -> str:
 
 
 def lease(site: Any, job_id: str, owner: str = "test") -> JobRecord:
-    """Plays the worker that gets the job."""
+    """Acts as the worker that leases the job."""
     with site.registry.writing() as session:
         while (leased := jobs.lease(session, owner, now=time.time(), seconds=60, max_attempts=2)) is not None:
             if leased.id == job_id:
                 return leased
-    raise AssertionError(f"{job_id} doesn't wait")
+    raise AssertionError(f"{job_id} is not queued")
 
 
 def version_of(site: Any, job: JobRecord, content: str) -> VersionRecord:
@@ -75,13 +75,13 @@ def beat(site: Any, job: JobRecord, step: int, **numbers: Any) -> None:
         jobs.add_event(session, job.id, f"Step {step}", kind="metrics", data=data)
 
 
-def test_a_life(client: OpenAI, site: Any, tenant: str, job: str) -> None:
+def test_the_life_of_a_job(client: OpenAI, site: Any, tenant: str, job: str) -> None:
     leased = lease(site, job)
     beat(site, leased, 10, loss=1.5, valid_loss=None, tokens_per_second=100.0)
     running = strict_job(client.fine_tuning.jobs.retrieve(job))
     own = running.loramill
     assert (running.status, own["step"], own["loss"], own["tokens_per_second"]) == ("running", 10, 1.5, 100.0)
-    # 20 steps are left, of 100 tokens each, at 100 tokens a second.
+    # 20 steps are left, of 100 tokens each, at 100 tokens per second.
     assert running.estimated_finish == pytest.approx(time.time() + 20, abs=3)
 
     with site.registry.writing() as session:
@@ -91,10 +91,10 @@ def test_a_life(client: OpenAI, site: Any, tenant: str, job: str) -> None:
     strict(newest), strict(first)
     assert (newest.step_number, newest.fine_tuned_model_checkpoint, newest.metrics.step) == (20, "", 20)
     assert first.metrics.to_dict() == {"step": 10, **METRICS}
-    asked = client.chat.completions.create(
+    partial = client.chat.completions.create(
         model=first.fine_tuned_model_checkpoint, messages=[{"role": "user", "content": "so far?"}]
     )
-    assert asked.choices[0].message.content == "so far?"
+    assert partial.choices[0].message.content == "so far?"
 
     with site.registry.writing() as session:
         version = version_of(site, leased, job)
@@ -108,7 +108,7 @@ def test_a_life(client: OpenAI, site: Any, tenant: str, job: str) -> None:
     assert {strict_job(each).id for each in client.fine_tuning.jobs.list()} == {job}
 
 
-def test_checkpoints_come_page_after_page(client: OpenAI, site: Any, job: str) -> None:
+def test_checkpoints_are_paginated(client: OpenAI, site: Any, job: str) -> None:
     leased = lease(site, job)
     with site.registry.writing() as session:
         for step in (10, 20, 30):
@@ -121,7 +121,7 @@ def test_checkpoints_come_page_after_page(client: OpenAI, site: Any, job: str) -
 
 
 def test_pause_and_resume(client: OpenAI, site: Any, job: str) -> None:
-    # The client's types know no state `paused`: it is ours.
+    # The client's types have no state `paused`: it is loramill's own.
     paused = strict_job(client.fine_tuning.jobs.pause(job))
     assert (paused.status, paused.loramill["status"]) == ("queued", "paused")
     assert client.fine_tuning.jobs.pause(job) == paused
@@ -130,8 +130,8 @@ def test_pause_and_resume(client: OpenAI, site: Any, job: str) -> None:
     with pytest.raises(openai.ConflictError):
         client.fine_tuning.jobs.resume(job)
     lease(site, job)
-    asked = strict_job(client.fine_tuning.jobs.pause(job))
-    assert (asked.status, asked.loramill["pending_action"]) == ("running", "pause")
+    pausing = strict_job(client.fine_tuning.jobs.pause(job))
+    assert (pausing.status, pausing.loramill["pending_action"]) == ("running", "pause")
     assert strict_job(client.fine_tuning.jobs.cancel(job)).loramill["pending_action"] == "cancel"
 
 
@@ -173,7 +173,7 @@ def test_results_are_a_table_of_the_steps(client: OpenAI, site: Any, job: str) -
 
 
 def test_events_are_read_page_by_page(client: OpenAI, site: Any, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long a history is, a page costs a page."""
+    """Reading a page costs the same however long the history is."""
     with site.registry.writing() as session:
         for number in range(40):
             jobs.add_event(session, job, str(number))
@@ -198,7 +198,9 @@ def test_events_are_read_page_by_page(client: OpenAI, site: Any, job: str, monke
         ({"steps": 1_000_000, "checkpoint_every": 100}, 0, "dedicated"),
     ],
 )
-def test_who_runs_it(client: OpenAI, site: Any, file: str, own: Any, priority: int, executor: str) -> None:
+def test_the_priority_and_executor_of_a_job(
+    client: OpenAI, site: Any, file: str, own: Any, priority: int, executor: str
+) -> None:
     made = client.fine_tuning.jobs.create(model="tiny", training_file=file, extra_body={"loramill": own})
     assert (made.loramill["priority"], made.loramill["executor"]) == (priority, executor)  # type: ignore[attr-defined]
     with site.registry.reading() as session:
@@ -207,21 +209,21 @@ def test_who_runs_it(client: OpenAI, site: Any, file: str, own: Any, priority: i
     client.fine_tuning.jobs.cancel(made.id)
 
 
-def test_it_is_sized_at_submit(client: OpenAI, site: Any, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_a_job_is_sized_at_submission(client: OpenAI, site: Any, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sized = []
 
     def fit_spec(spec: Any, base: Any, lengths: Any, settings: Any, adjustable: Any) -> Any:
-        asked.append((base, tuple(lengths), settings))
-        return spec.model_copy(update={"micro_tokens": 64}), "Fits with 64 tokens a pass."
+        sized.append((base, tuple(lengths), settings))
+        return spec.model_copy(update={"micro_tokens": 64}), "Fits with 64 tokens per pass."
 
     monkeypatch.setattr("loramill.submission.submit.fit_spec", fit_spec)
     made = client.fine_tuning.jobs.create(model="tiny", training_file=file, validation_file=file)
     assert made.loramill["micro_tokens"] == 64  # type: ignore[attr-defined]
-    ((base, lengths, settings),) = asked
+    ((base, lengths, settings),) = sized
     assert (base, settings, len(lengths)) == (site.base, site.settings.jobs, 80)
     assert len(set(lengths)) == 2 and lengths[:40] == lengths[40:]  # of one digit and of two
-    told = [event.message for event in client.fine_tuning.jobs.list_events(made.id)]
-    assert "Fits with 64 tokens a pass." in told
+    messages = [event.message for event in client.fine_tuning.jobs.list_events(made.id)]
+    assert "Fits with 64 tokens per pass." in messages
 
 
 def test_wandb_is_a_setting(client: OpenAI, file: str) -> None:

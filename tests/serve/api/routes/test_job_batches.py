@@ -43,7 +43,7 @@ def test_all_are_submitted(http: httpx.Client, client: OpenAI, file: str) -> Non
     assert {entry["job"]["id"] for entry in data} == {each.id for each in client.fine_tuning.jobs.list(limit=100)}
 
 
-def test_one_that_is_wrong_stops_all(http: httpx.Client, client: OpenAI, file: str) -> None:
+def test_one_invalid_job_stops_all(http: httpx.Client, client: OpenAI, file: str) -> None:
     wrong: list[tuple[Any, str | None, str]] = [
         (job(file, seed=-1), "seed", "invalid_request"),
         (job(file, suffix="Not A Name"), "suffix", "invalid_request"),
@@ -65,7 +65,7 @@ def test_one_that_is_wrong_stops_all(http: httpx.Client, client: OpenAI, file: s
     assert client.fine_tuning.jobs.list().data == []
 
 
-def test_what_was_submitted_is_not_submitted_again(
+def test_a_submitted_key_is_not_submitted_again(
     http: httpx.Client, site: Any, client: OpenAI, file: str, other: str, jsonl: Any
 ) -> None:
     theirs = site.openai(site.key(other)).files.create(file=("a.jsonl", jsonl(10)), purpose="fine-tune").id
@@ -103,7 +103,7 @@ def test_an_admin_submits_for_many(
 
 
 @pytest.mark.parametrize("body", [{}, {"jobs": []}, {"jobs": [3]}, {"jobs": [{}], "wibble": 1}])
-def test_what_is_no_batch_is_refused(http: httpx.Client, body: Any) -> None:
+def test_malformed_batches_are_refused(http: httpx.Client, body: Any) -> None:
     assert http.post(PATH, json=body).status_code == 400
 
 

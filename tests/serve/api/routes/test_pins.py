@@ -36,7 +36,7 @@ def test_pinning_a_version_makes_it_the_champion(http: httpx.Client, tenant: str
     assert (pinned["champion"], pinned["previous"], pinned["pinned"]) == (versions[1], versions[0], True)
 
 
-def test_warming_asks_the_version_for_one_token(
+def test_warming_generates_one_token_with_the_version(
     site: Any, http: httpx.Client, tenant: str, versions: list[str], echo: EchoBackend
 ) -> None:
     for body, version in (
@@ -47,12 +47,12 @@ def test_warming_asks_the_version_for_one_token(
         answer = http.post(f"/v1/adapters/{tenant}/a/warm", json=body).json()
         assert (answer["adapter"], answer["version"]) == (f"{tenant}/a", version)
         assert answer["seconds"] >= 0
-        asked = echo.requests[-1]
-        assert (asked.version, asked.tenant, asked.sampling_params.max_tokens) == (version, tenant, 1)
+        request = echo.requests[-1]
+        assert (request.version, request.tenant, request.sampling_params.max_tokens) == (version, tenant, 1)
 
 
 @pytest.mark.parametrize("verb", ["pin", "unpin", "warm"])
-def test_what_is_not_there_can_not_be(http: httpx.Client, site: Any, tenant: str, verb: str) -> None:
+def test_unknown_adapters_and_versions_are_refused(http: httpx.Client, site: Any, tenant: str, verb: str) -> None:
     missing = http.post(f"/v1/adapters/{tenant}/none/{verb}")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
     site.publish(f"{tenant}/a", f"{tenant} one")

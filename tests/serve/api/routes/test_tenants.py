@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 
-def test_a_share_is_set_in_parts(site: Any, tenant: str) -> None:
+def test_fields_of_a_share_are_set_one_by_one(site: Any, tenant: str) -> None:
     with site.http(site.admin_key) as http:
 
-        def share(**said: Any) -> tuple[Any, ...]:
-            answer = http.post(f"/v1/tenants/{tenant}/share", json=said)
+        def share(**changes: Any) -> tuple[Any, ...]:
+            answer = http.post(f"/v1/tenants/{tenant}/share", json=changes)
             assert answer.status_code == 200, answer.text
             assert http.get(f"/v1/tenants/{tenant}").json() == answer.json()
             return tuple(answer.json()[name] for name in ("weight", "max_running", "max_queued"))
@@ -23,7 +23,7 @@ def test_a_share_is_set_in_parts(site: Any, tenant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "param"),
+    ("changes", "param"),
     [
         ({"weight": 0}, "weight"),
         ({"weight": -1.0}, "weight"),
@@ -33,15 +33,15 @@ def test_a_share_is_set_in_parts(site: Any, tenant: str) -> None:
         ({"wibble": 1}, "wibble"),
     ],
 )
-def test_what_makes_no_share_is_refused(site: Any, tenant: str, said: Any, param: str) -> None:
+def test_invalid_shares_are_refused(site: Any, tenant: str, changes: Any, param: str) -> None:
     with site.http(site.admin_key) as http:
-        answer = http.post(f"/v1/tenants/{tenant}/share", json=said)
+        answer = http.post(f"/v1/tenants/{tenant}/share", json=changes)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
-def test_it_is_an_admins_business(site: Any, tenant: str) -> None:
+def test_only_an_admin_sets_and_reads_shares(site: Any, tenant: str) -> None:
     with site.http(site.key(tenant)) as own, site.http(site.admin_key) as admin:
         assert own.post(f"/v1/tenants/{tenant}/share", json={"weight": 9}).status_code == 403
         assert own.get(f"/v1/tenants/{tenant}").status_code == 403
-        assert admin.post("/v1/tenants/nobody/share", json={"weight": 9}).status_code == 404
-        assert admin.get("/v1/tenants/nobody").status_code == 404
+        assert admin.post("/v1/tenants/unknown/share", json={"weight": 9}).status_code == 404
+        assert admin.get("/v1/tenants/unknown").status_code == 404

@@ -1,4 +1,4 @@
-"""What is counted of generations, to whom, and that the record has it."""
+"""The usage of generations: what is counted, for which tenant, and that the registry stores it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from loramill.errors import Unavailable
 from loramill.registry import Registry, api_keys, migrate, tenants, usage
 from loramill.registry.usage import UsageCount, UsageItem
 from loramill.serve.api.app import build_api
-from loramill.serve.api.limits import flush as metering
+from loramill.serve.api.limits import flush
 from loramill.serve.replica.fake import EchoBackend
 
 HELLO: Any = [{"role": "user", "content": "one two three"}]
 
 
 def rows(site: Any, tenant: str) -> dict[tuple[str, str | None], tuple[int, int, int]]:
-    """What the record has of a tenant, by model and version, a moment from now."""
+    """A tenant's usage in the registry, by model and version, after the next flush."""
     time.sleep(0.8)
     with site.http(site.admin_key) as http:
         found = http.get("/v1/usage", params={"tenant": tenant}).json()["data"]
@@ -32,22 +32,29 @@ def rows(site: Any, tenant: str) -> dict[tuple[str, str | None], tuple[int, int,
     }
 
 
-def test_usage_is_what_the_answers_said(site: Any, client: OpenAI, tenant: str) -> None:
+def test_usage_is_the_sum_of_the_answers(site: Any, client: OpenAI, tenant: str) -> None:
     name = f"{tenant}/a"
     first = site.publish(name, f"{tenant} one")
-    ask = client.chat.completions.create
-    said = [ask(model=name, messages=HELLO).usage, ask(model=f"{name}@{first[:10]}", messages=HELLO, n=3).usage]
-    *_, last = ask(model=name, messages=HELLO, stream=True, stream_options={"include_usage": True})
-    said.append(last.usage)
+    create = client.chat.completions.create
+    reported = [
+        create(model=name, messages=HELLO).usage,
+        create(model=f"{name}@{first[:10]}", messages=HELLO, n=3).usage,
+    ]
+    *_, last = create(model=name, messages=HELLO, stream=True, stream_options={"include_usage": True})
+    reported.append(last.usage)
     plain = client.completions.create(model="tiny", prompt=["a", "a", "b c"], n=2, max_tokens=1).usage
     assert rows(site, tenant) == {
-        (name, first): (3, sum(each.prompt_tokens for each in said), sum(each.completion_tokens for each in said)),
+        (name, first): (
+            3,
+            sum(each.prompt_tokens for each in reported),
+            sum(each.completion_tokens for each in reported),
+        ),
         ("tiny", None): (1, plain.prompt_tokens, plain.completion_tokens),
     }
     assert plain.prompt_tokens == 4
 
 
-def test_what_was_refused_is_not_counted_and_what_was_left_is(site: Any, http: httpx.Client, tenant: str) -> None:
+def test_refused_requests_are_not_counted_and_abandoned_ones_are(site: Any, http: httpx.Client, tenant: str) -> None:
     site.backend.now = EchoBackend(seconds_per_token=0.05)
     body = {"model": "tiny", "messages": [{"role": "user", "content": "w " * 200}], "stream": True}
     with http.stream("POST", "/v1/chat/completions", json=body) as answer:
@@ -59,7 +66,7 @@ def test_what_was_refused_is_not_counted_and_what_was_left_is(site: Any, http: h
     assert (requests, prompt) == (1, 200) and 1 <= completion < 100
 
 
-def test_the_engine_is_told_the_tenant(site: Any, tenant: str, other: str, echo: EchoBackend) -> None:
+def test_the_engine_gets_the_tenant(site: Any, tenant: str, other: str, echo: EchoBackend) -> None:
     for name in (tenant, other):
         site.publish(f"{name}/a", f"{name} one")
     for key, model in (
@@ -93,13 +100,13 @@ def test_usage_by_day(site: Any, http: httpx.Client, tenant: str, other: str) ->
     with site.http(site.admin_key) as admin:
         assert shown(admin) == [days[0], days[0], days[1], days[1]]
         assert shown(admin, tenant=other) == days[:2]
-        assert admin.get("/v1/usage", params={"tenant": "nobody"}).status_code == 404
+        assert admin.get("/v1/usage", params={"tenant": "unknown"}).status_code == 404
     assert http.get("/v1/usage", params={"tenant": other}).status_code == 403
     for query in ({"from": "yesterday"}, {"from": days[0], "to": days[1]}, {"days": "3"}, {"to": "0001-01-01"}):
         assert http.get("/v1/usage", params=query).status_code == (200 if "0001-01-01" in query.values() else 400)
 
 
-def test_the_last_page_is_written_at_the_end_and_a_failed_one_later(
+def test_the_last_batch_is_written_at_the_end_and_a_failed_one_later(
     site: Any, serving: Callable[..., Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"sqlite:///{tmp_path / 'own.db'}"
@@ -111,18 +118,18 @@ def test_the_last_page_is_written_at_the_end_and_a_failed_one_later(
     app = build_api(
         registry=registry, base=site.base, tokenizer=site.tokenizer, backend=EchoBackend(), settings=site.settings
     )
-    exchange, failures = metering._write_and_read_peers, []
+    exchange, failures = flush._write_and_read_peers, []
 
-    def failing(written: Registry, gateway: str, page: Any) -> Any:
-        # The other tests' gateway keeps its books in this process, too.
-        if written is not registry or page is None or not page.counts or len(failures) == 2:
-            return exchange(written, gateway, page)
+    def failing(written: Registry, gateway: str, batch: Any) -> Any:
+        # The other tests' gateway writes its usage in this process, too.
+        if written is not registry or batch is None or not batch.counts or len(failures) == 2:
+            return exchange(written, gateway, batch)
         if failures:
-            exchange(written, gateway, page)  # it is written, and nobody learns of it
-        failures.append(page.number)
+            exchange(written, gateway, batch)  # it is written, but reported as failed
+        failures.append(batch.number)
         raise Unavailable("away")
 
-    monkeypatch.setattr(metering, "_write_and_read_peers", failing)
+    monkeypatch.setattr(flush, "_write_and_read_peers", failing)
     with serving(app) as address, httpx.Client(base_url=address, headers={"authorization": f"Bearer {secret}"}) as http:
         for _ in range(4):
             http.post("/v1/completions", json={"model": "tiny", "prompt": "a b"}).raise_for_status()
