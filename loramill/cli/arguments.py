@@ -22,7 +22,8 @@ AdapterVersionArgument = Annotated[
     str,
     typer.Argument(
         metavar="TENANT/ADAPTER[@VERSION]",
-        help="Adapter and version: acme/support@3f2a9c01. The version is an alias or at least 8 digits of a hash.",
+        help="Adapter and version, such as acme/support@3f2a9c01. The version is an alias, or at least the first 8 "
+        "digits of a hash.",
         show_default=False,
         autocompletion=complete.adapters,
     ),
@@ -37,7 +38,7 @@ JobArgument = Annotated[
     str,
     typer.Argument(
         metavar="JOB",
-        help="Id of the job (ftjob-…), or its first digits.",
+        help="ID of the job (ftjob-…), or its first digits.",
         show_default=False,
         autocompletion=complete.jobs,
     ),
@@ -46,7 +47,7 @@ JobsArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="JOB…",
-        help="Ids of jobs (ftjob-…), or their first digits.",
+        help="IDs of jobs (ftjob-…), or their first digits.",
         show_default=False,
         autocompletion=complete.jobs,
     ),
@@ -67,7 +68,7 @@ TenantOption = Annotated[
     ),
 ]
 
-_TRAIN_HELP = "Examples to train on: JSONL, JSON, CSV, TSV, Parquet, Arrow, hf:org/name, or an uploaded file's id."
+_TRAIN_HELP = "Examples to train on: JSONL, JSON, CSV, TSV, Parquet, Arrow, hf:org/name, or an uploaded file's ID."
 TrainOption = Annotated[str, typer.Option("--train", metavar="FILE", help=_TRAIN_HELP, show_default=False)]
 OptionalTrainOption = Annotated[str | None, typer.Option("--train", metavar="FILE", help=_TRAIN_HELP)]
 ValidOption = Annotated[

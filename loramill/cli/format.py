@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import typer
 from pydantic import BaseModel
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -40,6 +41,17 @@ def make_console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else 200
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
+
+
+def progress_bar() -> Progress:
+    """Returns a progress bar on stderr: what is done, of how many, and the time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    return Progress(*columns, console=make_console(stderr=True))
 
 
 def print_message(sentence: str, style: str | None = None) -> None:

@@ -80,9 +80,9 @@ class TenantsResource:
 
         Args:
             tenant: The tenant.
-            weight: Tokens that it may train on, relative to other tenants.
-            max_running: Maximum number of jobs that run at once.
-            max_queued: Maximum number of jobs that wait.
+            weight: Share of the training pool, relative to the weights of other tenants.
+            max_running: Maximum number of jobs that run at the same time.
+            max_queued: Maximum number of queued and paused jobs.
         """
         share = {"weight": weight, "max_running": max_running, "max_queued": max_queued}
         path = f"{_tenant_path(tenant)}/share"
@@ -103,8 +103,8 @@ class TenantsResource:
             tenant: The tenant.
             requests_per_minute: Maximum number of requests per minute.
             tokens_per_minute: Maximum number of prompt and completion tokens per minute.
-            concurrent_requests: Maximum number of generations that run at once.
-            stored_bytes: Maximum size of its uploaded files and imported adapters.
+            concurrent_requests: Maximum number of requests that run at the same time.
+            stored_bytes: Maximum total size of its uploaded files and imported adapters.
         """
         limits = {
             "requests_per_minute": requests_per_minute,

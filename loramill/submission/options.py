@@ -23,7 +23,7 @@ class JobOptions(LoramillOptions):
     model_config = ConfigDict(strict=False)
     base: str | None = Field(default=None, description="Name of the base to fine-tune. Default: the gateway's.")
     epochs: int | None = Field(
-        default=None, description="Passes over the training file. Default: 3, or as many as make 30 to 300 steps."
+        default=None, description="Passes over the training file. Default: 3, or the number that gives 30 to 300 steps."
     )
     batch_size: int | None = spec_field("batch_size", "8, or fewer for few examples")
     seed: int | None = spec_field("seed")

@@ -52,8 +52,8 @@ class JobSpec(FrozenModel):
 
     base: str = Field(description="Fingerprint of the base, which includes its quantization.")
     adapter: str = Field(description="The adapter (`tenant/adapter`) that gets the new version.")
-    train: str = Field(description="Id of the training dataset.")
-    valid: str | None = Field(default=None, description="Id of the validation dataset.")
+    train: str = Field(description="ID of the training dataset.")
+    valid: str | None = Field(default=None, description="ID of the validation dataset.")
     start_from: str | None = Field(
         default=None, description="Version whose weights training starts from; null: new weights."
     )
@@ -67,7 +67,7 @@ class JobSpec(FrozenModel):
         "extracted LoRA.",
     )
     alpha: float = Field(default=32.0, gt=0, description="The update is scaled by alpha / rank.")
-    rslora: bool = Field(default=False, description="Scale the update by alpha / sqrt(rank) instead.")
+    rslora: bool = Field(default=False, description="Scale the update by alpha / sqrt(rank) instead of alpha / rank.")
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="Dropout probability of the adapter's input.")
     targets: tuple[str, ...] = Field(
         default=TARGETS, min_length=1, description="Linears to adapt: names such as q_proj, or all-linear."
@@ -93,7 +93,9 @@ class JobSpec(FrozenModel):
     )
     learning_rate: float = Field(default=1e-3, gt=0, description="Learning rate after the warm-up.")
     schedule: Schedule = Field(default="linear", description="Schedule of the learning rate after the warm-up.")
-    warmup_ratio: float = Field(default=0.06, ge=0.0, le=1.0, description="Fraction of the steps that warms up.")
+    warmup_ratio: float = Field(
+        default=0.06, ge=0.0, le=1.0, description="Length of the warm-up, as a fraction of the steps."
+    )
     weight_decay: float = Field(default=0.0, ge=0.0, description="Weight decay of AdamW.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Norm to which gradients are clipped.")
     steps: int = Field(ge=1, le=1_000_000, description="Number of optimizer steps.")

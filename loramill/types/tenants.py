@@ -23,29 +23,31 @@ class Scope(StrEnum):
 class Limits(FrozenModel):
     """What a tenant may use of all gateways together; None: no limit."""
 
-    requests_per_minute: int | None = Field(default=None, ge=1, lt=2**31, description="Requests per minute.")
+    requests_per_minute: int | None = Field(
+        default=None, ge=1, lt=2**31, description="Maximum number of requests per minute."
+    )
     tokens_per_minute: int | None = Field(
-        default=None, ge=1, lt=2**53, description="Prompt and completion tokens per minute."
+        default=None, ge=1, lt=2**53, description="Maximum number of prompt and completion tokens per minute."
     )
     concurrent_requests: int | None = Field(
-        default=None, ge=1, lt=2**31, description="Generation requests that run at the same time."
+        default=None, ge=1, lt=2**31, description="Maximum number of requests that run at the same time."
     )
-    stored_bytes: int | None = Field(default=None, ge=0, lt=2**53, description="Total size of uploaded files.")
+    stored_bytes: int | None = Field(
+        default=None, ge=0, lt=2**53, description="Maximum total size of uploaded files and imported adapters."
+    )
 
 
 class TenantRecord(Limits):
-    """A tenant with its limits, its fair share and its number of jobs."""
+    """A tenant with its limits, its fair share and its number of jobs. A limit or quota of null means unlimited."""
 
     id: int = Field(description="Number of the tenant.")
     name: str = Field(description="Name of the tenant.")
     created_at: float = Field(description="When it was created, in seconds since the epoch.")
-    weight: float = Field(default=1.0, description="Share of the pool, relative to the other tenants' weights.")
-    max_running: int | None = Field(
-        default=None, description="Maximum number of running jobs. Null: as many as the pool has room for."
+    weight: float = Field(
+        default=1.0, description="Share of the training pool, relative to the weights of other tenants."
     )
-    max_queued: int | None = Field(
-        default=None, description="Maximum number of queued and paused jobs. Null: no limit."
-    )
+    max_running: int | None = Field(default=None, description="Maximum number of jobs that run at the same time.")
+    max_queued: int | None = Field(default=None, description="Maximum number of queued and paused jobs.")
     running: int = Field(default=0, description="Number of running jobs.")
     waiting: int = Field(default=0, description="Number of queued and paused jobs.")
 

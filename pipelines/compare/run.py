@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -20,6 +19,7 @@ from loramill.pipelines.compare.types import (
     TITLES,
     TUNINGS,
     Comparison,
+    ComparisonOptions,
     ComparisonRow,
     Report,
     Subject,
@@ -84,30 +84,23 @@ def _failed_row(task: Task, code: int, written: str) -> ComparisonRow:
     return ComparisonRow(subject=task.subject, error=f"The process ended with code {code}: {last}", log=written)
 
 
-def plan_tasks(
-    settings: Settings,
-    folder: Path,
-    *,
-    methods: Sequence[str],
-    rates: Sequence[str] = (),
-    **fields: Any,
-) -> list[Task]:
+def plan_tasks(settings: Settings, folder: Path, options: ComparisonOptions) -> list[Task]:
     """Returns the tasks of a comparison, the base itself first; their hyperparameters and data are checked.
 
     Args:
+        settings: give the cache, the device and the number of threads.
         folder: parent of the tasks' folders.
-        methods: names of `TUNINGS`, in order.
-        rates: learning rates, as "lora=5e-4".
-        fields: the other fields of `Task`.
+        options: what is compared.
 
     Raises:
         InvalidRequest: a method or a hyperparameter is invalid.
         DatasetInvalid, BaseUnusable: the data or the base cannot be used.
     """
-    subjects: list[Subject] = ["base", *dict.fromkeys(_method(name.strip()) for name in methods)]
-    own: dict[Subject, float] = dict(_rate(text) for text in rates)
+    subjects: list[Subject] = ["base", *dict.fromkeys(_method(name.strip()) for name in options.methods)]
+    own: dict[Subject, float] = dict(_rate(text) for text in options.rates)
     for subject in own.keys() - set(subjects):
         raise InvalidRequest(f"--rate names '{subject}', which --methods leaves out.", param="rate")
+    fields = options.model_dump(exclude={"methods", "rates"})
     tasks = [
         Task(
             subject=subject,

@@ -51,6 +51,27 @@ class Task(FrozenModel):
     serving: bool = Field(default=True, description="whether to measure the time per token in serving")
 
 
+class ComparisonOptions(FrozenModel):
+    """What is compared, on which data, and with which hyperparameters; those of None are as in a job.
+
+    Attributes:
+        methods: names of `TUNINGS`, in order.
+        rates: learning rates, as "lora=5e-4".
+        train, valid, test: JSONL files of examples to train on, to choose the best weights by, and to score.
+    """
+
+    methods: tuple[str, ...]
+    train: Path
+    valid: Path
+    test: Path
+    base: str = Field(description="built-in name, folder or hub id")
+    rates: tuple[str, ...] = ()
+    steps: int | None = None
+    batch_size: int | None = None
+    rank: int | None = None
+    seed: int = 0
+
+
 class MemoryUse(FrozenModel):
     """Peak memory in bytes: of the process on a CPU, of its tensors on a GPU."""
 

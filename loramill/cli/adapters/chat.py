@@ -10,8 +10,11 @@ import typer
 
 from loramill.cli import complete
 from loramill.cli.format import print_line, print_message
+from loramill.cli.model_options import description_of
 from loramill.client import Client
 from loramill.errors import LoramillError
+from loramill.submission.options import drop_none
+from loramill.types.sampling import MaxTokens, Temperature, TopP
 
 _COMMANDS_HELP = """/clear  start a new conversation
 /bye    end the conversation (also Ctrl-D)
@@ -31,18 +34,13 @@ def chat(
         str | None, typer.Option("--message", "-m", help="Send one message, print the answer and exit.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    temperature: Annotated[
-        float, typer.Option(min=0, max=2, help="Sampling temperature; 0 always chooses the most probable token.")
-    ] = 0.0,
-    top_p: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Sample from the most likely tokens with this total probability.")
-    ] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of tokens of an answer.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help=description_of(Temperature))] = 0.0,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help=description_of(TopP))] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help=description_of(MaxTokens))] = None,
 ) -> None:
-    """Chat with a model until Ctrl-D. A message from a pipe gets one answer."""
+    """Chat with a model until Ctrl-D. Piped input is sent as one message."""
     conversation = [{"role": "system", "content": system}] if system else []
-    sampling: dict[str, Any] = {"temperature": temperature}
-    sampling |= {name: value for name, value in (("top_p", top_p), ("max_tokens", max_tokens)) if value is not None}
+    sampling = drop_none({"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens})
     if message is None and not _is_interactive():
         message = sys.stdin.read().strip()
     with Client() as client:

@@ -39,7 +39,7 @@ def add_data(
         )
     print_message(f"{name}: {waiting.outlook}", style=None if waiting.enough else "yellow")
     if waiting.enough:
-        print_message("`loramill nightly run` starts one now.")
+        print_message("`loramill nightly run` starts a nightly run now.")
 
 
 def list_data(name: AdapterArgument, json: JsonFlag = False) -> None:

@@ -16,7 +16,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="TENANT/ADAPTER[@VERSION]",
-        help="Adapter, and optionally an alias or version. Default: its champion.",
+        help="Adapter, optionally with an alias or version. Default: the champion.",
         show_default=False,
     ),
 ]
@@ -29,7 +29,7 @@ def export(
 ) -> None:
     """Download a version as a folder that PEFT, vLLM and `loramill generate` load.
 
-    Every file is compared with the hash that it was stored under. After an error no folder is left.
+    Each file is verified against its stored hash. After an error there is no folder.
     """
     columns = (TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = make_console(stderr=True)

@@ -25,7 +25,7 @@ def import_adapter(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="FOLDER", help="Folder that PEFT, Unsloth or axolotl saved.", exists=True, file_okay=False
+            metavar="FOLDER", help="Folder saved by PEFT, Unsloth or Axolotl.", exists=True, file_okay=False
         ),
     ],
     promote: Annotated[
@@ -46,7 +46,6 @@ def import_adapter(
     if adapter.champion == version:
         return print_message(f"{at} is imported, and {name} answers with it: `loramill chat {name}`.")
     return print_message(
-        f"{at} is imported; {name} still answers with {short_version(adapter.champion)}. `loramill promote "
-        f"{at}` changes "
-        "that."
+        f"{at} is imported; {name} still answers with {short_version(adapter.champion)}. "
+        f"`loramill promote {at}` makes the imported version answer."
     )

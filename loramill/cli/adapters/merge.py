@@ -24,7 +24,7 @@ def merge(
         str,
         typer.Argument(
             metavar="TENANT/ADAPTER[@VERSION]",
-            help="Adapter, and optionally an alias or version; or a PEFT folder.",
+            help="Adapter, optionally with an alias or version, or a PEFT folder.",
             show_default=False,
         ),
     ],
@@ -32,7 +32,9 @@ def merge(
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Data type of the merged weights.")] = "bf16",
     into: Annotated[
         Literal["original", "dequantized"] | None,
-        typer.Option(help="Values of a quantized base to merge into. Default: those that the adapter was trained on."),
+        typer.Option(
+            help="Weights of a quantized base to merge into. Default: the weights that the adapter was trained on."
+        ),
     ] = None,
     valid: Annotated[
         Path | None,
@@ -50,10 +52,10 @@ def merge(
     force: Annotated[bool, typer.Option("--force", help="Write the merged model even if it exceeds --max-kl.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Merge an adapter into the base of the settings, as a Hugging Face folder.
+    """Merge an adapter into the base of the settings, and write a Hugging Face folder.
 
     The merged model is compared with the unmerged adapter as it is served. The mean KL divergence in nats per token is
-    printed and stored in the folder; above --max-kl nothing is written.
+    printed and stored in the folder; if it exceeds --max-kl, nothing is written.
     """
     from loramill.errors import InvalidRequest
     from loramill.jobs.train.merge import MAX_KL, MergeOptions

@@ -39,13 +39,14 @@ def run(json: JsonFlag = False) -> None:
             on_step(step)
 
         try:
-            night = run_nightly(registry, settings, report=report, progress=on_progress)
+            nightly_run = run_nightly(registry, settings, report=report, progress=on_progress)
         except LoramillError as error:
-            stopped, night = error, _last_run(registry)  # type: ignore[assignment]
-            if night is None or night.finished_at is not None:
+            unfinished = _last_run(registry)
+            if unfinished is None or unfinished.finished_at is not None:
                 raise
+            stopped, nightly_run = error, unfinished
     deleted = [step for step in reported if step.result.get("deleted")]
-    found = _print_run(registry, night, json, deleted)
+    found = _print_run(registry, nightly_run, json, deleted)
     if stopped is not None and not json:
         print_message(stopped.message, style="red")
     if stopped is not None or not succeeded(found):
@@ -55,9 +56,9 @@ def run(json: JsonFlag = False) -> None:
 def show_run(json: JsonFlag = False) -> None:
     """Show the scores, decisions and reasons of the last nightly run."""
     _, registry = _open_registry()
-    night = _last_run(registry)
-    if night is not None:
-        _print_run(registry, night, json)
+    nightly_run = _last_run(registry)
+    if nightly_run is not None:
+        _print_run(registry, nightly_run, json)
     elif json:
         print_line(dumps(None))
     else:
@@ -120,7 +121,7 @@ def _last_run(registry: Registry) -> NightlyRun | None:
 
     with registry.reading() as session:
         return next(
-            (night for night in list_runs(session) if night.finished_at is None or list_steps(session, night.id)), None
+            (each for each in list_runs(session) if each.finished_at is None or list_steps(session, each.id)), None
         )
 
 
@@ -150,20 +151,25 @@ def _progress(*, quiet: bool) -> Iterator[tuple[Callable[[NightlyStep], None], C
 def _print_run(
     registry: Registry, nightly_run: NightlyRun, json: bool, deleted: Sequence[NightlyStep] = ()
 ) -> list[Any]:
+    """Prints a run with the outcome of each adapter; returns these outcomes.
+
+    Args:
+        registry: the registry of the run.
+        nightly_run: the run.
+        json: print JSON.
+        deleted: steps of adapters that were deleted during the run.
+    """
     from loramill.pipelines.nightly.outcome import outcomes, summary
     from loramill.registry.nightly import list_set_aside, list_steps
 
     with registry.reading() as session:
-        recorded = [*list_steps(session, nightly_run.id), *deleted]
+        steps = [*list_steps(session, nightly_run.id), *deleted]
         aside = [each for each in list_set_aside(session) if each.run != nightly_run.id]
-    found = outcomes(recorded)
+    found = outcomes(steps)
     if json:
-        shown: dict[str, Any] = nightly_run.model_dump(mode="json") | {
-            "adapters": [each.model_dump(mode="json") for each in found],
-            "set_aside": [each.model_dump(mode="json") for each in aside],
-            "steps": [step.model_dump(mode="json") for step in recorded],
-        }
-        print_line(dumps(shown, indent=2))
+        lists: dict[str, Sequence[Any]] = {"adapters": found, "set_aside": aside, "steps": steps}
+        dumped = {name: [each.model_dump(mode="json") for each in rows] for name, rows in lists.items()}
+        print_line(dumps(nightly_run.model_dump(mode="json") | dumped, indent=2))
         return found
     if found:
         columns = ("ADAPTER", "BASE", "CHAMPION", "CHALLENGER", "DECISION", "REASON")

@@ -12,7 +12,7 @@ from loramill.cli.format import local_time, print_fields, print_json, print_mess
 from loramill.client import Client
 
 FileArgument = Annotated[
-    str, typer.Argument(metavar="FILE", help="Id of an uploaded file (file-…).", show_default=False)
+    str, typer.Argument(metavar="FILE", help="ID of an uploaded file (file-…).", show_default=False)
 ]
 
 
@@ -69,7 +69,7 @@ def show_file(
 
 def delete_files(
     file: Annotated[
-        list[str], typer.Argument(metavar="FILE...", help="Ids of uploaded files (file-…).", show_default=False)
+        list[str], typer.Argument(metavar="FILE...", help="IDs of uploaded files (file-…).", show_default=False)
     ],
 ) -> None:
     """Delete uploaded files. A file that an unfinished job or the next nightly run needs is kept."""

@@ -1,14 +1,13 @@
-"""Command-line options for the options of a job; the help texts are the descriptions of `JobOptions`."""
+"""The options of `loramill submit` for the options of a job."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 import typer
 
+from loramill.cli.model_options import option_help, option_type, replace_keywords
 from loramill.submission.options import JobOptions
 
 #: The options of a job, by panel of the help.
@@ -31,54 +30,25 @@ _CHOSEN_BOOLEANS = ("gradient_checkpointing",)
 
 
 def with_job_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each option of a job, in place of its `**options`."""
-    signature = inspect.signature(command, eval_str=True)
-    fixed = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-    options = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[_option_type(name) | None, _option(name, panel)],
-        )
-        for panel, names in PANELS.items()
-        for name in names
-    ]
-    command.__signature__ = signature.replace(parameters=[*fixed, *options])  # type: ignore[attr-defined]
-    return command
+    """Gives a command an option for each option of a job, in place of its `**options`."""
+    names = ((name, panel) for panel, names in PANELS.items() for name in names)
+    return replace_keywords(command, ((name, _option(name, panel)) for name, panel in names))
 
 
-def option_help(name: str) -> str:
-    """The help of a job's option: its description, and the words that it may be."""
-    kind = _option_type(name)
-    choices = f" Choices: {', '.join(get_args(kind))}." if get_origin(kind) is Literal else ""
-    return f"{JobOptions.model_fields[name].description}{choices}"
+def job_option_help(name: str) -> str:
+    """Returns the help of a job's option: its description, and the words that it may be."""
+    text = option_help(JobOptions, name)
+    return f"{text} Choices: yes, no." if name in _CHOSEN_BOOLEANS else text
 
 
 def _option(name: str, panel: str) -> Any:
-    flag, kind = f"--{name.replace('_', '-')}", _option_type(name)
-    if kind is bool:
-        flag = f"{flag}/--no-{name.replace('_', '-')}"
-    return typer.Option(
-        flag,
+    flag = f"--{name.replace('_', '-')}"
+    kind = Literal["yes", "no"] if name in _CHOSEN_BOOLEANS else option_type(JobOptions, name)
+    option = typer.Option(
+        f"{flag}/--no-{name.replace('_', '-')}" if kind is bool else flag,
         *_SHORT_FLAGS.get(name, ()),
-        help=option_help(name),
+        help=job_option_help(name),
         metavar="WORD" if get_origin(kind) is Literal else None,
         rich_help_panel=panel,
     )
-
-
-def _option_type(name: str) -> Any:
-    """The type of an option: its field's, or text where the value is more than one word or number."""
-    if name in _CHOSEN_BOOLEANS:
-        return Literal["yes", "no"]
-    annotation = JobOptions.model_fields[name].annotation
-    choices: list[str] = []
-    for kind in get_args(annotation) or (annotation,):
-        if kind in (int, float, bool):
-            return kind
-        if get_origin(kind) is Literal:
-            choices += get_args(kind)
-        elif kind is not NoneType:
-            return str
-    return Literal[tuple(choices)]
+    return Annotated[kind | None, option]

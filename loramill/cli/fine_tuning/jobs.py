@@ -29,6 +29,9 @@ from loramill.client.jobs import JobsResource
 from loramill.client.models import Event, Job
 from loramill.errors import Conflict, NotFound
 
+#: Fields of a spec that are shown under other names.
+_HIDDEN_SPEC_FIELDS = ("base", "adapter", "train")
+
 
 def list_jobs(
     tenant: TenantOption = None,
@@ -66,6 +69,10 @@ def show_job(job_id: JobArgument, json: JsonFlag = False) -> None:
         job = client.jobs.get(job_id)
     if json:
         return print_json(job)
+    return print_fields(_job_fields(job))
+
+
+def _job_fields(job: Job) -> list[tuple[str, Cell]]:
     pairs: list[tuple[str, Cell]] = [
         ("job", job.id),
         ("adapter", job.adapter),
@@ -103,11 +110,7 @@ def show_job(job_id: JobArgument, json: JsonFlag = False) -> None:
         for name, value in job.spec.items()
         if name not in _HIDDEN_SPEC_FIELDS
     ]
-    return print_fields(pairs)
-
-
-#: Fields of a spec that are shown under other names.
-_HIDDEN_SPEC_FIELDS = ("base", "adapter", "train")
+    return pairs
 
 
 def _format_spec_field(name: str, value: object) -> str:
@@ -158,7 +161,7 @@ def _format_metrics(data: Mapping[str, Any]) -> str:
 
 
 def checkpoints(job_id: JobArgument, json: JsonFlag = False) -> None:
-    """List a job's checkpoints; `loramill chat` accepts the MODEL of those that are kept."""
+    """List a job's checkpoints. `loramill chat` accepts the MODEL of a checkpoint that is still stored."""
     with Client() as client:
         found = client.jobs.checkpoints(job_id)
     if json:
@@ -180,7 +183,7 @@ def checkpoints(job_id: JobArgument, json: JsonFlag = False) -> None:
 
 
 def cancel(job_ids: JobsArgument, json: JsonFlag = False) -> None:
-    """Cancel jobs. They publish nothing afterwards."""
+    """Cancel jobs. A cancelled job publishes no version."""
     _change(job_ids, JobsResource.cancel, "will be cancelled", json=json)
 
 

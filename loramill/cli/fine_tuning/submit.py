@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from loramill.cli.arguments import (
     ColumnsOption,
@@ -18,25 +16,16 @@ from loramill.cli.arguments import (
 )
 from loramill.cli.fine_tuning.dry_run import dry_run
 from loramill.cli.fine_tuning.job_options import with_job_options
-from loramill.cli.fine_tuning.uploads import report_upload, report_warnings
-from loramill.cli.fine_tuning.watch import explain_interrupt, watch_until_done
-from loramill.cli.format import (
-    make_console,
-    print_json,
-    print_line,
-    print_message,
-    print_table,
-    short_version,
-    styled_status,
-)
+from loramill.cli.fine_tuning.submit_file import submit_file
+from loramill.cli.fine_tuning.uploads import report_upload
+from loramill.cli.fine_tuning.watch import wait_with_progress
+from loramill.cli.format import print_json, print_line, print_message, short_version
+from loramill.cli.tenants.create import create_missing_tenants
 from loramill.client import Client
-from loramill.client.models import Job, SubmittedJob
-from loramill.client.tenant_list import MAX_TENANTS_PER_REQUEST
+from loramill.client.models import Job
 from loramill.errors import Forbidden
 from loramill.names import AdapterName
-from loramill.plural import counted
-from loramill.submission.job_file import check_entries, read_jobs
-from loramill.submission.options import from_text
+from loramill.submission.options import drop_none, from_text
 
 Adapter = Annotated[
     str | None,
@@ -44,7 +33,7 @@ Adapter = Annotated[
         metavar="TENANT/ADAPTER", help="Name of the adapter, such as acme/support; it is created with its first job."
     ),
 ]
-Jobs = Annotated[
+JobFile = Annotated[
     Path | None,
     typer.Option(
         "--file",
@@ -53,7 +42,10 @@ Jobs = Annotated[
     ),
 ]
 Name = Annotated[
-    str, typer.Option(help="With --file: name of this batch; the same jobs are submitted again under another name.")
+    str,
+    typer.Option(
+        help="With --file: name of this batch. Jobs that were submitted under the same name are not submitted again."
+    ),
 ]
 Retry = Annotated[bool, typer.Option("--retry", help="With --file: submit failed and cancelled jobs again.")]
 CreateTenant = Annotated[
@@ -75,7 +67,7 @@ def submit(
     valid: ValidOption = None,
     columns: ColumnsOption = None,
     valid_columns: ValidColumnsOption = None,
-    file: Jobs = None,
+    file: JobFile = None,
     name: Name = "",
     retry: Retry = False,
     wait: Wait = False,
@@ -91,46 +83,34 @@ def submit(
     """
     job_options = {
         name: from_text(name, value) if isinstance(value, str) else value
-        for name, value in {**options, "columns": columns, "valid_columns": valid_columns}.items()
-        if value is not None
+        for name, value in drop_none({**options, "columns": columns, "valid_columns": valid_columns}).items()
     }
-    if dry:
-        if file is not None or not (adapter and train):
-            raise typer.BadParameter(
-                "checks a single job: give TENANT/ADAPTER and --train FILE.", param_hint="--dry-run"
-            )
-        dry_run(adapter, train, valid, job_options, json=json)
-    elif file is not None:
-        if adapter or train or valid:
-            raise typer.BadParameter(
-                "can't be combined with TENANT/ADAPTER, --train or --valid, which the file contains.",
-                param_hint="--file",
-            )
-        if promote:
-            raise typer.BadParameter(
-                "works for a single job; promote the adapters of a file with `loramill promote`.",
-                param_hint="--promote",
-            )
-        rows = read_jobs(file, job_options)  # before any request to the gateway
-        if create_tenant:
-            _create_tenants({entry.adapter.tenant for entry in check_entries(rows)})
-        _submit_file(file, job_options, name=name, retry=retry, wait=wait, json=json)
-    elif adapter and train:
-        if create_tenant:
-            _create_tenants({AdapterName.parse(adapter).tenant})
-        _submit_one(adapter, train, valid, job_options, wait=wait or promote, promote=promote, json=json)
-    else:
+    if dry and (file or not adapter or not train):
+        raise typer.BadParameter("checks a single job: give TENANT/ADAPTER and --train FILE.", param_hint="--dry-run")
+    if file:
+        _check_file_usage(bool(adapter or train or valid), promote)
+        submit_file(file, job_options, name=name, retry=retry, wait=wait, create_tenants=create_tenant, json=json)
+        return
+    if not adapter or not train:
         raise typer.BadParameter("give TENANT/ADAPTER and --train FILE, or --file JOBS.")
+    if dry:
+        dry_run(adapter, train, valid, job_options, json=json)
+        return
+    if create_tenant:
+        create_missing_tenants({AdapterName.parse(adapter).tenant})
+    _submit_one(adapter, train, valid, job_options, wait=wait or promote, promote=promote, json=json)
 
 
-def _create_tenants(names: Collection[str]) -> None:
-    """Creates the tenants that do not exist, and reports each."""
-    with Client() as client:
-        ordered = sorted(names)
-        for start in range(0, len(ordered), MAX_TENANTS_PER_REQUEST):
-            for each in client.tenants.create_many(ordered[start : start + MAX_TENANTS_PER_REQUEST], exist_ok=True):
-                if each.new:
-                    print_message(f"Tenant {each.name} created.")
+def _check_file_usage(single: bool, promote: bool) -> None:
+    """Refuses options of a single job together with --file."""
+    if single:
+        raise typer.BadParameter(
+            "can't be combined with TENANT/ADAPTER, --train or --valid, which the file contains.", param_hint="--file"
+        )
+    if promote:
+        raise typer.BadParameter(
+            "works for a single job; promote the adapters of a file with `loramill promote`.", param_hint="--promote"
+        )
 
 
 def _submit_one(
@@ -141,7 +121,7 @@ def _submit_one(
         if not json:
             print_line(job.id)
         if wait:
-            job = _wait_with_progress(client, job)
+            job = wait_with_progress(client, job)
             _report_result(client, job, promote=promote)
         elif not json:
             print_message(f"Queued; `loramill jobs events -f {job.id}` follows it.")
@@ -166,66 +146,3 @@ def _report_result(client: Client, job: Job, *, promote: bool) -> None:
             f"{job.adapter} still answers with its champion {short_version(adapter.champion)}; "
             f"`loramill promote {job.model}` makes the new version answer."
         )
-
-
-def _submit_file(file: Path, defaults: Mapping[str, Any], *, name: str, retry: bool, wait: bool, json: bool) -> None:
-    with Client() as client:
-        with _progress() as progress:
-            tasks: dict[str, Any] = {}
-
-            def tell(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = progress.add_task(what, total=total)
-                progress.update(tasks[what], completed=done)
-
-            found = client.jobs.submit_many(
-                file, defaults=defaults, name=name, retry=retry, on_progress=tell, on_upload=report_warnings
-            )
-        if json and not wait:
-            return print_json(found)
-        new = [each for each in found if each.new]
-        if not json:
-            _print_submitted(found)
-            before = f", {len(found) - len(new)} were submitted before" if len(new) < len(found) else ""
-            print_message(f"{counted(len(new), 'job')} submitted{before}; `loramill jobs watch` shows them all.")
-        if wait:
-            ids = [each.job.id for each in found]
-            with explain_interrupt(ids):
-                jobs = watch_until_done(client, ids, quiet=json)
-            if json:
-                print_json(jobs)
-            if any(job.failure for job in jobs):
-                raise typer.Exit(1)
-    return None
-
-
-def _print_submitted(found: Iterable[SubmittedJob]) -> None:
-    print_table(
-        ("JOB", "ADAPTER", "STATUS", ""),
-        (
-            (each.job.id, each.job.adapter, styled_status(each.job.status), "new" if each.new else "existed")
-            for each in found
-        ),
-        empty="",
-    )
-
-
-def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    return Progress(*columns, console=make_console(stderr=True))
-
-
-def _wait_with_progress(client: Client, job: Job) -> Job:
-    with _progress() as progress:
-        task = progress.add_task(f"{job.adapter} {job.status}", total=job.steps)
-
-        def advance(now: Job) -> None:
-            progress.update(task, completed=now.step, description=f"{now.adapter} {now.status}")
-
-        with explain_interrupt([job.id]):
-            return client.jobs.wait(job.id, advance)

@@ -12,6 +12,10 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from loramill.cli.format import make_console, print_line, print_message, print_table
+from loramill.cli.model_options import option_help
+from loramill.errors import InvalidRequest
+from loramill.settings import Settings
+from loramill.types import JobSpec
 
 Stage = Any  # loramill.pipelines.compare's; the CLI imports higher layers only inside functions
 
@@ -22,20 +26,20 @@ def compare(
     train: Annotated[Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Examples to train on.")],
     valid: Annotated[
         Path,
-        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Examples that select the best weights."),
+        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Examples to choose the best weights by."),
     ],
     test: Annotated[
         Path,
-        typer.Option(
-            metavar="FILE", exists=True, dir_okay=False, help="Examples that the trained models are scored on."
-        ),
+        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Examples to score the trained models on."),
     ],
     base: Annotated[
-        str | None, typer.Option(help="Base model: built-in name, folder or hub id. Default: the base of the settings.")
+        str | None, typer.Option(help=f"{option_help(Settings, 'base')} Default: the base of the settings.")
     ] = None,
     methods: Annotated[str, typer.Option(metavar="LIST", help="Methods to measure, in this order.")] = METHODS,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps. Default: as for a job.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step. Default: as for a job.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help=f"{option_help(JobSpec, 'batch_size')} Default: as for a job.")
+    ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -52,35 +56,35 @@ def compare(
     ] = None,
     chart: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", dir_okay=False, help="Draw quality against cost into this PNG file."),
+        typer.Option(metavar="FILE.png", dir_okay=False, help="Plot quality against cost in this PNG file."),
     ] = None,
 ) -> None:
     """Fine-tune with each method on the same examples, and compare cost and quality on this machine.
 
-    Each method runs in its own process, one after another. Exits with 1 if a method failed, after printing the rest.
+    The methods run one after another, each in its own process. Exits with 1 if a method failed, after printing the
+    results of the others.
     """
     from loramill.pipelines.compare.report.chart import save_chart
     from loramill.pipelines.compare.run import compare_all, plan_tasks
-    from loramill.settings import Settings
+    from loramill.pipelines.compare.types import ComparisonOptions
 
     settings = Settings.load()
     _check_writable(json, chart)
+    options = ComparisonOptions(
+        methods=tuple(methods.split(",")),
+        rates=tuple(rate or ()),
+        base=base or settings.base,
+        train=train,
+        valid=valid,
+        test=test,
+        steps=steps,
+        batch_size=batch_size,
+        rank=rank,
+        seed=seed,
+    )
     with tempfile.TemporaryDirectory(prefix="loramill-compare-") as folder:
         with make_console(stderr=True).status("Reading the data…"):
-            tasks = plan_tasks(
-                settings,
-                Path(folder),
-                methods=methods.split(","),
-                rates=rate or (),
-                base=base or settings.base,
-                train=train,
-                valid=valid,
-                test=test,
-                steps=steps,
-                batch_size=batch_size,
-                rank=rank,
-                seed=seed,
-            )
+            tasks = plan_tasks(settings, Path(folder), options)
         comparison = compare_all(tasks, _progress)
     if json is not None:
         json.write_text(comparison.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -106,8 +110,6 @@ def _print_comparison(comparison: Any) -> None:
 
 def _check_writable(*files: Path | None) -> None:
     """Checks the output files before anything is measured."""
-    from loramill.errors import InvalidRequest
-
     for file in files:
         if file is not None and not file.parent.is_dir():
             raise InvalidRequest(f"{file} can't be written: name a file in an existing folder.")

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from loramill.cli.format import print_message
+from loramill.cli.model_options import option_help
+from loramill.settings import JobSettings, ServeSettings, Settings
+from loramill.submission.options import drop_none
 
 
 def up(
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port that the gateway listens on.")] = None,
-    host: Annotated[
-        str | None,
-        typer.Option(help="Address that the gateway listens on; 0.0.0.0 means all addresses of this machine."),
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model: built-in name, local folder or hub id.")] = None,
-    sessions: Annotated[int | None, typer.Option(min=1, help="Maximum number of jobs that train at once.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help=option_help(ServeSettings, "port"))] = None,
+    host: Annotated[str | None, typer.Option(help=option_help(ServeSettings, "host"))] = None,
+    base: Annotated[str | None, typer.Option(help=option_help(Settings, "base"))] = None,
+    sessions: Annotated[int | None, typer.Option(min=1, help=option_help(JobSettings, "sessions"))] = None,
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Run in the background; return when the gateway is ready.")
     ] = False,
@@ -28,23 +28,19 @@ def up(
     """
     from loramill.local.processes import up as run
     from loramill.local.processes import up_in_background
-    from loramill.settings import Settings
 
-    overrides: dict[str, Any] = {}
-    if port is not None or host is not None:
-        overrides["serve"] = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
-    if sessions is not None:
-        overrides["jobs"] = {"sessions": sessions}
-    if base is not None:
-        overrides["base"] = base
+    settings = Settings.load(
+        **drop_none({"base": base}),
+        serve=drop_none({"host": host, "port": port}),
+        jobs=drop_none({"sessions": sessions}),
+    )
     start = up_in_background if detach else run
-    start(Settings.load(**overrides), console=Console(highlight=False))
+    start(settings, console=Console(highlight=False))
 
 
 def down() -> None:
     """Stop `loramill up` on this machine. Its data is kept."""
     from loramill.local.processes import down as stop
-    from loramill.settings import Settings
 
     print_message("Stopped." if stop(Settings.load()) else "Nothing was running.")
 
@@ -57,7 +53,6 @@ def join() -> None:
     import signal
 
     from loramill.pipelines.cluster.join import join as deploy
-    from loramill.settings import Settings
 
     settings = Settings.load()
     deploy(settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ from loramill.cli.arguments import JsonFlag
 from loramill.cli.format import print_json, print_message, print_table
 from loramill.client import Client
 from loramill.client.models import CreatedTenant
-from loramill.client.tenant_list import NewTenant, read_tenants
+from loramill.client.tenant_list import MAX_TENANTS_PER_REQUEST, NewTenant, read_tenants
 from loramill.errors import InvalidRequest
 from loramill.names import check_name
 
@@ -60,6 +60,16 @@ def create_tenants(
             empty="",
         )
     return print_message(_summary(made, keys_out, with_keys=with_keys))
+
+
+def create_missing_tenants(names: Collection[str]) -> None:
+    """Creates the tenants that do not exist, and reports each."""
+    with Client() as client:
+        ordered = sorted(names)
+        for start in range(0, len(ordered), MAX_TENANTS_PER_REQUEST):
+            for each in client.tenants.create_many(ordered[start : start + MAX_TENANTS_PER_REQUEST], exist_ok=True):
+                if each.new:
+                    print_message(f"Tenant {each.name} created.")
 
 
 def _requested_tenants(names: Sequence[str], file: Path | None) -> list[str | NewTenant]:

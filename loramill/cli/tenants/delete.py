@@ -22,7 +22,7 @@ Tenants = Annotated[
 def delete_tenants(
     names: Tenants, yes: YesFlag = False, cancel_jobs: CancelJobsFlag = False, json: JsonFlag = False
 ) -> None:
-    """Delete tenants with their keys, files, jobs and adapters. Usage and audit entries lose their names."""
+    """Delete tenants with their keys, files, jobs and adapters. Usage and audit entries stay without their names."""
     removed: list[DeletionSummary] = []
     with Client() as client:
         for name in names:

@@ -50,7 +50,7 @@ def list_keys(tenant: TenantArgument, json: JsonFlag = False) -> None:
     )
 
 
-def revoke_key(key_id: Annotated[str, typer.Argument(metavar="KEY", help="Id of the key (key-…).")]) -> None:
+def revoke_key(key_id: Annotated[str, typer.Argument(metavar="KEY", help="ID of the key (key-…).")]) -> None:
     """Revoke a key immediately."""
     with Client() as client:
         client.keys.revoke(key_id)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from loramill.cli.arguments import JsonFlag, TenantArgument
 from loramill.cli.format import Cell, exact_size, print_fields, print_json, print_message, print_table, time_ago
+from loramill.cli.model_options import option_help
 from loramill.client import Client
 from loramill.client.tenants import Quota
 from loramill.submission.options import drop_none
 from loramill.types import TenantRecord
+
+
+def _limit(name: str, metavar: str = "N", example: str = "") -> Any:
+    """Returns an option that changes a limit, with the description of the tenant's field."""
+    text = option_help(TenantRecord, name).removesuffix(".")
+    return typer.Option(metavar=metavar, help=f"{text}{example}, or unlimited.")
 
 
 def list_tenants(json: JsonFlag = False) -> None:
@@ -41,15 +48,9 @@ def list_tenants(json: JsonFlag = False) -> None:
 
 def set_share(
     name: TenantArgument,
-    weight: Annotated[
-        float | None, typer.Option(help="Weight in the fair share of training tokens, relative to other tenants.")
-    ] = None,
-    max_running: Annotated[
-        str | None, typer.Option(metavar="JOBS", help="Maximum number of jobs that run at once, or unlimited.")
-    ] = None,
-    max_queued: Annotated[
-        str | None, typer.Option(metavar="JOBS", help="Maximum number of jobs that wait, or unlimited.")
-    ] = None,
+    weight: Annotated[float | None, typer.Option(help=option_help(TenantRecord, "weight"))] = None,
+    max_running: Annotated[str | None, _limit("max_running", "JOBS")] = None,
+    max_queued: Annotated[str | None, _limit("max_queued", "JOBS")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Set a tenant's share of the training pool. Omitted options keep their values."""
@@ -67,21 +68,10 @@ def set_share(
 
 def set_limits(
     name: TenantArgument,
-    requests: Annotated[
-        str | None, typer.Option(metavar="N", help="Maximum requests per minute, or unlimited.")
-    ] = None,
-    tokens: Annotated[
-        str | None, typer.Option(metavar="N", help="Maximum prompt and completion tokens per minute, or unlimited.")
-    ] = None,
-    concurrent: Annotated[
-        str | None, typer.Option(metavar="N", help="Maximum number of requests that run at once, or unlimited.")
-    ] = None,
-    stored: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BYTES", help="Maximum size of uploaded files and imported adapters, such as 10GB, or unlimited."
-        ),
-    ] = None,
+    requests: Annotated[str | None, _limit("requests_per_minute")] = None,
+    tokens: Annotated[str | None, _limit("tokens_per_minute")] = None,
+    concurrent: Annotated[str | None, _limit("concurrent_requests")] = None,
+    stored: Annotated[str | None, _limit("stored_bytes", "BYTES", ", such as 10GB")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Set a tenant's limits at the gateways, or show them if no option is given. Omitted options keep their values."""

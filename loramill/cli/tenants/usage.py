@@ -15,7 +15,7 @@ from loramill.client import Client
 from loramill.types import Scope
 
 Days = Annotated[int, typer.Option(min=1, max=36_500, help="Number of days, including today.")]
-Limit = Annotated[int, typer.Option("-n", "--limit", min=1, help="Maximum number of changes.")]
+Limit = Annotated[int, typer.Option("-n", "--limit", min=1, help="Maximum number of changes, newest first.")]
 
 #: Shorter names of fields in an audit entry's details.
 _SHORT_NAMES = {

@@ -18,6 +18,7 @@ from loramill.serve.api.generation.streaming import GenerationResult
 from loramill.serve.api.schemas.common import Metadata, RequestBody, response_object
 from loramill.serve.protocol import TextChunk, TextRequest
 from loramill.serve.sampling_params import SamplingParams
+from loramill.types.sampling import MaxTokens, Temperature, TopP
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
 #: A token's id as the key of a JSON object.
@@ -60,11 +61,9 @@ class GenerationRequest(RequestBody):
         "service_tier": ("auto", "default"),
     }
     model: NonEmptyText = Field(description="The base, `tenant/adapter` or `tenant/adapter@version`.")
-    max_tokens: int | None = Field(default=None, ge=1, description="Maximum number of tokens per answer.")
-    temperature: float = Field(default=1.0, ge=0.0, le=2.0, description="Sampling temperature; 0: greedy decoding.")
-    top_p: float = Field(
-        default=1.0, gt=0.0, le=1.0, description="Sample from the most likely tokens with this total probability."
-    )
+    max_tokens: MaxTokens = None
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
     top_k: int = Field(default=0, ge=0, description="Sample from this number of most likely tokens; 0: from all.")
     min_p: float = Field(
         default=0.0, ge=0.0, le=1.0, description="Minimum probability of a token, relative to the most likely one."

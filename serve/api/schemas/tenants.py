@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import date
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -12,7 +12,11 @@ from loramill.client.tenant_list import MAX_TENANTS_PER_REQUEST, Bytes, Quota, R
 from loramill.serve.api.schemas.common import ALL_FIELDS, Deleted, ListQuery, ObjectType, RequestBody
 from loramill.types import AuditRecord, DeletionSummary, KeyRecord, Scope, TenantRecord, UsageRecord
 
-_KEEPS = "Default: unchanged."
+
+def _change(name: str, unit: str = "") -> Any:
+    """Returns an optional field that changes a limit, with its description in TenantRecord."""
+    description = (TenantRecord.model_fields[name].description or "").removesuffix(".")
+    return Field(default=None, description=f'{description}{unit}, or "unlimited". Default: unchanged.')
 
 
 class NewTenantRequest(RequestBody):
@@ -25,28 +29,19 @@ class FairShareRequest(RequestBody):
     """A tenant's share of the worker pool. What is not given stays as it is."""
 
     weight: float | None = Field(
-        default=None, gt=0, description=f"Share of the pool relative to other tenants. {_KEEPS}"
+        default=None, gt=0, description=f"{TenantRecord.model_fields['weight'].description} Default: unchanged."
     )
-    max_running: Quota = Field(default=None, description=f'Maximum number of running jobs, or "unlimited". {_KEEPS}')
-    max_queued: Quota = Field(default=None, description=f'Maximum number of waiting jobs, or "unlimited". {_KEEPS}')
+    max_running: Quota = _change("max_running")
+    max_queued: Quota = _change("max_queued")
 
 
 class LimitsRequest(RequestBody):
     """Limits of a tenant, over all gateways together. What is not given stays as it is."""
 
-    requests_per_minute: Rate = Field(
-        default=None, description=f'Maximum number of generations per minute, or "unlimited". {_KEEPS}'
-    )
-    tokens_per_minute: Tokens = Field(
-        default=None,
-        description=f'Maximum number of tokens per minute, in prompts and answers, or "unlimited". {_KEEPS}',
-    )
-    concurrent_requests: Rate = Field(
-        default=None, description=f'Maximum number of generations at the same time, or "unlimited". {_KEEPS}'
-    )
-    stored_bytes: Bytes = Field(
-        default=None, description=f'Maximum size of all stored files in bytes, or "unlimited". {_KEEPS}'
-    )
+    requests_per_minute: Rate = _change("requests_per_minute")
+    tokens_per_minute: Tokens = _change("tokens_per_minute")
+    concurrent_requests: Rate = _change("concurrent_requests")
+    stored_bytes: Bytes = _change("stored_bytes", ", in bytes")
 
 
 class TenantTerms(NewTenantRequest, FairShareRequest, LimitsRequest):

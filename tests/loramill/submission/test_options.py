@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import pytest
 
-from loramill.cli.fine_tuning.job_options import PANELS, option_help
+from loramill.cli.fine_tuning.job_options import PANELS, job_option_help
 from loramill.errors import InvalidRequest
 from loramill.submission.options import JobOptions, JobOptionsDict, from_text, read_options
 from loramill.submission.request import LoramillOptions
@@ -55,7 +55,7 @@ def test_an_option_has_the_type_of_its_spec_field(name: str) -> None:
 def test_each_field_has_a_description_that_ends_as_a_sentence(name: str) -> None:
     description = JobOptions.model_fields[name].description or ""
     assert description[:1].isupper() or name == "loraplus_lr_ratio"
-    assert description.endswith(".") and description in option_help(name)
+    assert description.endswith(".") and description in job_option_help(name)
     if name in LoramillOptions.model_fields:
         assert LoramillOptions.model_fields[name].description == description
 
@@ -72,7 +72,7 @@ def test_each_field_has_a_description_that_ends_as_a_sentence(name: str) -> None
     ],
 )
 def test_help_ends_with_the_default_and_the_choices(name: str, ending: str) -> None:
-    assert option_help(name).endswith(ending)
+    assert job_option_help(name).endswith(ending)
 
 
 def test_an_unknown_option_and_a_wrong_type_are_named() -> None:

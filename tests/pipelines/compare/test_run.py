@@ -12,7 +12,7 @@ import pytest
 from loramill.errors import DatasetInvalid, InvalidRequest
 from loramill.pipelines.compare import answers, memory, run, worker_process
 from loramill.pipelines.compare.measure import measure_task
-from loramill.pipelines.compare.types import Subject, Task, TaskProgress
+from loramill.pipelines.compare.types import ComparisonOptions, Subject, Task, TaskProgress
 from loramill.settings import Settings
 
 #: Parameters of the tiny base, and of what is trained on it at rank 4: 2 layers of width 32, keys of width 16, MLP 48.
@@ -196,7 +196,8 @@ def test_memory_counts_allocations_and_releases() -> None:
 def plan(tiny: Path, examples: Path, tmp_path: Path, **options) -> list[Task]:
     files = {name: examples / f"{name}.jsonl" for name in ("train", "valid", "test")}
     values = {"methods": ["lora", "prefix"], "base": str(tiny), "rank": 4, "seed": 3}
-    return run.plan_tasks(Settings(cache=tmp_path), tmp_path, **(values | files | options))
+    chosen = ComparisonOptions(**(values | files | options))
+    return run.plan_tasks(Settings(cache=tmp_path), tmp_path, chosen)
 
 
 def test_a_plan_begins_with_the_base_and_keeps_the_order(tiny: Path, examples: Path, tmp_path: Path) -> None:

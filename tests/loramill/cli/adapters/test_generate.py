@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from loramill.cli import app
-from loramill.cli.adapters.generate import _append
+from loramill.cli.adapters.completions import append_line
 from loramill.errors import DiskFull
 from loramill.models.catalog import Base, find_base
 from loramill.names import AdapterName
@@ -251,9 +251,9 @@ def test_a_full_disk_leaves_complete_lines(tmp_path: Path) -> None:
             return super().write(bytes(line)[: 12 - self.tell()])
 
     with SmallDisk(tmp_path / "out", "wb") as file:
-        _append(file, b"whole 1\n")
+        append_line(file, b"whole 1\n")
         with pytest.raises(DiskFull, match="the answers in it are complete lines"):
-            _append(file, b"whole 2\n")
+            append_line(file, b"whole 2\n")
     assert (tmp_path / "out").read_bytes() == b"whole 1\n"
 
 

@@ -19,7 +19,8 @@ from typer.testing import CliRunner, Result
 from loramill import Client
 from loramill.cli import app
 from loramill.cli.fine_tuning.job_options import PANELS
-from loramill.cli.fine_tuning.watch import JobPoller, _follow, jobs_table
+from loramill.cli.fine_tuning.job_table import jobs_table
+from loramill.cli.fine_tuning.watch import JobPoller, _follow
 from loramill.cli.format import duration
 from loramill.client.jobs import JobsResource
 from loramill.client.models import Job

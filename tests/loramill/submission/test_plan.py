@@ -1,0 +1,76 @@
+"""The plan of a job without data or gateway, as a function of its options and the settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loramill.errors import DoesNotFit, InvalidRequest
+from loramill.settings import JobSettings, Settings
+from loramill.submission.plan import JobPlan, plan_job, read_plan_file
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path, cache=tmp_path / "cache", jobs=JobSettings(device_bytes=None))
+
+
+def plan(settings: Settings, **options: Any) -> JobPlan:
+    return plan_job({"base": "8B", "length": 64, **options}, settings)
+
+
+def test_the_memory_of_a_job_without_a_known_device(settings: Settings) -> None:
+    found = plan(settings, micro_tokens="128")
+    assert not found.device_known
+    assert found.sizing.spec.micro_tokens == 128 and found.sizing.spec.max_length == 64
+    assert found.sizing.memory.bytes > 8e9
+
+
+def test_options_that_were_not_set_are_chosen_for_the_device(settings: Settings) -> None:
+    found = plan(settings, gpu="24GB", method="qlora", length=2048)
+    assert found.device_known and found.sizing.memory.bytes <= found.sizing.pool.budget_bytes
+    shared = plan(settings, gpu="24GB", method="qlora", length=512, per_gpu=2)
+    assert shared.sizing.pool.budget_bytes * 2 == found.sizing.pool.budget_bytes
+
+
+def test_the_base_is_quantized_as_the_options_method_or_settings_require(settings: Settings) -> None:
+    def base_bytes(settings: Settings, **options: Any) -> int:
+        items = plan(settings, gpu="80GB", **options).sizing.memory.items
+        return next(item.bytes for item in items if item.name == "base")
+
+    quantized = base_bytes(settings, quantization="nf4")
+    assert quantized < base_bytes(settings) / 2
+    assert base_bytes(settings, method="qlora") == quantized
+    assert base_bytes(settings.model_copy(update={"quantization": "nf4"})) == quantized
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"rnk": 8}, "rnk"),
+        ({"method": "magic"}, "method"),
+        ({"quantization": "int7"}, "quantization"),
+        ({"rank": "many"}, "rank"),
+        ({"gpu": "24GB", "cpu": "8GB"}, "gpu"),
+    ],
+)
+def test_an_invalid_option_is_named(settings: Settings, options: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        plan(settings, **options)
+    assert refused.value.param == param
+
+
+def test_a_job_that_does_not_fit_names_the_nearest_that_do(settings: Settings) -> None:
+    with pytest.raises(DoesNotFit) as refused:
+        plan(settings, base="65B", gpu="48GB", rank=64, quantization="none", length=512)
+    assert any("nf4" in each for each in refused.value.nearest)
+
+
+@pytest.mark.parametrize(("name", "content"), [("job.toml", "rank ="), ("job.json", "[1]"), ("none.toml", None)])
+def test_a_file_that_is_not_a_table_is_refused(tmp_path: Path, name: str, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InvalidRequest, match=name):
+        read_plan_file(tmp_path / name)
