@@ -101,7 +101,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def new_kv(
     layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[LayerKV, ...]:
-    """Keys and values [blocks, block_size, kv_heads, head_dim] a layer, on torch's default device."""
+    """Keys and values [blocks, block_size, kv_heads, head_dim] per layer, on torch's default device."""
     shape = (layers, blocks, block_size, kv_heads, head_dim)
     # Not filled, hence without pages on the host so far; `attention` ignores what was not written.
     keys, values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)

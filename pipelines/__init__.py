@@ -1,1 +1,1 @@
-"""Nightly pipelines: collect, train, evaluate, gate, promote. Floor 2."""
+"""Nightly pipelines: collect, train, evaluate, gate, promote. Layer 2."""

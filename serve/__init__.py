@@ -1,1 +1,1 @@
-"""Personalized endpoints: gateway, engine replica, engine. Floor 1; never imports jobs."""
+"""Personalized endpoints: gateway, engine replica, engine. Layer 1; never imports jobs."""

@@ -1,9 +1,9 @@
-// An adapter's matrices as the kernels want them to lie; torch takes three times as long for it.
+// Packs an adapter's matrices into the layout of the kernels; torch takes three times as long.
 #include "operations.h"
 
 #define MAX_RANK 256
 
-// A matrix [rows, columns], of elements or of floats, and where it goes: a, or b, which is taken times a scale.
+// A matrix [rows, columns] of elements or of floats, and its destination: a, or b, which is multiplied by a scale.
 typedef struct {
     const char *from;
     element *to;
@@ -11,7 +11,7 @@ typedef struct {
     double scale;
 } laying;
 
-// `count` numbers from the index-th on, times a scale.
+// Loads `count` numbers, starting with the index-th, and multiplies them by a scale.
 INLINE void take(const laying *l, int64_t index, int64_t count, vec scale, element *to) {
     const float *floats = (const float *)l->from + index;
     const element *elements = (const element *)l->from + index;
@@ -24,7 +24,7 @@ INLINE void take(const laying *l, int64_t index, int64_t count, vec scale, eleme
     }
 }
 
-// [rows up to fours][columns up to LINEs]: LINE columns of each of four rows side by side, padded with zeros.
+// Packs LINE columns of four rows next to each other; rows are padded to a multiple of 4 and columns to one of LINE.
 static void lay_a(const laying *l) {
     element *to = l->to;
     for (int64_t quad = 0; quad < l->rows; quad += 4)
@@ -37,7 +37,7 @@ static void lay_a(const laying *l) {
             }
 }
 
-// PAIR columns of 32 rows side by side, padded with zeros.
+// Packs PAIR columns of 32 rows next to each other, padded with zeros.
 static void lay_b(const laying *l) {
     const vec scale = splat((float)l->scale);
     const int64_t steps = (l->columns + PAIR - 1) / PAIR;

@@ -1,14 +1,15 @@
 // Attention over paged keys and values: a tile of queries against TILE positions at a time, with the softmax's maximum
-// and sum carried along (Milakov and Gimelshein 2018; Dao et al. 2022).
+// and sum updated along the way (Milakov and Gimelshein 2018; Dao et al. 2022).
 //
 // keys    [blocks][kv_heads][block_size / 16][head_dim / PAIR][16][PAIR]: a panel is PAIR columns of 16 positions.
-// values  [blocks][kv_heads][block_size / PAIR][head_dim up to 16s][PAIR]: a panel is 16 columns of PAIR positions.
+// values  [blocks][kv_heads][block_size / PAIR][head_dim, a multiple of 16][PAIR]: a panel is 16 columns of PAIR
+//         positions.
 //
-// So both products are those of linear.c, and nothing is summed across lanes. What a block holds beyond its sequence's
-// length is somebody else's and may be NaN: its scores are replaced, its values never read.
+// So both products are those of linear.c, and nothing is summed across lanes. The positions of a block after its
+// sequence's length may hold another sequence's data or NaN: their scores are replaced, and their values never read.
 //
-// The tiles of positions begin at multiples of TILE, and a query's sums run over them in order whatever else is in the
-// batch: a row has the same bits however its sequence was cut into steps.
+// The tiles of positions begin at multiples of TILE, and a query's sums run over them in one order in every batch: a
+// row has the same bits however its sequence was divided into steps.
 #include <math.h>
 #include <stdbool.h>
 
@@ -20,7 +21,7 @@
 #define QUERIES 48
 #define GROUPS 4  // of 16 positions
 #define TILE (GROUPS * LANES)
-// Cache lines of the next keys that are asked for while a row's softmax runs.
+// Cache lines of the next keys that are prefetched during the softmax of a row.
 #define SOON 16
 
 typedef struct {
@@ -33,19 +34,19 @@ typedef struct {
     float scale;
 } task;
 
-// A unit at one KV head.
+// The arguments of a unit of work at one KV head.
 typedef struct {
     const span *of;
-    int64_t head, from, to, group;  // `group`: heads of one KV head
-    int64_t low, stop;              // positions that any of its queries sees
+    int64_t head, from, to, group;  // `group`: query heads per KV head
+    int64_t low, stop;              // the positions that at least one of its queries sees
 } work;
 
-// Where a tile's groups of 16 positions are; groups past the last count as the last.
+// The addresses of a tile's groups of 16 positions; a group after the last one has the address of the last.
 typedef struct {
     const element *keys[GROUPS], *values[GROUPS];
 } place;
 
-// A tile of queries in registers: up to ROWS rows, and more columns where rows are few.
+// A tile of queries in registers: up to ROWS rows; the fewer rows, the more columns.
 #define WIDE (2 * PANELS)
 #define FEW (ROWS / 2)
 
@@ -70,7 +71,7 @@ static void locate(const task *t, const work *w, int64_t position, place *p) {
     }
 }
 
-// s[rows][groups of 16] = scale * q k^T. Meanwhile the values of the same positions are asked for.
+// s[rows][groups of 16] = scale * q k^T. Prefetches the values of the same positions.
 INLINE void score_tile(const int rows, const int groups, const element *q, const place *p, int at, int64_t head_dim,
                        float scale, float *s) {
     vec acc[ROWS][WIDE];
@@ -109,7 +110,8 @@ INLINE vec between(int64_t from, int64_t to, vec a, vec b) {
     return first(high, first(low, b, a), b);
 }
 
-// Scores `from` to `to` of s become the probabilities p, all others 0; returns what earlier sums are to be scaled by.
+// Turns scores `from` to `to` of s into the probabilities p, and all others into 0. Returns the factor for earlier
+// sums.
 INLINE float soften(float *s, element *p, int groups, int64_t from, int64_t to, float *most, float *total) {
     const bool all = from <= 0 && to >= groups * LANES;
     vec peak = splat(-INFINITY);
@@ -137,7 +139,7 @@ INLINE float soften(float *s, element *p, int groups, int64_t from, int64_t to, 
     return factor;
 }
 
-// out[rows][panels of 16] = factor * out + p v over `positions`. Meanwhile the next tile's keys are asked for.
+// out[rows][panels of 16] = factor * out + p v over `positions`. Prefetches the keys of the next tile.
 INLINE void value_tile(const int rows, const int panels, const element *p, const place *now_at, const place *next,
                        int64_t positions, int64_t column, int64_t width, const float *factor, float *out) {
     vec acc[ROWS][WIDE];
@@ -203,18 +205,18 @@ static void begin(const task *t, const work *w, state *now) {
     }
 }
 
-// One tile of positions against all queries of the unit.
+// Processes one tile of positions for all queries of the unit.
 static void tile(const task *t, const work *w, int64_t position, const place *here, const place *next, state *now) {
     const int64_t positions = w->stop - position < TILE ? w->stop - position : TILE, width = padded(t->head_dim);
     const int count = (int)(w->to - w->from), pieces = (count + ROWS - 1) / ROWS;
     const int groups = (int)((positions + LANES - 1) / LANES);
     float s[ROWS * TILE], factor[ROWS];
     element p[ROWS * TILE];
-    for (int i = 0; i < pieces; i++) {  // of nearly equal height
+    for (int i = 0; i < pieces; i++) {  // tiles of nearly equal height
         const int top = count * i / pieces, rows = count * (i + 1) / pieces - top;
         scores(rows, groups, now->q + top * t->head_dim, here, t->head_dim, t->scale, s);
         for (int m = 0; m < rows; m++) {
-            // Memory would be idle meanwhile.
+            // Without this prefetch, memory would be idle during the softmax.
             for (int64_t line = 0; i == 0 && line < SOON && line < t->head_dim / PAIR; line++)
                 _mm_prefetch((const char *)(next->keys[m % GROUPS] + line * PANEL), _MM_HINT_T0);
             const int64_t stop = w->of->start + (w->from + top + m) / w->group + 1 - position;

@@ -1,10 +1,10 @@
-// All layers of a Llama-like decoder's step in one call: at one row a call for each operation from Python would cost a
+// All layers of a Llama-like decoder's step in one call: with one row, a call from Python per operation would cost a
 // tenth of the step.
 #include <stdbool.h>
 
 #include "operations.h"
 
-// A linear, or several side by side, and its adapters' site.
+// A linear, or several fused ones, and the site of its adapters.
 typedef struct {
     matrix weight;
     const element *bias;  // [d_out] or null
@@ -21,7 +21,7 @@ typedef struct {
 } layer;
 
 typedef struct {
-    element *x, *h, *qkv, *heads, *gate_up, *inner;  // x: the residual; h: the normed rows; the rest is room
+    element *x, *h, *qkv, *heads, *gate_up, *inner;  // x: the residual; h: the normed rows; the rest is scratch memory
     const float *cos, *sin;
     const int32_t *slots, *blocks;
     const span *spans;
@@ -33,7 +33,7 @@ typedef struct {
     double eps, scale;
 } step;
 
-// y = gain (x w^T + (x a^T) b^T) + bias; the adapter's gain doesn't scale the bias.
+// y = gain (x w^T + (x a^T) b^T) + bias; the adapter's gain does not scale the bias.
 static int apply(const linear *l, const step *s, const element *x, element *y) {
     const bool apart = s->piece_count && !l->in_blocks;
     const int64_t count = apart ? 0 : s->piece_count;
@@ -47,7 +47,7 @@ static int apply(const linear *l, const step *s, const element *x, element *y) {
     return failed;
 }
 
-// Norms `heads` neighboring heads of each row.
+// Normalizes `heads` neighboring heads of each row.
 static void norm_heads(const step *s, element *first, int64_t heads, int64_t ld, const element *weight) {
     element *room = s->heads;
     rms_norm(first, s->rows, heads, ld, s->head_dim, weight, room, s->head_dim, (float)s->eps);
@@ -55,7 +55,7 @@ static void norm_heads(const step *s, element *first, int64_t heads, int64_t ld,
     for (int64_t i = 0; i < s->rows; i++) memcpy(first + i * ld, room + i * size, (size_t)size * sizeof(element));
 }
 
-// h becomes the normed output; returns 0, or another number if memory is out.
+// Writes the normalized output to h. Returns 0, or another number if memory is exhausted.
 int run_layers(const layer *layers, int64_t count, const step *s) {
     const int64_t ld = (s->queries + 2 * s->kv_heads) * s->head_dim;
     const float eps = (float)s->eps;

@@ -1,11 +1,11 @@
 // The base's linears with their rows' adapters: y = gain (x w^T + (x a^T) b^T), for any number of rows and adapters.
 //
-// A row's sums run over the inputs in one order and are rounded at the same points whatever else is in the batch: the
-// row has the same bits alone and in any company.
+// A row's sums run over the inputs in one order and are rounded at the same points in every batch: the row has the same
+// bits alone and with any other rows.
 //
-// All of it waits for memory at few rows, so everything is read in the order in which it lies there: the base's matrix
-// first, then one adapter after the other. Where runs of rows are long it is the sums that take the time; there the
-// adapter's part is added while a tile of y is still in the registers.
+// With few rows, memory bandwidth is the limit, so everything is read in the order in which it is stored: the base's
+// matrix first, then one adapter after the other. With long runs of rows, arithmetic is the limit; then the adapter's
+// part is added while a tile of y is still in the registers.
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -15,8 +15,8 @@
 
 typedef struct {
     const element *x;
-    const matrix *w;  // null where y holds the base's product already
-    atomic_bool *failed;  // memory is out
+    const matrix *w;  // null if y already holds the base's product
+    atomic_bool *failed;  // memory is exhausted
     element *y, *h;
     const char *arena;
     const target *table;
@@ -26,17 +26,17 @@ typedef struct {
     bool bytes;  // the adapters are of int8
 } task;
 
-// The elements of the base's panels from a block of columns on, and what to ask for while they are read: `pace` bytes a
-// step from `next` on, which are needed soon.
+// The elements of the base's panels, starting with a block of columns, and what is prefetched while they are read:
+// `pace` bytes per step, starting at `next`.
 typedef struct {
     const element *data;
     const char *next;
     int64_t pace;
 } base;
 
-// What a block of columns gets from an adapter on top of the base's product.
+// An adapter's part of a block of columns, which is added to the base's product.
 typedef struct {
-    const element *h;  // of row 0
+    const element *h;  // that of row 0
     const char *b;
     const float *gain;
     int64_t steps;
@@ -45,11 +45,11 @@ typedef struct {
 
 #define MAX_RANK 256
 
-// Rows of x that one pass over the weights takes: few enough to stay in the second-level cache.
+// Rows of x per pass over the weights: few enough to stay in the second-level cache.
 #define PASS (16 * ROWS)
-// Steps that are summed up by themselves: a long sum's error grows with the length of its parts.
+// Number of steps that have a partial sum of their own: the error of a long sum grows with the length of its parts.
 #define SPAN (PAIR * 256)
-// How far ahead of its use a stream is asked for, in bytes; an adapter's is short.
+// Prefetch distance in bytes; an adapter's stream is short.
 #define BASE_AHEAD 8192
 #define AHEAD 4096
 
@@ -66,7 +66,7 @@ INLINE int64_t quads(int64_t rank) { return (rank + 3) / 4; }
 INLINE int64_t steps(int64_t d_in) { return (d_in + PAIR - 1) / PAIR; }
 INLINE int64_t size_of(bool bytes) { return bytes ? 1 : (int64_t)sizeof(element); }
 
-// An adapter's weights, of the element type or of int8; the latter go with bfloat16 alone.
+// An adapter's weights, of the element type or int8; int8 is supported with bfloat16 only.
 INLINE chunk weights_chunk(const char *p, const bool bytes) {
 #ifdef BFLOAT16
     if (bytes) return load_chunk8((const int8_t *)p);
@@ -82,7 +82,7 @@ INLINE panel weights_panel(const char *p, const bool bytes) {
     return load_panel((const element *)p);
 }
 
-// `count` weights of int8, a multiple of LINE, as elements.
+// Converts `count` int8 weights, a multiple of LINE, to elements.
 static const char *widened(const char *from, element *to, int64_t count) {
 #ifdef BFLOAT16
     for (int64_t i = 0; i < count; i += CHUNK) {
@@ -95,7 +95,7 @@ static const char *widened(const char *from, element *to, int64_t count) {
     return (const char *)to;
 }
 
-// Room for `elements`, which the thread keeps, for each of three uses; null: there is none.
+// Scratch memory for `elements`, one per thread and for each of three uses; null if memory is exhausted.
 static element *scratch(int use, int64_t elements) {
     static _Thread_local element *room[3];
     static _Thread_local int64_t size[3];
@@ -107,7 +107,7 @@ static element *scratch(int use, int64_t elements) {
     return room[use];
 }
 
-// h[rows][4] = x a^T for four ranks of a, LINE inputs of each side by side, times a scale for each.
+// h[rows][4] = x a^T for four ranks of a, whose packs of LINE inputs are next to each other; each rank has a scale.
 INLINE void shrink_tile(const int rows, const bool bytes, const element *x, int64_t ldx, const char *a, __m128 scale,
                         int64_t d_in, element *h, int64_t ldh) {
     const int64_t row_size = LINE * size_of(bytes);
@@ -138,12 +138,12 @@ static void shrink(const task *t, const target *at, int64_t from, int64_t to, el
     const int64_t quad = (t->d_in + LINE - 1) / LINE * LINE * 4, tiles = (to - from + SHRINK_ROWS - 1) / SHRINK_ROWS;
     const char *a = t->arena + at->a;
     const float *scales = (const float *)(a - (at->rank * 4 + 63) / 64 * 64);
-    // What many rows need is widened once for all of them.
+    // With many rows, the weights are widened once for all of them.
     element *wide = t->bytes && to - from > SHRINK_ROWS ? scratch(1, quad) : 0;
     for (int64_t q = 0; q < quads(at->rank); q++, a += quad * size_of(t->bytes), h += 4) {
         const __m128 scale = t->bytes ? _mm_loadu_ps(scales + 4 * q) : _mm_set1_ps(1.0f);
         const char *now = wide ? widened(a, wide, quad) : a;
-        for (int64_t i = 0; i < tiles; i++) {  // of nearly equal height
+        for (int64_t i = 0; i < tiles; i++) {  // tiles of nearly equal height
             const int64_t top = (to - from) * i / tiles, bottom = (to - from) * (i + 1) / tiles;
             const element *x = t->x + (from + top) * t->ldx;
             element *to_h = h + top * t->ldh;
@@ -158,7 +158,7 @@ static void shrink(const task *t, const target *at, int64_t from, int64_t to, el
     }
 }
 
-// Shrinks the rows of pieces `from` to `to`, all modules of a row side by side in h.
+// Shrinks the rows of pieces `from` to `to`; all modules of a row are next to each other in h.
 static void shrink_all(const void *arguments, int64_t from, int64_t to) {
     const task *t = arguments;
     for (const piece *p = t->pieces + from; p < t->pieces + to; p++) {
@@ -171,7 +171,7 @@ static void shrink_all(const void *arguments, int64_t from, int64_t to) {
     }
 }
 
-// `cold`: b comes from memory, in one stream.
+// `cold`: b is read from memory, in one stream.
 INLINE void add_delta(const int rows, const int panels, const bool bytes, const bool cold, const delta *d,
                       const element *h, int64_t ldh, vec acc[ROWS][PANELS]) {
     const char *b = d->b;
@@ -224,7 +224,7 @@ INLINE void tile(const int rows, const int panels, const task *t, const element 
             UNROLL for (int m = 0; m < rows; m++)
                 acc[m][p] = fma_panel(acc[m][p], last, load_half_pair(x + m * t->ldx + t->d_in - 1));
         }
-    // The same bits as if it had been stored and taken up again: a row must not depend on its neighbors.
+    // The same bits as if y had been stored and loaded again: a row must not depend on its neighbors.
     if (w && d->steps)
         UNROLL for (int m = 0; m < rows; m++) UNROLL for (int p = 0; p < panels; p++) acc[m][p] = rounded(acc[m][p]);
     if (d->bytes) add_delta(rows, panels, true, true, d, h, t->ldh, acc);
@@ -256,10 +256,10 @@ static void any_tile(int64_t rows, int64_t top, const task *t, const base *w, in
 
 // A block of columns, at most two panels, of one module.
 typedef struct {
-    int64_t module, within, column, columns;  // within: the module's first column is 0
+    int64_t module, within, column, columns;  // `within`: relative to the module's first column
 } block;
 
-// An adapter's part in a module's first block; `before`: its ranks that lie before the module's in a row of h.
+// An adapter's part of a module's first block; `before`: number of ranks before the module's in a row of h.
 static delta delta_of(const task *t, const target *its, int64_t before) {
     if (!its->rank) return (delta){0};
     return (delta){
@@ -271,7 +271,7 @@ static delta delta_of(const task *t, const target *its, int64_t before) {
     };
 }
 
-// The same for the block that begins `within` columns from the module's first.
+// The same for the block that begins `within` columns after the module's first column.
 static delta at_block(delta d, int64_t within) {
     const int64_t half = within / LANES;
     d.b += (half / 2 * d.steps * STEP + half % 2 * PANEL) * size_of(d.bytes);
@@ -286,14 +286,14 @@ static delta delta_at(const task *t, const piece *p, const block *at) {
     return at_block(delta_of(t, targets + at->module, before), at->within);
 }
 
-// All rows of a pass, `begin` to `end`, of one block.
+// Processes all rows of a pass, `begin` to `end`, for one block.
 static void rows_of_block(const task *t, const base *w, const block *at, int64_t begin, int64_t end) {
     const int64_t tiles = (end - begin + ROWS - 1) / ROWS;
     const piece *p = t->pieces, *last = t->pieces + t->count, *known = 0;
     element wide[MAX_RANK * PANELS * LANES + STEP];
     const delta nothing = {0};
     delta d = nothing;
-    for (int64_t i = 0; i < tiles; i++) {  // of nearly equal height
+    for (int64_t i = 0; i < tiles; i++) {  // tiles of nearly equal height
         const int64_t top = begin + (end - begin) * i / tiles, bottom = begin + (end - begin) * (i + 1) / tiles;
         while (p < last && p->to <= top) p++;
         if (p < last && p->from <= top && p->to >= bottom) {
@@ -302,14 +302,14 @@ static void rows_of_block(const task *t, const base *w, const block *at, int64_t
                 d = delta_at(t, p, at);
                 const int64_t size = d.steps * STEP * size_of(d.bytes);
                 for (int64_t line = 0; line < size; line += 64) _mm_prefetch(d.b + size + line, _MM_HINT_T0);
-                // What several tiles need is widened once for all of them.
+                // With several tiles, the weights are widened once for all of them.
                 if (d.bytes && PANELS == 2) d.b = widened(d.b, wide, d.steps * STEP), d.bytes = false;
             }
             any_tile(bottom - top, top, t, w, at->column, at->columns, &d);
             continue;
         }
         any_tile(bottom - top, top, t, w, at->column, at->columns, &nothing);
-        for (const piece *q = p; q < last && q->from < bottom; q++) {  // each takes its own rows up again
+        for (const piece *q = p; q < last && q->from < bottom; q++) {  // each thread continues with its own rows
             const int64_t from = q->from > top ? q->from : top, to = q->to < bottom ? q->to : bottom;
             const delta its = delta_at(t, q, at);
             if (its.steps) any_tile(to - from, from, t, 0, at->column, at->columns, &its);
@@ -327,15 +327,15 @@ static block block_at(const task *t, int64_t index) {
     return (block){module, within, column + within, left < PANELS * LANES ? left : PANELS * LANES};
 }
 
-// Codes come by four inputs of 32 outputs: eight vectors of 16, in the order of the elements.
+// Codes are stored by four inputs of 32 outputs: eight vectors of 16, in the order of the elements.
 #define FOUR (4 * 2 * LANES)
 
 INLINE int64_t fours(int64_t d_in) { return (d_in + 3) / 4; }
 
-// The values of the codes of a block's panels, as elements: each where it would be in a matrix of elements.
+// Decodes a block's panels into elements, in the layout of a matrix of elements.
 INLINE void decode(const bool bytes, const matrix *w, int64_t d_in, int64_t column, element *to) {
     const int64_t wide = 2 * LANES, index = column / wide, size = bytes ? FOUR : FOUR / 2;
-    const int first = (int)(column % wide / LANES) * PAIR;  // vector of a step
+    const int first = (int)(column % wide / LANES) * PAIR;  // the vector within a step
     const float *scales = w->scales + index * (d_in / w->group) * wide;
     const char *codes = w->data + index * fours(d_in) * size;
     const vec levels = bytes ? zero() : load_floats(w->levels);
@@ -358,7 +358,7 @@ INLINE void decode(const bool bytes, const matrix *w, int64_t d_in, int64_t colu
     }
 }
 
-// The base from a column on; without data: memory is out.
+// The base's panels, starting with a column; without data if memory is exhausted.
 static base base_at(const matrix *w, int64_t d_in, int64_t column) {
     const int64_t index = column / (2 * LANES), within = column / LANES % 2 * PANEL;
     if (!w->scales) {
@@ -369,7 +369,7 @@ static base base_at(const matrix *w, int64_t d_in, int64_t column) {
     if (!to) return (base){0};
     if (w->levels) decode(false, w, d_in, column, to);
     else decode(true, w, d_in, column, to);
-    // The processor would wait for the next block's codes if they were first asked for when they are decoded.
+    // Without this prefetch, the processor would wait for the next block's codes when it decodes them.
     const int64_t size = w->levels ? FOUR / 2 : FOUR;
     return (base){to + within, w->data + (index + 1) * fours(d_in) * size, size * PAIR / 4};
 }
@@ -398,7 +398,7 @@ static void adapt(const void *arguments, int64_t from, int64_t to) {
             if (!its[m].rank) continue;
             const delta whole = delta_of(t, its + m, 0);
             shrink(t, its + m, p->from, p->to, t->h + p->from * t->ldh);
-            if (p + 1 < end && m + 1 == t->modules) {  // the next adapter lies elsewhere
+            if (p + 1 < end && m + 1 == t->modules) {  // the next adapter is elsewhere in memory
                 const char *next = t->arena + t->table[p[1].slot * t->stride].a;
                 for (int64_t line = 0; line < AHEAD; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
             }
@@ -412,8 +412,8 @@ static void adapt(const void *arguments, int64_t from, int64_t to) {
     }
 }
 
-// Returns 0, or -1 if memory is out. Blocks of a module must begin with a block of w: the widths of all modules but the
-// last are multiples of 32, or w is null.
+// Returns 0, or -1 if memory is exhausted. Blocks of a module must begin with a block of w: the widths of all modules
+// but the last are multiples of 32, or w is null.
 int adapted_linear(const element *x, int64_t ldx, const matrix *w, element *y, int64_t ldy, int64_t rows, int64_t d_in,
                    int64_t modules, const int64_t *widths, const char *arena, const target *table, int64_t stride,
                    const piece *pieces, int64_t count, int64_t bytes) {

@@ -1,27 +1,28 @@
-// The operations that others call, and what they take.
+// The exported operations and their arguments.
 #pragma once
 #include "vec.h"
 
-// The base's matrix [d_out, d_in] in panels: of elements, or of codes, whose values are rounded to elements before they
-// meet x. A code is an int8 number or, where there are levels, four bits that choose one of 16.
+// The base's matrix [d_out, d_in] in panels of elements or of codes, whose values are rounded to elements before they
+// are multiplied by x. A code is an int8 number or, if there are levels, four bits that select one of 16 levels.
 typedef struct {
     const char *data;
-    const float *scales;  // [ceil(d_out / 32), d_in / group, 32], what codes are times; null: the data are elements
+    const float *scales;  // [ceil(d_out / 32), d_in / group, 32]: factors of the codes; null: the data are elements
     const float *levels;
-    int64_t group;  // inputs that share a scale: a multiple of four, or all
+    int64_t group;  // number of inputs that share a scale: a multiple of four, or all
 } matrix;
 
-// Where an adapter has the matrices of one module, in bytes from the arena's start; no gain: -1; no target: rank 0.
+// Offsets of an adapter's matrices of one module, in bytes from the arena's start. Without a gain, its offset is -1; a
+// module that is not a target has rank 0.
 typedef struct {
     int64_t a, b, gain, rank;
 } target;
 
-// Neighboring rows of one adapter.
+// A run of neighboring rows of one adapter.
 typedef struct {
     int32_t slot, from, to;
 } piece;
 
-// New rows of one sequence; its blocks begin at blocks[first_block].
+// The new rows of one sequence, whose blocks begin at blocks[first_block].
 typedef struct {
     int32_t row, count, start, first_block;
 } span;

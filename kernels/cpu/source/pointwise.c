@@ -1,4 +1,5 @@
-// What lies between the products: norms, SwiGLU, and the rotation that writes keys and values to their pages.
+// The operations between the products: norms, SwiGLU, and rotary embedding, which writes keys and values to their
+// pages.
 #include <math.h>
 
 #include "operations.h"
@@ -8,7 +9,7 @@
 
 INLINE int lanes(int64_t left) { return left < LANES ? (int)left : LANES; }
 
-// Rows lie in `groups` of `members`, as the heads of a token do.
+// Rows are in `groups` of `members`, such as the heads of a token.
 typedef struct {
     const element *x, *weight;
     element *residual, *y;
@@ -56,7 +57,7 @@ static void add_norm_rows(const void *arguments, int64_t from, int64_t to) {
         int64_t k = 0;
         for (; k + LANES <= t->d; k += LANES) {
             store(row + k, add(load(row + k), load(x + k)));
-            const vec now = load(row + k);  // as rounded
+            const vec now = load(row + k);  // after rounding
             squares = madd(now, now, squares);
         }
         if (k < t->d) {
@@ -75,7 +76,7 @@ void add_rms_norm(element *residual, int64_t ld_residual, const element *x, int6
     share(add_norm_rows, &t, rows, 3 * d);
 }
 
-// Rows of a matrix in panels; linear.c says how these lie.
+// Rows of a matrix in panels; for their layout see linear.c.
 void take_rows(const int64_t *indices, int64_t count, const element *panels, int64_t d_in, element *y) {
     const int64_t steps = (d_in + PAIR - 1) / PAIR;
     for (int64_t i = 0; i < count; i++, y += d_in) {
@@ -84,7 +85,7 @@ void take_rows(const int64_t *indices, int64_t count, const element *panels, int
     }
 }
 
-// Adds a row to each of y's.
+// Adds a row to each row of y.
 void add_rows(element *y, const element *bias, int64_t rows, int64_t d) {
     for (int64_t i = 0; i < rows; i++, y += d) {
         int64_t k = 0;

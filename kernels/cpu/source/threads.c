@@ -1,29 +1,29 @@
 // A pool that sleeps between tasks.
 //
-// The caller works too, and parts are handed out one lot at a time: a helper that the system has not woken yet, or has
-// put off the processor, delays nothing but the lot it holds. So more threads than free cores cost little, where a
-// team that waits for each of its members by spinning comes to a halt.
+// The caller works too, and parts are distributed one lot at a time: a helper that the system has not woken yet, or has
+// preempted, delays only the lot it holds. So more threads than free cores cost little, while a team whose members spin
+// until all have finished would stall.
 #include "threads.h"
 
 #include <pthread.h>
 #include <stdbool.h>
 
-// A lot is worth waking somebody for: about 30 microseconds at 2e10 multiplications a second.
+// Multiplications for which it pays to wake a helper: about 30 microseconds at 2e10 multiplications per second.
 #define LOT 600000
 #define MOST 64
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t work = PTHREAD_COND_INITIALIZER, done = PTHREAD_COND_INITIALIZER;
-static int helpers, wanted;  // helpers that exist, and that a task may use
+static int helpers, wanted;  // number of helpers that exist, and that a task may use
 static struct {
     part run;
     const void *arguments;
     int64_t parts, lot, next;
-    int busy;  // threads that hold a lot, the caller's not counted
+    int busy;  // number of threads that hold a lot, without the caller
     bool open;
 } task;
 
-// Takes lots until none is left; the lock is held on entry and on return.
+// Takes lots until none remains; the lock is held on entry and on return.
 static void take_lots(bool helper) {
     while (task.next < task.parts) {
         const int64_t from = task.next, to = task.parts - from < task.lot ? task.parts : from + task.lot;
@@ -67,7 +67,7 @@ void share(part run, const void *arguments, int64_t parts, int64_t cost) {
     const int64_t lot = cost >= LOT ? 1 : (LOT + cost) / (cost + 1);
     if (wanted <= 0 || parts <= lot) return run(arguments, 0, parts);
     pthread_mutex_lock(&lock);
-    if (task.open) {  // another caller has the pool
+    if (task.open) {  // another caller uses the pool
         pthread_mutex_unlock(&lock);
         return run(arguments, 0, parts);
     }

@@ -1,8 +1,8 @@
-// The vector operations that the kernels are written in, for one element type and one tier a compilation.
+// The vector operations that the kernels are written in, for one element type and one tier per compilation.
 //
-// A `vec` is 16 floats. A `panel` is PAIR neighboring inputs of each of 16 outputs, and meets one broadcast `pair` of
-// x; a matrix lies in memory so that two panels, one cache line each, make a step along its inputs. Along the inputs
-// themselves, rows are read in `chunk`s of CHUNK elements.
+// A `vec` is 16 floats. A `panel` is PAIR neighboring inputs of each of 16 outputs, and is multiplied by one broadcast
+// `pair` of x; a matrix is stored so that two panels, one cache line each, are one step along its inputs. Rows of x are
+// read in `chunk`s of CHUNK elements.
 //
 //                     element  PAIR  CHUNK  registers of a vec
 //   avx512, bfloat16  bf16     2     32     1 (vdpbf16ps multiplies pairs and adds in float32)
@@ -41,7 +41,7 @@ INLINE float widen(element x) {
 #endif
 }
 
-// To the nearest, halves to even; a NaN stays one.
+// Rounds to the nearest, halves to even; a NaN stays a NaN.
 INLINE element narrow(float x) {
 #ifdef BFLOAT16
     uint32_t bits;
@@ -53,7 +53,7 @@ INLINE element narrow(float x) {
 #endif
 }
 
-// A tile is what the registers hold: ROWS rows times PANELS panels. EACH_ROW_COUNT expands a macro for 1 to ROWS.
+// A tile fits into the registers: ROWS rows times PANELS panels. EACH_ROW_COUNT expands a macro for 1 to ROWS.
 #ifdef __AVX512F__
 #define ROWS 12
 #define PANELS 2
@@ -133,7 +133,7 @@ INLINE void store_panel(element *p, const vec *parts) {
     _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(parts[1], parts[0]));
 }
 INLINE panel load_panel(const element *p) { return (panel)_mm512_loadu_si512(p); }
-// A panel whose pairs' second halves count as zeros.
+// A panel with zeros as the second halves of its pairs.
 INLINE panel load_half_panel(const element *p) {
     return (panel)_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(0xffff));
 }
@@ -347,7 +347,7 @@ INLINE vec fma_chunk(vec acc, chunk a, chunk b) { return madd(a, b, acc); }
 
 #endif
 
-// What is left of a after a store and a load.
+// Rounds a as a store and a load would.
 INLINE vec rounded(vec a) {
 #ifdef BFLOAT16
     element kept[LANES];
@@ -358,9 +358,9 @@ INLINE vec rounded(vec a) {
 #endif
 }
 
-// e to the x, which counts as -87 or 88 beyond those, within 2 units in the last place of float32 (Cephes' expf).
+// e to the x, with x limited to -87 to 88, within 2 units in the last place of float32 (Cephes' expf).
 INLINE vec exponential(vec x) {
-    x = smaller(splat(88.0f), larger(splat(-87.0f), x));  // the second operand is what a NaN comes through
+    x = smaller(splat(88.0f), larger(splat(-87.0f), x));  // a NaN passes only as the second operand
     const vec n = whole(mul(x, splat(1.44269504088896341f)));
     const vec r = madd(n, splat(2.12194440e-4f), madd(n, splat(-0.693359375f), x));
     vec p = splat(1.9875691500e-4f);
