@@ -1,1 +1,1 @@
-"""Benchmarks of loramill: kernels, engine, training and serving, against their rivals and targets."""
+"""Benchmarks of loramill: kernels, engine, training and serving, with baselines and targets."""

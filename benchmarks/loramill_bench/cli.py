@@ -1,4 +1,4 @@
-"""`loramill-bench`: measures this machine and compares it with targets."""
+"""`loramill-bench`: runs the benchmarks on this machine and compares the results with their targets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loramill.logs import quiet_libraries
 
 if TYPE_CHECKING:
     from loramill.models.catalog import Base
-    from loramill_bench.measure import Result
+    from loramill_bench.results import Result
 
 Only = Annotated[str, typer.Option(metavar="TEXT", help="Run only groups of cases whose name contains TEXT.")]
 Json = Annotated[
@@ -27,7 +27,10 @@ Check = Annotated[bool, typer.Option("--check", help="Exit with status 1 if a ta
 Record = Annotated[bool, typer.Option("--record", help="Append the results to this checkout's benchmarks/results.csv.")]
 
 app = typer.Typer(
-    cls=Root, help="Benchmarks: ratios within one process.", no_args_is_help=True, pretty_exceptions_enable=False
+    cls=Root,
+    help="Benchmarks of the kernels, the engine, training, and serving, with targets.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
 )
 
 
@@ -48,7 +51,7 @@ def kernels(
     """Measure the kernels on one thread (about three minutes)."""
     from loramill_bench.kernels import run
 
-    _carry_out(lambda: run(device, only, _report), json, check, record, device)
+    _run_benchmark(lambda: run(device, only, _report), json, check, record, device)
 
 
 @app.command()
@@ -57,20 +60,20 @@ def engine(only: Only = "", json: Json = None, check: Check = False, record: Rec
 
     It is compared with PEFT, with transformers' continuous batching, and with the limits of memory and arithmetic.
     """
-    from loramill_bench.engine import RIVALS, run
+    from loramill_bench.engine import BASELINES, run
 
-    _carry_out(lambda: run(_built_in(), only, _report), json, check, record, rivals=RIVALS)
+    _run_benchmark(lambda: run(_built_in_base(), only, _report), json, check, record, baselines=BASELINES)
 
 
 @app.command()
 def train(only: Only = "", json: Json = None, check: Check = False, record: Record = False) -> None:
     """Measure training and the job queue on the built-in base with one thread (about fifteen minutes).
 
-    Training speed is compared with PEFT and transformers' Trainer; predicted memory with the memory that a job uses.
+    Training speed is compared with PEFT and transformers' Trainer, and estimated memory with a job's actual memory.
     """
-    from loramill_bench.training.train import RIVALS, run
+    from loramill_bench.training.run import BASELINES, run
 
-    _carry_out(lambda: run(_built_in(), only, _report), json, check, record, rivals=RIVALS)
+    _run_benchmark(lambda: run(_built_in_base(), only, _report), json, check, record, baselines=BASELINES)
 
 
 @app.command()
@@ -93,14 +96,18 @@ def serve(
 ) -> None:
     """Measure serving over HTTP on the built-in base with all cores (ten minutes; half an hour with vLLM).
 
-    Starts its own `loramill up`. The gateway is compared with vLLM, the bare engine and a bare replica.
+    Starts its own `loramill up`. The gateway is compared with vLLM, and with the engine and a replica called directly.
     """
     from loramill_bench.http import run, vllm_version
 
-    peers = [] if vllm is None else [vllm_version(vllm)]
-    _note(f"Beside {peers[0]}." if peers else "Without --vllm nothing is compared with vLLM.")
-    _carry_out(
-        lambda: run(_built_in(), only, _report, vllm=vllm, seed=seed, rounds=rounds), json, check, record, peers=peers
+    other_versions = [] if vllm is None else [vllm_version(vllm)]
+    _print_note(f"Comparing with {other_versions[0]}." if other_versions else "vLLM is not measured without --vllm.")
+    _run_benchmark(
+        lambda: run(_built_in_base(), only, _report, vllm=vllm, seed=seed, rounds=rounds),
+        json,
+        check,
+        record,
+        other_versions=other_versions,
     )
 
 
@@ -110,14 +117,14 @@ def soak(
     seed: Annotated[int, typer.Option(help="Random seed for the requests. Their timing depends on the machine.")] = 0,
     json: Json = None,
 ) -> None:
-    """Serve random requests, cancellations, timeouts and failing adapter loads, and check every answer.
+    """Serve random requests with cancellations, timeouts and failing adapter loads, and check every answer.
 
     Exits with status 1 if an answer is lost, late, duplicated or different from the answer to the request alone, if an
     invariant is violated, or if memory grows.
     """
     from loramill_bench.engine.soak import soak as run
 
-    _carry_out(lambda: run(_built_in(), 60 * minutes, _note, seed=seed), json, check=True)
+    _run_benchmark(lambda: run(_built_in_base(), 60 * minutes, _print_note, seed=seed), json, check=True)
 
 
 @app.command()
@@ -132,14 +139,14 @@ def quality(
     json: Json = None,
     check: Check = False,
 ) -> None:
-    """Train on real tenants' data with default options and score the answers to their test questions (one hour)."""
+    """Train on real tenants' data with default options, and score answers to test questions (about one hour)."""
     from loramill.settings import Settings
-    from loramill_bench.quality import results
+    from loramill_bench.quality import run
 
-    _carry_out(lambda: results(tenants, Settings.load(), only, _report), json, check)
+    _run_benchmark(lambda: run(tenants, Settings.load(), only, _report), json, check)
 
 
-def _built_in() -> Base:
+def _built_in_base() -> Base:
     from loramill.models.catalog import find_base
     from loramill.models.smollm2 import NAME
     from loramill.settings import Settings
@@ -147,31 +154,31 @@ def _built_in() -> Base:
     return find_base(NAME, Settings.load().cache)
 
 
-def _carry_out(
+def _run_benchmark(
     measure: Callable[[], list[Result]],
     json: Path | None,
     check: bool,
     record: bool = False,
     device: Literal["cpu", "cuda"] = "cpu",
-    rivals: Sequence[str] = (),
-    peers: Sequence[str] = (),
+    baselines: Sequence[str] = (),
+    other_versions: Sequence[str] = (),
 ) -> None:
-    """Measures, then shows, records and judges the results."""
-    from loramill_bench.record import append, results_file
+    """Measures; shows and records the results; with `check`, exits with status 1 if a target is missed."""
+    from loramill_bench.results_csv import append_results, results_file
 
-    file = results_file(Path.cwd()) if record else None  # minutes later would be too late to find out
+    file = results_file(Path.cwd()) if record else None  # fails before anything is measured, not minutes later
     results = measure()
     _show(results, json)
     if file is not None:
-        append(file, results, device, rivals, peers)
-    _judge(results, check)
+        append_results(file, results, device, baselines, other_versions)
+    _exit_if_missed(results, check)
 
 
 def _report(group: str) -> None:
-    _note(f"Measuring {group}…")
+    _print_note(f"Measuring {group}…")
 
 
-def _note(sentence: str) -> None:
+def _print_note(sentence: str) -> None:
     print_message(sentence, style="dim")
 
 
@@ -182,7 +189,7 @@ def _show(results: Sequence[Result], json: Path | None) -> None:
         json.write_text(encoding.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _judge(results: Sequence[Result], check: bool) -> None:
+def _exit_if_missed(results: Sequence[Result], check: bool) -> None:
     missed = [result.case for result in results if result.met is False]
     if check and missed:
         print_message(f"Missed targets: {'; '.join(missed)}.", style="red")
@@ -193,4 +200,4 @@ def _row(result: Result) -> tuple[Cell, ...]:
     verdict = {True: Text("met", style="green"), False: Text("missed", style="red"), None: Text("-")}[result.met]
     floor = "-" if result.floor is None else f"{result.floor:.3g}"
     value = f"{result.value:.3g}" if abs(result.value) < 1000 else f"{result.value:.0f}"
-    return (result.case, f"{value} {result.unit}", result.goal or "-", verdict, floor)
+    return (result.case, f"{value} {result.unit}", result.target_text or "-", verdict, floor)

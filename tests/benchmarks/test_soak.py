@@ -17,23 +17,23 @@ from loramill.serve.engine import Engine, FinishReason, engine, scheduler
 from loramill.serve.engine.adapters.residency import Residency
 from loramill.serve.engine.block_pool import BlockPool, root_key
 from loramill.serve.engine.request_table import RequestTable
-from loramill_bench.engine import ledger, memory
+from loramill_bench.engine import harness as harnesses
+from loramill_bench.engine import memory, tracker
 from loramill_bench.engine import soak as soaks
-from loramill_bench.engine import subject as subjects
 from loramill_bench.engine.soak import soak
-from loramill_bench.measure import Result
+from loramill_bench.results import Result
 
 VOCABULARY = 101
 
 MET = (
     *(f"answers: {end}" for end in ("length", "stop", "cancelled", "refused", "DeadlineExceeded")),
-    "answers compared with alone",
-    "tokens spared by the prefix cache",
-    "steps with answers waiting",
+    "answers compared with the expected ones",
+    "tokens reused from the prefix cache",
+    "steps with waiting answers",
     "preemptions",
     "adapters evicted",
-    "loads failed",
-    "time without work",
+    "failed loads",
+    "idle time",
 )
 
 
@@ -45,12 +45,12 @@ def base(tiny_base) -> Base:
 @pytest.fixture(autouse=True)
 def strong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters that change the tokens."""
-    monkeypatch.setattr(subjects, "_SIZE", 0.3)
+    monkeypatch.setattr(harnesses, "_WEIGHT_STD", 0.3)
 
 
 def test_meets_everything_it_is_for_and_leaves_no_trace(base, tmp_path: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(soaks, "_LINE", 0.5)
+    monkeypatch.setattr(soaks, "_REPORT_SECONDS", 0.5)
     told: list[str] = []
     values: Counter[str] = Counter()
     # Chance decides what a short one meets.
@@ -63,9 +63,9 @@ def test_meets_everything_it_is_for_and_leaves_no_trace(base, tmp_path: Path, mo
         if all(values[name] > 0 for name in MET):
             break
     assert all(values[name] > 0 for name in MET), values
-    assert values["answers compared with alone"] > 20
-    assert values["steps with answers waiting"] < values["steps"]
-    assert told[0].startswith("Asking the canaries")
+    assert values["answers compared with the expected ones"] > 20
+    assert values["steps with waiting answers"] < values["steps"]
+    assert told[0].startswith("Serving the canaries")
     assert any(" open; " in line and line.endswith(" MiB") for line in told)
     assert list(tmp_path.iterdir()) == []
     assert caplog.records == []
@@ -77,7 +77,7 @@ def time_of(results: list[Result]) -> float:
 
 def lose_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some answers' last output isn't handed out."""
-    monkeypatch.setattr(ledger, "PATIENCE", 0.5)
+    monkeypatch.setattr(tracker, "PATIENCE", 0.5)
     _alter_outputs(monkeypatch, lambda output: [], when=lambda output: output.finish_reason == FinishReason.LENGTH)
 
 
@@ -93,7 +93,7 @@ def go_on_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def find_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a sudden the engine sees no work."""
-    monkeypatch.setattr(ledger, "PATIENCE", 0.5)
+    monkeypatch.setattr(tracker, "PATIENCE", 0.5)
     count, wait = itertools.count(), Engine.wait
 
     def blind(self: Engine, timeout: float) -> bool:
@@ -168,16 +168,19 @@ def asks_canaries_alone(engine: Engine) -> bool:
 @pytest.mark.parametrize(
     ("break_", "complaint"),
     [
-        (lose_an_end, r"No output for \d+ s, and \d+ answers are open: \['\d+\[\d\] of version|live on after it"),
-        (lose_a_token, r"says|ended by|echoes|log probabilities"),
-        (go_on_after_the_end, "has ended or was never asked for"),
+        (
+            lose_an_end,
+            r"No output for \d+ s, and \d+ answers are open: \['\d+\[\d\] of version|are still open after it",
+        ),
+        (lose_a_token, r"has the tokens|ended by|echoes|log probabilities"),
+        (go_on_after_the_end, "has ended or was not requested"),
         (find_nothing_to_do, "No output for"),
-        (give_wrong_tokens, "alone it was|ended by stop"),
+        (give_wrong_tokens, "alone they were|ended by stop"),
         (share_prefixes_between_versions, "alone"),
         (take_slots_in_use, "versions of running requests"),
         (leak_a_block, "reference counts"),
-        (ignore_cancels, "live on after it"),
-        (ignore_timeouts, "live on after it"),
+        (ignore_cancels, "are still open after it"),
+        (ignore_timeouts, "are still open after it"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -203,8 +206,8 @@ def test_what_a_client_meets_ends_the_soak(base, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("step", "met"), [(0, True), (50 << 20, False)])
 def test_growing_memory_misses_its_target(base, monkeypatch: pytest.MonkeyPatch, step: int, met: bool) -> None:
     sizes = itertools.count(200 << 20, step)
-    monkeypatch.setattr(memory, "resident", lambda: next(sizes))
-    monkeypatch.setattr(soaks, "_LOOK", 0.05)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: next(sizes))
+    monkeypatch.setattr(soaks, "_CHECK_SECONDS", 0.05)
     *_, growth = soak(base, 1.0, lambda line: None)
     assert growth.case == "soak: memory growth"
     assert growth.met is met

@@ -22,7 +22,7 @@ from loramill.names import AdapterName
 from loramill.registry import adapters, tenants
 from loramill.serve.model import load_decoder
 from loramill.types import VersionRecord
-from loramill_bench.engine.subject import write_adapters
+from loramill_bench.engine.harness import write_adapters
 
 from .conftest import Mill, running
 

@@ -414,7 +414,7 @@ def test_the_bench_checks_run_on_a_cpu_and_detect_an_error(monkeypatch):
 
 def test_the_contenders_of_the_bench_compute_the_same():
     site, case = Site(48, ("gate", "up"), (32, 16)), cuda.Case(rows=6, adapters=3, rank=4)
-    problem = cuda.pose(site, case, torch.float32, "cpu")
+    problem = cuda.random_problem(site, case, torch.float32, "cpu")
     results = []
     for contend in (
         cuda.lora_launches(problem),
@@ -432,18 +432,18 @@ def test_the_contenders_of_the_bench_compute_the_same():
 
 def test_the_floor_counts_live_adapters_and_the_rows_once():
     site, case = Site(48, ("gate", "up"), (32, 16)), cuda.Case(rows=6, adapters=3, rank=4)
-    problem = cuda.pose(site, case, torch.bfloat16, "cpu")
+    problem = cuda.random_problem(site, case, torch.bfloat16, "cpu")
     moved = (*problem.a, *problem.b, problem.x, problem.y, problem.y)
     assert cuda.floor_bytes(site, case, 2) == sum(tensor.nbytes for tensor in moved)
 
 
 def test_the_bench_measures_the_punica_operators_only_if_installed(monkeypatch):
-    problem = cuda.pose(Site(48, ("o",), (32,)), cuda.Case(2, 2, 4), torch.float32, "cpu")
+    problem = cuda.random_problem(Site(48, ("o",), (32,)), cuda.Case(2, 2, 4), torch.float32, "cpu")
     monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda _: None)
     assert cuda.punica_operators(problem) is None
 
 
 def test_the_bench_has_a_fused_time_only_where_the_kernel_could_run():
     site = Site(48, ("o",), (32,))
-    assert cuda.fused_launch(cuda.pose(site, cuda.Case(20, 1, 4), torch.float32, "cpu")) is None
-    assert cuda.fused_launch(cuda.pose(site, cuda.Case(2, 2, 17), torch.float32, "cpu")) is None
+    assert cuda.fused_launch(cuda.random_problem(site, cuda.Case(20, 1, 4), torch.float32, "cpu")) is None
+    assert cuda.fused_launch(cuda.random_problem(site, cuda.Case(2, 2, 17), torch.float32, "cpu")) is None

@@ -1,4 +1,4 @@
-"""What the engine reaches on this machine, against others and against the machine's limits: `loramill-bench engine`."""
+"""Benchmarks of the engine, compared with other engines and with the limits of the machine: `loramill-bench engine`."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ import torch
 
 from loramill.models.catalog import Base
 from loramill.serve.model import load_decoder
-from loramill_bench.engine import cold, idle, limits, peft, prefill, runs, zipf
-from loramill_bench.engine.subject import Subject, write_adapters
-from loramill_bench.measure import Result, measured
+from loramill_bench.engine import cold_adapters, continuous_batching, idle, limits, peft, prefill, zipf
+from loramill_bench.engine.harness import Harness, write_adapters
+from loramill_bench.results import Result, run_groups
 
-__all__ = ["RIVALS", "run"]
+__all__ = ["BASELINES", "run"]
 
-#: Packages that the engine is measured against.
-RIVALS = ("transformers", "peft")
-#: Different adapters; more versions than that share their files, and are their own versions to the engine.
-_FOLDERS = 32
+#: Packages that the engine is compared with.
+BASELINES = ("transformers", "peft")
+#: Number of adapters on disk. If a case has more versions, some share their files; to the engine they are different.
+_ADAPTERS = 32
 
 
 def run(
     base: Base, only: str = "", report: Callable[[str], object] = lambda group: None, *, rounds: int = 24
 ) -> list[Result]:
-    """Measures the engine over a base in bfloat16: ratios within one process, medians, one thread and its CPU time.
+    """Measures the engine over a base in bfloat16, on one thread; values are medians of CPU time, or ratios of them.
 
-    With SmolLM2-135M that takes some eight minutes, 3 GB and, while it runs, 0.4 GB of temporary files; it leaves the
-    process with one thread for the kernels.
+    With SmolLM2-135M it takes about eight minutes, 3 GB of memory, and 0.4 GB of temporary files. Afterwards the
+    kernels of this process use one thread.
 
     Args:
-        base: that is served; transformers and PEFT load it, too.
-        only: groups of cases whose name contains this; a case's name begins with its group's.
-        report: is told the name of each group before it is measured.
-        rounds: of a comparison; a slow one gets fewer, a fine one more.
+        base: The served base; transformers and PEFT load it too.
+        only: Runs only groups of cases whose name contains this.
+        report: Called with the name of each group before it runs.
+        rounds: Rounds per comparison; slow cases run fewer rounds and precise ones more.
 
     Returns:
-        A result a case.
+        One result per case.
 
     Raises:
-        InvalidRequest: `only` leaves nothing over.
-        BaseUnusable: the base can't be served.
+        InvalidRequest: No group's name contains `only`.
+        BaseUnusable: The base can't be served.
     """
     with tempfile.TemporaryDirectory(prefix="loramill-bench-") as scratch:
         decoder = load_decoder(base.folder, dtype=torch.bfloat16, threads=1)
-        subject = Subject(base, decoder, write_adapters(decoder, Path(scratch), _FOLDERS))
-        return measured(_groups(subject, rounds), only, report)
+        harness = Harness(base, decoder, write_adapters(decoder, Path(scratch), _ADAPTERS))
+        return run_groups(_groups(harness, rounds), only, report)
 
 
-def _groups(subject: Subject, rounds: int) -> Mapping[str, Callable[[], list[Result]]]:
-    modules = (peft, runs, limits, idle, zipf, cold, prefill)
+def _groups(harness: Harness, rounds: int) -> Mapping[str, Callable[[], list[Result]]]:
+    modules = (peft, continuous_batching, limits, idle, zipf, cold_adapters, prefill)
     cases = [(module, case) for module in modules for case in module.CASES]
-    return {case.name: partial(module.measure, subject, case, rounds) for module, case in cases}
+    return {case.name: partial(module.measure, harness, case, rounds) for module, case in cases}

@@ -1,44 +1,44 @@
-"""What it costs to be able to serve adapters while nobody uses one."""
+"""The cost of loaded adapters that no request uses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from loramill.pipelines.compare.timing import Effort, interleaved
-from loramill_bench.engine.load import decoding
-from loramill_bench.engine.subject import Subject
-from loramill_bench.measure import Result
+from loramill_bench.engine.driver import decoding_engine
+from loramill_bench.engine.harness import Harness
+from loramill_bench.results import Result
 
 _CONTEXT = 64
 _RESIDENT = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Steps:
-    """Decode steps of so many sequences without an adapter."""
+class IdleAdapters:
+    """Decode steps of a batch of sequences without an adapter."""
 
     batch: int
 
     @property
     def name(self) -> str:
-        """The sequences."""
+        """Name with the number of sequences."""
         return f"idle adapters {self.batch}"
 
 
-CASES = (Steps(1), Steps(32))
+CASES = (IdleAdapters(1), IdleAdapters(32))
 
 
-def measure(subject: Subject, steps: Steps, rounds: int) -> list[Result]:
-    """The default slots, some of them loaded, against the smallest slab that a configuration allows."""
-    many = 4 * rounds
-    nobody = [None] * steps.batch
+def measure(harness: Harness, case: IdleAdapters, rounds: int) -> list[Result]:
+    """Compares the default slots, some of them loaded, with the smallest slab that a configuration allows."""
+    step_rounds = 4 * rounds
+    no_adapters = [None] * case.batch
     resident = [str(number) for number in range(_RESIDENT)]
     with (
-        decoding(subject, nobody, _CONTEXT, many, adapter_slots=1, adapter_bytes=1) as bare,
-        decoding(subject, nobody, _CONTEXT, many, resident) as enabled,
+        decoding_engine(harness, no_adapters, _CONTEXT, step_rounds, adapter_slots=1, adapter_bytes=1) as bare,
+        decoding_engine(harness, no_adapters, _CONTEXT, step_rounds, resident) as enabled,
     ):
-        spent = interleaved({"bare": bare.step, "enabled": enabled.step}, Effort(0, many))
+        spent = interleaved({"bare": bare.step, "enabled": enabled.step}, Effort(0, step_rounds))
     return [
-        Result(f"{steps.name}: added", spent["enabled"] / spent["bare"] - 1, "of step", 0.01),
-        Result(f"{steps.name}: decode", steps.batch / spent["enabled"], "tokens/s", better="higher"),
+        Result(f"{case.name}: added", spent["enabled"] / spent["bare"] - 1, "of step", 0.01),
+        Result(f"{case.name}: decode", case.batch / spent["enabled"], "tokens/s", better="higher"),
     ]

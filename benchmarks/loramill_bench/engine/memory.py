@@ -1,13 +1,13 @@
-"""How much memory this process takes."""
+"""The memory of this process."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-_STATM = Path("/proc/self/statm")  # of Linux
+_STATM = Path("/proc/self/statm")  # Linux only
 
 
-def resident() -> int:
-    """Bytes that it has now; 0 where the system doesn't say."""
+def resident_bytes() -> int:
+    """Resident bytes; 0 if the system does not report them."""
     return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if _STATM.exists() else 0

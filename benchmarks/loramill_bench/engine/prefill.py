@@ -1,4 +1,4 @@
-"""How fast a prompt is read."""
+"""The speed of prefill."""
 
 from __future__ import annotations
 
@@ -6,38 +6,38 @@ from dataclasses import dataclass
 
 from loramill.pipelines.compare.timing import Effort, interleaved
 from loramill.serve.engine import EngineConfig
-from loramill_bench.engine.load import Load
-from loramill_bench.engine.subject import Subject
-from loramill_bench.measure import Result
+from loramill_bench.engine.driver import EngineDriver
+from loramill_bench.engine.harness import Harness
+from loramill_bench.results import Result
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """One of so many tokens, in one step."""
+class Prefill:
+    """The prefill of one prompt in one step."""
 
     tokens: int
 
     @property
     def name(self) -> str:
-        """Its tokens."""
+        """Name with the number of tokens."""
         return f"prefill {self.tokens}"
 
 
-CASES = (Prompt(512),)
+CASES = (Prefill(512),)
 
 
-def measure(subject: Subject, prompt: Prompt, rounds: int) -> list[Result]:
-    """To the first token, without an adapter and with one."""
-    with subject.engine(EngineConfig(max_batch_tokens=prompt.tokens)) as engine:
-        load = Load(engine)
+def measure(harness: Harness, case: Prefill, rounds: int) -> list[Result]:
+    """Measures the time to first token, without an adapter and with one."""
+    with harness.engine(EngineConfig(max_batch_tokens=case.tokens)) as engine:
+        driver = EngineDriver(engine)
         spent = interleaved(
             {
-                "base": lambda: load.run(subject.requests([None], prompt.tokens, 1)),
-                "one adapter": lambda: load.run(subject.requests(["0"], prompt.tokens, 1)),
+                "base": lambda: driver.run(harness.requests([None], case.tokens, 1)),
+                "one adapter": lambda: driver.run(harness.requests(["0"], case.tokens, 1)),
             },
             Effort(0, rounds),
         )
     return [
-        Result(f"{prompt.name}: {how}", prompt.tokens / seconds, "tokens/s", better="higher")
+        Result(f"{case.name}: {how}", case.tokens / seconds, "tokens/s", better="higher")
         for how, seconds in spent.items()
     ]

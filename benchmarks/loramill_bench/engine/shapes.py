@@ -1,4 +1,4 @@
-"""A decoder's sizes."""
+"""Sizes of a decoder."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from loramill.serve.model import Decoder
 from loramill_bench.kernels.model import Model
 
 
-def shapes(decoder: Decoder) -> Model:
-    """Its dimensions, as the kernels' measurements want them."""
+def model_shapes(decoder: Decoder) -> Model:
+    """The decoder's dimensions, as the kernel benchmarks take them."""
     c = decoder.config
     return Model(c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.intermediate)
 
 
 def weight_count(decoder: Decoder) -> int:
-    """Weights that a step multiplies by: of all linears and the head; those of norms are too few to count."""
-    linears = sum(site.d_in * sum(site.widths) for site in shapes(decoder).sites)
+    """Number of weights that a step multiplies by, in all linears and the head; norms are negligible."""
+    linears = sum(site.d_in * sum(site.widths) for site in model_shapes(decoder).sites)
     return linears + decoder.config.vocabulary * decoder.config.hidden
 
 
 def kv_bytes(decoder: Decoder) -> int:
-    """Bytes of a token's keys and values in all layers."""
+    """Bytes per token of keys and values in all layers."""
     c = decoder.config
     return 2 * c.layers * c.kv_heads * c.head_dim * decoder.dtype.itemsize

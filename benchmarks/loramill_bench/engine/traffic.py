@@ -1,4 +1,4 @@
-"""The traffic of a soak: random requests in waves, adapters that don't always come, and little room for all of it."""
+"""The traffic of a soak test: random requests in waves, unreliable adapter loads, and an engine with little memory."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from safetensors.torch import load_file, save_file
 from loramill.errors import ModelNotFound, Overloaded
 from loramill.kernels import backend
 from loramill.serve.engine import AdapterSource, Engine, EngineConfig, Request, SamplingParams
-from loramill_bench.engine.ledger import Canary, Ledger
-from loramill_bench.engine.subject import RANK, Subject, weights_file
+from loramill_bench.engine.harness import RANK, Harness, weights_file
+from loramill_bench.engine.tracker import AnswerTracker, Canary
 
 _VERSIONS, _TENANTS = 64, 5
-#: Open answers that clients strive for in a wave: from a machine that mostly idles to one that must refuse.
-_CROWDS = (24, 1, 120, 4)
+#: Maximum open answers per wave: from an engine that is mostly idle to one that has to refuse requests.
+_OPEN_ANSWERS = (24, 1, 120, 4)
 
 
-class Draw:
-    """Random requests. No two have the same id."""
+class RequestGenerator:
+    """Generates random requests with unique ids."""
 
     def __init__(self, rng: random.Random, vocabulary: int) -> None:
         self.rng = rng
         self._vocabulary = vocabulary
         self._ids = itertools.count()
 
-    def request(self) -> Request:
-        """Short and long ones, for all versions and tenants, with all that can be asked for."""
+    def random(self) -> Request:
+        """A short or long request for any version and tenant, with any sampling parameters."""
         rng = self.rng
-        # Some begin alike.
+        # Some prompts share a prefix.
         start = [7] * rng.choice([0, 0, 64, 200])
         tokens = start + [rng.randrange(self._vocabulary) for _ in range(rng.randint(1, 200))]
-        places = range(1, _VERSIONS + 1)
-        (place,) = rng.choices(places, [1 / place for place in places])
-        request = Request("", "", tuple(tokens), self._sampling(), rng.choice([None, *[str(place)] * 4]))
-        return self.again(request)
+        ranks = range(1, _VERSIONS + 1)
+        (version,) = rng.choices(ranks, [1 / rank for rank in ranks])
+        request = Request("", "", tuple(tokens), self._sampling(), rng.choice([None, *[str(version)] * 4]))
+        return self.repeat(request)
 
-    def again(self, request: Request) -> Request:
-        """The same by another client, who may be in a hurry."""
+    def repeat(self, request: Request) -> Request:
+        """The same request with another id, tenant, priority and timeout."""
         rng = self.rng
         return replace(
             request,
@@ -79,20 +79,20 @@ class Draw:
         )
 
 
-def thin(folder: Path, rank: int) -> None:
-    """Leaves so many ranks of an adapter: then now slots and now bytes run out."""
+def truncate_rank(folder: Path, rank: int) -> None:
+    """Keeps only the first ranks of an adapter, so that sometimes slots and sometimes bytes are exhausted."""
     file, settings = weights_file(folder), folder / "adapter_config.json"
     weights = {
-        name: (whole[:rank] if ".lora_A." in name else whole[:, :rank]).contiguous()
-        for name, whole in load_file(file).items()
+        name: (weight[:rank] if ".lora_A." in name else weight[:, :rank]).contiguous()
+        for name, weight in load_file(file).items()
     }
     save_file(weights, file)
     settings.write_text(json.dumps({**json.loads(settings.read_text(encoding="utf-8")), "r": rank}), encoding="utf-8")
 
 
-def scarce_config(subject: Subject) -> EngineConfig:
-    """Little of everything, so that all of it runs out."""
-    adapter = weights_file(subject.adapters[0]).stat().st_size
+def scarce_config(harness: Harness) -> EngineConfig:
+    """An engine config in which every resource is scarce."""
+    adapter = weights_file(harness.adapters[0]).stat().st_size
     return EngineConfig(
         max_sequences=24,
         kv_tokens=3072,
@@ -105,17 +105,17 @@ def scarce_config(subject: Subject) -> EngineConfig:
     )
 
 
-def unreliable(source: AdapterSource, seed: int) -> AdapterSource:
-    """Takes its time now and then, and fails in known and unknown ways."""
+def unreliable_source(source: AdapterSource, seed: int) -> AdapterSource:
+    """An adapter source that is sometimes slow, and sometimes fails with a known or an unknown error."""
     rng = random.Random(seed)
 
     def find(version: str) -> Path:
-        luck = rng.random()
-        if luck < 0.02:
+        chance = rng.random()
+        if chance < 0.02:
             raise ModelNotFound(f"Version {version} is gone for now.")
-        if luck < 0.04:
-            raise OSError("the disk hiccups")
-        if luck < 0.2:
+        if chance < 0.04:
+            raise OSError("the disk failed")
+        if chance < 0.2:
             time.sleep(0.2 * rng.random())
         return source(version)
 
@@ -123,57 +123,59 @@ def unreliable(source: AdapterSource, seed: int) -> AdapterSource:
 
 
 @contextmanager
-def no_log_of_loads() -> Iterator[None]:
-    """They fail on purpose; what else the engine has to say is heard."""
+def load_errors_hidden() -> Iterator[None]:
+    """Drops the loader's log messages, since loads fail on purpose; other messages are still logged."""
     loader = logging.getLogger("loramill.serve.engine.adapters.loader")
-    loader.addFilter(_nothing)
+    loader.addFilter(_drop_all)
     try:
         yield
     finally:
-        loader.removeFilter(_nothing)
+        loader.removeFilter(_drop_all)
 
 
-def _nothing(record: logging.LogRecord) -> bool:
+def _drop_all(record: logging.LogRecord) -> bool:
     return False
 
 
 class Clients:
-    """Who submits and cancels, in a thread of their own: at any moment, whatever the engine does just then."""
+    """Submits and cancels requests in its own thread, at any moment of the engine's steps."""
 
-    def __init__(self, engine: Engine, ledger: Ledger, draw: Draw, canaries: tuple[Canary, ...]) -> None:
+    def __init__(
+        self, engine: Engine, tracker: AnswerTracker, generator: RequestGenerator, canaries: tuple[Canary, ...]
+    ) -> None:
         self._engine = engine
-        self._ledger = ledger
-        self._draw = draw
-        self._rng = draw.rng
+        self._tracker = tracker
+        self._generator = generator
+        self._rng = generator.rng
         self._canaries = canaries
-        self._compare = backend().name.startswith("cpu-")
+        self._bits_repeat = backend().name.startswith("cpu-")
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """Ends `run` soon."""
+        """Makes `run` return soon."""
         self._stopped.set()
 
     def run(self, seconds: float) -> None:
-        """Waves: for a while so many answers are kept open, then all are waited for, and then it is quiet."""
+        """Submits in waves: keeps up to a number of answers open for a while, waits for all of them, and pauses."""
         end = time.monotonic() + seconds
         wave = min(20.0, seconds / 16)
-        for crowd in itertools.cycle(_CROWDS):
+        for limit in itertools.cycle(_OPEN_ANSWERS):
             until = min(end, time.monotonic() + self._rng.uniform(0, 2 * wave))
             while time.monotonic() < until and not self._stopped.is_set():
-                if not self._come(crowd):
-                    # Who is refused comes back later.
+                if not self._submit_some(limit):
+                    # A client that was refused retries later.
                     self._stopped.wait(self._rng.uniform(0, wave / 20))
                 self._stopped.wait(self._rng.expovariate(1 / 0.02))
-            while len(self._ledger) and not self._stopped.is_set():
+            while len(self._tracker) and not self._stopped.is_set():
                 self._stopped.wait(0.02)
             self._stopped.wait(self._rng.uniform(0, wave / 2))
             if time.monotonic() >= end or self._stopped.is_set():
                 return
 
-    def _come(self, crowd: int) -> bool:
-        """One or many at once, if there is room in the crowd; some go at the same time. Whether all were taken."""
-        for _ in range(self._rng.choice([1, 1, 1, 1 + crowd // 3])):
-            if len(self._ledger) >= crowd:
+    def _submit_some(self, limit: int) -> bool:
+        """Submits some requests, up to `limit` open answers, and cancels some; returns False if one was refused."""
+        for _ in range(self._rng.choice([1, 1, 1, 1 + limit // 3])):
+            if len(self._tracker) >= limit:
                 break
             if not self._submit():
                 return False
@@ -184,24 +186,24 @@ class Clients:
     def _submit(self) -> bool:
         if self._rng.random() < 0.4:
             canary = self._rng.choice(self._canaries)
-            request, alone = self._draw.again(canary.request), canary.alone if self._compare else None
+            request, expected = self._generator.repeat(canary.request), canary.expected if self._bits_repeat else None
         else:
-            request, alone = self._draw.request(), None
-        self._ledger.begin(request, alone)
+            request, expected = self._generator.random(), None
+        self._tracker.add(request, expected)
         try:
             self._engine.submit(request)
         except Overloaded:
-            self._ledger.refuse(request)
+            self._tracker.remove_refused(request)
             return False
         if request.timeout_seconds is not None:
-            self._ledger.expect_end(request.id, time.monotonic() + request.timeout_seconds)
+            self._tracker.expect_end(request.id, time.monotonic() + request.timeout_seconds)
         return True
 
     def _cancel(self) -> None:
-        # One that has ended by now is as good.
-        requests = self._ledger.requests
+        # The request may have ended in the meantime.
+        requests = self._tracker.open_request_ids
         if requests:
             chosen = self._rng.choice(requests)
-            self._ledger.cancel(chosen)
+            self._tracker.mark_cancelled(chosen)
             self._engine.cancel(chosen)
-            self._ledger.expect_end(chosen, time.monotonic())
+            self._tracker.expect_end(chosen, time.monotonic())

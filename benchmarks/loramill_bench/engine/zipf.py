@@ -1,4 +1,4 @@
-"""Many adapters, few of them much wanted and most seldom, in fewer slots: against one adapter for all requests."""
+"""Requests for many adapters with a Zipf distribution, in fewer slots, compared with one adapter for all requests."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ import torch
 from loramill.models.catalog import Base
 from loramill.serve.engine import EngineConfig
 from loramill.serve.model import Decoder, load_decoder
-from loramill_bench.engine.load import Load
-from loramill_bench.engine.memory import resident
+from loramill_bench.engine.driver import EngineDriver
+from loramill_bench.engine.harness import Harness, weights_file
+from loramill_bench.engine.memory import resident_bytes
 from loramill_bench.engine.shapes import kv_bytes, weight_count
-from loramill_bench.engine.subject import Subject, weights_file
-from loramill_bench.measure import Result
+from loramill_bench.results import Result
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
-    """Requests, all submitted at once, over versions of which the k-th is asked for 1/k as often as the first.
+class ZipfRequests:
+    """Requests that are submitted at once; the k-th version is requested 1/k as often as the first.
 
     Attributes:
-        versions: that requests may be for.
-        requests: in all.
-        prompt, new: tokens of each.
-        sequences: that run at once.
-        slots: of adapters.
+        versions: Number of versions.
+        requests: Number of requests.
+        prompt: Tokens per prompt.
+        new: Tokens per answer.
+        sequences: Number of sequences that run at once.
+        slots: Number of adapter slots.
     """
 
     versions: int
@@ -44,100 +45,107 @@ class Traffic:
 
     @property
     def name(self) -> str:
-        """The versions."""
+        """Name with the number of versions."""
         return f"zipf {self.versions}"
 
 
-CASES = (Traffic(versions=500, requests=256, prompt=64, new=32, sequences=64, slots=32),)
+CASES = (ZipfRequests(versions=500, requests=256, prompt=64, new=32, sequences=64, slots=32),)
 
 
 @dataclass(frozen=True, slots=True)
-class _Seconds:
-    """A run's: of the engine's thread, and by the clock."""
+class _RunSeconds:
+    """Duration of a run: CPU time of the engine's thread, and wall-clock time."""
 
     cpu: float
     wall: float
 
-    def and_then(self, other: _Seconds) -> _Seconds:
-        """Of both."""
-        return _Seconds(self.cpu + other.cpu, self.wall + other.wall)
+    def plus(self, other: _RunSeconds) -> _RunSeconds:
+        """The sum of both."""
+        return _RunSeconds(self.cpu + other.cpu, self.wall + other.wall)
 
 
-def measure(subject: Subject, traffic: Traffic, rounds: int) -> list[Result]:
-    """Two runs each, in a process of its own: what other cases have left in memory would blur how much this one takes.
+def measure(harness: Harness, case: ZipfRequests, rounds: int) -> list[Result]:
+    """Runs both twice, in a new process, so that memory left by other cases does not affect the result.
 
-    Every run begins with no adapter loaded. `rounds` has no say.
+    Every run starts without loaded adapters. `rounds` is ignored.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-        one, many, memory = alone.submit(_measure, subject.base, subject.adapters, traffic).result()
-    tokens, name = 2 * traffic.requests * traffic.new, traffic.name
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        one, many, memory = executor.submit(_measure, harness.base, harness.adapters, case).result()
+    tokens, name = 2 * case.requests * case.new, case.name
     results = [
         Result(f"{name}: speed", one.cpu / many.cpu, "of one adapter's", 0.9, "higher"),
-        Result(f"{name}: speed by the clock", one.wall / many.wall, "of one adapter's", better="higher"),
-        Result(f"{name}: answers", tokens / many.cpu, "tokens/s", better="higher"),
-        Result(f"{name}: answers by the clock", tokens / many.wall, "tokens/s", better="higher"),
+        Result(f"{name}: speed, wall clock", one.wall / many.wall, "of one adapter's", better="higher"),
+        Result(f"{name}: output throughput", tokens / many.cpu, "tokens/s", better="higher"),
+        Result(f"{name}: output throughput, wall clock", tokens / many.wall, "tokens/s", better="higher"),
     ]
     if memory is not None:
-        results.append(Result(f"{name}: resident memory", memory, "of its bounds", 1.2))
+        results.append(Result(f"{name}: resident memory", memory, "of the configured memory", 1.2))
     return results
 
 
-def _measure(base: Base, adapters: tuple[Path, ...], traffic: Traffic) -> tuple[_Seconds, _Seconds, float | None]:
-    """With one adapter, with many, and the most memory that the latter took over its bounds; None: it can't be told."""
-    before = resident()
+def _measure(
+    base: Base, adapters: tuple[Path, ...], case: ZipfRequests
+) -> tuple[_RunSeconds, _RunSeconds, float | None]:
+    """Returns the durations with one adapter and with many, and the peak memory divided by the configured memory.
+
+    The memory is None if the system does not report it.
+    """
+    before = resident_bytes()
     decoder = load_decoder(base.folder, dtype=torch.bfloat16, threads=1)
-    subject = Subject(base, decoder, adapters)
-    most = before
+    harness = Harness(base, decoder, adapters)
+    peak = before
 
-    def look() -> None:
-        nonlocal most
-        most = max(most, resident())
+    def sample() -> None:
+        nonlocal peak
+        peak = max(peak, resident_bytes())
 
-    # In this order, so that what drifts in a minute hits both alike.
-    alike = ["0"] * traffic.requests
-    runs = [_run(subject, traffic, versions, look) for versions in (alike, drawn(traffic), drawn(traffic), alike)]
-    one, many = runs[0].and_then(runs[3]), runs[1].and_then(runs[2])
-    return one, many, (most - before) / _bounds(decoder, _config(subject, traffic)) if before else None
+    # In this order, so that a drift within a minute affects both equally.
+    alike = ["0"] * case.requests
+    runs = [
+        _run(harness, case, versions, sample) for versions in (alike, draw_versions(case), draw_versions(case), alike)
+    ]
+    one, many = runs[0].plus(runs[3]), runs[1].plus(runs[2])
+    return one, many, (peak - before) / _configured_bytes(decoder, _config(harness, case)) if before else None
 
 
-def drawn(traffic: Traffic) -> list[str]:
-    """A version a request, the same ones every time."""
-    weights = [1 / place for place in range(1, traffic.versions + 1)]
-    return [str(version) for version in random.Random(0).choices(range(traffic.versions), weights, k=traffic.requests)]
+def draw_versions(case: ZipfRequests) -> list[str]:
+    """One version per request; every call returns the same versions."""
+    weights = [1 / rank for rank in range(1, case.versions + 1)]
+    return [str(version) for version in random.Random(0).choices(range(case.versions), weights, k=case.requests)]
 
 
 def _run(
-    subject: Subject, traffic: Traffic, versions: Sequence[str], look: Callable[[], object] = lambda: None
-) -> _Seconds:
-    requests = subject.requests(versions, traffic.prompt, traffic.new)
-    with subject.engine(_config(subject, traffic)) as engine:
-        load = Load(engine)
+    harness: Harness, case: ZipfRequests, versions: Sequence[str], after_step: Callable[[], object] = lambda: None
+) -> _RunSeconds:
+    requests = harness.requests(versions, case.prompt, case.new)
+    with harness.engine(_config(harness, case)) as engine:
+        driver = EngineDriver(engine)
         cpu, wall = time.thread_time(), time.perf_counter()
-        load.submit(requests)
-        while load.open:
-            load.step()
-            look()
-        spent = _Seconds(time.thread_time() - cpu, time.perf_counter() - wall)
-    del engine, load
-    # A slab and its views refer to each other.
+        driver.submit(requests)
+        while driver.open:
+            driver.step()
+            after_step()
+        spent = _RunSeconds(time.thread_time() - cpu, time.perf_counter() - wall)
+    del engine, driver
+    # A slab and its views are a reference cycle.
     gc.collect()
     return spent
 
 
-def _config(subject: Subject, traffic: Traffic) -> EngineConfig:
-    """As many slots as the traffic says, just enough room for them and their sequences, and as much on the host."""
-    adapters = traffic.slots * weights_file(subject.adapters[0]).stat().st_size
+def _config(harness: Harness, case: ZipfRequests) -> EngineConfig:
+    """The case's slots, with just enough memory for their adapters and the sequences, and as much host memory."""
+    adapters = case.slots * weights_file(harness.adapters[0]).stat().st_size
     return EngineConfig(
-        max_sequences=traffic.sequences,
-        kv_tokens=traffic.sequences * (traffic.prompt + traffic.new + 16),
-        adapter_slots=traffic.slots,
+        max_sequences=case.sequences,
+        kv_tokens=case.sequences * (case.prompt + case.new + 16),
+        adapter_slots=case.slots,
         adapter_bytes=adapters,
         host_bytes=adapters,
-        max_waiting=traffic.requests,
+        max_waiting=case.requests,
     )
 
 
-def _bounds(decoder: Decoder, config: EngineConfig) -> int:
-    """Bytes that the base and an engine over it may take."""
+def _configured_bytes(decoder: Decoder, config: EngineConfig) -> int:
+    """Bytes of the base and of the engine's configured memory."""
     weights = weight_count(decoder) * decoder.dtype.itemsize
     return weights + config.kv_tokens * kv_bytes(decoder) + config.adapter_bytes + config.host_bytes

@@ -1,4 +1,4 @@
-"""What serving reaches over HTTP on this machine, against vLLM and the bare engine: `loramill-bench serve`."""
+"""Benchmarks of serving over HTTP, compared with vLLM and with the engine called directly: `loramill-bench serve`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 from loramill.models.catalog import Base
 from loramill.settings import Settings
-from loramill_bench.http import added, compare, overload, promotion
+from loramill_bench.http import gateway, overload, promotion, throughput
 from loramill_bench.http.servers import vllm_version
-from loramill_bench.http.site import Site
-from loramill_bench.measure import Result, measured
+from loramill_bench.http.testbed import Testbed
+from loramill_bench.results import Result, run_groups
 
 __all__ = ["run", "vllm_version"]
 
@@ -26,39 +26,39 @@ def run(
     seed: int = 0,
     rounds: int = 3,
 ) -> list[Result]:
-    """Measures a `loramill up` of its own: streams of 64 tokens after prompts of 64, by the clock, medians.
+    """Starts its own `loramill up` and measures it with prompts of 64 tokens and answers of 64, in wall-clock time.
 
-    All cores are shared by who asks and the server that is asked. With SmolLM2-135M on two cores that takes some ten
-    minutes, with vLLM half an hour, 8 GB, and 1 GB of temporary files.
+    The client and the server share all cores. With SmolLM2-135M on two cores, the benchmark takes about ten minutes, or
+    half an hour with vLLM, 8 GB of memory, and 1 GB of temporary files.
 
     Args:
-        base: that is served, in bfloat16; vLLM loads it, too.
-        only: groups of cases whose name contains this; a case's name begins with its group's.
-        report: is told the name of each group before it is measured.
-        vllm: a Python that vLLM is installed for; without one its cases are left out.
-        seed: of adapters and requests.
-        rounds: of a comparison, besides the one that warms up.
+        base: The served base, in bfloat16; vLLM serves it too.
+        only: Runs only groups of cases whose name contains this.
+        report: Called with the name of each group before it runs.
+        vllm: Python interpreter of an environment with vLLM; None skips vLLM.
+        seed: Seed of adapters and requests.
+        rounds: Rounds per comparison, after one warm-up round.
 
     Returns:
-        A result a case.
+        One result per case.
 
     Raises:
-        InvalidRequest: `only` leaves nothing over.
-        SetupError: a server doesn't come up.
-        EngineFault: requests failed where nothing may.
+        InvalidRequest: No group's name contains `only`.
+        SetupError: A server does not start.
+        EngineFault: Requests failed in a case in which none may fail.
     """
     with (
         tempfile.TemporaryDirectory(prefix="loramill-bench-") as folder,
-        Site(base, Settings.load(), Path(folder), vllm, seed) as site,
+        Testbed(base, Settings.load(), Path(folder), vllm, seed) as testbed,
     ):
-        return measured(_groups(site, rounds), only, report)
+        return run_groups(_groups(testbed, rounds), only, report)
 
 
-def _groups(site: Site, rounds: int) -> Mapping[str, Callable[[], list[Result]]]:
+def _groups(testbed: Testbed, rounds: int) -> Mapping[str, Callable[[], list[Result]]]:
     return {
-        **{case.name: partial(compare.measure, site, case, rounds) for case in compare.CASES},
-        "gateway first token": partial(added.to_first_token, site, rounds),
-        "gateway 32": partial(added.to_throughput, site, rounds),
-        "promote 32": partial(promotion.measure, site, rounds),
-        "overload": partial(overload.measure, site, rounds),
+        **{case.name: partial(throughput.measure, testbed, case, rounds) for case in throughput.CASES},
+        "gateway first token": partial(gateway.measure_first_token, testbed, rounds),
+        "gateway 32": partial(gateway.measure_throughput, testbed, rounds),
+        "promote 32": partial(promotion.measure, testbed, rounds),
+        "overload": partial(overload.measure, testbed, rounds),
     }

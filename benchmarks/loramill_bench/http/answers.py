@@ -1,4 +1,4 @@
-"""What came of requests, as whoever asked sees it."""
+"""Answers as the client sees them, and the figures of a run."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from loramill.errors import EngineFault
-from loramill_bench.http.work import NEW
+from loramill_bench.http.workload import OUTPUT_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of one request; times are in seconds since it was sent.
+    """The answer to one request. Times are seconds since the request was sent.
 
     Attributes:
-        tokens: of the answer, as the server counts them.
-        times: when each chunk of it came; the first is the time to the first token.
-        seconds: until the end.
-        refused: by a 429 that says when to come again.
-        fault: what is wrong with it; empty: nothing.
+        tokens: Number of output tokens, as counted by the server.
+        times: Arrival time of each chunk; the first is the time to first token.
+        seconds: Time until the end of the answer.
+        refused: Whether it is a 429 with Retry-After.
+        fault: What is wrong with the answer; empty if nothing is.
     """
 
     tokens: int = 0
@@ -30,20 +30,20 @@ class Answer:
     fault: str = ""
 
     @classmethod
-    def whole(cls, tokens: int, times: tuple[float, ...], seconds: float) -> Answer:
-        """One that ended as it should, which is wrong of a short one."""
-        fault = "" if tokens == NEW else f"{tokens} tokens instead of {NEW}"
+    def completed(cls, tokens: int, times: tuple[float, ...], seconds: float) -> Answer:
+        """An answer that ended normally; it has a fault if it has too few tokens."""
+        fault = "" if tokens == OUTPUT_TOKENS else f"{tokens} tokens instead of {OUTPUT_TOKENS}"
         return cls(tokens, times, seconds, fault=fault)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All that was asked at one go.
+    """The answers to all requests of one run.
 
     Attributes:
-        seconds: from the first request to the end of the last answer, by the clock.
-        cpu: seconds that asking and listening took; 0 where nobody had to.
-        answers: in the order in which they were asked for.
+        seconds: Wall-clock time from the first request to the end of the last answer.
+        cpu: CPU seconds of the HTTP client; 0 without one.
+        answers: The answers, in the order of their requests.
     """
 
     seconds: float
@@ -52,45 +52,45 @@ class Run:
 
     @property
     def served(self) -> list[Answer]:
-        """Those that are as they should be."""
+        """The answers that are complete and without faults."""
         return [answer for answer in self.answers if not answer.refused and not answer.fault]
 
     @property
     def faults(self) -> list[str]:
-        """What is wrong with the others; a refusal is nothing wrong."""
+        """The faults of the answers; a refusal is not a fault."""
         return [answer.fault for answer in self.answers if answer.fault]
 
 
-def rate(run: Run) -> float:
-    """Output tokens a second."""
+def output_rate(run: Run) -> float:
+    """Output tokens per second."""
     return sum(answer.tokens for answer in run.served) / run.seconds
 
 
-def first_token(run: Run) -> float:
-    """Seconds to the first token, the median."""
+def median_first_token(run: Run) -> float:
+    """Median time to first token, in seconds."""
     return _percentile([answer.times[0] for answer in run.served], 50)
 
 
-def gap(run: Run) -> float:
-    """Seconds between two chunks of an answer, the 99th percentile."""
+def p99_gap(run: Run) -> float:
+    """99th percentile of the time between two chunks of an answer, in seconds."""
     return _percentile([gap for answer in run.served for gap in np.diff(answer.times)], 99)
 
 
-def latency(run: Run) -> float:
-    """Seconds to the end of an answer, the 95th percentile."""
+def p95_latency(run: Run) -> float:
+    """95th percentile of the time to the end of an answer, in seconds."""
     return _percentile([answer.seconds for answer in run.served], 95)
 
 
-def check_complete(who: str, runs: Iterable[Run]) -> None:
-    """Raises EngineFault if something is wrong with an answer, or one was refused: then nothing can be compared."""
+def check_complete(server: str, runs: Iterable[Run]) -> None:
+    """Raises EngineFault if any answer was refused or has a fault, since the run can't be compared then."""
     for run in runs:
         missing = len(run.answers) - len(run.served)
         if missing:
             why = run.faults[0] if run.faults else "refused"
-            raise EngineFault(f"{who} left {missing} of {len(run.answers)} requests without a proper answer: {why}.")
+            raise EngineFault(f"{server} left {missing} of {len(run.answers)} requests without a proper answer: {why}.")
 
 
-def _percentile(seconds: Sequence[float], which: float) -> float:
+def _percentile(seconds: Sequence[float], percentile: float) -> float:
     if not seconds:
-        raise EngineFault("No answer came, so nothing can be said of its times.")
-    return float(np.percentile(seconds, which))
+        raise EngineFault("There is no complete answer to measure.")
+    return float(np.percentile(seconds, percentile))

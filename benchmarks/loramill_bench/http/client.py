@@ -1,6 +1,6 @@
-"""Streams of requests to a server that speaks OpenAI's API, at as little cost of its own as can be.
+"""An HTTP client that sends streams of requests to an OpenAI-compatible server, with little CPU time of its own.
 
-What comes is noted with its time, and understood once all have ended: the cores belong to the server meanwhile.
+Received bytes are stored with their times and parsed after the run, which leaves the cores to the server.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from httptools import HttpResponseParser
 
 from loramill.errors import DeadlineExceeded
 from loramill_bench.http.answers import Answer, Run
-from loramill_bench.http.work import NEW, Ask, Stream
+from loramill_bench.http.workload import OUTPUT_TOKENS, CompletionRequest, Stream
 
-#: Seconds after which a run is given up.
-LIMIT = 900.0
+#: Maximum duration of a run.
+TIMEOUT_SECONDS = 900.0
 
-#: A piece of a body, and when it came.
+#: A piece of a body, and its time of arrival.
 Piece = tuple[float, bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Where something listens; `key` is its API key, empty where it wants none."""
+    """The address of a server; `key` is its API key, empty if none is required."""
 
     port: int
     key: str = ""
@@ -38,33 +38,35 @@ class Server:
         return f"http://{self.host}:{self.port}"
 
 
-def run(server: Server, streams: Sequence[Stream], limit: float = LIMIT) -> Run:
-    """Asks all that the streams ask.
+def run(server: Server, streams: Sequence[Stream], timeout_seconds: float = TIMEOUT_SECONDS) -> Run:
+    """Sends all requests of the streams and receives the answers.
 
     Raises:
-        DeadlineExceeded: that took more than `limit` seconds.
+        DeadlineExceeded: The run took longer than `timeout_seconds`.
     """
-    return asyncio.run(_run(server, streams, limit))
+    return asyncio.run(_run(server, streams, timeout_seconds))
 
 
-async def _run(server: Server, streams: Sequence[Stream], limit: float) -> Run:
+async def _run(server: Server, streams: Sequence[Stream], timeout_seconds: float) -> Run:
     exchanges: list[_Exchange] = []
     cpu, begun = time.process_time(), time.perf_counter()
     try:
-        async with asyncio.timeout(limit), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(timeout_seconds), asyncio.TaskGroup() as tasks:
             for stream in streams:
                 tasks.create_task(_follow(server, stream, begun, exchanges))
     except TimeoutError as error:
-        missing = sum(len(stream.asks) for stream in streams) - sum(exchange.done.done() for exchange in exchanges)
-        raise DeadlineExceeded(f"After {limit:g} s {missing} requests to {server.url} have not ended.") from error
+        missing = sum(len(stream.requests) for stream in streams) - sum(exchange.done.done() for exchange in exchanges)
+        raise DeadlineExceeded(
+            f"After {timeout_seconds:g} s {missing} requests to {server.url} have not ended."
+        ) from error
     spent, cpu = time.perf_counter() - begun, time.process_time() - cpu
     return Run(spent, cpu, tuple(exchange.answer() for exchange in exchanges))
 
 
 async def _follow(server: Server, stream: Stream, begun: float, exchanges: list[_Exchange]) -> None:
-    """Asks a stream's requests over a connection that is kept as long as the server keeps it."""
-    requests = [_request(server, ask) for ask in stream.asks]
-    await asyncio.sleep(begun + stream.begins - time.perf_counter())
+    """Sends a stream's requests one after another, over one connection as long as the server keeps it open."""
+    requests = [_request(server, request) for request in stream.requests]
+    await asyncio.sleep(begun + stream.start_seconds - time.perf_counter())
     connection: _Connection | None = None
     for request in requests:
         exchange = _Exchange()
@@ -74,19 +76,19 @@ async def _follow(server: Server, stream: Stream, begun: float, exchanges: list[
                 _, connection = await asyncio.get_running_loop().create_connection(
                     _Connection, server.host, server.port
                 )
-            await connection.ask(request, exchange)
+            await connection.send(request, exchange)
         except OSError as error:
             exchange.broken = f"the connection failed: {error}"
     if connection is not None:
         connection.close()
 
 
-def _request(server: Server, ask: Ask) -> bytes:
+def _request(server: Server, request: CompletionRequest) -> bytes:
     body = json.dumps(
         {
-            "model": ask.model,
-            "prompt": ask.prompt,
-            "max_tokens": NEW,
+            "model": request.model,
+            "prompt": request.prompt,
+            "max_tokens": OUTPUT_TOKENS,
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
@@ -104,7 +106,7 @@ def _request(server: Server, ask: Ask) -> bytes:
 
 
 class _Exchange:
-    """A request that is under way or has ended, as the parser tells it."""
+    """A request and its response, which the parser's callbacks fill in."""
 
     def __init__(self) -> None:
         self.broken = ""
@@ -139,7 +141,7 @@ class _Exchange:
         if self.status != 200:
             body = b"".join(body for _, body in self.pieces)
             return Answer(seconds=seconds, fault=f"HTTP {self.status}: {body[:300].decode(errors='replace')}")
-        return _understood(self.begun, self.pieces, seconds)
+        return _parse_answer(self.begun, self.pieces, seconds)
 
 
 class _Connection(asyncio.Protocol):
@@ -156,13 +158,13 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.closed = True
         if self._exchange is not None and not self._exchange.done.done():
-            self._exchange.done.set_exception(ConnectionResetError("the server hung up"))
+            self._exchange.done.set_exception(ConnectionResetError("the server closed the connection"))
 
     def data_received(self, data: bytes) -> None:
         if self._exchange is not None:
             self._exchange.feed(data)
 
-    async def ask(self, request: bytes, exchange: _Exchange) -> None:
+    async def send(self, request: bytes, exchange: _Exchange) -> None:
         self._exchange = exchange
         exchange.begun = time.perf_counter()
         self._transport.write(request)
@@ -173,8 +175,8 @@ class _Connection(asyncio.Protocol):
         self._transport.close()
 
 
-def _understood(begun: float, pieces: Sequence[Piece], seconds: float) -> Answer:
-    """The answer that server-sent events make."""
+def _parse_answer(begun: float, pieces: Sequence[Piece], seconds: float) -> Answer:
+    """Parses the server-sent events of an answer."""
     times, tokens, last = [], 0, b""
     for when, last in _events(pieces):
         if last == b"[DONE]":
@@ -188,13 +190,13 @@ def _understood(begun: float, pieces: Sequence[Piece], seconds: float) -> Answer
             tokens = usage["completion_tokens"]
     if last != b"[DONE]":
         return Answer(seconds=seconds, fault="the stream ended before its end")
-    return Answer.whole(tokens, tuple(times), seconds)
+    return Answer.completed(tokens, tuple(times), seconds)
 
 
 def _events(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    """The events' data, each with the time at which its last byte came."""
+    """The data of each event, with the arrival time of its last byte."""
     rest = b""
     for when, piece in pieces:
-        *whole, rest = (rest + piece).split(b"\n\n")
-        for event in whole:
+        *events, rest = (rest + piece).split(b"\n\n")
+        for event in events:
             yield when, event.removeprefix(b"data: ")

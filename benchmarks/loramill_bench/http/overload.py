@@ -1,34 +1,44 @@
-"""Far more requests than can be served."""
+"""Serving under three times as many requests as the server's capacity."""
 
 from __future__ import annotations
 
-from loramill_bench.http.answers import check_complete, latency, rate
-from loramill_bench.http.site import Site
-from loramill_bench.measure import Result
+from loramill_bench.http.answers import check_complete, output_rate, p95_latency
+from loramill_bench.http.testbed import Testbed
+from loramill_bench.results import Result
 
-#: Of the capacity, what comes; for so many seconds; and what the latency may grow to.
-_LOAD, _SECONDS, _LATENCY = 3.0, 20.0, 2.0
-_EACH = 4
+#: Offered load relative to the capacity, its duration, and the limit of the latency relative to that at capacity.
+_OFFERED_LOAD, _SECONDS, _MAX_LATENCY_GROWTH = 3.0, 20.0, 2.0
+_REQUESTS_PER_STREAM = 4
 
 
-def measure(site: Site, rounds: int) -> list[Result]:
-    """Requests that come at random at three times the capacity, whatever becomes of those before; Zipf over 64.
+def measure(testbed: Testbed, rounds: int) -> list[Result]:
+    """Sends requests at random times (Poisson) at three times the capacity, with a Zipf distribution over 64 adapters.
 
-    The capacity is what the server answers as many streams with as its engine runs at once, and the latency there is
-    theirs. Whom it has no room for must be told so by a 429 with Retry-After: all else is an error. `rounds` has no
-    say.
+    The capacity and the latency at capacity are those of as many concurrent streams as the engine runs sequences. Every
+    request must get a complete answer, or a 429 with Retry-After; anything else is an error. `rounds` is ignored.
     """
-    full = site.serve.max_sequences
-    site.ask(site.loramill, site.desk.closed("zipf", full, 1, "overload, to warm up"))
-    busy = site.ask(site.loramill, site.desk.closed("zipf", full, _EACH, "capacity"))
-    check_complete("loramill", [busy])
-    offered = _LOAD * len(busy.answers) / busy.seconds
-    over = site.ask(site.loramill, site.desk.arrivals("zipf", offered, _SECONDS, "overload"))
+    streams = testbed.serve.max_sequences
+    testbed.run_streams(testbed.loramill, testbed.workload.closed_loop("zipf", streams, 1, "overload, to warm up"))
+    capacity = testbed.run_streams(
+        testbed.loramill, testbed.workload.closed_loop("zipf", streams, _REQUESTS_PER_STREAM, "capacity")
+    )
+    check_complete("loramill", [capacity])
+    offered_rate = _OFFERED_LOAD * len(capacity.answers) / capacity.seconds
+    overloaded = testbed.run_streams(
+        testbed.loramill, testbed.workload.poisson("zipf", offered_rate, _SECONDS, "overload")
+    )
     return [
-        Result("overload: p95 of the accepted", latency(over) / latency(busy), "of that at capacity", _LATENCY),
-        Result("overload: errors", len(over.faults), f"of {len(over.answers)} requests", 0),
-        Result("overload: accepted", len(over.served) / len(over.answers), "of the requests", better="higher"),
-        Result("overload: answers", rate(over), "tokens/s", better="higher"),
-        Result("overload: answers at capacity", rate(busy), "tokens/s", better="higher"),
-        Result("overload: p95 at capacity", latency(busy), "s"),
+        Result(
+            "overload: p95 latency",
+            p95_latency(overloaded) / p95_latency(capacity),
+            "of that at capacity",
+            _MAX_LATENCY_GROWTH,
+        ),
+        Result("overload: errors", len(overloaded.faults), f"of {len(overloaded.answers)} requests", 0),
+        Result(
+            "overload: accepted", len(overloaded.served) / len(overloaded.answers), "of the requests", better="higher"
+        ),
+        Result("overload: output throughput", output_rate(overloaded), "tokens/s", better="higher"),
+        Result("overload: output throughput at capacity", output_rate(capacity), "tokens/s", better="higher"),
+        Result("overload: p95 latency at capacity", p95_latency(capacity), "s"),
     ]

@@ -1,4 +1,4 @@
-"""What the kernels reach on this machine: `loramill-bench kernels`."""
+"""Benchmarks of the kernels: `loramill-bench kernels`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loramill.errors import SetupError
 from loramill.pipelines.compare.timing import Effort
 from loramill_bench.kernels import on_cpu, on_cuda
 from loramill_bench.kernels.model import SMOLLM2_135M, Model
-from loramill_bench.measure import Result, measured
+from loramill_bench.results import Result, run_groups
 
 __all__ = ["Device", "Effort", "Model", "Result", "run"]
 
@@ -26,25 +26,25 @@ def run(
     model: Model = SMOLLM2_135M,
     effort: Effort = Effort(),  # noqa: B008 - frozen
 ) -> list[Result]:
-    """Measures this machine's backend: ratios within one process, medians; on the CPU one thread and its CPU time.
+    """Measures this machine's backend; values are medians or ratios of medians, on the CPU of one thread's CPU time.
 
-    That takes some three minutes and 3 GB on the CPU, and leaves the process with one thread for the kernels.
+    On the CPU it takes about three minutes and 3 GB of memory. Afterwards the kernels of this process use one thread.
 
     Args:
-        device: whose backend.
-        only: groups of cases whose name contains this; a case's name begins with its group's.
-        report: is told the name of each group before it is measured.
-        model: whose shapes; the GPU's are its own.
-        effort: for each comparison on the CPU.
+        device: Device whose backend is measured.
+        only: Runs only groups of cases whose name contains this.
+        report: Called with the name of each group before it runs.
+        model: Shapes of the CPU's cases; those of the GPU are fixed.
+        effort: Effort per comparison on the CPU.
 
     Returns:
-        A result a case.
+        One result per case.
 
     Raises:
-        InvalidRequest: `only` leaves nothing over.
-        SetupError: there is no GPU.
+        InvalidRequest: No group's name contains `only`.
+        SetupError: There is no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise SetupError("torch finds no CUDA device on this machine; measure the CPU, or run this where there is one.")
+        raise SetupError("torch finds no CUDA device on this machine; use --device cpu, or a machine with a GPU.")
     groups = on_cuda.groups() if device == "cuda" else on_cpu.groups(model, effort)
-    return measured(groups, only, report)
+    return run_groups(groups, only, report)

@@ -1,6 +1,6 @@
-"""The Triton kernels on a real GPU: right in every dtype, and how near to the time that their bytes take to be read.
+"""The Triton kernels on a real GPU: correctness in every dtype, and time compared with reading their bytes.
 
-What is timed is a CUDA graph's replay between two events, with nothing of its data left in the L2 cache: the median.
+Times are medians of replays of a CUDA graph between two events, with a cold L2 cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from loramill.kernels.slab import SiteSlab, Slab
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A step: `rows` rows in equal runs of `adapters` adapters of one rank."""
+    """A step of `rows` rows, in equal runs of `adapters` adapters of one rank."""
 
     rows: int
     adapters: int
@@ -34,7 +34,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The largest error of a step, relative to the largest number of the result, and what it may be."""
+    """The largest error of a step, relative to the largest value of the result, and its limit."""
 
     site: str
     dtype: str
@@ -44,25 +44,25 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """False for NaN too."""
+        """Whether the error is within the limit; False for NaN."""
         return self.error <= self.limit
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Microseconds at one site.
+    """Times of one step at one site, in microseconds.
 
     Attributes:
-        site: modules and dimensions.
-        case: the step.
-        us: of `lora`.
-        graph_us: of `lora` in a graph for any batch of as many rows and the same rank; None: more rows than
-            `GRAPH_ROWS`.
-        fused_us: of the kernel that shrinks and expands in one launch; None: not for these rows or ranks.
-        floor_us: of copying as many bytes as the step must read and write at least.
-        gather_us: of gathering each row's matrices and torch.bmm.
-        punica_us: of vLLM's Punica operators; None: not installed.
-        linear_us: of the base's own linear.
+        site: Modules and dimensions.
+        case: The step.
+        us: Time of `lora`.
+        graph_us: Time of `lora` in a graph for any batch of as many rows and the same rank; None: there are more rows
+            than `GRAPH_ROWS`.
+        fused_us: Time of the kernel that shrinks and expands in one launch; None: it does not support the case.
+        floor_us: Time of copying as many bytes as the step must read and write.
+        gather_us: Time of gathering each row's matrices, followed by torch.bmm.
+        punica_us: Time of vLLM's Punica operators; None: not installed.
+        linear_us: Time of the base's linear.
     """
 
     site: str
@@ -77,7 +77,7 @@ class Timing:
 
     @property
     def ratio(self) -> float:
-        """Times the floor."""
+        """The time of `lora` divided by the floor."""
         return self.us / self.floor_us
 
 
@@ -96,16 +96,16 @@ CASES = tuple(
     )
 )
 
-#: Rows up to which an engine would keep a graph: decode, not prefill.
+#: Maximum rows for which an engine has a graph: decode, not prefill.
 GRAPH_ROWS = 256
 
-#: What `check` goes through: odd dimensions, and one of each kind of site.
+#: Sites that `check` covers: odd dimensions, and one of each kind of site.
 CHECKED_SITES = (
     Site(37, ("q", "k", "v"), (29, 5, 11)),
     Site(1024, ("q", "k", "v"), (1024, 256, 256)),
     Site(4096, ("gate", "up"), (1536, 1536)),
 )
-#: Runs as (adapter, None for the base; rows).
+#: Runs that `check` covers, as pairs of an adapter (None: the base) and a number of rows.
 CHECKED_RUNS: tuple[tuple[tuple[int | None, int], ...], ...] = (
     ((None, 3),),
     ((0, 1),),
@@ -114,7 +114,7 @@ CHECKED_RUNS: tuple[tuple[tuple[int | None, int], ...], ...] = (
     ((3, 128), (0, 1), (None, 1), (4, 200), (2, 65)),
 )
 CHECKED_RANKS = (8, 1, 17, 64, 256, 16)
-#: Twice the roundoff of one rounding of h and one of y, or of float32's own sums.
+#: Twice the error of one rounding of h and one of y, or of float32's sums.
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -132,10 +132,10 @@ def check(
     for dtype in dtypes:
         for site in sites:
             adapters = [adapter(site, rank, gain=rank == 17) for rank in CHECKED_RANKS]
-            plain, slots = filled(site, adapters, dtype, reference.layout, "cpu")
-            slab, _ = filled(site, adapters, dtype, triton.layout, device)
+            plain, slots = filled_slab(site, adapters, dtype, reference.layout, "cpu")
+            slab, _ = filled_slab(site, adapters, dtype, triton.layout, device)
             for step in steps:
-                batch = Batch.of((None if who is None else slots[who], count) for who, count in step)
+                batch = Batch.of((None if index is None else slots[index], count) for index, count in step)
                 x, y = inputs(site, batch.rows, dtype, "cpu")
                 expected = y.to(torch.float32, copy=True)
                 reference.lora(x, expected, plain.views[0], batch)
@@ -151,7 +151,7 @@ def _results(slab: Slab, batch: Batch, x: torch.Tensor, y: torch.Tensor) -> Iter
     triton.lora(x, called, slab.views[0], batch)
     yield "called", called
     if y.is_cuda:
-        # Its kernels are compiled now: another step like it must not wait for the device.
+        # The kernels are compiled now, so that an equal step must not wait for the device.
         again, fresh = y.clone(), Batch(batch.rows, batch.runs)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -177,7 +177,7 @@ def timings(
     for site in sites:
         weight = torch.randn(sum(site.widths), site.d_in, device="cuda", dtype=dtype)
         for case in steps:
-            problem = pose(site, case, dtype, "cuda")
+            problem = random_problem(site, case, dtype, "cuda")
             punica = punica_operators(problem)
             fused = fused_launch(problem)
             yield Timing(
@@ -195,15 +195,16 @@ def timings(
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A case at a site, as each contender wants it.
+    """A case at a site, in the forms that the compared implementations take.
 
     Attributes:
-        slab: one site, in the layout of the Triton kernels.
-        batch: the runs.
+        slab: A slab of one site, in the layout of the Triton kernels.
+        batch: The runs.
         x: [rows, d_in].
         y: [rows, sum of widths].
-        a, b: a module [adapters, rank, d_in] and [adapters, width, rank].
-        owner: int64 [rows]: each row's adapter.
+        a: [adapters, rank, d_in] per module.
+        b: [adapters, width, rank] per module.
+        owner: int64 [rows]: the adapter of each row.
     """
 
     slab: Slab
@@ -216,16 +217,16 @@ class Problem:
 
     @property
     def view(self) -> SiteSlab:
-        """The slab at its site."""
+        """The slab at the site."""
         return self.slab.views[0]
 
 
-def pose(site: Site, case: Case, dtype: torch.dtype, device: str) -> Problem:
-    """Draws a case at random."""
+def random_problem(site: Site, case: Case, dtype: torch.dtype, device: str) -> Problem:
+    """Random adapters and inputs for a case."""
     from loramill.kernels import triton
 
     adapters = [adapter(site, case.rank) for _ in range(case.adapters)]
-    slab, slots = filled(site, adapters, dtype, triton.layout, device)
+    slab, slots = filled_slab(site, adapters, dtype, triton.layout, device)
     each = case.rows // case.adapters
     x, y = inputs(site, case.rows, dtype, device)
     return Problem(
@@ -240,7 +241,7 @@ def pose(site: Site, case: Case, dtype: torch.dtype, device: str) -> Problem:
 
 
 def adapter(site: Site, rank: int, *, gain: bool = False) -> dict[str, Delta]:
-    """Random deltas of one rank for all modules of a site, whose results are about as large as a standard normal."""
+    """Random deltas of one rank for all modules of a site; their results have a standard deviation of about 1."""
     return {
         module: Delta(
             torch.randn(rank, site.d_in) / site.d_in**0.5,
@@ -257,10 +258,10 @@ def inputs(site: Site, rows: int, dtype: torch.dtype, device: str) -> tuple[torc
     return x.to(device, dtype), y.to(device, dtype)
 
 
-def filled(
+def filled_slab(
     site: Site, adapters: list[dict[str, Delta]], dtype: torch.dtype, layout: Layout, device: str
 ) -> tuple[Slab, list[Slot]]:
-    """A slab of one site with adapters in its slots, and no room for more."""
+    """A slab of one site that is filled with adapters, and their slots."""
     empty = Slab([site], slots=0, size=0, dtype=dtype, layout=layout)
     packed = [empty.pack(deltas) for deltas in adapters]
     size = sum(aligned(each.bytes) for each in packed)
@@ -275,26 +276,26 @@ def filled(
 
 
 def name(site: Site) -> str:
-    """For people: `q+k+v 4096 -> 4096+1024+1024`."""
+    """The name of a site, such as `q+k+v 4096 -> 4096+1024+1024`."""
     return f"{'+'.join(site.modules)} {site.d_in} -> {'+'.join(map(str, site.widths))}"
 
 
 def floor_bytes(site: Site, case: Case, itemsize: int) -> int:
-    """Bytes that a step has to move: its adapters and x once, y in and out."""
+    """Bytes that a step must read and write: its adapters and x once, and y twice."""
     columns = sum(site.widths)
     weights = case.adapters * case.rank * (len(site.modules) * site.d_in + columns)
     return (weights + case.rows * (site.d_in + 2 * columns)) * itemsize
 
 
 def lora_launches(problem: Problem) -> Callable[[], None]:
-    """`lora` on a batch known beforehand."""
+    """`lora` on a batch that is known in advance."""
     from loramill.kernels import triton
 
     return lambda: triton.lora(problem.x, problem.y, problem.view, problem.batch)
 
 
 def static_launches(problem: Problem) -> Callable[[], None]:
-    """`lora` as an engine's graph of that many rows holds it, with the batch as its present work."""
+    """`lora` as an engine's graph of as many rows contains it, with the batch as its current work."""
     from loramill.kernels import triton
 
     static = triton.StaticPlan(problem.slab, rows=len(problem.x), rank=problem.a[0].shape[1])
@@ -303,7 +304,7 @@ def static_launches(problem: Problem) -> Callable[[], None]:
 
 
 def fused_launch(problem: Problem) -> Callable[[], None] | None:
-    """The one-launch kernel, chosen or not; None: its tiles are single rows of few ranks."""
+    """The one-launch kernel, even where the plan does not use it; None if it does not support the rows or ranks."""
     from loramill.kernels.triton import plans
 
     host = importlib.import_module("loramill.kernels.triton.lora")
@@ -315,7 +316,7 @@ def fused_launch(problem: Problem) -> Callable[[], None] | None:
 
 
 def gather_bmm(problem: Problem) -> None:
-    """What one writes first in torch: each row's own matrices, gathered, and two batched products."""
+    """The simplest implementation in torch: gathers each row's matrices, then two batched products."""
     column = 0
     for a, b in zip(problem.a, problem.b, strict=True):
         part = problem.y[:, column : column + b.shape[1]]
@@ -325,13 +326,13 @@ def gather_bmm(problem: Problem) -> None:
 
 
 def punica_operators(problem: Problem) -> Callable[[], None] | None:
-    """vLLM's shrink and expand (vllm/lora/ops/triton_ops); None: vLLM isn't installed."""
+    """vLLM's shrink and expand (vllm/lora/ops/triton_ops); None if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         return None
     operators = importlib.import_module("vllm.lora.ops.triton_ops")
     meta = operators.LoRAKernelMeta.make(len(problem.a[0]), len(problem.x), device=problem.x.device)
     meta.prepare_tensors(problem.owner.int())
-    # Newer versions ask whether the grid is for the active adapters alone.
+    # Newer versions have a further argument: whether the grid covers only the active adapters.
     more = [True] * (len(inspect.signature(meta.meta_args).parameters) - 1)
     arguments = meta.meta_args(len(problem.x), *more)
     a, b = list(problem.a), list(problem.b)
@@ -345,14 +346,14 @@ def punica_operators(problem: Problem) -> Callable[[], None] | None:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that a copy within the GPU's memory reads and writes."""
+    """Bytes per second that a copy within the GPU's memory reads and writes."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / median_us(lambda: target.copy_(source)) * 1e6
 
 
 def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of what `run` launches, once it has run a few times on a stream of its own."""
+    """A graph of what `run` launches; `run` first warms up on a side stream."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -366,9 +367,9 @@ def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def median_us(run: Callable[[], object], repeats: int = 50) -> float:
-    """Microseconds of a replay of `run`'s graph with a cold L2 cache."""
+    """Median microseconds of a replay of `run`'s graph with a cold L2 cache."""
     graph = captured(run)
-    # Writing twice as much as the L2 caches of GPUs hold leaves nothing else in it.
+    # Writing twice as many bytes as a GPU's L2 cache has evicts everything else.
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]  # type: ignore[no-untyped-call]
     for start, end in events:

@@ -1,4 +1,4 @@
-"""The decode attention on a real GPU: right in every dtype, and how near to the time that its keys and values take."""
+"""Decode attention on a real GPU: correctness in every dtype, and time compared with reading keys and values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BLOCK = 16
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A decode of some sequences of equal length, and perhaps of a long one; lengths are those after the step."""
+    """A decode step of sequences of equal length, and optionally a longer one; lengths are those after the step."""
 
     sequences: int
     length: int
@@ -27,7 +27,7 @@ class Case:
 
     @property
     def lengths(self) -> list[int]:
-        """Of all sequences."""
+        """The lengths of all sequences."""
         return [self.length] * self.sequences + ([] if self.longest is None else [self.longest])
 
     def __str__(self) -> str:
@@ -36,12 +36,12 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Microseconds of one layer.
+    """Times of one layer, in microseconds.
 
     Attributes:
-        us: of the kernels.
-        floor_us: of copying as many bytes as the keys and values have.
-        gather_us: of gathering these for torch's scaled_dot_product_attention.
+        us: Time of the kernels.
+        floor_us: Time of copying as many bytes as the keys and values have.
+        gather_us: Time of gathering them for torch's scaled_dot_product_attention, which is included.
     """
 
     us: float
@@ -53,7 +53,7 @@ class Timing:
 CASES = (Case(1, 8192), Case(8, 2048), Case(32, 1024), Case(128, 512), Case(127, 512, 32768))
 _HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128
 
-#: What `check` goes through: lengths, query heads a KV head, head dimension, window.
+#: Cases of `check`: lengths, query heads per KV head, head dimension, window.
 CHECKED: tuple[tuple[tuple[int, ...], int, int, int | None], ...] = (
     ((1, 16, 17, 600), 3, 64, None),
     ((5, 130, 64, 33, 2000), 4, 128, None),
@@ -116,7 +116,7 @@ def timing(case: Case) -> Timing:
 def _filled(
     lengths: Sequence[int], kv_heads: int, head_dim: int, dtype: torch.dtype, device: str
 ) -> tuple[LayerKV, Pages]:
-    """Random keys and values of sequences whose blocks lie in any order, with one block more at the end."""
+    """Random keys and values of sequences with shuffled blocks, and one more block at the end."""
     counts = [-(-length // _BLOCK) for length in lengths]
     order = iter(torch.randperm(sum(counts)).tolist())
     spans = [KVSpan(length - 1, 1, list(islice(order, count))) for length, count in zip(lengths, counts, strict=True)]

@@ -1,4 +1,4 @@
-"""The base's linears of a step, against reading their weights, the processor's peak and torch's own."""
+"""The base's linears in a step, compared with reading their weights, with the processor's peak, and with torch."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import torch.nn.functional as F
 from loramill.kernels.backend import Backend
 from loramill.pipelines.compare.timing import Effort, interleaved, pure_read
 from loramill_bench.kernels.model import Linears, base_step
-from loramill_bench.measure import Result
+from loramill_bench.results import Result
 
-#: Rows at which the native linears must not lose.
+#: Numbers of rows for which the native linears must not be slower than torch's.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-#: The same for the AVX2 tier in float32.
+#: The same in float32 with the AVX2 tier.
 FLOAT_ROWS = (1, 32, 512)
-#: Sizes of the square products among which torch's fastest is looked for.
+#: Sizes of the square matrix products of which the fastest may be the processor's peak.
 SQUARES = (1024, 1536, 2048)
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """Something that multiplies matrices, and its floating-point operations."""
+    """A function that multiplies matrices, and its number of floating-point operations."""
 
     run: Callable[[], object]
     operations: int
 
 
-def products(kernels: Backend, linears: Linears) -> dict[str, Product]:
-    """Among what the processor's peak is looked for: square products, and all linears with 32 and with 512 rows."""
+def peak_candidates(kernels: Backend, linears: Linears) -> dict[str, Product]:
+    """Products of which the fastest is the processor's peak: square ones, and all linears with 32 and with 512 rows."""
     found = {
         f"M={rows}": Product(base_step(kernels, linears, rows), 2 * rows * linears.parameters) for rows in (32, 512)
     }
@@ -42,60 +42,66 @@ def products(kernels: Backend, linears: Linears) -> dict[str, Product]:
 
 
 def peak(products: Mapping[str, Product], spent: Mapping[str, float]) -> float:
-    """Operations a second of the fastest, by the seconds that each has taken."""
+    """Operations per second of the fastest product, given the seconds that each has taken."""
     return max(product.operations / spent[name] for name, product in products.items())
 
 
 def against_limits(kernels: Backend, linears: Linears, effort: Effort) -> list[Result]:
-    """Few rows against the pure read of the weights, 32 against the fastest product that was seen here."""
-    rivals = products(kernels, linears)
+    """Compares one row with a pure read of the weights, and 32 rows with the fastest matrix product."""
+    candidates = peak_candidates(kernels, linears)
     variants = {
         "M=1": base_step(kernels, linears, 1),
-        **{name: product.run for name, product in rivals.items()},
+        **{name: product.run for name, product in candidates.items()},
         "read": pure_read(linears.bytes),
     }
     spent = interleaved(variants, effort)
-    fastest = peak(rivals, spent)
+    fastest = peak(candidates, spent)
     return [
         Result("linear limits: pure read", linears.bytes / spent["read"] / 1e9, "GB/s", better="higher"),
         Result("linear limits: GEMM peak", fastest / 1e9, "GFLOP/s", better="higher"),
         Result("linear limits: M=1", spent["M=1"] / spent["read"], "of pure read", 1.25),
         Result(
-            "linear limits: M=32", rivals["M=32"].operations / spent["M=32"] / fastest, "of GEMM peak", 0.7, "higher"
+            "linear limits: M=32",
+            candidates["M=32"].operations / spent["M=32"] / fastest,
+            "of GEMM peak",
+            0.7,
+            "higher",
         ),
     ]
 
 
 def against_torch(kernels: Backend, linears: Linears, effort: Effort) -> list[Result]:
-    """Never slower than F.linear, nor than mkldnn on prepacked weights where that knows bfloat16."""
-    rivals = [_plain, _prepacked] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [_plain]
-    return _against("linear against torch", rivals, ROWS, kernels, linears, replace(effort, seconds=effort.seconds / 2))
+    """Compares with F.linear and, if it supports bfloat16, with mkldnn on prepacked weights."""
+    baselines = [_torch_linear, _mkldnn_linear] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [_torch_linear]
+    return _compare(
+        "linear against torch", baselines, ROWS, kernels, linears, replace(effort, seconds=effort.seconds / 2)
+    )
 
 
 def against_torch_in_float(kernels: Backend, linears: Linears, effort: Effort) -> list[Result]:
-    """The AVX2 tier in float32: at least as fast as F.linear, which may use all that the processor has."""
-    return _against("linear fp32 avx2", [_plain], FLOAT_ROWS, kernels, linears, effort)
+    """Compares the AVX2 tier in float32 with F.linear, which may use all of the processor's instructions."""
+    return _compare("linear fp32 avx2", [_torch_linear], FLOAT_ROWS, kernels, linears, effort)
 
 
-def _against(
+def _compare(
     group: str,
-    rivals: Sequence[Callable[[Linears, int], Callable[[], None]]],
+    baselines: Sequence[Callable[[Linears, int], Callable[[], None]]],
     rows: tuple[int, ...],
     kernels: Backend,
     linears: Linears,
     effort: Effort,
 ) -> list[Result]:
-    """How many times slower the fastest rival is at each number of rows, and at the worst of them."""
+    """The time of the fastest baseline relative to ours for each number of rows, and the lowest of these ratios."""
     ratios: dict[int, float] = {}
     for count in rows:
-        theirs = {str(number): rival(linears, count) for number, rival in enumerate(rivals)}
+        theirs = {str(number): baseline(linears, count) for number, baseline in enumerate(baselines)}
         spent = interleaved({"ours": base_step(kernels, linears, count), **theirs}, effort)
         ratios[count] = min(spent[name] for name in theirs) / spent["ours"]
     each = [Result(f"{group}: M={count}", ratio, "x", better="higher") for count, ratio in ratios.items()]
     return [*each, Result(f"{group}: worst M", min(ratios.values()), "x", 1.0, "higher")]
 
 
-def _plain(linears: Linears, rows: int) -> Callable[[], None]:
+def _torch_linear(linears: Linears, rows: int) -> Callable[[], None]:
     calls = list(zip(linears.inputs(rows), linears.matrices, strict=True))
 
     def run() -> None:
@@ -105,8 +111,8 @@ def _plain(linears: Linears, rows: int) -> Callable[[], None]:
     return run
 
 
-def _prepacked(linears: Linears, rows: int) -> Callable[[], None]:
-    """What torch.compile makes of a frozen linear on a CPU: laid out for this number of rows."""
+def _mkldnn_linear(linears: Linears, rows: int) -> Callable[[], None]:
+    """The linear that torch.compile makes of a frozen one on a CPU, packed for this number of rows."""
     packed = [torch.ops.mkldnn._reorder_linear_weight(matrix, rows) for matrix in linears.matrices]
     calls = list(zip(linears.inputs(rows), packed, strict=True))
 

@@ -1,4 +1,4 @@
-"""The base whose shapes are measured, and one step of its linears."""
+"""The shapes of a base model, and one step through its linears."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loramill.kernels.slab import Slab
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A Llama-like decoder's dimensions."""
+    """The dimensions of a Llama-like decoder."""
 
     layers: int
     hidden: int
@@ -26,7 +26,7 @@ class Model:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Where adapters act: q/k/v and gate/up are fused, four sites a layer for its seven projections."""
+        """The sites of adapters: q/k/v and gate/up are fused, so a layer has four sites for its seven projections."""
         q, kv, hidden, wide = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.intermediate
         return tuple(
             Site(d_in, tuple(f"{layer}.{name}" for name in names), widths)
@@ -48,9 +48,9 @@ class Linears:
     """All linears of a base, with random weights.
 
     Attributes:
-        sites: where they are.
-        matrices: [sum of the site's widths, d_in] a site, as torch keeps them.
-        weights: the same as the backend laid them out.
+        sites: The sites of the linears.
+        matrices: [sum of the site's widths, d_in] per site, in torch's layout.
+        weights: The same in the backend's layout.
     """
 
     sites: tuple[Site, ...]
@@ -59,38 +59,38 @@ class Linears:
 
     @classmethod
     def random(cls, kernels: Backend, model: Model, dtype: torch.dtype) -> Linears:
-        """Weights of the size that trained ones have."""
+        """Random weights with the standard deviation of trained ones."""
         sites = model.sites
         matrices = tuple(torch.randn(sum(site.widths), site.d_in, dtype=dtype) * 0.02 for site in sites)
         return cls(sites, matrices, tuple(kernels.pack(matrix) for matrix in matrices))
 
     @property
     def parameters(self) -> int:
-        """Of all matrices; a row costs two floating-point operations each."""
+        """Number of weights in all matrices; each costs two floating-point operations per row."""
         return sum(matrix.numel() for matrix in self.matrices)
 
     @property
     def bytes(self) -> int:
-        """That a step reads."""
+        """Bytes that a step reads."""
         return sum(matrix.nbytes for matrix in self.matrices)
 
     def inputs(self, rows: int) -> list[torch.Tensor]:
-        """An x [rows, d_in] for each site; sites of equal d_in share one, as a decoder's fit into the cache, too."""
+        """An x [rows, d_in] for each site; sites of equal d_in share one, so that inputs stay in the CPU's cache."""
         drawn = {site.d_in: torch.randn(rows, site.d_in, dtype=self.matrices[0].dtype) for site in self.sites}
         return [drawn[site.d_in] for site in self.sites]
 
 
 def base_step(kernels: Backend, linears: Linears, rows: int) -> Callable[[], None]:
-    """One pass of `rows` rows without adapters through all the linears."""
+    """A function that passes `rows` rows without adapters through all linears."""
     dtype = linears.matrices[0].dtype
-    nobody = Slab(linears.sites, slots=0, size=0, dtype=dtype, layout=kernels.layout)
-    return step(kernels, linears, linears.inputs(rows), nobody, Batch.of([(None, rows)]))
+    empty = Slab(linears.sites, slots=0, size=0, dtype=dtype, layout=kernels.layout)
+    return step(kernels, linears, linears.inputs(rows), empty, Batch.of([(None, rows)]))
 
 
 def step(
     kernels: Backend, linears: Linears, inputs: list[torch.Tensor], slab: Slab, batch: Batch
 ) -> Callable[[], None]:
-    """One pass through all the linears with the batch's adapters."""
+    """A function that passes a batch through all linears with its adapters."""
     calls = list(zip(inputs, linears.weights, slab.views, strict=True))
 
     def run() -> None:

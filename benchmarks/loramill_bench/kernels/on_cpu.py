@@ -1,4 +1,4 @@
-"""The CPU's groups of cases, by name."""
+"""The groups of cases on the CPU."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from loramill.kernels import backend
 from loramill.pipelines.compare.timing import Effort
 from loramill_bench.kernels import attention, linear, lora
 from loramill_bench.kernels.model import Linears, Model
-from loramill_bench.measure import Result
+from loramill_bench.results import Result
 
 
 def groups(model: Model, effort: Effort) -> dict[str, Callable[[], list[Result]]]:
-    """What measures each group, with one thread; the AVX2 tier's is there where the native kernels are."""
+    """The function that measures each group, on one thread. The AVX2 tier is measured if the kernels are native."""
     kernels = backend()
     kernels.set_threads(1)
 
@@ -23,21 +23,23 @@ def groups(model: Model, effort: Effort) -> dict[str, Callable[[], list[Result]]
     def linears() -> Linears:
         return Linears.random(kernels, model, torch.bfloat16)
 
-    def of_mix(mix: lora.Mix, dtype: torch.dtype) -> list[Result]:
+    def measure_mix(mix: lora.Mix, dtype: torch.dtype) -> list[Result]:
         return lora.measure(kernels, linears(), mix, dtype, effort)
 
     measures: dict[str, Callable[[], list[Result]]] = {
-        mix.name(dtype): partial(of_mix, mix, dtype) for dtype in (torch.bfloat16, torch.int8) for mix in lora.MIXES
+        mix.name(dtype): partial(measure_mix, mix, dtype)
+        for dtype in (torch.bfloat16, torch.int8)
+        for mix in lora.MIXES
     }
     measures["linear limits"] = lambda: linear.against_limits(kernels, linears(), effort)
     measures["linear against torch"] = lambda: linear.against_torch(kernels, linears(), effort)
     if kernels.name.startswith("cpu"):
-        measures["linear fp32 avx2"] = partial(_floats, model, effort)
+        measures["linear fp32 avx2"] = partial(_measure_float, model, effort)
     measures["attention"] = lambda: attention.measure(kernels, model, effort)
     return {name: torch.inference_mode()(measure) for name, measure in measures.items()}
 
 
-def _floats(model: Model, effort: Effort) -> list[Result]:
+def _measure_float(model: Model, effort: Effort) -> list[Result]:
     from loramill.kernels.cpu.native import open_native
 
     avx2 = open_native("avx2")

@@ -1,4 +1,4 @@
-"""The GPU's groups of cases, by name: whether the Triton kernels are right in each dtype, and what each step takes."""
+"""The groups of cases on a GPU: correctness of the Triton kernels in each dtype, and the time of each step."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from types import ModuleType
 import torch
 
 from loramill_bench.kernels import cuda, cuda_attention
-from loramill_bench.measure import Result
+from loramill_bench.results import Result
 
 
 def groups() -> dict[str, Callable[[], list[Result]]]:
-    """What measures each group."""
+    """The function that measures each group."""
     measures: dict[str, Callable[[], list[Result]]] = {}
     for kind, source in (("check", cuda), ("attention check", cuda_attention)):
         for dtype in cuda.LIMITS:
             name = f"cuda {kind} {str(dtype).removeprefix('torch.')}"
-            measures[name] = partial(_checked, name, source, dtype)
-    measures |= {_name(case): partial(_timed, case) for case in cuda.CASES}
-    return measures | {f"cuda attention {case}": partial(_timed_attention, case) for case in cuda_attention.CASES}
+            measures[name] = partial(_check_results, name, source, dtype)
+    measures |= {_case_name(case): partial(_lora_results, case) for case in cuda.CASES}
+    return measures | {f"cuda attention {case}": partial(_attention_results, case) for case in cuda_attention.CASES}
 
 
-def _name(case: cuda.Case) -> str:
+def _case_name(case: cuda.Case) -> str:
     return f"cuda {case.rows}/{case.adapters}/{case.rank}"
 
 
-def _checked(name: str, source: ModuleType, dtype: torch.dtype) -> list[Result]:
+def _check_results(name: str, source: ModuleType, dtype: torch.dtype) -> list[Result]:
     worst = max(source.check(dtypes=[dtype]), key=lambda each: math.inf if math.isnan(each.error) else each.error)
     return [Result(f"{name}: worst error", worst.error, "of the largest value", worst.limit)]
 
 
-def _timed(case: cuda.Case) -> list[Result]:
+def _lora_results(case: cuda.Case) -> list[Result]:
     results = []
     for timing in cuda.timings([case]):
         contenders = {
@@ -45,14 +45,16 @@ def _timed(case: cuda.Case) -> list[Result]:
             "base": timing.linear_us,
         }
         results += [
-            Result(f"{_name(case)} {timing.site}: {name}", us, "us", floor=None if name == "base" else timing.floor_us)
+            Result(
+                f"{_case_name(case)} {timing.site}: {name}", us, "us", floor=None if name == "base" else timing.floor_us
+            )
             for name, us in contenders.items()
             if us is not None
         ]
     return results
 
 
-def _timed_attention(case: cuda_attention.Case) -> list[Result]:
+def _attention_results(case: cuda_attention.Case) -> list[Result]:
     timing = cuda_attention.timing(case)
     name = f"cuda attention {case}"
     return [

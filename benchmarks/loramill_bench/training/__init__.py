@@ -1,1 +1,1 @@
-"""Benchmarks of training and of the queue."""
+"""Benchmarks of training, the job queue, and sizing's memory estimates."""

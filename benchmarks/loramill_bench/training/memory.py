@@ -1,7 +1,7 @@
-"""How well sizing foretells the memory of a job: each case trains for two steps in a process of its own.
+"""The error of sizing's memory estimates: each case trains for two steps in a new process.
 
-On a CPU it is the process's largest resident memory (VmHWM) against the whole prediction; on a GPU
-torch.cuda.max_memory_allocated against the prediction without the framework's floor.
+On a CPU, the process's peak resident memory (VmHWM) is compared with the whole estimate; on a GPU,
+torch.cuda.max_memory_allocated with the estimate without the framework's own memory.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from loramill.sizing.memory import Device, MemoryEstimate, estimate, largest_row
 from loramill.types import TARGETS, JobSpec, Method, Quantization
 from loramill_bench.kernels import Result
 
-#: The error that is allowed, relative to what was measured; on a GPU the second is that of a prediction below it.
-CPU_ERROR, GPU_ERROR, GPU_SHORT = 0.10, 0.05, 0.03
+#: Maximum errors relative to the measured memory; on a GPU, the second applies to estimates that are too low.
+CPU_ERROR, GPU_ERROR, GPU_UNDERESTIMATE = 0.10, 0.05, 0.03
 
 _STEPS, _EXAMPLES = 2, 16
 
@@ -52,22 +52,28 @@ class Case:
     packing: bool = True
 
     def spec(self, base: str) -> JobSpec:
-        """Its job."""
-        around = {"name", "quantization", "dtype", "length", "supervised"}
-        own = {name: value for name, value in asdict(self).items() if name not in around}
+        """The spec of the job."""
+        not_job_options = {"name", "quantization", "dtype", "length", "supervised"}
+        options = {name: value for name, value in asdict(self).items() if name not in not_job_options}
         return JobSpec(
-            base=base, adapter="bench/memory", train="bench", steps=_STEPS, checkpoint_every=1, max_length=8192, **own
+            base=base,
+            adapter="bench/memory",
+            train="bench",
+            steps=_STEPS,
+            checkpoint_every=1,
+            max_length=8192,
+            **options,
         )
 
 
 CASES = (
-    Case("as by default"),
+    Case("defaults"),
     Case("rank 4, q and v", rank=4, targets=("q_proj", "v_proj")),
     Case("rank 128", rank=128),
     Case("a third of the layers", layers=tuple(range(20, 30))),
-    Case("128 tokens a pass", micro_tokens=128),
-    Case("1024 tokens a pass", micro_tokens=1024),
-    Case("2048 tokens a pass", micro_tokens=2048, batch_size=16),
+    Case("128 tokens per pass", micro_tokens=128),
+    Case("1024 tokens per pass", micro_tokens=1024),
+    Case("2048 tokens per pass", micro_tokens=2048, batch_size=16),
     Case("2048 tokens, recomputed", micro_tokens=2048, batch_size=16, gradient_checkpointing=True),
     Case("an example of 1024 tokens", length=1024, batch_size=2, micro_tokens=1024, supervised=0.25),
     Case("all tokens supervised", micro_tokens=512, supervised=1.0),
@@ -83,32 +89,32 @@ CASES = (
 
 
 def results(report: Callable[[str], object], cases: Sequence[Case] = CASES) -> list[Result]:
-    """The relative error of the prediction of each case, on the GPU if there is one; `report` is told each case.
+    """The relative error of each case's estimate, on the GPU if there is one; `report` is called with each case's name.
 
     Raises:
-        SetupError: a case couldn't be measured.
+        SetupError: A case couldn't be measured.
     """
     found = []
     for case in cases:
         report(f"memory, {case.name}")
-        device, measured = measure(case)
-        needed = predicted(case, device)
-        whole = needed.bytes if device == "cpu" else needed.tensors
-        error = whole / measured - 1
-        limit = CPU_ERROR if device == "cpu" else GPU_SHORT if error < 0 else GPU_ERROR
+        device, measured = measure_peak(case)
+        prediction = predict(case, device)
+        predicted_bytes = prediction.bytes if device == "cpu" else prediction.tensors
+        error = predicted_bytes / measured - 1
+        limit = CPU_ERROR if device == "cpu" else GPU_UNDERESTIMATE if error < 0 else GPU_ERROR
         found.append(
             Result(
-                f"memory, {case.name}: {whole / 1e6:.0f} of {measured / 1e6:.0f} MB",
+                f"memory, {case.name}: {predicted_bytes / 1e6:.0f} of {measured / 1e6:.0f} MB",
                 abs(error),
-                "off",
+                "relative error",
                 limit,
             )
         )
     return found
 
 
-def predicted(case: Case, device: Device) -> MemoryEstimate:
-    """What sizing says of a case."""
+def predict(case: Case, device: Device) -> MemoryEstimate:
+    """Sizing's estimate for a case."""
     base = find_base(NAME, Settings.load().cache, case.quantization)
     spec = case.spec(base.fingerprint)
     return estimate(
@@ -121,11 +127,11 @@ def predicted(case: Case, device: Device) -> MemoryEstimate:
     )
 
 
-def measure(case: Case) -> tuple[Device, int]:
-    """The device and the bytes at a case's peak there, in a fresh process.
+def measure_peak(case: Case) -> tuple[Device, int]:
+    """Trains a case in a new process; returns the device and its peak memory in bytes.
 
     Raises:
-        SetupError: that process failed.
+        SetupError: The process failed.
     """
     command = [sys.executable, "-m", "loramill_bench.training.memory", json.dumps(asdict(case))]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -135,8 +141,8 @@ def measure(case: Case) -> tuple[Device, int]:
     return ("cuda" if device == "cuda" else "cpu"), int(peak)
 
 
-def main(case: Case) -> str:
-    """Trains a case in this process; the device and its peak in bytes."""
+def train_case(case: Case) -> str:
+    """Trains a case in this process; returns the device and its peak memory in bytes, as text."""
     import torch
 
     from loramill.jobs.train.loop import TrainContext, train
@@ -170,7 +176,7 @@ def _resident_peak() -> int:
     return int(lines["VmHWM"].split()[0]) * 1024
 
 
-def _parsed(text: str) -> Case:
+def _parse_case(text: str) -> Case:
     values = json.loads(text)
     for name in ("targets", "layers"):
         values[name] = None if values[name] is None else tuple(values[name])
@@ -178,4 +184,4 @@ def _parsed(text: str) -> Case:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(main(_parsed(sys.argv[1])) + "\n")
+    sys.stdout.write(train_case(_parse_case(sys.argv[1])) + "\n")

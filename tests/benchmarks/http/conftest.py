@@ -10,8 +10,8 @@ import pytest
 
 from loramill.models.catalog import Base
 from loramill.settings import Settings
-from loramill_bench.http import bare, promotion, published, turns
-from loramill_bench.measure import Result
+from loramill_bench.http import direct, promotion, publish, rounds
+from loramill_bench.results import Result
 
 from ...llama import tiny_llama, write_base
 
@@ -30,9 +30,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def there(tiny: Base, settings: Settings) -> published.Published:
+def there(tiny: Base, settings: Settings) -> publish.PublishedAdapters:
     with fewer():
-        return published.publish(settings, tiny, seed=3)
+        return publish.publish(settings, tiny, seed=3)
 
 
 @pytest.fixture
@@ -45,15 +45,15 @@ def few() -> Iterator[None]:
 @contextmanager
 def fewer() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(published, "ADAPTERS", 6)
-        patch.setattr(published, "DISTINCT", 2)
+        patch.setattr(publish, "ADAPTERS", 6)
+        patch.setattr(publish, "DISTINCT", 2)
         patch.setattr(promotion, "DISTINCT", 2)
         yield
 
 
 @pytest.fixture(autouse=True)
 def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "_REST", 0.0)
+    monkeypatch.setattr(rounds, "_PAUSE_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -65,10 +65,10 @@ def uncached(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             return lambda *args: opened.enter_context(closing(kind(*args)))
 
         for name in ("Engine", "OfflineEngine"):
-            monkeypatch.setattr(bare, name, closed_at_the_end(getattr(bare, name)))
+            monkeypatch.setattr(direct, name, closed_at_the_end(getattr(direct, name)))
         yield
-    bare._engine.cache_clear()
-    bare._offline.cache_clear()
+    direct._engine.cache_clear()
+    direct._offline.cache_clear()
 
 
 def values(results: list[Result]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from loramill.errors import DeadlineExceeded, EngineFault
 from loramill_bench.http import answers, client, servers
 from loramill_bench.http.answers import Run
 from loramill_bench.http.client import Server
-from loramill_bench.http.work import NEW, Ask, Stream
+from loramill_bench.http.workload import OUTPUT_TOKENS, CompletionRequest, Stream
 
 
 class Scripted:
@@ -76,13 +76,13 @@ USAGE = event('{"choices": [], "usage": {"completion_tokens": 64}}')
 SHORT = event('{"choices": [], "usage": {"completion_tokens": 63}}')
 DONE = event("[DONE]")
 GOOD = http("200 OK", [TOKEN, TOKEN, TOKEN, USAGE, DONE])
-ASK = Ask("base", "a prompt")
+ASK = CompletionRequest("base", "a prompt")
 
 
 def test_an_answer_is_its_chunks_with_their_times() -> None:
     run = Scripted(GOOD, pause=0.02).run(Stream((ASK,)))
     (answer,) = run.answers
-    assert (answer.tokens, answer.fault, answer.refused) == (NEW, "", False)
+    assert (answer.tokens, answer.fault, answer.refused) == (OUTPUT_TOKENS, "", False)
     first, second, third = answer.times
     assert first > 0.03
     assert min(second - first, third - second) > 0.01
@@ -95,7 +95,7 @@ def test_events_may_come_in_any_pieces(cut: int) -> None:
     whole = TOKEN + TOKEN + USAGE + DONE
     pieces = [whole[at : at + cut] for at in range(0, len(whole), cut)]
     (answer,) = Scripted(http("200 OK", pieces)).run(Stream((ASK,))).answers
-    assert (answer.tokens, len(answer.times), answer.fault) == (NEW, 2, "")
+    assert (answer.tokens, len(answer.times), answer.fault) == (OUTPUT_TOKENS, 2, "")
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_events_may_come_in_any_pieces(cut: int) -> None:
         (http("200 OK", [TOKEN, event('{"error": {"message": "lost"}}'), DONE]), "in the stream: {'message': 'lost'}"),
         (http("500 No", [b"broken"]), "HTTP 500: broken"),
         (http("429 Too Many", [b"later"]), "HTTP 429: later"),
-        (GOOD[:3], "the connection failed: the server hung up"),
-        ([], "the connection failed: the server hung up"),
+        (GOOD[:3], "the connection failed: the server closed the connection"),
+        ([], "the connection failed: the server closed the connection"),
     ],
 )
 def test_what_is_no_whole_answer_is_a_fault_and_the_stream_goes_on(script: list[bytes], fault: str) -> None:
@@ -115,7 +115,7 @@ def test_what_is_no_whole_answer_is_a_fault_and_the_stream_goes_on(script: list[
     assert [answer.fault for answer in run.answers] == [fault, ""]
     assert run.faults == [fault]
     assert run.served == [run.answers[1]]
-    assert answers.rate(run) == NEW / run.seconds
+    assert answers.output_rate(run) == OUTPUT_TOKENS / run.seconds
     with pytest.raises(EngineFault, match="loramill left 1 of 2 requests without a proper answer"):
         answers.check_complete("loramill", [run])
 
@@ -149,7 +149,7 @@ def test_a_server_that_closes_its_connections_is_asked_on_another() -> None:
 
 def test_arrivals_wait_for_their_time_and_for_nobody_else() -> None:
     server = Scripted(GOOD, pause=0.1)
-    run = server.run(*(Stream((ASK,), begins=0.1 * number) for number in range(4)))
+    run = server.run(*(Stream((ASK,), start_seconds=0.1 * number) for number in range(4)))
     assert server.most == 4
     assert run.seconds > 0.3 + 5 * 0.1
     assert max(answer.seconds for answer in run.answers) < 0.3 + 5 * 0.1

@@ -20,10 +20,10 @@ from loramill.serve.api.app import build_api
 from loramill.serve.replica.fake import EchoBackend
 from loramill.settings import Settings
 from loramill_bench import http as bench
-from loramill_bench.http import added, compare, overload, promotion, servers, site
+from loramill_bench.http import gateway, overload, promotion, servers, testbed, throughput
 from loramill_bench.http.client import Server
-from loramill_bench.http.work import DISTINCT, NEW, PROMPT
-from loramill_bench.measure import Result
+from loramill_bench.http.workload import DISTINCT, OUTPUT_TOKENS, PROMPT_TOKENS
+from loramill_bench.results import Result
 
 from ...serve.api.conftest import running
 from .conftest import values
@@ -32,12 +32,16 @@ from .conftest import values
 TARGETS = {
     **{f"http none {streams}: over vLLM": ">= 1.2" for streams in (8, 32)},
     **{f"http {mix} {streams}: over vLLM": ">= 4" for mix in ("distinct", "zipf") for streams in (8, 32)},
-    **{f"http {mix} {streams}: of the engine": ">= 0.9" for mix in ("none", "distinct", "zipf") for streams in (8, 32)},
+    **{
+        f"http {mix} {streams}: over the engine": ">= 0.9"
+        for mix in ("none", "distinct", "zipf")
+        for streams in (8, 32)
+    },
     "gateway first token: added": "<= 10",
-    "gateway 32: lost": "<= 0.03",
+    "gateway 32: throughput lost": "<= 0.03",
     "promote 32: errors": "<= 0",
     "promote 32: p99 gap": "<= 1.2",
-    "overload: p95 of the accepted": "<= 2",
+    "overload: p95 latency": "<= 2",
     "overload: errors": "<= 0",
 }
 
@@ -54,7 +58,7 @@ class Here:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
 
-    def begin(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         return self._thread.submit(function, *args)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -66,21 +70,21 @@ def test_every_case_runs_over_a_real_gateway_and_has_the_issues_target(
 ) -> None:
     """With less of what costs time, and a model that repeats the prompt; under the cases' own names."""
 
-    def smaller(case: compare.Crowd) -> Any:
+    def smaller(case: throughput.HttpCase) -> Any:
         said = {field.name: getattr(case, field.name) for field in fields(case)}
-        return SimpleNamespace(**said | {"streams": min(2, case.streams), "each": 1}, name=case.name)
+        return SimpleNamespace(**said | {"streams": min(2, case.streams), "requests_per_stream": 1}, name=case.name)
 
-    monkeypatch.setattr(compare, "CASES", tuple(map(smaller, compare.CASES)))
+    monkeypatch.setattr(throughput, "CASES", tuple(map(smaller, throughput.CASES)))
     for module, name, value in [
-        (added, "_ASKS", 2),
-        (added, "_STREAMS", 2),
-        (added, "_EACH", 1),
+        (gateway, "_FIRST_TOKEN_REQUESTS", 2),
+        (gateway, "_STREAMS", 2),
+        (gateway, "_REQUESTS_PER_STREAM", 1),
         (promotion, "_STREAMS", 2),
-        (promotion, "_EACH", 4),
-        (promotion, "_EVERY", 0.01),
+        (promotion, "_REQUESTS_PER_STREAM", 4),
+        (promotion, "_INTERVAL_SECONDS", 0.01),
         (overload, "_SECONDS", 0.2),
-        (overload, "_EACH", 1),
-        (site, "Alone", Here),
+        (overload, "_REQUESTS_PER_STREAM", 1),
+        (testbed, "WorkerProcess", Here),
     ]:
         monkeypatch.setattr(module, name, value)
     monkeypatch.setenv("LORAMILL_SERVE__MAX_SEQUENCES", "4")
@@ -119,7 +123,7 @@ def test_every_case_runs_over_a_real_gateway_and_has_the_issues_target(
     cases = [result.case for result in results]
     assert len(cases) == len(set(cases))
     assert all(any(case.startswith(f"{group}: ") for group in reported) for case in cases)
-    assert {result.case: result.goal for result in results if result.target is not None} == TARGETS
+    assert {result.case: result.target_text for result in results if result.target is not None} == TARGETS
     assert all(math.isfinite(result.value) for result in results)
     assert values(results)["promote 32: errors"] == values(results)["overload: errors"] == 0
     assert values(results)["promote 32: promotions"].expected > 0
@@ -127,7 +131,7 @@ def test_every_case_runs_over_a_real_gateway_and_has_the_issues_target(
     assert {
         (len(r.prompt.split()), r.sampling_params.max_tokens, r.sampling_params.temperature, r.ignore_eos)
         for r in backend.requests
-    } == {(PROMPT, NEW, 0.0, True)}
+    } == {(PROMPT_TOKENS, OUTPUT_TOKENS, 0.0, True)}
     asked = {request.version for request in backend.requests}
     assert None in asked and asked <= known
     assert len(asked) >= 1 + 2 and len(known) == 1 + 6

@@ -13,10 +13,10 @@ import pytest
 
 from loramill.errors import EngineFault
 from loramill.settings import ServeSettings
-from loramill_bench.http import added, answers, compare, overload, promotion, turns
+from loramill_bench.http import answers, gateway, overload, promotion, rounds, throughput
 from loramill_bench.http.answers import Answer, Run
 from loramill_bench.http.client import Server
-from loramill_bench.http.work import NEW
+from loramill_bench.http.workload import OUTPUT_TOKENS
 
 from .conftest import values
 
@@ -31,42 +31,42 @@ def run_of(
     others: Sequence[Answer] = (),
 ) -> Run:
     """Two answers, and others, with these figures."""
-    answer = Answer.whole(NEW, (first, first + gap, first + 2 * gap), latency)
-    seconds = 2 * NEW / rate
+    answer = Answer.completed(OUTPUT_TOKENS, (first, first + gap, first + 2 * gap), latency)
+    seconds = 2 * OUTPUT_TOKENS / rate
     return Run(seconds, cpu * seconds, (answer, answer, *others))
 
 
 def test_figures_are_of_proper_answers() -> None:
     wrong = [Answer(seconds=9.0, refused=True), Answer(3, (7.0, 8.5), 9.0, fault="3 tokens instead of 64")]
     run = run_of(64.0, first=0.5, gap=0.25, latency=2.0, others=wrong)
-    assert answers.rate(run) == 64.0
-    assert answers.first_token(run) == 0.5
-    assert answers.gap(run) == pytest.approx(0.25)
-    assert answers.latency(run) == 2.0
-    with pytest.raises(EngineFault, match="No answer came"):
-        answers.latency(Run(1.0, 0.0, tuple(wrong)))
+    assert answers.output_rate(run) == 64.0
+    assert answers.median_first_token(run) == 0.5
+    assert answers.p99_gap(run) == pytest.approx(0.25)
+    assert answers.p95_latency(run) == 2.0
+    with pytest.raises(EngineFault, match="There is no complete answer"):
+        answers.p95_latency(Run(1.0, 0.0, tuple(wrong)))
 
 
 def test_the_first_gap_is_not_the_time_to_the_first_token() -> None:
-    answer = Answer.whole(NEW, (5.0, 5.25, 5.5, 7.5), 8.0)
+    answer = Answer.completed(OUTPUT_TOKENS, (5.0, 5.25, 5.5, 7.5), 8.0)
     run = Run(8.0, 0.0, (answer,))
-    assert answers.first_token(run) == 5.0
-    assert 1.9 < answers.gap(run) <= 2.0
+    assert answers.median_first_token(run) == 5.0
+    assert 1.9 < answers.p99_gap(run) <= 2.0
 
 
 def test_variants_take_turns_and_the_first_round_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "_REST", 0.0)
+    monkeypatch.setattr(rounds, "_PAUSE_SECONDS", 0.0)
     seen: list[tuple[str, object]] = []
 
     def variant(name: str) -> Callable[[Any], Run]:
         return lambda work: seen.append((name, work)) or run_of(10.0 * work[0])
 
     drawn: Any = lambda number: (number + 1,)  # noqa: E731
-    runs = turns.alternated({"a": variant("a"), "b": variant("b")}, drawn, 3)
+    runs = rounds.run_in_turns({"a": variant("a"), "b": variant("b")}, drawn, 3)
     order = [("b", 0), ("a", 0), ("a", 1), ("b", 1), ("b", 2), ("a", 2), ("a", 3), ("b", 3)]
     assert seen == [(name, (number + 1,)) for name, number in order]
-    assert [answers.rate(run) for run in runs["a"]] == [20.0, 30.0, 40.0]
-    assert turns.typical(runs["a"], answers.rate) == 30.0
+    assert [answers.output_rate(run) for run in runs["a"]] == [20.0, 30.0, 40.0]
+    assert rounds.median_of(runs["a"], answers.output_rate) == 30.0
 
 
 class FakeSite:
@@ -77,26 +77,26 @@ class FakeSite:
         self.serve = ServeSettings(max_sequences=16)
         self.loramill, self.vllm_base, self.vllm_adapters = "loramill", "vllm_base", "vllm_adapters"
         self.asked: list[tuple[str, Any]] = []
-        self.desk = SimpleNamespace(closed=lambda *what: what, arrivals=lambda *what: what)
+        self.workload = SimpleNamespace(closed_loop=lambda *what: what, poisson=lambda *what: what)
 
-    def ask(self, server: str, streams: Any) -> Run:
+    def run_streams(self, server: str, streams: Any) -> Run:
         self.asked.append((server, streams))
         return self.runs[f"{server} {streams[3]}" if f"{server} {streams[3]}" in self.runs else server]
 
-    def bare(self, what: Callable[..., Run], streams: Any) -> Run:
-        return self.ask(what.__name__, streams)
+    def run_direct(self, run: Callable[..., Run], streams: Any) -> Run:
+        return self.run_streams(run.__name__, streams)
 
 
 @pytest.mark.parametrize(("mix", "theirs"), [("none", "vllm_base"), ("zipf", "vllm_adapters")])
 def test_speed_is_compared_with_vllm_and_with_the_engine(mix: Any, theirs: str) -> None:
-    there = FakeSite(loramill=run_of(90.0, first=0.5), engine=run_of(120.0), **{theirs: run_of(30.0, first=1.5)})
-    results = compare.measure(there, compare.Crowd(mix, 8, 4.0), rounds=2)  # type: ignore[arg-type]
+    there = FakeSite(loramill=run_of(90.0, first=0.5), run_engine=run_of(120.0), **{theirs: run_of(30.0, first=1.5)})
+    results = throughput.measure(there, throughput.HttpCase(mix, 8, 4.0), rounds=2)  # type: ignore[arg-type]
     assert values(results) == {
         f"http {mix} 8: over vLLM": 3.0,
-        f"http {mix} 8: answers": 90.0,
+        f"http {mix} 8: output throughput": 90.0,
         f"http {mix} 8: first token": 500.0,
-        f"http {mix} 8: of the engine": 0.75,
-        f"http {mix} 8: vLLM's answers": 30.0,
+        f"http {mix} 8: over the engine": 0.75,
+        f"http {mix} 8: vLLM's output throughput": 30.0,
         f"http {mix} 8: vLLM's first token": 1500.0,
     }
     assert [result.met for result in results] == [False, None, None, False, None, None]
@@ -104,44 +104,44 @@ def test_speed_is_compared_with_vllm_and_with_the_engine(mix: Any, theirs: str) 
 
 
 def test_without_vllm_its_cases_are_left_out() -> None:
-    there = FakeSite(None, loramill=run_of(90.0), engine=run_of(100.0))
-    results = compare.measure(there, compare.Crowd("none", 1), rounds=1)  # type: ignore[arg-type]
+    there = FakeSite(None, loramill=run_of(90.0), run_engine=run_of(100.0))
+    results = throughput.measure(there, throughput.HttpCase("none", 1), rounds=1)  # type: ignore[arg-type]
     assert [result.case for result in results] == [
-        "http none 1: answers",
+        "http none 1: output throughput",
         "http none 1: first token",
-        "http none 1: of the engine",
+        "http none 1: over the engine",
     ]
     assert {result.target for result in results} == {None}
 
 
-@pytest.mark.parametrize("who", ["loramill", "engine", "vllm_base"])
+@pytest.mark.parametrize("who", ["loramill", "run_engine", "vllm_base"])
 def test_runs_with_faults_are_not_compared(who: str) -> None:
-    runs = {name: run_of() for name in ("loramill", "engine", "vllm_base")}
+    runs = {name: run_of() for name in ("loramill", "run_engine", "vllm_base")}
     runs[who] = run_of(others=[Answer(fault="HTTP 500: broken")])
     with pytest.raises(EngineFault, match="1 of 3 requests without a proper answer: HTTP 500: broken"):
-        compare.measure(FakeSite(**runs), compare.Crowd("none", 1), rounds=1)  # type: ignore[arg-type]
+        throughput.measure(FakeSite(**runs), throughput.HttpCase("none", 1), rounds=1)  # type: ignore[arg-type]
 
 
 def test_what_the_gateway_adds_is_what_the_engine_does_not_take() -> None:
-    there = FakeSite(loramill=run_of(first=0.033), engine=run_of(first=0.025))
-    results = added.to_first_token(there, rounds=1)  # type: ignore[arg-type]
+    there = FakeSite(loramill=run_of(first=0.033), run_engine=run_of(first=0.025))
+    results = gateway.measure_first_token(there, rounds=1)  # type: ignore[arg-type]
     assert values(results) == {
         "gateway first token: added": 8.0,
         "gateway first token: over HTTP": 33.0,
-        "gateway first token: of the engine": 25.0,
+        "gateway first token: engine called directly": 25.0,
     }
     assert results[0].met
 
 
 def test_the_time_of_who_asks_is_given_back() -> None:
     """Of two cores a fifth of one: with the other nine tenths the server did 81, with all it would do 90."""
-    there = FakeSite(loramill=run_of(81.0, cpu=0.2), offline=run_of(100.0))
-    results = added.to_throughput(there, rounds=1)  # type: ignore[arg-type]
+    there = FakeSite(loramill=run_of(81.0, cpu=0.2), run_replica=run_of(100.0))
+    results = gateway.measure_throughput(there, rounds=1)  # type: ignore[arg-type]
     assert values(results) == {
-        "gateway 32: lost": 0.1,
-        "gateway 32: answers": 81.0,
-        "gateway 32: the replica's answers": 100.0,
-        "gateway 32: who asks": 0.2,
+        "gateway 32: throughput lost": 0.1,
+        "gateway 32: output throughput": 81.0,
+        "gateway 32: the replica's output throughput": 100.0,
+        "gateway 32: client CPU time": 0.2,
     }
     assert results[0].met is False
 
@@ -155,12 +155,12 @@ def test_overload_is_of_the_capacity() -> None:
     there.runs["loramill overload"] = run_of(32.0, latency=3.0, others=[refused, refused, refused, wrong])
     results = overload.measure(there, rounds=1)  # type: ignore[arg-type]
     assert values(results) == {
-        "overload: p95 of the accepted": 1.5,
+        "overload: p95 latency": 1.5,
         "overload: errors": 1.0,
         "overload: accepted": 1 / 3,
-        "overload: answers": 32.0,
-        "overload: answers at capacity": 64.0,
-        "overload: p95 at capacity": 2.0,
+        "overload: output throughput": 32.0,
+        "overload: output throughput at capacity": 64.0,
+        "overload: p95 latency at capacity": 2.0,
     }
     assert [result.met for result in results[:2]] == [True, False]
     _, capacity, offered = [work for _, work in there.asked]
@@ -170,7 +170,7 @@ def test_overload_is_of_the_capacity() -> None:
 
 def test_promotions_go_on_until_the_run_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every adapter's second version, then every one's first; and its errors are told, not raised."""
-    monkeypatch.setattr(promotion, "_EVERY", 0.0)
+    monkeypatch.setattr(promotion, "_INTERVAL_SECONDS", 0.0)
     sent: list[tuple[str, bytes]] = []
     run: Future[Run] = Future()
 
@@ -192,14 +192,14 @@ def test_promotions_go_on_until_the_run_has_ended(monkeypatch: pytest.MonkeyPatc
 
     there = FakeSite(loramill=run_of(gap=0.2))
     there.loramill = Server(1)  # type: ignore[assignment]
-    there.ask = lambda server, streams: run_of(gap=0.2)  # type: ignore[method-assign]
-    there.begin = begin  # type: ignore[attr-defined]
+    there.run_streams = lambda server, streams: run_of(gap=0.2)  # type: ignore[method-assign]
+    there.start_streams = begin  # type: ignore[attr-defined]
     there.published = SimpleNamespace(versions={"a/x": ("1", "2"), "b/x": ("3", "4")})  # type: ignore[attr-defined]
     results = promotion.measure(there, rounds=1)  # type: ignore[arg-type]
     assert values(results) == {
         "promote 32: errors": 1.0,
         "promote 32: p99 gap": 1.5,
-        "promote 32: p99 gap when nothing is": 200.0,
+        "promote 32: p99 gap without promotions": 200.0,
         "promote 32: promotions": 6.0,
     }
     assert [result.met for result in results[:2]] == [False, False]

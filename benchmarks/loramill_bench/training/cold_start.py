@@ -1,4 +1,4 @@
-"""The rival of a warm session: a trainer that is started for one job. It is the only one here that needs Ray."""
+"""The cold start of a dedicated trainer, in contrast to a warm session. The only training benchmark that needs Ray."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from loramill.settings import Settings
 
 
 def seconds_to_first_step(settings: Settings, registry: Registry, job_id: str) -> float:
-    """Seconds, by the clock, from the start of a trainer for this waiting job to the record of its first step.
+    """Wall-clock seconds from the start of a trainer for this queued job until its first step is recorded.
 
-    The cluster, of this machine's own, is there before.
+    The Ray cluster on this machine starts before the measurement.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)

@@ -1,4 +1,4 @@
-"""Random adapters in a record of their own, as if their tenants had trained them."""
+"""Publishes random adapters in a new registry, as if their tenants had trained them."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from loramill.registry import Registry, adapters, migrate, tenants
 from loramill.serve.model import load_decoder
 from loramill.settings import Settings
 from loramill.types import VersionRecord
-from loramill_bench.engine.subject import write_adapters
-from loramill_bench.http.work import ADAPTERS, DISTINCT
+from loramill_bench.engine.harness import write_adapters
+from loramill_bench.http.workload import ADAPTERS, DISTINCT
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """Adapters by name, the most wanted first; each is another tenant's.
+class PublishedAdapters:
+    """Adapters by name, the most requested first; each belongs to a tenant of its own.
 
     Attributes:
-        folders: of each one's champion, as PEFT reads it.
-        versions: of each one; the champion is the first. Those that are always in use have two.
+        folders: PEFT folder of each adapter's champion.
+        versions: Versions of each adapter, the champion first. The first `DISTINCT` adapters have two.
     """
 
     folders: Mapping[str, Path]
     versions: Mapping[str, tuple[str, ...]]
 
 
-def publish(settings: Settings, base: Base, seed: int) -> Published:
-    """Makes the record that the settings name, which must not be there yet, and adapters of rank 16 at all linears."""
+def publish(settings: Settings, base: Base, seed: int) -> PublishedAdapters:
+    """Creates the registry of the settings, which must not exist yet, with adapters of rank 16 at all linears."""
     migrate(settings.database)
     registry = Registry.open(settings.database, settings.artifacts)
-    drawn = settings.home / "drawn"
-    drawn.mkdir()
+    scratch = settings.home / "drawn"
+    scratch.mkdir()
     torch.manual_seed(seed)
-    folders = write_adapters(load_decoder(base.folder, dtype=torch.bfloat16, threads=1), drawn, ADAPTERS)
+    folders = write_adapters(load_decoder(base.folder, dtype=torch.bfloat16, threads=1), scratch, ADAPTERS)
     stored = [registry.artifacts.put({file.name: file for file in folder.iterdir()}) for folder in folders]
-    shutil.rmtree(drawn)
+    shutil.rmtree(scratch)
     names = [f"tenant{number:02d}/random" for number in range(ADAPTERS)]
-    # A second version is what another tenant's first one is: only that it differs matters.
+    # The second version of an adapter is another tenant's first one: it only has to differ.
     versions = {
         name: (stored[number], *([stored[number + DISTINCT]] if number < DISTINCT else []))
         for number, name in enumerate(names)
@@ -61,4 +61,4 @@ def publish(settings: Settings, base: Base, seed: int) -> Published:
                 adapters.add_version(session, record)
     champions = {name: registry.artifacts.fetch(ids[0]) for name, ids in versions.items()}
     registry.close()
-    return Published(champions, versions)
+    return PublishedAdapters(champions, versions)

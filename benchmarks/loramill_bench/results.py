@@ -1,4 +1,4 @@
-"""How a case is measured, and what comes out of it."""
+"""Results of benchmark cases, and running groups of cases."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from loramill.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one case came to.
+    """The result of one case.
 
     Attributes:
-        case: its name; what belongs together begins alike.
-        value: medians, or a ratio of medians out of the same rounds.
-        unit: of the value, its target and its floor.
-        target: what the value must reach; None: the case only informs.
-        better: whether low or high values are.
-        floor: what the value would be if the bytes in question were only read; None: that makes no sense here.
+        case: Name of the case; it begins with the name of its group.
+        value: A median, or a ratio of medians from the same rounds.
+        unit: Unit of value, target and floor.
+        target: Worst acceptable value; None: the case has no target.
+        better: Whether lower or higher values are better.
+        floor: The value if the same bytes were only read from memory; None: not applicable.
     """
 
     case: str
@@ -31,24 +31,27 @@ class Result:
 
     @property
     def met(self) -> bool | None:
-        """Whether the value reaches the target; None: there is none."""
+        """Whether the value meets the target; None without a target."""
         if self.target is None:
             return None
         return self.value <= self.target if self.better == "lower" else self.value >= self.target
 
     @property
-    def goal(self) -> str:
-        """The target with its direction, such as `<= 0.25`; empty: there is none."""
+    def target_text(self) -> str:
+        """The target with its direction, such as `<= 0.25`; empty without a target."""
         return "" if self.target is None else f"{'<=' if self.better == 'lower' else '>='} {self.target:g}"
 
 
-def measured(
+def run_groups(
     groups: Mapping[str, Callable[[], list[Result]]], only: str, report: Callable[[str], object]
 ) -> list[Result]:
-    """The results of the groups whose name contains `only`, each of which is reported before it is measured.
+    """Runs the groups whose name contains `only`; calls `report` with the name of each before it runs.
+
+    Returns:
+        The results of all groups, in order.
 
     Raises:
-        InvalidRequest: that leaves nothing over.
+        InvalidRequest: No group's name contains `only`.
     """
     chosen = {name: measure for name, measure in groups.items() if only in name}
     if not chosen:

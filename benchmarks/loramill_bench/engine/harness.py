@@ -1,4 +1,4 @@
-"""What is measured: a base, random adapters of it, and engines over both."""
+"""The base, its random adapters, and engines that serve them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from loramill.kernels import backend
 from loramill.models.catalog import Base, load_for_training
 from loramill.serve.engine import Engine, EngineConfig, Request, SamplingParams
 from loramill.serve.model import Decoder
-from loramill_bench.engine.shapes import shapes
+from loramill_bench.engine.shapes import model_shapes
 from loramill_bench.kernels.model import Linears
 
 RANK = 16
-_SIZE = 0.02  # of a weight, as trained ones have
+_WEIGHT_STD = 0.02  # standard deviation of the weights, as in trained adapters
 _ids = itertools.count()
 
 
 @dataclass(frozen=True)
-class Subject:
+class Harness:
     """A base in bfloat16 and its adapters.
 
     Attributes:
-        base: on disk.
-        decoder: the same, loaded.
-        adapters: PEFT folders of different adapters. Versions are whole numbers, and go round these.
+        base: The base on disk.
+        decoder: The loaded base.
+        adapters: PEFT folders of different adapters. A version is an integer as text; version v has the files of the
+            adapter with index v modulo the number of adapters.
     """
 
     base: Base
@@ -41,12 +42,12 @@ class Subject:
     adapters: tuple[Path, ...]
 
     def source(self, version: str) -> Path:
-        """Where a version is, for an engine."""
+        """The folder of a version, for an engine."""
         return self.adapters[int(version) % len(self.adapters)]
 
     @contextmanager
     def engine(self, config: EngineConfig) -> Iterator[Engine]:
-        """An engine over both, closed in the end."""
+        """An engine that serves the base and the adapters; it is closed at the end."""
         engine = Engine(self.decoder, self.source, config)
         try:
             yield engine
@@ -55,12 +56,12 @@ class Subject:
 
     @cached_property
     def linears(self) -> Linears:
-        """Random ones of the base's shapes."""
-        return Linears.random(backend(), shapes(self.decoder), self.decoder.dtype)
+        """Random linears with the base's shapes."""
+        return Linears.random(backend(), model_shapes(self.decoder), self.decoder.dtype)
 
     @cached_property
-    def tuned(self) -> Any:
-        """The base under PEFT with all adapters, each named as its version; takes it half a minute."""
+    def peft_model(self) -> Any:
+        """The base in PEFT with all adapters, each named by its version; loading takes half a minute."""
         from peft import PeftModel
 
         model = load_for_training(self.base, torch.bfloat16)
@@ -70,12 +71,12 @@ class Subject:
         return tuned.eval()
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
-        """Random ones, so that no two begin alike."""
+        """Random prompts of token ids, which share no prefix."""
         prompts: list[list[int]] = torch.randint(self.decoder.config.vocabulary, (count, length)).tolist()
         return prompts
 
     def requests(self, versions: Sequence[str | None], length: int, new: int) -> list[Request]:
-        """A greedy request a version, with a random prompt of `length` tokens and an answer of `new`."""
+        """One greedy request per version, with a random prompt of `length` tokens and an answer of `new`."""
         prompts = self.prompts(len(versions), length)
         return [
             Request(f"request {next(_ids)}", "bench", tuple(prompt), SamplingParams(max_tokens=new), version)
@@ -87,16 +88,16 @@ def write_adapters(decoder: Decoder, folder: Path, count: int) -> tuple[Path, ..
     """Writes random adapters as PEFT does, rank 16 at all linears in bfloat16; returns their folders."""
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK}
     folders = tuple(folder / str(number) for number in range(count))
-    for each in folders:
-        each.mkdir()
-        save_file(_weights(decoder), weights_file(each))
+    for adapter in folders:
+        adapter.mkdir()
+        save_file(_weights(decoder), weights_file(adapter))
         text = json.dumps({**config, "target_modules": "all-linear"})
-        (each / "adapter_config.json").write_text(text, encoding="utf-8")
+        (adapter / "adapter_config.json").write_text(text, encoding="utf-8")
     return folders
 
 
 def weights_file(adapter: Path) -> Path:
-    """What holds an adapter's weights in its folder."""
+    """The file with an adapter's weights."""
     return adapter / "adapter_model.safetensors"
 
 
@@ -110,6 +111,6 @@ def _weights(decoder: Decoder) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = {}
     for d_in, module, width in projections:
         for part, shape in (("A", (RANK, d_in)), ("B", (width, RANK))):
-            drawn = torch.randn(shape, dtype=torch.bfloat16) * _SIZE
+            drawn = torch.randn(shape, dtype=torch.bfloat16) * _WEIGHT_STD
             weights[f"base_model.model.{module}.lora_{part}.weight"] = drawn
     return weights

@@ -1,4 +1,4 @@
-"""Work in a process of its own."""
+"""A worker process that calls functions one after another."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-class Alone:
-    """A process that calls one function after another and keeps what they keep; use it by `with`.
+class WorkerProcess:
+    """A process that calls functions one after another and keeps their module state; a context manager.
 
     Args:
-        environment: its variables besides this process's.
+        environment: Environment variables in addition to this process's.
     """
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
@@ -25,7 +25,7 @@ class Alone:
         before = dict(os.environ)
         os.environ.update(environment or {})
         try:
-            self._process.submit(os.getpid).result()  # starts it
+            self._process.submit(os.getpid).result()  # starts the process
         finally:
             os.environ.clear()
             os.environ.update(before)
@@ -36,10 +36,10 @@ class Alone:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._process.shutdown(cancel_futures=True)
 
-    def begin(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
-        """Calls a module's function there, once those before it have returned."""
+    def submit(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        """Calls a module-level function in the process after all earlier calls; returns a future."""
         return self._process.submit(function, *args, **kwargs)
 
     def call(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """Calls it and waits for what it returns."""
-        return self.begin(function, *args, **kwargs).result()
+        """Calls a module-level function in the process, and returns its result."""
+        return self.submit(function, *args, **kwargs).result()

