@@ -50,8 +50,8 @@ def pack_quantized(matrix: Quantized, dtype: torch.dtype) -> Weight:
         codes = codes[:, 0::2] | codes[:, 1::2] << 4
         # A byte indexes both of its levels at once.
         levels = torch.stack([levels.repeat(16), levels.repeat_interleave(16)], dim=1)
-    book = Codebook(levels, matrix.scales, matrix.group)
-    return Weight(codes, dtype, *matrix.codes.shape, codebook=book)
+    codebook = Codebook(levels, matrix.scales, matrix.group)
+    return Weight(codes, dtype, *matrix.codes.shape, codebook=codebook)
 
 
 def embed(tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -68,10 +68,10 @@ def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     return F.linear(x, _values(weight, weight.data, weight.codebook, weight.codebook.scales))
 
 
-def _values(weight: Weight, codes: torch.Tensor, book: Codebook, scales: torch.Tensor) -> torch.Tensor:
+def _values(weight: Weight, codes: torch.Tensor, codebook: Codebook, scales: torch.Tensor) -> torch.Tensor:
     """Dequantizes some rows of the matrix."""
-    numbers = codes.float() if book.levels is None else F.embedding(codes.int(), book.levels).flatten(1)
-    groups = numbers[:, : weight.d_in].reshape(*scales.shape, book.group)
+    numbers = codes.float() if codebook.levels is None else F.embedding(codes.int(), codebook.levels).flatten(1)
+    groups = numbers[:, : weight.d_in].reshape(*scales.shape, codebook.group)
     return (groups * scales[..., None]).flatten(1).to(weight.dtype)
 
 

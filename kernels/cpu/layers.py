@@ -133,11 +133,11 @@ def run_layers(
 
 def matrix(weight: Weight) -> Matrix:
     """A weight as the kernels take it."""
-    book = weight.codebook
-    if book is None:
+    codebook = weight.codebook
+    if codebook is None:
         return Matrix(weight.data.data_ptr())
-    levels = None if book.levels is None else book.levels.data_ptr()
-    return Matrix(weight.data.data_ptr(), book.scales.data_ptr(), levels, book.group)
+    levels = None if codebook.levels is None else codebook.levels.data_ptr()
+    return Matrix(weight.data.data_ptr(), codebook.scales.data_ptr(), levels, codebook.group)
 
 
 def in_blocks(widths: tuple[int, ...]) -> bool:

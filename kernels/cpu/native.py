@@ -84,8 +84,8 @@ class Native:
         """Converts the codes to the layout of `pack`; indices of levels take four bits."""
         levels = None if matrix.levels is None else matrix.levels.contiguous()
         lay_out = byte_panels if levels is None else nibble_panels
-        book = Codebook(levels, self._store(scale_panels(matrix.scales)), matrix.group)
-        return Weight(self._store(lay_out(matrix.codes, dtype)), dtype, *matrix.codes.shape, codebook=book)
+        codebook = Codebook(levels, self._store(scale_panels(matrix.scales)), matrix.group)
+        return Weight(self._store(lay_out(matrix.codes, dtype)), dtype, *matrix.codes.shape, codebook=codebook)
 
     def _store(self, laid_out: torch.Tensor) -> torch.Tensor:
         memory = self._pool.allocate(laid_out.nbytes).view(laid_out.dtype).view(laid_out.shape)
@@ -93,15 +93,15 @@ class Native:
 
     def embed(self, tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
         """Rows of the matrix."""
-        book = weight.codebook
-        if book is None:
+        codebook = weight.codebook
+        if codebook is None:
             return self._rows(tokens, weight)
         block, output = tokens // OUTPUTS, tokens % OUTPUTS
-        if book.levels is None:
+        if codebook.levels is None:
             numbers = rows_of_bytes(weight.data, tokens, weight.dtype).float()
         else:
-            numbers = book.levels[rows_of_nibbles(weight.data, tokens, weight.dtype).int()]
-        scales = book.scales[block, :, output].repeat_interleave(book.group, dim=1)
+            numbers = codebook.levels[rows_of_nibbles(weight.data, tokens, weight.dtype).int()]
+        scales = codebook.scales[block, :, output].repeat_interleave(codebook.group, dim=1)
         return (numbers[:, : weight.d_in] * scales).to(weight.dtype)
 
     def _rows(self, tokens: torch.Tensor, weight: Weight) -> torch.Tensor:

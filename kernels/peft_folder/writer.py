@@ -29,9 +29,9 @@ def normalized_files(modules: Mapping[str, AdapterModule], base: BaseModules, ba
         tensors |= {file_name(name, a): tuned.a, file_name(name, b): tuned.b}
         if tuned.magnitude is not None:
             tensors[file_name(name, MAGNITUDE)] = tuned.magnitude
-    whole = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     config = json.dumps(_config(modules, base, base_name), indent=2, sort_keys=True)
-    return {CONFIG_FILE: config.encode(), WEIGHTS_FILE: save(whole, metadata={"format": "pt"})}
+    return {CONFIG_FILE: config.encode(), WEIGHTS_FILE: save(contiguous, metadata={"format": "pt"})}
 
 
 def _config(modules: Mapping[str, AdapterModule], base: BaseModules, base_name: str) -> dict[str, object]:

@@ -46,10 +46,12 @@ def outlook(examples: int, validation: int, *, replay: int, minimum: int) -> str
         )
     held_out = validation or held_out_count(examples)
     trained = examples if validation else examples - held_out
-    beside = f" and {counted(replay, 'older one')}" if replay else ""
-    judged = f"the {counted(held_out, 'validation example')}" if validation else counted(held_out, "held-out example")
-    data = f"{counted(trained, 'new example')}{beside}"
-    return f"The next nightly run trains on {data}, and evaluates the new version on {judged}."
+    old_examples = f" and {counted(replay, 'older one')}" if replay else ""
+    evaluation = (
+        f"the {counted(held_out, 'validation example')}" if validation else counted(held_out, "held-out example")
+    )
+    data = f"{counted(trained, 'new example')}{old_examples}"
+    return f"The next nightly run trains on {data}, and evaluates the new version on {evaluation}."
 
 
 def hold_out(rows: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:

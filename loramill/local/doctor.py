@@ -134,8 +134,8 @@ def read_settings() -> tuple[Settings, list[Finding]]:
             what="settings", status=Status.ERROR, found="invalid; the defaults are checked instead", fix=error.message
         )
         defaults = Settings.model_construct()
-        places = {"home": defaults.home.expanduser(), "cache": defaults.cache.expanduser()}
-        return defaults.model_copy(update=places), [finding]
+        folders = {"home": defaults.home.expanduser(), "cache": defaults.cache.expanduser()}
+        return defaults.model_copy(update=folders), [finding]
     return settings, [Finding(what="settings", status=Status.OK, found=f"home {settings.home}, base {settings.base}")]
 
 
@@ -151,27 +151,27 @@ def packages(_: Settings) -> Iterable[Finding]:
 
     yield Finding(what="loramill", status=Status.OK, found=__version__)
     needed = {each.name for each in requirements("local")}
-    for wanted in {each.name: each for each in requirements("all")}.values():
+    for requirement in {each.name: each for each in requirements("all")}.values():
         try:
-            version = importlib.metadata.version(wanted.name)
+            version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            if wanted.name not in needed:
+            if requirement.name not in needed:
                 continue
             version = None
-        tested = TESTED_VERSIONS.get(canonicalize_name(wanted.name))
-        yield judge_package(wanted.name, str(wanted.specifier), version, tested)
+        tested = TESTED_VERSIONS.get(canonicalize_name(requirement.name))
+        yield judge_package(requirement.name, str(requirement.specifier), version, tested)
 
 
 def requirements(extra: str) -> Iterable[Requirement]:
     """Yields the requirements of an extra of loramill, including those of the extras in it."""
     from packaging.requirements import Requirement
 
-    for wanted in map(Requirement, importlib.metadata.requires("loramill") or ()):
-        if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
-            if wanted.name == "loramill":
-                yield from chain.from_iterable(map(requirements, wanted.extras))
+    for requirement in map(Requirement, importlib.metadata.requires("loramill") or ()):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+            if requirement.name == "loramill":
+                yield from chain.from_iterable(map(requirements, requirement.extras))
             else:
-                yield wanted
+                yield requirement
 
 
 def judge_package(name: str, required: str, version: str | None, tested: str | None) -> Finding:
@@ -317,16 +317,16 @@ def folders(settings: Settings) -> Iterable[Finding]:
     from loramill.local.processes import FREE_BYTES
 
     for what, path, variable in (("home", settings.home, "LORAMILL_HOME"), ("cache", settings.cache, "LORAMILL_CACHE")):
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
         try:
-            with tempfile.TemporaryFile(dir=there):
+            with tempfile.TemporaryFile(dir=existing):
                 pass
         except OSError as error:
             fix = f"Set {variable} to a writable folder."
-            found = f"{there} is not writable ({error.strerror})"
+            found = f"{existing} is not writable ({error.strerror})"
             yield Finding(what=what, status=Status.ERROR, found=found, fix=fix)
             continue
-        free = shutil.disk_usage(there).free
+        free = shutil.disk_usage(existing).free
         found = f"{path}, {free / 2**30:.1f} GiB free" + ("" if path.exists() else "; created at first use")
         if free < FREE_BYTES:
             fix = f"Free some space, or set {variable} to a folder on another disk."

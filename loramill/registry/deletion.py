@@ -141,10 +141,10 @@ def delete_tenant(session: Session, name: str, *, cancel_jobs: bool = False) -> 
     return DeletionSummary(versions=versions, jobs=jobs, files=files, cancelled=cancelled)
 
 
-def _open_jobs(session: Session, tenant: str, which: ColumnElement[bool]) -> Sequence[JobRow]:
+def _open_jobs(session: Session, tenant: str, condition: ColumnElement[bool]) -> Sequence[JobRow]:
     """Returns the tenant's jobs that have not ended, locked until the transaction ends."""
     statement = (
-        select(JobRow).where(JobRow.tenant == tenant, JobRow.status.in_(_OPEN_STATUSES), which).order_by(JobRow.id)
+        select(JobRow).where(JobRow.tenant == tenant, JobRow.status.in_(_OPEN_STATUSES), condition).order_by(JobRow.id)
     )
     return session.scalars(statement.with_for_update().execution_options(populate_existing=True)).all()
 
@@ -184,22 +184,22 @@ def _release_aliases(session: Session, name: AdapterName | str, version: str, sh
         adapters.move(session, name, alias, None, f"{version[:SHORT_HASH_LENGTH]} was deleted")
 
 
-def _remove_adapters(session: Session, which: ColumnElement[bool]) -> None:
+def _remove_adapters(session: Session, condition: ColumnElement[bool]) -> None:
     """Deletes adapters with everything that refers to them, except for their jobs."""
-    names = select(AdapterRow.name).where(which)
+    names = select(AdapterRow.name).where(condition)
     for table in (NightlyStepRow, AdapterDataRow, EvaluationRow, AliasChangeRow, AliasRow, VersionRow):
         _execute(session, delete(table).where(table.adapter.in_(names)))
-    _execute(session, delete(AdapterRow).where(which))
+    _execute(session, delete(AdapterRow).where(condition))
 
 
-def _remove_jobs(session: Session, which: ColumnElement[bool]) -> int:
+def _remove_jobs(session: Session, condition: ColumnElement[bool]) -> int:
     """Deletes jobs with their events and checkpoints; returns their number."""
-    ids = select(JobRow.id).where(which)
+    ids = select(JobRow.id).where(condition)
     # Versions of other adapters that these jobs produced stay, without a job.
     _execute(session, update(VersionRow).where(VersionRow.job.in_(ids)).values(job=None))
     for table in (CheckpointRow, EventRow):
         _execute(session, delete(table).where(table.job.in_(ids)))
-    return _execute(session, delete(JobRow).where(which))
+    return _execute(session, delete(JobRow).where(condition))
 
 
 def _anonymize_usage(session: Session, tenant: str) -> None:

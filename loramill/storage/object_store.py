@@ -237,21 +237,21 @@ def _attempt(url: str, act: str, do: Callable[[], Any]) -> Any:
         known = store_fault(error)
         if known is None and isinstance(error, FileNotFoundError):
             known = "bucket"
-        what = (
+        problem = (
             f"loramill cannot {act} the store {redacted_url(url)}."
             if known is None
             else _REASONS[known].format(where=redacted_url(url), act=act)
         )
-        raise StoreUnusable(f"{what} ({reason})") from error
+        raise StoreUnusable(f"{problem} ({reason})") from error
 
 
 def _check_folder(folder: Path) -> None:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise StoreUnusable(
-            f"The store {folder} cannot be used, since {there} cannot be written to ({error.strerror}): make it a "
+            f"The store {folder} cannot be used, since {existing} cannot be written to ({error.strerror}): make it a "
             "folder that you may write to, or correct artifacts_url."
         ) from error

@@ -101,7 +101,7 @@ def _verdict(adapter: str, steps: list[NightlyStep], done: Mapping[str, Mapping[
             return Verdict.DELETED, step.step, str(step.result["error"])
         if step.status is StepStatus.FAILED:
             error = first_lines(str(step.result.get("error") or "no reason was recorded")).rstrip(".")
-            return Verdict.FAILED, step.step, f"{step.step}: {error}.{_what_now(adapter, step.result)}"
+            return Verdict.FAILED, step.step, f"{step.step}: {error}.{_next_step_hint(adapter, step.result)}"
     gate = done.get("gate")
     if gate is not None:
         promoted = done.get("promote", {}).get("promoted", gate["promote"])
@@ -115,7 +115,7 @@ def _verdict(adapter: str, steps: list[NightlyStep], done: Mapping[str, Mapping[
     return Verdict.RUNNING, last.step, ""
 
 
-def _what_now(adapter: str, result: Mapping[str, Any]) -> str:
+def _next_step_hint(adapter: str, result: Mapping[str, Any]) -> str:
     match result.get("data"):
         case "waiting":
             return " Its data waits for the next nightly run."

@@ -295,8 +295,8 @@ class Scheduler:
         return max(reversed(self._running), key=lambda s: (-s.priority, self._queue.running(s.tenant)))
 
     def _may_preempt(self, waiting: RunningSequence, victim: RunningSequence) -> bool:
-        mine, theirs = self._queue.running(waiting.tenant), self._queue.running(victim.tenant)
-        entitled = victim.priority < waiting.priority or theirs > mine + 1
+        running, victim_running = self._queue.running(waiting.tenant), self._queue.running(victim.tenant)
+        entitled = victim.priority < waiting.priority or victim_running > running + 1
         return entitled and self._queue.priority_key(waiting) < self._queue.priority_key(victim)
 
     def _preempt(self, sequence: RunningSequence) -> int:

@@ -100,8 +100,8 @@ class Decoder:
 
     def layers(self, x: torch.Tensor, cache: Sequence[LayerKV], pages: Pages, slab: Slab, batch: Batch) -> torch.Tensor:
         """The normalized states [rows, hidden] after all layers; x [rows, hidden] becomes the residual."""
-        turns = angles(pages.on(self.device).positions, self._frequencies, self._amplitude)
-        return run_layers(self._backend, self._weights.stack, x, cache, Step(*turns, pages, slab, batch))
+        rotation = angles(pages.on(self.device).positions, self._frequencies, self._amplitude)
+        return run_layers(self._backend, self._weights.stack, x, cache, Step(*rotation, pages, slab, batch))
 
     def head(self, h: torch.Tensor, chunks: Sequence[Chunk], slab: Slab, batch: Batch) -> torch.Tensor:
         """The logits that the chunks need, float32 [logits, vocabulary], of the states [rows, hidden]."""

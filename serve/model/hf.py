@@ -155,7 +155,7 @@ class HuggingFaceModel:
         head = self._model.get_output_embeddings()
         seen: dict[nn.Module, bool] = {}
 
-        def look(module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
+        def record_input(module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
             x = args[0] if args else None
             if not isinstance(x, torch.Tensor) or module in seen:
                 seen[module] = False
@@ -166,7 +166,7 @@ class HuggingFaceModel:
                 seen[module] = x.dtype == self.dtype and (x.shape[:-1] in ((1, rows), (rows,)) or at_head)
 
         modules = {module: name for name, module in self._model.named_modules() if _adaptable(module)}
-        hooks = [module.register_forward_hook(look) for module in modules]
+        hooks = [module.register_forward_hook(record_input) for module in modules]
         survey = ProbeStep()
         with in_step(survey):
             logits = self._logits(torch.arange(rows), torch.arange(rows), kept_rows)

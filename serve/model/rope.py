@@ -52,5 +52,5 @@ def _yarn(frequencies: torch.Tensor, rope: Rope, head_dim: int) -> torch.Tensor:
 
 def angles(positions: torch.Tensor, frequencies: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine for positions [rows], times `scale`: each float32 [rows, head_dim / 2]."""
-    turns = positions.float()[:, None] * frequencies
-    return turns.cos().mul_(scale), turns.sin().mul_(scale)
+    radians = positions.float()[:, None] * frequencies
+    return radians.cos().mul_(scale), radians.sin().mul_(scale)

@@ -33,7 +33,7 @@ class LoadWindow:
                 series.popleft()
         (since, before), seconds = (
             self._computed[0],
-            [took for at, took in self._first_tokens if at >= now - WINDOW_SECONDS],
+            [seconds_to_first for at, seconds_to_first in self._first_tokens if at >= now - WINDOW_SECONDS],
         )
         return ReplicaLoad(
             pending_tokens=stats.pending_tokens,

@@ -119,12 +119,12 @@ def check_same(stored: StoredAdapter, expected: Mapping[str, torch.Size], scales
         AdapterInvalid: its method, targets, ranks or scales differ.
     """
     for name in sorted(expected.keys() | stored.tensors.keys()):
-        have, want = stored.tensors.get(name), expected.get(name)
-        if have is None or want is None or have.shape != want:
+        tensor, shape = stored.tensors.get(name), expected.get(name)
+        if tensor is None or shape is None or tensor.shape != shape:
             raise AdapterInvalid(
                 "The adapter to start from does not have the job's method, targets and rank: "
-                f"{name} is {_shape(None if have is None else have.shape)} there, and {_shape(want)} in the job. Give "
-                "the job the same method, rank and targets, or leave out 'start_from'.",
+                f"{name} is {_shape(None if tensor is None else tensor.shape)} there, and {_shape(shape)} in the job. "
+                "Give the job the same method, rank and targets, or leave out 'start_from'.",
                 param="start_from",
             )
     check_scales(stored, scales)

@@ -26,8 +26,8 @@ _ROWS = 1000
 class NotJson:
     """A cell, or a part of one, that JSON can't express."""
 
-    def __init__(self, what: str) -> None:
-        self.description = what
+    def __init__(self, description: str) -> None:
+        self.description = description
 
 
 def read_parquet(name: str, raw: bytes) -> Table:

@@ -157,8 +157,8 @@ def publish(
     row.step = spec.steps if step is None else step
     row.trained_tokens = row.trained_tokens if trained_tokens is None else trained_tokens
     transitions.stop(session, row, JobStatus.SUCCEEDED)
-    as_what = f"as {alias}" if alias else "again; it is already the champion"
-    transitions.add_event(session, row, f"Published {spec.adapter_name.at(version.id)} {as_what}.")
+    suffix = f"as {alias}" if alias else "again; it is already the champion"
+    transitions.add_event(session, row, f"Published {spec.adapter_name.at(version.id)} {suffix}.")
     return transitions.to_record(row)
 
 

@@ -216,20 +216,20 @@ def _check_formats(gateway: Gateway, name: AdapterName, body: NewDataRequest) ->
         train = find_file(session, body.training_file, name.tenant, "training_file")
         ids = [body.validation_file] if body.validation_file is not None else []
         valid = [find_file(session, each, name.tenant, "validation_file") for each in ids]
-        there = nightly.next_training_files(session, name)
+        existing = nightly.next_training_files(session, name)
     chat = gateway.dataset_checks.is_chat(train)
-    for param, file, others in (("validation_file", train, valid), ("training_file", train, there)):
+    for param, file, others in (("validation_file", train, valid), ("training_file", train, existing)):
         for other in others:
             if gateway.dataset_checks.is_chat(other) != chat:
                 raise InvalidRequest(_format_mismatch(file, other, name, chat=chat), param=param)
 
 
 def _format_mismatch(file: DatasetRecord, other: DatasetRecord, name: AdapterName, *, chat: bool) -> str:
-    mine, its = ("messages", "prompts and completions") if chat else ("prompts and completions", "messages")
+    own, others = ("messages", "prompts and completions") if chat else ("prompts and completions", "messages")
     columns, drop = "--columns instruction=prompt,output=completion", f"loramill nightly drop {name}"
     return (
-        f"{file.filename} holds {mine}, but {other.filename}, which '{name}' uses too, holds {its}; a nightly run "
-        f"needs one form: `{columns}` makes messages of prompts and completions, and `{drop}` takes out what waits."
+        f"{file.filename} holds {own}, but {other.filename}, which '{name}' uses too, holds {others}; a nightly run "
+        f"needs one format: `{columns}` makes messages of prompts and completions, and `{drop}` drops the waiting data."
     )
 
 

@@ -55,8 +55,8 @@ class _BatchItem:
 def create_batch(body: JobBatch, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
     """Checks all jobs, then submits them in one transaction. If any of them has an error, none is submitted."""
     with gateway.registry.reading() as session:
-        there = _existing_jobs(session, body)
-        entries = [_check_item(session, given, there, gateway, caller) for given in body.jobs]
+        existing = _existing_jobs(session, body)
+        entries = [_check_item(session, job, existing, gateway, caller) for job in body.jobs]
     if body.check_only or any(entry.error for entry in entries):
         return _batch_object([_item_object(gateway, entry) for entry in entries], submitted=False)
     with gateway.registry.writing() as session:

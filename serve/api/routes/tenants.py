@@ -56,17 +56,18 @@ def create_tenants(body: NewTenantsRequest, gateway: GatewayDep, caller: CallerD
         twice = next(name for name in terms if sum(each.name == name for each in body.tenants) > 1)
         raise InvalidRequest(f"The tenant '{twice}' is listed twice; list it once.", param="tenants")
     with gateway.registry.writing() as session:
-        there = {record.name for record in tenants.list_tenants(session)} & terms.keys()
-        if there and not body.exist_ok:
-            shown = ", ".join(sorted(there)[:_MAX_NAMES_SHOWN])
-            more = f" and {len(there) - _MAX_NAMES_SHOWN} more" if len(there) > _MAX_NAMES_SHOWN else ""
+        existing = {record.name for record in tenants.list_tenants(session)} & terms.keys()
+        if existing and not body.exist_ok:
+            shown = ", ".join(sorted(existing)[:_MAX_NAMES_SHOWN])
+            more = f" and {len(existing) - _MAX_NAMES_SHOWN} more" if len(existing) > _MAX_NAMES_SHOWN else ""
             raise Conflict(
-                f"{'These tenants exist' if len(there) > 1 else 'This tenant exists'} already: {shown}{more}. "
+                f"{'These tenants exist' if len(existing) > 1 else 'This tenant exists'} already: {shown}{more}. "
                 "No tenant was created; omit them, or set 'exist_ok' (`--exist-ok`).",
                 param="tenants",
             )
         made = [
-            _create_or_update(session, caller, each, new=each.name not in there, key=body.keys) for each in body.tenants
+            _create_or_update(session, caller, each, new=each.name not in existing, key=body.keys)
+            for each in body.tenants
         ]
         load = tenants.job_counts(session)
         return list_object(made, lambda each: _tenant_object(each[0], load) | each[1])

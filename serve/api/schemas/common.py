@@ -76,16 +76,16 @@ class RequestBody(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_no_ops(cls, given: object) -> object:
-        if not isinstance(given, Mapping):
-            return given
+    def _drop_no_ops(cls, body: object) -> object:
+        if not isinstance(body, Mapping):
+            return body
         try:
-            json.dumps(given, ensure_ascii=False).encode()
+            json.dumps(body, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise ValueError("the body contains a lone surrogate (invalid Unicode)") from error
         return {
             key: value
-            for key, value in given.items()
+            for key, value in body.items()
             if value is not None and not any(_same_json(value, no_op) for no_op in cls.no_op_values.get(key, ()))
         }
 

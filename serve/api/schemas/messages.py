@@ -138,12 +138,12 @@ class ChatMessage(RequestBody):
 def _text(part: object, *, refuses: bool) -> str | None:
     """Returns a part's text if the part is supported. Null keys are ignored."""
     match part:
-        case {"type": "text", "text": str(text), **rest} if not _given(rest):
+        case {"type": "text", "text": str(text), **rest} if not _has_values(rest):
             return text
-        case {"type": "refusal", "refusal": str(text), **rest} if refuses and not _given(rest):
+        case {"type": "refusal", "refusal": str(text), **rest} if refuses and not _has_values(rest):
             return text
     return None
 
 
-def _given(rest: Mapping[Any, object]) -> bool:
+def _has_values(rest: Mapping[Any, object]) -> bool:
     return any(value is not None for value in rest.values())
