@@ -75,7 +75,7 @@ def _commit(folder: Path) -> str:
     try:
         completed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise SetupError(f"git can't tell the commit of {folder}: {error}") from error
+        raise SetupError(f"git describe failed in {folder}: {error}") from error
     return completed.stdout.strip()
 
 

@@ -102,7 +102,7 @@ class AnswerTracker:
                 answer.cancelled = True
 
     def expect_end(self, id_: str, time: float) -> None:
-        """Sets that a step which begins after `time` (monotonic clock) must end the request's answers."""
+        """Expects that a step which begins after `time` (monotonic clock) ends the request's answers."""
         with self._lock:
             for answer in self._answers_of(id_):
                 answer.end_after = min(answer.end_after, time)
