@@ -316,7 +316,7 @@ def wait_ready(settings: Settings, cluster: subprocess.Popen[bytes], stop: threa
     """Waits until the gateway answers; returns False after a timeout, an error, or once `stop` is set."""
     deadline, failed_at = time.monotonic() + START_SECONDS, float("inf")
     with httpx.Client(trust_env=False) as client:  # a proxy can't reach this machine
-        while not stop.wait(0.5) and cluster.poll() is None and time.monotonic() < deadline:
+        while not stop.wait(0.1) and cluster.poll() is None and time.monotonic() < deadline:
             if is_answering(client, settings):
                 return True
             if log.failed:
