@@ -19,8 +19,6 @@ from loramill import Client
 from loramill.registry import Registry
 from loramill.settings import Settings
 
-SESSIONS = 2
-
 
 @dataclass
 class Mill:
@@ -36,7 +34,7 @@ class Mill:
         while not (self.settings.admin_key_file.exists() and self.client().is_ready()):
             assert self.up.poll() is None, f"`up` ended with {self.up.returncode}; see {self.home / 'logs' / 'up.log'}"
             assert time.monotonic() < deadline, "`up` did not come up"
-            time.sleep(0.5)
+            time.sleep(0.2)
 
     def stop(self) -> None:
         self.up.terminate()
@@ -77,6 +75,12 @@ class Mill:
         for _ in range(6):
             below |= {pid for pid, parent, *_ in table if parent in below}
         return [int(pid) for pid, _, *args in table if pid in below and args and all(mark in args[0] for mark in marks)]
+
+    def listeners(self) -> int:
+        """The number of sockets that listen on the gateways' port."""
+        port = f":{self.settings.serve.port:04X}"
+        sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return sum(address.endswith(port) and state == "0A" for _, address, _, state, *_ in sockets)
 
     def tenant(self, name: str) -> str:
         """Creates a tenant; returns a key of its own."""
@@ -119,14 +123,21 @@ def running(home: Path, **settings: str) -> Iterator[Mill]:
         "OMP_NUM_THREADS": "1",
     }
     system = Mill(home, environment)
-    system.start()
-    yield system
-    if system.up.poll() is None:
-        system.stop()
+    try:
+        system.start()
+        yield system
+    finally:
+        if system.up.poll() is None:
+            system.stop()
 
 
 @pytest.fixture(scope="session")
 def mill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mill]:
-    jobs = {"JOBS__SESSIONS": str(SESSIONS), "JOBS__LEASE_SECONDS": "5", "JOBS__IDLE_SECONDS": "600"}
-    with running(tmp_path_factory.mktemp("Müller & Söhne"), **jobs) as system:
+    settings = {
+        "JOBS__SESSIONS": "2",
+        "JOBS__LEASE_SECONDS": "5",
+        "JOBS__BACKOFF_SECONDS": "0.2",
+        "JOBS__IDLE_SECONDS": "600",
+    }
+    with running(tmp_path_factory.mktemp("Müller & Söhne"), **settings) as system:
         yield system

@@ -211,6 +211,8 @@ async def test_a_killed_gateway_leaves_the_port_to_the_other(endpoints: Mill, ke
         before = len(load.answers)
         await eventually(lambda: len(load.answers) > before + 16, 60, "answers from the other")
         await eventually(replaced(endpoints, GATEWAY, victim, 2), 60, "another gateway")
+    # The next test kills the controller; a gateway that has not started by then may be stopped under load later.
+    await eventually(lambda: endpoints.listeners() == 2, 120, "two gateways that listen")
     assert sum(load.errors.values()) <= 8, load.errors
 
 
