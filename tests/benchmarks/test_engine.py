@@ -1,4 +1,4 @@
-"""The engine's bench runs from end to end, compares what computes the same, and reports what its medians say."""
+"""The engine's benchmark runs end to end, compares equal computations, and reports its medians."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from loramill_bench.results import Result
 
 VOCABULARY = 101
 
-#: The issue's, by the cases' names.
+#: The required targets, by case.
 TARGETS = {
     "peft 8/8: PEFT's step over ours": ">= 10",
     "peft 32/32: PEFT's step over ours": ">= 10",
@@ -79,18 +79,18 @@ def harness(base, tmp_path_factory) -> Harness:
         return Harness(base, decoder, write_adapters(decoder, tmp_path_factory.mktemp("adapters"), 4))
 
 
-def given(monkeypatch: pytest.MonkeyPatch, module: object, told: Mapping[str, float]) -> list[Effort]:
-    """Lets a module measure what `told` says, if it measures just that; returns the efforts."""
+def give_times(monkeypatch: pytest.MonkeyPatch, module: object, times: Mapping[str, float]) -> list[Effort]:
+    """Makes a module's variants take the given times, and checks their names; returns the efforts."""
     efforts = []
 
     def fake(
         variants: Mapping[str, Callable[[], object]], effort: Effort, clock: Callable[[], float] = time.thread_time
     ) -> Mapping[str, float]:
-        assert variants.keys() == told.keys()
+        assert variants.keys() == times.keys()
         for variant in variants.values():
             variant()
         efforts.append(effort)
-        return told
+        return times
 
     monkeypatch.setattr(module, "interleaved", fake)
     return efforts
@@ -100,8 +100,8 @@ def values(results: list[Result]) -> dict[str, float]:
     return {result.case: result.value for result in results}
 
 
-def test_every_case_runs_and_has_the_issues_target(base, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With less of what costs time, under the same names: sequences, tokens, requests, adapters."""
+def test_every_case_runs_and_has_its_target(base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer sequences, tokens, requests and adapters under the same names."""
 
     def smaller(case: object, **less: int) -> SimpleNamespace:
         return SimpleNamespace(
@@ -130,7 +130,7 @@ def test_every_case_runs_and_has_the_issues_target(base, monkeypatch: pytest.Mon
     assert all(result.value > 0 for result in results if not result.case.endswith("added"))
 
 
-def test_run_measures_only_what_is_asked_for_and_leaves_no_files(base, tmp_path, monkeypatch) -> None:
+def test_run_measures_only_the_selected_case_and_leaves_no_files(base, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     results = bench.run(base, "prefill", rounds=1)
     assert [result.case for result in results] == ["prefill 512: base", "prefill 512: one adapter"]
@@ -161,16 +161,16 @@ def test_peft_and_the_engine_run_the_same_adapters(harness) -> None:
     assert shortfall(["1", "0", "0", "2"]).max() > 1
 
 
-def test_peft_reports_what_its_medians_say(harness, monkeypatch) -> None:
-    efforts = given(monkeypatch, peft, {"ours": 0.5, "PEFT": 4.5})
+def test_peft_reports_its_medians(harness, monkeypatch) -> None:
+    efforts = give_times(monkeypatch, peft, {"ours": 0.5, "PEFT": 4.5})
     results = peft.measure(harness, peft.PeftStep(4, 2, 10), rounds=24)
     assert values(results) == {"peft 4/2: PEFT's step over ours": 9.0, "peft 4/2: decode": 8.0}
     assert [result.met for result in results] == [False, None]
     assert efforts == [Effort(0, 8)]
 
 
-def test_runs_report_what_their_medians_say(harness, monkeypatch) -> None:
-    efforts = given(monkeypatch, continuous_batching, {"ours": 0.5, "theirs": 1.0})
+def test_generation_reports_its_medians(harness, monkeypatch) -> None:
+    efforts = give_times(monkeypatch, continuous_batching, {"ours": 0.5, "theirs": 1.0})
     results = continuous_batching.measure(harness, continuous_batching.Generation(20, 2, 3), rounds=24)
     assert values(results) == {
         "generate 20/2/3: transformers over ours": 2.0,
@@ -181,12 +181,12 @@ def test_runs_report_what_their_medians_say(harness, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("read", "operations", "limit"), [(0.5, 100, 0.5), (0.5, 1, 2.0)])
-def test_the_larger_limit_counts(harness, monkeypatch, read, operations, limit) -> None:
-    """A product of as many operations as the step has, or a hundred times more, takes 2 seconds."""
+def test_the_higher_limit_counts(harness, monkeypatch, read, operations, limit) -> None:
+    """A product with the operations of one step, or of a hundred, takes 2 seconds."""
     point = limits.DecodeStep(2, 16, 1.5)
     row = limits._operations(harness.decoder, 2, 20)
     monkeypatch.setattr(limits.linear, "peak_candidates", lambda *_: {"mm": Product(lambda: None, operations * row)})
-    given(monkeypatch, limits, {"step": 3.0, "forward": 2.5, "read": read, "mm": 2.0})
+    give_times(monkeypatch, limits, {"step": 3.0, "forward": 2.5, "read": read, "mm": 2.0})
     found = values(limits.measure(harness, point, rounds=16))
     assert found == {
         "step 2x16: engine": 3 / limit,
@@ -205,11 +205,11 @@ def test_a_step_reads_all_weights_and_the_cache_and_computes_with_them(base, har
     size = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
     assert shapes.kv_bytes(harness.decoder) * 3 * 7 == size
     assert limits._bytes_read(harness.decoder, 3, 7) == 2 * weights + size
-    attention = 2 * 2 * 7 * 32  # layers; scores and sums, of so many keys; of all heads
+    attention = 2 * 2 * 7 * 32  # layers; scores and sums; keys; width of all heads
     assert limits._operations(harness.decoder, 3, 7) == 2 * 3 * (weights + attention)
 
 
-def test_forward_alone_attends_over_a_written_cache(harness, monkeypatch) -> None:
+def test_the_forward_pass_alone_attends_over_a_written_cache(harness, monkeypatch) -> None:
     caches = []
     new_cache = harness.decoder.new_cache
     monkeypatch.setattr(harness.decoder, "new_cache", lambda *sizes: caches.append(new_cache(*sizes)) or caches[-1])
@@ -220,7 +220,7 @@ def test_forward_alone_attends_over_a_written_cache(harness, monkeypatch) -> Non
 
 
 @pytest.mark.parametrize("versions", [[None, None, None], ["0", "3", "0"]])
-def test_decoding_gives_a_token_a_sequence_and_step(harness, versions, monkeypatch) -> None:
+def test_decoding_gives_one_token_per_sequence_and_step(harness, versions, monkeypatch) -> None:
     forward, starts = harness.decoder.forward, []
 
     def spy(chunks, *rest):
@@ -241,43 +241,43 @@ def test_decoding_gives_a_token_a_sequence_and_step(harness, versions, monkeypat
 
 
 def test_idle_adapters_are_resident_in_one_of_the_engines(harness, monkeypatch) -> None:
-    seen = []
+    engines = []
 
     def spy(harness, versions, context, steps, resident=(), **limits):
-        seen.append((versions, list(resident), limits))
+        engines.append((versions, list(resident), limits))
         return decoding_engine(harness, versions, context, steps, resident, **limits)
 
     monkeypatch.setattr(idle, "decoding_engine", spy)
-    given(monkeypatch, idle, {"bare": 1.0, "enabled": 1.25})
+    give_times(monkeypatch, idle, {"bare": 1.0, "enabled": 1.25})
     found = values(idle.measure(harness, idle.IdleAdapters(2), rounds=1))
     assert found == {"idle adapters 2: added": 0.25, "idle adapters 2: decode": 1.6}
-    assert seen == [
+    assert engines == [
         ([None, None], [], {"adapter_slots": 1, "adapter_bytes": 1}),
         ([None, None], [str(version) for version in range(8)], {}),
     ]
 
 
-def test_zipf_asks_for_the_first_most_and_for_more_than_there_are_slots() -> None:
+def test_zipf_requests_more_adapters_than_there_are_slots() -> None:
     (traffic,) = zipf.CASES
     versions = zipf.draw_versions(traffic)
     assert versions == zipf.draw_versions(traffic)
     assert len(set(versions)) > 3 * traffic.slots
-    many = Counter(zipf.draw_versions(replace(traffic, requests=100_000)))
-    assert [many[str(place)] / many["0"] for place in (1, 4, 9)] == pytest.approx([1 / 2, 1 / 5, 1 / 10], rel=0.1)
+    counts = Counter(zipf.draw_versions(replace(traffic, requests=100_000)))
+    assert [counts[str(rank)] / counts["0"] for rank in (1, 4, 9)] == pytest.approx([1 / 2, 1 / 5, 1 / 10], rel=0.1)
 
 
-def test_zipf_runs_all_requests_and_looks_at_memory_each_step(harness, monkeypatch) -> None:
+def test_zipf_runs_all_requests_and_samples_memory_each_step(harness, monkeypatch) -> None:
     traffic = zipf.ZipfRequests(versions=9, requests=20, prompt=5, new=3, sequences=8, slots=2)
     sizes = itertools.count(1000, 10)
     monkeypatch.setattr(zipf, "resident_bytes", lambda: next(sizes))
     one, many, share = zipf._measure(harness.base, harness.adapters, traffic)
     assert min(one.cpu, one.wall, many.cpu, many.wall) > 0
-    # In each of four runs, at least a step for every answer's token and the first prompt.
-    looks = share * zipf._configured_bytes(harness.decoder, zipf._config(harness, traffic)) / 10
-    assert looks > 4 * 3 * 20 / 8
+    # Each of the four runs has at least one step per token of an answer and one for the first prompt.
+    samples = share * zipf._configured_bytes(harness.decoder, zipf._config(harness, traffic)) / 10
+    assert samples > 4 * 3 * 20 / 8
 
 
-def test_memory_that_cannot_be_told_is_left_out(harness, monkeypatch, tmp_path: Path) -> None:
+def test_memory_that_cannot_be_read_is_left_out(harness, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "_STATM", tmp_path / "nothing")
     traffic = zipf.ZipfRequests(versions=2, requests=2, prompt=3, new=2, sequences=2, slots=2)
     *_, share = zipf._measure(harness.base, harness.adapters, traffic)
@@ -286,49 +286,49 @@ def test_memory_that_cannot_be_told_is_left_out(harness, monkeypatch, tmp_path: 
 
 def test_arrivals_are_cold_and_gaps_are_between_steps(harness, monkeypatch) -> None:
     monkeypatch.setattr(cold_adapters, "_PASS_STEPS", 25)
-    asked = []
+    arrived = []
     with Harness(harness.base, harness.decoder, harness.adapters).engine(EngineConfig(kv_tokens=2048)) as engine:
         load = EngineDriver(engine)
         case = cold_adapters.ColdUnderLoad(3)
-        calm = case._gaps(harness, load, None)
+        without_arrivals = case._gaps(harness, load, None)
         assert engine.stats.loads == 1
-        stirred = case._gaps(harness, load, (asked.append(n) or str(n) for n in itertools.count(1)))
-        assert asked == [1, 2, 3]
+        with_arrivals = case._gaps(harness, load, (arrived.append(n) or str(n) for n in itertools.count(1)))
+        assert arrived == [1, 2, 3]
         assert engine.stats.loads == 4
-    for gaps in (calm, stirred):
+    for gaps in (without_arrivals, with_arrivals):
         assert len(gaps) in (25, 26)
         assert min(gaps) > 0
 
 
-def test_first_token_is_of_a_cold_adapter_each_time(harness, monkeypatch) -> None:
-    asked = []
+def test_the_first_token_is_of_a_cold_adapter_each_time(harness, monkeypatch) -> None:
+    read = []
     source = harness.source
     spied = replace(harness)
-    object.__setattr__(spied, "source", lambda version: asked.append(version) or source(version))
+    object.__setattr__(spied, "source", lambda version: read.append(version) or source(version))
     cold_adapters.measure(spied, cold_adapters.ColdFirstToken(), rounds=5)
-    assert asked.count("0") == 1
-    assert len(asked) == len(set(asked)) == 1 + 6
+    assert read.count("0") == 1
+    assert len(read) == len(set(read)) == 1 + 6
 
 
-def test_first_token_reports_what_its_medians_say(harness, monkeypatch) -> None:
-    given(monkeypatch, cold_adapters, {"cold": 0.5, "warm": 0.25, "read": 0.15})
+def test_first_token_reports_its_medians(harness, monkeypatch) -> None:
+    give_times(monkeypatch, cold_adapters, {"cold": 0.5, "warm": 0.25, "read": 0.15})
     results = cold_adapters.measure(harness, cold_adapters.ColdFirstToken(), rounds=1)
     assert [result.value for result in results] == pytest.approx([1.25, 500, 250, 150])
     assert results[0].met
 
 
-def test_prefill_is_of_the_whole_prompt(harness, monkeypatch) -> None:
-    given(monkeypatch, prefill, {"base": 2.0, "one adapter": 4.0})
+def test_prefill_computes_the_whole_prompt(harness, monkeypatch) -> None:
+    give_times(monkeypatch, prefill, {"base": 2.0, "one adapter": 4.0})
     results = prefill.measure(harness, prefill.Prefill(64), rounds=1)
     assert [result.value for result in results] == [32.0, 16.0]
 
 
 def test_a_requests_error_ends_the_measurement(harness) -> None:
-    def nowhere(version: str) -> Path:
+    def missing(version: str) -> Path:
         raise ModelNotFound(f"no version {version}")
 
     broken = replace(harness)
-    object.__setattr__(broken, "source", nowhere)
+    object.__setattr__(broken, "source", missing)
     with broken.engine(EngineConfig(kv_tokens=64)) as engine, pytest.raises(ModelNotFound, match="no version 7"):
         EngineDriver(engine).run(harness.requests(["7"], 3, 1))
 

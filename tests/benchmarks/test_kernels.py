@@ -1,4 +1,4 @@
-"""What the bench compares computes the same, and what it reports is what its medians say."""
+"""The kernels' benchmark compares equal computations and reports its medians."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loramill_bench.kernels.model import SMOLLM2_135M, Linears, step
 TINY = Model(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96)
 ONCE = Effort(seconds=0, rounds=1)
 
-#: The issue's, by the cases' names.
+#: The required targets, by case.
 TARGETS = {
     "lora 8/8/16: added": "<= 0.25",
     "lora 8/8/16: PEFT's loop over added": ">= 12",
@@ -48,14 +48,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "ROWS", (1, 8, 33))
 
 
-def given(monkeypatch: pytest.MonkeyPatch, module: object, *times: Mapping[str, float]) -> None:
-    """Lets a module measure what `times` says, one after the other, if it measures just that."""
+def give_times(monkeypatch: pytest.MonkeyPatch, module: object, *times: Mapping[str, float]) -> None:
+    """Makes a module's variants take the given times, one mapping per call, and checks their names."""
     left = iter(times)
 
     def fake(variants: Mapping[str, Callable[[], object]], effort: Effort) -> Mapping[str, float]:
-        told = next(left)
-        assert variants.keys() == told.keys()
-        return told
+        medians = next(left)
+        assert variants.keys() == medians.keys()
+        return medians
 
     monkeypatch.setattr(module, "interleaved", fake)
 
@@ -78,7 +78,7 @@ def test_every_way_to_add_adapters_adds_the_same(
     rows: int, adapters: int, rank: int, dtype: torch.dtype, stored: torch.dtype, error: float
 ) -> None:
     kernels, mix, sites = backend(), lora.Mix(rows, adapters, rank, added_share=1), TINY.sites
-    # Larger than trained ones: the adapters' part has to stand out of the roundings.
+    # Larger than trained ones: the adapters' part must exceed the rounding errors.
     stacks = [[lora.Stack(its.a * 10, its.b * 50) for its in lora.random_stacks(site, mix, dtype)] for site in sites]
     slab, slots = lora.filled_slab(kernels, sites, stacks, stored)
     owners = sorted(index % adapters for index in range(rows))
@@ -106,18 +106,18 @@ def test_step_passes_every_linear_and_adapter(monkeypatch: pytest.MonkeyPatch) -
     linears = Linears.random(kernels, TINY, torch.float32)
     stacks = [lora.random_stacks(site, lora.Mix(2, 2, 4, added_share=1), torch.float32) for site in linears.sites]
     slab, slots = lora.filled_slab(kernels, linears.sites, stacks, torch.float32)
-    seen = []
+    calls = []
 
     class Spy:
         def adapted_linear(self, *arguments: object) -> torch.Tensor:
-            seen.append(arguments)
+            calls.append(arguments)
             return kernels.adapted_linear(*arguments)
 
     batch = Batch.of((slot, 1) for slot in slots)
     step(Spy(), linears, linears.inputs(2), slab, batch)()
-    assert [(len(x), x.shape[1]) for x, *_ in seen] == [(2, site.d_in) for site in linears.sites]
-    assert [weight for _, weight, *_ in seen] == list(linears.weights)
-    assert [(view, its) for *_, view, its in seen] == [(view, batch) for view in slab.views]
+    assert [(len(x), x.shape[1]) for x, *_ in calls] == [(2, site.d_in) for site in linears.sites]
+    assert [weight for _, weight, *_ in calls] == list(linears.weights)
+    assert [(view, its) for *_, view, its in calls] == [(view, batch) for view in slab.views]
 
 
 def test_smollm2_has_all_its_projections() -> None:
@@ -147,7 +147,7 @@ def test_variants_take_turns_and_the_first_round_warms_up(rounds: int, monkeypat
     assert medians == {"a": {1: 1.0, 2: 5.0, 5: 2.0}[rounds], "b": 4.0}
 
 
-def test_another_clock_tells_the_seconds() -> None:
+def test_seconds_are_of_the_given_clock() -> None:
     ticks = itertools.count(0, 3)
     assert interleaved({"a": lambda: next(ticks), "b": lambda: None}, Effort(0, 3), lambda: next(ticks)) == {
         "a": 6,
@@ -155,7 +155,7 @@ def test_another_clock_tells_the_seconds() -> None:
     }
 
 
-def test_rounds_go_on_until_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_continue_until_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     now = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     calls = []
@@ -172,7 +172,7 @@ def test_pure_read_reads_every_byte(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "target", "better", "met", "goal"),
+    ("value", "target", "better", "met", "target_text"),
     [
         (0.2, 0.25, "lower", True, "<= 0.25"),
         (0.25, 0.25, "lower", True, "<= 0.25"),
@@ -184,16 +184,16 @@ def test_pure_read_reads_every_byte(size: int) -> None:
         (5.0, None, "lower", None, ""),
     ],
 )
-def test_verdict(value, target, better, met, goal) -> None:
+def test_verdict(value, target, better, met, target_text) -> None:
     result = Result("case", value, "x", target, better)
-    assert (result.met, result.target_text) == (met, goal)
+    assert (result.met, result.target_text) == (met, target_text)
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "lora 4/2/8"), (torch.int8, "lora 4/2/8 int8")])
-def test_lora_reports_what_its_medians_say(dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_reports_its_medians(dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = backend()
     linears = Linears.random(kernels, TINY, torch.bfloat16)
-    given(monkeypatch, lora, {"adapted": 3.0, "base": 2.0, "read": 0.8, "loop": 12.0, "gather": 5.0})
+    give_times(monkeypatch, lora, {"adapted": 3.0, "base": 2.0, "read": 0.8, "loop": 12.0, "gather": 5.0})
     mix = lora.Mix(4, 2, 8, added_share=0.25, loop_ratio=12, gather_ratio=4, read_share=0.65)
     results = lora.measure(kernels, linears, mix, dtype, ONCE)
     assert values(results) == {
@@ -207,13 +207,13 @@ def test_lora_reports_what_its_medians_say(dtype: torch.dtype, name: str, monkey
 
 
 @pytest.mark.parametrize("square", [4, 16])
-def test_linear_reports_what_its_medians_say(square: int, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The square product does the operations of so many rows a second, 512 rows those of 8."""
+def test_linear_reports_its_medians(square: int, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The square product does the operations of `square` rows per second; 512 rows do those of 8 per second."""
     kernels = backend()
     linears = Linears.random(kernels, TINY, torch.bfloat16)
     row = 2 * linears.parameters  # operations
     times = {"M=1": 1.5, "M=32": 8.0, "M=512": 64.0, "mm 32": 2 * 32**3 / (square * row), "read": 1.25}
-    given(monkeypatch, linear, times)
+    give_times(monkeypatch, linear, times)
     found = values(linear.against_limits(kernels, linears, ONCE))
     assert found["linear limits: M=1"] == 1.2
     assert found["linear limits: M=32"] == pytest.approx(32 / 8 / max(square, 8))
@@ -224,18 +224,18 @@ def test_linear_reports_what_its_medians_say(square: int, small: None, monkeypat
 def test_avx2_tier_is_measured_at_its_worst_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = backend()
     linears = Linears.random(kernels, TINY, torch.float32)
-    given(monkeypatch, linear, {"ours": 2.0, "0": 3.0}, {"ours": 4.0, "0": 3.0}, {"ours": 1.0, "0": 9.0})
+    give_times(monkeypatch, linear, {"ours": 2.0, "0": 3.0}, {"ours": 4.0, "0": 3.0}, {"ours": 1.0, "0": 9.0})
     results = linear.against_torch_in_float(kernels, linears, ONCE)
     assert [result.value for result in results] == [1.5, 0.75, 9.0, 0.75]
     assert [result.met for result in results] == [None, None, None, False]
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="mkldnn has no bfloat16 here")
-def test_the_fastest_rival_counts(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_baseline_counts(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = backend()
     linears = Linears.random(kernels, TINY, torch.bfloat16)
     times = ({"ours": 2.0, "0": 3.0, "1": 5.0}, {"ours": 2.0, "0": 7.0, "1": 4.0}, {"ours": 2.0, "0": 8.0, "1": 8.0})
-    given(monkeypatch, linear, *times)
+    give_times(monkeypatch, linear, *times)
     assert [result.value for result in linear.against_torch(kernels, linears, ONCE)] == [1.5, 2.0, 4.0, 1.5]
 
 
@@ -244,7 +244,7 @@ def test_attention_reads_a_cache_that_was_written(monkeypatch: pytest.MonkeyPatc
     new_kv = kernels.new_kv
     monkeypatch.setattr(kernels, "new_kv", lambda *arguments: caches.append(new_kv(*arguments)) or caches[-1])
     monkeypatch.setattr(attention, "pure_read", lambda size: sizes.append(size) or (lambda: None))
-    given(monkeypatch, attention, {"": 3.0, ", shuffled blocks": 4.0, "read": 2.0})
+    give_times(monkeypatch, attention, {"": 3.0, ", shuffled blocks": 4.0, "read": 2.0})
     results = attention.measure(kernels, TINY, ONCE)
     assert [(result.value, result.met) for result in results] == [(1.5, True), (2.0, False)]
     for cache in caches:
@@ -254,15 +254,15 @@ def test_attention_reads_a_cache_that_was_written(monkeypatch: pytest.MonkeyPatc
         assert all(part.count_nonzero() > 0.95 * part.numel() for part in parts)
 
 
-def test_run_measures_every_case_of_the_issue(small: None) -> None:
+def test_run_measures_every_case(small: None) -> None:
     reported = []
     results = run(model=TINY, effort=ONCE, report=reported.append)
     cases = [result.case for result in results]
     assert len(cases) == len(set(cases))
     assert all(any(case.startswith(group) for group in reported) for case in cases)
     native = backend().name.startswith("cpu")
-    in_int8 = {case.replace(":", " int8:"): goal for case, goal in TARGETS.items() if case.startswith("lora")}
-    expected = {case: goal for case, goal in (TARGETS | in_int8).items() if native or "avx2" not in case}
+    in_int8 = {case.replace(":", " int8:"): target for case, target in TARGETS.items() if case.startswith("lora")}
+    expected = {case: target for case, target in (TARGETS | in_int8).items() if native or "avx2" not in case}
     assert {result.case: result.target_text for result in results if result.target is not None} == expected
     assert all(math.isfinite(result.value) for result in results)
     assert {result.case for result in results if result.floor} == {case for case in cases if case.endswith("added")} - {
@@ -270,10 +270,10 @@ def test_run_measures_every_case_of_the_issue(small: None) -> None:
     }
 
 
-def test_run_measures_only_what_is_asked_for() -> None:
+def test_run_measures_only_the_selected_cases() -> None:
     results = run(only="8/8/", model=TINY, effort=ONCE)
     assert {result.case.partition(":")[0] for result in results} == {
-        f"lora 8/8/{kept}" for kept in ("16", "64", "16 int8", "64 int8")
+        f"lora 8/8/{suffix}" for suffix in ("16", "64", "16 int8", "64 int8")
     }
     with pytest.raises(InvalidRequest, match=r"'nothing'.*lora 8/8/16.*attention"):
         run(only="nothing", model=TINY, effort=ONCE)
@@ -293,17 +293,17 @@ def test_worst_error_on_the_gpu_decides(monkeypatch: pytest.MonkeyPatch, errors,
     assert (result.value, result.met) == (worst, met)
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_nan_on_the_gpu_is_the_worst_error(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+@pytest.mark.parametrize("index", [0, 1])
+def test_nan_on_the_gpu_is_the_worst_error(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
     checks = [cuda.Check("site", "torch.float32", "runs", 0.0, 1e-5)]
-    checks.insert(place, cuda.Check("site", "torch.float32", "runs", math.nan, 1e-5))
+    checks.insert(index, cuda.Check("site", "torch.float32", "runs", math.nan, 1e-5))
     monkeypatch.setattr(cuda, "check", lambda dtypes: checks)
     (result,) = on_cuda.groups()["cuda check float32"]()
     assert math.isnan(result.value)
     assert result.met is False
 
 
-def test_timings_on_the_gpu_are_a_row_a_contender(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timings_on_the_gpu_are_one_row_per_contender(monkeypatch: pytest.MonkeyPatch) -> None:
     timing = cuda.Timing("o 4096 -> 4096", cuda.Case(8, 8, 16), 7.0, 8.0, None, 5.0, 40.0, None, 20.0)
     monkeypatch.setattr(cuda, "timings", lambda cases: [timing] if cases == [timing.case] else [])
     results = on_cuda.groups()["cuda 8/8/16"]()

@@ -1,4 +1,4 @@
-"""`loramill-bench quality`: what is trained, what it is held to, and how it exits."""
+"""`loramill-bench quality`: what is trained, its targets, and its exit codes."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def tenants(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
-    """Lets each method come to a given score; which of both metrics it is for depends on the tenant."""
-    asked: list[Task] = []
+    """Makes each method reach a given score, in the metric of the tenant; returns the tasks."""
+    tasks: list[Task] = []
 
     def run(task: Task, report=lambda stage: None) -> ComparisonRow:
-        asked.append(task)
+        tasks.append(task)
         tenant = task.train.parent.name
         value = LORA[tenant] + OTHER[task.subject]
         scores = (0.01, value) if tenant == "e2e-restaurants" else (value, 0.01)
         return ComparisonRow(subject=task.subject, quality=Score(200, scores[0], 0.02, scores[1]))
 
     monkeypatch.setattr(quality, "run_task", run)
-    return asked
+    return tasks
 
 
-def test_all_defaults_are_trained_once_and_held_to_the_targets(tenants: Path, trained: list[Task]) -> None:
+def test_all_defaults_are_trained_once_and_compared_with_the_targets(tenants: Path, trained: list[Task]) -> None:
     groups: list[str] = []
     found = {each.case: each for each in quality.run(tenants, Settings(), "", groups.append)}
     assert len(trained) == len({(task.train, task.subject) for task in trained}) == 16
@@ -64,7 +64,7 @@ def test_all_defaults_are_trained_once_and_held_to_the_targets(tenants: Path, tr
     assert found["clinc-travel adalora: exact match"].met is None
 
 
-def test_what_is_held_to_lora_trains_lora_too(tenants: Path, trained: list[Task]) -> None:
+def test_a_method_with_a_target_relative_to_lora_trains_lora_too(tenants: Path, trained: list[Task]) -> None:
     found = quality.run(tenants, Settings(), "hotels1 dora", lambda group: None)
     assert [task.subject for task in trained] == ["dora", "lora"]
     assert [each.case for each in found] == ["sgd-hotels1 dora: exact match", "sgd-hotels1 dora: above LoRA"]
@@ -77,17 +77,17 @@ def test_a_folder_without_the_tenants_is_refused(tenants: Path, trained: list[Ta
     assert not trained
 
 
-def test_a_training_that_failed_says_so(tenants: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_training_is_an_error(tenants: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "run_task", lambda task: ComparisonRow(subject=task.subject, error="Memory ran out."))
     with pytest.raises(JobError, match="LoRA on clinc-travel: Memory ran out"):
         quality.run(tenants, Settings(), "", lambda group: None)
 
 
 @pytest.mark.parametrize(("only", "code"), [("clinc-travel lora", 0), ("clinc-banking lora", 1)])
-def test_the_command_checks(only: str, code: int, tenants: Path, trained: list[Task]) -> None:
+def test_check_exits_with_1_if_a_target_is_missed(only: str, code: int, tenants: Path, trained: list[Task]) -> None:
     file = tenants / "all.json"
-    words = ("--tenants", str(tenants), "--only", only, "--json", str(file), "--check")
-    result = CliRunner().invoke(app, ["quality", *words])
+    arguments = ("--tenants", str(tenants), "--only", only, "--json", str(file), "--check")
+    result = CliRunner().invoke(app, ["quality", *arguments])
     assert result.exit_code == code, result.output
     assert ("Missed targets" in result.stderr) == bool(code)
     assert json.loads(file.read_text())[0]["target"] == 0.9

@@ -1,4 +1,4 @@
-"""The soak meets everything it is for, and finds what is wrong with an engine that is broken in one place."""
+"""The soak covers every event that it should, and detects an engine with one defect."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def strong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harnesses, "_WEIGHT_STD", 0.3)
 
 
-def test_meets_everything_it_is_for_and_leaves_no_trace(base, tmp_path: Path, monkeypatch, caplog) -> None:
+def test_every_event_is_covered_and_nothing_is_left_behind(base, tmp_path: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(soaks, "_REPORT_SECONDS", 0.5)
-    told: list[str] = []
+    lines: list[str] = []
     values: Counter[str] = Counter()
-    # Chance decides what a short one meets.
+    # What a short soak covers is random.
     for seed in range(20):
         began = time.monotonic()
-        results = soak(base, 2.0, told.append, seed=seed)
+        results = soak(base, 2.0, lines.append, seed=seed)
         assert 2.0 < time_of(results) < time.monotonic() - began
         assert [result.case for result in results if result.target is not None] == ["soak: memory growth"]
         values.update({result.case.removeprefix("soak: "): result.value for result in results})
@@ -65,8 +65,8 @@ def test_meets_everything_it_is_for_and_leaves_no_trace(base, tmp_path: Path, mo
     assert all(values[name] > 0 for name in MET), values
     assert values["answers compared with the expected ones"] > 20
     assert values["steps with waiting answers"] < values["steps"]
-    assert told[0].startswith("Serving the canaries")
-    assert any(" open; " in line and line.endswith(" MiB") for line in told)
+    assert lines[0].startswith("Serving the canaries")
+    assert any(" open; " in line and line.endswith(" MiB") for line in lines)
     assert list(tmp_path.iterdir()) == []
     assert caplog.records == []
 
@@ -75,29 +75,29 @@ def time_of(results: list[Result]) -> float:
     return next(result.value for result in results if result.case == "soak: time")
 
 
-def lose_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some answers' last output isn't handed out."""
+def drop_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last output of some answers is not returned."""
     monkeypatch.setattr(tracker, "PATIENCE", 0.5)
     _alter_outputs(monkeypatch, lambda output: [], when=lambda output: output.finish_reason == FinishReason.LENGTH)
 
 
-def lose_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some outputs in the midst aren't handed out."""
+def drop_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some outputs before the last are not returned."""
     _alter_outputs(monkeypatch, lambda output: [], when=lambda output: output.finish_reason is None)
 
 
-def go_on_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some answers get their last output once more."""
+def continue_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last output of some answers is returned twice."""
     _alter_outputs(monkeypatch, lambda output: [output, output], when=lambda output: output.finish_reason is not None)
 
 
 def find_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of a sudden the engine sees no work."""
+    """After a while the engine finds no work."""
     monkeypatch.setattr(tracker, "PATIENCE", 0.5)
     count, wait = itertools.count(), Engine.wait
 
     def blind(self: Engine, timeout: float) -> bool:
-        if asks_canaries_alone(self) or next(count) < 100:
+        if serves_canaries_alone(self) or next(count) < 100:
             return wait(self, timeout)
         time.sleep(timeout)
         return False
@@ -106,7 +106,7 @@ def find_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def give_wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where three decode together, the last gets a token that its row didn't choose."""
+    """If three decode together, the last gets a token that was not sampled from its row."""
     sample = engine.sample
 
     def wrong(logits: torch.Tensor, samplers: list) -> list[int | None]:
@@ -119,29 +119,29 @@ def give_wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def share_prefixes_between_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt meets the KV that another adapter has left."""
+    """A prompt reuses the KV of another adapter."""
     monkeypatch.setattr(scheduler, "root_key", lambda version: root_key(None))
 
 
 def take_slots_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A version may lose its slot while answers run with it."""
+    """A version may lose its slot while answers use it."""
     monkeypatch.setattr(Residency, "begin_use", lambda self, version: None)
     monkeypatch.setattr(Residency, "end_use", lambda self, version: None)
 
 
 def leak_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of those that a sequence gives back is held for ever."""
+    """One of the blocks that a sequence releases is never freed."""
     free = BlockPool.free
     monkeypatch.setattr(BlockPool, "free", lambda self, blocks: free(self, blocks[1:]))
 
 
 def ignore_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is cancelled goes on."""
+    """A cancelled request continues."""
     monkeypatch.setattr(Engine, "cancel", lambda self, request_id: None)
 
 
 def ignore_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is late goes on."""
+    """A request past its timeout continues."""
     monkeypatch.setattr(RequestTable, "take_overdue", lambda self, scheduled: [])
 
 
@@ -150,18 +150,20 @@ def _alter_outputs(monkeypatch: pytest.MonkeyPatch, change: Callable, when: Call
 
     def altered(self: Engine) -> list:
         return [
-            told
+            returned
             for output in step(self)
-            for told in (
-                change(output) if not asks_canaries_alone(self) and when(output) and next(count) % 10 == 9 else [output]
+            for returned in (
+                change(output)
+                if not serves_canaries_alone(self) and when(output) and next(count) % 10 == 9
+                else [output]
             )
         ]
 
     monkeypatch.setattr(Engine, "step", altered)
 
 
-def asks_canaries_alone(engine: Engine) -> bool:
-    """What they say there must be right."""
+def serves_canaries_alone(engine: Engine) -> bool:
+    """Whether the engine is the one that serves the canaries alone, whose answers must be right."""
     return not engine._config.prefix_cache
 
 
@@ -169,11 +171,11 @@ def asks_canaries_alone(engine: Engine) -> bool:
     ("break_", "complaint"),
     [
         (
-            lose_an_end,
+            drop_an_end,
             r"No output for \d+ s, and \d+ answers are open: \['\d+\[\d\] of version|are still open after it",
         ),
-        (lose_a_token, r"has the tokens|ended by|echoes|log probabilities"),
-        (go_on_after_the_end, "has ended or was not requested"),
+        (drop_a_token, r"has the tokens|ended by|echoes|log probabilities"),
+        (continue_after_the_end, "has ended or was not requested"),
         (find_nothing_to_do, "No output for"),
         (give_wrong_tokens, "alone they were|ended by stop"),
         (share_prefixes_between_versions, "alone"),
@@ -184,13 +186,13 @@ def asks_canaries_alone(engine: Engine) -> bool:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_finds_what_is_broken(base, monkeypatch: pytest.MonkeyPatch, break_: Callable, complaint: str) -> None:
+def test_a_defect_is_detected(base, monkeypatch: pytest.MonkeyPatch, break_: Callable, complaint: str) -> None:
     break_(monkeypatch)
     with pytest.raises(EngineFault, match=complaint):
         soak(base, 4.0, lambda line: None, seed=2)
 
 
-def test_what_a_client_meets_ends_the_soak(base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_client_ends_the_soak(base, monkeypatch: pytest.MonkeyPatch) -> None:
     submit, count = Engine.submit, itertools.count()
 
     def closed(self: Engine, request) -> None:
@@ -213,7 +215,7 @@ def test_growing_memory_misses_its_target(base, monkeypatch: pytest.MonkeyPatch,
     assert growth.met is met
 
 
-def test_memory_that_cannot_be_told_is_left_out(base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_memory_that_cannot_be_read_is_left_out(base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "_STATM", tmp_path / "nothing")
     cases = [result.case for result in soak(base, 0.2, lambda line: None)]
     assert not any("memory" in case for case in cases)

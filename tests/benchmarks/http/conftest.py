@@ -1,4 +1,4 @@
-"""A tiny base with random adapters on record, and fewer of them than are measured."""
+"""A tiny base with random adapters in a registry, and fewer of them than the benchmark measures."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def there(tiny: Base, settings: Settings) -> publish.PublishedAdapters:
-    with fewer():
+def published(tiny: Base, settings: Settings) -> publish.PublishedAdapters:
+    with publish_fewer():
         return publish.publish(settings, tiny, seed=3)
 
 
 @pytest.fixture
-def few() -> Iterator[None]:
-    """Fewer adapters."""
-    with fewer():
+def few_adapters() -> Iterator[None]:
+    """Fewer adapters than the benchmark publishes."""
+    with publish_fewer():
         yield
 
 
 @contextmanager
-def fewer() -> Iterator[None]:
+def publish_fewer() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(publish, "ADAPTERS", 6)
         patch.setattr(publish, "DISTINCT", 2)
@@ -52,20 +52,20 @@ def fewer() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds, "_PAUSE_SECONDS", 0.0)
 
 
 @pytest.fixture
 def uncached(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ends what the process of the bare engine would keep."""
+    """Closes the engines that the bare engine's process would cache."""
     with ExitStack() as opened:
 
-        def closed_at_the_end(kind: Callable[..., Any]) -> Callable[..., Any]:
+        def closed_after_test(kind: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *args: opened.enter_context(closing(kind(*args)))
 
         for name in ("Engine", "OfflineEngine"):
-            monkeypatch.setattr(direct, name, closed_at_the_end(getattr(direct, name)))
+            monkeypatch.setattr(direct, name, closed_after_test(getattr(direct, name)))
         yield
     direct._engine.cache_clear()
     direct._offline.cache_clear()

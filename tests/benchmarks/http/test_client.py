@@ -1,4 +1,4 @@
-"""Requests over HTTP: what is sent, and what is understood of what comes."""
+"""Requests over HTTP: what is sent, and how responses are read."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from loramill_bench.http.workload import OUTPUT_TOKENS, CompletionRequest, Strea
 
 
 class Scripted:
-    """A server that answers one request after another with the pieces of its scripts, over and over.
+    """A server that answers requests with the pieces of its scripts in turn, over and over.
 
-    It hangs up after a script without an end, and after one that says so.
+    It closes the connection after a script without an end, and after one with `connection: close`.
     """
 
     def __init__(self, *scripts: Sequence[bytes], pause: float = 0.0) -> None:
@@ -43,14 +43,14 @@ class Scripted:
         writer.close()
 
     def run(self, *streams: Stream, key: str = "", limit: float = 30.0) -> Run:
-        """What comes of asking it."""
+        """The run of these streams on this server."""
 
-        async def go() -> Run:
+        async def run_all() -> Run:
             async with await asyncio.start_server(self.serve, "127.0.0.1", 0) as listening:
                 port = listening.sockets[0].getsockname()[1]
                 return await client._run(Server(port, key), streams, limit)
 
-        return asyncio.run(go())
+        return asyncio.run(run_all())
 
 
 async def _head(reader: asyncio.StreamReader) -> bytes:
@@ -76,11 +76,11 @@ USAGE = event('{"choices": [], "usage": {"completion_tokens": 64}}')
 SHORT = event('{"choices": [], "usage": {"completion_tokens": 63}}')
 DONE = event("[DONE]")
 GOOD = http("200 OK", [TOKEN, TOKEN, TOKEN, USAGE, DONE])
-ASK = CompletionRequest("base", "a prompt")
+REQUEST = CompletionRequest("base", "a prompt")
 
 
 def test_an_answer_is_its_chunks_with_their_times() -> None:
-    run = Scripted(GOOD, pause=0.02).run(Stream((ASK,)))
+    run = Scripted(GOOD, pause=0.02).run(Stream((REQUEST,)))
     (answer,) = run.answers
     assert (answer.tokens, answer.fault, answer.refused) == (OUTPUT_TOKENS, "", False)
     first, second, third = answer.times
@@ -92,9 +92,9 @@ def test_an_answer_is_its_chunks_with_their_times() -> None:
 
 @pytest.mark.parametrize("cut", [1, 7, 30, 80])
 def test_events_may_come_in_any_pieces(cut: int) -> None:
-    whole = TOKEN + TOKEN + USAGE + DONE
-    pieces = [whole[at : at + cut] for at in range(0, len(whole), cut)]
-    (answer,) = Scripted(http("200 OK", pieces)).run(Stream((ASK,))).answers
+    body = TOKEN + TOKEN + USAGE + DONE
+    pieces = [body[at : at + cut] for at in range(0, len(body), cut)]
+    (answer,) = Scripted(http("200 OK", pieces)).run(Stream((REQUEST,))).answers
     assert (answer.tokens, len(answer.times), answer.fault) == (OUTPUT_TOKENS, 2, "")
 
 
@@ -110,8 +110,8 @@ def test_events_may_come_in_any_pieces(cut: int) -> None:
         ([], "the connection failed: the server closed the connection"),
     ],
 )
-def test_what_is_no_whole_answer_is_a_fault_and_the_stream_goes_on(script: list[bytes], fault: str) -> None:
-    run = Scripted(script, GOOD).run(Stream((ASK, ASK)))
+def test_an_incomplete_answer_is_a_fault_and_the_stream_continues(script: list[bytes], fault: str) -> None:
+    run = Scripted(script, GOOD).run(Stream((REQUEST, REQUEST)))
     assert [answer.fault for answer in run.answers] == [fault, ""]
     assert run.faults == [fault]
     assert run.served == [run.answers[1]]
@@ -120,48 +120,48 @@ def test_what_is_no_whole_answer_is_a_fault_and_the_stream_goes_on(script: list[
         answers.check_complete("loramill", [run])
 
 
-def test_a_429_that_says_when_to_come_again_is_a_refusal() -> None:
-    run = Scripted(http("429 Too Many", [b"later"], "Retry-After: 1")).run(Stream((ASK,)))
+def test_a_429_with_retry_after_is_a_refusal() -> None:
+    run = Scripted(http("429 Too Many", [b"later"], "Retry-After: 1")).run(Stream((REQUEST,)))
     assert [answer.refused for answer in run.answers] == [True]
     assert (run.faults, run.served) == ([], [])
     with pytest.raises(EngineFault, match=r"1 of 1 requests.*refused"):
         answers.check_complete("loramill", [run])
 
 
-def test_who_asks_nobody_gets_faults() -> None:
-    run = client.run(Server(servers.free_port()), [Stream((ASK, ASK))])
+def test_requests_without_a_server_are_faults() -> None:
+    run = client.run(Server(servers.free_port()), [Stream((REQUEST, REQUEST))])
     assert len(run.faults) == 2
     assert "the connection failed" in run.faults[0]
 
 
-def test_a_stream_asks_one_thing_at_a_time_on_one_connection() -> None:
+def test_a_stream_sends_one_request_at_a_time_on_one_connection() -> None:
     server = Scripted(GOOD, pause=0.002)
-    run = server.run(*[Stream((ASK,) * 5)] * 3)
+    run = server.run(*[Stream((REQUEST,) * 5)] * 3)
     assert len(run.served) == 15
     assert (server.most, server.connections) == (3, 3)
 
 
-def test_a_server_that_closes_its_connections_is_asked_on_another() -> None:
+def test_a_closed_connection_is_replaced_by_another() -> None:
     server = Scripted([b"HTTP/1.1 200 OK\r\nconnection: close\r\n" + GOOD[0][17:], *GOOD[1:]])
-    assert len(server.run(Stream((ASK,) * 3)).served) == 3
+    assert len(server.run(Stream((REQUEST,) * 3)).served) == 3
     assert server.connections == 3
 
 
-def test_arrivals_wait_for_their_time_and_for_nobody_else() -> None:
+def test_arrivals_wait_for_their_time_and_for_no_other_request() -> None:
     server = Scripted(GOOD, pause=0.1)
-    run = server.run(*(Stream((ASK,), start_seconds=0.1 * number) for number in range(4)))
+    run = server.run(*(Stream((REQUEST,), start_seconds=0.1 * number) for number in range(4)))
     assert server.most == 4
     assert run.seconds > 0.3 + 5 * 0.1
     assert max(answer.seconds for answer in run.answers) < 0.3 + 5 * 0.1
 
 
-def test_a_run_that_does_not_end_is_given_up() -> None:
+def test_a_run_that_does_not_end_is_aborted() -> None:
     with pytest.raises(DeadlineExceeded, match=r"After 0.2 s 2 requests to http://127.0.0.1:\d+ have not ended"):
-        Scripted(GOOD, [b"", *GOOD], pause=0.05).run(Stream((ASK, ASK, ASK)), limit=0.2)
+        Scripted(GOOD, [b"", *GOOD], pause=0.05).run(Stream((REQUEST, REQUEST, REQUEST)), limit=0.2)
 
 
 def test_the_key_is_sent_if_there_is_one() -> None:
     server = Scripted(GOOD)
-    server.run(Stream((ASK,)), key="secret")
-    server.run(Stream((ASK,)))
+    server.run(Stream((REQUEST,)), key="secret")
+    server.run(Stream((REQUEST,)))
     assert [b"authorization: Bearer secret\r\n" in request for request in server.requests] == [True, False]

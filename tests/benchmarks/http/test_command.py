@@ -28,7 +28,7 @@ from loramill_bench.results import Result
 from ...serve.api.conftest import running
 from .conftest import values
 
-#: The issue's, by the cases' names.
+#: The required targets, by case.
 TARGETS = {
     **{f"http none {streams}: over vLLM": ">= 1.2" for streams in (8, 32)},
     **{f"http {mix} {streams}: over vLLM": ">= 4" for mix in ("distinct", "zipf") for streams in (8, 32)},
@@ -46,13 +46,13 @@ TARGETS = {
 }
 
 
-class Here:
-    """In place of a process of its own: a thread."""
+class WorkerThread:
+    """Replaces the worker process by a thread."""
 
     def __init__(self, environment: object = None) -> None:
         self._thread = ThreadPoolExecutor(1)
 
-    def __enter__(self) -> Here:
+    def __enter__(self) -> WorkerThread:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,14 +65,16 @@ class Here:
         return function(*args)
 
 
-def test_every_case_runs_over_a_real_gateway_and_has_the_issues_target(
-    tiny: Base, tokenizer, few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncached: None
+def test_every_case_runs_over_a_real_gateway_with_its_target(
+    tiny: Base, tokenizer, few_adapters: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncached: None
 ) -> None:
-    """With less of what costs time, and a model that repeats the prompt; under the cases' own names."""
+    """With smaller cases under the same names, and a model that repeats the prompt."""
 
     def smaller(case: throughput.HttpCase) -> Any:
-        said = {field.name: getattr(case, field.name) for field in fields(case)}
-        return SimpleNamespace(**said | {"streams": min(2, case.streams), "requests_per_stream": 1}, name=case.name)
+        attributes = {field.name: getattr(case, field.name) for field in fields(case)}
+        return SimpleNamespace(
+            **attributes | {"streams": min(2, case.streams), "requests_per_stream": 1}, name=case.name
+        )
 
     monkeypatch.setattr(throughput, "CASES", tuple(map(smaller, throughput.CASES)))
     for module, name, value in [
@@ -84,7 +86,7 @@ def test_every_case_runs_over_a_real_gateway_and_has_the_issues_target(
         (promotion, "_INTERVAL_SECONDS", 0.01),
         (overload, "_SECONDS", 0.2),
         (overload, "_REQUESTS_PER_STREAM", 1),
-        (testbed, "WorkerProcess", Here),
+        (testbed, "WorkerProcess", WorkerThread),
     ]:
         monkeypatch.setattr(module, name, value)
     monkeypatch.setenv("LORAMILL_SERVE__MAX_SEQUENCES", "4")
@@ -93,14 +95,14 @@ def test_every_case_runs_over_a_real_gateway_and_has_the_issues_target(
     backend = EchoBackend(seconds_per_token=0.0005)
     up: list[Server] = []
     started: list[tuple[int, int]] = []
-    known: set[str | None] = {None}
+    published: set[str | None] = {None}
 
     @contextmanager
     def loramill(settings: Settings) -> Iterator[Server]:
         registry = Registry.open(settings.database, settings.artifacts)
         with registry.writing() as session:
             _, key = api_keys.create(session, None)
-            known.update(
+            published.update(
                 one.id
                 for each in adapters.list_adapters(session, None)
                 for one in adapters.list_versions(session, each.name)
@@ -132,13 +134,13 @@ def test_every_case_runs_over_a_real_gateway_and_has_the_issues_target(
         (len(r.prompt.split()), r.sampling_params.max_tokens, r.sampling_params.temperature, r.ignore_eos)
         for r in backend.requests
     } == {(PROMPT_TOKENS, OUTPUT_TOKENS, 0.0, True)}
-    asked = {request.version for request in backend.requests}
-    assert None in asked and asked <= known
-    assert len(asked) >= 1 + 2 and len(known) == 1 + 6
+    requested = {request.version for request in backend.requests}
+    assert None in requested and requested <= published
+    assert len(requested) >= 1 + 2 and len(published) == 1 + 6
     assert list(tmp_path.glob("loramill-bench-*")) == []
 
 
-def test_only_what_is_asked_for_is_started(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_selected_cases_start_servers(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overload, "measure", lambda there, rounds: [Result("overload: errors", 0, "in all", 0)])
     assert [result.case for result in bench.run(tiny, "overload")] == ["overload: errors"]
     with pytest.raises(InvalidRequest, match=r"'nothing'.*http none 1.*http zipf 32.*promote 32, overload"):

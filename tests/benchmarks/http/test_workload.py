@@ -1,4 +1,4 @@
-"""What is asked for: prompts, models and arrivals."""
+"""Workloads: prompts, models and arrivals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def workload(tokenizer) -> Workload:
     return Workload("base", tuple(f"t/{number}" for number in range(64)), tokenizer, 7)
 
 
-def test_prompts_are_64_tokens_of_words_and_all_differ(workload: Workload) -> None:
+def test_prompts_are_64_tokens_of_words_and_distinct(workload: Workload) -> None:
     streams = workload.closed_loop("none", 8, 4, 0)
     prompts = [request.prompt for stream in streams for request in stream.requests]
     assert {len(workload.tokenizer.encode_text(prompt)) for prompt in prompts} == {PROMPT_TOKENS}
@@ -27,35 +27,37 @@ def test_prompts_are_64_tokens_of_words_and_all_differ(workload: Workload) -> No
     assert {request.model for stream in streams for request in stream.requests} == {"base"}
 
 
-def test_the_same_draw_is_the_same_work_and_another_is_not(workload: Workload) -> None:
-    work = workload.closed_loop("zipf", 3, 2, 1)
-    assert work == workload.closed_loop("zipf", 3, 2, 1)
-    assert work == replace(workload, seed=7).closed_loop("zipf", 3, 2, 1)
-    prompts = {request.prompt for stream in work for request in stream.requests}
+def test_the_same_seeds_give_the_same_requests_and_others_do_not(workload: Workload) -> None:
+    streams = workload.closed_loop("zipf", 3, 2, 1)
+    assert streams == workload.closed_loop("zipf", 3, 2, 1)
+    assert streams == replace(workload, seed=7).closed_loop("zipf", 3, 2, 1)
+    prompts = {request.prompt for stream in streams for request in stream.requests}
     for other in (workload.closed_loop("zipf", 3, 2, 2), replace(workload, seed=8).closed_loop("zipf", 3, 2, 1)):
         assert prompts.isdisjoint(request.prompt for stream in other for request in stream.requests)
 
 
-def test_a_stream_keeps_its_own_of_distinct_adapters(workload: Workload) -> None:
+def test_each_stream_keeps_its_distinct_adapter(workload: Workload) -> None:
     models = [{request.model for request in stream.requests} for stream in workload.closed_loop("distinct", 10, 3, 0)]
     assert models == [{f"t/{number % DISTINCT}"} for number in range(10)]
 
 
-def test_zipf_asks_for_the_first_most(workload: Workload) -> None:
-    many = Counter(request.model for stream in workload.closed_loop("zipf", 20, 500, 0) for request in stream.requests)
-    assert len(many) == 64
-    assert [many[f"t/{place}"] / many["t/0"] for place in (1, 4)] == pytest.approx([1 / 2, 1 / 5], rel=0.15)
+def test_zipf_requests_lower_ranks_more_often(workload: Workload) -> None:
+    counts = Counter(
+        request.model for stream in workload.closed_loop("zipf", 20, 500, 0) for request in stream.requests
+    )
+    assert len(counts) == 64
+    assert [counts[f"t/{rank}"] / counts["t/0"] for rank in (1, 4)] == pytest.approx([1 / 2, 1 / 5], rel=0.15)
 
 
-def test_arrivals_are_poisson_of_the_rate(workload: Workload) -> None:
+def test_arrivals_are_a_poisson_process_of_the_rate(workload: Workload) -> None:
     starts = [stream.start_seconds for stream in workload.poisson("none", 20.0, 100.0, 0)]
     assert len(starts) == pytest.approx(2000, rel=0.1)
     assert starts == sorted(starts)
     assert starts[0] > 0 and starts[-1] < 100
     gaps = torch.tensor(starts).diff()
-    assert float(gaps.std() / gaps.mean()) == pytest.approx(1.0, rel=0.15)  # as of an exponential
+    assert float(gaps.std() / gaps.mean()) == pytest.approx(1.0, rel=0.15)  # as for an exponential distribution
 
 
-def test_a_tokenizer_without_words_is_told_of() -> None:
-    with pytest.raises(BaseUnusable, match="has 0 words of one token"):
+def test_a_tokenizer_without_words_is_reported() -> None:
+    with pytest.raises(BaseUnusable, match="has only 0 words of one token"):
         Workload("base", (), byte_tokenizer(), 0).closed_loop("none", 1, 1, 0)
