@@ -27,7 +27,7 @@ _FORGET_AFTER_SECONDS = 86_400.0
 
 @asynccontextmanager
 async def usage_flusher(tracker: UsageTracker, registry: Registry) -> AsyncIterator[None]:
-    """Flushes usage while the block runs, and a last time at its end."""
+    """Flushes usage while the block runs, and all that is left at its end."""
     await run_in_threadpool(_forget_dead_gateways, registry)
     await flush_once(tracker, registry)
     stop = asyncio.Event()
@@ -45,6 +45,9 @@ async def usage_flusher(tracker: UsageTracker, registry: Registry) -> AsyncItera
     finally:
         stop.set()
         await flusher
+        # If the flush before had failed, the last one repeated its batch, and later counts are not written yet.
+        if tracker.has_new_counts:
+            await flush_once(tracker, registry)
 
 
 async def flush_once(tracker: UsageTracker, registry: Registry) -> None:

@@ -109,10 +109,15 @@ class UsageTracker:
             item = UsageItem(permit.tenant, day, model, version or "")
             self._counts[item] = self._counts.get(item, UsageCount()) + count
 
+    @property
+    def has_new_counts(self) -> bool:
+        """Whether the last batch was flushed, and there are counts for another."""
+        return self._unflushed is None and bool(self._counts)
+
     def next_batch(self) -> UsageBatch | None:
         """What to write now; None: nothing. Counts that were not flushed yet are returned again, unchanged."""
         now = self._clock()
-        if self._unflushed is None and self._counts:
+        if self.has_new_counts:
             self._batch_number += 1
             self._unflushed, self._counts = UsageBatch(self._batch_number, self._counts, {}, now), {}
         alive = (

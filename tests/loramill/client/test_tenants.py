@@ -15,6 +15,7 @@ from loramill import errors
 from loramill.cli import app
 from loramill.types import Scope
 
+from ...waiting import eventually
 from ..conftest import RunningGateway, examples
 
 
@@ -76,8 +77,8 @@ def test_keys_have_scopes_and_expire(gateway: RunningGateway, tenant: str) -> No
         with pytest.raises(errors.Forbidden, match="'training'"):
             own.files.upload(examples())
     with gateway.client() as admin:
-        expired = admin.keys.create(tenant, scopes=[Scope.READ], expires_at=time.time() + 0.2)
-        time.sleep(0.25)
+        expired = admin.keys.create(tenant, scopes=[Scope.READ], expires_at=time.time() + 1)
+        time.sleep(max(0.0, float(expired.expires_at or 0) - time.time()) + 0.01)
         with gateway.client(expired.key) as own, pytest.raises(errors.Unauthenticated):
             own.models()
     for wrong in ("30", "d", "1.5h", "-1d", "1w"):
@@ -94,7 +95,7 @@ def test_usage_is_shown(gateway: RunningGateway, tenant: str, monkeypatch: pytes
         with gateway.client(key) as own:
             own.chat(f"{tenant}/a", "one two three")
             own.chat(own.models()[0], "one two three")
-        time.sleep(0.8)
+        eventually(lambda: len(admin.usage(tenant)) == 2)
         today = datetime.now(UTC).date()
         base, tuned = sorted(admin.usage(tenant), key=lambda row: row.version or "")
         assert (tuned.model, tuned.version, tuned.day) == (f"{tenant}/a", version, today.isoformat())

@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,10 +27,14 @@ from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.registry import Registry, adapters, api_keys, migrate, tenants
 from loramill.serve.api.app import build_api
+from loramill.serve.api.limits import flush
+from loramill.serve.api.limits.tracker import UsageBatch
 from loramill.serve.protocol import GenerationBackend, TextChunk, TextRequest
 from loramill.serve.replica.fake import EchoBackend
 from loramill.settings import Settings
 from loramill.types import VersionRecord
+
+from ...waiting import eventually
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -151,8 +156,30 @@ def twin(site: Site) -> Iterator[Site]:
         registry=registry, base=site.base, tokenizer=site.tokenizer, backend=site.backend, settings=site.settings
     )
     with running(app) as url:
-        yield replace(site, url=url, registry=registry)
+        yield replace(site, url=url, registry=registry, app=app)
     registry.close()
+
+
+@pytest.fixture
+def flushed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Site], None]:
+    """Waits until a gateway has written its usage and read the other gateways' windows: `flushed(site)`."""
+    begun: Counter[str] = Counter()
+    write_and_read = flush._write_and_read_peers
+
+    def counted(registry: Registry, gateway_id: str, batch: UsageBatch | None) -> object:
+        begun[gateway_id] += 1
+        return write_and_read(registry, gateway_id, batch)
+
+    monkeypatch.setattr(flush, "_write_and_read_peers", counted)
+    monkeypatch.setattr(flush, "FLUSH_INTERVAL_SECONDS", 0.05)
+
+    def wait(site: Site) -> None:
+        gateway_id = site.app.state.gateway.usage_tracker.gateway_id
+        # The first that begins may have taken its batch before the call. The third begins after the end of the second.
+        third = begun[gateway_id] + 3
+        eventually(lambda: begun[gateway_id] >= third)
+
+    return wait
 
 
 @pytest.fixture

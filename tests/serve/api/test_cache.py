@@ -33,7 +33,7 @@ class FakeRegistry:
     def read(self, session: str, key: str) -> str:
         self.reads.append(key)
         error = self.error
-        self.open.wait(5)
+        self.open.wait(60)
         if error is not None:
             raise error
         return f"{key} {session}"

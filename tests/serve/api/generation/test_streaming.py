@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, cast
 
@@ -19,6 +18,8 @@ from loramill.errors import ContextLengthExceeded, LoramillError, Overloaded, Un
 from loramill.serve.api.generation.streaming import EventStreamResponse, generate
 from loramill.serve.protocol import TextChunk, TextRequest
 from loramill.serve.replica.fake import EchoBackend
+
+from ....waiting import eventually
 
 HELLO: Any = [{"role": "user", "content": "one two three"}]
 LONG: Any = [{"role": "user", "content": "word " * 20_000}]
@@ -39,13 +40,6 @@ class Failing(EchoBackend):
                     raise self._error
                 count += 1
                 yield chunk
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_chunks(client: OpenAI, site: Any) -> None:
@@ -191,7 +185,7 @@ def test_leaving_a_stream_ends_the_generation(client: OpenAI, site: Any, n: int)
     next(iter(stream))
     assert len(backend.active) == n
     stream.close()
-    wait_until(lambda: not backend.active)
+    eventually(lambda: not backend.active)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -206,8 +200,8 @@ def test_leaving_before_any_output_ends_the_generation(site: Any, tenant: str, s
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"
             b"authorization: Bearer %s\r\ncontent-length: %d\r\n\r\n" % (site.key(tenant).encode(), len(body)) + body
         )
-        wait_until(lambda: len(backend.active) == n)
-    wait_until(lambda: not backend.active)
+        eventually(lambda: len(backend.active) == n)
+    eventually(lambda: not backend.active)
 
 
 def test_a_slow_stream_delays_no_other_request(client: OpenAI, site: Any) -> None:

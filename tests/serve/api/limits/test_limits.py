@@ -19,6 +19,8 @@ from loramill.serve.protocol import TextChunk, TextRequest
 from loramill.serve.replica.fake import EchoBackend
 from loramill.types import Limits, RateWindow
 
+from ....waiting import eventually
+
 HELLO: Any = [{"role": "user", "content": "one two three"}]
 _HEADERS = {f"x-ratelimit-{name}-{kind}" for name in ("limit", "remaining", "reset") for kind in ("requests", "tokens")}
 
@@ -57,13 +59,6 @@ class Held(EchoBackend):
         while not self.go:
             await asyncio.sleep(0.005)
         yield TextChunk(" last", 4, 2, "stop")
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_requests_per_minute(client: OpenAI, limit: Callable[..., None], echo: EchoBackend) -> None:
@@ -135,7 +130,7 @@ def test_concurrent_requests_count_until_they_end(
                 first.read()
         held.go = True
         # A disconnection takes a moment to be noticed.
-        wait_for(lambda: http.post("/v1/chat/completions", json=body).status_code == 200)
+        eventually(lambda: http.post("/v1/chat/completions", json=body).status_code == 200)
         held.go = False
 
 
@@ -217,17 +212,22 @@ def test_stored_bytes(client: OpenAI, http: httpx.Client, limit: Callable[..., N
 # -- several gateways --------------------------------------------------------------------------------------------------
 
 
-def test_gateways_share_a_tenants_minute(site: Any, twin: Any, tenant: str, limit: Callable[..., None]) -> None:
+def test_gateways_share_a_tenants_minute(
+    site: Any, twin: Any, tenant: str, limit: Callable[..., None], flushed: Callable[..., None]
+) -> None:
     limit(requests_per_minute=4)
     secret = site.key(tenant)
     with site.openai(secret) as first, twin.openai(secret) as second:
         assert [chat(first).status_code for _ in range(4)] == [200] * 4
-        time.sleep(1.2)  # two flushes of the usage
+        flushed(site)
+        flushed(twin)
         with pytest.raises(openai.RateLimitError):
             chat(second)
 
 
-def test_requests_of_a_killed_gateway_stop_counting(site: Any, tenant: str, limit: Callable[..., None]) -> None:
+def test_requests_of_a_killed_gateway_stop_counting(
+    site: Any, tenant: str, limit: Callable[..., None], flushed: Callable[..., None]
+) -> None:
     limit(concurrent_requests=1)
 
     def write(ago: float) -> None:
@@ -235,7 +235,7 @@ def test_requests_of_a_killed_gateway_stop_counting(site: Any, tenant: str, limi
         with site.registry.writing() as session:
             meters = {tenant: RateWindow(int(now // 60), requests=1, running_requests=1)}
             usage.record_batch(session, f"killed-{tenant}", 1, {}, meters, now=now - ago)
-        time.sleep(0.7)
+        flushed(site)
 
     with site.openai(site.key(tenant)) as client:
         write(ago=0.0)

@@ -18,12 +18,13 @@ from loramill.serve.api.app import build_api
 from loramill.serve.api.limits import flush
 from loramill.serve.replica.fake import EchoBackend
 
+from ....waiting import eventually
+
 HELLO: Any = [{"role": "user", "content": "one two three"}]
 
 
 def rows(site: Any, tenant: str) -> dict[tuple[str, str | None], tuple[int, int, int]]:
-    """A tenant's usage in the registry, by model and version, after the next flush."""
-    time.sleep(0.8)
+    """A tenant's usage in the registry, by model and version."""
     with site.http(site.admin_key) as http:
         found = http.get("/v1/usage", params={"tenant": tenant}).json()["data"]
     return {
@@ -32,7 +33,7 @@ def rows(site: Any, tenant: str) -> dict[tuple[str, str | None], tuple[int, int,
     }
 
 
-def test_usage_is_the_sum_of_the_answers(site: Any, client: OpenAI, tenant: str) -> None:
+def test_usage_is_the_sum_of_the_answers(site: Any, client: OpenAI, tenant: str, flushed: Callable[..., None]) -> None:
     name = f"{tenant}/a"
     first = site.publish(name, f"{tenant} one")
     create = client.chat.completions.create
@@ -43,6 +44,7 @@ def test_usage_is_the_sum_of_the_answers(site: Any, client: OpenAI, tenant: str)
     *_, last = create(model=name, messages=HELLO, stream=True, stream_options={"include_usage": True})
     reported.append(last.usage)
     plain = client.completions.create(model="tiny", prompt=["a", "a", "b c"], n=2, max_tokens=1).usage
+    flushed(site)
     assert rows(site, tenant) == {
         (name, first): (
             3,
@@ -54,7 +56,9 @@ def test_usage_is_the_sum_of_the_answers(site: Any, client: OpenAI, tenant: str)
     assert plain.prompt_tokens == 4
 
 
-def test_refused_requests_are_not_counted_and_abandoned_ones_are(site: Any, http: httpx.Client, tenant: str) -> None:
+def test_refused_requests_are_not_counted_and_abandoned_ones_are(
+    site: Any, http: httpx.Client, tenant: str, flushed: Callable[..., None]
+) -> None:
     site.backend.now = EchoBackend(seconds_per_token=0.05)
     body = {"model": "tiny", "messages": [{"role": "user", "content": "w " * 200}], "stream": True}
     with http.stream("POST", "/v1/chat/completions", json=body) as answer:
@@ -62,6 +66,8 @@ def test_refused_requests_are_not_counted_and_abandoned_ones_are(site: Any, http
             if number > 6:
                 break
     assert http.post("/v1/chat/completions", json=body | {"model": "nothing"}).status_code == 404
+    eventually(lambda: not site.backend.now.active)
+    flushed(site)
     [(requests, prompt, completion)] = rows(site, tenant).values()
     assert (requests, prompt) == (1, 200) and 1 <= completion < 100
 
@@ -131,12 +137,12 @@ def test_the_last_batch_is_written_at_the_end_and_a_failed_one_later(
 
     monkeypatch.setattr(flush, "_write_and_read_peers", failing)
     with serving(app) as address, httpx.Client(base_url=address, headers={"authorization": f"Bearer {secret}"}) as http:
-        for _ in range(4):
+        for failed in (0, 1, 2):
+            eventually(lambda failed=failed: len(failures) >= failed)  # type: ignore[misc]
             http.post("/v1/completions", json={"model": "tiny", "prompt": "a b"}).raise_for_status()
-            time.sleep(0.4)
         http.post("/v1/completions", json={"model": "tiny", "prompt": "a b"}).raise_for_status()
     assert failures == [1, 1]
     with registry.reading() as session:
         [row] = usage.daily(session, "acme", "2000-01-01", "2999-01-01")
-    assert (row.requests, row.prompt_tokens, row.completion_tokens) == (5, 10, 10)
+    assert (row.requests, row.prompt_tokens, row.completion_tokens) == (4, 8, 8)
     registry.close()
