@@ -1,4 +1,4 @@
-"""200 jobs of 20 tenants on four workers, which are killed all the time, as are the supervisors."""
+"""100 jobs of 10 tenants on four workers, which are killed all the time, as are the supervisors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from loramill.types import JobRecord, JobStatus
 from .. import environment as environment_module
 from ..environment import JobEnvironment
 
-TENANTS, EACH = 20, 10
+TENANTS, EACH = 10, 10
 #: Jobs that end between two kills.
-PACE = 6
+PACE = 5
 #: The weight of every second tenant; the others have 1.
 WEIGHT = 2.0
 
@@ -102,13 +102,13 @@ def test_each_job_ends_once_while_processes_are_killed(tmp_path: Path, tiny_chat
     pool, chance, killed = Pool(environment), random.Random(0), Counter[str]()
     queued = submitted(environment)
     reconcilers = [start(environment, pool), start(environment, pool)]
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     for goal in range(len(queued) - PACE, -1, -PACE):
         while left(environment) > goal:
             assert time.monotonic() < deadline, f"{left(environment)} jobs are left, after kills of {killed}"
             time.sleep(0.2)
         time.sleep(chance.random() * 0.3)
-        if goal % (8 * PACE) < PACE:
+        if goal % (6 * PACE) < PACE:
             reconciler, ended = reconcilers.pop(0)
             ended.set()
             pool.kill(chance, reconciler.holder)
@@ -123,7 +123,7 @@ def test_each_job_ends_once_while_processes_are_killed(tmp_path: Path, tiny_chat
         ended.set()
         pool.kill(chance, reconciler.holder)
     pool.end()
-    assert killed["worker"] >= 20 and killed["supervisor"] >= 3
+    assert killed["worker"] >= 12 and killed["supervisor"] >= 3
     check(environment, queued)
 
 
@@ -151,8 +151,9 @@ def check(environment: JobEnvironment, queued: list[JobRecord]) -> None:
         contents.add(environment.weights(job.version))
     assert len(contents) == 1
     # Fair as long as every tenant has jobs waiting.
-    first = Counter(job.tenant for job in sorted(done, key=lambda job: job.finished_at or 0)[:120])
+    first = Counter(job.tenant for job in sorted(done, key=lambda job: job.finished_at or 0)[:60])
     heavy = sum(count for tenant, count in first.items() if int(tenant.removeprefix("tenant")) % 2)
-    assert 0.9 * 80 <= heavy <= 1.1 * 80, first
+    # Two of three; without weights it would be one of two, 30.
+    assert abs(heavy - 40) <= 6, first
     for tenant, count in first.items():
         assert abs(count - (8 if int(tenant.removeprefix("tenant")) % 2 else 4)) <= 2, first
