@@ -62,6 +62,14 @@ class AdapterModule:
     magnitude: torch.Tensor | None = None
     lookup: bool = False
 
+    def tensors(self, module: str) -> dict[str, torch.Tensor]:
+        """The tensors of a module of this name, by their names in the file."""
+        a, b = (EMBEDDING_A, EMBEDDING_B) if self.lookup else (A, B)
+        tensors = {file_name(module, a): self.a, file_name(module, b): self.b}
+        if self.magnitude is not None:
+            tensors[file_name(module, MAGNITUDE)] = self.magnitude
+        return tensors
+
     def delta(self, weight: torch.Tensor | None) -> Delta:
         """The normal form.
 

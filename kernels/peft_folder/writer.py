@@ -11,7 +11,6 @@ from safetensors.torch import save
 
 from loramill.kernels.peft_folder.base import BaseModules
 from loramill.kernels.peft_folder.config import CONFIG_FILE
-from loramill.kernels.peft_folder.names import EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B, file_name
 from loramill.kernels.peft_folder.reader import WEIGHTS_FILE, AdapterModule
 
 
@@ -25,10 +24,7 @@ def normalized_files(modules: Mapping[str, AdapterModule], base: BaseModules, ba
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, tuned in modules.items():
-        a, b = (EMBEDDING_A, EMBEDDING_B) if tuned.lookup else (A, B)
-        tensors |= {file_name(name, a): tuned.a, file_name(name, b): tuned.b}
-        if tuned.magnitude is not None:
-            tensors[file_name(name, MAGNITUDE)] = tuned.magnitude
+        tensors |= tuned.tensors(name)
     contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     config = json.dumps(_config(modules, base, base_name), indent=2, sort_keys=True)
     return {CONFIG_FILE: config.encode(), WEIGHTS_FILE: save(contiguous, metadata={"format": "pt"})}

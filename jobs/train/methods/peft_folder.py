@@ -15,10 +15,9 @@ from safetensors.torch import save
 
 from loramill.errors import AdapterInvalid
 from loramill.kernels.peft_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE, BaseModules, read_modules
-from loramill.kernels.peft_folder.names import EMBEDDING_A, EMBEDDING_B
 from loramill.types import ALL_LINEAR, JobSpec
 
-A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+A, B = "lora_A.weight", "lora_B.weight"
 
 
 def tensor_name(module: str, part: str) -> str:
@@ -101,10 +100,7 @@ def read_start_adapter(folder: Path, base: BaseModules) -> StoredAdapter:
         raise AdapterInvalid(f"The adapter to start from can't be read: {error}", param="start_from") from error
     tensors: dict[str, torch.Tensor] = {}
     for module, tuned in found.items():
-        a, b = (EMBEDDING_A, EMBEDDING_B) if tuned.lookup else (A, B)
-        tensors |= {tensor_name(module, a): tuned.a, tensor_name(module, b): tuned.b}
-        if tuned.magnitude is not None:
-            tensors[tensor_name(module, MAGNITUDE)] = tuned.magnitude
+        tensors |= tuned.tensors(module)
     return StoredAdapter(tensors, {module: tuned.scale for module, tuned in found.items()})
 
 
