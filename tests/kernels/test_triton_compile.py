@@ -66,7 +66,9 @@ def test_every_step_has_a_plan_and_every_plan_is_compiled_here():
 
 # Odd float16 is left out: a load depends on the size of an element, and float16's is bfloat16's.
 @pytest.mark.parametrize(
-    ("dtype", "aligned"), [*((dtype, True) for dtype in NAMES), (torch.float32, False), (torch.bfloat16, False)]
+    ("dtype", "aligned"),
+    [*((dtype, True) for dtype in NAMES), (torch.float32, False), (torch.bfloat16, False)],
+    ids=str,
 )
 def test_every_configuration_compiles_for_hopper_and_spills_nothing(tmp_path, dtype, aligned):
     faults = []
