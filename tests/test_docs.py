@@ -2,7 +2,8 @@
 
 Blocks of commands run one after another against one gateway with an echo as the model and a worker that publishes a
 ready-made adapter for each job. A block after `<!-- not run: why -->` is only checked for commands and options that
-exist; `<!-- file: NAME -->` makes a block a file of the page's folder; `<!-- first: COMMAND; … -->` prepares a page.
+exist; `<!-- file: NAME -->` writes a block to a file in the page's folder, and `<!-- first: COMMAND; … -->` prepares a
+page.
 """
 
 from __future__ import annotations

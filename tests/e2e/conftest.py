@@ -89,7 +89,7 @@ class Mill:
             return client.keys.create(name).key
 
 
-#: A proxy that is set for all programs, as on a company's machine, and cannot reach this machine itself.
+#: A proxy that is set for all programs, as on many office machines, and cannot reach this machine itself.
 DEAD_PROXY = {
     name: "http://127.0.0.1:9" for word in ("http_proxy", "https_proxy", "all_proxy") for name in (word, word.upper())
 }

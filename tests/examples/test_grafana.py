@@ -80,7 +80,7 @@ def test_a_query_asks_for_what_is_there(query: str, legend: str, exported: dict[
     labels = set().union(*(exported[selector.name] for selector in selectors))
     grouped = [set(node.modifier.labels) for node in found if getattr(node, "modifier", None) is not None]
     assert all(group <= labels for group in grouped)
-    # What tells the lines of one query apart is what it groups by.
+    # The lines of one query differ by what it groups by.
     assert set(re.findall(r"{{(\w+)}}", legend)) == set().union(*grouped) - {"le"}
 
 
@@ -96,12 +96,12 @@ def test_everything_that_is_exported_is_shown(exported: dict[str, set[str]]) -> 
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
-def test_a_panel_says_what_it_shows(panel: dict[str, Any]) -> None:
+def test_each_panel_has_a_title_a_description_and_a_unit(panel: dict[str, Any]) -> None:
     assert panel["title"] and panel["description"].endswith(".")
     assert panel["fieldConfig"]["defaults"]["unit"] in {"s", "short", "reqps", "ops", "bytes", "percentunit"}
     assert panel["targets"] and len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
-    for asked in (panel, *panel["targets"]):
-        assert asked["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+    for part in (panel, *panel["targets"]):
+        assert part["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
 
 
 def test_rows() -> None:
@@ -109,13 +109,13 @@ def test_rows() -> None:
     assert rows == ["Traffic", "Latency", "Engine", "Adapters", "Tenants"]
 
 
-def test_panels_have_places_of_their_own() -> None:
+def test_panels_do_not_overlap() -> None:
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
     taken = [
         (x, y)
-        for place in (panel["gridPos"] for panel in DASHBOARD["panels"])
-        for x in range(place["x"], place["x"] + place["w"])
-        for y in range(place["y"], place["y"] + place["h"])
+        for position in (panel["gridPos"] for panel in DASHBOARD["panels"])
+        for x in range(position["x"], position["x"] + position["w"])
+        for y in range(position["y"], position["y"] + position["h"])
     ]
     assert len(taken) == len(set(taken)) and max(x for x, _ in taken) < 24
 
@@ -124,9 +124,9 @@ def test_variables(exported: dict[str, set[str]]) -> None:
     assert set(VARIABLES) == {"datasource", "tenant", "adapter", "replica"}
     assert VARIABLES["datasource"]["type"] == "datasource" and VARIABLES["datasource"]["query"] == "prometheus"
     for name in ("tenant", "adapter", "replica"):
-        asked = VARIABLES[name]
-        assert asked["multi"] and asked["includeAll"] and asked["allValue"] == ".*"
-        found = re.fullmatch(r"label_values\((.*), (\w+)\)", asked["query"]["query"])
+        variable = VARIABLES[name]
+        assert variable["multi"] and variable["includeAll"] and variable["allValue"] == ".*"
+        found = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
         assert found is not None and found[2] == name
         assert name in exported[promql.parse(found[1]).name]
 

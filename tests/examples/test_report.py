@@ -81,7 +81,7 @@ def test_the_page_names_base_versions_and_cut_answers(report: ModuleType, tmp_pa
         seconds=90,
     )
     page = path.read_text(encoding="utf-8")
-    for said in (
+    for text in (
         "<b>smollm2-135m</b>",
         "<code>cccccccccccc</code>",
         "12,345",
@@ -94,7 +94,7 @@ def test_the_page_names_base_versions_and_cut_answers(report: ModuleType, tmp_pa
         "It gains 0.212. Version",
         "1.5 minutes",
     ):
-        assert said in page, said
+        assert text in page, text
     # A phone has 390 pixels: no column is wider than the page, and tables turn into cards.
     assert all("min(100%" in grid for grid in re.findall(r"minmax\([^)]*\)", page))
     assert "@media (max-width: 640px)" in page and "prefers-color-scheme: dark" in page

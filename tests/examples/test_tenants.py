@@ -1,4 +1,4 @@
-"""The example tenants are what their generator writes, and fit to tell a right adapter from a wrong one."""
+"""The example tenants are what their generator writes, and distinguish a right adapter from a wrong one."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def compiled(launch, dtype, aligned):
     return triton.compile(source, target=HOPPER, options=dict(launch.options))
 
 
-def test_every_step_has_a_plan_and_every_plan_is_compiled_here():
+def test_every_step_has_a_plan_and_every_plan_is_compiled():
     chosen = {plans.choose(rows, rank) for rows, rank in product((0, 1, 2, 7, 33, 5000), range(257))}
     static = {plans.choose_static(rows, rank) for rows, rank in product((1, 32, 33, 512), (1, 16, 17, 256))}
     assert chosen == {plan for _, _, plan in plans.TABLE}

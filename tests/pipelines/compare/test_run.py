@@ -90,7 +90,7 @@ def test_the_base_is_measured_without_training(task, quick: None) -> None:
 
 
 @pytest.mark.parametrize("subject", ["bottleneck", "prefix"])
-def test_methods_implemented_here_reduce_the_loss(subject: Subject, task) -> None:
+def test_own_methods_reduce_the_loss(subject: Subject, task) -> None:
     """After a few steps at a high rate the validation loss is well below that after one step."""
 
     def loss(steps: int) -> float:

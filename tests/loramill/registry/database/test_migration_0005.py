@@ -60,7 +60,7 @@ ROWS: dict[str, list[dict[str, object]]] = {
             version=VERSION,
             spec={name: value for name, value in SPEC.items() if name != "learn"},
         ),
-        job(2, **RUNNING, asked="cancel", step=3, loss=1.5),
+        job(2, **RUNNING, **{"asked": "cancel"}, step=3, loss=1.5),
         job(3, **RUNNING, lost_step=4, furthest=8, step=4),
         job(4),
         job(5, priority=3),
