@@ -106,9 +106,9 @@ def peer_windows(session: Session, gateway: str, *, minute: int, now: float) -> 
     )
     found: defaultdict[str, list[RateWindow]] = defaultdict(list)
     for row, at in session.execute(statement):
-        meter = RateWindow(**{name: getattr(row, name) for name in RateWindow.__slots__})
+        window = RateWindow(**{name: getattr(row, name) for name in RateWindow.__slots__})
         found[row.tenant].append(
-            meter if now - at <= SILENT_SECONDS else replace(meter, running_requests=0, reserved_tokens=0)
+            window if now - at <= SILENT_SECONDS else replace(window, running_requests=0, reserved_tokens=0)
         )
     return dict(found)
 

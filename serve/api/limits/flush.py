@@ -74,7 +74,7 @@ def _write_and_read_peers(
 ) -> Mapping[str, Sequence[RateWindow]]:
     if batch is not None:
         with registry.writing(invalidate_caches=False) as session:
-            usage.record_batch(session, gateway_id, batch.number, batch.counts, batch.meters, now=batch.taken_at)
+            usage.record_batch(session, gateway_id, batch.number, batch.counts, batch.windows, now=batch.taken_at)
     now = time.time()
     with registry.reading() as session:
         return usage.peer_windows(session, gateway_id, minute=int(now // MINUTE_SECONDS), now=now)

@@ -105,19 +105,19 @@ def decide(limits: Limits, usage: RateWindow, tokens: int, now: float) -> LimitD
     return LimitDecision(wait, kind, reason if wait else "", requests_left, tokens_left)
 
 
-def roll_to_minute(meter: RateWindow, minute: int) -> RateWindow:
+def roll_to_minute(window: RateWindow, minute: int) -> RateWindow:
     """Returns the window in a later minute."""
-    if meter.minute == minute:
-        return meter
-    requests, tokens = (meter.requests, meter.tokens) if meter.minute == minute - 1 else (0, 0)
-    return replace(meter, minute=minute, requests=0, tokens=0, previous_requests=requests, previous_tokens=tokens)
+    if window.minute == minute:
+        return window
+    requests, tokens = (window.requests, window.tokens) if window.minute == minute - 1 else (0, 0)
+    return replace(window, minute=minute, requests=0, tokens=0, previous_requests=requests, previous_tokens=tokens)
 
 
-def merge_meters(meters: Iterable[RateWindow], minute: int) -> RateWindow:
+def merge_windows(windows: Iterable[RateWindow], minute: int) -> RateWindow:
     """Returns the sum of several gateways' windows."""
     total = RateWindow(minute)
-    for meter in meters:
-        now = roll_to_minute(meter, minute)
+    for window in windows:
+        now = roll_to_minute(window, minute)
         total = RateWindow(
             minute,
             total.requests + now.requests,

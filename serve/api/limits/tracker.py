@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from loramill.errors import RateLimited
 from loramill.registry.usage import UsageCount, UsageItem
-from loramill.serve.api.limits.policy import MINUTE_SECONDS, LimitDecision, decide, merge_meters, roll_to_minute
+from loramill.serve.api.limits.policy import MINUTE_SECONDS, LimitDecision, decide, merge_windows, roll_to_minute
 from loramill.types import Limits, RateWindow
 
 #: Seconds after which a gateway with running requests writes its windows even if they did not change.
@@ -43,7 +43,7 @@ class UsageBatch:
 
     number: int
     counts: Mapping[UsageItem, UsageCount]
-    meters: Mapping[str, RateWindow]
+    windows: Mapping[str, RateWindow]
     taken_at: float
 
 
@@ -57,7 +57,7 @@ class UsageTracker:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.gateway_id = f"gateway-{secrets.token_hex(8)}"
         self._clock = clock
-        self._meters: dict[str, RateWindow] = {}
+        self._windows: dict[str, RateWindow] = {}
         self._peers: Mapping[str, Sequence[RateWindow]] = {}
         self._counts: dict[UsageItem, UsageCount] = {}
         self._unflushed: UsageBatch | None = None
@@ -75,8 +75,8 @@ class UsageTracker:
             None,
         ):
             return Permit(tenant, False, 0, {})
-        now, mine = self._clock(), self._meter(tenant)
-        decision = decide(limits, merge_meters([mine, *self._peers.get(tenant, ())], mine.minute), tokens, now)
+        now, mine = self._clock(), self._window(tenant)
+        decision = decide(limits, merge_windows([mine, *self._peers.get(tenant, ())], mine.minute), tokens, now)
         if not decision.allowed:
             raise _rate_limited(tenant, decision)
         reserved = min(tokens, limits.tokens_per_minute or 0)
@@ -94,7 +94,7 @@ class UsageTracker:
     def release(self, permit: Permit, model: str, version: str | None, count: UsageCount) -> None:
         """Ends a request and adds its usage. A request that was rejected before it began has none."""
         if permit.metered:
-            mine = self._meter(permit.tenant)
+            mine = self._window(permit.tenant)
             self._set(
                 permit.tenant,
                 replace(
@@ -121,22 +121,22 @@ class UsageTracker:
             self._batch_number += 1
             self._unflushed, self._counts = UsageBatch(self._batch_number, self._counts, {}, now), {}
         alive = (
-            any(meter.running_requests for meter in self._meters.values())
+            any(window.running_requests for window in self._windows.values())
             and now - self._flushed_at >= _HEARTBEAT_SECONDS
         )
         if self._unflushed is None and not self._changed and not alive:
             return None
         counts = self._unflushed.counts if self._unflushed else {}
         self._changed = False
-        return UsageBatch(self._batch_number, counts, dict(self._meters), now)
+        return UsageBatch(self._batch_number, counts, dict(self._windows), now)
 
     def mark_flushed(self, batch: UsageBatch) -> None:
         """Records that a batch is in the database."""
         self._unflushed, self._flushed_at = None, batch.taken_at
         minute = int(batch.taken_at // MINUTE_SECONDS)
-        for tenant, meter in batch.meters.items():
-            if self._meters[tenant] == meter and not meter.running_requests and meter.minute < minute - 1:
-                del self._meters[tenant]
+        for tenant, window in batch.windows.items():
+            if self._windows[tenant] == window and not window.running_requests and window.minute < minute - 1:
+                del self._windows[tenant]
 
     def mark_failed(self) -> None:
         """Records that a batch may not be in the database."""
@@ -146,12 +146,12 @@ class UsageTracker:
         """Replaces the rate windows of the other gateways."""
         self._peers = peers
 
-    def _meter(self, tenant: str) -> RateWindow:
+    def _window(self, tenant: str) -> RateWindow:
         minute = int(self._clock() // MINUTE_SECONDS)
-        return roll_to_minute(self._meters.get(tenant, RateWindow(minute)), minute)
+        return roll_to_minute(self._windows.get(tenant, RateWindow(minute)), minute)
 
-    def _set(self, tenant: str, meter: RateWindow) -> None:
-        self._meters[tenant], self._changed = meter, True
+    def _set(self, tenant: str, window: RateWindow) -> None:
+        self._windows[tenant], self._changed = window, True
 
 
 def _rate_limited(tenant: str, decision: LimitDecision) -> RateLimited:

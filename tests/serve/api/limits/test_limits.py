@@ -233,8 +233,8 @@ def test_requests_of_a_killed_gateway_stop_counting(
     def write(ago: float) -> None:
         now = time.time()
         with site.registry.writing() as session:
-            meters = {tenant: RateWindow(int(now // 60), requests=1, running_requests=1)}
-            usage.record_batch(session, f"killed-{tenant}", 1, {}, meters, now=now - ago)
+            windows = {tenant: RateWindow(int(now // 60), requests=1, running_requests=1)}
+            usage.record_batch(session, f"killed-{tenant}", 1, {}, windows, now=now - ago)
         flushed(site)
 
     with site.openai(site.key(tenant)) as client:

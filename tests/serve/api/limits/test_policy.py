@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramill.serve.api.limits.policy import MINUTE_SECONDS, decide, format_duration, merge_meters, roll_to_minute
+from loramill.serve.api.limits.policy import MINUTE_SECONDS, decide, format_duration, merge_windows, roll_to_minute
 from loramill.types import Limits, RateWindow
 
 counts = st.integers(0, 50)
-meters = st.builds(
+windows = st.builds(
     RateWindow,
     minute=st.just(7),
     requests=counts,
@@ -88,22 +88,22 @@ def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
-def test_a_meter_in_other_minutes() -> None:
-    meter = RateWindow(
+def test_a_window_in_other_minutes() -> None:
+    window = RateWindow(
         7, requests=3, previous_requests=9, tokens=5, previous_tokens=8, running_requests=2, reserved_tokens=4
     )
-    assert roll_to_minute(meter, 7) is meter
-    assert roll_to_minute(meter, 8) == RateWindow(
+    assert roll_to_minute(window, 7) is window
+    assert roll_to_minute(window, 8) == RateWindow(
         8, previous_requests=3, previous_tokens=5, running_requests=2, reserved_tokens=4
     )
-    assert roll_to_minute(meter, 9) == RateWindow(9, running_requests=2, reserved_tokens=4)
-    assert merge_meters([meter, RateWindow(8, requests=1), RateWindow(2, requests=100)], 8) == RateWindow(
+    assert roll_to_minute(window, 9) == RateWindow(9, running_requests=2, reserved_tokens=4)
+    assert merge_windows([window, RateWindow(8, requests=1), RateWindow(2, requests=100)], 8) == RateWindow(
         8, requests=1, previous_requests=3, previous_tokens=5, running_requests=2, reserved_tokens=4
     )
-    assert merge_meters([], 8) == RateWindow(8)
+    assert merge_windows([], 8) == RateWindow(8)
 
 
-@given(limited, meters, st.integers(1, 60), moments)
+@given(limited, windows, st.integers(1, 60), moments)
 def test_after_the_wait_a_request_passes_if_no_other_came(
     limits: Limits, used: RateWindow, tokens: int, now: float
 ) -> None:
@@ -116,7 +116,7 @@ def test_after_the_wait_a_request_passes_if_no_other_came(
     assert decide(limits, roll_to_minute(settled, int(later // MINUTE_SECONDS)), tokens, later).allowed
 
 
-@given(limited, meters, st.integers(1, 60), moments)
+@given(limited, windows, st.integers(1, 60), moments)
 def test_more_use_never_shortens_the_wait(limits: Limits, used: RateWindow, tokens: int, now: float) -> None:
     # If only the end of other requests helps, the length of the wait is a guess, but not whether to wait.
     more = replace(used, requests=used.requests + 1, tokens=used.tokens + 1, running_requests=used.running_requests + 1)
@@ -124,7 +124,7 @@ def test_more_use_never_shortens_the_wait(limits: Limits, used: RateWindow, toke
         assert decide(limits, used, tokens, now).allowed
 
 
-@given(limited, meters, st.integers(1, 60), moments)
+@given(limited, windows, st.integers(1, 60), moments)
 def test_what_is_left_is_between_zero_and_the_limit(limits: Limits, used: RateWindow, tokens: int, now: float) -> None:
     decision = decide(limits, used, tokens, now)
     for quota, most in ((decision.requests, limits.requests_per_minute), (decision.tokens, limits.tokens_per_minute)):
@@ -137,12 +137,12 @@ def test_what_is_left_is_between_zero_and_the_limit(limits: Limits, used: RateWi
 @settings(max_examples=50)
 @given(st.integers(1, 20), st.lists(st.floats(0, 20), min_size=50, max_size=150))
 def test_no_clock_minute_admits_more_than_the_limit(most: int, gaps: list[float]) -> None:
-    now, meter, passed = 0.0, RateWindow(0), []
+    now, window, passed = 0.0, RateWindow(0), []
     for gap in gaps:
         now += gap
-        meter = roll_to_minute(meter, int(now // MINUTE_SECONDS))
-        if decide(Limits(requests_per_minute=most), meter, 1, now).allowed:
-            meter = replace(meter, requests=meter.requests + 1)
+        window = roll_to_minute(window, int(now // MINUTE_SECONDS))
+        if decide(Limits(requests_per_minute=most), window, 1, now).allowed:
+            window = replace(window, requests=window.requests + 1)
             passed.append(now)
     minutes = [
         sum(int(at // MINUTE_SECONDS) == minute for at in passed) for minute in range(int(now // MINUTE_SECONDS) + 1)
