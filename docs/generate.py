@@ -331,12 +331,22 @@ def method_sections(above: str, cls: type) -> list[str]:
     return [f"### {above}.{name}\n\n    {signature(name, method)}\n\n{docstring(method)}" for name, method in methods]
 
 
+class SourceText(str):
+    """An annotation that a signature shows without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 def signature(name: str, method: Any) -> str:
     """A method's signature without `self`, annotations as in the source."""
     found = inspect.signature(method)
-    parameters = [each for each in found.parameters.values() if each.name != "self"]
-    text = str(found.replace(parameters=parameters)).replace("'", "")
-    return name + text
+    parameters = [
+        each.replace(annotation=SourceText(each.annotation))
+        for each in found.parameters.values()
+        if each.name != "self"
+    ]
+    return name + str(found.replace(parameters=parameters, return_annotation=SourceText(found.return_annotation)))
 
 
 PAGES = {
