@@ -1,4 +1,4 @@
-"""Plain words: texts and identifiers contain none of the phrases that readers of this project had to decode.
+"""Plain words: texts and identifiers contain none of the phrases and names that are listed here.
 
 Every entry of `PHRASES` has its reason, its replacement, and a sentence that must match. `make lint` runs `typos` for
 spelling; this test is about meaning.

@@ -103,7 +103,7 @@ def test_greenbarrow_answers_json_with_stable_keys() -> None:
             assert json.dumps(order, separators=(",", ":")) == answer
 
 
-def test_the_two_shops_hear_the_same_and_never_agree() -> None:
+def test_the_two_shops_get_the_same_mail_and_give_other_answers() -> None:
     for name in SPLITS:
         fernhill, copperline = dict(split("fernhill", name)), dict(split("copperline", name))
         assert fernhill.keys() == copperline.keys()

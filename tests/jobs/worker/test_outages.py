@@ -22,11 +22,11 @@ from loramill.jobs.worker.worker import run_jobs, run_next_job
 from loramill.registry import jobs, migrate
 from loramill.types import JobRecord, JobStatus
 
-from ... import switched
+from ... import switchable_store
 from ...postgresql import PostgreSQL
 from ...waiting import eventually, in_thread
 from ..environment import JobEnvironment
-from .holding import hold_training
+from .hold_training import hold_training
 
 URL = "switched://bucket/loramill"
 
@@ -34,7 +34,7 @@ URL = "switched://bucket/loramill"
 @pytest.fixture
 def environment(tmp_path: Path, tiny_chat_base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobEnvironment]:
     """An environment whose artifacts and checkpoints are in a store that can be switched off; two attempts per job."""
-    switched.clear()
+    switchable_store.clear()
     monkeypatch.setattr(worker_module, "OUTAGE_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(worker_module, "MAX_OUTAGE_PAUSE_SECONDS", 0.05)
     home = JobEnvironment.at(tmp_path, tiny_chat_base, max_attempts=2, backoff_seconds=0.02)
@@ -42,7 +42,7 @@ def environment(tmp_path: Path, tiny_chat_base: Path, monkeypatch: pytest.Monkey
     environment = JobEnvironment.opened(home.settings.model_copy(update={"artifacts_url": URL}))
     yield environment
     environment.registry.close()
-    switched.clear()
+    switchable_store.clear()
 
 
 def worker_of(environment: JobEnvironment, owner: str = "w1") -> worker_module.Worker:
@@ -65,8 +65,8 @@ def leases(environment: JobEnvironment, job: JobRecord) -> int:
 
 
 OUTAGES: dict[str, Callable[[], Exception]] = {
-    "no endpoint": switched.away,
-    "expired credentials": lambda: switched.translated(PermissionError("?"), "ExpiredToken", 400),
+    "no endpoint": switchable_store.away,
+    "expired credentials": lambda: switchable_store.translated(PermissionError("?"), "ExpiredToken", 400),
 }
 
 
@@ -81,7 +81,7 @@ def test_an_unavailable_store_costs_no_attempt(
     hold_training(monkeypatch, 3, until=lambda _: away.is_set())
     with working(environment, train, next_one):
         eventually(lambda: environment.now(train).step == 3)
-        with switched.off(OUTAGES[case]):
+        with switchable_store.off(OUTAGES[case]):
             away.set()
             eventually(lambda: leases(environment, train) >= 4 and leases(environment, next_one) >= 3)
     for job in (train, next_one):
@@ -97,7 +97,7 @@ def test_a_job_resumes_from_its_checkpoint_after_an_outage(
 ) -> None:
     job, steps, progress = environment.submit(steps=9), list[int](), Lease.report
     monkeypatch.setattr(Lease, "report", lambda lease, point: (steps.append(point.step), progress(lease, point)))
-    with switched.off(lambda: switched.away() if steps[-1:] == [7] else None):  # type: ignore[arg-type, return-value]
+    with switchable_store.off(lambda: switchable_store.away() if steps[-1:] == [7] else None):  # type: ignore[arg-type, return-value]
         assert run_next_job(worker_of(environment))
     assert environment.now(job).status is JobStatus.QUEUED
     assert run_next_job(worker_of(environment))
@@ -108,18 +108,18 @@ def test_a_job_resumes_from_its_checkpoint_after_an_outage(
 def test_an_outage_of_the_store_is_not_a_missing_checkpoint(environment: JobEnvironment) -> None:
     spec = environment.spec("acme/loud", environment.data("acme"))
     checkpoints = f"{environment.settings.checkpoints}/job"
-    with switched.off(switched.away), pytest.raises(Unavailable):
+    with switchable_store.off(switchable_store.away), pytest.raises(Unavailable):
         latest(checkpoints, spec)
-    with switched.off(lambda: PermissionError("Access Denied")), pytest.raises(StoreUnusable):
+    with switchable_store.off(lambda: PermissionError("Access Denied")), pytest.raises(StoreUnusable):
         latest(checkpoints, spec)
-    with switched.off(switched.away), pytest.raises(Unavailable):
+    with switchable_store.off(switchable_store.away), pytest.raises(Unavailable):
         delete_all(checkpoints)
     assert latest(checkpoints, spec) is None
 
 
 def test_a_job_ends_even_if_its_checkpoints_can_not_be_removed(environment: JobEnvironment) -> None:
     job = environment.submit(steps=4)
-    with switched.off(switched.away, "rm"):
+    with switchable_store.off(switchable_store.away, "rm"):
         assert run_next_job(worker_of(environment))
     assert environment.now(job).status is JobStatus.SUCCEEDED
 

@@ -24,7 +24,7 @@ from loramill.types import JobRecord, JobStatus
 
 from ...waiting import eventually, in_thread
 from ..environment import JobEnvironment, rows
-from .holding import hold_training, stop_requested
+from .hold_training import hold_training, stop_requested
 
 
 @pytest.fixture

@@ -22,17 +22,17 @@ from loramill.storage.object_store import (
     translate_store_errors,
 )
 
-from ... import switched
-from ...switched import client_error, translated
+from ... import switchable_store
+from ...switchable_store import client_error, translated
 
 URL = "switched://bucket/loramill"
 
 
 @pytest.fixture(autouse=True)
 def store() -> Iterator[None]:
-    switched.clear()
+    switchable_store.clear()
     yield
-    switched.clear()
+    switchable_store.clear()
 
 
 def aiohttp_status(status: int) -> Exception:
@@ -51,8 +51,8 @@ class GoogleError(Exception):
 
 
 FAULTS = {
-    "no endpoint": (switched.away(), "unreachable"),
-    "a read that takes too long": (switched.ReadTimeoutError("?"), "unreachable"),
+    "no endpoint": (switchable_store.away(), "unreachable"),
+    "a read that takes too long": (switchable_store.ReadTimeoutError("?"), "unreachable"),
     "an inner error": (client_error("InternalError", 500), "unreachable"),
     "too many requests": (client_error("SlowDown", 503), "unreachable"),
     "an inner error, by s3fs": (translated(OSError(errno.EREMOTEIO, "?"), "InternalError", 500), "unreachable"),
@@ -70,7 +70,7 @@ FAULTS = {
     "a mount that is gone": (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), "unreachable"),
     "no bucket": (translated(FileNotFoundError("?"), "NoSuchBucket", 404), "bucket"),
     "another region": (client_error("PermanentRedirect", 301), "bucket"),
-    "no credentials": (switched.NoCredentialsError("?"), "credentials"),
+    "no credentials": (switchable_store.NoCredentialsError("?"), "credentials"),
     "an unknown key": (translated(PermissionError("?"), "InvalidAccessKeyId", 403), "credentials"),
     "a wrong secret": (client_error("SignatureDoesNotMatch", 403), "credentials"),
     "an old token": (translated(PermissionError("?"), "ExpiredToken", 400), "credentials"),
@@ -83,7 +83,7 @@ FAULTS = {
     "a file that may not be read": (PermissionError(errno.EACCES, "?"), None),
     "a full disk": (OSError(errno.ENOSPC, "?"), None),
     "a broken disk": (OSError(errno.EIO, "?"), None),
-    "a wrong parameter": (switched.ParamValidationError("?"), None),
+    "a wrong parameter": (switchable_store.ParamValidationError("?"), None),
     "a defect": (ValueError("?"), None),
     "a class of this name elsewhere": (type("EndpointConnectionError", (Exception,), {})(), None),
 }
@@ -121,13 +121,17 @@ def test_a_url_with_an_unknown_protocol_is_reported() -> None:
 
 def test_a_store_that_works_is_left_as_it_was() -> None:
     check_store(URL)
-    assert switched.Switched.store == {}
+    assert switchable_store.SwitchableStore.store == {}
 
 
 REFUSALS = {
-    "endpoint": (switched.away, (), r"endpoint of the store switched://bucket/loramill.*AWS_ENDPOINT_URL"),
+    "endpoint": (switchable_store.away, (), r"endpoint of the store switched://bucket/loramill.*AWS_ENDPOINT_URL"),
     "bucket": (lambda: translated(FileNotFoundError("?"), "NoSuchBucket", 404), (), "bucket does not exist"),
-    "credentials": (lambda: switched.NoCredentialsError("none"), (), "does not accept the credentials.*AWS_ACCESS_KEY"),
+    "credentials": (
+        lambda: switchable_store.NoCredentialsError("none"),
+        (),
+        "does not accept the credentials.*AWS_ACCESS_KEY",
+    ),
     "write": (lambda: PermissionError("Access Denied"), ("pipe_file",), "permission to write to"),
     "list": (lambda: PermissionError("Access Denied"), ("ls",), "permission to list"),
     "read": (lambda: PermissionError("Access Denied"), ("cat_file",), "permission to read from"),
@@ -139,9 +143,9 @@ REFUSALS = {
 @pytest.mark.parametrize("case", REFUSALS)
 def test_a_check_reports_the_part_that_is_wrong(case: str) -> None:
     error, operations, message = REFUSALS[case]
-    with pytest.raises(StoreUnusable, match=message), switched.off(error, *operations):
+    with pytest.raises(StoreUnusable, match=message), switchable_store.off(error, *operations):
         check_store(URL)
-    assert bool(switched.Switched.store) == (case == "delete")
+    assert bool(switchable_store.SwitchableStore.store) == (case == "delete")
 
 
 def test_a_folder_is_checked_but_not_created(tmp_path: Path) -> None:

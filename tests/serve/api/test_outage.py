@@ -13,7 +13,7 @@ import pytest
 from loramill.registry import Registry, api_keys, jobs, migrate, tenants
 from loramill.serve.api.app import build_api
 
-from ... import switched
+from ... import switchable_store
 from ...postgresql import PostgreSQL
 
 #: Parts of a database's URL and of libpq's messages about it.
@@ -84,7 +84,7 @@ def test_endpoints_answer_without_postgresql_and_do_not_reveal_its_address(
 @pytest.fixture
 def switchable(site: Any, tmp_path: Any, serving: Callable[..., Any]) -> Iterator[Any]:
     """The site, with a store that can be switched off."""
-    switched.clear()
+    switchable_store.clear()
     registry = Registry.open(site.settings.database, "switched://key:secret@bucket/loramill")
     app = build_api(
         registry=registry, base=site.base, tokenizer=site.tokenizer, backend=site.backend, settings=site.settings
@@ -92,18 +92,18 @@ def switchable(site: Any, tmp_path: Any, serving: Callable[..., Any]) -> Iterato
     with serving(app) as url:
         yield replace(site, url=url, registry=registry)
     registry.close()
-    switched.clear()
+    switchable_store.clear()
 
 
 def test_an_unavailable_store_is_named_and_retried(switchable: Any, tenant: str, jsonl: Any) -> None:
     with switchable.http(switchable.key(tenant)) as http:
-        with switched.off(switched.away):
+        with switchable_store.off(switchable_store.away):
             message = check_unavailable(upload(http, jsonl(5)))
         assert "switched://bucket/loramill" in message
         assert "secret" not in message and "10.1.2.3" not in message
         file = upload(http, jsonl(5)).json()["id"]
         new = {"model": "tiny", "training_file": file}
-        with switched.off(switched.away):
+        with switchable_store.off(switchable_store.away):
             check_unavailable(http.post("/v1/fine_tuning/jobs", json=new))
             check_unavailable(http.get(f"/v1/files/{file}/content"))
         assert http.post("/v1/fine_tuning/jobs", json=new).status_code == 200
@@ -117,7 +117,9 @@ def test_the_reason_of_a_store_that_refuses_is_given(switchable: Any, tenant: st
     }
     with switchable.http(switchable.key(tenant)) as http:
         for code, (error, status, reason) in refusals.items():
-            with switched.off(lambda error=error, code=code, status=status: switched.translated(error, code, status)):
+            with switchable_store.off(
+                lambda error=error, code=code, status=status: switchable_store.translated(error, code, status)
+            ):
                 answer = upload(http, jsonl(5, code))
             assert (answer.status_code, answer.json()["error"]["code"]) == (500, "store_unusable")
             assert reason in answer.json()["error"]["message"]

@@ -20,7 +20,7 @@ from loramill.errors import (
 from loramill.registry.artifacts.store import ArtifactStore
 from loramill.serve.engine import EngineConfig, FinishReason, Request, SamplingParams
 
-from ... import switched
+from ... import switchable_store
 from .conftest import LARGEST
 
 
@@ -49,13 +49,13 @@ def test_a_request_past_its_deadline_ends_alone(drive, adapters, prompts, expect
 
 
 def test_a_store_outage_fails_only_cold_adapters_and_only_while_it_lasts(drive, adapters, prompts, expected, tmp_path):
-    switched.clear()
+    switchable_store.clear()
     store = ArtifactStore("switched://bucket/loramill", cache=tmp_path / "cache")
     put = {name: store.put({file.name: file for file in adapters[name].iterdir()}) for name in ("lora", "dora")}
     driver = drive(store.fetch)
     driver.submit("resident", prompts["lora"], put["lora"])
     assert driver.finish()["resident"] == expected["lora"]
-    with switched.off(switched.away):
+    with switchable_store.off(switchable_store.away):
         driver.submit("cold", prompts["dora"], put["dora"])
         driver.submit("resident again", prompts["lora"], put["lora"])
         assert driver.finish()["resident again"] == expected["lora"]
@@ -63,9 +63,9 @@ def test_a_store_outage_fails_only_cold_adapters_and_only_while_it_lasts(drive, 
     assert type(error) is Unavailable and "switched://bucket/loramill" in error.message
     driver.submit("later", prompts["dora"], put["dora"])
     assert driver.finish()["later"] == expected["dora"]
-    with switched.off(switched.away):  # a local copy needs no store
+    with switchable_store.off(switchable_store.away):  # a local copy needs no store
         assert store.fetch(put["dora"]).is_dir()
-    switched.clear()
+    switchable_store.clear()
 
 
 def test_an_adapter_larger_than_the_slab_names_the_setting_to_raise(drive, prompts):

@@ -14,7 +14,7 @@ _OPERATIONS = frozenset(
 )
 
 
-class Switched(MemoryFileSystem):
+class SwitchableStore(MemoryFileSystem):
     """Files in memory at `switched://bucket/…`.
 
     Attributes:
@@ -36,8 +36,8 @@ class Switched(MemoryFileSystem):
         return f"switched:/{self._strip_protocol(name)}"
 
     def __getattribute__(self, name: str) -> Any:
-        if name in _OPERATIONS and Switched.error is not None:
-            error = Switched.error(name)
+        if name in _OPERATIONS and SwitchableStore.error is not None:
+            error = SwitchableStore.error(name)
             if error is not None:
                 return _raiser(error)
         return super().__getattribute__(name)
@@ -45,29 +45,29 @@ class Switched(MemoryFileSystem):
 
 def _raiser(error: Exception) -> Callable[..., Any]:
     def fail(*_: Any, **__: Any) -> Any:
-        Switched.met += 1
+        SwitchableStore.met += 1
         raise error
 
     return fail
 
 
-fsspec.register_implementation("switched", Switched, clobber=True)
+fsspec.register_implementation("switched", SwitchableStore, clobber=True)
 
 
 @contextmanager
 def off(error: Callable[[], Exception], *operations: str) -> Iterator[None]:
     """Makes these operations, or all, fail while the block runs."""
-    Switched.error = lambda name: error() if not operations or name in operations else None
+    SwitchableStore.error = lambda name: error() if not operations or name in operations else None
     try:
         yield
     finally:
-        Switched.error = None
+        SwitchableStore.error = None
 
 
 def clear() -> None:
-    Switched.store.clear()
-    Switched.pseudo_dirs[:] = [""]
-    Switched.error, Switched.met = None, 0
+    SwitchableStore.store.clear()
+    SwitchableStore.pseudo_dirs[:] = [""]
+    SwitchableStore.error, SwitchableStore.met = None, 0
 
 
 def _botocore(name: str, *bases: type[Exception]) -> Any:
