@@ -86,7 +86,7 @@ class GenerationRequest(RequestBody):
         default=None, ge=-(2**62), le=2**62, description="Seed of the sampling. Answer i of a prompt uses seed + i."
     )
     stop: list[NonEmptyText] = Field(default=[], max_length=4, description="Strings that end an answer.")
-    ignore_eos: bool = Field(default=False, description="Generate on after the end-of-sequence token.")
+    ignore_eos: bool = Field(default=False, description="Continue the answer after an end-of-sequence token.")
     stream: bool = Field(default=False, description="Return server-sent events.")
     stream_options: StreamOptions | None = Field(default=None, description="Options of a stream.")
     user: str | None = Field(default=None, description="Accepted for compatibility, and ignored.")
