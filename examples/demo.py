@@ -1,4 +1,4 @@
-"""The main job, end to end, as a user would do it: `make demo`, or `python examples/demo.py [FOLDER …]`.
+"""The demo, from data to measured adapters: `make demo`, or `python examples/demo.py [FOLDER …]`.
 
 Starts `loramill up` on a home of its own, gives each folder of examples a tenant with a key and a
 fine-tune job, sends all test questions to base and adapters through the `openai` client, and ends with a
@@ -48,7 +48,7 @@ HERE = Path(__file__).parent
 #: The example tenant whose new data are an accident (see README.md).
 SPOILED = "copperline"
 #: Maximum number of new examples from the user's own tenants, so that the nightly run stays short.
-NIGHT_EXAMPLES = 200
+MAX_NEW_EXAMPLES = 200
 #: Answers of each tenant that the report shows.
 SAMPLES = 4
 RECIPE: JobOptionsDict = {"rank": 16, "learning_rate": 2e-3, "batch_size": 8, "steps": 60, "checkpoint_every": 15}
@@ -69,7 +69,7 @@ class Tenant:
 
     @property
     def model(self) -> str:
-        """The adapter's name on the wire."""
+        """The adapter's name in the API."""
         return f"{self.name}/assistant"
 
 
@@ -134,9 +134,9 @@ def own_tenants(folders: list[Path]) -> list[Tenant]:
     tenants = [read_tenant(folder, folder / "new") for folder in folders]
     first = tenants[0].train.splitlines(keepends=True)
     kept = len(first) * 2 // 3
-    tenants[0] = replace(tenants[0], train=b"".join(first[:kept]), new=b"".join(first[kept:][:NIGHT_EXAMPLES]))
+    tenants[0] = replace(tenants[0], train=b"".join(first[:kept]), new=b"".join(first[kept:][:MAX_NEW_EXAMPLES]))
     if len(tenants) > 1:
-        tenants[1] = replace(tenants[1], new=mixed_up(tenants[1].train.splitlines()[:NIGHT_EXAMPLES]), spoiled=True)
+        tenants[1] = replace(tenants[1], new=mixed_up(tenants[1].train.splitlines()[:MAX_NEW_EXAMPLES]), spoiled=True)
     return tenants
 
 

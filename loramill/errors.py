@@ -342,7 +342,7 @@ class TrainingDiverged(JobError):
 
 
 def first_lines(message: str, lines: int = 2) -> str:
-    """Returns the first lines of a message that may list many problems, and the number of further lines."""
+    """Returns the first lines of a nightly run's error, and how many more there are and which command shows them."""
     first, rest = message.splitlines()[:lines], message.splitlines()[lines:]
     more = f"(and {len(rest)} more line{'' if len(rest) == 1 else 's'}: `loramill nightly show --json`)"
     return "\n".join([*first, more] if rest else first)

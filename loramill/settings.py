@@ -1,8 +1,8 @@
 """Settings: defaults, overridden by `loramill.toml`, then by `LORAMILL_*` variables, then by command-line options.
 
 A nested field is written `LORAMILL_JOBS__SESSIONS=2` or, in the file, `[jobs]` / `sessions = 2`. An unknown key is an
-error. The descriptions of the fields are the source of help texts and docs. No other module reads an environment
-variable to configure itself, except `LORAMILL_KERNELS`.
+error. The descriptions of the fields are the source of help texts and docs. `LORAMILL_KERNELS`, which the kernels
+read, is the only variable of loramill that is not a setting.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def extract_lora(
     Args:
         model: the base, with the values that it is served with.
         weights: its parameters after training, by name; tied ones once.
-        base: the base's name on the wire.
+        base: the base's name in the API.
 
     Returns:
         The adapter in PEFT's files, by name, and the report.

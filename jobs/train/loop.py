@@ -41,7 +41,7 @@ __all__ = ["SINGLE_PROCESS", "ProcessGroup", "TrainContext", "TrainingProgress",
 
 
 def never_stop() -> None:
-    """The stop check of a job that no one stops."""
+    """A stop check that never stops the training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +151,7 @@ def export_adapter(checkpoints: Path | str, spec: JobSpec, *, base: str, best: b
     """Returns the adapter as PEFT's files, by name.
 
     Args:
-        base: the base's name on the wire.
+        base: the base's name in the API.
         best: export the job's result, with the weights that `spec.keep` names. If False, export the last checkpoint,
             also of a job that is still in training.
 
@@ -343,10 +343,12 @@ def _copy_into(tensors: Mapping[str, torch.Tensor], values: Mapping[str, torch.T
 
 
 def _check_supervised(examples: Sequence[EncodedExample], use: str) -> None:
-    silent = [number for number, example in enumerate(examples, start=1) if not supervised_weight(example)]
-    if silent or not examples:
-        subject = f"Example {silent[0]} of the {use} data has" if silent else f"The {use} data has no examples, and so"
+    unsupervised = [number for number, example in enumerate(examples, start=1) if not supervised_weight(example)]
+    if unsupervised or not examples:
+        subject = f"The {use} data has no examples, and so"
+        if unsupervised:
+            subject = f"Example {unsupervised[0]} of the {use} data has"
         raise DatasetInvalid(
             f"{subject} no supervised token: give every example a completion, and room for it within 'max_length'.",
-            problems=[f"{use} example {number}: no completion token" for number in silent],
+            problems=[f"{use} example {number}: no completion token" for number in unsupervised],
         )

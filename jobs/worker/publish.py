@@ -1,4 +1,4 @@
-"""Publishes a job's versions: stores the artifact first and records it second, so that a crash leaves only garbage."""
+"""Publishes a job's versions: stores the artifact, then records it, so that a crash leaves no record without files."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def normalized_files(modules: Mapping[str, AdapterModule], base: BaseModules, ba
     Args:
         modules: By name, at least one; either all have a magnitude or none has.
         base: The base's modules.
-        base_name: The base's name on the wire.
+        base_name: The base's name in the API.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, tuned in modules.items():

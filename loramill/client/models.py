@@ -1,6 +1,6 @@
 """Objects that the client returns.
 
-Tenants, keys, versions and aliases are those of `loramill.types`; here are the objects whose form on the wire differs.
+Tenants, keys, versions and aliases are those of `loramill.types`; here are the objects whose form in the API differs.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Job(FrozenModel):
     """A fine-tune job.
 
     Attributes:
-        model: Name of the result on the wire (`tenant/adapter@version`), once the job has succeeded.
+        model: Name of the result in the API (`tenant/adapter@version`), once the job has succeeded.
         step: Optimizer steps done so far, of `steps`.
         pending_action: Action that was requested but has not been carried out, such as "cancel".
         loss: Latest training loss in nats per token.
@@ -203,7 +203,7 @@ class Event(FrozenModel):
 
 
 class Checkpoint(FrozenModel):
-    """A validated state of a job's weights; `model` is its name on the wire while it is kept."""
+    """A validated state of a job's weights; `model` is its name in the API while it is kept."""
 
     id: str
     step: int

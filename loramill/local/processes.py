@@ -331,12 +331,13 @@ def wait_unhealthy(settings: Settings, cluster: subprocess.Popen[bytes], stop: t
 
     An outage of the database does not count: a restart would not end it, and the cluster's processes wait for it.
     """
-    well = time.monotonic()
-    with httpx.Client(trust_env=False) as client:  # one for all looks: making one costs more than they do
+    last_healthy = time.monotonic()
+    # One client for all requests, since creating one takes longer than a request.
+    with httpx.Client(trust_env=False) as client:
         while not stop.wait(2.0) and cluster.poll() is None:
             if is_answering(client, settings, "/health"):
-                well = time.monotonic()
-            elif time.monotonic() - well > UNHEALTHY_SECONDS:
+                last_healthy = time.monotonic()
+            elif time.monotonic() - last_healthy > UNHEALTHY_SECONDS:
                 cluster.kill()
                 return
 

@@ -23,7 +23,7 @@ class EvalCell:
 
     Attributes:
         role: "base", "champion" or "challenger".
-        model: the candidate's name on the wire.
+        model: the candidate's name in the API.
         version: the candidate's version; None for the base.
     """
 
@@ -139,7 +139,7 @@ def _score(cell: EvalCell, answers: Sequence[EvalAnswer | LoramillError]) -> Sco
 
 
 def model_names(context: NightlyContext, adapter: str, champion: str | None, challenger: str) -> dict[str, str]:
-    """Model names on the wire by role; there is no champion before the first promotion."""
+    """Model names in the API by role; there is no champion before the first promotion."""
     name = AdapterName.parse(adapter)
     names = {"base": context.base.name, "challenger": name.at(challenger)}
     return names | ({"champion": name.at(champion)} if champion else {})

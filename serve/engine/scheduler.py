@@ -150,7 +150,7 @@ class Scheduler:
         """Decides the next step.
 
         Args:
-            ready: Whether a sequence of a version may start now; those of other versions wait and hold up no one.
+            ready: Whether a sequence of a version may start now; those of other versions wait without delaying others.
         """
         self._ranks.begin_step(ready)
         preempted = self._allocate_for_decode()
@@ -178,7 +178,7 @@ class Scheduler:
         """Checks blocks, queues and counters against each other.
 
         Raises:
-            EngineFault: A block is lost or held in vain, or a sequence lacks blocks or is in no queue or in two.
+            EngineFault: A block is lost or held without need, or a sequence lacks blocks or is in no queue or in two.
         """
         self._pool.check_integrity(dict(Counter(block for s in self._sequences.values() for block in s.block_table)))
         queued = [*self._running, *self._queue.check_integrity(self._running)]
@@ -267,7 +267,7 @@ class Scheduler:
         return self._ranks.admits(sequence, self._running)
 
     def _is_reserved(self, key: bytes, priority: int) -> bool:
-        """Whether a running sequence will fill a block soon; one of lower priority might be put off for ever."""
+        """Whether a running sequence will fill a block soon; one of lower priority may be delayed without end."""
         return self._reserved[key] > 0 and any(
             key in s.block_keys[_reserved(s)] for s in self._running if s.priority >= priority
         )

@@ -78,7 +78,7 @@ def adapter_files(
 
     Args:
         weights, state: those of an `AdaptedModel`, as a checkpoint holds them.
-        base: the base's name on the wire.
+        base: the base's name in the API.
     """
     return _EXPORTERS.get(spec.method, lora_files)(spec, weights, state, base)
 

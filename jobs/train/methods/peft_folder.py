@@ -34,7 +34,7 @@ def lora_config(spec: JobSpec, base: str | None = None, modules: list[str] | Non
     """Returns PEFT's configuration for `spec`.
 
     Args:
-        base: the base's name on the wire.
+        base: the base's name in the API.
         modules: the adapted modules; needed if the targets are "all-linear".
     """
     if ALL_LINEAR in spec.targets and modules is None:
