@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from loramill.errors import InvalidRequest
 from loramill.models.catalog import Base
-from loramill.submission.request import Auto, JobRequest, LoramillOptions
+from loramill.submission.request import SPEC_TRAIN_ON, Auto, JobRequest, LoramillOptions
 from loramill.types import JobSpec, Quantization
 
 _T = TypeVar("_T", int, float)
@@ -214,8 +214,8 @@ def _in_spec_form(options: LoramillOptions) -> dict[str, Any]:
         fields["targets"] = (options.targets,) if isinstance(options.targets, str) else options.targets
     if options.layers is not None:
         fields["layers"] = _parse_layers(options.layers) if isinstance(options.layers, str) else options.layers
-    if options.train_on is not None:  # "last" of a spec keeps its meaning for older jobs
-        fields["train_on"] = "only_last" if options.train_on == "last" else options.train_on
+    if options.train_on is not None:
+        fields["train_on"] = SPEC_TRAIN_ON[options.train_on]
     return fields
 
 

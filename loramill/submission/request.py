@@ -12,9 +12,15 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, Strict
 
 from loramill.names import AdapterName
-from loramill.types import Executor, FrozenModel, JobSpec, Method, Quantization, Schedule
+from loramill.types import Executor, FrozenModel, JobSpec, Method, Quantization, Schedule, TrainOn
 
 Auto = Literal["auto"]
+RequestedTrainOn = Literal["last", "all"]
+#: `train_on` of a request in the words of a spec, where "last" keeps the meaning that it had for older jobs.
+SPEC_TRAIN_ON: Mapping[RequestedTrainOn, TrainOn] = {"last": "only_last", "all": "all"}
+TRAIN_ON_DESCRIPTION = (
+    "Assistant messages of a conversation to train on: all with a weight above 0, or the last one. Default: all."
+)
 
 
 def spec_field(name: str, default: str = "") -> Any:
@@ -61,11 +67,7 @@ class LoramillOptions(FrozenModel):
     alpha_pattern: dict[str, float] | None = spec_field("alpha_pattern")
     init_rank: int | None = spec_field("init_rank", "1.5 x rank")
     loraplus_lr_ratio: float | None = spec_field("loraplus_lr_ratio")
-    train_on: Literal["last", "all"] | None = Field(
-        default=None,
-        description="Assistant messages of a conversation to train on: all with a weight above 0, or the last one. "
-        "Default: all.",
-    )
+    train_on: RequestedTrainOn | None = Field(default=None, description=TRAIN_ON_DESCRIPTION)
     learning_rate: float | None = spec_field("learning_rate", "0.001; full: 0.0001")
     schedule: Schedule | None = spec_field("schedule")
     steps: int | None = Field(default=None, description="Number of optimizer steps; overrides the number of epochs.")

@@ -21,6 +21,7 @@ from loramill.serve.api.schemas.common import FileIdPath, ListObject, page_objec
 from loramill.serve.api.schemas.files import File, FileCheck, FileCheckForm, FileDeleted, FileListQuery, UploadForm
 from loramill.submission.dataset_checks import DATA_FILE
 from loramill.submission.defaults import MAX_LENGTH
+from loramill.submission.request import SPEC_TRAIN_ON
 from loramill.types import DatasetRecord, JobRecord
 
 router = APIRouter(tags=["data"], responses=ERRORS)
@@ -62,14 +63,15 @@ def check_file(
     minimum = gateway.settings.jobs.min_examples if form.use == "training" else 1
     examples = read_examples(raw, filename, minimum=minimum)
     longest = min(form.max_length or MAX_LENGTH, gateway.base.context_length)
-    check_tokens(examples, gateway.tokenizer, longest, form.train_on)
+    train_on = SPEC_TRAIN_ON[form.train_on]
+    check_tokens(examples, gateway.tokenizer, longest, train_on)
     return {
         "object": "file.check",
         "filename": filename,
         "bytes": len(raw),
         "examples": len(examples.examples),
         "status_details": "\n".join(examples.warnings) or None,
-        **preview_examples(examples, gateway.tokenizer, form.train_on),
+        **preview_examples(examples, gateway.tokenizer, train_on),
     }
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
 from loramill.serve.api.schemas.common import CreatedAt, Deleted, ListQuery, ObjectType, response_object
-from loramill.types import TrainOn
+from loramill.submission.request import TRAIN_ON_DESCRIPTION, RequestedTrainOn
 
 
 class UploadForm(BaseModel):
@@ -28,7 +28,7 @@ class FileCheckForm(BaseModel):
     file: UploadFile = Field(description="JSON lines, with one example per line.")
     use: Literal["training", "validation"] = Field(default="training", description="What the file is for.")
     max_length: int | None = Field(default=None, ge=8, description="Maximum number of tokens per example.")
-    train_on: TrainOn = Field(default="all", description="Answers of a conversation that the loss is computed on.")
+    train_on: RequestedTrainOn = Field(default="all", description=TRAIN_ON_DESCRIPTION)
 
 
 class FileListQuery(ListQuery):

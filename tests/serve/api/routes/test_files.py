@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,21 @@ def test_every_problem_is_reported(client: OpenAI, jsonl: Any) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.files.create(file=("long.jsonl", jsonl(2) + jsonl(1, "x" * 600)), purpose="fine-tune")
     assert "long.jsonl, line 3" in caught.value.message and "512" in caught.value.message
+
+
+def test_a_check_trains_on_what_a_job_with_the_same_option_trains_on(client: OpenAI) -> None:
+    turns = [("user", "a"), ("assistant", "first"), ("user", "b"), ("assistant", "last")]
+    weight = {"user": {}, "assistant": {"weight": 1}}
+    messages = [{"role": role, "content": text} | weight[role] for role, text in turns]
+    lines = "".join(json.dumps({"messages": messages}) + "\n" for _ in range(4))
+    found = httpx.post(
+        f"{client.base_url}files/check",
+        headers=client.auth_headers,
+        data={"train_on": "last"},
+        files={"file": ("chats.jsonl", lines.encode())},
+    ).json()
+    supervised = "".join(part["text"] for part in found["preview"] if part["supervised"])
+    assert "last" in supervised and "first" not in supervised
 
 
 def test_pages(client: OpenAI, jsonl: Any) -> None:
