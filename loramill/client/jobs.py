@@ -7,8 +7,9 @@ import io
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 from urllib.parse import quote
 
 from loramill.client.http import error_from_response, unexpected_response
@@ -17,6 +18,7 @@ from loramill.client.uploads import OnUpload, Source, Uploads
 from loramill.data.ingest import Columns
 from loramill.errors import Forbidden, InvalidRequest, LoramillError, NotFound, NotRunning, Overloaded, Unavailable
 from loramill.names import AdapterName, results_id
+from loramill.retry import retry_while_unavailable
 from loramill.submission.job_file import JobFileEntry, check_entries, raise_problems, read_jobs, request_body
 from loramill.submission.options import JobOptionsDict, drop_none, read_options
 
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 #: Called with the stage ("uploading", "checking" or "submitting"), the number of jobs done, and the total.
 OnProgress = Callable[[str, int, int], None]
 
-_P = ParamSpec("_P")
 _T = TypeVar("_T")
 #: How long `wait` and `events` retry while the gateway is unreachable.
 _OUTAGE_SECONDS = 60.0
@@ -185,8 +186,8 @@ class JobsResource:
         """
         last: str | None = None
         while True:
-            final = not follow or _retry_while_unavailable(self.get, job_id).status.final
-            for event in _retry_while_unavailable(self._events_after, job_id, last):
+            final = not follow or _through_outages(partial(self.get, job_id)).status.final
+            for event in _through_outages(partial(self._events_after, job_id, last)):
                 last = event.id
                 yield event
             if final:
@@ -205,7 +206,7 @@ class JobsResource:
             JobError: The job failed (the class gives the reason) or, as JobCancelled, was cancelled.
         """
         while True:
-            job = _retry_while_unavailable(self.get, job_id)
+            job = _through_outages(partial(self.get, job_id))
             if on_progress is not None:
                 on_progress(job)
             if (failure := job.failure) is not None:
@@ -285,15 +286,9 @@ class JobsResource:
         return new[::-1]
 
 
-def _retry_while_unavailable(request: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    deadline = time.monotonic() + _OUTAGE_SECONDS
-    while True:
-        try:
-            return request(*args, **kwargs)
-        except (NotRunning, Unavailable, Overloaded):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1.0)
+def _through_outages(request: Callable[[], _T]) -> _T:
+    errors = (NotRunning, Unavailable, Overloaded)
+    return retry_while_unavailable(request, timeout_seconds=_OUTAGE_SECONDS, pause_seconds=1.0, errors=errors)
 
 
 def _job_path(job_id: str, below: str = "") -> str:
