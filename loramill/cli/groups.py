@@ -9,16 +9,7 @@ from typer.core import TyperGroup
 
 from loramill.cli.format import print_message
 from loramill.errors import LoramillError
-
-#: Extra of loramill that installs a package; the extra `local` installs all others.
-EXTRAS = {
-    "datasets": "data",
-    "deepspeed": "full",
-    "matplotlib": "plot",
-    "openai": "openai",
-    "plotext": "plot",
-    "pyarrow": "data",
-}
+from loramill.extras import install_command
 
 
 class Root(TyperGroup):
@@ -39,10 +30,8 @@ class Root(TyperGroup):
             package = (error.name or "loramill").partition(".")[0]
             if package == "loramill":
                 raise
-            extra = EXTRAS.get(package, "local")
             print_message(
-                f"This needs the package {package}, which is not installed: pip install 'loramill[{extra}]'.",
-                style="red",
+                f"This needs the package {package}, which is not installed: {install_command(package)}.", style="red"
             )
             raise typer.Exit(1) from error
 

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from loramill import __version__
 from loramill.errors import LoramillError, SettingsInvalid
+from loramill.extras import install_command
 from loramill.local.machine import c_compiler
 from loramill.plural import counted
 from loramill.settings import Settings
@@ -119,8 +121,9 @@ class _ProbeError(Exception):
 def examine() -> list[Finding]:
     """Runs all checks; problems are returned, not raised."""
     settings, findings = read_settings()
+    checks = CLIENT_CHECKS if _installed_version("torch") is None else CHECKS
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for found in pool.map(lambda check: list(_run_check(check, settings)), CHECKS):
+        for found in pool.map(lambda check: list(_run_check(check, settings)), checks):
             findings += found
     return findings
 
@@ -150,16 +153,24 @@ def packages(_: Settings) -> Iterable[Finding]:
     from packaging.utils import canonicalize_name
 
     yield Finding(what="loramill", status=Status.OK, found=__version__)
-    needed = {each.name for each in requirements("local")}
+    client_only = _installed_version("torch") is None
+    needed = {each.name for each in requirements("" if client_only else "local")}
+    if client_only:
+        found = "not installed: only the commands that call a gateway work"
+        yield Finding(what="extra local", status=Status.WARN, found=found, fix=install_command("torch"))
     for requirement in {each.name: each for each in requirements("all")}.values():
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            if requirement.name not in needed:
-                continue
-            version = None
+        version = _installed_version(requirement.name)
+        if version is None and requirement.name not in needed:
+            continue
         tested = TESTED_VERSIONS.get(canonicalize_name(requirement.name))
         yield judge_package(requirement.name, str(requirement.specifier), version, tested)
+
+
+def _installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def requirements(extra: str) -> Iterable[Requirement]:
@@ -186,9 +197,9 @@ def judge_package(name: str, required: str, version: str | None, tested: str | N
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 
-    fix = f"pip install '{name}{required}'"
     if version is None:
-        return Finding(what=name, status=Status.ERROR, found="not installed", fix=fix)
+        return Finding(what=name, status=Status.ERROR, found="not installed", fix=install_command(name))
+    fix = f"pip install '{name}{required}'"
     if not SpecifierSet(required).contains(version, prereleases=True):
         found = f"{version}, but loramill needs {required}"
         return Finding(what=name, status=Status.ERROR, found=found, fix=fix)
@@ -216,7 +227,7 @@ def hardware(settings: Settings) -> Iterable[Finding]:
     try:
         seen = _probe(_TORCH)
     except _ProbeError as error:
-        fix = "pip install --force-reinstall torch"
+        fix = _fix_of(error, "pip install --force-reinstall torch")
         yield Finding(what="torch starts", status=Status.ERROR, found=str(error), fix=fix)
         return
     yield cpu(seen["capability"], _cpu_flags(), os.cpu_count() or 1, seen["threads"])
@@ -264,7 +275,7 @@ def kernels(settings: Settings) -> Iterable[Finding]:
         device, name = _probe(_KERNELS, settings.serve.device)
         yield Finding(what="kernels", status=Status.OK, found=f"{name}, on {device}")
     except _ProbeError as error:
-        fix = "Unset LORAMILL_KERNELS; if that does not help, reinstall loramill."
+        fix = _fix_of(error, "Unset LORAMILL_KERNELS; if that does not help, reinstall loramill.")
         yield Finding(what="kernels", status=Status.ERROR, found=str(error), fix=fix)
     compiler = c_compiler()
     if compiler is None:
@@ -280,7 +291,7 @@ def ray(_: Settings) -> Iterable[Finding]:
     try:
         yield Finding(what="ray starts", status=Status.OK, found=_probe(_RAY))
     except _ProbeError as error:
-        fix = f"pip install --force-reinstall 'ray[train,serve]=={TESTED_VERSIONS['ray']}'"
+        fix = _fix_of(error, f"pip install --force-reinstall 'ray[train,serve]=={TESTED_VERSIONS['ray']}'")
         yield Finding(what="ray starts", status=Status.ERROR, found=str(error), fix=fix)
 
 
@@ -439,6 +450,8 @@ CHECKS: tuple[Callable[[Settings], Iterable[Finding]], ...] = (
     other_bases,
     gateway,
 )
+#: Checks of an installation without the extra `local`.
+CLIENT_CHECKS = (python, packages, gateway)
 
 
 def _run_check(check: Callable[[Settings], Iterable[Finding]], settings: Settings) -> Iterable[Finding]:
@@ -446,8 +459,14 @@ def _run_check(check: Callable[[Settings], Iterable[Finding]], settings: Setting
         yield from check(settings)
     except Exception as error:  # noqa: BLE001 - a check that fails is itself a finding
         found = f"the check failed ({type(error).__name__}: {error})"
-        fix = "Reinstall loramill: pip install --force-reinstall loramill"
+        fix = _fix_of(error, "Reinstall loramill: pip install --force-reinstall loramill")
         yield Finding(what=check.__name__, status=Status.ERROR, found=found, fix=fix)
+
+
+def _fix_of(error: Exception, fix: str) -> str:
+    """Returns the command that installs the extra of a missing package; `fix` if the error has another cause."""
+    missing = re.search(r"No module named '(\w+)'", str(error))
+    return install_command(missing[1]) if missing and missing[1] != "loramill" else fix
 
 
 def _probe(code: str, *arguments: str) -> Any:

@@ -76,6 +76,27 @@ def test_a_package_is_judged_by_its_version(version: str | None, status: Status,
     assert ("pip install" in finding.fix) == (status is not Status.OK)
 
 
+def test_a_missing_package_names_the_extra_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(_: Settings) -> Iterable[Finding]:
+        raise ModuleNotFoundError("No module named 'sqlalchemy'", name="sqlalchemy")
+
+    (finding,) = doctor._run_check(check, Settings.load())
+    assert (finding.status, finding.fix) == (Status.ERROR, "pip install 'loramill[local]'")
+    assert doctor.judge_package("torch", ">=2", None, None).fix == "pip install 'loramill[local]'"
+    monkeypatch.setattr(doctor, "_RAY", "raise ModuleNotFoundError(\"No module named 'ray'\")")
+    assert single_finding(doctor.ray).fix == "pip install 'loramill[local]'"
+
+
+def test_an_installation_of_the_client_names_the_extra_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_client = {each.name for each in doctor.requirements("")}
+    installed = doctor._installed_version
+    monkeypatch.setattr(doctor, "_installed_version", lambda name: installed(name) if name in of_client else None)
+    found = doctor.examine()
+    (problem,) = [each for each in found if each.status is not Status.OK]
+    assert (problem.what, problem.fix) == ("extra local", "pip install 'loramill[local]'")
+    assert {"python", "loramill", "httpx", "gateway"} <= {each.what for each in found}
+
+
 def test_this_machine_has_what_loramill_needs() -> None:
     found = {finding.what: finding for finding in doctor.packages(Settings.load())}
     assert {"loramill", "torch", "ray"} <= set(found)
