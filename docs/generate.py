@@ -264,7 +264,9 @@ def resolved(thing: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 
 def body_rows(body: dict[str, Any], schema: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """The fields of a request's body."""
-    body = resolved(body, schema)
+    # A body that may be omitted is "the object or null".
+    options = [each for each in body.get("anyOf", [body]) if each.get("type") != "null"]
+    body = resolved(options[0], schema)
     required = body.get("required", ())
     return [
         (code(name), "body, required" if name in required else "body", schema_text(field), field.get("description", ""))
@@ -279,7 +281,7 @@ def schema_text(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return ", ".join(code(json_text(value)) for value in schema["enum"] if value is not None)
     if "const" in schema:
-        return code(json_text(schema["const"]))
+        return code(json_text(schema["const"])) if schema["const"] != "" else '`""`'
     options = schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf")
     if options:
         return " or ".join(dict.fromkeys(schema_text(each) for each in options if each.get("type") != "null"))

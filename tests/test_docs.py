@@ -127,6 +127,15 @@ def test_a_reference_page_is_what_the_code_generates(page: str) -> None:
     assert (module.FOLDER / page).read_text(encoding="utf-8") == module.PAGES[page](), "run `python docs/generate.py`"
 
 
+def test_the_api_reference_lists_the_fields_of_every_body() -> None:
+    module = generator()
+    schema = module.openapi()
+    for path, methods in schema["paths"].items():
+        for method, operation in methods.items():
+            section = module.endpoint_section(operation, method, path, schema)
+            assert ("| body" in section) == ("requestBody" in operation), f"{method} {path}"
+
+
 def test_every_setting_in_the_text_exists() -> None:
     known = {name for name, _ in generator().setting_fields(Settings)}
     for page in PAGES:

@@ -58,8 +58,7 @@ def recognize(name: str, columns: Collection[str]) -> RowFormat:
     if found:
         either = " or ".join(f"{form.required[0]}={form.required[0]}" for form in found)
         raise DatasetInvalid(
-            f"{name} can be read as {' and as '.join(form.name for form in found)}: say which columns to use, such as "
-            f"{either}."
+            f"{name} can be read as {' and as '.join(form.name for form in found)}: select columns, such as {either}."
         )
     shown = ", ".join(map(_column_name, columns)) or "(none)"
     if {"chosen", "rejected"} <= set(columns):

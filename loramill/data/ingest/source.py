@@ -55,7 +55,7 @@ def _open(path: Path, raw: bytes) -> Table:
         raise DatasetInvalid(f"{path.name} is {describe_kind(kind or '')}; save it as CSV, JSONL or Parquet.")
     if suffix in (".parquet", ".arrow", ".feather"):
         raise DatasetInvalid(
-            f"{path.name} can't be read as a table: its content is not of the kind that its name says; write it again."
+            f"{path.name} can't be read as a table: its content does not match the suffix of its name; write it again."
         )
     if suffix in _DELIMITED:
         return read_delimited(path.name, text_of(path.name, raw))

@@ -32,7 +32,7 @@ class PromotionRequest(RequestBody):
 class VersionSelector(RequestBody):
     """A version of the adapter."""
 
-    version: str = Field(default=Alias.CHAMPION.value, description=_VERSION)
+    version: str = Field(default=Alias.CHAMPION.value, description=f"{_VERSION} Default: the champion.")
 
 
 class NewDataRequest(RequestBody):
@@ -61,7 +61,7 @@ class VersionFilesQuery(BaseModel):
     """The query for a version's files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    version: str = Field(default=Alias.CHAMPION.value, description=_VERSION)
+    version: str = Field(default=Alias.CHAMPION.value, description=f"{_VERSION} Default: the champion.")
     full: bool = Field(default=False, description="The whole weights of a full fine-tune, instead of the adapter.")
 
 
@@ -81,7 +81,9 @@ class VersionDeletionQuery(BaseModel):
     """The query of the deletion of a version."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    force: bool = Field(default=False, description="Delete the version even if it is the challenger or the previous.")
+    force: bool = Field(
+        default=False, description="Delete the version even if it is the challenger or the previous champion."
+    )
 
 
 @response_object

@@ -49,7 +49,7 @@ class NewJob(RequestBody):
     metadata: Metadata = Field(default={}, description="Up to 16 pairs of strings, by which jobs can be listed.")
     method: Method | None = Field(default=None, description="The training method and its hyperparameters.")
     hyperparameters: Hyperparameters | None = Field(
-        default=None, description="The hyperparameters, in the place of older versions of OpenAI's API."
+        default=None, description="Hyperparameters as in older versions of OpenAI's API, instead of `method`."
     )
     integrations: list[dict[str, Any]] | None = Field(default=None, description="Not supported.")
     loramill: LoramillOptions = Field(default=LoramillOptions(), description="More options of the job.")

@@ -213,7 +213,7 @@ def test_a_hub_id_names_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("x.jsonl", b'{"messages": [], "prompt": "", "completion": ""}', "can be read as messages and as prompt and"),
         ("x.txt", b"prompt,completion\na,b\n", "is not in a known format"),
         ("x.parquet", b"PAR1", "x.parquet can't be read as a table"),
-        ("x.parquet", b"{}", "x.parquet can't be read as a table: its content is not of the kind that its name says"),
+        ("x.parquet", b"{}", "x.parquet can't be read as a table: its content does not match the suffix of its name"),
         (
             "x.csv.gz",
             gzip.compress(b"prompt,completion\n" * 99, mtime=0)[:-9],
