@@ -44,7 +44,7 @@ from loramill.settings import Settings
 from loramill.submission.options import JobOptionsDict
 
 T = TypeVar("T")
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 #: The example tenant whose new data are an accident (see README.md).
 SPOILED = "copperline"
 #: Maximum number of new examples from the user's own tenants, so that the nightly run stays short.
@@ -110,15 +110,23 @@ def main() -> int:
         runs = watch_jobs(client, up)
         rows, samples = compare(client, tenants)
         console.print(comparison(rows))
-        night = run_nightly_pipeline(client, tenants)
+        nightly_results = run_nightly_pipeline(client, tenants)
     seconds = time.monotonic() - begun
     base = served_base().name
-    write_report(options.report, base=base, rows=rows, runs=runs, samples=samples, night=night, seconds=seconds)
+    write_report(
+        options.report,
+        base=base,
+        rows=rows,
+        runs=runs,
+        samples=samples,
+        nightly_results=nightly_results,
+        seconds=seconds,
+    )
     console.print(f"{seconds / 60:.1f} minutes; report: {options.report}")
     losers = [row.tenant for row in rows if not row.wins]
     if losers:
         console.print(f"[red]Not the best on its own questions: {', '.join(losers)}[/red]")
-    spoiled = [line.adapter for line in night if line.spoiled and line.promoted]
+    spoiled = [line.adapter for line in nightly_results if line.spoiled and line.promoted]
     if spoiled:
         console.print(f"[red]Promoted on spoiled data: {', '.join(spoiled)}[/red]")
     return 1 if losers or spoiled else 0
@@ -126,7 +134,7 @@ def main() -> int:
 
 def example_tenants() -> list[Tenant]:
     """Reads the tenants next to this file, two of them with new data."""
-    return [read_tenant(folder, HERE / "new_data" / folder.name) for folder in sorted((HERE / "tenants").iterdir())]
+    return [read_tenant(folder, FOLDER / "new_data" / folder.name) for folder in sorted((FOLDER / "tenants").iterdir())]
 
 
 def own_tenants(folders: list[Path]) -> list[Tenant]:
@@ -140,10 +148,10 @@ def own_tenants(folders: list[Path]) -> list[Tenant]:
     return tenants
 
 
-def read_tenant(folder: Path, night: Path) -> Tenant:
+def read_tenant(folder: Path, new_folder: Path) -> Tenant:
     """Reads a folder's three files, and its new data if there is some."""
     test = read_examples((folder / "test.jsonl").read_bytes(), str(folder / "test.jsonl"))
-    new, new_valid = night / "train.jsonl", night / "valid.jsonl"
+    new, new_valid = new_folder / "train.jsonl", new_folder / "valid.jsonl"
     return Tenant(
         name=folder.resolve().name.lower(),
         train=(folder / "train.jsonl").read_bytes(),
@@ -261,17 +269,17 @@ def compare(client: Client, tenants: list[Tenant]) -> tuple[list[Row], list[Samp
     cells = [(tenant, model) for tenant in tenants for model in models]
     tokenizer = ChatTokenizer.load(served_base().folder)
     answers = iter(ask_with_bar([q for tenant, model in cells for q in build_questions(model, tenant.test, tokenizer)]))
-    given = {(tenant.name, model): [next(answers) for _ in tenant.test] for tenant, model in cells}
+    replies = {(tenant.name, model): [next(answers) for _ in tenant.test] for tenant, model in cells}
     rows, samples = [], []
     for tenant in tenants:
         references = [example.completion for example in tenant.test]
-        scores = {model: score([each.text for each in given[tenant.name, model]], references) for model in models}
+        scores = {model: score([each.text for each in replies[tenant.name, model]], references) for model in models}
         others = best({model: scores[model] for model in models[1:] if model != tenant.model} or {base: scores[base]})
         rows.append(Row(tenant.name, scores[base], scores[tenant.model], others, scores[others[0]]))
         samples += [
             Sample(tenant.name, example.messages[-2]["content"], reference, own, plain)
             for example, reference, own, plain in zip(
-                tenant.test, references, given[tenant.name, tenant.model], given[tenant.name, base], strict=True
+                tenant.test, references, replies[tenant.name, tenant.model], replies[tenant.name, base], strict=True
             )
         ][:: max(1, len(references) // SAMPLES)]
     return rows, samples
@@ -332,7 +340,8 @@ def run_nightly_pipeline(client: Client, tenants: list[Tenant]) -> list[NightlyR
     found = {outcome.adapter: outcome for outcome in outcomes(steps)}
     scores = {step.adapter: step.result for step in steps if step.step == "evaluate"}
     lines = [
-        night_line(tenant, found[tenant.model], scores[tenant.model], before[tenant.model], client) for tenant in fed
+        nightly_result(tenant, found[tenant.model], scores[tenant.model], before[tenant.model], client)
+        for tenant in fed
     ]
     console.print(nightly_table(lines))
     for line in lines:
@@ -355,7 +364,7 @@ def nightly_table(lines: list[NightlyResult]) -> Table:
     return table
 
 
-def night_line(
+def nightly_result(
     tenant: Tenant, outcome: Outcome, scores: dict[str, dict[str, Any]], before: str | None, client: Client
 ) -> NightlyResult:
     """The nightly run's outcome for one adapter, and the version that its endpoint answers with now."""

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 #: The same system prompt for all tenants, so that only the adapter makes a difference.
 SYSTEM = "Answer as our house does."
@@ -37,7 +37,7 @@ class Phrases:
         """Reads `phrases/<name>.txt`: blocks between empty lines, each headed by its name."""
         slots: dict[str, dict[str, str]] = {}
         sections: dict[str, list[str]] = {}
-        text = (HERE / "phrases" / f"{name}.txt").read_text(encoding="utf-8")
+        text = (FOLDER / "phrases" / f"{name}.txt").read_text(encoding="utf-8")
         for block in text.split("\n\n"):
             lines = [line for line in block.splitlines() if line and not line.startswith("#")]
             if not lines:
@@ -243,4 +243,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)

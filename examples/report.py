@@ -112,7 +112,7 @@ def best(scores: Mapping[str, Score]) -> tuple[str, ...]:
     return tuple(sorted(model for model, score in scores.items() if rank(score) == top))
 
 
-def verdict(rows: Sequence[Row], night: Sequence[NightlyResult]) -> tuple[bool, list[str]]:
+def verdict(rows: Sequence[Row], nightly_results: Sequence[NightlyResult]) -> tuple[bool, list[str]]:
     """Whether the demo succeeded, and the sentences of the headline."""
     wins, ties = sum(row.wins for row in rows), sum(row.ties for row in rows)
     own = sum(row.own.exact_match * row.own.examples for row in rows) / sum(row.own.examples for row in rows)
@@ -122,11 +122,11 @@ def verdict(rows: Sequence[Row], night: Sequence[NightlyResult]) -> tuple[bool, 
         f"{wins} of {len(rows)} adapters answer their own tenant's questions better than the base and every other "
         f"adapter{tied}: {own:.0%} are exactly right, {base:.0%} by the base alone."
     ]
-    for line in night:
+    for line in nightly_results:
         what = "promoted" if line.promoted else "held back"
         data = "spoiled data" if line.spoiled else "new data"
         sentences.append(f"The nightly run {what} what {line.adapter} learned from {data}.")
-    good = wins == len(rows) and not any(line.spoiled and line.promoted for line in night)
+    good = wins == len(rows) and not any(line.spoiled and line.promoted for line in nightly_results)
     return good, sentences
 
 
@@ -137,12 +137,12 @@ def write_report(
     rows: Sequence[Row],
     runs: Sequence[Run],
     samples: Sequence[Sample],
-    night: Sequence[NightlyResult],
+    nightly_results: Sequence[NightlyResult],
     seconds: float,
 ) -> None:
     """Writes the page; it needs no network and no other file."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    good, sentences = verdict(rows, night)
+    good, sentences = verdict(rows, nightly_results)
     page = environment.from_string(PAGE).render(
         base=base,
         good=good,
@@ -150,7 +150,7 @@ def write_report(
         rows=rows,
         runs=[(run, plot(run.curve)) for run in runs],
         samples=samples,
-        night=night,
+        nightly_results=nightly_results,
         roles=ROLES,
         minutes=seconds / 60,
         date=time.strftime("%Y-%m-%d %H:%M"),
@@ -292,7 +292,7 @@ other adapter; where exact match is equal, token F1 decides.</p>
 <p class="note">Mean loss of the answers' tokens in nats per token, on a logarithmic scale.</p>
 
 <h2>Nightly run</h2>
-{% for line in night %}
+{% for line in nightly_results %}
 <section class="card" style="margin:1rem 0"><h3>{{ line.adapter }}:
 <span class="{{ 'good' if line.promoted != line.spoiled else 'bad' }}">
 {{ "promoted" if line.promoted else "held" }}</span></h3>

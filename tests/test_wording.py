@@ -1,7 +1,7 @@
 """Plain words: texts and identifiers contain none of the phrases and names that are listed here.
 
 Every entry of `PHRASES` has its reason, its replacement, and a sentence that must match. `make lint` runs `typos` for
-spelling; this test is about meaning.
+spelling, and this test for meaning.
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ NAMES = {
     "nights": "nightly_runs",
     "nobody": "none",
     "here": "gateway",
+    "night": "nightly",
+    "tuned": "adapted",
     "remembered": "cached",
     "rooms": "packages",
     "floors": "layers",
@@ -210,7 +212,9 @@ def test_no_identifier_has_a_word_that_was_replaced() -> None:
         f"{path.relative_to(ROOT)}:{line}: {name}: use {NAMES[part]}"
         for path in sources((*PACKAGES, *DATA))
         for line, name in names(path.read_text(encoding="utf-8"))
-        for part in re.findall(r"[a-z]+", re.sub(r"([A-Z])", r"_\1", name).lower().replace("fine_tuned", ""))
+        for part in re.findall(
+            r"[a-z]+", re.sub(r"(?<=[a-z0-9])([A-Z])", r"_\1", name).lower().replace("fine_tuned", "")
+        )
         if part in NAMES
     ]
     assert not found, "\n".join(sorted(set(found)))

@@ -87,8 +87,8 @@ class AdapterModule:
 def read_adapter(folder: Path, base: BaseModules, allocate: Allocator = host_memory) -> dict[str, Delta]:
     """The deltas of an adapter by module; for arguments and errors see `read_modules`."""
     return {
-        module: tuned.delta(None if tuned.magnitude is None else base.weight(module))
-        for module, tuned in read_modules(folder, base, allocate).items()
+        module: adapted.delta(None if adapted.magnitude is None else base.weight(module))
+        for module, adapted in read_modules(folder, base, allocate).items()
     }
 
 
@@ -119,7 +119,7 @@ def read_modules(folder: Path, base: BaseModules, allocate: Allocator = host_mem
     promised = _targeted(name, config, found, trained, base)
     adalora = config["peft_type"] == "ADALORA"
     ranks, alphas = (Patterns(name, config, key) for key in ("rank_pattern", "alpha_pattern"))
-    tuned: dict[str, AdapterModule] = {}
+    adapted: dict[str, AdapterModule] = {}
     for module in promised:
         site, called, own = base.modules[module], trained[module], found.get(module)
         if adalora:
@@ -128,8 +128,8 @@ def read_modules(folder: Path, base: BaseModules, allocate: Allocator = host_mem
             rank, scale = _rank_and_scale(name, module, config, ranks.of(called, module), alphas.of(called, module))
             one = _lora(name, module, site, own, rank, scale, bool(config.get("use_dora")))
         if one is not None:
-            tuned[module] = one
-    return tuned
+            adapted[module] = one
+    return adapted
 
 
 def _read_file(folder: Path, base: BaseModules, memory: Allocator) -> dict[str, FileModule]:

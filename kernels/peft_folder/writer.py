@@ -23,16 +23,16 @@ def normalized_files(modules: Mapping[str, AdapterModule], base: BaseModules, ba
         base_name: The base's name in the API.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for name, tuned in modules.items():
-        tensors |= tuned.tensors(name)
+    for name, adapted in modules.items():
+        tensors |= adapted.tensors(name)
     contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     config = json.dumps(_config(modules, base, base_name), indent=2, sort_keys=True)
     return {CONFIG_FILE: config.encode(), WEIGHTS_FILE: save(contiguous, metadata={"format": "pt"})}
 
 
 def _config(modules: Mapping[str, AdapterModule], base: BaseModules, base_name: str) -> dict[str, object]:
-    ranks = {name: len(tuned.a) for name, tuned in modules.items()}
-    alphas = {name: _number(tuned.scale * len(tuned.a)) for name, tuned in modules.items()}
+    ranks = {name: len(adapted.a) for name, adapted in modules.items()}
+    alphas = {name: _number(adapted.scale * len(adapted.a)) for name, adapted in modules.items()}
     (rank, _), (alpha, _) = Counter(ranks.values()).most_common(1)[0], Counter(alphas.values()).most_common(1)[0]
     return {
         "peft_type": "LORA",
@@ -42,7 +42,7 @@ def _config(modules: Mapping[str, AdapterModule], base: BaseModules, base_name: 
         "bias": "none",
         "r": rank,
         "lora_alpha": alpha,
-        "use_dora": any(tuned.magnitude is not None for tuned in modules.values()),
+        "use_dora": any(adapted.magnitude is not None for adapted in modules.values()),
         "target_modules": _targets(modules, base),
         "rank_pattern": {name: each for name, each in ranks.items() if each != rank},
         "alpha_pattern": {name: each for name, each in alphas.items() if each != alpha},

@@ -77,7 +77,7 @@ def test_the_page_names_base_versions_and_cut_answers(report: ModuleType, tmp_pa
         rows=[report.Row("acme", score(0.0), score(1.0), ("b/x", "c/x"), score(0.0))],
         runs=[report.Run("acme/a", "c" * 64, 60, 12345, 60.0, curve)],
         samples=[report.Sample("acme", "<b>Q</b>", "right", EvalAnswer("right"), EvalAnswer("I am a", truncated=True))],
-        night=[line(report, spoiled=True, promoted=False)],
+        nightly_results=[line(report, spoiled=True, promoted=False)],
         seconds=90,
     )
     page = path.read_text(encoding="utf-8")

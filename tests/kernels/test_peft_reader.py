@@ -45,12 +45,12 @@ def saved(model: PreTrainedModel | None = None, **config: Any) -> Iterator[Path]
     """A folder that PEFT saved, in which no matrix is zero."""
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
     torch.manual_seed(3)
-    tuned = get_peft_model(model or llama(), LoraConfig(**options | config))
-    for name, parameter in tuned.named_parameters():
+    adapted = get_peft_model(model or llama(), LoraConfig(**options | config))
+    for name, parameter in adapted.named_parameters():
         if "magnitude" in name:
             parameter.data.mul_(torch.rand_like(parameter) + 0.5)
     with TemporaryDirectory() as folder:
-        tuned.save_pretrained(folder)
+        adapted.save_pretrained(folder)
         yield Path(folder)
 
 

@@ -65,10 +65,10 @@ class Harness:
         from peft import PeftModel
 
         model = load_for_training(self.base, torch.bfloat16)
-        tuned = PeftModel.from_pretrained(model, self.adapters[0], adapter_name="0", autocast_adapter_dtype=False)
+        adapted = PeftModel.from_pretrained(model, self.adapters[0], adapter_name="0", autocast_adapter_dtype=False)
         for version, folder in list(enumerate(self.adapters))[1:]:
-            tuned.load_adapter(folder, adapter_name=str(version), autocast_adapter_dtype=False)
-        return tuned.eval()
+            adapted.load_adapter(folder, adapter_name=str(version), autocast_adapter_dtype=False)
+        return adapted.eval()
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
         """Random prompts of token ids, which share no prefix."""

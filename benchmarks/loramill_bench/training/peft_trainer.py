@@ -34,8 +34,8 @@ class PeftTrainer(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, base: Base, spec: JobSpec, batches: Sequence[Sequence[EncodedExample]], scratch: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.bfloat16)
-        with attach_adapter(model, spec, base.folder) as tuned:
-            weights = {name: weight.detach().clone() for name, weight in tuned.weights.items()}
+        with attach_adapter(model, spec, base.folder) as adapted:
+            weights = {name: weight.detach().clone() for name, weight in adapted.weights.items()}
         config = LoraConfig(
             task_type="CAUSAL_LM", r=spec.rank, lora_alpha=int(spec.alpha), target_modules=list(spec.targets)
         )

@@ -99,9 +99,9 @@ def read_start_adapter(folder: Path, base: BaseModules) -> StoredAdapter:
     except AdapterInvalid as error:
         raise AdapterInvalid(f"The adapter to start from can't be read: {error}", param="start_from") from error
     tensors: dict[str, torch.Tensor] = {}
-    for module, tuned in found.items():
-        tensors |= tuned.tensors(module)
-    return StoredAdapter(tensors, {module: tuned.scale for module, tuned in found.items()})
+    for module, adapted in found.items():
+        tensors |= adapted.tensors(module)
+    return StoredAdapter(tensors, {module: adapted.scale for module, adapted in found.items()})
 
 
 def check_same(stored: StoredAdapter, expected: Mapping[str, torch.Size], scales: Mapping[str, float]) -> None:

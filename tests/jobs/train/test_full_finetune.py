@@ -224,8 +224,8 @@ def test_the_result_is_a_lora_and_a_base(tiny_base_folder: Path, tmp_path: Path,
     assert set(found.report.changes_left_out) == {name for name in last.weights if "norm" in name or "embed" in name}
     assert found.report == type(found.report).model_validate_json(found.adapter_files[REPORT_FILE])
     served = load_for_training(base, torch.bfloat16).float()
-    tuned = PeftModel.from_pretrained(served, write_files(tmp_path / "lora", found.adapter_files)).merge_and_unload()
-    for name, parameter in tuned.named_parameters():
+    adapted = PeftModel.from_pretrained(served, write_files(tmp_path / "lora", found.adapter_files)).merge_and_unload()
+    for name, parameter in adapted.named_parameters():
         if name not in found.report.changes_left_out:
             torch.testing.assert_close(parameter, last.weights[name], rtol=1e-3, atol=1e-5)
 

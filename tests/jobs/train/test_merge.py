@@ -43,13 +43,13 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def saved(base: Base, to: Path, config: LoraConfig, size: float = 0.02) -> Path:
     """An adapter whose every matrix does something, as PEFT saves it."""
     with seeded(CPU, "adapter"):
-        tuned = get_peft_model(load_for_training(base, torch.bfloat16).float(), config)
-        for name, parameter in tuned.named_parameters():
+        adapted = get_peft_model(load_for_training(base, torch.bfloat16).float(), config)
+        for name, parameter in adapted.named_parameters():
             if "lora_" in name and "magnitude" not in name:
                 parameter.data += size * torch.randn_like(parameter)
             if "magnitude" in name:
                 parameter.data *= 1 + 0.1 * torch.randn_like(parameter)
-    tuned.save_pretrained(to)
+    adapted.save_pretrained(to)
     return to
 
 

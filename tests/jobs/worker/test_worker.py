@@ -82,8 +82,8 @@ def test_a_job_becomes_a_version_that_peft_loads(worker: Worker) -> None:
     done = now(worker, job)
     assert (done.status, done.step) == (JobStatus.SUCCEEDED, 2)
     folder = worker.registry.artifacts.fetch(done.version or "")
-    tuned = PeftModel.from_pretrained(load_for_training(worker.base, torch.bfloat16), folder)
-    assert tuned.peft_config["default"].r == 4
+    adapted = PeftModel.from_pretrained(load_for_training(worker.base, torch.bfloat16), folder)
+    assert adapted.peft_config["default"].r == 4
     origin = json.loads((folder / "loramill.json").read_text())
     assert (origin["job"], origin["base"]) == (job.id, worker.base.fingerprint)
     with worker.registry.reading() as session:

@@ -97,12 +97,12 @@ def test_usage_is_shown(gateway: RunningGateway, tenant: str, monkeypatch: pytes
             own.chat(own.models()[0], "one two three")
         eventually(lambda: len(admin.usage(tenant)) == 2)
         today = datetime.now(UTC).date()
-        base, tuned = sorted(admin.usage(tenant), key=lambda row: row.version or "")
-        assert (tuned.model, tuned.version, tuned.day) == (f"{tenant}/a", version, today.isoformat())
+        base, adapted = sorted(admin.usage(tenant), key=lambda row: row.version or "")
+        assert (adapted.model, adapted.version, adapted.day) == (f"{tenant}/a", version, today.isoformat())
         assert (base.requests, base.prompt_tokens, base.completion_tokens) == (1, 3, 3)
         assert admin.usage(tenant, last=today - timedelta(1)) == []
     monkeypatch.setenv("LORAMILL_API_KEY", key)
-    assert {row["model"] for row in json_output("usage")} == {base.model, tuned.model}
+    assert {row["model"] for row in json_output("usage")} == {base.model, adapted.model}
     lines = loramill("usage", "--days", "1").stdout.splitlines()
     assert len(lines) == 3 and any(f"{tenant}/a@{version[:12]}" in line for line in lines)
     other = loramill("usage", "--tenant", "somebody")

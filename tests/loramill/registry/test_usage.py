@@ -30,22 +30,22 @@ def windows_of_others(registry, gateway, minute=20, now=1200.0):
         return usage.peer_windows(session, gateway, minute=minute, now=now)
 
 
-TUNED = UsageItem("acme", "2026-01-31", "acme/a", "f" * 64)
+ADAPTER_ITEM = UsageItem("acme", "2026-01-31", "acme/a", "f" * 64)
 BASE = UsageItem("acme", "2026-01-31", "tiny", "")
 
 
 def test_a_batch_that_is_written_again_counts_once(registry: Registry) -> None:
     for batch, counts in (
-        (1, {TUNED: UsageCount(1, 10, 5)}),
-        (1, {TUNED: UsageCount(1, 10, 5)}),
-        (2, {TUNED: UsageCount(2, 1, 1)}),
+        (1, {ADAPTER_ITEM: UsageCount(1, 10, 5)}),
+        (1, {ADAPTER_ITEM: UsageCount(1, 10, 5)}),
+        (2, {ADAPTER_ITEM: UsageCount(2, 1, 1)}),
     ):
         write(registry, "one", batch, counts)
-    write(registry, "two", 1, {TUNED: UsageCount(1, 0, 100), BASE: UsageCount(1, 2, 3)})
+    write(registry, "two", 1, {ADAPTER_ITEM: UsageCount(1, 0, 100), BASE: UsageCount(1, 2, 3)})
     with registry.reading() as session:
-        tuned, base = usage.daily(session, "acme", "2026-01-01", "2026-12-31")
-    assert (tuned.model, tuned.version, tuned.requests) == ("acme/a", "f" * 64, 4)
-    assert (tuned.prompt_tokens, tuned.completion_tokens) == (11, 106)
+        adapted, base = usage.daily(session, "acme", "2026-01-01", "2026-12-31")
+    assert (adapted.model, adapted.version, adapted.requests) == ("acme/a", "f" * 64, 4)
+    assert (adapted.prompt_tokens, adapted.completion_tokens) == (11, 106)
     assert (base.version, base.requests, base.prompt_tokens, base.completion_tokens) == (None, 1, 2, 3)
 
 
@@ -105,12 +105,12 @@ def test_a_silent_gateway_runs_nothing_but_its_minute_counts(registry: Registry)
 
 
 def test_deleted_gateways_leave_their_usage(registry: Registry) -> None:
-    write(registry, "old", 3, {TUNED: UsageCount(1, 1, 1)}, {"acme": RateWindow(20, requests=1)}, now=1000.0)
+    write(registry, "old", 3, {ADAPTER_ITEM: UsageCount(1, 1, 1)}, {"acme": RateWindow(20, requests=1)}, now=1000.0)
     write(registry, "new", 1, windows={"acme": RateWindow(20, requests=2)}, now=1100.0)
     with registry.writing() as session:
         usage.delete_silent_gateways(session, 1050.0)
     assert windows_of_others(registry, "me") == {"acme": [RateWindow(20, requests=2)]}
-    write(registry, "old", 4, {TUNED: UsageCount(1, 1, 1)})
+    write(registry, "old", 4, {ADAPTER_ITEM: UsageCount(1, 1, 1)})
     with registry.reading() as session:
         assert usage.daily(session, None, "2026-01-31", "2026-01-31")[0].requests == 2
 

@@ -37,9 +37,9 @@ def logits(model, prompt: list[int]) -> torch.Tensor:
 def test_a_fresh_bottleneck_adapter_changes_nothing(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
     model.to(dtype)
     before = logits(model, PROMPTS[1])
-    with bottleneck.attach_bottleneck(model, 8, seed=0) as tuned:
-        assert torch.equal(logits(tuned.model, PROMPTS[1]), before)
-        assert {weight.dtype for weight in tuned.weights.values()} == {torch.float32}
+    with bottleneck.attach_bottleneck(model, 8, seed=0) as attached:
+        assert torch.equal(logits(attached.model, PROMPTS[1]), before)
+        assert {weight.dtype for weight in attached.weights.values()} == {torch.float32}
 
 
 def test_a_bottleneck_adapter_follows_each_sublayer(model: LlamaForCausalLM) -> None:
@@ -57,8 +57,8 @@ def test_a_bottleneck_adapter_follows_each_sublayer(model: LlamaForCausalLM) -> 
         return layer.self_attn(layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=None)[0]
 
     plain = attention()
-    with bottleneck.attach_bottleneck(model, 8, seed=0) as tuned, torch.no_grad():
-        weights = tuned.weights
+    with bottleneck.attach_bottleneck(model, 8, seed=0) as attached, torch.no_grad():
+        weights = attached.weights
         for weight in weights.values():
             weight.normal_(std=0.5)
         found = layer(hidden, position_embeddings=rotary, attention_mask=None)
@@ -69,26 +69,26 @@ def test_a_bottleneck_adapter_follows_each_sublayer(model: LlamaForCausalLM) -> 
 
 def test_bottleneck_adapters_leave_the_base_as_it_was(model: LlamaForCausalLM) -> None:
     before = logits(model, PROMPTS[1])
-    with bottleneck.attach_bottleneck(model, 8, seed=0) as tuned:
+    with bottleneck.attach_bottleneck(model, 8, seed=0) as attached:
         with torch.no_grad():
-            for weight in tuned.weights.values():
+            for weight in attached.weights.values():
                 weight.normal_()
         assert not torch.allclose(logits(model, PROMPTS[1]), before)
     assert torch.equal(logits(model, PROMPTS[1]), before)
 
 
 def test_only_the_adapters_get_a_gradient(model: LlamaForCausalLM) -> None:
-    with bottleneck.attach_bottleneck(model, 8, seed=0) as tuned:
-        loss, _ = loss_and_accuracy(tuned.model, model, EXAMPLES, 10.0, packing=True)
+    with bottleneck.attach_bottleneck(model, 8, seed=0) as attached:
+        loss, _ = loss_and_accuracy(attached.model, model, EXAMPLES, 10.0, packing=True)
         torch.autograd.backward(loss)
-        assert all(weight.grad is not None for weight in tuned.weights.values())
+        assert all(weight.grad is not None for weight in attached.weights.values())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_bottleneck_adapters_are_a_function_of_the_seed(model: LlamaForCausalLM) -> None:
     def drawn(seed: int) -> torch.Tensor:
-        with bottleneck.attach_bottleneck(model, 8, seed) as tuned:
-            return tuned.weights["model.layers.1.mlp.down_proj.down.weight"].detach()
+        with bottleneck.attach_bottleneck(model, 8, seed) as attached:
+            return attached.weights["model.layers.1.mlp.down_proj.down.weight"].detach()
 
     assert torch.equal(drawn(1), drawn(1))
     assert not torch.equal(drawn(1), drawn(2))
@@ -103,20 +103,20 @@ def test_a_base_with_other_module_names_is_refused() -> None:
         pass
 
 
-def drawn_prefix(tuned) -> None:
+def drawn_prefix(attached) -> None:
     """Weights far from their initial values."""
     with torch.no_grad():
-        for weight in tuned.weights.values():
+        for weight in attached.weights.values():
             weight.normal_()
 
 
 def test_an_initial_prefix_equals_the_base_after_its_text(model: LlamaForCausalLM) -> None:
     text = [31, 32, 33, 34]
     expected = logits(model, text + PROMPTS[1])[len(text) :]
-    with prefix.attach_prefix(model, text) as tuned, torch.no_grad():
+    with prefix.attach_prefix(model, text) as attached, torch.no_grad():
         rows = len(PROMPTS[1])
         mask = torch.full((rows, rows), -torch.inf).triu(1)[None, None]
-        found = tuned.model(
+        found = attached.model(
             input_ids=torch.tensor([PROMPTS[1]]), position_ids=torch.arange(rows)[None], attention_mask=mask
         ).logits[0]
     torch.testing.assert_close(found, expected)
@@ -126,11 +126,11 @@ def test_an_initial_prefix_equals_the_base_after_its_text(model: LlamaForCausalL
 @pytest.mark.parametrize("longest", [64, 4096])
 def test_a_packed_prefix_trains_as_peft_does(model: LlamaForCausalLM, packing: bool, longest: int) -> None:
     """Loss and gradient, by each attention path, against PEFT's own forward pass, one example at a time."""
-    with prefix.attach_prefix(model, [31, 32, 33]) as tuned, configured_forward(model, longest, checkpointing=False):
-        drawn_prefix(tuned)
-        loss, _ = loss_and_accuracy(tuned.model, model, EXAMPLES, 1.0, packing=packing)
+    with prefix.attach_prefix(model, [31, 32, 33]) as attached, configured_forward(model, longest, checkpointing=False):
+        drawn_prefix(attached)
+        loss, _ = loss_and_accuracy(attached.model, model, EXAMPLES, 1.0, packing=packing)
         torch.autograd.backward(loss)
-        (found,) = tuned.weights.values()
+        (found,) = attached.weights.values()
     peft = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     theirs = peft.prompt_encoder["default"].embedding.weight
     with torch.no_grad():
@@ -149,9 +149,9 @@ def test_a_packed_prefix_trains_as_peft_does(model: LlamaForCausalLM, packing: b
 
 def test_a_prefix_leaves_the_base_as_it_was(model: LlamaForCausalLM) -> None:
     before = logits(model, PROMPTS[1])
-    with prefix.attach_prefix(model, [31, 32, 33]) as tuned:
-        assert len(tuned.weights) == 1
-        drawn_prefix(tuned)
+    with prefix.attach_prefix(model, [31, 32, 33]) as attached:
+        assert len(attached.weights) == 1
+        drawn_prefix(attached)
     assert torch.equal(logits(model, PROMPTS[1]), before)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -186,6 +186,6 @@ def test_greedy_answers_equal_those_of_transformers(
 def test_greedy_answers_depend_on_the_prefix(model: LlamaForCausalLM) -> None:
     """A prefix that is initialized from a text answers as the base does after that text."""
     text = [31, 32, 33, 34, 35]
-    with prefix.attach_prefix(model, text) as tuned:
-        found = transformers.greedy(model, PROMPTS, [5] * 4, (), cache=tuned.model.cache)
+    with prefix.attach_prefix(model, text) as attached:
+        found = transformers.greedy(model, PROMPTS, [5] * 4, (), cache=attached.model.cache)
     assert found == [generated(model, text + prompt, 5, ()) for prompt in PROMPTS]

@@ -35,11 +35,11 @@ def tiny(tiny_folder) -> Decoder:
 def save_adapter(model, folder: Path, seed: int, **settings) -> Path:
     """Writes a random adapter, strong enough to change the tokens; consumes `model`."""
     torch.manual_seed(seed)
-    tuned = get_peft_model(model, LoraConfig(init_lora_weights=False, **settings))
-    for name, parameter in tuned.named_parameters():
+    adapted = get_peft_model(model, LoraConfig(init_lora_weights=False, **settings))
+    for name, parameter in adapted.named_parameters():
         if "magnitude" in name:
             parameter.data.mul_(torch.rand_like(parameter) + 0.5)
-    tuned.save_pretrained(folder)
+    adapted.save_pretrained(folder)
     return folder
 
 

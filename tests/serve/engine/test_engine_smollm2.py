@@ -40,13 +40,13 @@ def folders(base, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("smollm2-adapters")
     for seed, (name, config) in enumerate(METHODS.items()):
         torch.manual_seed(seed)
-        tuned = get_peft_model(transformer(base), config)
+        adapted = get_peft_model(transformer(base), config)
         convert = {}
         if name == "pissa":
-            tuned.save_pretrained(root / "initial")
+            adapted.save_pretrained(root / "initial")
             convert = {"path_initial_model_for_weight_conversion": str(root / "initial")}
         with torch.no_grad():
-            for parameter_name, parameter in tuned.named_parameters():
+            for parameter_name, parameter in adapted.named_parameters():
                 if "lora_E" in parameter_name:
                     parameter.normal_()
                 elif "magnitude" in parameter_name:
@@ -55,7 +55,7 @@ def folders(base, tmp_path_factory) -> dict[str, Path]:
                     parameter.add_(0.05 * torch.randn_like(parameter))
                 elif "lora_" in parameter_name:
                     parameter.mul_(2.0)
-        tuned.save_pretrained(root / name, save_embedding_layers=False, **convert)
+        adapted.save_pretrained(root / name, save_embedding_layers=False, **convert)
     return {name: root / name for name in METHODS}
 
 
@@ -85,7 +85,7 @@ def answers(decoder, folders, prompts, **config) -> tuple[list[tuple[int, ...]],
     return got, engine
 
 
-def tuned(base, folders, version, dtype=torch.float32):
+def adapted(base, folders, version, dtype=torch.float32):
     model = transformer(base, dtype)
     return model if version is None else PeftModel.from_pretrained(model, folders[version]).eval()
 
@@ -96,7 +96,7 @@ def test_64_prompts_answer_as_transformers_and_peft_and_in_any_batch(base, folde
     got, engine = answers(decoder, folders, prompts, max_batch_tokens=256)
     assert engine.stats.preemptions == 0
     for version in VERSIONS:
-        model = tuned(base, folders, version)
+        model = adapted(base, folders, version)
         own = [i for i, (its, _) in enumerate(prompts) if its == version]
         for i in own:
             # The greedy token at each position, after the same tokens before it.

@@ -33,13 +33,13 @@ def base_of(tiny_folder):
 def assert_as_in_peft(folder, tiny, tiny_folder):
     """Every module of the folder computes what it does in PEFT; returns the deltas."""
     model = PeftModel.from_pretrained(base_of(tiny_folder), folder).eval()
-    tuned = {
+    adapted = {
         path.removeprefix("base_model.model."): module
         for path, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
     deltas = read_adapter(folder, tiny)
-    for path, module in tuned.items():
+    for path, module in adapted.items():
         weight = tiny.target_weight(path)
         with torch.inference_mode():
             if isinstance(module.get_base_layer(), torch.nn.Embedding):
@@ -57,14 +57,14 @@ def assert_as_in_peft(folder, tiny, tiny_folder):
             y = y if delta.gain is None else delta.gain * y
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     tiny.new_slab(1, 1 << 20).pack(deltas)
-    assert set(deltas) <= set(tuned)
-    return deltas, tuned
+    assert set(deltas) <= set(adapted)
+    return deltas, adapted
 
 
 @pytest.mark.parametrize("name", ["lora", "all", "rslora", "patterns", "dora", "one layer"])
 def test_every_module_computes_what_it_does_in_peft(adapters, tiny, tiny_folder, name):
-    deltas, tuned = assert_as_in_peft(adapters[name], tiny, tiny_folder)
-    assert set(deltas) == set(tuned)
+    deltas, adapted = assert_as_in_peft(adapters[name], tiny, tiny_folder)
+    assert set(deltas) == set(adapted)
 
 
 def test_the_first_pattern_that_matches_counts_in_any_spelling(tiny, tiny_folder, tmp_path):
@@ -152,9 +152,9 @@ def save_adalora(model, folder, *, prune: bool, alpha: int = 20):
     config = AdaLoraConfig(
         init_r=6, target_r=3, lora_alpha=alpha, target_modules=["q_proj", "down_proj"], total_step=10
     )
-    tuned = get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
     pattern = {}
-    for name, parameter in tuned.named_parameters():
+    for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter)
         if "lora_E" in name:
@@ -164,16 +164,16 @@ def save_adalora(model, folder, *, prune: bool, alpha: int = 20):
             parameter.data.mul_(torch.tensor(keep)[:, None])
             pattern[name.removeprefix("base_model.model.")] = keep
     if prune:
-        tuned.peft_config["default"].rank_pattern = pattern
-    tuned.save_pretrained(folder)
+        adapted.peft_config["default"].rank_pattern = pattern
+    adapted.save_pretrained(folder)
     return folder
 
 
 @pytest.mark.parametrize("prune", [False, True])
 def test_raw_adalora_loses_its_dead_ranks_and_nothing_else(tiny, tiny_folder, tmp_path, prune):
     folder = save_adalora(base_of(tiny_folder), tmp_path, prune=prune)
-    deltas, tuned = assert_as_in_peft(folder, tiny, tiny_folder)
-    assert set(tuned) - set(deltas) == {"model.layers.1.mlp.down_proj"}
+    deltas, adapted = assert_as_in_peft(folder, tiny, tiny_folder)
+    assert set(adapted) - set(deltas) == {"model.layers.1.mlp.down_proj"}
     assert {len(delta.a) for delta in deltas.values()} == {4}
 
 

@@ -37,7 +37,7 @@ def exported(small: Base, tmp_path: Path) -> Callable[..., tuple[Path, torch.Ten
     """Trains a spec and returns its folder with the logits of the model it was trained on."""
 
     def export(spec: JobSpec, quantization: Quantization = "none") -> tuple[Path, torch.Tensor]:
-        with trained_model(load_model(small, quantization), spec, small.folder) as tuned:
-            return store_adapter(tuned, spec, tmp_path / "adapter"), logits_of(tuned.model)
+        with trained_model(load_model(small, quantization), spec, small.folder) as adapted:
+            return store_adapter(adapted, spec, tmp_path / "adapter"), logits_of(adapted.model)
 
     return export

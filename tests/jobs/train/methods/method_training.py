@@ -50,22 +50,22 @@ def loss_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def train_steps(tuned: AdaptedModel, spec: JobSpec, steps: int | None = None, begin: int = 0) -> None:
+def train_steps(adapted: AdaptedModel, spec: JobSpec, steps: int | None = None, begin: int = 0) -> None:
     """Takes steps as the training loop does."""
     groups = [
-        {"params": [p], "lr": spec.learning_rate * tuned.lr_factors.get(n, 1.0)} for n, p in tuned.weights.items()
+        {"params": [p], "lr": spec.learning_rate * adapted.lr_factors.get(n, 1.0)} for n, p in adapted.weights.items()
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=spec.weight_decay, fused=True)
-    tuned.set_dropout(True)
+    adapted.set_dropout(True)
     for step in range(begin, spec.steps if steps is None else steps):
         with seeded(CPU, spec.seed, step):
-            loss = loss_of(tuned.model, tokens(seed=step))
-        penalty = tuned.penalty()
+            loss = loss_of(adapted.model, tokens(seed=step))
+        penalty = adapted.penalty()
         (loss if penalty is None else loss + penalty).backward()
         optimizer.step()
-        tuned.after_step(step + 1)
+        adapted.after_step(step + 1)
         optimizer.zero_grad()
-    tuned.set_dropout(False)
+    adapted.set_dropout(False)
 
 
 @torch.no_grad()
@@ -77,15 +77,15 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 @contextmanager
 def trained_model(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[AdaptedModel]:
     """A model in training, at the job's end."""
-    with attach_adapter(model, spec, folder) as tuned:
-        train_steps(tuned, spec)
-        yield tuned
+    with attach_adapter(model, spec, folder) as adapted:
+        train_steps(adapted, spec)
+        yield adapted
 
 
-def store_adapter(tuned: AdaptedModel, spec: JobSpec, folder: Path) -> Path:
+def store_adapter(adapted: AdaptedModel, spec: JobSpec, folder: Path) -> Path:
     """The adapter's files."""
     folder.mkdir()
-    for name, content in adapter_files(spec, tuned.weights, tuned.state, "small").items():
+    for name, content in adapter_files(spec, adapted.weights, adapted.state, "small").items():
         (folder / name).write_bytes(content)
     return folder
 

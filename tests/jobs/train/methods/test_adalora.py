@@ -48,8 +48,8 @@ def test_pruning_equals_that_of_peft(small: Base) -> None:
     )
     plain = get_peft_model(load_model(small), config)
     theirs = {n.replace(".default", ""): p for n, p in plain.named_parameters() if p.requires_grad}
-    with attach_adapter(load_model(small), spec, small.folder) as tuned:
-        ours = {name.removesuffix(".weight"): weight for name, weight in tuned.weights.items()}
+    with attach_adapter(load_model(small), spec, small.folder) as adapted:
+        ours = {name.removesuffix(".weight"): weight for name, weight in adapted.weights.items()}
         assert ours.keys() == theirs.keys()
         with torch.no_grad():
             for name, weight in ours.items():
@@ -58,9 +58,9 @@ def test_pruning_equals_that_of_peft(small: Base) -> None:
         optimizers = [torch.optim.AdamW(weights.values(), lr=1e-2) for weights in (ours, theirs)]
         for step in range(1, 21):
             output = plain(input_ids=tokens(seed=step), labels=tokens(seed=step))
-            penalty = tuned.penalty()
+            penalty = adapted.penalty()
             assert penalty is not None
-            loss = loss_of(tuned.model, tokens(seed=step)) + penalty
+            loss = loss_of(adapted.model, tokens(seed=step)) + penalty
             torch.testing.assert_close(loss, output.loss, rtol=1e-4, atol=1e-5)
             loss.backward()
             output.loss.backward()
@@ -72,19 +72,19 @@ def test_pruning_equals_that_of_peft(small: Base) -> None:
                 allocator.update_ipt(plain.base_model.model)
             if step > first:
                 allocator.mask_to_budget(plain.base_model.model, allocator.budget_schedule(step)[0])
-            tuned.after_step(step)
+            adapted.after_step(step)
             for name, weight in ours.items():
                 torch.testing.assert_close(weight, theirs[name], rtol=1e-4, atol=1e-6, msg=f"{step} {name}")
             for optimizer in optimizers:
                 optimizer.zero_grad()
-        assert (singular_values(tuned.weights) != 0).sum() == 4 * len(modules_of(tuned.weights))
+        assert (singular_values(adapted.weights) != 0).sum() == 4 * len(modules_of(adapted.weights))
 
 
 def test_the_mean_rank_at_the_end_is_the_specs(small: Base, tmp_path: Path) -> None:
     spec = spec_of(method="adalora", rank=3, steps=8)
-    with trained_model(load_model(small), spec, small.folder) as tuned:
-        alive = (singular_values(tuned.weights) != 0).sum(dim=1)
-        folder = store_adapter(tuned, spec, tmp_path / "adapter")
+    with trained_model(load_model(small), spec, small.folder) as adapted:
+        alive = (singular_values(adapted.weights) != 0).sum(dim=1)
+        folder = store_adapter(adapted, spec, tmp_path / "adapter")
     assert alive.float().mean() == 3 and alive.min() < 3 < alive.max()
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["lora_alpha"] / config["r"] == 6.0 / 3, "readers that do not support patterns need the scale, too"
@@ -95,10 +95,10 @@ def test_the_mean_rank_at_the_end_is_the_specs(small: Base, tmp_path: Path) -> N
 
 def test_a_module_without_a_rank_is_stored_as_zeros(small: Base) -> None:
     spec = spec_of(method="adalora", targets=("q_proj",))
-    with attach_adapter(load_model(small), spec, small.folder) as tuned, torch.no_grad():
-        for name, weight in tuned.weights.items():
+    with attach_adapter(load_model(small), spec, small.folder) as adapted, torch.no_grad():
+        for name, weight in adapted.weights.items():
             weight.fill_(0.0 if "lora_E" in name else 1.0)
-        files = adapter_files(spec, tuned.weights, tuned.state, "small")
+        files = adapter_files(spec, adapted.weights, adapted.state, "small")
     tensors = load(files["adapter_model.safetensors"])
     assert {len(t) for n, t in tensors.items() if "lora_A" in n} == {1}
     assert not any(t.any() for n, t in tensors.items() if "lora_B" in n)
@@ -108,14 +108,14 @@ def test_state_and_weights_suffice_to_resume(small: Base) -> None:
     """A run that stops and resumes from copies of both ends at the same bits (by plain SGD, which has no moments)."""
     spec = spec_of(method="adalora", steps=8)
 
-    def run(tuned: Any, begin: int, end: int) -> None:
+    def run(adapted: Any, begin: int, end: int) -> None:
         for step in range(begin, end):
-            (loss_of(tuned.model, tokens(seed=step)) + tuned.penalty()).backward()
+            (loss_of(adapted.model, tokens(seed=step)) + adapted.penalty()).backward()
             with torch.no_grad():
-                for weight in tuned.weights.values():
+                for weight in adapted.weights.values():
                     weight.sub_(weight.grad, alpha=0.3)
-            tuned.after_step(step + 1)
-            for weight in tuned.weights.values():
+            adapted.after_step(step + 1)
+            for weight in adapted.weights.values():
                 weight.grad = None
 
     with attach_adapter(load_model(small), spec, small.folder) as uninterrupted:
@@ -161,16 +161,16 @@ def test_meaningless_ranks_are_refused(small: Base, param: str, changes: dict[st
 
 def test_the_last_steps_train_the_final_ranks(small: Base) -> None:
     spec: JobSpec = spec_of(method="adalora", steps=10)
-    with attach_adapter(load_model(small), spec, small.folder) as tuned:
-        assert tuned.best_from_step == 6
-        train_steps(tuned, spec, steps=2)
-        assert (singular_values(tuned.weights) != 0).float().sum(dim=1).mean() > 4
-        train_steps(tuned, spec, steps=6, begin=2)
-        dead, state = singular_values(tuned.weights) == 0, [tensor.clone() for tensor in tuned.state.values()]
+    with attach_adapter(load_model(small), spec, small.folder) as adapted:
+        assert adapted.best_from_step == 6
+        train_steps(adapted, spec, steps=2)
+        assert (singular_values(adapted.weights) != 0).float().sum(dim=1).mean() > 4
+        train_steps(adapted, spec, steps=6, begin=2)
+        dead, state = singular_values(adapted.weights) == 0, [tensor.clone() for tensor in adapted.state.values()]
         assert (~dead).float().sum(dim=1).mean() == 4
-        train_steps(tuned, spec, begin=6)
-        assert torch.equal(singular_values(tuned.weights) == 0, dead)
-        assert all(map(torch.equal, tuned.state.values(), state))
+        train_steps(adapted, spec, begin=6)
+        assert torch.equal(singular_values(adapted.weights) == 0, dead)
+        assert all(map(torch.equal, adapted.state.values(), state))
 
 
 def test_unpruned_weights_never_become_the_version(small: Base, tmp_path: Path) -> None:

@@ -95,11 +95,11 @@ def test_the_base_is_unchanged_afterwards(small: Base, method: str, dtype: torch
     drawn, modules = torch.random.get_rng_state(), dict(model.named_modules())
     with (
         pytest.raises(KeyboardInterrupt),
-        attach_adapter(model, spec_of(method=method, dropout=0.5), small.folder) as tuned,
+        attach_adapter(model, spec_of(method=method, dropout=0.5), small.folder) as adapted,
     ):
-        assert all(weight.dtype == torch.float32 for weight in tuned.weights.values())
-        assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in tuned.weights.values()}
-        train_steps(tuned, spec_of(dropout=0.5), steps=2)
+        assert all(weight.dtype == torch.float32 for weight in adapted.weights.values())
+        assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in adapted.weights.values()}
+        train_steps(adapted, spec_of(dropout=0.5), steps=2)
         raise KeyboardInterrupt
     assert str(model) == before[0] and dict(model.named_modules()) == modules
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["model.embed_tokens.weight"]
@@ -124,9 +124,9 @@ def test_layers_depend_on_the_seed_alone(small: Base, method: str) -> None:
     def run(seed: int, steps: int) -> list[torch.Tensor]:
         torch.rand(3)
         spec = spec_of(method=method, seed=seed, dropout=0.3)
-        with attach_adapter(model, spec, small.folder) as tuned:
-            train_steps(tuned, spec, steps)
-            return [weight.detach().clone() for weight in tuned.weights.values()]
+        with attach_adapter(model, spec, small.folder) as adapted:
+            train_steps(adapted, spec, steps)
+            return [weight.detach().clone() for weight in adapted.weights.values()]
 
     trained, initial = run(1, steps=3), run(1, steps=0)
     assert all(map(torch.equal, run(1, steps=3), trained))
@@ -137,8 +137,8 @@ def test_layers_depend_on_the_seed_alone(small: Base, method: str) -> None:
 
 
 def test_initial_factors_have_the_distribution_of_peft(small: Base) -> None:
-    with attach_adapter(load_model(small), spec_of(rank=64), small.folder) as tuned:
-        for name, weight in tuned.weights.items():
+    with attach_adapter(load_model(small), spec_of(rank=64), small.folder) as adapted:
+        for name, weight in adapted.weights.items():
             bound = 1 / math.sqrt(weight.shape[1])
             if "lora_A" in name:
                 assert 0.999 * bound < weight.abs().max().item() <= bound
@@ -152,8 +152,8 @@ def test_training_starts_from_the_base(small: Base, method: str) -> None:
     """All but LoftQ's first logits are the base's; LoftQ's are nearer to those of the base before quantization."""
     model = load_model(small, "nf4")
     base = logits_of(model)
-    with attach_adapter(model, spec_of(method=method, rank=16), small.folder) as tuned:
-        first = logits_of(tuned.model)
+    with attach_adapter(model, spec_of(method=method, rank=16), small.folder) as adapted:
+        first = logits_of(adapted.model)
     if method == "loftq":
         original = logits_of(load_model(small))
         assert (first - original).norm() < 0.8 * (base - original).norm()
@@ -164,14 +164,14 @@ def test_training_starts_from_the_base(small: Base, method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_job_starts_from_a_stored_adapter(small: Base, tmp_path: Path, method: str) -> None:
     spec, model = spec_of(method=method, rank=8, init_rank=12), load_model(small, "nf4")
-    with trained_model(model, spec, small.folder) as tuned:
-        folder, expected = store_adapter(tuned, spec, tmp_path / "first"), logits_of(tuned.model)
+    with trained_model(model, spec, small.folder) as adapted:
+        folder, expected = store_adapter(adapted, spec, tmp_path / "first"), logits_of(adapted.model)
     again = spec.model_copy(update={"seed": 5})
-    with attach_adapter(model, again, small.folder) as tuned:
-        load_start_adapter(tuned, folder, again)
-        torch.testing.assert_close(logits_of(tuned.model), expected, rtol=1e-5, atol=1e-5)
-        train_steps(tuned, again)
-        second, trained = store_adapter(tuned, again, tmp_path / "second"), logits_of(tuned.model)
+    with attach_adapter(model, again, small.folder) as adapted:
+        load_start_adapter(adapted, folder, again)
+        torch.testing.assert_close(logits_of(adapted.model), expected, rtol=1e-5, atol=1e-5)
+        train_steps(adapted, again)
+        second, trained = store_adapter(adapted, again, tmp_path / "second"), logits_of(adapted.model)
     assert not torch.allclose(trained, expected, atol=1e-2)
     torch.testing.assert_close(logits_by_peft(load_model(small, "nf4"), second), trained, rtol=1e-5, atol=1e-5)
 
@@ -184,8 +184,8 @@ def stored(small: Base, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
     def store(method: str) -> Path:
         # Untrained, AdaLoRA's ranks would all be pruned, and any job's ranks would suffice.
         spec = spec_of(method=method, steps=2)
-        with trained_model(load_model(small, "nf4"), spec, small.folder) as tuned:
-            return store_adapter(tuned, spec, tmp_path_factory.mktemp(method) / "first")
+        with trained_model(load_model(small, "nf4"), spec, small.folder) as adapted:
+            return store_adapter(adapted, spec, tmp_path_factory.mktemp(method) / "first")
 
     return store
 
@@ -211,22 +211,22 @@ def test_an_adapter_of_another_kind_is_refused(
     other = {"lora": "dora", "loftq": "dora", "adalora": "dora"}.get(method, "lora")
     other_spec = spec_of(**{"method": method} | change | ({"method": other} if "method" in change else {}))
     with (
-        attach_adapter(model, other_spec, small.folder) as tuned,
+        attach_adapter(model, other_spec, small.folder) as adapted,
         pytest.raises(AdapterInvalid, match="leave out") as refused,
     ):
-        load_start_adapter(tuned, folder, other_spec)
+        load_start_adapter(adapted, folder, other_spec)
     assert refused.value.param == "start_from"
 
 
 @pytest.mark.parametrize("config", [None, "{", "[]", '{"peft_type": "PREFIX_TUNING"}'])
 def test_a_folder_without_an_adapter_is_refused(small: Base, tmp_path: Path, config: str | None) -> None:
-    with trained_model(load_model(small), spec_of(steps=1), small.folder) as tuned:
-        folder = store_adapter(tuned, spec_of(), tmp_path / "first")
+    with trained_model(load_model(small), spec_of(steps=1), small.folder) as adapted:
+        folder = store_adapter(adapted, spec_of(), tmp_path / "first")
         (folder / "adapter_config.json").unlink()
         if config is not None:
             (folder / "adapter_config.json").write_text(config)
         with pytest.raises(AdapterInvalid, match=r"can't be read|no LoRA"):
-            load_start_adapter(tuned, folder, spec_of())
+            load_start_adapter(adapted, folder, spec_of())
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -235,26 +235,26 @@ def test_gradients_equal_those_of_peft(small: Base, method: str, rslora: bool) -
     """The weights are from the middle of training, where DoRA's magnitudes differ from the norms."""
     spec = spec_of(method=method, rslora=rslora)
     plain = get_peft_model(load_model(small), lora_config(spec))
-    with trained_model(load_model(small), spec, small.folder) as tuned:
+    with trained_model(load_model(small), spec, small.folder) as adapted:
         theirs = {
             name.replace(".default", "").replace("vector.weight", "vector"): p for name, p in plain.named_parameters()
         }
         with torch.no_grad():
-            for name, weight in tuned.weights.items():
+            for name, weight in adapted.weights.items():
                 weight.add_(torch.randn(weight.shape), alpha=0.05)
                 theirs[name].copy_(weight)
-        loss, expected = loss_of(tuned.model, tokens()), loss_of(plain, tokens())
+        loss, expected = loss_of(adapted.model, tokens()), loss_of(plain, tokens())
         loss.backward()
         expected.backward()
         torch.testing.assert_close(loss, expected)
-        for name, weight in tuned.weights.items():
+        for name, weight in adapted.weights.items():
             torch.testing.assert_close(weight.grad, theirs[name].grad, rtol=1e-4, atol=1e-6)
 
 
 def test_dora_computes_its_norms_after_every_step(small: Base) -> None:
     spec = spec_of(method="dora", steps=4)
-    with trained_model(load_model(small), spec, small.folder) as tuned:
-        for name, layer in tuned.model.named_modules():
+    with trained_model(load_model(small), spec, small.folder) as adapted:
+        for name, layer in adapted.model.named_modules():
             if hasattr(layer, "magnitude"):
                 merged = layer.linear.weight + layer.scale * layer.b @ layer.a
                 torch.testing.assert_close(layer.row_norms(), merged.norm(dim=1), msg=name)
@@ -263,22 +263,22 @@ def test_dora_computes_its_norms_after_every_step(small: Base) -> None:
 
 def test_dropout_is_off_by_default(small: Base) -> None:
     spec = spec_of(dropout=0.5)
-    with trained_model(load_model(small), spec, small.folder) as tuned:
-        still = logits_of(tuned.model)
-        assert torch.equal(logits_of(tuned.model), still)
-        tuned.set_dropout(True)
-        assert not torch.equal(logits_of(tuned.model), logits_of(tuned.model))
-        tuned.set_dropout(False)
-        assert torch.equal(logits_of(tuned.model), still)
+    with trained_model(load_model(small), spec, small.folder) as adapted:
+        still = logits_of(adapted.model)
+        assert torch.equal(logits_of(adapted.model), still)
+        adapted.set_dropout(True)
+        assert not torch.equal(logits_of(adapted.model), logits_of(adapted.model))
+        adapted.set_dropout(False)
+        assert torch.equal(logits_of(adapted.model), still)
 
 
 def test_loraplus_has_a_learning_rate_for_b(small: Base) -> None:
     for method in ("lora", "dora", "pissa", "adalora"):
-        with attach_adapter(load_model(small), spec_of(method=method, loraplus_lr_ratio=16.0), small.folder) as tuned:
-            parts = {name.split(".lora_")[1]: rate for name, rate in tuned.lr_factors.items()}
+        with attach_adapter(load_model(small), spec_of(method=method, loraplus_lr_ratio=16.0), small.folder) as adapted:
+            parts = {name.split(".lora_")[1]: rate for name, rate in adapted.lr_factors.items()}
             assert parts["B.weight"] == 16.0 and "A.weight" not in parts
-    with attach_adapter(load_model(small), spec_of(), small.folder) as tuned:
-        assert not tuned.lr_factors
+    with attach_adapter(load_model(small), spec_of(), small.folder) as adapted:
+        assert not adapted.lr_factors
 
 
 @pytest.mark.parametrize(
@@ -302,8 +302,8 @@ def test_other_model_families_train(tmp_path: Path, method: str, kind: str) -> N
     model.save_pretrained(tmp_path / "base")
     base = Base("other", tmp_path / "base", "0" * 64, "", 128, "nf4" if method == "loftq" else "none")
     model, spec = load_model(base, base.quantization), spec_of(method=method, targets=("all-linear",), steps=4)
-    with trained_model(model, spec, base.folder) as tuned:
-        folder, expected = store_adapter(tuned, spec, tmp_path / "adapter"), logits_of(tuned.model)
+    with trained_model(model, spec, base.folder) as adapted:
+        folder, expected = store_adapter(adapted, spec, tmp_path / "adapter"), logits_of(adapted.model)
     torch.testing.assert_close(
         logits_by_peft(load_model(base, base.quantization), folder), expected, rtol=1e-4, atol=1e-4
     )
@@ -314,8 +314,8 @@ def test_files_depend_on_the_weights_and_not_on_the_machine(small: Base, tmp_pat
     spec, model = spec_of(method=method, targets=("all-linear",), steps=3), load_model(small, "nf4")
     folders = []
     for name in ("first", "second"):
-        with trained_model(model, spec, small.folder) as tuned:
-            folders.append(store_adapter(tuned, spec, tmp_path / name))
+        with trained_model(model, spec, small.folder) as adapted:
+            folders.append(store_adapter(adapted, spec, tmp_path / name))
     for file in folders[0].iterdir():
         assert file.read_bytes() == (folders[1] / file.name).read_bytes()
     config = json.loads((folders[0] / "adapter_config.json").read_text())

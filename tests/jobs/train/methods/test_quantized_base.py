@@ -39,13 +39,13 @@ def test_values_logits_and_gradients_equal_those_of_dense_weights(base: Base, me
         for name, linear in linears.items():
             assert linear.weight.dtype == torch.uint8 and linear.weight.quant_state.nested
             assert torch.equal(weight_of(linear), dense[name].weight)
-        with attach_adapter(model, spec, base.folder) as tuned:
+        with attach_adapter(model, spec, base.folder) as adapted:
             with torch.no_grad():
-                for name, weight in tuned.weights.items():
+                for name, weight in adapted.weights.items():
                     drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
                     weight.add_(drawn, alpha=0.02)
-            loss_of(tuned.model, tokens()).backward()
-            results.append([logits_of(tuned.model), *(weight.grad.clone() for weight in tuned.weights.values())])
+            loss_of(adapted.model, tokens()).backward()
+            results.append([logits_of(adapted.model), *(weight.grad.clone() for weight in adapted.weights.values())])
     assert all(map(torch.equal, *results))
 
 

@@ -58,8 +58,8 @@ def loramill(*arguments: str) -> Result:
 
 def test_exports_are_loaded_by_peft_and_transformers(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    tuned = get_peft_model(model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    tuned.save_pretrained(tmp_path / "adapter")
+    adapted = get_peft_model(model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
     full_model = model()
     full_model.lm_head.weight.data += 1
     full_model.save_pretrained(tmp_path / "full")
@@ -75,7 +75,7 @@ def test_exports_are_loaded_by_peft_and_transformers(gateway: RunningGateway, te
     }
     tokens = torch.arange(10)[None]
     loaded = PeftModel.from_pretrained(model(), tmp_path / "exported")
-    assert torch.equal(loaded(tokens).logits, tuned.eval()(tokens).logits)
+    assert torch.equal(loaded(tokens).logits, adapted.eval()(tokens).logits)
 
     ran = loramill("adapters", "export", f"{name}@champion", "--full", "--to", str(tmp_path / "exported-full"))
     assert ran.exit_code == 0 and "loramill up --base" in ran.stderr
