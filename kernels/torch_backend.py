@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
+from loramill.kernels import varlen
 from loramill.kernels.adapter import ROWS, Layout
 from loramill.kernels.backend import Codebook, LayerKV, Quantized, Weight
 from loramill.kernels.batch import Batch
-from loramill.kernels.paging import FIRST, KVSpan, Pages
+from loramill.kernels.memory import to_device
+from loramill.kernels.paging import BLOCKS, COUNT, FIRST, START, KVSpan, Pages
 from loramill.kernels.slab import SiteSlab
 
 name: str = "torch"
@@ -137,6 +141,9 @@ def attend_prefills(
     qkv: torch.Tensor, out: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None
 ) -> None:
     """`attention` for sequences with several rows, written to their rows of out [rows, heads * head_dim]."""
+    if qkv.device.type == "cuda" and varlen.is_supported(qkv.dtype, kv.head_dim):
+        attend_prefills_together(qkv, out, heads, kv, pages, scale, window)
+        return
     prefills = _prefills(pages, window, qkv.device)
     q, results = (part[:, : heads * kv.head_dim].view(len(qkv), heads, kv.head_dim) for part in (qkv, out))
     for prefill in prefills:
@@ -146,6 +153,24 @@ def attend_prefills(
             attn_mask=prefill.mask, is_causal=prefill.mask is None, scale=scale, enable_gqa=True,
         )  # fmt: skip
         results[prefill.rows] = done[0].transpose(0, 1)
+
+
+def attend_prefills_together(
+    qkv: torch.Tensor, out: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None
+) -> None:
+    """`attend_prefills` in one launch for all sequences, without a mask: see `varlen`."""
+    together = _prefills_together(pages, window, qkv.device)
+    if together is None:
+        return
+    q, results = (part[:, : heads * kv.head_dim].view(len(qkv), heads, kv.head_dim) for part in (qkv, out))
+    # Only the sequences' own positions are copied: another sequence's NaN is not read.
+    keys, values = (
+        F.embedding(together.slots, part.view(-1, kv.kv_heads * kv.head_dim)).view(-1, kv.kv_heads, kv.head_dim)
+        for part in (kv.keys, kv.values)
+    )
+    results[together.rows] = varlen.forward(q[together.rows], keys, values, together.batch, scale=scale, window=window)[
+        0
+    ]
 
 
 def _attend_decodes(
@@ -199,6 +224,21 @@ class _Prefill:
     mask: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class _PrefillsTogether:
+    """All sequences with several new rows.
+
+    Attributes:
+        rows: Their rows of the step: a slice if they are adjacent, else int32 [...].
+        slots: int32 [keys]: where the keys and values that any of the rows sees are, sequence by sequence.
+        batch: The boundaries of the sequences in both.
+    """
+
+    rows: slice | torch.Tensor
+    slots: torch.Tensor
+    batch: varlen.VarlenBatch
+
+
 def _decodes(pages: Pages, window: int | None, device: torch.device) -> list[_Decode]:
     key = (_Decode, window, device)
     if key not in pages.memo:
@@ -223,6 +263,39 @@ def _prefills(pages: Pages, window: int | None, device: torch.device) -> list[_P
         ]
     prefills: list[_Prefill] = pages.memo[key]
     return prefills
+
+
+def _prefills_together(pages: Pages, window: int | None, device: torch.device) -> _PrefillsTogether | None:
+    """The sequences with several rows; None if there are none."""
+    key = (_PrefillsTogether, window, device)
+    if key not in pages.memo:
+        table = pages.table[pages.table[:, COUNT] > 1]
+        pages.memo[key] = _together(pages, table, window, device) if len(table) else None
+    together: _PrefillsTogether | None = pages.memo[key]
+    return together
+
+
+def _together(pages: Pages, table: NDArray[np.int32], window: int | None, device: torch.device) -> _PrefillsTogether:
+    counts, stops = table[:, COUNT], table[:, START] + table[:, COUNT]
+    seen_from = np.zeros_like(stops) if window is None else np.maximum(0, table[:, START] + 1 - window)
+    keys = stops - seen_from
+    positions = _ranges(seen_from, keys)
+    blocks = pages.blocks[np.repeat(table[:, BLOCKS], keys) + positions // pages.block_size]
+    rows = _ranges(table[:, FIRST], counts)
+    first, stop = int(rows[0]), int(rows[-1]) + 1
+    adjacent = stop - first == len(rows)
+    starts = varlen.starts_of(counts), varlen.starts_of(keys)
+    parts = [*starts, blocks * np.int32(pages.block_size) + positions % pages.block_size, *([] if adjacent else [rows])]
+    # One copy to the device for all of them.
+    row_starts, key_starts, slots, *others = to_device(np.concatenate(parts), device).split([len(p) for p in parts])
+    batch = varlen.VarlenBatch(row_starts, key_starts, int(counts.max()), int(keys.max()))
+    return _PrefillsTogether(slice(first, stop) if adjacent else others[0], slots, batch)
+
+
+def _ranges(starts: NDArray[np.int32], sizes: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The numbers from each start on, as many as its size: int32 [sum of the sizes]."""
+    before = np.cumsum(sizes, dtype=np.int32) - sizes
+    return np.repeat(starts - before, sizes) + np.arange(sizes.sum(), dtype=np.int32)
 
 
 def _seen(span: KVSpan, window: int | None, block_size: int) -> tuple[int, list[int]]:

@@ -154,6 +154,11 @@ class JobSettings(_Section):
         default=2.0, ge=0, description="Delay before the first retry, in seconds; it doubles with each further retry."
     )
     min_examples: int = Field(default=10, ge=1, description="Minimum number of examples in a training file.")
+    deterministic: bool = Field(
+        default=False,
+        description="On a GPU, give the same bits each time that a job with the same data runs on the same kind of GPU "
+        "with the same software; attention's backward pass takes longer and more memory. A CPU always does.",
+    )
     dedicated_tokens: float = Field(
         default=50e6, gt=0, description="Number of training tokens from which a job gets a dedicated trainer."
     )

@@ -98,6 +98,9 @@ def select_device(settings: JobSettings) -> torch.device:
     device: torch.device = get_device()
     # Ray counts fractions of a GPU, and does not limit the memory that a process takes of it.
     torch.cuda.set_per_process_memory_fraction(1 / settings.per_gpu, device)
+    # cuDNN's attention makes a plan for each new length, about 1 s per pass forward and backward, and every pass has
+    # one. torch prefers it on Hopper and Blackwell from 2.11 on.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

@@ -27,7 +27,8 @@ class PackedRows:
 
     Attributes:
         tokens, positions: int64 [R, T].
-        attention_mask: bool [R, T, T]; whether the token of a line attends to the token of a column.
+        prefix_tokens: tokens of the prefix that all examples share, in front of the row; 0 if R > 1.
+        example_tokens: tokens of each example in the order of the rows, without the prefix and with padding.
         target_positions: int64 [S]; positions in the flattened rows [R * T] at which supervised tokens are predicted.
         labels: int64 [S]; the supervised tokens.
         weights: float64 [S]; weights of their losses.
@@ -35,10 +36,22 @@ class PackedRows:
 
     tokens: torch.Tensor
     positions: torch.Tensor
-    attention_mask: torch.Tensor
+    prefix_tokens: int
+    example_tokens: tuple[int, ...]
     target_positions: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """bool [R, T, T]; whether the token of a line attends to the token of a column. Made at each access."""
+        rows, width = self.tokens.shape
+        if rows > 1:
+            return torch.ones(width, width, dtype=torch.bool).tril().expand(rows, -1, -1)
+        sizes = torch.tensor([self.prefix_tokens, *self.example_tokens])
+        example_of = torch.arange(len(sizes)).repeat_interleave(sizes)  # 0 for the prefix
+        same = (example_of[:, None] == example_of) | (example_of == 0)
+        return same.tril()[None]
 
 
 def choose_batch(count: int, batch_size: int, step: int, seed: int, *, epochs: bool = False) -> list[int]:
@@ -63,16 +76,22 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def group_for_passes(
-    examples: Sequence[EncodedExample], max_tokens: int, *, packing: bool = True, multiple_of: int = 1
+    examples: Sequence[EncodedExample],
+    max_tokens: int,
+    *,
+    packing: bool = True,
+    multiple_of: int = 1,
+    window: int | None = None,
 ) -> list[list[EncodedExample]]:
     """Splits `examples` into groups, one per forward pass.
 
     Args:
         max_tokens: about the number of tokens in a group; with packing without the shared prefix, else with padding.
         multiple_of: the number of groups is a multiple of this, if there are enough examples. Only with packing.
+        window: as of `pack`.
     """
     if packing:
-        return _group_evenly(examples, max_tokens, multiple_of)
+        return _group_evenly(examples, max_tokens, multiple_of, shared_prefix_length(examples, window))
     groups: list[list[EncodedExample]] = []
     for example in examples:
         if groups and max(len(other.tokens) for other in (*groups[-1], example)) * (len(groups[-1]) + 1) <= max_tokens:
@@ -82,8 +101,9 @@ def group_for_passes(
     return groups
 
 
-def _group_evenly(examples: Sequence[EncodedExample], max_tokens: int, multiple_of: int) -> list[list[EncodedExample]]:
-    prefix = shared_prefix_length(examples)
+def _group_evenly(
+    examples: Sequence[EncodedExample], max_tokens: int, multiple_of: int, prefix: int
+) -> list[list[EncodedExample]]:
     lengths = [len(example.tokens) - prefix for example in examples]
     count = -(-sum(lengths) // (max_tokens * multiple_of)) * multiple_of
     tokens_per_group = sum(lengths) / count
@@ -97,21 +117,22 @@ def _group_evenly(examples: Sequence[EncodedExample], max_tokens: int, multiple_
     return groups
 
 
-def pack(examples: Sequence[EncodedExample]) -> PackedRows:
-    """Lays `examples` out as one packed row."""
-    prefix = shared_prefix_length(examples)
+def pack(examples: Sequence[EncodedExample], window: int | None = None) -> PackedRows:
+    """Lays `examples` out as one packed row.
+
+    Args:
+        window: number of tokens that a token attends to at most, where attention is limited by distances within the
+            row: behind a shared prefix these are not those within an example.
+    """
+    prefix = shared_prefix_length(examples, window)
     tokens = list(examples[0].tokens[:prefix])
     positions = list(range(prefix))
-    numbers = [0] * prefix  # of the example that each token belongs to; 0 for the prefix
     targets: list[tuple[int, int, float]] = []
-    for number, example in enumerate(examples, start=1):
+    for example in examples:
         targets += _supervised_targets(example, len(tokens) - prefix)
         tokens += example.tokens[prefix:]
         positions += range(prefix, len(example.tokens))
-        numbers += [number] * (len(example.tokens) - prefix)
-    example_of = torch.tensor(numbers)
-    same = (example_of[:, None] == example_of) | (example_of == 0)
-    return _packed_rows([tokens], [positions], same.tril()[None], targets)
+    return _packed_rows([tokens], [positions], prefix, [len(example.tokens) - prefix for example in examples], targets)
 
 
 def pad(examples: Sequence[EncodedExample]) -> PackedRows:
@@ -119,12 +140,16 @@ def pad(examples: Sequence[EncodedExample]) -> PackedRows:
     width = max(len(example.tokens) for example in examples)
     tokens = [[*example.tokens, *[0] * (width - len(example.tokens))] for example in examples]
     targets = [target for row, example in enumerate(examples) for target in _supervised_targets(example, row * width)]
-    mask = torch.ones(width, width, dtype=torch.bool).tril().expand(len(examples), -1, -1)
-    return _packed_rows(tokens, [list(range(width))] * len(examples), mask, targets)
+    return _packed_rows(tokens, [list(range(width))] * len(examples), 0, [width] * len(examples), targets)
 
 
-def shared_prefix_length(examples: Sequence[EncodedExample]) -> int:
-    """Returns the length of the prefix that all `examples` share; it ends before the first supervised prediction."""
+def shared_prefix_length(examples: Sequence[EncodedExample], window: int | None = None) -> int:
+    """Returns the length of the prefix that all `examples` share; it ends before the first supervised prediction.
+
+    It is 0 if an example is longer than the attention window.
+    """
+    if window is not None and max(len(example.tokens) for example in examples) > window:
+        return 0
     longest = min(max(1, example.spans[0].start) for example in examples) - 1
     columns = zip(*(example.tokens[:longest] for example in examples), strict=True)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
@@ -157,13 +182,15 @@ def _supervised_targets(example: EncodedExample, shift: int) -> list[tuple[int, 
 def _packed_rows(
     tokens: list[list[int]],
     positions: list[list[int]],
-    attention_mask: torch.Tensor,
+    prefix_tokens: int,
+    example_tokens: list[int],
     targets: list[tuple[int, int, float]],
 ) -> PackedRows:
     return PackedRows(
         tokens=torch.tensor(tokens),
         positions=torch.tensor(positions),
-        attention_mask=attention_mask,
+        prefix_tokens=prefix_tokens,
+        example_tokens=tuple(example_tokens),
         target_positions=torch.tensor([position for position, _, _ in targets]),
         labels=torch.tensor([label for _, label, _ in targets]),
         weights=torch.tensor([weight for _, _, weight in targets], dtype=torch.float64),

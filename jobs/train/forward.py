@@ -18,8 +18,9 @@ from loramill.data.encoding import EncodedExample
 from loramill.errors import OutOfMemory
 from loramill.jobs.train.batching import PackedRows, pack, pad
 from loramill.jobs.train.ops import attention
-from loramill.jobs.train.ops.loss import cross_entropy
+from loramill.jobs.train.ops.loss import cross_entropy, cross_entropy_of_head
 from loramill.jobs.train.ops.norm import rms_norm
+from loramill.kernels import varlen
 from loramill.models.catalog import NATIVE_ARCHITECTURES
 
 #: Up to this many tokens per row, plain matrix products beat torch's fused attention on a CPU (1.3x per step).
@@ -48,9 +49,16 @@ def loss_and_accuracy(
         Two float32 scalars on the base's device: the sum of weight / total_weight times the cross-entropy in nats, with
         a gradient, and the sum of weight / total_weight over the tokens that the model predicts as the most likely.
     """
-    rows = pack(examples) if packing else pad(examples)
-    weights = (rows.weights / total_weight).float()
-    return cross_entropy(_logits(model, base, rows), rows.labels.to(base.device), weights.to(base.device))
+    rows = pack(examples, attention_window(base)) if packing else pad(examples)
+    weights = (rows.weights / total_weight).float().to(base.device)
+    labels = rows.labels.to(base.device)
+    head = frozen_head(base)
+    if head is None:
+        return cross_entropy(_logits(model, base, rows), labels, weights)
+    with ExitStack() as stack:
+        _replace_forward(head, _unchanged, stack)
+        hidden = _logits(model, base, rows)
+    return cross_entropy_of_head(hidden, head.weight, labels, weights)
 
 
 def supervised_logits(model: Callable[..., Any], base: PreTrainedModel, rows: PackedRows) -> torch.Tensor:
@@ -58,32 +66,73 @@ def supervised_logits(model: Callable[..., Any], base: PreTrainedModel, rows: Pa
     return _logits(model, base, rows).float()
 
 
+def attention_window(model: PreTrainedModel) -> int | None:
+    """Number of tokens that a token attends to at most in some layer; None if there is no such limit.
+
+    Masks have no such limit, so that they give None.
+    """
+    return getattr(model.config, "sliding_window", None) if _is_varlen(model) else None
+
+
+def frozen_head(base: PreTrainedModel) -> nn.Linear | None:
+    """The head if, on a GPU, logits are nothing but its products with frozen weights; else None."""
+    head = base.get_output_embeddings()
+    plain = (
+        type(base).__name__ in NATIVE_ARCHITECTURES
+        and type(head) is nn.Linear
+        and head.bias is None
+        and not head.weight.requires_grad
+        and getattr(base.config, "final_logit_softcapping", None) is None
+    )
+    return head if plain and base.device.type == "cuda" else None
+
+
+def _unchanged(hidden: torch.Tensor) -> torch.Tensor:
+    """The forward of a head that another function replaces."""
+    return hidden
+
+
 def _logits(model: Callable[..., Any], base: PreTrainedModel, rows: PackedRows) -> torch.Tensor:
-    mask = torch.zeros(rows.attention_mask.shape, dtype=base.dtype).masked_fill(~rows.attention_mask, -math.inf)
+    attended: dict[str, Any] = {"attention_mask": None}
+    if _is_varlen(base):
+        attended["row_layout"] = attention.VarlenLayout.of(rows, base.device)
+    else:
+        seen = rows.attention_mask
+        mask = torch.zeros(seen.shape, dtype=base.dtype).masked_fill(~seen, -math.inf)
+        attended["attention_mask"] = mask[:, None].to(base.device)
     with _head_on_positions(base, rows.target_positions.to(base.device)):
         output = model(
             input_ids=rows.tokens.to(base.device),
             position_ids=rows.positions.to(base.device),
-            attention_mask=mask[:, None].to(base.device),
             use_cache=False,
+            **attended,
         )
     logits: torch.Tensor = output.logits
     return logits
 
 
+def _is_varlen(model: PreTrainedModel) -> bool:
+    return model.config._attn_implementation in attention.VARLEN_NAMES.values()
+
+
 @contextmanager
-def configured_forward(model: PreTrainedModel, longest: int, *, checkpointing: bool) -> Iterator[None]:
+def configured_forward(
+    model: PreTrainedModel, longest: int, *, checkpointing: bool, masked: bool = False, deterministic: bool = False
+) -> Iterator[None]:
     """Within, `model` computes in the fastest way for rows of `longest` tokens; afterwards it is as before.
 
     Args:
         checkpointing: compute each layer's activations again in the backward pass instead of keeping them. The
             gradients are the same to the bit, dropout included.
+        masked: always give the model a mask.
+        deterministic: compute the same bits each time on a GPU, too.
     """
     served = type(model).__name__ in NATIVE_ARCHITECTURES
+    implementation = _attention(model, longest, masked=masked, deterministic=deterministic)
     with ExitStack() as stack:
-        if model.device.type == "cpu" and longest <= MAX_EAGER_TOKENS:
+        if implementation is not None:
             stack.callback(model.set_attn_implementation, model.config._attn_implementation)
-            model.set_attn_implementation(attention.IMPLEMENTATION_NAME if served else "eager")
+            model.set_attn_implementation(implementation)
         for module in model.modules():
             if served and _is_frozen_norm(module):
                 _replace_forward(module, partial(rms_norm, module), stack)
@@ -91,6 +140,18 @@ def configured_forward(model: PreTrainedModel, longest: int, *, checkpointing: b
                 # transformers' own switch works only in train mode, which turns on the base's dropout
                 _replace_forward(module, partial(checkpoint, module.forward, use_reentrant=False), stack)
         yield
+
+
+def _attention(model: PreTrainedModel, longest: int, *, masked: bool, deterministic: bool) -> str | None:
+    """The name of the fastest attention for rows of `longest` tokens; None for the model's own."""
+    served = type(model).__name__ in NATIVE_ARCHITECTURES
+    if model.device.type == "cpu":
+        return None if longest > MAX_EAGER_TOKENS else attention.IMPLEMENTATION_NAME if served else "eager"
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    fits = served and not capped and varlen.is_supported(model.dtype, head_dim, backward=True)
+    return attention.VARLEN_NAMES[deterministic] if fits and not masked else None
 
 
 def _is_frozen_norm(module: nn.Module) -> bool:

@@ -9,7 +9,8 @@
 
 The same spec and data give the same bits, also after a kill: order and dropout are functions of (seed, step), and a
 checkpoint holds the weights, AdamW's moments and the method's state. (On another number of threads or processes, or
-with other `micro_tokens`, the last bits may differ.)
+with other `micro_tokens`, the last bits may differ. On a GPU they differ from run to run unless the context is
+`deterministic`.)
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from loramill.jobs.train import checkpoint
 from loramill.jobs.train.batching import choose_batch, group_for_passes, sequences, supervised_weight
 from loramill.jobs.train.checkpoint import CheckpointData, RunState
 from loramill.jobs.train.distributed import SINGLE_PROCESS, ProcessGroup
-from loramill.jobs.train.forward import configured_forward, loss_and_accuracy, translate_oom
+from loramill.jobs.train.forward import attention_window, configured_forward, loss_and_accuracy, translate_oom
 from loramill.jobs.train.lr_schedule import learning_rate
 from loramill.jobs.train.methods import adapter_files, attach_adapter, load_start_adapter
 from loramill.jobs.train.methods.adapted_model import AdaptedModel
@@ -59,6 +60,7 @@ class TrainContext:
         process_group: processes that share each step's passes. Each of them trains with the same context, and gets the
             same progress.
         attach: attaches what is trained to the model; by default the adapter of the spec's method.
+        deterministic: compute the same bits each time on a GPU, too.
     """
 
     spec: JobSpec
@@ -71,6 +73,7 @@ class TrainContext:
     micro_tokens: int | None = None
     process_group: ProcessGroup = SINGLE_PROCESS
     attach: Callable[[PreTrainedModel, JobSpec, Path], AbstractContextManager[AdaptedModel]] = attach_adapter
+    deterministic: bool = False
 
     @property
     def pass_tokens(self) -> int:
@@ -139,7 +142,13 @@ def train(model: PreTrainedModel, context: TrainContext) -> Generator[TrainingPr
     with (
         translate_oom(pass_tokens, longest),
         context.attach(model, spec, context.base_folder) as adapted,
-        configured_forward(model, longest + pass_tokens, checkpointing=spec.gradient_checkpointing),
+        configured_forward(
+            model,
+            longest + pass_tokens,
+            checkpointing=spec.gradient_checkpointing,
+            masked=adapted.needs_mask,
+            deterministic=context.deterministic,
+        ),
     ):
         run = _TrainingRun(model, adapted, context)
         run.resume()
@@ -287,7 +296,13 @@ class _TrainingRun:
         examples = sequences(examples)
         total_weight = math.fsum(map(supervised_weight, examples))
         sums = torch.zeros(2, dtype=torch.float64, device=self._model.device)
-        passes = group_for_passes(examples, self._context.pass_tokens, packing=packing, multiple_of=group.size)
+        passes = group_for_passes(
+            examples,
+            self._context.pass_tokens,
+            packing=packing,
+            multiple_of=group.size,
+            window=attention_window(self._model),
+        )
         own = [(each, 1.0) for each in passes[group.rank :: group.size]]
         if optimizer.collective and len(own) < -(-len(passes) // group.size):
             own.append((passes[0], 0.0))  # a pass that counts for nothing, during the last pass of the others

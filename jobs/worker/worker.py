@@ -222,6 +222,7 @@ def training_steps(
         raise_if_stopped=raise_if_stopped,
         micro_tokens=job.micro_tokens,
         process_group=worker.process_group,
+        deterministic=worker.settings.deterministic,
     )
     if worker.process_group.rank == 0:
         report_supervised_tokens(worker, job, examples.examples, context.train_examples)

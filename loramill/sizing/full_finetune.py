@@ -9,10 +9,10 @@ from loramill.sizing.memory import (
     MemoryItem,
     MemoryRow,
     activations,
-    logits_of,
     one_layer,
     scratch,
     total,
+    whole_logits,
 )
 from loramill.sizing.targets import TrainedElements
 from loramill.types import JobSpec
@@ -29,7 +29,7 @@ def estimate_full(spec: JobSpec, base: Anatomy, row: MemoryRow, device: Device) 
     offload = spec.offload if device == "cuda" else "none"
     held = min(count, _LIVE) if offload == "all" else count
     passing = count if offload == "none" else min(count, max(_BUCKET, base.embedding_weights))
-    logits, everything = logits_of(base, row), _everything(base, device)
+    logits, everything = whole_logits(base, row), _everything(base, device)
     needed = total(
         device,
         [

@@ -34,6 +34,9 @@ _FRAGMENTED_ACTIVATIONS, _FRAGMENTED_LAYERS = 0.18, 4
 #: Copies of a checkpoint that safetensors makes: each tensor, all of them in Rust, and those in Python.
 _COPIES = 3
 
+#: Rows of logits that exist at a time on a GPU (`jobs.train.ops.loss.HEAD_ROWS`).
+HEAD_ROWS = 512
+
 #: Maximum tokens for which training on a CPU computes attention by plain matrix products.
 EAGER_TOKENS = 512
 
@@ -131,7 +134,7 @@ def estimate(
         InvalidRequest: a target, layer or pattern matches nothing.
     """
     trained = trained or trained_elements(spec, base)
-    logits = logits_of(base, row)
+    logits = logits_of(base, row, device, dtype_bytes)
     return total(
         device,
         [
@@ -204,11 +207,25 @@ def base_bytes(base: Anatomy, quantization: Quantization, device: Device, dtype_
     return whole + weights * dtype_bytes if device == "cpu" else round(whole + weights * (NF4_BYTES - dtype_bytes))
 
 
-def logits_of(base: Anatomy, row: MemoryRow) -> MemoryItem:
+def whole_logits(base: Anatomy, row: MemoryRow) -> MemoryItem:
     """The logits and their gradient in the base's dtype, and a copy in fp32; with fp32, the copy is the gradient."""
     return MemoryItem(
         "logits", 8 * row.supervised_tokens * base.vocabulary, f"of {row.supervised_tokens:,} supervised tokens"
     )
+
+
+def logits_of(base: Anatomy, row: MemoryRow, device: Device, dtype_bytes: int = 2) -> MemoryItem:
+    """The logits with a frozen head: on a GPU in parts, in the base's dtype and fp32, and the hidden states' gradient.
+
+    The logits of a part in the base's dtype are freed before their gradient is converted to it.
+    """
+    whole = whole_logits(base, row)
+    if device == "cpu" or not base.llama_like:
+        return whole
+    rows = min(HEAD_ROWS, row.supervised_tokens)
+    # Twice: the hidden states of these tokens, and their gradient.
+    states = 2 * dtype_bytes * row.supervised_tokens * base.hidden
+    return MemoryItem(whole.name, (dtype_bytes + 4) * rows * base.vocabulary + states, whole.description)
 
 
 def activations(
@@ -216,6 +233,8 @@ def activations(
 ) -> MemoryItem:
     """The tensors that the layers save for the backward pass: all that it needs, or only the input of each layer."""
     layers = base.layers - trained.first_layer
+    # The mask, and on a CPU the tensor that it was made of.
+    mask = row.tokens * row.width * (dtype_bytes + (device == "cpu")) * (not _varlen(base, device, dtype_bytes))
     if spec.gradient_checkpointing:
         kept = row.tokens * base.hidden * dtype_bytes * layers
         how = ", which are recomputed"
@@ -223,10 +242,8 @@ def activations(
         own = trained.attention_outputs * _layer(base, row, device, dtype_bytes, True)
         own += (layers - trained.attention_outputs) * _layer(base, row, device, dtype_bytes, False)
         kept = row.tokens * (own + dtype_bytes * trained.saved) + _cast(trained, dtype_bytes) * trained.cast
-        # The mask, and on a CPU the tensor that it was made of.
-        kept += row.tokens * row.width * (dtype_bytes + (device == "cpu"))
         how = ""
-    return MemoryItem("activations", kept, f"of {row.tokens:,} tokens in {layers} layers{how}")
+    return MemoryItem("activations", kept + mask, f"of {row.tokens:,} tokens in {layers} layers{how}")
 
 
 def scratch(
@@ -244,6 +261,8 @@ def scratch(
     mlp = 4 * b * base.intermediate
     # Attention's tensors are allocated after those of the MLP, and the ones it saved, are freed.
     scores = 2 * b * base.heads * row.width - mlp if _eager(row, device) else 0
+    if _varlen(base, device, b):
+        scores = _flash_gradients(base, b)
     passing = row.tokens * max(mlp, scores)
     if spec.gradient_checkpointing:
         passing += one_layer(base, trained, row, device, b)
@@ -268,12 +287,15 @@ def _layer(base: Anatomy, row: MemoryRow, device: Device, b: int, attended: bool
     """Bytes per token that a layer of the base saves: two norms, attention, and the gated MLP.
 
     A norm saves its input: `jobs.train.ops.norm` in the base's dtype, transformers in fp32. A fused kernel saves
-    queries, keys and values of all heads, its output, and one sum per head. The plain products of
+    queries, keys and values of all heads, its output, and one sum per head; one that takes fewer heads of keys and
+    values saves those. The plain products of
     `jobs.train.ops.attention` save keys and values once, and the attention weights; those of transformers save the
     weights in fp32 too. The output of attention is also saved if it is the input of an adapted linear.
     """
     q, kv = base.heads * base.head_dim, base.kv_heads * base.head_dim
-    if not _eager(row, device):
+    if _varlen(base, device, b):
+        attention = 2 * b * (q + kv) + 4 * base.heads
+    elif not _eager(row, device):
         attention = 4 * b * q + 4 * base.heads
     elif base.llama_like:
         attention = b * (q + 2 * kv + base.heads * row.width)
@@ -287,3 +309,18 @@ def _layer(base: Anatomy, row: MemoryRow, device: Device, b: int, attended: bool
 
 def _eager(row: MemoryRow, device: Device) -> bool:
     return device == "cpu" and row.eager
+
+
+def _varlen(base: Anatomy, device: Device, b: int) -> bool:
+    """Whether attention needs no mask: FlashAttention on a GPU, where `jobs.train.forward` uses it."""
+    return device == "cuda" and b == 2 and base.llama_like and base.head_dim % 8 == 0 and base.head_dim <= 256
+
+
+def _flash_gradients(base: Anatomy, b: int) -> int:
+    """Bytes per token of FlashAttention's backward pass.
+
+    These are the gradients of queries, keys and values and of the output; a copy of the queries' in fp32, and keys' and
+    values' for each query head if heads share them.
+    """
+    q, kv = base.heads * base.head_dim, base.kv_heads * base.head_dim
+    return 2 * b * (q + kv) + 4 * q + (2 * b * q if kv < q else 0)

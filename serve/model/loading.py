@@ -89,6 +89,10 @@ def load_decoder(
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise SetupError("torch finds no CUDA device on this machine; serve on the CPU, or use a machine that has one.")
+    if device == "cuda":
+        # cuDNN's attention makes a plan for each new length, 0.4 s during which all streams of the step wait. torch
+        # prefers it on Hopper and Blackwell from 2.11 on.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     config = read_config(folder)
     ops = backend(device)
     if threads is not None:

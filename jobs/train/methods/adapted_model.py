@@ -34,6 +34,7 @@ class AdaptedModel:
         optimizer: None for AdamW on the model's device.
         after_step: called with the number of steps done, after each optimizer step and before gradients are cleared
             (AdaLoRA prunes; DoRA drops its norms).
+        needs_mask: whether the model has to be given an attention mask, which it changes (prefix tuning).
         best_from_step: the first step whose weights may be the best and end the job early (AdaLoRA has pruned its ranks
             by then).
     """
@@ -47,3 +48,4 @@ class AdaptedModel:
     optimizer: Optimizer | None = None
     after_step: Callable[[int], None] = do_nothing
     best_from_step: int = 0
+    needs_mask: bool = False

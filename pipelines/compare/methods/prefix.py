@@ -57,7 +57,9 @@ def attach_prefix(model: PreTrainedModel, begin: Sequence[int]) -> Iterator[Adap
     initialize_kv_prefix_from_past_key_values(adapted, past_key_values=read.past_key_values)
     weights = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     try:
-        yield AdaptedModel(model=PrefixModel(adapted, len(begin)), weights=weights, set_dropout=lambda on: None)
+        yield AdaptedModel(
+            model=PrefixModel(adapted, len(begin)), weights=weights, set_dropout=lambda on: None, needs_mask=True
+        )
     finally:
         for parameter, requires_grad in frozen:
             parameter.requires_grad_(requires_grad)
