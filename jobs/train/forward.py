@@ -93,13 +93,11 @@ def _unchanged(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _logits(model: Callable[..., Any], base: PreTrainedModel, rows: PackedRows) -> torch.Tensor:
-    attended: dict[str, Any] = {"attention_mask": None}
-    if _is_varlen(base):
-        attended["row_layout"] = attention.VarlenLayout.of(rows, base.device)
-    else:
-        seen = rows.attention_mask
-        mask = torch.zeros(seen.shape, dtype=base.dtype).masked_fill(~seen, -math.inf)
-        attended["attention_mask"] = mask[:, None].to(base.device)
+    attended = (
+        {"attention_mask": None, "row_layout": attention.VarlenLayout.of(rows, base.device)}
+        if _is_varlen(base)
+        else {"attention_mask": _added_mask(rows, base)}
+    )
     with _head_on_positions(base, rows.target_positions.to(base.device)):
         output = model(
             input_ids=rows.tokens.to(base.device),
@@ -109,6 +107,12 @@ def _logits(model: Callable[..., Any], base: PreTrainedModel, rows: PackedRows) 
         )
     logits: torch.Tensor = output.logits
     return logits
+
+
+def _added_mask(rows: PackedRows, base: PreTrainedModel) -> torch.Tensor:
+    """What is added to the scores, [R, 1, T, T]: 0 where a token attends to another, else -inf."""
+    seen = rows.attention_mask
+    return torch.zeros(seen.shape, dtype=base.dtype).masked_fill(~seen, -math.inf)[:, None].to(base.device)
 
 
 def _is_varlen(model: PreTrainedModel) -> bool:

@@ -233,8 +233,7 @@ def activations(
 ) -> MemoryItem:
     """The tensors that the layers save for the backward pass: all that it needs, or only the input of each layer."""
     layers = base.layers - trained.first_layer
-    # The mask, and on a CPU the tensor that it was made of.
-    mask = row.tokens * row.width * (dtype_bytes + (device == "cpu")) * (not _varlen(base, device, dtype_bytes))
+    mask = 0 if _varlen(base, device, dtype_bytes) else row.tokens * row.width * dtype_bytes
     if spec.gradient_checkpointing:
         kept = row.tokens * base.hidden * dtype_bytes * layers
         how = ", which are recomputed"
@@ -313,7 +312,8 @@ def _eager(row: MemoryRow, device: Device) -> bool:
 
 def _varlen(base: Anatomy, device: Device, b: int) -> bool:
     """Whether attention needs no mask: FlashAttention on a GPU, where `jobs.train.forward` uses it."""
-    return device == "cuda" and b == 2 and base.llama_like and base.head_dim % 8 == 0 and base.head_dim <= 256
+    known = base.head_dim % 8 == 0 and (base.head_dim <= 192 or 224 < base.head_dim <= 256)
+    return device == "cuda" and b == 2 and base.llama_like and known
 
 
 def _flash_gradients(base: Anatomy, b: int) -> int:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
-from loramill.jobs.train.forward import configured_forward
+from loramill.data.encoding import EncodedExample
+from loramill.jobs.train import forward
+from loramill.jobs.train.batching import pack, pad
+from loramill.jobs.train.forward import attention_window, configured_forward, frozen_head, loss_and_accuracy
 from loramill.jobs.train.ops import attention
-from loramill.jobs.train.ops.attention import attend
-from loramill.jobs.train.ops.loss import cross_entropy
+from loramill.jobs.train.ops.attention import VARLEN_NAMES, VarlenLayout, attend, attend_varlen
+from loramill.jobs.train.ops.loss import cross_entropy, cross_entropy_of_head
 from loramill.jobs.train.ops.norm import rms_norm
+from loramill.kernels import varlen
 
-from .tiny_training import tiny_model
+from .tiny_training import random_examples, tiny_model
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 
@@ -107,3 +113,198 @@ def test_only_supported_models_use_the_attention_for_short_rows() -> None:
             assert model.config._attn_implementation == attention.IMPLEMENTATION_NAME
         with configured_forward(model, 3000, checkpointing=False):
             assert model.config._attn_implementation == "sdpa"
+
+
+CPU = torch.device("cpu")
+
+
+def laid_out(prefix: int, lengths: Sequence[int]) -> list[EncodedExample]:
+    """Examples with a common prefix of `prefix` tokens, each with its own last tokens."""
+    return [
+        EncodedExample((*range(prefix), *[100 * number + place for place in range(length)]), prefix + 1)
+        for number, length in enumerate(lengths, start=1)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize(
+    ("layout", "prefix", "lengths"),
+    [(pack, 7, (3, 9, 2)), (pack, 1, (5, 2)), (pack, 0, (4, 2, 6)), (pack, 5, (8,)), (pad, 0, (6, 6, 4))],
+    ids=str,
+)
+def test_attention_over_a_layout_equals_attention_with_its_mask(
+    dtype: torch.dtype, heads: int, kv_heads: int, layout: Any, prefix: int, lengths: Sequence[int]
+) -> None:
+    rows = layout(laid_out(prefix, lengths))
+    assert rows.prefix_tokens == prefix
+    count, tokens = rows.tokens.shape
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(heads: int) -> torch.Tensor:
+        made = torch.randn(count, tokens, heads, 24, generator=generator).to(dtype)
+        return made.transpose(1, 2).requires_grad_(True)
+
+    inputs = [drawn(heads), drawn(kv_heads), drawn(kv_heads)]
+    exact = [each.detach().float().requires_grad_(True) for each in inputs]
+    mask = torch.zeros(count, 1, tokens, tokens).masked_fill(~rows.attention_mask[:, None], -math.inf)
+    module = SimpleNamespace(num_key_value_groups=heads // kv_heads, training=False)
+    theirs, _ = eager_attention_forward(module, *exact, mask, 24**-0.5)  # type: ignore[arg-type]
+    ours, _ = attend_varlen(module, *inputs, None, 24**-0.5, row_layout=VarlenLayout.of(rows, CPU))  # type: ignore[arg-type]
+    near(ours, theirs, dtype)
+    back = torch.randn(theirs.shape, generator=generator)
+    gradients = torch.autograd.grad(theirs, exact, back)
+    for own, other in zip(torch.autograd.grad(ours, inputs, back.to(dtype)), gradients, strict=True):
+        near(own, other, dtype)
+
+
+def test_a_layout_has_a_part_for_the_prefix_only_if_examples_share_it() -> None:
+    shared = VarlenLayout.of(pack(laid_out(7, (3, 9))), CPU)
+    assert shared.own.row_starts.tolist() == shared.own.key_starts.tolist() == [0, 7, 10, 19]
+    assert shared.prefix is not None and shared.prefix_tokens == 7
+    assert (shared.prefix.row_starts.tolist(), shared.prefix.key_starts.tolist()) == ([0, 12], [0, 7])
+    single = VarlenLayout.of(pack(laid_out(7, (3,))), CPU)
+    assert (single.own.row_starts.tolist(), single.prefix, single.prefix_tokens) == ([0, 10], None, 0)
+    padded = VarlenLayout.of(pad(laid_out(2, (3, 1))), CPU)
+    assert (padded.own.row_starts.tolist(), padded.prefix) == ([0, 5, 10], None)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_only_the_deterministic_name_makes_gradients_deterministic(
+    monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    flags = []
+    backward = varlen.backward
+
+    def recorded(*args: Any, deterministic: bool, **options: Any) -> Any:
+        flags.append(deterministic)
+        return backward(*args, **options)
+
+    monkeypatch.setattr(varlen, "backward", recorded)
+    model = tiny_model()
+    model.set_attn_implementation(VARLEN_NAMES[deterministic])
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    loss_and_accuracy(model, model, random_examples(3), 10.0, packing=True)[0].backward()
+    assert flags and set(flags) == {deterministic}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_model_without_a_mask_has_the_loss_and_gradients_of_one_with_a_mask(
+    monkeypatch: pytest.MonkeyPatch, packing: bool, checkpointing: bool
+) -> None:
+    model, examples, found = tiny_model(), random_examples(6), []
+    weights = [layer.self_attn.k_proj.weight.requires_grad_(True) for layer in model.model.layers]
+    for name in (None, VARLEN_NAMES[False]):
+        monkeypatch.setattr(forward, "_attention", lambda *_, name=name, **__: name)
+        with configured_forward(model, 300, checkpointing=checkpointing):
+            loss, correct = loss_and_accuracy(model, model, examples, 20.0, packing=packing)
+            found.append((loss.detach(), correct, *torch.autograd.grad(loss, weights)))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def windowed_model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MistralConfig(vocab_size=64, num_hidden_layers=2, sliding_window=8, **sizes)
+    return MistralForCausalLM(config).requires_grad_(False).eval()
+
+
+def test_examples_longer_than_a_window_see_what_they_see_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples = windowed_model(), random_examples(6, weighed=True)
+    assert max(len(example.tokens) for example in examples) > 8
+    monkeypatch.setattr(forward, "_attention", lambda *_, **__: VARLEN_NAMES[False])
+    assert attention_window(model) is None  # a mask has no window
+    with configured_forward(model, 300, checkpointing=False):
+        assert attention_window(model) == 8
+        together, _ = loss_and_accuracy(model, model, examples, 1.0, packing=True)
+        alone = [loss_and_accuracy(model, model, [example], 1.0, packing=True)[0] for example in examples]
+    torch.testing.assert_close(together, sum(alone), rtol=1e-5, atol=1e-5)
+    model.set_attn_implementation("eager")  # transformers makes the mask of the window
+    losses = []
+    for example in examples:
+        tokens = torch.tensor([example.tokens])
+        logits = model(input_ids=tokens).logits[0, :-1]
+        for span in example.spans:
+            part = slice(span.start - 1, span.stop - 1)
+            losses.append(span.weight * F.cross_entropy(logits[part], tokens[0, 1:][part], reduction="sum"))
+    torch.testing.assert_close(together, sum(losses), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "options", "expected"),
+    [
+        (torch.bfloat16, {}, {}, VARLEN_NAMES[False]),
+        (torch.bfloat16, {}, {"deterministic": True}, VARLEN_NAMES[True]),
+        (torch.bfloat16, {}, {"masked": True}, "sdpa"),
+        (torch.float32, {}, {}, "sdpa"),
+        (torch.bfloat16, {"head_dim": 12}, {}, "sdpa"),
+        (torch.bfloat16, {"attn_logit_softcapping": 50.0}, {}, "sdpa"),
+    ],
+)
+def test_the_attention_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    changes: dict[str, Any],
+    options: dict[str, bool],
+    expected: str,
+) -> None:
+    model = tiny_model(dtype)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    with configured_forward(model, 300, checkpointing=False, **options):
+        assert model.config._attn_implementation == expected
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 4, 11, 12])
+def test_the_loss_of_a_head_in_parts_equals_that_of_whole_logits(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tokens: int
+) -> None:
+    monkeypatch.setattr("loramill.jobs.train.ops.loss.HEAD_ROWS", 4)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, 24, generator=generator).to(dtype).requires_grad_(True)
+    weight = torch.randn(301, 24, generator=generator).to(dtype)
+    labels, weights = torch.randint(301, (tokens,), generator=generator), torch.rand(tokens, generator=generator)
+    labels[0] = (hidden[0] @ weight.T).argmax()
+    whole, whole_correct = cross_entropy(hidden @ weight.T, labels, weights)
+    parts, correct = cross_entropy_of_head(hidden, weight, labels, weights)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(correct, whole_correct, rtol=1e-5, atol=1e-6)
+    assert not correct.requires_grad
+    (expected,) = torch.autograd.grad(whole * 3, hidden)
+    near(torch.autograd.grad(parts * 3, hidden)[0], expected.float(), dtype)
+    with torch.no_grad():
+        assert cross_entropy_of_head(hidden, weight, labels, weights)[0] == parts
+
+
+def test_a_loss_of_a_head_in_parts_is_the_loss_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples, found = tiny_model(), random_examples(6), []
+    weight = model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    for head in (None, model.lm_head):
+        monkeypatch.setattr(forward, "frozen_head", lambda _, head=head: head)
+        loss, correct = loss_and_accuracy(model, model, examples, 20.0, packing=True)
+        found.append((loss.detach(), correct, *torch.autograd.grad(loss, weight)))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_only_a_frozen_plain_head_on_a_gpu_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    assert frozen_head(model) is None
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    assert frozen_head(model) is model.lm_head
+    model.config.final_logit_softcapping = 30.0
+    assert frozen_head(model) is None
+    model.config.final_logit_softcapping = None
+    model.lm_head.weight.requires_grad_(True)
+    assert frozen_head(model) is None
+    model.lm_head.weight.requires_grad_(False)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(64))
+    assert frozen_head(model) is None
+    model.lm_head = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    assert frozen_head(model) is None
