@@ -17,6 +17,9 @@ from loramill.kernels.memory import to_device
 from loramill.kernels.paging import BLOCKS, COUNT, FIRST, START, KVSpan, Pages
 from loramill.kernels.slab import SiteSlab
 
+#: Bytes of keys and values that prefills copy at once on a GPU, if no single sequence has more.
+GATHERED = 256 << 20
+
 name: str = "torch"
 layout: Layout = ROWS
 
@@ -158,19 +161,17 @@ def attend_prefills(
 def attend_prefills_together(
     qkv: torch.Tensor, out: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None
 ) -> None:
-    """`attend_prefills` in one launch for all sequences, without a mask: see `varlen`."""
-    together = _prefills_together(pages, window, qkv.device)
-    if together is None:
-        return
+    """`attend_prefills` in one launch for all sequences, or few for very long ones, without a mask: see `varlen`."""
     q, results = (part[:, : heads * kv.head_dim].view(len(qkv), heads, kv.head_dim) for part in (qkv, out))
-    # Only the sequences' own positions are copied: another sequence's NaN is not read.
-    keys, values = (
-        F.embedding(together.slots, part.view(-1, kv.kv_heads * kv.head_dim)).view(-1, kv.kv_heads, kv.head_dim)
-        for part in (kv.keys, kv.values)
-    )
-    results[together.rows] = varlen.forward(q[together.rows], keys, values, together.batch, scale=scale, window=window)[
-        0
-    ]
+    width = kv.kv_heads * kv.head_dim
+    for prefills in _prefills_together(pages, window, GATHERED // (2 * width * qkv.itemsize), qkv.device):
+        # Only the sequences' own positions are copied: another sequence's NaN is not read.
+        keys, values = (
+            F.embedding(prefills.slots, part.view(-1, width)).view(-1, kv.kv_heads, kv.head_dim)
+            for part in (kv.keys, kv.values)
+        )
+        done, _ = varlen.forward(q[prefills.rows], keys, values, prefills.batch, scale=scale, window=window)
+        results[prefills.rows] = done
 
 
 def _attend_decodes(
@@ -226,7 +227,7 @@ class _Prefill:
 
 @dataclass(frozen=True, slots=True)
 class _PrefillsTogether:
-    """All sequences with several new rows.
+    """Sequences with several new rows, for one launch.
 
     Attributes:
         rows: Their rows of the step: a slice if they are adjacent, else int32 [...].
@@ -265,31 +266,44 @@ def _prefills(pages: Pages, window: int | None, device: torch.device) -> list[_P
     return prefills
 
 
-def _prefills_together(pages: Pages, window: int | None, device: torch.device) -> _PrefillsTogether | None:
-    """The sequences with several rows; None if there are none."""
-    key = (_PrefillsTogether, window, device)
+def _prefills_together(pages: Pages, window: int | None, limit: int, device: torch.device) -> list[_PrefillsTogether]:
+    """The sequences with several rows, in parts of about `limit` keys."""
+    key = (_PrefillsTogether, window, limit, device)
     if key not in pages.memo:
         table = pages.table[pages.table[:, COUNT] > 1]
-        pages.memo[key] = _together(pages, table, window, device) if len(table) else None
-    together: _PrefillsTogether | None = pages.memo[key]
+        stops = table[:, START] + table[:, COUNT]
+        seen_from = np.zeros_like(stops) if window is None else np.maximum(0, table[:, START] + 1 - window)
+        keys = stops - seen_from
+        parts = (np.cumsum(keys, dtype=np.int64) - keys) // limit
+        pages.memo[key] = [
+            _together(pages, table[parts == part], seen_from[parts == part], keys[parts == part], device)
+            for part in np.unique(parts)
+        ]
+    together: list[_PrefillsTogether] = pages.memo[key]
     return together
 
 
-def _together(pages: Pages, table: NDArray[np.int32], window: int | None, device: torch.device) -> _PrefillsTogether:
-    counts, stops = table[:, COUNT], table[:, START] + table[:, COUNT]
-    seen_from = np.zeros_like(stops) if window is None else np.maximum(0, table[:, START] + 1 - window)
-    keys = stops - seen_from
+def _together(
+    pages: Pages,
+    table: NDArray[np.int32],
+    seen_from: NDArray[np.int32],
+    keys: NDArray[np.int32],
+    device: torch.device,
+) -> _PrefillsTogether:
+    """The sequences of some lines of the pages' table, each of which sees `keys` positions from `seen_from` on."""
     positions = _ranges(seen_from, keys)
     blocks = pages.blocks[np.repeat(table[:, BLOCKS], keys) + positions // pages.block_size]
-    rows = _ranges(table[:, FIRST], counts)
+    slots = blocks * np.int32(pages.block_size) + positions % pages.block_size
+    rows = _ranges(table[:, FIRST], table[:, COUNT])
     first, stop = int(rows[0]), int(rows[-1]) + 1
     adjacent = stop - first == len(rows)
-    starts = varlen.starts_of(counts), varlen.starts_of(keys)
-    parts = [*starts, blocks * np.int32(pages.block_size) + positions % pages.block_size, *([] if adjacent else [rows])]
+    parts = [varlen.starts_of(table[:, COUNT]), varlen.starts_of(keys), slots, *([] if adjacent else [rows])]
     # One copy to the device for all of them.
-    row_starts, key_starts, slots, *others = to_device(np.concatenate(parts), device).split([len(p) for p in parts])
-    batch = varlen.VarlenBatch(row_starts, key_starts, int(counts.max()), int(keys.max()))
-    return _PrefillsTogether(slice(first, stop) if adjacent else others[0], slots, batch)
+    row_starts, key_starts, slots_there, *rows_there = to_device(np.concatenate(parts), device).split(
+        [len(part) for part in parts]
+    )
+    batch = varlen.VarlenBatch(row_starts, key_starts, int(table[:, COUNT].max()), int(keys.max()))
+    return _PrefillsTogether(slice(first, stop) if adjacent else rows_there[0], slots_there, batch)
 
 
 def _ranges(starts: NDArray[np.int32], sizes: NDArray[np.int32]) -> NDArray[np.int32]:

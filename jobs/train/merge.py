@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from loramill.data.encoding import EncodedExample
 from loramill.errors import AdapterInvalid, Conflict, InvalidRequest
 from loramill.jobs.train.batching import count_supervised_tokens, group_for_passes, pack
-from loramill.jobs.train.forward import configured_forward, supervised_logits
+from loramill.jobs.train.forward import attention_window, configured_forward, supervised_logits
 from loramill.jobs.train.hf_export import save_hf_model
 from loramill.kernels import Delta
 from loramill.kernels.peft_folder import BaseModules, read_adapter
@@ -302,7 +302,7 @@ def _log_probabilities(
     with configured_forward(model, longest + _PASS_TOKENS, checkpointing=False):
         for done, group in enumerate(groups):
             on_stage(f"computing the predictions of {of}, {done} of {len(groups)}")
-            found.append(supervised_logits(model, model, pack(group)).log_softmax(dim=-1))
+            found.append(supervised_logits(model, model, pack(group, attention_window(model))).log_softmax(dim=-1))
     return found
 
 

@@ -1,8 +1,8 @@
-"""Paged attention on a GPU: our own kernels for sequences with one new row, torch for those with several.
+"""Paged attention on a GPU: our own kernels for sequences with one new row, torch's for those with several.
 
-Why not torch for all: `torch.nn.attention.varlen` takes a block table only in recent versions (2.13), and the
-FlashAttention 2 behind it only pages of 256 positions. `scaled_dot_product_attention` takes no block table: every step
-would copy all keys and values of its sequences, by lengths that the host must know, which no CUDA graph can capture.
+Why not torch's for all: its FlashAttention 2 takes block tables only of pages of 256 positions. Without a block table
+every step would copy all keys and values of its sequences, by lengths that the host must know, which no CUDA graph can
+capture. A prompt's copy is small next to its computation.
 
 Each sequence's positions are divided into splits (flash-decoding: Dao et al. 2023), which programs of `attend` process
 in parallel, for all query heads of one KV head together; `combine` adds up their results. The grid is (sequences, KV
@@ -34,6 +34,8 @@ PROGRAMS = 512
 SPLITS = (8, 64)
 #: Bytes of keys, and as many of values, that a program reads per iteration.
 TILE = 16 << 10
+#: Bytes of shared memory of a multiprocessor from which programs read two tiles ahead instead of one. @@NUMBERS@@
+DEEP = 160 << 10
 #: The window of a layer without one.
 _ALL = 2**31 - 1
 
@@ -134,7 +136,7 @@ def decode(
 ) -> None:
     """Writes the sequences' rows of out [rows, heads * head_dim]; other rows are unchanged."""
     sequences, group = len(decodes.table), heads // kv.kv_heads
-    launch = attend_launch(group, kv.head_dim, kv.block_size, qkv.itemsize)
+    launch = attend_launch(group, kv.head_dim, kv.block_size, qkv.itemsize, shared_memory(qkv.device))
     splits = splits_of(sequences, kv.kv_heads)
     shape = (sequences, kv.kv_heads, group, splits)
     totals = torch.empty(*shape, launch.constants["DIM"], dtype=torch.float32, device=qkv.device)
@@ -153,8 +155,21 @@ def decode(
 
 
 @cache
-def attend_launch(group: int, head_dim: int, block_size: int, itemsize: int) -> Launch:
-    """The launch of `attend`, for `group` query heads per KV head and numbers of `itemsize` bytes."""
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory of a multiprocessor; 0 for a CPU, where kernels are interpreted."""
+    if device.type != "cuda":
+        return 0
+    size: int = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return size
+
+
+@cache
+def attend_launch(group: int, head_dim: int, block_size: int, itemsize: int, shared: int) -> Launch:
+    """The launch of `attend`, for `group` query heads per KV head and numbers of `itemsize` bytes.
+
+    Args:
+        shared: Bytes of shared memory of a multiprocessor.
+    """
     # The matrix units take at least 16 rows and columns.
     dim = max(16, triton.next_power_of_2(head_dim))
     constants = {
@@ -165,8 +180,9 @@ def attend_launch(group: int, head_dim: int, block_size: int, itemsize: int) -> 
         "BLOCK_SIZE": block_size,
         "KEYS": max(16, min(128, TILE // (dim * itemsize))),
     }
+    stages = 3 if itemsize == 2 and shared >= DEEP else 2
     # float32 does not use the matrix units; with four warps it would have too few registers.
-    return Launch("attend", constants, {"num_warps": 8 if itemsize == 4 else 4, "num_stages": 2})
+    return Launch("attend", constants, {"num_warps": 8 if itemsize == 4 else 4, "num_stages": stages})
 
 
 @cache

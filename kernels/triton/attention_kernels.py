@@ -54,13 +54,16 @@ def attend(
     peak = tl.full((GROUPS,), _LEAST, tl.float32)
     weights = tl.zeros((GROUPS,), tl.float32)
     total = tl.zeros((GROUPS, DIM), tl.float32)
-    for step in range(tile, stop):
-        position = step * KEYS + tl.arange(0, KEYS)
-        seen = (position < length) & (position >= length - window)
-        # Nothing else is read: other sequences' values may be NaN.
-        block = tl.load(own + position // BLOCK_SIZE, mask=seen, other=0)
+    position = tile * KEYS + tl.arange(0, KEYS)
+    # Nothing else is read: other sequences' values may be NaN.
+    seen = (position < length) & (position >= length - window)
+    block = tl.load(own + position // BLOCK_SIZE, mask=seen, other=0)
+    for _ in range(tile, stop):
         slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
         place = (slot * heads + head) * HEAD_DIM
+        # The next tile's blocks are on their way while this tile is read: its keys' addresses depend on them.
+        ahead = position + KEYS
+        following = tl.load(own + ahead // BLOCK_SIZE, mask=(ahead < length) & (ahead >= length - window), other=0)
         k = tl.load(keys + place[None, :] + d[:, None], mask=seen[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
         score = tl.dot(q, k, input_precision="ieee") * scale
         score = tl.where(seen[None, :], score, float("-inf"))
@@ -71,6 +74,9 @@ def attend(
         v = tl.load(values + place[:, None] + d[None, :], mask=seen[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
         total = tl.dot(weight.to(v.dtype), v, total * shrunk[:, None], input_precision="ieee")
         peak = higher
+        position += KEYS
+        seen = (position < length) & (position >= length - window)
+        block = following
     part = ((tl.program_id(0) * heads + head).to(tl.int64) * GROUP + member) * tl.num_programs(2) + tl.program_id(2)
     tl.store(totals + part[:, None] * DIM + d[None, :], total, mask=known)
     tl.store(peaks + part * 2, peak, mask=member < GROUP)

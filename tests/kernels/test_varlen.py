@@ -176,16 +176,28 @@ def test_prefills_over_any_prefixes_in_one_call(shape, window, dtype):
         assert_near(*prefill(world, sequences, counts, window), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(("limit", "launches"), [(256 << 20, 1), (2 * 2 * 32 * 4 * 60, 3), (2 * 2 * 32 * 4, 5)])
+def test_prefills_copy_a_limited_number_of_keys_at_once(monkeypatch, limit, launches):
+    monkeypatch.setattr(torch_backend, "GATHERED", limit)
+    calls, forward = [], varlen.forward
+    monkeypatch.setattr(varlen, "forward", lambda *args, **options: calls.append(args) or forward(*args, **options))
+    world = World("torch", torch.float32, seed=1)
+    sequences, counts = [world.sequence() for _ in range(6)], [40, 2, 1, 70, 16, 33]
+    assert_near(*prefill(world, sequences, counts, None), TOLERANCE[torch.float32])
+    assert len(calls) == launches
+    assert sum(len(args[1]) for args in calls) == sum(counts) - 1
+
+
 def test_prefills_next_to_one_another_are_neither_copied_nor_indexed():
     pages = Pages.of([KVSpan(3, 1, [0]), KVSpan(0, 3, [4]), KVSpan(14, 4, [1, 2]), KVSpan(0, 1, [3])], 16)
-    together = torch_backend._prefills_together(pages, None, CPU)
+    (together,) = torch_backend._prefills_together(pages, None, 1000, CPU)
     assert together.rows == slice(1, 8)
     assert together.batch.row_starts.tolist() == [0, 3, 7] and together.batch.key_starts.tolist() == [0, 3, 21]
     assert (together.batch.longest_rows, together.batch.longest_keys) == (4, 18)
     assert together.slots.tolist() == [64, 65, 66, *range(16, 34)]
     assert all(each.dtype == torch.int32 for each in (together.slots, together.batch.row_starts))
-    assert torch_backend._prefills_together(pages, None, CPU) is together
-    assert torch_backend._prefills_together(Pages.of([KVSpan(3, 1, [0])], 16), None, CPU) is None
+    assert torch_backend._prefills_together(pages, None, 1000, CPU)[0] is together
+    assert torch_backend._prefills_together(Pages.of([KVSpan(3, 1, [0])], 16), None, 1000, CPU) == []
 
 
 def test_a_gpu_gets_prefills_in_one_call(monkeypatch):

@@ -158,6 +158,25 @@ def test_attention_over_a_layout_equals_attention_with_its_mask(
         near(own, other, dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("prefix", "lengths"), [(70, (300, 9, 200)), (0, (40, 200)), (50, (80,))], ids=str)
+def test_attention_over_a_layout_on_this_gpu_equals_that_on_a_cpu(prefix: int, lengths: Sequence[int]) -> None:
+    rows = pack(laid_out(prefix, lengths))
+    generator = torch.Generator().manual_seed(0)
+    tokens = rows.tokens.shape[1]
+    drawn = [torch.randn(1, tokens, heads, 64, generator=generator).bfloat16() for heads in (8, 2, 2)]
+    back = torch.randn(1, tokens, 8, 64, generator=generator).bfloat16()
+    found = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16), ("cuda", torch.bfloat16)):
+        inputs = [each.to(device, dtype).transpose(1, 2).requires_grad_(True) for each in drawn]
+        layout = VarlenLayout.of(rows, torch.device(device))
+        out, _ = attend_varlen(None, *inputs, None, 0.125, row_layout=layout, deterministic=True)  # type: ignore[arg-type]
+        found.append([out.detach().cpu(), *(part.cpu() for part in torch.autograd.grad(out, inputs, back.to(out)))])
+    for exact, first, second in zip(*found, strict=True):
+        near(first, exact, torch.bfloat16)
+        assert torch.equal(first, second)
+
+
 def test_a_layout_has_a_part_for_the_prefix_only_if_examples_share_it() -> None:
     shared = VarlenLayout.of(pack(laid_out(7, (3, 9))), CPU)
     assert shared.own.row_starts.tolist() == shared.own.key_starts.tolist() == [0, 7, 10, 19]
