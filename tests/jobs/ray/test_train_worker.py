@@ -34,3 +34,13 @@ def test_a_gpu_session_takes_its_share_of_the_memory(gpu, monkeypatch):
 def test_a_gpu_session_without_a_gpu_trains_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert train_worker.select_device(JobSettings(use_gpu=True)) == torch.device("cpu")
+
+
+def test_only_a_gpu_session_turns_cudnn_attention_off(monkeypatch):
+    changes = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", changes.append)
+    train_worker.select_device(JobSettings())
+    assert changes == []
+    monkeypatch.setattr(train_worker, "get_device", lambda: torch.device("cuda:0"))
+    train_worker.select_device(JobSettings(use_gpu=True))
+    assert changes == [False]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from loramill.jobs.train.batching import choose_batch, count_supervised_tokens, 
 from loramill.jobs.train.forward import configured_forward, loss_and_accuracy
 from loramill.jobs.train.loop import TrainingProgress, export_adapter
 from loramill.jobs.train.lr_schedule import learning_rate
+from loramill.jobs.train.methods import AdaptedModel, attach_adapter
 from loramill.models.catalog import Base, load_for_training
 from loramill.submission.defaults import count_steps
 from loramill.types import TARGETS, JobSpec
@@ -110,6 +113,28 @@ def test_packed_padded_and_single_examples_have_the_same_loss(seed: int, count: 
         assert loss == pytest.approx(alone.item() * share, abs=1e-4)
         assert correct == pytest.approx(accuracy * share, abs=1e-6)
         torch.testing.assert_close(theirs, gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("needs_mask", [False, True])
+def test_the_context_and_the_adapted_model_configure_the_forward_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool, needs_mask: bool
+) -> None:
+    configured: list[dict[str, bool]] = []
+
+    @contextmanager
+    def attached(*args: Any) -> Iterator[AdaptedModel]:
+        with attach_adapter(*args) as adapted:
+            yield replace(adapted, needs_mask=needs_mask)
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        configured.append(options)
+        return configured_forward(*args, **options)
+
+    monkeypatch.setattr(loop, "configured_forward", recorded)
+    spec, fields = spec_of(gradient_checkpointing=True), {"deterministic": deterministic, "attach": attached}
+    next(train(tiny_model(), random_examples(9), [], spec, checkpoints=tmp_path, **fields))
+    assert configured == [{"checkpointing": True, "masked": needs_mask, "deterministic": deterministic}]
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -133,6 +133,20 @@ def test_a_job_reports_its_supervised_answers_once(
     assert tokens == {16: first + second, 8: first if last.get("weight") == 0 else second}[trained]
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_settings_decide_about_deterministic_training(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    contexts = []
+    monkeypatch.setattr(worker_module, "train", lambda model, context: contexts.append(context) or iter(()))
+    settings = worker.settings.model_copy(update={"deterministic": deterministic})
+    job = submit(worker)
+    assert not list(
+        worker_module.training_steps(replace(worker, settings=settings), job, raise_if_stopped=lambda: None)
+    )
+    assert [context.deterministic for context in contexts] == [deterministic]
+
+
 def test_every_attempt_has_the_date_of_the_submission(worker: Worker) -> None:
     dated = ChatTokenizer(hermes_tokenizer().to_str(), {**SETTINGS, "chat_template": GRANITE3}, {})
     worker, examples = replace(worker, tokenizer=dated), read_examples(ROWS, "rows.jsonl")

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from loramill.errors import BaseUnusable
 from loramill.kernels import Batch
 from loramill.kernels.quantization import quantize
 from loramill.serve.model import Chunk, load_decoder
@@ -97,3 +98,13 @@ def test_the_layers_linears_are_quantized_and_nothing_else(tmp_path, kind, hidde
     k_proj = "model.layers.1.self_attn.k_proj"
     assert torch.equal(decoder.target_weight(k_proj), model.get_submodule(k_proj).weight)
     assert torch.equal(decoder.target_weight("lm_head"), model.lm_head.weight)
+
+
+def test_only_a_base_on_a_gpu_turns_cudnn_attention_off(tmp_path, monkeypatch):
+    changes = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", changes.append)
+    for device, expected in (("cpu", []), ("cuda", [False])):
+        with pytest.raises(BaseUnusable):
+            load_decoder(tmp_path, dtype=torch.bfloat16, device=device)
+        assert changes == expected
