@@ -233,7 +233,7 @@ def activations(
 ) -> MemoryItem:
     """The tensors that the layers save for the backward pass: all that it needs, or only the input of each layer."""
     layers = base.layers - trained.first_layer
-    mask = 0 if _varlen(base, device, dtype_bytes) else row.tokens * row.width * dtype_bytes
+    mask = 0 if needs_no_mask(base, device, dtype_bytes) else row.tokens * row.width * dtype_bytes
     if spec.gradient_checkpointing:
         kept = row.tokens * base.hidden * dtype_bytes * layers
         how = ", which are recomputed"
@@ -260,7 +260,7 @@ def scratch(
     mlp = 4 * b * base.intermediate
     # Attention's tensors are allocated after those of the MLP, and the ones it saved, are freed.
     scores = 2 * b * base.heads * row.width - mlp if _eager(row, device) else 0
-    if _varlen(base, device, b):
+    if needs_no_mask(base, device, b):
         scores = _flash_gradients(base, b)
     passing = row.tokens * max(mlp, scores)
     if spec.gradient_checkpointing:
@@ -292,7 +292,7 @@ def _layer(base: Anatomy, row: MemoryRow, device: Device, b: int, attended: bool
     weights in fp32 too. The output of attention is also saved if it is the input of an adapted linear.
     """
     q, kv = base.heads * base.head_dim, base.kv_heads * base.head_dim
-    if _varlen(base, device, b):
+    if needs_no_mask(base, device, b):
         attention = 2 * b * (q + kv) + 4 * base.heads
     elif not _eager(row, device):
         attention = 4 * b * q + 4 * base.heads
@@ -310,7 +310,7 @@ def _eager(row: MemoryRow, device: Device) -> bool:
     return device == "cpu" and row.eager
 
 
-def _varlen(base: Anatomy, device: Device, b: int) -> bool:
+def needs_no_mask(base: Anatomy, device: Device, b: int) -> bool:
     """Whether attention needs no mask: FlashAttention on a GPU, where `jobs.train.forward` uses it."""
     known = base.head_dim % 8 == 0 and (base.head_dim <= 192 or 224 < base.head_dim <= 256)
     return device == "cuda" and b == 2 and base.llama_like and known

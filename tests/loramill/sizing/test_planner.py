@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,18 @@ from loramill.errors import DoesNotFit, InvalidRequest
 from loramill.jobs.train.batching import group_for_passes, pack, pad
 from loramill.models.catalog import Base
 from loramill.settings import JobSettings
-from loramill.sizing import ADJUSTABLE, GpuPool, SizingRequest, anatomy, check_targets, fit_spec, plan
+from loramill.sizing import ADJUSTABLE, Anatomy, GpuPool, SizingRequest, anatomy, check_targets, fit_spec, plan
 from loramill.sizing.devices import gpu_bytes, memory_bytes
-from loramill.sizing.memory import NF4_BYTES, base_bytes, estimate, largest_row
+from loramill.sizing.memory import (
+    NF4_BYTES,
+    Device,
+    MemoryRow,
+    base_bytes,
+    estimate,
+    largest_row,
+    logits_of,
+    whole_logits,
+)
 from loramill.sizing.planner import fastest_fit, nearest_fits, plan_as_is
 from loramill.types import JobSpec
 
@@ -87,6 +97,11 @@ def test_8b_in_nf4_at_rank_16_and_2048_tokens_fits_24_gb() -> None:
     assert found.memory.bytes <= 24 * GIB
 
 
+def test_8b_in_nf4_at_rank_32_and_27000_supervised_tokens_fits_22_gib() -> None:
+    job = spec(rank=32, max_length=27_000, batch_size=1, micro_tokens=1, gradient_checkpointing=True)
+    assert plan(sizing_request(LLAMA_3_8B, "nf4", "l4", job)).memory.bytes <= 22 * GIB
+
+
 def test_full_fine_tuning_of_8b_fits_80_gb_by_offload_alone() -> None:
     found = plan(sizing_request(LLAMA_3_8B, "none", "80GB", spec(method="full")))
     assert found.spec.offload != "none"
@@ -137,6 +152,48 @@ def test_only_a_gpu_keeps_nf4_in_four_bits() -> None:
     # The file's pages stay mapped in addition to the rounded values.
     assert base_bytes(base, "nf4", "cpu") == pytest.approx(2 * base.parameters + 2 * 6.98e9, rel=1e-3)
     assert base_bytes(base, "none", "cpu") == base_bytes(base, "int8", "cuda") == 2 * base.parameters
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_only_flash_attention_needs_no_mask(checkpointing: bool) -> None:
+    job = spec(gradient_checkpointing=checkpointing)
+    row = MemoryRow(tokens=2048, width=1024, supervised_tokens=1, step_tokens=2048, eager=False)
+    odd = anatomy(SMALL | {"head_dim": 12})
+
+    def masks(base: Anatomy, device: Device) -> int:
+        """Bytes by which the activations grow if twice as many tokens attend to one another."""
+        sizes = [
+            {item.name: item.bytes for item in estimate(job, base, "none", each, device).items}["activations"]
+            for each in (row, replace(row, width=2048))
+        ]
+        return sizes[1] - sizes[0]
+
+    assert masks(anatomy(SMALL), "cpu") == masks(odd, "cuda") == 2048 * 1024 * 2
+    assert masks(anatomy(SMALL), "cuda") == 0
+
+
+def test_a_gpu_has_512_rows_of_logits_at_a_time_unless_the_head_is_trained() -> None:
+    row = MemoryRow(tokens=2048, width=2048, supervised_tokens=2000, step_tokens=2048, eager=False)
+    base = anatomy(LLAMA_3_8B)
+    assert logits_of(base, row, "cpu").bytes == whole_logits(base, row).bytes == 8 * 2000 * 128256
+    assert logits_of(base, row, "cuda").bytes == 6 * 512 * 128256 + 2 * 2 * 2000 * 4096
+    assert logits_of(base, replace(row, supervised_tokens=9), "cuda").bytes == 6 * 9 * 128256 + 2 * 2 * 9 * 4096
+    full = plan_as_is(sizing_request(LLAMA_3_8B, "none", "80GB", spec(method="full")), spec(method="full"))
+    assert {item.name: item.bytes for item in full.memory.items}["logits"] == whole_logits(base, full.row).bytes
+
+
+def test_sizing_and_training_agree_on_what_is_computed_how() -> None:
+    import torch
+
+    from loramill.jobs.train import forward
+    from loramill.jobs.train.ops import loss
+    from loramill.kernels import varlen
+    from loramill.sizing import memory
+
+    assert (memory.HEAD_ROWS, memory.EAGER_TOKENS) == (loss.HEAD_ROWS, forward.MAX_EAGER_TOKENS)
+    for head_dim in range(2, 300, 2):
+        base = anatomy(SMALL | {"head_dim": head_dim})
+        assert memory.needs_no_mask(base, "cuda", 2) == varlen.is_supported(torch.bfloat16, head_dim, backward=True)
 
 
 @pytest.mark.parametrize(
