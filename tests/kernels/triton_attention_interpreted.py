@@ -274,7 +274,7 @@ def test_a_graph_refuses_what_it_was_not_sized_for():
 def test_the_bench_checks_run_on_a_cpu_and_detect_an_error(monkeypatch):
     monkeypatch.setattr(cuda_attention, "CHECKED", (((17, 40), 3, 16, None), ((33,), 1, 16, 20)))
     checks = list(cuda_attention.check("cpu", dtypes=[torch.float32]))
-    assert [check.runs.split(":")[0] for check in checks] == ["called", "replayed"] * 2
+    assert [check.runs.split(":")[0] for check in checks] == ["called", "replayed", "prefills"] * 2
     assert all(check.passed for check in checks), checks
     monkeypatch.setattr(cuda_attention.reference, "attention", lambda *_: torch.ones(1))
     assert not any(check.passed for check in cuda_attention.check("cpu", dtypes=[torch.float32]))

@@ -1,4 +1,4 @@
-"""Decode attention on a real GPU: correctness in every dtype, and time compared with reading keys and values."""
+"""Attention on a real GPU: correctness in every dtype, and decodes' time compared with reading keys and values."""
 
 from __future__ import annotations
 
@@ -64,22 +64,38 @@ CHECKED: tuple[tuple[tuple[int, ...], int, int, int | None], ...] = (
 
 
 def check(device: str = "cuda", *, dtypes: Iterable[torch.dtype] = tuple(LIMITS)) -> Iterator[Check]:
-    """Compares decodes with the reference in float32, called and, on a GPU, replayed from a graph."""
+    """Compares decodes with the reference in float32, called and, on a GPU, replayed from a graph; and prefills."""
     for dtype in dtypes:
         for lengths, group, head_dim, window in CHECKED:
-            kv, pages = _filled(lengths, 2, head_dim, dtype, "cpu")
-            qkv = torch.randn(len(lengths), (2 * group + 4) * head_dim).to(dtype)
-            scale = head_dim**-0.5
+            kv, decodes = _filled(lengths, 2, head_dim, dtype, "cpu")
             wide = LayerKV(kv.keys.float(), kv.values.float(), kv.block_size, kv.kv_heads, kv.head_dim)
-            expected = reference.attention(qkv.float(), 2 * group, wide, pages, scale, window)
             there = LayerKV(kv.keys.to(device), kv.values.to(device), kv.block_size, kv.kv_heads, kv.head_dim)
-            for mode, got in _results(qkv.to(device), 2 * group, there, pages, scale, window):
-                error = (got.cpu().float() - expected).abs().max() / expected.abs().max()
-                case = f"{mode}: {lengths}, window {window}"
-                yield Check(f"attention {group}x{head_dim}", str(dtype), case, error.item(), LIMITS[dtype])
+            for pages, run in ((decodes, _decoded), (_prefills(decodes), _prefilled)):
+                qkv = torch.randn(pages.rows, (2 * group + 4) * head_dim).to(dtype)
+                shape = (pages, head_dim**-0.5, window)
+                expected = reference.attention(qkv.float(), 2 * group, wide, *shape)
+                for mode, got in run(qkv.to(device), 2 * group, there, *shape):
+                    error = (got.cpu().float() - expected).abs().max() / expected.abs().max()
+                    case = f"{mode}: {lengths}, window {window}"
+                    yield Check(f"attention {group}x{head_dim}", str(dtype), case, error.item(), LIMITS[dtype])
 
 
-def _results(
+def _prefills(decodes: Pages) -> Pages:
+    """The same sequences with more and more new rows, from one on."""
+    counts = [min(span.stop, 1 + 9 * number) for number, span in enumerate(decodes.spans)]
+    spans = zip(decodes.spans, counts, strict=True)
+    return Pages.of([KVSpan(span.stop - count, count, span.block_table) for span, count in spans], _BLOCK)
+
+
+def _prefilled(
+    qkv: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    from loramill.kernels import triton
+
+    yield "prefills", triton.attention(qkv, heads, kv, pages, scale, window)
+
+
+def _decoded(
     qkv: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     from loramill.kernels import triton
