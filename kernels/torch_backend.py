@@ -299,9 +299,8 @@ def _together(
     adjacent = stop - first == len(rows)
     parts = [varlen.starts_of(table[:, COUNT]), varlen.starts_of(keys), slots, *([] if adjacent else [rows])]
     # One copy to the device for all of them.
-    row_starts, key_starts, slots_there, *rows_there = to_device(np.concatenate(parts), device).split(
-        [len(part) for part in parts]
-    )
+    there = torch.split(to_device(np.concatenate(parts), device), [len(part) for part in parts])
+    row_starts, key_starts, slots_there, *rows_there = there
     batch = varlen.VarlenBatch(row_starts, key_starts, int(table[:, COUNT].max()), int(keys.max()))
     return _PrefillsTogether(slice(first, stop) if adjacent else rows_there[0], slots_there, batch)
 

@@ -159,15 +159,12 @@ def _deterministic(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    fills = torch.utils.deterministic.fill_uninitialized_memory
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def _reference_forward(
@@ -211,7 +208,7 @@ def _reference_backward(
         d_q = torch.einsum("hrk,khd->rhd", d_scores, wide_k)
         d_k = torch.einsum("hrk,rhd->khd", d_scores, q[rows].float())
         d_v = torch.einsum("hrk,rhd->khd", weights, wide_d)
-        d_k, d_v = (part.unflatten(1, (kv_heads, -1)).sum(2) for part in (d_k, d_v))
+        d_k, d_v = (part.view(len(part), kv_heads, -1, part.shape[2]).sum(2) for part in (d_k, d_v))
         for gradient, part, found in zip(gradients, (rows, keys, keys), (d_q, d_k, d_v), strict=True):
             gradient[part] = found.to(gradient.dtype)
     return gradients

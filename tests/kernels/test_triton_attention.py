@@ -18,6 +18,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels can't be compiled", allow_module_level=True)
 
+from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from loramill_bench.kernels import cuda_attention, on_cuda  # noqa: E402
@@ -36,7 +37,11 @@ MULTIPLES = (*IN_KV_DTYPE, "totals", "peaks", "table", "q_row", "out_row")
 SHAPES = ((64, 3), (80, 8), (128, 4), (128, 20), (256, 8))
 
 
-def compiled(kernel, launch, dtype):
+#: Bytes of shared memory per multiprocessor, and per program, by compute capability.
+MEMORY = {80: (164, 163), 86: (100, 99), 89: (100, 99), 90: (228, 227), 100: (228, 227), 120: (100, 99)}
+
+
+def compiled(kernel, launch, dtype, target=HOPPER):
     signature = {
         name: "constexpr"
         if name in launch.constants
@@ -51,7 +56,7 @@ def compiled(kernel, launch, dtype):
         constexprs={(kernel.arg_names.index(name),): value for name, value in launch.constants.items()},
         attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in MULTIPLES if name in signature},
     )
-    return triton.compile(source, target=HOPPER, options=dict(launch.options))
+    return triton.compile(source, target=target, options=dict(launch.options))
 
 
 def test_the_kernels_are_right_in_the_interpreter():
@@ -64,7 +69,7 @@ def test_the_kernels_are_right_in_the_interpreter():
 @pytest.mark.parametrize(("head_dim", "group"), SHAPES)
 @pytest.mark.parametrize("dtype", NAMES, ids=str)
 def test_every_configuration_compiles_for_hopper_and_spills_nothing(tmp_path, dtype, head_dim, group):
-    attend = host.attend_launch(group, head_dim, 16, dtype.itemsize)
+    attend = host.attend_launch(group, head_dim, 16, dtype.itemsize, MEMORY[90][0] << 10)
     combine = host.combine_launch(group, head_dim, host.SPLITS[-1], attend.constants["KEYS"])
     for kernel, launch in ((host.attend, attend), (host.combine, combine)):
         binary = compiled(kernel, launch, dtype)
@@ -73,16 +78,31 @@ def test_every_configuration_compiles_for_hopper_and_spills_nothing(tmp_path, dt
         assert binary.metadata.shared <= SHARED
 
 
+@pytest.mark.parametrize("capability", sorted(MEMORY.keys() - {90}))
+def test_the_shape_with_most_registers_compiles_for_other_gpus_and_spills_nothing(tmp_path, capability):
+    per_multiprocessor, per_program = MEMORY[capability]
+    launch = host.attend_launch(20, 128, 16, 2, per_multiprocessor << 10)
+    binary = compiled(host.attend, launch, torch.bfloat16, GPUTarget("cuda", capability, 32))
+    size, usage = spilled(binary, tmp_path)
+    assert not size, usage
+    assert binary.metadata.shared <= per_program << 10
+    assert per_multiprocessor << 10 >= 2 * (binary.metadata.shared + 1024), "one program per multiprocessor"
+
+
 @pytest.mark.parametrize(("head_dim", "group"), SHAPES)
 def test_keys_and_values_are_read_ahead_by_16_bytes_for_the_matrix_units(head_dim, group):
-    text = compiled(host.attend, host.attend_launch(group, head_dim, 32, 2), torch.bfloat16).asm["ptx"]
+    launch = host.attend_launch(group, head_dim, 32, 2, MEMORY[90][0] << 10)
+    binary = compiled(host.attend, launch, torch.bfloat16)
+    text = binary.asm["ptx"]
     assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", text)
     assert re.search(r"wgmma|mma\.sync", text)
+    loop = binary.asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
+    assert loop.count("ttg.async_copy_global_to_local") == 2, "keys and values are not read ahead"
 
 
 def test_a_kernel_that_spills_is_detected(tmp_path):
     # The options for two-byte numbers.
-    launch = replace(host.attend_launch(4, 128, 16, 4), options={"num_warps": 4, "num_stages": 2})
+    launch = replace(host.attend_launch(4, 128, 16, 4, 0), options={"num_warps": 4, "num_stages": 2})
     size, usage = spilled(compiled(host.attend, launch, torch.float32), tmp_path)
     assert size, usage
 

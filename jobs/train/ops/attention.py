@@ -182,7 +182,7 @@ def attend_varlen(
     rows, _heads, tokens, _width = query.shape
     q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
     out: torch.Tensor = _VarlenAttention.apply(q, k, v, row_layout, scaling, sliding_window, deterministic)  # type: ignore[no-untyped-call]
-    return out.unflatten(0, (rows, tokens)), None
+    return out.view(rows, tokens, *out.shape[1:]), None
 
 
 AttentionInterface.register(IMPLEMENTATION_NAME, attend)
