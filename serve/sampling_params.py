@@ -20,7 +20,7 @@ class SamplingParams:
         presence_penalty: subtracted from the logits of tokens in the answer.
         frequency_penalty: the same, once per occurrence of the token in the answer.
         logit_bias: pairs of a token and what is added to its logit.
-        seed: the same seed gives the same tokens, on a CPU whatever else is in the batch; None: different ones each time.
+        seed: the same seed gives the same tokens, on a CPU in any batch; None: different ones each time.
         stop_ids: tokens that end the answer; they are not part of it.
         min_tokens: number of tokens before which no stop token is sampled.
         n: number of answers to the prompt; answer i has the seed plus i.

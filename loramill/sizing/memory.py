@@ -257,12 +257,13 @@ def scratch(
 ) -> MemoryItem:
     """Temporary tensors of the backward pass of a layer, as far as they exceed the logits, which are freed by then."""
     b = dtype_bytes
-    mlp = 4 * b * base.intermediate
+    # The gradients of the MLP's product and of its two factors; DoRA also scales the product's.
+    mlp = (4 if spec.method == "dora" else 3) * b * base.intermediate
+    attention = _flash_gradients(base, b) if needs_no_mask(base, device, b) else 0
+    if _eager(row, device):
+        attention = 2 * b * base.heads * row.width
     # Attention's tensors are allocated after those of the MLP, and the ones it saved, are freed.
-    scores = 2 * b * base.heads * row.width - mlp if _eager(row, device) else 0
-    if needs_no_mask(base, device, b):
-        scores = _flash_gradients(base, b)
-    passing = row.tokens * max(mlp, scores)
+    passing = row.tokens * max(mlp, attention - 4 * b * base.intermediate)
     if spec.gradient_checkpointing:
         passing += one_layer(base, trained, row, device, b)
     if device == "cuda" and quantization == "nf4":
